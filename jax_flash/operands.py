@@ -1,0 +1,86 @@
+"""The one table of operands: what each array is, the order of the custom call, and its dimensions.
+
+Abstract evaluation, batching, sharding rules and the FFI's operand bits are all derived from it.
+`csrc/core/spec.h` holds the same order as `enum class Operand`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Dimension names. A trailing "*" marks a dimension that may also be 1 (broadcast).
+_FIXED = {
+    "query": ("b", "sq", "hq", "d"),
+    "key": ("b", "sk", "hk", "d"),
+    "value": ("b", "sk", "hk", "dv"),
+    "out": ("b", "sq", "hq", "dv"),
+    "lse": ("b", "hq", "sq"),
+    "q_lengths": ("b",),
+    "kv_lengths": ("b",),
+    "q_segment_ids": ("b", "sq"),
+    "kv_segment_ids": ("b", "sk"),
+    "mask": ("b*", "hq*", "sq*", "sk*"),
+    "bias": ("b*", "hq*", "sq*", "sk*"),
+    "alibi_slopes": ("b*", "hq"),
+    "sinks": ("hq",),
+    "dropout": ("dropout",),
+}
+_VARLEN = {
+    "query": ("tq", "hq", "d"),
+    "key": ("tk", "hk", "d"),
+    "value": ("tk", "hk", "dv"),
+    "out": ("tq", "hq", "dv"),
+    "lse": ("hq", "tq"),
+    "cu_seqlens_q": ("n1",),
+    "cu_seqlens_k": ("n1",),
+    "kv_lengths": ("n",),
+    "alibi_slopes": ("n*", "hq"),
+    "sinks": ("hq",),
+    "dropout": ("dropout",),
+}
+DIMS: dict[str, dict[str, tuple[str, ...]]] = {"fixed": _FIXED, "varlen": _VARLEN}
+for _table in DIMS.values():
+    _table["dout"] = _table["out"]
+    _table["delta"] = _table["lse"]
+    for _name in ("query", "key", "value", "bias"):
+        if _name in _table:
+            _table["d" + _name] = _table[_name]
+
+# Optional operands, in the order of the custom call; the position is the operand's bit in the spec.
+OPTIONAL = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "q_lengths",
+    "kv_lengths",
+    "q_segment_ids",
+    "kv_segment_ids",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "sinks",
+    "dropout",
+)
+# `dropout` is uint32 [6]: two key words, then the global offsets of this shard's batch, query head, row and column.
+DROPOUT_BATCH, DROPOUT_HEAD = 2, 3
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass of the library: its leading operands (the optional ones follow) and its results."""
+
+    name: str
+    operands: tuple[str, ...]
+    results: tuple[str, ...]
+
+
+FORWARD = Pass("forward", ("query", "key", "value"), ("out", "lse"))
+BACKWARD = Pass(
+    "backward", ("query", "key", "value", "dout", "lse", "delta"), ("dquery", "dkey", "dvalue")
+)
+BIAS_GRADIENT = Pass("bias_gradient", BACKWARD.operands, ("dbias",))
+PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT)
+
+
+def operand_bits(names: tuple[str, ...]) -> int:
+    """The bit set the C++ side decodes, from the names of the optional operands present."""
+    return sum(1 << OPTIONAL.index(name) for name in names)

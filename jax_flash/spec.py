@@ -1,0 +1,54 @@
+"""AttentionSpec: everything static about a call, in one frozen value, and its FFI encoding."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .operands import operand_bits
+
+Layout = Literal["fixed", "varlen"]
+LAYOUTS = ("fixed", "varlen")
+ALIGNMENTS = ("bottom_right", "top_left")
+UNLIMITED = -1
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The static options of one attention call.
+
+    `left` and `right` are the band around the diagonal in keys (UNLIMITED: no bound); causal is `right = 0`.
+    `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays, in call order.
+    """
+
+    layout: Layout
+    left: int = UNLIMITED
+    right: int = UNLIMITED
+    align: str = "bottom_right"
+    scale: float = 1.0
+    softcap: float = 0.0
+    dropout_rate: float = 0.0
+    deterministic: bool = False
+    operands: tuple[str, ...] = ()
+    implementation: str | None = None
+
+    def ffi_attributes(self) -> dict[str, Any]:
+        """The attributes of the custom call: the only place where Python values get their C++ types."""
+        return {
+            "layout": np.int32(LAYOUTS.index(self.layout)),
+            "align": np.int32(ALIGNMENTS.index(self.align)),
+            "left": np.int32(self.left),
+            "right": np.int32(self.right),
+            "scale": np.float32(self.scale),
+            "softcap": np.float32(self.softcap),
+            "dropout_rate": np.float32(self.dropout_rate),
+            "deterministic": np.bool_(self.deterministic),
+            "operands": np.int32(operand_bits(self.operands)),
+        }
+
+    def digest(self) -> str:
+        """A short hash, stable across processes, that names this spec in compiled programs."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
