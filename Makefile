@@ -1,0 +1,112 @@
+# `make demo` and `make test` each make a virtual environment, install into it and do the whole thing.
+# They need Python 3.11 or newer (with venv and headers), make and a C++20 compiler. `make help` lists the rest.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+find_python = $(shell for p in $(1); do $$p -c 'import sys; sys.exit(sys.version_info < (3, $(2)))' \
+  >/dev/null 2>&1 && command -v $$p && break; done)
+
+PYTHON ?= $(or $(call find_python,python3 python3.12 python3.11 python3.13 python3.14,11),python3)
+PYTHON312 ?= $(call find_python,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3)),12)
+EXTRAS ?= test,examples,bench
+IMPLEMENTATION ?=
+# IMPLEMENTATION=cuda takes an environment of its own, with jax's own CUDA wheels beside the library built here.
+VENV ?= $(if $(filter cuda,$(IMPLEMENTATION)),.venv-gpu,.venv)
+JAX ?= $(if $(filter cuda,$(IMPLEMENTATION)),jax[cuda13])
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+LINTERS = $(VENV)/.linters
+# Python files are read from the tree (an editable install); only what is compiled or declared makes it stale.
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc tools -type f -not -name '*.pyc' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PY_PATHS = $(wildcard jax_flash tests examples benchmarks tools)
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: demo
+demo: $(INSTALLED)  ## train a byte-level language model on real text into out/ (DEMO_ARGS=…)
+	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
+
+.PHONY: test
+test: $(INSTALLED)  ## the test suite (IMPLEMENTATION=cuda on a GPU machine, WORKERS=2, PYTEST_ARGS=…)
+	$(if $(IMPLEMENTATION),JAX_FLASH_TEST_IMPLEMENTATION=$(IMPLEMENTATION)) \
+	  $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) tests
+
+.PHONY: test-newest
+test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
+	@test -n "$(PYTHON312)" || { echo "test-newest: no python3.12 found; name one with PYTHON312=…" >&2; exit 1; }
+	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON312)
+
+.PHONY: print-python312
+print-python312:
+	@echo "$(PYTHON312)"
+
+.PHONY: memory-safety
+memory-safety:  ## the CPU kernels between guard pages, under address and undefined-behaviour sanitizers
+	$(MAKE) -C tests/memory
+
+.PHONY: cuda-compile
+cuda-compile:  ## where nvcc exists: build with CUDA on for a few table rows, and load the library
+	JAX_FLASH_CUDA=ON JAX_FLASH_CUDA_ARCHS="$(CUDA_ARCHS)" JAX_FLASH_HEAD_DIMS="$(CUDA_HEAD_DIMS)" \
+	  $(MAKE) .venv-cuda/.installed VENV=.venv-cuda EXTRAS=
+	.venv-cuda/bin/python -m jax_flash --require-built cuda
+CUDA_ARCHS ?= 80;90a-real
+CUDA_HEAD_DIMS ?= 64;128
+
+.PHONY: bench
+bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+.PHONY: lint
+lint: $(LINTERS)  ## ruff, clang-format and mypy, from pinned wheels
+	$(BIN)/ruff check $(PY_PATHS)
+	$(BIN)/ruff format --check $(PY_PATHS)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy --strict jax_flash
+
+.PHONY: format
+format: $(LINTERS)  ## rewrite the files in the house's format
+	$(BIN)/ruff check --fix --quiet $(PY_PATHS) || true
+	$(BIN)/ruff format $(PY_PATHS)
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+.PHONY: clean
+clean:  ## remove what these targets made (out/ stays)
+	rm -rf .venv .venv-newest .venv-cuda .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One build directory per environment: an interrupted or second install compiles only what changed.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(JAX:%='%') \
+	  --config-settings=build-dir=build/$(notdir $(VENV))
+	touch $@
+
+$(LINTERS): requirements-lint.txt $(INSTALLED)
+	$(BIN)/python -m pip install -q -r requirements-lint.txt
+	touch $@
+
+define CHECK_PYTHON
+import os, sys, sysconfig
+def need(ok, line):
+    if not ok: sys.exit(f"jax_flash: {line}")
+need(sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}; name another with PYTHON=…")
+try: import ensurepip, venv
+except ImportError: need(False, f"{sys.executable} has no venv; install it (Debian, Ubuntu: apt install python3-venv) or name another with PYTHON=…")
+need(os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")), f"{sys.executable} has no headers; install them (Debian, Ubuntu: apt install python3-dev) or name another with PYTHON=…")
+endef
+export CHECK_PYTHON
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "jax_flash: no $(PYTHON) found; name one with PYTHON=…" >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@command -v $(or $(firstword $(CXX)),c++) >/dev/null || { echo "jax_flash: no C++ compiler found; install g++" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

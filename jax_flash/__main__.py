@@ -1,0 +1,95 @@
+"""`python -m jax_flash`: what is installed, built and found, and what would run on each device, or why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+
+import jax
+
+from ._version import __version__
+from .backends import Backend, backends, cuda_major, why_not_on
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jax_flash", description=__doc__)
+    parser.add_argument(
+        "--require-built",
+        metavar="NAME",
+        choices=("cpu", "cuda"),
+        help="exit with 1 unless this implementation is built and loads",
+    )
+    required = parser.parse_args(arguments).require_built
+    found = backends()
+    print("\n".join(report(found)))
+    return int(any(b.implementation == required and b.problem is not None for b in found))
+
+
+def report(found: list[Backend]) -> list[str]:
+    """The lines that `python -m jax_flash` prints."""
+    versions = [f"jax_flash {__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {version}" for name in _packages() if (version := _version(name))]
+    lines = [", ".join(versions), ""]
+    for backend in found:
+        lines += _describe(backend) + [""]
+    return lines + _devices(found)
+
+
+def _packages() -> tuple[str, ...]:
+    return "jax", "jaxlib", f"jax-cuda{cuda_major()}-plugin"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe(backend: Backend) -> list[str]:
+    name = f"{backend.implementation:5}"
+    if backend.problem is not None:
+        return [f"{name} {backend.problem}"]
+    if backend.implementation == "xla":
+        return [
+            f"{name} plain JAX: every option, on every platform; memory grows with the square of the length"
+        ]
+    dims = ", ".join(f"{d}" if d == dv else f"{d}/{dv}" for d, dv in backend.head_dims)
+    return [
+        f"{name} {backend.library}",
+        f"      built for  {', '.join(backend.archs)}",
+        f"      passes     {', '.join(backend.passes)}",
+        f"      dtypes     {', '.join(backend.dtypes)}",
+        f"      head dims  {dims or 'any, up to 256'}",
+    ]
+
+
+def _devices(found: list[Backend]) -> list[str]:
+    """One line per device: the implementation that `implementation=None` takes there, or why none."""
+    by_name = {backend.implementation: backend for backend in found}
+    lines = []
+    for device in by_name["xla"].devices:
+        own = "cuda" if device.platform == "gpu" else device.platform
+        backend = by_name.get(own)
+        if backend is None:
+            verdict = 'no kernels for this platform: name implementation="xla"'
+        elif device in backend.devices:
+            verdict = f'runs "{own}", and "xla" where named' + _gaps(backend)
+        else:
+            problem = backend.problem or why_not_on(device)
+            verdict = f'"{own}" is {problem}; implementation="xla" runs'
+        lines.append(f"{device} ({device.device_kind}): {verdict}")
+    return lines or ["no device: jax could not start a backend"]
+
+
+def _gaps(backend: Backend) -> str:
+    """What the built kernels lack, so that nobody has to find out by an error."""
+    lacking = [p for p in ("forward", "backward", "bias_gradient") if p not in backend.passes]
+    lacking += [t for t in ("float16", "bfloat16", "float32") if t not in backend.dtypes]
+    return f"; not yet: {', '.join(lacking)}" if lacking else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""Finds the compiled libraries, registers their custom calls, and says what can run where.
+
+The CPU kernels live in the extension `jax_flash._core`. The CUDA kernels are a plain shared library with no Python
+in it, `libjax_flash_cuda.so`: inside this package when built from source, else in the wheel `jax-flash-cuda12` or
+`jax-flash-cuda13`, whichever matches the CUDA plugin of the installed jax. Without either, `implementation="xla"`
+still runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+CUDA_LIBRARY = "libjax_flash_cuda.so"
+CUDA_MAJORS = (13, 12)
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A row of the kernel table that was built: `arch` family ("sm90"), `pass_`, head dims and dtypes."""
+
+    arch: str
+    pass_: str
+    d: int
+    dv: int
+    dtypes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CudaLibrary:
+    """The CUDA library, loaded: where it lies, its rows, and its handlers by custom-call name."""
+
+    path: Path
+    kernels: tuple[Kernel, ...]
+    handlers: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation as this process finds it.
+
+    Attributes:
+      implementation: the value of `implementation=`: "cpu", "cuda" or "xla".
+      library: the file it was loaded from; None where there is none (always for "xla").
+      problem: why it is not installed, with the way out; None where it is.
+      archs: "cpu": the instruction set chosen on this machine; "cuda": the families built, such as "sm90".
+      passes: the passes built: "forward", "backward", "bias_gradient".
+      dtypes: the input dtypes built.
+      head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
+      devices: the local devices it runs on.
+    """
+
+    implementation: str
+    library: Path | None
+    problem: str | None
+    archs: tuple[str, ...]
+    passes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    head_dims: tuple[tuple[int, int], ...]
+    devices: tuple[jax.Device, ...]
+
+
+def backends() -> list[Backend]:
+    """What is installed, built and found: one `Backend` each for "cpu", "cuda" and "xla".
+
+    Never raises: what is missing is told in `Backend.problem`.
+
+    Example:
+      >>> [b.implementation for b in jax_flash.backends() if b.problem is None]
+      ['cpu', 'xla']
+    """
+    core, problem = _load_core()
+    passes = ("forward", "backward", "bias_gradient")
+    cpu = Backend(
+        implementation="cpu",
+        library=Path(str(core.__file__)) if core else None,
+        problem=problem,
+        archs=(core.cpu_isa(),) if core else (),
+        passes=passes if core else (),
+        dtypes=DTYPES if core else (),
+        head_dims=(),
+        devices=local_devices("cpu") if core else (),
+    )
+    everything = tuple(d for platform in ("cpu", "cuda") for d in local_devices(platform))
+    others = tuple(d for d in _default_devices() if d not in everything)
+    xla = Backend("xla", None, None, (), passes, DTYPES, (), everything + others)
+    return [cpu, _cuda_backend(), xla]
+
+
+def _cuda_backend() -> Backend:
+    library, problem = _load_cuda()
+    rows = library.kernels if library else ()
+    return Backend(
+        implementation="cuda",
+        library=library.path if library else None,
+        problem=problem,
+        archs=tuple(sorted({row.arch for row in rows})),
+        passes=tuple(sorted({row.pass_ for row in rows})),
+        dtypes=tuple(name for name in DTYPES if any(name in row.dtypes for row in rows)),
+        head_dims=tuple(sorted({(row.d, row.dv) for row in rows})),
+        devices=tuple(d for d in local_devices("cuda") if rows and why_not_on(d) is None),
+    )
+
+
+@cache
+def register() -> None:
+    """Registers every custom call found, for the platforms `cpu` and `CUDA`; what is missing is left out."""
+    core, _ = _load_core()
+    if core is not None:
+        _register(core.registrations(), "cpu")
+    library, _ = _load_cuda()
+    if library is not None:
+        _register(library.handlers, "CUDA")
+
+
+def _register(handlers: dict[str, Any], platform: str) -> None:
+    for name, handler in handlers.items():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
+
+
+def cuda_library() -> CudaLibrary | None:
+    """The CUDA library, or None where it is not installed."""
+    return _load_cuda()[0]
+
+
+def require_cpu(operation: str) -> None:
+    """Raises NotImplementedError where the extension with the CPU kernels was not built."""
+    _, problem = _load_core()
+    if problem is not None:
+        raise NotImplementedError(f'{operation}: implementation "cpu" is {problem}; "xla" runs here')
+
+
+def require_cuda(operation: str) -> None:
+    """Raises NotImplementedError where a call lowered for CUDA could only fail when it runs.
+
+    That is a process with a CUDA device and no CUDA library. A process without a CUDA device may lower for CUDA all
+    the same: it exports for another machine.
+    """
+    _, problem = _load_cuda()
+    if problem is not None and local_devices("cuda"):
+        raise NotImplementedError(f'{operation}: implementation "cuda" is {problem}; "xla" runs here')
+
+
+def local_devices(platform: str) -> tuple[jax.Device, ...]:
+    """This process's devices of a platform; none where jax has no such backend."""
+    try:
+        return tuple(jax.local_devices(backend=platform))
+    except RuntimeError:
+        return ()
+
+
+def _default_devices() -> tuple[jax.Device, ...]:
+    try:
+        return tuple(jax.local_devices())
+    except RuntimeError:
+        return ()
+
+
+def why_not_on(device: jax.Device) -> str | None:
+    """Why none of the kernels that were built runs on a CUDA device; None where one does."""
+    library, problem = _load_cuda()
+    if library is None:
+        return problem
+    families = sorted({row.arch for row in library.kernels})
+    capability = compute_capability(device)
+    if any(_covers(family, capability) for family in families):
+        return None
+    return f"built for {', '.join(families)}, and the device is sm_{capability}"
+
+
+def compute_capability(device: jax.Device) -> int:
+    """90 for "9.0"."""
+    return int(str(getattr(device, "compute_capability", "0.0")).replace(".", ""))
+
+
+def _covers(family: str, capability: int) -> bool:
+    """A family has its own card's code; sm80 also carries PTX, for every newer card."""
+    built = int(family.removeprefix("sm"))
+    return capability >= built if built == 80 else capability // 10 == built // 10
+
+
+@cache
+def _load_core() -> tuple[ModuleType | None, str | None]:
+    """The extension, or why there is none."""
+    try:
+        return importlib.import_module("._core", __package__), None
+    except ModuleNotFoundError:
+        return None, "not built: this is a source tree; `pip install .` there builds it"
+    except ImportError as error:
+        return None, f"not loadable: {error}"
+
+
+@cache
+def _load_cuda() -> tuple[CudaLibrary | None, str | None]:
+    """The CUDA library, or why there is none."""
+    core, problem = _load_core()
+    if core is None:
+        return None, problem
+    path, problem = _find_cuda(Path(str(core.__file__)).parent, core.version())
+    if path is None:
+        return None, problem
+    try:
+        handlers = core.load_cuda(str(path))
+    except RuntimeError as error:
+        return None, f"not loadable: {error}"
+    return CudaLibrary(path, tuple(Kernel(*row) for row in core.cuda_kernels()), handlers), None
+
+
+def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
+    """The library's path: inside the package, else in the wheel of the installed jax plugin's CUDA major."""
+    if (package / CUDA_LIBRARY).exists():
+        return package / CUDA_LIBRARY, None
+    major = cuda_major()
+    wheel = f"jax-flash-cuda{major}"
+    spec = importlib.util.find_spec(wheel.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        return None, f'not installed: pip install "jax-flash[cuda{major}]"'
+    found = importlib.metadata.version(wheel)
+    if found != version:
+        return (
+            None,
+            f"of another version: {wheel} is {found}, jax-flash is {version}; pip install {wheel}=={version}",
+        )
+    return Path(spec.origin).parent / CUDA_LIBRARY, None
+
+
+def cuda_major() -> int:
+    """The CUDA major of the installed jax plugin; the newest where there is none."""
+    for major in CUDA_MAJORS:
+        if importlib.util.find_spec(f"jax_cuda{major}_plugin") is not None:
+            return major
+    return CUDA_MAJORS[0]
