@@ -1,0 +1,189 @@
+"""`dot_product_attention`: jax.nn's function of that name, computed by this library."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from . import validate
+from ._compat import same_dim
+from .autodiff import attend
+
+_CHECK = validate.Checker("dot_product_attention")
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Attention with the signature and meaning of `jax.nn.dot_product_attention`.
+
+    B batch, T and S query and key length, N and K query and KV heads (N a multiple of K), H head dim.
+
+    Args:
+      query: `[B, T, N, H]` or `[T, N, H]`; float16, bfloat16 or float32 (and float64, see `implementation`).
+      key, value: `[B, S, K, H]` or `[S, K, H]`, in query's dtype.
+      bias: additive, each dim 1 or that of `[B, N, T, S]`; dims may be missing on the left. Differentiable.
+      mask: boolean, shaped like bias; True may attend.
+      scale: a Python number; None is 1/√H.
+      is_causal: query i attends to keys up to i, whatever the lengths (`align="top_left"`).
+      query_seq_lengths, key_value_seq_lengths: int32 `[B]`, the valid prefix of each row; queries past it give 0.
+      local_window_size: `(left, right)`, or one int for both: query i attends to keys i - left … i + right.
+      implementation: None (this library's custom call for the platform), "cuda", "cpu", or "xla" (plain JAX).
+        float64 always runs as plain JAX, so it takes None or "xla".
+      return_residual: also return log Σ exp(logits), `[B, T, N]` or `[T, N]`, in query's dtype, without gradient.
+
+    Returns:
+      An array with query's shape and dtype, or the pair of it and the residual.
+
+    Raises:
+      ValueError: shapes, dtypes and options that do not fit, as jax.nn does.
+      TypeError: lengths that are not int32; dtypes that no implementation has.
+      NotImplementedError: `implementation="cudnn"`; float64 with "cuda" or "cpu".
+
+    Deviations from jax.nn: a query with no key to attend to gives 0 with residual −inf, not the mean of all
+    values. What lies past the lengths is never read. A bias of −inf counts as masked. Reverse mode only.
+
+    Example: `dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))`
+    """
+    shape = jnp.shape(query)
+    query, key, value = (_rank4(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
+    _check_operands(query, key, value)
+    window = _window(local_window_size)
+    options = dict(
+        causal=is_causal, window=window, align="top_left", scale=scale, softcap=None,
+        mask=None if mask is None else _mask(mask), bias=None if bias is None else _bias(bias, query.dtype),
+        segment_ids=None, alibi_slopes=None, sinks=None, dropout_rate=0.0, dropout_key=None,
+        q_lengths=_lengths("query_seq_lengths", query_seq_lengths, query.shape[0]),
+        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0]),
+        deterministic=False, implementation=_implementation(implementation, query.dtype),
+    )  # fmt: skip
+    out, lse = attend(*validate.fixed(_CHECK.op, query, key, value, options))
+    out = out.reshape(shape)
+    if not return_residual:
+        return out
+    residual = jax.lax.stop_gradient(lse).transpose(0, 2, 1).reshape(shape[:-1])
+    return out, residual.astype(out.dtype)
+
+
+def _rank4(name: str, x: ArrayLike) -> Array:
+    x = jnp.asarray(x)
+    if x.ndim not in (3, 4):
+        raise _CHECK.fail(f"{name} has rank {x.ndim}; allowed are 3 (no batch) and 4")
+    return x if x.ndim == 4 else x[None]
+
+
+def _check_operands(query: Array, key: Array, value: Array) -> None:
+    """Where jax.nn is stricter than this library's other functions, or raises another error."""
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise _CHECK.fail(f"{name} has dtype {x.dtype}, which differs from query's {query.dtype}")
+    if not all(map(same_dim, value.shape, key.shape)):
+        raise _CHECK.fail(f"value has shape {value.shape}, which differs from key's {key.shape}")
+
+
+def _mask(mask: ArrayLike) -> Array:
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise _CHECK.fail(f"mask has dtype {mask.dtype}, allowed is bool; pass an additive mask as bias")
+    return mask
+
+
+def _bias(bias: ArrayLike, dtype: Any) -> Array:
+    """The bias in a dtype the kernels take; jax.nn adds any number to its float32 logits."""
+    bias = jnp.asarray(bias)
+    return bias if bias.dtype in (jnp.float16, jnp.bfloat16, dtype) else bias.astype(jnp.float32)
+
+
+def _lengths(name: str, lengths: ArrayLike | None, batch: Any) -> Array | None:
+    if lengths is None:
+        return None
+    lengths = _CHECK.int32(name, jnp.asarray(lengths))
+    _CHECK.shape(name, lengths, (batch,), "B")
+    return lengths
+
+
+def _window(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    try:
+        left, right = size if isinstance(size, Sequence) else (size, size)
+        left, right = operator.index(left), operator.index(right)
+    except (TypeError, ValueError):
+        left = right = -1
+    if left < 0 or right < 0:
+        raise _CHECK.fail(
+            f"local_window_size is {size!r}; allowed are None, an int ≥ 0 and a pair (left, right) of such"
+        )
+    return left, right
+
+
+def _implementation(implementation: str | None, dtype: Any) -> str | None:
+    if implementation == "cudnn":
+        raise _CHECK.fail(
+            'implementation is "cudnn"; allowed are None, "cuda", "cpu" and "xla" '
+            "(cuDNN's is in jax.nn.dot_product_attention)",
+            NotImplementedError,
+        )
+    implementation = validate.implementation_name(_CHECK, implementation)
+    if dtype != jnp.float64:
+        return implementation
+    if implementation not in (None, "xla"):
+        raise _CHECK.fail(
+            f'query is float64, which implementation="{implementation}" does not have; use "xla" or None',
+            NotImplementedError,
+        )
+    return "xla"

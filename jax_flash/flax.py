@@ -1,0 +1,205 @@
+"""`attention_fn` for Flax: MultiHeadAttention of linen and of nnx, in training and in decode.
+
+Flax itself is never imported here, so `import jax_flash.flax` works without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .attention import flash_attention
+
+_Attend = Callable[..., Array]
+
+
+def attention_fn(
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None = None,
+    mask: Array | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    force_fp32_for_softmax: bool = False,
+    einsum_dot_general: Callable[..., Array] | None = None,
+    qk_attn_weights_einsum: Callable[..., Array] | None = None,
+    attn_weights_value_einsum: Callable[..., Array] | None = None,
+    promote_dtype: Callable[..., Any] | None = None,
+    is_causal: bool = False,
+    *,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Array | None = None,
+    deterministic_backward: bool = False,
+    implementation: str | None = None,
+    **unknown: Any,
+) -> Array:
+    """`flash_attention` behind the signature that Flax gives to an `attention_fn`.
+
+    Shapes: query `[batch..., q_length, heads, depth]`, key and value `[batch..., kv_length, kv_heads, depth]`
+    with any number of batch dims, none included; `heads` a multiple of `kv_heads`. Result
+    `[batch..., q_length, heads, v_depth]` in the promoted dtype, which must be float16, bfloat16 or float32.
+
+    Args:
+      bias: additive, broadcastable to `[batch..., heads, q_length, kv_length]`; differentiable.
+      mask: broadcastable alike; boolean or a number where nonzero means "may attend", as Flax makes them.
+      broadcast_dropout: has no effect. With True, Flax draws one dropout mask and shares it by all batch
+        entries and heads; here every element has its own random bits either way. Both drop each weight with
+        probability `dropout_rate`, so only the correlation between batch entries and heads differs.
+      dropout_rng, dropout_rate, deterministic: dropout on the attention weights unless `deterministic`. The
+        same key gives the same result, though not the one that Flax's own generator would give.
+      dtype: computation dtype; None promotes query, key and value together, as Flax does.
+      precision: None or a `jax.lax.Precision` in any spelling. Products and sums are exact to float32 in
+        any case, so all of these are met.
+      force_fp32_for_softmax: either value is met: the softmax is always float32.
+      promote_dtype: replaces the promotion: called with `(query, key, value)` and `dtype=`.
+      is_causal: query i sees keys up to i. Ignored for a single query that comes with a mask: that is a
+        decode step, where the mask already says which cached keys exist (some versions of nnx pass
+        `is_causal` on to decode steps, which would leave them only key 0).
+      window, scale, softcap, alibi_slopes, implementation: as in `flash_attention`, and
+        `deterministic_backward` is its `deterministic`; Flax does not pass these, so bind them:
+        `attention_fn=functools.partial(jax_flash.flax.attention_fn, window=(256, 0))`.
+
+    Raises:
+      ValueError: dropout without `dropout_rng`; shapes that do not fit.
+      NotImplementedError: what a fused kernel cannot honour: `module` (sowing the attention weights, which
+        never exist as an array), einsum or dot_general replacements, a `precision` that names a dot
+        algorithm, and any argument not listed here.
+
+    One more deviation from Flax: a query whose keys are all masked gives 0 instead of the mean of the values.
+
+    Example:
+      `nnx.MultiHeadAttention(8, 512, attention_fn=jax_flash.flax.attention_fn, decode=False, rngs=nnx.Rngs(0))`
+    """
+    _refuse(
+        unknown,
+        module=module,
+        einsum_dot_general=einsum_dot_general,
+        qk_attn_weights_einsum=qk_attn_weights_einsum,
+        attn_weights_value_einsum=attn_weights_value_einsum,
+    )
+    _check_precision(precision)
+    dropout = not deterministic and dropout_rate > 0.0
+    if dropout and dropout_rng is None:
+        raise ValueError(
+            f"attention_fn: dropout_rate is {dropout_rate} but dropout_rng is None; pass a key, or deterministic=True"
+        )
+    query, key, value = (promote_dtype or _promote)((query, key, value), dtype=dtype)
+    decode_step = mask is not None and query.ndim >= 3 and query.shape[-3] == 1
+
+    def attend(query: Array, key: Array, value: Array, **arrays: Array) -> Array:
+        out: Array = flash_attention(
+            query,
+            key,
+            value,
+            causal=is_causal and not decode_step,
+            window=window,
+            align="top_left",
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            dropout_rate=dropout_rate if dropout else 0.0,
+            deterministic=deterministic_backward,
+            implementation=implementation,
+            **arrays,
+        )
+        return out
+
+    arrays = {
+        "bias": None if bias is None else _as_bias(bias),
+        "mask": None if mask is None else jnp.asarray(mask).astype(bool),
+        "dropout_key": dropout_rng if dropout else None,
+    }
+    return _over_batch_dims(attend, query, key, value, {k: v for k, v in arrays.items() if v is not None})
+
+
+def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
+    """Raise for arguments whose effect a fused kernel cannot have."""
+    if unsupported["module"] is not None:
+        raise NotImplementedError(
+            "attention_fn: module was passed (sow_weights=True), but the attention weights never exist as an array; "
+            "use sow_weights=False, or flax's own dot_product_attention to look at them"
+        )
+    given = [name for name, argument in {**unsupported, **unknown}.items() if argument is not None]
+    if given:
+        raise NotImplementedError(
+            f"attention_fn: {given[0]} has no effect on a fused kernel; leave it out, "
+            "or use flax's own dot_product_attention"
+        )
+
+
+def _check_precision(precision: Any) -> None:
+    """Accept every `jax.lax.Precision` spelling and pair; a dot algorithm asks for exact hardware behaviour."""
+    pair = precision if isinstance(precision, list) or type(precision) is tuple else (precision,)
+    for item in pair:
+        try:
+            jax.lax.Precision(item)
+        except (TypeError, ValueError):
+            raise NotImplementedError(
+                f"attention_fn: precision is {precision!r}; allowed are None and jax.lax.Precision, "
+                "dot algorithms cannot be chosen"
+            ) from None
+
+
+def _promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
+    """The arrays in one inexact dtype: `dtype`, or the one they promote to."""
+    arrays = [jnp.asarray(x) for x in arrays]
+    if dtype is None:
+        dtype = jnp.result_type(*arrays)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            dtype = jnp.promote_types(jnp.float32, dtype)
+    return [x.astype(dtype) for x in arrays]
+
+
+def _as_bias(bias: Array) -> Array:
+    """The bias in a dtype the kernels take: Flax adds whatever it is given."""
+    bias = jnp.asarray(bias)
+    return bias if bias.dtype in (jnp.float16, jnp.bfloat16) else bias.astype(jnp.float32)
+
+
+def _over_batch_dims(
+    attend: _Attend, query: Array, key: Array, value: Array, arrays: dict[str, Array]
+) -> Array:
+    """Call `attend` with exactly one batch dim: add one where there is none, vmap over further ones.
+
+    vmap rather than a reshape, so that a sharded inner batch dim stays sharded.
+    """
+    if not query.ndim == key.ndim == value.ndim >= 3:
+        raise ValueError(
+            "attention_fn: query, key and value must have the same rank, at least 3, "
+            f"but have {query.ndim}, {key.ndim} and {value.ndim}"
+        )
+    for name in arrays.keys() & {"bias", "mask"}:
+        if arrays[name].ndim > max(query.ndim, 4):
+            raise ValueError(
+                f"attention_fn: {name} has rank {arrays[name].ndim}, more than query's {query.ndim}"
+            )
+    if query.ndim == 3:
+        return attend(query[None], key[None], value[None], **arrays)[0]
+    if query.ndim == 4:
+        return attend(query, key, value, **arrays)
+
+    def inner(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
+        return _over_batch_dims(attend, query, key, value, arrays)
+
+    arrays, axes = dict(arrays), {}
+    for name, array in arrays.items():
+        axes[name] = None
+        if name == "dropout_key":  # One key per entry, or all of them would drop the same weights.
+            arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
+        elif array.ndim == query.ndim and array.shape[0] == 1:
+            arrays[name] = array[0]
+        elif array.ndim == query.ndim:
+            axes[name] = 0
+    return jax.vmap(inner, in_axes=(0, 0, 0, axes))(query, key, value, arrays)
