@@ -1,4 +1,4 @@
-"""`python -m jax_flash`: what is installed, built and found, and what would run on each device, or why not."""
+"""`python -m jax_flash`: what is installed, built and found, and what runs on each device, or why not."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import argparse
 import importlib.metadata
 import platform
 import sys
-
-import jax
 
 from ._version import __version__
 from .backends import Backend, backends, cuda_major, why_not_on
@@ -33,7 +31,7 @@ def report(found: list[Backend]) -> list[str]:
     versions += [f"{name} {version}" for name in _packages() if (version := _version(name))]
     lines = [", ".join(versions), ""]
     for backend in found:
-        lines += _describe(backend) + [""]
+        lines += [*_describe(backend), ""]
     return lines + _devices(found)
 
 
@@ -53,9 +51,7 @@ def _describe(backend: Backend) -> list[str]:
     if backend.problem is not None:
         return [f"{name} {backend.problem}"]
     if backend.implementation == "xla":
-        return [
-            f"{name} plain JAX: every option, on every platform; memory grows with the square of the length"
-        ]
+        return [f"{name} plain JAX: every option on every platform, memory quadratic in the length"]
     dims = ", ".join(f"{d}" if d == dv else f"{d}/{dv}" for d, dv in backend.head_dims)
     return [
         f"{name} {backend.library}",

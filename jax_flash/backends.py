@@ -1,9 +1,9 @@
 """Finds the compiled libraries, registers their custom calls, and says what can run where.
 
-The CPU kernels live in the extension `jax_flash._core`. The CUDA kernels are a plain shared library with no Python
-in it, `libjax_flash_cuda.so`: inside this package when built from source, else in the wheel `jax-flash-cuda12` or
-`jax-flash-cuda13`, whichever matches the CUDA plugin of the installed jax. Without either, `implementation="xla"`
-still runs.
+The CPU kernels live in the extension `jax_flash._core`. The CUDA kernels are a plain shared library with no
+Python in it, `libjax_flash_cuda.so`: inside this package when built from source, else in the wheel
+`jax-flash-cuda12` or `jax-flash-cuda13`, whichever matches the CUDA plugin of the installed jax. Without either,
+`implementation="xla"` still runs.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def require_cpu(operation: str) -> None:
 def require_cuda(operation: str) -> None:
     """Raises NotImplementedError where a call lowered for CUDA could only fail when it runs.
 
-    That is a process with a CUDA device and no CUDA library. A process without a CUDA device may lower for CUDA all
-    the same: it exports for another machine.
+    That is a process with a CUDA device and no CUDA library. A process without a CUDA device may lower for CUDA
+    all the same: it exports for another machine.
     """
     _, problem = _load_cuda()
     if problem is not None and local_devices("cuda"):
@@ -226,10 +226,8 @@ def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
         return None, f'not installed: pip install "jax-flash[cuda{major}]"'
     found = importlib.metadata.version(wheel)
     if found != version:
-        return (
-            None,
-            f"of another version: {wheel} is {found}, jax-flash is {version}; pip install {wheel}=={version}",
-        )
+        problem = f"of another version: {wheel} is {found}, jax-flash is {version}"
+        return None, f"{problem}; pip install {wheel}=={version}"
     return Path(spec.origin).parent / CUDA_LIBRARY, None
 
 
