@@ -1,0 +1,78 @@
+// The band of visible keys around the diagonal: causal, window and lengths, for a row and for tiles.
+#pragma once
+
+#include "sequence.h"
+#include "spec.h"
+
+namespace jax_flash {
+
+// [lo, hi); empty when hi <= lo.
+struct Interval {
+  int32_t lo, hi;
+
+  JF_HD bool empty() const { return hi <= lo; }
+  JF_HD int32_t size() const { return hi > lo ? hi - lo : 0; }
+  JF_HD bool contains(int32_t x) const { return lo <= x && x < hi; }
+};
+
+JF_HD Interval intersect(Interval a, Interval b) {
+  return {a.lo > b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
+}
+
+enum class TileClass : int32_t { kSkip, kPartial, kFull };
+
+// Row i sees keys [i + shift - left, i + shift + right] within [0, k_len), if i < q_len. Positions are those
+// within the sequence. Segments, mask and bias may hide more.
+struct Band {
+  int32_t q_len, k_len;
+  int64_t shift, left, right;
+
+  JF_HD int64_t diagonal(int32_t i) const { return i + shift; }
+
+  JF_HD int32_t first_key(int32_t i) const { return clamp(diagonal(i) - left, k_len); }
+  JF_HD int32_t last_key(int32_t i) const { return clamp(diagonal(i) + right + 1, k_len); }  // one past it
+
+  JF_HD Interval row(int32_t i) const {
+    if (i < 0 || i >= q_len) return {0, 0};
+    return {first_key(i), last_key(i)};
+  }
+
+  // The hull of the keys that rows [i0, i1) see.
+  JF_HD Interval rows(int32_t i0, int32_t i1) const {
+    if (i1 > q_len) i1 = q_len;
+    if (i1 <= i0) return {0, 0};
+    return {first_key(i0), last_key(i1 - 1)};
+  }
+
+  // The keys that every one of the rows [i0, i1) sees.
+  JF_HD Interval common(int32_t i0, int32_t i1) const {
+    if (i1 <= i0 || i1 > q_len) return {0, 0};
+    return {first_key(i1 - 1), last_key(i0)};
+  }
+
+  // The rows that see any key of [j0, j1).
+  JF_HD Interval queries(int32_t j0, int32_t j1) const {
+    if (j1 > k_len) j1 = k_len;
+    if (j1 <= j0) return {0, 0};
+    return {clamp(j0 - shift - right, q_len), clamp(j1 - shift + left, q_len)};
+  }
+
+  JF_HD TileClass classify(int32_t i0, int32_t i1, int32_t j0, int32_t j1) const {
+    if (intersect(rows(i0, i1), {j0, j1}).empty()) return TileClass::kSkip;
+    const Interval all = common(i0, i1);
+    return all.lo <= j0 && j1 <= all.hi ? TileClass::kFull : TileClass::kPartial;
+  }
+
+ private:
+  JF_HD static int32_t clamp(int64_t x, int32_t limit) {
+    return x < 0 ? 0 : x > limit ? limit : static_cast<int32_t>(x);
+  }
+};
+
+JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s) {
+  constexpr int64_t kFar = int64_t{1} << 40;
+  const int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
+  return {s.q_len, s.k_len, shift, spec.left < 0 ? kFar : spec.left, spec.right < 0 ? kFar : spec.right};
+}
+
+}  // namespace jax_flash
