@@ -1,0 +1,69 @@
+"""merge_attention: the parts of a softmax over disjoint sets of keys, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+_INF = float("inf")
+
+
+def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+    """Attention over all keys, from its results over disjoint parts of them.
+
+    lse = log Σ exp(lse_n), out = Σ exp(lse_n − lse)·out_n. Plain JAX, differentiable in every argument;
+    accumulated in float32. A part that saw no key (lse = −inf) adds nothing. Sinks belong to one part only.
+
+    Args:
+      outs: a list of `[..., s, h, dv]` arrays, one per part.
+      lses: a list of `[..., h, s]` arrays as `return_lse=True` gives them, one per part.
+
+    Returns:
+      out in the shape and dtype of `outs[0]`, and lse `[..., h, s]` in float32.
+
+    Raises:
+      ValueError: for empty lists, unequal numbers of parts, or shapes that do not fit together.
+
+    Source: Dao et al., "FlashAttention" (2022), the combination of two blocks.
+
+    Example:
+      >>> first = flash_attention(q, k[:, :n], v[:, :n], return_lse=True)
+      >>> rest = flash_attention(q, k[:, n:], v[:, n:], return_lse=True)
+      >>> out, lse = merge_attention(*zip(first, rest))
+    """
+    outs, lses = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
+    _check(outs, lses)
+    dtype = outs[0].dtype
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    part = jnp.stack([lse.astype(wide) for lse in lses])  # [parts, ..., h, s]
+    m = lax.stop_gradient(part.max(0))
+    m = jnp.where(m == -_INF, 0, m)
+    e = jnp.exp(part - m)
+    total = e.sum(0)
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    lse = jnp.where(nothing, -_INF, m + jnp.log(total))
+    weight = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
+    merged = (weight * jnp.stack([out.astype(wide) for out in outs])).sum(0)
+    return merged.astype(dtype), lse
+
+
+def _check(outs: list[Array], lses: list[Array]) -> None:
+    if not outs:
+        raise ValueError("merge_attention: outs is empty; it needs at least one part")
+    if len(outs) != len(lses):
+        raise ValueError(f"merge_attention: lses has {len(lses)} parts, which is not outs' {len(outs)}")
+    shape = outs[0].shape
+    if len(shape) < 3:
+        raise ValueError(f"merge_attention: outs[0] has shape {shape}; it must be [..., s, h, dv]")
+    lse_shape = (*shape[:-3], shape[-2], shape[-3])
+    for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        if out.shape != shape:
+            raise ValueError(f"merge_attention: outs[{n}] has shape {out.shape}, which is not outs[0]'s {shape}")
+        if lse.shape != lse_shape:
+            raise ValueError(
+                f"merge_attention: lses[{n}] has shape {lse.shape}; with outs of shape {shape} it must be"
+                f" [..., h, s] = {lse_shape}"
+            )

@@ -1,0 +1,70 @@
+"""Dropout bits: Philox4x32-10 in uint32 jax.numpy, the same bits as `csrc/core` on every platform.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+ROUNDS = 10
+COLUMNS = 8  # 16-bit numbers in one block of four 32-bit words
+_MULTIPLIERS = (np.uint32(0xD2511F53), np.uint32(0xCD9E8D57))
+_WEYL = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
+_LOW = np.uint32(0xFFFF)
+_HALF = np.uint32(16)
+
+Words = tuple[Array, Array, Array, Array]
+
+
+def _multiply(a: np.uint32, b: Array) -> tuple[Array, Array]:
+    """The high and low words of a·b, through 16-bit limbs so that no 64-bit type is needed."""
+    a_high, a_low, b_high, b_low = a >> _HALF, a & _LOW, b >> _HALF, b & _LOW
+    middle = a_low * b_high + (a_low * b_low >> _HALF)
+    carry = a_high * b_low + (middle & _LOW)
+    return a_high * b_high + (middle >> _HALF) + (carry >> _HALF), a * b
+
+
+def philox4x32(key: tuple[Array, Array], counter: Words) -> Words:
+    """The four uint32 words of Philox4x32-10; `key` and `counter` broadcast against each other."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
+    return c0, c1, c2, c3
+
+
+def threshold(rate: float) -> int:
+    """The 16-bit numbers below this are dropped: `rate`, as the float32 the kernels see, in 1/65536."""
+    return math.floor(float(np.float32(rate)) * 65536 + 0.5)
+
+
+def keep(dropout: Array, rate: float, batch: Array, head: Array, row: Array, column: Array) -> Array:
+    """Which elements of P survive: boolean, of the broadcast shape of the four int32 positions.
+
+    Args:
+      dropout: uint32 `[6]`: two key words, then the offsets of this shard's batch, head, row and column.
+      rate: the probability of an element being dropped.
+      batch, head, row, column: positions within this shard; row and column count within the sequence.
+    """
+    key0, key1, batch0, head0, row0, column0 = (dropout[i] for i in range(6))
+    batch, head, row, column = (
+        position.astype(jnp.uint32) + offset
+        for position, offset in ((batch, batch0), (head, head0), (row, row0), (column, column0))
+    )
+    words = philox4x32((key0, key1), (column // np.uint32(COLUMNS), row, head, batch))
+    lane = column % np.uint32(COLUMNS)
+    pair, odd = lane // np.uint32(2), lane % np.uint32(2)
+    word = jax.lax.select_n(
+        jnp.broadcast_to(pair.astype(jnp.int32), words[0].shape),
+        *(jnp.broadcast_to(word, words[0].shape) for word in words),
+    )
+    bits = word >> (odd * _HALF) & _LOW
+    return bits >= np.uint32(threshold(rate))

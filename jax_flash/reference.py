@@ -1,0 +1,231 @@
+"""The equations of docs/architecture.md in jax.numpy: `implementation="xla"`, and the tests' oracle.
+
+Every visible pair of a query row i and a key column j has a score s; p = softmax(s), o = P·V. A packed
+(varlen) batch is one batch entry whose sequences are segments. What no one reads (rows past their
+length, rows that see nothing, keys that nobody sees) is replaced by zeros before the products, and the
+results of such rows by constants after them: so NaN there reaches neither results nor gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import philox
+from .spec import UNLIMITED, AttentionSpec
+
+_INF = float("inf")
+_PACKED = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows and columns of S lie; `b` may be 1 where nothing depends on it."""
+
+    sequence: Array  # [b, sq | 1]  batch entry or sequence, as dropout and alibi count it
+    row: Array  # [b, sq]  i, the position within the sequence
+    column: Array  # [b, sk]  j
+    diagonal: Array  # [b, sq]  c(i)
+    row_used: Array  # [b, sq]  i < nq
+    column_used: Array  # [b, sk]  j < nk
+    segments: tuple[Array, Array] | None  # [b, sq], [b, sk]  only equal ones see each other
+
+
+def attention(
+    spec: AttentionSpec, operands: dict[str, Array], *, round_to: jnp.dtype | None = None
+) -> tuple[Array, Array]:
+    """Attention by its equations, in O(sq·sk) memory, differentiable by JAX's own autodiff.
+
+    Args:
+      spec: the static options.
+      operands: the arrays of `docs/architecture.md`'s table, without leading dimensions (vmap adds them).
+      round_to: the dtype that S and P are rounded to, by default none: the tests' measure of what a
+        kernel of that precision may lose.
+
+    Returns:
+      out `[b, sq, hq, dv]` in query's dtype and lse `[b, hq, sq]` in float32; packed: `[tq, hq, dv]` and
+      `[hq, tq]`. Everything is computed in float32 (float64 and its lse too, if query is float64).
+    """
+    if spec.layout == "fixed":
+        return _attend(spec, operands, _place_fixed(spec, operands), round_to)
+    batch = operands | {name: operands[name][None] for name in _PACKED}
+    out, lse = _attend(spec, batch, _place_varlen(spec, operands), round_to)
+    return out[0], lse[0]
+
+
+def _attend(
+    spec: AttentionSpec, operands: dict[str, Array], place: _Place, round_to: jnp.dtype | None
+) -> tuple[Array, Array]:
+    dtype = operands["query"].dtype
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    visible = _visible(spec, operands, place)  # [b|1, hq|1, sq, sk]
+    row_read = jnp.swapaxes(visible.any(3), 1, 2)[..., None]  # [b|1, sq, hq|1, 1]
+    column_read = visible.any((1, 2))[..., None, None]  # [b|1, sk, 1, 1]
+    q = jnp.where(row_read, operands["query"].astype(wide), 0)
+    k = jnp.where(column_read, operands["key"].astype(wide), 0)
+    v = jnp.where(column_read, operands["value"].astype(wide), 0)
+
+    s = _score(spec, operands, place, visible, spec.scale * _query_key(q, k))  # [b, hq, sq, sk]
+    s = jnp.where(visible, _round(s, round_to), -_INF)
+    p, lse = _softmax(s, _sink(operands, place, wide))
+    p = _drop(spec, operands, place, _round(p, round_to))
+    o = jnp.where(row_read, _probability_value(p, v), 0)  # [b, sq, hq, dv]
+    return o.astype(dtype), lse
+
+
+def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
+    b, sq = operands["query"].shape[:2]
+    sk = operands["key"].shape[1]
+    nq = _length(operands.get("q_lengths"), sq)
+    nk = _length(operands.get("kv_lengths"), sk)
+    row, column = _iota(sq)[None], _iota(sk)[None]
+    segments = None
+    if "q_segment_ids" in operands:
+        segments = operands["q_segment_ids"], operands["kv_segment_ids"]
+    return _Place(
+        sequence=_iota(b)[:, None],
+        row=row,
+        column=column,
+        diagonal=_diagonal(spec, row, nq, nk),
+        row_used=row < nq,
+        column_used=column < nk,
+        segments=segments,
+    )
+
+
+def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
+    cu_q, z_q, row = _locate(operands["cu_seqlens_q"], operands["query"].shape[0])
+    cu_k, z_k, column = _locate(operands["cu_seqlens_k"], operands["key"].shape[0])
+    outside = cu_q.shape[0] - 1  # the tokens of no sequence form one more, of no length
+    nq = jnp.diff(cu_q, append=cu_q[-1:])
+    nk = jnp.diff(cu_k, append=cu_k[-1:])
+    if "kv_lengths" in operands:
+        nk = jnp.minimum(nk, jnp.append(jnp.maximum(operands["kv_lengths"], 0), jnp.int32(0)))
+    return _Place(
+        sequence=z_q[None],
+        row=row[None],
+        column=column[None],
+        diagonal=_diagonal(spec, row, nq[z_q], nk[z_q])[None],
+        row_used=(z_q < outside)[None],
+        column_used=(column < nk[z_k])[None],
+        segments=(z_q[None], z_k[None]),
+    )
+
+
+def _locate(cu_seqlens: Array, tokens: int) -> tuple[Array, Array, Array]:
+    """cu_seqlens made monotone `[n + 1]`, each token's sequence (n: none) and position in it `[tokens]`."""
+    cu = lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
+    n = cu.shape[0] - 1
+    token = _iota(tokens)
+    z = jnp.searchsorted(cu, token, side="right", method="compare_all").astype(jnp.int32) - 1
+    z = jnp.where(z < 0, n, z)
+    return cu, z, token - cu[z]
+
+
+def _length(lengths: Array | None, size: int) -> Array:
+    """The rows in use, `[b, 1]`, or `[1, 1]` where that is all of them."""
+    if lengths is None:
+        return jnp.full((1, 1), size, jnp.int32)
+    return jnp.clip(lengths, 0, size)[:, None]
+
+
+def _diagonal(spec: AttentionSpec, row: Array, nq: Array, nk: Array) -> Array:
+    return row + (nk - nq) if spec.align == "bottom_right" else row
+
+
+def _offset(place: _Place) -> Array:
+    """j − c(i): how far a key lies behind the diagonal, `[b|1, 1, sq, sk]`."""
+    return place.column[:, None, None, :] - place.diagonal[:, None, :, None]
+
+
+def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
+    """Which query rows see which keys, `[b|1, hq|1, sq, sk]`."""
+    visible = place.row_used[:, None, :, None] & place.column_used[:, None, None, :]
+    if spec.left != UNLIMITED:
+        visible &= _offset(place) >= -spec.left
+    if spec.right != UNLIMITED:
+        visible &= _offset(place) <= spec.right
+    if place.segments is not None:
+        q_segment, k_segment = place.segments
+        visible &= q_segment[:, None, :, None] == k_segment[:, None, None, :]
+    if "mask" in operands:
+        visible &= operands["mask"]
+    if "bias" in operands:
+        visible &= operands["bias"] != -_INF
+    return visible
+
+
+def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visible: Array, s: Array) -> Array:
+    if spec.softcap:
+        s = spec.softcap * jnp.tanh(s / spec.softcap)
+    if "bias" in operands:
+        s += jnp.where(visible, operands["bias"].astype(s.dtype), 0)
+    if "alibi_slopes" in operands:
+        slopes = lax.stop_gradient(operands["alibi_slopes"]).astype(s.dtype)  # [b|n|1, hq]
+        slopes = jnp.take(slopes, place.sequence, axis=0, mode="clip")  # [b, sq|1, hq]
+        s -= jnp.swapaxes(slopes, 1, 2)[..., None] * jnp.abs(_offset(place)).astype(s.dtype)
+    return s
+
+
+def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array | None:
+    """The logit of each row's sink, a key that has no value: `[b|1, hq, sq, 1]`."""
+    if "sinks" not in operands:
+        return None
+    sinks = operands["sinks"].astype(dtype)[:, None, None]
+    return jnp.where(place.row_used[:, None, :, None], sinks, -_INF)
+
+
+def _softmax(s: Array, sink: Array | None) -> tuple[Array, Array]:
+    """P, and lse = log Σ exp(s) `[b, hq, sq]`; a row of −inf has P = 0 and lse = −inf."""
+    m = jnp.max(s, axis=3, keepdims=True, initial=-_INF)
+    m = m if sink is None else jnp.maximum(m, sink)
+    m = lax.stop_gradient(jnp.where(m == -_INF, 0, m))
+    e = jnp.exp(s - m)
+    total = jnp.sum(e, axis=3, keepdims=True)
+    total = total if sink is None else total + jnp.exp(sink - m)
+    nothing = total == 0
+    total = jnp.where(nothing, 1, total)
+    lse = jnp.where(nothing, -_INF, m + jnp.log(total))
+    return e / total, lse[..., 0]
+
+
+def _drop(spec: AttentionSpec, operands: dict[str, Array], place: _Place, p: Array) -> Array:
+    if "dropout" not in operands:
+        return p
+    kept = philox.keep(
+        operands["dropout"],
+        spec.dropout_rate,
+        batch=place.sequence[:, None, :, None],
+        head=_iota(p.shape[1])[None, :, None, None],
+        row=place.row[:, None, :, None],
+        column=place.column[:, None, None, :],
+    )
+    return jnp.where(kept, p / (1 - spec.dropout_rate), 0)
+
+
+def _query_key(q: Array, k: Array) -> Array:
+    """Q·Kᵀ `[b, hq, sq, sk]`; query head h·g + r reads KV head h."""
+    b, sq, hq, d = q.shape
+    hk = k.shape[2]
+    q = q.reshape(b, sq, hk, hq // hk, d)
+    s = jnp.einsum("bihrd,bjhd->bhrij", q, k, precision=lax.Precision.HIGHEST)
+    return s.reshape(b, hq, sq, k.shape[1])
+
+
+def _probability_value(p: Array, v: Array) -> Array:
+    """P·V `[b, sq, hq, dv]`."""
+    b, hq, sq, sk = p.shape
+    hk, dv = v.shape[2:]
+    p = p.reshape(b, hk, hq // hk, sq, sk)
+    o = jnp.einsum("bhrij,bjhd->bihrd", p, v, precision=lax.Precision.HIGHEST)
+    return o.reshape(b, sq, hq, dv)
+
+
+def _round(x: Array, dtype: jnp.dtype | None) -> Array:
+    return x if dtype is None else x.astype(dtype).astype(x.dtype)
+
+
+def _iota(n: int) -> Array:
+    return jnp.arange(n, dtype=jnp.int32)
