@@ -2,8 +2,8 @@
 
 The CPU kernels live in the extension `jax_flash._core`. The CUDA kernels are a plain shared library with no
 Python in it, `libjax_flash_cuda.so`: inside this package when built from source, else in the wheel
-`jax-flash-cuda12` or `jax-flash-cuda13`, whichever matches the CUDA plugin of the installed jax. Without either,
-`implementation="xla"` still runs.
+`jax-flash-cuda12` or `jax-flash-cuda13`, whichever matches the CUDA plugin of the installed jax. Without
+either, `implementation="xla"` still runs.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def require_cpu(operation: str) -> None:
 def require_cuda(operation: str) -> None:
     """Raises NotImplementedError where a call lowered for CUDA could only fail when it runs.
 
-    That is a process with a CUDA device and no CUDA library. A process without a CUDA device may lower for CUDA
-    all the same: it exports for another machine.
+    That is a process with a CUDA device and no CUDA library. A process without a CUDA device may lower for
+    CUDA all the same: it exports for another machine.
     """
     _, problem = _load_cuda()
     if problem is not None and local_devices("cuda"):
