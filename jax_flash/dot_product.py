@@ -100,18 +100,18 @@ def dot_product_attention(
     Example: `dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))`
     """
     shape = jnp.shape(query)
-    query, key, value = (_rank4(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
-    _check_operands(query, key, value)
+    q, k, v = _rank4("query", query), _rank4("key", key), _rank4("value", value)
+    _check_operands(q, k, v)
     window = _window(local_window_size)
     options = dict(
         causal=is_causal, window=window, align="top_left", scale=scale, softcap=None,
-        mask=None if mask is None else _mask(mask), bias=None if bias is None else _bias(bias, query.dtype),
+        mask=None if mask is None else _mask(mask), bias=None if bias is None else _bias(bias, q.dtype),
         segment_ids=None, alibi_slopes=None, sinks=None, dropout_rate=0.0, dropout_key=None,
-        q_lengths=_lengths("query_seq_lengths", query_seq_lengths, query.shape[0]),
-        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, query.shape[0]),
-        deterministic=False, implementation=_implementation(implementation, query.dtype),
+        q_lengths=_lengths("query_seq_lengths", query_seq_lengths, q.shape[0]),
+        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, q.shape[0]),
+        deterministic=False, implementation=_implementation(implementation, q.dtype),
     )  # fmt: skip
-    out, lse = attend(*validate.fixed(_CHECK.op, query, key, value, options))
+    out, lse = attend(*validate.fixed(_CHECK.op, q, k, v, options))
     out = out.reshape(shape)
     if not return_residual:
         return out

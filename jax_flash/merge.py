@@ -61,7 +61,9 @@ def _check(outs: list[Array], lses: list[Array]) -> None:
     lse_shape = (*shape[:-3], shape[-2], shape[-3])
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         if out.shape != shape:
-            raise ValueError(f"merge_attention: outs[{n}] has shape {out.shape}, which is not outs[0]'s {shape}")
+            raise ValueError(
+                f"merge_attention: outs[{n}] has shape {out.shape}, which is not outs[0]'s {shape}"
+            )
         if lse.shape != lse_shape:
             raise ValueError(
                 f"merge_attention: lses[{n}] has shape {lse.shape}; with outs of shape {shape} it must be"

@@ -1,0 +1,20 @@
+"""jax_flash: exact attention for JAX as custom calls, on NVIDIA GPUs and on CPUs."""
+
+from ._version import __version__
+from .attention import flash_attention
+from .backends import Backend, backends
+from .check import check_inputs
+from .dot_product import dot_product_attention
+from .merge import merge_attention
+from .varlen import flash_attention_varlen
+
+__all__ = [
+    "Backend",
+    "__version__",
+    "backends",
+    "check_inputs",
+    "dot_product_attention",
+    "flash_attention",
+    "flash_attention_varlen",
+    "merge_attention",
+]

@@ -1,0 +1,17 @@
+"""vmap: a mapped axis becomes one more leading dimension, of size 1 where an operand is not mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+
+
+def batch(primitive: Primitive, args: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    moved = [
+        jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)
+    ]
+    results = primitive.bind(*moved, **params)
+    return results, [0] * len(results)

@@ -1,0 +1,257 @@
+"""`check_inputs`: reads the index arrays of a call on the host and says what is wrong with their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from .validate import Checker
+
+_CHECK = Checker("check_inputs")
+
+# Index arrays by rank; what of another operand bounds them is in the rule of each.
+_OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
+_LENGTHS = ("q_lengths", "kv_lengths", "query_seq_lengths", "key_value_seq_lengths")
+_RANKS = dict.fromkeys(_OFFSETS + _LENGTHS, 1) | {"block_tables": 2}
+_INDEX = (*_RANKS, "segment_ids", "positions")
+_OPERANDS = tuple(
+    "query key value k_pages v_pages mask bias alibi_slopes sinks dropout_key k_scale v_scale rotary x cos sin".split()
+)
+
+
+def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
+    """Check the values of a call's index arrays, which the call itself sees only on the device.
+
+    There they can do no harm, but wrong ones are read as something else: lengths are clamped, offsets are
+    read as their running maximum, a page outside the pool gives NaN. Here they raise. Pass the arrays under
+    the names of the public functions; as much is checked as those passed determine.
+
+    Args:
+      cu_seqlens_q, cu_seqlens_k, cu_seqlens: int32 `[n + 1]`. Start at 0, do not decrease, end within the
+        tokens of `query`, `key` and `key`.
+      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`. Between 0 and
+        the length of `query` and `key`; the keys of each sequence (varlen); the capacity of a row of
+        `block_tables` (paged), with room for the tokens of `key` (append_kv, where key comes with k_pages).
+      segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. Any value is valid.
+      block_tables: int32 `[n, pages]`. Entries that hold keys lie within `k_pages`; no slot is appended to twice.
+      positions: int32, within the rows of `cos`.
+      query, key, value, k_pages, v_pages, rotary, cos, …: the other operands, of which only shapes are used.
+      page_layout: `"nhd"` (`k_pages [p, ps, hk, d]`) or `"hnd"` (`[p, hk, ps, d]`).
+
+    Arguments that are None count as absent. Arrays under vmap are checked one entry at a time.
+
+    Raises:
+      ValueError: a wrong value, with its place, or shapes that contradict each other.
+      TypeError: an unknown name, an index array that is not int32, or one that is traced.
+
+    Example:
+      >>> check_inputs(query=q, cu_seqlens_q=jnp.array([0, 20, 17], jnp.int32))
+      ValueError: check_inputs: cu_seqlens_q[2] = 17 is less than cu_seqlens_q[1] = 20; offsets must not decrease
+    """
+    if page_layout not in ("nhd", "hnd"):
+        raise _CHECK.fail(f'page_layout is {page_layout!r}; allowed are "nhd" and "hnd"')
+    call = _Call(hnd=page_layout == "hnd")
+    for name, x in arrays.items():
+        call.add(name, x)
+    for name in _OFFSETS:
+        if name in call.index:
+            _check_offsets(call, name)
+    _check_sequence_counts(call)
+    for name in _LENGTHS:
+        if name in call.index:
+            _check_lengths(call, name)
+    _check_segments(call)
+    if "block_tables" in call.index and "kv_lengths" in call.index:
+        _check_pages(call)
+    if "positions" in call.index and "cos" in call.shapes:
+        _check_below(call, "positions", call.shapes["cos"][0], "cos")
+
+
+@dataclass
+class _Call:
+    """The index arrays as int64 (so that sums cannot wrap) and the shapes of all operands."""
+
+    hnd: bool
+    index: dict[str, np.ndarray] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def add(self, name: str, x: Any) -> None:
+        if name not in _INDEX + _OPERANDS:
+            raise _CHECK.fail(
+                f"{name!r} is no operand of this library; the index arrays are {', '.join(_INDEX)}", TypeError
+            )
+        if x is None:
+            return
+        if name == "segment_ids":
+            parts = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, x)
+            for side, part in zip(("q", "kv"), parts, strict=True):
+                self.index[f"{side}_segment_ids"] = _host("segment_ids", part)
+        elif name in _INDEX:
+            self.index[name] = _host(name, x)
+            if self.index[name].ndim != _RANKS.get(name, self.index[name].ndim):
+                raise _CHECK.fail(
+                    f"{name} must have rank {_RANKS[name]}, got shape {self.index[name].shape}; "
+                    "check the rows of a vmapped call one at a time"
+                )
+        else:
+            self.shapes[name] = np.shape(x[0] if name == "rotary" else x)
+
+    def length(self, *names: str) -> int | None:
+        """The tokens of the first of these operands that was passed."""
+        return next((self.shapes[n][-3] for n in names if n in self.shapes), None)
+
+    @property
+    def page_size(self) -> int | None:
+        pages = self.shapes.get("k_pages", self.shapes.get("v_pages"))
+        return None if pages is None else pages[2 if self.hnd else 1]
+
+    @property
+    def pages(self) -> int:
+        return self.shapes.get("k_pages", self.shapes.get("v_pages", (0,)))[0]
+
+    def appended(self) -> np.ndarray | None:
+        """How many keys append_kv adds to each sequence, `[n]`; None for any other call."""
+        if self.page_size is None or not self.shapes.keys() & {"key", "value"}:
+            return None
+        if "cu_seqlens" in self.index:
+            return np.diff(self.index["cu_seqlens"])
+        return np.full_like(self.index["kv_lengths"], self.length("key", "value"))
+
+
+def _host(name: str, x: Any) -> np.ndarray:
+    """An index array's values."""
+    if isinstance(x, jax.core.Tracer):
+        raise _CHECK.fail(f"{name} is traced; values are only known on the host, so call this outside jit", TypeError)
+    array = np.asarray(x)
+    if hasattr(x, "dtype") and array.dtype != np.int32:
+        raise _CHECK.fail(f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError)
+    if array.size and array.dtype.kind != "i":  # A plain list comes as int64, and an empty one as float64.
+        raise _CHECK.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
+    return array.astype(np.int64)
+
+
+def _first(bad: np.ndarray) -> tuple[int, ...] | None:
+    places = np.argwhere(bad)
+    return tuple(int(i) for i in places[0]) if len(places) else None
+
+
+def _item(name: str, array: np.ndarray, at: tuple[int, ...]) -> str:
+    return f"{name}[{', '.join(map(str, at))}] = {array[at]}"
+
+
+def _check_below(call: _Call, name: str, size: int, whose: str) -> None:
+    array = call.index[name]
+    at = _first((array < 0) | (array >= size))
+    if at is not None:
+        raise _CHECK.fail(f"{_item(name, array, at)} is outside the {size} rows of {whose}; allowed are 0 to {size - 1}")
+
+
+def _check_offsets(call: _Call, name: str) -> None:
+    offsets = call.index[name]
+    if offsets.size == 0:
+        raise _CHECK.fail(f"{name} is empty; n sequences have n + 1 offsets")
+    if offsets[0] != 0:
+        raise _CHECK.fail(f"{_item(name, offsets, (0,))}; the first offset must be 0")
+    at = _first(np.diff(offsets) < 0)
+    if at is not None:
+        here, before = _item(name, offsets, (at[0] + 1,)), _item(name, offsets, at)
+        raise _CHECK.fail(f"{here} is less than {before}; offsets must not decrease")
+    owner = "query" if name == "cu_seqlens_q" else "key"
+    tokens = call.length(*(("query",) if owner == "query" else ("key", "value")))
+    at = None if tokens is None else _first(offsets > tokens)
+    if at is not None:
+        raise _CHECK.fail(f"{_item(name, offsets, at)} is more than {owner}'s {tokens} tokens")
+
+
+def _check_sequence_counts(call: _Call) -> None:
+    """Every array with one entry per sequence (or batch entry) has as many of them."""
+    counts = {name: call.index[name].size - 1 for name in _OFFSETS if name in call.index}
+    counts |= {name: len(call.index[name]) for name in (*_LENGTHS, "block_tables") if name in call.index}
+    if not counts.keys() & set(_OFFSETS) and len(call.shapes.get("query", ())) in (3, 4):
+        query = call.shapes["query"]
+        counts["query"] = query[0] if len(query) == 4 else 1
+    (first, count), *others = counts.items() or [("", 0)]
+    for name, other in others:
+        if other != count:
+            raise _CHECK.fail(f"{name} has {other} sequences, but {first} has {count}")
+
+
+def _check_lengths(call: _Call, name: str) -> None:
+    lengths = call.index[name]
+    at = _first(lengths < 0)
+    if at is not None:
+        raise _CHECK.fail(f"{_item(name, lengths, at)}; a length must be at least 0")
+    limit, what = _limit(call, name)
+    added: Any = 0
+    if name == "kv_lengths" and "block_tables" in call.index:
+        appended = call.appended()
+        added = 0 if appended is None else appended
+    at = None if limit is None else _first(lengths + added > limit)
+    if at is None:
+        return
+    plus = "" if np.ndim(added) == 0 else f" and {added[at]} keys to append"
+    verb = "is" if not plus else "are"
+    raise _CHECK.fail(f"{_item(name, lengths, at)}{plus} {verb} more than {what} {np.broadcast_to(limit, lengths.shape)[at]}")
+
+
+def _limit(call: _Call, name: str) -> tuple[Any, str]:
+    """The most that each length may be, and the words for it."""
+    if name in ("q_lengths", "query_seq_lengths"):
+        return call.length("query"), "query's length"
+    if "block_tables" in call.index:
+        if call.page_size is None:
+            return None, ""
+        capacity = call.index["block_tables"].shape[1] * call.page_size
+        rotary = call.shapes.get("rotary")
+        if rotary is not None and rotary[0] < capacity:
+            return rotary[0], "the positions of rotary,"
+        return capacity, "the capacity of its row of block_tables,"
+    offsets = call.index.get("cu_seqlens_k", call.index.get("cu_seqlens_q"))
+    if offsets is not None:
+        return np.diff(offsets), "the keys of its sequence,"
+    return call.length("key", "value"), "key's length"
+
+
+def _check_segments(call: _Call) -> None:
+    for side, owner in (("q", "query"), ("kv", "key")):
+        ids = call.index.get(f"{side}_segment_ids")
+        if ids is None or owner not in call.shapes:
+            continue
+        shape = call.shapes[owner][:-2]
+        if ids.shape != shape:
+            raise _CHECK.fail(f"segment_ids has shape {ids.shape} for {owner}, whose batch and length are {shape}")
+
+
+def _check_pages(call: _Call) -> None:
+    tables, lengths, size = call.index["block_tables"], call.index["kv_lengths"], call.page_size
+    if not size:
+        return
+    new = call.appended()
+    used = lengths if new is None else lengths + new
+    holds_keys = np.arange(tables.shape[1]) * size < used[:, None]
+    at = _first(holds_keys & ((tables < 0) | (tables >= call.pages)))
+    if at is not None:
+        raise _CHECK.fail(
+            f"{_item('block_tables', tables, at)} is outside the pool of {call.pages} pages, "
+            f"and sequence {at[0]} with {used[at[0]]} keys needs it"
+        )
+    if new is not None:
+        _check_appended_slots(tables, lengths, new, size)
+
+
+def _check_appended_slots(tables: np.ndarray, lengths: np.ndarray, new: np.ndarray, size: int) -> None:
+    """Two sequences must not append to one slot of the pool."""
+    row = np.repeat(np.arange(len(lengths)), new)
+    position = np.concatenate([np.arange(n, n + k) for n, k in zip(lengths, new, strict=True)] or [row])
+    page, slot = tables[row, position // size], position % size
+    order = np.argsort(page * size + slot, kind="stable")
+    at = _first(np.diff((page * size + slot)[order]) == 0)
+    if at is not None:
+        one, other = order[at[0]], order[at[0] + 1]
+        raise _CHECK.fail(
+            f"block_tables rows {row[one]} and {row[other]} both append to page {page[one]}, slot {slot[one]}; "
+            "sequences may share only pages that they do not write to"
+        )

@@ -1,0 +1,219 @@
+"""One primitive per pass: abstract evaluation and lowering to the custom call.
+
+Each pass has two primitives with the same rules. The partitioned one is bound in ordinary code and carries the
+sharding rules (sharding.py); the local one is the custom call itself, bound per shard and inside manual regions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from . import _compat, backends
+from .batching import batch
+from .operands import DIMS, PASSES, Pass
+from .sharding import partitioned
+from .spec import AttentionSpec
+from .workspace import workspace_bound
+
+Avals = Sequence[Any]
+
+
+def operand_names(pass_: Pass, spec: AttentionSpec) -> tuple[str, ...]:
+    return pass_.operands + spec.operands
+
+
+def bind(pass_: Pass, spec: AttentionSpec, operands: dict[str, jax.Array]) -> list[jax.Array]:
+    """Run one pass on named operands."""
+    used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
+    primitives = LOCAL if _compat.manual_axes() else PARTITIONED
+    return primitives[pass_].bind(*used.values(), spec=spec)  # type: ignore[no-any-return]
+
+
+def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The operands, all varying over the union of their manual axes (the cast's transpose sums gradients)."""
+    axes = frozenset().union(*map(_compat.varying_axes, operands.values()))
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(sorted(axes - _compat.varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return {name: cast(x) for name, x in operands.items()}
+
+
+# --- abstract evaluation -------------------------------------------------------------------------------------------
+
+
+def leading(spec: AttentionSpec, name: str, ndim: int) -> int:
+    """How many leading batch dimensions an operand of this rank carries."""
+    return ndim - len(DIMS[spec.layout][name])
+
+
+def result_shapes(pass_: Pass, spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Shapes of the results from those of the operands, by name."""
+    dims = DIMS[spec.layout]
+    count = leading(spec, "query", len(shapes["query"]))
+    lead = tuple(_broadcast(shape[axis] for shape in shapes.values()) for axis in range(count))
+    sizes = {}
+    for name in ("query", "key", "value"):
+        sizes |= zip(dims[name], shapes[name][count:])
+    return [
+        lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
+        for result in pass_.results
+    ]
+
+
+def _broadcast(sizes: Any) -> Any:
+    return next((size for size in sizes if not _compat.same_dim(size, 1)), 1)
+
+
+def _abstract_eval(*avals: Any, pass_: Pass, spec: AttentionSpec) -> list[Any]:
+    named = dict(zip(operand_names(pass_, spec), avals))
+    shapes = result_shapes(pass_, spec, {name: aval.shape for name, aval in named.items()})
+    results = []
+    for name, shape in zip(pass_.results, shapes):
+        like = named[name[1:] if name[0] == "d" else "query"]
+        dtype = np.dtype("float32") if name == "lse" else like.dtype
+        sharding = like.sharding
+        if not sharding.mesh.empty:
+            sharding = sharding.update(spec=_result_spec(name, spec, like, named))
+        results.append(like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
+    return results
+
+
+def _result_spec(result: str, spec: AttentionSpec, like: Any, named: dict[str, Any]) -> Any:
+    """Explicit sharding of a result: that of the operand it is like, dimension by dimension."""
+    dims = DIMS[spec.layout]
+    source = "query" if result in ("out", "lse") else result
+    count = leading(spec, source, like.ndim)
+    entries = dict(zip(dims[source], like.sharding.spec[count:]))
+    lead = tuple(
+        next((x.sharding.spec[axis] for x in named.values() if not _compat.same_dim(x.shape[axis], 1)), None)
+        for axis in range(count)
+    )
+    return jax.sharding.PartitionSpec(*lead, *(entries.get(dim) for dim in dims[result]))
+
+
+# --- lowering ------------------------------------------------------------------------------------------------------
+
+
+def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec, platform: str) -> Any:
+    """The custom call of one platform."""
+    if spec.implementation not in (None, platform):
+        raise NotImplementedError(
+            f'jax_flash: implementation="{spec.implementation}" cannot run on platform "{platform}"; '
+            f'use implementation="{platform}", "xla", or None'
+        )
+    names = operand_names(pass_, spec)
+    shapes = {name: aval.shape for name, aval in zip(names, ctx.avals_in)}
+    head_dims = shapes["query"][-1], shapes["value"][-1]
+    if platform == "cuda" and any(d % 8 for d in head_dims):
+        return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(ctx, *values)
+    backends.register()
+    if platform == "cpu":
+        backends.require_cpu(f"jax_flash {pass_.name}")
+    else:
+        _require_cuda_kernel(pass_, ctx.avals_in[0].dtype.name, *head_dims)
+    avals_out = list(ctx.avals_out)
+    if platform == "cuda":
+        workspace = ctx.avals_out[0].update(
+            shape=(workspace_bound(pass_.name, spec, shapes),), dtype=np.dtype("uint8"), sharding=None
+        )
+        avals_out.append(workspace)
+    rule = jax.ffi.ffi_lowering(f"jax_flash_{pass_.name}")
+    results = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
+    return results[: len(pass_.results)]
+
+
+def _require_cuda_kernel(pass_: Pass, dtype: str, d: int, dv: int) -> None:
+    operation = f"jax_flash {pass_.name}"
+    backends.require_cuda(operation)
+    library = backends.cuda_library()
+    if library is None:  # exporting for another machine
+        return
+    rows = [row for row in library.kernels if row.pass_ == pass_.name]
+    if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
+        built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
+        raise NotImplementedError(
+            f'{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}); built are {built}; '
+            'implementation="xla" runs here'
+        )
+
+
+def _with_padded_head_dims(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> list[jax.Array]:
+    """CUDA loads 16 bytes at a time: other head dims pay for a padded copy."""
+    dims = DIMS[spec.layout]
+
+    def pad(name: str, x: jax.Array) -> jax.Array:
+        width = -x.shape[-1] % 8 if dims[name][-1] in ("d", "dv") else 0
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)]) if width else x
+
+    names = operand_names(pass_, spec)
+    padded = {name: pad(name, x) for name, x in zip(names, arrays)}
+    sizes = {"d": arrays[0].shape[-1], "dv": arrays[2].shape[-1]}
+    results = LOCAL[pass_].bind(*padded.values(), spec=spec)
+    return [x[..., : sizes.get(dims[name][-1], x.shape[-1])] for name, x in zip(pass_.results, results)]
+
+
+def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec) -> Any:
+    platforms = ", ".join(ctx.module_context.platforms)
+    raise NotImplementedError(
+        f'jax_flash has no custom call for platform "{platforms}"; use implementation="xla", plain JAX'
+    )
+
+
+def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec) -> Any:
+    """One device: the custom call. Several: the same, partitioned by sharding.py."""
+    if _compat.device_count(ctx) == 1:
+        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+    if _compat.exporting(ctx):
+        raise NotImplementedError(
+            "jax_flash: a program for several devices can be exported only with attention inside jax.shard_map; "
+            "elsewhere its partitioning lives in this process"
+        )
+    run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind)
+    results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    return [_compat.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
+
+
+def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: AttentionSpec) -> Any:
+    raise NotImplementedError(
+        f"jax_flash: the {pass_.name} pass is differentiable in reverse mode once; "
+        'use implementation="xla" for forward mode and higher derivatives'
+    )
+
+
+def _primitive(name: str, pass_: Pass) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(partial(_compat.apply_primitive, primitive))
+    primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
+    batching.primitive_batchers[primitive] = partial(batch, primitive)
+    ad.primitive_jvps[primitive] = partial(_no_second_derivative, pass_=pass_)
+    return primitive
+
+
+def _local(pass_: Pass) -> Primitive:
+    primitive = _primitive(f"jax_flash_{pass_.name}_local", pass_)
+    mlir.register_lowering(primitive, partial(_lower_nowhere, pass_=pass_))
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, partial(_lower_local, pass_=pass_, platform=platform), platform=platform)
+    return primitive
+
+
+def _partitioned(pass_: Pass) -> Primitive:
+    primitive = _primitive(f"jax_flash_{pass_.name}", pass_)
+    mlir.register_lowering(primitive, partial(_lower_partitioned, pass_=pass_))
+    _compat.require_devices_during_lowering(primitive)
+    return primitive
+
+
+LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
+PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}

@@ -1,0 +1,212 @@
+"""How one pass is split over devices: batch, heads and leading dimensions; everything else is gathered.
+
+The sharding rule tells XLA's propagation what goes together; `partition` then decides from query's sharding alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .operands import DIMS, DROPOUT_BATCH, DROPOUT_HEAD, Pass
+from .spec import AttentionSpec
+
+Axes = tuple[str, ...]
+Body = Callable[..., Sequence[jax.Array]]
+
+
+@lru_cache(maxsize=None)
+def partitioned(pass_: Pass, spec: AttentionSpec, names: tuple[str, ...], body: Body) -> Callable[..., Any]:
+    """The pass as one partitionable function, named after its spec so that compilation cache keys tell specs apart."""
+
+    def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(body(*arrays, spec=spec))
+
+    rules = _Rules(pass_, spec, names, body)
+    split = custom_partitioning(run)
+    split.def_partition(partition=rules.partition, sharding_rule=rules.sharding_rule)
+
+    def named(*arrays: jax.Array) -> Any:
+        return split(*arrays)
+
+    named.__name__ = named.__qualname__ = f"jax_flash_{pass_.name}_{spec.digest()}"
+    return jax.jit(named)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Mesh axes of each dimension name, and what is left of the head axes where KV heads run out.
+
+    Query heads are split over `axes["hq"]`, KV heads over its prefix `axes["hk"]`; over the `rest` KV is replicated
+    and each shard uses `kv_count` of its KV heads, from `first_kv`.
+    """
+
+    axes: dict[str, Axes]
+    rest: Axes = ()
+    heads: int = 0  # query heads of a shard
+    group: int = 1  # query heads per KV head
+
+    @property
+    def kv_count(self) -> int:
+        return max(1, self.heads // self.group)
+
+    def first_kv(self) -> jax.Array:
+        return lax.axis_index(self.rest) * self.heads // self.group
+
+
+@dataclass(frozen=True)
+class _Rules:
+    pass_: Pass
+    spec: AttentionSpec
+    names: tuple[str, ...]
+    body: Body
+
+    def dims(self, name: str, shape: Sequence[int]) -> list[str]:
+        """Names of an array's dimensions, leading ones as l0, l1…; broadcast ones of size 1 have no name."""
+        core = DIMS[self.spec.layout][name]
+        lead = [f"l{i}" for i in range(len(shape) - len(core))]
+        named = [dim.rstrip("*") for dim in (*lead, *core)]
+        may_be_one = [True] * len(lead) + [dim.endswith("*") for dim in core]
+        return ["" if size == 1 and free else dim for dim, size, free in zip(named, shape, may_be_one)]
+
+    # --- propagation ---------------------------------------------------------------------------------------------
+
+    def sharding_rule(self, mesh: Any, operand_types: Sequence[Any], result_types: Sequence[Any]) -> Any:
+        """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
+        arrays = [(n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))]
+        shapes = dict(arrays)
+        hq, hk = shapes["query"][-2], shapes["key"][-2]
+        sizes: dict[str, int] = {}
+        if hq == hk:
+            heads = {"hq": "h", "hk": "h"}
+        elif all(hk % size == 0 for size in mesh.shape.values() if hq % size == 0):
+            heads = {"hq": "(h g)", "hk": "h"}
+            sizes["g"] = hq // hk
+        else:
+            heads = {}
+        free = 0
+        factors: list[list[str]] = []
+        for name, shape in arrays:
+            row = []
+            for dim in self.dims(name, shape):
+                free += not dim
+                row.append(heads.get(dim, dim) if dim else f"u{free}")
+            factors.append(row)
+        replicated: list[str] = []
+        for row in factors:
+            for factor in row:
+                kept = factor in ("b", "h", "(h g)", "hq", "hk") or factor[0] in "lu"
+                if not kept and factor not in replicated:
+                    replicated.append(factor)
+        text = [" ".join(row) for row in factors]
+        rule = ", ".join(text[: len(self.names)]) + " -> " + ", ".join(text[len(self.names) :])
+        return rule, {"need_replication_factors": tuple(replicated), **sizes}
+
+    # --- partitioning --------------------------------------------------------------------------------------------
+
+    def partition(self, mesh: Any, operands: Any, results: Any) -> Any:
+        """Shardings of all arrays from query's, and the per-shard function."""
+        named = dict(zip(self.names, operands))
+        split = self.split(mesh, named)
+
+        def sharding(name: str, shape: Sequence[int]) -> NamedSharding:
+            entries = [split.axes.get(dim) or None for dim in self.dims(name, shape)]
+            return NamedSharding(mesh, PartitionSpec(*entries))
+
+        operand_shardings = tuple(sharding(name, x.shape) for name, x in named.items())
+        result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.pass_.results, results))
+        return mesh, partial(self.run_shard, split), result_shardings, operand_shardings
+
+    def split(self, mesh: Any, named: dict[str, Any]) -> Split:
+        axes: dict[str, Axes] = {}
+        used: set[str] = set()
+
+        def claim(dim: str, candidates: Axes, size: int) -> None:
+            taken = _dividing_prefix(mesh, tuple(a for a in candidates if a not in used), size)
+            if taken and not axes.get(dim):
+                axes[dim] = taken
+                used.update(taken)
+
+        head_axes: Axes = ()
+        for name, x in named.items():  # query first: it decides, the others only where it is not mapped
+            entries = _entries(x.sharding, len(x.shape))
+            for dim, entry, size in zip(self.dims(name, x.shape), entries, x.shape):
+                if dim == "b" and name == "query" or dim.startswith("l"):
+                    claim(dim, entry, size)
+                elif dim == "hq" and name == "query":
+                    head_axes = entry
+        return _split_heads(mesh, axes, head_axes, named["query"].shape[-2], named["key"].shape[-2], used)
+
+    def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        named = dict(zip(self.names, arrays))
+        if "dropout" in named:
+            named["dropout"] = self.with_offsets(split, named["dropout"], named["query"].shape)
+        kv_heads = named["key"].shape[-2]
+        if split.rest:
+            for name in ("key", "value"):
+                named[name] = lax.dynamic_slice_in_dim(named[name], split.first_kv(), split.kv_count, axis=-2)
+        results = self.body(*named.values(), spec=self.spec)
+        return tuple(
+            self.finish(name, x, split, kv_heads, named.get("bias")) for name, x in zip(self.pass_.results, results)
+        )
+
+    def with_offsets(self, split: Split, dropout: jax.Array, query_shape: Sequence[int]) -> jax.Array:
+        """Dropout bits follow the global batch entry and query head."""
+        for dim, slot in (("b", DROPOUT_BATCH), ("hq", DROPOUT_HEAD)):
+            if split.axes.get(dim):
+                size = query_shape[-4] if dim == "b" else query_shape[-2]
+                offset = lax.axis_index(split.axes[dim]).astype(jnp.uint32) * jnp.uint32(size)
+                dropout = dropout.at[..., slot].add(offset)
+        return dropout
+
+    def finish(self, name: str, x: jax.Array, split: Split, kv_heads: int, bias: jax.Array | None) -> jax.Array:
+        """Sum what several shards contributed to the same gradient."""
+        if name in ("dkey", "dvalue") and split.rest:
+            whole = jnp.zeros((*x.shape[:-2], kv_heads, x.shape[-1]), x.dtype)
+            whole = lax.dynamic_update_slice_in_dim(whole, x, split.first_kv(), axis=-2)
+            return lax.psum(whole, split.rest)
+        if name == "dbias" and bias is not None:
+            b, hq = bias.shape[-4:-2]
+            summed = (split.axes.get("b", ()) if b == 1 else ()) + (split.axes.get("hq", ()) if hq == 1 else ())
+            return lax.psum(x, summed) if summed else x
+        return x
+
+
+def _entries(sharding: Any, ndim: int) -> list[Axes]:
+    """Mesh axes of each dimension."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+    return entries + [()] * (ndim - len(entries))
+
+
+def _size(mesh: Any, axes: Axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _dividing_prefix(mesh: Any, axes: Axes, size: int) -> Axes:
+    """The longest prefix of axes that splits size evenly."""
+    return next(axes[:n] for n in range(len(axes), -1, -1) if size % _size(mesh, axes[:n]) == 0)
+
+
+def _split_heads(mesh: Any, axes: dict[str, Axes], candidates: Axes, hq: int, hk: int, used: set[str]) -> Split:
+    """The longest prefix of query's head axes whose shards see whole groups, or one KV head each."""
+    candidates = tuple(a for a in candidates if a not in used)
+    group = hq // hk
+    for n in range(len(candidates), 0, -1):
+        q_axes = candidates[:n]
+        if hq % _size(mesh, q_axes):
+            continue
+        kv_axes = _dividing_prefix(mesh, q_axes, hk)
+        heads = hq // _size(mesh, q_axes)
+        if kv_axes == q_axes or heads % group == 0 or group % heads == 0:
+            return Split(axes | {"hq": q_axes, "hk": kv_axes}, q_axes[len(kv_axes) :], heads, group)
+    return Split(axes)
