@@ -209,6 +209,8 @@ def _limit(call: _Call, name: str) -> tuple[Any, str]:
         if rotary is not None and rotary[0] < capacity:
             return rotary[0], "the positions of rotary,"
         return capacity, "the capacity of its row of block_tables,"
+    if call.page_size is not None:
+        return None, ""
     offsets = call.index.get("cu_seqlens_k", call.index.get("cu_seqlens_q"))
     if offsets is not None:
         return np.diff(offsets), "the keys of its sequence,"

@@ -1,0 +1,178 @@
+"""check_inputs: index arrays whose values the call would have to read as something else raise on the host."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_flash.check import check_inputs
+
+
+def i32(*values):
+    return jnp.array(values, jnp.int32)
+
+
+def zeros(*shape):
+    return jnp.zeros(shape, jnp.bfloat16)
+
+
+FIXED = dict(query=zeros(2, 8, 4, 16), key=zeros(2, 12, 2, 16), value=zeros(2, 12, 2, 16))
+PACKED = dict(query=zeros(30, 4, 16), key=zeros(40, 2, 16), value=zeros(40, 2, 16))
+POOL = dict(k_pages=zeros(6, 4, 2, 16), v_pages=zeros(6, 4, 2, 16))
+
+VALID = {
+    "nothing": {},
+    "fixed lengths, empty and full": dict(FIXED, q_lengths=i32(0, 8), kv_lengths=i32(12, 0)),
+    "jax.nn's names": dict(FIXED, query_seq_lengths=i32(0, 8), key_value_seq_lengths=i32(12, 0)),
+    "one entry without batch": dict(query=zeros(8, 4, 16), query_seq_lengths=i32(8)),
+    "absent arguments": dict(FIXED, q_lengths=None, segment_ids=None, mask=None, bias=None),
+    "segments, any value": dict(
+        FIXED, segment_ids=(jnp.full((2, 8), -7, jnp.int32), jnp.full((2, 12), 2**31 - 1, jnp.int32))
+    ),
+    "one segment array": dict(query=zeros(2, 8, 4, 16), key=zeros(2, 8, 2, 16), segment_ids=jnp.zeros((2, 8), jnp.int32)),
+    "packed, empty sequences and padding": dict(
+        PACKED, cu_seqlens_q=i32(0, 0, 20, 30), cu_seqlens_k=i32(0, 10, 10, 39), kv_lengths=i32(10, 0, 5)
+    ),
+    "packed, no sequences": dict(PACKED, cu_seqlens_q=i32(0)),
+    "plain lists": dict(PACKED, cu_seqlens_q=[0, 5, 30]),
+    "paged, garbage past the length": dict(
+        POOL, query=zeros(2, 1, 4, 16), block_tables=i32([5, -1, 99], [0, 5, 1]), kv_lengths=i32(4, 12)
+    ),
+    "paged, no page in use": dict(POOL, block_tables=i32([-1, -1]), kv_lengths=i32(0)),
+    "paged, sharing pages": dict(POOL, block_tables=i32([3, 1], [3, 2]), kv_lengths=i32(8, 8)),
+    "append to own pages": dict(
+        POOL, key=zeros(2, 3, 2, 16), value=zeros(2, 3, 2, 16), block_tables=i32([3, 1], [3, 2]), kv_lengths=i32(4, 5)
+    ),
+    "append packed": dict(
+        POOL, key=zeros(9, 2, 16), cu_seqlens=i32(0, 2, 2, 9), block_tables=i32([3, 1], [0, 0], [4, 5]),
+        kv_lengths=i32(6, 0, 1), rotary=(jnp.zeros((8, 8)), jnp.zeros((8, 8))),
+    ),
+    "positions": dict(x=zeros(2, 3, 4, 16), positions=i32([0, 1, 2], [7, 6, 5]), cos=jnp.zeros((8, 8))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VALID)
+def test_valid_arrays_pass(name):
+    assert check_inputs(**VALID[name]) is None
+
+
+WRONG = {
+    "decreasing": (
+        dict(PACKED, cu_seqlens_q=i32(0, 5, 20, 17)),
+        "cu_seqlens_q[3] = 17 is less than cu_seqlens_q[2] = 20; offsets must not decrease",
+    ),
+    "first offset": (dict(cu_seqlens_k=i32(2, 5)), "cu_seqlens_k[0] = 2; the first offset must be 0"),
+    "negative first offset": (dict(cu_seqlens_q=i32(-1, 5)), "cu_seqlens_q[0] = -1; the first offset must be 0"),
+    "no offset": (dict(cu_seqlens_q=i32()), "cu_seqlens_q is empty; n sequences have n + 1 offsets"),
+    "past query": (dict(PACKED, cu_seqlens_q=i32(0, 31)), "cu_seqlens_q[1] = 31 is more than query's 30 tokens"),
+    "past key": (
+        dict(PACKED, cu_seqlens_q=i32(0, 5, 6), cu_seqlens_k=i32(0, 41, 41)),
+        "cu_seqlens_k[1] = 41 is more than key's 40 tokens",
+    ),
+    "different counts": (
+        dict(cu_seqlens_q=i32(0, 5, 6), cu_seqlens_k=i32(0, 5)),
+        "cu_seqlens_k has 1 sequences, but cu_seqlens_q has 2",
+    ),
+    "lengths of another batch": (dict(FIXED, q_lengths=i32(1, 1, 1)), "query has 2 sequences, but q_lengths has 3"),
+    "negative length": (dict(FIXED, q_lengths=i32(3, -4)), "q_lengths[1] = -4; a length must be at least 0"),
+    "q_lengths": (dict(FIXED, q_lengths=i32(3, 9)), "q_lengths[1] = 9 is more than query's length 8"),
+    "kv_lengths": (dict(FIXED, kv_lengths=i32(13, 9)), "kv_lengths[0] = 13 is more than key's length 12"),
+    "jax.nn's": (
+        dict(FIXED, key_value_seq_lengths=i32(0, 13)),
+        "key_value_seq_lengths[1] = 13 is more than key's length 12",
+    ),
+    "keys of a sequence": (
+        dict(PACKED, cu_seqlens_q=i32(0, 3, 9), kv_lengths=i32(3, 7)),
+        "kv_lengths[1] = 7 is more than the keys of its sequence, 6",
+    ),
+    "rank": (dict(cu_seqlens_q=i32([0, 3])), "cu_seqlens_q must have rank 1, got shape (1, 2)"),
+    "segments": (
+        dict(FIXED, segment_ids=jnp.zeros((2, 8), jnp.int32)),
+        "segment_ids has shape (2, 8) for key, whose batch and length are (2, 12)",
+    ),
+    "page past the pool": (
+        dict(POOL, block_tables=i32([0, 1, 2], [3, 6, 0]), kv_lengths=i32(12, 5)),
+        "block_tables[1, 1] = 6 is outside the pool of 6 pages, and sequence 1 with 5 keys needs it",
+    ),
+    "negative page": (
+        dict(POOL, block_tables=i32([-2]), kv_lengths=i32(1)),
+        "block_tables[0, 0] = -2 is outside the pool of 6 pages, and sequence 0 with 1 keys needs it",
+    ),
+    "cache too long": (
+        dict(POOL, block_tables=i32([0, 1]), kv_lengths=i32(9)),
+        "kv_lengths[0] = 9 is more than the capacity of its row of block_tables, 8",
+    ),
+    "no room to append": (
+        dict(POOL, key=zeros(1, 3, 2, 16), block_tables=i32([0, 1]), kv_lengths=i32(6)),
+        "kv_lengths[0] = 6 and 3 keys to append are more than the capacity of its row of block_tables, 8",
+    ),
+    "page to append to": (
+        dict(POOL, key=zeros(1, 1, 2, 16), block_tables=i32([0, 7]), kv_lengths=i32(4)),
+        "block_tables[0, 1] = 7 is outside the pool of 6 pages, and sequence 0 with 5 keys needs it",
+    ),
+    "two writers of a slot": (
+        dict(POOL, key=zeros(2, 1, 2, 16), block_tables=i32([0], [0]), kv_lengths=i32(2, 2)),
+        "block_tables rows 0 and 1 both append to page 0, slot 2",
+    ),
+    "rotary table": (
+        dict(
+            POOL, key=zeros(1, 1, 2, 16), block_tables=i32([0, 1]), kv_lengths=i32(5),
+            rotary=(jnp.zeros((5, 8)), jnp.zeros((5, 8))),
+        ),
+        "kv_lengths[0] = 5 and 1 keys to append are more than the positions of rotary, 5",
+    ),
+    "positions": (
+        dict(positions=i32([0, 8]), cos=jnp.zeros((8, 8))),
+        "positions[0, 1] = 8 is outside the 8 rows of cos; allowed are 0 to 7",
+    ),
+    "page_layout": (dict(page_layout="dhn"), "page_layout is 'dhn'; allowed are \"nhd\" and \"hnd\""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_values_raise_with_their_place(name):
+    arrays, message = WRONG[name]
+    with pytest.raises(ValueError, match="^check_inputs: " + re.escape(message)):
+        check_inputs(**arrays)
+
+
+def test_page_layout_hnd_has_the_page_size_in_the_third_place():
+    pool = dict(k_pages=zeros(6, 2, 4, 16), block_tables=i32([0, 1]), page_layout="hnd")
+    check_inputs(**pool, kv_lengths=i32(8))
+    with pytest.raises(ValueError, match="capacity of its row of block_tables, 8"):
+        check_inputs(**pool, kv_lengths=i32(9))
+
+
+def test_sums_of_int32_do_not_wrap():
+    with pytest.raises(ValueError, match="more than the capacity"):
+        check_inputs(**POOL, key=zeros(1, 3, 2, 16), block_tables=i32([0]), kv_lengths=i32(2**31 - 1))
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_q", "q_lengths", "kv_lengths", "segment_ids", "block_tables"])
+@pytest.mark.parametrize("dtype", ["int64", "uint32", "float32", "bool"])
+def test_index_arrays_of_another_dtype_are_type_errors(name, dtype):
+    shape = (1, 2) if name in ("segment_ids", "block_tables") else (2,)
+    with pytest.raises(TypeError, match=f"check_inputs: {name} must be int32, got {dtype}"):
+        check_inputs(**{name: np.zeros(shape, dtype)})
+
+
+def test_lists_of_floats_are_type_errors():
+    with pytest.raises(TypeError, match="check_inputs: kv_lengths must hold integers, got float64"):
+        check_inputs(kv_lengths=[1.5])
+
+
+def test_unknown_names_are_type_errors():
+    with pytest.raises(TypeError, match="check_inputs: 'cu_seqlen_q' is no operand of this library"):
+        check_inputs(cu_seqlen_q=i32(0, 1))
+
+
+def test_traced_index_arrays_are_type_errors():
+    with pytest.raises(TypeError, match="check_inputs: kv_lengths is traced; .* outside jit"):
+        jax.jit(lambda x: check_inputs(kv_lengths=x))(i32(1))
+
+
+def test_traced_operands_give_their_shapes():
+    with pytest.raises(ValueError, match="cu_seqlens_q.1. = 31 is more than query's 30 tokens"):
+        jax.jit(lambda q: check_inputs(query=q, cu_seqlens_q=np.array([0, 31], np.int32)))(PACKED["query"])
