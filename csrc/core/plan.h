@@ -1,0 +1,76 @@
+// Which kernel runs a call, and how: a pure function of spec, shapes and device.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "problem.h"
+
+namespace jax_flash {
+
+// A row of csrc/kernels.def. `dtypes` is a bit set of DType; a built kernel has one bit.
+struct KernelRow {
+  const char* family;  // "sm80"
+  int32_t capability;  // 80: the oldest device of the family
+  Pass pass;
+  uint32_t dtypes;
+  int32_t head_dim, value_dim;
+  int32_t block_m, block_n;
+  int32_t stages, warps;
+
+  bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
+};
+
+struct Device {
+  int32_t capability;  // 90 for 9.0
+  int32_t sm_count;
+  int32_t shared_memory;  // bytes one block may use
+};
+
+// The sizes that a plan depends on: those of a Problem.
+struct Shapes {
+  DType dtype;
+  int64_t leading;  // product of the leading dimensions
+  int64_t batch;    // batch entries, or sequences
+  int64_t heads, head_dim, value_dim;
+  int64_t q_rows;  // s_q, or total tokens
+};
+
+struct LaunchPlan {
+  int32_t kernel = -1;     // index into the built rows; -1: `error` says why none runs
+  bool general = false;    // bias, masks, softcap, alibi or dropout: the kernel with all of them
+  int64_t tiles = 0;       // query tiles of one head of one leading entry (of one batch entry when fixed)
+  int64_t blocks = 0;      // thread blocks; 0: nothing to compute
+  int64_t shared = 0;      // bytes of shared memory per block
+  int64_t workspace = 0;   // bytes of the workspace that are used
+  std::string error = {};
+
+  std::string to_string(const KernelRow& row) const;
+};
+
+// One query tile of one sequence: an entry of the varlen schedule, which the device builds from cu_seqlens.
+// Rows [row, end) of the tile are written; those from q_len on are padding.
+struct TileWork {
+  int32_t index;  // the sequence, -1: tokens outside every sequence
+  int32_t q_begin, k_begin;
+  int32_t q_len, k_len;
+  int32_t row, end;
+  int32_t unused;
+};
+static_assert(sizeof(TileWork) == 32);
+
+inline constexpr int64_t kSmallestBlockM = 64;  // of kernels.def: bounds the number of tiles without knowing the row
+
+// Query tiles that one packed leading entry can need: those of its sequences and of the tokens before and after.
+int64_t varlen_tiles(int64_t q_rows, int64_t sequences, int64_t block_m);
+
+// Bytes of workspace that are enough on any device; jax_flash/workspace.py has the same formula.
+int64_t workspace_bound(const AttentionSpec& spec, const Shapes& shapes);
+
+LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
+                std::span<const KernelRow> built);
+
+Shapes shapes_of(const Problem& problem);
+
+}  // namespace jax_flash

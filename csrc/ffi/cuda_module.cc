@@ -1,0 +1,169 @@
+#include "cuda_module.h"
+
+#include <dlfcn.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "table.h"
+
+namespace nb = nanobind;
+
+namespace jax_flash {
+namespace {
+
+constexpr const char* kDTypeNames[] = {"float16", "bfloat16", "float32"};
+constexpr const char* kPassNames[] = {"forward", "backward", "bias_gradient"};
+
+struct Handler {
+  const char* target;  // the custom call's name
+  const char* symbol;  // in the library
+};
+constexpr Handler kHandlers[] = {{"jax_flash_forward", "JaxFlashForwardCuda"},
+                                 {"jax_flash_backward", "JaxFlashBackwardCuda"},
+                                 {"jax_flash_bias_gradient", "JaxFlashBiasGradientCuda"}};
+
+std::vector<KernelRow>& built_kernels() {
+  static std::vector<KernelRow> rows;
+  return rows;
+}
+
+template <class Function>
+Function* find(void* library, const char* name, const std::string& path) {
+  void* symbol = dlsym(library, name);
+  if (!symbol) throw std::runtime_error(path + " has no " + name + ": not a jax_flash CUDA library");
+  return reinterpret_cast<Function*>(symbol);
+}
+
+// Opens the library for the life of the process; the handlers that it has, by custom-call name.
+nb::dict load_cuda(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (!library) throw std::runtime_error(dlerror());
+  const std::string version = find<VersionFunction>(library, "jax_flash_version", path)();
+  if (version != JAX_FLASH_VERSION) {
+    throw std::runtime_error(path + " is version " + version + ", jax_flash is " JAX_FLASH_VERSION);
+  }
+  int32_t count = 0;
+  const KernelRow* rows = find<KernelsFunction>(library, "jax_flash_kernels", path)(&count);
+  built_kernels().assign(rows, rows + count);
+  nb::dict handlers;
+  for (const Handler& handler : kHandlers) {
+    if (void* symbol = dlsym(library, handler.symbol)) handlers[handler.target] = nb::capsule(symbol);
+  }
+  return handlers;
+}
+
+nb::tuple dtype_names(uint32_t dtypes) {
+  nb::list names;
+  for (int i = 0; i < 3; ++i) {
+    if (dtypes >> i & 1) names.append(kDTypeNames[i]);
+  }
+  return nb::tuple(names);
+}
+
+bool same_kernel(const KernelRow& a, const KernelRow& b) {
+  return std::string(a.family) == b.family && a.pass == b.pass && a.head_dim == b.head_dim &&
+         a.value_dim == b.value_dim;
+}
+
+// The rows built, as (arch, pass, d, dv, dtypes): tile shapes and dtypes of one kernel merged.
+nb::list cuda_kernels() {
+  std::vector<KernelRow> merged;
+  for (const KernelRow& row : built_kernels()) {
+    const auto at = std::find_if(merged.begin(), merged.end(), [&](auto& other) { return same_kernel(row, other); });
+    if (at == merged.end()) {
+      merged.push_back(row);
+    } else {
+      at->dtypes |= row.dtypes;
+    }
+  }
+  nb::list result;
+  for (const KernelRow& row : merged) {
+    result.append(nb::make_tuple(row.family, kPassNames[static_cast<int>(row.pass)], row.head_dim, row.value_dim,
+                                 dtype_names(row.dtypes)));
+  }
+  return result;
+}
+
+uint32_t built_dtypes(const KernelRow& row) {
+  uint32_t dtypes = 0;
+  for (const KernelRow& other : built_kernels()) {
+    if (same_kernel(row, other) && row.block_m == other.block_m && row.block_n == other.block_n) {
+      dtypes |= other.dtypes & row.dtypes;
+    }
+  }
+  return dtypes;
+}
+
+// Every row of csrc/kernels.def as a dictionary; "built" holds the dtypes that the loaded library has.
+nb::list table() {
+  nb::list result;
+  for (const KernelRow& row : kernel_table()) {
+    nb::dict entry;
+    entry["arch"] = row.family;
+    entry["pass"] = kPassNames[static_cast<int>(row.pass)];
+    entry["dtypes"] = dtype_names(row.dtypes);
+    entry["d"] = row.head_dim;
+    entry["dv"] = row.value_dim;
+    entry["block_m"] = row.block_m;
+    entry["block_n"] = row.block_n;
+    entry["stages"] = row.stages;
+    entry["warps"] = row.warps;
+    entry["built"] = dtype_names(built_dtypes(row));
+    result.append(entry);
+  }
+  return result;
+}
+
+int index_of(const char* const (&names)[3], const std::string& name) {
+  for (int i = 0; i < 3; ++i) {
+    if (name == names[i]) return i;
+  }
+  throw std::invalid_argument("plan: " + name + " is not one of " + names[0] + ", " + names[1] + ", " + names[2]);
+}
+
+// The plan of a call on a described device, from the whole table: how plans are tested without a GPU.
+nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, int32_t operands, float softcap,
+                 float scale, int64_t leading, int64_t batch, int64_t q_rows, int64_t heads, int64_t d, int64_t dv,
+                 int32_t capability, int32_t sm_count, int32_t shared_memory) {
+  const AttentionSpec spec{varlen ? Layout::kVarlen : Layout::kFixed,
+                           Align::kBottomRight,
+                           kUnlimited,
+                           kUnlimited,
+                           scale,
+                           softcap,
+                           0.0f,
+                           false,
+                           operands};
+  const Shapes shapes{static_cast<DType>(index_of(kDTypeNames, dtype)), leading, batch, heads, d, dv, q_rows};
+  const auto rows = kernel_table();
+  const LaunchPlan chosen = plan(static_cast<Pass>(index_of(kPassNames, pass)), spec, shapes,
+                                 Device{capability, sm_count, shared_memory}, rows);
+  if (chosen.kernel < 0) throw std::runtime_error(chosen.error);
+  nb::dict result;
+  result["row"] = table()[chosen.kernel];
+  result["general"] = chosen.general;
+  result["blocks"] = chosen.blocks;
+  result["shared"] = chosen.shared;
+  result["workspace"] = chosen.workspace;
+  result["workspace_bound"] = workspace_bound(spec, shapes);
+  result["text"] = chosen.to_string(rows[chosen.kernel]);
+  return result;
+}
+
+}  // namespace
+
+void bind_cuda(nb::module_& module) {
+  module.def("load_cuda", &load_cuda, nb::arg("path"));
+  module.def("cuda_kernels", &cuda_kernels);
+  module.def("kernel_table", &table);
+  module.def("plan", &plan_of, nb::kw_only(), nb::arg("pass_"), nb::arg("dtype"), nb::arg("varlen") = false,
+             nb::arg("operands") = 0, nb::arg("softcap") = 0.0f, nb::arg("scale") = 1.0f, nb::arg("leading") = 1,
+             nb::arg("batch"), nb::arg("q_rows"), nb::arg("heads"), nb::arg("d"), nb::arg("dv"),
+             nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
+}
+
+}  // namespace jax_flash
