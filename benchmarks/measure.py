@@ -1,0 +1,86 @@
+"""Timing: medians of drained repeats, inputs that do not stay in cache, and what the device itself can do."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Call = Callable[..., Any]
+
+# Inputs are rotated through this many bytes: several times the largest L2 or L3 in use today.
+ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}
+
+
+def copies_for(arguments: Any, platform: str) -> int:
+    """How many copies of the arguments fill the rotation."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments))
+    return max(1, min(64, -(-ROTATION[platform] // max(size, 1))))
+
+
+def interleaved(
+    calls: dict[str, tuple[Call, Sequence[tuple[Any, ...]]]], repeats: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds per call of each, repeat by repeat.
+
+    All calls take turns within a repeat, so that they meet the device in the same state (power, heat).
+    A repeat is as many calls back to back as fill `seconds`; the device is drained before and after it.
+
+    Args:
+      calls: name → (function, the argument tuples it goes through in turn).
+    """
+    counts, rotations = {}, {}
+    for name, (call, arguments) in calls.items():
+        rotations[name] = itertools.cycle(arguments)
+        jax.block_until_ready(call(*next(rotations[name])))
+        counts[name] = max(1, min(200, int(seconds / _repeat(call, rotations[name], 1))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, (call, _) in calls.items():
+            times[name].append(_repeat(call, rotations[name], counts[name]))
+    return times
+
+
+def _repeat(call: Call, arguments: Any, count: int) -> float:
+    prepared = [next(arguments) for _ in range(count)]
+    one_at_a_time = (
+        jax.default_backend() == "cpu"
+    )  # the CPU client may overlap calls, a GPU stream never does
+    start = time.perf_counter()
+    for argument in prepared:
+        out = call(*argument)
+        if one_at_a_time:
+            jax.block_until_ready(out)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / count
+
+
+def median(times: Sequence[float]) -> float:
+    return statistics.median(times)
+
+
+def spread(times: Sequence[float]) -> float:
+    """Half the distance between the quartiles, relative to the median."""
+    if len(times) < 4:
+        return (max(times) - min(times)) / 2 / median(times)
+    low, _, high = statistics.quantiles(times, n=4)
+    return (high - low) / 2 / median(times)
+
+
+def matmul_call(platform: str, dtype: str) -> tuple[Call, list[tuple[Any, ...]], float]:
+    """A square product in `dtype` at the device's own pace: the call, its arguments, its FLOP."""
+    n = 8192 if platform == "gpu" else 2048
+    a, b = (jax.random.normal(key, (n, n), dtype) for key in jax.random.split(jax.random.key(0)))
+    return jax.jit(jnp.matmul), [(a, b)], 2.0 * n**3
+
+
+def copy_call(platform: str) -> tuple[Call, list[tuple[Any, ...]], float]:
+    """A copy larger than any cache: the call, its arguments, the bytes it reads and writes."""
+    size = (2 << 30) if platform == "gpu" else (256 << 20)
+    x = jnp.zeros(size // 4, jnp.float32)
+    return jax.jit(lambda x: x + 1), [(x,)], 2.0 * size
