@@ -1,0 +1,158 @@
+"""A small pre-norm transformer in Flax NNX whose attention is `jax_flash.flash_attention_varlen`.
+
+Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: they are split
+over the mesh axis "model" where there is a mesh, and XLA partitions the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from text import VOCABULARY
+
+from jax_flash import flash_attention_varlen
+
+# Under remat, what attention's backward needs of its forward is kept: little, and dear to compute again.
+KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of a `Transformer`; `attention` is `flash_attention_varlen`'s `implementation`."""
+
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    head_dim: int = 64
+    hidden: int = 1024
+    dtype: str = "float32"
+    remat: bool = False
+    attention: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: got {self.head_dim}; rotary positions need an even number")
+
+
+def sharded(init: nnx.Initializer, *axes: str | None) -> nnx.Initializer:
+    """`init`, with the mesh axis that each dimension of the weight is split over."""
+    return nnx.with_partitioning(init, axes)
+
+
+def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021) of x [..., t, h, d] at positions [..., t]."""
+    half = x.shape[-1] // 2
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    x1, x2 = x[..., :half], x[..., half:]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention within each packed document."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.width**-0.5)
+        init_out = nnx.initializers.normal((2 * config.layers * config.heads * config.head_dim) ** -0.5)
+        heads = (config.heads, config.head_dim)
+        self.qkv = nnx.LinearGeneral(
+            config.width,
+            (3, *heads),
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=sharded(init, None, None, "model", None),
+            rngs=rngs,
+        )
+        self.out = nnx.LinearGeneral(
+            heads,
+            config.width,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=sharded(init_out, "model", None, None),
+            rngs=rngs,
+        )
+        self.implementation = config.attention
+
+    def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+            return flash_attention_varlen(
+                q, k, v, cu_seqlens, causal=True, implementation=self.implementation
+            )
+
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)  # each [r, t, h, d]
+        q, k = rotate(q, positions), rotate(k, positions)
+        return self.out(jax.vmap(attend)(q, k, v, cu_seqlens))  # a row of packed documents is one varlen call
+
+
+class MLP(nnx.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.width**-0.5)
+        init_down = nnx.initializers.normal((2 * config.layers * config.hidden) ** -0.5)
+        self.up = nnx.Linear(
+            config.width,
+            config.hidden,
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=sharded(init, None, "model"),
+            rngs=rngs,
+        )
+        self.down = nnx.Linear(
+            config.hidden,
+            config.width,
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=sharded(init_down, "model", None),
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.gelu(self.up(x)))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nnx.Module):
+    """Byte-level causal language model: logits [r, t, 256] in float32 of packed tokens [r, t]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(1.0)
+        self.embed = nnx.Embed(
+            VOCABULARY, config.width, dtype=config.dtype, embedding_init=sharded(init, None, None), rngs=rngs
+        )
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
+        self.norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
+        self.head = nnx.Linear(
+            config.width,
+            256,
+            use_bias=False,
+            dtype=config.dtype,
+            kernel_init=sharded(nnx.initializers.normal(config.width**-0.5), None, None),
+            rngs=rngs,
+        )
+        self.remat = config.remat
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+        run = nnx.remat(Block.__call__, policy=KEEP_ATTENTION) if self.remat else Block.__call__
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = run(block, x, positions, cu_seqlens)
+        return self.head(self.norm(x)).astype(jnp.float32)

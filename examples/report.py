@@ -1,0 +1,137 @@
+"""What a run leaves for people and programs: loss.png, run.json, the verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from settings import Settings
+from text import Documents
+from training import History, Trainer
+
+import jax_flash
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Held-out nats per byte of the model and of the bigram model, on the same bytes."""
+
+    validation_loss: float
+    bigram_loss: float
+    target: float
+
+    @property
+    def margin(self) -> float:
+        """How far the model is below the bigram model."""
+        return self.bigram_loss - self.validation_loss
+
+    @property
+    def reached(self) -> bool:
+        """Whether the margin is the target's at least."""
+        return self.margin >= self.target
+
+    def __str__(self) -> str:
+        return (
+            f"validation loss {self.validation_loss:.3f} nats/byte, byte-bigram {self.bigram_loss:.3f}: "
+            f"{self.margin:.3f} below, target {self.target} {'reached' if self.reached else 'NOT reached'}"
+        )
+
+
+def describe(
+    settings: Settings, trainer: Trainer, train: Documents, held_out: Documents, bigram: float
+) -> str:
+    """What is about to happen."""
+    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.abstract_state[0]))
+    documents, unseen = (
+        f"{sum(map(len, texts)):,} bytes in {len(texts)} documents" for texts in (train, held_out)
+    )
+    return (
+        f"{documents} to learn from, {unseen} held out: {bigram:.3f} nats/byte for a byte-bigram model\n"
+        f"{weights / 1e6:.1f} M weights, {settings.dtype}, attention {settings.attention}, {devices(settings)}: "
+        f"{settings.steps} steps of {settings.rows} × {settings.row_length} tokens"
+    )
+
+
+def summary(settings: Settings, history: History, verdict: Verdict) -> str:
+    """What came of it, and where the time went."""
+    parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in history.seconds.items())
+    return (
+        f"{history.step} of {settings.steps} steps, {history.tokens_per_second:,.0f} tokens/s\n"
+        f"{sum(history.seconds.values()):.1f} s: {parts}\n"
+        f"wrote {settings.out}/run.json, loss.png, checkpoint/\n{verdict}"
+    )
+
+
+def devices(settings: Settings) -> str:
+    """The devices in use, in words."""
+    mesh = f" ({settings.mesh})" if math.prod(settings.mesh_axes.values()) > 1 else ""
+    return f"{math.prod(settings.mesh_axes.values())} × {jax.devices()[0].device_kind}{mesh}"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware."""
+    return {
+        "python": platform.python_version(),
+        "packages": {"jax-flash": jax_flash.__version__} | {name: version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+    }
+
+
+def write_json(settings: Settings, history: History, verdict: Verdict) -> None:
+    """run.json: every setting, version, loss and time of the run."""
+    record = {
+        "settings": settings.to_json(),
+        "environment": environment(),
+        "verdict": asdict(verdict) | {"margin": verdict.margin, "reached": verdict.reached},
+        "tokens_per_second": history.tokens_per_second,
+        "seconds": sum(history.seconds.values()),
+        "history": asdict(history),
+    }
+    (Path(settings.out) / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def plot(settings: Settings, history: History, verdict: Verdict) -> None:
+    """loss.png: training and validation loss by tokens seen, against the bigram model and the target."""
+    batch = settings.rows * settings.row_length
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    tokens = np.arange(1, history.step + 1) * batch
+    axes.plot(tokens, history.losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+    axes.plot(tokens, smooth(history.losses), color="tab:blue", label="training, smoothed")
+    steps, losses = zip(*history.validation, strict=True)
+    label = f"validation: {verdict.validation_loss:.3f}"
+    axes.plot(np.array(steps) * batch, losses, "o-", color="tab:orange", label=label)
+    axes.axhline(
+        verdict.bigram_loss, color="tab:red", linestyle="--", label=f"bigram: {verdict.bigram_loss:.3f}"
+    )
+    axes.axhline(verdict.bigram_loss - verdict.target, color="tab:green", linestyle=":", label="target")
+    title = f"{settings.layers} × {settings.width}, {settings.dtype}, attention {settings.attention}"
+    axes.set(xlabel="bytes trained on", ylabel="nats per byte", title=f"{title}, {devices(settings)}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(Path(settings.out) / "loss.png", dpi=120)
+
+
+def smooth(values: list[float], weight: float = 0.95) -> np.ndarray:
+    """Exponential moving average, without its bias towards the start."""
+    total = norm = 0.0
+    means = []
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1
+        means.append(total / norm)
+    return np.array(means)

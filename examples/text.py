@@ -1,0 +1,157 @@
+"""Real text that every machine has, as bytes: documents, packed rows, and a bigram baseline to beat.
+
+The text is Python's own documentation, `pydoc_data.topics`: some 80 documents of 200 to 60,000 bytes. A
+document of L bytes is a sequence of L predictions: BOS → first byte, first byte → second byte, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pydoc_data.topics import topics
+from typing import NamedTuple
+
+import numpy as np
+
+BOS = 256  # the token before a document's first byte
+VOCABULARY = 257
+PADDING = -1  # the target of a token that predicts nothing
+
+Documents = Sequence[bytes]
+
+
+def load_documents() -> tuple[list[bytes], list[bytes]]:
+    """The training and the held-out documents.
+
+    Some documents quote others at length ("compound" holds all of "if", "for", …), so documents that share
+    text are held out together: the held-out part cannot have been learnt by heart.
+    """
+    groups = sorted(_groups_sharing_text(topics), key=lambda names: -sum(len(topics[name]) for name in names))
+    held_out = {
+        name for group in groups[3::8] for name in group
+    }  # one in eight, of every size but the largest
+    train = [topics[name].encode() for name in sorted(topics) if name not in held_out]
+    return train, [topics[name].encode() for name in sorted(held_out)]
+
+
+def _groups_sharing_text(texts: dict[str, str], piece: int = 48) -> list[list[str]]:
+    """The names, grouped: texts that have more than a tenth of their pieces, or 200 of them, in common."""
+    pieces = {
+        name: {text[i : i + piece] for i in range(len(text) - piece)} for name, text in sorted(texts.items())
+    }
+    groups: list[list[str]] = []
+    for name, own in pieces.items():
+        shares = [
+            any(len(own & pieces[b]) > min(200, len(own) / 10, len(pieces[b]) / 10) for b in g)
+            for g in groups
+        ]
+        joined = [name] + [
+            other for group, share in zip(groups, shares, strict=True) if share for other in group
+        ]
+        groups = [group for group, share in zip(groups, shares, strict=True) if not share] + [joined]
+    return groups
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents, `r` rows of `t` tokens, at most `n` sequences in a row; all int32."""
+
+    tokens: np.ndarray  # [r, t]       the byte before each prediction, or BOS
+    targets: np.ndarray  # [r, t]      the byte to predict, or PADDING
+    positions: np.ndarray  # [r, t]    counted from the start of the sequence
+    cu_seqlens: np.ndarray  # [r, n+1] where each sequence of the row starts; unused entries repeat the end
+
+
+class Packer:
+    """Cuts a stream of documents into full rows, without padding.
+
+    A document that a row's end cuts goes on in the next row, as a sequence of its own.
+    """
+
+    def __init__(self, documents: Documents, rows: int, row_length: int, seed: int = 0):
+        if not documents or not all(documents):
+            raise ValueError(
+                "documents: got an empty document or none at all; need at least one byte in each"
+            )
+        self.documents, self.rows, self.row_length, self.seed = documents, rows, row_length, seed
+        self.epoch_tokens = sum(len(document) for document in documents)
+        self.max_sequences = row_length // min(len(document) for document in documents) + 2
+        self._epoch = lru_cache(maxsize=2)(self._shuffled)
+
+    def batch(self, step: int) -> Batch:
+        """Batch number `step` of the endless shuffled stream: a function of seed and step, so runs resume."""
+        start = step * self.rows * self.row_length
+        return self._pack(self._read(start, self.rows * self.row_length))
+
+    def all_batches(self) -> list[Batch]:
+        """Every document once, in order; only the tail of the last batch is padding."""
+        stream = _stream(self.documents)
+        size = self.rows * self.row_length
+        short = -len(stream[0]) % size
+        tokens, targets, starts = (np.pad(part, (0, short)) for part in stream)
+        targets[len(targets) - short :] = PADDING
+        return [
+            self._pack((tokens[i : i + size], targets[i : i + size], starts[i : i + size]))
+            for i in range(0, len(tokens), size)
+        ]
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.documents))
+        return _stream([self.documents[i] for i in order])
+
+    def _read(self, start: int, count: int) -> tuple[np.ndarray, ...]:
+        pieces = []
+        while count:
+            epoch, offset = divmod(start, self.epoch_tokens)
+            piece = tuple(part[offset : offset + count] for part in self._epoch(epoch))
+            pieces.append(piece)
+            start, count = start + len(piece[0]), count - len(piece[0])
+        return tuple(np.concatenate(parts) for parts in zip(*pieces, strict=True))
+
+    def _pack(self, stream: tuple[np.ndarray, ...]) -> Batch:
+        shape = (self.rows, self.row_length)
+        tokens, targets, starts = (part.reshape(shape) for part in stream)
+        positions = np.zeros(shape, np.int32)
+        cu_seqlens = np.zeros((self.rows, self.max_sequences + 1), np.int32)
+        for row in range(self.rows):
+            used = int((targets[row] != PADDING).sum())
+            bounds = np.union1d(np.flatnonzero(starts[row, :used]), [0, used]).astype(np.int32)
+            cu_seqlens[row] = used
+            cu_seqlens[row, : len(bounds)] = bounds
+            positions[row, :used] = np.arange(used) - np.repeat(bounds[:-1], np.diff(bounds))
+        return Batch(tokens, targets, positions, cu_seqlens)
+
+
+def _stream(documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All documents end to end: (tokens, targets, whether a document starts here), each [total bytes]."""
+    targets = np.frombuffer(b"".join(documents), np.uint8).astype(np.int32)
+    starts = np.zeros(len(targets), bool)
+    starts[np.cumsum([0] + [len(document) for document in documents[:-1]])] = True
+    tokens = np.where(starts, BOS, np.roll(targets, 1)).astype(np.int32)
+    return tokens, targets, starts
+
+
+def bigram_loss(train: Documents, held_out: Documents) -> float:
+    """Nats per byte on `held_out` of a byte-bigram model fitted on `train`: the language model's predictions.
+
+    p(next | previous) interpolates the bigram counts with the byte frequencies; how much is chosen on the
+    training documents alone, each scored by the counts of the others.
+    """
+    each = [_pair_counts(document) for document in train]
+    total = np.sum(each, axis=0)
+    strengths = 2.0 ** np.arange(-4, 9)
+    best = min(strengths, key=lambda strength: sum(_nats(total - own, own, strength) for own in each))
+    unseen = np.sum([_pair_counts(document) for document in held_out], axis=0)
+    return float(_nats(total, unseen, best) / unseen.sum())
+
+
+def _pair_counts(document: bytes) -> np.ndarray:
+    tokens, targets, _ = _stream([document])
+    return np.bincount(tokens * 256 + targets, minlength=VOCABULARY * 256).reshape(VOCABULARY, 256)
+
+
+def _nats(counts: np.ndarray, scored: np.ndarray, strength: float) -> float:
+    """−Σ scored · log p, where p = (counts + strength · frequency) / (row sum + strength)."""
+    frequency = (counts.sum(axis=0) + 1) / (counts.sum() + 256)
+    pairs = np.nonzero(scored)
+    p = (counts[pairs] + strength * frequency[pairs[1]]) / (counts.sum(axis=1)[pairs[0]] + strength)
+    return float(-(scored[pairs] * np.log(p)).sum())

@@ -1,0 +1,199 @@
+"""The parts of training: the mesh, the state and its jitted step, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from model import ModelConfig, Transformer
+from settings import Settings
+from text import PADDING, Batch
+
+
+@dataclass
+class History:
+    """What happened so far. Saved with the weights, so that a resumed run tells the whole story."""
+
+    losses: list[float] = field(default_factory=list)  # of each training step, nats per byte
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps made, nats per byte)
+    seconds: dict[str, float] = field(default_factory=dict)  # by what they were spent on
+    tokens: int = 0  # trained on
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return len(self.losses)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the training steps alone: compilation, validation and checkpoints apart."""
+        return self.tokens / max(self.seconds.get("training", 0.0), 1e-9)
+
+    def add(self, loss: float, tokens: int) -> None:
+        """One more step; raises FloatingPointError when its loss is not a finite number."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"training: the loss of step {self.step + 1} is {loss}; lower --learning-rate"
+            )
+        self.losses.append(loss)
+        self.tokens += tokens
+
+    def spend(self, what: str, since: float) -> None:
+        """Adds the time since `since` (as `time.monotonic`) to `seconds[what]`."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - since
+
+    @contextmanager
+    def timing(self, what: str) -> Iterator[None]:
+        """Adds the time that the block takes to `seconds[what]`."""
+        start = time.monotonic()
+        yield
+        self.spend(what, since=start)
+
+
+def make_mesh(axes: dict[str, int]) -> Mesh:
+    """A mesh of the first devices; raises ValueError where there are too few."""
+    count = int(np.prod(list(axes.values())))
+    if count > jax.device_count():
+        raise ValueError(
+            f"mesh: {axes} takes {count} devices; {jax.default_backend()} has {jax.device_count()}"
+        )
+    devices = jax.devices()[:count]
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), devices=devices)
+
+
+def model_config(settings: Settings) -> ModelConfig:
+    """The part of the settings that the model sees."""
+    return ModelConfig(
+        layers=settings.layers,
+        width=settings.width,
+        heads=settings.heads,
+        head_dim=settings.head_dim,
+        hidden=settings.hidden,
+        dtype=settings.dtype,
+        remat=settings.remat,
+        attention=None if settings.attention == "auto" else settings.attention,
+    )
+
+
+def make_optimizer(settings: Settings) -> optax.GradientTransformation:
+    """AdamW with clipped gradients; the learning rate warms up, then falls to a tenth along a cosine."""
+    peak, steps = settings.learning_rate, max(settings.steps, settings.warmup + 1)
+    rate = optax.warmup_cosine_decay_schedule(peak / settings.warmup, peak, settings.warmup, steps, peak / 10)
+    adamw = optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+
+
+def nats(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(−Σ log p(target), how many targets) over a batch."""
+    logits = model(batch.tokens, batch.positions, batch.cu_seqlens)
+    counts = batch.targets != PADDING
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, batch.targets, 0))
+    return jnp.where(counts, losses, 0).sum(), counts.sum()
+
+
+class Trainer:
+    """A model and its optimizer on a mesh: `create` a state, `step` it, `evaluate` it.
+
+    A state is the `nnx.State` of (model, optimizer), sharded as the weights' annotations say.
+    """
+
+    def __init__(self, settings: Settings, mesh: Mesh):
+        self.settings, self.mesh = settings, mesh
+        with jax.set_mesh(mesh):
+            self.graph, shapes = nnx.split(nnx.eval_shape(self._create))
+        self.shardings = nnx.get_named_sharding(shapes, mesh)
+        self.abstract_state = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            shapes,
+            self.shardings,
+        )
+        self._step = jax.jit(self._train_step, donate_argnums=0, out_shardings=(self.shardings, None))
+        self._evaluate = jax.jit(lambda state, batch: nats(nnx.merge(self.graph, state)[0], batch))
+
+    def create(self) -> nnx.State:
+        """The state before the first step, made in place on the mesh."""
+        with jax.set_mesh(self.mesh):
+            return jax.jit(lambda: nnx.state(self._create()), out_shardings=self.shardings)()
+
+    def compile(self, batch: Batch) -> None:
+        """Compiles for batches of this shape, so that no step has to wait for it."""
+        batch = self._place(batch)
+        self._step = self._step.lower(self.abstract_state, batch).compile()
+
+    def step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
+        """One AdamW step: (the next state, the loss before it in nats per byte). `state` is used up."""
+        return self._step(state, self._place(batch))
+
+    def evaluate(self, state: nnx.State, batches: Sequence[Batch]) -> float:
+        """Nats per byte of the batches' targets."""
+        sums = [self._evaluate(state, self._place(batch)) for batch in batches]
+        total, count = np.sum(jax.device_get(sums), axis=0)
+        return float(total / count)
+
+    def _place(self, batch: Batch) -> Batch:
+        """The batch on the devices, its rows split over the mesh axis "data"."""
+        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("data")))
+
+    def _create(self) -> tuple[Transformer, nnx.Optimizer[Transformer]]:
+        model = Transformer(model_config(self.settings), rngs=nnx.Rngs(self.settings.seed))
+        return model, nnx.Optimizer(model, make_optimizer(self.settings), wrt=nnx.Param)
+
+    def _train_step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
+        def mean_loss(model: Transformer) -> jax.Array:
+            total, count = nats(model, batch)
+            return total / count
+
+        model, optimizer = nnx.merge(self.graph, state)
+        loss, gradients = nnx.value_and_grad(mean_loss)(model)
+        optimizer.update(model, gradients)
+        return nnx.state((model, optimizer)), loss
+
+
+class Checkpoints:
+    """The newest state and history of a run, in `checkpoint/` under `settings.out`."""
+
+    def __init__(self, settings: Settings):
+        directory = Path(settings.out).absolute() / "checkpoint"
+        if not settings.resume:
+            shutil.rmtree(directory, ignore_errors=True)
+        self.settings, self.directory = settings, directory
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(directory, options=options)
+
+    def save(self, state: nnx.State, history: History) -> None:
+        """Writes both, then drops the checkpoint before; a checkpoint of this very step stays as it is."""
+        if self.manager.latest_step() == history.step:
+            return
+        record = {"history": asdict(history), "settings": self.settings.curve()}
+        items = {"state": ocp.args.StandardSave(state), "record": ocp.args.JsonSave(record)}
+        self.manager.save(history.step, args=ocp.args.Composite(**items))
+
+    def restore(self, abstract_state: nnx.State) -> tuple[nnx.State, History]:
+        """The newest, placed as `abstract_state` says; raises ValueError for none or one of another curve."""
+        step = self.manager.latest_step()
+        if step is None:
+            raise ValueError(f"resume: got {self.directory}, which holds no checkpoint; leave --resume out")
+        items = {"state": ocp.args.StandardRestore(abstract_state), "record": ocp.args.JsonRestore()}
+        self._check(self.manager.restore(step, args=ocp.args.Composite(record=items["record"])).record)
+        restored = self.manager.restore(step, args=ocp.args.Composite(**items))
+        return restored.state, History(**restored.record["history"])
+
+    def _check(self, record: dict[str, Any]) -> None:
+        for name, value in self.settings.curve().items():
+            if (saved := record["settings"].get(name)) != value:
+                raise ValueError(
+                    f"resume: got {name} = {value}; the checkpoint's run has {saved}, and must keep it"
+                )
