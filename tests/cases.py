@@ -1,0 +1,253 @@
+"""Named cases, shared by the tests and the benchmarks: shapes, options, and random operands from a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash.operands import OPTIONAL
+from jax_flash.spec import UNLIMITED, AttentionSpec
+
+OPTIONS = ("causal", "window", "align", "scale", "softcap", "dropout_rate")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem. `mask`, `bias` and `alibi_slopes` are shapes; lengths are values.
+
+    A varlen case has `q_sequences` (and `k_sequences`, if they differ) instead of b, sq and sk, and may
+    have `padding` tokens after the last sequence, in query and key.
+    """
+
+    name: str
+    layout: str = "fixed"
+    b: int = 2
+    sq: int = 12
+    sk: int = 12
+    hq: int = 4
+    hk: int = 2
+    d: int = 16
+    dv: int = 16
+    dtype: str = "float32"
+    q_sequences: tuple[int, ...] = ()
+    k_sequences: tuple[int, ...] | None = None
+    padding: tuple[int, int] = (0, 0)
+    causal: bool = False
+    window: tuple[int | None, int | None] | None = None
+    align: str = "bottom_right"
+    scale: float | None = None
+    softcap: float | None = None
+    dropout_rate: float = 0.0
+    q_lengths: tuple[int, ...] | None = None
+    kv_lengths: tuple[int, ...] | None = None
+    segments: int = 0
+    mask: tuple[int, ...] | None = None
+    bias: tuple[int, ...] | None = None
+    bias_dtype: str = "float32"
+    alibi_slopes: tuple[int, ...] | None = None
+    sinks: bool = False
+
+    def replace(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The Python options of the public call."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+
+def varlen(name: str, q_sequences: tuple[int, ...], **options: Any) -> Case:
+    return Case(name, layout="varlen", q_sequences=q_sequences, **options)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arrays of a public call, and cotangents for its results."""
+
+    positional: dict[str, jax.Array]  # query key value [cu_seqlens_q cu_seqlens_k], in call order
+    keywords: dict[str, Any]
+    dout: jax.Array
+    dlse: jax.Array  # −inf never meets it: it is finite everywhere
+
+
+def make_inputs(case: Case, seed: int = 0) -> Inputs:
+    """Random operands of `case`, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    dtype = jnp.dtype(case.dtype)
+
+    def normal(shape: tuple[int, ...], dtype: Any = dtype) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    rows, columns = _token_dims(case)
+    positional = {
+        "query": normal((*rows, case.hq, case.d)),
+        "key": normal((*columns, case.hk, case.d)),
+        "value": normal((*columns, case.hk, case.dv)),
+    }
+    if case.layout == "varlen":
+        k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
+        positional |= {"cu_seqlens_q": cu_seqlens(case.q_sequences), "cu_seqlens_k": cu_seqlens(k_sequences)}
+    keywords: dict[str, Any] = {}
+    for name in ("q_lengths", "kv_lengths"):
+        if getattr(case, name) is not None:
+            keywords[name] = jnp.asarray(getattr(case, name), jnp.int32)
+    if case.segments:
+        keywords["segment_ids"] = tuple(
+            jnp.asarray(np.sort(rng.integers(0, case.segments, size)), jnp.int32)
+            for size in ((case.b, case.sq), (case.b, case.sk))
+        )
+    if case.mask is not None:
+        keywords["mask"] = jnp.asarray(rng.random(case.mask) < 0.7)
+    if case.bias is not None:
+        keywords["bias"] = normal(case.bias, jnp.dtype(case.bias_dtype))
+    if case.alibi_slopes is not None:
+        keywords["alibi_slopes"] = jnp.asarray(rng.uniform(0.05, 0.5, case.alibi_slopes), jnp.float32)
+    if case.sinks:
+        keywords["sinks"] = normal((case.hq,), jnp.float32)
+    if case.dropout_rate:
+        keywords["dropout_key"] = jax.random.key(seed + 1)
+    lse_shape = (*rows[:-1], case.hq, rows[-1])
+    return Inputs(positional, keywords, normal((*rows, case.hq, case.dv)), normal(lse_shape, jnp.float32))
+
+
+def _token_dims(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The dimensions in front of the heads, of query and of key."""
+    if case.layout == "fixed":
+        return (case.b, case.sq), (case.b, case.sk)
+    k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
+    return (sum(case.q_sequences) + case.padding[0],), (sum(k_sequences) + case.padding[1],)
+
+
+def cu_seqlens(lengths: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+
+
+def operands(inputs: Inputs) -> dict[str, jax.Array]:
+    """The operands of docs/architecture.md's table, made without the library's own validation."""
+    made = dict(inputs.positional)
+    for name, x in inputs.keywords.items():
+        if name == "segment_ids":
+            made["q_segment_ids"], made["kv_segment_ids"] = x
+        elif name == "dropout_key":
+            made["dropout"] = jnp.concatenate([jax.random.key_data(x), jnp.zeros(4, jnp.uint32)])
+        elif name in ("mask", "bias", "alibi_slopes"):
+            rank = 2 if name == "alibi_slopes" else 4
+            made[name] = x.reshape((1,) * (rank - x.ndim) + x.shape)
+        else:
+            made[name] = x
+    return made
+
+
+def spec(case: Case, inputs: Inputs) -> AttentionSpec:
+    """The AttentionSpec of a case, made without the library's own validation."""
+    left, right = (UNLIMITED if side is None else side for side in case.window or (None, None))
+    return AttentionSpec(
+        layout=case.layout,
+        left=left,
+        right=0 if case.causal else right,
+        align=case.align,
+        scale=case.d**-0.5 if case.scale is None else case.scale,
+        softcap=case.softcap or 0.0,
+        dropout_rate=case.dropout_rate,
+        operands=tuple(name for name in OPTIONAL if name in operands(inputs)),
+    )
+
+
+FIXED = (
+    Case("plain"),
+    Case("one head of each", hq=3, hk=3),
+    Case("one KV head", hq=4, hk=1),
+    Case("dv differs", d=24, dv=8),
+    Case("odd head dims", d=13, dv=7),
+    Case("ragged tiles", sq=33, sk=65),
+    Case("causal", causal=True),
+    Case("causal, more keys", causal=True, sk=19),
+    Case("causal, more queries", causal=True, sq=19),
+    Case("causal top left, more keys", causal=True, align="top_left", sk=19),
+    Case("causal top left, more queries", causal=True, align="top_left", sq=19),
+    Case("window", window=(3, 2)),
+    Case("window, left only", window=(3, None), sk=17),
+    Case("window, right only", window=(None, 4), sq=17),
+    Case("window of one key", window=(0, 0), sk=15),
+    Case("causal window", causal=True, window=(4, 0), sq=16, sk=21),
+    Case("causal window top left", causal=True, window=(4, None), align="top_left", sq=16, sk=21),
+    Case("window that misses", window=(2, 0), align="top_left", sq=21, sk=9),
+    Case("boolean mask", mask=(2, 4, 12, 12)),
+    Case("mask of keys", mask=(2, 1, 1, 12)),
+    Case("mask per head", mask=(4, 1, 1)),
+    Case("segments", segments=3, sk=17),
+    Case("lengths", q_lengths=(12, 5), kv_lengths=(7, 0)),
+    Case("causal lengths", causal=True, q_lengths=(9, 5), kv_lengths=(4, 11)),
+    Case("causal lengths top left", causal=True, align="top_left", q_lengths=(9, 5), kv_lengths=(4, 11)),
+    Case("lengths out of range", q_lengths=(-3, 99), kv_lengths=(99, 6)),
+    Case("scale", scale=0.7),
+    Case("softcap", softcap=2.0),
+    Case("bias", bias=(2, 4, 12, 12)),
+    Case("bias of keys", bias=(2, 1, 1, 13), sk=13),
+    Case("bias per head", bias=(4, 12, 1)),
+    Case("bias in bfloat16", bias=(1, 4, 12, 12), bias_dtype="bfloat16"),
+    Case("alibi", alibi_slopes=(4,), causal=True, sk=17),
+    Case("alibi per entry", alibi_slopes=(2, 4), align="top_left", sq=17),
+    Case("sinks", sinks=True, causal=True, sq=15),
+    Case("sinks and lengths", sinks=True, q_lengths=(12, 5), kv_lengths=(7, 0)),
+    Case("dropout", dropout_rate=0.3),
+    Case("dropout, causal", dropout_rate=0.5, causal=True, sq=17, sk=35),
+    Case(
+        "everything",
+        sq=18,
+        sk=27,
+        causal=True,
+        window=(11, None),
+        softcap=4.0,
+        mask=(1, 4, 1, 27),
+        bias=(2, 1, 18, 27),
+        segments=2,
+        q_lengths=(18, 14),
+        kv_lengths=(20, 27),
+        alibi_slopes=(2, 4),
+        sinks=True,
+        dropout_rate=0.2,
+    ),
+)
+
+VARLEN = (
+    varlen("packed", (5, 9, 1)),
+    varlen("packed, one sequence", (13,)),
+    varlen("packed, empty sequences", (0, 5, 0, 0, 7, 0)),
+    varlen("packed, padding", (5, 6), padding=(4, 2)),
+    varlen("packed, other keys", (5, 0, 6), k_sequences=(9, 3, 2)),
+    varlen("packed, keys missing", (5, 3, 6), k_sequences=(9, 0, 2)),
+    varlen("packed causal", (5, 9, 1), causal=True),
+    varlen("packed causal, other keys", (5, 3, 6), k_sequences=(9, 4, 2), causal=True),
+    varlen("packed causal top left", (5, 3, 6), k_sequences=(9, 4, 2), causal=True, align="top_left"),
+    varlen("packed window", (9, 3, 6), k_sequences=(12, 4, 2), window=(2, 1)),
+    varlen("packed kv_lengths", (5, 9, 1), kv_lengths=(3, 0, 9), padding=(1, 3)),
+    varlen("packed causal kv_lengths", (5, 9, 1), kv_lengths=(3, 7, 9), causal=True),
+    varlen("packed softcap", (5, 9), softcap=2.0, scale=0.5),
+    varlen("packed alibi", (5, 9), k_sequences=(7, 12), alibi_slopes=(4,), causal=True),
+    varlen("packed alibi per sequence", (5, 9), alibi_slopes=(2, 4)),
+    varlen("packed sinks", (5, 9), sinks=True, kv_lengths=(0, 6), padding=(2, 2)),
+    varlen("packed dropout", (5, 19), dropout_rate=0.3),
+    varlen(
+        "packed everything",
+        (9, 0, 14),
+        k_sequences=(12, 2, 11),
+        padding=(3, 1),
+        causal=True,
+        window=(8, None),
+        softcap=4.0,
+        kv_lengths=(10, 1, 11),
+        alibi_slopes=(3, 4),
+        sinks=True,
+        dropout_rate=0.2,
+    ),
+)
+
+CASES = FIXED + VARLEN
+BY_NAME = {case.name: case for case in CASES}

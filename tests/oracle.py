@@ -1,0 +1,299 @@
+"""What is right, and how near a result must be: the tolerance of the contract, word by word.
+
+`ref` and `low` come from jax_flash/reference.py; `by_rows` writes the same equations once more in numpy, a row
+at a time in float64 with gradients by hand, so that reference.py is itself tested against something.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case, Inputs, operands, spec
+
+from jax_flash import reference
+from jax_flash.spec import AttentionSpec
+
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+ROUNDED = ("query", "key", "value", "bias")
+
+
+@dataclass(frozen=True)
+class Result:
+    """out, lse and the gradients by operand name, as numpy arrays; out keeps its own dtype."""
+
+    out: np.ndarray
+    lse: np.ndarray
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def differentiate(function: Any, arrays: dict[str, jax.Array], dout: jax.Array, dlse: jax.Array) -> Result:
+    """The result of `function(arrays) -> (out, lse)`, and its gradients for the given cotangents."""
+
+    @jax.jit
+    def run(arrays: Any, dout: Any, dlse: Any) -> Any:
+        (out, lse), pullback = jax.vjp(function, arrays)
+        return out, lse, pullback((dout.astype(out.dtype), dlse.astype(lse.dtype)))[0]
+
+    return Result(*jax.tree.map(np.asarray, run(arrays, dout, dlse)))
+
+
+def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays that have gradients, and the others."""
+    moving = {name: x for name, x in arrays.items() if name in DIFFERENTIABLE}
+    return moving, {name: x for name, x in arrays.items() if name not in moving}
+
+
+def ref(case: Case, inputs: Inputs) -> Result:
+    """The equations in float32, from the same inputs."""
+    arrays = operands(inputs)
+    wide = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in ROUNDED}
+    moving, fixed = split(arrays | wide)
+    return differentiate(
+        lambda moving: reference.attention(spec(case, inputs), moving | fixed), moving, inputs.dout, inputs.dlse
+    )
+
+
+def low(case: Case, inputs: Inputs) -> Result:
+    """The same equations with S and P rounded to the input dtype, products accumulated in float32."""
+    moving, fixed = split(operands(inputs))
+    dtype = moving["query"].dtype
+    round_to = dtype if dtype.itemsize == 2 else None
+    return differentiate(
+        lambda moving: reference.attention(spec(case, inputs), moving | fixed, round_to=round_to),
+        moving,
+        inputs.dout,
+        inputs.dlse,
+    )
+
+
+def public(case: Case, inputs: Inputs, implementation: str | None, **options: Any) -> Result:
+    """The same through the public function of the case's layout."""
+    import jax_flash
+
+    function = jax_flash.flash_attention if case.layout == "fixed" else jax_flash.flash_attention_varlen
+    options = case.options | options
+    if case.layout == "varlen" or not case.dropout_rate:
+        options = {name: x for name, x in options.items() if name != "dropout_rate" or x}
+    moving, fixed = split(inputs.positional | inputs.keywords)
+
+    def run(moving: dict[str, Any]) -> Any:
+        arrays = moving | fixed
+        positional = [arrays.pop(name) for name in inputs.positional]
+        return function(*positional, **arrays, **options, return_lse=True, implementation=implementation)
+
+    return differentiate(run, moving, inputs.dout, inputs.dlse)
+
+
+def check(case: Case, implementation: str | None, seed: int = 0, **options: Any) -> None:
+    """Out, lse and every gradient of a case through the public API, at the contract's tolerance."""
+    inputs = _inputs(case, seed)
+    assert_result(public(case, inputs, implementation, **options), ref(case, inputs), low(case, inputs), case)
+
+
+def _inputs(case: Case, seed: int) -> Inputs:
+    from cases import make_inputs
+
+    return make_inputs(case, seed)
+
+
+# The tolerance of the contract.
+
+
+def assert_result(got: Result, ref: Result, low: Result, case: Case) -> None:
+    softcap = bool(case.softcap)
+    assert_out(got.out, ref.out, low.out, softcap=softcap)
+    assert_lse(got.lse, ref.lse)
+    assert set(got.gradients) == set(ref.gradients)
+    for name in ref.gradients:
+        half = got.out.dtype.itemsize == 2
+        assert_gradient(name, got.gradients[name], ref.gradients[name], low.gradients[name], half=half)
+
+
+def assert_out(out: np.ndarray, ref: np.ndarray, low: np.ndarray, *, softcap: bool = False) -> None:
+    """16-bit: max|out − ref| ≤ 2·max|low − ref| + 1e-5, 3· with softcap. float32: 1e-5 + 1e-5·|ref|."""
+    if out.dtype.itemsize == 2:
+        _assert_within("out", out, ref, (3 if softcap else 2) * _distance(low, ref) + 1e-5)
+    else:
+        _assert_within("out", out, ref, 1e-5 + 1e-5 * np.abs(_wide(ref)))
+
+
+def assert_lse(lse: np.ndarray, ref: np.ndarray) -> None:
+    """1e-4 + 1e-5·|ref| for every dtype; −inf where and only where ref is."""
+    nothing = np.isneginf(ref)
+    assert np.array_equal(np.isneginf(lse), nothing), (
+        f"lse is −inf at {_where(np.isneginf(lse) & ~nothing)} and is not at {_where(~np.isneginf(lse) & nothing)}"
+    )
+    ref = np.where(nothing, 0, ref)
+    _assert_within("lse", np.where(nothing, 0, lse), ref, 1e-4 + 1e-5 * np.abs(_wide(ref)))
+
+
+def assert_gradient(
+    name: str, gradient: np.ndarray, ref: np.ndarray, low: np.ndarray, *, half: bool | None = None
+) -> None:
+    """16-bit: 3·max|low − ref| + 1e-5·max|ref|; float32: 1e-4 + 1e-4·|ref|.
+
+    `half` says that the inputs are 16-bit although this operand's gradient is not (bias, sinks).
+    """
+    if half or gradient.dtype.itemsize == 2:
+        limit = 3 * _distance(low, ref) + 1e-5 * np.max(np.abs(_wide(ref)), initial=0)
+    else:
+        limit = 1e-4 + 1e-4 * np.abs(_wide(ref))
+    _assert_within("d" + name, gradient, ref, limit)
+
+
+def _assert_within(name: str, got: np.ndarray, ref: np.ndarray, limit: Any) -> None:
+    got, ref = _wide(got), _wide(ref)
+    assert got.shape == ref.shape, f"{name} has shape {got.shape}, not {ref.shape}"
+    difference = np.abs(got - ref)
+    limit = np.broadcast_to(limit, got.shape)
+    wrong = ~(difference <= limit)  # NaN is wrong
+    if wrong.any():
+        worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(difference, nan=np.inf), 0)), got.shape)
+        raise AssertionError(
+            f"{name} is wrong at {wrong.sum()} of {wrong.size} places, first {_where(wrong)}; worst at "
+            f"{tuple(map(int, worst))}: got {got[worst]:.8g}, ref {ref[worst]:.8g}, "
+            f"difference {difference[worst]:.3g}, allowed {limit[worst]:.3g}"
+        )
+
+
+def _distance(low: np.ndarray, ref: np.ndarray) -> float:
+    return float(np.max(np.abs(_wide(low) - _wide(ref)), initial=0))
+
+
+def _wide(x: Any) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def _where(condition: np.ndarray) -> str:
+    places = np.argwhere(condition)[:3].tolist()
+    return ", ".join(map(str, map(tuple, places))) or "no place"
+
+
+# The equations once more, a row at a time.
+
+
+def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any) -> Result:
+    """docs/architecture.md's semantics in numpy float64: forward and backward of one row after another."""
+    x = {name: np.asarray(a) if np.asarray(a).dtype.kind in "iub" else _wide(a) for name, a in operands.items()}
+    q_shape, k_shape, v_shape = (x[name].shape for name in ("query", "key", "value"))
+    hq, hk, group = q_shape[-2], k_shape[-2], q_shape[-2] // k_shape[-2]
+    q, do = x["query"].reshape(-1, hq, q_shape[-1]), _wide(dout).reshape(-1, hq, v_shape[-1])
+    k, v = x["key"].reshape(-1, hk, k_shape[-1]), x["value"].reshape(-1, hk, v_shape[-1])
+    dl = np.swapaxes(_wide(dlse), -1, -2).reshape(-1, hq)
+    o, lse = np.zeros_like(do), np.full(dl.shape, -np.inf)
+    gradients = {name: np.zeros(x[name].shape) for name in DIFFERENTIABLE if name in x}
+    dq, dk, dv = (gradients[n].reshape(a.shape) for n, a in (("query", q), ("key", k), ("value", v)))
+    dbias = np.zeros((q_shape[0], hq, q_shape[1], k_shape[1])) if "bias" in x else None
+
+    for z, (q0, nq, k0, nk) in enumerate(_sequences(spec, x)):
+        for h in range(hq):
+            kh = h // group
+            for i in range(nq):
+                js, at = _row_scores(spec, x, z, h, i, nq, nk, q[q0 + i, h], k[k0 : k0 + nk, kh])
+                s, slope_of_cap = at
+                row, cols = q0 + i, k0 + js
+                logits = np.append(s, x["sinks"][h]) if "sinks" in x else s
+                if logits.size == 0:
+                    continue
+                lse[row, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
+                p = np.exp(s - lse[row, h])
+                drop = _drop_factors(spec, x, z, h, i, js)
+                o[row, h] = (p * drop) @ v[cols, kh]
+                delta = (do[row, h] @ o[row, h] if js.size else 0) - dl[row, h]
+                if "sinks" in x:
+                    gradients["sinks"][h] -= np.exp(x["sinks"][h] - lse[row, h]) * delta
+                dv[cols, kh] += np.outer(p * drop, do[row, h])
+                ds = p * (drop * (v[cols, kh] @ do[row, h]) - delta)
+                if dbias is not None:
+                    dbias[z, h, i, js] += ds
+                ds = ds * slope_of_cap
+                dq[row, h] += spec.scale * ds @ k[cols, kh]
+                dk[cols, kh] += spec.scale * np.outer(ds, q[row, h])
+    if dbias is not None:
+        broadcast = tuple(axis for axis in range(4) if x["bias"].shape[axis] != dbias.shape[axis])
+        gradients["bias"] = dbias.sum(broadcast, keepdims=True)
+    lse = np.swapaxes(lse.reshape(*q_shape[:-2], hq), -1, -2)
+    return Result(o.reshape(*q_shape[:-1], v_shape[-1]), lse, gradients)
+
+
+def _sequences(spec: AttentionSpec, x: dict[str, np.ndarray]) -> list[tuple[int, int, int, int]]:
+    """(first query token, queries, first key, keys) of each batch entry or sequence."""
+    if spec.layout == "fixed":
+        (b, sq), sk = x["query"].shape[:2], x["key"].shape[1]
+        nq = [min(max(int(n), 0), sq) for n in x.get("q_lengths", [sq] * b)]
+        nk = [min(max(int(n), 0), sk) for n in x.get("kv_lengths", [sk] * b)]
+        return [(z * sq, nq[z], z * sk, nk[z]) for z in range(b)]
+    cu_q, cu_k = (
+        [max(min(max(int(c), 0), x[t].shape[0]) for c in x[name][: i + 1]) for i in range(x[name].size)]
+        for name, t in (("cu_seqlens_q", "query"), ("cu_seqlens_k", "key"))
+    )
+    found = []
+    for z in range(len(cu_q) - 1):
+        nk = cu_k[z + 1] - cu_k[z]
+        if "kv_lengths" in x:
+            nk = min(nk, max(int(x["kv_lengths"][z]), 0))
+        found.append((cu_q[z], cu_q[z + 1] - cu_q[z], cu_k[z], nk))
+    return found
+
+
+def _row_scores(
+    spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, nq: int, nk: int, q: Any, k: Any
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """The visible columns of a row, their scores, and the slope of the softcap there."""
+    diagonal = i + nk - nq if spec.align == "bottom_right" else i
+    columns, scores, slopes = [], [], []
+    for j in range(nk):
+        if spec.left >= 0 and j < diagonal - spec.left:
+            continue
+        if spec.right >= 0 and j > diagonal + spec.right:
+            continue
+        if "q_segment_ids" in x and x["q_segment_ids"][z, i] != x["kv_segment_ids"][z, j]:
+            continue
+        if "mask" in x and not _at(x["mask"], z, h, i, j):
+            continue
+        if "bias" in x and _at(x["bias"], z, h, i, j) == -np.inf:
+            continue
+        s, slope = spec.scale * float(q @ k[j]), 1.0
+        if spec.softcap:
+            s = spec.softcap * np.tanh(s / spec.softcap)
+            slope = 1 - (s / spec.softcap) ** 2
+        if "bias" in x:
+            s += _at(x["bias"], z, h, i, j)
+        if "alibi_slopes" in x:
+            s -= _at(x["alibi_slopes"], z, h) * abs(diagonal - j)
+        columns.append(j)
+        scores.append(s)
+        slopes.append(slope)
+    return np.array(columns, int), (np.array(scores, float), np.array(slopes, float))
+
+
+def _at(x: np.ndarray, *index: int) -> Any:
+    return x[tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=True))]
+
+
+def _drop_factors(spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, js: Any) -> np.ndarray:
+    if "dropout" not in x:
+        return np.ones(len(js))
+    kept = [dropped_number(x["dropout"], z, h, i, int(j)) >= round(spec.dropout_rate * 65536) for j in js]
+    return np.array(kept, float) / (1 - spec.dropout_rate)
+
+
+def dropped_number(dropout: Any, z: int, h: int, i: int, j: int) -> int:
+    """The 16-bit number that decides about element (i, j) of a head: half-word j % 8 of its Philox block."""
+    key0, key1, z0, h0, i0, j0 = map(int, dropout)
+    words = philox((key0, key1), ((j + j0) // 8, i + i0, h + h0, z + z0))
+    return words[(j + j0) % 8 // 2] >> 16 * ((j + j0) % 2) & 0xFFFF
+
+
+def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10 in Python's own integers."""
+    (k0, k1), (c0, c1, c2, c3) = key, counter
+    for _ in range(10):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
