@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default="", help="only cases whose name holds this")
-    parser.add_argument("--peers", default="xla,cudnn,pallas,tokamax,torch", help="separated by commas")
+    parser.add_argument("--peers", default=",".join(list(peers.PEERS)[1:]), help="separated by commas")
     parser.add_argument("--passes", default="forward,backward", help="forward, backward or both")
     parser.add_argument("--repeats", type=int, default=7, help="the median of this many is reported")
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one repeat")
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--cases: no case's name holds {options.cases!r}")
     names = ["jax_flash", *(name for name in options.peers.split(",") if name)]
     passes = options.passes.split(",")
-    unknown = (set(names) - set(peers.PEERS) - {"torch"}) | (set(passes) - set(PASSES))
+    unknown = (set(names) - set(peers.PEERS)) | (set(passes) - set(PASSES))
     if unknown:
         parser.error(f"not known: {', '.join(sorted(unknown))}")
     run: dict[str, Any] = {
@@ -48,6 +48,7 @@ def main(arguments: list[str]) -> int:
     for case in chosen:
         run["cases"].append(run_case(case, names, passes, platform, options))
         print(f"{case.name}: {summary(run['cases'][-1])}", file=sys.stderr, flush=True)
+    run["peers"] = [name for name in names if any(_ran(result, name) for result in run["cases"])]
     report.write(run, options.out)
     print(report.markdown(run))
     return 0
@@ -76,22 +77,28 @@ def run_case(
     case: cases.Case, names: list[str], passes: list[str], platform: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Every pass of every implementation that takes the case; the others' reasons."""
-    copies = measure.copies_for(jax.eval_shape(lambda: case.arguments(0)), platform)
-    arguments = [case.arguments(seed) for seed in range(copies)]
+    first = cases.make_inputs(case)
+    copies = measure.copies_for((first.positional, first.dout), platform)
+    inputs = [first, *(cases.make_inputs(case, seed) for seed in range(1, copies))]
     calls: dict[str, dict[str, Any]] = {pass_: {} for pass_ in passes}
     results: dict[str, dict[str, Any]] = {pass_: {} for pass_ in passes}
     for name in names:
         for pass_ in passes:
             try:
-                call, inputs = peers.calls(name, case, pass_, arguments)
-                jax.block_until_ready(call(*inputs[0]))
-                calls[pass_][name] = call, inputs
+                call, arguments = peers.calls(name, case, pass_, inputs)
+                jax.block_until_ready(call(*arguments[0]))
+                calls[pass_][name] = call, arguments
             except (peers.Refused, NotImplementedError, ValueError, RuntimeError) as error:
                 results[pass_][name] = {"refused": str(error).split("\n")[0][:200]}
     for pass_ in passes:
         results[pass_] |= timed(calls[pass_], options)
-    flop = {pass_: case.flop(pass_) for pass_ in passes}
-    return {**case.describe(), "flop": flop, "copies": copies, "results": results}
+    flop = {pass_: cases.flop(case, pass_) for pass_ in passes}
+    chosen = {"name": case.name, "dtype": case.dtype, "needs": sorted(cases.needs(case))}
+    return {**chosen, "flop": flop, "copies": copies, "results": results}
+
+
+def _ran(result: dict[str, Any], name: str) -> bool:
+    return any("median" in by_name[name] for by_name in result["results"].values())
 
 
 def summary(result: dict[str, Any]) -> str:

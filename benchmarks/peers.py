@@ -1,13 +1,14 @@
-"""The implementations compared, each a function (query, key, value) → out, or the reason it cannot run.
+"""The implementations compared: what each can compute, and its calls.
 
-A peer gets the same arrays and computes the same thing; what it has no argument for it refuses.
+A peer gets the same arrays and computes the same thing; a case that needs what it lacks is refused.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,123 +16,148 @@ import jax.numpy as jnp
 
 import jax_flash
 
-from .cases import Case
+from .cases import Case, Inputs, needs
 from .measure import copies_for
 
-Attend = Callable[..., Any]
+Attend = Callable[..., Any]  # (query, key, value, other arrays by name) → out
+JAX_NN = {"GQA", "window", "lengths", "mask", "bias", "scale"}
 
 
 class Refused(Exception):
     """The peer cannot run the case, or is not there."""
 
 
-def ours(case: Case) -> Attend:
-    """This library's kernels for the platform."""
-    if case.lengths:
-        return partial(jax_flash.flash_attention_varlen, cu_seqlens_q=case.cu_seqlens(), causal=case.causal)
-    return partial(jax_flash.flash_attention, causal=case.causal, window=case.window)
+@dataclass(frozen=True)
+class Peer:
+    """An implementation: what it has, where it runs, the module it needs, and how it is called."""
+
+    has: set[str] | None  # None: everything
+    platforms: tuple[str, ...]
+    make: Callable[[Case], Attend]
+    module: str = "jax"
+
+    def attend(self, case: Case) -> Attend:
+        if jax.default_backend() not in self.platforms:
+            raise Refused(f"runs on {', '.join(self.platforms)}")
+        if importlib.util.find_spec(self.module) is None:
+            raise Refused(f"{self.module} is not installed")
+        lacking = set() if self.has is None else needs(case) - self.has
+        if lacking:
+            raise Refused(f"lacks {', '.join(sorted(lacking))}")
+        return self.make(case)
 
 
-def jax_nn(case: Case, implementation: str) -> Attend:
-    """jax.nn.dot_product_attention; packed sequences as one row with a block-diagonal mask."""
-    attend = partial(jax.nn.dot_product_attention, implementation=implementation, is_causal=case.causal)
-    if case.lengths:
-        if implementation != "xla":
-            raise Refused("no packed sequences through jax.nn")
-        ids = jnp.repeat(jnp.arange(len(case.lengths)), jnp.array(case.lengths), total_repeat_length=case.sq)
-        same = ids[:, None] == ids[None, :]
-        return lambda q, k, v: attend(q[None], k[None], v[None], mask=same[None, None])[0]
-    if case.causal and case.sq != case.sk:
-        raise Refused("causal is top-left aligned, the case is not")
-    if case.window is None:
+def _ours(case: Case) -> Attend:
+    if case.layout == "varlen":
+        return lambda q, k, v, arrays: jax_flash.flash_attention_varlen(q, k, v, **arrays, **case.options)
+    return lambda q, k, v, arrays: jax_flash.flash_attention(q, k, v, **arrays, **case.options)
+
+
+def _jax_nn(implementation: str, function: str = "jax.nn") -> Callable[[Case], Attend]:
+    """jax.nn.dot_product_attention, or another with its signature."""
+
+    def make(case: Case) -> Attend:
+        module: Any = importlib.import_module(function)
+        options: dict[str, Any] = {
+            "is_causal": case.causal,
+            "local_window_size": case.window,
+            "implementation": implementation,
+        }
+        if case.scale is not None:
+            options["scale"] = case.scale
+        if case.softcap is not None:
+            options["logits_soft_cap"] = case.softcap
+        names = {"q_lengths": "query_seq_lengths", "kv_lengths": "key_value_seq_lengths"}
+
+        def attend(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
+            if case.layout == "varlen":
+                return packed(q, k, v, arrays)
+            return module.dot_product_attention(
+                q, k, v, **{names.get(name, name): x for name, x in arrays.items()}, **options
+            )
+
+        def packed(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
+            """One row of all tokens under a block-diagonal mask: all that this interface offers."""
+            rows, columns = (
+                jnp.searchsorted(arrays[name], jnp.arange(x.shape[0]), side="right")
+                for name, x in (("cu_seqlens_q", q), ("cu_seqlens_k", k))
+            )
+            mask = (rows[:, None] == columns[None, :])[None, None]
+            return module.dot_product_attention(q[None], k[None], v[None], mask=mask, **options)[0]
+
         return attend
-    left, right = case.window
-    if left is None or right is None:
-        raise Refused("no one-sided window")
-    return partial(attend, local_window_size=(left, right))
+
+    return make
 
 
-def cudnn(case: Case) -> Attend:
-    if jax.default_backend() != "gpu":
-        raise Refused("needs a GPU")
-    if case.dtype == "float32":
-        raise Refused("float16 and bfloat16 only")
-    return jax_nn(case, "cudnn")
-
-
-def pallas(case: Case) -> Attend:
-    """JAX's own Pallas kernel for GPUs, at its default block sizes."""
-    if jax.default_backend() != "gpu":
-        raise Refused("needs a GPU")
-    if case.lengths or case.window or case.heads != case.kv_heads or case.sq != case.sk:
-        raise Refused("no GQA, windows, packed or unequal lengths")
+def _pallas(case: Case) -> Attend:
     from jax.experimental.pallas.ops.gpu.attention import mha
 
-    return lambda q, k, v: mha(q, k, v, None, sm_scale=case.d**-0.5, causal=case.causal)
+    return lambda q, k, v, arrays: mha(q, k, v, None, sm_scale=case.d**-0.5, causal=case.causal)
 
 
-def tokamax(case: Case) -> Attend:
-    if importlib.util.find_spec("tokamax") is None:
-        raise Refused("not installed")
-    if case.lengths or (case.causal and case.sq != case.sk):
-        raise Refused("no packed sequences, causal is top-left aligned")
-    module: Any = importlib.import_module("tokamax")
-    return partial(module.dot_product_attention, is_causal=case.causal, local_window_size=case.window)
+def _torch(case: Case) -> Attend:
+    torch: Any = importlib.import_module("torch")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda q, k, v, arrays: attend(q, k, v, is_causal=case.causal, enable_gqa=case.hq != case.hk)
 
 
-PEERS: dict[str, Callable[[Case], Attend]] = {
-    "jax_flash": ours,
-    "xla": partial(jax_nn, implementation="xla"),
-    "cudnn": cudnn,
-    "pallas": pallas,
-    "tokamax": tokamax,
+PEERS = {
+    "jax_flash": Peer(None, ("cpu", "gpu"), _ours, "jax_flash"),
+    "xla": Peer(JAX_NN | {"float32", "packed"}, ("cpu", "gpu"), _jax_nn("xla")),
+    "cudnn": Peer(JAX_NN, ("gpu",), _jax_nn("cudnn")),
+    "pallas": Peer({"float32"}, ("gpu",), _pallas),
+    "tokamax": Peer(JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), _jax_nn("mosaic", "tokamax"), "tokamax"),
+    "torch": Peer({"GQA", "float32"}, ("cpu",), _torch, "torch"),
 }
 
 
-def calls(name: str, case: Case, pass_: str, arguments: list[tuple[Any, ...]]) -> tuple[Attend, list[Any]]:
+def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
     """The call of one pass, compiled, and the arguments that it goes through.
 
     The backward call starts from the forward's own residuals, so that it is the gradient's cost alone.
     """
+    attend = PEERS[name].attend(case)
     if name == "torch":
-        return torch_calls(case, pass_, arguments)
-    attend = PEERS[name](case)
+        return _torch_calls(attend, pass_, inputs)
+    arguments = [(*_qkv(x), _others(x)) for x in inputs]
     if pass_ == "forward":
-        return jax.jit(attend), [(q, k, v) for q, k, v, _ in arguments]
-    pull = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1])
+        return jax.jit(attend), arguments
+
+    @jax.jit
+    def pull(q: Any, k: Any, v: Any, arrays: Any) -> Any:
+        return jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)[1]
+
     backward = jax.jit(lambda residuals, dout: residuals(dout))
-    first = pull(*arguments[0][:3]), arguments[0][3]
+    first = pull(*arguments[0]), inputs[0].dout
     copies = copies_for(first, jax.default_backend())  # residuals may be far larger than the inputs
-    return backward, [first, *((pull(q, k, v), dout) for q, k, v, dout in arguments[1:copies])]
+    rest = zip(arguments[1:copies], inputs[1:copies], strict=True)
+    return backward, [first, *((pull(*argument), x.dout) for argument, x in rest)]
 
 
-def torch_calls(case: Case, pass_: str, arguments: list[tuple[Any, ...]]) -> tuple[Attend, list[Any]]:
-    """PyTorch's scaled_dot_product_attention on the CPU, in this process."""
-    if importlib.util.find_spec("torch") is None:
-        raise Refused("not installed")
-    if jax.default_backend() != "cpu":
-        raise Refused("compared on the CPU only")
-    if case.lengths or case.window or (case.causal and case.sq != case.sk):
-        raise Refused("no packed sequences, windows or bottom-right causal")
+def _qkv(inputs: Inputs) -> tuple[jax.Array, ...]:
+    return tuple(inputs.positional[name] for name in ("query", "key", "value"))
+
+
+def _others(inputs: Inputs) -> dict[str, Any]:
+    return {k: v for k, v in inputs.positional.items() if k.startswith("cu_")} | inputs.keywords
+
+
+def _torch_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
+    """PyTorch in this process, in its own layout [b, h, s, d]."""
     torch: Any = importlib.import_module("torch")
 
-    def tensor(x: jax.Array) -> Any:  # [b, s, h, d] → torch's [b, h, s, d]
+    def tensor(x: jax.Array) -> Any:
         return torch.utils.dlpack.from_dlpack(x).clone().transpose(1, 2).requires_grad_()
-
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        gqa = case.heads != case.kv_heads
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=case.causal, enable_gqa=gqa
-        )
 
     def forward(q: Any, k: Any, v: Any) -> None:
         with torch.no_grad():
-            attend(q, k, v)
+            attend(q, k, v, {})
 
-    def backward(out: Any, inputs: Any, dout: Any) -> None:
-        torch.autograd.grad(out, inputs, dout, retain_graph=True)
+    def backward(out: Any, qkv: Any, dout: Any) -> None:
+        torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
-    converted = [tuple(map(tensor, argument)) for argument in arguments]
+    qkv = [tuple(map(tensor, _qkv(x))) for x in inputs]
     if pass_ == "forward":
-        return forward, [(q, k, v) for q, k, v, _ in converted]
-    return backward, [(attend(q, k, v), (q, k, v), dout) for q, k, v, dout in converted]
+        return forward, qkv
+    return backward, [(attend(*t, {}), t, tensor(x.dout).detach()) for t, x in zip(qkv, inputs, strict=True)]

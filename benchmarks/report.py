@@ -67,7 +67,9 @@ def markdown(run: dict[str, Any]) -> str:
     """The whole report: header, what the device does by itself, one table per pass, ratios to each peer."""
     head = run["header"]
     lines = [f"# {head['device']}", ""]
-    lines += [f"- {name}: {value}" for name, value in head.items() if name not in ("device", "versions")]
+    lines += [
+        f"- {name}: {value}" for name, value in head.items() if value and name not in ("device", "versions")
+    ]
     lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
     lines += ["- in this run: " + ", ".join(f"{name} {_rate(r)}" for name, r in run["device"].items()), ""]
     for pass_ in run["passes"]:
