@@ -8,20 +8,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .operands import DIMS, DROPOUT_BATCH, DROPOUT_HEAD, Pass
 from .spec import AttentionSpec
 
 Axes = tuple[str, ...]
 Body = Callable[..., Sequence[jax.Array]]
+_NO_MESH = AbstractMesh((), ())
 
 
 @lru_cache(maxsize=None)
@@ -124,7 +125,12 @@ class _Rules:
 
         operand_shardings = tuple(sharding(name, x.shape) for name, x in named.items())
         result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.pass_.results, results))
-        return mesh, partial(self.run_shard, split), result_shardings, operand_shardings
+
+        def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+            with jax.sharding.use_abstract_mesh(_NO_MESH):  # one shard's code knows no explicit axes
+                return self.run_shard(split, *arrays)
+
+        return mesh, shard, result_shardings, operand_shardings
 
     def split(self, mesh: Any, named: dict[str, Any]) -> Split:
         axes: dict[str, Axes] = {}
