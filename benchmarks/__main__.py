@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> int:
     for case in chosen:
         run["cases"].append(run_case(case, names, passes, platform, options))
         print(f"{case.name}: {summary(run['cases'][-1])}", file=sys.stderr, flush=True)
-    run["peers"] = [name for name in names if any(_ran(result, name) for result in run["cases"])]
+    there = [name for name in names[1:] if any(_ran(result, name) for result in run["cases"])]
+    run["peers"] = [names[0], *there]
     report.write(run, options.out)
     print(report.markdown(run))
     return 0
