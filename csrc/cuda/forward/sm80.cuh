@@ -1,0 +1,117 @@
+// The forward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "core/plan.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/load_kv.cuh"
+#include "cuda/mask.cuh"
+#include "cuda/score.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/tile/fragments.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+
+// A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose scores
+// need more registers, 16.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
+struct ForwardSm80 {
+  using Element = T;
+  static constexpr bool kGeneral = General;
+  static constexpr int kHeadDim = HeadDim, kValueDim = ValueDim, kM = M, kN = N, kStages = Stages;
+  static constexpr int kWarps = General ? M / 16 : Warps;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kWarpRows = M / kWarps;
+  using QTile = SharedTile<M, HeadDim>;
+  using KTile = SharedTile<N, HeadDim>;
+  using VTile = SharedTile<N, ValueDim>;
+  using OTile = SharedTile<M, ValueDim>;
+  using S = Accumulator<kWarpRows / 16, N / 8>;
+  using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
+  static constexpr int kSharedBytes = QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes);
+  static_assert(kWarpRows % 16 == 0 && N % 16 == 0 && ValueDim <= HeadDim);
+};
+
+template <class C>
+__device__ __forceinline__ void forward_tile(const Problem& p, const BlockWork& work, uint8_t* shared) {
+  using T = typename C::Element;
+  const TileWork& tile = work.tile;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
+  const int32_t row = tile.row + warp_row;
+  const int32_t used = min(tile.end, tile.q_len);
+  const Band band = work.band(p);
+  const Interval visible = band.rows(tile.row, used), whole = band.common(tile.row, used);
+  const GeneralScore general{p, work, band};
+  Dropout dropout;
+  if (C::kGeneral && p.dropout) {
+    dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+  }
+
+  typename C::O o;
+  o.clear();
+  OnlineSoftmax<C::S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
+
+  if (!visible.empty()) {
+    const GlobalRows<const T> query{p.query.as<const T>() + work.offset(p, p.query, tile.q_begin), p.query.row,
+                                    p.head_dim};
+    const GlobalRows<const T> key{p.key.as<const T>() + work.kv_offset(p, p.key, tile.k_begin), p.key.row, p.head_dim};
+    const GlobalRows<const T> value{p.value.as<const T>() + work.kv_offset(p, p.value, tile.k_begin), p.value.row,
+                                    p.value_dim};
+    const uint32_t q = ptx::shared_address(shared);
+    const int32_t first = visible.lo / C::kN, last = (visible.hi + C::kN - 1) / C::kN;
+    KvRing<C> kv(q + C::QTile::kBytes, key, value, first, last, tile.k_len);
+    load_tile<typename C::QTile, C::kThreads>(q, query, tile.row, used);
+    kv.start();
+
+    for (int n = first; n < last; ++n) {
+      const int32_t j = n * C::kN;
+      typename C::S s;
+      mma_qk<T, typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_k(n - first));  // S = Q Kᵀ    [M, N]
+      const uint32_t v = kv.wait_v(n - first);
+      if constexpr (C::kGeneral) general.apply(s, row, j);                   // softcap, bias, alibi, masks
+      if (j < whole.lo || j + C::kN > whole.hi) mask(s, band, row, j);       // the band, at its edges only
+      softmax.update(s, o);                                                  // P = 2^(S − m); O ← α O
+      if (C::kGeneral && p.dropout) general.drop(s, dropout, row, j);        //
+      mma_pv<T, typename C::VTile>(o, s, v);                                 // O ← O + P V  [M, dv]
+    }
+  }
+
+  finish_rows(o, softmax, p, work, row, dropout.scale);
+  const GlobalRows<T> out{p.out.as<T>() + work.offset(p, p.out, tile.q_begin), p.out.row, p.value_dim};
+  store_rows<typename C::OTile>(o, shared, warp_row, out, row, tile.end);
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads)
+    forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  const BlockWork work = find_work(p, schedule, tiles, C::kM);
+  if (work.tile.row < work.tile.end) forward_tile<C>(p, work, shared);
+}
+
+template <class C>
+cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, const TileWork* schedule,
+                                cudaStream_t stream) {
+  const auto kernel = forward_sm80<C>;
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<static_cast<uint32_t>(plan.blocks), C::kThreads, C::kSharedBytes, stream>>>(
+      p, schedule, static_cast<int32_t>(plan.tiles));
+  return cudaGetLastError();
+}
+
+}  // namespace jax_flash
+
+// The launch function of one row and dtype, for csrc/cuda/registry.h.
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                                 \
+  namespace jax_flash {                                                                                    \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, const TileWork* schedule, cudaStream_t s) {   \
+    if (plan.general) return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, true>>(p, plan, schedule, s); \
+    return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, false>>(p, plan, schedule, s);              \
+  }                                                                                                        \
+  }

@@ -1,0 +1,22 @@
+// cp.async: global to shared memory without registers (sm_80 and newer).
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::ptx {
+
+// 16 bytes; zeros, and nothing is read, when !valid.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `kPending` of this thread's newest groups are in flight.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace jax_flash::ptx

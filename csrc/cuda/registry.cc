@@ -1,0 +1,34 @@
+#include "registry.h"
+
+namespace jax_flash {
+
+#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, launch) Launch launch;
+#include "built_kernels.def"
+#undef JF_BUILT
+
+namespace {
+
+enum Family { sm75 = 75, sm80 = 80, sm90 = 90 };
+constexpr Pass forward = Pass::kForward, backward = Pass::kBackward;
+enum DTypeBit { float16 = 1, bfloat16 = 2, float32 = 4 };
+
+constexpr KernelRow kRows[] = {
+#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, launch) \
+  {#family, family, pass, dtype, d, dv, m, n, stages, warps},
+#include "built_kernels.def"
+#undef JF_BUILT
+};
+
+constexpr Launch* kLaunches[] = {
+#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, launch) launch,
+#include "built_kernels.def"
+#undef JF_BUILT
+};
+
+}  // namespace
+
+std::span<const KernelRow> built_kernels() { return kRows; }
+
+Launch* launch_of(int32_t kernel) { return kLaunches[kernel]; }
+
+}  // namespace jax_flash

@@ -1,0 +1,135 @@
+// The general score: scale, softcap, bias, alibi, segments, mask and dropout, one pass over the tile for each that
+// the call has. Which it has is uniform over the grid.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+
+#include "core/band.h"
+#include "core/dropout.h"
+#include "core/score.h"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// f(s, slot, n, e) for every element of this thread, row by row.
+template <class S, class F>
+__device__ __forceinline__ void for_each(S& s, F f) {
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot)
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) f(s.at(slot, n, e), slot, n, e);
+}
+
+// A [s_q, s_k] operand of one head, broadcast by zero strides.
+template <class T>
+struct ScoreOperand {
+  const T* data;
+  int64_t row, column;
+
+  __device__ __forceinline__ ScoreOperand(const Problem& p, const View& view, const BlockWork& work)
+      : data(view.as<const T>() + work.offset(p, view, 0)), row(view.row), column(view.column) {}
+
+  __device__ __forceinline__ T at(int32_t i, int32_t j) const { return data[i * row + j * column]; }
+};
+
+// Works on the tile of S whose warp begins at query `row` and whose keys begin at `key`, within the sequence.
+// Operands are read only where row and key are in use.
+struct GeneralScore {
+  const Problem& p;
+  const BlockWork& work;
+  const Band band;
+
+  // S ← log2(e) · (softcap(scale · S) + bias + alibi), −inf where segments or mask hide the key.
+  template <class S>
+  __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key) const {
+    const float scale = p.spec.scale, cap = p.spec.softcap;
+    for_each(s, [&](float& x, int, int, int) { x *= scale; });
+    if (cap > 0) for_each(s, [&](float& x, int, int, int) { x = softcap(x, cap); });
+    if (p.bias) add_bias(s, row, key);
+    if (p.alibi_slopes) add_alibi(s, row, key);
+    for_each(s, [&](float& x, int, int, int) { x *= kLog2e; });
+    if (p.q_segment_ids) hide_other_segments(s, row, key);
+    if (p.mask) hide_masked(s, row, key);
+  }
+
+  // P ← 0 where dropped; the 1 / (1 − rate) of what is kept waits for the epilogue.
+  template <class S>
+  __device__ __forceinline__ void drop(S& s, const Dropout& dropout, int32_t row, int32_t key) const {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t i = row + S::row(slot);
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+        const uint32_t j = key + S::column(n) + dropout.column;
+        PhiloxBlock numbers = dropout.block(tile_index(), work.head, i, j / kDropoutBlock);
+        if (Dropout::half(numbers, j) < dropout.threshold) s.at(slot, n, 0) = 0;
+        // The neighbour's number is in the same block unless a shard begins in the middle of one.
+        if ((j + 1) % kDropoutBlock == 0) {
+          numbers = dropout.block(tile_index(), work.head, i, (j + 1) / kDropoutBlock);
+        }
+        if (Dropout::half(numbers, j + 1) < dropout.threshold) s.at(slot, n, 1) = 0;
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t tile_index() const { return static_cast<uint32_t>(work.tile.index); }
+
+  __device__ __forceinline__ bool in_use(int32_t i, int32_t j) const { return i < band.q_len && j < band.k_len; }
+
+  template <class T, class S>
+  __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key) const {
+    const ScoreOperand<T> bias(p, p.bias, work);
+    for_each(s, [&](float& x, int slot, int n, int e) {
+      const int32_t i = row + S::row(slot), j = key + S::column(n) + e;
+      if (in_use(i, j)) x += static_cast<float>(bias.at(i, j));
+    });
+  }
+
+  template <class S>
+  __device__ __forceinline__ void add_bias(S& s, int32_t row, int32_t key) const {
+    if (p.bias_dtype == DType::kF32) {
+      add_bias_of<float>(s, row, key);
+    } else if (p.bias_dtype == DType::kF16) {
+      add_bias_of<__half>(s, row, key);
+    } else {
+      add_bias_of<__nv_bfloat16>(s, row, key);
+    }
+  }
+
+  template <class S>
+  __device__ __forceinline__ void add_alibi(S& s, int32_t row, int32_t key) const {
+    const View& view = p.alibi_slopes;
+    const float slope = view.as<const float>()[view.leading_offset(p.leading, work.leading) +
+                                               view.offset(work.tile.index, work.head, 0)];
+    for_each(s, [&](float& x, int slot, int n, int e) {
+      x += alibi(slope, band.diagonal(row + S::row(slot)), key + S::column(n) + e);
+    });
+  }
+
+  template <class S>
+  __device__ __forceinline__ void hide_other_segments(S& s, int32_t row, int32_t key) const {
+    const int32_t* queries = p.q_segment_ids.as<const int32_t>() + work.offset(p, p.q_segment_ids, 0);
+    const int32_t* keys = p.kv_segment_ids.as<const int32_t>() + work.offset(p, p.kv_segment_ids, 0);
+    for_each(s, [&](float& x, int slot, int n, int e) {
+      const int32_t i = row + S::row(slot), j = key + S::column(n) + e;
+      if (in_use(i, j) && queries[i] != keys[j]) x = -INFINITY;
+    });
+  }
+
+  template <class S>
+  __device__ __forceinline__ void hide_masked(S& s, int32_t row, int32_t key) const {
+    const ScoreOperand<uint8_t> mask(p, p.mask, work);
+    for_each(s, [&](float& x, int slot, int n, int e) {
+      const int32_t i = row + S::row(slot), j = key + S::column(n) + e;
+      if (in_use(i, j) && !mask.at(i, j)) x = -INFINITY;
+    });
+  }
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,37 @@
+// Copies of [rows, columns] tiles between global memory and swizzled shared memory, 16 bytes at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/tile/shared_tile.cuh"
+
+namespace jax_flash {
+
+// Rows of a head: T elements, `columns` of them used (a multiple of 8), `stride` elements from row to row.
+template <class T>
+struct GlobalRows {
+  T* data;
+  int64_t stride;
+  int32_t columns;
+};
+
+// Starts the copy of rows [first, first + Tile::kRows) into `shared`; rows from `end` on and unused columns are zero.
+template <class Tile, int kThreads, class T>
+__device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<const T>& source, int32_t first,
+                                          int32_t end) {
+  const T* origin = source.data + first * source.stride;
+  constexpr int kTotal = Tile::kRows * Tile::kChunks;
+#pragma unroll
+  for (int i = 0; i < kTotal; i += kThreads) {
+    const int at = i + static_cast<int>(threadIdx.x);
+    const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
+    const bool valid = row < end - first && chunk * 8 < source.columns;
+    if (kTotal % kThreads == 0 || at < kTotal) {
+      const T* from = valid ? origin + row * source.stride + chunk * 8 : source.data;
+      ptx::cp_async_16(shared + Tile::offset(row, chunk), from, valid);
+    }
+  }
+}
+
+}  // namespace jax_flash
