@@ -144,6 +144,46 @@ def operands(inputs: Inputs) -> dict[str, jax.Array]:
     return made
 
 
+def poisoned(case: Case, inputs: Inputs) -> Inputs:
+    """The same inputs with NaN in everything that the contract says is never read."""
+    row_used, column_used = used(case)
+    positional = dict(inputs.positional)
+    positional["query"] = _poison(positional["query"], ~row_used[..., None, None])
+    positional["key"] = _poison(positional["key"], ~column_used[..., None, None])
+    positional["value"] = _poison(positional["value"], ~column_used[..., None, None])
+    keywords = dict(inputs.keywords)
+    if "bias" in keywords:
+        unread = ~(row_used[:, None, :, None] & column_used[:, None, None, :])
+        for axis, size in enumerate((1,) * (4 - keywords["bias"].ndim) + keywords["bias"].shape):
+            unread = unread.all(axis, keepdims=True) if size == 1 else unread
+        keywords["bias"] = _poison(keywords["bias"], unread)
+    lse_unused = ~np.expand_dims(row_used, -2)
+    dout = _poison(inputs.dout, ~row_used[..., None, None])
+    return Inputs(positional, keywords, dout, _poison(inputs.dlse, lse_unused))
+
+
+def used(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The query rows and the keys in use: `[b, s]` each, or `[t]`."""
+    rows, columns = _token_dims(case)
+    if case.layout == "fixed":
+        return tuple(  # type: ignore[return-value]
+            np.arange(s) < np.full(b, s if lengths is None else lengths).reshape(b, 1)
+            for (b, s), lengths in ((rows, case.q_lengths), (columns, case.kv_lengths))
+        )
+    k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
+    row_used = np.arange(rows[0]) < sum(case.q_sequences)
+    column_used = np.zeros(columns, bool)
+    for z, start in enumerate(np.concatenate([[0], np.cumsum(k_sequences)])[:-1]):
+        length = k_sequences[z] if case.kv_lengths is None else min(k_sequences[z], case.kv_lengths[z])
+        column_used[start : start + length] = True
+    return row_used, column_used
+
+
+def _poison(x: jax.Array, where: np.ndarray) -> jax.Array:
+    where = where.reshape(where.shape[where.ndim - x.ndim :]) if where.ndim > x.ndim else where
+    return jnp.where(where, jnp.asarray(jnp.nan, x.dtype), x)
+
+
 def spec(case: Case, inputs: Inputs) -> AttentionSpec:
     """The AttentionSpec of a case, made without the library's own validation."""
     left, right = (UNLIMITED if side is None else side for side in case.window or (None, None))
