@@ -19,7 +19,7 @@ bool covers(const KernelRow& row, const Device& device) {
 // Q, and `stages` tiles of K and of V.
 int64_t shared_memory(const KernelRow& row, DType dtype) {
   const int64_t keys = int64_t{row.stages} * row.block_n * (row.head_dim + row.value_dim);
-  return (int64_t{row.block_m} * row.head_dim + keys) * element_size(dtype);
+  return (int64_t{row.block_m} * row.head_dim + keys) * element_size(dtype) + kBlockStateBytes;
 }
 
 bool runs(const KernelRow& row, Pass pass, const Shapes& shapes, const Device& device) {

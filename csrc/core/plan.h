@@ -57,9 +57,12 @@ struct TileWork {
   int32_t q_len, k_len;
   int32_t row, end;
   int32_t unused;
+
+  JF_HD int32_t used() const { return end < q_len ? end : q_len; }
 };
 static_assert(sizeof(TileWork) == 32);
 
+inline constexpr int64_t kBlockStateBytes = 512;  // of shared memory beside the tiles, at most
 inline constexpr int64_t kSmallestBlockM = 64;  // of kernels.def: bounds the number of tiles without knowing the row
 
 // Query tiles that one packed leading entry can need: those of its sequences and of the tokens before and after.

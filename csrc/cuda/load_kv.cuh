@@ -13,58 +13,55 @@ class KvRing {
  public:
   using T = typename C::Element;
 
-  // Tiles [first, last) of `block_n` keys each; keys from `end` on read as zeros.
-  __device__ __forceinline__ KvRing(uint32_t shared, GlobalRows<const T> key, GlobalRows<const T> value, int32_t first,
+  // Tiles [first, last) of C::kN keys each; keys from `end` on read as zeros.
+  __device__ __forceinline__ KvRing(uint32_t shared, const GlobalRows<const T>& key, const GlobalRows<const T>& value,
                                     int32_t last, int32_t end)
-      : shared_(shared), key_(key), value_(value), last_(last), end_(end), k_next_(first), v_next_(first) {}
+      : shared_(shared), key_(key), value_(value), last_(last), end_(end) {}
 
   // Joins the first group: what the caller loaded before (Q) arrives with the first K.
-  __device__ __forceinline__ void start() {
+  __device__ __forceinline__ void start(int32_t first) {
     for (int i = 0; i < C::kStages; ++i) {
-      fill_k();
-      if (i + 1 < C::kStages) fill_v();
+      fill_k(first + i);
+      if (i + 1 < C::kStages) fill_v(first + i);
     }
   }
 
-  // The K tile of step `i`. Everyone has left the V tile of the step before, so its place is refilled.
-  __device__ __forceinline__ uint32_t wait_k(int i) {
+  // The K tile `n`. Everyone has left the V tile before it, whose place is refilled.
+  __device__ __forceinline__ uint32_t wait_k(int32_t n) {
     ptx::cp_async_wait<2 * (C::kStages - 1)>();
     __syncthreads();
-    fill_v();
-    return k_place(i);
+    fill_v(n + C::kStages - 1);
+    return k_place(n);
   }
 
-  // The V tile of step `i`. Everyone has left the K tile of this step, so its place is refilled.
-  __device__ __forceinline__ uint32_t wait_v(int i) {
+  // The V tile `n`. Everyone has left the K tile `n`, whose place is refilled.
+  __device__ __forceinline__ uint32_t wait_v(int32_t n) {
     ptx::cp_async_wait<2 * (C::kStages - 1)>();
     __syncthreads();
-    fill_k();
-    return v_place(i);
+    fill_k(n + C::kStages);
+    return v_place(n);
   }
 
  private:
-  __device__ __forceinline__ uint32_t k_place(int i) const { return shared_ + i % C::kStages * C::KTile::kBytes; }
-  __device__ __forceinline__ uint32_t v_place(int i) const {
-    return shared_ + C::kStages * C::KTile::kBytes + i % C::kStages * C::VTile::kBytes;
+  __device__ __forceinline__ uint32_t k_place(int32_t n) const {
+    return shared_ + n % C::kStages * C::KTile::kBytes;
+  }
+  __device__ __forceinline__ uint32_t v_place(int32_t n) const {
+    return shared_ + C::kStages * C::KTile::kBytes + n % C::kStages * C::VTile::kBytes;
   }
 
-  __device__ __forceinline__ void fill_k() {
-    if (k_next_ < last_) load_tile<typename C::KTile, C::kThreads>(k_place(k_step_), key_, k_next_ * C::kN, end_);
+  __device__ __forceinline__ void fill_k(int32_t n) {
+    if (n < last_) load_tile<typename C::KTile, C::kThreads>(k_place(n), key_, n * C::kN, end_);
     ptx::cp_async_commit();
-    ++k_next_, ++k_step_;
   }
-
-  __device__ __forceinline__ void fill_v() {
-    if (v_next_ < last_) load_tile<typename C::VTile, C::kThreads>(v_place(v_step_), value_, v_next_ * C::kN, end_);
+  __device__ __forceinline__ void fill_v(int32_t n) {
+    if (n < last_) load_tile<typename C::VTile, C::kThreads>(v_place(n), value_, n * C::kN, end_);
     ptx::cp_async_commit();
-    ++v_next_, ++v_step_;
   }
 
   uint32_t shared_;
-  GlobalRows<const T> key_, value_;
+  const GlobalRows<const T>&key_, &value_;  // in shared memory
   int32_t last_, end_;
-  int32_t k_next_, v_next_;
-  int32_t k_step_ = 0, v_step_ = 0;
 };
 
 }  // namespace jax_flash

@@ -39,10 +39,10 @@ struct ScoreOperand {
 
 // Works on the tile of S whose warp begins at query `row` and whose keys begin at `key`, within the sequence.
 // Operands are read only where row and key are in use.
-struct GeneralScore {
-  const Problem& p;
-  const BlockWork& work;
-  const Band band;
+class GeneralScore {
+ public:
+  __device__ __forceinline__ GeneralScore(const Problem& problem, const BlockWork& block, const Band& visible)
+      : p(problem), work(block), band(visible) {}
 
   // S ← log2(e) · (softcap(scale · S) + bias + alibi), −inf where segments or mask hide the key.
   template <class S>
@@ -59,18 +59,21 @@ struct GeneralScore {
 
   // P ← 0 where dropped; the 1 / (1 − rate) of what is kept waits for the epilogue.
   template <class S>
-  __device__ __forceinline__ void drop(S& s, const Dropout& dropout, int32_t row, int32_t key) const {
+  __device__ __forceinline__ void drop(S& s, int32_t row, int32_t key) const {
+    if (!p.dropout) return;
+    const Dropout dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+    const uint32_t batch = static_cast<uint32_t>(work.tile.index);
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int32_t i = row + S::row(slot);
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n) {
         const uint32_t j = key + S::column(n) + dropout.column;
-        PhiloxBlock numbers = dropout.block(tile_index(), work.head, i, j / kDropoutBlock);
+        PhiloxBlock numbers = dropout.block(batch, work.head, i, j / kDropoutBlock);
         if (Dropout::half(numbers, j) < dropout.threshold) s.at(slot, n, 0) = 0;
         // The neighbour's number is in the same block unless a shard begins in the middle of one.
         if ((j + 1) % kDropoutBlock == 0) {
-          numbers = dropout.block(tile_index(), work.head, i, (j + 1) / kDropoutBlock);
+          numbers = dropout.block(batch, work.head, i, (j + 1) / kDropoutBlock);
         }
         if (Dropout::half(numbers, j + 1) < dropout.threshold) s.at(slot, n, 1) = 0;
       }
@@ -78,8 +81,6 @@ struct GeneralScore {
   }
 
  private:
-  __device__ __forceinline__ uint32_t tile_index() const { return static_cast<uint32_t>(work.tile.index); }
-
   __device__ __forceinline__ bool in_use(int32_t i, int32_t j) const { return i < band.q_len && j < band.k_len; }
 
   template <class T, class S>
@@ -130,6 +131,14 @@ struct GeneralScore {
       if (in_use(i, j) && !mask.at(i, j)) x = -INFINITY;
     });
   }
+
+  const Problem& p;
+  const BlockWork& work;
+  const Band& band;
 };
+
+__device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
+  return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
+}
 
 }  // namespace jax_flash

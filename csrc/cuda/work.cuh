@@ -15,6 +15,7 @@ struct BlockWork {
   int32_t head, batch_row;  // batch_row: the batch index of per-token operands, 0 for varlen
   TileWork tile;
 
+  // Element offset of a row of this sequence, at this block's head or at its KV head.
   __device__ __forceinline__ int64_t offset(const Problem& p, const View& view, int64_t row) const {
     return view.leading_offset(p.leading, leading) + view.offset(batch_row, head, row);
   }

@@ -34,64 +34,78 @@ struct ForwardSm80 {
   using S = Accumulator<kWarpRows / 16, N / 8>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   static constexpr int kSharedBytes = QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes);
-  static_assert(kWarpRows % 16 == 0 && N % 16 == 0 && ValueDim <= HeadDim);
+  static_assert(kWarpRows % 16 == 0 && N % 16 == 0);
+  // A warp stores its rows of O over its own rows of Q.
+  static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
 };
 
-template <class C>
-__device__ __forceinline__ void forward_tile(const Problem& p, const BlockWork& work, uint8_t* shared) {
-  using T = typename C::Element;
-  const TileWork& tile = work.tile;
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
-  const int32_t row = tile.row + warp_row;
-  const int32_t used = min(tile.end, tile.q_len);
-  const Band band = work.band(p);
-  const Interval visible = band.rows(tile.row, used), whole = band.common(tile.row, used);
-  const GeneralScore general{p, work, band};
-  Dropout dropout;
-  if (C::kGeneral && p.dropout) {
-    dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+// What all threads of a block share. It lies in shared memory, not in the registers of each of them.
+template <class T>
+struct BlockState {
+  BlockWork work;
+  Band band;
+  Interval visible, whole;  // keys that any row of the tile sees, and those that all see
+  GlobalRows<const T> query, key, value;
+  GlobalRows<T> out;
+
+  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t tiles, int32_t block_m) {
+    work = find_work(p, schedule, tiles, block_m);
+    const TileWork& tile = work.tile;
+    band = work.band(p);
+    visible = band.rows(tile.row, tile.used());
+    whole = band.common(tile.row, tile.used());
+    query = {p.query.as<const T>() + work.offset(p, p.query, tile.q_begin), p.query.row, p.head_dim};
+    key = {p.key.as<const T>() + work.kv_offset(p, p.key, tile.k_begin), p.key.row, p.head_dim};
+    value = {p.value.as<const T>() + work.kv_offset(p, p.value, tile.k_begin), p.value.row, p.value_dim};
+    out = {p.out.as<T>() + work.offset(p, p.out, tile.q_begin), p.out.row, p.value_dim};
   }
+};
+
+static_assert(sizeof(BlockState<float16>) <= kBlockStateBytes);
+
+template <class C>
+__device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<typename C::Element>& block,
+                                             uint8_t* shared) {
+  using T = typename C::Element;
+  const TileWork& tile = block.work.tile;
+  const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
+  const uint32_t q = ptx::shared_address(shared);
+  const GeneralScore general(p, block.work, block.band);
 
   typename C::O o;
   o.clear();
   OnlineSoftmax<C::S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
 
-  if (!visible.empty()) {
-    const GlobalRows<const T> query{p.query.as<const T>() + work.offset(p, p.query, tile.q_begin), p.query.row,
-                                    p.head_dim};
-    const GlobalRows<const T> key{p.key.as<const T>() + work.kv_offset(p, p.key, tile.k_begin), p.key.row, p.head_dim};
-    const GlobalRows<const T> value{p.value.as<const T>() + work.kv_offset(p, p.value, tile.k_begin), p.value.row,
-                                    p.value_dim};
-    const uint32_t q = ptx::shared_address(shared);
-    const int32_t first = visible.lo / C::kN, last = (visible.hi + C::kN - 1) / C::kN;
-    KvRing<C> kv(q + C::QTile::kBytes, key, value, first, last, tile.k_len);
-    load_tile<typename C::QTile, C::kThreads>(q, query, tile.row, used);
-    kv.start();
-
-    for (int n = first; n < last; ++n) {
-      const int32_t j = n * C::kN;
-      typename C::S s;
-      mma_qk<T, typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_k(n - first));  // S = Q Kᵀ    [M, N]
-      const uint32_t v = kv.wait_v(n - first);
-      if constexpr (C::kGeneral) general.apply(s, row, j);                   // softcap, bias, alibi, masks
-      if (j < whole.lo || j + C::kN > whole.hi) mask(s, band, row, j);       // the band, at its edges only
-      softmax.update(s, o);                                                  // P = 2^(S − m); O ← α O
-      if (C::kGeneral && p.dropout) general.drop(s, dropout, row, j);        //
-      mma_pv<T, typename C::VTile>(o, s, v);                                 // O ← O + P V  [M, dv]
-    }
+  const int32_t first = block.visible.lo / C::kN, last = (block.visible.hi + C::kN - 1) / C::kN;
+  KvRing<C> kv(q + C::QTile::kBytes, block.key, block.value, last, tile.k_len);
+  if (!block.visible.empty()) {
+    load_tile<typename C::QTile, C::kThreads>(q, block.query, tile.row, tile.used());
+    kv.start(first);
+  }
+  for (int32_t n = first; n < last; ++n) {
+    const int32_t row = tile.row + warp_row, key = n * C::kN;
+    typename C::S s;
+    mma_qk<T, typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_k(n));  // S = Q Kᵀ  [M, N]
+    const uint32_t v = kv.wait_v(n);
+    if constexpr (C::kGeneral) general.apply(s, row, key);                        // softcap, bias, alibi, masks
+    if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row, key);
+    softmax.update(s, o);                                                         // P = 2^(S − m); O ← α O
+    if constexpr (C::kGeneral) general.drop(s, row, key);
+    mma_pv<T, typename C::VTile>(o, s, v);                                        // O ← O + P V   [M, dv]
   }
 
-  finish_rows(o, softmax, p, work, row, dropout.scale);
-  const GlobalRows<T> out{p.out.as<T>() + work.offset(p, p.out, tile.q_begin), p.out.row, p.value_dim};
-  store_rows<typename C::OTile>(o, shared, warp_row, out, row, tile.end);
+  finish_rows(o, softmax, p, block.work, tile.row + warp_row, C::kGeneral ? dropout_scale(p.spec) : 1.0f);
+  store_rows<typename C::OTile>(o, shared, warp_row, block.out, tile.row + warp_row, tile.end);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads)
     forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
   extern __shared__ __align__(128) uint8_t shared[];
-  const BlockWork work = find_work(p, schedule, tiles, C::kM);
-  if (work.tile.row < work.tile.end) forward_tile<C>(p, work, shared);
+  __shared__ BlockState<typename C::Element> block;
+  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM);
+  __syncthreads();
+  if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, shared);
 }
 
 template <class C>

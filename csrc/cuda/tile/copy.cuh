@@ -20,15 +20,17 @@ struct GlobalRows {
 template <class Tile, int kThreads, class T>
 __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<const T>& source, int32_t first,
                                           int32_t end) {
-  const T* origin = source.data + first * source.stride;
+  const int64_t stride = source.stride;
+  const T *data = source.data, *origin = data + first * stride;
+  const int32_t columns = source.columns;
   constexpr int kTotal = Tile::kRows * Tile::kChunks;
 #pragma unroll
   for (int i = 0; i < kTotal; i += kThreads) {
     const int at = i + static_cast<int>(threadIdx.x);
     const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    const bool valid = row < end - first && chunk * 8 < source.columns;
+    const bool valid = row < end - first && chunk * 8 < columns;
     if (kTotal % kThreads == 0 || at < kTotal) {
-      const T* from = valid ? origin + row * source.stride + chunk * 8 : source.data;
+      const T* from = valid ? origin + row * stride + chunk * 8 : data;
       ptx::cp_async_16(shared + Tile::offset(row, chunk), from, valid);
     }
   }
