@@ -1,0 +1,144 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+#include "plan.h"
+
+namespace jax_flash {
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+
+namespace {
+
+const Kernels& choose_kernels() {
+  struct Candidate {
+    const Kernels* kernels;
+    bool usable;
+  };
+  const Candidate candidates[] = {
+#if defined(JF_HAS_AVX512)
+      {&avx512::kKernels, __builtin_cpu_supports("x86-64-v4") != 0},
+#endif
+#if defined(JF_HAS_AVX2)
+      {&avx2::kKernels, __builtin_cpu_supports("x86-64-v3") != 0},
+#endif
+      {&baseline::kKernels, true},
+  };
+  const char* forced = std::getenv("JAX_FLASH_CPU_ISA");
+  std::string names;
+  for (const Candidate& c : candidates) {
+    if (c.usable && (!forced || !*forced || std::strcmp(forced, c.kernels->isa) == 0)) return *c.kernels;
+    if (c.usable) names += std::string(names.empty() ? "" : ", ") + c.kernels->isa;
+  }
+  throw std::invalid_argument("jax_flash: JAX_FLASH_CPU_ISA is \"" + std::string(forced) +
+                              "\", this machine and build have: " + names);
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+// One per thread, kept: fresh pages on each call would cost more than small problems do.
+float* scratch() {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  if (!memory) {
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, kScratchFloats * sizeof(float))));
+    if (!memory) throw std::bad_alloc();
+  }
+  return memory.get();
+}
+
+// Threads worth waking for `multiplies` multiply-adds.
+int64_t workers_for(double multiplies) {
+  constexpr double kPerWorker = 1 << 18;
+  return static_cast<int64_t>(std::min(multiplies / kPerWorker, 1e6)) + 1;
+}
+
+double score_count(const Problem& p) {
+  return double(p.leading.count()) * (p.varlen() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
+}
+
+using RowKernel = void (*)(const Problem&, const RowTile&, float*);
+
+void run_rows(const Problem& p, const ThreadPool& pool, const RowGrid& grid, RowKernel kernel) {
+  const double multiplies = score_count(p) * (p.head_dim + p.value_dim);
+  parallel_for(pool, grid.size(), workers_for(multiplies), [&](int64_t index) {
+    RowTile tile;
+    if (grid.at(index, tile)) kernel(p, tile, scratch());
+  });
+}
+
+// Rows of a packed operand that lie in no sequence.
+template <class Fill>
+void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
+  if (!p.varlen()) return;
+  const int32_t rows = side == Side::kQueries ? p.q_rows : p.k_rows;
+  for (int64_t l = 0; l < p.leading.count(); ++l) {
+    const int32_t* own = side == Side::kQueries ? starts.q_of(l) : starts.k_of(l);
+    fill(l, 0, own[0]);
+    fill(l, own[p.batch], rows);
+  }
+}
+
+void zero_rows(const Problem& p, const View& view, int64_t leading, int32_t begin, int32_t end) {
+  const int64_t size = p.dtype == DType::kF32 ? 4 : 2;
+  char* data = view.as<char>() + (view.leading_offset(p.leading, leading) + begin * view.row) * size;
+  if (begin < end) std::memset(data, 0, (end - begin) * view.row * size);
+}
+
+}  // namespace
+
+const char* cpu_isa() { return kernels().isa; }
+
+void cpu_forward(const Problem& p, const ThreadPool& pool) {
+  const Starts starts(p);
+  run_rows(p, pool, RowGrid(p, starts, Side::kQueries, kernels().tile_m), kernels().forward);
+  outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
+    zero_rows(p, p.out, l, begin, end);
+    for (int32_t h = 0; h < p.heads; ++h) {
+      float* lse = p.lse.as<float>() + p.lse.leading_offset(p.leading, l) + h * p.lse.head;
+      std::fill(lse + begin, lse + std::max(begin, end), -std::numeric_limits<float>::infinity());
+    }
+  });
+}
+
+void cpu_backward(const Problem& p, const ThreadPool& pool) {
+  const Starts starts(p);
+  run_rows(p, pool, RowGrid(p, starts, Side::kQueries, kernels().tile_m), kernels().backward_query);
+  run_rows(p, pool, RowGrid(p, starts, Side::kKeys, kernels().tile_n), kernels().backward_key);
+  outside_sequences(p, starts, Side::kQueries,
+                    [&](int64_t l, int32_t begin, int32_t end) { zero_rows(p, p.dquery, l, begin, end); });
+  outside_sequences(p, starts, Side::kKeys, [&](int64_t l, int32_t begin, int32_t end) {
+    zero_rows(p, p.dkey, l, begin, end);
+    zero_rows(p, p.dvalue, l, begin, end);
+  });
+}
+
+void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
+  const BiasGrid grid(p, kernels().tile_m, kernels().tile_n);
+  parallel_for(pool, grid.size(), workers_for(score_count(p) * (p.head_dim + p.value_dim)),
+               [&](int64_t index) { kernels().bias_gradient(p, grid.at(index), scratch()); });
+}
+
+}  // namespace jax_flash

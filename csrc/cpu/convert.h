@@ -1,0 +1,107 @@
+// Rows of f16, bf16 or f32 in memory to and from float32. Never touches memory outside the row.
+#pragma once
+
+#include "isa.h"
+
+namespace jax_flash::JF_ISA {
+
+JF_INLINE int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Denormals go through a subtraction of normal numbers: XLA's threads may flush denormal operands to zero.
+JF_INLINE Float widen_f16(UInt h) {
+  const UInt sign = (h & 0x8000u) << 16, magnitude = (h & 0x7FFFu) << 13;
+  const Float denormal = reinterpret_cast<Float>(magnitude + 0x38800000u) - 6.103515625e-05f;
+  const UInt rebias = magnitude >= 0x0F800000u ? UInt{} + 0x70000000u : UInt{} + 0x38000000u;
+  const UInt bits = magnitude < 0x00800000u ? reinterpret_cast<UInt>(denormal) : magnitude + rebias;
+  return reinterpret_cast<Float>(bits | sign);
+}
+
+JF_INLINE UInt narrow_f16(Float x) {
+  const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  // Below 2^-14 the sum with 1/2 rounds to multiples of 2^-24, f16's denormal step.
+  const Float half = reinterpret_cast<Float>(magnitude) + 0.5f;
+  const UInt denormal = reinterpret_cast<UInt>(half) - 0x3F000000u;
+  const UInt normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
+  UInt h = magnitude < 0x38800000u ? denormal : normal;
+  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;  // rounds past 65504
+  h = magnitude > 0x7F800000u ? UInt{} + 0x7E00u : h;
+  return h | sign;
+}
+
+JF_INLINE Float widen_bf16(UInt h) { return reinterpret_cast<Float>(h << 16); }
+
+JF_INLINE UInt narrow_bf16(Float x) {
+  const UInt bits = reinterpret_cast<UInt>(x);
+  const UInt rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits >> 16 | 0x40u : rounded;
+}
+
+template <DType dtype>
+JF_INLINE Float load_vector(const void* row, int32_t i) {
+  if constexpr (dtype == DType::kF32)
+    return *reinterpret_cast<const FloatUnaligned*>(static_cast<const float*>(row) + i);
+  const UInt h = __builtin_convertvector(
+      static_cast<Half>(*reinterpret_cast<const HalfUnaligned*>(static_cast<const uint16_t*>(row) + i)),
+      UInt);
+  return dtype == DType::kF16 ? widen_f16(h) : widen_bf16(h);
+}
+
+template <DType dtype>
+JF_INLINE void store_vector(void* row, int32_t i, Float x) {
+  if constexpr (dtype == DType::kF32) {
+    *reinterpret_cast<FloatUnaligned*>(static_cast<float*>(row) + i) = x;
+  } else {
+    const UInt h = dtype == DType::kF16 ? narrow_f16(x) : narrow_bf16(x);
+    *reinterpret_cast<HalfUnaligned*>(static_cast<uint16_t*>(row) + i) = __builtin_convertvector(h, Half);
+  }
+}
+
+template <DType dtype>
+static void load_row_as(const void* row, int32_t n, float factor, float* to, int32_t padded) {
+  int32_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load_vector<dtype>(row, i) * factor);
+  if (i < n) {
+    alignas(64) char tail[kLanes * 4] = {};
+    __builtin_memcpy(tail, static_cast<const char*>(row) + i * size_of(dtype), (n - i) * size_of(dtype));
+    store(to + i, load_vector<dtype>(tail, 0) * factor);
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) store(to + i, Float{});
+}
+
+template <DType dtype>
+static void store_row_as(void* row, int32_t n, const float* from, float factor) {
+  int32_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_vector<dtype>(row, i, load(from + i) * factor);
+  if (i < n) {
+    alignas(64) char tail[kLanes * 4];
+    store_vector<dtype>(tail, 0, load(from + i) * factor);
+    __builtin_memcpy(static_cast<char*>(row) + i * size_of(dtype), tail, (n - i) * size_of(dtype));
+  }
+}
+
+// to[0, n) = factor * row, zeros up to `padded` (a multiple of kLanes, at least n).
+JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, float* to, int32_t padded) {
+  switch (dtype) {
+    case DType::kF16:
+      return load_row_as<DType::kF16>(row, n, factor, to, padded);
+    case DType::kBF16:
+      return load_row_as<DType::kBF16>(row, n, factor, to, padded);
+    case DType::kF32:
+      return load_row_as<DType::kF32>(row, n, factor, to, padded);
+  }
+}
+
+// row[0, n) = factor * from; `from` is readable up to a multiple of kLanes.
+JF_INLINE void store_row(DType dtype, void* row, int32_t n, const float* from, float factor) {
+  switch (dtype) {
+    case DType::kF16:
+      return store_row_as<DType::kF16>(row, n, from, factor);
+    case DType::kBF16:
+      return store_row_as<DType::kBF16>(row, n, from, factor);
+    case DType::kF32:
+      return store_row_as<DType::kF32>(row, n, from, factor);
+  }
+}
+
+}  // namespace jax_flash::JF_ISA

@@ -1,0 +1,85 @@
+// P and dS of one tile, recomputed from lse: what every backward kernel starts from.
+#pragma once
+
+#include "forward.h"
+#include "head.h"
+
+namespace jax_flash::JF_ISA {
+
+// A tile of queries as the backward needs it.
+struct QueryTile {
+  int32_t begin, count, blocks;  // count: rows rounded up to whole blocks
+  float* q;                      // [count, padded(d)], times query_factor
+  float* dout;                   // [count, padded(dv)]
+  float lse[kTileM];             // log2 units; +inf where P = 0
+  float delta[kTileM];
+};
+
+JF_INLINE void load_queries(const Head& head, int32_t begin, int32_t end, QueryTile& tile) {
+  end = min(end, head.band.q_len);
+  tile.begin = begin;
+  tile.count = round_up(end > begin ? end - begin : 0, kBlockRows);
+  tile.blocks = tile.count / kBlockRows;
+  load_rows(head.query, begin, end, tile.count, head.query_factor, tile.q);
+  load_rows(head.dout(), begin, end, tile.count, 1.0f, tile.dout);
+  const Problem& p = head.problem;
+  const float *lse = head.row_statistic(p.lse), *delta = head.row_statistic(p.delta);
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const int32_t i = begin + r;
+    const float x = i < end ? lse[i * p.lse.row] : kNegInf;
+    tile.lse[r] = x == kNegInf ? -kNegInf : x * kLog2e;
+    tile.delta[r] = i < end ? delta[i * p.delta.row] : 0.0f;
+  }
+}
+
+// One row: S, dP -> dropped P, dS in place. `through_softcap` multiplies dS by the softcap's slope.
+// Zeros the rest of [used.lo, used.hi) in both.
+static void gradient_row(const Head& head, int32_t i, int32_t j0, int32_t n, Columns used, float lse,
+                         float delta, bool through_softcap, float* s, float* dp) {
+  const Columns visible = visible_columns(head.band, i, j0, n);
+  Columns whole = vectors(visible);
+  if (visible.hi <= visible.lo) whole = {used.hi, used.hi};
+  clear(s, used.lo, whole.lo);
+  clear(dp, used.lo, whole.lo);
+  clear(s, whole.hi, used.hi);
+  clear(dp, whole.hi, used.hi);
+  if (visible.hi <= visible.lo) return;
+
+  RowBuffer slopes, keep;
+  const bool capped = through_softcap && head.problem.spec.softcap > 0;
+  final_scores(head, i, j0, visible, s, capped ? slopes.value : nullptr);
+  if (head.drops) {
+    for (int32_t c = whole.lo; c < whole.hi; c += kLanes) store(keep.value + c, Float{});
+    head.dropout_row(i, j0, visible, keep.value);
+  }
+  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
+    const Float p = exp2(load(s + c) - lse);
+    Float dropped = p, dprob = load(dp + c);
+    if (head.drops) {
+      const Float k = load(keep.value + c);
+      dropped = p * k;
+      dprob = dprob * k;
+    }
+    Float ds = p * (dprob - delta);
+    if (capped) ds = ds * load(slopes.value + c);
+    store(s + c, dropped);
+    store(dp + c, ds);
+  }
+}
+
+// S = Q Kᵀ and dP = dO Vᵀ of the used blocks, then P and dS row by row. `clear_to`: columns that every row
+// must define, or 0 for those that its block uses.
+static void tile_gradient(const Head& head, const QueryTile& tile, const float* k_panels,
+                          const float* v_panels, int32_t j0, int32_t n, const Columns* used, int32_t clear_to,
+                          bool through_softcap, float* s, float* dp) {
+  multiply_scores(tile.q, k_panels, head.problem.head_dim, used, tile.blocks, n, s);
+  multiply_scores(tile.dout, v_panels, head.problem.value_dim, used, tile.blocks, n, dp);
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const Columns block = clear_to ? Columns{0, clear_to} : used[r / kBlockRows];
+    if (block.lo >= block.hi) continue;
+    gradient_row(head, tile.begin + r, j0, n, block, tile.lse[r], tile.delta[r], through_softcap,
+                 s + r * kTileN, dp + r * kTileN);
+  }
+}
+
+}  // namespace jax_flash::JF_ISA

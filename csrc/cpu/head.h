@@ -1,0 +1,166 @@
+// One (leading entry, sequence, query head) of a problem: its rows, its band and its scores.
+#pragma once
+
+#include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "../core/band.h"
+#include "../core/dropout.h"
+#include "../core/problem.h"
+#include "../core/score.h"
+#include "convert.h"
+#include "matmul.h"
+
+namespace jax_flash::JF_ISA {
+
+struct Head {
+  const Problem& problem;
+  Sequence sequence;
+  Band band;
+  int32_t head;
+  Rows query, key, value;
+  // S = query_factor q·k is the score in units of log 2, or with softcap the tanh's argument.
+  float query_factor;
+  bool extra;  // anything besides scale, band and dropout
+  bool drops;
+  Dropout dropout;
+  float slope;  // alibi, log2 units
+  int64_t leading;
+
+  Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
+      : problem(p), sequence(s), band(make_band(p.spec, s)), head(head_), leading(leading_) {
+    const float scale = p.spec.scale, cap = p.spec.softcap;
+    query = rows(p.query, p.head_dim, s.q_begin, head);
+    key = rows(p.key, p.head_dim, s.k_begin, p.kv_head(head));
+    value = rows(p.value, p.value_dim, s.k_begin, p.kv_head(head));
+    query_factor = cap > 0 ? scale / cap : scale * kLog2e;
+    extra = cap > 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
+    drops = p.spec.dropout_rate > 0;
+    if (drops) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
+    const View& a = p.alibi_slopes;
+    slope =
+        a ? a.as<const float>()[a.leading_offset(p.leading, leading) + a.offset(s.index, head, 0)] * kLog2e
+          : 0.0f;
+  }
+
+  // Per-token operand or gradient, at head h of its own.
+  JF_HD Rows rows(const View& view, int32_t width, int32_t begin, int32_t h) const {
+    const int64_t size = size_of(problem.dtype);
+    const int64_t offset =
+        view.leading_offset(problem.leading, leading) + view.offset(sequence.batch_row, h, begin);
+    return {view.as<char>() + offset * size, view.row * size, problem.dtype, width};
+  }
+
+  // lse or delta from row 0 of the sequence.
+  JF_HD float* row_statistic(const View& view) const {
+    return view.as<float>() + view.leading_offset(problem.leading, leading) +
+           view.offset(sequence.batch_row, head, sequence.q_begin);
+  }
+
+  JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
+
+  // x[c] for columns [lo, hi), key j0 + c in row i: what is added to the score in log2 units, -inf where
+  // hidden.
+  void added_scores(int32_t i, int32_t j0, Columns visible, float* x) const;
+
+  // Overwrites S[c] for [lo, hi) with the final score in log2 units; the slope of the softcap, if any, goes
+  // to `slopes`.
+  void finish_scores(int32_t i, int32_t j0, Columns visible, float* s, float* slopes) const;
+
+  // keep[c] for columns [lo, hi) of row i: 0 where dropped, else 1 / (1 - rate).
+  void dropout_row(int32_t i, int32_t j0, Columns visible, float* keep) const;
+};
+
+// Row scratch: one value per column of a tile, plus what whole vectors and Philox blocks may overrun.
+struct alignas(64) RowBuffer {
+  float value[kTileN + 2 * kLanes];
+};
+
+JF_INLINE Columns vectors(Columns c) { return {round_down(c.lo, kLanes), round_up(c.hi, kLanes)}; }
+
+inline void Head::added_scores(int32_t i, int32_t j0, Columns visible, float* x) const {
+  const Problem& p = problem;
+  const int32_t lo = visible.lo, n = visible.hi - visible.lo, j = j0 + lo;
+  const Columns whole = vectors(visible);
+  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) store(x + c, Float{});
+  if (p.bias) {
+    const int64_t size = size_of(p.bias_dtype);
+    const View& v = p.bias;
+    const char* row = v.as<const char>() +
+                      (v.leading_offset(p.leading, leading) + v.offset(sequence.index, head, i, j)) * size;
+    RowBuffer bias;
+    load_row(p.bias_dtype, row, v.column ? n : 1, kLog2e, bias.value, kLanes);
+    if (v.column) {
+      for (int32_t c = 0; c < n; ++c) x[lo + c] = bias.value[c];
+    } else {
+      for (int32_t c = 0; c < n; ++c) x[lo + c] = bias.value[0];
+    }
+  }
+  if (p.alibi_slopes) {
+    const float distance = static_cast<float>(band.diagonal(i) - j);
+    for (int32_t c = 0; c < n; ++c) x[lo + c] -= slope * __builtin_fabsf(distance - static_cast<float>(c));
+  }
+  if (p.mask) {
+    const View& v = p.mask;
+    const uint8_t* row =
+        v.as<const uint8_t>() + v.leading_offset(p.leading, leading) + v.offset(sequence.index, head, i, j);
+    if (v.column) {
+      for (int32_t c = 0; c < n; ++c) x[lo + c] = row[c] ? x[lo + c] : kNegInf;
+    } else if (!row[0]) {
+      for (int32_t c = 0; c < n; ++c) x[lo + c] = kNegInf;
+    }
+  }
+  if (p.q_segment_ids) {
+    const View &q = p.q_segment_ids, &k = p.kv_segment_ids;
+    const int32_t id =
+        q.as<const int32_t>()[q.leading_offset(p.leading, leading) + q.offset(sequence.index, 0, i)];
+    const int32_t* ids =
+        k.as<const int32_t>() + k.leading_offset(p.leading, leading) + k.offset(sequence.index, 0, j);
+    for (int32_t c = 0; c < n; ++c) x[lo + c] = ids[c] == id ? x[lo + c] : kNegInf;
+  }
+}
+
+inline void Head::finish_scores(int32_t i, int32_t j0, Columns visible, float* s, float* slopes) const {
+  const Columns whole = vectors(visible);
+  RowBuffer added;
+  added_scores(i, j0, visible, added.value);
+  const float cap = problem.spec.softcap;
+  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
+    Float x = load(s + c);
+    if (cap > 0) {
+      const Float t = tanh(x);
+      if (slopes) store(slopes + c, 1.0f - t * t);
+      x = t * (cap * kLog2e);
+    }
+    const Float y = load(added.value + c);
+    store(s + c, y == kNegInf ? y : x + y);
+  }
+}
+
+inline void Head::dropout_row(int32_t i, int32_t j0, Columns visible, float* keep) const {
+  const uint32_t first = static_cast<uint32_t>(j0 + visible.lo) + dropout.column;
+  const uint32_t skip = first % kDropoutBlock, n = visible.hi - visible.lo;
+  const uint32_t blocks = (skip + n + kDropoutBlock - 1) / kDropoutBlock;
+  uint32_t words[kTileN / 2 + 8];  // 4 of each Philox block
+  for (uint32_t b = 0; b < blocks; ++b) {
+    const PhiloxBlock numbers = dropout.block(sequence.index, head, i, first / kDropoutBlock + b);
+    for (int w = 0; w < 4; ++w) words[b * 4 + w] = numbers.word[w];
+  }
+  for (uint32_t c = 0; c < n; ++c) {
+    const uint32_t at = skip + c;
+    keep[visible.lo + c] =
+        (words[at / 2] >> (at % 2 * 16) & 0xFFFFu) >= dropout.threshold ? dropout.scale : 0.0f;
+  }
+}
+
+// Bump allocation from a kernel's scratch.
+struct Scratch {
+  float* next;
+
+  JF_HD float* take(int64_t floats) {
+    float* p = next;
+    next += (floats + 15) / 16 * 16;
+    return p;
+  }
+};
+
+}  // namespace jax_flash::JF_ISA

@@ -1,0 +1,23 @@
+# The sources of jax_flash_cpu. kernels.cc is compiled once per instruction set, each into its own namespace.
+target_sources(jax_flash_cpu PRIVATE csrc/cpu/attention.cc csrc/cpu/parallel.cc csrc/ffi/cpu_handlers.cc)
+
+set(JF_ISA_baseline "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(JF_ISAS baseline avx2 avx512)
+  set(JF_ISA_baseline -march=x86-64-v2)
+  set(JF_ISA_avx2 -march=x86-64-v3)
+  set(JF_ISA_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
+else()
+  set(JF_ISAS baseline)
+endif()
+foreach(isa IN LISTS JF_ISAS)
+  add_library(jax_flash_cpu_${isa} OBJECT csrc/cpu/kernels.cc)
+  target_link_libraries(jax_flash_cpu_${isa} PRIVATE jax_flash_options)
+  target_compile_definitions(jax_flash_cpu_${isa} PRIVATE JF_ISA=${isa})
+  # Optimised in every build type: without inlining the vectors of this file mean nothing.
+  target_compile_options(jax_flash_cpu_${isa} PRIVATE ${JF_ISA_${isa}} -O3 -ffp-contract=fast -fno-math-errno
+    -fno-trapping-math -fno-signed-zeros -fno-exceptions -Wno-psabi)
+  target_sources(jax_flash_cpu PRIVATE $<TARGET_OBJECTS:jax_flash_cpu_${isa}>)
+  string(TOUPPER ${isa} ISA)
+  target_compile_definitions(jax_flash_cpu PRIVATE JF_HAS_${ISA})
+endforeach()

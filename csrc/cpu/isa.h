@@ -1,0 +1,110 @@
+// Vectors of the instruction set that this translation unit is compiled for.
+//
+// kernels.cc is compiled once per instruction set, into namespace JF_ISA. Such a unit must emit no symbol
+// that another unit may share, or the linker could pick the wrong machine code: no std:: templates, and the
+// core is force-inlined.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/spec.h"
+
+#undef JF_HD
+#define JF_HD inline __attribute__((always_inline))
+#define JF_INLINE static inline __attribute__((always_inline))
+
+namespace jax_flash::JF_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+inline constexpr int kBlockRows = 8;  // microkernel: 8 x 2 accumulators of 32 registers
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+inline constexpr int kBlockRows = 6;  // 6 x 2 of 16 registers
+#else
+inline constexpr int kLanes = 4;
+inline constexpr int kBlockRows = 6;
+#endif
+inline constexpr int kPanel = 2 * kLanes;  // columns of a microkernel's block
+
+// Query rows and keys of a tile: multiples of kBlockRows and of kPanel.
+inline constexpr int kTileM = 96;
+inline constexpr int kTileN = kBlockRows == 8 ? 256 : 240;
+static_assert(kTileM % kBlockRows == 0 && kTileN % kBlockRows == 0 && kTileN % kPanel == 0);
+
+typedef float Float __attribute__((vector_size(kLanes * 4), may_alias));
+typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UInt __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Half __attribute__((vector_size(kLanes * 2), may_alias));
+typedef Float FloatUnaligned __attribute__((aligned(4)));
+typedef Half HalfUnaligned __attribute__((aligned(2)));
+
+inline constexpr float kNegInf = -__builtin_inff();
+
+JF_INLINE Float broadcast(float x) { return x - Float{}; }
+JF_INLINE Float load(const float* p) { return *reinterpret_cast<const Float*>(p); }
+JF_INLINE void store(float* p, Float x) { *reinterpret_cast<Float*>(p) = x; }
+JF_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
+JF_INLINE int32_t min(int32_t a, int32_t b) { return a < b ? a : b; }
+JF_INLINE int32_t max(int32_t a, int32_t b) { return a > b ? a : b; }
+JF_INLINE int32_t round_up(int32_t x, int32_t to) { return (x + to - 1) / to * to; }
+JF_INLINE int32_t round_down(int32_t x, int32_t to) { return x / to * to; }
+
+// Folds the upper half of the lanes onto the lower until one is left.
+template <class Combine>
+JF_INLINE float reduce(Float x, Combine combine) {
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    Int lane;
+    for (int i = 0; i < kLanes; ++i) lane[i] = i ^ step;
+    x = combine(x, __builtin_shuffle(x, lane));
+  }
+  return x[0];
+}
+
+JF_INLINE float reduce_max(Float x) {
+  return reduce(x, [](Float a, Float b) __attribute__((always_inline)) { return a > b ? a : b; });
+}
+
+JF_INLINE float reduce_sum(Float x) {
+  return reduce(x, [](Float a, Float b) __attribute__((always_inline)) { return a + b; });
+}
+
+// 2^x = power * (1 + fraction), fraction = 2^f - 1 with |f| <= 1/2: a degree-5 minimax polynomial of (2^f -
+// 1) / f, relative error 7.5e-9. Below -127 the power is 0; NaN stays NaN.
+struct Exp2Parts {
+  Float power, fraction;
+};
+
+JF_INLINE Exp2Parts exp2_parts(Float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Float clamped = x < -127.0f ? broadcast(-127.0f) : x;
+  const Float shifted = clamped + kRound;
+  const Float f = clamped - (shifted - kRound);
+  Float q = f * 0.0001546973508084193f + 0.0013390866806730628f;
+  q = q * f + 0.009618030861020088f;
+  q = q * f + 0.055503569543361664f;
+  q = q * f + 0.24022650718688965f;
+  q = q * f + 0.6931471824645996f;
+  const Int exponent = (reinterpret_cast<Int>(shifted) << 23) + 0x3F800000;
+  return {reinterpret_cast<Float>(exponent), q * f};
+}
+
+// For x < 128.
+JF_INLINE Float exp2(Float x) {
+  const Exp2Parts e = exp2_parts(x);
+  return e.power * e.fraction + e.power;
+}
+
+// expm1(2|x|) / (expm1(2|x|) + 2), so that small arguments keep their relative accuracy.
+JF_INLINE Float tanh(Float x) {
+  constexpr float kTwoLog2e = 2.88539008177792681472f, kSaturated = 9.5f;
+  const Float magnitude = x < 0.0f ? -x : x;
+  const Float y = (magnitude > kSaturated ? broadcast(kSaturated) : magnitude) * kTwoLog2e;
+  const Exp2Parts e = exp2_parts(y);
+  const Float expm1 = e.power * e.fraction + (e.power - 1.0f);
+  const Float t = expm1 / (expm1 + 2.0f);
+  return x < 0.0f ? -t : t;
+}
+
+}  // namespace jax_flash::JF_ISA

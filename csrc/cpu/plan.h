@@ -1,0 +1,130 @@
+// How a call is cut into items. Depends on the problem and the instruction set only, never on the number of
+// threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../core/problem.h"
+#include "../core/sequence.h"
+#include "kernels.h"
+
+namespace jax_flash {
+
+// The clamped cu_seqlens of every leading entry: [L, n + 1] (varlen only).
+struct Starts {
+  std::vector<int32_t> q, k;
+  int64_t entries = 0;  // n + 1
+
+  explicit Starts(const Problem& p) {
+    if (!p.varlen()) return;
+    entries = int64_t{p.batch} + 1;
+    const int64_t leading = p.leading.count();
+    q.resize(leading * entries);
+    k.resize(leading * entries);
+    for (int64_t l = 0; l < leading; ++l) {
+      read(p, p.cu_seqlens_q, l, p.q_rows, q);
+      read(p, p.cu_seqlens_k, l, p.k_rows, k);
+    }
+  }
+
+  const int32_t* q_of(int64_t leading) const { return q.data() + leading * entries; }
+  const int32_t* k_of(int64_t leading) const { return k.data() + leading * entries; }
+
+ private:
+  void read(const Problem& p, const View& view, int64_t leading, int32_t rows,
+            std::vector<int32_t>& to) const {
+    const int32_t* from = view.as<const int32_t>() + view.leading_offset(p.leading, leading);
+    clamp_starts(from, view.batch, p.batch, rows, to.data() + leading * entries);
+  }
+};
+
+enum class Side { kQueries, kKeys };
+
+// All tiles of one side: tiles of one head side by side, the last (with causal, the longest of queries)
+// first.
+class RowGrid {
+ public:
+  RowGrid(const Problem& p, const Starts& starts, Side side, int32_t tile)
+      : problem_(p), starts_(starts), side_(side), tile_(tile) {
+    heads_ = side == Side::kQueries ? p.heads : p.kv_heads;
+    const int32_t rows = side == Side::kQueries ? p.q_rows : p.k_rows;
+    if (p.varlen()) {
+      slots_ = p.batch > 0 ? slot_count(rows, tile, p.batch) : 0;
+    } else {
+      per_entry_ = ceil_div(rows, tile);
+      slots_ = p.batch * per_entry_;
+    }
+  }
+
+  int64_t size() const { return problem_.leading.count() * heads_ * slots_; }
+
+  // False for a slot without rows.
+  bool at(int64_t index, RowTile& item) const {
+    const int64_t slot = slots_ - 1 - index % slots_;
+    item.head = static_cast<int32_t>(index / slots_ % heads_);
+    item.leading = index / slots_ / heads_;
+    return problem_.varlen() ? varlen(slot, item) : fixed(slot, item);
+  }
+
+ private:
+  bool fixed(int64_t slot, RowTile& item) const {
+    item.sequence = fixed_sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
+    return rows(slot % per_entry_, side_ == Side::kQueries ? problem_.q_rows : problem_.k_rows, item);
+  }
+
+  bool varlen(int64_t slot, RowTile& item) const {
+    const int32_t *q = starts_.q_of(item.leading), *k = starts_.k_of(item.leading);
+    const int32_t* own = side_ == Side::kQueries ? q : k;
+    if (slot < first_slot(own[0], tile_, 0)) return false;
+    const int32_t z = sequence_of_slot(own, problem_.batch, tile_, slot);
+    item.sequence = varlen_sequence(problem_, item.leading, z, q, k);
+    return rows(slot - first_slot(own[z], tile_, z), own[z + 1] - own[z], item);
+  }
+
+  bool rows(int64_t tile, int32_t count, RowTile& item) const {
+    if (tile * tile_ >= count) return false;
+    item.begin = static_cast<int32_t>(tile * tile_);
+    item.end = static_cast<int32_t>(std::min<int64_t>(count, (tile + 1) * tile_));
+    return true;
+  }
+
+  const Problem& problem_;
+  const Starts& starts_;
+  Side side_;
+  int32_t tile_, heads_;
+  int64_t slots_ = 0, per_entry_ = 0;
+};
+
+// All tiles of dbias.
+class BiasGrid {
+ public:
+  BiasGrid(const Problem& p, int32_t tile_m, int32_t tile_n)
+      : p_(p),
+        m_(tile_m),
+        n_(tile_n),
+        rows_(ceil_div(p.dbias_rows, tile_m)),
+        columns_(ceil_div(p.dbias_columns, tile_n)) {}
+
+  int64_t size() const { return p_.leading.count() * p_.dbias_batch * p_.dbias_heads * rows_ * columns_; }
+
+  BiasTile at(int64_t index) const {
+    BiasTile t;
+    const int64_t column = index % columns_, row = (index /= columns_) % rows_;
+    t.head = static_cast<int32_t>((index /= rows_) % p_.dbias_heads);
+    t.batch = static_cast<int32_t>((index /= p_.dbias_heads) % p_.dbias_batch);
+    t.leading = index / p_.dbias_batch;
+    t.row_begin = static_cast<int32_t>(row * m_);
+    t.row_end = static_cast<int32_t>(std::min<int64_t>(p_.dbias_rows, (row + 1) * m_));
+    t.column_begin = static_cast<int32_t>(column * n_);
+    t.column_end = static_cast<int32_t>(std::min<int64_t>(p_.dbias_columns, (column + 1) * n_));
+    return t;
+  }
+
+ private:
+  const Problem& p_;
+  int64_t m_, n_, rows_, columns_;
+};
+
+}  // namespace jax_flash
