@@ -1,0 +1,109 @@
+"""What the tests of JAX's machinery share: calls with all their gradients, what compiled programs consist of,
+and programs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import Case
+from oracle import split
+
+import jax_flash
+
+TESTS = Path(__file__).parent
+Arrays = dict[str, Any]
+Call = Callable[[Arrays], Any]
+
+
+def attention(case: Case, implementation: str | None = None, **options: Any) -> Call:
+    """The public call of a case, as a function of its named arrays to (out, lse)."""
+    fixed = case.layout == "fixed"
+    function = jax_flash.flash_attention if fixed else jax_flash.flash_attention_varlen
+    positional = ("query", "key", "value") + (() if fixed else ("cu_seqlens_q", "cu_seqlens_k"))
+    options = case.options | {"implementation": implementation, "return_lse": True} | options
+
+    def call(arrays: Arrays) -> Any:
+        named = {name: x for name, x in arrays.items() if name not in positional}
+        return function(*(arrays[name] for name in positional), **named, **options)
+
+    return call
+
+
+def with_gradients(call: Call) -> Call:
+    """call's results, and the gradients of a fixed weighting of all of them, by argument name."""
+
+    def run(arrays: Arrays) -> dict[str, Any]:
+        moving, others = split(arrays)
+        results, pullback = jax.vjp(lambda moving: call(moving | others), moving)
+        return {"results": results, "gradients": pullback(jax.tree.map(weights, results))[0]}
+
+    return run
+
+
+def weights(x: Any) -> jax.Array:
+    """A cotangent for x: different at every element, and the same in every program."""
+    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+
+
+def assert_same(got: Any, wanted: Any, *, tolerance: float = 1e-5) -> None:
+    """Two trees of arrays agree up to the order of float32 sums; −inf where −inf is wanted, NaN nowhere."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert not np.isnan(a).any(), f"{jax.tree_util.keystr(path)} has NaN"
+        scale = np.abs(b[np.isfinite(b)]).max(initial=1)
+        np.testing.assert_allclose(
+            a, b, rtol=tolerance, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+
+
+def collectives(program: str) -> Counter[str]:
+    """The collectives of a compiled program's text, asynchronous ones counted once (at their start)."""
+    lines = (line.split(", metadata=")[0] for line in program.splitlines() if " = " in line)
+    found = (re.search(rf"\s({_COLLECTIVES})(?:-start)?\(", line) for line in lines)
+    return Counter(match[1] for match in found if match)
+
+
+def custom_calls(program: str) -> Counter[str]:
+    """This library's custom calls in a compiled program's text, by name without the common prefix."""
+    return Counter(re.findall(r'custom_call_target="jax_flash_(\w+)"', program))
+
+
+def start_python(code: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    """Runs code in a Python of its own, with as many CPU devices; it may import the tests' modules."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def report(process: subprocess.Popen[str], timeout: float = 120) -> Any:
+    """What the process printed on its last line, as JSON."""
+    try:
+        out, error = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, error[-4000:]
+    return json.loads(out.splitlines()[-1])
