@@ -7,6 +7,7 @@ Abstract evaluation, batching, sharding rules and the FFI's operand bits are all
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 # Dimension names. A trailing "*" marks a dimension that may also be 1 (broadcast).
 _FIXED = {
@@ -38,13 +39,47 @@ _VARLEN = {
     "sinks": ("hq",),
     "dropout": ("dropout",),
 }
-DIMS: dict[str, dict[str, tuple[str, ...]]] = {"fixed": _FIXED, "varlen": _VARLEN}
+_PAGED = {
+    "query": ("n", "sq", "hq", "d"),
+    "key": ("p", "ps", "hk", "d"),
+    "value": ("p", "ps", "hk", "dv"),
+    "out": ("n", "sq", "hq", "dv"),
+    "lse": ("n", "hq", "sq"),
+    "kv_lengths": ("n",),
+    "alibi_slopes": ("n*", "hq"),
+    "sinks": ("hq",),
+    "block_tables": ("n", "pages"),
+    "k_scale": ("hk",),
+    "v_scale": ("hk",),
+}
+_PAGED_VARLEN = _PAGED | {
+    "query": ("tq", "hq", "d"),
+    "out": ("tq", "hq", "dv"),
+    "lse": ("hq", "tq"),
+    "cu_seqlens_q": ("n1",),
+}
+DIMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "fixed": _FIXED,
+    "varlen": _VARLEN,
+    "paged": _PAGED,
+    "paged_varlen": _PAGED_VARLEN,
+}
 for _table in DIMS.values():
     _table["dout"] = _table["out"]
     _table["delta"] = _table["lse"]
     for _name in ("query", "key", "value", "bias"):
         if _name in _table:
             _table["d" + _name] = _table[_name]
+
+
+@cache
+def dims_of(layout: str, page_layout: str) -> dict[str, tuple[str, ...]]:
+    """Dimension names of every operand and result."""
+    table = dict(DIMS[layout])
+    if layout.startswith("paged") and page_layout == "hnd":
+        table["key"], table["value"] = ("p", "hk", "ps", "d"), ("p", "hk", "ps", "dv")
+    return table
+
 
 # Optional operands, in the order of the custom call; the position is the operand's bit in the spec.
 OPTIONAL = (
@@ -59,6 +94,9 @@ OPTIONAL = (
     "alibi_slopes",
     "sinks",
     "dropout",
+    "block_tables",
+    "k_scale",
+    "v_scale",
 )
 # `dropout` is uint32 [6]: two key words, then the global offsets of this shard's batch, query head, row and column.
 DROPOUT_BATCH, DROPOUT_HEAD = 2, 3

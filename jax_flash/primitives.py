@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _compat, backends
 from .batching import batch
-from .operands import DIMS, PASSES, Pass
+from .operands import PASSES, Pass
 from .sharding import partitioned
 from .spec import AttentionSpec
 from .workspace import workspace_bound
@@ -53,12 +53,12 @@ def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def leading(spec: AttentionSpec, name: str, ndim: int) -> int:
     """How many leading batch dimensions an operand of this rank carries."""
-    return ndim - len(DIMS[spec.layout][name])
+    return ndim - len(spec.dims[name])
 
 
 def result_shapes(pass_: Pass, spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Shapes of the results from those of the operands, by name."""
-    dims = DIMS[spec.layout]
+    dims = spec.dims
     count = leading(spec, "query", len(shapes["query"]))
     lead = tuple(_broadcast(shape[axis] for shape in shapes.values()) for axis in range(count))
     sizes = {}
@@ -90,7 +90,7 @@ def _abstract_eval(*avals: Any, pass_: Pass, spec: AttentionSpec) -> list[Any]:
 
 def _result_spec(result: str, spec: AttentionSpec, like: Any, named: dict[str, Any]) -> Any:
     """Explicit sharding of a result: that of the operand it is like, dimension by dimension."""
-    dims = DIMS[spec.layout]
+    dims = spec.dims
     source = "query" if result in ("out", "lse") else result
     count = leading(spec, source, like.ndim)
     entries = dict(zip(dims[source], like.sharding.spec[count:]))
@@ -149,7 +149,7 @@ def _require_cuda_kernel(pass_: Pass, dtype: str, d: int, dv: int) -> None:
 
 def _with_padded_head_dims(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> list[jax.Array]:
     """CUDA loads 16 bytes at a time: other head dims pay for a padded copy."""
-    dims = DIMS[spec.layout]
+    dims = spec.dims
 
     def pad(name: str, x: jax.Array) -> jax.Array:
         width = -x.shape[-1] % 8 if dims[name][-1] in ("d", "dv") else 0

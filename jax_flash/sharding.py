@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from .operands import DIMS, DROPOUT_BATCH, DROPOUT_HEAD, Pass
+from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
 from .spec import AttentionSpec
 
 Axes = tuple[str, ...]
@@ -73,11 +73,16 @@ class _Rules:
 
     def dims(self, name: str, shape: Sequence[int]) -> list[str]:
         """Names of an array's dimensions, leading ones as l0, l1…; broadcast ones of size 1 have no name."""
-        core = DIMS[self.spec.layout][name]
+        core = self.spec.dims[name]
         lead = [f"l{i}" for i in range(len(shape) - len(core))]
         named = [dim.rstrip("*") for dim in (*lead, *core)]
         may_be_one = [True] * len(lead) + [dim.endswith("*") for dim in core]
         return ["" if size == 1 and free else dim for dim, size, free in zip(named, shape, may_be_one)]
+
+    def axis(self, name: str, dim: str) -> int:
+        """Which axis of an operand a dimension is, counted from the end."""
+        dims = self.spec.dims[name]
+        return dims.index(dim) - len(dims)
 
     # --- propagation ---------------------------------------------------------------------------------------------
 
@@ -85,7 +90,7 @@ class _Rules:
         """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
         arrays = [(n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))]
         shapes = dict(arrays)
-        hq, hk = shapes["query"][-2], shapes["key"][-2]
+        hq, hk = (shapes[name][self.axis(name, dim)] for name, dim in (("query", "hq"), ("key", "hk")))
         sizes: dict[str, int] = {}
         if hq == hk:
             heads = {"hq": "h", "hk": "h"}
@@ -150,16 +155,18 @@ class _Rules:
                     claim(dim, entry, size)
                 elif dim == "hq" and name == "query":
                     head_axes = entry
-        return _split_heads(mesh, axes, head_axes, named["query"].shape[-2], named["key"].shape[-2], used)
+        hq, hk = (named[name].shape[self.axis(name, dim)] for name, dim in (("query", "hq"), ("key", "hk")))
+        return _split_heads(mesh, axes, head_axes, hq, hk, used)
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         named = dict(zip(self.names, arrays))
         if "dropout" in named:
             named["dropout"] = self.with_offsets(split, named["dropout"], named["query"].shape)
-        kv_heads = named["key"].shape[-2]
+        kv_heads = named["key"].shape[self.axis("key", "hk")]
         if split.rest:
-            for name in ("key", "value"):
-                named[name] = lax.dynamic_slice_in_dim(named[name], split.first_kv(), split.kv_count, axis=-2)
+            for name in [name for name in named if "hk" in self.spec.dims[name]]:
+                axis = self.axis(name, "hk")
+                named[name] = lax.dynamic_slice_in_dim(named[name], split.first_kv(), split.kv_count, axis=axis)
         results = self.body(*named.values(), spec=self.spec)
         return tuple(
             self.finish(name, x, split, kv_heads, named.get("bias")) for name, x in zip(self.pass_.results, results)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .operands import operand_bits
+from .operands import dims_of, operand_bits
 
-Layout = Literal["fixed", "varlen"]
-LAYOUTS = ("fixed", "varlen")
+Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
+LAYOUTS = ("fixed", "varlen", "paged", "paged_varlen")
+PAGE_LAYOUTS = ("nhd", "hnd")
 ALIGNMENTS = ("bottom_right", "top_left")
 UNLIMITED = -1
 
@@ -21,7 +22,8 @@ class AttentionSpec:
     """The static options of one attention call.
 
     `left` and `right` are the band around the diagonal in keys (UNLIMITED: no bound); causal is `right = 0`.
-    `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays, in call order.
+    `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays, in call order. The last three
+    fields concern the paged layouts only; `num_splits` 0 leaves the choice to the plan.
     """
 
     layout: Layout
@@ -34,6 +36,18 @@ class AttentionSpec:
     deterministic: bool = False
     operands: tuple[str, ...] = ()
     implementation: str | None = None
+    page_layout: str = "nhd"
+    num_splits: int = 0
+    batch_invariant: bool = False
+
+    @property
+    def paged(self) -> bool:
+        return self.layout.startswith("paged")
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """Dimension names of every operand and result."""
+        return dims_of(self.layout, self.page_layout)
 
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call: the only place where Python values get their C++ types."""

@@ -1,0 +1,65 @@
+"""Rotary position embedding, in plain JAX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .validate import Checker
+
+
+def apply_rotary(
+    x: jax.Array, positions: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
+) -> jax.Array:
+    """Rotate the first features of each head by angles that grow with the token's position.
+
+    Args:
+      x: `[..., s, h, d]`, float16, bfloat16 or float32 (queries or keys; packed ones too).
+      positions: int32, broadcastable to `[..., s]`: the row of cos and sin for each token. Clamped to their rows.
+      cos, sin: `[positions, d_rot / 2]` float32, of the angles; `d_rot ≤ d` features are rotated, the rest kept.
+      interleaved: pairs are neighbouring features (2i, 2i + 1) instead of (i, i + d_rot / 2).
+
+    Returns:
+      x's shape and dtype; computed in float32.
+
+    Raises:
+      ValueError, TypeError: naming the argument, its value and what is allowed.
+
+    Source: Su et al., RoFormer (2021).
+
+    Example:
+      >>> angles = jnp.arange(1024)[:, None] / 10000 ** (jnp.arange(0, 64, 2) / 64)
+      >>> q = apply_rotary(q, jnp.arange(q.shape[1]), jnp.cos(angles), jnp.sin(angles))
+    """
+    check = Checker("apply_rotary")
+    x = check.array("x", x)
+    if x.ndim < 3:
+        raise check.fail(f"x must have shape [..., s, h, d], got {x.shape}")
+    positions = check.int32("positions", positions)
+    cos, sin = rotary_tables(check, (cos, sin), x.shape[-1])
+    angle_shape = (*x.shape[:-2], 1, cos.shape[1])
+    c, s = (jnp.broadcast_to(jnp.take(t, positions, axis=0, mode="clip")[..., None, :], angle_shape) for t in (cos, sin))
+    rotated, kept = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
+    if interleaved:
+        a, b = rotated[..., ::2], rotated[..., 1::2]
+    else:
+        a, b = jnp.split(rotated, 2, axis=-1)
+    parts = a * c - b * s, b * c + a * s  # (a + ib)·exp(iθ)
+    turned = jnp.stack(parts, -1).reshape(rotated.shape) if interleaved else jnp.concatenate(parts, -1)
+    return jnp.concatenate([turned.astype(x.dtype), kept], -1)
+
+
+def rotary_tables(check: Checker, rotary: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin), checked against the head dim."""
+    if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
+        raise check.fail(f"rotary must be a pair (cos, sin), got {type(rotary).__name__}", TypeError)
+    cos, sin = check.float32("cos", rotary[0]), check.float32("sin", rotary[1])
+    check.rank("cos", cos, "positions d_rot/2")
+    check.shape("sin", sin, cos.shape, "positions d_rot/2")
+    if 2 * cos.shape[1] > head_dim:
+        raise check.fail(f"cos has {cos.shape[1]} columns, for {2 * cos.shape[1]} features; the head dim is {head_dim}")
+    if cos.shape[0] < 1:
+        raise check.fail("cos must have at least one position, got 0")
+    return cos, sin
