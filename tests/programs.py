@@ -53,7 +53,9 @@ def with_gradients(call: Call) -> Call:
 
 def weights(x: Any) -> jax.Array:
     """A cotangent for x: different at every element, and the same in every program."""
-    return jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+    made = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
+    sharding = jax.typeof(x).sharding
+    return jax.sharding.reshard(made, sharding) if sharding.mesh.are_all_axes_explicit else made
 
 
 def assert_same(got: Any, wanted: Any, *, tolerance: float = 1e-5) -> None:
@@ -68,19 +70,28 @@ def assert_same(got: Any, wanted: Any, *, tolerance: float = 1e-5) -> None:
         )
 
 
-_COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVE = (
+    r"\s((?:all-(?:gather|reduce|to-all)|reduce-scatter|ragged-all-to-all|collective-\w+))(?:-start)?\("
+)
 
 
 def collectives(program: str) -> Counter[str]:
     """The collectives of a compiled program's text, asynchronous ones counted once (at their start)."""
     lines = (line.split(", metadata=")[0] for line in program.splitlines() if " = " in line)
-    found = (re.search(rf"\s({_COLLECTIVES})(?:-start)?\(", line) for line in lines)
+    found = (re.search(_COLLECTIVE, line) for line in lines)
     return Counter(match[1] for match in found if match)
 
 
 def custom_calls(program: str) -> Counter[str]:
     """This library's custom calls in a compiled program's text, by name without the common prefix."""
     return Counter(re.findall(r'custom_call_target="jax_flash_(\w+)"', program))
+
+
+def shard_shapes(program: str, name: str) -> set[tuple[int, ...]]:
+    """Shapes of the first result of every custom call of that name: what one device computes."""
+    calls = (line for line in program.splitlines() if f'"jax_flash_{name}"' in line)
+    shapes = (re.search(r" = \(?\w+\[([\d,]*)\]", line) for line in calls)
+    return {tuple(map(int, match[1].split(","))) for match in shapes if match}
 
 
 def start_python(code: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:

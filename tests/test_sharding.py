@@ -1,0 +1,309 @@
+"""Eight devices: batch and heads are split without communication, all else is gathered; always right."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cases import BY_NAME, Case, make_inputs, varlen
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import assert_same, attention, collectives, custom_calls, shard_shapes, with_gradients
+
+MHA = Case("mha", b=4, sq=6, sk=6, hq=8, hk=8, d=8, dv=8, causal=True)
+GQA = MHA.replace(name="gqa", hk=4)
+MQA = MHA.replace(name="mqa", hk=1)
+FEW = MHA.replace(name="fewer KV heads than devices", hk=2)
+PACKED = varlen("packed", (5, 9), padding=(2, 2), hq=8, hk=4, d=8, dv=8, causal=True)
+EVERYTHING = BY_NAME["everything"].replace(
+    b=4,
+    sq=6,
+    sk=10,
+    hq=8,
+    hk=4,
+    d=8,
+    dv=8,
+    mask=(4, 8, 1, 10),
+    bias=(4, 8, 6, 10),
+    q_lengths=(6, 2, 5, 0),
+    kv_lengths=(10, 7, 3, 8),
+    alibi_slopes=(4, 8),
+)
+
+BATCH_HEADS = P("data", None, "model")
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(AxisType.Auto)
+
+
+def make_mesh(axis_type):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+
+
+def arrays_of(case, seed=0):
+    inputs = make_inputs(case, seed)
+    return inputs.positional | inputs.keywords
+
+
+def place(mesh, arrays, specs):
+    """Each array with its own spec; those not named are replicated."""
+    shardings = {name: NamedSharding(mesh, specs.get(name, P())) for name in arrays}
+    return {name: jax.device_put(x, shardings[name]) for name, x in arrays.items()}
+
+
+def qkv(query, key=None, value=None):
+    key = query if key is None else key
+    return {"query": query, "key": key, "value": key if value is None else value}
+
+
+def check(call, mesh, arrays, specs):
+    """The program of call and its gradients on sharded arrays, and its results, which are one device's."""
+    run = jax.jit(with_gradients(call))
+    placed = place(mesh, arrays, specs)
+    compiled = run.lower(placed).compile()
+    got = compiled(placed)
+    assert_same(got, run(arrays))
+    return compiled.as_text(), got
+
+
+def forward(call, mesh, arrays, specs):
+    placed = place(mesh, arrays, specs)
+    compiled = jax.jit(call).lower(placed).compile()
+    assert_same(compiled(placed), jax.jit(call)(arrays))
+    return compiled.as_text()
+
+
+# jit and NamedSharding: no collective for batch × heads
+
+
+@pytest.mark.parametrize(
+    ("spec", "shard"),
+    [
+        (P("data"), (2, 6, 8, 8)),
+        (P(None, None, "model"), (4, 6, 2, 8)),
+        (BATCH_HEADS, (2, 6, 2, 8)),
+        (P("model", None, "data"), (1, 6, 4, 8)),
+        (P(("data", "model")), None),
+    ],
+    ids=["batch", "heads", "batch × heads", "axes exchanged", "two batch axes"],
+)
+@pytest.mark.parametrize("case", [MHA, GQA], ids=lambda case: case.name)
+def test_batch_and_heads_need_no_collective_forward_and_backward(kernel, mesh, case, spec, shard):
+    if shard is None:
+        case, shard = case.replace(b=8), (1, 6, 8, 8)
+    text, got = check(attention(case, kernel), mesh, arrays_of(case), qkv(spec))
+    assert not collectives(text)
+    assert custom_calls(text) == {"forward": 1, "backward": 1}
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {shard}
+    for x in (got["results"][0], *got["gradients"].values()):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
+
+
+def test_heads_over_two_axes(kernel, mesh):
+    text, _ = check(attention(MHA, kernel), mesh, arrays_of(MHA), qkv(P(None, None, ("data", "model"))))
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == {(4, 6, 1, 8)}
+
+
+def test_outside_jit_too(kernel, mesh):
+    arrays = place(mesh, arrays_of(GQA), qkv(BATCH_HEADS))
+    out, _ = attention(GQA, kernel)(arrays)
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, BATCH_HEADS), 4)
+    assert_same(out, attention(GQA, kernel)(arrays_of(GQA))[0])
+
+
+@pytest.mark.parametrize("case", [MQA, FEW], ids=lambda case: case.name)
+def test_fewer_kv_heads_than_devices_cost_one_reduction_of_their_gradients(kernel, mesh, case):
+    """KV heads are replicated over the axis; dk and dv are summed over it."""
+    specs = qkv(BATCH_HEADS, P("data"))
+    text = forward(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert not collectives(text)
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert collectives(text) == {"all-reduce": 1}
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 6, 2, 8)}
+
+
+def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
+    """8 query heads over 2 × 4 devices, 2 KV heads over the first 2."""
+    specs = qkv(P(None, None, ("data", "model")), P(None, None, "data"))
+    text, got = check(attention(FEW, kernel), mesh, arrays_of(FEW), specs)
+    assert collectives(text) == {"all-reduce": 1}
+    assert shard_shapes(text, "forward") == {(4, 6, 1, 8)}
+    assert got["gradients"]["key"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, None, "data")), 4)
+
+
+# every other operand is split along
+
+
+OPTIONS = {
+    "q_lengths": P("data"),
+    "kv_lengths": P("data"),
+    "segment_ids": P("data"),
+    "mask": P("data", "model"),
+    "bias": P("data", "model"),
+    "alibi_slopes": P("data", "model"),
+    "sinks": P("model"),
+}
+
+
+def test_all_operands_are_split_along_and_only_sink_gradients_are_summed(kernel, mesh):
+    arrays, specs = arrays_of(EVERYTHING), qkv(BATCH_HEADS) | OPTIONS
+    text = forward(attention(EVERYTHING, kernel), mesh, arrays, specs)
+    assert not collectives(text)
+    text, got = check(attention(EVERYTHING, kernel), mesh, arrays, specs)
+    assert collectives(text) == {"all-reduce": 1}
+    assert custom_calls(text) == {"forward": 1, "backward": 1, "bias_gradient": 1}
+    assert shard_shapes(text, "bias_gradient") == {(2, 2, 6, 10)}
+    assert got["gradients"]["bias"].sharding.is_equivalent_to(NamedSharding(mesh, P("data", "model")), 4)
+
+
+@pytest.mark.parametrize("bias", [(4, 1, 6, 10), (1, 8, 1, 10), (1, 1, 6, 1)], ids=str)
+def test_the_gradient_of_a_broadcast_bias_is_summed_over_the_shards_that_share_it(kernel, mesh, bias):
+    case = EVERYTHING.replace(bias=bias, mask=bias, sinks=False, alibi_slopes=(8,))
+    shared = P("data" if bias[0] > 1 else None, "model" if bias[1] > 1 else None)
+    specs = qkv(BATCH_HEADS) | OPTIONS | {"bias": shared, "mask": shared, "alibi_slopes": P("model")}
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert collectives(text) == {"all-reduce": 1}
+
+
+@pytest.mark.parametrize(
+    "spec", [BATCH_HEADS, P("model", None, "data"), P(None, None, ("data", "model")), P()], ids=str
+)
+def test_dropout_drops_the_same_weights_for_any_sharding(kernel, mesh, spec):
+    case = MHA.replace(dropout_rate=0.5)
+    check(attention(case, kernel), mesh, arrays_of(case), qkv(spec))
+
+
+def test_operands_left_whole_are_split_where_query_is(kernel, mesh):
+    """Only query is sharded; the rest follows without communication, its gradients are whole again."""
+    arrays = arrays_of(EVERYTHING)
+    text = forward(attention(EVERYTHING, kernel), mesh, arrays, {"query": BATCH_HEADS})
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == {(2, 6, 2, 8)}
+    check(attention(EVERYTHING, kernel), mesh, arrays, {"query": BATCH_HEADS})
+
+
+# everything else is gathered
+
+
+GATHERED = {
+    "sequence of all": qkv(P("data", "model")),
+    "sequence of keys": qkv(P("data"), P("data", "model")),
+    "head dim": qkv(P("data", None, None, "model")),
+    "value's head dim": qkv(P("data"), P("data"), P("data", None, None, "model")),
+    "different axes": qkv(P("data"), P(None, None, "data"), P(None, "data")),
+    "batch of keys alone": qkv(P(), P("data")),
+}
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_other_shardings_are_gathered_and_right(kernel, mesh, name):
+    case = MHA.replace(sq=8, sk=8)
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), GATHERED[name])
+    if name != "batch of keys alone":
+        assert collectives(text)
+    for shape in shard_shapes(text, "forward") | shard_shapes(text, "backward"):
+        assert shape[1] == shape[3] == 8  # sequence and head dim are whole
+
+
+@pytest.mark.parametrize(
+    ("case", "spec"),
+    [
+        (MHA.replace(hq=12, hk=3), qkv(BATCH_HEADS, P("data"))),
+        (MHA.replace(hq=6, hk=6), qkv(P("data"))),
+        (MHA.replace(b=3), qkv(P(None, None, "model"))),
+        (MHA.replace(hq=12, hk=6), qkv(BATCH_HEADS, P("data"))),
+    ],
+    ids=["12 heads, 3 KV heads", "6 heads", "batch of 3", "12 heads, 6 KV heads"],
+)
+def test_heads_and_batches_that_do_not_divide_are_right(kernel, mesh, case, spec):
+    """Over 2 × 4 devices, asked of XLA by a constraint: arguments themselves must divide."""
+    call = attention(case, kernel)
+
+    def constrained(arrays):
+        wanted = NamedSharding(mesh, P("data", None, "model"))
+        qkv = {name: jax.lax.with_sharding_constraint(x, wanted) for name, x in arrays.items()}
+        return call(qkv)
+
+    placed = place(mesh, arrays_of(case), spec)
+    assert_same(jax.jit(with_gradients(constrained))(placed), jax.jit(with_gradients(call))(arrays_of(case)))
+    check(call, mesh, arrays_of(case), spec)
+
+
+# vmap and scan
+
+
+def stack(case, count):
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *(arrays_of(case, seed) for seed in range(count)))
+
+
+VMAPPED = {
+    "inner axes": (P(None, "data", None, "model"), (4, 2, 6, 2, 8)),
+    "mapped axis": (P("data"), (2, 4, 6, 8, 8)),
+    "mapped axis and heads": (P("data", None, None, "model"), (2, 4, 6, 2, 8)),
+    "mapped axis and batch": (P("data", "model"), (2, 1, 6, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", VMAPPED)
+def test_under_vmap(kernel, mesh, name):
+    spec, shard = VMAPPED[name]
+    text, _ = check(jax.vmap(attention(GQA, kernel)), mesh, stack(GQA, 4), qkv(spec))
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == {shard}
+
+
+def test_under_vmap_with_shared_keys(kernel, mesh):
+    """The mapped axis is sharded, the keys are not mapped: their gradient is summed over it."""
+    arrays = arrays_of(GQA) | {"query": stack(GQA, 4)["query"]}
+    call = jax.vmap(attention(GQA, kernel), in_axes=({"query": 0, "key": None, "value": None},))
+    specs = qkv(P("data", None, None, "model"), P(None, None, "model"))
+    assert not collectives(forward(call, mesh, arrays, specs))
+    text, _ = check(call, mesh, arrays, specs)
+    assert set(collectives(text)) == {"all-reduce"}
+
+
+def test_under_scan(kernel, mesh):
+    """Query carried, keys closed over: no collective in the loops of forward and backward."""
+    call = attention(GQA, kernel)
+
+    def layers(arrays):
+        def body(query, _):
+            out, lse = call(arrays | {"query": query})
+            return query + out, lse
+
+        return jax.lax.scan(body, arrays["query"], length=3)
+
+    text, _ = check(layers, mesh, arrays_of(GQA), qkv(BATCH_HEADS))
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == {(2, 6, 2, 8)}
+
+
+# varlen
+
+
+def test_varlen_is_split_over_heads(kernel, mesh):
+    case = PACKED.replace(dropout_rate=0.3, sinks=True, alibi_slopes=(8,))
+    specs = qkv(P(None, "model")) | {"sinks": P("model"), "alibi_slopes": P("model")}
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(16, 2, 8)}
+
+
+def test_vmapped_rows_of_packed_documents_are_split_over_rows_and_heads(kernel, mesh):
+    arrays = stack(PACKED, 4)
+    arrays["cu_seqlens_q"] = arrays["cu_seqlens_k"] = jnp.array(
+        [[0, 3, 9], [0, 0, 14], [0, 16, 16], [0, 5, 12]], jnp.int32
+    )
+    specs = qkv(P("data", None, "model")) | {"cu_seqlens_q": P("data"), "cu_seqlens_k": P("data")}
+    text, _ = check(jax.vmap(attention(PACKED, kernel)), mesh, arrays, specs)
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == {(2, 16, 2, 8)}
+
+
+def test_packed_tokens_are_gathered(kernel, mesh):
+    text, _ = check(attention(PACKED, kernel), mesh, arrays_of(PACKED), qkv(P("data", "model")))
+    assert "all-gather" in collectives(text)
+    assert {shape[0] for shape in shard_shapes(text, "forward")} == {16}
