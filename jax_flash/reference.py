@@ -9,7 +9,9 @@ results of such rows by constants after them: so NaN there reaches neither resul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -33,6 +35,7 @@ class _Place:
     segments: tuple[Array, Array] | None  # [b, sq], [b, sk]  only equal ones see each other
 
 
+@partial(jax.jit, static_argnames=("spec", "round_to"), inline=True)
 def attention(
     spec: AttentionSpec, operands: dict[str, Array], *, round_to: jnp.dtype | None = None
 ) -> tuple[Array, Array]:

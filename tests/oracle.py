@@ -54,7 +54,10 @@ def ref(case: Case, inputs: Inputs) -> Result:
     wide = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in ROUNDED}
     moving, fixed = split(arrays | wide)
     return differentiate(
-        lambda moving: reference.attention(spec(case, inputs), moving | fixed), moving, inputs.dout, inputs.dlse
+        lambda moving: reference.attention(spec(case, inputs), moving | fixed),
+        moving,
+        inputs.dout,
+        inputs.dlse,
     )
 
 
@@ -150,7 +153,9 @@ def _assert_within(name: str, got: np.ndarray, ref: np.ndarray, limit: Any) -> N
     limit = np.broadcast_to(limit, got.shape)
     wrong = ~(difference <= limit)  # NaN is wrong
     if wrong.any():
-        worst = np.unravel_index(np.argmax(np.where(wrong, np.nan_to_num(difference, nan=np.inf), 0)), got.shape)
+        worst = np.unravel_index(
+            np.argmax(np.where(wrong, np.nan_to_num(difference, nan=np.inf), 0)), got.shape
+        )
         raise AssertionError(
             f"{name} is wrong at {wrong.sum()} of {wrong.size} places, first {_where(wrong)}; worst at "
             f"{tuple(map(int, worst))}: got {got[worst]:.8g}, ref {ref[worst]:.8g}, "
@@ -176,7 +181,9 @@ def _where(condition: np.ndarray) -> str:
 
 def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any) -> Result:
     """docs/architecture.md's semantics in numpy float64: forward and backward of one row after another."""
-    x = {name: np.asarray(a) if np.asarray(a).dtype.kind in "iub" else _wide(a) for name, a in operands.items()}
+    x = {
+        name: np.asarray(a) if np.asarray(a).dtype.kind in "iub" else _wide(a) for name, a in operands.items()
+    }
     q_shape, k_shape, v_shape = (x[name].shape for name in ("query", "key", "value"))
     hq, hk, group = q_shape[-2], k_shape[-2], q_shape[-2] // k_shape[-2]
     q, do = x["query"].reshape(-1, hq, q_shape[-1]), _wide(dout).reshape(-1, hq, v_shape[-1])
@@ -273,7 +280,9 @@ def _at(x: np.ndarray, *index: int) -> Any:
     return x[tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=True))]
 
 
-def _drop_factors(spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, js: Any) -> np.ndarray:
+def _drop_factors(
+    spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, js: Any
+) -> np.ndarray:
     if "dropout" not in x:
         return np.ones(len(js))
     kept = [dropped_number(x["dropout"], z, h, i, int(j)) >= round(spec.dropout_rate * 65536) for j in js]

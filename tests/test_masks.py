@@ -47,11 +47,15 @@ def _draw(function, implementation, q_dims, k_dims, heads):
     value = jnp.broadcast_to(jnp.eye(s_k, dv)[:, None], (*k_dims, heads, dv))
     dout = jnp.broadcast_to(jnp.eye(s_q, dv)[:, None], (*q_dims, heads, dv))
 
-    def attend(value):
-        return function(query, key, value, return_lse=True, implementation=implementation)
+    @jax.jit
+    def run(value, dout):
+        def attend(value):
+            return function(query, key, value, return_lse=True, implementation=implementation)
 
-    out, pullback, lse = jax.vjp(attend, value, has_aux=True)
-    (dvalue,) = pullback(dout)
+        out, pullback, lse = jax.vjp(attend, value, has_aux=True)
+        return out, lse, *pullback(dout)
+
+    out, lse, dvalue = run(value, dout)
     forward = np.asarray(jnp.swapaxes(out, -3, -2)[..., :s_k])  # P    [..., h, sq, sk]
     backward = np.asarray(jnp.moveaxis(dvalue, -3, -1)[..., :s_q, :])  # from Pᵀ  [..., h, sq, sk]
     np.testing.assert_allclose(backward, forward, atol=1e-6)

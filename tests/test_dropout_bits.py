@@ -1,0 +1,146 @@
+"""Dropout: Philox4x32-10's published answers, and which weights fall for which key, on every implementation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jax_flash import flash_attention, flash_attention_varlen, philox
+
+FULL = 0xFFFFFFFF
+# Random123's kat_vectors: key, counter, answer.
+KNOWN = (
+    ((0, 0), (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((FULL, FULL), (FULL,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0xA4093822, 0x299F31D0),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
+def words(values):
+    return tuple(jnp.uint32(value) for value in values)
+
+
+def kept(dropout, rate, b, hq, sq, sk):
+    """philox.keep over a whole `[b, hq, sq, sk]`."""
+    z, h, i, j = (
+        jnp.arange(n, dtype=jnp.int32).reshape([-1 if axis == n_axis else 1 for axis in range(4)])
+        for n_axis, n in enumerate((b, hq, sq, sk))
+    )
+    return np.asarray(jax.jit(philox.keep, static_argnums=1)(jnp.uint32(dropout), rate, z, h, i, j))
+
+
+def weights(implementation, key, rate, b=2, hq=2, sq=5, sk=21):
+    """P after dropout, `[b, hq, sq, sk]`, where every undropped weight would be 1 / sk: forward and backward."""
+    d, dv = 8, -(-sk // 8) * 8
+    query, k = jnp.zeros((b, sq, hq, d), jnp.float32), jnp.zeros((b, sk, hq, d), jnp.float32)
+    value = jnp.broadcast_to(jnp.eye(sk, dv)[:, None], (b, sk, hq, dv))
+    dout = jnp.broadcast_to(jnp.eye(sq, dv)[:, None], (b, sq, hq, dv))
+
+    @jax.jit
+    def run(value):
+        def attend(value):
+            return flash_attention(
+                query, k, value, dropout_rate=rate, dropout_key=key, implementation=implementation
+            )
+
+        out, pullback = jax.vjp(attend, value)
+        return out, *pullback(dout)
+
+    out, dvalue = run(value)
+    forward = jnp.swapaxes(out, 1, 2)[..., :sk]
+    backward = jnp.moveaxis(dvalue, 1, -1)[..., :sq, :]
+    return np.asarray(forward), np.asarray(backward)
+
+
+@pytest.mark.parametrize(("key", "counter", "answer"), KNOWN)
+def test_philox_gives_the_published_answers(key, counter, answer):
+    got = philox.philox4x32(words(key), words(counter))
+    assert tuple(map(int, got)) == answer
+    assert oracle.philox(key, counter) == answer
+
+
+def test_an_element_is_decided_by_its_half_word():
+    dropout, rate = [3, 1 << 31, 5, 7, 11, 13], 0.4
+    expected = [
+        [
+            [
+                [oracle.dropped_number(dropout, z, h, i, j) >= round(rate * 65536) for j in range(19)]
+                for i in range(3)
+            ]
+            for h in range(2)
+        ]
+        for z in range(2)
+    ]
+    assert kept(dropout, rate, 2, 2, 3, 19).tolist() == expected
+
+
+def test_offsets_name_the_place_of_a_shard_in_the_whole():
+    whole = kept([1, 2, 0, 0, 0, 0], 0.5, 4, 4, 16, 32)
+    shard = kept([1, 2, 1, 2, 3, 13], 0.5, 2, 2, 8, 16)
+    np.testing.assert_array_equal(shard, whole[1:3, 2:4, 3:11, 13:29])
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
+def test_the_rate_is_kept(rate):
+    n = 4 * 4 * 128 * 128
+    dropped = n - kept([7, 9, 0, 0, 0, 0], rate, 4, 4, 128, 128).sum()
+    expected = n * round(rate * 65536) / 65536
+    assert abs(dropped - expected) < 5 * np.sqrt(n * rate * (1 - rate))
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_neighbours_are_independent(axis):
+    dropped = ~kept([7, 9, 0, 0, 0, 0], 0.5, 8, 8, 64, 64)
+    first, second = (np.take(dropped, range(start, dropped.shape[axis], 2), axis) for start in (0, 1))
+    agreement = (first == second).mean()
+    assert abs(agreement - 0.5) < 5 * 0.5 / np.sqrt(first.size)
+
+
+def test_the_same_bits_on_every_implementation(implementation):
+    key, rate = jax.random.key(17), 0.3
+    dropout = [*np.asarray(jax.random.key_data(key)), 0, 0, 0, 0]
+    expected = kept(dropout, rate, 2, 2, 5, 21) / (21 * (1 - rate))
+    for got in weights(implementation, key, rate):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_same_bits_under_any_tile_shape(implementation):
+    key, rate = jax.random.key(3), 0.25
+    dropout = [*np.asarray(jax.random.key_data(key)), 0, 0, 0, 0]
+    expected = kept(dropout, rate, 1, 1, 150, 201) / (201 * (1 - rate))
+    for got in weights(implementation, key, rate, b=1, hq=1, sq=150, sk=201):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_another_key_drops_others(implementation):
+    first, _ = weights(implementation, jax.random.key(1), 0.5)
+    second, _ = weights(implementation, jax.random.key(2), 0.5)
+    assert not np.array_equal(first, second)
+
+
+def test_a_packed_sequence_drops_what_the_same_batch_entry_drops(implementation):
+    b, s, h, d = 3, 10, 2, 8
+    key, rate = jax.random.key(5), 0.4
+    q, k, v = jax.random.normal(jax.random.key(0), (3, b, s, h, d), jnp.float32)
+    options = {"dropout_rate": rate, "dropout_key": key, "causal": True, "implementation": implementation}
+    fixed = flash_attention(q, k, v, **options)
+    packed = flash_attention_varlen(
+        *(x.reshape(b * s, h, d) for x in (q, k, v)), jnp.arange(b + 1, dtype=jnp.int32) * s, **options
+    )
+    np.testing.assert_allclose(packed.reshape(fixed.shape), fixed, atol=1e-5, rtol=1e-5)
+
+
+def test_a_rate_of_zero_drops_nothing_and_needs_no_key(implementation):
+    x = jnp.ones((1, 4, 1, 8), jnp.float32)
+    out = flash_attention(x, x, x, dropout_rate=0.0, implementation=implementation)
+    np.testing.assert_allclose(out, 1, atol=1e-6)
+
+
+def test_the_mean_is_kept(implementation):
+    forward, _ = weights(implementation, jax.random.key(0), 0.2, b=4, hq=4, sq=64, sk=64)
+    assert abs(forward.mean() * 64 - 1) < 5 * np.sqrt(0.25 / forward.size)
