@@ -86,7 +86,7 @@ JF_INLINE Exp2Parts exp2_parts(Float x) {
   q = q * f + 0.055503569543361664f;
   q = q * f + 0.24022650718688965f;
   q = q * f + 0.6931471824645996f;
-  const Int exponent = (reinterpret_cast<Int>(shifted) << 23) + 0x3F800000;
+  const UInt exponent = (reinterpret_cast<UInt>(shifted) << 23) + 0x3F800000u;
   return {reinterpret_cast<Float>(exponent), q * f};
 }
 

@@ -1,0 +1,406 @@
+// Random calls of the CPU passes with every operand between guard pages: no access out of bounds, no
+// undefined behaviour, every result written, no NaN from rows that are not in use, the same bits for any
+// number of threads.
+//
+//   driver [count] [seed]
+#include <climits>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <list>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "guarded.h"
+#include "values.h"
+
+extern "C" void __sanitizer_set_death_callback(void (*callback)());
+
+using namespace jax_flash;
+
+namespace {
+
+std::string current_call;  // seed and description, for failures
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\nin call %s\n", what.c_str(), current_call.c_str());
+  std::exit(1);
+}
+
+struct Dim {
+  int64_t size;
+  int64_t View::* stride;
+};
+
+// One random call: its problem and the memory behind its views.
+class Case {
+ public:
+  explicit Case(uint64_t seed) : random_(seed) {
+    choose_sizes();
+    choose_options();
+    make_tensors();
+    make_indices();
+    make_score_operands();
+    find_rows_in_use();
+    poison_unused_rows();
+  }
+
+  void run() {
+    check_pass("forward", {&p_.out, &p_.lse}, [&](const ThreadPool& pool) { cpu_forward(p_, pool); });
+    check_forward();
+    take_forward_results();
+    check_pass("backward", {&p_.dquery, &p_.dkey, &p_.dvalue},
+               [&](const ThreadPool& pool) { cpu_backward(p_, pool); });
+    check_gradients();
+    if (p_.bias)
+      check_pass("bias_gradient", {&p_.dbias}, [&](const ThreadPool& pool) { cpu_bias_gradient(p_, pool); });
+  }
+
+  std::string text() const {
+    const AttentionSpec& s = p_.spec;
+    char line[400];
+    std::snprintf(
+        line, sizeof line,
+        "%s dtype=%d leading=%d batch=%d heads=%d/%d d=%d dv=%d rows=%d/%d left=%d right=%d align=%d "
+        "scale=%g softcap=%g dropout=%g operands=%#x",
+        p_.varlen() ? "varlen" : "fixed", static_cast<int>(p_.dtype), p_.leading.rank, p_.batch, p_.heads,
+        p_.kv_heads, p_.head_dim, p_.value_dim, p_.q_rows, p_.k_rows, s.left, s.right,
+        static_cast<int>(s.align), s.scale, s.softcap, s.dropout_rate, s.operands);
+    return line;
+  }
+
+ private:
+  // In [lo, hi].
+  int64_t integer(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(random_); }
+  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(random_) < p; }
+  float normal() { return std::normal_distribution<float>(0, 1)(random_); }
+  template <class T>
+  T one_of(std::initializer_list<T> values) {
+    return *(values.begin() + integer(0, static_cast<int64_t>(values.size()) - 1));
+  }
+
+  void choose_sizes() {
+    p_.spec.layout = one_of({Layout::kFixed, Layout::kVarlen});
+    p_.dtype = one_of({DType::kF16, DType::kBF16, DType::kF32});
+    p_.bias_dtype = one_of({DType::kF16, DType::kBF16, DType::kF32});
+    p_.leading.rank = static_cast<int32_t>(chance(0.7) ? 0 : integer(1, 2));
+    for (int i = 0; i < p_.leading.rank; ++i) p_.leading.size[i] = integer(2, 3);
+    p_.batch = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, p_.varlen() ? 5 : 2));
+    p_.kv_heads = static_cast<int32_t>(integer(1, 2));
+    p_.heads = p_.kv_heads * static_cast<int32_t>(integer(1, 3));
+    const auto width = [&] { return static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 70)); };
+    p_.head_dim = width();
+    p_.value_dim = chance(0.5) ? p_.head_dim : width();
+    const int64_t longest = p_.leading.rank == 0 && chance(0.2) ? 600 : 60;
+    p_.q_rows = static_cast<int32_t>(integer(0, longest));
+    p_.k_rows = chance(0.3) ? p_.q_rows : static_cast<int32_t>(integer(0, longest));
+  }
+
+  void choose_options() {
+    AttentionSpec& s = p_.spec;
+    s.align = one_of({Align::kBottomRight, Align::kTopLeft});
+    s.left = chance(0.6) ? kUnlimited : static_cast<int32_t>(chance(0.1) ? INT_MAX : integer(0, 50));
+    s.right = chance(0.4) ? kUnlimited
+                          : static_cast<int32_t>(chance(0.1)   ? INT_MAX
+                                                 : chance(0.6) ? 0
+                                                               : integer(0, 50));
+    s.scale = one_of({0.3f, 0.1f, -0.1f, 0.0f});
+    s.softcap = chance(0.7) ? 0.0f : 3.0f;
+    const auto add = [&](Operand operand, double odds) {
+      if (chance(odds)) s.operands |= 1 << static_cast<int32_t>(operand);
+    };
+    add(Operand::kKvLengths, 0.4);
+    add(Operand::kAlibiSlopes, 0.2);
+    add(Operand::kSinks, 0.2);
+    add(Operand::kDropout, 0.25);
+    s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
+    if (p_.varlen()) {
+      s.operands |= 3;
+    } else {
+      add(Operand::kQLengths, 0.4);
+      add(Operand::kMask, 0.2);
+      add(Operand::kBias, 0.3);
+      if (chance(0.2)) s.operands |= 3 << static_cast<int32_t>(Operand::kQSegmentIds);
+    }
+  }
+
+  // Gives the view memory and strides: the leading dimensions (each full, or 1 when `broadcast`), then
+  // `dims`, contiguous.
+  Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {
+    int64_t count = 1;
+    for (size_t i = dims.size(); i-- > 0;) {
+      if (dims[i].stride) view.*dims[i].stride = count;
+      count *= dims[i].size;
+    }
+    for (int i = p_.leading.rank; i-- > 0;) {
+      if (broadcast && chance(0.4)) continue;
+      view.leading[i] = count;
+      count *= p_.leading.size[i];
+    }
+    Guarded& memory = memory_.emplace_back(static_cast<size_t>(count) * element, chance(0.7));
+    view.data = memory.data();
+    return memory;
+  }
+
+  void make_tensor(View& view, int32_t rows, int32_t heads, int32_t width) {
+    std::vector<Dim> dims{{rows, &View::row}, {heads, &View::head}, {width, &View::column}};
+    if (!p_.varlen()) dims.insert(dims.begin(), {p_.batch, &View::batch});
+    const Guarded& m = make(view, size_of(p_.dtype), dims, false);
+    fill(m, p_.dtype);
+  }
+
+  void fill(const Guarded& m, DType dtype) {
+    for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) set_value(dtype, m.data() + i, normal());
+  }
+
+  void make_statistic(View& view) {
+    std::vector<Dim> dims{{p_.heads, &View::head}, {p_.q_rows, &View::row}};
+    if (!p_.varlen()) dims.insert(dims.begin(), {p_.batch, &View::batch});
+    fill(make(view, 4, dims, false), DType::kF32);
+  }
+
+  void make_tensors() {
+    make_tensor(p_.query, p_.q_rows, p_.heads, p_.head_dim);
+    make_tensor(p_.key, p_.k_rows, p_.kv_heads, p_.head_dim);
+    make_tensor(p_.value, p_.k_rows, p_.kv_heads, p_.value_dim);
+    make_tensor(p_.dout, p_.q_rows, p_.heads, p_.value_dim);
+    make_tensor(p_.out, p_.q_rows, p_.heads, p_.value_dim);
+    make_tensor(p_.dquery, p_.q_rows, p_.heads, p_.head_dim);
+    make_tensor(p_.dkey, p_.k_rows, p_.kv_heads, p_.head_dim);
+    make_tensor(p_.dvalue, p_.k_rows, p_.kv_heads, p_.value_dim);
+    make_statistic(p_.lse);
+    make_statistic(p_.delta);
+  }
+
+  // Sometimes plausible, sometimes anything an int32 can hold.
+  void make_index(View& view, int64_t count, int64_t View::* stride, int32_t limit, bool sorted) {
+    std::vector<Dim> dims;
+    if (stride == &View::row) dims.push_back({p_.batch, &View::batch});
+    dims.push_back({count, stride});
+    const Guarded& m = make(view, 4, dims, true);
+    int32_t* x = reinterpret_cast<int32_t*>(m.data());
+    const bool garbage = chance(0.4);
+    for (size_t i = 0; i < m.bytes() / 4; ++i) {
+      x[i] = garbage
+                 ? one_of<int32_t>({INT_MIN, INT_MIN + 1, -1, 0, 1, limit, limit + 1, INT_MAX,
+                                    static_cast<int32_t>(random_()), static_cast<int32_t>(integer(0, limit))})
+                 : static_cast<int32_t>(sorted ? limit * (i % count) / count : integer(0, limit));
+    }
+    m.make_read_only();
+  }
+
+  void make_indices() {
+    const AttentionSpec& s = p_.spec;
+    if (p_.varlen()) {
+      make_index(p_.cu_seqlens_q, p_.batch + 1, &View::batch, p_.q_rows, true);
+      make_index(p_.cu_seqlens_k, p_.batch + 1, &View::batch, p_.k_rows, true);
+    }
+    if (s.has(Operand::kQLengths)) make_index(p_.q_lengths, p_.batch, &View::batch, p_.q_rows, false);
+    if (s.has(Operand::kKvLengths)) make_index(p_.kv_lengths, p_.batch, &View::batch, p_.k_rows, false);
+    if (s.has(Operand::kQSegmentIds)) {
+      make_index(p_.q_segment_ids, p_.q_rows, &View::row, 2, false);
+      make_index(p_.kv_segment_ids, p_.k_rows, &View::row, 2, false);
+    }
+  }
+
+  std::vector<Dim> score_dims() {
+    std::vector<Dim> dims;
+    const int32_t sizes[] = {p_.batch, p_.heads, p_.q_rows, p_.k_rows};
+    int64_t View::* strides[] = {&View::batch, &View::head, &View::row, &View::column};
+    for (int i = 0; i < 4; ++i) {
+      const bool one = chance(0.4) || sizes[i] == 1;
+      dims.push_back({one ? 1 : sizes[i], one ? nullptr : strides[i]});
+    }
+    return dims;
+  }
+
+  void make_score_operands() {
+    const AttentionSpec& s = p_.spec;
+    if (s.has(Operand::kMask)) {
+      const Guarded& m = make(p_.mask, 1, score_dims(), true);
+      for (size_t i = 0; i < m.bytes(); ++i) m.data()[i] = chance(0.7);
+    }
+    if (s.has(Operand::kBias)) {
+      const std::vector<Dim> dims = score_dims();
+      const Guarded& m = make(p_.bias, size_of(p_.bias_dtype), dims, true);
+      for (size_t i = 0; i < m.bytes(); i += size_of(p_.bias_dtype)) {
+        set_value(p_.bias_dtype, m.data() + i, chance(0.1) ? -kInf : normal());
+      }
+      make(p_.dbias, size_of(p_.bias_dtype), dims, false);
+      int32_t* own[] = {&p_.dbias_batch, &p_.dbias_heads, &p_.dbias_rows, &p_.dbias_columns};
+      for (int i = 0; i < 4; ++i) *own[i] = static_cast<int32_t>(dims[i].size);
+    }
+    if (s.has(Operand::kAlibiSlopes)) {
+      const bool one = chance(0.5) || p_.batch == 1;
+      fill(make(p_.alibi_slopes, 4,
+                {{one ? 1 : p_.batch, one ? nullptr : &View::batch}, {p_.heads, &View::head}}, true),
+           DType::kF32);
+    }
+    if (s.has(Operand::kSinks)) fill(make(p_.sinks, 4, {{p_.heads, &View::head}}, true), DType::kF32);
+    if (s.has(Operand::kDropout)) {
+      const Guarded& m = make(p_.dropout, 4, {{6, &View::column}}, true);
+      for (size_t i = 0; i < m.bytes() / 4; ++i)
+        reinterpret_cast<uint32_t*>(m.data())[i] = static_cast<uint32_t>(random_());
+    }
+  }
+
+  // Independent of the library's own reading of the index arrays.
+  static int64_t clamp(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
+
+  int64_t index_value(const View& view, int64_t leading, int64_t i) const {
+    return static_cast<const int32_t*>(view.data)[view.leading_offset(p_.leading, leading) + i * view.batch];
+  }
+
+  // In use, by (leading, batch entry, row); packed rows have entry 0.
+  void find_rows_in_use() {
+    const int64_t entries = p_.varlen() ? 1 : p_.batch;
+    q_used_.assign(p_.leading.count() * entries * p_.q_rows, false);
+    k_used_.assign(p_.leading.count() * entries * p_.k_rows, false);
+    for (int64_t l = 0; l < p_.leading.count(); ++l) {
+      int64_t q_start = p_.varlen() ? clamp(index_value(p_.cu_seqlens_q, l, 0), p_.q_rows) : 0;
+      int64_t k_start = p_.varlen() ? clamp(index_value(p_.cu_seqlens_k, l, 0), p_.k_rows) : 0;
+      for (int64_t b = 0; b < p_.batch; ++b) {
+        const int64_t entry = p_.varlen() ? 0 : b;
+        int64_t q_end = p_.q_rows, k_end = p_.k_rows;
+        if (p_.varlen()) {
+          q_end = std::max(q_start, clamp(index_value(p_.cu_seqlens_q, l, b + 1), p_.q_rows));
+          k_end = std::max(k_start, clamp(index_value(p_.cu_seqlens_k, l, b + 1), p_.k_rows));
+        }
+        int64_t q_used = q_end, k_used = k_end;
+        if (p_.q_lengths) q_used = clamp(index_value(p_.q_lengths, l, b), p_.q_rows);
+        if (p_.kv_lengths) k_used = k_start + clamp(index_value(p_.kv_lengths, l, b), k_end - k_start);
+        for (int64_t i = q_start; i < q_used; ++i) q_used_[(l * entries + entry) * p_.q_rows + i] = true;
+        for (int64_t j = k_start; j < k_used; ++j) k_used_[(l * entries + entry) * p_.k_rows + j] = true;
+        if (p_.varlen()) q_start = q_end, k_start = k_end;
+      }
+    }
+  }
+
+  // visit(element, in use) for every element of a per-token tensor (width > 0) or row statistic (width = 0).
+  void each(const View& view, bool queries, int32_t heads, int32_t width, size_t element,
+            const std::function<void(char*, bool)>& visit) {
+    const int64_t rows = queries ? p_.q_rows : p_.k_rows, entries = p_.varlen() ? 1 : p_.batch;
+    const std::vector<bool>& used = queries ? q_used_ : k_used_;
+    for (int64_t l = 0; l < p_.leading.count(); ++l)
+      for (int64_t b = 0; b < entries; ++b)
+        for (int64_t h = 0; h < heads; ++h)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t c = 0; c < std::max(width, 1); ++c) {
+              const int64_t at = view.leading_offset(p_.leading, l) + view.offset(b, h, i, c);
+              visit(view.as<char>() + at * static_cast<int64_t>(element), used[(l * entries + b) * rows + i]);
+            }
+  }
+
+  void poison_unused_rows() {
+    const size_t size = size_of(p_.dtype);
+    const auto poison = [&](const View& view, bool queries, int32_t heads, int32_t width, size_t element,
+                            DType dtype) {
+      each(view, queries, heads, width, element, [&](char* x, bool used) {
+        if (!used) set_value(dtype, x, std::nanf(""));
+      });
+    };
+    poison(p_.query, true, p_.heads, p_.head_dim, size, p_.dtype);
+    poison(p_.key, false, p_.kv_heads, p_.head_dim, size, p_.dtype);
+    poison(p_.value, false, p_.kv_heads, p_.value_dim, size, p_.dtype);
+    poison(p_.dout, true, p_.heads, p_.value_dim, size, p_.dtype);
+    poison(p_.delta, true, p_.heads, 0, 4, DType::kF32);
+  }
+
+  const Guarded& memory_of(const View* view) const {
+    for (const Guarded& m : memory_) {
+      if (m.data() == view->data) return m;
+    }
+    fail("a view without memory");
+  }
+
+  // Runs the pass alone and with helpers, on poisoned results.
+  void check_pass(const char* name, std::vector<View*> results,
+                  const std::function<void(const ThreadPool&)>& run) {
+    for (View* view : results) memory_of(view).poison();
+    run(ThreadPool{});
+    std::vector<std::string> first;
+    for (View* view : results) {
+      const Guarded& m = memory_of(view);
+      first.emplace_back(m.data(), m.bytes());
+      const DType dtype = view == &p_.lse ? DType::kF32 : view == &p_.dbias ? p_.bias_dtype : p_.dtype;
+      for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) {
+        if (std::isnan(value_of(dtype, m.data() + i))) {
+          fail(std::string(name) + " left NaN at byte " + std::to_string(i) + " of " +
+               std::to_string(m.bytes()));
+        }
+      }
+      m.poison();
+    }
+    std::vector<std::thread> threads;
+    const ThreadPool pool{3, [&](std::function<void()> task) { threads.emplace_back(std::move(task)); }};
+    run(pool);
+    for (std::thread& t : threads) t.join();
+    for (size_t i = 0; i < results.size(); ++i) {
+      const Guarded& m = memory_of(results[i]);
+      if (std::memcmp(first[i].data(), m.data(), m.bytes()) != 0)
+        fail(std::string(name) + " depends on the threads");
+    }
+  }
+
+  void check_forward() {
+    each(p_.out, true, p_.heads, p_.value_dim, size_of(p_.dtype), [&](char* x, bool used) {
+      const float value = value_of(p_.dtype, x);
+      if (!std::isfinite(value) || (!used && value != 0)) fail("out is " + std::to_string(value));
+    });
+    each(p_.lse, true, p_.heads, 0, 4, [&](char* x, bool used) {
+      const float value = value_of(DType::kF32, x);
+      if (value == kInf || (!used && value != -kInf)) fail("lse is " + std::to_string(value));
+    });
+  }
+
+  // lse becomes an operand: NaN where it must not be read.
+  void take_forward_results() {
+    each(p_.lse, true, p_.heads, 0, 4, [&](char* x, bool used) {
+      if (!used) set_value(DType::kF32, x, std::nanf(""));
+    });
+  }
+
+  void check_gradients() {
+    const auto check = [&](const char* name, const View& view, bool queries, int32_t heads, int32_t width) {
+      each(view, queries, heads, width, size_of(p_.dtype), [&](char* x, bool used) {
+        const float value = value_of(p_.dtype, x);
+        if (!std::isfinite(value) || (!used && value != 0))
+          fail(std::string(name) + " is " + std::to_string(value));
+      });
+    };
+    check("dquery", p_.dquery, true, p_.heads, p_.head_dim);
+    check("dkey", p_.dkey, false, p_.kv_heads, p_.head_dim);
+    check("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim);
+  }
+
+  std::mt19937_64 random_;
+  Problem p_{};
+  std::list<Guarded> memory_;
+  std::vector<bool> q_used_, k_used_;
+};
+
+}  // namespace
+
+void name_current_call() { std::fprintf(stderr, "in call %s\n", current_call.c_str()); }
+
+int main(int argc, char** argv) {
+  __sanitizer_set_death_callback(name_current_call);
+  const long count = argc > 1 ? std::atol(argv[1]) : 1500, seed = argc > 2 ? std::atol(argv[2]) : 0;
+  try {
+    std::printf("%s: seeds %ld to %ld\n", cpu_isa(), seed, seed + count - 1);
+  } catch (const std::exception& e) {
+    std::printf("skipped: %s\n", e.what());
+    return 0;
+  }
+  for (long i = seed; i < seed + count; ++i) {
+    Case one(static_cast<uint64_t>(i));
+    current_call = std::to_string(i) + " " + one.text();
+    one.run();
+  }
+  std::printf("%ld calls: nothing out of bounds, everything written\n", count);
+}

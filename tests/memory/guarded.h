@@ -1,0 +1,45 @@
+// Memory that faults on the first byte outside it.
+#pragma once
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+// `bytes` of their own pages between two inaccessible ones, at the very end of them or at their very start.
+class Guarded {
+ public:
+  Guarded(size_t bytes, bool at_end) : bytes_(bytes) {
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), inner = (bytes + page - 1) / page * page;
+    length_ = inner + 2 * page;
+    void* base = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED ||
+        (inner && mprotect(static_cast<char*>(base) + page, inner, PROT_READ | PROT_WRITE))) {
+      std::perror("mmap");
+      std::exit(2);
+    }
+    base_ = static_cast<char*>(base);
+    data_ = base_ + page + (at_end ? inner - bytes : 0);
+    page_ = page;
+  }
+  Guarded(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, length_); }
+
+  char* data() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+  // From now on a write faults too.
+  void make_read_only() const {
+    if (length_ > 2 * page_) mprotect(base_ + page_, length_ - 2 * page_, PROT_READ);
+  }
+
+  // NaN in each of f16, bf16 and f32.
+  void poison() const { std::memset(data_, 0xFF, bytes_); }
+
+ private:
+  char *base_, *data_;
+  size_t bytes_, length_, page_;
+};

@@ -1,0 +1,36 @@
+// Elements of f16, bf16 and f32 arrays as float, one at a time.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/spec.h"
+
+namespace jax_flash {
+
+inline float value_of(DType dtype, const char* p) {
+  if (dtype == DType::kF32) return *reinterpret_cast<const float*>(p);
+  const uint16_t h = *reinterpret_cast<const uint16_t*>(p);
+  if (dtype == DType::kF16) return static_cast<float>(*reinterpret_cast<const _Float16*>(p));
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline void set_value(DType dtype, char* p, float x) {
+  if (dtype == DType::kF32) {
+    *reinterpret_cast<float*>(p) = x;
+  } else if (dtype == DType::kF16) {
+    *reinterpret_cast<_Float16*>(p) = static_cast<_Float16>(x);
+  } else {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(bits >> 16 | (std::isnan(x) ? 0x40 : 0));
+  }
+}
+
+inline size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+}  // namespace jax_flash
