@@ -35,27 +35,30 @@ bool better(const KernelRow& a, const KernelRow& b) {
 }
 
 bool is_general(const AttentionSpec& spec) {
-  for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes,
-                          Operand::kDropout}) {
+  for (Operand operand :
+       {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes, Operand::kDropout}) {
     if (spec.has(operand)) return true;
   }
   // The plain kernel takes the row maximum before it scales, which wants a positive scale.
   return spec.softcap > 0 || !(spec.scale > 0);
 }
 
-std::string no_kernel(Pass pass, const Shapes& shapes, const Device& device, std::span<const KernelRow> built) {
+std::string no_kernel(Pass pass, const Shapes& shapes, const Device& device,
+                      std::span<const KernelRow> built) {
   std::string rows;
   for (const KernelRow& row : built) {
-    rows += std::string(rows.empty() ? "" : ", ") + row.family + " " + kPassNames[static_cast<int>(row.pass)] +
-            " d=" + std::to_string(row.head_dim) + " dv=" + std::to_string(row.value_dim);
+    rows += std::string(rows.empty() ? "" : ", ") + row.family + " " +
+            kPassNames[static_cast<int>(row.pass)] + " d=" + std::to_string(row.head_dim) +
+            " dv=" + std::to_string(row.value_dim);
     for (int i = 0; i < 3; ++i) {
       if (row.takes(static_cast<DType>(i))) rows += std::string(" ") + kDTypeNames[i];
     }
   }
-  return std::string("jax_flash: no CUDA kernel was built for the ") + kPassNames[static_cast<int>(pass)] + " of " +
-         kDTypeNames[static_cast<int>(shapes.dtype)] + " with d=" + std::to_string(shapes.head_dim) +
-         ", dv=" + std::to_string(shapes.value_dim) + " on sm_" + std::to_string(device.capability) + " with " +
-         std::to_string(device.shared_memory) + " bytes of shared memory (built: " + (rows.empty() ? "none" : rows) +
+  return std::string("jax_flash: no CUDA kernel was built for the ") + kPassNames[static_cast<int>(pass)] +
+         " of " + kDTypeNames[static_cast<int>(shapes.dtype)] + " with d=" + std::to_string(shapes.head_dim) +
+         ", dv=" + std::to_string(shapes.value_dim) + " on sm_" + std::to_string(device.capability) +
+         " with " + std::to_string(device.shared_memory) +
+         " bytes of shared memory (built: " + (rows.empty() ? "none" : rows) +
          "); implementation=\"xla\" runs it";
 }
 
@@ -68,7 +71,8 @@ int64_t varlen_tiles(int64_t q_rows, int64_t sequences, int64_t block_m) {
 int64_t workspace_bound(const AttentionSpec& spec, const Shapes& shapes) {
   if (spec.layout == Layout::kFixed) return 0;
   // The schedule, then the starts: q [n + 3] with the tokens before and after, and k [n + 1], int32.
-  const int64_t schedule = varlen_tiles(shapes.q_rows, shapes.batch, kSmallestBlockM) * int64_t{sizeof(TileWork)};
+  const int64_t schedule =
+      varlen_tiles(shapes.q_rows, shapes.batch, kSmallestBlockM) * int64_t{sizeof(TileWork)};
   return shapes.leading * (schedule + 8 * (shapes.batch + 2));
 }
 
@@ -103,10 +107,11 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
 }
 
 std::string LaunchPlan::to_string(const KernelRow& row) const {
-  return std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] + (general ? " general" : " plain") +
-         " d=" + std::to_string(row.head_dim) + " dv=" + std::to_string(row.value_dim) + " tile " +
-         std::to_string(row.block_m) + "x" + std::to_string(row.block_n) + ", " + std::to_string(blocks) +
-         " blocks, " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) + " bytes workspace";
+  return std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] +
+         (general ? " general" : " plain") + " d=" + std::to_string(row.head_dim) +
+         " dv=" + std::to_string(row.value_dim) + " tile " + std::to_string(row.block_m) + "x" +
+         std::to_string(row.block_n) + ", " + std::to_string(blocks) + " blocks, " + std::to_string(shared) +
+         " bytes shared, " + std::to_string(workspace) + " bytes workspace";
 }
 
 Shapes shapes_of(const Problem& p) {

@@ -38,12 +38,12 @@ struct Shapes {
 };
 
 struct LaunchPlan {
-  int32_t kernel = -1;     // index into the built rows; -1: `error` says why none runs
-  bool general = false;    // bias, masks, softcap, alibi or dropout: the kernel with all of them
-  int64_t tiles = 0;       // query tiles of one head of one leading entry (of one batch entry when fixed)
-  int64_t blocks = 0;      // thread blocks; 0: nothing to compute
-  int64_t shared = 0;      // bytes of shared memory per block
-  int64_t workspace = 0;   // bytes of the workspace that are used
+  int32_t kernel = -1;    // index into the built rows; -1: `error` says why none runs
+  bool general = false;   // bias, masks, softcap, alibi or dropout: the kernel with all of them
+  int64_t tiles = 0;      // query tiles of one head of one leading entry (of one batch entry when fixed)
+  int64_t blocks = 0;     // thread blocks; 0: nothing to compute
+  int64_t shared = 0;     // bytes of shared memory per block
+  int64_t workspace = 0;  // bytes of the workspace that are used
   std::string error = {};
 
   std::string to_string(const KernelRow& row) const;
@@ -63,9 +63,11 @@ struct TileWork {
 static_assert(sizeof(TileWork) == 32);
 
 inline constexpr int64_t kBlockStateBytes = 512;  // of shared memory beside the tiles, at most
-inline constexpr int64_t kSmallestBlockM = 64;  // of kernels.def: bounds the number of tiles without knowing the row
+inline constexpr int64_t kSmallestBlockM =
+    64;  // of kernels.def: bounds the number of tiles without knowing the row
 
-// Query tiles that one packed leading entry can need: those of its sequences and of the tokens before and after.
+// Query tiles that one packed leading entry can need: those of its sequences and of the tokens before and
+// after.
 int64_t varlen_tiles(int64_t q_rows, int64_t sequences, int64_t block_m);
 
 // Bytes of workspace that are enough on any device; jax_flash/workspace.py has the same formula.

@@ -16,7 +16,8 @@ __device__ __forceinline__ void finish_rows(O& o, const OnlineSoftmax<kSlots>& s
   const TileWork& tile = work.tile;
   float sink = -INFINITY;
   if (p.sinks) {
-    sink = p.sinks.as<const float>()[p.sinks.leading_offset(p.leading, work.leading) + work.head * p.sinks.head];
+    sink =
+        p.sinks.as<const float>()[p.sinks.leading_offset(p.leading, work.leading) + work.head * p.sinks.head];
   }
   float* lse = p.lse.as<float>() + work.offset(p, p.lse, tile.q_begin);
 #pragma unroll
@@ -52,7 +53,8 @@ __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int at = Tile::offset(row + 16 * m + 8 * half + lane / 4, n) + lane % 4 * 4;
-        *reinterpret_cast<uint32_t*>(shared + at) = ptx::pack<T>(o.x[m][n][2 * half], o.x[m][n][2 * half + 1]);
+        *reinterpret_cast<uint32_t*>(shared + at) =
+            ptx::pack<T>(o.x[m][n][2 * half], o.x[m][n][2 * half + 1]);
       }
   __syncwarp();
   for (int at = lane; at < kRows * Tile::kChunks; at += 32) {

@@ -1,9 +1,10 @@
 // The ring of K and V tiles in shared memory, filled by cp.async some tiles ahead of the products.
 //
-// Copies are committed in the order K0 V0 K1 V1 …, one group each, empty past the last tile, so that waiting for a
-// tile is waiting until 2 · (stages − 1) newer groups are left.
+// Copies are committed in the order K0 V0 K1 V1 …, one group each, empty past the last tile, so that waiting
+// for a tile is waiting until 2 · (stages − 1) newer groups are left.
 #pragma once
 
+#include "core/band.h"
 #include "cuda/tile/copy.cuh"
 
 namespace jax_flash {
@@ -13,16 +14,17 @@ class KvRing {
  public:
   using T = typename C::Element;
 
-  // Tiles [first, last) of C::kN keys each; keys from `end` on read as zeros.
-  __device__ __forceinline__ KvRing(uint32_t shared, const GlobalRows<const T>& key, const GlobalRows<const T>& value,
-                                    int32_t last, int32_t end)
-      : shared_(shared), key_(key), value_(value), last_(last), end_(end) {}
+  // `tiles` of C::kN keys each; keys from `end` on read as zeros. The references are to shared memory.
+  __device__ __forceinline__ KvRing(uint32_t shared, const GlobalRows<const T>& key,
+                                    const GlobalRows<const T>& value, const Interval& tiles,
+                                    const int32_t& end)
+      : shared_(shared), key_(key), value_(value), tiles_(tiles), end_(end) {}
 
   // Joins the first group: what the caller loaded before (Q) arrives with the first K.
-  __device__ __forceinline__ void start(int32_t first) {
+  __device__ __forceinline__ void start() {
     for (int i = 0; i < C::kStages; ++i) {
-      fill_k(first + i);
-      if (i + 1 < C::kStages) fill_v(first + i);
+      fill_k(tiles_.lo + i);
+      if (i + 1 < C::kStages) fill_v(tiles_.lo + i);
     }
   }
 
@@ -51,17 +53,18 @@ class KvRing {
   }
 
   __device__ __forceinline__ void fill_k(int32_t n) {
-    if (n < last_) load_tile<typename C::KTile, C::kThreads>(k_place(n), key_, n * C::kN, end_);
+    if (n < tiles_.hi) load_tile<typename C::KTile, C::kThreads>(k_place(n), key_, n * C::kN, end_);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void fill_v(int32_t n) {
-    if (n < last_) load_tile<typename C::VTile, C::kThreads>(v_place(n), value_, n * C::kN, end_);
+    if (n < tiles_.hi) load_tile<typename C::VTile, C::kThreads>(v_place(n), value_, n * C::kN, end_);
     ptx::cp_async_commit();
   }
 
   uint32_t shared_;
-  const GlobalRows<const T>&key_, &value_;  // in shared memory
-  int32_t last_, end_;
+  const GlobalRows<const T>&key_, &value_;
+  const Interval& tiles_;
+  const int32_t& end_;
 };
 
 }  // namespace jax_flash

@@ -9,7 +9,8 @@
 
 namespace jax_flash {
 
-using Launch = cudaError_t(const Problem& p, const LaunchPlan& plan, const TileWork* schedule, cudaStream_t stream);
+using Launch = cudaError_t(const Problem& p, const LaunchPlan& plan, const TileWork* schedule,
+                           cudaStream_t stream);
 
 std::span<const KernelRow> built_kernels();
 Launch* launch_of(int32_t kernel);  // an index into built_kernels()

@@ -1,8 +1,8 @@
 // The varlen schedule: which query tile of which sequence every slot is, from cu_seqlens, on the device.
 //
-// Sequence z of the padded list (the tokens before the first sequence, the n sequences, the tokens after the last)
-// owns the slots from first_slot(start(z)) up to its successor's: no prefix sum over tiles is needed, and every tile
-// of every sequence has a slot. The slots left over have no rows.
+// Sequence z of the padded list (the tokens before the first sequence, the n sequences, the tokens after the
+// last) owns the slots from first_slot(start(z)) up to its successor's: no prefix sum over tiles is needed,
+// and every tile of every sequence has a slot. The slots left over have no rows.
 #include "core/sequence.h"
 #include "cuda/registry.h"
 
@@ -12,7 +12,8 @@ namespace {
 constexpr int kThreads = 512;
 
 // starts[i] = running maximum of cu_seqlens [n + 1], clamped to [0, rows].
-__device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t n, int32_t rows, int32_t* starts) {
+__device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t n, int32_t rows,
+                                int32_t* starts) {
   __shared__ int32_t scan[kThreads];
   int32_t carry = 0;
   const int32_t* source = cu_seqlens.as<const int32_t>() + offset;
@@ -32,8 +33,9 @@ __device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t 
   }
 }
 
-__device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_t* padded, const int32_t* q_starts,
-                                 const int32_t* k_starts, int32_t block_m, int64_t slot) {
+__device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_t* padded,
+                                 const int32_t* q_starts, const int32_t* k_starts, int32_t block_m,
+                                 int64_t slot) {
   const int32_t z = sequence_of_slot(padded, p.batch + 2, block_m, slot);
   const int64_t row = (slot - first_slot(padded[z], block_m, z)) * block_m;
   const int32_t rows = padded[z + 1] - padded[z];
@@ -71,7 +73,8 @@ cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, int32_t bl
   const int64_t leading = p.leading.count();
   auto* schedule = static_cast<TileWork*>(workspace);
   auto* starts = reinterpret_cast<int32_t*>(schedule + leading * plan.tiles);
-  build_schedule<<<static_cast<uint32_t>(leading), kThreads, 0, stream>>>(p, schedule, starts, plan.tiles, block_m);
+  build_schedule<<<static_cast<uint32_t>(leading), kThreads, 0, stream>>>(p, schedule, starts, plan.tiles,
+                                                                          block_m);
   return cudaGetLastError();
 }
 

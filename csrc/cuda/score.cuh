@@ -1,5 +1,5 @@
-// The general score: scale, softcap, bias, alibi, segments, mask and dropout, one pass over the tile for each that
-// the call has. Which it has is uniform over the grid.
+// The general score: scale, softcap, bias, alibi, segments, mask and dropout, one pass over the tile for each
+// that the call has. Which it has is uniform over the grid.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -61,27 +61,36 @@ class GeneralScore {
   template <class S>
   __device__ __forceinline__ void drop(S& s, int32_t row, int32_t key) const {
     if (!p.dropout) return;
-    const Dropout dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
-    const uint32_t batch = static_cast<uint32_t>(work.tile.index);
+    const Dropout dropout =
+        make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int32_t i = row + S::row(slot);
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n) {
         const uint32_t j = key + S::column(n) + dropout.column;
-        PhiloxBlock numbers = dropout.block(batch, work.head, i, j / kDropoutBlock);
-        if (Dropout::half(numbers, j) < dropout.threshold) s.at(slot, n, 0) = 0;
-        // The neighbour's number is in the same block unless a shard begins in the middle of one.
-        if ((j + 1) % kDropoutBlock == 0) {
-          numbers = dropout.block(batch, work.head, i, (j + 1) / kDropoutBlock);
-        }
-        if (Dropout::half(numbers, j + 1) < dropout.threshold) s.at(slot, n, 1) = 0;
+        uint32_t word = random_word(dropout, i, j);
+        if ((word >> j % 2 * 16 & 0xFFFFu) < dropout.threshold) s.at(slot, n, 0) = 0;
+        // The neighbour's number is in the same word unless a shard begins at an odd column.
+        if (j % 2 == 1) word = random_word(dropout, i, j + 1);
+        if ((word >> (j + 1) % 2 * 16 & 0xFFFFu) < dropout.threshold) s.at(slot, n, 1) = 0;
       }
     }
   }
 
  private:
-  __device__ __forceinline__ bool in_use(int32_t i, int32_t j) const { return i < band.q_len && j < band.k_len; }
+  // The word with the numbers of columns j and, where j is even, j + 1, both global. Selected without
+  // indexing: a run-time index would move the block to local memory.
+  __device__ __forceinline__ uint32_t random_word(const Dropout& dropout, int32_t i, uint32_t j) const {
+    const PhiloxBlock x =
+        dropout.block(static_cast<uint32_t>(work.tile.index), work.head, i, j / kDropoutBlock);
+    const uint32_t low = j & 2 ? x.word[1] : x.word[0], high = j & 2 ? x.word[3] : x.word[2];
+    return j & 4 ? high : low;
+  }
+
+  __device__ __forceinline__ bool in_use(int32_t i, int32_t j) const {
+    return i < band.q_len && j < band.k_len;
+  }
 
   template <class T, class S>
   __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key) const {

@@ -19,7 +19,8 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// m: largest score so far, l: this lane's share of Σ 2^(scale · (s − m)). `scale` turns scores into powers of two.
+// m: largest score so far, l: this lane's share of Σ 2^(scale · (s − m)). `scale` turns scores into powers of
+// two.
 template <int kSlots>
 struct OnlineSoftmax {
   float m[kSlots], l[kSlots];
@@ -37,7 +38,8 @@ struct OnlineSoftmax {
     for (int slot = 0; slot < kSlots; ++slot) {
       float largest = m[slot];
 #pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) largest = fmaxf(largest, fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
+      for (int n = 0; n < S::kColumnTiles; ++n)
+        largest = fmaxf(largest, fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
       largest = row_max(largest);
       // A row without a visible key so far has m = −inf; 0 in its place gives P = 0 instead of NaN.
       const float shift = largest == -INFINITY ? 0 : largest * scale;
@@ -59,7 +61,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // What a row's accumulator is multiplied by, and its lse. `sink` is a logit that joins the sum only, −inf: none.
+  // What a row's accumulator is multiplied by, and its lse. `sink` is a logit that joins the sum only, −inf:
+  // none.
   struct Final {
     float factor, lse;
   };

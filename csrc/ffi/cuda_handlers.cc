@@ -31,7 +31,8 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
-ffi::Error forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
+ffi::Error forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                   AttentionSpec spec) {
   Problem p;
   if (ffi::Error e = decode_operands(Pass::kForward, spec, args, rets, p); e.failure()) return e;
   auto workspace = rets.get<ffi::AnyBuffer>(rets.size() - 1);

@@ -73,7 +73,8 @@ bool same_kernel(const KernelRow& a, const KernelRow& b) {
 nb::list cuda_kernels() {
   std::vector<KernelRow> merged;
   for (const KernelRow& row : built_kernels()) {
-    const auto at = std::find_if(merged.begin(), merged.end(), [&](auto& other) { return same_kernel(row, other); });
+    const auto at =
+        std::find_if(merged.begin(), merged.end(), [&](auto& other) { return same_kernel(row, other); });
     if (at == merged.end()) {
       merged.push_back(row);
     } else {
@@ -82,8 +83,8 @@ nb::list cuda_kernels() {
   }
   nb::list result;
   for (const KernelRow& row : merged) {
-    result.append(nb::make_tuple(row.family, kPassNames[static_cast<int>(row.pass)], row.head_dim, row.value_dim,
-                                 dtype_names(row.dtypes)));
+    result.append(nb::make_tuple(row.family, kPassNames[static_cast<int>(row.pass)], row.head_dim,
+                                 row.value_dim, dtype_names(row.dtypes)));
   }
   return result;
 }
@@ -122,13 +123,14 @@ int index_of(const char* const (&names)[3], const std::string& name) {
   for (int i = 0; i < 3; ++i) {
     if (name == names[i]) return i;
   }
-  throw std::invalid_argument("plan: " + name + " is not one of " + names[0] + ", " + names[1] + ", " + names[2]);
+  throw std::invalid_argument("plan: " + name + " is not one of " + names[0] + ", " + names[1] + ", " +
+                              names[2]);
 }
 
 // The plan of a call on a described device, from the whole table: how plans are tested without a GPU.
-nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, int32_t operands, float softcap,
-                 float scale, int64_t leading, int64_t batch, int64_t q_rows, int64_t heads, int64_t d, int64_t dv,
-                 int32_t capability, int32_t sm_count, int32_t shared_memory) {
+nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, int32_t operands,
+                 float softcap, float scale, int64_t leading, int64_t batch, int64_t q_rows, int64_t heads,
+                 int64_t d, int64_t dv, int32_t capability, int32_t sm_count, int32_t shared_memory) {
   const AttentionSpec spec{varlen ? Layout::kVarlen : Layout::kFixed,
                            Align::kBottomRight,
                            kUnlimited,
@@ -161,9 +163,9 @@ void bind_cuda(nb::module_& module) {
   module.def("cuda_kernels", &cuda_kernels);
   module.def("kernel_table", &table);
   module.def("plan", &plan_of, nb::kw_only(), nb::arg("pass_"), nb::arg("dtype"), nb::arg("varlen") = false,
-             nb::arg("operands") = 0, nb::arg("softcap") = 0.0f, nb::arg("scale") = 1.0f, nb::arg("leading") = 1,
-             nb::arg("batch"), nb::arg("q_rows"), nb::arg("heads"), nb::arg("d"), nb::arg("dv"),
-             nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
+             nb::arg("operands") = 0, nb::arg("softcap") = 0.0f, nb::arg("scale") = 1.0f,
+             nb::arg("leading") = 1, nb::arg("batch"), nb::arg("q_rows"), nb::arg("heads"), nb::arg("d"),
+             nb::arg("dv"), nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
 }
 
 }  // namespace jax_flash

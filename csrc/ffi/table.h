@@ -12,7 +12,8 @@ namespace jax_flash {
 std::span<const KernelRow> kernel_table();
 
 // What the CUDA library exports beside its FFI handlers; the module that opens it looks these up by name.
-using VersionFunction = const char*();                       // jax_flash_version: must equal the module's
-using KernelsFunction = const KernelRow*(int32_t* count);    // jax_flash_kernels: the rows built, one dtype each
+using VersionFunction = const char*();  // jax_flash_version: must equal the module's
+using KernelsFunction =
+    const KernelRow*(int32_t* count);  // jax_flash_kernels: the rows built, one dtype each
 
 }  // namespace jax_flash

@@ -17,8 +17,8 @@ namespace jax_flash {
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;
 
-// A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose scores
-// need more registers, 16.
+// A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose
+// scores need more registers, 16.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
 struct ForwardSm80 {
   using Element = T;
@@ -39,20 +39,23 @@ struct ForwardSm80 {
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
 };
 
-// What all threads of a block share. It lies in shared memory, not in the registers of each of them.
+// What all threads of a block share. It lies in shared memory: their registers are full of S and O.
 template <class T>
 struct BlockState {
   BlockWork work;
   Band band;
-  Interval visible, whole;  // keys that any row of the tile sees, and those that all see
+  Interval tiles;  // of keys, that any row of the query tile sees
+  Interval whole;  // keys that all its rows see
   GlobalRows<const T> query, key, value;
   GlobalRows<T> out;
 
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t tiles, int32_t block_m) {
-    work = find_work(p, schedule, tiles, block_m);
+  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
+                          int32_t block_n) {
+    work = find_work(p, schedule, q_tiles, block_m);
     const TileWork& tile = work.tile;
     band = work.band(p);
-    visible = band.rows(tile.row, tile.used());
+    const Interval visible = band.rows(tile.row, tile.used());
+    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
     whole = band.common(tile.row, tile.used());
     query = {p.query.as<const T>() + work.offset(p, p.query, tile.q_begin), p.query.row, p.head_dim};
     key = {p.key.as<const T>() + work.kv_offset(p, p.key, tile.k_begin), p.key.row, p.head_dim};
@@ -71,27 +74,26 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
   const uint32_t q = ptx::shared_address(shared);
   const GeneralScore general(p, block.work, block.band);
+  KvRing<C> kv(q + C::QTile::kBytes, block.key, block.value, block.tiles, tile.k_len);
 
   typename C::O o;
   o.clear();
   OnlineSoftmax<C::S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
 
-  const int32_t first = block.visible.lo / C::kN, last = (block.visible.hi + C::kN - 1) / C::kN;
-  KvRing<C> kv(q + C::QTile::kBytes, block.key, block.value, last, tile.k_len);
-  if (!block.visible.empty()) {
+  if (!block.tiles.empty()) {
     load_tile<typename C::QTile, C::kThreads>(q, block.query, tile.row, tile.used());
-    kv.start(first);
+    kv.start();
   }
-  for (int32_t n = first; n < last; ++n) {
+  for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
     const int32_t row = tile.row + warp_row, key = n * C::kN;
     typename C::S s;
     mma_qk<T, typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_k(n));  // S = Q Kᵀ  [M, N]
     const uint32_t v = kv.wait_v(n);
-    if constexpr (C::kGeneral) general.apply(s, row, key);                        // softcap, bias, alibi, masks
+    if constexpr (C::kGeneral) general.apply(s, row, key);  // softcap, bias, alibi, masks
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row, key);
-    softmax.update(s, o);                                                         // P = 2^(S − m); O ← α O
+    softmax.update(s, o);  // P = 2^(S − m); O ← α O
     if constexpr (C::kGeneral) general.drop(s, row, key);
-    mma_pv<T, typename C::VTile>(o, s, v);                                        // O ← O + P V   [M, dv]
+    mma_pv<T, typename C::VTile>(o, s, v);  // O ← O + P V   [M, dv]
   }
 
   finish_rows(o, softmax, p, block.work, tile.row + warp_row, C::kGeneral ? dropout_scale(p.spec) : 1.0f);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(C::kThreads)
     forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ BlockState<typename C::Element> block;
-  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM);
+  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, shared);
 }
@@ -112,7 +114,8 @@ template <class C>
 cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, const TileWork* schedule,
                                 cudaStream_t stream) {
   const auto kernel = forward_sm80<C>;
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
   if (status != cudaSuccess) return status;
   kernel<<<static_cast<uint32_t>(plan.blocks), C::kThreads, C::kSharedBytes, stream>>>(
       p, schedule, static_cast<int32_t>(plan.tiles));
@@ -122,10 +125,11 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, const 
 }  // namespace jax_flash
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                                 \
-  namespace jax_flash {                                                                                    \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, const TileWork* schedule, cudaStream_t s) {   \
-    if (plan.general) return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, true>>(p, plan, schedule, s); \
-    return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, false>>(p, plan, schedule, s);              \
-  }                                                                                                        \
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                               \
+  namespace jax_flash {                                                                                  \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, const TileWork* schedule, cudaStream_t s) { \
+    if (plan.general)                                                                                    \
+      return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, true>>(p, plan, schedule, s);           \
+    return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, false>>(p, plan, schedule, s);            \
+  }                                                                                                      \
   }

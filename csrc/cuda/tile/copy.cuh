@@ -16,7 +16,8 @@ struct GlobalRows {
   int32_t columns;
 };
 
-// Starts the copy of rows [first, first + Tile::kRows) into `shared`; rows from `end` on and unused columns are zero.
+// Starts the copy of rows [first, first + Tile::kRows) into `shared`; rows from `end` on and unused columns
+// are zero.
 template <class Tile, int kThreads, class T>
 __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<const T>& source, int32_t first,
                                           int32_t end) {

@@ -10,8 +10,9 @@
 
 namespace jax_flash {
 
-// [16 · kRowTiles, 8 · kColumnTiles] float32 in mma's C layout: lane l holds, of every 16 × 8 tile, rows l / 4 and
-// l / 4 + 8 and columns 2 · (l % 4) and the next. A thread's rows are counted by slot = 2 · row tile + half.
+// [16 · kRowTiles, 8 · kColumnTiles] float32 in mma's C layout: lane l holds, of every 16 × 8 tile, rows l /
+// 4 and l / 4 + 8 and columns 2 · (l % 4) and the next. A thread's rows are counted by slot = 2 · row tile +
+// half.
 template <int RowTiles, int ColumnTiles>
 struct Accumulator {
   static constexpr int kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
@@ -32,7 +33,9 @@ struct Accumulator {
   __device__ __forceinline__ static int row(int slot) {
     return slot / 2 * 16 + slot % 2 * 8 + static_cast<int>(threadIdx.x % 32 / 4);
   }
-  __device__ __forceinline__ static int column(int n) { return n * 8 + static_cast<int>(threadIdx.x % 4) * 2; }
+  __device__ __forceinline__ static int column(int n) {
+    return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
+  }
 
   __device__ __forceinline__ float& at(int slot, int n, int i) { return x[slot / 2][n][slot % 2 * 2 + i]; }
 };

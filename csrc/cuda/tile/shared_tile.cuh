@@ -1,8 +1,9 @@
-// A [Rows, Columns] tile of 16-bit elements in shared memory, swizzled so that neither ldmatrix nor 16-byte rows
-// of it meet bank conflicts.
+// A [Rows, Columns] tile of 16-bit elements in shared memory, swizzled so that neither ldmatrix nor 16-byte
+// rows of it meet bank conflicts.
 //
-// The columns are cut into panels of 64, or of 32 where 64 does not divide them (32, 96, 160, 224); a panel's rows
-// lie one after the other, and the 16-byte chunks of a row are permuted by XOR with a number made of the row.
+// The columns are cut into panels of 64, or of 32 where 64 does not divide them (32, 96, 160, 224); a panel's
+// rows lie one after the other, and the 16-byte chunks of a row are permuted by XOR with a number made of the
+// row.
 #pragma once
 
 #include <cstdint>
@@ -43,8 +44,8 @@ static_assert(SharedTile<16, 32>::conflict_free() && SharedTile<16, 64>::conflic
 static_assert(SharedTile<16, 96>::conflict_free() && SharedTile<16, 160>::conflict_free());
 static_assert(SharedTile<16, 192>::conflict_free() && SharedTile<16, 224>::conflict_free());
 
-// The addresses of one lane for ldmatrix: its row and chunk parity are fixed, whole 8-row and 2-chunk steps are
-// compile-time constants.
+// The addresses of one lane for ldmatrix: its row and chunk parity are fixed, whole 8-row and 2-chunk steps
+// are compile-time constants.
 template <class Tile>
 struct LaneAddress {
   uint32_t base, swizzle;
