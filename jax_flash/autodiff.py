@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import reference
+from . import paging, reference
 from .operands import BACKWARD, BIAS_GRADIENT, FORWARD
 from .primitives import bind, equally_varying
 from .spec import AttentionSpec
 
 Operands = dict[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
+Gradients = dict[str, jax.Array | None]
 
 
 def attend(spec: AttentionSpec, operands: Operands) -> Pair:
     """(out, lse) of checked operands, by plain JAX or by the custom call."""
     if spec.implementation == "xla":
-        return reference.attention(spec, operands)
+        return paging.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
     return _attend(spec, equally_varying(operands))
 
 
@@ -38,26 +39,56 @@ def _forward(spec: AttentionSpec, operands: Operands) -> tuple[Pair, Any]:
     return (out, lse), (operands, out, lse)
 
 
-def _backward(spec: AttentionSpec, residuals: Any, cotangents: Pair) -> tuple[dict[str, jax.Array | None]]:
+def _backward(spec: AttentionSpec, residuals: Any, cotangents: Pair) -> tuple[Gradients]:
     operands, out, lse = residuals
-    dout, dlse = cotangents
-    delta = _rows(dout.astype(jnp.float32) * out.astype(jnp.float32), spec) - dlse  # rowsum(dO ∘ O) − dlse
+    gradients = _paged_gradients if spec.paged else _gradients
+    return (gradients(spec, operands, (out, lse), cotangents),)
+
+
+def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangents: Pair) -> Gradients:
+    (out, lse), (dout, dlse) = results, cotangents
+    delta = _rows(dout.astype(jnp.float32) * out.astype(jnp.float32)) - dlse  # rowsum(dO ∘ O) − dlse
     operands = {**operands, "dout": dout, "lse": lse, "delta": delta}
-    gradients: dict[str, jax.Array | None] = dict.fromkeys(spec.operands)
+    gradients: Gradients = dict.fromkeys(spec.operands)
     gradients |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
     if "bias" in spec.operands:
         (gradients["bias"],) = bind(BIAS_GRADIENT, spec, operands)
     if "sinks" in spec.operands:
-        gradients["sinks"] = _sinks_gradient(spec, operands["sinks"], lse, delta)
-    return (gradients,)
+        gradients["sinks"] = _sinks_gradient(operands["sinks"], lse, delta)
+    return gradients
 
 
-def _rows(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangents: Pair) -> Gradients:
+    """Gather the pages, differentiate the contiguous call, add the keys' gradients up where pages are shared.
+
+    Rows that need a page outside the pool are left out: their dquery is NaN and the pools get nothing from them.
+    """
+    missing = paging.rows_missing_pages(spec, operands)
+    by_row, by_lse = missing[..., None, None], missing[..., None, :]
+    dense_spec, dense = paging.contiguous(spec, operands)
+    (out, lse), (dout, dlse) = results, cotangents
+    dense_results = jnp.where(by_row, 0, out), jnp.where(by_lse, -jnp.inf, lse)
+    dense_cotangents = jnp.where(by_row, 0, dout).astype(dense["query"].dtype), jnp.where(by_lse, 0, dlse)
+    dense_gradients = _gradients(dense_spec, dense, dense_results, dense_cotangents)
+    gradients: Gradients = {name: dense_gradients.get(name) for name in spec.operands}
+    dquery = dense_gradients["query"]
+    assert dquery is not None
+    gradients["query"] = jnp.where(by_row, jnp.nan, dquery).astype(operands["query"].dtype)
+    for name in ("key", "value"):
+        pool, gradient = operands[name], dense_gradients[name]
+        assert gradient is not None
+        stored = pool.dtype != jnp.float8_e4m3fn
+        tables = operands["block_tables"]
+        gradients[name] = paging.scatter_gradient(spec, gradient, tables, pool) if stored else None
+    return gradients
+
+
+def _rows(x: jax.Array) -> jax.Array:
     """[…, s, h, dv] → row sums in lse's order, […, h, s]."""
     return jnp.swapaxes(x.sum(-1), -1, -2)
 
 
-def _sinks_gradient(spec: AttentionSpec, sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
     """dsink = −Σ exp(sink − lse)·delta over the rows in use; the others have lse −inf."""
     used = lse > -jnp.inf
     weight = jnp.exp(jnp.where(used, sinks[:, None] - lse, -jnp.inf))

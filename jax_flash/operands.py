@@ -58,15 +58,31 @@ _PAGED_VARLEN = _PAGED | {
     "lse": ("hq", "tq"),
     "cu_seqlens_q": ("n1",),
 }
+_APPEND = {
+    "k_pages": ("p", "ps", "hk", "d"),
+    "v_pages": ("p", "ps", "hk", "dv"),
+    "key": ("n", "s", "hk", "d"),
+    "value": ("n", "s", "hk", "dv"),
+    "block_tables": ("n", "pages"),
+    "kv_lengths": ("n",),
+    "cos": ("positions", "rotated"),
+    "sin": ("positions", "rotated"),
+    "k_scale": ("hk",),
+    "v_scale": ("hk",),
+}
+_APPEND_VARLEN = _APPEND | {"key": ("t", "hk", "d"), "value": ("t", "hk", "dv"), "cu_seqlens": ("n1",)}
 DIMS: dict[str, dict[str, tuple[str, ...]]] = {
     "fixed": _FIXED,
     "varlen": _VARLEN,
     "paged": _PAGED,
     "paged_varlen": _PAGED_VARLEN,
+    "append": _APPEND,
+    "append_varlen": _APPEND_VARLEN,
 }
 for _table in DIMS.values():
-    _table["dout"] = _table["out"]
-    _table["delta"] = _table["lse"]
+    if "out" in _table:
+        _table["dout"] = _table["out"]
+        _table["delta"] = _table["lse"]
     for _name in ("query", "key", "value", "bias"):
         if _name in _table:
             _table["d" + _name] = _table[_name]
@@ -75,10 +91,10 @@ for _table in DIMS.values():
 @cache
 def dims_of(layout: str, page_layout: str) -> dict[str, tuple[str, ...]]:
     """Dimension names of every operand and result."""
-    table = dict(DIMS[layout])
-    if layout.startswith("paged") and page_layout == "hnd":
-        table["key"], table["value"] = ("p", "hk", "ps", "d"), ("p", "hk", "ps", "dv")
-    return table
+    def ordered(dims: tuple[str, ...]) -> tuple[str, ...]:
+        return ("p", "hk", "ps", dims[-1]) if dims[0] == "p" and page_layout == "hnd" else dims
+
+    return {name: ordered(dims) for name, dims in DIMS[layout].items()}
 
 
 # Optional operands, in the order of the custom call; the position is the operand's bit in the spec.
@@ -104,11 +120,17 @@ DROPOUT_BATCH, DROPOUT_HEAD = 2, 3
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the library: its leading operands (the optional ones follow) and its results."""
+    """A pass of the library: its leading operands (the optional ones follow) and its results.
+
+    `guide` is the operand whose sharding decides how the pass is split. The first `in_place` operands are
+    overwritten by the results of the same name.
+    """
 
     name: str
     operands: tuple[str, ...]
     results: tuple[str, ...]
+    guide: str = "query"
+    in_place: int = 0
 
 
 FORWARD = Pass("forward", ("query", "key", "value"), ("out", "lse"))
@@ -116,7 +138,21 @@ BACKWARD = Pass(
     "backward", ("query", "key", "value", "dout", "lse", "delta"), ("dquery", "dkey", "dvalue")
 )
 BIAS_GRADIENT = Pass("bias_gradient", BACKWARD.operands, ("dbias",))
-PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT)
+APPEND = Pass(
+    "append",
+    ("k_pages", "v_pages", "key", "value", "block_tables", "kv_lengths"),
+    ("k_pages", "v_pages"),
+    guide="k_pages",
+    in_place=2,
+)
+PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, APPEND)
+
+
+def like(result: str) -> str:
+    """The operand whose dtype, and dimensions where it has them, a result takes."""
+    if result in ("out", "lse"):
+        return "query"
+    return result.removeprefix("d") if result.startswith("d") else result
 
 
 def operand_bits(names: tuple[str, ...]) -> int:

@@ -18,19 +18,19 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _compat, backends
 from .batching import batch
-from .operands import PASSES, Pass
+from .operands import PASSES, Pass, like
 from .sharding import partitioned
-from .spec import AttentionSpec
+from .spec import Spec
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
 
 
-def operand_names(pass_: Pass, spec: AttentionSpec) -> tuple[str, ...]:
+def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
     return pass_.operands + spec.operands
 
 
-def bind(pass_: Pass, spec: AttentionSpec, operands: dict[str, jax.Array]) -> list[jax.Array]:
+def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
     used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
     primitives = LOCAL if _compat.manual_axes() else PARTITIONED
@@ -51,19 +51,17 @@ def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
 # --- abstract evaluation -------------------------------------------------------------------------------------------
 
 
-def leading(spec: AttentionSpec, name: str, ndim: int) -> int:
+def leading(spec: Spec, name: str, ndim: int) -> int:
     """How many leading batch dimensions an operand of this rank carries."""
     return ndim - len(spec.dims[name])
 
 
-def result_shapes(pass_: Pass, spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Shapes of the results from those of the operands, by name."""
     dims = spec.dims
-    count = leading(spec, "query", len(shapes["query"]))
+    count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_broadcast(shape[axis] for shape in shapes.values()) for axis in range(count))
-    sizes = {}
-    for name in ("query", "key", "value"):
-        sizes |= zip(dims[name], shapes[name][count:])
+    sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
@@ -74,37 +72,36 @@ def _broadcast(sizes: Any) -> Any:
     return next((size for size in sizes if not _compat.same_dim(size, 1)), 1)
 
 
-def _abstract_eval(*avals: Any, pass_: Pass, spec: AttentionSpec) -> list[Any]:
+def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
     named = dict(zip(operand_names(pass_, spec), avals))
     shapes = result_shapes(pass_, spec, {name: aval.shape for name, aval in named.items()})
     results = []
     for name, shape in zip(pass_.results, shapes):
-        like = named[name[1:] if name[0] == "d" else "query"]
-        dtype = np.dtype("float32") if name == "lse" else like.dtype
-        sharding = like.sharding
+        source = named[like(name)]
+        dtype = np.dtype("float32") if name == "lse" else source.dtype
+        sharding = source.sharding
         if not sharding.mesh.empty:
-            sharding = sharding.update(spec=_result_spec(name, spec, like, named))
-        results.append(like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
+            sharding = sharding.update(spec=_result_spec(name, spec, named))
+        results.append(source.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding))
     return results
 
 
-def _result_spec(result: str, spec: AttentionSpec, like: Any, named: dict[str, Any]) -> Any:
+def _result_spec(result: str, spec: Spec, named: dict[str, Any]) -> Any:
     """Explicit sharding of a result: that of the operand it is like, dimension by dimension."""
-    dims = spec.dims
-    source = "query" if result in ("out", "lse") else result
-    count = leading(spec, source, like.ndim)
-    entries = dict(zip(dims[source], like.sharding.spec[count:]))
+    source = like(result)
+    count = leading(spec, source, named[source].ndim)
+    entries = dict(zip(spec.dims[source], named[source].sharding.spec[count:]))
     lead = tuple(
         next((x.sharding.spec[axis] for x in named.values() if not _compat.same_dim(x.shape[axis], 1)), None)
         for axis in range(count)
     )
-    return jax.sharding.PartitionSpec(*lead, *(entries.get(dim) for dim in dims[result]))
+    return jax.sharding.PartitionSpec(*lead, *(entries.get(dim) for dim in spec.dims[result]))
 
 
 # --- lowering ------------------------------------------------------------------------------------------------------
 
 
-def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec, platform: str) -> Any:
+def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec, platform: str) -> Any:
     """The custom call of one platform."""
     if spec.implementation not in (None, platform):
         raise NotImplementedError(
@@ -113,8 +110,8 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         )
     names = operand_names(pass_, spec)
     shapes = {name: aval.shape for name, aval in zip(names, ctx.avals_in)}
-    head_dims = shapes["query"][-1], shapes["value"][-1]
-    if platform == "cuda" and any(d % 8 for d in head_dims):
+    head_dims = shapes["key"][-1], shapes["value"][-1]
+    if platform == "cuda" and any(d % 8 for d in head_dims) and not pass_.in_place:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(ctx, *values)
     backends.register()
     if platform == "cpu":
@@ -122,12 +119,14 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     else:
         _require_cuda_kernel(pass_, ctx.avals_in[0].dtype.name, *head_dims)
     avals_out = list(ctx.avals_out)
-    if platform == "cuda":
+    if platform == "cuda" and not pass_.in_place:
         workspace = ctx.avals_out[0].update(
             shape=(workspace_bound(pass_.name, spec, shapes),), dtype=np.dtype("uint8"), sharding=None
         )
         avals_out.append(workspace)
-    rule = jax.ffi.ffi_lowering(f"jax_flash_{pass_.name}")
+    rule = jax.ffi.ffi_lowering(
+        f"jax_flash_{pass_.name}", operand_output_aliases={i: i for i in range(pass_.in_place)}
+    )
     results = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
     return results[: len(pass_.results)]
 
@@ -147,7 +146,7 @@ def _require_cuda_kernel(pass_: Pass, dtype: str, d: int, dv: int) -> None:
         )
 
 
-def _with_padded_head_dims(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> list[jax.Array]:
+def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
     """CUDA loads 16 bytes at a time: other head dims pay for a padded copy."""
     dims = spec.dims
 
@@ -157,19 +156,19 @@ def _with_padded_head_dims(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array)
 
     names = operand_names(pass_, spec)
     padded = {name: pad(name, x) for name, x in zip(names, arrays)}
-    sizes = {"d": arrays[0].shape[-1], "dv": arrays[2].shape[-1]}
+    sizes = {"d": arrays[1].shape[-1], "dv": arrays[2].shape[-1]}
     results = LOCAL[pass_].bind(*padded.values(), spec=spec)
     return [x[..., : sizes.get(dims[name][-1], x.shape[-1])] for name, x in zip(pass_.results, results)]
 
 
-def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec) -> Any:
+def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
     platforms = ", ".join(ctx.module_context.platforms)
     raise NotImplementedError(
         f'jax_flash has no custom call for platform "{platforms}"; use implementation="xla", plain JAX'
     )
 
 
-def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec) -> Any:
+def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
     """One device: the custom call. Several: the same, partitioned by sharding.py."""
     if _compat.device_count(ctx) == 1:
         return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
@@ -183,7 +182,7 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
     return [_compat.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
-def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: AttentionSpec) -> Any:
+def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: Spec) -> Any:
     raise NotImplementedError(
         f"jax_flash: the {pass_.name} pass is differentiable in reverse mode once; "
         'use implementation="xla" for forward mode and higher derivatives'
@@ -195,7 +194,7 @@ def _primitive(name: str, pass_: Pass) -> Primitive:
     primitive.multiple_results = True
     primitive.def_impl(partial(_compat.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
-    batching.primitive_batchers[primitive] = partial(batch, primitive)
+    batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
     ad.primitive_jvps[primitive] = partial(_no_second_derivative, pass_=pass_)
     return primitive
 

@@ -1,6 +1,6 @@
 """How one pass is split over devices: batch, heads and leading dimensions; everything else is gathered.
 
-The sharding rule tells XLA's propagation what goes together; `partition` then decides from query's sharding alone.
+The sharding rule tells XLA's propagation what goes together; `partition` then decides from the sharding of the pass's guide (query) alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
-from .spec import AttentionSpec
+from .spec import Spec
 
 Axes = tuple[str, ...]
 Body = Callable[..., Sequence[jax.Array]]
@@ -26,7 +26,7 @@ _NO_MESH = AbstractMesh((), ())
 
 
 @lru_cache(maxsize=None)
-def partitioned(pass_: Pass, spec: AttentionSpec, names: tuple[str, ...], body: Body) -> Callable[..., Any]:
+def partitioned(pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body) -> Callable[..., Any]:
     """The pass as one partitionable function, named after its spec so that compilation cache keys tell specs apart."""
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -67,7 +67,7 @@ class Split:
 @dataclass(frozen=True)
 class _Rules:
     pass_: Pass
-    spec: AttentionSpec
+    spec: Spec
     names: tuple[str, ...]
     body: Body
 
@@ -84,13 +84,18 @@ class _Rules:
         dims = self.spec.dims[name]
         return dims.index(dim) - len(dims)
 
+    def heads(self, shapes: dict[str, Sequence[int]]) -> tuple[int, int]:
+        """Query and KV heads; the same number where there is no query."""
+        hk = shapes["key"][self.axis("key", "hk")]
+        return (shapes["query"][self.axis("query", "hq")] if "query" in shapes else hk), hk
+
     # --- propagation ---------------------------------------------------------------------------------------------
 
     def sharding_rule(self, mesh: Any, operand_types: Sequence[Any], result_types: Sequence[Any]) -> Any:
         """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
         arrays = [(n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))]
         shapes = dict(arrays)
-        hq, hk = (shapes[name][self.axis(name, dim)] for name, dim in (("query", "hq"), ("key", "hk")))
+        hq, hk = self.heads(shapes)
         sizes: dict[str, int] = {}
         if hq == hk:
             heads = {"hq": "h", "hk": "h"}
@@ -120,7 +125,7 @@ class _Rules:
     # --- partitioning --------------------------------------------------------------------------------------------
 
     def partition(self, mesh: Any, operands: Any, results: Any) -> Any:
-        """Shardings of all arrays from query's, and the per-shard function."""
+        """Shardings of all arrays from the guide's, and the per-shard function."""
         named = dict(zip(self.names, operands))
         split = self.split(mesh, named)
 
@@ -147,15 +152,16 @@ class _Rules:
                 axes[dim] = taken
                 used.update(taken)
 
+        guide = self.pass_.guide
         head_axes: Axes = ()
-        for name, x in named.items():  # query first: it decides, the others only where it is not mapped
+        for name, x in named.items():  # the guide is first: the others decide only where it is not mapped
             entries = _entries(x.sharding, len(x.shape))
             for dim, entry, size in zip(self.dims(name, x.shape), entries, x.shape):
-                if dim == "b" and name == "query" or dim.startswith("l"):
+                if dim.startswith("l") or (dim == "b" and name == guide):
                     claim(dim, entry, size)
-                elif dim == "hq" and name == "query":
+                elif name == guide and dim in ("hq", "hk"):
                     head_axes = entry
-        hq, hk = (named[name].shape[self.axis(name, dim)] for name, dim in (("query", "hq"), ("key", "hk")))
+        hq, hk = self.heads({name: x.shape for name, x in named.items()})
         return _split_heads(mesh, axes, head_axes, hq, hk, used)
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -66,3 +66,35 @@ class AttentionSpec:
     def digest(self) -> str:
         """A short hash, stable across processes, that names this spec in compiled programs."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+
+
+APPEND_OPTIONAL = ("cu_seqlens", "cos", "sin", "k_scale", "v_scale")
+
+
+@dataclass(frozen=True)
+class AppendSpec:
+    """The static options of one append_kv call; layout "append" or "append_varlen"."""
+
+    layout: str
+    page_layout: str = "nhd"
+    interleaved: bool = False
+    operands: tuple[str, ...] = ()
+    implementation: str | None = None
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        return dims_of(self.layout, self.page_layout)
+
+    def ffi_attributes(self) -> dict[str, Any]:
+        """The attributes of the custom call, as AttentionSpec's."""
+        return {
+            "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
+            "interleaved": np.bool_(self.interleaved),
+            "operands": np.int32(sum(1 << APPEND_OPTIONAL.index(name) for name in self.operands)),
+        }
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+
+
+Spec = AttentionSpec | AppendSpec

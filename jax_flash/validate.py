@@ -107,7 +107,7 @@ def _tokens(check: Checker, query: Any, key: Any, value: Any, layout: str, imple
     check.dim("key", "head dim", k.shape[-1], q.shape[-1], "query")
     check.dim("value", "length", v.shape[-3], k.shape[-3], "key")
     check.dim("value", "head count", v.shape[-2], k.shape[-2], "key")
-    _heads(check, q.shape[-2], k.shape[-2])
+    check_heads(check, q.shape[-2], k.shape[-2])
     for name, x in (("query", q), ("value", v)):
         d = x.shape[-1]
         if is_symbolic(d) or d < 1:
@@ -120,7 +120,7 @@ def _tokens(check: Checker, query: Any, key: Any, value: Any, layout: str, imple
     return {"query": q, "key": k, "value": v}
 
 
-def _heads(check: Checker, hq: Any, hk: Any) -> None:
+def check_heads(check: Checker, hq: Any, hk: Any) -> None:
     if is_symbolic(hq) or is_symbolic(hk):
         raise check.fail(f"the numbers of heads must be static, got query {hq}, key {hk}")
     if hk < 1 or hq < 1:
@@ -168,7 +168,9 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
     return jnp.concatenate([words, jnp.zeros(4, jnp.uint32)])
 
 
-def _spec(check: Checker, layout: Layout, operands: Operands, options: dict[str, Any]) -> AttentionSpec:
+def static_spec(
+    check: Checker, layout: Layout, operands: Operands, options: dict[str, Any], **paged: Any
+) -> AttentionSpec:
     """The static options that every layout shares, and the dropout operand."""
     left, right = _band(check, options["causal"], options["window"])
     if options["align"] not in ALIGNMENTS:
@@ -197,6 +199,7 @@ def _spec(check: Checker, layout: Layout, operands: Operands, options: dict[str,
         deterministic=check.flag("deterministic", options["deterministic"]),
         operands=tuple(name for name in OPTIONAL if name in operands),
         implementation=implementation_name(check, options["implementation"]),
+        **paged,
     )
 
 
@@ -206,7 +209,7 @@ def implementation_name(check: Checker, x: Any) -> str | None:
     return x
 
 
-def _score_operands(check: Checker, operands: Operands, options: dict[str, Any], sequences: Any, dim: str) -> None:
+def score_operands(check: Checker, operands: Operands, options: dict[str, Any], sequences: Any, dim: str) -> None:
     """alibi_slopes [hq] or [sequences, hq]; sinks [hq]."""
     hq = operands["query"].shape[-2]
     if options["alibi_slopes"] is not None:
@@ -245,8 +248,8 @@ def fixed(op: str, query: Any, key: Any, value: Any, options: dict[str, Any]) ->
         if bias.dtype.name not in DTYPES and bias.dtype != operands["query"].dtype:
             raise check.fail(f"bias must be {', '.join(DTYPES)}, got {bias.dtype}", TypeError)
         operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, sk), "b hq sq sk")
-    _score_operands(check, operands, options, b, "b")
-    return _spec(check, "fixed", operands, options), operands
+    score_operands(check, operands, options, b, "b")
+    return static_spec(check, "fixed", operands, options), operands
 
 
 def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
@@ -282,5 +285,5 @@ def varlen(
     if options["kv_lengths"] is not None:
         operands["kv_lengths"] = check.int32("kv_lengths", options["kv_lengths"])
         check.shape("kv_lengths", operands["kv_lengths"], (n,), "n")
-    _score_operands(check, operands, options, n, "n")
-    return _spec(check, "varlen", operands, options), operands
+    score_operands(check, operands, options, n, "n")
+    return static_spec(check, "varlen", operands, options), operands

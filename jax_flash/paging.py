@@ -1,0 +1,115 @@
+"""Pages in plain JAX: a pool seen as contiguous keys, and its gradient; what the backward pass and "xla" stand on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from . import reference
+from .operands import OPTIONAL
+from .spec import UNLIMITED, AttentionSpec
+
+Operands = dict[str, jax.Array]
+_PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
+
+
+def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """`implementation="xla"`: the equations over gathered keys; rows that need a missing page are NaN, dquery too."""
+    dense_spec, dense = contiguous(spec, operands)
+    out, lse = reference.attention(dense_spec, dense)
+    missing = rows_missing_pages(spec, operands)[..., None, None]
+    query = jnp.where(missing, operands["query"], 0).astype(out.dtype)
+    out = jnp.where(missing, query.sum((-2, -1), keepdims=True) * jnp.nan, out)
+    lse = jnp.where(jnp.swapaxes(missing[..., 0], -1, -2), jnp.nan, lse)
+    return out.astype(operands["query"].dtype), lse
+
+
+def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
+    """The same call over gathered keys, fixed or packed: sequence z holds `capacity` keys, kv_lengths of them in use.
+
+    Keys on pages outside the pool come as zeros; float8 pools come as float32 times their scale, query too.
+    """
+    n, pages = operands["block_tables"].shape
+    dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
+    for name, scale in (("key", "k_scale"), ("value", "v_scale")):
+        dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout)
+        if scale in operands:
+            dense[name] = dense[name].astype(jnp.float32) * operands[scale][:, None]
+    dense["query"] = operands["query"].astype(dense["key"].dtype)
+    if spec.layout == "paged":
+        layout = "fixed"
+    else:
+        layout = "varlen"
+        capacity = dense["key"].shape[1]
+        dense["cu_seqlens_k"] = jnp.arange(n + 1, dtype=jnp.int32) * jnp.int32(capacity)
+        dense |= {name: dense[name].reshape(n * capacity, *dense[name].shape[2:]) for name in ("key", "value")}
+    names = tuple(name for name in OPTIONAL if name in dense)
+    return replace(spec, layout=layout, page_layout="nhd", num_splits=0, batch_invariant=False, operands=names), dense
+
+
+def scatter_gradient(spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array) -> jax.Array:
+    """The gradient of gathered keys added up in float32 where pages are shared; pool's shape and dtype."""
+    by_token = tokens_first(pool, spec.page_layout)
+    pages, page_size = by_token.shape[:2]
+    rows = gradient.reshape(*tables.shape, page_size, *gradient.shape[-2:]).astype(jnp.float32)
+    total = jnp.zeros(by_token.shape, jnp.float32).at[_pages_or_none(tables, pages)].add(rows, mode="drop")
+    return tokens_first(total, spec.page_layout).astype(pool.dtype)
+
+
+def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
+    """Which query rows see a key on a page outside the pool: `[n, sq]` or `[tq]`."""
+    tables = operands["block_tables"]
+    page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
+    outside = (tables < 0) | (tables >= operands["key"].shape[0])
+    before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [n, pages + 1]
+    sequence, row, nq = _query_rows(spec, operands)
+    nk = jnp.clip(operands["kv_lengths"], 0, tables.shape[1] * page_size)
+    nk = jnp.take(nk, sequence, mode="clip")
+    diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
+    first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
+    last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
+    first = jnp.maximum(first, 0)
+    seen = (row >= 0) & (row < nq) & (first <= last)
+    count = before[sequence, last // page_size + 1] - before[sequence, first // page_size]
+    return seen & (count > 0)
+
+
+def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sequence, position in it, and its number of rows, for each query row; position −1 outside every sequence."""
+    query = operands["query"]
+    if spec.layout == "paged":
+        n, sq = query.shape[:2]
+        row = jnp.arange(sq, dtype=jnp.int32)[None]
+        return jnp.arange(n, dtype=jnp.int32)[:, None], row, jnp.full((n, 1), sq, jnp.int32)
+    return locate(operands["cu_seqlens_q"], query.shape[0])
+
+
+def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each packed token: its sequence, its position there (−1 outside every sequence), and the sequence's rows."""
+    cu = jax.lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    owner = jnp.searchsorted(cu, token, side="right").astype(jnp.int32) - 1
+    inside = (owner >= 0) & (owner < cu.shape[0] - 1)
+    sequence = jnp.where(inside, owner, 0)
+    length = jnp.diff(cu, append=cu[-1:])[sequence]
+    return sequence, jnp.where(inside, token - cu[sequence], -1), length
+
+
+def _gather(pool: jax.Array, tables: jax.Array, layout: str) -> jax.Array:
+    """[n, pages · ps, hk, d], zeros for pages outside the pool."""
+    by_token = tokens_first(pool, layout)
+    pages = _pages_or_none(tables, pool.shape[0])
+    rows = by_token.at[pages].get(mode="fill", fill_value=0)
+    return rows.reshape(tables.shape[0], tables.shape[1] * rows.shape[2], *rows.shape[3:])
+
+
+def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:
+    """Negative entries would count from the end: they become an index past it."""
+    return jnp.where(tables < 0, jnp.int32(pages), tables)
+
+
+def tokens_first(pool: jax.Array, layout: str) -> jax.Array:
+    """nhd [p, ps, hk, d] from either layout (its own inverse)."""
+    return pool if layout == "nhd" else jnp.swapaxes(pool, 1, 2)
