@@ -122,7 +122,7 @@ def _locate(cu_seqlens: Array, tokens: int) -> tuple[Array, Array, Array]:
     cu = lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
     n = cu.shape[0] - 1
     token = _iota(tokens)
-    z = jnp.sum(cu[:, None] <= token, axis=0, dtype=jnp.int32) - 1
+    z = jnp.sum(cu[:, None] <= token[None], axis=0, dtype=jnp.int32) - 1
     z = jnp.where(z < 0, n, z)
     return cu, z, token - cu[z]
 
