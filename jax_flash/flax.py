@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ._compat import same_dim
 from .attention import flash_attention
+from .validate import Checker
 
-_Attend = Callable[..., Array]
+_CHECK = Checker("attention_fn")
+_SCORES = "batch... heads q_length kv_length"
 
 
 def attention_fn(
@@ -60,8 +63,8 @@ def attention_fn(
       dropout_rng, dropout_rate, deterministic: dropout on the attention weights unless `deterministic`. The
         same key gives the same result, though not the one that Flax's own generator would give.
       dtype: computation dtype; None promotes query, key and value together, as Flax does.
-      precision: None or a `jax.lax.Precision` in any spelling. Products and sums are exact to float32 in
-        any case, so all of these are met.
+      precision: None or a `jax.lax.Precision` in any spelling. It asks how float32 products may be rounded,
+        and here they are float32 products in any case: all of these are met.
       force_fp32_for_softmax: either value is met: the softmax is always float32.
       promote_dtype: replaces the promotion: called with `(query, key, value)` and `dtype=`.
       is_causal: query i sees keys up to i. Ignored for a single query that comes with a mask: that is a
@@ -92,11 +95,12 @@ def attention_fn(
     _check_precision(precision)
     dropout = not deterministic and dropout_rate > 0.0
     if dropout and dropout_rng is None:
-        raise ValueError(
-            f"attention_fn: dropout_rate is {dropout_rate} but dropout_rng is None; pass a key, or deterministic=True"
+        raise _CHECK.fail(
+            f"dropout_rate is {dropout_rate} but dropout_rng is None; pass a key, or deterministic=True"
         )
     query, key, value = (promote_dtype or _promote)((query, key, value), dtype=dtype)
-    decode_step = mask is not None and query.ndim >= 3 and query.shape[-3] == 1
+    _check_batch_dims(query, key, value)
+    decode_step = mask is not None and same_dim(query.shape[-3], 1)
 
     def attend(query: Array, key: Array, value: Array, **arrays: Array) -> Array:
         out: Array = flash_attention(
@@ -116,26 +120,30 @@ def attention_fn(
         )
         return out
 
-    arrays = {
-        "bias": None if bias is None else _as_bias(bias),
-        "mask": None if mask is None else jnp.asarray(mask).astype(bool),
-        "dropout_key": dropout_rng if dropout else None,
-    }
-    return _over_batch_dims(attend, query, key, value, {k: v for k, v in arrays.items() if v is not None})
+    scores = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
+    arrays: dict[str, Array] = {}
+    if bias is not None:
+        arrays["bias"] = _CHECK.broadcastable("bias", _as_bias(bias), scores, _SCORES)
+    if mask is not None:
+        arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
+    if dropout and dropout_rng is not None:
+        arrays["dropout_key"] = dropout_rng
+    return _over_batch_dims(attend, query, key, value, arrays)
 
 
 def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
     """Raise for arguments whose effect a fused kernel cannot have."""
     if unsupported["module"] is not None:
-        raise NotImplementedError(
-            "attention_fn: module was passed (sow_weights=True), but the attention weights never exist as an array; "
-            "use sow_weights=False, or flax's own dot_product_attention to look at them"
+        raise _CHECK.fail(
+            "module was passed (sow_weights=True), but the attention weights never exist as an array; "
+            "use sow_weights=False, or flax's own dot_product_attention to look at them",
+            NotImplementedError,
         )
     given = [name for name, argument in {**unsupported, **unknown}.items() if argument is not None]
     if given:
-        raise NotImplementedError(
-            f"attention_fn: {given[0]} has no effect on a fused kernel; leave it out, "
-            "or use flax's own dot_product_attention"
+        raise _CHECK.fail(
+            f"{given[0]} has no effect on a fused kernel; leave it out, or use flax's own dot_product_attention",
+            NotImplementedError,
         )
 
 
@@ -146,9 +154,10 @@ def _check_precision(precision: Any) -> None:
         try:
             jax.lax.Precision(item)
         except (TypeError, ValueError):
-            raise NotImplementedError(
-                f"attention_fn: precision is {precision!r}; allowed are None and jax.lax.Precision, "
-                "dot algorithms cannot be chosen"
+            raise _CHECK.fail(
+                f"precision is {precision!r}; allowed are None and jax.lax.Precision, "
+                "dot algorithms cannot be chosen",
+                NotImplementedError,
             ) from None
 
 
@@ -168,23 +177,24 @@ def _as_bias(bias: Array) -> Array:
     return bias if bias.dtype in (jnp.float16, jnp.bfloat16) else bias.astype(jnp.float32)
 
 
+def _check_batch_dims(query: Array, key: Array, value: Array) -> None:
+    if not query.ndim == key.ndim == value.ndim >= 3:
+        raise _CHECK.fail(
+            "query, key and value must have the same rank, at least 3, "
+            f"but have {query.ndim}, {key.ndim} and {value.ndim}"
+        )
+    for name, x in (("key", key), ("value", value)):
+        if not all(map(same_dim, x.shape[:-3], query.shape[:-3])):
+            raise _CHECK.fail(f"{name} has batch dims {x.shape[:-3]}, which differ from query's {query.shape[:-3]}")
+
+
 def _over_batch_dims(
-    attend: _Attend, query: Array, key: Array, value: Array, arrays: dict[str, Array]
+    attend: Callable[..., Array], query: Array, key: Array, value: Array, arrays: dict[str, Array]
 ) -> Array:
     """Call `attend` with exactly one batch dim: add one where there is none, vmap over further ones.
 
     vmap rather than a reshape, so that a sharded inner batch dim stays sharded.
     """
-    if not query.ndim == key.ndim == value.ndim >= 3:
-        raise ValueError(
-            "attention_fn: query, key and value must have the same rank, at least 3, "
-            f"but have {query.ndim}, {key.ndim} and {value.ndim}"
-        )
-    for name in arrays.keys() & {"bias", "mask"}:
-        if arrays[name].ndim > max(query.ndim, 4):
-            raise ValueError(
-                f"attention_fn: {name} has rank {arrays[name].ndim}, more than query's {query.ndim}"
-            )
     if query.ndim == 3:
         return attend(query[None], key[None], value[None], **arrays)[0]
     if query.ndim == 4:
@@ -193,13 +203,12 @@ def _over_batch_dims(
     def inner(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
         return _over_batch_dims(attend, query, key, value, arrays)
 
-    arrays, axes = dict(arrays), {}
+    inner_arrays, axes = dict(arrays), dict[str, int | None](dict.fromkeys(arrays))
     for name, array in arrays.items():
-        axes[name] = None
         if name == "dropout_key":  # One key per entry, or all of them would drop the same weights.
-            arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
-        elif array.ndim == query.ndim and array.shape[0] == 1:
-            arrays[name] = array[0]
-        elif array.ndim == query.ndim:
+            inner_arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
+        elif same_dim(array.shape[0], 1):
+            inner_arrays[name] = array[0]
+        else:
             axes[name] = 0
-    return jax.vmap(inner, in_axes=(0, 0, 0, axes))(query, key, value, arrays)
+    return jax.vmap(inner, in_axes=(0, 0, 0, axes))(query, key, value, inner_arrays)

@@ -1,0 +1,361 @@
+"""attention_fn in Flax: linen and nnx give what they give with their own attention, in training and decode."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import IMPLEMENTATION
+
+from jax_flash.flax import attention_fn
+
+linen = pytest.importorskip("flax.linen")
+nnx = pytest.importorskip("flax.nnx")
+
+
+ours = functools.partial(attention_fn, implementation=IMPLEMENTATION)
+B, S, HEADS, FEATURES = 2, 7, 2, 16
+X = jax.random.normal(jax.random.key(0), (B, S, FEATURES))
+CAUSAL = linen.make_causal_mask(X[..., 0])
+MASKS = {
+    "none": None,
+    "causal": CAUSAL,
+    "causal bool": CAUSAL.astype(bool),
+    "padding": linen.make_attention_mask(jnp.ones((B, S)), jnp.arange(S) < jnp.array([[3], [S]])),
+    "causal and padding": linen.combine_masks(CAUSAL, (jnp.arange(S) < 4)[None, None, None]),
+    "heads": jax.random.bernoulli(jax.random.key(1), 0.5, (HEADS, S, S)).at[..., 0].set(True),
+}
+
+
+def close(got, want, atol=1e-5, rtol=1e-5):
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol, rtol=rtol), got, want)
+
+
+def linen_layer(fn, **kwargs):
+    return linen.MultiHeadDotProductAttention(num_heads=HEADS, qkv_features=FEATURES, attention_fn=fn, **kwargs)
+
+
+def nnx_layer(fn, **kwargs):
+    kwargs = dict(decode=False, rngs=nnx.Rngs(0)) | kwargs
+    return nnx.MultiHeadAttention(HEADS, FEATURES, attention_fn=fn, **kwargs)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def qkv(*batch, sq=5, sk=6, heads=4, kv_heads=4, d=8):
+    return normal(0, *batch, sq, heads, d), normal(1, *batch, sk, kv_heads, d), normal(2, *batch, sk, kv_heads, d)
+
+
+# Training
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_linen_training_step(mask):
+    params = linen_layer(ours).init(jax.random.key(0), X)
+
+    def step(fn):
+        return jax.jit(jax.value_and_grad(lambda p: (linen_layer(fn).apply(p, X, mask=MASKS[mask]) ** 2).sum()))(params)
+
+    close(step(ours), step(linen.dot_product_attention), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_nnx_training_step(mask):
+    def step(fn):
+        return nnx.jit(nnx.value_and_grad(lambda m: (m(X, mask=MASKS[mask]) ** 2).sum()))(nnx_layer(fn))
+
+    close(step(ours), step(nnx.dot_product_attention), 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal and padding"])
+def test_nnx_is_causal(mask):
+    want = nnx_layer(nnx.dot_product_attention)(X, mask=MASKS[mask], is_causal=True)
+    close(nnx_layer(ours)(X, mask=MASKS[mask], is_causal=True), want)
+
+
+def test_cross_attention():
+    y = normal(3, B, 11, FEATURES)
+    params = linen_layer(ours).init(jax.random.key(0), X, y)
+    close(linen_layer(ours).apply(params, X, y), linen_layer(linen.dot_product_attention).apply(params, X, y))
+    close(nnx_layer(ours)(X, y), nnx_layer(nnx.dot_product_attention)(X, y))
+
+
+def test_is_causal_with_more_keys_than_queries_is_top_left_as_in_flax():
+    close(ours(*qkv(B), is_causal=True), nnx.dot_product_attention(*qkv(B), is_causal=True))
+
+
+def test_grouped_heads():
+    q, k, v = qkv(B, kv_heads=2)
+    close(ours(q, k, v), nnx.dot_product_attention(q, k, v))
+
+
+def test_value_depth_may_differ():
+    q, k, _ = qkv(B)
+    v = normal(2, B, 6, 4, 24)
+    close(ours(q, k, v), linen.dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
+def test_16_bit_layers(layer, dtype):
+    """The layer in 16 bit is as near to the float32 layer as with Flax's own attention."""
+
+    def run(fn, dtype):
+        if layer is nnx_layer:
+            out = nnx_layer(fn, dtype=dtype)(X, mask=CAUSAL)
+        else:
+            params = linen_layer(fn).init(jax.random.key(0), X)
+            out = linen_layer(fn, dtype=dtype).apply(params, X, mask=CAUSAL)
+        assert out.dtype == dtype
+        return np.asarray(out, np.float32)
+
+    flax_fn = nnx.dot_product_attention if layer is nnx_layer else linen.dot_product_attention
+    ref = run(flax_fn, jnp.float32)
+    assert np.abs(run(ours, dtype) - ref).max() <= 2 * np.abs(run(flax_fn, dtype) - ref).max() + 1e-5
+
+
+# The function itself: batch dims, bias, mask, dtypes
+
+
+BIASES = {
+    (): [(5, 6), (4, 1, 6), (4, 5, 6)],
+    (2,): [(5, 6), (4, 1, 6), (2, 1, 5, 6), (1, 4, 5, 1)],
+    (2, 3): [(6,), (3, 1, 5, 6), (2, 1, 4, 1, 6), (1, 3, 1, 5, 6)],
+    (2, 1, 2): [(2, 1, 1, 1, 5, 6), (2, 1, 2, 4, 5, 6)],
+}
+
+
+@pytest.mark.parametrize("batch, shape", [(b, s) for b, shapes in BIASES.items() for s in shapes])
+def test_bias_and_mask_of_any_batch_rank(batch, shape):
+    q, k, v = qkv(*batch)
+    mask = jax.random.bernoulli(jax.random.key(6), 0.7, shape).at[..., 0].set(True)
+    results = {}
+    for fn in (ours, linen.dot_product_attention):
+        loss = lambda q, k, v, bias: (fn(q, k, v, bias, mask) ** 2).sum()  # noqa: B023, E731
+        results[fn] = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(q, k, v, normal(5, *shape))
+    close(results[ours], results[linen.dot_product_attention], 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_without_bias_and_mask(batch):
+    close(ours(*qkv(*batch)), linen.dot_product_attention(*qkv(*batch)))
+
+
+@pytest.mark.parametrize("dtypes", ["fff", "bfb", "hhh", "bhf", "iif"])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+def test_dtype_promotion_is_that_of_flax(dtypes, dtype):
+    codes = {"f": jnp.float32, "b": jnp.bfloat16, "h": jnp.float16, "i": jnp.int32}
+    args = [x.astype(codes[c]) for x, c in zip(qkv(B), dtypes)]
+    want = linen.dot_product_attention(*args, dtype=dtype)
+    got = ours(*args, dtype=dtype)
+    assert got.dtype == want.dtype
+    tolerance = 1e-5 if got.dtype == jnp.float32 else 0.05
+    close(got.astype(jnp.float32), want.astype(jnp.float32), tolerance, tolerance)
+
+
+def test_promote_dtype_replaces_the_promotion():
+    def promote(arrays, *, dtype):
+        assert dtype == jnp.float32
+        return tuple(2 * x for x in arrays)
+
+    q, k, v = qkv(B)
+    close(ours(q, k, v, dtype=jnp.float32, promote_dtype=promote), ours(2 * q, 2 * k, 2 * v))
+
+
+def test_biases_of_any_number_type():
+    q, k, v = qkv(B)
+    for bias in (np.arange(6), jnp.arange(6, dtype=jnp.bfloat16)):
+        close(ours(q, k, v, bias), linen.dot_product_attention(q, k, v, bias))
+
+
+def test_fully_masked_queries_are_zero_which_flax_makes_a_mean():
+    q, k, v = qkv(B)
+    out = ours(q, k, v, mask=(jnp.arange(5) != 2)[:, None])
+    np.testing.assert_array_equal(out[:, 2], 0)
+    close(out[:, 3:], ours(q, k, v)[:, 3:])
+
+
+@pytest.mark.parametrize("precision", [None, "highest", "default", jax.lax.Precision.HIGH, ("high", "highest")])
+def test_what_is_always_met_is_accepted(precision):
+    close(ours(*qkv(B), precision=precision, force_fp32_for_softmax=True), ours(*qkv(B)))
+
+
+def test_own_options_are_bound_with_partial():
+    q, k, v = qkv(B, sq=6)
+    near = jnp.abs(jnp.arange(6)[:, None] - jnp.arange(6)) <= 2
+    windowed = functools.partial(ours, window=(2, 2), deterministic_backward=True)
+    close(windowed(q, k, v), linen.dot_product_attention(q, k, v, mask=near))
+    close(ours(q, k, v, scale=0.0), jnp.broadcast_to(v.mean(1, keepdims=True), q.shape))
+    params = linen_layer(ours).init(jax.random.key(0), X)
+    wide = functools.partial(ours, window=(S, 0))
+    close(linen_layer(wide).apply(params, X), linen_layer(ours).apply(params, X, mask=CAUSAL))
+    close(nnx_layer(wide)(X), nnx_layer(ours)(X, mask=CAUSAL))
+
+
+# Dropout
+
+
+def weights(rate, key=0, batch=(2,), s=32, **kwargs):
+    """The attention weights after dropout: values that are the identity, scores that are all equal."""
+    q = jnp.zeros((*batch, s, 2, s))
+    v = jnp.broadcast_to(jnp.eye(s)[:, None], q.shape)
+    return ours(q, q, v, dropout_rng=jax.random.key(key), dropout_rate=rate, **kwargs) * s
+
+
+def test_dropout_drops_the_given_share_and_scales_the_rest():
+    w = weights(0.25, s=64)
+    np.testing.assert_allclose(np.unique(np.round(w, 4)), [0, 1.3333], atol=1e-4)
+    assert abs((w == 0).mean() - 0.25) < 0.02
+
+
+@pytest.mark.parametrize("broadcast_dropout", [True, False])
+@pytest.mark.parametrize("batch", [(2,), (2, 3)])
+def test_dropout_is_repeatable_and_differs_between_keys_batch_entries_and_heads(batch, broadcast_dropout):
+    w = weights(0.5, batch=batch, broadcast_dropout=broadcast_dropout)
+    np.testing.assert_array_equal(w, weights(0.5, batch=batch, broadcast_dropout=broadcast_dropout))
+    assert (w != weights(0.5, key=1, batch=batch)).any()
+    entries = jnp.moveaxis(w, -2, -3).reshape(-1, *w.shape[-3::2])  # [batch and heads, s, s]
+    for i in range(len(entries)):
+        for j in range(i):
+            assert 0.4 < (entries[i] == entries[j]).mean() < 0.6
+
+
+def test_dropout_off():
+    np.testing.assert_array_equal(weights(0.5, deterministic=True), weights(0.0))
+
+
+@pytest.mark.parametrize("layer", ["linen", "nnx"])
+def test_dropout_in_a_layer(layer):
+    params = linen_layer(ours).init(jax.random.key(0), X)
+
+    def run(seed, deterministic=False, rate=0.5):
+        if layer == "nnx":
+            return nnx_layer(ours, dropout_rate=rate, rngs=nnx.Rngs(0, dropout=seed))(X, deterministic=deterministic)
+        module = linen_layer(ours, dropout_rate=rate)
+        return module.apply(params, X, deterministic=deterministic, rngs={"dropout": jax.random.key(seed)})
+
+    np.testing.assert_array_equal(run(1), run(1))
+    assert np.abs(run(1) - run(2)).max() > 1e-3
+    np.testing.assert_array_equal(run(1, deterministic=True), run(2, rate=0.0))
+
+
+def test_dropout_gradients_use_the_weights_that_the_forward_pass_dropped():
+    q, k, v = qkv(B)
+    s = k.shape[1]
+    fn = functools.partial(ours, dropout_rng=jax.random.key(3), dropout_rate=0.4)
+    eye = jnp.broadcast_to(jnp.eye(s)[:, None], (B, s, 4, s))
+    p = linen.dot_product_attention_weights(q, k)  # [b, h, sq, sk]
+    kept = jnp.where(jnp.swapaxes(fn(q, k, eye), 1, 2) > 0.5 * p, 1 / (1 - 0.4), 0.0)
+
+    def plain(q, k, v):
+        return jnp.einsum("bhqk,bkhd->bqhd", linen.dot_product_attention_weights(q, k) * kept, v)
+
+    dout = normal(9, *q.shape)
+    close(fn(q, k, v), plain(q, k, v))
+    close(jax.vjp(fn, q, k, v)[1](dout), jax.vjp(plain, q, k, v)[1](dout), 1e-4, 1e-4)
+
+
+# Decode
+
+
+def linen_decode(fn, params, x, steps, mask=None):
+    layer = linen_layer(fn, decode=True)
+    cache = layer.init(jax.random.key(0), x)["cache"]
+
+    @jax.jit
+    def step(cache, token):
+        return layer.apply({**params, "cache": cache}, token, mask=mask, mutable=["cache"])
+
+    outs = []
+    for i in range(steps):
+        out, state = step(cache, x[..., i : i + 1, :])
+        cache = state["cache"]
+        outs.append(out)
+    return jnp.concatenate(outs, axis=-2)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_linen_decode_equals_the_causal_forward(batch):
+    x = normal(4, *batch, S, FEATURES)
+    params = linen_layer(ours).init(jax.random.key(0), x)
+    full = linen_layer(ours).apply(params, x, mask=linen.make_causal_mask(x[..., 0]))
+    close(linen_decode(ours, params, x, S), full)
+    close(linen_decode(linen.dot_product_attention, params, x, S), full)
+
+
+def test_linen_decode_with_a_mask_of_its_own():
+    params = linen_layer(ours).init(jax.random.key(0), X)
+    not_second = (jnp.arange(S) != 1)[None, None, None]
+    full = linen_layer(ours).apply(params, X, mask=linen.combine_masks(CAUSAL, not_second))
+    close(linen_decode(ours, params, X, 5, mask=not_second), full[:, :5])
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_nnx_decode_equals_the_causal_forward(kv_heads, is_causal):
+    layer = nnx_layer(ours, num_kv_heads=kv_heads)
+    full = layer(X, mask=CAUSAL)
+    layer.init_cache(X.shape)
+    step = nnx.jit(lambda m, token: m(token, decode=True, is_causal=is_causal))
+    close(jnp.concatenate([step(layer, X[:, i : i + 1]) for i in range(S)], axis=1), full)
+
+
+# Errors
+
+
+UNSUPPORTED = {
+    "module": (dict(module=object()), r"module was passed \(sow_weights=True\), but the attention weights never exist"),
+    "einsum_dot_general": (dict(einsum_dot_general=jax.lax.dot_general), "einsum_dot_general has no effect on a fused"),
+    "qk einsum": (dict(qk_attn_weights_einsum=jnp.einsum), "qk_attn_weights_einsum has no effect"),
+    "weights einsum": (dict(attn_weights_value_einsum=jnp.einsum), "attn_weights_value_einsum has no effect"),
+    "positions": (dict(input_positions=jnp.arange(5)), "input_positions has no effect"),
+    "algorithm": (dict(precision="TF32_TF32_F32"), "precision is 'TF32_TF32_F32'; allowed are None and jax.lax.Precision"),
+    "preset": (
+        dict(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32), "precision is .*dot algorithms cannot be chosen"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_a_fused_kernel_cannot_honour_raises(name):
+    kwargs, message = UNSUPPORTED[name]
+    with pytest.raises(NotImplementedError, match="^attention_fn: " + message):
+        ours(*qkv(B), **kwargs)
+
+
+def test_sowing_weights_raises_from_the_layers():
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        nnx_layer(ours)(X, sow_weights=True)
+    params = linen_layer(ours).init(jax.random.key(0), X)
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        linen_layer(ours).apply(params, X, sow_weights=True, mutable=["intermediates"])
+
+
+def test_dropout_without_a_key_raises():
+    with pytest.raises(ValueError, match="^attention_fn: dropout_rate is 0.1 but dropout_rng is None"):
+        ours(*qkv(B), dropout_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v: (q[0], k, v), "query, key and value must have the same rank, at least 3, but have 3, 4 and 4"),
+        (lambda q, k, v: (q[0, 0], k[0, 0], v[0, 0]), "same rank, at least 3, but have 2, 2 and 2"),
+        (lambda q, k, v: (q[None], k[None, :, :], jnp.stack([v, v])), "value has batch dims .*2, 2.* differ from query's .*1, 2"),
+        (lambda q, k, v: (q, k, v, jnp.zeros((1,) * 5)), "bias must broadcast to .batch... heads q_length kv_length. = .2, 4, 5, 6., got"),
+        (lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((3, 1, 1, 1, 1), bool)), "mask must broadcast to .*1, 2, 4, 5, 6"),
+    ],
+)
+def test_shapes_that_do_not_fit_raise(change, message):
+    with pytest.raises(ValueError, match="^attention_fn: .*" + message):
+        ours(*change(*qkv(B)))
+
+
+def test_the_adapter_imports_without_flax():
+    code = "import sys; sys.modules['flax'] = None; import jax_flash, jax_flash.flax"
+    subprocess.run([sys.executable, "-c", code], check=True)
