@@ -11,11 +11,12 @@ find_python = $(shell for p in $(1); do $$p -c 'import sys; sys.exit(sys.version
 PYTHON ?= $(or $(call find_python,python3 python3.12 python3.11 python3.13 python3.14,11),python3)
 PYTHON312 ?= $(call find_python,python3.12 $(sort $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3)),12)
 EXTRAS ?= test,examples,bench,dev
-IMPLEMENTATION ?=
+IMPLEMENTATION ?= cpu
 # IMPLEMENTATION=cuda takes an environment of its own, with jax's own CUDA wheels beside the library built here.
 VENV ?= $(if $(filter cuda,$(IMPLEMENTATION)),.venv-gpu,.venv)
 JAX ?= $(if $(filter cuda,$(IMPLEMENTATION)),jax[cuda13])
 WORKERS ?= 2
+TESTS ?= tests
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -37,9 +38,8 @@ demo: $(INSTALLED)  ## train a byte-level language model on real text into out/ 
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
 
 .PHONY: test
-test: $(INSTALLED)  ## the test suite (IMPLEMENTATION=cuda on a GPU machine, WORKERS=2, PYTEST_ARGS=…)
-	$(if $(IMPLEMENTATION),JAX_FLASH_TEST_IMPLEMENTATION=$(IMPLEMENTATION)) \
-	  $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) tests
+test: $(INSTALLED)  ## the test suite (IMPLEMENTATION=cuda on a GPU machine; WORKERS, TESTS, PYTEST_ARGS)
+	JAX_FLASH_TEST_IMPLEMENTATION=$(IMPLEMENTATION) $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
 
 .PHONY: test-newest
 test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
@@ -86,7 +86,8 @@ clean:  ## remove what these targets made (out/ stays)
 
 # One build directory per environment: an interrupted or second install compiles only what changed.
 $(INSTALLED): $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(JAX:%='%') \
+	@echo "installing into $(VENV): the compiler and the package index take a few minutes"
+	@$(BIN)/python -m pip install -q -e '.$(if $(EXTRAS),[$(EXTRAS)])' $(JAX:%='%') \
 	  --config-settings=build-dir=build/$(notdir $(VENV)) \
 	  $(if $(WERROR),--config-settings=cmake.define.JAX_FLASH_WERROR=ON)
 	touch $@
