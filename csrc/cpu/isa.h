@@ -1,11 +1,12 @@
 // Vectors of the instruction set that this translation unit is compiled for.
 //
 // kernels.cc is compiled once per instruction set, into namespace JF_ISA. Such a unit must emit no symbol
-// that another unit may share, or the linker could pick the wrong machine code: no std:: templates, and the
-// core is force-inlined.
+// that another unit may share, or the linker could pick the wrong machine code: no std:: function templates,
+// and the core is force-inlined.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "../core/spec.h"
 
@@ -50,24 +51,26 @@ JF_INLINE int32_t max(int32_t a, int32_t b) { return a > b ? a : b; }
 JF_INLINE int32_t round_up(int32_t x, int32_t to) { return (x + to - 1) / to * to; }
 JF_INLINE int32_t round_down(int32_t x, int32_t to) { return x / to * to; }
 
-// Folds the upper half of the lanes onto the lower until one is left.
-template <class Combine>
-JF_INLINE float reduce(Float x, Combine combine) {
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    Int lane;
-    for (int i = 0; i < kLanes; ++i) lane[i] = i ^ step;
-    x = combine(x, __builtin_shuffle(x, lane));
-  }
+using LaneIndices = std::make_integer_sequence<int, kLanes>;
+
+template <int kStep, int... lane>
+JF_INLINE Float exchange_lanes(Float x, std::integer_sequence<int, lane...>) {
+  return __builtin_shuffle(x, Int{lane ^ kStep...});
+}
+
+// Combines lanes at distance kStep, kStep / 2, ... 1.
+template <int kStep = kLanes / 2>
+JF_INLINE float reduce_max(Float x) {
+  x = max(x, exchange_lanes<kStep>(x, LaneIndices()));
+  if constexpr (kStep > 1) return reduce_max<kStep / 2>(x);
   return x[0];
 }
 
-JF_INLINE float reduce_max(Float x) {
-  return reduce(x, [](Float a, Float b) __attribute__((always_inline)) { return a > b ? a : b; });
-}
-
+template <int kStep = kLanes / 2>
 JF_INLINE float reduce_sum(Float x) {
-  return reduce(x, [](Float a, Float b) __attribute__((always_inline)) { return a + b; });
+  x += exchange_lanes<kStep>(x, LaneIndices());
+  if constexpr (kStep > 1) return reduce_sum<kStep / 2>(x);
+  return x[0];
 }
 
 // 2^x = power * (1 + fraction), fraction = 2^f - 1 with |f| <= 1/2: a degree-5 minimax polynomial of (2^f -

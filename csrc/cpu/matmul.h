@@ -25,7 +25,13 @@ JF_INLINE int32_t padded(int32_t width) { return round_up(width, kPanel); }
 JF_INLINE void load_rows(const Rows& rows, int32_t begin, int32_t end, int32_t count, float factor,
                          float* to) {
   const int32_t ld = padded(rows.width);
+  constexpr int32_t kAhead =
+      8;  // rows of other heads lie in between, which no hardware prefetcher sees through
+  const int32_t bytes = rows.width * static_cast<int32_t>(size_of(rows.dtype));
   for (int32_t r = 0; r < count; ++r) {
+    if (begin + r + kAhead < end) {
+      for (int32_t c = 0; c < bytes; c += 64) __builtin_prefetch(rows.at(begin + r + kAhead) + c);
+    }
     if (begin + r < end) {
       load_row(rows.dtype, rows.at(begin + r), rows.width, factor, to + r * ld, ld);
     } else {
@@ -35,13 +41,10 @@ JF_INLINE void load_rows(const Rows& rows, int32_t begin, int32_t end, int32_t c
 }
 
 // One step of a transpose by recursive halves: exchanges lane bit `kStep` with row bit `kStep`.
-template <int kStep>
-JF_INLINE void transpose_step(Float (&r)[kLanes]) {
-  Int first, second;
-  for (int i = 0; i < kLanes; ++i) {
-    first[i] = i & kStep ? kLanes + i - kStep : i;
-    second[i] = i & kStep ? kLanes + i : i + kStep;
-  }
+template <int kStep, int... lane>
+JF_INLINE void transpose_step(Float (&r)[kLanes], std::integer_sequence<int, lane...> lanes) {
+  constexpr Int first{(lane & kStep ? kLanes + lane - kStep : lane)...};
+  constexpr Int second{(lane & kStep ? kLanes + lane : lane + kStep)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & kStep) continue;
@@ -49,7 +52,7 @@ JF_INLINE void transpose_step(Float (&r)[kLanes]) {
     r[i] = __builtin_shuffle(a, b, first);
     r[i + kStep] = __builtin_shuffle(a, b, second);
   }
-  if constexpr (kStep > 1) transpose_step<kStep / 2>(r);
+  if constexpr (kStep > 1) transpose_step<kStep / 2>(r, lanes);
 }
 
 // Row-major rows [n, padded(width)] to panels of the transpose: B[k, j] = rows[j, k], K = width.
@@ -62,7 +65,7 @@ static void pack_transposed(const float* rows, int32_t n, int32_t width, float* 
       Float r[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) r[i] = j + i < n ? load(rows + (j + i) * ld + c) : Float{};
-      transpose_step<kLanes / 2>(r);
+      transpose_step<kLanes / 2>(r, LaneIndices());
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(panel + (c + i) * kPanel, r[i]);
     }
