@@ -91,9 +91,10 @@ def _rows(x: jax.Array) -> jax.Array:
 def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
     """dsink = −Σ exp(sink − lse)·delta over the rows in use; the others have lse −inf."""
     used = lse > -jnp.inf
-    weight = jnp.exp(jnp.where(used, sinks[:, None] - lse, -jnp.inf))
+    others = [axis for axis in range(lse.ndim) if axis != lse.ndim - 2]
+    weight = jnp.exp(jnp.where(used, jnp.expand_dims(sinks, others) - lse, -jnp.inf))
     terms = jnp.where(used, weight * delta, 0)
-    return -terms.sum([axis for axis in range(lse.ndim) if axis != lse.ndim - 2])
+    return -terms.sum(others)
 
 
 _attend.defvjp(_forward, _backward)
