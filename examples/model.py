@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a squared ReLU between them (So et al. 2021): as good as a GELU, and cheaper."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.width**-0.5)
@@ -113,7 +113,7 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(nnx.gelu(self.up(x)))
+        return self.down(jnp.square(nnx.relu(self.up(x))))
 
 
 class Block(nnx.Module):

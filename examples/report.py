@@ -53,13 +53,14 @@ def describe(
     settings: Settings, trainer: Trainer, train: Documents, held_out: Documents, bigram: float
 ) -> str:
     """What is about to happen."""
-    weights = sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.abstract_state[0]))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.abstract_state[0]))
     documents, unseen = (
         f"{sum(map(len, texts)):,} bytes in {len(texts)} documents" for texts in (train, held_out)
     )
+    weights = f"{count / 1e6:.1f} M weights"
     return (
-        f"{documents} to learn from, {unseen} held out: {bigram:.3f} nats/byte for a byte-bigram model\n"
-        f"{weights / 1e6:.1f} M weights, {settings.dtype}, attention {settings.attention}, {devices(settings)}: "
+        f"{documents} to learn from, {unseen} held out, {bigram:.3f} nats/byte for a byte-bigram model\n"
+        f"{weights}, {settings.dtype}, attention {settings.attention}, {devices(settings)}: "
         f"{settings.steps} steps of {settings.rows} × {settings.row_length} tokens"
     )
 

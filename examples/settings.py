@@ -46,7 +46,7 @@ class Settings:
 
     @property
     def mesh_axes(self) -> dict[str, int]:
-        """The sizes of the mesh axes, 1 for one left out; raises ValueError where `mesh` does not name them."""
+        """The sizes of the mesh axes, 1 for one left out; raises ValueError where `mesh` names no mesh."""
         axes = {"data": 1, "model": 1}
         for part in self.mesh.split(","):
             axis, _, size = part.partition("=")
