@@ -1,7 +1,7 @@
 """What is right, and how near a result must be: the tolerance of the contract, word by word.
 
-`ref` and `low` come from jax_flash/reference.py; `by_rows` writes the same equations once more in numpy, a row
-at a time in float64 with gradients by hand, so that reference.py is itself tested against something.
+`ref` and `low` come from jax_flash/reference.py; `by_rows` writes the same equations once more in numpy, a
+row at a time in float64 with gradients by hand, so that reference.py is itself tested against something.
 """
 
 from __future__ import annotations
@@ -48,30 +48,27 @@ def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return moving, {name: x for name, x in arrays.items() if name not in moving}
 
 
+def plain(case: Case, inputs: Inputs, arrays: dict[str, jax.Array], round_to: Any = None) -> Result:
+    """What reference.py makes of `arrays`, the operands of the case."""
+    moving, fixed = split(arrays)
+    static = spec(case, inputs)
+
+    def run(moving: dict[str, jax.Array]) -> Any:
+        return reference.attention(static, moving | fixed, round_to=round_to)
+
+    return differentiate(run, moving, inputs.dout, inputs.dlse)
+
+
 def ref(case: Case, inputs: Inputs) -> Result:
     """The equations in float32, from the same inputs."""
     arrays = operands(inputs)
-    wide = {name: x.astype(jnp.float32) for name, x in arrays.items() if name in ROUNDED}
-    moving, fixed = split(arrays | wide)
-    return differentiate(
-        lambda moving: reference.attention(spec(case, inputs), moving | fixed),
-        moving,
-        inputs.dout,
-        inputs.dlse,
-    )
+    return plain(case, inputs, arrays | {n: arrays[n].astype(jnp.float32) for n in ROUNDED if n in arrays})
 
 
 def low(case: Case, inputs: Inputs) -> Result:
     """The same equations with S and P rounded to the input dtype, products accumulated in float32."""
-    moving, fixed = split(operands(inputs))
-    dtype = moving["query"].dtype
-    round_to = dtype if dtype.itemsize == 2 else None
-    return differentiate(
-        lambda moving: reference.attention(spec(case, inputs), moving | fixed, round_to=round_to),
-        moving,
-        inputs.dout,
-        inputs.dlse,
-    )
+    dtype = inputs.positional["query"].dtype
+    return plain(case, inputs, operands(inputs), round_to=dtype if dtype.itemsize == 2 else None)
 
 
 def references(case: Case, inputs: Inputs) -> tuple[Result, Result]:
@@ -105,12 +102,11 @@ def check(case: Case, implementation: str | None, seed: int = 0, **options: Any)
 
 
 def assert_result(got: Result, ref: Result, low: Result, case: Case) -> None:
-    softcap = bool(case.softcap)
-    assert_out(got.out, ref.out, low.out, softcap=softcap)
+    assert_out(got.out, ref.out, low.out, softcap=bool(case.softcap))
     assert_lse(got.lse, ref.lse)
     assert set(got.gradients) == set(ref.gradients)
+    half = got.out.dtype.itemsize == 2
     for name in ref.gradients:
-        half = got.out.dtype.itemsize == 2
         assert_gradient(name, got.gradients[name], ref.gradients[name], low.gradients[name], half=half)
 
 
@@ -124,9 +120,9 @@ def assert_out(out: np.ndarray, ref: np.ndarray, low: np.ndarray, *, softcap: bo
 
 def assert_lse(lse: np.ndarray, ref: np.ndarray) -> None:
     """1e-4 + 1e-5·|ref| for every dtype; −inf where and only where ref is."""
-    nothing = np.isneginf(ref)
-    assert np.array_equal(np.isneginf(lse), nothing), (
-        f"lse is −inf at {_where(np.isneginf(lse) & ~nothing)} and is not at {_where(~np.isneginf(lse) & nothing)}"
+    nothing, got_nothing = np.isneginf(ref), np.isneginf(lse)
+    assert np.array_equal(got_nothing, nothing), (
+        f"lse is −inf at {_where(got_nothing & ~nothing)} and is not at {_where(~got_nothing & nothing)}"
     )
     ref = np.where(nothing, 0, ref)
     _assert_within("lse", np.where(nothing, 0, lse), ref, 1e-4 + 1e-5 * np.abs(_wide(ref)))
@@ -181,9 +177,8 @@ def _where(condition: np.ndarray) -> str:
 
 def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any) -> Result:
     """docs/architecture.md's semantics in numpy float64: forward and backward of one row after another."""
-    x = {
-        name: np.asarray(a) if np.asarray(a).dtype.kind in "iub" else _wide(a) for name, a in operands.items()
-    }
+    x = {name: np.asarray(array) for name, array in operands.items()}
+    x = {name: array if array.dtype.kind in "iub" else _wide(array) for name, array in x.items()}
     q_shape, k_shape, v_shape = (x[name].shape for name in ("query", "key", "value"))
     hq, hk, group = q_shape[-2], k_shape[-2], q_shape[-2] // k_shape[-2]
     q, do = x["query"].reshape(-1, hq, q_shape[-1]), _wide(dout).reshape(-1, hq, v_shape[-1])
@@ -198,15 +193,15 @@ def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any)
         for h in range(hq):
             kh = h // group
             for i in range(nq):
-                js, at = _row_scores(spec, x, z, h, i, nq, nk, q[q0 + i, h], k[k0 : k0 + nk, kh])
-                s, slope_of_cap = at
-                row, cols = q0 + i, k0 + js
+                row = q0 + i
+                js, s, cap_slope = _row(spec, x, (z, h, i, nq, nk), q[row, h], k[k0 : k0 + nk, kh])
+                cols = k0 + js
                 logits = np.append(s, x["sinks"][h]) if "sinks" in x else s
                 if logits.size == 0:
                     continue
                 lse[row, h] = logits.max() + np.log(np.exp(logits - logits.max()).sum())
                 p = np.exp(s - lse[row, h])
-                drop = _drop_factors(spec, x, z, h, i, js)
+                drop = np.array([_drop_factor(spec, x, z, h, i, int(j)) for j in js])
                 o[row, h] = (p * drop) @ v[cols, kh]
                 delta = (do[row, h] @ o[row, h] if js.size else 0) - dl[row, h]
                 if "sinks" in x:
@@ -215,7 +210,7 @@ def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any)
                 ds = p * (drop * (v[cols, kh] @ do[row, h]) - delta)
                 if dbias is not None:
                     dbias[z, h, i, js] += ds
-                ds = ds * slope_of_cap
+                ds *= cap_slope
                 dq[row, h] += spec.scale * ds @ k[cols, kh]
                 dk[cols, kh] += spec.scale * np.outer(ds, q[row, h])
     if dbias is not None:
@@ -245,10 +240,11 @@ def _sequences(spec: AttentionSpec, x: dict[str, np.ndarray]) -> list[tuple[int,
     return found
 
 
-def _row_scores(
-    spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, nq: int, nk: int, q: Any, k: Any
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def _row(
+    spec: AttentionSpec, x: dict[str, np.ndarray], place: tuple[int, int, int, int, int], q: Any, k: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The visible columns of a row, their scores, and the slope of the softcap there."""
+    z, h, i, nq, nk = place
     diagonal = i + nk - nq if spec.align == "bottom_right" else i
     columns, scores, slopes = [], [], []
     for j in range(nk):
@@ -273,23 +269,21 @@ def _row_scores(
         columns.append(j)
         scores.append(s)
         slopes.append(slope)
-    return np.array(columns, int), (np.array(scores, float), np.array(slopes, float))
+    return np.array(columns, int), np.array(scores, float), np.array(slopes, float)
 
 
 def _at(x: np.ndarray, *index: int) -> Any:
     return x[tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=True))]
 
 
-def _drop_factors(
-    spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, js: Any
-) -> np.ndarray:
+def _drop_factor(spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, j: int) -> float:
     if "dropout" not in x:
-        return np.ones(len(js))
-    kept = [dropped_number(x["dropout"], z, h, i, int(j)) >= round(spec.dropout_rate * 65536) for j in js]
-    return np.array(kept, float) / (1 - spec.dropout_rate)
+        return 1.0
+    kept = dropout_number(x["dropout"], z, h, i, j) >= round(spec.dropout_rate * 65536)
+    return kept / (1 - spec.dropout_rate)
 
 
-def dropped_number(dropout: Any, z: int, h: int, i: int, j: int) -> int:
+def dropout_number(dropout: Any, z: int, h: int, i: int, j: int) -> int:
     """The 16-bit number that decides about element (i, j) of a head: half-word j % 8 of its Philox block."""
     key0, key1, z0, h0, i0, j0 = map(int, dropout)
     words = philox((key0, key1), ((j + j0) // 8, i + i0, h + h0, z + z0))
