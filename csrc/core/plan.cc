@@ -79,6 +79,11 @@ int64_t workspace_bound(const AttentionSpec& spec, const Shapes& shapes) {
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built) {
   LaunchPlan result;
+  if (shapes.head_dim % 8 || shapes.value_dim % 8) {
+    result.error = "jax_flash: head dims " + std::to_string(shapes.head_dim) + " and " +
+                   std::to_string(shapes.value_dim) + " on CUDA, which takes multiples of 8; pad them";
+    return result;
+  }
   const KernelRow* row = nullptr;
   for (const KernelRow& candidate : built) {
     if (runs(candidate, pass, shapes, device) && (!row || better(candidate, *row))) row = &candidate;

@@ -4,6 +4,7 @@
 // last) owns the slots from first_slot(start(z)) up to its successor's: no prefix sum over tiles is needed,
 // and every tile of every sequence has a slot. The slots left over have no rows.
 #include "core/sequence.h"
+#include "cuda/launch.h"
 #include "cuda/registry.h"
 
 namespace jax_flash {
@@ -73,9 +74,7 @@ cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, int32_t bl
   const int64_t leading = p.leading.count();
   auto* schedule = static_cast<TileWork*>(workspace);
   auto* starts = reinterpret_cast<int32_t*>(schedule + leading * plan.tiles);
-  build_schedule<<<static_cast<uint32_t>(leading), kThreads, 0, stream>>>(p, schedule, starts, plan.tiles,
-                                                                          block_m);
-  return cudaGetLastError();
+  return launch(build_schedule, leading, kThreads, 0, stream, p, schedule, starts, plan.tiles, block_m);
 }
 
 }  // namespace jax_flash

@@ -1,12 +1,12 @@
 // The forward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include "core/plan.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/launch.h"
 #include "cuda/load_kv.cuh"
 #include "cuda/mask.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/score.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/fragments.cuh"
@@ -103,23 +103,17 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<
 template <class C>
 __global__ void __launch_bounds__(C::kThreads)
     forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
-  extern __shared__ __align__(128) uint8_t shared[];
   __shared__ BlockState<typename C::Element> block;
   if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
   __syncthreads();
-  if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, shared);
+  if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, ptx::dynamic_shared());
 }
 
 template <class C>
 cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, const TileWork* schedule,
                                 cudaStream_t stream) {
-  const auto kernel = forward_sm80<C>;
-  const cudaError_t status =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<static_cast<uint32_t>(plan.blocks), C::kThreads, C::kSharedBytes, stream>>>(
-      p, schedule, static_cast<int32_t>(plan.tiles));
-  return cudaGetLastError();
+  return launch(forward_sm80<C>, plan.blocks, C::kThreads, C::kSharedBytes, stream, p, schedule,
+                static_cast<int32_t>(plan.tiles));
 }
 
 }  // namespace jax_flash

@@ -1,0 +1,28 @@
+// Launching a kernel on XLA's stream.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace jax_flash {
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, size_t shared,
+                   cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  if (shared > kSharedWithoutAsking) {
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared));
+    if (e != cudaSuccess) return e;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<uint32_t>(blocks));
+  config.blockDim = dim3(static_cast<uint32_t>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,17 @@
+// As csrc/cuda/ptx/cp_async.cuh.
+#pragma once
+
+#include "emulator.h"
+
+namespace jax_flash::ptx {
+
+inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  emulator::copy_later(emulator::shared + shared, global, 16, valid ? 16 : 0);
+}
+inline void cp_async_commit() { emulator::commit_copies(); }
+template <int kPending>
+void cp_async_wait() {
+  emulator::wait_copies(kPending);
+}
+
+}  // namespace jax_flash::ptx

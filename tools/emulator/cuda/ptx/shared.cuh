@@ -1,0 +1,13 @@
+// As csrc/cuda/ptx/shared.cuh: an address is an offset.
+#pragma once
+
+#include "emulator.h"
+
+namespace jax_flash::ptx {
+
+inline uint8_t* dynamic_shared() { return emulator::shared; }
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - emulator::shared);
+}
+
+}  // namespace jax_flash::ptx

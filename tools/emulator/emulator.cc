@@ -1,0 +1,155 @@
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+dim3 threadIdx, blockIdx;
+
+namespace emulator {
+
+alignas(128) uint8_t shared[kSharedBytes];
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+
+struct Barrier {
+  uint32_t size = 0, arrived = 0;
+  uint64_t generation = 0;
+  void* arguments[32] = {};
+};
+
+struct Copy {
+  void* to;
+  std::vector<uint8_t> bytes;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<uint8_t[]> stack;
+  const Barrier* waits_for = nullptr;
+  uint64_t generation = 0;
+  bool done = false;
+  std::vector<Copy> uncommitted;
+  std::deque<std::vector<Copy>> groups;
+};
+
+ucontext_t scheduler;
+std::vector<Fiber> fibers;
+std::vector<Barrier> warps;
+Barrier block;
+uint32_t current;
+const std::function<void()>* kernel;
+
+void enter() {
+  (*kernel)();
+  fibers[current].done = true;
+}
+
+void wait(const Barrier& barrier, uint64_t generation) {
+  Fiber& self = fibers[current];
+  self.waits_for = &barrier;
+  self.generation = generation;
+  swapcontext(&self.context, &scheduler);
+}
+
+void run_block(uint32_t threads) {
+  for (size_t i = 0; i + 4 <= kSharedBytes; i += 4) std::memset(shared + i, 0xFF, 4);
+  block = Barrier{threads};
+  warps.assign(threads / 32, Barrier{32});
+  for (uint32_t i = 0; i < threads; ++i) {
+    Fiber& fiber = fibers[i];
+    if (!fiber.stack) fiber.stack = std::make_unique<uint8_t[]>(kStackBytes);
+    fiber.done = false;
+    fiber.waits_for = nullptr;
+    fiber.uncommitted.clear();
+    fiber.groups.clear();
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStackBytes;
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (uint32_t left = threads; left > 0;) {
+    bool moved = false;
+    for (uint32_t i = 0; i < threads; ++i) {
+      Fiber& fiber = fibers[i];
+      if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
+      fiber.waits_for = nullptr;
+      current = i;
+      threadIdx = dim3(i);
+      swapcontext(&scheduler, &fiber.context);
+      moved = true;
+      left -= fiber.done;
+    }
+    if (!moved) {
+      std::fprintf(stderr, "emulator: block %u hangs: its threads wait at different barriers\n", blockIdx.x);
+      std::abort();
+    }
+  }
+}
+
+}  // namespace
+
+void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+  kernel = &body;
+  for (uint32_t b = 0; b < blocks; ++b) {
+    blockIdx = dim3(b);
+    run_block(threads);
+  }
+}
+
+void block_barrier() {
+  const uint64_t generation = block.generation;
+  if (++block.arrived == block.size) {
+    block.arrived = 0;
+    ++block.generation;
+  } else {
+    wait(block, generation);
+  }
+}
+
+void warp_collective(void* argument, void (*all)(void* const (&)[32])) {
+  Barrier& warp = warps[current / 32];
+  const uint64_t generation = warp.generation;
+  warp.arguments[current % 32] = argument;
+  if (++warp.arrived == 32) {
+    all(warp.arguments);
+    warp.arrived = 0;
+    ++warp.generation;
+  } else {
+    wait(warp, generation);
+  }
+}
+
+void copy_later(void* to, const void* from, size_t bytes, size_t valid) {
+  Copy copy{to, std::vector<uint8_t>(bytes, 0)};
+  if (valid) std::memcpy(copy.bytes.data(), from, valid);
+  std::memset(to, 0xFF, bytes);
+  fibers[current].uncommitted.push_back(std::move(copy));
+}
+
+void commit_copies() {
+  Fiber& self = fibers[current];
+  self.groups.push_back(std::move(self.uncommitted));
+  self.uncommitted.clear();
+}
+
+void wait_copies(int pending) {
+  auto& groups = fibers[current].groups;
+  while (static_cast<int>(groups.size()) > pending) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
+    groups.pop_front();
+  }
+}
+
+}  // namespace emulator

@@ -1,0 +1,81 @@
+// CUDA's execution model on the host, enough to run csrc/cuda: a block's threads are fibers that switch at barriers
+// and at warp-wide instructions. What hardware leaves undefined is made to fail: shared memory begins as NaN, and
+// cp.async writes nothing until it is waited for.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __device__
+#define __host__
+#define __global__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __align__(n) alignas(n)
+
+using std::max;
+using std::min;
+
+struct dim3 {
+  uint32_t x, y, z;
+  constexpr dim3(uint32_t x_ = 1, uint32_t y_ = 1, uint32_t z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+extern dim3 threadIdx, blockIdx;
+
+namespace emulator {
+
+inline constexpr size_t kSharedBytes = 227 << 10;
+extern uint8_t shared[kSharedBytes];
+
+// Runs `body` as `threads` fibers for every block.
+void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body);
+
+void block_barrier();
+
+// Every lane of the warp brings its argument; the last to come runs `all` on the 32 of them.
+void warp_collective(void* argument, void (*all)(void* const (&arguments)[32]));
+
+// The cp.async queue of this thread.
+void copy_later(void* to, const void* from, size_t bytes, size_t valid);
+void commit_copies();
+void wait_copies(int pending);
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp() {
+  emulator::warp_collective(nullptr, [](void* const (&)[32]) {});
+}
+
+template <class T, int kKind>
+T emulated_shuffle(T x, int operand) {
+  struct Argument {
+    T in, out;
+    int operand;
+  } argument{x, x, operand};
+  emulator::warp_collective(&argument, [](void* const (&all)[32]) {
+    for (int lane = 0; lane < 32; ++lane) {
+      auto* self = static_cast<Argument*>(all[lane]);
+      const int from = kKind == 0 ? lane ^ self->operand : self->operand;
+      self->out = static_cast<Argument*>(all[from])->in;
+    }
+  });
+  return argument.out;
+}
+template <class T>
+T __shfl_xor_sync(uint32_t, T x, int mask) {
+  return emulated_shuffle<T, 0>(x, mask);
+}
+template <class T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  return emulated_shuffle<T, 1>(x, lane);
+}
