@@ -17,8 +17,9 @@ _OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
 _LENGTHS = ("q_lengths", "kv_lengths", "query_seq_lengths", "key_value_seq_lengths")
 _RANKS = dict.fromkeys(_OFFSETS + _LENGTHS, 1) | {"block_tables": 2}
 _INDEX = (*_RANKS, "segment_ids", "positions")
-_OPERANDS = tuple(
-    "query key value k_pages v_pages mask bias alibi_slopes sinks dropout_key k_scale v_scale rotary x cos sin".split()
+_OPERANDS = (
+    *("query", "key", "value", "k_pages", "v_pages", "k_scale", "v_scale", "mask", "bias", "alibi_slopes"),
+    *("sinks", "dropout_key", "rotary", "x", "cos", "sin"),
 )
 
 
@@ -32,11 +33,12 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
     Args:
       cu_seqlens_q, cu_seqlens_k, cu_seqlens: int32 `[n + 1]`. Start at 0, do not decrease, end within the
         tokens of `query`, `key` and `key`.
-      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`. Between 0 and
-        the length of `query` and `key`; the keys of each sequence (varlen); the capacity of a row of
+      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`. At least 0,
+        at most the length of `query` and `key`; the keys of each sequence (varlen); the capacity of a row of
         `block_tables` (paged), with room for the tokens of `key` (append_kv, where key comes with k_pages).
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. Any value is valid.
-      block_tables: int32 `[n, pages]`. Entries that hold keys lie within `k_pages`; no slot is appended to twice.
+      block_tables: int32 `[n, pages]`. Entries that hold keys lie within `k_pages`; none is appended to
+        by two sequences in the same slot.
       positions: int32, within the rows of `cos`.
       query, key, value, k_pages, v_pages, rotary, cos, …: the other operands, of which only shapes are used.
       page_layout: `"nhd"` (`k_pages [p, ps, hk, d]`) or `"hnd"` (`[p, hk, ps, d]`).
@@ -49,7 +51,7 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
 
     Example:
       >>> check_inputs(query=q, cu_seqlens_q=jnp.array([0, 20, 17], jnp.int32))
-      ValueError: check_inputs: cu_seqlens_q[2] = 17 is less than cu_seqlens_q[1] = 20; offsets must not decrease
+      ValueError: check_inputs: cu_seqlens_q[2] = 17 is less than cu_seqlens_q[1] = 20; offsets must not …
     """
     if page_layout not in ("nhd", "hnd"):
         raise _CHECK.fail(f'page_layout is {page_layout!r}; allowed are "nhd" and "hnd"')
@@ -124,10 +126,14 @@ class _Call:
 def _host(name: str, x: Any) -> np.ndarray:
     """An index array's values."""
     if isinstance(x, jax.core.Tracer):
-        raise _CHECK.fail(f"{name} is traced; values are only known on the host, so call this outside jit", TypeError)
+        raise _CHECK.fail(
+            f"{name} is traced; values are only known on the host, so call this outside jit", TypeError
+        )
     array = np.asarray(x)
     if hasattr(x, "dtype") and array.dtype != np.int32:
-        raise _CHECK.fail(f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError)
+        raise _CHECK.fail(
+            f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError
+        )
     if array.size and array.dtype.kind != "i":  # A plain list comes as int64, and an empty one as float64.
         raise _CHECK.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
     return array.astype(np.int64)
@@ -146,7 +152,9 @@ def _check_below(call: _Call, name: str, size: int, whose: str) -> None:
     array = call.index[name]
     at = _first((array < 0) | (array >= size))
     if at is not None:
-        raise _CHECK.fail(f"{_item(name, array, at)} is outside the {size} rows of {whose}; allowed are 0 to {size - 1}")
+        raise _CHECK.fail(
+            f"{_item(name, array, at)} is outside the {size} rows of {whose}; allowed are 0 to {size - 1}"
+        )
 
 
 def _check_offsets(call: _Call, name: str) -> None:
@@ -192,9 +200,10 @@ def _check_lengths(call: _Call, name: str) -> None:
     at = None if limit is None else _first(lengths + added > limit)
     if at is None:
         return
-    plus = "" if np.ndim(added) == 0 else f" and {added[at]} keys to append"
-    verb = "is" if not plus else "are"
-    raise _CHECK.fail(f"{_item(name, lengths, at)}{plus} {verb} more than {what} {np.broadcast_to(limit, lengths.shape)[at]}")
+    got = f"{_item(name, lengths, at)} is"
+    if np.ndim(added):
+        got = f"{_item(name, lengths, at)} and {added[at]} keys to append are"
+    raise _CHECK.fail(f"{got} more than {what} {np.broadcast_to(limit, lengths.shape)[at]}")
 
 
 def _limit(call: _Call, name: str) -> tuple[Any, str]:
@@ -224,7 +233,9 @@ def _check_segments(call: _Call) -> None:
             continue
         shape = call.shapes[owner][:-2]
         if ids.shape != shape:
-            raise _CHECK.fail(f"segment_ids has shape {ids.shape} for {owner}, whose batch and length are {shape}")
+            raise _CHECK.fail(
+                f"segment_ids has shape {ids.shape} for {owner}, whose batch and length are {shape}"
+            )
 
 
 def _check_pages(call: _Call) -> None:
@@ -254,6 +265,6 @@ def _check_appended_slots(tables: np.ndarray, lengths: np.ndarray, new: np.ndarr
     if at is not None:
         one, other = order[at[0]], order[at[0] + 1]
         raise _CHECK.fail(
-            f"block_tables rows {row[one]} and {row[other]} both append to page {page[one]}, slot {slot[one]}; "
-            "sequences may share only pages that they do not write to"
+            f"block_tables rows {row[one]} and {row[other]} both append to "
+            f"page {page[one]}, slot {slot[one]}; sequences may share only pages that they do not write to"
         )

@@ -80,11 +80,12 @@ def dot_product_attention(
       mask: boolean, shaped like bias; True may attend.
       scale: a Python number; None is 1/√H.
       is_causal: query i attends to keys up to i, whatever the lengths (`align="top_left"`).
-      query_seq_lengths, key_value_seq_lengths: int32 `[B]`, the valid prefix of each row; queries past it give 0.
+      query_seq_lengths, key_value_seq_lengths: int32 `[B]`, the valid prefix of each row; past it
+        queries give 0.
       local_window_size: `(left, right)`, or one int for both: query i attends to keys i - left … i + right.
       implementation: None (this library's custom call for the platform), "cuda", "cpu", or "xla" (plain JAX).
         float64 always runs as plain JAX, so it takes None or "xla".
-      return_residual: also return log Σ exp(logits), `[B, T, N]` or `[T, N]`, in query's dtype, without gradient.
+      return_residual: also return log Σ exp(logits), `[B, T, N]` or `[T, N]`, in query's dtype, no gradient.
 
     Returns:
       An array with query's shape and dtype, or the pair of it and the residual.
@@ -102,15 +103,23 @@ def dot_product_attention(
     shape = jnp.shape(query)
     q, k, v = _rank4("query", query), _rank4("key", key), _rank4("value", value)
     _check_operands(q, k, v)
-    window = _window(local_window_size)
-    options = dict(
-        causal=is_causal, window=window, align="top_left", scale=scale, softcap=None,
-        mask=None if mask is None else _mask(mask), bias=None if bias is None else _bias(bias, q.dtype),
-        segment_ids=None, alibi_slopes=None, sinks=None, dropout_rate=0.0, dropout_key=None,
-        q_lengths=_lengths("query_seq_lengths", query_seq_lengths, q.shape[0]),
-        kv_lengths=_lengths("key_value_seq_lengths", key_value_seq_lengths, q.shape[0]),
-        deterministic=False, implementation=_implementation(implementation, q.dtype),
-    )  # fmt: skip
+    batch = q.shape[0]
+    options = {
+        "causal": is_causal,
+        "window": _window(local_window_size),
+        "align": "top_left",
+        "mask": None if mask is None else _mask(mask),
+        "segment_ids": None,
+        "q_lengths": _lengths("query_seq_lengths", query_seq_lengths, batch),
+        "kv_lengths": _lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        "scale": scale,
+        "softcap": None,
+        "bias": None if bias is None else _bias(bias, q.dtype),
+        "alibi_slopes": None,
+        "sinks": None,
+        "deterministic": False,
+        "implementation": _implementation(implementation, q.dtype),
+    }
     out, lse = attend(*validate.fixed(_CHECK.op, q, k, v, options))
     out = out.reshape(shape)
     if not return_residual:

@@ -83,7 +83,8 @@ def attention_fn(
     One more deviation from Flax: a query whose keys are all masked gives 0 instead of the mean of the values.
 
     Example:
-      `nnx.MultiHeadAttention(8, 512, attention_fn=jax_flash.flax.attention_fn, decode=False, rngs=nnx.Rngs(0))`
+      >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
+      >>> y = layer(x, is_causal=True)  # x [batch, length, 512]
     """
     _refuse(
         unknown,
@@ -102,7 +103,7 @@ def attention_fn(
     _check_batch_dims(query, key, value)
     decode_step = mask is not None and same_dim(query.shape[-3], 1)
 
-    def attend(query: Array, key: Array, value: Array, **arrays: Array) -> Array:
+    def attend(query: Array, key: Array, value: Array, **arrays: Any) -> Array:
         out: Array = flash_attention(
             query,
             key,
@@ -142,13 +143,13 @@ def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
     given = [name for name, argument in {**unsupported, **unknown}.items() if argument is not None]
     if given:
         raise _CHECK.fail(
-            f"{given[0]} has no effect on a fused kernel; leave it out, or use flax's own dot_product_attention",
+            f"{given[0]} cannot change a fused kernel; leave it out, or use flax's own dot_product_attention",
             NotImplementedError,
         )
 
 
 def _check_precision(precision: Any) -> None:
-    """Accept every `jax.lax.Precision` spelling and pair; a dot algorithm asks for exact hardware behaviour."""
+    """Accept every `jax.lax.Precision` spelling and pair; a dot algorithm cannot be chosen."""
     pair = precision if isinstance(precision, list) or type(precision) is tuple else (precision,)
     for item in pair:
         try:
@@ -185,7 +186,9 @@ def _check_batch_dims(query: Array, key: Array, value: Array) -> None:
         )
     for name, x in (("key", key), ("value", value)):
         if not all(map(same_dim, x.shape[:-3], query.shape[:-3])):
-            raise _CHECK.fail(f"{name} has batch dims {x.shape[:-3]}, which differ from query's {query.shape[:-3]}")
+            raise _CHECK.fail(
+                f"{name} has batch dims {x.shape[:-3]}, which differ from query's {query.shape[:-3]}"
+            )
 
 
 def _over_batch_dims(

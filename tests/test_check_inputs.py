@@ -18,20 +18,24 @@ def zeros(*shape):
     return jnp.zeros(shape, jnp.bfloat16)
 
 
-FIXED = dict(query=zeros(2, 8, 4, 16), key=zeros(2, 12, 2, 16), value=zeros(2, 12, 2, 16))
-PACKED = dict(query=zeros(30, 4, 16), key=zeros(40, 2, 16), value=zeros(40, 2, 16))
-POOL = dict(k_pages=zeros(6, 4, 2, 16), v_pages=zeros(6, 4, 2, 16))
+FIXED = {"query": zeros(2, 8, 4, 16), "key": zeros(2, 12, 2, 16), "value": zeros(2, 12, 2, 16)}
+PACKED = {"query": zeros(30, 4, 16), "key": zeros(40, 2, 16), "value": zeros(40, 2, 16)}
+POOL = {"k_pages": zeros(6, 4, 2, 16), "v_pages": zeros(6, 4, 2, 16)}
 
 VALID = {
     "nothing": {},
     "fixed lengths, empty and full": dict(FIXED, q_lengths=i32(0, 8), kv_lengths=i32(12, 0)),
     "jax.nn's names": dict(FIXED, query_seq_lengths=i32(0, 8), key_value_seq_lengths=i32(12, 0)),
-    "one entry without batch": dict(query=zeros(8, 4, 16), query_seq_lengths=i32(8)),
+    "one entry without batch": {"query": zeros(8, 4, 16), "query_seq_lengths": i32(8)},
     "absent arguments": dict(FIXED, q_lengths=None, segment_ids=None, mask=None, bias=None),
     "segments, any value": dict(
         FIXED, segment_ids=(jnp.full((2, 8), -7, jnp.int32), jnp.full((2, 12), 2**31 - 1, jnp.int32))
     ),
-    "one segment array": dict(query=zeros(2, 8, 4, 16), key=zeros(2, 8, 2, 16), segment_ids=jnp.zeros((2, 8), jnp.int32)),
+    "one segment array": {
+        "query": zeros(2, 8, 4, 16),
+        "key": zeros(2, 8, 2, 16),
+        "segment_ids": jnp.zeros((2, 8), jnp.int32),
+    },
     "packed, empty sequences and padding": dict(
         PACKED, cu_seqlens_q=i32(0, 0, 20, 30), cu_seqlens_k=i32(0, 10, 10, 39), kv_lengths=i32(10, 0, 5)
     ),
@@ -43,14 +47,22 @@ VALID = {
     "paged, no page in use": dict(POOL, block_tables=i32([-1, -1]), kv_lengths=i32(0)),
     "paged, sharing pages": dict(POOL, block_tables=i32([3, 1], [3, 2]), kv_lengths=i32(8, 8)),
     "append to own pages": dict(
-        POOL, key=zeros(2, 3, 2, 16), value=zeros(2, 3, 2, 16), block_tables=i32([3, 1], [3, 2]), kv_lengths=i32(4, 5)
+        POOL,
+        key=zeros(2, 3, 2, 16),
+        value=zeros(2, 3, 2, 16),
+        block_tables=i32([3, 1], [3, 2]),
+        kv_lengths=i32(4, 5),
     ),
     "append packed": dict(
-        POOL, key=zeros(9, 2, 16), cu_seqlens=i32(0, 2, 2, 9), block_tables=i32([3, 1], [0, 0], [4, 5]),
-        kv_lengths=i32(6, 0, 1), rotary=(jnp.zeros((8, 8)), jnp.zeros((8, 8))),
+        POOL,
+        key=zeros(9, 2, 16),
+        cu_seqlens=i32(0, 2, 2, 9),
+        block_tables=i32([3, 1], [0, 0], [4, 5]),
+        kv_lengths=i32(6, 0, 1),
+        rotary=(jnp.zeros((8, 8)), jnp.zeros((8, 8))),
     ),
-    "positions": dict(x=zeros(2, 3, 4, 16), positions=i32([0, 1, 2], [7, 6, 5]), cos=jnp.zeros((8, 8))),
-}  # fmt: skip
+    "positions": {"x": zeros(2, 3, 4, 16), "positions": i32([0, 1, 2], [7, 6, 5]), "cos": jnp.zeros((8, 8))},
+}
 
 
 @pytest.mark.parametrize("name", VALID)
@@ -63,19 +75,28 @@ WRONG = {
         dict(PACKED, cu_seqlens_q=i32(0, 5, 20, 17)),
         "cu_seqlens_q[3] = 17 is less than cu_seqlens_q[2] = 20; offsets must not decrease",
     ),
-    "first offset": (dict(cu_seqlens_k=i32(2, 5)), "cu_seqlens_k[0] = 2; the first offset must be 0"),
-    "negative first offset": (dict(cu_seqlens_q=i32(-1, 5)), "cu_seqlens_q[0] = -1; the first offset must be 0"),
-    "no offset": (dict(cu_seqlens_q=i32()), "cu_seqlens_q is empty; n sequences have n + 1 offsets"),
-    "past query": (dict(PACKED, cu_seqlens_q=i32(0, 31)), "cu_seqlens_q[1] = 31 is more than query's 30 tokens"),
+    "first offset": ({"cu_seqlens_k": i32(2, 5)}, "cu_seqlens_k[0] = 2; the first offset must be 0"),
+    "negative first offset": (
+        {"cu_seqlens_q": i32(-1, 5)},
+        "cu_seqlens_q[0] = -1; the first offset must be 0",
+    ),
+    "no offset": ({"cu_seqlens_q": i32()}, "cu_seqlens_q is empty; n sequences have n + 1 offsets"),
+    "past query": (
+        dict(PACKED, cu_seqlens_q=i32(0, 31)),
+        "cu_seqlens_q[1] = 31 is more than query's 30 tokens",
+    ),
     "past key": (
         dict(PACKED, cu_seqlens_q=i32(0, 5, 6), cu_seqlens_k=i32(0, 41, 41)),
         "cu_seqlens_k[1] = 41 is more than key's 40 tokens",
     ),
     "different counts": (
-        dict(cu_seqlens_q=i32(0, 5, 6), cu_seqlens_k=i32(0, 5)),
+        {"cu_seqlens_q": i32(0, 5, 6), "cu_seqlens_k": i32(0, 5)},
         "cu_seqlens_k has 1 sequences, but cu_seqlens_q has 2",
     ),
-    "lengths of another batch": (dict(FIXED, q_lengths=i32(1, 1, 1)), "query has 2 sequences, but q_lengths has 3"),
+    "lengths of another batch": (
+        dict(FIXED, q_lengths=i32(1, 1, 1)),
+        "query has 2 sequences, but q_lengths has 3",
+    ),
     "negative length": (dict(FIXED, q_lengths=i32(3, -4)), "q_lengths[1] = -4; a length must be at least 0"),
     "q_lengths": (dict(FIXED, q_lengths=i32(3, 9)), "q_lengths[1] = 9 is more than query's length 8"),
     "kv_lengths": (dict(FIXED, kv_lengths=i32(13, 9)), "kv_lengths[0] = 13 is more than key's length 12"),
@@ -87,7 +108,7 @@ WRONG = {
         dict(PACKED, cu_seqlens_q=i32(0, 3, 9), kv_lengths=i32(3, 7)),
         "kv_lengths[1] = 7 is more than the keys of its sequence, 6",
     ),
-    "rank": (dict(cu_seqlens_q=i32([0, 3])), "cu_seqlens_q must have rank 1, got shape (1, 2)"),
+    "rank": ({"cu_seqlens_q": i32([0, 3])}, "cu_seqlens_q must have rank 1, got shape (1, 2)"),
     "segments": (
         dict(FIXED, segment_ids=jnp.zeros((2, 8), jnp.int32)),
         "segment_ids has shape (2, 8) for key, whose batch and length are (2, 12)",
@@ -118,17 +139,20 @@ WRONG = {
     ),
     "rotary table": (
         dict(
-            POOL, key=zeros(1, 1, 2, 16), block_tables=i32([0, 1]), kv_lengths=i32(5),
+            POOL,
+            key=zeros(1, 1, 2, 16),
+            block_tables=i32([0, 1]),
+            kv_lengths=i32(5),
             rotary=(jnp.zeros((5, 8)), jnp.zeros((5, 8))),
         ),
         "kv_lengths[0] = 5 and 1 keys to append are more than the positions of rotary, 5",
     ),
     "positions": (
-        dict(positions=i32([0, 8]), cos=jnp.zeros((8, 8))),
+        {"positions": i32([0, 8]), "cos": jnp.zeros((8, 8))},
         "positions[0, 1] = 8 is outside the 8 rows of cos; allowed are 0 to 7",
     ),
-    "page_layout": (dict(page_layout="dhn"), "page_layout is 'dhn'; allowed are \"nhd\" and \"hnd\""),
-}  # fmt: skip
+    "page_layout": ({"page_layout": "dhn"}, 'page_layout is \'dhn\'; allowed are "nhd" and "hnd"'),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -139,7 +163,7 @@ def test_wrong_values_raise_with_their_place(name):
 
 
 def test_page_layout_hnd_has_the_page_size_in_the_third_place():
-    pool = dict(k_pages=zeros(6, 2, 4, 16), block_tables=i32([0, 1]), page_layout="hnd")
+    pool = {"k_pages": zeros(6, 2, 4, 16), "block_tables": i32([0, 1]), "page_layout": "hnd"}
     check_inputs(**pool, kv_lengths=i32(8))
     with pytest.raises(ValueError, match="capacity of its row of block_tables, 8"):
         check_inputs(**pool, kv_lengths=i32(9))
@@ -169,10 +193,10 @@ def test_unknown_names_are_type_errors():
 
 
 def test_traced_index_arrays_are_type_errors():
-    with pytest.raises(TypeError, match="check_inputs: kv_lengths is traced; .* outside jit"):
+    with pytest.raises(TypeError, match=r"check_inputs: kv_lengths is traced; .* outside jit"):
         jax.jit(lambda x: check_inputs(kv_lengths=x))(i32(1))
 
 
 def test_traced_operands_give_their_shapes():
-    with pytest.raises(ValueError, match="cu_seqlens_q.1. = 31 is more than query's 30 tokens"):
+    with pytest.raises(ValueError, match=r"cu_seqlens_q\[1\] = 31 is more than query's 30 tokens"):
         jax.jit(lambda q: check_inputs(query=q, cu_seqlens_q=np.array([0, 31], np.int32)))(PACKED["query"])

@@ -15,12 +15,23 @@ from jax_flash.dot_product import dot_product_attention
 B, T, S, N, K, H = 2, 9, 13, 4, 2, 16
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """On a GPU the other side's float32 products would be TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def normal(seed, *shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
 def qkv(b=B, t=T, s=S, n=N, k=K, h=H, dtype=jnp.float32):
-    return normal(0, b, t, n, h, dtype=dtype), normal(1, b, s, k, h, dtype=dtype), normal(2, b, s, k, h, dtype=dtype)
+    return (
+        normal(0, b, t, n, h, dtype=dtype),
+        normal(1, b, s, k, h, dtype=dtype),
+        normal(2, b, s, k, h, dtype=dtype),
+    )
 
 
 def random_mask(*shape):
@@ -31,8 +42,15 @@ def ours(*args, **kwargs):
     return dot_product_attention(*args, implementation=IMPLEMENTATION, **kwargs)
 
 
-def visible(shape, mask=None, is_causal=False, query_seq_lengths=None, key_value_seq_lengths=None,
-            local_window_size=None, **_):  # fmt: skip
+def visible(
+    shape,
+    mask=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    **_,
+):
     """Which queries see which keys, `[b, n, t, s]`, from jax.nn's documentation."""
     b, t, n, s = shape
     i, j = np.arange(t)[:, None], np.arange(s)[None, :]
@@ -53,8 +71,8 @@ def visible(shape, mask=None, is_causal=False, query_seq_lengths=None, key_value
 
 def assert_same_as_jax_nn(q, k, v, bias=None, gradients=False, **options):
     """Result, residual and, if asked for, the gradients of query, key, value and bias, in float32."""
-    rows = visible((*q.shape[:3], k.shape[1]), **options).any(-1)  # [b, n, t]: the rest gives 0, in jax.nn a mean
-    rows = rows.transpose(0, 2, 1)
+    rows = visible((*q.shape[:3], k.shape[1]), **options).any(-1)
+    rows = rows.transpose(0, 2, 1)  # [b, t, n]: the rest gives 0, in jax.nn a mean
     dout = normal(9, *q.shape) * rows[..., None]
     operands = (q, k, v) if bias is None else (q, k, v, bias)
 
@@ -69,11 +87,13 @@ def assert_same_as_jax_nn(q, k, v, bias=None, gradients=False, **options):
 
     out, residual, got_gradients = jax.jit(lambda: run(ours))()
     ref, ref_residual, ref_gradients = jax.jit(lambda: run(jax.nn.dot_product_attention))()
-    assert residual.shape == q.shape[:3] and residual.dtype == q.dtype
+    assert residual.shape == q.shape[:3]
+    assert residual.dtype == q.dtype
     np.testing.assert_allclose(out, jnp.where(rows[..., None], ref, 0), atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(residual, np.where(rows, ref_residual, -np.inf), atol=1e-4, rtol=1e-5)
-    for name, got, want in zip(("query", "key", "value", "bias"), got_gradients, ref_gradients):
-        assert got.shape == want.shape and got.dtype == want.dtype
+    for name, got, want in zip(("query", "key", "value", "bias"), got_gradients, ref_gradients, strict=False):
+        assert got.shape == want.shape
+        assert got.dtype == want.dtype
         np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4, err_msg=name)
 
 
@@ -98,7 +118,9 @@ def test_gradients(names):
     assert_same_as_jax_nn(*qkv(), gradients=True, **{name: SETTINGS[name] for name in names})
 
 
-@pytest.mark.parametrize("shape", [(B, N, T, S), (1, N, T, S), (B, 1, 1, S), (1, 1, T, 1), (N, 1, S), (S,), ()])
+@pytest.mark.parametrize(
+    "shape", [(B, N, T, S), (1, N, T, S), (B, 1, 1, S), (1, 1, T, 1), (N, 1, S), (S,), ()]
+)
 def test_bias_and_mask_broadcast_from_any_shape_that_jax_nn_takes(shape):
     assert_same_as_jax_nn(*qkv(), gradients=True, bias=normal(7, *shape), mask=random_mask(*shape))
 
@@ -122,7 +144,9 @@ def test_scale(scale):
 
 def test_lengths_outside_the_operand_are_clamped():
     assert_same_as_jax_nn(
-        *qkv(), query_seq_lengths=jnp.array([-1, 99], jnp.int32), key_value_seq_lengths=jnp.array([99, -5], jnp.int32)
+        *qkv(),
+        query_seq_lengths=jnp.array([-1, 99], jnp.int32),
+        key_value_seq_lengths=jnp.array([99, -5], jnp.int32),
     )
 
 
@@ -153,7 +177,7 @@ def test_16_bit_within_the_contract(dtype, is_causal):
     ref = results(lambda *x: plain(*x, jnp.float32), *wide)
     low = results(lambda *x: plain(*x, dtype), *wide)
     low = [np.asarray(jnp.asarray(x, dtype), np.float32) for x in low]
-    for name, x, r, lo in zip(("out", "query", "key", "value", "bias"), got, ref, low):
+    for name, x, r, lo in zip(("out", "query", "key", "value", "bias"), got, ref, low, strict=False):
         factor, constant = (2, 1e-5) if name == "out" else (3, 1e-5 * np.abs(r).max())
         assert np.abs(x - r).max() <= factor * np.abs(lo - r).max() + constant, name
 
@@ -164,16 +188,21 @@ def test_residual_has_the_input_dtype_and_no_gradient(dtype):
     out, residual = ours(q, k, v, return_residual=True)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert (residual.shape, residual.dtype) == ((B, T, N), q.dtype)
-    for gradient in jax.grad(lambda *x: ours(*x, return_residual=True)[1].sum().astype(jnp.float32), (0, 1, 2))(q, k, v):
+    gradients = jax.grad(lambda *x: ours(*x, return_residual=True)[1].sum().astype(jnp.float32), (0, 1, 2))(
+        q, k, v
+    )
+    for gradient in gradients:
         np.testing.assert_array_equal(gradient.astype(jnp.float32), 0)
 
 
 def test_without_a_batch_dim():
     q, k, v = (x[0] for x in qkv())
-    kwargs = dict(bias=normal(7, N, T, S), mask=random_mask(N, T, S), return_residual=True)
-    out, residual = ours(q, k, v, query_seq_lengths=jnp.array([7], jnp.int32), **kwargs)
-    ref, ref_residual = jax.nn.dot_product_attention(q, k, v, query_seq_lengths=jnp.array([7], jnp.int32), **kwargs)
-    assert out.shape == (T, N, H) and residual.shape == (T, N)
+    options = {"bias": normal(7, N, T, S), "mask": random_mask(N, T, S), "return_residual": True}
+    options["query_seq_lengths"] = jnp.array([7], jnp.int32)
+    out, residual = ours(q, k, v, **options)
+    ref, ref_residual = jax.nn.dot_product_attention(q, k, v, **options)
+    assert out.shape == (T, N, H)
+    assert residual.shape == (T, N)
     np.testing.assert_allclose(out, ref, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(residual[:7], ref_residual[:7], atol=1e-4, rtol=1e-5)
 
@@ -185,19 +214,21 @@ def test_ranks_may_be_mixed():
 
 def test_numpy_operands_and_lists_of_lengths():
     q, k, v = map(np.asarray, qkv())
-    out = ours(q, k, v, key_value_seq_lengths=[3, 5], bias=np.arange(S))
-    ref = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=np.array([3, 5], np.int32), bias=np.arange(S))
+    bias, lengths = np.arange(S), np.array([3, 5], np.int32)
+    out = ours(q, k, v, key_value_seq_lengths=[3, 5], bias=bias)
+    ref = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, bias=bias)
     np.testing.assert_allclose(out, ref, atol=1e-5, rtol=1e-5)
 
 
 def test_what_lies_past_the_lengths_is_never_read():
     q, k, v = qkv()
-    lengths = dict(
-        query_seq_lengths=jnp.array([0, 5], jnp.int32), key_value_seq_lengths=jnp.array([4, 9], jnp.int32)
-    )
+    lengths = {
+        "query_seq_lengths": jnp.array([0, 5], jnp.int32),
+        "key_value_seq_lengths": jnp.array([4, 9], jnp.int32),
+    }
     poisoned = [
         jnp.where((jnp.arange(x.shape[1]) < n[:, None])[..., None, None], x, jnp.nan)
-        for x, n in zip((q, k, v), (*lengths.values(), lengths["key_value_seq_lengths"]))
+        for x, n in zip((q, k, v), (*lengths.values(), lengths["key_value_seq_lengths"]), strict=False)
     ]
 
     @jax.jit
@@ -205,7 +236,7 @@ def test_what_lies_past_the_lengths_is_never_read():
         out, vjp = jax.vjp(lambda *x: ours(*x, **lengths), q, k, v)
         return out, *vjp(jnp.ones_like(out))
 
-    for clean, got in zip(results(q, k, v), results(*poisoned)):
+    for clean, got in zip(results(q, k, v), results(*poisoned), strict=False):
         np.testing.assert_array_equal(got, clean)
 
 
@@ -219,11 +250,12 @@ def test_fully_masked_rows_are_zero_which_jax_nn_makes_a_mean():
     assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("b, t, s", [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
+@pytest.mark.parametrize(("b", "t", "s"), [(0, 4, 4), (2, 0, 4), (2, 4, 0)])
 def test_zero_sizes(b, t, s):
     q, k, v = qkv(b=b, t=t, s=s)
     out, residual = ours(q, k, v, return_residual=True)
-    assert out.shape == q.shape and residual.shape == (b, t, N)
+    assert out.shape == q.shape
+    assert residual.shape == (b, t, N)
     np.testing.assert_array_equal(out, 0)
 
 
@@ -272,39 +304,73 @@ def test_the_signature_is_that_of_jax_nn():
 
 Q, KEY, VALUE = qkv()
 WRONG = {
-    "rank": (dict(query=Q[0, 0]), ValueError, "query has rank 2; allowed are 3 .* and 4"),
-    "key dtype": (dict(key=KEY.astype(jnp.bfloat16)), ValueError, "key has dtype bfloat16, .* query's float32"),
-    "value dtype": (dict(value=VALUE.astype(jnp.float16)), ValueError, "value has dtype float16"),
-    "value shape": (dict(value=VALUE[..., :8]), ValueError, r"value has shape \(2, 13, 2, 8\), which differs from key's"),
-    "batch": (dict(key=KEY[:1], value=VALUE[:1]), ValueError, "key has batch size 1, which differs from query's 2"),
-    "head dim": (dict(query=Q[..., :8]), ValueError, "key has head dim 16, which differs from query's 8"),
-    "heads": (dict(query=Q[:, :, :3]), ValueError, "key has 2 heads, which does not divide query's 3"),
-    "integers": (
-        dict(query=Q.astype(int), key=KEY.astype(int), value=VALUE.astype(int)), TypeError, "query has dtype int32"
+    "rank": ({"query": Q[0, 0]}, ValueError, "query has rank 2; allowed are 3 .* and 4"),
+    "key dtype": (
+        {"key": KEY.astype(jnp.bfloat16)},
+        ValueError,
+        "key has dtype bfloat16, .* query's float32",
     ),
-    "mask dtype": (dict(mask=jnp.ones((T, S))), ValueError, "mask has dtype float32, allowed is bool"),
-    "mask shape": (dict(mask=jnp.ones((K, T, S), bool)), ValueError, r"mask must broadcast to .*\(2, 4, 9, 13\)"),
-    "mask rank": (dict(mask=jnp.ones((1, B, N, T, S), bool)), ValueError, "mask must broadcast to"),
-    "bias shape": (dict(bias=jnp.ones((T, 2))), ValueError, r"bias must broadcast to .*got shape \(9, 2\)"),
+    "value dtype": ({"value": VALUE.astype(jnp.float16)}, ValueError, "value has dtype float16"),
+    "value shape": (
+        {"value": VALUE[..., :8]},
+        ValueError,
+        r"value has shape \(2, 13, 2, 8\), which differs from key's",
+    ),
+    "batch": (
+        {"key": KEY[:1], "value": VALUE[:1]},
+        ValueError,
+        "key has batch size 1, which differs from query's 2",
+    ),
+    "head dim": ({"query": Q[..., :8]}, ValueError, "key has head dim 16, which differs from query's 8"),
+    "heads": ({"query": Q[:, :, :3]}, ValueError, "key has 2 heads, which does not divide query's 3"),
+    "integers": (
+        {"query": Q.astype(int), "key": KEY.astype(int), "value": VALUE.astype(int)},
+        TypeError,
+        "query has dtype int32",
+    ),
+    "mask dtype": ({"mask": jnp.ones((T, S))}, ValueError, "mask has dtype float32, allowed is bool"),
+    "mask shape": (
+        {"mask": jnp.ones((K, T, S), bool)},
+        ValueError,
+        r"mask must broadcast to .*\(2, 4, 9, 13\)",
+    ),
+    "mask rank": ({"mask": jnp.ones((1, B, N, T, S), bool)}, ValueError, "mask must broadcast to"),
+    "bias shape": ({"bias": jnp.ones((T, 2))}, ValueError, r"bias must broadcast to .*got shape \(9, 2\)"),
     "lengths dtype": (
-        dict(query_seq_lengths=jnp.ones(2)), TypeError, "query_seq_lengths must be int32, got float32"
+        {"query_seq_lengths": jnp.ones(2)},
+        TypeError,
+        "query_seq_lengths must be int32, got float32",
     ),
     "lengths shape": (
-        dict(key_value_seq_lengths=jnp.ones(3, jnp.int32)), ValueError, r"key_value_seq_lengths must have shape .*\(3,\)"
+        {"key_value_seq_lengths": jnp.ones(3, jnp.int32)},
+        ValueError,
+        r"key_value_seq_lengths must have shape .*\(3,\)",
     ),
-    "negative window": (dict(local_window_size=(-1, 2)), ValueError, r"local_window_size is \(-1, 2\); allowed"),
-    "odd window": (dict(local_window_size=(1, 2, 3)), ValueError, r"local_window_size is \(1, 2, 3\); allowed"),
-    "float window": (dict(local_window_size=1.5), ValueError, "local_window_size is 1.5; allowed"),
-    "cudnn": (dict(implementation="cudnn"), NotImplementedError, 'implementation is "cudnn"; allowed are None, "cuda"'),
-    "implementation": (dict(implementation="triton"), ValueError, "implementation .*'triton'"),
-}  # fmt: skip
+    "negative window": (
+        {"local_window_size": (-1, 2)},
+        ValueError,
+        r"local_window_size is \(-1, 2\); allowed",
+    ),
+    "odd window": (
+        {"local_window_size": (1, 2, 3)},
+        ValueError,
+        r"local_window_size is \(1, 2, 3\); allowed",
+    ),
+    "float window": ({"local_window_size": 1.5}, ValueError, "local_window_size is 1.5; allowed"),
+    "cudnn": (
+        {"implementation": "cudnn"},
+        NotImplementedError,
+        'implementation is "cudnn"; allowed are None, "cuda"',
+    ),
+    "implementation": ({"implementation": "triton"}, ValueError, "implementation .*'triton'"),
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_errors(name):
     arguments, error, message = WRONG[name]
     with pytest.raises(error, match="^dot_product_attention: " + message):
-        dot_product_attention(**(dict(query=Q, key=KEY, value=VALUE) | arguments))
+        dot_product_attention(**({"query": Q, "key": KEY, "value": VALUE} | arguments))
 
 
 def test_int64_lengths_are_type_errors():
@@ -314,5 +380,10 @@ def test_int64_lengths_are_type_errors():
 
 @pytest.mark.parametrize("implementation", ["cpu", "cuda"])
 def test_float64_with_an_own_implementation_raises(implementation):
-    with jax.enable_x64(True), pytest.raises(NotImplementedError, match='query is float64, .* use "xla" or None'):
-        dot_product_attention(*(x.astype(jnp.float64) for x in (Q, KEY, VALUE)), implementation=implementation)
+    with (
+        jax.enable_x64(True),
+        pytest.raises(NotImplementedError, match=r'query is float64, .* use "xla" or None'),
+    ):
+        dot_product_attention(
+            *(x.astype(jnp.float64) for x in (Q, KEY, VALUE)), implementation=implementation
+        )

@@ -1,4 +1,4 @@
-"""attention_fn in Flax: linen and nnx give what they give with their own attention, in training and decode."""
+"""attention_fn in Flax: linen and nnx give what their own attention gives, in training and decode."""
 
 import functools
 import subprocess
@@ -35,12 +35,21 @@ def close(got, want, atol=1e-5, rtol=1e-5):
 
 
 def linen_layer(fn, **kwargs):
-    return linen.MultiHeadDotProductAttention(num_heads=HEADS, qkv_features=FEATURES, attention_fn=fn, **kwargs)
+    return linen.MultiHeadDotProductAttention(
+        num_heads=HEADS, qkv_features=FEATURES, attention_fn=fn, **kwargs
+    )
 
 
 def nnx_layer(fn, **kwargs):
-    kwargs = dict(decode=False, rngs=nnx.Rngs(0)) | kwargs
+    kwargs = {"decode": False, "rngs": nnx.Rngs(0)} | kwargs
     return nnx.MultiHeadAttention(HEADS, FEATURES, attention_fn=fn, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    """On a GPU the other side's float32 products would be TF32."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 def normal(seed, *shape):
@@ -48,7 +57,11 @@ def normal(seed, *shape):
 
 
 def qkv(*batch, sq=5, sk=6, heads=4, kv_heads=4, d=8):
-    return normal(0, *batch, sq, heads, d), normal(1, *batch, sk, kv_heads, d), normal(2, *batch, sk, kv_heads, d)
+    return (
+        normal(0, *batch, sq, heads, d),
+        normal(1, *batch, sk, kv_heads, d),
+        normal(2, *batch, sk, kv_heads, d),
+    )
 
 
 # Training
@@ -59,7 +72,9 @@ def test_linen_training_step(mask):
     params = linen_layer(ours).init(jax.random.key(0), X)
 
     def step(fn):
-        return jax.jit(jax.value_and_grad(lambda p: (linen_layer(fn).apply(p, X, mask=MASKS[mask]) ** 2).sum()))(params)
+        return jax.jit(
+            jax.value_and_grad(lambda p: (linen_layer(fn).apply(p, X, mask=MASKS[mask]) ** 2).sum())
+        )(params)
 
     close(step(ours), step(linen.dot_product_attention), 1e-4, 1e-4)
 
@@ -130,7 +145,7 @@ BIASES = {
 }
 
 
-@pytest.mark.parametrize("batch, shape", [(b, s) for b, shapes in BIASES.items() for s in shapes])
+@pytest.mark.parametrize(("batch", "shape"), [(b, s) for b, shapes in BIASES.items() for s in shapes])
 def test_bias_and_mask_of_any_batch_rank(batch, shape):
     q, k, v = qkv(*batch)
     mask = jax.random.bernoulli(jax.random.key(6), 0.7, shape).at[..., 0].set(True)
@@ -150,7 +165,7 @@ def test_without_bias_and_mask(batch):
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
 def test_dtype_promotion_is_that_of_flax(dtypes, dtype):
     codes = {"f": jnp.float32, "b": jnp.bfloat16, "h": jnp.float16, "i": jnp.int32}
-    args = [x.astype(codes[c]) for x, c in zip(qkv(B), dtypes)]
+    args = [x.astype(codes[c]) for x, c in zip(qkv(B), dtypes, strict=False)]
     want = linen.dot_product_attention(*args, dtype=dtype)
     got = ours(*args, dtype=dtype)
     assert got.dtype == want.dtype
@@ -180,7 +195,9 @@ def test_fully_masked_queries_are_zero_which_flax_makes_a_mean():
     close(out[:, 3:], ours(q, k, v)[:, 3:])
 
 
-@pytest.mark.parametrize("precision", [None, "highest", "default", jax.lax.Precision.HIGH, ("high", "highest")])
+@pytest.mark.parametrize(
+    "precision", [None, "highest", "default", jax.lax.Precision.HIGH, ("high", "highest")]
+)
 def test_what_is_always_met_is_accepted(precision):
     close(ours(*qkv(B), precision=precision, force_fp32_for_softmax=True), ours(*qkv(B)))
 
@@ -235,7 +252,9 @@ def test_dropout_in_a_layer(layer):
 
     def run(seed, deterministic=False, rate=0.5):
         if layer == "nnx":
-            return nnx_layer(ours, dropout_rate=rate, rngs=nnx.Rngs(0, dropout=seed))(X, deterministic=deterministic)
+            return nnx_layer(ours, dropout_rate=rate, rngs=nnx.Rngs(0, dropout=seed))(
+                X, deterministic=deterministic
+            )
         module = linen_layer(ours, dropout_rate=rate)
         return module.apply(params, X, deterministic=deterministic, rngs={"dropout": jax.random.key(seed)})
 
@@ -309,16 +328,26 @@ def test_nnx_decode_equals_the_causal_forward(kv_heads, is_causal):
 
 
 UNSUPPORTED = {
-    "module": (dict(module=object()), r"module was passed \(sow_weights=True\), but the attention weights never exist"),
-    "einsum_dot_general": (dict(einsum_dot_general=jax.lax.dot_general), "einsum_dot_general has no effect on a fused"),
-    "qk einsum": (dict(qk_attn_weights_einsum=jnp.einsum), "qk_attn_weights_einsum has no effect"),
-    "weights einsum": (dict(attn_weights_value_einsum=jnp.einsum), "attn_weights_value_einsum has no effect"),
-    "positions": (dict(input_positions=jnp.arange(5)), "input_positions has no effect"),
-    "algorithm": (dict(precision="TF32_TF32_F32"), "precision is 'TF32_TF32_F32'; allowed are None and jax.lax.Precision"),
-    "preset": (
-        dict(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32), "precision is .*dot algorithms cannot be chosen"
+    "module": (
+        {"module": object()},
+        r"module was passed \(sow_weights=True\), but the attention weights never exist",
     ),
-}  # fmt: skip
+    "einsum_dot_general": (
+        {"einsum_dot_general": jax.lax.dot_general},
+        "einsum_dot_general cannot change a fused",
+    ),
+    "qk einsum": ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum cannot change"),
+    "weights einsum": ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum cannot change"),
+    "positions": ({"input_positions": jnp.arange(5)}, "input_positions cannot change"),
+    "algorithm": (
+        {"precision": "TF32_TF32_F32"},
+        "precision is 'TF32_TF32_F32'; allowed are None and jax.lax.Precision",
+    ),
+    "preset": (
+        {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32},
+        "precision is .*dot algorithms cannot be chosen",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
@@ -337,21 +366,34 @@ def test_sowing_weights_raises_from_the_layers():
 
 
 def test_dropout_without_a_key_raises():
-    with pytest.raises(ValueError, match="^attention_fn: dropout_rate is 0.1 but dropout_rng is None"):
+    with pytest.raises(ValueError, match=r"^attention_fn: dropout_rate is 0\.1 but dropout_rng is None"):
         ours(*qkv(B), dropout_rate=0.1)
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda q, k, v: (q[0], k, v), "query, key and value must have the same rank, at least 3, but have 3, 4 and 4"),
-        (lambda q, k, v: (q[0, 0], k[0, 0], v[0, 0]), "same rank, at least 3, but have 2, 2 and 2"),
-        (lambda q, k, v: (q[None], k[None, :, :], jnp.stack([v, v])), "value has batch dims .*2, 2.* differ from query's .*1, 2"),
-        (lambda q, k, v: (q, k, v, jnp.zeros((1,) * 5)), "bias must broadcast to .batch... heads q_length kv_length. = .2, 4, 5, 6., got"),
-        (lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((3, 1, 1, 1, 1), bool)), "mask must broadcast to .*1, 2, 4, 5, 6"),
-    ],
-)
-def test_shapes_that_do_not_fit_raise(change, message):
+MISFITS = {
+    "ranks": (
+        lambda q, k, v: (q[0], k, v),
+        "query, key and value must have the same rank, .* but have 3, 4 and 4",
+    ),
+    "rank 2": (lambda q, k, v: (q[0, 0], k[0, 0], v[0, 0]), "same rank, at least 3, but have 2, 2 and 2"),
+    "batch": (
+        lambda q, k, v: (q[None], k[None], jnp.stack([v, v])),
+        r"value has batch dims \(2, 2\), which differ from query's \(1, 2\)",
+    ),
+    "bias": (
+        lambda q, k, v: (q, k, v, jnp.zeros((1,) * 5)),
+        r"bias must broadcast to \[batch... heads q_length kv_length\] = \(2, 4, 5, 6\), got",
+    ),
+    "mask": (
+        lambda q, k, v: (q[None], k[None], v[None], None, jnp.ones((3, 1, 1, 1, 1), bool)),
+        r"mask must broadcast to .* = \(1, 2, 4, 5, 6\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_shapes_that_do_not_fit_raise(name):
+    change, message = MISFITS[name]
     with pytest.raises(ValueError, match="^attention_fn: .*" + message):
         ours(*change(*qkv(B)))
 
