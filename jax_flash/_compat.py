@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 from jax._src import core as _core  # definitely_equal: comparisons of symbolic dimensions that never raise
-from jax._src import dispatch as _dispatch  # apply_primitive; devices during lowering (multi-process programs)
+from jax._src import (
+    dispatch as _dispatch,
+)  # apply_primitive; devices during lowering (multi-process programs)
 from jax._src.interpreters import mlir as _mlir  # lower_with_sharding_in_types: explicit mesh axes
 from jax.interpreters import mlir
 

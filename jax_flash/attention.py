@@ -45,7 +45,8 @@ def flash_attention(
       value: `[b, sk, hk, dv]`, query's dtype.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
-      align: where the diagonal of query i lies: `"bottom_right"`, key i + (sk − sq), or `"top_left"`, key i; lengths in use.
+      align: where the diagonal of query i lies: `"bottom_right"`, key i + (sk − sq) by the lengths in use,
+        or `"top_left"`, key i.
       mask: boolean, broadcastable to `[b, hq, sq, sk]`; True = may attend.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk; attend only where equal.
       q_lengths: int32 `[b]`, rows in use of each batch entry.
@@ -56,7 +57,8 @@ def flash_attention(
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|distance to the diagonal|. No gradient.
       sinks: float32 `[hq]`, logits that take part in the softmax sum only. Differentiable.
       dropout_rate: share of attention weights dropped, in [0, 1).
-      dropout_key: `jax.random.key`, needed when dropout_rate > 0; the same key drops the same weights on every platform.
+      dropout_key: `jax.random.key`, needed when dropout_rate > 0; the same key drops the same weights on every
+        platform and under every sharding.
       return_lse: also return log Σ exp(S), float32 `[b, hq, sq]`; differentiable.
       deterministic: make the backward pass bit-for-bit repeatable.
       implementation: `"cuda"`, `"cpu"`, `"xla"` (plain JAX), or None: the custom call of the platform compiled for.

@@ -9,9 +9,13 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 
-def batch(primitive: Primitive, in_place: int, args: Sequence[Any], axes: Sequence[Any], **params: Any) -> Any:
+def batch(
+    primitive: Primitive, in_place: int, args: Sequence[Any], axes: Sequence[Any], **params: Any
+) -> Any:
     size = next(x.shape[axis] for x, axis in zip(args, axes) if axis is not None)
-    moved = [jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)]
+    moved = [
+        jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(args, axes)
+    ]
     for i in range(in_place):  # what is overwritten is as large as the result
         moved[i] = jnp.broadcast_to(moved[i], (size, *moved[i].shape[1:]))
     results = primitive.bind(*moved, **params)

@@ -31,8 +31,8 @@ def append_kv(
     capacity of a row of block_tables, are dropped and not counted.
 
     Args:
-      k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`), key's dtype
-        or float8_e4m3fn.
+      k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
+        key's dtype or float8_e4m3fn.
       key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
       block_tables: int32 `[n, pages]`.
       kv_lengths: int32 `[n]`, keys in the cache before the call.
@@ -54,5 +54,7 @@ def append_kv(
         cu_seqlens=cu_seqlens, page_layout=page_layout, rotary=rotary, interleaved=interleaved, k_scale=k_scale,
         v_scale=v_scale, implementation=implementation,
     )  # fmt: skip
-    spec, operands = validate_paged.append("append_kv", k_pages, v_pages, key, value, block_tables, kv_lengths, options)
+    spec, operands = validate_paged.append(
+        "append_kv", k_pages, v_pages, key, value, block_tables, kv_lengths, options
+    )
     return append.append(spec, operands)

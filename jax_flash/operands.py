@@ -91,6 +91,7 @@ for _table in DIMS.values():
 @cache
 def dims_of(layout: str, page_layout: str) -> dict[str, tuple[str, ...]]:
     """Dimension names of every operand and result."""
+
     def ordered(dims: tuple[str, ...]) -> tuple[str, ...]:
         return ("p", "hk", "ps", dims[-1]) if dims[0] == "p" and page_layout == "hnd" else dims
 
@@ -134,9 +135,7 @@ class Pass:
 
 
 FORWARD = Pass("forward", ("query", "key", "value"), ("out", "lse"))
-BACKWARD = Pass(
-    "backward", ("query", "key", "value", "dout", "lse", "delta"), ("dquery", "dkey", "dvalue")
-)
+BACKWARD = Pass("backward", ("query", "key", "value", "dout", "lse", "delta"), ("dquery", "dkey", "dvalue"))
 BIAS_GRADIENT = Pass("bias_gradient", BACKWARD.operands, ("dbias",))
 APPEND = Pass(
     "append",

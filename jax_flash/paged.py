@@ -72,6 +72,8 @@ def paged_attention(
         k_scale=k_scale, v_scale=v_scale, causal=causal, window=window, align=align, scale=scale, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, deterministic=deterministic, implementation=implementation,
     )  # fmt: skip
-    spec, operands = validate_paged.paged("paged_attention", query, k_pages, v_pages, block_tables, kv_lengths, options)
+    spec, operands = validate_paged.paged(
+        "paged_attention", query, k_pages, v_pages, block_tables, kv_lengths, options
+    )
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import reference
 from .operands import OPTIONAL
-from .spec import UNLIMITED, AttentionSpec
+from .spec import UNLIMITED, AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
@@ -31,25 +31,29 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
 
     Keys on pages outside the pool come as zeros; float8 pools come as float32 times their scale, query too.
     """
-    n, pages = operands["block_tables"].shape
+    n = operands["block_tables"].shape[0]
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout)
         if scale in operands:
             dense[name] = dense[name].astype(jnp.float32) * operands[scale][:, None]
     dense["query"] = operands["query"].astype(dense["key"].dtype)
-    if spec.layout == "paged":
-        layout = "fixed"
-    else:
-        layout = "varlen"
+    layout: Layout = "fixed" if spec.layout == "paged" else "varlen"
+    if layout == "varlen":
         capacity = dense["key"].shape[1]
         dense["cu_seqlens_k"] = jnp.arange(n + 1, dtype=jnp.int32) * jnp.int32(capacity)
-        dense |= {name: dense[name].reshape(n * capacity, *dense[name].shape[2:]) for name in ("key", "value")}
+        dense |= {
+            name: dense[name].reshape(n * capacity, *dense[name].shape[2:]) for name in ("key", "value")
+        }
     names = tuple(name for name in OPTIONAL if name in dense)
-    return replace(spec, layout=layout, page_layout="nhd", num_splits=0, batch_invariant=False, operands=names), dense
+    return replace(
+        spec, layout=layout, page_layout="nhd", num_splits=0, batch_invariant=False, operands=names
+    ), dense
 
 
-def scatter_gradient(spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array) -> jax.Array:
+def scatter_gradient(
+    spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array
+) -> jax.Array:
     """The gradient of gathered keys added up in float32 where pages are shared; pool's shape and dtype."""
     by_token = tokens_first(pool, spec.page_layout)
     pages, page_size = by_token.shape[:2]

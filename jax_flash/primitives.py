@@ -20,7 +20,7 @@ from . import _compat, backends
 from .batching import batch
 from .operands import PASSES, Pass, like
 from .sharding import partitioned
-from .spec import Spec
+from .spec import AttentionSpec, Spec
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
@@ -34,7 +34,8 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     """Run one pass on named operands."""
     used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
     primitives = LOCAL if _compat.manual_axes() else PARTITIONED
-    return primitives[pass_].bind(*used.values(), spec=spec)  # type: ignore[no-any-return]
+    results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
+    return results
 
 
 def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -109,18 +110,21 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
             f'use implementation="{platform}", "xla", or None'
         )
     names = operand_names(pass_, spec)
-    shapes = {name: aval.shape for name, aval in zip(names, ctx.avals_in)}
+    avals: list[Any] = list(ctx.avals_in)
+    shapes = {name: aval.shape for name, aval in zip(names, avals)}
     head_dims = shapes["key"][-1], shapes["value"][-1]
     if platform == "cuda" and any(d % 8 for d in head_dims) and not pass_.in_place:
-        return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(ctx, *values)
+        return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
+            ctx, *values
+        )
     backends.register()
     if platform == "cpu":
         backends.require_cpu(f"jax_flash {pass_.name}")
     else:
-        _require_cuda_kernel(pass_, ctx.avals_in[0].dtype.name, *head_dims)
-    avals_out = list(ctx.avals_out)
-    if platform == "cuda" and not pass_.in_place:
-        workspace = ctx.avals_out[0].update(
+        _require_cuda_kernel(pass_, avals[0].dtype.name, *head_dims)
+    avals_out: list[Any] = list(ctx.avals_out)
+    if platform == "cuda" and isinstance(spec, AttentionSpec):
+        workspace = avals_out[0].update(
             shape=(workspace_bound(pass_.name, spec, shapes),), dtype=np.dtype("uint8"), sharding=None
         )
         avals_out.append(workspace)
@@ -141,7 +145,7 @@ def _require_cuda_kernel(pass_: Pass, dtype: str, d: int, dv: int) -> None:
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
         built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
         raise NotImplementedError(
-            f'{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}); built are {built}; '
+            f"{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}); built are {built}; "
             'implementation="xla" runs here'
         )
 
@@ -203,7 +207,9 @@ def _local(pass_: Pass) -> Primitive:
     primitive = _primitive(f"jax_flash_{pass_.name}_local", pass_)
     mlir.register_lowering(primitive, partial(_lower_nowhere, pass_=pass_))
     for platform in ("cpu", "cuda"):
-        mlir.register_lowering(primitive, partial(_lower_local, pass_=pass_, platform=platform), platform=platform)
+        mlir.register_lowering(
+            primitive, partial(_lower_local, pass_=pass_, platform=platform), platform=platform
+        )
     return primitive
 
 

@@ -40,7 +40,10 @@ def apply_rotary(
     positions = check.int32("positions", positions)
     cos, sin = rotary_tables(check, (cos, sin), x.shape[-1])
     angle_shape = (*x.shape[:-2], 1, cos.shape[1])
-    c, s = (jnp.broadcast_to(jnp.take(t, positions, axis=0, mode="clip")[..., None, :], angle_shape) for t in (cos, sin))
+    c, s = (
+        jnp.broadcast_to(jnp.take(t, positions, axis=0, mode="clip")[..., None, :], angle_shape)
+        for t in (cos, sin)
+    )
     rotated, kept = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
     if interleaved:
         a, b = rotated[..., ::2], rotated[..., 1::2]
@@ -59,7 +62,9 @@ def rotary_tables(check: Checker, rotary: Any, head_dim: int) -> tuple[jax.Array
     check.rank("cos", cos, "positions d_rot/2")
     check.shape("sin", sin, cos.shape, "positions d_rot/2")
     if 2 * cos.shape[1] > head_dim:
-        raise check.fail(f"cos has {cos.shape[1]} columns, for {2 * cos.shape[1]} features; the head dim is {head_dim}")
+        raise check.fail(
+            f"cos has {cos.shape[1]} columns, for {2 * cos.shape[1]} features; the head dim is {head_dim}"
+        )
     if cos.shape[0] < 1:
         raise check.fail("cos must have at least one position, got 0")
     return cos, sin

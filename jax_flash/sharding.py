@@ -1,6 +1,7 @@
 """How one pass is split over devices: batch, heads and leading dimensions; everything else is gathered.
 
-The sharding rule tells XLA's propagation what goes together; `partition` then decides from the sharding of the pass's guide (query) alone.
+The sharding rule tells XLA's propagation what goes together; `partition` then decides from the sharding of the
+pass's guide (query) alone.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ Body = Callable[..., Sequence[jax.Array]]
 _NO_MESH = AbstractMesh((), ())
 
 
-@lru_cache(maxsize=None)
+@cache
 def partitioned(pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body) -> Callable[..., Any]:
     """The pass as one partitionable function, named after its spec so that compilation cache keys tell specs apart."""
 
@@ -93,7 +94,9 @@ class _Rules:
 
     def sharding_rule(self, mesh: Any, operand_types: Sequence[Any], result_types: Sequence[Any]) -> Any:
         """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
-        arrays = [(n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))]
+        arrays = [
+            (n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))
+        ]
         shapes = dict(arrays)
         hq, hk = self.heads(shapes)
         sizes: dict[str, int] = {}
@@ -172,10 +175,13 @@ class _Rules:
         if split.rest:
             for name in [name for name in named if "hk" in self.spec.dims[name]]:
                 axis = self.axis(name, "hk")
-                named[name] = lax.dynamic_slice_in_dim(named[name], split.first_kv(), split.kv_count, axis=axis)
+                named[name] = lax.dynamic_slice_in_dim(
+                    named[name], split.first_kv(), split.kv_count, axis=axis
+                )
         results = self.body(*named.values(), spec=self.spec)
         return tuple(
-            self.finish(name, x, split, kv_heads, named.get("bias")) for name, x in zip(self.pass_.results, results)
+            self.finish(name, x, split, kv_heads, named.get("bias"))
+            for name, x in zip(self.pass_.results, results)
         )
 
     def with_offsets(self, split: Split, dropout: jax.Array, query_shape: Sequence[int]) -> jax.Array:
@@ -187,17 +193,22 @@ class _Rules:
                 dropout = dropout.at[..., slot].add(offset)
         return dropout
 
-    def finish(self, name: str, x: jax.Array, split: Split, kv_heads: int, bias: jax.Array | None) -> jax.Array:
+    def finish(
+        self, name: str, x: jax.Array, split: Split, kv_heads: int, bias: jax.Array | None
+    ) -> jax.Array:
         """Sum what several shards contributed to the same gradient."""
+        summed: Axes = ()
         if name in ("dkey", "dvalue") and split.rest:
             whole = jnp.zeros((*x.shape[:-2], kv_heads, x.shape[-1]), x.dtype)
-            whole = lax.dynamic_update_slice_in_dim(whole, x, split.first_kv(), axis=-2)
-            return lax.psum(whole, split.rest)
-        if name == "dbias" and bias is not None:
+            x = lax.dynamic_update_slice_in_dim(whole, x, split.first_kv(), axis=-2)
+            summed = split.rest
+        elif name == "dbias" and bias is not None:
             b, hq = bias.shape[-4:-2]
-            summed = (split.axes.get("b", ()) if b == 1 else ()) + (split.axes.get("hq", ()) if hq == 1 else ())
-            return lax.psum(x, summed) if summed else x
-        return x
+            summed = (split.axes.get("b", ()) if b == 1 else ()) + (
+                split.axes.get("hq", ()) if hq == 1 else ()
+            )
+        total: jax.Array = lax.psum(x, summed) if summed else x
+        return total
 
 
 def _entries(sharding: Any, ndim: int) -> list[Axes]:
@@ -216,7 +227,9 @@ def _dividing_prefix(mesh: Any, axes: Axes, size: int) -> Axes:
     return next(axes[:n] for n in range(len(axes), -1, -1) if size % _size(mesh, axes[:n]) == 0)
 
 
-def _split_heads(mesh: Any, axes: dict[str, Axes], candidates: Axes, hq: int, hk: int, used: set[str]) -> Split:
+def _split_heads(
+    mesh: Any, axes: dict[str, Axes], candidates: Axes, hq: int, hk: int, used: set[str]
+) -> Split:
     """The longest prefix of query's head axes whose shards see whole groups, or one KV head each."""
     candidates = tuple(a for a in candidates if a not in used)
     group = hq // hk

@@ -61,14 +61,18 @@ class Checker:
         return jnp.asarray(x)
 
     def float32(self, name: str, x: Any) -> jax.Array:
-        x = self.array(name, x)
-        if x.dtype != jnp.float32:
-            raise self.fail(f"{name} must be float32, got {x.dtype}; cast it with .astype('float32')", TypeError)
-        return x
+        array = self.array(name, x)
+        if array.dtype != jnp.float32:
+            raise self.fail(
+                f"{name} must be float32, got {array.dtype}; cast it with .astype('float32')", TypeError
+            )
+        return array
 
     def number(self, name: str, x: Any) -> float:
         if isinstance(x, bool) or not isinstance(x, numbers.Real):
-            raise self.fail(f"{name} must be a Python number (it is compiled in), got {type(x).__name__}", TypeError)
+            raise self.fail(
+                f"{name} must be a Python number (it is compiled in), got {type(x).__name__}", TypeError
+            )
         if not np.isfinite(float(x)):
             raise self.fail(f"{name} must be finite, got {x}")
         return float(x)
@@ -88,7 +92,9 @@ class Checker:
         return x.reshape(full) if x.ndim < len(wanted) else x
 
 
-def _tokens(check: Checker, query: Any, key: Any, value: Any, layout: str, implementation: str | None) -> Operands:
+def _tokens(
+    check: Checker, query: Any, key: Any, value: Any, layout: str, implementation: str | None
+) -> Operands:
     """Shapes and dtypes of query, key and value; `layout` is the dims in front of heads, e.g. 'b sq'."""
     q, k, v = (check.array(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
     allowed = DTYPES + (("float64",) if implementation == "xla" else ())
@@ -113,7 +119,9 @@ def _tokens(check: Checker, query: Any, key: Any, value: Any, layout: str, imple
         if is_symbolic(d) or d < 1:
             raise check.fail(f"{name} must have a static head dim of at least 1, got {d}")
         if d > MAX_HEAD_DIM and implementation != "xla":
-            raise check.fail(f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any')
+            raise check.fail(
+                f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
+            )
     for name, x in (("query", q), ("key", k)):
         if not is_symbolic(x.shape[-3]) and x.shape[-3] > _INT32_MAX:
             raise check.fail(f"{name} has length {x.shape[-3]}, allowed are at most {_INT32_MAX}")
@@ -203,27 +211,33 @@ def static_spec(
     )
 
 
-def implementation_name(check: Checker, x: Any) -> str | None:
+def implementation_name(check: Checker, x: str | None) -> str | None:
     if x is not None and x not in IMPLEMENTATIONS:
         raise check.fail(f"implementation must be None or one of {IMPLEMENTATIONS}, got {x!r}")
     return x
 
 
-def score_operands(check: Checker, operands: Operands, options: dict[str, Any], sequences: Any, dim: str) -> None:
+def score_operands(
+    check: Checker, operands: Operands, options: dict[str, Any], sequences: Any, dim: str
+) -> None:
     """alibi_slopes [hq] or [sequences, hq]; sinks [hq]."""
     hq = operands["query"].shape[-2]
     if options["alibi_slopes"] is not None:
         slopes = check.float32("alibi_slopes", options["alibi_slopes"])
         slopes = check.broadcastable("alibi_slopes", slopes, (sequences, hq), f"{dim} hq")
         if slopes.shape[-1] != hq:
-            raise check.fail(f"alibi_slopes must have one slope for each of query's {hq} heads, got {slopes.shape}")
+            raise check.fail(
+                f"alibi_slopes must have one slope for each of query's {hq} heads, got {slopes.shape}"
+            )
         operands["alibi_slopes"] = slopes
     if options["sinks"] is not None:
         operands["sinks"] = check.float32("sinks", options["sinks"])
         check.shape("sinks", operands["sinks"], (hq,), "hq")
 
 
-def fixed(op: str, query: Any, key: Any, value: Any, options: dict[str, Any]) -> tuple[AttentionSpec, Operands]:
+def fixed(
+    op: str, query: Any, key: Any, value: Any, options: dict[str, Any]
+) -> tuple[AttentionSpec, Operands]:
     """flash_attention's arguments, checked and normalised."""
     check = Checker(op)
     operands = _tokens(check, query, key, value, "b s", implementation_name(check, options["implementation"]))
@@ -241,7 +255,10 @@ def fixed(op: str, query: Any, key: Any, value: Any, options: dict[str, Any]) ->
     if options["mask"] is not None:
         mask = check.array("mask", options["mask"])
         if mask.dtype != jnp.bool_:
-            raise check.fail(f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive", TypeError)
+            raise check.fail(
+                f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
+                TypeError,
+            )
         operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, sk), "b hq sq sk")
     if options["bias"] is not None:
         bias = check.array("bias", options["bias"])
@@ -258,7 +275,9 @@ def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
             raise check.fail(f"segment_ids must be one array or a pair (q_ids, kv_ids), got {len(ids)} items")
         return ids
     if not same_dim(sq, sk):
-        raise check.fail(f"segment_ids must be a pair (q_ids, kv_ids) when query's length {sq} differs from key's {sk}")
+        raise check.fail(
+            f"segment_ids must be a pair (q_ids, kv_ids) when query's length {sq} differs from key's {sk}"
+        )
     return ids, ids
 
 

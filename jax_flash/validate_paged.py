@@ -12,11 +12,17 @@ from .rotary import rotary_tables
 from .spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
 from .validate import DTYPES, Checker, Operands, check_heads, implementation_name, score_operands, static_spec
 
-POOL_DTYPES = DTYPES + ("float8_e4m3fn",)
+POOL_DTYPES = (*DTYPES, "float8_e4m3fn")
 
 
 def paged(
-    op: str, query: Any, k_pages: Any, v_pages: Any, block_tables: Any, kv_lengths: Any, options: dict[str, Any]
+    op: str,
+    query: Any,
+    k_pages: Any,
+    v_pages: Any,
+    block_tables: Any,
+    kv_lengths: Any,
+    options: dict[str, Any],
 ) -> tuple[AttentionSpec, Operands]:
     """paged_attention's arguments, checked and normalised."""
     check = Checker(op)
@@ -69,7 +75,9 @@ def append(
     if v.dtype != k.dtype:
         raise check.fail(f"value has dtype {v.dtype}, which differs from key's {k.dtype}", TypeError)
     if v.ndim != k.ndim or not all(map(same_dim, v.shape[:-1], k.shape[:-1])):
-        raise check.fail(f"value has shape {v.shape}, which differs from key's {k.shape} before the last dimension")
+        raise check.fail(
+            f"value has shape {v.shape}, which differs from key's {k.shape} before the last dimension"
+        )
     operands = _pools(check, "k_pages", "v_pages", k_pages, v_pages, k, "key", options)
     check.dim("v_pages", "head dim", operands["v_pages"].shape[-1], v.shape[-1], "value")
     check.dim("key", "head count", k.shape[-2], operands["k_pages"].shape[_head_axis(options)], "k_pages")
@@ -97,7 +105,14 @@ def _head_axis(options: dict[str, Any]) -> int:
 
 
 def _pools(
-    check: Checker, k_name: str, v_name: str, k_pages: Any, v_pages: Any, like: jax.Array, whose: str, options: Any
+    check: Checker,
+    k_name: str,
+    v_name: str,
+    k_pages: Any,
+    v_pages: Any,
+    like: jax.Array,
+    whose: str,
+    options: Any,
 ) -> Operands:
     """The two pools and their scales, against the dtype and head dim of `like` (the query or the new keys)."""
     layout = options["page_layout"]
@@ -108,11 +123,15 @@ def _pools(
     check.rank("k_pages", k, dims.format("d"))
     check.rank("v_pages", v, dims.format("dv"))
     if k.dtype not in (like.dtype, jnp.float8_e4m3fn):
-        raise check.fail(f"k_pages has dtype {k.dtype}, allowed are {whose}'s {like.dtype} and float8_e4m3fn", TypeError)
+        raise check.fail(
+            f"k_pages has dtype {k.dtype}, allowed are {whose}'s {like.dtype} and float8_e4m3fn", TypeError
+        )
     if v.dtype != k.dtype:
         raise check.fail(f"v_pages has dtype {v.dtype}, which differs from k_pages' {k.dtype}", TypeError)
     if not all(map(same_dim, v.shape[:-1], k.shape[:-1])):
-        raise check.fail(f"v_pages has shape {v.shape}, which differs from k_pages' {k.shape} before the last dimension")
+        raise check.fail(
+            f"v_pages has shape {v.shape}, which differs from k_pages' {k.shape} before the last dimension"
+        )
     if same_dim(k.shape[2 if layout == "hnd" else 1], 0):
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
     check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], whose)
@@ -121,7 +140,9 @@ def _pools(
     for name in ("k_scale", "v_scale"):
         if options[name] is not None:
             if k.dtype != jnp.float8_e4m3fn:
-                raise check.fail(f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8_e4m3fn")
+                raise check.fail(
+                    f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8_e4m3fn"
+                )
             found[name] = check.float32(name, options[name])
             check.shape(name, found[name], (hk,), "hk")
     return found
