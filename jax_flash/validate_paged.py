@@ -12,8 +12,6 @@ from .rotary import rotary_tables
 from .spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
 from .validate import DTYPES, Checker, Operands, check_heads, implementation_name, score_operands, static_spec
 
-POOL_DTYPES = (*DTYPES, "float8_e4m3fn")
-
 
 def paged(
     op: str,
