@@ -8,7 +8,7 @@ import platform
 import sys
 
 from ._version import __version__
-from .backends import Backend, backends, cuda_major, why_not_on
+from .backends import ALL_PASSES, DTYPES, Backend, backends, cuda_major, why_not_on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,8 +82,8 @@ def _devices(found: list[Backend]) -> list[str]:
 
 def _gaps(backend: Backend) -> str:
     """What the built kernels lack, so that nobody has to find out by an error."""
-    lacking = [p for p in ("forward", "backward", "bias_gradient") if p not in backend.passes]
-    lacking += [t for t in ("float16", "bfloat16", "float32") if t not in backend.dtypes]
+    lacking = [name for name in ALL_PASSES if name not in backend.passes]
+    lacking += [name for name in DTYPES if name not in backend.dtypes]
     return f"; not yet: {', '.join(lacking)}" if lacking else ""
 
 

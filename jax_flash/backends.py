@@ -19,9 +19,12 @@ from typing import Any
 
 import jax
 
+from .operands import PASSES
+
 CUDA_LIBRARY = "libjax_flash_cuda.so"
 CUDA_MAJORS = (13, 12)
 DTYPES = ("float16", "bfloat16", "float32")
+ALL_PASSES = tuple(pass_.name for pass_ in PASSES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Backend:
       library: the file it was loaded from; None where there is none (always for "xla").
       problem: why it is not installed, with the way out; None where it is.
       archs: "cpu": the instruction set chosen on this machine; "cuda": the families built, such as "sm90".
-      passes: the passes built: "forward", "backward", "bias_gradient".
+      passes: the passes built: "forward", "backward", "bias_gradient", "append".
       dtypes: the input dtypes built.
       head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
       devices: the local devices it runs on.
@@ -79,20 +82,19 @@ def backends() -> list[Backend]:
       ['cpu', 'xla']
     """
     core, problem = _load_core()
-    passes = ("forward", "backward", "bias_gradient")
     cpu = Backend(
         implementation="cpu",
         library=Path(str(core.__file__)) if core else None,
         problem=problem,
         archs=(core.cpu_isa(),) if core else (),
-        passes=passes if core else (),
+        passes=tuple(name.removeprefix("jax_flash_") for name in core.registrations()) if core else (),
         dtypes=DTYPES if core else (),
         head_dims=(),
         devices=local_devices("cpu") if core else (),
     )
     everything = tuple(d for platform in ("cpu", "cuda") for d in local_devices(platform))
     others = tuple(d for d in _default_devices() if d not in everything)
-    xla = Backend("xla", None, None, (), passes, DTYPES, (), everything + others)
+    xla = Backend("xla", None, None, (), ALL_PASSES, DTYPES, (), everything + others)
     return [cpu, _cuda_backend(), xla]
 
 

@@ -46,6 +46,7 @@ def core(monkeypatch, tmp_path):
         __file__=str(tmp_path / "_core.so"),
         version=lambda: "1.2.3",
         cpu_isa=lambda: "avx2",
+        registrations=lambda: {},
         load_cuda=lambda path: {"jax_flash_forward": object()},
         cuda_kernels=lambda: [
             ("sm80", "forward", 128, 128, ("float16", "bfloat16")),
@@ -87,7 +88,7 @@ def test_the_three_implementations_are_told_and_xla_always_runs():
 def test_the_built_extension_runs_every_pass_and_dtype_on_the_cpu():
     cpu = named("cpu")
     assert cpu.problem is None
-    assert cpu.passes == ("forward", "backward", "bias_gradient")
+    assert set(cpu.passes) >= {"forward", "backward", "bias_gradient"}
     assert cpu.dtypes == ("float16", "bfloat16", "float32")
     assert cpu.archs[0]
     assert cpu.devices == tuple(jax.local_devices(backend="cpu"))
