@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -56,6 +56,7 @@ class Split:
     rest: Axes = ()
     heads: int = 0  # query heads of a shard
     group: int = 1  # query heads per KV head
+    same_bias: Axes = ()  # axes over which the shards share one bias
 
     @property
     def kv_count(self) -> int:
@@ -165,7 +166,12 @@ class _Rules:
                 elif name == guide and dim in ("hq", "hk"):
                     head_axes = entry
         hq, hk = self.heads({name: x.shape for name, x in named.items()})
-        return _split_heads(mesh, axes, head_axes, hq, hk, used)
+        found = _split_heads(mesh, axes, head_axes, hq, hk, used)
+        if "bias" not in named:
+            return found
+        own = self.dims("bias", named["bias"].shape)
+        same = [axis for dim in ("b", "hq") if dim not in own for axis in found.axes.get(dim, ())]
+        return replace(found, same_bias=tuple(same))
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         named = dict(zip(self.names, arrays))
@@ -179,10 +185,7 @@ class _Rules:
                     named[name], split.first_kv(), split.kv_count, axis=axis
                 )
         results = self.body(*named.values(), spec=self.spec)
-        return tuple(
-            self.finish(name, x, split, kv_heads, named.get("bias"))
-            for name, x in zip(self.pass_.results, results)
-        )
+        return tuple(self.finish(name, x, split, kv_heads) for name, x in zip(self.pass_.results, results))
 
     def with_offsets(self, split: Split, dropout: jax.Array, query_shape: Sequence[int]) -> jax.Array:
         """Dropout bits follow the global batch entry and query head."""
@@ -193,20 +196,15 @@ class _Rules:
                 dropout = dropout.at[..., slot].add(offset)
         return dropout
 
-    def finish(
-        self, name: str, x: jax.Array, split: Split, kv_heads: int, bias: jax.Array | None
-    ) -> jax.Array:
+    def finish(self, name: str, x: jax.Array, split: Split, kv_heads: int) -> jax.Array:
         """Sum what several shards contributed to the same gradient."""
         summed: Axes = ()
         if name in ("dkey", "dvalue") and split.rest:
             whole = jnp.zeros((*x.shape[:-2], kv_heads, x.shape[-1]), x.dtype)
             x = lax.dynamic_update_slice_in_dim(whole, x, split.first_kv(), axis=-2)
             summed = split.rest
-        elif name == "dbias" and bias is not None:
-            b, hq = bias.shape[-4:-2]
-            summed = (split.axes.get("b", ()) if b == 1 else ()) + (
-                split.axes.get("hq", ()) if hq == 1 else ()
-            )
+        elif name == "dbias":
+            summed = split.same_bias
         total: jax.Array = lax.psum(x, summed) if summed else x
         return total
 
