@@ -26,7 +26,7 @@ BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 # Python files are read from the tree (an editable install); only what is compiled or declared makes it stale.
 SOURCES = pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
-CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests tools -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PY_PATHS = $(wildcard jax_flash tests examples benchmarks tools)
 
 .PHONY: help
@@ -61,6 +61,10 @@ cuda-compile:  ## where nvcc exists: build with CUDA on for a few table rows, an
 	.venv-cuda/bin/python -m jax_flash --require-built cuda
 CUDA_ARCHS ?= 80;90a-real
 CUDA_HEAD_DIMS ?= 64;128
+
+.PHONY: cuda-emulate
+cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (needs cmake, no GPU)
+	$(BIN)/python tools/gpu_check.py --emulated
 
 .PHONY: bench
 bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)
