@@ -39,6 +39,15 @@ def varying_axes(x: Any) -> frozenset[str]:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
+def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
+    """x, resharded to the type of other where explicit mesh axes tell them apart."""
+    have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
+    if jax.sharding.AxisType.Explicit not in have.mesh.axis_types or have.spec == wanted.spec:
+        return x
+    moved: jax.Array = jax.sharding.reshard(x, have.update(spec=wanted.spec))
+    return moved
+
+
 def exporting(ctx: mlir.LoweringRuleContext) -> bool:
     return bool(ctx.module_context.lowering_parameters.for_export)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import paging, reference
+from . import _compat, paging, reference
 from .operands import BACKWARD, BIAS_GRADIENT, FORWARD
 from .primitives import bind, equally_varying
 from .spec import AttentionSpec
@@ -54,7 +54,9 @@ def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangent
     if "bias" in spec.operands:
         (gradients["bias"],) = bind(BIAS_GRADIENT, spec, operands)
     if "sinks" in spec.operands:
-        gradients["sinks"] = _sinks_gradient(operands["sinks"], lse, delta)
+        gradients["sinks"] = _compat.sharded_like(
+            _sinks_gradient(operands["sinks"], lse, delta), operands["sinks"]
+        )
     return gradients
 
 

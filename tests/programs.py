@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import Case
+from jax.sharding import AxisType
 from oracle import split
 
 import jax_flash
@@ -55,7 +56,8 @@ def weights(x: Any) -> jax.Array:
     """A cotangent for x: different at every element, and the same in every program."""
     made = jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype)
     sharding = jax.typeof(x).sharding
-    return jax.sharding.reshard(made, sharding) if sharding.mesh.are_all_axes_explicit else made
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.sharding.reshard(made, sharding) if explicit else made
 
 
 def assert_same(got: Any, wanted: Any, *, tolerance: float = 1e-5) -> None:

@@ -27,12 +27,12 @@ OUT_LSE = (BATCH_HEADS, P("data", "model"))
 
 @pytest.fixture
 def mesh():
-    return make_mesh(AxisType.Auto)
+    return make_mesh(AxisType.Auto, AxisType.Auto)
 
 
 @pytest.fixture
 def explicit():
-    mesh = make_mesh(AxisType.Explicit)
+    mesh = make_mesh(AxisType.Explicit, AxisType.Explicit)
     with jax.set_mesh(mesh):
         yield mesh
 
@@ -201,6 +201,53 @@ def test_explicit_types_of_all_operands(kernel, explicit):
     assert collectives(text) == {"all-reduce": 1}  # of sinks
     for name, x in got["gradients"].items():
         assert jax.typeof(x).sharding.spec == full(x.ndim, *specs[name]), name
+
+
+@pytest.mark.parametrize(
+    "case", [EVERYTHING, EVERYTHING.replace(bias=(1, 1, 6, 10))], ids=["bias", "one bias"]
+)
+def test_explicit_types_of_gradients_are_those_of_operands_left_whole(kernel, explicit, case):
+    """Query is split, bias and sinks are not: their gradients are whole, as their types demand."""
+    run = with_gradients(attention(case, kernel))
+    _, got = check_explicit(run, run, explicit, arrays_of(case), qkv(BATCH_HEADS))
+    assert typed(got["gradients"])["bias"] == P(None, None, None, None)
+    assert typed(got["gradients"])["sinks"] == P(None)
+
+
+CONFLICTS = {
+    "keys alone": qkv(P(), BATCH_HEADS),
+    "batch of query, heads of keys": qkv(P("data"), P(None, None, "model")),
+    "one axis for both": qkv(P("data"), P(None, None, "data")),
+    "another axis": qkv(P("data"), P("model")),
+}
+
+
+@pytest.mark.parametrize("name", CONFLICTS)
+def test_explicit_types_that_differ_keep_each_its_own(kernel, explicit, name):
+    """Query decides where the call runs; results are typed like it, gradients like their arguments."""
+    specs = CONFLICTS[name]
+    run = with_gradients(attention(GQA, kernel))
+    _, got = check_explicit(run, run, explicit, arrays_of(GQA), specs)
+    assert typed(got["results"])[0] == full(4, *specs["query"])
+    assert typed(got["gradients"]) == {name: full(4, *spec) for name, spec in specs.items()}
+
+
+def test_one_explicit_and_one_automatic_axis(kernel):
+    mesh = make_mesh(AxisType.Explicit, AxisType.Auto)
+    run = with_gradients(attention(GQA, kernel))
+    with jax.set_mesh(mesh):
+        text, _ = check_explicit(run, run, mesh, arrays_of(GQA), qkv(BATCH_HEADS))
+    assert not collectives(text)
+    assert shard_shapes(text, "forward") == {(2, 6, 2, 8)}
+
+
+def test_shard_map_over_explicit_axes(kernel, explicit):
+    call = attention(GQA, kernel)
+    mapped = jax.shard_map(call, in_specs=(qkv(BATCH_HEADS),), out_specs=OUT_LSE)
+    run = with_gradients(mapped)
+    text, got = check_explicit(run, with_gradients(call), explicit, arrays_of(GQA), qkv(BATCH_HEADS))
+    assert not collectives(text)
+    assert typed(got["gradients"])["query"] == full(4, *BATCH_HEADS)
 
 
 @pytest.mark.parametrize("spec", [P("data", None, None, "model"), P(None, "data", None, "model")], ids=str)

@@ -33,13 +33,13 @@ BATCH_HEADS = P("data", None, "model")
 
 @pytest.fixture
 def mesh():
-    return make_mesh(AxisType.Auto)
+    return make_mesh(AxisType.Auto, AxisType.Auto)
 
 
-def make_mesh(axis_type):
+def make_mesh(*axis_types):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=axis_types)
 
 
 def arrays_of(case, seed=0):
@@ -128,7 +128,8 @@ def test_fewer_kv_heads_than_devices_cost_one_reduction_of_their_gradients(kerne
 def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
     """8 query heads over 2 × 4 devices, 2 KV heads over the first 2."""
     specs = qkv(P(None, None, ("data", "model")), P(None, None, "data"))
-    text, got = check(attention(FEW, kernel), mesh, arrays_of(FEW), specs)
+    case = FEW.replace(bias=(4, 8, 6, 6), dropout_rate=0.3)
+    text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert collectives(text) == {"all-reduce": 1}
     assert shard_shapes(text, "forward") == {(4, 6, 1, 8)}
     assert got["gradients"]["key"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, None, "data")), 4)
@@ -166,6 +167,23 @@ def test_the_gradient_of_a_broadcast_bias_is_summed_over_the_shards_that_share_i
     specs = qkv(BATCH_HEADS) | OPTIONS | {"bias": shared, "mask": shared, "alibi_slopes": P("model")}
     text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert collectives(text) == {"all-reduce": 1}
+
+
+def test_one_batch_entry_and_one_head_on_each_device(kernel, mesh):
+    """Sizes of 1 that come from splitting are no broadcasting: nothing but sinks is summed."""
+    case = EVERYTHING.replace(b=2, hq=4, hk=4, mask=(2, 4, 1, 10), bias=(2, 4, 6, 10), alibi_slopes=(2, 4))
+    case = case.replace(q_lengths=(6, 2), kv_lengths=(7, 9))
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(BATCH_HEADS) | OPTIONS)
+    assert collectives(text) == {"all-reduce": 1}
+    assert shard_shapes(text, "bias_gradient") == {(1, 1, 6, 10)}
+
+
+@pytest.mark.parametrize("hk", [1, 2])
+def test_all_operands_with_fewer_kv_heads_than_devices(kernel, mesh, hk):
+    case = EVERYTHING.replace(hk=hk)
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(BATCH_HEADS, P("data")) | OPTIONS)
+    assert collectives(text) == {"all-reduce": 2}  # dk and dv over "model", sinks over "data"
+    assert shard_shapes(text, "bias_gradient") == {(2, 2, 6, 10)}
 
 
 @pytest.mark.parametrize(
@@ -206,6 +224,15 @@ def test_other_shardings_are_gathered_and_right(kernel, mesh, name):
         assert collectives(text)
     for shape in shard_shapes(text, "forward") | shard_shapes(text, "backward"):
         assert shape[1] == shape[3] == 8  # sequence and head dim are whole
+
+
+@pytest.mark.parametrize(
+    "case",
+    [MHA.replace(sq=0), MHA.replace(sk=0), MHA.replace(b=0)],
+    ids=["no queries", "no keys", "no batch"],
+)
+def test_empty_arrays_are_split_too(kernel, mesh, case):
+    check(attention(case, kernel), mesh, arrays_of(case), qkv(P(None, None, "model")))
 
 
 @pytest.mark.parametrize(
