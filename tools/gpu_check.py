@@ -9,10 +9,7 @@ Needs cmake, a C++20 compiler, jax, and nvcc unless emulated; nothing is install
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,23 +18,34 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-TARGET = "jax_flash_check_forward"
+import cuda_call  # noqa: E402
+
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--emulated", action="store_true", help="run the kernels on the host")
     parser.add_argument("--library", type=Path, help="a library built before")
     parser.add_argument("--archs", default="90a-real", help="JAX_FLASH_CUDA_ARCHS of the build")
     parser.add_argument("--only", default="", help="cases whose name has this in it")
     parser.add_argument("--no-timing", action="store_true")
+    parser.add_argument(
+        "--command-buffers", action="store_true", help="let XLA capture every call in a graph"
+    )
     options = parser.parse_args()
+    if options.command_buffers:
+        flags = "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUSTOM_CALL"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     if options.emulated:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    library = options.library or (build_emulated() if options.emulated else build(options.archs))
-    register(library, "cpu" if options.emulated else "CUDA")
+    library = options.library or (
+        cuda_call.build_emulated() if options.emulated else cuda_call.build(options.archs)
+    )
+    cuda_call.register(library, "cpu" if options.emulated else "CUDA")
     failures = run_checks(options)
     if not options.emulated and not options.no_timing:
         time_d128()
@@ -45,75 +53,16 @@ def main() -> int:
     return int(failures > 0)
 
 
-# --- the library ---------------------------------------------------------------------------------------------------
-
-
-def build(archs: str) -> Path:
-    folder = ROOT / "build" / "gpu-check"
-    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    settings = {"Python_EXECUTABLE": sys.executable, "JAX_FLASH_MODULE": "OFF", "JAX_FLASH_CUDA": "ON"}
-    settings |= {"JAX_FLASH_CUDA_ARCHS": archs, "CMAKE_CUDA_FLAGS": "-Xptxas=-v"}
-    defines = [f"-D{name}={value}" for name, value in settings.items()]
-    began = time.time()
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *generator, *defines], check=True)
-    log = folder / "build.log"
-    with log.open("w") as out:
-        status = subprocess.run(["cmake", "--build", folder, "--parallel", str(os.cpu_count())], stdout=out, stderr=out)
-    if status.returncode:
-        print(log.read_text()[-8000:])
-        raise SystemExit(status.returncode)
-    spills = [line.strip() for line in log.read_text().splitlines() if " spill stores" in line]
-    spilling = [line for line in spills if " 0 bytes spill stores" not in line]
-    print(f"built in {time.time() - began:.0f} s; {len(spilling)} of {len(spills)} kernels spill: {spilling}")
-    return folder / "libjax_flash_cuda.so"
-
-
-def build_emulated() -> Path:
-    folder = ROOT / "build" / "emulated"
-    subprocess.run(
-        ["cmake", "-S", ROOT / "tools" / "emulator", "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
-    subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
-    return folder / "libjax_flash_cuda.so"
-
-
-def register(path: Path, platform: str) -> None:
-    import jax
-
-    library = ctypes.CDLL(str(path))
-    library.jax_flash_version.restype = ctypes.c_char_p
-    handler = jax.ffi.pycapsule(library.JaxFlashForwardCuda)
-    jax.ffi.register_ffi_target(TARGET, handler, platform=platform)
-    print(f"jax {jax.__version__}, {path} {library.jax_flash_version().decode()}, {jax.devices()[0]}")
-
-
-def forward(spec: Any, operands: dict[str, Any], leading: tuple[int, ...] = ()) -> tuple[Any, Any]:
-    """The custom call on named operands, into memory that held NaN before where the allocator plays along."""
-    import jax
-    import jax.numpy as jnp
-
-    from jax_flash.workspace import workspace_bound
-
-    query, value = operands["query"], operands["value"]
-    rows = query.shape[len(leading) : -2]
-    out = jax.ShapeDtypeStruct((*leading, *rows, query.shape[-2], value.shape[-1]), query.dtype)
-    lse = jax.ShapeDtypeStruct((*leading, *rows[:-1], query.shape[-2], rows[-1]), jnp.float32)
-    bound = workspace_bound("forward", spec, {name: x.shape for name, x in operands.items()})
-    results = (out, lse, jax.ShapeDtypeStruct((bound,), jnp.uint8))
-    call = jax.ffi.ffi_call(TARGET, results)
-    for like in (out, lse):
-        jnp.full(like.shape, jnp.nan, like.dtype).block_until_ready().delete()
-    return call(*operands.values(), spec=spec.ffi_attributes())[:2]
-
-
 # --- the checks ----------------------------------------------------------------------------------------------------
 
 
 def run_checks(options: argparse.Namespace) -> int:
     checks = [*named_cases(options.emulated), *more_cases(options.emulated)]
-    others = [("leading dimensions", check_leading), ("garbage cu_seqlens", check_garbage)]
+    others = [
+        ("leading dimensions", check_leading),
+        ("garbage cu_seqlens", check_garbage),
+        ("several calls in one program", check_program),
+    ]
     if not options.emulated:
         others.append(("offsets beyond 2**31", check_large))
     failed = []
@@ -175,7 +124,9 @@ def more_cases(emulated: bool) -> list[Any]:
     ]
     packed = {"hq": 4, "hk": 2, "d": 64, "dv": 64, "dtype": "bfloat16", "causal": True}
     made += [
-        varlen("large packed", (130, 1, 0, 200, 64), k_sequences=(150, 3, 9, 170, 64), padding=(70, 3), **packed),
+        varlen(
+            "large packed", (130, 1, 0, 200, 64), k_sequences=(150, 3, 9, 170, 64), padding=(70, 3), **packed
+        ),
         varlen("many sequences", tuple(i % 5 for i in range(600)), **packed),
         varlen("no sequence", (), padding=(140, 20), **packed),
     ]
@@ -200,7 +151,7 @@ def check(spec: Any, operands: dict[str, Any], softcap: Any = None, leading: tup
         return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     run = reference.attention
-    out, lse = (np.asarray(x, np.float32) for x in forward(spec, operands, leading))
+    out, lse = (np.asarray(x, np.float32) for x in cuda_call.forward(spec, operands, leading))
     dtype = operands["query"].dtype
     operands = {name: jnp.broadcast_to(x, leading + x.shape[len(leading) :]) for name, x in operands.items()}
     ref = _over(leading, run, spec, {name: wide(x) for name, x in operands.items()})
@@ -217,7 +168,9 @@ def check(spec: Any, operands: dict[str, Any], softcap: Any = None, leading: tup
     assert (np.isneginf(lse) == nothing).all(), "lse: −inf at other rows"
     error = np.where(nothing, 0, np.abs(np.where(nothing, 0, lse) - np.where(nothing, 0, ref_lse)))
     limit = 1e-4 + 1e-5 * np.abs(np.where(nothing, 0, ref_lse))
-    assert (error <= limit).all(), f"lse: {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"
+    assert (error <= limit).all(), (
+        f"lse: {error.max():.2e} at {np.unravel_index(error.argmax(), error.shape)}"
+    )
 
 
 def _over(leading: tuple[int, ...], run: Any, spec: Any, operands: dict[str, Any], **options: Any) -> Any:
@@ -239,7 +192,11 @@ def check_leading() -> None:
         inputs = cases.make_inputs(case)
         many = [cases.operands(cases.make_inputs(case, seed)) for seed in range(6)]
         stacked = {n: jnp.stack([x[n] for x in many]).reshape(2, 3, *many[0][n].shape) for n in many[0]}
-        whole_in = {"key": (slice(0, 1), slice(None)), "sinks": (slice(None), slice(0, 1)), "query": (slice(None),) * 2}
+        whole_in = {
+            "key": (slice(0, 1), slice(None)),
+            "sinks": (slice(None), slice(0, 1)),
+            "query": (slice(None),) * 2,
+        }
         nowhere = (slice(0, 1), slice(0, 1))
         operands = {n: x[whole_in.get(n, nowhere)] for n, x in stacked.items()}
         check(cases.spec(case, inputs), operands, case.softcap, leading=(2, 3))
@@ -256,10 +213,44 @@ def check_garbage() -> None:
     for seed in range(4):
         rng = np.random.default_rng(seed)
         garbage = {
-            name: jnp.asarray(rng.integers(-20, 40, 4), jnp.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")
+            name: jnp.asarray(rng.integers(-20, 40, 4), jnp.int32)
+            for name in ("cu_seqlens_q", "cu_seqlens_k")
         }
         garbage["cu_seqlens_k"] = garbage["cu_seqlens_k"].at[3].set(2**31 - 1)
         check(cases.spec(case, inputs), cases.operands(inputs) | garbage)
+
+
+def check_program() -> None:
+    """Fixed and packed calls that feed each other in one jitted program, run again with other values."""
+    import cases
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jax_flash import reference
+
+    fixed, packed = (cases.BY_NAME[name].replace(dtype="bfloat16") for name in ("causal", "packed causal"))
+    specs = [cases.spec(case, cases.make_inputs(case)) for case in (fixed, packed)]
+
+    def program(call: Any, a: dict[str, Any], b: dict[str, Any]) -> Any:
+        for _ in range(3):
+            a = a | {"query": call(specs[0], a)[0] + a["query"]}
+            b = b | {
+                "query": call(specs[1], b)[0]
+                + a["query"].reshape(-1, *b["query"].shape[1:])[: len(b["query"])]
+            }
+        return b["query"]
+
+    ours, right = (
+        jax.jit(lambda a, b, call=call: program(call, a, b))
+        for call in (cuda_call.forward_into, reference.attention)
+    )
+    for seed in range(3):
+        operands = [cases.operands(cases.make_inputs(case, seed)) for case in (fixed, packed)]
+        got, wanted = (np.asarray(call(*operands), np.float32) for call in (ours, right))
+        # Six roundings of 2⁻⁸ follow one another on values of a few units.
+        assert np.abs(got - wanted).max() <= 0.1, f"out: {np.abs(got - wanted).max()}"
+        assert jnp.isfinite(got).all()
 
 
 def check_large() -> None:
@@ -273,15 +264,22 @@ def check_large() -> None:
     spec = AttentionSpec("fixed", left=100, right=0, scale=0.1)
     shape = (9, 32768, 64, 128)
     keys = jax.random.split(jax.random.key(0), 3)
-    arrays = {n: jax.random.normal(k, shape, jnp.bfloat16) for n, k in zip(("query", "key", "value"), keys, strict=True)}
-    out, lse = forward(spec, arrays)
+    arrays = {
+        n: jax.random.normal(k, shape, jnp.bfloat16)
+        for n, k in zip(("query", "key", "value"), keys, strict=True)
+    }
+    out, lse = cuda_call.forward(spec, arrays)
     last = {n: x[-1:] for n, x in arrays.items()}
-    alone = forward(spec, last)
-    assert np.array_equal(out[-1:].view(jnp.uint16), alone[0].view(jnp.uint16)), "out of the last entry differs"
+    alone = cuda_call.forward(spec, last)
+    assert np.array_equal(out[-1:].view(jnp.uint16), alone[0].view(jnp.uint16)), (
+        "out of the last entry differs"
+    )
     assert np.array_equal(lse[-1:], alone[1]), "lse of the last entry differs"
     small = {n: x[:, -2048:, :2] for n, x in last.items()}
-    part = forward(spec, small)[0][:, 101:]
-    assert np.array_equal(part.view(jnp.uint16), out[-1:, -1947:, :2].view(jnp.uint16)), "out of the last rows differs"
+    part = cuda_call.forward(spec, small)[0][:, 101:]
+    assert np.array_equal(part.view(jnp.uint16), out[-1:, -1947:, :2].view(jnp.uint16)), (
+        "out of the last rows differs"
+    )
 
 
 # --- speed ---------------------------------------------------------------------------------------------------------
@@ -296,11 +294,15 @@ def time_d128() -> None:
 
     for s in (1024, 4096, 16384):
         shape = (16384 // s, s, 16, 128)
-        q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
+        q, k, v = (
+            jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)
+        )
         for causal in (False, True):
             flop = 4 * 16384 * s * 16 * 128 / (2 if causal else 1)
             spec = AttentionSpec("fixed", right=0 if causal else -1, scale=128**-0.5)
-            ours = jax.jit(lambda q, k, v, spec=spec: forward_untouched(spec, q, k, v))
+            ours = jax.jit(
+                lambda q, k, v, spec=spec: cuda_call.forward_into(spec, {"query": q, "key": k, "value": v})[0]
+            )
             peer = jax.jit(
                 lambda q, k, v, causal=causal: jax.nn.dot_product_attention(
                     q, k, v, is_causal=causal, implementation="cudnn"
@@ -313,15 +315,6 @@ def time_d128() -> None:
                 except Exception as error:  # the peer may be missing
                     figures.append(type(error).__name__)
             print(f"s {s}{' causal' if causal else ''}: {figures[0]} TFLOP/s, cuDNN {figures[1]}", flush=True)
-
-
-def forward_untouched(spec: Any, q: Any, k: Any, v: Any) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    lse = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-    results = (jax.ShapeDtypeStruct(q.shape, q.dtype), lse, jax.ShapeDtypeStruct((0,), jnp.uint8))
-    return jax.ffi.ffi_call(TARGET, results)(q, k, v, spec=spec.ffi_attributes())[0]
 
 
 def seconds(call: Any, *arguments: Any) -> float:

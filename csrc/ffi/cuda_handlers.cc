@@ -35,7 +35,7 @@ ffi::Error forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingR
                    AttentionSpec spec) {
   Problem p;
   if (ffi::Error e = decode_operands(Pass::kForward, spec, args, rets, p); e.failure()) return e;
-  auto workspace = rets.get<ffi::AnyBuffer>(rets.size() - 1);
+  auto workspace = rets.get<ffi::AnyBuffer>(2);  // after out and lse
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);

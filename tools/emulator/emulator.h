@@ -1,6 +1,6 @@
-// CUDA's execution model on the host, enough to run csrc/cuda: a block's threads are fibers that switch at barriers
-// and at warp-wide instructions. What hardware leaves undefined is made to fail: shared memory begins as NaN, and
-// cp.async writes nothing until it is waited for.
+// CUDA's execution model on the host, enough to run csrc/cuda: a block's threads are fibers that switch at
+// barriers and at warp-wide instructions. What hardware leaves undefined is made to fail: shared memory
+// begins as NaN, and cp.async writes nothing until it is waited for.
 #pragma once
 
 #include <algorithm>
@@ -53,7 +53,7 @@ void wait_copies(int pending);
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp() {
-  emulator::warp_collective(nullptr, [](void* const (&)[32]) {});
+  emulator::warp_collective(nullptr, [](void* const(&)[32]) {});
 }
 
 template <class T, int kKind>
@@ -62,7 +62,7 @@ T emulated_shuffle(T x, int operand) {
     T in, out;
     int operand;
   } argument{x, x, operand};
-  emulator::warp_collective(&argument, [](void* const (&all)[32]) {
+  emulator::warp_collective(&argument, [](void* const(&all)[32]) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* self = static_cast<Argument*>(all[lane]);
       const int from = kKind == 0 ? lane ^ self->operand : self->operand;

@@ -8,5 +8,7 @@
 template <>
 struct xla::ffi::CtxDecoding<xla::ffi::PlatformStream<cudaStream_t>> {
   using Type = cudaStream_t;
-  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) { return Type{}; }
+  static std::optional<Type> Decode(const XLA_FFI_Api*, XLA_FFI_ExecutionContext*, DiagnosticEngine&) {
+    return Type{};
+  }
 };

@@ -11,7 +11,7 @@ void emulated_ldmatrix(uint32_t (&r)[4], uint32_t address) {
     uint32_t* r;
     uint32_t address;
   } argument{r, address};
-  emulator::warp_collective(&argument, [](void* const (&all)[32]) {
+  emulator::warp_collective(&argument, [](void* const(&all)[32]) {
     auto element = [&](int matrix, int row, int column) {
       const auto* from = static_cast<const Argument*>(all[matrix * 8 + row]);
       uint16_t x;

@@ -15,7 +15,7 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     const uint32_t* a;
     uint32_t b[2];
   } argument{c, a, {b0, b1}};
-  emulator::warp_collective(&argument, [](void* const (&all)[32]) {
+  emulator::warp_collective(&argument, [](void* const(&all)[32]) {
     float a[16][16], b[16][8];
     auto unpack = [](uint32_t pair, int i) {
       const uint16_t bits = static_cast<uint16_t>(pair >> 16 * i);
