@@ -11,7 +11,7 @@ namespace jax_flash {
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, size_t shared,
                    cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
-  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  constexpr size_t kSharedWithoutAsking = 44 << 10;  // of 48 KB, which hold static shared memory too
   if (shared > kSharedWithoutAsking) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared));
