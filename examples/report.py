@@ -65,12 +65,13 @@ def describe(
     )
 
 
-def summary(settings: Settings, history: History, verdict: Verdict) -> str:
+def summary(settings: Settings, history: History, verdict: Verdict, cores_used: float) -> str:
     """What came of it, and where the time went."""
+    more = "; --resume goes on" if history.step < settings.steps else ""
     parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in history.seconds.items())
     return (
-        f"{history.step} of {settings.steps} steps, {history.tokens_per_second:,.0f} tokens/s\n"
-        f"{sum(history.seconds.values()):.1f} s: {parts}\n"
+        f"{history.step} of {settings.steps} steps, {history.tokens_per_second:,.0f} tokens/s{more}\n"
+        f"{sum(history.seconds.values()):.1f} s on {cores_used:.1f} of {cpu_cores()} CPU cores: {parts}\n"
         f"wrote {settings.out}/run.json, loss.png, checkpoint/\n{verdict}"
     )
 
@@ -81,6 +82,11 @@ def devices(settings: Settings) -> str:
     return f"{math.prod(settings.mesh_axes.values())} × {jax.devices()[0].device_kind}{mesh}"
 
 
+def cpu_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
     """Versions and hardware."""
     return {
@@ -89,11 +95,11 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
-        "cpu_cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cpu_cores": cpu_cores(),
     }
 
 
-def write_json(settings: Settings, history: History, verdict: Verdict) -> None:
+def write_json(settings: Settings, history: History, verdict: Verdict, cores_used: float) -> None:
     """run.json: every setting, version, loss and time of the run."""
     record = {
         "settings": settings.to_json(),
@@ -101,6 +107,7 @@ def write_json(settings: Settings, history: History, verdict: Verdict) -> None:
         "verdict": asdict(verdict) | {"margin": verdict.margin, "reached": verdict.reached},
         "tokens_per_second": history.tokens_per_second,
         "seconds": sum(history.seconds.values()),
+        "cpu_cores_used": cores_used,
         "history": asdict(history),
     }
     (Path(settings.out) / "run.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
+class SettingError(ValueError):
+    """A setting that this machine, or the checkpoint to resume from, does not allow."""
+
+
 def option(default: Any, text: str, curve: bool = True, **parsing: Any) -> Any:
     """A field of `Settings` and its command line option; `curve`: whether it shapes the loss curve."""
     return field(default=default, metadata={"text": text, "curve": curve, "parsing": parsing})
@@ -17,7 +21,7 @@ class Settings:
     """Everything that a run is made from. The run's JSON holds all of it."""
 
     steps: int = option(500, "training steps; the learning rate decays over them")
-    rows: int = option(4, "packed rows in a step")
+    rows: int = option(2, "packed rows in a step")
     row_length: int = option(1024, "tokens in a row")
     seed: int = option(0, "of the weights and the order of documents")
     layers: int = option(4, "transformer blocks")

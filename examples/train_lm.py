@@ -18,7 +18,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from settings import Settings, parse_settings
+from settings import SettingError, Settings, parse_settings
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
     force_host_devices(math.prod(settings.mesh_axes.values()))
     try:
         return train(settings, time.monotonic() if started is None else started)
-    except ValueError as error:
+    except SettingError as error:
         print(f"train_lm: {error}", file=sys.stderr)
         return 2
 
@@ -53,6 +53,7 @@ def train(settings: Settings, started: float) -> int:
     from text import Packer, bigram_loss, load_documents
     from training import Checkpoints, History, Trainer, make_mesh
 
+    cpu_started = time.process_time()
     trainer = Trainer(settings, make_mesh(settings.mesh_axes))
     checkpoints = Checkpoints(settings)
     if settings.resume:
@@ -73,8 +74,9 @@ def train(settings: Settings, started: float) -> int:
     verdict = Verdict(history.validation[-1][1], bigram, settings.target)
     with history.timing("report"):
         plot(settings, history, verdict)
-    write_json(settings, history, verdict)
-    print(summary(settings, history, verdict))
+    cores_used = (time.process_time() - cpu_started) / (time.monotonic() - started)
+    write_json(settings, history, verdict, cores_used)
+    print(summary(settings, history, verdict, cores_used))
     return 1 if settings.is_default_run() and not verdict.reached else 0
 
 
@@ -101,7 +103,7 @@ def run_steps(
     settings = trainer.settings
     last = min(settings.steps, settings.stop_at or settings.steps)
     with history.timing("compilation"):
-        trainer.compile(stream.batch(0))
+        trainer.compile(stream.batch(0), held_out[0])
     with tqdm(total=settings.steps, initial=history.step, unit="step", dynamic_ncols=True) as bar:
         while history.step < last and time.monotonic() < deadline:
             with history.timing("training"):

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from model import ModelConfig, Transformer
-from settings import Settings
+from settings import SettingError, Settings
 from text import PADDING, Batch
 
 
@@ -64,10 +64,10 @@ class History:
 
 
 def make_mesh(axes: dict[str, int]) -> Mesh:
-    """A mesh of the first devices; raises ValueError where there are too few."""
+    """A mesh of the first devices; raises SettingError where there are too few."""
     count = int(np.prod(list(axes.values())))
     if count > jax.device_count():
-        raise ValueError(
+        raise SettingError(
             f"mesh: {axes} takes {count} devices; {jax.default_backend()} has {jax.device_count()}"
         )
     devices = jax.devices()[:count]
@@ -128,10 +128,10 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             return jax.jit(lambda: nnx.state(self._create()), out_shardings=self.shardings)()
 
-    def compile(self, batch: Batch) -> None:
-        """Compiles for batches of this shape, so that no step has to wait for it."""
-        batch = self._place(batch)
-        self._step = self._step.lower(self.abstract_state, batch).compile()
+    def compile(self, batch: Batch, held_out: Batch) -> None:
+        """Compiles `step` and `evaluate` for batches of these shapes, so that their time is theirs alone."""
+        self._step = self._step.lower(self.abstract_state, self._place(batch)).compile()
+        self._evaluate = self._evaluate.lower(self.abstract_state, self._place(held_out)).compile()
 
     def step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
         """One AdamW step: (the next state, the loss before it in nats per byte). `state` is used up."""
@@ -182,10 +182,10 @@ class Checkpoints:
         self.manager.save(history.step, args=ocp.args.Composite(**items))
 
     def restore(self, abstract_state: nnx.State) -> tuple[nnx.State, History]:
-        """The newest, placed as `abstract_state` says; raises ValueError for none or one of another curve."""
+        """The newest, placed as `abstract_state` says; raises SettingError for none or one of another curve."""
         step = self.manager.latest_step()
         if step is None:
-            raise ValueError(f"resume: got {self.directory}, which holds no checkpoint; leave --resume out")
+            raise SettingError(f"resume: got {self.directory}, which holds no checkpoint; leave --resume out")
         items = {"state": ocp.args.StandardRestore(abstract_state), "record": ocp.args.JsonRestore()}
         self._check(self.manager.restore(step, args=ocp.args.Composite(record=items["record"])).record)
         restored = self.manager.restore(step, args=ocp.args.Composite(**items))
@@ -194,6 +194,6 @@ class Checkpoints:
     def _check(self, record: dict[str, Any]) -> None:
         for name, value in self.settings.curve().items():
             if (saved := record["settings"].get(name)) != value:
-                raise ValueError(
+                raise SettingError(
                     f"resume: got {name} = {value}; the checkpoint's run has {saved}, and must keep it"
                 )

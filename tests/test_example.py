@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ import train_lm  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from report import Verdict  # noqa: E402
 from settings import Settings, parse_settings  # noqa: E402
-from training import make_mesh  # noqa: E402
+from training import Trainer, make_mesh  # noqa: E402
 
 ATTENTION = IMPLEMENTATION if IMPLEMENTATION != "cpu" else "auto"
 TINY = (
@@ -58,6 +59,7 @@ def test_a_run_leaves_its_settings_versions_times_plot_and_checkpoint(uninterrup
     assert {"compilation", "training", "validation"} <= uninterrupted["history"]["seconds"].keys()
     assert uninterrupted["history"]["tokens"] == 12 * 2 * 512
     assert uninterrupted["tokens_per_second"] > 0
+    assert uninterrupted["cpu_cores_used"] > 0
     assert 1.5 < uninterrupted["verdict"]["bigram_loss"] < 3.0
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "checkpoint" / "12").is_dir()
@@ -100,6 +102,19 @@ def test_a_mesh_gives_the_same_curve_as_one_device(uninterrupted, tmp_path):
     record = json.loads((tmp_path / "run.json").read_text())
     assert len(record["environment"]["devices"]) >= 4
     np.testing.assert_allclose(losses(record), losses(uninterrupted), rtol=1e-4)
+
+
+@pytest.mark.skipif(IMPLEMENTATION == "cuda", reason="reads the text of a CPU program")
+def test_on_a_mesh_attention_runs_on_its_own_rows_and_heads_and_only_sums_are_exchanged():
+    settings = parse_settings([*TINY, "--mesh", "data=2,model=2"])
+    trainer = Trainer(settings, make_mesh(settings.mesh_axes))
+    batch = text.Packer([b"some text " * 300], settings.rows, settings.row_length).batch(0)
+    trainer.compile(batch, batch)
+    program = trainer._step.as_text()
+    assert "all-reduce" in program
+    assert not re.search("all-gather|all-to-all|collective-permute", program)
+    call = re.search(r"= \(f32\[([\d,]+)\][^\n]*custom_call_target=\"jax_flash_forward\"", program)
+    assert call.group(1) == "1,512,1,16"  # one of two rows, one of two heads
 
 
 DOCUMENTS = [b"the first one", b"second", b"and a third that is longer"]
