@@ -194,11 +194,13 @@ def _covers(family: str, capability: int) -> bool:
 def _load_core() -> tuple[ModuleType | None, str | None]:
     """The extension, or why there is none."""
     try:
-        return importlib.import_module("._core", __package__), None
+        core = importlib.import_module("._core", __package__)
+        core.cpu_isa()  # ValueError where JAX_FLASH_CPU_ISA names what this machine has not
     except ModuleNotFoundError:
         return None, "not built: this is a source tree; `pip install .` there builds it"
-    except ImportError as error:
-        return None, f"not loadable: {error}"
+    except (ImportError, ValueError) as error:
+        return None, f"not usable: {error}"
+    return core, None
 
 
 @cache

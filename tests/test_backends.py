@@ -1,6 +1,7 @@
 """What is installed, built and found is told truthfully, whatever is missing, and never by a crash."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,11 @@ def test_an_extension_that_does_not_load_says_why(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", broken)
     backends._load_core.cache_clear()
     assert "GLIBCXX_3.4.99" in named("cpu").problem
+
+
+def test_an_instruction_set_that_the_machine_lacks_is_told_not_thrown():
+    environment = os.environ | {"JAX_FLASH_CPU_ISA": "mmx"}
+    assert '"cpu" is not usable: jax_flash: JAX_FLASH_CPU_ISA is "mmx"' in run_command(env=environment).stdout
 
 
 @pytest.mark.parametrize("major", [12, 13])
