@@ -1,0 +1,270 @@
+"""flash_attention: every option, dtype and pass against the oracle, at the contract's tolerance."""
+
+from itertools import product
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import DTYPES, FIXED, Case, make_inputs
+from conftest import IMPLEMENTATION
+from pairwise import pairwise
+
+import jax_flash
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def by_name(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+@dtypes
+@by_name(FIXED)
+def test_each_option_forward_and_backward(case, dtype):
+    if case.sinks and not case.alibi_slopes:
+        case = case.replace(hq=16)  # the 16-bit limit is low's worst error: of 4 sinks' gradients that is mere luck
+    checks.check(case.replace(dtype=dtype), IMPLEMENTATION)
+
+
+@by_name(FIXED[::2])
+def test_each_option_in_plain_jax(case):
+    checks.check(case.replace(dtype="float16"), "xla")
+
+
+# All options together, two by two.
+
+SHAPES = [
+    dict(sq=12, sk=12, hq=8, hk=2, d=16, dv=16),
+    dict(sq=12, sk=19, hq=8, hk=1, d=16, dv=8),
+    dict(sq=19, sk=12, hq=6, hk=6, d=20, dv=40),
+    dict(sq=5, sk=35, hq=8, hk=4, d=64, dv=64),
+    dict(sq=70, sk=9, hq=6, hk=2, d=7, dv=1),
+]
+OPTIONS = {
+    "shape": SHAPES,
+    "dtype": list(DTYPES),
+    "causal": [False, True],
+    "window": [None, (3, 2), (5, None), (None, 4), (0, 0)],
+    "align": ["bottom_right", "top_left"],
+    "scale": [None, -0.4],
+    "softcap": [None, 3.0],
+    "mask": [None, "b hq sq sk", "b 1 1 sk", "hq sq 1"],
+    "bias": [None, "b hq sq sk", "1 1 sq sk", "b hq 1 1", "sk"],
+    "bias_dtype": ["float32", "float16", "bfloat16"],
+    "segments": [0, 3],
+    "q_lengths": [None, (11, 1), (0, 99)],
+    "kv_lengths": [None, (9, 7), (-1, 12)],
+    "alibi_slopes": [None, "hq", "b hq"],
+    "sinks": [False, True],
+    "dropout_rate": [0.0, 0.4],
+}
+
+
+def combination(number, row):
+    """A case from a row of `pairwise`: shapes in words become numbers."""
+    sizes = {"b": 2, **row["shape"]}
+    shapes = {
+        name: row[name] and tuple(int(sizes.get(dim, dim)) for dim in row[name].split())
+        for name in ("mask", "bias", "alibi_slopes")
+    }
+    rest = {name: value for name, value in row.items() if name not in (*shapes, "shape")}
+    return Case(f"combination {number}", **row["shape"], **shapes, **rest)
+
+
+COMBINATIONS = [combination(*row) for row in enumerate(pairwise(OPTIONS))]
+
+
+@by_name(COMBINATIONS)
+def test_options_two_by_two(case):
+    checks.check(case, IMPLEMENTATION)
+
+
+@by_name(COMBINATIONS[::4])
+def test_options_two_by_two_in_plain_jax(case):
+    checks.check(case, "xla")
+
+
+# Shapes.
+
+
+HEAD_DIMS = [(1, 1), (7, 20), (20, 7), (40, 100), (100, 40), (160, 256), (256, 160), (192, 128), (96, 224), (256, 256)]
+
+
+@dtypes
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+def test_head_dims_of_any_size(dims, dtype):
+    d, dv = dims
+    checks.check(Case("dims", b=1, sk=19, d=d, dv=dv, dtype=dtype, causal=True), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (6, 3), (6, 2), (6, 1), (8, 1), (5, 5)])
+def test_query_head_i_reads_kv_head_i_divided_by_the_group(heads):
+    hq, hk = heads
+    dtype = checks.usual_dtype(IMPLEMENTATION)
+    checks.check(Case("heads", hq=hq, hk=hk, sinks=True, dtype=dtype), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 40), (40, 1), (2, 3), (63, 64), (65, 63), (64, 129)])
+def test_query_and_key_of_different_length(lengths, align):
+    sq, sk = lengths
+    dtype = checks.usual_dtype(IMPLEMENTATION)
+    case = Case("lengths", b=1, sq=sq, sk=sk, hq=2, hk=1, causal=True, align=align, dtype=dtype)
+    checks.check(case, IMPLEMENTATION)
+
+
+TILES = [
+    Case("window", sq=300, sk=517, window=(64, 0)),
+    Case("window both ways, top left", sq=517, sk=300, window=(64, 30), align="top_left"),
+    Case("causal, GQA", sq=300, sk=517, causal=True, hq=4),
+    Case("lengths", b=3, sq=300, sk=517, q_lengths=(300, 129, 1), kv_lengths=(64, 517, 257)),
+    Case("everything", sq=300, sk=517, bias=(517,), mask=(300, 1), segments=5, softcap=5.0, alibi_slopes=(2,)),
+    Case("dropout", sq=300, sk=517, dropout_rate=0.2, sinks=True, window=(200, 100)),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@by_name(TILES)
+def test_lengths_that_cross_tiles(case, dtype):
+    checks.check(case.replace(b=max(1, case.b - 1), hq=2, hk=1, d=40, dv=24, dtype=dtype), IMPLEMENTATION)
+
+
+ZERO = [dict(b=0), dict(sq=0), dict(sk=0), dict(sq=0, sk=0), dict(b=0, sq=0, sk=0)]
+
+
+@pytest.mark.parametrize("sizes", ZERO, ids=str)
+def test_zero_sizes(sizes, implementation):
+    case = Case("zero", **sizes, causal=True, sinks=True, bias=(1, 4, 1, 1), alibi_slopes=(4,), dropout_rate=0.1)
+    checks.check(case.replace(dtype=checks.usual_dtype(implementation)), implementation)
+
+
+# Bias: every way to broadcast it, and its gradient in its own shape.
+
+BROADCAST = list(product((1, 2), (1, 4), (1, 12), (1, 13)))
+
+
+@pytest.mark.parametrize("shape", BROADCAST, ids=str)
+def test_bias_broadcast_over_any_dimensions(shape):
+    case = Case("bias", sk=13, bias=shape, dtype=checks.usual_dtype(IMPLEMENTATION))
+    checks.check(case, IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (13,), (12, 1), (12, 13), (4, 1, 13), (1, 12, 13)], ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES)
+def test_bias_of_lower_rank_and_any_dtype(shape, bias_dtype):
+    case = Case("bias", sk=13, bias=shape, bias_dtype=bias_dtype, causal=True, dtype="bfloat16")
+    checks.check(case, IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("shape", [(), (13,), (12, 1), (4, 1, 13), (2, 1, 1, 13), (1, 4, 12, 1)], ids=str)
+def test_mask_broadcast_over_any_dimensions(shape):
+    case = Case("mask", sk=13, mask=shape, dtype=checks.usual_dtype(IMPLEMENTATION))
+    checks.check(case, IMPLEMENTATION)
+
+
+def test_a_bias_of_minus_infinity_masks(implementation):
+    case = Case("bias", mask=(2, 4, 12, 12), bias=(2, 4, 12, 12), dtype=checks.usual_dtype(implementation))
+    masked = make_inputs(case)
+    keywords = dict(masked.keywords)
+    mask = keywords.pop("mask").at[0, 1, 3].set(False)
+    keywords["bias"] = jnp.where(mask, keywords["bias"], -jnp.inf)
+    biased = checks.Inputs(masked.positional, keywords, masked.dout, masked.dlse)
+    got = checks.run(case.replace(mask=None), biased, implementation)
+    wanted = checks.run(case, checks.with_arrays(masked, mask=mask), implementation)
+    checks.assert_same(got, wanted)
+    assert got.lse[0, 1, 3] == -np.inf
+
+
+# Arguments in their other forms.
+
+
+def call(implementation, case, **changes):
+    inputs = make_inputs(case)
+    arrays = inputs.positional | inputs.keywords | changes
+    return jax_flash.flash_attention(**arrays, implementation=implementation, return_lse=True)
+
+
+def assert_equal(got, wanted):
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+def test_scale_is_one_over_the_root_of_the_head_dim(implementation):
+    checks.require(implementation, dtype="bfloat16")
+    case = Case("scale", dtype="bfloat16")
+    assert_equal(call(implementation, case), call(implementation, case, scale=0.25))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.3, 1e-6, 50.0])
+def test_any_finite_scale(scale, implementation):
+    checks.check(Case("scale", scale=scale, dtype=checks.usual_dtype(implementation)), implementation)
+
+
+@pytest.mark.parametrize("softcap", [0.05, 30.0, 1e4])
+def test_softcaps_far_from_the_scores(softcap, implementation):
+    checks.check(Case("softcap", softcap=softcap, dtype=checks.usual_dtype(implementation)), implementation)
+
+
+def test_one_segment_array_serves_both_when_lengths_are_equal(implementation):
+    checks.require(implementation, dtype="bfloat16")
+    case = Case("segments", dtype="bfloat16")
+    ids = jnp.asarray([[0] * 5 + [7] * 7, [-1] * 12], jnp.int32)
+    one = call(implementation, case, segment_ids=ids)
+    assert_equal(one, call(implementation, case, segment_ids=(ids, ids)))
+    mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+    assert_equal(one, call(implementation, case, mask=mask))
+
+
+def test_causal_is_a_window_that_ends_at_the_diagonal(implementation):
+    checks.require(implementation, dtype="bfloat16")
+    case = Case("window", sk=19, dtype="bfloat16")
+    causal = call(implementation, case, causal=True)
+    assert_equal(causal, call(implementation, case, window=(None, 0)))
+    assert_equal(causal, call(implementation, case, causal=True, window=(None, 5)))
+    assert_equal(causal, call(implementation, case, window=[2**40, np.int32(0)]))
+
+
+def test_numpy_operands_and_lists_of_lengths(implementation):
+    checks.require(implementation, dtype="float16")
+    case = Case("numpy", dtype="float16")
+    arrays = {name: np.asarray(x) for name, x in make_inputs(case).positional.items()}
+    got = call(implementation, case, **arrays, kv_lengths=[3, 12])
+    assert_equal(got, call(implementation, case, kv_lengths=jnp.array([3, 12], jnp.int32)))
+
+
+def test_out_alone_is_the_same_as_out_with_lse(implementation):
+    checks.require(implementation, dtype="bfloat16")
+    q, k, v = make_inputs(Case("plain", dtype="bfloat16")).positional.values()
+    out = jax_flash.flash_attention(q, k, v, implementation=implementation)
+    both = jax_flash.flash_attention(q, k, v, implementation=implementation, return_lse=True)
+    assert_equal(out, both[0])
+    assert (out.dtype, both[1].dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_float64_runs_in_plain_jax():
+    with jax.enable_x64(True):
+        q = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 2, 300)), jnp.float64)
+        out, lse = jax_flash.flash_attention(q, q, q, implementation="xla", return_lse=True)
+        s = np.einsum("bihd,bjhd->bhij", q, q) / np.sqrt(300)
+        p = np.exp(s)
+        assert (out.dtype, lse.dtype) == (jnp.float64, jnp.float64)
+        np.testing.assert_allclose(lse, np.log(p.sum(-1)), rtol=1e-12)
+        np.testing.assert_allclose(
+            out, np.einsum("bhij,bjhd->bihd", p / p.sum(-1, keepdims=True), q), rtol=1e-12
+        )
+
+
+# The same bits again.
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_call_repeated_gives_the_same_bits(kernel, deterministic):
+    case = Case("repeat", b=3, sq=130, sk=200, hq=4, hk=1, causal=True, bias=(4, 1, 200), dropout_rate=0.1)
+    case = case.replace(dtype=checks.usual_dtype(kernel))
+    if kernel == "cuda" and not deterministic:
+        pytest.skip("only deterministic=True promises this")
+    inputs = make_inputs(case)
+    first = checks.run(case, inputs, kernel, deterministic=deterministic)
+    for _ in range(3):
+        checks.assert_same(checks.run(case, inputs, kernel, deterministic=deterministic), first)
