@@ -224,11 +224,6 @@ def test_the_command_fails_only_where_something_required_is_missing(without_core
     assert "pip install ." in capsys.readouterr().out
 
 
-def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "jax_flash", *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
+def run_command(env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "jax_flash"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=env)
