@@ -72,7 +72,7 @@ def _attend(
 
     s = _score(spec, operands, place, visible, spec.scale * _query_key(q, k))  # [b, hq, sq, sk]
     s = jnp.where(visible, _round(s, round_to), -_INF)
-    p, lse = _softmax(s, _sink(operands, place, wide))
+    p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
     p = _drop(spec, operands, place, _round(p, round_to))
     o = jnp.where(row_read, _probability_value(p, v), 0)  # [b, sq, hq, dv]
     return o.astype(dtype), lse
@@ -166,28 +166,35 @@ def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visib
     if "bias" in operands:
         s += jnp.where(visible, operands["bias"].astype(s.dtype), 0)
     if "alibi_slopes" in operands:
-        slopes = lax.stop_gradient(operands["alibi_slopes"]).astype(s.dtype)  # [b|n|1, hq]
-        slopes = jnp.take(slopes, place.sequence, axis=0, mode="clip")  # [b, sq|1, hq]
-        s -= jnp.swapaxes(slopes, 1, 2)[..., None] * jnp.abs(_offset(place)).astype(s.dtype)
+        s -= _slopes(spec, operands, place).astype(s.dtype) * jnp.abs(_offset(place)).astype(s.dtype)
     return s
 
 
-def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array | None:
-    """The logit of each row's sink, a key that has no value: `[b|1, hq, sq, 1]`."""
+def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
+    """The alibi slope of each row, `[b|1, hq, sq|1, 1]`."""
+    slopes = lax.stop_gradient(operands["alibi_slopes"])
+    if spec.layout == "fixed":
+        return slopes[:, :, None, None]
+    n = operands["cu_seqlens_q"].shape[0] - 1
+    slopes = jnp.broadcast_to(slopes, (n, slopes.shape[1]))
+    slopes = jnp.pad(slopes, ((0, 1), (0, 0)))[place.sequence[0]]  # [n + 1, hq] → [tq, hq]
+    return slopes.T[None, :, :, None]
+
+
+def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array:
+    """The logit of each row's sink, one more column of S whose key has no value: `[b|1, hq|1, sq, 1]`."""
     if "sinks" not in operands:
-        return None
+        return jnp.full((1, 1, 1, 1), -_INF, dtype)
     sinks = operands["sinks"].astype(dtype)[:, None, None]
     return jnp.where(place.row_used[:, None, :, None], sinks, -_INF)
 
 
-def _softmax(s: Array, sink: Array | None) -> tuple[Array, Array]:
+def _softmax(s: Array, sink: Array) -> tuple[Array, Array]:
     """P, and lse = log Σ exp(s) `[b, hq, sq]`; a row of −inf has P = 0 and lse = −inf."""
-    m = jnp.max(s, axis=3, keepdims=True, initial=-_INF)
-    m = m if sink is None else jnp.maximum(m, sink)
+    m = jnp.maximum(jnp.max(s, axis=3, keepdims=True, initial=-_INF), sink)
     m = lax.stop_gradient(jnp.where(m == -_INF, 0, m))
     e = jnp.exp(s - m)
-    total = jnp.sum(e, axis=3, keepdims=True)
-    total = total if sink is None else total + jnp.exp(sink - m)
+    total = jnp.sum(e, axis=3, keepdims=True) + jnp.exp(sink - m)
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))

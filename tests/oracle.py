@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import Case, Inputs, make_inputs, operands, spec
+from cases import Case, Inputs, operands, spec
 
-import jax_flash
 from jax_flash import reference
 from jax_flash.spec import AttentionSpec
 
@@ -76,26 +75,6 @@ def references(case: Case, inputs: Inputs) -> tuple[Result, Result]:
     right = ref(case, inputs)
     moving, _ = split(operands(inputs))
     return right, low(case, inputs) if any(x.dtype.itemsize == 2 for x in moving.values()) else right
-
-
-def public(case: Case, inputs: Inputs, implementation: str | None, **options: Any) -> Result:
-    """The same through the public function of the case's layout."""
-    function = jax_flash.flash_attention if case.layout == "fixed" else jax_flash.flash_attention_varlen
-    options = case.options | options
-    moving, fixed = split(inputs.positional | inputs.keywords)
-
-    def run(moving: dict[str, Any]) -> Any:
-        arrays = moving | fixed
-        positional = [arrays.pop(name) for name in inputs.positional]
-        return function(*positional, **arrays, **options, return_lse=True, implementation=implementation)
-
-    return differentiate(run, moving, inputs.dout, inputs.dlse)
-
-
-def check(case: Case, implementation: str | None, seed: int = 0, **options: Any) -> None:
-    """Out, lse and every gradient of a case through the public API, at the contract's tolerance."""
-    inputs = make_inputs(case, seed)
-    assert_result(public(case, inputs, implementation, **options), *references(case, inputs), case)
 
 
 # The tolerance of the contract.

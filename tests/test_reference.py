@@ -96,6 +96,15 @@ def test_lengths_of_zero(sq, sk, sinks):
     oracle.assert_result(got, rows, got, case)
 
 
+@pytest.mark.parametrize("slopes", [(4,), (0, 4)])
+def test_a_packed_batch_of_no_sequences(slopes):
+    case = varlen("nothing", (), padding=(5, 3), alibi_slopes=slopes, sinks=True, kv_lengths=(), causal=True)
+    got = oracle.ref(case, make_inputs(case))
+    assert (got.out == 0).all()
+    assert np.isneginf(got.lse).all()
+    assert all((gradient == 0).all() for gradient in got.gradients.values())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", ["everything", "packed everything"])
 def test_dtypes_under_strict_promotion_and_x64(name, dtype):
