@@ -48,6 +48,11 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
     return moved
 
 
+def uses_shardy() -> bool:
+    """False where the user asked for the old partitioner, which knows no sharding rules."""
+    return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
+
+
 def exporting(ctx: mlir.LoweringRuleContext) -> bool:
     return bool(ctx.module_context.lowering_parameters.for_export)
 

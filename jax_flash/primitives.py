@@ -124,10 +124,9 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         _require_cuda_kernel(pass_, avals[0].dtype.name, *head_dims)
     avals_out: list[Any] = list(ctx.avals_out)
     if platform == "cuda" and isinstance(spec, AttentionSpec):
-        workspace = avals_out[0].update(
-            shape=(workspace_bound(pass_.name, spec, shapes),), dtype=np.dtype("uint8"), sharding=None
-        )
-        avals_out.append(workspace)
+        size = workspace_bound(pass_.name, spec, shapes)
+        whole = avals_out[0].sharding.update(spec=jax.sharding.PartitionSpec(None))
+        avals_out.append(avals_out[0].update(shape=(size,), dtype=np.dtype("uint8"), sharding=whole))
     rule = jax.ffi.ffi_lowering(
         f"jax_flash_{pass_.name}", operand_output_aliases={i: i for i in range(pass_.in_place)}
     )
@@ -180,6 +179,11 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
         raise NotImplementedError(
             "jax_flash: a program for several devices can be exported only with attention inside jax.shard_map; "
             "elsewhere its partitioning lives in this process"
+        )
+    if not _compat.uses_shardy():
+        raise NotImplementedError(
+            "jax_flash: partitioning over several devices needs JAX's default, jax_use_shardy_partitioner=True; "
+            "without it, call attention inside jax.shard_map"
         )
     run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind)
     results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)

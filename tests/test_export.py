@@ -229,6 +229,24 @@ def test_several_devices_export_inside_shard_map(kernel, mesh):
     assert_same(jax.jit(program.call)(arrays), jax.jit(call)(arrays_of(PLAIN)))
 
 
+@pytest.mark.parametrize("case", [PLAIN, PLAIN.replace(d=13, dv=7)], ids=["plain", "odd head dims"])
+def test_several_devices_of_a_platform_that_is_not_here(no_cuda_library, mesh, case):
+    mapped = jax.shard_map(
+        attention(case),
+        mesh=mesh,
+        in_specs=P(*SHARDED),
+        out_specs=(SHARDED, P("data", "model")),
+        check_vma=True,
+    )
+    sharding = NamedSharding(mesh, SHARDED)
+    arrays = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in arrays_of(case).items()
+    }
+    program = exported(with_gradients(mapped), arrays, "cuda")
+    assert program.nr_devices == 4
+    assert [program.mlir_module().count(f"@jax_flash_{name}(") for name in PASSES] == [1, 1, 0]
+
+
 def test_several_devices_elsewhere_raise_and_name_shard_map(kernel, mesh):
     sharding = NamedSharding(mesh, SHARDED)
     arrays = {name: jax.device_put(x, sharding) for name, x in arrays_of(PLAIN).items()}

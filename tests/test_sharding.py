@@ -203,6 +203,16 @@ def test_operands_left_whole_are_split_where_query_is(kernel, mesh):
     check(attention(EVERYTHING, kernel), mesh, arrays, {"query": BATCH_HEADS})
 
 
+def test_the_old_partitioner_raises_and_names_the_flag(kernel, mesh):
+    placed = place(mesh, arrays_of(MHA), qkv(BATCH_HEADS))
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        with pytest.raises(NotImplementedError, match="jax_use_shardy_partitioner=True"):
+            jax.jit(lambda arrays: attention(MHA, kernel)(arrays)).lower(placed)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
 # everything else is gathered
 
 
