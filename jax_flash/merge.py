@@ -38,16 +38,16 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array
     dtype = outs[0].dtype
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     part = jnp.stack([lse.astype(wide) for lse in lses])  # [parts, ..., h, s]
-    m = lax.stop_gradient(part.max(0))
+    m = lax.stop_gradient(part.max(0, keepdims=True))
     m = jnp.where(m == -_INF, 0, m)
     e = jnp.exp(part - m)
-    total = e.sum(0)
+    total = e.sum(0, keepdims=True)
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))
     weight = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
     merged = (weight * jnp.stack([out.astype(wide) for out in outs])).sum(0)
-    return merged.astype(dtype), lse
+    return merged.astype(dtype), lse[0]
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:

@@ -137,7 +137,7 @@ def test_out_has_the_first_parts_dtype_and_is_summed_in_float32():
 
 
 def test_it_works_under_strict_promotion_and_x64():
-    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
         outs, lses = [jnp.ones((2, 1, 8), jnp.bfloat16)] * 2, [jnp.zeros((1, 2), jnp.float32)] * 2
         out, lse = merge_attention(outs, lses)
         assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)

@@ -109,7 +109,7 @@ def test_a_packed_batch_of_no_sequences(slopes):
 @pytest.mark.parametrize("name", ["everything", "packed everything"])
 def test_dtypes_under_strict_promotion_and_x64(name, dtype):
     case = BY_NAME[name].replace(dtype=dtype)
-    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
         inputs = make_inputs(case)
         got = result(case, inputs)
     assert (got.out.dtype, got.lse.dtype) == (jnp.dtype(dtype), jnp.float32)
@@ -121,7 +121,7 @@ def test_dtypes_under_strict_promotion_and_x64(name, dtype):
 @pytest.mark.parametrize("name", ["everything", "packed everything"])
 def test_float64_is_computed_in_float64(name):
     case = BY_NAME[name].replace(dtype="float64", dropout_rate=0.0)
-    with jax.numpy_dtype_promotion("strict"), jax.enable_x64(True):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.enable_x64(True):
         inputs = make_inputs(case)
         got = result(case, inputs)
         rows = oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse)
