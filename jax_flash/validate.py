@@ -223,11 +223,11 @@ def score_operands(
     """alibi_slopes [hq] or [sequences, hq]; sinks [hq]."""
     hq = operands["query"].shape[-2]
     if options["alibi_slopes"] is not None:
-        slopes = check.float32("alibi_slopes", options["alibi_slopes"])
-        slopes = check.broadcastable("alibi_slopes", slopes, (sequences, hq), f"{dim} hq")
+        given = check.float32("alibi_slopes", options["alibi_slopes"])
+        slopes = check.broadcastable("alibi_slopes", given, (sequences, hq), f"{dim} hq")
         if slopes.shape[-1] != hq:
             raise check.fail(
-                f"alibi_slopes must have one slope for each of query's {hq} heads, got {slopes.shape}"
+                f"alibi_slopes must have one slope for each of query's {hq} heads, got {given.shape}"
             )
         operands["alibi_slopes"] = slopes
     if options["sinks"] is not None:

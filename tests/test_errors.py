@@ -1,0 +1,390 @@
+"""Every error of the contract: one sentence that names the argument, what was got and what is allowed.
+
+Each row of the table is called inside jax.eval_shape: the error comes while tracing, before anything is compiled.
+"""
+
+import ast
+import inspect
+import re
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import ShapeDtypeStruct as Array
+from jax import export
+
+import jax_flash
+from jax_flash import validate
+
+B, SQ, SK, HQ, HK, D, DV = 2, 5, 7, 4, 2, 8, 16
+
+
+def floats(*shape, dtype="float32"):
+    return Array(shape, jnp.dtype(dtype))
+
+
+def ints(*shape):
+    return Array(shape, jnp.int32)
+
+
+FIXED = dict(query=floats(B, SQ, HQ, D), key=floats(B, SK, HK, D), value=floats(B, SK, HK, DV))
+PACKED = dict(
+    query=floats(SQ, HQ, D), key=floats(SK, HK, D), value=floats(SK, HK, DV),
+    cu_seqlens_q=ints(3), cu_seqlens_k=ints(3),
+)  # fmt: skip
+FULL = "[b hq sq sk] = (2, 4, 5, 7)"
+
+BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions with their own name in front
+    (dict(query=None), TypeError, "query must be an array, got None"),
+    (dict(value="v"), TypeError, "value must be an array, got 'v'"),
+    (dict(causal=1), TypeError, "causal must be True or False, got 1"),
+    (dict(causal="yes"), TypeError, "causal must be True or False, got 'yes'"),
+    (dict(deterministic=None), TypeError, "deterministic must be True or False, got None"),
+    (dict(window=3), TypeError, "window must be None or a pair (left, right), got 3"),
+    (dict(window=(1, 2, 3)), TypeError, "window must be None or a pair (left, right), got (1, 2, 3)"),
+    (dict(window=(1.0, 0)), TypeError, "window's left must be an int ≥ 0 or None, got 1.0"),
+    (dict(window=(0, True)), TypeError, "window's right must be an int ≥ 0 or None, got True"),
+    (dict(window=(-1, 0)), ValueError, "window's left must be ≥ 0, or None for unlimited, got -1"),
+    (dict(align="bottom"), ValueError, "align must be one of ('bottom_right', 'top_left'), got 'bottom'"),
+    (dict(scale="1"), TypeError, "scale must be a Python number (it is compiled in), got str"),
+    (dict(scale=True), TypeError, "scale must be a Python number (it is compiled in), got bool"),
+    (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
+    (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
+    (dict(softcap=0), ValueError, "softcap must be positive, or None for none, got 0.0"),
+    (dict(softcap=-2.5), ValueError, "softcap must be positive, or None for none, got -2.5"),
+    (dict(softcap=[3.0]), TypeError, "softcap must be a Python number (it is compiled in), got list"),
+    (dict(dropout_rate=1.0), ValueError, "dropout_rate must be in [0, 1), got 1.0"),
+    (dict(dropout_rate=-0.1), ValueError, "dropout_rate must be in [0, 1), got -0.1"),
+    (dict(dropout_rate=0.5), ValueError, "dropout_rate is 0.5, which needs a dropout_key (jax.random.key)"),
+    (
+        dict(dropout_rate=0.5, dropout_key=floats(2)),
+        TypeError,
+        "dropout_key must be one jax.random.key, got dtype float32 and shape (2,)",
+    ),
+    (
+        dict(dropout_rate=0.5, dropout_key=Array((3, 2), jnp.uint32)),
+        TypeError,
+        "dropout_key must be one jax.random.key, got dtype uint32 and shape (3, 2)",
+    ),
+    (
+        dict(implementation="cudnn"),
+        ValueError,
+        "implementation must be None or one of ('cpu', 'cuda', 'xla'), got 'cudnn'",
+    ),
+    (dict(sinks=floats(3)), ValueError, "sinks must have shape [hq] = (4,), got (3,)"),
+    (
+        dict(sinks=floats(HQ, dtype="bfloat16")),
+        TypeError,
+        "sinks must be float32, got bfloat16; cast it with .astype('float32')",
+    ),
+    (
+        dict(alibi_slopes=floats(HQ, dtype="float16")),
+        TypeError,
+        "alibi_slopes must be float32, got float16; cast it with .astype('float32')",
+    ),
+    (
+        dict(alibi_slopes=floats(1)),
+        ValueError,
+        "alibi_slopes must have one slope for each of query's 4 heads, got (1,)",
+    ),
+    (dict(kv_lengths=floats(B)), TypeError, "kv_lengths must be int32, got float32; cast it with .astype('int32')"),
+]
+
+ONLY_FIXED = [
+    (dict(query=floats(SQ, HQ, D)), ValueError, "query must have rank 4 [b sq hq d], got shape (5, 4, 8)"),
+    (dict(key=floats(SK, D)), ValueError, "key must have rank 4 [b sk hk d], got shape (7, 8)"),
+    (dict(value=floats()), ValueError, "value must have rank 4 [b sk hk dv], got shape ()"),
+    (
+        dict(query=floats(B, SQ, HQ, D, dtype="float8_e4m3fn")),
+        TypeError,
+        "query has dtype float8_e4m3fn, allowed are float16, bfloat16, float32",
+    ),
+    (
+        dict(key=floats(B, SK, HK, D, dtype="bfloat16")),
+        TypeError,
+        "key has dtype bfloat16, which differs from query's float32",
+    ),
+    (
+        dict(value=floats(B, SK, HK, DV, dtype="float16")),
+        TypeError,
+        "value has dtype float16, which differs from query's float32",
+    ),
+    (dict(key=floats(3, SK, HK, D)), ValueError, "key has batch size 3, which differs from query's 2"),
+    (dict(value=floats(1, SK, HK, DV)), ValueError, "value has batch size 1, which differs from query's 2"),
+    (dict(key=floats(B, SK, HK, 9)), ValueError, "key has head dim 9, which differs from query's 8"),
+    (dict(value=floats(B, 6, HK, DV)), ValueError, "value has length 6, which differs from key's 7"),
+    (dict(value=floats(B, SK, 1, DV)), ValueError, "value has head count 1, which differs from key's 2"),
+    (
+        dict(key=floats(B, SK, 3, D), value=floats(B, SK, 3, DV)),
+        ValueError,
+        "key has 3 heads, which does not divide query's 4",
+    ),
+    (
+        dict(query=floats(B, SQ, 0, D)),
+        ValueError,
+        "query and key must have at least one head, got 0 and 2",
+    ),
+    (
+        dict(query=floats(B, SQ, HQ, 0), key=floats(B, SK, HK, 0)),
+        ValueError,
+        "query must have a static head dim of at least 1, got 0",
+    ),
+    (
+        dict(query=floats(B, SQ, HQ, 257), key=floats(B, SK, HK, 257)),
+        ValueError,
+        'query has head dim 257, allowed are 1 to 256; implementation="xla" takes any',
+    ),
+    (
+        dict(value=floats(B, SK, HK, 300)),
+        ValueError,
+        'value has head dim 300, allowed are 1 to 256; implementation="xla" takes any',
+    ),
+    (
+        dict(query=floats(B, 2**31, HQ, D)),
+        ValueError,
+        "query has length 2147483648, allowed are at most 2147483647",
+    ),
+    (dict(q_lengths=ints(3)), ValueError, "q_lengths must have shape [b] = (2,), got (3,)"),
+    (dict(kv_lengths=ints(B, 1)), ValueError, "kv_lengths must have shape [b] = (2,), got (2, 1)"),
+    (
+        dict(segment_ids=ints(B, SQ)),
+        ValueError,
+        "segment_ids must be a pair (q_ids, kv_ids) when query's length 5 differs from key's 7",
+    ),
+    (
+        dict(segment_ids=(ints(B, SQ),)),
+        ValueError,
+        "segment_ids must be one array or a pair (q_ids, kv_ids), got 1 items",
+    ),
+    (
+        dict(segment_ids=(ints(B, SK), ints(B, SK))),
+        ValueError,
+        "segment_ids must have shape [b sq] = (2, 5), got (2, 7)",
+    ),
+    (
+        dict(segment_ids=(ints(B, SQ), floats(B, SK))),
+        TypeError,
+        "segment_ids must be int32, got float32; cast it with .astype('int32')",
+    ),
+    (
+        dict(mask=floats(SQ, SK)),
+        TypeError,
+        "mask must be boolean (True = may attend), got float32; use bias for additive",
+    ),
+    (dict(mask=Array((6,), bool)), ValueError, f"mask must broadcast to {FULL}, got shape (6,)"),
+    (dict(mask=Array((1, B, HQ, SQ, SK), bool)), ValueError, f"mask must broadcast to {FULL}, got shape (1, 2, 4, 5, 7)"),
+    (dict(bias=ints(SQ, SK)), TypeError, "bias must be float16, bfloat16, float32, got int32"),
+    (dict(bias=floats(HK, SQ, SK)), ValueError, f"bias must broadcast to {FULL}, got shape (2, 5, 7)"),
+    (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [b hq] = (2, 4), got shape (3, 4)"),
+]  # fmt: skip
+
+ONLY_PACKED = [
+    (dict(query=floats(B, SQ, HQ, D)), ValueError, "query must have rank 3 [tq hq d], got shape (2, 5, 4, 8)"),
+    (dict(key=floats(SK, D)), ValueError, "key must have rank 3 [tk hk d], got shape (7, 8)"),
+    (dict(value=floats(SK, HK, DV, 1)), ValueError, "value must have rank 3 [tk hk dv], got shape (7, 2, 16, 1)"),
+    (dict(value=floats(6, HK, DV)), ValueError, "value has length 6, which differs from key's 7"),
+    (dict(cu_seqlens_q=ints(1, 3)), ValueError, "cu_seqlens_q must have rank 1 [n+1], got shape (1, 3)"),
+    (
+        dict(cu_seqlens_q=ints(0), cu_seqlens_k=ints(0)),
+        ValueError,
+        "cu_seqlens_q must have n + 1 ≥ 1 offsets, got 0",
+    ),
+    (
+        dict(cu_seqlens_k=None),
+        ValueError,
+        "cu_seqlens_k is needed when key has 7 tokens and query 5",
+    ),
+    (dict(cu_seqlens_k=ints(4)), ValueError, "cu_seqlens_k must have shape [n+1] = (3,), got (4,)"),
+    (
+        dict(cu_seqlens_k=floats(3)),
+        TypeError,
+        "cu_seqlens_k must be int32, got float32; cast it with .astype('int32')",
+    ),
+    (dict(kv_lengths=ints(3)), ValueError, "kv_lengths must have shape [n] = (2,), got (3,)"),
+    (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [n hq] = (2, 4), got shape (3, 4)"),
+]  # fmt: skip
+
+TABLE = [
+    (function, defaults, wrong, error, message)
+    for function, defaults, rows in (
+        (jax_flash.flash_attention, FIXED, BOTH + ONLY_FIXED),
+        (jax_flash.flash_attention_varlen, PACKED, BOTH + ONLY_PACKED),
+    )
+    for wrong, error, message in rows
+]
+
+
+def trace(function, arguments):
+    """jax.eval_shape over the arrays among the arguments."""
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=lambda x: x is None)
+    traced = {n: x for n, x in enumerate(leaves) if isinstance(x, Array)}
+
+    def run(traced):
+        return function(**jax.tree.unflatten(structure, [traced.get(n, x) for n, x in enumerate(leaves)]))
+
+    return jax.eval_shape(run, traced)
+
+
+@pytest.mark.parametrize(
+    ("function", "defaults", "wrong", "error", "message"),
+    TABLE,
+    ids=[f"{function.__name__}-{message}" for function, _, _, _, message in TABLE],
+)
+def test_wrong_arguments_raise_one_sentence_while_tracing(function, defaults, wrong, error, message):
+    with pytest.raises(error) as caught:
+        trace(function, defaults | wrong)
+    assert type(caught.value) is error
+    assert str(caught.value) == f"{function.__name__}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"), [(jax_flash.flash_attention, FIXED), (jax_flash.flash_attention_varlen, PACKED)]
+)
+def test_the_table_starts_from_right_arguments(function, arguments):
+    out, lse = trace(function, arguments | {"return_lse": True})
+    assert out.shape == (*arguments["query"].shape[:-1], DV)
+    assert lse.shape == (*out.shape[:-3], HQ, SQ)
+
+
+def test_every_raise_of_validate_is_in_the_table():
+    """No message without a test: each `raise` line of validate.py is where some call of this file fails."""
+    tree = ast.parse(inspect.getsource(validate))
+    lines = {line for node in ast.walk(tree) if isinstance(node, ast.Raise) for line in [node.lineno]}
+    reached = set()
+    for function, defaults, wrong, _, _ in TABLE:
+        reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
+    reached |= raising_lines(symbolic_heads) | raising_lines(symbolic_head_dim)
+    missing = {line: inspect.getsource(validate).splitlines()[line - 1].strip() for line in sorted(lines - reached)}
+    assert not missing
+
+
+def raising_lines(call):
+    try:
+        call()
+    except Exception as error:
+        return {f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == validate.__file__}
+    return set()
+
+
+def symbolic_heads():
+    (h,) = export.symbolic_shape("h")
+    trace(jax_flash.flash_attention, FIXED | {"query": floats(B, SQ, h, D)})
+
+
+def symbolic_head_dim():
+    (d,) = export.symbolic_shape("d")
+    trace(jax_flash.flash_attention, FIXED | {"query": floats(B, SQ, HQ, d), "key": floats(B, SK, HK, d)})
+
+
+def test_symbolic_heads_and_head_dims_are_refused():
+    with pytest.raises(ValueError, match="flash_attention: the numbers of heads must be static, got query h, key 2"):
+        symbolic_heads()
+    with pytest.raises(ValueError, match="flash_attention: query must have a static head dim of at least 1, got d"):
+        symbolic_head_dim()
+
+
+def test_float64_is_refused_except_in_plain_jax():
+    wide = {name: floats(*x.shape, dtype="float64") for name, x in FIXED.items()}
+    with jax.enable_x64(True):
+        message = 'query has dtype float64, allowed are float16, bfloat16, float32; implementation="xla" takes float64'
+        with pytest.raises(TypeError, match=re.escape(message)):
+            trace(jax_flash.flash_attention, wide)
+        assert trace(jax_flash.flash_attention, wide | {"implementation": "xla"}).dtype == jnp.float64
+
+
+def test_int64_index_arrays_are_refused_in_x64_mode():
+    with jax.enable_x64(True), pytest.raises(TypeError, match="cu_seqlens_q must be int32, got int64"):
+        trace(jax_flash.flash_attention_varlen, PACKED | {"cu_seqlens_q": Array((3,), jnp.int64)})
+
+
+def test_traced_numbers_are_refused():
+    with pytest.raises(TypeError, match=r"scale must be a Python number \(it is compiled in\), got .*Tracer"):
+        trace(lambda s: jax_flash.flash_attention(*np.zeros((3, 1, 2, 1, 8), np.float32), scale=s), {"s": floats()})
+
+
+@pytest.mark.parametrize("function", [jax_flash.flash_attention, jax_flash.flash_attention_varlen])
+def test_options_are_keywords_and_unknown_ones_are_refused(function):
+    x = jnp.zeros((2, 3, 1, 8))
+    with pytest.raises(TypeError, match="positional argument"):
+        function(x, x, x, None, None, True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_seqlen'"):
+        function(x, x, x, max_seqlen=3)
+
+
+@pytest.mark.parametrize("name", ["mask", "segment_ids", "q_lengths", "bias"])
+def test_fixed_only_arguments_do_not_exist_for_packed_sequences(name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        jax_flash.flash_attention_varlen(*[jnp.zeros((2, 1, 8))] * 3, jnp.zeros(2, jnp.int32), **{name: None})
+
+
+# While lowering: where there is no library, and what the chosen one lacks.
+
+X = jnp.ones((1, 3, 2, 8), jnp.float16)
+
+
+def lower(platform, **options):
+    call = jax.jit(lambda x: jax_flash.flash_attention(x, x, x, **options))
+    return call.trace(X).lower(lowering_platforms=(platform,))
+
+
+def test_a_platform_without_custom_call_raises_and_names_plain_jax():
+    message = re.escape('jax_flash has no custom call for platform "tpu"; use implementation="xla", plain JAX')
+    with pytest.raises(NotImplementedError, match=message):
+        lower("tpu")
+    lower("tpu", implementation="xla")
+
+
+@pytest.mark.parametrize(("asked", "platform"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_the_custom_call_of_another_platform_raises_and_names_those_that_run(asked, platform):
+    message = f'implementation="{asked}" cannot run on platform "{platform}"; use implementation="{platform}", "xla", or None'
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        lower(platform, implementation=asked)
+
+
+def test_cuda_on_a_cpu_raises_when_called():
+    cpu = jax.devices("cpu")[0]
+    x = jax.device_put(X, cpu)
+    with pytest.raises(NotImplementedError, match='implementation="cuda" cannot run on platform "cpu"'):
+        jax_flash.flash_attention(x, x, x, implementation="cuda")
+
+
+# Derivatives: reverse mode, once.
+
+
+def loss(implementation):
+    return lambda x: jax_flash.flash_attention(x, x, x, implementation=implementation).astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize("derive", [lambda f: jax.jvp(f, (X,), (X,)), lambda f: jax.jacfwd(f)(X)], ids=["jvp", "jacfwd"])
+def test_forward_mode_raises_and_says_so(derive, kernel):
+    with pytest.raises(TypeError, match=r"forward-mode .*\(jvp\).* custom_vjp"):
+        derive(loss(kernel))
+
+
+def test_second_derivatives_raise_and_name_plain_jax(kernel):
+    message = r'differentiable in reverse mode once; use implementation="xla" for forward mode and higher derivatives'
+    with pytest.raises(NotImplementedError, match=message):
+        jax.grad(lambda x: jax.grad(loss(kernel))(x).astype(jnp.float32).sum())(X)
+
+
+def test_plain_jax_has_forward_mode_and_second_derivatives():
+    x = X.astype(jnp.float32)
+    _, tangent = jax.jvp(loss("xla"), (x,), (x,))
+    assert np.isfinite(tangent)
+    second = jax.grad(lambda x: jax.grad(loss("xla"))(x)[0, 0, 0, 0])(x)
+    assert np.isfinite(second).all()
+    assert second.any()
+
+
+# On CUDA, what no kernel was built for.
+
+
+def test_head_dims_and_dtypes_that_were_not_built_raise_and_name_plain_jax(kernel):
+    built = next(b for b in jax_flash.backends() if b.implementation == kernel)
+    if "float32" in built.dtypes:
+        pytest.skip(f"{kernel} has every dtype")
+    x = X.astype(jnp.float32)
+    with pytest.raises(NotImplementedError, match='no CUDA kernel was built for float32 .*implementation="xla"'):
+        jax_flash.flash_attention(x, x, x, implementation=kernel)
