@@ -114,8 +114,7 @@ static void backward_key(const Problem& p, const RowTile& tile, float* memory) {
       accumulate_keys(Head(p, tile.leading, tile.sequence, tile.head * group + g), queries, keys);
     }
   }
-  // The queries carry query_factor already.
-  const float factor = p.spec.softcap > 0 ? p.spec.softcap : kLn2;
+  const float factor = __builtin_fabsf(p.spec.scale);  // the queries carry its sign
   const Rows dkey = first.rows(p.dkey, p.head_dim, tile.sequence.k_begin, tile.head);
   const Rows dvalue = first.rows(p.dvalue, p.value_dim, tile.sequence.k_begin, tile.head);
   store_gradient(dkey, tile.begin, tile.end, first.band.k_len, keys.dk, factor);

@@ -6,7 +6,7 @@
 
 namespace jax_flash::JF_ISA {
 
-// The softmax of a tile of rows in units of log 2: m the maximum, l = Σ 2^(s - m), alpha the last rescale.
+// The softmax of a tile of rows: m the maximum of S, l = Σ exp(unit (S − m)), alpha the last rescale.
 struct SoftmaxState {
   float m[kTileM], l[kTileM];
   alignas(64) float alpha[kTileM];
@@ -31,7 +31,7 @@ JF_INLINE Columns visible_columns(const Band& band, int32_t i, int32_t j0, int32
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// Final scores in log2 units on whole vectors around `visible`, -inf at the edges that the row does not see.
+// Final scores on whole vectors around `visible`, -inf at the edges that the row does not see.
 JF_INLINE void final_scores(const Head& head, int32_t i, int32_t j0, Columns visible, float* s,
                             float* slopes) {
   if (head.extra) head.finish_scores(i, j0, visible, s, slopes);
@@ -44,7 +44,7 @@ JF_INLINE void clear(float* row, int32_t lo, int32_t hi) {
   for (int32_t c = lo; c < hi; ++c) row[c] = 0.0f;
 }
 
-// S -> P in place for one row: m ← max(m, S), P = 2^(S − m), l ← αl + ΣP. Zeros the rest of [used.lo,
+// S -> P in place for one row: m ← max(m, S), P = exp(unit (S − m)), l ← αl + ΣP. Zeros the rest of [used.lo,
 // used.hi).
 static void softmax_row(const Head& head, int32_t i, int32_t j0, int32_t n, Columns used, float* s,
                         SoftmaxState& state, int32_t r) {
@@ -58,14 +58,15 @@ static void softmax_row(const Head& head, int32_t i, int32_t j0, int32_t n, Colu
   Float top = broadcast(kNegInf);
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) top = max(load(s + c), top);
   const float highest = reduce_max(top), m = highest > state.m[r] ? highest : state.m[r];
-  const float zero = m == kNegInf ? 0.0f : m;  // all hidden so far: P = 2^(−inf − 0) = 0
+  const float zero = m == kNegInf ? 0.0f : m;  // all hidden so far: P = exp(−inf − 0) = 0
+  const float unit = head.unit * kLog2e;
   Float sum{};
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    const Float p = exp2(load(s + c) - zero);
+    const Float p = exp2((load(s + c) - zero) * unit);
     sum += p;
     store(s + c, p);
   }
-  const float alpha = exp2(broadcast(state.m[r] - zero))[0];
+  const float alpha = exp2(broadcast((state.m[r] - zero) * unit))[0];
   state.alpha[r] = alpha;
   state.l[r] = state.l[r] * alpha + reduce_sum(sum);
   state.m[r] = m;
@@ -76,32 +77,31 @@ static void softmax_row(const Head& head, int32_t i, int32_t j0, int32_t n, Colu
   }
 }
 
-// out = O / l and lse = ln 2 (m + log2 l), the sink joining the sum; rows past the length are filled.
+// out = O / l and lse = unit m + log l, the sink joining the sum; rows past the length are filled.
 static void store_output(const Head& head, const RowTile& tile, const float* o, const SoftmaxState& state) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, head.head);
   float* lse = head.row_statistic(p.lse);
   const View& sinks = p.sinks;
   const float sink =
-      sinks
-          ? sinks.as<const float>()[sinks.leading_offset(p.leading, head.leading) + head.head * sinks.head] *
-                kLog2e
-          : kNegInf;
+      sinks ? sinks.as<const float>()[sinks.leading_offset(p.leading, head.leading) + head.head * sinks.head]
+            : kNegInf;
   for (int32_t i = tile.begin; i < tile.end; ++i) {
     const int32_t r = i - tile.begin;
     float factor = 0.0f, statistic = kNegInf;
     if (i < head.band.q_len) {
-      float m = state.m[r], l = state.l[r], alpha = 1.0f;
+      float m = state.m[r] * head.unit, l = state.l[r], alpha = 1.0f;
       if (sinks) {
         const float top = sink > m ? sink : m, zero = top == kNegInf ? 0.0f : top;
-        const Float powers = exp2(broadcast(m - zero)), sink_powers = exp2(broadcast(sink - zero));
+        const Float powers = exp2(broadcast((m - zero) * kLog2e)),
+                    sink_powers = exp2(broadcast((sink - zero) * kLog2e));
         alpha = powers[0];
         l = l * alpha + sink_powers[0];
         m = top;
       }
       if (l != 0.0f) {
         factor = alpha / l;
-        statistic = (m + log2f(l)) * kLn2;
+        statistic = m + logf(l);
       }
     }
     const float* row = o + r * padded(p.value_dim);
@@ -122,7 +122,7 @@ static void forward(const Problem& p, const RowTile& tile, float* memory) {
   float* k_panels = scratch.take(kTileN * ld);
   float* v_panels = scratch.take(kTileN * ldv);
 
-  load_rows(head.query, tile.begin, min(tile.end, head.band.q_len), count, head.query_factor, q);
+  load_rows(head.query, tile.begin, min(tile.end, head.band.q_len), count, head.query_sign, q);
   SoftmaxState state;
   for (int32_t r = 0; r < count; ++r) state.m[r] = kNegInf, state.l[r] = 0.0f;
   for (int32_t c = 0; c < count * ldv; c += kLanes) store(o + c, Float{});

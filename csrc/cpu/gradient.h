@@ -9,9 +9,9 @@ namespace jax_flash::JF_ISA {
 // A tile of queries as the backward needs it.
 struct QueryTile {
   int32_t begin, count, blocks;  // count: rows rounded up to whole blocks
-  float* q;                      // [count, padded(d)], times query_factor
+  float* q;                      // [count, padded(d)], times query_sign
   float* dout;                   // [count, padded(dv)]
-  float lse[kTileM];             // log2 units; +inf where P = 0
+  float lse[kTileM];             // +inf where P = 0
   float delta[kTileM];
 };
 
@@ -20,14 +20,14 @@ JF_INLINE void load_queries(const Head& head, int32_t begin, int32_t end, QueryT
   tile.begin = begin;
   tile.count = round_up(end > begin ? end - begin : 0, kBlockRows);
   tile.blocks = tile.count / kBlockRows;
-  load_rows(head.query, begin, end, tile.count, head.query_factor, tile.q);
+  load_rows(head.query, begin, end, tile.count, head.query_sign, tile.q);
   load_rows(head.dout(), begin, end, tile.count, 1.0f, tile.dout);
   const Problem& p = head.problem;
   const float *lse = head.row_statistic(p.lse), *delta = head.row_statistic(p.delta);
   for (int32_t r = 0; r < tile.count; ++r) {
     const int32_t i = begin + r;
     const float x = i < end ? lse[i * p.lse.row] : kNegInf;
-    tile.lse[r] = x == kNegInf ? -kNegInf : x * kLog2e;
+    tile.lse[r] = x == kNegInf ? -kNegInf : x;
     tile.delta[r] = i < end ? delta[i * p.delta.row] : 0.0f;
   }
 }
@@ -53,7 +53,7 @@ static void gradient_row(const Head& head, int32_t i, int32_t j0, int32_t n, Col
     head.dropout_row(i, j0, visible, keep.value);
   }
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    const Float p = exp2(load(s + c) - lse);
+    const Float p = exp2((load(s + c) * head.unit - lse) * kLog2e);
     Float dropped = p, dprob = load(dp + c);
     if (head.drops) {
       const Float k = load(keep.value + c);

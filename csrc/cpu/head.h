@@ -18,28 +18,29 @@ struct Head {
   Band band;
   int32_t head;
   Rows query, key, value;
-  // S = query_factor q·k is the score in units of log 2, or with softcap the tanh's argument.
-  float query_factor;
+  // S = query_sign q·k: the score is unit S as long as there is nothing `extra`, else what finish_scores
+  // makes of it. The scale stays out of S and of its maximum, so that large scales do not magnify the
+  // rounding of either.
+  float query_sign, unit;
   bool extra;  // anything besides scale, band and dropout
   bool drops;
   Dropout dropout;
-  float slope;  // alibi, log2 units
+  float slope;  // alibi
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
       : problem(p), sequence(s), band(make_band(p.spec, s)), head(head_), leading(leading_) {
-    const float scale = p.spec.scale, cap = p.spec.softcap;
     query = rows(p.query, p.head_dim, s.q_begin, head);
     key = rows(p.key, p.head_dim, s.k_begin, p.kv_head(head));
     value = rows(p.value, p.value_dim, s.k_begin, p.kv_head(head));
-    query_factor = cap > 0 ? scale / cap : scale * kLog2e;
-    extra = cap > 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
+    query_sign = p.spec.scale < 0 ? -1.0f : 1.0f;
+    // A scale of 0 would make NaN of the hidden scores, -inf.
+    extra = p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
+    unit = extra ? 1.0f : __builtin_fabsf(p.spec.scale);
     drops = p.spec.dropout_rate > 0;
     if (drops) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
     const View& a = p.alibi_slopes;
-    slope =
-        a ? a.as<const float>()[a.leading_offset(p.leading, leading) + a.offset(s.index, head, 0)] * kLog2e
-          : 0.0f;
+    slope = a ? a.as<const float>()[a.leading_offset(p.leading, leading) + a.offset(s.index, head, 0)] : 0.0f;
   }
 
   // Per-token operand or gradient, at head h of its own.
@@ -88,7 +89,7 @@ inline void Head::added_scores(int32_t i, int32_t j0, Columns visible, float* x)
     const char* row = v.as<const char>() +
                       (v.leading_offset(p.leading, leading) + v.offset(sequence.index, head, i, j)) * size;
     RowBuffer bias;
-    load_row(p.bias_dtype, row, v.column ? n : 1, kLog2e, bias.value, kLanes);
+    load_row(p.bias_dtype, row, v.column ? n : 1, 1.0f, bias.value, kLanes);
     if (v.column) {
       for (int32_t c = 0; c < n; ++c) x[lo + c] = bias.value[c];
     } else {
@@ -123,13 +124,13 @@ inline void Head::finish_scores(int32_t i, int32_t j0, Columns visible, float* s
   const Columns whole = vectors(visible);
   RowBuffer added;
   added_scores(i, j0, visible, added.value);
-  const float cap = problem.spec.softcap;
+  const float cap = problem.spec.softcap, scale = __builtin_fabsf(problem.spec.scale);
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    Float x = load(s + c);
+    Float x = load(s + c) * scale;
     if (cap > 0) {
-      const Float t = tanh(x);
+      const Float t = tanh(x / cap);
       if (slopes) store(slopes + c, 1.0f - t * t);
-      x = t * (cap * kLog2e);
+      x = t * cap;
     }
     const Float y = load(added.value + c);
     store(s + c, y == kNegInf ? y : x + y);
