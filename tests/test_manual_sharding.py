@@ -290,3 +290,24 @@ def test_explicit_sequences_and_head_dims_are_gathered_and_right(kernel, explici
     text, got = check_explicit(run, run, explicit, arrays_of(case), specs)
     assert typed(got["gradients"]) == {name: full(4, *specs[name]) for name in specs}
     assert {shape[1:] for shape in shard_shapes(text, "forward")} == {(8, 8, 8)}
+
+
+# the equations in plain JAX
+
+
+@pytest.mark.parametrize(
+    ("case", "specs"),
+    [(EVERYTHING, qkv(BATCH_HEADS) | OPTIONS), (PACKED, qkv(P(None, "model")))],
+    ids=["fixed", "varlen"],
+)
+def test_plain_jax_takes_explicit_types_too(explicit, case, specs):
+    run = with_gradients(attention(case, "xla"))
+    _, got = check_explicit(run, run, explicit, arrays_of(case), specs)
+    assert typed(got["results"])[0] == full(got["results"][0].ndim, *specs["query"])
+
+
+def test_plain_jax_in_shard_map(mesh):
+    case = EVERYTHING.replace(dropout_rate=0.0)
+    call, specs = attention(case, "xla"), qkv(BATCH_HEADS) | OPTIONS
+    mapped = jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=OUT_LSE, check_vma=True)
+    check_against(mapped, call, mesh, arrays_of(case), specs)
