@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ._version import __version__
 from .operands import dims_of, operand_bits
 
 Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
@@ -65,7 +66,7 @@ class AttentionSpec:
 
     def digest(self) -> str:
         """A short hash, stable across processes, that names this spec in compiled programs."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        return _digest(self)
 
 
 APPEND_OPTIONAL = ("cu_seqlens", "cos", "sin", "k_scale", "v_scale")
@@ -94,7 +95,11 @@ class AppendSpec:
         }
 
     def digest(self) -> str:
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:12]
+        return _digest(self)
 
 
 Spec = AttentionSpec | AppendSpec
+
+
+def _digest(spec: Spec) -> str:
+    return hashlib.sha256(f"{__version__} {spec!r}".encode()).hexdigest()[:12]
