@@ -139,8 +139,9 @@ class Trainer:
 
     def evaluate(self, state: nnx.State, batches: Sequence[Batch]) -> float:
         """Nats per byte of the batches' targets."""
-        sums = [self._evaluate(state, self._place(batch)) for batch in batches]
-        total, count = np.sum(jax.device_get(sums), axis=0)
+        # One batch at a time: forced host devices can deadlock when programs with collectives overlap.
+        sums = [jax.device_get(self._evaluate(state, self._place(batch))) for batch in batches]
+        total, count = np.sum(sums, axis=0)
         return float(total / count)
 
     def _place(self, batch: Batch) -> Batch:
