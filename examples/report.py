@@ -115,27 +115,27 @@ def write_json(settings: Settings, history: History, verdict: Verdict, cores_use
 
 def plot(settings: Settings, history: History, verdict: Verdict) -> None:
     """loss.png: training and validation loss by tokens seen, against the bigram model and the target."""
-    batch = settings.rows * settings.row_length
+    million = 1e6 / (settings.rows * settings.row_length)  # steps
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    tokens = np.arange(1, history.step + 1) * batch
-    axes.plot(tokens, history.losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
-    axes.plot(tokens, smooth(history.losses), color="tab:blue", label="training, smoothed")
+    seen = np.arange(1, history.step + 1) / million
+    axes.plot(seen, history.losses, color="tab:blue", alpha=0.3, linewidth=1, label="training, each step")
+    axes.plot(seen, smooth(history.losses), color="tab:blue", label="training, smoothed")
     steps, losses = zip(*history.validation, strict=True)
     label = f"validation: {verdict.validation_loss:.3f}"
-    axes.plot(np.array(steps) * batch, losses, "o-", color="tab:orange", label=label)
+    axes.plot(np.array(steps) / million, losses, "o-", color="tab:orange", label=label)
     axes.axhline(
         verdict.bigram_loss, color="tab:red", linestyle="--", label=f"bigram: {verdict.bigram_loss:.3f}"
     )
     axes.axhline(verdict.bigram_loss - verdict.target, color="tab:green", linestyle=":", label="target")
     title = f"{settings.layers} × {settings.width}, {settings.dtype}, attention {settings.attention}"
-    axes.set(xlabel="bytes trained on", ylabel="nats per byte", title=f"{title}, {devices(settings)}")
+    axes.set(xlabel="million bytes trained on", ylabel="nats per byte", title=f"{title}, {devices(settings)}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(Path(settings.out) / "loss.png", dpi=120)
 
 
-def smooth(values: list[float], weight: float = 0.95) -> np.ndarray:
+def smooth(values: list[float], weight: float = 0.9) -> np.ndarray:
     """Exponential moving average, without its bias towards the start."""
     total = norm = 0.0
     means = []

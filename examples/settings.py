@@ -20,7 +20,7 @@ def option(default: Any, text: str, curve: bool = True, **parsing: Any) -> Any:
 class Settings:
     """Everything that a run is made from. The run's JSON holds all of it."""
 
-    steps: int = option(500, "training steps; the learning rate decays over them")
+    steps: int = option(400, "training steps; the learning rate decays over them")
     rows: int = option(2, "packed rows in a step")
     row_length: int = option(1024, "tokens in a row")
     seed: int = option(0, "of the weights and the order of documents")
@@ -45,8 +45,8 @@ class Settings:
     resume: bool = option(False, "go on from the checkpoint in --out", curve=False)
     seconds: float = option(240.0, "end early, with all results, by about this time", curve=False)
     stop_at: int | None = option(None, "end early at this step, to be resumed", curve=False, type=int)
-    evaluate_every: int = option(100, "steps between validations", curve=False)
-    checkpoint_every: int = option(250, "steps between checkpoints", curve=False)
+    evaluate_every: int = option(80, "steps between validations", curve=False)
+    checkpoint_every: int = option(200, "steps between checkpoints", curve=False)
 
     @property
     def mesh_axes(self) -> dict[str, int]:
