@@ -65,7 +65,7 @@ def function(case: Case, inputs: Inputs, implementation: str | None, **options: 
     return run
 
 
-def gradients_too(case: Case, implementation: str) -> str | None:
+def why_no_gradients(case: Case, implementation: str) -> str | None:
     """Why the gradients of a case cannot be had; None where they can."""
     passes = ("backward", "bias_gradient") if case.bias is not None else ("backward",)
     return why_not_built(implementation, passes, case.dtype, (case.d, case.dv))
@@ -76,7 +76,7 @@ def run(case: Case, inputs: Inputs, implementation: str, **options: Any) -> orac
     require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     call = function(case, inputs, implementation, **options)
-    if gradients_too(case, implementation):
+    if why_no_gradients(case, implementation):
         return oracle.Result(*map(np.asarray, call(moving)))
     if implementation == "xla" and not _usual(case):
         return oracle.differentiate(call, moving, inputs.dout, inputs.dlse)
@@ -124,15 +124,21 @@ def _in_given_rank(result: oracle.Result, case: Case) -> oracle.Result:
     return oracle.Result(result.out, result.lse, result.gradients | {"bias": dbias})
 
 
-def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> None:
-    """Out, lse and every gradient at the contract's tolerance; skips at the end what is not built."""
+def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> str | None:
+    """Out, lse and every gradient at the contract's tolerance; returns why the gradients are not built, if so."""
     inputs = make_inputs(case, seed)
     got = run(case, inputs, implementation, **options)
     right, low = references(case, seed)
-    reason = gradients_too(case, implementation)
+    reason = why_no_gradients(case, implementation)
     if reason:
         right, low = (oracle.Result(x.out, x.lse) for x in (right, low))
     oracle.assert_result(got, right, low, case)
+    return reason
+
+
+def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> None:
+    """As compare; then skips what is not built."""
+    reason = compare(case, implementation, seed, **options)
     if reason:
         pytest.skip(f"forward is right; {reason}")
 

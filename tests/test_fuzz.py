@@ -1,0 +1,116 @@
+"""Random shapes and options, forward and backward, against the oracle: the same examples in every run."""
+
+import os
+
+import checks
+import numpy as np
+import oracle
+from cases import DTYPES, Case, make_inputs, varlen
+from conftest import IMPLEMENTATION
+from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import strategies as st
+
+HALF = [dtype for dtype in DTYPES if dtype != "float32"]
+EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", "60"))
+
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize="JAX_FLASH_TEST_EXAMPLES" not in os.environ,
+    database=None,
+    phases=(Phase.explicit, Phase.generate),  # shrinking takes longer than reading the failing case
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+# Few sizes on each axis, but those where tiles, vectors and groups end.
+HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (6, 1)])
+HEAD_DIM = st.sampled_from([1, 2, 5, 8, 16, 17, 24, 32, 40, 64, 72])
+LENGTH = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 130]))
+SIDE = st.one_of(st.none(), st.integers(0, 9), st.integers(0, 70))
+
+
+def maybe(strategy):
+    return st.one_of(st.none(), strategy)
+
+
+@st.composite
+def scores(draw, rows, hq):
+    """Options that every layout has."""
+    return dict(
+        causal=draw(st.booleans()),
+        window=draw(maybe(st.tuples(SIDE, SIDE))),
+        align=draw(st.sampled_from(["bottom_right", "top_left"])),
+        scale=draw(maybe(st.sampled_from([0.0, -0.3, 0.11, 1.5]))),
+        softcap=draw(maybe(st.sampled_from([0.7, 5.0, 50.0]))),
+        alibi_slopes=draw(maybe(st.sampled_from([(hq,), (rows, hq)]))),
+        sinks=draw(st.booleans()),
+        dropout_rate=draw(st.sampled_from([0.0, 0.0, 0.25, 0.9])),
+    )
+
+
+@st.composite
+def fixed_cases(draw, dtypes):
+    b, (hq, hk), sq, sk = draw(st.integers(1, 3)), draw(HEADS), draw(LENGTH), draw(LENGTH)
+
+    def broadcast():
+        """The shape with any of its dimensions 1, and any number of leading ones left out."""
+        shape = [draw(st.sampled_from([1, size])) for size in (b, hq, sq, sk)]
+        first = draw(st.integers(0, 4))
+        assume(all(size == 1 for size in shape[:first]))
+        return tuple(shape[first:])
+
+    lengths = st.lists(st.integers(-2, 70), min_size=b, max_size=b).map(tuple)
+    return Case(
+        "fuzz", b=b, sq=sq, sk=sk, hq=hq, hk=hk,
+        d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
+        mask=broadcast() if draw(st.booleans()) else None,
+        bias=broadcast() if draw(st.booleans()) else None,
+        bias_dtype="float32",
+        segments=draw(st.sampled_from([0, 0, 1, 4])),
+        q_lengths=draw(maybe(lengths)), kv_lengths=draw(maybe(lengths)),
+        **draw(scores(b, hq)),
+    )  # fmt: skip
+
+
+@st.composite
+def varlen_cases(draw, dtypes):
+    n, (hq, hk) = draw(st.integers(0, 5)), draw(HEADS)
+    lengths = st.lists(st.one_of(st.integers(0, 12), st.sampled_from([64, 65])), min_size=n, max_size=n).map(tuple)
+    return varlen(
+        "fuzz", draw(lengths), k_sequences=draw(maybe(lengths)), hq=hq, hk=hk,
+        padding=(draw(st.integers(0, 5)), draw(st.integers(0, 5))),
+        d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
+        kv_lengths=draw(maybe(st.lists(st.integers(-2, 70), min_size=n, max_size=n).map(tuple))),
+        **draw(scores(n, hq)),
+    )  # fmt: skip
+
+
+SINGLE = [checks.usual_dtype(IMPLEMENTATION)]  # float32: its limit is each number's own, so that few numbers will do
+
+
+@fuzz
+@given(fixed_cases(SINGLE))
+def test_fixed(case):
+    checks.compare(case, IMPLEMENTATION)
+
+
+@fuzz
+@given(varlen_cases(SINGLE))
+def test_varlen(case):
+    checks.compare(case, IMPLEMENTATION)
+
+
+@settings(fuzz, max_examples=EXAMPLES // 4)
+@given(st.one_of(fixed_cases(HALF), varlen_cases(HALF)))
+def test_forward_in_16_bit(case):
+    checks.require(IMPLEMENTATION, dtype=case.dtype)
+    (out, lse), (right, low) = forward(case), checks.references(case)
+    oracle.assert_out(out, right.out, low.out, softcap=bool(case.softcap))
+    oracle.assert_lse(lse, right.lse)
+
+
+def forward(case):
+    inputs = make_inputs(case)
+    moving, _ = oracle.split(inputs.positional | inputs.keywords)
+    return map(np.asarray, checks.function(case, inputs, IMPLEMENTATION)(moving))

@@ -1,0 +1,276 @@
+"""Errors that other attention libraries made, each with its name: none of them here."""
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs, varlen
+
+from jax_flash import flash_attention, flash_attention_varlen, merge_attention
+
+
+def usual(case, implementation):
+    return case.replace(dtype=checks.usual_dtype(implementation))
+
+
+def attend(implementation, *arrays, **options):
+    return flash_attention(*arrays, **options, implementation=implementation, return_lse=True)
+
+
+def normal(*shape, dtype=jnp.float32, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+# Tiles and head dims.
+
+
+@pytest.mark.parametrize("d", [96, 160, 224])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_dims_that_are_no_power_of_two_do_not_collide(d, dtype, kernel):
+    checks.check(Case("dims", b=1, sq=70, sk=130, hq=2, hk=1, d=d, dv=d, dtype=dtype), kernel)
+
+
+@pytest.mark.parametrize("align", ["bottom_right", "top_left"])
+@pytest.mark.parametrize("lengths", [(160, 192), (192, 160)])
+def test_causal_with_different_lengths_never_sees_the_future(lengths, align, kernel):
+    """Changing the keys that no query may see changes not one bit, and the visible ones are right."""
+    sq, sk = lengths
+    case = usual(Case("future", b=1, sq=sq, sk=sk, hq=2, hk=1, causal=True, align=align), kernel)
+    checks.check(case, kernel)
+    inputs = make_inputs(case)
+    i = 100
+    diagonal = i + sk - sq if align == "bottom_right" else i
+    changed = {name: x.at[:, diagonal + 1 :].set(7.0) for name, x in inputs.positional.items() if name != "query"}
+    before = checks.run(case, inputs, kernel)
+    after = checks.run(case, checks.with_arrays(inputs, **changed), kernel)
+    np.testing.assert_array_equal(before.out[:, : i + 1], after.out[:, : i + 1])
+    assert (before.out[:, i + 1] != after.out[:, i + 1]).any()
+
+
+def zeros_without_memory(shape, dtype):
+    """A zero array whose pages are the system's until they are written; aligned, so that DLPack shares it."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def test_offsets_above_two_to_the_31_elements(kernel):
+    """The last entry of the batch lies past 2³¹ elements of key and value."""
+    checks.require(kernel, dtype="float16", d=256, dv=256)
+    sk, used = 2**22 + 64, 5
+    k = zeros_without_memory((3, sk, 1, 256), np.float16)
+    assert k[0].size * 2 > 2**31
+    q, kv = normal(3, 2, 1, 256, dtype=jnp.float16), np.asarray(normal(used, 1, 256, dtype=jnp.float16, seed=1))
+    k[2, :used] = kv
+    k = jax.device_put(jax.dlpack.from_dlpack(k))
+    lengths = jnp.asarray([0, 0, used], jnp.int32)
+    out, lse = attend(kernel, q, k, k, kv_lengths=lengths)
+    wanted, wanted_lse = attend("xla", q[2:], kv[None], kv[None])
+    np.testing.assert_allclose(out[2], wanted[0], rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(lse[2], wanted_lse[0], rtol=1e-4, atol=1e-4)
+    assert np.isneginf(lse[:2]).all()
+
+
+# Softmax.
+
+
+def test_rows_of_very_negative_scores_are_not_zero(implementation):
+    """A running maximum that starts at the smallest positive float would keep it."""
+    checks.require(implementation, dtype="bfloat16")
+    v = normal(1, 70, 1, 16, dtype=jnp.bfloat16)
+    q = jnp.full((1, 3, 1, 16), 10, jnp.bfloat16)
+    k = jnp.full((1, 70, 1, 16), -10, jnp.bfloat16)
+    for options in ({}, {"bias": jnp.full((1,), -1e30)}, {"bias": jnp.full((3, 1), -1e4), "softcap": 5.0}):
+        out, lse = attend(implementation, q, k, v, **options)
+        mean = v.astype(jnp.float32).mean(1)[:, None]
+        np.testing.assert_allclose(out.astype(jnp.float32), np.broadcast_to(mean, out.shape), atol=1e-3)
+        assert (lse < -380).all() or "softcap" in options
+        assert np.isfinite(lse).all()
+
+
+@pytest.mark.parametrize("row", [-1e30, -1e4, 1e4, 1e30])
+def test_a_row_with_an_enormous_bias_has_the_same_softmax_as_without(row, implementation):
+    """Its other rows, too. The bias is the same for the whole row, as large as float32 rounds it away or not."""
+    case = usual(Case("enormous", sk=70), implementation)
+    inputs = make_inputs(case)
+    bias = jnp.zeros((12, 1)).at[3].set(row)
+    got = checks.run(case, checks.with_arrays(inputs, bias=bias), implementation)
+    plain = checks.run(case, inputs, implementation)
+    others = np.arange(12) != 3
+    np.testing.assert_array_equal(got.out[:, others], plain.out[:, others])
+    if abs(row) > 1e20:  # every score is the bias
+        v = np.repeat(np.asarray(inputs.positional["value"], np.float32), 2, axis=2).mean(1)
+        np.testing.assert_allclose(got.out[:, 3].astype(np.float32), v, rtol=1e-2, atol=1e-3)
+    else:
+        np.testing.assert_allclose(got.out[:, 3], plain.out[:, 3], rtol=2e-2, atol=5e-3)
+    np.testing.assert_allclose(got.lse[..., 3], row + plain.lse[..., 3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [100.0, -100.0, 3000.0])
+def test_scores_of_thousands_neither_overflow_nor_become_nan(factor, implementation):
+    case = usual(Case("large", sk=70, causal=True), implementation)
+    inputs = make_inputs(case)
+    large = checks.with_arrays(inputs, query=inputs.positional["query"] * factor)
+    got = checks.run(case, large, implementation)
+    wanted = checks.run(case.replace(dtype="float32"), large, "xla")
+    assert np.isfinite(got.out.astype(np.float32)).all()
+    np.testing.assert_allclose(got.lse, wanted.lse, rtol=1e-5, atol=1e-2)
+    assert all(np.isfinite(x.astype(np.float32)).all() for x in got.gradients.values())
+
+
+def test_parts_with_large_lse_are_merged_without_overflow(implementation):
+    """exp(lse) overflows above 88: the parts are weighed with their maximum subtracted."""
+    checks.require(implementation, dtype="float16")
+    q, k, v = normal(2, 9, 4, 16) * 40, normal(2, 70, 2, 16, seed=1) * 10, normal(2, 70, 2, 16, seed=2)
+    q, k, v = (x.astype(checks.usual_dtype(implementation)) for x in (q, k, v))
+    whole, lse = attend(implementation, q, k, v)
+    assert lse.max() > 500
+    parts = [attend(implementation, q, k[:, a:b], v[:, a:b]) for a, b in ((0, 33), (33, 64), (64, 70))]
+    out, merged = merge_attention(*zip(*parts, strict=True))
+    np.testing.assert_allclose(merged, lse, rtol=1e-5)
+    np.testing.assert_allclose(out.astype(np.float32), whole.astype(np.float32), rtol=1e-2, atol=1e-2)
+
+
+# Lengths.
+
+
+def test_lengths_absent_full_and_zero(implementation):
+    checks.require(implementation, dtype="bfloat16")
+    q, k, v = make_inputs(Case("lengths", dtype="bfloat16")).positional.values()
+    absent = attend(implementation, q, k, v)
+    full = jnp.full(2, 12, jnp.int32)
+    jax.tree.map(np.testing.assert_array_equal, attend(implementation, q, k, v, kv_lengths=full), absent)
+    jax.tree.map(
+        np.testing.assert_array_equal, attend(implementation, q, k, v, q_lengths=full, kv_lengths=full), absent
+    )
+    out, lse = attend(implementation, q, k, v, kv_lengths=jnp.zeros(2, jnp.int32))
+    assert not out.any()
+    assert np.isneginf(lse).all()
+
+
+def test_rows_with_no_visible_key_are_written(kernel):
+    """The result's memory is full of another call's values: rows nobody computes must still become 0 and −inf."""
+    for case in (
+        Case("first rows", sq=130, sk=5, causal=True),
+        Case("window", sq=130, sk=70, window=(3, 0), align="top_left"),
+        Case("mask", sq=130, sk=70, mask=(130, 1)),
+        varlen("no keys", (64, 70, 3), k_sequences=(0, 5, 0), padding=(9, 2), causal=True),
+    ):
+        case = usual(case, kernel)
+        inputs = make_inputs(case)
+        for _ in range(3):
+            got = checks.run(case, inputs, kernel)
+            rows = np.swapaxes(got.lse, -1, -2)
+            assert np.isneginf(rows).any()
+            assert (got.out[np.isneginf(rows)] == 0).all()
+            if "query" in got.gradients:
+                assert (got.gradients["query"][np.isneginf(rows)] == 0).all()
+
+
+@pytest.mark.parametrize("sequences", [((5, 9, 1), (30, 2, 40)), ((50, 20), (3, 4)), ((3, 0), (0, 9))], ids=str)
+def test_packed_keys_of_another_total_than_the_queries(sequences, kernel):
+    q_sequences, k_sequences = sequences
+    case = varlen("totals", q_sequences, k_sequences=k_sequences, causal=True)
+    checks.check(usual(case, kernel), kernel)
+
+
+def test_int64_cu_seqlens_are_refused(implementation):
+    q = jnp.zeros((8, 2, 16))
+    with pytest.raises(TypeError, match="cu_seqlens_q must be int32, got int64"):
+        flash_attention_varlen(q, q, q, np.array([0, 8]), implementation=implementation)
+
+
+# Padding.
+
+
+def test_zero_times_nan_in_the_padding_of_value(implementation):
+    """P = 0 past the length, but 0 × NaN is NaN: value itself must be masked. The tail is within the last tile."""
+    checks.require(implementation, dtype="bfloat16")
+    q, k, v = make_inputs(Case("padding", sk=70, dtype="bfloat16")).positional.values()
+    lengths = jnp.asarray([65, 1], jnp.int32)
+    wanted = attend(implementation, q, k, v, kv_lengths=lengths)
+    past = (np.arange(70) >= np.array(lengths)[:, None])[..., None, None]
+    for poison in (np.nan, np.inf):
+        k, v = (jnp.where(past, jnp.asarray(poison, x.dtype), x) for x in (k, v))
+        got = attend(implementation, q, k, v, kv_lengths=lengths)
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
+
+
+# Bias.
+
+
+@pytest.mark.parametrize("sk", [1, 7, 9, 63, 65])
+@pytest.mark.parametrize("shape", ["b hq sq sk", "sq 1", "sk", "hq 1 1"])
+def test_bias_whose_last_dim_is_one_or_no_multiple_of_eight(sk, shape, kernel):
+    sizes = dict(b=2, hq=4, sq=12, sk=sk)
+    bias = tuple(int(sizes.get(dim, dim)) for dim in shape.split())
+    checks.check(usual(Case("bias", sk=sk, bias=bias), kernel), kernel)
+
+
+def test_the_gradient_of_a_broadcast_bias_is_its_sum(implementation):
+    checks.require(implementation, "forward", "backward", "bias_gradient", dtype=checks.usual_dtype(implementation))
+    case = usual(Case("bias", sk=21, causal=True), implementation)
+    q, k, v = make_inputs(case).positional.values()
+
+    def gradient(bias):
+        return jax.grad(lambda b: (attend(implementation, q, k, v, bias=b, causal=True)[0] ** 2).sum())(bias)
+
+    full = gradient(jnp.zeros((2, 4, 12, 21)))
+    for axes in ((0,), (1, 2), (3,), (0, 1, 2, 3)):
+        shape = [1 if axis in axes else size for axis, size in enumerate(full.shape)]
+        np.testing.assert_allclose(gradient(jnp.zeros(shape)), full.sum(axes, keepdims=True), rtol=1e-3, atol=1e-4)
+
+
+# Dropout and lse.
+
+
+def test_forward_and_backward_drop_the_same_weights_in_every_tile(implementation):
+    """With value = I the output is P itself; with do = I, dv is Pᵀ: what the backward made again."""
+    checks.require(implementation, "forward", "backward", dtype=checks.usual_dtype(implementation), d=128, dv=128)
+    dtype, s = checks.usual_dtype(implementation), 128
+    q, k = normal(1, s, 1, 128, dtype=dtype), normal(1, s, 1, 128, dtype=dtype, seed=1)
+    eye = jnp.eye(s, dtype=dtype)[None, :, None]
+    key = jax.random.key(5)
+    (p, _), pullback = jax.vjp(
+        lambda v: attend(implementation, q, k, v, dropout_rate=0.5, dropout_key=key), eye
+    )
+    (transposed,) = pullback((eye, jnp.zeros((1, 1, s))))
+    dropped = np.asarray(p[0, :, 0] == 0)
+    np.testing.assert_array_equal(dropped, np.asarray(transposed[0, :, 0] == 0).T)
+    words = np.concatenate([np.asarray(jax.random.key_data(key)), np.zeros(4, np.uint32)])
+    numbers = np.array([[oracle.dropout_number(words, 0, 0, i, j) for j in range(s)] for i in range(s)])
+    np.testing.assert_array_equal(dropped, numbers < 32768)
+
+
+def test_the_cotangent_of_lse_is_not_forgotten(implementation):
+    """d lse / d q = scale · P k, which needs no dout at all: delta = rowsum(do ∘ o) − dlse."""
+    case = usual(Case("lse", causal=True, sk=17), implementation)
+    checks.require(implementation, "forward", "backward", dtype=case.dtype)
+    q, k, v = make_inputs(case).positional.values()
+    gradients = jax.grad(
+        lambda q, k, v: attend(implementation, q, k, v, causal=True)[1].sum(), argnums=(0, 1, 2)
+    )(q, k, v)
+    wide = [jnp.repeat(x.astype(jnp.float32), 2, axis=2) for x in (k, v)]
+    s = jnp.einsum("bihd,bjhd->bhij", q.astype(jnp.float32), wide[0], precision="highest") / 4
+    visible = np.arange(17) <= np.arange(12)[:, None] + 5
+    p = jax.nn.softmax(jnp.where(visible, s, -jnp.inf))
+    wanted = jnp.einsum("bhij,bjhd->bihd", p, wide[0], precision="highest") / 4
+    tolerance = 1e-4 if case.dtype == "float32" else 1e-2
+    np.testing.assert_allclose(gradients[0].astype(jnp.float32), wanted, rtol=tolerance, atol=tolerance)
+    assert gradients[1].any()
+    assert not gradients[2].any()
+
+
+# Errors are raised, and the process goes on.
+
+
+def test_a_wrong_call_is_an_exception_and_the_next_call_is_right(implementation):
+    checks.require(implementation, dtype="bfloat16")
+    q, k, v = make_inputs(Case("next", dtype="bfloat16")).positional.values()
+    before = attend(implementation, q, k, v)
+    with pytest.raises(ValueError, match="key has 3 heads, which does not divide query's 4"):
+        attend(implementation, q, q[:, :, :3], q[:, :, :3])
+    jax.tree.map(np.testing.assert_array_equal, attend(implementation, q, k, v), before)
