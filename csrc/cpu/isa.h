@@ -34,7 +34,6 @@ inline constexpr int kTileN = kBlockRows == 8 ? 256 : 240;
 static_assert(kTileM % kBlockRows == 0 && kTileN % kBlockRows == 0 && kTileN % kPanel == 0);
 
 typedef float Float __attribute__((vector_size(kLanes * 4), may_alias));
-typedef int32_t Int __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UInt __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Half __attribute__((vector_size(kLanes * 2), may_alias));
 typedef Float FloatUnaligned __attribute__((aligned(4)));
@@ -55,7 +54,7 @@ using LaneIndices = std::make_integer_sequence<int, kLanes>;
 
 template <int kStep, int... lane>
 JF_INLINE Float exchange_lanes(Float x, std::integer_sequence<int, lane...>) {
-  return __builtin_shuffle(x, Int{lane ^ kStep...});
+  return __builtin_shufflevector(x, x, (lane ^ kStep)...);
 }
 
 // Combines lanes at distance kStep, kStep / 2, ... 1.

@@ -43,14 +43,12 @@ JF_INLINE void load_rows(const Rows& rows, int32_t begin, int32_t end, int32_t c
 // One step of a transpose by recursive halves: exchanges lane bit `kStep` with row bit `kStep`.
 template <int kStep, int... lane>
 JF_INLINE void transpose_step(Float (&r)[kLanes], std::integer_sequence<int, lane...> lanes) {
-  constexpr Int first{(lane & kStep ? kLanes + lane - kStep : lane)...};
-  constexpr Int second{(lane & kStep ? kLanes + lane : lane + kStep)...};
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes; ++i) {
     if (i & kStep) continue;
     const Float a = r[i], b = r[i + kStep];
-    r[i] = __builtin_shuffle(a, b, first);
-    r[i + kStep] = __builtin_shuffle(a, b, second);
+    r[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane)...);
+    r[i + kStep] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane + kStep)...);
   }
   if constexpr (kStep > 1) transpose_step<kStep / 2>(r, lanes);
 }
