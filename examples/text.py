@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
@@ -24,31 +25,28 @@ def load_documents() -> tuple[list[bytes], list[bytes]]:
     """The training and the held-out documents.
 
     Some documents quote others at length ("compound" holds all of "if", "for", …), so documents that share
-    text are held out together: the held-out part cannot have been learnt by heart.
+    text are held out together: hardly a passage of the held-out ones can have been read in training.
     """
     groups = sorted(_groups_sharing_text(topics), key=lambda names: -sum(len(topics[name]) for name in names))
-    held_out = {
-        name for group in groups[3::8] for name in group
-    }  # one in eight, of every size but the largest
+    held_out = {name for group in groups[3::8] for name in group}  # one in eight, large and small
     train = [topics[name].encode() for name in sorted(topics) if name not in held_out]
     return train, [topics[name].encode() for name in sorted(held_out)]
 
 
-def _groups_sharing_text(texts: dict[str, str], piece: int = 48) -> list[list[str]]:
-    """The names, grouped: texts that have more than a tenth of their pieces, or 200 of them, in common."""
-    pieces = {
-        name: {text[i : i + piece] for i in range(len(text) - piece)} for name, text in sorted(texts.items())
+def _groups_sharing_text(texts: dict[str, str], length: int = 48) -> list[list[str]]:
+    """The names, grouped: texts with 200 passages of that length in common, or a tenth of either's."""
+    passages = {
+        name: {t[i : i + length] for i in range(len(t) - length)} for name, t in sorted(texts.items())
     }
+
+    def alike(a: str, b: str) -> bool:
+        few = min(200, len(passages[a]) / 10, len(passages[b]) / 10)
+        return len(passages[a] & passages[b]) > few
+
     groups: list[list[str]] = []
-    for name, own in pieces.items():
-        shares = [
-            any(len(own & pieces[b]) > min(200, len(own) / 10, len(pieces[b]) / 10) for b in g)
-            for g in groups
-        ]
-        joined = [name] + [
-            other for group, share in zip(groups, shares, strict=True) if share for other in group
-        ]
-        groups = [group for group, share in zip(groups, shares, strict=True) if not share] + [joined]
+    for name in passages:
+        joined = [group for group in groups if any(alike(name, other) for other in group)]
+        groups = [group for group in groups if group not in joined] + [[name, *chain(*joined)]]
     return groups
 
 
