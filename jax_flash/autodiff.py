@@ -51,12 +51,16 @@ def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangent
     operands = {**operands, "dout": dout, "lse": lse, "delta": delta}
     gradients: Gradients = dict.fromkeys(spec.operands)
     gradients |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
+    sinks = operands.get("sinks")
+    from_sinks = jnp.zeros_like(lse) if sinks is None else _through_sinks(sinks, lse, delta)
+    if sinks is not None:
+        gradients["sinks"] = _compat.sharded_like(-_sum_to_heads(from_sinks), sinks)
     if "bias" in spec.operands:
-        (gradients["bias"],) = bind(BIAS_GRADIENT, spec, operands)
-    if "sinks" in spec.operands:
-        gradients["sinks"] = _compat.sharded_like(
-            _sinks_gradient(operands["sinks"], lse, delta), operands["sinks"]
-        )
+        bias = operands["bias"]
+        if bias.shape[-1] == 1:
+            gradients["bias"] = _row_bias_gradient(bias, lse, dlse + from_sinks)
+        else:
+            (gradients["bias"],) = bind(BIAS_GRADIENT, spec, operands)
     return gradients
 
 
@@ -90,13 +94,25 @@ def _rows(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x.sum(-1), -1, -2)
 
 
-def _sinks_gradient(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """dsink = −Σ exp(sink − lse)·delta over the rows in use; the others have lse −inf."""
+def _through_sinks(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
+    """exp(sink − lse)·delta; 0 for rows not in use, whose lse is −inf."""
     used = lse > -jnp.inf
     others = [axis for axis in range(lse.ndim) if axis != lse.ndim - 2]
     weight = jnp.exp(jnp.where(used, jnp.expand_dims(sinks, others) - lse, -jnp.inf))
-    terms = jnp.where(used, weight * delta, 0)
-    return -terms.sum(others)
+    return jnp.where(used, weight * delta, 0)
+
+
+def _sum_to_heads(x: jax.Array) -> jax.Array:
+    """[b, h, s] or [h, s] → [h]."""
+    return x.sum([axis for axis in range(x.ndim) if axis != x.ndim - 2])
+
+
+def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
+    """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it moves lse, and what the sinks take."""
+    rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
+    summed = [axis for axis in range(rows.ndim) if bias.shape[axis] == 1 != rows.shape[axis]]
+    gradient = rows.sum(summed, keepdims=True).astype(bias.dtype)
+    return _compat.sharded_like(gradient, bias)
 
 
 _attend.defvjp(_forward, _backward)
