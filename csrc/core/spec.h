@@ -1,4 +1,5 @@
-// The static options of one attention call, and the operands it may carry. Mirrors jax_flash/spec.py and operands.py.
+// The static options of one attention call, and the operands it may carry. Mirrors jax_flash/spec.py and
+// operands.py.
 #pragma once
 
 #include <cstdint>
