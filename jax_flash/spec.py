@@ -62,6 +62,9 @@ class AttentionSpec:
             "dropout_rate": np.float32(self.dropout_rate),
             "deterministic": np.bool_(self.deterministic),
             "operands": np.int32(operand_bits(self.operands)),
+            "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
+            "num_splits": np.int32(self.num_splits),
+            "batch_invariant": np.bool_(self.batch_invariant),
         }
 
     def digest(self) -> str:

@@ -27,9 +27,9 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
       shapes: the shape of every operand by name; dimensions may be symbolic.
 
     Returns:
-      An int, or a symbolic dimension. 0 for the fixed layout, whose tiles follow from the block's number alone.
+      An int, or a symbolic dimension. 0 for unpacked queries, whose tiles follow from the block's number alone.
     """
-    if spec.layout == "fixed" or pass_ != "forward":
+    if not spec.layout.endswith("varlen") or pass_ != "forward":
         return 0
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])

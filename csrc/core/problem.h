@@ -9,15 +9,17 @@ namespace jax_flash {
 
 struct Problem {
   AttentionSpec spec;
-  DType dtype;       // query, key, value, out and their gradients
+  DType dtype;       // query, out and their gradients
+  DType kv_dtype;    // key, value and their gradients: dtype, or the page pools' float8
   DType bias_dtype;  // bias and its gradient
   Leading leading;
-  int32_t batch;                // batch entries (fixed) or sequences (varlen)
-  int32_t heads, kv_heads;      // heads % kv_heads == 0
-  int32_t head_dim, value_dim;  // d, dv
-  int32_t q_rows, k_rows;       // s_q, s_k (fixed) or total tokens (varlen)
+  int32_t batch;                    // batch entries (fixed) or sequences
+  int32_t heads, kv_heads;          // heads % kv_heads == 0
+  int32_t head_dim, value_dim;      // d, dv
+  int32_t q_rows, k_rows;           // s_q, s_k (fixed), total tokens (packed), keys of a full table (paged)
+  int32_t page_size, pages, table;  // paged: slots of a page, pages of the pool, entries of a table
 
-  View query, key, value;                                       // [b, s, h, d]
+  View query, key, value;                                       // [b, s, h, d]; pools: [page, slot, h, d]
   View out, lse;                                                // lse, delta: [b, h, s] float32
   View dout, delta;                                             //
   View dquery, dkey, dvalue, dbias;                             //
@@ -28,10 +30,34 @@ struct Problem {
   View alibi_slopes;                                            // [b, h]
   View sinks;                                                   // [h]
   View dropout;                                                 // [6] along column
+  View block_tables;                                            // [b, table] along batch and column
+  View k_scale, v_scale;                                        // [h] of KV heads
   int32_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;  // dbias' own sizes, 1 where it is reduced
 
   JF_HD int32_t kv_head(int32_t head) const { return head / (heads / kv_heads); }
   JF_HD bool varlen() const { return spec.layout == Layout::kVarlen; }
+  JF_HD bool packed() const { return spec.packed(); }
+  JF_HD bool paged() const { return spec.paged(); }
+};
+
+// One append_kv call: new tokens [b, s, h, d], or packed, into pools [page, slot, h, d].
+struct AppendProblem {
+  AppendSpec spec;
+  DType dtype;       // key, value
+  DType pool_dtype;  // dtype, or float8
+  Leading leading;
+  int32_t batch, kv_heads, head_dim, value_dim;
+  int32_t rows;                     // new tokens of a sequence, or of all (packed)
+  int32_t page_size, pages, table;  // slots of a page, pages of the pool, entries of a table
+  int32_t positions, rotated;       // rows of cos and sin, and pairs of features that they rotate
+  View k_pages, v_pages;            // overwritten
+  View key, value;                  //
+  View block_tables, kv_lengths;    // [b, table] along batch and column; [b]
+  View cu_seqlens;                  // [n + 1] along batch
+  View cos, sin;                    // [positions, rotated] along row and column
+  View k_scale, v_scale;            // [h]
+
+  JF_HD bool packed() const { return spec.has(AppendOperand::kCuSeqlens); }
 };
 
 }  // namespace jax_flash

@@ -10,10 +10,10 @@ namespace jax_flash {
 JF_HD int32_t clamp_index(int32_t x, int32_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
 
 // Rows [q_begin, q_begin + q_len) of the query operand attend to rows [k_begin, k_begin + k_len) of key and
-// value. The first row of `batch_row` is where a fixed layout's batch stride applies: 0 for varlen, the index
-// for fixed.
+// value (paged: to keys [0, k_len) of the table's row `index`). The first row of `batch_row` is where a batch
+// stride applies: 0 when packed, the index otherwise.
 struct Sequence {
-  int32_t index;      // batch entry or sequence: lengths, alibi and dropout go by it
+  int32_t index;      // batch entry or sequence: lengths, tables, alibi and dropout go by it
   int32_t batch_row;  // the batch index of per-token operands
   int32_t q_begin, k_begin;
   int32_t q_len, k_len;
@@ -43,6 +43,17 @@ JF_HD Sequence varlen_sequence(const Problem& p, int64_t leading, int32_t index,
           k_starts[index],
           q_starts[index + 1] - q_starts[index],
           length_at(p.kv_lengths, offset, index, k_rows)};
+}
+
+// The same of packed queries whose keys lie in pages: every sequence counts its keys from 0.
+JF_HD Sequence paged_sequence(const Problem& p, int64_t leading, int32_t index, const int32_t* q_starts) {
+  const int64_t offset = p.kv_lengths.leading_offset(p.leading, leading);
+  return {index,
+          0,
+          q_starts[index],
+          0,
+          q_starts[index + 1] - q_starts[index],
+          length_at(p.kv_lengths, offset, index, p.k_rows)};
 }
 
 // cu_seqlens [n + 1] read as its running maximum clamped to [0, rows].

@@ -12,9 +12,10 @@
 
 namespace jax_flash {
 
-enum class Layout : int32_t { kFixed = 0, kVarlen = 1 };
+enum class Layout : int32_t { kFixed = 0, kVarlen = 1, kPaged = 2, kPagedVarlen = 3 };
+enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
-enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2 };
+enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // the last in page pools only
 enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2 };
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
@@ -30,8 +31,14 @@ enum class Operand : int32_t {
   kAlibiSlopes,
   kSinks,
   kDropout,
+  kBlockTables,
+  kKScale,
+  kVScale,
   kCount,
 };
+
+// The same of append_kv, in AppendSpec::operands.
+enum class AppendOperand : int32_t { kCuSeqlens = 0, kCos, kSin, kKScale, kVScale, kCount };
 
 inline constexpr int32_t kUnlimited = -1;
 
@@ -45,8 +52,23 @@ struct AttentionSpec {
   float dropout_rate;  // 0: off
   bool deterministic;
   int32_t operands;  // bit set of Operand
+  // The paged layouts only.
+  PageLayout page_layout = PageLayout::kNhd;
+  int32_t num_splits = 0;  // parts that the keys of a sequence are cut into, 0: the plan's choice
+  bool batch_invariant = false;
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
+  JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }
+  // Query rows of all sequences in one dimension.
+  JF_HD bool packed() const { return layout == Layout::kVarlen || layout == Layout::kPagedVarlen; }
+};
+
+struct AppendSpec {
+  PageLayout page_layout;
+  bool interleaved;  // rotary pairs are neighbouring features
+  int32_t operands;  // bit set of AppendOperand
+
+  JF_HD bool has(AppendOperand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
 };
 
 }  // namespace jax_flash

@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "plan.h"
+#include "splits.h"
 
 namespace jax_flash {
 
@@ -56,18 +57,27 @@ const Kernels& kernels() {
   return chosen;
 }
 
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Floats = std::unique_ptr<float, Free>;
+
+Floats aligned_floats(int64_t count) {
+  if (count == 0) return {};
+  Floats memory(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
+  if (!memory) throw std::bad_alloc();
+  return memory;
+}
+
 // One per thread, kept: fresh pages on each call would cost more than small problems do.
 float* scratch() {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  if (!memory) {
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, kScratchFloats * sizeof(float))));
-    if (!memory) throw std::bad_alloc();
-  }
+  thread_local Floats memory;
+  if (!memory) memory = aligned_floats(kScratchFloats);
   return memory.get();
 }
+
+// At most this much memory holds the parts of split sequences; tiles past it run whole, part after part.
+constexpr int64_t kPartFloats = int64_t{1} << 24;
 
 // Threads worth waking for `multiplies` multiply-adds.
 int64_t workers_for(double multiplies) {
@@ -75,8 +85,10 @@ int64_t workers_for(double multiplies) {
   return static_cast<int64_t>(std::min(multiplies / kPerWorker, 1e6)) + 1;
 }
 
+constexpr double kCostOfCopying = 4;  // an element, in multiply-adds
+
 double score_count(const Problem& p) {
-  return double(p.leading.count()) * (p.varlen() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
+  return double(p.leading.count()) * (p.packed() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
 }
 
 using RowKernel = void (*)(const Problem&, const RowTile&, float*);
@@ -89,10 +101,73 @@ void run_rows(const Problem& p, const ThreadPool& pool, const RowGrid& grid, Row
   });
 }
 
+// The tiles whose parts are items of their own, and the memory of those parts.
+class SpreadTiles {
+ public:
+  struct Part {
+    int32_t tile, index;
+    int64_t offset;
+  };
+
+  SpreadTiles(const Problem& p, const RowGrid& grid, const Splits& splits) {
+    int64_t floats = 0;
+    for (int64_t index = 0; index < grid.size(); ++index) {
+      RowTile tile;
+      if (!splits.at(index, tile) || !splits.spread(tile)) continue;
+      const int64_t size = kernels().part_floats(p, tile);
+      if (floats + size * tile.parts > kPartFloats) break;
+      for (int32_t i = 0; i < tile.parts; ++i) {
+        parts_.push_back({static_cast<int32_t>(tiles_.size()), i, floats});
+        floats += size;
+      }
+      tiles_.push_back(tile);
+      end_ = index + 1;
+    }
+    memory_ = aligned_floats(floats);
+  }
+
+  const std::vector<RowTile>& tiles() const { return tiles_; }
+  const std::vector<Part>& parts() const { return parts_; }
+  float* memory(const Part& part) const { return memory_.get() + part.offset; }
+
+  // The tile at `index` of the grid is among them.
+  bool has(int64_t index, const Splits& splits, const RowTile& tile) const {
+    return index < end_ && splits.spread(tile);
+  }
+
+ private:
+  std::vector<RowTile> tiles_;
+  std::vector<Part> parts_;
+  int64_t end_ = 0;
+  Floats memory_;
+};
+
+// Longest first: the parts of tiles that were spread, then the other tiles whole, then what the parts sum up
+// to.
+void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, const Splits& splits) {
+  const SpreadTiles spread(p, grid, splits);
+  const auto parts = static_cast<int64_t>(spread.parts().size());
+  const int64_t workers = workers_for(splits.cost() * (p.head_dim + p.value_dim));
+  parallel_for(pool, parts + grid.size(), workers, [&](int64_t item) {
+    RowTile tile;
+    if (item < parts) {
+      const SpreadTiles::Part& part = spread.parts()[item];
+      kernels().forward_part(p, spread.tiles()[part.tile], part.index, spread.memory(part), scratch());
+    } else if (splits.at(item - parts, tile) && !spread.has(item - parts, splits, tile)) {
+      kernels().forward(p, tile, scratch());
+    }
+  });
+  parallel_for(pool, static_cast<int64_t>(spread.tiles().size()), workers, [&](int64_t index) {
+    const auto first = std::find_if(spread.parts().begin(), spread.parts().end(),
+                                    [&](const auto& part) { return part.tile == index; });
+    kernels().combine_parts(p, spread.tiles()[index], spread.memory(*first));
+  });
+}
+
 // Rows of a packed operand that lie in no sequence.
 template <class Fill>
 void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
-  if (!p.varlen()) return;
+  if (!p.packed()) return;
   const int32_t rows = side == Side::kQueries ? p.q_rows : p.k_rows;
   for (int64_t l = 0; l < p.leading.count(); ++l) {
     const int32_t* own = side == Side::kQueries ? starts.q_of(l) : starts.k_of(l);
@@ -113,7 +188,8 @@ const char* cpu_isa() { return kernels().isa; }
 
 void cpu_forward(const Problem& p, const ThreadPool& pool) {
   const Starts starts(p);
-  run_rows(p, pool, RowGrid(p, starts, Side::kQueries, kernels().tile_m), kernels().forward);
+  const RowGrid grid(p, starts, Side::kGroups, kernels().tile_m);
+  run_forward(p, pool, grid, Splits(p, grid));
   outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.out, l, begin, end);
     for (int32_t h = 0; h < p.heads; ++h) {
@@ -139,6 +215,15 @@ void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
   const BiasGrid grid(p, kernels().tile_m, kernels().tile_n);
   parallel_for(pool, grid.size(), workers_for(score_count(p) * (p.head_dim + p.value_dim)),
                [&](int64_t index) { kernels().bias_gradient(p, grid.at(index), scratch()); });
+}
+
+void cpu_append(const AppendProblem& p, const ThreadPool& pool) {
+  const double copied = double(p.leading.count()) * p.kv_heads * p.rows * (p.packed() ? 1 : p.batch) *
+                        (p.head_dim + p.value_dim);
+  parallel_for(pool, p.leading.count() * p.kv_heads, workers_for(copied * kCostOfCopying),
+               [&](int64_t index) {
+                 kernels().append(p, index / p.kv_heads, static_cast<int32_t>(index % p.kv_heads));
+               });
 }
 
 }  // namespace jax_flash

@@ -1,11 +1,13 @@
-// Rows of f16, bf16 or f32 in memory to and from float32. Never touches memory outside the row.
+// Rows of f16, bf16, f32 or float8 in memory to and from float32. Never touches memory outside the row.
 #pragma once
 
 #include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "../core/float8.h"
 
 namespace jax_flash::JF_ISA {
 
-JF_INLINE int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+JF_INLINE int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2; }
 
 // Denormals go through a subtraction of normal numbers: XLA's threads may flush denormal operands to zero.
 JF_INLINE Float widen_f16(UInt h) {
@@ -80,6 +82,15 @@ static void store_row_as(void* row, int32_t n, const float* from, float factor) 
   }
 }
 
+static void load_float8(const uint8_t* row, int32_t n, float factor, float* to, int32_t padded) {
+  for (int32_t i = 0; i < n; ++i) to[i] = float8_to_float(row[i]) * factor;
+  for (int32_t i = n; i < padded; ++i) to[i] = 0.0f;
+}
+
+static void store_float8(uint8_t* row, int32_t n, const float* from, float factor) {
+  for (int32_t i = 0; i < n; ++i) row[i] = float_to_float8(from[i] * factor);
+}
+
 // to[0, n) = factor * row, zeros up to `padded` (a multiple of kLanes, at least n).
 JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, float* to, int32_t padded) {
   switch (dtype) {
@@ -89,6 +100,8 @@ JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, f
       return load_row_as<DType::kBF16>(row, n, factor, to, padded);
     case DType::kF32:
       return load_row_as<DType::kF32>(row, n, factor, to, padded);
+    case DType::kF8E4M3:
+      return load_float8(static_cast<const uint8_t*>(row), n, factor, to, padded);
   }
 }
 
@@ -101,6 +114,8 @@ JF_INLINE void store_row(DType dtype, void* row, int32_t n, const float* from, f
       return store_row_as<DType::kBF16>(row, n, from, factor);
     case DType::kF32:
       return store_row_as<DType::kF32>(row, n, from, factor);
+    case DType::kF8E4M3:
+      return store_float8(static_cast<uint8_t*>(row), n, from, factor);
   }
 }
 

@@ -47,10 +47,10 @@ static void gradient_row(const Head& head, int32_t i, int32_t j0, int32_t n, Col
 
   RowBuffer slopes, keep;
   const bool capped = through_softcap && head.problem.spec.softcap > 0;
-  final_scores(head, i, j0, visible, s, capped ? slopes.value : nullptr);
+  final_scores(head, {i, head.head}, j0, visible, s, capped ? slopes.value : nullptr);
   if (head.drops) {
     for (int32_t c = whole.lo; c < whole.hi; c += kLanes) store(keep.value + c, Float{});
-    head.dropout_row(i, j0, visible, keep.value);
+    head.dropout_row({i, head.head}, j0, visible, keep.value);
   }
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
     const Float p = exp2((load(s + c) * head.unit - lse) * kLog2e);

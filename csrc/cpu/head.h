@@ -1,4 +1,5 @@
-// One (leading entry, sequence, query head) of a problem: its rows, its band and its scores.
+// One (leading entry, sequence, query head) of a problem, or several heads that read the same KV head: rows,
+// band and scores.
 #pragma once
 
 #include "isa.h"
@@ -12,11 +13,16 @@
 
 namespace jax_flash::JF_ISA {
 
+// A row of S: a position within the sequence, at a query head.
+struct Row {
+  int32_t position, head;
+};
+
 struct Head {
   const Problem& problem;
   Sequence sequence;
   Band band;
-  int32_t head;
+  int32_t head;  // the first
   Rows query, key, value;
   // S = query_sign q·k: the score is unit S as long as there is nothing `extra`, else what finish_scores
   // makes of it. The scale stays out of S and of its maximum, so that large scales do not magnify the
@@ -25,22 +31,19 @@ struct Head {
   bool extra;  // anything besides scale, band and dropout
   bool drops;
   Dropout dropout;
-  float slope;  // alibi
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
       : problem(p), sequence(s), band(make_band(p.spec, s)), head(head_), leading(leading_) {
     query = rows(p.query, p.head_dim, s.q_begin, head);
-    key = rows(p.key, p.head_dim, s.k_begin, p.kv_head(head));
-    value = rows(p.value, p.value_dim, s.k_begin, p.kv_head(head));
+    key = keys(p.key, p.head_dim, p.k_scale, __builtin_nanf(""));
+    value = keys(p.value, p.value_dim, p.v_scale, 0.0f);
     query_sign = p.spec.scale < 0 ? -1.0f : 1.0f;
     // A scale of 0 would make NaN of the hidden scores, -inf.
     extra = p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
     unit = extra ? 1.0f : __builtin_fabsf(p.spec.scale);
     drops = p.spec.dropout_rate > 0;
     if (drops) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
-    const View& a = p.alibi_slopes;
-    slope = a ? a.as<const float>()[a.leading_offset(p.leading, leading) + a.offset(s.index, head, 0)] : 0.0f;
   }
 
   // Per-token operand or gradient, at head h of its own.
@@ -51,6 +54,25 @@ struct Head {
     return {view.as<char>() + offset * size, view.row * size, problem.dtype, width};
   }
 
+  // Key or value at the KV head. A page outside the pool gives NaN scores, which zeros as values leave alone.
+  JF_HD Rows keys(const View& view, int32_t width, const View& scale, float missing) const {
+    const Problem& p = problem;
+    const int32_t h = p.kv_head(head);
+    if (!p.paged()) return rows(view, width, sequence.k_begin, h);
+    const int64_t size = size_of(p.kv_dtype), start = view.leading_offset(p.leading, leading) + h * view.head;
+    Rows found{view.as<char>() + start * size, view.row * size, p.kv_dtype, width};
+    if (scale) found.factor = at(scale, h * scale.head);
+    found.missing = missing;
+    found.table = page_table(p.block_tables, p.leading, leading, sequence.index, p.page_size, p.pages);
+    found.page_stride = view.batch * size;
+    return found;
+  }
+
+  // An element of a small float32 operand.
+  JF_HD float at(const View& view, int64_t offset) const {
+    return view.as<const float>()[view.leading_offset(problem.leading, leading) + offset];
+  }
+
   // lse or delta from row 0 of the sequence.
   JF_HD float* row_statistic(const View& view) const {
     return view.as<float>() + view.leading_offset(problem.leading, leading) +
@@ -59,16 +81,15 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // x[c] for columns [lo, hi), key j0 + c in row i: what is added to the score in log2 units, -inf where
-  // hidden.
-  void added_scores(int32_t i, int32_t j0, Columns visible, float* x) const;
+  // x[c] for columns [lo, hi), key j0 + c: what is added to the row's score in log2 units, -inf where hidden.
+  void added_scores(Row row, int32_t j0, Columns visible, float* x) const;
 
   // Overwrites S[c] for [lo, hi) with the final score in log2 units; the slope of the softcap, if any, goes
   // to `slopes`.
-  void finish_scores(int32_t i, int32_t j0, Columns visible, float* s, float* slopes) const;
+  void finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const;
 
-  // keep[c] for columns [lo, hi) of row i: 0 where dropped, else 1 / (1 - rate).
-  void dropout_row(int32_t i, int32_t j0, Columns visible, float* keep) const;
+  // keep[c] for columns [lo, hi) of the row: 0 where dropped, else 1 / (1 - rate).
+  void dropout_row(Row row, int32_t j0, Columns visible, float* keep) const;
 };
 
 // Row scratch: one value per column of a tile, plus what whole vectors and Philox blocks may overrun.
@@ -78,18 +99,17 @@ struct alignas(64) RowBuffer {
 
 JF_INLINE Columns vectors(Columns c) { return {round_down(c.lo, kLanes), round_up(c.hi, kLanes)}; }
 
-inline void Head::added_scores(int32_t i, int32_t j0, Columns visible, float* x) const {
+inline void Head::added_scores(Row row, int32_t j0, Columns visible, float* x) const {
   const Problem& p = problem;
-  const int32_t lo = visible.lo, n = visible.hi - visible.lo, j = j0 + lo;
+  const int32_t lo = visible.lo, n = visible.hi - visible.lo, i = row.position, j = j0 + lo;
   const Columns whole = vectors(visible);
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) store(x + c, Float{});
   if (p.bias) {
     const int64_t size = size_of(p.bias_dtype);
     const View& v = p.bias;
-    const char* row = v.as<const char>() +
-                      (v.leading_offset(p.leading, leading) + v.offset(sequence.index, head, i, j)) * size;
+    const int64_t offset = v.leading_offset(p.leading, leading) + v.offset(sequence.index, row.head, i, j);
     RowBuffer bias;
-    load_row(p.bias_dtype, row, v.column ? n : 1, 1.0f, bias.value, kLanes);
+    load_row(p.bias_dtype, v.as<const char>() + offset * size, v.column ? n : 1, 1.0f, bias.value, kLanes);
     if (v.column) {
       for (int32_t c = 0; c < n; ++c) x[lo + c] = bias.value[c];
     } else {
@@ -97,16 +117,17 @@ inline void Head::added_scores(int32_t i, int32_t j0, Columns visible, float* x)
     }
   }
   if (p.alibi_slopes) {
+    const float slope = at(p.alibi_slopes, p.alibi_slopes.offset(sequence.index, row.head, 0));
     const float distance = static_cast<float>(band.diagonal(i) - j);
     for (int32_t c = 0; c < n; ++c) x[lo + c] -= slope * __builtin_fabsf(distance - static_cast<float>(c));
   }
   if (p.mask) {
     const View& v = p.mask;
-    const uint8_t* row =
-        v.as<const uint8_t>() + v.leading_offset(p.leading, leading) + v.offset(sequence.index, head, i, j);
+    const uint8_t* shown = v.as<const uint8_t>() + v.leading_offset(p.leading, leading) +
+                           v.offset(sequence.index, row.head, i, j);
     if (v.column) {
-      for (int32_t c = 0; c < n; ++c) x[lo + c] = row[c] ? x[lo + c] : kNegInf;
-    } else if (!row[0]) {
+      for (int32_t c = 0; c < n; ++c) x[lo + c] = shown[c] ? x[lo + c] : kNegInf;
+    } else if (!shown[0]) {
       for (int32_t c = 0; c < n; ++c) x[lo + c] = kNegInf;
     }
   }
@@ -120,10 +141,10 @@ inline void Head::added_scores(int32_t i, int32_t j0, Columns visible, float* x)
   }
 }
 
-inline void Head::finish_scores(int32_t i, int32_t j0, Columns visible, float* s, float* slopes) const {
+inline void Head::finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const {
   const Columns whole = vectors(visible);
   RowBuffer added;
-  added_scores(i, j0, visible, added.value);
+  added_scores(row, j0, visible, added.value);
   const float cap = problem.spec.softcap, scale = __builtin_fabsf(problem.spec.scale);
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
     Float x = load(s + c) * scale;
@@ -137,13 +158,14 @@ inline void Head::finish_scores(int32_t i, int32_t j0, Columns visible, float* s
   }
 }
 
-inline void Head::dropout_row(int32_t i, int32_t j0, Columns visible, float* keep) const {
+inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep) const {
   const uint32_t first = static_cast<uint32_t>(j0 + visible.lo) + dropout.column;
   const uint32_t skip = first % kDropoutBlock, n = visible.hi - visible.lo;
   const uint32_t blocks = (skip + n + kDropoutBlock - 1) / kDropoutBlock;
   uint32_t words[kTileN / 2 + 8];  // 4 of each Philox block
   for (uint32_t b = 0; b < blocks; ++b) {
-    const PhiloxBlock numbers = dropout.block(sequence.index, head, i, first / kDropoutBlock + b);
+    const PhiloxBlock numbers =
+        dropout.block(sequence.index, row.head, row.position, first / kDropoutBlock + b);
     for (int w = 0; w < 4; ++w) words[b * 4 + w] = numbers.word[w];
   }
   for (uint32_t c = 0; c < n; ++c) {

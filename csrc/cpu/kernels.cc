@@ -1,6 +1,7 @@
 // Compiled once per instruction set, see isa.h and isa.cmake.
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
+#include "append.h"
 #include "backward.h"
 #include "bias_gradient.h"
 #include "forward.h"
@@ -11,7 +12,16 @@
 
 namespace jax_flash::JF_ISA {
 
-extern const Kernels kKernels{JF_TEXT(JF_ISA), kTileM,       kTileN,       forward,
-                              backward_query,  backward_key, bias_gradient};
+extern const Kernels kKernels{.isa = JF_TEXT(JF_ISA),
+                              .tile_m = kTileM,
+                              .tile_n = kTileN,
+                              .forward = forward,
+                              .backward_query = backward_query,
+                              .backward_key = backward_key,
+                              .bias_gradient = bias_gradient,
+                              .part_floats = part_floats,
+                              .forward_part = forward_part,
+                              .combine_parts = combine_parts,
+                              .append = append};
 
 }  // namespace jax_flash::JF_ISA

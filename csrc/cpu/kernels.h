@@ -13,12 +13,19 @@ inline constexpr int32_t kMaxHeadDim = 256;
 // Floats of scratch that any kernel may use; pages that a call does not touch cost nothing.
 inline constexpr int64_t kScratchFloats = 1 << 20;
 
-// Rows [begin, end) of a sequence at one head. Rows past the sequence's length are filled.
+// Positions [begin, end) of a sequence at one head; with forward, at `heads` query heads of one KV head,
+// whose rows lie side by side. Rows past the sequence's length are filled.
 struct RowTile {
   int64_t leading;
   Sequence sequence;
-  int32_t head;  // a query head, or a KV head for tiles of keys
+  int32_t head;  // the first query head, or the KV head of tiles of keys
   int32_t begin, end;
+  int32_t heads = 1;
+  int32_t parts = 1;  // that forward cuts the visible keys into (core/split.h)
+
+  JF_HD int32_t rows() const { return (end - begin) * heads; }
+  JF_HD int32_t position(int32_t row) const { return begin + row / heads; }
+  JF_HD int32_t head_of(int32_t row) const { return head + row % heads; }
 };
 
 // A tile of the bias gradient, in the bias' own coordinates; an axis that it is broadcast over is summed
@@ -37,6 +44,14 @@ struct Kernels {
   void (*backward_query)(const Problem&, const RowTile&, float* scratch);  // dquery of a tile of queries
   void (*backward_key)(const Problem&, const RowTile&, float* scratch);    // dkey, dvalue of a tile of keys
   void (*bias_gradient)(const Problem&, const BiasTile&, float* scratch);  // a tile of dbias
+
+  // forward in steps: each part of a tile, part_floats apart, then all of them to out and lse.
+  int64_t (*part_floats)(const Problem&, const RowTile&);
+  void (*forward_part)(const Problem&, const RowTile&, int32_t part, float* to, float* scratch);
+  void (*combine_parts)(const Problem&, const RowTile&, float* parts);
+
+  void (*append)(const AppendProblem&, int64_t leading,
+                 int32_t head);  // the new keys and values of a KV head
 };
 
 }  // namespace jax_flash

@@ -3,41 +3,76 @@
 // B is packed in panels of kPanel columns, [N / kPanel][K][kPanel]; A and C are row-major with padded rows.
 #pragma once
 
-#include "convert.h"
 #include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "../core/paging.h"
+#include "convert.h"
 
 namespace jax_flash::JF_ISA {
 
-// Rows of a per-token operand at one head: position j of the sequence is at base + j * stride bytes.
+// Rows of a per-token operand at one head: position j of the sequence is at base + j * stride bytes, or in
+// its page's slot. `factor` multiplies what is loaded, `missing` is loaded for a page outside the pool.
 struct Rows {
   char* base;
   int64_t stride;
   DType dtype;
   int32_t width;
+  float factor = 1.0f, missing = 0.0f;
+  PageTable table = {};  // without entries: no pages
+  int64_t page_stride = 0;
 
   JF_HD char* at(int32_t j) const { return base + j * stride; }
+
+  // Addresses of rows [begin, begin + n), null where missing.
+  JF_HD void find(int32_t begin, int32_t n, const char** at) const {
+    if (!table.entries) {
+      for (int32_t r = 0; r < n; ++r) at[r] = base + (begin + r) * stride;
+      return;
+    }
+    for (int32_t r = 0; r < n;) {
+      const PageSlot first = table.at(begin + r);
+      const int32_t end = r + min(n - r, table.page_size - first.slot);
+      const bool found = table.in_pool(first.page);
+      const char* row = base + (found ? first.page * page_stride + first.slot * stride : 0);
+      for (; r < end; ++r, row += stride) at[r] = found ? row : nullptr;
+    }
+  }
 };
 
 // Padded width of a row-major tile.
 JF_INLINE int32_t padded(int32_t width) { return round_up(width, kPanel); }
 
-// to[count, padded(width)] = factor * rows [begin, end), then rows of zeros up to `count`.
-JF_INLINE void load_rows(const Rows& rows, int32_t begin, int32_t end, int32_t count, float factor,
-                         float* to) {
+JF_INLINE void fill(float* to, int32_t n, float x) {
+  for (int32_t c = 0; c < n; c += kLanes) store(to + c, broadcast(x));
+}
+
+// to[count, padded(width)] = factor * the n rows at these addresses, then rows of zeros.
+static void gather_rows(const char* const* at, int32_t n, int32_t count, const Rows& rows, float factor,
+                        float* to) {
   const int32_t ld = padded(rows.width);
-  constexpr int32_t kAhead =
-      8;  // rows of other heads lie in between, which no hardware prefetcher sees through
   const int32_t bytes = rows.width * static_cast<int32_t>(size_of(rows.dtype));
-  for (int32_t r = 0; r < count; ++r) {
-    if (begin + r + kAhead < end) {
-      for (int32_t c = 0; c < bytes; c += 64) __builtin_prefetch(rows.at(begin + r + kAhead) + c);
+  // Rows of other heads and pages lie in between, which no hardware prefetcher sees through.
+  const int32_t ahead = bytes > 1024 ? 8 : 16;
+  for (int32_t r = 0; r < count; ++r, to += ld) {
+    if (r + ahead < n && at[r + ahead]) {
+      for (int32_t c = 0; c < bytes; c += 64) __builtin_prefetch(at[r + ahead] + c);
     }
-    if (begin + r < end) {
-      load_row(rows.dtype, rows.at(begin + r), rows.width, factor, to + r * ld, ld);
+    if (r >= n) {
+      fill(to, ld, 0.0f);
+    } else if (!at[r]) {
+      fill(to, ld, rows.missing);
     } else {
-      for (int32_t c = 0; c < ld; c += kLanes) store(to + r * ld + c, Float{});
+      load_row(rows.dtype, at[r], rows.width, factor, to, ld);
     }
   }
+}
+
+// to[count, padded(width)] = factor * rows [begin, end), then rows of zeros up to `count`, at most kTileN.
+static void load_rows(const Rows& rows, int32_t begin, int32_t end, int32_t count, float factor, float* to) {
+  const char* at[kTileN] = {};
+  const int32_t n = end > begin ? end - begin : 0;
+  rows.find(begin, n, at);
+  gather_rows(at, n, count, rows, factor * rows.factor, to);
 }
 
 // One step of a transpose by recursive halves: exchanges lane bit `kStep` with row bit `kStep`.
@@ -90,9 +125,9 @@ static void pack_columns(const float* rows, int32_t n, int32_t width, float* pan
 enum class Start { kZero, kAccumulate, kRescale };
 
 // c[kBlockRows, kPanel] = start + sum_k a(i, k) b[k, :], where start is 0, c or alpha[i] * c.
-// a(i, k) is a[i * lda + k], or a[k * lda + i] when transposed.
+// a(i, k) is a[i * lda + k], or a[k * lda + i] when transposed; rows of b are `ldb` apart.
 template <Start start, bool transposed>
-static __attribute__((noinline)) void multiply_block(const float* a, int64_t lda, const float* b,
+static __attribute__((noinline)) void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb,
                                                      int32_t depth, float* c, int64_t ldc,
                                                      const float* alpha) {
   Float acc[kBlockRows][2];
@@ -106,7 +141,7 @@ static __attribute__((noinline)) void multiply_block(const float* a, int64_t lda
     }
   }
   for (int32_t k = 0; k < depth; ++k) {
-    const Float b0 = load(b + k * kPanel), b1 = load(b + k * kPanel + kLanes);
+    const Float b0 = load(b + k * ldb), b1 = load(b + k * ldb + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kBlockRows; ++i) {
       const Float x = broadcast(transposed ? a[k * lda + i] : a[i * lda + k]);
@@ -136,25 +171,64 @@ static void multiply_scores(const float* a, const float* panels, int32_t width, 
   for (int32_t j = 0; j < n; j += kPanel) {
     for (int32_t i = 0; i < blocks; ++i) {
       if (j + kPanel <= used[i].lo || j >= used[i].hi) continue;
-      multiply_block<Start::kZero, false>(a + i * kBlockRows * ld, ld, panels + int64_t{j} * ld, width,
-                                          s + i * kBlockRows * kTileN + j, kTileN, nullptr);
+      multiply_block<Start::kZero, false>(a + i * kBlockRows * ld, ld, panels + int64_t{j} * ld, kPanel,
+                                          width, s + i * kBlockRows * kTileN + j, kTileN, nullptr);
     }
   }
 }
 
-// C += P B for row-major P (rows of kTileN) and B packed by columns from n rows; C has rows of padded(width).
-// With alpha, C is multiplied by alpha[row] first.
+// B of a product: columns [j, j + kPanel) of row k are at data + j * column + k * row.
+struct Matrix {
+  const float* data;
+  int64_t column, row;
+};
+
+JF_INLINE Matrix packed_columns(const float* panels, int32_t n) { return {panels, n, kPanel}; }
+JF_INLINE Matrix row_major(const float* rows, int32_t width) { return {rows, 1, padded(width)}; }
+
+// C += P B for row-major P (rows of kTileN); C has rows of padded(width). With alpha, C is multiplied by
+// alpha[row] first.
 template <Start start>
-static void multiply_values(const float* p, const float* panels, int32_t n, int32_t width,
-                            const Columns* used, int32_t blocks, float* c, const float* alpha) {
+static void multiply_values(const float* p, const Matrix& b, int32_t width, const Columns* used,
+                            int32_t blocks, float* c, const float* alpha) {
   const int32_t ld = padded(width);
   for (int32_t j = 0; j < ld; j += kPanel) {
     for (int32_t i = 0; i < blocks; ++i) {
       if (used[i].lo >= used[i].hi) continue;
       const int32_t k = used[i].lo;
-      multiply_block<start, false>(p + i * kBlockRows * kTileN + k, kTileN,
-                                   panels + (int64_t{j} * n + k * kPanel), used[i].hi - k,
-                                   c + i * kBlockRows * ld + j, ld, alpha ? alpha + i * kBlockRows : nullptr);
+      multiply_block<start, false>(p + i * kBlockRows * kTileN + k, kTileN, b.data + j * b.column + k * b.row,
+                                   b.row, used[i].hi - k, c + i * kBlockRows * ld + j, ld,
+                                   alpha ? alpha + i * kBlockRows : nullptr);
+    }
+  }
+}
+
+// Sums of the lanes of each of kLanes vectors.
+template <int kStep = kLanes / 2, int... lane>
+JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...> lanes) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStep; ++i) {
+    const Float a = x[i], b = x[i + kStep];
+    x[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane)...) +
+           __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane + kStep)...);
+  }
+  if constexpr (kStep > 1) return sum_lanes<kStep / 2>(x, lanes);
+  return x[0];
+}
+
+// S[i, j] = A_i · B_j for few rows i: B is [n, padded(width)] as it was loaded, readable up to a multiple of
+// kLanes. Unlike multiply_scores it needs no pack, which would cost more than the product.
+static void multiply_few(const float* a, int32_t rows, const float* b, int32_t n, int32_t width, float* s) {
+  const int32_t ld = padded(width);
+  for (int32_t j = 0; j < n; j += kLanes) {
+    for (int32_t i = 0; i < rows; ++i) {
+      Float acc[kLanes] = {};
+      for (int32_t c = 0; c < ld; c += kLanes) {
+        const Float x = load(a + i * ld + c);
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) acc[k] += x * load(b + (j + k) * ld + c);
+      }
+      store(s + i * kTileN + j, sum_lanes(acc, LaneIndices()));
     }
   }
 }
@@ -169,7 +243,7 @@ static void multiply_transposed(const float* p, const float* panels, int32_t n, 
       if (used[i].lo >= used[i].hi) continue;
       const int32_t k = used[i].lo;
       multiply_block<Start::kAccumulate, true>(p + i * kBlockRows + int64_t{k} * kTileN, kTileN,
-                                               panels + (int64_t{j} * n + k * kPanel), used[i].hi - k,
+                                               panels + (int64_t{j} * n + k * kPanel), kPanel, used[i].hi - k,
                                                c + int64_t{i} * kBlockRows * ld + j, ld, nullptr);
     }
   }

@@ -12,20 +12,20 @@
 
 namespace jax_flash {
 
-// The clamped cu_seqlens of every leading entry: [L, n + 1] (varlen only).
+// The clamped cu_seqlens of every leading entry: [L, n + 1] (packed layouts only; paged ones have queries').
 struct Starts {
   std::vector<int32_t> q, k;
   int64_t entries = 0;  // n + 1
 
   explicit Starts(const Problem& p) {
-    if (!p.varlen()) return;
+    if (!p.packed()) return;
     entries = int64_t{p.batch} + 1;
     const int64_t leading = p.leading.count();
     q.resize(leading * entries);
-    k.resize(leading * entries);
+    if (p.varlen()) k.resize(leading * entries);
     for (int64_t l = 0; l < leading; ++l) {
       read(p, p.cu_seqlens_q, l, p.q_rows, q);
-      read(p, p.cu_seqlens_k, l, p.k_rows, k);
+      if (p.varlen()) read(p, p.cu_seqlens_k, l, p.k_rows, k);
     }
   }
 
@@ -40,7 +40,11 @@ struct Starts {
   }
 };
 
-enum class Side { kQueries, kKeys };
+enum class Side {
+  kQueries,  // of one query head
+  kGroups,   // of the query heads that read one KV head, or of kTileM of them where there are more
+  kKeys,
+};
 
 // All tiles of one side: tiles of one head side by side, the last (with causal, the longest of queries)
 // first.
@@ -48,38 +52,57 @@ class RowGrid {
  public:
   RowGrid(const Problem& p, const Starts& starts, Side side, int32_t tile)
       : problem_(p), starts_(starts), side_(side), tile_(tile) {
-    heads_ = side == Side::kQueries ? p.heads : p.kv_heads;
-    const int32_t rows = side == Side::kQueries ? p.q_rows : p.k_rows;
-    if (p.varlen()) {
-      slots_ = p.batch > 0 ? slot_count(rows, tile, p.batch) : 0;
+    heads_ = side == Side::kKeys ? p.kv_heads : p.heads;
+    if (side == Side::kGroups && p.heads > 0) {
+      const int32_t group = p.heads / p.kv_heads;
+      chunks_ = static_cast<int32_t>(ceil_div(group, tile));
+      chunk_ = std::min(group, tile);
+      heads_ = p.kv_heads * chunks_;
+      tile_ = tile / chunk_;
+    }
+    const int32_t rows = side == Side::kKeys ? p.k_rows : p.q_rows;
+    if (p.packed()) {
+      slots_ = p.batch > 0 ? slot_count(rows, tile_, p.batch) : 0;
     } else {
-      per_entry_ = ceil_div(rows, tile);
+      per_entry_ = ceil_div(rows, tile_);
       slots_ = p.batch * per_entry_;
     }
   }
 
+  int64_t slots() const { return slots_; }  // of one head of one leading entry
+  int64_t heads() const { return heads_; }
   int64_t size() const { return problem_.leading.count() * heads_ * slots_; }
 
   // False for a slot without rows.
   bool at(int64_t index, RowTile& item) const {
     const int64_t slot = slots_ - 1 - index % slots_;
-    item.head = static_cast<int32_t>(index / slots_ % heads_);
+    set_heads(static_cast<int32_t>(index / slots_ % heads_), item);
     item.leading = index / slots_ / heads_;
-    return problem_.varlen() ? varlen(slot, item) : fixed(slot, item);
+    return problem_.packed() ? packed(slot, item) : fixed(slot, item);
   }
 
  private:
-  bool fixed(int64_t slot, RowTile& item) const {
-    item.sequence = fixed_sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
-    return rows(slot % per_entry_, side_ == Side::kQueries ? problem_.q_rows : problem_.k_rows, item);
+  void set_heads(int32_t index, RowTile& item) const {
+    item.head = index;
+    if (side_ != Side::kGroups) return;
+    const int32_t group = problem_.heads / problem_.kv_heads, first = index % chunks_ * chunk_;
+    item.head = index / chunks_ * group + first;
+    item.heads = std::min(chunk_, group - first);
   }
 
-  bool varlen(int64_t slot, RowTile& item) const {
-    const int32_t *q = starts_.q_of(item.leading), *k = starts_.k_of(item.leading);
-    const int32_t* own = side_ == Side::kQueries ? q : k;
+  bool fixed(int64_t slot, RowTile& item) const {
+    item.sequence = fixed_sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
+    return rows(slot % per_entry_, side_ == Side::kKeys ? problem_.k_rows : problem_.q_rows, item);
+  }
+
+  bool packed(int64_t slot, RowTile& item) const {
+    const int32_t* q = starts_.q_of(item.leading);
+    const int32_t* own = side_ == Side::kKeys ? starts_.k_of(item.leading) : q;
     if (slot < first_slot(own[0], tile_, 0)) return false;
     const int32_t z = sequence_of_slot(own, problem_.batch, tile_, slot);
-    item.sequence = varlen_sequence(problem_, item.leading, z, q, k);
+    item.sequence = problem_.paged()
+                        ? paged_sequence(problem_, item.leading, z, q)
+                        : varlen_sequence(problem_, item.leading, z, q, starts_.k_of(item.leading));
     return rows(slot - first_slot(own[z], tile_, z), own[z + 1] - own[z], item);
   }
 
@@ -94,6 +117,7 @@ class RowGrid {
   const Starts& starts_;
   Side side_;
   int32_t tile_, heads_;
+  int32_t chunks_ = 1, chunk_ = 1;  // of the query heads of a KV head: how many, and of how many heads
   int64_t slots_ = 0, per_entry_ = 0;
 };
 

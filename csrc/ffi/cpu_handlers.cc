@@ -1,6 +1,8 @@
 #include "cpu_handlers.h"
 
+#include <cstring>
 #include <exception>
+#include <functional>
 #include <new>
 #include <string>
 
@@ -13,19 +15,16 @@ namespace {
 
 using Compute = void (*)(const Problem&, const ThreadPool&);
 
-template <Pass pass, Compute compute>
-ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
-                  ffi::RemainingRets rets) {
-  Problem problem;
-  if (ffi::Error error = decode_operands(pass, spec, args, rets, problem); error.failure()) return error;
-  if (problem.head_dim > kMaxHeadDim || problem.value_dim > kMaxHeadDim) {
-    return ffi::Error::InvalidArgument("jax_flash: head dims " + std::to_string(problem.head_dim) + " and " +
-                                       std::to_string(problem.value_dim) + " exceed the CPU kernels' " +
+// Calls run(pool) and turns what it throws into an error.
+template <class Run>
+ffi::Error guarded(ffi::ThreadPool& threads, int32_t head_dim, int32_t value_dim, Run run) {
+  if (head_dim > kMaxHeadDim || value_dim > kMaxHeadDim) {
+    return ffi::Error::InvalidArgument("jax_flash: head dims " + std::to_string(head_dim) + " and " +
+                                       std::to_string(value_dim) + " exceed the CPU kernels' " +
                                        std::to_string(kMaxHeadDim));
   }
   try {
-    compute(problem,
-            {threads.num_threads(), [&](std::function<void()> task) { threads.Schedule(std::move(task)); }});
+    run({threads.num_threads(), [&](std::function<void()> task) { threads.Schedule(std::move(task)); }});
   } catch (const std::bad_alloc&) {
     return ffi::Error(ffi::ErrorCode::kResourceExhausted,
                       "jax_flash: no memory for the CPU kernels' scratch");
@@ -35,8 +34,37 @@ ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArg
   return ffi::Error::Success();
 }
 
+template <Pass pass, Compute compute>
+ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
+                  ffi::RemainingRets rets) {
+  Problem problem;
+  if (ffi::Error error = decode_operands(pass, spec, args, rets, problem); error.failure()) return error;
+  return guarded(threads, problem.head_dim, problem.value_dim,
+                 [&](const ThreadPool& pool) { compute(problem, pool); });
+}
+
+// The results are the operands' own memory unless XLA kept those; then they start as copies.
+ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::RemainingArgs args,
+                         ffi::RemainingRets rets) {
+  AppendProblem problem;
+  if (ffi::Error error = decode_append(spec, args, rets, problem); error.failure()) return error;
+  for (size_t i = 0; i < 2; ++i) {
+    const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
+    if (before.size_bytes() != after.size_bytes()) {
+      return operand_error("a pool of append_kv has " + std::to_string(before.size_bytes()) +
+                           " bytes, its result " + std::to_string(after.size_bytes()));
+    }
+    if (before.untyped_data() != after.untyped_data()) {
+      std::memcpy(after.untyped_data(), before.untyped_data(), before.size_bytes());
+    }
+  }
+  return guarded(threads, problem.head_dim, problem.value_dim,
+                 [&](const ThreadPool& pool) { cpu_append(problem, pool); });
+}
+
+template <class Spec>
 auto binding() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<AttentionSpec>("spec").RemainingArgs().RemainingRets();
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Spec>("spec").RemainingArgs().RemainingRets();
 }
 
 }  // namespace
@@ -44,10 +72,13 @@ auto binding() {
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashForwardCpu,
                               (jax_flash::handle<jax_flash::Pass::kForward, jax_flash::cpu_forward>),
-                              jax_flash::binding());
+                              jax_flash::binding<jax_flash::AttentionSpec>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashBackwardCpu,
                               (jax_flash::handle<jax_flash::Pass::kBackward, jax_flash::cpu_backward>),
-                              jax_flash::binding());
+                              jax_flash::binding<jax_flash::AttentionSpec>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxFlashBiasGradientCpu,
-    (jax_flash::handle<jax_flash::Pass::kBiasGradient, jax_flash::cpu_bias_gradient>), jax_flash::binding());
+    (jax_flash::handle<jax_flash::Pass::kBiasGradient, jax_flash::cpu_bias_gradient>),
+    jax_flash::binding<jax_flash::AttentionSpec>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendCpu, jax_flash::handle_append,
+                              jax_flash::binding<jax_flash::AppendSpec>());

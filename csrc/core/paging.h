@@ -1,0 +1,41 @@
+// Where the keys of a sequence lie in a pool of pages: position -> page, slot.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "spec.h"
+#include "views.h"
+
+namespace jax_flash {
+
+// Keys that a row of a block table can hold, as an int32 (which positions and lengths are).
+JF_HD int32_t table_capacity(int64_t entries, int64_t page_size) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  if (entries <= 0 || page_size <= 0) return 0;
+  return static_cast<int32_t>(entries > kMost / page_size ? kMost : entries * page_size);
+}
+
+struct PageSlot {
+  int32_t page, slot;
+};
+
+// One sequence's row of the block tables. Positions are below the capacity of the table.
+struct PageTable {
+  const int32_t* entries;
+  int32_t page_size;
+  int32_t pages;  // of the pool
+
+  JF_HD PageSlot at(int32_t position) const { return {entries[position / page_size], position % page_size}; }
+
+  // Whatever the table holds: only such a page is ever read or written.
+  JF_HD bool in_pool(int32_t page) const { return 0 <= page && page < pages; }
+};
+
+JF_HD PageTable page_table(const View& tables, const Leading& dims, int64_t leading, int32_t index,
+                           int32_t page_size, int32_t pages) {
+  const int64_t offset = tables.leading_offset(dims, leading) + index * tables.batch;
+  return {tables.as<const int32_t>() + offset, page_size, pages};
+}
+
+}  // namespace jax_flash

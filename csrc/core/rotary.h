@@ -1,0 +1,29 @@
+// Rotary position embedding of one pair of features (Su et al., RoFormer, 2021).
+#pragma once
+
+#include <cstdint>
+
+#include "spec.h"
+
+namespace jax_flash {
+
+struct RotaryPair {
+  int32_t first, second;  // features
+};
+
+// Pair i of `count`: neighbours, or the halves of the rotated features.
+JF_HD RotaryPair rotary_pair(int32_t i, int32_t count, bool interleaved) {
+  return interleaved ? RotaryPair{2 * i, 2 * i + 1} : RotaryPair{i, i + count};
+}
+
+// (a + ib)·exp(iθ), in place.
+JF_HD void rotate(float& a, float& b, float cos, float sin) {
+  const float turned = a * cos - b * sin;
+  b = b * cos + a * sin;
+  a = turned;
+}
+
+// The row of the tables for a position.
+JF_HD int32_t rotary_row(int32_t position, int32_t rows) { return position < rows ? position : rows - 1; }
+
+}  // namespace jax_flash

@@ -1,0 +1,109 @@
+// append_kv of one KV head: new keys and values into the pages, keys rotated on the way.
+#pragma once
+
+#include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "../core/paging.h"
+#include "../core/problem.h"
+#include "../core/rotary.h"
+#include "../core/sequence.h"
+#include "convert.h"
+#include "kernels.h"
+
+namespace jax_flash::JF_ISA {
+
+// One of key and value at one KV head: where its rows come from and go to.
+struct AppendStream {
+  const char* from;  // row 0 of the first sequence
+  char* to;          // slot 0 of page 0
+  const View *rows, *pool;
+  int32_t width;
+  float scale;  // float8: stored = value / scale
+};
+
+struct AppendHead {
+  const AppendProblem& p;
+  int64_t leading;
+  int32_t head;
+
+  JF_HD AppendStream stream(const View& rows, const View& pool, const View& scale, int32_t width) const {
+    const int64_t from = rows.leading_offset(p.leading, leading) + head * rows.head;
+    const int64_t to = pool.leading_offset(p.leading, leading) + head * pool.head;
+    const int64_t at = scale.leading_offset(p.leading, leading) + head * scale.head;
+    return {rows.as<const char>() + from * size_of(p.dtype),
+            pool.as<char>() + to * size_of(p.pool_dtype),
+            &rows,
+            &pool,
+            width,
+            scale ? scale.as<const float>()[at] : 1.0f};
+  }
+
+  // Rotates the first features of x in place.
+  JF_HD void rotate_row(int32_t position, float* x) const {
+    const int32_t row = rotary_row(position, p.positions);
+    const float* cos = p.cos.as<const float>() + p.cos.leading_offset(p.leading, leading) + row * p.cos.row;
+    const float* sin = p.sin.as<const float>() + p.sin.leading_offset(p.leading, leading) + row * p.sin.row;
+    for (int32_t i = 0; i < p.rotated; ++i) {
+      const RotaryPair pair = rotary_pair(i, p.rotated, p.spec.interleaved);
+      rotate(x[pair.first], x[pair.second], cos[i], sin[i]);
+    }
+  }
+
+  // Row `from` of new keys or values to its slot.
+  JF_HD void write(const AppendStream& s, int64_t from, PageSlot at, int32_t position, bool turn) const {
+    const char* source = s.from + from * size_of(p.dtype);
+    char* to = s.to + (at.page * s.pool->batch + at.slot * s.pool->row) * size_of(p.pool_dtype);
+    if (p.dtype == p.pool_dtype && !turn) {
+      __builtin_memcpy(to, source, s.width * size_of(p.dtype));
+      return;
+    }
+    alignas(64) float x[kMaxHeadDim];
+    load_row(p.dtype, source, s.width, 1.0f, x, round_up(s.width, kLanes));
+    if (turn) {
+      rotate_row(position, x);
+      if (p.dtype != p.pool_dtype) round_row(s.width, x);
+    }
+    if (p.dtype != p.pool_dtype) {
+      for (int32_t c = 0; c < s.width; ++c) x[c] /= s.scale;
+    }
+    store_row(p.pool_dtype, to, s.width, x, 1.0f);
+  }
+
+  // A rotated key has the dtype of keys before it is quantised.
+  JF_HD void round_row(int32_t width, float* x) const {
+    alignas(64) char rounded[kMaxHeadDim * 4];
+    store_row(p.dtype, rounded, width, x, 1.0f);
+    load_row(p.dtype, rounded, width, 1.0f, x, round_up(width, kLanes));
+  }
+};
+
+// Tokens in order: where tables send two of them to one slot, the later stays, whatever the threads do.
+static void append(const AppendProblem& p, int64_t leading, int32_t head) {
+  const AppendHead h{p, leading, head};
+  const AppendStream key = h.stream(p.key, p.k_pages, p.k_scale, p.head_dim);
+  const AppendStream value = h.stream(p.value, p.v_pages, p.v_scale, p.value_dim);
+  const int32_t capacity = table_capacity(p.table, p.page_size);
+  const int64_t lengths = p.kv_lengths.leading_offset(p.leading, leading);
+  const int32_t* cu = p.packed()
+                          ? p.cu_seqlens.as<const int32_t>() + p.cu_seqlens.leading_offset(p.leading, leading)
+                          : nullptr;
+  int32_t start = cu ? clamp_index(cu[0], p.rows) : 0;
+  for (int32_t z = 0; z < p.batch; ++z) {
+    int32_t count = p.rows;
+    if (cu) {
+      const int32_t end = max(start, clamp_index(cu[(z + 1) * p.cu_seqlens.batch], p.rows));
+      count = end - start;
+    }
+    const int32_t length = length_at(p.kv_lengths, lengths, z, capacity);
+    const PageTable table = page_table(p.block_tables, p.leading, leading, z, p.page_size, p.pages);
+    for (int32_t t = 0; t < min(count, capacity - length); ++t) {
+      const PageSlot at = table.at(length + t);
+      if (!table.in_pool(at.page)) continue;
+      h.write(key, z * p.key.batch + (start + t) * p.key.row, at, length + t, p.rotated > 0);
+      h.write(value, z * p.value.batch + (start + t) * p.value.row, at, length + t, false);
+    }
+    if (cu) start += count;
+  }
+}
+
+}  // namespace jax_flash::JF_ISA

@@ -1,0 +1,228 @@
+// Decodes the buffers of a custom call into views: what the operand tables of all calls share.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "../core/views.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_flash {
+
+namespace ffi = ::xla::ffi;
+
+// The sizes that the dimensions of a table have to agree on.
+enum class Size : int32_t {
+  kBatch,
+  kHeads,
+  kKvHeads,
+  kQRows,
+  kKRows,
+  kHeadDim,
+  kValueDim,
+  kStarts,
+  kDropout,
+  kPages,
+  kPageSize,
+  kTable,
+  kPositions,
+  kRotated,
+  kCount
+};
+
+struct Axis {
+  Size size;
+  int64_t View::* stride;
+  bool may_be_one = false;
+};
+
+// The first three have each one dtype in a call, which the first operand of the kind decides.
+enum class Element { kActivation, kBias, kPool, kFloat32, kInt32, kUInt32, kBool };
+
+// A row of an operand table.
+struct OperandRow {
+  const char* name;
+  View* view;
+  Element element;
+  std::vector<Axis> axes;
+};
+
+inline ffi::Error operand_error(const std::string& message) {
+  return ffi::Error::InvalidArgument("jax_flash: " + message);
+}
+
+inline std::string shape_text(ffi::AnyBuffer::Dimensions dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+class BufferDecoder {
+ public:
+  BufferDecoder() { sizes_.fill(-1); }
+
+  // Fills the views. Results past those of the table (a workspace) are left to the caller.
+  ffi::Error decode(const std::vector<OperandRow>& inputs, const std::vector<OperandRow>& outputs,
+                    ffi::RemainingArgs args, ffi::RemainingRets rets, Leading& leading) {
+    if (args.size() != inputs.size() || rets.size() < outputs.size()) {
+      return operand_error("the call has " + std::to_string(args.size()) + " operands and " +
+                           std::to_string(rets.size()) + " results, its spec asks for " +
+                           std::to_string(inputs.size()) + " and " + std::to_string(outputs.size()));
+    }
+    auto full = rets.get<ffi::AnyBuffer>(0);
+    if (!full) return full.error();
+    const size_t inner = outputs[0].axes.size();
+    const auto dims = (*full)->dimensions();
+    if (dims.size() < inner)
+      return operand_error(std::string(outputs[0].name) + " has rank " + std::to_string(dims.size()));
+    leading_.assign(dims.begin(), dims.end() - inner);
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      auto buffer = args.get<ffi::AnyBuffer>(i);
+      if (!buffer) return buffer.error();
+      if (ffi::Error e = read(inputs[i], *buffer, false); e.failure()) return e;
+    }
+    for (size_t i = 0; i < outputs.size(); ++i) {
+      auto buffer = rets.get<ffi::AnyBuffer>(i);
+      if (!buffer) return buffer.error();
+      if (ffi::Error e = read(outputs[i], **buffer, true); e.failure()) return e;
+    }
+    return merge_leading(leading);
+  }
+
+  void set(Size size, int64_t n) { sizes_[static_cast<int>(size)] = n; }
+
+  // 0 where no operand has the dimension.
+  int32_t size(Size size) const {
+    return static_cast<int32_t>(std::max<int64_t>(sizes_[static_cast<int>(size)], 0));
+  }
+
+  // kF16 where the call has no such operand.
+  DType dtype(Element element) const { return dtypes_[static_cast<int>(element)]; }
+
+ private:
+  ffi::Error read(const OperandRow& row, ffi::AnyBuffer buffer, bool result) {
+    const auto dims = buffer.dimensions();
+    const size_t rank = leading_.size() + row.axes.size();
+    const auto error = [&](const std::string& what) { return operand_error(row.name + what); };
+    if (dims.size() != rank) {
+      return error(" has shape " + shape_text(dims) + ", its rank must be " + std::to_string(rank));
+    }
+    if (!check_element(row.element, buffer.element_type())) {
+      return error(" has an element type that this call does not take");
+    }
+    View& view = *row.view;
+    view.data = buffer.untyped_data();
+    int64_t stride = 1;
+    for (size_t i = row.axes.size(); i-- > 0;) {
+      const Axis& axis = row.axes[i];
+      const int64_t n = dims[leading_.size() + i];
+      if (!agree(axis, n)) return error(" has shape " + shape_text(dims) + ", unlike the others");
+      view.*axis.stride = axis.may_be_one && n == 1 ? 0 : stride;
+      stride *= n;
+    }
+    std::vector<int64_t>& strides = strides_.emplace_back(leading_.size());
+    views_.push_back(row.view);
+    for (size_t i = leading_.size(); i-- > 0;) {
+      if (dims[i] != leading_[i] && (result || dims[i] != 1)) {
+        return error(" has shape " + shape_text(dims) + ", unlike the others' leading dimensions");
+      }
+      strides[i] = dims[i] == 1 ? 0 : stride;
+      stride *= dims[i];
+    }
+    return ffi::Error::Success();
+  }
+
+  // The first operand to name a size decides it.
+  bool agree(const Axis& axis, int64_t n) {
+    if (axis.may_be_one && n == 1) return true;
+    if (n > std::numeric_limits<int32_t>::max()) return false;
+    if (axis.size == Size::kStarts && (n < 1 || !decide(Size::kBatch, n - 1))) return false;
+    return decide(axis.size, n);
+  }
+
+  bool decide(Size which, int64_t n) {
+    int64_t& size = sizes_[static_cast<int>(which)];
+    if (size < 0) size = n;
+    return size == n;
+  }
+
+  bool check_element(Element element, ffi::DataType type) {
+    switch (element) {
+      case Element::kFloat32:
+        return type == ffi::F32;
+      case Element::kInt32:
+        return type == ffi::S32;
+      case Element::kUInt32:
+        return type == ffi::U32;
+      case Element::kBool:
+        return type == ffi::PRED;
+      default:
+        break;
+    }
+    DType got;
+    switch (type) {
+      case ffi::F16:
+        got = DType::kF16;
+        break;
+      case ffi::BF16:
+        got = DType::kBF16;
+        break;
+      case ffi::F32:
+        got = DType::kF32;
+        break;
+      case ffi::F8E4M3FN:
+        if (element != Element::kPool) return false;
+        got = DType::kF8E4M3;
+        break;
+      default:
+        return false;
+    }
+    const int kind = static_cast<int>(element);
+    if (!known_[kind]) dtypes_[kind] = got;
+    known_[kind] = true;
+    return dtypes_[kind] == got;
+  }
+
+  // Drops leading dimensions of size 1 and merges neighbours that all operands step through alike.
+  ffi::Error merge_leading(Leading& leading) {
+    std::vector<size_t> last;  // the innermost raw dimension of each merged one
+    std::vector<int64_t> merged;
+    for (size_t i = 0; i < leading_.size(); ++i) {
+      if (leading_[i] == 1) continue;
+      const bool alike = !last.empty() && std::all_of(strides_.begin(), strides_.end(), [&](const auto& s) {
+        return s[last.back()] == s[i] * leading_[i];
+      });
+      if (alike) {
+        last.back() = i;
+        merged.back() *= leading_[i];
+      } else {
+        last.push_back(i);
+        merged.push_back(leading_[i]);
+      }
+    }
+    if (merged.size() > kMaxLeading) {
+      return operand_error("the call has " + std::to_string(merged.size()) +
+                           " batch dimensions that cannot be merged, at most " + std::to_string(kMaxLeading) +
+                           " are supported: broadcast or reshape some before the call");
+    }
+    leading.rank = static_cast<int32_t>(merged.size());
+    std::copy(merged.begin(), merged.end(), leading.size);
+    for (size_t v = 0; v < views_.size(); ++v) {
+      for (size_t i = 0; i < merged.size(); ++i) views_[v]->leading[i] = strides_[v][last[i]];
+    }
+    return ffi::Error::Success();
+  }
+
+  std::array<int64_t, static_cast<size_t>(Size::kCount)> sizes_;
+  DType dtypes_[3] = {};
+  bool known_[3] = {};
+  std::vector<int64_t> leading_;
+  std::vector<std::vector<int64_t>> strides_;  // leading strides of each of views_
+  std::vector<View*> views_;
+};
+
+}  // namespace jax_flash
