@@ -1,0 +1,145 @@
+"""flash_attn's arguments turned into this library's."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._compat import is_symbolic
+from ..validate import Checker
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Any of flash_attn's caches as a pool of pages: key j of entry i lies at `start[i] + j` of its row."""
+
+    k_pages: jax.Array
+    v_pages: jax.Array
+    tables: jax.Array
+    start: jax.Array | None  # None: 0
+
+    @classmethod
+    def of(
+        cls,
+        check: Checker,
+        b: Any,
+        k_cache: Any,
+        v_cache: Any,
+        batch_idx: Any,
+        leftpad: Any,
+        block_table: Any,
+    ) -> Cache:
+        dims = "b_cache s_max hk {}" if block_table is None else "p ps hk {}"
+        k = ranked(check, "k_cache", k_cache, dims.format("d"))
+        v = ranked(check, "v_cache", v_cache, dims.format("dv"))
+        if block_table is not None:
+            for name, x in (("cache_batch_idx", batch_idx), ("cache_leftpad", leftpad)):
+                if x is not None:
+                    raise check.fail(
+                        f"{name} must be None with a block_table, which already says where keys lie"
+                    )
+            return cls(k, v, ranked(check, "block_table", block_table, "b pages"), None)
+        rows = _row_of_cache(check, b, k.shape[0], batch_idx)
+        if leftpad is None:
+            return cls(k, v, rows[:, None], None)
+        s_max = k.shape[1]
+        start = check.int32("cache_leftpad", leftpad)
+        check.shape("cache_leftpad", start, (b,), "b")
+        start = jnp.clip(start, 0, s_max)
+        slot = start[:, None] + jnp.arange(s_max, dtype=jnp.int32)  # pages of one key begin anywhere
+        inside = (slot < s_max) & (rows >= 0)[:, None] & (rows < k.shape[0])[:, None]
+        tables = jnp.where(inside, rows[:, None] * jnp.int32(s_max) + slot, jnp.int32(-1))
+        k, v = (x.reshape(k.shape[0] * s_max, 1, *x.shape[2:]) for x in (k, v))
+        return cls(k, v, tables, start)
+
+    @property
+    def capacity(self) -> Any:
+        return self.tables.shape[1] * self.k_pages.shape[1]
+
+    def lengths(self, check: Checker, b: Any, cache_seqlens: Any) -> jax.Array:
+        """Keys of each entry before the call, int32 `[b]`."""
+        if cache_seqlens is None:
+            cache_seqlens = self.capacity
+        if jnp.ndim(cache_seqlens) == 0 and jnp.issubdtype(jnp.result_type(cache_seqlens), jnp.integer):
+            ends = jnp.full((b,), cache_seqlens, jnp.int32)
+        else:
+            ends = check.int32("cache_seqlens", cache_seqlens)
+            check.shape("cache_seqlens", ends, (b,), "b")
+        return ends if self.start is None else ends - self.start
+
+
+def _row_of_cache(check: Checker, b: Any, b_cache: Any, batch_idx: Any) -> jax.Array:
+    if batch_idx is None:
+        if not (is_symbolic(b) or is_symbolic(b_cache)) and b_cache < b:
+            raise check.fail(
+                f"k_cache has {b_cache} rows, fewer than q's batch of {b}; name rows by cache_batch_idx"
+            )
+        return jnp.arange(b, dtype=jnp.int32)
+    rows = check.int32("cache_batch_idx", batch_idx)
+    check.shape("cache_batch_idx", rows, (b,), "b")
+    return rows
+
+
+def check_new(check: Checker, k: Any, v: Any, cos: Any, sin: Any, cache_seqlens: Any) -> None:
+    """Which of the arguments about new keys need which others."""
+    for (one, x), (other, y) in ((("k", k), ("v", v)), (("rotary_cos", cos), ("rotary_sin", sin))):
+        if (x is None) != (y is None):
+            given, missing = (one, other) if y is None else (other, one)
+            raise check.fail(f"{given} was given without {missing}; pass both or neither")
+    if cos is not None and k is None:
+        raise check.fail("rotary_cos needs k and v; to rotate q alone, use jax_flash.apply_rotary")
+    if k is not None and cache_seqlens is None:
+        raise check.fail("cache_seqlens is None with k and v; it says where they are appended")
+
+
+def rotary_tables(check: Checker, cos: Any, sin: Any, capacity: Any) -> tuple[jax.Array, jax.Array] | None:
+    """flash_attn has the angles in q's dtype; here they are float32."""
+    if cos is None:
+        return None
+    cos, sin = (
+        ranked(check, n, x, "positions d_rot/2") for n, x in (("rotary_cos", cos), ("rotary_sin", sin))
+    )
+    positions = cos.shape[0]
+    if not (is_symbolic(positions) or is_symbolic(capacity)) and positions < capacity:
+        raise check.fail(
+            f"rotary_cos has {positions} positions, fewer than the {capacity} keys a sequence may have"
+        )
+    return cos.astype(jnp.float32), sin.astype(jnp.float32)
+
+
+def ranked(check: Checker, name: str, x: Any, dims: str) -> jax.Array:
+    array = check.array(name, x)
+    check.rank(name, array, dims)
+    return array
+
+
+def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:
+    """flash_attn's −1 is None here."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise check.fail(f"window_size must be a pair (left, right), got {size!r}", TypeError)
+    for x in size:
+        if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+            raise check.fail(f"window_size must hold two ints, −1 for unlimited, got {size!r}", TypeError)
+    left, right = (None if x < 0 else int(x) for x in size)
+    return None if left is None and right is None else (left, right)
+
+
+def softcap(check: Checker, softcap: Any) -> float | None:
+    """flash_attn's 0.0 is None here."""
+    cap = check.number("softcap", softcap)
+    if cap < 0:
+        raise check.fail(f"softcap must be positive, or 0.0 for none, got {softcap}")
+    return cap or None
+
+
+def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:
+    if wanted and dropout_p:
+        raise check.fail(
+            f"return_attn_probs with dropout_p {dropout_p} asks for the attention weights, which never exist as an "
+            f"array; for softmax_lse, use jax_flash.{function}(…, return_lse=True)",
+            NotImplementedError,
+        )

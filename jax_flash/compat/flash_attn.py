@@ -1,0 +1,278 @@
+"""flash_attn's three functions with its arguments, in its order and with its defaults (versions 2.7 and 2.8).
+
+What JAX makes different, and only that:
+
+- `flash_attn_with_kvcache` cannot write into its arguments: it returns the caches it appended to, always and last.
+  Donate them to a jitted step, and they are updated in place.
+- Dropout has no hidden generator: `dropout_p > 0` needs the extra keyword `dropout_key`.
+- `return_attn_probs` gives `(out, softmax_lse, None)`: attention weights never exist as an array. With dropout, where
+  flash_attn would return them, it raises.
+- `implementation` is an extra keyword of all three, as in `jax_flash.flash_attention`.
+
+Wider than flash_attn: float32, any page size, dv ≠ d, CPUs, and gradients through pages. Errors about shapes and dtypes
+come from the function that does the work and use its names (`query` for q, `kv_lengths` for cache_seqlens, …).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..attention import flash_attention
+from ..cache import append_kv
+from ..paged import paged_attention
+from ..rotary import apply_rotary
+from ..validate import Checker
+from ..varlen import flash_attention_varlen
+from . import arguments
+
+__all__ = ["flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+
+WindowSize = tuple[int, int]
+
+
+def flash_attn_func(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: jax.Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """`flash_attention` as flash_attn spells it.
+
+    Args:
+      q: `[b, sq, hq, d]`, float16, bfloat16 or float32.
+      k, v: `[b, sk, hk, d]` and `[b, sk, hk, dv]`, q's dtype; `hk` divides `hq`.
+      dropout_p: share of attention weights dropped; needs dropout_key.
+      softmax_scale: factor on q·kᵀ, default 1/√d.
+      causal: query i sees keys up to i + (sk − sq).
+      window_size: (left, right) keys visible around that diagonal; −1 for unlimited.
+      softcap: c of `S ← c·tanh(S/c)`; 0.0 for none.
+      alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|i + sk − sq − j|.
+      deterministic: make the backward pass bit-for-bit repeatable.
+      return_attn_probs: return `(out, softmax_lse, None)`, softmax_lse float32 `[b, hq, sq]`.
+      dropout_key: `jax.random.key`. The weights dropped are not those that flash_attn's generator would drop.
+      implementation: as in `flash_attention`.
+
+    Returns:
+      `[b, sq, hq, dv]` in q's dtype. Differentiable with respect to q, k and v, also through softmax_lse.
+
+    Raises:
+      NotImplementedError: return_attn_probs with dropout.
+      ValueError, TypeError, NotImplementedError: as `flash_attention`.
+
+    Source: Dao, FlashAttention-2 (2023); the interface is flash_attn's.
+
+    Example:
+      >>> out = flash_attn_func(q, k, v, causal=True, window_size=(256, 0))
+    """
+    check = Checker("flash_attn_func")
+    arguments.refuse_weights(check, return_attn_probs, dropout_p, "flash_attention")
+    out, lse = flash_attention(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=arguments.window(check, window_size),
+        scale=softmax_scale,
+        softcap=arguments.softcap(check, softcap),
+        alibi_slopes=alibi_slopes,
+        dropout_rate=dropout_p,
+        dropout_key=dropout_key,
+        return_lse=True,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_varlen_func(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cu_seqlens_q: jax.Array,
+    cu_seqlens_k: jax.Array,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: jax.Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: jax.Array | None = None,
+    *,
+    dropout_key: jax.Array | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """`flash_attention_varlen`, or with a block_table `paged_attention`, as flash_attn spells them.
+
+    Args:
+      q: `[tq, hq, d]`, sequences packed one after another.
+      k, v: `[tk, hk, d]` and `[tk, hk, dv]`, packed; with block_table page pools `[p, ps, hk, d]` and
+        `[p, ps, hk, dv]`.
+      cu_seqlens_q, cu_seqlens_k: int32 `[n + 1]`, offsets of the sequences; with block_table only the differences of
+        cu_seqlens_k count, as the number of keys of each sequence.
+      max_seqlen_q, max_seqlen_k: accepted and not needed: any value, also one that is traced, is fine.
+      alibi_slopes: float32 `[hq]` or `[n, hq]`.
+      return_attn_probs: return `(out, softmax_lse, None)`, softmax_lse float32 `[hq, tq]`.
+      block_table: int32 `[n, pages]`.
+      dropout_p, softmax_scale, causal, window_size, softcap, deterministic, dropout_key, implementation: as in
+        `flash_attn_func`, per sequence.
+
+    Returns:
+      `[tq, hq, dv]` in q's dtype. Differentiable with respect to q, k and v, pools included.
+
+    Raises:
+      NotImplementedError: dropout with block_table; return_attn_probs with dropout.
+      ValueError, TypeError, NotImplementedError: as `flash_attention_varlen` and `paged_attention`.
+
+    Source: Dao, FlashAttention-2 (2023); the interface is flash_attn's.
+
+    Example:
+      >>> cu_seqlens = jnp.array([0, 3, 10], jnp.int32)
+      >>> out = flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 7, 7, causal=True)
+    """
+    check = Checker("flash_attn_varlen_func")
+    arguments.refuse_weights(check, return_attn_probs, dropout_p, "flash_attention_varlen")
+    options: dict[str, Any] = dict(
+        causal=causal,
+        window=arguments.window(check, window_size),
+        scale=softmax_scale,
+        softcap=arguments.softcap(check, softcap),
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    if block_table is None:
+        dropout: dict[str, Any] = dict(dropout_rate=dropout_p, dropout_key=dropout_key)
+        out, lse = flash_attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, **options, **dropout, return_lse=True
+        )
+    else:
+        if dropout_p:
+            raise check.fail(
+                f"dropout_p is {dropout_p} with a block_table; pages have no dropout, pass dropout_p=0.0",
+                NotImplementedError,
+            )
+        offsets = check.int32("cu_seqlens_k", cu_seqlens_k)
+        check.rank("cu_seqlens_k", offsets, "n+1")
+        out, lse = paged_attention(
+            q, k, v, block_table, jnp.diff(offsets), cu_seqlens_q=cu_seqlens_q, **options, return_lse=True
+        )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_with_kvcache(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    k: jax.Array | None = None,
+    v: jax.Array | None = None,
+    rotary_cos: jax.Array | None = None,
+    rotary_sin: jax.Array | None = None,
+    cache_seqlens: int | jax.Array | None = None,
+    cache_batch_idx: jax.Array | None = None,
+    cache_leftpad: jax.Array | None = None,
+    block_table: jax.Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: WindowSize = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: jax.Array | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    implementation: str | None = None,
+) -> Any:
+    """Append to a cache (`append_kv`), then attend to it (`paged_attention`), as flash_attn spells it.
+
+    Args:
+      q: `[b, sq, hq, d]`.
+      k_cache, v_cache: `[b_cache, s_max, hk, d]` and `[b_cache, s_max, hk, dv]`, q's dtype; with block_table page
+        pools `[p, ps, hk, d]` and `[p, ps, hk, dv]`, of any page size.
+      k, v: `[b, s_new, hk, d]` and `[b, s_new, hk, dv]`, appended at cache_seqlens; both or neither.
+      rotary_cos, rotary_sin: `[positions, d_rot / 2]`, float, at least as many positions as the cache of a sequence
+        holds; only with k and v. k is rotated at positions cache_seqlens + i. So is q where causal or window_size
+        limits it; else all its rows are at position cache_seqlens.
+      cache_seqlens: int, or int32 `[b]`: the end of each sequence in its cache before the call. None without k: full.
+      cache_batch_idx: int32 `[b]`, the row of the cache of each entry of q, default 0, 1, …; not with block_table.
+      cache_leftpad: int32 `[b]`, where each sequence begins in its cache (positions count from there); not with
+        block_table.
+      block_table: int32 `[b, pages]`.
+      softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, sk counting the new keys.
+      rotary_interleaved: pairs are neighbouring features (2i, 2i + 1), the default here as in flash_attn; False:
+        (i, i + d_rot / 2).
+      num_splits: parts that the keys are cut into for parallelism, 0: chosen by the plan.
+      return_softmax_lse: also return log Σ exp(S), float32 `[b, hq, sq]`.
+
+    Returns:
+      `(out, k_cache, v_cache)`, or `(out, softmax_lse, k_cache, v_cache)`; without k the caches as they came.
+
+    Raises:
+      ValueError: arguments that flash_attn refuses together, or one without the other that it needs.
+      ValueError, TypeError, NotImplementedError: as `append_kv` and `paged_attention`.
+
+    Source: Dao, Flash-Decoding (2023); the interface is flash_attn's.
+
+    Example:
+      >>> step = jax.jit(partial(flash_attn_with_kvcache, causal=True), donate_argnums=(1, 2))
+      >>> out, k_cache, v_cache = step(q, k_cache, v_cache, k, v, cache_seqlens=lengths)
+    """
+    check = Checker("flash_attn_with_kvcache")
+    q = arguments.ranked(check, "q", q, "b sq hq d")
+    arguments.check_new(check, k, v, rotary_cos, rotary_sin, cache_seqlens)
+    window = arguments.window(check, window_size)
+    cache = arguments.Cache.of(
+        check, q.shape[0], k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table
+    )
+    lengths = cache.lengths(check, q.shape[0], cache_seqlens)
+    k_pages, v_pages = cache.k_pages, cache.v_pages
+    if k is not None and v is not None:
+        rotary = arguments.rotary_tables(check, rotary_cos, rotary_sin, cache.capacity)
+        if rotary is not None:
+            limited = causal or window is not None
+            rows = jnp.arange(q.shape[1], dtype=jnp.int32) if limited else jnp.int32(0)
+            q = apply_rotary(q, lengths[:, None] + rows, *rotary, interleaved=rotary_interleaved)
+        k_pages, v_pages, lengths = append_kv(
+            k_pages,
+            v_pages,
+            k,
+            v,
+            cache.tables,
+            lengths,
+            rotary=rotary,
+            interleaved=rotary_interleaved,
+            implementation=implementation,
+        )
+    out, lse = paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        cache.tables,
+        lengths,
+        num_splits=num_splits or None,
+        causal=causal,
+        window=window,
+        scale=softmax_scale,
+        softcap=arguments.softcap(check, softcap),
+        alibi_slopes=alibi_slopes,
+        return_lse=True,
+        implementation=implementation,
+    )
+    caches = k_pages.reshape(jnp.shape(k_cache)), v_pages.reshape(jnp.shape(v_cache))
+    return (out, lse, *caches) if return_softmax_lse else (out, *caches)
