@@ -1,0 +1,259 @@
+"""Serve text from train_lm.py's model: continuous batching on a paged cache, seconds on two CPU cores.
+
+    python examples/generate.py                                   # requests that come and go, on held-out text
+    python examples/generate.py --prompt "The 'for' statement"    # your own; repeat the option for more
+    python examples/generate.py --pages 24                        # a small cache: requests wait for pages
+    python examples/generate.py --mesh model=2                    # heads, and the cache, over two devices
+
+Prints each request's text as it comes, what the cache's pages do, tokens/s, and how far the logits are from those of
+the training forward. Exit status 1: they are too far; 2: there is no checkpoint, or a setting is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import math
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from settings import SettingError, Settings
+from train_lm import force_host_devices
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from model import Transformer
+    from scheduler import Request
+    from serving import Server
+
+# Of the serving logits from the training forward's, relative to the largest one. The same sums in another order in
+# float32; in bfloat16, roundings to 8 bits all along the layers besides.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+class Arrival(NamedTuple):
+    """A request, and the step before which it comes in."""
+
+    step: int
+    request: Request
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv`; returns the exit status."""
+    options = parse_options(argv)
+    force_host_devices(math.prod(Settings(mesh=options.mesh).mesh_axes.values()))
+    try:
+        return generate(options, time.monotonic())
+    except SettingError as error:
+        print(f"generate: {error}", file=sys.stderr)
+        return 2
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """The command line; exits with status 2 and a sentence where it makes no sense."""
+    parser = argparse.ArgumentParser(
+        description="Serve text from train_lm.py's model with jax_flash's paged cache.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--prompt", action="append", help="text to go on from, instead of held-out documents")
+    for name, default, text in (
+        ("--requests", 16, "how many, where there is no --prompt"),
+        ("--max-tokens", 96, "bytes to generate for each request, at most (lengths differ without --prompt)"),
+        ("--temperature", 0.7, "of sampling; 0: always the likeliest byte"),
+        ("--seed", 0, "of the requests and of sampling"),
+        ("--page-size", 16, "tokens in a page of the cache"),
+        ("--pages", 96, "in the cache"),
+        ("--slots", 8, "requests that run at the same time"),
+        ("--chunk", 64, "tokens in a step that takes prompts in"),
+        ("--mesh", "model=1", "devices that the heads are split over"),
+        ("--out", Settings.out, "of the training run, with its checkpoint"),
+    ):
+        parser.add_argument(name, type=type(default), default=default, help=text)
+    choices = ("auto", "cpu", "cuda", "xla")
+    parser.add_argument("--attention", default="auto", choices=choices, help="who computes attention")
+    options = parser.parse_args(argv)
+    if problem := _problem(options):
+        parser.error(problem)
+    return options
+
+
+def _problem(options: argparse.Namespace) -> str | None:
+    for name in "requests max_tokens page_size pages slots".split():
+        if getattr(options, name) < 1:
+            return f"--{name.replace('_', '-')}: got {getattr(options, name)}; it must be at least 1"
+    if options.chunk < options.slots:
+        return f"--chunk: got {options.chunk}; it must be at least --slots, {options.slots}"
+    if not 0 <= options.temperature < math.inf:
+        return f"--temperature: got {options.temperature}; it must be at least 0"
+    try:
+        axes = Settings(mesh=options.mesh).mesh_axes
+    except ValueError as error:
+        return f"--mesh: {error}"
+    if axes["data"] > 1:
+        return f"--mesh: got {options.mesh!r}; serving splits heads alone, as in model=2"
+    return None
+
+
+def generate(options: argparse.Namespace, started: float) -> int:
+    """Loads, serves and checks; returns the exit status."""
+    from serving import Server, ServingConfig, training_logits
+    from training import model_config
+
+    model, settings, mesh = load(options)
+    serving = ServingConfig(
+        pages=options.pages,
+        page_size=options.page_size,
+        slots=options.slots,
+        chunk=options.chunk,
+        max_length=settings.row_length,  # what the model has seen of positions
+        temperature=options.temperature,
+        seed=options.seed,
+    )
+    server = Server(model, model_config(settings), serving, mesh)
+    arrivals = make_arrivals(options, server)
+    print(describe(options, settings, server, time.monotonic() - started), flush=True)
+    serve(server, arrivals)
+
+    requests = [arrival.request for arrival in arrivals]
+    wanted = training_logits(model, requests)
+    error, allowed = relative_error(requests, wanted), TOLERANCE[settings.dtype]
+    print(summary(server, requests))
+    verdict = "as they should be" if error <= allowed else "TOO FAR"
+    print(f"logits: within {error:.1e} of the training forward's, {allowed:.0e} allowed: {verdict}")
+    return 0 if error <= allowed else 1
+
+
+def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
+    """The model of the newest checkpoint in --out, on the mesh, and its settings; SettingError for none."""
+    import orbax.checkpoint as ocp
+    from flax import nnx
+    from training import Checkpoints, Trainer, make_mesh
+
+    directory = Path(options.out).absolute() / "checkpoint"
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False)) as manager:
+        if not directory.is_dir() or manager.latest_step() is None:
+            raise SettingError(
+                f"out: got {options.out}, which holds no checkpoint; train one with "
+                f"`python examples/train_lm.py --out {options.out}` (or `make demo`)"
+            )
+        items = ocp.args.Composite(record=ocp.args.JsonRestore())
+        curve = manager.restore(manager.latest_step(), args=items).record["settings"]
+    here = {"attention": options.attention, "mesh": options.mesh, "out": options.out, "resume": True}
+    settings = Settings(**curve, **here)
+    for name in ("heads", "hidden"):
+        if (count := getattr(settings, name)) % settings.mesh_axes["model"]:
+            raise SettingError(f"mesh: got {options.mesh}, which does not divide the model's {count} {name}")
+    trainer = Trainer(settings, make_mesh(settings.mesh_axes))
+    state, _ = Checkpoints(settings).restore(trainer.abstract_state)
+    model, _ = nnx.merge(trainer.graph, state)
+    return model, settings, trainer.mesh
+
+
+def make_arrivals(options: argparse.Namespace, server: Server) -> list[Arrival]:
+    """The --prompt texts, all at once; or starts of a few held-out documents, of any length and at any time."""
+    from scheduler import Request
+    from text import BOS, load_documents
+
+    if options.prompt:
+        prompts = [[BOS, *prompt.encode()] for prompt in options.prompt]
+        arrivals = [Arrival(0, Request(i, p, options.max_tokens)) for i, p in enumerate(prompts)]
+    else:
+        random = np.random.default_rng(options.seed)
+        _, held_out = load_documents()
+        documents = random.permutation(np.array(held_out, object))[:4]  # so that some requests start alike
+        longest = max(1, min(256, server.scheduler.capacity - options.max_tokens - 1))
+        arrivals, step = [], 0
+        for number in range(options.requests):
+            prompt = documents[random.integers(len(documents))][: random.integers(longest // 4, longest) + 1]
+            max_tokens = int(random.integers(options.max_tokens // 3, options.max_tokens)) + 1
+            arrivals.append(Arrival(step, Request(number, [BOS, *prompt], max_tokens)))
+            step += int(random.geometric(1 / 6)) - 1
+    for arrival in arrivals:
+        try:
+            server.scheduler.check(arrival.request)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+    return arrivals
+
+
+def serve(server: Server, arrivals: list[Arrival]) -> None:
+    """Serves every request from its arrival to its end, and prints it."""
+    transcript = Transcript([arrival.request for arrival in arrivals])
+    coming = deque(arrivals)
+    while coming or server.scheduler.busy:
+        while coming and (coming[0].step <= server.usage.steps or not server.scheduler.busy):
+            server.submit(coming.popleft().request)
+        server.step()
+        transcript.update(server)
+
+
+class Transcript:
+    """Prints requests in their order: the first unfinished one as its bytes come, the others in their turn."""
+
+    def __init__(self, requests: list[Request]):
+        self._requests, self._shown = deque(requests), 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def update(self, server: Server) -> None:
+        """Prints what is new."""
+        while self._requests and len(self._requests[0].generated) > self._shown:
+            request = self._requests[0]
+            if not self._shown:
+                self._start(request)
+            new = bytes(request.generated[self._shown :])
+            print(printable(self._decoder.decode(new)), end="", flush=True)
+            self._shown += len(new)
+            if request.finished:
+                self._requests.popleft()
+                self._shown = 0
+                self._decoder.reset()
+                print(f"\n   └ {server.usage.tokens_per_second:,.0f} tokens/s; {server.pages()}")
+
+    def _start(self, request: Request) -> None:
+        shared = f", {request.reused} of its tokens from shared pages" if request.reused else ""
+        prompt = bytes(request.prompt[1:])
+        print(f"\n── {request.number}: {len(prompt)} bytes of prompt{shared}")
+        print("…" * (len(prompt) > 72) + printable(prompt[-72:].decode(errors="replace")), end="»")
+
+
+def printable(text: str) -> str:
+    """The text without what could confuse a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
+
+
+def relative_error(requests: list[Request], wanted: list[np.ndarray]) -> float:
+    """How far the logits of serving are from `wanted`, at most, relative to the largest of these."""
+    got, wanted = np.concatenate([request.logits for request in requests]), np.concatenate(wanted)
+    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
+
+
+def describe(options: argparse.Namespace, settings: Settings, server: Server, seconds: float) -> str:
+    """What is about to happen."""
+    size = sum(pool.nbytes for pair in server.cache for pool in pair) / 2**20
+    return (
+        f"{settings.out}: {settings.layers} × {settings.width}, {settings.dtype}, attention {settings.attention}, "
+        f"{settings.mesh}; loaded and compiled in {seconds:.1f} s\n"
+        f"cache: {options.pages} pages of {options.page_size} tokens, {size:.1f} MiB; at most {options.slots} requests "
+        f"at a time, {options.chunk} tokens in a step"
+    )
+
+
+def summary(server: Server, requests: list[Request]) -> str:
+    """What came of it."""
+    usage, again = server.usage, server.scheduler.preempted
+    reused = sum(request.reused for request in requests)
+    return (
+        f"\n{len(requests)} requests in {usage.steps} steps and {usage.seconds:.1f} s: {usage.new_tokens:,} tokens "
+        f"generated, {usage.tokens_per_second:,.0f} tokens/s; {usage.prompt_tokens:,} tokens of prompts taken in, "
+        f"{reused:,} found in shared pages\n"
+        f"cache: at most {usage.peak_pages} pages in use and {usage.peak_shared} shared, {again} times a request "
+        f"started over for want of pages; at the end {server.pages()}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Who is served next, and from which pages: continuous batching, on the host alone.
+
+A step serves some tokens of some requests: of each running request those whose keys are not yet in the cache.
+That is the newest token of a request that is decoding, and a chunk of the prompt of one that has just joined.
+Requests join in the order they came, as long as there are slots, pages and tokens left in the step. When a
+decoding request finds no free page, the youngest one gives its pages back and starts over later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from jax_flash.allocator import PageAllocator
+
+NO_PAGE = -1  # in the unused entries of block_tables
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to go on from, and how far it got."""
+
+    number: int  # also of its random stream: the text does not depend on what else is served
+    prompt: list[int]
+    max_tokens: int
+    tokens: list[int] = field(init=False)  # the prompt, then what was generated
+    cached: int = 0  # tokens whose keys are in the cache
+    reused: int = 0  # of those, how many another request had left there
+    pages: list[int] = field(default_factory=list)
+    logits: list[np.ndarray] = field(default_factory=list)  # [256] of each generated token
+
+    def __post_init__(self) -> None:
+        if not self.prompt or self.max_tokens < 1:
+            raise ValueError(
+                f"request {self.number}: got {len(self.prompt)} tokens of prompt and max_tokens "
+                f"{self.max_tokens}; each must be at least 1"
+            )
+        self.tokens = list(self.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its tokens are there."""
+        return len(self.tokens) == len(self.prompt) + self.max_tokens
+
+
+class Chunk(NamedTuple):
+    """`count` tokens of a request that a step serves, from `request.cached` on."""
+
+    request: Request
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the request's next token comes of it."""
+        return self.request.cached + self.count == len(self.request.tokens)
+
+
+class Batch(NamedTuple):
+    """The packed tokens of a step, `t` of at most `s` requests; all int32."""
+
+    tokens: np.ndarray  # [t]
+    positions: np.ndarray  # [t]        within the request
+    cu_seqlens: np.ndarray  # [s+1]     where each request's tokens start; unused entries repeat the end
+    block_tables: np.ndarray  # [s, pages of a request]
+    cached: np.ndarray  # [s]           keys in the cache before the step
+    numbers: np.ndarray  # [s]          of the requests
+
+
+class PrefixIndex:
+    """Full pages by what they hold: their tokens, after the page before them.
+
+    A page stays known while it has an owner. Whoever owns a page owns all pages before it, so that the page before
+    tells everything before.
+    """
+
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self._pages: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
+
+    def find(self, tokens: Sequence[int]) -> list[int]:
+        """The pages that hold the longest known prefix of the tokens, short of the last token."""
+        found: list[int] = []
+        for start in range(0, len(tokens) - self.page_size, self.page_size):
+            page = self._pages.get(self._key(tokens, found, start))
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def add(self, tokens: Sequence[int], pages: Sequence[int], start: int, stop: int) -> None:
+        """Makes known those of a request's pages that tokens [start, stop) fill up."""
+        for number in range(start // self.page_size, stop // self.page_size):
+            key = self._key(tokens, pages[:number], number * self.page_size)
+            if key not in self._pages:
+                self._pages[key] = pages[number]
+                self._keys[pages[number]] = key
+
+    def forget(self, pages: Sequence[int]) -> None:
+        """Drops pages that were freed."""
+        for page in pages:
+            if page in self._keys:
+                del self._pages[self._keys.pop(page)]
+
+    def _key(self, tokens: Sequence[int], before: Sequence[int], start: int) -> tuple[int, tuple[int, ...]]:
+        return before[-1] if before else NO_PAGE, tuple(tokens[start : start + self.page_size])
+
+
+class Scheduler:
+    """Plans steps: `plan` one, run its `batch`, then `commit` what was sampled.
+
+    Args:
+      pages, page_size: of the pool.
+      slots: requests that run at the same time, at most.
+      chunk: tokens in a step, at most; at least `slots`, so that all decode together.
+      max_length: tokens in a request, prompt and generated ones, at most.
+    """
+
+    def __init__(self, pages: int, page_size: int, slots: int, chunk: int, max_length: int):
+        if chunk < slots:
+            raise ValueError(f"chunk: got {chunk}; it must be at least slots = {slots}")
+        self.page_size, self.slots, self.chunk, self.max_length = page_size, slots, chunk, max_length
+        self.allocator = PageAllocator(pages)
+        self.prefixes = PrefixIndex(page_size)
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in the order they joined
+        self.preempted = 0  # how often a request gave its pages back
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self.waiting or self.running)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a request may have, prompt and generated ones."""
+        return min(self.max_length, self.allocator.pages * self.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where a request could never be served."""
+        if len(request.prompt) + request.max_tokens > self.capacity:
+            raise ValueError(
+                f"request {request.number}: got {len(request.prompt)} tokens of prompt and {request.max_tokens} to "
+                f"generate; the model and the cache have room for {self.capacity} together"
+            )
+
+    def submit(self, request: Request) -> None:
+        """Puts a request in line; ValueError where it could never be served."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def plan(self) -> list[Chunk]:
+        """The next step. Everyone decodes; prompts share what is left of the step's tokens, in order."""
+        chunks: list[Chunk] = []
+        left = self.chunk
+        for request in tuple(self.running):
+            if request in self.running and self._has_room(request):
+                left -= self._add(chunks, request, left)
+        while left and self.waiting and len(self.running) < self.slots and self._join(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
+            left -= self._add(chunks, self.running[-1], left)
+        return chunks
+
+    def batch(self, chunks: Sequence[Chunk], width: int) -> Batch:
+        """The step's arrays, its tokens padded to `width`."""
+        tokens, positions = np.zeros((2, width), np.int32)
+        cu_seqlens = np.zeros(self.slots + 1, np.int32)
+        tables = np.full((self.slots, -(-self.max_length // self.page_size)), NO_PAGE, np.int32)
+        cached, numbers = np.zeros((2, self.slots), np.int32)
+        start = 0
+        for slot, (request, count) in enumerate(chunks):
+            rows, places = slice(start, start + count), slice(request.cached, request.cached + count)
+            tokens[rows] = request.tokens[places]
+            positions[rows] = np.arange(places.start, places.stop)
+            tables[slot, : len(request.pages)] = request.pages
+            cached[slot], numbers[slot] = request.cached, request.number
+            start += count
+            cu_seqlens[slot + 1 :] = start
+        return Batch(tokens, positions, cu_seqlens, tables, cached, numbers)
+
+    def commit(self, chunks: Sequence[Chunk], sampled: np.ndarray) -> list[Request]:
+        """Takes the step's tokens, one for each chunk; returns the requests that have a new one."""
+        advanced = []
+        for chunk, token in zip(chunks, sampled.tolist()):
+            request, samples = chunk.request, chunk.samples
+            request.cached += chunk.count
+            if samples:
+                request.tokens.append(token)
+                advanced.append(request)
+            if request.finished:
+                self.running.remove(request)
+                self._give_back(request)
+        return advanced
+
+    def _add(self, chunks: list[Chunk], request: Request, left: int) -> int:
+        """Serves up to `left` tokens; their pages can be shared at once: a step writes before it reads."""
+        count = min(left, len(request.tokens) - request.cached)
+        chunks.append(Chunk(request, count))
+        self.prefixes.add(request.tokens, request.pages, request.cached, request.cached + count)
+        return count
+
+    def _join(self, request: Request) -> bool:
+        """Gets the pages for all tokens so far, known ones where there are any; or False and none."""
+        known = self.prefixes.find(request.tokens)
+        missing = self._pages_for(request) - len(known)
+        if missing > self.allocator.free:
+            return False
+        self.allocator.share(known)
+        request.pages = known + self.allocator.allocate(missing)
+        request.cached = len(known) * self.page_size
+        request.reused += request.cached
+        return True
+
+    def _has_room(self, request: Request) -> bool:
+        """Gets the page that the newest token may need; the youngest request stands back for it."""
+        while len(request.pages) < self._pages_for(request):
+            if self.allocator.free:
+                request.pages += self.allocator.allocate()
+            else:
+                youngest = self.running.pop()
+                self._give_back(youngest)
+                self.waiting.appendleft(youngest)
+                self.preempted += 1
+                if youngest is request:
+                    return False
+        return True
+
+    def _pages_for(self, request: Request) -> int:
+        return -(-len(request.tokens) // self.page_size)
+
+    def _give_back(self, request: Request) -> None:
+        self.prefixes.forget(self.allocator.release(request.pages))
+        request.pages, request.cached = [], 0

@@ -1,0 +1,204 @@
+"""Serving a trained `Transformer` from a paged cache: one jitted step for prompts and decoding alike.
+
+The step takes the packed tokens of many requests, writes their keys and values into the cache's pages, attends,
+and samples one token for each request. The cache is donated to it: its pages are written in place.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from model import ModelConfig, Transformer
+from scheduler import Batch, Chunk, Request, Scheduler
+
+from jax_flash import append_kv, apply_rotary, paged_attention
+
+Cache = list[tuple[jax.Array, jax.Array]]  # of each layer: keys and values, [pages, page_size, h, d]
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """Sizes of the cache and of a step, and how to sample."""
+
+    pages: int = 64
+    page_size: int = 16
+    slots: int = 8  # requests that run at the same time
+    chunk: int = 64  # tokens in a step that takes prompts in
+    max_length: int = 1024  # tokens in a request; what the model was trained on
+    temperature: float = 0.0  # 0: the likeliest token
+    seed: int = 0
+
+
+@dataclass
+class Usage:
+    """What serving took so far."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    prompt_tokens: int = 0  # taken in; those of requests that started over count again
+    new_tokens: int = 0
+    peak_pages: int = 0
+    peak_shared: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Generated ones; the time of the prompts counts as well."""
+        return self.new_tokens / max(self.seconds, 1e-9)
+
+
+def rotary_tables(head_dim: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of `model.rotate`'s angles, each [length, head_dim / 2]."""
+    half = head_dim // 2
+    angles = jnp.arange(length)[:, None] * 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def next_logits(
+    model: Transformer, cache: Cache, batch: Batch, max_length: int, implementation: str | None
+) -> tuple[jax.Array, Cache]:
+    """The model on new tokens, with the keys of all earlier ones in the cache.
+
+    Returns logits [s, 256] of what follows each request's last token, and the cache with the new keys.
+    """
+    rotary = rotary_tables(cache[0][0].shape[-1], max_length)
+    x = model.embed(batch.tokens)
+    new_cache = []
+    for block, (k_pages, v_pages) in zip(model.blocks, cache):
+        q, k, v = jnp.moveaxis(block.attention.qkv(block.attention_norm(x)), -3, 0)  # each [t, h, d]
+        k_pages, v_pages, lengths = append_kv(
+            k_pages,
+            v_pages,
+            k,
+            v,
+            batch.block_tables,
+            batch.cached,
+            cu_seqlens=batch.cu_seqlens,
+            rotary=rotary,
+            implementation=implementation,
+        )
+        out = paged_attention(
+            apply_rotary(q, batch.positions, *rotary),
+            k_pages,
+            v_pages,
+            batch.block_tables,
+            lengths,
+            cu_seqlens_q=batch.cu_seqlens,
+            causal=True,
+            implementation=implementation,
+        )
+        x = x + block.attention.out(out)
+        x = x + block.mlp(block.mlp_norm(x))
+        new_cache.append((k_pages, v_pages))
+    last = x[batch.cu_seqlens[1:] - 1]
+    return model.head(model.norm(last)).astype(jnp.float32), new_cache
+
+
+def sample(logits: jax.Array, temperature: float, seed: int, batch: Batch) -> jax.Array:
+    """A token for each request [s]; its randomness comes of its number and position alone."""
+    if not temperature:
+        return jnp.argmax(logits, axis=-1)
+
+    def draw(logits: jax.Array, number: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), position)
+        return jax.random.categorical(key, logits / temperature)
+
+    return jax.vmap(draw)(logits, batch.numbers, batch.cached + jnp.diff(batch.cu_seqlens))
+
+
+class Server:
+    """Serves requests: `submit` some, then call `step` while there is something to do (`scheduler.busy`).
+
+    Args:
+      model: its weights lie on the mesh as they are annotated.
+      config: the model's.
+      serving: the cache's sizes and the sampling.
+      mesh: with an axis "model" that heads, those of the cache too, are split over.
+    """
+
+    def __init__(self, model: Transformer, config: ModelConfig, serving: ServingConfig, mesh: Mesh):
+        self.scheduler = Scheduler(
+            serving.pages, serving.page_size, serving.slots, serving.chunk, serving.max_length
+        )
+        self.serving, self.mesh, self.usage = serving, mesh, Usage()
+        self.graph, self.weights = nnx.split(model)
+        by_heads = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+        shape = (serving.pages, serving.page_size, config.heads, config.head_dim)
+        make_pool = partial(jnp.zeros, shape, config.dtype, device=by_heads)
+        self.cache: Cache = [(make_pool(), make_pool()) for _ in range(config.layers)]
+        self._everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def step(weights: nnx.State, cache: Cache, batch: Batch) -> tuple[jax.Array, jax.Array, Cache]:
+            model = nnx.merge(self.graph, weights)
+            logits, cache = next_logits(model, cache, batch, serving.max_length, config.attention)
+            return sample(logits, serving.temperature, serving.seed, batch), logits, cache
+
+        shardings = (self._everywhere, self._everywhere, jax.tree.map(lambda _: by_heads, self.cache))
+        self._step = jax.jit(step, donate_argnames="cache", out_shardings=shardings)
+        # Two shapes, so that a step in which everyone decodes is not padded to the size of a prompt's chunk.
+        self.programs = {width: self._compile(width) for width in {serving.slots, serving.chunk}}
+
+    def submit(self, request: Request) -> None:
+        """Puts a request in line; ValueError where it could never be served."""
+        self.scheduler.submit(request)
+
+    def step(self) -> list[Request]:
+        """One step; returns the requests that have a new token, at the end of their `tokens`."""
+        started = time.monotonic()
+        chunks = self.scheduler.plan()
+        width = self._width(sum(chunk.count for chunk in chunks))
+        batch = self._place(self.scheduler.batch(chunks, width))
+        sampled, logits, self.cache = self.programs[width](self.weights, self.cache, batch)
+        tokens, rows = jax.device_get((sampled, logits))
+        self._account(chunks)
+        for chunk, row in zip(chunks, rows):
+            if chunk.samples:
+                chunk.request.logits.append(row)
+        advanced = self.scheduler.commit(chunks, tokens)
+        self.usage.new_tokens += len(advanced)
+        self.usage.seconds += time.monotonic() - started
+        return advanced
+
+    def pages(self) -> str:
+        """What the cache's pages do, in words."""
+        allocator = self.scheduler.allocator
+        return f"{allocator.in_use} pages in use, {allocator.shared} of them shared, {allocator.free} free"
+
+    def _compile(self, width: int) -> jax.stages.Compiled:
+        batch = self._place(self.scheduler.batch([], width))
+        return self._step.lower(self.weights, self.cache, batch).compile()
+
+    def _width(self, tokens: int) -> int:
+        return self.serving.slots if tokens <= self.serving.slots else self.serving.chunk
+
+    def _place(self, batch: Batch) -> Batch:
+        return jax.device_put(batch, self._everywhere)
+
+    def _account(self, chunks: list[Chunk]) -> None:
+        usage, allocator = self.usage, self.scheduler.allocator
+        usage.steps += 1
+        usage.prompt_tokens += sum(
+            min(chunk.count, max(0, len(chunk.request.prompt) - chunk.request.cached)) for chunk in chunks
+        )
+        usage.peak_pages = max(usage.peak_pages, allocator.in_use)
+        usage.peak_shared = max(usage.peak_shared, allocator.shared)
+
+
+def training_logits(model: Transformer, requests: list[Request]) -> list[np.ndarray]:
+    """What the model's own forward gives where `requests` have generated a token: [tokens, 256] of each.
+
+    One packed row holds them all: the model sees what it would in training.
+    """
+    read = [request.tokens[:-1] for request in requests]  # the last token was never read
+    bounds = np.cumsum([0, *map(len, read)])
+    tokens = np.concatenate(read).astype(np.int32)
+    positions = np.concatenate([np.arange(len(tokens)) for tokens in read]).astype(np.int32)
+    forward = nnx.jit(Transformer.__call__)
+    logits = np.asarray(forward(model, tokens[None], positions[None], bounds[None].astype(np.int32)))[0]
+    return [logits[stop - len(r.generated) : stop] for r, stop in zip(requests, bounds[1:].tolist())]
