@@ -43,7 +43,7 @@ class Settings:
     mesh: str = option("data=1,model=1", "devices: rows over data, heads over model", curve=False)
     out: str = option("out/train_lm", "where checkpoint, plot and JSON go", curve=False)
     resume: bool = option(False, "go on from the checkpoint in --out", curve=False)
-    seconds: float = option(240.0, "end early, with all results, by about this time", curve=False)
+    seconds: float = option(280.0, "end early, with all results, by about this time", curve=False)
     stop_at: int | None = option(None, "end early at this step, to be resumed", curve=False, type=int)
     evaluate_every: int = option(80, "steps between validations", curve=False)
     checkpoint_every: int = option(200, "steps between checkpoints", curve=False)
