@@ -14,8 +14,9 @@ from . import _compat
 from .operands import DIMS
 from .spec import AttentionSpec
 
-_SMALLEST_BLOCK_M = 64  # query rows of the smallest tile in csrc/kernels.def
+_SMALLEST_BLOCK = 32  # rows of the smallest tile in csrc/kernels.def
 _TILE_WORK_BYTES = 32  # struct TileWork, csrc/core/plan.h
+_ALIGNMENT = 256  # of the parts of the workspace
 
 
 def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> Any:
@@ -27,19 +28,33 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
       shapes: the shape of every operand by name; dimensions may be symbolic.
 
     Returns:
-      An int, or a symbolic dimension. 0 for unpacked queries, whose tiles follow from the block's number alone.
+      An int, or a symbolic dimension: with packed sequences the schedules of their tiles, and for a backward that
+      need not be deterministic dquery in float32.
     """
-    if not spec.layout.endswith("varlen") or pass_ != "forward":
-        return 0
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])
     leading = math.prod(_full(shape[axis] for shape in shapes.values()) for axis in range(count))
-    rows = shapes["query"][count]
-    sequences = shapes["cu_seqlens_q"][-1] - 1
-    # The schedule has one entry per tile: those of the sequences, and of the tokens before and after them all.
-    schedule = (rows // _SMALLEST_BLOCK_M + sequences + 2) * _TILE_WORK_BYTES
-    starts = 8 * (sequences + 2)  # int32 [n + 3] of the queries and [n + 1] of the keys
-    return leading * (schedule + starts)
+    backward = pass_ == "backward"
+    parts = []
+    if spec.layout.endswith("varlen"):
+        scheduled = ["key"] if backward else []
+        scheduled += ["query"] if not backward or spec.deterministic else []
+        sequences = shapes["cu_seqlens_q"][-1] - 1
+        parts += [leading * _schedule(shapes[name][count], sequences) for name in scheduled]
+    if backward and not spec.deterministic:
+        parts.append(4 * leading * math.prod(shapes["query"][count:]))
+    return sum(_aligned(part) for part in parts)
+
+
+def _schedule(rows: Any, sequences: Any) -> Any:
+    """One entry per tile: those of the sequences, and of the tokens before and after them all; then the starts."""
+    entries = rows // _SMALLEST_BLOCK + sequences + 2
+    starts = 8 * (sequences + 2)  # int32 [n + 3] of the rows in question and [n + 1] of the others
+    return entries * _TILE_WORK_BYTES + starts
+
+
+def _aligned(size: Any) -> Any:
+    return (size + (_ALIGNMENT - 1)) // _ALIGNMENT * _ALIGNMENT
 
 
 def _full(sizes: Any) -> Any:

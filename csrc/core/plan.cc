@@ -16,10 +16,22 @@ bool covers(const KernelRow& row, const Device& device) {
   return device.capability >= row.capability && device.capability / 10 == row.capability / 10;
 }
 
-// Q, and `stages` tiles of K and of V.
+// Elements of the tiles in shared memory.
+int64_t shared_elements(const KernelRow& row) {
+  const int64_t width = row.head_dim + row.value_dim, m = row.block_m, n = row.block_n;
+  switch (row.pass) {
+    case Pass::kForward:  // Q, and `stages` tiles of K and of V
+      return m * row.head_dim + row.stages * n * width;
+    case Pass::kBackward:  // K and V, `stages` tiles of Q and of dO, P and dS
+      return n * width + row.stages * m * width + 2 * m * n;
+    case Pass::kBiasGradient:  // Q, dO, K and V
+      return (m + n) * width;
+  }
+  return 0;
+}
+
 int64_t shared_memory(const KernelRow& row, DType dtype) {
-  const int64_t keys = int64_t{row.stages} * row.block_n * (row.head_dim + row.value_dim);
-  return (int64_t{row.block_m} * row.head_dim + keys) * element_size(dtype) + kBlockStateBytes;
+  return shared_elements(row) * element_size(dtype) + kBlockStateBytes;
 }
 
 bool runs(const KernelRow& row, Pass pass, const Shapes& shapes, const Device& device) {
@@ -62,23 +74,86 @@ std::string no_kernel(Pass pass, const Shapes& shapes, const Device& device,
          "); implementation=\"xla\" runs it";
 }
 
-}  // namespace
+// The parts of a workspace, one after the other.
+struct Workspace {
+  int64_t bytes = 0;
 
-int64_t varlen_tiles(int64_t q_rows, int64_t sequences, int64_t block_m) {
-  return q_rows / block_m + sequences + 2;
+  int64_t add(int64_t part) {
+    const int64_t begin = bytes;
+    bytes += ceil_div(part, kAlignment) * kAlignment;
+    return begin;
+  }
+};
+
+// A schedule, then the starts: of the rows in question [n + 3] with the tokens before and after, and of the
+// others [n + 1], int32.
+int64_t schedule_bytes(const Shapes& shapes, int64_t tiles) {
+  return shapes.leading * (tiles * int64_t{sizeof(TileWork)} + 8 * (shapes.batch + 2));
 }
 
-int64_t workspace_bound(const AttentionSpec& spec, const Shapes& shapes) {
-  if (spec.layout == Layout::kFixed) return 0;
-  // The schedule, then the starts: q [n + 3] with the tokens before and after, and k [n + 1], int32.
-  const int64_t schedule =
-      varlen_tiles(shapes.q_rows, shapes.batch, kSmallestBlockM) * int64_t{sizeof(TileWork)};
-  return shapes.leading * (schedule + 8 * (shapes.batch + 2));
+int64_t accumulator_bytes(const Shapes& s, bool packed) {
+  return 4 * s.leading * (packed ? 1 : s.batch) * s.q_rows * s.heads * s.head_dim;
+}
+
+TileGrid make_grid(const AttentionSpec& spec, const Shapes& shapes, int64_t rows, int64_t heads,
+                   int32_t block, Workspace& workspace) {
+  TileGrid grid;
+  grid.block = block;
+  if (rows == 0 || heads == 0) return grid;
+  if (spec.packed()) {
+    grid.tiles = varlen_tiles(rows, shapes.batch, block);
+    grid.blocks = grid.tiles * heads * shapes.leading;
+    grid.schedule = workspace.add(schedule_bytes(shapes, grid.tiles));
+  } else {
+    grid.tiles = ceil_div(rows, block);
+    grid.blocks = grid.tiles * heads * shapes.leading * shapes.batch;
+  }
+  return grid;
+}
+
+void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const KernelRow& row,
+                LaunchPlan& result) {
+  Workspace workspace;
+  if (pass == Pass::kForward) {
+    result.queries = make_grid(spec, s, s.q_rows, s.heads, row.block_m, workspace);
+  } else if (pass == Pass::kBackward) {
+    result.keys = make_grid(spec, s, s.k_rows, s.kv_heads, row.block_n, workspace);
+    if (spec.deterministic) {
+      result.queries = make_grid(spec, s, s.q_rows, s.heads, row.block_m, workspace);
+    } else {
+      result.accumulator = workspace.add(accumulator_bytes(s, spec.packed()));
+    }
+  } else {
+    result.queries.block = row.block_m, result.queries.tiles = ceil_div(s.bias[2], row.block_m);
+    result.keys.block = row.block_n, result.keys.tiles = ceil_div(s.bias[3], row.block_n);
+    result.queries.blocks = s.leading * s.bias[0] * s.bias[1] * result.queries.tiles * result.keys.tiles;
+  }
+  result.workspace = workspace.bytes;
+}
+
+}  // namespace
+
+int64_t varlen_tiles(int64_t rows, int64_t sequences, int64_t block) { return rows / block + sequences + 2; }
+
+int64_t workspace_bound(Pass pass, const AttentionSpec& spec, const Shapes& shapes) {
+  const bool packed = spec.packed(), backward = pass == Pass::kBackward;
+  Workspace workspace;
+  auto schedule = [&](int64_t rows) {
+    workspace.add(schedule_bytes(shapes, varlen_tiles(rows, shapes.batch, kSmallestBlock)));
+  };
+  if (packed && backward) schedule(shapes.k_rows);
+  if (packed && (!backward || spec.deterministic)) schedule(shapes.q_rows);
+  if (backward && !spec.deterministic) workspace.add(accumulator_bytes(shapes, packed));
+  return workspace.bytes;
 }
 
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built) {
   LaunchPlan result;
+  if (spec.paged()) {
+    result.error = "jax_flash: paged attention has no CUDA kernel yet; implementation=\"xla\" runs it";
+    return result;
+  }
   if (shapes.head_dim % 8 || shapes.value_dim % 8) {
     result.error = "jax_flash: head dims " + std::to_string(shapes.head_dim) + " and " +
                    std::to_string(shapes.value_dim) + " on CUDA, which takes multiples of 8; pad them";
@@ -92,35 +167,37 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
     result.error = no_kernel(pass, shapes, device, built);
     return result;
   }
-  const bool varlen = spec.layout == Layout::kVarlen;
   result.general = is_general(spec);
-  result.tiles = varlen ? varlen_tiles(shapes.q_rows, shapes.batch, row->block_m)
-                        : ceil_div(shapes.q_rows, row->block_m);
-  const bool empty = shapes.q_rows == 0 || shapes.value_dim == 0;
-  result.blocks = empty ? 0 : result.tiles * shapes.heads * shapes.leading * (varlen ? 1 : shapes.batch);
   result.shared = shared_memory(*row, shapes.dtype);
-  if (varlen) {
-    result.workspace = shapes.leading * (result.tiles * int64_t{sizeof(TileWork)} + 8 * (shapes.batch + 2));
-  }
-  if (result.blocks > std::numeric_limits<int32_t>::max()) {
-    result.error = "jax_flash: " + std::to_string(result.blocks) +
-                   " query tiles in one call, more than 2**31 - 1; split the batch";
-    return result;
+  plan_grids(pass, spec, shapes, *row, result);
+  for (const TileGrid& grid : {result.queries, result.keys}) {
+    if (grid.blocks > std::numeric_limits<int32_t>::max()) {
+      result.error = "jax_flash: " + std::to_string(grid.blocks) +
+                     " tiles in one call, more than 2**31 - 1; split the batch";
+      return result;
+    }
   }
   result.kernel = static_cast<int32_t>(row - built.data());
   return result;
 }
 
 std::string LaunchPlan::to_string(const KernelRow& row) const {
-  return std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] +
-         (general ? " general" : " plain") + " d=" + std::to_string(row.head_dim) +
-         " dv=" + std::to_string(row.value_dim) + " tile " + std::to_string(row.block_m) + "x" +
-         std::to_string(row.block_n) + ", " + std::to_string(blocks) + " blocks, " + std::to_string(shared) +
-         " bytes shared, " + std::to_string(workspace) + " bytes workspace";
+  std::string text = std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] +
+                     (general ? " general" : " plain") + " d=" + std::to_string(row.head_dim) +
+                     " dv=" + std::to_string(row.value_dim) + " tile " + std::to_string(row.block_m) + "x" +
+                     std::to_string(row.block_n);
+  if (queries.blocks) text += ", " + std::to_string(queries.blocks) + " blocks of queries";
+  if (keys.blocks) text += ", " + std::to_string(keys.blocks) + " blocks of keys";
+  return text + ", " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) +
+         " bytes workspace";
 }
 
 Shapes shapes_of(const Problem& p) {
-  return {p.dtype, p.leading.count(), p.batch, p.heads, p.head_dim, p.value_dim, p.q_rows};
+  return {p.dtype,     p.leading.count(),
+          p.batch,     p.heads,
+          p.kv_heads,  p.head_dim,
+          p.value_dim, p.q_rows,
+          p.k_rows,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns}};
 }
 
 }  // namespace jax_flash

@@ -33,24 +33,36 @@ struct Shapes {
   DType dtype;
   int64_t leading;  // product of the leading dimensions
   int64_t batch;    // batch entries, or sequences
-  int64_t heads, head_dim, value_dim;
-  int64_t q_rows;  // s_q, or total tokens
+  int64_t heads, kv_heads, head_dim, value_dim;
+  int64_t q_rows, k_rows;  // s_q and s_k, or total tokens
+  int64_t bias[4];         // of dbias, 1 where it is reduced; the bias gradient's only
 };
 
+// The tiles of a kernel's grid, of query or of key rows.
+struct TileGrid {
+  int32_t block = 0;      // rows of a tile
+  int64_t tiles = 0;      // of one head of one leading entry (of one batch entry when fixed)
+  int64_t blocks = 0;     // thread blocks
+  int64_t schedule = -1;  // where its schedule begins in the workspace; -1: the block's number tells its tile
+};
+
+// What runs: the forward over query tiles; the backward over key tiles, which add dQ up in the accumulator
+// or, where that has to be repeatable, leave it to a kernel over query tiles; the bias gradient over the
+// tiles of dbias (its blocks are those of `queries`).
 struct LaunchPlan {
-  int32_t kernel = -1;    // index into the built rows; -1: `error` says why none runs
-  bool general = false;   // bias, masks, softcap, alibi or dropout: the kernel with all of them
-  int64_t tiles = 0;      // query tiles of one head of one leading entry (of one batch entry when fixed)
-  int64_t blocks = 0;     // thread blocks; 0: nothing to compute
-  int64_t shared = 0;     // bytes of shared memory per block
-  int64_t workspace = 0;  // bytes of the workspace that are used
+  int32_t kernel = -1;   // index into the built rows; -1: `error` says why none runs
+  bool general = false;  // bias, masks, softcap, alibi or dropout: the kernel with all of them
+  TileGrid queries, keys;
+  int64_t accumulator = -1;  // where dQ in float32 begins in the workspace, in dquery's order; -1: none
+  int64_t shared = 0;        // bytes of shared memory per block
+  int64_t workspace = 0;     // bytes of the workspace that are used
   std::string error = {};
 
   std::string to_string(const KernelRow& row) const;
 };
 
-// One query tile of one sequence: an entry of the varlen schedule, which the device builds from cu_seqlens.
-// Rows [row, end) of the tile are written; those from q_len on are padding.
+// One tile of query or key rows of one sequence: an entry of the varlen schedule, which the device builds
+// from cu_seqlens. Rows [row, end) of the tile are written; those from q_len or k_len on are padding.
 struct TileWork {
   int32_t index;  // the sequence, -1: tokens outside every sequence
   int32_t q_begin, k_begin;
@@ -58,20 +70,20 @@ struct TileWork {
   int32_t row, end;
   int32_t unused;
 
-  JF_HD int32_t used() const { return end < q_len ? end : q_len; }
+  JF_HD int32_t used_queries() const { return end < q_len ? end : q_len; }
+  JF_HD int32_t used_keys() const { return end < k_len ? end : k_len; }
 };
 static_assert(sizeof(TileWork) == 32);
 
 inline constexpr int64_t kBlockStateBytes = 512;  // of shared memory beside the tiles, at most
-inline constexpr int64_t kSmallestBlockM =
-    64;  // of kernels.def: bounds the number of tiles without knowing the row
+inline constexpr int64_t kSmallestBlock = 32;     // rows of a tile in kernels.def: bounds their number
+inline constexpr int64_t kAlignment = 256;        // of the parts of the workspace
 
-// Query tiles that one packed leading entry can need: those of its sequences and of the tokens before and
-// after.
-int64_t varlen_tiles(int64_t q_rows, int64_t sequences, int64_t block_m);
+// Tiles that one packed leading entry can need: those of its sequences and of the tokens before and after.
+int64_t varlen_tiles(int64_t rows, int64_t sequences, int64_t block);
 
 // Bytes of workspace that are enough on any device; jax_flash/workspace.py has the same formula.
-int64_t workspace_bound(const AttentionSpec& spec, const Shapes& shapes);
+int64_t workspace_bound(Pass pass, const AttentionSpec& spec, const Shapes& shapes);
 
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built);

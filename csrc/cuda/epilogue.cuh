@@ -3,7 +3,9 @@
 
 #include "core/problem.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/ptx/reduce.cuh"
 #include "cuda/softmax.cuh"
+#include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -19,7 +21,7 @@ __device__ __forceinline__ void finish_rows(O& o, const OnlineSoftmax<kSlots>& s
     sink =
         p.sinks.as<const float>()[p.sinks.leading_offset(p.leading, work.leading) + work.head * p.sinks.head];
   }
-  float* lse = p.lse.as<float>() + work.offset(p, p.lse, tile.q_begin);
+  float* lse = p.lse.as<float>() + work.offset(p, p.lse, work.head, tile.q_begin);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + O::row(slot);
@@ -38,30 +40,31 @@ __device__ __forceinline__ void finish_rows(O& o, const OnlineSoftmax<kSlots>& s
   }
 }
 
-// Writes a warp's rows of O through its own rows of a shared tile, so that global rows are written whole.
-// `row` is the warp's first row within the tile, `first` within the sequence.
+// Writes a warp's rows of an accumulator through its own rows of a shared tile, so that global rows are
+// written whole. `row` is the warp's first row within the tile, `first` within the sequence.
 template <class Tile, class T, class O>
 __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row, const GlobalRows<T>& out,
                                            int32_t first, int32_t end) {
-  constexpr int kRows = 16 * O::kRowTiles;
+  __syncwarp();
+  store_accumulator<Tile>(o, shared, {row, 16, 0, 16});
+  __syncwarp();
+  store_tile<Tile, 16 * O::kRowTiles, 32>(shared, row, out, first, end, threadIdx.x % 32);
+}
+
+// Adds an accumulator to rows [0, end) of `to`. Columns are counted in pairs that are whole in memory.
+template <class A>
+__device__ __forceinline__ void add_rows(const A& a, Placement at, const GlobalRows<float>& to, int32_t end) {
   const int lane = threadIdx.x % 32;
-  __syncwarp();
 #pragma unroll
-  for (int m = 0; m < O::kRowTiles; ++m)
+  for (int slot = 0; slot < A::kSlots; ++slot) {
+    const int row = at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
+    if (row >= end) continue;
+    float* const first = to.data + row * to.stride;
 #pragma unroll
-    for (int n = 0; n < O::kColumnTiles; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = Tile::offset(row + 16 * m + 8 * half + lane / 4, n) + lane % 4 * 4;
-        *reinterpret_cast<uint32_t*>(shared + at) =
-            ptx::pack<T>(o.x[m][n][2 * half], o.x[m][n][2 * half + 1]);
-      }
-  __syncwarp();
-  for (int at = lane; at < kRows * Tile::kChunks; at += 32) {
-    const int r = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    if (first + r < end && chunk * 8 < out.columns) {
-      const uint4 x = *reinterpret_cast<const uint4*>(shared + Tile::offset(row + r, chunk));
-      *reinterpret_cast<uint4*>(out.data + (first + r) * out.stride + chunk * 8) = x;
+    for (int n = 0; n < A::kColumnTiles; ++n) {
+      const int column = at.column + n / 2 * at.column_step + n % 2 * 8;
+      if (column < to.columns)
+        ptx::add_pair(first + column + lane % 4 * 2, a.at(slot, n, 0), a.at(slot, n, 1));
     }
   }
 }

@@ -8,9 +8,11 @@
 
 namespace jax_flash {
 
+// Nothing happens without blocks.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, size_t shared,
                    cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
+  if (blocks == 0) return cudaSuccess;
   constexpr size_t kSharedWithoutAsking = 44 << 10;  // of 48 KB, which hold static shared memory too
   if (shared > kSharedWithoutAsking) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;

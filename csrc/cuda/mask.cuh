@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "core/band.h"
+#include "cuda/ptx/math.cuh"
 
 namespace jax_flash {
 

@@ -9,7 +9,7 @@ namespace jax_flash {
 namespace {
 
 enum Family { sm75 = 75, sm80 = 80, sm90 = 90 };
-constexpr Pass forward = Pass::kForward, backward = Pass::kBackward;
+constexpr Pass forward = Pass::kForward, backward = Pass::kBackward, bias_gradient = Pass::kBiasGradient;
 enum DTypeBit { float16 = 1, bfloat16 = 2, float32 = 4 };
 
 constexpr KernelRow kRows[] = {

@@ -9,14 +9,18 @@
 
 namespace jax_flash {
 
-using Launch = cudaError_t(const Problem& p, const LaunchPlan& plan, const TileWork* schedule,
-                           cudaStream_t stream);
+using Launch = cudaError_t(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 
 std::span<const KernelRow> built_kernels();
 Launch* launch_of(int32_t kernel);  // an index into built_kernels()
 
-// Builds the varlen schedule of a plan in its workspace; returns where it begins. Nothing to do when fixed.
-cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, int32_t block_m, void* workspace,
-                            cudaStream_t stream);
+// Builds the schedules that a plan asks for, in the workspace.
+cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
+
+// Where the schedule of a grid lies; null where it has none.
+inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
+  if (grid.schedule < 0) return nullptr;
+  return reinterpret_cast<const TileWork*>(static_cast<const char*>(workspace) + grid.schedule);
+}
 
 }  // namespace jax_flash

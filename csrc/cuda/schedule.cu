@@ -1,4 +1,4 @@
-// The varlen schedule: which query tile of which sequence every slot is, from cu_seqlens, on the device.
+// The varlen schedule: which tile of which sequence every slot is, from cu_seqlens, on the device.
 //
 // Sequence z of the padded list (the tokens before the first sequence, the n sequences, the tokens after the
 // last) owns the slots from first_slot(start(z)) up to its successor's: no prefix sum over tiles is needed,
@@ -6,6 +6,7 @@
 #include "core/sequence.h"
 #include "cuda/launch.h"
 #include "cuda/registry.h"
+#include "cuda/work.cuh"
 
 namespace jax_flash {
 namespace {
@@ -34,47 +35,63 @@ __device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t 
   }
 }
 
+// padded [n + 3]: where the tokens before, the sequences and the tokens after them begin, of the rows that
+// the tiles are of; others [n + 1]: where the sequences' other rows begin.
+template <Over over>
 __device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_t* padded,
-                                 const int32_t* q_starts, const int32_t* k_starts, int32_t block_m,
-                                 int64_t slot) {
-  const int32_t z = sequence_of_slot(padded, p.batch + 2, block_m, slot);
-  const int64_t row = (slot - first_slot(padded[z], block_m, z)) * block_m;
+                                 const int32_t* others, int32_t block, int64_t slot) {
+  constexpr bool kQueries = over == Over::kQueries;
+  const int32_t z = sequence_of_slot(padded, p.batch + 2, block, slot);
+  const int64_t row = (slot - first_slot(padded[z], block, z)) * block;
   const int32_t rows = padded[z + 1] - padded[z];
   if (row >= rows) return TileWork{};
-  const int32_t begin = static_cast<int32_t>(row), end = begin + min(block_m, rows - begin);
-  if (z == 0 || z == p.batch + 1) return {-1, padded[z], 0, 0, 0, begin, end, 0};
-  const Sequence s = varlen_sequence(p, leading, z - 1, q_starts, k_starts);
+  const int32_t begin = static_cast<int32_t>(row), end = begin + min(block, rows - begin);
+  if (z == 0 || z == p.batch + 1) {
+    return {-1, kQueries ? padded[z] : 0, kQueries ? 0 : padded[z], 0, 0, begin, end, 0};
+  }
+  const int32_t* starts = padded + 1;
+  const Sequence s =
+      varlen_sequence(p, leading, z - 1, kQueries ? starts : others, kQueries ? others : starts);
   return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, begin, end, 0};
 }
 
 // One block per leading entry.
+template <Over over>
 __global__ void __launch_bounds__(kThreads)
     build_schedule(const __grid_constant__ Problem p, TileWork* schedule, int32_t* starts, int64_t tiles,
-                   int32_t block_m) {
+                   int32_t block) {
   const int64_t leading = blockIdx.x;
   const int32_t n = p.batch;
-  int32_t* padded = starts + leading * 2 * (n + 2);  // [n + 3]: 0, q_starts [n + 1], q_rows
-  int32_t* q_starts = padded + 1;
-  int32_t* k_starts = padded + n + 3;  // [n + 1]
+  int32_t* padded = starts + leading * 2 * (n + 2);
+  int32_t* others = padded + n + 3;
+  int32_t* q_starts = over == Over::kQueries ? padded + 1 : others;
+  int32_t* k_starts = over == Over::kQueries ? others : padded + 1;
   const View &q = p.cu_seqlens_q, &k = p.cu_seqlens_k;
   running_maximum(q, q.leading_offset(p.leading, leading), n, p.q_rows, q_starts);
   running_maximum(k, k.leading_offset(p.leading, leading), n, p.k_rows, k_starts);
-  if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = p.q_rows;
+  if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = over == Over::kQueries ? p.q_rows : p.k_rows;
   __syncthreads();
   for (int64_t slot = threadIdx.x; slot < tiles; slot += kThreads) {
-    schedule[leading * tiles + slot] = tile_of_slot(p, leading, padded, q_starts, k_starts, block_m, slot);
+    schedule[leading * tiles + slot] = tile_of_slot<over>(p, leading, padded, others, block, slot);
   }
+}
+
+template <Over over>
+cudaError_t launch_schedule(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
+  if (grid.schedule < 0) return cudaSuccess;
+  const int64_t leading = p.leading.count();
+  auto* schedule = reinterpret_cast<TileWork*>(static_cast<char*>(workspace) + grid.schedule);
+  auto* starts = reinterpret_cast<int32_t*>(schedule + leading * grid.tiles);
+  return launch(build_schedule<over>, leading, kThreads, 0, stream, p, schedule, starts, grid.tiles,
+                grid.block);
 }
 
 }  // namespace
 
-cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, int32_t block_m, void* workspace,
-                            cudaStream_t stream) {
-  if (!p.varlen()) return cudaSuccess;
-  const int64_t leading = p.leading.count();
-  auto* schedule = static_cast<TileWork*>(workspace);
-  auto* starts = reinterpret_cast<int32_t*>(schedule + leading * plan.tiles);
-  return launch(build_schedule, leading, kThreads, 0, stream, p, schedule, starts, plan.tiles, block_m);
+cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const cudaError_t e = launch_schedule<Over::kQueries>(p, plan.queries, workspace, stream);
+  if (e != cudaSuccess) return e;
+  return launch_schedule<Over::kKeys>(p, plan.keys, workspace, stream);
 }
 
 }  // namespace jax_flash

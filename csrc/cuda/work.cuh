@@ -10,17 +10,17 @@
 
 namespace jax_flash {
 
+enum class Over { kQueries, kKeys };
+
 struct BlockWork {
   int64_t leading;
-  int32_t head, batch_row;  // batch_row: the batch index of per-token operands, 0 for varlen
+  int32_t head, batch_row;  // head: the (first) query head; batch_row: the batch index of per-token operands
   TileWork tile;
 
-  // Element offset of a row of this sequence, at this block's head or at its KV head.
-  __device__ __forceinline__ int64_t offset(const Problem& p, const View& view, int64_t row) const {
-    return view.leading_offset(p.leading, leading) + view.offset(batch_row, head, row);
-  }
-  __device__ __forceinline__ int64_t kv_offset(const Problem& p, const View& view, int64_t row) const {
-    return view.leading_offset(p.leading, leading) + view.offset(batch_row, p.kv_head(head), row);
+  // Element offset of a row of this sequence.
+  __device__ __forceinline__ int64_t offset(const Problem& p, const View& view, int32_t view_head,
+                                            int64_t row) const {
+    return view.leading_offset(p.leading, leading) + view.offset(batch_row, view_head, row);
   }
   __device__ __forceinline__ Band band(const Problem& p) const {
     return make_band(p.spec,
@@ -28,25 +28,28 @@ struct BlockWork {
   }
 };
 
-// Tiles of one head are neighbours, the last and (when causal) longest first.
+// Tiles of one head are neighbours, and when causal the longest come first: the last queries, the first keys.
+template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
-                                               int32_t block_m) {
+                                               int32_t block) {
+  constexpr bool kQueries = over == Over::kQueries;
   uint32_t rest = blockIdx.x;
-  const int32_t t = tiles - 1 - static_cast<int32_t>(rest % tiles);
+  const int32_t t = static_cast<int32_t>(rest % tiles), tile = kQueries ? tiles - 1 - t : t;
   rest /= tiles;
+  const uint32_t heads = kQueries ? p.heads : p.kv_heads;
   BlockWork work;
-  work.head = static_cast<int32_t>(rest % p.heads);
-  rest /= p.heads;
-  if (p.varlen()) {
+  work.head = static_cast<int32_t>(rest % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
+  rest /= heads;
+  if (p.packed()) {
     work.leading = rest;
     work.batch_row = 0;
-    work.tile = schedule[int64_t{rest} * tiles + t];
+    work.tile = schedule[int64_t{rest} * tiles + tile];
   } else {
     work.batch_row = static_cast<int32_t>(rest % p.batch);
     work.leading = rest / p.batch;
     const Sequence s = fixed_sequence(p, work.leading, work.batch_row);
-    const int32_t row = t * block_m;
-    work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block_m, p.q_rows - row), 0};
+    const int32_t row = tile * block, rows = kQueries ? p.q_rows : p.k_rows;
+    work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block, rows - row), 0};
   }
   return work;
 }

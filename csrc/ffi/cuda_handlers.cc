@@ -31,43 +31,49 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
-ffi::Error forward(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                   AttentionSpec spec) {
+// kResults: of the pass; the workspace follows them.
+template <Pass pass, size_t kResults>
+ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
   Problem p;
-  if (ffi::Error e = decode_operands(Pass::kForward, spec, args, rets, p); e.failure()) return e;
-  auto workspace = rets.get<ffi::AnyBuffer>(2);  // after out and lse
+  if (ffi::Error e = decode_operands(pass, spec, args, rets, p); e.failure()) return e;
+  auto workspace = rets.get<ffi::AnyBuffer>(kResults);
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
-  const LaunchPlan chosen = plan(Pass::kForward, spec, shapes_of(p), device, built_kernels());
+  const LaunchPlan chosen = plan(pass, spec, shapes_of(p), device, built_kernels());
   if (chosen.kernel < 0) return ffi::Error::InvalidArgument(chosen.error);
-  if (chosen.blocks == 0) return ffi::Error::Success();
   if (static_cast<int64_t>((*workspace)->size_bytes()) < chosen.workspace) {
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
   }
   void* memory = (*workspace)->untyped_data();
-  const int32_t block_m = built_kernels()[chosen.kernel].block_m;
-  if (cudaError_t e = launch_schedule(p, chosen, block_m, memory, stream); e != cudaSuccess) {
+  if (cudaError_t e = launch_schedules(p, chosen, memory, stream); e != cudaSuccess) {
     return cuda_error("schedule", e);
   }
-  const auto* schedule = static_cast<const TileWork*>(memory);
-  if (cudaError_t e = launch_of(chosen.kernel)(p, chosen, schedule, stream); e != cudaSuccess) {
+  if (cudaError_t e = launch_of(chosen.kernel)(p, chosen, memory, stream); e != cudaSuccess) {
     return cuda_error(chosen.to_string(built_kernels()[chosen.kernel]).c_str(), e);
   }
   return ffi::Error::Success();
 }
 
+auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .RemainingArgs()
+      .RemainingRets()
+      .Attr<AttentionSpec>("spec");
+}
+
 }  // namespace
 }  // namespace jax_flash
 
-JF_EXPORT XLA_FFI_Error* JaxFlashForwardCuda(XLA_FFI_CallFrame* frame);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashForwardCuda, jax_flash::forward,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<jax_flash::AttentionSpec>("spec"),
-                              {xla::ffi::Traits::kCmdBufferCompatible});
+#define JF_HANDLER(symbol, pass, results)                                                 \
+  JF_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame);                              \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (jax_flash::run<jax_flash::Pass::pass, results>), \
+                                jax_flash::binding(), {xla::ffi::Traits::kCmdBufferCompatible})
+
+JF_HANDLER(JaxFlashForwardCuda, kForward, 2);
+JF_HANDLER(JaxFlashBackwardCuda, kBackward, 3);
+JF_HANDLER(JaxFlashBiasGradientCuda, kBiasGradient, 1);
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }
 

@@ -1,9 +1,11 @@
 #include "cuda_module.h"
 
 #include <dlfcn.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -92,7 +94,8 @@ nb::list cuda_kernels() {
 uint32_t built_dtypes(const KernelRow& row) {
   uint32_t dtypes = 0;
   for (const KernelRow& other : built_kernels()) {
-    if (same_kernel(row, other) && row.block_m == other.block_m && row.block_n == other.block_n) {
+    if (same_kernel(row, other) && row.block_m == other.block_m && row.block_n == other.block_n &&
+        row.stages == other.stages) {
       dtypes |= other.dtypes & row.dtypes;
     }
   }
@@ -127,31 +130,49 @@ int index_of(const char* const (&names)[3], const std::string& name) {
                               names[2]);
 }
 
+nb::dict grid_of(const TileGrid& grid) {
+  nb::dict result;
+  result["block"] = grid.block;
+  result["tiles"] = grid.tiles;
+  result["blocks"] = grid.blocks;
+  return result;
+}
+
 // The plan of a call on a described device, from the whole table: how plans are tested without a GPU.
 nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, int32_t operands,
-                 float softcap, float scale, int64_t leading, int64_t batch, int64_t q_rows, int64_t heads,
-                 int64_t d, int64_t dv, int32_t capability, int32_t sm_count, int32_t shared_memory) {
-  const AttentionSpec spec{varlen ? Layout::kVarlen : Layout::kFixed,
-                           Align::kBottomRight,
-                           kUnlimited,
-                           kUnlimited,
-                           scale,
-                           softcap,
-                           0.0f,
-                           false,
-                           operands};
-  const Shapes shapes{static_cast<DType>(index_of(kDTypeNames, dtype)), leading, batch, heads, d, dv, q_rows};
+                 float softcap, float scale, bool deterministic, int64_t leading, int64_t batch,
+                 int64_t q_rows, int64_t k_rows, int64_t heads, int64_t kv_heads, int64_t d, int64_t dv,
+                 const std::array<int64_t, 4>& bias, int32_t capability, int32_t sm_count,
+                 int32_t shared_memory) {
+  AttentionSpec spec{};
+  spec.layout = varlen ? Layout::kVarlen : Layout::kFixed;
+  spec.left = spec.right = kUnlimited;
+  spec.scale = scale;
+  spec.softcap = softcap;
+  spec.deterministic = deterministic;
+  spec.operands = operands;
+  const Shapes shapes{static_cast<DType>(index_of(kDTypeNames, dtype)),
+                      leading,
+                      batch,
+                      heads,
+                      kv_heads,
+                      d,
+                      dv,
+                      q_rows,
+                      k_rows,
+                      {bias[0], bias[1], bias[2], bias[3]}};
   const auto rows = kernel_table();
-  const LaunchPlan chosen = plan(static_cast<Pass>(index_of(kPassNames, pass)), spec, shapes,
-                                 Device{capability, sm_count, shared_memory}, rows);
+  const Pass which = static_cast<Pass>(index_of(kPassNames, pass));
+  const LaunchPlan chosen = plan(which, spec, shapes, Device{capability, sm_count, shared_memory}, rows);
   if (chosen.kernel < 0) throw std::runtime_error(chosen.error);
   nb::dict result;
   result["row"] = table()[chosen.kernel];
   result["general"] = chosen.general;
-  result["blocks"] = chosen.blocks;
+  result["queries"] = grid_of(chosen.queries);
+  result["keys"] = grid_of(chosen.keys);
   result["shared"] = chosen.shared;
   result["workspace"] = chosen.workspace;
-  result["workspace_bound"] = workspace_bound(spec, shapes);
+  result["workspace_bound"] = workspace_bound(which, spec, shapes);
   result["text"] = chosen.to_string(rows[chosen.kernel]);
   return result;
 }
@@ -164,8 +185,10 @@ void bind_cuda(nb::module_& module) {
   module.def("kernel_table", &table);
   module.def("plan", &plan_of, nb::kw_only(), nb::arg("pass_"), nb::arg("dtype"), nb::arg("varlen") = false,
              nb::arg("operands") = 0, nb::arg("softcap") = 0.0f, nb::arg("scale") = 1.0f,
-             nb::arg("leading") = 1, nb::arg("batch"), nb::arg("q_rows"), nb::arg("heads"), nb::arg("d"),
-             nb::arg("dv"), nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
+             nb::arg("deterministic") = false, nb::arg("leading") = 1, nb::arg("batch"), nb::arg("q_rows"),
+             nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("d"), nb::arg("dv"),
+             nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1}, nb::arg("capability"), nb::arg("sm_count"),
+             nb::arg("shared_memory"));
 }
 
 }  // namespace jax_flash

@@ -28,6 +28,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   const int values[] = {9, 0, 132, static_cast<int>(emulator::kSharedBytes)};
   return *value = values[attribute], cudaSuccess;
 }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= static_cast<int>(emulator::kSharedBytes) ? cudaSuccess : cudaErrorInvalidValue;

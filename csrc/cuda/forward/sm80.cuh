@@ -7,6 +7,7 @@
 #include "cuda/load_kv.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/registry.h"
 #include "cuda/score.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/fragments.cuh"
@@ -14,26 +15,24 @@
 
 namespace jax_flash {
 
-using float16 = __half;
-using bfloat16 = __nv_bfloat16;
-
 // A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose
 // scores need more registers, 16.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
 struct ForwardSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
-  static constexpr int kHeadDim = HeadDim, kValueDim = ValueDim, kM = M, kN = N, kStages = Stages;
+  static constexpr int kM = M, kN = N;
   static constexpr int kWarps = General ? M / 16 : Warps;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kWarpRows = M / kWarps;
-  using QTile = SharedTile<M, HeadDim>;
-  using KTile = SharedTile<N, HeadDim>;
-  using VTile = SharedTile<N, ValueDim>;
-  using OTile = SharedTile<M, ValueDim>;
+  using QTile = SharedTile<T, M, HeadDim>;
+  using KTile = SharedTile<T, N, HeadDim>;
+  using VTile = SharedTile<T, N, ValueDim>;
+  using OTile = SharedTile<T, M, ValueDim>;
   using S = Accumulator<kWarpRows / 16, N / 8>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
-  static constexpr int kSharedBytes = QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes);
+  using Ring = TileRing<N, Stages, kThreads, KTile, VTile>;
+  static constexpr int kSharedBytes = QTile::kBytes + Ring::kBytes;
   static_assert(kWarpRows % 16 == 0 && N % 16 == 0);
   // A warp stores its rows of O over its own rows of Q.
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
@@ -51,49 +50,50 @@ struct BlockState {
 
   __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
                           int32_t block_n) {
-    work = find_work(p, schedule, q_tiles, block_m);
+    work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
+    const int32_t head = work.head, kv_head = p.kv_head(head);
     const TileWork& tile = work.tile;
     band = work.band(p);
-    const Interval visible = band.rows(tile.row, tile.used());
+    const Interval visible = band.rows(tile.row, tile.used_queries());
     tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
-    whole = band.common(tile.row, tile.used());
-    query = {p.query.as<const T>() + work.offset(p, p.query, tile.q_begin), p.query.row, p.head_dim};
-    key = {p.key.as<const T>() + work.kv_offset(p, p.key, tile.k_begin), p.key.row, p.head_dim};
-    value = {p.value.as<const T>() + work.kv_offset(p, p.value, tile.k_begin), p.value.row, p.value_dim};
-    out = {p.out.as<T>() + work.offset(p, p.out, tile.q_begin), p.out.row, p.value_dim};
+    whole = band.common(tile.row, tile.used_queries());
+    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
+    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
+             p.value_dim};
+    out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
   }
 };
 
-static_assert(sizeof(BlockState<float16>) <= kBlockStateBytes);
+static_assert(sizeof(BlockState<float>) <= kBlockStateBytes);
 
 template <class C>
 __device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<typename C::Element>& block,
                                              uint8_t* shared) {
-  using T = typename C::Element;
   const TileWork& tile = block.work.tile;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
   const uint32_t q = ptx::shared_address(shared);
-  const GeneralScore general(p, block.work, block.band);
-  KvRing<C> kv(q + C::QTile::kBytes, block.key, block.value, block.tiles, tile.k_len);
+  const GeneralScore general(p, block.work, block.band, block.work.head);
+  typename C::Ring kv(q + C::QTile::kBytes, block.key, block.value, block.tiles, tile.k_len);
 
   typename C::O o;
   o.clear();
   OnlineSoftmax<C::S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
 
   if (!block.tiles.empty()) {
-    load_tile<typename C::QTile, C::kThreads>(q, block.query, tile.row, tile.used());
+    load_tile<typename C::QTile, C::kThreads>(q, block.query, tile.row, tile.used_queries());
     kv.start();
   }
   for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
     const int32_t row = tile.row + warp_row, key = n * C::kN;
     typename C::S s;
-    mma_qk<T, typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_k(n));  // S = Q Kᵀ  [M, N]
-    const uint32_t v = kv.wait_v(n);
+    mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_first(n));  // S = Q Kᵀ  [M, N]
+    const uint32_t v = kv.wait_second(n);
     if constexpr (C::kGeneral) general.apply(s, row, key);  // softcap, bias, alibi, masks
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row, key);
     softmax.update(s, o);  // P = 2^(S − m); O ← α O
     if constexpr (C::kGeneral) general.drop(s, row, key);
-    mma_pv<T, typename C::VTile>(o, s, v);  // O ← O + P V   [M, dv]
+    mma_pv<typename C::VTile>(o, s, v);  // O ← O + P V   [M, dv]
   }
 
   finish_rows(o, softmax, p, block.work, tile.row + warp_row, C::kGeneral ? dropout_scale(p.spec) : 1.0f);
@@ -110,20 +110,21 @@ __global__ void __launch_bounds__(C::kThreads)
 }
 
 template <class C>
-cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, const TileWork* schedule,
+cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                 cudaStream_t stream) {
-  return launch(forward_sm80<C>, plan.blocks, C::kThreads, C::kSharedBytes, stream, p, schedule,
-                static_cast<int32_t>(plan.tiles));
+  const TileGrid& grid = plan.queries;
+  return launch(forward_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
+                schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
 }
 
 }  // namespace jax_flash
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                               \
-  namespace jax_flash {                                                                                  \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, const TileWork* schedule, cudaStream_t s) { \
-    if (plan.general)                                                                                    \
-      return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, true>>(p, plan, schedule, s);           \
-    return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, false>>(p, plan, schedule, s);            \
-  }                                                                                                      \
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
+  namespace jax_flash {                                                                              \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
+    if (plan.general)                                                                                \
+      return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, true>>(p, plan, workspace, stream); \
+    return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, false>>(p, plan, workspace, stream);  \
+  }                                                                                                  \
   }

@@ -6,6 +6,15 @@
 
 #include <cstdint>
 
+namespace jax_flash {
+
+// kernels.def's names.
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+using float32 = float;
+
+}  // namespace jax_flash
+
 namespace jax_flash::ptx {
 
 // 2^x to 2 ulp; 2^-inf = 0.
@@ -29,6 +38,17 @@ template <>
 __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Two floats, rounded, to neighbouring elements.
+template <class T>
+__device__ __forceinline__ void store_pair(T* to, float low, float high) {
+  *reinterpret_cast<uint32_t*>(to) = pack<T>(low, high);
+}
+
+template <>
+__device__ __forceinline__ void store_pair<float>(float* to, float low, float high) {
+  *reinterpret_cast<float2*>(to) = make_float2(low, high);
 }
 
 }  // namespace jax_flash::ptx

@@ -29,10 +29,24 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<cons
   for (int i = 0; i < kTotal; i += kThreads) {
     const int at = i + static_cast<int>(threadIdx.x);
     const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    const bool valid = row < end - first && chunk * 8 < columns;
+    const bool valid = row < end - first && chunk * kChunk<T> < columns;
     if (kTotal % kThreads == 0 || at < kTotal) {
-      const T* from = valid ? origin + row * stride + chunk * 8 : data;
+      const T* from = valid ? origin + row * stride + chunk * kChunk<T> : data;
       ptx::cp_async_16(shared + Tile::offset(row, chunk), from, valid);
+    }
+  }
+}
+
+// Copies rows [row, row + kRows) of a shared tile to rows [first, end) in global memory, as thread `thread`
+// of `kThreads`.
+template <class Tile, int kRows, int kThreads, class T>
+__device__ __forceinline__ void store_tile(const uint8_t* shared, int row, const GlobalRows<T>& to,
+                                           int32_t first, int32_t end, int thread) {
+  for (int at = thread; at < kRows * Tile::kChunks; at += kThreads) {
+    const int r = at / Tile::kChunks, chunk = at % Tile::kChunks;
+    if (r < end - first && chunk * kChunk<T> < to.columns) {
+      const uint4 x = *reinterpret_cast<const uint4*>(shared + Tile::offset(row + r, chunk));
+      *reinterpret_cast<uint4*>(to.data + (int64_t{first} + r) * to.stride + chunk * kChunk<T>) = x;
     }
   }
 }

@@ -1,28 +1,33 @@
-// A [Rows, Columns] tile of 16-bit elements in shared memory, swizzled so that neither ldmatrix nor 16-byte
-// rows of it meet bank conflicts.
+// A [Rows, Columns] tile of T in shared memory, swizzled so that neither ldmatrix nor 16-byte rows of it meet
+// bank conflicts.
 //
-// The columns are cut into panels of 64, or of 32 where 64 does not divide them (32, 96, 160, 224); a panel's
-// rows lie one after the other, and the 16-byte chunks of a row are permuted by XOR with a number made of the
-// row.
+// A chunk is 16 bytes of a row. The columns are cut into panels of 8 chunks, or of 4 where 8 does not divide
+// them (16-bit: 32, 96, 160, 224 columns); a panel's rows lie one after the other, and the chunks of a row
+// are permuted by XOR with a number made of the row.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_flash {
 
-template <int Rows, int Columns>
+// Elements of a chunk.
+template <class T>
+inline constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int Rows, int Columns>
 struct SharedTile {
+  using Element = T;
   static constexpr int kRows = Rows, kColumns = Columns;
-  static constexpr int kChunks = Columns / 8;               // of 16 bytes, per row
-  static constexpr int kPanel = Columns % 64 == 0 ? 8 : 4;  // chunks per row of a panel
-  static constexpr int kPitch = kPanel * 16;                // bytes from row to row
-  static constexpr int kBytes = Rows * Columns * 2;
-  static_assert(Rows % 8 == 0 && Columns % 32 == 0);
+  static constexpr int kChunks = Columns / kChunk<T>;      // per row
+  static constexpr int kPanel = kChunks % 8 == 0 ? 8 : 4;  // chunks per row of a panel
+  static constexpr int kPitch = kPanel * 16;               // bytes from row to row
+  static constexpr int kBytes = Rows * kChunks * 16;
+  static_assert(Rows % 8 == 0 && kChunks % 4 == 0);
 
   static constexpr int key(int row) { return kPanel == 8 ? row & 7 : row >> 1 & 3; }
   static constexpr int panel_offset(int chunk) { return chunk / kPanel * Rows * kPitch; }
 
-  // Byte offset of columns [8 · chunk, 8 · chunk + 8) of a row.
+  // Byte offset of a chunk of a row.
   static constexpr int offset(int row, int chunk) {
     return panel_offset(chunk) + row * kPitch + ((chunk % kPanel ^ key(row)) << 4);
   }
@@ -40,20 +45,24 @@ struct SharedTile {
   }
 };
 
-static_assert(SharedTile<16, 32>::conflict_free() && SharedTile<16, 64>::conflict_free());
-static_assert(SharedTile<16, 96>::conflict_free() && SharedTile<16, 160>::conflict_free());
-static_assert(SharedTile<16, 192>::conflict_free() && SharedTile<16, 224>::conflict_free());
+static_assert(SharedTile<uint16_t, 16, 32>::conflict_free() && SharedTile<uint16_t, 16, 64>::conflict_free());
+static_assert(SharedTile<uint16_t, 16, 96>::conflict_free() &&
+              SharedTile<uint16_t, 16, 160>::conflict_free());
+static_assert(SharedTile<uint16_t, 16, 192>::conflict_free() &&
+              SharedTile<uint16_t, 16, 224>::conflict_free());
+static_assert(SharedTile<float, 16, 32>::conflict_free() && SharedTile<float, 16, 96>::conflict_free());
 
-// The addresses of one lane for ldmatrix: its row and chunk parity are fixed, whole 8-row and 2-chunk steps
-// are compile-time constants.
+// The addresses of one lane for ldmatrix: its row and chunk are fixed, steps of 8 rows and of chunks are
+// compile-time constants. A step must not carry into the bits of the lane's chunk.
 template <class Tile>
 struct LaneAddress {
   uint32_t base, swizzle;
 
-  __device__ __forceinline__ LaneAddress(uint32_t tile, int row, int odd_chunk)
-      : base(tile + row * Tile::kPitch), swizzle((odd_chunk ^ Tile::key(row)) << 4) {}
+  __device__ __forceinline__ LaneAddress(uint32_t tile, int row, int chunk)
+      : base(tile + row * Tile::kPitch + Tile::panel_offset(chunk)),
+        swizzle((chunk % Tile::kPanel ^ Tile::key(row)) << 4) {}
 
-  // row % 8 == 0, chunk % 2 == 0.
+  // row % 8 == 0.
   __device__ __forceinline__ uint32_t at(int row, int chunk) const {
     return base + (Tile::panel_offset(chunk) + row * Tile::kPitch) + ((chunk % Tile::kPanel << 4) ^ swizzle);
   }

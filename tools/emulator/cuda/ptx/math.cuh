@@ -1,7 +1,18 @@
 // As csrc/cuda/ptx/math.cuh.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "emulator.h"
+
+namespace jax_flash {
+
+using float16 = __half;
+using bfloat16 = __nv_bfloat16;
+using float32 = float;
+
+}  // namespace jax_flash
 
 namespace jax_flash::ptx {
 
@@ -13,6 +24,11 @@ uint32_t pack(float low, float high) {
   uint32_t bits;
   std::memcpy(&bits, pair, 4);
   return bits;
+}
+
+template <class T>
+void store_pair(T* to, float low, float high) {
+  to[0] = T(low), to[1] = T(high);
 }
 
 }  // namespace jax_flash::ptx

@@ -9,7 +9,7 @@
 namespace jax_flash::ptx {
 
 template <class T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Argument {
     float* c;
     const uint32_t* a;
@@ -40,6 +40,38 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         for (int k = 0; k < 16; ++k) c[i] += a[row][k] * b[k][column];
+      }
+    }
+  });
+}
+
+// Each operand to 22 bits, as the three products of TF32 have them.
+inline float to_two_tf32(uint32_t bits) {
+  auto nearest = [](float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & ~0x1FFFu); };
+  const float x = __uint_as_float(bits), high = nearest(x);
+  return high + nearest(x - high);
+}
+
+template <>
+inline void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Argument {
+    float* c;
+    const uint32_t* a;
+    uint32_t b[2];
+  } argument{c, a, {b0, b1}};
+  emulator::warp_collective(&argument, [](void* const(&all)[32]) {
+    float a[16][8], b[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const auto* from = static_cast<const Argument*>(all[lane]);
+      const int g = lane / 4, t = lane % 4;
+      for (int i = 0; i < 4; ++i) a[g + i % 2 * 8][t + i / 2 * 4] = to_two_tf32(from->a[i]);
+      for (int i = 0; i < 2; ++i) b[t + i * 4][g] = to_two_tf32(from->b[i]);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      float* c = static_cast<const Argument*>(all[lane])->c;
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 8; ++k) c[i] += a[row][k] * b[k][column];
       }
     }
   });

@@ -10,4 +10,10 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - emulator::shared);
 }
 
+inline uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  std::memcpy(&x, emulator::shared + address, 4);
+  return x;
+}
+
 }  // namespace jax_flash::ptx

@@ -1,0 +1,110 @@
+// dQ, one block per query tile and head: the same bits every time, at the price of S and dP once more.
+#pragma once
+
+#include "core/plan.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/gradient.cuh"
+#include "cuda/launch.h"
+#include "cuda/load_kv.cuh"
+#include "cuda/registry.h"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/fragments.cuh"
+
+namespace jax_flash {
+
+// A warp owns 16 query rows. The shared memory is less than that of the kernel over keys of the same row.
+template <class T, int HeadDim, int ValueDim, int M, int N, bool General>
+struct BackwardQueriesSm80 {
+  using Element = T;
+  static constexpr bool kGeneral = General;
+  static constexpr int kM = M, kN = N < 64 ? N : 64, kThreads = M / 16 * 32;
+  using QTile = SharedTile<T, M, HeadDim>;
+  using DoTile = SharedTile<T, M, ValueDim>;
+  using KTile = SharedTile<T, kN, HeadDim>;
+  using VTile = SharedTile<T, kN, ValueDim>;
+  using S = Accumulator<1, kN / 8>;
+  using DQ = Accumulator<1, HeadDim / 8>;
+  // V comes first: dP is done with it when dQ still needs K.
+  using Ring = TileRing<kN, 1, kThreads, VTile, KTile>;
+  static constexpr int kSharedBytes = QTile::kBytes + DoTile::kBytes + Ring::kBytes;
+};
+
+template <class T>
+struct QueryBlockState {
+  BlockWork work;
+  Band band;
+  Interval tiles;  // of keys, that any row of the query tile sees
+  GlobalRows<const T> key, value, query, dout;
+  GlobalRows<T> dquery;
+
+  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
+                          int32_t block_n) {
+    work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
+    const TileWork& tile = work.tile;
+    const int32_t head = work.head, kv_head = p.kv_head(head), d = p.head_dim, dv = p.value_dim;
+    band = work.band(p);
+    const Interval visible = band.rows(tile.row, tile.used_queries());
+    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
+    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, d};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row, dv};
+    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, d};
+    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, dv};
+    dquery = {p.dquery.as<T>() + work.offset(p, p.dquery, head, tile.q_begin), p.dquery.row, d};
+  }
+};
+
+static_assert(sizeof(QueryBlockState<float>) <= kBlockStateBytes);
+
+template <class C>
+__device__ __forceinline__ void backward_queries(const Problem& p,
+                                                 const QueryBlockState<typename C::Element>& block,
+                                                 uint8_t* shared) {
+  using QTile = typename C::QTile;
+  using DoTile = typename C::DoTile;
+  const TileWork& tile = block.work.tile;
+  const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16, row = tile.row + warp_row;
+  const uint32_t q = ptx::shared_address(shared), d_out = q + QTile::kBytes;
+  typename C::Ring vk(d_out + DoTile::kBytes, block.value, block.key, block.tiles, tile.k_len);
+  const GradientContext context{p, block.work, block.band, block.work.head};
+  RowStatistics<2> rows;
+  rows.template load<typename C::S>(p, block.work, block.work.head, row);
+
+  typename C::DQ dq;
+  dq.clear();
+  if (!block.tiles.empty()) {
+    load_tile<QTile, C::kThreads>(q, block.query, tile.row, tile.used_queries());
+    load_tile<DoTile, C::kThreads>(d_out, block.dout, tile.row, tile.used_queries());
+    vk.start();
+  }
+  for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
+    const int32_t key = n * C::kN;
+    typename C::S s, dp;
+    mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n));  // dP = dO Vᵀ  [M, N]
+    const uint32_t k = vk.wait_second(n);
+    mma_qk<QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ  [M, N]
+    const bool partial =
+        block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
+    tile_gradient<C::kGeneral, true>(context, rows, row, key, partial, s, dp);
+    mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
+  }
+  for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });
+  store_rows<QTile>(dq, shared, warp_row, block.dquery, row, tile.end);
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads)
+    backward_queries_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
+  __shared__ QueryBlockState<typename C::Element> block;
+  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
+  __syncthreads();
+  if (block.work.tile.row < block.work.tile.end) backward_queries<C>(p, block, ptx::dynamic_shared());
+}
+
+template <class C>
+cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void* workspace,
+                                    cudaStream_t stream) {
+  return launch(backward_queries_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
+                schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
+}
+
+}  // namespace jax_flash

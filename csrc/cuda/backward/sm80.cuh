@@ -1,0 +1,39 @@
+// The backward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
+#pragma once
+
+#include "cuda/backward/convert.h"
+#include "cuda/backward/keys.cuh"
+#include "cuda/backward/queries.cuh"
+
+namespace jax_flash {
+
+// A row of csrc/kernels.def: dK and dV by tiles of keys; dQ from the accumulator, or by tiles of queries.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
+cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
+                                 cudaStream_t stream) {
+  using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, General>;
+  using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, General>;
+  static_assert(Queries::kSharedBytes <= Keys::kSharedBytes);
+  float* accumulator = nullptr;
+  if (plan.accumulator >= 0) {
+    accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
+    if (cudaError_t e = clear_accumulator(p, accumulator, stream); e != cudaSuccess) return e;
+  }
+  if (cudaError_t e = launch_backward_keys<Keys>(p, plan.keys, workspace, accumulator, stream);
+      e != cudaSuccess) {
+    return e;
+  }
+  if (accumulator) return convert_accumulator(p, accumulator, stream);
+  return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
+}
+
+}  // namespace jax_flash
+
+// The launch function of one row and dtype, for csrc/cuda/registry.h.
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                               \
+  namespace jax_flash {                                                                                  \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {     \
+    if (plan.general) return launch_backward_sm80<dtype, __VA_ARGS__, true>(p, plan, workspace, stream); \
+    return launch_backward_sm80<dtype, __VA_ARGS__, false>(p, plan, workspace, stream);                  \
+  }                                                                                                      \
+  }

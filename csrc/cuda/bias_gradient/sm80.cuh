@@ -1,0 +1,164 @@
+// dbias for sm_80 and every newer card: dS summed over what the bias is broadcast over. Each tile of dbias is
+// one block's own, which walks all that it sums, so nothing is shared and the bits are the same every time.
+#pragma once
+
+#include "core/plan.h"
+#include "cuda/gradient.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/registry.h"
+#include "cuda/tile/copy.cuh"
+#include "cuda/tile/fragments.cuh"
+
+namespace jax_flash {
+
+// A warp owns 16 query rows.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+struct BiasGradientSm80 {
+  using Element = T;
+  static constexpr int kM = M, kN = N, kThreads = Warps * 32;
+  using QTile = SharedTile<T, M, HeadDim>;
+  using DoTile = SharedTile<T, M, ValueDim>;
+  using KTile = SharedTile<T, N, HeadDim>;
+  using VTile = SharedTile<T, N, ValueDim>;
+  using S = Accumulator<1, N / 8>;
+  static constexpr int kSharedBytes = QTile::kBytes + DoTile::kBytes + KTile::kBytes + VTile::kBytes;
+  static_assert(M == 16 * Warps && Stages == 1);
+  static_assert(M * N * 4 <= kSharedBytes);  // the sum, at the end
+};
+
+// A block's tile of dbias, and what it sums there: batch entries, heads, and tiles of queries and keys.
+struct BiasTile {
+  int64_t leading;
+  Interval batch, heads, row_tiles, key_tiles;
+  int32_t b, h, row, column;  // of dbias
+
+  __device__ __forceinline__ BiasTile(const Problem& p, int32_t rows, int32_t columns, int32_t block_m,
+                                      int32_t block_n) {
+    uint32_t rest = blockIdx.x;
+    column = static_cast<int32_t>(rest % columns) * block_n, rest /= columns;
+    row = static_cast<int32_t>(rest % rows) * block_m, rest /= rows;
+    h = static_cast<int32_t>(rest % p.dbias_heads), rest /= p.dbias_heads;
+    b = static_cast<int32_t>(rest % p.dbias_batch), leading = rest / p.dbias_batch;
+    batch = p.dbias_batch == 1 ? Interval{0, p.batch} : Interval{b, b + 1};
+    heads = p.dbias_heads == 1 ? Interval{0, p.heads} : Interval{h, h + 1};
+    row_tiles = tiles(p.dbias_rows, p.q_rows, row, block_m);
+    key_tiles = tiles(p.dbias_columns, p.k_rows, column, block_n);
+  }
+
+  __device__ __forceinline__ static Interval tiles(int32_t own, int32_t all, int32_t at, int32_t block) {
+    if (own > 1) return {at / block, at / block + 1};
+    return {0, static_cast<int32_t>(ceil_div(all, block))};
+  }
+};
+
+// sum += dS of queries from `row` and keys from `key` on, of one batch entry and head.
+template <class C>
+__device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row, int32_t key, uint32_t shared,
+                                         typename C::S& sum) {
+  using T = typename C::Element;
+  const Problem& p = at.p;
+  const TileWork& lengths = at.work.tile;
+  const uint32_t q = shared, d_out = q + C::QTile::kBytes, k = d_out + C::DoTile::kBytes,
+                 v = k + C::KTile::kBytes;
+  const int32_t kv_head = p.kv_head(at.head), warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  auto rows_of = [&](const View& view, int32_t head, int32_t columns) {
+    return GlobalRows<const T>{view.as<const T>() + at.work.offset(p, view, head, 0), view.row, columns};
+  };
+  __syncthreads();  // everyone has left the tiles before
+  load_tile<typename C::QTile, C::kThreads>(q, rows_of(p.query, at.head, p.head_dim), row, lengths.q_len);
+  load_tile<typename C::DoTile, C::kThreads>(d_out, rows_of(p.dout, at.head, p.value_dim), row,
+                                             lengths.q_len);
+  load_tile<typename C::KTile, C::kThreads>(k, rows_of(p.key, kv_head, p.head_dim), key, lengths.k_len);
+  load_tile<typename C::VTile, C::kThreads>(v, rows_of(p.value, kv_head, p.value_dim), key, lengths.k_len);
+  ptx::cp_async_commit();
+  RowStatistics<2> rows;
+  rows.template load<typename C::S>(p, at.work, at.head, row + warp_row);
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+
+  typename C::S s, dp;
+  mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, k);        // S = Q Kᵀ    [M, N]
+  mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
+  const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
+  tile_gradient<true, false>(at, rows, row + warp_row, key, partial, s, dp);
+  for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
+}
+
+// Everything that the block's tile of dbias is the sum of, still by query row and key within the tile.
+template <class C>
+__device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, uint32_t shared,
+                                          typename C::S& sum) {
+  for (int32_t b = own.batch.lo; b < own.batch.hi; ++b) {
+    const Sequence s = fixed_sequence(p, own.leading, b);
+    const BlockWork work{own.leading, 0, b, {s.index, 0, 0, s.q_len, s.k_len, 0, 0, 0}};
+    const Band band = work.band(p);
+    for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
+      for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
+        for (int32_t j = own.key_tiles.lo; j < own.key_tiles.hi; ++j) {
+          const int32_t row = i * C::kM, key = j * C::kN;
+          if (band.classify(row, row + C::kM, key, key + C::kN) == TileClass::kSkip) continue;
+          add_tile<C>({p, work, band, h}, row, key, shared, sum);
+        }
+      }
+    }
+  }
+}
+
+// Adds up the rows, or the columns, that dbias has only one of, and writes what is left.
+template <class B, class C>
+__device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile& own, const float* sums) {
+  const int32_t rows = min(C::kM, p.dbias_rows - own.row), columns = min(C::kN, p.dbias_columns - own.column);
+  const int32_t high = p.dbias_rows == 1 ? C::kM : 1, wide = p.dbias_columns == 1 ? C::kN : 1;
+  B* to = p.dbias.as<B>() + p.dbias.leading_offset(p.leading, own.leading) +
+          p.dbias.offset(own.b, own.h, own.row, own.column);
+  for (int32_t at = static_cast<int32_t>(threadIdx.x); at < rows * columns; at += C::kThreads) {
+    const int32_t r = at / columns, c = at % columns;
+    float total = 0;
+    for (int32_t i = 0; i < high; ++i) {
+      for (int32_t j = 0; j < wide; ++j) total += sums[(r + i) * C::kN + c + j];
+    }
+    to[r * p.dbias.row + c * p.dbias.column] = B(total);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads)
+    bias_gradient_sm80(const __grid_constant__ Problem p, int32_t rows, int32_t columns) {
+  uint8_t* const shared = ptx::dynamic_shared();
+  const BiasTile own(p, rows, columns, C::kM, C::kN);
+  typename C::S sum;
+  sum.clear();
+  sum_tiles<C>(p, own, ptx::shared_address(shared), sum);
+
+  auto* sums = reinterpret_cast<float*>(shared);  // [M, N]
+  const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
+  __syncthreads();
+  for_each(sum, [&](float& x, int slot, int n, int e) {
+    sums[(warp_row + C::S::row(slot)) * C::kN + C::S::column(n) + e] = x;
+  });
+  __syncthreads();
+  if (p.bias_dtype == DType::kF32) {
+    store_bias_tile<float32, C>(p, own, sums);
+  } else if (p.bias_dtype == DType::kF16) {
+    store_bias_tile<float16, C>(p, own, sums);
+  } else {
+    store_bias_tile<bfloat16, C>(p, own, sums);
+  }
+}
+
+template <class C>
+cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, cudaStream_t stream) {
+  return launch(bias_gradient_sm80<C>, plan.queries.blocks, C::kThreads, C::kSharedBytes, stream, p,
+                static_cast<int32_t>(plan.queries.tiles), static_cast<int32_t>(plan.keys.tiles));
+}
+
+}  // namespace jax_flash
+
+// The launch function of one row and dtype, for csrc/cuda/registry.h.
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                   \
+  namespace jax_flash {                                                                      \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, void*, cudaStream_t stream) {   \
+    return launch_bias_gradient_sm80<BiasGradientSm80<dtype, __VA_ARGS__>>(p, plan, stream); \
+  }                                                                                          \
+  }

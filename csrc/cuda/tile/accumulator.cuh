@@ -1,0 +1,76 @@
+// Float32 accumulators in mma's C layout.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/math.cuh"
+#include "cuda/tile/shared_tile.cuh"
+
+namespace jax_flash {
+
+// [16 · kRowTiles, 8 · kColumnTiles] float32: lane l holds, of every 16 × 8 tile, rows l / 4 and l / 4 + 8
+// and columns 2 · (l % 4) and the next. A thread's rows are counted by slot = 2 · row tile + half.
+template <int RowTiles, int ColumnTiles>
+struct Accumulator {
+  static constexpr int kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
+  static constexpr int kSlots = 2 * RowTiles;
+
+  float x[RowTiles][ColumnTiles][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < ColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+  }
+
+  // The row of a slot, and the column of an element's pair, from the start of the accumulator.
+  __device__ __forceinline__ static int row(int slot) {
+    return slot / 2 * 16 + slot % 2 * 8 + static_cast<int>(threadIdx.x % 32 / 4);
+  }
+  __device__ __forceinline__ static int column(int n) {
+    return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
+  }
+
+  __device__ __forceinline__ float& at(int slot, int n, int i) { return x[slot / 2][n][slot % 2 * 2 + i]; }
+  __device__ __forceinline__ float at(int slot, int n, int i) const {
+    return x[slot / 2][n][slot % 2 * 2 + i];
+  }
+};
+
+// f(x, slot, n, e) for every element of this thread, row by row.
+template <class S, class F>
+__device__ __forceinline__ void for_each(S& s, F f) {
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot)
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) f(s.at(slot, n, e), slot, n, e);
+}
+
+// Where a warp's 16-row and 16-column blocks lie in a tile: the first, and the distance from one to the next.
+struct Placement {
+  int row, row_step, column, column_step;
+};
+
+// The accumulator, rounded, into its place in a shared tile.
+template <class Tile, class A>
+__device__ __forceinline__ void store_accumulator(const A& a, uint8_t* shared, Placement at) {
+  using T = typename Tile::Element;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int slot = 0; slot < A::kSlots; ++slot)
+#pragma unroll
+    for (int n = 0; n < A::kColumnTiles; ++n) {
+      const int row = at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
+      const int column = at.column + n / 2 * at.column_step + n % 2 * 8 + lane % 4 * 2;
+      const int offset =
+          Tile::offset(row, column / kChunk<T>) + column % kChunk<T> * static_cast<int>(sizeof(T));
+      ptx::store_pair(reinterpret_cast<T*>(shared + offset), a.at(slot, n, 0), a.at(slot, n, 1));
+    }
+}
+
+}  // namespace jax_flash

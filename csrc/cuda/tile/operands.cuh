@@ -1,0 +1,132 @@
+// Readers of mma's operands: load(fragment, tile, k) brings the fragment of a 16-row tile of A, or of a pair
+// of 8-column tiles of B, at step k. A step is 32 bytes of k.
+//
+// "Rows": the tile in shared memory has one row per row of A or column of B, and k runs along it.
+// "Columns": it has one row per k. Blocks of 16 rows of A or columns of B may lie `kDistance` columns apart.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/shared_tile.cuh"
+
+namespace jax_flash {
+
+// Elements of k in a step.
+template <class T>
+inline constexpr int kStepK = 32 / static_cast<int>(sizeof(T));
+
+__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+
+template <class Tile>
+struct RowsA {
+  LaneAddress<Tile> lane;
+  __device__ __forceinline__ RowsA(uint32_t tile, int row)
+      : lane(tile, row + (lane_id() & 15), lane_id() >> 4) {}
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    ptx::ldmatrix_x4(a, lane.at(16 * m, 2 * k));
+  }
+};
+
+template <class Tile>
+struct RowsB {
+  LaneAddress<Tile> lane;
+  __device__ __forceinline__ RowsB(uint32_t tile, int row)
+      : lane(tile, row + (lane_id() & 7) + (lane_id() >> 4) * 8, lane_id() >> 3 & 1) {}
+  __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
+    ptx::ldmatrix_x4(b, lane.at(8 * n, 2 * k));
+  }
+};
+
+// float32 has no transposing ldmatrix: words (k, column) one by one. k counts rows 2t and 2t + 1 of a step in
+// lane t where the other operand comes from registers or columns (kPairs), t and t + 4 where it comes from
+// rows.
+template <class Tile, bool kPairs>
+struct ColumnWords {
+  LaneAddress<Tile> even, odd;
+  __device__ __forceinline__ ColumnWords(uint32_t tile, int column)
+      : even(lane(tile, column, 0)), odd(lane(tile, column, 1)) {}
+  __device__ __forceinline__ static LaneAddress<Tile> lane(uint32_t tile, int column, int second) {
+    const int t = lane_id() % 4, g = lane_id() / 4;
+    LaneAddress<Tile> at(tile, kPairs ? 2 * t + second : t + 4 * second, column / 4 + g / 4);
+    at.base += g % 4 * 4;
+    return at;
+  }
+  // Words (k, g) and (k, g + 8) of the block of 16 columns at `chunk`, for both k of the lane.
+  __device__ __forceinline__ void load(uint32_t (&low)[2], uint32_t (&high)[2], int chunk, int k) const {
+    low[0] = ptx::load_shared(even.at(8 * k, chunk));
+    low[1] = ptx::load_shared(odd.at(8 * k, chunk));
+    high[0] = ptx::load_shared(even.at(8 * k, chunk + 2));
+    high[1] = ptx::load_shared(odd.at(8 * k, chunk + 2));
+  }
+};
+
+// B [k, columns] from `column` on.
+template <class Tile, int kDistance, bool kPairs = true>
+struct ColumnsB {
+  LaneAddress<Tile> lane;
+  __device__ __forceinline__ ColumnsB(uint32_t tile, int column)
+      : lane(tile, lane_id() & 15, column / 8 + (lane_id() >> 4)) {}
+  __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
+    ptx::ldmatrix_x4_trans(b, lane.at(16 * k, n / 2 * (kDistance / 8)));
+  }
+};
+
+template <int kRows, int kColumns, int kDistance, bool kPairs>
+struct ColumnsB<SharedTile<float, kRows, kColumns>, kDistance, kPairs> {
+  ColumnWords<SharedTile<float, kRows, kColumns>, kPairs> words;
+  __device__ __forceinline__ ColumnsB(uint32_t tile, int column) : words(tile, column) {}
+  __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
+    uint32_t low[2], high[2];
+    words.load(low, high, n / 2 * (kDistance / 4), k);
+    b[0] = low[0], b[1] = low[1], b[2] = high[0], b[3] = high[1];
+  }
+};
+
+// A [columns, k] from `column` on.
+template <class Tile, int kDistance>
+struct ColumnsA {
+  LaneAddress<Tile> lane;
+  __device__ __forceinline__ ColumnsA(uint32_t tile, int column)
+      : lane(tile, (lane_id() & 7) + (lane_id() >> 4) * 8, column / 8 + (lane_id() >> 3 & 1)) {}
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    ptx::ldmatrix_x4_trans(a, lane.at(16 * k, m * (kDistance / 8)));
+  }
+};
+
+template <int kRows, int kColumns, int kDistance>
+struct ColumnsA<SharedTile<float, kRows, kColumns>, kDistance> {
+  ColumnWords<SharedTile<float, kRows, kColumns>, true> words;
+  __device__ __forceinline__ ColumnsA(uint32_t tile, int column) : words(tile, column) {}
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    uint32_t low[2], high[2];
+    words.load(low, high, m * (kDistance / 4), k);
+    a[0] = low[0], a[1] = high[0], a[2] = low[1], a[3] = high[1];
+  }
+};
+
+// A in an accumulator, rounded to T on the way: C's layout is A's.
+template <class T, class P>
+struct RegistersA {
+  const P& p;
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    a[0] = ptx::pack<T>(p.x[m][2 * k][0], p.x[m][2 * k][1]);
+    a[1] = ptx::pack<T>(p.x[m][2 * k][2], p.x[m][2 * k][3]);
+    a[2] = ptx::pack<T>(p.x[m][2 * k + 1][0], p.x[m][2 * k + 1][1]);
+    a[3] = ptx::pack<T>(p.x[m][2 * k + 1][2], p.x[m][2 * k + 1][3]);
+  }
+};
+
+template <class P>
+struct RegistersA<float, P> {
+  const P& p;
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    a[0] = __float_as_uint(p.x[m][k][0]), a[1] = __float_as_uint(p.x[m][k][2]);
+    a[2] = __float_as_uint(p.x[m][k][1]), a[3] = __float_as_uint(p.x[m][k][3]);
+  }
+};
+
+}  // namespace jax_flash

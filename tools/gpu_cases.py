@@ -1,0 +1,77 @@
+"""The cases of gpu_check.py: those of the test suite, and larger ones over several tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224))
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def all_cases(emulated: bool, dtypes: tuple[str, ...]) -> list[Any]:
+    """Emulated: smaller, and of every case one dtype."""
+    made = []
+    for i, case in enumerate(_suite() + _head_dims(emulated) + _options(emulated)):
+        chosen = (dtypes[i % len(dtypes)],) if emulated else dtypes
+        made += [case.replace(dtype=dtype, name=f"{case.name}, {dtype}") for dtype in chosen]
+    return made
+
+
+def _suite() -> list[Any]:
+    """The cases of the test suite, with head dims that need no copy."""
+    from cases import CASES
+
+    return [case.replace(d=-(-case.d // 8) * 8, dv=-(-case.dv // 8) * 8) for case in CASES]
+
+
+def _sizes(emulated: bool) -> dict[str, int]:
+    sq, sk = (150, 170) if emulated else (300, 1100)
+    return {"b": 1, "hq": 2, "hk": 1, "sq": sq, "sk": sk}
+
+
+def _head_dims(emulated: bool) -> list[Any]:
+    """Every row of the kernel table, plain and general."""
+    from cases import Case
+
+    sizes = _sizes(emulated)
+    general = {"softcap": 5.0, "bias": (1, 2, sizes["sq"], sizes["sk"]), "dropout_rate": 0.2}
+    made = []
+    for d, dv in HEAD_DIMS + PADDED_HEAD_DIMS:
+        made.append(Case(f"d {d}/{dv}", d=d, dv=dv, causal=True, **sizes))
+        if not emulated:
+            made.append(Case(f"general d {d}/{dv}", d=d, dv=dv, window=(200, 50), **general, **sizes))
+    return made
+
+
+def _options(emulated: bool) -> list[Any]:
+    """Every option over several tiles of queries and keys."""
+    from cases import Case, varlen
+
+    size = _sizes(emulated) | {"d": 64, "dv": 64}
+    sq, sk = size["sq"], size["sk"]
+    lengths = {"q_lengths": (sq - 7,), "kv_lengths": (sk - 20,)}
+    packed = {"hq": 4, "hk": 2, "d": 64, "dv": 64, "causal": True}
+    others = {"k_sequences": (150, 3, 9, 170, 64), "padding": (70, 3)}
+    return [
+        Case("large plain", **size),
+        Case("large window", window=(40, 3), **size),
+        Case("large top left", causal=True, align="top_left", **size),
+        Case("large lengths", causal=True, **lengths, **size),
+        Case("large mask", mask=(1, 2, sq, sk), **size),
+        Case("large bias", bias=(1, 1, sq, sk), bias_dtype="float16", **size),
+        Case("large bias of keys", bias=(1, 2, 1, sk), causal=True, **size),
+        Case("large bias of rows", bias=(1, 1, sq, 1), bias_dtype="bfloat16", **size),
+        Case("large segments", segments=5, **size),
+        Case("large alibi", alibi_slopes=(2,), causal=True, **size),
+        Case("large dropout", dropout_rate=0.4, **size),
+        Case("large scale 0", scale=0.0, sinks=True, **size),
+        Case("large negative scale", scale=-0.3, **size),
+        Case("large softcap", softcap=3.0, window=(90, None), **size),
+        varlen("large packed", (130, 1, 0, 200, 64), **others, **packed),
+        varlen(
+            "large packed, some keys", (130, 1, 0, 200, 64), kv_lengths=(149, 0, 3, 9, 64), **others, **packed
+        ),
+        varlen("many sequences", tuple(i % 5 for i in range(600)), **packed),
+        varlen("no sequence", (), padding=(140, 20), **packed),
+    ]
