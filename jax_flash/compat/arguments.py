@@ -15,12 +15,12 @@ from ..validate import Checker
 
 @dataclass(frozen=True)
 class Cache:
-    """Any of flash_attn's caches as a pool of pages: key j of entry i lies at `start[i] + j` of its row."""
+    """Any of flash_attn's caches as pools of pages; with left padding, each sequence begins at its `start`."""
 
     k_pages: jax.Array
     v_pages: jax.Array
     tables: jax.Array
-    start: jax.Array | None  # None: 0
+    start: jax.Array | None  # [b]; None: 0
 
     @classmethod
     def of(
@@ -46,30 +46,38 @@ class Cache:
         rows = _row_of_cache(check, b, k.shape[0], batch_idx)
         if leftpad is None:
             return cls(k, v, rows[:, None], None)
-        s_max = k.shape[1]
         start = check.int32("cache_leftpad", leftpad)
         check.shape("cache_leftpad", start, (b,), "b")
-        start = jnp.clip(start, 0, s_max)
-        slot = start[:, None] + jnp.arange(s_max, dtype=jnp.int32)  # pages of one key begin anywhere
-        inside = (slot < s_max) & (rows >= 0)[:, None] & (rows < k.shape[0])[:, None]
-        tables = jnp.where(inside, rows[:, None] * jnp.int32(s_max) + slot, jnp.int32(-1))
-        k, v = (x.reshape(k.shape[0] * s_max, 1, *x.shape[2:]) for x in (k, v))
-        return cls(k, v, tables, start)
+        return cls(k, v, rows[:, None], jnp.clip(start, 0, k.shape[1]))
 
     @property
     def capacity(self) -> Any:
         return self.tables.shape[1] * self.k_pages.shape[1]
 
-    def lengths(self, check: Checker, b: Any, cache_seqlens: Any) -> jax.Array:
-        """Keys of each entry before the call, int32 `[b]`."""
+    def ends(self, check: Checker, b: Any, cache_seqlens: Any) -> jax.Array:
+        """Where each sequence ends before the call, int32 `[b]`."""
         if cache_seqlens is None:
             cache_seqlens = self.capacity
         if jnp.ndim(cache_seqlens) == 0 and jnp.issubdtype(jnp.result_type(cache_seqlens), jnp.integer):
-            ends = jnp.full((b,), cache_seqlens, jnp.int32)
-        else:
-            ends = check.int32("cache_seqlens", cache_seqlens)
-            check.shape("cache_seqlens", ends, (b,), "b")
+            return jnp.full((b,), cache_seqlens, jnp.int32)
+        ends = check.int32("cache_seqlens", cache_seqlens)
+        check.shape("cache_seqlens", ends, (b,), "b")
+        return ends
+
+    def lengths(self, ends: jax.Array) -> jax.Array:
+        """Keys of sequences with these ends."""
         return ends if self.start is None else ends - self.start
+
+    def without_padding(self) -> Cache:
+        """The same keys with every sequence at the start of its row of the table, to read from."""
+        if self.start is None:
+            return self
+        rows, s_max = self.k_pages.shape[:2]
+        slot = self.start[:, None] + jnp.arange(s_max, dtype=jnp.int32)  # pages of one key begin anywhere
+        inside = (slot < s_max) & (self.tables >= 0) & (self.tables < rows)
+        tables = jnp.where(inside, self.tables * jnp.int32(s_max) + slot, jnp.int32(-1))
+        k, v = (x.reshape(rows * s_max, 1, *x.shape[2:]) for x in (self.k_pages, self.v_pages))
+        return Cache(k, v, tables, None)
 
 
 def _row_of_cache(check: Checker, b: Any, b_cache: Any, batch_idx: Any) -> jax.Array:

@@ -15,6 +15,8 @@ come from the function that does the work and use its names (`query` for q, `kv_
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -240,31 +242,35 @@ def flash_attn_with_kvcache(
     cache = arguments.Cache.of(
         check, q.shape[0], k_cache, v_cache, cache_batch_idx, cache_leftpad, block_table
     )
-    lengths = cache.lengths(check, q.shape[0], cache_seqlens)
-    k_pages, v_pages = cache.k_pages, cache.v_pages
+    ends = cache.ends(check, q.shape[0], cache_seqlens)
     if k is not None and v is not None:
         rotary = arguments.rotary_tables(check, rotary_cos, rotary_sin, cache.capacity)
         if rotary is not None:
+            turn = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=rotary_interleaved)
+            position = cache.lengths(ends)[:, None]
             limited = causal or window is not None
-            rows = jnp.arange(q.shape[1], dtype=jnp.int32) if limited else jnp.int32(0)
-            q = apply_rotary(q, lengths[:, None] + rows, *rotary, interleaved=rotary_interleaved)
-        k_pages, v_pages, lengths = append_kv(
-            k_pages,
-            v_pages,
+            q = turn(q, position + _rows(q) if limited else position)
+            if cache.start is not None:  # append_kv would count positions from the padding
+                k, rotary = turn(k, position + _rows(k)), None
+        k_pages, v_pages, ends = append_kv(
+            cache.k_pages,
+            cache.v_pages,
             k,
             v,
             cache.tables,
-            lengths,
+            ends,
             rotary=rotary,
             interleaved=rotary_interleaved,
             implementation=implementation,
         )
+        cache = replace(cache, k_pages=k_pages, v_pages=v_pages)
+    read = cache.without_padding()
     out, lse = paged_attention(
         q,
-        k_pages,
-        v_pages,
-        cache.tables,
-        lengths,
+        read.k_pages,
+        read.v_pages,
+        read.tables,
+        cache.lengths(ends),
         num_splits=num_splits or None,
         causal=causal,
         window=window,
@@ -274,5 +280,9 @@ def flash_attn_with_kvcache(
         return_lse=True,
         implementation=implementation,
     )
-    caches = k_pages.reshape(jnp.shape(k_cache)), v_pages.reshape(jnp.shape(v_cache))
+    caches = cache.k_pages, cache.v_pages
     return (out, lse, *caches) if return_softmax_lse else (out, *caches)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return jnp.arange(x.shape[1], dtype=jnp.int32)
