@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .validate import Checker
+from .validate import DTYPES, Checker
 
 
 def apply_rotary(
@@ -37,7 +37,9 @@ def apply_rotary(
     x = check.array("x", x)
     if x.ndim < 3:
         raise check.fail(f"x must have shape [..., s, h, d], got {x.shape}")
-    positions = check.int32("positions", positions)
+    if x.dtype.name not in DTYPES:
+        raise check.fail(f"x has dtype {x.dtype}, allowed are {', '.join(DTYPES)}", TypeError)
+    positions = check.broadcastable("positions", check.int32("positions", positions), x.shape[:-2], "... s")
     cos, sin = rotary_tables(check, (cos, sin), x.shape[-1])
     angle_shape = (*x.shape[:-2], 1, cos.shape[1])
     c, s = (
@@ -45,7 +47,7 @@ def apply_rotary(
         for t in (cos, sin)
     )
     rotated, kept = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
-    if interleaved:
+    if check.flag("interleaved", interleaved):
         a, b = rotated[..., ::2], rotated[..., 1::2]
     else:
         a, b = jnp.split(rotated, 2, axis=-1)
