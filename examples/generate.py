@@ -27,7 +27,7 @@ from train_lm import force_host_devices
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from model import Transformer
-    from scheduler import Request
+    from scheduler import Request, ServingConfig
     from serving import Server
 
 # Of the serving logits from the training forward's, relative to the largest one. The same sums in another order in
@@ -82,7 +82,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _problem(options: argparse.Namespace) -> str | None:
-    for name in "requests max_tokens page_size pages slots".split():
+    for name in ["requests", "max_tokens", "page_size", "pages", "slots"]:
         if getattr(options, name) < 1:
             return f"--{name.replace('_', '-')}: got {getattr(options, name)}; it must be at least 1"
     if options.chunk < options.slots:
@@ -100,7 +100,8 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 def generate(options: argparse.Namespace, started: float) -> int:
     """Loads, serves and checks; returns the exit status."""
-    from serving import Server, ServingConfig, training_logits
+    from scheduler import ServingConfig
+    from serving import Server, training_logits
     from training import model_config
 
     model, settings, mesh = load(options)
@@ -113,8 +114,8 @@ def generate(options: argparse.Namespace, started: float) -> int:
         temperature=options.temperature,
         seed=options.seed,
     )
+    arrivals = make_arrivals(options, serving)
     server = Server(model, model_config(settings), serving, mesh)
-    arrivals = make_arrivals(options, server)
     print(describe(options, settings, server, time.monotonic() - started), flush=True)
     serve(server, arrivals)
 
@@ -153,7 +154,7 @@ def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
     return model, settings, trainer.mesh
 
 
-def make_arrivals(options: argparse.Namespace, server: Server) -> list[Arrival]:
+def make_arrivals(options: argparse.Namespace, serving: ServingConfig) -> list[Arrival]:
     """The --prompt texts, all at once; or starts of a few held-out documents, of any length and at any time."""
     from scheduler import Request
     from text import BOS, load_documents
@@ -165,7 +166,7 @@ def make_arrivals(options: argparse.Namespace, server: Server) -> list[Arrival]:
         random = np.random.default_rng(options.seed)
         _, held_out = load_documents()
         documents = random.permutation(np.array(held_out, object))[:4]  # so that some requests start alike
-        longest = max(1, min(256, server.scheduler.capacity - options.max_tokens - 1))
+        longest = max(1, min(256, serving.capacity - options.max_tokens - 1))
         arrivals, step = [], 0
         for number in range(options.requests):
             prompt = documents[random.integers(len(documents))][: random.integers(longest // 4, longest) + 1]
@@ -174,7 +175,7 @@ def make_arrivals(options: argparse.Namespace, server: Server) -> list[Arrival]:
             step += int(random.geometric(1 / 6)) - 1
     for arrival in arrivals:
         try:
-            server.scheduler.check(arrival.request)
+            serving.check(arrival.request)
         except ValueError as error:
             raise SettingError(str(error)) from None
     return arrivals

@@ -52,6 +52,36 @@ class Request:
         return len(self.tokens) == len(self.prompt) + self.max_tokens
 
 
+@dataclass(frozen=True)
+class ServingConfig:
+    """Sizes of the cache and of a step, and how to sample."""
+
+    pages: int = 64
+    page_size: int = 16
+    slots: int = 8  # requests that run at the same time, at most
+    chunk: int = 64  # tokens in a step, at most
+    max_length: int = 1024  # tokens in a request, prompt and generated ones; what the model was trained on
+    temperature: float = 0.0  # 0: the likeliest token
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.chunk < self.slots:  # else not all could decode together
+            raise ValueError(f"chunk: got {self.chunk}; it must be at least slots = {self.slots}")
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a request may have, prompt and generated ones."""
+        return min(self.max_length, self.pages * self.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError where a request could never be served."""
+        if len(request.prompt) + request.max_tokens > self.capacity:
+            raise ValueError(
+                f"request {request.number}: got {len(request.prompt)} tokens of prompt and {request.max_tokens} to "
+                f"generate; the model and the cache have room for {self.capacity} together"
+            )
+
+
 class Chunk(NamedTuple):
     """`count` tokens of a request that a step serves, from `request.cached` on."""
 
@@ -87,6 +117,9 @@ class PrefixIndex:
         self._pages: dict[tuple[int, tuple[int, ...]], int] = {}
         self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
 
+    def __len__(self) -> int:
+        return len(self._pages)
+
     def find(self, tokens: Sequence[int]) -> list[int]:
         """The pages that hold the longest known prefix of the tokens, short of the last token."""
         found: list[int] = []
@@ -116,21 +149,12 @@ class PrefixIndex:
 
 
 class Scheduler:
-    """Plans steps: `plan` one, run its `batch`, then `commit` what was sampled.
+    """Plans steps: `plan` one, run its `batch`, then `commit` what was sampled."""
 
-    Args:
-      pages, page_size: of the pool.
-      slots: requests that run at the same time, at most.
-      chunk: tokens in a step, at most; at least `slots`, so that all decode together.
-      max_length: tokens in a request, prompt and generated ones, at most.
-    """
-
-    def __init__(self, pages: int, page_size: int, slots: int, chunk: int, max_length: int):
-        if chunk < slots:
-            raise ValueError(f"chunk: got {chunk}; it must be at least slots = {slots}")
-        self.page_size, self.slots, self.chunk, self.max_length = page_size, slots, chunk, max_length
-        self.allocator = PageAllocator(pages)
-        self.prefixes = PrefixIndex(page_size)
+    def __init__(self, config: ServingConfig):
+        self.config, self.page_size = config, config.page_size
+        self.allocator = PageAllocator(config.pages)
+        self.prefixes = PrefixIndex(config.page_size)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order they joined
         self.preempted = 0  # how often a request gave its pages back
@@ -140,32 +164,19 @@ class Scheduler:
         """Whether anything is left to do."""
         return bool(self.waiting or self.running)
 
-    @property
-    def capacity(self) -> int:
-        """Tokens that a request may have, prompt and generated ones."""
-        return min(self.max_length, self.allocator.pages * self.page_size)
-
-    def check(self, request: Request) -> None:
-        """Raises ValueError where a request could never be served."""
-        if len(request.prompt) + request.max_tokens > self.capacity:
-            raise ValueError(
-                f"request {request.number}: got {len(request.prompt)} tokens of prompt and {request.max_tokens} to "
-                f"generate; the model and the cache have room for {self.capacity} together"
-            )
-
     def submit(self, request: Request) -> None:
         """Puts a request in line; ValueError where it could never be served."""
-        self.check(request)
+        self.config.check(request)
         self.waiting.append(request)
 
     def plan(self) -> list[Chunk]:
         """The next step. Everyone decodes; prompts share what is left of the step's tokens, in order."""
         chunks: list[Chunk] = []
-        left = self.chunk
+        left = self.config.chunk
         for request in tuple(self.running):
             if request in self.running and self._has_room(request):
                 left -= self._add(chunks, request, left)
-        while left and self.waiting and len(self.running) < self.slots and self._join(self.waiting[0]):
+        while left and self.waiting and len(self.running) < self.config.slots and self._join(self.waiting[0]):
             self.running.append(self.waiting.popleft())
             left -= self._add(chunks, self.running[-1], left)
         return chunks
@@ -173,9 +184,9 @@ class Scheduler:
     def batch(self, chunks: Sequence[Chunk], width: int) -> Batch:
         """The step's arrays, its tokens padded to `width`."""
         tokens, positions = np.zeros((2, width), np.int32)
-        cu_seqlens = np.zeros(self.slots + 1, np.int32)
-        tables = np.full((self.slots, -(-self.max_length // self.page_size)), NO_PAGE, np.int32)
-        cached, numbers = np.zeros((2, self.slots), np.int32)
+        cu_seqlens = np.zeros(self.config.slots + 1, np.int32)
+        tables = np.full((self.config.slots, -(-self.config.max_length // self.page_size)), NO_PAGE, np.int32)
+        cached, numbers = np.zeros((2, self.config.slots), np.int32)
         start = 0
         for slot, (request, count) in enumerate(chunks):
             rows, places = slice(start, start + count), slice(request.cached, request.cached + count)

@@ -16,24 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import ModelConfig, Transformer
-from scheduler import Batch, Chunk, Request, Scheduler
+from scheduler import Batch, Chunk, Request, Scheduler, ServingConfig
 
 from jax_flash import append_kv, apply_rotary, paged_attention
 
 Cache = list[tuple[jax.Array, jax.Array]]  # of each layer: keys and values, [pages, page_size, h, d]
-
-
-@dataclass(frozen=True)
-class ServingConfig:
-    """Sizes of the cache and of a step, and how to sample."""
-
-    pages: int = 64
-    page_size: int = 16
-    slots: int = 8  # requests that run at the same time
-    chunk: int = 64  # tokens in a step that takes prompts in
-    max_length: int = 1024  # tokens in a request; what the model was trained on
-    temperature: float = 0.0  # 0: the likeliest token
-    seed: int = 0
 
 
 @dataclass
@@ -123,9 +110,7 @@ class Server:
     """
 
     def __init__(self, model: Transformer, config: ModelConfig, serving: ServingConfig, mesh: Mesh):
-        self.scheduler = Scheduler(
-            serving.pages, serving.page_size, serving.slots, serving.chunk, serving.max_length
-        )
+        self.scheduler = Scheduler(serving)
         self.serving, self.mesh, self.usage = serving, mesh, Usage()
         self.graph, self.weights = nnx.split(model)
         by_heads = NamedSharding(mesh, PartitionSpec(None, None, "model"))
