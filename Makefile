@@ -19,6 +19,7 @@ WORKERS ?= 2
 TESTS ?= tests
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SERVE_ARGS ?=
 BENCH_ARGS ?=
 WERROR ?=
 
@@ -34,8 +35,9 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .PHONY: demo
-demo: $(INSTALLED)  ## train a byte-level language model on real text into out/ (DEMO_ARGS=…)
+demo: $(INSTALLED)  ## train a byte-level language model on real text into out/, then serve it (DEMO_ARGS, SERVE_ARGS)
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
+	$(BIN)/python examples/generate.py $(SERVE_ARGS)
 
 .PHONY: test
 test: $(INSTALLED)  ## the test suite (IMPLEMENTATION=cuda on a GPU machine; WORKERS, TESTS, PYTEST_ARGS)
