@@ -55,6 +55,7 @@ def make_requests(count, seed=0):
     """Prompts of 1 to 40 tokens, most of which start like others; 1 to 16 tokens to generate."""
     random = np.random.default_rng(seed)
     starts = random.integers(0, 256, (5, 28))
+    starts[:, 4:8] = starts[0, 4:8]  # the same tokens after others: a page that must not be shared
     requests = []
     for number in range(count):
         start = starts[random.integers(5), : random.integers(1, 29)]
