@@ -60,10 +60,10 @@ def _slots(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, tuple[jax.A
         n, s = operands["key"].shape[:2]
         sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
     capacity = tables.shape[1] * page_size
-    position = jnp.take(jnp.clip(operands["kv_lengths"], 0, capacity), sequence, mode="clip") + row
+    position = jnp.pad(jnp.clip(operands["kv_lengths"], 0, capacity), (0, 1))[sequence] + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)
-    page = tables.at[sequence, at].get(mode="fill", fill_value=-1)
+    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[sequence, at]  # padded: there may be none
     return position, (page, position % page_size), inside & (page >= 0) & (page < pages)
 
 

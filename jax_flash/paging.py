@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from . import reference
+from ._compat import same_dim
 from .operands import OPTIONAL
 from .spec import UNLIMITED, AttentionSpec, Layout
 
@@ -35,8 +36,10 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout)
-        if scale in operands:
-            dense[name] = dense[name].astype(jnp.float32) * operands[scale][:, None]
+        if dense[name].dtype == jnp.float8_e4m3fn:
+            dense[name] = (
+                dense[name].astype(jnp.float32) * operands.get(scale, jnp.ones(1, jnp.float32))[:, None]
+            )
     dense["query"] = operands["query"].astype(dense["key"].dtype)
     layout: Layout = "fixed" if spec.layout == "paged" else "varlen"
     if layout == "varlen":
@@ -67,10 +70,10 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     outside = (tables < 0) | (tables >= operands["key"].shape[0])
-    before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))  # [n, pages + 1]
+    before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 1), (1, 0)))  # [n + 1, pages + 1]
     sequence, row, nq = _query_rows(spec, operands)
     nk = jnp.clip(operands["kv_lengths"], 0, tables.shape[1] * page_size)
-    nk = jnp.take(nk, sequence, mode="clip")
+    nk = jnp.pad(nk, (0, 1))[sequence]  # padded: tokens outside every sequence may be all there are
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
     last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
@@ -105,6 +108,9 @@ def _gather(pool: jax.Array, tables: jax.Array, layout: str) -> jax.Array:
     """[n, pages · ps, hk, d], zeros for pages outside the pool."""
     by_token = tokens_first(pool, layout)
     pages = _pages_or_none(tables, pool.shape[0])
+    if same_dim(pool.shape[0], 0):
+        by_token = jnp.zeros((1, *by_token.shape[1:]), pool.dtype)
+        pages = jnp.ones_like(pages)
     rows = by_token.at[pages].get(mode="fill", fill_value=0)
     return rows.reshape(tables.shape[0], tables.shape[1] * rows.shape[2], *rows.shape[3:])
 

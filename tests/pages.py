@@ -1,0 +1,195 @@
+"""The paged equivalent of a dense case: its keys dealt out to the pages of a pool, one by one, in numpy.
+
+What the contract says is never read holds poison: NaN in unused pages, in the tail of each sequence's last page,
+and indices far outside the pool in unused entries of the tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+from cases import Case, Inputs, make_inputs, operands, spec
+
+import jax_flash
+from jax_flash import reference
+
+GARBAGE = (-(2**31), 2**31 - 1, -1, 10**6)
+FLOAT8 = "float8_e4m3fn"
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the keys of each sequence lie. `tables` [n, pages]; the pool has `count` pages of `size` slots."""
+
+    tables: np.ndarray
+    lengths: tuple[int, ...]
+    size: int
+    count: int
+    layout: str = "nhd"
+
+    def slots(self) -> Any:
+        """(sequence, key, page, slot) of every key."""
+        for z, length in enumerate(self.lengths):
+            for j in range(length):
+                yield z, j, int(self.tables[z, j // self.size]), j % self.size
+
+    def pool(self, rows: list[np.ndarray], dtype: Any) -> jax.Array:
+        """The pool that holds rows[z][j], of shape [h, d], as key j of sequence z."""
+        pool = np.full((self.count, self.size, *rows[0].shape[1:]), np.nan, np.float32)
+        for z, j, page, slot in self.slots():
+            pool[page, slot] = rows[z][j]
+        return jnp.asarray(self._in_layout(pool), dtype)
+
+    def gradient(self, rows: list[np.ndarray]) -> np.ndarray:
+        """The pool's gradient, from those of the keys: shared slots add up, unused ones have none."""
+        total = np.zeros((self.count, self.size, *rows[0].shape[1:]))
+        for z, j, page, slot in self.slots():
+            total[page, slot] += rows[z][j]
+        return self._in_layout(total)
+
+    def _in_layout(self, pool: np.ndarray) -> np.ndarray:
+        return pool if self.layout == "nhd" else np.swapaxes(pool, 1, 2)
+
+
+def deal(lengths: tuple[int, ...], size: int, layout: str = "nhd", seed: int = 0) -> Pages:
+    """Random pages for sequences of these lengths, one table entry more than they need, two pages too many."""
+    rng = np.random.default_rng(seed)
+    used = [-(-length // size) for length in lengths]
+    order = rng.permutation(sum(used) + 2)
+    tables = np.array(
+        [[GARBAGE[(z + i) % 4] for i in range(max(used) + 1)] for z in range(len(lengths))], np.int32
+    )
+    for z, n in enumerate(used):
+        tables[z, :n], order = order[:n], order[n:]
+    return Pages(tables, tuple(lengths), size, sum(used) + 2, layout)
+
+
+@dataclass(frozen=True)
+class Paged:
+    """A paged call and its dense equivalent. Arrays have the names of AttentionSpec's operands: key is k_pages."""
+
+    case: Case
+    inputs: Inputs  # of the dense case
+    pages: Pages
+    arrays: dict[str, jax.Array]
+
+    def call(self, implementation: str | None, **options: Any) -> Any:
+        """arrays → (out, lse)"""
+
+        def run(arrays: dict[str, jax.Array]) -> Any:
+            arrays = self.arrays | arrays
+            positional = [
+                arrays.pop(name) for name in ("query", "key", "value", "block_tables", "kv_lengths")
+            ]
+            static = {name: value for name, value in self.case.options.items() if name != "dropout_rate"}
+            return jax_flash.paged_attention(
+                *positional, **arrays, **static | options, page_layout=self.pages.layout, return_lse=True,
+                implementation=implementation,
+            )  # fmt: skip
+
+        return run
+
+
+def paged(
+    case: Case, size: int = 8, layout: str = "nhd", pool_dtype: str | None = None, seed: int = 0
+) -> Paged:
+    """The keys of a fixed case (up to its kv_lengths) or of a varlen one (packed queries) in pages."""
+    inputs = make_inputs(case, seed)
+    arrays = dict(inputs.positional | inputs.keywords)
+    lengths = sequence_lengths(case)
+    pages = deal(lengths, size, layout, seed)
+    if case.layout == "varlen":
+        del arrays["cu_seqlens_k"]
+    scales = {}
+    for name, scale in (("key", "k_scale"), ("value", "v_scale")):
+        dense = arrays[name]
+        if pool_dtype == FLOAT8:  # powers of two: what is stored times its scale is exact in every dtype
+            scales[scale] = 2.0 ** jnp.arange(-1, case.hk - 1, dtype=jnp.float32)
+            by_head = scales[scale][:, None].astype(dense.dtype)
+            stored = (dense / by_head).astype(FLOAT8)
+            inputs.positional[name] = stored.astype(dense.dtype) * by_head
+            dense = stored
+        arrays[name] = pages.pool(rows_of(case, np.asarray(dense, np.float32)), pool_dtype or case.dtype)
+    arrays |= scales
+    arrays["block_tables"] = jnp.asarray(pages.tables)
+    arrays["kv_lengths"] = jnp.asarray(lengths, jnp.int32)
+    return Paged(case, inputs, pages, arrays)
+
+
+def sequence_lengths(case: Case) -> tuple[int, ...]:
+    """Keys of each sequence."""
+    if case.layout == "varlen":
+        return case.q_sequences if case.k_sequences is None else case.k_sequences
+    return case.kv_lengths or (case.sk,) * case.b
+
+
+def rows_of(case: Case, dense: np.ndarray) -> list[np.ndarray]:
+    """The keys (or their gradients) of each sequence, [length, h, d]."""
+    lengths = sequence_lengths(case)
+    if case.layout == "fixed":
+        return [dense[z, :length] for z, length in enumerate(lengths)]
+    ends = np.cumsum(lengths)
+    return [dense[end - length : end] for end, length in zip(ends, lengths)]
+
+
+def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.Result]:
+    """`ref` and `low` of the contract for the dense case, the gradients of keys brought to the pools."""
+    case, inputs = call.case, call.inputs
+    dense, static = operands(inputs), spec(case, inputs)
+    right = oracle.by_rows(static, dense, inputs.dout, inputs.dlse)
+    low = right
+    dtype = jnp.dtype(case.dtype)
+    if dtype.itemsize == 2:
+        moving, fixed = oracle.split(dense)
+
+        def rounded(moving: dict[str, jax.Array]) -> Any:
+            return reference.attention(static, moving | fixed, round_to=dtype)
+
+        if gradients:
+            low = checks.differentiate(rounded, moving, inputs)
+        else:
+            low = oracle.Result(*map(np.asarray, rounded(moving)))
+    return tuple(_to_pools(call, x) if gradients else oracle.Result(x.out, x.lse) for x in (right, low))  # type: ignore
+
+
+def _to_pools(call: Paged, result: oracle.Result) -> oracle.Result:
+    moved = {
+        name: call.pages.gradient(rows_of(call.case, np.asarray(x, np.float64)))
+        if name in ("key", "value")
+        else x
+        for name, x in result.gradients.items()
+        if call.arrays[name].dtype != FLOAT8
+    }
+    return dataclasses.replace(result, gradients=moved)
+
+
+def run(call: Paged, implementation: str, *, gradients: bool, **options: Any) -> oracle.Result:
+    """Out, lse and the gradients of query, pools (not float8 ones) and sinks."""
+    function = call.call(implementation, **options)
+    if not gradients:
+        return oracle.Result(*map(np.asarray, function({})))
+    moving, _ = oracle.split(call.arrays)
+    moving = {name: x for name, x in moving.items() if x.dtype != FLOAT8}
+    return checks.differentiate(function, moving, call.inputs)
+
+
+def check(call: Paged, implementation: str, *, gradients: bool = False, **options: Any) -> oracle.Result:
+    """At the contract's tolerance against the dense case; returns what the call gave."""
+    require(implementation, call.case)
+    got = run(call, implementation, gradients=gradients, **options)
+    right, low = references(call, gradients=gradients)
+    oracle.assert_result(got, right, low, call.case)
+    return got
+
+
+def require(implementation: str, case: Case | None = None) -> None:
+    """Skips the test where the library has no paged kernels: they come with the append pass."""
+    case = case or Case("any")
+    checks.require(implementation, "forward", "append", dtype=case.dtype, d=case.d, dv=case.dv)

@@ -1,0 +1,293 @@
+"""append_kv: every new token in its slot, to the bit, and nothing else touched; in numpy, token by token."""
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cases import DTYPES, cu_seqlens
+from conftest import IMPLEMENTATION
+from pages import FLOAT8, GARBAGE, require
+
+from jax_flash import append_kv, apply_rotary, flash_attention, paged_attention
+
+N, HK, D, DV = 3, 2, 16, 8
+
+
+def arguments(
+    *, size=4, entries=5, layout="nhd", dtype="float32", pool_dtype=None, lengths=(3, 0, 11), new=4, positions=None,
+    interleaved=False, rotated=D, seed=0,
+):  # fmt: skip
+    """A random call. `new`: tokens of every sequence, or a tuple of each (packed, with two tokens of padding)."""
+    rng = np.random.default_rng(seed)
+    pages = N * entries + 2
+    rows = (N, new) if isinstance(new, int) else (sum(new) + 2,)
+
+    def normal(*shape, dtype=dtype):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    def pool(width):
+        shape = (pages, size, HK, width) if layout == "nhd" else (pages, HK, size, width)
+        return normal(*shape, dtype=pool_dtype or dtype)
+
+    made = dict(
+        k_pages=pool(D), v_pages=pool(DV), key=normal(*rows, HK, D), value=normal(*rows, HK, DV),
+        block_tables=jnp.asarray(rng.permutation(pages)[: N * entries].reshape(N, entries), jnp.int32),
+        kv_lengths=jnp.asarray(lengths, jnp.int32), page_layout=layout,
+    )  # fmt: skip
+    if not isinstance(new, int):
+        made["cu_seqlens"] = cu_seqlens(new)
+    if positions:
+        angles = rng.uniform(0, 6, (positions, rotated // 2))
+        made["rotary"] = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+        made["interleaved"] = interleaved
+    return made
+
+
+def by_token(call):
+    """The contract in numpy: the pools and lengths after the call."""
+    x = {name: np.asarray(a) if hasattr(a, "shape") else a for name, a in call.items()}
+    pools = [x["k_pages"].copy(), x["v_pages"].copy()]
+    heads_first = x.get("page_layout") == "hnd"
+    count, size = x["k_pages"].shape[0], x["k_pages"].shape[2 if heads_first else 1]
+    n, entries = x["block_tables"].shape
+    capacity, after = entries * size, []
+    for z in range(n):
+        length = min(max(int(x["kv_lengths"][z]), 0), capacity)
+        written = 0
+        for t, (key, value) in enumerate(
+            zip(*(new_rows(x, name, z) for name in ("key", "value")), strict=True)
+        ):
+            position = length + t
+            page = int(x["block_tables"][z, position // size]) if position < capacity else -1
+            if not 0 <= page < count:
+                continue
+            written += 1
+            if "rotary" in x:
+                key = rotated(key, position, *map(np.asarray, x["rotary"]), x["interleaved"])
+            for pool, row, scale in zip(pools, (key, value), ("k_scale", "v_scale"), strict=True):
+                slot = (page, slice(None), position % size) if heads_first else (page, position % size)
+                pool[slot] = quantised(row, x.get(scale)) if pool.dtype == ml_dtypes.float8_e4m3fn else row
+        after.append(length + written)
+    return *pools, np.asarray(after, np.int32)
+
+
+def new_rows(x, name, z):
+    if "cu_seqlens" not in x:
+        return x[name][z]
+    starts = np.maximum.accumulate(np.clip(x["cu_seqlens"], 0, x[name].shape[0]))
+    return x[name][starts[z] : starts[z + 1]]
+
+
+def rotated(key, position, cos, sin, interleaved):
+    pairs = cos.shape[1]
+    row = min(position, cos.shape[0] - 1)
+    wide, turned = key.astype(np.float64), key.astype(np.float64)
+    for i in range(pairs):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+        turned[:, a] = wide[:, a] * cos[row, i] - wide[:, b] * sin[row, i]
+        turned[:, b] = wide[:, b] * cos[row, i] + wide[:, a] * sin[row, i]
+    return turned.astype(key.dtype)
+
+
+def quantised(row, scale):
+    wide = row.astype(np.float32) / (1 if scale is None else scale[:, None])
+    return np.clip(wide, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+
+
+def check(call, implementation):
+    """To the bit."""
+    got = append_kv(**call, implementation=implementation)
+    for name, x, y in zip(("k_pages", "v_pages", "kv_lengths"), got, by_token(call), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert np.asarray(x).tobytes() == y.tobytes(), f"{name} differs"
+    return got
+
+
+# Where tokens go.
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("new", [1, 6, (1, 0, 7)], ids=str)
+@pytest.mark.parametrize("size", [1, 5, 8, 256])
+def test_tokens_go_to_the_slots_after_their_length(size, new, layout):
+    require(IMPLEMENTATION)
+    lengths = (0, 3, 2 * size - 1)
+    check(
+        arguments(size=size, entries=-(-10 // size) + 2, layout=layout, new=new, lengths=lengths),
+        IMPLEMENTATION,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", [2, (1, 0, 7)], ids=str)
+def test_in_every_dtype(implementation, dtype, new):
+    require(implementation)
+    check(arguments(dtype=dtype, new=new), implementation)
+
+
+@pytest.mark.parametrize("lengths", [(20, 19, 18), (-5, 2**31 - 1, -(2**31)), (17, 0, 21)], ids=str)
+def test_what_passes_the_capacity_is_dropped_and_not_counted(implementation, lengths):
+    """Five pages of four: 20 positions."""
+    require(implementation)
+    _, _, after = check(arguments(lengths=lengths), implementation)
+    before = np.clip(np.asarray(lengths), 0, 20)
+    assert np.array_equal(after, np.minimum(before + 4, 20))
+
+
+@pytest.mark.parametrize("page", [*GARBAGE, 17])
+@pytest.mark.parametrize("new", [6, (1, 7, 6)], ids=str)
+def test_what_goes_to_a_page_outside_the_pool_is_dropped_and_not_counted(implementation, page, new):
+    """Sequence 1 loses positions 4 to 7: two or three of its tokens."""
+    require(implementation)
+    call = arguments(new=new, lengths=(0, 0, 11))
+    call["block_tables"] = call["block_tables"].at[1, 1].set(page)
+    _, _, after = check(call, implementation)
+    assert after[1] == 4
+
+
+def test_unused_entries_are_not_read(implementation):
+    require(implementation)
+    call = arguments(lengths=(3, 0, 11), new=3)  # pages 0 to 1, 0, and 2 to 3 are written
+    garbage = np.resize(np.asarray(GARBAGE, np.int32), (N, 5))
+    needed = np.asarray([[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0, 0, 1, 1, 0]], bool)
+    call["block_tables"] = jnp.where(needed, call["block_tables"], garbage)
+    check(call, implementation)
+
+
+def test_offsets_are_read_as_their_running_maximum(implementation):
+    require(implementation)
+    call = arguments(new=(2, 3, 4))
+    call["cu_seqlens"] = jnp.asarray([-3, 4, 2, 99], jnp.int32)
+    check(call, implementation)
+
+
+def test_two_sequences_that_write_one_slot_leave_the_last_token(kernel):
+    """Garbage tables are no race: the order of the tokens decides, every time."""
+    require(kernel)
+    for new in (5, (1, 4, 3)):
+        call = arguments(new=new, lengths=(0, 2, 1), size=3)
+        call["block_tables"] = jnp.zeros_like(call["block_tables"])
+        for _ in range(5):
+            check(call, kernel)
+
+
+@pytest.mark.parametrize("empty", ["sequences", "tokens", "entries", "pages"])
+def test_sizes_of_zero(implementation, empty):
+    require(implementation)
+    call = arguments(new=2)
+    if empty == "sequences":
+        call |= {name: call[name][:0] for name in ("key", "value", "block_tables", "kv_lengths")}
+    elif empty == "tokens":
+        call |= {name: call[name][:, :0] for name in ("key", "value")}
+    elif empty == "entries":
+        call["block_tables"] = call["block_tables"][:, :0]
+    else:
+        call |= {name: call[name][:0] for name in ("k_pages", "v_pages")}
+    check(call, implementation)
+
+
+def test_the_pools_given_are_left_alone_unless_donated(implementation):
+    require(implementation)
+    call = arguments()
+    before = [np.asarray(call[name]).copy() for name in ("k_pages", "v_pages")]
+    append_kv(**call, implementation=implementation)
+    for name, x in zip(("k_pages", "v_pages"), before, strict=True):
+        assert np.array_equal(call[name], x)
+
+
+# Float8.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scales", ["neither", "k_scale", "both"])
+def test_float8_pools_hold_the_value_over_its_scale(implementation, dtype, scales):
+    require(implementation)
+    call = arguments(dtype=dtype, pool_dtype=FLOAT8, new=(3, 0, 4))
+    given = {"neither": (), "k_scale": ("k_scale",), "both": ("k_scale", "v_scale")}[scales]
+    call |= {name: jnp.asarray([0.003, 1.7], jnp.float32) for name in given}
+    check(call, implementation)
+
+
+def test_float8_rounds_to_even_saturates_and_keeps_nan(implementation):
+    """Every tie between neighbours, what lies just beside it, and what lies past the largest."""
+    require(implementation)
+    numbers = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    beside = np.concatenate([ties, np.nextafter(ties, 0), np.nextafter(ties, 1e9), numbers])
+    special = [448, 449, 464, 465, 1e6, np.inf, np.nan, 2.0**-10, 2.0**-11, 1e-40, 0.0]
+    values = np.concatenate([beside, special, -beside, np.negative(special)]).astype(np.float32)
+    values = np.resize(values, (-(-values.size // (D * HK)), HK, D))
+    call = arguments(pool_dtype=FLOAT8, size=8, entries=10, lengths=(0, 0, 0), new=(values.shape[0], 0, 0))
+    call |= {"key": jnp.asarray(values), "value": jnp.asarray(values[..., :DV])}
+    call["cu_seqlens"] = cu_seqlens((values.shape[0], 0, 0))
+    got = append_kv(**call, implementation=implementation)
+    for x, y in zip(got, by_token(call), strict=True):  # a NaN's sign is nobody's
+        np.testing.assert_array_equal(np.asarray(x, np.float32), y.astype(np.float32))
+
+
+# Rotary.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pool_dtype"), [("float32", None), ("bfloat16", None), ("float16", None), ("float32", FLOAT8)]
+)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [D, 6])
+def test_keys_are_rotated_by_their_position(implementation, interleaved, turned, dtype, pool_dtype):
+    """To a unit in the last place of what is stored, positions past the tables as their last row."""
+    require(implementation)
+    call = arguments(
+        dtype=dtype,
+        pool_dtype=pool_dtype,
+        new=(3, 2, 4),
+        positions=13,
+        interleaved=interleaved,
+        rotated=turned,
+    )
+    got, wanted = append_kv(**call, implementation=implementation), by_token(call)
+    unit = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10}[dtype] if pool_dtype is None else 2**-2
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x, np.float64), y.astype(np.float64), rtol=unit, atol=unit * 2**-2
+        )
+
+
+def test_appended_rotation_is_apply_rotarys(kernel):
+    require(kernel)
+    call = arguments(positions=40, dtype="bfloat16", lengths=(5, 0, 2))
+    fused, _, _ = append_kv(**call, implementation=kernel)
+    positions = call["kv_lengths"][:, None] + jnp.arange(4, dtype=jnp.int32)
+    key = apply_rotary(call["key"], positions, *call.pop("rotary"), interleaved=call.pop("interleaved"))
+    apart, _, _ = append_kv(**call | {"key": key}, implementation=kernel)
+    np.testing.assert_allclose(
+        np.asarray(fused, np.float32), np.asarray(apart, np.float32), rtol=2**-7, atol=2**-8
+    )
+
+
+# Together with attention.
+
+
+@pytest.mark.parametrize("chunks", [(12,), (5, 1, 6), (1,) * 12], ids=str)
+def test_a_cache_filled_in_chunks_attends_as_one_call(implementation, chunks):
+    """Each chunk's queries see the chunks before and, causally, their own."""
+    require(implementation)
+    rng = np.random.default_rng(0)
+    key, value, query = (jnp.asarray(rng.standard_normal((2, 12, h, D)), jnp.float32) for h in (HK, HK, 4))
+    k_pages, v_pages = (jnp.full((6, 5, HK, D), jnp.nan, jnp.float32) for _ in range(2))
+    tables = jnp.asarray([[4, 0, 2], [1, 5, 3]], jnp.int32)
+    lengths, outs, start = jnp.zeros(2, jnp.int32), [], 0
+    for size in chunks:
+        chunk = slice(start, start + size)
+        k_pages, v_pages, lengths = append_kv(
+            k_pages, v_pages, key[:, chunk], value[:, chunk], tables, lengths, implementation=implementation
+        )
+        outs.append(
+            paged_attention(
+                query[:, chunk], k_pages, v_pages, tables, lengths, causal=True, implementation=implementation
+            )
+        )
+        start += size
+    assert np.array_equal(lengths, [12, 12])
+    wanted = flash_attention(query, key, value, causal=True, implementation="xla")
+    np.testing.assert_allclose(jnp.concatenate(outs, 1), wanted, rtol=1e-5, atol=1e-5)

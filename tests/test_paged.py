@@ -1,0 +1,397 @@
+"""paged_attention: decode, prefill and both, in pages of any size, against the dense oracle; poison all around."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pages
+import pytest
+from cases import DTYPES, Case, varlen
+from conftest import IMPLEMENTATION
+from pages import FLOAT8, paged, require
+
+from jax_flash import flash_attention, merge_attention, paged_attention
+
+DECODE = Case("decode", b=4, sq=1, sk=30, kv_lengths=(13, 0, 1, 30))
+CHUNK = Case("chunk", b=3, sq=4, sk=30, kv_lengths=(25, 4, 2))
+MIXED = varlen("mixed", (1, 7, 0, 12, 1), k_sequences=(20, 7, 5, 9, 1), padding=(3, 0))
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def by_name(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+# Options.
+
+OPTIONS = [
+    DECODE,
+    CHUNK,
+    MIXED,
+    MIXED.replace(name="causal", causal=True),
+    MIXED.replace(name="causal top left", causal=True, align="top_left"),
+    MIXED.replace(name="window", window=(3, 2)),
+    DECODE.replace(name="decode in a window", window=(6, 0), hq=8, hk=1),
+    MIXED.replace(name="window top left", window=(None, 1), align="top_left"),
+    CHUNK.replace(name="scale", scale=-0.7, causal=True),
+    MIXED.replace(name="softcap", softcap=2.0, causal=True),
+    DECODE.replace(name="alibi", alibi_slopes=(4,), hq=4, hk=4),
+    MIXED.replace(name="alibi by sequence", alibi_slopes=(5, 6), hq=6, hk=2, causal=True),
+    DECODE.replace(name="sinks", sinks=True, hq=16, hk=2),
+    MIXED.replace(name="sinks and softcap", sinks=True, softcap=3.0, hq=8, hk=1, window=(5, 0)),
+    CHUNK.replace(name="head dims", d=24, dv=40, causal=True),
+    DECODE.replace(name="odd head dims", d=7, dv=100, hq=5, hk=1),
+]
+
+
+@dtypes
+@by_name(OPTIONS)
+def test_each_option(case, dtype):
+    pages.check(paged(case.replace(dtype=dtype)), IMPLEMENTATION)
+
+
+@by_name(OPTIONS[3::4])
+def test_each_option_in_plain_jax(case):
+    pages.check(paged(case), "xla")
+
+
+# Pages.
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("size", [1, 5, 8, 16, 64, 256])
+def test_any_page_size(size, layout):
+    lengths = (1, 0, size, size + 1, 3 * size - 1)
+    case = varlen("sizes", (1, 2, 3, 1, 5), k_sequences=lengths, causal=True, hq=2, hk=2)
+    pages.check(paged(case, size, layout), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(
+    ("pool_dtype", "dtype"), [(None, "float16"), (FLOAT8, "float32"), (FLOAT8, "bfloat16")]
+)
+@pytest.mark.parametrize(("size", "layout"), [(1, "hnd"), (5, "nhd"), (64, "hnd")])
+def test_pools_of_every_dtype_in_both_layouts(size, layout, pool_dtype, dtype):
+    case = MIXED.replace(dtype=dtype, causal=True, dv=8)
+    pages.check(paged(case, size, layout, pool_dtype), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(("name", "size"), [("decode", 8), ("decode", 300), ("prefill", 16)])
+def test_many_query_heads_and_rows_of_one_kv_head(name, size):
+    """Rows of one KV head fill several tiles: 130 heads, or 3 heads of 70 rows."""
+    decode = Case(name, b=2, sq=1, sk=40, kv_lengths=(40, 17), hq=130, hk=1)
+    prefill = Case(name, b=1, sq=70, sk=90, hq=3, hk=1, causal=True, d=8, dv=8)
+    pages.check(paged({"decode": decode, "prefill": prefill}[name], size), IMPLEMENTATION)
+
+
+def test_every_float8_value_is_read_right(implementation):
+    """Sequence i has one key, on page i, whose value is the float8 with the bits of i."""
+    require(implementation)
+    every = jnp.arange(256, dtype=jnp.uint8).view(FLOAT8)
+    values = jnp.broadcast_to(every[:, None, None, None], (256, 1, 1, 8))
+    tables, lengths = jnp.arange(256, dtype=jnp.int32)[:, None], jnp.ones(256, jnp.int32)
+    query = jnp.zeros((256, 1, 1, 8), jnp.float32)
+    keys = jnp.zeros_like(values)
+    out = paged_attention(query, keys, values, tables, lengths, implementation=implementation)
+    np.testing.assert_array_equal(out, np.asarray(values, np.float32))
+
+
+@pytest.mark.parametrize("given", ["neither", "k_scale", "v_scale", "both"])
+def test_scales_of_float8_pools_are_optional_each(given):
+    """Against the same values in float32 pools."""
+    require(IMPLEMENTATION)
+    call = paged(DECODE.replace(sk=30), pool_dtype=FLOAT8)
+    scales = {n: jnp.asarray([0.3, 1.7], jnp.float32) for n in ("k_scale", "v_scale") if given in (n, "both")}
+    arrays = {n: x for n, x in call.arrays.items() if n not in ("k_scale", "v_scale")} | scales
+    wide = {
+        name: call.arrays[name].astype(jnp.float32) * scales.get(scale, jnp.ones(1))[:, None]
+        for name, scale in (("key", "k_scale"), ("value", "v_scale"))
+    }
+
+    def run(arrays, implementation):
+        arrays = dict(arrays)
+        positional = [arrays.pop(n) for n in ("query", "key", "value", "block_tables", "kv_lengths")]
+        return paged_attention(*positional, **arrays, implementation=implementation)
+
+    plain = {n: x for n, x in arrays.items() if n not in scales} | wide
+    wanted = run(plain, "xla")
+    for implementation in (IMPLEMENTATION, "xla"):
+        np.testing.assert_allclose(run(arrays, implementation), wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_a_contiguous_cache_is_a_pool(implementation):
+    """[b, s_max, hk, d]: one page per sequence."""
+    require(implementation)
+    rng = np.random.default_rng(0)
+    cache = jnp.asarray(rng.standard_normal((3, 40, 2, 16)), jnp.float32)
+    q = jnp.asarray(rng.standard_normal((3, 2, 4, 16)), jnp.float32)
+    lengths = jnp.asarray([40, 7, 3], jnp.int32)
+    tables = jnp.arange(3, dtype=jnp.int32)[:, None]
+    out = paged_attention(q, cache, cache, tables, lengths, causal=True, implementation=implementation)
+    wanted = flash_attention(q, cache, cache, kv_lengths=lengths, causal=True, implementation="xla")
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_share_pages(implementation):
+    """Two sequences with a common prefix of two pages: as if each had its own copy."""
+    require(implementation)
+    case = Case("shared", b=2, sq=3, sk=20, kv_lengths=(20, 20), causal=True)
+    call = paged(case, 8)
+    tables = call.arrays["block_tables"].at[1, :2].set(call.arrays["block_tables"][0, :2])
+    same = [np.asarray(call.inputs.positional[name]) for name in ("key", "value")]
+    key, value = (np.concatenate([x[:1], np.concatenate([x[:1, :16], x[1:, 16:]], 1)]) for x in same)
+    out, _ = call.call(implementation)({"block_tables": tables})
+    query = call.inputs.positional["query"]
+    wanted = flash_attention(query, jnp.asarray(key), jnp.asarray(value), causal=True, implementation="xla")
+    np.testing.assert_allclose(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+# Lengths and tables, whatever they hold.
+
+
+def test_lengths_are_clamped_to_the_table(implementation):
+    require(implementation)
+    case = Case("clamped", b=3, sq=1, sk=16, kv_lengths=(16, 0, 16))
+    call = paged(case, 4)
+    tables = call.arrays["block_tables"][:, :4]
+    right = call.call("xla")({"block_tables": tables})
+    wild = jnp.asarray([2**31 - 1, -(2**31), 17], jnp.int32)
+    got = call.call(implementation)({"block_tables": tables, "kv_lengths": wild})
+    for x, y in zip(got, right, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_more_causal_queries_than_keys_leave_the_first_rows_empty(implementation):
+    require(implementation)
+    call = paged(Case("few keys", b=2, sq=6, sk=4, kv_lengths=(4, 1), causal=True, sinks=True, hq=4), 3)
+    out, lse = map(np.asarray, call.call(implementation)({}))
+    assert (out[0, :2] == 0).all()
+    assert (out[1, :5] == 0).all()
+    sinks = np.asarray(call.arrays["sinks"])
+    np.testing.assert_allclose(lse[0, :, :2], np.broadcast_to(sinks[:, None], (4, 2)), rtol=1e-6)
+    pages.check(call, implementation)
+
+
+OUTSIDE = [-1, -(2**31), 2**31 - 1, "p"]
+
+
+@pytest.mark.parametrize("page", OUTSIDE, ids=str)
+@by_name([CHUNK.replace(causal=True), CHUNK.replace(name="window", window=(4, 0), softcap=3.0), MIXED])
+def test_a_page_outside_the_pool_makes_the_rows_that_see_it_nan(implementation, case, page):
+    """And leaves every other row to the bit as it is with a page of anything."""
+    require(implementation)
+    size = 3
+    call = paged(case, size)
+    z, entry = 0, 6  # keys 18 to 20 of the first sequence
+    tables = call.arrays["block_tables"]
+    bad = tables.at[z, entry].set(call.pages.count if page == "p" else page)
+    out, lse = map(np.asarray, call.call(implementation)({"block_tables": bad}))
+    whole, whole_lse = map(np.asarray, call.call(implementation)({}))
+    hit = rows_that_see(case, z, range(entry * size, (entry + 1) * size))
+    assert hit.any()
+    assert np.isnan(out[hit]).all()
+    assert np.isnan(np.moveaxis(lse, -2, -1)[hit]).all()
+    assert np.array_equal(out[~hit], whole[~hit])
+    assert np.array_equal(np.moveaxis(lse, -2, -1)[~hit], np.moveaxis(whole_lse, -2, -1)[~hit])
+
+
+def rows_that_see(case, z, keys):
+    """Which query rows see any of these keys of sequence z: [b, sq] or [tq]."""
+    nk = pages.sequence_lengths(case)[z]
+    nq = case.sq if case.layout == "fixed" else case.q_sequences[z]
+    left, right = case.window or (None, None)
+    right = 0 if case.causal else right
+    rows = np.arange(nq) + nk - nq
+    seen = np.zeros(nq, bool)
+    for j in keys:
+        seen |= (j < nk) & (left is None or (j >= rows - left)) & (right is None or (j <= rows + right))
+    shape = (case.b, case.sq) if case.layout == "fixed" else (sum(case.q_sequences) + case.padding[0],)
+    hit = np.zeros(shape, bool)
+    hit[z if case.layout == "fixed" else slice(0, nq)] = seen
+    return hit
+
+
+def test_garbage_of_every_kind_at_once(kernel):
+    """Tables, lengths and offsets of random bits give numbers or NaN, never a crash."""
+    require(kernel)
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((9, 4, 16)), jnp.float32)
+    pool = jnp.asarray(rng.standard_normal((5, 3, 2, 16)), jnp.float32)
+    call = jax.jit(lambda *a: paged_attention(*a[:5], cu_seqlens_q=a[5], causal=True, implementation=kernel))
+    for _ in range(20):
+        tables, lengths, cu = (
+            jnp.asarray(rng.integers(-(2**31), 2**31, shape) >> int(rng.integers(0, 30)), jnp.int32)
+            for shape in ((4, 6), (4,), (5,))
+        )
+        call(q, pool, pool, tables, lengths, cu).block_until_ready()
+
+
+@pytest.mark.parametrize("shape", ["no sequences", "no queries", "no table", "no pages", "no padding"])
+def test_sizes_of_zero(implementation, shape):
+    require(implementation)
+    n, sq, entries, count = {
+        "no sequences": (0, 1, 2, 3), "no queries": (2, 0, 2, 3), "no table": (2, 1, 0, 3), "no pages": (2, 1, 2, 0),
+        "no padding": (2, 1, 2, 3),
+    }[shape]  # fmt: skip
+    pool = jnp.ones((count, 4, 2, 16), jnp.float32)
+    out, lse = paged_attention(
+        jnp.ones((n, sq, 4, 16)), pool, pool, jnp.zeros((n, entries), jnp.int32), jnp.full(n, 8, jnp.int32),
+        return_lse=True, implementation=implementation,
+    )  # fmt: skip
+    assert out.shape == (n, sq, 4, 16)
+    assert lse.shape == (n, 4, sq)
+    wanted = {"no table": (0, -np.inf), "no pages": (np.nan, np.nan)}.get(shape, (1, 4 + np.log(8)))
+    np.testing.assert_allclose(out, wanted[0], rtol=1e-6)
+    np.testing.assert_allclose(lse, wanted[1], rtol=1e-6)
+
+
+# Splits.
+
+LONG = Case("long", b=3, sq=1, sk=900, kv_lengths=(900, 10, 3), hq=4, hk=2)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 5, 6, 7, 10**6])
+@by_name([LONG.replace(sinks=True, window=(700, 0)), MIXED.replace(causal=True, softcap=2.0)])
+def test_any_number_of_splits_is_right(case, splits):
+    pages.check(paged(case, 16), IMPLEMENTATION, num_splits=splits)
+
+
+def test_splits_combine_scores_of_any_size(implementation):
+    """Scores of ±10,000: the parts are joined by their maxima, not by sums that overflow."""
+    require(implementation)
+    pool = jnp.asarray([[100.0], [-100.0], [99.0], [0.0]])[:, :, None, None] * jnp.ones((4, 1, 1, 16))
+    q = jnp.full((1, 1, 1, 16), 25.0)
+    tables, lengths = jnp.arange(4, dtype=jnp.int32)[None], jnp.full(1, 4, jnp.int32)
+    for splits in (1, 2, 3, 4):
+        out, lse = paged_attention(
+            q, pool, pool, tables, lengths, num_splits=splits, return_lse=True, implementation=implementation
+        )
+        np.testing.assert_allclose(out, 100.0, rtol=1e-6)
+        np.testing.assert_allclose(lse, 10_000.0, rtol=1e-6)
+
+
+def test_batch_invariant_is_the_same_bits_alone_and_in_company(kernel):
+    """Lengths on both sides of where sequences are split, decode and prefill."""
+    require(kernel)
+    lengths = (2600, 40, 1500, 1, 1024)
+    case = varlen("invariant", (1, 3, 12, 1, 2), k_sequences=lengths, causal=True, hq=4, hk=1)
+    call = paged(case, 64)
+    out, lse = map(np.asarray, call.call(kernel, batch_invariant=True)({}))
+    starts = np.concatenate([[0], np.cumsum(case.q_sequences)])
+    for z, (begin, end) in enumerate(pairwise(starts)):
+        alone = {name: call.arrays[name][z : z + 1] for name in ("block_tables", "kv_lengths")}
+        alone |= {
+            "query": call.arrays["query"][begin:end],
+            "cu_seqlens_q": jnp.asarray([0, end - begin], jnp.int32),
+        }
+        one, one_lse = map(np.asarray, call.call(kernel, batch_invariant=True)(alone))
+        assert np.array_equal(one, out[begin:end]), f"sequence {z}"
+        assert np.array_equal(one_lse, lse[:, begin:end]), f"sequence {z}"
+
+
+def test_repeated_calls_give_the_same_bits(kernel):
+    require(kernel)
+    call = paged(LONG.replace(sk=2000, kv_lengths=(2000, 1900, 3)), 16)
+    first = call.call(kernel)({})
+    for _ in range(3):
+        for x, y in zip(call.call(kernel)({}), first, strict=True):
+            assert np.array_equal(x, y)
+
+
+def test_parts_of_a_sequence_merge_to_the_whole(implementation):
+    """Two calls over halves of the table; the sinks on one of them."""
+    require(implementation)
+    call = paged(Case("halves", b=2, sq=1, sk=32, sinks=True), 8)
+    tables = call.arrays["block_tables"][:, :4]
+    lengths = jnp.full(2, 16, jnp.int32)
+    sinks = call.arrays.pop("sinks")
+    run = call.call(implementation)
+    parts = [
+        run({"block_tables": tables[:, :2], "kv_lengths": lengths, "sinks": sinks}),
+        run({"block_tables": tables[:, 2:], "kv_lengths": lengths}),
+    ]
+    out, lse = merge_attention(*map(list, zip(*parts, strict=True)))
+    whole = run({"sinks": sinks})
+    np.testing.assert_allclose(out, whole[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(lse, whole[1], rtol=1e-5, atol=1e-5)
+
+
+# Gradients.
+
+
+@by_name(
+    [
+        CHUNK.replace(causal=True, sinks=True, hq=16, hk=2),
+        MIXED.replace(causal=True, softcap=2.0),
+        MIXED.replace(name="window", window=(3, 2), alibi_slopes=(5, 4)),
+    ]
+)
+def test_gradients_of_query_pools_and_sinks(case):
+    pages.check(paged(case, 5), IMPLEMENTATION, gradients=True)
+
+
+def test_gradients_in_plain_jax():
+    case = MIXED.replace(causal=True, softcap=2.0, sinks=True, hq=16, hk=2)
+    pages.check(paged(case, 5, "hnd"), "xla", gradients=True)
+
+
+def test_gradients_in_16_bit():
+    pages.check(paged(MIXED.replace(causal=True, dtype="bfloat16"), 4, "hnd"), IMPLEMENTATION, gradients=True)
+
+
+def test_float8_pools_have_no_gradient_but_the_query_has():
+    pages.check(paged(CHUNK.replace(causal=True), 4, "nhd", FLOAT8), IMPLEMENTATION, gradients=True)
+
+
+def test_gradients_of_shared_pages_add_up(implementation):
+    """Three sequences with the same query on the same page: three times the gradient of one."""
+    require(implementation)
+    call = paged(Case("one", b=1, sq=2, sk=8, kv_lengths=(8,)), 8)
+    arrays = call.arrays
+
+    def loss(pools, n):
+        query = jnp.repeat(arrays["query"], n, 0)
+        tables, lengths = jnp.repeat(arrays["block_tables"], n, 0), jnp.repeat(arrays["kv_lengths"], n, 0)
+        given = {
+            "query": query,
+            "block_tables": tables,
+            "kv_lengths": lengths,
+            "key": pools[0],
+            "value": pools[1],
+        }
+        return jnp.square(call.call(implementation)(given)[0]).sum()
+
+    grads = jax.jit(jax.grad(loss), static_argnums=1)
+    one, three = (grads((arrays["key"], arrays["value"]), n) for n in (1, 3))
+    for x, y in zip(three, one, strict=True):
+        np.testing.assert_allclose(x, 3 * y, rtol=1e-5, atol=1e-6)
+        assert (np.asarray(y) != 0).any()
+
+
+def test_rows_that_miss_a_page_have_nan_gradients_and_give_none_to_the_pools(implementation):
+    """What the other rows give is what they give when the row is not there."""
+    require(implementation)
+    case = Case("missing", b=2, sq=2, sk=8, kv_lengths=(8, 6), sinks=True)
+    call = paged(case, 4)
+    bad = call.arrays["block_tables"].at[0, 1].set(-5)
+    names = ("query", "key", "value", "sinks")
+
+    def grads(arrays):
+        def loss(moving):
+            out, _ = call.call(implementation)(arrays | moving)
+            return jnp.square(out[1]).sum() + out[0].sum()
+
+        return jax.jit(jax.grad(loss))({name: arrays[name] for name in names})
+
+    got = grads(call.arrays | {"block_tables": bad})
+    assert np.isnan(got["query"][0]).all()
+    one = {n: call.arrays[n][1:] for n in ("query", "block_tables", "kv_lengths")}
+
+    def alone(moving):
+        return jnp.square(call.call(implementation)(one | moving)[0]).sum()
+
+    wanted = jax.jit(jax.grad(alone))({**{n: call.arrays[n] for n in names[1:]}, "query": one["query"]})
+    np.testing.assert_allclose(got["query"][1], wanted["query"][0], rtol=1e-5, atol=1e-5)
+    for name in names[1:]:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,124 @@
+"""Every error of paged_attention and append_kv: one sentence that names the argument, what was got, what is allowed."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from pages import FLOAT8, require
+from test_append import arguments
+from test_errors import floats
+
+from jax_flash import append_kv, paged_attention
+
+N, PAGES, SIZE, HQ, HK, D = 2, 3, 4, 4, 2, 8
+
+
+def ints(*shape, dtype="int32"):
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+
+def pool(*shape, dtype="float32"):
+    return dict.fromkeys(("k_pages", "v_pages"), floats(*shape, dtype=dtype))
+
+
+EIGHT = pool(7, SIZE, HK, D, dtype=FLOAT8)
+POOLS = dict(**pool(7, SIZE, HK, D), block_tables=ints(N, PAGES), kv_lengths=ints(N))
+ATTENTION = dict(query=floats(N, 1, HQ, D), **POOLS)
+APPEND = dict(key=floats(N, 3, HK, D), value=floats(N, 3, HK, D), **POOLS)
+
+BOTH = [  # (what is wrong, exception, sentence)
+    (dict(k_pages=None), TypeError, "k_pages must be an array, got None"),
+    (dict(v_pages=floats(7, SIZE, HK, D, dtype=FLOAT8)), TypeError,
+     "v_pages has dtype float8_e4m3fn, which differs from k_pages' float32"),
+    (dict(v_pages=floats(8, SIZE, HK, D)), ValueError,
+     "v_pages has shape (8, 4, 2, 8), which differs from k_pages' (7, 4, 2, 8) before the last dimension"),
+    (dict(k_pages=floats(SIZE, HK, D)), ValueError, "k_pages must have rank 4 [p ps hk d], got shape (4, 2, 8)"),
+    (pool(7, 0, HK, D), ValueError, "k_pages has page size 0, allowed are 1 and more"),
+    (dict(block_tables=ints(N)), ValueError, "block_tables must have rank 2 [n pages], got shape (2,)"),
+    (dict(block_tables=ints(3, PAGES)), ValueError, "kv_lengths must have shape [n] = (3,), got (2,)"),
+    (dict(block_tables=ints(N, PAGES, dtype="int16")), TypeError, "block_tables must be int32, got int16"),
+    (dict(kv_lengths=ints(N, dtype="uint8")), TypeError, "kv_lengths must be int32, got uint8"),
+    (dict(page_layout="dhn"), ValueError, "page_layout must be one of ('nhd', 'hnd'), got 'dhn'"),
+    (dict(k_scale=floats(HK)), ValueError,
+     "k_scale must be None with pools of dtype float32; scales belong to float8_e4m3fn"),
+    (EIGHT | dict(v_scale=floats(3)), ValueError, "v_scale must have shape [hk] = (2,), got (3,)"),
+    (EIGHT | dict(k_scale=floats(HK, dtype="bfloat16")), TypeError, "k_scale must be float32"),
+    (dict(implementation="gpu"), ValueError, "implementation"),
+]  # fmt: skip
+OF_ATTENTION = [
+    (dict(query=floats(3, HQ, D)), ValueError, "query must have rank 4 [n sq hq d], got shape (3, 4, 8)"),
+    (dict(query=floats(N, 1, HQ, D, dtype="int8")), TypeError, "query has dtype int8, allowed are float16, "),
+    (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
+     "k_pages has dtype bfloat16, allowed are query's float32 and float8_e4m3fn"),
+    (pool(7, SIZE, HK, 16), ValueError, "k_pages has head dim 16"),
+    (pool(7, SIZE, 3, D), ValueError, "has 3 heads, which does not divide query's 4"),
+    (dict(block_tables=ints(3, PAGES), kv_lengths=ints(3)), ValueError, "block_tables has number of sequences 3"),
+    (dict(query=floats(5, HQ, D), cu_seqlens_q=ints(4)), ValueError,
+     "cu_seqlens_q must have shape [n+1] = (3,), got (4,)"),
+    (dict(cu_seqlens_q=ints(3)), ValueError, "query must have rank 3 [tq hq d], got shape (2, 1, 4, 8)"),
+    (dict(num_splits=0), ValueError, "num_splits must be an int ≥ 1 or None, got 0"),
+    (dict(num_splits=True), ValueError, "num_splits must be an int ≥ 1 or None, got True"),
+    (dict(num_splits=2.0), ValueError, "num_splits must be an int ≥ 1 or None, got 2.0"),
+    (dict(batch_invariant=1), TypeError, "batch_invariant must be True or False, got 1"),
+    (dict(window=(-1, 0)), ValueError, "window's left must be ≥ 0"),
+    (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [n hq] = (2, 4), got shape (3, 4)"),
+    (dict(sinks=floats(HK)), ValueError, "sinks must have shape"),
+]  # fmt: skip
+OF_APPEND = [
+    (dict(key=floats(N, HK, D)), ValueError, "key must have rank 4 [n s hk d], got shape (2, 2, 8)"),
+    (dict(key=floats(N, 3, HK, D, dtype="int8")), TypeError, "key has dtype int8, allowed are float16, "),
+    (dict(value=floats(N, 3, HK, D, dtype="bfloat16")), TypeError,
+     "value has dtype bfloat16, which differs from key's float32"),
+    (dict(value=floats(N, 2, HK, D)), ValueError,
+     "value has shape (2, 2, 2, 8), which differs from key's (2, 3, 2, 8) before the last dimension"),
+    (dict(value=floats(N, 3, HK, 16)), ValueError, "v_pages has head dim 8"),
+    (pool(7, SIZE, 4, D), ValueError, "key has head count 2"),
+    (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
+     "k_pages has dtype bfloat16, allowed are key's float32 and float8_e4m3fn"),
+    (dict(cu_seqlens=ints(3)), ValueError, "key must have rank 3 [t hk d], got shape (2, 3, 2, 8)"),
+    (dict(key=floats(5, HK, D), value=floats(5, HK, D), cu_seqlens=ints(2)), ValueError,
+     "cu_seqlens must have shape [n+1] = (3,), got (2,)"),
+    (dict(rotary=floats(9, 4)), TypeError, "rotary must be a pair (cos, sin)"),
+    (dict(rotary=(floats(9, 4), floats(9, 3))), ValueError, "sin must have shape"),
+    (dict(rotary=(floats(9, 5), floats(9, 5))), ValueError,
+     "cos has 5 columns, for 10 features; the head dim is 8"),
+    (dict(rotary=(floats(0, 4), floats(0, 4))), ValueError, "cos must have at least one position, got 0"),
+    (dict(interleaved=1), TypeError, "interleaved must be True or False, got 1"),
+]  # fmt: skip
+ROWS = [
+    *((paged_attention, ATTENTION, *row) for row in BOTH + OF_ATTENTION),
+    *((append_kv, APPEND, *row) for row in BOTH + OF_APPEND),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "right", "wrong", "error", "sentence"),
+    ROWS,
+    ids=[f"{r[0].__name__}-{r[4][:40]}" for r in ROWS],
+)
+def test_one_sentence_names_the_argument_and_what_is_allowed(function, right, wrong, error, sentence):
+    given = right | wrong
+    static = {
+        n: x for n, x in given.items() if isinstance(x, (str, bool, int, float, type(None))) or n == "window"
+    }
+    arrays = {n: x for n, x in given.items() if n not in static}
+    with pytest.raises(error) as caught:
+        jax.eval_shape(lambda arrays: function(**arrays, **static), arrays)
+    message = str(caught.value)
+    assert message.startswith(f"{function.__name__}: ")
+    assert sentence in message
+
+
+def test_right_arguments_raise_nothing():
+    assert jax.eval_shape(lambda x: paged_attention(**x), ATTENTION).shape == (N, 1, HQ, D)
+    assert jax.eval_shape(lambda x: append_kv(**x), APPEND)[2].shape == (N,)
+
+
+def test_append_is_not_differentiable(kernel):
+    require(kernel)
+    call = arguments()
+
+    def loss(key):
+        return append_kv(**call | {"key": key}, implementation=kernel)[0].sum()
+
+    with pytest.raises(NotImplementedError, match="append"):
+        jax.grad(loss)(call["key"])

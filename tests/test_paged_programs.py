@@ -1,0 +1,231 @@
+"""paged_attention and append_kv under JAX's transformations: in place, sharded by heads, mapped, exported."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case, varlen
+from jax.export import DisabledSafetyCheck, export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from pages import FLOAT8, paged, require
+from programs import collectives, custom_calls, shard_shapes
+from test_append import arguments
+
+from jax_flash import append_kv, paged_attention
+from jax_flash.backends import cuda_library
+
+CHUNK = Case("chunk", b=2, sq=2, sk=12, kv_lengths=(12, 5), causal=True)
+MIXED = varlen("mixed", (1, 4, 0), k_sequences=(12, 4, 5), causal=True)
+NAMES = ("query", "key", "value", "block_tables", "kv_lengths")
+
+# In place.
+
+N, PAGES, SIZE, HQ, HK, D, STEPS = 2, 11, 4, 16, 8, 8, 6
+POOL = (PAGES, SIZE, HK, D)
+
+
+def decode_loop(kind, implementation):
+    """STEPS tokens: append, attend, and the output is the next token's key and value."""
+
+    def step(state):
+        k_pages, v_pages, lengths, x = state
+        k_pages, v_pages, lengths = append_kv(
+            k_pages, v_pages, x, -x, TABLES, lengths, implementation=implementation
+        )
+        query = jnp.repeat(x, HQ // HK, 2)
+        out = paged_attention(
+            query, k_pages, v_pages, TABLES, lengths, causal=True, implementation=implementation
+        )
+        return k_pages, v_pages, lengths, out[:, :, :: HQ // HK]
+
+    def run(k_pages, v_pages, lengths, x):
+        state = k_pages, v_pages, lengths, x
+        if kind == "fori_loop":
+            return jax.lax.fori_loop(0, STEPS, lambda _, state: step(state), state)
+        return jax.lax.scan(lambda state, _: (step(state), None), state, length=STEPS)[0]
+
+    return run
+
+
+TABLES = jnp.asarray([[3, 9, 0], [1, 10, 5]], jnp.int32)
+
+
+def initial():
+    rng = np.random.default_rng(0)
+    pools = (jnp.asarray(rng.standard_normal(POOL), jnp.float32) for _ in range(2))
+    return (
+        *pools,
+        jnp.asarray([3, 1], jnp.int32),
+        jnp.asarray(rng.standard_normal((N, 1, HK, D)), jnp.float32),
+    )
+
+
+def copies(program, shape):
+    """Instructions of a compiled program that copy an array of that shape."""
+    found = re.findall(r"^.* = (?:\w+)\[([\d,]*)\]\S* copy(?:-start)?\(.*$", program, re.M)
+    return [dims for dims in found if dims == ",".join(map(str, shape))]
+
+
+@pytest.mark.parametrize("kind", ["fori_loop", "scan"])
+def test_a_donated_decode_loop_copies_no_pool(kernel, kind):
+    require(kernel)
+    run = jax.jit(decode_loop(kind, kernel), donate_argnums=(0, 1)).lower(*initial()).compile()
+    program = run.as_text()
+    assert custom_calls(program) == {"append": 1, "forward": 1}
+    assert not copies(program, POOL)
+    state = initial()
+    before = [x.unsafe_buffer_pointer() for x in state[:2]]
+    wanted = jax.jit(decode_loop(kind, "xla"))(*initial())
+    got = run(*state)
+    assert [x.unsafe_buffer_pointer() for x in got[:2]] == before
+    assert all(x.is_deleted() for x in state[:2])
+    for x, y in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_an_undonated_pool_is_copied_once(kernel):
+    """The copy is the caller's own pool's, which stays whole."""
+    require(kernel)
+    program = jax.jit(decode_loop("fori_loop", kernel)).lower(*initial()).compile().as_text()
+    assert len(copies(program, POOL)) == 2  # of keys and of values
+
+
+def test_a_donated_decode_loop_sharded_by_heads(kernel):
+    """Eight devices with a KV head each: nothing is exchanged, nothing copied."""
+    require(kernel)
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = jax.make_mesh((8,), ("model",))
+    by_head, whole = NamedSharding(mesh, P(None, None, "model")), NamedSharding(mesh, P())
+    state = [jax.device_put(x, s) for x, s in zip(initial(), (by_head, by_head, whole, by_head), strict=True)]
+    run = jax.jit(decode_loop("fori_loop", kernel), donate_argnums=(0, 1)).lower(*state).compile()
+    program = run.as_text()
+    shard = (PAGES, SIZE, 1, D)
+    assert not collectives(program)
+    assert not copies(program, shard)
+    assert shard_shapes(program, "append") == {shard}
+    assert shard_shapes(program, "forward") == {(N, 1, HQ // HK, D)}
+    wanted = jax.jit(decode_loop("fori_loop", "xla"))(*initial())
+    for x, y in zip(run(*state), wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+# Sharding.
+
+
+@pytest.mark.parametrize(("layout", "pool_dtype"), [("nhd", "float32"), ("hnd", FLOAT8)])
+def test_attention_over_sharded_heads_needs_no_communication(kernel, layout, pool_dtype):
+    """Every operand that has heads along with them: pools in both layouts, scales, sinks."""
+    require(kernel)
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    call = paged(CHUNK.replace(sinks=True, hq=16, hk=8), 4, layout, pool_dtype)
+    mesh = jax.make_mesh((8,), ("model",))
+    pools = P(None, None, "model") if layout == "nhd" else P(None, "model")
+    specs = {"query": P(None, None, "model"), "key": pools, "value": pools}
+    specs |= dict.fromkeys(("sinks", "k_scale", "v_scale"), P("model"))
+    arrays = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in call.arrays.items()}
+    run = jax.jit(call.call(kernel)).lower(arrays).compile()
+    program = run.as_text()
+    assert not collectives(program)
+    assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
+    for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+# vmap.
+
+
+@pytest.mark.parametrize("mapped", [*((name,) for name in NAMES), ("key", "value"), NAMES], ids="-".join)
+def test_vmap_of_attention_over_any_argument(kernel, mapped):
+    require(kernel)
+    rng = np.random.default_rng(0)
+    stacked = {
+        "query": jnp.asarray(rng.standard_normal((3, 2, 2, 4, 16)), jnp.float32),
+        "key": jnp.asarray(rng.standard_normal((3, 7, 4, 2, 16)), jnp.float32),
+        "value": jnp.asarray(rng.standard_normal((3, 7, 4, 2, 16)), jnp.float32),
+        "block_tables": jnp.asarray(rng.integers(0, 7, (3, 2, 3)), jnp.int32),
+        "kv_lengths": jnp.asarray([[12, 5], [5, 12], [1, 0]], jnp.int32),
+    }
+
+    def call(*arrays):
+        return paged_attention(*arrays, causal=True, return_lse=True, implementation=kernel)
+
+    arrays = [stacked[n] if n in mapped else stacked[n][0] for n in NAMES]
+    axes = [0 if n in mapped else None for n in NAMES]
+    got = jax.vmap(call, axes)(*arrays)
+    for i in range(3):
+        wanted = call(*(x[i] if axis == 0 else x for x, axis in zip(arrays, axes, strict=True)))
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_under_vmap(kernel):
+    require(kernel)
+    call = paged(CHUNK, 4)
+
+    def loss(query, key):
+        return jnp.square(call.call(kernel)({"query": query, "key": key})[0]).sum()
+
+    grads = jax.grad(loss, (0, 1))
+    queries = jnp.stack([call.arrays["query"], 2 * call.arrays["query"]])
+    got = jax.jit(jax.vmap(grads, (0, None)))(queries, call.arrays["key"])
+    one = jax.jit(grads)
+    for i in range(2):
+        for x, y in zip(got, one(queries[i], call.arrays["key"]), strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mapped", [("k_pages", "v_pages"), ("key",), ("kv_lengths",), ("block_tables", "v_pages")], ids="-".join
+)
+def test_vmap_of_append(kernel, mapped):
+    require(kernel)
+    calls = [arguments(seed=seed, new=2, lengths=(seed, 3, 0), positions=9) for seed in range(3)]
+    fixed = {n: x for n, x in calls[0].items() if n not in mapped}
+
+    def call(moving):
+        return append_kv(**fixed, **moving, implementation=kernel)
+
+    got = jax.vmap(call)({n: jnp.stack([c[n] for c in calls]) for n in mapped})
+    for i in range(3):
+        for x, y in zip(got, call({n: calls[i][n] for n in mapped}), strict=True):
+            assert np.array_equal(x[i], y)
+
+
+# Export.
+
+
+@pytest.mark.parametrize("case", [CHUNK, MIXED], ids=lambda case: case.name)
+def test_a_machine_without_a_gpu_exports_attention_for_cuda(case):
+    if cuda_library() is not None:
+        pytest.skip("this machine has the CUDA library")
+    call = paged(case.replace(dtype="bfloat16"), layout="hnd")
+    attributes = exported(call.call(None, num_splits=3, batch_invariant=True), call.arrays, "forward")
+    assert attributes["layout"] == f"{2 if case is CHUNK else 3} : i32"
+    assert attributes["page_layout"] == "1 : i32"
+    assert attributes["num_splits"] == "3 : i32"
+    assert attributes["batch_invariant"] == "true"
+
+
+@pytest.mark.parametrize("new", [1, (1, 0, 3)], ids=str)
+def test_a_machine_without_a_gpu_exports_append_for_cuda(new):
+    if cuda_library() is not None:
+        pytest.skip("this machine has the CUDA library")
+    call = arguments(dtype="bfloat16", new=new, positions=9, interleaved=True)
+    static = {name: call.pop(name) for name in ("page_layout", "interleaved")}
+    attributes = exported(lambda arrays: append_kv(**arrays, **static), call, "append")
+    assert attributes["page_layout"] == "0 : i32"
+    assert attributes["interleaved"] == "true"
+
+
+def exported(call, arrays, name):
+    """The attributes of the one custom call in the program for CUDA."""
+    disabled = [DisabledSafetyCheck.custom_call(f"jax_flash_{name}")]
+    text = export(jax.jit(call), platforms=("cuda",), disabled_checks=disabled)(arrays).mlir_module()
+    assert text.count(f"@jax_flash_{name}(") == 1
+    (attributes,) = re.findall(r"spec = \{(.*?)\}", text)
+    return dict(item.split(" = ") for item in attributes.split(", "))
