@@ -445,6 +445,20 @@ def test_cache_seqlens_may_be_a_traced_int(implementation):
         assert_close(got, right)
 
 
+def test_strict_promotion_and_x64(implementation):
+    arrays, options = CACHES["rotary, left padding"]
+    wanted = flash_attn_with_kvcache(*arrays, **options, implementation=implementation)
+    for how in (jax.numpy_dtype_promotion("strict"), jax.enable_x64(True)):
+        with how:
+            got = flash_attn_with_kvcache(*arrays, **options, implementation=implementation)
+            start = flash_attn_with_kvcache(
+                *arrays, **options | dict(cache_seqlens=0), implementation=implementation
+            )
+        assert [x.dtype for x in (*got, *start)] == [jnp.float32] * 6
+        for x, y in zip(got, wanted, strict=True):
+            assert_close(x, y)
+
+
 def test_rotary_of_16_bits_is_rotary_of_the_same_values_in_32(implementation):
     arrays, options = CACHES["rotary, causal"]
     half = {name: jnp.asarray(options[name], jnp.bfloat16) for name in ("rotary_cos", "rotary_sin")}
