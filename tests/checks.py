@@ -22,7 +22,10 @@ SMALL = 50_000  # query rows × keys that the row-by-row oracle walks in a momen
 
 
 def why_not_built(
-    implementation: str, passes: tuple[str, ...], dtype: str = "bfloat16", head_dims: tuple[int, int] = (16, 16)
+    implementation: str,
+    passes: tuple[str, ...],
+    dtype: str = "bfloat16",
+    head_dims: tuple[int, int] = (16, 16),
 ) -> str | None:
     """What backends() says is missing from a library that is there; one that is absent fails its tests."""
     built = next(b for b in jax_flash.backends() if b.implementation == implementation)
@@ -111,7 +114,9 @@ def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]
         return right, _in_given_rank(oracle.low(case, inputs), case)
     round_to = dtype if dtype.itemsize == 2 else None
     low = differentiate(
-        lambda moving: reference.attention(spec(case, inputs), moving | fixed, round_to=round_to), moving, inputs
+        lambda moving: reference.attention(spec(case, inputs), moving | fixed, round_to=round_to),
+        moving,
+        inputs,
     )
     return right, _in_given_rank(low, case)
 

@@ -76,7 +76,9 @@ def fixed_cases(draw, dtypes):
 @st.composite
 def varlen_cases(draw, dtypes):
     n, (hq, hk) = draw(st.integers(0, 5)), draw(HEADS)
-    lengths = st.lists(st.one_of(st.integers(0, 12), st.sampled_from([64, 65])), min_size=n, max_size=n).map(tuple)
+    lengths = st.lists(st.one_of(st.integers(0, 12), st.sampled_from([64, 65])), min_size=n, max_size=n).map(
+        tuple
+    )
     return varlen(
         "fuzz", draw(lengths), k_sequences=draw(maybe(lengths)), hq=hq, hk=hk,
         padding=(draw(st.integers(0, 5)), draw(st.integers(0, 5))),
@@ -86,7 +88,9 @@ def varlen_cases(draw, dtypes):
     )  # fmt: skip
 
 
-SINGLE = [checks.usual_dtype(IMPLEMENTATION)]  # float32: its limit is each number's own, so that few numbers will do
+SINGLE = [
+    checks.usual_dtype(IMPLEMENTATION)
+]  # float32: its limit is each number's own, so that few numbers will do
 
 
 @fuzz

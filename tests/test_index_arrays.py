@@ -47,7 +47,9 @@ def assert_equal_to_clamped(case, implementation, garbage, sane):
     case = case.replace(dtype=checks.usual_dtype(implementation))
     inputs = make_inputs(case)
     got, wanted = (
-        checks.run(case, checks.with_arrays(inputs, **{name: i32(x) for name, x in arrays.items()}), implementation)
+        checks.run(
+            case, checks.with_arrays(inputs, **{name: i32(x) for name, x in arrays.items()}), implementation
+        )
         for arrays in (garbage, sane)
     )
     checks.assert_same(got, wanted)
@@ -125,7 +127,11 @@ def test_segment_ids_are_compared_whatever_they_hold(implementation):
 
 
 WRONG = [
-    *((name, dtype) for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths") for dtype in ("int64", "float32")),
+    *(
+        (name, dtype)
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths")
+        for dtype in ("int64", "float32")
+    ),
     ("cu_seqlens_q", "uint32"),
     ("cu_seqlens_q", "int16"),
 ]

@@ -21,14 +21,18 @@ FIXED = [
     Case("bias", q_lengths=(9, 5), kv_lengths=(4, 11), bias=(2, 4, 12, 12), alibi_slopes=(4,)),
     Case("dropout", q_lengths=(9, 5), kv_lengths=(4, 11), dropout_rate=0.3, mask=(2, 4, 12, 12), segments=2),
     Case("tiles", sq=150, sk=200, q_lengths=(129, 63), kv_lengths=(65, 127), causal=True, bias=(4, 150, 200)),
-    Case("odd head dims", sq=70, sk=70, d=7, dv=33, q_lengths=(65, 3), kv_lengths=(1, 66), bias=(2, 1, 1, 70)),
+    Case(
+        "odd head dims", sq=70, sk=70, d=7, dv=33, q_lengths=(65, 3), kv_lengths=(1, 66), bias=(2, 1, 1, 70)
+    ),
 ]
 VARLEN = [
     varlen("padding after the last", (5, 6), padding=(4, 2)),
     varlen("padding of keys alone", (5, 6), padding=(0, 9), causal=True),
     varlen("only padding", (0, 0), padding=(4, 5), sinks=True),
     varlen("kv_lengths", (5, 9, 1), kv_lengths=(3, 0, 9), padding=(1, 3), causal=True, sinks=True),
-    varlen("kv_lengths, window", (5, 9), kv_lengths=(3, 5), window=(3, 0), align="top_left", alibi_slopes=(4,)),
+    varlen(
+        "kv_lengths, window", (5, 9), kv_lengths=(3, 5), window=(3, 0), align="top_left", alibi_slopes=(4,)
+    ),
     varlen("tiles", (70, 65), k_sequences=(129, 70), kv_lengths=(65, 1), padding=(130, 40), dropout_rate=0.2),
 ]
 

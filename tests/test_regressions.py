@@ -42,7 +42,9 @@ def test_causal_with_different_lengths_never_sees_the_future(lengths, align, ker
     inputs = make_inputs(case)
     i = 100
     diagonal = i + sk - sq if align == "bottom_right" else i
-    changed = {name: x.at[:, diagonal + 1 :].set(7.0) for name, x in inputs.positional.items() if name != "query"}
+    changed = {
+        name: x.at[:, diagonal + 1 :].set(7.0) for name, x in inputs.positional.items() if name != "query"
+    }
     before = checks.run(case, inputs, kernel)
     after = checks.run(case, checks.with_arrays(inputs, **changed), kernel)
     np.testing.assert_array_equal(before.out[:, : i + 1], after.out[:, : i + 1])
@@ -63,7 +65,10 @@ def test_offsets_above_two_to_the_31_elements(kernel):
     sk, used = 2**22 + 64, 5
     k = zeros_without_memory((3, sk, 1, 256), np.float16)
     assert k[0].size * 2 > 2**31
-    q, kv = normal(3, 2, 1, 256, dtype=jnp.float16), np.asarray(normal(used, 1, 256, dtype=jnp.float16, seed=1))
+    q, kv = (
+        normal(3, 2, 1, 256, dtype=jnp.float16),
+        np.asarray(normal(used, 1, 256, dtype=jnp.float16, seed=1)),
+    )
     k[2, :used] = kv
     k = jax.device_put(jax.dlpack.from_dlpack(k))
     lengths = jnp.asarray([0, 0, used], jnp.int32)
@@ -144,7 +149,9 @@ def test_lengths_absent_full_and_zero(implementation):
     full = jnp.full(2, 12, jnp.int32)
     jax.tree.map(np.testing.assert_array_equal, attend(implementation, q, k, v, kv_lengths=full), absent)
     jax.tree.map(
-        np.testing.assert_array_equal, attend(implementation, q, k, v, q_lengths=full, kv_lengths=full), absent
+        np.testing.assert_array_equal,
+        attend(implementation, q, k, v, q_lengths=full, kv_lengths=full),
+        absent,
     )
     out, lse = attend(implementation, q, k, v, kv_lengths=jnp.zeros(2, jnp.int32))
     assert not out.any()
@@ -170,7 +177,9 @@ def test_rows_with_no_visible_key_are_written(kernel):
                 assert (got.gradients["query"][np.isneginf(rows)] == 0).all()
 
 
-@pytest.mark.parametrize("sequences", [((5, 9, 1), (30, 2, 40)), ((50, 20), (3, 4)), ((3, 0), (0, 9))], ids=str)
+@pytest.mark.parametrize(
+    "sequences", [((5, 9, 1), (30, 2, 40)), ((50, 20), (3, 4)), ((3, 0), (0, 9))], ids=str
+)
 def test_packed_keys_of_another_total_than_the_queries(sequences, kernel):
     q_sequences, k_sequences = sequences
     case = varlen("totals", q_sequences, k_sequences=k_sequences, causal=True)
@@ -211,7 +220,9 @@ def test_bias_whose_last_dim_is_one_or_no_multiple_of_eight(sk, shape, kernel):
 
 
 def test_the_gradient_of_a_broadcast_bias_is_its_sum(implementation):
-    checks.require(implementation, "forward", "backward", "bias_gradient", dtype=checks.usual_dtype(implementation))
+    checks.require(
+        implementation, "forward", "backward", "bias_gradient", dtype=checks.usual_dtype(implementation)
+    )
     case = usual(Case("bias", sk=21, causal=True), implementation)
     q, k, v = make_inputs(case).positional.values()
 
@@ -221,7 +232,9 @@ def test_the_gradient_of_a_broadcast_bias_is_its_sum(implementation):
     full = gradient(jnp.zeros((2, 4, 12, 21)))
     for axes in ((0,), (1, 2), (3,), (0, 1, 2, 3)):
         shape = [1 if axis in axes else size for axis, size in enumerate(full.shape)]
-        np.testing.assert_allclose(gradient(jnp.zeros(shape)), full.sum(axes, keepdims=True), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            gradient(jnp.zeros(shape)), full.sum(axes, keepdims=True), rtol=1e-3, atol=1e-4
+        )
 
 
 # Dropout and lse.
@@ -229,7 +242,9 @@ def test_the_gradient_of_a_broadcast_bias_is_its_sum(implementation):
 
 def test_forward_and_backward_drop_the_same_weights_in_every_tile(implementation):
     """With value = I the output is P itself; with do = I, dv is Pᵀ: what the backward made again."""
-    checks.require(implementation, "forward", "backward", dtype=checks.usual_dtype(implementation), d=128, dv=128)
+    checks.require(
+        implementation, "forward", "backward", dtype=checks.usual_dtype(implementation), d=128, dv=128
+    )
     dtype, s = checks.usual_dtype(implementation), 128
     q, k = normal(1, s, 1, 128, dtype=dtype), normal(1, s, 1, 128, dtype=dtype, seed=1)
     eye = jnp.eye(s, dtype=dtype)[None, :, None]

@@ -39,7 +39,7 @@ OPTIONS = {
     "head_dims": [dict(d=16, dv=16), dict(d=40, dv=20), dict(d=7, dv=100)],
     "dtype": list(DTYPES),
     "causal": [False, True],
-    "window": [None, (3, 2), (5, None), (None, 4), (0, 0)],
+    "window": [None, (3, 2), (5, None), (None, 4)],
     "align": ["bottom_right", "top_left"],
     "scale": [None, -0.4],
     "softcap": [None, 3.0],
@@ -73,18 +73,21 @@ def test_options_two_by_two_in_plain_jax(case):
 # What packing means.
 
 
-def packed(case, implementation, **options):
-    """(out, lse, gradients) of a varlen case, as checks.run gives them, where all passes are built."""
-    checks.require(implementation, "forward", "backward", dtype=case.dtype)
-    return checks.run(case, make_inputs(case), implementation, **options)
+def near(dtype):
+    """How near two ways through the same sums come in a dtype."""
+    return dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-2)
+
+
+def wide(x):
+    return np.asarray(x, np.float32)
 
 
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
 def test_each_sequence_is_attended_alone(align, implementation):
     case = varlen("alone", (5, 0, 9, 3), k_sequences=(7, 4, 9, 0), causal=True, window=(4, 0), align=align)
     case = case.replace(dtype=checks.usual_dtype(implementation))
-    together = packed(case, implementation)
     inputs = make_inputs(case)
+    together = checks.run(case, inputs, implementation)
     q, k, v = (inputs.positional[name] for name in ("query", "key", "value"))
     row = column = 0
     for nq, nk in zip(case.q_sequences, case.k_sequences, strict=True):
@@ -92,7 +95,7 @@ def test_each_sequence_is_attended_alone(align, implementation):
             q[None, row : row + nq], k[None, column : column + nk], v[None, column : column + nk],
             **case.options, implementation=implementation, return_lse=True,
         )  # fmt: skip
-        np.testing.assert_allclose(together.out[row : row + nq], out[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(wide(together.out[row : row + nq]), wide(out[0]), **near(case.dtype))
         np.testing.assert_allclose(together.lse[:, row : row + nq], lse[0], rtol=1e-5, atol=1e-5)
         row, column = row + nq, column + nk
 
@@ -100,19 +103,14 @@ def test_each_sequence_is_attended_alone(align, implementation):
 def test_one_sequence_is_a_batch_of_one(implementation):
     options = dict(causal=True, softcap=3.0, alibi_slopes=(4,), sinks=True, dropout_rate=0.3)
     case = varlen("one", (37,), k_sequences=(70,), dtype=checks.usual_dtype(implementation), **options)
-    got = packed(case, implementation)
+    got = checks.run(case, make_inputs(case), implementation)
     fixed = Case("one", b=1, sq=37, sk=70, dtype=case.dtype, **options)
     wanted = checks.run(fixed, make_inputs(fixed), implementation)
-    np.testing.assert_allclose(got.out, wanted.out[0], rtol=1e-5, atol=1e-5)
-    for name in ("query", "key", "value"):
-        np.testing.assert_allclose(got.gradients[name], wanted.gradients[name][0], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.xfail(reason="delta = rowsum(do ∘ o) is made from out rounded to 16 bits", strict=False)
-def test_gradients_where_every_row_sees_one_key_in_16_bit():
-    """p = 1 there whatever the scores, so that low is nearly exact and the limit nearly nothing."""
-    case = varlen("one key each", (1, 1, 1), k_sequences=(5, 1, 7), window=(0, 0), dv=64, dtype="bfloat16")
-    checks.check(case, IMPLEMENTATION)
+    np.testing.assert_allclose(wide(got.out), wide(wanted.out[0]), **near(case.dtype))
+    assert got.gradients.keys() == wanted.gradients.keys()
+    for name, gradient in got.gradients.items():
+        same = wanted.gradients[name][0] if name != "sinks" else wanted.gradients[name]
+        np.testing.assert_allclose(wide(gradient), wide(same), **near(case.dtype))
 
 
 def test_cu_seqlens_k_defaults_to_cu_seqlens_q(implementation):
@@ -136,11 +134,12 @@ def test_lengths_are_known_only_when_the_call_runs(implementation):
 
     for cut in [(12, 0, 0), (5, 5, 2), (0, 1, 1), (4, 4, 4)]:
         cu = cu_seqlens(cut)
+        ends = np.cumsum(cut)
         apart = [
             jax_flash.flash_attention(
-                *(x[None, a:b] for x in (q, k, v)), causal=True, implementation="xla"
+                *(x[None, end - size : end] for x in (q, k, v)), causal=True, implementation="xla"
             )[0]
-            for a, b in zip(cu[:-1], cu[1:], strict=True)
+            for size, end in zip(cut, ends, strict=True)
         ]
         wanted = jnp.concatenate([*apart, jnp.zeros((12 - sum(cut), 4, 16), jnp.float16)])
         np.testing.assert_allclose(run(cu), wanted, rtol=2e-3, atol=2e-3)
@@ -168,7 +167,9 @@ def test_zero_sizes(case, implementation):
 LONG = [
     varlen("many short ones", (1, 2, 3) * 40, k_sequences=(3, 0, 5) * 40, causal=True),
     varlen("across tiles", (130, 1, 64, 200), k_sequences=(64, 129, 1, 300), window=(64, 0)),
-    varlen("across tiles, top left", (130, 65, 200), causal=True, align="top_left", sinks=True, dropout_rate=0.2),
+    varlen(
+        "across tiles, top left", (130, 65, 200), causal=True, align="top_left", sinks=True, dropout_rate=0.2
+    ),
     varlen("kv_lengths across tiles", (70, 130, 100), kv_lengths=(64, 0, 65), padding=(20, 7), softcap=4.0),
 ]
 
@@ -182,6 +183,7 @@ def test_lengths_that_cross_tiles(case, dtype):
 def test_a_call_repeated_gives_the_same_bits(kernel):
     case = varlen("repeat", (130, 1, 64), k_sequences=(64, 129, 1), causal=True, dropout_rate=0.1)
     case = case.replace(dtype=checks.usual_dtype(kernel))
-    first = packed(case, kernel, deterministic=True)
+    inputs = make_inputs(case)
+    first = checks.run(case, inputs, kernel, deterministic=True)
     for _ in range(3):
-        checks.assert_same(packed(case, kernel, deterministic=True), first)
+        checks.assert_same(checks.run(case, inputs, kernel, deterministic=True), first)
