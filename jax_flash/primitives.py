@@ -16,7 +16,8 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _compat, backends
+from . import _compat
+from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
 from .batching import batch
 from .operands import PASSES, Pass, like
 from .sharding import partitioned
@@ -117,11 +118,11 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
-    backends.register()
+    register()
     if platform == "cpu":
-        backends.require_cpu(f"jax_flash {pass_.name}")
+        require_cpu(f"jax_flash {pass_.name}")
     else:
-        _require_cuda_kernel(pass_, avals[0].dtype.name, *head_dims)
+        _require_cuda_kernel(pass_, spec, avals[0].dtype.name, *head_dims)
     avals_out: list[Any] = list(ctx.avals_out)
     if platform == "cuda" and isinstance(spec, AttentionSpec):
         size = workspace_bound(pass_.name, spec, shapes)
@@ -134,13 +135,15 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     return results[: len(pass_.results)]
 
 
-def _require_cuda_kernel(pass_: Pass, dtype: str, d: int, dv: int) -> None:
-    operation = f"jax_flash {pass_.name}"
-    backends.require_cuda(operation)
-    library = backends.cuda_library()
-    if library is None:  # exporting for another machine
+def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
+    paged = isinstance(spec, AttentionSpec) and spec.paged
+    name = f"paged_{pass_.name}" if paged else pass_.name
+    operation = f"jax_flash {name}"
+    require_cuda(operation)
+    library = cuda_library()
+    if library is None or not local_devices("cuda"):  # exporting for another machine
         return
-    rows = [row for row in library.kernels if row.pass_ == pass_.name]
+    rows = [row for row in library.kernels if row.pass_ == name]
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
         built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
         raise NotImplementedError(
