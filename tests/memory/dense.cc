@@ -2,45 +2,17 @@
 // undefined behaviour, every result written, no NaN from rows that are not in use, the same bits for any
 // number of threads.
 //
-//   driver [count] [seed]
-#include <climits>
-#include <cmath>
-#include <functional>
-#include <limits>
-#include <list>
-#include <random>
-#include <string>
-#include <thread>
-#include <vector>
-
-#include "cpu/attention.h"
-#include "guarded.h"
-#include "values.h"
-
-extern "C" void __sanitizer_set_death_callback(void (*callback)());
+//   dense [count] [seed]
+#include "random_case.h"
 
 using namespace jax_flash;
 
 namespace {
 
-std::string current_call;  // seed and description, for failures
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
-
-[[noreturn]] void fail(const std::string& what) {
-  std::fprintf(stderr, "FAILED: %s\nin call %s\n", what.c_str(), current_call.c_str());
-  std::exit(1);
-}
-
-struct Dim {
-  int64_t size;
-  int64_t View::* stride;
-};
-
 // One random call: its problem and the memory behind its views.
-class Case {
+class Case : RandomCase {
  public:
-  explicit Case(uint64_t seed) : random_(seed) {
+  explicit Case(uint64_t seed) : RandomCase(seed) {
     choose_sizes();
     choose_options();
     make_tensors();
@@ -75,21 +47,11 @@ class Case {
   }
 
  private:
-  // In [lo, hi].
-  int64_t integer(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(random_); }
-  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(random_) < p; }
-  float normal() { return std::normal_distribution<float>(0, 1)(random_); }
-  template <class T>
-  T one_of(std::initializer_list<T> values) {
-    return *(values.begin() + integer(0, static_cast<int64_t>(values.size()) - 1));
-  }
-
   void choose_sizes() {
     p_.spec.layout = one_of({Layout::kFixed, Layout::kVarlen});
     p_.dtype = one_of({DType::kF16, DType::kBF16, DType::kF32});
     p_.bias_dtype = one_of({DType::kF16, DType::kBF16, DType::kF32});
-    p_.leading.rank = static_cast<int32_t>(chance(0.7) ? 0 : integer(1, 2));
-    for (int i = 0; i < p_.leading.rank; ++i) p_.leading.size[i] = integer(2, 3);
+    p_.leading = random_leading();
     p_.batch = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, p_.varlen() ? 5 : 2));
     p_.kv_heads = static_cast<int32_t>(integer(1, 2));
     p_.heads = p_.kv_heads * static_cast<int32_t>(integer(1, 3));
@@ -129,22 +91,8 @@ class Case {
     }
   }
 
-  // Gives the view memory and strides: the leading dimensions (each full, or 1 when `broadcast`), then
-  // `dims`, contiguous.
   Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {
-    int64_t count = 1;
-    for (size_t i = dims.size(); i-- > 0;) {
-      if (dims[i].stride) view.*dims[i].stride = count;
-      count *= dims[i].size;
-    }
-    for (int i = p_.leading.rank; i-- > 0;) {
-      if (broadcast && chance(0.4)) continue;
-      view.leading[i] = count;
-      count *= p_.leading.size[i];
-    }
-    Guarded& memory = memory_.emplace_back(static_cast<size_t>(count) * element, chance(0.7));
-    view.data = memory.data();
-    return memory;
+    return RandomCase::make(view, p_.leading, element, std::move(dims), broadcast);
   }
 
   void make_tensor(View& view, int32_t rows, int32_t heads, int32_t width) {
@@ -152,10 +100,6 @@ class Case {
     if (!p_.varlen()) dims.insert(dims.begin(), {p_.batch, &View::batch});
     const Guarded& m = make(view, size_of(p_.dtype), dims, false);
     fill(m, p_.dtype);
-  }
-
-  void fill(const Guarded& m, DType dtype) {
-    for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) set_value(dtype, m.data() + i, normal());
   }
 
   void make_statistic(View& view) {
@@ -184,12 +128,10 @@ class Case {
     dims.push_back({count, stride});
     const Guarded& m = make(view, 4, dims, true);
     int32_t* x = reinterpret_cast<int32_t*>(m.data());
-    const bool garbage = chance(0.4);
+    const bool wild = chance(0.4);
     for (size_t i = 0; i < m.bytes() / 4; ++i) {
-      x[i] = garbage
-                 ? one_of<int32_t>({INT_MIN, INT_MIN + 1, -1, 0, 1, limit, limit + 1, INT_MAX,
-                                    static_cast<int32_t>(random_()), static_cast<int32_t>(integer(0, limit))})
-                 : static_cast<int32_t>(sorted ? limit * (i % count) / count : integer(0, limit));
+      x[i] = wild ? garbage(limit)
+                  : static_cast<int32_t>(sorted ? limit * (i % count) / count : integer(0, limit));
     }
     m.make_read_only();
   }
@@ -311,13 +253,6 @@ class Case {
     poison(p_.delta, true, p_.heads, 0, 4, DType::kF32);
   }
 
-  const Guarded& memory_of(const View* view) const {
-    for (const Guarded& m : memory_) {
-      if (m.data() == view->data) return m;
-    }
-    fail("a view without memory");
-  }
-
   // Runs the pass alone and with helpers, on poisoned results.
   void check_pass(const char* name, std::vector<View*> results,
                   const std::function<void(const ThreadPool&)>& run) {
@@ -336,10 +271,7 @@ class Case {
       }
       m.poison();
     }
-    std::vector<std::thread> threads;
-    const ThreadPool pool{3, [&](std::function<void()> task) { threads.emplace_back(std::move(task)); }};
-    run(pool);
-    for (std::thread& t : threads) t.join();
+    with_threads(run);
     for (size_t i = 0; i < results.size(); ++i) {
       const Guarded& m = memory_of(results[i]);
       if (std::memcmp(first[i].data(), m.data(), m.bytes()) != 0)
@@ -378,29 +310,10 @@ class Case {
     check("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim);
   }
 
-  std::mt19937_64 random_;
   Problem p_{};
-  std::list<Guarded> memory_;
   std::vector<bool> q_used_, k_used_;
 };
 
 }  // namespace
 
-void name_current_call() { std::fprintf(stderr, "in call %s\n", current_call.c_str()); }
-
-int main(int argc, char** argv) {
-  __sanitizer_set_death_callback(name_current_call);
-  const long count = argc > 1 ? std::atol(argv[1]) : 1500, seed = argc > 2 ? std::atol(argv[2]) : 0;
-  try {
-    std::printf("%s: seeds %ld to %ld\n", cpu_isa(), seed, seed + count - 1);
-  } catch (const std::exception& e) {
-    std::printf("skipped: %s\n", e.what());
-    return 0;
-  }
-  for (long i = seed; i < seed + count; ++i) {
-    Case one(static_cast<uint64_t>(i));
-    current_call = std::to_string(i) + " " + one.text();
-    one.run();
-  }
-  std::printf("%ld calls: nothing out of bounds, everything written\n", count);
-}
+int main(int argc, char** argv) { return drive<Case>(argc, argv, 1500); }

@@ -1,0 +1,128 @@
+// What the drivers share: random choices, views with guarded memory behind them, failures that name the call.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <limits>
+#include <list>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "core/views.h"
+#include "cpu/attention.h"
+#include "guarded.h"
+#include "values.h"
+
+extern "C" void __sanitizer_set_death_callback(void (*callback)());
+
+namespace jax_flash {
+
+inline std::string current_call;  // seed and description, for failures
+
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+
+[[noreturn]] inline void fail(const std::string& what) {
+  std::fprintf(stderr, "FAILED: %s\nin call %s\n", what.c_str(), current_call.c_str());
+  std::exit(1);
+}
+
+struct Dim {
+  int64_t size;
+  int64_t View::* stride;
+};
+
+class RandomCase {
+ public:
+  explicit RandomCase(uint64_t seed) : random_(seed) {}
+
+ protected:
+  // In [lo, hi].
+  int64_t integer(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(random_); }
+  bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(random_) < p; }
+  float normal() { return std::normal_distribution<float>(0, 1)(random_); }
+  template <class T>
+  T one_of(std::initializer_list<T> values) {
+    return *(values.begin() + integer(0, static_cast<int64_t>(values.size()) - 1));
+  }
+
+  Leading random_leading() {
+    Leading leading;
+    leading.rank = static_cast<int32_t>(chance(0.7) ? 0 : integer(1, 2));
+    for (int i = 0; i < leading.rank; ++i) leading.size[i] = integer(2, 3);
+    return leading;
+  }
+
+  // Gives the view memory and strides: the leading dimensions (each full, or 1 when `broadcast`), then
+  // `dims`, contiguous.
+  Guarded& make(View& view, const Leading& leading, size_t element, std::vector<Dim> dims, bool broadcast) {
+    int64_t count = 1;
+    for (size_t i = dims.size(); i-- > 0;) {
+      if (dims[i].stride) view.*dims[i].stride = count;
+      count *= dims[i].size;
+    }
+    for (int i = leading.rank; i-- > 0;) {
+      if (broadcast && chance(0.4)) continue;
+      view.leading[i] = count;
+      count *= leading.size[i];
+    }
+    Guarded& memory = memory_.emplace_back(static_cast<size_t>(count) * element, chance(0.7));
+    view.data = memory.data();
+    return memory;
+  }
+
+  void fill(const Guarded& m, DType dtype) {
+    for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) set_value(dtype, m.data() + i, normal());
+  }
+
+  // Anything an int32 can hold, most of all what lies about 0 and `limit`.
+  int32_t garbage(int32_t limit) {
+    return one_of<int32_t>({INT_MIN, INT_MIN + 1, -1, 0, 1, limit, limit == INT_MAX ? limit : limit + 1,
+                            INT_MAX, static_cast<int32_t>(random_()),
+                            static_cast<int32_t>(integer(0, limit))});
+  }
+
+  const Guarded& memory_of(const View* view) const {
+    for (const Guarded& m : memory_) {
+      if (m.data() == view->data) return m;
+    }
+    fail("a view without memory");
+  }
+
+  // run(pool) with three helpers.
+  static void with_threads(const std::function<void(const ThreadPool&)>& run) {
+    std::vector<std::thread> threads;
+    run(ThreadPool{3, [&](std::function<void()> task) { threads.emplace_back(std::move(task)); }});
+    for (std::thread& t : threads) t.join();
+  }
+
+  std::mt19937_64 random_;
+  std::list<Guarded> memory_;
+};
+
+// main of a driver: random calls [seed, seed + count) of a Case.
+template <class Case>
+int drive(int argc, char** argv, long usual_count) {
+  __sanitizer_set_death_callback([] { std::fprintf(stderr, "in call %s\n", current_call.c_str()); });
+  const long count = argc > 1 ? std::atol(argv[1]) : usual_count, seed = argc > 2 ? std::atol(argv[2]) : 0;
+  try {
+    std::printf("%s: seeds %ld to %ld\n", cpu_isa(), seed, seed + count - 1);
+  } catch (const std::exception& e) {
+    std::printf("skipped: %s\n", e.what());
+    return 0;
+  }
+  for (long i = seed; i < seed + count; ++i) {
+    Case one(static_cast<uint64_t>(i));
+    current_call = std::to_string(i) + " " + one.text();
+    one.run();
+  }
+  std::printf("%ld calls: nothing out of bounds, everything written\n", count);
+  return 0;
+}
+
+}  // namespace jax_flash
