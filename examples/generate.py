@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from scheduler import Request, ServingConfig
     from serving import Server
 
-# Of the serving logits from the training forward's, relative to the largest one. The same sums in another order in
-# float32; in bfloat16, roundings to 8 bits all along the layers besides.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-
 
 class Arrival(NamedTuple):
     """A request, and the step before which it comes in."""
@@ -100,8 +96,9 @@ def _problem(options: argparse.Namespace) -> str | None:
 
 def generate(options: argparse.Namespace, started: float) -> int:
     """Loads, serves and checks; returns the exit status."""
+    from logit_check import check_logits
     from scheduler import ServingConfig
-    from serving import Server, training_logits
+    from serving import Server
     from training import model_config
 
     model, settings, mesh = load(options)
@@ -120,12 +117,10 @@ def generate(options: argparse.Namespace, started: float) -> int:
     serve(server, arrivals)
 
     requests = [arrival.request for arrival in arrivals]
-    wanted = training_logits(model, requests)
-    error, allowed = relative_error(requests, wanted), TOLERANCE[settings.dtype]
-    print(summary(server, requests))
-    verdict = "as they should be" if error <= allowed else "TOO FAR"
-    print(f"logits: within {error:.1e} of the training forward's, {allowed:.0e} allowed: {verdict}")
-    return 0 if error <= allowed else 1
+    print(summary(server, requests), flush=True)
+    check = check_logits(model, model_config(settings), mesh, requests)
+    print(check)
+    return 0 if check.passed else 1
 
 
 def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
@@ -224,12 +219,6 @@ class Transcript:
 def printable(text: str) -> str:
     """The text without what could confuse a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
-
-
-def relative_error(requests: list[Request], wanted: list[np.ndarray]) -> float:
-    """How far the logits of serving are from `wanted`, at most, relative to the largest of these."""
-    got, wanted = np.concatenate([request.logits for request in requests]), np.concatenate(wanted)
-    return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 def describe(options: argparse.Namespace, settings: Settings, server: Server, seconds: float) -> str:

@@ -12,7 +12,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from model import ModelConfig, Transformer
@@ -173,17 +172,3 @@ class Server:
         )
         usage.peak_pages = max(usage.peak_pages, allocator.in_use)
         usage.peak_shared = max(usage.peak_shared, allocator.shared)
-
-
-def training_logits(model: Transformer, requests: list[Request]) -> list[np.ndarray]:
-    """What the model's own forward gives where `requests` have generated a token: [tokens, 256] of each.
-
-    One packed row holds them all: the model sees what it would in training.
-    """
-    read = [request.tokens[:-1] for request in requests]  # the last token was never read
-    bounds = np.cumsum([0, *map(len, read)])
-    tokens = np.concatenate(read).astype(np.int32)
-    positions = np.concatenate([np.arange(len(tokens)) for tokens in read]).astype(np.int32)
-    forward = nnx.jit(Transformer.__call__)
-    logits = np.asarray(forward(model, tokens[None], positions[None], bounds[None].astype(np.int32)))[0]
-    return [logits[stop - len(r.generated) : stop] for r, stop in zip(requests, bounds[1:].tolist())]

@@ -1,0 +1,67 @@
+"""Whether serving computes what training did: its logits against those of the training forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from model import ModelConfig, Transformer
+from scheduler import Request
+
+TOLERANCE = 1e-4  # the same float32 sums in another order, through all layers
+
+
+@dataclass(frozen=True)
+class LogitCheck:
+    """Distances from the training forward in float32, each the largest over all logits of all generated tokens.
+
+    Both are relative to the largest logit. In float32 `training` is 0; in bfloat16 it is what rounding does to
+    the training forward itself, and serving, which rounds elsewhere, may be twice as far off.
+    """
+
+    serving: float
+    training: float
+
+    @property
+    def allowed(self) -> float:
+        """How far serving may be off."""
+        return TOLERANCE + 2 * self.training
+
+    @property
+    def passed(self) -> bool:
+        """Whether serving is no further off than that."""
+        return self.serving <= self.allowed
+
+    def __str__(self) -> str:
+        verdict = "as they should be" if self.passed else "TOO FAR"
+        return f"logits: within {self.serving:.1e} of the training forward's, {self.allowed:.1e} allowed: {verdict}"
+
+
+def check_logits(model: Transformer, config: ModelConfig, mesh: Mesh, requests: list[Request]) -> LogitCheck:
+    """Compares the logits that served requests have kept with the model's own forward, as in training."""
+    with jax.set_mesh(mesh):
+        exact_config = replace(config, dtype="float32")
+        exact = nnx.eval_shape(lambda: Transformer(exact_config, rngs=nnx.Rngs(0)))
+    reference = training_logits(nnx.merge(nnx.graphdef(exact), nnx.state(model)), requests)
+    largest = np.abs(reference).max()
+    served = np.concatenate([request.logits for request in requests])
+    trained = training_logits(model, requests)
+    return LogitCheck(*(float(np.abs(x - reference).max() / largest) for x in (served, trained)))
+
+
+def training_logits(model: Transformer, requests: list[Request]) -> np.ndarray:
+    """The training forward's logits of every generated token of the requests in turn, [tokens, 256].
+
+    One packed row holds them all: the model sees what it would in training.
+    """
+    read = [request.tokens[:-1] for request in requests]  # the last token was never read
+    bounds = np.cumsum([0, *map(len, read)])
+    tokens = np.concatenate(read).astype(np.int32)
+    positions = np.concatenate([np.arange(len(tokens)) for tokens in read]).astype(np.int32)
+    forward = nnx.jit(Transformer.__call__)
+    logits = np.asarray(forward(model, tokens[None], positions[None], bounds[None].astype(np.int32)))[0]
+    stops = bounds[1:].tolist()
+    return np.concatenate([logits[stop - len(r.generated) : stop] for r, stop in zip(requests, stops)])
