@@ -210,7 +210,7 @@ class Transcript:
                 print(f"\n   └ {server.usage.tokens_per_second:,.0f} tokens/s; {server.pages()}")
 
     def _start(self, request: Request) -> None:
-        shared = f", {request.reused} of its tokens from shared pages" if request.reused else ""
+        shared = f", {request.reused} tokens from shared pages" if request.reused else ""
         prompt = bytes(request.prompt[1:])
         print(f"\n── {request.number}: {len(prompt)} bytes of prompt{shared}")
         print("…" * (len(prompt) > 72) + printable(prompt[-72:].decode(errors="replace")), end="»")
