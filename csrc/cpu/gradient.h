@@ -28,7 +28,11 @@ JF_INLINE void load_queries(const Head& head, int32_t begin, int32_t end, QueryT
     const int32_t i = begin + r;
     const float x = i < end ? lse[i * p.lse.row] : kNegInf;
     tile.lse[r] = x == kNegInf ? -kNegInf : x;
-    tile.delta[r] = i < end ? delta[i * p.delta.row] : 0.0f;
+    tile.delta[r] = x == kNegInf ? 0.0f : delta[i * p.delta.row];
+    if (x == kNegInf) {  // a row that sees nothing gives nothing, whatever it and its cotangent hold
+      clear(tile.q + r * padded(p.head_dim), 0, padded(p.head_dim));
+      clear(tile.dout + r * padded(p.value_dim), 0, padded(p.value_dim));
+    }
   }
 }
 
