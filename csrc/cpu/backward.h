@@ -44,8 +44,7 @@ static void backward_query(const Problem& p, const RowTile& tile, float* memory)
     pack_transposed(rows, n, p.head_dim, k_panels);
     pack_columns(rows, n, p.head_dim, k_columns);
     tile_gradient(head, queries, k_panels, v_panels, j0, n, used, 0, true, s, dp);
-    multiply_values<Start::kAccumulate>(dp, packed_columns(k_columns, n), p.head_dim, used, queries.blocks,
-                                        dq,
+    multiply_values<Start::kAccumulate>(dp, k_columns, n, p.head_dim, used, queries.blocks, dq,
                                         nullptr);  // dQ += dS K
   }
   const Rows to = head.rows(p.dquery, p.head_dim, tile.sequence.q_begin, tile.head);

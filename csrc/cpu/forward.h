@@ -170,9 +170,13 @@ static void attend(const ForwardTile& t, Interval keys, SoftmaxState& state, flo
       }
     }
     load_rows(t.head.value, j0, j0 + n, n, 1.0f, t.keys);
-    if (!few) pack_columns(t.keys, n, dv, t.panels);
-    multiply_values<Start::kRescale>(t.s, few ? row_major(t.keys, dv) : packed_columns(t.panels, n), dv, used,
-                                     t.blocks, o, state.alpha);  // O ← αO + P V
+    if (few) {
+      multiply_values<Start::kRescale, false>(t.s, t.keys, n, dv, used, t.blocks, o,
+                                              state.alpha);  // O ← αO + P V
+    } else {
+      pack_columns(t.keys, n, dv, t.panels);
+      multiply_values<Start::kRescale>(t.s, t.panels, n, dv, used, t.blocks, o, state.alpha);
+    }
   }
 }
 

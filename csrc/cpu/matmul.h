@@ -125,11 +125,13 @@ static void pack_columns(const float* rows, int32_t n, int32_t width, float* pan
 enum class Start { kZero, kAccumulate, kRescale };
 
 // c[kBlockRows, kPanel] = start + sum_k a(i, k) b[k, :], where start is 0, c or alpha[i] * c.
-// a(i, k) is a[i * lda + k], or a[k * lda + i] when transposed; rows of b are `ldb` apart.
-template <Start start, bool transposed>
+// a(i, k) is a[i * lda + k], or a[k * lda + i] when transposed; rows of b are kPanel apart when packed, else
+// ldb.
+template <Start start, bool transposed, bool packed = true>
 static __attribute__((noinline)) void multiply_block(const float* a, int64_t lda, const float* b, int64_t ldb,
                                                      int32_t depth, float* c, int64_t ldc,
                                                      const float* alpha) {
+  const int64_t step = packed ? kPanel : ldb;
   Float acc[kBlockRows][2];
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockRows; ++i) {
@@ -141,7 +143,7 @@ static __attribute__((noinline)) void multiply_block(const float* a, int64_t lda
     }
   }
   for (int32_t k = 0; k < depth; ++k) {
-    const Float b0 = load(b + k * ldb), b1 = load(b + k * ldb + kLanes);
+    const Float b0 = load(b + k * step), b1 = load(b + k * step + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kBlockRows; ++i) {
       const Float x = broadcast(transposed ? a[k * lda + i] : a[i * lda + k]);
@@ -177,28 +179,20 @@ static void multiply_scores(const float* a, const float* panels, int32_t width, 
   }
 }
 
-// B of a product: columns [j, j + kPanel) of row k are at data + j * column + k * row.
-struct Matrix {
-  const float* data;
-  int64_t column, row;
-};
-
-JF_INLINE Matrix packed_columns(const float* panels, int32_t n) { return {panels, n, kPanel}; }
-JF_INLINE Matrix row_major(const float* rows, int32_t width) { return {rows, 1, padded(width)}; }
-
 // C += P B for row-major P (rows of kTileN); C has rows of padded(width). With alpha, C is multiplied by
-// alpha[row] first.
-template <Start start>
-static void multiply_values(const float* p, const Matrix& b, int32_t width, const Columns* used,
+// alpha[row] first. B has n rows, packed by columns or as they were loaded.
+template <Start start, bool packed = true>
+static void multiply_values(const float* p, const float* b, int32_t n, int32_t width, const Columns* used,
                             int32_t blocks, float* c, const float* alpha) {
   const int32_t ld = padded(width);
+  const int64_t column = packed ? n : 1, row = packed ? kPanel : ld;  // to the next of b
   for (int32_t j = 0; j < ld; j += kPanel) {
     for (int32_t i = 0; i < blocks; ++i) {
       if (used[i].lo >= used[i].hi) continue;
       const int32_t k = used[i].lo;
-      multiply_block<start, false>(p + i * kBlockRows * kTileN + k, kTileN, b.data + j * b.column + k * b.row,
-                                   b.row, used[i].hi - k, c + i * kBlockRows * ld + j, ld,
-                                   alpha ? alpha + i * kBlockRows : nullptr);
+      multiply_block<start, false, packed>(p + i * kBlockRows * kTileN + k, kTileN, b + j * column + k * row,
+                                           row, used[i].hi - k, c + i * kBlockRows * ld + j, ld,
+                                           alpha ? alpha + i * kBlockRows : nullptr);
     }
   }
 }

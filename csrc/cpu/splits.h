@@ -42,7 +42,7 @@ class Splits {
       tile.parts = clamp_splits(ceil_div(keys.size(), kInvariantSplit), keys);
     } else {
       const double fair_keys = std::max<double>(kSmallestPart, fair_ / cost_of_key(tile));
-      tile.parts = clamp_splits(static_cast<int64_t>(keys.size() / fair_keys) + 1, keys);
+      tile.parts = clamp_splits(static_cast<int64_t>(keys.size() / fair_keys), keys);
     }
     return true;
   }
