@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,26 @@ HANDLERS = {
 }
 
 
-def build(archs: str) -> Path:
-    """The library for these JAX_FLASH_CUDA_ARCHS; prints how long it took and what spills."""
-    folder = ROOT / "build" / "gpu-check"
+class BuildError(Exception):
+    """What the compiler said."""
+
+
+def build(
+    archs: str, folder: Path, defines: dict[str, Any] | None = None, parallel: int | None = None
+) -> Path:
+    """The library for these JAX_FLASH_CUDA_ARCHS, in a build folder that keeps its build.log."""
+    folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     settings = {"Python_EXECUTABLE": sys.executable, "JAX_FLASH_MODULE": "OFF", "JAX_FLASH_CUDA": "ON"}
-    settings |= {"JAX_FLASH_CUDA_ARCHS": archs, "CMAKE_CUDA_FLAGS": "-Xptxas=-v"}
-    defines = [f"-D{name}={value}" for name, value in settings.items()]
-    began = time.time()
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *generator, *defines], check=True)
+    settings |= {"JAX_FLASH_CUDA_ARCHS": archs, "CMAKE_CUDA_FLAGS": "-Xptxas=-v", **(defines or {})}
+    configure = ["cmake", "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in settings.items())]
+    compile_ = ["cmake", "--build", folder, "--parallel", str(parallel or os.cpu_count())]
     log = folder / "build.log"
     with log.open("w") as out:
-        status = subprocess.run(
-            ["cmake", "--build", folder, "--parallel", str(os.cpu_count())], stdout=out, stderr=out
-        )
-    if status.returncode:
-        print(log.read_text()[-8000:])
-        raise SystemExit(status.returncode)
-    print(f"built in {time.time() - began:.0f} s")
+        for command in (configure, compile_):
+            if subprocess.run(command, stdout=out, stderr=out).returncode:
+                errors = [line for line in log.read_text().splitlines() if "error" in line.lower()]
+                raise BuildError("\n".join(errors) or log.read_text()[-4000:])
     return folder / "libjax_flash_cuda.so"
 
 
@@ -50,22 +51,23 @@ def build_emulated(head_dims: str) -> Path:
     return folder / "libjax_flash_cuda.so"
 
 
-def register(path: Path, platform: str) -> None:
+def register(path: Path, platform: str, name: str = "") -> None:
+    """Makes the library's passes callable; `name` tells several libraries apart."""
     import jax
 
     library = ctypes.CDLL(str(path))
     library.jax_flash_version.restype = ctypes.c_char_p
     for pass_, symbol in HANDLERS.items():
         handler = jax.ffi.pycapsule(getattr(library, symbol))
-        jax.ffi.register_ffi_target(_target(pass_), handler, platform=platform)
+        jax.ffi.register_ffi_target(_target(pass_, name), handler, platform=platform)
     print(f"jax {jax.__version__}, {path} {library.jax_flash_version().decode()}, {jax.devices()[0]}")
 
 
-def _target(pass_: str) -> str:
-    return f"jax_flash_check_{pass_}"
+def _target(pass_: str, name: str) -> str:
+    return f"jax_flash_check_{pass_} {name}"
 
 
-def call(pass_: str, spec: Any, operands: dict[str, Any]) -> list[Any]:
+def call(pass_: str, spec: Any, operands: dict[str, Any], name: str = "") -> list[Any]:
     """The results of the custom call of a pass."""
     import jax
     import jax.numpy as jnp
@@ -83,7 +85,7 @@ def call(pass_: str, spec: Any, operands: dict[str, Any]) -> list[Any]:
     results.append(jax.ShapeDtypeStruct((workspace_bound(pass_, spec, shapes),), jnp.uint8))
     # Through jit a dictionary comes back in alphabetical order.
     ordered = [operands[name] for name in operand_names(found, spec)]
-    return jax.ffi.ffi_call(_target(pass_), results)(*ordered, spec=spec.ffi_attributes())[:-1]
+    return jax.ffi.ffi_call(_target(pass_, name), results)(*ordered, spec=spec.ffi_attributes())[:-1]
 
 
 def into_nan(pass_: str, spec: Any, operands: dict[str, Any]) -> list[Any]:

@@ -35,7 +35,7 @@ def main() -> int:
     if options.emulated:
         os.environ["JAX_PLATFORMS"] = "cpu"
     library = options.library or (
-        cuda_call.build_emulated(options.head_dims) if options.emulated else cuda_call.build(options.archs)
+        cuda_call.build_emulated(options.head_dims) if options.emulated else build(options.archs)
     )
     cuda_call.register(library, "cpu" if options.emulated else "CUDA")
     failed = run_checks(options)
@@ -45,6 +45,20 @@ def main() -> int:
         gpu_timing.time_all()
     print("\n".join(["failed:", *failed]) if failed else "all passed")
     return int(bool(failed))
+
+
+def build(archs: str) -> Path:
+    """The library; prints how long it took and what spills."""
+    began = time.time()
+    library = cuda_call.build(archs, ROOT / "build" / "gpu-check")
+    print(f"built in {time.time() - began:.0f} s", flush=True)
+    entry = ""
+    for line in (library.parent / "build.log").read_text().splitlines():
+        if "Compiling entry function" in line:
+            entry = line.split("'")[1]
+        elif " spill stores" in line and " 0 bytes spill stores" not in line:
+            print(f"spills: {entry[:150]}: {line.strip()}")
+    return library
 
 
 def parse() -> argparse.Namespace:
@@ -154,7 +168,7 @@ def references(spec: Any, operands: dict[str, Any], dout: Any, dlse: Any) -> Any
     def both(moving: Any) -> Any:
         wide = {name: x.astype(jnp.float32) for name, x in moving.items()}
         right = differentiate(wide, None)
-        return right, right if dtype.itemsize == 4 else differentiate(moving, dtype)
+        return right, differentiate(moving, dtype if dtype.itemsize == 2 else None)
 
     return jax.tree.map(np.asarray, both(moving))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -33,47 +34,60 @@ def _variants() -> dict[str, dict[str, Any]]:
     }
 
 
-def _time_fixed(
-    d: int, s: int, causal: bool, *, name: str = "", peers: bool = False, extra: Any = None, **options: Any
-) -> None:
+def _time_fixed(d: int, s: int, causal: bool, *, name: str = "", peers: bool = False, **options: Any) -> None:
+    figures = [rate(pass_, d, s, causal, **options) for pass_ in ("forward", "backward")]
+    line = f"d {d} s {s}{' causal' if causal else ''}{' ' + name if name else ''}:"
+    line += f" forward {figures[0]:.0f}, backward {figures[1]:.0f}"
+    print(line + (_cudnn(d, s, causal) if peers else ""), flush=True)
+
+
+def rate(
+    pass_: str, d: int, s: int, causal: bool, library: str = "", *, extra: Any = None, **options: Any
+) -> float:
+    """TFLOP/s of one pass; `extra` are optional operands, `options` those of the spec."""
     import jax
     import jax.numpy as jnp
 
     from jax_flash.spec import AttentionSpec
 
-    shape = (TOKENS // s, s, WIDTH // d, d)
-    q, k, v, do = (
-        jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)
-    )
     extra = extra or {}
+    q, k, v, do = _inputs(d, s)
     spec = AttentionSpec("fixed", right=0 if causal else -1, scale=d**-0.5, operands=tuple(extra), **options)
     operands = {"query": q, "key": k, "value": v, **extra}
-    forward = jax.jit(lambda x: cuda_call.call("forward", spec, x))
-    backward = jax.jit(lambda x: cuda_call.call("backward", spec, x))
-    out, lse = forward(operands)
-    delta = jnp.swapaxes((do.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1), 1, 2)
-    flop = 4 * TOKENS * s * WIDTH / (2 if causal else 1) / 1e12
-    line = f"d {d} s {s}{' causal' if causal else ''} {name}:".replace(" :", ":")
-    line += f" forward {flop / seconds(forward, operands):.0f}"
-    line += f", backward {2.5 * flop / seconds(backward, operands | {'dout': do, 'lse': lse, 'delta': delta}):.0f}"
-    if peers:
-        line += _cudnn(q, k, v, do, causal, flop)
-    print(line, flush=True)
+    if pass_ == "backward":
+        lse = jnp.full((TOKENS // s, WIDTH // d, s), math.log(s), jnp.float32)
+        operands |= {"dout": do, "lse": lse, "delta": jnp.zeros_like(lse)}
+    call = jax.jit(lambda x: cuda_call.call(pass_, spec, x, library))
+    return _flop(pass_, s, causal) / seconds(call, operands) / 1e12
 
 
-def _cudnn(q: Any, k: Any, v: Any, do: Any, causal: bool, flop: float) -> str:
+def _inputs(d: int, s: int) -> list[Any]:
+    import jax
+    import jax.numpy as jnp
+
+    shape = (TOKENS // s, s, WIDTH // d, d)
+    return [jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4)]
+
+
+def _flop(pass_: str, s: int, causal: bool) -> float:
+    return 4 * TOKENS * s * WIDTH * (0.5 if causal else 1) * (2.5 if pass_ == "backward" else 1)
+
+
+def _cudnn(d: int, s: int, causal: bool) -> str:
     """The backward's time is that of a step less that of the forward."""
     import jax
 
     def call(q: Any, k: Any, v: Any) -> Any:
         return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn")
 
+    q, k, v, do = _inputs(d, s)
     try:
         forward = seconds(jax.jit(call), q, k, v)
         both = seconds(jax.jit(lambda q, k, v, do: jax.vjp(call, q, k, v)[1](do)), q, k, v, do)
     except Exception as error:  # the peer may be missing
         return f" (cuDNN: {type(error).__name__})"
-    return f" (cuDNN {flop / forward:.0f}, {2.5 * flop / (both - forward):.0f})"
+    rates = (_flop("forward", s, causal) / forward, _flop("backward", s, causal) / (both - forward))
+    return f" (cuDNN {rates[0] / 1e12:.0f}, {rates[1] / 1e12:.0f})"
 
 
 def _matmul() -> float:

@@ -31,7 +31,9 @@ int64_t shared_elements(const KernelRow& row) {
 }
 
 int64_t shared_memory(const KernelRow& row, DType dtype) {
-  return shared_elements(row) * element_size(dtype) + kBlockStateBytes;
+  // lse and delta of the backward's query rows
+  const int64_t statistics = row.pass == Pass::kBackward ? int64_t{row.stages} * row.block_m * 8 : 0;
+  return shared_elements(row) * element_size(dtype) + statistics + kBlockStateBytes;
 }
 
 bool runs(const KernelRow& row, Pass pass, const Shapes& shapes, const Device& device) {

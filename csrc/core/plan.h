@@ -18,6 +18,7 @@ struct KernelRow {
   int32_t head_dim, value_dim;
   int32_t block_m, block_n;
   int32_t stages, warps;
+  int32_t blocks;  // per multiprocessor, that the registers must allow
 
   bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
 };

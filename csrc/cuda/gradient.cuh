@@ -3,30 +3,62 @@
 
 #include "core/problem.h"
 #include "cuda/mask.cuh"
+#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/score.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
-// lse, as a power of two, and delta of a thread's rows. Rows past q_len, and those that see no key (lse =
-// −inf), have lse = +inf, so that P = 0, and delta = 0.
-template <int kSlots>
+// lse and delta of a row as the gradient needs them. Where no key is seen lse = −inf: +inf makes P = 0.
+__device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+__device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
+
+// Those of a thread's rows, in registers.
+template <class S>
 struct RowStatistics {
-  float lse[kSlots], delta[kSlots];
+  float lses[S::kSlots], deltas[S::kSlots];
 
   // `row`: the accumulator's first row within the sequence.
-  template <class S>
-  __device__ __forceinline__ void load(const Problem& p, const BlockWork& work, int32_t head, int32_t row) {
-    const float* lses = p.lse.as<const float>() + work.offset(p, p.lse, head, work.tile.q_begin);
-    const float* deltas = p.delta.as<const float>() + work.offset(p, p.delta, head, work.tile.q_begin);
+  __device__ __forceinline__ RowStatistics(const Problem& p, const BlockWork& work, int32_t head,
+                                           int32_t row) {
+    const float* lse = p.lse.as<const float>() + work.offset(p, p.lse, head, work.tile.q_begin);
+    const float* delta = p.delta.as<const float>() + work.offset(p, p.delta, head, work.tile.q_begin);
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < S::kSlots; ++slot) {
       const int64_t i = row + S::row(slot);
-      const float x = i < work.tile.q_len ? lses[i * p.lse.row] : -INFINITY;
-      lse[slot] = x == -INFINITY ? INFINITY : x * kLog2e;
-      delta[slot] = x == -INFINITY ? 0 : deltas[i * p.delta.row];
+      const float x = i < work.tile.q_len ? lse[i * p.lse.row] : -INFINITY;
+      lses[slot] = row_lse(x);
+      deltas[slot] = row_delta(x, x == -INFINITY ? 0 : delta[i * p.delta.row]);
     }
+  }
+  __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
+  __device__ __forceinline__ float delta(int slot) const { return deltas[slot]; }
+};
+
+// Those of a tile's rows, in shared memory: lse [M] and delta [M].
+template <class S, int M>
+struct SharedStatistics {
+  static constexpr int kBytes = 2 * M * 4;
+  const float* first;  // of the accumulator's rows
+
+  __device__ __forceinline__ float lse(int slot) const { return row_lse(first[S::row(slot)]); }
+  __device__ __forceinline__ float delta(int slot) const {
+    return row_delta(first[S::row(slot)], first[M + S::row(slot)]);
+  }
+
+  // Starts the copy of rows [row, row + M); those from q_len on are zero, and the band hides them.
+  template <int kThreads>
+  __device__ __forceinline__ static void load(uint32_t shared, const Problem& p, const BlockWork& work,
+                                              int32_t head, int32_t row) {
+    static_assert(kThreads >= M);
+    const int i = static_cast<int>(threadIdx.x);
+    if (i >= M) return;
+    const bool used = row + i < work.tile.q_len;
+    const int64_t at = work.tile.q_begin + (used ? row + i : 0);
+    ptx::cp_async_4(shared + i * 4, p.lse.as<const float>() + work.offset(p, p.lse, head, at), used);
+    ptx::cp_async_4(shared + (M + i) * 4, p.delta.as<const float>() + work.offset(p, p.delta, head, at),
+                    used);
   }
 };
 
@@ -53,15 +85,15 @@ __device__ __forceinline__ void tile_gradient(const GradientContext& at, const R
       const float factor = dropout_scale(p.spec);
       for_each(dp, [&](float& x, int slot, int n, int e) { x = kept.at(slot, n, e) ? x * factor : 0; });
     }
-    for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta[slot]; });
+    for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });
     general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr);
   }
   if (partial) mask(s, at.band, row, key);
   const float scale = kGeneral ? 1.0f : p.spec.scale * kLog2e;
   for_each(s, [&](float& x, int slot, int n, int e) {
     float& ds = dp.at(slot, n, e);
-    x = ptx::exp2(fmaf(x, scale, -rows.lse[slot]));
-    ds = x * (kGeneral ? ds : ds - rows.delta[slot]);
+    x = ptx::exp2(fmaf(x, scale, -rows.lse(slot)));
+    ds = x * (kGeneral ? ds : ds - rows.delta(slot));
   });
   if constexpr (kGeneral) {
     if (p.dropout) {

@@ -2,7 +2,7 @@
 
 namespace jax_flash {
 
-#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, launch) Launch launch;
+#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, blocks, launch) Launch launch;
 #include "built_kernels.def"
 #undef JF_BUILT
 
@@ -13,14 +13,14 @@ constexpr Pass forward = Pass::kForward, backward = Pass::kBackward, bias_gradie
 enum DTypeBit { float16 = 1, bfloat16 = 2, float32 = 4 };
 
 constexpr KernelRow kRows[] = {
-#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, launch) \
-  {#family, family, pass, dtype, d, dv, m, n, stages, warps},
+#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, blocks, launch) \
+  {#family, family, pass, dtype, d, dv, m, n, stages, warps, blocks},
 #include "built_kernels.def"
 #undef JF_BUILT
 };
 
 constexpr Launch* kLaunches[] = {
-#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, launch) launch,
+#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, blocks, launch) launch,
 #include "built_kernels.def"
 #undef JF_BUILT
 };

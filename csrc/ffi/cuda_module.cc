@@ -116,6 +116,7 @@ nb::list table() {
     entry["block_n"] = row.block_n;
     entry["stages"] = row.stages;
     entry["warps"] = row.warps;
+    entry["blocks"] = row.blocks;
     entry["built"] = dtype_names(built_dtypes(row));
     result.append(entry);
   }

@@ -14,11 +14,12 @@ namespace jax_flash {
 
 // Rows × columns of warps share each product: S and dP; dK and dV, 32 keys a warp; dQ. Where several warps
 // share the columns of dK, dV and dQ, or the keys of dK and dV, they take blocks of 16 in turn.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 struct BackwardKeysSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
   static constexpr int kM = M, kN = N, kStages = Stages, kThreads = Warps * 32;
+  static constexpr int kBlocks = General ? 1 : Blocks;
   static constexpr int kKeyWarps = N / 32, kWidthWarps = Warps / kKeyWarps;
   static constexpr int kSRows = M / 16 < kWidthWarps ? M / 16 : kWidthWarps, kSColumns = Warps / kSRows;
   static constexpr int kDqColumns = Warps >= 8 && HeadDim % 64 == 0 ? 4 : 2, kDqRows = Warps / kDqColumns;
@@ -31,9 +32,10 @@ struct BackwardKeysSm80 {
   using DK = Accumulator<2, HeadDim / kWidthWarps / 8>;
   using DV = Accumulator<2, ValueDim / kWidthWarps / 8>;
   using DQ = Accumulator<M / kDqRows / 16, HeadDim / kDqColumns / 8>;
-  static constexpr int kPairBytes = QTile::kBytes + DoTile::kBytes;
+  using Statistics = SharedStatistics<S, M>;
+  static constexpr int kStepBytes = QTile::kBytes + DoTile::kBytes + Statistics::kBytes;
   static constexpr int kKeyBytes = KTile::kBytes + VTile::kBytes;
-  static constexpr int kSharedBytes = kKeyBytes + Stages * kPairBytes + 2 * PTile::kBytes;
+  static constexpr int kSharedBytes = kKeyBytes + Stages * kStepBytes + 2 * PTile::kBytes;
   static_assert(N % 32 == 0 && M % (16 * kSRows) == 0 && N % (16 * kSColumns) == 0 &&
                 M % (16 * kDqRows) == 0);
   static_assert(HeadDim % (16 * kWidthWarps) == 0 && ValueDim % (16 * kWidthWarps) == 0);
@@ -78,7 +80,7 @@ struct QueryStep {
   }
 };
 
-// Q and dO of a step, in their place in shared memory.
+// Q, dO, lse and delta of a step, into their place in shared memory.
 template <class C>
 __device__ __forceinline__ void load_queries(const Problem& p,
                                              const KeyBlockState<typename C::Element>& block,
@@ -90,6 +92,8 @@ __device__ __forceinline__ void load_queries(const Problem& p,
   dout.data += head * p.dout.head;
   load_tile<typename C::QTile, C::kThreads>(shared, query, row, end);
   load_tile<typename C::DoTile, C::kThreads>(shared + C::QTile::kBytes, dout, row, end);
+  C::Statistics::template load<C::kThreads>(shared + C::QTile::kBytes + C::DoTile::kBytes, p, block.work,
+                                            step.head, row);
 }
 
 template <class C>
@@ -110,8 +114,8 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
                         16 * C::kWidthWarps};
   const Placement dq_at{warp / C::kDqColumns * 16 * C::DQ::kRowTiles, 16, warp % C::kDqColumns * 16,
                         16 * C::kDqColumns};
-  const uint32_t k = ptx::shared_address(shared), v = k + KTile::kBytes, pairs = k + C::kKeyBytes;
-  uint8_t* const p_store = shared + C::kKeyBytes + C::kStages * C::kPairBytes;
+  const uint32_t k = ptx::shared_address(shared), v = k + KTile::kBytes, steps = k + C::kKeyBytes;
+  uint8_t* const p_store = shared + C::kKeyBytes + C::kStages * C::kStepBytes;
   uint8_t* const ds_store = p_store + PTile::kBytes;
   const uint32_t p_tile = ptx::shared_address(p_store), ds_tile = p_tile + PTile::kBytes;
   const int32_t heads_end = block.work.head + p.heads / p.kv_heads;
@@ -123,7 +127,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
   QueryStep step{block.work.head, block.tiles.lo}, next = step;
   auto fill = [&] {
     if (next.head < heads_end) {
-      load_queries<C>(p, block, next, pairs + next.number % C::kStages * C::kPairBytes);
+      load_queries<C>(p, block, next, steps + next.number % C::kStages * C::kStepBytes);
       next.advance(block.tiles);
     }
     ptx::cp_async_commit();
@@ -134,10 +138,11 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
     fill();
   }
   for (; !block.tiles.empty() && step.head < heads_end; step.advance(block.tiles)) {
-    const uint32_t q = pairs + step.number % C::kStages * C::kPairBytes, d_out = q + QTile::kBytes;
+    const int place = C::kKeyBytes + step.number % C::kStages * C::kStepBytes;
+    const uint32_t q = k + place, d_out = q + QTile::kBytes;
     const int32_t row = step.tile * C::kM;
-    RowStatistics<C::S::kSlots> rows;
-    rows.template load<typename C::S>(p, block.work, step.head, row + s_at.row);
+    const auto* statistics = reinterpret_cast<const float*>(shared + place + QTile::kBytes + DoTile::kBytes);
+    const typename C::Statistics rows{statistics + s_at.row};
     ptx::cp_async_wait<0>();
     __syncthreads();
     if constexpr (C::kStages == 2) fill();
@@ -187,7 +192,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_keys_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles,
                        float* accumulator) {
   __shared__ KeyBlockState<typename C::Element> block;

@@ -17,7 +17,7 @@ template <class T, int HeadDim, int ValueDim, int M, int N, bool General>
 struct BackwardQueriesSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
-  static constexpr int kM = M, kN = N < 64 ? N : 64, kThreads = M / 16 * 32;
+  static constexpr int kM = M, kN = N < 64 ? N : HeadDim > 128 ? 32 : 64, kThreads = M / 16 * 32;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using KTile = SharedTile<T, kN, HeadDim>;
@@ -66,8 +66,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   const uint32_t q = ptx::shared_address(shared), d_out = q + QTile::kBytes;
   typename C::Ring vk(d_out + DoTile::kBytes, block.value, block.key, block.tiles, tile.k_len);
   const GradientContext context{p, block.work, block.band, block.work.head};
-  RowStatistics<2> rows;
-  rows.template load<typename C::S>(p, block.work, block.work.head, row);
+  const RowStatistics<typename C::S> rows(p, block.work, block.work.head, row);
 
   typename C::DQ dq;
   dq.clear();

@@ -8,10 +8,10 @@
 namespace jax_flash {
 
 // A row of csrc/kernels.def: dK and dV by tiles of keys; dQ from the accumulator, or by tiles of queries.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
-  using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, General>;
+  using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, General>;
   using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, General>;
   static_assert(Queries::kSharedBytes <= Keys::kSharedBytes);
   float* accumulator = nullptr;

@@ -13,10 +13,10 @@
 namespace jax_flash {
 
 // A warp owns 16 query rows.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
 struct BiasGradientSm80 {
   using Element = T;
-  static constexpr int kM = M, kN = N, kThreads = Warps * 32;
+  static constexpr int kM = M, kN = N, kThreads = Warps * 32, kBlocks = Blocks;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using KTile = SharedTile<T, N, HeadDim>;
@@ -72,8 +72,7 @@ __device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row,
   load_tile<typename C::KTile, C::kThreads>(k, rows_of(p.key, kv_head, p.head_dim), key, lengths.k_len);
   load_tile<typename C::VTile, C::kThreads>(v, rows_of(p.value, kv_head, p.value_dim), key, lengths.k_len);
   ptx::cp_async_commit();
-  RowStatistics<2> rows;
-  rows.template load<typename C::S>(p, at.work, at.head, row + warp_row);
+  const RowStatistics<typename C::S> rows(p, at.work, at.head, row + warp_row);
   ptx::cp_async_wait<0>();
   __syncthreads();
 
@@ -123,7 +122,7 @@ __device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     bias_gradient_sm80(const __grid_constant__ Problem p, int32_t rows, int32_t columns) {
   uint8_t* const shared = ptx::dynamic_shared();
   const BiasTile own(p, rows, columns, C::kM, C::kN);

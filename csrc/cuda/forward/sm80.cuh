@@ -17,13 +17,13 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose
 // scores need more registers, 16.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, bool General>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 struct ForwardSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
   static constexpr int kM = M, kN = N;
   static constexpr int kWarps = General ? M / 16 : Warps;
-  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kThreads = kWarps * 32, kBlocks = General ? 1 : Blocks;
   static constexpr int kWarpRows = M / kWarps;
   using QTile = SharedTile<T, M, HeadDim>;
   using KTile = SharedTile<T, N, HeadDim>;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads)
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
   __shared__ BlockState<typename C::Element> block;
   if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);

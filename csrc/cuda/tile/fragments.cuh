@@ -8,10 +8,15 @@
 
 namespace jax_flash {
 
+// Steps of k written out one after the other. float32 has twice as many, of nine times the instructions; from
+// registers it has to be all.
+template <class T, int kSteps, class A>
+inline constexpr int kUnrolled = sizeof(T) == 2 || A::kInRegisters ? kSteps : 2;
+
 // C += A B over `kSteps` steps of k; A and B are readers of tile/operands.cuh.
 template <class T, int kSteps, class A, class B, class C>
 __device__ __forceinline__ void multiply_add(C& c, const A& a, const B& b) {
-#pragma unroll
+#pragma unroll kUnrolled < T, kSteps, A>
   for (int k = 0; k < kSteps; ++k) {
     uint32_t af[C::kRowTiles][4];
 #pragma unroll

@@ -23,6 +23,7 @@ __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x %
 
 template <class Tile>
 struct RowsA {
+  static constexpr bool kInRegisters = false;
   LaneAddress<Tile> lane;
   __device__ __forceinline__ RowsA(uint32_t tile, int row)
       : lane(tile, row + (lane_id() & 15), lane_id() >> 4) {}
@@ -89,6 +90,7 @@ struct ColumnsB<SharedTile<float, kRows, kColumns>, kDistance, kPairs> {
 // A [columns, k] from `column` on.
 template <class Tile, int kDistance>
 struct ColumnsA {
+  static constexpr bool kInRegisters = false;
   LaneAddress<Tile> lane;
   __device__ __forceinline__ ColumnsA(uint32_t tile, int column)
       : lane(tile, (lane_id() & 7) + (lane_id() >> 4) * 8, column / 8 + (lane_id() >> 3 & 1)) {}
@@ -99,6 +101,7 @@ struct ColumnsA {
 
 template <int kRows, int kColumns, int kDistance>
 struct ColumnsA<SharedTile<float, kRows, kColumns>, kDistance> {
+  static constexpr bool kInRegisters = false;
   ColumnWords<SharedTile<float, kRows, kColumns>, true> words;
   __device__ __forceinline__ ColumnsA(uint32_t tile, int column) : words(tile, column) {}
   __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
@@ -111,6 +114,7 @@ struct ColumnsA<SharedTile<float, kRows, kColumns>, kDistance> {
 // A in an accumulator, rounded to T on the way: C's layout is A's.
 template <class T, class P>
 struct RegistersA {
+  static constexpr bool kInRegisters = true;
   const P& p;
   __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
     a[0] = ptx::pack<T>(p.x[m][2 * k][0], p.x[m][2 * k][1]);
@@ -122,6 +126,7 @@ struct RegistersA {
 
 template <class P>
 struct RegistersA<float, P> {
+  static constexpr bool kInRegisters = true;
   const P& p;
   __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
     a[0] = __float_as_uint(p.x[m][k][0]), a[1] = __float_as_uint(p.x[m][k][2]);

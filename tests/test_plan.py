@@ -1,0 +1,166 @@
+"""plan(): which row of the kernel table runs a call on a described GPU, its grid and its workspace. No GPU needed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_flash.operands import operand_bits
+from jax_flash.spec import AttentionSpec
+from jax_flash.workspace import workspace_bound
+
+core = pytest.importorskip("jax_flash._core")
+
+H100 = {"capability": 90, "sm_count": 132, "shared_memory": 232_448}
+A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
+RTX4090 = {"capability": 89, "sm_count": 128, "shared_memory": 101_376}
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+PASSES = ("forward", "backward", "bias_gradient")
+
+
+def plan(pass_: str = "forward", device: dict[str, int] = H100, **options: Any) -> dict[str, Any]:
+    defaults = {"dtype": "bfloat16", "batch": 2, "q_rows": 1000, "k_rows": 1500, "heads": 8, "kv_heads": 2}
+    return core.plan(pass_=pass_, **defaults | {"d": 64, "dv": 64} | device | options)
+
+
+def tile(chosen: dict[str, Any]) -> tuple[int, int]:
+    return chosen["row"]["block_m"], chosen["row"]["block_n"]
+
+
+@pytest.mark.parametrize(
+    ("head_dims", "row"),
+    [
+        ((64, 64), (64, 64)),
+        ((8, 8), (32, 32)),
+        ((64, 24), (64, 64)),
+        ((72, 128), (128, 128)),
+        ((24, 72), (96, 96)),
+        ((160, 112), (192, 128)),
+        ((160, 136), (192, 192)),
+        ((224, 8), (256, 256)),
+    ],
+)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_the_smallest_row_that_holds_both_head_dims_runs(pass_, head_dims, row):
+    d, dv = head_dims
+    chosen = plan(pass_, d=d, dv=dv)["row"]
+    assert (chosen["d"], chosen["dv"]) == row
+
+
+def test_less_shared_memory_means_smaller_tiles():
+    assert tile(plan(d=256, dv=256)) == (128, 64)
+    assert tile(plan(d=256, dv=256, device=RTX4090)) == (64, 64)
+    assert tile(plan("backward", d=256, dv=256, device=RTX4090)) == (32, 32)
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX4090])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_every_row_fits_every_card(pass_, head_dims, dtype, device):
+    d, dv = head_dims
+    if (pass_, dtype, device) == ("backward", "float32", RTX4090) and d + dv > 320:
+        with pytest.raises(RuntimeError, match=f"backward of float32 with d={d}.*101376 bytes.*xla"):
+            plan(pass_, dtype=dtype, d=d, dv=dv, device=device)
+        return
+    chosen = plan(pass_, dtype=dtype, d=d, dv=dv, device=device)
+    assert dtype in chosen["row"]["dtypes"]
+    assert chosen["shared"] <= device["shared_memory"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d": 60}, "head dims 60 and 64 on CUDA, which takes multiples of 8; pad them"),
+        (
+            {"d": 512},
+            "no CUDA kernel .*forward of bfloat16 with d=512, dv=64 on sm_90.*built: sm80 forward d=32.*xla",
+        ),
+        ({"capability": 75}, 'with d=64, dv=64 on sm_75.*implementation="xla" runs it'),
+        ({"shared_memory": 1000}, "1000 bytes of shared memory"),
+        (
+            {"batch": 2**20, "q_rows": 2**20, "heads": 4},
+            "tiles in one call, more than 2.*31.*split the batch",
+        ),
+    ],
+)
+def test_what_cannot_run_says_why_and_the_way_out(options, message):
+    with pytest.raises(RuntimeError, match=message):
+        plan(**options)
+
+
+def test_an_unknown_pass_or_dtype_is_named():
+    with pytest.raises(ValueError, match="upward is not one of forward, backward, bias_gradient"):
+        plan("upward")
+    with pytest.raises(ValueError, match="float64 is not one of"):
+        plan(dtype="float64")
+
+
+def test_a_block_per_tile_and_head():
+    forward = plan(q_rows=1000)
+    assert forward["queries"] == {"block": 128, "tiles": 8, "blocks": 8 * 8 * 2}
+    backward = plan("backward", k_rows=1500, leading=3)
+    block = backward["keys"]["block"]
+    assert backward["keys"]["blocks"] == math.ceil(1500 / block) * 2 * 2 * 3  # KV heads × batch × leading
+    assert backward["queries"]["blocks"] == 0
+
+
+def test_a_block_per_tile_of_the_bias():
+    chosen = plan("bias_gradient", bias=(1, 8, 1000, 1500), leading=2)
+    rows, columns = (math.ceil(n / block) for n, block in zip((1000, 1500), tile(chosen), strict=True))
+    assert chosen["queries"]["blocks"] == 2 * 8 * rows * columns
+    assert plan("bias_gradient", bias=(2, 1, 1, 1))["queries"]["blocks"] == 2
+
+
+def test_options_that_change_scores_take_the_general_kernel():
+    assert not plan()["general"]
+    assert not plan(operands=operand_bits(("q_lengths", "kv_lengths", "sinks")))["general"]
+    for name in ("mask", "bias", "alibi_slopes", "dropout", "q_segment_ids"):
+        assert plan(operands=operand_bits((name,)))["general"]
+    assert plan(softcap=3.0)["general"]
+    assert plan(scale=-1.0)["general"]
+
+
+def test_nothing_to_do_is_no_block():
+    assert plan(q_rows=0)["queries"]["blocks"] == 0
+    assert plan("backward", k_rows=0)["keys"]["blocks"] == 0
+    assert plan("bias_gradient", bias=(1, 1, 0, 5))["queries"]["blocks"] == 0
+
+
+def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulator():
+    fast, repeatable = plan("backward"), plan("backward", deterministic=True)
+    assert fast["workspace"] >= 4 * 2 * 1000 * 8 * 64
+    assert repeatable["workspace"] == 0
+    assert repeatable["queries"]["blocks"] > 0
+
+
+@pytest.mark.parametrize("pass_", PASSES[:2])
+@pytest.mark.parametrize("seed", range(30))
+def test_the_workspace_stays_within_its_bound(pass_, seed):
+    """plan.cc's bound is workspace.py's, and holds on every device."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+    packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), int(draw(1, 3))
+    b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
+    d, dv = draw(*HEAD_DIMS)
+    spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic)
+    rows = ((leading, sq), (leading, sk)) if packed else ((leading, b, sq), (leading, b, sk))
+    shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}
+    if packed:
+        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (1, b + 1))
+    bound = workspace_bound(pass_, spec, shapes)
+    for device in (H100, A100, RTX4090):
+        chosen = plan(
+            pass_, device, varlen=packed, deterministic=deterministic, leading=leading, batch=b,
+            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv,
+        )  # fmt: skip
+        assert chosen["workspace"] <= chosen["workspace_bound"] == bound
+
+
+def test_the_plan_in_words():
+    assert plan(d=128, dv=128)["text"].startswith(
+        "sm80 forward plain d=128 dv=128 tile 128x64, 128 blocks of queries"
+    )
