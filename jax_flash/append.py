@@ -59,7 +59,7 @@ def _slots(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, tuple[jax.A
     else:
         n, s = operands["key"].shape[:2]
         sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
-    capacity = tables.shape[1] * page_size
+    capacity = paging.table_capacity(tables, page_size)
     position = jnp.pad(jnp.clip(operands["kv_lengths"], 0, capacity), (0, 1))[sequence] + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)
@@ -70,7 +70,9 @@ def _slots(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, tuple[jax.A
 def _lengths_after(spec: AppendSpec, operands: Operands, valid: jax.Array) -> jax.Array:
     """Lengths grow by the tokens written."""
     tables = operands["block_tables"]
-    capacity = tables.shape[1] * paging.tokens_first(operands["k_pages"], spec.page_layout).shape[1]
+    capacity = paging.table_capacity(
+        tables, paging.tokens_first(operands["k_pages"], spec.page_layout).shape[1]
+    )
     before = jnp.clip(operands["kv_lengths"], 0, capacity)
     if "cu_seqlens" not in operands:
         return before + valid.sum(1, dtype=jnp.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     outside = (tables < 0) | (tables >= operands["key"].shape[0])
     before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 1), (1, 0)))  # [n + 1, pages + 1]
     sequence, row, nq = _query_rows(spec, operands)
-    nk = jnp.clip(operands["kv_lengths"], 0, tables.shape[1] * page_size)
+    nk = jnp.clip(operands["kv_lengths"], 0, table_capacity(tables, page_size))
     nk = jnp.pad(nk, (0, 1))[sequence]  # padded: tokens outside every sequence may be all there are
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
@@ -118,6 +119,12 @@ def _gather(pool: jax.Array, tables: jax.Array, layout: str) -> jax.Array:
 def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:
     """Negative entries would count from the end: they become an index past it."""
     return jnp.where(tables < 0, jnp.int32(pages), tables)
+
+
+def table_capacity(tables: jax.Array, page_size: int) -> Any:
+    """Keys that a row of the tables can hold, as far as an int32 counts (a symbolic size as it is)."""
+    keys = tables.shape[1] * page_size
+    return min(keys, 2**31 - 1) if isinstance(keys, int) else keys
 
 
 def tokens_first(pool: jax.Array, layout: str) -> jax.Array:

@@ -135,6 +135,18 @@ def test_what_passes_the_capacity_is_dropped_and_not_counted(implementation, len
     assert np.array_equal(after, np.minimum(before + 4, 20))
 
 
+def test_a_table_of_more_positions_than_an_int32_counts(kernel):
+    require(kernel)
+    pool = jnp.zeros((3, 4096, 1, 8), jnp.float32)
+    tables = jnp.full((1, 2**20), 99, jnp.int32).at[0, 1].set(2)
+    new = jnp.ones((1, 2, 1, 8), jnp.float32)
+    k_pages, _, after = append_kv(
+        pool, pool, new, new, tables, jnp.full(1, 5000, jnp.int32), implementation=kernel
+    )
+    assert after[0] == 5002
+    assert np.argwhere(np.asarray(k_pages[..., 0, 0])).tolist() == [[2, 5000 - 4096], [2, 5001 - 4096]]
+
+
 @pytest.mark.parametrize("page", [*GARBAGE, 17])
 @pytest.mark.parametrize("new", [6, (1, 7, 6)], ids=str)
 def test_what_goes_to_a_page_outside_the_pool_is_dropped_and_not_counted(implementation, page, new):
