@@ -15,7 +15,7 @@ class Guarded {
   Guarded(size_t bytes, bool at_end) : bytes_(bytes) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), inner = (bytes + page - 1) / page * page;
     length_ = inner + 2 * page;
-    void* base = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* base = mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED ||
         (inner && mprotect(static_cast<char*>(base) + page, inner, PROT_READ | PROT_WRITE))) {
       std::perror("mmap");
