@@ -55,16 +55,17 @@ struct KeyBlockState {
                           int32_t block_n) {
     work = find_work<Over::kKeys>(p, schedule, k_tiles, block_n);
     const TileWork& tile = work.tile;
-    const int32_t head = work.head, kv_head = p.kv_head(head), d = p.head_dim, dv = p.value_dim;
+    const int32_t head = work.head, kv_head = p.kv_head(head);
     band = work.band(p);
     const Interval rows = band.queries(tile.row, tile.used_keys());
     tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / block_m, (rows.hi - 1) / block_m + 1};
-    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, d};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row, dv};
-    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, d};
-    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, dv};
-    dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, d};
-    dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, dv};
+    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
+             p.value_dim};
+    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
+    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
+    dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
+    dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
   }
 };
 

@@ -41,15 +41,16 @@ struct QueryBlockState {
                           int32_t block_n) {
     work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
     const TileWork& tile = work.tile;
-    const int32_t head = work.head, kv_head = p.kv_head(head), d = p.head_dim, dv = p.value_dim;
+    const int32_t head = work.head, kv_head = p.kv_head(head);
     band = work.band(p);
     const Interval visible = band.rows(tile.row, tile.used_queries());
     tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
-    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, d};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row, dv};
-    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, d};
-    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, dv};
-    dquery = {p.dquery.as<T>() + work.offset(p, p.dquery, head, tile.q_begin), p.dquery.row, d};
+    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
+             p.value_dim};
+    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
+    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
+    dquery = {p.dquery.as<T>() + work.offset(p, p.dquery, head, tile.q_begin), p.dquery.row, p.head_dim};
   }
 };
 
