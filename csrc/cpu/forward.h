@@ -107,7 +107,7 @@ static void store_output(const Head& head, const RowTile& tile, const float* o, 
   }
 }
 
-// Below this many rows, packing K and V would cost more than the products.
+// Up to this many rows, packing K and V would cost more than the products.
 inline constexpr int32_t kFewRows = 2 * kBlockRows;
 
 // What a tile of queries has at hand while it walks its keys.
