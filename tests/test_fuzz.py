@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 HALF = [dtype for dtype in DTYPES if dtype != "float32"]
-EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", "40"))
 
 fuzz = settings(
     max_examples=EXAMPLES,
