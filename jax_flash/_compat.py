@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ def require_devices_during_lowering(primitive: Any) -> None:
 def same_dim(a: Any, b: Any) -> bool:
     """True when two dimensions, symbolic ones included, are certainly equal."""
     return bool(_core.definitely_equal(a, b))
+
+
+def full_dim(sizes: Iterable[Any]) -> Any:
+    """The size of a leading dimension that each operand has whole or as 1."""
+    return next((size for size in sizes if not same_dim(size, 1)), 1)
 
 
 def is_symbolic(dim: Any) -> bool:

@@ -62,16 +62,12 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     """Shapes of the results from those of the operands, by name."""
     dims = spec.dims
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
-    lead = tuple(_broadcast(shape[axis] for shape in shapes.values()) for axis in range(count))
+    lead = tuple(_compat.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
     ]
-
-
-def _broadcast(sizes: Any) -> Any:
-    return next((size for size in sizes if not _compat.same_dim(size, 1)), 1)
 
 
 def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:

@@ -33,7 +33,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     """
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])
-    leading = math.prod(_full(shape[axis] for shape in shapes.values()) for axis in range(count))
+    leading = math.prod(_compat.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     backward = pass_ == "backward"
     parts = []
     if spec.layout.endswith("varlen"):
@@ -55,8 +55,3 @@ def _schedule(rows: Any, sequences: Any) -> Any:
 
 def _aligned(size: Any) -> Any:
     return (size + (_ALIGNMENT - 1)) // _ALIGNMENT * _ALIGNMENT
-
-
-def _full(sizes: Any) -> Any:
-    """A leading dimension's size: each operand has it whole or 1."""
-    return next((size for size in sizes if not _compat.same_dim(size, 1)), 1)
