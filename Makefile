@@ -72,6 +72,11 @@ cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (nee
 bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
+.PHONY: wheels
+wheels:  ## the release's wheels into dist/: jax-flash, jax-flash-cuda12 and -cuda13 (needs nvcc 13; WHEELS=…)
+	PYTHON="$(PYTHON)" PYTHON312="$(PYTHON312)" tools/build_wheels.sh $(WHEELS)
+WHEELS ?= base cuda13 cuda12
+
 .PHONY: lint
 lint: $(INSTALLED)  ## ruff, clang-format and mypy, from pinned wheels
 	$(BIN)/ruff check $(PY_PATHS)
