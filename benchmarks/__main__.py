@@ -2,6 +2,7 @@
 
 python -m benchmarks                          # the platform's cases, every peer that is there
 python -m benchmarks --cases packed --peers xla,torch --repeats 9 --out out/bench
+python -m benchmarks --suite cpu              # the CPU kernels' bars, each beside what it is compared with
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="the median of this many is reported")
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one repeat")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--suite", choices=["cpu"], help="sections and bars of benchmarks/suite.py instead")
+    parser.add_argument("--sections", default="", help="of the suite, separated by commas; all by default")
     options = parser.parse_args(arguments)
+    if options.suite:
+        return run_suite(parser, options, arguments)
     platform = jax.default_backend()
     chosen = [c for c in (cases.GPU if platform == "gpu" else cases.CPU) if options.cases in c.name]
     if not chosen:
@@ -53,6 +58,18 @@ def main(arguments: list[str]) -> int:
     report.write(run, options.out)
     print(report.markdown(run))
     return 0
+
+
+def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import suite
+
+    chosen = options.sections.split(",") if options.sections else list(suite.SECTIONS)
+    unknown = [name for name in chosen if name not in suite.SECTIONS]
+    if unknown or jax.default_backend() != "cpu":
+        parser.error(
+            f"--sections: {unknown or 'the suite runs on cpu'}; there are {', '.join(suite.SECTIONS)}"
+        )
+    return suite.run(chosen, options.out, arguments)
 
 
 def device_rates(platform: str, dtypes: list[str], options: argparse.Namespace) -> dict[str, Any]:

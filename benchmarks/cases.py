@@ -34,11 +34,15 @@ def needs(case: Case) -> set[str]:
 def flop(case: Case, pass_: str) -> float:
     """Products of the visible pairs: q·k and p·v forward; backward s again, dp, and those of dq, dk, dv."""
     d, dv = case.d, case.dv
-    return 2.0 * (d + dv if pass_ == "forward" else 3 * d + 2 * dv) * case.hq * visible_pairs(case)
+    features = {"forward": d + dv, "backward": 3 * d + 2 * dv, "both": 4 * d + 3 * dv}[pass_]
+    return 2.0 * features * case.hq * visible_pairs(case)
 
 
 def visible_pairs(case: Case) -> int:
     """Pairs (query, key) in the band, of one head over the whole batch; masks and segments take none away."""
+    if case.kv_lengths is not None:
+        one = case.replace(b=1, kv_lengths=None)
+        return sum(visible_pairs(one.replace(sk=length)) for length in case.kv_lengths)
     if case.layout == "varlen":
         k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
         return sum(_band(case, sq, sk) for sq, sk in zip(case.q_sequences, k_sequences, strict=True))

@@ -24,7 +24,7 @@ def copies_for(arguments: Any, platform: str) -> int:
 
 
 def interleaved(
-    calls: dict[str, tuple[Call, Sequence[tuple[Any, ...]]]], repeats: int, seconds: float
+    calls: dict[str, tuple[Call, Sequence[tuple[Any, ...]]]], repeats: int, seconds: float, pause: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds per call of each, repeat by repeat.
 
@@ -33,6 +33,7 @@ def interleaved(
 
     Args:
       calls: name → (function, the argument tuples it goes through in turn).
+      pause: seconds of rest before a repeat, in which the threads of the call before it stop spinning.
     """
     counts, rotations = {}, {}
     for name, (call, arguments) in calls.items():
@@ -42,6 +43,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, _) in calls.items():
+            time.sleep(pause)
             times[name].append(_repeat(call, rotations[name], counts[name]))
     return times
 

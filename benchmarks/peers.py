@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -115,7 +116,8 @@ PEERS = {
 def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
     """The call of one pass, compiled, and the arguments that it goes through.
 
-    The backward call starts from the forward's own residuals, so that it is the gradient's cost alone.
+    The backward call starts from the forward's own residuals, so that it is the gradient's cost alone;
+    "both" is a training step's cost: out and the gradients of query, key and value.
     """
     attend = PEERS[name].attend(case)
     if name == "torch":
@@ -123,6 +125,13 @@ def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Atte
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
     if pass_ == "forward":
         return jax.jit(attend), arguments
+    if pass_ == "both":
+
+        def both(q: Any, k: Any, v: Any, arrays: Any, dout: Any) -> Any:
+            out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)
+            return out, pull(dout)
+
+        return jax.jit(both), [(*a, x.dout) for a, x in zip(arguments, inputs, strict=True)]
 
     @jax.jit
     def pull(q: Any, k: Any, v: Any, arrays: Any) -> Any:
@@ -144,11 +153,12 @@ def _others(inputs: Inputs) -> dict[str, Any]:
 
 
 def _torch_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
-    """PyTorch in this process, in its own layout [b, h, s, d]."""
+    """PyTorch in this process, in its own layout: [b, h, s, d], contiguous."""
     torch: Any = importlib.import_module("torch")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def tensor(x: jax.Array) -> Any:
-        return torch.utils.dlpack.from_dlpack(x).clone().transpose(1, 2).requires_grad_()
+        return torch.utils.dlpack.from_dlpack(x.swapaxes(1, 2)).clone().requires_grad_()
 
     def forward(q: Any, k: Any, v: Any) -> None:
         with torch.no_grad():
@@ -157,7 +167,12 @@ def _torch_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Atte
     def backward(out: Any, qkv: Any, dout: Any) -> None:
         torch.autograd.grad(out, qkv, dout, retain_graph=True)
 
+    def both(q: Any, k: Any, v: Any, dout: Any) -> None:
+        torch.autograd.grad(attend(q, k, v, {}), (q, k, v), dout)
+
     qkv = [tuple(map(tensor, _qkv(x))) for x in inputs]
     if pass_ == "forward":
         return forward, qkv
+    if pass_ == "both":
+        return both, [(*t, tensor(x.dout).detach()) for t, x in zip(qkv, inputs, strict=True)]
     return backward, [(attend(*t, {}), t, tensor(x.dout).detach()) for t, x in zip(qkv, inputs, strict=True)]

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+import jax_flash
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -29,7 +31,7 @@ PACKAGES = (
 def header(arguments: list[str]) -> dict[str, Any]:
     """What a reader needs to judge or repeat the run."""
     device = jax.devices()[0]
-    versions = {"python": platform.python_version(), "jax_flash": importlib.metadata.version("jax-flash")}
+    versions = {"python": platform.python_version(), "jax_flash": jax_flash.__version__}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
