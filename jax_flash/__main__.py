@@ -1,4 +1,7 @@
-"""`python -m jax_flash`: what is installed, built and found, and what runs on each device, or why not."""
+"""`python -m jax_flash`: what is installed, built and found, and what runs on each device, or why not.
+
+`python -m jax_flash plan` tells which CUDA kernel a call runs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import importlib.metadata
 import platform
 import sys
 
+from . import plan_command
 from ._version import __version__
 from .backends import ALL_PASSES, DTYPES, Backend, backends, cuda_major, why_not_on
 
@@ -19,7 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("cpu", "cuda"),
         help="exit with 1 unless this implementation is built and loads",
     )
-    required = parser.parse_args(arguments).require_built
+    commands = parser.add_subparsers(dest="command", metavar="{plan}")
+    plan_command.add_arguments(commands.add_parser("plan", description=plan_command.__doc__))
+    options = parser.parse_args(arguments)
+    if options.command == "plan":
+        return plan_command.run(options)
+    required = options.require_built
     found = backends()
     print("\n".join(report(found)))
     return int(any(b.implementation == required and b.problem is not None for b in found))

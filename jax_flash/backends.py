@@ -134,6 +134,11 @@ def cuda_library() -> CudaLibrary | None:
     return _load_cuda()[0]
 
 
+def extension() -> tuple[ModuleType | None, str | None]:
+    """`jax_flash._core`, or None and why there is none."""
+    return _load_core()
+
+
 def require_cpu(operation: str) -> None:
     """Raises NotImplementedError where the extension with the CPU kernels was not built."""
     _, problem = _load_core()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jax_flash.__main__ import main
 from jax_flash.operands import operand_bits
 from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
@@ -77,7 +78,7 @@ def test_every_row_fits_every_card(pass_, head_dims, dtype, device):
         ({"d": 60}, "head dims 60 and 64 on CUDA, which takes multiples of 8; pad them"),
         (
             {"d": 512},
-            "no CUDA kernel .*forward of bfloat16 with d=512, dv=64 on sm_90.*built: sm80 forward d=32.*xla",
+            "no CUDA kernel .*forward of bfloat16 with d=512.* on sm_90.*built: sm80 d=32, .*sm80 d=192 dv=128.*xla",
         ),
         ({"capability": 75}, 'with d=64, dv=64 on sm_75.*implementation="xla" runs it'),
         ({"shared_memory": 1000}, "1000 bytes of shared memory"),
@@ -164,3 +165,38 @@ def test_the_plan_in_words():
     assert plan(d=128, dv=128)["text"].startswith(
         "sm80 forward plain d=128 dv=128 tile 128x64, 128 blocks of queries"
     )
+
+
+COMMAND = ["plan", "--batch", "2", "--seqlen", "4096", "--heads", "16", "--head-dim", "128"]
+
+
+def test_the_command_prints_a_line_per_pass(capsys):
+    assert main([*COMMAND, "--gpu", "a100", "--bias", "--softcap", "30"]) == 0
+    gpu, *lines = capsys.readouterr().out.splitlines()
+    assert gpu == "NVIDIA A100: sm_80, 108 multiprocessors, 166912 bytes shared"
+    assert [line.split()[1:3] for line in lines] == [[name, "general"] for name in PASSES]
+    forward = plan(device=A100, batch=2, q_rows=4096, k_rows=4096, heads=16, kv_heads=16, d=128, dv=128)
+    assert f"tile {tile(forward)[0]}x{tile(forward)[1]}" in lines[0]
+    assert f"{forward['queries']['blocks']} blocks of queries" in lines[0]
+
+
+def test_the_command_says_why_nothing_runs_and_fails(capsys):
+    assert main([*COMMAND[:-1], "512", "--gpu", "h200"]) == 1
+    assert capsys.readouterr().out.count("no CUDA kernel was built") == 2
+
+
+def test_the_command_packs_sequences(capsys):
+    assert main([*COMMAND, "--varlen", "--deterministic", "--kv-heads", "4"]) == 0
+    text = capsys.readouterr().out
+    chosen = plan(
+        "backward",
+        varlen=True,
+        deterministic=True,
+        q_rows=4096,
+        k_rows=4096,
+        heads=16,
+        kv_heads=4,
+        d=128,
+        dv=128,
+    )
+    assert f"{chosen['workspace']} bytes workspace (of at most {chosen['workspace_bound']})" in text

@@ -57,16 +57,17 @@ bool is_general(const AttentionSpec& spec) {
   return spec.softcap > 0 || !(spec.scale > 0);
 }
 
+// Names the rows of this pass and dtype that were built, each with its head dims once.
 std::string no_kernel(Pass pass, const Shapes& shapes, const Device& device,
                       std::span<const KernelRow> built) {
-  std::string rows;
+  std::string rows, last;
   for (const KernelRow& row : built) {
-    rows += std::string(rows.empty() ? "" : ", ") + row.family + " " +
-            kPassNames[static_cast<int>(row.pass)] + " d=" + std::to_string(row.head_dim) +
-            " dv=" + std::to_string(row.value_dim);
-    for (int i = 0; i < 3; ++i) {
-      if (row.takes(static_cast<DType>(i))) rows += std::string(" ") + kDTypeNames[i];
-    }
+    if (row.pass != pass || !row.takes(shapes.dtype)) continue;
+    std::string name = std::string(row.family) + " d=" + std::to_string(row.head_dim);
+    if (row.value_dim != row.head_dim) name += " dv=" + std::to_string(row.value_dim);
+    if (name == last) continue;
+    rows += (rows.empty() ? "" : ", ") + name;
+    last = name;
   }
   return std::string("jax_flash: no CUDA kernel was built for the ") + kPassNames[static_cast<int>(pass)] +
          " of " + kDTypeNames[static_cast<int>(shapes.dtype)] + " with d=" + std::to_string(shapes.head_dim) +
