@@ -9,20 +9,37 @@
 
 namespace jax_flash {
 
-template <int kRows, int kStages, int kThreads, class First, class Second>
+// Where a ring's tiles come from: rows that lie side by side, those from `end` on read as zeros. The
+// references are to shared memory.
+template <class T>
+struct RowSource {
+  const GlobalRows<const T>&first, &second;
+  const int32_t& end;
+
+  template <class Tile, int kThreads>
+  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
+    load_tile<Tile, kThreads>(shared, first, n * Tile::kRows, end);
+  }
+  template <class Tile, int kThreads>
+  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) const {
+    load_tile<Tile, kThreads>(shared, second, n * Tile::kRows, end);
+  }
+  // Called by all threads before tiles [n, n + kStages) are loaded, and a barrier before tile n is.
+  __device__ __forceinline__ void start(int32_t) const {}
+  __device__ __forceinline__ void look_ahead(int32_t) const {}
+};
+
+template <int kStages, int kThreads, class First, class Second, class Source>
 class TileRing {
  public:
-  using T = typename First::Element;
   static constexpr int kBytes = kStages * (First::kBytes + Second::kBytes);
 
-  // `tiles` of kRows keys each; keys from `end` on read as zeros. The references are to shared memory.
-  __device__ __forceinline__ TileRing(uint32_t shared, const GlobalRows<const T>& first,
-                                      const GlobalRows<const T>& second, const Interval& tiles,
-                                      const int32_t& end)
-      : shared_(shared), first_(first), second_(second), tiles_(tiles), end_(end) {}
+  __device__ __forceinline__ TileRing(uint32_t shared, const Source& source, const Interval& tiles)
+      : shared_(shared), source_(source), tiles_(tiles) {}
 
   // Joins the first group: what the caller loaded before (Q) arrives with the first tile.
   __device__ __forceinline__ void start() {
+    source_.start(tiles_.lo);
     for (int i = 0; i < kStages; ++i) {
       fill_first(tiles_.lo + i);
       if (i + 1 < kStages) fill_second(tiles_.lo + i);
@@ -33,6 +50,7 @@ class TileRing {
   __device__ __forceinline__ uint32_t wait_first(int32_t n) {
     ptx::cp_async_wait<2 * (kStages - 1)>();
     __syncthreads();
+    source_.look_ahead(n + kStages);
     fill_second(n + kStages - 1);
     return first_place(n);
   }
@@ -54,18 +72,17 @@ class TileRing {
   }
 
   __device__ __forceinline__ void fill_first(int32_t n) {
-    if (n < tiles_.hi) load_tile<First, kThreads>(first_place(n), first_, n * kRows, end_);
+    if (n < tiles_.hi) source_.template load_first<First, kThreads>(first_place(n), n);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void fill_second(int32_t n) {
-    if (n < tiles_.hi) load_tile<Second, kThreads>(second_place(n), second_, n * kRows, end_);
+    if (n < tiles_.hi) source_.template load_second<Second, kThreads>(second_place(n), n);
     ptx::cp_async_commit();
   }
 
   uint32_t shared_;
-  const GlobalRows<const T>&first_, &second_;
+  Source source_;
   const Interval& tiles_;
-  const int32_t& end_;
 };
 
 }  // namespace jax_flash

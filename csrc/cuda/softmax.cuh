@@ -70,7 +70,7 @@ struct OnlineSoftmax {
     const float sum = row_sum(l[slot]);
     const float top = m[slot] * scale, sink_log2 = sink * kLog2e;
     const float largest = fmaxf(top, sink_log2);
-    if (largest == -INFINITY) return {0, -INFINITY};
+    if (largest == -INFINITY && sum == 0) return {0, -INFINITY};  // a NaN alone has no maximum
     const float alpha = ptx::exp2(top - largest);
     const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
     return {alpha / total, (largest + log2f(total)) * kLn2};

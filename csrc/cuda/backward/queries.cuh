@@ -25,7 +25,7 @@ struct BackwardQueriesSm80 {
   using S = Accumulator<1, kN / 8>;
   using DQ = Accumulator<1, HeadDim / 8>;
   // V comes first: dP is done with it when dQ still needs K.
-  using Ring = TileRing<kN, 1, kThreads, VTile, KTile>;
+  using Ring = TileRing<1, kThreads, VTile, KTile, RowSource<T>>;
   static constexpr int kSharedBytes = QTile::kBytes + DoTile::kBytes + Ring::kBytes;
 };
 
@@ -65,7 +65,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   const TileWork& tile = block.work.tile;
   const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16, row = tile.row + warp_row;
   const uint32_t q = ptx::shared_address(shared), d_out = q + QTile::kBytes;
-  typename C::Ring vk(d_out + DoTile::kBytes, block.value, block.key, block.tiles, tile.k_len);
+  typename C::Ring vk(d_out + DoTile::kBytes, {block.value, block.key, tile.k_len}, block.tiles);
   const GradientContext context{p, block.work, block.band, block.work.head};
   const RowStatistics<typename C::S> rows(p, block.work, block.work.head, row);
 

@@ -15,11 +15,57 @@
 
 namespace jax_flash {
 
+// What all threads of a block share. It lies in shared memory: their registers are full of S and O.
+template <class T>
+struct BlockState {
+  BlockWork work;
+  Band band;
+  Interval tiles;  // of keys, that any row of the query tile sees
+  Interval whole;  // keys that all its rows see
+  GlobalRows<const T> query;
+  GlobalRows<T> out;
+
+  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
+                          int32_t block_n) {
+    work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
+    const int32_t head = work.head;
+    const TileWork& tile = work.tile;
+    band = work.band(p);
+    const Interval visible = band.rows(tile.row, tile.used_queries());
+    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
+    whole = band.common(tile.row, tile.used_queries());
+    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
+    out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
+  }
+};
+
+// Keys that lie side by side.
+template <class T>
+struct DenseState : BlockState<T> {
+  using Source = RowSource<T>;
+  static constexpr bool kScaled = false;  // keys and values are stored as they are
+  GlobalRows<const T> key, value;
+
+  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
+                          int32_t block_n) {
+    BlockState<T>::prepare(p, schedule, q_tiles, block_m, block_n);
+    const BlockWork& work = this->work;
+    const int32_t kv_head = p.kv_head(work.head), first = work.tile.k_begin;
+    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, first), p.key.row, p.head_dim};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, first), p.value.row, p.value_dim};
+  }
+  __device__ __forceinline__ Source source() const { return {key, value, this->work.tile.k_len}; }
+};
+
+static_assert(sizeof(DenseState<float>) <= kBlockStateBytes);
+
 // A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose
-// scores need more registers, 16.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
+// scores need more registers, 16. State: what a block knows of its operands, DenseState or PagedState.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General,
+          class State_ = DenseState<T>>
 struct ForwardSm80 {
   using Element = T;
+  using State = State_;
   static constexpr bool kGeneral = General;
   static constexpr int kM = M, kN = N;
   static constexpr int kWarps = General ? M / 16 : Warps;
@@ -31,50 +77,21 @@ struct ForwardSm80 {
   using OTile = SharedTile<T, M, ValueDim>;
   using S = Accumulator<kWarpRows / 16, N / 8>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
-  using Ring = TileRing<N, Stages, kThreads, KTile, VTile>;
+  using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
   static constexpr int kSharedBytes = QTile::kBytes + Ring::kBytes;
   static_assert(kWarpRows % 16 == 0 && N % 16 == 0);
   // A warp stores its rows of O over its own rows of Q.
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
 };
 
-// What all threads of a block share. It lies in shared memory: their registers are full of S and O.
-template <class T>
-struct BlockState {
-  BlockWork work;
-  Band band;
-  Interval tiles;  // of keys, that any row of the query tile sees
-  Interval whole;  // keys that all its rows see
-  GlobalRows<const T> query, key, value;
-  GlobalRows<T> out;
-
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
-    const int32_t head = work.head, kv_head = p.kv_head(head);
-    const TileWork& tile = work.tile;
-    band = work.band(p);
-    const Interval visible = band.rows(tile.row, tile.used_queries());
-    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
-    whole = band.common(tile.row, tile.used_queries());
-    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
-    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
-             p.value_dim};
-    out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
-  }
-};
-
-static_assert(sizeof(BlockState<float>) <= kBlockStateBytes);
-
 template <class C>
-__device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<typename C::Element>& block,
+__device__ __forceinline__ void forward_tile(const Problem& p, const typename C::State& block,
                                              uint8_t* shared) {
   const TileWork& tile = block.work.tile;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
   const uint32_t q = ptx::shared_address(shared);
   const GeneralScore general(p, block.work, block.band, block.work.head);
-  typename C::Ring kv(q + C::QTile::kBytes, block.key, block.value, block.tiles, tile.k_len);
+  typename C::Ring kv(q + C::QTile::kBytes, block.source(), block.tiles);
 
   typename C::O o;
   o.clear();
@@ -89,6 +106,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<
     typename C::S s;
     mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_first(n));  // S = Q Kᵀ  [M, N]
     const uint32_t v = kv.wait_second(n);
+    if constexpr (C::State::kScaled) for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });
     if constexpr (C::kGeneral) general.apply(s, row, key);  // softcap, bias, alibi, masks
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row, key);
     softmax.update(s, o);  // P = 2^(S − m); O ← α O
@@ -96,14 +114,16 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const BlockState<
     mma_pv<typename C::VTile>(o, s, v);  // O ← O + P V   [M, dv]
   }
 
-  finish_rows(o, softmax, p, block.work, tile.row + warp_row, C::kGeneral ? dropout_scale(p.spec) : 1.0f);
+  float factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
+  if constexpr (C::State::kScaled) factor *= block.value_scale;
+  finish_rows(o, softmax, p, block.work, tile.row + warp_row, factor);
   store_rows<typename C::OTile>(o, shared, warp_row, block.out, tile.row + warp_row, tile.end);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
-  __shared__ BlockState<typename C::Element> block;
+  __shared__ typename C::State block;
   if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, ptx::dynamic_shared());
