@@ -1,6 +1,6 @@
-// Random calls of the CPU passes with every operand between guard pages: no access out of bounds, no
-// undefined behaviour, every result written, no NaN from rows that are not in use, the same bits for any
-// number of threads.
+// Random calls of the passes with every operand guarded: no access out of bounds, no undefined behaviour,
+// every result written, no NaN from rows that are not in use, the same bits for any number of threads and at
+// every run.
 //
 //   dense [count] [seed]
 #include "random_case.h"
@@ -23,14 +23,11 @@ class Case : RandomCase {
   }
 
   void run() {
-    check_pass("forward", {&p_.out, &p_.lse}, [&](const ThreadPool& pool) { cpu_forward(p_, pool); });
+    if (!check_pass("forward", Pass::kForward, {&p_.out, &p_.lse})) return;
     check_forward();
     take_forward_results();
-    check_pass("backward", {&p_.dquery, &p_.dkey, &p_.dvalue},
-               [&](const ThreadPool& pool) { cpu_backward(p_, pool); });
-    check_gradients();
-    if (p_.bias)
-      check_pass("bias_gradient", {&p_.dbias}, [&](const ThreadPool& pool) { cpu_bias_gradient(p_, pool); });
+    if (check_pass("backward", Pass::kBackward, {&p_.dquery, &p_.dkey, &p_.dvalue})) check_gradients();
+    if (p_.bias) check_pass("bias_gradient", Pass::kBiasGradient, {&p_.dbias});
   }
 
   std::string text() const {
@@ -55,7 +52,9 @@ class Case : RandomCase {
     p_.batch = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, p_.varlen() ? 5 : 2));
     p_.kv_heads = static_cast<int32_t>(integer(1, 2));
     p_.heads = p_.kv_heads * static_cast<int32_t>(integer(1, 3));
-    const auto width = [&] { return static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 70)); };
+    const auto width = [&] {
+      return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 70)));
+    };
     p_.head_dim = width();
     p_.value_dim = chance(0.5) ? p_.head_dim : width();
     const int64_t longest = p_.leading.rank == 0 && chance(0.2) ? 600 : 60;
@@ -81,6 +80,7 @@ class Case : RandomCase {
     add(Operand::kSinks, 0.2);
     add(Operand::kDropout, 0.25);
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
+    s.deterministic = chance(0.5);
     if (p_.varlen()) {
       s.operands |= 3;
     } else {
@@ -253,11 +253,10 @@ class Case : RandomCase {
     poison(p_.delta, true, p_.heads, 0, 4, DType::kF32);
   }
 
-  // Runs the pass alone and with helpers, on poisoned results.
-  void check_pass(const char* name, std::vector<View*> results,
-                  const std::function<void(const ThreadPool&)>& run) {
+  // Runs the pass twice, alone and with helpers, on poisoned results; false where nothing runs it.
+  bool check_pass(const char* name, Pass pass, std::vector<View*> results) {
     for (View* view : results) memory_of(view).poison();
-    run(ThreadPool{});
+    if (!backend::run(pass, p_, ThreadPool{})) return false;
     std::vector<std::string> first;
     for (View* view : results) {
       const Guarded& m = memory_of(view);
@@ -271,12 +270,13 @@ class Case : RandomCase {
       }
       m.poison();
     }
-    with_threads(run);
-    for (size_t i = 0; i < results.size(); ++i) {
+    with_threads([&](const ThreadPool& pool) { backend::run(pass, p_, pool); });
+    for (size_t i = 0; i < results.size() && backend::repeatable(p_.spec, pass); ++i) {
       const Guarded& m = memory_of(results[i]);
       if (std::memcmp(first[i].data(), m.data(), m.bytes()) != 0)
-        fail(std::string(name) + " depends on the threads");
+        fail(std::string(name) + " depends on the threads or on the run");
     }
+    return true;
   }
 
   void check_forward() {

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 
 // `bytes` of their own pages between two inaccessible ones, at the very end of them or at their very start.
 class Guarded {
@@ -24,9 +25,19 @@ class Guarded {
     base_ = static_cast<char*>(base);
     data_ = base_ + page + (at_end ? inner - bytes : 0);
     page_ = page;
+    live()[data_] = this;
   }
   Guarded(const Guarded&) = delete;
-  ~Guarded() { munmap(base_, length_); }
+  ~Guarded() {
+    live().erase(data_);
+    munmap(base_, length_);
+  }
+
+  // The one whose data begins there, or null.
+  static const Guarded* find(const void* data) {
+    const auto at = live().find(data);
+    return at == live().end() ? nullptr : at->second;
+  }
 
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
@@ -40,6 +51,11 @@ class Guarded {
   void poison() const { std::memset(data_, 0xFF, bytes_); }
 
  private:
+  static std::map<const void*, const Guarded*>& live() {
+    static std::map<const void*, const Guarded*> all;
+    return all;
+  }
+
   char *base_, *data_;
   size_t bytes_, length_, page_;
 };

@@ -6,6 +6,7 @@
 #include <map>
 #include <utility>
 
+#include "cpu/attention.h"
 #include "random_case.h"
 
 using namespace jax_flash;

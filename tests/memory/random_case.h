@@ -14,12 +14,13 @@
 #include <thread>
 #include <vector>
 
+#include "backend.h"
 #include "core/views.h"
-#include "cpu/attention.h"
 #include "guarded.h"
 #include "values.h"
 
-extern "C" void __sanitizer_set_death_callback(void (*callback)());
+// In the sanitizers' builds only.
+extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
 
 namespace jax_flash {
 
@@ -108,10 +109,12 @@ class RandomCase {
 // main of a driver: random calls [seed, seed + count) of a Case.
 template <class Case>
 int drive(int argc, char** argv, long usual_count) {
-  __sanitizer_set_death_callback([] { std::fprintf(stderr, "in call %s\n", current_call.c_str()); });
+  if (__sanitizer_set_death_callback) {
+    __sanitizer_set_death_callback([] { std::fprintf(stderr, "in call %s\n", current_call.c_str()); });
+  }
   const long count = argc > 1 ? std::atol(argv[1]) : usual_count, seed = argc > 2 ? std::atol(argv[2]) : 0;
   try {
-    std::printf("%s: seeds %ld to %ld\n", cpu_isa(), seed, seed + count - 1);
+    std::printf("%s: seeds %ld to %ld\n", backend::name().c_str(), seed, seed + count - 1);
   } catch (const std::exception& e) {
     std::printf("skipped: %s\n", e.what());
     return 0;
@@ -119,9 +122,18 @@ int drive(int argc, char** argv, long usual_count) {
   for (long i = seed; i < seed + count; ++i) {
     Case one(static_cast<uint64_t>(i));
     current_call = std::to_string(i) + " " + one.text();
-    one.run();
+    try {
+      one.run();
+    } catch (const std::exception& e) {
+      fail(e.what());
+    }
   }
-  std::printf("%ld calls: nothing out of bounds, everything written\n", count);
+  current_call = "all";
+  try {
+    std::printf("%ld calls: %s\n", count, backend::summary().c_str());
+  } catch (const std::exception& e) {
+    fail(e.what());
+  }
   return 0;
 }
 
