@@ -5,16 +5,20 @@ import os
 import checks
 import numpy as np
 import oracle
+import pytest
 from cases import DTYPES, Case, make_inputs, varlen
 from conftest import IMPLEMENTATION
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 HALF = [dtype for dtype in DTYPES if dtype != "float32"]
-EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", "40"))
+# JAX_FLASH_TEST_EXAMPLES asks for more, of each layout, random ones; in parts, so that workers share them.
+USUAL = 40
+EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", USUAL))
+in_parts = pytest.mark.parametrize("part", range(-(-EXAMPLES // USUAL)))
 
 fuzz = settings(
-    max_examples=EXAMPLES,
+    max_examples=min(EXAMPLES, USUAL),
     deadline=None,
     derandomize="JAX_FLASH_TEST_EXAMPLES" not in os.environ,
     database=None,
@@ -93,21 +97,24 @@ SINGLE = [
 ]  # float32: its limit is each number's own, so that few numbers will do
 
 
+@in_parts
 @fuzz
-@given(fixed_cases(SINGLE))
-def test_fixed(case):
+@given(case=fixed_cases(SINGLE))
+def test_fixed(part, case):
     checks.compare(case, IMPLEMENTATION)
 
 
+@in_parts
 @fuzz
-@given(varlen_cases(SINGLE))
-def test_varlen(case):
+@given(case=varlen_cases(SINGLE))
+def test_varlen(part, case):
     checks.compare(case, IMPLEMENTATION)
 
 
-@settings(fuzz, max_examples=EXAMPLES // 4)
-@given(st.one_of(fixed_cases(HALF), varlen_cases(HALF)))
-def test_forward_in_16_bit(case):
+@in_parts
+@settings(fuzz, max_examples=USUAL // 4)
+@given(case=st.one_of(fixed_cases(HALF), varlen_cases(HALF)))
+def test_forward_in_16_bit(part, case):
     checks.require(IMPLEMENTATION, dtype=case.dtype)
     (out, lse), (right, low) = forward(case), checks.references(case)
     oracle.assert_out(out, right.out, low.out, softcap=bool(case.softcap))
