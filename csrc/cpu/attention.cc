@@ -25,6 +25,9 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
 
 namespace {
 
@@ -34,6 +37,10 @@ const Kernels& choose_kernels() {
     bool usable;
   };
   const Candidate candidates[] = {
+#if defined(JF_HAS_AVX512_BF16)
+      {&avx512_bf16::kKernels,
+       __builtin_cpu_supports("x86-64-v4") != 0 && __builtin_cpu_supports("avx512bf16") != 0},
+#endif
 #if defined(JF_HAS_AVX512)
       {&avx512::kKernels, __builtin_cpu_supports("x86-64-v4") != 0},
 #endif
@@ -101,6 +108,19 @@ void run_rows(const Problem& p, const ThreadPool& pool, const RowGrid& grid, Row
   });
 }
 
+// A tile in parts, one after the other.
+void forward_in_parts(const Problem& p, const RowTile& tile) {
+  const int64_t size = kernels().part_floats(p, tile);
+  const Floats memory = aligned_floats(2 * size);
+  float *first = memory.get(), *other = first + size;
+  kernels().forward_part(p, tile, 0, first, scratch());
+  for (int32_t i = 1; i < tile.parts; ++i) {
+    kernels().forward_part(p, tile, i, other, scratch());
+    kernels().merge_parts(p, tile, first, other);
+  }
+  kernels().store_part(p, tile, first);
+}
+
 // The tiles whose parts are items of their own, and the memory of those parts.
 class SpreadTiles {
  public:
@@ -142,25 +162,57 @@ class SpreadTiles {
   Floats memory_;
 };
 
+// Tiles [begin, end) of the grid in order, side by side where they share a KV head. Those that were spread
+// are left out.
+void forward_range(const Problem& p, const Splits& splits, const SpreadTiles& spread, int64_t begin,
+                   int64_t end) {
+  RowTile run[kMaxRun];
+  int32_t count = 0;
+  const auto flush = [&] {
+    if (count > 0) kernels().forward(p, run, count, scratch());
+    count = 0;
+  };
+  for (int64_t index = begin; index < end; ++index) {
+    RowTile tile;
+    if (!splits.at(index, tile) || spread.has(index, splits, tile)) continue;
+    if (tile.parts > 1) {
+      forward_in_parts(p, tile);
+      continue;
+    }
+    const bool joins = count > 0 && count < kMaxRun && run[0].leading == tile.leading &&
+                       run[0].sequence.index == tile.sequence.index && run[0].head == tile.head;
+    if (!joins) flush();
+    run[count++] = tile;
+  }
+  flush();
+}
+
 // Longest first: the parts of tiles that were spread, then the other tiles whole, then what the parts sum up
-// to.
+// to. Contiguous ranges of tiles share packed keys; a few ranges for each thread even out their speeds.
 void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, const Splits& splits) {
+  constexpr int64_t kRanges = 4;
   const SpreadTiles spread(p, grid, splits);
   const auto parts = static_cast<int64_t>(spread.parts().size());
   const int64_t workers = workers_for(splits.cost() * (p.head_dim + p.value_dim));
-  parallel_for(pool, parts + grid.size(), workers, [&](int64_t item) {
-    RowTile tile;
+  const int64_t threads = std::min(pool.threads, workers);
+  const int64_t ranges = std::min(grid.size(), threads > 1 ? threads * kRanges : 1);
+  parallel_for(pool, parts + ranges, workers, [&](int64_t item) {
     if (item < parts) {
       const SpreadTiles::Part& part = spread.parts()[item];
       kernels().forward_part(p, spread.tiles()[part.tile], part.index, spread.memory(part), scratch());
-    } else if (splits.at(item - parts, tile) && !spread.has(item - parts, splits, tile)) {
-      kernels().forward(p, tile, scratch());
+    } else {
+      const int64_t range = item - parts;
+      forward_range(p, splits, spread, splits.cut(range, ranges), splits.cut(range + 1, ranges));
     }
   });
   parallel_for(pool, static_cast<int64_t>(spread.tiles().size()), workers, [&](int64_t index) {
-    const auto first = std::find_if(spread.parts().begin(), spread.parts().end(),
-                                    [&](const auto& part) { return part.tile == index; });
-    kernels().combine_parts(p, spread.tiles()[index], spread.memory(*first));
+    const RowTile& tile = spread.tiles()[index];
+    const auto part = std::find_if(spread.parts().begin(), spread.parts().end(),
+                                   [&](const auto& x) { return x.tile == index; });
+    for (int32_t i = 1; i < tile.parts; ++i) {
+      kernels().merge_parts(p, tile, spread.memory(part[0]), spread.memory(part[i]));
+    }
+    kernels().store_part(p, tile, spread.memory(*part));
   });
 }
 

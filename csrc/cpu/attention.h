@@ -16,8 +16,8 @@ void cpu_bias_gradient(const Problem& problem, const ThreadPool& pool);
 // Writes the new rows into the pools, wherever the tables send them; touches nothing outside the pools.
 void cpu_append(const AppendProblem& problem, const ThreadPool& pool);
 
-// The instruction set in use: "avx512", "avx2" or "baseline". JAX_FLASH_CPU_ISA forces one that the machine
-// has.
+// The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline". JAX_FLASH_CPU_ISA forces one
+// that the machine has.
 const char* cpu_isa();
 
 }  // namespace jax_flash

@@ -7,7 +7,9 @@
 
 namespace jax_flash::JF_ISA {
 
-JF_INLINE int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2; }
+JF_INLINE constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2;
+}
 
 // Denormals go through a subtraction of normal numbers: XLA's threads may flush denormal operands to zero.
 JF_INLINE Float widen_f16(UInt h) {
@@ -38,14 +40,46 @@ JF_INLINE UInt narrow_bf16(Float x) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits >> 16 | 0x40u : rounded;
 }
 
-template <DType dtype>
-JF_INLINE Float load_vector(const void* row, int32_t i) {
-  if constexpr (dtype == DType::kF32)
-    return *reinterpret_cast<const FloatUnaligned*>(static_cast<const float*>(row) + i);
-  const UInt h = __builtin_convertvector(
+JF_INLINE UInt load_halves(const void* row, int32_t i) {
+  return __builtin_convertvector(
       static_cast<Half>(*reinterpret_cast<const HalfUnaligned*>(static_cast<const uint16_t*>(row) + i)),
       UInt);
-  return dtype == DType::kF16 ? widen_f16(h) : widen_bf16(h);
+}
+
+// The conversion instructions heed no flags on the f16 side, so f16's denormals are kept.
+template <DType dtype>
+JF_INLINE Float load_vector(const void* row, int32_t i) {
+  if constexpr (dtype == DType::kF32) {
+    return *reinterpret_cast<const FloatUnaligned*>(static_cast<const float*>(row) + i);
+  } else if constexpr (dtype == DType::kF8E4M3) {
+    float x[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      x[lane] = float8_to_float(static_cast<const uint8_t*>(row)[i + lane]);
+    }
+    return *reinterpret_cast<const FloatUnaligned*>(x);
+  } else if constexpr (dtype == DType::kBF16) {
+    return widen_bf16(load_halves(row, i));
+  }
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(static_cast<const uint16_t*>(row) + i)));
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(static_cast<const uint16_t*>(row) + i)));
+#else
+  return widen_f16(load_halves(row, i));
+#endif
+}
+
+template <DType dtype>
+JF_INLINE Half narrow(Float x) {
+#if defined(__AVX512BF16__)
+  if constexpr (dtype == DType::kBF16) return (Half)_mm512_cvtneps_pbh((__m512)x);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (dtype == DType::kF16) return (Half)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__) && defined(__AVX2__)
+  if constexpr (dtype == DType::kF16) return (Half)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  return __builtin_convertvector(dtype == DType::kF16 ? narrow_f16(x) : narrow_bf16(x), Half);
 }
 
 template <DType dtype>
@@ -53,8 +87,7 @@ JF_INLINE void store_vector(void* row, int32_t i, Float x) {
   if constexpr (dtype == DType::kF32) {
     *reinterpret_cast<FloatUnaligned*>(static_cast<float*>(row) + i) = x;
   } else {
-    const UInt h = dtype == DType::kF16 ? narrow_f16(x) : narrow_bf16(x);
-    *reinterpret_cast<HalfUnaligned*>(static_cast<uint16_t*>(row) + i) = __builtin_convertvector(h, Half);
+    *reinterpret_cast<HalfUnaligned*>(static_cast<uint16_t*>(row) + i) = narrow<dtype>(x);
   }
 }
 

@@ -1,242 +1,216 @@
-// Forward of one tile of queries: online softmax over tiles of the visible keys, whole or in parts that are
+// Forward of tiles of queries: online softmax over tiles of the visible keys, whole or in parts that are
 // merged afterwards.
 #pragma once
 
-#include "../core/split.h"
-#include "head.h"
-#include "kernels.h"
+#include "few_rows.h"
+#include "softmax.h"
 
 namespace jax_flash::JF_ISA {
 
-// The softmax of a tile of rows: m the maximum of S, l = Σ exp(unit (S − m)), alpha the last rescale.
-struct SoftmaxState {
-  float m[kTileM], l[kTileM];
-  alignas(64) float alpha[kTileM];
+// A tile of keys, packed as the operands B of both products from column 0 on.
+struct PackedKeys {
+  KeyRange range;
+  Word *k, *v;
+
+  JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
 
-// The columns of tile [j0, j0 + n) that each block of rows uses, and whether any does. `heads` rows share a
-// position.
-JF_INLINE bool used_columns(const Band& band, int32_t i0, int32_t blocks, int32_t j0, int32_t n,
-                            Columns* used, int32_t heads = 1) {
-  bool any = false;
-  for (int32_t b = 0; b < blocks; ++b) {
-    const int32_t first = b * kBlockRows / heads, end = ((b + 1) * kBlockRows + heads - 1) / heads;
-    const Interval keys = intersect(band.rows(i0 + first, i0 + end), {j0, j0 + n});
-    used[b] = keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
-    any |= !keys.empty();
-  }
-  return any;
-}
-
-// The columns of tile [j0, j0 + n) that row i sees.
-JF_INLINE Columns visible_columns(const Band& band, int32_t i, int32_t j0, int32_t n) {
-  const Interval keys = intersect(band.row(i), {j0, j0 + n});
-  return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
-}
-
-// Final scores on whole vectors around `visible`, -inf at the edges that the row does not see.
-JF_INLINE void final_scores(const Head& head, Row row, int32_t j0, Columns visible, float* s, float* slopes) {
-  if (head.extra) head.finish_scores(row, j0, visible, s, slopes);
-  const Columns whole = vectors(visible);
-  for (int32_t c = whole.lo; c < visible.lo; ++c) s[c] = kNegInf;
-  for (int32_t c = visible.hi; c < whole.hi; ++c) s[c] = kNegInf;
-}
-
-JF_INLINE void clear(float* row, int32_t lo, int32_t hi) {
-  for (int32_t c = lo; c < hi; ++c) row[c] = 0.0f;
-}
-
-// S -> P in place for one row: m ← max(m, S), P = exp(unit (S − m)), l ← αl + ΣP. Zeros the rest of [used.lo,
-// used.hi).
-static void softmax_row(const Head& head, Row row, int32_t j0, int32_t n, Columns used, float* s,
-                        SoftmaxState& state, int32_t r) {
-  const Columns visible = visible_columns(head.band, row.position, j0, n), whole = vectors(visible);
-  state.alpha[r] = 1.0f;
-  if (visible.hi <= visible.lo) return clear(s, used.lo, used.hi);
-  clear(s, used.lo, whole.lo);
-  clear(s, whole.hi, used.hi);
-  final_scores(head, row, j0, visible, s, nullptr);
-
-  Float top = broadcast(kNegInf);
-  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) top = max(load(s + c), top);
-  const float highest = reduce_max(top), m = highest > state.m[r] ? highest : state.m[r];
-  const float zero = m == kNegInf ? 0.0f : m;  // all hidden so far: P = exp(−inf − 0) = 0
-  const float unit = head.unit * kLog2e;
-  Float sum{};
-  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    const Float p = exp2((load(s + c) - zero) * unit);
-    sum += p;
-    store(s + c, p);
-  }
-  const float alpha = exp2(broadcast((state.m[r] - zero) * unit))[0];
-  state.alpha[r] = alpha;
-  state.l[r] = state.l[r] * alpha + reduce_sum(sum);
-  state.m[r] = m;
-  if (head.drops) {
-    RowBuffer keep;
-    head.dropout_row(row, j0, visible, keep.value);
-    for (int32_t c = visible.lo; c < visible.hi; ++c) s[c] *= keep.value[c];
-  }
-}
-
-// out = O / l and lse = unit m + log l, the sink joining the sum; rows past the length are filled.
-static void store_output(const Head& head, const RowTile& tile, const float* o, const SoftmaxState& state) {
-  const Problem& p = head.problem;
-  const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, head.head);
-  float* lse = head.row_statistic(p.lse);
-  for (int32_t r = 0; r < tile.rows(); ++r) {
-    const Row row{tile.position(r), tile.head_of(r)};
-    const int32_t h = row.head - head.head;
-    float factor = 0.0f, statistic = kNegInf;
-    if (row.position < head.band.q_len) {
-      float m = state.m[r] * head.unit, l = state.l[r], alpha = 1.0f;
-      if (p.sinks) {
-        const SplitMerge merged = merge_splits(m, head.at(p.sinks, row.head * p.sinks.head), 1.0f);
-        alpha = merged.first;
-        l = l * alpha + merged.second;
-        m = merged.m;
-      }
-      if (l != 0.0f) {
-        factor = alpha / l;
-        statistic = m + logf(l);
-      }
-    }
-    char* to = out.at(row.position) + h * p.out.head * size_of(out.dtype);
-    store_row(out.dtype, to, out.width, o + r * padded(p.value_dim), factor);
-    lse[h * p.lse.head + row.position * p.lse.row] = statistic;
-  }
-}
-
-// Up to this many rows, packing K and V would cost more than the products.
-inline constexpr int32_t kFewRows = 2 * kBlockRows;
-
-// What a tile of queries has at hand while it walks its keys.
-struct ForwardTile {
-  Head head;
-  const RowTile& tile;
-  int32_t rows, count, blocks;                // count: rows rounded up to whole blocks
-  float *q, *s, *keys, *panels, *o, *o_part;  // o, o_part: [count, padded(dv)]
-
-  ForwardTile(const Problem& p, const RowTile& t, float* memory)
-      : head(p, t.leading, t.sequence, t.head), tile(t), rows(t.rows()) {
-    count = round_up(rows, kBlockRows);
-    blocks = count / kBlockRows;
-    const int32_t ld = padded(p.head_dim), ldv = padded(p.value_dim), widest = ld > ldv ? ld : ldv;
-    Scratch scratch{memory};
-    q = scratch.take(kTileM * ld);
-    s = scratch.take(kTileM * kTileN);
-    o = scratch.take(kTileM * ldv);
-    o_part = scratch.take(kTileM * ldv);
-    keys = scratch.take(kTileN * widest);
-    panels = scratch.take(kTileN * widest);
-
-    const char* at[kTileM] = {};
-    const int64_t head_bytes = p.query.head * size_of(p.dtype);
-    for (int32_t r = 0; r < rows; ++r) {
-      const int32_t i = t.position(r);
-      if (i < head.band.q_len) at[r] = head.query.at(i) + (t.head_of(r) - t.head) * head_bytes;
-    }
-    gather_rows(at, rows, count, head.query, head.query_sign, q);
-  }
-
-  Interval visible() const { return head.band.rows(tile.begin, tile.end); }
+// A tile of queries while it walks its keys. O is [count, padded(dv)], not yet divided by l.
+struct QueryRows {
+  const RowTile* tile;
+  int32_t rows, blocks;
+  Word* q;
+  float* o;
+  Softmax* state;
 };
 
-// The softmax state and unnormalised O [count, padded(dv)] of the tile over some of its keys.
-static void attend(const ForwardTile& t, Interval keys, SoftmaxState& state, float* o) {
-  const Problem& p = t.head.problem;
-  const int32_t d = p.head_dim, dv = p.value_dim;
-  const bool few = t.rows <= kFewRows;
-  for (int32_t r = 0; r < t.count; ++r) state.m[r] = kNegInf, state.l[r] = 0.0f, state.alpha[r] = 1.0f;
-  fill(o, t.count * padded(dv), 0.0f);
-  for (int32_t j0 = keys.lo; j0 < keys.hi; j0 += kTileN) {
-    const int32_t n = min(keys.hi - j0, kTileN);
-    Columns used[kMaxBlocks];
-    if (!used_columns(t.head.band, t.tile.begin, t.blocks, j0, n, used, t.tile.heads)) continue;
-    load_rows(t.head.key, j0, j0 + n, round_up(n, kLanes), 1.0f, t.keys);
-    if (few) {
-      multiply_few(t.q, t.rows, t.keys, n, d, t.s);  // S = Q Kᵀ
-    } else {
-      pack_transposed(t.keys, n, d, t.panels);
-      multiply_scores(t.q, t.panels, d, used, t.blocks, n, t.s);
-    }
-    for (int32_t r = 0; r < t.count; ++r) {
-      const Columns block = used[r / kBlockRows];
-      float* s = t.s + r * kTileN;
-      if (r < t.rows && block.lo < block.hi) {
-        softmax_row(t.head, {t.tile.position(r), t.tile.head_of(r)}, j0, n, block, s, state, r);
+// Room for a score row: not a power of two, so that the rows of a block lie in different cache sets.
+inline constexpr int32_t kScoreRow = kForwardKeys + kLanes;
+
+// S = Q Kᵀ of the used panels; the open ones leave their maximum.
+template <class E>
+static void multiply_scores(const QueryRows& t, const PackedKeys& keys, int32_t d,
+                            const BlockColumns* columns, float* s, Float* top) {
+  const int32_t ld = row_words<E>(d), depth = depth_words<E>(d);
+  for (int32_t j = 0; j < keys.size(); j += kPanel) {
+    for (int32_t i = 0; i < t.blocks; ++i) {
+      const BlockColumns& c = columns[i];
+      if (j + kPanel <= c.used.lo || j >= c.used.hi) continue;
+      const Word *a = t.q + i * kBlockRows * ld, *b = keys.k + int64_t{j} * ld;
+      float* to = s + i * kBlockRows * kScoreRow + j;
+      if (c.open.lo <= j && j < c.open.hi) {
+        multiply_words<E, Start::kZero, false, true>(a, ld, b, depth, to, kScoreRow,
+                                                     {.top = top + i * kBlockRows});
       } else {
-        clear(s, block.lo, block.hi);
+        multiply_words<E, Start::kZero>(a, ld, b, depth, to, kScoreRow, {});
       }
     }
-    load_rows(t.head.value, j0, j0 + n, n, 1.0f, t.keys);
-    if (few) {
-      multiply_values<Start::kRescale, false>(t.s, t.keys, n, dv, used, t.blocks, o,
-                                              state.alpha);  // O ← αO + P V
-    } else {
-      pack_columns(t.keys, n, dv, t.panels);
-      multiply_values<Start::kRescale>(t.s, t.panels, n, dv, used, t.blocks, o, state.alpha);
+  }
+}
+
+// O ← αO + P V over the used columns.
+template <class E>
+static void multiply_values(const QueryRows& t, const PackedKeys& keys, int32_t dv,
+                            const BlockColumns* columns, const float* s) {
+  const int32_t ld = padded(dv), depth = depth_words<E>(keys.size());
+  for (int32_t j = 0; j < ld; j += kPanel) {
+    for (int32_t i = 0; i < t.blocks; ++i) {
+      const Columns used = columns[i].used;
+      if (used.empty()) continue;
+      const int32_t k = used.lo / E::kPair;
+      const Word* p = reinterpret_cast<const Word*>(s + i * kBlockRows * kScoreRow) + k;
+      multiply_words<E, Start::kRescale>(p, kScoreRow, keys.v + (int64_t{j} * depth + k * kPanel),
+                                         depth_words<E>(used.hi) - k, t.o + i * kBlockRows * ld + j, ld,
+                                         {.alpha = t.state->alpha + i * kBlockRows});
     }
   }
 }
 
-// (state, o) ← its union with another part's. Not inlined: parts give the same bits whoever merges them.
-static __attribute__((noinline)) void merge_part(int32_t rows, int32_t width, float unit, SoftmaxState& state,
-                                                 float* o, const SoftmaxState& other, const float* o_other) {
-  const int32_t ld = padded(width);
-  for (int32_t r = 0; r < rows; ++r, o += ld, o_other += ld) {
-    const SplitMerge merged = merge_splits(state.m[r], other.m[r], unit);
-    state.l[r] = state.l[r] * merged.first + other.l[r] * merged.second;
-    state.m[r] = merged.m;
-    for (int32_t c = 0; c < ld; c += kLanes) {
-      store(o + c, load(o + c) * merged.first + load(o_other + c) * merged.second);
+// The tile's rows meet one tile of keys.
+template <class E>
+static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& keys, float* s) {
+  const Problem& p = head.problem;
+  BlockColumns columns[kMaxBlocks];
+  if (!block_columns(head.band, t.tile->begin, t.blocks, t.tile->heads, keys.range, columns)) return;
+  Float top[kTileM];
+  for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) top[r] = broadcast(kNegInf);
+  multiply_scores<E>(t, keys, p.head_dim, columns, s, top);
+  for (int32_t r = 0; r < t.rows; ++r) {
+    const BlockColumns& block = columns[r / kBlockRows];
+    if (block.used.empty()) continue;
+    softmax_row<E>(head, {t.tile->position(r), t.tile->head_of(r)}, keys.range, block, s + r * kScoreRow,
+                   top[r], *t.state, r);
+  }
+  multiply_values<E>(t, keys, p.value_dim, columns, s);
+}
+
+// Walks tiles of queries of one KV head together over the keys, so that every tile of keys is packed once for
+// all of them.
+template <class E>
+class ForwardRun {
+ public:
+  ForwardRun(const Problem& p, const RowTile* tiles, int32_t count, float* memory)
+      : problem_(p), head_(p, tiles[0].leading, tiles[0].sequence, tiles[0].head), count_(count) {
+    const RowTile &first = tiles[0], &last = tiles[count - 1];
+    visible_ = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
+    Scratch scratch{memory};
+    keys_.k = words(scratch, kForwardKeys, p.head_dim);
+    keys_.v = words(scratch, kForwardKeys, p.value_dim);
+    s_ = scratch.take(kTileM * kScoreRow);
+    for (int32_t i = 0; i < count; ++i) {
+      tiles_[i].tile = tiles + i;
+      tiles_[i].rows = tiles[i].rows();
+      tiles_[i].blocks = round_up(tiles_[i].rows, kBlockRows) / kBlockRows;
+      tiles_[i].q = words(scratch, kTileM, p.head_dim);
+      tiles_[i].o = scratch.take(kTileM * padded(p.value_dim));
+      tiles_[i].state = reinterpret_cast<Softmax*>(scratch.take(sizeof(Softmax) / sizeof(float)));
+      const char* at[kTileM] = {};
+      query_addresses(head_, tiles[i], at);
+      pack_rows<E>(at, tiles_[i].rows, tiles_[i].blocks * kBlockRows, head_.query, head_.query_sign,
+                   tiles_[i].q);
     }
   }
-}
 
-static void forward(const Problem& p, const RowTile& tile, float* memory) {
-  const ForwardTile t(p, tile, memory);
-  const Interval keys = t.visible();
-  SoftmaxState state, other;
-  attend(t, split_part(keys, 0, tile.parts), state, t.o);
-  for (int32_t part = 1; part < tile.parts; ++part) {
-    attend(t, split_part(keys, part, tile.parts), other, t.o_part);
-    merge_part(t.rows, p.value_dim, t.head.unit, state, t.o, other, t.o_part);
+  // The softmax states and O of all tiles over keys [keys.lo, keys.hi).
+  void attend(Interval keys) {
+    for (int32_t i = 0; i < count_; ++i) {
+      tiles_[i].state->reset();
+      fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
+    }
+    // Tiles of keys begin at fixed positions, whatever tiles of queries meet them together.
+    for (int32_t j0 = round_down(keys.lo, kForwardKeys); j0 < keys.hi; j0 += kForwardKeys) {
+      pack(intersect(keys, {j0, j0 + kForwardKeys}));
+      for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
+    }
   }
-  store_output(t.head, tile, t.o, state);
+
+  Interval visible() const { return visible_; }
+
+  const Head& head() const { return head_; }
+  float* o(int32_t i = 0) { return tiles_[i].o; }
+  Softmax& state(int32_t i = 0) { return *tiles_[i].state; }
+
+ private:
+  static Word* words(Scratch& scratch, int32_t rows, int32_t width) {
+    return reinterpret_cast<Word*>(scratch.take(int64_t{rows} * row_words<E>(width)));
+  }
+
+  void pack(Interval keys) {
+    keys_.range = {keys, round_down(keys.lo, kPanel)};
+    const int32_t begin = keys_.range.begin, n = keys_.size();
+    const char* at[kForwardKeys];
+    head_.key.find(begin, n, at);
+    pack_transposed<E>(at, n, head_.key, keys_.k);
+    head_.value.find(begin, n, at);
+    pack_columns<E>(at, n, head_.value, keys_.v);
+  }
+
+  const Problem& problem_;
+  Head head_;
+  int32_t count_;
+  Interval visible_;  // the keys of all tiles
+  PackedKeys keys_;
+  float* s_;
+  QueryRows tiles_[kMaxRun];
+};
+
+// out and lse of `count` tiles of one KV head, whose keys are not cut into parts.
+template <class Walk>
+static void forward_whole(const Problem& p, const RowTile* tiles, int32_t count, float* memory) {
+  Walk walk(p, tiles, count, memory);
+  walk.attend(walk.visible());
+  for (int32_t i = 0; i < count; ++i) {
+    alignas(64) float l[kTileM];
+    Softmax& state = walk.state(i);
+    for (int32_t r = 0; r < tiles[i].rows(); ++r) l[r] = reduce_sum(state.l[r]);
+    store_output(walk.head(), tiles[i], {walk.o(i), state.m, l});
+  }
 }
 
-// A part in memory: O [count, padded(dv)], then m and l [count].
+template <class Walk>
+static void forward_part_of(const Problem& p, const RowTile& tile, int32_t part, float* to, float* memory) {
+  Walk walk(p, &tile, 1, memory);
+  walk.attend(split_part(walk.visible(), part, tile.parts));
+  PartialOutput::at(to, tile.rows(), p.value_dim).assign(tile.rows(), p.value_dim, walk.o(), walk.state());
+}
+
+template <class Walk>
+struct Walks {};
+
+// The only tile of its head, and a small one.
+JF_INLINE bool has_few_rows(const RowTile& tile) { return tile.begin == 0 && tile.rows() <= kFewRows; }
+
+// Calls use(Walks<Walk>()) with what suits the tile's rows and dtype.
+template <class Use>
+JF_INLINE void with_walk([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
+  if (has_few_rows(tile)) return use(Walks<FewRows>());
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::kBF16 && p.kv_dtype == DType::kBF16) return use(Walks<ForwardRun<BF16>>());
+#endif
+  use(Walks<ForwardRun<F32>>());
+}
+
+static void forward(const Problem& p, const RowTile* tiles, int32_t count, float* memory) {
+  with_walk(p, tiles[0], [&]<class Walk>(Walks<Walk>) { forward_whole<Walk>(p, tiles, count, memory); });
+}
+
 static int64_t part_floats(const Problem& p, const RowTile& tile) {
-  return int64_t{round_up(tile.rows(), kBlockRows)} * (padded(p.value_dim) + kPanel);
+  return (PartialOutput::floats(tile.rows(), p.value_dim) + kLanes - 1) / kLanes * kLanes;
 }
 
 static void forward_part(const Problem& p, const RowTile& tile, int32_t part, float* to, float* memory) {
-  const ForwardTile t(p, tile, memory);
-  SoftmaxState state;
-  attend(t, split_part(t.visible(), part, tile.parts), state, to);
-  float* statistics = to + t.count * padded(p.value_dim);
-  for (int32_t r = 0; r < t.count; ++r) {
-    statistics[r] = state.m[r];
-    statistics[t.count + r] = state.l[r];
-  }
+  with_walk(p, tile, [&]<class Walk>(Walks<Walk>) { forward_part_of<Walk>(p, tile, part, to, memory); });
 }
 
-static void combine_parts(const Problem& p, const RowTile& tile, float* parts) {
-  const Head head(p, tile.leading, tile.sequence, tile.head);
-  const int32_t count = round_up(tile.rows(), kBlockRows);
-  SoftmaxState state, other;
-  const auto read = [&](const float* part, SoftmaxState& to) {
-    const float* statistics = part + count * padded(p.value_dim);
-    for (int32_t r = 0; r < count; ++r) to.m[r] = statistics[r], to.l[r] = statistics[count + r];
-  };
-  read(parts, state);
-  for (int32_t part = 1; part < tile.parts; ++part) {
-    const float* next = parts + part * part_floats(p, tile);
-    read(next, other);
-    merge_part(tile.rows(), p.value_dim, head.unit, state, parts, other, next);
-  }
-  store_output(head, tile, parts, state);
+// first ← its union with another part's.
+static void merge_parts(const Problem& p, const RowTile& tile, float* first, float* other) {
+  const int32_t rows = tile.rows(), dv = p.value_dim;
+  merge_part(rows, dv, PartialOutput::at(first, rows, dv), PartialOutput::at(other, rows, dv));
+}
+
+static void store_part(const Problem& p, const RowTile& tile, float* part) {
+  store_output(Head(p, tile.leading, tile.sequence, tile.head), tile,
+               PartialOutput::at(part, tile.rows(), p.value_dim));
 }
 
 }  // namespace jax_flash::JF_ISA

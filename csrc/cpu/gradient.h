@@ -1,10 +1,37 @@
 // P and dS of one tile, recomputed from lse: what every backward kernel starts from.
 #pragma once
 
-#include "forward.h"
 #include "head.h"
+#include "matmul.h"
+#include "softmax.h"
 
 namespace jax_flash::JF_ISA {
+
+// The columns of tile [j0, j0 + n) that each block of rows uses, and whether any does. `heads` rows share a
+// position.
+JF_INLINE bool used_columns(const Band& band, int32_t i0, int32_t blocks, int32_t j0, int32_t n,
+                            Columns* used, int32_t heads = 1) {
+  bool any = false;
+  for (int32_t b = 0; b < blocks; ++b) {
+    const int32_t first = b * kBlockRows / heads, end = ((b + 1) * kBlockRows + heads - 1) / heads;
+    const Interval keys = intersect(band.rows(i0 + first, i0 + end), {j0, j0 + n});
+    used[b] = keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
+    any |= !keys.empty();
+  }
+  return any;
+}
+
+// Final scores on whole vectors around `visible`, -inf at the edges that the row does not see.
+JF_INLINE void final_scores(const Head& head, Row row, int32_t j0, Columns visible, float* s, float* slopes) {
+  if (head.extra) head.finish_scores(row, j0, visible, s, slopes);
+  const Columns whole = vectors(visible);
+  for (int32_t c = whole.lo; c < visible.lo; ++c) s[c] = kNegInf;
+  for (int32_t c = visible.hi; c < whole.hi; ++c) s[c] = kNegInf;
+}
+
+JF_INLINE void clear(float* row, int32_t lo, int32_t hi) {
+  for (int32_t c = lo; c < hi; ++c) row[c] = 0.0f;
+}
 
 // A tile of queries as the backward needs it.
 struct QueryTile {
@@ -40,7 +67,7 @@ JF_INLINE void load_queries(const Head& head, int32_t begin, int32_t end, QueryT
 // Zeros the rest of [used.lo, used.hi) in both.
 static void gradient_row(const Head& head, int32_t i, int32_t j0, int32_t n, Columns used, float lse,
                          float delta, bool through_softcap, float* s, float* dp) {
-  const Columns visible = visible_columns(head.band, i, j0, n);
+  const Columns visible = visible_columns(head.band, i, {j0, j0 + n}, j0);
   Columns whole = vectors(visible);
   if (visible.hi <= visible.lo) whole = {used.hi, used.hi};
   clear(s, used.lo, whole.lo);

@@ -9,7 +9,7 @@
 #include "../core/problem.h"
 #include "../core/score.h"
 #include "convert.h"
-#include "matmul.h"
+#include "product.h"
 
 namespace jax_flash::JF_ISA {
 
@@ -94,7 +94,7 @@ struct Head {
 
 // Row scratch: one value per column of a tile, plus what whole vectors and Philox blocks may overrun.
 struct alignas(64) RowBuffer {
-  float value[kTileN + 2 * kLanes];
+  float value[kForwardKeys + 2 * kLanes];
 };
 
 JF_INLINE Columns vectors(Columns c) { return {round_down(c.lo, kLanes), round_up(c.hi, kLanes)}; }
@@ -162,7 +162,7 @@ inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep)
   const uint32_t first = static_cast<uint32_t>(j0 + visible.lo) + dropout.column;
   const uint32_t skip = first % kDropoutBlock, n = visible.hi - visible.lo;
   const uint32_t blocks = (skip + n + kDropoutBlock - 1) / kDropoutBlock;
-  uint32_t words[kTileN / 2 + 8];  // 4 of each Philox block
+  uint32_t words[kForwardKeys / 2 + 8];  // 4 of each Philox block
   for (uint32_t b = 0; b < blocks; ++b) {
     const PhiloxBlock numbers =
         dropout.block(sequence.index, row.head, row.position, first / kDropoutBlock + b);

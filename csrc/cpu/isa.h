@@ -7,6 +7,9 @@
 
 #include <cstdint>
 #include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include "../core/spec.h"
 
@@ -33,10 +36,16 @@ inline constexpr int kTileM = 96;
 inline constexpr int kTileN = kBlockRows == 8 ? 256 : 240;
 static_assert(kTileM % kBlockRows == 0 && kTileN % kBlockRows == 0 && kTileN % kPanel == 0);
 
+// Keys of forward's tiles.
+inline constexpr int kForwardKeys = 512;
+static_assert(kForwardKeys % kPanel == 0 && kForwardKeys >= kTileN);
+
 typedef float Float __attribute__((vector_size(kLanes * 4), may_alias));
-typedef uint32_t UInt __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UInt __attribute__((vector_size(kLanes * 4), may_alias));
+typedef int32_t Int __attribute__((vector_size(kLanes * 4), may_alias));
 typedef uint16_t Half __attribute__((vector_size(kLanes * 2), may_alias));
 typedef Float FloatUnaligned __attribute__((aligned(4)));
+typedef UInt UIntUnaligned __attribute__((aligned(2)));
 typedef Half HalfUnaligned __attribute__((aligned(2)));
 
 inline constexpr float kNegInf = -__builtin_inff();
@@ -51,6 +60,12 @@ JF_INLINE int32_t round_up(int32_t x, int32_t to) { return (x + to - 1) / to * t
 JF_INLINE int32_t round_down(int32_t x, int32_t to) { return x / to * to; }
 
 using LaneIndices = std::make_integer_sequence<int, kLanes>;
+
+template <int... lane>
+JF_INLINE Int lane_numbers(std::integer_sequence<int, lane...>) {
+  return Int{lane...};
+}
+JF_INLINE Int lane_indices() { return lane_numbers(LaneIndices()); }
 
 template <int kStep, int... lane>
 JF_INLINE Float exchange_lanes(Float x, std::integer_sequence<int, lane...>) {
@@ -96,6 +111,37 @@ JF_INLINE Exp2Parts exp2_parts(Float x) {
 JF_INLINE Float exp2(Float x) {
   const Exp2Parts e = exp2_parts(x);
   return e.power * e.fraction + e.power;
+}
+
+// 2^x for x < 128 by a minimax polynomial of 2^f, |f| <= 1/2: relative error 2.6e-6 (degree 4) or 7.5e-8
+// (degree 5). Below -127 it is 0; NaN stays NaN.
+template <int kDegree>
+JF_INLINE Float exp2_polynomial(Float f) {
+  if constexpr (kDegree == 4) {
+    Float p = f * 9.570101276e-3f + 5.591785908e-2f;
+    p = p * f + 2.4024744e-1f;
+    p = p * f + 6.931217909e-1f;
+    return p * f + 0.99999928474f;
+  }
+  Float p = f * 1.327647129e-3f + 9.675540961e-3f;
+  p = p * f + 5.550713092e-2f;
+  p = p * f + 2.402212024e-1f;
+  p = p * f + 6.931469440e-1f;
+  return p * f + 1.0000001192f;
+}
+
+template <int kDegree>
+JF_INLINE Float exp2_short(Float x) {
+#if defined(__AVX512DQ__)
+  const __m512 all = (__m512)x, f = _mm512_reduce_ps(all, 0x08);  // x - round(x)
+  return (Float)_mm512_scalef_ps((__m512)exp2_polynomial<kDegree>((Float)f), _mm512_sub_ps(all, f));
+#else
+  constexpr float kRound = 12582912.0f + 127.0f;  // the low bits of the sum: round(x) + 127
+  const Float clamped = x < -127.0f ? broadcast(-127.0f) : x;
+  const Float shifted = clamped + kRound;
+  const Float f = clamped - (shifted - kRound);
+  return reinterpret_cast<Float>(reinterpret_cast<UInt>(shifted) << 23) * exp2_polynomial<kDegree>(f);
+#endif
 }
 
 // expm1(2|x|) / (expm1(2|x|) + 2), so that small arguments keep their relative accuracy.

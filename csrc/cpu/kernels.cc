@@ -21,7 +21,8 @@ extern const Kernels kKernels{.isa = JF_TEXT(JF_ISA),
                               .bias_gradient = bias_gradient,
                               .part_floats = part_floats,
                               .forward_part = forward_part,
-                              .combine_parts = combine_parts,
+                              .merge_parts = merge_parts,
+                              .store_part = store_part,
                               .append = append};
 
 }  // namespace jax_flash::JF_ISA

@@ -13,6 +13,9 @@ inline constexpr int32_t kMaxHeadDim = 256;
 // Floats of scratch that any kernel may use; pages that a call does not touch cost nothing.
 inline constexpr int64_t kScratchFloats = 1 << 20;
 
+// Tiles of queries that forward takes together.
+inline constexpr int32_t kMaxRun = 8;
+
 // Positions [begin, end) of a sequence at one head; with forward, at `heads` query heads of one KV head,
 // whose rows lie side by side. Rows past the sequence's length are filled.
 struct RowTile {
@@ -39,16 +42,19 @@ struct BiasTile {
 
 struct Kernels {
   const char* isa;
-  int32_t tile_m, tile_n;                                                  // query rows and keys of a tile
-  void (*forward)(const Problem&, const RowTile&, float* scratch);         // out, lse of a tile of queries
+  int32_t tile_m, tile_n;  // query rows and keys of a tile
+  void (*forward)(const Problem&, const RowTile*, int32_t count, float* scratch);  // out, lse of up to
+                                                                                   // kMaxRun tiles of a head
   void (*backward_query)(const Problem&, const RowTile&, float* scratch);  // dquery of a tile of queries
   void (*backward_key)(const Problem&, const RowTile&, float* scratch);    // dkey, dvalue of a tile of keys
   void (*bias_gradient)(const Problem&, const BiasTile&, float* scratch);  // a tile of dbias
 
-  // forward in steps: each part of a tile, part_floats apart, then all of them to out and lse.
+  // forward of a tile in parts: each to memory of its own, merged in order into the first, that to out and
+  // lse.
   int64_t (*part_floats)(const Problem&, const RowTile&);
   void (*forward_part)(const Problem&, const RowTile&, int32_t part, float* to, float* scratch);
-  void (*combine_parts)(const Problem&, const RowTile&, float* parts);
+  void (*merge_parts)(const Problem&, const RowTile&, float* first, float* other);
+  void (*store_part)(const Problem&, const RowTile&, float* part);
 
   void (*append)(const AppendProblem&, int64_t leading,
                  int32_t head);  // the new keys and values of a KV head

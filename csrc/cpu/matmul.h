@@ -5,46 +5,11 @@
 
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
-#include "../core/paging.h"
 #include "convert.h"
+#include "product.h"
+#include "rows.h"
 
 namespace jax_flash::JF_ISA {
-
-// Rows of a per-token operand at one head: position j of the sequence is at base + j * stride bytes, or in
-// its page's slot. `factor` multiplies what is loaded, `missing` is loaded for a page outside the pool.
-struct Rows {
-  char* base;
-  int64_t stride;
-  DType dtype;
-  int32_t width;
-  float factor = 1.0f, missing = 0.0f;
-  PageTable table = {};  // without entries: no pages
-  int64_t page_stride = 0;
-
-  JF_HD char* at(int32_t j) const { return base + j * stride; }
-
-  // Addresses of rows [begin, begin + n), null where missing.
-  JF_HD void find(int32_t begin, int32_t n, const char** at) const {
-    if (!table.entries) {
-      for (int32_t r = 0; r < n; ++r) at[r] = base + (begin + r) * stride;
-      return;
-    }
-    for (int32_t r = 0; r < n;) {
-      const PageSlot first = table.at(begin + r);
-      const int32_t end = r + min(n - r, table.page_size - first.slot);
-      const bool found = table.in_pool(first.page);
-      const char* row = base + (found ? first.page * page_stride + first.slot * stride : 0);
-      for (; r < end; ++r, row += stride) at[r] = found ? row : nullptr;
-    }
-  }
-};
-
-// Padded width of a row-major tile.
-JF_INLINE int32_t padded(int32_t width) { return round_up(width, kPanel); }
-
-JF_INLINE void fill(float* to, int32_t n, float x) {
-  for (int32_t c = 0; c < n; c += kLanes) store(to + c, broadcast(x));
-}
 
 // to[count, padded(width)] = factor * the n rows at these addresses, then rows of zeros.
 static void gather_rows(const char* const* at, int32_t n, int32_t count, const Rows& rows, float factor,
@@ -73,19 +38,6 @@ static void load_rows(const Rows& rows, int32_t begin, int32_t end, int32_t coun
   const int32_t n = end > begin ? end - begin : 0;
   rows.find(begin, n, at);
   gather_rows(at, n, count, rows, factor * rows.factor, to);
-}
-
-// One step of a transpose by recursive halves: exchanges lane bit `kStep` with row bit `kStep`.
-template <int kStep, int... lane>
-JF_INLINE void transpose_step(Float (&r)[kLanes], std::integer_sequence<int, lane...> lanes) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & kStep) continue;
-    const Float a = r[i], b = r[i + kStep];
-    r[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane)...);
-    r[i + kStep] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane + kStep)...);
-  }
-  if constexpr (kStep > 1) transpose_step<kStep / 2>(r, lanes);
 }
 
 // Row-major rows [n, padded(width)] to panels of the transpose: B[k, j] = rows[j, k], K = width.
@@ -122,8 +74,6 @@ static void pack_columns(const float* rows, int32_t n, int32_t width, float* pan
   }
 }
 
-enum class Start { kZero, kAccumulate, kRescale };
-
 // c[kBlockRows, kPanel] = start + sum_k a(i, k) b[k, :], where start is 0, c or alpha[i] * c.
 // a(i, k) is a[i * lda + k], or a[k * lda + i] when transposed; rows of b are kPanel apart when packed, else
 // ldb.
@@ -157,13 +107,6 @@ static __attribute__((noinline)) void multiply_block(const float* a, int64_t lda
     for (int j = 0; j < 2; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
   }
 }
-
-// Columns [lo, hi) of a tile that a block of rows uses; empty when hi <= lo.
-struct Columns {
-  int32_t lo, hi;
-};
-
-inline constexpr int kMaxBlocks = kTileM / kBlockRows;
 
 // S[i, j] = A_i · B_j over the panels that each row block uses. B is a transposed pack of `width`, S has rows
 // of kTileN.

@@ -16,16 +16,17 @@ namespace jax_flash {
 class Splits {
  public:
   Splits(const Problem& p, const RowGrid& grid) : problem_(p), grid_(grid) {
-    const int64_t per_entry = grid.slots() * grid.heads();
-    double total = 0;  // of one head of every leading entry
+    middles_.reserve(p.leading.count() * grid.slots());
     for (int64_t l = 0; l < p.leading.count(); ++l) {
-      for (int64_t slot = 0; slot < grid.slots(); ++slot) {
+      double sum = 0;
+      for (int64_t i = 0; i < grid.slots(); ++i) {
         RowTile tile;
-        if (grid.at(l * per_entry + slot, tile)) total += cost(tile, keys_of(tile));
+        const double own = grid.at(l * per_entry() + i, tile) ? cost(tile, keys_of(tile)) : 0;
+        middles_.push_back(sum + own / 2);
+        sum += own;
       }
+      ends_.push_back(total_ += sum * static_cast<double>(grid.heads()));
     }
-    total_ = total * static_cast<double>(grid.heads());
-    fair_ = total_ / kUnits;
   }
 
   // Multiply-adds of the whole call, about, per feature of a key and its value.
@@ -41,20 +42,43 @@ class Splits {
     } else if (s.batch_invariant) {
       tile.parts = clamp_splits(ceil_div(keys.size(), kInvariantSplit), keys);
     } else {
-      const double fair_keys = std::max<double>(kSmallestPart, fair_ / cost_of_key(tile));
+      const double fair_keys = std::max<double>(kSmallestPart, fair(tile) / cost_of_key(tile));
       tile.parts = clamp_splits(static_cast<int64_t>(keys.size() / fair_keys), keys);
     }
     return true;
   }
 
   // A tile whose parts are items of their own, for it is more than one unit's share.
-  bool spread(const RowTile& tile) const { return tile.parts > 1 && cost(tile, keys_of(tile)) > fair_; }
+  bool spread(const RowTile& tile) const { return tile.parts > 1 && cost(tile, keys_of(tile)) > fair(tile); }
+
+  // Where the grid is cut into `count` ranges of equal cost: the first tile of range `index`.
+  int64_t cut(int64_t index, int64_t count) const {
+    if (index >= count) return grid_.size();
+    if (grid_.size() == 0) return 0;
+    const double target = total_ * static_cast<double>(index) / static_cast<double>(count);
+    const int64_t l = std::upper_bound(ends_.begin(), ends_.end() - 1, target) - ends_.begin();
+    const double begin = l > 0 ? ends_[l - 1] : 0;
+    const double of_head = (ends_[l] - begin) / static_cast<double>(grid_.heads());
+    if (of_head <= 0) return l * per_entry();
+    const auto head = std::min<int64_t>(static_cast<int64_t>((target - begin) / of_head), grid_.heads() - 1);
+    const auto first = middles_.begin() + l * grid_.slots();
+    const double rest = target - begin - of_head * static_cast<double>(head);
+    const int64_t tiles = std::lower_bound(first, first + grid_.slots(), rest) - first;
+    return l * per_entry() + head * grid_.slots() + tiles;
+  }
 
  private:
-  static constexpr double kUnits = 64;          // shares that the work is cut into, more than threads
   static constexpr double kSmallestPart = 512;  // keys
   static constexpr double kCostOfLoading = 8;   // a key, in rows of multiply-adds
 
+  // Shares that the work is cut into, more than threads; fewer where each would pack its keys.
+  static constexpr double kUnits = 64, kPackedUnits = 8;
+  static constexpr int32_t kPackedRows = 32;
+
+  double fair(const RowTile& tile) const {
+    return total_ / (tile.rows() < kPackedRows ? kUnits : kPackedUnits);
+  }
+  int64_t per_entry() const { return grid_.slots() * grid_.heads(); }
   Interval keys_of(const RowTile& tile) const {
     return make_band(problem_.spec, tile.sequence).rows(tile.begin, tile.end);
   }
@@ -63,7 +87,10 @@ class Splits {
 
   const Problem& problem_;
   const RowGrid& grid_;
-  double total_ = 0, fair_ = 0;
+  std::vector<double> middles_;  // [L, slots]: of every tile of a head, in the order of the grid, the cost up
+                                 // to its middle
+  std::vector<double> ends_;     // [L]: the cost up to the end of each leading entry
+  double total_ = 0;
 };
 
 }  // namespace jax_flash

@@ -1,0 +1,280 @@
+// The products of attention, C[M, N] = start + A[M, K] B[K, N] with float32 sums, in one element type E.
+//
+// Operands are 32-bit words: a float32, or two bf16 neighbours along K, the even one low. A is row-major,
+// [M][K / E::kPair] words. B lies in panels of kPanel columns, [N / kPanel][K / E::kPair][kPanel] words.
+// Whatever a row is stored as, it becomes words while it is packed.
+#pragma once
+
+#include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "convert.h"
+#include "rows.h"
+
+namespace jax_flash::JF_ISA {
+
+typedef uint32_t Word __attribute__((may_alias));
+
+JF_INLINE UInt broadcast_word(Word x) { return x - UInt{}; }
+JF_INLINE UInt load_words(const Word* p) { return *reinterpret_cast<const UInt*>(p); }
+JF_INLINE void store_words(Word* p, UInt x) { *reinterpret_cast<UInt*>(p) = x; }
+
+// float32 operands; 16-bit and float8 rows are widened.
+struct F32 {
+  static constexpr int kPair = 1;
+  static constexpr int kExpDegree = 5;
+
+  JF_INLINE Float multiply_add(Float acc, Word a, UInt b) {
+    return acc + broadcast(__builtin_bit_cast(float, a)) * reinterpret_cast<Float>(b);
+  }
+
+  // kLanes values of a row of A from column c on.
+  JF_INLINE void store_columns(Word* row, int32_t c, Float x) {
+    store_words(row + c, reinterpret_cast<UInt>(x));
+  }
+
+  // Words [c, c + kLanes) of a row, times factor.
+  template <DType dtype>
+  JF_INLINE UInt load_row(const void* row, int32_t c, float factor) {
+    return reinterpret_cast<UInt>(load_vector<dtype>(row, c) * factor);
+  }
+
+  // Word k of columns [c, c + kLanes) of B from the rows that it joins.
+  template <DType dtype>
+  JF_INLINE UInt load_pair(const void* row, const void*, int32_t c, float factor) {
+    return load_row<dtype>(row, c, factor);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// bf16 operands in pairs, for the dot instruction. Factors are 1 or -1.
+struct BF16 {
+  static constexpr int kPair = 2;
+  static constexpr int kExpDegree = 4;
+
+  JF_INLINE Float multiply_add(Float acc, Word a, UInt b) {
+    return (Float)_mm512_dpbf16_ps((__m512)acc, (__m512bh)broadcast_word(a), (__m512bh)b);
+  }
+
+  JF_INLINE void store_columns(Word* row, int32_t c, Float x) { store_vector<DType::kBF16>(row, c, x); }
+
+  template <DType>
+  JF_INLINE UInt load_row(const void* row, int32_t c, float factor) {
+    const UInt x = *reinterpret_cast<const UIntUnaligned*>(static_cast<const Word*>(row) + c);
+    return factor < 0 ? x ^ 0x80008000u : x;
+  }
+
+  template <DType>
+  JF_INLINE UInt load_pair(const void* even, const void* odd, int32_t c, float factor) {
+    const UInt x = load_halves(even, c) | load_halves(odd, c) << 16;
+    return factor < 0 ? x ^ 0x80008000u : x;
+  }
+};
+#endif
+
+// Words of a packed row of `width` features, whole panels.
+template <class E>
+JF_INLINE int32_t row_words(int32_t width) {
+  return padded(width) / E::kPair;
+}
+
+// Words along K that hold n elements.
+template <class E>
+JF_INLINE int32_t depth_words(int32_t n) {
+  return (n + E::kPair - 1) / E::kPair;
+}
+
+// The bytes of a row from `begin` on, zeros after its end.
+struct alignas(64) RowTail {
+  char bytes[kLanes * 4] = {};
+
+  JF_HD RowTail(const char* row, int64_t begin, int64_t end) {
+    if (begin < end) __builtin_memcpy(bytes, row + begin, end - begin);
+  }
+};
+
+// One step of a transpose by recursive halves: exchanges lane bit `kStep` with row bit `kStep`.
+template <int kStep, class Vector, int... lane>
+JF_INLINE void transpose_step(Vector (&r)[kLanes], std::integer_sequence<int, lane...> lanes) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const Vector a = r[i], b = r[i + kStep];
+    r[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane)...);
+    r[i + kStep] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane + kStep)...);
+  }
+  if constexpr (kStep > 1) transpose_step<kStep / 2>(r, lanes);
+}
+
+// Reads the rows of one operand as words of E.
+template <class E, DType dtype>
+struct RowReader {
+  const char* const* at;  // null where missing
+  int32_t width;
+  float factor, missing;
+
+  RowReader(const char* const* at_, const Rows& rows, float factor_)
+      : at(at_), width(rows.width), factor(factor_ * rows.factor), missing(rows.missing) {}
+
+  static constexpr int32_t kFeatures = kLanes * E::kPair;  // of a vector of words
+  static constexpr int64_t kSize = size_of(dtype);
+
+  JF_HD UInt filler() const {
+    const UInt x = broadcast_word(__builtin_bit_cast(Word, missing));
+    return E::kPair == 1 ? x : (x >> 16) | (x & 0xFFFF0000u);
+  }
+
+  // Words [c, c + kLanes) of row j; `whole`: the row has them all.
+  template <bool whole>
+  JF_HD UInt words(int32_t j, int32_t c) const {
+    if (!at[j]) return filler();
+    if constexpr (whole) return E::template load_row<dtype>(at[j], c, factor);
+    const RowTail tail(at[j], int64_t{c} * E::kPair * kSize, width * kSize);
+    return E::template load_row<dtype>(tail.bytes, 0, factor);
+  }
+
+  // Features [c, c + kLanes) of rows j ... j + kPair - 1, those at `n` or past it zeros.
+  template <bool whole>
+  JF_HD UInt pair(int32_t j, int32_t n, int32_t c) const {
+    const char *even = at[j], *odd = E::kPair > 1 && j + 1 < n ? at[j + 1] : nullptr;
+    if (!even && !odd) return filler();
+    if constexpr (whole && E::kPair == 1) return E::template load_pair<dtype>(even, odd, c, factor);
+    const int64_t begin = c * kSize, end = whole ? begin + kLanes * kSize : width * kSize;
+    if (whole && odd && even) return E::template load_pair<dtype>(even, odd, c, factor);
+    const RowTail first(even, begin, even ? end : 0), second(odd, begin, odd ? end : 0);
+    return E::template load_pair<dtype>(first.bytes, second.bytes, 0, factor);
+  }
+
+  // to[count, row_words(width)] = the n rows, then rows of zeros.
+  JF_HD void rows(int32_t n, int32_t count, Word* to) const {
+    const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
+    for (int32_t j = 0; j < count; ++j, to += ld) {
+      int32_t c = j < n ? 0 : ld;
+      for (; c < whole; c += kLanes) store_words(to + c, words<true>(j, c));
+      for (; c < ld; c += kLanes) store_words(to + c, words<false>(j, c));
+      if (j >= n) {
+        for (c = 0; c < ld; c += kLanes) store_words(to + c, UInt{});
+      }
+    }
+  }
+
+  template <bool whole>
+  JF_HD void transpose_block(int32_t j, int32_t n, int32_t c, Word* to) const {
+    UInt r[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) r[i] = j + i < n ? words<whole>(j + i, c) : UInt{};
+    transpose_step<kLanes / 2>(r, LaneIndices());
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_words(to + i * kPanel, r[i]);
+  }
+
+  JF_HD void transposed(int32_t n, Word* panels) const {
+    const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
+    for (int32_t j = 0; j < round_up(n, kPanel); j += kLanes) {
+      Word* panel = panels + int64_t{j / kPanel} * ld * kPanel + j % kPanel;
+      int32_t c = 0;
+      for (; c < whole; c += kLanes) transpose_block<true>(j, n, c, panel + c * kPanel);
+      for (; c < ld; c += kLanes) transpose_block<false>(j, n, c, panel + c * kPanel);
+    }
+  }
+
+  JF_HD void columns(int32_t n, Word* panels) const {
+    const int32_t ld = padded(width), whole = round_down(width, kLanes), depth = depth_words<E>(n);
+    for (int32_t k = 0; k < depth; ++k) {
+      for (int32_t c = 0; c < ld; c += kLanes) {
+        Word* to = panels + (int64_t{c / kPanel} * depth + k) * kPanel + c % kPanel;
+        const int32_t j = k * E::kPair;
+        store_words(to, c < whole ? pair<true>(j, n, c) : pair<false>(j, n, c));
+      }
+    }
+  }
+};
+
+// Calls use(RowReader) for the dtype of the rows.
+template <class E, class Use>
+JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor, Use use) {
+  if constexpr (E::kPair == 2) {
+    use(RowReader<E, DType::kBF16>(at, rows, factor));
+  } else {
+    switch (rows.dtype) {
+      case DType::kF16:
+        return use(RowReader<E, DType::kF16>(at, rows, factor));
+      case DType::kBF16:
+        return use(RowReader<E, DType::kBF16>(at, rows, factor));
+      case DType::kF32:
+        return use(RowReader<E, DType::kF32>(at, rows, factor));
+      case DType::kF8E4M3:
+        return use(RowReader<E, DType::kF8E4M3>(at, rows, factor));
+    }
+  }
+}
+
+// A: to[count, row_words(width)] = factor * the n rows at these addresses, then rows of zeros.
+template <class E>
+static void pack_rows(const char* const* at, int32_t n, int32_t count, const Rows& rows, float factor,
+                      Word* to) {
+  with_reader<E>(at, rows, factor, [&](const auto& reader) { reader.rows(n, count, to); });
+}
+
+// B[k, j] = row j's feature k, K = width: panels of row_words(width) * kPanel words. Rows from n up to a
+// multiple of kPanel are zeros.
+template <class E>
+static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels) {
+  with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.transposed(n, panels); });
+}
+
+// B[k, c] = row k's feature c, K = n: panels of depth_words(n) * kPanel words.
+template <class E>
+static void pack_columns(const char* const* at, int32_t n, const Rows& rows, Word* panels) {
+  with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.columns(n, panels); });
+}
+
+enum class Start { kZero, kAccumulate, kRescale };
+
+// What the blocks of C start from and leave behind besides C.
+struct BlockRows {
+  const float* alpha = nullptr;  // kRescale: C[i] starts from alpha[i] C[i]
+  Float* top = nullptr;          // top[i] = max(top[i], C[i]) lane by lane
+};
+
+// C[kBlockRows, kPanel] = start + sum over `depth` words k of a(i, k) b[k, :], where a(i, k) is a[i * lda +
+// k], or a[k * lda + i] when transposed.
+template <class E, Start start, bool transposed = false, bool tops = false>
+static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda, const Word* b, int32_t depth,
+                                                     float* c, int64_t ldc, BlockRows rows) {
+  Float acc[kBlockRows][2];
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      acc[i][j] = Float{};
+      if constexpr (start == Start::kAccumulate) acc[i][j] = load(c + i * ldc + j * kLanes);
+      if constexpr (start == Start::kRescale) acc[i][j] = load(c + i * ldc + j * kLanes) * rows.alpha[i];
+    }
+  }
+  for (int32_t k = 0; k < depth; ++k) {
+    const UInt b0 = load_words(b + k * kPanel), b1 = load_words(b + k * kPanel + kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockRows; ++i) {
+      const Word x = transposed ? a[k * lda + i] : a[i * lda + k];
+      acc[i][0] = E::multiply_add(acc[i][0], x, b0);
+      acc[i][1] = E::multiply_add(acc[i][1], x, b1);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlockRows; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
+    if constexpr (tops) rows.top[i] = max(acc[i][0], max(acc[i][1], rows.top[i]));
+  }
+}
+
+// Columns [lo, hi) of a tile that a block of rows uses; empty when hi <= lo.
+struct Columns {
+  int32_t lo, hi;
+
+  JF_HD bool empty() const { return hi <= lo; }
+};
+
+inline constexpr int kMaxBlocks = kTileM / kBlockRows;
+
+}  // namespace jax_flash::JF_ISA

@@ -1,0 +1,47 @@
+// Rows of a per-token operand, wherever they lie.
+#pragma once
+
+#include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "../core/paging.h"
+#include "convert.h"
+
+namespace jax_flash::JF_ISA {
+
+// Rows of a per-token operand at one head: position j of the sequence is at base + j * stride bytes, or in
+// its page's slot. `factor` multiplies what is loaded, `missing` is loaded for a page outside the pool.
+struct Rows {
+  char* base;
+  int64_t stride;
+  DType dtype;
+  int32_t width;
+  float factor = 1.0f, missing = 0.0f;
+  PageTable table = {};  // without entries: no pages
+  int64_t page_stride = 0;
+
+  JF_HD char* at(int32_t j) const { return base + j * stride; }
+
+  // Addresses of rows [begin, begin + n), null where missing.
+  JF_HD void find(int32_t begin, int32_t n, const char** at) const {
+    if (!table.entries) {
+      for (int32_t r = 0; r < n; ++r) at[r] = base + (begin + r) * stride;
+      return;
+    }
+    for (int32_t r = 0; r < n;) {
+      const PageSlot first = table.at(begin + r);
+      const int32_t end = r + min(n - r, table.page_size - first.slot);
+      const bool found = table.in_pool(first.page);
+      const char* row = base + (found ? first.page * page_stride + first.slot * stride : 0);
+      for (; r < end; ++r, row += stride) at[r] = found ? row : nullptr;
+    }
+  }
+};
+
+// Padded width of a row-major tile.
+JF_INLINE int32_t padded(int32_t width) { return round_up(width, kPanel); }
+
+JF_INLINE void fill(float* to, int32_t n, float x) {
+  for (int32_t c = 0; c < n; c += kLanes) store(to + c, broadcast(x));
+}
+
+}  // namespace jax_flash::JF_ISA
