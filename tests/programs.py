@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import Case
 from jax.sharding import AxisType
 from oracle import split
@@ -94,6 +95,12 @@ def shard_shapes(program: str, name: str) -> set[tuple[int, ...]]:
     calls = (line for line in program.splitlines() if f'"jax_flash_{name}"' in line)
     shapes = (re.search(r" = \(?\w+\[([\d,]*)\]", line) for line in calls)
     return {tuple(map(int, match[1].split(","))) for match in shapes if match}
+
+
+def require_devices(count: int) -> None:
+    """Skips the test on a machine of fewer devices: CPUs are forced to be 8, GPUs are what they are."""
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} devices")
 
 
 def start_python(code: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:

@@ -9,7 +9,7 @@ from cases import BY_NAME, Case, make_inputs, varlen
 from jax.export import DisabledSafetyCheck, deserialize, export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import assert_same, attention, with_gradients
+from programs import assert_same, attention, require_devices, with_gradients
 
 from jax_flash import flash_attention
 from jax_flash.backends import cuda_library
@@ -209,8 +209,7 @@ SHARDED = P("data", None, "model")
 
 @pytest.fixture
 def mesh():
-    if len(jax.devices()) < 4:
-        pytest.skip("needs 4 devices")
+    require_devices(4)
     return jax.make_mesh(
         (2, 2), ("data", "model"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2
     )

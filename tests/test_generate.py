@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
 from flax import nnx
-from programs import collectives, custom_calls, shard_shapes
+from programs import collectives, custom_calls, require_devices, shard_shapes
 
 from jax_flash.allocator import OutOfPages, PageAllocator
 
@@ -43,6 +43,7 @@ def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
 
 
 def make_server(serving=SERVING, model_axis=1, dtype="float32"):
+    require_devices(model_axis)
     mesh = make_mesh({"data": 1, "model": model_axis})
     model, config = make_model(mesh, dtype=dtype)
     weights = jax.device_put(nnx.state(model), nnx.get_named_sharding(nnx.state(model), mesh))
@@ -363,6 +364,7 @@ def test_it_streams_held_out_text_with_speed_cache_use_and_a_check_of_its_logits
 
 
 def test_it_goes_on_from_prompts_on_a_mesh_as_on_one_device(checkpoint, capsys):
+    require_devices(2)
     texts = []
     for mesh in ("model=1", "model=2"):
         options = ["--prompt", "first é", "--prompt", "", "--temperature", "0", "--max-tokens", "9"]

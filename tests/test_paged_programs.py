@@ -11,7 +11,7 @@ from jax.export import DisabledSafetyCheck, export
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
-from programs import collectives, custom_calls, shard_shapes
+from programs import collectives, custom_calls, require_devices, shard_shapes
 from test_append import arguments
 
 from jax_flash import append_kv, paged_attention
@@ -96,8 +96,7 @@ def test_an_undonated_pool_is_copied_once(kernel):
 def test_a_donated_decode_loop_sharded_by_heads(kernel):
     """Eight devices with a KV head each: nothing is exchanged, nothing copied."""
     require(kernel)
-    if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices")
+    require_devices(8)
     mesh = jax.make_mesh((8,), ("model",))
     by_head, whole = NamedSharding(mesh, P(None, None, "model")), NamedSharding(mesh, P())
     state = [jax.device_put(x, s) for x, s in zip(initial(), (by_head, by_head, whole, by_head), strict=True)]
@@ -120,8 +119,7 @@ def test_a_donated_decode_loop_sharded_by_heads(kernel):
 def test_attention_over_sharded_heads_needs_no_communication(kernel, layout, pool_dtype):
     """Every operand that has heads along with them: pools in both layouts, scales, sinks."""
     require(kernel)
-    if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices")
+    require_devices(8)
     call = paged(CHUNK.replace(sinks=True, hq=16, hk=8), 4, layout, pool_dtype)
     mesh = jax.make_mesh((8,), ("model",))
     pools = P(None, None, "model") if layout == "nhd" else P(None, "model")

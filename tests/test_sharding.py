@@ -6,7 +6,15 @@ import pytest
 from cases import BY_NAME, Case, make_inputs, varlen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import assert_same, attention, collectives, custom_calls, shard_shapes, with_gradients
+from programs import (
+    assert_same,
+    attention,
+    collectives,
+    custom_calls,
+    require_devices,
+    shard_shapes,
+    with_gradients,
+)
 
 MHA = Case("mha", b=4, sq=6, sk=6, hq=8, hk=8, d=8, dv=8, causal=True)
 GQA = MHA.replace(name="gqa", hk=4)
@@ -37,8 +45,7 @@ def mesh():
 
 
 def make_mesh(*axis_types):
-    if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices")
+    require_devices(8)
     return jax.make_mesh((2, 4), ("data", "model"), axis_types=axis_types)
 
 

@@ -34,6 +34,19 @@ struct RowStatistics {
   }
   __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
   __device__ __forceinline__ float delta(int slot) const { return deltas[slot]; }
+
+  // Rows that see nothing give nothing, whatever they and their cotangents hold: 0 · NaN is NaN.
+  __device__ __forceinline__ void clear_unseen(S& s, S& dp) const {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      if (lses[slot] != INFINITY) continue;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s.at(slot, n, e) = dp.at(slot, n, e) = 0;
+      }
+    }
+  }
 };
 
 // Those of a tile's rows, in shared memory: lse [M] and delta [M].
@@ -45,6 +58,12 @@ struct SharedStatistics {
   __device__ __forceinline__ float lse(int slot) const { return row_lse(first[S::row(slot)]); }
   __device__ __forceinline__ float delta(int slot) const {
     return row_delta(first[S::row(slot)], first[M + S::row(slot)]);
+  }
+
+  // Whether this thread's row of the tile sees nothing. Once its own copies have arrived.
+  __device__ __forceinline__ static bool unseen(const float* lse) {
+    const int i = static_cast<int>(threadIdx.x);
+    return i < M && lse[i] == -INFINITY;
   }
 
   // Starts the copy of rows [row, row + M); those from q_len on are zero, and the band hides them.

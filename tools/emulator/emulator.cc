@@ -118,6 +118,15 @@ void block_barrier() {
   }
 }
 
+bool block_any(bool condition) {
+  static bool any[2];  // by generation: the next barrier may begin before everyone has read this one
+  bool& result = any[block.generation % 2];
+  if (block.arrived == 0) result = false;
+  result |= condition;
+  block_barrier();
+  return result;
+}
+
 void warp_collective(void* argument, void (*all)(void* const (&)[32])) {
   Barrier& warp = warps[current / 32];
   const uint64_t generation = warp.generation;

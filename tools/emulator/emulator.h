@@ -13,6 +13,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
+#define __noinline__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -55,6 +56,7 @@ extern uint8_t shared[kSharedBytes];
 void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body);
 
 void block_barrier();
+bool block_any(bool condition);
 
 // Every lane of the warp brings its argument; the last to come runs `all` on the 32 of them.
 void warp_collective(void* argument, void (*all)(void* const (&arguments)[32]));
@@ -67,6 +69,7 @@ void wait_copies(int pending);
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::block_barrier(); }
+inline int __syncthreads_or(int condition) { return emulator::block_any(condition); }
 inline void __syncwarp() {
   emulator::warp_collective(nullptr, [](void* const(&)[32]) {});
 }

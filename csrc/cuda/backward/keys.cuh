@@ -97,6 +97,20 @@ __device__ __forceinline__ void load_queries(const Problem& p,
                                             step.head, row);
 }
 
+// Rows that see nothing give nothing, whatever they and their cotangents hold: 0 · NaN is NaN.
+template <class C>
+__device__ __noinline__ void clear_unseen(uint8_t* q, const float* lse) {
+  constexpr int kChunks = C::QTile::kChunks + C::DoTile::kChunks;
+  for (int at = static_cast<int>(threadIdx.x); at < C::kM * kChunks; at += C::kThreads) {
+    const int row = at / kChunks, chunk = at % kChunks;
+    const int offset = chunk < C::QTile::kChunks
+                           ? C::QTile::offset(row, chunk)
+                           : C::QTile::kBytes + C::DoTile::offset(row, chunk - C::QTile::kChunks);
+    if (lse[row] == -INFINITY) *reinterpret_cast<uint4*>(q + offset) = uint4{0, 0, 0, 0};
+  }
+  __syncthreads();
+}
+
 template <class C>
 __device__ __forceinline__ void backward_keys(const Problem& p,
                                               const KeyBlockState<typename C::Element>& block,
@@ -145,7 +159,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
     const auto* statistics = reinterpret_cast<const float*>(shared + place + QTile::kBytes + DoTile::kBytes);
     const typename C::Statistics rows{statistics + s_at.row};
     ptx::cp_async_wait<0>();
-    __syncthreads();
+    if (__syncthreads_or(C::Statistics::unseen(statistics))) clear_unseen<C>(shared + place, statistics);
     if constexpr (C::kStages == 2) fill();
 
     typename C::S s, dp;

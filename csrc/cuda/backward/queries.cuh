@@ -82,6 +82,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n));  // dP = dO Vᵀ  [M, N]
     const uint32_t k = vk.wait_second(n);
     mma_qk<QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ  [M, N]
+    rows.clear_unseen(s, dp);
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
     tile_gradient<C::kGeneral, true>(context, rows, row, key, partial, s, dp);

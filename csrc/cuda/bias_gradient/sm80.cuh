@@ -79,6 +79,7 @@ __device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row,
   typename C::S s, dp;
   mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, k);        // S = Q Kᵀ    [M, N]
   mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
+  rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
   tile_gradient<true, false>(at, rows, row + warp_row, key, partial, s, dp);
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
