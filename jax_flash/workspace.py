@@ -14,8 +14,9 @@ from . import _compat
 from .operands import DIMS
 from .spec import AttentionSpec
 
-_SMALLEST_BLOCK = 32  # rows of the smallest tile in csrc/kernels.def
+_SMALLEST_BLOCK = 16  # rows of the smallest tile in csrc/kernels.def
 _TILE_WORK_BYTES = 32  # struct TileWork, csrc/core/plan.h
+_COLUMNS = 16  # of the accumulator of dquery: whole blocks
 _ALIGNMENT = 256  # of the parts of the workspace
 
 
@@ -29,7 +30,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
 
     Returns:
       An int, or a symbolic dimension: with packed sequences the schedules of their tiles, and for a backward that
-      need not be deterministic dquery in float32.
+      need not be deterministic dquery in float32, its head dim rounded up to whole blocks.
     """
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])
@@ -42,7 +43,8 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
         sequences = shapes["cu_seqlens_q"][-1] - 1
         parts += [leading * _schedule(shapes[name][count], sequences) for name in scheduled]
     if backward and not spec.deterministic:
-        parts.append(4 * leading * math.prod(shapes["query"][count:]))
+        *rows, head_dim = shapes["query"][count:]
+        parts.append(4 * leading * math.prod(rows) * (-(-head_dim // _COLUMNS) * _COLUMNS))
     return sum(_aligned(part) for part in parts)
 
 

@@ -63,10 +63,6 @@ def test_less_shared_memory_means_smaller_tiles():
 @pytest.mark.parametrize("pass_", PASSES)
 def test_every_row_fits_every_card(pass_, head_dims, dtype, device):
     d, dv = head_dims
-    if (pass_, dtype, device) == ("backward", "float32", RTX4090) and d + dv > 320:
-        with pytest.raises(RuntimeError, match=f"backward of float32 with d={d}.*101376 bytes.*xla"):
-            plan(pass_, dtype=dtype, d=d, dv=dv, device=device)
-        return
     chosen = plan(pass_, dtype=dtype, d=d, dv=dv, device=device)
     assert dtype in chosen["row"]["dtypes"]
     assert chosen["shared"] <= device["shared_memory"]

@@ -57,6 +57,12 @@ struct Band {
     return {clamp(j0 - shift - right, q_len), clamp(j1 - shift + left, q_len)};
   }
 
+  // The rows that see every one of the keys [j0, j1).
+  JF_HD Interval common_queries(int32_t j0, int32_t j1) const {
+    if (j1 <= j0 || j1 > k_len) return {0, 0};
+    return {clamp(j1 - 1 - shift - right, q_len), clamp(j0 + 1 - shift + left, q_len)};
+  }
+
   JF_HD TileClass classify(int32_t i0, int32_t i1, int32_t j0, int32_t j1) const {
     if (intersect(rows(i0, i1), {j0, j1}).empty()) return TileClass::kSkip;
     const Interval all = common(i0, i1);

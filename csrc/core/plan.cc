@@ -95,7 +95,8 @@ int64_t schedule_bytes(const Shapes& shapes, int64_t tiles) {
 }
 
 int64_t accumulator_bytes(const Shapes& s, bool packed) {
-  return 4 * s.leading * (packed ? 1 : s.batch) * s.q_rows * s.heads * s.head_dim;
+  return 4 * s.leading * (packed ? 1 : s.batch) * s.q_rows * s.heads *
+         accumulator_columns(static_cast<int32_t>(s.head_dim));
 }
 
 TileGrid make_grid(const AttentionSpec& spec, const Shapes& shapes, int64_t rows, int64_t heads,

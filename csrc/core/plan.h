@@ -54,7 +54,7 @@ struct LaunchPlan {
   int32_t kernel = -1;   // index into the built rows; -1: `error` says why none runs
   bool general = false;  // bias, masks, softcap, alibi or dropout: the kernel with all of them
   TileGrid queries, keys;
-  int64_t accumulator = -1;  // where dQ in float32 begins in the workspace, in dquery's order; -1: none
+  int64_t accumulator = -1;  // where dQ in float32 begins in the workspace; -1: none
   int64_t shared = 0;        // bytes of shared memory per block
   int64_t workspace = 0;     // bytes of the workspace that are used
   std::string error = {};
@@ -77,8 +77,11 @@ struct TileWork {
 static_assert(sizeof(TileWork) == 32);
 
 inline constexpr int64_t kBlockStateBytes = 512;  // of shared memory beside the tiles, at most
-inline constexpr int64_t kSmallestBlock = 32;     // rows of a tile in kernels.def: bounds their number
+inline constexpr int64_t kSmallestBlock = 16;     // rows of a tile in kernels.def: bounds their number
 inline constexpr int64_t kAlignment = 256;        // of the parts of the workspace
+
+// Columns of a head in the accumulator of dQ: whole blocks of 16.
+JF_HD int32_t accumulator_columns(int32_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // Tiles that one packed leading entry can need: those of its sequences and of the tokens before and after.
 int64_t varlen_tiles(int64_t rows, int64_t sequences, int64_t block);

@@ -51,20 +51,20 @@ __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row,
   store_tile<Tile, 16 * O::kRowTiles, 32>(shared, row, out, first, end, threadIdx.x % 32);
 }
 
-// Adds an accumulator to rows [0, end) of `to`. Columns are counted in pairs that are whole in memory.
+// Adds an accumulator to rows [0, end) of `to`, whose blocks of 16 columns are in the order of ptx::add_quad.
 template <class A>
 __device__ __forceinline__ void add_rows(const A& a, Placement at, const GlobalRows<float>& to, int32_t end) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int slot = 0; slot < A::kSlots; ++slot) {
     const int row = at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
-    if (row >= end) continue;
     float* const first = to.data + row * to.stride;
 #pragma unroll
-    for (int n = 0; n < A::kColumnTiles; ++n) {
-      const int column = at.column + n / 2 * at.column_step + n % 2 * 8;
-      if (column < to.columns)
-        ptx::add_pair(first + column + lane % 4 * 2, a.at(slot, n, 0), a.at(slot, n, 1));
+    for (int n = 0; n < A::kColumnTiles; n += 2) {
+      const int column = at.column + n / 2 * at.column_step;
+      if (row < end && column < to.columns)
+        ptx::add_quad(first + column, lane % 4, a.at(slot, n, 0), a.at(slot, n, 1), a.at(slot, n + 1, 0),
+                      a.at(slot, n + 1, 1));
     }
   }
 }

@@ -1,11 +1,13 @@
 // P and dS of one tile, recomputed from lse: what every backward kernel starts from.
 #pragma once
 
+#include "core/plan.h"
 #include "core/problem.h"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/score.cuh"
+#include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
@@ -19,15 +21,13 @@ template <class S>
 struct RowStatistics {
   float lses[S::kSlots], deltas[S::kSlots];
 
-  // `row`: the accumulator's first row within the sequence.
-  __device__ __forceinline__ RowStatistics(const Problem& p, const BlockWork& work, int32_t head,
-                                           int32_t row) {
-    const float* lse = p.lse.as<const float>() + work.offset(p, p.lse, head, work.tile.q_begin);
-    const float* delta = p.delta.as<const float>() + work.offset(p, p.delta, head, work.tile.q_begin);
+  // lse, delta: of the sequence's rows. `row`: the accumulator's first within the sequence.
+  __device__ __forceinline__ RowStatistics(const Problem& p, const float* lse, const float* delta,
+                                           int32_t row, int32_t q_len) {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int64_t i = row + S::row(slot);
-      const float x = i < work.tile.q_len ? lse[i * p.lse.row] : -INFINITY;
+      const float x = i < q_len ? lse[i * p.lse.row] : -INFINITY;
       lses[slot] = row_lse(x);
       deltas[slot] = row_delta(x, x == -INFINITY ? 0 : delta[i * p.delta.row]);
     }
@@ -49,35 +49,31 @@ struct RowStatistics {
   }
 };
 
-// Those of a tile's rows, in shared memory: lse [M] and delta [M].
-template <class S, int M>
-struct SharedStatistics {
-  static constexpr int kBytes = 2 * M * 4;
-  const float* first;  // of the accumulator's rows
+// What all threads of a block share, of the operands that both backward kernels read.
+template <class T>
+struct GradientBlock {
+  BlockWork work;
+  Band band;
+  Interval tiles;  // of the other side, that meet the block's own tile in the band
+  GlobalRows<const T> key, value, query, dout;  // query, dout: of the (first) query head
+  const float *lse, *delta;
 
-  __device__ __forceinline__ float lse(int slot) const { return row_lse(first[S::row(slot)]); }
-  __device__ __forceinline__ float delta(int slot) const {
-    return row_delta(first[S::row(slot)], first[M + S::row(slot)]);
+  template <Over over>
+  __device__ void locate(const Problem& p, const TileWork* schedule, int32_t tile_count, int32_t block) {
+    work = find_work<over>(p, schedule, tile_count, block);
+    band = work.band(p);
+    const TileWork& tile = work.tile;
+    const int32_t head = work.head, kv_head = p.kv_head(head);
+    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
+             p.value_dim};
+    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
+    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
+    lse = p.lse.as<const float>() + work.offset(p, p.lse, head, tile.q_begin);
+    delta = p.delta.as<const float>() + work.offset(p, p.delta, head, tile.q_begin);
   }
-
-  // Whether this thread's row of the tile sees nothing. Once its own copies have arrived.
-  __device__ __forceinline__ static bool unseen(const float* lse) {
-    const int i = static_cast<int>(threadIdx.x);
-    return i < M && lse[i] == -INFINITY;
-  }
-
-  // Starts the copy of rows [row, row + M); those from q_len on are zero, and the band hides them.
-  template <int kThreads>
-  __device__ __forceinline__ static void load(uint32_t shared, const Problem& p, const BlockWork& work,
-                                              int32_t head, int32_t row) {
-    static_assert(kThreads >= M);
-    const int i = static_cast<int>(threadIdx.x);
-    if (i >= M) return;
-    const bool used = row + i < work.tile.q_len;
-    const int64_t at = work.tile.q_begin + (used ? row + i : 0);
-    ptx::cp_async_4(shared + i * 4, p.lse.as<const float>() + work.offset(p, p.lse, head, at), used);
-    ptx::cp_async_4(shared + (M + i) * 4, p.delta.as<const float>() + work.offset(p, p.delta, head, at),
-                    used);
+  __device__ void set_tiles(Interval rows, int32_t block) {
+    tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / block, (rows.hi - 1) / block + 1};
   }
 };
 
@@ -88,6 +84,12 @@ struct GradientContext {
   const Band& band;
   int32_t head;
 };
+
+// S → P = 2^(scale · S − lse).
+template <class S, class Rows>
+__device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
+  for_each(s, [&](float& x, int slot, int, int) { x = ptx::exp2(fmaf(x, scale, -rows.lse(slot))); });
+}
 
 // S, dP → P after dropout but for its factor, dS, in place. `row`, `key`: the accumulators' first within the
 // sequence. `partial`: the band hides some of the tile. kThroughSoftcap: dS is the gradient of scale · q·k,
@@ -108,10 +110,9 @@ __device__ __forceinline__ void tile_gradient(const GradientContext& at, const R
     general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr);
   }
   if (partial) mask(s, at.band, row, key);
-  const float scale = kGeneral ? 1.0f : p.spec.scale * kLog2e;
-  for_each(s, [&](float& x, int slot, int n, int e) {
+  probabilities(s, rows, kGeneral ? 1.0f : p.spec.scale * kLog2e);
+  for_each(s, [&](float x, int slot, int n, int e) {
     float& ds = dp.at(slot, n, e);
-    x = ptx::exp2(fmaf(x, scale, -rows.lse(slot)));
     ds = x * (kGeneral ? ds : ds - rows.delta(slot));
   });
   if constexpr (kGeneral) {

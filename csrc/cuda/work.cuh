@@ -28,15 +28,22 @@ struct BlockWork {
   }
 };
 
-// Tiles of one head are neighbours, and when causal the longest come first: the last queries, the first keys.
+// Blocks by the number of heads that are worked on side by side: few enough for what they share to stay in
+// L2.
+template <Over over>
+inline constexpr uint32_t kHeadsTogether = over == Over::kQueries ? 1 : 16;
+
+// Tiles of a group of heads are neighbours, and when causal the longest come first: the last queries, the
+// first keys. With several heads together the last blocks to run are short ones.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block) {
   constexpr bool kQueries = over == Over::kQueries;
-  uint32_t rest = blockIdx.x;
-  const int32_t t = static_cast<int32_t>(rest % tiles), tile = kQueries ? tiles - 1 - t : t;
-  rest /= tiles;
-  const uint32_t heads = kQueries ? p.heads : p.kv_heads;
+  const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = gridDim.x / tiles;
+  const uint32_t first = blockIdx.x / (kHeadsTogether<over> * tiles) * kHeadsTogether<over>;
+  const uint32_t together = min(kHeadsTogether<over>, all - first), number = blockIdx.x - first * tiles;
+  const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;
+  uint32_t rest = first + number % together;
   BlockWork work;
   work.head = static_cast<int32_t>(rest % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
   rest /= heads;

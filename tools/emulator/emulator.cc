@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-dim3 threadIdx, blockIdx;
+dim3 threadIdx, blockIdx, gridDim;
 
 namespace emulator {
 
@@ -33,8 +33,7 @@ struct Copy {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<uint8_t[]> stack;
-  const Barrier* waits_for = nullptr;
-  uint64_t generation = 0;
+  std::function<bool()> waits_for;
   bool done = false;
   std::vector<Copy> uncommitted;
   std::deque<std::vector<Copy>> groups;
@@ -43,7 +42,7 @@ struct Fiber {
 ucontext_t scheduler;
 std::vector<Fiber> fibers;
 std::vector<Barrier> warps;
-Barrier block;
+Barrier block, groups[16];
 uint32_t current;
 const std::function<void()>* kernel;
 
@@ -53,15 +52,24 @@ void enter() {
 }
 
 void wait(const Barrier& barrier, uint64_t generation) {
-  Fiber& self = fibers[current];
-  self.waits_for = &barrier;
-  self.generation = generation;
-  swapcontext(&self.context, &scheduler);
+  wait_until([&barrier, generation] { return barrier.generation != generation; });
+}
+
+// The calling fiber arrives.
+void arrive_and_wait(Barrier& barrier) {
+  const uint64_t generation = barrier.generation;
+  if (++barrier.arrived == barrier.size) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    wait(barrier, generation);
+  }
 }
 
 void run_block(uint32_t threads) {
   for (size_t i = 0; i + 4 <= kSharedBytes; i += 4) std::memset(shared + i, 0xFF, 4);
   block = Barrier{threads};
+  std::fill(std::begin(groups), std::end(groups), Barrier{});
   warps.assign(threads / 32, Barrier{32});
   for (uint32_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
@@ -80,7 +88,7 @@ void run_block(uint32_t threads) {
     bool moved = false;
     for (uint32_t i = 0; i < threads; ++i) {
       Fiber& fiber = fibers[i];
-      if (fiber.done || (fiber.waits_for && fiber.waits_for->generation == fiber.generation)) continue;
+      if (fiber.done || (fiber.waits_for && !fiber.waits_for())) continue;
       fiber.waits_for = nullptr;
       current = i;
       threadIdx = dim3(i);
@@ -102,20 +110,25 @@ void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body) {
   const std::lock_guard lock(one_at_a_time);
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   kernel = &body;
+  gridDim = dim3(blocks);
   for (uint32_t b = 0; b < blocks; ++b) {
     blockIdx = dim3(b);
     run_block(threads);
   }
 }
 
-void block_barrier() {
-  const uint64_t generation = block.generation;
-  if (++block.arrived == block.size) {
-    block.arrived = 0;
-    ++block.generation;
-  } else {
-    wait(block, generation);
-  }
+void block_barrier() { arrive_and_wait(block); }
+
+void group_barrier(uint32_t number, uint32_t threads) {
+  groups[number].size = threads;
+  arrive_and_wait(groups[number]);
+}
+
+void wait_until(const std::function<bool()>& condition) {
+  Fiber& self = fibers[current];
+  if (condition()) return;
+  self.waits_for = condition;
+  swapcontext(&self.context, &scheduler);
 }
 
 bool block_any(bool condition) {

@@ -45,7 +45,7 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
-extern dim3 threadIdx, blockIdx;
+extern dim3 threadIdx, blockIdx, gridDim;
 
 namespace emulator {
 
@@ -57,6 +57,8 @@ void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body);
 
 void block_barrier();
 bool block_any(bool condition);
+void group_barrier(uint32_t number, uint32_t threads);
+void wait_until(const std::function<bool()>& condition);
 
 // Every lane of the warp brings its argument; the last to come runs `all` on the 32 of them.
 void warp_collective(void* argument, void (*all)(void* const (&arguments)[32]));

@@ -1,4 +1,5 @@
-// The float32 accumulator of dQ: in dquery's own order, so that it is turned into dquery element by element.
+// The float32 accumulator of dQ: dquery's rows of heads, each of accumulator_columns(d) whose blocks of 16
+// are in the order of ptx::add_quad.
 #pragma once
 
 #include <cuda_runtime_api.h>

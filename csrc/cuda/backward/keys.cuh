@@ -3,77 +3,119 @@
 #pragma once
 
 #include "core/plan.h"
+#include "cuda/backward/convert.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash {
 
-// Rows × columns of warps share each product: S and dP; dK and dV, 32 keys a warp; dQ. Where several warps
-// share the columns of dK, dV and dQ, or the keys of dK and dV, they take blocks of 16 in turn.
+// The general kernel, whose scores need more registers, takes half the query rows at a time where
+// the warps can share them.
+//
+// Rows × columns of warps share each product: S and dP; dK and dV, 32 or 16 keys a warp; dQ. The warps that
+// share keys make these columns of S and dP among them, so that dK and dV wait for no other warp; where the
+// tile has no 16 × 16 for each, the first of them do.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 struct BackwardKeysSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
-  static constexpr int kM = M, kN = N, kStages = Stages, kThreads = Warps * 32;
+  static constexpr int kDqColumns = M == 16 || (Warps >= 8 && HeadDim % 64 == 0) ? 4 : 2,
+                       kDqRows = Warps / kDqColumns;
+  static constexpr int kM = General && M / 2 % (16 * kDqRows) == 0 ? M / 2 : M, kN = N, kStages = Stages,
+                       kWarps = Warps, kThreads = Warps * 32;
   static constexpr int kBlocks = General ? 1 : Blocks;
-  static constexpr int kKeyWarps = N / 32, kWidthWarps = Warps / kKeyWarps;
-  static constexpr int kSRows = M / 16 < kWidthWarps ? M / 16 : kWidthWarps, kSColumns = Warps / kSRows;
-  static constexpr int kDqColumns = Warps >= 8 && HeadDim % 64 == 0 ? 4 : 2, kDqRows = Warps / kDqColumns;
+  static constexpr int kWarpKeys = N < 32 ? N : 32, kKeyWarps = N / kWarpKeys,
+                       kWidthWarps = Warps / kKeyWarps;
+  static constexpr int kSRows = kM / 16 < kWidthWarps ? kM / 16 : kWidthWarps;
+  static constexpr int kSColumns = Warps / kSRows < N / 16 ? Warps / kSRows : N / 16;
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
-  using QTile = SharedTile<T, M, HeadDim>;
-  using DoTile = SharedTile<T, M, ValueDim>;
-  using PTile = SharedTile<T, M, N>;
-  using S = Accumulator<M / kSRows / 16, N / kSColumns / 8>;
-  using DK = Accumulator<2, HeadDim / kWidthWarps / 8>;
-  using DV = Accumulator<2, ValueDim / kWidthWarps / 8>;
-  using DQ = Accumulator<M / kDqRows / 16, HeadDim / kDqColumns / 8>;
-  using Statistics = SharedStatistics<S, M>;
-  static constexpr int kStepBytes = QTile::kBytes + DoTile::kBytes + Statistics::kBytes;
+  using QTile = SharedTile<T, kM, HeadDim>;
+  using DoTile = SharedTile<T, kM, ValueDim>;
+  using PTile = SharedTile<T, kM, N>;
+  using S = Accumulator<kM / kSRows / 16, N / kSColumns / 8>;
+  using DK = Accumulator<kWarpKeys / 16, HeadDim / kWidthWarps / 8>;
+  using DV = Accumulator<kWarpKeys / 16, ValueDim / kWidthWarps / 8>;
+  using DQ = Accumulator<kM / kDqRows / 16, HeadDim / kDqColumns / 8>;
+  // In shared memory: K, V; Q, dO, lse [kM] and delta [kM] of each stage; P, dS; barriers.
+  static constexpr int kStepBytes = QTile::kBytes + DoTile::kBytes + 2 * kM * 4;
   static constexpr int kKeyBytes = KTile::kBytes + VTile::kBytes;
-  static constexpr int kSharedBytes = kKeyBytes + Stages * kStepBytes + 2 * PTile::kBytes;
-  static_assert(N % 32 == 0 && M % (16 * kSRows) == 0 && N % (16 * kSColumns) == 0 &&
-                M % (16 * kDqRows) == 0);
+  static constexpr int kPBegin = kKeyBytes + Stages * kStepBytes;
+  static constexpr int kBarriers = kPBegin + 2 * PTile::kBytes;
+  static constexpr int kSharedBytes = kBarriers + (2 + Stages) * ptx::kBarrierBytes;
+  static_assert(N % kWarpKeys == 0 && kM % (16 * kSRows) == 0 && N % (16 * kSColumns) == 0 &&
+                kM % (16 * kDqRows) == 0 && kSColumns % kKeyWarps == 0);
   static_assert(HeadDim % (16 * kWidthWarps) == 0 && ValueDim % (16 * kWidthWarps) == 0);
-  static_assert(HeadDim % (16 * kDqColumns) == 0 && (Stages == 1 || Stages == 2));
+  static_assert(HeadDim % (16 * kDqColumns) == 0 && (Stages == 1 || Stages == 2) && kThreads >= kM);
+};
+
+// What a warp makes of each product.
+template <class C>
+struct WarpPlaces {
+  int keys, part;  // which keys of dK and dV, and which of the warps that share them
+  bool makes_s;
+  Placement s, dk, dq;
+
+  __device__ __forceinline__ WarpPlaces() {
+    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+    constexpr int kPerKeys = C::kSColumns / C::kKeyWarps;
+    keys = warp / C::kWidthWarps, part = warp % C::kWidthWarps;
+    makes_s = C::kSRows * C::kSColumns == C::kWarps || part < C::kSRows * kPerKeys;
+    s = {part / kPerKeys * 16 * C::S::kRowTiles, 16,
+         (keys * kPerKeys + part % kPerKeys) * 8 * C::S::kColumnTiles, 16};
+    dk = {keys * C::kWarpKeys, 16, part * 16, 16 * C::kWidthWarps};
+    dq = {warp / C::kDqColumns * 16 * C::DQ::kRowTiles, 16, warp % C::kDqColumns * 16, 16 * C::kDqColumns};
+  }
 };
 
 // What all threads of a block share.
 template <class T>
-struct KeyBlockState {
-  BlockWork work;
-  Band band;
-  Interval tiles;                               // of queries, that see any key of the tile
-  GlobalRows<const T> key, value, query, dout;  // query, dout: of the group's first head
+struct KeyBlockState : GradientBlock<T> {
+  Interval rows, whole;  // of queries: those that see any of the block's keys, and all of a tile's
   GlobalRows<T> dkey, dvalue;
+  float*
+      dquery;  // in the accumulator, of the sequence's first row and the group's first head; null: not wanted
 
   __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t k_tiles, int32_t block_m,
-                          int32_t block_n) {
-    work = find_work<Over::kKeys>(p, schedule, k_tiles, block_n);
+                          int32_t block_n, float* accumulator) {
+    this->template locate<Over::kKeys>(p, schedule, k_tiles, block_n);
+    const BlockWork& work = this->work;
     const TileWork& tile = work.tile;
-    const int32_t head = work.head, kv_head = p.kv_head(head);
-    band = work.band(p);
-    const Interval rows = band.queries(tile.row, tile.used_keys());
-    tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / block_m, (rows.hi - 1) / block_m + 1};
-    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
-             p.value_dim};
-    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
-    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
+    const int32_t kv_head = p.kv_head(work.head);
+    rows = this->band.queries(tile.row, tile.used_keys());
+    whole = this->band.common_queries(tile.row, tile.row + block_n);
+    this->set_tiles(rows, block_m);
     dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
     dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
+    dquery = nullptr;
+    if (accumulator) {
+      const int64_t batch = work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
+      dquery = accumulator +
+               ((batch * p.q_rows + tile.q_begin) * p.heads + work.head) * accumulator_columns(p.head_dim);
+    }
   }
 };
 
-static_assert(sizeof(KeyBlockState<float>) <= kBlockStateBytes);
+// lse and delta of a tile's rows, in shared memory: [M] each.
+template <class S, int M>
+struct SharedStatistics {
+  const float* first;  // of the accumulator's rows
+
+  __device__ __forceinline__ float lse(int slot) const { return row_lse(first[S::row(slot)]); }
+  __device__ __forceinline__ float delta(int slot) const {
+    return row_delta(first[S::row(slot)], first[M + S::row(slot)]);
+  }
+};
 
 // The steps of a block: the query tiles of every head of the group.
 struct QueryStep {
-  int32_t head, tile, number = 0;
+  int32_t head, tile, number = 0;  // head: counted from the group's first
 
   __device__ __forceinline__ void advance(const Interval& tiles) {
     ++number;
@@ -81,27 +123,35 @@ struct QueryStep {
   }
 };
 
-// Q, dO, lse and delta of a step, into their place in shared memory.
+// Q, dO, lse and delta of a step, into their place in shared memory. Rows that see none of the keys are zero:
+// they may hold anything, and 0 · NaN is NaN.
 template <class C>
 __device__ __forceinline__ void load_queries(const Problem& p,
                                              const KeyBlockState<typename C::Element>& block,
                                              const QueryStep& step, uint32_t shared) {
-  const int64_t head = step.head - block.work.head;
-  const int32_t row = step.tile * C::kM, end = block.work.tile.q_len;
+  const int32_t row = step.tile * C::kM, lo = block.rows.lo - row, hi = block.rows.hi - row;
+  auto used = [=](int i) { return lo <= i && i < hi; };
   auto query = block.query, dout = block.dout;
-  query.data += head * p.query.head;
-  dout.data += head * p.dout.head;
-  load_tile<typename C::QTile, C::kThreads>(shared, query, row, end);
-  load_tile<typename C::DoTile, C::kThreads>(shared + C::QTile::kBytes, dout, row, end);
-  C::Statistics::template load<C::kThreads>(shared + C::QTile::kBytes + C::DoTile::kBytes, p, block.work,
-                                            step.head, row);
+  query.data += step.head * p.query.head;
+  dout.data += step.head * p.dout.head;
+  load_tile_where<typename C::QTile, C::kThreads>(shared, query, row, used);
+  load_tile_where<typename C::DoTile, C::kThreads>(shared + C::QTile::kBytes, dout, row, used);
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < C::kM) {
+    const uint32_t to = shared + C::QTile::kBytes + C::DoTile::kBytes + i * 4;
+    const int64_t at = used(i) ? row + i : 0;
+    ptx::cp_async_4(to, block.lse + step.head * p.lse.head + at * p.lse.row, used(i));
+    ptx::cp_async_4(to + C::kM * 4, block.delta + step.head * p.delta.head + at * p.delta.row, used(i));
+  }
 }
 
-// Rows that see nothing give nothing, whatever they and their cotangents hold: 0 · NaN is NaN.
+// Clears Q and dO of rows that see nothing for other reasons than the band, all threads together.
 template <class C>
 __device__ __noinline__ void clear_unseen(uint8_t* q, const float* lse) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (!__syncthreads_or(i < C::kM && lse[i] == -INFINITY)) return;
   constexpr int kChunks = C::QTile::kChunks + C::DoTile::kChunks;
-  for (int at = static_cast<int>(threadIdx.x); at < C::kM * kChunks; at += C::kThreads) {
+  for (int at = i; at < C::kM * kChunks; at += C::kThreads) {
     const int row = at / kChunks, chunk = at % kChunks;
     const int offset = chunk < C::QTile::kChunks
                            ? C::QTile::offset(row, chunk)
@@ -111,95 +161,127 @@ __device__ __noinline__ void clear_unseen(uint8_t* q, const float* lse) {
   __syncthreads();
 }
 
+// P in s, dS in dp.
+template <class C>
+__device__ __forceinline__ void score_gradients(const Problem& p,
+                                                const KeyBlockState<typename C::Element>& block,
+                                                const QueryStep& step, const WarpPlaces<C>& at,
+                                                const float* statistics, uint32_t q, uint32_t d_out,
+                                                uint32_t k, typename C::S& s, typename C::S& dp) {
+  const SharedStatistics<typename C::S, C::kM> rows{statistics + at.s.row};
+  const int32_t row = step.tile * C::kM, first = row + at.s.row, key = block.work.tile.row + at.s.column;
+  const uint32_t v = k + C::KTile::kBytes;
+  const bool partial = row < block.whole.lo || row + C::kM > block.whole.hi;
+  mma_qk<typename C::QTile, typename C::KTile>(s, q, at.s.row, k, at.s.column);  // S = Q Kᵀ    [M, N]
+  if constexpr (C::kGeneral) {
+    mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, v, at.s.column);  // dP = dO Vᵀ
+    tile_gradient<true, true>({p, block.work, block.band, block.work.head + step.head}, rows, first, key,
+                              partial, s, dp);
+  } else {
+    if (partial) mask(s, block.band, first, key);
+    probabilities(s, rows, p.spec.scale * kLog2e);                                       // P = exp(S − lse)
+    mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
+    for_each(dp, [&](float& x, int slot, int n, int e) {  // dS = P ∘ (dP − delta)
+      x = s.at(slot, n, e) * (x - rows.delta(slot));
+    });
+  }
+}
+
+// Steps overlap: a warp waits only for the copies of its step, for the warps that share its keys before dK
+// and dV, for all dS before dQ, and before it stores P and dS until everyone has left those of the step
+// before.
 template <class C>
 __device__ __forceinline__ void backward_keys(const Problem& p,
                                               const KeyBlockState<typename C::Element>& block,
-                                              float* accumulator, uint8_t* shared) {
+                                              uint8_t* shared) {
   using T = typename C::Element;
   using KTile = typename C::KTile;
   using VTile = typename C::VTile;
-  using QTile = typename C::QTile;
-  using DoTile = typename C::DoTile;
   using PTile = typename C::PTile;
   const TileWork& tile = block.work.tile;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const Placement s_at{warp / C::kSColumns * 16 * C::S::kRowTiles, 16,
-                       warp % C::kSColumns * 8 * C::S::kColumnTiles, 16};
-  const Placement dk_at{warp % C::kKeyWarps * 16, 16 * C::kKeyWarps, warp / C::kKeyWarps * 16,
-                        16 * C::kWidthWarps};
-  const Placement dq_at{warp / C::kDqColumns * 16 * C::DQ::kRowTiles, 16, warp % C::kDqColumns * 16,
-                        16 * C::kDqColumns};
-  const uint32_t k = ptx::shared_address(shared), v = k + KTile::kBytes, steps = k + C::kKeyBytes;
-  uint8_t* const p_store = shared + C::kKeyBytes + C::kStages * C::kStepBytes;
-  uint8_t* const ds_store = p_store + PTile::kBytes;
-  const uint32_t p_tile = ptx::shared_address(p_store), ds_tile = p_tile + PTile::kBytes;
-  const int32_t heads_end = block.work.head + p.heads / p.kv_heads;
+  const WarpPlaces<C> at;
+  const uint32_t k = ptx::shared_address(shared), steps = k + C::kKeyBytes, p_tile = k + C::kPBegin,
+                 ds_tile = p_tile + PTile::kBytes;
+  const uint32_t stored = k + C::kBarriers, left = stored + ptx::kBarrierBytes,
+                 loaded = left + ptx::kBarrierBytes;
+  const int32_t heads = p.heads / p.kv_heads;
 
   typename C::DK dk;
   typename C::DV dv;
   dk.clear();
   dv.clear();
-  QueryStep step{block.work.head, block.tiles.lo}, next = step;
-  auto fill = [&] {
-    if (next.head < heads_end) {
-      load_queries<C>(p, block, next, steps + next.number % C::kStages * C::kStepBytes);
-      next.advance(block.tiles);
-    }
-    ptx::cp_async_commit();
+  QueryStep step{0, block.tiles.lo};
+  auto fill = [&](const QueryStep& to) {
+    const int place = to.number % C::kStages;
+    load_queries<C>(p, block, to, steps + place * C::kStepBytes);
+    ptx::barrier_arrive_after_copies(loaded + place * ptx::kBarrierBytes);
+  };
+  auto fill_next = [&] {
+    QueryStep next = step;
+    next.advance(block.tiles);
+    if (next.head < heads) fill(next);
+  };
+  auto arrive = [&](uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
   };
   if (!block.tiles.empty()) {
     load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
-    load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
-    fill();
+    load_tile<VTile, C::kThreads>(k + KTile::kBytes, block.value, tile.row, tile.used_keys());
+    fill(step);
   }
-  for (; !block.tiles.empty() && step.head < heads_end; step.advance(block.tiles)) {
-    const int place = C::kKeyBytes + step.number % C::kStages * C::kStepBytes;
-    const uint32_t q = k + place, d_out = q + QTile::kBytes;
-    const int32_t row = step.tile * C::kM;
-    const auto* statistics = reinterpret_cast<const float*>(shared + place + QTile::kBytes + DoTile::kBytes);
-    const typename C::Statistics rows{statistics + s_at.row};
-    ptx::cp_async_wait<0>();
-    if (__syncthreads_or(C::Statistics::unseen(statistics))) clear_unseen<C>(shared + place, statistics);
-    if constexpr (C::kStages == 2) fill();
+  for (; !block.tiles.empty() && step.head < heads; step.advance(block.tiles)) {
+    const int stage = step.number % C::kStages, place = C::kKeyBytes + stage * C::kStepBytes;
+    const uint32_t q = k + place, d_out = q + C::QTile::kBytes;
+    const auto* statistics =
+        reinterpret_cast<const float*>(shared + place + C::QTile::kBytes + C::DoTile::kBytes);
+    ptx::barrier_wait(loaded + stage * ptx::kBarrierBytes, step.number / C::kStages);
+    if constexpr (C::kGeneral) clear_unseen<C>(shared + place, statistics);
 
     typename C::S s, dp;
-    mma_qk<QTile, KTile>(s, q, s_at.row, k, s_at.column);        // S = Q Kᵀ    [M, N]
-    mma_qk<DoTile, VTile>(dp, d_out, s_at.row, v, s_at.column);  // dP = dO Vᵀ  [M, N]
-    const bool partial =
-        block.band.classify(row, row + C::kM, tile.row, tile.row + C::kN) != TileClass::kFull;
-    tile_gradient<C::kGeneral, true>({p, block.work, block.band, step.head}, rows, row + s_at.row,
-                                     tile.row + s_at.column, partial, s, dp);
-    store_accumulator<PTile>(s, p_store, s_at);
-    store_accumulator<PTile>(dp, ds_store, s_at);
-    __syncthreads();
+    if (at.makes_s) score_gradients<C>(p, block, step, at, statistics, q, d_out, k, s, dp);
+    if (step.number > 0) ptx::barrier_wait(left, step.number - 1);
+    if (at.makes_s) {
+      store_accumulator<PTile>(s, shared + C::kPBegin, at.s);
+      store_accumulator<PTile>(dp, shared + C::kPBegin + PTile::kBytes, at.s);
+    }
+    arrive(stored);
+    if constexpr (C::kStages == 2) fill_next();
+    ptx::sync_group(1 + at.keys, 32 * C::kWidthWarps);
 
     multiply_add<T, C::kM / kStepK<T>>(
-        dv, ColumnsA<PTile, 16 * C::kKeyWarps>(p_tile, dk_at.row),
-        ColumnsB<DoTile, 16 * C::kWidthWarps>(d_out, dk_at.column));  // dV += Pᵀ dO
-    if (accumulator) {
+        dv, ColumnsA<PTile, 16>(p_tile, at.dk.row),
+        ColumnsB<typename C::DoTile, 16 * C::kWidthWarps>(d_out, at.dk.column));  // dV += Pᵀ dO
+    multiply_add<T, C::kM / kStepK<T>>(
+        dk, ColumnsA<PTile, 16>(ds_tile, at.dk.row),
+        ColumnsB<typename C::QTile, 16 * C::kWidthWarps>(q, at.dk.column));  // dK += dSᵀ Q
+    if (block.dquery) {
       typename C::DQ dq;
       dq.clear();
+      ptx::barrier_wait(stored, step.number);
       multiply_add<T, C::kN / kStepK<T>>(
-          dq, RowsA<PTile>(ds_tile, dq_at.row),
-          ColumnsB<KTile, 16 * C::kDqColumns, false>(k, dq_at.column));  // dQ = dS K
-      const int64_t begin = block.work.offset(p, p.dquery, step.head, tile.q_begin + row);
-      add_rows(dq, dq_at, GlobalRows<float>{accumulator + begin, p.dquery.row, p.head_dim}, tile.q_len - row);
+          dq, RowsA<PTile>(ds_tile, at.dq.row),
+          ColumnsB<KTile, 16 * C::kDqColumns, false>(k, at.dq.column));  // dQ = dS K
+      arrive(left);
+      const int32_t row = step.tile * C::kM, columns = accumulator_columns(p.head_dim);
+      const int64_t stride = int64_t{p.heads} * columns;
+      add_rows(dq, at.dq, {block.dquery + row * stride + step.head * columns, stride, columns},
+               tile.q_len - row);
+    } else {
+      arrive(left);
     }
-    multiply_add<T, C::kM / kStepK<T>>(dk, ColumnsA<PTile, 16 * C::kKeyWarps>(ds_tile, dk_at.row),
-                                       ColumnsB<QTile, 16 * C::kWidthWarps>(q, dk_at.column));  // dK += dSᵀ Q
     if constexpr (C::kStages == 1) {
-      __syncthreads();
-      fill();
+      ptx::barrier_wait(left, step.number);
+      fill_next();
     }
   }
 
   const float dv_factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
   for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
   for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
-  ptx::cp_async_wait<0>();
   __syncthreads();
-  store_accumulator<KTile>(dk, shared, dk_at);
-  store_accumulator<VTile>(dv, shared + KTile::kBytes, dk_at);
+  store_accumulator<KTile>(dk, shared, at.dk);
+  store_accumulator<VTile>(dv, shared + KTile::kBytes, at.dk);
   __syncthreads();
   const int thread = static_cast<int>(threadIdx.x);
   store_tile<KTile, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, tile.end, thread);
@@ -210,11 +292,19 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_keys_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles,
                        float* accumulator) {
-  __shared__ KeyBlockState<typename C::Element> block;
-  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
+  using Block = KeyBlockState<typename C::Element>;
+  static_assert(sizeof(Block) + (2 + C::kStages) * ptx::kBarrierBytes <= kBlockStateBytes);
+  __shared__ Block block;
+  uint8_t* const shared = ptx::dynamic_shared();
+  if (threadIdx.x == 0) {
+    block.prepare(p, schedule, tiles, C::kM, C::kN, accumulator);
+    const uint32_t barriers = ptx::shared_address(shared + C::kBarriers);
+    for (int i = 0; i < 2 + C::kStages; ++i) {
+      ptx::barrier_init(barriers + i * ptx::kBarrierBytes, i < 2 ? C::kWarps : C::kThreads);
+    }
+  }
   __syncthreads();
-  if (block.work.tile.row < block.work.tile.end)
-    backward_keys<C>(p, block, accumulator, ptx::dynamic_shared());
+  if (block.work.tile.row < block.work.tile.end) backward_keys<C>(p, block, shared);
 }
 
 // accumulator: dQ in float32, null: not wanted.

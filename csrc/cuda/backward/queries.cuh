@@ -30,27 +30,16 @@ struct BackwardQueriesSm80 {
 };
 
 template <class T>
-struct QueryBlockState {
-  BlockWork work;
-  Band band;
-  Interval tiles;  // of keys, that any row of the query tile sees
-  GlobalRows<const T> key, value, query, dout;
+struct QueryBlockState : GradientBlock<T> {
   GlobalRows<T> dquery;
 
   __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
                           int32_t block_n) {
-    work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
-    const TileWork& tile = work.tile;
-    const int32_t head = work.head, kv_head = p.kv_head(head);
-    band = work.band(p);
-    const Interval visible = band.rows(tile.row, tile.used_queries());
-    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
-    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, tile.k_begin), p.key.row, p.head_dim};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, tile.k_begin), p.value.row,
-             p.value_dim};
-    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
-    dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
-    dquery = {p.dquery.as<T>() + work.offset(p, p.dquery, head, tile.q_begin), p.dquery.row, p.head_dim};
+    this->template locate<Over::kQueries>(p, schedule, q_tiles, block_m);
+    const TileWork& tile = this->work.tile;
+    this->set_tiles(this->band.rows(tile.row, tile.used_queries()), block_n);
+    dquery = {p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, tile.q_begin), p.dquery.row,
+              p.head_dim};
   }
 };
 
@@ -67,7 +56,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   const uint32_t q = ptx::shared_address(shared), d_out = q + QTile::kBytes;
   typename C::Ring vk(d_out + DoTile::kBytes, {block.value, block.key, tile.k_len}, block.tiles);
   const GradientContext context{p, block.work, block.band, block.work.head};
-  const RowStatistics<typename C::S> rows(p, block.work, block.work.head, row);
+  const RowStatistics<typename C::S> rows(p, block.lse, block.delta, row, tile.q_len);
 
   typename C::DQ dq;
   dq.clear();

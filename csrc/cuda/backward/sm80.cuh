@@ -11,9 +11,10 @@ namespace jax_flash {
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
+  using Plain = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, false>;
   using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, General>;
   using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, General>;
-  static_assert(Queries::kSharedBytes <= Keys::kSharedBytes);
+  static_assert(Queries::kSharedBytes <= Plain::kSharedBytes && Keys::kSharedBytes <= Plain::kSharedBytes);
   float* accumulator = nullptr;
   if (plan.accumulator >= 0) {
     accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);

@@ -72,7 +72,9 @@ __device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row,
   load_tile<typename C::KTile, C::kThreads>(k, rows_of(p.key, kv_head, p.head_dim), key, lengths.k_len);
   load_tile<typename C::VTile, C::kThreads>(v, rows_of(p.value, kv_head, p.value_dim), key, lengths.k_len);
   ptx::cp_async_commit();
-  const RowStatistics<typename C::S> rows(p, at.work, at.head, row + warp_row);
+  const RowStatistics<typename C::S> rows(p, p.lse.as<const float>() + at.work.offset(p, p.lse, at.head, 0),
+                                          p.delta.as<const float>() + at.work.offset(p, p.delta, at.head, 0),
+                                          row + warp_row, lengths.q_len);
   ptx::cp_async_wait<0>();
   __syncthreads();
 

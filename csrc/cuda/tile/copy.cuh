@@ -16,25 +16,38 @@ struct GlobalRows {
   int32_t columns;
 };
 
-// Starts the copy of rows [first, first + Tile::kRows) into `shared`; rows from `end` on and unused columns
-// are zero.
+// Starts the copy of rows [first, first + Tile::kRows) into `shared`; unused columns are zero, and rows that
+// `used`(row of the tile) denies.
+template <class Tile, int kThreads, class T, class Used>
+__device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRows<const T>& source,
+                                                int32_t first, Used used) {
+  constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
+  constexpr int kStep = kThreads / kPanel < Tile::kRows ? kThreads / kPanel : Tile::kRows;  // rows at a time
+  constexpr int kBeside = kThreads / (kPanel * kStep);  // panels at a time
+  const int thread = static_cast<int>(threadIdx.x);
+  const int row = thread / kPanel % kStep, chunk = thread / (kPanel * kStep) * kPanel + thread % kPanel;
+  const auto stride = static_cast<uint32_t>(source.stride);  // one token's elements
+  const T* from = source.data + uint64_t{static_cast<uint32_t>(first + row)} * stride + chunk * kChunk<T>;
+  const int32_t columns = source.columns - chunk * kChunk<T>;
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; r += kStep, from += uint64_t{stride} * kStep) {
+#pragma unroll
+    for (int panel = 0; panel < kPanels; panel += kBeside) {
+      const int column = panel * kPanel * kChunk<T>;
+      const bool inside = (Tile::kRows % kStep == 0 || row + r < Tile::kRows) &&
+                          (kPanels % kBeside == 0 || chunk < (kPanels - panel) * kPanel);
+      if (inside)
+        ptx::cp_async_16(shared + Tile::offset(row + r, chunk) + Tile::panel_offset(panel * kPanel),
+                         from + column, used(row + r) && column < columns);
+    }
+  }
+}
+
+// As above; rows from `end` on are zero.
 template <class Tile, int kThreads, class T>
 __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<const T>& source, int32_t first,
                                           int32_t end) {
-  const int64_t stride = source.stride;
-  const T *data = source.data, *origin = data + first * stride;
-  const int32_t columns = source.columns;
-  constexpr int kTotal = Tile::kRows * Tile::kChunks;
-#pragma unroll
-  for (int i = 0; i < kTotal; i += kThreads) {
-    const int at = i + static_cast<int>(threadIdx.x);
-    const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    const bool valid = row < end - first && chunk * kChunk<T> < columns;
-    if (kTotal % kThreads == 0 || at < kTotal) {
-      const T* from = valid ? origin + row * stride + chunk * kChunk<T> : data;
-      ptx::cp_async_16(shared + Tile::offset(row, chunk), from, valid);
-    }
-  }
+  load_tile_where<Tile, kThreads>(shared, source, first, [=](int row) { return row < end - first; });
 }
 
 // Copies rows [row, row + kRows) of a shared tile to rows [first, end) in global memory, as thread `thread`

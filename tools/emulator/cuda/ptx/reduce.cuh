@@ -3,6 +3,10 @@
 
 namespace jax_flash::ptx {
 
-inline void add_pair(float* to, float low, float high) { to[0] += low, to[1] += high; }
+inline int quad_position(int t, int i) { return 4 * t + i; }
+inline void add_quad(float* block, int t, float a, float b, float c, float d) {
+  const float x[] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i) block[quad_position(t, i)] += x[i];
+}
 
 }  // namespace jax_flash::ptx

@@ -1,0 +1,51 @@
+// Barriers in shared memory (mbarrier, sm_80 and newer), on which arriving and waiting are two things, and
+// the numbered barriers of a block.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::ptx {
+
+inline constexpr int kBarrierBytes = 8;
+
+// A phase ends when `count` have arrived; the next begins at once.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  [[maybe_unused]] uint64_t state;
+  asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(barrier) : "memory");
+}
+
+// This thread arrives when the cp.async that it has issued are done.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Until the phase numbered `phase`, counted from 0, has ended. At most one phase behind the barrier's own.
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+#if __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 done, [%1], %2;\n"
+#else
+        "mbarrier.test_wait.parity.shared.b64 done, [%1], %2;\n"
+#endif
+        "selp.u32 %0, 1, 0, done;\n"
+        "}"
+        : "=r"(done)
+        : "r"(barrier), "r"(phase & 1)
+        : "memory");
+  } while (!done);
+}
+
+// As __syncthreads for `threads` of the block, whole warps; numbers from 1 to 15.
+__device__ __forceinline__ void sync_group(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+}  // namespace jax_flash::ptx
