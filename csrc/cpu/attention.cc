@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "decode_plan.h"
 #include "kernels.h"
 #include "plan.h"
 #include "splits.h"
@@ -80,6 +82,14 @@ Floats aligned_floats(int64_t count) {
 float* scratch() {
   thread_local Floats memory;
   if (!memory) memory = aligned_floats(kScratchFloats);
+  return memory.get();
+}
+
+// The parts of few query rows, kept by the thread that makes the call.
+float* decode_parts(int64_t floats) {
+  thread_local Floats memory;
+  thread_local int64_t size = 0;
+  if (floats > size) memory = aligned_floats(size = floats);
   return memory.get();
 }
 
@@ -216,6 +226,27 @@ void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, 
   });
 }
 
+// Tiles whose parts are items; whoever finishes the last part of one merges them, in their order.
+void run_decode(const Problem& p, const ThreadPool& pool, const DecodePlan& plan) {
+  float* memory = decode_parts(plan.part_floats());
+  std::vector<std::atomic<int32_t>> unfinished(plan.tiles().size());
+  for (size_t i = 0; i < unfinished.size(); ++i) unfinished[i] = plan.tiles()[i].rows.parts;
+  parallel_for(pool, static_cast<int64_t>(plan.items().size()), plan.workers(), [&](int64_t index) {
+    const DecodePlan::Item item = plan.items()[index];
+    const DecodePlan::Tile& tile = plan.tiles()[item.tile];
+    const RowTile& rows = tile.rows;
+    if (rows.parts == 1) return kernels().forward(p, &rows, 1, scratch());
+    if (item.part < 0) return forward_in_parts(p, rows);
+    float* parts = memory + tile.offset;
+    kernels().forward_part(p, rows, item.part, parts + item.part * tile.part_floats, scratch());
+    if (--unfinished[item.tile] > 0) return;
+    for (int32_t i = 1; i < rows.parts; ++i) {
+      kernels().merge_parts(p, rows, parts, parts + i * tile.part_floats);
+    }
+    kernels().store_part(p, rows, parts);
+  });
+}
+
 // Rows of a packed operand that lie in no sequence.
 template <class Fill>
 void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
@@ -240,8 +271,10 @@ const char* cpu_isa() { return kernels().isa; }
 
 void cpu_forward(const Problem& p, const ThreadPool& pool) {
   const Starts starts(p);
+  const DecodePlan decode(p, starts, kernels());
+  run_decode(p, pool, decode);
   const RowGrid grid(p, starts, Side::kGroups, kernels().tile_m);
-  run_forward(p, pool, grid, Splits(p, grid));
+  if (!decode.all()) run_forward(p, pool, grid, Splits(p, grid));
   outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.out, l, begin, end);
     for (int32_t h = 0; h < p.heads; ++h) {

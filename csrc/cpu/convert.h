@@ -3,9 +3,11 @@
 
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
-#include "../core/float8.h"
+#include "../core/spec.h"
 
 namespace jax_flash::JF_ISA {
+
+typedef uint8_t BytesUnaligned __attribute__((vector_size(kLanes), may_alias, aligned(1)));
 
 JF_INLINE constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2;
@@ -32,6 +34,27 @@ JF_INLINE UInt narrow_f16(Float x) {
   return h | sign;
 }
 
+// The lanes of float8_to_float (core/float8.h).
+JF_INLINE Float widen_float8(UInt x) {
+  const UInt magnitude = (x & 0x7Fu) << 20;
+  const Float denormal = reinterpret_cast<Float>(magnitude + 0x3C800000u) - 0.015625f;  // 2^-6
+  const UInt bits = magnitude < 0x00800000u ? reinterpret_cast<UInt>(denormal) : magnitude + 0x3C000000u;
+  return reinterpret_cast<Float>((magnitude == 0x07F00000u ? UInt{} + 0x7FC00000u : bits) | (x & 0x80u)
+                                                                                                << 24);
+}
+
+// The lanes of float_to_float8.
+JF_INLINE UInt narrow_float8(Float x) {
+  const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
+  const Float shifted = reinterpret_cast<Float>(magnitude) + 16384.0f;
+  const UInt denormal = reinterpret_cast<UInt>(shifted) - 0x46800000u;
+  const UInt normal = (magnitude - 0x3C000000u + 0x7FFFFu + (magnitude >> 20 & 1u)) >> 20;
+  UInt y = magnitude < 0x3C800000u ? denormal : normal;
+  y = magnitude > 0x43E00000u ? UInt{} + 0x7Eu : y;  // 448
+  y = magnitude > 0x7F800000u ? UInt{} + 0x7Fu : y;
+  return y | sign;
+}
+
 JF_INLINE Float widen_bf16(UInt h) { return reinterpret_cast<Float>(h << 16); }
 
 JF_INLINE UInt narrow_bf16(Float x) {
@@ -52,11 +75,9 @@ JF_INLINE Float load_vector(const void* row, int32_t i) {
   if constexpr (dtype == DType::kF32) {
     return *reinterpret_cast<const FloatUnaligned*>(static_cast<const float*>(row) + i);
   } else if constexpr (dtype == DType::kF8E4M3) {
-    float x[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      x[lane] = float8_to_float(static_cast<const uint8_t*>(row)[i + lane]);
-    }
-    return *reinterpret_cast<const FloatUnaligned*>(x);
+    const auto bytes = *reinterpret_cast<const BytesUnaligned*>(static_cast<const uint8_t*>(row) + i);
+    // In two steps: what compilers make of one is scalar.
+    return widen_float8(__builtin_convertvector(__builtin_convertvector(bytes, Half), UInt));
   } else if constexpr (dtype == DType::kBF16) {
     return widen_bf16(load_halves(row, i));
   }
@@ -86,6 +107,9 @@ template <DType dtype>
 JF_INLINE void store_vector(void* row, int32_t i, Float x) {
   if constexpr (dtype == DType::kF32) {
     *reinterpret_cast<FloatUnaligned*>(static_cast<float*>(row) + i) = x;
+  } else if constexpr (dtype == DType::kF8E4M3) {
+    *reinterpret_cast<BytesUnaligned*>(static_cast<uint8_t*>(row) + i) =
+        __builtin_convertvector(__builtin_convertvector(narrow_float8(x), Half), BytesUnaligned);
   } else {
     *reinterpret_cast<HalfUnaligned*>(static_cast<uint16_t*>(row) + i) = narrow<dtype>(x);
   }
@@ -115,15 +139,6 @@ static void store_row_as(void* row, int32_t n, const float* from, float factor) 
   }
 }
 
-static void load_float8(const uint8_t* row, int32_t n, float factor, float* to, int32_t padded) {
-  for (int32_t i = 0; i < n; ++i) to[i] = float8_to_float(row[i]) * factor;
-  for (int32_t i = n; i < padded; ++i) to[i] = 0.0f;
-}
-
-static void store_float8(uint8_t* row, int32_t n, const float* from, float factor) {
-  for (int32_t i = 0; i < n; ++i) row[i] = float_to_float8(from[i] * factor);
-}
-
 // to[0, n) = factor * row, zeros up to `padded` (a multiple of kLanes, at least n).
 JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, float* to, int32_t padded) {
   switch (dtype) {
@@ -134,7 +149,7 @@ JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, f
     case DType::kF32:
       return load_row_as<DType::kF32>(row, n, factor, to, padded);
     case DType::kF8E4M3:
-      return load_float8(static_cast<const uint8_t*>(row), n, factor, to, padded);
+      return load_row_as<DType::kF8E4M3>(row, n, factor, to, padded);
   }
 }
 
@@ -148,7 +163,7 @@ JF_INLINE void store_row(DType dtype, void* row, int32_t n, const float* from, f
     case DType::kF32:
       return store_row_as<DType::kF32>(row, n, from, factor);
     case DType::kF8E4M3:
-      return store_float8(static_cast<uint8_t*>(row), n, from, factor);
+      return store_row_as<DType::kF8E4M3>(row, n, from, factor);
   }
 }
 

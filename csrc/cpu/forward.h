@@ -2,7 +2,7 @@
 // merged afterwards.
 #pragma once
 
-#include "few_rows.h"
+#include "decode.h"
 #include "softmax.h"
 
 namespace jax_flash::JF_ISA {
@@ -177,13 +177,10 @@ static void forward_part_of(const Problem& p, const RowTile& tile, int32_t part,
 template <class Walk>
 struct Walks {};
 
-// The only tile of its head, and a small one.
-JF_INLINE bool has_few_rows(const RowTile& tile) { return tile.begin == 0 && tile.rows() <= kFewRows; }
-
 // Calls use(Walks<Walk>()) with what suits the tile's rows and dtype.
 template <class Use>
 JF_INLINE void with_walk([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
-  if (has_few_rows(tile)) return use(Walks<FewRows>());
+  if (is_decode(p, tile)) return use(Walks<FewRows>());
 #if defined(__AVX512BF16__)
   if (p.dtype == DType::kBF16 && p.kv_dtype == DType::kBF16) return use(Walks<ForwardRun<BF16>>());
 #endif

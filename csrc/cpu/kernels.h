@@ -16,8 +16,8 @@ inline constexpr int64_t kScratchFloats = 1 << 20;
 // Tiles of queries that forward takes together.
 inline constexpr int32_t kMaxRun = 8;
 
-// Positions [begin, end) of a sequence at one head; with forward, at `heads` query heads of one KV head,
-// whose rows lie side by side. Rows past the sequence's length are filled.
+// Positions [begin, end) of a sequence at one head; with forward, at `heads` query heads of one KV head (of
+// several where is_decode), whose rows lie side by side. Rows past the sequence's length are filled.
 struct RowTile {
   int64_t leading;
   Sequence sequence;
@@ -30,6 +30,18 @@ struct RowTile {
   JF_HD int32_t position(int32_t row) const { return begin + row / heads; }
   JF_HD int32_t head_of(int32_t row) const { return head + row % heads; }
 };
+
+// The query heads of a KV head times the new tokens of a sequence: up to this many rows are bound by memory
+// and take a path of their own (decode.h).
+inline constexpr int32_t kDecodeRows = 16;
+
+JF_HD bool is_decode(const Problem& p, int32_t q_len) {
+  return q_len > 0 && p.heads > 0 && int64_t{q_len} * (p.heads / p.kv_heads) <= kDecodeRows;
+}
+
+JF_HD bool is_decode(const Problem& p, const RowTile& tile) {
+  return tile.begin == 0 && is_decode(p, tile.end);
+}
 
 // A tile of the bias gradient, in the bias' own coordinates; an axis that it is broadcast over is summed
 // whole.

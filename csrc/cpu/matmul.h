@@ -153,23 +153,6 @@ JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...
   return x[0];
 }
 
-// S[i, j] = A_i · B_j for few rows i: B is [n, padded(width)] as it was loaded, readable up to a multiple of
-// kLanes. Unlike multiply_scores it needs no pack, which would cost more than the product.
-static void multiply_few(const float* a, int32_t rows, const float* b, int32_t n, int32_t width, float* s) {
-  const int32_t ld = padded(width);
-  for (int32_t j = 0; j < n; j += kLanes) {
-    for (int32_t i = 0; i < rows; ++i) {
-      Float acc[kLanes] = {};
-      for (int32_t c = 0; c < ld; c += kLanes) {
-        const Float x = load(a + i * ld + c);
-#pragma GCC unroll 16
-        for (int k = 0; k < kLanes; ++k) acc[k] += x * load(b + (j + k) * ld + c);
-      }
-      store(s + i * kTileN + j, sum_lanes(acc, LaneIndices()));
-    }
-  }
-}
-
 // C += Pᵀ B: blocks of keys; used[i] are the rows of P (and of B, packed by columns from n rows) that key
 // block i needs.
 static void multiply_transposed(const float* p, const float* panels, int32_t n, int32_t width,

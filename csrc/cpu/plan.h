@@ -92,6 +92,7 @@ class RowGrid {
 
   bool fixed(int64_t slot, RowTile& item) const {
     item.sequence = fixed_sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
+    if (side_ == Side::kGroups && is_decode(problem_, problem_.q_rows)) return false;
     return rows(slot % per_entry_, side_ == Side::kKeys ? problem_.k_rows : problem_.q_rows, item);
   }
 
@@ -103,6 +104,7 @@ class RowGrid {
     item.sequence = problem_.paged()
                         ? paged_sequence(problem_, item.leading, z, q)
                         : varlen_sequence(problem_, item.leading, z, q, starts_.k_of(item.leading));
+    if (side_ == Side::kGroups && is_decode(problem_, own[z + 1] - own[z])) return false;
     return rows(slot - first_slot(own[z], tile_, z), own[z + 1] - own[z], item);
   }
 

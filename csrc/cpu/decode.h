@@ -1,0 +1,274 @@
+// Forward of few query rows: keys and values stream through once, all KV heads of a token together, so that
+// memory is read in the order in which it lies.
+#pragma once
+
+#include "matmul.h"
+#include "softmax.h"
+
+namespace jax_flash::JF_ISA {
+
+inline constexpr int32_t kDecodeKeys = 64;                // keys of a tile
+inline constexpr int32_t kStepKeys = 4;                   // keys that the microkernels take at once,
+inline constexpr int32_t kStepRows = kLanes / kStepKeys;  // and query rows: their sums fill one vector
+inline constexpr int32_t kLineBytes = 64;
+inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead
+static_assert(kDecodeKeys % kLanes == 0);
+
+// S[g][0, 4) = q[g] · k[0, 4) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
+template <DType dtype, int kRows>
+JF_INLINE void score_step(const char* const* at, const float* q, int32_t width, float* s) {
+  const char* const k[kStepKeys] = {at[0], at[1], at[2], at[3]};
+  const int32_t ld = padded(width);
+  Float sums[kLanes] = {};
+  for (int32_t c = 0; c < width; c += kLanes) {
+    Float key[kStepKeys];
+#pragma GCC unroll 4
+    for (int i = 0; i < kStepKeys; ++i) key[i] = load_vector<dtype>(k[i], c);
+#pragma GCC unroll 4
+    for (int g = 0; g < kRows; ++g) {
+      const Float x = load(q + g * ld + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kStepKeys; ++i) sums[g * kStepKeys + i] += x * key[i];
+    }
+  }
+  alignas(64) float all[kLanes];
+  store(all, sum_lanes(sums, LaneIndices()));
+#pragma GCC unroll 4
+  for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kStepKeys, kStepKeys * 4);
+}
+
+// o[g] += p[g][0, 4) v[0, 4)
+template <DType dtype, int kRows>
+JF_INLINE void value_step(const char* const* at, const float* p, int32_t width, float* o) {
+  const char* const v[kStepKeys] = {at[0], at[1], at[2], at[3]};
+  const int32_t ld = padded(width);
+  Float weight[kRows * kStepKeys];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows * kStepKeys; ++i) {
+    weight[i] = broadcast(p[i / kStepKeys * kDecodeKeys + i % kStepKeys]);
+  }
+  for (int32_t c = 0; c < width; c += kLanes) {
+    Float value[kStepKeys];
+#pragma GCC unroll 4
+    for (int i = 0; i < kStepKeys; ++i) value[i] = load_vector<dtype>(v[i], c);
+#pragma GCC unroll 4
+    for (int g = 0; g < kRows; ++g) {
+      Float x = load(o + g * ld + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < kStepKeys; ++i) x += weight[g * kStepKeys + i] * value[i];
+      store(o + g * ld + c, x);
+    }
+  }
+}
+
+enum class Step { kScores, kValues };
+
+// All rows of one KV head: x is q or p, y is S or o.
+template <Step step, DType dtype, int kRows = kStepRows>
+JF_INLINE void rows_step(const char* const* at, int32_t rows, const float* x, int32_t width, float* y) {
+  const int32_t ld = padded(width), x_ld = step == Step::kScores ? ld : kDecodeKeys;
+  const int32_t y_ld = step == Step::kScores ? kDecodeKeys : ld;
+  for (; rows >= kRows; rows -= kRows, x += kRows * x_ld, y += kRows * y_ld) {
+    if constexpr (step == Step::kScores) {
+      score_step<dtype, kRows>(at, x, width, y);
+    } else {
+      value_step<dtype, kRows>(at, x, width, y);
+    }
+  }
+  if constexpr (kRows > 1) {
+    if (rows > 0) rows_step<step, dtype, kRows - 1>(at, rows, x, width, y);
+  }
+}
+
+// Keys or values of all KV heads of a tile of query rows, in the order in which they lie.
+struct DecodeStream {
+  Rows rows;  // at the first KV head
+  int64_t head_bytes;
+  int32_t heads, ahead;             // ahead: keys
+  int32_t key_lines;                // cache lines of a key at all heads, which lie side by side
+  const char* missing;              // a row of what a page outside the pool stands for
+  const char* at[2 * kDecodeKeys];  // addresses of keys of the sequence,
+  int32_t known;                    // this many of them
+
+  DecodeStream(const Rows& first, int64_t stride, int32_t count, const char* row)
+      : rows(first), heads(count), missing(row) {
+    const auto bytes = static_cast<int32_t>(rows.width * size_of(rows.dtype));
+    head_bytes = stride * size_of(rows.dtype);
+    key_lines = (count * bytes + kLineBytes - 1) / kLineBytes;
+    ahead = max(kStepKeys, min(kAheadBytes / (count * bytes), kDecodeKeys));
+  }
+
+  void start(int32_t j0, int32_t end) {
+    known = min(end - j0, kDecodeKeys + ahead);
+    rows.find(j0, known, at);
+  }
+
+  // Rows of keys [r, r + 4) of the tile, of `n`, at KV head x; what is past them has zeros.
+  JF_HD void find(int32_t r, int32_t n, int32_t x, const char** to) const {
+    alignas(64) static constexpr char kZeros[kMaxHeadDim * 4] = {};
+#pragma GCC unroll 4
+    for (int32_t i = 0; i < kStepKeys; ++i) {
+      to[i] = r + i >= n ? kZeros : at[r + i] ? at[r + i] + x * head_bytes : missing;
+    }
+  }
+};
+
+// Where a stream's prefetching stands.
+struct Prefetcher {
+  const DecodeStream& stream;
+  int32_t key;  // the next
+  int32_t left = 0;
+  const char* next = nullptr;
+
+  JF_HD void run(int32_t lines) {
+    while (lines > 0) {
+      if (left == 0) {
+        if (key >= stream.known) return;
+        next = stream.at[key++];
+        left = stream.key_lines;
+      }
+      const int32_t n = min(lines, left);
+      lines -= n;
+      left -= n;
+      if (!next) continue;
+      const char* const end = next + n * kLineBytes;
+      for (; next + 4 * kLineBytes <= end; next += 4 * kLineBytes) {
+        __builtin_prefetch(next);
+        __builtin_prefetch(next + kLineBytes);
+        __builtin_prefetch(next + 2 * kLineBytes);
+        __builtin_prefetch(next + 3 * kLineBytes);
+      }
+      for (; next < end; next += kLineBytes) __builtin_prefetch(next);
+    }
+  }
+};
+
+// What a page outside the pool stands for: all bits set are NaN in every dtype; values of 0 leave that alone.
+struct MissingRows {
+  char key[kMaxHeadDim * 4], value[kMaxHeadDim * 4];
+
+  constexpr MissingRows() : key(), value() {
+    for (char& c : key) c = '\xFF';
+  }
+};
+alignas(64) inline constexpr MissingRows kMissingRows;
+
+// The rows of a few positions at consecutive query heads, in the order of RowTile: those of a position and KV
+// head lie side by side.
+class FewRows {
+ public:
+  FewRows(const Problem& p, const RowTile* tile, int32_t, float* memory)
+      : problem_(p), head_(p, tile->leading, tile->sequence, tile->head), tile_(*tile), rows_(tile->rows()) {
+    const int32_t ld = padded(p.head_dim);
+    group_ = p.heads / p.kv_heads;
+    Scratch scratch{memory};
+    q_ = scratch.take(kTileM * ld);
+    s_ = scratch.take(kTileM * kDecodeKeys);
+    o_ = scratch.take(kTileM * padded(p.value_dim));
+    const char* at[kTileM] = {};
+    query_addresses(head_, tile_, at);
+    gather_rows(at, rows_, rows_, head_.query, head_.query_sign, q_);
+  }
+
+  Interval visible() const { return head_.band.rows(tile_.begin, tile_.end); }
+
+  // The softmax state and O over keys [keys.lo, keys.hi).
+  void attend(Interval keys) {
+    const Problem& p = problem_;
+    state_.reset();
+    fill(o_, rows_ * padded(p.value_dim), 0.0f);
+    const int32_t kv_heads = tile_.heads / group_;
+    DecodeStream key(head_.key, p.key.head, kv_heads, kMissingRows.key);
+    DecodeStream value(head_.value, p.value.head, kv_heads, kMissingRows.value);
+    for (int32_t j0 = keys.lo; j0 < keys.hi; j0 += kDecodeKeys) {
+      const KeyRange range{intersect(keys, {j0, j0 + kDecodeKeys}), j0};
+      const int32_t n = range.keys.size();
+      const bool cold = j0 == keys.lo;  // nothing was prefetched yet
+      key.start(j0, keys.hi);
+      multiply<Step::kScores>(key, p.k_scale, cold, n);  // S = Q Kᵀ
+      BlockColumns block;
+      block.used = {0, n};
+      for (int32_t r = 0; r < rows_; ++r) {
+        softmax_row<F32>(head_, {tile_.position(r), tile_.head_of(r)}, range, block, s_ + r * kDecodeKeys,
+                         broadcast(kNegInf), state_, r);
+        rescale(r);
+      }
+      value.start(j0, keys.hi);
+      multiply<Step::kValues>(value, p.v_scale, cold, n);  // O ← O + P V
+    }
+  }
+
+  const Head& head() const { return head_; }
+  float* o(int32_t = 0) { return o_; }
+  Softmax& state(int32_t = 0) { return state_; }
+
+ private:
+  // O ← αO
+  void rescale(int32_t r) {
+    const float alpha = state_.alpha[r];
+    if (alpha == 1.0f) return;
+    const int32_t ld = padded(problem_.value_dim);
+    for (int32_t c = r * ld; c < (r + 1) * ld; c += kLanes) store(o_ + c, load(o_ + c) * alpha);
+  }
+
+  template <Step step>
+  void multiply(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
+    const bool whole = stream.rows.width % kLanes == 0 && !scale;
+    switch (stream.rows.dtype) {
+      case DType::kF32:
+        return whole ? multiply_as<step, DType::kF32, false>(stream, scale, cold, n)
+                     : multiply_as<step, DType::kF32, true>(stream, scale, cold, n);
+      case DType::kBF16:
+        return whole ? multiply_as<step, DType::kBF16, false>(stream, scale, cold, n)
+                     : multiply_as<step, DType::kBF16, true>(stream, scale, cold, n);
+      case DType::kF16:
+        return whole ? multiply_as<step, DType::kF16, false>(stream, scale, cold, n)
+                     : multiply_as<step, DType::kF16, true>(stream, scale, cold, n);
+      case DType::kF8E4M3:
+        return multiply_as<step, DType::kF8E4M3, true>(stream, scale, cold, n);
+    }
+  }
+
+  // The tile's n keys at all KV heads, straight from memory or (`widened`) by way of float32.
+  template <Step step, DType dtype, bool widened>
+  void multiply_as(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
+    const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;
+    const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
+    constexpr DType from = widened ? DType::kF32 : dtype;
+    alignas(64) float wide[widened ? kStepKeys * kMaxHeadDim : 1];
+    Prefetcher ahead{stream, cold ? 0 : stream.ahead};
+    if (cold) ahead.run(stream.ahead * stream.key_lines);
+    for (int32_t r = 0; r < n; r += kStepKeys) {
+      for (int32_t x = 0; x < stream.heads; ++x) {
+        const char* at[kStepKeys];
+        ahead.run(lines);
+        stream.find(r, n, x, at);
+        if constexpr (widened) {
+          const int32_t h = problem_.kv_head(tile_.head) + x;
+          const float factor = scale ? head_.at(scale, h * scale.head) : 1.0f;
+          for (int32_t i = 0; i < kStepKeys; ++i) {
+            load_row(dtype, at[i], stream.rows.width, factor, wide + i * ld, ld);
+            at[i] = reinterpret_cast<const char*>(wide + i * ld);
+          }
+        }
+        for (int32_t first = x * group_; first < rows_; first += tile_.heads) {
+          float* s = s_ + first * kDecodeKeys + r;
+          if constexpr (step == Step::kScores) {
+            rows_step<step, from>(at, group_, q_ + first * ld, width, s);
+          } else {
+            rows_step<step, from>(at, group_, s, width, o_ + first * ld);
+          }
+        }
+      }
+    }
+  }
+
+  const Problem& problem_;
+  Head head_;
+  const RowTile& tile_;
+  int32_t rows_, group_;
+  float *q_, *s_, *o_;  // [kTileM, padded(d)], [kTileM, kDecodeKeys], [kTileM, padded(dv)]
+  Softmax state_;
+};
+
+}  // namespace jax_flash::JF_ISA
