@@ -100,7 +100,9 @@ __device__ __forceinline__ void tile_gradient(const GradientContext& at, const R
   const Problem& p = at.p;
   KeptElements<S> kept;
   if constexpr (kGeneral) {
-    const GeneralScore general(p, at.work, at.band, at.head);
+    ScoreOperands operands;
+    operands.prepare(p, at.work, at.head);
+    const GeneralScore general(p, operands, at.band);
     if (p.dropout) {
       kept = general.template kept<S>(row, key);
       const float factor = dropout_scale(p.spec);

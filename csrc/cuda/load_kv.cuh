@@ -1,7 +1,7 @@
 // A ring of pairs of tiles, K and V, in shared memory, filled by cp.async some pairs ahead of the products.
 //
-// Copies are committed in the order first 0, second 0, first 1, second 1 …, one group each, empty past the
-// last tile, so that waiting for a tile is waiting until 2 · (stages − 1) newer groups are left.
+// With several stages a pair arrives together, behind one barrier. With one stage the two tiles take turns:
+// each is copied while the other is multiplied, and each has a barrier.
 #pragma once
 
 #include "core/band.h"
@@ -40,26 +40,27 @@ class TileRing {
   // Joins the first group: what the caller loaded before (Q) arrives with the first tile.
   __device__ __forceinline__ void start() {
     source_.start(tiles_.lo);
-    for (int i = 0; i < kStages; ++i) {
-      fill_first(tiles_.lo + i);
-      if (i + 1 < kStages) fill_second(tiles_.lo + i);
-    }
+    if constexpr (kStages == 1) fill_first(tiles_.lo);
+    for (int i = 0; i + 1 < kStages; ++i) fill_first(tiles_.lo + i), fill_second(tiles_.lo + i);
   }
 
-  // The first tile of pair `n`. Everyone has left the second of the pair before it, whose place is refilled.
+  // The first tile of pair `n`. Everyone has left the pair before it, whose place is refilled.
   __device__ __forceinline__ uint32_t wait_first(int32_t n) {
-    ptx::cp_async_wait<2 * (kStages - 1)>();
+    ptx::cp_async_wait<kStages == 1 ? 0 : 2 * (kStages - 2)>();
     __syncthreads();
     source_.look_ahead(n + kStages);
+    if constexpr (kStages > 1) fill_first(n + kStages - 1);
     fill_second(n + kStages - 1);
     return first_place(n);
   }
 
-  // The second tile of pair `n`. Everyone has left the first, whose place is refilled.
+  // The second tile of pair `n`.
   __device__ __forceinline__ uint32_t wait_second(int32_t n) {
-    ptx::cp_async_wait<2 * (kStages - 1)>();
-    __syncthreads();
-    fill_first(n + kStages);
+    if constexpr (kStages == 1) {
+      ptx::cp_async_wait<0>();
+      __syncthreads();
+      fill_first(n + 1);
+    }
     return second_place(n);
   }
 

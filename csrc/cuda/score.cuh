@@ -6,26 +6,64 @@
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "core/band.h"
 #include "core/dropout.h"
 #include "core/score.h"
+#include "cuda/ptx/math.cuh"
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
-// A [s_q, s_k] operand of one head, broadcast by zero strides.
-template <class T>
-struct ScoreOperand {
-  const T* data;
-  int64_t row, column;
+// tanh to 3e-7, absolute: 1 − 2 / (1 + e^2x).
+__device__ __forceinline__ float tanh_absolute(float x) {
+  return fmaf(-2.0f, ptx::reciprocal(1.0f + ptx::exp2(x * (2 * kLog2e))), 1.0f);
+}
 
-  __device__ __forceinline__ ScoreOperand(const Problem& p, const View& view, const BlockWork& work,
-                                          int32_t head)
-      : data(view.as<const T>() + work.offset(p, view, head, 0)), row(view.row), column(view.column) {}
+// tanh to 5e-7, relative: near zero, where the difference above cancels, x (1 + x² p(x²)).
+__device__ __forceinline__ float tanh_relative(float x) {
+  const float square = x * x;
+  float p = fmaf(1.728459201e-2f, square, -5.313979271e-2f);
+  p = fmaf(fmaf(p, square, 1.332833481e-1f), square, -3.333328104e-1f);
+  return fabsf(x) < 0.55f ? fmaf(x * square, p, x) : tanh_absolute(x);
+}
 
-  __device__ __forceinline__ T at(int32_t i, int32_t j) const { return data[i * row + j * column]; }
+// What a kernel of the forward does to scores, beside the scale and the band.
+enum class ScoreKind { kPlain, kGeneral, kDropout };  // nothing; whatever the call has, but for dropout; all
+
+// Where one head's operands of the score lie, and the scalars among them.
+struct ScoreOperands {
+  const void* bias = nullptr;
+  const uint8_t* mask = nullptr;
+  const int32_t *q_segments = nullptr, *kv_segments = nullptr;
+  float slope = 0;
+  uint32_t batch = 0, head = 0;  // that dropout counts
+  Dropout dropout;
+
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
+    if (p.bias) bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
+    if (p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
+    if (p.q_segment_ids) {
+      q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
+      kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
+    }
+    if (const View& slopes = p.alibi_slopes) {
+      slope = slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
+                                       slopes.offset(work.tile.index, query_head, 0)];
+    }
+    if (p.dropout)
+      dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+    batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
+  }
+
+  // Whether 8 neighbours of a 16-bit bias, from a key that is a multiple of 8 on, are one load.
+  __device__ __forceinline__ bool bias_in_chunks(const Problem& p) const {
+    return p.bias_dtype != DType::kF32 && p.bias.column == 1 && p.bias.row % 8 == 0 && p.k_rows % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(bias) % 16 == 0;
+  }
 };
 
 // Which elements of an accumulator dropout keeps.
@@ -36,11 +74,36 @@ struct KeptElements {
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
     return (slot * S::kColumnTiles + n) * 2 + e;
   }
-  __device__ __forceinline__ void set(int slot, int n, int e, bool kept) {
-    bits[index(slot, n, e) / 32] |= uint32_t{kept} << index(slot, n, e) % 32;
+  // P ← 0 where dropped, column tiles [begin, end); the 1 / (1 − rate) of what is kept waits for the
+  // epilogue.
+  __device__ __forceinline__ void drop(S& s, int begin, int end) const {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot)
+#pragma unroll
+      for (int n = begin; n < end; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) s.at(slot, n, e) = at(slot, n, e) ? s.at(slot, n, e) : 0;
+  }
+  // Element `at` of index().
+  __device__ __forceinline__ void set(int at, bool kept) { bits[at / 32] |= uint32_t{kept} << at % 32; }
+  // Of column tiles n to n + 3, in order.
+  __device__ __forceinline__ void set_group(int slot, int n, uint32_t kept) {
+    bits[index(slot, n, 0) / 32] |= kept << index(slot, n, 0) % 32;
   }
   __device__ __forceinline__ bool at(int slot, int n, int e) const {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
+  }
+};
+
+// 8 neighbours of a 16-bit bias for every row and 32 columns of a thread.
+template <class S>
+struct BiasChunks {
+  uint4 x[S::kSlots][S::kColumnTiles / 4];
+
+  // The pair of column tile n.
+  __device__ __forceinline__ uint32_t pair(int slot, int n) const {
+    const uint4& chunk = x[slot][n / 4];
+    return n % 4 == 0 ? chunk.x : n % 4 == 1 ? chunk.y : n % 4 == 2 ? chunk.z : chunk.w;
   }
 };
 
@@ -48,131 +111,214 @@ struct KeptElements {
 // Operands are read only where row and key are in use.
 class GeneralScore {
  public:
-  __device__ __forceinline__ GeneralScore(const Problem& problem, const BlockWork& block, const Band& visible,
-                                          int32_t query_head)
-      : p(problem), work(block), band(visible), head(query_head) {}
+  __device__ __forceinline__ GeneralScore(const Problem& problem, const ScoreOperands& score_operands,
+                                          const Band& visible)
+      : p(problem), operands(score_operands), band(visible) {}
 
-  // S ← log2(e) · (softcap(scale · S) + bias + alibi), −inf where segments or mask hide the key. Where there
-  // is a gradient with respect to softcap's result, it becomes the one with respect to its argument.
+  // What apply() will add, on its way while S is made. S is dealt.
   template <class S>
-  __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key, S* gradient = nullptr) const {
-    const float scale = p.spec.scale, cap = p.spec.softcap;
-    for_each(s, [&](float& x, int, int, int) { x *= scale; });
-    if (cap > 0) {
-      for_each(s, [&](float& x, int slot, int n, int e) {
-        x = softcap(x, cap);
-        if (gradient) gradient->at(slot, n, e) *= softcap_gradient(x, cap);
-      });
-    }
-    if (p.bias) add_bias(s, row, key);
-    if (p.alibi_slopes) add_alibi(s, row, key);
-    for_each(s, [&](float& x, int, int, int) { x *= kLog2e; });
-    if (p.q_segment_ids) hide_other_segments(s, row, key);
-    if (p.mask) hide_masked(s, row, key);
-  }
-
-  // P ← 0 where dropped; the 1 / (1 − rate) of what is kept waits for the epilogue.
-  template <class S>
-  __device__ __forceinline__ void drop(S& s, int32_t row, int32_t key) const {
-    if (!p.dropout) return;
-    for_each_kept<S>(row, key, [&](int slot, int n, int e, bool kept) {
-      if (!kept) s.at(slot, n, e) = 0;
-    });
-  }
-
-  template <class S>
-  __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
-    KeptElements<S> result;
-    for_each_kept<S>(row, key, [&](int slot, int n, int e, bool kept) { result.set(slot, n, e, kept); });
-    return result;
-  }
-
- private:
-  // f(slot, n, e, whether it is kept) for every element of this thread.
-  template <class S, class F>
-  __device__ __forceinline__ void for_each_kept(int32_t row, int32_t key, F f) const {
-    const Dropout dropout =
-        make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+  __device__ __forceinline__ void fetch(BiasChunks<S>& bias, int32_t row, int32_t key) const {
+    if (!p.bias || !operands.bias_in_chunks(p)) return;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int32_t i = row + S::row(slot);
+      const auto* from = static_cast<const uint16_t*>(operands.bias) + i * p.bias.row + key + S::column(0);
+      const int32_t left = i < band.q_len ? band.k_len - key - S::column(0) : 0;
 #pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) {
-        const uint32_t j = key + S::column(n) + dropout.column;
-        uint32_t word = random_word(dropout, i, j);
-        f(slot, n, 0, (word >> j % 2 * 16 & 0xFFFFu) >= dropout.threshold);
-        // The neighbour's number is in the same word unless a shard begins at an odd column.
-        if (j % 2 == 1) word = random_word(dropout, i, j + 1);
-        f(slot, n, 1, (word >> (j + 1) % 2 * 16 & 0xFFFFu) >= dropout.threshold);
+      for (int n = 0; n < S::kColumnTiles; n += 4) {
+        bias.x[slot][n / 4] = uint4{};
+        if (8 * n < left) bias.x[slot][n / 4] = *reinterpret_cast<const uint4*>(from + 8 * n);
       }
     }
   }
 
-  // The word with the numbers of columns j and, where j is even, j + 1, both global. Selected without
-  // indexing: a run-time index would move the block to local memory.
-  __device__ __forceinline__ uint32_t random_word(const Dropout& dropout, int32_t i, uint32_t j) const {
-    const PhiloxBlock x = dropout.block(static_cast<uint32_t>(work.tile.index), head, i, j / kDropoutBlock);
-    const uint32_t low = j & 2 ? x.word[1] : x.word[0], high = j & 2 ? x.word[3] : x.word[2];
-    return j & 4 ? high : low;
+  // S ← log2(e) · (softcap(scale · S) + bias + alibi), −inf where segments or mask hide the key. Where there
+  // is a gradient with respect to softcap's result, it becomes the one with respect to its argument. `bias`:
+  // what fetch() brought.
+  template <class S>
+  __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key,
+                                        std::type_identity_t<S>* gradient = nullptr,
+                                        const BiasChunks<S>* bias = nullptr) const {
+    if (p.spec.softcap > 0) {
+      cap(s, gradient);
+    } else {
+      const float scale = p.spec.scale * kLog2e;
+      for_each(s, [&](float& x, int, int, int) { x *= scale; });
+    }
+    if (p.bias) add_bias(s, row, key, bias);
+    if (p.alibi_slopes) add_alibi(s, row, key);
+    if (p.q_segment_ids) hide_other_segments(s, row, key);
+    if (p.mask) {
+      for_each_used<uint8_t>(s, operands.mask, p.mask, row, key, [](float& x, uint8_t seen) {
+        if (!seen) x = -INFINITY;
+      });
+    }
   }
 
-  __device__ __forceinline__ bool in_use(int32_t i, int32_t j) const {
-    return i < band.q_len && j < band.k_len;
+  // There is dropout.
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
+    if constexpr (S::kColumnTiles % 4 == 0) {
+      if (operands.dropout.column % kDropoutBlock == 0) return kept_blocks<S>(row, key);
+    }
+    // A shard begins within a block.
+    KeptElements<S> result;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll 1
+        for (int e = 0; e < 2; ++e) {
+          const bool keep = operands.dropout.keep(operands.batch, operands.head, row + S::row(slot),
+                                                  key + S::column(n) + e);
+          result.set(KeptElements<S>::index(slot, n, 0) + e, keep);
+        }
+      }
+    }
+    return result;
   }
 
-  template <class T, class S>
-  __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key) const {
-    const ScoreOperand<T> bias(p, p.bias, work, head);
-    for_each(s, [&](float& x, int slot, int n, int e) {
-      const int32_t i = row + S::row(slot), j = key + S::column(n) + e;
-      if (in_use(i, j)) x += static_cast<float>(bias.at(i, j));
-    });
+ private:
+  // A lane makes one block for every row and 32 columns: its own 8 neighbours where S is dealt, else those of
+  // one of four column tiles, which the row's lanes then share.
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> kept_blocks(int32_t row, int32_t key) const {
+    const Dropout& dropout = operands.dropout;
+    const uint32_t lane = threadIdx.x % 4;
+    const uint32_t first = (key + dropout.column) / kDropoutBlock + lane;
+    KeptElements<S> result;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; n += 4) {
+        const PhiloxBlock x = dropout.block(operands.batch, operands.head, row + S::row(slot), first + n);
+        uint32_t bits = 0;
+#pragma unroll
+        for (int c = 0; c < kDropoutBlock; ++c)
+          bits |= uint32_t{Dropout::half(x, c) >= dropout.threshold} << c;
+        if constexpr (!S::kDealt) {
+          bits <<= 8 * lane;
+          bits |= __shfl_xor_sync(~0u, bits, 1);
+          bits |= __shfl_xor_sync(~0u, bits, 2);
+          bits >>= 2 * lane;
+          bits = (bits & 3) | (bits >> 6 & 0xC) | (bits >> 12 & 0x30) | (bits >> 18 & 0xC0);
+        }
+        result.set_group(slot, n, bits);
+      }
+    }
+    return result;
   }
 
   template <class S>
-  __device__ __forceinline__ void add_bias(S& s, int32_t row, int32_t key) const {
-    if (p.bias_dtype == DType::kF32) {
-      add_bias_of<float>(s, row, key);
-    } else if (p.bias_dtype == DType::kF16) {
-      add_bias_of<__half>(s, row, key);
+  __device__ __forceinline__ void cap(S& s, S* gradient) const {
+    const float c = p.spec.softcap, inner = p.spec.scale / c, outer = c * kLog2e;
+    auto each = [&](auto tanh) {
+      for_each(s, [&](float& x, int slot, int n, int e) {
+        const float t = tanh(x * inner);
+        if (gradient) gradient->at(slot, n, e) *= 1.0f - t * t;
+        x = outer * t;
+      });
+    };
+    // The error, times c, is to stay below what 16 bits make of P.
+    if (p.dtype != DType::kF32 && c <= 64) {
+      each([](float x) { return tanh_absolute(x); });
     } else {
-      add_bias_of<__nv_bfloat16>(s, row, key);
+      each([](float x) { return tanh_relative(x); });
+    }
+  }
+
+  // f(x, the operand's element) wherever row and key are in use. The operand is [s_q, s_k], broadcast by zero
+  // strides.
+  template <class T, class S, class F>
+  __device__ __forceinline__ void for_each_used(S& s, const void* operand, const View& view, int32_t row,
+                                                int32_t key, F f) const {
+    const auto column = static_cast<int32_t>(view.column);
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t i = row + S::row(slot), end = i < band.q_len ? band.k_len : 0;
+      const T* from = static_cast<const T*>(operand) + i * view.row;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int32_t j = key + S::column(n) + e;
+          if (j < end) f(s.at(slot, n, e), from[j * column]);
+        }
+      }
+    }
+  }
+
+  template <class T, class S>
+  __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key,
+                                              const BiasChunks<S>* chunks) const {
+    if constexpr (sizeof(T) == 2 && S::kDealt) {
+      if (chunks && operands.bias_in_chunks(p)) {
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+#pragma unroll
+          for (int n = 0; n < S::kColumnTiles; ++n) {
+            const float2 bias = ptx::unpack<T>(chunks->pair(slot, n));
+            s.at(slot, n, 0) = fmaf(bias.x, kLog2e, s.at(slot, n, 0));
+            s.at(slot, n, 1) = fmaf(bias.y, kLog2e, s.at(slot, n, 1));
+          }
+        }
+        return;
+      }
+    }
+    for_each_used<T>(s, operands.bias, p.bias, row, key,
+                     [](float& x, T bias) { x = fmaf(static_cast<float>(bias), kLog2e, x); });
+  }
+
+  template <class S>
+  __device__ __forceinline__ void add_bias(S& s, int32_t row, int32_t key,
+                                           const BiasChunks<S>* chunks) const {
+    if (p.bias_dtype == DType::kF32) {
+      add_bias_of<float>(s, row, key, chunks);
+    } else if (p.bias_dtype == DType::kF16) {
+      add_bias_of<__half>(s, row, key, chunks);
+    } else {
+      add_bias_of<__nv_bfloat16>(s, row, key, chunks);
     }
   }
 
   template <class S>
   __device__ __forceinline__ void add_alibi(S& s, int32_t row, int32_t key) const {
-    const View& view = p.alibi_slopes;
-    const float slope = view.as<const float>()[view.leading_offset(p.leading, work.leading) +
-                                               view.offset(work.tile.index, head, 0)];
-    for_each(s, [&](float& x, int slot, int n, int e) {
-      x += alibi(slope, band.diagonal(row + S::row(slot)), key + S::column(n) + e);
-    });
+    const float slope = operands.slope * kLog2e;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const auto distance = static_cast<float>(band.diagonal(row + S::row(slot)) - key - S::column(0));
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int step = S::column_step(n) + e;
+          s.at(slot, n, e) = fmaf(-slope, fabsf(distance - step), s.at(slot, n, e));
+        }
+      }
+    }
   }
 
   template <class S>
   __device__ __forceinline__ void hide_other_segments(S& s, int32_t row, int32_t key) const {
-    const int32_t* queries = p.q_segment_ids.as<const int32_t>() + work.offset(p, p.q_segment_ids, head, 0);
-    const int32_t* keys = p.kv_segment_ids.as<const int32_t>() + work.offset(p, p.kv_segment_ids, head, 0);
-    for_each(s, [&](float& x, int slot, int n, int e) {
-      const int32_t i = row + S::row(slot), j = key + S::column(n) + e;
-      if (in_use(i, j) && queries[i] != keys[j]) x = -INFINITY;
-    });
-  }
-
-  template <class S>
-  __device__ __forceinline__ void hide_masked(S& s, int32_t row, int32_t key) const {
-    const ScoreOperand<uint8_t> mask(p, p.mask, work, head);
-    for_each(s, [&](float& x, int slot, int n, int e) {
-      const int32_t i = row + S::row(slot), j = key + S::column(n) + e;
-      if (in_use(i, j) && !mask.at(i, j)) x = -INFINITY;
-    });
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int32_t j = key + S::column(n) + e;
+        const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+          const int32_t i = row + S::row(slot);
+          if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
+            s.at(slot, n, e) = -INFINITY;
+        }
+      }
+    }
   }
 
   const Problem& p;
-  const BlockWork& work;
+  const ScoreOperands& operands;
   const Band& band;
-  int32_t head;
 };
 
 __device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {

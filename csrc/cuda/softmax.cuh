@@ -1,6 +1,7 @@
 // The online softmax: running maximum and sum of a thread's rows.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "core/score.h"
@@ -19,45 +20,52 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// m: largest score so far, l: this lane's share of Σ 2^(scale · (s − m)). `scale` turns scores into powers of
-// two.
+// Shifted by the row's largest score so far, to within kSlack: P = 2^(scale · s − shift) ≤ 2^kSlack, and O
+// and l are rescaled only where a score exceeds that, which is rare after the first tiles. A shift is an
+// integer, so that rescaling is exact, even of P in 16 bits. `scale` turns scores into powers of two.
 template <int kSlots>
 struct OnlineSoftmax {
-  float m[kSlots], l[kSlots];
+  static constexpr float kSlack = 8;
+  static constexpr float kNone = -FLT_MAX;  // the shift of a row that has seen no key
+  float shift[kSlots];
+  float l[kSlots];  // this lane's share of Σ P
   float scale;
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale(scale_log2) {
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) m[slot] = -INFINITY, l[slot] = 0;
+    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = kNone, l[slot] = 0;
   }
 
-  // S → P = 2^(scale · (S − m)) in place, with the new m; O ← α O.
+  // Makes the shifts fit the scores S; rescales O and the P that O has yet to take.
   template <class S, class O>
-  __device__ __forceinline__ void update(S& s, O& o) {
+  __device__ __forceinline__ void fit(const S& s, O& o) {
+    float largest[kSlots];
+    bool above = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      float largest = m[slot];
+      largest[slot] = fmaxf(s.at(slot, 0, 0), s.at(slot, 0, 1));
 #pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n)
-        largest = fmaxf(largest, fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
-      largest = row_max(largest);
-      // A row without a visible key so far has m = −inf; 0 in its place gives P = 0 instead of NaN.
-      const float shift = largest == -INFINITY ? 0 : largest * scale;
-      const float alpha = ptx::exp2(fmaf(m[slot], scale, -shift));
-      m[slot] = largest;
-      float sum = 0;
+      for (int n = 1; n < S::kColumnTiles; ++n)
+        largest[slot] = fmaxf(largest[slot], fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
+      above |= fmaf(largest[slot], scale, -shift[slot]) > kSlack;
+    }
+    if (__any_sync(~0u, above)) raise(largest, o);
+  }
+
+  // S → P in place, column tiles [begin, end).
+  template <class S>
+  __device__ __forceinline__ void exponentiate(S& s, int begin, int end) {
 #pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) {
+    for (int slot = 0; slot < kSlots; ++slot) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s.at(slot, n, i);
-          x = ptx::exp2(fmaf(x, scale, -shift));
-          sum += x;
+      for (int n = begin; n < end; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s.at(slot, n, e);
+          x = ptx::exp2(fmaf(x, scale, -shift[slot]));
+          l[slot] += x;
         }
       }
-      l[slot] = fmaf(l[slot], alpha, sum);
-#pragma unroll
-      for (int n = 0; n < O::kColumnTiles; ++n) o.at(slot, n, 0) *= alpha, o.at(slot, n, 1) *= alpha;
     }
   }
 
@@ -68,12 +76,25 @@ struct OnlineSoftmax {
   };
   __device__ __forceinline__ Final finish(int slot, float sink) const {
     const float sum = row_sum(l[slot]);
-    const float top = m[slot] * scale, sink_log2 = sink * kLog2e;
+    const float top = shift[slot] == kNone ? -INFINITY : shift[slot], sink_log2 = sink * kLog2e;
     const float largest = fmaxf(top, sink_log2);
     if (largest == -INFINITY && sum == 0) return {0, -INFINITY};  // a NaN alone has no maximum
     const float alpha = ptx::exp2(top - largest);
     const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
     return {alpha / total, (largest + log2f(total)) * kLn2};
+  }
+
+ private:
+  template <class O>
+  __device__ __forceinline__ void raise(const float (&largest)[kSlots], O& o) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const float raised = fmaxf(ceilf(row_max(largest[slot]) * scale), shift[slot]);
+      const float alpha = ptx::exp2(shift[slot] - raised);
+      shift[slot] = raised;
+      l[slot] *= alpha;
+      o.scale_row(slot, alpha);
+    }
   }
 };
 

@@ -1,6 +1,8 @@
 // The forward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
 #pragma once
 
+#include <type_traits>
+
 #include "core/plan.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
@@ -20,8 +22,8 @@ template <class T>
 struct BlockState {
   BlockWork work;
   Band band;
-  Interval tiles;  // of keys, that any row of the query tile sees
-  Interval whole;  // keys that all its rows see
+  ScoreOperands score;  // of the general kernels
+  Interval tiles;       // of keys, that any row of the query tile sees
   GlobalRows<const T> query;
   GlobalRows<T> out;
 
@@ -33,7 +35,6 @@ struct BlockState {
     band = work.band(p);
     const Interval visible = band.rows(tile.row, tile.used_queries());
     tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
-    whole = band.common(tile.row, tile.used_queries());
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
     out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
   }
@@ -59,72 +60,122 @@ struct DenseState : BlockState<T> {
 
 static_assert(sizeof(DenseState<float>) <= kBlockStateBytes);
 
-// A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the general one, whose
-// scores need more registers, 16. State: what a block knows of its operands, DenseState or PagedState.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General,
+// A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the others, whose scores
+// need more registers, 16. State: what a block knows of its operands, DenseState or PagedState.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
           class State_ = DenseState<T>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
-  static constexpr bool kGeneral = General;
+  static constexpr bool kGeneral = Kind != ScoreKind::kPlain, kDropout = Kind == ScoreKind::kDropout;
   static constexpr int kM = M, kN = N;
-  static constexpr int kWarps = General ? M / 16 : Warps;
-  static constexpr int kThreads = kWarps * 32, kBlocks = General ? 1 : Blocks;
+  static constexpr int kWarps = kGeneral ? M / 16 : Warps;
+  static constexpr int kThreads = kWarps * 32, kBlocks = kGeneral ? 1 : Blocks;
   static constexpr int kWarpRows = M / kWarps;
+  static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = N / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
-  using KTile = SharedTile<T, N, HeadDim>;
-  using VTile = SharedTile<T, N, ValueDim>;
+  using KTile =
+      SharedTile<T, N, HeadDim, kGeneral>;  // dealt: a thread's keys are neighbours in bias and mask
+  using VTile = SharedTile<T, N, ValueDim, kGeneral>;
   using OTile = SharedTile<T, M, ValueDim>;
-  using S = Accumulator<kWarpRows / 16, N / 8>;
+  using S = std::conditional_t<kGeneral, DealtAccumulator<kWarpRows / 16, N / 8>,
+                               Accumulator<kWarpRows / 16, N / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
+  // Q's fragments stay in registers where they take no more than 32.
+  static constexpr bool kQInRegisters = kWarpRows * HeadDim * static_cast<int>(sizeof(T)) <= 32 * 128;
+  using Q = std::conditional_t<kQInRegisters, FragmentsA<T, kWarpRows / 16, kHeadSteps>, RowsA<QTile>>;
   static constexpr int kSharedBytes = QTile::kBytes + Ring::kBytes;
-  static_assert(kWarpRows % 16 == 0 && N % 16 == 0);
+  static_assert(kWarpRows % 16 == 0 && N % 32 == 0);
   // A warp stores its rows of O over its own rows of Q.
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
+};
+
+// The keys that any, and that all, rows of a warp see.
+struct WarpKeys {
+  Interval seen, whole;
 };
 
 template <class C>
 __device__ __forceinline__ void forward_tile(const Problem& p, const typename C::State& block,
                                              uint8_t* shared) {
+  using T = typename C::Element;
+  using S = typename C::S;
   const TileWork& tile = block.work.tile;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
-  const uint32_t q = ptx::shared_address(shared);
-  const GeneralScore general(p, block.work, block.band, block.work.head);
-  typename C::Ring kv(q + C::QTile::kBytes, block.source(), block.tiles);
+  const int32_t row = tile.row + warp_row;
+  const uint32_t q_tile = ptx::shared_address(shared);
+  const GeneralScore general(p, block.score, block.band);
+  typename C::Ring kv(q_tile + C::QTile::kBytes, block.source(), block.tiles);
+  typename C::Q q;
+  if constexpr (!C::kQInRegisters) q = {q_tile, warp_row};
 
   typename C::O o;
   o.clear();
-  OnlineSoftmax<C::S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
+  OnlineSoftmax<S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
 
   if (!block.tiles.empty()) {
-    load_tile<typename C::QTile, C::kThreads>(q, block.query, tile.row, tile.used_queries());
+    load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
     kv.start();
   }
+  __shared__ WarpKeys all_keys[C::kWarps];
+  WarpKeys& keys = all_keys[threadIdx.x / 32];
+  if (threadIdx.x % 32 == 0) {
+    const int32_t end = min(row + C::kWarpRows, tile.used_queries());
+    keys = {block.band.rows(row, end), block.band.common(row, end)};
+  }
   for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
-    const int32_t row = tile.row + warp_row, key = n * C::kN;
-    typename C::S s;
-    mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, kv.wait_first(n));  // S = Q Kᵀ  [M, N]
-    const uint32_t v = kv.wait_second(n);
+    const int32_t key = n * C::kN, key_end = key + C::kN;
+    const RowsB<typename C::KTile> k(kv.wait_first(n), 0);
+    if constexpr (C::kQInRegisters) {
+      if (n == block.tiles.lo) q.read(RowsA<typename C::QTile>(q_tile, warp_row));
+    }
+    if (key >= keys.seen.hi || key_end <= keys.seen.lo) {
+      kv.wait_second(n);
+      continue;
+    }
+    BiasChunks<S> bias;
+    if constexpr (C::kGeneral) general.fetch(bias, row, key);
+    S s;
+    s.clear();
+    multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
+    const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
     if constexpr (C::State::kScaled) for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });
-    if constexpr (C::kGeneral) general.apply(s, row, key);  // softcap, bias, alibi, masks
-    if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row, key);
-    softmax.update(s, o);  // P = 2^(S − m); O ← α O
-    if constexpr (C::kGeneral) general.drop(s, row, key);
-    mma_pv<typename C::VTile>(o, s, v);  // O ← O + P V   [M, dv]
+    if constexpr (C::kGeneral) general.apply(s, row, key, nullptr, &bias);  // softcap, bias, alibi, masks
+    const bool ends = key_end > keys.whole.hi, begins = key < keys.whole.lo;
+    mask(s, block.band, row, key, begins, ends);
+    KeptElements<S> kept;
+    if constexpr (C::kDropout) kept = general.template kept<S>(row, key);
+    softmax.fit(s, o);  // m; O ← α O
+
+    // O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
+    constexpr int kTiles = kStepK<T> / 8;
+    auto exponentiate = [&](int k_step) {
+      softmax.exponentiate(s, k_step * kTiles, (k_step + 1) * kTiles);
+      if constexpr (C::kDropout) kept.drop(s, k_step * kTiles, (k_step + 1) * kTiles);
+    };
+    exponentiate(0);
+#pragma unroll
+    for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
+      if (k_step + 1 < C::kKeySteps) exponentiate(k_step + 1);
+      multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+    }
   }
 
-  float factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
+  float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
   if constexpr (C::State::kScaled) factor *= block.value_scale;
-  finish_rows(o, softmax, p, block.work, tile.row + warp_row, factor);
-  store_rows<typename C::OTile>(o, shared, warp_row, block.out, tile.row + warp_row, tile.end);
+  finish_rows(o, softmax, p, block.work, row, factor);
+  store_rows<typename C::OTile>(o, shared, warp_row, block.out, row, tile.end);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
   __shared__ typename C::State block;
-  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
+  if (threadIdx.x == 0) {
+    block.prepare(p, schedule, tiles, C::kM, C::kN);
+    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+  }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, ptx::dynamic_shared());
 }
@@ -140,11 +191,13 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
 }  // namespace jax_flash
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
+#define JF_LAUNCH_FORWARD(kind, dtype, ...) \
+  launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, ScoreKind::kind>>(p, plan, workspace, stream)
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (plan.general)                                                                                \
-      return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, true>>(p, plan, workspace, stream); \
-    return launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, false>>(p, plan, workspace, stream);  \
+    if (!plan.general) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                         \
+    if (!p.dropout) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                          \
+    return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);                                          \
   }                                                                                                  \
   }

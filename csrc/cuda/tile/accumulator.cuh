@@ -14,6 +14,7 @@ template <int RowTiles, int ColumnTiles>
 struct Accumulator {
   static constexpr int kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
   static constexpr int kSlots = 2 * RowTiles;
+  static constexpr bool kDealt = false;
 
   float x[RowTiles][ColumnTiles][4];
 
@@ -33,11 +34,30 @@ struct Accumulator {
   __device__ __forceinline__ static int column(int n) {
     return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
   }
+  static constexpr int column_step(int n) { return n * 8; }  // column(n) − column(0)
+
+  __device__ __forceinline__ void scale_row(int slot, float factor) {
+#pragma unroll
+    for (int n = 0; n < ColumnTiles; ++n) at(slot, n, 0) *= factor, at(slot, n, 1) *= factor;
+  }
 
   __device__ __forceinline__ float& at(int slot, int n, int i) { return x[slot / 2][n][slot % 2 * 2 + i]; }
   __device__ __forceinline__ float at(int slot, int n, int i) const {
     return x[slot / 2][n][slot % 2 * 2 + i];
   }
+};
+
+// The accumulator of a product whose columns are the rows of a dealt tile: a thread holds 8 neighbours of
+// each 32 columns, in order.
+template <int RowTiles, int ColumnTiles>
+struct DealtAccumulator : Accumulator<RowTiles, ColumnTiles> {
+  static constexpr bool kDealt = true;
+  static_assert(ColumnTiles % 4 == 0);
+
+  __device__ __forceinline__ static int column(int n) {
+    return dealt(n * 8 + static_cast<int>(threadIdx.x % 4) * 2);
+  }
+  static constexpr int column_step(int n) { return dealt(n * 8); }
 };
 
 // f(x, slot, n, e) for every element of this thread, row by row.

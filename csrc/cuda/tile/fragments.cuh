@@ -13,25 +13,29 @@ namespace jax_flash {
 template <class T, int kSteps, class A>
 inline constexpr int kUnrolled = sizeof(T) == 2 || A::kInRegisters ? kSteps : 2;
 
-// C += A B over `kSteps` steps of k; A and B are readers of tile/operands.cuh.
+// C += A B at step k; A and B are readers of tile/operands.cuh.
+template <class T, class A, class B, class C>
+__device__ __forceinline__ void multiply_add_step(C& c, const A& a, const B& b, int k) {
+  uint32_t af[C::kRowTiles][4];
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m) a.load(af[m], m, k);
+#pragma unroll
+  for (int n = 0; n < C::kColumnTiles; n += 2) {
+    uint32_t bf[4];
+    b.load(bf, n, k);
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m) {
+      ptx::mma<T>(c.x[m][n], af[m], bf[0], bf[1]);
+      ptx::mma<T>(c.x[m][n + 1], af[m], bf[2], bf[3]);
+    }
+  }
+}
+
+// The same over `kSteps` steps.
 template <class T, int kSteps, class A, class B, class C>
 __device__ __forceinline__ void multiply_add(C& c, const A& a, const B& b) {
 #pragma unroll kUnrolled < T, kSteps, A>
-  for (int k = 0; k < kSteps; ++k) {
-    uint32_t af[C::kRowTiles][4];
-#pragma unroll
-    for (int m = 0; m < C::kRowTiles; ++m) a.load(af[m], m, k);
-#pragma unroll
-    for (int n = 0; n < C::kColumnTiles; n += 2) {
-      uint32_t bf[4];
-      b.load(bf, n, k);
-#pragma unroll
-      for (int m = 0; m < C::kRowTiles; ++m) {
-        ptx::mma<T>(c.x[m][n], af[m], bf[0], bf[1]);
-        ptx::mma<T>(c.x[m][n + 1], af[m], bf[2], bf[3]);
-      }
-    }
-  }
+  for (int k = 0; k < kSteps; ++k) multiply_add_step<T>(c, a, b, k);
 }
 
 // S = Q Kᵀ: Q [16 · row tiles, d] from `row` of its tile on, K [keys, d] from `key` on.

@@ -25,6 +25,7 @@ template <class Tile>
 struct RowsA {
   static constexpr bool kInRegisters = false;
   LaneAddress<Tile> lane;
+  RowsA() = default;
   __device__ __forceinline__ RowsA(uint32_t tile, int row)
       : lane(tile, row + (lane_id() & 15), lane_id() >> 4) {}
   __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
@@ -36,9 +37,9 @@ template <class Tile>
 struct RowsB {
   LaneAddress<Tile> lane;
   __device__ __forceinline__ RowsB(uint32_t tile, int row)
-      : lane(tile, row + (lane_id() & 7) + (lane_id() >> 4) * 8, lane_id() >> 3 & 1) {}
+      : lane(tile, row + Tile::row_of((lane_id() & 7) + (lane_id() >> 4) * 8), lane_id() >> 3 & 1) {}
   __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
-    ptx::ldmatrix_x4(b, lane.at(8 * n, 2 * k));
+    ptx::ldmatrix_x4(b, lane.at(Tile::row_of(8 * n), 2 * k));
   }
 };
 
@@ -52,16 +53,16 @@ struct ColumnWords {
       : even(lane(tile, column, 0)), odd(lane(tile, column, 1)) {}
   __device__ __forceinline__ static LaneAddress<Tile> lane(uint32_t tile, int column, int second) {
     const int t = lane_id() % 4, g = lane_id() / 4;
-    LaneAddress<Tile> at(tile, kPairs ? 2 * t + second : t + 4 * second, column / 4 + g / 4);
+    LaneAddress<Tile> at(tile, Tile::row_of(kPairs ? 2 * t + second : t + 4 * second), column / 4 + g / 4);
     at.base += g % 4 * 4;
     return at;
   }
   // Words (k, g) and (k, g + 8) of the block of 16 columns at `chunk`, for both k of the lane.
   __device__ __forceinline__ void load(uint32_t (&low)[2], uint32_t (&high)[2], int chunk, int k) const {
-    low[0] = ptx::load_shared(even.at(8 * k, chunk));
-    low[1] = ptx::load_shared(odd.at(8 * k, chunk));
-    high[0] = ptx::load_shared(even.at(8 * k, chunk + 2));
-    high[1] = ptx::load_shared(odd.at(8 * k, chunk + 2));
+    low[0] = ptx::load_shared(even.at(Tile::row_of(8 * k), chunk));
+    low[1] = ptx::load_shared(odd.at(Tile::row_of(8 * k), chunk));
+    high[0] = ptx::load_shared(even.at(Tile::row_of(8 * k), chunk + 2));
+    high[1] = ptx::load_shared(odd.at(Tile::row_of(8 * k), chunk + 2));
   }
 };
 
@@ -70,15 +71,15 @@ template <class Tile, int kDistance, bool kPairs = true>
 struct ColumnsB {
   LaneAddress<Tile> lane;
   __device__ __forceinline__ ColumnsB(uint32_t tile, int column)
-      : lane(tile, lane_id() & 15, column / 8 + (lane_id() >> 4)) {}
+      : lane(tile, Tile::row_of(lane_id() & 15), column / 8 + (lane_id() >> 4)) {}
   __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
-    ptx::ldmatrix_x4_trans(b, lane.at(16 * k, n / 2 * (kDistance / 8)));
+    ptx::ldmatrix_x4_trans(b, lane.at(Tile::row_of(16 * k), n / 2 * (kDistance / 8)));
   }
 };
 
-template <int kRows, int kColumns, int kDistance, bool kPairs>
-struct ColumnsB<SharedTile<float, kRows, kColumns>, kDistance, kPairs> {
-  ColumnWords<SharedTile<float, kRows, kColumns>, kPairs> words;
+template <int kRows, int kColumns, bool kDealt, int kDistance, bool kPairs>
+struct ColumnsB<SharedTile<float, kRows, kColumns, kDealt>, kDistance, kPairs> {
+  ColumnWords<SharedTile<float, kRows, kColumns, kDealt>, kPairs> words;
   __device__ __forceinline__ ColumnsB(uint32_t tile, int column) : words(tile, column) {}
   __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
     uint32_t low[2], high[2];
@@ -108,6 +109,44 @@ struct ColumnsA<SharedTile<float, kRows, kColumns>, kDistance> {
     uint32_t low[2], high[2];
     words.load(low, high, m * (kDistance / 4), k);
     a[0] = low[0], a[1] = high[0], a[2] = low[1], a[3] = high[1];
+  }
+};
+
+// A [16 · RowTiles, kStepK<T> · Steps] as fragments.
+template <class T, int RowTiles, int Steps>
+struct FragmentsA {
+  static constexpr bool kInRegisters = true;
+  uint32_t x[RowTiles][Steps][4];
+
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = x[m][k][i];
+  }
+
+  // All of another operand.
+  template <class A>
+  __device__ __forceinline__ void read(const A& from) {
+#pragma unroll
+    for (int m = 0; m < RowTiles; ++m)
+#pragma unroll
+      for (int k = 0; k < Steps; ++k) from.load(x[m][k], m, k);
+  }
+
+  // `slot` as in an accumulator, whose layout is A's.
+  __device__ __forceinline__ void scale_row(int slot, float factor) {
+#pragma unroll
+    for (int k = 0; k < Steps; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t& pair = x[slot / 2][k][2 * half + slot % 2];
+        if constexpr (sizeof(T) == 2) {
+          const float2 y = ptx::unpack<T>(pair);
+          pair = ptx::pack<T>(y.x * factor, y.y * factor);
+        } else {
+          pair = __float_as_uint(__uint_as_float(pair) * factor);
+        }
+      }
+    }
   }
 };
 

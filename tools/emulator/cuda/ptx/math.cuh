@@ -17,6 +17,7 @@ using float32 = float;
 namespace jax_flash::ptx {
 
 inline float exp2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1 / x; }
 
 template <class T>
 uint32_t pack(float low, float high) {
@@ -24,6 +25,13 @@ uint32_t pack(float low, float high) {
   uint32_t bits;
   std::memcpy(&bits, pair, 4);
   return bits;
+}
+
+template <class T>
+float2 unpack(uint32_t bits) {
+  T pair[2];
+  std::memcpy(pair, &bits, 4);
+  return {pair[0], pair[1]};
 }
 
 template <class T>
