@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from .operands import PASSES
+from .operands import APPEND, PASSES
 
 CUDA_LIBRARY = "libjax_flash_cuda.so"
 CUDA_MAJORS = (13, 12)
@@ -106,11 +106,16 @@ def _cuda_backend() -> Backend:
         library=library.path if library else None,
         problem=problem,
         archs=tuple(sorted({row.arch for row in rows})),
-        passes=tuple(sorted({row.pass_ for row in rows})),
+        passes=tuple(sorted({row.pass_ for row in rows} | _without_rows(library))),
         dtypes=tuple(name for name in DTYPES if any(name in row.dtypes for row in rows)),
         head_dims=tuple(sorted({(row.d, row.dv) for row in rows})),
         devices=tuple(d for d in local_devices("cuda") if rows and why_not_on(d) is None),
     )
+
+
+def _without_rows(library: CudaLibrary | None) -> set[str]:
+    """The passes that need no row of the kernel table."""
+    return {APPEND.name} if library and f"jax_flash_{APPEND.name}" in library.handlers else set()
 
 
 @cache

@@ -137,7 +137,7 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
     operation = f"jax_flash {name}"
     require_cuda(operation)
     library = cuda_library()
-    if library is None or not local_devices("cuda"):  # exporting for another machine
+    if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return
     rows = [row for row in library.kernels if row.pass_ == name]
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):

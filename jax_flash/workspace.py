@@ -18,6 +18,9 @@ _SMALLEST_BLOCK = 16  # rows of the smallest tile in csrc/kernels.def
 _TILE_WORK_BYTES = 32  # struct TileWork, csrc/core/plan.h
 _COLUMNS = 16  # of the accumulator of dquery: whole blocks
 _ALIGNMENT = 256  # of the parts of the workspace
+# Those of csrc/core/plan.h and split.h with these names.
+_DECODE_ROWS, _DECODE_CHUNK, _DECODE_TILE, _DECODE_BLOCKS, _DECODE_PART = 64, 16, 64, 1024, 2048
+_MAX_SPLITS = 256
 
 
 def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> Any:
@@ -29,8 +32,9 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
       shapes: the shape of every operand by name; dimensions may be symbolic.
 
     Returns:
-      An int, or a symbolic dimension: with packed sequences the schedules of their tiles, and for a backward that
-      need not be deterministic dquery in float32, its head dim rounded up to whole blocks.
+      An int, or a symbolic dimension: with packed sequences the schedules of their tiles, for a backward that need
+      not be deterministic dquery in float32, its head dim rounded up to whole blocks, and for few query rows what the
+      parts of their keys leave.
     """
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])
@@ -45,7 +49,35 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     if backward and not spec.deterministic:
         *rows, head_dim = shapes["query"][count:]
         parts.append(4 * leading * math.prod(rows) * (-(-head_dim // _COLUMNS) * _COLUMNS))
+    if pass_ == "forward" and not spec.layout.endswith("varlen"):
+        parts.append(_decode(spec, shapes, leading, count))
     return sum(_aligned(part) for part in parts)
+
+
+def _decode(spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]], leading: Any, count: int) -> Any:
+    """O and two statistics in float32 for every row of every part: a bound of shapes as far as they are known."""
+    sizes = {
+        dim: size
+        for name in ("query", "key", "value", "block_tables")
+        if name in shapes
+        for dim, size in zip(spec.dims[name], shapes[name][count:])
+    }
+    heads, kv_heads = sizes["hq"], sizes["hk"]
+    rows = sizes["sq"] * (heads // kv_heads if isinstance(kv_heads, int) and kv_heads else heads)
+    if isinstance(rows, int) and rows > _DECODE_ROWS:
+        return 0
+    rows = (rows if isinstance(rows, int) else _DECODE_ROWS) + _DECODE_CHUNK - 1
+    keys = sizes["pages"] * sizes["ps"] if spec.paged else sizes["sk"]
+    column_rows = leading * shapes["query"][count] * kv_heads * rows
+    if spec.num_splits:
+        part_rows = column_rows * min(spec.num_splits, _MAX_SPLITS)
+    elif spec.batch_invariant:
+        part_rows = column_rows * (keys // _DECODE_PART + 1)
+    else:
+        part_rows = column_rows * (keys // _DECODE_TILE + 1)
+        most = _DECODE_BLOCKS * _DECODE_CHUNK
+        part_rows = 2 * (min(most, part_rows) if isinstance(part_rows, int) else most)
+    return 4 * part_rows * (sizes["dv"] + 2)
 
 
 def _schedule(rows: Any, sequences: Any) -> Any:

@@ -15,7 +15,9 @@ HANDLERS = {
     "forward": "JaxFlashForwardCuda",
     "backward": "JaxFlashBackwardCuda",
     "bias_gradient": "JaxFlashBiasGradientCuda",
+    "append": "JaxFlashAppendCuda",
 }
+EMULATED = ROOT / "build" / "emulated" / "libjax_flash_cuda.so"
 
 
 class BuildError(Exception):
@@ -43,20 +45,25 @@ def build(
 
 def build_emulated(head_dims: str) -> Path:
     """The library on the emulator, with the rows of these JAX_FLASH_HEAD_DIMS (empty: all)."""
-    folder = ROOT / "build" / "emulated"
+    folder = EMULATED.parent
     defines = [f"-DPython_EXECUTABLE={sys.executable}", f"-DJAX_FLASH_HEAD_DIMS={head_dims}"]
     source = ROOT / "tools" / "emulator"
     subprocess.run(["cmake", "-S", source, "-B", folder, *defines], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
-    return folder / "libjax_flash_cuda.so"
+    return EMULATED
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.jax_flash_version.restype = ctypes.c_char_p
+    return library
 
 
 def register(path: Path, platform: str, name: str = "") -> None:
     """Makes the library's passes callable; `name` tells several libraries apart."""
     import jax
 
-    library = ctypes.CDLL(str(path))
-    library.jax_flash_version.restype = ctypes.c_char_p
+    library = open_library(path)
     for pass_, symbol in HANDLERS.items():
         handler = jax.ffi.pycapsule(getattr(library, symbol))
         jax.ffi.register_ffi_target(_target(pass_, name), handler, platform=platform)

@@ -1,12 +1,15 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <limits>
+
+#include "split.h"
 
 namespace jax_flash {
 namespace {
 
 constexpr const char* kDTypeNames[] = {"float16", "bfloat16", "float32"};
-constexpr const char* kPassNames[] = {"forward", "backward", "bias_gradient"};
+constexpr const char* kPassNames[] = {"forward", "backward", "bias_gradient", "paged_forward", "decode"};
 
 int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -20,8 +23,11 @@ bool covers(const KernelRow& row, const Device& device) {
 int64_t shared_elements(const KernelRow& row) {
   const int64_t width = row.head_dim + row.value_dim, m = row.block_m, n = row.block_n;
   switch (row.pass) {
-    case Pass::kForward:  // Q, and `stages` tiles of K and of V
+    case Pass::kForward:
+    case Pass::kPagedForward:  // Q, and `stages` tiles of K and of V
       return m * row.head_dim + row.stages * n * width;
+    case Pass::kDecode:  // `stages` tiles of K and of V
+      return row.stages * n * width;
     case Pass::kBackward:  // K and V, `stages` tiles of Q and of dO, P and dS
       return n * width + row.stages * m * width + 2 * m * n;
     case Pass::kBiasGradient:  // Q, dO, K and V
@@ -31,9 +37,12 @@ int64_t shared_elements(const KernelRow& row) {
 }
 
 int64_t shared_memory(const KernelRow& row, DType dtype) {
-  // lse and delta of the backward's query rows
-  const int64_t statistics = row.pass == Pass::kBackward ? int64_t{row.stages} * row.block_m * 8 : 0;
-  return shared_elements(row) * element_size(dtype) + statistics + kBlockStateBytes;
+  int64_t others = kBlockStateBytes;
+  if (row.pass == Pass::kBackward) others += int64_t{row.stages} * row.block_m * 8;  // lse and delta of rows
+  if (row.pass == Pass::kPagedForward)
+    others += (row.stages + int64_t{1}) * row.block_n * 8;                          // slots of keys
+  if (row.pass == Pass::kDecode) others += int64_t{row.warps} * row.block_m * 152;  // O and softmax of warps
+  return shared_elements(row) * element_size(dtype) + others;
 }
 
 bool runs(const KernelRow& row, Pass pass, const Shapes& shapes, const Device& device) {
@@ -45,8 +54,28 @@ bool runs(const KernelRow& row, Pass pass, const Shapes& shapes, const Device& d
 // The newest family, then the least padding; the table's order decides among equals.
 bool better(const KernelRow& a, const KernelRow& b) {
   if (a.capability != b.capability) return a.capability > b.capability;
-  return a.head_dim + a.value_dim < b.head_dim + b.value_dim;
+  if (a.head_dim + a.value_dim != b.head_dim + b.value_dim) {
+    return a.head_dim + a.value_dim < b.head_dim + b.value_dim;
+  }
+  return a.pass == Pass::kDecode && a.block_m > b.block_m;
 }
+
+// Query rows that read one KV head.
+int64_t rows_of_group(const Shapes& s) { return s.kv_heads == 0 ? 0 : s.q_rows * (s.heads / s.kv_heads); }
+
+// Whether the keys' bytes, not the products, bound a call, and decode has all that it needs.
+bool decodes(const AttentionSpec& spec, const Shapes& s) {
+  for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
+    if (spec.has(operand)) return false;
+  }
+  if (spec.packed() || s.dtype == DType::kF32 || s.kv_dtype != s.dtype) return false;
+  const int64_t rows = rows_of_group(s), entries = s.leading * s.batch;
+  return 0 < rows && rows <= (spec.paged() ? kDecodeRows : kDecodeChunk) && 0 < entries &&
+         entries <= std::numeric_limits<int32_t>::max();
+}
+
+// Rows of one chunk where a smaller one would do are wasted.
+bool fits_rows(const KernelRow& row, const Shapes& s) { return row.block_m == 8 || rows_of_group(s) > 8; }
 
 bool is_general(const AttentionSpec& spec) {
   for (Operand operand :
@@ -115,10 +144,64 @@ TileGrid make_grid(const AttentionSpec& spec, const Shapes& shapes, int64_t rows
   return grid;
 }
 
-void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const KernelRow& row,
-                LaunchPlan& result) {
+// Blocks of a column: one wave of them, or a few where one leaves multiprocessors idle.
+int32_t decode_ranges(int64_t columns, int64_t wave) {
+  const auto efficiency = [&](int64_t ranges) {
+    const int64_t blocks = columns * ranges;
+    return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, wave) * wave);
+  };
+  constexpr double kGain = 1.05;  // that is worth more blocks
+  int64_t best = std::max<int64_t>(1, wave / columns);
+  for (int64_t ranges = best + 1; ranges * columns <= kDecodeBlocks && ranges <= 4 * wave / columns;
+       ++ranges) {
+    if (efficiency(ranges) > efficiency(best) * kGain) best = ranges;
+  }
+  return static_cast<int32_t>(best);
+}
+
+int64_t part_bytes(int64_t rows, int64_t value_dim) { return 4 * rows * (value_dim + 2); }
+
+DecodeGrid make_decode_grid(const AttentionSpec& spec, const Shapes& s, const Device& device,
+                            const KernelRow& row, Workspace& workspace) {
+  DecodeGrid grid;
+  const int64_t entries = s.leading * s.batch, tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
+  grid.columns = static_cast<int32_t>(s.kv_heads * ceil_div(rows_of_group(s), row.block_m));
+  const int64_t wave = std::min<int64_t>(int64_t{device.sm_count} * row.blocks, kDecodeBlocks);
+  grid.ranges = static_cast<int32_t>(std::min<int64_t>(decode_ranges(grid.columns, wave), entries * tiles));
+  if (spec.num_splits > 0) {
+    grid.parts = std::min(spec.num_splits, kMaxSplits);
+    grid.slots = static_cast<int32_t>(std::min<int64_t>(grid.parts, tiles));
+  } else if (spec.batch_invariant) {
+    grid.part_tiles = static_cast<int32_t>(kDecodePart / row.block_n);
+    grid.slots = static_cast<int32_t>(ceil_div(tiles, grid.part_tiles));
+  }
+  grid.all_slots = grid.fixed_parts() ? entries * grid.slots : 2 * int64_t{grid.ranges};
+  const bool cuts = grid.fixed_parts() ? grid.slots > 1 : grid.ranges > 1;
+  if (cuts) grid.memory = workspace.add(part_bytes(grid.all_slots * grid.columns * row.block_m, s.value_dim));
+  return grid;
+}
+
+// Enough for the parts of make_decode_grid.
+int64_t decode_bound(const AttentionSpec& spec, const Shapes& s) {
+  const int64_t rows = rows_of_group(s), entries = s.leading * s.batch;
+  if (spec.packed() || rows > kDecodeRows) return 0;
+  const int64_t column_rows = s.kv_heads * (rows + kDecodeChunk - 1);
+  if (spec.num_splits > 0) {
+    return part_bytes(entries * column_rows * std::min(spec.num_splits, kMaxSplits), s.value_dim);
+  }
+  if (spec.batch_invariant) {
+    return part_bytes(entries * column_rows * (s.k_rows / kDecodePart + 1), s.value_dim);
+  }
+  const int64_t most = entries * (s.k_rows / kDecodeTile + 1) * column_rows;
+  return part_bytes(2 * std::min(kDecodeBlocks * kDecodeChunk, most), s.value_dim);
+}
+
+void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const Device& device,
+                const KernelRow& row, LaunchPlan& result) {
   Workspace workspace;
-  if (pass == Pass::kForward) {
+  if (pass == Pass::kDecode) {
+    result.decode = make_decode_grid(spec, s, device, row, workspace);
+  } else if (pass == Pass::kForward || pass == Pass::kPagedForward) {
     result.queries = make_grid(spec, s, s.q_rows, s.heads, row.block_m, workspace);
   } else if (pass == Pass::kBackward) {
     result.keys = make_grid(spec, s, s.k_rows, s.kv_heads, row.block_n, workspace);
@@ -148,32 +231,37 @@ int64_t workspace_bound(Pass pass, const AttentionSpec& spec, const Shapes& shap
   if (packed && backward) schedule(shapes.k_rows);
   if (packed && (!backward || spec.deterministic)) schedule(shapes.q_rows);
   if (backward && !spec.deterministic) workspace.add(accumulator_bytes(shapes, packed));
+  if (pass == Pass::kForward) workspace.add(decode_bound(spec, shapes));
   return workspace.bytes;
 }
 
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built) {
   LaunchPlan result;
-  if (spec.paged()) {
-    result.error = "jax_flash: paged attention has no CUDA kernel yet; implementation=\"xla\" runs it";
-    return result;
-  }
+  const auto choose = [&](Pass wanted) {
+    const KernelRow* row = nullptr;
+    for (const KernelRow& candidate : built) {
+      if (wanted == Pass::kDecode && !fits_rows(candidate, shapes)) continue;
+      if (runs(candidate, wanted, shapes, device) && (!row || better(candidate, *row))) row = &candidate;
+    }
+    return row;
+  };
   if (shapes.head_dim % 8 || shapes.value_dim % 8) {
     result.error = "jax_flash: head dims " + std::to_string(shapes.head_dim) + " and " +
                    std::to_string(shapes.value_dim) + " on CUDA, which takes multiples of 8; pad them";
     return result;
   }
   const KernelRow* row = nullptr;
-  for (const KernelRow& candidate : built) {
-    if (runs(candidate, pass, shapes, device) && (!row || better(candidate, *row))) row = &candidate;
-  }
+  if (pass == Pass::kForward && decodes(spec, shapes)) row = choose(Pass::kDecode);
+  if (spec.paged()) pass = Pass::kPagedForward;
+  if (!row) row = choose(pass);
   if (!row) {
     result.error = no_kernel(pass, shapes, device, built);
     return result;
   }
   result.general = is_general(spec);
   result.shared = shared_memory(*row, shapes.dtype);
-  plan_grids(pass, spec, shapes, *row, result);
+  plan_grids(row->pass, spec, shapes, device, *row, result);
   for (const TileGrid& grid : {result.queries, result.keys}) {
     if (grid.blocks > std::numeric_limits<int32_t>::max()) {
       result.error = "jax_flash: " + std::to_string(grid.blocks) +
@@ -190,6 +278,10 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
                      (general ? " general" : " plain") + " d=" + std::to_string(row.head_dim) +
                      " dv=" + std::to_string(row.value_dim) + " tile " + std::to_string(row.block_m) + "x" +
                      std::to_string(row.block_n);
+  if (decode.columns) {
+    text +=
+        ", " + std::to_string(decode.columns) + " columns of " + std::to_string(decode.ranges) + " blocks";
+  }
   if (queries.blocks) text += ", " + std::to_string(queries.blocks) + " blocks of queries";
   if (keys.blocks) text += ", " + std::to_string(keys.blocks) + " blocks of keys";
   return text + ", " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) +
@@ -197,11 +289,17 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
 }
 
 Shapes shapes_of(const Problem& p) {
-  return {p.dtype,     p.leading.count(),
-          p.batch,     p.heads,
-          p.kv_heads,  p.head_dim,
-          p.value_dim, p.q_rows,
-          p.k_rows,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns}};
+  return {p.dtype,
+          p.kv_dtype,
+          p.leading.count(),
+          p.batch,
+          p.heads,
+          p.kv_heads,
+          p.head_dim,
+          p.value_dim,
+          p.q_rows,
+          p.k_rows,
+          {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns}};
 }
 
 }  // namespace jax_flash

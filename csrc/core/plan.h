@@ -32,6 +32,7 @@ struct Device {
 // The sizes that a plan depends on: those of a Problem.
 struct Shapes {
   DType dtype;
+  DType kv_dtype;   // dtype, or float8
   int64_t leading;  // product of the leading dimensions
   int64_t batch;    // batch entries, or sequences
   int64_t heads, kv_heads, head_dim, value_dim;
@@ -47,6 +48,21 @@ struct TileGrid {
   int64_t schedule = -1;  // where its schedule begins in the workspace; -1: the block's number tells its tile
 };
 
+// How decode shares the keys out. A column is a KV head, or a chunk of its query rows where they are many; a
+// column's blocks take equal ranges of the tiles of keys of all sequences, or whole parts of a size that is
+// given.
+struct DecodeGrid {
+  int32_t columns = 0;     // neighbouring blocks take neighbouring columns
+  int32_t ranges = 0;      // blocks of a column
+  int32_t parts = 0;       // of every sequence, 0: as many as the ranges cut
+  int32_t part_tiles = 0;  // or tiles in every part, 0: none given
+  int32_t slots = 0;       // for parts that are given: of a sequence
+  int64_t all_slots = 0;   // of a column, each for what a part leaves
+  int64_t memory = -1;     // where they begin in the workspace; -1: no sequence is cut
+
+  JF_HD bool fixed_parts() const { return parts > 0 || part_tiles > 0; }
+};
+
 // What runs: the forward over query tiles; the backward over key tiles, which add dQ up in the accumulator
 // or, where that has to be repeatable, leave it to a kernel over query tiles; the bias gradient over the
 // tiles of dbias (its blocks are those of `queries`).
@@ -54,6 +70,7 @@ struct LaunchPlan {
   int32_t kernel = -1;   // index into the built rows; -1: `error` says why none runs
   bool general = false;  // bias, masks, softcap, alibi or dropout: the kernel with all of them
   TileGrid queries, keys;
+  DecodeGrid decode;
   int64_t accumulator = -1;  // where dQ in float32 begins in the workspace; -1: none
   int64_t shared = 0;        // bytes of shared memory per block
   int64_t workspace = 0;     // bytes of the workspace that are used
@@ -78,7 +95,12 @@ static_assert(sizeof(TileWork) == 32);
 
 inline constexpr int64_t kBlockStateBytes = 512;  // of shared memory beside the tiles, at most
 inline constexpr int64_t kSmallestBlock = 16;     // rows of a tile in kernels.def: bounds their number
-inline constexpr int64_t kAlignment = 256;        // of the parts of the workspace
+inline constexpr int64_t kDecodeRows = 64;        // query rows of a KV head that decode takes, at most
+inline constexpr int64_t kDecodeChunk = 16;       // rows of a column of decode in kernels.def, at most
+inline constexpr int64_t kDecodeTile = 64;        // keys of a tile of decode in kernels.def, at least
+inline constexpr int64_t kDecodeBlocks = 1024;  // of decode where they cut sequences: bounds what parts leave
+inline constexpr int64_t kDecodePart = 2048;    // keys of a part in batch-invariant mode
+inline constexpr int64_t kAlignment = 256;      // of the parts of the workspace
 
 // Columns of a head in the accumulator of dQ: whole blocks of 16.
 JF_HD int32_t accumulator_columns(int32_t head_dim) { return (head_dim + 15) / 16 * 16; }

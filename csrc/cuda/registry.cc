@@ -9,7 +9,8 @@ namespace jax_flash {
 namespace {
 
 enum Family { sm75 = 75, sm80 = 80, sm90 = 90 };
-constexpr Pass forward = Pass::kForward, backward = Pass::kBackward, bias_gradient = Pass::kBiasGradient;
+constexpr Pass forward = Pass::kForward, backward = Pass::kBackward, bias_gradient = Pass::kBiasGradient,
+               paged_forward = Pass::kPagedForward, decode = Pass::kDecode;
 enum DTypeBit { float16 = 1, bfloat16 = 2, float32 = 4 };
 
 constexpr KernelRow kRows[] = {

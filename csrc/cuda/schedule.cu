@@ -51,7 +51,8 @@ __device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_
   }
   const int32_t* starts = padded + 1;
   const Sequence s =
-      varlen_sequence(p, leading, z - 1, kQueries ? starts : others, kQueries ? others : starts);
+      p.paged() ? paged_sequence(p, leading, z - 1, starts)
+                : varlen_sequence(p, leading, z - 1, kQueries ? starts : others, kQueries ? others : starts);
   return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, begin, end, 0};
 }
 
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   int32_t* k_starts = over == Over::kQueries ? others : padded + 1;
   const View &q = p.cu_seqlens_q, &k = p.cu_seqlens_k;
   running_maximum(q, q.leading_offset(p.leading, leading), n, p.q_rows, q_starts);
-  running_maximum(k, k.leading_offset(p.leading, leading), n, p.k_rows, k_starts);
+  if (!p.paged()) running_maximum(k, k.leading_offset(p.leading, leading), n, p.k_rows, k_starts);
   if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = over == Over::kQueries ? p.q_rows : p.k_rows;
   __syncthreads();
   for (int64_t slot = threadIdx.x; slot < tiles; slot += kThreads) {

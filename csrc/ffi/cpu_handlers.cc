@@ -50,10 +50,7 @@ ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::Remainin
   if (ffi::Error error = decode_append(spec, args, rets, problem); error.failure()) return error;
   for (size_t i = 0; i < 2; ++i) {
     const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
-    if (before.size_bytes() != after.size_bytes()) {
-      return operand_error("a pool of append_kv has " + std::to_string(before.size_bytes()) +
-                           " bytes, its result " + std::to_string(after.size_bytes()));
-    }
+    if (ffi::Error error = same_bytes(before, after); error.failure()) return error;
     if (before.untyped_data() != after.untyped_data()) {
       std::memcpy(after.untyped_data(), before.untyped_data(), before.size_bytes());
     }

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "core/plan.h"
+#include "cuda/append/append.h"
 #include "cuda/registry.h"
 #include "ffi/operands.h"
 
@@ -55,25 +56,45 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   return ffi::Error::Success();
 }
 
+// The results are the operands' own memory unless XLA kept those; then they start as copies.
+ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                      AppendSpec spec) {
+  AppendProblem p;
+  if (ffi::Error e = decode_append(spec, args, rets, p); e.failure()) return e;
+  for (size_t i = 0; i < 2; ++i) {
+    const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
+    if (ffi::Error e = same_bytes(before, after); e.failure()) return e;
+    if (before.untyped_data() == after.untyped_data() || before.size_bytes() == 0) continue;
+    const cudaError_t e = cudaMemcpyAsync(after.untyped_data(), before.untyped_data(), before.size_bytes(),
+                                          cudaMemcpyDeviceToDevice, stream);
+    if (e != cudaSuccess) return cuda_error("copy of a pool", e);
+  }
+  Device device;
+  if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
+  if (cudaError_t e = launch_append(p, device.sm_count, stream); e != cudaSuccess) {
+    return cuda_error("append_kv", e);
+  }
+  return ffi::Error::Success();
+}
+
+template <class Spec>
 auto binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>()
-      .RemainingArgs()
-      .RemainingRets()
-      .Attr<AttentionSpec>("spec");
+  return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<Spec>(
+      "spec");
 }
 
 }  // namespace
 }  // namespace jax_flash
 
-#define JF_HANDLER(symbol, pass, results)                                                 \
-  JF_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame);                              \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (jax_flash::run<jax_flash::Pass::pass, results>), \
-                                jax_flash::binding(), {xla::ffi::Traits::kCmdBufferCompatible})
+#define JF_HANDLER(symbol, Spec, ...)                                                         \
+  JF_EXPORT XLA_FFI_Error* symbol(XLA_FFI_CallFrame* frame);                                  \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (__VA_ARGS__), jax_flash::binding<jax_flash::Spec>(), \
+                                {xla::ffi::Traits::kCmdBufferCompatible})
 
-JF_HANDLER(JaxFlashForwardCuda, kForward, 2);
-JF_HANDLER(JaxFlashBackwardCuda, kBackward, 3);
-JF_HANDLER(JaxFlashBiasGradientCuda, kBiasGradient, 1);
+JF_HANDLER(JaxFlashForwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kForward, 2>);
+JF_HANDLER(JaxFlashBackwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBackward, 3>);
+JF_HANDLER(JaxFlashBiasGradientCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBiasGradient, 1>);
+JF_HANDLER(JaxFlashAppendCuda, AppendSpec, jax_flash::run_append);
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }
 

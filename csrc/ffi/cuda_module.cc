@@ -26,7 +26,8 @@ struct Handler {
 };
 constexpr Handler kHandlers[] = {{"jax_flash_forward", "JaxFlashForwardCuda"},
                                  {"jax_flash_backward", "JaxFlashBackwardCuda"},
-                                 {"jax_flash_bias_gradient", "JaxFlashBiasGradientCuda"}};
+                                 {"jax_flash_bias_gradient", "JaxFlashBiasGradientCuda"},
+                                 {"jax_flash_append", "JaxFlashAppendCuda"}};
 
 std::vector<KernelRow>& built_kernels() {
   static std::vector<KernelRow> rows;
@@ -58,6 +59,11 @@ nb::dict load_cuda(const std::string& path) {
   return handlers;
 }
 
+const char* name_of(Pass pass) {
+  if (pass == Pass::kPagedForward) return "paged_forward";
+  return pass == Pass::kDecode ? "decode" : kPassNames[static_cast<int>(pass)];
+}
+
 nb::tuple dtype_names(uint32_t dtypes) {
   nb::list names;
   for (int i = 0; i < 3; ++i) {
@@ -85,8 +91,8 @@ nb::list cuda_kernels() {
   }
   nb::list result;
   for (const KernelRow& row : merged) {
-    result.append(nb::make_tuple(row.family, kPassNames[static_cast<int>(row.pass)], row.head_dim,
-                                 row.value_dim, dtype_names(row.dtypes)));
+    result.append(
+        nb::make_tuple(row.family, name_of(row.pass), row.head_dim, row.value_dim, dtype_names(row.dtypes)));
   }
   return result;
 }
@@ -108,7 +114,7 @@ nb::list table() {
   for (const KernelRow& row : kernel_table()) {
     nb::dict entry;
     entry["arch"] = row.family;
-    entry["pass"] = kPassNames[static_cast<int>(row.pass)];
+    entry["pass"] = name_of(row.pass);
     entry["dtypes"] = dtype_names(row.dtypes);
     entry["d"] = row.head_dim;
     entry["dv"] = row.value_dim;
@@ -140,28 +146,26 @@ nb::dict grid_of(const TileGrid& grid) {
 }
 
 // The plan of a call on a described device, from the whole table: how plans are tested without a GPU.
-nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, int32_t operands,
-                 float softcap, float scale, bool deterministic, int64_t leading, int64_t batch,
-                 int64_t q_rows, int64_t k_rows, int64_t heads, int64_t kv_heads, int64_t d, int64_t dv,
-                 const std::array<int64_t, 4>& bias, int32_t capability, int32_t sm_count,
-                 int32_t shared_memory) {
+nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, bool paged, bool float8,
+                 int32_t num_splits, bool batch_invariant, int32_t operands, float softcap, float scale,
+                 bool deterministic, int64_t leading, int64_t batch, int64_t q_rows, int64_t k_rows,
+                 int64_t heads, int64_t kv_heads, int64_t d, int64_t dv, const std::array<int64_t, 4>& bias,
+                 int32_t capability, int32_t sm_count, int32_t shared_memory) {
   AttentionSpec spec{};
-  spec.layout = varlen ? Layout::kVarlen : Layout::kFixed;
+  spec.layout = paged    ? varlen ? Layout::kPagedVarlen : Layout::kPaged
+                : varlen ? Layout::kVarlen
+                         : Layout::kFixed;
   spec.left = spec.right = kUnlimited;
   spec.scale = scale;
   spec.softcap = softcap;
   spec.deterministic = deterministic;
   spec.operands = operands;
-  const Shapes shapes{static_cast<DType>(index_of(kDTypeNames, dtype)),
-                      leading,
-                      batch,
-                      heads,
-                      kv_heads,
-                      d,
-                      dv,
-                      q_rows,
-                      k_rows,
-                      {bias[0], bias[1], bias[2], bias[3]}};
+  spec.num_splits = num_splits;
+  spec.batch_invariant = batch_invariant;
+  const DType type = static_cast<DType>(index_of(kDTypeNames, dtype));
+  const Shapes shapes{
+      type,   float8 ? DType::kF8E4M3 : type,      leading, batch, heads, kv_heads, d, dv, q_rows,
+      k_rows, {bias[0], bias[1], bias[2], bias[3]}};
   const auto rows = kernel_table();
   const Pass which = static_cast<Pass>(index_of(kPassNames, pass));
   const LaunchPlan chosen = plan(which, spec, shapes, Device{capability, sm_count, shared_memory}, rows);
@@ -185,11 +189,12 @@ void bind_cuda(nb::module_& module) {
   module.def("cuda_kernels", &cuda_kernels);
   module.def("kernel_table", &table);
   module.def("plan", &plan_of, nb::kw_only(), nb::arg("pass_"), nb::arg("dtype"), nb::arg("varlen") = false,
-             nb::arg("operands") = 0, nb::arg("softcap") = 0.0f, nb::arg("scale") = 1.0f,
-             nb::arg("deterministic") = false, nb::arg("leading") = 1, nb::arg("batch"), nb::arg("q_rows"),
-             nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("d"), nb::arg("dv"),
-             nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1}, nb::arg("capability"), nb::arg("sm_count"),
-             nb::arg("shared_memory"));
+             nb::arg("paged") = false, nb::arg("float8") = false, nb::arg("num_splits") = 0,
+             nb::arg("batch_invariant") = false, nb::arg("operands") = 0, nb::arg("softcap") = 0.0f,
+             nb::arg("scale") = 1.0f, nb::arg("deterministic") = false, nb::arg("leading") = 1,
+             nb::arg("batch"), nb::arg("q_rows"), nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"),
+             nb::arg("d"), nb::arg("dv"), nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1},
+             nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
 }
 
 }  // namespace jax_flash

@@ -147,6 +147,8 @@ class OperandDecoder {
     Problem& p = problem_;
     switch (pass_) {
       case Pass::kForward:
+      case Pass::kPagedForward:
+      case Pass::kDecode:
         return {{"out", &p.out, Element::kActivation, query_axes(Size::kValueDim)},
                 {"lse", &p.lse, Element::kFloat32, row_axes()}};
       case Pass::kBackward:
@@ -196,6 +198,13 @@ class OperandDecoder {
 inline ffi::Error decode_operands(Pass pass, const AttentionSpec& spec, ffi::RemainingArgs args,
                                   ffi::RemainingRets rets, Problem& problem) {
   return OperandDecoder(pass, spec, problem).decode(args, rets);
+}
+
+// A pool before and after append_kv.
+inline ffi::Error same_bytes(ffi::AnyBuffer before, ffi::AnyBuffer after) {
+  if (before.size_bytes() == after.size_bytes()) return ffi::Error::Success();
+  return operand_error("a pool of append_kv has " + std::to_string(before.size_bytes()) +
+                       " bytes, its result " + std::to_string(after.size_bytes()));
 }
 
 // The views of the pools are those of the results, which may be the operands' own memory.

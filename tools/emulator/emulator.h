@@ -30,6 +30,16 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
+struct uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+
+struct float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
 struct float2 {
   float x, y;
 };
@@ -97,7 +107,8 @@ T emulated_shuffle(T x, int operand) {
   emulator::warp_collective(&argument, [](void* const(&all)[32]) {
     for (int lane = 0; lane < 32; ++lane) {
       auto* self = static_cast<Argument*>(all[lane]);
-      const int from = kKind == 0 ? lane ^ self->operand : self->operand;
+      const int below = lane < self->operand ? lane : lane - self->operand;
+      const int from = kKind == 0 ? lane ^ self->operand : kKind == 1 ? self->operand : below;
       self->out = static_cast<Argument*>(all[from])->in;
     }
   });
@@ -111,3 +122,21 @@ template <class T>
 T __shfl_sync(uint32_t, T x, int lane) {
   return emulated_shuffle<T, 1>(x, lane);
 }
+template <class T>
+T __shfl_up_sync(uint32_t, T x, int distance) {
+  return emulated_shuffle<T, 2>(x, distance);
+}
+inline uint32_t __ballot_sync(uint32_t, bool vote) {
+  struct Argument {
+    bool vote;
+    uint32_t votes;
+  } argument{vote, 0};
+  emulator::warp_collective(&argument, [](void* const(&all)[32]) {
+    uint32_t votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= uint32_t{static_cast<Argument*>(all[lane])->vote} << lane;
+    for (void* argument : all) static_cast<Argument*>(argument)->votes = votes;
+  });
+  return argument.votes;
+}
+inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }

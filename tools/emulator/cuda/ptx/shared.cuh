@@ -16,4 +16,6 @@ inline uint32_t load_shared(uint32_t address) {
   return x;
 }
 
+inline void store_shared(uint32_t address, uint4 x) { std::memcpy(emulator::shared + address, &x, 16); }
+
 }  // namespace jax_flash::ptx

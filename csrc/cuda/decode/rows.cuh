@@ -1,0 +1,203 @@
+// The online softmax of decode: a warp's query rows against the keys of one stage after the other.
+//
+// Rows are few, keys many: the products are made the other way round, Sᵀ = K Qᵀ [16 keys, rows] and
+// Oᵀ += Vᵀ Pᵀ [dv, rows], so that rows fill the 8 columns of mma's B instead of the 16 rows of its A.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/score.h"
+#include "cuda/decode/schedule.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/movmatrix.cuh"
+#include "cuda/tile/operands.cuh"
+
+namespace jax_flash::decode {
+
+// The reductions over a column of mma's C: the eight lanes that hold it.
+__device__ __forceinline__ float column_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 16));
+}
+
+__device__ __forceinline__ float column_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 4);
+  x += __shfl_xor_sync(~0u, x, 8);
+  return x + __shfl_xor_sync(~0u, x, 16);
+}
+
+// Of the rows 8 n + 2 (lane % 4) + e, for n < kTiles and e < 2.
+template <class T, class KTile, class VTile, int kTiles>
+struct WarpRows {
+  static constexpr int kSteps = KTile::kColumns / 16, kValueTiles = VTile::kColumns / 16;
+  static constexpr int kKeys = KTile::kRows;
+  static constexpr float kSlack = 8;  // P ≤ 2^kSlack: O is rescaled only where a score exceeds m by more
+
+  uint32_t q[kTiles][kSteps][2];     // mma's B
+  float o[kTiles][kValueTiles][4];   // Oᵀ
+  float m[kTiles][2], l[kTiles][2];  // a bound on the scores, this lane's share of Σ P
+  Interval keys[kTiles][2];          // that the row sees
+  Interval common;                   // that all rows see
+
+  __device__ __forceinline__ static int row_of(int n, int e) {
+    return 8 * n + static_cast<int>(threadIdx.x % 4) * 2 + e;
+  }
+
+  __device__ __forceinline__ void begin(const Problem& p, const Rows& rows, const Entry& entry) {
+    common = entry.band.common(rows.first_position(), rows.end_position());
+    for_each_row([&](int n, int e) {
+      const int32_t row = row_of(n, e);
+      const bool used = row < rows.end - rows.first;
+      keys[n][e] = used ? entry.band.row(rows.position(row)) : Interval{0, 0};
+      m[n][e] = -INFINITY;
+      l[n][e] = 0;
+    });
+    load_queries(p, rows, entry);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int v = 0; v < kValueTiles; ++v)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o[n][v][i] = 0;
+  }
+
+  // The keys from `key` on, whose rows lie at `k`, and their values at `v`.
+  __device__ __forceinline__ void step(const Problem& p, const Rows& rows, const Entry& entry, int32_t key,
+                                       uint32_t k, uint32_t v) {
+    float s[kTiles][4];
+    multiply_keys(s, k);  // Sᵀ = K Qᵀ
+    scale_scores(p, s);   // S ← log2(e) · softcap(scale · S)
+    if (p.alibi_slopes) add_alibi(p, rows, entry, key, s);
+    if (key < common.lo || key + kKeys > common.hi) mask(key, s);
+    raise(s);  // O ← α O
+    uint32_t b[kTiles][2];
+    exponentiate(s, b);  // P = 2^(S − m)
+    const ColumnsA<VTile, 16> values(v, 0);
+#pragma unroll
+    for (int i = 0; i < kValueTiles; ++i) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
+      uint32_t a[4];
+      values.load(a, i, 0);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) ptx::mma<T>(o[n][i], a, b[n][0], b[n][1]);
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ static void for_each_row(F f) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) f(n, e);
+  }
+
+ private:
+  // Rows past the last, positions past the length and unused features are zeros.
+  __device__ __forceinline__ void load_queries(const Problem& p, const Rows& rows, const Entry& entry) {
+    const T* first = p.query.as<const T>() + p.query.leading_offset(p.leading, entry.leading);
+    const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int32_t row = 8 * n + g, position = rows.position(row);
+      const bool used = row < rows.end - rows.first && position < entry.sequence.q_len;
+      const T* at = first + p.query.offset(entry.sequence.batch_row, rows.head(row), position);
+#pragma unroll
+      for (int i = 0; i < 2 * kSteps; ++i) {
+        const bool inside = used && i * 8 < p.head_dim;
+        q[n][i / 2][i % 2] = inside ? *reinterpret_cast<const uint32_t*>(at + i * 8 + t * 2) : 0;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k) const {
+    float odd[kTiles][4] = {};  // a second sum, so that products need not wait for one another
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] = 0;
+    const RowsA<KTile> rows(k, 0);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      uint32_t a[4];
+      rows.load(a, 0, i);
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) ptx::mma<T>(i % 2 ? odd[n] : s[n], a, q[n][i][0], q[n][i][1]);
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
+  }
+
+  // f(x, n, e, key within the stage) for every score of this lane.
+  template <class F>
+  __device__ __forceinline__ static void for_each_score(float (&s)[kTiles][4], F f) {
+    const int g = static_cast<int>(threadIdx.x % 32 / 4);
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(s[n][i], n, i % 2, g + i / 2 * 8);
+  }
+
+  __device__ __forceinline__ static void scale_scores(const Problem& p, float (&s)[kTiles][4]) {
+    const float scale = p.spec.scale, cap = p.spec.softcap;
+    if (cap > 0) {
+      for_each_score(s, [&](float& x, int, int, int) { x = softcap(x * scale, cap) * kLog2e; });
+    } else {
+      for_each_score(s, [&](float& x, int, int, int) { x *= scale * kLog2e; });
+    }
+  }
+
+  __device__ __forceinline__ static void add_alibi(const Problem& p, const Rows& rows, const Entry& entry,
+                                                   int32_t key, float (&s)[kTiles][4]) {
+    const View& view = p.alibi_slopes;
+    const float* slopes = view.as<const float>() + view.leading_offset(p.leading, entry.leading);
+    for_each_score(s, [&](float& x, int n, int e, int j) {
+      const int32_t row = min(row_of(n, e), rows.end - rows.first - 1);
+      const float slope = slopes[view.offset(entry.sequence.index, rows.head(row), 0)];
+      x += alibi(slope, entry.band.diagonal(rows.position(row)), key + j) * kLog2e;
+    });
+  }
+
+  __device__ __forceinline__ void mask(int32_t key, float (&s)[kTiles][4]) const {
+    for_each_score(s, [&](float& x, int n, int e, int j) {
+      if (!keys[n][e].contains(key + j)) x = -INFINITY;
+    });
+  }
+
+  // Each row decides for itself whether it is rescaled: its bits depend on no other row.
+  __device__ __forceinline__ void raise(const float (&s)[kTiles][4]) {
+    float largest[kTiles][2];
+    bool above = false;
+    for_each_row([&](int n, int e) {
+      largest[n][e] = fmaxf(s[n][e], s[n][e + 2]);
+      above |= largest[n][e] > m[n][e] + kSlack;
+    });
+    if (!__any_sync(~0u, above)) return;
+    for_each_row([&](int n, int e) {
+      const float top = column_max(largest[n][e]);
+      if (!(top > m[n][e] + kSlack)) return;
+      const float alpha = ptx::exp2(m[n][e] - top);
+      m[n][e] = top;
+      l[n][e] *= alpha;
+#pragma unroll
+      for (int v = 0; v < kValueTiles; ++v) o[n][v][e] *= alpha, o[n][v][e + 2] *= alpha;
+    });
+  }
+
+  // P, rounded and transposed to mma's B.
+  __device__ __forceinline__ void exponentiate(float (&s)[kTiles][4], uint32_t (&b)[kTiles][2]) {
+    for_each_score(s, [&](float& x, int n, int e, int) {
+      x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));  // no key seen so far: P = 0 instead of NaN
+      l[n][e] += x;
+    });
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) b[n][i] = ptx::transpose(ptx::pack<T>(s[n][2 * i], s[n][2 * i + 1]));
+  }
+};
+
+}  // namespace jax_flash::decode
