@@ -175,6 +175,10 @@ nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen,
   result["general"] = chosen.general;
   result["queries"] = grid_of(chosen.queries);
   result["keys"] = grid_of(chosen.keys);
+  nb::dict decode;
+  decode["columns"] = chosen.decode.columns;
+  decode["ranges"] = chosen.decode.ranges;
+  result["decode"] = decode;
   result["shared"] = chosen.shared;
   result["workspace"] = chosen.workspace;
   result["workspace_bound"] = workspace_bound(which, spec, shapes);

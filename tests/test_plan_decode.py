@@ -1,0 +1,99 @@
+"""plan() of few query rows and of pages: which kernel, how the keys are shared out, the workspace. No GPU needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jax_flash.operands import operand_bits
+from jax_flash.spec import AttentionSpec
+from jax_flash.workspace import workspace_bound
+
+core = pytest.importorskip("jax_flash._core")
+
+H200 = {"capability": 90, "sm_count": 132, "shared_memory": 232_448}
+A10 = {"capability": 86, "sm_count": 72, "shared_memory": 101_376}
+
+
+def plan(device: dict[str, int] = H200, **options: Any) -> dict[str, Any]:
+    defaults = {"dtype": "bfloat16", "batch": 64, "q_rows": 1, "k_rows": 8192, "heads": 32, "kv_heads": 8}
+    return core.plan(pass_="forward", **defaults | {"d": 128, "dv": 128, "paged": True} | device | options)
+
+
+@pytest.mark.parametrize(
+    ("q_rows", "heads", "block"), [(1, 32, 8), (1, 64, 8), (1, 128, 16), (4, 32, 16), (8, 64, 16)]
+)
+def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
+    chosen = plan(q_rows=q_rows, heads=heads)
+    assert chosen["row"]["pass"] == "decode"
+    assert chosen["row"]["block_m"] == block
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"q_rows": 17},
+        {"dtype": "float32"},
+        {"float8": True},
+        {"varlen": True},
+        {"operands": operand_bits(("bias",))},
+    ],
+    ids=str,
+)
+def test_what_decode_lacks_takes_the_forward_over_pages(options):
+    assert plan(**options)["row"]["pass"] == "paged_forward"
+
+
+def test_contiguous_keys_decode_as_well():
+    assert plan(paged=False)["row"]["pass"] == "decode"
+    assert plan(paged=False, q_rows=5)["row"]["pass"] == "forward"
+
+
+def test_a_wave_of_blocks_or_a_few():
+    """132 multiprocessors hold two blocks each: 264."""
+    assert plan()["decode"] == {"columns": 8, "ranges": 33}
+    assert plan(heads=24, kv_heads=24)["decode"] == {"columns": 24, "ranges": 11}
+    many = plan(heads=100, kv_heads=100)["decode"]
+    assert many["columns"] * many["ranges"] % 264 > 200
+    assert plan(heads=2000, kv_heads=2000, d=64, dv=64)["decode"]["ranges"] == 1
+    assert plan(batch=1, k_rows=100)["decode"] == {"columns": 8, "ranges": 2}  # two tiles of 64
+
+
+def test_every_row_fits_a_small_card():
+    for d, dv in ((32, 32), (64, 64), (96, 96), (128, 128)):
+        assert plan(A10, d=d, dv=dv)["row"]["pass"] == "decode" or d == 128
+        assert plan(A10, d=d, dv=dv)["shared"] <= A10["shared_memory"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_workspace_stays_within_its_bound(seed):
+    """plan.cc's bound is workspace.py's."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
+    b, leading, sq = int(draw(1, 3, 500)), int(draw(1, 2)), int(draw(1, 2, 7, 64, 65))
+    hk, group, entries, size = (
+        int(draw(1, 3, 8, 100)),
+        int(draw(1, 4, 8, 12)),
+        int(draw(1, 9)),
+        int(draw(1, 64, 3000)),
+    )
+    splits, invariant, paged, d = (
+        int(draw(0, 0, 1, 7, 10**6)),
+        bool(rng.integers(2)),
+        bool(rng.integers(2)),
+        draw(64, 256),
+    )
+    splits, invariant = (splits, invariant) if paged else (0, False)
+    spec = AttentionSpec("paged" if paged else "fixed", num_splits=splits, batch_invariant=invariant)
+    keys = (leading, 7, size, hk, d) if paged else (leading, b, entries * size, hk, d)
+    shapes = {"query": (leading, b, sq, group * hk, d), "key": keys, "value": keys}
+    shapes |= {"block_tables": (leading, b, entries)} if paged else {}
+    for device in (H200, A10):
+        chosen = plan(
+            device, leading=leading, batch=b, q_rows=sq, k_rows=entries * size, heads=group * hk, kv_heads=hk,
+            d=d, dv=d, num_splits=splits, batch_invariant=invariant, paged=paged,
+        )  # fmt: skip
+        assert chosen["workspace"] <= chosen["workspace_bound"]
+        assert chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)
