@@ -81,6 +81,7 @@ class DeviceMemory {
   }
 
   void check_bands() const {
+    if (!band_) return;
     std::vector<unsigned char> all(total());
     check(cudaMemcpy(all.data(), base_, total(), cudaMemcpyDeviceToHost), "copy from the GPU");
     for (size_t i = 0; i < band_; ++i) {
