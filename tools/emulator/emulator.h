@@ -86,18 +86,6 @@ inline void __syncwarp() {
   emulator::warp_collective(nullptr, [](void* const(&)[32]) {});
 }
 
-inline bool __any_sync(uint32_t, bool x) {
-  struct Argument {
-    bool in, out;
-  } argument{x, x};
-  emulator::warp_collective(&argument, [](void* const(&all)[32]) {
-    bool any = false;
-    for (void* lane : all) any |= static_cast<Argument*>(lane)->in;
-    for (void* lane : all) static_cast<Argument*>(lane)->out = any;
-  });
-  return argument.out;
-}
-
 template <class T, int kKind>
 T emulated_shuffle(T x, int operand) {
   struct Argument {
