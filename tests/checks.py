@@ -98,6 +98,7 @@ def differentiate(call: Any, moving: dict[str, Any], inputs: Inputs) -> oracle.R
 
 
 @lru_cache(maxsize=32)
+@oracle.on_cpu
 def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]:
     """`ref` and `low` of the contract: row by row in float64 where the case is small."""
     inputs = make_inputs(case, seed)

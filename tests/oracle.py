@@ -7,6 +7,7 @@ row at a time in float64 with gradients by hand, so that reference.py is itself 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import jax
@@ -28,6 +29,17 @@ class Result:
     out: np.ndarray
     lse: np.ndarray
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def on_cpu(function: Any) -> Any:
+    """`function` on the CPU, for what rounds S and P: a GPU's compiler leaves out the way to 16 bits and back."""
+
+    @wraps(function)
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return function(*arguments, **keywords)
+
+    return run
 
 
 def differentiate(function: Any, arrays: dict[str, jax.Array], dout: jax.Array, dlse: jax.Array) -> Result:

@@ -139,6 +139,7 @@ def rows_of(case: Case, dense: np.ndarray) -> list[np.ndarray]:
     return [dense[end - length : end] for end, length in zip(ends, lengths)]
 
 
+@oracle.on_cpu
 def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.Result]:
     """`ref` and `low` of the contract for the dense case, the gradients of keys brought to the pools."""
     case, inputs = call.case, call.inputs
