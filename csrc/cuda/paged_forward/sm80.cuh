@@ -40,10 +40,10 @@ struct PagedState : BlockState<T> {
   }
 };
 
-template <class T, class Pool, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks,
-          bool General>
-struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, General,
-                                      PagedState<T, Pool, N, Stages>> {};
+template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps,
+          int Blocks>
+struct PagedForwardSm80
+    : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind, PagedState<T, Pool, N, Stages>> {};
 
 // plan() counts the slots apart.
 static_assert(sizeof(PagedState<float, uint8_t, 64, 1>) - sizeof(PageSlot[2][64]) <= kBlockStateBytes);
@@ -52,12 +52,15 @@ template <class T, int... kNumbers>
 cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                       cudaStream_t stream) {
   if (p.kv_dtype == DType::kF8E4M3) {
-    return launch_forward_sm80<PagedForwardSm80<T, uint8_t, kNumbers..., true>>(p, plan, workspace, stream);
+    return launch_forward_sm80<PagedForwardSm80<T, uint8_t, ScoreKind::kGeneral, kNumbers...>>(
+        p, plan, workspace, stream);
   }
   if (plan.general) {
-    return launch_forward_sm80<PagedForwardSm80<T, T, kNumbers..., true>>(p, plan, workspace, stream);
+    return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kGeneral, kNumbers...>>(p, plan, workspace,
+                                                                                         stream);
   }
-  return launch_forward_sm80<PagedForwardSm80<T, T, kNumbers..., false>>(p, plan, workspace, stream);
+  return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kPlain, kNumbers...>>(p, plan, workspace,
+                                                                                     stream);
 }
 
 }  // namespace jax_flash
