@@ -18,6 +18,9 @@ struct Leading {
 
   JF_HD int64_t count() const {
     int64_t n = 1;
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
     for (int i = 0; i < rank; ++i) n *= size[i];
     return n;
   }
@@ -36,6 +39,9 @@ struct View {
   // Offset of leading entry `flat` in [0, Leading::count()).
   JF_HD int64_t leading_offset(const Leading& dims, int64_t flat) const {
     int64_t offset = 0;
+#if defined(__CUDACC__)
+#pragma unroll 1  // eight divisions each time would fill the instruction cache
+#endif
     for (int i = dims.rank - 1; i >= 0; --i) {
       offset += flat % dims.size[i] * leading[i];
       flat /= dims.size[i];

@@ -26,7 +26,8 @@ struct DecodeSm80 {
   using Ring = WarpRing<T, HeadDim, ValueDim, Stages, N>;
   using WarpState = WarpRows<T, typename Ring::KTile, typename Ring::VTile, M / 8>;
   using Search = Finder<N, kThreads>;
-  static constexpr int kMergeColumns = 32, kMergePitch = kMergeColumns + 4;  // of O at a time
+  static constexpr int kMergeColumns = M == 8 && ValueDim % 64 == 0 ? 64 : 32;  // of O at a time
+  static constexpr int kMergePitch = kMergeColumns + 4;
   static constexpr int kRingBytes = Warps * Ring::kBytes;
   static constexpr int kSharedBytes = kRingBytes + Warps * M * (kMergePitch * 4 + sizeof(Softmax));
   static_assert(N == Warps * Ring::kKeys && M % 8 == 0 && ValueDim % kMergeColumns == 0);
@@ -48,9 +49,12 @@ class Merge {
     C::WarpState::for_each_row([&](int n, int e) {
       factor[n][e] = weight({state.m[n][e], state.l[n][e]}, all_warps(C::WarpState::row_of(n, e)).m);
     });
-#pragma unroll
+#pragma unroll 1
     for (int first = 0; first < C::kValueDim; first += C::kMergeColumns) {
-      put(state, factor, first);
+#pragma unroll
+      for (int i = 0; i < C::kValueDim; i += C::kMergeColumns) {
+        if (i == first) put(state, factor, i);  // registers cannot be indexed at run time
+      }
       __syncthreads();
       for (int at = static_cast<int>(threadIdx.x); at < rows * (C::kMergeColumns / 4); at += C::kThreads) {
         const int row = at / (C::kMergeColumns / 4), column = at % (C::kMergeColumns / 4) * 4;
