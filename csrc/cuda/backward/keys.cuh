@@ -123,6 +123,9 @@ struct QueryStep {
   }
 };
 
+// Makes P = 0, whatever bias or alibi give a row that is not there.
+static __device__ const float kUnusedLse = INFINITY;
+
 // Q, dO, lse and delta of a step, into their place in shared memory. Rows that see none of the keys are zero:
 // they may hold anything, and 0 · NaN is NaN.
 template <class C>
@@ -140,7 +143,7 @@ __device__ __forceinline__ void load_queries(const Problem& p,
   if (i < C::kM) {
     const uint32_t to = shared + C::QTile::kBytes + C::DoTile::kBytes + i * 4;
     const int64_t at = used(i) ? row + i : 0;
-    ptx::cp_async_4(to, block.lse + step.head * p.lse.head + at * p.lse.row, used(i));
+    ptx::cp_async_4(to, used(i) ? block.lse + step.head * p.lse.head + at * p.lse.row : &kUnusedLse, true);
     ptx::cp_async_4(to + C::kM * 4, block.delta + step.head * p.delta.head + at * p.delta.row, used(i));
   }
 }
