@@ -18,7 +18,7 @@ struct Leading {
 
   JF_HD int64_t count() const {
     int64_t n = 1;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1
 #endif
     for (int i = 0; i < rank; ++i) n *= size[i];
@@ -39,7 +39,7 @@ struct View {
   // Offset of leading entry `flat` in [0, Leading::count()).
   JF_HD int64_t leading_offset(const Leading& dims, int64_t flat) const {
     int64_t offset = 0;
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #pragma unroll 1  // eight divisions each time would fill the instruction cache
 #endif
     for (int i = dims.rank - 1; i >= 0; --i) {
