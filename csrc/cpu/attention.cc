@@ -10,10 +10,13 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "decode_plan.h"
 #include "kernels.h"
+#include "memory.h"
 #include "plan.h"
+#include "slots.h"
 #include "splits.h"
 
 namespace jax_flash {
@@ -66,18 +69,6 @@ const Kernels& kernels() {
   return chosen;
 }
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Floats = std::unique_ptr<float, Free>;
-
-Floats aligned_floats(int64_t count) {
-  if (count == 0) return {};
-  Floats memory(static_cast<float*>(std::aligned_alloc(64, (count + 15) / 16 * 64)));
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
 // One per thread, kept: fresh pages on each call would cost more than small problems do.
 float* scratch() {
   thread_local Floats memory;
@@ -106,16 +97,6 @@ constexpr double kCostOfCopying = 4;  // an element, in multiply-adds
 
 double score_count(const Problem& p) {
   return double(p.leading.count()) * (p.packed() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
-}
-
-using RowKernel = void (*)(const Problem&, const RowTile&, float*);
-
-void run_rows(const Problem& p, const ThreadPool& pool, const RowGrid& grid, RowKernel kernel) {
-  const double multiplies = score_count(p) * (p.head_dim + p.value_dim);
-  parallel_for(pool, grid.size(), workers_for(multiplies), [&](int64_t index) {
-    RowTile tile;
-    if (grid.at(index, tile)) kernel(p, tile, scratch());
-  });
 }
 
 // A tile in parts, one after the other.
@@ -247,6 +228,45 @@ void run_decode(const Problem& p, const ThreadPool& pool, const DecodePlan& plan
   });
 }
 
+// At most this much memory is shared by the backward's items, but for what one query head needs.
+constexpr int64_t kSharedFloats = int64_t{1} << 23;
+
+// As many query heads in progress as there are threads, each with its operands packed and its dQ.
+void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool) {
+  const KeyGrid grid(p, starts, kernels().gradient_n);
+  const int64_t query_tiles =
+      ceil_div(p.packed() ? Starts::longest(starts.q) : p.q_rows, kernels().gradient_m);
+  const int64_t key_tiles = ceil_div(p.packed() ? Starts::longest(starts.k) : p.k_rows, kernels().gradient_n);
+  const int64_t query_floats = std::max<int64_t>(1, query_tiles * kernels().query_tile_floats(p));
+  const int64_t width =
+      std::clamp<int64_t>(std::min(grid.units(), kSharedFloats / query_floats), 1, pool.threads);
+  // KV heads in progress with them
+  const int64_t key_slots = grid.group() == 1 ? 0 : (width - 1) / grid.group() + 2;
+  const int64_t key_floats = key_tiles * kernels().key_tile_floats(p);
+  const KeptFloats memory(width * query_floats + key_slots * key_floats);
+  int32_t abandoned = 0;
+  Slots queries(width, query_floats, query_tiles, memory.get(), &abandoned);
+  Slots keys(key_slots, key_floats, key_tiles, memory.get() + width * query_floats, &abandoned);
+
+  const std::vector<KeyGrid::Item> items = grid.in_order(width);
+  const double multiplies = score_count(p) * (p.head_dim + p.value_dim);
+  parallel_for(pool, static_cast<int64_t>(items.size()), workers_for(multiplies), [&](int64_t index) {
+    const KeyGrid::Item item = items[index];
+    const int64_t kv = item.unit / grid.group();
+    const int32_t of_unit = grid.items(item.unit);
+    try {
+      SharedGradients shared{queries.enter(item.unit), queries.progress(item.unit)};
+      if (key_slots > 0) shared.keys = keys.enter(kv), shared.key_progress = keys.progress(kv);
+      kernels().backward(p, grid.at(item), shared, scratch());
+    } catch (...) {
+      __atomic_store_n(&abandoned, 1, __ATOMIC_RELEASE);  // nobody may wait for it
+      throw;
+    }
+    queries.leave(item.unit, of_unit);
+    if (key_slots > 0) keys.leave(kv, of_unit * grid.group());
+  });
+}
+
 // Rows of a packed operand that lie in no sequence.
 template <class Fill>
 void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
@@ -286,8 +306,7 @@ void cpu_forward(const Problem& p, const ThreadPool& pool) {
 
 void cpu_backward(const Problem& p, const ThreadPool& pool) {
   const Starts starts(p);
-  run_rows(p, pool, RowGrid(p, starts, Side::kQueries, kernels().tile_m), kernels().backward_query);
-  run_rows(p, pool, RowGrid(p, starts, Side::kKeys, kernels().tile_n), kernels().backward_key);
+  run_backward(p, starts, pool);
   outside_sequences(p, starts, Side::kQueries,
                     [&](int64_t l, int32_t begin, int32_t end) { zero_rows(p, p.dquery, l, begin, end); });
   outside_sequences(p, starts, Side::kKeys, [&](int64_t l, int32_t begin, int32_t end) {
@@ -297,7 +316,7 @@ void cpu_backward(const Problem& p, const ThreadPool& pool) {
 }
 
 void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
-  const BiasGrid grid(p, kernels().tile_m, kernels().tile_n);
+  const BiasGrid grid(p, kernels().gradient_m, kernels().gradient_n);
   parallel_for(pool, grid.size(), workers_for(score_count(p) * (p.head_dim + p.value_dim)),
                [&](int64_t index) { kernels().bias_gradient(p, grid.at(index), scratch()); });
 }

@@ -1,4 +1,6 @@
-// Backward, in two independent passes without atomics: dQ by tiles of queries, dK and dV by tiles of keys.
+// Backward in one pass of five products: an item is a tile of keys at one query head, with dK and dV in
+// scratch, and walks the queries that see it. dQ takes the parts of the tiles of keys in their order, dK and
+// dV those of the query heads in theirs, so that the bits depend on no thread.
 #pragma once
 
 #include "gradient.h"
@@ -16,109 +18,193 @@ static void store_gradient(const Rows& rows, int32_t begin, int32_t end, int32_t
   }
 }
 
-static void backward_query(const Problem& p, const RowTile& tile, float* memory) {
-  const Head head(p, tile.leading, tile.sequence, tile.head);
-  const int32_t ld = padded(p.head_dim), ldv = padded(p.value_dim);
-  Scratch scratch{memory};
-  QueryTile queries;
-  queries.q = scratch.take(kTileM * ld);
-  queries.dout = scratch.take(kTileM * ldv);
-  float* dq = scratch.take(kTileM * ld);
-  float* s = scratch.take(kTileM * kTileN);
-  float* dp = scratch.take(kTileM * kTileN);
-  float* rows = scratch.take(kTileN * (ld > ldv ? ld : ldv));
-  float* k_panels = scratch.take(kTileN * ld);
-  float* k_columns = scratch.take(kTileN * ld);
-  float* v_panels = scratch.take(kTileN * ldv);
-
-  load_queries(head, tile.begin, tile.end, queries);
-  for (int32_t c = 0; c < queries.count * ld; c += kLanes) store(dq + c, Float{});
-  const Interval visible = head.band.rows(tile.begin, tile.end);
-  for (int32_t j0 = visible.lo; j0 < visible.hi; j0 += kTileN) {
-    const int32_t n = min(visible.hi - j0, kTileN);
-    Columns used[kMaxBlocks];
-    if (!used_columns(head.band, tile.begin, queries.blocks, j0, n, used)) continue;
-    load_rows(head.value, j0, j0 + n, n, 1.0f, rows);
-    pack_transposed(rows, n, p.value_dim, v_panels);
-    load_rows(head.key, j0, j0 + n, n, 1.0f, rows);
-    pack_transposed(rows, n, p.head_dim, k_panels);
-    pack_columns(rows, n, p.head_dim, k_columns);
-    tile_gradient(head, queries, k_panels, v_panels, j0, n, used, 0, true, s, dp);
-    multiply_values<Start::kAccumulate>(dp, k_columns, n, p.head_dim, used, queries.blocks, dq,
-                                        nullptr);  // dQ += dS K
-  }
-  const Rows to = head.rows(p.dquery, p.head_dim, tile.sequence.q_begin, tile.head);
-  store_gradient(to, tile.begin, tile.end, head.band.q_len, dq, p.spec.scale);
-}
-
-// The operands of backward_key that stay while it walks the queries.
+// The operands of a tile of keys that stay while it walks the queries, and scratch.
 struct KeyTile {
-  int32_t begin, n;
-  float *k_panels, *v_panels;  // transposed packs
-  float *dk, *dv;              // [kTileN, padded]
-  float *s, *dp, *columns;     // scratch
+  int32_t begin, n, index;
+  Word *k_panels, *v_panels;  // transposed packs
+  Word* k_columns;
+  float *dk, *dv;  // [kGradientN, padded]
+  GradientTile gradient;
 };
 
-// Adds what one query head contributes: dV += Pᵀ dO, dK += dSᵀ Q.
-static void accumulate_keys(const Head& head, QueryTile& queries, const KeyTile& keys) {
+// dV += Pᵀ dO, dK += dSᵀ Q
+template <class E>
+static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& keys) {
   const Problem& p = head.problem;
-  const int32_t blocks = round_up(keys.n, kBlockRows) / kBlockRows;
-  const Interval rows = head.band.queries(keys.begin, keys.begin + keys.n);
-  for (int32_t i0 = rows.lo; i0 < rows.hi; i0 += kTileM) {
-    load_queries(head, i0, rows.hi < i0 + kTileM ? rows.hi : i0 + kTileM, queries);
-    const int32_t m = queries.count;
-    Columns used[kMaxBlocks];
-    if (!used_columns(head.band, i0, queries.blocks, keys.begin, keys.n, used)) continue;
-    tile_gradient(head, queries, keys.k_panels, keys.v_panels, keys.begin, keys.n, used, blocks * kBlockRows,
-                  true, keys.s, keys.dp);
-    Columns used_rows[kTileN / kBlockRows];
+  const int32_t ld = padded(p.head_dim), ldv = padded(p.value_dim), step = E::kPair * kGradientRow;
+  const int32_t blocks = round_up(keys.n, kBlockRows) / kBlockRows, depth = q.count / E::kPair;
+  Columns rows[kGradientN / kBlockRows];
+  for (int32_t b = 0; b < blocks; ++b) {
+    const int32_t j = keys.begin + b * kBlockRows;
+    const Interval seen = intersect(head.band.queries(j, j + kBlockRows), {q.begin, q.begin + q.count});
+    rows[b] = {(seen.lo - q.begin) / E::kPair, (seen.hi - q.begin + E::kPair - 1) / E::kPair};
+    if (seen.empty()) rows[b] = {0, 0};
+  }
+  for (int32_t c = 0; c < ldv; c += kPanel) {
     for (int32_t b = 0; b < blocks; ++b) {
-      const int32_t j = keys.begin + b * kBlockRows;
-      const Interval seen = intersect(head.band.queries(j, j + kBlockRows), {i0, i0 + m});
-      used_rows[b] = {seen.lo - i0, seen.hi - i0};
+      const auto [lo, hi] = rows[b];
+      if (lo >= hi) continue;
+      const int32_t j = b * kBlockRows;
+      multiply_words<E, Start::kAccumulate, true>(as_words(keys.gradient.s) + j + lo * step, step,
+                                                  q.dout_columns + c * depth + lo * kPanel, hi - lo,
+                                                  keys.dv + j * ldv + c, ldv, {});
     }
-    pack_columns(queries.dout, m, p.value_dim, keys.columns);
-    multiply_transposed(keys.s, keys.columns, m, p.value_dim, used_rows, blocks, keys.dv);
-    pack_columns(queries.q, m, p.head_dim, keys.columns);
-    multiply_transposed(keys.dp, keys.columns, m, p.head_dim, used_rows, blocks, keys.dk);
+  }
+  for (int32_t c = 0; c < ld; c += kPanel) {
+    for (int32_t b = 0; b < blocks; ++b) {
+      const auto [lo, hi] = rows[b];
+      if (lo >= hi) continue;
+      const int32_t j = b * kBlockRows;
+      multiply_words<E, Start::kAccumulate, true>(as_words(keys.gradient.dp) + j + lo * step, step,
+                                                  q.q_columns + c * depth + lo * kPanel, hi - lo,
+                                                  keys.dk + j * ld + c, ld, {});
+    }
   }
 }
 
-static void backward_key(const Problem& p, const RowTile& tile, float* memory) {
-  const int32_t ld = padded(p.head_dim), ldv = padded(p.value_dim), group = p.heads / p.kv_heads;
-  const Head first(p, tile.leading, tile.sequence, tile.head * group);
-  Scratch scratch{memory};
-  QueryTile queries;
-  queries.q = scratch.take(kTileM * ld);
-  queries.dout = scratch.take(kTileM * ldv);
-  KeyTile keys;
-  keys.begin = tile.begin;
-  keys.n = min(tile.end, first.band.k_len) - tile.begin;
-  keys.k_panels = scratch.take(kTileN * ld);
-  keys.v_panels = scratch.take(kTileN * ldv);
-  keys.dk = scratch.take(kTileN * ld);
-  keys.dv = scratch.take(kTileN * ldv);
-  keys.s = scratch.take(kTileM * kTileN);
-  keys.dp = scratch.take(kTileM * kTileN);
-  keys.columns = scratch.take(kTileM * (ld > ldv ? ld : ldv));
-  for (int32_t c = 0; c < kTileN * ld; c += kLanes) store(keys.dk + c, Float{});
-  for (int32_t c = 0; c < kTileN * ldv; c += kLanes) store(keys.dv + c, Float{});
-
-  if (!first.band.queries(tile.begin, tile.end).empty()) {
-    float* rows = scratch.take(kTileN * (ld > ldv ? ld : ldv));
-    load_rows(first.key, tile.begin, tile.begin + keys.n, keys.n, 1.0f, rows);
-    pack_transposed(rows, keys.n, p.head_dim, keys.k_panels);
-    load_rows(first.value, tile.begin, tile.begin + keys.n, keys.n, 1.0f, rows);
-    pack_transposed(rows, keys.n, p.value_dim, keys.v_panels);
-    for (int32_t g = 0; g < group; ++g) {
-      accumulate_keys(Head(p, tile.leading, tile.sequence, tile.head * group + g), queries, keys);
+// dQ += dS K
+template <class E>
+static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& keys, const Columns* used) {
+  const int32_t ld = padded(head.problem.head_dim), lda = E::kPair == 1 ? kGradientRow : kGradientRow / 2;
+  const Word* ds = E::kPair == 1 ? as_words(keys.gradient.dp) : keys.gradient.ds_rows;
+  const int32_t n = round_up(keys.n, kPanel) / E::kPair;
+  for (int32_t c = 0; c < ld; c += kPanel) {
+    for (int32_t b = 0; b < q.blocks; ++b) {
+      const int32_t lo = used[b].lo / E::kPair, hi = used[b].hi / E::kPair;
+      if (lo >= hi) continue;
+      const int32_t r = b * kBlockRows;
+      multiply_words<E, Start::kAccumulate, false>(
+          ds + r * lda + lo, lda, keys.k_columns + c * n + lo * kPanel, hi - lo, q.dq + r * ld + c, ld, {});
     }
   }
+}
+
+// Walks the queries from their last tile to the first, so that the next tile of keys can follow close behind.
+template <class E>
+static void walk_queries(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
+  const Problem& p = head.problem;
+  const Interval rows = head.band.queries(keys.begin, keys.begin + keys.n);
+  if (rows.empty()) return;
+  const Rows dquery = head.rows(p.dquery, p.head_dim, head.sequence.q_begin, head.head);
+  const Progress& progress = shared.query_progress;
+  for (int32_t tile = (rows.hi - 1) / kGradientM; tile >= rows.lo / kGradientM; --tile) {
+    const int32_t i0 = tile * kGradientM, i1 = min(i0 + kGradientM, head.band.q_len);
+    const Interval seen = head.band.rows(i0, i1);
+    const int32_t first = seen.lo / kGradientN, last = (seen.hi - 1) / kGradientN, turn = keys.index - first;
+    const QueryTile q = query_tile<E>(head, i0, i1, shared.queries + tile * floats_of_query_tile<E>(p));
+    if (turn == 0) {
+      pack_queries<E>(head, q, true);
+      fill(q.dq, q.count * padded(p.head_dim), 0.0f);
+      progress.reach(tile, 1);
+    } else {
+      progress.await(tile, 1);
+    }
+    Columns used[kGradientBlocks];
+    const bool any = used_panels(head.band, q, keys.begin, keys.n, used);
+    if (any) {
+      tile_gradient<E>(head, q, keys.k_panels, keys.v_panels, keys.begin, keys.n, used, true, keys.gradient);
+      add_to_keys<E>(head, q, keys);
+    }
+    progress.await(tile, 1 + turn);
+    if (any) add_to_queries<E>(head, q, keys, used);
+    if (keys.index == last) store_gradient(dquery, i0, i1, i1, q.dq, p.spec.scale);
+    progress.reach(tile, 2 + turn);
+  }
+}
+
+// dQ of the rows that see no key, and of those past the sequence's length.
+static void zero_queries(const Head& head) {
+  const Problem& p = head.problem;
+  const Rows dquery = head.rows(p.dquery, p.head_dim, head.sequence.q_begin, head.head);
+  const int32_t end = head.band.q_len;
+  for (int32_t i = 0; i < end; i += kGradientM) {
+    const int32_t i1 = min(i + kGradientM, end);
+    if (head.band.rows(i, i1).empty()) store_gradient(dquery, i, i1, i, nullptr, 1.0f);
+  }
+  if (!p.packed()) store_gradient(dquery, end, p.q_rows, end, nullptr, 1.0f);
+}
+
+static int64_t key_tile_floats(const Problem& p) {
+  return int64_t{kGradientN} * (padded(p.head_dim) + padded(p.value_dim));
+}
+
+// dK and dV += those of the query heads before; false: heads to come add theirs.
+static bool sum_over_heads(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
+  const Problem& p = head.problem;
+  const int32_t group = p.heads / p.kv_heads, g = head.head % group;
+  if (group == 1) return true;
+  const Progress& progress = shared.key_progress;
+  progress.await(keys.index, g);
+  const auto add = [&](float* sum, float* own, int32_t count) {
+    for (int32_t c = 0; c < count; c += kLanes) {
+      const Float x = g == 0 ? load(own + c) : load(own + c) + load(sum + c);
+      store(g + 1 < group ? sum + c : own + c, x);
+    }
+  };
+  const int32_t ld = padded(p.head_dim), ldv = padded(p.value_dim);
+  float* sum = shared.keys + keys.index * key_tile_floats(p);
+  add(sum, keys.dk, keys.n * ld);
+  add(sum + kGradientN * ld, keys.dv, keys.n * ldv);
+  progress.reach(keys.index, g + 1);
+  return g + 1 == group;
+}
+
+template <class E>
+static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
+  const int32_t ld = padded(head.problem.head_dim), ldv = padded(head.problem.value_dim);
+  Scratch scratch{memory};
+  KeyTile keys;
+  keys.begin = tile.begin;
+  keys.n = max(0, min(tile.end, head.band.k_len) - tile.begin);
+  keys.index = tile.begin / kGradientN;
+  keys.k_panels = as_words(scratch.take(kGradientN * ld));
+  keys.v_panels = as_words(scratch.take(kGradientN * ldv));
+  keys.k_columns = as_words(scratch.take(kGradientN * ld));
+  keys.dk = scratch.take(kGradientN * ld);
+  keys.dv = scratch.take(kGradientN * ldv);
+  keys.gradient.s = scratch.take(kGradientM * kGradientRow);
+  keys.gradient.dp = scratch.take(kGradientM * kGradientRow);
+  keys.gradient.ds_rows = as_words(scratch.take(kGradientM * kGradientRow / 2));
+  fill(keys.dk, kGradientN * ld, 0.0f);
+  fill(keys.dv, kGradientN * ldv, 0.0f);
+  if (!head.band.queries(keys.begin, keys.begin + keys.n).empty()) {
+    pack_keys<E>(head, keys.begin, keys.n, keys.k_panels, keys.v_panels);
+    const char* at[kGradientN] = {};
+    head.key.find(keys.begin, keys.n, at);
+    Rows key = head.key;
+    key.missing = 0.0f;
+    pack_columns<E>(at, round_up(keys.n, kPanel), key, keys.k_columns);
+  }
+  return keys;
+}
+
+template <class E>
+static void backward_as(const Problem& p, const RowTile& tile, const SharedGradients& shared, float* memory) {
+  const Head head(p, tile.leading, tile.sequence, tile.head);
+  const KeyTile keys = key_tile<E>(head, tile, memory);
+  if (keys.index == 0) zero_queries(head);
+  walk_queries<E>(head, keys, shared);
+  if (!sum_over_heads(head, keys, shared)) return;
   const float factor = __builtin_fabsf(p.spec.scale);  // the queries carry its sign
-  const Rows dkey = first.rows(p.dkey, p.head_dim, tile.sequence.k_begin, tile.head);
-  const Rows dvalue = first.rows(p.dvalue, p.value_dim, tile.sequence.k_begin, tile.head);
-  store_gradient(dkey, tile.begin, tile.end, first.band.k_len, keys.dk, factor);
-  store_gradient(dvalue, tile.begin, tile.end, first.band.k_len, keys.dv, 1.0f);
+  const int32_t h = p.kv_head(tile.head);
+  store_gradient(head.rows(p.dkey, p.head_dim, tile.sequence.k_begin, h), tile.begin, tile.end,
+                 head.band.k_len, keys.dk, factor);
+  store_gradient(head.rows(p.dvalue, p.value_dim, tile.sequence.k_begin, h), tile.begin, tile.end,
+                 head.band.k_len, keys.dv, 1.0f);
+}
+
+static void backward(const Problem& p, const RowTile& tile, const SharedGradients& shared, float* memory) {
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::kBF16) return backward_as<BF16>(p, tile, shared, memory);
+#endif
+  backward_as<F32>(p, tile, shared, memory);
+}
+
+static int64_t query_tile_floats(const Problem& p) {
+#if defined(__AVX512BF16__)
+  if (p.dtype == DType::kBF16) return floats_of_query_tile<BF16>(p);
+#endif
+  return floats_of_query_tile<F32>(p);
 }
 
 }  // namespace jax_flash::JF_ISA

@@ -2,114 +2,241 @@
 #pragma once
 
 #include "head.h"
-#include "matmul.h"
-#include "softmax.h"
+#include "product.h"
 
 namespace jax_flash::JF_ISA {
 
-// The columns of tile [j0, j0 + n) that each block of rows uses, and whether any does. `heads` rows share a
-// position.
-JF_INLINE bool used_columns(const Band& band, int32_t i0, int32_t blocks, int32_t j0, int32_t n,
-                            Columns* used, int32_t heads = 1) {
+// Query rows and keys of a tile of the backward. Rows of P and dS are kGradientRow apart, which is no power
+// of two: the products read them down the columns.
+inline constexpr int kGradientM = 16 * kBlockRows;
+inline constexpr int kGradientN = kBlockRows == 8 ? 256 : 240;
+inline constexpr int kGradientRow = kGradientN + 16;
+inline constexpr int kGradientBlocks = kGradientM / kBlockRows;
+
+JF_INLINE Word* as_words(float* x) { return reinterpret_cast<Word*>(x); }
+
+// A tile of queries as the backward needs it, packed once for all the tiles of keys.
+struct QueryTile {
+  int32_t begin, count, blocks;  // count: rows rounded up to whole blocks
+  Word *q, *q_columns;           // [count, row_words(d)], times query_sign; by columns
+  Word *dout, *dout_columns;     // [count, row_words(dv)]
+  float *lse, *delta;            // [count], lse +inf where P = 0
+  float* dq;                     // [count, padded(d)]
+};
+
+// The floats of a tile in memory.
+template <class E>
+JF_INLINE int64_t floats_of_query_tile(const Problem& p) {
+  return int64_t{kGradientM} *
+         (2 * (row_words<E>(p.head_dim) + row_words<E>(p.value_dim)) + padded(p.head_dim) + 2);
+}
+
+template <class E>
+JF_INLINE QueryTile query_tile(const Head& head, int32_t begin, int32_t end, float* memory) {
+  const int32_t ld = row_words<E>(head.problem.head_dim), ldv = row_words<E>(head.problem.value_dim);
+  end = min(end, head.band.q_len);
+  Scratch scratch{memory};
+  QueryTile tile;
+  tile.begin = begin;
+  tile.count = round_up(end > begin ? end - begin : 0, kBlockRows);
+  tile.blocks = tile.count / kBlockRows;
+  tile.q = as_words(scratch.take(kGradientM * ld));
+  tile.q_columns = as_words(scratch.take(kGradientM * ld));
+  tile.dout = as_words(scratch.take(kGradientM * ldv));
+  tile.dout_columns = as_words(scratch.take(kGradientM * ldv));
+  tile.lse = scratch.take(kGradientM);
+  tile.delta = scratch.take(kGradientM);
+  tile.dq = scratch.next;
+  return tile;
+}
+
+template <class E>
+static void pack_queries(const Head& head, const QueryTile& tile, bool columns) {
+  const Problem& p = head.problem;
+  const float *lse = head.row_statistic(p.lse), *delta = head.row_statistic(p.delta);
+  Rows query = head.query;
+  const Rows dout = head.dout();
+  query.factor = head.query_sign;
+  const char *q_at[kGradientM] = {}, *dout_at[kGradientM] = {};
+  for (int32_t r = 0; r < tile.count; ++r) {
+    const int32_t i = tile.begin + r;
+    const float x = i < head.band.q_len ? lse[i * p.lse.row] : kNegInf;
+    const bool sees =
+        x != kNegInf;  // a row that sees nothing gives nothing, whatever it and its cotangent hold
+    tile.lse[r] = sees ? x : -kNegInf;
+    tile.delta[r] = sees ? delta[i * p.delta.row] : 0.0f;
+    q_at[r] = sees ? query.at(i) : nullptr;
+    dout_at[r] = sees ? dout.at(i) : nullptr;
+  }
+  pack_rows<E>(q_at, tile.count, tile.count, query, 1.0f, tile.q);
+  pack_rows<E>(dout_at, tile.count, tile.count, dout, 1.0f, tile.dout);
+  if (!columns) return;
+  pack_columns<E>(q_at, tile.count, query, tile.q_columns);
+  pack_columns<E>(dout_at, tile.count, dout, tile.dout_columns);
+}
+
+// Keys and values [j0, j0 + n), transposed.
+template <class E>
+static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, Word* v_panels) {
+  const char* at[kGradientN] = {};
+  head.key.find(j0, n, at);
+  pack_transposed<E>(at, n, head.key, k_panels);
+  head.value.find(j0, n, at);
+  pack_transposed<E>(at, n, head.value, v_panels);
+}
+
+// One row of S and dP on its way to P and dS.
+struct GradientRow {
+  Columns visible;
+  float lse, delta;
+  const float *slopes, *keep;  // of the softcap, of dropout; or null
+};
+
+struct Gradient {
+  Float p, ds;  // p: after dropout
+};
+
+template <int kDegree, bool kMasked, bool kGeneral>
+JF_INLINE Gradient gradient(const GradientRow& row, float unit, int32_t c, Float s, Float dp) {
+  Gradient g;
+  g.p = exp2_short<kDegree>((s * unit - row.lse) * kLog2e);
+  const Float p = g.p;
+  if constexpr (kGeneral) {
+    if (row.keep) {
+      const Float keep = load(row.keep + c);
+      g.p = p * keep;
+      dp = dp * keep;
+    }
+  }
+  g.ds = p * (dp - row.delta);
+  if constexpr (kGeneral) {
+    if (row.slopes) g.ds = g.ds * load(row.slopes + c);
+  }
+  if constexpr (kMasked) {
+    const Int column = lane_indices() + c;
+    const auto inside = (column >= row.visible.lo) & (column < row.visible.hi);
+    g.p = inside ? g.p : Float{};
+    g.ds = inside ? g.ds : Float{};
+  }
+  return g;
+}
+
+// Where P and dS of a tile are left. In float32: in place of S and dP. In pairs: P and dS of rows r and r + 1
+// as words, in place of row r, and dS by rows in `ds_rows`.
+struct GradientTile {
+  float *s, *dp;  // [kGradientM, kGradientRow]
+  Word* ds_rows;  // [kGradientM, kGradientRow / 2], pairs only
+};
+
+template <int kPair, bool kMasked, bool kGeneral>
+static void gradient_rows(const GradientRow* rows, float unit, int32_t r, Columns used,
+                          const GradientTile& t) {
+  float *s = t.s + r * kGradientRow, *dp = t.dp + r * kGradientRow;
+  if constexpr (kPair == 1) {
+    for (int32_t c = used.lo; c < used.hi; c += kLanes) {
+      const Gradient g = gradient<5, kMasked, kGeneral>(rows[0], unit, c, load(s + c), load(dp + c));
+      store(s + c, g.p);
+      store(dp + c, g.ds);
+    }
+  } else {
+#if defined(__AVX512BF16__)
+    static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                 21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i interleave = _mm512_loadu_si512(kInterleave);
+    uint16_t* ds0 = reinterpret_cast<uint16_t*>(t.ds_rows + r * (kGradientRow / 2));
+    uint16_t* ds1 = reinterpret_cast<uint16_t*>(t.ds_rows + (r + 1) * (kGradientRow / 2));
+    for (int32_t c = used.lo; c < used.hi; c += kLanes) {
+      const Gradient a = gradient<4, kMasked, kGeneral>(rows[0], unit, c, load(s + c), load(dp + c));
+      const Gradient b = gradient<4, kMasked, kGeneral>(rows[1], unit, c, load(s + kGradientRow + c),
+                                                        load(dp + kGradientRow + c));
+      const __m512i p = (__m512i)_mm512_cvtne2ps_pbh((__m512)b.p, (__m512)a.p);
+      const __m512i ds = (__m512i)_mm512_cvtne2ps_pbh((__m512)b.ds, (__m512)a.ds);
+      _mm512_store_si512(s + c, _mm512_permutexvar_epi16(interleave, p));
+      _mm512_store_si512(dp + c, _mm512_permutexvar_epi16(interleave, ds));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(ds0 + c), _mm512_castsi512_si256(ds));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(ds1 + c), _mm512_extracti64x4_epi64(ds, 1));
+    }
+#endif
+  }
+}
+
+// The columns of tile [j0, j0 + n) that rows [i0, i1) see.
+JF_INLINE Columns seen_columns(const Band& band, int32_t i0, int32_t i1, int32_t j0, int32_t n) {
+  const Interval keys = intersect(band.rows(i0, i1), {j0, j0 + n});
+  return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
+}
+
+// Those that each block of rows uses, in whole panels and blocks of keys: all that the products read of P and
+// dS. And whether any does.
+JF_INLINE bool used_panels(const Band& band, const QueryTile& q, int32_t j0, int32_t n, Columns* used) {
   bool any = false;
-  for (int32_t b = 0; b < blocks; ++b) {
-    const int32_t first = b * kBlockRows / heads, end = ((b + 1) * kBlockRows + heads - 1) / heads;
-    const Interval keys = intersect(band.rows(i0 + first, i0 + end), {j0, j0 + n});
-    used[b] = keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
-    any |= !keys.empty();
+  for (int32_t b = 0; b < q.blocks; ++b) {
+    const int32_t i = q.begin + b * kBlockRows;
+    const Columns c = used[b] = seen_columns(band, i, i + kBlockRows, j0, n);
+    if (c.lo >= c.hi) continue;
+    used[b] = {round_down(round_down(c.lo, kBlockRows), kPanel),
+               round_up(round_up(c.hi, kBlockRows), kPanel)};
+    any = true;
   }
   return any;
 }
 
-// Final scores on whole vectors around `visible`, -inf at the edges that the row does not see.
-JF_INLINE void final_scores(const Head& head, Row row, int32_t j0, Columns visible, float* s, float* slopes) {
-  if (head.extra) head.finish_scores(row, j0, visible, s, slopes);
-  const Columns whole = vectors(visible);
-  for (int32_t c = whole.lo; c < visible.lo; ++c) s[c] = kNegInf;
-  for (int32_t c = visible.hi; c < whole.hi; ++c) s[c] = kNegInf;
-}
-
-JF_INLINE void clear(float* row, int32_t lo, int32_t hi) {
-  for (int32_t c = lo; c < hi; ++c) row[c] = 0.0f;
-}
-
-// A tile of queries as the backward needs it.
-struct QueryTile {
-  int32_t begin, count, blocks;  // count: rows rounded up to whole blocks
-  float* q;                      // [count, padded(d)], times query_sign
-  float* dout;                   // [count, padded(dv)]
-  float lse[kTileM];             // +inf where P = 0
-  float delta[kTileM];
-};
-
-JF_INLINE void load_queries(const Head& head, int32_t begin, int32_t end, QueryTile& tile) {
-  end = min(end, head.band.q_len);
-  tile.begin = begin;
-  tile.count = round_up(end > begin ? end - begin : 0, kBlockRows);
-  tile.blocks = tile.count / kBlockRows;
-  load_rows(head.query, begin, end, tile.count, head.query_sign, tile.q);
-  load_rows(head.dout(), begin, end, tile.count, 1.0f, tile.dout);
-  const Problem& p = head.problem;
-  const float *lse = head.row_statistic(p.lse), *delta = head.row_statistic(p.delta);
-  for (int32_t r = 0; r < tile.count; ++r) {
-    const int32_t i = begin + r;
-    const float x = i < end ? lse[i * p.lse.row] : kNegInf;
-    tile.lse[r] = x == kNegInf ? -kNegInf : x;
-    tile.delta[r] = x == kNegInf ? 0.0f : delta[i * p.delta.row];
-    if (x == kNegInf) {  // a row that sees nothing gives nothing, whatever it and its cotangent hold
-      clear(tile.q + r * padded(p.head_dim), 0, padded(p.head_dim));
-      clear(tile.dout + r * padded(p.value_dim), 0, padded(p.value_dim));
-    }
-  }
-}
-
-// One row: S, dP -> dropped P, dS in place. `through_softcap` multiplies dS by the softcap's slope.
-// Zeros the rest of [used.lo, used.hi) in both.
-static void gradient_row(const Head& head, int32_t i, int32_t j0, int32_t n, Columns used, float lse,
-                         float delta, bool through_softcap, float* s, float* dp) {
-  const Columns visible = visible_columns(head.band, i, {j0, j0 + n}, j0);
-  Columns whole = vectors(visible);
-  if (visible.hi <= visible.lo) whole = {used.hi, used.hi};
-  clear(s, used.lo, whole.lo);
-  clear(dp, used.lo, whole.lo);
-  clear(s, whole.hi, used.hi);
-  clear(dp, whole.hi, used.hi);
-  if (visible.hi <= visible.lo) return;
-
-  RowBuffer slopes, keep;
+template <int kPair>
+static void rows_gradient(const Head& head, const QueryTile& q, int32_t j0, int32_t n, bool through_softcap,
+                          int32_t r, Columns used, const GradientTile& t) {
+  GradientRow rows[kPair];
+  RowBuffer slopes[kPair], keep[kPair];
   const bool capped = through_softcap && head.problem.spec.softcap > 0;
-  final_scores(head, {i, head.head}, j0, visible, s, capped ? slopes.value : nullptr);
-  if (head.drops) {
-    for (int32_t c = whole.lo; c < whole.hi; c += kLanes) store(keep.value + c, Float{});
-    head.dropout_row({i, head.head}, j0, visible, keep.value);
-  }
-  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    const Float p = exp2((load(s + c) * head.unit - lse) * kLog2e);
-    Float dropped = p, dprob = load(dp + c);
-    if (head.drops) {
-      const Float k = load(keep.value + c);
-      dropped = p * k;
-      dprob = dprob * k;
+  bool masked = false;
+  for (int32_t k = 0; k < kPair; ++k) {
+    const Row row{q.begin + r + k, head.head};
+    const Columns visible = seen_columns(head.band, row.position, row.position + 1, j0, n);
+    masked |= visible.lo > used.lo || visible.hi < used.hi;
+    rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
+    if (visible.hi <= visible.lo) continue;
+    if (head.extra) {
+      head.finish_scores(row, j0, visible, t.s + (r + k) * kGradientRow, capped ? slopes[k].value : nullptr);
+      if (capped) rows[k].slopes = slopes[k].value;
     }
-    Float ds = p * (dprob - delta);
-    if (capped) ds = ds * load(slopes.value + c);
-    store(s + c, dropped);
-    store(dp + c, ds);
+    if (head.drops) {
+      head.dropout_row(row, j0, visible, keep[k].value);
+      rows[k].keep = keep[k].value;
+    }
   }
+  if (head.drops || capped) {
+    if (masked) return gradient_rows<kPair, true, true>(rows, head.unit, r, used, t);
+    return gradient_rows<kPair, false, true>(rows, head.unit, r, used, t);
+  }
+  if (masked) return gradient_rows<kPair, true, false>(rows, head.unit, r, used, t);
+  return gradient_rows<kPair, false, false>(rows, head.unit, r, used, t);
 }
 
-// S = Q Kᵀ and dP = dO Vᵀ of the used blocks, then P and dS row by row. `clear_to`: columns that every row
-// must define, or 0 for those that its block uses.
-static void tile_gradient(const Head& head, const QueryTile& tile, const float* k_panels,
-                          const float* v_panels, int32_t j0, int32_t n, const Columns* used, int32_t clear_to,
-                          bool through_softcap, float* s, float* dp) {
-  multiply_scores(tile.q, k_panels, head.problem.head_dim, used, tile.blocks, n, s);
-  multiply_scores(tile.dout, v_panels, head.problem.value_dim, used, tile.blocks, n, dp);
-  for (int32_t r = 0; r < tile.count; ++r) {
-    const Columns block = clear_to ? Columns{0, clear_to} : used[r / kBlockRows];
-    if (block.lo >= block.hi) continue;
-    gradient_row(head, tile.begin + r, j0, n, block, tile.lse[r], tile.delta[r], through_softcap,
-                 s + r * kTileN, dp + r * kTileN);
+// S = Q Kᵀ and dP = dO Vᵀ of the used panels, then P and dS row by row.
+template <class E, int kPair = E::kPair>
+static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_panels, const Word* v_panels,
+                          int32_t j0, int32_t n, const Columns* used, bool through_softcap,
+                          const GradientTile& t) {
+  const Problem& p = head.problem;
+  const int32_t ld = row_words<E>(p.head_dim), ldv = row_words<E>(p.value_dim);
+  const int32_t d = depth_words<E>(p.head_dim), dv = depth_words<E>(p.value_dim);
+  for (int32_t j = 0; j < n; j += kPanel) {
+    for (int32_t b = 0; b < q.blocks; ++b) {
+      if (j < used[b].lo || used[b].hi <= j) continue;
+      const int32_t r = b * kBlockRows;
+      multiply_words<E, Start::kZero, false>(q.q + r * ld, ld, k_panels + j * ld, d,
+                                             t.s + r * kGradientRow + j, kGradientRow, {});
+    }
+    for (int32_t b = 0; b < q.blocks; ++b) {
+      if (j < used[b].lo || used[b].hi <= j) continue;
+      const int32_t r = b * kBlockRows;
+      multiply_words<E, Start::kZero, false>(q.dout + r * ldv, ldv, v_panels + j * ldv, dv,
+                                             t.dp + r * kGradientRow + j, kGradientRow, {});
+    }
+  }
+  for (int32_t r = 0; r < q.count; r += kPair) {
+    const Columns block = used[r / kBlockRows];
+    if (block.lo < block.hi) rows_gradient<kPair>(head, q, j0, n, through_softcap, r, block, t);
   }
 }
 

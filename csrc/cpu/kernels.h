@@ -5,6 +5,7 @@
 
 #include "../core/problem.h"
 #include "../core/sequence.h"
+#include "progress.h"
 
 namespace jax_flash {
 
@@ -21,7 +22,7 @@ inline constexpr int32_t kMaxRun = 8;
 struct RowTile {
   int64_t leading;
   Sequence sequence;
-  int32_t head;  // the first query head, or the KV head of tiles of keys
+  int32_t head;  // the first query head
   int32_t begin, end;
   int32_t heads = 1;
   int32_t parts = 1;  // that forward cuts the visible keys into (core/split.h)
@@ -52,13 +53,27 @@ struct BiasTile {
   int32_t column_begin, column_end;
 };
 
+// What the items of the backward share, each of which is a tile of keys at one query head.
+struct SharedGradients {
+  // The query head, tile by tile: packed by the first item that sees the tile (progress 1), then its dQ, to
+  // which the tiles of keys add in order (1 more each).
+  float* queries = nullptr;
+  Progress query_progress = {};
+  // dK and dV of the KV head, tile by tile, to which its query heads add in order; unused where it has but
+  // one.
+  float* keys = nullptr;
+  Progress key_progress = {};
+};
+
 struct Kernels {
   const char* isa;
-  int32_t tile_m, tile_n;  // query rows and keys of a tile
+  int32_t tile_m;  // query rows of a tile of forward
   void (*forward)(const Problem&, const RowTile*, int32_t count, float* scratch);  // out, lse of up to
                                                                                    // kMaxRun tiles of a head
-  void (*backward_query)(const Problem&, const RowTile&, float* scratch);  // dquery of a tile of queries
-  void (*backward_key)(const Problem&, const RowTile&, float* scratch);    // dkey, dvalue of a tile of keys
+  int32_t gradient_m, gradient_n;                // query rows and keys of a tile of the backward
+  int64_t (*query_tile_floats)(const Problem&);  // of SharedGradients
+  int64_t (*key_tile_floats)(const Problem&);
+  void (*backward)(const Problem&, const RowTile&, const SharedGradients&, float* scratch);
   void (*bias_gradient)(const Problem&, const BiasTile&, float* scratch);  // a tile of dbias
 
   // forward of a tile in parts: each to memory of its own, merged in order into the first, that to out and

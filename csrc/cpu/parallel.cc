@@ -6,6 +6,9 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <thread>
+
+#include "progress.h"
 
 namespace jax_flash {
 namespace {
@@ -40,6 +43,13 @@ struct Work {
 };
 
 }  // namespace
+
+void wait_until(const int32_t* counter, int32_t value, const int32_t* abandoned) {
+  for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < value; ++spins) {
+    if (__atomic_load_n(abandoned, __ATOMIC_ACQUIRE)) return;
+    if (spins > 1000) std::this_thread::yield();
+  }
+}
 
 void parallel_for(const ThreadPool& pool, int64_t count, int64_t workers,
                   const std::function<void(int64_t)>& body) {

@@ -29,6 +29,13 @@ struct Starts {
     }
   }
 
+  // The longest sequence of any leading entry.
+  static int32_t longest(const std::vector<int32_t>& starts) {
+    int32_t rows = 0;
+    for (size_t i = 0; i + 1 < starts.size(); ++i) rows = std::max(rows, starts[i + 1] - starts[i]);
+    return rows;
+  }
+
   const int32_t* q_of(int64_t leading) const { return q.data() + leading * entries; }
   const int32_t* k_of(int64_t leading) const { return k.data() + leading * entries; }
 
@@ -121,6 +128,81 @@ class RowGrid {
   int32_t tile_, heads_;
   int32_t chunks_ = 1, chunk_ = 1;  // of the query heads of a KV head: how many, and of how many heads
   int64_t slots_ = 0, per_entry_ = 0;
+};
+
+// The backward's work: an item is a tile of keys at one query head. A unit is one sequence at one query head;
+// its items add to the same dQ. The units of a KV head follow each other and add to the same dK and dV.
+class KeyGrid {
+ public:
+  struct Item {
+    int32_t unit, tile;
+  };
+
+  KeyGrid(const Problem& p, const Starts& starts, int32_t tile)
+      : problem_(p), starts_(starts), tile_(tile), group_(p.heads > 0 ? p.heads / p.kv_heads : 1) {}
+
+  int64_t units() const { return problem_.leading.count() * problem_.heads * problem_.batch; }
+  int32_t group() const { return group_; }
+
+  // Of a unit; one at least, which fills what has no keys.
+  int32_t items(int64_t unit) const {
+    return static_cast<int32_t>(std::max<int64_t>(1, ceil_div(key_rows(unit), tile_)));
+  }
+
+  // The order in which items are claimed: what an item waits for comes before it. `width` units are in
+  // progress together, a tile of each in turn, so that a thread seldom waits for another.
+  std::vector<Item> in_order(int64_t width) const {
+    std::vector<Item> list;
+    for (int64_t first = 0; first < units(); first += width) {
+      const int64_t end = std::min(first + width, units());
+      bool any = true;
+      for (int32_t tile = 0; any; ++tile) {
+        any = false;
+        for (int64_t unit = first; unit < end; ++unit) {
+          if (tile >= items(unit)) continue;
+          list.push_back({static_cast<int32_t>(unit), tile});
+          any = true;
+        }
+      }
+    }
+    return list;
+  }
+
+  RowTile at(Item item) const {
+    const Where w = where(item.unit);
+    RowTile tile;
+    tile.leading = w.leading;
+    tile.head = w.head;
+    tile.sequence = problem_.packed() ? varlen_sequence(problem_, w.leading, w.sequence,
+                                                        starts_.q_of(w.leading), starts_.k_of(w.leading))
+                                      : fixed_sequence(problem_, w.leading, w.sequence);
+    tile.begin = item.tile * tile_;
+    tile.end = static_cast<int32_t>(std::min<int64_t>(key_rows(item.unit), tile.begin + tile_));
+    return tile;
+  }
+
+ private:
+  struct Where {
+    int64_t leading;
+    int32_t head, sequence;
+  };
+
+  Where where(int64_t unit) const {
+    const int64_t g = unit % group_, z = unit / group_ % problem_.batch, kv = unit / group_ / problem_.batch;
+    return {kv / problem_.kv_heads, static_cast<int32_t>(kv % problem_.kv_heads * group_ + g),
+            static_cast<int32_t>(z)};
+  }
+
+  int64_t key_rows(int64_t unit) const {
+    if (!problem_.packed()) return problem_.k_rows;
+    const Where w = where(unit);
+    const int32_t* k = starts_.k_of(w.leading) + w.sequence;
+    return k[1] - k[0];
+  }
+
+  const Problem& problem_;
+  const Starts& starts_;
+  int32_t tile_, group_;
 };
 
 // All tiles of dbias.
