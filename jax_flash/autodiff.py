@@ -47,7 +47,7 @@ def _backward(spec: AttentionSpec, residuals: Any, cotangents: Pair) -> tuple[Gr
 
 def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangents: Pair) -> Gradients:
     (out, lse), (dout, dlse) = results, cotangents
-    delta = _rows(dout.astype(jnp.float32) * out.astype(jnp.float32)) - dlse  # rowsum(dO ∘ O) − dlse
+    delta = _row_products(dout, out, lse) - dlse  # rowsum(dO ∘ O) − dlse
     operands = {**operands, "dout": dout, "lse": lse, "delta": delta}
     gradients: Gradients = dict.fromkeys(spec.operands)
     gradients |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
@@ -89,9 +89,15 @@ def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cot
     return gradients
 
 
-def _rows(x: jax.Array) -> jax.Array:
-    """[…, s, h, dv] → row sums in lse's order, […, h, s]."""
-    return jnp.swapaxes(x.sum(-1), -1, -2)
+def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
+    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; 0 for rows that see nothing.
+
+    The selection matters for speed too: without it XLA on CPUs makes of the sum one of its library calls, which
+    takes 20 to 30 times as long.
+    """
+    products = x.astype(jnp.float32) * y.astype(jnp.float32)
+    sees = (jnp.swapaxes(lse, -1, -2) > -jnp.inf)[..., None]
+    return jnp.swapaxes(jnp.where(sees, products, 0).sum(-1), -1, -2)
 
 
 def _through_sinks(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
