@@ -234,12 +234,15 @@ constexpr int64_t kSharedFloats = int64_t{1} << 23;
 // As many query heads in progress as there are threads, each with its operands packed and its dQ.
 void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool) {
   const KeyGrid grid(p, starts, kernels().gradient_n);
-  const int64_t query_tiles =
-      ceil_div(p.packed() ? Starts::longest(starts.q) : p.q_rows, kernels().gradient_m);
-  const int64_t key_tiles = ceil_div(p.packed() ? Starts::longest(starts.k) : p.k_rows, kernels().gradient_n);
-  const int64_t query_floats = std::max<int64_t>(1, query_tiles * kernels().query_tile_floats(p));
+  // One at least: what has no rows is filled by an item too.
+  const auto tiles = [&](const std::vector<int32_t>& starts_of, int32_t rows, int32_t tile) {
+    return std::max<int64_t>(1, ceil_div(p.packed() ? Starts::longest(starts_of) : rows, tile));
+  };
+  const int64_t query_tiles = tiles(starts.q, p.q_rows, kernels().gradient_m);
+  const int64_t key_tiles = tiles(starts.k, p.k_rows, kernels().gradient_n);
+  const int64_t query_floats = query_tiles * kernels().query_tile_floats(p);
   const int64_t width =
-      std::clamp<int64_t>(std::min(grid.units(), kSharedFloats / query_floats), 1, pool.threads);
+      std::max<int64_t>(1, std::min({grid.units(), kSharedFloats / query_floats, pool.threads}));
   // KV heads in progress with them
   const int64_t key_slots = grid.group() == 1 ? 0 : (width - 1) / grid.group() + 2;
   const int64_t key_floats = key_tiles * kernels().key_tile_floats(p);
