@@ -9,7 +9,7 @@ namespace jax_flash::JF_ISA {
 // Query rows and keys of a tile of the backward. Rows of P and dS are kGradientRow apart, which is no power
 // of two: the products read them down the columns.
 inline constexpr int kGradientM = 16 * kBlockRows;
-inline constexpr int kGradientN = kBlockRows == 8 ? 256 : 240;
+inline constexpr int kGradientN = kBlockRows == 8 ? 128 : 144;
 inline constexpr int kGradientRow = kGradientN + 16;
 inline constexpr int kGradientBlocks = kGradientM / kBlockRows;
 
