@@ -7,55 +7,54 @@
 
 namespace jax_flash::JF_ISA {
 
-inline constexpr int32_t kDecodeKeys = 64;                // keys of a tile
-inline constexpr int32_t kStepKeys = 4;                   // keys that the microkernels take at once,
-inline constexpr int32_t kStepRows = kLanes / kStepKeys;  // and query rows: their sums fill one vector
+inline constexpr int32_t kDecodeKeys = 64;  // keys of a tile
+inline constexpr int32_t kStepKeys = 4;     // at most, that a microkernel takes at once
 inline constexpr int32_t kLineBytes = 64;
 inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead
 static_assert(kDecodeKeys % kLanes == 0);
 
-// S[g][0, 4) = q[g] · k[0, 4) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
-template <DType dtype, int kRows>
+// S[g][0, kKeys) = q[g] · k[0, kKeys) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
+template <DType dtype, int kKeys, int kRows>
 JF_INLINE void score_step(const char* const* at, const float* q, int32_t width, float* s) {
-  const char* const k[kStepKeys] = {at[0], at[1], at[2], at[3]};
+  const char* const k[kStepKeys] = {at[0], at[1], at[kKeys - 2], at[kKeys - 1]};
   const int32_t ld = padded(width);
   Float sums[kLanes] = {};
   for (int32_t c = 0; c < width; c += kLanes) {
-    Float key[kStepKeys];
+    Float key[kKeys];
 #pragma GCC unroll 4
-    for (int i = 0; i < kStepKeys; ++i) key[i] = load_vector<dtype>(k[i], c);
+    for (int i = 0; i < kKeys; ++i) key[i] = load_vector<dtype>(k[i], c);
 #pragma GCC unroll 4
     for (int g = 0; g < kRows; ++g) {
       const Float x = load(q + g * ld + c);
 #pragma GCC unroll 4
-      for (int i = 0; i < kStepKeys; ++i) sums[g * kStepKeys + i] += x * key[i];
+      for (int i = 0; i < kKeys; ++i) sums[g * kKeys + i] += x * key[i];
     }
   }
   alignas(64) float all[kLanes];
   store(all, sum_lanes(sums, LaneIndices()));
 #pragma GCC unroll 4
-  for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kStepKeys, kStepKeys * 4);
+  for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kKeys, kKeys * 4);
 }
 
-// o[g] += p[g][0, 4) v[0, 4)
-template <DType dtype, int kRows>
+// o[g] += p[g][0, kKeys) v[0, kKeys)
+template <DType dtype, int kKeys, int kRows>
 JF_INLINE void value_step(const char* const* at, const float* p, int32_t width, float* o) {
-  const char* const v[kStepKeys] = {at[0], at[1], at[2], at[3]};
+  const char* const v[kStepKeys] = {at[0], at[1], at[kKeys - 2], at[kKeys - 1]};
   const int32_t ld = padded(width);
-  Float weight[kRows * kStepKeys];
+  Float weight[kRows * kKeys];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows * kStepKeys; ++i) {
-    weight[i] = broadcast(p[i / kStepKeys * kDecodeKeys + i % kStepKeys]);
+  for (int i = 0; i < kRows * kKeys; ++i) {
+    weight[i] = broadcast(p[i / kKeys * kDecodeKeys + i % kKeys]);
   }
   for (int32_t c = 0; c < width; c += kLanes) {
-    Float value[kStepKeys];
+    Float value[kKeys];
 #pragma GCC unroll 4
-    for (int i = 0; i < kStepKeys; ++i) value[i] = load_vector<dtype>(v[i], c);
+    for (int i = 0; i < kKeys; ++i) value[i] = load_vector<dtype>(v[i], c);
 #pragma GCC unroll 4
     for (int g = 0; g < kRows; ++g) {
       Float x = load(o + g * ld + c);
 #pragma GCC unroll 4
-      for (int i = 0; i < kStepKeys; ++i) x += weight[g * kStepKeys + i] * value[i];
+      for (int i = 0; i < kKeys; ++i) x += weight[g * kKeys + i] * value[i];
       store(o + g * ld + c, x);
     }
   }
@@ -64,19 +63,20 @@ JF_INLINE void value_step(const char* const* at, const float* p, int32_t width, 
 enum class Step { kScores, kValues };
 
 // All rows of one KV head: x is q or p, y is S or o.
-template <Step step, DType dtype, int kRows = kStepRows>
+// The sums of kKeys keys and kRows rows fill one vector.
+template <Step step, DType dtype, int kKeys, int kRows = kLanes / kKeys>
 JF_INLINE void rows_step(const char* const* at, int32_t rows, const float* x, int32_t width, float* y) {
   const int32_t ld = padded(width), x_ld = step == Step::kScores ? ld : kDecodeKeys;
   const int32_t y_ld = step == Step::kScores ? kDecodeKeys : ld;
   for (; rows >= kRows; rows -= kRows, x += kRows * x_ld, y += kRows * y_ld) {
     if constexpr (step == Step::kScores) {
-      score_step<dtype, kRows>(at, x, width, y);
+      score_step<dtype, kKeys, kRows>(at, x, width, y);
     } else {
-      value_step<dtype, kRows>(at, x, width, y);
+      value_step<dtype, kKeys, kRows>(at, x, width, y);
     }
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) rows_step<step, dtype, kRows - 1>(at, rows, x, width, y);
+    if (rows > 0) rows_step<step, dtype, kKeys, kRows - 1>(at, rows, x, width, y);
   }
 }
 
@@ -103,11 +103,12 @@ struct DecodeStream {
     rows.find(j0, known, at);
   }
 
-  // Rows of keys [r, r + 4) of the tile, of `n`, at KV head x; what is past them has zeros.
+  // Rows of keys [r, r + kKeys) of the tile, of `n`, at KV head x; what is past them has zeros.
+  template <int kKeys>
   JF_HD void find(int32_t r, int32_t n, int32_t x, const char** to) const {
     alignas(64) static constexpr char kZeros[kMaxHeadDim * 4] = {};
 #pragma GCC unroll 4
-    for (int32_t i = 0; i < kStepKeys; ++i) {
+    for (int32_t i = 0; i < kKeys; ++i) {
       to[i] = r + i >= n ? kZeros : at[r + i] ? at[r + i] + x * head_bytes : missing;
     }
   }
@@ -233,20 +234,21 @@ class FewRows {
   template <Step step, DType dtype, bool widened>
   void multiply_as(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
     const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;
-    const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
+    constexpr int kKeys = dtype == DType::kF32 ? 2 : kStepKeys;
+    const int32_t lines = (kKeys * stream.key_lines + stream.heads - 1) / stream.heads;
     constexpr DType from = widened ? DType::kF32 : dtype;
-    alignas(64) float wide[widened ? kStepKeys * kMaxHeadDim : 1];
+    alignas(64) float wide[widened ? kKeys * kMaxHeadDim : 1];
     Prefetcher ahead{stream, cold ? 0 : stream.ahead};
     if (cold) ahead.run(stream.ahead * stream.key_lines);
-    for (int32_t r = 0; r < n; r += kStepKeys) {
+    for (int32_t r = 0; r < n; r += kKeys) {
       for (int32_t x = 0; x < stream.heads; ++x) {
-        const char* at[kStepKeys];
+        const char* at[kKeys];
         ahead.run(lines);
-        stream.find(r, n, x, at);
+        stream.find<kKeys>(r, n, x, at);
         if constexpr (widened) {
           const int32_t h = problem_.kv_head(tile_.head) + x;
           const float factor = scale ? head_.at(scale, h * scale.head) : 1.0f;
-          for (int32_t i = 0; i < kStepKeys; ++i) {
+          for (int32_t i = 0; i < kKeys; ++i) {
             load_row(dtype, at[i], stream.rows.width, factor, wide + i * ld, ld);
             at[i] = reinterpret_cast<const char*>(wide + i * ld);
           }
@@ -254,9 +256,9 @@ class FewRows {
         for (int32_t first = x * group_; first < rows_; first += tile_.heads) {
           float* s = s_ + first * kDecodeKeys + r;
           if constexpr (step == Step::kScores) {
-            rows_step<step, from>(at, group_, q_ + first * ld, width, s);
+            rows_step<step, from, kKeys>(at, group_, q_ + first * ld, width, s);
           } else {
-            rows_step<step, from>(at, group_, s, width, o_ + first * ld);
+            rows_step<step, from, kKeys>(at, group_, s, width, o_ + first * ld);
           }
         }
       }
