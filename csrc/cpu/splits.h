@@ -54,7 +54,7 @@ class Splits {
   // Where the grid is cut into `count` ranges of equal cost: the first tile of range `index`.
   int64_t cut(int64_t index, int64_t count) const {
     if (index >= count) return grid_.size();
-    if (grid_.size() == 0) return 0;
+    if (index <= 0 || grid_.size() == 0) return 0;  // what costs nothing is part of a range, too
     const double target = total_ * static_cast<double>(index) / static_cast<double>(count);
     const int64_t l = std::upper_bound(ends_.begin(), ends_.end() - 1, target) - ends_.begin();
     const double begin = l > 0 ? ends_[l - 1] : 0;
