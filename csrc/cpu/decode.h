@@ -21,18 +21,18 @@ JF_INLINE void score_step(const char* const* at, const float* q, int32_t width, 
   Float sums[kLanes] = {};
   for (int32_t c = 0; c < width; c += kLanes) {
     Float key[kKeys];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kKeys; ++i) key[i] = load_vector<dtype>(k[i], c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
       const Float x = load(q + g * ld + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kKeys; ++i) sums[g * kKeys + i] += x * key[i];
     }
   }
   alignas(64) float all[kLanes];
   store(all, sum_lanes(sums, LaneIndices()));
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kKeys, kKeys * 4);
 }
 
@@ -48,12 +48,12 @@ JF_INLINE void value_step(const char* const* at, const float* p, int32_t width, 
   }
   for (int32_t c = 0; c < width; c += kLanes) {
     Float value[kKeys];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kKeys; ++i) value[i] = load_vector<dtype>(v[i], c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
       Float x = load(o + g * ld + c);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kKeys; ++i) x += weight[g * kKeys + i] * value[i];
       store(o + g * ld + c, x);
     }
@@ -107,7 +107,7 @@ struct DecodeStream {
   template <int kKeys>
   JF_HD void find(int32_t r, int32_t n, int32_t x, const char** to) const {
     alignas(64) static constexpr char kZeros[kMaxHeadDim * 4] = {};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int32_t i = 0; i < kKeys; ++i) {
       to[i] = r + i >= n ? kZeros : at[r + i] ? at[r + i] + x * head_bytes : missing;
     }
