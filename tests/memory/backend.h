@@ -16,6 +16,8 @@ bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at ever
 // False where no kernel was built for the call. `pool` matters to the CPU alone.
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool);
 
+bool append(const AppendProblem& problem, const ThreadPool& pool);
+
 std::string summary();  // of the calls so far; throws where they left something unchecked
 
 }  // namespace jax_flash::backend

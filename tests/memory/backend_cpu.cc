@@ -18,6 +18,11 @@ bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
   return true;
 }
 
+bool append(const AppendProblem& problem, const ThreadPool& pool) {
+  cpu_append(problem, pool);
+  return true;
+}
+
 std::string summary() { return "nothing out of bounds, everything written"; }
 
 }  // namespace jax_flash::backend

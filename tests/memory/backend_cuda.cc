@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "cuda/append/append.h"
 #include "cuda/registry.h"
 #include "guarded.h"
 
@@ -47,6 +48,12 @@ constexpr View Problem::* kOperands[] = {&Problem::query,
                                          &Problem::block_tables,
                                          &Problem::k_scale,
                                          &Problem::v_scale};
+
+constexpr View AppendProblem::* kAppendOperands[] = {
+    &AppendProblem::k_pages,    &AppendProblem::v_pages,      &AppendProblem::key,
+    &AppendProblem::value,      &AppendProblem::block_tables, &AppendProblem::kv_lengths,
+    &AppendProblem::cu_seqlens, &AppendProblem::cos,          &AppendProblem::sin,
+    &AppendProblem::k_scale,    &AppendProblem::v_scale};
 
 void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
@@ -99,6 +106,32 @@ class DeviceMemory {
   void* base_ = nullptr;
 };
 
+// The GPU's copies of a problem's operands, which its views then point to.
+class Copies {
+ public:
+  template <class AnyProblem, size_t n, class Filled>
+  Copies(AnyProblem& p, View AnyProblem::* const (&operands)[n], Filled filled) {
+    for (View AnyProblem::* operand : operands) {
+      View& view = p.*operand;
+      const Guarded* host = view.data ? Guarded::find(view.data) : nullptr;
+      if (!host) continue;
+      const auto [at, made] = by_host_.try_emplace(view.data, host->bytes());
+      if (made && filled(operand)) at->second.read_from(host->data());
+      view.data = at->second.data();
+    }
+  }
+  void check_bands() const {
+    for (const auto& [host, copy] : by_host_) copy.check_bands();
+  }
+  void write_back(void* host) {
+    const auto at = by_host_.find(host);
+    if (at != by_host_.end()) at->second.write_to(host);
+  }
+
+ private:
+  std::map<const void*, DeviceMemory> by_host_;
+};
+
 std::set<int32_t>& reached() {
   static std::set<int32_t> rows;
   return rows;
@@ -147,37 +180,39 @@ bool run(Pass pass, const Problem& problem, const ThreadPool&) {
   const LaunchPlan chosen = plan(pass, problem.spec, shapes_of(problem), planned_for, built_kernels());
   if (chosen.kernel < 0) return ++not_built, false;
   reached().insert(chosen.kernel);
-
   Problem p = problem;
-  std::map<const void*, DeviceMemory> copies;  // by the host's address
-  for (View Problem::* operand : kOperands) {
-    View& view = p.*operand;
-    const Guarded* host = view.data ? Guarded::find(view.data) : nullptr;
-    if (!host) continue;
-    const auto [at, made] = copies.try_emplace(view.data, host->bytes());
-    if (made && !is_result(pass, operand)) at->second.read_from(host->data());
-    view.data = at->second.data();
-  }
+  Copies copies(p, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); });
   DeviceMemory workspace(chosen.workspace);
   check(launch_schedules(p, chosen, workspace.data(), nullptr), "schedule");
   check(launch_of(chosen.kernel)(p, chosen, workspace.data(), nullptr), "launch");
   check(cudaDeviceSynchronize(), "kernel");
   workspace.check_bands();
+  copies.check_bands();
   for (View Problem::* operand : kOperands) {
-    const auto at = copies.find((problem.*operand).data);
-    if (at == copies.end()) continue;
-    at->second.check_bands();
-    if (is_result(pass, operand)) at->second.write_to((problem.*operand).data);
+    if (is_result(pass, operand)) copies.write_back((problem.*operand).data);
   }
+  return true;
+}
+
+bool append(const AppendProblem& problem, const ThreadPool&) {
+  AppendProblem p = problem;
+  Copies copies(p, kAppendOperands, [](auto) { return true; });
+  check(launch_append(p, device(1).sm_count, nullptr), "launch");
+  check(cudaDeviceSynchronize(), "kernel");
+  copies.check_bands();
+  copies.write_back(problem.k_pages.data);
+  copies.write_back(problem.v_pages.data);
   return true;
 }
 
 std::string summary() {
   const auto rows = built_kernels();
+  std::set<Pass> passes;  // that this driver runs
+  for (int32_t i : reached()) passes.insert(rows[i].pass);
   std::string missing;
   for (int32_t i = 0; i < static_cast<int32_t>(rows.size()); ++i) {
     const KernelRow& r = rows[i];
-    if (reached().contains(i) || r.pass == Pass::kPagedForward) continue;  // no driver makes pages yet
+    if (reached().contains(i) || !passes.contains(r.pass)) continue;
     missing += " [pass " + std::to_string(static_cast<int>(r.pass)) + " d=" + std::to_string(r.head_dim) +
                " dv=" + std::to_string(r.value_dim) + " " + std::to_string(r.block_m) + "x" +
                std::to_string(r.block_n) + " dtypes " + std::to_string(r.dtypes) + "]";

@@ -1,4 +1,4 @@
-// Random calls of paged attention and append_kv between guard pages: whatever tables, lengths and offsets
+// Random calls of paged attention and append_kv, every operand guarded: whatever tables, lengths and offsets
 // hold, nothing is read or written outside the operands; unused slots never matter; rows that need a page
 // outside the pool, and no others, are NaN; the same bits for any number of threads.
 //
@@ -6,7 +6,6 @@
 #include <map>
 #include <utility>
 
-#include "cpu/attention.h"
 #include "random_case.h"
 
 using namespace jax_flash;
@@ -32,7 +31,9 @@ class PoolCase : protected RandomCase {
     value_dim_ = chance(0.5) ? head_dim_ : width();
   }
 
-  int32_t width() { return static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 40)); }
+  int32_t width() {
+    return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 40)));
+  }
   int32_t capacity() const { return table_ * page_size_; }
 
   Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {
@@ -148,14 +149,14 @@ class AttentionCase : PoolCase {
   void run() {
     const Guarded &out = memory_of(&p_.out), &lse = memory_of(&p_.lse);
     out.poison(), lse.poison();
-    cpu_forward(p_, ThreadPool{});
+    if (!backend::run(Pass::kForward, p_, ThreadPool{})) return;
     check();
     const std::string first(out.data(), out.bytes()), first_lse(lse.data(), lse.bytes());
     out.poison(), lse.poison();
-    with_threads([&](const ThreadPool& pool) { cpu_forward(p_, pool); });
+    with_threads([&](const ThreadPool& pool) { backend::run(Pass::kForward, p_, pool); });
     if (std::memcmp(first.data(), out.data(), out.bytes()) ||
         std::memcmp(first_lse.data(), lse.data(), lse.bytes()))
-      fail("the result depends on the threads");
+      fail("the result depends on the threads or on the run");
   }
 
  private:
@@ -323,14 +324,14 @@ class AppendCase : PoolCase {
   void run() {
     const Guarded &k = memory_of(&p_.k_pages), &v = memory_of(&p_.v_pages);
     k.poison(), v.poison();
-    cpu_append(p_, ThreadPool{});
+    backend::append(p_, ThreadPool{});
     check(p_.k_pages, p_.key, head_dim_, p_.rotated == 0);
     check(p_.v_pages, p_.value, value_dim_, true);
     const std::string first(k.data(), k.bytes()), first_v(v.data(), v.bytes());
     k.poison(), v.poison();
-    with_threads([&](const ThreadPool& pool) { cpu_append(p_, pool); });
+    with_threads([&](const ThreadPool& pool) { backend::append(p_, pool); });
     if (std::memcmp(first.data(), k.data(), k.bytes()) || std::memcmp(first_v.data(), v.data(), v.bytes()))
-      fail("the pools depend on the threads");
+      fail("the pools depend on the threads or on the run");
   }
 
  private:
@@ -414,14 +415,18 @@ void use_a_huge_pool() {
              .row = kHeads * kWidth,
              .column = 1};
   }
-  std::vector<float> token(kHeads * kWidth), out(kHeads * kWidth), lse(kHeads);
-  for (size_t i = 0; i < token.size(); ++i) token[i] = static_cast<float>(i % 7) - 3.0f;
-  int32_t table = kPages - 1, before = 0, after = 1;
+  const Guarded token(kHeads * kWidth * 4, true), out(token.bytes(), true), lse(kHeads * 4, true);
+  const Guarded table(4, true), before(4, true), after(4, true);
+  for (int i = 0; i < kHeads * kWidth; ++i)
+    reinterpret_cast<float*>(token.data())[i] = static_cast<float>(i % 7) - 3.0f;
+  *reinterpret_cast<int32_t*>(table.data()) = kPages - 1;
+  *reinterpret_cast<int32_t*>(before.data()) = 0;
+  *reinterpret_cast<int32_t*>(after.data()) = 1;
   const View row{.data = token.data(), .head = kWidth, .row = kHeads * kWidth, .column = 1};
   a.key = a.value = row;
-  a.block_tables = {.data = &table, .batch = 1, .column = 1};
-  a.kv_lengths = {.data = &before, .batch = 1};
-  cpu_append(a, ThreadPool{});
+  a.block_tables = {.data = table.data(), .batch = 1, .column = 1};
+  a.kv_lengths = {.data = before.data(), .batch = 1};
+  if (!backend::append(a, ThreadPool{})) return;
 
   Problem p{};
   p.spec.layout = Layout::kPaged;
@@ -440,9 +445,9 @@ void use_a_huge_pool() {
   p.key = a.k_pages;
   p.value = a.v_pages;
   p.block_tables = a.block_tables;
-  p.kv_lengths = {.data = &after, .batch = 1};
-  cpu_forward(p, ThreadPool{});
-  if (out != token) fail("attention to the only key is not its value");
+  p.kv_lengths = {.data = after.data(), .batch = 1};
+  if (!backend::run(Pass::kForward, p, ThreadPool{})) return;
+  if (std::memcmp(out.data(), token.data(), out.bytes())) fail("attention to the only key is not its value");
 }
 
 }  // namespace
