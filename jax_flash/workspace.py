@@ -49,7 +49,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     if backward and not spec.deterministic:
         *rows, head_dim = shapes["query"][count:]
         parts.append(4 * leading * math.prod(rows) * (-(-head_dim // _COLUMNS) * _COLUMNS))
-    if pass_ == "forward" and not spec.layout.endswith("varlen"):
+    if pass_ == "forward" and spec.layout != "varlen":
         parts.append(_decode(spec, shapes, leading, count))
     return sum(_aligned(part) for part in parts)
 
@@ -63,12 +63,14 @@ def _decode(spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]], leading: An
         for dim, size in zip(spec.dims[name], shapes[name][count:])
     }
     heads, kv_heads = sizes["hq"], sizes["hk"]
-    rows = sizes["sq"] * (heads // kv_heads if isinstance(kv_heads, int) and kv_heads else heads)
+    tokens = 1 if spec.layout == "paged_varlen" else sizes["sq"]  # that decode takes together, at least
+    rows = tokens * (heads // kv_heads if isinstance(kv_heads, int) and kv_heads else heads)
     if isinstance(rows, int) and rows > _DECODE_ROWS:
         return 0
     rows = (rows if isinstance(rows, int) else _DECODE_ROWS) + _DECODE_CHUNK - 1
     keys = sizes["pages"] * sizes["ps"] if spec.paged else sizes["sk"]
-    column_rows = leading * shapes["query"][count] * kv_heads * rows
+    sequences = shapes["cu_seqlens_q"][-1] - 1 if spec.layout == "paged_varlen" else shapes["query"][count]
+    column_rows = leading * sequences * kv_heads * rows
     if spec.num_splits:
         part_rows = column_rows * min(spec.num_splits, _MAX_SPLITS)
     elif spec.batch_invariant:

@@ -46,6 +46,17 @@ def test_what_decode_lacks_takes_the_forward_over_pages(options):
     assert plan(**options)["row"]["pass"] == "paged_forward"
 
 
+def test_packed_sequences_of_few_rows_decode_beside_the_others():
+    chosen = plan(varlen=True, q_rows=3000)
+    assert chosen["decode"] == {
+        "columns": 8,
+        "ranges": 33,
+        "packed_rows": 8,
+    }  # up to two tokens of four heads
+    assert plan(varlen=True, q_rows=3000, heads=130, kv_heads=1)["decode"]["packed_rows"] == 0
+    assert plan(varlen=True, q_rows=0)["decode"]["packed_rows"] == 0
+
+
 def test_contiguous_keys_decode_as_well():
     assert plan(paged=False)["row"]["pass"] == "decode"
     assert plan(paged=False, q_rows=5)["row"]["pass"] == "forward"
@@ -53,12 +64,12 @@ def test_contiguous_keys_decode_as_well():
 
 def test_a_wave_of_blocks_or_a_few():
     """132 multiprocessors hold two blocks each: 264."""
-    assert plan()["decode"] == {"columns": 8, "ranges": 33}
-    assert plan(heads=24, kv_heads=24)["decode"] == {"columns": 24, "ranges": 11}
+    assert plan()["decode"] == {"columns": 8, "ranges": 33, "packed_rows": 0}
+    assert plan(heads=24, kv_heads=24)["decode"] == {"columns": 24, "ranges": 11, "packed_rows": 0}
     many = plan(heads=100, kv_heads=100)["decode"]
     assert many["columns"] * many["ranges"] % 264 > 200
     assert plan(heads=2000, kv_heads=2000, d=64, dv=64)["decode"]["ranges"] == 1
-    assert plan(batch=1, k_rows=100)["decode"] == {"columns": 8, "ranges": 2}  # two tiles of 64
+    assert plan(batch=1, k_rows=100)["decode"]["ranges"] == 2  # tiles of 64
 
 
 def test_every_row_fits_a_small_card():
@@ -86,14 +97,17 @@ def test_the_workspace_stays_within_its_bound(seed):
         draw(64, 256),
     )
     splits, invariant = (splits, invariant) if paged else (0, False)
-    spec = AttentionSpec("paged" if paged else "fixed", num_splits=splits, batch_invariant=invariant)
+    packed = paged and bool(rng.integers(2))
+    layout = "paged_varlen" if packed else "paged" if paged else "fixed"
+    spec = AttentionSpec(layout, num_splits=splits, batch_invariant=invariant)
     keys = (leading, 7, size, hk, d) if paged else (leading, b, entries * size, hk, d)
     shapes = {"query": (leading, b, sq, group * hk, d), "key": keys, "value": keys}
+    shapes |= {"query": (leading, sq, group * hk, d), "cu_seqlens_q": (1, b + 1)} if packed else {}
     shapes |= {"block_tables": (leading, b, entries)} if paged else {}
     for device in (H200, A10):
         chosen = plan(
             device, leading=leading, batch=b, q_rows=sq, k_rows=entries * size, heads=group * hk, kv_heads=hk,
-            d=d, dv=d, num_splits=splits, batch_invariant=invariant, paged=paged,
+            d=d, dv=d, num_splits=splits, batch_invariant=invariant, paged=paged, varlen=packed,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"]
         assert chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)

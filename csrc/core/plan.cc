@@ -63,22 +63,26 @@ bool better(const KernelRow& a, const KernelRow& b) {
   return a.pass == Pass::kDecode && a.block_m > b.block_m;
 }
 
-// Query rows that read one KV head.
-int64_t rows_of_group(const Shapes& s) { return s.kv_heads == 0 ? 0 : s.q_rows * (s.heads / s.kv_heads); }
+// Query rows that read one KV head: of a sequence, or of a token where sequences are packed.
+int64_t rows_of_group(const AttentionSpec& spec, const Shapes& s) {
+  return s.kv_heads == 0 ? 0 : s.heads / s.kv_heads * (spec.packed() ? 1 : s.q_rows);
+}
 
 // Whether the keys' bytes, not the products, bound a call, and decode has all that it needs.
 bool decodes(const AttentionSpec& spec, const Shapes& s) {
   for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
     if (spec.has(operand)) return false;
   }
-  if (spec.packed() || s.dtype == DType::kF32 || s.kv_dtype != s.dtype) return false;
-  const int64_t rows = rows_of_group(s), entries = s.leading * s.batch;
-  return 0 < rows && rows <= (spec.paged() ? kDecodeRows : kDecodeChunk) && 0 < entries &&
+  if (spec.layout == Layout::kVarlen || s.dtype == DType::kF32 || s.kv_dtype != s.dtype) return false;
+  const int64_t rows = rows_of_group(spec, s), entries = s.leading * s.batch;
+  return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kDecodeRows : kDecodeChunk) && 0 < entries &&
          entries <= std::numeric_limits<int32_t>::max();
 }
 
 // Rows of one chunk where a smaller one would do are wasted.
-bool fits_rows(const KernelRow& row, const Shapes& s) { return row.block_m == 8 || rows_of_group(s) > 8; }
+bool fits_rows(const KernelRow& row, const AttentionSpec& spec, const Shapes& s) {
+  return row.block_m == 8 || rows_of_group(spec, s) > 8;
+}
 
 bool is_general(const AttentionSpec& spec) {
   for (Operand operand :
@@ -168,7 +172,9 @@ DecodeGrid make_decode_grid(const AttentionSpec& spec, const Shapes& s, const De
                             const KernelRow& row, Workspace& workspace) {
   DecodeGrid grid;
   const int64_t entries = s.leading * s.batch, tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
-  grid.columns = static_cast<int32_t>(s.kv_heads * ceil_div(rows_of_group(s), row.block_m));
+  const int64_t chunks = ceil_div(rows_of_group(spec, s), row.block_m);
+  grid.columns = static_cast<int32_t>(s.kv_heads * chunks);
+  if (spec.packed()) grid.packed_rows = static_cast<int32_t>(chunks * row.block_m);
   const int64_t wave = std::min<int64_t>(int64_t{device.sm_count} * row.blocks, kDecodeBlocks);
   grid.ranges = static_cast<int32_t>(std::min<int64_t>(decode_ranges(grid.columns, wave), entries * tiles));
   if (spec.num_splits > 0) {
@@ -186,8 +192,8 @@ DecodeGrid make_decode_grid(const AttentionSpec& spec, const Shapes& s, const De
 
 // Enough for the parts of make_decode_grid.
 int64_t decode_bound(const AttentionSpec& spec, const Shapes& s) {
-  const int64_t rows = rows_of_group(s), entries = s.leading * s.batch;
-  if (spec.packed() || rows > kDecodeRows) return 0;
+  const int64_t rows = rows_of_group(spec, s), entries = s.leading * s.batch;
+  if (spec.layout == Layout::kVarlen || rows > kDecodeRows) return 0;
   const int64_t column_rows = s.kv_heads * (rows + kDecodeChunk - 1);
   if (spec.num_splits > 0) {
     return part_bytes(entries * column_rows * std::min(spec.num_splits, kMaxSplits), s.value_dim);
@@ -199,12 +205,12 @@ int64_t decode_bound(const AttentionSpec& spec, const Shapes& s) {
   return part_bytes(2 * std::min(kDecodeBlocks * kDecodeChunk, most), s.value_dim);
 }
 
+// decode: the row that takes the call, or its sequences of few rows where they are packed; null: none.
 void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const Device& device,
-                const KernelRow& row, LaunchPlan& result) {
+                const KernelRow& row, const KernelRow* decode, LaunchPlan& result) {
   Workspace workspace;
-  if (pass == Pass::kDecode) {
-    result.decode = make_decode_grid(spec, s, device, row, workspace);
-  } else if (pass == Pass::kForward || pass == Pass::kPagedForward) {
+  if (decode) result.decode = make_decode_grid(spec, s, device, *decode, workspace);
+  if (pass == Pass::kForward || pass == Pass::kPagedForward) {
     result.queries = make_grid(spec, s, s.q_rows, s.heads, row.block_m, workspace);
   } else if (pass == Pass::kBackward) {
     result.keys = make_grid(spec, s, s.k_rows, s.kv_heads, row.block_n, workspace);
@@ -213,7 +219,7 @@ void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const Dev
     } else {
       result.accumulator = workspace.add(accumulator_bytes(s, spec.packed()));
     }
-  } else {
+  } else if (pass == Pass::kBiasGradient) {
     result.queries.block = row.block_m, result.queries.tiles = ceil_div(s.bias[2], row.block_m);
     result.keys.block = row.block_n, result.keys.tiles = ceil_div(s.bias[3], row.block_n);
     result.queries.blocks = s.leading * s.bias[0] * s.bias[1] * result.queries.tiles * result.keys.tiles;
@@ -244,7 +250,7 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
   const auto choose = [&](Pass wanted) {
     const KernelRow* row = nullptr;
     for (const KernelRow& candidate : built) {
-      if (wanted == Pass::kDecode && !fits_rows(candidate, shapes)) continue;
+      if (wanted == Pass::kDecode && !fits_rows(candidate, spec, shapes)) continue;
       if (runs(candidate, wanted, shapes, device) && (!row || better(candidate, *row))) row = &candidate;
     }
     return row;
@@ -254,17 +260,18 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
                    std::to_string(shapes.value_dim) + " on CUDA, which takes multiples of 8; pad them";
     return result;
   }
-  const KernelRow* row = nullptr;
-  if (pass == Pass::kForward && decodes(spec, shapes)) row = choose(Pass::kDecode);
+  const KernelRow* decode = nullptr;
+  if (pass == Pass::kForward && decodes(spec, shapes)) decode = choose(Pass::kDecode);
   if (spec.paged()) pass = Pass::kPagedForward;
-  if (!row) row = choose(pass);
+  const KernelRow* row = decode && !spec.packed() ? decode : choose(pass);
   if (!row) {
     result.error = no_kernel(pass, shapes, device, built);
     return result;
   }
   result.general = is_general(spec);
   result.shared = shared_memory(*row, shapes.dtype);
-  plan_grids(row->pass, spec, shapes, device, *row, result);
+  plan_grids(row->pass, spec, shapes, device, *row, decode, result);
+  if (decode && decode != row) result.decode_kernel = static_cast<int32_t>(decode - built.data());
   for (const TileGrid& grid : {result.queries, result.keys}) {
     if (grid.blocks > std::numeric_limits<int32_t>::max()) {
       result.error = "jax_flash: " + std::to_string(grid.blocks) +

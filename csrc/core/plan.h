@@ -57,10 +57,16 @@ struct DecodeGrid {
   int32_t parts = 0;       // of every sequence, 0: as many as the ranges cut
   int32_t part_tiles = 0;  // or tiles in every part, 0: none given
   int32_t slots = 0;       // for parts that are given: of a sequence
-  int64_t all_slots = 0;   // of a column, each for what a part leaves
-  int64_t memory = -1;     // where they begin in the workspace; -1: no sequence is cut
+  int32_t packed_rows =
+      0;  // of packed sequences: rows that decode takes, at most; longer ones are the forward's
+  int64_t all_slots = 0;  // of a column, each for what a part leaves
+  int64_t memory = -1;    // where they begin in the workspace; -1: no sequence is cut
 
   JF_HD bool fixed_parts() const { return parts > 0 || part_tiles > 0; }
+  // Of packed sequences.
+  JF_HD bool takes(int64_t q_len, int64_t group) const {
+    return packed_rows > 0 && q_len * group <= packed_rows;
+  }
 };
 
 // What runs: the forward over query tiles; the backward over key tiles, which add dQ up in the accumulator
@@ -71,6 +77,8 @@ struct LaunchPlan {
   bool general = false;  // bias, masks, softcap, alibi or dropout: the kernel with all of them
   TileGrid queries, keys;
   DecodeGrid decode;
+  int32_t decode_kernel =
+      -1;                    // of packed sequences: the one that runs first, for those of few rows; -1: none
   int64_t accumulator = -1;  // where dQ in float32 begins in the workspace; -1: none
   int64_t shared = 0;        // bytes of shared memory per block
   int64_t workspace = 0;     // bytes of the workspace that are used

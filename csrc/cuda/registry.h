@@ -23,4 +23,10 @@ inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const TileWork*>(static_cast<const char*>(workspace) + grid.schedule);
 }
 
+// Where the sequences of packed queries begin, [n + 1] each 2 · (n + 2) apart: beside the schedule of the
+// queries.
+inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const void* workspace) {
+  return reinterpret_cast<const int32_t*>(schedule_of(grid, workspace) + p.leading.count() * grid.tiles) + 1;
+}
+
 }  // namespace jax_flash

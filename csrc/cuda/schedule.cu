@@ -39,7 +39,8 @@ __device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t 
 // the tiles are of; others [n + 1]: where the sequences' other rows begin.
 template <Over over>
 __device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_t* padded,
-                                 const int32_t* others, int32_t block, int64_t slot) {
+                                 const int32_t* others, int32_t block, int64_t slot,
+                                 const DecodeGrid& decode) {
   constexpr bool kQueries = over == Over::kQueries;
   const int32_t z = sequence_of_slot(padded, p.batch + 2, block, slot);
   const int64_t row = (slot - first_slot(padded[z], block, z)) * block;
@@ -53,6 +54,7 @@ __device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_
   const Sequence s =
       p.paged() ? paged_sequence(p, leading, z - 1, starts)
                 : varlen_sequence(p, leading, z - 1, kQueries ? starts : others, kQueries ? others : starts);
+  if (decode.takes(s.q_len, p.heads / p.kv_heads)) return TileWork{};
   return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, begin, end, 0};
 }
 
@@ -60,7 +62,7 @@ __device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     build_schedule(const __grid_constant__ Problem p, TileWork* schedule, int32_t* starts, int64_t tiles,
-                   int32_t block) {
+                   int32_t block, const __grid_constant__ DecodeGrid decode) {
   const int64_t leading = blockIdx.x;
   const int32_t n = p.batch;
   int32_t* padded = starts + leading * 2 * (n + 2);
@@ -73,26 +75,27 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = over == Over::kQueries ? p.q_rows : p.k_rows;
   __syncthreads();
   for (int64_t slot = threadIdx.x; slot < tiles; slot += kThreads) {
-    schedule[leading * tiles + slot] = tile_of_slot<over>(p, leading, padded, others, block, slot);
+    schedule[leading * tiles + slot] = tile_of_slot<over>(p, leading, padded, others, block, slot, decode);
   }
 }
 
 template <Over over>
-cudaError_t launch_schedule(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
+cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, const TileGrid& grid, void* workspace,
+                            cudaStream_t stream) {
   if (grid.schedule < 0) return cudaSuccess;
   const int64_t leading = p.leading.count();
   auto* schedule = reinterpret_cast<TileWork*>(static_cast<char*>(workspace) + grid.schedule);
   auto* starts = reinterpret_cast<int32_t*>(schedule + leading * grid.tiles);
   return launch(build_schedule<over>, leading, kThreads, 0, stream, p, schedule, starts, grid.tiles,
-                grid.block);
+                grid.block, plan.decode);
 }
 
 }  // namespace
 
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const cudaError_t e = launch_schedule<Over::kQueries>(p, plan.queries, workspace, stream);
+  const cudaError_t e = launch_schedule<Over::kQueries>(p, plan, plan.queries, workspace, stream);
   if (e != cudaSuccess) return e;
-  return launch_schedule<Over::kKeys>(p, plan.keys, workspace, stream);
+  return launch_schedule<Over::kKeys>(p, plan, plan.keys, workspace, stream);
 }
 
 }  // namespace jax_flash

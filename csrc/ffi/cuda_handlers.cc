@@ -50,8 +50,11 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   if (cudaError_t e = launch_schedules(p, chosen, memory, stream); e != cudaSuccess) {
     return cuda_error("schedule", e);
   }
-  if (cudaError_t e = launch_of(chosen.kernel)(p, chosen, memory, stream); e != cudaSuccess) {
-    return cuda_error(chosen.to_string(built_kernels()[chosen.kernel]).c_str(), e);
+  for (int32_t kernel : {chosen.decode_kernel, chosen.kernel}) {
+    if (kernel < 0) continue;
+    if (cudaError_t e = launch_of(kernel)(p, chosen, memory, stream); e != cudaSuccess) {
+      return cuda_error(chosen.to_string(built_kernels()[kernel]).c_str(), e);
+    }
   }
   return ffi::Error::Success();
 }

@@ -178,6 +178,7 @@ nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen,
   nb::dict decode;
   decode["columns"] = chosen.decode.columns;
   decode["ranges"] = chosen.decode.ranges;
+  decode["packed_rows"] = chosen.decode.packed_rows;
   result["decode"] = decode;
   result["shared"] = chosen.shared;
   result["workspace"] = chosen.workspace;

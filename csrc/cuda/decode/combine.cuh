@@ -16,7 +16,7 @@ __device__ __forceinline__ int64_t slot_of(const DecodeGrid& grid, int32_t entry
 
 // The parts of a sequence, and their slots.
 struct PartList {
-  int32_t entry, count;  // 1: it was never cut
+  int32_t entry, count;  // 1: it was never cut, 0: it is not decode's
   int32_t range;         // of the first part
 
   __device__ __forceinline__ int64_t slot(const DecodeGrid& grid, int32_t i) const {
@@ -27,17 +27,18 @@ struct PartList {
 // Block `index` of a column joins the sequence that block `index` of decode began and did not end, or
 // sequence `index` where parts are given.
 template <class C>
-__device__ __forceinline__ PartList find_parts(const Problem& p, const DecodeGrid& grid, const Rows& rows,
-                                               int32_t index, typename C::Search::Shared& shared) {
+__device__ __forceinline__ PartList find_parts(const Call& call, const Rows& rows, int32_t index,
+                                               typename C::Search::Shared& shared) {
+  const DecodeGrid& grid = call.grid;
   if (grid.fixed_parts()) {
-    return {index, Tiles<C::kTile>(grid, Entry(p, rows, index).keys).units, 0};
+    return {index, Tiles<C::kTile>(grid, Entry(call, rows, index)).units, 0};
   }
-  const typename C::Search search(p, grid, rows, shared);
+  const typename C::Search search(call, rows, shared);
   const Partition& partition = search.partition;
   const int32_t begin = partition.begin(index), end = partition.begin(index + 1);
   if (partition.whole || index >= partition.ranges || begin >= end) return {0, 1, index};
   const auto last = search.locate(end - 1);
-  const int32_t units = Tiles<C::kTile>(grid, Entry(p, rows, last.entry).keys).units;
+  const int32_t units = Tiles<C::kTile>(grid, Entry(call, rows, last.entry)).units;
   if (last.base < begin || last.base + units <= end) return {0, 1, index};
   return {last.entry, partition.owner(last.base + units - 1) - index + 1, index};
 }
@@ -45,15 +46,17 @@ __device__ __forceinline__ PartList find_parts(const Problem& p, const DecodeGri
 // A warp takes a row, a lane four features of it at a time.
 template <class C>
 __global__ void __launch_bounds__(C::kThreads)
-    combine(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace) {
+    combine(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace,
+            const int32_t* starts) {
   __shared__ typename C::Search::Shared shared;
   const int32_t column = static_cast<int32_t>(blockIdx.x % grid.columns),
                 index = static_cast<int32_t>(blockIdx.x / grid.columns);
-  const Rows rows = Rows::of_column<C::kRows>(p, column);
-  const PartList list = find_parts<C>(p, grid, rows, index, shared);
-  if (list.count == 1) return;
+  const Call call{p, grid, starts};
+  const Rows rows = Rows::of_column<C::kRows>(call, column);
+  const PartList list = find_parts<C>(call, rows, index, shared);
+  if (list.count <= 1) return;
   const Parts<C::kRows> parts(p, grid, workspace);
-  const Entry entry(p, rows, list.entry);
+  const Entry entry(call, rows, list.entry);
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   for (int32_t row = warp; row < rows.end - rows.first; row += C::kWarps) {
     float m = -INFINITY;

@@ -50,17 +50,23 @@ struct RowResult {
   // o and the softmax of all keys; the sink joins them.
   template <class T>
   __device__ __forceinline__ void store(float4 o, Softmax all) const {
-    const int32_t head = rows.head(row), i = rows.position(row), z = entry.sequence.batch_row;
+    const int32_t head = rows.head(row), i = rows.position(row);
+    const int32_t z = entry.sequence.batch_row, first = entry.sequence.q_begin;
     float factor = 0, lse = -INFINITY;
-    if (i < entry.sequence.q_len) finish(all, head, factor, lse);
+    if (i < entry.sequence.q_len) {
+      finish(all, head, factor, lse);
+    } else if (p.packed()) {
+      return;  // another sequence's
+    }
     if (factor == 0) o = make_float4(0, 0, 0, 0);
-    T* out = p.out.as<T>() + p.out.leading_offset(p.leading, entry.leading) + p.out.offset(z, head, i, 0);
+    T* out =
+        p.out.as<T>() + p.out.leading_offset(p.leading, entry.leading) + p.out.offset(z, head, first + i);
     const uint32_t low = ptx::pack<T>(o.x * factor, o.y * factor),
                    high = ptx::pack<T>(o.z * factor, o.w * factor);
     *reinterpret_cast<uint2*>(out + feature) = make_uint2(low, high);
     if (feature == 0) {
       float* lses = p.lse.as<float>() + p.lse.leading_offset(p.leading, entry.leading);
-      lses[p.lse.offset(z, head, i)] = lse;
+      lses[p.lse.offset(z, head, first + i)] = lse;
     }
   }
 

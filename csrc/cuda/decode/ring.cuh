@@ -60,9 +60,9 @@ class WarpRing {
   using VTile = SharedTile<T, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
 
-  __device__ __forceinline__ WarpRing(uint32_t shared, const Problem& problem, const DecodeGrid& decode,
-                                      const Rows& column_rows, const Cursor<kTile>& range)
-      : p(problem), grid(decode), rows(column_rows), memory(shared), ahead(range) {
+  __device__ __forceinline__ WarpRing(uint32_t shared, const Call& decode, const Rows& column_rows,
+                                      const Cursor<kTile>& range)
+      : call(decode), rows(column_rows), memory(shared), ahead(range) {
     open();
     for (int i = 0; i < kStages; ++i) fill(i);
   }
@@ -83,14 +83,12 @@ class WarpRing {
  private:
   __device__ __forceinline__ void open() {
     if (ahead.done()) return;
-    const Entry entry(p, rows, ahead.entry);
-    keys.open(p, rows, entry);
-    ahead.open(grid, entry.keys);
+    keys.open(call.p, rows, ahead.open(call, rows));
     find();
   }
   __device__ __forceinline__ void find() {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    next = keys.find(p.paged(), int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
+    next = keys.find(call.p.paged(), int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
   }
   __device__ __forceinline__ void fill(int to) {
     if (!ahead.done()) {
@@ -107,8 +105,7 @@ class WarpRing {
     ptx::cp_async_commit();
   }
 
-  const Problem& p;
-  const DecodeGrid& grid;
+  const Call& call;
   const Rows& rows;
   uint32_t memory;
   Cursor<kTile> ahead;  // of the tile that is copied next

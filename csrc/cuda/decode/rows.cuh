@@ -40,14 +40,14 @@ struct WarpRows {
   float o[kTiles][kValueTiles][4];   // Oᵀ
   float m[kTiles][2], l[kTiles][2];  // a bound on the scores, this lane's share of Σ P
   Interval keys[kTiles][2];          // that the row sees
-  Interval common;                   // that all rows see
+  Interval common;                   // that all rows in use see
 
   __device__ __forceinline__ static int row_of(int n, int e) {
     return 8 * n + static_cast<int>(threadIdx.x % 4) * 2 + e;
   }
 
   __device__ __forceinline__ void begin(const Problem& p, const Rows& rows, const Entry& entry) {
-    common = entry.band.common(rows.first_position(), rows.end_position());
+    common = entry.band.common(rows.first_position(), entry.end_position(rows));
     for_each_row([&](int n, int e) {
       const int32_t row = row_of(n, e);
       const bool used = row < rows.end - rows.first;
@@ -102,7 +102,8 @@ struct WarpRows {
     for (int n = 0; n < kTiles; ++n) {
       const int32_t row = 8 * n + g, position = rows.position(row);
       const bool used = row < rows.end - rows.first && position < entry.sequence.q_len;
-      const T* at = first + p.query.offset(entry.sequence.batch_row, rows.head(row), position);
+      const T* at =
+          first + p.query.offset(entry.sequence.batch_row, rows.head(row), entry.sequence.q_begin + position);
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         const bool inside = used && i * 8 < p.head_dim;

@@ -17,14 +17,23 @@
 
 namespace jax_flash::decode {
 
-// The rows of a column: row r is position r / group of query head kv_head · group + r % group.
+// What a kernel of decode is given.
+struct Call {
+  const Problem& p;
+  const DecodeGrid& grid;
+  const int32_t* starts;  // of packed sequences: [n + 1] each 2 · (n + 2) apart for every leading entry
+};
+
+// The rows of a column: row r is position r / group of query head kv_head · group + r % group. Those past the
+// queries of a sequence stand for nothing.
 struct Rows {
   int32_t kv_head, group;
   int32_t first, end;
 
   template <int kRows>
-  __device__ __forceinline__ static Rows of_column(const Problem& p, int32_t column) {
-    const int32_t group = p.heads / p.kv_heads, all = p.q_rows * group;
+  __device__ __forceinline__ static Rows of_column(const Call& call, int32_t column) {
+    const Problem& p = call.p;
+    const int32_t group = p.heads / p.kv_heads, all = p.packed() ? call.grid.packed_rows : p.q_rows * group;
     const int32_t chunks = (all + kRows - 1) / kRows, first = column % chunks * kRows;
     return {column / chunks, group, first, min(all, first + kRows)};
   }
@@ -42,28 +51,42 @@ struct Entry {
   Sequence sequence;
   Band band;
   Interval keys;  // that any of the rows sees
+  bool taken;     // by decode: other sequences are the forward's
 
-  __device__ __forceinline__ Entry(const Problem& p, const Rows& rows, int32_t index)
-      : leading(index / p.batch), sequence(fixed_sequence(p, leading, index % p.batch)) {
+  __device__ __forceinline__ Entry(const Call& call, const Rows& rows, int32_t index)
+      : leading(index / call.p.batch) {
+    const Problem& p = call.p;
+    const int32_t z = index % p.batch;
+    if (p.packed()) {
+      sequence = paged_sequence(p, leading, z, call.starts + leading * 2 * (p.batch + 2));
+      taken = call.grid.takes(sequence.q_len, rows.group) && rows.first_position() < sequence.q_len;
+    } else {
+      sequence = fixed_sequence(p, leading, z);
+      taken = true;
+    }
     band = make_band(p.spec, sequence);
     keys = band.rows(rows.first_position(), rows.end_position());
+  }
+  __device__ __forceinline__ int32_t end_position(const Rows& rows) const {
+    return min(rows.end_position(), sequence.q_len);
   }
 };
 
 // What a sequence's keys are cut into.
 template <int kTile>
 struct Tiles {
-  int32_t begin, count;  // of tiles, never none: a sequence without keys has results too
+  int32_t begin, count;  // of tiles, never none of a sequence taken: without keys it has results too
   int32_t units;         // parts, or tiles where parts are not given
   int32_t unit_tiles;
 
-  __device__ __forceinline__ Tiles(const DecodeGrid& grid, Interval keys) {
+  __device__ __forceinline__ Tiles(const DecodeGrid& grid, const Entry& entry) {
+    const Interval keys = entry.keys;
     begin = keys.empty() ? 0 : keys.lo / kTile;
     count = keys.empty() ? 1 : (keys.hi - 1) / kTile + 1 - begin;
     unit_tiles = 1;
     if (grid.parts > 0) unit_tiles = (count - 1) / clamp_splits(grid.parts, {0, count}) + 1;
     if (grid.part_tiles > 0) unit_tiles = grid.part_tiles;
-    units = (count - 1) / unit_tiles + 1;
+    units = entry.taken ? (count - 1) / unit_tiles + 1 : 0;
   }
 };
 
@@ -75,7 +98,7 @@ struct Partition {
 
   __device__ __forceinline__ int32_t begin(int32_t range) const {
     if (whole) return min(int64_t{total}, int64_t{range} * whole);
-    return static_cast<int32_t>(int64_t{range} * total / ranges);
+    return ranges == 0 ? 0 : static_cast<int32_t>(int64_t{range} * total / ranges);
   }
   __device__ __forceinline__ int32_t owner(int32_t unit) const {
     return static_cast<int32_t>(((int64_t{unit} + 1) * ranges - 1) / total);
@@ -92,10 +115,9 @@ class Finder {
     int32_t entry, base;
   };
 
-  __device__ __forceinline__ Finder(const Problem& problem, const DecodeGrid& decode, const Rows& column_rows,
-                                    Shared& state)
-      : p(problem), grid(decode), rows(column_rows), shared(state) {
-    const int32_t entries = static_cast<int32_t>(p.leading.count() * p.batch);
+  __device__ __forceinline__ Finder(const Call& decode, const Rows& column_rows, Shared& state)
+      : call(decode), rows(column_rows), shared(state) {
+    const int32_t entries = static_cast<int32_t>(call.p.leading.count() * call.p.batch);
     const int32_t share = (entries - 1) / kThreads + 1;
     first = min(entries, share * static_cast<int32_t>(threadIdx.x));
     const int32_t last = min(entries, first + share);
@@ -128,7 +150,7 @@ class Finder {
 
  private:
   __device__ __forceinline__ int32_t units_of(int32_t entry) const {
-    return Tiles<kTile>(grid, Entry(p, rows, entry).keys).units;
+    return Tiles<kTile>(call.grid, Entry(call, rows, entry)).units;
   }
 
   // base: the sum of the threads before; largest, partition.total: of all threads.
@@ -155,16 +177,15 @@ class Finder {
   // Equal ranges, unless all sequences are alike and ranges of whole ones cost less than cutting does.
   __device__ __forceinline__ void cut(int32_t entries, int32_t largest) {
     constexpr int64_t kCostOfCutting = 4;  // tiles
-    const int32_t total = partition.total, ranges = min(grid.ranges, total);
+    const int32_t total = partition.total, ranges = min(call.grid.ranges, total);
     partition.ranges = ranges;
     partition.whole = 0;
-    if (grid.fixed_parts() || int64_t{largest} * entries != total) return;
+    if (total == 0 || call.grid.fixed_parts() || int64_t{largest} * entries != total) return;
     const int64_t whole = int64_t{(entries - 1) / ranges + 1} * largest;
     if (whole * ranges - total <= kCostOfCutting * ranges) partition.whole = static_cast<int32_t>(whole);
   }
 
-  const Problem& p;
-  const DecodeGrid& grid;
+  const Call& call;
   const Rows& rows;
   Shared& shared;
   int32_t first, sum = 0, base;  // this thread's first sequence, the units of its share, and those before
@@ -183,17 +204,28 @@ struct Cursor {
   __device__ __forceinline__ bool whole() const { return units == all; }
   __device__ __forceinline__ bool begins_sequence() const { return unit == base; }
 
-  __device__ __forceinline__ void open(const DecodeGrid& grid, Interval keys) {
-    const Tiles<kTile> tiles(grid, keys);
-    all = tiles.units;
-    units = grid.fixed_parts() ? 1 : min(tiles.units - (unit - base), end - unit);
-    tile = tiles.begin + (unit - base) * tiles.unit_tiles;
-    tile_end = min(tiles.begin + tiles.count, tile + units * tiles.unit_tiles);
+  // The segment's sequence.
+  __device__ __forceinline__ Entry open(const Call& call, const Rows& rows) {
+    for (;; ++entry) {
+      const Entry found(call, rows, entry);
+      const Tiles<kTile> tiles(call.grid, found);
+      if (tiles.units == 0) continue;
+      enter(call.grid, tiles);
+      return found;
+    }
   }
   // To the next segment, which is to be opened unless the range is done.
   __device__ __forceinline__ void next() {
     unit += units;
     if (unit == base + all) base = unit, ++entry;
+  }
+
+ private:
+  __device__ __forceinline__ void enter(const DecodeGrid& grid, const Tiles<kTile>& tiles) {
+    all = tiles.units;
+    units = grid.fixed_parts() ? 1 : min(tiles.units - (unit - base), end - unit);
+    tile = tiles.begin + (unit - base) * tiles.unit_tiles;
+    tile_end = min(tiles.begin + tiles.count, tile + units * tiles.unit_tiles);
   }
 };
 

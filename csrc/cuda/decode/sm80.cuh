@@ -130,14 +130,16 @@ __device__ __forceinline__ void attend_segment(const Problem& p, const Rows& row
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    decode_sm80(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace) {
+    decode_sm80(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace,
+                const int32_t* starts) {
   using T = typename C::Element;
   __shared__ typename C::Search::Shared found;
   uint8_t* const shared = ptx::dynamic_shared();
   const int32_t column = static_cast<int32_t>(blockIdx.x % grid.columns),
                 range = static_cast<int32_t>(blockIdx.x / grid.columns);
-  const Rows rows = Rows::of_column<C::kRows>(p, column);
-  const typename C::Search search(p, grid, rows, found);
+  const Call call{p, grid, starts};
+  const Rows rows = Rows::of_column<C::kRows>(call, column);
+  const typename C::Search search(call, rows, found);
   const Partition& partition = search.partition;
   const int32_t begin = partition.begin(range), end = partition.begin(range + 1);
   if (range >= partition.ranges || begin >= end) return;
@@ -145,12 +147,11 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 
   Cursor<C::kTile> cursor{begin, end, place.entry, place.base};
   const uint32_t rings = ptx::shared_address(shared);
-  typename C::Ring ring(rings + threadIdx.x / 32 * C::Ring::kBytes, p, grid, rows, cursor);
+  typename C::Ring ring(rings + threadIdx.x / 32 * C::Ring::kBytes, call, rows, cursor);
   Merge<C> merge(shared + C::kRingBytes);
   typename C::WarpState state;
   for (; !cursor.done(); cursor.next()) {
-    const Entry entry(p, rows, cursor.entry);
-    cursor.open(grid, entry.keys);
+    const Entry entry = cursor.open(call, rows);
     attend_segment<C>(p, rows, entry, cursor, ring, state);
     const int64_t slot = slot_of(grid, cursor.entry, cursor.unit - cursor.base, range);
     merge.run(state, rows.end - rows.first, [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
@@ -165,13 +166,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 }
 
 template <class C>
-cudaError_t launch(const Problem& p, const DecodeGrid& grid, void* workspace, cudaStream_t stream) {
+cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const DecodeGrid& grid = plan.decode;
+  const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
-  const cudaError_t e =
-      jax_flash::launch(decode_sm80<C>, blocks, C::kThreads, C::kSharedBytes, stream, p, grid, workspace);
+  const cudaError_t e = jax_flash::launch(decode_sm80<C>, blocks, C::kThreads, C::kSharedBytes, stream, p,
+                                          grid, workspace, starts);
   if (e != cudaSuccess || grid.memory < 0) return e;
   const int64_t joined = grid.fixed_parts() ? p.leading.count() * p.batch : grid.ranges;
-  return jax_flash::launch(combine<C>, joined * grid.columns, C::kThreads, 0, stream, p, grid, workspace);
+  return jax_flash::launch(combine<C>, joined * grid.columns, C::kThreads, 0, stream, p, grid, workspace,
+                           starts);
 }
 
 }  // namespace decode
@@ -179,7 +183,7 @@ cudaError_t launch(const Problem& p, const DecodeGrid& grid, void* workspace, cu
 template <class T, int... kNumbers>
 cudaError_t launch_decode_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                cudaStream_t stream) {
-  return decode::launch<decode::DecodeSm80<T, kNumbers...>>(p, plan.decode, workspace, stream);
+  return decode::launch<decode::DecodeSm80<T, kNumbers...>>(p, plan, workspace, stream);
 }
 
 }  // namespace jax_flash
