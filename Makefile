@@ -67,6 +67,7 @@ CUDA_HEAD_DIMS ?= 64;128
 .PHONY: cuda-emulate
 cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (needs cmake, no GPU)
 	$(BIN)/python tools/gpu_check.py --emulated
+	PYTHONPATH=tools $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) -k "not xla" tests/test_append.py tests/test_paged.py
 
 .PHONY: bench
 bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)

@@ -1,6 +1,8 @@
 // The FFI handlers of libjax_flash_cuda.so, and what else it exports (csrc/ffi/table.h). No Python here.
 #include <cuda_runtime_api.h>
 
+#include <map>
+
 #include "core/plan.h"
 #include "cuda/append/append.h"
 #include "cuda/registry.h"
@@ -15,9 +17,8 @@ ffi::Error cuda_error(const char* what, cudaError_t status) {
   return ffi::Error::Internal(std::string("jax_flash: ") + what + ": " + cudaGetErrorString(status));
 }
 
-cudaError_t current_device(Device& device) {
-  int ordinal = 0, major = 0, minor = 0;
-  if (cudaError_t e = cudaGetDevice(&ordinal); e != cudaSuccess) return e;
+cudaError_t ask_device(int ordinal, Device& device) {
+  int major = 0, minor = 0;
   const struct {
     int* value;
     cudaDeviceAttr attribute;
@@ -29,6 +30,22 @@ cudaError_t current_device(Device& device) {
     if (cudaError_t e = cudaDeviceGetAttribute(value, attribute, ordinal); e != cudaSuccess) return e;
   }
   device.capability = major * 10 + minor;
+  return cudaSuccess;
+}
+
+// Devices do not change: each is asked once by a thread.
+cudaError_t current_device(Device& device) {
+  thread_local std::map<int, Device> known;
+  int ordinal = 0;
+  if (cudaError_t e = cudaGetDevice(&ordinal); e != cudaSuccess) return e;
+  const auto [at, is_new] = known.try_emplace(ordinal);
+  if (is_new) {
+    if (cudaError_t e = ask_device(ordinal, at->second); e != cudaSuccess) {
+      known.erase(at);
+      return e;
+    }
+  }
+  device = at->second;
   return cudaSuccess;
 }
 
