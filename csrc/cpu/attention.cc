@@ -178,22 +178,37 @@ void forward_range(const Problem& p, const Splits& splits, const SpreadTiles& sp
   flush();
 }
 
+// Ends of contiguous ranges of tiles: long ones first, which pack few keys twice, then ever shorter ones,
+// which even out the threads. Where they lie changes no bit of the result.
+std::vector<int64_t> range_ends(const Splits& splits, int64_t size, int64_t threads) {
+  constexpr double kFirst = 2, kLast = 32;  // ranges of a thread, were all as long as the first or the last
+  std::vector<int64_t> ends;
+  if (size == 0) return ends;
+  const double most = static_cast<double>(threads) * kFirst,
+               least = 1.0 / (static_cast<double>(threads) * kLast);
+  for (double left = 1.0; threads > 1 && left > least;) {
+    left -= std::max(left / most, least);
+    const int64_t end = splits.cut(1.0 - left);
+    if (end > (ends.empty() ? 0 : ends.back())) ends.push_back(end);
+  }
+  if (ends.empty() || ends.back() < size) ends.push_back(size);
+  return ends;
+}
+
 // Longest first: the parts of tiles that were spread, then the other tiles whole, then what the parts sum up
-// to. Contiguous ranges of tiles share packed keys; a few ranges for each thread even out their speeds.
+// to.
 void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, const Splits& splits) {
-  constexpr int64_t kRanges = 4;
   const SpreadTiles spread(p, grid, splits);
   const auto parts = static_cast<int64_t>(spread.parts().size());
   const int64_t workers = workers_for(splits.cost() * (p.head_dim + p.value_dim));
-  const int64_t threads = std::min(pool.threads, workers);
-  const int64_t ranges = std::min(grid.size(), threads > 1 ? threads * kRanges : 1);
-  parallel_for(pool, parts + ranges, workers, [&](int64_t item) {
+  const std::vector<int64_t> ends = range_ends(splits, grid.size(), std::min(pool.threads, workers));
+  parallel_for(pool, parts + static_cast<int64_t>(ends.size()), workers, [&](int64_t item) {
     if (item < parts) {
       const SpreadTiles::Part& part = spread.parts()[item];
       kernels().forward_part(p, spread.tiles()[part.tile], part.index, spread.memory(part), scratch());
     } else {
       const int64_t range = item - parts;
-      forward_range(p, splits, spread, splits.cut(range, ranges), splits.cut(range + 1, ranges));
+      forward_range(p, splits, spread, range > 0 ? ends[range - 1] : 0, ends[range]);
     }
   });
   parallel_for(pool, static_cast<int64_t>(spread.tiles().size()), workers, [&](int64_t index) {

@@ -81,14 +81,11 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // x[c] for columns [lo, hi), key j0 + c: what is added to the row's score in log2 units, -inf where hidden.
-  void added_scores(Row row, int32_t j0, Columns visible, float* x) const;
+  // scores.h. Overwrites S[c], key j0 + c, with the final score on the whole vectors around `visible`, -inf
+  // where hidden; the slope of the softcap, if any, goes to `slopes`. Returns the maximum, lane by lane.
+  Float finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const;
 
-  // Overwrites S[c] for [lo, hi) with the final score in log2 units; the slope of the softcap, if any, goes
-  // to `slopes`.
-  void finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const;
-
-  // keep[c] for columns [lo, hi) of the row: 0 where dropped, else 1 / (1 - rate).
+  // keep[c] on the whole vectors around `visible`: 0 where dropped, else 1 / (1 - rate).
   void dropout_row(Row row, int32_t j0, Columns visible, float* keep) const;
 };
 
@@ -98,82 +95,6 @@ struct alignas(64) RowBuffer {
 };
 
 JF_INLINE Columns vectors(Columns c) { return {round_down(c.lo, kLanes), round_up(c.hi, kLanes)}; }
-
-inline void Head::added_scores(Row row, int32_t j0, Columns visible, float* x) const {
-  const Problem& p = problem;
-  const int32_t lo = visible.lo, n = visible.hi - visible.lo, i = row.position, j = j0 + lo;
-  const Columns whole = vectors(visible);
-  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) store(x + c, Float{});
-  if (p.bias) {
-    const int64_t size = size_of(p.bias_dtype);
-    const View& v = p.bias;
-    const int64_t offset = v.leading_offset(p.leading, leading) + v.offset(sequence.index, row.head, i, j);
-    RowBuffer bias;
-    load_row(p.bias_dtype, v.as<const char>() + offset * size, v.column ? n : 1, 1.0f, bias.value, kLanes);
-    if (v.column) {
-      for (int32_t c = 0; c < n; ++c) x[lo + c] = bias.value[c];
-    } else {
-      for (int32_t c = 0; c < n; ++c) x[lo + c] = bias.value[0];
-    }
-  }
-  if (p.alibi_slopes) {
-    const float slope = at(p.alibi_slopes, p.alibi_slopes.offset(sequence.index, row.head, 0));
-    const float distance = static_cast<float>(band.diagonal(i) - j);
-    for (int32_t c = 0; c < n; ++c) x[lo + c] -= slope * __builtin_fabsf(distance - static_cast<float>(c));
-  }
-  if (p.mask) {
-    const View& v = p.mask;
-    const uint8_t* shown = v.as<const uint8_t>() + v.leading_offset(p.leading, leading) +
-                           v.offset(sequence.index, row.head, i, j);
-    if (v.column) {
-      for (int32_t c = 0; c < n; ++c) x[lo + c] = shown[c] ? x[lo + c] : kNegInf;
-    } else if (!shown[0]) {
-      for (int32_t c = 0; c < n; ++c) x[lo + c] = kNegInf;
-    }
-  }
-  if (p.q_segment_ids) {
-    const View &q = p.q_segment_ids, &k = p.kv_segment_ids;
-    const int32_t id =
-        q.as<const int32_t>()[q.leading_offset(p.leading, leading) + q.offset(sequence.index, 0, i)];
-    const int32_t* ids =
-        k.as<const int32_t>() + k.leading_offset(p.leading, leading) + k.offset(sequence.index, 0, j);
-    for (int32_t c = 0; c < n; ++c) x[lo + c] = ids[c] == id ? x[lo + c] : kNegInf;
-  }
-}
-
-inline void Head::finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const {
-  const Columns whole = vectors(visible);
-  RowBuffer added;
-  added_scores(row, j0, visible, added.value);
-  const float cap = problem.spec.softcap, scale = __builtin_fabsf(problem.spec.scale);
-  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    Float x = load(s + c) * scale;
-    if (cap > 0) {
-      const Float t = tanh(x / cap);
-      if (slopes) store(slopes + c, 1.0f - t * t);
-      x = t * cap;
-    }
-    const Float y = load(added.value + c);
-    store(s + c, y == kNegInf ? y : x + y);
-  }
-}
-
-inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep) const {
-  const uint32_t first = static_cast<uint32_t>(j0 + visible.lo) + dropout.column;
-  const uint32_t skip = first % kDropoutBlock, n = visible.hi - visible.lo;
-  const uint32_t blocks = (skip + n + kDropoutBlock - 1) / kDropoutBlock;
-  uint32_t words[kForwardKeys / 2 + 8];  // 4 of each Philox block
-  for (uint32_t b = 0; b < blocks; ++b) {
-    const PhiloxBlock numbers =
-        dropout.block(sequence.index, row.head, row.position, first / kDropoutBlock + b);
-    for (int w = 0; w < 4; ++w) words[b * 4 + w] = numbers.word[w];
-  }
-  for (uint32_t c = 0; c < n; ++c) {
-    const uint32_t at = skip + c;
-    keep[visible.lo + c] =
-        (words[at / 2] >> (at % 2 * 16) & 0xFFFFu) >= dropout.threshold ? dropout.scale : 0.0f;
-  }
-}
 
 // Bump allocation from a kernel's scratch.
 struct Scratch {

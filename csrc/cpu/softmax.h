@@ -4,6 +4,7 @@
 #include "../core/split.h"
 #include "head.h"
 #include "kernels.h"
+#include "scores.h"
 
 namespace jax_flash::JF_ISA {
 
@@ -91,8 +92,10 @@ JF_INLINE void softmax_row(const Head& head, Row row, KeyRange range, const Bloc
   const int32_t j0 = range.begin;
   const Columns visible = visible_columns(head.band, row.position, range.keys, j0), all = block.panels();
   if (head.extra) {
-    if (!visible.empty()) head.finish_scores(row, j0, visible, s, nullptr);
-    top = hide_edges(visible, all.lo, all.hi, s, broadcast(kNegInf));
+    const Columns whole = visible.empty() ? Columns{all.hi, all.hi} : vectors(visible);
+    fill(s + all.lo, whole.lo - all.lo, kNegInf);
+    fill(s + whole.hi, all.hi - whole.hi, kNegInf);
+    top = visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, s, nullptr);
   } else {
     top = hide_edges(visible, all.lo, block.open.lo, s, top);
     top = hide_edges(visible, block.open.hi, all.hi, s, top);
@@ -105,8 +108,7 @@ JF_INLINE void softmax_row(const Head& head, Row row, KeyRange range, const Bloc
   Word* p = reinterpret_cast<Word*>(s);  // its columns are no wider than those of S
   if (head.drops) {
     RowBuffer keep;
-    fill(keep.value + all.lo, all.hi - all.lo, 0.0f);
-    if (!visible.empty()) head.dropout_row(row, j0, visible, keep.value);
+    head.dropout_row(row, j0, all, keep.value);
     for (int32_t c = all.lo; c < all.hi; c += kLanes) {
       const Float x = exp2_short<E::kExpDegree>(load(s + c) * unit - shift);
       sum += x;

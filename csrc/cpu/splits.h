@@ -51,11 +51,10 @@ class Splits {
   // A tile whose parts are items of their own, for it is more than one unit's share.
   bool spread(const RowTile& tile) const { return tile.parts > 1 && cost(tile, keys_of(tile)) > fair(tile); }
 
-  // Where the grid is cut into `count` ranges of equal cost: the first tile of range `index`.
-  int64_t cut(int64_t index, int64_t count) const {
-    if (index >= count) return grid_.size();
-    if (index <= 0 || grid_.size() == 0) return 0;  // what costs nothing is part of a range, too
-    const double target = total_ * static_cast<double>(index) / static_cast<double>(count);
+  // The first tile of the grid past `share` of the cost.
+  int64_t cut(double share) const {
+    if (share >= 1.0 || grid_.size() == 0) return grid_.size();
+    const double target = total_ * share;
     const int64_t l = std::upper_bound(ends_.begin(), ends_.end() - 1, target) - ends_.begin();
     const double begin = l > 0 ? ends_[l - 1] : 0;
     const double of_head = (ends_[l] - begin) / static_cast<double>(grid_.heads());

@@ -1,0 +1,282 @@
+// Score options and dropout of one row, a vector of columns at a time: bias, mask and segments are read
+// within the visible columns only.
+#pragma once
+
+#include "isa.h"
+// isa.h goes first: it makes the core force-inlined.
+#include "head.h"
+
+namespace jax_flash::JF_ISA {
+
+JF_INLINE Int load_bytes(const void* row) {
+#if defined(__AVX512F__)
+  return (Int)_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(row)));
+#elif defined(__AVX2__)
+  return (Int)_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(row)));
+#else
+  Int x;
+  for (int lane = 0; lane < kLanes; ++lane) x[lane] = static_cast<const uint8_t*>(row)[lane];
+  return x;
+#endif
+}
+
+// kLanes elements of `size` bytes from column c on of an operand whose column 0 is at `row`. At an edge
+// (not inner) those outside `visible` are zeros.
+template <bool inner, int size>
+struct ColumnVector {
+  alignas(64) char edge[inner ? 1 : kLanes * size];
+  const char* data;
+
+  JF_HD ColumnVector(const void* row, int32_t c, Columns visible) {
+    data = static_cast<const char*>(row) + int64_t{c} * size;
+    if constexpr (!inner) {
+      const int32_t lo = max(visible.lo - c, 0), hi = min(visible.hi - c, kLanes);
+      __builtin_memset(edge, 0, sizeof(edge));
+      if (lo < hi) __builtin_memcpy(edge + lo * size, data + lo * size, (hi - lo) * size);
+      data = edge;
+    }
+  }
+};
+
+// What finishes a score, as bits. The loops over a row are made for each single one, and for any set of them.
+enum ScoreOption {
+  kSoftcap = 1,
+  kAlibi = 2,
+  kBias = 4,
+  kConstant = 8,
+  kMask = 16,
+  kSegments = 32,
+  kAnyOptions = 63
+};
+
+// The options of one row; pointers are those of column 0.
+struct ScoreRow {
+  static constexpr int kRowsAhead = 2;
+
+  int options = 0;
+  float scale, cap;
+  float argument;  // of the tanh over S, times 2 log2(e) where it is short
+  bool exact_tanh;
+  DType bias_dtype;
+  const char* bias = nullptr;
+  int64_t bias_ahead = 0, shown_ahead = 0;  // bytes to what a later row will read
+  float constant = 0.0f;                    // a bias, or a mask as −inf, that all columns share
+  float slope = 0.0f, distance = 0.0f;
+  const uint8_t* shown = nullptr;
+  const int32_t* ids = nullptr;
+  int32_t id = 0;
+
+  ScoreRow(const Head& head, Row row, int32_t j0) {
+    const Problem& p = head.problem;
+    const int32_t sequence = head.sequence.index, i = row.position;
+    scale = __builtin_fabsf(p.spec.scale);
+    cap = p.spec.softcap;
+    if (cap > 0) options |= kSoftcap;
+    exact_tanh = p.dtype == DType::kF32;
+    argument = cap > 0 ? scale / cap * (exact_tanh ? 1.0f : 2.0f * kLog2e) : 0.0f;
+    bias_dtype = p.bias_dtype;
+    if (p.bias) {
+      const int64_t size = size_of(p.bias_dtype);
+      const char* at = element(head, p.bias, p.bias.offset(sequence, row.head, i, j0), size);
+      if (p.bias.column) {
+        bias = at;
+        bias_ahead = kRowsAhead * p.bias.row * size;
+        options |= kBias;
+      } else {
+        alignas(64) float one[kLanes];
+        load_row(p.bias_dtype, at, 1, 1.0f, one, kLanes);
+        constant = one[0];
+      }
+    }
+    if (p.alibi_slopes) {
+      slope = head.at(p.alibi_slopes, p.alibi_slopes.offset(sequence, row.head, 0));
+      options |= kAlibi;
+      distance = static_cast<float>(head.band.diagonal(i) - j0);
+    }
+    if (p.mask) {
+      const char* at = element(head, p.mask, p.mask.offset(sequence, row.head, i, j0), 1);
+      if (p.mask.column) {
+        shown = reinterpret_cast<const uint8_t*>(at);
+        shown_ahead = kRowsAhead * p.mask.row;
+        options |= kMask;
+      } else if (!*at) {
+        constant = kNegInf;
+      }
+    }
+    if (p.q_segment_ids) {
+      const View &q = p.q_segment_ids, &k = p.kv_segment_ids;
+      id = *reinterpret_cast<const int32_t*>(element(head, q, q.offset(sequence, 0, i), 4));
+      options |= kSegments;
+      ids = reinterpret_cast<const int32_t*>(element(head, k, k.offset(sequence, 0, j0), 4));
+    }
+    if (constant != 0.0f) options |= kConstant;
+  }
+
+  template <int of, ScoreOption option>
+  JF_HD bool has() const {
+    if constexpr (of == kAnyOptions) return (options & option) != 0;
+    return (of & option) != 0;
+  }
+
+  // The final scores of columns [c, c + kLanes) from S.
+  template <int of, bool inner>
+  JF_HD Float finish(Float s, int32_t c, Columns visible, float* slopes) const {
+    Float x = s * scale;
+    if (has<of, kSoftcap>()) {
+      const Float t = exact_tanh ? tanh(s * argument) : tanh_short(s * argument);
+      if (slopes) store(slopes + c, 1.0f - t * t);
+      x = t * cap;
+    }
+    const Int column = lane_indices() + c;
+    if (has<of, kAlibi>()) {
+      const Float d = distance - __builtin_convertvector(column, Float);
+      x -= slope * (d < 0.0f ? -d : d);
+    }
+    if (has<of, kBias>()) {
+      __builtin_prefetch(bias + bias_ahead + c * size_of(bias_dtype));
+      x = add(x, load_bias<inner>(c, visible));
+    }
+    if (has<of, kConstant>()) x = add(x, broadcast(constant));
+    if (has<of, kMask>()) {
+      __builtin_prefetch(shown + shown_ahead + c);
+      const ColumnVector<inner, 1> flags(shown, c, visible);
+      x = load_bytes(flags.data) != 0 ? x : broadcast(kNegInf);
+    }
+    if (has<of, kSegments>()) {
+      const ColumnVector<inner, 4> keys(ids, c, visible);
+      x = reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys.data))) == id
+              ? x
+              : broadcast(kNegInf);
+    }
+    if constexpr (!inner) x = (column >= visible.lo) & (column < visible.hi) ? x : broadcast(kNegInf);
+    return x;
+  }
+
+ private:
+  JF_HD static const char* element(const Head& head, const View& view, int64_t offset, int64_t size) {
+    return view.as<const char>() + (view.leading_offset(head.problem.leading, head.leading) + offset) * size;
+  }
+
+  // A bias of −inf hides, whatever the score.
+  JF_HD static Float add(Float x, Float bias) { return bias == kNegInf ? bias : x + bias; }
+
+  template <bool inner>
+  JF_HD Float load_bias(int32_t c, Columns visible) const {
+    if (bias_dtype == DType::kF32) {
+      return load_vector<DType::kF32>(ColumnVector<inner, 4>(bias, c, visible).data, 0);
+    }
+    const ColumnVector<inner, 2> half(bias, c, visible);
+    return bias_dtype == DType::kF16 ? load_vector<DType::kF16>(half.data, 0)
+                                     : load_vector<DType::kBF16>(half.data, 0);
+  }
+};
+
+template <int of, bool inner>
+JF_INLINE Float finish_columns(const ScoreRow& row, Columns visible, int32_t begin, int32_t end, float* s,
+                               float* slopes, Float top) {
+  const ScoreRow own = row;  // in registers: stores to S could change what is not
+  for (int32_t c = begin; c < end; c += kLanes) {
+    const Float x = own.finish<of, inner>(load(s + c), c, visible, slopes);
+    store(s + c, x);
+    top = max(x, top);
+  }
+  return top;
+}
+
+template <int of>
+static Float finish_row(const ScoreRow& row, Columns visible, float* s, float* slopes) {
+  const Columns whole = vectors(visible);
+  Columns inner{round_up(visible.lo, kLanes), round_down(visible.hi, kLanes)};
+  if (inner.empty()) inner = {whole.hi, whole.hi};
+  Float top = broadcast(kNegInf);
+  top = finish_columns<of, false>(row, visible, whole.lo, inner.lo, s, slopes, top);
+  top = finish_columns<of, true>(row, visible, inner.lo, inner.hi, s, slopes, top);
+  return finish_columns<of, false>(row, visible, inner.hi, whole.hi, s, slopes, top);
+}
+
+inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const {
+  const ScoreRow options(*this, row, j0);
+  switch (options.options) {
+    case kSoftcap:
+      return finish_row<kSoftcap>(options, visible, s, slopes);
+    case kAlibi:
+      return finish_row<kAlibi>(options, visible, s, slopes);
+    case kBias:
+      return finish_row<kBias>(options, visible, s, slopes);
+    case kMask:
+      return finish_row<kMask>(options, visible, s, slopes);
+    case kSegments:
+      return finish_row<kSegments>(options, visible, s, slopes);
+    default:
+      return finish_row<kAnyOptions>(options, visible, s, slopes);
+  }
+}
+
+typedef uint64_t Wide __attribute__((vector_size(kLanes * 4), may_alias));
+inline constexpr int kWideLanes = kLanes / 2;
+
+// The products of the low halves of each lane.
+JF_INLINE Wide multiply_halves(Wide a, Wide b) {
+#if defined(__AVX512F__)
+  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+
+template <int... lane>
+JF_INLINE Wide count_up(std::integer_sequence<int, lane...>) {
+  return Wide{lane...};
+}
+
+template <int half, int... lane>
+JF_INLINE Wide zip_half(Wide a, Wide b, std::integer_sequence<int, lane...>) {
+  constexpr int kFirst = half * kWideLanes / 2;
+  return __builtin_shufflevector(a, b, (kFirst + lane / 2 + lane % 2 * kWideLanes)...);
+}
+
+// The numbers of kWideLanes neighbouring Philox blocks from `index` on, in the order of their columns: each
+// lane holds one block, its words in the low halves.
+JF_INLINE void philox_blocks(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i, uint32_t index,
+                             uint16_t* numbers) {
+  using Lanes = std::make_integer_sequence<int, kWideLanes>;
+  Wide c0 = count_up(Lanes()) + index, c1 = Wide{} + (i + dropout.row);
+  Wide c2 = Wide{} + (h + dropout.head), c3 = Wide{} + (b + dropout.batch);
+  uint32_t key0 = dropout.key0, key1 = dropout.key1;
+#pragma GCC unroll 10
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const Wide x = multiply_halves(Wide{} + kPhiloxMultiplier0, c0);
+    const Wide y = multiply_halves(Wide{} + kPhiloxMultiplier1, c2);
+    c0 = y >> 32 ^ c1 ^ key0;
+    c1 = y;
+    c2 = x >> 32 ^ c3 ^ key1;
+    c3 = x;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  const Wide first = (c0 & 0xFFFFFFFFu) | c1 << 32, second = (c2 & 0xFFFFFFFFu) | c3 << 32;
+  Wide* to = reinterpret_cast<Wide*>(numbers);
+  to[0] = zip_half<0>(first, second, Lanes());
+  to[1] = zip_half<1>(first, second, Lanes());
+}
+
+inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep) const {
+  const Columns whole = vectors(visible);
+  const uint32_t first = static_cast<uint32_t>(j0 + whole.lo) + dropout.column;
+  const int32_t skip = first % kDropoutBlock, n = skip + whole.hi - whole.lo;
+  constexpr int32_t kStep = kWideLanes * kDropoutBlock;  // columns
+  alignas(64) uint16_t numbers[kForwardKeys + 2 * kLanes + 2 * kStep];
+  for (int32_t c = 0; c < n; c += kStep) {
+    philox_blocks(dropout, sequence.index, row.head, row.position, (first + c) / kDropoutBlock, numbers + c);
+  }
+  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
+    const UInt number = load_halves(numbers, skip + c - whole.lo);
+    store(keep + c, number >= dropout.threshold ? broadcast(dropout.scale) : Float{});
+  }
+}
+
+}  // namespace jax_flash::JF_ISA
