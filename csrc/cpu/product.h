@@ -38,10 +38,11 @@ struct F32 {
     return reinterpret_cast<UInt>(load_vector<dtype>(row, c) * factor);
   }
 
-  // Word k of columns [c, c + kLanes) of B from the rows that it joins.
+  // Words of columns [c, c + kPanel) of B that the rows join.
   template <DType dtype>
-  JF_INLINE UInt load_pair(const void* row, const void*, int32_t c, float factor) {
-    return load_row<dtype>(row, c, factor);
+  JF_INLINE void load_panel(const void* row, const void*, int32_t c, float factor, UInt (&words)[2]) {
+    words[0] = load_row<dtype>(row, c, factor);
+    words[1] = load_row<dtype>(row, c + kLanes, factor);
   }
 };
 
@@ -64,9 +65,21 @@ struct BF16 {
   }
 
   template <DType>
-  JF_INLINE UInt load_pair(const void* even, const void* odd, int32_t c, float factor) {
-    const UInt x = load_halves(even, c) | load_halves(odd, c) << 16;
-    return factor < 0 ? x ^ 0x80008000u : x;
+  JF_INLINE void load_panel(const void* even, const void* odd, int32_t c, float factor, UInt (&words)[2]) {
+    const Halves a = *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(even) + c);
+    const Halves b = *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(odd) + c);
+    words[0] = zip<0>(a, b, std::make_integer_sequence<int, kPanel>());
+    words[1] = zip<kLanes>(a, b, std::make_integer_sequence<int, kPanel>());
+    if (factor < 0) words[0] ^= 0x80008000u, words[1] ^= 0x80008000u;
+  }
+
+ private:
+  typedef uint16_t Halves __attribute__((vector_size(kPanel * 2), may_alias));
+  typedef Halves HalvesUnaligned __attribute__((aligned(2)));
+
+  template <int begin, int... lane>
+  JF_INLINE UInt zip(Halves a, Halves b, std::integer_sequence<int, lane...>) {
+    return (UInt)__builtin_shufflevector(a, b, (begin + lane / 2 + lane % 2 * kPanel)...);
   }
 };
 #endif
@@ -83,12 +96,13 @@ JF_INLINE int32_t depth_words(int32_t n) {
   return (n + E::kPair - 1) / E::kPair;
 }
 
-// The bytes of a row from `begin` on, zeros after its end.
+// The bytes of a row from `begin` on, as many as any vector or panel takes, zeros after its end.
 struct alignas(64) RowTail {
-  char bytes[kLanes * 4] = {};
+  char bytes[kPanel * 4] = {};
 
   JF_HD RowTail(const char* row, int64_t begin, int64_t end) {
-    if (begin < end) __builtin_memcpy(bytes, row + begin, end - begin);
+    const int64_t n = end - begin;
+    if (n > 0) __builtin_memcpy(bytes, row + begin, n < int64_t{sizeof(bytes)} ? n : sizeof(bytes));
   }
 };
 
@@ -132,16 +146,20 @@ struct RowReader {
     return E::template load_row<dtype>(tail.bytes, 0, factor);
   }
 
-  // Features [c, c + kLanes) of rows j ... j + kPair - 1, those at `n` or past it zeros.
-  template <bool whole>
-  JF_HD UInt pair(int32_t j, int32_t n, int32_t c) const {
+  // Columns [c, c + kPanel) of B at the word of rows j ... j + kPair - 1, of which those at n or past it are
+  // zeros.
+  JF_HD void panel(int32_t j, int32_t n, int32_t c, UInt (&words)[2]) const {
     const char *even = at[j], *odd = E::kPair > 1 && j + 1 < n ? at[j + 1] : nullptr;
-    if (!even && !odd) return filler();
-    if constexpr (whole && E::kPair == 1) return E::template load_pair<dtype>(even, odd, c, factor);
-    const int64_t begin = c * kSize, end = whole ? begin + kLanes * kSize : width * kSize;
-    if (whole && odd && even) return E::template load_pair<dtype>(even, odd, c, factor);
+    if (even && (odd || E::kPair == 1) && c + kPanel <= width) {
+      return E::template load_panel<dtype>(even, odd, c, factor, words);
+    }
+    if (!even && !odd) {
+      words[0] = words[1] = filler();
+      return;
+    }
+    const int64_t begin = c * kSize, end = width * kSize;
     const RowTail first(even, begin, even ? end : 0), second(odd, begin, odd ? end : 0);
-    return E::template load_pair<dtype>(first.bytes, second.bytes, 0, factor);
+    E::template load_panel<dtype>(first.bytes, second.bytes, 0, factor, words);
   }
 
   // to[count, row_words(width)] = the n rows, then rows of zeros.
@@ -178,12 +196,14 @@ struct RowReader {
   }
 
   JF_HD void columns(int32_t n, Word* panels) const {
-    const int32_t ld = padded(width), whole = round_down(width, kLanes), depth = depth_words<E>(n);
+    const int32_t depth = depth_words<E>(n);
     for (int32_t k = 0; k < depth; ++k) {
-      for (int32_t c = 0; c < ld; c += kLanes) {
-        Word* to = panels + (int64_t{c / kPanel} * depth + k) * kPanel + c % kPanel;
-        const int32_t j = k * E::kPair;
-        store_words(to, c < whole ? pair<true>(j, n, c) : pair<false>(j, n, c));
+      for (int32_t c = 0; c < padded(width); c += kPanel) {
+        UInt words[2];
+        panel(k * E::kPair, n, c, words);
+        Word* to = panels + (int64_t{c} * depth + k * kPanel);
+        store_words(to, words[0]);
+        store_words(to + kLanes, words[1]);
       }
     }
   }
