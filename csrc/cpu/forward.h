@@ -25,7 +25,7 @@ struct QueryRows {
 };
 
 // Room for a score row: not a power of two, so that the rows of a block lie in different cache sets.
-inline constexpr int32_t kScoreRow = kForwardKeys + kLanes;
+inline constexpr int32_t kScoreRow = kTileN + kLanes;
 
 // S = Q Kᵀ of the used panels; the open ones leave their maximum.
 template <class E>
@@ -94,8 +94,8 @@ class ForwardRun {
     const RowTile &first = tiles[0], &last = tiles[count - 1];
     visible_ = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
     Scratch scratch{memory};
-    keys_.k = words(scratch, kForwardKeys, p.head_dim);
-    keys_.v = words(scratch, kForwardKeys, p.value_dim);
+    keys_.k = words(scratch, kTileN, p.head_dim);
+    keys_.v = words(scratch, kTileN, p.value_dim);
     s_ = scratch.take(kTileM * kScoreRow);
     for (int32_t i = 0; i < count; ++i) {
       tiles_[i].tile = tiles + i;
@@ -118,8 +118,8 @@ class ForwardRun {
       fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
     }
     // Tiles of keys begin at fixed positions, whatever tiles of queries meet them together.
-    for (int32_t j0 = round_down(keys.lo, kForwardKeys); j0 < keys.hi; j0 += kForwardKeys) {
-      pack(intersect(keys, {j0, j0 + kForwardKeys}));
+    for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
+      pack(intersect(keys, {j0, j0 + kTileN}));
       for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
     }
   }
@@ -138,7 +138,7 @@ class ForwardRun {
   void pack(Interval keys) {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size();
-    const char* at[kForwardKeys];
+    const char* at[kTileN];
     head_.key.find(begin, n, at);
     pack_transposed<E>(at, n, head_.key, keys_.k);
     head_.value.find(begin, n, at);

@@ -91,7 +91,7 @@ struct Head {
 
 // Row scratch: one value per column of a tile, plus what whole vectors and Philox blocks may overrun.
 struct alignas(64) RowBuffer {
-  float value[kForwardKeys + 2 * kLanes];
+  float value[kTileN + 2 * kLanes];
 };
 
 JF_INLINE Columns vectors(Columns c) { return {round_down(c.lo, kLanes), round_up(c.hi, kLanes)}; }

@@ -31,14 +31,10 @@ inline constexpr int kBlockRows = 6;
 #endif
 inline constexpr int kPanel = 2 * kLanes;  // columns of a microkernel's block
 
-// Query rows and keys of a tile: multiples of kBlockRows and of kPanel.
-inline constexpr int kTileM = 96;
-inline constexpr int kTileN = kBlockRows == 8 ? 256 : 240;
-static_assert(kTileM % kBlockRows == 0 && kTileN % kBlockRows == 0 && kTileN % kPanel == 0);
-
-// Keys of forward's tiles.
-inline constexpr int kForwardKeys = 512;
-static_assert(kForwardKeys % kPanel == 0 && kForwardKeys >= kTileN);
+// Query rows and keys of a tile of forward: multiples of kBlockRows and of kPanel.
+inline constexpr int kTileM = kBlockRows == 8 ? 64 : 66;
+inline constexpr int kTileN = 512;
+static_assert(kTileM % kBlockRows == 0 && kTileN % kPanel == 0);
 
 typedef float Float __attribute__((vector_size(kLanes * 4), may_alias));
 typedef uint32_t UInt __attribute__((vector_size(kLanes * 4), may_alias));

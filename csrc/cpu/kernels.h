@@ -15,7 +15,7 @@ inline constexpr int32_t kMaxHeadDim = 256;
 inline constexpr int64_t kScratchFloats = 1 << 20;
 
 // Tiles of queries that forward takes together.
-inline constexpr int32_t kMaxRun = 8;
+inline constexpr int32_t kMaxRun = 12;
 
 // Positions [begin, end) of a sequence at one head; with forward, at `heads` query heads of one KV head (of
 // several where is_decode), whose rows lie side by side. Rows past the sequence's length are filled.

@@ -49,7 +49,7 @@ struct Starts {
 
 enum class Side {
   kQueries,  // of one query head
-  kGroups,   // of the query heads that read one KV head, or of kTileM of them where there are more
+  kGroups,   // of the query heads that read one KV head, or of a tile's rows of them where there are more
   kKeys,
 };
 

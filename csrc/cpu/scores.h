@@ -269,7 +269,7 @@ inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep)
   const uint32_t first = static_cast<uint32_t>(j0 + whole.lo) + dropout.column;
   const int32_t skip = first % kDropoutBlock, n = skip + whole.hi - whole.lo;
   constexpr int32_t kStep = kWideLanes * kDropoutBlock;  // columns
-  alignas(64) uint16_t numbers[kForwardKeys + 2 * kLanes + 2 * kStep];
+  alignas(64) uint16_t numbers[kTileN + 2 * kLanes + 2 * kStep];
   for (int32_t c = 0; c < n; c += kStep) {
     philox_blocks(dropout, sequence.index, row.head, row.position, (first + c) / kDropoutBlock, numbers + c);
   }
