@@ -31,7 +31,7 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
     settings = {"Python_EXECUTABLE": sys.executable, "JAX_FLASH_MODULE": "OFF", "JAX_FLASH_CUDA": "ON"}
-    settings |= {"JAX_FLASH_CUDA_ARCHS": archs, "CMAKE_CUDA_FLAGS": "-Xptxas=-v", **(defines or {})}
+    settings |= {"JAX_FLASH_CUDA_ARCHS": archs, "JAX_FLASH_BUDGET": "OFF", **(defines or {})}
     configure = ["cmake", "-S", ROOT, "-B", folder, *generator, *(f"-D{k}={v}" for k, v in settings.items())]
     compile_ = ["cmake", "--build", folder, "--parallel", str(parallel or os.cpu_count())]
     log = folder / "build.log"
@@ -41,6 +41,13 @@ def build(
                 errors = [line for line in log.read_text().splitlines() if "error" in line.lower()]
                 raise BuildError("\n".join(errors) or log.read_text()[-4000:])
     return folder / "libjax_flash_cuda.so"
+
+
+def spills(library: Path) -> dict[str, int]:
+    """The bytes that each kernel of a library just built spills, by its name and arch."""
+    rows = [x.split("\t") for x in (library.parent / "cuda_resources.tsv").read_text().splitlines()]
+    columns = {name: i for i, name in enumerate(rows[0])}
+    return {f"{x[columns['kernel']]} {x[columns['arch']]}": int(x[columns["spills"]]) for x in rows[1:]}
 
 
 def build_emulated(head_dims: str) -> Path:

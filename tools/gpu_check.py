@@ -52,12 +52,9 @@ def build(archs: str) -> Path:
     began = time.time()
     library = cuda_call.build(archs, ROOT / "build" / "gpu-check")
     print(f"built in {time.time() - began:.0f} s", flush=True)
-    entry = ""
-    for line in (library.parent / "build.log").read_text().splitlines():
-        if "Compiling entry function" in line:
-            entry = line.split("'")[1]
-        elif " spill stores" in line and " 0 bytes spill stores" not in line:
-            print(f"spills: {entry[:150]}: {line.strip()}")
+    for kernel, count in cuda_call.spills(library).items():
+        if count:
+            print(f"spills {count} bytes: {kernel}")
     return library
 
 

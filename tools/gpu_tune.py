@@ -87,9 +87,8 @@ def build(pass_: str, d: int, row: Row) -> tuple[Path | None, str]:
         library = cuda_call.build("90a-real", folder, defines, parallel=max(2, (os.cpu_count() or 2) // 8))
     except cuda_call.BuildError as error:
         return None, str(error).splitlines()[0]
-    log = (folder / "build.log").read_text()
-    found = re.findall(rf"{pass_}[^']*?' for [^\n]*\n[^\n]*\n[^\n]* (\d+) bytes spill stores", log)
-    return library, "/".join(found)
+    found = [count for kernel, count in cuda_call.spills(library).items() if kernel.startswith(pass_)]
+    return library, "/".join(map(str, found))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ struct TileWork {
   int32_t q_begin, k_begin;
   int32_t q_len, k_len;
   int32_t row, end;
-  int32_t unused;
+  int32_t tiles;  // of the sequence; 0: nothing to do
 
   JF_HD int32_t used_queries() const { return end < q_len ? end : q_len; }
   JF_HD int32_t used_keys() const { return end < k_len ? end : k_len; }

@@ -41,16 +41,19 @@ class TileRing {
   __device__ __forceinline__ void start() {
     source_.start(tiles_.lo);
     if constexpr (kStages == 1) fill_first(tiles_.lo);
-    for (int i = 0; i + 1 < kStages; ++i) fill_first(tiles_.lo + i), fill_second(tiles_.lo + i);
+    for (int i = 0; i + 1 < kStages; ++i) fill(tiles_.lo + i);
   }
 
   // The first tile of pair `n`. Everyone has left the pair before it, whose place is refilled.
   __device__ __forceinline__ uint32_t wait_first(int32_t n) {
-    ptx::cp_async_wait<kStages == 1 ? 0 : 2 * (kStages - 2)>();
+    ptx::cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
     __syncthreads();
     source_.look_ahead(n + kStages);
-    if constexpr (kStages > 1) fill_first(n + kStages - 1);
-    fill_second(n + kStages - 1);
+    if constexpr (kStages > 1) {
+      fill(n + kStages - 1);
+    } else {
+      fill_second(n);
+    }
     return first_place(n);
   }
 
@@ -72,6 +75,13 @@ class TileRing {
     return shared_ + kStages * First::kBytes + n % kStages * Second::kBytes;
   }
 
+  __device__ __forceinline__ void fill(int32_t n) {
+    if (n < tiles_.hi) {
+      source_.template load_first<First, kThreads>(first_place(n), n);
+      source_.template load_second<Second, kThreads>(second_place(n), n);
+    }
+    ptx::cp_async_commit();
+  }
   __device__ __forceinline__ void fill_first(int32_t n) {
     if (n < tiles_.hi) source_.template load_first<First, kThreads>(first_place(n), n);
     ptx::cp_async_commit();

@@ -1,8 +1,10 @@
 // The varlen schedule: which tile of which sequence every slot is, from cu_seqlens, on the device.
 //
-// Sequence z of the padded list (the tokens before the first sequence, the n sequences, the tokens after the
-// last) owns the slots from first_slot(start(z)) up to its successor's: no prefix sum over tiles is needed,
-// and every tile of every sequence has a slot. The slots left over have no rows.
+// The sequences of the padded list (the tokens before the first, the n sequences, the tokens after the last)
+// lie one after the other, those that meet the most rows of the other side first: blocks begin in that order,
+// and the last ones to run are short. A thread counts what lies before its sequence. Where there are more
+// sequences than threads they keep their order, and sequence z owns the slots from first_slot(start(z)) up to
+// its successor's. The slots left over have no rows.
 #include "core/sequence.h"
 #include "cuda/launch.h"
 #include "cuda/registry.h"
@@ -37,25 +39,53 @@ __device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t 
 
 // padded [n + 3]: where the tokens before, the sequences and the tokens after them begin, of the rows that
 // the tiles are of; others [n + 1]: where the sequences' other rows begin.
+struct Starts {
+  const int32_t *padded, *others;
+  int32_t count;  // of the padded list
+
+  __device__ int32_t rows(int32_t z) const { return padded[z + 1] - padded[z]; }
+};
+
+// The first tile of padded sequence z, as far as it does not depend on which tile it is.
 template <Over over>
-__device__ TileWork tile_of_slot(const Problem& p, int64_t leading, const int32_t* padded,
-                                 const int32_t* others, int32_t block, int64_t slot,
-                                 const DecodeGrid& decode) {
+__device__ TileWork whole_sequence(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
+                                   const DecodeGrid& decode, int32_t z) {
   constexpr bool kQueries = over == Over::kQueries;
-  const int32_t z = sequence_of_slot(padded, p.batch + 2, block, slot);
-  const int64_t row = (slot - first_slot(padded[z], block, z)) * block;
-  const int32_t rows = padded[z + 1] - padded[z];
-  if (row >= rows) return TileWork{};
-  const int32_t begin = static_cast<int32_t>(row), end = begin + min(block, rows - begin);
-  if (z == 0 || z == p.batch + 1) {
-    return {-1, kQueries ? padded[z] : 0, kQueries ? 0 : padded[z], 0, 0, begin, end, 0};
+  const int32_t begin = starts.padded[z], tiles = static_cast<int32_t>(ceil_div(starts.rows(z), block));
+  if (z == 0 || z == starts.count - 1) {
+    return {-1, kQueries ? begin : 0, kQueries ? 0 : begin, 0, 0, 0, 0, tiles};
   }
-  const int32_t* starts = padded + 1;
+  const int32_t *own = starts.padded + 1, *others = starts.others;
   const Sequence s =
-      p.paged() ? paged_sequence(p, leading, z - 1, starts)
-                : varlen_sequence(p, leading, z - 1, kQueries ? starts : others, kQueries ? others : starts);
+      p.paged() ? paged_sequence(p, leading, z - 1, own)
+                : varlen_sequence(p, leading, z - 1, kQueries ? own : others, kQueries ? others : own);
   if (decode.takes(s.q_len, p.heads / p.kv_heads)) return TileWork{};
-  return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, begin, end, 0};
+  return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, 0, 0, tiles};
+}
+
+// first[z]: the first slot of padded sequence z; first[count]: the slots in use. No more sequences than
+// threads.
+template <Over over>
+__device__ void sort_sequences(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
+                               const DecodeGrid& decode, int32_t* first) {
+  __shared__ int32_t weights[kThreads], tiles[kThreads];
+  const int32_t z = static_cast<int32_t>(threadIdx.x), n = starts.count;
+  if (z < n) {
+    const TileWork sequence = whole_sequence<over>(p, leading, starts, block, decode, z);
+    weights[z] = over == Over::kQueries ? sequence.k_len : sequence.q_len;
+    tiles[z] = sequence.tiles;
+  }
+  __syncthreads();
+  if (z < n) {
+    int32_t before = 0, all = 0;
+    for (int32_t y = 0; y < n; ++y) {
+      all += tiles[y];
+      if (weights[y] > weights[z] || (weights[y] == weights[z] && y < z)) before += tiles[y];
+    }
+    first[z] = before;
+    if (z == 0) first[n] = all;
+  }
+  __syncthreads();
 }
 
 // One block per leading entry.
@@ -74,8 +104,23 @@ __global__ void __launch_bounds__(kThreads)
   if (!p.paged()) running_maximum(k, k.leading_offset(p.leading, leading), n, p.k_rows, k_starts);
   if (threadIdx.x == 0) padded[0] = 0, padded[n + 2] = over == Over::kQueries ? p.q_rows : p.k_rows;
   __syncthreads();
+  const Starts list{padded, others, n + 2};
+  const bool sorted = n + 2 <= kThreads;
+  __shared__ int32_t first[kThreads + 1];
+  if (sorted) sort_sequences<over>(p, leading, list, block, decode, first);
+  schedule += leading * tiles;
   for (int64_t slot = threadIdx.x; slot < tiles; slot += kThreads) {
-    schedule[leading * tiles + slot] = tile_of_slot<over>(p, leading, padded, others, block, slot, decode);
+    if (!sorted || slot >= first[n + 2]) schedule[slot] = TileWork{};
+  }
+  __syncthreads();
+  // A warp writes the tiles of a sequence.
+  for (int32_t z = threadIdx.x / 32; z < n + 2; z += kThreads / 32) {
+    TileWork tile = whole_sequence<over>(p, leading, list, block, decode, z);
+    const int64_t begin = sorted ? first[z] : first_slot(padded[z], block, z);
+    for (int32_t t = threadIdx.x % 32; t < tile.tiles; t += 32) {
+      tile.row = t * block, tile.end = min(tile.row + block, list.rows(z));
+      schedule[begin + t] = tile;
+    }
   }
 }
 

@@ -70,7 +70,8 @@ struct ScoreOperands {
 // Which elements of an accumulator dropout keeps.
 template <class S>
 struct KeptElements {
-  uint32_t bits[(S::kSlots * S::kColumnTiles + 15) / 16] = {};
+  static constexpr int kCount = S::kSlots * S::kColumnTiles * 2;
+  uint32_t bits[(kCount + 31) / 32] = {};
 
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
     return (slot * S::kColumnTiles + n) * 2 + e;
@@ -85,8 +86,6 @@ struct KeptElements {
 #pragma unroll
         for (int e = 0; e < 2; ++e) s.at(slot, n, e) = at(slot, n, e) ? s.at(slot, n, e) : 0;
   }
-  // Element `at` of index().
-  __device__ __forceinline__ void set(int at, bool kept) { bits[at / 32] |= uint32_t{kept} << at % 32; }
   // Of column tiles n to n + 3, in order.
   __device__ __forceinline__ void set_group(int slot, int n, uint32_t kept) {
     bits[index(slot, n, 0) / 32] |= kept << index(slot, n, 0) % 32;
@@ -162,21 +161,7 @@ class GeneralScore {
     if constexpr (S::kColumnTiles % 4 == 0) {
       if (operands.dropout.column % kDropoutBlock == 0) return kept_blocks<S>(row, key);
     }
-    // A shard begins within a block.
-    KeptElements<S> result;
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-#pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) {
-#pragma unroll 1
-        for (int e = 0; e < 2; ++e) {
-          const bool keep = operands.dropout.keep(operands.batch, operands.head, row + S::row(slot),
-                                                  key + S::column(n) + e);
-          result.set(KeptElements<S>::index(slot, n, 0) + e, keep);
-        }
-      }
-    }
-    return result;
+    return kept_one_by_one<S>(row, key);  // a shard begins within a block
   }
 
  private:
@@ -205,6 +190,27 @@ class GeneralScore {
           bits = (bits & 3) | (bits >> 6 & 0xC) | (bits >> 12 & 0x30) | (bits >> 18 & 0xC0);
         }
         result.set_group(slot, n, bits);
+      }
+    }
+    return result;
+  }
+
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> kept_one_by_one(int32_t row, int32_t key) const {
+    const Dropout& dropout = operands.dropout;
+    KeptElements<S> result;
+#pragma unroll
+    for (uint32_t& word : result.bits) {
+      const int first = static_cast<int>(&word - result.bits) * 32;
+#pragma unroll 1
+      for (int bit = 0; bit < min(32, KeptElements<S>::kCount - first); ++bit) {
+        const int at = first + bit, n = at / 2 % S::kColumnTiles, slot = at / (2 * S::kColumnTiles);
+        const uint32_t j = key + S::column(n) + at % 2 + dropout.column, i = row + S::row(slot);
+        const PhiloxBlock x = dropout.block(operands.batch, operands.head, i, j / kDropoutBlock);
+        // Selected without indexing: a run-time index would move the block to local memory.
+        const uint32_t low = j & 2 ? x.word[1] : x.word[0], high = j & 2 ? x.word[3] : x.word[2];
+        const uint32_t number = (j & 4 ? high : low) >> j % 2 * 16 & 0xFFFFu;
+        word |= uint32_t{number >= dropout.threshold} << bit;
       }
     }
     return result;

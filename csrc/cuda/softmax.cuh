@@ -20,13 +20,13 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Shifted by the row's largest score so far, to within kSlack: P = 2^(scale · s − shift) ≤ 2^kSlack, and O
-// and l are rescaled only where a score exceeds that, which is rare after the first tiles. A shift is an
-// integer, so that rescaling is exact, even of P in 16 bits. `scale` turns scores into powers of two.
+// Shifted by a largest score of the row so far: P = 2^(scale · s + shift) ≤ 2^kSlack. O and l are rescaled
+// only where a score exceeds that, which is rare after the first tiles. `scale` turns scores into powers of
+// two.
 template <int kSlots>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8;
-  static constexpr float kNone = -FLT_MAX;  // the shift of a row that has seen no key
+  static constexpr float kNone = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
   float scale;
@@ -36,7 +36,7 @@ struct OnlineSoftmax {
     for (int slot = 0; slot < kSlots; ++slot) shift[slot] = kNone, l[slot] = 0;
   }
 
-  // Makes the shifts fit the scores S; rescales O and the P that O has yet to take.
+  // Makes the shifts fit the scores S; rescales O.
   template <class S, class O>
   __device__ __forceinline__ void fit(const S& s, O& o) {
     float largest[kSlots];
@@ -47,7 +47,7 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int n = 1; n < S::kColumnTiles; ++n)
         largest[slot] = fmaxf(largest[slot], fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
-      above |= fmaf(largest[slot], scale, -shift[slot]) > kSlack;
+      above |= fmaf(largest[slot], scale, shift[slot]) > kSlack;
     }
     if (__any_sync(~0u, above)) raise(largest, o);
   }
@@ -62,7 +62,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s.at(slot, n, e);
-          x = ptx::exp2(fmaf(x, scale, -shift[slot]));
+          x = ptx::exp2(fmaf(x, scale, shift[slot]));
           l[slot] += x;
         }
       }
@@ -76,7 +76,7 @@ struct OnlineSoftmax {
   };
   __device__ __forceinline__ Final finish(int slot, float sink) const {
     const float sum = row_sum(l[slot]);
-    const float top = shift[slot] == kNone ? -INFINITY : shift[slot], sink_log2 = sink * kLog2e;
+    const float top = shift[slot] == kNone ? -INFINITY : -shift[slot], sink_log2 = sink * kLog2e;
     const float largest = fmaxf(top, sink_log2);
     if (largest == -INFINITY && sum == 0) return {0, -INFINITY};  // a NaN alone has no maximum
     const float alpha = ptx::exp2(top - largest);
@@ -89,9 +89,11 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void raise(const float (&largest)[kSlots], O& o) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const float raised = fmaxf(ceilf(row_max(largest[slot]) * scale), shift[slot]);
-      const float alpha = ptx::exp2(shift[slot] - raised);
-      shift[slot] = raised;
+      const float top = row_max(largest[slot]);
+      // Row by row, so that none depends on its neighbours.
+      const float next = fmaf(top, scale, shift[slot]) > kSlack ? -top * scale : shift[slot];
+      const float alpha = ptx::exp2(next - shift[slot]);
+      shift[slot] = next;
       l[slot] *= alpha;
       o.scale_row(slot, alpha);
     }

@@ -33,11 +33,34 @@ struct BlockWork {
 template <Over over>
 inline constexpr uint32_t kHeadsTogether = over == Over::kQueries ? 1 : 16;
 
+// Packed: in the schedule's order of sequences, longest first, each with all its heads, and with all tiles of
+// a head as neighbours. Slot s of the schedule stands for blocks [s · heads, (s + 1) · heads).
+template <Over over>
+__device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
+                                                      int32_t tiles, int32_t block) {
+  constexpr bool kQueries = over == Over::kQueries;
+  const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = tiles * heads;
+  BlockWork work;
+  work.leading = blockIdx.x / all;
+  work.batch_row = 0;
+  const uint32_t number = blockIdx.x % all, slot = number / heads;
+  schedule += work.leading * tiles;
+  work.tile = schedule[slot];
+  work.head = 0;
+  if (work.tile.tiles == 0) return work;
+  const uint32_t first = slot - work.tile.row / block, count = work.tile.tiles;
+  const uint32_t rest = number - first * heads, t = rest % count;
+  work.head = static_cast<int32_t>(rest / count) * (kQueries ? 1 : p.heads / p.kv_heads);
+  work.tile = schedule[first + (kQueries ? count - 1 - t : t)];
+  return work;
+}
+
 // Tiles of a group of heads are neighbours, and when causal the longest come first: the last queries, the
 // first keys. With several heads together the last blocks to run are short ones.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block) {
+  if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block);
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = gridDim.x / tiles;
   const uint32_t first = blockIdx.x / (kHeadsTogether<over> * tiles) * kHeadsTogether<over>;
@@ -47,17 +70,11 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   BlockWork work;
   work.head = static_cast<int32_t>(rest % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
   rest /= heads;
-  if (p.packed()) {
-    work.leading = rest;
-    work.batch_row = 0;
-    work.tile = schedule[int64_t{rest} * tiles + tile];
-  } else {
-    work.batch_row = static_cast<int32_t>(rest % p.batch);
-    work.leading = rest / p.batch;
-    const Sequence s = fixed_sequence(p, work.leading, work.batch_row);
-    const int32_t row = tile * block, rows = kQueries ? p.q_rows : p.k_rows;
-    work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block, rows - row), 0};
-  }
+  work.batch_row = static_cast<int32_t>(rest % p.batch);
+  work.leading = rest / p.batch;
+  const Sequence s = fixed_sequence(p, work.leading, work.batch_row);
+  const int32_t row = tile * block, rows = kQueries ? p.q_rows : p.k_rows;
+  work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block, rows - row), 0};
   return work;
 }
 

@@ -133,7 +133,7 @@ __device__ __forceinline__ void load_queries(const Problem& p,
                                              const KeyBlockState<typename C::Element>& block,
                                              const QueryStep& step, uint32_t shared) {
   const int32_t row = step.tile * C::kM, lo = block.rows.lo - row, hi = block.rows.hi - row;
-  auto used = [=](int i) { return lo <= i && i < hi; };
+  auto used = [=](int i, int r) { return lo - i <= r && r < hi - i; };
   auto query = block.query, dout = block.dout;
   query.data += step.head * p.query.head;
   dout.data += step.head * p.dout.head;
@@ -142,9 +142,9 @@ __device__ __forceinline__ void load_queries(const Problem& p,
   const int i = static_cast<int>(threadIdx.x);
   if (i < C::kM) {
     const uint32_t to = shared + C::QTile::kBytes + C::DoTile::kBytes + i * 4;
-    const int64_t at = used(i) ? row + i : 0;
-    ptx::cp_async_4(to, used(i) ? block.lse + step.head * p.lse.head + at * p.lse.row : &kUnusedLse, true);
-    ptx::cp_async_4(to + C::kM * 4, block.delta + step.head * p.delta.head + at * p.delta.row, used(i));
+    const int64_t at = used(i, 0) ? row + i : 0;
+    ptx::cp_async_4(to, used(i, 0) ? block.lse + step.head * p.lse.head + at * p.lse.row : &kUnusedLse, true);
+    ptx::cp_async_4(to + C::kM * 4, block.delta + step.head * p.delta.head + at * p.delta.row, used(i, 0));
   }
 }
 

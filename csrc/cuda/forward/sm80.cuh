@@ -24,6 +24,8 @@ struct BlockState {
   Band band;
   ScoreOperands score;  // of the general kernels
   Interval tiles;       // of keys, that any row of the query tile sees
+  Interval whole;       // keys that all its rows see
+  int32_t end;          // of the keys that are read
   GlobalRows<const T> query;
   GlobalRows<T> out;
 
@@ -35,6 +37,8 @@ struct BlockState {
     band = work.band(p);
     const Interval visible = band.rows(tile.row, tile.used_queries());
     tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
+    whole = band.common(tile.row, tile.used_queries());
+    end = min(tiles.hi * block_n, tile.k_len);
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
     out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
   }
@@ -55,7 +59,7 @@ struct DenseState : BlockState<T> {
     key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, first), p.key.row, p.head_dim};
     value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, first), p.value.row, p.value_dim};
   }
-  __device__ __forceinline__ Source source() const { return {key, value, this->work.tile.k_len}; }
+  __device__ __forceinline__ Source source() const { return {key, value, this->end}; }
 };
 
 static_assert(sizeof(DenseState<float>) <= kBlockStateBytes);
@@ -68,32 +72,27 @@ struct ForwardSm80 {
   using Element = T;
   using State = State_;
   static constexpr bool kGeneral = Kind != ScoreKind::kPlain, kDropout = Kind == ScoreKind::kDropout;
-  static constexpr int kM = M, kN = N;
-  static constexpr int kWarps = kGeneral ? M / 16 : Warps;
-  static constexpr int kThreads = kWarps * 32, kBlocks = kGeneral ? 1 : Blocks;
+  static constexpr int kM = M;
+  static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kGeneral ? 1 : Blocks;
   static constexpr int kWarpRows = M / kWarps;
-  static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = N / kStepK<T>;
+  static constexpr int kN = kGeneral && kWarpRows == 32 ? 32 : N;
+  static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
   using KTile =
-      SharedTile<T, N, HeadDim, kGeneral>;  // dealt: a thread's keys are neighbours in bias and mask
-  using VTile = SharedTile<T, N, ValueDim, kGeneral>;
+      SharedTile<T, kN, HeadDim, kGeneral>;  // dealt: a thread's keys are neighbours in bias and mask
+  using VTile = SharedTile<T, kN, ValueDim, kGeneral>;
   using OTile = SharedTile<T, M, ValueDim>;
-  using S = std::conditional_t<kGeneral, DealtAccumulator<kWarpRows / 16, N / 8>,
-                               Accumulator<kWarpRows / 16, N / 8>>;
+  using S = std::conditional_t<kGeneral, DealtAccumulator<kWarpRows / 16, kN / 8>,
+                               Accumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
   // Q's fragments stay in registers where they take no more than 32.
   static constexpr bool kQInRegisters = kWarpRows * HeadDim * static_cast<int>(sizeof(T)) <= 32 * 128;
   using Q = std::conditional_t<kQInRegisters, FragmentsA<T, kWarpRows / 16, kHeadSteps>, RowsA<QTile>>;
   static constexpr int kSharedBytes = QTile::kBytes + Ring::kBytes;
-  static_assert(kWarpRows % 16 == 0 && N % 32 == 0);
+  static_assert(kWarpRows % 16 == 0 && kN % 32 == 0);
   // A warp stores its rows of O over its own rows of Q.
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
-};
-
-// The keys that any, and that all, rows of a warp see.
-struct WarpKeys {
-  Interval seen, whole;
 };
 
 template <class C>
@@ -103,12 +102,14 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   using S = typename C::S;
   const TileWork& tile = block.work.tile;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
-  const int32_t row = tile.row + warp_row;
   const uint32_t q_tile = ptx::shared_address(shared);
   const GeneralScore general(p, block.score, block.band);
   typename C::Ring kv(q_tile + C::QTile::kBytes, block.source(), block.tiles);
   typename C::Q q;
   if constexpr (!C::kQInRegisters) q = {q_tile, warp_row};
+
+  // The warp's first row. It is read where it is used: no register is left for it.
+  auto row = [&] { return static_cast<const volatile int32_t&>(tile.row) + warp_row; };
 
   typename C::O o;
   o.clear();
@@ -118,34 +119,23 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
     kv.start();
   }
-  __shared__ WarpKeys all_keys[C::kWarps];
-  WarpKeys& keys = all_keys[threadIdx.x / 32];
-  if (threadIdx.x % 32 == 0) {
-    const int32_t end = min(row + C::kWarpRows, tile.used_queries());
-    keys = {block.band.rows(row, end), block.band.common(row, end)};
-  }
   for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
-    const int32_t key = n * C::kN, key_end = key + C::kN;
+    const int32_t key = n * C::kN;
     const RowsB<typename C::KTile> k(kv.wait_first(n), 0);
     if constexpr (C::kQInRegisters) {
       if (n == block.tiles.lo) q.read(RowsA<typename C::QTile>(q_tile, warp_row));
     }
-    if (key >= keys.seen.hi || key_end <= keys.seen.lo) {
-      kv.wait_second(n);
-      continue;
-    }
     BiasChunks<S> bias;
-    if constexpr (C::kGeneral) general.fetch(bias, row, key);
+    if constexpr (C::kGeneral) general.fetch(bias, row(), key);
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
     const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
     if constexpr (C::State::kScaled) for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });
-    if constexpr (C::kGeneral) general.apply(s, row, key, nullptr, &bias);  // softcap, bias, alibi, masks
-    const bool ends = key_end > keys.whole.hi, begins = key < keys.whole.lo;
-    mask(s, block.band, row, key, begins, ends);
+    if constexpr (C::kGeneral) general.apply(s, row(), key, nullptr, &bias);  // softcap, bias, alibi, masks
+    if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
     KeptElements<S> kept;
-    if constexpr (C::kDropout) kept = general.template kept<S>(row, key);
+    if constexpr (C::kDropout) kept = general.template kept<S>(row(), key);
     softmax.fit(s, o);  // m; O ← α O
 
     // O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
@@ -154,18 +144,17 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
       softmax.exponentiate(s, k_step * kTiles, (k_step + 1) * kTiles);
       if constexpr (C::kDropout) kept.drop(s, k_step * kTiles, (k_step + 1) * kTiles);
     };
-    exponentiate(0);
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
-      if (k_step + 1 < C::kKeySteps) exponentiate(k_step + 1);
+      exponentiate(k_step);
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
     }
   }
 
   float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
   if constexpr (C::State::kScaled) factor *= block.value_scale;
-  finish_rows(o, softmax, p, block.work, row, factor);
-  store_rows<typename C::OTile>(o, shared, warp_row, block.out, row, tile.end);
+  finish_rows(o, softmax, p, block.work, row(), factor);
+  store_rows<typename C::OTile>(o, shared, warp_row, block.out, row(), tile.end);
 }
 
 template <class C>

@@ -17,15 +17,15 @@ struct GlobalRows {
 };
 
 // Starts the copy of rows [first, first + Tile::kRows) into `shared`; unused columns are zero, and rows that
-// `used`(row of the tile) denies.
+// `used`(row, r) denies for row + r of the tile: r is a constant, `row` the thread's own.
 template <class Tile, int kThreads, class T, class Used>
 __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRows<const T>& source,
                                                 int32_t first, Used used) {
   constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
   constexpr int kStep = kThreads / kPanel < Tile::kRows ? kThreads / kPanel : Tile::kRows;  // rows at a time
   constexpr int kBeside = kThreads / (kPanel * kStep);  // panels at a time
-  const int thread = static_cast<int>(threadIdx.x);
-  const int row = thread / kPanel % kStep, chunk = thread / (kPanel * kStep) * kPanel + thread % kPanel;
+  const int row = static_cast<int>(threadIdx.x / kPanel % kStep),
+            chunk = static_cast<int>(threadIdx.x / (kPanel * kStep) * kPanel + threadIdx.x % kPanel);
   const auto stride = static_cast<uint32_t>(source.stride);  // one token's elements
   const T* from = source.data + uint64_t{static_cast<uint32_t>(first + row)} * stride + chunk * kChunk<T>;
   const int32_t columns = source.columns - chunk * kChunk<T>;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRow
                           (kPanels % kBeside == 0 || chunk < (kPanels - panel) * kPanel);
       if (inside)
         ptx::cp_async_16(shared + Tile::offset(row + r, chunk) + Tile::panel_offset(panel * kPanel),
-                         from + column, used(row + r) && column < columns);
+                         from + column, used(row, r) && column < columns);
     }
   }
 }
@@ -47,7 +47,8 @@ __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRow
 template <class Tile, int kThreads, class T>
 __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<const T>& source, int32_t first,
                                           int32_t end) {
-  load_tile_where<Tile, kThreads>(shared, source, first, [=](int row) { return row < end - first; });
+  load_tile_where<Tile, kThreads>(shared, source, first,
+                                  [=](int row, int r) { return r < end - first - row; });
 }
 
 // Copies rows [row, row + kRows) of a shared tile to rows [first, end) in global memory, as thread `thread`

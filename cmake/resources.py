@@ -1,0 +1,100 @@
+"""What ptxas says of every kernel: registers, spills, shared memory; and the build's failure when one spills.
+
+    resources.py compile OBJECT -- nvcc -Xptxas=-v ...   runs the compiler and keeps what it says, in OBJECT.ptxas
+    resources.py list TABLE OBJECT...                     writes the table of the kernels
+    resources.py check TABLE OBJECT...                    the same, and fails where one passes its BUDGET
+
+cmake/kernels.cmake calls both; the table lies beside the library, as cuda_resources.tsv.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+# Bytes that a kernel may spill, by the first pattern that its name matches: none in the kernels without bias,
+# masks and the like of the common rows, 16-bit with d and dv of 32, 64, 128 or 256.
+COMMON = r"^forward_sm80<ForwardSm80<(__half|__nv_bfloat16), (32, 32|64, 64|128, 128|256, 256), .*Kind\)0"
+BUDGET: tuple[tuple[str, int], ...] = ((COMMON, 0), ("", 1 << 30))
+
+
+class Kernel(NamedTuple):
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    spills: int  # bytes stored
+    shared: int  # bytes, without what the launch adds
+
+    def row(self) -> str:
+        return "\t".join(
+            map(str, (self.arch, self.registers, self.stack, self.spills, self.shared, self.name))
+        )
+
+
+HEADER = "arch\tregisters\tstack\tspills\tshared\tkernel"
+
+
+def parse(log: str) -> list[Kernel]:
+    """The kernels in what `ptxas -v` says. Device functions that are called, not inlined, count as none."""
+    found = []
+    for part in re.split(r"ptxas info\s*: Compiling entry function ", log)[1:]:
+        name, arch = re.match(r"'([^']+)' for '([^']+)'", part).groups()
+        stack, spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", part).groups()
+        used = re.search(r"Used (\d+) registers[^\n]*", part)
+        shared = re.search(r"(\d+) bytes smem", used.group())
+        found.append(
+            Kernel(
+                name, arch, int(used.group(1)), int(stack), int(spills), int(shared.group(1)) if shared else 0
+            )
+        )
+    return found
+
+
+def demangled(kernels: list[Kernel]) -> list[Kernel]:
+    """With readable names, less the parameters."""
+    names = "\n".join(kernel.name for kernel in kernels)
+    answer = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
+    short = [re.sub(r"^void |\(jax_flash::Problem.*$|jax_flash::", "", name) for name in answer.splitlines()]
+    return [kernel._replace(name=name) for kernel, name in zip(kernels, short, strict=True)]
+
+
+def over_budget(kernels: list[Kernel]) -> list[str]:
+    return [
+        f"{kernel.name} for {kernel.arch} spills {kernel.spills} bytes, more than the {allowed} of its budget"
+        for kernel in kernels
+        if kernel.spills > (allowed := next(n for pattern, n in BUDGET if re.search(pattern, kernel.name)))
+    ]
+
+
+def compile_(target: Path, command: list[str]) -> int:
+    """ptxas' report goes to its file, all else that the compiler says where it went before."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    report = r"ptxas info|\d+ bytes stack frame"
+    sys.stdout.write("".join(x for x in done.stdout.splitlines(True) if not re.search(report, x)))
+    target.with_name(target.name + ".ptxas").write_text(done.stdout)
+    return done.returncode
+
+
+def report(mode: str, table: Path, objects: list[Path]) -> int:
+    logs = [x.with_name(x.name + ".ptxas") for x in objects]
+    kernels = demangled([kernel for log in logs if log.exists() for kernel in parse(log.read_text())])
+    errors = over_budget(kernels) if mode == "check" else []
+    print(*errors, sep="\n", end="\n" if errors else "", file=sys.stderr)
+    if not errors:  # the table is what the build makes, which has failed
+        table.write_text("\n".join([HEADER, *sorted(kernel.row() for kernel in kernels), ""]))
+    return int(bool(errors))
+
+
+def main(arguments: list[str]) -> int:
+    mode, path, *rest = arguments
+    if mode == "compile":
+        return compile_(Path(path), rest[1:])
+    return report(mode, Path(path), [Path(x) for x in rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""The build's table of what its CUDA kernels take, and the budget that it holds them to."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "cmake" / "resources.py"
+PLAIN = "_ZN9jax_flash5plainILi64EEEvNS_7ProblemEi"
+GENERAL = "_ZN9jax_flash7generalILi64EEEvNS_7ProblemEi"
+LOG = f"""ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{PLAIN}' for 'sm_80'
+ptxas info    : Function properties for {PLAIN}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 384 bytes smem, 3156 bytes cmem[0]
+ptxas info    : Compile time = 2075.058 ms
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{GENERAL}' for 'sm_90'
+ptxas info    : Function properties for {GENERAL}
+    24 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 40 registers, used 0 barriers, 24 bytes cumulative stack size
+"""
+
+
+@pytest.fixture
+def resources():
+    if not SCRIPT.exists():
+        pytest.skip("the build's scripts lie in the source tree only")
+    spec = importlib.util.spec_from_file_location("resources", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def objects(tmp_path):
+    (tmp_path / "a.o.ptxas").write_text(LOG)
+    return [tmp_path / "a.o", tmp_path / "not_built.o"]
+
+
+def test_what_ptxas_says_is_read(resources):
+    kernel = resources.Kernel
+    assert resources.parse(LOG) == [
+        kernel(PLAIN, "sm_80", registers=255, stack=0, spills=0, shared=384),
+        kernel(GENERAL, "sm_90", registers=40, stack=24, spills=4, shared=0),
+    ]
+
+
+def test_the_table_names_kernels_readably(resources, objects, tmp_path):
+    table = tmp_path / "table.tsv"
+    assert resources.main(["list", str(table), *map(str, objects)]) == 0
+    assert table.read_text().splitlines() == [
+        resources.HEADER,
+        "sm_80\t255\t0\t0\t384\tplain<64>",
+        "sm_90\t40\t24\t4\t0\tgeneral<64>",
+    ]
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(4, 0), (3, 1)])
+def test_the_build_fails_over_budget(resources, objects, tmp_path, monkeypatch, capsys, allowed, status):
+    table = tmp_path / "table.tsv"
+    monkeypatch.setattr(resources, "BUDGET", (("^general", allowed), ("", 0)))
+    assert resources.main(["check", str(table), *map(str, objects)]) == status
+    assert table.exists() == (status == 0)
+    assert ("general<64> for sm_90 spills 4 bytes, more than the 3" in capsys.readouterr().err) == bool(
+        status
+    )
+
+
+def test_the_compiler_speaks_as_before(resources, tmp_path, capfd):
+    script = f"import sys; print({LOG!r}); print('warning: something'); sys.exit(3)"
+    target = tmp_path / "b.o"
+    assert resources.main(["compile", str(target), "--", resources.sys.executable, "-c", script]) == 3
+    assert capfd.readouterr().out.strip() == "warning: something"
+    assert resources.parse((tmp_path / "b.o.ptxas").read_text())[0].name == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("name", "common"),
+    [
+        (
+            "forward_sm80<ForwardSm80<__half, 128, 128, 128, 64, 2, 4, 1, (ScoreKind)0, DenseState<__half> > >",
+            True,
+        ),
+        ("forward_sm80<ForwardSm80<__nv_bfloat16, 64, 64, 128, 64, 2, 4, 1, (ScoreKind)1, X> >", False),
+        (
+            "forward_sm80<ForwardSm80<float, 128, 128, 64, 64, 1, 4, 1, (ScoreKind)0, DenseState<float> > >",
+            False,
+        ),
+    ],
+)
+def test_common_kernels_may_not_spill(resources, name, common):
+    kernel = resources.Kernel(name, "sm_90", registers=255, stack=8, spills=8, shared=0)
+    assert bool(resources.over_budget([kernel])) == common
