@@ -7,7 +7,8 @@
 
 namespace jax_flash::JF_ISA {
 
-typedef uint8_t BytesUnaligned __attribute__((vector_size(kLanes), may_alias, aligned(1)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
+typedef Bytes BytesUnaligned __attribute__((aligned(1)));
 
 JF_INLINE constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2;
@@ -34,16 +35,7 @@ JF_INLINE UInt narrow_f16(Float x) {
   return h | sign;
 }
 
-// The lanes of float8_to_float (core/float8.h).
-JF_INLINE Float widen_float8(UInt x) {
-  const UInt magnitude = (x & 0x7Fu) << 20;
-  const Float denormal = reinterpret_cast<Float>(magnitude + 0x3C800000u) - 0.015625f;  // 2^-6
-  const UInt bits = magnitude < 0x00800000u ? reinterpret_cast<UInt>(denormal) : magnitude + 0x3C000000u;
-  return reinterpret_cast<Float>((magnitude == 0x07F00000u ? UInt{} + 0x7FC00000u : bits) | (x & 0x80u)
-                                                                                                << 24);
-}
-
-// The lanes of float_to_float8.
+// The lanes of float_to_float8 (core/float8.h).
 JF_INLINE UInt narrow_float8(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
   const Float shifted = reinterpret_cast<Float>(magnitude) + 16384.0f;
@@ -69,25 +61,35 @@ JF_INLINE UInt load_halves(const void* row, int32_t i) {
       UInt);
 }
 
-// The conversion instructions heed no flags on the f16 side, so f16's denormals are kept.
+// kLanes of f16. The conversion instructions heed no flags on the f16 side, so f16's denormals are kept.
+JF_INLINE Float widen_halves(Half h) {
+#if defined(__AVX512F__)
+  return (Float)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__) && defined(__AVX2__)
+  return (Float)_mm256_cvtph_ps((__m128i)h);
+#else
+  return widen_f16(__builtin_convertvector(h, UInt));
+#endif
+}
+
+// float8 is f16 with the exponent's bias 8 higher and fewer bits of mantissa, NaN apart.
+JF_INLINE Float widen_float8(Bytes x) {
+  const Half wide = __builtin_convertvector(x, Half), magnitude = (wide & 0x7F) << 7;
+  const Half h = magnitude == 0x3F80 ? Half{} + 0x7E00 : magnitude;
+  return widen_halves(h | (wide & 0x80) << 8) * 256.0f;
+}
+
 template <DType dtype>
 JF_INLINE Float load_vector(const void* row, int32_t i) {
   if constexpr (dtype == DType::kF32) {
     return *reinterpret_cast<const FloatUnaligned*>(static_cast<const float*>(row) + i);
   } else if constexpr (dtype == DType::kF8E4M3) {
-    const auto bytes = *reinterpret_cast<const BytesUnaligned*>(static_cast<const uint8_t*>(row) + i);
-    // In two steps: what compilers make of one is scalar.
-    return widen_float8(__builtin_convertvector(__builtin_convertvector(bytes, Half), UInt));
-  } else if constexpr (dtype == DType::kBF16) {
-    return widen_bf16(load_halves(row, i));
+    return widen_float8(*reinterpret_cast<const BytesUnaligned*>(static_cast<const uint8_t*>(row) + i));
+  } else {
+    const auto h = *reinterpret_cast<const HalfUnaligned*>(static_cast<const uint16_t*>(row) + i);
+    return dtype == DType::kF16 ? widen_halves(h)
+                                : widen_bf16(__builtin_convertvector(static_cast<Half>(h), UInt));
   }
-#if defined(__AVX512F__)
-  return (Float)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(static_cast<const uint16_t*>(row) + i)));
-#elif defined(__F16C__) && defined(__AVX2__)
-  return (Float)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(static_cast<const uint16_t*>(row) + i)));
-#else
-  return widen_f16(load_halves(row, i));
-#endif
 }
 
 template <DType dtype>

@@ -3,58 +3,63 @@
 #pragma once
 
 #include "matmul.h"
+#include "product.h"
 #include "softmax.h"
 
 namespace jax_flash::JF_ISA {
 
 inline constexpr int32_t kDecodeKeys = 64;  // keys of a tile
-inline constexpr int32_t kStepKeys = 4;     // at most, that a microkernel takes at once
+inline constexpr int32_t kStepKeys = 2;     // that a microkernel takes at once: what they span stays in L1
 inline constexpr int32_t kLineBytes = 64;
 inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead
 static_assert(kDecodeKeys % kLanes == 0);
 
-// S[g][0, kKeys) = q[g] · k[0, kKeys) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
-template <DType dtype, int kKeys, int kRows>
-JF_INLINE void score_step(const char* const* at, const float* q, int32_t width, float* s) {
-  const char* const k[kStepKeys] = {at[0], at[1], at[kKeys - 2], at[kKeys - 1]};
-  const int32_t ld = padded(width);
+// S[g][0, 2) = q[g] · k[0, 2) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
+template <class E, DType dtype, int kRows>
+JF_INLINE void score_step(const char* const* at, float factor, const Word* q, int32_t width, float* s) {
+  const char* const k[kStepKeys] = {at[0], at[1]};
+  const int32_t ld = row_words<E>(width);
   Float sums[kLanes] = {};
-  for (int32_t c = 0; c < width; c += kLanes) {
-    Float key[kKeys];
+  for (int32_t c = 0; c < width / E::kPair; c += kLanes) {
+    UInt key[kStepKeys];
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) key[i] = load_vector<dtype>(k[i], c);
+    for (int i = 0; i < kStepKeys; ++i) key[i] = E::template load_row<dtype>(k[i], c, factor);
 #pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
-      const Float x = load(q + g * ld + c);
+      const UInt x = load_words(q + g * ld + c);
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) sums[g * kKeys + i] += x * key[i];
+      for (int i = 0; i < kStepKeys; ++i)
+        sums[g * kStepKeys + i] = E::multiply_lanes(sums[g * kStepKeys + i], x, key[i]);
     }
   }
   alignas(64) float all[kLanes];
   store(all, sum_lanes(sums, LaneIndices()));
 #pragma GCC unroll 8
-  for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kKeys, kKeys * 4);
+  for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kStepKeys, kStepKeys * 4);
 }
 
-// o[g] += p[g][0, kKeys) v[0, kKeys)
-template <DType dtype, int kKeys, int kRows>
-JF_INLINE void value_step(const char* const* at, const float* p, int32_t width, float* o) {
-  const char* const v[kStepKeys] = {at[0], at[1], at[kKeys - 2], at[kKeys - 1]};
+// o[g] += p[g][0, 2) v[0, 2)
+template <class E, DType dtype, int kRows>
+JF_INLINE void value_step(const char* const* at, float factor, const Word* p, int32_t width, float* o) {
+  constexpr int kWords = kStepKeys / E::kPair;
+  const char* const v[kStepKeys] = {at[0], at[1]};
   const int32_t ld = padded(width);
-  Float weight[kRows * kKeys];
+  UInt weight[kRows * kWords];
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows * kKeys; ++i) {
-    weight[i] = broadcast(p[i / kKeys * kDecodeKeys + i % kKeys]);
+  for (int i = 0; i < kRows * kWords; ++i) {
+    weight[i] = broadcast_word(p[i / kWords * kDecodeKeys + i % kWords]);
   }
   for (int32_t c = 0; c < width; c += kLanes) {
-    Float value[kKeys];
+    UInt value[kWords];
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) value[i] = load_vector<dtype>(v[i], c);
+    for (int i = 0; i < kWords; ++i) {
+      value[i] = E::template load_pair<dtype>(v[i * E::kPair], v[(i + 1) * E::kPair - 1], c, factor);
+    }
 #pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
       Float x = load(o + g * ld + c);
 #pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i) x += weight[g * kKeys + i] * value[i];
+      for (int i = 0; i < kWords; ++i) x = E::multiply_lanes(x, weight[g * kWords + i], value[i]);
       store(o + g * ld + c, x);
     }
   }
@@ -62,21 +67,22 @@ JF_INLINE void value_step(const char* const* at, const float* p, int32_t width, 
 
 enum class Step { kScores, kValues };
 
-// All rows of one KV head: x is q or p, y is S or o.
-// The sums of kKeys keys and kRows rows fill one vector.
-template <Step step, DType dtype, int kKeys, int kRows = kLanes / kKeys>
-JF_INLINE void rows_step(const char* const* at, int32_t rows, const float* x, int32_t width, float* y) {
-  const int32_t ld = padded(width), x_ld = step == Step::kScores ? ld : kDecodeKeys;
-  const int32_t y_ld = step == Step::kScores ? kDecodeKeys : ld;
+// All rows of one KV head: x is q or p, y is S or o. The sums of kStepKeys keys and kRows rows fill one
+// vector.
+template <class E, Step step, DType dtype, int kRows = kLanes / kStepKeys>
+JF_INLINE void rows_step(const char* const* at, float factor, int32_t rows, const Word* x, int32_t width,
+                         float* y) {
+  const int32_t x_ld = step == Step::kScores ? row_words<E>(width) : kDecodeKeys;
+  const int32_t y_ld = step == Step::kScores ? kDecodeKeys : padded(width);
   for (; rows >= kRows; rows -= kRows, x += kRows * x_ld, y += kRows * y_ld) {
     if constexpr (step == Step::kScores) {
-      score_step<dtype, kKeys, kRows>(at, x, width, y);
+      score_step<E, dtype, kRows>(at, factor, x, width, y);
     } else {
-      value_step<dtype, kKeys, kRows>(at, x, width, y);
+      value_step<E, dtype, kRows>(at, factor, x, width, y);
     }
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) rows_step<step, dtype, kKeys, kRows - 1>(at, rows, x, width, y);
+    if (rows > 0) rows_step<E, step, dtype, kRows - 1>(at, factor, rows, x, width, y);
   }
 }
 
@@ -103,12 +109,11 @@ struct DecodeStream {
     rows.find(j0, known, at);
   }
 
-  // Rows of keys [r, r + kKeys) of the tile, of `n`, at KV head x; what is past them has zeros.
-  template <int kKeys>
+  // Rows of keys [r, r + 2) of the tile, of `n`, at KV head x; what is past them has zeros.
   JF_HD void find(int32_t r, int32_t n, int32_t x, const char** to) const {
     alignas(64) static constexpr char kZeros[kMaxHeadDim * 4] = {};
 #pragma GCC unroll 8
-    for (int32_t i = 0; i < kKeys; ++i) {
+    for (int32_t i = 0; i < kStepKeys; ++i) {
       to[i] = r + i >= n ? kZeros : at[r + i] ? at[r + i] + x * head_bytes : missing;
     }
   }
@@ -156,19 +161,19 @@ alignas(64) inline constexpr MissingRows kMissingRows;
 
 // The rows of a few positions at consecutive query heads, in the order of RowTile: those of a position and KV
 // head lie side by side.
+template <class E>
 class FewRows {
  public:
   FewRows(const Problem& p, const RowTile* tile, int32_t, float* memory)
       : problem_(p), head_(p, tile->leading, tile->sequence, tile->head), tile_(*tile), rows_(tile->rows()) {
-    const int32_t ld = padded(p.head_dim);
     group_ = p.heads / p.kv_heads;
     Scratch scratch{memory};
-    q_ = scratch.take(kTileM * ld);
+    q_ = reinterpret_cast<Word*>(scratch.take(kTileM * row_words<E>(p.head_dim)));
     s_ = scratch.take(kTileM * kDecodeKeys);
     o_ = scratch.take(kTileM * padded(p.value_dim));
     const char* at[kTileM] = {};
     query_addresses(head_, tile_, at);
-    gather_rows(at, rows_, rows_, head_.query, head_.query_sign, q_);
+    pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_);
   }
 
   Interval visible() const { return head_.band.rows(tile_.begin, tile_.end); }
@@ -190,8 +195,8 @@ class FewRows {
       BlockColumns block;
       block.used = {0, n};
       for (int32_t r = 0; r < rows_; ++r) {
-        softmax_row<F32>(head_, {tile_.position(r), tile_.head_of(r)}, range, block, s_ + r * kDecodeKeys,
-                         broadcast(kNegInf), state_, r);
+        softmax_row<E>(head_, {tile_.position(r), tile_.head_of(r)}, range, block, s_ + r * kDecodeKeys,
+                       broadcast(kNegInf), state_, r);
         rescale(r);
       }
       value.start(j0, keys.hi);
@@ -214,51 +219,61 @@ class FewRows {
 
   template <Step step>
   void multiply(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
-    const bool whole = stream.rows.width % kLanes == 0 && !scale;
-    switch (stream.rows.dtype) {
-      case DType::kF32:
-        return whole ? multiply_as<step, DType::kF32, false>(stream, scale, cold, n)
-                     : multiply_as<step, DType::kF32, true>(stream, scale, cold, n);
-      case DType::kBF16:
-        return whole ? multiply_as<step, DType::kBF16, false>(stream, scale, cold, n)
-                     : multiply_as<step, DType::kBF16, true>(stream, scale, cold, n);
-      case DType::kF16:
-        return whole ? multiply_as<step, DType::kF16, false>(stream, scale, cold, n)
-                     : multiply_as<step, DType::kF16, true>(stream, scale, cold, n);
-      case DType::kF8E4M3:
-        return multiply_as<step, DType::kF8E4M3, true>(stream, scale, cold, n);
+    if constexpr (E::kPair > 1) {
+      multiply_as<step, DType::kBF16, false>(stream, scale, cold, n);
+    } else {
+      switch (stream.rows.dtype) {
+        case DType::kF32:
+          return multiply_from<step, DType::kF32>(stream, scale, cold, n);
+        case DType::kBF16:
+          return multiply_from<step, DType::kBF16>(stream, scale, cold, n);
+        case DType::kF16:
+          return multiply_from<step, DType::kF16>(stream, scale, cold, n);
+        case DType::kF8E4M3:
+          return multiply_from<step, DType::kF8E4M3>(stream, scale, cold, n);
+      }
     }
+  }
+
+  template <Step step, DType dtype>
+  void multiply_from(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
+    if (stream.rows.width % kLanes == 0) return multiply_as<step, dtype, false>(stream, scale, cold, n);
+    multiply_as<step, dtype, true>(stream, scale, cold, n);
   }
 
   // The tile's n keys at all KV heads, straight from memory or (`widened`) by way of float32.
   template <Step step, DType dtype, bool widened>
   void multiply_as(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
     const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;
-    constexpr int kKeys = dtype == DType::kF32 ? 2 : kStepKeys;
-    const int32_t lines = (kKeys * stream.key_lines + stream.heads - 1) / stream.heads;
+    const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
     constexpr DType from = widened ? DType::kF32 : dtype;
-    alignas(64) float wide[widened ? kKeys * kMaxHeadDim : 1];
+    alignas(64) float wide[widened ? kStepKeys * kMaxHeadDim : 1];
     Prefetcher ahead{stream, cold ? 0 : stream.ahead};
     if (cold) ahead.run(stream.ahead * stream.key_lines);
-    for (int32_t r = 0; r < n; r += kKeys) {
+    for (int32_t r = 0; r < n; r += kStepKeys) {
       for (int32_t x = 0; x < stream.heads; ++x) {
-        const char* at[kKeys];
+        const char* at[kStepKeys];
         ahead.run(lines);
-        stream.find<kKeys>(r, n, x, at);
+        stream.find(r, n, x, at);
+        float factor = 1.0f;
+        if constexpr (dtype == DType::kF8E4M3) {
+          if (scale) factor = head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head);
+        }
         if constexpr (widened) {
-          const int32_t h = problem_.kv_head(tile_.head) + x;
-          const float factor = scale ? head_.at(scale, h * scale.head) : 1.0f;
-          for (int32_t i = 0; i < kKeys; ++i) {
+          for (int32_t i = 0; i < kStepKeys; ++i) {
             load_row(dtype, at[i], stream.rows.width, factor, wide + i * ld, ld);
             at[i] = reinterpret_cast<const char*>(wide + i * ld);
           }
+          factor = 1.0f;
         }
         for (int32_t first = x * group_; first < rows_; first += tile_.heads) {
-          float* s = s_ + first * kDecodeKeys + r;
+          float* s = s_ + first * kDecodeKeys;
           if constexpr (step == Step::kScores) {
-            rows_step<step, from, kKeys>(at, group_, q_ + first * ld, width, s);
+            rows_step<E, step, from>(at, from == DType::kF8E4M3 ? factor : 1.0f, group_,
+                                     q_ + first * row_words<E>(width), width, s + r);
           } else {
-            rows_step<step, from, kKeys>(at, group_, s, width, o_ + first * ld);
+            rows_step<E, step, from>(at, from == DType::kF8E4M3 ? factor : 1.0f, group_,
+                                     reinterpret_cast<const Word*>(s) + r / E::kPair, width, o_ + first * ld);
           }
         }
       }
@@ -269,7 +284,8 @@ class FewRows {
   Head head_;
   const RowTile& tile_;
   int32_t rows_, group_;
-  float *q_, *s_, *o_;  // [kTileM, padded(d)], [kTileM, kDecodeKeys], [kTileM, padded(dv)]
+  Word* q_;        // [kTileM, row_words(d)]
+  float *s_, *o_;  // [kTileM, kDecodeKeys], [kTileM, padded(dv)]
   Softmax state_;
 };
 

@@ -180,10 +180,14 @@ struct Walks {};
 // Calls use(Walks<Walk>()) with what suits the tile's rows and dtype.
 template <class Use>
 JF_INLINE void with_walk([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
-  if (is_decode(p, tile)) return use(Walks<FewRows>());
+  const bool few = is_decode(p, tile);
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBF16 && p.kv_dtype == DType::kBF16) return use(Walks<ForwardRun<BF16>>());
+  if (p.dtype == DType::kBF16 && p.kv_dtype == DType::kBF16) {
+    if (!few) return use(Walks<ForwardRun<BF16>>());
+    if (p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0) return use(Walks<FewRows<BF16>>());
+  }
 #endif
+  if (few) return use(Walks<FewRows<F32>>());
   use(Walks<ForwardRun<F32>>());
 }
 

@@ -27,6 +27,11 @@ struct F32 {
     return acc + broadcast(__builtin_bit_cast(float, a)) * reinterpret_cast<Float>(b);
   }
 
+  // acc + a b, lane by lane.
+  JF_INLINE Float multiply_lanes(Float acc, UInt a, UInt b) {
+    return acc + reinterpret_cast<Float>(a) * reinterpret_cast<Float>(b);
+  }
+
   // kLanes values of a row of A from column c on.
   JF_INLINE void store_columns(Word* row, int32_t c, Float x) {
     store_words(row + c, reinterpret_cast<UInt>(x));
@@ -54,6 +59,10 @@ struct BF16 {
 
   JF_INLINE Float multiply_add(Float acc, Word a, UInt b) {
     return (Float)_mm512_dpbf16_ps((__m512)acc, (__m512bh)broadcast_word(a), (__m512bh)b);
+  }
+
+  JF_INLINE Float multiply_lanes(Float acc, UInt a, UInt b) {
+    return (Float)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 
   JF_INLINE void store_columns(Word* row, int32_t c, Float x) { store_vector<DType::kBF16>(row, c, x); }
