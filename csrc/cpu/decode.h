@@ -2,7 +2,6 @@
 // memory is read in the order in which it lies.
 #pragma once
 
-#include "matmul.h"
 #include "product.h"
 #include "softmax.h"
 
@@ -13,6 +12,19 @@ inline constexpr int32_t kStepKeys = 2;     // that a microkernel takes at once:
 inline constexpr int32_t kLineBytes = 64;
 inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead
 static_assert(kDecodeKeys % kLanes == 0);
+
+// Sums of the lanes of each of kLanes vectors.
+template <int kStep = kLanes / 2, int... lane>
+JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...> lanes) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kStep; ++i) {
+    const Float a = x[i], b = x[i + kStep];
+    x[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane)...) +
+           __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane + kStep)...);
+  }
+  if constexpr (kStep > 1) return sum_lanes<kStep / 2>(x, lanes);
+  return x[0];
+}
 
 // S[g][0, 2) = q[g] · k[0, 2) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
 template <class E, DType dtype, int kRows>
