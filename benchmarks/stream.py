@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 
 WORD = 4
-CHUNK = 4 << 20  # bytes that a thread takes at a time
+LINE = 64
 
 
 def reader() -> Callable[..., None]:
     """A function that reads all bytes of some arrays once, compiled here for this machine."""
     read = _compiled().stream_read
     read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    threads = len(os.sched_getaffinity(0))
+    pool = ThreadPoolExecutor(threads)
 
     def run(*arrays: Any) -> None:
-        list(pool.map(lambda chunk: read(*chunk), [c for array in arrays for c in _chunks(array)]))
+        shares = [_shares(array, threads) for array in arrays]
+        list(pool.map(lambda own: [read(*share) for share in own], zip(*shares, strict=True)))
 
     return run
 
@@ -42,7 +44,9 @@ def _compiled() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def _chunks(array: Any) -> list[tuple[int, int]]:
+def _shares(array: Any, count: int) -> list[tuple[int, int]]:
+    """(address, words) of each thread's part."""
     host = np.asarray(array)  # of a CPU device: no copy
-    start, size = host.ctypes.data, host.nbytes
-    return [(start + at, min(CHUNK, size - at) // WORD) for at in range(0, size, CHUNK)]
+    size = -(-host.nbytes // (count * LINE)) * LINE
+    starts = range(0, count * size, size)
+    return [(host.ctypes.data + at, max(0, min(size, host.nbytes - at)) // WORD) for at in starts]

@@ -85,13 +85,14 @@ def test_many_query_heads_and_rows_of_one_kv_head(name, size):
     pages.check(paged({"decode": decode, "prefill": prefill}[name], size), IMPLEMENTATION)
 
 
-def test_every_float8_value_is_read_right(implementation):
+@pytest.mark.parametrize("width", [8, 64])
+def test_every_float8_value_is_read_right(implementation, width):
     """Sequence i has one key, on page i, whose value is the float8 with the bits of i."""
     require(implementation)
     every = jnp.arange(256, dtype=jnp.uint8).view(FLOAT8)
-    values = jnp.broadcast_to(every[:, None, None, None], (256, 1, 1, 8))
+    values = jnp.broadcast_to(every[:, None, None, None], (256, 1, 1, width))
     tables, lengths = jnp.arange(256, dtype=jnp.int32)[:, None], jnp.ones(256, jnp.int32)
-    query = jnp.zeros((256, 1, 1, 8), jnp.float32)
+    query = jnp.zeros((256, 1, 1, width), jnp.float32)
     keys = jnp.zeros_like(values)
     out = paged_attention(query, keys, values, tables, lengths, implementation=implementation)
     np.testing.assert_array_equal(out, np.asarray(values, np.float32))
