@@ -43,7 +43,11 @@ struct F32 {
     return reinterpret_cast<UInt>(load_vector<dtype>(row, c) * factor);
   }
 
-  // Words of columns [c, c + kPanel) of B that the rows join.
+  // Words of columns [c, c + kLanes) of B that the rows join, or of [c, c + kPanel).
+  template <DType dtype>
+  JF_INLINE UInt load_pair(const void* row, const void*, int32_t c, float factor) {
+    return load_row<dtype>(row, c, factor);
+  }
   template <DType dtype>
   JF_INLINE void load_panel(const void* row, const void*, int32_t c, float factor, UInt (&words)[2]) {
     words[0] = load_row<dtype>(row, c, factor);
@@ -70,6 +74,12 @@ struct BF16 {
   template <DType>
   JF_INLINE UInt load_row(const void* row, int32_t c, float factor) {
     const UInt x = *reinterpret_cast<const UIntUnaligned*>(static_cast<const Word*>(row) + c);
+    return factor < 0 ? x ^ 0x80008000u : x;
+  }
+
+  template <DType>
+  JF_INLINE UInt load_pair(const void* even, const void* odd, int32_t c, float factor) {
+    const UInt x = load_halves(even, c) | load_halves(odd, c) << 16;
     return factor < 0 ? x ^ 0x80008000u : x;
   }
 
