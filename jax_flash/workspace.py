@@ -20,7 +20,7 @@ _COLUMNS = 16  # of the accumulator of dquery: whole blocks
 _ALIGNMENT = 256  # of the parts of the workspace
 # Those of csrc/core/plan.h and split.h with these names.
 _DECODE_ROWS, _DECODE_CHUNK, _DECODE_TILE, _DECODE_BLOCKS, _DECODE_PART = 64, 16, 64, 1024, 2048
-_MAX_SPLITS = 256
+_DECODE_TARGET_BYTES, _MAX_SPLITS = 24, 256
 
 
 def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> Any:
@@ -55,7 +55,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
 
 
 def _decode(spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]], leading: Any, count: int) -> Any:
-    """O and two statistics in float32 for every row of every part: a bound of shapes as far as they are known."""
+    """O, two statistics and a target for every row of every part: a bound of shapes as far as they are known."""
     sizes = {
         dim: size
         for name in ("query", "key", "value", "block_tables")
@@ -79,7 +79,7 @@ def _decode(spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]], leading: An
         part_rows = column_rows * (keys // _DECODE_TILE + 1)
         most = _DECODE_BLOCKS * _DECODE_CHUNK
         part_rows = 2 * (min(most, part_rows) if isinstance(part_rows, int) else most)
-    return 4 * part_rows * (sizes["dv"] + 2)
+    return part_rows * (4 * sizes["dv"] + 8 + _DECODE_TARGET_BYTES)
 
 
 def _schedule(rows: Any, sequences: Any) -> Any:

@@ -166,7 +166,10 @@ int32_t decode_ranges(int64_t columns, int64_t wave) {
   return static_cast<int32_t>(best);
 }
 
-int64_t part_bytes(int64_t rows, int64_t value_dim) { return 4 * rows * (value_dim + 2); }
+// O and softmax of the rows of all parts, and no more Targets than there are of them.
+int64_t part_bytes(int64_t rows, int64_t value_dim) {
+  return rows * (4 * value_dim + 8 + kDecodeTargetBytes);
+}
 
 DecodeGrid make_decode_grid(const AttentionSpec& spec, const Shapes& s, const Device& device,
                             const KernelRow& row, Workspace& workspace) {

@@ -108,7 +108,8 @@ inline constexpr int64_t kDecodeChunk = 16;       // rows of a column of decode 
 inline constexpr int64_t kDecodeTile = 64;        // keys of a tile of decode in kernels.def, at least
 inline constexpr int64_t kDecodeBlocks = 1024;  // of decode where they cut sequences: bounds what parts leave
 inline constexpr int64_t kDecodePart = 2048;    // keys of a part in batch-invariant mode
-inline constexpr int64_t kAlignment = 256;      // of the parts of the workspace
+inline constexpr int64_t kDecodeTargetBytes = 24;  // of decode::Target
+inline constexpr int64_t kAlignment = 256;         // of the parts of the workspace
 
 // Columns of a head in the accumulator of dQ: whole blocks of 16.
 JF_HD int32_t accumulator_columns(int32_t head_dim) { return (head_dim + 15) / 16 * 16; }

@@ -22,68 +22,82 @@ __device__ __forceinline__ float weight(const Softmax& part, float m) {
   return part.l == 0 ? 0 : ptx::exp2(part.m - (m == -INFINITY ? 0 : m));
 }
 
-// The slots of a call's parts in the workspace: O [slots, columns, rows, dv], then their Softmax.
+// Where a row's result goes, as offsets in elements, and what joins its softmax.
+struct Target {
+  int64_t out, lse;
+  float sink;     // in powers of two, −inf: none
+  int32_t parts;  // that are to be joined, 0: none
+
+  // Rows past the queries have a place too, but for those of packed sequences, where it is another's.
+  __device__ __forceinline__ static bool exists(const Problem& p, const Rows& rows, const Entry& entry,
+                                                int32_t row) {
+    return !p.packed() || rows.position(row) < entry.sequence.q_len;
+  }
+  Target() = default;
+  __device__ __forceinline__ Target(const Problem& p, const Rows& rows, const Entry& entry, int32_t row,
+                                    int32_t part_count)
+      : sink(-INFINITY), parts(part_count) {
+    const int32_t head = rows.head(row), i = rows.position(row), z = entry.sequence.batch_row;
+    const int64_t token = int64_t{entry.sequence.q_begin} + i, leading = entry.leading;
+    out = p.out.leading_offset(p.leading, leading) + p.out.offset(z, head, token);
+    lse = p.lse.leading_offset(p.leading, leading) + p.lse.offset(z, head, token);
+    if (p.sinks && i < entry.sequence.q_len) {
+      const int64_t at = p.sinks.leading_offset(p.leading, leading) + head * p.sinks.head;
+      sink = p.sinks.as<const float>()[at] * kLog2e;
+    }
+  }
+
+  // o and the softmax of all keys, for four neighbouring features.
+  template <class T>
+  __device__ __forceinline__ void store(const Problem& p, int32_t feature, float4 o, Softmax all) const {
+    float factor = 0, statistic = -INFINITY;
+    const float largest = fmaxf(all.m, sink);
+    if (largest != -INFINITY || all.l != 0) {  // a NaN alone has no maximum
+      const float alpha = ptx::exp2(all.m - largest);
+      const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
+      factor = alpha / total;
+      statistic = (largest + log2f(total)) * kLn2;
+    }
+    if (factor == 0) o = make_float4(0, 0, 0, 0);
+    const uint32_t low = ptx::pack<T>(o.x * factor, o.y * factor),
+                   high = ptx::pack<T>(o.z * factor, o.w * factor);
+    *reinterpret_cast<uint2*>(p.out.as<T>() + out + feature) = make_uint2(low, high);
+    if (feature == 0) p.lse.as<float>()[lse] = statistic;
+  }
+};
+static_assert(sizeof(Target) == kDecodeTargetBytes);
+
+// What parts leave in the workspace: O [slots, columns, rows, dv] and its Softmax [slots, columns, rows]; and
+// for every sequence that may have been cut (one for each range, or all where parts are given) its Target
+// [columns, rows].
 template <int kRows>
 struct Parts {
   float* o;
   Softmax* softmax;
+  Target* targets;
   int32_t columns, width;
 
   __device__ __forceinline__ Parts(const Problem& p, const DecodeGrid& grid, void* workspace)
       : o(reinterpret_cast<float*>(static_cast<char*>(workspace) + grid.memory)),
-        softmax(reinterpret_cast<Softmax*>(o + grid.all_slots * grid.columns * kRows * p.value_dim)),
         columns(grid.columns),
-        width(p.value_dim) {}
+        width(p.value_dim) {
+    const int64_t rows = grid.all_slots * columns * kRows;
+    softmax = reinterpret_cast<Softmax*>(o + rows * width);
+    targets = reinterpret_cast<Target*>(softmax + rows);
+  }
 
-  __device__ __forceinline__ int64_t row(int64_t slot, int32_t column, int32_t row) const {
-    return (slot * columns + column) * kRows + row;
+  // Of a slot, or of a sequence.
+  __device__ __forceinline__ int64_t row(int64_t index, int32_t column, int32_t row) const {
+    return (index * columns + column) * kRows + row;
   }
 };
 
-// Four neighbouring features of a row, and where the row stands.
-struct RowResult {
-  const Problem& p;
-  const Rows& rows;
-  const Entry& entry;
-  int32_t row, feature;
-
-  // o and the softmax of all keys; the sink joins them.
-  template <class T>
-  __device__ __forceinline__ void store(float4 o, Softmax all) const {
-    const int32_t head = rows.head(row), i = rows.position(row);
-    const int32_t z = entry.sequence.batch_row, first = entry.sequence.q_begin;
-    float factor = 0, lse = -INFINITY;
-    if (i < entry.sequence.q_len) {
-      finish(all, head, factor, lse);
-    } else if (p.packed()) {
-      return;  // another sequence's
-    }
-    if (factor == 0) o = make_float4(0, 0, 0, 0);
-    T* out =
-        p.out.as<T>() + p.out.leading_offset(p.leading, entry.leading) + p.out.offset(z, head, first + i);
-    const uint32_t low = ptx::pack<T>(o.x * factor, o.y * factor),
-                   high = ptx::pack<T>(o.z * factor, o.w * factor);
-    *reinterpret_cast<uint2*>(out + feature) = make_uint2(low, high);
-    if (feature == 0) {
-      float* lses = p.lse.as<float>() + p.lse.leading_offset(p.leading, entry.leading);
-      lses[p.lse.offset(z, head, first + i)] = lse;
-    }
-  }
-
- private:
-  __device__ __forceinline__ void finish(Softmax all, int32_t head, float& factor, float& lse) const {
-    const View& view = p.sinks;
-    const float sink =
-        view ? view.as<const float>()[view.leading_offset(p.leading, entry.leading) + head * view.head] *
-                   kLog2e
-             : -INFINITY;
-    const float largest = fmaxf(all.m, sink);
-    if (largest == -INFINITY && all.l == 0) return;
-    const float alpha = ptx::exp2(all.m - largest);
-    const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
-    factor = alpha / total;
-    lse = (largest + log2f(total)) * kLn2;
-  }
-};
+// Where a part goes. Given parts: by their number. Else a block leaves two at most: a sequence that it does
+// not begin, which then is the first of its range, and one that it begins and does not end, the last.
+__device__ __forceinline__ int64_t slot_of(const DecodeGrid& grid, int32_t entry, int32_t unit,
+                                           int32_t range) {
+  if (grid.fixed_parts()) return int64_t{entry} * grid.slots + unit;
+  return 2 * int64_t{range} + (unit == 0 ? 1 : 0);
+}
 
 }  // namespace jax_flash::decode

@@ -64,6 +64,7 @@ class WarpRing {
                                       const Cursor<kTile>& range)
       : call(decode), rows(column_rows), memory(shared), ahead(range) {
     open();
+#pragma unroll 1  // the start of a kernel waits for its instructions
     for (int i = 0; i < kStages; ++i) fill(i);
   }
 

@@ -128,6 +128,28 @@ __device__ __forceinline__ void attend_segment(const Problem& p, const Rows& row
   }
 }
 
+// Nothing to join as yet: of this block's range, or of every sequence where parts are given.
+template <class C>
+__device__ __forceinline__ void clear_targets(const Call& call, const Rows& rows, int32_t column,
+                                              int32_t range, void* workspace) {
+  if (call.grid.memory < 0 || (call.grid.fixed_parts() && range > 0)) return;
+  const Parts<C::kRows> parts(call.p, call.grid, workspace);
+  const int32_t first = call.grid.fixed_parts() ? 0 : range;
+  const int32_t last =
+      call.grid.fixed_parts() ? static_cast<int32_t>(call.p.leading.count() * call.p.batch) : range + 1;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < (last - first) * C::kRows; i += C::kThreads) {
+    const int32_t index = first + i / C::kRows;
+    const int32_t row = i % C::kRows;
+    if (call.grid.fixed_parts()) {
+      const Entry entry(call, rows, index);
+      const bool announced = Tiles<C::kTile>(call.grid, entry).units > 1 && row < rows.end - rows.first &&
+                             Target::exists(call.p, rows, entry, row);
+      if (announced) continue;  // by the block that has its first part
+    }
+    parts.targets[parts.row(index, column, row)].parts = 0;
+  }
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm80(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace,
@@ -141,6 +163,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const Rows rows = Rows::of_column<C::kRows>(call, column);
   const typename C::Search search(call, rows, found);
   const Partition& partition = search.partition;
+  clear_targets<C>(call, rows, column, range, workspace);
   const int32_t begin = partition.begin(range), end = partition.begin(range + 1);
   if (range >= partition.ranges || begin >= end) return;
   const auto place = search.locate(begin);
@@ -153,14 +176,20 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   for (; !cursor.done(); cursor.next()) {
     const Entry entry = cursor.open(call, rows);
     attend_segment<C>(p, rows, entry, cursor, ring, state);
-    const int64_t slot = slot_of(grid, cursor.entry, cursor.unit - cursor.base, range);
     merge.run(state, rows.end - rows.first, [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
-      if (feature >= p.value_dim) return;
-      if (cursor.whole()) return RowResult{p, rows, entry, row, feature}.template store<T>(o, softmax);
+      if (feature >= p.value_dim || !Target::exists(p, rows, entry, row)) return;
+      if (cursor.whole()) return Target(p, rows, entry, row, 0).template store<T>(p, feature, o, softmax);
       const Parts<C::kRows> parts(p, grid, workspace);
-      const int64_t at = parts.row(slot, column, row);
+      const int64_t at =
+          parts.row(slot_of(grid, cursor.entry, cursor.unit - cursor.base, range), column, row);
       *reinterpret_cast<float4*>(parts.o + at * parts.width + feature) = o;
-      if (feature == 0) parts.softmax[at] = softmax;
+      if (feature > 0) return;
+      parts.softmax[at] = softmax;
+      if (!cursor.begins_sequence()) return;
+      const int32_t index = grid.fixed_parts() ? cursor.entry : range;
+      const int32_t count =
+          grid.fixed_parts() ? cursor.all : partition.owner(cursor.base + cursor.all - 1) - range + 1;
+      parts.targets[parts.row(index, column, row)] = Target(p, rows, entry, row, count);
     });
   }
 }
@@ -174,8 +203,7 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
                                           grid, workspace, starts);
   if (e != cudaSuccess || grid.memory < 0) return e;
   const int64_t joined = grid.fixed_parts() ? p.leading.count() * p.batch : grid.ranges;
-  return jax_flash::launch(combine<C>, joined * grid.columns, C::kThreads, 0, stream, p, grid, workspace,
-                           starts);
+  return jax_flash::launch(combine<C>, joined * grid.columns, C::kThreads, 0, stream, p, grid, workspace);
 }
 
 }  // namespace decode
