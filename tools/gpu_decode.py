@@ -83,9 +83,16 @@ def variants(b: int, hq: int, hk: int, d: int, keys: int) -> Any:
         tables, lengths = jnp.asarray(order.reshape(b, -1)), jnp.full(b, keys, jnp.int32)
         yield f"paged {size}", paged_attention, (*pools, tables, lengths), 1
     if keys == 8192:
+        yield "packed", packed, (*pools, tables, lengths), 1
         yield "batch invariant", invariant, (*pools, tables, lengths), 1
         ragged = np.exp(np.random.default_rng(1).uniform(np.log(16), np.log(keys), b)).astype(np.int32)
         yield "ragged", paged_attention, (*pools, tables, jnp.asarray(ragged)), ragged.mean() / keys
+
+
+def packed(q: jax.Array, *arguments: jax.Array) -> jax.Array:
+    starts = jnp.arange(q.shape[0] + 1, dtype=jnp.int32)
+    out: jax.Array = paged_attention(q[:, 0], *arguments, cu_seqlens_q=starts)
+    return out[:, None]
 
 
 def invariant(*arguments: jax.Array) -> jax.Array:

@@ -8,6 +8,14 @@
 
 namespace jax_flash {
 
+// The next kernel on the stream wants as much shared memory as the last: changing the split with L1 takes
+// time.
+template <class... Parameters>
+cudaError_t prefer_shared_memory(void (*kernel)(Parameters...)) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
+}
+
 // Nothing happens without blocks.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, size_t shared,

@@ -179,12 +179,15 @@ bool run(Pass pass, const Problem& problem, const ThreadPool&) {
   const Device planned_for = device(problem.q_rows + problem.k_rows);
   const LaunchPlan chosen = plan(pass, problem.spec, shapes_of(problem), planned_for, built_kernels());
   if (chosen.kernel < 0) return ++not_built, false;
-  reached().insert(chosen.kernel);
   Problem p = problem;
   Copies copies(p, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); });
   DeviceMemory workspace(chosen.workspace);
   check(launch_schedules(p, chosen, workspace.data(), nullptr), "schedule");
-  check(launch_of(chosen.kernel)(p, chosen, workspace.data(), nullptr), "launch");
+  for (int32_t kernel : {chosen.decode_kernel, chosen.kernel}) {
+    if (kernel < 0) continue;
+    reached().insert(kernel);
+    check(launch_of(kernel)(p, chosen, workspace.data(), nullptr), "launch");
+  }
   check(cudaDeviceSynchronize(), "kernel");
   workspace.check_bands();
   copies.check_bands();

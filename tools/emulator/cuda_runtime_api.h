@@ -14,7 +14,11 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+inline constexpr int cudaSharedmemCarveoutMaxShared = 100;
 using cudaStream_t = struct EmulatedStream*;
 
 struct cudaLaunchConfig_t {

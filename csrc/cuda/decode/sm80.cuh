@@ -202,6 +202,8 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
   const cudaError_t e = jax_flash::launch(decode_sm80<C>, blocks, C::kThreads, C::kSharedBytes, stream, p,
                                           grid, workspace, starts);
   if (e != cudaSuccess || grid.memory < 0) return e;
+  if (const cudaError_t preferred = prefer_shared_memory(combine<C>); preferred != cudaSuccess)
+    return preferred;
   const int64_t joined = grid.fixed_parts() ? p.leading.count() * p.batch : grid.ranges;
   return jax_flash::launch(combine<C>, joined * grid.columns, C::kThreads, 0, stream, p, grid, workspace);
 }
