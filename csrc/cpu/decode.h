@@ -53,7 +53,7 @@ JF_INLINE void score_step(const char* const* at, float factor, const Word* q, in
 // o[g] += p[g][0, 2) v[0, 2)
 template <class E, DType dtype, int kRows>
 JF_INLINE void value_step(const char* const* at, float factor, const Word* p, int32_t width, float* o) {
-  constexpr int kWords = kStepKeys / E::kPair;
+  constexpr int kWords = kStepKeys / E::kPair, kVectors = E::kPair;  // pairs come as panels
   const char* const v[kStepKeys] = {at[0], at[1]};
   const int32_t ld = padded(width);
   UInt weight[kRows * kWords];
@@ -61,18 +61,25 @@ JF_INLINE void value_step(const char* const* at, float factor, const Word* p, in
   for (int i = 0; i < kRows * kWords; ++i) {
     weight[i] = broadcast_word(p[i / kWords * kDecodeKeys + i % kWords]);
   }
-  for (int32_t c = 0; c < width; c += kLanes) {
-    UInt value[kWords];
-#pragma GCC unroll 8
-    for (int i = 0; i < kWords; ++i) {
-      value[i] = E::template load_pair<dtype>(v[i * E::kPair], v[(i + 1) * E::kPair - 1], c, factor);
+  for (int32_t c = 0; c < width; c += kVectors * kLanes) {
+    UInt value[kStepKeys];  // [kWords, kVectors]
+    if constexpr (E::kPair == 1) {
+      for (int i = 0; i < kStepKeys; ++i) value[i] = E::template load_row<dtype>(v[i], c, factor);
+    } else {
+      E::template load_panel<dtype>(v[0], v[1], c, factor, value);
     }
 #pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
-      Float x = load(o + g * ld + c);
-#pragma GCC unroll 8
-      for (int i = 0; i < kWords; ++i) x = E::multiply_lanes(x, weight[g * kWords + i], value[i]);
-      store(o + g * ld + c, x);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) {
+        float* to = o + g * ld + c + j * kLanes;
+        Float x = load(to);
+#pragma GCC unroll 2
+        for (int i = 0; i < kWords; ++i) {
+          x = E::multiply_lanes(x, weight[g * kWords + i], value[i * kVectors + j]);
+        }
+        store(to, x);
+      }
     }
   }
 }
