@@ -14,20 +14,24 @@ from typing import Any
 
 import numpy as np
 
-WORD = 4
-LINE = 64
+WORD = 4  # bytes
 
 
 def reader() -> Callable[..., None]:
     """A function that reads all bytes of some arrays once, compiled here for this machine."""
     read = _compiled().stream_read
-    read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     threads = len(os.sched_getaffinity(0))
     pool = ThreadPoolExecutor(threads)
 
     def run(*arrays: Any) -> None:
-        shares = [_shares(array, threads) for array in arrays]
-        list(pool.map(lambda own: [read(*share) for share in own], zip(*shares, strict=True)))
+        hosts = [np.asarray(array) for array in arrays]  # of a CPU device: no copy
+        counters = np.zeros(len(arrays) * 8, np.uint64)  # one to a cache line
+        shares = [
+            (host.ctypes.data, host.nbytes // WORD, counters[8 * i :].ctypes.data)
+            for i, host in enumerate(hosts)
+        ]
+        list(pool.map(lambda _: [read(*share) for share in shares], range(threads)))
 
     return run
 
@@ -42,11 +46,3 @@ def _compiled() -> ctypes.CDLL:
         flags = ["-O3", "-march=native", "-mprefer-vector-width=512", "-funroll-loops", "-shared", "-fPIC"]
         subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
         return ctypes.CDLL(str(library))
-
-
-def _shares(array: Any, count: int) -> list[tuple[int, int]]:
-    """(address, words) of each thread's part."""
-    host = np.asarray(array)  # of a CPU device: no copy
-    size = -(-host.nbytes // (count * LINE)) * LINE
-    starts = range(0, count * size, size)
-    return [(host.ctypes.data + at, max(0, min(size, host.nbytes - at)) // WORD) for at in starts]
