@@ -206,7 +206,7 @@ static void forward_part(const Problem& p, const RowTile& tile, int32_t part, fl
 // first ← its union with another part's.
 static void merge_parts(const Problem& p, const RowTile& tile, float* first, float* other) {
   const int32_t rows = tile.rows(), dv = p.value_dim;
-  merge_part(rows, dv, PartialOutput::at(first, rows, dv), PartialOutput::at(other, rows, dv));
+  merge_part(rows, dv, score_unit(p), PartialOutput::at(first, rows, dv), PartialOutput::at(other, rows, dv));
 }
 
 static void store_part(const Problem& p, const RowTile& tile, float* part) {

@@ -18,6 +18,17 @@ struct Row {
   int32_t position, head;
 };
 
+// Whether a score is made of anything besides scale, band and dropout. A scale of 0 would make NaN of the
+// hidden scores, -inf.
+JF_INLINE bool score_has_extra(const Problem& p) {
+  return p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
+}
+
+// What the softmax multiplies S by: see Head.
+JF_INLINE float score_unit(const Problem& p) {
+  return score_has_extra(p) ? 1.0f : __builtin_fabsf(p.spec.scale);
+}
+
 struct Head {
   const Problem& problem;
   Sequence sequence;
@@ -28,7 +39,7 @@ struct Head {
   // makes of it. The scale stays out of S and of its maximum, so that large scales do not magnify the
   // rounding of either.
   float query_sign, unit;
-  bool extra;  // anything besides scale, band and dropout
+  bool extra;
   bool drops;
   Dropout dropout;
   int64_t leading;
@@ -39,9 +50,8 @@ struct Head {
     key = keys(p.key, p.head_dim, p.k_scale, __builtin_nanf(""));
     value = keys(p.value, p.value_dim, p.v_scale, 0.0f);
     query_sign = p.spec.scale < 0 ? -1.0f : 1.0f;
-    // A scale of 0 would make NaN of the hidden scores, -inf.
-    extra = p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
-    unit = extra ? 1.0f : __builtin_fabsf(p.spec.scale);
+    extra = score_has_extra(p);
+    unit = score_unit(p);
     drops = p.spec.dropout_rate > 0;
     if (drops) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
   }

@@ -8,15 +8,15 @@
 
 namespace jax_flash::JF_ISA {
 
-// Of each row: m = max S log2(e) over the keys so far, l = Σ 2^(S log2(e) − m) lane by lane, alpha the last
-// rescale of l and O.
+// Of each row: m = max S over the keys so far, shift = unit log2(e) m as it was rounded once for all that
+// subtract it, l = Σ 2^(unit log2(e) S − shift) lane by lane, alpha the last rescale of l and O.
 struct Softmax {
-  float m[kTileM];
+  float m[kTileM], shift[kTileM];
   alignas(64) float alpha[kTileM];
   Float l[kTileM];
 
   void reset() {
-    for (int32_t r = 0; r < kTileM; ++r) m[r] = kNegInf, alpha[r] = 1.0f, l[r] = Float{};
+    for (int32_t r = 0; r < kTileM; ++r) m[r] = shift[r] = kNegInf, alpha[r] = 1.0f, l[r] = Float{};
   }
 };
 
@@ -84,7 +84,11 @@ JF_INLINE Float hide_edges(Columns visible, int32_t lo, int32_t hi, float* s, Fl
   return top;
 }
 
-// S -> P for one row of a block, P as words of E in S's place: m ← max(m, S), P = 2^(S − m), l ← αl + ΣP.
+// From here on rounding the shift would matter: S − m is made first.
+inline constexpr float kFarShift = 1 << 20;
+
+// S -> P for one row of a block, P as words of E in S's place: m ← max(m, S), P = exp(unit (S − m)),
+// l ← αl + ΣP.
 // `top` is the maximum of the block's open panels, lane by lane.
 template <class E>
 JF_INLINE void softmax_row(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
@@ -100,10 +104,17 @@ JF_INLINE void softmax_row(const Head& head, Row row, KeyRange range, const Bloc
     top = hide_edges(visible, all.lo, block.open.lo, s, top);
     top = hide_edges(visible, block.open.hi, all.hi, s, top);
   }
-  const float unit = head.unit * kLog2e, highest = reduce_max(top) * unit;
+  const float unit = head.unit * kLog2e, highest = reduce_max(top);
   const float m = highest > state.m[r] ? highest : state.m[r];
-  const float shift = m == kNegInf ? 0.0f : m;  // all hidden so far: P = 2^(−inf − 0) = 0
-  const Float alpha = exp2_short<E::kExpDegree>(broadcast(state.m[r] - shift));
+  float shift = m == kNegInf ? 0.0f : m * unit;  // all hidden so far: P = 2^(−inf − 0) = 0
+  float change = state.shift[r] - shift;
+  state.shift[r] = m == kNegInf ? kNegInf : shift;
+  if (__builtin_fabsf(shift) >= kFarShift) {
+    change = (state.m[r] - m) * unit;
+    shift = 0.0f;
+    for (int32_t c = all.lo; c < all.hi; c += kLanes) store(s + c, load(s + c) - m);
+  }
+  const Float alpha = exp2_short<E::kExpDegree>(broadcast(change));
   Float sum = state.l[r] * alpha;
   Word* p = reinterpret_cast<Word*>(s);  // its columns are no wider than those of S
   if (head.drops) {
@@ -144,7 +155,7 @@ struct PartialOutput {
   }
 };
 
-// out = O / l and lse = m + log l, the sink joining the sum; rows past the length are filled.
+// out = O / l and lse = unit m + log l, the sink joining the sum; rows past the length are filled.
 static void store_output(const Head& head, const RowTile& tile, const PartialOutput& from) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, tile.head);
@@ -153,7 +164,7 @@ static void store_output(const Head& head, const RowTile& tile, const PartialOut
     const int32_t i = tile.position(r), h = tile.head_of(r) - tile.head;
     float factor = 0.0f, statistic = kNegInf;
     if (i < head.band.q_len) {
-      float m = from.m[r] * kLn2, l = from.l[r], alpha = 1.0f;
+      float m = from.m[r] * head.unit, l = from.l[r], alpha = 1.0f;
       if (p.sinks) {
         const SplitMerge merged = merge_splits(m, head.at(p.sinks, (tile.head + h) * p.sinks.head), 1.0f);
         alpha = merged.first;
@@ -172,11 +183,11 @@ static void store_output(const Head& head, const RowTile& tile, const PartialOut
 }
 
 // first ← its union with another part's. Not inlined: parts give the same bits whoever merges them.
-static __attribute__((noinline)) void merge_part(int32_t rows, int32_t width, const PartialOutput& first,
-                                                 const PartialOutput& other) {
+static __attribute__((noinline)) void merge_part(int32_t rows, int32_t width, float unit,
+                                                 const PartialOutput& first, const PartialOutput& other) {
   const int32_t ld = padded(width);
   for (int32_t r = 0; r < rows; ++r) {
-    const SplitMerge merged = merge_splits(first.m[r], other.m[r], kLn2);
+    const SplitMerge merged = merge_splits(first.m[r], other.m[r], unit);
     first.l[r] = first.l[r] * merged.first + other.l[r] * merged.second;
     first.m[r] = merged.m;
     float* o = first.o + r * ld;
