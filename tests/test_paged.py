@@ -85,6 +85,18 @@ def test_many_query_heads_and_rows_of_one_kv_head(name, size):
     pages.check(paged({"decode": decode, "prefill": prefill}[name], size), IMPLEMENTATION)
 
 
+@pytest.mark.parametrize(
+    ("d", "dv"), [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str
+)
+def test_few_and_many_rows_of_every_head_dim(d, dv):
+    """Decode with 4 and 12 rows of a KV head, and a mix with longer sequences, over several tiles of keys."""
+    few = Case("few", b=2, sq=1, sk=300, kv_lengths=(300, 129), hq=8, hk=2, sinks=True)
+    many = Case("many", b=2, sq=3, sk=300, kv_lengths=(290, 65), hq=4, hk=1, causal=True, window=(200, None))
+    mixed = varlen("mixed", (1, 70, 2), k_sequences=(300, 90, 40), causal=True, hq=4, hk=1)
+    for case in (few, many, mixed):
+        pages.check(paged(case.replace(d=d, dv=dv, dtype="bfloat16"), 16), IMPLEMENTATION)
+
+
 @pytest.mark.parametrize("width", [8, 64])
 def test_every_float8_value_is_read_right(implementation, width):
     """Sequence i has one key, on page i, whose value is the float8 with the bits of i."""
