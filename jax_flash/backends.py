@@ -56,7 +56,7 @@ class Backend:
       library: the file it was loaded from; None where there is none (always for "xla").
       problem: why it is not installed, with the way out; None where it is.
       archs: "cpu": the instruction set chosen on this machine; "cuda": the families built, such as "sm90".
-      passes: the passes built: "forward", "backward", "bias_gradient", "append".
+      passes: the passes built: "forward", "backward", "bias_gradient", "append"; "cuda": "paged_forward", "decode" too.
       dtypes: the input dtypes built.
       head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
       devices: the local devices it runs on.
