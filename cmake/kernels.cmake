@@ -19,12 +19,12 @@ function(jf_head_dim_wanted d dv result)
 endfunction()
 
 # The table of registers, spills and shared memory, made before `target`, and installed beside it. The build fails
-# where a kernel passes its budget, unless JAX_FLASH_BUDGET is OFF.
+# where a kernel passes its budget, unless JAX_FLASH_BUDGET is OFF or the compiler is older than the one it is for.
 function(jf_add_resources target objects)
   set(resources "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/resources.py")
   set(table "${PROJECT_BINARY_DIR}/cuda_resources.tsv")
   set(mode check)
-  if(NOT JAX_FLASH_BUDGET)
+  if(NOT JAX_FLASH_BUDGET OR CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13)
     set(mode list)
   endif()
   add_custom_command(OUTPUT "${table}"

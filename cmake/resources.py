@@ -83,8 +83,9 @@ def report(mode: str, table: Path, objects: list[Path]) -> int:
     logs = [x.with_name(x.name + ".ptxas") for x in objects]
     kernels = demangled([kernel for log in logs if log.exists() for kernel in parse(log.read_text())])
     errors = over_budget(kernels) if mode == "check" else []
-    print(*errors, sep="\n", end="\n" if errors else "", file=sys.stderr)
-    if not errors:  # the table is what the build makes, which has failed
+    if errors:
+        print(*errors, "JAX_FLASH_BUDGET=OFF builds it all the same", sep="\n", file=sys.stderr)
+    else:  # the table is what the build makes, which has failed otherwise
         table.write_text("\n".join([HEADER, *sorted(kernel.row() for kernel in kernels), ""]))
     return int(bool(errors))
 

@@ -9,6 +9,7 @@ from typing import Any
 import cuda_call
 
 TOKENS, WIDTH = 16384, 2048  # b · s, and heads · head dim
+DOCUMENTS = (100, 8000, 300, 2500, 1200, 4284)  # lengths of packed sequences, TOKENS in all
 
 
 def time_all() -> None:
@@ -21,6 +22,10 @@ def time_all() -> None:
     for name, options in _variants().items():
         _time_fixed(128, 4096, False, name=name, **options)
     _time_fixed(128, 4096, True, name="deterministic", deterministic=True)
+    for causal in (False, True):
+        figures = [rate_packed(pass_, 128, DOCUMENTS, causal) for pass_ in ("forward", "backward")]
+        name = f"d 128 packed documents of 100 to 8000{' causal' if causal else ''}"
+        print(f"{name}: forward {figures[0]:.0f}, backward {figures[1]:.0f}", flush=True)
 
 
 def _variants() -> dict[str, dict[str, Any]]:
@@ -59,6 +64,28 @@ def rate(
         operands |= {"dout": do, "lse": lse, "delta": jnp.zeros_like(lse)}
     call = jax.jit(lambda x: cuda_call.call(pass_, spec, x, library))
     return _flop(pass_, s, causal) / seconds(call, operands) / 1e12
+
+
+def rate_packed(pass_: str, d: int, lengths: tuple[int, ...], causal: bool) -> float:
+    """The same of sequences of these lengths, packed."""
+    import itertools
+
+    import jax
+    import jax.numpy as jnp
+
+    from jax_flash.spec import AttentionSpec
+
+    q, k, v, do = (x.reshape(TOKENS, WIDTH // d, d) for x in _inputs(d, TOKENS))
+    starts = jnp.asarray((0, *itertools.accumulate(lengths)), jnp.int32)
+    names = ("cu_seqlens_q", "cu_seqlens_k")
+    spec = AttentionSpec("varlen", right=0 if causal else -1, scale=d**-0.5, operands=names)
+    operands = {"query": q, "key": k, "value": v} | dict.fromkeys(names, starts)
+    if pass_ == "backward":
+        lse = jnp.full((WIDTH // d, TOKENS), 8.0, jnp.float32)
+        operands |= {"dout": do, "lse": lse, "delta": jnp.zeros_like(lse)}
+    call = jax.jit(lambda x: cuda_call.call(pass_, spec, x))
+    flop = sum(_flop(pass_, n, causal) * n / TOKENS for n in lengths)
+    return flop / seconds(call, operands) / 1e12
 
 
 def _inputs(d: int, s: int) -> list[Any]:

@@ -67,6 +67,9 @@ class TileRing {
     return second_place(n);
   }
 
+  // After the last pair: no copy outlives the block.
+  __device__ __forceinline__ void finish() const { ptx::cp_async_wait<0>(); }
+
  private:
   __device__ __forceinline__ uint32_t first_place(int32_t n) const {
     return shared_ + n % kStages * First::kBytes;
@@ -75,11 +78,11 @@ class TileRing {
     return shared_ + kStages * First::kBytes + n % kStages * Second::kBytes;
   }
 
+  // Past the last tile too: a branch would keep the copies from running beside the product. Rows from the
+  // source's end on are not read.
   __device__ __forceinline__ void fill(int32_t n) {
-    if (n < tiles_.hi) {
-      source_.template load_first<First, kThreads>(first_place(n), n);
-      source_.template load_second<Second, kThreads>(second_place(n), n);
-    }
+    source_.template load_first<First, kThreads>(first_place(n), n);
+    source_.template load_second<Second, kThreads>(second_place(n), n);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void fill_first(int32_t n) {

@@ -71,7 +71,8 @@ struct ScoreOperands {
 template <class S>
 struct KeptElements {
   static constexpr int kCount = S::kSlots * S::kColumnTiles * 2;
-  uint32_t bits[(kCount + 31) / 32] = {};
+  static constexpr int kWords = (kCount + 31) / 32;
+  uint32_t bits[kWords] = {};
 
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
     return (slot * S::kColumnTiles + n) * 2 + e;
@@ -155,16 +156,38 @@ class GeneralScore {
     }
   }
 
-  // There is dropout.
+  // There is dropout. In two parts: the second has no branch that would keep it from running beside a product
+  // that stands before it.
   template <class S>
   __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
+    KeptElements<S> result = kept_of_odd_shards<S>(row, key);
+    add_kept_blocks(result, row, key);
+    return result;
+  }
+
+  // Where a shard begins within a block of Philox, all of it.
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> kept_of_odd_shards(int32_t row, int32_t key) const {
+    return whole_blocks<S>() ? KeptElements<S>{} : kept_one_by_one<S>(row, key);
+  }
+
+  // Elsewhere.
+  template <class S>
+  __device__ __forceinline__ void add_kept_blocks(KeptElements<S>& result, int32_t row, int32_t key) const {
     if constexpr (S::kColumnTiles % 4 == 0) {
-      if (operands.dropout.column % kDropoutBlock == 0) return kept_blocks<S>(row, key);
+      const KeptElements<S> blocks = kept_blocks<S>(row, key);
+#pragma unroll
+      for (int i = 0; i < KeptElements<S>::kWords; ++i)
+        result.bits[i] = whole_blocks<S>() ? blocks.bits[i] : result.bits[i];
     }
-    return kept_one_by_one<S>(row, key);  // a shard begins within a block
   }
 
  private:
+  template <class S>
+  __device__ __forceinline__ bool whole_blocks() const {
+    return S::kColumnTiles % 4 == 0 && operands.dropout.column % kDropoutBlock == 0;
+  }
+
   // A lane makes one block for every row and 32 columns: its own 8 neighbours where S is dealt, else those of
   // one of four column tiles, which the row's lanes then share.
   template <class S>

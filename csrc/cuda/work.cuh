@@ -28,10 +28,8 @@ struct BlockWork {
   }
 };
 
-// Blocks by the number of heads that are worked on side by side: few enough for what they share to stay in
-// L2.
-template <Over over>
-inline constexpr uint32_t kHeadsTogether = over == Over::kQueries ? 1 : 16;
+// Heads that are worked on side by side: few enough for what they share to stay in L2.
+inline constexpr uint32_t kHeadsTogether = 16;
 
 // Packed: in the schedule's order of sequences, longest first, each with all its heads, and with all tiles of
 // a head as neighbours. Slot s of the schedule stands for blocks [s · heads, (s + 1) · heads).
@@ -63,8 +61,11 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block);
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = gridDim.x / tiles;
-  const uint32_t first = blockIdx.x / (kHeadsTogether<over> * tiles) * kHeadsTogether<over>;
-  const uint32_t together = min(kHeadsTogether<over>, all - first), number = blockIdx.x - first * tiles;
+  // Query tiles that see the same keys are as long as each other, and best served by one head after the
+  // other.
+  const uint32_t group = kQueries && p.spec.right < 0 ? 1 : kHeadsTogether;
+  const uint32_t first = blockIdx.x / (group * tiles) * group;
+  const uint32_t together = min(group, all - first), number = blockIdx.x - first * tiles;
   const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;
   uint32_t rest = first + number % together;
   BlockWork work;

@@ -127,15 +127,16 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     }
     BiasChunks<S> bias;
     if constexpr (C::kGeneral) general.fetch(bias, row(), key);
+    KeptElements<S> kept;
+    if constexpr (C::kDropout) kept = general.template kept_of_odd_shards<S>(row(), key);
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
+    if constexpr (C::kDropout) general.add_kept_blocks(kept, row(), key);
     const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
     if constexpr (C::State::kScaled) for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });
     if constexpr (C::kGeneral) general.apply(s, row(), key, nullptr, &bias);  // softcap, bias, alibi, masks
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
-    KeptElements<S> kept;
-    if constexpr (C::kDropout) kept = general.template kept<S>(row(), key);
     softmax.fit(s, o);  // m; O ← α O
 
     // O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
@@ -150,6 +151,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
     }
   }
+  kv.finish();
 
   float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
   if constexpr (C::State::kScaled) factor *= block.value_scale;
