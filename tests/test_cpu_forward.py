@@ -1,0 +1,69 @@
+"""The CPU forward: the contract on every instruction set, the same bits for any number of threads."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from programs import report, start_python
+
+ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+ON_ONE_ISA = """
+import json, os, sys
+os.environ["JAX_FLASH_CPU_ISA"] = sys.argv[1]
+import checks, jax_flash
+from cases import Case
+from jax_flash import _core
+try:
+    isa = _core.cpu_isa()
+except ValueError as error:  # this machine or this build lacks it
+    print(json.dumps(str(error)))
+    sys.exit()
+tails = Case("tails", b=1, sq=70, sk=530, hq=4, hk=2, d=24, dv=40, causal=True)
+window = Case("window", b=1, sq=200, sk=200, hq=2, hk=1, d=64, dv=64, window=(40, 9), sinks=True)
+scores = Case("scores", b=2, sq=40, sk=90, hq=2, hk=2, softcap=3.0, bias=(1, 2, 40, 90), alibi_slopes=(2,))
+hidden = Case("hidden", b=2, sq=33, sk=97, hq=2, segments=3, mask=(2, 1, 33, 97), dropout_rate=0.2)
+few = Case("few", b=2, sq=2, sk=300, hq=4, hk=2, kv_lengths=(300, 17))
+for case in (tails, window, scores, hidden, few):
+    for dtype in ("float32", "bfloat16", "float16"):
+        checks.check(case.replace(dtype=dtype), "cpu")
+print(json.dumps(isa))
+"""
+BITS = """
+import hashlib, json, os, sys
+os.sched_setaffinity(0, json.loads(sys.argv[1]))
+import jax, jax.numpy as jnp, jax_flash
+b, s, d = 1, 1100, 64
+hashes = []
+for h, hk in ((1, 1), (3, 3), (8, 1)):
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = [(b, s, h, d), (b, s, hk, d), (b, s, hk, d)]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        q, k, v = (jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes))
+        ids = jnp.arange(s, dtype=jnp.int32)[None] // 300
+        for options in (
+            {}, {"causal": True}, {"window": (100, 30)}, {"causal": True, "segment_ids": ids},
+            {"softcap": 5.0, "alibi_slopes": jnp.ones(h)},
+            {"dropout_rate": 0.2, "dropout_key": jax.random.key(1)},
+        ):
+            results = jax_flash.flash_attention(q, k, v, return_lse=True, implementation="cpu", **options)
+            hashes += [hashlib.sha256(x.tobytes()).hexdigest() for x in results]
+print(json.dumps(hashes))
+"""
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_each_instruction_set_keeps_the_contract(isa: str) -> None:
+    used = report(start_python(ON_ONE_ISA, isa), timeout=600)
+    if used != isa:
+        pytest.skip(used)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to choose a process' CPUs here")
+def test_results_are_the_same_bits_on_one_thread_and_on_all() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) == 1:
+        pytest.skip("one CPU only")
+    alone, together = (report(start_python(BITS, str(x)), timeout=300) for x in (cpus[:1], cpus))
+    assert len(alone) == 72
+    assert alone == together
