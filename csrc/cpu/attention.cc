@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -85,7 +86,7 @@ float* decode_parts(int64_t floats) {
 }
 
 // At most this much memory holds the parts of split sequences; tiles past it run whole, part after part.
-constexpr int64_t kPartFloats = int64_t{1} << 24;
+constexpr int64_t kPartFloats = int64_t{1} << 22;
 
 // Threads worth waking for `multiplies` multiply-adds.
 int64_t workers_for(double multiplies) {
@@ -134,12 +135,12 @@ class SpreadTiles {
       tiles_.push_back(tile);
       end_ = index + 1;
     }
-    memory_ = aligned_floats(floats);
+    memory_.emplace(floats);
   }
 
   const std::vector<RowTile>& tiles() const { return tiles_; }
   const std::vector<Part>& parts() const { return parts_; }
-  float* memory(const Part& part) const { return memory_.get() + part.offset; }
+  float* memory(const Part& part) const { return memory_->get() + part.offset; }
 
   // The tile at `index` of the grid is among them.
   bool has(int64_t index, const Splits& splits, const RowTile& tile) const {
@@ -150,7 +151,7 @@ class SpreadTiles {
   std::vector<RowTile> tiles_;
   std::vector<Part> parts_;
   int64_t end_ = 0;
-  Floats memory_;
+  std::optional<KeptFloats> memory_;
 };
 
 // Tiles [begin, end) of the grid in order, side by side where they share a KV head. Those that were spread

@@ -7,6 +7,11 @@
 
 namespace jax_flash::JF_ISA {
 
+// Of the widest head: the packed keys and values, S, and of every tile of the run Q, O and the softmax.
+static_assert((2 * kTileN * kMaxHeadDim + kTileM * (kTileN + kLanes) +
+               kMaxRun * (2 * kTileM * kMaxHeadDim + static_cast<int64_t>(sizeof(Softmax) / 4) + kLanes)) <=
+              kScratchFloats);
+
 // A tile of keys, packed as the operands B of both products from column 0 on.
 struct PackedKeys {
   KeyRange range;
