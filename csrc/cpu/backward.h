@@ -70,7 +70,7 @@ static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& 
   const int32_t n = round_up(keys.n, kPanel) / E::kPair;
   for (int32_t c = 0; c < ld; c += kPanel) {
     for (int32_t b = 0; b < q.blocks; ++b) {
-      const int32_t lo = used[b].lo / E::kPair, hi = used[b].hi / E::kPair;
+      const int32_t lo = used[b].lo / E::kPair, hi = min(used[b].hi / E::kPair, n);  // no more is packed
       if (lo >= hi) continue;
       const int32_t r = b * kBlockRows;
       multiply_words<E, Start::kAccumulate, false>(
