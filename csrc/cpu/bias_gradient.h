@@ -7,7 +7,7 @@
 
 namespace jax_flash::JF_ISA {
 
-// Scratch of one item, and its sum [kGradientM, kGradientN].
+// Scratch of one item, and its sum [rows, kGradientN].
 struct BiasScratch {
   QueryTile queries;
   float* memory;  // of the queries
@@ -17,39 +17,40 @@ struct BiasScratch {
 };
 
 // sum[r or 0, c or 0] += dS[r, c] over the columns that each block of rows uses.
-static void add_tile(const BiasScratch& t, const Columns* used, bool one_row, bool one_column) {
+static void add_tile(const BiasScratch& t, const Columns* used, bool one_row, bool one_column, float* sum) {
   for (int32_t r = 0; r < t.queries.count; ++r) {
     const Columns block = used[r / kBlockRows];
     const float* ds = t.gradient.dp + r * kGradientRow;
-    float* sum = t.sum + (one_row ? 0 : r * kGradientN);
-    if (one_column) {
-      float total = 0.0f;
-      for (int32_t c = block.lo; c < block.hi; ++c) total += ds[c];
-      sum[0] += total;
-    } else {
-      for (int32_t c = block.lo; c < block.hi; ++c) sum[c] += ds[c];
+    float* row = sum + (one_row ? 0 : r * kGradientN);
+    Float total{};
+    for (int32_t c = block.lo; c < block.hi; c += kLanes) {
+      if (one_column) {
+        total += load(ds + c);
+      } else {
+        store(row + c, load(row + c) + load(ds + c));
+      }
     }
+    if (one_column) row[0] += reduce_sum(total);
   }
 }
 
-// Adds the dS of one head over rows [i0, i1) and keys [j0, j1).
+// Adds the dS of one head over these rows and columns.
 template <class E>
 static void add_head(const Head& head, Interval rows, Interval columns, BiasScratch& t) {
   const Problem& p = head.problem;
   const bool one_row = p.dbias_rows == 1, one_column = p.dbias_columns == 1;
-  for (int32_t i0 = rows.lo; i0 < rows.hi; i0 += kGradientM) {
-    const int32_t i1 = min(rows.hi, i0 + kGradientM);
-    const Interval hull = intersect(head.band.rows(i0, i1), columns);
-    if (hull.empty()) continue;
-    t.queries = query_tile<E>(head, i0, i1, t.memory);
-    pack_queries<E>(head, t.queries, false);
-    for (int32_t j0 = columns.lo; j0 < hull.hi; j0 += kGradientN) {
-      const int32_t n = min(hull.hi - j0, kGradientN);
+  for (int32_t j0 = columns.lo; j0 < columns.hi; j0 += kGradientN) {
+    const int32_t n = min(min(columns.hi, head.band.k_len) - j0, kGradientN);
+    const Interval see = intersect(head.band.queries(j0, j0 + n), rows);
+    if (see.empty()) continue;
+    pack_keys<E>(head, j0, n, t.k_panels, t.v_panels);
+    for (int32_t i0 = see.lo - (see.lo - rows.lo) % kGradientM; i0 < see.hi; i0 += kGradientM) {
+      t.queries = query_tile<E>(head, i0, min(rows.hi, i0 + kGradientM), t.memory);
       Columns used[kGradientBlocks];
       if (!used_panels(head.band, t.queries, j0, n, used)) continue;
-      pack_keys<E>(head, j0, n, t.k_panels, t.v_panels);
+      pack_queries<E>(head, t.queries, false);
       tile_gradient<E, 1>(head, t.queries, t.k_panels, t.v_panels, j0, n, used, false, t.gradient);
-      add_tile(t, used, one_row, one_column);
+      add_tile(t, used, one_row, one_column, t.sum + (one_row ? 0 : (i0 - rows.lo) * kGradientN));
     }
   }
 }
@@ -64,9 +65,9 @@ static void bias_gradient_as(const Problem& p, const BiasTile& tile, float* memo
   t.gradient.dp = scratch.take(kGradientM * kGradientRow);
   t.k_panels = as_words(scratch.take(kGradientN * ld));
   t.v_panels = as_words(scratch.take(kGradientN * ldv));
-  t.sum = scratch.take(kGradientM * kGradientN);
   const int32_t height = tile.row_end - tile.row_begin, width = tile.column_end - tile.column_begin;
-  for (int32_t c = 0; c < height * kGradientN; c += kLanes) store(t.sum + c, Float{});
+  t.sum = scratch.take(round_up(height, kGradientM) * kGradientN);
+  fill(t.sum, height * kGradientN, 0.0f);
 
   const bool all_batch = p.dbias_batch == 1, all_heads = p.dbias_heads == 1;
   const Interval rows = p.dbias_rows == 1 ? Interval{0, p.q_rows} : Interval{tile.row_begin, tile.row_end};

@@ -44,6 +44,9 @@ JF_HD bool is_decode(const Problem& p, const RowTile& tile) {
   return tile.begin == 0 && is_decode(p, tile.end);
 }
 
+// Tiles of queries that an item of the bias gradient has at most.
+inline constexpr int32_t kBiasStrip = 8;
+
 // A tile of the bias gradient, in the bias' own coordinates; an axis that it is broadcast over is summed
 // whole.
 struct BiasTile {

@@ -205,15 +205,16 @@ class KeyGrid {
   int32_t tile_, group_;
 };
 
-// All tiles of dbias.
+// All tiles of dbias: strips of rows, as long as enough of them are left for many threads, for keys are
+// packed once for a strip.
 class BiasGrid {
  public:
-  BiasGrid(const Problem& p, int32_t tile_m, int32_t tile_n)
-      : p_(p),
-        m_(tile_m),
-        n_(tile_n),
-        rows_(ceil_div(p.dbias_rows, tile_m)),
-        columns_(ceil_div(p.dbias_columns, tile_n)) {}
+  BiasGrid(const Problem& p, int32_t tile_m, int32_t tile_n) : p_(p), m_(tile_m), n_(tile_n) {
+    columns_ = ceil_div(p.dbias_columns, tile_n);
+    rows_ = ceil_div(p.dbias_rows, tile_m);
+    m_ *= std::clamp<int64_t>(size() / kItems, 1, kBiasStrip);
+    rows_ = ceil_div(p.dbias_rows, m_);
+  }
 
   int64_t size() const { return p_.leading.count() * p_.dbias_batch * p_.dbias_heads * rows_ * columns_; }
 
@@ -231,6 +232,8 @@ class BiasGrid {
   }
 
  private:
+  static constexpr int64_t kItems = 64;
+
   const Problem& p_;
   int64_t m_, n_, rows_, columns_;
 };
