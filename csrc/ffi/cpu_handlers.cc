@@ -8,6 +8,7 @@
 
 #include "../cpu/attention.h"
 #include "../cpu/kernels.h"
+#include "../cpu/memory.h"
 #include "operands.h"
 
 namespace jax_flash {
@@ -39,6 +40,10 @@ ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArg
                   ffi::RemainingRets rets) {
   Problem problem;
   if (ffi::Error error = decode_operands(pass, spec, args, rets, problem); error.failure()) return error;
+  for (size_t i = 0; i < rets.size(); ++i) {
+    const ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(i);
+    prefer_large_pages(result.untyped_data(), static_cast<int64_t>(result.size_bytes()));
+  }
   return guarded(threads, problem.head_dim, problem.value_dim,
                  [&](const ThreadPool& pool) { compute(problem, pool); });
 }
