@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--sections", default="", help="of the suite, separated by commas; all by default")
     options = parser.parse_args(arguments)
     if options.suite:
-        return run_suite(parser, options, arguments)
+        return run_suite(parser, options)
     platform = jax.default_backend()
     chosen = [c for c in (cases.GPU if platform == "gpu" else cases.CPU) if options.cases in c.name]
     if not chosen:
@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]) -> int:
+def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     from . import suite
 
     chosen = options.sections.split(",") if options.sections else list(suite.SECTIONS)
@@ -69,7 +69,7 @@ def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace, argu
         parser.error(
             f"--sections: {unknown or 'the suite runs on cpu'}; there are {', '.join(suite.SECTIONS)}"
         )
-    return suite.run(chosen, options.out, arguments)
+    return suite.run(chosen, options.out)
 
 
 def device_rates(platform: str, dtypes: list[str], options: argparse.Namespace) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def bar_table(sections: Sections) -> str:
     for bar in judge(cells_of(sections)):
         asked = f"{'≥' if bar.at_least else '≤'} {bar.limit:g}"
         met = "met" if bar.met else "**missed**"
-        lines.append(f"| {bar.name} | {bar.value:.3g} | {asked} | {met} | {bar.where} |")
+        lines.append(f"| {bar.name} | {bar.value:.4g} | {asked} | {met} | {bar.where} |")
     return "\n".join(lines)
 
 
@@ -62,8 +62,11 @@ def markdown(sections: Sections) -> str:
     lines = [f"# {head['device']}, {head['cores']} cores", ""]
     lines += [f"- commits: {', '.join(dict.fromkeys(str(s['header']['commit']) for s in sections.values()))}"]
     lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
-    commands = dict.fromkeys(section["header"]["command"] for section in sections.values())
-    lines += [f"- command: `{command}`" for command in commands]
+    lines += ["- command: `python -m benchmarks --suite cpu`, or `--sections` with the name of one below"]
+    matmul = [c["times"]["matmul"]["median"] for c in cells_of(sections) if c["kind"] == "peer"]
+    if matmul:
+        rates = [2 * 2048**3 / seconds / 1e9 for seconds in matmul]
+        lines += [f"- XLA's float32 product beside the cells: {min(rates):.0f} to {max(rates):.0f} GFLOP/s"]
     lines += ["", "## Bars", "", bar_table(sections), "", "## Cells", ""]
     for name, section in sections.items():
         lines += [f"### {name}", "", "| cell | milliseconds | |", "|---|---|---|"]

@@ -225,7 +225,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
 }
 
 
-def run(chosen: list[str], folder: Path, arguments: list[str]) -> int:
+def run(chosen: list[str], folder: Path) -> int:
     """Measures the sections, merges them into the folder's report and prints it."""
     path = folder / "report.json"
     sections = json.loads(path.read_text())["sections"] if path.exists() else {}
@@ -235,7 +235,8 @@ def run(chosen: list[str], folder: Path, arguments: list[str]) -> int:
             cells.append(cell)
             print(report_cpu.line(cell), file=sys.stderr, flush=True)
         seconds = time.monotonic() - start
-        sections[name] = {"header": report.header(arguments), "seconds": seconds, "cells": cells}
+        header = report.header(["--suite", "cpu", "--sections", name])
+        sections[name] = {"header": header, "seconds": seconds, "cells": cells}
         print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
     ordered = {name: sections[name] for name in SECTIONS if name in sections}
     report_cpu.write(ordered, folder)
