@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 # Bytes that a kernel may spill, by the first pattern that its name matches: none in the kernels without bias,
 # masks and the like of the common rows, 16-bit with d and dv of 32, 64, 128 or 256.
-COMMON = r"^forward_sm80<ForwardSm80<(__half|__nv_bfloat16), (32, 32|64, 64|128, 128|256, 256), .*Kind\)0"
+_ROWS = r"(__half|__nv_bfloat16), (32, 32|64, 64|128, 128|256, 256), "
+COMMON = rf"^(forward_sm80<ForwardSm80<{_ROWS}.*Kind\)0|backward_\w+<Backward\w+<{_ROWS}.*\bfalse\b)"
 BUDGET: tuple[tuple[str, int], ...] = ((COMMON, 0), ("", 1 << 30))
 
 

@@ -54,7 +54,8 @@ template <class T>
 struct GradientBlock {
   BlockWork work;
   Band band;
-  Interval tiles;  // of the other side, that meet the block's own tile in the band
+  ScoreOperands score;  // of the general kernels
+  Interval tiles;       // of the other side, that meet the block's own tile in the band
   GlobalRows<const T> key, value, query, dout;  // query, dout: of the (first) query head
   const float *lse, *delta;
 
@@ -77,14 +78,6 @@ struct GradientBlock {
   }
 };
 
-// What does not change from tile to tile of one head.
-struct GradientContext {
-  const Problem& p;
-  const BlockWork& work;
-  const Band& band;
-  int32_t head;
-};
-
 // S → P = 2^(scale · S − lse).
 template <class S, class Rows>
 __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
@@ -93,36 +86,31 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
 
 // S, dP → P after dropout but for its factor, dS, in place. `row`, `key`: the accumulators' first within the
 // sequence. `partial`: the band hides some of the tile. kThroughSoftcap: dS is the gradient of scale · q·k,
-// else that of what softcap returns, which is the bias' as well.
+// else that of what softcap returns, which is the bias' as well. `bias`: what general.fetch() brought.
 template <bool kGeneral, bool kThroughSoftcap, class S, class Rows>
-__device__ __forceinline__ void tile_gradient(const GradientContext& at, const Rows& rows, int32_t row,
-                                              int32_t key, bool partial, S& s, S& dp) {
-  const Problem& p = at.p;
+__device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOperands& operands,
+                                              const Band& band, const Rows& rows, int32_t row, int32_t key,
+                                              bool partial, S& s, S& dp,
+                                              const BiasChunks<S>* bias = nullptr) {
   KeptElements<S> kept;
   if constexpr (kGeneral) {
-    ScoreOperands operands;
-    operands.prepare(p, at.work, at.head);
-    const GeneralScore general(p, operands, at.band);
+    const GeneralScore general(p, operands, band);
     if (p.dropout) {
       kept = general.template kept<S>(row, key);
       const float factor = dropout_scale(p.spec);
       for_each(dp, [&](float& x, int slot, int n, int e) { x = kept.at(slot, n, e) ? x * factor : 0; });
     }
     for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });
-    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr);
+    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr, bias);
   }
-  if (partial) mask(s, at.band, row, key);
+  if (partial) mask(s, band, row, key);
   probabilities(s, rows, kGeneral ? 1.0f : p.spec.scale * kLog2e);
   for_each(s, [&](float x, int slot, int n, int e) {
     float& ds = dp.at(slot, n, e);
     ds = x * (kGeneral ? ds : ds - rows.delta(slot));
   });
   if constexpr (kGeneral) {
-    if (p.dropout) {
-      for_each(s, [&](float& x, int slot, int n, int e) {
-        if (!kept.at(slot, n, e)) x = 0;
-      });
-    }
+    if (p.dropout) kept.drop(s, 0, S::kColumnTiles);
   }
 }
 

@@ -2,6 +2,8 @@
 // to a float32 accumulator in memory on the way, unless another kernel makes it.
 #pragma once
 
+#include <type_traits>
+
 #include "core/plan.h"
 #include "cuda/backward/convert.h"
 #include "cuda/epilogue.cuh"
@@ -34,12 +36,16 @@ struct BackwardKeysSm80 {
                        kWidthWarps = Warps / kKeyWarps;
   static constexpr int kSRows = kM / 16 < kWidthWarps ? kM / 16 : kWidthWarps;
   static constexpr int kSColumns = Warps / kSRows < N / 16 ? Warps / kSRows : N / 16;
-  using KTile = SharedTile<T, N, HeadDim>;
-  using VTile = SharedTile<T, N, ValueDim>;
+  // Dealt: a thread's keys are neighbours in bias and mask.
+  static constexpr bool kDealt = General && N / kSColumns % 32 == 0;
+  using KTile = SharedTile<T, N, HeadDim, kDealt>;
+  using VTile = SharedTile<T, N, ValueDim, kDealt>;
   using QTile = SharedTile<T, kM, HeadDim>;
   using DoTile = SharedTile<T, kM, ValueDim>;
   using PTile = SharedTile<T, kM, N>;
-  using S = Accumulator<kM / kSRows / 16, N / kSColumns / 8>;
+  static constexpr int kSRowTiles = kM / kSRows / 16, kSColumnTiles = N / kSColumns / 8;
+  using S = std::conditional_t<kDealt, DealtAccumulator<kSRowTiles, kDealt ? kSColumnTiles : 4>,
+                               Accumulator<kSRowTiles, kSColumnTiles>>;
   using DK = Accumulator<kWarpKeys / 16, HeadDim / kWidthWarps / 8>;
   using DV = Accumulator<kWarpKeys / 16, ValueDim / kWidthWarps / 8>;
   using DQ = Accumulator<kM / kDqRows / 16, HeadDim / kDqColumns / 8>;
@@ -58,19 +64,21 @@ struct BackwardKeysSm80 {
 // What a warp makes of each product.
 template <class C>
 struct WarpPlaces {
-  int keys, part;  // which keys of dK and dV, and which of the warps that share them
+  int group;  // of the warps that share keys
   bool makes_s;
   Placement s, dk, dq;
 
   __device__ __forceinline__ WarpPlaces() {
-    const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
-    constexpr int kPerKeys = C::kSColumns / C::kKeyWarps;
-    keys = warp / C::kWidthWarps, part = warp % C::kWidthWarps;
-    makes_s = C::kSRows * C::kSColumns == C::kWarps || part < C::kSRows * kPerKeys;
-    s = {part / kPerKeys * 16 * C::S::kRowTiles, 16,
-         (keys * kPerKeys + part % kPerKeys) * 8 * C::S::kColumnTiles, 16};
-    dk = {keys * C::kWarpKeys, 16, part * 16, 16 * C::kWidthWarps};
-    dq = {warp / C::kDqColumns * 16 * C::DQ::kRowTiles, 16, warp % C::kDqColumns * 16, 16 * C::kDqColumns};
+    constexpr int kPerGroup = C::kSColumns / C::kKeyWarps;
+    const auto warp = __shfl_sync(~0u, static_cast<uint32_t>(ptx::thread_index()) / 32, 0);
+    group = static_cast<int>(warp / C::kWidthWarps);
+    const int part = static_cast<int>(warp % C::kWidthWarps);
+    makes_s = C::kSRows * C::kSColumns == C::kWarps || part < C::kSRows * kPerGroup;
+    s = {part / kPerGroup * 16 * C::S::kRowTiles, 16,
+         (group * kPerGroup + part % kPerGroup) * 8 * C::S::kColumnTiles, 16};
+    dk = {group * C::kWarpKeys, 16, part * 16, 16 * C::kWidthWarps};
+    dq = {static_cast<int>(warp / C::kDqColumns) * 16 * C::DQ::kRowTiles, 16,
+          static_cast<int>(warp % C::kDqColumns) * 16, 16 * C::kDqColumns};
   }
 };
 
@@ -79,8 +87,7 @@ template <class T>
 struct KeyBlockState : GradientBlock<T> {
   Interval rows, whole;  // of queries: those that see any of the block's keys, and all of a tile's
   GlobalRows<T> dkey, dvalue;
-  float*
-      dquery;  // in the accumulator, of the sequence's first row and the group's first head; null: not wanted
+  float* dquery;  // in the accumulator: the sequence's first row, the group's first head; null: not wanted
 
   __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t k_tiles, int32_t block_m,
                           int32_t block_n, float* accumulator) {
@@ -173,40 +180,113 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
                                                 uint32_t k, typename C::S& s, typename C::S& dp) {
   const SharedStatistics<typename C::S, C::kM> rows{statistics + at.s.row};
   const int32_t row = step.tile * C::kM, first = row + at.s.row, key = block.work.tile.row + at.s.column;
-  const uint32_t v = k + C::KTile::kBytes;
   const bool partial = row < block.whole.lo || row + C::kM > block.whole.hi;
-  mma_qk<typename C::QTile, typename C::KTile>(s, q, at.s.row, k, at.s.column);  // S = Q Kᵀ    [M, N]
-  if constexpr (C::kGeneral) {
-    mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, v, at.s.column);  // dP = dO Vᵀ
-    tile_gradient<true, true>({p, block.work, block.band, block.work.head + step.head}, rows, first, key,
-                              partial, s, dp);
+  auto multiply_q_k = [&] {  // S = Q Kᵀ  [M, N]
+    mma_qk<typename C::QTile, typename C::KTile>(s, q, at.s.row, k, at.s.column);
+  };
+  auto multiply_do_v = [&] {  // dP = dO Vᵀ  [M, N]
+    mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, k + C::KTile::kBytes, at.s.column);
+  };
+  if constexpr (C::kDealt) {
+    BiasChunks<typename C::S> bias;
+    GeneralScore(p, block.score, block.band).fetch(bias, first, key);
+    multiply_q_k();
+    multiply_do_v();
+    tile_gradient<true, true>(p, block.score, block.band, rows, first, key, partial, s, dp, &bias);
+  } else if constexpr (C::kGeneral) {
+    multiply_q_k();
+    multiply_do_v();
+    tile_gradient<true, true>(p, block.score, block.band, rows, first, key, partial, s, dp);
   } else {
+    multiply_q_k();
     if (partial) mask(s, block.band, first, key);
-    probabilities(s, rows, p.spec.scale * kLog2e);                                       // P = exp(S − lse)
-    mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
+    probabilities(s, rows, p.spec.scale * kLog2e);  // P = exp(S − lse)
+    multiply_do_v();
     for_each(dp, [&](float& x, int slot, int n, int e) {  // dS = P ∘ (dP − delta)
       x = s.at(slot, n, e) * (x - rows.delta(slot));
     });
   }
 }
 
+// dQ of a step, into the accumulator.
+template <class C>
+__device__ __forceinline__ void add_queries(const Problem& p, const KeyBlockState<typename C::Element>& block,
+                                            const QueryStep& step, const typename C::DQ& dq, Placement at) {
+  const int32_t row = step.tile * C::kM, columns = accumulator_columns(p.head_dim);
+  const int64_t stride = int64_t{p.heads} * columns;
+  add_rows(dq, at, {block.dquery + row * stride + step.head * columns, stride, columns},
+           block.work.tile.q_len - row);
+}
+
+// dK and dV, through the place of K and V, which everyone has left.
+template <class C>
+__device__ __forceinline__ void store_keys(const Problem& p, const KeyBlockState<typename C::Element>& block,
+                                           uint8_t* shared, typename C::DK& dk, typename C::DV& dv) {
+  using KTile = typename C::KTile;
+  using VTile = typename C::VTile;
+  const TileWork& tile = block.work.tile;
+  const float dv_factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
+  for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
+  for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
+  __syncthreads();
+  const Placement dk_at = WarpPlaces<C>().dk;  // once more: the loop has no register to keep it
+  store_accumulator<KTile>(dk, shared, dk_at);
+  store_accumulator<VTile>(dv, shared + KTile::kBytes, dk_at);
+  __syncthreads();
+  const int thread = ptx::thread_index();
+  store_tile<KTile, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, tile.end, thread);
+  store_tile<VTile, C::kN, C::kThreads>(shared + KTile::kBytes, 0, block.dvalue, tile.row, tile.end, thread);
+}
+
+// What warps wait for, phase by phase. Every thread arrives: the sanitizers follow no arrival in another's
+// name.
+template <class C>
+class KeyBarriers {
+ public:
+  static constexpr int kCount = 2 + C::kStages;
+
+  __device__ __forceinline__ explicit KeyBarriers(uint32_t first) : first_(first) {}
+  __device__ __forceinline__ void init() const {
+    for (int i = 0; i < kCount; ++i) ptx::barrier_init(at(i), C::kThreads);
+  }
+
+  // This thread's copies of a step come after those before.
+  __device__ __forceinline__ void loading(const QueryStep& step) const {
+    ptx::barrier_arrive_after_copies(at(2 + step.number % C::kStages));
+  }
+  __device__ __forceinline__ void wait_loaded(const QueryStep& step) const {
+    ptx::barrier_wait(at(2 + step.number % C::kStages), step.number / C::kStages);
+  }
+  // P and dS of a step are in their place.
+  __device__ __forceinline__ void stored() const { ptx::barrier_arrive(at(0)); }
+  __device__ __forceinline__ void wait_stored(const QueryStep& step) const {
+    ptx::barrier_wait(at(0), step.number);
+  }
+  // All that a step has in shared memory may be overwritten.
+  __device__ __forceinline__ void left() const { ptx::barrier_arrive(at(1)); }
+  __device__ __forceinline__ void wait_left(int32_t number) const {
+    if (number >= 0) ptx::barrier_wait(at(1), number);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t at(int i) const { return first_ + i * ptx::kBarrierBytes; }
+
+  uint32_t first_;
+};
+
 // Steps overlap: a warp waits only for the copies of its step, for the warps that share its keys before dK
 // and dV, for all dS before dQ, and before it stores P and dS until everyone has left those of the step
 // before.
 template <class C>
-__device__ __forceinline__ void backward_keys(const Problem& p,
-                                              const KeyBlockState<typename C::Element>& block,
+__device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<typename C::Element>& block,
                                               uint8_t* shared) {
   using T = typename C::Element;
-  using KTile = typename C::KTile;
-  using VTile = typename C::VTile;
   using PTile = typename C::PTile;
   const TileWork& tile = block.work.tile;
   const WarpPlaces<C> at;
   const uint32_t k = ptx::shared_address(shared), steps = k + C::kKeyBytes, p_tile = k + C::kPBegin,
                  ds_tile = p_tile + PTile::kBytes;
-  const uint32_t stored = k + C::kBarriers, left = stored + ptx::kBarrierBytes,
-                 loaded = left + ptx::kBarrierBytes;
+  const KeyBarriers<C> barriers(k + C::kBarriers);
   const int32_t heads = p.heads / p.kv_heads;
 
   typename C::DK dk;
@@ -215,22 +295,17 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
   dv.clear();
   QueryStep step{0, block.tiles.lo};
   auto fill = [&](const QueryStep& to) {
-    const int place = to.number % C::kStages;
-    load_queries<C>(p, block, to, steps + place * C::kStepBytes);
-    ptx::barrier_arrive_after_copies(loaded + place * ptx::kBarrierBytes);
+    load_queries<C>(p, block, to, steps + to.number % C::kStages * C::kStepBytes);
+    barriers.loading(to);
   };
   auto fill_next = [&] {
     QueryStep next = step;
     next.advance(block.tiles);
     if (next.head < heads) fill(next);
   };
-  auto arrive = [&](uint32_t barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(barrier);
-  };
   if (!block.tiles.empty()) {
-    load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
-    load_tile<VTile, C::kThreads>(k + KTile::kBytes, block.value, tile.row, tile.used_keys());
+    load_tile<typename C::KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
+    load_tile<typename C::VTile, C::kThreads>(k + C::KTile::kBytes, block.value, tile.row, tile.used_keys());
     fill(step);
   }
   for (; !block.tiles.empty() && step.head < heads; step.advance(block.tiles)) {
@@ -238,19 +313,26 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
     const uint32_t q = k + place, d_out = q + C::QTile::kBytes;
     const auto* statistics =
         reinterpret_cast<const float*>(shared + place + C::QTile::kBytes + C::DoTile::kBytes);
-    ptx::barrier_wait(loaded + stage * ptx::kBarrierBytes, step.number / C::kStages);
-    if constexpr (C::kGeneral) clear_unseen<C>(shared + place, statistics);
+    barriers.wait_loaded(step);
+    if constexpr (C::kGeneral) {
+      clear_unseen<C>(shared + place, statistics);
+      // That was a barrier: everyone has left the scores of the head before.
+      if (step.head > 0 && step.tile == block.tiles.lo) {
+        if (threadIdx.x == 0) block.score.prepare(p, block.work, block.work.head + step.head);
+        __syncthreads();
+      }
+    }
 
     typename C::S s, dp;
     if (at.makes_s) score_gradients<C>(p, block, step, at, statistics, q, d_out, k, s, dp);
-    if (step.number > 0) ptx::barrier_wait(left, step.number - 1);
+    barriers.wait_left(step.number - 1);
     if (at.makes_s) {
       store_accumulator<PTile>(s, shared + C::kPBegin, at.s);
       store_accumulator<PTile>(dp, shared + C::kPBegin + PTile::kBytes, at.s);
     }
-    arrive(stored);
+    barriers.stored();
     if constexpr (C::kStages == 2) fill_next();
-    ptx::sync_group(1 + at.keys, 32 * C::kWidthWarps);
+    ptx::sync_group(1 + at.group, 32 * C::kWidthWarps);
 
     multiply_add<T, C::kM / kStepK<T>>(
         dv, ColumnsA<PTile, 16>(p_tile, at.dk.row),
@@ -258,37 +340,24 @@ __device__ __forceinline__ void backward_keys(const Problem& p,
     multiply_add<T, C::kM / kStepK<T>>(
         dk, ColumnsA<PTile, 16>(ds_tile, at.dk.row),
         ColumnsB<typename C::QTile, 16 * C::kWidthWarps>(q, at.dk.column));  // dK += dSᵀ Q
+    barriers.wait_stored(step);
     if (block.dquery) {
       typename C::DQ dq;
       dq.clear();
-      ptx::barrier_wait(stored, step.number);
       multiply_add<T, C::kN / kStepK<T>>(
           dq, RowsA<PTile>(ds_tile, at.dq.row),
-          ColumnsB<KTile, 16 * C::kDqColumns, false>(k, at.dq.column));  // dQ = dS K
-      arrive(left);
-      const int32_t row = step.tile * C::kM, columns = accumulator_columns(p.head_dim);
-      const int64_t stride = int64_t{p.heads} * columns;
-      add_rows(dq, at.dq, {block.dquery + row * stride + step.head * columns, stride, columns},
-               tile.q_len - row);
+          ColumnsB<typename C::KTile, 16 * C::kDqColumns, false>(k, at.dq.column));  // dQ = dS K
+      barriers.left();
+      add_queries<C>(p, block, step, dq, at.dq);
     } else {
-      arrive(left);
+      barriers.left();
     }
     if constexpr (C::kStages == 1) {
-      ptx::barrier_wait(left, step.number);
+      barriers.wait_left(step.number);
       fill_next();
     }
   }
-
-  const float dv_factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
-  for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
-  for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
-  __syncthreads();
-  store_accumulator<KTile>(dk, shared, at.dk);
-  store_accumulator<VTile>(dv, shared + KTile::kBytes, at.dk);
-  __syncthreads();
-  const int thread = static_cast<int>(threadIdx.x);
-  store_tile<KTile, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, tile.end, thread);
-  store_tile<VTile, C::kN, C::kThreads>(shared + KTile::kBytes, 0, block.dvalue, tile.row, tile.end, thread);
+  store_keys<C>(p, block, shared, dk, dv);
 }
 
 template <class C>
@@ -296,15 +365,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_keys_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles,
                        float* accumulator) {
   using Block = KeyBlockState<typename C::Element>;
-  static_assert(sizeof(Block) + (2 + C::kStages) * ptx::kBarrierBytes <= kBlockStateBytes);
+  static_assert(sizeof(Block) + KeyBarriers<C>::kCount * ptx::kBarrierBytes <= kBlockStateBytes);
   __shared__ Block block;
   uint8_t* const shared = ptx::dynamic_shared();
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN, accumulator);
-    const uint32_t barriers = ptx::shared_address(shared + C::kBarriers);
-    for (int i = 0; i < 2 + C::kStages; ++i) {
-      ptx::barrier_init(barriers + i * ptx::kBarrierBytes, i < 2 ? C::kWarps : C::kThreads);
-    }
+    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+    KeyBarriers<C>(ptx::shared_address(shared + C::kBarriers)).init();
   }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) backward_keys<C>(p, block, shared);

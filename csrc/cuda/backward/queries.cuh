@@ -55,7 +55,6 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16, row = tile.row + warp_row;
   const uint32_t q = ptx::shared_address(shared), d_out = q + QTile::kBytes;
   typename C::Ring vk(d_out + DoTile::kBytes, {block.value, block.key, tile.k_len}, block.tiles);
-  const GradientContext context{p, block.work, block.band, block.work.head};
   const RowStatistics<typename C::S> rows(p, block.lse, block.delta, row, tile.q_len);
 
   typename C::DQ dq;
@@ -74,7 +73,7 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     rows.clear_unseen(s, dp);
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
-    tile_gradient<C::kGeneral, true>(context, rows, row, key, partial, s, dp);
+    tile_gradient<C::kGeneral, true>(p, block.score, block.band, rows, row, key, partial, s, dp);
     mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
   }
   for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });
@@ -85,7 +84,10 @@ template <class C>
 __global__ void __launch_bounds__(C::kThreads)
     backward_queries_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
   __shared__ QueryBlockState<typename C::Element> block;
-  if (threadIdx.x == 0) block.prepare(p, schedule, tiles, C::kM, C::kN);
+  if (threadIdx.x == 0) {
+    block.prepare(p, schedule, tiles, C::kM, C::kN);
+    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+  }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) backward_queries<C>(p, block, ptx::dynamic_shared());
 }

@@ -52,9 +52,18 @@ struct BiasTile {
   }
 };
 
+// One batch entry and head.
+struct HeadContext {
+  const Problem& p;
+  const BlockWork& work;
+  const Band& band;
+  const ScoreOperands& score;
+  int32_t head;
+};
+
 // sum += dS of queries from `row` and keys from `key` on, of one batch entry and head.
 template <class C>
-__device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row, int32_t key, uint32_t shared,
+__device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int32_t key, uint32_t shared,
                                          typename C::S& sum) {
   using T = typename C::Element;
   const Problem& p = at.p;
@@ -83,7 +92,7 @@ __device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row,
   mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
   rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
-  tile_gradient<true, false>(at, rows, row + warp_row, key, partial, s, dp);
+  tile_gradient<true, false>(p, at.score, at.band, rows, row + warp_row, key, partial, s, dp);
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
 }
 
@@ -91,16 +100,19 @@ __device__ __forceinline__ void add_tile(const GradientContext& at, int32_t row,
 template <class C>
 __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, uint32_t shared,
                                           typename C::S& sum) {
+  __shared__ ScoreOperands score;
   for (int32_t b = own.batch.lo; b < own.batch.hi; ++b) {
     const Sequence s = fixed_sequence(p, own.leading, b);
     const BlockWork work{own.leading, 0, b, {s.index, 0, 0, s.q_len, s.k_len, 0, 0, 0}};
     const Band band = work.band(p);
     for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
+      __syncthreads();  // everyone has left the head before
+      if (threadIdx.x == 0) score.prepare(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
         for (int32_t j = own.key_tiles.lo; j < own.key_tiles.hi; ++j) {
           const int32_t row = i * C::kM, key = j * C::kN;
           if (band.classify(row, row + C::kM, key, key + C::kN) == TileClass::kSkip) continue;
-          add_tile<C>({p, work, band, h}, row, key, shared, sum);
+          add_tile<C>({p, work, band, score, h}, row, key, shared, sum);
         }
       }
     }

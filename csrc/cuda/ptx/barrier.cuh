@@ -43,6 +43,13 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   } while (!done);
 }
 
+// threadIdx.x, read where it is asked for instead of kept in a register.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
 // As __syncthreads for `threads` of the block, whole warps; numbers from 1 to 15.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

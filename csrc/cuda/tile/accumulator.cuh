@@ -76,7 +76,7 @@ struct Placement {
   int row, row_step, column, column_step;
 };
 
-// The accumulator, rounded, into its place in a shared tile.
+// The accumulator, rounded, into its place in a shared tile; its rows are numbered as they are read.
 template <class Tile, class A>
 __device__ __forceinline__ void store_accumulator(const A& a, uint8_t* shared, Placement at) {
   using T = typename Tile::Element;
@@ -87,8 +87,8 @@ __device__ __forceinline__ void store_accumulator(const A& a, uint8_t* shared, P
     for (int n = 0; n < A::kColumnTiles; ++n) {
       const int row = at.row + slot / 2 * at.row_step + slot % 2 * 8 + lane / 4;
       const int column = at.column + n / 2 * at.column_step + n % 2 * 8 + lane % 4 * 2;
-      const int offset =
-          Tile::offset(row, column / kChunk<T>) + column % kChunk<T> * static_cast<int>(sizeof(T));
+      const int offset = Tile::offset(Tile::row_of(row), column / kChunk<T>) +
+                         column % kChunk<T> * static_cast<int>(sizeof(T));
       ptx::store_pair(reinterpret_cast<T*>(shared + offset), a.at(slot, n, 0), a.at(slot, n, 1));
     }
 }

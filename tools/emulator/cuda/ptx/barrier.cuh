@@ -31,6 +31,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t phase) {
   const EmulatedBarrier& b = emulated_barrier(barrier);
   emulator::wait_until([&] { return (b.phase & 1) != (phase & 1); });
 }
+inline int thread_index() { return static_cast<int>(threadIdx.x); }
 inline void sync_group(int number, int threads) { emulator::group_barrier(number, threads); }
 
 }  // namespace jax_flash::ptx
