@@ -1,4 +1,4 @@
-// append_kv of one KV head: new keys and values into the pages, keys rotated on the way.
+// append_kv of some KV heads: new keys and values into the pages, keys rotated on the way.
 #pragma once
 
 #include "isa.h"
@@ -12,19 +12,20 @@
 
 namespace jax_flash::JF_ISA {
 
-// One of key and value at one KV head: where its rows come from and go to.
+// One of key and value from one KV head on: where its rows come from and go to.
 struct AppendStream {
   const char* from;  // row 0 of the first sequence
   char* to;          // slot 0 of page 0
   const View *rows, *pool;
   int32_t width;
-  float scale;  // float8: stored = value / scale
+  const float* scales;  // float8: stored = value / scale
+  int64_t scale_stride;
 };
 
-struct AppendHead {
+struct AppendHeads {
   const AppendProblem& p;
   int64_t leading;
-  int32_t head;
+  int32_t head, heads;
 
   JF_HD AppendStream stream(const View& rows, const View& pool, const View& scale, int32_t width) const {
     const int64_t from = rows.leading_offset(p.leading, leading) + head * rows.head;
@@ -35,7 +36,8 @@ struct AppendHead {
             &rows,
             &pool,
             width,
-            scale ? scale.as<const float>()[at] : 1.0f};
+            scale ? scale.as<const float>() + at : nullptr,
+            scale.head};
   }
 
   // Rotates the first features of x in place.
@@ -53,18 +55,32 @@ struct AppendHead {
   JF_HD void write(const AppendStream& s, int64_t from, PageSlot at, int32_t position, bool turn) const {
     const char* source = s.from + from * size_of(p.dtype);
     char* to = s.to + (at.page * s.pool->batch + at.slot * s.pool->row) * size_of(p.pool_dtype);
-    if (p.dtype == p.pool_dtype && !turn) {
-      __builtin_memcpy(to, source, s.width * size_of(p.dtype));
+    const bool copy = p.dtype == p.pool_dtype && !turn;
+    if (copy && s.rows->head == s.width && s.pool->head == s.width) {  // all heads side by side
+      __builtin_memcpy(to, source, int64_t{heads} * s.width * size_of(p.dtype));
       return;
     }
+    for (int32_t h = 0; h < heads; ++h) {
+      const char* row = source + h * s.rows->head * size_of(p.dtype);
+      char* slot = to + h * s.pool->head * size_of(p.pool_dtype);
+      if (copy) {
+        __builtin_memcpy(slot, row, s.width * size_of(p.dtype));
+      } else {
+        convert(s, row, slot, position, turn, s.scales ? s.scales[h * s.scale_stride] : 1.0f);
+      }
+    }
+  }
+
+  JF_HD void convert(const AppendStream& s, const char* from, char* to, int32_t position, bool turn,
+                     float scale) const {
     alignas(64) float x[kMaxHeadDim];
-    load_row(p.dtype, source, s.width, 1.0f, x, round_up(s.width, kLanes));
+    load_row(p.dtype, from, s.width, 1.0f, x, round_up(s.width, kLanes));
     if (turn) {
       rotate_row(position, x);
       if (p.dtype != p.pool_dtype) round_row(s.width, x);
     }
     if (p.dtype != p.pool_dtype) {
-      for (int32_t c = 0; c < s.width; ++c) x[c] /= s.scale;
+      for (int32_t c = 0; c < s.width; ++c) x[c] /= scale;
     }
     store_row(p.pool_dtype, to, s.width, x, 1.0f);
   }
@@ -78,8 +94,8 @@ struct AppendHead {
 };
 
 // Tokens in order: where tables send two of them to one slot, the later stays, whatever the threads do.
-static void append(const AppendProblem& p, int64_t leading, int32_t head) {
-  const AppendHead h{p, leading, head};
+static void append(const AppendProblem& p, int64_t leading, int32_t head, int32_t heads) {
+  const AppendHeads h{p, leading, head, heads};
   const AppendStream key = h.stream(p.key, p.k_pages, p.k_scale, p.head_dim);
   const AppendStream value = h.stream(p.value, p.v_pages, p.v_scale, p.value_dim);
   const int32_t capacity = table_capacity(p.table, p.page_size);

@@ -343,10 +343,15 @@ void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
 void cpu_append(const AppendProblem& p, const ThreadPool& pool) {
   const double copied = double(p.leading.count()) * p.kv_heads * p.rows * (p.packed() ? 1 : p.batch) *
                         (p.head_dim + p.value_dim);
-  parallel_for(pool, p.leading.count() * p.kv_heads, workers_for(copied * kCostOfCopying),
-               [&](int64_t index) {
-                 kernels().append(p, index / p.kv_heads, static_cast<int32_t>(index % p.kv_heads));
-               });
+  // Whatever heads go together, what is written is the same.
+  const int64_t workers = workers_for(copied * kCostOfCopying);
+  const int64_t most = ceil_div(p.kv_heads, std::max<int64_t>(std::min(pool.threads, workers), 1));
+  const int64_t ranges = most > 0 ? ceil_div(p.kv_heads, most) : 0;
+  parallel_for(pool, p.leading.count() * ranges, workers, [&](int64_t index) {
+    const int64_t head = index % ranges * most;
+    kernels().append(p, index / ranges, static_cast<int32_t>(head),
+                     static_cast<int32_t>(std::min(most, p.kv_heads - head)));
+  });
 }
 
 }  // namespace jax_flash

@@ -86,8 +86,8 @@ struct Kernels {
   void (*merge_parts)(const Problem&, const RowTile&, float* first, float* other);
   void (*store_part)(const Problem&, const RowTile&, float* part);
 
-  void (*append)(const AppendProblem&, int64_t leading,
-                 int32_t head);  // the new keys and values of a KV head
+  void (*append)(const AppendProblem&, int64_t leading, int32_t head,
+                 int32_t heads);  // the new keys and values of KV heads [head, head + heads)
 };
 
 }  // namespace jax_flash
