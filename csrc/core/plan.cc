@@ -40,7 +40,7 @@ int64_t shared_memory(const KernelRow& row, DType dtype) {
   int64_t others = kBlockStateBytes;
   if (row.pass == Pass::kBackward) others += int64_t{row.stages} * row.block_m * 8;  // lse and delta of rows
   if (row.pass == Pass::kPagedForward)
-    others += (row.stages + int64_t{1}) * row.block_n * 8;  // slots of keys
+    others += (row.stages + int64_t{1}) * row.block_n * 16;  // where keys lie
   if (row.pass == Pass::kDecode) {  // O, a few columns at a time, and the softmax of each warp
     const int64_t columns = row.block_m == 8 && row.value_dim % 64 == 0 ? 64 : 32;
     others += int64_t{row.warps} * row.block_m * (4 * (columns + 4) + 8);

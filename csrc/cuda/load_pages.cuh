@@ -1,7 +1,7 @@
 // Keys and values of a block that lie in the pages of a pool: what load_kv.cuh's ring is filled from.
 //
 // A thread finds the slot of one key of a tile, a tile before its copy begins, so that the table's latency is
-// hidden behind a whole step of the main loop. The copies then go row by row, from slots in shared memory.
+// hidden behind a whole step of the main loop. The copies then go row by row, from offsets in shared memory.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,10 @@ struct GlobalPages {
   int64_t page, slot;
   int32_t columns;  // used, a multiple of 8
 
-  __device__ __forceinline__ const Pool* at(PageSlot s) const { return data + s.page * page + s.slot * slot; }
+  // Of a slot, or what it is instead.
+  __device__ __forceinline__ int64_t offset(PageSlot s) const {
+    return s.page >= 0 ? s.page * page + s.slot * slot : s.page;
+  }
 };
 
 template <class Pool>
@@ -39,10 +42,15 @@ __device__ __forceinline__ GlobalPages<Pool> pages_of(const Problem& p, const Vi
 // What keys outside the pool are: NaN in every dtype.
 static __device__ const uint4 kNanChunk = {0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu};
 
-// Starts the copy of the rows in `slots`. Past the keys and, of values, outside the pool they are zeros.
+// Where a key and its value begin, as offsets in the pools; or kMissingPage, kNoPage.
+struct KeyOffsets {
+  int64_t key, value;
+};
+
+// Starts the copy of the rows at `offsets`. Past the keys and, of values, outside the pool they are zeros.
 template <class Tile, int kThreads, bool kNanIfMissing>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<typename Tile::Element>& from,
-                                           const PageSlot* slots) {
+                                           const KeyOffsets* offsets, int64_t KeyOffsets::* which) {
   using T = typename Tile::Element;
   constexpr int kTotal = Tile::kRows * Tile::kChunks;
 #pragma unroll
@@ -50,9 +58,10 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ty
     const int at = i + static_cast<int>(threadIdx.x);
     const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
     if (kTotal % kThreads != 0 && at >= kTotal) continue;
-    const PageSlot s = slots[row];
-    const bool found = s.page >= 0, used = found || (kNanIfMissing && s.page == kMissingPage);
-    const void* source = found ? static_cast<const void*>(from.at(s) + chunk * kChunk<T>) : &kNanChunk;
+    const int64_t offset = offsets[row].*which;
+    const bool found = offset >= 0, used = found || (kNanIfMissing && offset == kMissingPage);
+    const void* source =
+        found ? static_cast<const void*>(from.data + offset + chunk * kChunk<T>) : &kNanChunk;
     ptx::cp_async_16(shared + Tile::offset(row, chunk), source, used && chunk * kChunk<T> < from.columns);
   }
 }
@@ -87,7 +96,7 @@ struct Float8Chunk {
 // The same of float8, which is widened in registers: all loads first, then all stores.
 template <class Tile, int kThreads, bool kNanIfMissing>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
-                                           const PageSlot* slots) {
+                                           const KeyOffsets* offsets, int64_t KeyOffsets::* which) {
   using T = typename Tile::Element;
   constexpr int kTotal = Tile::kRows * Tile::kChunks, kSteps = (kTotal + kThreads - 1) / kThreads;
   constexpr uint32_t kNans = 0x7F7F7F7Fu;
@@ -96,9 +105,9 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
   for (int i = 0; i < kSteps; ++i) {
     const int at = i * kThreads + static_cast<int>(threadIdx.x);
     const int row = at / Tile::kChunks, column = at % Tile::kChunks * kChunk<T>;
-    const PageSlot s = at < kTotal ? slots[row] : PageSlot{kNoPage, 0};
-    chunks[i].fill(kNanIfMissing && s.page == kMissingPage && column < from.columns ? kNans : 0);
-    if (s.page >= 0 && column < from.columns) chunks[i].read(from.at(s) + column);
+    const int64_t offset = at < kTotal ? offsets[row].*which : kNoPage;
+    chunks[i].fill(kNanIfMissing && offset == kMissingPage && column < from.columns ? kNans : 0);
+    if (offset >= 0 && column < from.columns) chunks[i].read(from.data + offset + column);
   }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
@@ -110,21 +119,21 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
 
 template <class T, class Pool, int kRows, int kStages>
 struct PageSource {
-  using Slots = PageSlot[kStages + 1][kRows];  // of tile n at n % (kStages + 1)
+  using Offsets = KeyOffsets[kStages + 1][kRows];  // of tile n at n % (kStages + 1)
 
   const GlobalPages<Pool>&key, &value;
   const PageTable& table;
   const int32_t& end;  // keys of the sequence
-  Slots& slots;
+  Offsets& offsets;
   PageSlot next = {kNoPage, 0};
 
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
-    load_pages<Tile, kThreads, true>(shared, key, slots[n % (kStages + 1)]);
+    load_pages<Tile, kThreads, true>(shared, key, offsets[n % (kStages + 1)], &KeyOffsets::key);
   }
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) const {
-    load_pages<Tile, kThreads, false>(shared, value, slots[n % (kStages + 1)]);
+    load_pages<Tile, kThreads, false>(shared, value, offsets[n % (kStages + 1)], &KeyOffsets::value);
   }
 
   __device__ __forceinline__ void start(int32_t n) {
@@ -139,7 +148,7 @@ struct PageSource {
 
  private:
   __device__ __forceinline__ void put(int32_t n, PageSlot slot) const {
-    if (threadIdx.x < kRows) slots[n % (kStages + 1)][threadIdx.x] = slot;
+    if (threadIdx.x < kRows) offsets[n % (kStages + 1)][threadIdx.x] = {key.offset(slot), value.offset(slot)};
   }
   __device__ __forceinline__ PageSlot find(int32_t n) const {
     const int64_t key_index = int64_t{n} * kRows + threadIdx.x;

@@ -40,7 +40,7 @@ struct Keys {
 template <class Tile, bool kNanIfMissing, class T>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<T>& from, PageSlot slot) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t own = slot.page >= 0 ? slot.page * from.page + slot.slot * from.slot : slot.page;
+  const int64_t own = from.offset(slot);
 #pragma unroll
   for (int i = 0; i < Tile::kRows * Tile::kChunks / 32; ++i) {
     const int row = (i * 32 + lane) / Tile::kChunks, chunk = (i * 32 + lane) % Tile::kChunks;

@@ -15,7 +15,7 @@ struct PagedState : BlockState<T> {
   GlobalPages<Pool> key, value;
   PageTable table;
   float key_scale, value_scale;
-  mutable typename Source::Slots slots;
+  mutable typename Source::Offsets offsets;
 
   __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
                           int32_t block_n) {
@@ -29,7 +29,7 @@ struct PagedState : BlockState<T> {
     value_scale = scale_at(p, p.v_scale, kv_head);
   }
   __device__ __forceinline__ Source source() const {
-    return {key, value, table, this->work.tile.k_len, slots};
+    return {key, value, table, this->work.tile.k_len, offsets};
   }
 
  private:
@@ -45,8 +45,8 @@ template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M,
 struct PagedForwardSm80
     : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind, PagedState<T, Pool, N, Stages>> {};
 
-// plan() counts the slots apart.
-static_assert(sizeof(PagedState<float, uint8_t, 64, 1>) - sizeof(PageSlot[2][64]) <= kBlockStateBytes);
+// plan() counts the offsets apart.
+static_assert(sizeof(PagedState<float, uint8_t, 64, 1>) - sizeof(KeyOffsets[2][64]) <= kBlockStateBytes);
 
 template <class T, int... kNumbers>
 cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
