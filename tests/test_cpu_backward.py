@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import IMPLEMENTATION
+
+pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
 
 SIZES = "b, s, h, hk, d = 1, 700, {heads}, {kv_heads}, 40"
 GRADIENTS = """

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import require
+from conftest import IMPLEMENTATION
 from test_cpu_backward import run
 
 from jax_flash import flash_attention, paged_attention
+
+pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
 
 DECODE = """
 import hashlib, jax, jax.numpy as jnp

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from conftest import IMPLEMENTATION
 from programs import report, start_python
+
+pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
 
 ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
 ON_ONE_ISA = """
