@@ -69,8 +69,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path, caps
     first = run(tmp_path, "--stop-at", "5")
     assert len(losses(first)) == 5
     resumed = run(tmp_path, "--resume")
-    np.testing.assert_array_equal(losses(resumed), losses(uninterrupted))
-    assert resumed["history"]["validation"][-1] == uninterrupted["history"]["validation"][-1]
+    # Bit for bit, but for CUDA's backward, which adds dquery up in any order (deterministic=False).
+    tolerance = 1e-4 if IMPLEMENTATION == "cuda" else 0
+    np.testing.assert_allclose(losses(resumed), losses(uninterrupted), rtol=tolerance)
+    last = [x["history"]["validation"][-1] for x in (resumed, uninterrupted)]
+    np.testing.assert_allclose(*last, rtol=tolerance)
 
     assert train_lm.main([*TINY, "--out", str(tmp_path), "--resume", "--learning-rate", "0.1"]) == 2
     assert "resume: got learning_rate = 0.1; the checkpoint's run has 0.01" in capsys.readouterr().err
