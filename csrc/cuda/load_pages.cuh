@@ -129,6 +129,7 @@ struct PageSource {
 
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
+    static_assert(Tile::kRows == kRows);
     load_pages<Tile, kThreads, true>(shared, key, offsets[n % (kStages + 1)], &KeyOffsets::key);
   }
   template <class Tile, int kThreads>

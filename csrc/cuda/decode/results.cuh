@@ -25,7 +25,7 @@ __device__ __forceinline__ float weight(const Softmax& part, float m) {
 // Where a row's result goes, as offsets in elements, and what joins its softmax.
 struct Target {
   int64_t out, lse;
-  float sink;     // in powers of two, −inf: none
+  float sink;     // in powers of two, −inf: none, +inf: the row lies past the queries and sees nothing
   int32_t parts;  // that are to be joined, 0: none
 
   // Rows past the queries have a place too, but for those of packed sequences, where it is another's.
@@ -41,7 +41,9 @@ struct Target {
     const int64_t token = int64_t{entry.sequence.q_begin} + i, leading = entry.leading;
     out = p.out.leading_offset(p.leading, leading) + p.out.offset(z, head, token);
     lse = p.lse.leading_offset(p.leading, leading) + p.lse.offset(z, head, token);
-    if (p.sinks && i < entry.sequence.q_len) {
+    if (i >= entry.sequence.q_len) {
+      sink = INFINITY;
+    } else if (p.sinks) {
       const int64_t at = p.sinks.leading_offset(p.leading, leading) + head * p.sinks.head;
       sink = p.sinks.as<const float>()[at] * kLog2e;
     }
@@ -52,7 +54,8 @@ struct Target {
   __device__ __forceinline__ void store(const Problem& p, int32_t feature, float4 o, Softmax all) const {
     float factor = 0, statistic = -INFINITY;
     const float largest = fmaxf(all.m, sink);
-    if (largest != -INFINITY || all.l != 0) {  // a NaN alone has no maximum
+    // A NaN alone has no maximum.
+    if (sink != INFINITY && (largest != -INFINITY || all.l != 0)) {
       const float alpha = ptx::exp2(all.m - largest);
       const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
       factor = alpha / total;

@@ -64,8 +64,13 @@ struct DenseState : BlockState<T> {
 
 static_assert(sizeof(DenseState<float>) <= kBlockStateBytes);
 
-// A row of csrc/kernels.def. A warp of the plain kernel owns 16 or 32 query rows; in the others, whose scores
-// need more registers, 16. State: what a block knows of its operands, DenseState or PagedState.
+// Keys of a tile: where a warp owns 32 query rows, the general kernels' scores have no registers for more.
+constexpr int forward_keys(int m, int n, int warps, ScoreKind kind) {
+  return kind != ScoreKind::kPlain && m / warps == 32 ? 32 : n;
+}
+
+// A row of csrc/kernels.def; a warp owns 16 or 32 query rows. State: what a block knows of its operands,
+// DenseState or PagedState.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
           class State_ = DenseState<T>>
 struct ForwardSm80 {
@@ -75,7 +80,7 @@ struct ForwardSm80 {
   static constexpr int kM = M;
   static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kGeneral ? 1 : Blocks;
   static constexpr int kWarpRows = M / kWarps;
-  static constexpr int kN = kGeneral && kWarpRows == 32 ? 32 : N;
+  static constexpr int kN = forward_keys(M, N, Warps, Kind);
   static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
   using KTile =

@@ -42,8 +42,8 @@ struct PagedState : BlockState<T> {
 
 template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps,
           int Blocks>
-struct PagedForwardSm80
-    : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind, PagedState<T, Pool, N, Stages>> {};
+struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind,
+                                      PagedState<T, Pool, forward_keys(M, N, Warps, Kind), Stages>> {};
 
 // plan() counts the offsets apart.
 static_assert(sizeof(PagedState<float, uint8_t, 64, 1>) - sizeof(KeyOffsets[2][64]) <= kBlockStateBytes);
