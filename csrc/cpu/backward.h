@@ -195,14 +195,14 @@ static void backward_as(const Problem& p, const RowTile& tile, const SharedGradi
 
 static void backward(const Problem& p, const RowTile& tile, const SharedGradients& shared, float* memory) {
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBF16) return backward_as<BF16>(p, tile, shared, memory);
+  if (takes_pairs(p)) return backward_as<BF16>(p, tile, shared, memory);
 #endif
   backward_as<F32>(p, tile, shared, memory);
 }
 
 static int64_t query_tile_floats(const Problem& p) {
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBF16) return floats_of_query_tile<BF16>(p);
+  if (takes_pairs(p)) return floats_of_query_tile<BF16>(p);
 #endif
   return floats_of_query_tile<F32>(p);
 }

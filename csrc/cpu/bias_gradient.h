@@ -90,7 +90,7 @@ static void bias_gradient_as(const Problem& p, const BiasTile& tile, float* memo
 
 static void bias_gradient(const Problem& p, const BiasTile& tile, float* memory) {
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBF16) return bias_gradient_as<BF16>(p, tile, memory);
+  if (takes_pairs(p)) return bias_gradient_as<BF16>(p, tile, memory);
 #endif
   bias_gradient_as<F32>(p, tile, memory);
 }

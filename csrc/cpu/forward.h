@@ -187,7 +187,7 @@ template <class Use>
 JF_INLINE void with_walk([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
   const bool few = is_decode(p, tile);
 #if defined(__AVX512BF16__)
-  if (p.dtype == DType::kBF16 && p.kv_dtype == DType::kBF16) {
+  if (takes_pairs(p) && p.kv_dtype == DType::kBF16) {
     if (!few) return use(Walks<ForwardRun<BF16>>());
     if (p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0) return use(Walks<FewRows<BF16>>());
   }

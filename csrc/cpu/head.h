@@ -29,6 +29,13 @@ JF_INLINE float score_unit(const Problem& p) {
   return score_has_extra(p) ? 1.0f : __builtin_fabsf(p.spec.scale);
 }
 
+// bf16 problems take products of bf16 pairs, but for short ones: the roundings of P and dS to bf16 do not
+// average out over few keys, and there is no time to be won.
+inline constexpr int32_t kShortestPaired = 128;  // keys
+JF_INLINE bool takes_pairs(const Problem& p) {
+  return p.dtype == DType::kBF16 && p.k_rows >= kShortestPaired;
+}
+
 struct Head {
   const Problem& problem;
   Sequence sequence;
