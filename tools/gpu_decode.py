@@ -6,16 +6,17 @@ PYTHONPATH=. python tools/gpu_decode.py [--only paged]
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from gpu_timing import seconds
 
 from jax_flash import flash_attention, paged_attention
 
+OFTEN = dict(means=3, calls=4)
 CALLS = 8  # in one program, each fed by the one before
 # batch, query heads, KV heads, head dim, keys
 SHAPES = (
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="lines whose name has this in it")
     only = parser.parse_args().only
     x = jnp.zeros(1 << 30, jnp.bfloat16)
-    bandwidth = 4 * x.size / seconds(jax.jit(lambda x: x + 1), x) / 1e9
+    bandwidth = 4 * x.size / seconds(jax.jit(lambda x: x + 1), x, **OFTEN) / 1e9
     print(f"copy: {bandwidth:.0f} GB/s", flush=True)
     del x
     for shape in SHAPES:
@@ -63,7 +64,7 @@ def report(
     b, hq, hk, d, keys = shape
     q = jax.random.normal(jax.random.key(1), (b, 1, hq, d), jnp.bfloat16)
     try:
-        each = seconds(jax.jit(chain), q, arrays) / CALLS
+        each = seconds(jax.jit(chain), q, arrays, **OFTEN) / CALLS
     except Exception as error:  # a peer may refuse a shape
         print(f"{name}: {type(error).__name__} {str(error)[:100]}", flush=True)
         return
@@ -98,19 +99,6 @@ def packed(q: jax.Array, *arguments: jax.Array) -> jax.Array:
 def invariant(*arguments: jax.Array) -> jax.Array:
     out: jax.Array = paged_attention(*arguments, batch_invariant=True)
     return out
-
-
-def seconds(call: Any, *arguments: Any) -> float:
-    """The best of three means of four calls."""
-    jax.block_until_ready(call(*arguments))
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        for _ in range(4):
-            out = call(*arguments)
-        jax.block_until_ready(out)
-        best = min(best, (time.perf_counter() - began) / 4)
-    return best
 
 
 if __name__ == "__main__":

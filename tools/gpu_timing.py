@@ -126,16 +126,16 @@ def matmul() -> float:
     return 2 * 8192**3 / seconds(jax.jit(lambda a: a @ a), x) / 1e12
 
 
-def seconds(call: Any, *arguments: Any) -> float:
-    """The best of four means of eight calls."""
+def seconds(call: Any, *arguments: Any, means: int = 4, calls: int = 8) -> float:
+    """The best of some means of some calls."""
     import jax
 
     jax.block_until_ready(call(*arguments))
     best = float("inf")
-    for _ in range(4):
+    for _ in range(means):
         began = time.perf_counter()
-        for _ in range(8):
+        for _ in range(calls):
             out = call(*arguments)
         jax.block_until_ready(out)
-        best = min(best, (time.perf_counter() - began) / 8)
+        best = min(best, (time.perf_counter() - began) / calls)
     return best

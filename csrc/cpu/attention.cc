@@ -100,6 +100,12 @@ double score_count(const Problem& p) {
   return double(p.leading.count()) * (p.packed() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
 }
 
+// Merges a tile's parts, `size` apart, in their order, and stores what they come to.
+void join_parts(const Problem& p, const RowTile& tile, float* parts, int64_t size) {
+  for (int32_t i = 1; i < tile.parts; ++i) kernels().merge_parts(p, tile, parts, parts + i * size);
+  kernels().store_part(p, tile, parts);
+}
+
 // A tile in parts, one after the other.
 void forward_in_parts(const Problem& p, const RowTile& tile) {
   const int64_t size = kernels().part_floats(p, tile);
@@ -216,10 +222,7 @@ void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, 
     const RowTile& tile = spread.tiles()[index];
     const auto part = std::find_if(spread.parts().begin(), spread.parts().end(),
                                    [&](const auto& x) { return x.tile == index; });
-    for (int32_t i = 1; i < tile.parts; ++i) {
-      kernels().merge_parts(p, tile, spread.memory(part[0]), spread.memory(part[i]));
-    }
-    kernels().store_part(p, tile, spread.memory(*part));
+    join_parts(p, tile, spread.memory(*part), kernels().part_floats(p, tile));
   });
 }
 
@@ -237,10 +240,7 @@ void run_decode(const Problem& p, const ThreadPool& pool, const DecodePlan& plan
     float* parts = memory + tile.offset;
     kernels().forward_part(p, rows, item.part, parts + item.part * tile.part_floats, scratch());
     if (--unfinished[item.tile] > 0) return;
-    for (int32_t i = 1; i < rows.parts; ++i) {
-      kernels().merge_parts(p, rows, parts, parts + i * tile.part_floats);
-    }
-    kernels().store_part(p, rows, parts);
+    join_parts(p, rows, parts, tile.part_floats);
   });
 }
 
