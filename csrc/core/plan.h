@@ -87,10 +87,12 @@ struct LaunchPlan {
   std::string to_string(const KernelRow& row) const;
 };
 
+inline constexpr int32_t kNoSequence = -1;
+
 // One tile of query or key rows of one sequence: an entry of the varlen schedule, which the device builds
 // from cu_seqlens. Rows [row, end) of the tile are written; those from q_len or k_len on are padding.
 struct TileWork {
-  int32_t index;  // the sequence, -1: tokens outside every sequence
+  int32_t index;  // the sequence, kNoSequence: tokens outside every sequence, or an empty entry
   int32_t q_begin, k_begin;
   int32_t q_len, k_len;
   int32_t row, end;

@@ -46,6 +46,8 @@ struct Starts {
   __device__ int32_t rows(int32_t z) const { return padded[z + 1] - padded[z]; }
 };
 
+__device__ __forceinline__ TileWork empty_entry() { return {kNoSequence, 0, 0, 0, 0, 0, 0, 0}; }
+
 // The first tile of padded sequence z, as far as it does not depend on which tile it is.
 template <Over over>
 __device__ TileWork whole_sequence(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
@@ -53,13 +55,13 @@ __device__ TileWork whole_sequence(const Problem& p, int64_t leading, const Star
   constexpr bool kQueries = over == Over::kQueries;
   const int32_t begin = starts.padded[z], tiles = static_cast<int32_t>(ceil_div(starts.rows(z), block));
   if (z == 0 || z == starts.count - 1) {
-    return {-1, kQueries ? begin : 0, kQueries ? 0 : begin, 0, 0, 0, 0, tiles};
+    return {kNoSequence, kQueries ? begin : 0, kQueries ? 0 : begin, 0, 0, 0, 0, tiles};
   }
   const int32_t *own = starts.padded + 1, *others = starts.others;
   const Sequence s =
       p.paged() ? paged_sequence(p, leading, z - 1, own)
                 : varlen_sequence(p, leading, z - 1, kQueries ? own : others, kQueries ? others : own);
-  if (decode.takes(s.q_len, p.heads / p.kv_heads)) return TileWork{};
+  if (decode.takes(s.q_len, p.heads / p.kv_heads)) return empty_entry();
   return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, 0, 0, tiles};
 }
 
@@ -110,7 +112,7 @@ __global__ void __launch_bounds__(kThreads)
   if (sorted) sort_sequences<over>(p, leading, list, block, decode, first);
   schedule += leading * tiles;
   for (int64_t slot = threadIdx.x; slot < tiles; slot += kThreads) {
-    if (!sorted || slot >= first[n + 2]) schedule[slot] = TileWork{};
+    if (!sorted || slot >= first[n + 2]) schedule[slot] = empty_entry();
   }
   __syncthreads();
   // A warp writes the tiles of a sequence.

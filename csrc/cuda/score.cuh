@@ -43,7 +43,7 @@ struct ScoreOperands {
   Dropout dropout;
 
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
-    if (work.tile.index < 0) return;  // tokens outside every sequence
+    if (work.tile.index == kNoSequence) return;
     auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
     if (p.bias) bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
     if (p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);

@@ -170,8 +170,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   __shared__ typename C::State block;
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN);
-    const TileWork& tile = block.work.tile;  // not of an empty slot of the schedule
-    if (C::kGeneral && tile.row < tile.end) block.score.prepare(p, block.work, block.work.head);
+    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
   }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, ptx::dynamic_shared());
