@@ -3,18 +3,20 @@
 python -m benchmarks                          # the platform's cases, every peer that is there
 python -m benchmarks --cases packed --peers xla,torch --repeats 9 --out out/bench
 python -m benchmarks --suite cpu              # the CPU kernels' bars, each beside what it is compared with
+python -m benchmarks --suite cuda             # the same of the CUDA kernels
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from . import cases, measure, peers, report
+from . import cases, measure, peers, report, sections
 
 PASSES = ("forward", "backward")
 
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="the median of this many is reported")
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one repeat")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--suite", choices=["cpu"], help="sections and bars of benchmarks/suite.py instead")
+    parser.add_argument("--suite", choices=["cpu", "cuda"], help="sections and bars of a suite_*.py instead")
     parser.add_argument("--sections", default="", help="of the suite, separated by commas; all by default")
     options = parser.parse_args(arguments)
     if options.suite:
@@ -61,15 +63,14 @@ def main(arguments: list[str]) -> int:
 
 
 def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    from . import suite
-
-    chosen = options.sections.split(",") if options.sections else list(suite.SECTIONS)
-    unknown = [name for name in chosen if name not in suite.SECTIONS]
-    if unknown or jax.default_backend() != "cpu":
-        parser.error(
-            f"--sections: {unknown or 'the suite runs on cpu'}; there are {', '.join(suite.SECTIONS)}"
-        )
-    return suite.run(chosen, options.out)
+    suite = importlib.import_module(f".suite_{options.suite}", __package__).SUITE
+    chosen = options.sections.split(",") if options.sections else list(suite.sections)
+    unknown = [name for name in chosen if name not in suite.sections]
+    if unknown:
+        parser.error(f"--sections: {', '.join(unknown)}; there are {', '.join(suite.sections)}")
+    if jax.default_backend() != suite.platform:
+        parser.error(f"--suite: {options.suite} runs on {suite.platform}, this is {jax.default_backend()}")
+    return sections.run(suite, chosen, options.out)
 
 
 def device_rates(platform: str, dtypes: list[str], options: argparse.Namespace) -> dict[str, Any]:

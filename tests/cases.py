@@ -76,12 +76,14 @@ class Inputs:
     dlse: jax.Array  # −inf never meets it: it is finite everywhere
 
 
-def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """Random operands of `case`, the same for the same seed."""
+def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
+    """Random operands of `case`, the same for the same seed; on_device: drawn there, which is fast."""
     rng = np.random.default_rng(seed)
     dtype = jnp.dtype(case.dtype)
 
     def normal(shape: tuple[int, ...], dtype: Any = dtype) -> jax.Array:
+        if on_device:
+            return jax.random.normal(jax.random.key(rng.integers(1 << 31)), shape, dtype)
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     rows, columns = _token_dims(case)

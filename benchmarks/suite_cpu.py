@@ -2,18 +2,12 @@
 
 python -m benchmarks --suite cpu                                 # all sections, one after the other
 python -m benchmarks --suite cpu --sections decode,small --out out/cpu    # those, into the report that is there
-
-A section's cells replace what an earlier run left in <out>/report.json; the report is written anew from all.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,31 +15,17 @@ import jax.numpy as jnp
 
 import jax_flash
 
-from . import measure, peers, report, report_cpu
-from .bars import Cell
+from . import measure, peers, report_cpu
+from .bars import Cell, judge
 from .cases import Case, flop, make_inputs, varlen
 from .child import Child
+from .sections import Suite, Timed, time_calls
 from .stream import reader
 from .training_step import training_calls
 
-PAUSE = 0.01  # seconds, in which the threads of another library stop spinning
 DTYPES = ("float32", "bfloat16")
 SHAPES = {"s512": (4, 512, 4, 64), "s2048": (1, 2048, 8, 64), "s4096": (1, 4096, 8, 128)}
 PASSES = {"forward": "forward", "both": "forward + backward"}
-
-Timed = dict[str, tuple[measure.Call, list[Any]]]
-
-
-def time_calls(calls: Timed, budget: float = 3.0) -> dict[str, Any]:
-    """Medians of calls that take turns, within about `budget` seconds: 3 to 15 turns."""
-    once = sum(min(measure.interleaved({name: call}, 1, 0.0)[name]) for name, call in calls.items())
-    burst = min(0.05, budget / 15 / len(calls))
-    turns = max(3, min(15, int(budget / max(once, burst * len(calls)))))
-    times = measure.interleaved(calls, turns, burst, PAUSE)
-    return {
-        name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
-        for name, t in times.items()
-    }
 
 
 def shape_case(name: str, dtype: str, **options: Any) -> Case:
@@ -223,22 +203,4 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "memory": memory_cells,
     "training": training_cells,
 }
-
-
-def run(chosen: list[str], folder: Path) -> int:
-    """Measures the sections, merges them into the folder's report and prints it."""
-    path = folder / "report.json"
-    sections = json.loads(path.read_text())["sections"] if path.exists() else {}
-    for name in chosen:
-        start, cells = time.monotonic(), []
-        for cell in SECTIONS[name]():
-            cells.append(cell)
-            print(report_cpu.line(cell), file=sys.stderr, flush=True)
-        seconds = time.monotonic() - start
-        header = report.header(["--suite", "cpu", "--sections", name])
-        sections[name] = {"header": header, "seconds": seconds, "cells": cells}
-        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-    ordered = {name: sections[name] for name in SECTIONS if name in sections}
-    report_cpu.write(ordered, folder)
-    print(report_cpu.bar_table(ordered))
-    return 0
+SUITE = Suite("cpu", "cpu", SECTIONS, judge, report_cpu.verdict, report_cpu.rates, figures=report_cpu.FIGURES)

@@ -1,0 +1,174 @@
+"""A suite: sections of cells, measured one after the other into one report that keeps what other runs left.
+
+A section's cells replace what an earlier run left in <out>/report.json; the report is written anew from all.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import measure, report
+from .bars import Bar, Cell
+
+PAUSE = 0.01  # seconds, in which the threads of another library stop spinning, and a device cools
+
+Timed = dict[str, tuple[measure.Call, list[Any]]]
+Sections = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, what it has to reach, and how it is shown."""
+
+    name: str
+    platform: str
+    sections: dict[str, Callable[[], Iterator[Cell]]]
+    judge: Callable[[list[Cell]], list[Bar]]
+    verdict: Callable[[Cell], str]  # the figure of a cell that matters
+    rates: Callable[[list[Cell]], list[str]]  # what the device did by itself beside the cells
+    tables: Callable[[list[Cell]], list[str]] = lambda cells: []  # beside those of bars and of cells
+    figures: Mapping[str, Callable[[list[Cell], Any], Any]] = field(default_factory=dict)
+
+
+def time_calls(calls: Timed, budget: float = 3.0, most: int = 15) -> dict[str, Any]:
+    """Medians of calls that take turns, within about `budget` seconds: 3 turns to `most`."""
+    once = sum(min(measure.interleaved({name: call}, 1, 0.0)[name]) for name, call in calls.items())
+    burst = min(0.05, budget / most / len(calls))
+    turns = max(3, min(most, int(budget / max(once, burst * len(calls)))))
+    times = measure.interleaved(calls, turns, burst, PAUSE)
+    return {
+        name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
+        for name, t in times.items()
+    }
+
+
+def cells_of(sections: Sections) -> list[Cell]:
+    return [cell for section in sections.values() for cell in section["cells"]]
+
+
+def line(suite: Suite, cell: Cell) -> str:
+    """One cell while it runs: milliseconds, and the ratio that matters."""
+    times = ", ".join(
+        f"{name} {r['median'] * 1e3:.3f} ±{r['spread']:.0%}" if "median" in r else f"{name} –"
+        for name, r in cell.get("times", {}).items()
+    )
+    return f"{cell['name']}: {times or '–'} | {suite.verdict(cell)}"
+
+
+def bar_table(suite: Suite, sections: Sections) -> str:
+    lines = ["| bar | measured | asked | | decided by |", "|---|---|---|---|---|"]
+    for bar in suite.judge(cells_of(sections)):
+        asked = f"{'≥' if bar.at_least else '≤'} {bar.limit:g}"
+        met = "met" if bar.met else "**missed**"
+        lines.append(f"| {bar.name} | {bar.value:.4g} | {asked} | {met} | {bar.where} |")
+    return "\n".join(lines)
+
+
+def markdown(suite: Suite, sections: Sections) -> str:
+    head = next(iter(sections.values()))["header"]
+    lines = [f"# {head['device']}, {head['cores']} cores", ""]
+    lines += [f"- commits: {', '.join(dict.fromkeys(str(s['header']['commit']) for s in sections.values()))}"]
+    if head["driver"]:
+        lines += [f"- driver {head['driver']}"]
+    lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
+    command = f"python -m benchmarks --suite {suite.name}"
+    lines += [f"- command: `{command}`, or `--sections` with the name of one below"]
+    lines += [f"- {rate}" for rate in suite.rates(cells_of(sections))]
+    lines += ["", "## Bars", "", bar_table(suite, sections), "", *suite.tables(cells_of(sections))]
+    lines += ["## Cells", ""]
+    for name, section in sections.items():
+        lines += [f"### {name}", "", "| cell | milliseconds | |", "|---|---|---|"]
+        for cell in section["cells"]:
+            what, _, rest = line(suite, cell).partition(": ")
+            times, _, result = rest.partition(" | ")
+            lines.append(f"| {what} | {times} | {result} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write(suite: Suite, sections: Sections, folder: Path) -> None:
+    """report.md, report.json and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    text = markdown(suite, sections)
+    for name in _plots(suite, cells_of(sections), folder):
+        text += f"\n![{name}]({name}.png)\n"
+    (folder / "report.md").write_text(text)
+
+
+def _plots(suite: Suite, cells: list[Cell], folder: Path) -> list[str]:
+    try:
+        import matplotlib
+    except ImportError:
+        print("benchmarks: matplotlib is not installed, no plots", file=sys.stderr)
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn = []
+    figures = {**suite.figures, "bars": lambda cells, plt: draw_bars(suite, cells, plt)}
+    for name, draw in figures.items():
+        figure = draw(cells, plt)
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=110)
+            plt.close(figure)
+            drawn.append(name)
+    return drawn
+
+
+def draw_rates(cells: list[Cell], names: tuple[str, ...], plt: Any, unit: float, label: str) -> Any:
+    """FLOP/s of each implementation, cell by cell."""
+    if not cells:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.14 * len(names) * len(cells)), layout="constrained")
+    height = 0.84 / len(names)
+    for index, name in enumerate(names):
+        rates = [c["flop"] / c["times"].get(name, {}).get("median", float("inf")) / unit for c in cells]
+        axes.barh([row + index * height for row in range(len(cells))], rates, height, label=name)
+    axes.set_yticks([row + 0.28 for row in range(len(cells))], [c["name"] for c in cells], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.legend()
+    return figure
+
+
+def draw_bars(suite: Suite, cells: list[Cell], plt: Any) -> Any:
+    """How each bar is met: 1 is just met, more is better."""
+    bars = suite.judge(cells)
+    if not bars:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
+    margins = [b.value / b.limit if b.at_least else b.limit / b.value for b in bars]
+    colours = ["tab:green" if b.met else "tab:red" for b in bars]
+    axes.barh(range(len(bars)), margins, color=colours)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(bars)), [b.name for b in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("measured over asked (right of 1: met)")
+    return figure
+
+
+def run(suite: Suite, chosen: list[str], folder: Path) -> int:
+    """Measures the sections, merges them into the folder's report and prints it."""
+    path = folder / "report.json"
+    sections = json.loads(path.read_text())["sections"] if path.exists() else {}
+    for name in chosen:
+        start, cells = time.monotonic(), []
+        for cell in suite.sections[name]():
+            cells.append(cell)
+            print(line(suite, cell), file=sys.stderr, flush=True)
+        seconds = time.monotonic() - start
+        header = report.header(["--suite", suite.name, "--sections", name])
+        sections[name] = {"header": header, "seconds": seconds, "cells": cells}
+        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        ordered = {name: sections[name] for name in suite.sections if name in sections}
+        write(suite, ordered, folder)
+    print(bar_table(suite, ordered))
+    return 0

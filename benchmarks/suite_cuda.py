@@ -1,0 +1,224 @@
+"""The CUDA suite: what the kernels promise about speed, each cell beside its peers and the device's own rates.
+
+python -m benchmarks --suite cuda                                       # all sections
+python -m benchmarks --suite cuda --sections "forward d128,decode"      # those, into the report that is there
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from . import bars_cuda, decode_cuda, measure, peers
+from .bars import Cell
+from .cases import Case, flop, make_inputs, varlen
+from .sections import Suite, Timed, draw_rates, time_calls
+
+TOKENS, WIDTH = 16384, 2048  # b · s, and heads · head dim
+PEERS = ("jax_flash", "cudnn", "pallas", "tokamax")
+DOCUMENTS = (100, 8000, 300, 2500, 1200, 4284)  # lengths of packed sequences, TOKENS in all
+
+
+def fixed(d: int, s: int, causal: bool = False, **options: Any) -> Case:
+    h = WIDTH // d
+    name = f"d{d} s{s}{' causal' if causal else ''}"
+    sizes = {
+        "b": max(1, TOKENS // s),
+        "sq": s,
+        "sk": s,
+        "hq": h,
+        "hk": h,
+        "d": d,
+        "dv": d,
+        "dtype": "bfloat16",
+    }
+    return Case(name, causal=causal, **(sizes | options))
+
+
+def prepared(what: dict[str, tuple[str, Case, str]]) -> tuple[Timed, dict[str, Any]]:
+    """name → (peer, case, pass), compiled side by side; and those that were refused, with their reasons."""
+    inputs: dict[str, Any] = {}
+    for _, case, _ in what.values():
+        if case.name not in inputs:
+            first = make_inputs(case, 0, on_device=True)
+            copies = measure.copies_for((first.positional, first.dout), "gpu")
+            others = (make_inputs(case, seed, on_device=True) for seed in range(1, copies))
+            inputs[case.name] = [first, *others]
+
+    def prepare(item: tuple[str, Case, str]) -> Any:
+        peer, case, pass_ = item
+        try:
+            call, arguments = peers.calls(peer, case, pass_, inputs[case.name])
+            jax.block_until_ready(call(*arguments[0]))
+            return call, arguments
+        except Exception as error:  # peers fail in ways of their own
+            if peer == "jax_flash":
+                raise
+            return {"refused": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
+
+    with ThreadPoolExecutor() as pool:
+        made = dict(zip(what, pool.map(prepare, what.values()), strict=True))
+    return (
+        {name: call for name, call in made.items() if isinstance(call, tuple)},
+        {name: reason for name, reason in made.items() if isinstance(reason, dict)},
+    )
+
+
+def matmul(dtype: str = "bfloat16") -> tuple[measure.Call, list[Any]]:
+    call, arguments, _ = measure.matmul_call("gpu", dtype)
+    return call, arguments
+
+
+def peer_cell(case: Case, pass_: str, **tags: Any) -> Cell:
+    """Every peer and the matrix product, in turns."""
+    calls, refused = prepared({name: (name, case, pass_) for name in PEERS})
+    times = time_calls(calls | {"matmul": matmul(case.dtype)}, 1.5)
+    name = f"{case.name} {pass_}"
+    cell = {"kind": "peer", "name": name, "pass": pass_, "d": case.d, "s": case.sq, "causal": case.causal}
+    return cell | tags | {"flop": flop(case, pass_), "times": times | refused}
+
+
+def matrix_cells(pass_: str, d: int) -> Iterator[Cell]:
+    for s in (1024, 4096, 16384):
+        for causal in (False, True):
+            yield peer_cell(fixed(d, s, causal), pass_, of="matrix")
+
+
+def ours_cell(what: str, plain: Case, this: Case, pass_: str = "forward") -> Cell:
+    """This library on two cases in turns: what an option or a shape costs for the same FLOP."""
+    calls, _ = prepared({"plain": ("jax_flash", plain, pass_), "this": ("jax_flash", this, pass_)})
+    work = {"plain": flop(plain, pass_), "this": flop(this, pass_)}
+    cell = {"kind": "ratio", "what": what, "d": plain.d, "name": f"{this.name} {pass_}"}
+    return cell | {"flop": work, "times": time_calls(calls, 0.8)}
+
+
+def option_cells(d: int) -> Iterator[Cell]:
+    """Each option beside the plain forward, s 4096, full."""
+    plain = fixed(d, 4096)
+    s = plain.sq
+    options: dict[str, dict[str, Any]] = {
+        "bias": {"bias": (1, 1, s, s), "bias_dtype": "bfloat16"},
+        "bias of each head": {"bias": (1, plain.hq, s, s), "bias_dtype": "bfloat16"},
+        "alibi": {"alibi_slopes": (plain.hq,)},
+        "softcap": {"softcap": 20.0},
+        "dropout": {"dropout_rate": 0.1},
+        "sinks": {"sinks": True},
+        "segments": {"segments": 4},
+    }
+    for what, option in options.items():
+        yield ours_cell(what, plain, plain.replace(name=f"{plain.name} {what}", **option))
+
+
+def packed_cells() -> Iterator[Cell]:
+    """Documents of 100 to 8,000 tokens beside fixed sequences of 4,096."""
+    for d in (64, 128, 256):
+        for causal in (False, True):
+            for pass_ in ("forward", "backward"):
+                plain = fixed(d, 4096, causal)
+                sizes = {"hq": plain.hq, "hk": plain.hk, "d": d, "dv": d, "dtype": plain.dtype}
+                name = f"d{d} documents{' causal' if causal else ''}"
+                yield ours_cell(
+                    f"packed {pass_}", plain, varlen(name, DOCUMENTS, causal=causal, **sizes), pass_
+                )
+
+
+def shape_cells() -> Iterator[Cell]:
+    """GQA, a window, odd lengths; then problems too small for the whole device."""
+    plain, long = fixed(128, 4096, True), fixed(128, 16384)
+    yield ours_cell("GQA 8:1", plain, plain.replace(name=f"{plain.name} hk2", hk=2))
+    yield ours_cell("window 1024", long, long.replace(name="d128 s16384 window", window=(1024, 0)))
+    for s, odd in ((4096, 4001), (1024, 1000), (768, 777)):
+        near = fixed(128, s, b=TOKENS // s)
+        yield ours_cell(f"s {odd}", near, near.replace(name=f"d128 s{odd}", sq=odd, sk=odd))
+    for s in (512, 1024):
+        for causal in (False, True):
+            yield peer_cell(fixed(128, s, causal, b=1), "forward", of="small")
+
+
+def seed_cells() -> Iterator[Cell]:
+    """The shapes of the tables of this library's predecessors."""
+    for s in (256, 512, 1024, 2048, 4096):
+        sizes = {"b": 48, "sq": s, "sk": s, "hq": 24, "hk": 24, "d": 128, "dv": 128, "dtype": "float16"}
+        yield peer_cell(Case(f"b48 h24 d128 s{s} float16", **sizes), "forward", of="seeds")
+    for dtype in ("float16", "bfloat16"):
+        for causal in (False, True):
+            for s in (512, 1024, 2048, 4096, 8192):
+                name = f"b2 h32 d128 s{s} {dtype}{' causal' if causal else ''}"
+                sizes = {"b": 2, "sq": s, "sk": s, "hq": 32, "hk": 32, "d": 128, "dv": 128, "dtype": dtype}
+                yield peer_cell(Case(name, causal=causal, **sizes), "forward", of="seeds")
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
+    **{
+        f"{pass_} d{d}": functools.partial(matrix_cells, pass_, d)
+        for pass_ in ("forward", "backward")
+        for d in (64, 128, 256)
+    },
+    **{f"options d{d}": functools.partial(option_cells, d) for d in (64, 128, 256)},
+    "packed": packed_cells,
+    "shapes": shape_cells,
+    "decode": decode_cuda.decode_cells,
+    "decode dtypes": decode_cuda.dtype_cells,
+    "prefill": decode_cuda.prefill_cells,
+    "seeds": seed_cells,
+}
+
+
+def verdict(cell: Cell) -> str:
+    match cell["kind"]:
+        case "peer":
+            known = [name for name in PEERS[1:] if "median" in cell["times"][name]]
+            shown = [f"× {name} {bars_cuda.speedup(cell, name):.2f}" for name in known]
+            rate = cell["flop"] / cell["times"]["jax_flash"]["median"] / 1e12
+            return ", ".join([f"{rate:.0f} TFLOP/s", f"{bars_cuda.of_matmul(cell):.3f} of matmul", *shown])
+        case "ratio":
+            return f"{bars_cuda.rate_of_plain(cell):.3f} of the plain rate"
+        case "decode":
+            shares = (f"{name} {x:.2f}" for name, x in bars_cuda.shares_of_copy(cell).items())
+            return f"of a copy at {bars_cuda.copy_rate(cell):.0f} GB/s: {', '.join(shares)}"
+    rates = (f"{name} {cell['flop'] / t['median'] / 1e12:.0f}" for name, t in cell["times"].items())
+    return f"TFLOP/s: {', '.join(rates)}"
+
+
+def rates(cells: list[Cell]) -> list[str]:
+    products = [2 * 8192**3 / c["times"]["matmul"]["median"] / 1e12 for c in cells if c["kind"] == "peer"]
+    copies = [bars_cuda.copy_rate(c) for c in cells if c["kind"] == "decode"]
+    lines = []
+    if products:
+        lines += [
+            f"product of two 8192² matrices beside the cells: {min(products):.0f} to {max(products):.0f} TFLOP/s"
+        ]
+    if copies:
+        lines += [f"copy (x + 1), read and written: {min(copies):.0f} to {max(copies):.0f} GB/s"]
+    refusals = {
+        (name, t["refused"])
+        for c in cells
+        for name, t in c["times"].items()
+        if name in PEERS and "refused" in t
+    }
+    return lines + [f"{name} did not run some cells: {reason}" for name, reason in sorted(refusals)]
+
+
+def _figure(of: str) -> Callable[[list[Cell], Any], Any]:
+    def draw(cells: list[Cell], plt: Any) -> Any:
+        chosen = [c for c in cells if c["kind"] == "peer" and c["of"] == of]
+        names = tuple(n for n in PEERS if any("median" in c["times"].get(n, {}) for c in chosen))
+        return draw_rates(chosen, names, plt, 1e12, "TFLOP/s, visible pairs only")
+
+    return draw
+
+
+SUITE = Suite(
+    "cuda",
+    "gpu",
+    SECTIONS,
+    bars_cuda.judge,
+    verdict,
+    rates,
+    bars_cuda.peer_tables,
+    {"matrix": _figure("matrix"), "seeds": _figure("seeds"), "decode": decode_cuda.draw},
+)
