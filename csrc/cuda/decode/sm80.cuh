@@ -146,7 +146,7 @@ __device__ __forceinline__ void clear_targets(const Call& call, const Rows& rows
                              Target::exists(call.p, rows, entry, row);
       if (announced) continue;  // by the block that has its first part
     }
-    parts.targets[parts.row(index, column, row)].parts = 0;
+    parts.targets[parts.row(index, column, row)] = Target{};
   }
 }
 
