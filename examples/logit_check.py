@@ -18,8 +18,8 @@ TOLERANCE = 1e-4  # the same float32 sums in another order, through all layers
 class LogitCheck:
     """Distances from the training forward in float32, each the largest over all logits of all generated tokens.
 
-    Both are relative to the largest logit. In float32 `training` is 0; in bfloat16 it is what rounding does to
-    the training forward itself, and serving, which rounds elsewhere, may be twice as far off.
+    Both are relative to the largest logit. `training` is what rounding does to the training forward itself, in
+    bfloat16 or in TF32 (0 in float32 proper); serving, which rounds elsewhere, may be twice as far off.
     """
 
     serving: float
@@ -45,7 +45,8 @@ def check_logits(model: Transformer, config: ModelConfig, mesh: Mesh, requests: 
     with jax.set_mesh(mesh):
         exact_config = replace(config, dtype="float32")
         exact = nnx.eval_shape(lambda: Transformer(exact_config, rngs=nnx.Rngs(0)))
-    reference = training_logits(nnx.merge(nnx.graphdef(exact), nnx.state(model)), requests)
+    with jax.default_matmul_precision("highest"):  # a GPU's own rounds float32 to TF32's 11 bits
+        reference = training_logits(nnx.merge(nnx.graphdef(exact), nnx.state(model)), requests)
     largest = np.abs(reference).max()
     served = np.concatenate([request.logits for request in requests])
     trained = training_logits(model, requests)

@@ -31,6 +31,13 @@ SIZES = {"layers": 2, "width": 32, "heads": 2, "head_dim": 16, "hidden": 64}
 SERVING = ServingConfig(pages=24, page_size=4, slots=6, chunk=16, max_length=64)
 
 
+@pytest.fixture(autouse=True)
+def exact_products():
+    """float32 products in float32, as on the CPU: a GPU's own are TF32's, whose logits differ by more than 1e-4."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
     """A random model that heeds what it reads: its attention weighs more than an untrained model's."""
     config = ModelConfig(**SIZES, dtype=dtype, attention=attention)

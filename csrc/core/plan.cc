@@ -286,6 +286,16 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
   return result;
 }
 
+std::string KernelRow::to_string() const {
+  std::string text = std::string(family) + " " + kPassNames[static_cast<int>(pass)];
+  for (DType dtype : {DType::kF16, DType::kBF16, DType::kF32}) {
+    if (takes(dtype)) text += std::string(" ") + kDTypeNames[static_cast<int>(dtype)];
+  }
+  return text + " d=" + std::to_string(head_dim) + " dv=" + std::to_string(value_dim) + " tile " +
+         std::to_string(block_m) + "x" + std::to_string(block_n) + " stages " + std::to_string(stages) +
+         " warps " + std::to_string(warps);
+}
+
 std::string LaunchPlan::to_string(const KernelRow& row) const {
   std::string text = std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] +
                      (general ? " general" : " plain") + " d=" + std::to_string(row.head_dim) +

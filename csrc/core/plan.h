@@ -21,6 +21,7 @@ struct KernelRow {
   int32_t blocks;  // per multiprocessor, that the registers must allow
 
   bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
+  std::string to_string() const;
 };
 
 struct Device {

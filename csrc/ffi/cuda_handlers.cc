@@ -5,6 +5,7 @@
 
 #include "core/plan.h"
 #include "cuda/append/append.h"
+#include "cuda/device.h"
 #include "cuda/registry.h"
 #include "ffi/operands.h"
 
@@ -15,22 +16,6 @@ namespace {
 
 ffi::Error cuda_error(const char* what, cudaError_t status) {
   return ffi::Error::Internal(std::string("jax_flash: ") + what + ": " + cudaGetErrorString(status));
-}
-
-cudaError_t ask_device(int ordinal, Device& device) {
-  int major = 0, minor = 0;
-  const struct {
-    int* value;
-    cudaDeviceAttr attribute;
-  } attributes[] = {{&major, cudaDevAttrComputeCapabilityMajor},
-                    {&minor, cudaDevAttrComputeCapabilityMinor},
-                    {&device.sm_count, cudaDevAttrMultiProcessorCount},
-                    {&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
-  for (const auto& [value, attribute] : attributes) {
-    if (cudaError_t e = cudaDeviceGetAttribute(value, attribute, ordinal); e != cudaSuccess) return e;
-  }
-  device.capability = major * 10 + minor;
-  return cudaSuccess;
 }
 
 // Devices do not change: each is asked once by a thread.

@@ -1,6 +1,8 @@
 // Where the drivers run the passes: backend_cpu.cc, or backend_cuda.cc on copies in the GPU's memory.
 #pragma once
 
+#include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "core/problem.h"
@@ -13,7 +15,29 @@ std::string name();  // of the instruction set or the GPU; throws where there is
 int32_t width(int32_t any);                             // a head dim that it takes
 bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at every run
 
-// False where no kernel was built for the call. `pool` matters to the CPU alone.
+// The kernels behind one row of csrc/kernels.def.
+enum class Variant { kPlain, kGeneral, kDropout, kDeterministic, kGeneralDeterministic, kFloat8, kCut };
+
+// What a case has to be for a kernel to run it.
+struct Aim {
+  Pass pass;
+  DType dtype;
+  int32_t head_dim, value_dim;  // at most
+  int32_t block_m;
+  Variant variant;
+
+  bool plain() const { return variant == Variant::kPlain || variant == Variant::kDeterministic; }
+  bool deterministic() const {
+    return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic;
+  }
+};
+
+// The kernel whose turn it is: each of these passes' comes once in as many turns as there are, and a third;
+// every fourth turn, and on the CPU every one, is of no kernel. Holds for the calls of run() that follow.
+std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
+
+// False where no kernel was built for the call. With helpers in the `pool` the call runs twice at once on a
+// GPU, from two threads on streams of their own.
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool);
 
 bool append(const AppendProblem& problem, const ThreadPool& pool);

@@ -1,28 +1,21 @@
-// The CUDA kernels on copies of the operands, each in an allocation of its own.
-//
-// JAX_FLASH_GUARD tells what surrounds it: "bands" (the default) of NaN, which must come back unharmed;
-// "none" for compute-sanitizer's memcheck, which knows each allocation's end; "fresh" as "none", with results
-// and workspace left as they were allocated, for its initcheck.
+// The CUDA kernels on copies of the operands, each in an allocation of its own (device_memory.h).
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <map>
-#include <set>
+#include <functional>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "backend.h"
 #include "cuda/append/append.h"
+#include "cuda/device.h"
 #include "cuda/registry.h"
-#include "guarded.h"
+#include "device_memory.h"
+#include "reach.h"
 
 namespace jax_flash::backend {
 namespace {
 
-constexpr size_t kBand = 4096;
-constexpr int32_t kSmallSharedMemory = 101'376;  // of sm_86, 89 and 120: reaches the rows with small tiles
 constexpr View Problem::* kOperands[] = {&Problem::query,
                                          &Problem::key,
                                          &Problem::value,
@@ -55,102 +48,6 @@ constexpr View AppendProblem::* kAppendOperands[] = {
     &AppendProblem::cu_seqlens, &AppendProblem::cos,          &AppendProblem::sin,
     &AppendProblem::k_scale,    &AppendProblem::v_scale};
 
-void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
-}
-
-enum class Guard { kBands, kNone, kFresh };
-
-Guard guard() {
-  const char* name = std::getenv("JAX_FLASH_GUARD");
-  if (!name || !std::strcmp(name, "bands")) return Guard::kBands;
-  if (!std::strcmp(name, "none")) return Guard::kNone;
-  if (!std::strcmp(name, "fresh")) return Guard::kFresh;
-  throw std::runtime_error(std::string("JAX_FLASH_GUARD is ") + name + ", not bands, none or fresh");
-}
-
-// `bytes` of the GPU's memory, of NaN unless guard() is kFresh, between two bands of it.
-class DeviceMemory {
- public:
-  explicit DeviceMemory(size_t bytes) : bytes_(bytes), band_(guard() == Guard::kBands ? kBand : 0) {
-    check(cudaMalloc(&base_, total()), "cudaMalloc");
-    if (guard() != Guard::kFresh) check(cudaMemset(base_, 0xFF, total()), "cudaMemset");
-  }
-  DeviceMemory(const DeviceMemory&) = delete;
-  ~DeviceMemory() { cudaFree(base_); }
-
-  char* data() const { return static_cast<char*>(base_) + band_; }
-  void read_from(const void* host) {
-    check(cudaMemcpy(data(), host, bytes_, cudaMemcpyHostToDevice), "copy to the GPU");
-  }
-  void write_to(void* host) {
-    check(cudaMemcpy(host, data(), bytes_, cudaMemcpyDeviceToHost), "copy from the GPU");
-  }
-
-  void check_bands() const {
-    if (!band_) return;
-    std::vector<unsigned char> all(total());
-    check(cudaMemcpy(all.data(), base_, total(), cudaMemcpyDeviceToHost), "copy from the GPU");
-    for (size_t i = 0; i < band_; ++i) {
-      if (all[i] != 0xFF || all[band_ + bytes_ + i] != 0xFF) {
-        throw std::runtime_error("written outside an operand of " + std::to_string(bytes_) + " bytes, " +
-                                 std::to_string(i) + " bytes into a band");
-      }
-    }
-  }
-
- private:
-  size_t total() const { return bytes_ + 2 * band_ + (bytes_ + band_ == 0); }
-
-  size_t bytes_, band_;
-  void* base_ = nullptr;
-};
-
-// The GPU's copies of a problem's operands, which its views then point to.
-class Copies {
- public:
-  template <class AnyProblem, size_t n, class Filled>
-  Copies(AnyProblem& p, View AnyProblem::* const (&operands)[n], Filled filled) {
-    for (View AnyProblem::* operand : operands) {
-      View& view = p.*operand;
-      const Guarded* host = view.data ? Guarded::find(view.data) : nullptr;
-      if (!host) continue;
-      const auto [at, made] = by_host_.try_emplace(view.data, host->bytes());
-      if (made && filled(operand)) at->second.read_from(host->data());
-      view.data = at->second.data();
-    }
-  }
-  void check_bands() const {
-    for (const auto& [host, copy] : by_host_) copy.check_bands();
-  }
-  void write_back(void* host) {
-    const auto at = by_host_.find(host);
-    if (at != by_host_.end()) at->second.write_to(host);
-  }
-
- private:
-  std::map<const void*, DeviceMemory> by_host_;
-};
-
-std::set<int32_t>& reached() {
-  static std::set<int32_t> rows;
-  return rows;
-}
-int64_t not_built = 0;
-
-// The GPU; or one with less shared memory, for a third of the calls.
-Device device(int32_t choice) {
-  Device found{};
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "device");
-  check(cudaDeviceGetAttribute(&found.sm_count, cudaDevAttrMultiProcessorCount, 0), "device");
-  check(cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "device");
-  found.capability = major * 10 + minor;
-  if (choice % 3 == 0) found.shared_memory = std::min(found.shared_memory, kSmallSharedMemory);
-  return found;
-}
-
 bool is_result(Pass pass, View Problem::* operand) {
   switch (pass) {
     case Pass::kForward:
@@ -162,12 +59,159 @@ bool is_result(Pass pass, View Problem::* operand) {
   }
 }
 
+Device gpu() {
+  Device found{};
+  check(ask_device(0, found), "device");
+  return found;
+}
+
+Reach& reach() {
+  static Reach all(built_kernels(), gpu().capability);
+  return all;
+}
+int64_t not_built = 0, together = 0, overlapped = 0;
+
+// The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
+// of built_kernels(). The rows that would take the call from the one aimed at are left out.
+LaunchPlan plan_call(Pass pass, const Problem& p) {
+  const auto built = built_kernels();
+  Device device = gpu();
+  const int32_t aimed = reach().aimed();
+  if (aimed < 0) return plan(pass, p.spec, shapes_of(p), device, built);
+  const KernelRow& wanted = built[aimed];
+  device.capability = wanted.capability;
+  std::vector<KernelRow> rows;
+  std::vector<int32_t> index;
+  for (int32_t i = 0; i < static_cast<int32_t>(built.size()); ++i) {
+    const bool takes_few = built[i].pass == Pass::kDecode && wanted.pass != Pass::kDecode;
+    if (i != aimed && (built[i].pass == wanted.pass || takes_few)) continue;
+    rows.push_back(built[i]), index.push_back(i);
+  }
+  LaunchPlan chosen = plan(pass, p.spec, shapes_of(p), device, rows);
+  for (int32_t* kernel : {&chosen.kernel, &chosen.decode_kernel}) {
+    if (*kernel >= 0) *kernel = index[*kernel];
+  }
+  return chosen;
+}
+
+// A stream of its own, and when its work began and ended.
+class Stream {
+ public:
+  Stream() {
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+    check(cudaEventCreate(&begin_), "event");
+    check(cudaEventCreate(&end_), "event");
+  }
+  Stream(const Stream&) = delete;
+  ~Stream() { cudaEventDestroy(begin_), cudaEventDestroy(end_), cudaStreamDestroy(stream_); }
+
+  void run(const std::function<void(cudaStream_t)>& launch) {
+    check(cudaEventRecord(begin_, stream_), "event");
+    launch(stream_);
+    check(cudaEventRecord(end_, stream_), "event");
+  }
+  // Both have ended.
+  static bool overlap(const Stream& a, const Stream& b) {
+    float a_to_b = 0, b_to_a = 0;
+    check(cudaEventElapsedTime(&a_to_b, a.begin_, b.end_), "event");
+    check(cudaEventElapsedTime(&b_to_a, b.begin_, a.end_), "event");
+    return a_to_b > 0 && b_to_a > 0;
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t begin_ = nullptr, end_ = nullptr;
+};
+
+// Launches both, a few times each, from two threads on streams of their own.
+void run_together(const std::function<void(cudaStream_t)>& one,
+                  const std::function<void(cudaStream_t)>& other) {
+  constexpr int kRepeats = 4;
+  Stream streams[2];
+  std::string error;
+  const auto run = [&](Stream& stream, const std::function<void(cudaStream_t)>& launch) {
+    stream.run([&](cudaStream_t s) {
+      for (int i = 0; i < kRepeats; ++i) launch(s);
+    });
+  };
+  std::thread thread([&] {
+    try {
+      run(streams[1], other);
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+  });
+  run(streams[0], one);
+  thread.join();
+  if (!error.empty()) throw std::runtime_error(error);
+  check(cudaDeviceSynchronize(), "kernel");
+  ++together, overlapped += Stream::overlap(streams[0], streams[1]);
+}
+
+// A call on operands and a workspace of its own.
+class Call {
+ public:
+  Call(Pass pass, const Problem& problem, const LaunchPlan& plan)
+      : p_(problem),
+        plan_(plan),
+        copies_(p_, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); }),
+        workspace_(plan.workspace) {}
+
+  void launch(cudaStream_t stream) {
+    check(launch_schedules(p_, plan_, workspace_.data(), stream), "schedule");
+    for (int32_t kernel : {plan_.decode_kernel, plan_.kernel}) {
+      if (kernel >= 0) check(launch_of(kernel)(p_, plan_, workspace_.data(), stream), "launch");
+    }
+  }
+  void check_bands() const { workspace_.check_bands(), copies_.check_bands(); }
+  const Copies& copies() const { return copies_; }
+
+ private:
+  Problem p_;
+  const LaunchPlan& plan_;
+  Copies copies_;
+  DeviceMemory workspace_;
+};
+
+// The same of append_kv.
+class AppendCall {
+ public:
+  explicit AppendCall(const AppendProblem& problem)
+      : p_(problem), copies_(p_, kAppendOperands, [](auto) { return true; }) {}
+
+  void launch(cudaStream_t stream) { check(launch_append(p_, gpu().sm_count, stream), "launch"); }
+  void check_bands() const { copies_.check_bands(); }
+  const Copies& copies() const { return copies_; }
+
+ private:
+  AppendProblem p_;
+  Copies copies_;
+};
+
+// Runs make() once or, with helpers in the pool, two of them at once, which leave the same results (given by
+// their memory on the host, which takes them) unless they are not repeatable.
+template <class Make>
+void run_calls(const ThreadPool& pool, const std::vector<void*>& results, bool repeatable, Make make) {
+  auto one = make();
+  if (pool.schedule && guard() == Guard::kBands) {  // sanitizers have one stream to look at
+    auto other = make();
+    run_together([&](cudaStream_t s) { one.launch(s); }, [&](cudaStream_t s) { other.launch(s); });
+    other.check_bands();
+    for (void* host : results) {
+      if (repeatable && !one.copies().same(other.copies(), host))
+        throw std::runtime_error("two calls at once differ");
+    }
+  } else {
+    one.launch(nullptr);
+    check(cudaDeviceSynchronize(), "kernel");
+  }
+  one.check_bands();
+  for (void* host : results) one.copies().write_back(host);
+}
+
 }  // namespace
 
-std::string name() {
-  const Device found = device(1);
-  return "sm_" + std::to_string(found.capability);
-}
+std::string name() { return "sm_" + std::to_string(gpu().capability); }
 
 int32_t width(int32_t any) { return (any + 7) / 8 * 8; }
 
@@ -175,54 +219,32 @@ bool repeatable(const AttentionSpec& spec, Pass pass) {
   return pass != Pass::kBackward || spec.deterministic;
 }
 
-bool run(Pass pass, const Problem& problem, const ThreadPool&) {
-  const Device planned_for = device(problem.q_rows + problem.k_rows);
-  const LaunchPlan chosen = plan(pass, problem.spec, shapes_of(problem), planned_for, built_kernels());
-  if (chosen.kernel < 0) return ++not_built, false;
-  Problem p = problem;
-  Copies copies(p, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); });
-  DeviceMemory workspace(chosen.workspace);
-  check(launch_schedules(p, chosen, workspace.data(), nullptr), "schedule");
-  for (int32_t kernel : {chosen.decode_kernel, chosen.kernel}) {
-    if (kernel < 0) continue;
-    reached().insert(kernel);
-    check(launch_of(kernel)(p, chosen, workspace.data(), nullptr), "launch");
+std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes) { return reach().aim(turn, passes); }
+
+bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
+  const LaunchPlan plan = plan_call(pass, problem);
+  if (plan.kernel < 0) return ++not_built, false;
+  for (int32_t kernel : {plan.decode_kernel, plan.kernel}) {
+    if (kernel >= 0) reach().note(plan, kernel, problem);
   }
-  check(cudaDeviceSynchronize(), "kernel");
-  workspace.check_bands();
-  copies.check_bands();
+  std::vector<void*> results;
   for (View Problem::* operand : kOperands) {
-    if (is_result(pass, operand)) copies.write_back((problem.*operand).data);
+    if (is_result(pass, operand)) results.push_back((problem.*operand).data);
   }
+  run_calls(pool, results, repeatable(problem.spec, pass), [&] { return Call(pass, problem, plan); });
   return true;
 }
 
-bool append(const AppendProblem& problem, const ThreadPool&) {
-  AppendProblem p = problem;
-  Copies copies(p, kAppendOperands, [](auto) { return true; });
-  check(launch_append(p, device(1).sm_count, nullptr), "launch");
-  check(cudaDeviceSynchronize(), "kernel");
-  copies.check_bands();
-  copies.write_back(problem.k_pages.data);
-  copies.write_back(problem.v_pages.data);
+bool append(const AppendProblem& problem, const ThreadPool& pool) {
+  const std::vector<void*> results{problem.k_pages.data, problem.v_pages.data};
+  run_calls(pool, results, true, [&] { return AppendCall(problem); });
   return true;
 }
 
 std::string summary() {
-  const auto rows = built_kernels();
-  std::set<Pass> passes;  // that this driver runs
-  for (int32_t i : reached()) passes.insert(rows[i].pass);
-  std::string missing;
-  for (int32_t i = 0; i < static_cast<int32_t>(rows.size()); ++i) {
-    const KernelRow& r = rows[i];
-    if (reached().contains(i) || !passes.contains(r.pass)) continue;
-    missing += " [pass " + std::to_string(static_cast<int>(r.pass)) + " d=" + std::to_string(r.head_dim) +
-               " dv=" + std::to_string(r.value_dim) + " " + std::to_string(r.block_m) + "x" +
-               std::to_string(r.block_n) + " dtypes " + std::to_string(r.dtypes) + "]";
-  }
-  if (!missing.empty()) throw std::runtime_error("kernels never reached:" + missing);
-  return std::to_string(reached().size()) + " kernels reached, nothing out of bounds, everything written (" +
-         std::to_string(not_built) + " calls have no kernel)";
+  return "nothing out of bounds, everything written; " + std::to_string(overlapped) + " of " +
+         std::to_string(together) + " calls from two threads overlapped; " + std::to_string(not_built) +
+         " calls have no kernel\n" + reach().report();
 }
 
 }  // namespace jax_flash::backend

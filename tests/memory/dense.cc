@@ -12,9 +12,14 @@ namespace {
 // One random call: its problem and the memory behind its views.
 class Case : RandomCase {
  public:
-  explicit Case(uint64_t seed) : RandomCase(seed) {
+  explicit Case(uint64_t seed)
+      : RandomCase(seed),
+        aim_(backend::aim(static_cast<int64_t>(seed),
+                          {Pass::kForward, Pass::kBackward, Pass::kBiasGradient})) {
     choose_sizes();
+    if (aim_) aim_sizes();
     choose_options();
+    if (aim_) aim_options();
     make_tensors();
     make_indices();
     make_score_operands();
@@ -57,7 +62,7 @@ class Case : RandomCase {
     };
     p_.head_dim = width();
     p_.value_dim = chance(0.5) ? p_.head_dim : width();
-    const int64_t longest = p_.leading.rank == 0 && chance(0.2) ? 600 : 60;
+    const int64_t longest = p_.leading.rank == 0 && chance(0.2) ? 300 : 60;
     p_.q_rows = static_cast<int32_t>(integer(0, longest));
     p_.k_rows = chance(0.3) ? p_.q_rows : static_cast<int32_t>(integer(0, longest));
   }
@@ -89,6 +94,37 @@ class Case : RandomCase {
       add(Operand::kBias, 0.3);
       if (chance(0.2)) s.operands |= 3 << static_cast<int32_t>(Operand::kQSegmentIds);
     }
+  }
+
+  // What the kernel aimed at takes, and some of it.
+  void aim_sizes() {
+    p_.dtype = aim_->dtype;
+    if (aim_->pass == Pass::kBiasGradient) p_.spec.layout = Layout::kFixed;
+    p_.batch = std::max(p_.batch, 1);
+    p_.q_rows = std::max(p_.q_rows, 1);
+    p_.k_rows = std::max(p_.k_rows, 1);
+    p_.head_dim = width_within(aim_->head_dim);
+    p_.value_dim = width_within(aim_->value_dim);
+  }
+
+  void aim_options() {
+    AttentionSpec& s = p_.spec;
+    const auto bit = [](Operand operand) { return 1 << static_cast<int32_t>(operand); };
+    const bool dropout = aim_->variant == backend::Variant::kDropout;
+    s.deterministic = aim_->deterministic();
+    if (aim_->plain()) {
+      s.softcap = 0;
+      s.scale = 0.3f;
+      for (Operand general : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias,
+                              Operand::kAlibiSlopes})
+        s.operands &= ~bit(general);
+    } else if (!dropout) {
+      s.softcap = 3.0f;
+    }
+    if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
+    if (dropout) s.operands |= bit(Operand::kDropout);
+    s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
+    if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
   }
 
   Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {
@@ -190,9 +226,6 @@ class Case : RandomCase {
         reinterpret_cast<uint32_t*>(m.data())[i] = static_cast<uint32_t>(random_());
     }
   }
-
-  // Independent of the library's own reading of the index arrays.
-  static int64_t clamp(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
 
   int64_t index_value(const View& view, int64_t leading, int64_t i) const {
     return static_cast<const int32_t*>(view.data)[view.leading_offset(p_.leading, leading) + i * view.batch];
@@ -310,6 +343,7 @@ class Case : RandomCase {
     check("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim);
   }
 
+  std::optional<backend::Aim> aim_;
   Problem p_{};
   std::vector<bool> q_used_, k_used_;
 };

@@ -3,135 +3,23 @@
 // outside the pool, and no others, are NaN; the same bits for any number of threads.
 //
 //   paged [count] [seed]
-#include <map>
-#include <utility>
-
-#include "random_case.h"
+#include "append_case.h"
 
 using namespace jax_flash;
 
 namespace {
 
-int64_t clamp(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
-
-// Sizes that both calls have, and their index operands.
-class PoolCase : protected RandomCase {
- protected:
-  explicit PoolCase(uint64_t seed) : RandomCase(seed) {
-    leading_ = random_leading();
-    layout_ = one_of({PageLayout::kNhd, PageLayout::kHnd});
-    dtype_ = one_of({DType::kF16, DType::kBF16, DType::kF32});
-    pool_dtype_ = chance(0.3) ? DType::kF8E4M3 : dtype_;
-    batch_ = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, 4));
-    kv_heads_ = static_cast<int32_t>(integer(1, 3));
-    page_size_ = static_cast<int32_t>(chance(0.2) ? integer(60, 300) : integer(1, 9));
-    table_ = static_cast<int32_t>(integer(chance(0.1) ? 0 : 1, 6));
-    pages_ = static_cast<int32_t>(integer(chance(0.1) ? 0 : 1, 8));
-    head_dim_ = width();
-    value_dim_ = chance(0.5) ? head_dim_ : width();
-  }
-
-  int32_t width() {
-    return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 40)));
-  }
-  int32_t capacity() const { return table_ * page_size_; }
-
-  Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {
-    return RandomCase::make(view, leading_, element, std::move(dims), broadcast);
-  }
-
-  Guarded& make_pool(View& view, int32_t width, bool broadcast) {
-    const Dim slot{page_size_, &View::row}, head{kv_heads_, &View::head};
-    const bool nhd = layout_ == PageLayout::kNhd;
-    return make(view, size_of(pool_dtype_),
-                {{pages_, &View::batch}, nhd ? slot : head, nhd ? head : slot, {width, &View::column}},
-                broadcast);
-  }
-
-  void make_tokens(View& view, bool packed, int32_t rows, int32_t heads, int32_t width) {
-    std::vector<Dim> dims{{rows, &View::row}, {heads, &View::head}, {width, &View::column}};
-    if (!packed) dims.insert(dims.begin(), {batch_, &View::batch});
-    Guarded& m = make(view, size_of(dtype_), dims, false);
-    fill(m, dtype_);
-    m.make_read_only();
-  }
-
-  void make_scales(View& view) {
-    Guarded& m = make(view, 4, {{kv_heads_, &View::head}}, true);
-    for (size_t i = 0; i < m.bytes(); i += 4)
-      set_value(DType::kF32, m.data() + i, 0.5f + std::fabs(normal()));
-    m.make_read_only();
-  }
-
-  // Values in [0, limit) or [0, limit], a few of them (or, with `wild`, most) anything.
-  void make_index(View& view, std::vector<Dim> dims, int32_t limit, double wild, bool sorted = false) {
-    Guarded& m = make(view, 4, dims, true);
-    int32_t* x = reinterpret_cast<int32_t*>(m.data());
-    const auto count = static_cast<size_t>(dims.back().size);
-    for (size_t i = 0; i < m.bytes() / 4; ++i) {
-      x[i] = chance(wild) ? garbage(limit)
-             : sorted     ? static_cast<int32_t>(limit * (i % count) / count)
-                          : static_cast<int32_t>(integer(0, std::max(limit, 0)));
-    }
-    m.make_read_only();
-  }
-
-  void make_tables(View& tables, View& lengths) {
-    const double wild = one_of({0.0, 0.05, 0.5});
-    make_index(tables, {{batch_, &View::batch}, {table_, &View::column}}, std::max(pages_ - 1, 0), wild);
-    make_index(lengths, {{batch_, &View::batch}}, capacity(), wild);
-  }
-
-  int64_t index(const View& view, int64_t leading, int64_t i, int64_t j = 0) const {
-    const int64_t at = view.leading_offset(leading_, leading) + i * view.batch + j * view.column;
-    return view.as<const int32_t>()[at];
-  }
-
-  // Rows [first, second) of sequence z in a packed operand.
-  std::pair<int64_t, int64_t> rows_of(const View& starts, int64_t leading, int32_t z, int32_t rows) const {
-    int64_t begin = 0, end = 0;
-    for (int32_t i = 0; i <= z + 1; ++i) {
-      begin = end;
-      end = std::max(end, clamp(index(starts, leading, i), rows));
-    }
-    return {begin, end};
-  }
-
-  Leading leading_;
-  PageLayout layout_;
-  DType dtype_, pool_dtype_;
-  int32_t batch_, kv_heads_, page_size_, table_, pages_, head_dim_, value_dim_;
-};
-
 class AttentionCase : PoolCase {
  public:
-  explicit AttentionCase(uint64_t seed) : PoolCase(seed) {
-    AttentionSpec& s = p_.spec;
-    s.layout = one_of({Layout::kPaged, Layout::kPagedVarlen});
-    s.page_layout = layout_;
-    s.align = one_of({Align::kBottomRight, Align::kTopLeft});
-    s.left = chance(0.6) ? kUnlimited : static_cast<int32_t>(integer(0, 50));
-    s.right = chance(0.4) ? kUnlimited : static_cast<int32_t>(chance(0.6) ? 0 : integer(0, 50));
-    s.scale = one_of({0.3f, -0.1f});
-    s.softcap = chance(0.7) ? 0.0f : 3.0f;
-    s.num_splits = static_cast<int32_t>(chance(0.6) ? 0 : chance(0.1) ? INT_MAX : integer(1, 9));
-    s.batch_invariant = chance(0.3);
-    p_.dtype = dtype_;
-    p_.kv_dtype = pool_dtype_;
-    p_.leading = leading_;
-    p_.batch = batch_;
-    p_.kv_heads = kv_heads_;
-    p_.heads = kv_heads_ * static_cast<int32_t>(chance(0.1) ? integer(90, 110) : integer(1, 5));
-    p_.head_dim = head_dim_;
-    p_.value_dim = value_dim_;
-    p_.q_rows = static_cast<int32_t>(integer(0, chance(0.2) ? 120 : 4));
-    p_.k_rows = capacity();
-    p_.page_size = page_size_;
-    p_.pages = pages_;
-    p_.table = table_;
+  // seed: no multiple of 3.
+  explicit AttentionCase(uint64_t seed)
+      : PoolCase(seed),
+        aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), {Pass::kPagedForward, Pass::kDecode})) {
+    if (aim_) aim_sizes();
+    choose_options();
+    if (aim_) aim_options();
     make_operands();
   }
-
   std::string text() const {
     const AttentionSpec& s = p_.spec;
     char line[400];
@@ -160,6 +48,57 @@ class AttentionCase : PoolCase {
   }
 
  private:
+  void choose_options() {
+    AttentionSpec& s = p_.spec;
+    s.layout = one_of({Layout::kPaged, Layout::kPagedVarlen});
+    s.page_layout = layout_;
+    s.align = one_of({Align::kBottomRight, Align::kTopLeft});
+    s.left = chance(0.6) ? kUnlimited : static_cast<int32_t>(integer(0, 50));
+    s.right = chance(0.4) ? kUnlimited : static_cast<int32_t>(chance(0.6) ? 0 : integer(0, 50));
+    s.scale = one_of({0.3f, -0.1f});
+    s.softcap = chance(0.7) ? 0.0f : 3.0f;
+    s.num_splits = static_cast<int32_t>(chance(0.6) ? 0 : chance(0.1) ? INT_MAX : integer(1, 9));
+    s.batch_invariant = chance(0.3);
+    p_.dtype = dtype_;
+    p_.kv_dtype = pool_dtype_;
+    p_.leading = leading_;
+    p_.batch = batch_;
+    p_.kv_heads = kv_heads_;
+    p_.heads = kv_heads_ * static_cast<int32_t>(chance(0.1) ? integer(90, 110) : integer(1, 5));
+    p_.head_dim = head_dim_;
+    p_.value_dim = value_dim_;
+    p_.q_rows = static_cast<int32_t>(integer(0, chance(0.2) ? 120 : 4));
+    p_.k_rows = capacity();
+    p_.page_size = page_size_;
+    p_.pages = pages_;
+    p_.table = table_;
+  }
+
+  // What the kernel aimed at takes, and some of it.
+  void aim_sizes() {
+    dtype_ = aim_->dtype;
+    pool_dtype_ = aim_->variant == backend::Variant::kFloat8 ? DType::kF8E4M3 : dtype_;
+    batch_ = std::max(batch_, 1);
+    head_dim_ = width_within(aim_->head_dim);
+    value_dim_ = width_within(aim_->value_dim);
+    if (aim_->variant == backend::Variant::kCut) {  // keys of two tiles
+      page_size_ = std::max(page_size_, 40);
+      table_ = std::max(table_, 2);
+    }
+  }
+
+  void aim_options() {
+    AttentionSpec& s = p_.spec;
+    p_.q_rows = std::max(p_.q_rows, 1);
+    if (aim_->plain()) s.softcap = 0, s.scale = 0.3f;
+    if (aim_->variant == backend::Variant::kGeneral) s.softcap = 3.0f;
+    if (aim_->pass != Pass::kDecode) return;
+    s.batch_invariant = false;
+    if (s.num_splits == 1) s.num_splits = 2;
+    p_.q_rows = std::min(p_.q_rows, 4);
+    p_.heads = kv_heads_ * static_cast<int32_t>(aim_->block_m > 8 ? integer(9, 16) : integer(1, 8));
+  }
+
   void make_operands() {
     AttentionSpec& s = p_.spec;
     const bool packed = p_.packed();
@@ -171,7 +110,7 @@ class AttentionCase : PoolCase {
       add(Operand::kCuSeqlensQ);
       make_index(p_.cu_seqlens_q, {{batch_ + 1, &View::batch}}, p_.q_rows, one_of({0.0, 0.5}), true);
     }
-    if (chance(0.2)) {
+    if (chance(0.2) && !(aim_ && aim_->plain())) {
       add(Operand::kAlibiSlopes);
       fill(make(p_.alibi_slopes, 4, {{batch_, &View::batch}, {p_.heads, &View::head}}, true), DType::kF32);
     }
@@ -267,112 +206,8 @@ class AttentionCase : PoolCase {
     }
   }
 
+  std::optional<backend::Aim> aim_;
   Problem p_{};
-};
-
-class AppendCase : PoolCase {
- public:
-  explicit AppendCase(uint64_t seed) : PoolCase(seed) {
-    AppendSpec& s = p_.spec;
-    s.page_layout = layout_;
-    s.interleaved = chance(0.5);
-    const auto add = [&](AppendOperand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
-    if (chance(0.5)) add(AppendOperand::kCuSeqlens);
-    p_.dtype = dtype_;
-    p_.pool_dtype = pool_dtype_;
-    p_.leading = leading_;
-    p_.batch = batch_;
-    p_.kv_heads = kv_heads_;
-    p_.head_dim = head_dim_;
-    p_.value_dim = value_dim_;
-    p_.rows = static_cast<int32_t>(integer(0, 12));
-    p_.page_size = page_size_;
-    p_.pages = pages_;
-    p_.table = table_;
-    make_tables(p_.block_tables, p_.kv_lengths);
-    make_tokens(p_.key, p_.packed(), p_.rows, kv_heads_, head_dim_);
-    make_tokens(p_.value, p_.packed(), p_.rows, kv_heads_, value_dim_);
-    if (p_.packed())
-      make_index(p_.cu_seqlens, {{batch_ + 1, &View::batch}}, p_.rows, one_of({0.0, 0.5}), true);
-    if (chance(0.5)) {
-      add(AppendOperand::kCos), add(AppendOperand::kSin);
-      p_.positions = static_cast<int32_t>(integer(1, 9));
-      p_.rotated = static_cast<int32_t>(integer(0, head_dim_ / 2));
-      for (View* view : {&p_.cos, &p_.sin})
-        fill(make(*view, 4, {{p_.positions, &View::row}, {p_.rotated, &View::column}}, true), DType::kF32);
-    }
-    if (pool_dtype_ != dtype_ && chance(0.7)) {
-      add(AppendOperand::kKScale), add(AppendOperand::kVScale);
-      make_scales(p_.k_scale), make_scales(p_.v_scale);
-    }
-    make_pool(p_.k_pages, head_dim_, false);
-    make_pool(p_.v_pages, value_dim_, false);
-  }
-
-  std::string text() const {
-    char line[300];
-    std::snprintf(
-        line, sizeof line,
-        "append layout=%d dtype=%d/%d leading=%d batch=%d heads=%d d=%d dv=%d rows=%d packed=%d pages=%d of "
-        "%d, table=%d rotated=%d operands=%#x",
-        static_cast<int>(layout_), static_cast<int>(dtype_), static_cast<int>(pool_dtype_), leading_.rank,
-        batch_, kv_heads_, head_dim_, value_dim_, p_.rows, p_.packed(), pages_, page_size_, table_,
-        p_.rotated, p_.spec.operands);
-    return line;
-  }
-
-  void run() {
-    const Guarded &k = memory_of(&p_.k_pages), &v = memory_of(&p_.v_pages);
-    k.poison(), v.poison();
-    backend::append(p_, ThreadPool{});
-    check(p_.k_pages, p_.key, head_dim_, p_.rotated == 0);
-    check(p_.v_pages, p_.value, value_dim_, true);
-    const std::string first(k.data(), k.bytes()), first_v(v.data(), v.bytes());
-    k.poison(), v.poison();
-    with_threads([&](const ThreadPool& pool) { backend::append(p_, pool); });
-    if (std::memcmp(first.data(), k.data(), k.bytes()) || std::memcmp(first_v.data(), v.data(), v.bytes()))
-      fail("the pools depend on the threads or on the run");
-  }
-
- private:
-  // The slots that tokens go to hold the last of them, all others what they held.
-  void check(const View& pool, const View& rows, int32_t width, bool as_given) {
-    const auto size = static_cast<int64_t>(size_of(pool_dtype_));
-    for (int64_t l = 0; l < leading_.count(); ++l) {
-      std::map<std::pair<int64_t, int64_t>, int64_t> last;  // (page, slot) -> offset of the row, at head 0
-      for (int32_t z = 0; z < batch_; ++z) {
-        const auto [begin, end] =
-            p_.packed() ? rows_of(p_.cu_seqlens, l, z, p_.rows) : std::pair<int64_t, int64_t>{0, p_.rows};
-        int64_t position = clamp(index(p_.kv_lengths, l, z), capacity());
-        for (int64_t t = begin; t < end && position < capacity(); ++t, ++position) {
-          const int64_t page = index(p_.block_tables, l, z, position / page_size_);
-          if (page < 0 || page >= pages_) continue;
-          last[{page, position % page_size_}] =
-              rows.leading_offset(leading_, l) + z * rows.batch + t * rows.row;
-        }
-      }
-      for (int64_t page = 0; page < pages_; ++page)
-        for (int64_t slot = 0; slot < page_size_; ++slot)
-          for (int32_t h = 0; h < kv_heads_; ++h) {
-            const char* at = pool.as<const char>() +
-                             (pool.leading_offset(leading_, l) + pool.offset(page, h, slot)) * size;
-            const auto found = last.find({page, slot});
-            if (found == last.end()) {
-              for (int64_t i = 0; i < width * size; ++i)
-                if (at[i] != '\xFF') fail("a slot that no token goes to was written");
-            } else if (as_given && pool_dtype_ == dtype_) {
-              const char* row = rows.as<const char>() + (found->second + h * rows.head) * size;
-              if (std::memcmp(at, row, width * size)) fail("a slot holds something else than its token");
-            } else {
-              for (int32_t c = 0; c < width; ++c)
-                if (!std::isfinite(value_of(pool_dtype_, at + c * size)))
-                  fail("a slot was not written whole");
-            }
-          }
-    }
-  }
-
-  AppendProblem p_{};
 };
 
 // Either, by the seed.

@@ -52,6 +52,14 @@ class RandomCase {
     return *(values.begin() + integer(0, static_cast<int64_t>(values.size()) - 1));
   }
 
+  // Independent of the library's own reading of the index arrays.
+  static int64_t clamp(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
+
+  // A head dim of at most `limit`, half the time that.
+  int32_t width_within(int32_t limit) {
+    return chance(0.5) ? limit : backend::width(static_cast<int32_t>(integer(1, limit)));
+  }
+
   Leading random_leading() {
     Leading leading;
     leading.rank = static_cast<int32_t>(chance(0.7) ? 0 : integer(1, 2));
@@ -112,6 +120,7 @@ int drive(int argc, char** argv, long usual_count) {
   if (__sanitizer_set_death_callback) {
     __sanitizer_set_death_callback([] { std::fprintf(stderr, "in call %s\n", current_call.c_str()); });
   }
+  setlinebuf(stdout);
   const long count = argc > 1 ? std::atol(argv[1]) : usual_count, seed = argc > 2 ? std::atol(argv[2]) : 0;
   try {
     std::printf("%s: seeds %ld to %ld\n", backend::name().c_str(), seed, seed + count - 1);

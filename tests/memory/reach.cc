@@ -1,0 +1,98 @@
+#include "reach.h"
+
+#include <stdexcept>
+
+namespace jax_flash::backend {
+namespace {
+
+constexpr const char* kVariantNames[] = {
+    "plain", "general", "dropout", "deterministic", "general deterministic", "float8", "cut"};
+
+std::vector<Variant> variants_of(Pass pass) {
+  switch (pass) {
+    case Pass::kForward:
+      return {Variant::kPlain, Variant::kGeneral, Variant::kDropout};
+    case Pass::kBackward:
+      return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
+    case Pass::kBiasGradient:
+      return {Variant::kGeneral};
+    case Pass::kPagedForward:
+      return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
+    case Pass::kDecode:
+      return {Variant::kCut};  // the same kernel as without, and the one that joins the parts
+  }
+  return {};
+}
+
+DType dtype_of(const KernelRow& row) {
+  return row.takes(DType::kF16) ? DType::kF16 : row.takes(DType::kBF16) ? DType::kBF16 : DType::kF32;
+}
+
+Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
+  switch (pass) {
+    case Pass::kForward:
+      return !plan.general ? Variant::kPlain : p.dropout ? Variant::kDropout : Variant::kGeneral;
+    case Pass::kBackward:
+      if (p.spec.deterministic)
+        return plan.general ? Variant::kGeneralDeterministic : Variant::kDeterministic;
+      return plan.general ? Variant::kGeneral : Variant::kPlain;
+    case Pass::kBiasGradient:
+      return Variant::kGeneral;
+    case Pass::kPagedForward:
+      if (p.kv_dtype != p.dtype) return Variant::kFloat8;
+      return plan.general ? Variant::kGeneral : Variant::kPlain;
+    case Pass::kDecode:
+      return plan.decode.memory >= 0 ? Variant::kCut : Variant::kPlain;
+  }
+  return Variant::kPlain;
+}
+
+}  // namespace
+
+std::optional<Aim> Reach::aim(int64_t turn, std::initializer_list<Pass> passes) {
+  if (kernels_.empty()) {
+    for (int32_t i = 0; i < static_cast<int32_t>(rows_.size()); ++i) {
+      for (Pass pass : passes) {
+        if (rows_[i].pass != pass || rows_[i].capability > capability_) continue;
+        for (Variant variant : variants_of(pass)) kernels_.emplace_back(i, variant);
+      }
+    }
+  }
+  aimed_ = -1;
+  if (turn % 4 == 3 || kernels_.empty()) return std::nullopt;
+  const auto [kernel, variant] = kernels_[static_cast<size_t>(turn - (turn + 1) / 4) % kernels_.size()];
+  had_turn_.emplace(kernel, variant);
+  aimed_ = kernel;
+  const KernelRow& row = rows_[kernel];
+  return Aim{row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
+}
+
+void Reach::note(const LaunchPlan& plan, int32_t kernel, const Problem& problem) {
+  const Pass pass = rows_[kernel].pass;
+  const int64_t blocks = pass == Pass::kDecode     ? int64_t{plan.decode.columns} * plan.decode.ranges
+                         : pass == Pass::kBackward ? plan.keys.blocks
+                                                   : plan.queries.blocks;
+  if (blocks > 0) ++launches_[{kernel, variant_of(pass, plan, problem)}];
+}
+
+std::string Reach::report() const {
+  std::string text, missing;
+  for (int32_t i = 0; i < static_cast<int32_t>(rows_.size()); ++i) {
+    std::string counts;
+    for (auto at = launches_.lower_bound({i, Variant{}}); at != launches_.end() && at->first.first == i;
+         ++at) {
+      counts += std::string(counts.empty() ? "" : ", ") + kVariantNames[static_cast<int>(at->first.second)] +
+                " " + std::to_string(at->second);
+    }
+    if (!counts.empty()) text += "  " + rows_[i].to_string() + ": " + counts + "\n";
+  }
+  for (const auto& [kernel, variant] : had_turn_) {
+    if (launches_.contains({kernel, variant})) continue;
+    missing += "\n  " + rows_[kernel].to_string() + ": " + kVariantNames[static_cast<int>(variant)];
+  }
+  if (!missing.empty()) throw std::runtime_error(text + "kernels not reached in their turn:" + missing);
+  return text + std::to_string(had_turn_.size()) + " of the " + std::to_string(kernels_.size()) +
+         " kernels behind these passes had their turn and were reached";
+}
+
+}  // namespace jax_flash::backend

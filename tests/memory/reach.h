@@ -1,0 +1,44 @@
+// Which kernels of the library a driver is to reach, and which it has.
+#pragma once
+
+#include <map>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "core/plan.h"
+
+namespace jax_flash::backend {
+
+class Reach {
+ public:
+  Reach(std::span<const KernelRow> rows, int32_t capability) : rows_(rows), capability_(capability) {}
+
+  std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
+
+  // The row that calls are to take, -1: the plan's choice.
+  int32_t aimed() const { return aimed_; }
+
+  // Counts a launch of plan.kernel or plan.decode_kernel.
+  void note(const LaunchPlan& plan, int32_t kernel, const Problem& problem);
+
+  // A line for every row with the launches of each of its kernels; throws where one had its turn and was not
+  // reached.
+  std::string report() const;
+
+ private:
+  using Kernel = std::pair<int32_t, Variant>;  // a row, and which of its kernels
+
+  std::span<const KernelRow> rows_;
+  int32_t capability_;
+  int32_t aimed_ = -1;
+  std::vector<Kernel> kernels_;  // of the driver's passes, by their turns
+  std::set<Kernel> had_turn_;
+  std::map<Kernel, int64_t> launches_;
+};
+
+}  // namespace jax_flash::backend
