@@ -2,8 +2,13 @@
 # JAX_FLASH_KERNELS names another table, for experiments.
 
 set(JF_DTYPES_half float16 bfloat16)
+set(JF_DTYPES_float16 float16)
 set(JF_DTYPES_single float32)
-set(JF_MINIMUM_ARCH_sm80 80)
+# The cards that a family's code is built for. sm75 runs sm80's loops, on what those cards have (csrc/cuda/ptx).
+set(JF_ARCHS_sm75 75 79)
+set(JF_ARCHS_sm80 80 999)
+set(JF_LOOP_sm75 sm80)
+set(JF_LOOP_sm80 sm80)
 
 # Whether JAX_FLASH_HEAD_DIMS (empty: all) holds the pair: an entry is `128` or, for dv ≠ d, `192/128`.
 function(jf_head_dim_wanted d dv result)
@@ -64,7 +69,8 @@ function(jf_add_kernels target)
     list(SUBLIST fields 3 -1 numbers)
     list(JOIN numbers ", " JF_NUMBERS)
     jf_head_dim_wanted(${JF_D} ${JF_DV} wanted)
-    jf_archs_from(${JF_MINIMUM_ARCH_${JF_ARCH}} "${JAX_FLASH_CUDA_ARCHS}" archs)
+    set(JF_LOOP ${JF_LOOP_${JF_ARCH}})
+    jf_archs_of("${JF_ARCHS_${JF_ARCH}}" "${JAX_FLASH_CUDA_ARCHS}" archs)
     foreach(JF_DTYPE IN LISTS JF_DTYPES_${JF_GROUP})
       if(wanted AND archs AND JF_DTYPE IN_LIST JAX_FLASH_DTYPES)
         set(JF_NAME "${JF_PASS}_${JF_ARCH}_d${JF_D}_dv${JF_DV}_m${JF_M}_n${JF_N}_s${JF_STAGES}_w${JF_WARPS}_${JF_DTYPE}")
@@ -83,7 +89,7 @@ function(jf_add_kernels target)
   target_include_directories(${target} PRIVATE "${generated}")
   list(REMOVE_DUPLICATES families)
   foreach(family IN LISTS families)
-    jf_archs_from(${JF_MINIMUM_ARCH_${family}} "${JAX_FLASH_CUDA_ARCHS}" archs)
+    jf_archs_of("${JF_ARCHS_${family}}" "${JAX_FLASH_CUDA_ARCHS}" archs)
     add_library(${target}_${family} OBJECT ${sources_${family}})
     if(NOT CMAKE_CUDA_COMPILER)  # tools/emulator
       set_source_files_properties(${sources_${family}} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")

@@ -13,32 +13,33 @@ constexpr const char* kPassNames[] = {"forward", "backward", "bias_gradient", "p
 
 int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
-// sm80 code runs on every newer card; a later family only on the cards of its own major version.
+// sm75 and sm80 code runs on every newer card; a later family only on the cards of its own major version.
 bool covers(const KernelRow& row, const Device& device) {
-  if (row.capability == 80) return device.capability >= 80;
+  if (row.capability <= 80) return device.capability >= row.capability;
   return device.capability >= row.capability && device.capability / 10 == row.capability / 10;
 }
 
-// Elements of the tiles in shared memory.
+// Elements of the tiles in shared memory. Without a stage two tiles have one place.
 int64_t shared_elements(const KernelRow& row) {
-  const int64_t width = row.head_dim + row.value_dim, m = row.block_m, n = row.block_n;
+  const int64_t both = row.head_dim + row.value_dim, larger = std::max(row.head_dim, row.value_dim);
+  const int64_t m = row.block_m, n = row.block_n, staged = row.stages == 0 ? larger : row.stages * both;
   switch (row.pass) {
     case Pass::kForward:
     case Pass::kPagedForward:  // Q, and `stages` tiles of K and of V
-      return m * row.head_dim + row.stages * n * width;
+      return m * row.head_dim + n * staged;
     case Pass::kDecode:  // `stages` tiles of K and of V
-      return row.stages * n * width;
+      return n * staged;
     case Pass::kBackward:  // K and V, `stages` tiles of Q and of dO, P and dS
-      return n * width + row.stages * m * width + 2 * m * n;
-    case Pass::kBiasGradient:  // Q, dO, K and V
-      return (m + n) * width;
+      return n * both + m * staged + 2 * m * n;
+    case Pass::kBiasGradient:  // Q and K, dO and V
+      return (m + n) * staged;
   }
   return 0;
 }
 
 int64_t shared_memory(const KernelRow& row, DType dtype) {
   int64_t others = kBlockStateBytes;
-  if (row.pass == Pass::kBackward) others += int64_t{row.stages} * row.block_m * 8;  // lse and delta of rows
+  if (row.pass == Pass::kBackward) others += std::max(row.stages, 1) * int64_t{row.block_m} * 8;  // lse and delta of rows
   if (row.pass == Pass::kPagedForward)
     others += (row.stages + int64_t{1}) * row.block_n * 16;  // where keys lie
   if (row.pass == Pass::kDecode) {  // O, a few columns at a time, and the softmax of each warp
@@ -261,6 +262,11 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
   if (shapes.head_dim % 8 || shapes.value_dim % 8) {
     result.error = "jax_flash: head dims " + std::to_string(shapes.head_dim) + " and " +
                    std::to_string(shapes.value_dim) + " on CUDA, which takes multiples of 8; pad them";
+    return result;
+  }
+  if (shapes.dtype == DType::kBF16 && device.capability < 80) {
+    result.error = "jax_flash: query is bfloat16, which sm_" + std::to_string(device.capability) +
+                   " has no products of, only of float16 and float32; cast, or implementation=\"xla\" runs it";
     return result;
   }
   const KernelRow* decode = nullptr;

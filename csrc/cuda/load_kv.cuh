@@ -1,7 +1,9 @@
 // A ring of pairs of tiles, K and V, in shared memory, filled by cp.async some pairs ahead of the products.
 //
 // With several stages a pair arrives together, behind one barrier. With one stage the two tiles take turns:
-// each is copied while the other is multiplied, and each has a barrier.
+// each is copied while the other is multiplied, and each has a barrier. With none they share one place, and each
+// is copied when the other has been multiplied: for small shared memory and, on sm_75, copies that are done at
+// once.
 #pragma once
 
 #include "core/band.h"
@@ -97,6 +99,40 @@ class TileRing {
   uint32_t shared_;
   Source source_;
   const Interval& tiles_;
+};
+
+template <int kThreads, class First, class Second, class Source>
+class TileRing<0, kThreads, First, Second, Source> {
+ public:
+  static constexpr int kBytes = First::kBytes > Second::kBytes ? First::kBytes : Second::kBytes;
+
+  __device__ __forceinline__ TileRing(uint32_t shared, const Source& source, const Interval& tiles)
+      : shared_(shared), source_(source), first_(tiles.lo) {}
+
+  __device__ __forceinline__ void start() { source_.start(first_); }
+  __device__ __forceinline__ uint32_t wait_first(int32_t n) {
+    source_.look_ahead(n);
+    return in_turn([&] { source_.template load_first<First, kThreads>(shared_, n); });
+  }
+  __device__ __forceinline__ uint32_t wait_second(int32_t n) {
+    return in_turn([&] { source_.template load_second<Second, kThreads>(shared_, n); });
+  }
+  __device__ __forceinline__ void finish() const {}
+
+ private:
+  template <class Load>
+  __device__ __forceinline__ uint32_t in_turn(Load load) {
+    __syncthreads();  // everyone has left the tile before
+    load();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    return shared_;
+  }
+
+  uint32_t shared_;
+  Source source_;
+  int32_t first_;
 };
 
 }  // namespace jax_flash

@@ -15,7 +15,7 @@
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
-namespace jax_flash {
+namespace jax_flash::inline JF_FAMILY {
 
 // The general kernel, whose scores need more registers, takes half the query rows at a time where
 // the warps can share them.
@@ -49,16 +49,21 @@ struct BackwardKeysSm80 {
   using DK = Accumulator<kWarpKeys / 16, HeadDim / kWidthWarps / 8>;
   using DV = Accumulator<kWarpKeys / 16, ValueDim / kWidthWarps / 8>;
   using DQ = Accumulator<kM / kDqRows / 16, HeadDim / kDqColumns / 8>;
-  // In shared memory: K, V; Q, dO, lse [kM] and delta [kM] of each stage; P, dS; barriers.
-  static constexpr int kStepBytes = QTile::kBytes + DoTile::kBytes + 2 * kM * 4;
+  // In shared memory: K, V; Q, dO, lse [kM] and delta [kM] of each stage; P, dS; barriers. Without a stage Q and
+  // dO have one place.
+  static constexpr bool kInTurn = Stages == 0;
+  static constexpr int kQueryBytes = !kInTurn                         ? QTile::kBytes + DoTile::kBytes
+                                     : QTile::kBytes > DoTile::kBytes ? QTile::kBytes
+                                                                      : DoTile::kBytes;
+  static constexpr int kStepBytes = kQueryBytes + 2 * kM * 4;
   static constexpr int kKeyBytes = KTile::kBytes + VTile::kBytes;
-  static constexpr int kPBegin = kKeyBytes + Stages * kStepBytes;
+  static constexpr int kPBegin = kKeyBytes + (kInTurn ? 1 : Stages) * kStepBytes;
   static constexpr int kBarriers = kPBegin + 2 * PTile::kBytes;
   static constexpr int kSharedBytes = kBarriers + (2 + Stages) * ptx::kBarrierBytes;
   static_assert(N % kWarpKeys == 0 && kM % (16 * kSRows) == 0 && N % (16 * kSColumns) == 0 &&
                 kM % (16 * kDqRows) == 0 && kSColumns % kKeyWarps == 0);
   static_assert(HeadDim % (16 * kWidthWarps) == 0 && ValueDim % (16 * kWidthWarps) == 0);
-  static_assert(HeadDim % (16 * kDqColumns) == 0 && (Stages == 1 || Stages == 2) && kThreads >= kM);
+  static_assert(HeadDim % (16 * kDqColumns) == 0 && Stages <= 2 && kThreads >= kM);
 };
 
 // What a warp makes of each product.
@@ -360,6 +365,11 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
   store_keys<C>(p, block, shared, dk, dv);
 }
 
+// The same where Q and dO have one place (cuda/backward/turns.cuh).
+template <class C>
+__device__ __forceinline__ void backward_keys_in_turn(const Problem& p, KeyBlockState<typename C::Element>& block,
+                                      uint8_t* shared);
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     backward_keys_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles,
@@ -374,7 +384,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     KeyBarriers<C>(ptx::shared_address(shared + C::kBarriers)).init();
   }
   __syncthreads();
-  if (block.work.tile.row < block.work.tile.end) backward_keys<C>(p, block, shared);
+  if (block.work.tile.row >= block.work.tile.end) return;
+  if constexpr (C::kInTurn) {
+    backward_keys_in_turn<C>(p, block, shared);
+  } else {
+    backward_keys<C>(p, block, shared);
+  }
 }
 
 // accumulator: dQ in float32, null: not wanted.
@@ -385,4 +400,4 @@ cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* w
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles), accumulator);
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_FAMILY

@@ -10,10 +10,10 @@
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
-namespace jax_flash {
+namespace jax_flash::inline JF_FAMILY {
 
 // A warp owns 16 query rows. The shared memory is less than that of the kernel over keys of the same row.
-template <class T, int HeadDim, int ValueDim, int M, int N, bool General>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, bool General>
 struct BackwardQueriesSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
@@ -25,7 +25,7 @@ struct BackwardQueriesSm80 {
   using S = Accumulator<1, kN / 8>;
   using DQ = Accumulator<1, HeadDim / 8>;
   // V comes first: dP is done with it when dQ still needs K.
-  using Ring = TileRing<1, kThreads, VTile, KTile, RowSource<T>>;
+  using Ring = TileRing<Stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
   static constexpr int kSharedBytes = QTile::kBytes + DoTile::kBytes + Ring::kBytes;
 };
 
@@ -99,4 +99,4 @@ cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_FAMILY

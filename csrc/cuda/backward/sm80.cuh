@@ -4,8 +4,9 @@
 #include "cuda/backward/convert.h"
 #include "cuda/backward/keys.cuh"
 #include "cuda/backward/queries.cuh"
+#include "cuda/backward/turns.cuh"
 
-namespace jax_flash {
+namespace jax_flash::inline JF_FAMILY {
 
 // A row of csrc/kernels.def: dK and dV by tiles of keys; dQ from the accumulator, or by tiles of queries.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
@@ -13,7 +14,7 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
                                  cudaStream_t stream) {
   using Plain = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, false>;
   using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, General>;
-  using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, General>;
+  using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, Stages, General>;
   static_assert(Queries::kSharedBytes <= Plain::kSharedBytes && Keys::kSharedBytes <= Plain::kSharedBytes);
   float* accumulator = nullptr;
   if (plan.accumulator >= 0) {
@@ -28,7 +29,7 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
   return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_FAMILY
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                               \

@@ -10,9 +10,9 @@
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
-namespace jax_flash {
+namespace jax_flash::inline JF_FAMILY {
 
-// A warp owns 16 query rows.
+// A warp owns 16 query rows. Without a stage, Q and K have the place that dO and V take next.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
 struct BiasGradientSm80 {
   using Element = T;
@@ -22,8 +22,10 @@ struct BiasGradientSm80 {
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
   using S = Accumulator<1, N / 8>;
-  static constexpr int kSharedBytes = QTile::kBytes + DoTile::kBytes + KTile::kBytes + VTile::kBytes;
-  static_assert(M == 16 * Warps && Stages == 1);
+  static constexpr bool kInTurn = Stages == 0;
+  static constexpr int kQKBytes = QTile::kBytes + KTile::kBytes, kDoVBytes = DoTile::kBytes + VTile::kBytes;
+  static constexpr int kSharedBytes = kInTurn ? (kQKBytes > kDoVBytes ? kQKBytes : kDoVBytes) : kQKBytes + kDoVBytes;
+  static_assert(M == 16 * Warps && Stages <= 1);
   static_assert(M * N * 4 <= kSharedBytes);  // the sum, at the end
 };
 
@@ -68,18 +70,21 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   using T = typename C::Element;
   const Problem& p = at.p;
   const TileWork& lengths = at.work.tile;
-  const uint32_t q = shared, d_out = q + C::QTile::kBytes, k = d_out + C::DoTile::kBytes,
-                 v = k + C::KTile::kBytes;
+  const uint32_t q = shared, k = q + C::QTile::kBytes, d_out = shared + (C::kInTurn ? 0 : C::kQKBytes),
+                 v = d_out + C::DoTile::kBytes;
   const int32_t kv_head = p.kv_head(at.head), warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   auto rows_of = [&](const View& view, int32_t head, int32_t columns) {
     return GlobalRows<const T>{view.as<const T>() + at.work.offset(p, view, head, 0), view.row, columns};
   };
   __syncthreads();  // everyone has left the tiles before
+  auto load_dout_value = [&] {
+    load_tile<typename C::DoTile, C::kThreads>(d_out, rows_of(p.dout, at.head, p.value_dim), row,
+                                               lengths.q_len);
+    load_tile<typename C::VTile, C::kThreads>(v, rows_of(p.value, kv_head, p.value_dim), key, lengths.k_len);
+  };
   load_tile<typename C::QTile, C::kThreads>(q, rows_of(p.query, at.head, p.head_dim), row, lengths.q_len);
-  load_tile<typename C::DoTile, C::kThreads>(d_out, rows_of(p.dout, at.head, p.value_dim), row,
-                                             lengths.q_len);
   load_tile<typename C::KTile, C::kThreads>(k, rows_of(p.key, kv_head, p.head_dim), key, lengths.k_len);
-  load_tile<typename C::VTile, C::kThreads>(v, rows_of(p.value, kv_head, p.value_dim), key, lengths.k_len);
+  if constexpr (!C::kInTurn) load_dout_value();
   ptx::cp_async_commit();
   const RowStatistics<typename C::S> rows(p, p.lse.as<const float>() + at.work.offset(p, p.lse, at.head, 0),
                                           p.delta.as<const float>() + at.work.offset(p, p.delta, at.head, 0),
@@ -88,7 +93,14 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   __syncthreads();
 
   typename C::S s, dp;
-  mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, k);        // S = Q Kᵀ    [M, N]
+  mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ    [M, N]
+  if constexpr (C::kInTurn) {
+    __syncthreads();
+    load_dout_value();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+  }
   mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
   rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
@@ -167,7 +179,7 @@ cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, 
                 static_cast<int32_t>(plan.queries.tiles), static_cast<int32_t>(plan.keys.tiles));
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_FAMILY
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                   \

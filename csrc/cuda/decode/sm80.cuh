@@ -15,7 +15,7 @@
 #include "cuda/registry.h"
 
 namespace jax_flash {
-namespace decode {
+namespace decode::inline JF_FAMILY {
 
 // A row of csrc/kernels.def: M query rows of a KV head, N keys of all warps together.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
@@ -208,7 +208,9 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
   return jax_flash::launch(combine<C>, joined * grid.columns, C::kThreads, 0, stream, p, grid, workspace);
 }
 
-}  // namespace decode
+}  // namespace decode::inline JF_FAMILY
+
+inline namespace JF_FAMILY {
 
 template <class T, int... kNumbers>
 cudaError_t launch_decode_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
@@ -216,6 +218,7 @@ cudaError_t launch_decode_sm80(const Problem& p, const LaunchPlan& plan, void* w
   return decode::launch<decode::DecodeSm80<T, kNumbers...>>(p, plan, workspace, stream);
 }
 
+}  // namespace JF_FAMILY
 }  // namespace jax_flash
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.

@@ -15,7 +15,7 @@
 #include "cuda/tile/fragments.cuh"
 #include "cuda/work.cuh"
 
-namespace jax_flash {
+namespace jax_flash::inline JF_FAMILY {
 
 // What all threads of a block share. It lies in shared memory: their registers are full of S and O.
 template <class T>
@@ -184,7 +184,7 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_FAMILY
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
 #define JF_LAUNCH_FORWARD(kind, dtype, ...) \

@@ -5,7 +5,7 @@
 #include "cuda/forward/sm80.cuh"
 #include "cuda/load_pages.cuh"
 
-namespace jax_flash {
+namespace jax_flash::inline JF_FAMILY {
 
 // DenseState's counterpart. Pool: T, or uint8_t for float8.
 template <class T, class Pool, int kRows, int kStages>
@@ -63,7 +63,7 @@ cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, 
                                                                                      stream);
 }
 
-}  // namespace jax_flash
+}  // namespace jax_flash::inline JF_FAMILY
 
 #undef JF_DEFINE_LAUNCH
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \

@@ -1,5 +1,5 @@
-// Barriers in shared memory (mbarrier, sm_80 and newer), on which arriving and waiting are two things, and
-// the numbered barriers of a block.
+// Barriers in shared memory, on which arriving and waiting are two things, and the numbered barriers of a block.
+// mbarrier is sm_80's and newer; on sm_75 a barrier is the count of all arrivals, and of those that end a phase.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,8 @@
 namespace jax_flash::ptx {
 
 inline constexpr int kBarrierBytes = 8;
+
+#if __CUDA_ARCH__ >= 800
 
 // A phase ends when `count` have arrived; the next begins at once.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
@@ -42,6 +44,32 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
         : "memory");
   } while (!done);
 }
+
+#else
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
+  asm volatile("st.shared.v2.u32 [%0], {0, %1};" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  __threadfence_block();
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) { barrier_arrive(barrier); }
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
+  uint32_t arrived, count;
+  do {
+    asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(arrived), "=r"(count)
+                 : "r"(barrier)
+                 : "memory");
+  } while (static_cast<int32_t>(arrived - (phase + 1) * count) < 0);
+  __threadfence_block();
+}
+
+#endif
 
 // threadIdx.x, read where it is asked for instead of kept in a register.
 __device__ __forceinline__ int thread_index() {

@@ -1,9 +1,14 @@
-// cp.async: global to shared memory without registers (sm_80 and newer).
+// cp.async: global to shared memory without registers (sm_80 and newer). On sm_75 a copy goes through registers
+// and is done when it has been issued: nothing is left to wait for.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/ptx/shared.cuh"
+
 namespace jax_flash::ptx {
+
+#if __CUDA_ARCH__ >= 800
 
 // 16 bytes; zeros, and nothing is read, when !valid.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
@@ -24,5 +29,22 @@ template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+
+#else
+
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
+  store_shared(shared, valid ? *static_cast<const uint4*>(global) : uint4{});
+}
+
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
+  store_shared(shared, valid ? *static_cast<const uint32_t*>(global) : 0u);
+}
+
+__device__ __forceinline__ void cp_async_commit() {}
+
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {}
+
+#endif
 
 }  // namespace jax_flash::ptx

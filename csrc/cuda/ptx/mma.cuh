@@ -1,5 +1,5 @@
-// mma.sync with float32 accumulators (sm_80 and newer): 16-bit operands, m16n8k16, and float32 operands as
-// three products of TF32, m16n8k8.
+// mma.sync with float32 accumulators: 16-bit operands, m16n8k16, and float32 operands, m16n8k8, as three products
+// of TF32. sm_75 has neither bfloat16 nor TF32: float16 takes two products m16n8k8, float32 the FMA units.
 //
 // Fragments of lane l, with g = l / 4 and t = l % 4:
 //   A [16, 16]: a0 = (g, 2t..), a1 = (g + 8, 2t..), a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..)
@@ -17,6 +17,8 @@ namespace jax_flash::ptx {
 
 template <class T>
 __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+#if __CUDA_ARCH__ >= 800
 
 template <>
 __device__ __forceinline__ void mma<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -77,5 +79,43 @@ __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4]
 #pragma unroll
   for (int i = 0; i < 4; ++i) c[i] += step[i];
 }
+
+#else
+
+__device__ __forceinline__ void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+template <>
+__device__ __forceinline__ void mma<__half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma_half(c, a[0], a[1], b0);
+  mma_half(c, a[2], a[3], b1);
+}
+
+// A lane makes its own elements of C from what the lanes of their rows and columns hold.
+template <>
+__device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const int lane = static_cast<int>(threadIdx.x % 32), row = lane & ~3, column = lane % 4 * 8;
+  const auto from = [](uint32_t x, int holder) { return __uint_as_float(__shfl_sync(~0u, x, holder)); };
+  float step[4] = {};
+  const auto add = [&](float upper, float lower, float first, float second) {
+    step[0] = fmaf(upper, first, step[0]);
+    step[1] = fmaf(upper, second, step[1]);
+    step[2] = fmaf(lower, first, step[2]);
+    step[3] = fmaf(lower, second, step[3]);
+  };
+#pragma unroll 1  // there are hundreds of these in a kernel
+  for (int k = 0; k < 4; ++k) {
+    add(from(a[0], row + k), from(a[1], row + k), from(b0, column + k), from(b0, column + 4 + k));
+    add(from(a[2], row + k), from(a[3], row + k), from(b1, column + k), from(b1, column + 4 + k));
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) c[i] += step[i];
+}
+
+#endif
 
 }  // namespace jax_flash::ptx
