@@ -61,7 +61,7 @@ cuda-compile:  ## where nvcc exists: build with CUDA on for a few table rows, an
 	JAX_FLASH_CUDA=ON JAX_FLASH_CUDA_ARCHS="$(CUDA_ARCHS)" JAX_FLASH_HEAD_DIMS="$(CUDA_HEAD_DIMS)" \
 	  $(MAKE) .venv-cuda/.installed VENV=.venv-cuda EXTRAS=
 	.venv-cuda/bin/python -m jax_flash --require-built cuda
-CUDA_ARCHS ?= 80;90a-real
+CUDA_ARCHS ?= 75-real;80;90a-real
 CUDA_HEAD_DIMS ?= 64;128
 
 .PHONY: cuda-emulate

@@ -4,11 +4,11 @@
 set(JF_DTYPES_half float16 bfloat16)
 set(JF_DTYPES_float16 float16)
 set(JF_DTYPES_single float32)
-# The cards that a family's code is built for. sm75 runs sm80's loops, on what those cards have (csrc/cuda/ptx).
-set(JF_ARCHS_sm75 75 79)
-set(JF_ARCHS_sm80 80 999)
-set(JF_LOOP_sm75 sm80)
-set(JF_LOOP_sm80 sm80)
+# The entries of JAX_FLASH_CUDA_ARCHS that a family is compiled for: from the oldest to the newest, if there is one.
+set(JF_MINIMUM_ARCH_sm75 75)
+set(JF_MAXIMUM_ARCH_sm75 79)
+set(JF_MINIMUM_ARCH_sm80 80)
+set(JF_LOOPS_sm75 sm80)  # the family whose loops it runs, on the instructions that its own cards have
 
 # Whether JAX_FLASH_HEAD_DIMS (empty: all) holds the pair: an entry is `128` or, for dv ≠ d, `192/128`.
 function(jf_head_dim_wanted d dv result)
@@ -37,6 +37,17 @@ function(jf_add_resources target objects)
     DEPENDS "${objects}" "${resources}" COMMAND_EXPAND_LISTS VERBATIM)
   target_sources(${target} PRIVATE "${table}")
   install(FILES "${table}" DESTINATION ${JAX_FLASH_INSTALL_DIR})
+endfunction()
+
+# The architectures of JAX_FLASH_CUDA_ARCHS that a family is compiled for.
+function(jf_archs_of family result)
+  jf_archs_from(${JF_MINIMUM_ARCH_${family}} "${JAX_FLASH_CUDA_ARCHS}" archs)
+  if(JF_MAXIMUM_ARCH_${family})
+    math(EXPR first_newer "${JF_MAXIMUM_ARCH_${family}} + 1")
+    jf_archs_from(${first_newer} "${archs}" newer)
+    list(REMOVE_ITEM archs ${newer})
+  endif()
+  set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
 # Adds to `target` one object library per arch family with the kernels wanted, and the generated built_kernels.def.
@@ -69,8 +80,11 @@ function(jf_add_kernels target)
     list(SUBLIST fields 3 -1 numbers)
     list(JOIN numbers ", " JF_NUMBERS)
     jf_head_dim_wanted(${JF_D} ${JF_DV} wanted)
-    set(JF_LOOP ${JF_LOOP_${JF_ARCH}})
-    jf_archs_of("${JF_ARCHS_${JF_ARCH}}" "${JAX_FLASH_CUDA_ARCHS}" archs)
+    set(JF_LOOPS ${JF_ARCH})
+    if(JF_LOOPS_${JF_ARCH})
+      set(JF_LOOPS ${JF_LOOPS_${JF_ARCH}})
+    endif()
+    jf_archs_of(${JF_ARCH} archs)
     foreach(JF_DTYPE IN LISTS JF_DTYPES_${JF_GROUP})
       if(wanted AND archs AND JF_DTYPE IN_LIST JAX_FLASH_DTYPES)
         set(JF_NAME "${JF_PASS}_${JF_ARCH}_d${JF_D}_dv${JF_DV}_m${JF_M}_n${JF_N}_s${JF_STAGES}_w${JF_WARPS}_${JF_DTYPE}")
@@ -89,7 +103,7 @@ function(jf_add_kernels target)
   target_include_directories(${target} PRIVATE "${generated}")
   list(REMOVE_DUPLICATES families)
   foreach(family IN LISTS families)
-    jf_archs_of("${JF_ARCHS_${family}}" "${JAX_FLASH_CUDA_ARCHS}" archs)
+    jf_archs_of(${family} archs)
     add_library(${target}_${family} OBJECT ${sources_${family}})
     if(NOT CMAKE_CUDA_COMPILER)  # tools/emulator
       set_source_files_properties(${sources_${family}} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")

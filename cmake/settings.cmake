@@ -69,14 +69,12 @@ function(jf_gpu_archs result)
   set(${result} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# The architectures of `archs` within `range`, its first and last.
-function(jf_archs_of range archs result)
-  list(GET range 0 first)
-  list(GET range 1 last)
+# The architectures of `archs` that are `minimum` or newer.
+function(jf_archs_from minimum archs result)
   set(kept "")
   foreach(arch IN LISTS archs)
     string(REGEX MATCH "^[0-9]+" number "${arch}")
-    if(number GREATER_EQUAL first AND number LESS_EQUAL last)
+    if(number GREATER_EQUAL minimum)
       list(APPEND kept "${arch}")
     endif()
   endforeach()

@@ -195,9 +195,9 @@ def compute_capability(device: jax.Device) -> int:
 
 
 def _covers(family: str, capability: int) -> bool:
-    """A family has its own card's code; sm80 also carries PTX, for every newer card."""
+    """A family has its own card's code; sm75's and sm80's also as PTX, for every newer card."""
     built = int(family.removeprefix("sm"))
-    return capability >= built if built == 80 else capability // 10 == built // 10
+    return capability >= built if built <= 80 else capability // 10 == built // 10
 
 
 @cache

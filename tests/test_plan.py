@@ -17,6 +17,7 @@ core = pytest.importorskip("jax_flash._core")
 
 H100 = {"capability": 90, "sm_count": 132, "shared_memory": 232_448}
 A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
+T4 = {"capability": 75, "sm_count": 40, "shared_memory": 65_536}
 RTX4090 = {"capability": 89, "sm_count": 128, "shared_memory": 101_376}
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 PASSES = ("forward", "backward", "bias_gradient")
@@ -68,6 +69,22 @@ def test_every_row_fits_every_card(pass_, head_dims, dtype, device):
     assert chosen["shared"] <= device["shared_memory"]
 
 
+@pytest.mark.parametrize("layout", [{}, {"paged": True}])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+@pytest.mark.parametrize("pass_", PASSES)
+def test_turing_has_rows_of_its_own(pass_, head_dims, dtype, layout):
+    d, dv = head_dims
+    chosen = plan(pass_, dtype=dtype, d=d, dv=dv, device=T4, **(layout if pass_ == "forward" else {}))
+    assert chosen["row"]["arch"] == "sm75"
+    assert chosen["shared"] <= T4["shared_memory"]
+
+
+def test_newer_cards_leave_turings_rows_alone():
+    for device in (A100, RTX4090, H100):
+        assert all(plan(name, device, dtype="float16")["row"]["arch"] != "sm75" for name in PASSES)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -76,7 +93,8 @@ def test_every_row_fits_every_card(pass_, head_dims, dtype, device):
             {"d": 512},
             "no CUDA kernel .*forward of bfloat16 with d=512.* on sm_90.*built: sm80 d=32, .*sm80 d=192 dv=128.*xla",
         ),
-        ({"capability": 75}, 'with d=64, dv=64 on sm_75.*implementation="xla" runs it'),
+        ({"capability": 75}, 'query is bfloat16, which sm_75 has no products of.*implementation="xla" runs it'),
+        ({"capability": 70, "dtype": "float16"}, 'with d=64, dv=64 on sm_70.*implementation="xla" runs it'),
         ({"shared_memory": 1000}, "1000 bytes of shared memory"),
         (
             {"batch": 2**20, "q_rows": 2**20, "heads": 4},

@@ -50,10 +50,11 @@ def spills(library: Path) -> dict[str, int]:
     return {f"{x[columns['kernel']]} {x[columns['arch']]}": int(x[columns["spills"]]) for x in rows[1:]}
 
 
-def build_emulated(head_dims: str) -> Path:
-    """The library on the emulator, with the rows of these JAX_FLASH_HEAD_DIMS (empty: all)."""
+def build_emulated(head_dims: str, archs: str = "90a-real") -> Path:
+    """The library on the emulator, with the rows of these JAX_FLASH_HEAD_DIMS (empty: all) for these archs."""
     folder = EMULATED.parent
     defines = [f"-DPython_EXECUTABLE={sys.executable}", f"-DJAX_FLASH_HEAD_DIMS={head_dims}"]
+    defines += [f"-DJAX_FLASH_CUDA_ARCHS={archs}"]
     source = ROOT / "tools" / "emulator"
     subprocess.run(["cmake", "-S", source, "-B", folder, *defines], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)

@@ -35,7 +35,7 @@ def main() -> int:
     if options.emulated:
         os.environ["JAX_PLATFORMS"] = "cpu"
     library = options.library or (
-        cuda_call.build_emulated(options.head_dims) if options.emulated else build(options.archs)
+        cuda_call.build_emulated(options.head_dims, options.archs) if options.emulated else build(options.archs)
     )
     cuda_call.register(library, "cpu" if options.emulated else "CUDA")
     failed = run_checks(options)
@@ -81,13 +81,14 @@ def parse() -> argparse.Namespace:
 
 def run_checks(options: argparse.Namespace) -> list[str]:
     """The names of the checks that failed. References take longer than kernels: cases run side by side."""
-    cases = gpu_cases.all_cases(options.emulated, tuple(options.dtypes.split(",")))
+    dtypes = tuple(options.dtypes.split(","))
+    cases = gpu_cases.all_cases(options.emulated, dtypes)
     checks: list[Check] = [(case.name, lambda case=case: check_case(case)) for case in cases]
     checks += [
-        ("leading dimensions", check_leading),
-        ("garbage cu_seqlens", check_garbage),
-        ("several calls in one program", check_program),
-        ("deterministic backward", check_repeatable),
+        ("leading dimensions", lambda: check_leading(dtypes[0])),
+        ("garbage cu_seqlens", lambda: check_garbage(dtypes[0])),
+        ("several calls in one program", lambda: check_program(dtypes[0])),
+        ("deterministic backward", lambda: check_repeatable(dtypes[0])),
     ]
     checks = [] if options.no_checks else [check for check in checks if options.only in check[0]]
     workers = 2 if options.emulated else min(8, os.cpu_count() or 1)
@@ -170,13 +171,13 @@ def references(spec: Any, operands: dict[str, Any], dout: Any, dlse: Any) -> Any
     return jax.tree.map(np.asarray, both(moving))
 
 
-def check_leading() -> None:
+def check_leading(dtype: str) -> None:
     """Two leading dimensions; one operand has each of them whole, another 1."""
     import cases
     import jax.numpy as jnp
 
     for name in ("everything", "packed everything"):
-        case = cases.BY_NAME[name].replace(dtype="bfloat16")
+        case = cases.BY_NAME[name].replace(dtype=dtype)
         many = [cases.make_inputs(case, seed) for seed in range(6)]
         inputs = [cases.operands(x) for x in many]
         stacked = {n: jnp.stack([x[n] for x in inputs]).reshape(2, 3, *inputs[0][n].shape) for n in inputs[0]}
@@ -193,13 +194,13 @@ def check_leading() -> None:
         check(cases.spec(case, many[0]), operands, dout, dlse, case.softcap)
 
 
-def check_garbage() -> None:
+def check_garbage(dtype: str) -> None:
     """cu_seqlens of any values are read as their running maximum within the operand."""
     import cases
     import jax.numpy as jnp
     import numpy as np
 
-    case = cases.BY_NAME["packed causal, other keys"].replace(dtype="bfloat16")
+    case = cases.BY_NAME["packed causal, other keys"].replace(dtype=dtype)
     inputs = cases.make_inputs(case)
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -211,7 +212,7 @@ def check_garbage() -> None:
         check(cases.spec(case, inputs), cases.operands(inputs) | garbage, inputs.dout, inputs.dlse)
 
 
-def check_program() -> None:
+def check_program(dtype: str) -> None:
     """Fixed and packed calls that feed each other in one jitted program, run again with other values."""
     import cases
     import jax
@@ -220,7 +221,7 @@ def check_program() -> None:
 
     from jax_flash import reference
 
-    fixed, packed = (cases.BY_NAME[name].replace(dtype="bfloat16") for name in ("causal", "packed causal"))
+    fixed, packed = (cases.BY_NAME[name].replace(dtype=dtype) for name in ("causal", "packed causal"))
     specs = [cases.spec(case, cases.make_inputs(case)) for case in (fixed, packed)]
 
     def program(call: Any, a: dict[str, Any], b: dict[str, Any]) -> Any:
@@ -244,13 +245,13 @@ def check_program() -> None:
         assert jnp.isfinite(got).all()
 
 
-def check_repeatable() -> None:
+def check_repeatable(dtype: str) -> None:
     """deterministic=True: the same bits from every call."""
     import cases
     import jax
     import numpy as np
 
-    case = cases.Case("", sq=300, sk=500, hq=4, hk=2, d=64, dv=64, dtype="bfloat16", causal=True)
+    case = cases.Case("", sq=300, sk=500, hq=4, hk=2, d=64, dv=64, dtype=dtype, causal=True)
     if jax.default_backend() != "cpu":
         case = case.replace(sq=2000, sk=3000, hq=16)
     inputs = cases.make_inputs(case)

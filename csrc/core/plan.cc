@@ -39,7 +39,8 @@ int64_t shared_elements(const KernelRow& row) {
 
 int64_t shared_memory(const KernelRow& row, DType dtype) {
   int64_t others = kBlockStateBytes;
-  if (row.pass == Pass::kBackward) others += std::max(row.stages, 1) * int64_t{row.block_m} * 8;  // lse and delta of rows
+  if (row.pass == Pass::kBackward)
+    others += std::max(row.stages, 1) * int64_t{row.block_m} * 8;  // lse and delta of rows
   if (row.pass == Pass::kPagedForward)
     others += (row.stages + int64_t{1}) * row.block_n * 16;  // where keys lie
   if (row.pass == Pass::kDecode) {  // O, a few columns at a time, and the softmax of each warp
@@ -265,8 +266,9 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
     return result;
   }
   if (shapes.dtype == DType::kBF16 && device.capability < 80) {
-    result.error = "jax_flash: query is bfloat16, which sm_" + std::to_string(device.capability) +
-                   " has no products of, only of float16 and float32; cast, or implementation=\"xla\" runs it";
+    result.error =
+        "jax_flash: query is bfloat16, which sm_" + std::to_string(device.capability) +
+        " has no products of, only of float16 and float32; cast, or implementation=\"xla\" runs it";
     return result;
   }
   const KernelRow* decode = nullptr;

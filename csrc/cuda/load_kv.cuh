@@ -1,9 +1,9 @@
 // A ring of pairs of tiles, K and V, in shared memory, filled by cp.async some pairs ahead of the products.
 //
 // With several stages a pair arrives together, behind one barrier. With one stage the two tiles take turns:
-// each is copied while the other is multiplied, and each has a barrier. With none they share one place, and each
-// is copied when the other has been multiplied: for small shared memory and, on sm_75, copies that are done at
-// once.
+// each is copied while the other is multiplied, and each has a barrier. With none they share one place, and
+// each is copied when the other has been multiplied: for small shared memory and, on sm_75, copies that are
+// done at once.
 #pragma once
 
 #include "core/band.h"

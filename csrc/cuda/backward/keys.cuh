@@ -49,8 +49,8 @@ struct BackwardKeysSm80 {
   using DK = Accumulator<kWarpKeys / 16, HeadDim / kWidthWarps / 8>;
   using DV = Accumulator<kWarpKeys / 16, ValueDim / kWidthWarps / 8>;
   using DQ = Accumulator<kM / kDqRows / 16, HeadDim / kDqColumns / 8>;
-  // In shared memory: K, V; Q, dO, lse [kM] and delta [kM] of each stage; P, dS; barriers. Without a stage Q and
-  // dO have one place.
+  // In shared memory: K, V; Q, dO, lse [kM] and delta [kM] of each stage; P, dS; barriers. Without a stage Q
+  // and dO have one place.
   static constexpr bool kInTurn = Stages == 0;
   static constexpr int kQueryBytes = !kInTurn                         ? QTile::kBytes + DoTile::kBytes
                                      : QTile::kBytes > DoTile::kBytes ? QTile::kBytes
@@ -367,8 +367,9 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
 
 // The same where Q and dO have one place (cuda/backward/turns.cuh).
 template <class C>
-__device__ __forceinline__ void backward_keys_in_turn(const Problem& p, KeyBlockState<typename C::Element>& block,
-                                      uint8_t* shared);
+__device__ __forceinline__ void backward_keys_in_turn(const Problem& p,
+                                                      KeyBlockState<typename C::Element>& block,
+                                                      uint8_t* shared);
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)

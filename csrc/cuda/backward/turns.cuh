@@ -1,5 +1,5 @@
-// dK and dV where shared memory has no room for Q beside dO: each comes in its turn, Q a second time after dO.
-// float32 at d = 256 in sm_75's 64 KB.
+// dK and dV where shared memory has no room for Q beside dO: each comes in its turn, Q a second time after
+// dO. float32 at d = 256 in sm_75's 64 KB.
 #pragma once
 
 #include "cuda/backward/keys.cuh"

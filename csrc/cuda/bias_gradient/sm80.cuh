@@ -24,7 +24,8 @@ struct BiasGradientSm80 {
   using S = Accumulator<1, N / 8>;
   static constexpr bool kInTurn = Stages == 0;
   static constexpr int kQKBytes = QTile::kBytes + KTile::kBytes, kDoVBytes = DoTile::kBytes + VTile::kBytes;
-  static constexpr int kSharedBytes = kInTurn ? (kQKBytes > kDoVBytes ? kQKBytes : kDoVBytes) : kQKBytes + kDoVBytes;
+  static constexpr int kSharedBytes =
+      kInTurn ? (kQKBytes > kDoVBytes ? kQKBytes : kDoVBytes) : kQKBytes + kDoVBytes;
   static_assert(M == 16 * Warps && Stages <= 1);
   static_assert(M * N * 4 <= kSharedBytes);  // the sum, at the end
 };

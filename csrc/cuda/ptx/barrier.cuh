@@ -1,5 +1,6 @@
-// Barriers in shared memory, on which arriving and waiting are two things, and the numbered barriers of a block.
-// mbarrier is sm_80's and newer; on sm_75 a barrier is the count of all arrivals, and of those that end a phase.
+// Barriers in shared memory, on which arriving and waiting are two things, and the numbered barriers of a
+// block. mbarrier is sm_80's and newer; on sm_75 a barrier is the count of all arrivals, and of those that
+// end a phase.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// cp.async: global to shared memory without registers (sm_80 and newer). On sm_75 a copy goes through registers
-// and is done when it has been issued: nothing is left to wait for.
+// cp.async: global to shared memory without registers (sm_80 and newer). On sm_75 a copy goes through
+// registers and is done when it has been issued: nothing is left to wait for.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// mma.sync with float32 accumulators: 16-bit operands, m16n8k16, and float32 operands, m16n8k8, as three products
-// of TF32. sm_75 has neither bfloat16 nor TF32: float16 takes two products m16n8k8, float32 the FMA units.
+// mma.sync with float32 accumulators: 16-bit operands, m16n8k16, and float32 operands, m16n8k8, as three
+// products of TF32. sm_75 has neither bfloat16 nor TF32: float16 takes two products m16n8k8, float32 the FMA
+// units.
 //
 // Fragments of lane l, with g = l / 4 and t = l % 4:
 //   A [16, 16]: a0 = (g, 2t..), a1 = (g + 8, 2t..), a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..)
