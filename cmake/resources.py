@@ -59,7 +59,10 @@ def demangled(kernels: list[Kernel]) -> list[Kernel]:
     """With readable names, less the parameters."""
     names = "\n".join(kernel.name for kernel in kernels)
     answer = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
-    short = [re.sub(r"^void |\(jax_flash::Problem.*$|jax_flash::|\bsm80::", "", name) for name in answer.splitlines()]
+    short = [
+        re.sub(r"^void |\(jax_flash::Problem.*$|jax_flash::|\bsm80::", "", name)
+        for name in answer.splitlines()
+    ]
     return [kernel._replace(name=name) for kernel, name in zip(kernels, short, strict=True)]
 
 

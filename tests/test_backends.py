@@ -200,7 +200,9 @@ def test_lowering_for_cuda_without_a_library_is_refused_only_beside_a_cuda_devic
         ("sm90", "10.0", False),
     ],
 )
-def test_a_family_runs_on_its_own_cards_and_sm75_and_sm80_on_every_newer_one(family, capability, runs, monkeypatch):
+def test_a_family_runs_on_its_own_cards_and_sm75_and_sm80_on_every_newer_one(
+    family, capability, runs, monkeypatch
+):
     library = CudaLibrary(Path("x.so"), (Kernel(family, "forward", 64, 64, ("float16",)),), {})
     monkeypatch.setattr(backends, "_load_cuda", lambda: (library, None))
     reason = backends.why_not_on(gpu(capability))

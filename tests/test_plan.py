@@ -93,7 +93,10 @@ def test_newer_cards_leave_turings_rows_alone():
             {"d": 512},
             "no CUDA kernel .*forward of bfloat16 with d=512.* on sm_90.*built: sm80 d=32, .*sm80 d=192 dv=128.*xla",
         ),
-        ({"capability": 75}, 'query is bfloat16, which sm_75 has no products of.*implementation="xla" runs it'),
+        (
+            {"capability": 75},
+            'query is bfloat16, which sm_75 has no products of.*implementation="xla" runs it',
+        ),
         ({"capability": 70, "dtype": "float16"}, 'with d=64, dv=64 on sm_70.*implementation="xla" runs it'),
         ({"shared_memory": 1000}, "1000 bytes of shared memory"),
         (
