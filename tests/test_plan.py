@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +80,24 @@ def test_turing_has_rows_of_its_own(pass_, head_dims, dtype, layout):
     chosen = plan(pass_, dtype=dtype, d=d, dv=dv, device=T4, **(layout if pass_ == "forward" else {}))
     assert chosen["row"]["arch"] == "sm75"
     assert chosen["shared"] <= T4["shared_memory"]
+
+
+def test_a_card_like_sm_90_runs_no_fallback():
+    """Builds for such cards alone leave the fallbacks out."""
+    table = Path(__file__).resolve().parent.parent / "csrc" / "kernels.def"
+    if not table.exists():
+        pytest.skip("the table lies in the source tree only")
+    found = re.findall(r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(.*)\)", table.read_text(), re.MULTILINE)
+    fallbacks = {(*names, *map(int, numbers.split(","))) for *names, numbers in found}
+    assert fallbacks
+    calls = [{"pass_": name} for name in PASSES]
+    calls += [{"paged": True}, {"paged": True, "q_rows": 1}, {"paged": True, "q_rows": 4}]
+    for call in calls:
+        for group, dtype in (("half", "bfloat16"), ("single", "float32")):
+            for d, dv in HEAD_DIMS:
+                row = plan(**call, dtype=dtype, d=d, dv=dv)["row"]
+                sizes = (row[name] for name in ("d", "dv", "block_m", "block_n", "stages", "warps", "blocks"))
+                assert (row["arch"], row["pass"], group, *sizes) not in fallbacks
 
 
 def test_newer_cards_leave_turings_rows_alone():

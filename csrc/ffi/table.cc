@@ -13,7 +13,9 @@ constexpr uint32_t half = bit(DType::kF16) | bit(DType::kBF16), float16 = bit(DT
 
 constexpr KernelRow kTable[] = {
 #define JF_KERNEL(family, pass, dtypes, ...) {#family, family, pass, dtypes, __VA_ARGS__},
+#define JF_FALLBACK JF_KERNEL
 #include "kernels.def"
+#undef JF_FALLBACK
 #undef JF_KERNEL
 };
 
