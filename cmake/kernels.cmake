@@ -4,10 +4,12 @@
 set(JF_DTYPES_half float16 bfloat16)
 set(JF_DTYPES_float16 float16)
 set(JF_DTYPES_single float32)
-# The entries of JAX_FLASH_CUDA_ARCHS that a family is compiled for: from the oldest to the newest, if there is one.
+# The entries of JAX_FLASH_CUDA_ARCHS that a family is compiled for: from the oldest to the newest, if there is one,
+# or by their name.
 set(JF_MINIMUM_ARCH_sm75 75)
 set(JF_MAXIMUM_ARCH_sm75 79)
 set(JF_MINIMUM_ARCH_sm80 80)
+set(JF_ONLY_ARCH_sm90 90a)
 set(JF_LOOPS_sm75 sm80)  # the family whose loops it runs, on the instructions that its own cards have
 
 # Whether JAX_FLASH_HEAD_DIMS (empty: all) holds the pair: an entry is `128` or, for dv ≠ d, `192/128`.
@@ -42,7 +44,12 @@ endfunction()
 # The architectures of JAX_FLASH_CUDA_ARCHS that a family is compiled for; `<family>_fallback`: its fallbacks.
 function(jf_archs_of group result)
   string(REPLACE "_fallback" "" family ${group})
-  jf_archs_from(${JF_MINIMUM_ARCH_${family}} "${JAX_FLASH_CUDA_ARCHS}" archs)
+  if(JF_ONLY_ARCH_${family})
+    set(archs ${JAX_FLASH_CUDA_ARCHS})
+    list(FILTER archs INCLUDE REGEX "^${JF_ONLY_ARCH_${family}}(-|$)")
+  else()
+    jf_archs_from(${JF_MINIMUM_ARCH_${family}} "${JAX_FLASH_CUDA_ARCHS}" archs)
+  endif()
   if(JF_MAXIMUM_ARCH_${family})
     math(EXPR first_newer "${JF_MAXIMUM_ARCH_${family}} + 1")
     jf_archs_from(${first_newer} "${archs}" newer)
@@ -107,6 +114,8 @@ function(jf_add_kernels target)
     message(FATAL_ERROR "jax_flash: no row of csrc/kernels.def is left by JAX_FLASH_CUDA_ARCHS=${JAX_FLASH_CUDA_ARCHS},"
       " JAX_FLASH_HEAD_DIMS=${JAX_FLASH_HEAD_DIMS}, JAX_FLASH_DTYPES=${JAX_FLASH_DTYPES}")
   endif()
+  execute_process(COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/wgmma.py"
+    "${generated}/wgmma_instances.cuh" COMMAND_ERROR_IS_FATAL ANY)
   file(CONFIGURE OUTPUT "${generated}/built_kernels.def" CONTENT "${built}" @ONLY)
   target_include_directories(${target} PRIVATE "${generated}")
   list(REMOVE_DUPLICATES groups)
@@ -124,6 +133,7 @@ function(jf_add_kernels target)
     endif()
     list(APPEND objects $<TARGET_OBJECTS:${target}_${group}>)
     target_link_libraries(${target}_${group} PRIVATE jax_flash_options)
+    target_include_directories(${target}_${group} PRIVATE "${generated}")
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${group}>)
     list(LENGTH sources_${group} count)
     message(STATUS "jax_flash: ${count} ${group} kernels for ${archs}")

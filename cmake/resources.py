@@ -1,8 +1,9 @@
-"""What ptxas says of every kernel: registers, spills, shared memory; and the build's failure when one spills.
+"""What ptxas says of every kernel: registers, spills, shared memory; and the build's failure when one spills, or
+when its wgmma run one by one.
 
     resources.py compile OBJECT -- nvcc -Xptxas=-v ...   runs the compiler and keeps what it says, in OBJECT.ptxas
     resources.py list TABLE OBJECT...                     writes the table of the kernels
-    resources.py check TABLE OBJECT...                    the same, and fails where one passes its BUDGET
+    resources.py check TABLE OBJECT...                    the same, and fails where one passes its BUDGET or is slowed
 
 cmake/kernels.cmake calls both; the table lies beside the library, as cuda_resources.tsv.
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 # Bytes that a kernel may spill, by the first pattern that its name matches: none in the kernels without bias,
 # masks and the like of the common rows, 16-bit with d and dv of 32, 64, 128 or 256.
 _ROWS = r"(__half|__nv_bfloat16), (32, 32|64, 64|128, 128|256, 256), "
-COMMON = rf"^(forward_sm80<ForwardSm80<{_ROWS}.*Kind\)0|backward_\w+<Backward\w+<{_ROWS}.*\bfalse\b)"
+COMMON = rf"^(forward_sm[89]0<ForwardSm[89]0<{_ROWS}.*Kind\)0|backward_\w+<Backward\w+<{_ROWS}.*\bfalse\b)"
 BUDGET: tuple[tuple[str, int], ...] = ((COMMON, 0), ("", 1 << 30))
 
 
@@ -55,6 +56,11 @@ def parse(log: str) -> list[Kernel]:
     return found
 
 
+def slowed(log: str) -> list[str]:
+    """What ptxas says where it runs wgmma one by one (C7510 and the next), or ignores setmaxnreg (C7508)."""
+    return re.findall(r"\((C75(?:08|1[0-8])\)[^\n]*)", log)
+
+
 def demangled(kernels: list[Kernel]) -> list[Kernel]:
     """With readable names, less the parameters."""
     names = "\n".join(kernel.name for kernel in kernels)
@@ -84,9 +90,10 @@ def compile_(target: Path, command: list[str]) -> int:
 
 
 def report(mode: str, table: Path, objects: list[Path]) -> int:
-    logs = [x.with_name(x.name + ".ptxas") for x in objects]
-    kernels = demangled([kernel for log in logs if log.exists() for kernel in parse(log.read_text())])
-    errors = over_budget(kernels) if mode == "check" else []
+    files = [x.with_name(x.name + ".ptxas") for x in objects]
+    logs = [x.read_text() for x in files if x.exists()]
+    kernels = demangled([kernel for log in logs for kernel in parse(log)])
+    errors = over_budget(kernels) + [x for log in logs for x in slowed(log)] if mode == "check" else []
     if errors:
         print(*errors, "JAX_FLASH_BUDGET=OFF builds it all the same", sep="\n", file=sys.stderr)
     else:  # the table is what the build makes, which has failed otherwise

@@ -18,6 +18,7 @@ _SMALLEST_BLOCK = 16  # rows of the smallest tile in csrc/kernels.def
 _TILE_WORK_BYTES = 32  # struct TileWork, csrc/core/plan.h
 _COLUMNS = 16  # of the accumulator of dquery: whole blocks
 _ALIGNMENT = 256  # of the parts of the workspace
+_COUNTER_BYTES = 4  # of tiles taken, where blocks share them out
 # Those of csrc/core/plan.h and split.h with these names.
 _DECODE_ROWS, _DECODE_CHUNK, _DECODE_TILE, _DECODE_BLOCKS, _DECODE_PART = 64, 16, 64, 1024, 2048
 _DECODE_TARGET_BYTES, _MAX_SPLITS = 24, 256
@@ -33,8 +34,8 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
 
     Returns:
       An int, or a symbolic dimension: with packed sequences the schedules of their tiles, for a backward that need
-      not be deterministic dquery in float32, its head dim rounded up to whole blocks, and for few query rows what the
-      parts of their keys leave.
+      not be deterministic dquery in float32, its head dim rounded up to whole blocks, for few query rows what the
+      parts of their keys leave, and for the forward a counter of tiles.
     """
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])
@@ -51,6 +52,8 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
         parts.append(4 * leading * math.prod(rows) * (-(-head_dim // _COLUMNS) * _COLUMNS))
     if pass_ == "forward" and spec.layout != "varlen":
         parts.append(_decode(spec, shapes, leading, count))
+    if pass_ == "forward":
+        parts.append(_COUNTER_BYTES)
     return sum(_aligned(part) for part in parts)
 
 

@@ -50,7 +50,7 @@ def tile(chosen: dict[str, Any]) -> tuple[int, int]:
 @pytest.mark.parametrize("pass_", PASSES)
 def test_the_smallest_row_that_holds_both_head_dims_runs(pass_, head_dims, row):
     d, dv = head_dims
-    chosen = plan(pass_, d=d, dv=dv)["row"]
+    chosen = plan(pass_, A100, d=d, dv=dv)["row"]
     assert (chosen["d"], chosen["dv"]) == row
 
 
@@ -138,7 +138,7 @@ def test_an_unknown_pass_or_dtype_is_named():
 
 
 def test_a_block_per_tile_and_head():
-    forward = plan(q_rows=1000)
+    forward = plan(device=A100, q_rows=1000)
     assert forward["queries"] == {"block": 128, "tiles": 8, "blocks": 8 * 8 * 2}
     backward = plan("backward", k_rows=1500, leading=3)
     block = backward["keys"]["block"]
@@ -199,9 +199,21 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
 
 
 def test_the_plan_in_words():
-    assert plan(d=128, dv=128)["text"].startswith(
+    assert plan(device=A100, d=128, dv=128)["text"].startswith(
         "sm80 forward plain d=128 dv=128 tile 128x64, 128 blocks of queries"
     )
+    assert plan(d=128, dv=128, batch=9)["text"].startswith(
+        "sm90 forward plain d=128 dv=128 tile 128x128, 576 tiles of queries for 132 blocks"
+    )
+
+
+def test_hopper_has_a_forward_of_its_own():
+    arch = lambda **options: plan(**options)["row"]["arch"]  # noqa: E731
+    for d in (64, 128, 256):
+        assert arch(d=d, dv=d) == arch(d=d, dv=d, dtype="float16", varlen=True, leading=3) == "sm90"
+        assert arch(d=d, dv=d, softcap=3.0) == arch(d=d, dv=d, operands=operand_bits(("dropout",))) == "sm90"
+        assert arch(d=d, dv=d, dtype="float32") == arch(d=d, dv=d, device=A100) == "sm80"
+    assert arch(pass_="backward") == "sm80"
 
 
 COMMAND = ["plan", "--batch", "2", "--seqlen", "4096", "--heads", "16", "--head-dim", "128"]

@@ -67,6 +67,13 @@ def test_the_build_fails_over_budget(resources, objects, tmp_path, monkeypatch, 
     )
 
 
+def test_the_build_fails_where_wgmma_run_one_by_one(resources, tmp_path, capsys):
+    loss = f"(C7512) Potential Performance Loss: wgmma.mma_async instructions are serialized in '{PLAIN}'"
+    (tmp_path / "a.o.ptxas").write_text(f"ptxas info    : {loss}\n")
+    assert resources.main(["check", str(tmp_path / "table.tsv"), str(tmp_path / "a.o")]) == 1
+    assert loss[1:] in capsys.readouterr().err
+
+
 def test_the_compiler_speaks_as_before(resources, tmp_path, capfd):
     script = f"import sys; print({LOG!r}); print('warning: something'); sys.exit(3)"
     target = tmp_path / "b.o"
@@ -83,6 +90,7 @@ def test_the_compiler_speaks_as_before(resources, tmp_path, capfd):
             True,
         ),
         ("forward_sm80<ForwardSm80<__nv_bfloat16, 64, 64, 128, 64, 2, 4, 1, (ScoreKind)1, X> >", False),
+        ("forward_sm90<ForwardSm90<__half, 64, 64, 192, 128, 2, 16, 1, (ScoreKind)0> >", True),
         (
             "forward_sm80<ForwardSm80<float, 128, 128, 64, 64, 1, 4, 1, (ScoreKind)0, DenseState<float> > >",
             False,

@@ -39,9 +39,10 @@ int64_t shared_elements(const KernelRow& row) {
 
 int64_t shared_memory(const KernelRow& row, DType dtype) {
   int64_t others = kBlockStateBytes;
+  if (row.capability == 90) others = kHopperStateBytes;
   if (row.pass == Pass::kBackward)
     others += std::max(row.stages, 1) * int64_t{row.block_m} * 8;  // lse and delta of rows
-  if (row.pass == Pass::kPagedForward)
+  if (row.pass == Pass::kPagedForward && row.capability != 90)
     others += (row.stages + int64_t{1}) * row.block_n * 16;  // where keys lie
   if (row.pass == Pass::kDecode) {  // O, a few columns at a time, and the softmax of each warp
     const int64_t columns = row.block_m == 8 && row.value_dim % 64 == 0 ? 64 : 32;
@@ -50,9 +51,28 @@ int64_t shared_memory(const KernelRow& row, DType dtype) {
   return shared_elements(row) * element_size(dtype) + others;
 }
 
-bool runs(const KernelRow& row, Pass pass, const Shapes& shapes, const Device& device) {
-  return row.pass == pass && row.takes(shapes.dtype) && row.head_dim >= shapes.head_dim &&
-         row.value_dim >= shapes.value_dim && covers(row, device) &&
+bool is_general(const AttentionSpec& spec) {
+  for (Operand operand :
+       {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes, Operand::kDropout}) {
+    if (spec.has(operand)) return true;
+  }
+  // The plain kernel takes the row maximum before it scales, which wants a positive scale.
+  return spec.softcap > 0 || !(spec.scale > 0);
+}
+
+// The sm90 family: the copy engine's tensor maps have room for one leading dimension, and its boxes are of
+// whole groups of 8 rows of a page, which it cannot widen; three consumers have no registers for a general
+// score; a bias is faster where keys are dealt, on sm80.
+bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
+  if (row.capability != 90) return true;
+  return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
+         (row.warps <= 12 || !is_general(spec)) && !spec.has(Operand::kBias);
+}
+
+bool runs(const KernelRow& row, Pass pass, const AttentionSpec& spec, const Shapes& shapes,
+          const Device& device) {
+  return serves(row, spec, shapes) && row.pass == pass && row.takes(shapes.dtype) &&
+         row.head_dim >= shapes.head_dim && row.value_dim >= shapes.value_dim && covers(row, device) &&
          shared_memory(row, shapes.dtype) <= device.shared_memory;
 }
 
@@ -84,15 +104,6 @@ bool decodes(const AttentionSpec& spec, const Shapes& s) {
 // Rows of one chunk where a smaller one would do are wasted.
 bool fits_rows(const KernelRow& row, const AttentionSpec& spec, const Shapes& s) {
   return row.block_m == 8 || rows_of_group(spec, s) > 8;
-}
-
-bool is_general(const AttentionSpec& spec) {
-  for (Operand operand :
-       {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes, Operand::kDropout}) {
-    if (spec.has(operand)) return true;
-  }
-  // The plain kernel takes the row maximum before it scales, which wants a positive scale.
-  return spec.softcap > 0 || !(spec.scale > 0);
 }
 
 // Names the rows of this pass and dtype that were built, each with its head dims once.
@@ -210,6 +221,16 @@ int64_t decode_bound(const AttentionSpec& spec, const Shapes& s) {
   return part_bytes(2 * std::min(kDecodeBlocks * kDecodeChunk, most), s.value_dim);
 }
 
+// Blocks that stay: as many as fit. A counter shares out tiles of unequal length.
+void share_tiles(const AttentionSpec& spec, const Device& device, const KernelRow& row, Workspace& workspace,
+                 LaunchPlan& result) {
+  const int64_t most = int64_t{device.sm_count} * row.blocks;
+  result.workers = static_cast<int32_t>(std::min(result.queries.blocks, most));
+  bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0;
+  for (Operand operand : {Operand::kQLengths, Operand::kKvLengths}) unequal |= spec.has(operand);
+  if (unequal && result.queries.blocks > most) result.counter = workspace.add(kCounterBytes);
+}
+
 // decode: the row that takes the call, or its sequences of few rows where they are packed; null: none.
 void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const Device& device,
                 const KernelRow& row, const KernelRow* decode, LaunchPlan& result) {
@@ -217,6 +238,7 @@ void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const Dev
   if (decode) result.decode = make_decode_grid(spec, s, device, *decode, workspace);
   if (pass == Pass::kForward || pass == Pass::kPagedForward) {
     result.queries = make_grid(spec, s, s.q_rows, s.heads, row.block_m, workspace);
+    if (row.capability == 90) share_tiles(spec, device, row, workspace, result);
   } else if (pass == Pass::kBackward) {
     result.keys = make_grid(spec, s, s.k_rows, s.kv_heads, row.block_n, workspace);
     if (spec.deterministic) {
@@ -246,17 +268,20 @@ int64_t workspace_bound(Pass pass, const AttentionSpec& spec, const Shapes& shap
   if (packed && (!backward || spec.deterministic)) schedule(shapes.q_rows);
   if (backward && !spec.deterministic) workspace.add(accumulator_bytes(shapes, packed));
   if (pass == Pass::kForward) workspace.add(decode_bound(spec, shapes));
+  if (pass == Pass::kForward) workspace.add(kCounterBytes);
   return workspace.bytes;
 }
 
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built) {
   LaunchPlan result;
+  result.general = is_general(spec);
   const auto choose = [&](Pass wanted) {
     const KernelRow* row = nullptr;
     for (const KernelRow& candidate : built) {
       if (wanted == Pass::kDecode && !fits_rows(candidate, spec, shapes)) continue;
-      if (runs(candidate, wanted, shapes, device) && (!row || better(candidate, *row))) row = &candidate;
+      if (runs(candidate, wanted, spec, shapes, device) && (!row || better(candidate, *row)))
+        row = &candidate;
     }
     return row;
   };
@@ -279,7 +304,6 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
     result.error = no_kernel(pass, shapes, device, built);
     return result;
   }
-  result.general = is_general(spec);
   result.shared = shared_memory(*row, shapes.dtype);
   plan_grids(row->pass, spec, shapes, device, *row, decode, result);
   if (decode && decode != row) result.decode_kernel = static_cast<int32_t>(decode - built.data());
@@ -313,7 +337,9 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
     text +=
         ", " + std::to_string(decode.columns) + " columns of " + std::to_string(decode.ranges) + " blocks";
   }
-  if (queries.blocks) text += ", " + std::to_string(queries.blocks) + " blocks of queries";
+  if (queries.blocks)
+    text += ", " + std::to_string(queries.blocks) + (workers ? " tiles of queries" : " blocks of queries");
+  if (workers) text += " for " + std::to_string(workers) + " blocks";
   if (keys.blocks) text += ", " + std::to_string(keys.blocks) + " blocks of keys";
   return text + ", " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) +
          " bytes workspace";
@@ -323,6 +349,7 @@ Shapes shapes_of(const Problem& p) {
   return {p.dtype,
           p.kv_dtype,
           p.leading.count(),
+          p.leading.rank,
           p.batch,
           p.heads,
           p.kv_heads,
@@ -330,6 +357,7 @@ Shapes shapes_of(const Problem& p) {
           p.value_dim,
           p.q_rows,
           p.k_rows,
+          p.page_size,
           {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns}};
 }
 

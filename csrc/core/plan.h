@@ -35,9 +35,11 @@ struct Shapes {
   DType dtype;
   DType kv_dtype;   // dtype, or float8
   int64_t leading;  // product of the leading dimensions
-  int64_t batch;    // batch entries, or sequences
+  int32_t leading_rank;
+  int64_t batch;  // batch entries, or sequences
   int64_t heads, kv_heads, head_dim, value_dim;
   int64_t q_rows, k_rows;  // s_q and s_k, or total tokens
+  int64_t page_size;       // 0: no pages
   int64_t bias[4];         // of dbias, 1 where it is reduced; the bias gradient's only
 };
 
@@ -80,6 +82,8 @@ struct LaunchPlan {
   DecodeGrid decode;
   int32_t decode_kernel =
       -1;                    // of packed sequences: the one that runs first, for those of few rows; -1: none
+  int32_t workers = 0;       // thread blocks that share the tiles of queries out; 0: each tile has its own
+  int64_t counter = -1;      // where the number of tiles taken lies in the workspace; -1: all are as long
   int64_t accumulator = -1;  // where dQ in float32 begins in the workspace; -1: none
   int64_t shared = 0;        // bytes of shared memory per block
   int64_t workspace = 0;     // bytes of the workspace that are used
@@ -104,11 +108,13 @@ struct TileWork {
 };
 static_assert(sizeof(TileWork) == 32);
 
-inline constexpr int64_t kBlockStateBytes = 512;  // of shared memory beside the tiles, at most
-inline constexpr int64_t kSmallestBlock = 16;     // rows of a tile in kernels.def: bounds their number
-inline constexpr int64_t kDecodeRows = 64;        // query rows of a KV head that decode takes, at most
-inline constexpr int64_t kDecodeChunk = 16;       // rows of a column of decode in kernels.def, at most
-inline constexpr int64_t kDecodeTile = 64;        // keys of a tile of decode in kernels.def, at least
+inline constexpr int64_t kBlockStateBytes = 512;    // of shared memory beside the tiles, at most
+inline constexpr int64_t kHopperStateBytes = 1536;  // the same of the sm90 family, with its barriers
+inline constexpr int64_t kCounterBytes = 4;         // of LaunchPlan::counter
+inline constexpr int64_t kSmallestBlock = 16;       // rows of a tile in kernels.def: bounds their number
+inline constexpr int64_t kDecodeRows = 64;          // query rows of a KV head that decode takes, at most
+inline constexpr int64_t kDecodeChunk = 16;         // rows of a column of decode in kernels.def, at most
+inline constexpr int64_t kDecodeTile = 64;          // keys of a tile of decode in kernels.def, at least
 inline constexpr int64_t kDecodeBlocks = 1024;  // of decode where they cut sequences: bounds what parts leave
 inline constexpr int64_t kDecodePart = 2048;    // keys of a part in batch-invariant mode
 inline constexpr int64_t kDecodeTargetBytes = 24;  // of decode::Target

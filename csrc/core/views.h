@@ -42,11 +42,11 @@ struct View {
 #if defined(__CUDA_ARCH__)
 #pragma unroll 1  // eight divisions each time would fill the instruction cache
 #endif
-    for (int i = dims.rank - 1; i >= 0; --i) {
+    for (int i = dims.rank - 1; i > 0; --i) {
       offset += flat % dims.size[i] * leading[i];
       flat /= dims.size[i];
     }
-    return offset;
+    return dims.rank > 0 ? offset + flat * leading[0] : 0;
   }
 
   // Element offset from the start of one leading entry.

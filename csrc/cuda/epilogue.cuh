@@ -51,6 +51,43 @@ __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row,
   store_tile<Tile, 16 * O::kRowTiles, 32>(shared, row, out, first, end, threadIdx.x % 32);
 }
 
+// A 4 × 4 transpose between the four lanes of a row: lane i gets what they hold at [i].
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int step = 1; step < 4; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? x[i] : x[i + step], step);
+      if (upper) x[i] = other;
+      if (!upper) x[i + step] = other;
+    }
+  }
+}
+
+// The same from registers alone: lanes exchange pairs, so that each writes 16 bytes of a row.
+template <class T, class O>
+__device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T>& out, int32_t row,
+                                                          int32_t end) {
+#pragma unroll
+  for (int slot = 0; slot < O::kSlots; ++slot) {
+    const int32_t i = row + O::row(slot);
+    T* const to = out.data + int64_t{i} * out.stride;
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; n += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) x[c] = ptx::pack<T>(o.at(slot, n + c, 0), o.at(slot, n + c, 1));
+      transpose_quad(x);
+      const int32_t column = n * 8 + threadIdx.x % 4 * 8;
+      if (i < end && column < out.columns)
+        *reinterpret_cast<uint4*>(to + column) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
 // Adds an accumulator to rows [0, end) of `to`, whose blocks of 16 columns are in the order of ptx::add_quad.
 template <class A>
 __device__ __forceinline__ void add_rows(const A& a, Placement at, const GlobalRows<float>& to, int32_t end) {

@@ -31,17 +31,22 @@ struct BlockWork {
 // Heads that are worked on side by side: few enough for what they share to stay in L2.
 inline constexpr uint32_t kHeadsTogether = 16;
 
+// One of the tiles of all heads: its number among `count`.
+struct TileNumber {
+  uint32_t number, count;
+};
+
 // Packed: in the schedule's order of sequences, longest first, each with all its heads, and with all tiles of
-// a head as neighbours. Slot s of the schedule stands for blocks [s · heads, (s + 1) · heads).
+// a head as neighbours. Slot s of the schedule stands for numbers [s · heads, (s + 1) · heads).
 template <Over over>
 __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
-                                                      int32_t tiles, int32_t block) {
+                                                      int32_t tiles, int32_t block, TileNumber wanted) {
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = tiles * heads;
   BlockWork work;
-  work.leading = blockIdx.x / all;
+  work.leading = wanted.number / all;
   work.batch_row = 0;
-  const uint32_t number = blockIdx.x % all, slot = number / heads;
+  const uint32_t number = wanted.number % all, slot = number / heads;
   schedule += work.leading * tiles;
   work.tile = schedule[slot];
   work.head = 0;
@@ -57,15 +62,15 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
 // first keys. With several heads together the last blocks to run are short ones.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
-                                               int32_t block) {
-  if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block);
+                                               int32_t block, TileNumber wanted) {
+  if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block, wanted);
   constexpr bool kQueries = over == Over::kQueries;
-  const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = gridDim.x / tiles;
+  const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Query tiles that see the same keys are as long as each other, and best served by one head after the
   // other.
   const uint32_t group = kQueries && p.spec.right < 0 ? 1 : kHeadsTogether;
-  const uint32_t first = blockIdx.x / (group * tiles) * group;
-  const uint32_t together = min(group, all - first), number = blockIdx.x - first * tiles;
+  const uint32_t first = wanted.number / (group * tiles) * group;
+  const uint32_t together = min(group, all - first), number = wanted.number - first * tiles;
   const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;
   uint32_t rest = first + number % together;
   BlockWork work;
@@ -77,6 +82,13 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   const int32_t row = tile * block, rows = kQueries ? p.q_rows : p.k_rows;
   work.tile = {s.index, 0, 0, s.q_len, s.k_len, row, row + min(block, rows - row), 0};
   return work;
+}
+
+// Where every thread block has a tile of its own.
+template <Over over>
+__device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
+                                               int32_t block) {
+  return find_work<over>(p, schedule, tiles, block, {blockIdx.x, gridDim.x});
 }
 
 }  // namespace jax_flash

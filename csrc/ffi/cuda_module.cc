@@ -149,8 +149,9 @@ nb::dict grid_of(const TileGrid& grid) {
 nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, bool paged, bool float8,
                  int32_t num_splits, bool batch_invariant, int32_t operands, float softcap, float scale,
                  bool deterministic, int64_t leading, int64_t batch, int64_t q_rows, int64_t k_rows,
-                 int64_t heads, int64_t kv_heads, int64_t d, int64_t dv, const std::array<int64_t, 4>& bias,
-                 int32_t capability, int32_t sm_count, int32_t shared_memory) {
+                 int64_t heads, int64_t kv_heads, int64_t d, int64_t dv, int64_t page_size,
+                 const std::array<int64_t, 4>& bias, int32_t capability, int32_t sm_count,
+                 int32_t shared_memory) {
   AttentionSpec spec{};
   spec.layout = paged    ? varlen ? Layout::kPagedVarlen : Layout::kPaged
                 : varlen ? Layout::kVarlen
@@ -163,9 +164,19 @@ nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen,
   spec.num_splits = num_splits;
   spec.batch_invariant = batch_invariant;
   const DType type = static_cast<DType>(index_of(kDTypeNames, dtype));
-  const Shapes shapes{
-      type,   float8 ? DType::kF8E4M3 : type,      leading, batch, heads, kv_heads, d, dv, q_rows,
-      k_rows, {bias[0], bias[1], bias[2], bias[3]}};
+  const Shapes shapes{type,
+                      float8 ? DType::kF8E4M3 : type,
+                      leading,
+                      leading > 1,
+                      batch,
+                      heads,
+                      kv_heads,
+                      d,
+                      dv,
+                      q_rows,
+                      k_rows,
+                      page_size,
+                      {bias[0], bias[1], bias[2], bias[3]}};
   const auto rows = kernel_table();
   const Pass which = static_cast<Pass>(index_of(kPassNames, pass));
   const LaunchPlan chosen = plan(which, spec, shapes, Device{capability, sm_count, shared_memory}, rows);
@@ -198,8 +209,9 @@ void bind_cuda(nb::module_& module) {
              nb::arg("batch_invariant") = false, nb::arg("operands") = 0, nb::arg("softcap") = 0.0f,
              nb::arg("scale") = 1.0f, nb::arg("deterministic") = false, nb::arg("leading") = 1,
              nb::arg("batch"), nb::arg("q_rows"), nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"),
-             nb::arg("d"), nb::arg("dv"), nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1},
-             nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
+             nb::arg("d"), nb::arg("dv"), nb::arg("page_size") = 0,
+             nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1}, nb::arg("capability"), nb::arg("sm_count"),
+             nb::arg("shared_memory"));
 }
 
 }  // namespace jax_flash

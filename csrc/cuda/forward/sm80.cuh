@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/plan.h"
+#include "cuda/block_state.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
 #include "cuda/load_kv.cuh"
@@ -16,33 +17,6 @@
 #include "cuda/work.cuh"
 
 namespace jax_flash::inline JF_FAMILY {
-
-// What all threads of a block share. It lies in shared memory: their registers are full of S and O.
-template <class T>
-struct BlockState {
-  BlockWork work;
-  Band band;
-  ScoreOperands score;  // of the general kernels
-  Interval tiles;       // of keys, that any row of the query tile sees
-  Interval whole;       // keys that all its rows see
-  int32_t end;          // of the keys that are read
-  GlobalRows<const T> query;
-  GlobalRows<T> out;
-
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    work = find_work<Over::kQueries>(p, schedule, q_tiles, block_m);
-    const int32_t head = work.head;
-    const TileWork& tile = work.tile;
-    band = work.band(p);
-    const Interval visible = band.rows(tile.row, tile.used_queries());
-    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
-    whole = band.common(tile.row, tile.used_queries());
-    end = min(tiles.hi * block_n, tile.k_len);
-    query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
-    out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
-  }
-};
 
 // Keys that lie side by side.
 template <class T>

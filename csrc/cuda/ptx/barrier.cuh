@@ -84,4 +84,9 @@ __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// This warp's part of a sync_group, without waiting for the others.
+__device__ __forceinline__ void arrive_group(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 }  // namespace jax_flash::ptx

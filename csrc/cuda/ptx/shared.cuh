@@ -10,6 +10,12 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return bytes;
 }
 
+// The same where tiles are swizzled over 1024 bytes.
+__device__ __forceinline__ uint8_t* dynamic_shared_1024() {
+  extern __shared__ __align__(1024) uint8_t aligned_bytes[];
+  return aligned_bytes;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -1,0 +1,283 @@
+// The forward for sm_90a: TMA, mbarrier, wgmma, warp specialisation. FlashAttention-3 (Shah et al., 2024).
+//
+// One block per multiprocessor takes tile after tile. Of the first warpgroup, the producers, one thread finds
+// the tiles' work and one has Q, K and V copied; every other warpgroup, a consumer, owns 64 rows of a tile.
+// In a consumer S of a tile of keys is made beside P V of the tile before it. docs/hopper-forward.md draws
+// it.
+#pragma once
+
+#include <type_traits>
+
+#include "core/plan.h"
+#include "cuda/block_state.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/forward/sm90_load.cuh"
+#include "cuda/launch.h"
+#include "cuda/mask.cuh"
+#include "cuda/ptx/registers.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/registry.h"
+#include "cuda/score.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/tile/descriptor.cuh"
+#include "cuda/tile/operands.cuh"
+
+namespace jax_flash {
+
+// A row of csrc/kernels.def: Warps are those of the producer and of M / 64 consumers.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
+          template <class> class KeySource = DenseKeys>
+struct ForwardSm90 {
+  using Element = T;
+  static constexpr bool kGeneral = Kind != ScoreKind::kPlain, kDropout = Kind == ScoreKind::kDropout;
+  static constexpr int kM = M, kN = N, kStages = Stages, kBlocks = Blocks;
+  static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
+  static constexpr int kPolynomial = 0;  // of every 8 exponentials
+  static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = N / 16;
+  // Of a thread: what the consumers need, and little for the producer.
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
+  using KTile = SharedTile<T, N, HeadDim>;
+  using VTile = SharedTile<T, N, ValueDim>;
+  using S = Accumulator<1, N / 8>;
+  using O = Accumulator<1, ValueDim / 8>;
+  using P = FragmentsA<T, 1, kKeySteps>;
+  using Keys = KeySource<ForwardSm90>;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers>;
+  static_assert(M == kConsumers * kConsumerRows && N % 16 == 0);
+};
+
+// A consumer's registers and its place in the rings; one tile of queries after the other.
+template <class C>
+struct Consumer {
+  using T = typename C::Element;
+  using S = typename C::S;
+  using QTile = typename C::QTile;
+  using KTile = typename C::KTile;
+  using VTile = typename C::VTile;
+
+  const Problem& p;
+  typename C::Shared& shared;
+  const int group;  // of the consumers
+  const TileState<T>* tile;
+  int32_t pair = 0;  // tiles of keys so far
+  Interval whole;    // keys that all its rows see
+  S s;
+  typename C::O o;
+  typename C::P weights;  // P, rounded
+  OnlineSoftmax<S::kSlots> softmax{1};
+  float alpha[S::kSlots];
+
+  __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index)
+      : p(problem), shared(memory), group(index) {}
+
+  // The warp's first row within the sequence. It is found where it is used: registers are few.
+  __device__ __forceinline__ int32_t row() const {
+    return uniform(tile->work.tile.row) + group * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
+  }
+
+  // The consumers take turns at issuing products, so that one's softmax runs beside another's products.
+  __device__ __forceinline__ void wait_turn() const { ptx::sync_group(1 + group, 256); }
+  __device__ __forceinline__ void pass_turn() const {
+    ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
+  }
+
+  // S = Q Kᵀ  [64, N], on its way
+  __device__ __forceinline__ void start_scores(int32_t at) {
+    const RowsDescriptor<QTile> q(ptx::shared_address(shared.q[group]));
+    const RowsDescriptor<KTile> k(ptx::shared_address(shared.k[at % C::kStages]));
+    ptx::wgmma_fence();
+    ptx::Wgmma<T, C::kN>::template multiply<true>(s.x[0], q.at(0), k.at(0));
+#pragma unroll
+    for (int step = 1; step < C::kHeadSteps; ++step)
+      ptx::Wgmma<T, C::kN>::template multiply<false>(s.x[0], q.at(step), k.at(step));
+    ptx::wgmma_commit();
+  }
+
+  // O ← O + P V  [64, dv], on its way
+  __device__ __forceinline__ void start_values(int32_t at) {
+    const ColumnsDescriptor<VTile> v(ptx::shared_address(shared.v[at % C::kStages]));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < C::kKeySteps; ++step)
+      ptx::Wgmma<T, VTile::kColumns>::template multiply<false, 1>(o.x[0], weights.x[0][step], v.at(step));
+    ptx::wgmma_commit();
+  }
+
+  // S → P = 2^(S − m), and alpha, which O is still to be multiplied by.
+  template <bool kMasked>
+  __device__ __forceinline__ void weigh(int32_t n) {
+    const int32_t key = n * C::kN;
+    [[maybe_unused]] const GeneralScore general(p, tile->score, tile->band);
+    if constexpr (C::kGeneral) general.apply(s, row(), key);  // softcap, bias, alibi, masks
+    if constexpr (kMasked) {
+      const bool begins = key<whole.lo, ends = key + C::kN> whole.hi;
+      if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
+    }
+    softmax.follow(s, alpha);
+    softmax.template exponentiate<C::kPolynomial>(s, 0, S::kColumnTiles);
+    if constexpr (C::kDropout) general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
+  }
+
+  __device__ __forceinline__ void round_weights() {
+    weights.read(RegistersA<T, S>{s});
+    ptx::hold(weights.x[0]);
+  }
+
+  __device__ __forceinline__ void rescale() {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
+    ptx::hold(o.x[0]);
+  }
+
+  // The last tile of keys comes first. P V of it waits for the next step.
+  __device__ __forceinline__ void first_step(int32_t n) {
+    ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
+    wait_turn();
+    ptx::hold(s.x[0]);
+    start_scores(pair);
+    pass_turn();
+    ptx::wgmma_wait<0>();
+    ptx::hold(s.x[0]);
+    shared.keys.leave(pair);
+    weigh<true>(n);
+    round_weights();
+    if (tile->last_values < C::kN) clear_values();
+  }
+
+  // S of tile n beside P V of tile n + 1.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(int32_t n) {
+    const int32_t next = pair + 1;
+    ptx::barrier_wait(shared.keys.full_of(next), shared.keys.phase(next));
+    wait_turn();
+    ptx::hold(s.x[0]);
+    start_scores(next);
+    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
+    start_values(pair);
+    pass_turn();
+    ptx::wgmma_wait<1>();
+    ptx::hold(s.x[0]);
+    shared.keys.leave(next);
+    weigh<kMasked>(n);
+    // P is written only where no product is in flight: the compiler would run them one by one.
+    ptx::wgmma_wait<0>();
+    ptx::hold(o.x[0]);
+    ptx::hold(weights.x[0]);
+    shared.values.leave(pair);
+    rescale();  // O ← α O
+    round_weights();
+    pair = next;
+  }
+
+  __device__ __forceinline__ void last_values() {
+    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
+    start_values(pair);
+    ptx::wgmma_wait<0>();
+    ptx::hold(o.x[0]);
+    shared.values.leave(pair);
+    ++pair;
+  }
+
+  // Values past the sequence's keys may be anything, and 0 · NaN is NaN. Every consumer clears all of them.
+  __device__ __forceinline__ void clear_values() {
+    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
+    const uint32_t v = ptx::shared_address(shared.v[pair % C::kStages]);
+    const int thread = threadIdx.x % 128, first = tile->last_values;
+    for (int at = thread; at < (C::kN - first) * VTile::kChunks; at += 128)
+      ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
+    ptx::fence_async_shared();
+    ptx::sync_group(1 + C::kConsumers + group, 128);
+  }
+
+  // Tiles of keys from the last to the first: those that end the band, those that all rows see, those that
+  // begin it.
+  __device__ __forceinline__ void visit_keys() {
+    const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)};
+    if (tiles.empty()) return;
+    const int32_t first = uniform(tile->work.tile.row) + group * kConsumerRows;
+    whole = tile->band.common(first, min(first + kConsumerRows, tile->work.tile.used_queries()));
+    whole = {uniform(whole.lo), uniform(whole.hi)};
+    int32_t n = tiles.hi - 1;
+    first_step(n--);
+    if constexpr (!C::kGeneral) {  // whose code would be too long three times
+      const int32_t lo = max(tiles.lo, (whole.lo + C::kN - 1) / C::kN), hi = max(tiles.lo, whole.hi / C::kN);
+      for (; n >= hi; --n) step<true>(n);
+      for (; n >= lo; --n) step<false>(n);
+    }
+    for (; n >= tiles.lo; --n) step<true>(n);
+    shared.queries.leave(group);
+    last_values();
+  }
+
+  __device__ __forceinline__ void run() {
+    if (group == C::kConsumers - 1) pass_turn();  // the first consumer begins
+    for (int32_t round = 0;; ++round) {
+      ptx::barrier_wait(shared.queries.full_of(group), round & 1);
+      tile = &shared.tiles[round % 2];
+      if (uniform(tile->done)) return;
+      softmax = OnlineSoftmax<S::kSlots>(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
+      o.clear();
+      if (uniform(tile->tiles.empty())) shared.queries.leave(group);
+      visit_keys();
+      const float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
+      finish_rows(o, softmax, anew(p), tile->work, row(), factor);
+      store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
+      shared.states.leave(round % 2);
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Keys::Maps maps,
+                 const __grid_constant__ ForwardTiles tiles) {
+  auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
+  const int group = uniform(static_cast<int>(threadIdx.x) / 128);
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (group == 0) {
+    ptx::give_registers<C::kProducerRegisters>();
+    if (threadIdx.x == 0) Finder<C>{p, tiles, shared}.run();
+    if (threadIdx.x / 32 == 1 && threadIdx.x % 32 < C::Keys::kLanes) Loader<C>{p, maps, shared}.run();
+  } else {
+    ptx::take_registers<C::kConsumerRegisters>();
+    Consumer<C>(p, shared, group - 1).run();
+  }
+}
+
+template <class C>
+cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
+                                cudaStream_t stream) {
+  const TileGrid& grid = plan.queries;
+  if (grid.blocks == 0) return cudaSuccess;
+  typename C::Keys::Maps maps;
+  if (cudaError_t e = C::Keys::make_maps(maps, p); e != cudaSuccess) return e;
+  ForwardTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
+                     static_cast<uint32_t>(grid.blocks), nullptr};
+  if (plan.counter >= 0) {
+    tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.counter);
+    if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
+      return e;
+  }
+  return launch(forward_sm90<C>, plan.workers, C::kThreads, sizeof(typename C::Shared), stream, p, maps,
+                tiles);
+}
+
+}  // namespace jax_flash
+
+// The launch function of one row and dtype, for csrc/cuda/registry.h.
+#define JF_LAUNCH_FORWARD(kind, dtype, ...) \
+  launch_forward_sm90<ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kind>>(p, plan, workspace, stream)
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
+  namespace jax_flash {                                                                              \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
+    if (!plan.general) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                         \
+    if constexpr (ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>::kConsumers <= 2) {             \
+      if (!p.dropout) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                        \
+      return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);                                        \
+    }                                                                                                \
+    return cudaErrorNotSupported;                                                                    \
+  }                                                                                                  \
+  }

@@ -1,0 +1,139 @@
+// The producer of cuda/forward/sm90.cuh that has operands copied, and where keys and values come from.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/forward/sm90_shared.cuh"
+
+namespace jax_flash {
+
+__device__ __forceinline__ ptx::Coordinates place(const View& view, const BlockWork& work, int32_t head,
+                                                  int32_t row) {
+  return {0, head, row, work.batch_row, view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
+}
+
+// Rows [first, first + the map's box) of a tile, at row `first` in shared memory too.
+template <class Tile>
+__device__ __forceinline__ void copy_rows(uint32_t tile, int32_t first, const CUtensorMap& map,
+                                          uint32_t barrier, ptx::Coordinates at) {
+  constexpr int kColumns = Tile::kPanel * 8;
+#pragma unroll
+  for (int column = 0; column < Tile::kColumns; column += kColumns) {
+    at.column = column;
+    ptx::copy_box(tile + Tile::panel_offset(column / 8) + first * Tile::kPitch, map, barrier, at);
+  }
+}
+
+// Keys and values whose rows lie side by side.
+template <class C>
+class DenseKeys {
+ public:
+  static constexpr int kLanes = 1;  // that load
+  struct Maps {
+    CUtensorMap query, key, value;
+  };
+  static cudaError_t make_maps(Maps& maps, const Problem& p) {
+    constexpr int kPanels[] = {C::QTile::kPanel * 8, C::VTile::kPanel * 8};
+    const int32_t batch = p.packed() ? 1 : p.batch;
+    cudaError_t e = make_tensor_map(maps.query, p, p.query,
+                                    {p.head_dim, p.heads, p.q_rows, batch, kPanels[0], kConsumerRows});
+    if (e == cudaSuccess)
+      e = make_tensor_map(maps.key, p, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, kPanels[0], C::kN});
+    if (e == cudaSuccess)
+      e = make_tensor_map(maps.value, p, p.value,
+                          {p.value_dim, p.kv_heads, p.k_rows, batch, kPanels[1], C::kN});
+    return e;
+  }
+
+  __device__ __forceinline__ DenseKeys(const Problem& problem, const Maps& tensor_maps)
+      : p(problem), maps(tensor_maps) {}
+
+  __device__ __forceinline__ void begin(const BlockWork& work, const Interval&) {
+    const int32_t kv_head = p.kv_head(work.head);
+    key = place(p.key, work, kv_head, work.tile.k_begin);
+    value = place(p.value, work, kv_head, work.tile.k_begin);
+  }
+  __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) const {
+    load<typename C::KTile>(tile, barrier, maps.key, key, n);
+  }
+  __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t n) const {
+    load<typename C::VTile>(tile, barrier, maps.value, value, n);
+  }
+
+ private:
+  template <class Tile>
+  __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
+                                       ptx::Coordinates at, int32_t n) const {
+    at.row += n * C::kN;
+    ptx::barrier_expect(barrier, Tile::kBytes);
+    copy_rows<Tile>(tile, 0, map, barrier, at);
+  }
+
+  const Problem& p;
+  const Maps& maps;
+  ptx::Coordinates key, value;
+};
+
+// The first `Keys::kLanes` of a warp.
+template <class C, class Keys = typename C::Keys>
+struct Loader {
+  using Maps = typename Keys::Maps;
+  const Problem& p;
+  const Maps& maps;
+  typename C::Shared& shared;
+  Keys keys{p, maps};
+  int32_t key_uses = 0, value_uses = 0;
+
+  static __device__ __forceinline__ bool leads() { return Keys::kLanes == 1 || threadIdx.x % 32 == 0; }
+
+  __device__ __forceinline__ void load_key(int32_t n) {
+    const int32_t use = key_uses++;
+    shared.keys.wait_empty(use);
+    keys.load_key(ptx::shared_address(shared.k[use % C::kStages]), shared.keys.full_of(use), n);
+  }
+
+  __device__ __forceinline__ void load_value(int32_t n) {
+    const int32_t use = value_uses++;
+    shared.values.wait_empty(use);
+    keys.load_value(ptx::shared_address(shared.v[use % C::kStages]), shared.values.full_of(use), n);
+  }
+
+  // Q's place is free when the consumer has left it.
+  __device__ __forceinline__ void load_query(const BlockWork& work, bool used, int32_t group, int32_t round) {
+    using Tile = typename C::QTile;
+    ptx::barrier_wait(ptx::shared_address(&shared.queries.empty[group]), (round & 1) ^ 1);
+    if (!leads()) return;
+    const uint32_t full = shared.queries.full_of(group);
+    if (!used) return ptx::barrier_arrive(full);
+    const int32_t row = work.tile.q_begin + work.tile.row + group * kConsumerRows;
+    ptx::barrier_expect(full, Tile::kBytes);
+    copy_rows<Tile>(ptx::shared_address(shared.q[group]), 0, maps.query, full,
+                    place(p.query, work, work.head, row));
+  }
+
+  // In the order of their use: K of a tile before V of the one that comes before it.
+  __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, int32_t round) {
+    const bool used = !tiles.empty();
+    load_query(work, used, 0, round);
+    if (used) {
+      keys.begin(work, tiles);
+      load_key(tiles.hi - 1);
+    }
+    for (int group = 1; group < C::kConsumers; ++group) load_query(work, used, group, round);
+    for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n) {
+      if (n > tiles.lo) load_key(n - 1);
+      load_value(n);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    for (int32_t round = 0;; ++round) {
+      ptx::barrier_wait(shared.states.full_of(round), shared.states.phase(round));
+      const auto& tile = shared.tiles[round % 2];
+      load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, round);
+      if (tile.done) return;
+    }
+  }
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,144 @@
+// What producers and consumers of cuda/forward/sm90.cuh share, and the producer that finds tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/block_state.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/tile/shared_tile.cuh"
+
+namespace jax_flash {
+
+inline constexpr int kConsumerRows = 64;  // of wgmma
+
+// The same in all lanes, and known to be.
+__device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
+
+// The same problem; nothing that was read of it before, or made of what was read, is kept in registers.
+__device__ __forceinline__ const Problem& anew(const Problem& p) {
+  const Problem* same = &p;
+  asm volatile("" : "+l"(same)::"memory");
+  __builtin_assume(same->leading.rank <= 1);  // plan() sees to it
+  return *same;
+}
+
+// A ring's barriers: a stage is filled, by copies, and left, by every consumer warp that has read it. Uses of
+// the ring are counted from 0.
+template <int kStages>
+struct Ring {
+  uint64_t full[kStages], empty[kStages];
+
+  __device__ __forceinline__ void init(uint32_t warps) {
+    for (int i = 0; i < kStages; ++i) {
+      ptx::barrier_init(ptx::shared_address(&full[i]), 1);
+      ptx::barrier_init(ptx::shared_address(&empty[i]), warps);
+    }
+  }
+  __device__ __forceinline__ uint32_t full_of(int32_t use) const {
+    return ptx::shared_address(&full[use % kStages]);
+  }
+  __device__ __forceinline__ uint32_t phase(int32_t use) const { return use / kStages & 1; }
+  __device__ __forceinline__ void leave(int32_t use) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(ptx::shared_address(&empty[use % kStages]));
+  }
+  // Until the stage's last use is over; at once where there was none.
+  __device__ __forceinline__ void wait_empty(int32_t use) const {
+    ptx::barrier_wait(ptx::shared_address(&empty[use % kStages]), phase(use) ^ 1);
+  }
+};
+
+// The tile in progress.
+template <class T>
+struct TileState {
+  BlockWork work;
+  Band band;
+  ScoreOperands score;  // of the general kernels
+  Interval tiles;       // of keys, that any row of the tile sees
+  GlobalRows<T> out;
+  int32_t last_values;  // rows of V's last tile that are the sequence's, where the others are not zero
+  int32_t done;         // there is no tile left
+
+  // The rest of what belongs to `work`; false: there is nothing to write.
+  template <class C>
+  __device__ __forceinline__ bool prepare(const Problem& p) {
+    const TileWork& tile = work.tile;
+    if (tile.row >= tile.end) return false;
+    band = work.band(p);
+    forget();
+    const Interval visible = band.rows(tile.row, tile.used_queries());
+    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / C::kN, (visible.hi - 1) / C::kN + 1};
+    last_values = C::kN;
+    if (tile.k_begin + tile.k_len < p.k_rows) last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
+    forget();
+    const int64_t first =
+        work.leading * p.out.leading[0] + p.out.offset(work.batch_row, work.head, tile.q_begin);
+    out = {p.out.as<T>() + first, p.out.row, p.value_dim};
+    forget();
+    if constexpr (C::kGeneral) score.prepare(p, work, work.head);
+    done = 0;
+    return true;
+  }
+
+ private:
+  // What lies in shared memory is read from there again: one thread of few registers prepares it.
+  static __device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
+};
+
+template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers>
+struct ForwardShared {
+  alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
+  alignas(1024) uint8_t k[kStages][KTile::kBytes];
+  alignas(1024) uint8_t v[kStages][VTile::kBytes];
+  TileState<T> tiles[2];     // by turns
+  Ring<2> states;            // of them
+  Ring<kConsumers> queries;  // Q of each consumer
+  Ring<kStages> keys, values;
+
+  __device__ __forceinline__ void init() {
+    states.init(4 * kConsumers);
+    queries.init(4);
+    keys.init(4 * kConsumers);
+    values.init(4 * kConsumers);
+    ptx::fence_barriers();
+  }
+};
+
+// The tiles of a grid, and who takes which: those after a block's first by counter, or, without one, in turn.
+struct ForwardTiles {
+  const TileWork* schedule;
+  int32_t tiles;   // of a head
+  uint32_t count;  // of all heads
+  uint32_t* counter;
+};
+
+// One thread of the producers: finds the work of tiles, one tile ahead of its operands.
+template <class C>
+struct Finder {
+  using Tile = TileState<typename C::Element>;
+  const Problem& p;
+  const ForwardTiles& all;
+  typename C::Shared& shared;
+
+  __device__ __forceinline__ uint32_t next(uint32_t number) const {
+    return all.counter ? gridDim.x + atomicAdd(all.counter, 1u) : number + gridDim.x;
+  }
+
+  __device__ __forceinline__ void run() const {
+    int32_t round = 0;
+    for (uint32_t number = blockIdx.x; number < all.count; number = next(number)) {
+      shared.states.wait_empty(round);
+      Tile& tile = shared.tiles[round % 2];
+      tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count});
+      if (tile.template prepare<C>(anew(p))) ptx::barrier_arrive(shared.states.full_of(round++));
+    }
+    shared.states.wait_empty(round);
+    shared.tiles[round % 2].done = 1;
+    ptx::barrier_arrive(shared.states.full_of(round));
+  }
+};
+
+}  // namespace jax_flash

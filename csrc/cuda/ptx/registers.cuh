@@ -1,0 +1,16 @@
+// setmaxnreg (sm_90a): a warpgroup's share of the registers, asked for by all its warps.
+#pragma once
+
+namespace jax_flash::ptx {
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace jax_flash::ptx
