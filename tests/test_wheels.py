@@ -1,0 +1,73 @@
+"""What a machine with a GPU does with no CUDA library, and with the one for another CUDA than its jax's."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from jax_flash.backends import local_devices
+
+needs_gpu = pytest.mark.skipif(not local_devices("cuda"), reason="needs a GPU")
+
+CALL = """
+import jax, jax.numpy as jnp, sys, jax_flash
+backends = sys.modules["jax_flash.backends"]
+{setup}
+x = jax.random.normal(jax.random.key(0), (2, 300, 4, 64))
+
+def gradients(implementation):
+    def loss(q, k, v):
+        return (jax_flash.flash_attention(q, k, v, causal=True, implementation=implementation) ** 2).sum()
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, 2 * x, x + 1)
+"""
+HIDDEN = """
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name.startswith("jax_flash_cuda") else find(name, *rest)
+backends.CUDA_LIBRARY = "hidden.so"
+"""
+
+
+def run(setup: str, program: str) -> str:
+    """What a process of its own prints: the libraries that it finds are not those of this one."""
+    text = CALL.format(setup="import importlib.util\n" + setup) + program
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_gpu
+def test_a_gpu_without_a_library_is_told_what_to_install_and_runs_plain_jax():
+    program = """
+for implementation in ("cuda", None):
+    try:
+        gradients(implementation)
+        print("ran")
+    except NotImplementedError as error:
+        print(error)
+print([bool(jnp.isfinite(g).all()) for g in gradients("xla")])
+"""
+    *errors, plain = run(HIDDEN, program).splitlines()
+    assert len(errors) == 2
+    for error in errors:
+        assert 'implementation "cuda" is not installed: pip install "jax-flash[cuda' in error
+        assert '"xla" runs here' in error
+    assert plain == "[True, True, True]"
+
+
+@needs_gpu
+@pytest.mark.skipif(importlib.util.find_spec("jax_flash_cuda12") is None, reason="needs jax-flash-cuda12")
+def test_the_library_for_cuda_12_runs_beside_the_plugin_for_cuda_13():
+    setup = """
+from pathlib import Path
+wheel = Path(importlib.util.find_spec("jax_flash_cuda12").origin).parent
+backends._find_cuda = lambda package, version: (wheel / backends.CUDA_LIBRARY, None)
+"""
+    program = """
+print(backends.cuda_library().path.parent.name)
+for ours, plain in zip(gradients("cuda"), gradients("xla")):
+    print(float(jnp.abs(ours - plain).max() / jnp.abs(plain).max()))
+"""
+    name, *differences = run(setup, program).splitlines()
+    assert name == "jax_flash_cuda12"
+    assert all(float(x) < 1e-4 for x in differences)
