@@ -17,6 +17,7 @@ from cases import Case, Inputs, make_inputs, operands, spec
 
 import jax_flash
 from jax_flash import reference
+from jax_flash.backends import compute_capability
 
 SMALL = 50_000  # query rows × keys that the row-by-row oracle walks in a moment
 
@@ -36,6 +37,9 @@ def why_not_built(
             return f'"{implementation}" has no {pass_} pass built'
     if dtype not in built.dtypes:
         return f'"{implementation}" has no {dtype} built'
+    cards = [compute_capability(device) for device in built.devices if device.platform == "gpu"]
+    if cards and max(cards) < 80 and dtype == "bfloat16":
+        return "these cards have no bfloat16"
     if built.head_dims and not any(head_dims[0] <= d and head_dims[1] <= dv for d, dv in built.head_dims):
         return f'"{implementation}" has no head dims {head_dims} built'
     return None
