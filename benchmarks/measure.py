@@ -33,7 +33,8 @@ def interleaved(
 
     Args:
       calls: name → (function, the argument tuples it goes through in turn).
-      pause: seconds of rest before a repeat, in which the threads of the call before it stop spinning.
+      pause: seconds of rest before a repeat, in which what the call before it left behind goes: threads that
+        spin, memory that it freed and that the host takes back. An untimed call follows the rest.
     """
     counts, rotations = {}, {}
     for name, (call, arguments) in calls.items():
@@ -43,7 +44,9 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, _) in calls.items():
-            time.sleep(pause)
+            if pause > 0:
+                time.sleep(pause)
+                _repeat(call, rotations[name], 1)
             times[name].append(_repeat(call, rotations[name], counts[name]))
     return times
 

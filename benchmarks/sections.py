@@ -36,12 +36,13 @@ class Suite:
     figures: Mapping[str, Callable[[list[Cell], Any], Any]] = field(default_factory=dict)
 
 
-def time_calls(calls: Timed, budget: float = 3.0, most: int = 15) -> dict[str, Any]:
+def time_calls(calls: Timed, budget: float = 3.0, most: int = 15, pause: float = PAUSE) -> dict[str, Any]:
     """Medians of calls that take turns, within about `budget` seconds: 3 turns to `most`."""
     once = sum(min(measure.interleaved({name: call}, 1, 0.0)[name]) for name, call in calls.items())
     burst = min(0.05, budget / most / len(calls))
-    turns = max(3, min(most, int(budget / max(once, burst * len(calls)))))
-    times = measure.interleaved(calls, turns, burst, PAUSE)
+    turn = once + max(once, burst * len(calls)) + pause * len(calls)
+    turns = max(3, min(most, int(budget / turn)))
+    times = measure.interleaved(calls, turns, burst, pause)
     return {
         name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
         for name, t in times.items()

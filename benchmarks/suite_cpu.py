@@ -23,6 +23,7 @@ from .sections import Suite, Timed, time_calls
 from .stream import reader
 from .training_step import training_calls
 
+PEER_PAUSE = 0.3  # after a peer's: XLA frees up to gigabytes, and the whole machine is slow for a while
 DTYPES = ("float32", "bfloat16")
 SHAPES = {"s512": (4, 512, 4, 64), "s2048": (1, 2048, 8, 64), "s4096": (1, 4096, 8, 128)}
 PASSES = {"forward": "forward", "both": "forward + backward"}
@@ -39,32 +40,30 @@ def ours(case: Case, pass_: str) -> tuple[measure.Call, list[Any]]:
     return peers.calls("jax_flash", case, pass_, [make_inputs(case)])
 
 
-def peer_cells(shape: str, dtype: str, pass_: str) -> Iterator[Cell]:
-    """This library, PyTorch, XLA and XLA's float32 product; then causal beside full."""
-    for causal in (False, True):
-        case = shape_case(shape, dtype, causal=causal)
-        calls: Timed = {}
-        refused = {}
-        for name in ("jax_flash", "torch", "xla"):
-            try:
-                calls[name] = peers.calls(name, case, pass_, [make_inputs(case)])
-            except peers.Refused as error:
-                refused[name] = {"refused": str(error)}
-        matmul, arguments, _ = measure.matmul_call("cpu", "float32")
-        times = time_calls(calls | {"matmul": (matmul, arguments)}, budget=5.0)
-        yield {
-            "kind": "peer",
-            "name": f"{case.name}{' causal' if causal else ''} {PASSES[pass_]}",
-            "dtype": dtype,
-            "pass": pass_,
-            "causal": causal,
-            "rows": case.sq,
-            "flop": flop(case, pass_),
-            "times": times | refused,
-        }
-    if case.sq >= 2048:
-        full, causal_ = (shape_case(shape, dtype, causal=c) for c in (False, True))
-        yield shape_cell("causal", full, causal_, pass_)
+def peer_cells(shape: str, dtype: str, pass_: str, causal: bool) -> Iterator[Cell]:
+    """This library, PyTorch, XLA and XLA's float32 product; with causal, beside the full call as well."""
+    case = shape_case(shape, dtype, causal=causal)
+    calls: Timed = {}
+    refused = {}
+    for name in ("jax_flash", "torch", "xla"):
+        try:
+            calls[name] = peers.calls(name, case, pass_, [make_inputs(case)])
+        except peers.Refused as error:
+            refused[name] = {"refused": str(error)}
+    matmul, arguments, _ = measure.matmul_call("cpu", "float32")
+    times = time_calls(calls | {"matmul": (matmul, arguments)}, 12.0, pause=PEER_PAUSE)
+    yield {
+        "kind": "peer",
+        "name": f"{case.name}{' causal' if causal else ''} {PASSES[pass_]}",
+        "dtype": dtype,
+        "pass": pass_,
+        "causal": causal,
+        "rows": case.sq,
+        "flop": flop(case, pass_),
+        "times": times | refused,
+    }
+    if causal and case.sq >= 2048:
+        yield shape_cell("causal", shape_case(shape, dtype), case, pass_)
 
 
 def shape_cell(what: str, plain: Case, this: Case, pass_: str, budget: float = 3.0) -> Cell:
@@ -190,10 +189,13 @@ def training_cells() -> Iterator[Cell]:
 
 SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     **{
-        f"{shape} {dtype} {pass_}": functools.partial(peer_cells, shape, dtype, pass_)
+        f"{shape} {dtype} {'causal ' if causal else ''}{pass_}": functools.partial(
+            peer_cells, shape, dtype, pass_, causal
+        )
         for shape in SHAPES
         for dtype in DTYPES
         for pass_ in PASSES
+        for causal in (False, True)
     },
     **{f"options {dtype}": functools.partial(option_cells, dtype) for dtype in DTYPES},
     "shapes": shape_cells,

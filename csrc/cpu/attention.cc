@@ -188,7 +188,7 @@ void forward_range(const Problem& p, const Splits& splits, const SpreadTiles& sp
 // Ends of contiguous ranges of tiles: long ones first, which pack few keys twice, then ever shorter ones,
 // which even out the threads. Where they lie changes no bit of the result.
 std::vector<int64_t> range_ends(const Splits& splits, int64_t size, int64_t threads) {
-  constexpr double kFirst = 1.5, kLast = 16;  // ranges of a thread, were all as long as the first or the last
+  constexpr double kFirst = 1.5, kLast = 64;  // ranges of a thread, were all as long as the first or the last
   std::vector<int64_t> ends;
   if (size == 0) return ends;
   const double most = static_cast<double>(threads) * kFirst,

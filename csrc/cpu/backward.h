@@ -31,7 +31,7 @@ struct KeyTile {
 template <class E>
 static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& keys) {
   const Problem& p = head.problem;
-  const int32_t step = E::kPair * kGradientRow, depth = q.count / E::kPair;
+  const int32_t step = E::kPair * kGradientRow;
   const int32_t blocks = round_up(keys.n, kBlockRows) / kBlockRows;
   Columns rows[kGradientN / kBlockRows];
   for (int32_t b = 0; b < blocks; ++b) {
@@ -40,20 +40,20 @@ static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& key
     rows[b] = {(seen.lo - q.begin) / E::kPair, (seen.hi - q.begin + E::kPair - 1) / E::kPair};
     if (seen.empty()) rows[b] = {0, 0};
   }
-  const auto add_product = [&](float* scores, const Word* columns, float* sum, int32_t width) {
+  const auto add_product = [&](float* scores, const QueryRowsPack& x, float* sum, int32_t width) {
     for (int32_t c = 0; c < width; c += kPanel) {
       for (int32_t b = 0; b < blocks; ++b) {
         const auto [lo, hi] = rows[b];
         if (lo >= hi) continue;
         const int32_t j = b * kBlockRows;
         multiply_words<E, Start::kAccumulate, true>(as_words(scores) + j + lo * step, step,
-                                                    columns + c * depth + lo * kPanel, hi - lo,
-                                                    sum + j * width + c, width, {});
+                                                    x.columns + c / kPanel * x.panel + lo * x.row, hi - lo,
+                                                    sum + j * width + c, width, {}, x.row);
       }
     }
   };
-  add_product(keys.gradient.s, q.dout_columns, keys.dv, padded(p.value_dim));
-  add_product(keys.gradient.dp, q.q_columns, keys.dk, padded(p.head_dim));
+  add_product(keys.gradient.s, q.dout, keys.dv, padded(p.value_dim));
+  add_product(keys.gradient.dp, q.q, keys.dk, padded(p.head_dim));
 }
 
 // dQ += dS K

@@ -9,7 +9,6 @@ namespace jax_flash::JF_ISA {
 
 inline constexpr int32_t kDecodeKeys = 64;  // keys of a tile
 inline constexpr int32_t kStepKeys = 2;     // that a microkernel takes at once: what they span stays in L1
-inline constexpr int32_t kLineBytes = 64;
 inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead
 static_assert(kDecodeKeys % kLanes == 0);
 
@@ -192,7 +191,7 @@ class FewRows {
     o_ = scratch.take(kTileM * padded(p.value_dim));
     const char* at[kTileM] = {};
     query_addresses(head_, tile_, at);
-    pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_);
+    pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_, row_words<E>(p.head_dim));
   }
 
   Interval visible() const { return head_.band.rows(tile_.begin, tile_.end); }
@@ -213,9 +212,14 @@ class FewRows {
       multiply<Step::kScores>(key, p.k_scale, cold, n);  // S = Q Kᵀ
       BlockColumns block;
       block.used = {0, n};
+      SoftmaxShift by;
+      const auto row = [&](int32_t r) { return Row{tile_.position(r), tile_.head_of(r)}; };
       for (int32_t r = 0; r < rows_; ++r) {
-        softmax_row<E>(head_, {tile_.position(r), tile_.head_of(r)}, range, block, s_ + r * kDecodeKeys,
-                       broadcast(kNegInf), state_, r);
+        softmax_maximum(head_, row(r), range, block, s_ + r * kDecodeKeys, broadcast(kNegInf), state_, by, r);
+      }
+      softmax_rescale<E>(rows_, by, state_);
+      for (int32_t r = 0; r < rows_; ++r) {
+        softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, by.shift[r], state_, r);
         rescale(r);
       }
       value.start(j0, keys.hi);

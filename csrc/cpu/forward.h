@@ -80,12 +80,22 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   Float top[kTileM];
   for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) top[r] = broadcast(kNegInf);
   multiply_scores<E>(t, keys, p.head_dim, columns, s, top);
-  for (int32_t r = 0; r < t.rows; ++r) {
-    const BlockColumns& block = columns[r / kBlockRows];
-    if (block.used.empty()) continue;
-    softmax_row<E>(head, {t.tile->position(r), t.tile->head_of(r)}, keys.range, block, s + r * kScoreRow,
-                   top[r], *t.state, r);
-  }
+  // The maxima of all rows first, for they wait for each other least where they follow each other.
+  SoftmaxShift by;
+  const auto of_rows = [&](auto step) {
+    for (int32_t r = 0; r < t.rows; ++r) {
+      const BlockColumns& block = columns[r / kBlockRows];
+      if (!block.used.empty())
+        step(r, Row{t.tile->position(r), t.tile->head_of(r)}, block, s + r * kScoreRow);
+    }
+  };
+  of_rows([&](int32_t r, Row row, const BlockColumns& block, float* scores) {
+    softmax_maximum(head, row, keys.range, block, scores, top[r], *t.state, by, r);
+  });
+  softmax_rescale<E>(t.rows, by, *t.state);
+  of_rows([&](int32_t r, Row row, const BlockColumns& block, float* scores) {
+    softmax_row<E>(head, row, keys.range.begin, block, scores, by.shift[r], *t.state, r);
+  });
   multiply_values<E>(t, keys, p.value_dim, columns, s);
 }
 
@@ -112,7 +122,7 @@ class ForwardRun {
       const char* at[kTileM] = {};
       query_addresses(head_, tiles[i], at);
       pack_rows<E>(at, tiles_[i].rows, tiles_[i].blocks * kBlockRows, head_.query, head_.query_sign,
-                   tiles_[i].q);
+                   tiles_[i].q, row_words<E>(p.head_dim));
     }
   }
 

@@ -15,35 +15,53 @@ inline constexpr int kGradientBlocks = kGradientM / kBlockRows;
 
 JF_INLINE Word* as_words(float* x) { return reinterpret_cast<Word*>(x); }
 
+// Rows [count, row_words(width)], `ld` apart, and the same by columns, the operand B of sums over them:
+// column c of row k is at columns[c / kPanel * panel + k / kPair * row].
+struct QueryRowsPack {
+  Word *rows, *columns;
+  int32_t ld;
+  int64_t panel, row;
+};
+
 // A tile of queries as the backward needs it, packed once for all the tiles of keys.
 struct QueryTile {
   int32_t begin, count, blocks;  // count: rows rounded up to whole blocks
-  Word *q, *q_columns;           // [count, row_words(d)], times query_sign; by columns
-  Word *dout, *dout_columns;     // [count, row_words(dv)]
+  QueryRowsPack q, dout;         // q times query_sign
   float *lse, *delta;            // [count], lse +inf where P = 0
   float* dq;                     // [count, padded(d)]
 };
+
+// Rows of float32 serve as columns too; they are no power of two apart, for the products read down them.
+template <class E>
+JF_INLINE int32_t query_row(int32_t width) {
+  return row_words<E>(width) + (E::kPair == 1 ? kLanes : 0);
+}
 
 // The floats of a tile in memory.
 template <class E>
 JF_INLINE int64_t floats_of_query_tile(const Problem& p) {
   return int64_t{kGradientM} *
-         (2 * (row_words<E>(p.head_dim) + row_words<E>(p.value_dim)) + padded(p.head_dim) + 2);
+         (E::kPair * (query_row<E>(p.head_dim) + query_row<E>(p.value_dim)) + padded(p.head_dim) + 2);
+}
+
+template <class E>
+JF_INLINE QueryRowsPack query_rows(int32_t width, int32_t count, Scratch& scratch) {
+  const int32_t ld = query_row<E>(width);
+  Word* rows = as_words(scratch.take(kGradientM * ld));
+  if constexpr (E::kPair == 1) return {rows, rows, ld, kPanel, ld};
+  return {rows, as_words(scratch.take(kGradientM * ld)), ld, int64_t{count} / E::kPair * kPanel, kPanel};
 }
 
 template <class E>
 JF_INLINE QueryTile query_tile(const Head& head, int32_t begin, int32_t end, float* memory) {
-  const int32_t ld = row_words<E>(head.problem.head_dim), ldv = row_words<E>(head.problem.value_dim);
   end = min(end, head.band.q_len);
   Scratch scratch{memory};
   QueryTile tile;
   tile.begin = begin;
   tile.count = round_up(end > begin ? end - begin : 0, kBlockRows);
   tile.blocks = tile.count / kBlockRows;
-  tile.q = as_words(scratch.take(kGradientM * ld));
-  tile.q_columns = as_words(scratch.take(kGradientM * ld));
-  tile.dout = as_words(scratch.take(kGradientM * ldv));
-  tile.dout_columns = as_words(scratch.take(kGradientM * ldv));
+  tile.q = query_rows<E>(head.problem.head_dim, tile.count, scratch);
+  tile.dout = query_rows<E>(head.problem.value_dim, tile.count, scratch);
   tile.lse = scratch.take(kGradientM);
   tile.delta = scratch.take(kGradientM);
   tile.dq = scratch.next;
@@ -68,11 +86,11 @@ static void pack_queries(const Head& head, const QueryTile& tile, bool columns) 
     q_at[r] = sees ? query.at(i) : nullptr;
     dout_at[r] = sees ? dout.at(i) : nullptr;
   }
-  pack_rows<E>(q_at, tile.count, tile.count, query, 1.0f, tile.q);
-  pack_rows<E>(dout_at, tile.count, tile.count, dout, 1.0f, tile.dout);
-  if (!columns) return;
-  pack_columns<E>(q_at, tile.count, query, tile.q_columns);
-  pack_columns<E>(dout_at, tile.count, dout, tile.dout_columns);
+  pack_rows<E>(q_at, tile.count, tile.count, query, 1.0f, tile.q.rows, tile.q.ld);
+  pack_rows<E>(dout_at, tile.count, tile.count, dout, 1.0f, tile.dout.rows, tile.dout.ld);
+  if (!columns || E::kPair == 1) return;
+  pack_columns<E>(q_at, tile.count, query, tile.q.columns);
+  pack_columns<E>(dout_at, tile.count, dout, tile.dout.columns);
 }
 
 // Keys and values [j0, j0 + n), transposed.
@@ -224,13 +242,13 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
     for (int32_t b = 0; b < q.blocks; ++b) {
       if (j < used[b].lo || used[b].hi <= j) continue;
       const int32_t r = b * kBlockRows;
-      multiply_words<E, Start::kZero, false>(q.q + r * ld, ld, k_panels + j * ld, d,
+      multiply_words<E, Start::kZero, false>(q.q.rows + r * q.q.ld, q.q.ld, k_panels + j * ld, d,
                                              t.s + r * kGradientRow + j, kGradientRow, {});
     }
     for (int32_t b = 0; b < q.blocks; ++b) {
       if (j < used[b].lo || used[b].hi <= j) continue;
       const int32_t r = b * kBlockRows;
-      multiply_words<E, Start::kZero, false>(q.dout + r * ldv, ldv, v_panels + j * ldv, dv,
+      multiply_words<E, Start::kZero, false>(q.dout.rows + r * q.dout.ld, q.dout.ld, v_panels + j * ldv, dv,
                                              t.dp + r * kGradientRow + j, kGradientRow, {});
     }
   }

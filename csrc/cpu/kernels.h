@@ -12,10 +12,10 @@ namespace jax_flash {
 inline constexpr int32_t kMaxHeadDim = 256;
 
 // Floats of scratch that any kernel may use; pages that a call does not touch cost nothing.
-inline constexpr int64_t kScratchFloats = 1 << 20;
+inline constexpr int64_t kScratchFloats = 3 << 19;
 
 // Tiles of queries that forward takes together.
-inline constexpr int32_t kMaxRun = 12;
+inline constexpr int32_t kMaxRun = 32;
 
 // Positions [begin, end) of a sequence at one head; with forward, at `heads` query heads of one KV head (of
 // several where is_decode), whose rows lie side by side. Rows past the sequence's length are filled.

@@ -32,9 +32,10 @@ struct F32 {
     return acc + reinterpret_cast<Float>(a) * reinterpret_cast<Float>(b);
   }
 
-  // kLanes values of a row of A from column c on.
-  JF_INLINE void store_columns(Word* row, int32_t c, Float x) {
+  // kPanel values of a row of A from column c on, c a multiple of kPanel.
+  JF_INLINE void store_columns(Word* row, int32_t c, Float x, Float y) {
     store_words(row + c, reinterpret_cast<UInt>(x));
+    store_words(row + c + kLanes, reinterpret_cast<UInt>(y));
   }
 
   // Words [c, c + kLanes) of a row, times factor.
@@ -69,7 +70,9 @@ struct BF16 {
     return (Float)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
   }
 
-  JF_INLINE void store_columns(Word* row, int32_t c, Float x) { store_vector<DType::kBF16>(row, c, x); }
+  JF_INLINE void store_columns(Word* row, int32_t c, Float x, Float y) {
+    store_words(row + c / 2, (UInt)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
+  }
 
   template <DType>
   JF_INLINE UInt load_row(const void* row, int32_t c, float factor) {
@@ -102,6 +105,8 @@ struct BF16 {
   }
 };
 #endif
+
+inline constexpr int32_t kLineBytes = 64;
 
 // Words of a packed row of `width` features, whole panels.
 template <class E>
@@ -150,6 +155,7 @@ struct RowReader {
 
   static constexpr int32_t kFeatures = kLanes * E::kPair;  // of a vector of words
   static constexpr int64_t kSize = size_of(dtype);
+  static constexpr int32_t kAhead = 8;  // rows
 
   JF_HD UInt filler() const {
     const UInt x = broadcast_word(__builtin_bit_cast(Word, missing));
@@ -181,10 +187,18 @@ struct RowReader {
     E::template load_panel<dtype>(first.bytes, second.bytes, 0, factor, words);
   }
 
-  // to[count, row_words(width)] = the n rows, then rows of zeros.
-  JF_HD void rows(int32_t n, int32_t count, Word* to) const {
+  // Rows [begin, end) are read soon: rows far apart escape the machine's own prefetching.
+  JF_HD void fetch(int32_t begin, int32_t end) const {
+    for (int32_t j = begin; j < end; ++j) {
+      for (int64_t b = 0; b < width * kSize; b += kLineBytes) __builtin_prefetch(at[j] + b);
+    }
+  }
+
+  // to[count, row_words(width)], rows `to_row` apart, = the n rows, then rows of zeros.
+  JF_HD void rows(int32_t n, int32_t count, Word* to, int32_t to_row) const {
     const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
-    for (int32_t j = 0; j < count; ++j, to += ld) {
+    for (int32_t j = 0; j < count; ++j, to += to_row) {
+      if (j < n) fetch(j + kAhead, min(j + kAhead + 1, n));
       int32_t c = j < n ? 0 : ld;
       for (; c < whole; c += kLanes) store_words(to + c, words<true>(j, c));
       for (; c < ld; c += kLanes) store_words(to + c, words<false>(j, c));
@@ -207,6 +221,7 @@ struct RowReader {
   JF_HD void transposed(int32_t n, Word* panels) const {
     const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
     for (int32_t j = 0; j < round_up(n, kPanel); j += kLanes) {
+      fetch(j + kLanes, min(j + 2 * kLanes, n));
       Word* panel = panels + int64_t{j / kPanel} * ld * kPanel + j % kPanel;
       int32_t c = 0;
       for (; c < whole; c += kLanes) transpose_block<true>(j, n, c, panel + c * kPanel);
@@ -217,6 +232,7 @@ struct RowReader {
   JF_HD void columns(int32_t n, Word* panels) const {
     const int32_t depth = depth_words<E>(n);
     for (int32_t k = 0; k < depth; ++k) {
+      fetch(k * E::kPair + kAhead, min((k + 1) * E::kPair + kAhead, n));
       for (int32_t c = 0; c < padded(width); c += kPanel) {
         UInt words[2];
         panel(k * E::kPair, n, c, words);
@@ -247,11 +263,12 @@ JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor
   }
 }
 
-// A: to[count, row_words(width)] = factor * the n rows at these addresses, then rows of zeros.
+// A: to[count, row_words(width)], rows `ld` apart, = factor * the n rows at these addresses, then rows of
+// zeros.
 template <class E>
 static void pack_rows(const char* const* at, int32_t n, int32_t count, const Rows& rows, float factor,
-                      Word* to) {
-  with_reader<E>(at, rows, factor, [&](const auto& reader) { reader.rows(n, count, to); });
+                      Word* to, int32_t ld) {
+  with_reader<E>(at, rows, factor, [&](const auto& reader) { reader.rows(n, count, to, ld); });
 }
 
 // B[k, j] = row j's feature k, K = width: panels of row_words(width) * kPanel words. Rows from n up to a
@@ -276,10 +293,11 @@ struct BlockRows {
 };
 
 // C[kBlockRows, kPanel] = start + sum over `depth` words k of a(i, k) b[k, :], where a(i, k) is a[i * lda +
-// k], or a[k * lda + i] when transposed.
+// k], or a[k * lda + i] when transposed. The rows of b are ldb apart: kPanel in a panel.
 template <class E, Start start, bool transposed = false, bool tops = false>
 static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda, const Word* b, int32_t depth,
-                                                     float* c, int64_t ldc, BlockRows rows) {
+                                                     float* c, int64_t ldc, BlockRows rows,
+                                                     int64_t ldb = kPanel) {
   Float acc[kBlockRows][2];
 #pragma GCC unroll 8
   for (int i = 0; i < kBlockRows; ++i) {
@@ -291,7 +309,8 @@ static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda,
     }
   }
   for (int32_t k = 0; k < depth; ++k) {
-    const UInt b0 = load_words(b + k * kPanel), b1 = load_words(b + k * kPanel + kLanes);
+    const Word* row = b + k * (transposed ? ldb : kPanel);
+    const UInt b0 = load_words(row), b1 = load_words(row + kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kBlockRows; ++i) {
       const Word x = transposed ? a[k * lda + i] : a[i * lda + k];

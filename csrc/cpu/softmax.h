@@ -12,7 +12,7 @@ namespace jax_flash::JF_ISA {
 // subtract it, l = Σ 2^(unit log2(e) S − shift) lane by lane, alpha the last rescale of l and O.
 struct Softmax {
   float m[kTileM], shift[kTileM];
-  alignas(64) float alpha[kTileM];
+  alignas(64) float alpha[kTileM + kLanes];
   Float l[kTileM];
 
   void reset() {
@@ -87,12 +87,17 @@ JF_INLINE Float hide_edges(Columns visible, int32_t lo, int32_t hi, float* s, Fl
 // From here on rounding the shift would matter: S − m is made first.
 inline constexpr float kFarShift = 1 << 20;
 
-// S -> P for one row of a block, P as words of E in S's place: m ← max(m, S), P = exp(unit (S − m)),
-// l ← αl + ΣP.
-// `top` is the maximum of the block's open panels, lane by lane.
-template <class E>
-JF_INLINE void softmax_row(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
-                           Float top, Softmax& state, int32_t r) {
+// Of the rows of a tile, on the way from S to P: what S is shifted by, and log2 of what l and O are rescaled
+// by.
+struct SoftmaxShift {
+  float shift[kTileM];
+  alignas(64) float change[kTileM + kLanes] = {};
+};
+
+// m ← max(m, S) for one row of a block, and by how much it has risen. `top` is the maximum of the block's
+// open panels, lane by lane.
+JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
+                               Float top, Softmax& state, SoftmaxShift& by, int32_t r) {
   const int32_t j0 = range.begin;
   const Columns visible = visible_columns(head.band, row.position, range.keys, j0), all = block.panels();
   if (head.extra) {
@@ -106,36 +111,53 @@ JF_INLINE void softmax_row(const Head& head, Row row, KeyRange range, const Bloc
   }
   const float unit = head.unit * kLog2e, highest = reduce_max(top);
   const float m = highest > state.m[r] ? highest : state.m[r];
-  float shift = m == kNegInf ? 0.0f : m * unit;  // all hidden so far: P = 2^(−inf − 0) = 0
-  float change = state.shift[r] - shift;
-  state.shift[r] = m == kNegInf ? kNegInf : shift;
-  if (__builtin_fabsf(shift) >= kFarShift) {
-    change = (state.m[r] - m) * unit;
-    shift = 0.0f;
+  by.shift[r] = m == kNegInf ? 0.0f : m * unit;  // all hidden so far: P = 2^(−inf − 0) = 0
+  by.change[r] = state.shift[r] - by.shift[r];
+  state.shift[r] = m == kNegInf ? kNegInf : by.shift[r];
+  if (__builtin_fabsf(by.shift[r]) >= kFarShift) {
+    by.change[r] = (state.m[r] - m) * unit;
+    by.shift[r] = 0.0f;
     for (int32_t c = all.lo; c < all.hi; c += kLanes) store(s + c, load(s + c) - m);
   }
-  const Float alpha = exp2_short<E::kExpDegree>(broadcast(change));
-  Float sum = state.l[r] * alpha;
+  state.m[r] = m;
+}
+
+// alpha of the rows.
+template <class E>
+JF_INLINE void softmax_rescale(int32_t rows, const SoftmaxShift& by, Softmax& state) {
+  for (int32_t r = 0; r < rows; r += kLanes) {
+    store(state.alpha + r, exp2_short<E::kExpDegree>(load(by.change + r)));
+  }
+}
+
+// S -> P for one row of a block, P as words of E in S's place: P = exp(unit (S − m)), l ← αl + ΣP.
+template <class E>
+JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockColumns& block, float* s,
+                           float shift, Softmax& state, int32_t r) {
+  const Columns all = block.panels();
+  const float unit = head.unit * kLog2e;
+  Float sum = state.l[r] * state.alpha[r];
   Word* p = reinterpret_cast<Word*>(s);  // its columns are no wider than those of S
+  const auto exponentials = [&](int32_t c) {
+    const Float x = exp2_short<E::kExpDegree>(load(s + c) * unit - shift);
+    sum += x;
+    return x;
+  };
   if (head.drops) {
     RowBuffer keep;
     head.dropout_row(row, j0, all, keep.value);
-    for (int32_t c = all.lo; c < all.hi; c += kLanes) {
-      const Float x = exp2_short<E::kExpDegree>(load(s + c) * unit - shift);
-      sum += x;
-      E::store_columns(p, c, x * load(keep.value + c));
+    for (int32_t c = all.lo; c < all.hi; c += kPanel) {
+      const Float x = exponentials(c), y = exponentials(c + kLanes);
+      E::store_columns(p, c, x * load(keep.value + c), y * load(keep.value + c + kLanes));
     }
   } else {
-#pragma GCC unroll 4
-    for (int32_t c = all.lo; c < all.hi; c += kLanes) {
-      const Float x = exp2_short<E::kExpDegree>(load(s + c) * unit - shift);
-      sum += x;
-      E::store_columns(p, c, x);
+#pragma GCC unroll 2
+    for (int32_t c = all.lo; c < all.hi; c += kPanel) {
+      const Float x = exponentials(c);
+      E::store_columns(p, c, x, exponentials(c + kLanes));
     }
   }
-  state.alpha[r] = alpha[0];
   state.l[r] = sum;
-  state.m[r] = m;
 }
 
 // What a tile of rows, or a part of its keys, comes to: O [rows, padded(dv)] with m and l of each row.
