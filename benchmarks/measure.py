@@ -24,7 +24,11 @@ def copies_for(arguments: Any, platform: str) -> int:
 
 
 def interleaved(
-    calls: dict[str, tuple[Call, Sequence[tuple[Any, ...]]]], repeats: int, seconds: float, pause: float = 0.0
+    calls: dict[str, tuple[Call, Sequence[tuple[Any, ...]]]],
+    repeats: int,
+    seconds: float,
+    pause: float = 0.0,
+    settle: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds per call of each, repeat by repeat.
 
@@ -33,20 +37,23 @@ def interleaved(
 
     Args:
       calls: name → (function, the argument tuples it goes through in turn).
-      pause: seconds of rest before a repeat, in which what the call before it left behind goes: threads that
-        spin, memory that it freed and that the host takes back. An untimed call follows the rest.
+      pause: seconds of rest before a repeat, in which the threads of the call before it stop spinning.
+      settle: seconds of untimed calls after the rest, one at least: what the call before it left behind is
+        not theirs to pay, such as memory that it freed and the host took back.
     """
-    counts, rotations = {}, {}
+    counts, untimed, rotations = {}, {}, {}
     for name, (call, arguments) in calls.items():
         rotations[name] = itertools.cycle(arguments)
         jax.block_until_ready(call(*next(rotations[name])))
-        counts[name] = max(1, min(200, int(seconds / _repeat(call, rotations[name], 1))))
+        once = _repeat(call, rotations[name], 1)
+        counts[name] = max(1, min(200, int(seconds / once)))
+        untimed[name] = max(1, min(200, int(settle / once)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, _) in calls.items():
-            if pause > 0:
-                time.sleep(pause)
-                _repeat(call, rotations[name], 1)
+            time.sleep(pause)
+            if settle > 0:
+                _repeat(call, rotations[name], untimed[name])
             times[name].append(_repeat(call, rotations[name], counts[name]))
     return times
 

@@ -17,6 +17,7 @@ from . import measure, report
 from .bars import Bar, Cell
 
 PAUSE = 0.01  # seconds, in which the threads of another library stop spinning, and a device cools
+SETTLE = 0.001  # seconds of untimed calls after it
 
 Timed = dict[str, tuple[measure.Call, list[Any]]]
 Sections = dict[str, dict[str, Any]]
@@ -36,13 +37,13 @@ class Suite:
     figures: Mapping[str, Callable[[list[Cell], Any], Any]] = field(default_factory=dict)
 
 
-def time_calls(calls: Timed, budget: float = 3.0, most: int = 15, pause: float = PAUSE) -> dict[str, Any]:
+def time_calls(calls: Timed, budget: float = 3.0, most: int = 15, settle: float = SETTLE) -> dict[str, Any]:
     """Medians of calls that take turns, within about `budget` seconds: 3 turns to `most`."""
     once = sum(min(measure.interleaved({name: call}, 1, 0.0)[name]) for name, call in calls.items())
     burst = min(0.05, budget / most / len(calls))
-    turn = once + max(once, burst * len(calls)) + pause * len(calls)
+    turn = max(once, settle * len(calls)) + max(once, burst * len(calls))
     turns = max(3, min(most, int(budget / turn)))
-    times = measure.interleaved(calls, turns, burst, pause)
+    times = measure.interleaved(calls, turns, burst, PAUSE, settle)
     return {
         name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
         for name, t in times.items()

@@ -23,7 +23,7 @@ from .sections import Suite, Timed, time_calls
 from .stream import reader
 from .training_step import training_calls
 
-PEER_PAUSE = 0.3  # after a peer's: XLA frees up to gigabytes, and the whole machine is slow for a while
+PEER_SETTLE = 0.2  # seconds: XLA frees up to gigabytes, and all that allocates is slow for a while
 DTYPES = ("float32", "bfloat16")
 SHAPES = {"s512": (4, 512, 4, 64), "s2048": (1, 2048, 8, 64), "s4096": (1, 4096, 8, 128)}
 PASSES = {"forward": "forward", "both": "forward + backward"}
@@ -51,7 +51,7 @@ def peer_cells(shape: str, dtype: str, pass_: str, causal: bool) -> Iterator[Cel
         except peers.Refused as error:
             refused[name] = {"refused": str(error)}
     matmul, arguments, _ = measure.matmul_call("cpu", "float32")
-    times = time_calls(calls | {"matmul": (matmul, arguments)}, 12.0, pause=PEER_PAUSE)
+    times = time_calls(calls | {"matmul": (matmul, arguments)}, 12.0, settle=PEER_SETTLE)
     yield {
         "kind": "peer",
         "name": f"{case.name}{' causal' if causal else ''} {PASSES[pass_]}",
