@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).s
 
 import pytest  # noqa: E402
 
+from jax_flash.backends import cuda_library  # noqa: E402
+
 IMPLEMENTATIONS = tuple(dict.fromkeys((IMPLEMENTATION, "xla")))
 
 
@@ -31,6 +33,13 @@ def kernel():
     if IMPLEMENTATION == "xla":
         pytest.skip("plain JAX has no custom call")
     return IMPLEMENTATION
+
+
+@pytest.fixture
+def lowers_for_cuda():
+    """Lowering for CUDA asks a library that is there whether it has the head dims: one that is not tested may not."""
+    if IMPLEMENTATION != "cuda" and cuda_library() is not None:
+        pytest.skip("the CUDA library of this machine may lack the head dims")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from cases import DTYPES, FIXED, Case, make_inputs
 from conftest import IMPLEMENTATION
@@ -293,9 +294,13 @@ def test_float64_runs_in_plain_jax():
 def test_a_call_repeated_gives_the_same_bits(kernel, deterministic):
     case = Case("repeat", b=3, sq=130, sk=200, hq=4, hk=1, causal=True, bias=(4, 1, 200), dropout_rate=0.1)
     case = case.replace(dtype=checks.usual_dtype(kernel))
-    if kernel == "cuda" and not deterministic:
-        pytest.skip("only deterministic=True promises this")
     inputs = make_inputs(case)
-    first = checks.run(case, inputs, kernel, deterministic=deterministic)
+
+    def run():
+        got = checks.run(case, inputs, kernel, deterministic=deterministic)
+        # On CUDA a backward that need not be repeatable adds dquery up in any order.
+        return oracle.Result(got.out, got.lse) if kernel == "cuda" and not deterministic else got
+
+    first = run()
     for _ in range(3):
-        checks.assert_same(checks.run(case, inputs, kernel, deterministic=deterministic), first)
+        checks.assert_same(run(), first)

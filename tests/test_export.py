@@ -12,19 +12,11 @@ from jax.sharding import PartitionSpec as P
 from programs import assert_same, attention, require_devices, with_gradients
 
 from jax_flash import flash_attention
-from jax_flash.backends import cuda_library
 
 PLAIN = Case("plain", b=2, sq=5, sk=7, hq=4, hk=2, d=16, dv=16, causal=True, dtype="bfloat16")
 EVERYTHING = BY_NAME["everything"].replace(dtype="bfloat16", d=16, dv=16)
 PASSES = ("forward", "backward", "bias_gradient")
 CHECKS = [DisabledSafetyCheck.custom_call(f"jax_flash_{name}") for name in PASSES]
-
-
-@pytest.fixture
-def no_cuda_library():
-    """Where the CUDA kernels are built, lowering for CUDA also asks whether these head dims were."""
-    if cuda_library() is not None:
-        pytest.skip("this machine has the CUDA library")
 
 
 def arrays_of(case, seed=0):
@@ -41,7 +33,7 @@ def exported(call, arrays, *platforms):
 # for a platform that is not here
 
 
-def test_a_machine_without_a_gpu_exports_for_cuda(no_cuda_library):
+def test_a_machine_without_a_gpu_exports_for_cuda(lowers_for_cuda):
     """The program holds the custom call by name, with the call's options as its attributes."""
     case = PLAIN.replace(softcap=7.5, window=(3, None), scale=0.25)
     program = exported(attention(case), arrays_of(case), "cuda")
@@ -57,12 +49,12 @@ def test_a_machine_without_a_gpu_exports_for_cuda(no_cuda_library):
     assert found["deterministic"] == "false"
 
 
-def test_the_backward_for_cuda_has_all_passes(no_cuda_library):
+def test_the_backward_for_cuda_has_all_passes(lowers_for_cuda):
     text = exported(with_gradients(attention(EVERYTHING)), arrays_of(EVERYTHING), "cuda").mlir_module()
     assert [text.count(f"@jax_flash_{name}(") for name in PASSES] == [1, 1, 1]
 
 
-def test_head_dims_that_are_no_multiple_of_8_are_padded_for_cuda(no_cuda_library):
+def test_head_dims_that_are_no_multiple_of_8_are_padded_for_cuda(lowers_for_cuda):
     case = PLAIN.replace(d=13, dv=7)
     text = exported(attention(case), arrays_of(case), "cuda").mlir_module()
     (call,) = re.findall(r"@jax_flash_forward\(.*", text)
@@ -93,7 +85,7 @@ def test_a_program_read_back_computes_the_same(kernel, case):
     assert_same(exported(call, arrays, kernel).call(arrays), jax.jit(call)(arrays))
 
 
-def test_a_program_for_two_platforms_runs_on_this_one(kernel, no_cuda_library):
+def test_a_program_for_two_platforms_runs_on_this_one(kernel, lowers_for_cuda):
     call, arrays = with_gradients(attention(PLAIN)), arrays_of(PLAIN)
     program = exported(call, arrays, "cpu", "cuda")
     assert program.platforms == ("cpu", "cuda")
@@ -143,7 +135,7 @@ FIXED_SYMBOLS = {
 def test_symbolic_batch_and_sequence(kernel, platform, request):
     """One program for every batch size and length, forward and backward."""
     if platform == "cuda":
-        request.getfixturevalue("no_cuda_library")
+        request.getfixturevalue("lowers_for_cuda")
     elif kernel != platform:
         pytest.skip(f"runs {kernel}")
     options = {"mask": (1, 4, 1, 5), "bias": (2, 1, 3, 5), "alibi_slopes": (2, 4), "sinks": True}
@@ -181,7 +173,7 @@ VARLEN_SYMBOLS = {
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_symbolic_tokens_and_sequences(kernel, platform, request):
     if platform == "cuda":
-        request.getfixturevalue("no_cuda_library")
+        request.getfixturevalue("lowers_for_cuda")
     elif kernel != platform:
         pytest.skip(f"runs {kernel}")
     case = varlen("packed", (5, 3), d=16, dv=16, kv_lengths=(4, 3), causal=True)
@@ -229,7 +221,7 @@ def test_several_devices_export_inside_shard_map(kernel, mesh):
 
 
 @pytest.mark.parametrize("case", [PLAIN, PLAIN.replace(d=13, dv=7)], ids=["plain", "odd head dims"])
-def test_several_devices_of_a_platform_that_is_not_here(no_cuda_library, mesh, case):
+def test_several_devices_of_a_platform_that_is_not_here(lowers_for_cuda, mesh, case):
     mapped = jax.shard_map(
         attention(case),
         mesh=mesh,

@@ -15,7 +15,6 @@ from programs import collectives, custom_calls, require_devices, shard_shapes
 from test_append import arguments
 
 from jax_flash import append_kv, paged_attention
-from jax_flash.backends import cuda_library
 
 CHUNK = Case("chunk", b=2, sq=2, sk=12, kv_lengths=(12, 5), causal=True)
 MIXED = varlen("mixed", (1, 4, 0), k_sequences=(12, 4, 5), causal=True)
@@ -198,9 +197,7 @@ def test_vmap_of_append(kernel, mapped):
 
 
 @pytest.mark.parametrize("case", [CHUNK, MIXED], ids=lambda case: case.name)
-def test_a_machine_without_a_gpu_exports_attention_for_cuda(case):
-    if cuda_library() is not None:
-        pytest.skip("this machine has the CUDA library")
+def test_a_machine_without_a_gpu_exports_attention_for_cuda(case, lowers_for_cuda):
     call = paged(case.replace(dtype="bfloat16"), layout="hnd")
     attributes = exported(call.call(None, num_splits=3, batch_invariant=True), call.arrays, "forward")
     assert attributes["layout"] == f"{2 if case is CHUNK else 3} : i32"
@@ -210,9 +207,7 @@ def test_a_machine_without_a_gpu_exports_attention_for_cuda(case):
 
 
 @pytest.mark.parametrize("new", [1, (1, 0, 3)], ids=str)
-def test_a_machine_without_a_gpu_exports_append_for_cuda(new):
-    if cuda_library() is not None:
-        pytest.skip("this machine has the CUDA library")
+def test_a_machine_without_a_gpu_exports_append_for_cuda(new, lowers_for_cuda):
     call = arguments(dtype="bfloat16", new=new, positions=9, interleaved=True)
     static = {name: call.pop(name) for name in ("page_layout", "interleaved")}
     attributes = exported(lambda arrays: append_kv(**arrays, **static), call, "append")
