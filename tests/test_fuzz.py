@@ -8,25 +8,15 @@ import oracle
 import pytest
 from cases import DTYPES, Case, make_inputs, varlen
 from conftest import IMPLEMENTATION
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
 HALF = [dtype for dtype in DTYPES if dtype != "float32"]
-# JAX_FLASH_TEST_EXAMPLES asks for more, of each layout, random ones; in parts, so that workers share them.
+# JAX_FLASH_TEST_EXAMPLES asks for more of each layout, in parts that workers share.
 USUAL = 40
 EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", USUAL))
 PART = min(EXAMPLES, USUAL if EXAMPLES <= USUAL else 12)
 in_parts = pytest.mark.parametrize("part", range(-(-EXAMPLES // PART)))
-
-fuzz = settings(
-    max_examples=PART,
-    deadline=None,
-    derandomize="JAX_FLASH_TEST_EXAMPLES" not in os.environ,
-    database=None,
-    phases=(Phase.explicit, Phase.generate),  # shrinking takes longer than reading the failing case
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
 
 # Few sizes on each axis, but those where tiles, vectors and groups end.
 HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (6, 1)])
@@ -98,24 +88,44 @@ SINGLE = [
 ]  # float32: its limit is each number's own, so that few numbers will do
 
 
-@in_parts
-@fuzz
-@given(case=fixed_cases(SINGLE))
-def test_fixed(part, case):
+def fuzz(cases, check, part, count=PART):
+    """check(case) for `count` random cases, the same in every run of a part."""
+
+    @seed(part)
+    @settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        phases=(Phase.explicit, Phase.generate),  # shrinking takes longer than reading the failing case
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases)
+    def run(case):
+        check(case)
+
+    run()
+
+
+def compare(case):
     checks.compare(case, IMPLEMENTATION)
 
 
 @in_parts
-@fuzz
-@given(case=varlen_cases(SINGLE))
-def test_varlen(part, case):
-    checks.compare(case, IMPLEMENTATION)
+def test_fixed(part):
+    fuzz(fixed_cases(SINGLE), compare, part)
 
 
 @in_parts
-@settings(fuzz, max_examples=PART // 4)
-@given(case=st.one_of(fixed_cases(HALF), varlen_cases(HALF)))
-def test_forward_in_16_bit(part, case):
+def test_varlen(part):
+    fuzz(varlen_cases(SINGLE), compare, part)
+
+
+@in_parts
+def test_forward_in_16_bit(part):
+    fuzz(st.one_of(fixed_cases(HALF), varlen_cases(HALF)), check_forward, part, PART // 4)
+
+
+def check_forward(case):
     checks.require(IMPLEMENTATION, dtype=case.dtype)
     (out, lse), (right, low) = forward(case), checks.references(case)
     oracle.assert_out(out, right.out, low.out, softcap=bool(case.softcap))

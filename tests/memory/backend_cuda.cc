@@ -195,6 +195,7 @@ void run_calls(const ThreadPool& pool, const std::vector<void*>& results, bool r
   auto one = make();
   if (pool.schedule && guard() == Guard::kBands) {  // sanitizers have one stream to look at
     auto other = make();
+    check(cudaDeviceSynchronize(), "copies");  // their own streams do not wait for them
     run_together([&](cudaStream_t s) { one.launch(s); }, [&](cudaStream_t s) { other.launch(s); });
     other.check_bands();
     for (void* host : results) {
