@@ -78,14 +78,16 @@ def why_no_gradients(case: Case, implementation: str) -> str | None:
     return why_not_built(implementation, passes, case.dtype, (case.d, case.dv))
 
 
-def run(case: Case, inputs: Inputs, implementation: str, **options: Any) -> oracle.Result:
-    """Out, lse and, where they are built, the gradients."""
+def run(
+    case: Case, inputs: Inputs, implementation: str, *, at_once: bool = False, **options: Any
+) -> oracle.Result:
+    """Out, lse and, where they are built, the gradients; `at_once` as one program, for shapes that no other has."""
     require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     call = function(case, inputs, implementation, **options)
     if why_no_gradients(case, implementation):
         return oracle.Result(*map(np.asarray, call(moving)))
-    if implementation == "xla" and not _usual(case):
+    if at_once or (implementation == "xla" and not _usual(case)):
         return oracle.differentiate(call, moving, inputs.dout, inputs.dlse)
     return differentiate(call, moving, inputs)
 

@@ -107,7 +107,7 @@ def fuzz(cases, check, part, count=PART):
 
 
 def compare(case):
-    checks.compare(case, IMPLEMENTATION)
+    checks.compare(case, IMPLEMENTATION, at_once=True)
 
 
 @in_parts
