@@ -229,9 +229,10 @@ class Case {
 };
 
 // Pools of more than 2^31 elements, of which only the touched pages take memory: one token on the last page
-// is appended and attended to.
-void use_a_huge_pool() {
+// is appended and attended to. False where nothing runs that.
+bool use_a_huge_pool() {
   current_call = "huge pool";
+  backend::aim(3, {Pass::kPagedForward});  // at no kernel: any will do
   constexpr int32_t kPages = (1 << 20) + 3, kSlots = 16, kHeads = 3, kWidth = 64;
   AppendProblem a{};
   a.spec.page_layout = PageLayout::kNhd;
@@ -261,7 +262,7 @@ void use_a_huge_pool() {
   a.key = a.value = row;
   a.block_tables = {.data = table.data(), .batch = 1, .column = 1};
   a.kv_lengths = {.data = before.data(), .batch = 1};
-  if (!backend::append(a, ThreadPool{})) return;
+  if (!backend::append(a, ThreadPool{})) return false;
 
   Problem p{};
   p.spec.layout = Layout::kPaged;
@@ -281,15 +282,17 @@ void use_a_huge_pool() {
   p.value = a.v_pages;
   p.block_tables = a.block_tables;
   p.kv_lengths = {.data = after.data(), .batch = 1};
-  if (!backend::run(Pass::kForward, p, ThreadPool{})) return;
+  if (!backend::run(Pass::kForward, p, ThreadPool{})) return false;
   if (std::memcmp(out.data(), token.data(), out.bytes())) fail("attention to the only key is not its value");
+  return true;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   if (const int failed = drive<Case>(argc, argv, 3000)) return failed;
-  if (current_call.empty()) return 0;  // skipped: another instruction set's turn
-  use_a_huge_pool();
-  std::printf("a pool of more than 2^31 elements is addressed whole\n");
+  if (current_call.empty()) return 0;                 // skipped: another instruction set's turn
+  if (argc > 2 && std::atol(argv[2]) != 0) return 0;  // one of several processes is enough
+  std::printf("a pool of more than 2^31 elements %s\n",
+              use_a_huge_pool() ? "is addressed whole" : "was not tried: no kernel for it");
 }

@@ -1,0 +1,115 @@
+"""Runs tests/memory's drivers on the GPU until every CUDA kernel has had its turn, under each of the guards.
+
+    python3 tools/gpu_memory.py [bands memcheck initcheck synccheck racecheck]
+
+bands: every operand between bands of NaN that must come back unharmed, calls from two threads on two streams. The
+others are compute-sanitizer's tools, each operand in an allocation of its own. Needs cmake, nvcc and jax's headers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_call
+
+GUARDS = {
+    "bands": "bands",
+    "memcheck": "none",
+    "synccheck": "none",
+    "racecheck": "none",
+    "initcheck": "fresh",
+}
+SANITIZER = ("compute-sanitizer", "--print-limit", "20", "--error-exitcode", "9", "--tool")
+# One call of four is of no kernel's turn, and with paged one of three is append_kv's.
+CALLS_PER_TURN = {"dense": 4 / 3, "paged": 2}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some of the calls of a driver under one guard."""
+
+    check: str
+    driver: str
+    first: int
+    count: int
+
+    def run(self, folder: Path) -> str:
+        """What it printed; raises where it found something."""
+        command = [str(folder / f"memory_{self.driver}_cuda"), str(self.count), str(self.first)]
+        if self.check != "bands":
+            command = [*SANITIZER, self.check, *command]
+        environment = os.environ | {"JAX_FLASH_GUARD": GUARDS[self.check]}
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        name = f"{self.check}_{self.driver}_{self.first}.log"
+        (folder / name).write_text(done.stdout)
+        if done.returncode:
+            raise RuntimeError(f"{folder / name}: exit status {done.returncode}\n{done.stdout[-3000:]}")
+        return done.stdout
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checks", nargs="*", metavar="check", help=f"of {', '.join(GUARDS)}; none given: all")
+    parser.add_argument("--archs", default="90a-real", help="JAX_FLASH_CUDA_ARCHS of the build")
+    parser.add_argument("--folder", type=Path, default=cuda_call.ROOT / "build" / "gpu-memory")
+    parser.add_argument("--built", action="store_true", help="the folder holds the drivers already")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="on the GPU at once")
+    options = parser.parse_args()
+    unknown = set(options.checks) - set(GUARDS)
+    if unknown:
+        parser.error(f"check: got {', '.join(sorted(unknown))}; there are {', '.join(GUARDS)}")
+    if not options.built:
+        cuda_call.build(options.archs, options.folder, {"JAX_FLASH_MEMORY_DRIVERS": "ON"})
+    kernels = {driver: count_kernels(options.folder, driver) for driver in CALLS_PER_TURN}
+    failed = [not run(check, kernels, options) for check in options.checks or GUARDS]
+    print(f"{sum(failed)} of {len(failed)} checks failed" if any(failed) else "all passed")
+    return int(any(failed))
+
+
+def count_kernels(folder: Path, driver: str) -> int:
+    """Those that the driver is to reach."""
+    printed = Slice("bands", driver, 1, 1).run(folder)
+    return int(re.search(r"of the (\d+) kernels", printed)[1])  # type: ignore[index]
+
+
+def run(check: str, kernels: dict[str, int], options: argparse.Namespace) -> bool:
+    """Whether the calls in which every kernel has its turn, shared out to processes, leave no finding."""
+    slices = []
+    for driver, count in kernels.items():
+        calls = int(count * CALLS_PER_TURN[driver]) + 2
+        share = calls if check == "bands" else -(-calls * len(kernels) // options.processes)
+        slices += [Slice(check, driver, first, share) for first in range(0, calls, share)]
+    began = time.time()
+    with ThreadPoolExecutor(options.processes) as pool:
+        found = [error for error in pool.map(lambda one: attempt(one, options.folder), slices) if error]
+    calls = sum(one.count for one in slices)
+    print(f"{check}: {sum(kernels.values())} kernels, {calls} calls, {len(slices)} processes, "
+          f"{time.time() - began:.0f} s: {f'{len(found)} FAILED' if found else 'no finding'}", flush=True)  # fmt: skip
+    for error in found:
+        print(error, flush=True)
+    return not found
+
+
+def attempt(one: Slice, folder: Path) -> str | None:
+    """Its error, if it has one."""
+    try:
+        one.run(folder)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
