@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
 HALF = [dtype for dtype in DTYPES if dtype != "float32"]
-# JAX_FLASH_TEST_EXAMPLES asks for more of each layout, in parts that workers share.
+# JAX_FLASH_TEST_EXAMPLES asks for more of each layout, in parts that workers share, JAX_FLASH_TEST_SEED for others.
 USUAL = 40
+SEED = 1000 * int(os.environ.get("JAX_FLASH_TEST_SEED", 0))
 EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", USUAL))
 PART = min(EXAMPLES, USUAL if EXAMPLES <= USUAL else 12)
 in_parts = pytest.mark.parametrize("part", range(-(-EXAMPLES // PART)))
@@ -91,7 +92,7 @@ SINGLE = [
 def fuzz(cases, check, part, count=PART):
     """check(case) for `count` random cases, the same in every run of a part."""
 
-    @seed(part)
+    @seed(SEED + part)
     @settings(
         max_examples=count,
         deadline=None,

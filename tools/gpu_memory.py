@@ -24,7 +24,7 @@ GUARDS = {
     "bands": "bands",
     "memcheck": "none",
     "synccheck": "none",
-    "racecheck": "none",
+    "racecheck": "race",
     "initcheck": "fresh",
 }
 SANITIZER = ("compute-sanitizer", "--print-limit", "20", "--error-exitcode", "9", "--tool")

@@ -12,6 +12,8 @@ namespace jax_flash::backend {
 
 std::string name();  // of the instruction set or the GPU; throws where there is none
 
+bool sparing();  // whether launches are dear: cases are small, and run once
+
 int32_t width(int32_t any);                             // a head dim that it takes
 bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at every run
 

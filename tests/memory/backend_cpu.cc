@@ -6,6 +6,8 @@ namespace jax_flash::backend {
 
 std::string name() { return cpu_isa(); }
 
+bool sparing() { return false; }
+
 int32_t width(int32_t any) { return any; }
 
 bool repeatable(const AttentionSpec&, Pass) { return true; }

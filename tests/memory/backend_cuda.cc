@@ -214,6 +214,8 @@ void run_calls(const ThreadPool& pool, const std::vector<void*>& results, bool r
 
 std::string name() { return "sm_" + std::to_string(gpu().capability); }
 
+bool sparing() { return guard() == Guard::kRace; }
+
 int32_t width(int32_t any) { return (any + 7) / 8 * 8; }
 
 bool repeatable(const AttentionSpec& spec, Pass pass) {

@@ -2,7 +2,8 @@
 //
 // JAX_FLASH_GUARD tells what surrounds it: "bands" (the default) of NaN, which must come back unharmed;
 // "none" for compute-sanitizer's memcheck, which knows each allocation's end; "fresh" as "none", with results
-// and workspace left as they were allocated, for its initcheck.
+// and workspace left as they were allocated, for its initcheck; "race" as "none" for its racecheck, which
+// takes long: with small cases, each run once.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,14 +24,15 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-enum class Guard { kBands, kNone, kFresh };
+enum class Guard { kBands, kNone, kFresh, kRace };
 
 inline Guard guard() {
   const char* name = std::getenv("JAX_FLASH_GUARD");
   if (!name || !std::strcmp(name, "bands")) return Guard::kBands;
   if (!std::strcmp(name, "none")) return Guard::kNone;
   if (!std::strcmp(name, "fresh")) return Guard::kFresh;
-  throw std::runtime_error(std::string("JAX_FLASH_GUARD is ") + name + ", not bands, none or fresh");
+  if (!std::strcmp(name, "race")) return Guard::kRace;
+  throw std::runtime_error(std::string("JAX_FLASH_GUARD is ") + name + ", not bands, none, fresh or race");
 }
 
 // `bytes` of the GPU's memory, of NaN unless guard() is kFresh, between two bands of it.

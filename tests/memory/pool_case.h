@@ -16,8 +16,8 @@ class PoolCase : protected RandomCase {
     layout_ = one_of({PageLayout::kNhd, PageLayout::kHnd});
     dtype_ = one_of({DType::kF16, DType::kBF16, DType::kF32});
     pool_dtype_ = chance(0.3) ? DType::kF8E4M3 : dtype_;
-    batch_ = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, 4));
-    kv_heads_ = static_cast<int32_t>(integer(1, 3));
+    batch_ = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, usual_or(4, 2)));
+    kv_heads_ = static_cast<int32_t>(integer(1, usual_or(3, 1)));
     page_size_ = static_cast<int32_t>(chance(0.2) ? integer(60, 300) : integer(1, 9));
     table_ = static_cast<int32_t>(integer(chance(0.1) ? 0 : 1, 6));
     pages_ = static_cast<int32_t>(integer(chance(0.1) ? 0 : 1, 8));

@@ -55,6 +55,8 @@ class RandomCase {
   // Independent of the library's own reading of the index arrays.
   static int64_t clamp(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
 
+  static int64_t usual_or(int64_t usual, int64_t sparing) { return backend::sparing() ? sparing : usual; }
+
   // A head dim of at most `limit`, half the time that.
   int32_t width_within(int32_t limit) {
     return chance(0.5) ? limit : backend::width(static_cast<int32_t>(integer(1, limit)));
@@ -62,7 +64,7 @@ class RandomCase {
 
   Leading random_leading() {
     Leading leading;
-    leading.rank = static_cast<int32_t>(chance(0.7) ? 0 : integer(1, 2));
+    leading.rank = static_cast<int32_t>(chance(0.7) || backend::sparing() ? 0 : integer(1, 2));
     for (int i = 0; i < leading.rank; ++i) leading.size[i] = integer(2, 3);
     return leading;
   }
