@@ -35,7 +35,9 @@ def main() -> int:
     if options.emulated:
         os.environ["JAX_PLATFORMS"] = "cpu"
     library = options.library or (
-        cuda_call.build_emulated(options.head_dims, options.archs) if options.emulated else build(options.archs)
+        cuda_call.build_emulated(options.head_dims, options.archs)
+        if options.emulated
+        else build(options.archs)
     )
     cuda_call.register(library, "cpu" if options.emulated else "CUDA")
     failed = run_checks(options)

@@ -1,9 +1,10 @@
-"""Runs tests/memory's drivers on the GPU until every CUDA kernel has had its turn, under each of the guards.
+"""Runs tests/units, then tests/memory's drivers until every CUDA kernel has had its turn, under each of the guards.
 
-    python3 tools/gpu_memory.py [bands memcheck initcheck synccheck racecheck]
+    python3 tools/gpu_memory.py [units bands memcheck initcheck synccheck racecheck]
 
 bands: every operand between bands of NaN that must come back unharmed, calls from two threads on two streams. The
-others are compute-sanitizer's tools, each operand in an allocation of its own. Needs cmake, nvcc and jax's headers.
+last four are compute-sanitizer's tools, each operand in an allocation of its own. Needs a GPU, cmake, nvcc and jax's
+headers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ GUARDS = {
     "racecheck": "race",
     "initcheck": "fresh",
 }
+CHECKS = ("units", *GUARDS)
 SANITIZER = ("compute-sanitizer", "--print-limit", "20", "--error-exitcode", "9", "--tool")
 # One call of four is of no kernel's turn, and with paged one of three is append_kv's.
 CALLS_PER_TURN = {"dense": 4 / 3, "paged": 2}
@@ -61,19 +63,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checks", nargs="*", metavar="check", help=f"of {', '.join(GUARDS)}; none given: all")
+    parser.add_argument("checks", nargs="*", metavar="check", help=f"of {', '.join(CHECKS)}; none given: all")
     parser.add_argument("--archs", default="90a-real", help="JAX_FLASH_CUDA_ARCHS of the build")
     parser.add_argument("--folder", type=Path, default=cuda_call.ROOT / "build" / "gpu-memory")
     parser.add_argument("--built", action="store_true", help="the folder holds the drivers already")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="on the GPU at once")
     options = parser.parse_args()
-    unknown = set(options.checks) - set(GUARDS)
+    checks = options.checks or CHECKS
+    unknown = set(checks) - set(CHECKS)
     if unknown:
-        parser.error(f"check: got {', '.join(sorted(unknown))}; there are {', '.join(GUARDS)}")
+        parser.error(f"check: got {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     if not options.built:
         cuda_call.build(options.archs, options.folder, {"JAX_FLASH_MEMORY_DRIVERS": "ON"})
     kernels = {driver: count_kernels(options.folder, driver) for driver in CALLS_PER_TURN}
-    failed = [not run(check, kernels, options) for check in options.checks or GUARDS]
+    failed = [
+        not (run_units(options.folder) if check == "units" else run(check, kernels, options))
+        for check in checks
+    ]
     print(f"{sum(failed)} of {len(failed)} checks failed" if any(failed) else "all passed")
     return int(any(failed))
 
@@ -82,6 +88,20 @@ def count_kernels(folder: Path, driver: str) -> int:
     """Those that the driver is to reach."""
     printed = Slice("bands", driver, 1, 1).run(folder)
     return int(re.search(r"of the (\d+) kernels", printed)[1])  # type: ignore[index]
+
+
+def run_units(folder: Path) -> bool:
+    """Whether every wrapper and layout does what it should."""
+    done = subprocess.run([folder / "cuda_units"], capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if "FAILED" in line]
+    print(
+        f"units: {done.stdout.count(': ok')} right, {len(wrong)} FAILED",
+        *wrong,
+        done.stderr,
+        sep="\n",
+        end="",
+    )
+    return done.returncode == 0
 
 
 def run(check: str, kernels: dict[str, int], options: argparse.Namespace) -> bool:
