@@ -38,6 +38,9 @@ struct Aim {
 // every fourth turn, and on the CPU every one, is of no kernel. Holds for the calls of run() that follow.
 std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
 
+// Whether the kernel aimed at takes a call, of which all but the operands' memory is known.
+bool takes(const Aim& aim, const Problem& problem);
+
 // False where no kernel was built for the call. With helpers in the `pool` the call runs twice at once on a
 // GPU, from two threads on streams of their own.
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool);

@@ -14,6 +14,8 @@ bool repeatable(const AttentionSpec&, Pass) { return true; }
 
 std::optional<Aim> aim(int64_t, std::initializer_list<Pass>) { return std::nullopt; }
 
+bool takes(const Aim&, const Problem&) { return true; }
+
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
   const auto kernel = pass == Pass::kForward    ? cpu_forward
                       : pass == Pass::kBackward ? cpu_backward

@@ -66,7 +66,7 @@ Device gpu() {
 }
 
 Reach& reach() {
-  static Reach all(built_kernels(), gpu().capability);
+  static Reach all(built_kernels(), gpu());
   return all;
 }
 int64_t not_built = 0, together = 0, overlapped = 0;
@@ -223,6 +223,11 @@ bool repeatable(const AttentionSpec& spec, Pass pass) {
 }
 
 std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes) { return reach().aim(turn, passes); }
+
+bool takes(const Aim& aim, const Problem& problem) {
+  const Pass pass = problem.paged() ? Pass::kForward : aim.pass;
+  return plan_call(pass, problem).kernel >= 0;
+}
 
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
   const LaunchPlan plan = plan_call(pass, problem);

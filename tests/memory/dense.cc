@@ -125,6 +125,10 @@ class Case : RandomCase {
     if (dropout) s.operands |= bit(Operand::kDropout);
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
+    if (!backend::takes(*aim_, p_)) {  // a bias and several leading dimensions are not for all
+      s.operands &= ~bit(Operand::kBias);
+      p_.leading = {};
+    }
   }
 
   Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {

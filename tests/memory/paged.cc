@@ -93,11 +93,17 @@ class AttentionCase : PoolCase {
     p_.q_rows = std::max(p_.q_rows, 1);
     if (aim_->plain()) s.softcap = 0, s.scale = 0.3f;
     if (aim_->variant == backend::Variant::kGeneral) s.softcap = 3.0f;
-    if (aim_->pass != Pass::kDecode) return;
-    s.batch_invariant = false;
-    if (s.num_splits == 1) s.num_splits = 2;
-    p_.q_rows = std::min(p_.q_rows, 4);
-    p_.heads = kv_heads_ * static_cast<int32_t>(aim_->block_m > 8 ? integer(9, 16) : integer(1, 8));
+    if (aim_->pass == Pass::kDecode) {
+      s.batch_invariant = false;
+      if (s.num_splits == 1) s.num_splits = 2;
+      p_.q_rows = std::min(p_.q_rows, 4);
+      p_.heads = kv_heads_ * static_cast<int32_t>(aim_->block_m > 8 ? integer(9, 16) : integer(1, 8));
+    }
+    if (!backend::takes(*aim_, p_)) {  // several leading dimensions and pages of any size are not for all
+      p_.leading = leading_ = {};
+      p_.page_size = page_size_ = (page_size_ + 7) / 8 * 8;
+      p_.k_rows = capacity();
+    }
   }
 
   void make_operands() {

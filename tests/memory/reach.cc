@@ -28,6 +28,39 @@ DType dtype_of(const KernelRow& row) {
   return row.takes(DType::kF16) ? DType::kF16 : row.takes(DType::kBF16) ? DType::kBF16 : DType::kF32;
 }
 
+// A call that this kernel of the row runs, if there is one.
+Problem example(const KernelRow& row, Variant variant) {
+  Problem p{};
+  AttentionSpec& s = p.spec;
+  const auto add = [&](Operand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
+  const bool plain = variant == Variant::kPlain || variant == Variant::kDeterministic;
+  s.left = s.right = kUnlimited;
+  s.scale = 1;
+  if (!plain && row.pass != Pass::kDecode) s.softcap = 3;
+  if (variant == Variant::kDropout) add(Operand::kDropout);
+  if (row.pass == Pass::kBiasGradient) add(Operand::kBias);
+  p.dtype = p.kv_dtype = dtype_of(row);
+  if (variant == Variant::kFloat8) p.kv_dtype = DType::kF8E4M3;
+  p.batch = p.kv_heads = 1;
+  p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
+  p.head_dim = row.head_dim, p.value_dim = row.value_dim;
+  p.q_rows = 1, p.k_rows = 256;
+  p.dbias_batch = p.dbias_heads = p.dbias_rows = p.dbias_columns = 1;
+  if (row.pass == Pass::kPagedForward || row.pass == Pass::kDecode) {
+    s.layout = Layout::kPaged;
+    p.page_size = 64, p.pages = p.table = 4;
+  }
+  return p;
+}
+
+// Whether the row, alone in a library, takes that call.
+bool exists(const KernelRow& row, Variant variant, Device device) {
+  device.capability = row.capability;
+  const Problem p = example(row, variant);
+  const Pass pass = row.pass == Pass::kPagedForward || row.pass == Pass::kDecode ? Pass::kForward : row.pass;
+  return plan(pass, p.spec, shapes_of(p), device, {&row, 1}).kernel == 0;
+}
+
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   switch (pass) {
     case Pass::kForward:
@@ -53,8 +86,10 @@ std::optional<Aim> Reach::aim(int64_t turn, std::initializer_list<Pass> passes) 
   if (kernels_.empty()) {
     for (int32_t i = 0; i < static_cast<int32_t>(rows_.size()); ++i) {
       for (Pass pass : passes) {
-        if (rows_[i].pass != pass || rows_[i].capability > capability_) continue;
-        for (Variant variant : variants_of(pass)) kernels_.emplace_back(i, variant);
+        if (rows_[i].pass != pass || rows_[i].capability > device_.capability) continue;
+        for (Variant variant : variants_of(pass)) {
+          if (exists(rows_[i], variant, device_)) kernels_.emplace_back(i, variant);
+        }
       }
     }
   }

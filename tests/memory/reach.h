@@ -16,7 +16,7 @@ namespace jax_flash::backend {
 
 class Reach {
  public:
-  Reach(std::span<const KernelRow> rows, int32_t capability) : rows_(rows), capability_(capability) {}
+  Reach(std::span<const KernelRow> rows, const Device& device) : rows_(rows), device_(device) {}
 
   std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
 
@@ -34,7 +34,7 @@ class Reach {
   using Kernel = std::pair<int32_t, Variant>;  // a row, and which of its kernels
 
   std::span<const KernelRow> rows_;
-  int32_t capability_;
+  Device device_;
   int32_t aimed_ = -1;
   std::vector<Kernel> kernels_;  // of the driver's passes, by their turns
   std::set<Kernel> had_turn_;
