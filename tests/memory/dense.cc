@@ -18,6 +18,7 @@ class Case : RandomCase {
                           {Pass::kForward, Pass::kBackward, Pass::kBiasGradient})) {
     choose_sizes();
     if (aim_) aim_sizes();
+    p_.kv_dtype = p_.dtype;
     choose_options();
     if (aim_) aim_options();
     make_tensors();
