@@ -109,7 +109,7 @@ def run(check: str, kernels: dict[str, int], options: argparse.Namespace) -> boo
     slices = []
     for driver, count in kernels.items():
         calls = int(count * CALLS_PER_TURN[driver]) + 2
-        share = calls if check == "bands" else -(-calls * len(kernels) // options.processes)
+        share = -(-calls * len(kernels) // options.processes)
         slices += [Slice(check, driver, first, share) for first in range(0, calls, share)]
     began = time.time()
     with ThreadPoolExecutor(options.processes) as pool:
