@@ -62,11 +62,11 @@ bool is_general(const AttentionSpec& spec) {
 
 // The sm90 family: the copy engine's tensor maps have room for one leading dimension, and its boxes are of
 // whole groups of 8 rows of a page, which it cannot widen; three consumers have no registers for a general
-// score; a bias is faster where keys are dealt, on sm80.
+// score.
 bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
   if (row.capability != 90) return true;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
-         (row.warps <= 12 || !is_general(spec)) && !spec.has(Operand::kBias);
+         (row.warps <= 12 || !is_general(spec));
 }
 
 bool runs(const KernelRow& row, Pass pass, const AttentionSpec& spec, const Shapes& shapes,
@@ -222,11 +222,11 @@ int64_t decode_bound(const AttentionSpec& spec, const Shapes& s) {
 }
 
 // Blocks that stay: as many as fit. A counter shares out tiles of unequal length.
-void share_tiles(const AttentionSpec& spec, const Device& device, const KernelRow& row, Workspace& workspace,
-                 LaunchPlan& result) {
+void share_tiles(const AttentionSpec& spec, const Shapes& s, const Device& device, const KernelRow& row,
+                 Workspace& workspace, LaunchPlan& result) {
   const int64_t most = int64_t{device.sm_count} * row.blocks;
   result.workers = static_cast<int32_t>(std::min(result.queries.blocks, most));
-  bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0;
+  bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || s.q_rows % row.block_m;
   for (Operand operand : {Operand::kQLengths, Operand::kKvLengths}) unequal |= spec.has(operand);
   if (unequal && result.queries.blocks > most) result.counter = workspace.add(kCounterBytes);
 }
@@ -238,7 +238,7 @@ void plan_grids(Pass pass, const AttentionSpec& spec, const Shapes& s, const Dev
   if (decode) result.decode = make_decode_grid(spec, s, device, *decode, workspace);
   if (pass == Pass::kForward || pass == Pass::kPagedForward) {
     result.queries = make_grid(spec, s, s.q_rows, s.heads, row.block_m, workspace);
-    if (row.capability == 90) share_tiles(spec, device, row, workspace, result);
+    if (row.capability == 90) share_tiles(spec, s, device, row, workspace, result);
   } else if (pass == Pass::kBackward) {
     result.keys = make_grid(spec, s, s.k_rows, s.kv_heads, row.block_n, workspace);
     if (spec.deterministic) {

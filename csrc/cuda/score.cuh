@@ -30,8 +30,20 @@ __device__ __forceinline__ float tanh_relative(float x) {
   return fabsf(x) < 0.55f ? fmaf(x * square, p, x) : tanh_absolute(x);
 }
 
+// tanh to 3e-7, absolute, where |x| ≤ 1: x (1 + x² p(x²)), without the units of exp2, which softmax keeps
+// busy.
+__device__ __forceinline__ float tanh_polynomial(float x) {
+  const float square = x * x;
+  float p = fmaf(-2.983081620e-3f, square, 1.653281599e-2f);
+  p = fmaf(fmaf(p, square, -5.142535269e-2f), square, 1.327561587e-1f);
+  return fmaf(x * square, fmaf(p, square, -3.332867026e-1f), x);
+}
+
 // What a kernel of the forward does to scores, beside the scale and the band.
 enum class ScoreKind { kPlain, kGeneral, kDropout };  // nothing; whatever the call has, but for dropout; all
+
+// Keys of a tile that are of a row's own segment: of all rows alike, or not known.
+enum class InSegment { kAll, kNone, kSome };
 
 // Where one head's operands of the score lie, and the scalars among them.
 struct ScoreOperands {
@@ -58,6 +70,12 @@ struct ScoreOperands {
     if (p.dropout)
       dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
     batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
+  }
+
+  // Whether two neighbours of a 16-bit bias, from an even key on, are one load.
+  __device__ __forceinline__ bool bias_in_pairs(const Problem& p) const {
+    return p.bias_dtype != DType::kF32 && p.bias.column == 1 && p.bias.row % 2 == 0 && p.k_rows % 2 == 0 &&
+           reinterpret_cast<uintptr_t>(bias) % 4 == 0;
   }
 
   // Whether 8 neighbours of a 16-bit bias, from a key that is a multiple of 8 on, are one load.
@@ -135,11 +153,12 @@ class GeneralScore {
 
   // S ← log2(e) · (softcap(scale · S) + bias + alibi), −inf where segments or mask hide the key. Where there
   // is a gradient with respect to softcap's result, it becomes the one with respect to its argument. `bias`:
-  // what fetch() brought.
+  // what fetch() brought. in_segment: keys that segments leave to the rows.
   template <class S>
   __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key,
                                         std::type_identity_t<S>* gradient = nullptr,
-                                        const BiasChunks<S>* bias = nullptr) const {
+                                        const BiasChunks<std::type_identity_t<S>>* bias = nullptr,
+                                        InSegment in_segment = InSegment::kSome) const {
     if (p.spec.softcap > 0) {
       cap(s, gradient);
     } else {
@@ -148,7 +167,8 @@ class GeneralScore {
     }
     if (p.bias) add_bias(s, row, key, bias);
     if (p.alibi_slopes) add_alibi(s, row, key);
-    if (p.q_segment_ids) hide_other_segments(s, row, key);
+    if (p.q_segment_ids && in_segment == InSegment::kSome) hide_other_segments(s, row, key);
+    if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.mask) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, row, key, [](float& x, uint8_t seen) {
         if (!seen) x = -INFINITY;
@@ -251,7 +271,13 @@ class GeneralScore {
     };
     // The error, times c, is to stay below what 16 bits make of P.
     if (p.dtype != DType::kF32 && c <= 64) {
-      each([](float x) { return tanh_absolute(x); });
+      float largest = 0;
+      for_each(s, [&](float& x, int, int, int) { largest = fmaxf(largest, fabsf(x)); });
+      if (__any_sync(~0u, largest * fabsf(inner) > 1)) {
+        each([](float x) { return tanh_absolute(x); });
+      } else {
+        each([](float x) { return tanh_polynomial(x); });
+      }
     } else {
       each([](float x) { return tanh_relative(x); });
     }
@@ -295,8 +321,29 @@ class GeneralScore {
         return;
       }
     }
+    if constexpr (sizeof(T) == 2 && !S::kDealt) {
+      if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key);
+    }
     for_each_used<T>(s, operands.bias, p.bias, row, key,
                      [](float& x, T bias) { x = fmaf(static_cast<float>(bias), kLog2e, x); });
+  }
+
+  // What is not in use has a bias of 0.
+  template <class T, class S>
+  __device__ __forceinline__ void add_bias_pairs(S& s, int32_t row, int32_t key) const {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t i = row + S::row(slot);
+      const auto* from = static_cast<const uint16_t*>(operands.bias) + i * p.bias.row + key + S::column(0);
+      const int32_t left = i < band.q_len ? band.k_len - key - S::column(0) : 0;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+        const int step = S::column_step(n);
+        const float2 bias = ptx::unpack<T>(step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0);
+        s.at(slot, n, 0) = fmaf(bias.x, kLog2e, s.at(slot, n, 0));
+        s.at(slot, n, 1) = fmaf(bias.y, kLog2e, s.at(slot, n, 1));
+      }
+    }
   }
 
   template <class S>

@@ -20,17 +20,6 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// 2^x, x ≤ 127, to 7.5e-5 of itself, which 16 bits do not show: on the units of multiply and add, where those
-// of exp2 are what a kernel waits for. x = n + f, |f| ≤ 1/2 (Cody, Waite); 2^f by its minimax polynomial.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-  constexpr float kToInteger = 12582912.0f + 127;  // 1.5 · 2^23: adding it rounds; and the exponent's bias
-  x = ptx::max_nan(x, -127.0f);
-  const float n = x + kToInteger, f = x - (n - kToInteger);
-  const float y =
-      fmaf(fmaf(fmaf(5.517166480e-2f, f, 2.426111251e-1f), f, 6.932609677e-1f), f, 9.999280572e-1f);
-  return y * __uint_as_float(__float_as_uint(n) << 23);
-}
-
 // Shifted by a largest score of the row so far: P = 2^(scale · s + shift) ≤ 2^kSlack. O and l are rescaled
 // only where a score exceeds that, which is rare after the first tiles. `scale` turns scores into powers of
 // two.
@@ -79,8 +68,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // S → P in place, column tiles [begin, end); kPolynomial of every 8 elements by the polynomial.
-  template <int kPolynomial = 0, class S>
+  // S → P in place, column tiles [begin, end).
+  template <class S>
   __device__ __forceinline__ void exponentiate(S& s, int begin, int end) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
@@ -89,9 +78,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& x = s.at(slot, n, e);
-          const float exponent = fmaf(x, scale, shift[slot]);
-          const bool polynomial = (n * 2 + e + slot * 4) % 8 * kPolynomial % 8 < kPolynomial;
-          x = polynomial ? exp2_polynomial(exponent) : ptx::exp2(exponent);
+          x = ptx::exp2(fmaf(x, scale, shift[slot]));
           l[slot] += x;
         }
       }

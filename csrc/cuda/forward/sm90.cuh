@@ -18,6 +18,7 @@
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/registry.h"
 #include "cuda/score.cuh"
+#include "cuda/segments.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
@@ -32,20 +33,19 @@ struct ForwardSm90 {
   static constexpr bool kGeneral = Kind != ScoreKind::kPlain, kDropout = Kind == ScoreKind::kDropout;
   static constexpr int kM = M, kN = N, kStages = Stages, kBlocks = Blocks;
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
-  static constexpr int kPolynomial = 0;  // of every 8 exponentials
-  static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = N / 16;
+  static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
-  using KTile = SharedTile<T, N, HeadDim>;
-  using VTile = SharedTile<T, N, ValueDim>;
-  using S = Accumulator<1, N / 8>;
+  using KTile = SharedTile<T, kN, HeadDim>;
+  using VTile = SharedTile<T, kN, ValueDim>;
+  using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
   using Keys = KeySource<ForwardSm90>;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers>;
-  static_assert(M == kConsumers * kConsumerRows && N % 16 == 0);
+  static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
 };
 
 // A consumer's registers and its place in the rings; one tile of queries after the other.
@@ -61,8 +61,8 @@ struct Consumer {
   typename C::Shared& shared;
   const int group;  // of the consumers
   const TileState<T>* tile;
-  int32_t pair = 0;  // tiles of keys so far
-  Interval whole;    // keys that all its rows see
+  uint32_t round = 0, pair = 0;  // tiles of queries and of keys so far
+  Interval whole;                // keys that all its rows see
   S s;
   typename C::O o;
   typename C::P weights;  // P, rounded
@@ -72,10 +72,13 @@ struct Consumer {
   __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index)
       : p(problem), shared(memory), group(index) {}
 
-  // The warp's first row within the sequence. It is found where it is used: registers are few.
-  __device__ __forceinline__ int32_t row() const {
-    return uniform(tile->work.tile.row) + group * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
+  // The consumer's first row within the sequence, and the warp's. They are found where they are used:
+  // registers are few.
+  __device__ __forceinline__ int32_t first_row() const {
+    return uniform(tile->work.tile.row) + group * kConsumerRows;
   }
+  __device__ __forceinline__ int32_t row() const { return first_row() + ptx::thread_index() % 128 / 32 * 16; }
+  __device__ __forceinline__ int32_t used_rows() const { return uniform(tile->work.tile.used_queries()); }
 
   // The consumers take turns at issuing products, so that one's softmax runs beside another's products.
   __device__ __forceinline__ void wait_turn() const { ptx::sync_group(1 + group, 256); }
@@ -84,7 +87,7 @@ struct Consumer {
   }
 
   // S = Q Kᵀ  [64, N], on its way
-  __device__ __forceinline__ void start_scores(int32_t at) {
+  __device__ __forceinline__ void start_scores(uint32_t at) {
     const RowsDescriptor<QTile> q(ptx::shared_address(shared.q[group]));
     const RowsDescriptor<KTile> k(ptx::shared_address(shared.k[at % C::kStages]));
     ptx::wgmma_fence();
@@ -96,7 +99,7 @@ struct Consumer {
   }
 
   // O ← O + P V  [64, dv], on its way
-  __device__ __forceinline__ void start_values(int32_t at) {
+  __device__ __forceinline__ void start_values(uint32_t at) {
     const ColumnsDescriptor<VTile> v(ptx::shared_address(shared.v[at % C::kStages]));
     ptx::wgmma_fence();
 #pragma unroll
@@ -105,19 +108,36 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
+  // What a general score can know of tile n before S: it is found beside the products.
+  struct Ahead {
+    KeptElements<S> kept;
+    InSegment in_segment;
+  };
+  __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
+    Ahead ahead;
+    if constexpr (C::kGeneral) {
+      ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
+      if constexpr (C::kDropout)
+        ahead.kept = GeneralScore(p, tile->score, tile->band).template kept<S>(row(), n * C::kN);
+    }
+    return ahead;
+  }
+
   // S → P = 2^(S − m), and alpha, which O is still to be multiplied by.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(int32_t n) {
+  __device__ __forceinline__ void weigh(int32_t n, const Ahead& ahead) {
     const int32_t key = n * C::kN;
-    [[maybe_unused]] const GeneralScore general(p, tile->score, tile->band);
-    if constexpr (C::kGeneral) general.apply(s, row(), key);  // softcap, bias, alibi, masks
+    if constexpr (C::kGeneral) {  // softcap, bias, alibi, masks
+      const GeneralScore general(p, tile->score, tile->band);
+      general.apply(s, row(), key, nullptr, nullptr, ahead.in_segment);
+    }
     if constexpr (kMasked) {
-      const bool begins = key<whole.lo, ends = key + C::kN> whole.hi;
+      const bool begins = (key < whole.lo), ends = (key + C::kN > whole.hi);
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
     softmax.follow(s, alpha);
-    softmax.template exponentiate<C::kPolynomial>(s, 0, S::kColumnTiles);
-    if constexpr (C::kDropout) general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
+    softmax.exponentiate(s, 0, S::kColumnTiles);
+    if constexpr (C::kDropout) ahead.kept.drop(s, 0, S::kColumnTiles);
   }
 
   __device__ __forceinline__ void round_weights() {
@@ -138,18 +158,19 @@ struct Consumer {
     ptx::hold(s.x[0]);
     start_scores(pair);
     pass_turn();
+    const Ahead ahead = look_ahead(n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.keys.leave(pair);
-    weigh<true>(n);
+    weigh<true>(n, ahead);
     round_weights();
-    if (tile->last_values < C::kN) clear_values();
+    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values();
   }
 
   // S of tile n beside P V of tile n + 1.
   template <bool kMasked>
   __device__ __forceinline__ void step(int32_t n) {
-    const int32_t next = pair + 1;
+    const uint32_t next = pair + 1;
     ptx::barrier_wait(shared.keys.full_of(next), shared.keys.phase(next));
     wait_turn();
     ptx::hold(s.x[0]);
@@ -157,10 +178,11 @@ struct Consumer {
     ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
     start_values(pair);
     pass_turn();
+    const Ahead ahead = look_ahead(n);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.keys.leave(next);
-    weigh<kMasked>(n);
+    weigh<kMasked>(n, ahead);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
@@ -191,13 +213,30 @@ struct Consumer {
     ptx::sync_group(1 + C::kConsumers + group, 128);
   }
 
-  // Tiles of keys from the last to the first: those that end the band, those that all rows see, those that
-  // begin it.
-  __device__ __forceinline__ void visit_keys() {
-    const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)};
-    if (tiles.empty()) return;
-    const int32_t first = uniform(tile->work.tile.row) + group * kConsumerRows;
-    whole = tile->band.common(first, min(first + kConsumerRows, tile->work.tile.used_queries()));
+  // Tiles of keys that none of the consumer's rows sees: what the others wait for.
+  __device__ __forceinline__ void stand_by(int32_t tiles) {
+    for (; tiles > 0; --tiles, ++pair) {
+      ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
+      wait_turn();
+      pass_turn();
+      shared.keys.leave(pair);
+      ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
+      shared.values.leave(pair);
+    }
+  }
+
+  // The tiles of keys that any of the consumer's rows sees.
+  __device__ __forceinline__ Interval own_tiles() const {
+    const int32_t first = first_row();
+    const Interval seen = tile->band.rows(first, min(first + kConsumerRows, used_rows()));
+    if (uniform(seen.empty())) return {0, 0};
+    return {uniform(seen.lo) / C::kN, (uniform(seen.hi) - 1) / C::kN + 1};
+  }
+
+  // From the last to the first: those that end the band, those that all rows see, those that begin it.
+  __device__ __forceinline__ void visit(const Interval& tiles) {
+    const int32_t first = first_row();
+    whole = tile->band.common(first, min(first + kConsumerRows, used_rows()));
     whole = {uniform(whole.lo), uniform(whole.hi)};
     int32_t n = tiles.hi - 1;
     first_step(n--);
@@ -207,24 +246,36 @@ struct Consumer {
       for (; n >= lo; --n) step<false>(n);
     }
     for (; n >= tiles.lo; --n) step<true>(n);
-    shared.queries.leave(group);
+    shared.queries[group].leave(round);
     last_values();
+  }
+
+  __device__ __forceinline__ void write_rows() {
+    const float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
+    finish_rows(o, softmax, anew(p), tile->work, row(), factor);
+    store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
   }
 
   __device__ __forceinline__ void run() {
     if (group == C::kConsumers - 1) pass_turn();  // the first consumer begins
-    for (int32_t round = 0;; ++round) {
-      ptx::barrier_wait(shared.queries.full_of(group), round & 1);
-      tile = &shared.tiles[round % 2];
+    for (;; ++round) {
+      ptx::barrier_wait(shared.queries[group].full_of(round), shared.queries[group].phase(round));
+      tile = &shared.tiles[round % C::Shared::kTiles];
       if (uniform(tile->done)) return;
       softmax = OnlineSoftmax<S::kSlots>(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
       o.clear();
-      if (uniform(tile->tiles.empty())) shared.queries.leave(group);
-      visit_keys();
-      const float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
-      finish_rows(o, softmax, anew(p), tile->work, row(), factor);
-      store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
-      shared.states.leave(round % 2);
+      const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)},
+                     own = own_tiles().empty() ? Interval{0, 0} : tiles;
+      if (own.empty()) {
+        stand_by(tiles.size());
+        shared.queries[group].leave(round);
+      } else {
+        stand_by(tiles.hi - own.hi);
+        visit(own);
+        stand_by(own.lo - tiles.lo);
+      }
+      write_rows();
+      shared.states.leave(round);
     }
   }
 };
@@ -235,12 +286,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                  const __grid_constant__ ForwardTiles tiles) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   const int group = uniform(static_cast<int>(threadIdx.x) / 128);
-  if (threadIdx.x == 0) shared.init();
+  if (threadIdx.x == 0) shared.init(C::Keys::kWarps);
   __syncthreads();
   if (group == 0) {
     ptx::give_registers<C::kProducerRegisters>();
     if (threadIdx.x == 0) Finder<C>{p, tiles, shared}.run();
-    if (threadIdx.x / 32 == 1 && threadIdx.x % 32 < C::Keys::kLanes) Loader<C>{p, maps, shared}.run();
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    if (1 <= warp && warp <= C::Keys::kWarps && lane < C::Keys::kLanes) Loader<C>{p, maps, shared}.run();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, group - 1).run();

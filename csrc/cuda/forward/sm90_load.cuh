@@ -28,7 +28,7 @@ __device__ __forceinline__ void copy_rows(uint32_t tile, int32_t first, const CU
 template <class C>
 class DenseKeys {
  public:
-  static constexpr int kLanes = 1;  // that load
+  static constexpr int kWarps = 1, kLanes = 1;  // that load
   struct Maps {
     CUtensorMap query, key, value;
   };
@@ -74,7 +74,7 @@ class DenseKeys {
   ptx::Coordinates key, value;
 };
 
-// The first `Keys::kLanes` of a warp.
+// The first `Keys::kLanes` of each of `Keys::kWarps` warps, from the block's second warp on.
 template <class C, class Keys = typename C::Keys>
 struct Loader {
   using Maps = typename Keys::Maps;
@@ -82,28 +82,30 @@ struct Loader {
   const Maps& maps;
   typename C::Shared& shared;
   Keys keys{p, maps};
-  int32_t key_uses = 0, value_uses = 0;
+  uint32_t key_uses = 0, value_uses = 0;
 
-  static __device__ __forceinline__ bool leads() { return Keys::kLanes == 1 || threadIdx.x % 32 == 0; }
+  static __device__ __forceinline__ bool leads() { return threadIdx.x == 32; }
 
   __device__ __forceinline__ void load_key(int32_t n) {
-    const int32_t use = key_uses++;
+    const uint32_t use = key_uses++;
     shared.keys.wait_empty(use);
     keys.load_key(ptx::shared_address(shared.k[use % C::kStages]), shared.keys.full_of(use), n);
   }
 
   __device__ __forceinline__ void load_value(int32_t n) {
-    const int32_t use = value_uses++;
+    const uint32_t use = value_uses++;
     shared.values.wait_empty(use);
     keys.load_value(ptx::shared_address(shared.v[use % C::kStages]), shared.values.full_of(use), n);
   }
 
-  // Q's place is free when the consumer has left it.
-  __device__ __forceinline__ void load_query(const BlockWork& work, bool used, int32_t group, int32_t round) {
+  // By the first warp. Q's place is free when the consumer has left it.
+  __device__ __forceinline__ void load_query(const BlockWork& work, bool used, int32_t group,
+                                             uint32_t round) {
     using Tile = typename C::QTile;
-    ptx::barrier_wait(ptx::shared_address(&shared.queries.empty[group]), (round & 1) ^ 1);
     if (!leads()) return;
-    const uint32_t full = shared.queries.full_of(group);
+    auto& ring = shared.queries[group];
+    ring.wait_empty(round);
+    const uint32_t full = ring.full_of(round);
     if (!used) return ptx::barrier_arrive(full);
     const int32_t row = work.tile.q_begin + work.tile.row + group * kConsumerRows;
     ptx::barrier_expect(full, Tile::kBytes);
@@ -112,14 +114,13 @@ struct Loader {
   }
 
   // In the order of their use: K of a tile before V of the one that comes before it.
-  __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, int32_t round) {
+  __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t round) {
     const bool used = !tiles.empty();
-    load_query(work, used, 0, round);
     if (used) {
       keys.begin(work, tiles);
       load_key(tiles.hi - 1);
     }
-    for (int group = 1; group < C::kConsumers; ++group) load_query(work, used, group, round);
+    for (int group = 0; group < C::kConsumers; ++group) load_query(work, used, group, round);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n) {
       if (n > tiles.lo) load_key(n - 1);
       load_value(n);
@@ -127,11 +128,12 @@ struct Loader {
   }
 
   __device__ __forceinline__ void run() {
-    for (int32_t round = 0;; ++round) {
+    for (uint32_t round = 0;; ++round) {
       ptx::barrier_wait(shared.states.full_of(round), shared.states.phase(round));
-      const auto& tile = shared.tiles[round % 2];
+      const auto& tile = shared.tiles[round % C::Shared::kTiles];
       load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, round);
       if (tile.done) return;
+      if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.empty_of(round));
     }
   }
 };

@@ -25,7 +25,7 @@ __device__ __forceinline__ const Problem& anew(const Problem& p) {
   return *same;
 }
 
-// A ring's barriers: a stage is filled, by copies, and left, by every consumer warp that has read it. Uses of
+// A ring's barriers: a stage is filled, by copies, and left, by every warp that has read it. Uses of
 // the ring are counted from 0.
 template <int kStages>
 struct Ring {
@@ -37,17 +37,20 @@ struct Ring {
       ptx::barrier_init(ptx::shared_address(&empty[i]), warps);
     }
   }
-  __device__ __forceinline__ uint32_t full_of(int32_t use) const {
+  __device__ __forceinline__ uint32_t full_of(uint32_t use) const {
     return ptx::shared_address(&full[use % kStages]);
   }
-  __device__ __forceinline__ uint32_t phase(int32_t use) const { return use / kStages & 1; }
-  __device__ __forceinline__ void leave(int32_t use) const {
+  __device__ __forceinline__ uint32_t empty_of(uint32_t use) const {
+    return ptx::shared_address(&empty[use % kStages]);
+  }
+  __device__ __forceinline__ uint32_t phase(uint32_t use) const { return use / kStages & 1; }
+  __device__ __forceinline__ void leave(uint32_t use) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(ptx::shared_address(&empty[use % kStages]));
+    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty_of(use));
   }
   // Until the stage's last use is over; at once where there was none.
-  __device__ __forceinline__ void wait_empty(int32_t use) const {
-    ptx::barrier_wait(ptx::shared_address(&empty[use % kStages]), phase(use) ^ 1);
+  __device__ __forceinline__ void wait_empty(uint32_t use) const {
+    ptx::barrier_wait(empty_of(use), phase(use) ^ 1);
   }
 };
 
@@ -93,14 +96,15 @@ struct ForwardShared {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
-  TileState<T> tiles[2];     // by turns
-  Ring<2> states;            // of them
-  Ring<kConsumers> queries;  // Q of each consumer
+  static constexpr int kTiles = 3;
+  TileState<T> tiles[kTiles];   // in turn: the one in progress, the next, and the one after that
+  Ring<kTiles> states;          // of them
+  Ring<1> queries[kConsumers];  // the place of each one's Q
   Ring<kStages> keys, values;
 
-  __device__ __forceinline__ void init() {
-    states.init(4 * kConsumers);
-    queries.init(4);
+  __device__ __forceinline__ void init(int loaders) {
+    states.init(4 * kConsumers + loaders);
+    for (auto& ring : queries) ring.init(4);
     keys.init(4 * kConsumers);
     values.init(4 * kConsumers);
     ptx::fence_barriers();
@@ -128,15 +132,15 @@ struct Finder {
   }
 
   __device__ __forceinline__ void run() const {
-    int32_t round = 0;
+    uint32_t round = 0;
     for (uint32_t number = blockIdx.x; number < all.count; number = next(number)) {
       shared.states.wait_empty(round);
-      Tile& tile = shared.tiles[round % 2];
+      Tile& tile = shared.tiles[round % C::Shared::kTiles];
       tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count});
       if (tile.template prepare<C>(anew(p))) ptx::barrier_arrive(shared.states.full_of(round++));
     }
     shared.states.wait_empty(round);
-    shared.tiles[round % 2].done = 1;
+    shared.tiles[round % C::Shared::kTiles].done = 1;
     ptx::barrier_arrive(shared.states.full_of(round));
   }
 };

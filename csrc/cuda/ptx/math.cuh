@@ -24,13 +24,6 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
-// The larger one, NaN if either is.
-__device__ __forceinline__ float max_nan(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
-
 // 1 / x to 1 ulp.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;

@@ -1,0 +1,38 @@
+// Whole tiles within, or outside, the rows' segments (sm_80 and newer).
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/score.cuh"
+
+namespace jax_flash {
+
+// The smallest and the largest of x[0, count), of all lanes; count > 0.
+struct SegmentRange {
+  int32_t lo, hi;
+
+  template <int kMost>
+  __device__ __forceinline__ static SegmentRange of(const int32_t* x, int32_t count) {
+    const int32_t lane = threadIdx.x % 32;
+    SegmentRange range{x[0], x[0]};
+#pragma unroll
+    for (int i = 0; i < kMost; i += 32) {
+      const int32_t segment = x[min(i + lane, count - 1)];
+      range.lo = min(range.lo, segment), range.hi = max(range.hi, segment);
+    }
+    return {__reduce_min_sync(~0u, range.lo), __reduce_max_sync(~0u, range.hi)};
+  }
+};
+
+// Of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes call it.
+template <class S>
+__device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOperands& operands,
+                                                const Band& band, int32_t row, int32_t key) {
+  if (!p.q_segment_ids || row >= band.q_len || key >= band.k_len) return InSegment::kAll;
+  const auto rows = SegmentRange::of<8 * S::kSlots>(operands.q_segments + row, band.q_len - row);
+  const auto keys = SegmentRange::of<8 * S::kColumnTiles>(operands.kv_segments + key, band.k_len - key);
+  if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
+  return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
+}
+
+}  // namespace jax_flash
