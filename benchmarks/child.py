@@ -35,7 +35,7 @@ class Child:
         self._process.join()
 
     def call(self, case: Case, pass_: str) -> Callable[[], float]:
-        """Prepares the call there; each call of the result is one burst of it."""
+        """Prepares the call there; each call of the result is the median of one burst of it."""
         self._ask("prepare", case, pass_)
         return lambda: self._ask("burst", case, pass_)
 
@@ -64,7 +64,7 @@ def _serve(pipe: Any, cores: list[int]) -> None:
 def _answer(calls: dict[Any, Any], what: str, case: Case, pass_: str) -> Any:
     import jax
 
-    from . import peers
+    from . import measure, peers
     from .cases import make_inputs
 
     if what == "growth":
@@ -80,11 +80,12 @@ def _answer(calls: dict[Any, Any], what: str, case: Case, pass_: str) -> Any:
     start = time.perf_counter()
     while time.perf_counter() - start < SETTLE:
         jax.block_until_ready(call(*argument))
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < BURST:
+    times = []
+    while sum(times) < BURST:
+        start = time.perf_counter()
         jax.block_until_ready(call(*argument))
-        count += 1
-    return (time.perf_counter() - start) / count
+        times.append(time.perf_counter() - start)
+    return measure.median(times)
 
 
 def _growth(compiled: Any, arguments: Any) -> int:
