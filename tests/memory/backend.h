@@ -18,7 +18,17 @@ int32_t width(int32_t any);                             // a head dim that it ta
 bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at every run
 
 // The kernels behind one row of csrc/kernels.def.
-enum class Variant { kPlain, kGeneral, kDropout, kDeterministic, kGeneralDeterministic, kFloat8, kCut };
+enum class Variant {
+  kPlain,
+  kGeneral,
+  kDropout,  // alone
+  kAll,      // general, with dropout
+  kDeterministic,
+  kGeneralDeterministic,
+  kFloat8,
+  kCut,  // decode whose parts another kernel joins
+  kFloat8Cut
+};
 
 // What a case has to be for a kernel to run it.
 struct Aim {
@@ -28,7 +38,11 @@ struct Aim {
   int32_t block_m;
   Variant variant;
 
-  bool plain() const { return variant == Variant::kPlain || variant == Variant::kDeterministic; }
+  bool plain() const {
+    return variant == Variant::kPlain || variant == Variant::kDropout || variant == Variant::kDeterministic;
+  }
+  bool dropout() const { return variant == Variant::kDropout || variant == Variant::kAll; }
+  bool float8() const { return variant == Variant::kFloat8 || variant == Variant::kFloat8Cut; }
   bool deterministic() const {
     return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic;
   }

@@ -111,7 +111,6 @@ class Case : RandomCase {
   void aim_options() {
     AttentionSpec& s = p_.spec;
     const auto bit = [](Operand operand) { return 1 << static_cast<int32_t>(operand); };
-    const bool dropout = aim_->variant == backend::Variant::kDropout;
     s.deterministic = aim_->deterministic();
     if (aim_->plain()) {
       s.softcap = 0;
@@ -119,11 +118,11 @@ class Case : RandomCase {
       for (Operand general : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias,
                               Operand::kAlibiSlopes})
         s.operands &= ~bit(general);
-    } else if (!dropout) {
+    } else {
       s.softcap = 3.0f;
     }
     if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
-    if (dropout) s.operands |= bit(Operand::kDropout);
+    if (aim_->dropout()) s.operands |= bit(Operand::kDropout);
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
     if (!backend::takes(*aim_, p_)) {  // a bias and several leading dimensions are not for all

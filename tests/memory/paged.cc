@@ -78,11 +78,11 @@ class AttentionCase : PoolCase {
   // What the kernel aimed at takes, and some of it.
   void aim_sizes() {
     dtype_ = aim_->dtype;
-    pool_dtype_ = aim_->variant == backend::Variant::kFloat8 ? DType::kF8E4M3 : dtype_;
+    pool_dtype_ = aim_->float8() ? DType::kF8E4M3 : dtype_;
     batch_ = std::max(batch_, 1);
     head_dim_ = width_within(aim_->head_dim);
     value_dim_ = width_within(aim_->value_dim);
-    if (aim_->variant == backend::Variant::kCut) {  // keys of two tiles
+    if (aim_->pass == Pass::kDecode) {  // keys of two tiles
       page_size_ = std::max(page_size_, 40);
       table_ = std::max(table_, 2);
     }
@@ -99,8 +99,11 @@ class AttentionCase : PoolCase {
       p_.q_rows = std::min(p_.q_rows, 4);
       p_.heads = kv_heads_ * static_cast<int32_t>(aim_->block_m > 8 ? integer(9, 16) : integer(1, 8));
     }
-    if (!backend::takes(*aim_, p_)) {  // several leading dimensions and pages of any size are not for all
+    if (!backend::takes(*aim_,
+                        p_)) {  // several leading dimensions, pages and head dims of any size are not for all
       p_.leading = leading_ = {};
+      p_.head_dim = head_dim_ = aim_->head_dim;
+      p_.value_dim = value_dim_ = aim_->value_dim;
       p_.page_size = page_size_ = (page_size_ + 7) / 8 * 8;
       p_.k_rows = capacity();
     }

@@ -5,13 +5,14 @@
 namespace jax_flash::backend {
 namespace {
 
-constexpr const char* kVariantNames[] = {
-    "plain", "general", "dropout", "deterministic", "general deterministic", "float8", "cut"};
+constexpr const char* kVariantNames[] = {"plain",  "general",       "dropout",
+                                         "all",    "deterministic", "general deterministic",
+                                         "float8", "cut",           "float8 cut"};
 
 std::vector<Variant> variants_of(Pass pass) {
   switch (pass) {
     case Pass::kForward:
-      return {Variant::kPlain, Variant::kGeneral, Variant::kDropout};
+      return {Variant::kPlain, Variant::kGeneral, Variant::kDropout, Variant::kAll};
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kBiasGradient:
@@ -19,7 +20,7 @@ std::vector<Variant> variants_of(Pass pass) {
     case Pass::kPagedForward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
     case Pass::kDecode:
-      return {Variant::kCut};  // the same kernel as without, and the one that joins the parts
+      return {Variant::kCut, Variant::kFloat8Cut};  // the same kernels as without, and those that join parts
   }
   return {};
 }
@@ -28,19 +29,23 @@ DType dtype_of(const KernelRow& row) {
   return row.takes(DType::kF16) ? DType::kF16 : row.takes(DType::kBF16) ? DType::kBF16 : DType::kF32;
 }
 
+Aim aim_at(const KernelRow& row, Variant variant) {
+  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
+}
+
 // A call that this kernel of the row runs, if there is one.
 Problem example(const KernelRow& row, Variant variant) {
   Problem p{};
   AttentionSpec& s = p.spec;
   const auto add = [&](Operand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
-  const bool plain = variant == Variant::kPlain || variant == Variant::kDeterministic;
+  const Aim aim = aim_at(row, variant);
   s.left = s.right = kUnlimited;
   s.scale = 1;
-  if (!plain && row.pass != Pass::kDecode) s.softcap = 3;
-  if (variant == Variant::kDropout) add(Operand::kDropout);
+  if (!aim.plain() && row.pass != Pass::kDecode) s.softcap = 3;
+  if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient) add(Operand::kBias);
-  p.dtype = p.kv_dtype = dtype_of(row);
-  if (variant == Variant::kFloat8) p.kv_dtype = DType::kF8E4M3;
+  p.dtype = p.kv_dtype = aim.dtype;
+  if (aim.float8()) p.kv_dtype = DType::kF8E4M3;
   p.batch = p.kv_heads = 1;
   p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
@@ -61,10 +66,15 @@ bool exists(const KernelRow& row, Variant variant, Device device) {
   return plan(pass, p.spec, shapes_of(p), device, {&row, 1}).kernel == 0;
 }
 
+bool has_general_score(const Problem& p) {
+  return p.q_segment_ids || p.mask || p.bias || p.alibi_slopes || p.spec.softcap > 0 || !(p.spec.scale > 0);
+}
+
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   switch (pass) {
     case Pass::kForward:
-      return !plan.general ? Variant::kPlain : p.dropout ? Variant::kDropout : Variant::kGeneral;
+      if (!p.dropout) return plan.general ? Variant::kGeneral : Variant::kPlain;
+      return has_general_score(p) ? Variant::kAll : Variant::kDropout;
     case Pass::kBackward:
       if (p.spec.deterministic)
         return plan.general ? Variant::kGeneralDeterministic : Variant::kDeterministic;
@@ -75,7 +85,8 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (p.kv_dtype != p.dtype) return Variant::kFloat8;
       return plan.general ? Variant::kGeneral : Variant::kPlain;
     case Pass::kDecode:
-      return plan.decode.memory >= 0 ? Variant::kCut : Variant::kPlain;
+      if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
+      return p.kv_dtype != p.dtype ? Variant::kFloat8Cut : Variant::kCut;
   }
   return Variant::kPlain;
 }
@@ -98,8 +109,7 @@ std::optional<Aim> Reach::aim(int64_t turn, std::initializer_list<Pass> passes) 
   const auto [kernel, variant] = kernels_[static_cast<size_t>(turn - (turn + 1) / 4) % kernels_.size()];
   had_turn_.emplace(kernel, variant);
   aimed_ = kernel;
-  const KernelRow& row = rows_[kernel];
-  return Aim{row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
+  return aim_at(rows_[kernel], variant);
 }
 
 void Reach::note(const LaunchPlan& plan, int32_t kernel, const Problem& problem) {
