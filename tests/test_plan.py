@@ -207,13 +207,35 @@ def test_the_plan_in_words():
     )
 
 
+def arch(**options: Any) -> str:
+    return plan(**options)["row"]["arch"]
+
+
 def test_hopper_has_a_forward_of_its_own():
-    arch = lambda **options: plan(**options)["row"]["arch"]  # noqa: E731
-    for d in (64, 128, 256):
-        assert arch(d=d, dv=d) == arch(d=d, dv=d, dtype="float16", varlen=True, leading=3) == "sm90"
-        assert arch(d=d, dv=d, softcap=3.0) == arch(d=d, dv=d, operands=operand_bits(("dropout",))) == "sm90"
-        assert arch(d=d, dv=d, dtype="float32") == arch(d=d, dv=d, device=A100) == "sm80"
+    for d, dv in HEAD_DIMS:
+        assert arch(d=d, dv=dv) == arch(d=d, dv=dv, dtype="float16", varlen=True, leading=3) == "sm90"
+        for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids"):
+            assert arch(d=d, dv=dv, operands=operand_bits((name,))) == "sm90"
+        assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
     assert arch(pass_="backward") == "sm80"
+
+
+def test_hopper_copies_pages_by_groups_of_eight_rows():
+    pages = {"paged": True, "d": 128, "dv": 128}
+    assert arch(page_size=8, **pages) == arch(page_size=48, **pages) == arch(page_size=1024, **pages) == "sm90"
+    assert arch(page_size=4, **pages) == arch(page_size=12, **pages) == "sm80"
+    assert arch(page_size=16, float8=True, **pages) == "sm80"
+
+
+def test_three_consumers_have_no_registers_for_a_general_score():
+    assert tile(plan(d=64, dv=64))[0] == 192
+    assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 128
+
+
+def test_blocks_that_stay_count_tiles_of_unequal_length():
+    assert plan(d=128, dv=128, batch=9, q_rows=1024)["workspace"] == 0
+    assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # the last tile of a head is shorter
+    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 multiprocessors
 
 
 COMMAND = ["plan", "--batch", "2", "--seqlen", "4096", "--heads", "16", "--head-dim", "128"]

@@ -46,6 +46,8 @@ struct ForwardSm90 {
   using Keys = KeySource<ForwardSm90>;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers>;
   static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
+  static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
+                                      kHopperStateBytes);
 };
 
 // A consumer's registers and its place in the rings; one tile of queries after the other.
@@ -264,8 +266,7 @@ struct Consumer {
       if (uniform(tile->done)) return;
       softmax = OnlineSoftmax<S::kSlots>(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
       o.clear();
-      const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)},
-                     own = own_tiles().empty() ? Interval{0, 0} : tiles;
+      const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)}, own = own_tiles();
       if (own.empty()) {
         stand_by(tiles.size());
         shared.queries[group].leave(round);

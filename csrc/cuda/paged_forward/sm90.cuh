@@ -65,7 +65,9 @@ class PagedKeys {
   }
   // Of the tile whose key was loaded last, or before that.
   __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t n) const {
-    load<typename C::VTile, false>(tile, barrier, maps.value, p.value, n == last_tile ? last : before);
+    const bool newest = n == last_tile;
+    const PageSlot slot{newest ? last.page : before.page, newest ? last.slot : before.slot};
+    load<typename C::VTile, false>(tile, barrier, maps.value, p.value, slot);
   }
 
  private:
@@ -81,7 +83,7 @@ class PagedKeys {
 
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
-                                       const View& view, const PageSlot& slot) const {
+                                       const View& view, PageSlot slot) const {
     if (threadIdx.x == 32) ptx::barrier_expect(barrier, Tile::kBytes);
     const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32 - 1;
     for (int32_t lane = warp; lane * maps.box < C::kN; lane += kWarps) {
