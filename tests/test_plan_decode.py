@@ -35,8 +35,8 @@ def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
     "options",
     [
         {"q_rows": 17},
-        {"dtype": "float32"},
-        {"float8": True},
+        {"dtype": "float32", "float8": True},
+        {"float8": True, "d": 72, "dv": 72},
         {"varlen": True},
         {"operands": operand_bits(("bias",))},
     ],
@@ -44,6 +44,14 @@ def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
 )
 def test_what_decode_lacks_takes_the_forward_over_pages(options):
     assert plan(**options)["row"]["pass"] == "paged_forward"
+
+
+def test_other_pools_decode_as_well():
+    chosen = plan(dtype="float32", d=96, dv=96)["row"]
+    assert (chosen["pass"], chosen["d"]) == ("decode", 96)
+    for d, row in ((128, 128), (96, 128), (32, 64)):  # of float8, rows of 64 features
+        chosen = plan(float8=True, d=d, dv=d)["row"]
+        assert (chosen["pass"], chosen["d"]) == ("decode", row)
 
 
 def test_packed_sequences_of_few_rows_decode_beside_the_others():

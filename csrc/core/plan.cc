@@ -51,13 +51,16 @@ int64_t shared_memory(const KernelRow& row, DType dtype) {
   return shared_elements(row) * element_size(dtype) + others;
 }
 
-bool is_general(const AttentionSpec& spec) {
-  for (Operand operand :
-       {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes, Operand::kDropout}) {
+bool is_general_without_dropout(const AttentionSpec& spec) {
+  for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes}) {
     if (spec.has(operand)) return true;
   }
   // The plain kernel takes the row maximum before it scales, which wants a positive scale.
   return spec.softcap > 0 || !(spec.scale > 0);
+}
+
+bool is_general(const AttentionSpec& spec) {
+  return spec.has(Operand::kDropout) || is_general_without_dropout(spec);
 }
 
 // The sm90 family: the copy engine's tensor maps have room for one leading dimension, and its boxes are of
@@ -69,11 +72,17 @@ bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shape
          (row.warps <= 12 || !is_general(spec));
 }
 
+// Of float8 a decode kernel copies and multiplies 64 features at a time.
+bool takes_pool(const KernelRow& row, Pass pass, const Shapes& shapes) {
+  return pass != Pass::kDecode || shapes.kv_dtype == shapes.dtype ||
+         (row.head_dim % 64 == 0 && row.value_dim % 64 == 0);
+}
+
 bool runs(const KernelRow& row, Pass pass, const AttentionSpec& spec, const Shapes& shapes,
           const Device& device) {
   return serves(row, spec, shapes) && row.pass == pass && row.takes(shapes.dtype) &&
          row.head_dim >= shapes.head_dim && row.value_dim >= shapes.value_dim && covers(row, device) &&
-         shared_memory(row, shapes.dtype) <= device.shared_memory;
+         takes_pool(row, pass, shapes) && shared_memory(row, shapes.dtype) <= device.shared_memory;
 }
 
 // The newest family, then the least padding; the table's order decides among equals.
@@ -95,7 +104,9 @@ bool decodes(const AttentionSpec& spec, const Shapes& s) {
   for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
     if (spec.has(operand)) return false;
   }
-  if (spec.layout == Layout::kVarlen || s.dtype == DType::kF32 || s.kv_dtype != s.dtype) return false;
+  if (spec.layout == Layout::kVarlen) return false;
+  // Rows of float8 are copied 16 bytes at a time.
+  if (s.kv_dtype != s.dtype && (s.dtype == DType::kF32 || s.head_dim % 16 || s.value_dim % 16)) return false;
   const int64_t rows = rows_of_group(spec, s), entries = s.leading * s.batch;
   return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kDecodeRows : kDecodeChunk) && 0 < entries &&
          entries <= std::numeric_limits<int32_t>::max();
@@ -276,6 +287,7 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
                 std::span<const KernelRow> built) {
   LaunchPlan result;
   result.general = is_general(spec);
+  result.dropout_alone = result.general && !is_general_without_dropout(spec);
   const auto choose = [&](Pass wanted) {
     const KernelRow* row = nullptr;
     for (const KernelRow& candidate : built) {

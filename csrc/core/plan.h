@@ -76,8 +76,9 @@ struct DecodeGrid {
 // or, where that has to be repeatable, leave it to a kernel over query tiles; the bias gradient over the
 // tiles of dbias (its blocks are those of `queries`).
 struct LaunchPlan {
-  int32_t kernel = -1;   // index into the built rows; -1: `error` says why none runs
-  bool general = false;  // bias, masks, softcap, alibi or dropout: the kernel with all of them
+  int32_t kernel = -1;         // index into the built rows; -1: `error` says why none runs
+  bool general = false;        // bias, masks, softcap, alibi or dropout: the kernel with all of them
+  bool dropout_alone = false;  // of these
   TileGrid queries, keys;
   DecodeGrid decode;
   int32_t decode_kernel =

@@ -12,23 +12,65 @@
 namespace jax_flash {
 
 // Where a ring's tiles come from: rows that lie side by side, those from `end` on read as zeros. The
-// references are to shared memory.
-template <class T>
-struct RowSource {
-  const GlobalRows<const T>&first, &second;
-  const int32_t& end;
+// references are to shared memory. Pairs of tiles are asked for in order, the first before the second.
+// kRunning: what a thread copies next is kept in registers, of which plain kernels have none.
+template <class T, bool kRunning = false>
+class RowSource {
+ public:
+  __device__ __forceinline__ RowSource(const GlobalRows<const T>& first, const GlobalRows<const T>& second,
+                                       const int32_t& end)
+      : first_(first), second_(second), end_(end) {}
 
   template <class Tile, int kThreads>
-  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
-    load_tile<Tile, kThreads>(shared, first, n * Tile::kRows, end);
+  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) {
+    load<Tile, kThreads>(shared, first_, n, next_first_);
   }
   template <class Tile, int kThreads>
-  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) const {
-    load_tile<Tile, kThreads>(shared, second, n * Tile::kRows, end);
+  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) {
+    load<Tile, kThreads>(shared, second_, n, next_second_);
+    left_ -= Tile::kRows;
   }
   // Called by all threads before tiles [n, n + kStages) are loaded, and a barrier before tile n is.
-  __device__ __forceinline__ void start(int32_t) const {}
+  template <class First, class Second, int kThreads>
+  __device__ __forceinline__ void start(int32_t n) {
+    using Share = ThreadShare<First, kThreads>;
+    static_assert(First::kPanel == Second::kPanel && First::kRows == Second::kRows);
+    if constexpr (kRunning) {
+      const int32_t row = n * First::kRows + Share::row();
+      next_first_ = begin<First, kThreads>(first_, row), next_second_ = begin<Second, kThreads>(second_, row);
+      left_ = end_ - row;
+      // Through a shuffle, or the compiler would compute it anew at every tile.
+      place_ = __shfl_sync(~0u, Share::place(), threadIdx.x % 32);
+    }
+  }
   __device__ __forceinline__ void look_ahead(int32_t) const {}
+
+ private:
+  template <class Tile, int kThreads>
+  __device__ __forceinline__ static const T* begin(const GlobalRows<const T>& rows, int32_t row) {
+    const uint64_t offset = uint64_t{static_cast<uint32_t>(row)} * static_cast<uint32_t>(rows.stride);
+    return rows.data + offset + ThreadShare<Tile, kThreads>::chunk() * kChunk<T>;
+  }
+  template <class Tile, int kThreads>
+  __device__ __forceinline__ void load(uint32_t shared, const GlobalRows<const T>& rows, int32_t n,
+                                       const T*& next) const {
+    using Share = ThreadShare<Tile, kThreads>;
+    const auto stride = static_cast<uint32_t>(rows.stride);
+    const int32_t first_row = n * Tile::kRows + Share::row(), left = kRunning ? left_ : end_ - first_row;
+    const T* row = kRunning ? next : begin<Tile, kThreads>(rows, first_row);
+    Share::load(shared, kRunning ? place_ : Share::place(), rows.columns, [&](int r) {
+      const typename Share::Row own{row, r < left};
+      row += uint64_t{stride} * Share::kStep;
+      return own;
+    });
+    if (kRunning) next += uint64_t{stride} * Tile::kRows;
+  }
+
+  const GlobalRows<const T>&first_, &second_;
+  const int32_t& end_;
+  const T *next_first_ = nullptr, *next_second_ = nullptr;
+  int32_t left_ = 0;  // rows of the next pair from the thread's own to the end
+  uint32_t place_ = 0;
 };
 
 template <int kStages, int kThreads, class First, class Second, class Source>
@@ -41,7 +83,7 @@ class TileRing {
 
   // Joins the first group: what the caller loaded before (Q) arrives with the first tile.
   __device__ __forceinline__ void start() {
-    source_.start(tiles_.lo);
+    source_.template start<First, Second, kThreads>(tiles_.lo);
     if constexpr (kStages == 1) fill_first(tiles_.lo);
     for (int i = 0; i + 1 < kStages; ++i) fill(tiles_.lo + i);
   }
@@ -109,7 +151,7 @@ class TileRing<0, kThreads, First, Second, Source> {
   __device__ __forceinline__ TileRing(uint32_t shared, const Source& source, const Interval& tiles)
       : shared_(shared), source_(source), first_(tiles.lo) {}
 
-  __device__ __forceinline__ void start() { source_.start(first_); }
+  __device__ __forceinline__ void start() { source_.template start<First, Second, kThreads>(first_); }
   __device__ __forceinline__ uint32_t wait_first(int32_t n) {
     source_.look_ahead(n);
     return in_turn([&] { source_.template load_first<First, kThreads>(shared_, n); });

@@ -9,8 +9,10 @@
 #include "core/float8.h"
 #include "core/paging.h"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/float8.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/copy.cuh"
 #include "cuda/tile/shared_tile.cuh"
 #include "cuda/work.cuh"
 
@@ -30,6 +32,8 @@ struct GlobalPages {
   __device__ __forceinline__ int64_t offset(PageSlot s) const {
     return s.page >= 0 ? s.page * page + s.slot * slot : s.page;
   }
+  // The same as a KeyAddress. Keys outside the pool are NaN, values there zeros.
+  __device__ __forceinline__ uint64_t address(PageSlot s, bool nan_if_missing) const;
 };
 
 template <class Pool>
@@ -39,31 +43,52 @@ __device__ __forceinline__ GlobalPages<Pool> pages_of(const Problem& p, const Vi
   return {pool.as<const Pool>() + first, pool.batch, pool.row, columns};
 }
 
+// What the stored keys or values of a KV head are to be multiplied by.
+__device__ __forceinline__ float scale_of_pool(const Problem& p, const View& scale, int64_t leading,
+                                               int32_t kv_head) {
+  if (!scale) return 1;
+  return scale.as<const float>()[scale.leading_offset(p.leading, leading) + kv_head * scale.head];
+}
+
 // What keys outside the pool are: NaN in every dtype.
 static __device__ const uint4 kNanChunk = {0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu};
 
-// Where a key and its value begin, as offsets in the pools; or kMissingPage, kNoPage.
-struct KeyOffsets {
-  int64_t key, value;
-};
-
-// Starts the copy of the rows at `offsets`. Past the keys and, of values, outside the pool they are zeros.
-template <class Tile, int kThreads, bool kNanIfMissing>
-__device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<typename Tile::Element>& from,
-                                           const KeyOffsets* offsets, int64_t KeyOffsets::* which) {
-  using T = typename Tile::Element;
-  constexpr int kTotal = Tile::kRows * Tile::kChunks;
-#pragma unroll
-  for (int i = 0; i < kTotal; i += kThreads) {
-    const int at = i + static_cast<int>(threadIdx.x);
-    const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    if (kTotal % kThreads != 0 && at >= kTotal) continue;
-    const int64_t offset = offsets[row].*which;
-    const bool found = offset >= 0, used = found || (kNanIfMissing && offset == kMissingPage);
-    const void* source =
-        found ? static_cast<const void*>(from.data + offset + chunk * kChunk<T>) : &kNanChunk;
-    ptx::cp_async_16(shared + Tile::offset(row, chunk), source, used && chunk * kChunk<T> < from.columns);
+// A row of such: as many bytes as any head has.
+struct NanRow {
+  alignas(16) uint32_t words[256];
+  constexpr NanRow() : words() {
+    for (uint32_t& word : words) word = 0x7FFF7FFFu;
   }
+};
+static __device__ const NanRow kNanRow;
+
+// Where a key and its value begin. Those that are not read, and are zeros, have the sign bit set.
+struct KeyAddress {
+  uint64_t key, value;
+};
+inline constexpr uint64_t kUnread = uint64_t{1} << 63;
+
+__device__ __forceinline__ bool is_read(uint64_t address) { return static_cast<int64_t>(address) >= 0; }
+
+template <class Pool>
+__device__ __forceinline__ uint64_t GlobalPages<Pool>::address(PageSlot s, bool nan_if_missing) const {
+  if (s.page >= 0) return reinterpret_cast<uint64_t>(data + offset(s));
+  if (s.page == kMissingPage && nan_if_missing) return reinterpret_cast<uint64_t>(&kNanRow);
+  return kUnread;
+}
+
+// Starts the copy of the rows at `addresses`.
+template <class Tile, int kThreads>
+__device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<typename Tile::Element>& from,
+                                           const KeyAddress* addresses, uint64_t KeyAddress::* which) {
+  using T = typename Tile::Element;
+  using Share = ThreadShare<Tile, kThreads>;
+  const KeyAddress* const own = addresses + Share::row();
+  const int column = Share::chunk() * kChunk<T>;
+  Share::load(shared, Share::place(), from.columns, [&](int r) {
+    const uint64_t address = own[r].*which;
+    return typename Share::Row{reinterpret_cast<const T*>(address) + column, is_read(address)};
+  });
 }
 
 // As many float8 as there are T in a chunk.
@@ -85,8 +110,8 @@ struct Float8Chunk {
   }
   __device__ __forceinline__ uint4 wide() const {
     if constexpr (sizeof(T) == 2) {
-      return {ptx::pack<T>(at(0), at(1)), ptx::pack<T>(at(2), at(3)), ptx::pack<T>(at(4), at(5)),
-              ptx::pack<T>(at(6), at(7))};
+      return {ptx::widen_float8<T>(words[0]), ptx::widen_float8<T>(words[0] >> 16),
+              ptx::widen_float8<T>(words[1]), ptx::widen_float8<T>(words[1] >> 16)};
     } else {
       return {__float_as_uint(at(0)), __float_as_uint(at(1)), __float_as_uint(at(2)), __float_as_uint(at(3))};
     }
@@ -94,20 +119,20 @@ struct Float8Chunk {
 };
 
 // The same of float8, which is widened in registers: all loads first, then all stores.
-template <class Tile, int kThreads, bool kNanIfMissing>
+template <class Tile, int kThreads>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
-                                           const KeyOffsets* offsets, int64_t KeyOffsets::* which) {
+                                           const KeyAddress* addresses, uint64_t KeyAddress::* which) {
   using T = typename Tile::Element;
   constexpr int kTotal = Tile::kRows * Tile::kChunks, kSteps = (kTotal + kThreads - 1) / kThreads;
-  constexpr uint32_t kNans = 0x7F7F7F7Fu;
   Float8Chunk<T> chunks[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int at = i * kThreads + static_cast<int>(threadIdx.x);
     const int row = at / Tile::kChunks, column = at % Tile::kChunks * kChunk<T>;
-    const int64_t offset = at < kTotal ? offsets[row].*which : kNoPage;
-    chunks[i].fill(kNanIfMissing && offset == kMissingPage && column < from.columns ? kNans : 0);
-    if (offset >= 0 && column < from.columns) chunks[i].read(from.data + offset + column);
+    const uint64_t address = at < kTotal ? addresses[row].*which : kUnread;
+    chunks[i].fill(0);
+    if (is_read(address) && column < from.columns)
+      chunks[i].read(reinterpret_cast<const uint8_t*>(address) + column);
   }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
@@ -119,24 +144,25 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
 
 template <class T, class Pool, int kRows, int kStages>
 struct PageSource {
-  using Offsets = KeyOffsets[kStages + 1][kRows];  // of tile n at n % (kStages + 1)
+  using Addresses = KeyAddress[kStages + 1][kRows];  // of tile n at n % (kStages + 1)
 
   const GlobalPages<Pool>&key, &value;
   const PageTable& table;
   const int32_t& end;  // keys of the sequence
-  Offsets& offsets;
+  Addresses& addresses;
   PageSlot next = {kNoPage, 0};
 
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
     static_assert(Tile::kRows == kRows);
-    load_pages<Tile, kThreads, true>(shared, key, offsets[n % (kStages + 1)], &KeyOffsets::key);
+    load_pages<Tile, kThreads>(shared, key, addresses[n % (kStages + 1)], &KeyAddress::key);
   }
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) const {
-    load_pages<Tile, kThreads, false>(shared, value, offsets[n % (kStages + 1)], &KeyOffsets::value);
+    load_pages<Tile, kThreads>(shared, value, addresses[n % (kStages + 1)], &KeyAddress::value);
   }
 
+  template <class, class, int>
   __device__ __forceinline__ void start(int32_t n) {
     for (int i = 0; i < kStages; ++i) put(n + i, find(n + i));
     next = find(n + kStages);
@@ -149,7 +175,8 @@ struct PageSource {
 
  private:
   __device__ __forceinline__ void put(int32_t n, PageSlot slot) const {
-    if (threadIdx.x < kRows) offsets[n % (kStages + 1)][threadIdx.x] = {key.offset(slot), value.offset(slot)};
+    if (threadIdx.x < kRows)
+      addresses[n % (kStages + 1)][threadIdx.x] = {key.address(slot, true), value.address(slot, false)};
   }
   __device__ __forceinline__ PageSlot find(int32_t n) const {
     const int64_t key_index = int64_t{n} * kRows + threadIdx.x;

@@ -13,6 +13,7 @@
 #include "core/score.h"
 #include "cuda/ptx/math.cuh"
 #include "cuda/tile/accumulator.cuh"
+#include "cuda/tile/operands.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
@@ -39,8 +40,9 @@ __device__ __forceinline__ float tanh_polynomial(float x) {
   return fmaf(x * square, fmaf(p, square, -3.332867026e-1f), x);
 }
 
-// What a kernel of the forward does to scores, beside the scale and the band.
-enum class ScoreKind { kPlain, kGeneral, kDropout };  // nothing; whatever the call has, but for dropout; all
+// What a kernel of the forward does to scores, beside the scale and the band: nothing, whatever the call has
+// but for dropout, all, or dropout alone.
+enum class ScoreKind { kPlain, kGeneral, kDropout, kDropoutAlone };
 
 // Keys of a tile that are of a row's own segment: of all rows alike, or not known.
 enum class InSegment { kAll, kNone, kSome };
@@ -114,6 +116,41 @@ struct KeptElements {
   }
 };
 
+// Dropout's numbers for four column tiles, of a dealt S: two neighbours in a word.
+template <class S>
+struct KeptNumbers {
+  uint32_t word[S::kSlots][4];
+  uint32_t threshold, low;  // what the lower 15 bits have to reach, in both halves; ~0: the top bit is enough
+
+  // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
+  __device__ __forceinline__ uint32_t halves(int slot, int n) const {
+    constexpr uint32_t kTop = 0x80008000u;
+    const uint32_t x = word[slot][n % 4], reached = (x | kTop) - threshold;
+    return ptx::signs_of_halves((x & reached) | (low & (x | reached)));
+  }
+};
+
+// P where dropout keeps it, rounded on the way.
+template <class T, class S>
+struct DroppedA {
+  static constexpr bool kInRegisters = true;
+  const S& s;
+  const KeptNumbers<S>& numbers;
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    RegistersA<T, S>{s}.load(a, m, k);
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] &= numbers.halves(2 * m + i % 2, 2 * k + i / 2);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t halves = numbers.halves(2 * m + i % 2, k);
+        a[i] &= i / 2 ? ptx::sign_of_high(halves) : ptx::sign_of_low(halves);
+      }
+    }
+  }
+};
+
 // 8 neighbours of a 16-bit bias for every row and 32 columns of a thread.
 template <class S>
 struct BiasChunks {
@@ -133,6 +170,11 @@ class GeneralScore {
   __device__ __forceinline__ GeneralScore(const Problem& problem, const ScoreOperands& score_operands,
                                           const Band& visible)
       : p(problem), operands(score_operands), band(visible) {}
+
+  // What is left to the softmax: the factor that turns the forward's scores into powers of two.
+  __device__ __forceinline__ float unit() const {
+    return kLog2e * (p.spec.softcap > 0 ? p.spec.softcap : p.spec.scale > 0 ? p.spec.scale : 1.0f);
+  }
 
   // What apply() will add, on its way while S is made. S is dealt.
   template <class S>
@@ -165,8 +207,58 @@ class GeneralScore {
       const float scale = p.spec.scale * kLog2e;
       for_each(s, [&](float& x, int, int, int) { x *= scale; });
     }
-    if (p.bias) add_bias(s, row, key, bias);
-    if (p.alibi_slopes) add_alibi(s, row, key);
+    add_and_hide(s, row, key, kLog2e, bias, in_segment);
+  }
+
+  // The same over unit().
+  template <class S>
+  __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key, float unit,
+                                        const BiasChunks<S>& bias) const {
+    if (p.spec.softcap > 0) {
+      const float inner = p.spec.scale / p.spec.softcap;
+      tanh_of(s, inner, [](float& x, float t, int, int, int) { x = t; });
+    } else if (!(p.spec.scale > 0)) {
+      for_each(s, [&](float& x, int, int, int) { x *= p.spec.scale; });
+    }
+    add_and_hide(s, row, key, kLog2e / unit, &bias);
+  }
+
+  // There is dropout.
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
+    if constexpr (S::kColumnTiles % 4 == 0) {
+      if (!odd_shard()) return kept_blocks<S>(row, key);
+    }
+    return kept_one_by_one<S>(row, key);
+  }
+
+  // Whether a shard begins within a block of Philox.
+  __device__ __forceinline__ bool odd_shard() const { return operands.dropout.column % kDropoutBlock != 0; }
+
+  // Elsewhere: the numbers of column tiles n to n + 3 of a dealt S.
+  template <class S>
+  __device__ __forceinline__ void draw(KeptNumbers<S>& numbers, int32_t row, int32_t key, int n) const {
+    const Dropout& dropout = operands.dropout;
+    const uint32_t index = (key + dropout.column) / kDropoutBlock + threadIdx.x % 4 + n;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const PhiloxBlock x = dropout.block(operands.batch, operands.head, row + S::row(slot), index);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) numbers.word[slot][i] = x.word[i];
+    }
+    const uint32_t t = dropout.threshold;
+    numbers.threshold = (t > 0x8000u ? t - 0x8000u : t) * 0x10001u;
+    numbers.low = t > 0x8000u ? 0 : ~0u;
+  }
+
+ private:
+  // S ← S + factor · (bias + alibi), −inf where segments or mask hide the key.
+  template <class S>
+  __device__ __forceinline__ void add_and_hide(S& s, int32_t row, int32_t key, float factor,
+                                               const BiasChunks<S>* bias,
+                                               InSegment in_segment = InSegment::kSome) const {
+    if (p.bias) add_bias(s, row, key, factor, bias);
+    if (p.alibi_slopes) add_alibi(s, row, key, factor);
     if (p.q_segment_ids && in_segment == InSegment::kSome) hide_other_segments(s, row, key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.mask) {
@@ -174,38 +266,6 @@ class GeneralScore {
         if (!seen) x = -INFINITY;
       });
     }
-  }
-
-  // There is dropout. In two parts: the second has no branch that would keep it from running beside a product
-  // that stands before it.
-  template <class S>
-  __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
-    KeptElements<S> result = kept_of_odd_shards<S>(row, key);
-    add_kept_blocks(result, row, key);
-    return result;
-  }
-
-  // Where a shard begins within a block of Philox, all of it.
-  template <class S>
-  __device__ __forceinline__ KeptElements<S> kept_of_odd_shards(int32_t row, int32_t key) const {
-    return whole_blocks<S>() ? KeptElements<S>{} : kept_one_by_one<S>(row, key);
-  }
-
-  // Elsewhere.
-  template <class S>
-  __device__ __forceinline__ void add_kept_blocks(KeptElements<S>& result, int32_t row, int32_t key) const {
-    if constexpr (S::kColumnTiles % 4 == 0) {
-      const KeptElements<S> blocks = kept_blocks<S>(row, key);
-#pragma unroll
-      for (int i = 0; i < KeptElements<S>::kWords; ++i)
-        result.bits[i] = whole_blocks<S>() ? blocks.bits[i] : result.bits[i];
-    }
-  }
-
- private:
-  template <class S>
-  __device__ __forceinline__ bool whole_blocks() const {
-    return S::kColumnTiles % 4 == 0 && operands.dropout.column % kDropoutBlock == 0;
   }
 
   // A lane makes one block for every row and 32 columns: its own 8 neighbours where S is dealt, else those of
@@ -262,15 +322,20 @@ class GeneralScore {
   template <class S>
   __device__ __forceinline__ void cap(S& s, S* gradient) const {
     const float c = p.spec.softcap, inner = p.spec.scale / c, outer = c * kLog2e;
+    tanh_of(s, inner, [&](float& x, float t, int slot, int n, int e) {
+      if (gradient) gradient->at(slot, n, e) *= 1.0f - t * t;
+      x = outer * t;
+    });
+  }
+
+  // f(x, tanh(inner · x), slot, n, e) for every element of this thread.
+  template <class S, class F>
+  __device__ __forceinline__ void tanh_of(S& s, float inner, F f) const {
     auto each = [&](auto tanh) {
-      for_each(s, [&](float& x, int slot, int n, int e) {
-        const float t = tanh(x * inner);
-        if (gradient) gradient->at(slot, n, e) *= 1.0f - t * t;
-        x = outer * t;
-      });
+      for_each(s, [&](float& x, int slot, int n, int e) { f(x, tanh(x * inner), slot, n, e); });
     };
     // The error, times c, is to stay below what 16 bits make of P.
-    if (p.dtype != DType::kF32 && c <= 64) {
+    if (p.dtype != DType::kF32 && p.spec.softcap <= 64) {
       float largest = 0;
       for_each(s, [&](float& x, int, int, int) { largest = fmaxf(largest, fabsf(x)); });
       if (__any_sync(~0u, largest * fabsf(inner) > 1)) {
@@ -305,7 +370,7 @@ class GeneralScore {
   }
 
   template <class T, class S>
-  __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key,
+  __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key, float factor,
                                               const BiasChunks<S>* chunks) const {
     if constexpr (sizeof(T) == 2 && S::kDealt) {
       if (chunks && operands.bias_in_chunks(p)) {
@@ -314,23 +379,23 @@ class GeneralScore {
 #pragma unroll
           for (int n = 0; n < S::kColumnTiles; ++n) {
             const float2 bias = ptx::unpack<T>(chunks->pair(slot, n));
-            s.at(slot, n, 0) = fmaf(bias.x, kLog2e, s.at(slot, n, 0));
-            s.at(slot, n, 1) = fmaf(bias.y, kLog2e, s.at(slot, n, 1));
+            s.at(slot, n, 0) = fmaf(bias.x, factor, s.at(slot, n, 0));
+            s.at(slot, n, 1) = fmaf(bias.y, factor, s.at(slot, n, 1));
           }
         }
         return;
       }
     }
     if constexpr (sizeof(T) == 2 && !S::kDealt) {
-      if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key);
+      if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key, factor);
     }
     for_each_used<T>(s, operands.bias, p.bias, row, key,
-                     [](float& x, T bias) { x = fmaf(static_cast<float>(bias), kLog2e, x); });
+                     [=](float& x, T bias) { x = fmaf(static_cast<float>(bias), factor, x); });
   }
 
   // What is not in use has a bias of 0.
   template <class T, class S>
-  __device__ __forceinline__ void add_bias_pairs(S& s, int32_t row, int32_t key) const {
+  __device__ __forceinline__ void add_bias_pairs(S& s, int32_t row, int32_t key, float factor) const {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int32_t i = row + S::row(slot);
@@ -340,27 +405,27 @@ class GeneralScore {
       for (int n = 0; n < S::kColumnTiles; ++n) {
         const int step = S::column_step(n);
         const float2 bias = ptx::unpack<T>(step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0);
-        s.at(slot, n, 0) = fmaf(bias.x, kLog2e, s.at(slot, n, 0));
-        s.at(slot, n, 1) = fmaf(bias.y, kLog2e, s.at(slot, n, 1));
+        s.at(slot, n, 0) = fmaf(bias.x, factor, s.at(slot, n, 0));
+        s.at(slot, n, 1) = fmaf(bias.y, factor, s.at(slot, n, 1));
       }
     }
   }
 
   template <class S>
-  __device__ __forceinline__ void add_bias(S& s, int32_t row, int32_t key,
+  __device__ __forceinline__ void add_bias(S& s, int32_t row, int32_t key, float factor,
                                            const BiasChunks<S>* chunks) const {
     if (p.bias_dtype == DType::kF32) {
-      add_bias_of<float>(s, row, key, chunks);
+      add_bias_of<float>(s, row, key, factor, chunks);
     } else if (p.bias_dtype == DType::kF16) {
-      add_bias_of<__half>(s, row, key, chunks);
+      add_bias_of<__half>(s, row, key, factor, chunks);
     } else {
-      add_bias_of<__nv_bfloat16>(s, row, key, chunks);
+      add_bias_of<__nv_bfloat16>(s, row, key, factor, chunks);
     }
   }
 
   template <class S>
-  __device__ __forceinline__ void add_alibi(S& s, int32_t row, int32_t key) const {
-    const float slope = operands.slope * kLog2e;
+  __device__ __forceinline__ void add_alibi(S& s, int32_t row, int32_t key, float factor) const {
+    const float slope = operands.slope * factor;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const auto distance = static_cast<float>(band.diagonal(row + S::row(slot)) - key - S::column(0));

@@ -62,9 +62,9 @@ struct Target {
       statistic = (largest + log2f(total)) * kLn2;
     }
     if (factor == 0) o = make_float4(0, 0, 0, 0);
-    const uint32_t low = ptx::pack<T>(o.x * factor, o.y * factor),
-                   high = ptx::pack<T>(o.z * factor, o.w * factor);
-    *reinterpret_cast<uint2*>(p.out.as<T>() + out + feature) = make_uint2(low, high);
+    T* const to = p.out.as<T>() + out + feature;
+    ptx::store_pair(to, o.x * factor, o.y * factor);
+    ptx::store_pair(to + 2, o.z * factor, o.w * factor);
     if (feature == 0) p.lse.as<float>()[lse] = statistic;
   }
 };

@@ -7,22 +7,23 @@
 #include <cstdint>
 
 #include "cuda/decode/schedule.cuh"
+#include "cuda/decode/stored.cuh"
 #include "cuda/load_pages.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::decode {
 
 // Where keys and values of a sequence lie: in pages, or side by side, which is one long page.
-template <class T>
+template <class Stored>
 struct Keys {
-  GlobalPages<T> key, value;
+  GlobalPages<Stored> key, value;
   PageTable table;
   int32_t page;  // without a table
   Interval used;
 
   __device__ __forceinline__ void open(const Problem& p, const Rows& rows, const Entry& entry) {
-    key = pages_of<T>(p, p.key, entry.leading, rows.kv_head, p.head_dim);
-    value = pages_of<T>(p, p.value, entry.leading, rows.kv_head, p.value_dim);
+    key = pages_of<Stored>(p, p.key, entry.leading, rows.kv_head, p.head_dim);
+    value = pages_of<Stored>(p, p.value, entry.leading, rows.kv_head, p.value_dim);
     page = entry.sequence.index;
     used = entry.keys;
     if (p.paged()) table = page_table(p.block_tables, p.leading, entry.leading, page, p.page_size, p.pages);
@@ -37,8 +38,8 @@ struct Keys {
 };
 
 // Starts the copy of 16 rows by one warp; lane l knows the offset of row l % 16, or what it is instead.
-template <class Tile, bool kNanIfMissing, class T>
-__device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<T>& from, PageSlot slot) {
+template <class Tile, bool kNanIfMissing, class Stored>
+__device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<Stored>& from, PageSlot slot) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t own = from.offset(slot);
 #pragma unroll
@@ -47,17 +48,18 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<T>&
     const int64_t offset = __shfl_sync(~0u, own, row);
     const bool used = offset >= 0 || (kNanIfMissing && offset == kMissingPage);
     const void* source =
-        offset >= 0 ? static_cast<const void*>(from.data + offset + chunk * kChunk<T>) : &kNanChunk;
-    ptx::cp_async_16(shared + Tile::offset(row, chunk), source, used && chunk * kChunk<T> < from.columns);
+        offset >= 0 ? static_cast<const void*>(from.data + offset + chunk * kChunk<Stored>) : &kNanChunk;
+    ptx::cp_async_16(shared + Tile::offset(row, chunk), source,
+                     used && chunk * kChunk<Stored> < from.columns);
   }
 }
 
-template <class T, int HeadDim, int ValueDim, int kStages, int kTile>
+template <class Stored, int HeadDim, int ValueDim, int kStages, int kTile>
 class WarpRing {
  public:
   static constexpr int kKeys = 16;
-  using KTile = SharedTile<T, kKeys, HeadDim>;
-  using VTile = SharedTile<T, kKeys, ValueDim>;
+  using KTile = StoredTile<Stored, kKeys, HeadDim>;
+  using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
 
   __device__ __forceinline__ WarpRing(uint32_t shared, const Call& decode, const Rows& column_rows,
@@ -110,7 +112,7 @@ class WarpRing {
   const Rows& rows;
   uint32_t memory;
   Cursor<kTile> ahead;  // of the tile that is copied next
-  Keys<T> keys;
+  Keys<Stored> keys;
   PageSlot next;  // of this lane's key in it
   int stage = 0;
 };

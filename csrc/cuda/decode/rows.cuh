@@ -9,6 +9,8 @@
 
 #include "core/score.h"
 #include "cuda/decode/schedule.cuh"
+#include "cuda/decode/stored.cuh"
+#include "cuda/load_pages.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/movmatrix.cuh"
@@ -30,10 +32,14 @@ __device__ __forceinline__ float column_sum(float x) {
 }
 
 // Of the rows 8 n + 2 (lane % 4) + e, for n < kTiles and e < 2.
-template <class T, class KTile, class VTile, int kTiles>
+template <class T, class Stored, int HeadDim, int ValueDim, int kTiles>
 struct WarpRows {
-  static constexpr int kSteps = KTile::kColumns / 16, kValueTiles = VTile::kColumns / 16;
-  static constexpr int kKeys = KTile::kRows;
+  static constexpr int kKeys = 16;
+  static constexpr int kSteps = HeadDim / kStepK<T>, kValueTiles = ValueDim / 16;
+  static constexpr int kKeySteps = kKeys / kStepK<T>;
+  static constexpr bool kScaled = sizeof(Stored) == 1;  // value = stored · scale
+  using FragmentsK = KeysA<T, StoredTile<Stored, kKeys, HeadDim>, Stored>;
+  using FragmentsV = ValuesA<T, StoredTile<Stored, kKeys, ValueDim>, Stored>;
   static constexpr float kSlack = 8;  // P ≤ 2^kSlack: O is rescaled only where a score exceeds m by more
 
   uint32_t q[kTiles][kSteps][2];     // mma's B
@@ -41,6 +47,8 @@ struct WarpRows {
   float m[kTiles][2], l[kTiles][2];  // a bound on the scores, this lane's share of Σ P
   Interval keys[kTiles][2];          // that the row sees
   Interval common;                   // that all rows in use see
+  float scale;                       // of the products
+  float value_scale = 1;
 
   __device__ __forceinline__ static int row_of(int n, int e) {
     return 8 * n + static_cast<int>(threadIdx.x % 4) * 2 + e;
@@ -55,6 +63,11 @@ struct WarpRows {
       m[n][e] = -INFINITY;
       l[n][e] = 0;
     });
+    scale = p.spec.scale;
+    if constexpr (kScaled) {
+      scale *= scale_of_pool(p, p.k_scale, entry.leading, rows.kv_head);
+      value_scale = scale_of_pool(p, p.v_scale, entry.leading, rows.kv_head);
+    }
     load_queries(p, rows, entry);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -73,15 +86,20 @@ struct WarpRows {
     if (p.alibi_slopes) add_alibi(p, rows, entry, key, s);
     if (key < common.lo || key + kKeys > common.hi) mask(key, s);
     raise(s);  // O ← α O
-    uint32_t b[kTiles][2];
+    uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m)
-    const ColumnsA<VTile, 16> values(v, 0);
+    const FragmentsV values(v);
 #pragma unroll
-    for (int i = 0; i < kValueTiles; ++i) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
-      uint32_t a[4];
-      values.load(a, i, 0);
+    for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) ptx::mma<T>(o[n][i], a, b[n][0], b[n][1]);
+      for (int k_step = 0; k_step < kKeySteps; ++k_step) {
+        uint32_t a[FragmentsV::kAtOnce][4];
+        values.load(a, i / FragmentsV::kAtOnce, k_step);
+#pragma unroll
+        for (int j = 0; j < FragmentsV::kAtOnce; ++j)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) ptx::mma<T>(o[n][i + j], a[j], b[n][k_step][0], b[n][k_step][1]);
+      }
     }
   }
 
@@ -106,8 +124,9 @@ struct WarpRows {
           first + p.query.offset(entry.sequence.batch_row, rows.head(row), entry.sequence.q_begin + position);
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
-        const bool inside = used && i * 8 < p.head_dim;
-        q[n][i / 2][i % 2] = inside ? *reinterpret_cast<const uint32_t*>(at + i * 8 + t * 2) : 0;
+        const int feature = FragmentsK::feature(i / 2, i % 2, t);
+        const bool inside = used && feature < p.head_dim;
+        q[n][i / 2][i % 2] = inside ? *reinterpret_cast<const uint32_t*>(at + feature) : 0;
       }
     }
   }
@@ -118,13 +137,16 @@ struct WarpRows {
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0;
-    const RowsA<KTile> rows(k, 0);
+    const FragmentsK keys_of(k);
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      uint32_t a[4];
-      rows.load(a, 0, i);
+    for (int i = 0; i < kSteps; i += FragmentsK::kAtOnce) {
+      uint32_t a[FragmentsK::kAtOnce][4];
+      keys_of.load(a, i / FragmentsK::kAtOnce);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) ptx::mma<T>(i % 2 ? odd[n] : s[n], a, q[n][i][0], q[n][i][1]);
+      for (int j = 0; j < FragmentsK::kAtOnce; ++j)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+          ptx::mma<T>((i + j) % 2 ? odd[n] : s[n], a[j], q[n][i + j][0], q[n][i + j][1]);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -142,8 +164,8 @@ struct WarpRows {
       for (int i = 0; i < 4; ++i) f(s[n][i], n, i % 2, g + i / 2 * 8);
   }
 
-  __device__ __forceinline__ static void scale_scores(const Problem& p, float (&s)[kTiles][4]) {
-    const float scale = p.spec.scale, cap = p.spec.softcap;
+  __device__ __forceinline__ void scale_scores(const Problem& p, float (&s)[kTiles][4]) const {
+    const float cap = p.spec.softcap;
     if (cap > 0) {
       for_each_score(s, [&](float& x, int, int, int) { x = softcap(x * scale, cap) * kLog2e; });
     } else {
@@ -189,7 +211,7 @@ struct WarpRows {
   }
 
   // P, rounded and transposed to mma's B.
-  __device__ __forceinline__ void exponentiate(float (&s)[kTiles][4], uint32_t (&b)[kTiles][2]) {
+  __device__ __forceinline__ void exponentiate(float (&s)[kTiles][4], uint32_t (&b)[kTiles][kKeySteps][2]) {
     for_each_score(s, [&](float& x, int n, int e, int) {
       x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));  // no key seen so far: P = 0 instead of NaN
       l[n][e] += x;
@@ -197,7 +219,24 @@ struct WarpRows {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) b[n][i] = ptx::transpose(ptx::pack<T>(s[n][2 * i], s[n][2 * i + 1]));
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (sizeof(T) == 2) {
+          b[n][0][i] = ptx::transpose(ptx::pack<T>(s[n][2 * i], s[n][2 * i + 1]));
+        } else {
+          transpose(s[n][2 * i], s[n][2 * i + 1], b[n][i]);
+        }
+      }
+  }
+
+  // Of an 8 × 8 matrix of float32: keys 2t and 2t + 1 of row g, as ColumnsA counts them.
+  __device__ __forceinline__ static void transpose(float even, float odd, uint32_t (&b)[2]) {
+    const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int lane = (2 * t + i) * 4 + g / 2;
+      const float x = __shfl_sync(~0u, even, lane), y = __shfl_sync(~0u, odd, lane);
+      b[i] = __float_as_uint(g % 2 ? y : x);
+    }
   }
 };
 

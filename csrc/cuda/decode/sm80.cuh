@@ -17,14 +17,15 @@
 namespace jax_flash {
 namespace decode::inline JF_FAMILY {
 
-// A row of csrc/kernels.def: M query rows of a KV head, N keys of all warps together.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
+// A row of csrc/kernels.def: M query rows of a KV head, N keys of all warps together. Stored: T, or uint8_t
+// for float8, which has as many more stages as it is smaller.
+template <class T, class Stored, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
 struct DecodeSm80 {
   using Element = T;
   static constexpr int kRows = M, kTile = N, kWarps = Warps, kThreads = Warps * 32, kBlocks = Blocks;
   static constexpr int kValueDim = ValueDim;
-  using Ring = WarpRing<T, HeadDim, ValueDim, Stages, N>;
-  using WarpState = WarpRows<T, typename Ring::KTile, typename Ring::VTile, M / 8>;
+  using Ring = WarpRing<Stored, HeadDim, ValueDim, Stages * (sizeof(T) / sizeof(Stored)), N>;
+  using WarpState = WarpRows<T, Stored, HeadDim, ValueDim, M / 8>;
   using Search = Finder<N, kThreads>;
   static constexpr int kMergeColumns = M == 8 && ValueDim % 64 == 0 ? 64 : 32;  // of O at a time
   static constexpr int kMergePitch = kMergeColumns + 4;
@@ -32,6 +33,10 @@ struct DecodeSm80 {
   static constexpr int kSharedBytes = kRingBytes + Warps * M * (kMergePitch * 4 + sizeof(Softmax));
   static_assert(N == Warps * Ring::kKeys && M % 8 == 0 && ValueDim % kMergeColumns == 0);
 };
+
+// float8 is copied and multiplied 64 features at a time.
+template <class T, int HeadDim, int ValueDim, int...>
+inline constexpr bool takes_float8 = sizeof(T) == 2 && HeadDim % 64 == 0 && ValueDim % 64 == 0;
 
 // The softmax and O of all warps, together, in pieces of a few columns.
 template <class C>
@@ -48,6 +53,7 @@ class Merge {
     float factor[C::kRows / 8][2];
     C::WarpState::for_each_row([&](int n, int e) {
       factor[n][e] = weight({state.m[n][e], state.l[n][e]}, all_warps(C::WarpState::row_of(n, e)).m);
+      if constexpr (C::WarpState::kScaled) factor[n][e] *= state.value_scale;
     });
 #pragma unroll 1
     for (int first = 0; first < C::kValueDim; first += C::kMergeColumns) {
@@ -93,8 +99,10 @@ class Merge {
       float* row = o_ + (warp() * C::kRows + C::WarpState::row_of(n, e)) * C::kMergePitch;
 #pragma unroll
       for (int v = 0; v < C::kMergeColumns / 16; ++v) {
-        row[v * 16 + g] = state.o[n][first / 16 + v][e] * factor[n][e];
-        row[v * 16 + g + 8] = state.o[n][first / 16 + v][e + 2] * factor[n][e];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          row[v * 16 + C::WarpState::FragmentsV::feature(g, half)] =
+              state.o[n][first / 16 + v][e + 2 * half] * factor[n][e];
       }
     });
   }
@@ -215,7 +223,13 @@ inline namespace JF_FAMILY {
 template <class T, int... kNumbers>
 cudaError_t launch_decode_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                cudaStream_t stream) {
-  return decode::launch<decode::DecodeSm80<T, kNumbers...>>(p, plan, workspace, stream);
+  if (p.kv_dtype != DType::kF8E4M3)
+    return decode::launch<decode::DecodeSm80<T, T, kNumbers...>>(p, plan, workspace, stream);
+  if constexpr (decode::takes_float8<T, kNumbers...>) {
+    return decode::launch<decode::DecodeSm80<T, uint8_t, kNumbers...>>(p, plan, workspace, stream);
+  } else {
+    return cudaErrorInvalidValue;  // plan() does not choose it
+  }
 }
 
 }  // namespace JF_FAMILY

@@ -19,9 +19,9 @@
 namespace jax_flash::inline JF_FAMILY {
 
 // Keys that lie side by side.
-template <class T>
+template <class T, bool kRunning>
 struct DenseState : BlockState<T> {
-  using Source = RowSource<T>;
+  using Source = RowSource<T, kRunning>;
   static constexpr bool kScaled = false;  // keys and values are stored as they are
   GlobalRows<const T> key, value;
 
@@ -36,38 +36,51 @@ struct DenseState : BlockState<T> {
   __device__ __forceinline__ Source source() const { return {key, value, this->end}; }
 };
 
-static_assert(sizeof(DenseState<float>) <= kBlockStateBytes);
+static_assert(sizeof(DenseState<float, true>) <= kBlockStateBytes);
 
-// Keys of a tile: where a warp owns 32 query rows, the general kernels' scores have no registers for more.
-constexpr int forward_keys(int m, int n, int warps, ScoreKind kind) {
-  return kind != ScoreKind::kPlain && m / warps == 32 ? 32 : n;
+// Keys of a tile: where a warp owns 32 query rows, scores that are not plain have no registers for more.
+constexpr int forward_keys(int head_dim, int m, int n, int warps, ScoreKind kind) {
+  if (kind == ScoreKind::kPlain || m / warps == 16) return n;
+  return n < 64 || head_dim > 64 ? 32 : 64;
+}
+
+// Whether there are registers for the addresses of what is copied next.
+constexpr bool keeps_addresses(int m, int stages, int warps, ScoreKind kind) {
+  return kind != ScoreKind::kPlain || (m / warps == 16 && stages == 2);
 }
 
 // A row of csrc/kernels.def; a warp owns 16 or 32 query rows. State: what a block knows of its operands,
 // DenseState or PagedState.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
-          class State_ = DenseState<T>>
+          class State_ = DenseState<T, keeps_addresses(M, Stages, Warps, Kind)>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
-  static constexpr bool kGeneral = Kind != ScoreKind::kPlain, kDropout = Kind == ScoreKind::kDropout;
-  static constexpr int kM = M;
-  static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kGeneral ? 1 : Blocks;
+  // Dropout's first numbers are drawn beside S = Q Kᵀ, where there are registers for them.
+  static constexpr bool kEarlyNumbers = Kind == ScoreKind::kDropoutAlone;
+  static constexpr bool kPlain = Kind == ScoreKind::kPlain;
+  static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
+  static constexpr bool kDropout = Kind == ScoreKind::kDropout || kEarlyNumbers;
+  static constexpr int kM = M, kN = forward_keys(HeadDim, M, N, Warps, Kind);
+  static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kPlain ? Blocks : 1;
   static constexpr int kWarpRows = M / kWarps;
-  static constexpr int kN = forward_keys(M, N, Warps, Kind);
   static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
-  using KTile =
-      SharedTile<T, kN, HeadDim, kGeneral>;  // dealt: a thread's keys are neighbours in bias and mask
-  using VTile = SharedTile<T, kN, ValueDim, kGeneral>;
+  // Dealt: a thread's keys are neighbours in bias, mask and blocks of dropout.
+  using KTile = SharedTile<T, kN, HeadDim, !kPlain>;
+  using VTile = SharedTile<T, kN, ValueDim, !kPlain>;
   using OTile = SharedTile<T, M, ValueDim>;
-  using S = std::conditional_t<kGeneral, DealtAccumulator<kWarpRows / 16, kN / 8>,
-                               Accumulator<kWarpRows / 16, kN / 8>>;
+  using S = std::conditional_t<kPlain, Accumulator<kWarpRows / 16, kN / 8>,
+                               DealtAccumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
-  // Q's fragments stay in registers where they take no more than 32.
-  static constexpr bool kQInRegisters = kWarpRows * HeadDim * static_cast<int>(sizeof(T)) <= 32 * 128;
-  using Q = std::conditional_t<kQInRegisters, FragmentsA<T, kWarpRows / 16, kHeadSteps>, RowsA<QTile>>;
+  // Q's fragments stay in registers as far as 32 go: all, or where tiles have two stages the first.
+  static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * HeadDim / 16;
+  static constexpr bool kQPartly = kPlain && kWarpRows == 16 && Stages == 2;
+  static constexpr int kQSteps = kQRegisters <= 32 ? kHeadSteps
+                                 : kQPartly        ? kHeadSteps * 32 / kQRegisters
+                                                   : 0;
+  using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
   static constexpr int kSharedBytes = QTile::kBytes + Ring::kBytes;
   static_assert(kWarpRows % 16 == 0 && kN % 32 == 0);
   // A warp stores its rows of O over its own rows of Q.
@@ -84,15 +97,14 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   const uint32_t q_tile = ptx::shared_address(shared);
   const GeneralScore general(p, block.score, block.band);
   typename C::Ring kv(q_tile + C::QTile::kBytes, block.source(), block.tiles);
-  typename C::Q q;
-  if constexpr (!C::kQInRegisters) q = {q_tile, warp_row};
+  typename C::Q q(q_tile, warp_row);
 
   // The warp's first row. It is read where it is used: no register is left for it.
   auto row = [&] { return static_cast<const volatile int32_t&>(tile.row) + warp_row; };
 
   typename C::O o;
   o.clear();
-  OnlineSoftmax<S::kSlots> softmax(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
+  OnlineSoftmax<S::kSlots> softmax(C::kGeneral ? general.unit() : p.spec.scale * kLog2e);
 
   if (!block.tiles.empty()) {
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
@@ -101,33 +113,44 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
     const int32_t key = n * C::kN;
     const RowsB<typename C::KTile> k(kv.wait_first(n), 0);
-    if constexpr (C::kQInRegisters) {
-      if (n == block.tiles.lo) q.read(RowsA<typename C::QTile>(q_tile, warp_row));
+    if constexpr (C::kQSteps > 0) {
+      if (n == block.tiles.lo) q.read(q_tile, warp_row);
     }
     BiasChunks<S> bias;
     if constexpr (C::kGeneral) general.fetch(bias, row(), key);
-    KeptElements<S> kept;
-    if constexpr (C::kDropout) kept = general.template kept_of_odd_shards<S>(row(), key);
+    KeptNumbers<S> numbers = {};
+    if constexpr (C::kEarlyNumbers) general.draw(numbers, row(), key, 0);  // beside the product
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
-    if constexpr (C::kDropout) general.add_kept_blocks(kept, row(), key);
     const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
     if constexpr (C::State::kScaled) for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });
-    if constexpr (C::kGeneral) general.apply(s, row(), key, nullptr, &bias);  // softcap, bias, alibi, masks
+    if constexpr (C::kGeneral)
+      general.apply(s, row(), key, softmax.scale, bias);  // softcap, bias, alibi, masks
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
     softmax.fit(s, o);  // m; O ← α O
 
     // O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
-    constexpr int kTiles = kStepK<T> / 8;
-    auto exponentiate = [&](int k_step) {
-      softmax.exponentiate(s, k_step * kTiles, (k_step + 1) * kTiles);
-      if constexpr (C::kDropout) kept.drop(s, k_step * kTiles, (k_step + 1) * kTiles);
-    };
+    constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
+    if (C::kDropout && general.odd_shard()) {
+      softmax.exponentiate(s, 0, S::kColumnTiles);
+      general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
+#pragma unroll
+      for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
+        multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+      continue;
+    }
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
-      exponentiate(k_step);
-      multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+      const int tile = k_step * kTiles;
+      if (C::kDropout && tile % 4 == 0 && !(C::kEarlyNumbers && tile == 0))
+        general.draw(numbers, row(), key, tile);
+      softmax.exponentiate(s, tile, tile + kTiles);
+      if constexpr (C::kDropout) {
+        multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
+      } else {
+        multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+      }
     }
   }
   kv.finish();
@@ -144,7 +167,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   __shared__ typename C::State block;
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN);
-    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+    if constexpr (!C::kPlain) block.score.prepare(p, block.work, block.work.head);
   }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, ptx::dynamic_shared());
@@ -168,6 +191,7 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
     if (!plan.general) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                         \
     if (!p.dropout) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                          \
+    if (plan.dropout_alone) return JF_LAUNCH_FORWARD(kDropoutAlone, dtype, __VA_ARGS__);             \
     return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);                                          \
   }                                                                                                  \
   }

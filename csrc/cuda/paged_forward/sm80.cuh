@@ -15,7 +15,7 @@ struct PagedState : BlockState<T> {
   GlobalPages<Pool> key, value;
   PageTable table;
   float key_scale, value_scale;
-  mutable typename Source::Offsets offsets;
+  mutable typename Source::Addresses addresses;
 
   __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
                           int32_t block_n) {
@@ -25,28 +25,22 @@ struct PagedState : BlockState<T> {
     key = pages_of<Pool>(p, p.key, work.leading, kv_head, p.head_dim);
     value = pages_of<Pool>(p, p.value, work.leading, kv_head, p.value_dim);
     table = page_table(p.block_tables, p.leading, work.leading, work.tile.index, p.page_size, p.pages);
-    key_scale = scale_at(p, p.k_scale, kv_head);
-    value_scale = scale_at(p, p.v_scale, kv_head);
+    key_scale = scale_of_pool(p, p.k_scale, work.leading, kv_head);
+    value_scale = scale_of_pool(p, p.v_scale, work.leading, kv_head);
   }
   __device__ __forceinline__ Source source() const {
-    return {key, value, table, this->work.tile.k_len, offsets};
-  }
-
- private:
-  __device__ float scale_at(const Problem& p, const View& scale, int32_t kv_head) const {
-    if (!scale) return 1;
-    return scale
-        .as<const float>()[scale.leading_offset(p.leading, this->work.leading) + kv_head * scale.head];
+    return {key, value, table, this->work.tile.k_len, addresses};
   }
 };
 
 template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps,
           int Blocks>
 struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind,
-                                      PagedState<T, Pool, forward_keys(M, N, Warps, Kind), Stages>> {};
+                                      PagedState<T, Pool, forward_keys(HeadDim, M, N, Warps, Kind), Stages>> {
+};
 
-// plan() counts the offsets apart.
-static_assert(sizeof(PagedState<float, uint8_t, 64, 1>) - sizeof(KeyOffsets[2][64]) <= kBlockStateBytes);
+// plan() counts the addresses apart.
+static_assert(sizeof(PagedState<float, uint8_t, 64, 1>) - sizeof(KeyAddress[2][64]) <= kBlockStateBytes);
 
 template <class T, int... kNumbers>
 cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,

@@ -31,6 +31,27 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
+// Each half of x, filled with its sign.
+__device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t sign_of_low(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0x9999;" : "=r"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ uint32_t sign_of_high(uint32_t x) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, 0, 0xBBBB;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Bytes 0 and 2, or 1 and 3, in the lower two.
+__device__ __forceinline__ uint32_t even_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4420); }
+__device__ __forceinline__ uint32_t odd_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4431); }
+
 // Two floats rounded to T, the first in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);

@@ -16,31 +16,72 @@ struct GlobalRows {
   int32_t columns;
 };
 
+// What a thread copies of a tile: a chunk in every kBeside-th panel of the rows that lie kStep apart.
+template <class Tile, int kThreads>
+struct ThreadShare {
+  static constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
+  static constexpr int kStep = kThreads / kPanel < Tile::kRows ? kThreads / kPanel : Tile::kRows;
+  static constexpr int kBeside = kThreads / (kPanel * kStep);
+
+  // The first row and chunk, and their place.
+  __device__ __forceinline__ static int row() { return static_cast<int>(threadIdx.x / kPanel % kStep); }
+  __device__ __forceinline__ static int chunk() {
+    return static_cast<int>(threadIdx.x / (kPanel * kStep) * kPanel + threadIdx.x % kPanel);
+  }
+  __device__ __forceinline__ static uint32_t place() { return Tile::offset(row(), chunk()); }
+
+  // Where the thread's first chunk of a row lies; rows that are not used are zeros.
+  struct Row {
+    const typename Tile::Element* from;
+    bool used;
+  };
+  // Starts the copy of the rows that `find`(r) tells for row() + r, r a constant that ascends. Columns from
+  // `columns` on are zeros.
+  template <class Find>
+  __device__ __forceinline__ static void load(uint32_t tile, uint32_t place, int32_t columns, Find find) {
+    using T = typename Tile::Element;
+    const int32_t left = columns - chunk() * kChunk<T>;
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; r += kStep) {
+      const Row own = find(r);
+      const uint32_t to = tile + (place ^ Tile::key(r) << 4);  // the key of row() + r is that of both
+#pragma unroll
+      for (int panel = 0; panel < kPanels; panel += kBeside) {
+        const int column = panel * kPanel * kChunk<T>;
+        const bool inside = (Tile::kRows % kStep == 0 || row() + r < Tile::kRows) &&
+                            (kPanels % kBeside == 0 || chunk() < (kPanels - panel) * kPanel);
+        if (inside)
+          ptx::cp_async_16(to + (r * Tile::kPitch + Tile::panel_offset(panel * kPanel)), own.from + column,
+                           own.used && column < left);
+      }
+    }
+  }
+
+ private:
+  static constexpr bool keys_add_up() {
+    for (int r = 0; r < Tile::kRows; r += kStep)
+      for (int row = 0; row < kStep && row + r < Tile::kRows; ++row)
+        if (Tile::key(row + r) != (Tile::key(row) ^ Tile::key(r))) return false;
+    return true;
+  }
+  static_assert(keys_add_up());
+};
+
 // Starts the copy of rows [first, first + Tile::kRows) into `shared`; unused columns are zero, and rows that
 // `used`(row, r) denies for row + r of the tile: r is a constant, `row` the thread's own.
 template <class Tile, int kThreads, class T, class Used>
 __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRows<const T>& source,
                                                 int32_t first, Used used) {
-  constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
-  constexpr int kStep = kThreads / kPanel < Tile::kRows ? kThreads / kPanel : Tile::kRows;  // rows at a time
-  constexpr int kBeside = kThreads / (kPanel * kStep);  // panels at a time
-  const int row = static_cast<int>(threadIdx.x / kPanel % kStep),
-            chunk = static_cast<int>(threadIdx.x / (kPanel * kStep) * kPanel + threadIdx.x % kPanel);
+  using Share = ThreadShare<Tile, kThreads>;
+  const int row = Share::row();
   const auto stride = static_cast<uint32_t>(source.stride);  // one token's elements
-  const T* from = source.data + uint64_t{static_cast<uint32_t>(first + row)} * stride + chunk * kChunk<T>;
-  const int32_t columns = source.columns - chunk * kChunk<T>;
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; r += kStep, from += uint64_t{stride} * kStep) {
-#pragma unroll
-    for (int panel = 0; panel < kPanels; panel += kBeside) {
-      const int column = panel * kPanel * kChunk<T>;
-      const bool inside = (Tile::kRows % kStep == 0 || row + r < Tile::kRows) &&
-                          (kPanels % kBeside == 0 || chunk < (kPanels - panel) * kPanel);
-      if (inside)
-        ptx::cp_async_16(shared + Tile::offset(row + r, chunk) + Tile::panel_offset(panel * kPanel),
-                         from + column, used(row, r) && column < columns);
-    }
-  }
+  const T* from =
+      source.data + uint64_t{static_cast<uint32_t>(first + row)} * stride + Share::chunk() * kChunk<T>;
+  Share::load(shared, Share::place(), source.columns, [&](int r) {
+    const typename Share::Row own{from, used(row, r)};
+    from += uint64_t{stride} * Share::kStep;
+    return own;
+  });
 }
 
 // As above; rows from `end` on are zero.

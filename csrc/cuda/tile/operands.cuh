@@ -150,6 +150,31 @@ struct FragmentsA {
   }
 };
 
+// Rows of a tile in shared memory, of which the first kLeading steps of k stay in registers once they are
+// read.
+template <class T, int RowTiles, int kSteps, int kLeading, class Tile>
+class LeadingFragmentsA {
+ public:
+  static constexpr bool kInRegisters = kLeading > 0;
+  __device__ __forceinline__ LeadingFragmentsA(uint32_t tile, int row) {
+    if constexpr (kLeading < kSteps) rows_ = RowsA<Tile>(tile, row);
+  }
+  __device__ __forceinline__ void read(uint32_t tile, int row) {
+    if constexpr (kLeading > 0) leading_.read(RowsA<Tile>(tile, row));
+  }
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int m, int k) const {
+    if (kLeading > 0 && k < kLeading) {
+      leading_.load(a, m, k);
+    } else {
+      rows_.load(a, m, k);
+    }
+  }
+
+ private:
+  RowsA<Tile> rows_;
+  FragmentsA<T, RowTiles, (kLeading > 0 ? kLeading : 1)> leading_;
+};
+
 // A in an accumulator, rounded to T on the way: C's layout is A's.
 template <class T, class P>
 struct RegistersA {

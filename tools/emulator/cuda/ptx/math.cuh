@@ -18,6 +18,15 @@ namespace jax_flash::ptx {
 
 inline float exp2(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline float max_nan(float x, float y) { return x > y || x != x ? x : y; }
+
+inline uint32_t sign_of_low(uint32_t x) { return x & 0x8000u ? ~0u : 0; }
+inline uint32_t sign_of_high(uint32_t x) { return x & 0x80000000u ? ~0u : 0; }
+inline uint32_t even_bytes(uint32_t x) { return (x & 0xFFu) | (x >> 8 & 0xFF00u); }
+inline uint32_t odd_bytes(uint32_t x) { return even_bytes(x >> 8); }
+inline uint32_t signs_of_halves(uint32_t x) {
+  return (sign_of_low(x) & 0xFFFFu) | (sign_of_high(x) & 0xFFFF0000u);
+}
 
 template <class T>
 uint32_t pack(float low, float high) {
