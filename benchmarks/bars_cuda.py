@@ -86,7 +86,7 @@ def _least(name: str, values: list[tuple[float, str]], limit: float) -> Iterator
 def _matmul(cells: list[Cell]) -> Iterator[Bar]:
     for (pass_, d, causal), limit in OF_MATMUL.items():
         for s in (4096, 16384):
-            tags = {"kind": "peer", "of": "matrix", "pass": pass_, "d": d, "causal": causal, "s": s}
+            tags = {"kind": "sustained", "pass": pass_, "d": d, "causal": causal, "s": s}
             values = [(of_matmul(c), c["name"]) for c in cells if tags.items() <= c.items()]
             name = f"{pass_} d{d} s{s} {'causal' if causal else 'full'} / matmul"
             yield from _least(name, values, limit)

@@ -19,6 +19,7 @@ from .cases import Case, flop, make_inputs, varlen
 from .sections import Suite, Timed, draw_rates, time_calls
 
 TOKENS, WIDTH = 16384, 2048  # b · s, and heads · head dim
+SUSTAINED = 0.3  # seconds
 PEERS = ("jax_flash", "cudnn", "pallas", "tokamax")
 DOCUMENTS = (100, 8000, 300, 2500, 1200, 4284)  # lengths of packed sequences, TOKENS in all
 
@@ -86,6 +87,18 @@ def matrix_cells(pass_: str, d: int) -> Iterator[Cell]:
     for s in (1024, 4096, 16384):
         for causal in (False, True):
             yield peer_cell(fixed(d, s, causal), pass_, of="matrix")
+
+
+def sustained_cells() -> Iterator[Cell]:
+    """This library and the matrix product, each for as long as it takes the device to settle at its clock."""
+    for pass_, d, causal in bars_cuda.OF_MATMUL:
+        for s in (4096, 16384):
+            case = fixed(d, s, causal)
+            calls, _ = prepared({"jax_flash": ("jax_flash", case, pass_)})
+            times = measure.interleaved(calls | {"matmul": matmul(case.dtype)}, 3, SUSTAINED)
+            cell = {"kind": "sustained", "name": f"{case.name} {pass_}", "pass": pass_, "d": d, "s": s}
+            timed = {n: {"median": measure.median(t), "spread": measure.spread(t)} for n, t in times.items()}
+            yield cell | {"causal": causal, "flop": flop(case, pass_), "times": timed}
 
 
 def ours_cell(what: str, plain: Case, this: Case, pass_: str = "forward") -> Cell:
@@ -158,6 +171,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
         for pass_ in ("forward", "backward")
         for d in (64, 128, 256)
     },
+    "sustained": sustained_cells,
     **{f"options d{d}": functools.partial(option_cells, d) for d in (64, 128, 256)},
     "packed": packed_cells,
     "shapes": shape_cells,
@@ -175,6 +189,9 @@ def verdict(cell: Cell) -> str:
             shown = [f"× {name} {bars_cuda.speedup(cell, name):.2f}" for name in known]
             rate = cell["flop"] / cell["times"]["jax_flash"]["median"] / 1e12
             return ", ".join([f"{rate:.0f} TFLOP/s", f"{bars_cuda.of_matmul(cell):.3f} of matmul", *shown])
+        case "sustained":
+            rate = cell["flop"] / cell["times"]["jax_flash"]["median"] / 1e12
+            return f"{rate:.0f} TFLOP/s, {bars_cuda.of_matmul(cell):.3f} of matmul"
         case "ratio":
             return f"{bars_cuda.rate_of_plain(cell):.3f} of the plain rate"
         case "decode":
@@ -185,13 +202,15 @@ def verdict(cell: Cell) -> str:
 
 
 def rates(cells: list[Cell]) -> list[str]:
-    products = [2 * 8192**3 / c["times"]["matmul"]["median"] / 1e12 for c in cells if c["kind"] == "peer"]
+    bursts, long = (
+        [2 * 8192**3 / c["times"]["matmul"]["median"] / 1e12 for c in cells if c["kind"] == kind]
+        for kind in ("peer", "sustained")
+    )
     copies = [bars_cuda.copy_rate(c) for c in cells if c["kind"] == "decode"]
     lines = []
-    if products:
-        lines += [
-            f"product of two 8192² matrices beside the cells: {min(products):.0f} to {max(products):.0f} TFLOP/s"
-        ]
+    for products, how in ((bursts, "in short bursts with rests"), (long, "sustained")):
+        if products:
+            lines += [f"8192³ product {how}: {min(products):.0f} to {max(products):.0f} TFLOP/s"]
     if copies:
         lines += [f"copy (x + 1), read and written: {min(copies):.0f} to {max(copies):.0f} GB/s"]
     refusals = {
