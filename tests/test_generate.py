@@ -14,8 +14,6 @@ from conftest import IMPLEMENTATION
 from flax import nnx
 from programs import collectives, custom_calls, require_devices, shard_shapes
 
-from jax_flash.allocator import OutOfPages, PageAllocator
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import generate
@@ -288,59 +286,6 @@ def test_pages_are_found_by_all_the_tokens_up_to_their_end_and_while_they_are_ow
     assert prefixes.find([3, 4, 5]) == []  # the same tokens, but not after 1, 2
     prefixes.forget([8, 9])
     assert prefixes.find([1, 2, 3, 4, 5]) == [7]
-
-
-# ---- the allocator
-
-
-def test_every_page_is_handed_out_once_and_then_there_are_none():
-    allocator = PageAllocator(5)
-    pages = allocator.allocate(2) + allocator.allocate(3)
-    assert sorted(pages) == [0, 1, 2, 3, 4]
-    with pytest.raises(OutOfPages, match="got count 1; 0 of 5 pages are free"):
-        allocator.allocate()
-    allocator.release(pages[:2])
-    with pytest.raises(OutOfPages, match="got count 3; 2 of 5 pages are free"):
-        allocator.allocate(3)
-    assert allocator.free == 2  # none were taken
-    assert sorted(allocator.allocate(2)) == sorted(pages[:2])
-
-
-def test_a_page_is_free_when_its_last_owner_releases_it():
-    allocator = PageAllocator(4)
-    first, second = allocator.allocate(2)
-    allocator.share([first])
-    assert (allocator.owners(first), allocator.owners(second)) == (2, 1)
-    assert (allocator.in_use, allocator.shared, allocator.free) == (2, 1, 2)
-    assert allocator.release([first, second]) == [second]
-    assert (allocator.in_use, allocator.shared, allocator.free) == (1, 0, 3)
-    assert allocator.release([first]) == [first]
-    assert allocator.free == 4
-
-
-def test_a_double_free_raises_and_changes_nothing():
-    allocator = PageAllocator(4)
-    page, other = allocator.allocate(2)
-    with pytest.raises(ValueError, match=f"release: got page {page} 2 times; it has 1 owners"):
-        allocator.release([other, page, page])
-    assert allocator.in_use == 2
-    allocator.release([page])
-    for operation in (allocator.release, allocator.share):
-        with pytest.raises(ValueError, match=f"got page {page} 1 times; it has 0 owners"):
-            operation([other, page])
-    assert (allocator.owners(other), allocator.free) == (1, 3)
-
-
-def test_pages_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match="pages must be at least 1, got 0"):
-        PageAllocator(0)
-    allocator = PageAllocator(4)
-    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
-        allocator.allocate(-1)
-    for page in (-1, 4):
-        for operation in (allocator.release, allocator.share):
-            with pytest.raises(ValueError, match=f"page: got {page}; the pool has pages 0 to 3"):
-                operation([page])
 
 
 # ---- the command
