@@ -1,6 +1,7 @@
 // csrc/cuda/ptx: every wrapper does what its comment says.
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
+#include "cuda/ptx/float8.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -35,6 +36,44 @@ struct Pairs {
     ptx::store_pair(stored, low, high);
     out[64 + 2 * threadIdx.x] = static_cast<float>(stored[0]);
     out[64 + 2 * threadIdx.x + 1] = static_cast<float>(stored[1]);
+  }
+};
+
+enum class OnWord { kEvenBytes, kOddBytes, kSignOfLow, kSignOfHigh, kSignsOfHalves };
+
+// Words of `in`, as halves; what is made of them, as halves.
+template <OnWord kWhat>
+struct OfWord {
+  __device__ static uint32_t make(uint32_t x) {
+    switch (kWhat) {
+      case OnWord::kEvenBytes:
+        return ptx::even_bytes(x);
+      case OnWord::kOddBytes:
+        return ptx::odd_bytes(x);
+      case OnWord::kSignOfLow:
+        return ptx::sign_of_low(x);
+      case OnWord::kSignOfHigh:
+        return ptx::sign_of_high(x);
+      default:
+        return ptx::signs_of_halves(x);
+    }
+  }
+  __device__ void operator()(const float* in, float* out) const {
+    const auto low = static_cast<uint32_t>(in[2 * threadIdx.x]);
+    const auto high = static_cast<uint32_t>(in[2 * threadIdx.x + 1]);
+    const uint32_t x = make(low | high << 16);
+    out[2 * threadIdx.x] = static_cast<float>(x & 0xFFFF);
+    out[2 * threadIdx.x + 1] = static_cast<float>(x >> 16);
+  }
+};
+
+// Every float8, two at a time.
+template <class T>
+struct Widened {
+  __device__ void operator()(const float*, float* out) const {
+    const uint32_t two = threadIdx.x | (255 - threadIdx.x) << 8;
+    const float2 x = ptx::unpack<T>(ptx::widen_float8<T>(two));
+    out[2 * threadIdx.x] = x.x, out[2 * threadIdx.x + 1] = x.y;
   }
 };
 
@@ -227,9 +266,37 @@ void test_arithmetic() {
   test_pairs<bfloat16>("bfloat16");
 }
 
+// right(low half, high half) → the two halves wanted.
+template <OnWord kWhat, class Right>
+void test_word(const char* name, Right right) {
+  std::vector<float> x(64);
+  for (int i = 0; i < 64; ++i) x[i] = static_cast<float>(i * 40503u & 0xFFFFu);
+  expect(name, run(OfWord<kWhat>{}, 32, x, 64), [&](int i) {
+    const uint32_t pair = right(static_cast<uint32_t>(x[i & ~1]), static_cast<uint32_t>(x[i | 1]));
+    return i % 2 ? pair >> 16 : pair & 0xFFFF;
+  });
+}
+
+void test_words() {
+  const auto filled = [](uint32_t half) { return half & 0x8000 ? 0xFFFFu : 0u; };
+  test_word<OnWord::kEvenBytes>("even_bytes",
+                                [](uint32_t a, uint32_t b) { return (a & 255) | (b & 255) << 8; });
+  test_word<OnWord::kOddBytes>("odd_bytes", [](uint32_t a, uint32_t b) { return a >> 8 | b >> 8 << 8; });
+  test_word<OnWord::kSignOfLow>("sign_of_low", [&](uint32_t a, uint32_t) { return filled(a) * 0x10001u; });
+  test_word<OnWord::kSignOfHigh>("sign_of_high", [&](uint32_t, uint32_t b) { return filled(b) * 0x10001u; });
+  test_word<OnWord::kSignsOfHalves>("signs_of_halves",
+                                    [&](uint32_t a, uint32_t b) { return filled(a) | filled(b) << 16; });
+  const auto float8 = [](int i) -> double {
+    return float8_to_float(static_cast<uint8_t>(i % 2 ? 255 - i / 2 : i / 2));
+  };
+  expect("widen_float8 float16", run(Widened<float16>{}, 256, {}, 512), float8);
+  expect("widen_float8 bfloat16", run(Widened<bfloat16>{}, 256, {}, 512), float8);
+}
+
 }  // namespace
 
 void test_ptx() {
+  test_words();
   test_arithmetic();
   std::vector<float> x(320);
   for (int i = 0; i < 320; ++i) x[i] = static_cast<float>(i + 1);

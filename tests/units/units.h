@@ -81,7 +81,8 @@ inline void expect(const std::string& name, const std::vector<float>& got,
                    const std::function<double(int)>& wanted, double tolerance = 0) {
   for (int i = 0; i < static_cast<int>(got.size()); ++i) {
     const double right = wanted(i);
-    if (got[i] == right || std::fabs(got[i] - right) <= tolerance * std::fabs(right)) continue;
+    if (got[i] == right || (std::isnan(got[i]) && std::isnan(right))) continue;
+    if (std::fabs(got[i] - right) <= tolerance * std::fabs(right)) continue;
     std::printf("%s: FAILED at %d: got %.9g, not %.9g\n", name.c_str(), i, got[i], right);
     ++failed;
     return;
