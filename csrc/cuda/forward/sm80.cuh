@@ -87,6 +87,37 @@ struct ForwardSm80 {
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
 };
 
+// O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
+// `numbers`: of the first keys, where they are drawn early.
+template <class C, class V, class Row>
+__device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
+                                           OnlineSoftmax<C::S::kSlots>& softmax, const GeneralScore& general,
+                                           KeptNumbers<typename C::S>& numbers, const Row& row, int32_t key) {
+  using T = typename C::Element;
+  using S = typename C::S;
+  constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
+  if (C::kDropout && general.odd_shard()) {
+    softmax.exponentiate(s, 0, S::kColumnTiles);
+    general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
+#pragma unroll
+    for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
+      multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+    return;
+  }
+#pragma unroll
+  for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
+    const int tile = k_step * kTiles;
+    if (C::kDropout && tile % 4 == 0 && !(C::kEarlyNumbers && tile == 0))
+      general.draw(numbers, row(), key, tile);
+    softmax.exponentiate(s, tile, tile + kTiles);
+    if constexpr (C::kDropout) {
+      multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
+    } else {
+      multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+    }
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void forward_tile(const Problem& p, const typename C::State& block,
                                              uint8_t* shared) {
@@ -130,28 +161,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
     softmax.fit(s, o);  // m; O ← α O
 
-    // O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
-    constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
-    if (C::kDropout && general.odd_shard()) {
-      softmax.exponentiate(s, 0, S::kColumnTiles);
-      general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
-#pragma unroll
-      for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
-        multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
-      continue;
-    }
-#pragma unroll
-    for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
-      const int tile = k_step * kTiles;
-      if (C::kDropout && tile % 4 == 0 && !(C::kEarlyNumbers && tile == 0))
-        general.draw(numbers, row(), key, tile);
-      softmax.exponentiate(s, tile, tile + kTiles);
-      if constexpr (C::kDropout) {
-        multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
-      } else {
-        multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
-      }
-    }
+    add_values<C>(o, s, v, softmax, general, numbers, row, key);
   }
   kv.finish();
 
