@@ -107,8 +107,10 @@ class GeneralScore {
                                           const Band& visible)
       : p(problem), operands(score_operands), band(visible) {}
 
-  // What is left to the softmax: the factor that turns the forward's scores into powers of two.
+  // What is left to the softmax: the factor that turns the forward's scores into powers of two. Beside a bias
+  // it is 1: a product with a score as large as a bias may be is rounded by more than exp2 takes.
   __device__ __forceinline__ float unit() const {
+    if (p.bias) return 1;
     return kLog2e * (p.spec.softcap > 0 ? p.spec.softcap : p.spec.scale > 0 ? p.spec.scale : 1.0f);
   }
 
@@ -151,10 +153,10 @@ class GeneralScore {
   __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key, float unit,
                                         const BiasChunks<S>& bias) const {
     if (p.spec.softcap > 0) {
-      const float inner = p.spec.scale / p.spec.softcap;
-      tanh_of(s, inner, [](float& x, float t, int, int, int) { x = t; });
-    } else if (!(p.spec.scale > 0)) {
-      for_each(s, [&](float& x, int, int, int) { x *= p.spec.scale; });
+      const float inner = p.spec.scale / p.spec.softcap, outer = kLog2e * p.spec.softcap / unit;
+      tanh_of(s, inner, [&](float& x, float t, int, int, int) { x = outer * t; });
+    } else if (const float scale = kLog2e * p.spec.scale / unit; scale != 1) {
+      for_each(s, [&](float& x, int, int, int) { x *= scale; });
     }
     add_and_hide(s, row, key, kLog2e / unit, &bias);
   }
