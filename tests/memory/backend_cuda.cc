@@ -225,8 +225,8 @@ bool repeatable(const AttentionSpec& spec, Pass pass) {
 std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes) { return reach().aim(turn, passes); }
 
 bool takes(const Aim& aim, const Problem& problem) {
-  const Pass pass = problem.paged() ? Pass::kForward : aim.pass;
-  return plan_call(pass, problem).kernel >= 0;
+  const LaunchPlan plan = plan_call(problem.paged() ? Pass::kForward : aim.pass, problem);
+  return plan.kernel == reach().aimed() || plan.decode_kernel == reach().aimed();
 }
 
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
