@@ -222,7 +222,9 @@ def test_hopper_has_a_forward_of_its_own():
 
 def test_hopper_copies_pages_by_groups_of_eight_rows():
     pages = {"paged": True, "d": 128, "dv": 128}
-    assert arch(page_size=8, **pages) == arch(page_size=48, **pages) == arch(page_size=1024, **pages) == "sm90"
+    assert (
+        arch(page_size=8, **pages) == arch(page_size=48, **pages) == arch(page_size=1024, **pages) == "sm90"
+    )
     assert arch(page_size=4, **pages) == arch(page_size=12, **pages) == "sm80"
     assert arch(page_size=16, float8=True, **pages) == "sm80"
 
