@@ -107,12 +107,9 @@ class GeneralScore {
                                           const Band& visible)
       : p(problem), operands(score_operands), band(visible) {}
 
-  // What is left to the softmax: the factor that turns the forward's scores into powers of two. Beside a bias
-  // it is 1: a product with a score as large as a bias may be is rounded by more than exp2 takes.
-  __device__ __forceinline__ float unit() const {
-    if (p.bias) return 1;
-    return kLog2e * (p.spec.softcap > 0 ? p.spec.softcap : p.spec.scale > 0 ? p.spec.scale : 1.0f);
-  }
+  // What is left to the softmax: the factor that turns the forward's scores into powers of two. What is added
+  // to them may be 1e30, and then a product is to be exact: 1.
+  __device__ __forceinline__ float unit() const { return adds() ? 1.0f : own_unit(); }
 
   // What apply() will add, on its way while S is made. S is dealt.
   template <class S>
@@ -153,10 +150,14 @@ class GeneralScore {
   __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key, float unit,
                                         const BiasChunks<S>& bias) const {
     if (p.spec.softcap > 0) {
-      const float inner = p.spec.scale / p.spec.softcap, outer = kLog2e * p.spec.softcap / unit;
-      tanh_of(s, inner, [&](float& x, float t, int, int, int) { x = outer * t; });
-    } else if (const float scale = kLog2e * p.spec.scale / unit; scale != 1) {
-      for_each(s, [&](float& x, int, int, int) { x *= scale; });
+      const float inner = p.spec.scale / p.spec.softcap;
+      tanh_of(s, inner, [](float& x, float t, int, int, int) { x = t; });
+    } else if (!(p.spec.scale > 0)) {
+      for_each(s, [&](float& x, int, int, int) { x *= p.spec.scale; });
+    }
+    if (adds()) {
+      const float factor = own_unit();
+      for_each(s, [&](float& x, int, int, int) { x *= factor; });
     }
     add_and_hide(s, row, key, kLog2e / unit, &bias);
   }
@@ -190,6 +191,11 @@ class GeneralScore {
   }
 
  private:
+  __device__ __forceinline__ bool adds() const { return p.bias || p.alibi_slopes; }
+  __device__ __forceinline__ float own_unit() const {
+    return kLog2e * (p.spec.softcap > 0 ? p.spec.softcap : p.spec.scale > 0 ? p.spec.scale : 1.0f);
+  }
+
   // S ← S + factor · (bias + alibi), −inf where segments or mask hide the key.
   template <class S>
   __device__ __forceinline__ void add_and_hide(S& s, int32_t row, int32_t key, float factor,

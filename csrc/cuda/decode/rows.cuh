@@ -98,7 +98,8 @@ struct WarpRows {
 #pragma unroll
         for (int j = 0; j < FragmentsV::kAtOnce; ++j)
 #pragma unroll
-          for (int n = 0; n < kTiles; ++n) ptx::mma<T>(o[n][i + j], a[j], b[n][k_step][0], b[n][k_step][1]);
+          for (int n = 0; n < kTiles; ++n)
+            ptx::mma_quick<T>(o[n][i + j], a[j], b[n][k_step][0], b[n][k_step][1]);
       }
     }
   }
@@ -146,7 +147,7 @@ struct WarpRows {
       for (int j = 0; j < FragmentsK::kAtOnce; ++j)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
-          ptx::mma<T>((i + j) % 2 ? odd[n] : s[n], a[j], q[n][i + j][0], q[n][i + j][1]);
+          ptx::mma_quick<T>((i + j) % 2 ? odd[n] : s[n], a[j], q[n][i + j][0], q[n][i + j][1]);
     }
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)

@@ -77,4 +77,9 @@ inline void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint3
   });
 }
 
+template <class T>
+void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma<T>(c, a, b0, b1);
+}
+
 }  // namespace jax_flash::ptx
