@@ -46,8 +46,8 @@ struct ForwardSm90 {
   using Keys = KeySource<ForwardSm90>;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers>;
   static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
-  static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
-                                      kHopperStateBytes);
+  static_assert(sizeof(Shared) <=
+                kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) + kHopperStateBytes);
 };
 
 // A consumer's registers and its place in the rings; one tile of queries after the other.
