@@ -31,22 +31,19 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
-// Each half of x, filled with its sign.
-__device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) {
+// Byte i is the one that digit i of kSelector names, filled with its sign where the digit is 8
+// more. Not __byte_perm, which knows no signs.
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   uint32_t y;
-  asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(y) : "r"(x));
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(y) : "r"(x), "n"(kSelector));
   return y;
 }
-__device__ __forceinline__ uint32_t sign_of_low(uint32_t x) {
-  uint32_t y;
-  asm("prmt.b32 %0, %1, 0, 0x9999;" : "=r"(y) : "r"(x));
-  return y;
-}
-__device__ __forceinline__ uint32_t sign_of_high(uint32_t x) {
-  uint32_t y;
-  asm("prmt.b32 %0, %1, 0, 0xBBBB;" : "=r"(y) : "r"(x));
-  return y;
-}
+
+// Each half of x, filled with its sign; both with that of the low or the high half.
+__device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) { return permute_bytes<0xBB99>(x); }
+__device__ __forceinline__ uint32_t sign_of_low(uint32_t x) { return permute_bytes<0x9999>(x); }
+__device__ __forceinline__ uint32_t sign_of_high(uint32_t x) { return permute_bytes<0xBBBB>(x); }
 
 // Bytes 0 and 2, or 1 and 3, in the lower two.
 __device__ __forceinline__ uint32_t even_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4420); }

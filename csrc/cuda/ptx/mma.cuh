@@ -54,39 +54,28 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
-// Splits float32 into the TF32 nearest to it and the TF32 nearest to the rest.
-template <int kCount>
+// Splits float32 into the TF32 nearest to it and the TF32 nearest to the rest. kQuick: by integers, for
+// cvt.rna.tf32 is five instructions on sm_90; of the rest mma does not see the lower 13 bits, and a NaN may
+// be lost from the first part, never from the rest.
+template <bool kQuick, int kCount>
 struct SplitTf32 {
   uint32_t high[kCount], low[kCount];
   __device__ __forceinline__ explicit SplitTf32(const uint32_t (&x)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      high[i] = to_tf32(__uint_as_float(x[i]));
-      low[i] = to_tf32(__uint_as_float(x[i]) - __uint_as_float(high[i]));
-    }
-  }
-};
-
-// The same by integers, for cvt.rna.tf32 is five instructions on sm_90: of the rest mma does not see the
-// lower 13 bits. A NaN may be lost from the first part, never from the rest.
-template <int kCount>
-struct QuickSplitTf32 {
-  uint32_t high[kCount], low[kCount];
-  __device__ __forceinline__ explicit QuickSplitTf32(const uint32_t (&x)[kCount]) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      high[i] = (x[i] + 0x1000u) & ~0x1FFFu;
-      low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
+      high[i] = kQuick ? (x[i] + 0x1000u) & ~0x1FFFu : to_tf32(__uint_as_float(x[i]));
+      const float rest = __uint_as_float(x[i]) - __uint_as_float(high[i]);
+      low[i] = kQuick ? __float_as_uint(rest) : to_tf32(rest);
     }
   }
 };
 
 // A B = high · high + high · low + low · high. The sum over k is made outside: tensor cores cut off where
 // they add, and over many steps that is seen.
-template <template <int> class Split>
+template <bool kQuick>
 __device__ __forceinline__ void mma_split(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const Split<4> as(a);
-  const Split<2> bs({b0, b1});
+  const SplitTf32<kQuick, 4> as(a);
+  const SplitTf32<kQuick, 2> bs({b0, b1});
   float step[4] = {};
   mma_tf32(step, as.low, bs.high);
   mma_tf32(step, as.high, bs.low);
@@ -98,14 +87,14 @@ __device__ __forceinline__ void mma_split(float (&c)[4], const uint32_t (&a)[4],
 // 2⁻²² away from the product.
 template <>
 __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma_split<SplitTf32>(c, a, b0, b1);
+  mma_split<false>(c, a, b0, b1);
 }
 
 // Of float32 twice as far, where its conversion would be what a kernel waits for.
 template <class T>
 __device__ __forceinline__ void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == 4) {
-    mma_split<QuickSplitTf32>(c, a, b0, b1);
+    mma_split<true>(c, a, b0, b1);
   } else {
     mma<T>(c, a, b0, b1);
   }
