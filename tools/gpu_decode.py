@@ -14,26 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from gpu_timing import seconds
 
+from benchmarks import decode_cuda
 from jax_flash import flash_attention, paged_attention
 
 OFTEN = dict(means=3, calls=4)
-CALLS = 8  # in one program, each fed by the one before
-# batch, query heads, KV heads, head dim, keys
-SHAPES = (
-    (24, 24, 24, 128, 512),
-    (24, 24, 24, 128, 1024),
-    (24, 24, 24, 128, 2048),
-    (24, 24, 24, 128, 4096),
-    (24, 24, 24, 128, 8192),
-    (64, 32, 8, 128, 1024),
-    (64, 32, 8, 128, 8192),
-    (8, 32, 8, 128, 65536),
-    (1, 32, 8, 128, 131072),
-    (128, 64, 8, 128, 4096),
-    (64, 8, 1, 256, 8192),
-    (64, 32, 8, 64, 8192),
-    (1, 32, 8, 128, 512),
-)
+SHAPES = (*decode_cuda.SHAPES, (64, 32, 8, 64, 8192), (1, 32, 8, 128, 512))
 
 
 def main() -> None:
@@ -57,14 +42,14 @@ def report(
     name: str, call: Callable[..., Any], arrays: Any, shape: tuple[int, ...], share: float, copy: float
 ) -> None:
     def chain(q: jax.Array, arrays: Any) -> jax.Array:
-        for _ in range(CALLS):
+        for _ in range(decode_cuda.CHAIN):
             q = call(q, *arrays)
         return q
 
     b, hq, hk, d, keys = shape
     q = jax.random.normal(jax.random.key(1), (b, 1, hq, d), jnp.bfloat16)
     try:
-        each = seconds(jax.jit(chain), q, arrays, **OFTEN) / CALLS
+        each = seconds(jax.jit(chain), q, arrays, **OFTEN) / decode_cuda.CHAIN
     except Exception as error:  # a peer may refuse a shape
         print(f"{name}: {type(error).__name__} {str(error)[:100]}", flush=True)
         return
