@@ -117,9 +117,7 @@ class GeneralScore {
     if (!p.bias || !operands.bias_in_chunks(p)) return;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
-      const int32_t i = row + S::row(slot);
-      const auto* from = static_cast<const uint16_t*>(operands.bias) + i * p.bias.row + key + S::column(0);
-      const int32_t left = i < band.q_len ? band.k_len - key - S::column(0) : 0;
+      const auto [from, left] = bias_row<S>(slot, row, key);
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; n += 4) {
         bias.x[slot][n / 4] = uint4{};
@@ -191,6 +189,18 @@ class GeneralScore {
   }
 
  private:
+  // A 16-bit bias with columns side by side, from this lane's first column on, and how many are in use.
+  struct BiasRow {
+    const uint16_t* from;
+    int32_t left;
+  };
+  template <class S>
+  __device__ __forceinline__ BiasRow bias_row(int slot, int32_t row, int32_t key) const {
+    const int32_t i = row + S::row(slot), column = key + S::column(0);
+    return {static_cast<const uint16_t*>(operands.bias) + i * p.bias.row + column,
+            i < band.q_len ? band.k_len - column : 0};
+  }
+
   __device__ __forceinline__ bool adds() const { return p.bias || p.alibi_slopes; }
   __device__ __forceinline__ float own_unit() const {
     return kLog2e * (p.spec.softcap > 0 ? p.spec.softcap : p.spec.scale > 0 ? p.spec.scale : 1.0f);
@@ -342,9 +352,7 @@ class GeneralScore {
   __device__ __forceinline__ void add_bias_pairs(S& s, int32_t row, int32_t key, float factor) const {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
-      const int32_t i = row + S::row(slot);
-      const auto* from = static_cast<const uint16_t*>(operands.bias) + i * p.bias.row + key + S::column(0);
-      const int32_t left = i < band.q_len ? band.k_len - key - S::column(0) : 0;
+      const auto [from, left] = bias_row<S>(slot, row, key);
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; ++n) {
         const int step = S::column_step(n);
