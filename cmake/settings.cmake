@@ -80,3 +80,18 @@ function(jf_archs_from minimum archs result)
   endforeach()
   set(${result} "${kept}" PARENT_SCOPE)
 endfunction()
+
+# The options of nvcc that make its machine code smallest. Before 12.8 nvcc has no name for what its fatbinary, which
+# may be a newer one (tools/fetch_cuda12.py), can do.
+function(jf_compression result)
+  set(options --compress-mode=size)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)
+    set(options -Xfatbin=-compress-all)
+    get_filename_component(bin "${CMAKE_CUDA_COMPILER}" DIRECTORY)
+    execute_process(COMMAND "${bin}/fatbinary" --help OUTPUT_VARIABLE help ERROR_QUIET)
+    if(help MATCHES "--compress-mode")
+      list(APPEND options -Xfatbin=-compress-mode=size)
+    endif()
+  endif()
+  set(${result} ${options} PARENT_SCOPE)
+endfunction()
