@@ -4,6 +4,7 @@
 // hidden behind a whole step of the main loop. The copies then go row by row, from offsets in shared memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/float8.h"
@@ -118,27 +119,33 @@ struct Float8Chunk {
   }
 };
 
-// The same of float8, which is widened in registers: all loads first, then all stores.
+// The same of float8, which is widened in registers: all loads first, as far as registers go, then all
+// stores.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
                                            const KeyAddress* addresses, uint64_t KeyAddress::* which) {
   using T = typename Tile::Element;
+  using Chunk = Float8Chunk<T>;
   constexpr int kTotal = Tile::kRows * Tile::kChunks, kSteps = (kTotal + kThreads - 1) / kThreads;
-  Float8Chunk<T> chunks[kSteps];
+  constexpr int kRegisters = 32, kAtOnce = std::min(kSteps, kRegisters / Chunk::kWords);
+#pragma unroll 1
+  for (int first = 0; first < kSteps; first += kAtOnce) {
+    Chunk chunks[kAtOnce];
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int at = i * kThreads + static_cast<int>(threadIdx.x);
-    const int row = at / Tile::kChunks, column = at % Tile::kChunks * kChunk<T>;
-    const uint64_t address = at < kTotal ? addresses[row].*which : kUnread;
-    chunks[i].fill(0);
-    if (is_read(address) && column < from.columns)
-      chunks[i].read(reinterpret_cast<const uint8_t*>(address) + column);
-  }
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
+      const int row = at / Tile::kChunks, column = at % Tile::kChunks * kChunk<T>;
+      const uint64_t address = at < kTotal ? addresses[row].*which : kUnread;
+      chunks[i].fill(0);
+      if (is_read(address) && column < from.columns)
+        chunks[i].read(reinterpret_cast<const uint8_t*>(address) + column);
+    }
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int at = i * kThreads + static_cast<int>(threadIdx.x);
-    const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-    if (at < kTotal) ptx::store_shared(shared + Tile::offset(row, chunk), chunks[i].wide());
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
+      const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
+      if (at < kTotal) ptx::store_shared(shared + Tile::offset(row, chunk), chunks[i].wide());
+    }
   }
 }
 

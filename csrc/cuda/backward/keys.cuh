@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "core/plan.h"
-#include "cuda/backward/convert.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"

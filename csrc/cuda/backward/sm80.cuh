@@ -1,7 +1,7 @@
 // The backward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
 #pragma once
 
-#include "cuda/backward/convert.h"
+#include "cuda/backward/convert.cuh"
 #include "cuda/backward/keys.cuh"
 #include "cuda/backward/queries.cuh"
 #include "cuda/backward/turns.cuh"
@@ -25,7 +25,7 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
       e != cudaSuccess) {
     return e;
   }
-  if (accumulator) return convert_accumulator(p, accumulator, stream);
+  if (accumulator) return convert_accumulator<T>(p, accumulator, stream);
   return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
 }
 
