@@ -7,6 +7,8 @@ cd "$(dirname "$0")/.."
 arch=${1:?usage: tools/gpu_ptx.sh ARCH [arguments of pytest]}
 shift
 python=$(command -v "${PYTHON:-python3}")
+# What the driver assembled for one process serves the others.
+export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-$PWD/build/ptx-cache} CUDA_CACHE_MAXSIZE=${CUDA_CACHE_MAXSIZE:-4294967296}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" JAX_FLASH_TEST_IMPLEMENTATION=cuda
 
 PYTHON=$python JAX_FLASH_CUDA=ON JAX_FLASH_CUDA_ARCHS="$arch-virtual" tools/build_inplace.sh
@@ -26,4 +28,4 @@ if said=$(CUDA_DISABLE_PTX_JIT=1 "$python" -c "$attempt" 2>&1) || ! grep "jax_fl
   echo "$said" >&2
   exit 1
 fi
-"$python" -m pytest "$@"
+"$python" -m pytest -rfE --tb=short "$@"
