@@ -32,9 +32,7 @@ WHEELS = (
 )
 FATBINARY = "nvidia/cu13/bin/fatbinary"
 # Where the Debian package has them, and where nvcc looks for them.
-PROGRAMS = {
-    f"./usr/bin/{name}": f"bin/{name}" for name in ("bin2c", "cudafe++", "nvlink", "ptxas")
-}
+PROGRAMS = {f"./usr/bin/{name}": f"bin/{name}" for name in ("bin2c", "cudafe++", "nvlink", "ptxas")}
 PROGRAMS |= {
     "./usr/lib/nvidia-cuda-toolkit/bin/crt/link.stub": "bin/crt/link.stub",
     "./usr/lib/nvidia-cuda-toolkit/bin/crt/prelink.stub": "bin/crt/prelink.stub",
