@@ -4,6 +4,7 @@ python -m benchmarks                          # the platform's cases, every peer
 python -m benchmarks --cases packed --peers xla,torch --repeats 9 --out out/bench
 python -m benchmarks --suite cpu              # the CPU kernels' bars, each beside what it is compared with
 python -m benchmarks --suite cuda             # the same of the CUDA kernels
+python -m benchmarks --suite hopper           # and of the sm_90a forward
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--repeats", type=int, default=7, help="the median of this many is reported")
     parser.add_argument("--seconds", type=float, default=0.05, help="length of one repeat")
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    parser.add_argument("--suite", choices=["cpu", "cuda"], help="sections and bars of a suite_*.py instead")
+    parser.add_argument(
+        "--suite", choices=["cpu", "cuda", "hopper"], help="sections and bars of a suite_*.py instead"
+    )
     parser.add_argument("--sections", default="", help="of the suite, separated by commas; all by default")
     options = parser.parse_args(arguments)
     if options.suite:

@@ -15,9 +15,7 @@ from . import measure
 from .bars import Cell
 from .sections import draw_rates, time_calls
 
-CHAIN = (
-    8  # calls in one program, each fed by the one before: launching one from Python takes longer than it runs
-)
+CHAIN = 8  # calls in one program
 # batch, query heads, KV heads, head dim, keys
 SHAPES = (
     *((24, 24, 24, 128, keys) for keys in (512, 1024, 2048, 4096, 8192)),
@@ -31,12 +29,7 @@ SHAPES = (
 
 
 def _chained(call: Callable[..., Any]) -> measure.Call:
-    def chain(q: Any, *arrays: Any) -> Any:
-        for _ in range(CHAIN):
-            q = call(q, *arrays)
-        return q
-
-    return jax.jit(chain)
+    return measure.chained(call, CHAIN)
 
 
 def _draw(shape: tuple[int, ...], dtype: str, seed: int) -> jax.Array:
@@ -101,18 +94,22 @@ def dtype_cells() -> Iterator[Cell]:
             yield _cell(shape, dtype, calls, {})
 
 
+def prefill_cell(heads: tuple[int, int], d: int, causal: bool, b: int = 2, s: int = 4096) -> Cell:
+    """Whole sequences over pages, and contiguous."""
+    hq, hk = heads
+    q, k, v = (_draw((b, s, h, d), "bfloat16", i) for i, h in enumerate((hq, hk, hk)))
+    fixed = jax.jit(lambda q, k, v: jax_flash.flash_attention(q, k, v, causal=causal))
+    paged = jax.jit(lambda *arrays: jax_flash.paged_attention(*arrays, causal=causal))
+    calls = {"contiguous": (fixed, [(q, k, v)])}
+    calls |= {f"pages of {size}": (paged, [(q, *_pages(k, v, size))]) for size in (16, 64)}
+    name = f"prefill b{b} s{s} {hq}/{hk} d{d}{' causal' if causal else ''}"
+    work = (2.0 if causal else 4.0) * b * hq * s * (s + causal) * d
+    return {"kind": "prefill", "name": name, "d": d, "flop": work, "times": time_calls(calls, 1.0)}
+
+
 def prefill_cells() -> Iterator[Cell]:
-    """Two causal sequences of 4,096 over pages, and contiguous."""
-    b, s, d = 2, 4096, 128
-    for hq, hk in ((16, 16), (32, 8)):
-        q, k, v = (_draw((b, s, heads, d), "bfloat16", i) for i, heads in enumerate((hq, hk, hk)))
-        fixed = jax.jit(lambda q, k, v: jax_flash.flash_attention(q, k, v, causal=True))
-        paged = jax.jit(lambda *arrays: jax_flash.paged_attention(*arrays, causal=True))
-        calls = {"contiguous": (fixed, [(q, k, v)])}
-        calls |= {f"pages of {size}": (paged, [(q, *_pages(k, v, size))]) for size in (16, 64)}
-        name = f"prefill b{b} s{s} {hq}/{hk} d{d} causal"
-        work = 2.0 * b * hq * s * (s + 1) * d
-        yield {"kind": "prefill", "name": name, "flop": work, "times": time_calls(calls, 1.0)}
+    for heads in ((16, 16), (32, 8)):
+        yield prefill_cell(heads, 128, True)
 
 
 def draw(cells: list[Cell], plt: Any) -> Any:

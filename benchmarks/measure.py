@@ -29,6 +29,7 @@ def interleaved(
     seconds: float,
     pause: float = 0.0,
     settle: float = 0.0,
+    most: int = 200,
 ) -> dict[str, list[float]]:
     """Seconds per call of each, repeat by repeat.
 
@@ -40,14 +41,15 @@ def interleaved(
       pause: seconds of rest before a repeat, in which the threads of the call before it stop spinning.
       settle: seconds of untimed calls after the rest, one at least: what the call before it left behind is
         not theirs to pay, such as memory that it freed and the host took back.
+      most: calls of a repeat, however short they are.
     """
     counts, untimed, rotations = {}, {}, {}
     for name, (call, arguments) in calls.items():
         rotations[name] = itertools.cycle(arguments)
         jax.block_until_ready(call(*next(rotations[name])))
         once = _repeat(call, rotations[name], 1)
-        counts[name] = max(1, min(200, int(seconds / once)))
-        untimed[name] = max(1, min(200, int(settle / once)))
+        counts[name] = max(1, min(most, int(seconds / once)))
+        untimed[name] = max(1, min(most, int(settle / once)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, _) in calls.items():
@@ -70,6 +72,17 @@ def _repeat(call: Call, arguments: Any, count: int) -> float:
             jax.block_until_ready(out)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / count
+
+
+def chained(call: Call, count: int, **compiler_options: Any) -> Call:
+    """`count` calls in one program, each fed by the one before: launching one may take longer than it runs."""
+
+    def chain(query: Any, *others: Any) -> Any:
+        for _ in range(count):
+            query = call(query, *others)
+        return query
+
+    return jax.jit(chain, compiler_options=compiler_options or None)
 
 
 def median(times: Sequence[float]) -> float:

@@ -97,6 +97,14 @@ def _pallas(case: Case) -> Attend:
     return lambda q, k, v, arrays: mha(q, k, v, None, sm_scale=case.d**-0.5, causal=case.causal)
 
 
+def _mosaic(case: Case) -> Attend:
+    """JAX's Pallas kernel for Hopper, on float16 alone. It has no scale: it computes softmax(q kᵀ) v."""
+    module: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.attention_mgpu")
+    keys = 64 if case.d > 128 else 128
+    tiles = module.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=case.causal)
+    return lambda q, k, v, arrays: module.attention(q, k, v, tiles)
+
+
 def _torch(case: Case) -> Attend:
     torch: Any = importlib.import_module("torch")
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -108,6 +116,7 @@ PEERS = {
     "xla": Peer(JAX_NN | {"float32", "packed"}, ("cpu", "gpu"), _jax_nn("xla")),
     "cudnn": Peer(JAX_NN, ("gpu",), _jax_nn("cudnn")),
     "pallas": Peer({"float32"}, ("gpu",), _pallas),
+    "mosaic": Peer({"GQA"}, ("gpu",), _mosaic),
     "tokamax": Peer(JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), _jax_nn("mosaic", "tokamax"), "tokamax"),
     "torch": Peer({"GQA", "float32"}, ("cpu",), _torch, "torch"),
 }
@@ -123,6 +132,8 @@ def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Atte
     if name == "torch":
         return _torch_calls(attend, pass_, inputs)
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
+    if name == "mosaic" and case.dtype == "bfloat16":
+        arguments = jax.tree.map(lambda x: x.astype("float16"), arguments)
     if pass_ == "forward":
         return jax.jit(attend), arguments
     if pass_ == "both":

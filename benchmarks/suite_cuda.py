@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 
-from . import bars_cuda, decode_cuda, measure, peers
+from . import bars_cuda, decode_cuda, measure, peers, small_cuda
 from .bars import Cell
 from .cases import Case, flop, make_inputs, varlen
 from .sections import Suite, Timed, draw_rates, time_calls
 
 TOKENS, WIDTH = 16384, 2048  # b · s, and heads · head dim
 SUSTAINED = 0.3  # seconds
-PEERS = ("jax_flash", "cudnn", "pallas", "tokamax")
+PEERS = ("jax_flash", "cudnn", "pallas", "mosaic", "tokamax")
 DOCUMENTS = (100, 8000, 300, 2500, 1200, 4284)  # lengths of packed sequences, TOKENS in all
 
 
@@ -89,16 +89,19 @@ def matrix_cells(pass_: str, d: int) -> Iterator[Cell]:
             yield peer_cell(fixed(d, s, causal), pass_, of="matrix")
 
 
-def sustained_cells() -> Iterator[Cell]:
+def sustained_cell(pass_: str, case: Case, seconds: float) -> Cell:
     """This library and the matrix product, each for as long as it takes the device to settle at its clock."""
+    calls, _ = prepared({"jax_flash": ("jax_flash", case, pass_)})
+    times = measure.interleaved(calls | {"matmul": matmul(case.dtype)}, 3, seconds, most=10000)
+    cell = {"kind": "sustained", "name": f"{case.name} {pass_}", "pass": pass_, "d": case.d, "s": case.sq}
+    timed = {n: {"median": measure.median(t), "spread": measure.spread(t)} for n, t in times.items()}
+    return cell | {"causal": case.causal, "flop": flop(case, pass_), "times": timed}
+
+
+def sustained_cells() -> Iterator[Cell]:
     for pass_, d, causal in bars_cuda.OF_MATMUL:
         for s in (4096, 16384):
-            case = fixed(d, s, causal)
-            calls, _ = prepared({"jax_flash": ("jax_flash", case, pass_)})
-            times = measure.interleaved(calls | {"matmul": matmul(case.dtype)}, 3, SUSTAINED)
-            cell = {"kind": "sustained", "name": f"{case.name} {pass_}", "pass": pass_, "d": d, "s": s}
-            timed = {n: {"median": measure.median(t), "spread": measure.spread(t)} for n, t in times.items()}
-            yield cell | {"causal": causal, "flop": flop(case, pass_), "times": timed}
+            yield sustained_cell(pass_, fixed(d, s, causal), SUSTAINED)
 
 
 def ours_cell(what: str, plain: Case, this: Case, pass_: str = "forward") -> Cell:
@@ -126,11 +129,11 @@ def option_cells(d: int) -> Iterator[Cell]:
         yield ours_cell(what, plain, plain.replace(name=f"{plain.name} {what}", **option))
 
 
-def packed_cells() -> Iterator[Cell]:
+def packed_cells(passes: tuple[str, ...]) -> Iterator[Cell]:
     """Documents of 100 to 8,000 tokens beside fixed sequences of 4,096."""
     for d in (64, 128, 256):
         for causal in (False, True):
-            for pass_ in ("forward", "backward"):
+            for pass_ in passes:
                 plain = fixed(d, 4096, causal)
                 sizes = {"hq": plain.hq, "hk": plain.hk, "d": d, "dv": d, "dtype": plain.dtype}
                 name = f"d{d} documents{' causal' if causal else ''}"
@@ -139,17 +142,15 @@ def packed_cells() -> Iterator[Cell]:
                 )
 
 
-def shape_cells() -> Iterator[Cell]:
-    """GQA, a window, odd lengths; then problems too small for the whole device."""
-    plain, long = fixed(128, 4096, True), fixed(128, 16384)
-    yield ours_cell("GQA 8:1", plain, plain.replace(name=f"{plain.name} hk2", hk=2))
-    yield ours_cell("window 1024", long, long.replace(name="d128 s16384 window", window=(1024, 0)))
+def shape_cells(d: int) -> Iterator[Cell]:
+    """GQA, a window, odd lengths."""
+    plain, long = fixed(d, 4096), fixed(d, 16384)
+    hk = max(1, plain.hq // 8)
+    yield ours_cell(f"GQA {plain.hq // hk}:1", plain, plain.replace(name=f"{plain.name} hk{hk}", hk=hk))
+    yield ours_cell("window 1024", long, long.replace(name=f"{long.name} window", window=(1024, 0)))
     for s, odd in ((4096, 4001), (1024, 1000), (768, 777)):
-        near = fixed(128, s, b=TOKENS // s)
-        yield ours_cell(f"s {odd}", near, near.replace(name=f"d128 s{odd}", sq=odd, sk=odd))
-    for s in (512, 1024):
-        for causal in (False, True):
-            yield peer_cell(fixed(128, s, causal, b=1), "forward", PEERS[:2], of="small")
+        near = fixed(d, s, b=TOKENS // s)
+        yield ours_cell(f"s {odd}", near, near.replace(name=f"d{d} s{odd}", sq=odd, sk=odd))
 
 
 def seed_cells() -> Iterator[Cell]:
@@ -173,8 +174,9 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     },
     "sustained": sustained_cells,
     **{f"options d{d}": functools.partial(option_cells, d) for d in (64, 128, 256)},
-    "packed": packed_cells,
-    "shapes": shape_cells,
+    "packed": functools.partial(packed_cells, ("forward", "backward")),
+    "shapes": functools.partial(shape_cells, 128),
+    "small": small_cuda.small_cells,
     "decode": decode_cuda.decode_cells,
     "decode dtypes": decode_cuda.dtype_cells,
     "prefill": decode_cuda.prefill_cells,
@@ -194,6 +196,8 @@ def verdict(cell: Cell) -> str:
             return f"{rate:.0f} TFLOP/s, {bars_cuda.of_matmul(cell):.3f} of matmul"
         case "ratio":
             return f"{bars_cuda.rate_of_plain(cell):.3f} of the plain rate"
+        case "small" | "host":
+            return small_cuda.verdict(cell)
         case "decode":
             shares = (f"{name} {x:.2f}" for name, x in bars_cuda.shares_of_copy(cell).items())
             return f"of a copy at {bars_cuda.copy_rate(cell):.0f} GB/s: {', '.join(shares)}"
