@@ -229,9 +229,34 @@ def test_hopper_copies_pages_by_groups_of_eight_rows():
     assert arch(page_size=16, float8=True, **pages) == "sm80"
 
 
-def test_three_consumers_have_no_registers_for_a_general_score():
+def test_three_consumers_have_registers_for_one_option_of_the_score():
     assert tile(plan(d=64, dv=64))[0] == 192
-    assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 128
+    for names in ((), ("alibi_slopes",), ("q_segment_ids", "kv_segment_ids"), ("dropout",)):
+        assert tile(plan(d=64, dv=64, operands=operand_bits(names)))[0] == 192
+    assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 192
+    assert tile(plan(d=64, dv=64, softcap=3.0, operands=operand_bits(("alibi_slopes",))))[0] == 128
+    assert tile(plan(d=64, dv=64, operands=operand_bits(("alibi_slopes", "dropout"))))[0] == 128
+    assert tile(plan(d=64, dv=64, operands=operand_bits(("mask",))))[0] == 128
+    assert tile(plan(d=64, dv=64, scale=-1.0))[0] == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({}, "plain"),
+        ({"operands": operand_bits(("alibi_slopes",))}, "alibi"),
+        ({"operands": operand_bits(("q_segment_ids", "kv_segment_ids"))}, "segments"),
+        ({"operands": operand_bits(("dropout",))}, "dropout"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"softcap": 1e4}, "general"),  # its powers of e are not float32's
+        ({"softcap": 30.0, "operands": operand_bits(("dropout",))}, "general"),
+        ({"operands": operand_bits(("mask",))}, "general"),
+    ],
+)
+def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kernel):
+    assert plan(d=128, dv=128, **options)["text"].split()[2] == kernel
+    others = kernel if kernel in ("plain", "dropout") else "general"
+    assert plan(d=128, dv=128, device=A100, **options)["text"].split()[2] == others
 
 
 def test_blocks_that_stay_count_tiles_of_unequal_length():

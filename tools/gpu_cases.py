@@ -7,14 +7,17 @@ from typing import Any
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224))
 DTYPES = ("bfloat16", "float16", "float32")
+SAME = "the query's"  # of a bias
 
 
 def all_cases(emulated: bool, dtypes: tuple[str, ...]) -> list[Any]:
     """Emulated: smaller, and of every case one dtype."""
     made = []
-    for i, case in enumerate(_suite() + _head_dims(emulated) + _options(emulated)):
+    for i, case in enumerate(_suite() + _head_dims(emulated) + _options(emulated) + _alone(emulated)):
         chosen = (dtypes[i % len(dtypes)],) if emulated else dtypes
-        made += [case.replace(dtype=dtype, name=f"{case.name}, {dtype}") for dtype in chosen]
+        for dtype in chosen:
+            bias = dtype if case.bias_dtype == SAME else case.bias_dtype
+            made.append(case.replace(dtype=dtype, bias_dtype=bias, name=f"{case.name}, {dtype}"))
     return made
 
 
@@ -42,6 +45,35 @@ def _head_dims(emulated: bool) -> list[Any]:
         if not emulated:
             made.append(Case(f"general d {d}/{dv}", d=d, dv=dv, window=(200, 50), **general, **sizes))
     return made
+
+
+def _alone(emulated: bool) -> list[Any]:
+    """One option of the score at every head dim: sm_90 has kernels for each."""
+    from cases import Case
+
+    if emulated:  # which has none of them
+        return []
+    sizes = _sizes(emulated) | {"b": 2, "sk": 1104}
+    bias = {"bias": (2, 1, sizes["sq"], sizes["sk"]), "bias_dtype": SAME}
+    shorter = {"q_lengths": (sizes["sq"] - 7, 64), "kv_lengths": (sizes["sk"] - 20, 130), "causal": True}
+    options = {
+        "alibi": {"alibi_slopes": (2,)},
+        "segments": {"segments": 3},
+        "softcap of small scores": {"softcap": 20.0},
+        "softcap": {"softcap": 7.0},
+        "softcap of large scores": {"softcap": 50.0, "scale": 5.0},
+        "dropout": {"dropout_rate": 0.3},
+        "more dropout": {"dropout_rate": 0.7},
+        "bias": bias,
+        "bias of heads": bias | {"bias": (1, 2, sizes["sq"], sizes["sk"])},
+    }
+    return [
+        Case(f"{name} alone{also} d {d}/{dv}", d=d, dv=dv, **option, **sizes, **band)
+        for d, dv in HEAD_DIMS
+        for name, option in options.items()
+        for also, band in (("", {"window": (300, 400)}), (", causal, shorter", shorter))
+        if band is not shorter or d in (64, 128, 256)
+    ]
 
 
 def _options(emulated: bool) -> list[Any]:

@@ -19,9 +19,15 @@ struct Dropout {
   uint32_t threshold = 0;                             // keep when the 16-bit number reaches it
   float scale = 1.0f;                                 // of what is kept: 1 / (1 - rate)
 
+  // Whether the shard begins within a block.
+  JF_HD bool odd() const { return column % kDropoutBlock != 0; }
+
   // The numbers of global columns [8 index, 8 index + 8) in row i.
   JF_HD PhiloxBlock block(uint32_t b, uint32_t h, uint32_t i, uint32_t index) const {
-    return philox(key0, key1, {{index, i + row, h + head, b + batch}});
+    return philox(key0, key1, counter(b, h, i, index));
+  }
+  JF_HD PhiloxBlock counter(uint32_t b, uint32_t h, uint32_t i, uint32_t index) const {
+    return {{index, i + row, h + head, b + batch}};
   }
 
   JF_HD static uint32_t half(const PhiloxBlock& numbers, uint32_t column) {

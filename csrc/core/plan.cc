@@ -9,6 +9,8 @@ namespace jax_flash {
 namespace {
 
 constexpr const char* kDTypeNames[] = {"float16", "bfloat16", "float32"};
+constexpr const char* kScoreNames[] = {"plain",    "general", "general", "dropout",
+                                       "segments", "alibi",   "softcap", "bias"};
 constexpr const char* kPassNames[] = {"forward", "backward", "bias_gradient", "paged_forward", "decode"};
 
 int64_t element_size(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
@@ -51,16 +53,39 @@ int64_t shared_memory(const KernelRow& row, DType dtype) {
   return shared_elements(row) * element_size(dtype) + others;
 }
 
-bool is_general_without_dropout(const AttentionSpec& spec) {
-  for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kAlibiSlopes}) {
-    if (spec.has(operand)) return true;
+// Softcaps whose powers of e are float32's.
+constexpr float kLargestSoftcap = 50;
+
+// What a call does to scores; kGeneral: more than one thing, or something that has no kernel of its own.
+ScoreKind only_option(const AttentionSpec& spec, const Shapes& shapes) {
+  struct {
+    bool wanted, served;
+    ScoreKind kind;
+  } const options[] = {
+      {spec.has(Operand::kQSegmentIds), true, ScoreKind::kSegments},
+      {spec.has(Operand::kAlibiSlopes), true, ScoreKind::kAlibi},
+      {spec.has(Operand::kBias), shapes.bias_in_tiles, ScoreKind::kBias},
+      {spec.has(Operand::kDropout), true, ScoreKind::kDropoutAlone},
+      {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
+      // The plain kernel takes the row maximum before it scales, which wants a positive scale.
+      {spec.has(Operand::kMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+  };
+  ScoreKind found = ScoreKind::kPlain;
+  for (const auto& option : options) {
+    if (!option.wanted) continue;
+    found = found == ScoreKind::kPlain && option.served ? option.kind : ScoreKind::kGeneral;
   }
-  // The plain kernel takes the row maximum before it scales, which wants a positive scale.
-  return spec.softcap > 0 || !(spec.scale > 0);
+  return found;
 }
 
-bool is_general(const AttentionSpec& spec) {
-  return spec.has(Operand::kDropout) || is_general_without_dropout(spec);
+// The kernel of a row that a call takes.
+ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
+  const ScoreKind only = only_option(spec, shapes);
+  if (only == ScoreKind::kPlain || (only == ScoreKind::kDropoutAlone && row.pass == Pass::kForward))
+    return only;
+  if (row.capability == 90 && row.pass == Pass::kForward && only != ScoreKind::kGeneral) return only;
+  return spec.has(Operand::kDropout) && row.pass == Pass::kForward ? ScoreKind::kDropout
+                                                                   : ScoreKind::kGeneral;
 }
 
 // The sm90 family: the copy engine's tensor maps have room for one leading dimension, and its boxes are of
@@ -68,8 +93,9 @@ bool is_general(const AttentionSpec& spec) {
 // score.
 bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
   if (row.capability != 90) return true;
+  const ScoreKind kind = score_kind(row, spec, shapes);
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
-         (row.warps <= 12 || !is_general(spec));
+         (row.warps <= 12 || (kind != ScoreKind::kGeneral && kind != ScoreKind::kDropout));
 }
 
 // Of float8 a decode kernel copies and multiplies 64 features at a time.
@@ -286,8 +312,6 @@ int64_t workspace_bound(Pass pass, const AttentionSpec& spec, const Shapes& shap
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built) {
   LaunchPlan result;
-  result.general = is_general(spec);
-  result.dropout_alone = result.general && !is_general_without_dropout(spec);
   const auto choose = [&](Pass wanted) {
     const KernelRow* row = nullptr;
     for (const KernelRow& candidate : built) {
@@ -316,6 +340,7 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
     result.error = no_kernel(pass, shapes, device, built);
     return result;
   }
+  result.score = score_kind(*row, spec, shapes);
   result.shared = shared_memory(*row, shapes.dtype);
   plan_grids(row->pass, spec, shapes, device, *row, decode, result);
   if (decode && decode != row) result.decode_kernel = static_cast<int32_t>(decode - built.data());
@@ -341,8 +366,8 @@ std::string KernelRow::to_string() const {
 }
 
 std::string LaunchPlan::to_string(const KernelRow& row) const {
-  std::string text = std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] +
-                     (general ? " general" : " plain") + " d=" + std::to_string(row.head_dim) +
+  std::string text = std::string(row.family) + " " + kPassNames[static_cast<int>(row.pass)] + " " +
+                     kScoreNames[static_cast<int>(score)] + " d=" + std::to_string(row.head_dim) +
                      " dv=" + std::to_string(row.value_dim) + " tile " + std::to_string(row.block_m) + "x" +
                      std::to_string(row.block_n);
   if (decode.columns) {
@@ -357,6 +382,19 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
          " bytes workspace";
 }
 
+namespace {
+
+// The copy engine's boxes: of 16-bit elements side by side, from rows that begin at multiples of 16 bytes.
+bool bias_in_tiles(const Problem& p) {
+  const View& bias = p.bias;
+  const auto whole = [](int64_t stride) { return stride % 8 == 0; };
+  return bias && p.bias_dtype == p.dtype && p.dtype != DType::kF32 && bias.column == 1 &&
+         p.leading.rank <= 1 && (bias.row != 0 || p.q_rows == 1) && whole(bias.row) && whole(bias.head) &&
+         whole(bias.batch) && whole(bias.leading[0]) && reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
+}
+
+}  // namespace
+
 Shapes shapes_of(const Problem& p) {
   return {p.dtype,
           p.kv_dtype,
@@ -370,7 +408,8 @@ Shapes shapes_of(const Problem& p) {
           p.q_rows,
           p.k_rows,
           p.page_size,
-          {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns}};
+          {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
+          bias_in_tiles(p)};
 }
 
 }  // namespace jax_flash

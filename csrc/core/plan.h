@@ -38,9 +38,10 @@ struct Shapes {
   int32_t leading_rank;
   int64_t batch;  // batch entries, or sequences
   int64_t heads, kv_heads, head_dim, value_dim;
-  int64_t q_rows, k_rows;  // s_q and s_k, or total tokens
-  int64_t page_size;       // 0: no pages
-  int64_t bias[4];         // of dbias, 1 where it is reduced; the bias gradient's only
+  int64_t q_rows, k_rows;      // s_q and s_k, or total tokens
+  int64_t page_size;           // 0: no pages
+  int64_t bias[4];             // of dbias, 1 where it is reduced; the bias gradient's only
+  bool bias_in_tiles = false;  // the copy engine can bring tiles of the bias
 };
 
 // The tiles of a kernel's grid, of query or of key rows.
@@ -72,13 +73,16 @@ struct DecodeGrid {
   }
 };
 
+// What a kernel does to scores beside the scale and the band: nothing; whatever a call has, or whatever but
+// dropout; or one option alone, of which sm90's forward has kernels for all, the other forwards for dropout.
+enum class ScoreKind { kPlain, kGeneral, kDropout, kDropoutAlone, kSegments, kAlibi, kSoftcap, kBias };
+
 // What runs: the forward over query tiles; the backward over key tiles, which add dQ up in the accumulator
 // or, where that has to be repeatable, leave it to a kernel over query tiles; the bias gradient over the
 // tiles of dbias (its blocks are those of `queries`).
 struct LaunchPlan {
-  int32_t kernel = -1;         // index into the built rows; -1: `error` says why none runs
-  bool general = false;        // bias, masks, softcap, alibi or dropout: the kernel with all of them
-  bool dropout_alone = false;  // of these
+  int32_t kernel = -1;  // index into the built rows; -1: `error` says why none runs
+  ScoreKind score = ScoreKind::kPlain;
   TileGrid queries, keys;
   DecodeGrid decode;
   int32_t decode_kernel =
@@ -90,6 +94,7 @@ struct LaunchPlan {
   int64_t workspace = 0;     // bytes of the workspace that are used
   std::string error = {};
 
+  bool general() const { return score != ScoreKind::kPlain; }
   std::string to_string(const KernelRow& row) const;
 };
 
@@ -109,13 +114,14 @@ struct TileWork {
 };
 static_assert(sizeof(TileWork) == 32);
 
-inline constexpr int64_t kBlockStateBytes = 512;    // of shared memory beside the tiles, at most
-inline constexpr int64_t kHopperStateBytes = 1536;  // the same of the sm90 family, with its barriers
-inline constexpr int64_t kCounterBytes = 4;         // of LaunchPlan::counter
-inline constexpr int64_t kSmallestBlock = 16;       // rows of a tile in kernels.def: bounds their number
-inline constexpr int64_t kDecodeRows = 64;          // query rows of a KV head that decode takes, at most
-inline constexpr int64_t kDecodeChunk = 16;         // rows of a column of decode in kernels.def, at most
-inline constexpr int64_t kDecodeTile = 64;          // keys of a tile of decode in kernels.def, at least
+inline constexpr int64_t kBlockStateBytes = 512;       // of shared memory beside the tiles, at most
+inline constexpr int64_t kHopperStateBytes = 1536;     // the same of the sm90 family, with its barriers
+inline constexpr int64_t kHopperSharedBytes = 232448;  // of a block of that family, at most
+inline constexpr int64_t kCounterBytes = 4;            // of LaunchPlan::counter
+inline constexpr int64_t kSmallestBlock = 16;          // rows of a tile in kernels.def: bounds their number
+inline constexpr int64_t kDecodeRows = 64;             // query rows of a KV head that decode takes, at most
+inline constexpr int64_t kDecodeChunk = 16;            // rows of a column of decode in kernels.def, at most
+inline constexpr int64_t kDecodeTile = 64;             // keys of a tile of decode in kernels.def, at least
 inline constexpr int64_t kDecodeBlocks = 1024;  // of decode where they cut sequences: bounds what parts leave
 inline constexpr int64_t kDecodePart = 2048;    // keys of a part in batch-invariant mode
 inline constexpr int64_t kDecodeTargetBytes = 24;  // of decode::Target

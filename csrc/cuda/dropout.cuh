@@ -37,17 +37,31 @@ struct KeptElements {
   }
 };
 
+// A threshold for two numbers of 16 bits in a word.
+struct PairThreshold {
+  static constexpr uint32_t kTop = 0x80008000u;
+  uint32_t threshold, low;  // what the lower 15 bits have to reach, in both halves; ~0: the top bit is enough
+
+  PairThreshold() = default;
+  __device__ __forceinline__ explicit PairThreshold(uint32_t t)
+      : threshold((t > 0x8000u ? t - 0x8000u : t) * 0x10001u), low(t > 0x8000u ? 0 : ~0u) {}
+
+  // In the top bits of both halves.
+  __device__ __forceinline__ uint32_t reached(uint32_t x) const {
+    const uint32_t y = (x | kTop) - threshold;
+    return (x & y) | (low & (x | y));
+  }
+};
+
 // Dropout's numbers for four column tiles, of a dealt S: two neighbours in a word.
 template <class S>
 struct KeptNumbers {
   uint32_t word[S::kSlots][4];
-  uint32_t threshold, low;  // what the lower 15 bits have to reach, in both halves; ~0: the top bit is enough
+  PairThreshold threshold;
 
   // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
   __device__ __forceinline__ uint32_t halves(int slot, int n) const {
-    constexpr uint32_t kTop = 0x80008000u;
-    const uint32_t x = word[slot][n % 4], reached = (x | kTop) - threshold;
-    return ptx::signs_of_halves((x & reached) | (low & (x | reached)));
+    return ptx::signs_of_halves(threshold.reached(word[slot][n % 4]));
   }
 };
 

@@ -10,6 +10,7 @@
 
 #include "core/band.h"
 #include "core/dropout.h"
+#include "core/plan.h"
 #include "core/score.h"
 #include "cuda/dropout.cuh"
 #include "cuda/ptx/math.cuh"
@@ -40,10 +41,6 @@ __device__ __forceinline__ float tanh_polynomial(float x) {
   return fmaf(x * square, fmaf(p, square, -3.332867026e-1f), x);
 }
 
-// What a kernel of the forward does to scores, beside the scale and the band: nothing, whatever the call has
-// but for dropout, all, or dropout alone.
-enum class ScoreKind { kPlain, kGeneral, kDropout, kDropoutAlone };
-
 // Keys of a tile that are of a row's own segment: of all rows alike, or not known.
 enum class InSegment { kAll, kNone, kSome };
 
@@ -56,22 +53,28 @@ struct ScoreOperands {
   uint32_t batch = 0, head = 0;  // that dropout counts
   Dropout dropout;
 
+  // What a kernel of this kind reads; those of one option find a bias and the keys' segments themselves.
+  template <ScoreKind kKind = ScoreKind::kDropout>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    constexpr bool kAll = kKind == ScoreKind::kGeneral || kKind == ScoreKind::kDropout;
     if (work.tile.index == kNoSequence) return;
     auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
-    if (p.bias) bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
-    if (p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
-    if (p.q_segment_ids) {
+    if (kAll && p.bias)
+      bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
+    if (kAll && p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
+    if ((kAll || kKind == ScoreKind::kSegments) && p.q_segment_ids)
       q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
+    if (kAll && p.kv_segment_ids)
       kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
-    }
-    if (const View& slopes = p.alibi_slopes) {
+    if (const View& slopes = p.alibi_slopes; (kAll || kKind == ScoreKind::kAlibi) && slopes) {
       slope = slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
                                        slopes.offset(work.tile.index, query_head, 0)];
     }
-    if (p.dropout)
-      dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
-    batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
+    if constexpr (kKind == ScoreKind::kDropout || kKind == ScoreKind::kDropoutAlone) {
+      if (p.dropout)
+        dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+      batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
+    }
   }
 
   // Whether two neighbours of a 16-bit bias, from an even key on, are one load.
@@ -170,7 +173,7 @@ class GeneralScore {
   }
 
   // Whether a shard begins within a block of Philox.
-  __device__ __forceinline__ bool odd_shard() const { return operands.dropout.column % kDropoutBlock != 0; }
+  __device__ __forceinline__ bool odd_shard() const { return operands.dropout.odd(); }
 
   // Elsewhere: the numbers of column tiles n to n + 3 of a dealt S.
   template <class S>
@@ -183,9 +186,7 @@ class GeneralScore {
 #pragma unroll
       for (int i = 0; i < 4; ++i) numbers.word[slot][i] = x.word[i];
     }
-    const uint32_t t = dropout.threshold;
-    numbers.threshold = (t > 0x8000u ? t - 0x8000u : t) * 0x10001u;
-    numbers.low = t > 0x8000u ? 0 : ~0u;
+    numbers.threshold = PairThreshold(dropout.threshold);
   }
 
  private:

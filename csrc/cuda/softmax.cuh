@@ -85,6 +85,48 @@ struct OnlineSoftmax {
     }
   }
 
+  // S → P of a tile whose rows' scores are S + of_row.
+  template <class S>
+  __device__ __forceinline__ void follow(S& s, float (&alpha)[kSlots], const float (&of_row)[kSlots]) {
+    float before[kSlots], within[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      before[slot] = shift[slot];
+      within[slot] = shift[slot] += of_row[slot];
+    }
+    follow(s, alpha);
+    exponentiate(s, 0, S::kColumnTiles);
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      shift[slot] = shift[slot] == within[slot] ? before[slot] : shift[slot] - of_row[slot];
+  }
+
+  // Scores within [−bound, bound]: P = e^(s − bound), or more where that might be less than e^−80.
+  __device__ __forceinline__ void bound(float largest) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = -kLog2e * fminf(largest, 80 - largest);
+  }
+  // S, shifted → P.
+  template <class S>
+  __device__ __forceinline__ void exponentiate_shifted(S& s) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s.at(slot, n, e);
+          x = ptx::exp2(x);
+          l[slot] += x;
+        }
+  }
+  // Rows that have seen no key.
+  __device__ __forceinline__ void forget_empty() {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      if (row_sum(l[slot]) == 0) shift[slot] = kNone;
+  }
+
   // What a row's accumulator is multiplied by, and its lse. `sink` is a logit that joins the sum only, −inf:
   // none.
   struct Final {

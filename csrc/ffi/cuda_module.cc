@@ -183,7 +183,7 @@ nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen,
   if (chosen.kernel < 0) throw std::runtime_error(chosen.error);
   nb::dict result;
   result["row"] = table()[chosen.kernel];
-  result["general"] = chosen.general;
+  result["general"] = chosen.general();
   result["queries"] = grid_of(chosen.queries);
   result["keys"] = grid_of(chosen.keys);
   nb::dict decode;

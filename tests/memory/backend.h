@@ -21,8 +21,12 @@ bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at ever
 enum class Variant {
   kPlain,
   kGeneral,
-  kDropout,  // alone
-  kAll,      // general, with dropout
+  kDropout,   // alone
+  kAll,       // general, with dropout
+  kSegments,  // alone, as those that follow
+  kAlibi,
+  kSoftcap,
+  kBias,  // in tiles that the copy engine can bring
   kDeterministic,
   kGeneralDeterministic,
   kFloat8,
@@ -38,8 +42,14 @@ struct Aim {
   int32_t block_m;
   Variant variant;
 
+  // No option of the score but its own.
   bool plain() const {
-    return variant == Variant::kPlain || variant == Variant::kDropout || variant == Variant::kDeterministic;
+    return variant == Variant::kPlain || variant == Variant::kDropout || variant == Variant::kDeterministic ||
+           alone();
+  }
+  bool alone() const {
+    return variant == Variant::kSegments || variant == Variant::kAlibi || variant == Variant::kSoftcap ||
+           variant == Variant::kBias;
   }
   bool dropout() const { return variant == Variant::kDropout || variant == Variant::kAll; }
   bool float8() const { return variant == Variant::kFloat8 || variant == Variant::kFloat8Cut; }

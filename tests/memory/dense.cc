@@ -100,12 +100,19 @@ class Case : RandomCase {
   // What the kernel aimed at takes, and some of it.
   void aim_sizes() {
     p_.dtype = aim_->dtype;
-    if (aim_->pass == Pass::kBiasGradient) p_.spec.layout = Layout::kFixed;
+    const bool bias = aim_->variant == backend::Variant::kBias;
+    if (aim_->pass == Pass::kBiasGradient || bias || aim_->variant == backend::Variant::kSegments)
+      p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
     p_.q_rows = std::max(p_.q_rows, 1);
     p_.k_rows = std::max(p_.k_rows, 1);
     p_.head_dim = width_within(aim_->head_dim);
     p_.value_dim = width_within(aim_->value_dim);
+    if (bias) {
+      p_.bias_dtype = p_.dtype;
+      p_.k_rows = (p_.k_rows + 7) / 8 * 8;
+      p_.leading.rank = std::min(p_.leading.rank, 1);
+    }
   }
 
   void aim_options() {
@@ -120,12 +127,20 @@ class Case : RandomCase {
         s.operands &= ~bit(general);
     } else {
       s.softcap = 3.0f;
+      if (aim_->pass == Pass::kForward)
+        s.operands |= bit(Operand::kAlibiSlopes);  // one alone has its own kernel
     }
     if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
     if (aim_->dropout()) s.operands |= bit(Operand::kDropout);
+    if (aim_->variant == backend::Variant::kSegments)
+      s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
+    if (aim_->variant == backend::Variant::kAlibi) s.operands |= bit(Operand::kAlibiSlopes);
+    if (aim_->variant == backend::Variant::kSoftcap) s.softcap = 3.0f;
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
-    if (!backend::takes(*aim_, p_)) {  // a bias and several leading dimensions are not for all
+    if (aim_->variant == backend::Variant::kBias) {
+      s.operands |= bit(Operand::kBias);
+    } else if (!backend::takes(*aim_, p_)) {  // a bias and several leading dimensions are not for all
       s.operands &= ~bit(Operand::kBias);
       p_.leading = {};
     }
@@ -195,7 +210,8 @@ class Case : RandomCase {
     const int32_t sizes[] = {p_.batch, p_.heads, p_.q_rows, p_.k_rows};
     int64_t View::* strides[] = {&View::batch, &View::head, &View::row, &View::column};
     for (int i = 0; i < 4; ++i) {
-      const bool one = chance(0.4) || sizes[i] == 1;
+      const bool whole = i >= 2 && aim_ && aim_->variant == backend::Variant::kBias;
+      const bool one = sizes[i] == 1 || (chance(0.4) && !whole);
       dims.push_back({one ? 1 : sizes[i], one ? nullptr : strides[i]});
     }
     return dims;

@@ -1,18 +1,24 @@
 #include "reach.h"
 
+#include <iterator>
 #include <stdexcept>
 
 namespace jax_flash::backend {
 namespace {
 
-constexpr const char* kVariantNames[] = {"plain",  "general",       "dropout",
-                                         "all",    "deterministic", "general deterministic",
-                                         "float8", "cut",           "float8 cut"};
+constexpr const char* kVariantNames[] = {
+    "plain",  "general", "dropout",   "all",           "segments",
+    "alibi",  "softcap", "bias",      "deterministic", "general deterministic",
+    "float8", "cut",     "float8 cut"};
+
+// Of the forward, by the plan's ScoreKind.
+constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant::kAll,     Variant::kDropout,
+                                 Variant::kSegments, Variant::kAlibi,   Variant::kSoftcap, Variant::kBias};
 
 std::vector<Variant> variants_of(Pass pass) {
   switch (pass) {
     case Pass::kForward:
-      return {Variant::kPlain, Variant::kGeneral, Variant::kDropout, Variant::kAll};
+      return {std::begin(kVariants), std::end(kVariants)};
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kBiasGradient:
@@ -41,9 +47,14 @@ Problem example(const KernelRow& row, Variant variant) {
   const Aim aim = aim_at(row, variant);
   s.left = s.right = kUnlimited;
   s.scale = 1;
-  if (!aim.plain() && row.pass != Pass::kDecode) s.softcap = 3;
+  if (!aim.plain() && row.pass != Pass::kDecode) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
-  if (row.pass == Pass::kBiasGradient) add(Operand::kBias);
+  if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
+  if (variant == Variant::kSegments) add(Operand::kQSegmentIds);
+  if (variant == Variant::kAlibi) add(Operand::kAlibiSlopes);
+  if (variant == Variant::kSoftcap) s.softcap = 3;
+  alignas(16) static uint16_t any_bias;
+  p.bias.data = &any_bias, p.bias.column = 1, p.bias_dtype = aim.dtype;
   p.dtype = p.kv_dtype = aim.dtype;
   if (aim.float8()) p.kv_dtype = DType::kF8E4M3;
   p.batch = p.kv_heads = 1;
@@ -63,27 +74,24 @@ bool exists(const KernelRow& row, Variant variant, Device device) {
   device.capability = row.capability;
   const Problem p = example(row, variant);
   const Pass pass = row.pass == Pass::kPagedForward || row.pass == Pass::kDecode ? Pass::kForward : row.pass;
-  return plan(pass, p.spec, shapes_of(p), device, {&row, 1}).kernel == 0;
-}
-
-bool has_general_score(const Problem& p) {
-  return p.q_segment_ids || p.mask || p.bias || p.alibi_slopes || p.spec.softcap > 0 || !(p.spec.scale > 0);
+  const LaunchPlan found = plan(pass, p.spec, shapes_of(p), device, {&row, 1});
+  return found.kernel == 0 &&
+         (row.pass != Pass::kForward || kVariants[static_cast<int>(found.score)] == variant);
 }
 
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   switch (pass) {
     case Pass::kForward:
-      if (!p.dropout) return plan.general ? Variant::kGeneral : Variant::kPlain;
-      return has_general_score(p) ? Variant::kAll : Variant::kDropout;
+      return kVariants[static_cast<int>(plan.score)];
     case Pass::kBackward:
       if (p.spec.deterministic)
-        return plan.general ? Variant::kGeneralDeterministic : Variant::kDeterministic;
-      return plan.general ? Variant::kGeneral : Variant::kPlain;
+        return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
+      return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
       return Variant::kGeneral;
     case Pass::kPagedForward:
       if (p.kv_dtype != p.dtype) return Variant::kFloat8;
-      return plan.general ? Variant::kGeneral : Variant::kPlain;
+      return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kDecode:
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Cut : Variant::kCut;

@@ -1,4 +1,5 @@
-// The wrappers of csrc/cuda/ptx and the layouts of csrc/cuda/tile, one by one, on a GPU:
+// The wrappers of csrc/cuda/ptx, the layouts of csrc/cuda/tile and scores of one option, one by one, on a
+// GPU:
 //
 //   cuda_units
 #include "units.h"
@@ -7,6 +8,7 @@ int main() {
   using namespace jax_flash::units;
   test_ptx();
   test_tiles();
+  test_scores();
   std::printf(failed ? "%d failed\n" : "all passed\n", failed);
   return failed ? 1 : 0;
 }

@@ -99,5 +99,6 @@ inline bool has_bfloat16() { return run(Built{}, 1, {}, 1)[0] == 1; }
 
 void test_ptx();
 void test_tiles();
+void test_scores();
 
 }  // namespace jax_flash::units

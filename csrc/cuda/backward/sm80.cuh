@@ -32,10 +32,10 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
 }  // namespace jax_flash::inline JF_FAMILY
 
 // The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                               \
-  namespace jax_flash {                                                                                  \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {     \
-    if (plan.general) return launch_backward_sm80<dtype, __VA_ARGS__, true>(p, plan, workspace, stream); \
-    return launch_backward_sm80<dtype, __VA_ARGS__, false>(p, plan, workspace, stream);                  \
-  }                                                                                                      \
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                                 \
+  namespace jax_flash {                                                                                    \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {       \
+    if (plan.general()) return launch_backward_sm80<dtype, __VA_ARGS__, true>(p, plan, workspace, stream); \
+    return launch_backward_sm80<dtype, __VA_ARGS__, false>(p, plan, workspace, stream);                    \
+  }                                                                                                        \
   }

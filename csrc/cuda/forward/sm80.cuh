@@ -199,9 +199,9 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (!plan.general) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                         \
+    if (!plan.general()) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                       \
     if (!p.dropout) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                          \
-    if (plan.dropout_alone) return JF_LAUNCH_FORWARD(kDropoutAlone, dtype, __VA_ARGS__);             \
-    return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);                                          \
+    if (plan.score == ScoreKind::kDropout) return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);   \
+    return JF_LAUNCH_FORWARD(kDropoutAlone, dtype, __VA_ARGS__);                                     \
   }                                                                                                  \
   }

@@ -6,12 +6,15 @@
 // it.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "core/plan.h"
 #include "cuda/block_state.cuh"
 #include "cuda/epilogue.cuh"
+#include "cuda/forward/sm90_beside.cuh"
 #include "cuda/forward/sm90_load.cuh"
+#include "cuda/kept_pairs.cuh"
 #include "cuda/launch.h"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/registers.cuh"
@@ -19,6 +22,7 @@
 #include "cuda/registry.h"
 #include "cuda/score.cuh"
 #include "cuda/segments.cuh"
+#include "cuda/single_score.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
@@ -30,8 +34,19 @@ template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warp
           template <class> class KeySource = DenseKeys>
 struct ForwardSm90 {
   using Element = T;
-  static constexpr bool kGeneral = Kind != ScoreKind::kPlain, kDropout = Kind == ScoreKind::kDropout;
-  static constexpr int kM = M, kN = N, kStages = Stages, kBlocks = Blocks;
+  static constexpr ScoreKind kKind = Kind;
+  static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
+  static constexpr bool kDropout = Kind == ScoreKind::kDropout || Kind == ScoreKind::kDropoutAlone;
+  // Scores come to the softmax as powers of two.
+  static constexpr bool kScaled = kGeneral || Kind == ScoreKind::kAlibi || Kind == ScoreKind::kSoftcap;
+  // Softcap's scores are bounded: no maximum need be known where P has float32's range.
+  static constexpr bool kBounded = Kind == ScoreKind::kSoftcap && std::is_same_v<T, __nv_bfloat16>;
+  // A bias' tiles have to fit beside the others, which are smaller where they would not.
+  static constexpr int kRowBytes = 2 * (M * HeadDim + Stages * N * (HeadDim + ValueDim));
+  static constexpr int kBiasStages =
+      std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
+  static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
+  static constexpr int kM = M, kN = kSmaller ? 64 : N, kStages = Stages, kBlocks = Blocks;
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
@@ -44,10 +59,16 @@ struct ForwardSm90 {
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
   using Keys = KeySource<ForwardSm90>;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers>;
+  using Beside = typename BesideOf<Kind, T, kN, kSmaller ? 2 : kBiasStages, kConsumers>::type;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside>;
+  struct Maps {
+    typename Keys::Maps keys;
+    typename Beside::Map beside;
+  };
   static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
-  static_assert(sizeof(Shared) <=
-                kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) + kHopperStateBytes);
+  static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
+                                      Beside::kBytes + kHopperStateBytes);
+  static_assert(sizeof(Shared) <= kHopperSharedBytes);
 };
 
 // A consumer's registers and its place in the rings; one tile of queries after the other.
@@ -112,45 +133,60 @@ struct Consumer {
 
   // What a general score can know of tile n before S: it is found beside the products.
   struct Ahead {
-    KeptElements<S> kept;
+    KeptPairs<S> kept;
     InSegment in_segment;
   };
   __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
-    Ahead ahead;
-    if constexpr (C::kGeneral) {
-      ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
-      if constexpr (C::kDropout)
-        ahead.kept = GeneralScore(p, tile->score, tile->band).template kept<S>(row(), n * C::kN);
-    }
+    Ahead ahead{};
+    if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
+    if constexpr (C::kDropout) ahead.kept = kept_pairs<S>(tile->score, row(), n * C::kN);
     return ahead;
   }
 
-  // S → P = 2^(S − m), and alpha, which O is still to be multiplied by.
+  // S → P = 2^(S − m), and alpha, which O is still to be multiplied by. `use`: of the rings, for tile n.
   template <bool kMasked>
-  __device__ __forceinline__ void weigh(int32_t n, const Ahead& ahead) {
+  __device__ __forceinline__ void weigh(int32_t n, [[maybe_unused]] uint32_t use, const Ahead& ahead) {
     const int32_t key = n * C::kN;
-    if constexpr (C::kGeneral) {  // softcap, bias, alibi, masks
-      const GeneralScore general(p, tile->score, tile->band);
-      general.apply(s, row(), key, nullptr, nullptr, ahead.in_segment);
-    }
+    [[maybe_unused]] float of_row[S::kSlots];
+    if constexpr (C::kGeneral)
+      GeneralScore(p, tile->score, tile->band).apply(s, row(), key, nullptr, nullptr, ahead.in_segment);
+    if constexpr (C::kKind == ScoreKind::kSegments)
+      C::Beside::hide(s, shared, tile->score, tile->band, group, row(), use);
+    if constexpr (C::kKind == ScoreKind::kAlibi) add_alibi(s, p, tile->score, tile->band, row(), key, of_row);
+    if constexpr (C::kKind == ScoreKind::kBias) C::Beside::add(s, shared, p.spec.scale, group, use);
+    if constexpr (C::kKind == ScoreKind::kSoftcap)
+      Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0);
     if constexpr (kMasked) {
       const bool begins = (key < whole.lo), ends = (key + C::kN > whole.hi);
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
-    softmax.follow(s, alpha);
-    softmax.exponentiate(s, 0, S::kColumnTiles);
-    if constexpr (C::kDropout) ahead.kept.drop(s, 0, S::kColumnTiles);
+    if constexpr (C::kBounded) {
+      softmax.exponentiate_shifted(s);
+    } else if constexpr (C::kKind == ScoreKind::kAlibi) {
+      softmax.follow(s, alpha, of_row);
+    } else {
+      softmax.follow(s, alpha);
+      softmax.exponentiate(s, 0, S::kColumnTiles);
+    }
   }
 
-  __device__ __forceinline__ void round_weights() {
+  __device__ __forceinline__ void round_weights(const Ahead& ahead) {
     weights.read(RegistersA<T, S>{s});
+    if constexpr (C::kDropout) {
+#pragma unroll
+      for (int k = 0; k < C::kKeySteps; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) weights.x[0][k][i] &= ahead.kept.mask(i % 2, 2 * k + i / 2);
+    }
     ptx::hold(weights.x[0]);
   }
 
   __device__ __forceinline__ void rescale() {
+    if constexpr (!C::kBounded) {
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
-    ptx::hold(o.x[0]);
+      for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
+      ptx::hold(o.x[0]);
+    }
   }
 
   // The last tile of keys comes first. P V of it waits for the next step.
@@ -164,8 +200,8 @@ struct Consumer {
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.keys.leave(pair);
-    weigh<true>(n, ahead);
-    round_weights();
+    weigh<true>(n, pair, ahead);
+    round_weights(ahead);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values();
   }
 
@@ -184,14 +220,14 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.keys.leave(next);
-    weigh<kMasked>(n, ahead);
+    weigh<kMasked>(n, next, ahead);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
     shared.values.leave(pair);
     rescale();  // O ← α O
-    round_weights();
+    round_weights(ahead);
     pair = next;
   }
 
@@ -224,6 +260,10 @@ struct Consumer {
       shared.keys.leave(pair);
       ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
       shared.values.leave(pair);
+      if constexpr (C::Beside::kStages > 0) {
+        ptx::barrier_wait(shared.beside.full_of(pair), shared.beside.phase(pair));
+        shared.beside.leave(pair);
+      }
     }
   }
 
@@ -254,6 +294,7 @@ struct Consumer {
 
   __device__ __forceinline__ void write_rows() {
     const float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
+    if constexpr (C::kBounded) softmax.forget_empty();
     finish_rows(o, softmax, anew(p), tile->work, row(), factor);
     store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
   }
@@ -264,7 +305,10 @@ struct Consumer {
       ptx::barrier_wait(shared.queries[group].full_of(round), shared.queries[group].phase(round));
       tile = &shared.tiles[round % C::Shared::kTiles];
       if (uniform(tile->done)) return;
-      softmax = OnlineSoftmax<S::kSlots>(C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
+      softmax = OnlineSoftmax<S::kSlots>(C::kScaled                     ? 1.0f
+                                         : C::kKind == ScoreKind::kBias ? kLog2e
+                                                                        : p.spec.scale * kLog2e);
+      if constexpr (C::kBounded) softmax.bound(p.spec.softcap);
       o.clear();
       const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)}, own = own_tiles();
       if (own.empty()) {
@@ -283,17 +327,20 @@ struct Consumer {
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Keys::Maps maps,
+    forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
                  const __grid_constant__ ForwardTiles tiles) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   const int group = uniform(static_cast<int>(threadIdx.x) / 128);
-  if (threadIdx.x == 0) shared.init(C::Keys::kWarps);
+  if (threadIdx.x == 0) shared.init(C::Keys::kWarps + C::Beside::kWarps);
   __syncthreads();
   if (group == 0) {
     ptx::give_registers<C::kProducerRegisters>();
     if (threadIdx.x == 0) Finder<C>{p, tiles, shared}.run();
     const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
     if (1 <= warp && warp <= C::Keys::kWarps && lane < C::Keys::kLanes) Loader<C>{p, maps, shared}.run();
+    if constexpr (C::Beside::kWarps > 0)
+      if (warp == 1 + C::Keys::kWarps)
+        typename C::Beside::template Finder<typename C::Shared>{p, shared}.run();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, group - 1).run();
@@ -305,8 +352,9 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
   if (grid.blocks == 0) return cudaSuccess;
-  typename C::Keys::Maps maps;
-  if (cudaError_t e = C::Keys::make_maps(maps, p); e != cudaSuccess) return e;
+  typename C::Maps maps;
+  if (cudaError_t e = C::Keys::make_maps(maps.keys, p); e != cudaSuccess) return e;
+  if (cudaError_t e = C::Beside::make_map(maps.beside, p); e != cudaSuccess) return e;
   ForwardTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                      static_cast<uint32_t>(grid.blocks), nullptr};
   if (plan.counter >= 0) {
@@ -320,17 +368,29 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
 
 }  // namespace jax_flash
 
-// The launch function of one row and dtype, for csrc/cuda/registry.h.
+// The launch function of one row and dtype, for csrc/cuda/registry.h. Three consumers have no registers for
+// all options at once.
 #define JF_LAUNCH_FORWARD(kind, dtype, ...) \
   launch_forward_sm90<ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kind>>(p, plan, workspace, stream)
+#define JF_CASE(kind, dtype, ...) \
+  case ScoreKind::kind:           \
+    return JF_LAUNCH_FORWARD(kind, dtype, __VA_ARGS__);
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (!plan.general) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                         \
     if constexpr (ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>::kConsumers <= 2) {             \
-      if (!p.dropout) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                        \
-      return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);                                        \
+      if (plan.score == ScoreKind::kGeneral) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__); \
+      if (plan.score == ScoreKind::kDropout) return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__); \
     }                                                                                                \
-    return cudaErrorNotSupported;                                                                    \
+    switch (plan.score) {                                                                            \
+      JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \
+      JF_CASE(kSegments, dtype, __VA_ARGS__)                                                         \
+      JF_CASE(kAlibi, dtype, __VA_ARGS__)                                                            \
+      JF_CASE(kSoftcap, dtype, __VA_ARGS__)                                                          \
+      JF_CASE(kBias, dtype, __VA_ARGS__)                                                             \
+      JF_CASE(kDropoutAlone, dtype, __VA_ARGS__)                                                     \
+      default:                                                                                       \
+        return cudaErrorNotSupported;                                                                \
+    }                                                                                                \
   }                                                                                                  \
   }

@@ -77,11 +77,10 @@ class DenseKeys {
 // The first `Keys::kLanes` of each of `Keys::kWarps` warps, from the block's second warp on.
 template <class C, class Keys = typename C::Keys>
 struct Loader {
-  using Maps = typename Keys::Maps;
   const Problem& p;
-  const Maps& maps;
+  const typename C::Maps& maps;
   typename C::Shared& shared;
-  Keys keys{p, maps};
+  Keys keys{p, maps.keys};
   uint32_t key_uses = 0, value_uses = 0;
 
   static __device__ __forceinline__ bool leads() { return threadIdx.x == 32; }
@@ -98,6 +97,12 @@ struct Loader {
     keys.load_value(ptx::shared_address(shared.v[use % C::kStages]), shared.values.full_of(use), n);
   }
 
+  // Of the tile whose keys were loaded last.
+  __device__ __forceinline__ void load_bias(const BlockWork& work, int32_t n) {
+    if constexpr (C::kKind == ScoreKind::kBias)
+      C::Beside::load(shared, maps.beside, p, work, n, key_uses - 1);
+  }
+
   // By the first warp. Q's place is free when the consumer has left it.
   __device__ __forceinline__ void load_query(const BlockWork& work, bool used, int32_t group,
                                              uint32_t round) {
@@ -109,7 +114,7 @@ struct Loader {
     if (!used) return ptx::barrier_arrive(full);
     const int32_t row = work.tile.q_begin + work.tile.row + group * kConsumerRows;
     ptx::barrier_expect(full, Tile::kBytes);
-    copy_rows<Tile>(ptx::shared_address(shared.q[group]), 0, maps.query, full,
+    copy_rows<Tile>(ptx::shared_address(shared.q[group]), 0, maps.keys.query, full,
                     place(p.query, work, work.head, row));
   }
 
@@ -121,9 +126,11 @@ struct Loader {
       load_key(tiles.hi - 1);
     }
     for (int group = 0; group < C::kConsumers; ++group) load_query(work, used, group, round);
+    if (used) load_bias(work, tiles.hi - 1);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n) {
       if (n > tiles.lo) load_key(n - 1);
       load_value(n);
+      if (n > tiles.lo) load_bias(work, n - 1);
     }
   }
 

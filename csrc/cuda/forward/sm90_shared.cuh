@@ -81,7 +81,7 @@ struct TileState {
         work.leading * p.out.leading[0] + p.out.offset(work.batch_row, work.head, tile.q_begin);
     out = {p.out.as<T>() + first, p.out.row, p.value_dim};
     forget();
-    if constexpr (C::kGeneral) score.prepare(p, work, work.head);
+    if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(anew(p), work, work.head);
     done = 0;
     return true;
   }
@@ -91,8 +91,9 @@ struct TileState {
   static __device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
 };
 
-template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers>
-struct ForwardShared {
+// Beside: what else lies there for each tile of keys.
+template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Beside>
+struct ForwardShared : Beside::Shared {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
@@ -101,12 +102,14 @@ struct ForwardShared {
   Ring<kTiles> states;          // of them
   Ring<1> queries[kConsumers];  // the place of each one's Q
   Ring<kStages> keys, values;
+  typename Beside::Barriers beside;
 
   __device__ __forceinline__ void init(int loaders) {
     states.init(4 * kConsumers + loaders);
     for (auto& ring : queries) ring.init(4);
     keys.init(4 * kConsumers);
     values.init(4 * kConsumers);
+    beside.init(4 * kConsumers);
     ptx::fence_barriers();
   }
 };

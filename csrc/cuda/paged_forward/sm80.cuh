@@ -49,7 +49,7 @@ cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, 
     return launch_forward_sm80<PagedForwardSm80<T, uint8_t, ScoreKind::kGeneral, kNumbers...>>(
         p, plan, workspace, stream);
   }
-  if (plan.general) {
+  if (plan.general()) {
     return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kGeneral, kNumbers...>>(p, plan, workspace,
                                                                                          stream);
   }

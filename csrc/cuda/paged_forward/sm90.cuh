@@ -115,7 +115,7 @@ class PagedKeys {
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (plan.general) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                        \
+    if (plan.general()) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                      \
     return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                                            \
   }                                                                                                  \
   }

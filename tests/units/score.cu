@@ -1,0 +1,128 @@
+// csrc/cuda's scores of one option each, and what dropout keeps, element by element of a warp's tile.
+#include "cuda/kept_pairs.cuh"
+#include "cuda/single_score.cuh"
+#include "units.h"
+
+namespace jax_flash::units {
+namespace {
+
+constexpr int kRow = 208, kKey = 896;  // of the tile's first element
+
+// Rows [16, 8 · kTiles] of S, from `in`.
+template <int kTiles>
+struct Tile {
+  using S = Accumulator<1, kTiles>;
+  static constexpr int kColumns = 8 * kTiles, kElements = 16 * kColumns;
+  __device__ static S read(const float* in) {
+    S s;
+    for_each(s, [&](float& x, int slot, int n, int e) { x = in[S::row(slot) * kColumns + S::column(n) + e]; });
+    return s;
+  }
+  template <class F>
+  __device__ static void write(float* out, F value) {
+    S all;
+    for_each(all, [&](float&, int slot, int n, int e) {
+      out[S::row(slot) * kColumns + S::column(n) + e] = value(slot, n, e);
+    });
+  }
+};
+
+template <int kTiles>
+struct Kept : Tile<kTiles> {
+  Dropout dropout;
+  __device__ void operator()(const float*, float* out) const {
+    using S = typename Kept::S;
+    ScoreOperands operands;
+    operands.dropout = dropout, operands.batch = 3, operands.head = 5;
+    const auto kept = kept_pairs<S>(operands, kRow, 8 * kTiles);
+    this->write(out, [&](int slot, int n, int e) {
+      const uint32_t half = kept.mask(slot, n) >> 16 * e & 0xFFFFu;
+      return half == 0 ? 0.0f : half == 0xFFFFu ? 1.0f : 2.0f;
+    });
+  }
+};
+
+template <int kTiles>
+void test_kept(uint32_t column, uint32_t threshold) {
+  using Body = Kept<kTiles>;
+  Body body;
+  body.dropout = {.key0 = 7, .key1 = 0x89ABCDEFu, .row = 11, .column = column, .threshold = threshold};
+  const auto keep = [&](int i) {
+    const uint32_t row = kRow + i / Body::kColumns, key = 8 * kTiles + i % Body::kColumns;
+    return body.dropout.keep(3, 5, row, key);
+  };
+  expect("kept pairs of " + std::to_string(kTiles) + " column tiles, shard at " + std::to_string(column) +
+             ", threshold " + std::to_string(threshold),
+         run(body, 32, {}, Body::kElements), keep);
+}
+
+struct Alibi : Tile<16> {
+  int32_t shift;
+  __device__ void operator()(const float* in, float* out) const {
+    Problem p{};
+    p.spec.scale = 0.5f;
+    ScoreOperands operands;
+    operands.slope = 0.25f;
+    const Band band{1 << 20, 1 << 20, shift, 1 << 20, 1 << 20};
+    S s = read(in);
+    float of_row[S::kSlots];
+    add_alibi(s, p, operands, band, kRow, kKey, of_row);
+    write(out, [&](int slot, int n, int e) { return s.at(slot, n, e) + of_row[slot]; });
+    // The four lanes of a row compare their scores without it.
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      if (__shfl_xor_sync(~0u, of_row[slot], 1) != of_row[slot]) out[0] = NAN;
+      if (__shfl_xor_sync(~0u, of_row[slot], 2) != of_row[slot]) out[0] = NAN;
+    }
+  }
+};
+
+void test_alibi(int32_t shift) {
+  Alibi body;
+  body.shift = shift;
+  const std::vector<float> in = integers(Alibi::kElements);
+  const auto wanted = [&](int i) {
+    const int32_t row = kRow + i / Alibi::kColumns, key = kKey + i % Alibi::kColumns;
+    return (0.5 * in[i] - 0.25 * std::abs(row + shift - key)) / std::log(2.0);
+  };
+  expect("alibi, diagonal at " + std::to_string(shift), run(body, 32, in, Alibi::kElements), wanted, 1e-6);
+}
+
+struct Capped : Tile<16> {
+  float scale, cap;
+  __device__ void operator()(const float* in, float* out) const {
+    AttentionSpec spec{};
+    spec.scale = scale, spec.softcap = cap;
+    S s = read(in);
+    Softcap(spec).apply(s, -3.0f);
+    write(out, [&](int slot, int n, int e) { return s.at(slot, n, e); });
+  }
+};
+
+void test_softcap(float scale, float cap) {
+  Capped body;
+  body.scale = scale, body.cap = cap;
+  const std::vector<float> in = integers(Capped::kElements);
+  const auto error = [&](const std::vector<float>& got) {
+    double worst = 0;
+    for (int i = 0; i < Capped::kElements; ++i)
+      worst = std::max(worst, std::fabs(got[i] + 3 - cap * std::tanh(in[i] * double{scale} / cap) / std::log(2.0)));
+    return std::vector<float>{worst <= 1e-6 * cap + 1e-6 ? 0.0f : static_cast<float>(worst)};
+  };
+  expect("softcap " + std::to_string(cap) + " of scores of " + std::to_string(2 * scale),
+         error(run(body, 32, in, Capped::kElements)), [](int) { return 0; });
+}
+
+}  // namespace
+
+void test_scores() {
+  for (uint32_t threshold : {0u, 1u, 0x1999u, 0x8000u, 0x8001u, 0xC000u, 0x10000u}) {
+    test_kept<16>(0, threshold);
+    test_kept<10>(24, threshold);
+  }
+  test_kept<16>(3, 0x4000);
+  test_kept<8>(1001, 0xB000);
+  for (int32_t shift : {0, 600, 680, 700, 800, 900, 1000, 5000}) test_alibi(shift);
+  for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20);
+}
+
+}  // namespace jax_flash::units
