@@ -9,7 +9,9 @@ namespace jax_flash::JF_ISA {
 
 inline constexpr int32_t kDecodeKeys = 64;  // keys of a tile
 inline constexpr int32_t kStepKeys = 2;     // that a microkernel takes at once: what they span stays in L1
-inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead
+inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead,
+inline constexpr int32_t kFarBytes = 80 << 10;    // and one line of each page of memory this far
+inline constexpr int32_t kPageBytes = 4 << 10;
 static_assert(kDecodeKeys % kLanes == 0);
 
 // Sums of the lanes of each of kLanes vectors.
@@ -18,8 +20,8 @@ JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...
 #pragma GCC unroll 8
   for (int i = 0; i < kStep; ++i) {
     const Float a = x[i], b = x[i + kStep];
-    x[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane)...) +
-           __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane + kStep)...);
+    x[i] = __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane : lane)...) +
+           __builtin_shufflevector(a, b, (lane & kStep ? kLanes + lane - kStep : lane + kStep)...);
   }
   if constexpr (kStep > 1) return sum_lanes<kStep / 2>(x, lanes);
   return x[0];
@@ -108,23 +110,32 @@ JF_INLINE void rows_step(const char* const* at, float factor, int32_t rows, cons
 struct DecodeStream {
   Rows rows;  // at the first KV head
   int64_t head_bytes;
-  int32_t heads, ahead;             // ahead: keys
-  int32_t key_lines;                // cache lines of a key at all heads, which lie side by side
+  int32_t heads, ahead, far;        // ahead, far: keys
+  int32_t key_bytes, key_lines;     // of a key at all heads, which lie side by side
   const char* missing;              // a row of what a page outside the pool stands for
-  const char* at[2 * kDecodeKeys];  // addresses of keys of the sequence,
+  const char* at[3 * kDecodeKeys];  // addresses of keys of the sequence,
   int32_t known;                    // this many of them
 
   DecodeStream(const Rows& first, int64_t stride, int32_t count, const char* row)
       : rows(first), heads(count), missing(row) {
-    const auto bytes = static_cast<int32_t>(rows.width * size_of(rows.dtype));
     head_bytes = stride * size_of(rows.dtype);
-    key_lines = (count * bytes + kLineBytes - 1) / kLineBytes;
-    ahead = max(kStepKeys, min(kAheadBytes / (count * bytes), kDecodeKeys));
+    key_bytes = static_cast<int32_t>(count * rows.width * size_of(rows.dtype));
+    key_lines = (key_bytes + kLineBytes - 1) / kLineBytes;
+    ahead = max(kStepKeys, min(kAheadBytes / key_bytes, kDecodeKeys));
+    far = min(kFarBytes / key_bytes, kDecodeKeys);
   }
 
   void start(int32_t j0, int32_t end) {
-    known = min(end - j0, kDecodeKeys + ahead);
+    known = min(end - j0, kDecodeKeys + ahead + far);
     rows.find(j0, known, at);
+  }
+
+  // Of the pages of memory that begin with the key, or in it, one line each: a page's first access waits for
+  // its translation, and only then does the machine's own prefetching start on it.
+  JF_HD void open_pages(int32_t key) const {
+    if (key >= known || !at[key]) return;
+    if (reinterpret_cast<uintptr_t>(at[key]) % kPageBytes >= static_cast<uint32_t>(key_bytes)) return;
+    for (int32_t b = 0; b < key_bytes; b += kPageBytes) __builtin_prefetch(at[key] + b, 0, 2);
   }
 
   // Rows of keys [r, r + 2) of the tile, of `n`, at KV head x; what is past them has zeros.
@@ -141,13 +152,15 @@ struct DecodeStream {
 struct Prefetcher {
   const DecodeStream& stream;
   int32_t key;  // the next
+  int32_t end;
   int32_t left = 0;
   const char* next = nullptr;
 
   JF_HD void run(int32_t lines) {
     while (lines > 0) {
       if (left == 0) {
-        if (key >= stream.known) return;
+        if (key >= end) return;
+        stream.open_pages(key + stream.far);
         next = stream.at[key++];
         left = stream.key_lines;
       }
@@ -271,7 +284,7 @@ class FewRows {
     const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
     constexpr DType from = widened ? DType::kF32 : dtype;
     alignas(64) float wide[widened ? kStepKeys * kMaxHeadDim : 1];
-    Prefetcher ahead{stream, cold ? 0 : stream.ahead};
+    Prefetcher ahead{stream, cold ? 0 : stream.ahead, min(stream.known, kDecodeKeys + stream.ahead)};
     if (cold) ahead.run(stream.ahead * stream.key_lines);
     for (int32_t r = 0; r < n; r += kStepKeys) {
       for (int32_t x = 0; x < stream.heads; ++x) {
