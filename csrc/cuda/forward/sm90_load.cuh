@@ -48,11 +48,13 @@ class DenseKeys {
   __device__ __forceinline__ DenseKeys(const Problem& problem, const Maps& tensor_maps)
       : p(problem), maps(tensor_maps) {}
 
-  __device__ __forceinline__ void begin(const BlockWork& work, const Interval&) {
+  __device__ __forceinline__ bool begin(const BlockWork& work, const Interval&) {
     const int32_t kv_head = p.kv_head(work.head);
     key = place(p.key, work, kv_head, work.tile.k_begin);
     value = place(p.value, work, kv_head, work.tile.k_begin);
+    return true;
   }
+  __device__ __forceinline__ void end() const {}
   __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) const {
     load<typename C::KTile>(tile, barrier, maps.key, key, n);
   }
@@ -81,26 +83,22 @@ struct Loader {
   const typename C::Maps& maps;
   typename C::Shared& shared;
   Keys keys{p, maps.keys};
-  uint32_t key_uses = 0, value_uses = 0;
+  uint32_t pair = 0;  // tiles of keys, and of values, so far
 
   static __device__ __forceinline__ bool leads() { return threadIdx.x == 32; }
 
-  __device__ __forceinline__ void load_key(int32_t n) {
-    const uint32_t use = key_uses++;
+  __device__ __forceinline__ void load_key(int32_t n, uint32_t use) {
     shared.keys.wait_empty(use);
     keys.load_key(ptx::shared_address(shared.k[use % C::kStages]), shared.keys.full_of(use), n);
   }
 
-  __device__ __forceinline__ void load_value(int32_t n) {
-    const uint32_t use = value_uses++;
+  __device__ __forceinline__ void load_value(int32_t n, uint32_t use) {
     shared.values.wait_empty(use);
     keys.load_value(ptx::shared_address(shared.v[use % C::kStages]), shared.values.full_of(use), n);
   }
 
-  // Of the tile whose keys were loaded last.
-  __device__ __forceinline__ void load_bias(const BlockWork& work, int32_t n) {
-    if constexpr (C::kKind == ScoreKind::kBias)
-      C::Beside::load(shared, maps.beside, p, work, n, key_uses - 1);
+  __device__ __forceinline__ void load_bias(const BlockWork& work, int32_t n, uint32_t use) {
+    if constexpr (C::kKind == ScoreKind::kBias) C::Beside::load(shared, maps.beside, p, work, n, use);
   }
 
   // By the first warp. Q's place is free when the consumer has left it.
@@ -118,20 +116,19 @@ struct Loader {
                     place(p.query, work, work.head, row));
   }
 
-  // In the order of their use: K of a tile before V of the one that comes before it.
+  // In the order of their use: K of a tile before V of the one that comes before it. Who copies nothing into
+  // a stage must not wait for it either: it may be filled and left twice before he looks.
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t round) {
-    const bool used = !tiles.empty();
-    if (used) {
-      keys.begin(work, tiles);
-      load_key(tiles.hi - 1);
-    }
+    const bool used = !tiles.empty(), copies = used && keys.begin(work, tiles);
+    if (copies) load_key(tiles.hi - 1, pair);
     for (int group = 0; group < C::kConsumers; ++group) load_query(work, used, group, round);
-    if (used) load_bias(work, tiles.hi - 1);
-    for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n) {
-      if (n > tiles.lo) load_key(n - 1);
-      load_value(n);
-      if (n > tiles.lo) load_bias(work, n - 1);
+    if (used) load_bias(work, tiles.hi - 1, pair);
+    for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++pair) {
+      if (copies && n > tiles.lo) load_key(n - 1, pair + 1);
+      if (copies) load_value(n, pair);
+      if (n > tiles.lo) load_bias(work, n - 1, pair + 1);
     }
+    keys.end();
   }
 
   __device__ __forceinline__ void run() {

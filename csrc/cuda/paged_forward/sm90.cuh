@@ -51,33 +51,45 @@ class PagedKeys {
   __device__ __forceinline__ PagedKeys(const Problem& problem, const Maps& tensor_maps)
       : p(problem), maps(tensor_maps) {}
 
-  __device__ __forceinline__ void begin(const BlockWork& work, const Interval& tiles) {
-    table = page_table(p.block_tables, p.leading, work.leading, work.tile.index, p.page_size, p.pages);
-    k_len = work.tile.k_len;
-    head = p.kv_head(work.head);
-    leading = static_cast<int32_t>(work.leading);
-    next = find(tiles.hi - 1);
+  // False: no box is this lane's.
+  __device__ __forceinline__ bool begin(const BlockWork& of_tile, const Interval& tiles) {
+    if (row() >= C::kN) return false;
+    work = &of_tile;
+    entries =
+        page_table(p.block_tables, p.leading, work->leading, work->tile.index, p.page_size, p.pages).entries;
+    head = p.kv_head(work->head);
+    value = next = find(tiles.hi - 1);
+    return true;
   }
+  // No lane reads the tile's work any more.
+  __device__ __forceinline__ void end() const { __syncwarp(); }
+
   __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) {
-    before = last, last = next, last_tile = n;
+    key = next;
     next = find(n - 1);
-    load<typename C::KTile, true>(tile, barrier, maps.key, p.key, last);
+    load<typename C::KTile, true>(tile, barrier, maps.key, p.key, key);
   }
-  // Of the tile whose key was loaded last, or before that.
-  __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t n) const {
-    const bool newest = n == last_tile;
-    const PageSlot slot{newest ? last.page : before.page, newest ? last.slot : before.slot};
-    load<typename C::VTile, false>(tile, barrier, maps.value, p.value, slot);
+  // Of the tile after the last one of values.
+  __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t) {
+    load<typename C::VTile, false>(tile, barrier, maps.value, p.value, value);
+    value = key;
   }
 
  private:
   static constexpr int32_t kMissing = -1;  // in the place of a page: outside the pool
 
+  // The first row of this lane's box: neighbours are copied by different warps.
+  __device__ __forceinline__ int32_t row() const {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32 - 1;
+    return (warp + thread % 32 * kWarps) * maps.box;
+  }
+
   // This lane's box of tile n. What lies past the keys is in a page that the copy engine finds empty.
   __device__ __forceinline__ PageSlot find(int32_t n) const {
-    const int32_t row = static_cast<int32_t>(threadIdx.x % 32) * maps.box, key = n * C::kN + row;
-    if (n < 0 || row >= C::kN || key >= k_len) return {p.pages, 0};
-    const PageSlot found = table.at(key);
+    const int32_t position = n * C::kN + row();
+    if (n < 0 || position >= work->tile.k_len) return {p.pages, 0};
+    const PageTable table{entries, p.page_size, p.pages};
+    const PageSlot found = table.at(position);
     return table.in_pool(found.page) ? found : PageSlot{kMissing, 0};
   }
 
@@ -85,25 +97,21 @@ class PagedKeys {
   __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
                                        const View& view, PageSlot slot) const {
     if (threadIdx.x == 32) ptx::barrier_expect(barrier, Tile::kBytes);
-    const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32 - 1;
-    for (int32_t lane = warp; lane * maps.box < C::kN; lane += kWarps) {
-      const int32_t page = __shfl_sync(~0u, slot.page, lane), first = __shfl_sync(~0u, slot.slot, lane);
-      const int32_t row = lane * maps.box;
-      if (threadIdx.x % 32 != 0) continue;
-      if (kNanIfMissing && page == kMissing) {
-        copy_rows<Tile>(tile, row, maps.missing, barrier, {});
-      } else {
-        copy_rows<Tile>(tile, row, map, barrier,
-                        {0, head, first, page == kMissing ? p.pages : page, view.leading[0] ? leading : 0});
-      }
+    if (kNanIfMissing && slot.page == kMissing) {
+      copy_rows<Tile>(tile, row(), maps.missing, barrier, {});
+    } else {
+      const int32_t page = slot.page == kMissing ? p.pages : slot.page;
+      const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
+      copy_rows<Tile>(tile, row(), map, barrier, {0, head, slot.slot, page, leading});
     }
   }
 
   const Problem& p;
   const Maps& maps;
-  PageTable table;
-  int32_t k_len, head, leading, last_tile;
-  PageSlot before, last, next;
+  const BlockWork* work;
+  const int32_t* entries;  // of the block table
+  int32_t head;
+  PageSlot value, key, next;  // boxes: of the next tile of values, the last of keys and the next
 };
 
 }  // namespace jax_flash
@@ -115,7 +123,9 @@ class PagedKeys {
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (plan.general()) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                      \
-    return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                                            \
+    if (!plan.general()) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                       \
+    if constexpr (ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>::kConsumers <= 2)               \
+      return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                                        \
+    return cudaErrorNotSupported;                                                                    \
   }                                                                                                  \
   }
