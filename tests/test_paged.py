@@ -97,17 +97,27 @@ def test_few_and_many_rows_of_every_head_dim(d, dv):
         pages.check(paged(case.replace(d=d, dv=dv, dtype="bfloat16"), 16), IMPLEMENTATION)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("width", [8, 64])
-def test_every_float8_value_is_read_right(implementation, width):
-    """Sequence i has one key, on page i, whose value is the float8 with the bits of i."""
+def test_every_float8_value_is_read_right(implementation, width, dtype):
+    """Sequence i has one key, on page i, whose value is the float8 with the bits of i; tables have room for more."""
     require(implementation)
     every = jnp.arange(256, dtype=jnp.uint8).view(FLOAT8)
     values = jnp.broadcast_to(every[:, None, None, None], (256, 1, 1, width))
     tables, lengths = jnp.arange(256, dtype=jnp.int32)[:, None], jnp.ones(256, jnp.int32)
-    query = jnp.zeros((256, 1, 1, width), jnp.float32)
+    tables = jnp.pad(tables, ((0, 0), (0, 199)))
+    query = jnp.zeros((256, 1, 1, width), dtype)
     keys = jnp.zeros_like(values)
     out = paged_attention(query, keys, values, tables, lengths, implementation=implementation)
-    np.testing.assert_array_equal(out, np.asarray(values, np.float32))
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(values, np.float32))
+
+
+@pytest.mark.parametrize("d", [32, 80, 128])
+def test_few_rows_over_long_float8_pools(d):
+    """Several tiles of keys, with the scales of the pools."""
+    for dtype in ("bfloat16", "float16"):
+        few = Case("few", b=2, sq=1, sk=300, kv_lengths=(300, 129), hq=8, hk=2, d=d, dv=d, dtype=dtype)
+        pages.check(paged(few, 16, pool_dtype=FLOAT8), IMPLEMENTATION)
 
 
 @pytest.mark.parametrize("given", ["neither", "k_scale", "v_scale", "both"])

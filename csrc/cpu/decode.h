@@ -27,7 +27,7 @@ JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...
   return x[0];
 }
 
-// S[g][0, 2) = q[g] · k[0, 2) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
+// S[g][0, 2) = factor q[g] · k[0, 2) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
 template <class E, DType dtype, int kRows>
 JF_INLINE void score_step(const char* const* at, float factor, const Word* q, int32_t width, float* s) {
   const char* const k[kStepKeys] = {at[0], at[1]};
@@ -36,7 +36,7 @@ JF_INLINE void score_step(const char* const* at, float factor, const Word* q, in
   for (int32_t c = 0; c < width / E::kPair; c += kLanes) {
     UInt key[kStepKeys];
 #pragma GCC unroll 8
-    for (int i = 0; i < kStepKeys; ++i) key[i] = E::template load_row<dtype>(k[i], c, factor);
+    for (int i = 0; i < kStepKeys; ++i) key[i] = E::template load_row<dtype>(k[i], c, 1.0f);
 #pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
       const UInt x = load_words(q + g * ld + c);
@@ -46,14 +46,14 @@ JF_INLINE void score_step(const char* const* at, float factor, const Word* q, in
     }
   }
   alignas(64) float all[kLanes];
-  store(all, sum_lanes(sums, LaneIndices()));
+  store(all, sum_lanes(sums, LaneIndices()) * factor);
 #pragma GCC unroll 8
   for (int g = 0; g < kRows; ++g) __builtin_memcpy(s + g * kDecodeKeys, all + g * kStepKeys, kStepKeys * 4);
 }
 
 // o[g] += p[g][0, 2) v[0, 2)
 template <class E, DType dtype, int kRows>
-JF_INLINE void value_step(const char* const* at, float factor, const Word* p, int32_t width, float* o) {
+JF_INLINE void value_step(const char* const* at, const Word* p, int32_t width, float* o) {
   constexpr int kWords = kStepKeys / E::kPair, kVectors = E::kPair;  // pairs come as panels
   const char* const v[kStepKeys] = {at[0], at[1]};
   const int32_t ld = padded(width);
@@ -65,9 +65,9 @@ JF_INLINE void value_step(const char* const* at, float factor, const Word* p, in
   for (int32_t c = 0; c < width; c += kVectors * kLanes) {
     UInt value[kStepKeys];  // [kWords, kVectors]
     if constexpr (E::kPair == 1) {
-      for (int i = 0; i < kStepKeys; ++i) value[i] = E::template load_row<dtype>(v[i], c, factor);
+      for (int i = 0; i < kStepKeys; ++i) value[i] = E::template load_row<dtype>(v[i], c, 1.0f);
     } else {
-      E::template load_panel<dtype>(v[0], v[1], c, factor, value);
+      E::template load_panel<dtype>(v[0], v[1], c, 1.0f, value);
     }
 #pragma GCC unroll 8
     for (int g = 0; g < kRows; ++g) {
@@ -98,7 +98,7 @@ JF_INLINE void rows_step(const char* const* at, float factor, int32_t rows, cons
     if constexpr (step == Step::kScores) {
       score_step<E, dtype, kRows>(at, factor, x, width, y);
     } else {
-      value_step<E, dtype, kRows>(at, factor, x, width, y);
+      value_step<E, dtype, kRows>(at, x, width, y);
     }
   }
   if constexpr (kRows > 1) {
@@ -222,7 +222,7 @@ class FewRows {
       const int32_t n = range.keys.size();
       const bool cold = j0 == keys.lo;  // nothing was prefetched yet
       key.start(j0, keys.hi);
-      multiply<Step::kScores>(key, p.k_scale, cold, n);  // S = Q Kᵀ
+      multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
       BlockColumns block;
       block.used = {0, n};
       SoftmaxShift by;
@@ -233,10 +233,13 @@ class FewRows {
       softmax_rescale<E>(rows_, by, state_);
       for (int32_t r = 0; r < rows_; ++r) {
         softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, by.shift[r], state_, r);
-        rescale(r);
+        rescale(r, state_.alpha[r]);
       }
       value.start(j0, keys.hi);
-      multiply<Step::kValues>(value, p.v_scale, cold, n);  // O ← O + P V
+      multiply<Step::kValues>(value, cold, n);  // O ← O + P V
+    }
+    for (int32_t r = 0; p.v_scale && r < rows_; ++r) {
+      rescale(r, scale_of(p.v_scale, tile_.head_of(r) / group_ - p.kv_head(tile_.head)));
     }
   }
 
@@ -246,40 +249,46 @@ class FewRows {
 
  private:
   // O ← αO
-  void rescale(int32_t r) {
-    const float alpha = state_.alpha[r];
+  void rescale(int32_t r, float alpha) {
     if (alpha == 1.0f) return;
     const int32_t ld = padded(problem_.value_dim);
     for (int32_t c = r * ld; c < (r + 1) * ld; c += kLanes) store(o_ + c, load(o_ + c) * alpha);
   }
 
+  // What float8 keys or values of the tile's KV head x stand for: stored · scale.
+  float scale_of(const View& scale, int32_t x) const {
+    return scale ? head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head) : 1.0f;
+  }
+
   template <Step step>
-  void multiply(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
+  void multiply(const DecodeStream& stream, bool cold, int32_t n) {
     if constexpr (E::kPair > 1) {
-      multiply_as<step, DType::kBF16, false>(stream, scale, cold, n);
+      if (stream.rows.dtype == DType::kF8E4M3)
+        return multiply_as<step, DType::kF8E4M3, false>(stream, cold, n);
+      multiply_as<step, DType::kBF16, false>(stream, cold, n);
     } else {
       switch (stream.rows.dtype) {
         case DType::kF32:
-          return multiply_from<step, DType::kF32>(stream, scale, cold, n);
+          return multiply_from<step, DType::kF32>(stream, cold, n);
         case DType::kBF16:
-          return multiply_from<step, DType::kBF16>(stream, scale, cold, n);
+          return multiply_from<step, DType::kBF16>(stream, cold, n);
         case DType::kF16:
-          return multiply_from<step, DType::kF16>(stream, scale, cold, n);
+          return multiply_from<step, DType::kF16>(stream, cold, n);
         case DType::kF8E4M3:
-          return multiply_from<step, DType::kF8E4M3>(stream, scale, cold, n);
+          return multiply_from<step, DType::kF8E4M3>(stream, cold, n);
       }
     }
   }
 
   template <Step step, DType dtype>
-  void multiply_from(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
-    if (stream.rows.width % kLanes == 0) return multiply_as<step, dtype, false>(stream, scale, cold, n);
-    multiply_as<step, dtype, true>(stream, scale, cold, n);
+  void multiply_from(const DecodeStream& stream, bool cold, int32_t n) {
+    if (stream.rows.width % kLanes == 0) return multiply_as<step, dtype, false>(stream, cold, n);
+    multiply_as<step, dtype, true>(stream, cold, n);
   }
 
   // The tile's n keys at all KV heads, straight from memory or (`widened`) by way of float32.
   template <Step step, DType dtype, bool widened>
-  void multiply_as(const DecodeStream& stream, const View& scale, bool cold, int32_t n) {
+  void multiply_as(const DecodeStream& stream, bool cold, int32_t n) {
     const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;
     const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
     constexpr DType from = widened ? DType::kF32 : dtype;
@@ -291,25 +300,20 @@ class FewRows {
         const char* at[kStepKeys];
         ahead.run(lines);
         stream.find(r, n, x, at);
-        float factor = 1.0f;
-        if constexpr (dtype == DType::kF8E4M3) {
-          if (scale) factor = head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head);
-        }
+        const float factor = step == Step::kScores ? scale_of(problem_.k_scale, x) : 1.0f;
         if constexpr (widened) {
           for (int32_t i = 0; i < kStepKeys; ++i) {
-            load_row(dtype, at[i], stream.rows.width, factor, wide + i * ld, ld);
+            load_row(dtype, at[i], stream.rows.width, 1.0f, wide + i * ld, ld);
             at[i] = reinterpret_cast<const char*>(wide + i * ld);
           }
-          factor = 1.0f;
         }
         for (int32_t first = x * group_; first < rows_; first += tile_.heads) {
           float* s = s_ + first * kDecodeKeys;
           if constexpr (step == Step::kScores) {
-            rows_step<E, step, from>(at, from == DType::kF8E4M3 ? factor : 1.0f, group_,
-                                     q_ + first * row_words<E>(width), width, s + r);
+            rows_step<E, step, from>(at, factor, group_, q_ + first * row_words<E>(width), width, s + r);
           } else {
-            rows_step<E, step, from>(at, from == DType::kF8E4M3 ? factor : 1.0f, group_,
-                                     reinterpret_cast<const Word*>(s) + r / E::kPair, width, o_ + first * ld);
+            rows_step<E, step, from>(at, factor, group_, reinterpret_cast<const Word*>(s) + r / E::kPair,
+                                     width, o_ + first * ld);
           }
         }
       }

@@ -197,9 +197,9 @@ template <class Use>
 JF_INLINE void with_walk([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
   const bool few = is_decode(p, tile);
 #if defined(__AVX512BF16__)
-  if (takes_pairs(p) && p.kv_dtype == DType::kBF16) {
-    if (!few) return use(Walks<ForwardRun<BF16>>());
-    if (p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0) return use(Walks<FewRows<BF16>>());
+  if (takes_pairs(p)) {
+    if (!few && p.kv_dtype == DType::kBF16) return use(Walks<ForwardRun<BF16>>());
+    if (few && p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0) return use(Walks<FewRows<BF16>>());
   }
 #endif
   if (few) return use(Walks<FewRows<F32>>());

@@ -74,9 +74,9 @@ struct BF16 {
     store_words(row + c / 2, (UInt)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x));
   }
 
-  template <DType>
+  template <DType dtype>
   JF_INLINE UInt load_row(const void* row, int32_t c, float factor) {
-    const UInt x = *reinterpret_cast<const UIntUnaligned*>(static_cast<const Word*>(row) + c);
+    const UInt x = (UInt)load_elements<dtype>(row, c * kPair);
     return factor < 0 ? x ^ 0x80008000u : x;
   }
 
@@ -86,10 +86,9 @@ struct BF16 {
     return factor < 0 ? x ^ 0x80008000u : x;
   }
 
-  template <DType>
+  template <DType dtype>
   JF_INLINE void load_panel(const void* even, const void* odd, int32_t c, float factor, UInt (&words)[2]) {
-    const Halves a = *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(even) + c);
-    const Halves b = *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(odd) + c);
+    const Halves a = load_elements<dtype>(even, c), b = load_elements<dtype>(odd, c);
     words[0] = zip<0>(a, b, std::make_integer_sequence<int, kPanel>());
     words[1] = zip<kLanes>(a, b, std::make_integer_sequence<int, kPanel>());
     if (factor < 0) words[0] ^= 0x80008000u, words[1] ^= 0x80008000u;
@@ -98,6 +97,30 @@ struct BF16 {
  private:
   typedef uint16_t Halves __attribute__((vector_size(kPanel * 2), may_alias));
   typedef Halves HalvesUnaligned __attribute__((aligned(2)));
+  typedef uint8_t Quarters __attribute__((vector_size(kPanel), may_alias));
+  typedef Quarters QuartersUnaligned __attribute__((aligned(1)));
+
+  // Elements [c, c + kPanel) of a row, bf16 as they lie, float8 widened, which is exact.
+  template <DType dtype>
+  JF_INLINE Halves load_elements(const void* row, int32_t c) {
+    if constexpr (dtype != DType::kF8E4M3) {
+      return *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(row) + c);
+    }
+    const Quarters stored = *reinterpret_cast<const QuartersUnaligned*>(static_cast<const uint8_t*>(row) + c);
+    return widen_float8(__builtin_convertvector(stored, Halves));
+  }
+
+  // The exponent's bias is 120 higher in bf16; denormals and NaN come from a table, by their low bits.
+  JF_INLINE Halves widen_float8(Halves x) {
+    static constexpr Halves kSpecial = {0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60, 0, 0, 0, 0,
+                                        0, 0,      0,      0,      0,      0,      0,      0,      0, 0, 0, 0,
+                                        0, 0,      0,      0,      0,      0,      0,      0x7FC0};
+    const Halves magnitude = x & 0x7F, normal = (magnitude << 4) + 0x3C00;
+    const __mmask32 special = _mm512_cmpge_epu16_mask((__m512i)(magnitude - 8), _mm512_set1_epi16(0x77));
+    return (Halves)_mm512_mask_permutexvar_epi16((__m512i)normal, special, (__m512i)magnitude,
+                                                 (__m512i)kSpecial) |
+           (x & 0x80) << 8;
+  }
 
   template <int begin, int... lane>
   JF_INLINE UInt zip(Halves a, Halves b, std::integer_sequence<int, lane...>) {
