@@ -56,7 +56,8 @@ def _mean(name: str, values: list[float], limit: float) -> Iterator[Bar]:
 
 def _peers(cells: list[Cell]) -> Iterator[Bar]:
     matrix = [c for c in cells if c["kind"] == "peer" and "median" in c["times"].get("cudnn", {})]
-    yield from _mean("forward × cuDNN", [speedup(c, "cudnn") for c in matrix], OVER_CUDNN)
+    if len(matrix) == len(FLASH_ATTENTION_3["forward"]):
+        yield from _mean("forward × cuDNN", [speedup(c, "cudnn") for c in matrix], OVER_CUDNN)
     for d, limit in OF_FLASH_ATTENTION_3.items():
         third = {k: r for k, r in FLASH_ATTENTION_3["forward"].items() if k[0] == d}
         values = [speedup(c, "cudnn") / third[d, c["s"], c["causal"]] for c in matrix if c["d"] == d]
