@@ -1,4 +1,5 @@
-// What dropout keeps of an accumulator that is not dealt, as the sm90 forward asks for it: whole tiles, few registers.
+// What dropout keeps of an accumulator that is not dealt, as the sm90 forward asks for it: whole tiles, few
+// registers.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,9 @@
 
 namespace jax_flash {
 
-// Which pairs of an accumulator that is not dealt dropout keeps, in as many registers as bits need: bit 7 − g of
-// a byte is that of row and four column tiles g; the bytes are, from the highest, those of column tiles t and
-// t + 2 of four, odd columns, then even ones, and a word has t = 0, another t = 1.
+// Which pairs of an accumulator that is not dealt dropout keeps, in as many registers as bits need: bit 7 − g
+// of a byte is that of row and four column tiles g; the bytes are, from the highest, those of column tiles t
+// and t + 2 of four, odd columns, then even ones, and a word has t = 0, another t = 1.
 template <class S>
 struct KeptPairs {
   static constexpr int kQuads = (S::kColumnTiles + 3) / 4, kGroups = S::kSlots * kQuads;
@@ -23,15 +24,17 @@ struct KeptPairs {
     return 16 * e + (n % 4 < 2 ? 8 : 0) + 7 - group(slot, n);
   }
 
-  // of_word[i]: word i of the blocks that the lane made, of columns 2i and 2i + 1 of column tile `lane % 4` of four,
-  // bit 7 − g of the upper byte of each half. Lane i of a row wants word i of all four.
+  // of_word[i]: word i of the blocks that the lane made, of columns 2i and 2i + 1 of column tile `lane % 4`
+  // of four, bit 7 − g of the upper byte of each half. Lane i of a row wants word i of all four.
   __device__ __forceinline__ static KeptPairs exchange(const uint32_t (&of_word)[4]) {
     const uint32_t low = of_word[0] | of_word[1] >> 8, high = of_word[2] | of_word[3] >> 8;
     const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
     const uint32_t mine = upper ? high : low;
     const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, 2);
-    const uint32_t first = upper ? other : mine, second = upper ? mine : other;  // of column tiles t and t + 2
-    const uint32_t even_word = ptx::choose_bytes<0x3715>(first, second), odd_word = ptx::choose_bytes<0x2604>(first, second);
+    const uint32_t first = upper ? other : mine,
+                   second = upper ? mine : other;  // of column tiles t and t + 2
+    const uint32_t even_word = ptx::choose_bytes<0x3715>(first, second),
+                   odd_word = ptx::choose_bytes<0x2604>(first, second);
     const uint32_t own = odd ? odd_word : even_word;
     const uint32_t others = __shfl_xor_sync(~0u, odd ? even_word : odd_word, 1);
     return {{odd ? others : own, odd ? own : others}};
@@ -44,9 +47,10 @@ struct KeptPairs {
   }
 };
 
-// A lane makes the blocks of one of four column tiles for every row and 32 columns; their bits are exchanged at once.
+// A lane makes the blocks of one of four column tiles for every row and 32 columns; their bits are exchanged
+// at once.
 template <class S>
-__device__ __forceinline__ KeptPairs<S> kept_pairs_of_blocks(const ScoreOperands& operands, int32_t row, int32_t key) {
+__device__ __forceinline__ KeptPairs<S> kept_pairs(const ScoreOperands& operands, int32_t row, int32_t key) {
   using Kept = KeptPairs<S>;
   const Dropout& dropout = operands.dropout;
   const uint32_t first = (key + dropout.column) / kDropoutBlock + threadIdx.x % 4;
@@ -91,12 +95,6 @@ __device__ __forceinline__ KeptPairs<S> kept_pairs_one_by_one(const ScoreOperand
     result.word[1] |= n % 2 ? bit : 0;
   }
   return result;
-}
-
-template <class S>
-__device__ __forceinline__ KeptPairs<S> kept_pairs(const ScoreOperands& operands, int32_t row, int32_t key) {
-  return operands.dropout.odd() ? kept_pairs_one_by_one<S>(operands, row, key)
-                                : kept_pairs_of_blocks<S>(operands, row, key);
 }
 
 }  // namespace jax_flash

@@ -15,7 +15,8 @@ struct Tile {
   static constexpr int kColumns = 8 * kTiles, kElements = 16 * kColumns;
   __device__ static S read(const float* in) {
     S s;
-    for_each(s, [&](float& x, int slot, int n, int e) { x = in[S::row(slot) * kColumns + S::column(n) + e]; });
+    for_each(s,
+             [&](float& x, int slot, int n, int e) { x = in[S::row(slot) * kColumns + S::column(n) + e]; });
     return s;
   }
   template <class F>
@@ -34,7 +35,9 @@ struct Kept : Tile<kTiles> {
     using S = typename Kept::S;
     ScoreOperands operands;
     operands.dropout = dropout, operands.batch = 3, operands.head = 5;
-    const auto kept = kept_pairs<S>(operands, kRow, 8 * kTiles);
+    const bool odd = dropout.odd();
+    const auto kept = odd ? kept_pairs_one_by_one<S>(operands, kRow, 8 * kTiles)
+                          : kept_pairs<S>(operands, kRow, 8 * kTiles);
     this->write(out, [&](int slot, int n, int e) {
       const uint32_t half = kept.mask(slot, n) >> 16 * e & 0xFFFFu;
       return half == 0 ? 0.0f : half == 0xFFFFu ? 1.0f : 2.0f;
@@ -105,7 +108,8 @@ void test_softcap(float scale, float cap) {
   const auto error = [&](const std::vector<float>& got) {
     double worst = 0;
     for (int i = 0; i < Capped::kElements; ++i)
-      worst = std::max(worst, std::fabs(got[i] + 3 - cap * std::tanh(in[i] * double{scale} / cap) / std::log(2.0)));
+      worst = std::max(worst,
+                       std::fabs(got[i] + 3 - cap * std::tanh(in[i] * double{scale} / cap) / std::log(2.0)));
     return std::vector<float>{worst <= 1e-6 * cap + 1e-6 ? 0.0f : static_cast<float>(worst)};
   };
   expect("softcap " + std::to_string(cap) + " of scores of " + std::to_string(2 * scale),

@@ -131,21 +131,22 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // What a general score can know of tile n before S: it is found beside the products.
+  // What can be known of tile n before S, beside the products. kOddShard: of dropout, slowly.
   struct Ahead {
     KeptPairs<S> kept;
     InSegment in_segment;
   };
+  template <bool kOddShard>
   __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
     Ahead ahead{};
     if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
-    if constexpr (C::kDropout) ahead.kept = kept_pairs<S>(tile->score, row(), n * C::kN);
+    if constexpr (kOddShard) ahead.kept = kept_pairs_one_by_one<S>(tile->score, row(), n * C::kN);
     return ahead;
   }
 
   // S → P = 2^(S − m), and alpha, which O is still to be multiplied by. `use`: of the rings, for tile n.
-  template <bool kMasked>
-  __device__ __forceinline__ void weigh(int32_t n, [[maybe_unused]] uint32_t use, const Ahead& ahead) {
+  template <bool kMasked, bool kOddShard>
+  __device__ __forceinline__ void weigh(int32_t n, [[maybe_unused]] uint32_t use, Ahead& ahead) {
     const int32_t key = n * C::kN;
     [[maybe_unused]] float of_row[S::kSlots];
     if constexpr (C::kGeneral)
@@ -166,6 +167,8 @@ struct Consumer {
       softmax.follow(s, alpha, of_row);
     } else {
       softmax.follow(s, alpha);
+      // Among the exponentials, whose waits they fill: both are long chains.
+      if constexpr (C::kDropout && !kOddShard) ahead.kept = kept_pairs<S>(tile->score, row(), key);
       softmax.exponentiate(s, 0, S::kColumnTiles);
     }
   }
@@ -190,23 +193,24 @@ struct Consumer {
   }
 
   // The last tile of keys comes first. P V of it waits for the next step.
+  template <bool kOddShard>
   __device__ __forceinline__ void first_step(int32_t n) {
     ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
     wait_turn();
     ptx::hold(s.x[0]);
     start_scores(pair);
     pass_turn();
-    const Ahead ahead = look_ahead(n);
+    Ahead ahead = look_ahead<kOddShard>(n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.keys.leave(pair);
-    weigh<true>(n, pair, ahead);
+    weigh<true, kOddShard>(n, pair, ahead);
     round_weights(ahead);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values();
   }
 
   // S of tile n beside P V of tile n + 1.
-  template <bool kMasked>
+  template <bool kMasked, bool kOddShard>
   __device__ __forceinline__ void step(int32_t n) {
     const uint32_t next = pair + 1;
     ptx::barrier_wait(shared.keys.full_of(next), shared.keys.phase(next));
@@ -216,11 +220,11 @@ struct Consumer {
     ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
     start_values(pair);
     pass_turn();
-    const Ahead ahead = look_ahead(n);
+    Ahead ahead = look_ahead<kOddShard>(n);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     shared.keys.leave(next);
-    weigh<kMasked>(n, next, ahead);
+    weigh<kMasked, kOddShard>(n, next, ahead);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
@@ -276,18 +280,19 @@ struct Consumer {
   }
 
   // From the last to the first: those that end the band, those that all rows see, those that begin it.
+  template <bool kOddShard = false>
   __device__ __forceinline__ void visit(const Interval& tiles) {
     const int32_t first = first_row();
     whole = tile->band.common(first, min(first + kConsumerRows, used_rows()));
     whole = {uniform(whole.lo), uniform(whole.hi)};
     int32_t n = tiles.hi - 1;
-    first_step(n--);
-    if constexpr (!C::kGeneral) {  // whose code would be too long three times
+    first_step<kOddShard>(n--);
+    if constexpr (!C::kGeneral && !kOddShard) {  // whose code would be too long three times
       const int32_t lo = max(tiles.lo, (whole.lo + C::kN - 1) / C::kN), hi = max(tiles.lo, whole.hi / C::kN);
-      for (; n >= hi; --n) step<true>(n);
-      for (; n >= lo; --n) step<false>(n);
+      for (; n >= hi; --n) step<true, false>(n);
+      for (; n >= lo; --n) step<false, false>(n);
     }
-    for (; n >= tiles.lo; --n) step<true>(n);
+    for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
     shared.queries[group].leave(round);
     last_values();
   }
@@ -316,7 +321,11 @@ struct Consumer {
         shared.queries[group].leave(round);
       } else {
         stand_by(tiles.hi - own.hi);
-        visit(own);
+        if (C::kDropout && uniform(tile->score.dropout.odd())) {
+          if constexpr (C::kDropout) visit<true>(own);
+        } else {
+          visit(own);
+        }
         stand_by(own.lo - tiles.lo);
       }
       write_rows();
