@@ -121,6 +121,7 @@ void test_softcap(float scale, float cap) {
 void test_scores() {
   for (uint32_t threshold : {0u, 1u, 0x1999u, 0x8000u, 0x8001u, 0xC000u, 0x10000u}) {
     test_kept<16>(0, threshold);
+    test_kept<12>(8, threshold);
     test_kept<10>(24, threshold);
   }
   test_kept<16>(3, 0x4000);

@@ -41,13 +41,17 @@ struct ForwardSm90 {
   static constexpr bool kScaled = kGeneral || Kind == ScoreKind::kAlibi || Kind == ScoreKind::kSoftcap;
   // Softcap's scores are bounded: no maximum need be known where P has float32's range.
   static constexpr bool kBounded = Kind == ScoreKind::kSoftcap && std::is_same_v<T, __nv_bfloat16>;
-  // A bias' tiles have to fit beside the others, which are smaller where they would not.
+  // Dropout's numbers are drawn beside the softmax, not beside the products.
+  static constexpr bool kDrawsLate = Kind == ScoreKind::kDropoutAlone;
+  // What a kind needs beside the tiles of keys has to fit: those of a bias in shared memory, and dropout's
+  // numbers in registers. Where they would not there are fewer keys in a tile.
   static constexpr int kRowBytes = 2 * (M * HeadDim + Stages * N * (HeadDim + ValueDim));
   static constexpr int kBiasStages =
       std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
   static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
-  static constexpr int kM = M, kN = kSmaller ? 64 : N, kStages = Stages, kBlocks = Blocks;
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
+  static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
+  static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -140,7 +144,11 @@ struct Consumer {
   __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
     Ahead ahead{};
     if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
-    if constexpr (kOddShard) ahead.kept = kept_pairs_one_by_one<S>(tile->score, row(), n * C::kN);
+    if (kOddShard || (C::kDropout && !C::kDrawsLate && tile->score.dropout.odd())) {
+      ahead.kept = kept_pairs_one_by_one<S>(tile->score, row(), n * C::kN);
+    } else if constexpr (C::kDropout && !C::kDrawsLate) {
+      ahead.kept = kept_pairs<S>(tile->score, row(), n * C::kN);
+    }
     return ahead;
   }
 
@@ -168,7 +176,7 @@ struct Consumer {
     } else {
       softmax.follow(s, alpha);
       // Among the exponentials, whose waits they fill: both are long chains.
-      if constexpr (C::kDropout && !kOddShard) ahead.kept = kept_pairs<S>(tile->score, row(), key);
+      if constexpr (C::kDrawsLate && !kOddShard) ahead.kept = kept_pairs<S>(tile->score, row(), key);
       softmax.exponentiate(s, 0, S::kColumnTiles);
     }
   }
@@ -321,8 +329,8 @@ struct Consumer {
         shared.queries[group].leave(round);
       } else {
         stand_by(tiles.hi - own.hi);
-        if (C::kDropout && uniform(tile->score.dropout.odd())) {
-          if constexpr (C::kDropout) visit<true>(own);
+        if (C::kDrawsLate && uniform(tile->score.dropout.odd())) {
+          if constexpr (C::kDrawsLate) visit<true>(own);
         } else {
           visit(own);
         }
