@@ -77,10 +77,15 @@ def fill(case, inputs, value):
 def test_poison_where_nothing_is_read_changes_not_one_bit(case, poison):
     case = case.replace(dtype=checks.usual_dtype(IMPLEMENTATION))
     inputs = make_inputs(case)
-    clean = checks.run(case, fill(case, inputs, 0), IMPLEMENTATION)
-    poisoned = checks.run(case, fill(case, inputs, POISON[poison]), IMPLEMENTATION)
-    checks.assert_same(poisoned, clean)
-    assert_constants_where_unused(case, inputs, poisoned)
+    for deterministic in (False, True) if IMPLEMENTATION == "cuda" else (False,):
+        clean, poisoned = (
+            checks.run(case, fill(case, inputs, value), IMPLEMENTATION, deterministic=deterministic)
+            for value in (0, POISON[poison])
+        )
+        assert_constants_where_unused(case, inputs, poisoned)
+        if IMPLEMENTATION == "cuda" and not deterministic:  # dquery is added up in any order
+            clean.gradients.pop("query", None), poisoned.gradients.pop("query", None)
+        checks.assert_same(poisoned, clean)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
