@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cases import Case
 
-SETTLE, BURST = 0.04, 0.08  # seconds of calls, untimed and timed: the process has slept while another ran
+SETTLE, BURST = 0.05, 0.2  # seconds of calls, untimed and timed: the process has slept while another ran
 
 
 class Child:

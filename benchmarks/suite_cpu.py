@@ -122,7 +122,7 @@ def scaling_cells() -> Iterator[Cell]:
                 case = shape_case("s2048", dtype, causal=True).replace(hq=heads, hk=heads)
                 for pass_, text in PASSES.items():
                     calls = {"1 thread": one.call(case, pass_), "2 threads": two.call(case, pass_)}
-                    turns = [{name: call() for name, call in calls.items()} for _ in range(7)]
+                    turns = [{name: call() for name, call in calls.items()} for _ in range(9)]
                     times = {name: [turn[name] for turn in turns] for name in calls}
                     medians = {
                         name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
