@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/problem.h"
+#include "cuda/ptx/global.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/reduce.cuh"
 #include "cuda/softmax.cuh"
@@ -11,23 +12,31 @@
 
 namespace jax_flash {
 
+// What a tile's rows of lse are made with: where the sequence's first one lies, and the logit of the sink.
+struct LseRows {
+  float* data;
+  int64_t stride;
+  float sink;
+
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work) {
+    data = p.lse.as<float>() + work.offset(p, p.lse, work.head, work.tile.q_begin);
+    stride = p.lse.row;
+    sink = -INFINITY;
+    if (const View& sinks = p.sinks)
+      sink = sinks.as<const float>()[sinks.leading_offset(p.leading, work.leading) + work.head * sinks.head];
+  }
+};
+
 // Normalises O, and writes lse of the rows [row, end): −inf, and o = 0, for those from q_len on.
 template <class O, int kSlots>
-__device__ __forceinline__ void finish_rows(O& o, const OnlineSoftmax<kSlots>& softmax, const Problem& p,
-                                            const BlockWork& work, int32_t row, float dropout_scale) {
-  const TileWork& tile = work.tile;
-  float sink = -INFINITY;
-  if (p.sinks) {
-    sink =
-        p.sinks.as<const float>()[p.sinks.leading_offset(p.leading, work.leading) + work.head * p.sinks.head];
-  }
-  float* lse = p.lse.as<float>() + work.offset(p, p.lse, work.head, tile.q_begin);
+__device__ __forceinline__ void finish_rows(O& o, const OnlineSoftmax<kSlots>& softmax, const LseRows lse,
+                                            const TileWork tile, int32_t row, float dropout_scale) {
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + O::row(slot);
-    auto last = softmax.finish(slot, sink);
+    auto last = softmax.finish(slot, lse.sink);
     if (i >= tile.q_len) last = {0, -INFINITY};
-    if (i < tile.end && threadIdx.x % 4 == 0) lse[i * p.lse.row] = last.lse;
+    ptx::store_global(lse.data + i * lse.stride, last.lse, i < tile.end && threadIdx.x % 4 == 0);
 #pragma unroll
     for (int n = 0; n < O::kColumnTiles; ++n) {
 #pragma unroll
@@ -69,7 +78,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
 
 // The same from registers alone: lanes exchange pairs, so that each writes 16 bytes of a row.
 template <class T, class O>
-__device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T>& out, int32_t row,
+__device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T> out, int32_t row,
                                                           int32_t end) {
 #pragma unroll
   for (int slot = 0; slot < O::kSlots; ++slot) {
@@ -82,8 +91,7 @@ __device__ __forceinline__ void store_rows_from_registers(const O& o, const Glob
       for (int c = 0; c < 4; ++c) x[c] = ptx::pack<T>(o.at(slot, n + c, 0), o.at(slot, n + c, 1));
       transpose_quad(x);
       const int32_t column = n * 8 + threadIdx.x % 4 * 8;
-      if (i < end && column < out.columns)
-        *reinterpret_cast<uint4*>(to + column) = make_uint4(x[0], x[1], x[2], x[3]);
+      ptx::store_global(to + column, make_uint4(x[0], x[1], x[2], x[3]), i < end && column < out.columns);
     }
   }
 }

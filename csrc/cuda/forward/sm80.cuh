@@ -167,7 +167,9 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
 
   float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
   if constexpr (C::State::kScaled) factor *= block.value_scale;
-  finish_rows(o, softmax, p, block.work, row(), factor);
+  LseRows lse;
+  lse.prepare(p, block.work);
+  finish_rows(o, softmax, lse, block.work.tile, row(), factor);
   store_rows<typename C::OTile>(o, shared, warp_row, block.out, row(), tile.end);
 }
 

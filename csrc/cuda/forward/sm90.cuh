@@ -52,6 +52,11 @@ struct ForwardSm90 {
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
   static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
   static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
+  // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
+  // made after it. Three consumers fill the exponential unit anyway.
+  static constexpr int kEarly = Kind != ScoreKind::kPlain || ValueDim > 128 ? kN / 8
+                                : kConsumers > 2                            ? 0
+                                                                            : kN / 16;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -87,9 +92,9 @@ struct Consumer {
   const Problem& p;
   typename C::Shared& shared;
   const int group;  // of the consumers
-  const TileState<T>* tile;
+  const typename C::Shared::Tile* tile;
   uint32_t round = 0, pair = 0;  // tiles of queries and of keys so far
-  Interval whole;                // keys that all its rows see
+  Interval whole;                // tiles of keys that all its rows see whole
   S s;
   typename C::O o;
   typename C::P weights;  // P, rounded
@@ -99,13 +104,10 @@ struct Consumer {
   __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index)
       : p(problem), shared(memory), group(index) {}
 
-  // The consumer's first row within the sequence, and the warp's. They are found where they are used:
-  // registers are few.
-  __device__ __forceinline__ int32_t first_row() const {
-    return uniform(tile->work.tile.row) + group * kConsumerRows;
+  // The warp's first row within the sequence. It is found where it is used: registers are few.
+  __device__ __forceinline__ int32_t row() const {
+    return uniform(tile->work.tile.row) + group * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
   }
-  __device__ __forceinline__ int32_t row() const { return first_row() + ptx::thread_index() % 128 / 32 * 16; }
-  __device__ __forceinline__ int32_t used_rows() const { return uniform(tile->work.tile.used_queries()); }
 
   // The consumers take turns at issuing products, so that one's softmax runs beside another's products.
   __device__ __forceinline__ void wait_turn() const { ptx::sync_group(1 + group, 256); }
@@ -152,7 +154,8 @@ struct Consumer {
     return ahead;
   }
 
-  // S → P = 2^(S − m), and alpha, which O is still to be multiplied by. `use`: of the rings, for tile n.
+  // S → P = 2^(S − m), C::kEarly column tiles of it, and alpha, which O is still to be multiplied by. `use`:
+  // of the rings, for tile n.
   template <bool kMasked, bool kOddShard>
   __device__ __forceinline__ void weigh(int32_t n, [[maybe_unused]] uint32_t use, Ahead& ahead) {
     const int32_t key = n * C::kN;
@@ -166,7 +169,7 @@ struct Consumer {
     if constexpr (C::kKind == ScoreKind::kSoftcap)
       Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0);
     if constexpr (kMasked) {
-      const bool begins = (key < whole.lo), ends = (key + C::kN > whole.hi);
+      const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
     if constexpr (C::kBounded) {
@@ -177,9 +180,11 @@ struct Consumer {
       softmax.follow(s, alpha);
       // Among the exponentials, whose waits they fill: both are long chains.
       if constexpr (C::kDrawsLate && !kOddShard) ahead.kept = kept_pairs<S>(tile->score, row(), key);
-      softmax.exponentiate(s, 0, S::kColumnTiles);
+      softmax.exponentiate(s, 0, C::kEarly);
     }
   }
+
+  __device__ __forceinline__ void weigh_rest() { softmax.exponentiate(s, C::kEarly, S::kColumnTiles); }
 
   __device__ __forceinline__ void round_weights(const Ahead& ahead) {
     weights.read(RegistersA<T, S>{s});
@@ -213,6 +218,7 @@ struct Consumer {
     ptx::hold(s.x[0]);
     shared.keys.leave(pair);
     weigh<true, kOddShard>(n, pair, ahead);
+    weigh_rest();
     round_weights(ahead);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values();
   }
@@ -233,11 +239,14 @@ struct Consumer {
     ptx::hold(s.x[0]);
     shared.keys.leave(next);
     weigh<kMasked, kOddShard>(n, next, ahead);
+    if constexpr (C::kKind == ScoreKind::kPlain && C::kEarly > 0)
+      ptx::make_before(softmax.l[0] + softmax.l[1]);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
     shared.values.leave(pair);
+    weigh_rest();
     rescale();  // O ← α O
     round_weights(ahead);
     pair = next;
@@ -279,26 +288,15 @@ struct Consumer {
     }
   }
 
-  // The tiles of keys that any of the consumer's rows sees.
-  __device__ __forceinline__ Interval own_tiles() const {
-    const int32_t first = first_row();
-    const Interval seen = tile->band.rows(first, min(first + kConsumerRows, used_rows()));
-    if (uniform(seen.empty())) return {0, 0};
-    return {uniform(seen.lo) / C::kN, (uniform(seen.hi) - 1) / C::kN + 1};
-  }
-
   // From the last to the first: those that end the band, those that all rows see, those that begin it.
   template <bool kOddShard = false>
   __device__ __forceinline__ void visit(const Interval& tiles) {
-    const int32_t first = first_row();
-    whole = tile->band.common(first, min(first + kConsumerRows, used_rows()));
-    whole = {uniform(whole.lo), uniform(whole.hi)};
+    whole = uniform(tile->keys[group].whole);
     int32_t n = tiles.hi - 1;
     first_step<kOddShard>(n--);
     if constexpr (!C::kGeneral && !kOddShard) {  // whose code would be too long three times
-      const int32_t lo = max(tiles.lo, (whole.lo + C::kN - 1) / C::kN), hi = max(tiles.lo, whole.hi / C::kN);
-      for (; n >= hi; --n) step<true, false>(n);
-      for (; n >= lo; --n) step<false, false>(n);
+      for (const int32_t hi = max(tiles.lo, whole.hi); n >= hi; --n) step<true, false>(n);
+      for (const int32_t lo = max(tiles.lo, whole.lo); n >= lo; --n) step<false, false>(n);
     }
     for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
     shared.queries[group].leave(round);
@@ -308,7 +306,7 @@ struct Consumer {
   __device__ __forceinline__ void write_rows() {
     const float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
     if constexpr (C::kBounded) softmax.forget_empty();
-    finish_rows(o, softmax, anew(p), tile->work, row(), factor);
+    finish_rows(o, softmax, tile->lse, tile->work.tile, row(), factor);
     store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
   }
 
@@ -323,7 +321,7 @@ struct Consumer {
                                                                         : p.spec.scale * kLog2e);
       if constexpr (C::kBounded) softmax.bound(p.spec.softcap);
       o.clear();
-      const Interval tiles = {uniform(tile->tiles.lo), uniform(tile->tiles.hi)}, own = own_tiles();
+      const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[group].tiles);
       if (own.empty()) {
         stand_by(tiles.size());
         shared.queries[group].leave(round);

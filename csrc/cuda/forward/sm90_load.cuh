@@ -135,6 +135,7 @@ struct Loader {
     for (uint32_t round = 0;; ++round) {
       ptx::barrier_wait(shared.states.full_of(round), shared.states.phase(round));
       const auto& tile = shared.tiles[round % C::Shared::kTiles];
+      if (leads()) ptx::barrier_arrive(shared.begun.full_of(round));
       load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, round);
       if (tile.done) return;
       if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.empty_of(round));

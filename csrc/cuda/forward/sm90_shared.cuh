@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/block_state.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
@@ -16,6 +17,7 @@ inline constexpr int kConsumerRows = 64;  // of wgmma
 
 // The same in all lanes, and known to be.
 __device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
+__device__ __forceinline__ Interval uniform(Interval x) { return {uniform(x.lo), uniform(x.hi)}; }
 
 // The same problem; nothing that was read of it before, or made of what was read, is kept in registers.
 __device__ __forceinline__ const Problem& anew(const Problem& p) {
@@ -54,14 +56,22 @@ struct Ring {
   }
 };
 
+// Tiles of keys: those that any row of a consumer sees, and, where lo < hi, those that all its rows see
+// whole.
+struct ConsumerKeys {
+  Interval tiles, whole;
+};
+
 // The tile in progress.
-template <class T>
+template <class T, int kConsumers>
 struct TileState {
   BlockWork work;
   Band band;
   ScoreOperands score;  // of the general kernels
   Interval tiles;       // of keys, that any row of the tile sees
+  ConsumerKeys keys[kConsumers];
   GlobalRows<T> out;
+  LseRows lse;
   int32_t last_values;  // rows of V's last tile that are the sequence's, where the others are not zero
   int32_t done;         // there is no tile left
 
@@ -72,14 +82,30 @@ struct TileState {
     if (tile.row >= tile.end) return false;
     band = work.band(p);
     forget();
-    const Interval visible = band.rows(tile.row, tile.used_queries());
-    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / C::kN, (visible.hi - 1) / C::kN + 1};
+    tiles = key_tiles<C>(tile.row, tile.used_queries());
+    forget();
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      const int32_t first = tile.row + i * kConsumerRows;
+      const int32_t last = min(first + kConsumerRows, tile.used_queries());
+      const Interval own = key_tiles<C>(first, last);
+      keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
+      forget();
+      const Interval all = band.common(first, last);
+      keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
+    }
+    forget();
     last_values = C::kN;
     if (tile.k_begin + tile.k_len < p.k_rows) last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
     forget();
-    const int64_t first =
-        work.leading * p.out.leading[0] + p.out.offset(work.batch_row, work.head, tile.q_begin);
-    out = {p.out.as<T>() + first, p.out.row, p.value_dim};
+    out = {p.out.as<T>() + offset(p.out), p.out.row, p.value_dim};
+    forget();
+    lse.data = p.lse.as<float>() + offset(p.lse);
+    forget();
+    lse.stride = p.lse.row;
+    lse.sink = -INFINITY;
+    forget();
+    if (p.sinks) lse.sink = p.sinks.as<const float>()[offset(p.sinks)];
     forget();
     if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(anew(p), work, work.head);
     done = 0;
@@ -87,6 +113,16 @@ struct TileState {
   }
 
  private:
+  // Of the sequence's first row; there is one leading dimension at most.
+  __device__ __forceinline__ int64_t offset(const View& view) const {
+    return work.leading * view.leading[0] + view.offset(work.batch_row, work.head, work.tile.q_begin);
+  }
+  // Of keys, that any of the rows [first, last) sees.
+  template <class C>
+  __device__ __forceinline__ Interval key_tiles(int32_t first, int32_t last) const {
+    const Interval seen = band.rows(first, last);
+    return seen.empty() ? Interval{0, 0} : Interval{seen.lo / C::kN, (seen.hi - 1) / C::kN + 1};
+  }
   // What lies in shared memory is read from there again: one thread of few registers prepares it.
   static __device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
 };
@@ -98,14 +134,17 @@ struct ForwardShared : Beside::Shared {
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
   static constexpr int kTiles = 3;
-  TileState<T> tiles[kTiles];   // in turn: the one in progress, the next, and the one after that
+  using Tile = TileState<T, kConsumers>;
+  Tile tiles[kTiles];           // in turn: the one in progress, the next, and the one after that
   Ring<kTiles> states;          // of them
+  Ring<1> begun;                // tiles that the loader has begun
   Ring<1> queries[kConsumers];  // the place of each one's Q
   Ring<kStages> keys, values;
   typename Beside::Barriers beside;
 
   __device__ __forceinline__ void init(int loaders) {
     states.init(4 * kConsumers + loaders);
+    begun.init(1);
     for (auto& ring : queries) ring.init(4);
     keys.init(4 * kConsumers);
     values.init(4 * kConsumers);
@@ -122,21 +161,24 @@ struct ForwardTiles {
   uint32_t* counter;
 };
 
-// One thread of the producers: finds the work of tiles, one tile ahead of its operands.
+// One thread of the producers: finds the work of tiles, at most one tile ahead of its operands.
 template <class C>
 struct Finder {
-  using Tile = TileState<typename C::Element>;
+  using Tile = typename C::Shared::Tile;
   const Problem& p;
   const ForwardTiles& all;
   typename C::Shared& shared;
 
-  __device__ __forceinline__ uint32_t next(uint32_t number) const {
-    return all.counter ? gridDim.x + atomicAdd(all.counter, 1u) : number + gridDim.x;
+  // After `number`, as late as it may be found: tiles taken early end late, when others have none left.
+  __device__ __forceinline__ uint32_t next(uint32_t number, uint32_t round) const {
+    if (!all.counter) return number + gridDim.x;
+    if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
+    return gridDim.x + atomicAdd(all.counter, 1u);
   }
 
   __device__ __forceinline__ void run() const {
     uint32_t round = 0;
-    for (uint32_t number = blockIdx.x; number < all.count; number = next(number)) {
+    for (uint32_t number = blockIdx.x; number < all.count; number = next(number, round)) {
       shared.states.wait_empty(round);
       Tile& tile = shared.tiles[round % C::Shared::kTiles];
       tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count});

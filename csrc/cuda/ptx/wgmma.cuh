@@ -35,6 +35,15 @@ __device__ __forceinline__ void hold(uint32_t (&a)[n][4]) {
   for (int i = 0; i < n * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
+// The assembler puts what x is made of before a wait that comes after this: it would be made later, beside
+// nothing. x is never below 0, nothing is ever stored.
+__device__ __forceinline__ void make_before(float x) {
+  asm volatile(
+      "{.reg .pred below; .reg .b32 at; mov.b32 at, %0; setp.lt.f32 below, %0, 0f00000000; "
+      "@below st.shared.f32 [at], %0;}" ::"f"(x)
+      : "memory");
+}
+
 // multiply<kFirst>(d, a, b): D += A B, or D = A B where it is the first. A is a descriptor
 // (tile/descriptor.cuh) or four registers, as mma.sync's; B a descriptor. kTransposeA, kTransposeB = 1: the
 // operand's rows in shared memory are those of k.

@@ -1,0 +1,21 @@
+// Stores to global memory without a branch around them, which nothing that lies in shared memory has to be
+// read anew after.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::ptx {
+
+// 16 bytes, at a multiple of 16, where `used`.
+__device__ __forceinline__ void store_global(void* to, const uint4& x, bool used) {
+  asm volatile(
+      "{.reg .pred used; setp.ne.s32 used, %5, 0; @used st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(to),
+      "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(static_cast<int>(used)));
+}
+
+__device__ __forceinline__ void store_global(float* to, float x, bool used) {
+  asm volatile("{.reg .pred used; setp.ne.s32 used, %2, 0; @used st.global.f32 [%0], %1;}" ::"l"(to), "f"(x),
+               "r"(static_cast<int>(used)));
+}
+
+}  // namespace jax_flash::ptx
