@@ -56,7 +56,7 @@ struct ForwardSm90 {
   // made after it. Three consumers fill the exponential unit anyway.
   static constexpr int kEarly = Kind != ScoreKind::kPlain || ValueDim > 128 ? kN / 8
                                 : kConsumers > 2                            ? 0
-                                                                            : kN / 16;
+                                                                            : kN / 64 * 3;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
