@@ -28,9 +28,8 @@ struct BlockWork {
   }
 };
 
-// Heads that are worked on side by side: few enough for what they share to stay in L2, and so many, where
-// their keys are few, that the last tiles to run are short: kElementsTogether of K and V, 32 MB in 16 bits.
-inline constexpr uint32_t kHeadsTogether = 16, kElementsTogether = 1 << 24;
+// Heads that are worked on side by side: few enough for what they share to stay in L2.
+inline constexpr uint32_t kHeadsTogether = 16;
 
 // One of the tiles of all heads: its number among `count`.
 struct TileNumber {
@@ -63,17 +62,14 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
 // first keys. With several heads together the last blocks to run are short ones.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
-                                               int32_t block, TileNumber wanted) {
+                                               int32_t block, TileNumber wanted,
+                                               uint32_t heads_together = kHeadsTogether) {
   if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block, wanted);
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Query tiles that see the same keys are as long as each other, and best served by one head after the
   // other.
-  uint32_t group = kHeadsTogether;
-  if constexpr (kQueries) {
-    const uint32_t columns = p.head_dim + p.value_dim;
-    group = p.spec.right < 0 ? 1 : max(group, min(all, kElementsTogether / max(p.k_rows, 1) / columns));
-  }
+  const uint32_t group = kQueries && p.spec.right < 0 ? 1 : heads_together;
   const uint32_t first = wanted.number / (group * tiles) * group;
   const uint32_t together = min(group, all - first), number = wanted.number - first * tiles;
   const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;

@@ -371,7 +371,8 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   if (cudaError_t e = C::Keys::make_maps(maps.keys, p); e != cudaSuccess) return e;
   if (cudaError_t e = C::Beside::make_map(maps.beside, p); e != cudaSuccess) return e;
   ForwardTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
-                     static_cast<uint32_t>(grid.blocks), nullptr};
+                     static_cast<uint32_t>(grid.blocks), nullptr,
+                     heads_together(p, static_cast<uint32_t>(grid.blocks / grid.tiles))};
   if (plan.counter >= 0) {
     tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.counter);
     if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)

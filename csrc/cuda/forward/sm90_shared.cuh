@@ -1,6 +1,7 @@
 // What producers and consumers of cuda/forward/sm90.cuh share, and the producer that finds tiles.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/block_state.cuh"
@@ -159,7 +160,16 @@ struct ForwardTiles {
   int32_t tiles;   // of a head
   uint32_t count;  // of all heads
   uint32_t* counter;
+  uint32_t heads_together;
 };
+
+// More of them where their keys are few, as long as K and V fit L2 (32 MB): the last tiles to run are short
+// then.
+inline uint32_t heads_together(const Problem& p, uint32_t heads) {
+  constexpr int64_t kElements = 1 << 24;
+  const int64_t fit = kElements / std::max<int64_t>(1, int64_t{p.k_rows} * (p.head_dim + p.value_dim));
+  return static_cast<uint32_t>(std::max<int64_t>(kHeadsTogether, std::min<int64_t>(fit, heads)));
+}
 
 // One thread of the producers: finds the work of tiles, at most one tile ahead of its operands.
 template <class C>
@@ -181,7 +191,8 @@ struct Finder {
     for (uint32_t number = blockIdx.x; number < all.count; number = next(number, round)) {
       shared.states.wait_empty(round);
       Tile& tile = shared.tiles[round % C::Shared::kTiles];
-      tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count});
+      tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count},
+                                            all.heads_together);
       if (tile.template prepare<C>(anew(p))) ptx::barrier_arrive(shared.states.full_of(round++));
     }
     shared.states.wait_empty(round);
