@@ -129,6 +129,50 @@ def test_scores_of_thousands_neither_overflow_nor_become_nan(factor, implementat
     assert all(np.isfinite(x.astype(np.float32)).all() for x in got.gradients.values())
 
 
+@pytest.mark.parametrize("big", [-1e9, -1e30, "lowest"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
+    """As masks are often told: beside other keys such a key has no weight, and alone such keys are never NaN."""
+    checks.require(implementation, dtype=dtype)
+    q, k, v = (normal(1, 130, 2, 64, dtype=dtype, seed=seed) for seed in (1, 2, 3))
+    mask = np.random.default_rng(0).random((130, 130)) < 0.5
+    mask[5], mask[70] = False, True
+    bias = jnp.where(mask, 0.0, float(jnp.finfo(dtype).min) if big == "lowest" else big).astype(dtype)
+    out, lse = (np.asarray(x, np.float32) for x in attend(implementation, q, k, v, bias=bias))
+    wanted, _ = attend(implementation, q, k, v, mask=jnp.asarray(mask))
+    hidden = ~mask.any(1)
+    np.testing.assert_allclose(out[:, ~hidden], np.asarray(wanted, np.float32)[:, ~hidden], rtol=2e-2, atol=2e-3)
+    assert np.isfinite(out).all() and not np.isnan(lse).any()
+    if big != "lowest":  # 2^x of which may be −∞, as a mask is
+        mean = np.broadcast_to(np.asarray(v, np.float32).mean(1), out[:, 5].shape)
+        np.testing.assert_allclose(out[:, 5], mean, rtol=2e-2, atol=2e-3 if big == -1e30 else 2e-2)
+
+
+@pytest.mark.parametrize("sign", ["both", "negative"])
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scores_beyond_what_float32_counts_choose_the_largest(dtype, general, sign, implementation):
+    """From 2³² on a product of scale and score is rounded by more than what 2^x takes without overflow."""
+    checks.require(implementation, dtype=dtype)
+    q, k = (jnp.clip(normal(1, 200, 2, 64, seed=seed) * 3e4, -6e4, 6e4).astype(dtype) for seed in (1, 2))
+    if sign == "negative":
+        q, k = jnp.abs(q), -jnp.abs(k)
+    v = normal(1, 200, 2, 64, dtype=dtype, seed=3)
+    options = {"scale": 2.0} | ({"bias": jnp.zeros((1,))} if general else {})
+
+    def loss(q, k, v):
+        out, lse = attend(implementation, q, k, v, **options)
+        return jnp.sum(out.astype(jnp.float32) * 3), (out, lse)
+
+    (_, (out, lse)), gradients = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+    s = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) * 2
+    wanted = np.take_along_axis(np.asarray(v, np.float32), s.argmax(-1).swapaxes(1, 2)[..., None], axis=1)
+    assert abs(s.max(-1)).min() > 2**32
+    np.testing.assert_array_equal(np.asarray(out, np.float32), wanted)
+    np.testing.assert_allclose(lse, s.max(-1), rtol=1e-5)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in gradients)
+
+
 def test_parts_with_large_lse_are_merged_without_overflow(implementation):
     """exp(lse) overflows above 88: the parts are weighed with their maximum subtracted."""
     checks.require(implementation, dtype="float16")

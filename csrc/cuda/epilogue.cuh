@@ -28,11 +28,11 @@ struct LseRows {
 };
 
 // Normalises O, and writes lse of the rows [row, end): −inf, and o = 0, for those from q_len on.
-template <class O, int kSlots>
-__device__ __forceinline__ void finish_rows(O& o, const OnlineSoftmax<kSlots>& softmax, const LseRows lse,
+template <class O, class Softmax>
+__device__ __forceinline__ void finish_rows(O& o, const Softmax& softmax, const LseRows lse,
                                             const TileWork tile, int32_t row, float dropout_scale) {
 #pragma unroll
-  for (int slot = 0; slot < kSlots; ++slot) {
+  for (int slot = 0; slot < O::kSlots; ++slot) {
     const int32_t i = row + O::row(slot);
     auto last = softmax.finish(slot, lse.sink);
     if (i >= tile.q_len) last = {0, -INFINITY};

@@ -7,6 +7,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/score.cuh"
+#include "cuda/softmax.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -14,6 +15,9 @@ namespace jax_flash {
 
 // lse and delta of a row as the gradient needs them. Where no key is seen lse = −inf: +inf makes P = 0.
 __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
+__device__ __forceinline__ bool is_far(float row_lse) {
+  return kFarShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
+}
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
 // Those of a thread's rows, in registers.
@@ -78,10 +82,21 @@ struct GradientBlock {
   }
 };
 
-// S → P = 2^(scale · S − lse).
+// S → P = 2^(scale · S − lse). Beside a far lse, which is rounded, P would be infinite: there a score as far
+// is the row's largest.
 template <class S, class Rows>
 __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
-  for_each(s, [&](float& x, int slot, int, int) { x = ptx::exp2(fmaf(x, scale, -rows.lse(slot))); });
+  bool far = false;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) far |= is_far(rows.lse(slot));
+  for_each(s, [&](float& x, int slot, int, int) { x = fmaf(x, scale, -rows.lse(slot)); });
+  if (__builtin_expect(__any_sync(~0u, far), false)) {
+    for_each(s, [&](float& x, int slot, int, int) {
+      const float lse = rows.lse(slot);
+      if (is_far(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kFarShift)) x = 0;
+    });
+  }
+  for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
 // S, dP → P after dropout but for its factor, dS, in place. `row`, `key`: the accumulators' first within the

@@ -110,9 +110,9 @@ class GeneralScore {
                                           const Band& visible)
       : p(problem), operands(score_operands), band(visible) {}
 
-  // What is left to the softmax: the factor that turns the forward's scores into powers of two. What is added
-  // to them may be 1e30, and then a product is to be exact: 1.
-  __device__ __forceinline__ float unit() const { return adds() ? 1.0f : own_unit(); }
+  // What is left to the softmax: the factor that turns the forward's scores into powers of two. They may lie
+  // anywhere but where a cap bounds them, and then a product is to be exact: 1.
+  __device__ __forceinline__ float unit() const { return p.spec.softcap > 0 && !adds() ? own_unit() : 1.0f; }
 
   // What apply() will add, on its way while S is made. S is dealt.
   template <class S>
@@ -156,7 +156,7 @@ class GeneralScore {
     } else if (!(p.spec.scale > 0)) {
       for_each(s, [&](float& x, int, int, int) { x *= p.spec.scale; });
     }
-    if (adds()) {
+    if (unit == 1.0f) {
       const float factor = own_unit();
       for_each(s, [&](float& x, int, int, int) { x *= factor; });
     }

@@ -20,6 +20,9 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// From here on rounding the shift would matter: S − m is made first.
+inline constexpr float kFarShift = 1 << 20;
+
 // Shifted by a largest score of the row so far: P = 2^(scale · s + shift) ≤ 2^kSlack. O and l are rescaled
 // only where a score exceeds that, which is rare after the first tiles. `scale` turns scores into powers of
 // two.
@@ -43,10 +46,7 @@ struct OnlineSoftmax {
     bool above = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      largest[slot] = fmaxf(s.at(slot, 0, 0), s.at(slot, 0, 1));
-#pragma unroll
-      for (int n = 1; n < S::kColumnTiles; ++n)
-        largest[slot] = fmaxf(largest[slot], fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
+      largest[slot] = largest_of(s, slot);
       above |= fmaf(largest[slot], scale, shift[slot]) > kSlack;
     }
     if (__any_sync(~0u, above)) raise(largest, o);
@@ -57,11 +57,8 @@ struct OnlineSoftmax {
   __device__ __forceinline__ void follow(const S& s, float (&alpha)[kSlots]) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      float even = s.at(slot, 0, 0), odd = s.at(slot, 0, 1);
-#pragma unroll
-      for (int n = 1; n < S::kColumnTiles; ++n)
-        even = fmaxf(even, s.at(slot, n, 0)), odd = fmaxf(odd, s.at(slot, n, 1));
-      const float next = fminf(shift[slot], -row_max(fmaxf(even, odd)) * scale);  // kNone where all is hidden
+      const float next =
+          fminf(shift[slot], -row_max(largest_of(s, slot)) * scale);  // kNone where all is hidden
       alpha[slot] = ptx::exp2(next - shift[slot]);
       shift[slot] = next;
       l[slot] *= alpha[slot];
@@ -133,13 +130,28 @@ struct OnlineSoftmax {
     float factor, lse;
   };
   __device__ __forceinline__ Final finish(int slot, float sink) const {
-    const float sum = row_sum(l[slot]);
-    const float top = shift[slot] == kNone ? -INFINITY : -shift[slot], sink_log2 = sink * kLog2e;
+    return finish(slot, shift[slot] == kNone ? -INFINITY : -shift[slot], sink);
+  }
+
+ protected:
+  // Over the row's largest score, as a power of two.
+  __device__ __forceinline__ Final finish(int slot, float top, float sink) const {
+    const float sum = row_sum(l[slot]), sink_log2 = sink * kLog2e;
     const float largest = fmaxf(top, sink_log2);
     if (largest == -INFINITY && sum == 0) return {0, -INFINITY};  // a NaN alone has no maximum
     const float alpha = ptx::exp2(top - largest);
     const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
     return {alpha / total, (largest + log2f(total)) * kLn2};
+  }
+
+  // Of a thread's share of a row.
+  template <class S>
+  __device__ __forceinline__ static float largest_of(const S& s, int slot) {
+    float even = s.at(slot, 0, 0), odd = s.at(slot, 0, 1);
+#pragma unroll
+    for (int n = 1; n < S::kColumnTiles; ++n)
+      even = fmaxf(even, s.at(slot, n, 0)), odd = fmaxf(odd, s.at(slot, n, 1));
+    return fmaxf(even, odd);
   }
 
  private:
@@ -155,6 +167,95 @@ struct OnlineSoftmax {
       l[slot] *= alpha;
       o.scale_row(slot, alpha);
     }
+  }
+};
+
+// The same over scores that may lie anywhere: S − m is made where it is far. M: volatile float where m is
+// seldom asked for and registers are few.
+template <int kSlots, class M>
+struct FarSoftmax : OnlineSoftmax<kSlots> {
+  using Base = OnlineSoftmax<kSlots>;
+  using Base::l, Base::scale, Base::shift;
+  M m[kSlots];
+  bool far = false;  // some shift is 0 instead of −scale · m
+
+  __device__ __forceinline__ explicit FarSoftmax(float scale_log2) : Base(scale_log2) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) m[slot] = -Base::kNone;
+  }
+
+  template <class S, class O>
+  __device__ __forceinline__ void fit(S& s, O& o) {
+    float largest[kSlots];
+    bool above = far;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      largest[slot] = Base::largest_of(s, slot);
+      above |= fmaf(largest[slot], scale, shift[slot]) > Base::kSlack;
+    }
+    if (__any_sync(~0u, above)) raise(s, largest, o);
+  }
+
+  template <class S>
+  __device__ __forceinline__ void follow(S& s, float (&alpha)[kSlots]) {
+    float farthest = 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      const float before = m[slot], next = fmaxf(before, row_max(Base::largest_of(s, slot)));
+      alpha[slot] = ptx::exp2((before - next) * scale);
+      m[slot] = next;
+      shift[slot] = -next * scale;
+      l[slot] *= alpha[slot];
+      farthest = fmaxf(farthest, fabsf(shift[slot]));
+    }
+    if (__builtin_expect(farthest < kFarShift, true)) return;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) subtract_far(s, slot);
+  }
+
+  __device__ __forceinline__ typename Base::Final finish(int slot, float sink) const {
+    return Base::finish(slot, m[slot] == -Base::kNone ? -INFINITY : m[slot] * scale, sink);
+  }
+
+ private:
+  template <class S, class O>
+  __device__ __forceinline__ void raise(S& s, const float (&largest)[kSlots], O& o) {
+    float tops[kSlots], alpha[kSlots];
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) tops[slot] = row_max(largest[slot]);
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      alpha[slot] = far ? raise_far(slot, tops[slot]) : raise_near(slot, tops[slot]);
+      l[slot] *= alpha[slot];
+      o.scale_row(slot, alpha[slot]);
+    }
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) far |= subtract_far(s, slot);
+  }
+
+  __device__ __forceinline__ float raise_near(int slot, float top) {
+    const bool rises = fmaf(top, scale, shift[slot]) > Base::kSlack;
+    const float next = rises ? -top * scale : shift[slot], alpha = ptx::exp2(next - shift[slot]);
+    if (rises) m[slot] = top;
+    shift[slot] = next;
+    return alpha;
+  }
+
+  __device__ __forceinline__ float raise_far(int slot, float top) {
+    const float before = m[slot], next = (top - before) * scale > Base::kSlack ? top : before;
+    m[slot] = next;
+    shift[slot] = -next * scale;
+    return ptx::exp2((before - next) * scale);
+  }
+
+  template <class S>
+  __device__ __forceinline__ bool subtract_far(S& s, int slot) {
+    if (fabsf(shift[slot]) < kFarShift) return false;
+    shift[slot] = m[slot] == -Base::kNone ? Base::kNone : 0;
+    if (m[slot] == -Base::kNone) return false;
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) s.at(slot, n, 0) -= m[slot], s.at(slot, n, 1) -= m[slot];
+    return true;
   }
 };
 

@@ -73,6 +73,8 @@ struct ForwardSm80 {
   using S = std::conditional_t<kPlain, Accumulator<kWarpRows / 16, kN / 8>,
                                DealtAccumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
+  using Softmax =
+      std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, FarSoftmax<S::kSlots, volatile float>>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
   // Q's fragments stay in registers as far as 32 go: all, or where tiles have two stages the first.
   static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * HeadDim / 16;
@@ -91,7 +93,7 @@ struct ForwardSm80 {
 // `numbers`: of the first keys, where they are drawn early.
 template <class C, class V, class Row>
 __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
-                                           OnlineSoftmax<C::S::kSlots>& softmax, const GeneralScore& general,
+                                           typename C::Softmax& softmax, const GeneralScore& general,
                                            KeptNumbers<typename C::S>& numbers, const Row& row, int32_t key) {
   using T = typename C::Element;
   using S = typename C::S;
@@ -135,7 +137,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
 
   typename C::O o;
   o.clear();
-  OnlineSoftmax<S::kSlots> softmax(C::kGeneral ? general.unit() : p.spec.scale * kLog2e);
+  typename C::Softmax softmax(C::kGeneral ? general.unit() : p.spec.scale * kLog2e);
 
   if (!block.tiles.empty()) {
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());

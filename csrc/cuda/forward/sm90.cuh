@@ -67,6 +67,10 @@ struct ForwardSm90 {
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
+  // Where scores that may lie anywhere are left to the softmax as they are.
+  static constexpr bool kFar = Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ||
+                               Kind == ScoreKind::kDropoutAlone || Kind == ScoreKind::kBias;
+  using Softmax = std::conditional_t<kFar, FarSoftmax<S::kSlots, float>, OnlineSoftmax<S::kSlots>>;
   using Keys = KeySource<ForwardSm90>;
   using Beside = typename BesideOf<Kind, T, kN, kSmaller ? 2 : kBiasStages, kConsumers>::type;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside>;
@@ -98,7 +102,7 @@ struct Consumer {
   S s;
   typename C::O o;
   typename C::P weights;  // P, rounded
-  OnlineSoftmax<S::kSlots> softmax{1};
+  typename C::Softmax softmax{1};
   float alpha[S::kSlots];
 
   __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index)
@@ -316,9 +320,9 @@ struct Consumer {
       ptx::barrier_wait(shared.queries[group].full_of(round), shared.queries[group].phase(round));
       tile = &shared.tiles[round % C::Shared::kTiles];
       if (uniform(tile->done)) return;
-      softmax = OnlineSoftmax<S::kSlots>(C::kScaled                     ? 1.0f
-                                         : C::kKind == ScoreKind::kBias ? kLog2e
-                                                                        : p.spec.scale * kLog2e);
+      softmax = typename C::Softmax(C::kScaled                     ? 1.0f
+                                    : C::kKind == ScoreKind::kBias ? kLog2e
+                                                                   : p.spec.scale * kLog2e);
       if constexpr (C::kBounded) softmax.bound(p.spec.softcap);
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[group].tiles);
