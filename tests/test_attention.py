@@ -244,7 +244,9 @@ def test_one_segment_array_serves_both_when_lengths_are_equal(implementation):
     ids = jnp.asarray([[0] * 5 + [7] * 7, [-1] * 12], jnp.int32)
     one = call(implementation, case, segment_ids=ids)
     assert_equal(one, call(implementation, case, segment_ids=(ids, ids)))
-    out, lse = call(implementation, case, mask=(ids[:, :, None] == ids[:, None, :])[:, None])  # another kernel
+    out, lse = call(
+        implementation, case, mask=(ids[:, :, None] == ids[:, None, :])[:, None]
+    )  # another kernel
     np.testing.assert_allclose(one[0].astype(np.float32), out.astype(np.float32), rtol=2**-7, atol=1e-4)
     np.testing.assert_allclose(one[1], lse, rtol=1e-5, atol=1e-5)
 

@@ -141,7 +141,9 @@ def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
     out, lse = (np.asarray(x, np.float32) for x in attend(implementation, q, k, v, bias=bias))
     wanted, _ = attend(implementation, q, k, v, mask=jnp.asarray(mask))
     hidden = ~mask.any(1)
-    np.testing.assert_allclose(out[:, ~hidden], np.asarray(wanted, np.float32)[:, ~hidden], rtol=2e-2, atol=2e-3)
+    np.testing.assert_allclose(
+        out[:, ~hidden], np.asarray(wanted, np.float32)[:, ~hidden], rtol=2e-2, atol=2e-3
+    )
     assert np.isfinite(out).all() and not np.isnan(lse).any()
     if big != "lowest":  # 2^x of which may be −∞, as a mask is
         mean = np.broadcast_to(np.asarray(v, np.float32).mean(1), out[:, 5].shape)
