@@ -117,8 +117,8 @@ struct Gradient {
 template <int kDegree, bool kMasked, bool kGeneral>
 JF_INLINE Gradient gradient(const GradientRow& row, float unit, int32_t c, Float s, Float dp) {
   Gradient g;
-  const Float exponent = (s * unit - row.lse) * kLog2e;
-  g.p = exp2_short<kDegree>(exponent > 0.0f ? Float{} : exponent);  // beside an enormous lse, which is rounded
+  const Float exponent = (s * unit - row.lse) * kLog2e;  // above 0 beside an enormous lse, which is rounded
+  g.p = exp2_short<kDegree>(exponent > 0.0f ? Float{} : exponent);
   const Float p = g.p;
   if constexpr (kGeneral) {
     if (row.keep) {
