@@ -9,6 +9,12 @@
 
 namespace jax_flash {
 
+#if defined(__aarch64__)
+using Half = __fp16;  // which GCC 12 knows in C++ there
+#else
+using Half = _Float16;
+#endif
+
 inline float value_of(DType dtype, const char* p) {
   if (dtype == DType::kF32) return *reinterpret_cast<const float*>(p);
   if (dtype == DType::kF8E4M3) {
@@ -19,7 +25,7 @@ inline float value_of(DType dtype, const char* p) {
     return bits & 128 ? -magnitude : magnitude;
   }
   const uint16_t h = *reinterpret_cast<const uint16_t*>(p);
-  if (dtype == DType::kF16) return static_cast<float>(*reinterpret_cast<const _Float16*>(p));
+  if (dtype == DType::kF16) return static_cast<float>(*reinterpret_cast<const Half*>(p));
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
   float x;
   std::memcpy(&x, &bits, 4);
@@ -37,7 +43,7 @@ inline void set_value(DType dtype, char* p, float x) {
     }
     *reinterpret_cast<uint8_t*>(p) = static_cast<uint8_t>(bits | (std::signbit(x) ? 128 : 0));
   } else if (dtype == DType::kF16) {
-    *reinterpret_cast<_Float16*>(p) = static_cast<_Float16>(x);
+    *reinterpret_cast<Half*>(p) = static_cast<Half>(x);
   } else {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
