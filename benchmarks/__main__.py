@@ -17,9 +17,19 @@ from typing import Any
 
 import jax
 
+from jax_flash import backends
+
 from . import cases, measure, peers, report, sections
 
 PASSES = ("forward", "backward")
+
+
+def require_library() -> None:
+    """Stops where there would be only peers to measure."""
+    name = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
+    for backend in backends():
+        if backend.implementation == name and backend.problem:
+            sys.exit(f"python -m benchmarks: {name} is {backend.problem}")
 
 
 def main(arguments: list[str]) -> int:
@@ -37,6 +47,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--sections", default="", help="of the suite, separated by commas; all by default")
     options = parser.parse_args(arguments)
+    require_library()
     if options.suite:
         return run_suite(parser, options)
     platform = jax.default_backend()

@@ -207,7 +207,10 @@ def _load_core() -> tuple[ModuleType | None, str | None]:
         core = importlib.import_module("._core", __package__)
         core.cpu_isa()  # ValueError where JAX_FLASH_CPU_ISA names what this machine has not
     except ModuleNotFoundError:
-        return None, "not built: this is a source tree; `pip install .` there builds it"
+        return None, (
+            "not built: this is a source tree, which hides an installed jax_flash from Python started in it; "
+            "`pip install -e .` builds it here"
+        )
     except (ImportError, ValueError) as error:
         return None, f"not usable: {error}"
     return core, None
