@@ -128,13 +128,14 @@ def _tokens(
     return {"query": q, "key": k, "value": v}
 
 
-def check_heads(check: Checker, hq: Any, hk: Any) -> None:
+def check_heads(check: Checker, hq: Any, hk: Any, key: str = "key") -> None:
+    """`key`: the argument whose heads are hk."""
     if is_symbolic(hq) or is_symbolic(hk):
-        raise check.fail(f"the numbers of heads must be static, got query {hq}, key {hk}")
+        raise check.fail(f"the numbers of heads must be static, got query {hq}, {key} {hk}")
     if hk < 1 or hq < 1:
-        raise check.fail(f"query and key must have at least one head, got {hq} and {hk}")
+        raise check.fail(f"query and {key} must have at least one head, got {hq} and {hk}")
     if hq % hk:
-        raise check.fail(f"key has {hk} heads, which does not divide query's {hq}")
+        raise check.fail(f"{key} has {hk} heads, which does not divide query's {hq}")
 
 
 def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def paged(
     if q.dtype.name not in DTYPES:
         raise check.fail(f"query has dtype {q.dtype}, allowed are {', '.join(DTYPES)}", TypeError)
     operands = {"query": q} | _pools(check, "key", "value", k_pages, v_pages, q, "query", options)
-    check_heads(check, q.shape[-2], operands["key"].shape[_head_axis(options)])
+    check_heads(check, q.shape[-2], operands["key"].shape[_head_axis(options)], "k_pages")
     operands |= _tables(check, block_tables, kv_lengths)
     n = operands["block_tables"].shape[0]
     if cu_seqlens is None:
