@@ -30,8 +30,11 @@ struct Dropout {
     return {{index, i + row, h + head, b + batch}};
   }
 
+  // Selected without indexing: on a GPU a run-time index would move the block to local memory.
   JF_HD static uint32_t half(const PhiloxBlock& numbers, uint32_t column) {
-    return numbers.word[column % 8 / 2] >> (column % 2 * 16) & 0xFFFFu;
+    const uint32_t low = column & 2 ? numbers.word[1] : numbers.word[0];
+    const uint32_t high = column & 2 ? numbers.word[3] : numbers.word[2];
+    return (column & 4 ? high : low) >> column % 2 * 16 & 0xFFFFu;
   }
 
   // b: batch entry or sequence, h: query head, (i, j): position within the sequence.

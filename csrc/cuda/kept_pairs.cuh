@@ -85,12 +85,8 @@ __device__ __forceinline__ KeptPairs<S> kept_pairs_one_by_one(const ScoreOperand
 #pragma unroll 1
   for (int at = 0; at < S::kSlots * S::kColumnTiles * 2; ++at) {
     const int e = at % 2, n = at / 2 % S::kColumnTiles, slot = at / 2 / S::kColumnTiles;
-    const uint32_t j = key + S::column(n) + e + dropout.column, i = row + S::row(slot);
-    const PhiloxBlock x = dropout.block(operands.batch, operands.head, i, j / kDropoutBlock);
-    // Selected without indexing: a run-time index would move the block to local memory.
-    const uint32_t low = j & 2 ? x.word[1] : x.word[0], high = j & 2 ? x.word[3] : x.word[2];
-    const uint32_t number = (j & 4 ? high : low) >> j % 2 * 16 & 0xFFFFu;
-    const uint32_t bit = uint32_t{number >= dropout.threshold} << KeptPairs<S>::bit(slot, n, e);
+    const bool kept = dropout.keep(operands.batch, operands.head, row + S::row(slot), key + S::column(n) + e);
+    const uint32_t bit = uint32_t{kept} << KeptPairs<S>::bit(slot, n, e);
     result.word[0] |= n % 2 ? 0 : bit;
     result.word[1] |= n % 2 ? bit : 0;
   }

@@ -263,12 +263,9 @@ class GeneralScore {
 #pragma unroll 1
       for (int bit = 0; bit < min(32, KeptElements<S>::kCount - first); ++bit) {
         const int at = first + bit, n = at / 2 % S::kColumnTiles, slot = at / (2 * S::kColumnTiles);
-        const uint32_t j = key + S::column(n) + at % 2 + dropout.column, i = row + S::row(slot);
-        const PhiloxBlock x = dropout.block(operands.batch, operands.head, i, j / kDropoutBlock);
-        // Selected without indexing: a run-time index would move the block to local memory.
-        const uint32_t low = j & 2 ? x.word[1] : x.word[0], high = j & 2 ? x.word[3] : x.word[2];
-        const uint32_t number = (j & 4 ? high : low) >> j % 2 * 16 & 0xFFFFu;
-        word |= uint32_t{number >= dropout.threshold} << bit;
+        const bool kept =
+            dropout.keep(operands.batch, operands.head, row + S::row(slot), key + S::column(n) + at % 2);
+        word |= uint32_t{kept} << bit;
       }
     }
     return result;

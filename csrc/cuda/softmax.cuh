@@ -43,13 +43,7 @@ struct OnlineSoftmax {
   template <class S, class O>
   __device__ __forceinline__ void fit(const S& s, O& o) {
     float largest[kSlots];
-    bool above = false;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      largest[slot] = largest_of(s, slot);
-      above |= fmaf(largest[slot], scale, shift[slot]) > kSlack;
-    }
-    if (__any_sync(~0u, above)) raise(largest, o);
+    if (__any_sync(~0u, exceeds(s, largest))) raise(largest, o);
   }
 
   // The same at every tile, without a vote: O is left to the caller, who multiplies its rows by alpha.
@@ -154,6 +148,18 @@ struct OnlineSoftmax {
     return fmaxf(even, odd);
   }
 
+  // The same of all its rows; whether one is above what the shifts are made for.
+  template <class S>
+  __device__ __forceinline__ bool exceeds(const S& s, float (&largest)[kSlots]) const {
+    bool above = false;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      largest[slot] = largest_of(s, slot);
+      above |= fmaf(largest[slot], scale, shift[slot]) > kSlack;
+    }
+    return above;
+  }
+
  private:
   template <class O>
   __device__ __forceinline__ void raise(const float (&largest)[kSlots], O& o) {
@@ -187,13 +193,7 @@ struct FarSoftmax : OnlineSoftmax<kSlots> {
   template <class S, class O>
   __device__ __forceinline__ void fit(S& s, O& o) {
     float largest[kSlots];
-    bool above = far;
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) {
-      largest[slot] = Base::largest_of(s, slot);
-      above |= fmaf(largest[slot], scale, shift[slot]) > Base::kSlack;
-    }
-    if (__any_sync(~0u, above)) raise(s, largest, o);
+    if (__any_sync(~0u, far | Base::exceeds(s, largest))) raise(s, largest, o);
   }
 
   template <class S>
