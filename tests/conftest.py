@@ -8,7 +8,9 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 IMPLEMENTATION = os.environ.get("JAX_FLASH_TEST_IMPLEMENTATION", "cpu")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
-if IMPLEMENTATION != "cuda":
+if IMPLEMENTATION == "cuda":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest's workers share the GPU
+else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Small programs that run once: most of the suite's time is LLVM's, and this halves it.
     _FLAGS.append("--xla_backend_optimization_level=0")

@@ -181,9 +181,8 @@ struct Finder {
 
   // After `number`, as late as it may be found: tiles taken early end late, when others have none left.
   __device__ __forceinline__ uint32_t next(uint32_t number, uint32_t round) const {
-    if (!all.counter) return number + gridDim.x;
     if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
-    return gridDim.x + atomicAdd(all.counter, 1u);
+    return all.counter ? gridDim.x + atomicAdd(all.counter, 1u) : number + gridDim.x;
   }
 
   __device__ __forceinline__ void run() const {
