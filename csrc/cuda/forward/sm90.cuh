@@ -50,6 +50,8 @@ struct ForwardSm90 {
       std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
   static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
+  // Three consumers, where there are, take every other kind of score.
+  static constexpr bool kGeneralOnly = kConsumers == 2 && HeadDim <= 64;
   static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
   static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
   // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
@@ -398,19 +400,23 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if constexpr (ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>::kConsumers <= 2) {             \
+    using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
+    if constexpr (Plain::kConsumers <= 2) {                                                          \
       if (plan.score == ScoreKind::kGeneral) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__); \
       if (plan.score == ScoreKind::kDropout) return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__); \
     }                                                                                                \
-    switch (plan.score) {                                                                            \
-      JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \
-      JF_CASE(kSegments, dtype, __VA_ARGS__)                                                         \
-      JF_CASE(kAlibi, dtype, __VA_ARGS__)                                                            \
-      JF_CASE(kSoftcap, dtype, __VA_ARGS__)                                                          \
-      JF_CASE(kBias, dtype, __VA_ARGS__)                                                             \
-      JF_CASE(kDropoutAlone, dtype, __VA_ARGS__)                                                     \
-      default:                                                                                       \
-        return cudaErrorNotSupported;                                                                \
+    if constexpr (!Plain::kGeneralOnly) {                                                            \
+      switch (plan.score) {                                                                          \
+        JF_CASE(kPlain, dtype, __VA_ARGS__)                                                          \
+        JF_CASE(kSegments, dtype, __VA_ARGS__)                                                       \
+        JF_CASE(kAlibi, dtype, __VA_ARGS__)                                                          \
+        JF_CASE(kSoftcap, dtype, __VA_ARGS__)                                                        \
+        JF_CASE(kBias, dtype, __VA_ARGS__)                                                           \
+        JF_CASE(kDropoutAlone, dtype, __VA_ARGS__)                                                   \
+        default:                                                                                     \
+          break;                                                                                     \
+      }                                                                                              \
     }                                                                                                \
+    return cudaErrorNotSupported;                                                                    \
   }                                                                                                  \
   }

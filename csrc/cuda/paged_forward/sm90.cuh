@@ -123,9 +123,11 @@ class PagedKeys {
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (!plan.general()) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                       \
-    if constexpr (ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>::kConsumers <= 2)               \
-      return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                                        \
+    using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
+    if constexpr (!Plain::kGeneralOnly)                                                              \
+      if (!plan.general()) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                     \
+    if constexpr (Plain::kConsumers <= 2)                                                            \
+      if (plan.general()) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                    \
     return cudaErrorNotSupported;                                                                    \
   }                                                                                                  \
   }
