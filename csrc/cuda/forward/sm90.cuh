@@ -360,6 +360,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::Beside::kWarps > 0)
       if (warp == 1 + C::Keys::kWarps)
         typename C::Beside::template Finder<typename C::Shared>{p, shared}.run();
+    if constexpr (C::Beside::kNarrows)
+      if (warp == 2 + C::Keys::kWarps)
+        typename C::Beside::template Narrower<typename C::Shared>{p, shared}.run();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, group - 1).run();
