@@ -137,8 +137,8 @@ struct SegmentTiles {
     shared.beside.leave(use);
   }
 
-  // The warp that leaves a tile of queries the tiles of keys between the first and the last that may be of its
-  // rows' segments.
+  // The warp that leaves a tile of queries the tiles of keys between the first and the last that may be of
+  // its rows' segments.
   template <class All>
   struct Narrower {
     static constexpr int kLanes = 8, kAtOnce = 32 / kLanes;  // lanes to a tile of keys
@@ -188,8 +188,8 @@ struct SegmentTiles {
         const bool done = tile.done;
         if (!done && !tile.tiles.empty()) {
           const TileWork& queries = tile.work.tile;
-          const int32_t* const of_keys = p.kv_segment_ids.as<const int32_t>() +
-                                         tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
+          const int32_t* const of_keys =
+              p.kv_segment_ids.as<const int32_t>() + tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
           const auto rows = SegmentRange::of<16 * kRowBlocks>(tile.score.q_segments + queries.row,
                                                               queries.used_queries() - queries.row);
           const Interval tiles = narrow(of_keys, tile.band.k_len, tile.tiles, rows);
