@@ -339,3 +339,27 @@ def test_a_wrong_call_is_an_exception_and_the_next_call_is_right(implementation)
     with pytest.raises(ValueError, match="key has 3 heads, which does not divide query's 4"):
         attend(implementation, q, q[:, :, :3], q[:, :, :3])
     jax.tree.map(np.testing.assert_array_equal, attend(implementation, q, k, v), before)
+
+
+# Segments.
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("order", ["sorted", "mixed", "strangers"])
+def test_segments_that_hide_whole_tiles_of_keys(d, order, kernel):
+    """Kernels leave tiles out by the smallest and largest ids: rows in any order, and keys that are nobody's."""
+    sq, sk = 500, 900
+    case = Case("tiles", b=1, sq=sq, sk=sk, hq=2, hk=1, d=d, dv=d, causal=order == "mixed", dtype="float16")
+    checks.require(kernel, dtype=case.dtype, d=d, dv=d)
+    q_ids, k_ids = np.sort(np.arange(sq) * 7 // sq), np.sort(np.arange(sk) * 7 // sk)
+    if order == "mixed":
+        q_ids, k_ids = q_ids[::-1] * 3 % 7, k_ids * 3 % 7
+    elif order == "strangers":
+        k_ids[:300], k_ids[800:], q_ids[:100] = 90, -5, 50
+    ids = tuple(jnp.asarray(x[None], jnp.int32) for x in (q_ids, k_ids))
+    inputs = checks.with_arrays(make_inputs(case), segment_ids=ids)
+    right, low = oracle.references(case, inputs)
+    got = checks.run(case, inputs, kernel)
+    if not got.gradients:
+        right, low = (oracle.Result(x.out, x.lse) for x in (right, low))
+    oracle.assert_result(got, right, low, case)

@@ -264,7 +264,8 @@ void share_tiles(const AttentionSpec& spec, const Shapes& s, const Device& devic
   const int64_t most = int64_t{device.sm_count} * row.blocks;
   result.workers = static_cast<int32_t>(std::min(result.queries.blocks, most));
   bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || s.q_rows % row.block_m;
-  for (Operand operand : {Operand::kQLengths, Operand::kKvLengths}) unequal |= spec.has(operand);
+  for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
+    unequal |= spec.has(operand);
   if (unequal && result.queries.blocks > most) result.counter = workspace.add(kCounterBytes);
 }
 

@@ -55,10 +55,10 @@ struct ForwardSm90 {
   static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
   static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
   // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
-  // made after it. Three consumers fill the exponential unit anyway.
-  static constexpr int kEarly = Kind != ScoreKind::kPlain || ValueDim > 128 ? kN / 8
-                                : kConsumers > 2                            ? 0
-                                                                            : kN / 64 * 3;
+  // made after it, unless it is kept from it. Three consumers fill the exponential unit anyway.
+  static constexpr bool kPaced =
+      Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && ValueDim <= 128);
+  static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN / 64 * 3;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -245,8 +245,7 @@ struct Consumer {
     ptx::hold(s.x[0]);
     shared.keys.leave(next);
     weigh<kMasked, kOddShard>(n, next, ahead);
-    if constexpr (C::kKind == ScoreKind::kPlain && C::kEarly > 0)
-      ptx::make_before(softmax.l[0] + softmax.l[1]);
+    if constexpr (C::kPaced && C::kEarly > 0) ptx::make_before(softmax.l[0] + softmax.l[1]);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
@@ -362,6 +361,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::Beside::kWarps > 0)
       if (warp == 1 + C::Keys::kWarps)
         typename C::Beside::template Finder<typename C::Shared>{p, shared}.run();
+    if constexpr (C::Beside::kNarrows)
+      if (warp == 2 + C::Keys::kWarps)
+        typename C::Beside::template Narrower<typename C::Shared>{p, shared}.run();
   } else {
     ptx::take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, group - 1).run();

@@ -13,6 +13,7 @@ namespace jax_flash {
 // Nothing.
 struct NothingBeside {
   static constexpr int kStages = 0, kBytes = 0, kWarps = 0;
+  static constexpr bool kNarrows = false;
   struct Map {};
   struct Shared {};
   struct Barriers {
@@ -28,6 +29,7 @@ struct BiasTiles {
   static constexpr int kStages = Stages, kTileBytes = kConsumers * Tile::kBytes,
                        kBytes = kStages * kTileBytes;
   static constexpr int kWarps = 0;  // of its own
+  static constexpr bool kNarrows = false;
   static constexpr int kPanel = Tile::kPanel * 8;
 
   struct Map {
@@ -96,9 +98,16 @@ struct SegmentTiles {
   };
   static constexpr int kStages = 2, kBytes = 1024;  // at most, and the end is aligned
   static constexpr int kWarps = 1;                  // of its own
+  static constexpr bool kNarrows = true;            // another warp does, before a tile is everybody's
   struct Shared {};
   struct Barriers : Ring<kStages> {
     Tile tiles[kStages];
+    Ring<3> found;  // tiles of queries, by the finder
+
+    __device__ __forceinline__ void init(uint32_t warps) {
+      Ring<kStages>::init(warps);
+      found.init(1);
+    }
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 
@@ -127,6 +136,72 @@ struct SegmentTiles {
     }
     shared.beside.leave(use);
   }
+
+  // The warp that leaves a tile of queries the tiles of keys between the first and the last that may be of
+  // its rows' segments.
+  template <class All>
+  struct Narrower {
+    static constexpr int kLanes = 8, kAtOnce = 32 / kLanes;  // lanes to a tile of keys
+    const Problem& p;
+    All& shared;
+
+    // Of the lanes whose tile of keys, n + lane / kLanes, may be of a segment in `rows`.
+    __device__ __forceinline__ static uint32_t seen(const int32_t* of_keys, int32_t k_len, int32_t n,
+                                                    const SegmentRange& rows) {
+      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+      const int32_t first = (n + lane / kLanes) * N + lane % kLanes;
+      SegmentRange keys{INT32_MAX, INT32_MIN};
+#pragma unroll
+      for (int32_t j = 0; j < N; j += kLanes) {
+        const int32_t segment = of_keys[max(0, min(first + j, k_len - 1))];
+        keys.lo = min(keys.lo, segment), keys.hi = max(keys.hi, segment);
+      }
+#pragma unroll
+      for (int apart = 1; apart < kLanes; apart *= 2) {
+        keys.lo = min(keys.lo, __shfl_xor_sync(~0u, keys.lo, apart));
+        keys.hi = max(keys.hi, __shfl_xor_sync(~0u, keys.hi, apart));
+      }
+      return __ballot_sync(~0u, rows.lo <= keys.hi && keys.lo <= rows.hi);
+    }
+
+    __device__ __forceinline__ static Interval narrow(const int32_t* of_keys, int32_t k_len, Interval tiles,
+                                                      const SegmentRange& rows) {
+      for (; tiles.lo < tiles.hi; tiles.lo += kAtOnce) {
+        if (const uint32_t lanes = seen(of_keys, k_len, tiles.lo, rows)) {
+          tiles.lo += (__ffs(lanes) - 1) / kLanes;
+          break;
+        }
+      }
+      for (; tiles.lo < tiles.hi; tiles.hi -= kAtOnce) {
+        if (const uint32_t lanes = seen(of_keys, k_len, tiles.hi - kAtOnce, rows)) {
+          tiles.hi -= __clz(lanes) / kLanes;
+          break;
+        }
+      }
+      return tiles.lo < tiles.hi ? tiles : Interval{0, 0};
+    }
+
+    __device__ __forceinline__ void run() {
+      for (uint32_t round = 0;; ++round) {
+        ptx::barrier_wait(shared.beside.found.full_of(round), shared.beside.found.phase(round));
+        auto& tile = shared.tiles[round % All::kTiles];
+        const bool done = tile.done;
+        if (!done && !tile.tiles.empty()) {
+          const TileWork& queries = tile.work.tile;
+          const int32_t* const of_keys =
+              p.kv_segment_ids.as<const int32_t>() + tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
+          const auto rows = SegmentRange::of<16 * kRowBlocks>(tile.score.q_segments + queries.row,
+                                                              queries.used_queries() - queries.row);
+          const Interval tiles = narrow(of_keys, tile.band.k_len, tile.tiles, rows);
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) tile.narrow(tiles);
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.full_of(round));
+        if (done) return;
+      }
+    }
+  };
 
   // The warp that looks through them.
   template <class All>

@@ -113,6 +113,17 @@ struct TileState {
     return true;
   }
 
+  // Leaves it some of its tiles of keys.
+  __device__ __forceinline__ void narrow(Interval some) {
+    if (some.hi < tiles.hi) last_values = INT32_MAX;
+    tiles = some;
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      const Interval own = intersect(keys[i].tiles, some);
+      keys[i].tiles = own.empty() ? Interval{some.lo, some.lo} : own;
+    }
+  }
+
  private:
   // Of the sequence's first row; there is one leading dimension at most.
   __device__ __forceinline__ int64_t offset(const View& view) const {
@@ -185,6 +196,15 @@ struct Finder {
     return all.counter ? gridDim.x + atomicAdd(all.counter, 1u) : number + gridDim.x;
   }
 
+  // For all, or first for a warp that narrows its keys down.
+  __device__ __forceinline__ void publish(uint32_t round) const {
+    if constexpr (C::Beside::kNarrows) {
+      ptx::barrier_arrive(shared.beside.found.full_of(round));
+    } else {
+      ptx::barrier_arrive(shared.states.full_of(round));
+    }
+  }
+
   __device__ __forceinline__ void run() const {
     uint32_t round = 0;
     for (uint32_t number = blockIdx.x; number < all.count; number = next(number, round)) {
@@ -192,11 +212,11 @@ struct Finder {
       Tile& tile = shared.tiles[round % C::Shared::kTiles];
       tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count},
                                             all.heads_together);
-      if (tile.template prepare<C>(anew(p))) ptx::barrier_arrive(shared.states.full_of(round++));
+      if (tile.template prepare<C>(anew(p))) publish(round++);
     }
     shared.states.wait_empty(round);
     shared.tiles[round % C::Shared::kTiles].done = 1;
-    ptx::barrier_arrive(shared.states.full_of(round));
+    publish(round);
   }
 };
 
