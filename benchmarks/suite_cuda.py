@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from . import bars_cuda, decode_cuda, measure, peers, small_cuda
+from . import bars_cuda, decode_cuda, measure, peers, seeds, small_cuda
 from .bars import Cell
 from .cases import Case, flop, make_inputs, varlen
 from .sections import Suite, Timed, draw_rates, time_calls
@@ -155,15 +155,8 @@ def shape_cells(d: int) -> Iterator[Cell]:
 
 def seed_cells() -> Iterator[Cell]:
     """The shapes of the tables of this library's predecessors."""
-    for s in (256, 512, 1024, 2048, 4096):
-        sizes = {"b": 48, "sq": s, "sk": s, "hq": 24, "hk": 24, "d": 128, "dv": 128, "dtype": "float16"}
-        yield peer_cell(Case(f"b48 h24 d128 s{s} float16", **sizes), "forward", PEERS[:2], of="seeds")
-    for dtype in ("float16", "bfloat16"):
-        for causal in (False, True):
-            for s in (512, 1024, 2048, 4096, 8192):
-                name = f"b2 h32 d128 s{s} {dtype}{' causal' if causal else ''}"
-                sizes = {"b": 2, "sq": s, "sk": s, "hq": 32, "hk": 32, "d": 128, "dv": 128, "dtype": dtype}
-                yield peer_cell(Case(name, causal=causal, **sizes), "forward", PEERS[:2], of="seeds")
+    for case in seeds.cases():
+        yield peer_cell(case, "forward", PEERS[:2], of="seeds")
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
@@ -242,6 +235,6 @@ SUITE = Suite(
     bars_cuda.judge,
     verdict,
     rates,
-    bars_cuda.peer_tables,
+    lambda cells: [*bars_cuda.peer_tables(cells), *seeds.table(cells)],
     {"matrix": _figure("matrix"), "seeds": _figure("seeds"), "decode": decode_cuda.draw},
 )
