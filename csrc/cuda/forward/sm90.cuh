@@ -59,6 +59,8 @@ struct ForwardSm90 {
   static constexpr bool kPaced =
       Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && ValueDim <= 128);
   static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN / 64 * 3;
+  // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
+  static constexpr bool kQueryInRegisters = Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers == 2;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -86,6 +88,12 @@ struct ForwardSm90 {
   static_assert(sizeof(Shared) <= kHopperSharedBytes);
 };
 
+// Q in registers, read as its descriptor is.
+template <class T, int kSteps>
+struct QueryFragments : FragmentsA<T, 1, kSteps> {
+  __device__ __forceinline__ const uint32_t (&at(int step) const)[4] { return this->x[0][step]; }
+};
+
 // A consumer's registers and its place in the rings; one tile of queries after the other.
 template <class C>
 struct Consumer {
@@ -104,6 +112,7 @@ struct Consumer {
   S s;
   typename C::O o;
   typename C::P weights;  // P, rounded
+  QueryFragments<T, C::kHeadSteps> query;
   typename C::Softmax softmax{1};
   float alpha[S::kSlots];
 
@@ -121,10 +130,25 @@ struct Consumer {
     ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
   }
 
+  __device__ __forceinline__ void take_query() {
+    const RowsA<QTile> rows(ptx::shared_address(shared.q[group]), ptx::thread_index() % 128 / 32 * 16);
+#pragma unroll
+    for (int step = 0; step < C::kHeadSteps; ++step) rows.load(query.x[0][step], 0, step);
+    ptx::hold(query.x[0]);
+    shared.queries[group].leave(round);
+  }
+
   // S = Q Kᵀ  [64, N], on its way
   __device__ __forceinline__ void start_scores(uint32_t at) {
-    const RowsDescriptor<QTile> q(ptx::shared_address(shared.q[group]));
     const RowsDescriptor<KTile> k(ptx::shared_address(shared.k[at % C::kStages]));
+    if constexpr (C::kQueryInRegisters) {
+      start_scores(query, k);
+    } else {
+      start_scores(RowsDescriptor<QTile>(ptx::shared_address(shared.q[group])), k);
+    }
+  }
+  template <class Q>
+  __device__ __forceinline__ void start_scores(const Q& q, const RowsDescriptor<KTile>& k) {
     ptx::wgmma_fence();
     ptx::Wgmma<T, C::kN>::template multiply<true>(s.x[0], q.at(0), k.at(0));
 #pragma unroll
@@ -297,6 +321,7 @@ struct Consumer {
   template <bool kOddShard = false>
   __device__ __forceinline__ void visit(const Interval& tiles) {
     whole = uniform(tile->keys[group].whole);
+    if constexpr (C::kQueryInRegisters) take_query();
     int32_t n = tiles.hi - 1;
     first_step<kOddShard>(n--);
     if constexpr (!C::kGeneral && !kOddShard) {  // whose code would be too long three times
@@ -304,7 +329,7 @@ struct Consumer {
       for (const int32_t lo = max(tiles.lo, whole.lo); n >= lo; --n) step<false, false>(n);
     }
     for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
-    shared.queries[group].leave(round);
+    if constexpr (!C::kQueryInRegisters) shared.queries[group].leave(round);
     last_values();
   }
 

@@ -174,12 +174,11 @@ struct ForwardTiles {
   uint32_t heads_together;
 };
 
-// More of them where their keys are few, as long as K and V fit L2 (32 MB): the last tiles to run are short
-// then.
+// As many as have 32 MB of K and V, which stay in L2, but enough for the last tiles to run to be short.
 inline uint32_t heads_together(const Problem& p, uint32_t heads) {
-  constexpr int64_t kElements = 1 << 24;
+  constexpr int64_t kElements = 1 << 24, kFewest = 8;
   const int64_t fit = kElements / std::max<int64_t>(1, int64_t{p.k_rows} * (p.head_dim + p.value_dim));
-  return static_cast<uint32_t>(std::max<int64_t>(kHeadsTogether, std::min<int64_t>(fit, heads)));
+  return static_cast<uint32_t>(std::max<int64_t>(kFewest, std::min<int64_t>(fit, heads)));
 }
 
 // One thread of the producers: finds the work of tiles, at most one tile ahead of its operands.
