@@ -58,9 +58,10 @@ struct Ring {
 };
 
 // Tiles of keys: those that any row of a consumer sees, and, where lo < hi, those that all its rows see
-// whole.
+// whole. end: of the keys that any sees.
 struct ConsumerKeys {
   Interval tiles, whole;
+  int32_t end;
 };
 
 // The tile in progress.
@@ -91,6 +92,8 @@ struct TileState {
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
       const Interval own = key_tiles<C>(first, last);
       keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
+      forget();
+      keys[i].end = band.rows(first, last).hi;
       forget();
       const Interval all = band.common(first, last);
       keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
