@@ -59,7 +59,7 @@ def test_the_table_names_kernels_readably(resources, objects, tmp_path):
 @pytest.mark.parametrize(("allowed", "status"), [(4, 0), (3, 1)])
 def test_the_build_fails_over_budget(resources, objects, tmp_path, monkeypatch, capsys, allowed, status):
     table = tmp_path / "table.tsv"
-    monkeypatch.setattr(resources, "BUDGET", (("^general", allowed), ("", 0)))
+    monkeypatch.setattr(resources, "BUDGET", (("^sm_90 general", allowed), ("", 0)))
     assert resources.main(["check", str(table), *map(str, objects)]) == status
     assert table.exists() == (status == 0)
     assert ("general<64> for sm_90 spills 4 bytes, more than the 3" in capsys.readouterr().err) == bool(

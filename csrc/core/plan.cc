@@ -90,12 +90,14 @@ ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shap
 
 // The sm90 family: the copy engine's tensor maps have room for one leading dimension, and its boxes are of
 // whole groups of 8 rows of a page, which it cannot widen; three consumers have no registers for a general
-// score.
+// score, and take every other where there are any.
 bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
   if (row.capability != 90) return true;
   const ScoreKind kind = score_kind(row, spec, shapes);
+  const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
+  const bool three_consumers = row.warps > 12, alone = row.head_dim > 64;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
-         (row.warps <= 12 || (kind != ScoreKind::kGeneral && kind != ScoreKind::kDropout));
+         (three_consumers ? !general : general || alone);
 }
 
 // Of float8 a decode kernel copies and multiplies 64 features at a time.
