@@ -1,5 +1,5 @@
-# csrc/kernels.def → one .cu per row and the list of what this build holds, all in the build directory. A row's dtypes lie
-# in one file: they share the front end's time, and compress to little more than one of them.
+# csrc/kernels.def → a .cu for the rows of a pass and head dim, and the list of what this build holds, all in the build
+# directory. What lies in one file shares the front end's time, and dtypes compress to little more than one of them.
 # JAX_FLASH_KERNELS names another table, for experiments.
 
 set(JF_DTYPES_half float16 bfloat16)
@@ -111,10 +111,11 @@ function(jf_add_kernels target)
       endif()
     endforeach()
     if(JF_LAUNCHES)
-      set(source "${generated}/${row_name}_${JF_GROUP}.cu")
-      configure_file("${CMAKE_CURRENT_FUNCTION_LIST_DIR}/kernel.cu.in" "${source}" @ONLY)
+      set(file "${JF_PASS}_${group}_d${JF_D}_dv${JF_DV}")
       list(APPEND groups ${group})
-      list(APPEND sources_${group} "${source}")
+      list(APPEND files_${group} ${file})
+      string(APPEND launches_${file} "${JF_LAUNCHES}")
+      set(header_${file} "#define JF_FAMILY ${JF_ARCH}\n#include \"cuda/${JF_PASS}/${JF_LOOPS}.cuh\"\n")
     endif()
   endforeach()
   if(NOT groups)
@@ -129,9 +130,16 @@ function(jf_add_kernels target)
   list(SORT groups ORDER DESCENDING)  # sm90's files, the slowest, first
   foreach(group IN LISTS groups)
     jf_archs_of(${group} archs)
-    add_library(${target}_${group} OBJECT ${sources_${group}})
+    list(REMOVE_DUPLICATES files_${group})
+    set(sources "")
+    foreach(file IN LISTS files_${group})
+      file(CONFIGURE OUTPUT "${generated}/${file}.cu" @ONLY
+        CONTENT "// Rows of csrc/kernels.def, written by cmake/kernels.cmake.\n${header_${file}}\n${launches_${file}}")
+      list(APPEND sources "${generated}/${file}.cu")
+    endforeach()
+    add_library(${target}_${group} OBJECT ${sources})
     if(NOT CMAKE_CUDA_COMPILER)  # tools/emulator
-      set_source_files_properties(${sources_${group}} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
+      set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
     endif()
     set_target_properties(${target}_${group} PROPERTIES CUDA_ARCHITECTURES "${archs}")
     if(CMAKE_CUDA_COMPILER)
@@ -143,8 +151,8 @@ function(jf_add_kernels target)
     target_link_libraries(${target}_${group} PRIVATE jax_flash_options)
     target_include_directories(${target}_${group} PRIVATE "${generated}")
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${group}>)
-    list(LENGTH sources_${group} count)
-    message(STATUS "jax_flash: ${count} rows of ${group} for ${archs}")
+    list(LENGTH sources count)
+    message(STATUS "jax_flash: ${count} files of ${group} for ${archs}")
   endforeach()
   if(CMAKE_CUDA_COMPILER)
     jf_add_resources(${target} "${objects}")
