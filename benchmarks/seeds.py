@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .bars import Cell
-from .bars_cuda import speedup
 from .cases import Case
 
 # flash_attn's time over theirs on an RTX 5070: github.com/w4096/mini-flash-attention, README.md, fcaa610.
@@ -46,17 +45,14 @@ def table(cells: list[Cell]) -> list[str]:
         if cell.get("of") != "seeds" and theirs is None:
             continue
         ours = cell["times"]["jax_flash" if cell["kind"] == "peer" else "contiguous"]["median"]
-        cudnn = "–"
+        cudnn = cell["times"].get("cudnn", {}).get("median")
         if cell["kind"] == "peer":
             rate = cell["flop"] / ours / 1e12
             shown, second = f"{rate:.0f} TFLOP/s", f"{rate / FLASH_ATTENTION_2:.2f}"
-            if "median" in cell["times"].get("cudnn", {}):
-                cudnn = f"{speedup(cell, 'cudnn'):.2f}"
         else:
             shown, second = f"{cell['bytes'] / ours / 1e9:.0f} GB/s", "–"
-            if "median" in cell["times"].get("cudnn", {}):
-                cudnn = f"{cell['times']['cudnn']['median'] / ours:.2f}"
-        rows.append(f"| {cell['name']} | {shown} | {cudnn} | {second} | {theirs or '–'} |")
+        over = f"{cudnn / ours:.2f}" if cudnn else "–"
+        rows.append(f"| {cell['name']} | {shown} | {over} | {second} | {theirs or '–'} |")
     if not rows:
         return []
     return [

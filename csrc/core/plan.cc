@@ -95,7 +95,7 @@ bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shape
   if (row.capability != 90) return true;
   const ScoreKind kind = score_kind(row, spec, shapes);
   const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
-  const bool three_consumers = row.warps > 12, alone = row.head_dim > 64;
+  const bool three_consumers = row.warps > 12, alone = row.head_dim > kHopperThree;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
          (three_consumers ? !general : general || alone);
 }

@@ -116,6 +116,7 @@ static_assert(sizeof(TileWork) == 32);
 
 inline constexpr int64_t kBlockStateBytes = 512;       // of shared memory beside the tiles, at most
 inline constexpr int64_t kHopperStateBytes = 2048;     // the same of the sm90 family, with its barriers
+inline constexpr int32_t kHopperThree = 64;            // head dims up to which it has rows of three consumers
 inline constexpr int64_t kHopperSharedBytes = 232448;  // of a block of that family, at most
 inline constexpr int64_t kCounterBytes = 4;            // of LaunchPlan::counter
 inline constexpr int64_t kSmallestBlock = 16;          // rows of a tile in kernels.def: bounds their number

@@ -52,7 +52,7 @@ struct ForwardSm90 {
   static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
   // Three consumers, where there are, take every other kind of score.
-  static constexpr bool kGeneralOnly = kConsumers == 2 && HeadDim <= 64;
+  static constexpr bool kGeneralOnly = kConsumers == 2 && HeadDim <= kHopperThree;
   static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
   static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
   // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them

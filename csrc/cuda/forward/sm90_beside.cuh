@@ -102,7 +102,7 @@ struct SegmentTiles {
   struct Shared {};
   struct Barriers : Ring<kStages> {
     Tile tiles[kStages];
-    Ring<3> found;  // tiles of queries, by the finder
+    Ring<kTileStates> found;  // tiles of queries, by the finder
 
     __device__ __forceinline__ void init(uint32_t warps) {
       Ring<kStages>::init(warps);

@@ -180,42 +180,47 @@ struct Consumer {
     }
   }
 
-  // The last tile of keys where few of it are seen: these alone, P V too.
-  __device__ __forceinline__ void few_keys(int32_t n) {
-    auto& seen = columns<C::kFew>();
+  // S of tile n, or of its first kKeys, beside no other product.
+  template <int kKeys, bool kOddShard>
+  __device__ __forceinline__ Ahead scores_alone(int32_t n) {
     ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
     wait_turn();
     ptx::hold(s.x[0]);
-    start_scores<C::kFew>(pair);
+    start_scores<kKeys>(pair);
     pass_turn();
-    Ahead ahead{};
+    const Ahead ahead = look_ahead<kOddShard>(n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     shared.keys.leave(pair);
-    weigh<true, false>(seen, n, pair, ahead);
-    weigh_rest(seen);
-    round_weights(seen, ahead);
+    return ahead;
+  }
+
+  // P V of a tile, or of its first kKeys, likewise.
+  template <int kKeys = C::kN>
+  __device__ __forceinline__ void values_alone() {
     ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kFew) clear_values(C::kFew);
-    start_values<C::kFew>(pair);
+    start_values<kKeys>(pair);
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     shared.values.leave(pair);
     ++pair;
   }
 
+  // The last tile of keys where few of it are seen: these alone, P V too.
+  __device__ __forceinline__ void few_keys(int32_t n) {
+    auto& seen = columns<C::kFew>();
+    Ahead ahead = scores_alone<C::kFew, false>(n);
+    weigh<true, false>(seen, n, pair, ahead);
+    weigh_rest(seen);
+    round_weights(seen, ahead);
+    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kFew) clear_values(C::kFew);
+    values_alone<C::kFew>();
+  }
+
   // The last tile of keys comes first, but for few. P V of it waits for the next step.
   template <bool kOddShard>
   __device__ __forceinline__ void first_step(int32_t n, bool after_few) {
-    ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
-    wait_turn();
-    ptx::hold(s.x[0]);
-    start_scores(pair);
-    pass_turn();
-    Ahead ahead = look_ahead<kOddShard>(n);
-    ptx::wgmma_wait<0>();
-    ptx::hold(s.x[0]);
-    shared.keys.leave(pair);
+    Ahead ahead = scores_alone<C::kN, kOddShard>(n);
     weigh<true, kOddShard>(s, n, pair, ahead);
     weigh_rest(s);
     if (C::kFew > 0 && after_few) rescale();
@@ -249,15 +254,6 @@ struct Consumer {
     rescale();  // O ← α O
     round_weights(s, ahead);
     pair = next;
-  }
-
-  __device__ __forceinline__ void last_values() {
-    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-    start_values(pair);
-    ptx::wgmma_wait<0>();
-    ptx::hold(o.x[0]);
-    shared.values.leave(pair);
-    ++pair;
   }
 
   // Values past the sequence's keys may be anything, and 0 · NaN is NaN. Every consumer clears all those that
@@ -306,7 +302,7 @@ struct Consumer {
     }
     for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
     if constexpr (!C::kQueryInRegisters) shared.queries[group].leave(round);
-    last_values();
+    values_alone();
   }
 
   __device__ __forceinline__ void write_rows() {

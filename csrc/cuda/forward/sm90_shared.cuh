@@ -15,6 +15,7 @@
 namespace jax_flash {
 
 inline constexpr int kConsumerRows = 64;  // of wgmma
+inline constexpr int kTileStates = 3;     // of queries, in turn: the one in progress, the next, the one after
 
 // The same in all lanes, and known to be.
 __device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
@@ -148,9 +149,9 @@ struct ForwardShared : Beside::Shared {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
-  static constexpr int kTiles = 3;
+  static constexpr int kTiles = kTileStates;
   using Tile = TileState<T, kConsumers>;
-  Tile tiles[kTiles];           // in turn: the one in progress, the next, and the one after that
+  Tile tiles[kTiles];
   Ring<kTiles> states;          // of them
   Ring<1> begun;                // tiles that the loader has begun
   Ring<1> queries[kConsumers];  // the place of each one's Q
