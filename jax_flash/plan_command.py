@@ -8,6 +8,7 @@ from typing import Any
 
 from .backends import DTYPES, compute_capability, extension, local_devices
 from .operands import operand_bits
+from .spec import UNLIMITED
 
 # What one block may use, in bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications).
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--head-dim", type=int, required=True, metavar="D")
     add("--value-dim", type=int, metavar="DV", help="(default: D)")
     add("--varlen", action="store_true", help="packed sequences")
+    add("--causal", action="store_true")
+    add("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen beside the diagonal, -1: all")
     add("--softcap", type=float, default=0.0)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
@@ -102,9 +105,11 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
     )
     if pass_ == "bias_gradient":
         shapes["bias"] = (options.batch, options.heads, options.seqlen, k_rows)
+    left, right = options.window or (UNLIMITED, UNLIMITED)
+    band = dict(left=left, right=0 if options.causal else right)
     device = dict(capability=gpu.capability, sm_count=gpu.sm_count, shared_memory=gpu.shared_memory)
     scores = dict(softcap=options.softcap, deterministic=options.deterministic, varlen=options.varlen)
-    return dict(dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores)
+    return dict(dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores, **band)
 
 
 def found_gpu() -> Gpu | None:

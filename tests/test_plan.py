@@ -220,6 +220,16 @@ def test_hopper_has_a_forward_of_its_own():
     assert arch(pass_="backward") == "sm80"
 
 
+def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():
+    sizes = {"d": 128, "dv": 128, "q_rows": 4096, "k_rows": 4096}
+    assert tile(plan(**sizes)) == tile(plan(right=0, **sizes)) == tile(plan(left=2048, right=0, **sizes)) == (128, 160)
+    assert tile(plan(d=128, dv=128, q_rows=4096, k_rows=1024)) == (128, 128)
+    assert tile(plan(left=1024, right=0, **sizes)) == (128, 128)
+    assert tile(plan(softcap=3.0, **sizes)) == (128, 128)  # no registers are left for an option
+    assert tile(plan(varlen=True, batch=2, **sizes)) == (128, 160)
+    assert tile(plan(varlen=True, batch=4, **sizes)) == (128, 128)  # sequences of 1,024 on average
+
+
 def test_hopper_copies_pages_by_groups_of_eight_rows():
     pages = {"paged": True, "d": 128, "dv": 128}
     assert (

@@ -89,15 +89,11 @@ ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shap
 }
 
 // The sm90 family: the copy engine's tensor maps have room for one leading dimension, and its boxes are of
-// whole groups of 8 rows of a page, which it cannot widen; three consumers have no registers for a general
-// score, and take every other where there are any.
+// whole groups of 8 rows of a page, which it cannot widen.
 bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
   if (row.capability != 90) return true;
-  const ScoreKind kind = score_kind(row, spec, shapes);
-  const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
-  const bool three_consumers = row.warps > 12, alone = row.head_dim > kHopperThree;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
-         (three_consumers ? !general : general || alone);
+         hopper_holds(score_kind(row, spec, shapes), row.head_dim, row.block_n, row.warps / 4 - 1);
 }
 
 // Of float8 a decode kernel copies and multiplies 64 features at a time.
@@ -113,12 +109,22 @@ bool runs(const KernelRow& row, Pass pass, const AttentionSpec& spec, const Shap
          takes_pool(row, pass, shapes) && shared_memory(row, shapes.dtype) <= device.shared_memory;
 }
 
-// The newest family, then the least padding; the table's order decides among equals.
-bool better(const KernelRow& a, const KernelRow& b) {
+// Keys that a row of queries sees, at most and on average over packed sequences.
+int64_t keys_in_sight(const AttentionSpec& spec, const Shapes& s) {
+  const int64_t keys = spec.packed() ? s.k_rows / std::max<int64_t>(1, s.batch) : s.k_rows;
+  return spec.left < 0 || spec.right < 0 ? keys : std::min(keys, int64_t{spec.left} + 1 + spec.right);
+}
+
+// The newest family, then the least padding, then of sm90's tiles those of more keys where these are many;
+// the table's order decides among equals.
+bool better(const KernelRow& a, const KernelRow& b, int64_t keys) {
+  constexpr int64_t kMany = 1536;
   if (a.capability != b.capability) return a.capability > b.capability;
   if (a.head_dim + a.value_dim != b.head_dim + b.value_dim) {
     return a.head_dim + a.value_dim < b.head_dim + b.value_dim;
   }
+  if (a.pass == Pass::kForward && a.capability == 90)
+    return (a.block_n > b.block_n) == (keys >= kMany) && a.block_n != b.block_n;
   return a.pass == Pass::kDecode && a.block_m > b.block_m;
 }
 
@@ -315,11 +321,12 @@ int64_t workspace_bound(Pass pass, const AttentionSpec& spec, const Shapes& shap
 LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                 std::span<const KernelRow> built) {
   LaunchPlan result;
+  const int64_t keys = keys_in_sight(spec, shapes);
   const auto choose = [&](Pass wanted) {
     const KernelRow* row = nullptr;
     for (const KernelRow& candidate : built) {
       if (wanted == Pass::kDecode && !fits_rows(candidate, spec, shapes)) continue;
-      if (runs(candidate, wanted, spec, shapes, device) && (!row || better(candidate, *row)))
+      if (runs(candidate, wanted, spec, shapes, device) && (!row || better(candidate, *row, keys)))
         row = &candidate;
     }
     return row;

@@ -98,6 +98,16 @@ struct LaunchPlan {
   std::string to_string(const KernelRow& row) const;
 };
 
+// Which kinds of score a row of the sm90 family is built for: tiles of many keys leave registers for no
+// option, three consumers for no more than one, and these, where there are any, take what they can.
+constexpr bool hopper_holds(ScoreKind kind, int32_t head_dim, int32_t keys, int32_t consumers) {
+  constexpr int32_t kFewKeys = 128,
+                    kThreeConsumers = 64;  // a tile's at most; head dims that have them, at most
+  const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
+  if (keys > kFewKeys) return kind == ScoreKind::kPlain;
+  return consumers > 2 ? !general : general || head_dim > kThreeConsumers;
+}
+
 inline constexpr int32_t kNoSequence = -1;
 
 // One tile of query or key rows of one sequence: an entry of the varlen schedule, which the device builds
@@ -116,7 +126,6 @@ static_assert(sizeof(TileWork) == 32);
 
 inline constexpr int64_t kBlockStateBytes = 512;       // of shared memory beside the tiles, at most
 inline constexpr int64_t kHopperStateBytes = 2048;     // the same of the sm90 family, with its barriers
-inline constexpr int32_t kHopperThree = 64;            // head dims up to which it has rows of three consumers
 inline constexpr int64_t kHopperSharedBytes = 232448;  // of a block of that family, at most
 inline constexpr int64_t kCounterBytes = 4;            // of LaunchPlan::counter
 inline constexpr int64_t kSmallestBlock = 16;          // rows of a tile in kernels.def: bounds their number

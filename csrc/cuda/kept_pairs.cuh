@@ -15,11 +15,13 @@ namespace jax_flash {
 template <class S>
 struct KeptPairs {
   static constexpr int kQuads = (S::kColumnTiles + 3) / 4, kGroups = S::kSlots * kQuads;
-  static_assert(kGroups <= 8 && !S::kDealt);
   uint32_t word[2];
 
   // That of a row slot and column tile.
-  static __device__ __forceinline__ int group(int slot, int n) { return n / 4 * S::kSlots + slot; }
+  static __device__ __forceinline__ int group(int slot, int n) {
+    static_assert(kGroups <= 8 && !S::kDealt);
+    return n / 4 * S::kSlots + slot;
+  }
   static __device__ __forceinline__ int bit(int slot, int n, int e) {
     return 16 * e + (n % 4 < 2 ? 8 : 0) + 7 - group(slot, n);
   }

@@ -147,16 +147,17 @@ nb::dict grid_of(const TileGrid& grid) {
 
 // The plan of a call on a described device, from the whole table: how plans are tested without a GPU.
 nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen, bool paged, bool float8,
-                 int32_t num_splits, bool batch_invariant, int32_t operands, float softcap, float scale,
-                 bool deterministic, int64_t leading, int64_t batch, int64_t q_rows, int64_t k_rows,
-                 int64_t heads, int64_t kv_heads, int64_t d, int64_t dv, int64_t page_size,
-                 const std::array<int64_t, 4>& bias, int32_t capability, int32_t sm_count,
+                 int32_t num_splits, bool batch_invariant, int32_t operands, int32_t left, int32_t right,
+                 float softcap, float scale, bool deterministic, int64_t leading, int64_t batch,
+                 int64_t q_rows, int64_t k_rows, int64_t heads, int64_t kv_heads, int64_t d, int64_t dv,
+                 int64_t page_size, const std::array<int64_t, 4>& bias, int32_t capability, int32_t sm_count,
                  int32_t shared_memory) {
   AttentionSpec spec{};
   spec.layout = paged    ? varlen ? Layout::kPagedVarlen : Layout::kPaged
                 : varlen ? Layout::kVarlen
                          : Layout::kFixed;
-  spec.left = spec.right = kUnlimited;
+  spec.left = left;
+  spec.right = right;
   spec.scale = scale;
   spec.softcap = softcap;
   spec.deterministic = deterministic;
@@ -206,12 +207,12 @@ void bind_cuda(nb::module_& module) {
   module.def("kernel_table", &table);
   module.def("plan", &plan_of, nb::kw_only(), nb::arg("pass_"), nb::arg("dtype"), nb::arg("varlen") = false,
              nb::arg("paged") = false, nb::arg("float8") = false, nb::arg("num_splits") = 0,
-             nb::arg("batch_invariant") = false, nb::arg("operands") = 0, nb::arg("softcap") = 0.0f,
-             nb::arg("scale") = 1.0f, nb::arg("deterministic") = false, nb::arg("leading") = 1,
-             nb::arg("batch"), nb::arg("q_rows"), nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"),
-             nb::arg("d"), nb::arg("dv"), nb::arg("page_size") = 0,
-             nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1}, nb::arg("capability"), nb::arg("sm_count"),
-             nb::arg("shared_memory"));
+             nb::arg("batch_invariant") = false, nb::arg("operands") = 0, nb::arg("left") = kUnlimited,
+             nb::arg("right") = kUnlimited, nb::arg("softcap") = 0.0f, nb::arg("scale") = 1.0f,
+             nb::arg("deterministic") = false, nb::arg("leading") = 1, nb::arg("batch"), nb::arg("q_rows"),
+             nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("d"), nb::arg("dv"),
+             nb::arg("page_size") = 0, nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1},
+             nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
 }
 
 }  // namespace jax_flash

@@ -51,17 +51,16 @@ struct ForwardSm90 {
       std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
   static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
   static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
-  // Three consumers, where there are, take every other kind of score.
-  static constexpr bool kGeneralOnly = kConsumers == 2 && HeadDim <= kHopperThree;
   static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
   static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
   // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
   // made after it, unless it is kept from it. Three consumers fill the exponential unit anyway.
   static constexpr bool kPaced =
       Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && ValueDim <= 128);
-  static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN / 64 * 3;
+  static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN * 3 / 64;
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
-  static constexpr bool kQueryInRegisters = Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers == 2;
+  static constexpr bool kQueryInRegisters =
+      Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers == 2 && kN <= 128;
   // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
@@ -85,6 +84,7 @@ struct ForwardSm90 {
     typename Keys::Maps keys;
     typename Beside::Map beside;
   };
+  static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers); }
   static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
   static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
                                       Beside::kBytes + kHopperStateBytes);
@@ -138,32 +138,26 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
 
 }  // namespace jax_flash
 
-// The launch function of one row and dtype, for csrc/cuda/registry.h. Three consumers have no registers for
-// all options at once.
+// The launch function of one row and dtype, for csrc/cuda/registry.h.
 #define JF_LAUNCH_FORWARD(kind, dtype, ...) \
   launch_forward_sm90<ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kind>>(p, plan, workspace, stream)
-#define JF_CASE(kind, dtype, ...) \
-  case ScoreKind::kind:           \
-    return JF_LAUNCH_FORWARD(kind, dtype, __VA_ARGS__);
+#define JF_CASE(kind, dtype, ...)                                                                    \
+  case ScoreKind::kind:                                                                              \
+    if constexpr (Plain::holds(ScoreKind::kind)) return JF_LAUNCH_FORWARD(kind, dtype, __VA_ARGS__); \
+    break;
 #define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
     using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
-    if constexpr (Plain::kConsumers <= 2) {                                                          \
-      if (plan.score == ScoreKind::kGeneral) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__); \
-      if (plan.score == ScoreKind::kDropout) return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__); \
-    }                                                                                                \
-    if constexpr (!Plain::kGeneralOnly) {                                                            \
-      switch (plan.score) {                                                                          \
-        JF_CASE(kPlain, dtype, __VA_ARGS__)                                                          \
-        JF_CASE(kSegments, dtype, __VA_ARGS__)                                                       \
-        JF_CASE(kAlibi, dtype, __VA_ARGS__)                                                          \
-        JF_CASE(kSoftcap, dtype, __VA_ARGS__)                                                        \
-        JF_CASE(kBias, dtype, __VA_ARGS__)                                                           \
-        JF_CASE(kDropoutAlone, dtype, __VA_ARGS__)                                                   \
-        default:                                                                                     \
-          break;                                                                                     \
-      }                                                                                              \
+    switch (plan.score) {                                                                            \
+      JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \
+      JF_CASE(kGeneral, dtype, __VA_ARGS__)                                                          \
+      JF_CASE(kDropout, dtype, __VA_ARGS__)                                                          \
+      JF_CASE(kDropoutAlone, dtype, __VA_ARGS__)                                                     \
+      JF_CASE(kSegments, dtype, __VA_ARGS__)                                                         \
+      JF_CASE(kAlibi, dtype, __VA_ARGS__)                                                            \
+      JF_CASE(kSoftcap, dtype, __VA_ARGS__)                                                          \
+      JF_CASE(kBias, dtype, __VA_ARGS__)                                                             \
     }                                                                                                \
     return cudaErrorNotSupported;                                                                    \
   }                                                                                                  \

@@ -115,10 +115,12 @@ struct Consumer {
   __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
     Ahead ahead{};
     if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
-    if (kOddShard || (C::kDropout && !C::kDrawsLate && tile->score.dropout.odd())) {
-      ahead.kept = kept_pairs_one_by_one<S>(tile->score, row(), n * C::kN);
-    } else if constexpr (C::kDropout && !C::kDrawsLate) {
-      ahead.kept = kept_pairs<S>(tile->score, row(), n * C::kN);
+    if constexpr (C::kDropout) {
+      if (kOddShard || (!C::kDrawsLate && tile->score.dropout.odd())) {
+        ahead.kept = kept_pairs_one_by_one<S>(tile->score, row(), n * C::kN);
+      } else if constexpr (!C::kDrawsLate) {
+        ahead.kept = kept_pairs<S>(tile->score, row(), n * C::kN);
+      }
     }
     return ahead;
   }
@@ -296,11 +298,16 @@ struct Consumer {
       if (few) few_keys(n--);
     }
     first_step<kOddShard>(n--, few);
-    if constexpr (!C::kGeneral && !kOddShard) {  // whose code would be too long three times
-      for (const int32_t hi = max(tiles.lo, whole.hi); n >= hi; --n) step<true, false>(n);
-      for (const int32_t lo = max(tiles.lo, whole.lo); n >= lo; --n) step<false, false>(n);
+    if constexpr (C::kGeneral || kOddShard) {  // their code would be too long twice
+      for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
+    } else {
+      const int32_t lo = max(tiles.lo, whole.lo);
+#pragma unroll 1
+      for (int32_t end = max(tiles.lo, whole.hi); n >= tiles.lo; end = tiles.lo) {
+        for (; n >= end; --n) step<true, false>(n);
+        for (; n >= lo; --n) step<false, false>(n);
+      }
     }
-    for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
     if constexpr (!C::kQueryInRegisters) shared.queries[group].leave(round);
     values_alone();
   }

@@ -124,10 +124,12 @@ class PagedKeys {
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
     using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
-    if constexpr (!Plain::kGeneralOnly)                                                              \
-      if (!plan.general()) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                     \
-    if constexpr (Plain::kConsumers <= 2)                                                            \
-      if (plan.general()) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                    \
+    switch (plan.score) {                                                                            \
+      JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \
+      JF_CASE(kGeneral, dtype, __VA_ARGS__)                                                          \
+      default:                                                                                       \
+        break;                                                                                       \
+    }                                                                                                \
     return cudaErrorNotSupported;                                                                    \
   }                                                                                                  \
   }
