@@ -243,6 +243,7 @@ FIXED = (
     # From 1,536 keys in a row's sight Hopper's tiles of head dim 128 are others.
     Case("many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
     Case("many keys, causal", causal=True, sq=200, sk=1999, d=120, dv=104, hq=2, hk=2, b=1, sinks=True),
+    Case("many keys, two tiles of queries", sq=250, sk=4111, d=256, dv=248, hq=2, hk=1, b=1, causal=True),
     Case("many keys, window", window=(1600, 3), sq=300, sk=2500, d=128, dv=128, hq=1, hk=1, b=1, kv_lengths=(2450,)),
     Case(
         "everything",

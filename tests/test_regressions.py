@@ -32,6 +32,13 @@ def test_head_dims_that_are_no_power_of_two_do_not_collide(d, dtype, kernel):
     checks.check(Case("dims", b=1, sq=70, sk=130, hq=2, hk=1, d=d, dv=d, dtype=dtype), kernel)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_odd_number_of_tiles_of_queries_before_many_keys(causal, kernel):
+    """Hopper's blocks, which work in pairs there, have a tile too many."""
+    case = Case("odd", b=1, sq=17 * 128 - 40, sk=4099, hq=1, hk=1, d=256, dv=256, causal=causal)
+    checks.check(usual(case, kernel), kernel)
+
+
 @pytest.mark.parametrize("align", ["bottom_right", "top_left"])
 @pytest.mark.parametrize("lengths", [(160, 192), (192, 160)])
 def test_causal_with_different_lengths_never_sees_the_future(lengths, align, kernel):

@@ -266,15 +266,32 @@ int64_t decode_bound(const AttentionSpec& spec, const Shapes& s) {
   return part_bytes(2 * std::min(kDecodeBlocks * kDecodeChunk, most), s.value_dim);
 }
 
+// Pairs of blocks copy half as much, which pays where a head has many keys (K of 2 MB), and have a tile too
+// many where their number is odd.
+bool in_pairs(const AttentionSpec& spec, const Shapes& s, const Device& device, const KernelRow& row,
+              const LaunchPlan& plan) {
+  if (row.pass != Pass::kForward || row.capability != 90 || plan.score != ScoreKind::kPlain ||
+      spec.packed() || !hopper_pairs(row.head_dim, row.block_n))
+    return false;
+  constexpr int64_t kElements = 1 << 20, kTiles = 16;
+  const bool many = keys_in_sight(spec, s) * row.head_dim >= kElements;
+  return device.always_pairs || (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kTiles));
+}
+
 // Blocks that stay: as many as fit. A counter shares out tiles of unequal length.
 void share_tiles(const AttentionSpec& spec, const Shapes& s, const Device& device, const KernelRow& row,
                  Workspace& workspace, LaunchPlan& result) {
-  const int64_t most = int64_t{device.sm_count} * row.blocks;
-  result.workers = static_cast<int32_t>(std::min(result.queries.blocks, most));
+  const TileGrid& grid = result.queries;
+  result.pairs = in_pairs(spec, s, device, row, result);
+  const int64_t cluster = result.pairs ? 2 : 1,
+                most = int64_t{device.sm_count} * row.blocks / cluster * cluster;
+  const int64_t blocks =
+      grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+  result.workers = static_cast<int32_t>(std::min(blocks, most));
   bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || s.q_rows % row.block_m;
   for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
     unequal |= spec.has(operand);
-  if (unequal && result.queries.blocks > most) result.counter = workspace.add(kCounterBytes);
+  if (unequal && blocks > most) result.counter = workspace.add(kCounterBytes);
 }
 
 // decode: the row that takes the call, or its sequences of few rows where they are packed; null: none.
@@ -386,7 +403,7 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
   }
   if (queries.blocks)
     text += ", " + std::to_string(queries.blocks) + (workers ? " tiles of queries" : " blocks of queries");
-  if (workers) text += " for " + std::to_string(workers) + " blocks";
+  if (workers) text += " for " + std::to_string(workers) + (pairs ? " blocks in pairs" : " blocks");
   if (keys.blocks) text += ", " + std::to_string(keys.blocks) + " blocks of keys";
   return text + ", " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) +
          " bytes workspace";

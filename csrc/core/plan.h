@@ -27,7 +27,8 @@ struct KernelRow {
 struct Device {
   int32_t capability;  // 90 for 9.0
   int32_t sm_count;
-  int32_t shared_memory;  // bytes one block may use
+  int32_t shared_memory;      // bytes one block may use
+  bool always_pairs = false;  // for tests: LaunchPlan::pairs wherever there is such a kernel
 };
 
 // The sizes that a plan depends on: those of a Problem.
@@ -87,6 +88,7 @@ struct LaunchPlan {
   DecodeGrid decode;
   int32_t decode_kernel =
       -1;                    // of packed sequences: the one that runs first, for those of few rows; -1: none
+  bool pairs = false;        // two blocks share what is copied, each with one of two neighbouring tiles
   int32_t workers = 0;       // thread blocks that share the tiles of queries out; 0: each tile has its own
   int64_t counter = -1;      // where the number of tiles taken lies in the workspace; -1: all are as long
   int64_t accumulator = -1;  // where dQ in float32 begins in the workspace; -1: none
@@ -98,15 +100,19 @@ struct LaunchPlan {
   std::string to_string(const KernelRow& row) const;
 };
 
-// Which kinds of score a row of the sm90 family is built for: tiles of many keys leave registers for no
-// option, three consumers for no more than one, and these, where there are any, take what they can.
+inline constexpr int32_t kHopperKeys = 128;  // of a tile of the sm90 family, but of rows for many keys
+
+// Which kinds of score a row of that family is built for: tiles of more keys leave registers for no option,
+// three consumers for no more than one, and these, where there are any, take what they can.
 constexpr bool hopper_holds(ScoreKind kind, int32_t head_dim, int32_t keys, int32_t consumers) {
-  constexpr int32_t kFewKeys = 128,
-                    kThreeConsumers = 64;  // a tile's at most; head dims that have them, at most
+  constexpr int32_t kThreeConsumers = 64;  // head dims that have them, at most
   const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
-  if (keys > kFewKeys) return kind == ScoreKind::kPlain;
+  if (keys > kHopperKeys) return kind == ScoreKind::kPlain;
   return consumers > 2 ? !general : general || head_dim > kThreeConsumers;
 }
+
+// Which of its rows have a plain kernel for pairs of blocks besides.
+constexpr bool hopper_pairs(int32_t head_dim, int32_t keys) { return keys > kHopperKeys || head_dim == 256; }
 
 inline constexpr int32_t kNoSequence = -1;
 

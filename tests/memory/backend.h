@@ -20,6 +20,7 @@ bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at ever
 // The kernels behind one row of csrc/kernels.def.
 enum class Variant {
   kPlain,
+  kPairs,  // plain, two blocks sharing copies
   kGeneral,
   kDropout,   // alone
   kAll,       // general, with dropout
@@ -44,8 +45,8 @@ struct Aim {
 
   // No option of the score but its own.
   bool plain() const {
-    return variant == Variant::kPlain || variant == Variant::kDropout || variant == Variant::kDeterministic ||
-           alone();
+    return variant == Variant::kPlain || variant == Variant::kPairs || variant == Variant::kDropout ||
+           variant == Variant::kDeterministic || alone();
   }
   bool alone() const {
     return variant == Variant::kSegments || variant == Variant::kAlibi || variant == Variant::kSoftcap ||

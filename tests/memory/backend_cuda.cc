@@ -80,6 +80,7 @@ LaunchPlan plan_call(Pass pass, const Problem& p) {
   if (aimed < 0) return plan(pass, p.spec, shapes_of(p), device, built);
   const KernelRow& wanted = built[aimed];
   device.capability = wanted.capability;
+  device.always_pairs = reach().wants_pairs();
   std::vector<KernelRow> rows;
   std::vector<int32_t> index;
   for (int32_t i = 0; i < static_cast<int32_t>(built.size()); ++i) {

@@ -101,7 +101,8 @@ class Case : RandomCase {
   void aim_sizes() {
     p_.dtype = aim_->dtype;
     const bool bias = aim_->variant == backend::Variant::kBias;
-    if (aim_->pass == Pass::kBiasGradient || bias || aim_->variant == backend::Variant::kSegments)
+    if (aim_->pass == Pass::kBiasGradient || bias || aim_->variant == backend::Variant::kSegments ||
+        aim_->variant == backend::Variant::kPairs)
       p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
     p_.q_rows = std::max(p_.q_rows, 1);

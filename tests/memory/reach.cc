@@ -6,10 +6,20 @@
 namespace jax_flash::backend {
 namespace {
 
-constexpr const char* kVariantNames[] = {
-    "plain",  "general", "dropout",   "all",           "segments",
-    "alibi",  "softcap", "bias",      "deterministic", "general deterministic",
-    "float8", "cut",     "float8 cut"};
+constexpr const char* kVariantNames[] = {"plain",
+                                         "pairs",
+                                         "general",
+                                         "dropout",
+                                         "all",
+                                         "segments",
+                                         "alibi",
+                                         "softcap",
+                                         "bias",
+                                         "deterministic",
+                                         "general deterministic",
+                                         "float8",
+                                         "cut",
+                                         "float8 cut"};
 
 // Of the forward, by the plan's ScoreKind.
 constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant::kAll,     Variant::kDropout,
@@ -17,8 +27,11 @@ constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant:
 
 std::vector<Variant> variants_of(Pass pass) {
   switch (pass) {
-    case Pass::kForward:
-      return {std::begin(kVariants), std::end(kVariants)};
+    case Pass::kForward: {
+      std::vector<Variant> all{std::begin(kVariants), std::end(kVariants)};
+      all.push_back(Variant::kPairs);
+      return all;
+    }
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kBiasGradient:
@@ -69,20 +82,24 @@ Problem example(const KernelRow& row, Variant variant) {
   return p;
 }
 
+Variant forward_variant(const LaunchPlan& plan) {
+  return plan.pairs ? Variant::kPairs : kVariants[static_cast<int>(plan.score)];
+}
+
 // Whether the row, alone in a library, takes that call.
 bool exists(const KernelRow& row, Variant variant, Device device) {
   device.capability = row.capability;
+  device.always_pairs = variant == Variant::kPairs;
   const Problem p = example(row, variant);
   const Pass pass = row.pass == Pass::kPagedForward || row.pass == Pass::kDecode ? Pass::kForward : row.pass;
   const LaunchPlan found = plan(pass, p.spec, shapes_of(p), device, {&row, 1});
-  return found.kernel == 0 &&
-         (row.pass != Pass::kForward || kVariants[static_cast<int>(found.score)] == variant);
+  return found.kernel == 0 && (row.pass != Pass::kForward || forward_variant(found) == variant);
 }
 
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   switch (pass) {
     case Pass::kForward:
-      return kVariants[static_cast<int>(plan.score)];
+      return forward_variant(plan);
     case Pass::kBackward:
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
@@ -116,7 +133,7 @@ std::optional<Aim> Reach::aim(int64_t turn, std::initializer_list<Pass> passes) 
   if (turn % 4 == 3 || kernels_.empty()) return std::nullopt;
   const auto [kernel, variant] = kernels_[static_cast<size_t>(turn - (turn + 1) / 4) % kernels_.size()];
   had_turn_.emplace(kernel, variant);
-  aimed_ = kernel;
+  aimed_ = kernel, variant_ = variant;
   return aim_at(rows_[kernel], variant);
 }
 

@@ -22,6 +22,7 @@ class Reach {
 
   // The row that calls are to take, -1: the plan's choice.
   int32_t aimed() const { return aimed_; }
+  bool wants_pairs() const { return variant_ == Variant::kPairs; }
 
   // Counts a launch of plan.kernel or plan.decode_kernel.
   void note(const LaunchPlan& plan, int32_t kernel, const Problem& problem);
@@ -36,7 +37,8 @@ class Reach {
   std::span<const KernelRow> rows_;
   Device device_;
   int32_t aimed_ = -1;
-  std::vector<Kernel> kernels_;  // of the driver's passes, by their turns
+  Variant variant_ = Variant::kPlain;  // of the row aimed at
+  std::vector<Kernel> kernels_;        // of the driver's passes, by their turns
   std::set<Kernel> had_turn_;
   std::map<Kernel, int64_t> launches_;
 };

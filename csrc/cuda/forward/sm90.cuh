@@ -30,11 +30,13 @@
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def: Warps are those of the producer and of M / 64 consumers.
+// A row of csrc/kernels.def: Warps are those of the producer and of M / 64 consumers. Of a Cluster each block
+// has a tile of queries of its own, and what is copied of K and V is copied to all.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
-          template <class> class KeySource = DenseKeys>
+          template <class> class KeySource = DenseKeys, int Cluster = 1>
 struct ForwardSm90 {
   using Element = T;
+  static constexpr int kCluster = Cluster;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
   static constexpr bool kDropout = Kind == ScoreKind::kDropout || Kind == ScoreKind::kDropoutAlone;
@@ -60,7 +62,7 @@ struct ForwardSm90 {
   static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN * 3 / 64;
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
-      Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers == 2 && kN <= 128;
+      Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers == 2 && N <= kHopperKeys;
   // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
@@ -79,12 +81,13 @@ struct ForwardSm90 {
   using Softmax = std::conditional_t<kFar, FarSoftmax<S::kSlots, float>, OnlineSoftmax<S::kSlots>>;
   using Keys = KeySource<ForwardSm90>;
   using Beside = typename BesideOf<Kind, T, kN, kSmaller ? 2 : kBiasStages, kConsumers>::type;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside>;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside, kCluster>;
   struct Maps {
     typename Keys::Maps keys;
     typename Beside::Map beside;
   };
   static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers); }
+  static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built in clusters of two as well
   static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
   static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
                                       Beside::kBytes + kHopperStateBytes);
@@ -99,6 +102,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int group = uniform(static_cast<int>(threadIdx.x) / 128);
   if (threadIdx.x == 0) shared.init(C::Keys::kWarps + C::Beside::kWarps);
   __syncthreads();
+  if constexpr (C::kCluster > 1) ptx::sync_cluster();
   if (group == 0) {
     ptx::give_registers<C::kProducerRegisters>();
     if (threadIdx.x == 0) Finder<C>{p, tiles, shared}.run();
@@ -114,6 +118,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, group - 1).run();
   }
+  if constexpr (C::kCluster > 1) {  // whose blocks arrive at, and copy to, each other's memory
+    __syncwarp();
+    __syncthreads();
+    ptx::sync_cluster();
+  }
 }
 
 template <class C>
@@ -124,16 +133,17 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   typename C::Maps maps;
   if (cudaError_t e = C::Keys::make_maps(maps.keys, p); e != cudaSuccess) return e;
   if (cudaError_t e = C::Beside::make_map(maps.beside, p); e != cudaSuccess) return e;
-  ForwardTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
-                     static_cast<uint32_t>(grid.blocks), nullptr,
-                     heads_together(p, static_cast<uint32_t>(grid.blocks / grid.tiles))};
+  const int64_t heads = grid.blocks / grid.tiles, of_clusters = ceil_div(grid.tiles, C::kCluster);
+  ForwardTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(of_clusters),
+                     static_cast<uint32_t>(heads * of_clusters), nullptr,
+                     heads_together(p, static_cast<uint32_t>(heads))};
   if (plan.counter >= 0) {
     tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.counter);
     if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
       return e;
   }
-  return launch(forward_sm90<C>, plan.workers, C::kThreads, sizeof(typename C::Shared), stream, p, maps,
-                tiles);
+  return launch_clusters(forward_sm90<C>, C::kCluster, plan.workers, C::kThreads, sizeof(typename C::Shared),
+                         stream, p, maps, tiles);
 }
 
 }  // namespace jax_flash
@@ -149,6 +159,10 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   namespace jax_flash {                                                                              \
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
     using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
+    if constexpr (Plain::kPairs) {                                                                   \
+      using Paired = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain, DenseKeys, 2>;               \
+      if (plan.pairs) return launch_forward_sm90<Paired>(p, plan, workspace, stream);                \
+    }                                                                                                \
     switch (plan.score) {                                                                            \
       JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \
       JF_CASE(kGeneral, dtype, __VA_ARGS__)                                                          \

@@ -60,6 +60,21 @@ struct Consumer {
     ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
   }
 
+  // Of a cluster the block that copies into the stage is told.
+  template <uint32_t kCopier, class R>
+  __device__ __forceinline__ static void leave(const R& ring, uint32_t use) {
+    if constexpr (C::kCluster == 1) {
+      ring.leave(use);
+    } else {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) ptx::barrier_arrive_in(ring.empty_of(use), kCopier);
+    }
+  }
+  __device__ __forceinline__ void leave_keys(uint32_t use) const { leave<kCopiesKeys>(shared.keys, use); }
+  __device__ __forceinline__ void leave_values(uint32_t use) const {
+    leave<kCopiesValues>(shared.values, use);
+  }
+
   __device__ __forceinline__ void take_query() {
     const RowsA<QTile> rows(ptx::shared_address(shared.q[group]), ptx::thread_index() % 128 / 32 * 16);
 #pragma unroll
@@ -193,7 +208,7 @@ struct Consumer {
     const Ahead ahead = look_ahead<kOddShard>(n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
-    shared.keys.leave(pair);
+    leave_keys(pair);
     return ahead;
   }
 
@@ -204,7 +219,7 @@ struct Consumer {
     start_values<kKeys>(pair);
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
-    shared.values.leave(pair);
+    leave_values(pair);
     ++pair;
   }
 
@@ -244,14 +259,14 @@ struct Consumer {
     Ahead ahead = look_ahead<kOddShard>(n);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
-    shared.keys.leave(next);
+    leave_keys(next);
     weigh<kMasked, kOddShard>(s, n, next, ahead);
     if constexpr (C::kPaced && C::kEarly > 0) ptx::make_before(softmax.l[0] + softmax.l[1]);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
-    shared.values.leave(pair);
+    leave_values(pair);
     weigh_rest(s);
     rescale();  // O ← α O
     round_weights(s, ahead);
@@ -276,9 +291,9 @@ struct Consumer {
       ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
       wait_turn();
       pass_turn();
-      shared.keys.leave(pair);
+      leave_keys(pair);
       ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-      shared.values.leave(pair);
+      leave_values(pair);
       if constexpr (C::Beside::kStages > 0) {
         ptx::barrier_wait(shared.beside.full_of(pair), shared.beside.phase(pair));
         shared.beside.leave(pair);

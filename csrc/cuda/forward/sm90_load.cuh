@@ -12,15 +12,20 @@ __device__ __forceinline__ ptx::Coordinates place(const View& view, const BlockW
   return {0, head, row, work.batch_row, view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
 }
 
-// Rows [first, first + the map's box) of a tile, at row `first` in shared memory too.
-template <class Tile>
+// Rows [first, first + the map's box) of a tile, at row `first` in shared memory too; of kBlocks blocks.
+template <class Tile, int kBlocks = 1>
 __device__ __forceinline__ void copy_rows(uint32_t tile, int32_t first, const CUtensorMap& map,
                                           uint32_t barrier, ptx::Coordinates at) {
   constexpr int kColumns = Tile::kPanel * 8;
 #pragma unroll
   for (int column = 0; column < Tile::kColumns; column += kColumns) {
     at.column = column;
-    ptx::copy_box(tile + Tile::panel_offset(column / 8) + first * Tile::kPitch, map, barrier, at);
+    const uint32_t to = tile + Tile::panel_offset(column / 8) + first * Tile::kPitch;
+    if constexpr (kBlocks == 1) {
+      ptx::copy_box(to, map, barrier, at);
+    } else {
+      ptx::copy_box_to((1 << kBlocks) - 1, to, map, barrier, at);
+    }
   }
 }
 
@@ -56,19 +61,20 @@ class DenseKeys {
   }
   __device__ __forceinline__ void end() const {}
   __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) const {
-    load<typename C::KTile>(tile, barrier, maps.key, key, n);
+    load<typename C::KTile, kCopiesKeys>(tile, barrier, maps.key, key, n);
   }
   __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t n) const {
-    load<typename C::VTile>(tile, barrier, maps.value, value, n);
+    load<typename C::VTile, kCopiesValues>(tile, barrier, maps.value, value, n);
   }
 
  private:
-  template <class Tile>
+  template <class Tile, uint32_t kCopier>
   __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
                                        ptx::Coordinates at, int32_t n) const {
     at.row += n * C::kN;
     ptx::barrier_expect(barrier, Tile::kBytes);
-    copy_rows<Tile>(tile, 0, map, barrier, at);
+    if (C::kCluster == 1 || ptx::cluster_rank() == kCopier)
+      copy_rows<Tile, C::kCluster>(tile, 0, map, barrier, at);
   }
 
   const Problem& p;
@@ -87,13 +93,23 @@ struct Loader {
 
   static __device__ __forceinline__ bool leads() { return threadIdx.x == 32; }
 
+  // Until the stage may be filled, or be expected to be.
+  template <uint32_t kCopier, class R>
+  static __device__ __forceinline__ void wait(const R& ring, uint32_t use) {
+    if (C::kCluster == 1 || ptx::cluster_rank() == kCopier) {
+      ring.wait_empty(use);
+    } else {
+      ring.wait_full_before(use);
+    }
+  }
+
   __device__ __forceinline__ void load_key(int32_t n, uint32_t use) {
-    shared.keys.wait_empty(use);
+    wait<kCopiesKeys>(shared.keys, use);
     keys.load_key(ptx::shared_address(shared.k[use % C::kStages]), shared.keys.full_of(use), n);
   }
 
   __device__ __forceinline__ void load_value(int32_t n, uint32_t use) {
-    shared.values.wait_empty(use);
+    wait<kCopiesValues>(shared.values, use);
     keys.load_value(ptx::shared_address(shared.v[use % C::kStages]), shared.values.full_of(use), n);
   }
 

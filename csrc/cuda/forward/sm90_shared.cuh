@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/block_state.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/cluster.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/tensor_map.h"
@@ -56,6 +58,10 @@ struct Ring {
   __device__ __forceinline__ void wait_empty(uint32_t use) const {
     ptx::barrier_wait(empty_of(use), phase(use) ^ 1);
   }
+  // Until what the stage held before has come.
+  __device__ __forceinline__ void wait_full_before(uint32_t use) const {
+    ptx::barrier_wait(full_of(use), phase(use) ^ 1);
+  }
 };
 
 // Tiles of keys: those that any row of a consumer sees, and, where lo < hi, those that all its rows see
@@ -87,6 +93,11 @@ struct TileState {
     forget();
     tiles = key_tiles<C>(tile.row, tile.used_queries());
     forget();
+    if constexpr (C::kCluster > 1) {  // `tiles` are those of all its blocks
+      work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
+      work.tile.end = min(work.tile.end, work.tile.row + C::kM);
+      forget();
+    }
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
@@ -143,8 +154,24 @@ struct TileState {
   static __device__ __forceinline__ void forget() { asm volatile("" ::: "memory"); }
 };
 
+// Of a cluster: the numbers of tiles that its first block has taken, for the second.
+struct Mail {
+  static constexpr int kSlots = 3;
+  Ring<kSlots> ring;
+  uint32_t number[kSlots];
+
+  __device__ __forceinline__ uint32_t slot(uint32_t message) const {
+    return ptx::shared_address(&number[message % kSlots]);
+  }
+};
+struct NoMail {};
+
+// The block of a cluster that has the keys, the values, copied to both.
+inline constexpr uint32_t kCopiesKeys = 0, kCopiesValues = 1;
+
 // Beside: what else lies there for each tile of keys.
-template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Beside>
+template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Beside,
+          int kCluster>
 struct ForwardShared : Beside::Shared {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
@@ -157,14 +184,16 @@ struct ForwardShared : Beside::Shared {
   Ring<1> queries[kConsumers];  // the place of each one's Q
   Ring<kStages> keys, values;
   typename Beside::Barriers beside;
+  [[no_unique_address]] std::conditional_t<(kCluster > 1), Mail, NoMail> mail;
 
   __device__ __forceinline__ void init(int loaders) {
     states.init(4 * kConsumers + loaders);
     begun.init(1);
     for (auto& ring : queries) ring.init(4);
-    keys.init(4 * kConsumers);
-    values.init(4 * kConsumers);
+    keys.init(4 * kConsumers * kCluster);
+    values.init(4 * kConsumers * kCluster);
     beside.init(4 * kConsumers);
+    if constexpr (kCluster > 1) mail.ring.init(1);
     ptx::fence_barriers();
   }
 };
@@ -193,10 +222,29 @@ struct Finder {
   const ForwardTiles& all;
   typename C::Shared& shared;
 
-  // After `number`, as late as it may be found: tiles taken early end late, when others have none left.
-  __device__ __forceinline__ uint32_t next(uint32_t number, uint32_t round) const {
+  // After `number`, as late as it may be found: tiles taken early end late, when others have none left. Of a
+  // cluster the first block takes the numbers and tells the other.
+  __device__ __forceinline__ uint32_t next(uint32_t number, uint32_t round, uint32_t message) const {
+    if constexpr (C::kCluster > 1)
+      if (all.counter && ptx::cluster_rank() > 0) return read(message);
     if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
-    return all.counter ? gridDim.x + atomicAdd(all.counter, 1u) : number + gridDim.x;
+    if (!all.counter) return number + gridDim.x / C::kCluster;
+    number = gridDim.x / C::kCluster + atomicAdd(all.counter, 1u);
+    if constexpr (C::kCluster > 1) tell(message, number);
+    return number;
+  }
+  __device__ __forceinline__ void tell(uint32_t message, uint32_t number) const {
+    auto& mail = shared.mail;
+    mail.ring.wait_empty(message);
+    ptx::store_in(mail.slot(message), number, mail.ring.full_of(message), 1);
+  }
+  __device__ __forceinline__ uint32_t read(uint32_t message) const {
+    auto& mail = shared.mail;
+    ptx::barrier_expect(mail.ring.full_of(message), sizeof(uint32_t));
+    ptx::barrier_wait(mail.ring.full_of(message), mail.ring.phase(message));
+    const uint32_t number = ptx::load_shared(mail.slot(message));
+    ptx::barrier_arrive_in(mail.ring.empty_of(message), 0);
+    return number;
   }
 
   // For all, or first for a warp that narrows its keys down.
@@ -209,12 +257,13 @@ struct Finder {
   }
 
   __device__ __forceinline__ void run() const {
-    uint32_t round = 0;
-    for (uint32_t number = blockIdx.x; number < all.count; number = next(number, round)) {
+    uint32_t round = 0, message = 0;
+    for (uint32_t number = blockIdx.x / C::kCluster; number < all.count;
+         number = next(number, round, message++)) {
       shared.states.wait_empty(round);
       Tile& tile = shared.tiles[round % C::Shared::kTiles];
-      tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kM, {number, all.count},
-                                            all.heads_together);
+      tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kCluster * C::kM,
+                                            {number, all.count}, all.heads_together);
       if (tile.template prepare<C>(anew(p))) publish(round++);
     }
     shared.states.wait_empty(round);
