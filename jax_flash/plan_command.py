@@ -57,7 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--value-dim", type=int, metavar="DV", help="(default: D)")
     add("--varlen", action="store_true", help="packed sequences")
     add("--causal", action="store_true")
-    add("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys seen beside the diagonal, -1: all")
+    add(
+        "--window",
+        type=int,
+        nargs=2,
+        metavar=("LEFT", "RIGHT"),
+        help="keys seen beside the diagonal, -1: all",
+    )
     add("--softcap", type=float, default=0.0)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
@@ -109,7 +115,9 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
     band = dict(left=left, right=0 if options.causal else right)
     device = dict(capability=gpu.capability, sm_count=gpu.sm_count, shared_memory=gpu.shared_memory)
     scores = dict(softcap=options.softcap, deterministic=options.deterministic, varlen=options.varlen)
-    return dict(dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores, **band)
+    return dict(
+        dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores, **band
+    )
 
 
 def found_gpu() -> Gpu | None:

@@ -222,7 +222,12 @@ def test_hopper_has_a_forward_of_its_own():
 
 def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():
     sizes = {"d": 128, "dv": 128, "q_rows": 4096, "k_rows": 4096}
-    assert tile(plan(**sizes)) == tile(plan(right=0, **sizes)) == tile(plan(left=2048, right=0, **sizes)) == (128, 160)
+    assert (
+        tile(plan(**sizes))
+        == tile(plan(right=0, **sizes))
+        == tile(plan(left=2048, right=0, **sizes))
+        == (128, 160)
+    )
     assert tile(plan(d=128, dv=128, q_rows=4096, k_rows=1024)) == (128, 128)
     assert tile(plan(left=1024, right=0, **sizes)) == (128, 128)
     assert tile(plan(softcap=3.0, **sizes)) == (128, 128)  # no registers are left for an option

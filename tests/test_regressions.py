@@ -204,12 +204,16 @@ def test_lengths_absent_full_and_zero(implementation):
     q, k, v = make_inputs(Case("lengths", dtype="bfloat16")).positional.values()
     absent = attend(implementation, q, k, v)
     full = jnp.full(2, 12, jnp.int32)
-    jax.tree.map(np.testing.assert_array_equal, attend(implementation, q, k, v, kv_lengths=full), absent)
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        attend(implementation, q, k, v, q_lengths=full, kv_lengths=full),
-        absent,
-    )
+
+    def same(x, y):
+        # Of plain JAX these are different programs, whose sums XLA may order as it likes.
+        tolerance = float(jnp.finfo(x.dtype).eps) if implementation == "xla" else 0
+        np.testing.assert_allclose(
+            *(np.asarray(z, np.float64) for z in (x, y)), rtol=2 * tolerance, atol=tolerance
+        )
+
+    jax.tree.map(same, attend(implementation, q, k, v, kv_lengths=full), absent)
+    jax.tree.map(same, attend(implementation, q, k, v, q_lengths=full, kv_lengths=full), absent)
     out, lse = attend(implementation, q, k, v, kv_lengths=jnp.zeros(2, jnp.int32))
     assert not out.any()
     assert np.isneginf(lse).all()
