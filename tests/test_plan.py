@@ -239,11 +239,16 @@ def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
     def pairs(rows: int, keys: int, d: int = 128, **options: Any) -> bool:
         return "blocks in pairs" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
 
-    assert pairs(8192, 8192) and pairs(8192, 8192, right=0) and pairs(4096, 4096, d=256)
-    assert not pairs(4096, 4096) and not pairs(8192, 8192, left=4096, right=0)
+    assert pairs(8192, 8192)
+    assert pairs(8192, 8192, right=0)
+    assert pairs(4096, 4096, d=256)
+    assert not pairs(4096, 4096)
+    assert not pairs(8192, 8192, left=4096, right=0)
     assert not pairs(8192, 8192, d=192)  # has no such kernel
-    assert not pairs(8192, 8192, softcap=3.0) and not pairs(8192, 8192, varlen=True)
-    assert not pairs(300, 8192) and pairs(17 * 128, 8192)  # three tiles; seventeen, one too many of eighteen
+    assert not pairs(8192, 8192, softcap=3.0)
+    assert not pairs(8192, 8192, varlen=True)
+    assert not pairs(300, 8192)
+    assert pairs(17 * 128, 8192)
     assert "for 16 blocks in pairs" in plan(d=128, dv=128, batch=1, q_rows=256, k_rows=8192)["text"]
     odd = plan(device=H100 | {"sm_count": 133}, d=128, dv=128, q_rows=8192, k_rows=8192)
     assert "for 132 blocks in pairs" in odd["text"]
