@@ -89,9 +89,9 @@ def matrix_cells(pass_: str, d: int) -> Iterator[Cell]:
             yield peer_cell(fixed(d, s, causal), pass_, of="matrix")
 
 
-def sustained_cell(pass_: str, case: Case, seconds: float) -> Cell:
-    """This library and the matrix product, each for as long as it takes the device to settle at its clock."""
-    calls, _ = prepared({"jax_flash": ("jax_flash", case, pass_)})
+def sustained_cell(pass_: str, case: Case, seconds: float, peers: tuple[str, ...] = ()) -> Cell:
+    """This library, the matrix product and peers, each for as long as it takes the device to settle at its clock."""
+    calls, _ = prepared({name: (name, case, pass_) for name in ("jax_flash", *peers)})
     times = measure.interleaved(calls | {"matmul": matmul(case.dtype)}, 3, seconds, most=10000)
     cell = {"kind": "sustained", "name": f"{case.name} {pass_}", "pass": pass_, "d": case.d, "s": case.sq}
     timed = {n: {"median": measure.median(t), "spread": measure.spread(t)} for n, t in times.items()}
@@ -179,14 +179,11 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
 
 def verdict(cell: Cell) -> str:
     match cell["kind"]:
-        case "peer":
+        case "peer" | "sustained":
             known = [name for name in PEERS[1:] if "median" in cell["times"].get(name, {})]
             shown = [f"× {name} {bars_cuda.speedup(cell, name):.2f}" for name in known]
             rate = cell["flop"] / cell["times"]["jax_flash"]["median"] / 1e12
             return ", ".join([f"{rate:.0f} TFLOP/s", f"{bars_cuda.of_matmul(cell):.3f} of matmul", *shown])
-        case "sustained":
-            rate = cell["flop"] / cell["times"]["jax_flash"]["median"] / 1e12
-            return f"{rate:.0f} TFLOP/s, {bars_cuda.of_matmul(cell):.3f} of matmul"
         case "ratio":
             return f"{bars_cuda.rate_of_plain(cell):.3f} of the plain rate"
         case "small" | "host":

@@ -18,7 +18,8 @@ SUSTAINED = 1.0  # seconds of each, in turns
 
 def sustained_cells() -> Iterator[Cell]:
     for d, causal in bars_hopper.OF_MATMUL:
-        yield suite_cuda.sustained_cell("forward", suite_cuda.fixed(d, bars_hopper.LONG, causal), SUSTAINED)
+        case = suite_cuda.fixed(d, bars_hopper.LONG, causal)
+        yield suite_cuda.sustained_cell("forward", case, SUSTAINED, ("cudnn",))
 
 
 def page_cells() -> Iterator[Cell]:
