@@ -67,12 +67,7 @@ struct Consumer {
       ring.leave(use);
     } else {
       __syncwarp();
-      if (threadIdx.x % 32 != 0) return;
-      if (ptx::cluster_rank() == kCopier) {  // racecheck sees arrivals at the block's own barriers alone
-        ptx::barrier_arrive(ring.empty_of(use));
-      } else {
-        ptx::barrier_arrive_in(ring.empty_of(use), kCopier);
-      }
+      if (threadIdx.x % 32 == 0) ptx::barrier_arrive_in(ring.empty_of(use), kCopier);
     }
   }
   __device__ __forceinline__ void leave_keys(uint32_t use) const { leave<kCopiesKeys>(shared.keys, use); }
