@@ -30,11 +30,18 @@ OF_PLAIN = {
 OF_CONTIGUOUS = {64: 0.9, 16: 0.8}  # page size → limit
 
 
+def of_flash_attention_3(cell: Cell) -> float:
+    """Its time over ours, by its ratio to cuDNN."""
+    return speedup(cell, "cudnn") / FLASH_ATTENTION_3["forward"][cell["d"], cell["s"], cell["causal"]]
+
+
 def of_best_peer(cell: Cell) -> float:
-    """The time of the fastest peer over ours, FlashAttention-3 by its ratio to cuDNN."""
-    third = speedup(cell, "cudnn") / FLASH_ATTENTION_3["forward"][cell["d"], cell["s"], cell["causal"]]
+    """The time of the fastest peer over ours."""
     others = ("cudnn", "pallas", "mosaic", "tokamax")
-    return min(third, *(speedup(cell, n) for n in others if "median" in cell["times"].get(n, {})))
+    return min(
+        of_flash_attention_3(cell),
+        *(speedup(cell, n) for n in others if "median" in cell["times"].get(n, {})),
+    )
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
@@ -66,8 +73,7 @@ def _peers(cells: list[Cell]) -> Iterator[Bar]:
     if len(matrix) == len(FLASH_ATTENTION_3["forward"]):
         yield from _mean("forward × cuDNN", [speedup(c, "cudnn") for c in matrix], OVER_CUDNN)
     for d, limit in OF_FLASH_ATTENTION_3.items():
-        third = {k: r for k, r in FLASH_ATTENTION_3["forward"].items() if k[0] == d}
-        values = [speedup(c, "cudnn") / third[d, c["s"], c["causal"]] for c in matrix if c["d"] == d]
+        values = [of_flash_attention_3(c) for c in matrix if c["d"] == d]
         yield from _mean(f"forward d{d} × FlashAttention-3", values, limit)
     for d in (64, 128, 256):
         values = [(of_best_peer(c), c["name"]) for c in matrix if c["d"] == d]
@@ -79,9 +85,8 @@ def _sustained(cells: list[Cell]) -> Iterator[Bar]:
     for cell in cells:
         if cell["kind"] != "sustained" or "median" not in cell["times"].get("cudnn", {}):
             continue
-        third = FLASH_ATTENTION_3["forward"][cell["d"], cell["s"], cell["causal"]]
-        value = speedup(cell, "cudnn") / third
-        yield Bar(f"{cell['name']} × FlashAttention-3, sustained", value, True, OF_BEST_PEER, cell["name"])
+        name = f"{cell['name']} × FlashAttention-3, sustained"
+        yield Bar(name, of_flash_attention_3(cell), True, OF_BEST_PEER, cell["name"])
 
 
 def _matmul(cells: list[Cell]) -> Iterator[Bar]:

@@ -206,8 +206,9 @@ def test_lengths_absent_full_and_zero(implementation):
     full = jnp.full(2, 12, jnp.int32)
 
     def same(x, y):
-        # Of plain JAX these are different programs, whose sums XLA may order as it likes.
-        tolerance = float(jnp.finfo(x.dtype).eps) if implementation == "xla" else 0
+        # Of plain JAX these are two programs, whose products XLA tunes one by one on a GPU.
+        tuned = implementation == "xla" and jax.default_backend() == "gpu"
+        tolerance = float(jnp.finfo(x.dtype).eps) if tuned else 0
         np.testing.assert_allclose(
             *(np.asarray(z, np.float64) for z in (x, y)), rtol=2 * tolerance, atol=tolerance
         )
