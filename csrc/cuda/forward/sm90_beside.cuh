@@ -105,7 +105,7 @@ struct SegmentTiles {
     Ring<kTileStates> found;  // tiles of queries, by the finder
 
     __device__ __forceinline__ void init(uint32_t warps) {
-      Ring<kStages>::init(warps);
+      Ring<kStages>::init(warps, 32);
       found.init(1);
     }
   };
@@ -240,8 +240,7 @@ struct SegmentTiles {
       const bool whole = rows.lo == rows.hi && keys.lo == keys.hi && rows.lo == keys.lo;
       const uint32_t cut = __ballot_sync(~0u, used && !whole);
       if (lane == 0) tile.cut = cut;
-      __syncwarp();
-      if (lane == 0) ptx::barrier_arrive(shared.beside.full_of(use));
+      ptx::barrier_arrive(shared.beside.full_of(use));  // each lane, of what it wrote
       ++use;
     }
 

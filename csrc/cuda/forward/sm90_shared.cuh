@@ -37,9 +37,9 @@ template <int kStages>
 struct Ring {
   uint64_t full[kStages], empty[kStages];
 
-  __device__ __forceinline__ void init(uint32_t warps) {
+  __device__ __forceinline__ void init(uint32_t warps, uint32_t fillers = 1) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(ptx::shared_address(&full[i]), 1);
+      ptx::barrier_init(ptx::shared_address(&full[i]), fillers);
       ptx::barrier_init(ptx::shared_address(&empty[i]), warps);
     }
   }
