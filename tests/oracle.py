@@ -275,16 +275,21 @@ def _drop_factor(spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, 
 
 
 def dropout_number(dropout: Any, z: int, h: int, i: int, j: int) -> int:
-    """The 16-bit number that decides about element (i, j) of a head: half-word j % 8 of its Philox block."""
+    """The 16-bit number that decides about element (i, j) of a head: half-word j % 2 of word j // 8 % 4
+    of its Philox block, and for the second eight rows of sixteen the same of words turned by a byte."""
     key0, key1, z0, h0, i0, j0 = map(int, dropout)
-    words = philox((key0, key1), ((j + j0) // 8, i + i0, h + h0, z + z0))
-    return words[(j + j0) % 8 // 2] >> 16 * ((j + j0) % 2) & 0xFFFF
+    i, j = i + i0, j + j0
+    block = philox((key0, key1), (j // 32 * 4 + j // 2 % 4, i // 16 * 8 + i % 8, h + h0, z + z0))
+    word = block[j // 8 % 4]
+    if i % 16 >= 8:
+        word = (word >> 8) + (word % 256 << 24)
+    return word >> 16 * (j % 2) & 0xFFFF
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10 in Python's own integers."""
+    """Philox4x32-7 in Python's own integers."""
     (k0, k1), (c0, c1, c2, c3) = key, counter
-    for _ in range(10):
+    for _ in range(7):
         a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
         c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b & 0xFFFFFFFF, (a >> 32) ^ c3 ^ k1, a & 0xFFFFFFFF
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF

@@ -235,6 +235,19 @@ def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():
     assert tile(plan(varlen=True, batch=4, **sizes)) == (128, 128)  # sequences of 1,024 on average
 
 
+def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
+    def rows(d: int = 128, **options: Any) -> int:
+        return tile(plan(d=d, dv=d, heads=16, kv_heads=16, **options))[0]
+
+    few, many = {"batch": 1, "q_rows": 512, "k_rows": 512}, {"batch": 1, "q_rows": 1024, "k_rows": 1024}
+    assert rows(**few) == rows(d=64, **few) == rows(right=0, **few) == rows(varlen=True, **few) == 64
+    assert rows(**many) == 128
+    assert rows(d=64, **many) == 192
+    assert rows(**few | {"k_rows": 16384}) == 64
+    assert rows(**few | {"batch": 2}) == rows(leading=2, **few) == 128
+    assert rows(softcap=3.0, **few) == 128  # has no such kernel
+
+
 def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
     def pairs(rows: int, keys: int, d: int = 128, **options: Any) -> bool:
         return "blocks in pairs" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
@@ -249,7 +262,7 @@ def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
     assert not pairs(8192, 8192, varlen=True)
     assert not pairs(300, 8192)
     assert pairs(17 * 128, 8192)
-    assert "for 16 blocks in pairs" in plan(d=128, dv=128, batch=1, q_rows=256, k_rows=8192)["text"]
+    assert "for 16 blocks in pairs" in plan(d=256, dv=256, batch=1, q_rows=256, k_rows=8192)["text"]
     odd = plan(device=H100 | {"sm_count": 133}, d=128, dv=128, q_rows=8192, k_rows=8192)
     assert "for 132 blocks in pairs" in odd["text"]
 

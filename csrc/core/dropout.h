@@ -11,7 +11,11 @@
 
 namespace jax_flash {
 
-inline constexpr int kDropoutBlock = 8;  // columns decided by one Philox block, 16 bits each
+// One Philox block decides about what a thread holds of 16 rows and 32 columns in an accumulator of the
+// tensor cores: columns 2t and 2t + 1 of each 8, by a half each of a word, and rows i and i + 8, whose
+// numbers are those of the words turned by a byte. So of 16 numbers of 16 bits no two have the same upper
+// byte; a lower byte is another's upper one, and matters where the upper one equals the threshold's.
+inline constexpr int kDropoutColumns = 32, kDropoutRows = 16;
 
 struct Dropout {
   uint32_t key0 = 0, key1 = 0;
@@ -20,27 +24,34 @@ struct Dropout {
   float scale = 1.0f;                                 // of what is kept: 1 / (1 - rate)
 
   // Whether the shard begins within a block.
-  JF_HD bool odd() const { return column % kDropoutBlock != 0; }
+  JF_HD bool odd() const { return column % kDropoutColumns != 0 || row % kDropoutRows != 0; }
 
-  // The numbers of global columns [8 index, 8 index + 8) in row i.
-  JF_HD PhiloxBlock block(uint32_t b, uint32_t h, uint32_t i, uint32_t index) const {
-    return philox(key0, key1, counter(b, h, i, index));
-  }
+  // The block of global column c among those of its row.
+  JF_HD static uint32_t index(uint32_t c) { return c / kDropoutColumns * 4 + c / 2 % 4; }
   JF_HD PhiloxBlock counter(uint32_t b, uint32_t h, uint32_t i, uint32_t index) const {
-    return {{index, i + row, h + head, b + batch}};
+    const uint32_t r = i + row;
+    return {{index, r / kDropoutRows * 8 + r % 8, h + head, b + batch}};
   }
+  // Whether row i is the second of its block.
+  JF_HD bool second(uint32_t i) const { return (i + row) % kDropoutRows >= 8; }
+  // A word of the second row, from that of the first.
+  JF_HD static uint32_t turned(uint32_t word) { return word >> 8 | word << 24; }
 
   // Selected without indexing: on a GPU a run-time index would move the block to local memory.
   JF_HD static uint32_t half(const PhiloxBlock& numbers, uint32_t column) {
-    const uint32_t low = column & 2 ? numbers.word[1] : numbers.word[0];
-    const uint32_t high = column & 2 ? numbers.word[3] : numbers.word[2];
-    return (column & 4 ? high : low) >> column % 2 * 16 & 0xFFFFu;
+    const uint32_t low = column & 8 ? numbers.word[1] : numbers.word[0];
+    const uint32_t high = column & 8 ? numbers.word[3] : numbers.word[2];
+    return (column & 16 ? high : low) >> column % 2 * 16 & 0xFFFFu;
   }
 
   // b: batch entry or sequence, h: query head, (i, j): position within the sequence.
   JF_HD bool keep(uint32_t b, uint32_t h, uint32_t i, uint32_t j) const {
     const uint32_t c = j + column;
-    return half(block(b, h, i, c / kDropoutBlock), c) >= threshold;
+    PhiloxBlock numbers = philox(key0, key1, counter(b, h, i, index(c)));
+    if (second(i)) {
+      for (uint32_t& word : numbers.word) word = turned(word);
+    }
+    return half(numbers, c) >= threshold;
   }
 };
 

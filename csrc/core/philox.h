@@ -1,5 +1,5 @@
-// Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
-// (SC 2011).
+// Philox4x32-7, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
+// (SC 2011): seven rounds are what they found to pass every test.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct PhiloxBlock {
   uint32_t word[4];
 };
 
-inline constexpr int kPhiloxRounds = 10;
+inline constexpr int kPhiloxRounds = 7;
 inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 

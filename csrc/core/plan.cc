@@ -93,7 +93,7 @@ ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shap
 bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
   if (row.capability != 90) return true;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
-         hopper_holds(score_kind(row, spec, shapes), row.head_dim, row.block_n, row.warps / 4 - 1);
+         hopper_holds(score_kind(row, spec, shapes), row.head_dim, row.block_n, row.block_m / kHopperRows);
 }
 
 // Of float8 a decode kernel copies and multiplies 64 features at a time.
@@ -115,16 +115,25 @@ int64_t keys_in_sight(const AttentionSpec& spec, const Shapes& s) {
   return spec.left < 0 || spec.right < 0 ? keys : std::min(keys, int64_t{spec.left} + 1 + spec.right);
 }
 
-// The newest family, then the least padding, then of sm90's tiles those of more keys where these are many;
-// the table's order decides among equals.
-bool better(const KernelRow& a, const KernelRow& b, int64_t keys) {
+// Whether all tiles of kHopperRows queries find a multiprocessor at once: larger ones would leave some idle.
+bool few_queries(const AttentionSpec& spec, const Shapes& s, const Device& device) {
+  const int64_t sequences = spec.packed() ? 1 : s.batch;
+  return ceil_div(s.q_rows, kHopperRows) * s.heads * sequences * s.leading <= device.sm_count;
+}
+
+// The newest family, then the least padding, then of sm90's tiles those of few queries where these are few,
+// and those of more keys where these are many; the table's order decides among equals.
+bool better(const KernelRow& a, const KernelRow& b, int64_t keys, bool few) {
   constexpr int64_t kMany = 1536;
   if (a.capability != b.capability) return a.capability > b.capability;
   if (a.head_dim + a.value_dim != b.head_dim + b.value_dim) {
     return a.head_dim + a.value_dim < b.head_dim + b.value_dim;
   }
-  if (a.pass == Pass::kForward && a.capability == 90)
+  if (a.pass == Pass::kForward && a.capability == 90) {
+    const bool small = a.block_m == kHopperRows;
+    if (small != (b.block_m == kHopperRows)) return small == few;
     return (a.block_n > b.block_n) == (keys >= kMany) && a.block_n != b.block_n;
+  }
   return a.pass == Pass::kDecode && a.block_m > b.block_m;
 }
 
@@ -339,11 +348,12 @@ LaunchPlan plan(Pass pass, const AttentionSpec& spec, const Shapes& shapes, cons
                 std::span<const KernelRow> built) {
   LaunchPlan result;
   const int64_t keys = keys_in_sight(spec, shapes);
+  const bool few = few_queries(spec, shapes, device);
   const auto choose = [&](Pass wanted) {
     const KernelRow* row = nullptr;
     for (const KernelRow& candidate : built) {
       if (wanted == Pass::kDecode && !fits_rows(candidate, spec, shapes)) continue;
-      if (runs(candidate, wanted, spec, shapes, device) && (!row || better(candidate, *row, keys)))
+      if (runs(candidate, wanted, spec, shapes, device) && (!row || better(candidate, *row, keys, few)))
         row = &candidate;
     }
     return row;

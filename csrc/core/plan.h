@@ -101,13 +101,15 @@ struct LaunchPlan {
 };
 
 inline constexpr int32_t kHopperKeys = 128;  // of a tile of the sm90 family, but of rows for many keys
+inline constexpr int32_t kHopperRows = 64;   // of a consumer, and of a tile for few queries
 
 // Which kinds of score a row of that family is built for: tiles of more keys leave registers for no option,
-// three consumers for no more than one, and these, where there are any, take what they can.
+// three consumers for no more than one, and these, where there are any, take what they can. One consumer is
+// for plain calls.
 constexpr bool hopper_holds(ScoreKind kind, int32_t head_dim, int32_t keys, int32_t consumers) {
   constexpr int32_t kThreeConsumers = 64;  // head dims that have them, at most
   const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
-  if (keys > kHopperKeys) return kind == ScoreKind::kPlain;
+  if (keys > kHopperKeys || consumers == 1) return kind == ScoreKind::kPlain;
   return consumers > 2 ? !general : general || head_dim > kThreeConsumers;
 }
 

@@ -233,21 +233,29 @@ JF_INLINE Wide count_up(std::integer_sequence<int, lane...>) {
   return Wide{lane...};
 }
 
-template <int half, int... lane>
-JF_INLINE Wide zip_half(Wide a, Wide b, std::integer_sequence<int, lane...>) {
-  constexpr int kFirst = half * kWideLanes / 2;
-  return __builtin_shufflevector(a, b, (kFirst + lane / 2 + lane % 2 * kWideLanes)...);
+// Of words 0 and 1, 2 and 3 of a block in each 64 bits: part `part` of all in the order of their columns,
+// four blocks' first words, then their second ones, and so on.
+template <int part, int... lane>
+JF_INLINE UInt order_words(Wide first, Wide second, std::integer_sequence<int, lane...>) {
+  constexpr auto from = [](int at) { return at / 8 % 2 * kLanes + (at / 16 * 4 + at % 4) * 2 + at / 4 % 2; };
+  return __builtin_shufflevector((UInt)first, (UInt)second, from(part * kLanes + lane)...);
 }
 
-// The numbers of kWideLanes neighbouring Philox blocks from `index` on, in the order of their columns: each
-// lane holds one block, its words in the low halves.
-JF_INLINE void philox_blocks(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i, uint32_t index,
-                             uint16_t* numbers) {
+// Dropout::turned of both words in a lane.
+JF_INLINE Wide turned(Wide x) { return (x >> 8 & 0x00FFFFFF00FFFFFFu) | (x << 24 & 0xFF000000FF000000u); }
+
+// The words of kWideLanes neighbouring Philox blocks from `index` on, 0 and 1 and 2 and 3 in a lane.
+struct WideBlocks {
+  Wide first, second;
+};
+JF_INLINE WideBlocks philox_blocks(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i,
+                                   uint32_t index) {
   using Lanes = std::make_integer_sequence<int, kWideLanes>;
-  Wide c0 = count_up(Lanes()) + index, c1 = Wide{} + (i + dropout.row);
-  Wide c2 = Wide{} + (h + dropout.head), c3 = Wide{} + (b + dropout.batch);
+  const PhiloxBlock counter = dropout.counter(b, h, i, index);
+  Wide c0 = count_up(Lanes()) + counter.word[0], c1 = Wide{} + counter.word[1];  // in the low halves
+  Wide c2 = Wide{} + counter.word[2], c3 = Wide{} + counter.word[3];
   uint32_t key0 = dropout.key0, key1 = dropout.key1;
-#pragma GCC unroll 10
+#pragma GCC unroll 7
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const Wide x = multiply_halves(Wide{} + kPhiloxMultiplier0, c0);
     const Wide y = multiply_halves(Wide{} + kPhiloxMultiplier1, c2);
@@ -259,19 +267,38 @@ JF_INLINE void philox_blocks(const Dropout& dropout, uint32_t b, uint32_t h, uin
     key1 += kPhiloxWeyl1;
   }
   const Wide first = (c0 & 0xFFFFFFFFu) | c1 << 32, second = (c2 & 0xFFFFFFFFu) | c3 << 32;
-  Wide* to = reinterpret_cast<Wide*>(numbers);
-  to[0] = zip_half<0>(first, second, Lanes());
-  to[1] = zip_half<1>(first, second, Lanes());
+  if (!dropout.second(i)) return {first, second};
+  return {turned(first), turned(second)};
+}
+
+// The numbers of the columns that they decide about; of 32 at least.
+inline constexpr int kDropoutStep = std::max(kWideLanes * kDropoutColumns / 4, kDropoutColumns);
+JF_INLINE void dropout_numbers(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i, uint32_t index,
+                               uint16_t* numbers) {
+  const auto [first, second] = philox_blocks(dropout, b, h, i, index);
+  if constexpr (kWideLanes >= 4) {
+    using Lanes = std::make_integer_sequence<int, kLanes>;
+    UInt* to = reinterpret_cast<UInt*>(numbers);
+    to[0] = order_words<0>(first, second, Lanes());
+    to[1] = order_words<1>(first, second, Lanes());
+  } else {
+    const auto [third, fourth] = philox_blocks(dropout, b, h, i, index + kWideLanes);
+    const Wide words[2][2] = {{first, second}, {third, fourth}};
+    for (int c = 0; c < kDropoutColumns; ++c) {
+      const int block = c / 2 % 4, half = c / 8 % 2 * 2 + c % 2;
+      numbers[c] = static_cast<uint16_t>(words[block / 2][c / 16][block % 2] >> 16 * half);
+    }
+  }
 }
 
 inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep) const {
   const Columns whole = vectors(visible);
   const uint32_t first = static_cast<uint32_t>(j0 + whole.lo) + dropout.column;
-  const int32_t skip = first % kDropoutBlock, n = skip + whole.hi - whole.lo;
-  constexpr int32_t kStep = kWideLanes * kDropoutBlock;  // columns
-  alignas(64) uint16_t numbers[kTileN + 2 * kLanes + 2 * kStep];
-  for (int32_t c = 0; c < n; c += kStep) {
-    philox_blocks(dropout, sequence.index, row.head, row.position, (first + c) / kDropoutBlock, numbers + c);
+  const int32_t skip = first % kDropoutColumns, n = skip + whole.hi - whole.lo;
+  alignas(64) uint16_t numbers[kTileN + 2 * kLanes + 2 * kDropoutStep];
+  for (int32_t c = 0; c < n; c += kDropoutStep) {
+    dropout_numbers(dropout, sequence.index, row.head, row.position, Dropout::index(first - skip + c),
+                    numbers + c);
   }
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
     const UInt number = load_halves(numbers, skip + c - whole.lo);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/dropout.h"
 #include "cuda/ptx/math.cuh"
 #include "cuda/tile/operands.cuh"
 
@@ -53,15 +54,30 @@ struct PairThreshold {
   }
 };
 
-// Dropout's numbers for four column tiles, of a dealt S: two neighbours in a word.
-template <class S>
+// Dropout's numbers for an accumulator that is not dealt, or for kTiles of its column tiles at a time: two
+// neighbours in a word, and in the same word those of the row 8 further.
+template <class S, int kTiles = 4>
 struct KeptNumbers {
-  uint32_t word[S::kSlots][4];
+  uint32_t word[S::kSlots / 2][kTiles];
   PairThreshold threshold;
 
+  KeptNumbers() = default;
+  __device__ __forceinline__ explicit KeptNumbers(uint32_t t) : threshold(t) {}
+
+  // Of the rows of a slot and of the next, column tiles n to n + 3.
+  __device__ __forceinline__ void set(int slot, int n, const PhiloxBlock& block) {
+    static_assert(!S::kDealt);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word[slot / 2][(n + i) % kTiles] = block.word[i];
+  }
+  // The byte of a word that is the upper one of the number of a slot's row, even or odd column.
+  __device__ __forceinline__ static int upper_byte(int slot, int e) {
+    return slot % 2 ? (e ? 0 : 2) : (e ? 3 : 1);
+  }
   // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
-  __device__ __forceinline__ uint32_t halves(int slot, int n) const {
-    return ptx::signs_of_halves(threshold.reached(word[slot][n % 4]));
+  __device__ __forceinline__ uint32_t mask(int slot, int n) const {
+    const uint32_t x = word[slot / 2][n % kTiles];
+    return ptx::signs_of_halves(threshold.reached(slot % 2 ? Dropout::turned(x) : x));
   }
 };
 
@@ -75,12 +91,12 @@ struct DroppedA {
     RegistersA<T, S>{s}.load(a, m, k);
     if constexpr (sizeof(T) == 2) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] &= numbers.halves(2 * m + i % 2, 2 * k + i / 2);
+      for (int i = 0; i < 4; ++i) a[i] &= numbers.mask(2 * m + i % 2, 2 * k + i / 2);
     } else {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint32_t halves = numbers.halves(2 * m + i % 2, k);
-        a[i] &= i / 2 ? ptx::sign_of_high(halves) : ptx::sign_of_low(halves);
+        const uint32_t mask = numbers.mask(2 * m + i % 2, k);
+        a[i] &= i / 2 ? ptx::sign_of_high(mask) : ptx::sign_of_low(mask);
       }
     }
   }

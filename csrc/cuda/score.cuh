@@ -175,17 +175,13 @@ class GeneralScore {
   // Whether a shard begins within a block of Philox.
   __device__ __forceinline__ bool odd_shard() const { return operands.dropout.odd(); }
 
-  // Elsewhere: the numbers of column tiles n to n + 3 of a dealt S.
+  // Elsewhere: the numbers of column tiles n to n + 3.
   template <class S>
   __device__ __forceinline__ void draw(KeptNumbers<S>& numbers, int32_t row, int32_t key, int n) const {
     const Dropout& dropout = operands.dropout;
-    const uint32_t index = (key + dropout.column) / kDropoutBlock + threadIdx.x % 4 + n;
+    const uint32_t index = (key + dropout.column) / kDropoutColumns * 4 + threadIdx.x % 4 + n;
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-      const PhiloxBlock x = dropout.block(operands.batch, operands.head, row + S::row(slot), index);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) numbers.word[slot][i] = x.word[i];
-    }
+    for (int slot = 0; slot < S::kSlots; slot += 2) numbers.set(slot, n, block<S>(row, slot, index));
     numbers.threshold = PairThreshold(dropout.threshold);
   }
 
@@ -223,24 +219,37 @@ class GeneralScore {
     }
   }
 
-  // A lane makes one block for every row and 32 columns: its own 8 neighbours where S is dealt, else those of
-  // one of four column tiles, which the row's lanes then share.
+  // Of the rows of a slot and of the next.
+  template <class S>
+  __device__ __forceinline__ PhiloxBlock block(int32_t row, int slot, uint32_t index) const {
+    const Dropout& dropout = operands.dropout;
+    return philox(dropout.key0, dropout.key1,
+                  dropout.counter(operands.batch, operands.head, row + S::row(slot), index));
+  }
+
+  // A lane makes one block for every two rows and 32 columns: its own, or where S is dealt what lies there in
+  // an accumulator that is not, which the row's lanes then share.
   template <class S>
   __device__ __forceinline__ KeptElements<S> kept_blocks(int32_t row, int32_t key) const {
     const Dropout& dropout = operands.dropout;
     const uint32_t lane = threadIdx.x % 4;
-    const uint32_t first = (key + dropout.column) / kDropoutBlock + lane;
+    const uint32_t first = (key + dropout.column) / kDropoutColumns * 4 + lane;
     KeptElements<S> result;
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
+    for (int n = 0; n < S::kColumnTiles; n += 4) {
+      PhiloxBlock x;
 #pragma unroll
-      for (int n = 0; n < S::kColumnTiles; n += 4) {
-        const PhiloxBlock x = dropout.block(operands.batch, operands.head, row + S::row(slot), first + n);
+      for (int slot = 0; slot < S::kSlots; ++slot) {
+        if (slot % 2 == 0) {
+          x = block<S>(row, slot, first + n);
+        } else {
+          for (uint32_t& word : x.word) word = Dropout::turned(word);
+        }
         uint32_t bits = 0;
 #pragma unroll
-        for (int c = 0; c < kDropoutBlock; ++c)
-          bits |= uint32_t{Dropout::half(x, c) >= dropout.threshold} << c;
-        if constexpr (!S::kDealt) {
+        for (int i = 0; i < 8; ++i)
+          bits |= uint32_t{(x.word[i / 2] >> i % 2 * 16 & 0xFFFFu) >= dropout.threshold} << i;
+        if constexpr (S::kDealt) {
           bits <<= 8 * lane;
           bits |= __shfl_xor_sync(~0u, bits, 1);
           bits |= __shfl_xor_sync(~0u, bits, 2);

@@ -1,5 +1,5 @@
 // csrc/cuda's scores of one option each, and what dropout keeps, element by element of a warp's tile.
-#include "cuda/kept_pairs.cuh"
+#include "cuda/kept_tile.cuh"
 #include "cuda/single_score.cuh"
 #include "units.h"
 
@@ -36,8 +36,8 @@ struct Kept : Tile<kTiles> {
     ScoreOperands operands;
     operands.dropout = dropout, operands.batch = 3, operands.head = 5;
     const bool odd = dropout.odd();
-    const auto kept = odd ? kept_pairs_one_by_one<S>(operands, kRow, 8 * kTiles)
-                          : kept_pairs<S>(operands, kRow, 8 * kTiles);
+    const auto kept =
+        odd ? kept_tile_one_by_one<S>(operands, kRow, 8 * kTiles) : kept_tile<S>(operands, kRow, 8 * kTiles);
     this->write(out, [&](int slot, int n, int e) {
       const uint32_t half = kept.mask(slot, n) >> 16 * e & 0xFFFFu;
       return half == 0 ? 0.0f : half == 0xFFFFu ? 1.0f : 2.0f;
@@ -46,16 +46,16 @@ struct Kept : Tile<kTiles> {
 };
 
 template <int kTiles>
-void test_kept(uint32_t column, uint32_t threshold) {
+void test_kept(uint32_t row, uint32_t column, uint32_t threshold) {
   using Body = Kept<kTiles>;
   Body body;
-  body.dropout = {.key0 = 7, .key1 = 0x89ABCDEFu, .row = 11, .column = column, .threshold = threshold};
+  body.dropout = {.key0 = 7, .key1 = 0x89ABCDEFu, .row = row, .column = column, .threshold = threshold};
   const auto keep = [&](int i) {
-    const uint32_t row = kRow + i / Body::kColumns, key = 8 * kTiles + i % Body::kColumns;
-    return body.dropout.keep(3, 5, row, key);
+    const uint32_t at = kRow + i / Body::kColumns, key = 8 * kTiles + i % Body::kColumns;
+    return body.dropout.keep(3, 5, at, key);
   };
-  expect("kept pairs of " + std::to_string(kTiles) + " column tiles, shard at " + std::to_string(column) +
-             ", threshold " + std::to_string(threshold),
+  expect("kept of " + std::to_string(kTiles) + " column tiles, shard at " + std::to_string(row) + ", " +
+             std::to_string(column) + ", threshold " + std::to_string(threshold),
          run(body, 32, {}, Body::kElements), keep);
 }
 
@@ -120,12 +120,14 @@ void test_softcap(float scale, float cap) {
 
 void test_scores() {
   for (uint32_t threshold : {0u, 1u, 0x1999u, 0x8000u, 0x8001u, 0xC000u, 0x10000u}) {
-    test_kept<16>(0, threshold);
-    test_kept<12>(8, threshold);
-    test_kept<10>(24, threshold);
+    test_kept<16>(0, 0, threshold);
+    test_kept<12>(16, 32, threshold);
+    test_kept<8>(48, 128, threshold);
   }
-  test_kept<16>(3, 0x4000);
-  test_kept<8>(1001, 0xB000);
+  test_kept<16>(0, 3, 0x4000);
+  test_kept<16>(8, 32, 0x4000);
+  test_kept<16>(16, 8, 0x4000);
+  test_kept<8>(11, 1001, 0xB000);
   for (int32_t shift : {0, 600, 680, 700, 800, 900, 1000, 5000}) test_alibi(shift);
   for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20);
 }

@@ -66,12 +66,12 @@ struct ForwardSm80 {
   static constexpr int kWarpRows = M / kWarps;
   static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
-  // Dealt: a thread's keys are neighbours in bias, mask and blocks of dropout.
-  using KTile = SharedTile<T, kN, HeadDim, !kPlain>;
-  using VTile = SharedTile<T, kN, ValueDim, !kPlain>;
+  // Dealt: a thread's keys are neighbours in bias and mask.
+  using KTile = SharedTile<T, kN, HeadDim, kGeneral>;
+  using VTile = SharedTile<T, kN, ValueDim, kGeneral>;
   using OTile = SharedTile<T, M, ValueDim>;
-  using S = std::conditional_t<kPlain, Accumulator<kWarpRows / 16, kN / 8>,
-                               DealtAccumulator<kWarpRows / 16, kN / 8>>;
+  using S = std::conditional_t<kGeneral, DealtAccumulator<kWarpRows / 16, kN / 8>,
+                               Accumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Softmax =
       std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, FarSoftmax<S::kSlots, volatile float>>;
@@ -98,7 +98,7 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
   using T = typename C::Element;
   using S = typename C::S;
   constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
-  if (C::kDropout && general.odd_shard()) {
+  if (C::kDropout && (C::kGeneral || general.odd_shard())) {
     softmax.exponentiate(s, 0, S::kColumnTiles);
     general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
 #pragma unroll
@@ -109,10 +109,10 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
 #pragma unroll
   for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
     const int tile = k_step * kTiles;
-    if (C::kDropout && tile % 4 == 0 && !(C::kEarlyNumbers && tile == 0))
-      general.draw(numbers, row(), key, tile);
+    if constexpr (C::kEarlyNumbers)
+      if (tile % 4 == 0 && tile > 0) general.draw(numbers, row(), key, tile);
     softmax.exponentiate(s, tile, tile + kTiles);
-    if constexpr (C::kDropout) {
+    if constexpr (C::kEarlyNumbers) {
       multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
     } else {
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);

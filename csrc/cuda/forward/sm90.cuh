@@ -15,7 +15,7 @@
 #include "cuda/forward/sm90_beside.cuh"
 #include "cuda/forward/sm90_consumer.cuh"
 #include "cuda/forward/sm90_load.cuh"
-#include "cuda/kept_pairs.cuh"
+#include "cuda/kept_tile.cuh"
 #include "cuda/launch.h"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/registers.cuh"
@@ -30,8 +30,9 @@
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def: Warps are those of the producer and of M / 64 consumers. Of a Cluster each block
-// has a tile of queries of its own, and what is copied of K and V is copied to all.
+// A row of csrc/kernels.def: Warps are those of the producers and of M / 64 consumers, and where there is one
+// consumer of a warpgroup that only keeps the registers dealt out as to two. Of a Cluster each block has a
+// tile of queries of its own, and what is copied of K and V is copied to all.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
           template <class> class KeySource = DenseKeys, int Cluster = 1>
 struct ForwardSm90 {
@@ -46,15 +47,15 @@ struct ForwardSm90 {
   static constexpr bool kBounded = Kind == ScoreKind::kSoftcap && std::is_same_v<T, __nv_bfloat16>;
   // Dropout's numbers are drawn beside the softmax, not beside the products.
   static constexpr bool kDrawsLate = Kind == ScoreKind::kDropoutAlone;
-  // What a kind needs beside the tiles of keys has to fit: those of a bias in shared memory, and dropout's
-  // numbers in registers. Where they would not there are fewer keys in a tile.
+  // What a kind needs beside the tiles of keys has to fit: those of a bias in shared memory; where they do
+  // not there are fewer keys in a tile. Dropout wants whole blocks of its numbers.
   static constexpr int kRowBytes = 2 * (M * HeadDim + Stages * N * (HeadDim + ValueDim));
   static constexpr int kBiasStages =
       std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
   static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
-  static constexpr int kThreads = Warps * 32, kConsumers = Warps / 4 - 1;
-  static constexpr bool kCrowded = kDrawsLate && kConsumers == 3 && ValueDim == 64;
-  static constexpr int kM = M, kN = kSmaller ? 64 : kCrowded ? 96 : N, kStages = Stages, kBlocks = Blocks;
+  static constexpr int kThreads = Warps * 32, kConsumers = M / kConsumerRows;
+  static constexpr int kM = M, kStages = Stages, kBlocks = Blocks;
+  static constexpr int kN = kSmaller ? 64 : kDropout ? N / kDropoutColumns * kDropoutColumns : N;
   // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
   // made after it, unless it is kept from it. Three consumers fill the exponential unit anyway.
   static constexpr bool kPaced =
@@ -62,13 +63,13 @@ struct ForwardSm90 {
   static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN * 3 / 64;
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
-      Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers == 2 && N <= kHopperKeys;
+      Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers <= 2 && N <= kHopperKeys;
   // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers <= 2 ? 232 : 160;
+  static constexpr int kProducerRegisters = kConsumers <= 2 ? 40 : 32;
   using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
   using KTile = SharedTile<T, kN, HeadDim>;
   using VTile = SharedTile<T, kN, ValueDim>;
@@ -88,7 +89,7 @@ struct ForwardSm90 {
   };
   static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers); }
   static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built in clusters of two as well
-  static_assert(M == kConsumers * kConsumerRows && kN % 16 == 0);
+  static_assert(M == kConsumers * kConsumerRows && kConsumers < Warps / 4 && kN % 16 == 0);
   static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
                                       Beside::kBytes + kHopperStateBytes);
   static_assert(sizeof(Shared) <= kHopperSharedBytes);
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if constexpr (C::Beside::kNarrows)
       if (warp == 2 + C::Keys::kWarps)
         typename C::Beside::template Narrower<typename C::Shared>{p, shared}.run();
-  } else {
+  } else if (group <= C::kConsumers) {
     ptx::take_registers<C::kConsumerRegisters>();
     Consumer<C>(p, shared, group - 1).run();
   }

@@ -6,7 +6,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/sm90_shared.cuh"
-#include "cuda/kept_pairs.cuh"
+#include "cuda/kept_tile.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/score.cuh"
@@ -55,9 +55,11 @@ struct Consumer {
   }
 
   // The consumers take turns at issuing products, so that one's softmax runs beside another's products.
-  __device__ __forceinline__ void wait_turn() const { ptx::sync_group(1 + group, 256); }
+  __device__ __forceinline__ void wait_turn() const {
+    if constexpr (C::kConsumers > 1) ptx::sync_group(1 + group, 256);
+  }
   __device__ __forceinline__ void pass_turn() const {
-    ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
+    if constexpr (C::kConsumers > 1) ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
   }
 
   // Of a cluster the block that copies into the stage is told.
@@ -123,7 +125,7 @@ struct Consumer {
 
   // What can be known of tile n before S, beside the products. kOddShard: of dropout, slowly.
   struct Ahead {
-    KeptPairs<S> kept;
+    KeptTile<S> kept;
     InSegment in_segment;
   };
   template <bool kOddShard>
@@ -132,9 +134,9 @@ struct Consumer {
     if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
     if constexpr (C::kDropout) {
       if (kOddShard || (!C::kDrawsLate && tile->score.dropout.odd())) {
-        ahead.kept = kept_pairs_one_by_one<S>(tile->score, row(), n * C::kN);
+        ahead.kept = kept_tile_one_by_one<S>(tile->score, row(), n * C::kN);
       } else if constexpr (!C::kDrawsLate) {
-        ahead.kept = kept_pairs<S>(tile->score, row(), n * C::kN);
+        ahead.kept = kept_tile<S>(tile->score, row(), n * C::kN);
       }
     }
     return ahead;
@@ -165,7 +167,7 @@ struct Consumer {
     } else {
       softmax.follow(s, alpha);
       // Among the exponentials, whose waits they fill: both are long chains.
-      if constexpr (C::kDrawsLate && !kOddShard) ahead.kept = kept_pairs<S>(tile->score, row(), key);
+      if constexpr (C::kDrawsLate && !kOddShard) ahead.kept = kept_tile<S>(tile->score, row(), key);
       softmax.exponentiate(s, 0, std::min(C::kEarly, Scores::kColumnTiles));
     }
   }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/plan.h"
 #include "cuda/block_state.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/ptx/barrier.cuh"
@@ -16,8 +17,8 @@
 
 namespace jax_flash {
 
-inline constexpr int kConsumerRows = 64;  // of wgmma
-inline constexpr int kTileStates = 3;     // of queries, in turn: the one in progress, the next, the one after
+inline constexpr int kConsumerRows = kHopperRows;  // of wgmma
+inline constexpr int kTileStates = 3;  // of queries, in turn: the one in progress, the next, the one after
 
 // The same in all lanes, and known to be.
 __device__ __forceinline__ int32_t uniform(int32_t x) { return __shfl_sync(~0u, x, 0); }
