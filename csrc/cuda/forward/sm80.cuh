@@ -98,24 +98,28 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
   using T = typename C::Element;
   using S = typename C::S;
   constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
-  if (C::kDropout && (C::kGeneral || general.odd_shard())) {
+  const auto drop_first = [&] {
     softmax.exponentiate(s, 0, S::kColumnTiles);
     general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
-    return;
-  }
+  };
+  if constexpr (C::kDropout && C::kGeneral) {
+    drop_first();
+  } else {
+    if (C::kDropout && general.odd_shard()) return drop_first();
 #pragma unroll
-  for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
-    const int tile = k_step * kTiles;
-    if constexpr (C::kEarlyNumbers)
-      if (tile % 4 == 0 && tile > 0) general.draw(numbers, row(), key, tile);
-    softmax.exponentiate(s, tile, tile + kTiles);
-    if constexpr (C::kEarlyNumbers) {
-      multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
-    } else {
-      multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+    for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
+      const int tile = k_step * kTiles;
+      if constexpr (C::kDropout)
+        if (tile % 4 == 0 && tile > 0) general.draw(numbers, row(), key, tile);
+      softmax.exponentiate(s, tile, tile + kTiles);
+      if constexpr (C::kDropout) {
+        multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
+      } else {
+        multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
+      }
     }
   }
 }
