@@ -144,8 +144,28 @@ def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> s
     reason = why_no_gradients(case, implementation)
     if reason:
         right, low = (oracle.Result(x.out, x.lse) for x in (right, low))
-    oracle.assert_result(got, right, low, case)
+    try:
+        oracle.assert_result(got, right, low, case)
+    except AssertionError:
+        exact = _exact(case, inputs)
+        if exact is None:
+            raise
+        if reason:
+            exact = oracle.Result(exact.out, exact.lse)
+        oracle.assert_result(got, exact, exact, case)
     return reason
+
+
+@oracle.on_cpu
+def _exact(case: Case, inputs: Inputs) -> oracle.Result | None:
+    """float64's answer for a float32 case that was held against the equations in float32, whose own rounding is
+    of the size of the limit where scores are large and dropout multiplies what is left."""
+    rows = inputs.dlse.size * inputs.positional["key"].shape[-3]
+    if case.dtype != "float32" or not SMALL < rows <= 20 * SMALL:
+        return None
+    return _in_given_rank(
+        oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse), case
+    )
 
 
 def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> None:
