@@ -37,7 +37,7 @@ help:  ## this list
 .PHONY: demo
 demo: $(INSTALLED)  ## train a byte-level language model on real text into out/, then serve it (DEMO_ARGS, SERVE_ARGS)
 	$(BIN)/python examples/train_lm.py $(DEMO_ARGS)
-	$(BIN)/python examples/generate.py $(SERVE_ARGS)
+	$(if $(filter -h --help,$(DEMO_ARGS)),,$(BIN)/python examples/generate.py $(SERVE_ARGS))
 
 .PHONY: test
 test: $(INSTALLED)  ## the test suite (IMPLEMENTATION=cuda on a GPU machine; WORKERS, TESTS, PYTEST_ARGS)
