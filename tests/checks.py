@@ -108,7 +108,7 @@ def differentiate(call: Any, moving: dict[str, Any], inputs: Inputs) -> oracle.R
 def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]:
     """`ref` and `low` of the contract: row by row in float64 where the case is small."""
     inputs = make_inputs(case, seed)
-    if inputs.dlse.size * inputs.positional["key"].shape[-3] <= SMALL:
+    if _scores(inputs) <= SMALL:
         right = oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse)
     else:
         right = oracle.ref(case, inputs)
@@ -126,6 +126,11 @@ def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]
         inputs,
     )
     return right, _in_given_rank(low, case)
+
+
+def _scores(inputs: Inputs) -> int:
+    """Query rows × keys that by_rows walks."""
+    return inputs.dlse.size * inputs.positional["key"].shape[-3]
 
 
 def _in_given_rank(result: oracle.Result, case: Case) -> oracle.Result:
@@ -160,8 +165,7 @@ def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> s
 def _exact(case: Case, inputs: Inputs) -> oracle.Result | None:
     """float64's answer for a float32 case that was held against the equations in float32, whose own rounding is
     of the size of the limit where scores are large and dropout multiplies what is left."""
-    rows = inputs.dlse.size * inputs.positional["key"].shape[-3]
-    if case.dtype != "float32" or not SMALL < rows <= 20 * SMALL:
+    if case.dtype != "float32" or not SMALL < _scores(inputs) <= 20 * SMALL:
         return None
     return _in_given_rank(
         oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse), case

@@ -40,17 +40,10 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   return y;
 }
 
-// Each half of x, filled with its sign, or with its lower byte's; both with that of the low or the high half.
+// Each half of x filled with its sign; both with that of the low or the high half.
 __device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) { return permute_bytes<0xBB99>(x); }
-__device__ __forceinline__ uint32_t signs_of_lower_bytes(uint32_t x) { return permute_bytes<0xAA88>(x); }
 __device__ __forceinline__ uint32_t sign_of_low(uint32_t x) { return permute_bytes<0x9999>(x); }
 __device__ __forceinline__ uint32_t sign_of_high(uint32_t x) { return permute_bytes<0xBBBB>(x); }
-
-// Byte i is the one of x, then y, that digit i of kSelector names.
-template <uint32_t kSelector>
-__device__ __forceinline__ uint32_t choose_bytes(uint32_t x, uint32_t y) {
-  return __byte_perm(x, y, kSelector);
-}
 
 // Bytes 0 and 2, or 1 and 3, in the lower two.
 __device__ __forceinline__ uint32_t even_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4420); }

@@ -27,16 +27,6 @@ inline uint32_t odd_bytes(uint32_t x) { return even_bytes(x >> 8); }
 inline uint32_t signs_of_halves(uint32_t x) {
   return (sign_of_low(x) & 0xFFFFu) | (sign_of_high(x) & 0xFFFF0000u);
 }
-template <uint32_t kSelector>
-uint32_t choose_bytes(uint32_t x, uint32_t y) {
-  uint32_t z = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t digit = kSelector >> 4 * i & 7;
-    z |= ((digit < 4 ? x : y) >> 8 * (digit % 4) & 0xFFu) << 8 * i;
-  }
-  return z;
-}
-inline uint32_t signs_of_lower_bytes(uint32_t x) { return signs_of_halves(x << 8); }
 
 template <class T>
 uint32_t pack(float low, float high) {
