@@ -5,8 +5,6 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,7 @@ ROUNDS = 7  # as few as pass every test of the paper
 # 32 blocks of four 32-bit words decide about so many rows and columns, each about what a thread holds of them in
 # an accumulator of the tensor cores: columns 2t and 2t + 1 of every 8, rows i and i + 8.
 ROWS, COLUMNS = 16, 32
+NUMBERS = 1 << 15  # the lower 15 bits of a half
 _MULTIPLIERS = (np.uint32(0xD2511F53), np.uint32(0xCD9E8D57))
 _WEYL = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
 _LOW = np.uint32(0xFFFF)
@@ -44,8 +43,8 @@ def philox4x32(key: tuple[Array, Array], counter: Words) -> Words:
 
 
 def threshold(rate: float) -> int:
-    """The 16-bit numbers below this are dropped: `rate`, as the float32 the kernels see, in 1/65536."""
-    return math.floor(float(np.float32(rate)) * 65536 + 0.5)
+    """The 15-bit numbers below this are dropped: `rate`, as the float32 the kernels see, in 1/32768."""
+    return round(float(np.float32(rate)) * NUMBERS)
 
 
 def keep(dropout: Array, rate: float, batch: Array, head: Array, row: Array, column: Array) -> Array:
@@ -69,5 +68,5 @@ def keep(dropout: Array, rate: float, batch: Array, head: Array, row: Array, col
         *(jnp.broadcast_to(word, words[0].shape) for word in words),
     )
     turned = word >> eight | word << np.uint32(24)
-    bits = jnp.where(row % rows < eight, word, turned) >> (column % two * _HALF) & _LOW
+    bits = jnp.where(row % rows < eight, word, turned) >> (column % two * _HALF) & np.uint32(NUMBERS - 1)
     return bits >= np.uint32(threshold(rate))

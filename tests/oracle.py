@@ -270,12 +270,12 @@ def _at(x: np.ndarray, *index: int) -> Any:
 def _drop_factor(spec: AttentionSpec, x: dict[str, np.ndarray], z: int, h: int, i: int, j: int) -> float:
     if "dropout" not in x:
         return 1.0
-    kept = dropout_number(x["dropout"], z, h, i, j) >= round(spec.dropout_rate * 65536)
+    kept = dropout_number(x["dropout"], z, h, i, j) >= round(spec.dropout_rate * 32768)
     return kept / (1 - spec.dropout_rate)
 
 
 def dropout_number(dropout: Any, z: int, h: int, i: int, j: int) -> int:
-    """The 16-bit number that decides about element (i, j) of a head: half-word j % 2 of word j // 8 % 4
+    """The 15-bit number that decides about element (i, j) of a head: half j % 2 of word j // 8 % 4
     of its Philox block, and for the second eight rows of sixteen the same of words turned by a byte."""
     key0, key1, z0, h0, i0, j0 = map(int, dropout)
     i, j = i + i0, j + j0
@@ -283,7 +283,7 @@ def dropout_number(dropout: Any, z: int, h: int, i: int, j: int) -> int:
     word = block[j // 8 % 4]
     if i % 16 >= 8:
         word = (word >> 8) + (word % 256 << 24)
-    return word >> 16 * (j % 2) & 0xFFFF
+    return word >> 16 * (j % 2) & 0x7FFF
 
 
 def philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

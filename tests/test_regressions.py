@@ -319,7 +319,7 @@ def test_forward_and_backward_drop_the_same_weights_in_every_tile(implementation
     np.testing.assert_array_equal(dropped, np.asarray(transposed[0, :, 0] == 0).T)
     words = np.concatenate([np.asarray(jax.random.key_data(key)), np.zeros(4, np.uint32)])
     numbers = np.array([[oracle.dropout_number(words, 0, 0, i, j) for j in range(s)] for i in range(s)])
-    np.testing.assert_array_equal(dropped, numbers < 32768)
+    np.testing.assert_array_equal(dropped, numbers < 16384)
 
 
 def test_the_cotangent_of_lse_is_not_forgotten(implementation):

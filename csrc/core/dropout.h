@@ -13,18 +13,22 @@ namespace jax_flash {
 
 // One Philox block decides about what a thread holds of 16 rows and 32 columns in an accumulator of the
 // tensor cores: columns 2t and 2t + 1 of each 8, by a half each of a word, and rows i and i + 8, whose
-// numbers are those of the words turned by a byte. So of 16 numbers of 16 bits no two have the same upper
+// numbers are those of the words turned by a byte. A number is the lower 15 bits of a half: as float16 such
+// numbers are in the same order up to infinity, and a GPU compares two at a time. No two have the same upper
 // byte; a lower byte is another's upper one, and matters where the upper one equals the threshold's.
 inline constexpr int kDropoutColumns = 32, kDropoutRows = 16;
+inline constexpr uint32_t kDropoutNumbers = 1 << 15, kDropoutInfinity = 0x7C00;
 
 struct Dropout {
   uint32_t key0 = 0, key1 = 0;
   uint32_t batch = 0, head = 0, row = 0, column = 0;  // offsets of this shard
-  uint32_t threshold = 0;                             // keep when the 16-bit number reaches it
+  uint32_t threshold = 0;                             // keep when the number reaches it
   float scale = 1.0f;                                 // of what is kept: 1 / (1 - rate)
 
-  // Whether the shard begins within a block.
-  JF_HD bool odd() const { return column % kDropoutColumns != 0 || row % kDropoutRows != 0; }
+  // Whether the shard begins within a block, or the threshold lies beyond what float16 puts in order.
+  JF_HD bool odd() const {
+    return column % kDropoutColumns != 0 || row % kDropoutRows != 0 || threshold > kDropoutInfinity;
+  }
 
   // The block of global column c among those of its row.
   JF_HD static uint32_t index(uint32_t c) { return c / kDropoutColumns * 4 + c / 2 % 4; }
@@ -41,7 +45,7 @@ struct Dropout {
   JF_HD static uint32_t half(const PhiloxBlock& numbers, uint32_t column) {
     const uint32_t low = column & 8 ? numbers.word[1] : numbers.word[0];
     const uint32_t high = column & 8 ? numbers.word[3] : numbers.word[2];
-    return (column & 16 ? high : low) >> column % 2 * 16 & 0xFFFFu;
+    return (column & 16 ? high : low) >> column % 2 * 16 & (kDropoutNumbers - 1);
   }
 
   // b: batch entry or sequence, h: query head, (i, j): position within the sequence.
@@ -64,7 +68,7 @@ JF_HD Dropout make_dropout(const AttentionSpec& spec, const View& operand, int64
           x[3 * s],
           x[4 * s],
           x[5 * s],
-          static_cast<uint32_t>(rintf(spec.dropout_rate * 65536.0f)),
+          static_cast<uint32_t>(rintf(spec.dropout_rate * kDropoutNumbers)),
           1.0f / (1.0f - spec.dropout_rate)};
 }
 

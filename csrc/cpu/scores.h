@@ -302,7 +302,8 @@ inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep)
   }
   for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
     const UInt number = load_halves(numbers, skip + c - whole.lo);
-    store(keep + c, number >= dropout.threshold ? broadcast(dropout.scale) : Float{});
+    store(keep + c,
+          (number & (kDropoutNumbers - 1)) >= dropout.threshold ? broadcast(dropout.scale) : Float{});
   }
 }
 

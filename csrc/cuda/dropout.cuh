@@ -38,31 +38,18 @@ struct KeptElements {
   }
 };
 
-// A threshold for two numbers of 16 bits in a word.
-struct PairThreshold {
-  static constexpr uint32_t kTop = 0x80008000u;
-  uint32_t threshold, low;  // what the lower 15 bits have to reach, in both halves; ~0: the top bit is enough
-
-  PairThreshold() = default;
-  __device__ __forceinline__ explicit PairThreshold(uint32_t t)
-      : threshold((t > 0x8000u ? t - 0x8000u : t) * 0x10001u), low(t > 0x8000u ? 0 : ~0u) {}
-
-  // In the top bits of both halves.
-  __device__ __forceinline__ uint32_t reached(uint32_t x) const {
-    const uint32_t y = (x | kTop) - threshold;
-    return (x & y) | (low & (x | y));
-  }
-};
+// The same in both halves.
+__device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
 
 // Dropout's numbers for an accumulator that is not dealt, or for kTiles of its column tiles at a time: two
 // neighbours in a word, and in the same word those of the row 8 further.
 template <class S, int kTiles = 4>
 struct KeptNumbers {
   uint32_t word[S::kSlots / 2][kTiles];
-  PairThreshold threshold;
+  uint32_t threshold;  // in both halves
 
   KeptNumbers() = default;
-  __device__ __forceinline__ explicit KeptNumbers(uint32_t t) : threshold(t) {}
+  __device__ __forceinline__ explicit KeptNumbers(uint32_t t) : threshold(pair_of(t)) {}
 
   // Of the rows of a slot and of the next, column tiles n to n + 3.
   __device__ __forceinline__ void set(int slot, int n, const PhiloxBlock& block) {
@@ -77,7 +64,8 @@ struct KeptNumbers {
   // Whether the numbers of a pair reach the threshold, as a mask of 16 bits each.
   __device__ __forceinline__ uint32_t mask(int slot, int n) const {
     const uint32_t x = word[slot / 2][n % kTiles];
-    return ptx::signs_of_halves(threshold.reached(slot % 2 ? Dropout::turned(x) : x));
+    const uint32_t numbers = (slot % 2 ? Dropout::turned(x) : x) & pair_of(kDropoutNumbers - 1);
+    return ptx::not_below(numbers, threshold);  // nor are those beyond infinity
   }
 };
 

@@ -32,18 +32,18 @@ __device__ __forceinline__ KeptTile<S> kept_tile(const ScoreOperands& operands, 
   return kept;
 }
 
-// Where a shard begins within a block: numbers that say the same of a half, by their upper bytes.
+// Where the dropout is odd(): numbers whose upper bytes say the same of another threshold.
 template <class S>
 __device__ __forceinline__ KeptTile<S> kept_tile_one_by_one(const ScoreOperands& operands, int32_t row,
                                                             int32_t key) {
   const Dropout& dropout = operands.dropout;
-  KeptTile<S> kept(0x8000u);
+  KeptTile<S> kept(0x4000u);
   for (uint32_t& word : kept.word[0]) word = 0;
 #pragma unroll 1
   for (int at = 0; at < 4 * S::kColumnTiles; ++at) {
     const int e = at % 2, slot = at / 2 % 2, n = at / 4;
     const bool keep = dropout.keep(operands.batch, operands.head, row + S::row(slot), key + S::column(n) + e);
-    const uint32_t byte = 0xFFu << (8 * KeptTile<S>::upper_byte(slot, e));
+    const uint32_t byte = 0x70u << (8 * KeptTile<S>::upper_byte(slot, e));
 #pragma unroll
     for (int i = 0; i < S::kColumnTiles; ++i)
       if (i == n && keep) kept.word[0][i] |= byte;

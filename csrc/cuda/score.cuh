@@ -182,7 +182,7 @@ class GeneralScore {
     const uint32_t index = (key + dropout.column) / kDropoutColumns * 4 + threadIdx.x % 4 + n;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; slot += 2) numbers.set(slot, n, block<S>(row, slot, index));
-    numbers.threshold = PairThreshold(dropout.threshold);
+    numbers.threshold = pair_of(dropout.threshold);
   }
 
  private:
@@ -248,7 +248,7 @@ class GeneralScore {
         uint32_t bits = 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-          bits |= uint32_t{(x.word[i / 2] >> i % 2 * 16 & 0xFFFFu) >= dropout.threshold} << i;
+          bits |= uint32_t{(x.word[i / 2] >> i % 2 * 16 & (kDropoutNumbers - 1)) >= dropout.threshold} << i;
         if constexpr (S::kDealt) {
           bits <<= 8 * lane;
           bits |= __shfl_xor_sync(~0u, bits, 1);

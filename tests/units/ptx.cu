@@ -39,7 +39,10 @@ struct Pairs {
   }
 };
 
-enum class OnWord { kEvenBytes, kOddBytes, kSignOfLow, kSignOfHigh, kSignsOfHalves };
+// As float16: one that is not normal, one that is.
+constexpr uint32_t kHalves = 0x5123u << 16 | 0x0007u;
+
+enum class OnWord { kEvenBytes, kOddBytes, kSignOfLow, kSignOfHigh, kNotBelow };
 
 // Words of `in`, as halves; what is made of them, as halves.
 template <OnWord kWhat>
@@ -55,7 +58,7 @@ struct OfWord {
       case OnWord::kSignOfHigh:
         return ptx::sign_of_high(x);
       default:
-        return ptx::signs_of_halves(x);
+        return ptx::not_below(x & 0x7FFF7FFF, kHalves);
     }
   }
   __device__ void operator()(const float* in, float* out) const {
@@ -271,6 +274,7 @@ template <OnWord kWhat, class Right>
 void test_word(const char* name, Right right) {
   std::vector<float> x(64);
   for (int i = 0; i < 64; ++i) x[i] = static_cast<float>(i * 40503u & 0xFFFFu);
+  for (int i = 0; i < 12; ++i) x[i] = static_cast<float>(i / 2 + (i % 2 ? 0x5120 : 4));
   expect(name, run(OfWord<kWhat>{}, 32, x, 64), [&](int i) {
     const uint32_t pair = right(static_cast<uint32_t>(x[i & ~1]), static_cast<uint32_t>(x[i | 1]));
     return i % 2 ? pair >> 16 : pair & 0xFFFF;
@@ -284,8 +288,10 @@ void test_words() {
   test_word<OnWord::kOddBytes>("odd_bytes", [](uint32_t a, uint32_t b) { return a >> 8 | b >> 8 << 8; });
   test_word<OnWord::kSignOfLow>("sign_of_low", [&](uint32_t a, uint32_t) { return filled(a) * 0x10001u; });
   test_word<OnWord::kSignOfHigh>("sign_of_high", [&](uint32_t, uint32_t b) { return filled(b) * 0x10001u; });
-  test_word<OnWord::kSignsOfHalves>("signs_of_halves",
-                                    [&](uint32_t a, uint32_t b) { return filled(a) | filled(b) << 16; });
+  test_word<OnWord::kNotBelow>("not_below", [](uint32_t a, uint32_t b) {
+    return ((a & 0x7FFF) >= (kHalves & 0xFFFF) ? 0xFFFFu : 0) |
+           ((b & 0x7FFF) >= kHalves >> 16 ? 0xFFFF0000u : 0);
+  });
   const auto float8 = [](int i) -> double {
     return float8_to_float(static_cast<uint8_t>(i % 2 ? 255 - i / 2 : i / 2));
   };

@@ -119,7 +119,7 @@ void test_softcap(float scale, float cap) {
 }  // namespace
 
 void test_scores() {
-  for (uint32_t threshold : {0u, 1u, 0x1999u, 0x8000u, 0x8001u, 0xC000u, 0x10000u}) {
+  for (uint32_t threshold : {0u, 1u, 0xCCCu, 0x4000u, 0x4001u, 0x7C00u, 0x7C01u, 0x7FFFu, 0x8000u}) {
     test_kept<16>(0, 0, threshold);
     test_kept<12>(16, 32, threshold);
     test_kept<8>(48, 128, threshold);
@@ -127,7 +127,7 @@ void test_scores() {
   test_kept<16>(0, 3, 0x4000);
   test_kept<16>(8, 32, 0x4000);
   test_kept<16>(16, 8, 0x4000);
-  test_kept<8>(11, 1001, 0xB000);
+  test_kept<8>(11, 1001, 0x5800);
   for (int32_t shift : {0, 600, 680, 700, 800, 900, 1000, 5000}) test_alibi(shift);
   for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20);
 }

@@ -40,10 +40,14 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   return y;
 }
 
-// Each half of x filled with its sign; both with that of the low or the high half.
-__device__ __forceinline__ uint32_t signs_of_halves(uint32_t x) { return permute_bytes<0xBB99>(x); }
+// Both halves filled with the sign of the low or the high half.
 __device__ __forceinline__ uint32_t sign_of_low(uint32_t x) { return permute_bytes<0x9999>(x); }
 __device__ __forceinline__ uint32_t sign_of_high(uint32_t x) { return permute_bytes<0xBBBB>(x); }
+
+// Of two float16 in a word each: a mask of those of x that are not below y's.
+__device__ __forceinline__ uint32_t not_below(uint32_t x, uint32_t y) {
+  return __hgeu2_mask(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
+}
 
 // Bytes 0 and 2, or 1 and 3, in the lower two.
 __device__ __forceinline__ uint32_t even_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4420); }
