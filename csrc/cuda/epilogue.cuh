@@ -27,26 +27,36 @@ struct LseRows {
   }
 };
 
-// Normalises O, and writes lse of the rows [row, end): −inf, and o = 0, for those from q_len on.
-template <class O, class Softmax>
-__device__ __forceinline__ void finish_rows(O& o, const Softmax& softmax, const LseRows lse,
-                                            const TileWork tile, int32_t row, float dropout_scale) {
+// Writes lse of the rows [row, end), −inf for those from q_len on; what their O is to be multiplied by.
+template <int kSlots, class Softmax>
+__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
+                                               const LseRows& lse, const TileWork& tile, int32_t row,
+                                               float dropout_scale) {
 #pragma unroll
-  for (int slot = 0; slot < O::kSlots; ++slot) {
-    const int32_t i = row + O::row(slot);
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int32_t i = row + Accumulator<kSlots / 2, 1>::row(slot);
     auto last = softmax.finish(slot, lse.sink);
     if (i >= tile.q_len) last = {0, -INFINITY};
     ptx::store_global(lse.data + i * lse.stride, last.lse, i < tile.end && threadIdx.x % 4 == 0);
-#pragma unroll
-    for (int n = 0; n < O::kColumnTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float& x = o.at(slot, n, e);
-        // Not 0 · x: rows past q_len may hold anything.
-        x = last.factor == 0 ? 0 : x * (last.factor * dropout_scale);
-      }
-    }
+    factor[slot] = last.factor * dropout_scale;
   }
+}
+
+// Normalises O. Where the factor is 0 rows may hold anything: not 0 · x.
+template <class O>
+__device__ __forceinline__ void normalise_rows(O& o, const float (&factor)[O::kSlots]) {
+  bool none = false;
+#pragma unroll
+  for (int slot = 0; slot < O::kSlots; ++slot) {
+    o.scale_row(slot, factor[slot]);
+    none |= factor[slot] == 0;
+  }
+  if (!__any_sync(~0u, none)) return;
+#pragma unroll
+  for (int slot = 0; slot < O::kSlots; ++slot)
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; ++n)
+      if (factor[slot] == 0) o.at(slot, n, 0) = o.at(slot, n, 1) = 0;
 }
 
 // Writes a warp's rows of an accumulator through its own rows of a shared tile, so that global rows are

@@ -132,10 +132,11 @@ struct OnlineSoftmax {
   __device__ __forceinline__ Final finish(int slot, float top, float sink) const {
     const float sum = row_sum(l[slot]), sink_log2 = sink * kLog2e;
     const float largest = fmaxf(top, sink_log2);
-    if (largest == -INFINITY && sum == 0) return {0, -INFINITY};  // a NaN alone has no maximum
     const float alpha = ptx::exp2(top - largest);
     const float total = fmaf(sum, alpha, ptx::exp2(sink_log2 - largest));
-    return {alpha / total, (largest + log2f(total)) * kLn2};
+    const bool none = largest == -INFINITY && sum == 0;  // a NaN alone has no maximum
+    return {none ? 0 : alpha * ptx::reciprocal(total),
+            none ? -INFINITY : (largest + ptx::log2(total)) * kLn2};
   }
 
   // Of a thread's share of a row.

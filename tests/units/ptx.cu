@@ -19,6 +19,12 @@ struct Exp2 {
   }
 };
 
+struct Log2 {
+  __device__ void operator()(const float* in, float* out) const {
+    out[threadIdx.x] = ptx::log2(in[threadIdx.x]);
+  }
+};
+
 struct Reciprocal {
   __device__ void operator()(const float* in, float* out) const {
     out[threadIdx.x] = ptx::reciprocal(in[threadIdx.x]);
@@ -264,6 +270,11 @@ void test_arithmetic() {
   expect("exp2", run(Exp2{}, 256, x, 256), [&](int i) { return std::exp2(double{x[i]}); }, 0x1p-22);
   x[0] = 3e30f;
   x[128] = 1e-30f;
+  std::vector<float> positive(256);
+  for (int i = 0; i < 256; ++i) positive[i] = std::exp2(static_cast<float>(i - 128) * 0.98f);
+  expect(
+      "log2", run(Log2{}, 256, positive, 256), [&](int i) { return std::log2(double{positive[i]}); },
+      0x1p-21);
   expect("reciprocal", run(Reciprocal{}, 256, x, 256), [&](int i) { return 1 / double{x[i]}; }, 0x1p-23);
   test_pairs<float16>("float16");
   test_pairs<bfloat16>("bfloat16");

@@ -175,7 +175,9 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   if constexpr (C::State::kScaled) factor *= block.value_scale;
   LseRows lse;
   lse.prepare(p, block.work);
-  finish_rows(o, softmax, lse, block.work.tile, row(), factor);
+  float factors[2 * C::kWarpRows / 16];
+  finish_softmax(factors, softmax, lse, block.work.tile, row(), factor);
+  normalise_rows(o, factors);
   store_rows<typename C::OTile>(o, shared, warp_row, block.out, row(), tile.end);
 }
 

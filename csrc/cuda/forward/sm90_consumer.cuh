@@ -214,11 +214,12 @@ struct Consumer {
     return ahead;
   }
 
-  // P V of a tile, or of its first kKeys, likewise.
-  template <int kKeys = C::kN>
+  // P V of a tile, or of its first kKeys, likewise; beside the last one the softmax is finished.
+  template <int kKeys, bool kLast>
   __device__ __forceinline__ void values_alone() {
     ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
     start_values<kKeys>(pair);
+    if constexpr (kLast) finish_softmax();
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     leave_values(pair);
@@ -233,7 +234,7 @@ struct Consumer {
     weigh_rest(seen);
     round_weights(seen, ahead);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kFew) clear_values(C::kFew);
-    values_alone<C::kFew>();
+    values_alone<C::kFew, false>();
   }
 
   // The last tile of keys comes first, but for few. P V of it waits for the next step.
@@ -326,13 +327,18 @@ struct Consumer {
       }
     }
     if constexpr (!C::kQueryInRegisters) shared.queries[group].leave(round);
-    values_alone();
+    values_alone<C::kN, true>();
+  }
+
+  // lse, and what O is still to be multiplied by, in alpha's place.
+  __device__ __forceinline__ void finish_softmax() {
+    if constexpr (C::kBounded) softmax.forget_empty();
+    jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
+                              C::kDropout ? dropout_scale(p.spec) : 1.0f);
   }
 
   __device__ __forceinline__ void write_rows() {
-    const float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
-    if constexpr (C::kBounded) softmax.forget_empty();
-    finish_rows(o, softmax, tile->lse, tile->work.tile, row(), factor);
+    normalise_rows(o, alpha);
     store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
   }
 
@@ -348,18 +354,16 @@ struct Consumer {
       if constexpr (C::kBounded) softmax.bound(p.spec.softcap);
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[group].tiles);
+      stand_by(tiles.hi - own.hi);
       if (own.empty()) {
-        stand_by(tiles.size());
         shared.queries[group].leave(round);
+        finish_softmax();
+      } else if (C::kDrawsLate && uniform(tile->score.dropout.odd())) {
+        if constexpr (C::kDrawsLate) visit<true>(own);
       } else {
-        stand_by(tiles.hi - own.hi);
-        if (C::kDrawsLate && uniform(tile->score.dropout.odd())) {
-          if constexpr (C::kDrawsLate) visit<true>(own);
-        } else {
-          visit(own);
-        }
-        stand_by(own.lo - tiles.lo);
+        visit(own);
       }
+      stand_by(own.lo - tiles.lo);
       write_rows();
       shared.states.leave(round);
     }

@@ -24,6 +24,13 @@ __device__ __forceinline__ float exp2(float x) {
   return y;
 }
 
+// To 2^-22, where |log2 x| > 1 relatively; log2(0) = -inf.
+__device__ __forceinline__ float log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 1 / x to 1 ulp.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;

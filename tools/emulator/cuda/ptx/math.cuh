@@ -17,6 +17,7 @@ using float32 = float;
 namespace jax_flash::ptx {
 
 inline float exp2(float x) { return std::exp2(x); }
+inline float log2(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1 / x; }
 inline float max_nan(float x, float y) { return x > y || x != x ? x : y; }
 
