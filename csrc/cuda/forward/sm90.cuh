@@ -64,6 +64,9 @@ struct ForwardSm90 {
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
       Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers <= 2 && N <= kHopperKeys;
+  // Consumers begin before the finder knows where o lies. With three of them the assembler's loop is 2 to 5 %
+  // slower then, whatever else is done.
+  static constexpr bool kOutputsLater = kConsumers <= 2;
   // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;

@@ -330,8 +330,15 @@ struct Consumer {
     values_alone<C::kN, true>();
   }
 
+  // For what the finder leaves after it has told the loader.
+  template <class R>
+  __device__ __forceinline__ void await(const R& ring) const {
+    if constexpr (!C::Beside::kNarrows) ptx::barrier_wait(ring.full_of(round), ring.phase(round));
+  }
+
   // lse, and what O is still to be multiplied by, in alpha's place.
   __device__ __forceinline__ void finish_softmax() {
+    if constexpr (C::kOutputsLater) await(shared.outputs);
     if constexpr (C::kBounded) softmax.forget_empty();
     jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
                               C::kDropout ? dropout_scale(p.spec) : 1.0f);
@@ -347,6 +354,7 @@ struct Consumer {
     for (;; ++round) {
       ptx::barrier_wait(shared.queries[group].full_of(round), shared.queries[group].phase(round));
       tile = &shared.tiles[round % C::Shared::kTiles];
+      await(shared.prepared);
       if (uniform(tile->done)) return;
       softmax = typename C::Softmax(C::kScaled                     ? 1.0f
                                     : C::kKind == ScoreKind::kBias ? kLog2e

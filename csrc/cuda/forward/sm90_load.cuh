@@ -148,6 +148,11 @@ struct Loader {
   }
 
   __device__ __forceinline__ void run() {
+    if (leads()) {
+      ptx::prefetch_map(maps.keys.key);
+      ptx::prefetch_map(maps.keys.query);
+      ptx::prefetch_map(maps.keys.value);
+    }
     for (uint32_t round = 0;; ++round) {
       ptx::barrier_wait(shared.states.full_of(round), shared.states.phase(round));
       const auto& tile = shared.tiles[round % C::Shared::kTiles];

@@ -85,9 +85,9 @@ struct TileState {
   int32_t last_values;  // rows of V's last tile that are the sequence's, where the others are not zero
   int32_t done;         // there is no tile left
 
-  // The rest of what belongs to `work`; false: there is nothing to write.
+  // What the loader needs beside `work`; false: there is nothing to write.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p) {
+  __device__ __forceinline__ bool begin(const Problem& p) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     band = work.band(p);
@@ -99,6 +99,14 @@ struct TileState {
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
       forget();
     }
+    done = 0;
+    return true;
+  }
+
+  // What the consumers need beside it.
+  template <class C>
+  __device__ __forceinline__ void prepare(const Problem& p) {
+    const TileWork& tile = work.tile;
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
@@ -115,6 +123,11 @@ struct TileState {
     last_values = C::kN;
     if (tile.k_begin + tile.k_len < p.k_rows) last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
     forget();
+    if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(anew(p), work, work.head);
+  }
+
+  // What they need in the end.
+  __device__ __forceinline__ void prepare_outputs(const Problem& p) {
     out = {p.out.as<T>() + offset(p.out), p.out.row, p.value_dim};
     forget();
     lse.data = p.lse.as<float>() + offset(p.lse);
@@ -123,10 +136,6 @@ struct TileState {
     lse.sink = -INFINITY;
     forget();
     if (p.sinks) lse.sink = p.sinks.as<const float>()[offset(p.sinks)];
-    forget();
-    if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(anew(p), work, work.head);
-    done = 0;
-    return true;
   }
 
   // Leaves it some of its tiles of keys.
@@ -180,15 +189,18 @@ struct ForwardShared : Beside::Shared {
   static constexpr int kTiles = kTileStates;
   using Tile = TileState<T, kConsumers>;
   Tile tiles[kTiles];
-  Ring<kTiles> states;          // of them
-  Ring<1> begun;                // tiles that the loader has begun
-  Ring<1> queries[kConsumers];  // the place of each one's Q
+  Ring<kTiles> states;             // of them; full: what the loader needs is there
+  Ring<kTiles> prepared, outputs;  // what the consumers need, and need in the end
+  Ring<1> begun;                   // tiles that the loader has begun
+  Ring<1> queries[kConsumers];     // the place of each one's Q
   Ring<kStages> keys, values;
   typename Beside::Barriers beside;
   [[no_unique_address]] std::conditional_t<(kCluster > 1), Mail, NoMail> mail;
 
   __device__ __forceinline__ void init(int loaders) {
     states.init(4 * kConsumers + loaders);
+    prepared.init(1);
+    outputs.init(1);
     begun.init(1);
     for (auto& ring : queries) ring.init(4);
     keys.init(4 * kConsumers * kCluster);
@@ -248,13 +260,17 @@ struct Finder {
     return number;
   }
 
-  // For all, or first for a warp that narrows its keys down.
-  __device__ __forceinline__ void publish(uint32_t round) const {
+  // As soon as it is there, for the first tile is waited for; at once where a warp narrows the keys down.
+  __device__ __forceinline__ void publish(Tile& tile, uint32_t round) const {
     if constexpr (C::Beside::kNarrows) {
-      ptx::barrier_arrive(shared.beside.found.full_of(round));
-    } else {
-      ptx::barrier_arrive(shared.states.full_of(round));
+      if (!tile.done) tile.template prepare<C>(anew(p)), tile.prepare_outputs(anew(p));
+      return ptx::barrier_arrive(shared.beside.found.full_of(round));
     }
+    ptx::barrier_arrive(shared.states.full_of(round));
+    if (!tile.done) tile.template prepare<C>(anew(p));
+    if constexpr (C::kOutputsLater) ptx::barrier_arrive(shared.prepared.full_of(round));
+    if (!tile.done) tile.prepare_outputs(anew(p));
+    ptx::barrier_arrive(C::kOutputsLater ? shared.outputs.full_of(round) : shared.prepared.full_of(round));
   }
 
   __device__ __forceinline__ void run() const {
@@ -265,11 +281,12 @@ struct Finder {
       Tile& tile = shared.tiles[round % C::Shared::kTiles];
       tile.work = find_work<Over::kQueries>(anew(p), all.schedule, all.tiles, C::kCluster * C::kM,
                                             {number, all.count}, all.heads_together);
-      if (tile.template prepare<C>(anew(p))) publish(round++);
+      if (tile.template begin<C>(anew(p))) publish(tile, round++);
     }
     shared.states.wait_empty(round);
-    shared.tiles[round % C::Shared::kTiles].done = 1;
-    publish(round);
+    Tile& last = shared.tiles[round % C::Shared::kTiles];
+    last.done = 1;
+    publish(last, round);
   }
 };
 
