@@ -64,9 +64,6 @@ struct ForwardSm90 {
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
       Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers <= 2 && N <= kHopperKeys;
-  // Consumers begin before the finder knows where o lies. With three of them the assembler's loop is 2 to 5 %
-  // slower then, whatever else is done.
-  static constexpr bool kOutputsLater = kConsumers <= 2;
   // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
@@ -85,6 +82,10 @@ struct ForwardSm90 {
   using Softmax = std::conditional_t<kFar, FarSoftmax<S::kSlots, float>, OnlineSoftmax<S::kSlots>>;
   using Keys = KeySource<ForwardSm90>;
   using Beside = typename BesideOf<Kind, T, kN, kSmaller ? 2 : kBiasStages, kConsumers>::type;
+  // The loader begins before the finder has found all that a tile of queries needs: 2,000 cycles of a
+  // kernel's start. Of three consumers the loop is 2 to 5 % slower then: the assembler has no register left
+  // for it.
+  static constexpr bool kInParts = kConsumers <= 2 && !Beside::kNarrows;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside, kCluster>;
   struct Maps {
     typename Keys::Maps keys;

@@ -330,15 +330,15 @@ struct Consumer {
     values_alone<C::kN, true>();
   }
 
-  // For what the finder leaves after it has told the loader.
+  // What the finder leaves after it has told the loader.
   template <class R>
   __device__ __forceinline__ void await(const R& ring) const {
-    if constexpr (!C::Beside::kNarrows) ptx::barrier_wait(ring.full_of(round), ring.phase(round));
+    if constexpr (C::kInParts) ptx::barrier_wait(ring.full_of(round), ring.phase(round));
   }
 
   // lse, and what O is still to be multiplied by, in alpha's place.
   __device__ __forceinline__ void finish_softmax() {
-    if constexpr (C::kOutputsLater) await(shared.outputs);
+    await(shared.outputs);
     if constexpr (C::kBounded) softmax.forget_empty();
     jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
                               C::kDropout ? dropout_scale(p.spec) : 1.0f);

@@ -189,8 +189,8 @@ struct ForwardShared : Beside::Shared {
   static constexpr int kTiles = kTileStates;
   using Tile = TileState<T, kConsumers>;
   Tile tiles[kTiles];
-  Ring<kTiles> states;             // of them; full: what the loader needs is there
-  Ring<kTiles> prepared, outputs;  // what the consumers need, and need in the end
+  Ring<kTiles> states;             // of them; full: all is there, or, in parts, what the loader needs
+  Ring<kTiles> prepared, outputs;  // in parts: what the consumers need, and need in the end
   Ring<1> begun;                   // tiles that the loader has begun
   Ring<1> queries[kConsumers];     // the place of each one's Q
   Ring<kStages> keys, values;
@@ -260,17 +260,20 @@ struct Finder {
     return number;
   }
 
-  // As soon as it is there, for the first tile is waited for; at once where a warp narrows the keys down.
+  // For all at once, or first for a warp that narrows the keys down; or in parts, each as soon as it is
+  // there.
   __device__ __forceinline__ void publish(Tile& tile, uint32_t round) const {
-    if constexpr (C::Beside::kNarrows) {
-      if (!tile.done) tile.template prepare<C>(anew(p)), tile.prepare_outputs(anew(p));
-      return ptx::barrier_arrive(shared.beside.found.full_of(round));
-    }
-    ptx::barrier_arrive(shared.states.full_of(round));
+    if constexpr (C::kInParts) ptx::barrier_arrive(shared.states.full_of(round));
     if (!tile.done) tile.template prepare<C>(anew(p));
-    if constexpr (C::kOutputsLater) ptx::barrier_arrive(shared.prepared.full_of(round));
+    if constexpr (C::kInParts) ptx::barrier_arrive(shared.prepared.full_of(round));
     if (!tile.done) tile.prepare_outputs(anew(p));
-    ptx::barrier_arrive(C::kOutputsLater ? shared.outputs.full_of(round) : shared.prepared.full_of(round));
+    if constexpr (C::kInParts) {
+      ptx::barrier_arrive(shared.outputs.full_of(round));
+    } else if constexpr (C::Beside::kNarrows) {
+      ptx::barrier_arrive(shared.beside.found.full_of(round));
+    } else {
+      ptx::barrier_arrive(shared.states.full_of(round));
+    }
   }
 
   __device__ __forceinline__ void run() const {
