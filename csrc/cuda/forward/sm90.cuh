@@ -83,9 +83,9 @@ struct ForwardSm90 {
   using Keys = KeySource<ForwardSm90>;
   using Beside = typename BesideOf<Kind, T, kN, kSmaller ? 2 : kBiasStages, kConsumers>::type;
   // The loader begins before the finder has found all that a tile of queries needs: 2,000 cycles of a
-  // kernel's start. Of three consumers the loop is 2 to 5 % slower then: the assembler has no register left
-  // for it.
-  static constexpr bool kInParts = kConsumers <= 2 && !Beside::kNarrows;
+  // kernel's start. Not of three consumers, whose loop is 2 to 5 % slower then, for want of registers, nor of
+  // pairs of blocks, which work too long for it to show.
+  static constexpr bool kInParts = kConsumers <= 2 && Cluster == 1 && !Beside::kNarrows;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside, kCluster>;
   struct Maps {
     typename Keys::Maps keys;
