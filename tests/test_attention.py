@@ -42,10 +42,12 @@ SHAPES = [
     dict(sq=12, sk=12, hq=8, hk=2, d=16, dv=16),
     dict(sq=12, sk=19, hq=8, hk=1, d=16, dv=8),
     dict(sq=19, sk=12, hq=6, hk=6, d=20, dv=40),
-    dict(sq=21, sk=35, hq=8, hk=4, d=64, dv=64),
+    dict(sq=33, sk=40, hq=8, hk=4, d=64, dv=64),
     dict(sq=70, sk=9, hq=6, hk=2, d=7, dv=1),
 ]
-OPTIONS = {  # 16-bit limits are maxima over an array: none of those here is of a few numbers
+# 16-bit limits are maxima over an array: none of those here is of a few numbers. Of causal rows that see one or
+# two keys and drop some, dbias may lie beyond them all the same (docs/architecture.md, known deviations).
+OPTIONS = {
     "shape": SHAPES,
     "dtype": list(DTYPES),
     "causal": [False, True],
