@@ -167,13 +167,13 @@ class GeneralScore {
   template <class S>
   __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
     if constexpr (S::kColumnTiles % 4 == 0) {
-      if (!odd_shard()) return kept_blocks<S>(row, key);
+      if (!odd_dropout()) return kept_blocks<S>(row, key);
     }
     return kept_one_by_one<S>(row, key);
   }
 
-  // Whether a shard begins within a block of Philox.
-  __device__ __forceinline__ bool odd_shard() const { return operands.dropout.odd(); }
+  // Whether its bits are made one by one.
+  __device__ __forceinline__ bool odd_dropout() const { return operands.dropout.odd(); }
 
   // Elsewhere: the numbers of column tiles n to n + 3.
   template <class S>

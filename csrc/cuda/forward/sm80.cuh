@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
   if constexpr (C::kDropout && C::kGeneral) {
     drop_first();
   } else {
-    if (C::kDropout && general.odd_shard()) return drop_first();
+    if (C::kDropout && general.odd_dropout()) return drop_first();
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
       const int tile = k_step * kTiles;
@@ -175,7 +175,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   if constexpr (C::State::kScaled) factor *= block.value_scale;
   LseRows lse;
   lse.prepare(p, block.work);
-  float factors[2 * C::kWarpRows / 16];
+  float factors[C::S::kSlots];
   finish_softmax(factors, softmax, lse, block.work.tile, row(), factor);
   normalise_rows(o, factors);
   store_rows<typename C::OTile>(o, shared, warp_row, block.out, row(), tile.end);

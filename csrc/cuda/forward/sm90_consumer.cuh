@@ -123,17 +123,17 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // What can be known of tile n before S, beside the products. kOddShard: of dropout, slowly.
+  // What can be known of tile n before S, beside the products. kOddDropout: its bits one by one.
   struct Ahead {
     KeptTile<S> kept;
     InSegment in_segment;
   };
-  template <bool kOddShard>
+  template <bool kOddDropout>
   __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
     Ahead ahead{};
     if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
     if constexpr (C::kDropout) {
-      if (kOddShard || (!C::kDrawsLate && tile->score.dropout.odd())) {
+      if (kOddDropout || (!C::kDrawsLate && tile->score.dropout.odd())) {
         ahead.kept = kept_tile_one_by_one<S>(tile->score, row(), n * C::kN);
       } else if constexpr (!C::kDrawsLate) {
         ahead.kept = kept_tile<S>(tile->score, row(), n * C::kN);
@@ -144,7 +144,7 @@ struct Consumer {
 
   // S → P = 2^(S − m), C::kEarly column tiles of it, and alpha, which O is still to be multiplied by. `use`:
   // of the rings, for tile n.
-  template <bool kMasked, bool kOddShard, class Scores>
+  template <bool kMasked, bool kOddDropout, class Scores>
   __device__ __forceinline__ void weigh(Scores& s, int32_t n, [[maybe_unused]] uint32_t use, Ahead& ahead) {
     const int32_t key = n * C::kN;
     [[maybe_unused]] float of_row[S::kSlots];
@@ -167,7 +167,7 @@ struct Consumer {
     } else {
       softmax.follow(s, alpha);
       // Among the exponentials, whose waits they fill: both are long chains.
-      if constexpr (C::kDrawsLate && !kOddShard) ahead.kept = kept_tile<S>(tile->score, row(), key);
+      if constexpr (C::kDrawsLate && !kOddDropout) ahead.kept = kept_tile<S>(tile->score, row(), key);
       softmax.exponentiate(s, 0, std::min(C::kEarly, Scores::kColumnTiles));
     }
   }
@@ -200,14 +200,14 @@ struct Consumer {
   }
 
   // S of tile n, or of its first kKeys, beside no other product.
-  template <int kKeys, bool kOddShard>
+  template <int kKeys, bool kOddDropout>
   __device__ __forceinline__ Ahead scores_alone(int32_t n) {
     ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
     wait_turn();
     ptx::hold(s.x[0]);
     start_scores<kKeys>(pair);
     pass_turn();
-    const Ahead ahead = look_ahead<kOddShard>(n);
+    const Ahead ahead = look_ahead<kOddDropout>(n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     leave_keys(pair);
@@ -238,10 +238,10 @@ struct Consumer {
   }
 
   // The last tile of keys comes first, but for few. P V of it waits for the next step.
-  template <bool kOddShard>
+  template <bool kOddDropout>
   __device__ __forceinline__ void first_step(int32_t n, bool after_few) {
-    Ahead ahead = scores_alone<C::kN, kOddShard>(n);
-    weigh<true, kOddShard>(s, n, pair, ahead);
+    Ahead ahead = scores_alone<C::kN, kOddDropout>(n);
+    weigh<true, kOddDropout>(s, n, pair, ahead);
     weigh_rest(s);
     if (C::kFew > 0 && after_few) rescale();
     round_weights(s, ahead);
@@ -249,7 +249,7 @@ struct Consumer {
   }
 
   // S of tile n beside P V of tile n + 1.
-  template <bool kMasked, bool kOddShard>
+  template <bool kMasked, bool kOddDropout>
   __device__ __forceinline__ void step(int32_t n) {
     const uint32_t next = pair + 1;
     ptx::barrier_wait(shared.keys.full_of(next), shared.keys.phase(next));
@@ -259,11 +259,11 @@ struct Consumer {
     ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
     start_values(pair);
     pass_turn();
-    Ahead ahead = look_ahead<kOddShard>(n);
+    Ahead ahead = look_ahead<kOddDropout>(n);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     leave_keys(next);
-    weigh<kMasked, kOddShard>(s, n, next, ahead);
+    weigh<kMasked, kOddDropout>(s, n, next, ahead);
     if constexpr (C::kPaced && C::kEarly > 0) ptx::make_before(softmax.l[0] + softmax.l[1]);
     // P is written only where no product is in flight: the compiler would run them one by one.
     ptx::wgmma_wait<0>();
@@ -305,7 +305,7 @@ struct Consumer {
   }
 
   // From the last to the first: those that end the band, those that all rows see, those that begin it.
-  template <bool kOddShard = false>
+  template <bool kOddDropout = false>
   __device__ __forceinline__ void visit(const Interval& tiles) {
     whole = uniform(tile->keys[group].whole);
     if constexpr (C::kQueryInRegisters) take_query();
@@ -315,9 +315,9 @@ struct Consumer {
       few = n > tiles.lo && uniform(tile->keys[group].end) - n * C::kN <= C::kFew;
       if (few) few_keys(n--);
     }
-    first_step<kOddShard>(n--, few);
-    if constexpr (C::kGeneral || kOddShard) {  // their code would be too long twice
-      for (; n >= tiles.lo; --n) step<true, kOddShard>(n);
+    first_step<kOddDropout>(n--, few);
+    if constexpr (C::kGeneral || kOddDropout) {  // their code would be too long twice
+      for (; n >= tiles.lo; --n) step<true, kOddDropout>(n);
     } else {
       const int32_t lo = max(tiles.lo, whole.lo);
 #pragma unroll 1
