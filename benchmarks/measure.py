@@ -47,9 +47,8 @@ def interleaved(
     for name, (call, arguments) in calls.items():
         rotations[name] = itertools.cycle(arguments)
         jax.block_until_ready(call(*next(rotations[name])))
-        once = _repeat(call, rotations[name], 1)
-        counts[name] = max(1, min(most, int(seconds / once)))
-        untimed[name] = max(1, min(most, int(settle / once)))
+        counts[name] = _fill(call, rotations[name], seconds, most)
+        untimed[name] = _fill(call, rotations[name], settle, most)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, _) in calls.items():
@@ -58,6 +57,19 @@ def interleaved(
                 _repeat(call, rotations[name], untimed[name])
             times[name].append(_repeat(call, rotations[name], counts[name]))
     return times
+
+
+def _fill(call: Call, arguments: Any, seconds: float, most: int) -> int:
+    """How many calls back to back fill `seconds`.
+
+    Found by repeats that grow: a call by itself takes the host's time besides, and the first ones that of
+    making a graph of it. Where repeats last alike, what each costs beside its calls weighs alike, too.
+    """
+    count, fitting = 0, 1
+    while fitting > count:
+        count = fitting
+        fitting = min(most, int(seconds / _repeat(call, arguments, count)))
+    return count
 
 
 def _repeat(call: Call, arguments: Any, count: int) -> float:
