@@ -12,15 +12,12 @@ import jax_flash
 
 from . import measure
 from .bars import Cell
-from .sections import time_calls
 
 CHAIN = 30  # calls in one program
 SIZES = tuple((d, s, causal) for d in (64, 128) for s in (512, 1024) for causal in (False, True))
-HEADS, WARM, LAUNCHED, REPEATS = 16, 3, 4, 9
-BUSY, DRAIN = (
-    12,
-    0.02,
-)  # products of 8192³ that keep the device from ending a program, and seconds to launch all
+HEADS, WARM, LAUNCHED, REPEATS = 16, 3, 8, 9
+BUSY = 16  # products of 8192³, for which the device takes longer than the host is given here
+BEGIN, LAUNCH = 0.005, 0.01  # seconds: until they run, and to launch all programs behind them
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 
@@ -40,44 +37,61 @@ def _calls(d: int, s: int, causal: bool, **compiler_options: Any) -> dict[str, A
 
 
 def small_cells() -> Iterator[Cell]:
-    """The device's time: programs of CHAIN calls back to back."""
+    """The device's time."""
     for d, s, causal in SIZES:
-        times = time_calls(_calls(d, s, causal), 0.6)
-        for t in times.values():
-            t["median"] /= CHAIN
-            t["times"] = [x / CHAIN for x in t["times"]]
+        device = {n: [m["device"] for m in t] for n, t in _measure(_calls(d, s, causal)).items()}
         name = f"b1 h{HEADS} d{d} s{s}{' causal' if causal else ''}"
-        yield {"kind": "small", "name": name, "d": d, "s": s, "causal": causal, "times": times}
+        timed = {n: _summary(t) for n, t in device.items()}
+        yield {"kind": "small", "name": name, "d": d, "s": s, "causal": causal, "times": timed}
 
 
 def host_cells() -> Iterator[Cell]:
     """What a call adds to the host's work, launched by itself and as a part of a command buffer."""
-    busy, operands, _ = measure.matmul_call("gpu", "bfloat16")
     for how, options in (("launched one by one", NO_GRAPHS), ("in command buffers", {})):
         times: dict[str, Any] = {}
-        for name, (call, arguments) in _calls(128, 512, False, **options).items():
-            for _ in range(WARM):
-                jax.block_until_ready(call(*arguments[0]))
-            measured = [_host_seconds(call, arguments[0], busy, operands[0]) for _ in range(REPEATS)]
-            work, issue = ([x[i] for x in measured] for i in (0, 1))
-            times[name] = {"median": measure.median(work), "spread": measure.spread(work), "times": work}
-            times[name]["issue"] = measure.median(issue)
+        for name, measured in _measure(_calls(128, 512, False, **options)).items():
+            times[name] = _summary([m["host"] for m in measured])
+            times[name]["issue"] = measure.median([m["issue"] for m in measured])
         yield {"kind": "host", "name": f"host time, {how}", "times": times}
 
 
-def _host_seconds(call: Any, arguments: Any, busy: Any, operands: Any) -> tuple[float, float]:
-    """Of one call: seconds of all threads of the process while the device has other work, and until the calls
-    have returned."""
-    for _ in range(BUSY):
-        out = busy(*operands)
-    time.sleep(DRAIN / 4)
+def _summary(times: list[float]) -> dict[str, Any]:
+    return {"median": measure.median(times), "spread": measure.spread(times), "times": times}
+
+
+def _measure(calls: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """name → what each repeat took, seconds of one call; in turns."""
+    busy, operands, _ = measure.matmul_call("gpu", "bfloat16")
+    for call, arguments in calls.values():
+        for _ in range(WARM):
+            jax.block_until_ready(call(*arguments[0]))
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    for _ in range(REPEATS):
+        for name, (call, arguments) in calls.items():
+            measured[name].append(_behind(busy, operands[0], call, arguments[0]))
+    return measured
+
+
+def _behind(busy: Any, operands: Any, call: Any, arguments: Any) -> dict[str, float]:
+    """Programs launched while the device has other work, so that host and device do not wait for each other.
+
+    Returns seconds of one call: "host" of all threads of the process, "issue" until the programs' calls have
+    returned, "device" from the end of the other work.
+    """
+    products = [busy(*operands) for _ in range(BUSY)]
+    time.sleep(BEGIN)
     idle, start = time.process_time(), time.perf_counter()
     outs = [call(*arguments) for _ in range(LAUNCHED)]
     issue = time.perf_counter() - start
-    time.sleep(max(0.0, DRAIN / 2 - issue))
-    work = time.process_time() - idle
-    jax.block_until_ready((out, outs))
-    return work / LAUNCHED / CHAIN, issue / LAUNCHED / CHAIN
+    time.sleep(max(0.0, LAUNCH - issue))
+    host = time.process_time() - idle
+    if products[-1].is_ready():
+        raise RuntimeError("the device was done with its other work before all programs were launched")
+    jax.block_until_ready(products)
+    start = time.perf_counter()
+    jax.block_until_ready(outs)
+    device = time.perf_counter() - start
+    return {k: t / LAUNCHED / CHAIN for k, t in {"host": host, "issue": issue, "device": device}.items()}
 
 
 def share(cell: Cell) -> float:
