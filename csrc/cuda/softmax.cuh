@@ -29,6 +29,7 @@ inline constexpr float kFarShift = 1 << 20;
 template <int kSlots>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8;
+  static constexpr int kManyTiles = 16;    // of columns: from here on maxima are found faster by bits
   static constexpr float kNone = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
@@ -149,6 +150,34 @@ struct OnlineSoftmax {
     return fmaxf(even, odd);
   }
 
+  // The same of all its rows. Floats that are not all negative are in the order of their bits as whole
+  // numbers, of which one instruction of sm_90 compares three; negative ones are in the opposite order.
+  template <class S>
+  __device__ __forceinline__ static void largest_by_bits(const S& s, float (&largest)[kSlots]) {
+    const auto bits = [&](int slot, int i) { return __float_as_int(s.at(slot, i / 2, i % 2)); };
+    int top[kSlots], all = 0;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) {
+      top[slot] = max(bits(slot, 0), bits(slot, 1));
+#pragma unroll
+      for (int i = 2; i < 2 * S::kColumnTiles; i += 2)
+        top[slot] = ptx::max3(top[slot], bits(slot, i), bits(slot, i + 1));
+      all |= top[slot];
+    }
+    if (__any_sync(~0u, all < 0)) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) {
+        int least = top[slot];
+#pragma unroll
+        for (int i = 0; i < 2 * S::kColumnTiles; i += 2)
+          least = ptx::min3(least, bits(slot, i), bits(slot, i + 1));
+        if (top[slot] < 0) top[slot] = least;
+      }
+    }
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) largest[slot] = __int_as_float(top[slot]);
+  }
+
   // The same of all its rows; whether one is above what the shifts are made for.
   template <class S>
   __device__ __forceinline__ bool exceeds(const S& s, float (&largest)[kSlots]) const {
@@ -199,10 +228,12 @@ struct FarSoftmax : OnlineSoftmax<kSlots> {
 
   template <class S>
   __device__ __forceinline__ void follow(S& s, float (&alpha)[kSlots]) {
-    float farthest = 0;
+    float farthest = 0, largest[kSlots];
+    if constexpr (S::kColumnTiles >= Base::kManyTiles) Base::largest_by_bits(s, largest);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const float before = m[slot], next = fmaxf(before, row_max(Base::largest_of(s, slot)));
+      if constexpr (S::kColumnTiles < Base::kManyTiles) largest[slot] = Base::largest_of(s, slot);
+      const float before = m[slot], next = fmaxf(before, row_max(largest[slot]));
       alpha[slot] = ptx::exp2((before - next) * scale);
       m[slot] = next;
       shift[slot] = -next * scale;

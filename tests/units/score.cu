@@ -1,6 +1,7 @@
 // csrc/cuda's scores of one option each, and what dropout keeps, element by element of a warp's tile.
 #include "cuda/kept_tile.cuh"
 #include "cuda/single_score.cuh"
+#include "cuda/softmax.cuh"
 #include "units.h"
 
 namespace jax_flash::units {
@@ -116,6 +117,41 @@ void test_softcap(float scale, float cap) {
          error(run(body, 32, in, Capped::kElements)), [](int) { return 0; });
 }
 
+// m after two tiles: of all rows' scores, as they are and as the second tile has them.
+struct Followed : Tile<16> {
+  __device__ void operator()(const float* in, float* out) const {
+    FarSoftmax<S::kSlots, float> softmax(1);
+    float alpha[S::kSlots];
+    S first = read(in), second = read(in + kElements);
+    softmax.follow(first, alpha);
+    softmax.follow(second, alpha);
+    write(out, [&](int slot, int, int) { return softmax.m[slot]; });
+  }
+};
+
+// Rows differ in how many scores are negative: none to all, of one tile or of both.
+void test_row_maxima(int seed) {
+  constexpr int kColumns = Followed::kColumns, kElements = Followed::kElements;
+  std::vector<float> in = integers(2 * kElements, seed);
+  for (int i = 0; i < 2 * kElements; ++i) {
+    const int row = i / kColumns % 16;
+    const float size =
+        0.25f + static_cast<float>(i * 37 % 101) * std::exp2(static_cast<float>(row % 5 * 4 - 8));
+    const bool negative = row < 4 || (row < 8 && i < kElements) || (row < 12 && i >= kElements);
+    in[i] = negative || in[i] < 0 ? -size : size;
+    if (row == 1 || (row == 2 && i % 7 > 0)) in[i] = -INFINITY;
+    if (row == 3 && i % kColumns == 5) in[i] = -0.0f;
+  }
+  const auto wanted = [&](int i) {
+    float m = -FLT_MAX;
+    for (int tile = 0; tile < 2; ++tile)
+      for (int column = 0; column < kColumns; ++column)
+        m = std::fmax(m, in[tile * kElements + i / kColumns * kColumns + column]);
+    return m;
+  };
+  expect("row maxima " + std::to_string(seed), run(Followed{}, 32, in, kElements), wanted);
+}
+
 }  // namespace
 
 void test_scores() {
@@ -129,6 +165,7 @@ void test_scores() {
   test_kept<16>(16, 8, 0x4000);
   test_kept<8>(11, 1001, 0x5800);
   for (int32_t shift : {0, 600, 680, 700, 800, 900, 1000, 5000}) test_alibi(shift);
+  for (int seed : {1, 2, 3}) test_row_maxima(seed);
   for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20);
 }
 

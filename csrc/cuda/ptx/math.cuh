@@ -38,6 +38,10 @@ __device__ __forceinline__ float reciprocal(float x) {
   return y;
 }
 
+// Of three whole numbers: one instruction from sm_90 on.
+__device__ __forceinline__ int max3(int x, int y, int z) { return __vimax3_s32(x, y, z); }
+__device__ __forceinline__ int min3(int x, int y, int z) { return __vimin3_s32(x, y, z); }
+
 // Byte i is the one that digit i of kSelector names, filled with its sign where the digit is 8
 // more. Not __byte_perm, which knows no signs.
 template <uint32_t kSelector>
