@@ -1,4 +1,5 @@
-// What dropout keeps of an accumulator: bits made before they are used, or the numbers themselves.
+// What dropout keeps of an accumulator: bits made before they are used, or the numbers themselves, for parts
+// of it or for all.
 #pragma once
 
 #include <cstdint>
@@ -66,6 +67,133 @@ struct KeptNumbers {
     const uint32_t x = word[slot / 2][n % kTiles];
     const uint32_t numbers = (slot % 2 ? Dropout::turned(x) : x) & pair_of(kDropoutNumbers - 1);
     return ptx::not_below(numbers, threshold);  // nor are those beyond infinity
+  }
+};
+
+// All of an accumulator's.
+template <class S>
+using KeptTile = KeptNumbers<S, S::kColumnTiles>;
+
+// What dropout decides of one batch entry and head, in a warp's accumulator whose first row is `row` and
+// whose first column is `key`. There is dropout.
+struct TileDropout {
+  const Dropout& dropout;
+  const uint32_t &batch, &head;
+  int32_t row, key;
+
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> elements() const {
+    if constexpr (S::kColumnTiles % 4 == 0) {
+      if (!dropout.odd()) return elements_of_blocks<S>();
+    }
+    return elements_one_by_one<S>();
+  }
+
+  // The numbers of column tiles n to n + 3. Here and below: where the dropout is not odd().
+  template <class S>
+  __device__ __forceinline__ void draw(KeptNumbers<S>& numbers, int n) const {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; slot += 2) numbers.set(slot, n, block<S>(slot, first_index() + n));
+    numbers.threshold = pair_of(dropout.threshold);
+  }
+
+  // Those of all.
+  template <class S>
+  __device__ __forceinline__ KeptTile<S> numbers() const {
+    static_assert(S::kSlots == 2 && S::kColumnTiles % 4 == 0);
+    const uint32_t first = first_index();
+    constexpr int kTogether = 2;  // blocks: a round waits for the one before it
+    KeptTile<S> kept(dropout.threshold);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; n += 4 * kTogether) {
+      PhiloxBlock blocks[kTogether];
+#pragma unroll
+      for (int b = 0; b < kTogether; ++b)
+        blocks[b] = dropout.counter(batch, head, row + S::row(0), first + n + 4 * b);
+      philox(dropout.key0, dropout.key1, blocks);
+#pragma unroll
+      for (int b = 0; b < kTogether; ++b)
+        if (n + 4 * b < S::kColumnTiles) kept.set(0, n + 4 * b, blocks[b]);
+    }
+    return kept;
+  }
+
+  // Where it is odd(): numbers whose upper bytes say the same of another threshold.
+  template <class S>
+  __device__ __forceinline__ KeptTile<S> numbers_one_by_one() const {
+    KeptTile<S> kept(0x4000u);
+    for (uint32_t& word : kept.word[0]) word = 0;
+#pragma unroll 1
+    for (int at = 0; at < 4 * S::kColumnTiles; ++at) {
+      const int e = at % 2, slot = at / 2 % 2, n = at / 4;
+      const bool keep = dropout.keep(batch, head, row + S::row(slot), key + S::column(n) + e);
+      const uint32_t byte = 0x70u << (8 * KeptTile<S>::upper_byte(slot, e));
+#pragma unroll
+      for (int i = 0; i < S::kColumnTiles; ++i)
+        if (i == n && keep) kept.word[0][i] |= byte;
+    }
+    return kept;
+  }
+
+ private:
+  // Of this lane's block of the first 32 columns.
+  __device__ __forceinline__ uint32_t first_index() const {
+    return (key + dropout.column) / kDropoutColumns * 4 + threadIdx.x % 4;
+  }
+  // Of the rows of a slot and of the next.
+  template <class S>
+  __device__ __forceinline__ PhiloxBlock block(int slot, uint32_t index) const {
+    return philox(dropout.key0, dropout.key1, dropout.counter(batch, head, row + S::row(slot), index));
+  }
+
+  // A lane makes one block for every two rows and 32 columns: its own, or where S is dealt what lies there in
+  // an accumulator that is not, which the row's lanes then share.
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> elements_of_blocks() const {
+    const uint32_t lane = threadIdx.x % 4;
+    const uint32_t first = first_index();
+    KeptElements<S> result;
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; n += 4) {
+      PhiloxBlock x;
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; ++slot) {
+        if (slot % 2 == 0) {
+          x = block<S>(slot, first + n);
+        } else {
+          for (uint32_t& word : x.word) word = Dropout::turned(word);
+        }
+        uint32_t bits = 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          bits |= uint32_t{(x.word[i / 2] >> i % 2 * 16 & (kDropoutNumbers - 1)) >= dropout.threshold} << i;
+        if constexpr (S::kDealt) {
+          bits <<= 8 * lane;
+          bits |= __shfl_xor_sync(~0u, bits, 1);
+          bits |= __shfl_xor_sync(~0u, bits, 2);
+          bits >>= 2 * lane;
+          bits = (bits & 3) | (bits >> 6 & 0xC) | (bits >> 12 & 0x30) | (bits >> 18 & 0xC0);
+        }
+        result.set_group(slot, n, bits);
+      }
+    }
+    return result;
+  }
+
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> elements_one_by_one() const {
+    KeptElements<S> result;
+#pragma unroll
+    for (uint32_t& word : result.bits) {
+      const int first = static_cast<int>(&word - result.bits) * 32;
+#pragma unroll 1
+      for (int bit = 0; bit < min(32, KeptElements<S>::kCount - first); ++bit) {
+        const int at = first + bit, n = at / 2 % S::kColumnTiles, slot = at / (2 * S::kColumnTiles);
+        const bool kept = dropout.keep(batch, head, row + S::row(slot), key + S::column(n) + at % 2);
+        word |= uint32_t{kept} << bit;
+      }
+    }
+    return result;
   }
 };
 

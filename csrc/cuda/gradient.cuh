@@ -111,7 +111,7 @@ __device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOpera
   if constexpr (kGeneral) {
     const GeneralScore general(p, operands, band);
     if (p.dropout) {
-      kept = general.template kept<S>(row, key);
+      kept = operands.dropout_at(row, key).template elements<S>();
       const float factor = dropout_scale(p.spec);
       for_each(dp, [&](float& x, int slot, int n, int e) { x = kept.at(slot, n, e) ? x * factor : 0; });
     }

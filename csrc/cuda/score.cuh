@@ -77,6 +77,10 @@ struct ScoreOperands {
     }
   }
 
+  __device__ __forceinline__ TileDropout dropout_at(int32_t row, int32_t key) const {
+    return {dropout, batch, head, row, key};
+  }
+
   // Whether two neighbours of a 16-bit bias, from an even key on, are one load.
   __device__ __forceinline__ bool bias_in_pairs(const Problem& p) const {
     return p.bias_dtype != DType::kF32 && p.bias.column == 1 && p.bias.row % 2 == 0 && p.k_rows % 2 == 0 &&
@@ -163,28 +167,6 @@ class GeneralScore {
     add_and_hide(s, row, key, kLog2e / unit, &bias);
   }
 
-  // There is dropout.
-  template <class S>
-  __device__ __forceinline__ KeptElements<S> kept(int32_t row, int32_t key) const {
-    if constexpr (S::kColumnTiles % 4 == 0) {
-      if (!odd_dropout()) return kept_blocks<S>(row, key);
-    }
-    return kept_one_by_one<S>(row, key);
-  }
-
-  // Whether its bits are made one by one.
-  __device__ __forceinline__ bool odd_dropout() const { return operands.dropout.odd(); }
-
-  // Elsewhere: the numbers of column tiles n to n + 3.
-  template <class S>
-  __device__ __forceinline__ void draw(KeptNumbers<S>& numbers, int32_t row, int32_t key, int n) const {
-    const Dropout& dropout = operands.dropout;
-    const uint32_t index = (key + dropout.column) / kDropoutColumns * 4 + threadIdx.x % 4 + n;
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; slot += 2) numbers.set(slot, n, block<S>(row, slot, index));
-    numbers.threshold = pair_of(dropout.threshold);
-  }
-
  private:
   // A 16-bit bias with columns side by side, from this lane's first column on, and how many are in use.
   struct BiasRow {
@@ -217,67 +199,6 @@ class GeneralScore {
         if (!seen) x = -INFINITY;
       });
     }
-  }
-
-  // Of the rows of a slot and of the next.
-  template <class S>
-  __device__ __forceinline__ PhiloxBlock block(int32_t row, int slot, uint32_t index) const {
-    const Dropout& dropout = operands.dropout;
-    return philox(dropout.key0, dropout.key1,
-                  dropout.counter(operands.batch, operands.head, row + S::row(slot), index));
-  }
-
-  // A lane makes one block for every two rows and 32 columns: its own, or where S is dealt what lies there in
-  // an accumulator that is not, which the row's lanes then share.
-  template <class S>
-  __device__ __forceinline__ KeptElements<S> kept_blocks(int32_t row, int32_t key) const {
-    const Dropout& dropout = operands.dropout;
-    const uint32_t lane = threadIdx.x % 4;
-    const uint32_t first = (key + dropout.column) / kDropoutColumns * 4 + lane;
-    KeptElements<S> result;
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; n += 4) {
-      PhiloxBlock x;
-#pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) {
-        if (slot % 2 == 0) {
-          x = block<S>(row, slot, first + n);
-        } else {
-          for (uint32_t& word : x.word) word = Dropout::turned(word);
-        }
-        uint32_t bits = 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          bits |= uint32_t{(x.word[i / 2] >> i % 2 * 16 & (kDropoutNumbers - 1)) >= dropout.threshold} << i;
-        if constexpr (S::kDealt) {
-          bits <<= 8 * lane;
-          bits |= __shfl_xor_sync(~0u, bits, 1);
-          bits |= __shfl_xor_sync(~0u, bits, 2);
-          bits >>= 2 * lane;
-          bits = (bits & 3) | (bits >> 6 & 0xC) | (bits >> 12 & 0x30) | (bits >> 18 & 0xC0);
-        }
-        result.set_group(slot, n, bits);
-      }
-    }
-    return result;
-  }
-
-  template <class S>
-  __device__ __forceinline__ KeptElements<S> kept_one_by_one(int32_t row, int32_t key) const {
-    const Dropout& dropout = operands.dropout;
-    KeptElements<S> result;
-#pragma unroll
-    for (uint32_t& word : result.bits) {
-      const int first = static_cast<int>(&word - result.bits) * 32;
-#pragma unroll 1
-      for (int bit = 0; bit < min(32, KeptElements<S>::kCount - first); ++bit) {
-        const int at = first + bit, n = at / 2 % S::kColumnTiles, slot = at / (2 * S::kColumnTiles);
-        const bool kept =
-            dropout.keep(operands.batch, operands.head, row + S::row(slot), key + S::column(n) + at % 2);
-        word |= uint32_t{kept} << bit;
-      }
-    }
-    return result;
   }
 
   template <class S>

@@ -1,5 +1,5 @@
 // csrc/cuda's scores of one option each, and what dropout keeps, element by element of a warp's tile.
-#include "cuda/kept_tile.cuh"
+#include "cuda/dropout.cuh"
 #include "cuda/single_score.cuh"
 #include "cuda/softmax.cuh"
 #include "units.h"
@@ -34,11 +34,9 @@ struct Kept : Tile<kTiles> {
   Dropout dropout;
   __device__ void operator()(const float*, float* out) const {
     using S = typename Kept::S;
-    ScoreOperands operands;
-    operands.dropout = dropout, operands.batch = 3, operands.head = 5;
-    const bool odd = dropout.odd();
-    const auto kept =
-        odd ? kept_tile_one_by_one<S>(operands, kRow, 8 * kTiles) : kept_tile<S>(operands, kRow, 8 * kTiles);
+    const uint32_t batch = 3, head = 5;
+    const TileDropout tile{dropout, batch, head, kRow, 8 * kTiles};
+    const auto kept = dropout.odd() ? tile.numbers_one_by_one<S>() : tile.numbers<S>();
     this->write(out, [&](int slot, int n, int e) {
       const uint32_t half = kept.mask(slot, n) >> 16 * e & 0xFFFFu;
       return half == 0 ? 0.0f : half == 0xFFFFu ? 1.0f : 2.0f;

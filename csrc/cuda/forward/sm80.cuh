@@ -93,14 +93,14 @@ struct ForwardSm80 {
 // `numbers`: of the first keys, where they are drawn early.
 template <class C, class V, class Row>
 __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
-                                           typename C::Softmax& softmax, const GeneralScore& general,
+                                           typename C::Softmax& softmax, const ScoreOperands& operands,
                                            KeptNumbers<typename C::S>& numbers, const Row& row, int32_t key) {
   using T = typename C::Element;
   using S = typename C::S;
   constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
   const auto drop_first = [&] {
     softmax.exponentiate(s, 0, S::kColumnTiles);
-    general.template kept<S>(row(), key).drop(s, 0, S::kColumnTiles);
+    operands.dropout_at(row(), key).template elements<S>().drop(s, 0, S::kColumnTiles);
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
@@ -108,12 +108,12 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
   if constexpr (C::kDropout && C::kGeneral) {
     drop_first();
   } else {
-    if (C::kDropout && general.odd_dropout()) return drop_first();
+    if (C::kDropout && operands.dropout.odd()) return drop_first();
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
       const int tile = k_step * kTiles;
       if constexpr (C::kDropout)
-        if (tile % 4 == 0 && tile > 0) general.draw(numbers, row(), key, tile);
+        if (tile % 4 == 0 && tile > 0) operands.dropout_at(row(), key).draw(numbers, tile);
       softmax.exponentiate(s, tile, tile + kTiles);
       if constexpr (C::kDropout) {
         multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
@@ -156,7 +156,8 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     BiasChunks<S> bias;
     if constexpr (C::kGeneral) general.fetch(bias, row(), key);
     KeptNumbers<S> numbers = {};
-    if constexpr (C::kEarlyNumbers) general.draw(numbers, row(), key, 0);  // beside the product
+    if constexpr (C::kEarlyNumbers)
+      block.score.dropout_at(row(), key).draw(numbers, 0);  // beside the product
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
@@ -167,7 +168,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
     softmax.fit(s, o);  // m; O ← α O
 
-    add_values<C>(o, s, v, softmax, general, numbers, row, key);
+    add_values<C>(o, s, v, softmax, block.score, numbers, row, key);
   }
   kv.finish();
 

@@ -15,7 +15,6 @@
 #include "cuda/forward/sm90_beside.cuh"
 #include "cuda/forward/sm90_consumer.cuh"
 #include "cuda/forward/sm90_load.cuh"
-#include "cuda/kept_tile.cuh"
 #include "cuda/launch.h"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/registers.cuh"

@@ -6,7 +6,6 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/sm90_shared.cuh"
-#include "cuda/kept_tile.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/score.cuh"
@@ -134,9 +133,9 @@ struct Consumer {
     if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
     if constexpr (C::kDropout) {
       if (kOddDropout || (!C::kDrawsLate && tile->score.dropout.odd())) {
-        ahead.kept = kept_tile_one_by_one<S>(tile->score, row(), n * C::kN);
+        ahead.kept = tile->score.dropout_at(row(), n * C::kN).template numbers_one_by_one<S>();
       } else if constexpr (!C::kDrawsLate) {
-        ahead.kept = kept_tile<S>(tile->score, row(), n * C::kN);
+        ahead.kept = tile->score.dropout_at(row(), n * C::kN).template numbers<S>();
       }
     }
     return ahead;
@@ -167,7 +166,8 @@ struct Consumer {
     } else {
       softmax.follow(s, alpha);
       // Among the exponentials, whose waits they fill: both are long chains.
-      if constexpr (C::kDrawsLate && !kOddDropout) ahead.kept = kept_tile<S>(tile->score, row(), key);
+      if constexpr (C::kDrawsLate && !kOddDropout)
+        ahead.kept = tile->score.dropout_at(row(), key).template numbers<S>();
       softmax.exponentiate(s, 0, std::min(C::kEarly, Scores::kColumnTiles));
     }
   }
