@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,8 +47,8 @@ def interleaved(
     for name, (call, arguments) in calls.items():
         rotations[name] = itertools.cycle(arguments)
         jax.block_until_ready(call(*next(rotations[name])))
-        counts[name] = _fill(call, rotations[name], seconds, most)
-        untimed[name] = _fill(call, rotations[name], settle, most)
+        counts[name] = fill(call, rotations[name], seconds, most)
+        untimed[name] = fill(call, rotations[name], settle, most)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, (call, _) in calls.items():
@@ -59,17 +59,17 @@ def interleaved(
     return times
 
 
-def _fill(call: Call, arguments: Any, seconds: float, most: int) -> int:
+def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int:
     """How many calls back to back fill `seconds`.
 
     Found by repeats that grow: a call by itself takes the host's time besides, and the first ones that of
     making a graph of it. Where repeats last alike, what each costs beside its calls weighs alike, too.
     """
     count, fitting = 0, 1
-    while fitting > count:
+    while seconds > 0 and fitting > 1.1 * count:
         count = fitting
-        fitting = min(most, int(seconds / _repeat(call, arguments, count)))
-    return count
+        fitting = max(1, min(most, int(seconds / _repeat(call, arguments, count))))
+    return max(1, fitting)
 
 
 def _repeat(call: Call, arguments: Any, count: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from .bars import Cell
 CHAIN = 30  # calls in one program
 SIZES = tuple((d, s, causal) for d in (64, 128) for s in (512, 1024) for causal in (False, True))
 HEADS, WARM, LAUNCHED, REPEATS = 16, 3, 8, 9
-BUSY = 16  # products of 8192³, for which the device takes longer than the host is given here
-BEGIN, LAUNCH = 0.005, 0.01  # seconds: until they run, and to launch all programs behind them
+BUSY = 0.04  # seconds of other work on the device: longer than the host is given here
+REST = 0.002  # seconds, in which the host does nothing more: all programs are launched
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 
@@ -61,37 +62,53 @@ def _summary(times: list[float]) -> dict[str, Any]:
 
 def _measure(calls: dict[str, Any]) -> dict[str, list[dict[str, float]]]:
     """name → what each repeat took, seconds of one call; in turns."""
-    busy, operands, _ = measure.matmul_call("gpu", "bfloat16")
     for call, arguments in calls.values():
         for _ in range(WARM):
             jax.block_until_ready(call(*arguments[0]))
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    busy = _busy()
     for _ in range(REPEATS):
         for name, (call, arguments) in calls.items():
-            measured[name].append(_behind(busy, operands[0], call, arguments[0]))
+            measured[name].append(_behind(busy, call, arguments[0]))
     return measured
 
 
-def _behind(busy: Any, operands: Any, call: Any, arguments: Any) -> dict[str, float]:
+def _busy() -> Callable[[], Any]:
+    """A program of products that keeps the device from others for BUSY seconds."""
+    product, operands, _ = measure.matmul_call("gpu", "bfloat16")
+    count = measure.fill(product, itertools.cycle(operands), BUSY, 1000)
+    products = measure.chained(lambda a, b: a @ b * len(b) ** -0.5, count)
+    jax.block_until_ready(products(*operands[0]))
+    return lambda: products(*operands[0])
+
+
+def _behind(busy: Callable[[], Any], call: Any, arguments: Any, attempts: int = 5) -> dict[str, float]:
     """Programs launched while the device has other work, so that host and device do not wait for each other.
 
-    Returns seconds of one call: "host" of all threads of the process, "issue" until the programs' calls have
-    returned, "device" from the end of the other work.
+    Returns seconds of one call: "host" of all threads of the process until they rest, "issue" until the
+    programs' calls have returned, "device" from the end of the other work.
     """
-    products = [busy(*operands) for _ in range(BUSY)]
-    time.sleep(BEGIN)
+    other = busy()
+    time.sleep(REST)
     idle, start = time.process_time(), time.perf_counter()
     outs = [call(*arguments) for _ in range(LAUNCHED)]
     issue = time.perf_counter() - start
-    time.sleep(max(0.0, LAUNCH - issue))
-    host = time.process_time() - idle
-    if products[-1].is_ready():
-        raise RuntimeError("the device was done with its other work before all programs were launched")
-    jax.block_until_ready(products)
+    host, rests = time.process_time() - idle, False
+    while not rests and not other.is_ready():
+        time.sleep(REST)
+        worked = time.process_time() - idle
+        host, rests = worked, worked - host < REST / 10
+    launched = rests and not other.is_ready()
+    jax.block_until_ready(other)
     start = time.perf_counter()
     jax.block_until_ready(outs)
     device = time.perf_counter() - start
-    return {k: t / LAUNCHED / CHAIN for k, t in {"host": host, "issue": issue, "device": device}.items()}
+    if launched:
+        seconds = {"host": host, "issue": issue, "device": device}
+        return {name: t / LAUNCHED / CHAIN for name, t in seconds.items()}
+    if attempts == 1:
+        raise RuntimeError(f"the device was done with {BUSY} s of other work while programs were launched")
+    return _behind(busy, call, arguments, attempts - 1)
 
 
 def share(cell: Cell) -> float:

@@ -89,7 +89,7 @@ struct TileDropout {
     return elements_one_by_one<S>();
   }
 
-  // The numbers of column tiles n to n + 3. Here and below: where the dropout is not odd().
+  // The numbers of column tiles n to n + 3, where the dropout is not odd().
   template <class S>
   __device__ __forceinline__ void draw(KeptNumbers<S>& numbers, int n) const {
 #pragma unroll
@@ -97,7 +97,7 @@ struct TileDropout {
     numbers.threshold = pair_of(dropout.threshold);
   }
 
-  // Those of all.
+  // Those of all, likewise.
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers() const {
     static_assert(S::kSlots == 2 && S::kColumnTiles % 4 == 0);

@@ -29,7 +29,7 @@ inline constexpr float kFarShift = 1 << 20;
 template <int kSlots>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8;
-  static constexpr int kManyTiles = 16;    // of columns: from here on maxima are found faster by bits
+  static constexpr int kManyTiles = 16;    // of columns: from here on sm_90 finds maxima faster by bits
   static constexpr float kNone = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
@@ -152,6 +152,7 @@ struct OnlineSoftmax {
 
   // The same of all its rows. Floats that are not all negative are in the order of their bits as whole
   // numbers, of which one instruction of sm_90 compares three; negative ones are in the opposite order.
+  // A NaN may hide what else the lane holds of its row, which is NaN in any case.
   template <class S>
   __device__ __forceinline__ static void largest_by_bits(const S& s, float (&largest)[kSlots]) {
     const auto bits = [&](int slot, int i) { return __float_as_int(s.at(slot, i / 2, i % 2)); };

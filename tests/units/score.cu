@@ -115,39 +115,64 @@ void test_softcap(float scale, float cap) {
          error(run(body, 32, in, Capped::kElements)), [](int) { return 0; });
 }
 
-// m after two tiles: of all rows' scores, as they are and as the second tile has them.
+// m of each row after the two tiles of `in`; NaN where its sum is.
 struct Followed : Tile<16> {
   __device__ void operator()(const float* in, float* out) const {
     FarSoftmax<S::kSlots, float> softmax(1);
-    float alpha[S::kSlots];
-    S first = read(in), second = read(in + kElements);
-    softmax.follow(first, alpha);
-    softmax.follow(second, alpha);
-    write(out, [&](int slot, int, int) { return softmax.m[slot]; });
+    float alpha[S::kSlots], sum[S::kSlots];
+    for (int tile = 0; tile < 2; ++tile) {
+      S s = read(in + tile * kElements);
+      softmax.follow(s, alpha);
+      softmax.exponentiate(s, 0, S::kColumnTiles);
+    }
+    for (int slot = 0; slot < S::kSlots; ++slot) sum[slot] = row_sum(softmax.l[slot]);
+    write(out, [&](int slot, int, int) { return std::isnan(sum[slot]) ? NAN : softmax.m[slot]; });
   }
 };
 
-// Rows differ in how many scores are negative: none to all, of one tile or of both.
-void test_row_maxima(int seed) {
+// value(tile, row, column, size): an element, `size` being that of the others.
+template <class F>
+void test_row_maxima(const std::string& name, F value) {
   constexpr int kColumns = Followed::kColumns, kElements = Followed::kElements;
-  std::vector<float> in = integers(2 * kElements, seed);
+  std::vector<float> in(2 * kElements);
   for (int i = 0; i < 2 * kElements; ++i) {
     const int row = i / kColumns % 16;
-    const float size =
-        0.25f + static_cast<float>(i * 37 % 101) * std::exp2(static_cast<float>(row % 5 * 4 - 8));
-    const bool negative = row < 4 || (row < 8 && i < kElements) || (row < 12 && i >= kElements);
-    in[i] = negative || in[i] < 0 ? -size : size;
-    if (row == 1 || (row == 2 && i % 7 > 0)) in[i] = -INFINITY;
-    if (row == 3 && i % kColumns == 5) in[i] = -0.0f;
+    const float unit = std::exp2(static_cast<float>(row % 5 * 4 - 8));
+    in[i] = value(i / kElements, row, i % kColumns, (0.25f + static_cast<float>(i * 37 % 101)) * unit);
   }
   const auto wanted = [&](int i) {
     float m = -FLT_MAX;
-    for (int tile = 0; tile < 2; ++tile)
-      for (int column = 0; column < kColumns; ++column)
-        m = std::fmax(m, in[tile * kElements + i / kColumns * kColumns + column]);
+    for (int tile = 0; tile < 2; ++tile) {
+      for (int column = 0; column < kColumns; ++column) {
+        const float x = in[tile * kElements + i / kColumns * kColumns + column];
+        m = std::isnan(x) || std::isnan(m) ? NAN : std::fmax(m, x);
+      }
+    }
     return m;
   };
-  expect("row maxima " + std::to_string(seed), run(Followed{}, 32, in, kElements), wanted);
+  expect("row maxima, " + name, run(Followed{}, 32, in, kElements), wanted);
+}
+
+void test_row_maxima() {
+  const auto mixed = [](int, int row, int column, float size) {
+    return column < 8 || (column * 7 + row) % 3 > 0 ? size : -size;  // some of every lane's are positive
+  };
+  test_row_maxima("every lane has positive scores", mixed);
+  test_row_maxima("none has", [](int, int row, int column, float size) {
+    if (row == 1 || (row == 2 && column % 7 > 0)) return -INFINITY;
+    return row == 3 && column == 5 ? -0.0f : -size;
+  });
+  test_row_maxima("one lane of a row has one", [](int tile, int row, int column, float size) {
+    return column == 42 && row % 2 == tile ? size : -size;
+  });
+  test_row_maxima("in one tile of two", [&](int tile, int row, int column, float size) {
+    return row % 2 == tile ? mixed(tile, row, column, size) : -size;
+  });
+  for (const float nan : {NAN, -NAN}) {
+    test_row_maxima("a NaN", [&](int tile, int row, int column, float size) {
+      return tile == 0 && row == 5 && column == 9 ? nan : mixed(tile, row, column, size);
+    });
+  }
 }
 
 }  // namespace
@@ -163,7 +188,7 @@ void test_scores() {
   test_kept<16>(16, 8, 0x4000);
   test_kept<8>(11, 1001, 0x5800);
   for (int32_t shift : {0, 600, 680, 700, 800, 900, 1000, 5000}) test_alibi(shift);
-  for (int seed : {1, 2, 3}) test_row_maxima(seed);
+  test_row_maxima();
   for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20);
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cuda/dropout.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/sm90_shared.cuh"
 #include "cuda/mask.cuh"
