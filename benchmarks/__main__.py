@@ -100,10 +100,7 @@ def device_rates(platform: str, dtypes: list[str], options: argparse.Namespace) 
 
 def timed(calls: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     times = measure.interleaved(calls, options.repeats, options.seconds)
-    return {
-        name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
-        for name, t in times.items()
-    }
+    return {name: measure.summary(t) for name, t in times.items()}
 
 
 def run_case(

@@ -69,7 +69,7 @@ def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int
     while seconds > 0 and fitting > 1.1 * count:
         count = fitting
         fitting = max(1, min(most, int(seconds / _repeat(call, arguments, count))))
-    return max(1, fitting)
+    return fitting
 
 
 def _repeat(call: Call, arguments: Any, count: int) -> float:
@@ -107,6 +107,11 @@ def spread(times: Sequence[float]) -> float:
         return (max(times) - min(times)) / 2 / median(times)
     low, _, high = statistics.quantiles(times, n=4)
     return (high - low) / 2 / median(times)
+
+
+def summary(times: Sequence[float]) -> dict[str, Any]:
+    """Of one call's times, as cells keep them."""
+    return {"median": median(times), "spread": spread(times), "times": times}
 
 
 def matmul_call(platform: str, dtype: str) -> tuple[Call, list[tuple[Any, ...]], float]:

@@ -44,10 +44,7 @@ def time_calls(calls: Timed, budget: float = 3.0, most: int = 15, settle: float 
     turn = max(once, settle * len(calls)) + max(once, burst * len(calls))
     turns = max(3, min(most, int(budget / turn)))
     times = measure.interleaved(calls, turns, burst, PAUSE, settle)
-    return {
-        name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
-        for name, t in times.items()
-    }
+    return {name: measure.summary(t) for name, t in times.items()}
 
 
 def cells_of(sections: Sections) -> list[Cell]:

@@ -124,12 +124,9 @@ def scaling_cells() -> Iterator[Cell]:
                     calls = {"1 thread": one.call(case, pass_), "2 threads": two.call(case, pass_)}
                     turns = [{name: call() for name, call in calls.items()} for _ in range(9)]
                     times = {name: [turn[name] for turn in turns] for name in calls}
-                    medians = {
-                        name: {"median": measure.median(t), "spread": measure.spread(t), "times": t}
-                        for name, t in times.items()
-                    }
+                    timed = {name: measure.summary(t) for name, t in times.items()}
                     name = f"s2048 h{heads} d64 {dtype} causal {text}"
-                    yield {"kind": "scaling", "name": name, "times": medians}
+                    yield {"kind": "scaling", "name": name, "times": timed}
 
 
 def decode_cells() -> Iterator[Cell]:

@@ -94,7 +94,7 @@ def sustained_cell(pass_: str, case: Case, seconds: float, peers: tuple[str, ...
     calls, _ = prepared({name: (name, case, pass_) for name in ("jax_flash", *peers)})
     times = measure.interleaved(calls | {"matmul": matmul(case.dtype)}, 3, seconds, most=10000)
     cell = {"kind": "sustained", "name": f"{case.name} {pass_}", "pass": pass_, "d": case.d, "s": case.sq}
-    timed = {n: {"median": measure.median(t), "spread": measure.spread(t)} for n, t in times.items()}
+    timed = {name: measure.summary(t) for name, t in times.items()}
     return cell | {"causal": case.causal, "flop": flop(case, pass_), "times": timed}
 
 
