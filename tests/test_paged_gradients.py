@@ -1,0 +1,87 @@
+"""Gradients of paged_attention: query, pools and sinks, pages shared and missing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pages
+from cases import Case
+from conftest import IMPLEMENTATION
+from pages import FLOAT8, paged, require
+from test_paged import CHUNK, MIXED, by_name
+
+
+@by_name(
+    [
+        CHUNK.replace(causal=True, sinks=True, hq=16, hk=2),
+        MIXED.replace(causal=True, softcap=2.0),
+        MIXED.replace(name="window", window=(3, 2), alibi_slopes=(5, 4)),
+    ]
+)
+def test_gradients_of_query_pools_and_sinks(case):
+    pages.check(paged(case, 5), IMPLEMENTATION, gradients=True)
+
+
+def test_gradients_in_plain_jax():
+    case = MIXED.replace(causal=True, softcap=2.0, sinks=True, hq=16, hk=2)
+    pages.check(paged(case, 5, "hnd"), "xla", gradients=True)
+
+
+def test_gradients_in_16_bit():
+    pages.check(paged(MIXED.replace(causal=True, dtype="bfloat16"), 4, "hnd"), IMPLEMENTATION, gradients=True)
+
+
+def test_float8_pools_have_no_gradient_but_the_query_has():
+    pages.check(paged(CHUNK.replace(causal=True), 4, "nhd", FLOAT8), IMPLEMENTATION, gradients=True)
+
+
+def test_gradients_of_shared_pages_add_up(implementation):
+    """Three sequences with the same query on the same page: three times the gradient of one."""
+    require(implementation)
+    call = paged(Case("one", b=1, sq=2, sk=8, kv_lengths=(8,)), 8)
+    arrays = call.arrays
+
+    def loss(pools, n):
+        query = jnp.repeat(arrays["query"], n, 0)
+        tables, lengths = jnp.repeat(arrays["block_tables"], n, 0), jnp.repeat(arrays["kv_lengths"], n, 0)
+        given = {
+            "query": query,
+            "block_tables": tables,
+            "kv_lengths": lengths,
+            "key": pools[0],
+            "value": pools[1],
+        }
+        return jnp.square(call.call(implementation)(given)[0]).sum()
+
+    grads = jax.jit(jax.grad(loss), static_argnums=1)
+    one, three = (grads((arrays["key"], arrays["value"]), n) for n in (1, 3))
+    for x, y in zip(three, one, strict=True):
+        np.testing.assert_allclose(x, 3 * y, rtol=1e-5, atol=1e-6)
+        assert (np.asarray(y) != 0).any()
+
+
+def test_rows_that_miss_a_page_have_nan_gradients_and_give_none_to_the_pools(implementation):
+    """What the other rows give is what they give when the row is not there."""
+    require(implementation)
+    case = Case("missing", b=2, sq=2, sk=8, kv_lengths=(8, 6), sinks=True)
+    call = paged(case, 4)
+    bad = call.arrays["block_tables"].at[0, 1].set(-5)
+    names = ("query", "key", "value", "sinks")
+
+    def grads(arrays):
+        def loss(moving):
+            out, _ = call.call(implementation)(arrays | moving)
+            return jnp.square(out[1]).sum() + out[0].sum()
+
+        return jax.jit(jax.grad(loss))({name: arrays[name] for name in names})
+
+    got = grads(call.arrays | {"block_tables": bad})
+    assert np.isnan(got["query"][0]).all()
+    one = {n: call.arrays[n][1:] for n in ("query", "block_tables", "kv_lengths")}
+
+    def alone(moving):
+        return jnp.square(call.call(implementation)(one | moving)[0]).sum()
+
+    wanted = jax.jit(jax.grad(alone))({**{n: call.arrays[n] for n in names[1:]}, "query": one["query"]})
+    np.testing.assert_allclose(got["query"][1], wanted["query"][0], rtol=1e-5, atol=1e-5)
+    for name in names[1:]:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-5, atol=1e-5)
