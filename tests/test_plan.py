@@ -248,6 +248,22 @@ def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
     assert rows(softcap=3.0, **few) == 128  # has no such kernel
 
 
+def test_hopper_has_teams_where_rows_see_few_keys():
+    def teams(keys: int, **options: Any) -> bool:
+        return " blocks of 2 teams" in plan(q_rows=keys, k_rows=keys, batch=16, **options)["text"]
+
+    assert teams(1024, right=0)
+    assert teams(16384, left=1023, right=0)
+    assert teams(256)
+    assert teams(8192, varlen=True, right=0)  # sequences of 512 on average
+    assert not teams(2048, right=0)
+    assert not teams(16384, left=1024, right=0)
+    assert not teams(512)
+    assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
+    assert not teams(1024, right=0, d=128, dv=128)
+    assert tile(plan(q_rows=1024, k_rows=1024, batch=16, right=0)) == (128, 64)
+
+
 def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
     def pairs(rows: int, keys: int, d: int = 128, **options: Any) -> bool:
         return "blocks in pairs" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]

@@ -65,7 +65,8 @@ ScoreKind only_option(const AttentionSpec& spec, const Shapes& shapes) {
 bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
   if (row.capability != 90) return true;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
-         hopper_holds(score_kind(row, spec, shapes), row.head_dim, row.block_n, row.block_m / kHopperRows);
+         hopper_holds(score_kind(row, spec, shapes), row.head_dim, row.block_n, row.block_m / kHopperRows,
+                      row.blocks);
 }
 
 // Of float8 a decode kernel copies and multiplies 64 features at a time.
@@ -87,18 +88,33 @@ bool few_queries(const AttentionSpec& spec, const Shapes& s, const Device& devic
   return ceil_div(s.q_rows, kHopperRows) * s.heads * sequences * s.leading <= device.sm_count;
 }
 
+// Whether rows see so few keys that teams, of small tiles, each of which begins and ends while others are in
+// between, gain more by that than they lose in between: a band cuts many tiles.
+bool few_keys(const AttentionSpec& spec, const Shapes& s) {
+  constexpr int64_t kOfBand = 1024, kOfAll = 256;
+  return keys_in_sight(spec, s) <= (spec.left >= 0 || spec.right >= 0 ? kOfBand : kOfAll);
+}
+
+// What decides between tiles of the sm90 family.
+struct Tiles {
+  bool few_queries, few_keys;
+  int64_t keys;
+};
+
 // The newest family, then the least padding, then of sm90's tiles those of few queries where these are few,
-// and those of more keys where these are many; the table's order decides among equals.
-bool better(const KernelRow& a, const KernelRow& b, int64_t keys, bool few) {
+// those of teams where keys are few, and those of more keys where these are many; the table's order decides
+// among equals.
+bool better(const KernelRow& a, const KernelRow& b, const Tiles& wanted) {
   constexpr int64_t kMany = 1536;
   if (a.capability != b.capability) return a.capability > b.capability;
   if (a.head_dim + a.value_dim != b.head_dim + b.value_dim) {
     return a.head_dim + a.value_dim < b.head_dim + b.value_dim;
   }
   if (a.pass == Pass::kForward && a.capability == 90) {
-    const bool small = a.block_m == kHopperRows;
-    if (small != (b.block_m == kHopperRows)) return small == few;
-    return (a.block_n > b.block_n) == (keys >= kMany) && a.block_n != b.block_n;
+    const bool small = a.block_m == kHopperRows, teams = a.blocks > 1;
+    if (small != (b.block_m == kHopperRows)) return small == wanted.few_queries;
+    if (teams != (b.blocks > 1)) return teams == wanted.few_keys;
+    return (a.block_n > b.block_n) == (wanted.keys >= kMany) && a.block_n != b.block_n;
   }
   return a.pass == Pass::kDecode && a.block_m > b.block_m;
 }
@@ -123,7 +139,8 @@ int64_t shared_memory(const KernelRow& row, DType dtype) {
     const int64_t columns = row.block_m == 8 && row.value_dim % 64 == 0 ? 64 : 32;
     others += int64_t{row.warps} * row.block_m * (4 * (columns + 4) + 8);
   }
-  return shared_elements(row) * element_size(dtype) + others;
+  const int64_t teams = row.capability == 90 ? row.blocks : 1;
+  return teams * (shared_elements(row) * element_size(dtype) + others);
 }
 
 ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
@@ -158,12 +175,11 @@ bool decodes(const AttentionSpec& spec, const Shapes& s) {
 
 const KernelRow* choose(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                         std::span<const KernelRow> built) {
-  const int64_t keys = keys_in_sight(spec, shapes);
-  const bool few = few_queries(spec, shapes, device);
+  const Tiles wanted{few_queries(spec, shapes, device), few_keys(spec, shapes), keys_in_sight(spec, shapes)};
   const KernelRow* row = nullptr;
   for (const KernelRow& candidate : built) {
     if (pass == Pass::kDecode && !fits_rows(candidate, spec, shapes)) continue;
-    if (runs(candidate, pass, spec, shapes, device) && (!row || better(candidate, *row, keys, few)))
+    if (runs(candidate, pass, spec, shapes, device) && (!row || better(candidate, *row, wanted)))
       row = &candidate;
   }
   return row;

@@ -119,20 +119,19 @@ bool in_pairs(const AttentionSpec& spec, const Shapes& s, const Device& device, 
   return device.always_pairs || (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kTiles));
 }
 
-// Blocks that stay: as many as fit. A counter shares out tiles of unequal length.
+// Blocks that stay: as many as fit, of one team or more. A counter shares out tiles of unequal length.
 void share_tiles(const AttentionSpec& spec, const Shapes& s, const Device& device, const KernelRow& row,
                  Workspace& workspace, LaunchPlan& result) {
   const TileGrid& grid = result.queries;
   result.pairs = in_pairs(spec, s, device, row, result);
-  const int64_t cluster = result.pairs ? 2 : 1,
-                most = int64_t{device.sm_count} * row.blocks / cluster * cluster;
+  const int64_t cluster = result.pairs ? 2 : 1, most = int64_t{device.sm_count} / cluster * cluster;
   const int64_t blocks =
       grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
   result.workers = static_cast<int32_t>(std::min(blocks, most));
   bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || s.q_rows % row.block_m;
   for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
     unequal |= spec.has(operand);
-  if (unequal && blocks > most) result.counter = workspace.add(kCounterBytes);
+  if (unequal && blocks > most * row.blocks) result.counter = workspace.add(kCounterBytes);
 }
 
 // decode: the row that takes the call, or its sequences of few rows where they are packed; null: none.
@@ -226,6 +225,7 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
   if (queries.blocks)
     text += ", " + std::to_string(queries.blocks) + (workers ? " tiles of queries" : " blocks of queries");
   if (workers) text += " for " + std::to_string(workers) + (pairs ? " blocks in pairs" : " blocks");
+  if (workers && row.blocks > 1) text += " of " + std::to_string(row.blocks) + " teams";
   if (keys.blocks) text += ", " + std::to_string(keys.blocks) + " blocks of keys";
   return text + ", " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) +
          " bytes workspace";

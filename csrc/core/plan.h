@@ -18,7 +18,7 @@ struct KernelRow {
   int32_t head_dim, value_dim;
   int32_t block_m, block_n;
   int32_t stages, warps;
-  int32_t blocks;  // per multiprocessor, that the registers must allow
+  int32_t blocks;  // per multiprocessor, that the registers must allow; of the sm90 family: teams in a block
 
   bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
   std::string to_string() const;
@@ -105,11 +105,12 @@ inline constexpr int32_t kHopperRows = 64;   // of a consumer, and of a tile for
 
 // Which kinds of score a row of that family is built for: tiles of more keys leave registers for no option,
 // three consumers for no more than one, and these, where there are any, take what they can. One consumer is
-// for plain calls.
-constexpr bool hopper_holds(ScoreKind kind, int32_t head_dim, int32_t keys, int32_t consumers) {
+// for plain calls, and so are teams.
+constexpr bool hopper_holds(ScoreKind kind, int32_t head_dim, int32_t keys, int32_t consumers,
+                            int32_t teams) {
   constexpr int32_t kThreeConsumers = 64;  // head dims that have them, at most
   const bool general = kind == ScoreKind::kGeneral || kind == ScoreKind::kDropout;
-  if (keys > kHopperKeys || consumers == 1) return kind == ScoreKind::kPlain;
+  if (keys > kHopperKeys || consumers == 1 || teams > 1) return kind == ScoreKind::kPlain;
   return consumers > 2 ? !general : general || head_dim > kThreeConsumers;
 }
 

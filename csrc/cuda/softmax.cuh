@@ -29,7 +29,7 @@ inline constexpr float kFarShift = 1 << 20;
 template <int kSlots>
 struct OnlineSoftmax {
   static constexpr float kSlack = 8;
-  static constexpr int kManyTiles = 16;    // of columns: from here on sm_90 finds maxima faster by bits
+  static constexpr int kManyTiles = 10;    // of columns: from here on sm_90 finds maxima faster by bits
   static constexpr float kNone = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
@@ -140,7 +140,17 @@ struct OnlineSoftmax {
             none ? -INFINITY : (largest + ptx::log2(total)) * kLn2};
   }
 
-  // Of a thread's share of a row.
+  // Of a thread's share of its rows.
+  template <class S>
+  __device__ __forceinline__ static void find_largest(const S& s, float (&largest)[kSlots]) {
+    if constexpr (S::kColumnTiles >= kManyTiles) {
+      largest_by_bits(s, largest);
+    } else {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) largest[slot] = largest_of(s, slot);
+    }
+  }
+
   template <class S>
   __device__ __forceinline__ static float largest_of(const S& s, int slot) {
     float even = s.at(slot, 0, 0), odd = s.at(slot, 0, 1);
@@ -150,7 +160,7 @@ struct OnlineSoftmax {
     return fmaxf(even, odd);
   }
 
-  // The same of all its rows. Floats that are not all negative are in the order of their bits as whole
+  // Floats that are not all negative are in the order of their bits as whole
   // numbers, of which one instruction of sm_90 compares three; negative ones are in the opposite order.
   // A NaN may hide what else the lane holds of its row, which is NaN in any case.
   template <class S>
@@ -179,7 +189,7 @@ struct OnlineSoftmax {
     for (int slot = 0; slot < kSlots; ++slot) largest[slot] = __int_as_float(top[slot]);
   }
 
-  // The same of all its rows; whether one is above what the shifts are made for.
+  // Whether one is above what the shifts are made for.
   template <class S>
   __device__ __forceinline__ bool exceeds(const S& s, float (&largest)[kSlots]) const {
     bool above = false;
@@ -230,10 +240,9 @@ struct FarSoftmax : OnlineSoftmax<kSlots> {
   template <class S>
   __device__ __forceinline__ void follow(S& s, float (&alpha)[kSlots]) {
     float farthest = 0, largest[kSlots];
-    if constexpr (S::kColumnTiles >= Base::kManyTiles) Base::largest_by_bits(s, largest);
+    Base::find_largest(s, largest);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      if constexpr (S::kColumnTiles < Base::kManyTiles) largest[slot] = Base::largest_of(s, slot);
       const float before = m[slot], next = fmaxf(before, row_max(largest[slot]));
       alpha[slot] = ptx::exp2((before - next) * scale);
       m[slot] = next;

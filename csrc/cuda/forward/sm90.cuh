@@ -29,10 +29,11 @@
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def: Warps are those of the producers and of M / 64 consumers, and where there is one
-// consumer of a warpgroup that only keeps the registers dealt out as to two. Of a Cluster each block has a
-// tile of queries of its own, and what is copied of K and V is copied to all.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
+// A row of csrc/kernels.def: Warps are those of the producers and of M / 64 consumers for each of the Teams,
+// and where there is one consumer of a warpgroup that only keeps the registers dealt out as to two. Teams
+// have tiles, keys and values of their own: one begins and ends while another is in between. Of a Cluster
+// each block has a tile of queries of its own, and what is copied of K and V is copied to all.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Teams, ScoreKind Kind,
           template <class> class KeySource = DenseKeys, int Cluster = 1>
 struct ForwardSm90 {
   using Element = T;
@@ -52,14 +53,15 @@ struct ForwardSm90 {
   static constexpr int kBiasStages =
       std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
   static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
-  static constexpr int kThreads = Warps * 32, kConsumers = M / kConsumerRows;
-  static constexpr int kM = M, kStages = Stages, kBlocks = Blocks;
+  static constexpr int kTeams = Teams, kConsumers = M / kConsumerRows, kAllConsumers = kTeams * kConsumers;
+  static constexpr int kThreads = Warps * 32, kTeamProducers = 128 / kTeams;  // threads
+  static constexpr int kM = M, kStages = Stages;
   static constexpr int kN = kSmaller ? 64 : kDropout ? N / kDropoutColumns * kDropoutColumns : N;
   // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
-  // made after it, unless it is kept from it. Three consumers fill the exponential unit anyway.
+  // made after it, unless it is kept from it. Three consumers or more fill the exponential unit anyway.
   static constexpr bool kPaced =
       Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && ValueDim <= 128);
-  static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kConsumers > 2 ? 0 : kN * 3 / 64;
+  static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kAllConsumers > 2 ? 0 : kN * 3 / 64;
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
       Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers <= 2 && N <= kHopperKeys;
@@ -67,8 +69,8 @@ struct ForwardSm90 {
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
-  static constexpr int kConsumerRegisters = kConsumers <= 2 ? 232 : 160;
-  static constexpr int kProducerRegisters = kConsumers <= 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kAllConsumers <= 2 ? 232 : kAllConsumers == 3 ? 160 : 112;
+  static constexpr int kProducerRegisters = kAllConsumers <= 2 ? 40 : 32;
   using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
   using KTile = SharedTile<T, kN, HeadDim>;
   using VTile = SharedTile<T, kN, ValueDim>;
@@ -90,37 +92,44 @@ struct ForwardSm90 {
     typename Keys::Maps keys;
     typename Beside::Map beside;
   };
-  static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers); }
+  static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers, kTeams); }
   static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built in clusters of two as well
-  static_assert(M == kConsumers * kConsumerRows && kConsumers < Warps / 4 && kN % 16 == 0);
+  static_assert(M == kConsumers * kConsumerRows && kAllConsumers < Warps / 4 && kN % 16 == 0);
+  static_assert(32 * (1 + Keys::kWarps + Beside::kWarps) <= kTeamProducers && (kTeams == 1 || kCluster == 1));
   static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
                                       Beside::kBytes + kHopperStateBytes);
-  static_assert(sizeof(Shared) <= kHopperSharedBytes);
+  static_assert(kTeams * sizeof(Shared) <= kHopperSharedBytes);
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
                  const __grid_constant__ ForwardTiles tiles) {
-  auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   const int group = uniform(static_cast<int>(threadIdx.x) / 128);
-  if (threadIdx.x == 0) shared.init(C::Keys::kWarps + C::Beside::kWarps);
+  const int thread = static_cast<int>(threadIdx.x) % C::kTeamProducers, warp = thread / 32;
+  const int team = C::kTeams == 1 ? 0
+                   : group == 0   ? uniform(static_cast<int>(threadIdx.x) / C::kTeamProducers)
+                                  : (group - 1) / C::kConsumers;
+  // In bytes: to nvcc 13.0 the elements of an array of these are larger than sizeof.
+  auto& shared =
+      *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024() + team * sizeof(typename C::Shared));
+  if (group == 0 && thread == 0) shared.init(C::Keys::kWarps + C::Beside::kWarps);
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
   if (group == 0) {
     ptx::give_registers<C::kProducerRegisters>();
-    if (threadIdx.x == 0) Finder<C>{p, tiles, shared}.run();
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    if (1 <= warp && warp <= C::Keys::kWarps && lane < C::Keys::kLanes) Loader<C>{p, maps, shared}.run();
+    if (thread == 0) Finder<C>{p, tiles, shared}.run(team);
+    if (1 <= warp && warp <= C::Keys::kWarps && thread % 32 < C::Keys::kLanes)
+      Loader<C>{p, maps, shared}.run();
     if constexpr (C::Beside::kWarps > 0)
       if (warp == 1 + C::Keys::kWarps)
         typename C::Beside::template Finder<typename C::Shared>{p, shared}.run();
     if constexpr (C::Beside::kNarrows)
       if (warp == 2 + C::Keys::kWarps)
         typename C::Beside::template Narrower<typename C::Shared>{p, shared}.run();
-  } else if (group <= C::kConsumers) {
+  } else if (group <= C::kAllConsumers) {
     ptx::take_registers<C::kConsumerRegisters>();
-    Consumer<C>(p, shared, group - 1).run();
+    Consumer<C>(p, shared, (group - 1) % C::kConsumers, team).run();
   }
   if constexpr (C::kCluster > 1) {  // whose blocks arrive at, and copy to, each other's memory
     __syncwarp();
@@ -146,8 +155,8 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
     if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
       return e;
   }
-  return launch_clusters(forward_sm90<C>, C::kCluster, plan.workers, C::kThreads, sizeof(typename C::Shared),
-                         stream, p, maps, tiles);
+  return launch_clusters(forward_sm90<C>, C::kCluster, plan.workers, C::kThreads,
+                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles);
 }
 
 }  // namespace jax_flash

@@ -35,7 +35,7 @@ struct Consumer {
 
   const Problem& p;
   typename C::Shared& shared;
-  const int group;  // of the consumers
+  const int group, team;  // of the consumers, of the team's; of teams
   const typename C::Shared::Tile* tile;
   uint32_t round = 0, pair = 0;  // tiles of queries and of keys so far
   Interval whole;                // tiles of keys that all its rows see whole
@@ -46,20 +46,23 @@ struct Consumer {
   typename C::Softmax softmax{1};
   float alpha[S::kSlots];
 
-  __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index)
-      : p(problem), shared(memory), group(index) {}
+  __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index,
+                                      int of_teams)
+      : p(problem), shared(memory), group(index), team(of_teams) {}
 
   // The warp's first row within the sequence. It is found where it is used: registers are few.
   __device__ __forceinline__ int32_t row() const {
     return uniform(tile->work.tile.row) + group * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
   }
 
-  // The consumers take turns at issuing products, so that one's softmax runs beside another's products.
+  // The consumers take turns at issuing products, so that one's softmax runs beside another's products. Those
+  // of teams fall out of step by themselves.
+  static constexpr bool kTurns = C::kConsumers > 1 && C::kTeams == 1;
   __device__ __forceinline__ void wait_turn() const {
-    if constexpr (C::kConsumers > 1) ptx::sync_group(1 + group, 256);
+    if constexpr (kTurns) ptx::sync_group(1 + group, 256);
   }
   __device__ __forceinline__ void pass_turn() const {
-    if constexpr (C::kConsumers > 1) ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
+    if constexpr (kTurns) ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
   }
 
   // Of a cluster the block that copies into the stage is told.
@@ -286,7 +289,7 @@ struct Consumer {
     for (int at = thread; at < (end - first) * VTile::kChunks; at += 128)
       ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
     ptx::fence_async_shared();
-    ptx::sync_group(1 + C::kConsumers + group, 128);
+    ptx::sync_group(1 + C::kConsumers * (1 + team) + group, 128);
   }
 
   // Tiles of keys that none of the consumer's rows sees: what the others wait for.

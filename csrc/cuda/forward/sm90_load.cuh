@@ -82,7 +82,7 @@ class DenseKeys {
   ptx::Coordinates key, value;
 };
 
-// The first `Keys::kLanes` of each of `Keys::kWarps` warps, from the block's second warp on.
+// The first `Keys::kLanes` of each of `Keys::kWarps` warps, from the team's second warp on.
 template <class C, class Keys = typename C::Keys>
 struct Loader {
   const Problem& p;
@@ -91,7 +91,7 @@ struct Loader {
   Keys keys{p, maps.keys};
   uint32_t pair = 0;  // tiles of keys, and of values, so far
 
-  static __device__ __forceinline__ bool leads() { return threadIdx.x == 32; }
+  static __device__ __forceinline__ bool leads() { return threadIdx.x % C::kTeamProducers == 32; }
 
   // Until the stage may be filled, or be expected to be.
   template <uint32_t kCopier, class R>

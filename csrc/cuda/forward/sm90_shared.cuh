@@ -235,14 +235,17 @@ struct Finder {
   const ForwardTiles& all;
   typename C::Shared& shared;
 
+  // Who share the tiles out: clusters, or teams.
+  static __device__ __forceinline__ uint32_t workers() { return gridDim.x / C::kCluster * C::kTeams; }
+
   // After `number`, as late as it may be found: tiles taken early end late, when others have none left. Of a
   // cluster the first block takes the numbers and tells the other.
   __device__ __forceinline__ uint32_t next(uint32_t number, uint32_t round, uint32_t message) const {
     if constexpr (C::kCluster > 1)
       if (all.counter && ptx::cluster_rank() > 0) return read(message);
     if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
-    if (!all.counter) return number + gridDim.x / C::kCluster;
-    number = gridDim.x / C::kCluster + atomicAdd(all.counter, 1u);
+    if (!all.counter) return number + workers();
+    number = workers() + atomicAdd(all.counter, 1u);
     if constexpr (C::kCluster > 1) tell(message, number);
     return number;
   }
@@ -276,9 +279,9 @@ struct Finder {
     }
   }
 
-  __device__ __forceinline__ void run() const {
+  __device__ __forceinline__ void run(int team) const {
     uint32_t round = 0, message = 0;
-    for (uint32_t number = blockIdx.x / C::kCluster; number < all.count;
+    for (uint32_t number = blockIdx.x / C::kCluster + team * gridDim.x; number < all.count;
          number = next(number, round, message++)) {
       shared.states.wait_empty(round);
       Tile& tile = shared.tiles[round % C::Shared::kTiles];
