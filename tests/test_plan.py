@@ -253,11 +253,11 @@ def test_hopper_has_teams_where_rows_see_few_keys():
         return " blocks of 2 teams" in plan(q_rows=keys, k_rows=keys, batch=16, **options)["text"]
 
     assert teams(1024, right=0)
-    assert teams(16384, left=1023, right=0)
+    assert teams(16384, left=1024, right=0)
     assert teams(256)
     assert teams(8192, varlen=True, right=0)  # sequences of 512 on average
     assert not teams(2048, right=0)
-    assert not teams(16384, left=1024, right=0)
+    assert not teams(16384, left=1025, right=0)
     assert not teams(512)
     assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
     assert not teams(1024, right=0, d=128, dv=128)

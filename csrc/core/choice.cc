@@ -91,7 +91,7 @@ bool few_queries(const AttentionSpec& spec, const Shapes& s, const Device& devic
 // Whether rows see so few keys that teams, of small tiles, each of which begins and ends while others are in
 // between, gain more by that than they lose in between: a band cuts many tiles.
 bool few_keys(const AttentionSpec& spec, const Shapes& s) {
-  constexpr int64_t kOfBand = 1024, kOfAll = 256;
+  constexpr int64_t kOfBand = 1024 + 1, kOfAll = 256;  // a window of 1,024, and the row's own
   return keys_in_sight(spec, s) <= (spec.left >= 0 || spec.right >= 0 ? kOfBand : kOfAll);
 }
 
