@@ -240,10 +240,13 @@ FIXED = (
     Case("sinks and lengths", sinks=True, q_lengths=(12, 5), kv_lengths=(7, 0)),
     Case("dropout", dropout_rate=0.3),
     Case("dropout, causal", dropout_rate=0.5, causal=True, sq=17, sk=35),
-    # Hopper's tiles have 64 queries where no more than 132 of these are needed, and from 1,536 keys in a row's
-    # sight those of head dim 128 are others.
+    # Which tiles Hopper's forward has is by the numbers of queries and of keys in a row's sight: test_plan asks
+    # that all are reached.
     Case("many queries", sq=200, sk=170, d=128, dv=128, hq=34, hk=2, b=1),
     Case("many queries, causal", causal=True, sq=300, sk=290, d=64, dv=64, hq=28, hk=4, b=1),
+    Case("few queries", sq=150, sk=170, d=64, dv=64, hq=2, hk=1, b=1, causal=True),
+    Case("many queries, d64", sq=300, sk=330, d=64, dv=64, hq=28, hk=4, b=1),
+    Case("more keys, causal", causal=True, sq=290, sk=1130, d=64, dv=64, hq=28, hk=4, b=1),
     Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
     Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
     Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks=True),
@@ -298,6 +301,7 @@ VARLEN = (
     varlen("packed dropout", (5, 19), dropout_rate=0.3),
     varlen("packed, many keys", (130, 70), k_sequences=(2001, 1601), causal=True, d=128, dv=128, hq=34, hk=2),
     varlen("packed, many queries", (150, 90, 60), causal=True, d=64, dv=64, hq=28, hk=4),
+    varlen("packed, many queries, all keys", (270, 390), d=64, dv=64, hq=14, hk=2),
     varlen(
         "packed everything",
         (9, 0, 14),

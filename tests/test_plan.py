@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import CASES, make_inputs, spec
 
 from jax_flash.__main__ import main
 from jax_flash.operands import operand_bits
@@ -262,6 +263,24 @@ def test_hopper_has_teams_where_rows_see_few_keys():
     assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
     assert not teams(1024, right=0, d=128, dv=128)
     assert tile(plan(q_rows=1024, k_rows=1024, batch=16, right=0)) == (128, 64)
+
+
+def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
+    reached = set()
+    for case in CASES:
+        inputs = make_inputs(case)
+        of_case, packed = spec(case, inputs), case.layout == "varlen"
+        query, key = inputs.positional["query"], inputs.positional["key"]
+        chosen = plan(
+            varlen=packed, batch=len(case.q_sequences) if packed else case.b, q_rows=query.shape[-3],
+            k_rows=key.shape[-3], heads=case.hq, kv_heads=case.hk, d=case.d + -case.d % 8,
+            dv=case.dv + -case.dv % 8, left=of_case.left, right=of_case.right, softcap=of_case.softcap,
+            operands=operand_bits(of_case.operands),
+        )  # fmt: skip
+        if "sm90 forward plain" in chosen["text"]:
+            reached.add((chosen["row"]["d"], *tile(chosen)))
+    assert reached >= {(64, 64, 128), (64, 128, 64), (64, 192, 128)}
+    assert reached >= {(128, 64, 128), (128, 128, 128), (128, 128, 160), (256, 128, 80)}
 
 
 def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
