@@ -91,11 +91,13 @@ void test_alibi(int32_t shift) {
 
 struct Capped : Tile<16> {
   float scale, cap;
+  int32_t rows = 16, columns = kColumns;  // that are seen
   __device__ void operator()(const float* in, float* out) const {
     AttentionSpec spec{};
     spec.scale = scale, spec.softcap = cap;
+    const Band band{kRow + rows, kKey + columns, 0, 1 << 20, 1 << 20};
     S s = read(in);
-    Softcap(spec).apply(s, -3.0f);
+    Softcap(spec).apply(s, -3.0f, band, kRow, kKey);
     write(out, [&](int slot, int n, int e) { return s.at(slot, n, e); });
   }
 };
@@ -115,25 +117,49 @@ void test_softcap(float scale, float cap) {
          error(run(body, 32, in, Capped::kElements)), [](int) { return 0; });
 }
 
+// What is not seen, whatever it is, changes no bit of what is.
+void test_unseen(float scale) {
+  Capped body;
+  body.scale = scale, body.cap = 20, body.rows = 9, body.columns = 77;
+  const std::vector<float> in = integers(Capped::kElements);
+  const auto result_beside = [&](float value) {
+    std::vector<float> all(Capped::kElements, value), seen;
+    for (int i = 0; i < Capped::kElements; ++i)
+      if (i / Capped::kColumns < body.rows && i % Capped::kColumns < body.columns) all[i] = in[i];
+    const std::vector<float> got = run(body, 32, all, Capped::kElements);
+    for (int i = 0; i < Capped::kElements; ++i)
+      if (i / Capped::kColumns < body.rows && i % Capped::kColumns < body.columns) seen.push_back(got[i]);
+    return seen;
+  };
+  const std::vector<float> clean = result_beside(0);
+  for (const float value : {NAN, INFINITY, -INFINITY, 1e4f, -1e4f}) {
+    expect("softcap of scores of " + std::to_string(2 * scale) + " beside " + std::to_string(value),
+           result_beside(value), [&](int i) { return clean[i]; });
+  }
+}
+
 // m of each row after the two tiles of `in`; NaN where its sum is.
-struct Followed : Tile<16> {
+template <int kTiles>
+struct Followed : Tile<kTiles> {
+  using S = typename Followed::S;
   __device__ void operator()(const float* in, float* out) const {
     FarSoftmax<S::kSlots, float> softmax(1);
     float alpha[S::kSlots], sum[S::kSlots];
     for (int tile = 0; tile < 2; ++tile) {
-      S s = read(in + tile * kElements);
+      S s = this->read(in + tile * this->kElements);
       softmax.follow(s, alpha);
       softmax.exponentiate(s, 0, S::kColumnTiles);
     }
     for (int slot = 0; slot < S::kSlots; ++slot) sum[slot] = row_sum(softmax.l[slot]);
-    write(out, [&](int slot, int, int) { return std::isnan(sum[slot]) ? NAN : softmax.m[slot]; });
+    this->write(out, [&](int slot, int, int) { return std::isnan(sum[slot]) ? NAN : softmax.m[slot]; });
   }
 };
 
 // value(tile, row, column, size): an element, `size` being that of the others.
-template <class F>
+template <int kTiles, class F>
 void test_row_maxima(const std::string& name, F value) {
-  constexpr int kColumns = Followed::kColumns, kElements = Followed::kElements;
+  using Body = Followed<kTiles>;
+  constexpr int kColumns = Body::kColumns, kElements = Body::kElements;
   std::vector<float> in(2 * kElements);
   for (int i = 0; i < 2 * kElements; ++i) {
     const int row = i / kColumns % 16;
@@ -150,26 +176,28 @@ void test_row_maxima(const std::string& name, F value) {
     }
     return m;
   };
-  expect("row maxima, " + name, run(Followed{}, 32, in, kElements), wanted);
+  expect("row maxima of " + std::to_string(kTiles) + " column tiles, " + name, run(Body{}, 32, in, kElements),
+         wanted);
 }
 
+template <int kTiles>
 void test_row_maxima() {
   const auto mixed = [](int, int row, int column, float size) {
     return column < 8 || (column * 7 + row) % 3 > 0 ? size : -size;  // some of every lane's are positive
   };
-  test_row_maxima("every lane has positive scores", mixed);
-  test_row_maxima("none has", [](int, int row, int column, float size) {
+  test_row_maxima<kTiles>("every lane has positive scores", mixed);
+  test_row_maxima<kTiles>("none has", [](int, int row, int column, float size) {
     if (row == 1 || (row == 2 && column % 7 > 0)) return -INFINITY;
     return row == 3 && column == 5 ? -0.0f : -size;
   });
-  test_row_maxima("one lane of a row has one", [](int tile, int row, int column, float size) {
+  test_row_maxima<kTiles>("one lane of a row has one", [](int tile, int row, int column, float size) {
     return column == 42 && row % 2 == tile ? size : -size;
   });
-  test_row_maxima("in one tile of two", [&](int tile, int row, int column, float size) {
+  test_row_maxima<kTiles>("in one tile of two", [&](int tile, int row, int column, float size) {
     return row % 2 == tile ? mixed(tile, row, column, size) : -size;
   });
   for (const float nan : {NAN, -NAN}) {
-    test_row_maxima("a NaN", [&](int tile, int row, int column, float size) {
+    test_row_maxima<kTiles>("a NaN", [&](int tile, int row, int column, float size) {
       return tile == 0 && row == 5 && column == 9 ? nan : mixed(tile, row, column, size);
     });
   }
@@ -188,8 +216,10 @@ void test_scores() {
   test_kept<16>(16, 8, 0x4000);
   test_kept<8>(11, 1001, 0x5800);
   for (int32_t shift : {0, 600, 680, 700, 800, 900, 1000, 5000}) test_alibi(shift);
-  test_row_maxima();
-  for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20);
+  test_row_maxima<8>();
+  test_row_maxima<10>();
+  test_row_maxima<16>();
+  for (float scale : {0.01f, 1.0f, 4.0f, 9.0f, 100.0f}) test_softcap(scale, 20), test_unseen(scale);
 }
 
 }  // namespace jax_flash::units

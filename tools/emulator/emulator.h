@@ -130,4 +130,5 @@ inline uint32_t __ballot_sync(uint32_t, bool vote) {
   return argument.votes;
 }
 inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline bool __all_sync(uint32_t mask, bool vote) { return !__any_sync(mask, !vote); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }

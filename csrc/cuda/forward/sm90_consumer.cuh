@@ -151,14 +151,16 @@ struct Consumer {
   __device__ __forceinline__ void weigh(Scores& s, int32_t n, [[maybe_unused]] uint32_t use, Ahead& ahead) {
     const int32_t key = n * C::kN;
     [[maybe_unused]] float of_row[S::kSlots];
-    if constexpr (C::kGeneral)
+    if constexpr (C::kGeneral) {
+      if (p.spec.softcap > 0 && !all_seen(s, tile->band, row(), key)) clear_unseen(s, tile->band, row(), key);
       GeneralScore(p, tile->score, tile->band).apply(s, row(), key, nullptr, nullptr, ahead.in_segment);
+    }
     if constexpr (C::kKind == ScoreKind::kSegments)
       C::Beside::hide(s, shared, tile->score, tile->band, group, row(), use);
     if constexpr (C::kKind == ScoreKind::kAlibi) add_alibi(s, p, tile->score, tile->band, row(), key, of_row);
     if constexpr (C::kKind == ScoreKind::kBias) C::Beside::add(s, shared, p.spec.scale, group, use);
     if constexpr (C::kKind == ScoreKind::kSoftcap)
-      Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0);
+      Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0, tile->band, row(), key);
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
