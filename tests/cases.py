@@ -247,6 +247,8 @@ FIXED = (
     Case("few queries", sq=150, sk=170, d=64, dv=64, hq=2, hk=1, b=1, causal=True),
     Case("many queries, d64", sq=300, sk=330, d=64, dv=64, hq=28, hk=4, b=1),
     Case("more keys, causal", causal=True, sq=290, sk=1130, d=64, dv=64, hq=28, hk=4, b=1),
+    Case("more tiles than teams", causal=True, sq=140, sk=140, d=64, dv=64, hq=136, hk=4, b=1),
+    Case("more tiles than teams, as long", sq=128, sk=100, d=64, dv=64, hq=272, hk=4, b=1),
     Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
     Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
     Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks=True),

@@ -97,6 +97,26 @@ def test_the_same_in_16_bit(case, dtype):
     checks.assert_same(checks.run(case, fill(case, inputs, np.nan), IMPLEMENTATION), clean)
 
 
+# In 16 bits kernels choose how to make tanh by the scores that a warp holds.
+CAPPED = [
+    Case("alone", sq=70, sk=150, d=64, dv=64, q_lengths=(65, 3), kv_lengths=(149, 66), softcap=20.0),
+    Case(
+        "with alibi", sq=70, sk=150, q_lengths=(65, 3), kv_lengths=(149, 66), softcap=20.0, alibi_slopes=(4,)
+    ),
+    varlen("packed", (70, 65), k_sequences=(129, 70), kv_lengths=(65, 1), padding=(30, 40), softcap=20.0),
+]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e3])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", CAPPED, ids=lambda case: case.name)
+def test_what_is_not_read_does_not_choose_how_scores_are_capped(case, dtype, value):
+    case = case.replace(dtype=dtype)
+    inputs = make_inputs(case)
+    clean = checks.run(case, fill(case, inputs, 0), IMPLEMENTATION, deterministic=True)
+    checks.assert_same(checks.run(case, fill(case, inputs, value), IMPLEMENTATION, deterministic=True), clean)
+
+
 @pytest.mark.parametrize("case", [*FIXED[:6], *VARLEN[:5]], ids=lambda case: case.name)
 def test_the_same_in_plain_jax(case):
     inputs = make_inputs(case)

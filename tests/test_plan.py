@@ -251,7 +251,7 @@ def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
 
 def test_hopper_has_teams_where_rows_see_few_keys():
     def teams(keys: int, **options: Any) -> bool:
-        return " blocks of 2 teams" in plan(q_rows=keys, k_rows=keys, batch=16, **options)["text"]
+        return " blocks of 2 teams" in plan(**{"q_rows": keys, "k_rows": keys, "batch": 16} | options)["text"]
 
     assert teams(1024, right=0)
     assert teams(16384, left=1024, right=0)
@@ -262,7 +262,22 @@ def test_hopper_has_teams_where_rows_see_few_keys():
     assert not teams(512)
     assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
     assert not teams(1024, right=0, d=128, dv=128)
-    assert tile(plan(q_rows=1024, k_rows=1024, batch=16, right=0)) == (128, 64)
+    assert not teams(1024, right=0, d=32, dv=32)
+    assert not teams(512, right=0, batch=1)  # few queries have tiles of their own
+
+
+def test_teams_share_tiles_out():
+    def of_heads(heads: int, **options: Any) -> dict[str, Any]:
+        return plan(q_rows=140, k_rows=140, heads=heads, kv_heads=1, batch=1, **options)
+
+    counter = 256  # bytes of workspace
+    few, many = of_heads(132, right=0), of_heads(136, right=0)  # of two tiles each
+    assert tile(few) == tile(many) == (128, 64)
+    assert "264 tiles of queries for 132 blocks of 2 teams" in few["text"]
+    assert (few["workspace"], many["workspace"]) == (0, counter)
+    assert few["shared"] == 2 * (2 * (128 * 64 + 3 * 64 * (64 + 64)) + 2048)
+    equal = plan(q_rows=128, k_rows=100, heads=272, kv_heads=4, batch=1)
+    assert (tile(equal), equal["workspace"]) == ((128, 64), 0)
 
 
 def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
@@ -279,7 +294,9 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
         )  # fmt: skip
         if "sm90 forward plain" in chosen["text"]:
             reached.add((chosen["row"]["d"], *tile(chosen)))
-    assert reached >= {(64, 64, 128), (64, 128, 64), (64, 192, 128)}
+        if tile(chosen) == (128, 64) and chosen["queries"]["blocks"] > 2 * 132:  # every team, more than once
+            reached.add("teams by a counter" if chosen["workspace"] else "teams in turn")
+    assert reached >= {(64, 64, 128), (64, 128, 64), (64, 192, 128), "teams by a counter", "teams in turn"}
     assert reached >= {(128, 64, 128), (128, 128, 128), (128, 128, 160), (256, 128, 80)}
 
 

@@ -66,7 +66,7 @@ bool serves(const KernelRow& row, const AttentionSpec& spec, const Shapes& shape
   if (row.capability != 90) return true;
   return shapes.leading_rank <= 1 && shapes.page_size % 8 == 0 && shapes.kv_dtype == shapes.dtype &&
          hopper_holds(score_kind(row, spec, shapes), row.head_dim, row.block_n, row.block_m / kHopperRows,
-                      row.blocks);
+                      row.teams());
 }
 
 // Of float8 a decode kernel copies and multiplies 64 features at a time.
@@ -88,33 +88,34 @@ bool few_queries(const AttentionSpec& spec, const Shapes& s, const Device& devic
   return ceil_div(s.q_rows, kHopperRows) * s.heads * sequences * s.leading <= device.sm_count;
 }
 
-// Whether rows see so few keys that teams, of small tiles, each of which begins and ends while others are in
-// between, gain more by that than they lose in between: a band cuts many tiles.
-bool few_keys(const AttentionSpec& spec, const Shapes& s) {
-  constexpr int64_t kOfBand = 1024 + 1, kOfAll = 256;  // a window of 1,024, and the row's own
-  return keys_in_sight(spec, s) <= (spec.left >= 0 || spec.right >= 0 ? kOfBand : kOfAll);
-}
-
-// What decides between tiles of the sm90 family.
+// What decides between tiles of the sm90 family. Few keys: teams gain more where tiles of queries begin and
+// end than their small tiles of keys lose in between; a band's ends cut less of these in vain.
 struct Tiles {
-  bool few_queries, few_keys;
-  int64_t keys;
+  bool few_queries, few_keys, many_keys;
+
+  Tiles(const AttentionSpec& spec, const Shapes& s, const Device& device) {
+    constexpr int64_t kFewOfBand = 1024 + 1;  // a window of 1,024, and the row's own key
+    constexpr int64_t kFew = 256, kMany = 1536;
+    const int64_t keys = keys_in_sight(spec, s);
+    few_queries = jax_flash::few_queries(spec, s, device);
+    few_keys = keys <= (spec.left >= 0 || spec.right >= 0 ? kFewOfBand : kFew);
+    many_keys = keys >= kMany;
+  }
 };
 
 // The newest family, then the least padding, then of sm90's tiles those of few queries where these are few,
 // those of teams where keys are few, and those of more keys where these are many; the table's order decides
 // among equals.
 bool better(const KernelRow& a, const KernelRow& b, const Tiles& wanted) {
-  constexpr int64_t kMany = 1536;
   if (a.capability != b.capability) return a.capability > b.capability;
   if (a.head_dim + a.value_dim != b.head_dim + b.value_dim) {
     return a.head_dim + a.value_dim < b.head_dim + b.value_dim;
   }
   if (a.pass == Pass::kForward && a.capability == 90) {
-    const bool small = a.block_m == kHopperRows, teams = a.blocks > 1;
+    const bool small = a.block_m == kHopperRows, teams = a.teams() > 1;
     if (small != (b.block_m == kHopperRows)) return small == wanted.few_queries;
-    if (teams != (b.blocks > 1)) return teams == wanted.few_keys;
-    return (a.block_n > b.block_n) == (wanted.keys >= kMany) && a.block_n != b.block_n;
+    if (teams != (b.teams() > 1)) return teams == wanted.few_keys;
+    return (a.block_n > b.block_n) == wanted.many_keys && a.block_n != b.block_n;
   }
   return a.pass == Pass::kDecode && a.block_m > b.block_m;
 }
@@ -139,8 +140,7 @@ int64_t shared_memory(const KernelRow& row, DType dtype) {
     const int64_t columns = row.block_m == 8 && row.value_dim % 64 == 0 ? 64 : 32;
     others += int64_t{row.warps} * row.block_m * (4 * (columns + 4) + 8);
   }
-  const int64_t teams = row.capability == 90 ? row.blocks : 1;
-  return teams * (shared_elements(row) * element_size(dtype) + others);
+  return row.teams() * (shared_elements(row) * element_size(dtype) + others);
 }
 
 ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shapes& shapes) {
@@ -175,7 +175,7 @@ bool decodes(const AttentionSpec& spec, const Shapes& s) {
 
 const KernelRow* choose(Pass pass, const AttentionSpec& spec, const Shapes& shapes, const Device& device,
                         std::span<const KernelRow> built) {
-  const Tiles wanted{few_queries(spec, shapes, device), few_keys(spec, shapes), keys_in_sight(spec, shapes)};
+  const Tiles wanted(spec, shapes, device);
   const KernelRow* row = nullptr;
   for (const KernelRow& candidate : built) {
     if (pass == Pass::kDecode && !fits_rows(candidate, spec, shapes)) continue;

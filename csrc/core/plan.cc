@@ -131,7 +131,7 @@ void share_tiles(const AttentionSpec& spec, const Shapes& s, const Device& devic
   bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || s.q_rows % row.block_m;
   for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
     unequal |= spec.has(operand);
-  if (unequal && blocks > most * row.blocks) result.counter = workspace.add(kCounterBytes);
+  if (unequal && blocks > most * row.teams()) result.counter = workspace.add(kCounterBytes);
 }
 
 // decode: the row that takes the call, or its sequences of few rows where they are packed; null: none.
@@ -225,7 +225,7 @@ std::string LaunchPlan::to_string(const KernelRow& row) const {
   if (queries.blocks)
     text += ", " + std::to_string(queries.blocks) + (workers ? " tiles of queries" : " blocks of queries");
   if (workers) text += " for " + std::to_string(workers) + (pairs ? " blocks in pairs" : " blocks");
-  if (workers && row.blocks > 1) text += " of " + std::to_string(row.blocks) + " teams";
+  if (row.teams() > 1) text += " of " + std::to_string(row.teams()) + " teams";
   if (keys.blocks) text += ", " + std::to_string(keys.blocks) + " blocks of keys";
   return text + ", " + std::to_string(shared) + " bytes shared, " + std::to_string(workspace) +
          " bytes workspace";

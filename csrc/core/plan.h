@@ -20,6 +20,7 @@ struct KernelRow {
   int32_t stages, warps;
   int32_t blocks;  // per multiprocessor, that the registers must allow; of the sm90 family: teams in a block
 
+  int32_t teams() const { return capability == 90 ? blocks : 1; }
   bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
   std::string to_string() const;
 };

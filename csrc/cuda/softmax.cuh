@@ -160,9 +160,9 @@ struct OnlineSoftmax {
     return fmaxf(even, odd);
   }
 
-  // Floats that are not all negative are in the order of their bits as whole
-  // numbers, of which one instruction of sm_90 compares three; negative ones are in the opposite order.
-  // A NaN may hide what else the lane holds of its row, which is NaN in any case.
+  // Floats that are not all negative are in the order of their bits as whole numbers, of which one
+  // instruction of sm_90 compares three; negative ones are in the opposite order. A NaN may hide what else
+  // the lane holds of its row, which is NaN in any case.
   template <class S>
   __device__ __forceinline__ static void largest_by_bits(const S& s, float (&largest)[kSlots]) {
     const auto bits = [&](int slot, int i) { return __float_as_int(s.at(slot, i / 2, i % 2)); };
@@ -189,7 +189,7 @@ struct OnlineSoftmax {
     for (int slot = 0; slot < kSlots; ++slot) largest[slot] = __int_as_float(top[slot]);
   }
 
-  // Whether one is above what the shifts are made for.
+  // The same; whether one is above what the shifts are made for.
   template <class S>
   __device__ __forceinline__ bool exceeds(const S& s, float (&largest)[kSlots]) const {
     bool above = false;

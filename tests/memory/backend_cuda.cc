@@ -71,6 +71,9 @@ Reach& reach() {
 }
 int64_t not_built = 0, together = 0, overlapped = 0;
 
+// Few enough for Hopper's blocks, and each of their teams, to have more than one tile of queries.
+constexpr int32_t kFewMultiprocessors = 4;
+
 // The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
 // of built_kernels(). The rows that would take the call from the one aimed at are left out.
 LaunchPlan plan_call(Pass pass, const Problem& p) {
@@ -80,6 +83,7 @@ LaunchPlan plan_call(Pass pass, const Problem& p) {
   if (aimed < 0) return plan(pass, p.spec, shapes_of(p), device, built);
   const KernelRow& wanted = built[aimed];
   device.capability = wanted.capability;
+  if (wanted.capability == 90) device.sm_count = kFewMultiprocessors;
   device.always_pairs = reach().wants_pairs();
   std::vector<KernelRow> rows;
   std::vector<int32_t> index;

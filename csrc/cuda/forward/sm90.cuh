@@ -1,9 +1,9 @@
 // The forward for sm_90a: TMA, mbarrier, wgmma, warp specialisation. FlashAttention-3 (Shah et al., 2024).
 //
-// One block per multiprocessor takes tile after tile. Of the first warpgroup, the producers, one thread finds
-// the tiles' work and one has Q, K and V copied; every other warpgroup, a consumer, owns 64 rows of a tile.
-// In a consumer S of a tile of keys is made beside P V of the tile before it. docs/hopper-forward.md draws
-// it.
+// One block per multiprocessor takes tile after tile. Of the first warpgroup, the producers, one thread (of
+// each team) finds the tiles' work and one has Q, K and V copied; every other warpgroup, a consumer, owns 64
+// rows of a tile. In a consumer S of a tile of keys is made beside P V of the tile before it.
+// docs/hopper-forward.md draws it.
 #pragma once
 
 #include <algorithm>
@@ -64,13 +64,16 @@ struct ForwardSm90 {
   static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kAllConsumers > 2 ? 0 : kN * 3 / 64;
   // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
-      Kind == ScoreKind::kPlain && HeadDim == 128 && kConsumers <= 2 && N <= kHopperKeys;
+      Kind == ScoreKind::kPlain && HeadDim == 128 && kAllConsumers <= 2 && N <= kHopperKeys;
   // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
   static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   // Of a thread: what the consumers need, and little for the producer.
   static constexpr int kConsumerRegisters = kAllConsumers <= 2 ? 232 : kAllConsumers == 3 ? 160 : 112;
   static constexpr int kProducerRegisters = kAllConsumers <= 2 ? 40 : 32;
+  // All of them are dealt out of what the block was launched with; setmaxnreg waits for what there is not.
+  static_assert(128 * (kProducerRegisters + (Warps / 4 - 1) * kConsumerRegisters) <=
+                kThreads * (65536 / kThreads / 8 * 8));
   using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
   using KTile = SharedTile<T, kN, HeadDim>;
   using VTile = SharedTile<T, kN, ValueDim>;

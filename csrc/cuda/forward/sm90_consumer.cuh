@@ -35,7 +35,7 @@ struct Consumer {
 
   const Problem& p;
   typename C::Shared& shared;
-  const int group, team;  // of the consumers, of the team's; of teams
+  const int group, team;  // its number in the team; the team's in the block
   const typename C::Shared::Tile* tile;
   uint32_t round = 0, pair = 0;  // tiles of queries and of keys so far
   Interval whole;                // tiles of keys that all its rows see whole
@@ -46,9 +46,9 @@ struct Consumer {
   typename C::Softmax softmax{1};
   float alpha[S::kSlots];
 
-  __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int index,
-                                      int of_teams)
-      : p(problem), shared(memory), group(index), team(of_teams) {}
+  __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int in_team,
+                                      int of_block)
+      : p(problem), shared(memory), group(in_team), team(of_block) {}
 
   // The warp's first row within the sequence. It is found where it is used: registers are few.
   __device__ __forceinline__ int32_t row() const {

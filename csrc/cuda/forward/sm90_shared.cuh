@@ -211,7 +211,8 @@ struct ForwardShared : Beside::Shared {
   }
 };
 
-// The tiles of a grid, and who takes which: those after a block's first by counter, or, without one, in turn.
+// The tiles of a grid, and who takes which: those after each taker's first by counter, or, without one, in
+// turn.
 struct ForwardTiles {
   const TileWork* schedule;
   int32_t tiles;   // of a head
@@ -235,8 +236,8 @@ struct Finder {
   const ForwardTiles& all;
   typename C::Shared& shared;
 
-  // Who share the tiles out: clusters, or teams.
-  static __device__ __forceinline__ uint32_t workers() { return gridDim.x / C::kCluster * C::kTeams; }
+  // Clusters, or teams, of all blocks.
+  static __device__ __forceinline__ uint32_t takers() { return gridDim.x / C::kCluster * C::kTeams; }
 
   // After `number`, as late as it may be found: tiles taken early end late, when others have none left. Of a
   // cluster the first block takes the numbers and tells the other.
@@ -244,8 +245,8 @@ struct Finder {
     if constexpr (C::kCluster > 1)
       if (all.counter && ptx::cluster_rank() > 0) return read(message);
     if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
-    if (!all.counter) return number + workers();
-    number = workers() + atomicAdd(all.counter, 1u);
+    if (!all.counter) return number + takers();
+    number = takers() + atomicAdd(all.counter, 1u);
     if constexpr (C::kCluster > 1) tell(message, number);
     return number;
   }
