@@ -32,11 +32,11 @@ __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_
     hide([&](int32_t i) { return band.last_key(i); }, [](int j, int32_t limit) { return j >= limit; });
 }
 
-// Whether every row of S sees all its keys.
+// Whether every row of a warp's S sees all its keys. Voted, for the compiler to know that the warp agrees.
 template <class S>
 __device__ __forceinline__ bool all_seen(const S&, const Band& band, int32_t row, int32_t key) {
   const Interval all = band.common(row, row + 8 * S::kSlots);
-  return all.lo <= key && key + 8 * S::kColumnTiles <= all.hi;
+  return __all_sync(~0u, all.lo <= key && key + 8 * S::kColumnTiles <= all.hi);
 }
 
 // S ← 0 where it is not seen: what lies past a length must not choose how the rest is computed.
@@ -44,8 +44,8 @@ template <class S>
 __device__ __forceinline__ void clear_unseen(S& s, const Band& band, int32_t row, int32_t key) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
-    const Interval seen = band.row(row + S::row(slot));
-    const int32_t lo = seen.lo - key - S::column(0), hi = seen.hi - key - S::column(0);
+    const int32_t i = row + S::row(slot), first = key + S::column(0);
+    const int32_t lo = band.first_key(i) - first, hi = (i < band.q_len ? band.last_key(i) : 0) - first;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n)
 #pragma unroll

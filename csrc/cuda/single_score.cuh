@@ -49,18 +49,19 @@ __device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOpe
 
 // c tanh(s · scale / c), in powers of two, as a polynomial in s. Its absolute error is that of tanh, times c.
 struct Softcap {
-  float inner, outer;  // scale / c, c · log2(e)
+  float inner, outer, both;  // scale / c, c · log2(e), their product
 
   __device__ __forceinline__ explicit Softcap(const AttentionSpec& spec)
-      : inner(spec.scale / spec.softcap), outer(spec.softcap * kLog2e) {}
+      : inner(spec.scale * ptx::reciprocal(spec.softcap)),
+        outer(spec.softcap * kLog2e),
+        both(spec.scale * kLog2e) {}
 
-  // S [rows from `row`, keys from `key`] ← softcap(S) + shift. How is chosen for a warp, by what its rows
-  // see.
-  template <class S>
-  __device__ __forceinline__ void apply(S& s, float shift, const Band& band, int32_t row, int32_t key) const {
+  // S [rows from row(), keys from `key`] ← softcap(S) + shift. What a warp's rows see chooses how.
+  template <class S, class Row>
+  __device__ __forceinline__ void apply(S& s, float shift, const Band& band, Row row, int32_t key) const {
     bool small = within(s, 0.35f);
-    if (!small && !all_seen(s, band, row, key)) {
-      clear_unseen(s, band, row, key);
+    if (!small && !all_seen(s, band, row(), key)) {
+      clear_unseen(s, band, row(), key);
       small = within(s, 0.35f);
     }
     if (small) {  // tanh to 5e-7
@@ -95,7 +96,7 @@ struct Softcap {
 
   template <class S, int kTerms>
   __device__ __forceinline__ void polynomial(S& s, float shift, const float (&of_tanh)[kTerms]) const {
-    float c[kTerms], power = inner * outer;
+    float c[kTerms], power = both;
 #pragma unroll
     for (int i = 0; i < kTerms; ++i) c[i] = of_tanh[i] * power, power *= inner * inner;
     for_each(s, [&](float& x, int, int, int) {

@@ -97,7 +97,7 @@ struct Capped : Tile<16> {
     spec.scale = scale, spec.softcap = cap;
     const Band band{kRow + rows, kKey + columns, 0, 1 << 20, 1 << 20};
     S s = read(in);
-    Softcap(spec).apply(s, -3.0f, band, kRow, kKey);
+    Softcap(spec).apply(s, -3.0f, band, [] { return kRow; }, kKey);
     write(out, [&](int slot, int n, int e) { return s.at(slot, n, e); });
   }
 };

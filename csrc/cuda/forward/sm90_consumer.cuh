@@ -160,7 +160,7 @@ struct Consumer {
     if constexpr (C::kKind == ScoreKind::kAlibi) add_alibi(s, p, tile->score, tile->band, row(), key, of_row);
     if constexpr (C::kKind == ScoreKind::kBias) C::Beside::add(s, shared, p.spec.scale, group, use);
     if constexpr (C::kKind == ScoreKind::kSoftcap)
-      Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0, tile->band, row(), key);
+      Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0, tile->band, [this] { return row(); }, key);
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
