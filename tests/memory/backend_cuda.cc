@@ -71,8 +71,9 @@ Reach& reach() {
 }
 int64_t not_built = 0, together = 0, overlapped = 0;
 
-// Few enough for Hopper's blocks, and each of their teams, to have more than one tile of queries.
-constexpr int32_t kFewMultiprocessors = 4;
+// Few enough for Hopper's blocks, and each of their teams, to have more than one tile of queries, and enough
+// for a pair of blocks.
+constexpr int32_t kFewMultiprocessors = 2;
 
 // The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
 // of built_kernels(). The rows that would take the call from the one aimed at are left out.
