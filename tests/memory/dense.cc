@@ -105,7 +105,7 @@ class Case : RandomCase {
         aim_->variant == backend::Variant::kPairs)
       p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
-    if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // of more tiles than blocks, or their teams
+    if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than takers
     p_.q_rows = std::max(p_.q_rows, 1);
     p_.k_rows = std::max(p_.k_rows, 1);
     p_.head_dim = width_within(aim_->head_dim);
