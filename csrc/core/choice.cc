@@ -82,14 +82,9 @@ bool runs(const KernelRow& row, Pass pass, const AttentionSpec& spec, const Shap
          takes_pool(row, pass, shapes) && shared_memory(row, shapes.dtype) <= device.shared_memory;
 }
 
-// Whether all tiles of kHopperRows queries find a multiprocessor at once: larger ones would leave some idle.
-bool few_queries(const AttentionSpec& spec, const Shapes& s, const Device& device) {
-  const int64_t sequences = spec.packed() ? 1 : s.batch;
-  return ceil_div(s.q_rows, kHopperRows) * s.heads * sequences * s.leading <= device.sm_count;
-}
-
-// What decides between tiles of the sm90 family. Few keys: teams gain more where tiles of queries begin and
-// end than their small tiles of keys lose in between; a band's ends cut less of these in vain.
+// What decides between tiles of the sm90 family. Few queries: all tiles of kHopperRows find a multiprocessor
+// at once, of which larger ones would leave some idle. Few keys: teams gain more where tiles of queries begin
+// and end than their small tiles of keys lose in between; a band's ends cut less of these in vain.
 struct Tiles {
   bool few_queries, few_keys, many_keys;
 
@@ -97,7 +92,8 @@ struct Tiles {
     constexpr int64_t kFewOfBand = 1024 + 1;  // a window of 1,024, and the row's own key
     constexpr int64_t kFew = 256, kMany = 1536;
     const int64_t keys = keys_in_sight(spec, s);
-    few_queries = jax_flash::few_queries(spec, s, device);
+    const int64_t sequences = spec.packed() ? 1 : s.batch;
+    few_queries = ceil_div(s.q_rows, kHopperRows) * s.heads * sequences * s.leading <= device.sm_count;
     few_keys = keys <= (spec.left >= 0 || spec.right >= 0 ? kFewOfBand : kFew);
     many_keys = keys >= kMany;
   }

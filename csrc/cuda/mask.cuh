@@ -8,28 +8,37 @@
 
 namespace jax_flash {
 
-// S [rows from `row`, keys from `key`]: −inf outside the band. Only where the band begins, or ends, within
-// the tile need it be asked for.
+// S [rows from `row`, keys from `key`] ← value where hidden(column, the limit that bound(row) sets).
+template <class S, class Bound, class Hidden>
+__device__ __forceinline__ void hide(S& s, int32_t row, int32_t key, float value, Bound bound,
+                                     Hidden hidden) {
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int32_t limit = bound(row + S::row(slot)) - key - S::column(0);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (hidden(S::column_step(n) + e, limit)) s.at(slot, n, e) = value;
+      }
+    }
+  }
+}
+
+// Columns hidden before, and from, a limit.
+struct BeforeLimit {
+  __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column < limit; }
+};
+struct FromLimit {
+  __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column >= limit; }
+};
+
+// S: −inf outside the band. Only where the band begins, or ends, within the tile need it be asked for.
 template <class S>
 __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
                                      bool ends = true) {
-  auto hide = [&](auto bound, auto hidden) {
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-      const int32_t limit = bound(row + S::row(slot)) - key - S::column(0);
-#pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          if (hidden(S::column_step(n) + e, limit)) s.at(slot, n, e) = -INFINITY;
-        }
-      }
-    }
-  };
-  if (begins)
-    hide([&](int32_t i) { return band.first_key(i); }, [](int j, int32_t limit) { return j < limit; });
-  if (ends)
-    hide([&](int32_t i) { return band.last_key(i); }, [](int j, int32_t limit) { return j >= limit; });
+  if (begins) hide(s, row, key, -INFINITY, [&](int32_t i) { return band.first_key(i); }, BeforeLimit{});
+  if (ends) hide(s, row, key, -INFINITY, [&](int32_t i) { return band.last_key(i); }, FromLimit{});
 }
 
 // Whether every row of a warp's S sees all its keys. Voted, for the compiler to know that the warp agrees.
@@ -42,16 +51,8 @@ __device__ __forceinline__ bool all_seen(const S&, const Band& band, int32_t row
 // S ← 0 where it is not seen: what lies past a length must not choose how the rest is computed.
 template <class S>
 __device__ __forceinline__ void clear_unseen(S& s, const Band& band, int32_t row, int32_t key) {
-#pragma unroll
-  for (int slot = 0; slot < S::kSlots; ++slot) {
-    const int32_t i = row + S::row(slot), first = key + S::column(0);
-    const int32_t lo = band.first_key(i) - first, hi = (i < band.q_len ? band.last_key(i) : 0) - first;
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (S::column_step(n) + e < lo || S::column_step(n) + e >= hi) s.at(slot, n, e) = 0;
-  }
+  hide(s, row, key, 0, [&](int32_t i) { return band.first_key(i); }, BeforeLimit{});
+  hide(s, row, key, 0, [&](int32_t i) { return i < band.q_len ? band.last_key(i) : 0; }, FromLimit{});
 }
 
 }  // namespace jax_flash

@@ -59,14 +59,16 @@ struct Softcap {
   // S [rows from row(), keys from `key`] ← softcap(S) + shift. What a warp's rows see chooses how.
   template <class S, class Row>
   __device__ __forceinline__ void apply(S& s, float shift, const Band& band, Row row, int32_t key) const {
-    bool small = within(s, 0.35f);
+    float top = largest(s);
+    bool small = __all_sync(~0u, top <= 0.35f);
     if (!small && !all_seen(s, band, row(), key)) {
       clear_unseen(s, band, row(), key);
-      small = within(s, 0.35f);
+      top = largest(s);
+      small = __all_sync(~0u, top <= 0.35f);
     }
     if (small) {  // tanh to 5e-7
       polynomial(s, shift, {9.999902052e-1f, -3.326841051e-1f, 1.224803692e-1f});
-    } else if (within(s, 1)) {  // to 3e-7
+    } else if (__all_sync(~0u, top <= 1)) {  // to 3e-7
       polynomial(s, shift,
                  {9.999968539e-1f, -3.332400380e-1f, 1.325352526e-1f, -5.097286290e-2f, 1.611418020e-2f,
                   -2.839465134e-3f});
@@ -79,10 +81,10 @@ struct Softcap {
   }
 
  private:
-  // Whether |s · scale / c| ≤ limit for all of the warp; not where there is NaN. Positive numbers are in the
-  // order of their bits, of which one instruction of sm_90 compares three.
+  // Of the lane's |s · scale / c|, or NaN. Positive numbers are in the order of their bits, of which one
+  // instruction of sm_90 compares three.
   template <class S>
-  __device__ __forceinline__ bool within(const S& s, float limit) const {
+  __device__ __forceinline__ float largest(const S& s) const {
     const auto of_two = [&](int slot, int n) {
       return __float_as_int(fmaxf(fabsf(s.at(slot, n, 0)), fabsf(s.at(slot, n, 1))));
     };
@@ -91,7 +93,7 @@ struct Softcap {
     for (int slot = 0; slot < S::kSlots; ++slot)
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; n += 2) top = ptx::max3(top, of_two(slot, n), of_two(slot, n + 1));
-    return __all_sync(~0u, __int_as_float(top) * fabsf(inner) <= limit);
+    return __int_as_float(top) * fabsf(inner);
   }
 
   template <class S, int kTerms>

@@ -122,14 +122,17 @@ void test_unseen(float scale) {
   Capped body;
   body.scale = scale, body.cap = 20, body.rows = 9, body.columns = 77;
   const std::vector<float> in = integers(Capped::kElements);
+  const auto seen = [&](int i) {
+    return i / Capped::kColumns < body.rows && i % Capped::kColumns < body.columns;
+  };
   const auto result_beside = [&](float value) {
-    std::vector<float> all(Capped::kElements, value), seen;
+    std::vector<float> all(Capped::kElements, value), result;
     for (int i = 0; i < Capped::kElements; ++i)
-      if (i / Capped::kColumns < body.rows && i % Capped::kColumns < body.columns) all[i] = in[i];
+      if (seen(i)) all[i] = in[i];
     const std::vector<float> got = run(body, 32, all, Capped::kElements);
     for (int i = 0; i < Capped::kElements; ++i)
-      if (i / Capped::kColumns < body.rows && i % Capped::kColumns < body.columns) seen.push_back(got[i]);
-    return seen;
+      if (seen(i)) result.push_back(got[i]);
+    return result;
   };
   const std::vector<float> clean = result_beside(0);
   for (const float value : {NAN, INFINITY, -INFINITY, 1e4f, -1e4f}) {
