@@ -144,7 +144,6 @@ struct Loader {
       if (copies) load_value(n, pair);
       if (n > tiles.lo) load_bias(work, n - 1, pair + 1);
     }
-    keys.end();
   }
 
   __device__ __forceinline__ void run() {
@@ -159,6 +158,7 @@ struct Loader {
       if (leads()) ptx::barrier_arrive(shared.begun.full_of(round));
       load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, round);
       if (tile.done) return;
+      keys.end();
       if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.empty_of(round));
     }
   }

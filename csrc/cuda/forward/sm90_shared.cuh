@@ -242,9 +242,9 @@ struct Finder {
   // After `number`, as late as it may be found: tiles taken early end late, when others have none left. Of a
   // cluster the first block takes the numbers and tells the other.
   __device__ __forceinline__ uint32_t next(uint32_t number, uint32_t round, uint32_t message) const {
+    if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
     if constexpr (C::kCluster > 1)
       if (all.counter && ptx::cluster_rank() > 0) return read(message);
-    if (round > 0) ptx::barrier_wait(shared.begun.full_of(round - 1), shared.begun.phase(round - 1));
     if (!all.counter) return number + takers();
     number = takers() + atomicAdd(all.counter, 1u);
     if constexpr (C::kCluster > 1) tell(message, number);
