@@ -243,7 +243,8 @@ def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
     few, many = {"batch": 1, "q_rows": 512, "k_rows": 512}, {"batch": 1, "q_rows": 1024, "k_rows": 1024}
     assert rows(**few) == rows(d=64, **few) == rows(right=0, **few) == rows(varlen=True, **few) == 64
     assert rows(**many) == 128
-    assert rows(d=64, **many) == 192
+    assert rows(d=64, **many) == 128  # of teams
+    assert rows(d=64, **many | {"batch": 16}) == 192
     assert rows(**few | {"k_rows": 16384}) == 64
     assert rows(**few | {"batch": 2}) == rows(leading=2, **few) == 128
     assert rows(softcap=3.0, **few) == 128  # has no such kernel
@@ -259,11 +260,26 @@ def test_hopper_has_teams_where_rows_see_few_keys():
     assert teams(8192, varlen=True, right=0)  # sequences of 512 on average
     assert not teams(2048, right=0)
     assert not teams(16384, left=1025, right=0)
-    assert not teams(512)
+    assert not teams(768)
     assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
     assert not teams(1024, right=0, d=128, dv=128)
     assert not teams(1024, right=0, d=32, dv=32)
     assert not teams(512, right=0, batch=1)  # few queries have tiles of their own
+
+
+def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
+    def teams(keys: int, batch: int, **options: Any) -> bool:
+        sizes = {"q_rows": keys, "k_rows": keys, "batch": batch, "heads": 16, "kv_heads": 16}
+        return " blocks of 2 teams" in plan(**sizes | options)["text"]
+
+    assert teams(1024, 1)  # 128 tiles, or 96 large ones, for 132 multiprocessors
+    assert teams(1024, 2)  # 256, or 192
+    assert teams(512, 8)  # 512, or 384
+    assert not teams(768, 4)  # 384, or 256
+    assert not teams(512, 64)  # 32 rounds of many
+    assert teams(2048, 1, right=0)
+    assert not teams(2048, 2, right=0)  # a band's tiles are not as long as each other
+    assert not teams(8192, 8, varlen=True)
 
 
 def test_teams_share_tiles_out():
@@ -329,8 +345,7 @@ def test_hopper_copies_pages_by_groups_of_eight_rows():
 
 
 def test_three_consumers_have_registers_for_one_option_of_the_score():
-    assert tile(plan(d=64, dv=64))[0] == 192
-    for names in ((), ("alibi_slopes",), ("q_segment_ids", "kv_segment_ids"), ("dropout",)):
+    for names in (("alibi_slopes",), ("q_segment_ids", "kv_segment_ids"), ("dropout",)):
         assert tile(plan(d=64, dv=64, operands=operand_bits(names)))[0] == 192
     assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 192
     assert tile(plan(d=64, dv=64, softcap=3.0, operands=operand_bits(("alibi_slopes",))))[0] == 128

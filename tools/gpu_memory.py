@@ -3,8 +3,9 @@
     python3 tools/gpu_memory.py [units bands memcheck initcheck synccheck racecheck]
 
 bands: every operand between bands of NaN that must come back unharmed, calls from two threads on two streams. The
-last four are compute-sanitizer's tools, each operand in an allocation of its own. Needs a GPU, cmake, nvcc and jax's
-headers.
+last four are compute-sanitizer's tools, each operand in an allocation of its own. racecheck takes a barrier for what
+each thread has arrived at: it has a build of its own, in which all lanes arrive for whom one does otherwise. Needs a
+GPU, cmake, nvcc and jax's headers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +47,7 @@ class Slice:
 
     def run(self, folder: Path) -> str:
         """What it printed; raises where it found something."""
+        folder = of_check(self.check, folder)
         command = [str(folder / f"memory_{self.driver}_cuda"), str(self.count), str(self.first)]
         if self.check != "bands":
             command = [*SANITIZER, self.check, *command]
@@ -74,7 +77,7 @@ def main() -> int:
     if unknown:
         parser.error(f"check: got {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
     if not options.built:
-        cuda_call.build(options.archs, options.folder, {"JAX_FLASH_MEMORY_DRIVERS": "ON"})
+        build(checks, options)
     kernels = {driver: count_kernels(options.folder, driver) for driver in CALLS_PER_TURN}
     failed = [
         not (run_units(options.folder) if check == "units" else run(check, kernels, options))
@@ -82,6 +85,19 @@ def main() -> int:
     ]
     print(f"{sum(failed)} of {len(failed)} checks failed" if any(failed) else "all passed")
     return int(any(failed))
+
+
+def of_check(check: str, folder: Path) -> Path:
+    """The build folder whose programs it runs."""
+    return folder / "every-lane" if check == "racecheck" else folder
+
+
+def build(checks: Sequence[str], options: argparse.Namespace) -> None:
+    """What the checks run, and the usual build for counting."""
+    for folder in {options.folder, *(of_check(check, options.folder) for check in checks)}:
+        every_lane = "OFF" if folder == options.folder else "ON"
+        defines = {"JAX_FLASH_MEMORY_DRIVERS": "ON", "JAX_FLASH_EVERY_LANE": every_lane}
+        cuda_call.build(options.archs, folder, defines)
 
 
 def count_kernels(folder: Path, driver: str) -> int:

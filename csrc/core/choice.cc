@@ -82,26 +82,45 @@ bool runs(const KernelRow& row, Pass pass, const AttentionSpec& spec, const Shap
          takes_pool(row, pass, shapes) && shared_memory(row, shapes.dtype) <= device.shared_memory;
 }
 
-// What decides between tiles of the sm90 family. Few queries: all tiles of kHopperRows find a multiprocessor
-// at once, of which larger ones would leave some idle. Few keys: teams gain more where tiles of queries begin
-// and end than their small tiles of keys lose in between; a band's ends cut less of these in vain.
+// What decides between tiles of the sm90 family.
 struct Tiles {
-  bool few_queries, few_keys, many_keys;
+  bool small;      // of kHopperRows: all find a multiprocessor at once, of which larger ones leave some idle
+  bool teams;      // keys or rounds are few
+  bool many_keys;  // of those that are left
 
   Tiles(const AttentionSpec& spec, const Shapes& s, const Device& device) {
     constexpr int64_t kFewOfBand = 1024 + 1;  // a window of 1,024, and the row's own key
     constexpr int64_t kFew = 256, kMany = 1536;
+    const bool band = spec.left >= 0 || spec.right >= 0;
     const int64_t keys = keys_in_sight(spec, s);
-    const int64_t sequences = spec.packed() ? 1 : s.batch;
-    few_queries = ceil_div(s.q_rows, kHopperRows) * s.heads * sequences * s.leading <= device.sm_count;
-    few_keys = keys <= (spec.left >= 0 || spec.right >= 0 ? kFewOfBand : kFew);
+    // Where every multiprocessor takes one tile of so many rows after another.
+    const auto rounds_of = [&](int64_t rows) {
+      const int64_t sequences = spec.packed() ? 1 : s.batch;
+      return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading, device.sm_count);
+    };
+    small = rounds_of(kHopperRows) <= 1;
+    teams = keys <= (band ? kFewOfBand : kFew) || (!spec.packed() && few_rounds(rounds_of, band));
     many_keys = keys >= kMany;
+  }
+
+ private:
+  // Keys are few: teams gain more where tiles of queries begin and end than their small tiles of keys lose in
+  // between, of which a band's ends also cut less in vain. Rounds are few: the last one of large tiles leaves
+  // more of the card idle than that of teams' smaller ones. What a round takes, in rows of large tiles, is
+  // measured (docs/hopper-forward.md). A band's tiles are not all as long: there every team's has to find its
+  // place at once.
+  template <class Rounds>
+  static bool few_rounds(Rounds rounds_of, bool band) {
+    constexpr int64_t kLarge = 192, kTeam = 128;  // rows
+    constexpr int64_t kOneTeam = 164, kBothTeams = 280, kMostRounds = 8;
+    const int64_t large = rounds_of(kLarge), teams = rounds_of(kTeam);
+    return (band ? teams <= 2 : large <= kMostRounds) &&
+           teams / 2 * kBothTeams + teams % 2 * kOneTeam <= large * kLarge;
   }
 };
 
-// The newest family, then the least padding, then of sm90's tiles those of few queries where these are few,
-// those of teams where keys are few, and those of more keys where these are many; the table's order decides
-// among equals.
+// The newest family, then the least padding, then of sm90's tiles the small ones, teams', and those of more
+// keys where these are wanted; the table's order decides among equals.
 bool better(const KernelRow& a, const KernelRow& b, const Tiles& wanted) {
   if (a.capability != b.capability) return a.capability > b.capability;
   if (a.head_dim + a.value_dim != b.head_dim + b.value_dim) {
@@ -109,8 +128,8 @@ bool better(const KernelRow& a, const KernelRow& b, const Tiles& wanted) {
   }
   if (a.pass == Pass::kForward && a.capability == 90) {
     const bool small = a.block_m == kHopperRows, teams = a.teams() > 1;
-    if (small != (b.block_m == kHopperRows)) return small == wanted.few_queries;
-    if (teams != (b.teams() > 1)) return teams == wanted.few_keys;
+    if (small != (b.block_m == kHopperRows)) return small == wanted.small;
+    if (teams != (b.teams() > 1)) return teams == wanted.teams;
     return (a.block_n > b.block_n) == wanted.many_keys && a.block_n != b.block_n;
   }
   return a.pass == Pass::kDecode && a.block_m > b.block_m;

@@ -91,6 +91,10 @@ struct ForwardSm90 {
   // pairs of blocks, which work too long for it to show.
   static constexpr bool kInParts = kConsumers <= 2 && Cluster == 1 && !Beside::kNarrows;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside, kCluster>;
+  // Arrivals of the producers at a tile's state.
+  static constexpr uint32_t kStateLeft = Keys::kWarps * std::min<uint32_t>(Keys::kLanes, ptx::kWarpArrivals) +
+                                         Beside::kWarps * ptx::kWarpArrivals;
+  static constexpr uint32_t kStateFilled = Beside::kNarrows ? ptx::kWarpArrivals : 1;
   struct Maps {
     typename Keys::Maps keys;
     typename Beside::Map beside;
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // In bytes: to nvcc 13.0 the elements of an array of these are larger than sizeof.
   auto& shared =
       *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024() + team * sizeof(typename C::Shared));
-  if (group == 0 && thread == 0) shared.init(C::Keys::kWarps + C::Beside::kWarps);
+  if (group == 0 && thread == 0) shared.init(C::kStateLeft, C::kStateFilled);
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
   if (group == 0) {

@@ -104,8 +104,8 @@ struct SegmentTiles {
     Tile tiles[kStages];
     Ring<kTileStates> found;  // tiles of queries, by the finder
 
-    __device__ __forceinline__ void init(uint32_t warps) {
-      Ring<kStages>::init(warps, 32);
+    __device__ __forceinline__ void init(uint32_t left) {
+      Ring<kStages>::init(left, 32);
       found.init(1);
     }
   };
@@ -197,7 +197,7 @@ struct SegmentTiles {
           if (threadIdx.x % 32 == 0) tile.narrow(tiles);
         }
         __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.full_of(round));
+        if (ptx::arrives_for_warp()) ptx::barrier_arrive(shared.states.full_of(round));
         if (done) return;
       }
     }
@@ -258,7 +258,7 @@ struct SegmentTiles {
         for (int32_t n = tile.tiles.hi - 1; n >= tile.tiles.lo; --n)
           find(of_keys, tile.band.k_len, n, rows, used);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.empty_of(round));
+        if (ptx::arrives_for_warp()) ptx::barrier_arrive(shared.states.empty_of(round));
       }
     }
   };

@@ -72,7 +72,7 @@ struct Consumer {
       ring.leave(use);
     } else {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) ptx::barrier_arrive_in(ring.empty_of(use), kCopier);
+      if (ptx::arrives_for_warp()) ptx::barrier_arrive_in(ring.empty_of(use), kCopier);
     }
   }
   __device__ __forceinline__ void leave_keys(uint32_t use) const { leave<kCopiesKeys>(shared.keys, use); }

@@ -159,7 +159,7 @@ struct Loader {
       load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, round);
       if (tile.done) return;
       keys.end();
-      if (threadIdx.x % 32 == 0) ptx::barrier_arrive(shared.states.empty_of(round));
+      if (ptx::arrives_for_warp()) ptx::barrier_arrive(shared.states.empty_of(round));
     }
   }
 };

@@ -38,10 +38,11 @@ template <int kStages>
 struct Ring {
   uint64_t full[kStages], empty[kStages];
 
-  __device__ __forceinline__ void init(uint32_t warps, uint32_t fillers = 1) {
+  // By how many arrivals it is left, and filled.
+  __device__ __forceinline__ void init(uint32_t left, uint32_t filled = 1) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(ptx::shared_address(&full[i]), fillers);
-      ptx::barrier_init(ptx::shared_address(&empty[i]), warps);
+      ptx::barrier_init(ptx::shared_address(&full[i]), filled);
+      ptx::barrier_init(ptx::shared_address(&empty[i]), left);
     }
   }
   __device__ __forceinline__ uint32_t full_of(uint32_t use) const {
@@ -53,7 +54,7 @@ struct Ring {
   __device__ __forceinline__ uint32_t phase(uint32_t use) const { return use / kStages & 1; }
   __device__ __forceinline__ void leave(uint32_t use) const {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::barrier_arrive(empty_of(use));
+    if (ptx::arrives_for_warp()) ptx::barrier_arrive(empty_of(use));
   }
   // Until the stage's last use is over; at once where there was none.
   __device__ __forceinline__ void wait_empty(uint32_t use) const {
@@ -197,15 +198,17 @@ struct ForwardShared : Beside::Shared {
   typename Beside::Barriers beside;
   [[no_unique_address]] std::conditional_t<(kCluster > 1), Mail, NoMail> mail;
 
-  __device__ __forceinline__ void init(int loaders) {
-    states.init(4 * kConsumers + loaders);
+  // By how many arrivals of the producers a tile's state is left, and filled.
+  __device__ __forceinline__ void init(uint32_t left, uint32_t filled) {
+    constexpr uint32_t kConsumer = 4 * ptx::kWarpArrivals;
+    states.init(kConsumers * kConsumer + left, filled);
     prepared.init(1);
     outputs.init(1);
     begun.init(1);
-    for (auto& ring : queries) ring.init(4);
-    keys.init(4 * kConsumers * kCluster);
-    values.init(4 * kConsumers * kCluster);
-    beside.init(4 * kConsumers);
+    for (auto& ring : queries) ring.init(kConsumer);
+    keys.init(kConsumers * kConsumer * kCluster);
+    values.init(kConsumers * kConsumer * kCluster);
+    beside.init(kConsumers * kConsumer);
     if constexpr (kCluster > 1) mail.ring.init(1);
     ptx::fence_barriers();
   }

@@ -72,6 +72,15 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 
 #endif
 
+// A warp's arrivals at a barrier: its first lane's, after __syncwarp. compute-sanitizer's racecheck takes an
+// arrival for what the thread itself has done: for it (tools/gpu_memory.py) every lane arrives.
+#ifdef JAX_FLASH_EVERY_LANE
+inline constexpr uint32_t kWarpArrivals = 32;
+#else
+inline constexpr uint32_t kWarpArrivals = 1;
+#endif
+__device__ __forceinline__ bool arrives_for_warp() { return kWarpArrivals > 1 || threadIdx.x % 32 == 0; }
+
 // threadIdx.x, read where it is asked for instead of kept in a register.
 __device__ __forceinline__ int thread_index() {
   int x;
