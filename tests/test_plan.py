@@ -276,9 +276,12 @@ def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
     assert teams(1024, 2)  # 256, or 192
     assert teams(512, 8)  # 512, or 384
     assert not teams(768, 4)  # 384, or 256
-    assert not teams(512, 64)  # 32 rounds of many
+    assert teams(1024, 10)  # 8 rounds of large tiles
+    assert not teams(1024, 12)  # 9
+    assert not teams(512, 8, operands=operand_bits(("kv_lengths",)))  # tiles are not as long as each other
+    assert teams(1024, 2, operands=operand_bits(("kv_lengths",)))  # but all have a team at once
     assert teams(2048, 1, right=0)
-    assert not teams(2048, 2, right=0)  # a band's tiles are not as long as each other
+    assert not teams(2048, 2, right=0)
     assert not teams(8192, 8, varlen=True)
 
 

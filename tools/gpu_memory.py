@@ -3,9 +3,9 @@
     python3 tools/gpu_memory.py [units bands memcheck initcheck synccheck racecheck]
 
 bands: every operand between bands of NaN that must come back unharmed, calls from two threads on two streams. The
-last four are compute-sanitizer's tools, each operand in an allocation of its own. racecheck takes a barrier for what
-each thread has arrived at: it has a build of its own, in which all lanes arrive for whom one does otherwise. Needs a
-GPU, cmake, nvcc and jax's headers.
+last four are compute-sanitizer's tools, each operand in an allocation of its own. racecheck takes an arrival at a
+barrier for what the thread itself has done: it has a build of its own, in which every lane of a warp arrives where
+otherwise the first does for all. Needs a GPU, cmake, nvcc and jax's headers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ GUARDS = {
     "racecheck": "race",
     "initcheck": "fresh",
 }
+EVERY_LANE = "every-lane"  # racecheck's build, in the other's folder
 CHECKS = ("units", *GUARDS)
 SANITIZER = ("compute-sanitizer", "--print-limit", "20", "--error-exitcode", "9", "--tool")
 # One call of four is of no kernel's turn, and with paged one of three is append_kv's.
@@ -47,7 +47,6 @@ class Slice:
 
     def run(self, folder: Path) -> str:
         """What it printed; raises where it found something."""
-        folder = of_check(self.check, folder)
         command = [str(folder / f"memory_{self.driver}_cuda"), str(self.count), str(self.first)]
         if self.check != "bands":
             command = [*SANITIZER, self.check, *command]
@@ -69,35 +68,29 @@ def main() -> int:
     parser.add_argument("checks", nargs="*", metavar="check", help=f"of {', '.join(CHECKS)}; none given: all")
     parser.add_argument("--archs", default="90a-real", help="JAX_FLASH_CUDA_ARCHS of the build")
     parser.add_argument("--folder", type=Path, default=cuda_call.ROOT / "build" / "gpu-memory")
-    parser.add_argument("--built", action="store_true", help="the folder holds the drivers already")
+    parser.add_argument(
+        "--built",
+        action="store_true",
+        help=f"the drivers are there already, racecheck's in FOLDER/{EVERY_LANE}",
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="on the GPU at once")
     options = parser.parse_args()
     checks = options.checks or CHECKS
     unknown = set(checks) - set(CHECKS)
     if unknown:
         parser.error(f"check: got {', '.join(sorted(unknown))}; there are {', '.join(CHECKS)}")
-    if not options.built:
-        build(checks, options)
-    kernels = {driver: count_kernels(options.folder, driver) for driver in CALLS_PER_TURN}
+    folders = {check: options.folder / (EVERY_LANE if check == "racecheck" else "") for check in checks}
+    for folder in () if options.built else dict.fromkeys(folders.values()):
+        every_lane = "ON" if folder.name == EVERY_LANE else "OFF"
+        defines = {"JAX_FLASH_MEMORY_DRIVERS": "ON", "JAX_FLASH_EVERY_LANE": every_lane}
+        cuda_call.build(options.archs, folder, defines)
+    kernels = {driver: count_kernels(folders[checks[0]], driver) for driver in CALLS_PER_TURN}
     failed = [
-        not (run_units(options.folder) if check == "units" else run(check, kernels, options))
-        for check in checks
+        not (run_units(folder) if check == "units" else run(check, kernels, folder, options.processes))
+        for check, folder in folders.items()
     ]
     print(f"{sum(failed)} of {len(failed)} checks failed" if any(failed) else "all passed")
     return int(any(failed))
-
-
-def of_check(check: str, folder: Path) -> Path:
-    """The build folder whose programs it runs."""
-    return folder / "every-lane" if check == "racecheck" else folder
-
-
-def build(checks: Sequence[str], options: argparse.Namespace) -> None:
-    """What the checks run, and the usual build for counting."""
-    for folder in {options.folder, *(of_check(check, options.folder) for check in checks)}:
-        every_lane = "OFF" if folder == options.folder else "ON"
-        defines = {"JAX_FLASH_MEMORY_DRIVERS": "ON", "JAX_FLASH_EVERY_LANE": every_lane}
-        cuda_call.build(options.archs, folder, defines)
 
 
 def count_kernels(folder: Path, driver: str) -> int:
@@ -120,16 +113,16 @@ def run_units(folder: Path) -> bool:
     return right
 
 
-def run(check: str, kernels: dict[str, int], options: argparse.Namespace) -> bool:
+def run(check: str, kernels: dict[str, int], folder: Path, processes: int) -> bool:
     """Whether the calls in which every kernel has its turn, shared out to processes, leave no finding."""
     slices = []
     for driver, count in kernels.items():
         calls = int(count * CALLS_PER_TURN[driver]) + 2
-        share = -(-calls * len(kernels) // options.processes)
+        share = -(-calls * len(kernels) // processes)
         slices += [Slice(check, driver, first, share) for first in range(0, calls, share)]
     began = time.time()
-    with ThreadPoolExecutor(options.processes) as pool:
-        found = [error for error in pool.map(lambda one: attempt(one, options.folder), slices) if error]
+    with ThreadPoolExecutor(processes) as pool:
+        found = [error for error in pool.map(lambda one: attempt(one, folder), slices) if error]
     calls = sum(one.count for one in slices)
     print(f"{check}: {sum(kernels.values())} kernels, {calls} calls, {len(slices)} processes, "
           f"{time.time() - began:.0f} s: {f'{len(found)} FAILED' if found else 'no finding'}", flush=True)  # fmt: skip

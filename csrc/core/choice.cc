@@ -96,10 +96,11 @@ struct Tiles {
     // Where every multiprocessor takes one tile of so many rows after another.
     const auto rounds_of = [&](int64_t rows) {
       const int64_t sequences = spec.packed() ? 1 : s.batch;
-      return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading, device.sm_count);
+      return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading,
+                      std::max(1, device.sm_count));
     };
     small = rounds_of(kHopperRows) <= 1;
-    teams = keys <= (band ? kFewOfBand : kFew) || (!spec.packed() && few_rounds(rounds_of, band));
+    teams = keys <= (band ? kFewOfBand : kFew) || few_rounds(rounds_of, rows_differ(spec));
     many_keys = keys >= kMany;
   }
 
@@ -107,15 +108,15 @@ struct Tiles {
   // Keys are few: teams gain more where tiles of queries begin and end than their small tiles of keys lose in
   // between, of which a band's ends also cut less in vain. Rounds are few: the last one of large tiles leaves
   // more of the card idle than that of teams' smaller ones. What a round takes, in rows of large tiles, is
-  // measured (docs/hopper-forward.md). A band's tiles are not all as long: there every team's has to find its
-  // place at once.
+  // measured at d = 64, which alone has teams (docs/hopper-forward.md). Tiles that are not all as long fill
+  // the last round up: there every team's has to find its place at once.
   template <class Rounds>
-  static bool few_rounds(Rounds rounds_of, bool band) {
+  static bool few_rounds(Rounds rounds_of, bool differ) {
     constexpr int64_t kLarge = 192, kTeam = 128;  // rows
-    constexpr int64_t kOneTeam = 164, kBothTeams = 280, kMostRounds = 8;
-    const int64_t large = rounds_of(kLarge), teams = rounds_of(kTeam);
-    return (band ? teams <= 2 : large <= kMostRounds) &&
-           teams / 2 * kBothTeams + teams % 2 * kOneTeam <= large * kLarge;
+    constexpr int64_t kOneTeam = 164, kBothTeams = 280, kMostRounds = 8, kAtOnce = 2;
+    const int64_t large = rounds_of(kLarge), small = rounds_of(kTeam);
+    return (differ ? small <= kAtOnce : large <= kMostRounds) &&
+           small / 2 * kBothTeams + small % 2 * kOneTeam <= large * kLarge;
   }
 };
 
@@ -170,6 +171,13 @@ ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shap
 int64_t keys_in_sight(const AttentionSpec& spec, const Shapes& s) {
   const int64_t keys = spec.packed() ? s.k_rows / std::max<int64_t>(1, s.batch) : s.k_rows;
   return spec.left < 0 || spec.right < 0 ? keys : std::min(keys, int64_t{spec.left} + 1 + spec.right);
+}
+
+bool rows_differ(const AttentionSpec& spec) {
+  bool differ = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0;
+  for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
+    differ |= spec.has(operand);
+  return differ;
 }
 
 int64_t rows_of_group(const AttentionSpec& spec, const Shapes& s) {

@@ -20,6 +20,9 @@ ScoreKind score_kind(const KernelRow& row, const AttentionSpec& spec, const Shap
 // Keys that a row of queries sees, at most and on average over packed sequences.
 int64_t keys_in_sight(const AttentionSpec& spec, const Shapes& s);
 
+// Whether rows of queries may see different numbers of keys, or sequences have different numbers of rows.
+bool rows_differ(const AttentionSpec& spec);
+
 // Query rows that read one KV head: of a sequence, or of a token where sequences are packed.
 int64_t rows_of_group(const AttentionSpec& spec, const Shapes& s);
 

@@ -128,9 +128,7 @@ void share_tiles(const AttentionSpec& spec, const Shapes& s, const Device& devic
   const int64_t blocks =
       grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
   result.workers = static_cast<int32_t>(std::min(blocks, most));
-  bool unequal = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0 || s.q_rows % row.block_m;
-  for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
-    unequal |= spec.has(operand);
+  const bool unequal = rows_differ(spec) || s.q_rows % row.block_m;
   if (unequal && blocks > most * row.teams()) result.counter = workspace.add(kCounterBytes);
 }
 

@@ -196,8 +196,7 @@ struct SegmentTiles {
           __syncwarp();
           if (threadIdx.x % 32 == 0) tile.narrow(tiles);
         }
-        __syncwarp();
-        if (ptx::arrives_for_warp()) ptx::barrier_arrive(shared.states.full_of(round));
+        ptx::barrier_arrive_by_warp(shared.states.full_of(round));
         if (done) return;
       }
     }
@@ -257,8 +256,7 @@ struct SegmentTiles {
         const SegmentRange rows = of_rows(tile.score.q_segments, row, used ? q_len : 0);
         for (int32_t n = tile.tiles.hi - 1; n >= tile.tiles.lo; --n)
           find(of_keys, tile.band.k_len, n, rows, used);
-        __syncwarp();
-        if (ptx::arrives_for_warp()) ptx::barrier_arrive(shared.states.empty_of(round));
+        shared.states.leave(round);
       }
     }
   };

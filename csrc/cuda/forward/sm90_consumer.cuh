@@ -71,8 +71,7 @@ struct Consumer {
     if constexpr (C::kCluster == 1) {
       ring.leave(use);
     } else {
-      __syncwarp();
-      if (ptx::arrives_for_warp()) ptx::barrier_arrive_in(ring.empty_of(use), kCopier);
+      ptx::barrier_arrive_in_by_warp(ring.empty_of(use), kCopier);
     }
   }
   __device__ __forceinline__ void leave_keys(uint32_t use) const { leave<kCopiesKeys>(shared.keys, use); }

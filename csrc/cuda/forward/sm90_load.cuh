@@ -59,7 +59,11 @@ class DenseKeys {
     value = place(p.value, work, kv_head, work.tile.k_begin);
     return true;
   }
-  __device__ __forceinline__ void end() const {}
+  // The tile's state, by the only thread that reads it.
+  template <class R>
+  __device__ __forceinline__ void leave(const R& states, uint32_t round) const {
+    ptx::barrier_arrive(states.empty_of(round));
+  }
   __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) const {
     load<typename C::KTile, kCopiesKeys>(tile, barrier, maps.key, key, n);
   }
@@ -158,8 +162,7 @@ struct Loader {
       if (leads()) ptx::barrier_arrive(shared.begun.full_of(round));
       load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, round);
       if (tile.done) return;
-      keys.end();
-      if (ptx::arrives_for_warp()) ptx::barrier_arrive(shared.states.empty_of(round));
+      keys.leave(shared.states, round);
     }
   }
 };

@@ -52,10 +52,7 @@ struct Ring {
     return ptx::shared_address(&empty[use % kStages]);
   }
   __device__ __forceinline__ uint32_t phase(uint32_t use) const { return use / kStages & 1; }
-  __device__ __forceinline__ void leave(uint32_t use) const {
-    __syncwarp();
-    if (ptx::arrives_for_warp()) ptx::barrier_arrive(empty_of(use));
-  }
+  __device__ __forceinline__ void leave(uint32_t use) const { ptx::barrier_arrive_by_warp(empty_of(use)); }
   // Until the stage's last use is over; at once where there was none.
   __device__ __forceinline__ void wait_empty(uint32_t use) const {
     ptx::barrier_wait(empty_of(use), phase(use) ^ 1);

@@ -61,8 +61,10 @@ class PagedKeys {
     value = next = find(tiles.hi - 1);
     return true;
   }
-  // No lane reads the tile's work any more.
-  __device__ __forceinline__ void end() const { __syncwarp(); }
+  template <class R>
+  __device__ __forceinline__ void leave(const R& states, uint32_t round) const {
+    states.leave(round);
+  }
 
   __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) {
     key = next;

@@ -81,6 +81,12 @@ inline constexpr uint32_t kWarpArrivals = 1;
 #endif
 __device__ __forceinline__ bool arrives_for_warp() { return kWarpArrivals > 1 || threadIdx.x % 32 == 0; }
 
+// For what all lanes of this warp have done.
+__device__ __forceinline__ void barrier_arrive_by_warp(uint32_t barrier) {
+  __syncwarp();
+  if (arrives_for_warp()) barrier_arrive(barrier);
+}
+
 // threadIdx.x, read where it is asked for instead of kept in a register.
 __device__ __forceinline__ int thread_index() {
   int x;

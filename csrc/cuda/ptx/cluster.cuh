@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace jax_flash::ptx {
@@ -30,6 +31,11 @@ __device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t rank) {
 // At the barrier of any block: after reads that are over, not after writes that others wait for.
 __device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_in_by_warp(uint32_t barrier, uint32_t rank) {
+  __syncwarp();
+  if (arrives_for_warp()) barrier_arrive_in(barrier, rank);
 }
 
 // To another block's shared memory; its barrier, in the same block, counts the 4 bytes.
