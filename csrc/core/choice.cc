@@ -100,7 +100,9 @@ struct Tiles {
                       std::max(1, device.sm_count));
     };
     small = rounds_of(kHopperRows) <= 1;
-    teams = keys <= (band ? kFewOfBand : kFew) || few_rounds(rounds_of, rows_differ(spec));
+    // Of packed sequences no more than a bound of their tiles is known here.
+    teams =
+        keys <= (band ? kFewOfBand : kFew) || (!spec.packed() && few_rounds(rounds_of, rows_differ(spec)));
     many_keys = keys >= kMany;
   }
 
