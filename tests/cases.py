@@ -253,8 +253,12 @@ FIXED = (
     Case("more tiles than blocks, as long", sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1),
     Case("more tiles than blocks, causal", causal=True, sq=200, sk=290, d=32, dv=32, hq=70, hk=2, b=1),
     Case("more tiles than blocks, window", window=(40, 40), sq=300, sk=300, d=128, dv=128, hq=48, hk=2, b=1),
-    Case("more tiles than blocks, window, d32", window=(40, 40), sq=400, sk=400, d=32, dv=32, hq=48, hk=2, b=1),
-    Case("more tiles than blocks, lengths", kv_lengths=(270,), sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1),
+    Case(
+        "more tiles than blocks, window, d32", window=(40, 40), sq=400, sk=400, d=32, dv=32, hq=48, hk=2, b=1
+    ),
+    Case(
+        "more tiles than blocks, lengths", kv_lengths=(270,), sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1
+    ),
     Case("more tiles than teams, window", window=(40, 40), sq=400, sk=400, d=64, dv=64, hq=68, hk=4, b=1),
     Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
     Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
