@@ -240,8 +240,8 @@ FIXED = (
     Case("sinks and lengths", sinks=True, q_lengths=(12, 5), kv_lengths=(7, 0)),
     Case("dropout", dropout_rate=0.3),
     Case("dropout, causal", dropout_rate=0.5, causal=True, sq=17, sk=35),
-    # Which tiles Hopper's forward has is by the numbers of queries and of keys in a row's sight: test_plan asks
-    # that all are reached.
+    # Which tiles Hopper's forward has is by the numbers of queries and of keys in a row's sight: test_plan_hopper
+    # asks that all are reached.
     Case("many queries", sq=200, sk=170, d=128, dv=128, hq=34, hk=2, b=1),
     Case("many queries, causal", causal=True, sq=300, sk=290, d=64, dv=64, hq=28, hk=4, b=1),
     Case("few queries", sq=150, sk=170, d=64, dv=64, hq=2, hk=1, b=1, causal=True),

@@ -1,0 +1,193 @@
+"""Which of Hopper's rows plan() takes, and how their blocks share tiles out. No GPU needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cases import CASES, make_inputs, spec
+from plans import A100, H100, HEAD_DIMS, plan, tile
+
+from jax_flash.operands import operand_bits
+
+
+def arch(**options: Any) -> str:
+    return plan(**options)["row"]["arch"]
+
+
+def test_hopper_has_a_forward_of_its_own():
+    for d, dv in HEAD_DIMS:
+        assert arch(d=d, dv=dv) == arch(d=d, dv=dv, dtype="float16", varlen=True, leading=3) == "sm90"
+        for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids"):
+            assert arch(d=d, dv=dv, operands=operand_bits((name,))) == "sm90"
+        assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
+    assert arch(pass_="backward") == "sm80"
+
+
+def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():
+    sizes = {"d": 128, "dv": 128, "q_rows": 4096, "k_rows": 4096}
+    assert (
+        tile(plan(**sizes))
+        == tile(plan(right=0, **sizes))
+        == tile(plan(left=2048, right=0, **sizes))
+        == (128, 160)
+    )
+    assert tile(plan(d=128, dv=128, q_rows=4096, k_rows=1024)) == (128, 128)
+    assert tile(plan(left=1024, right=0, **sizes)) == (128, 128)
+    assert tile(plan(softcap=3.0, **sizes)) == (128, 128)  # no registers are left for an option
+    assert tile(plan(varlen=True, batch=2, **sizes)) == (128, 160)
+    assert tile(plan(varlen=True, batch=4, **sizes)) == (128, 128)  # sequences of 1,024 on average
+
+
+def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
+    def rows(d: int = 128, **options: Any) -> int:
+        return tile(plan(d=d, dv=d, heads=16, kv_heads=16, **options))[0]
+
+    few, many = {"batch": 1, "q_rows": 512, "k_rows": 512}, {"batch": 1, "q_rows": 1024, "k_rows": 1024}
+    assert rows(**few) == rows(d=64, **few) == rows(right=0, **few) == rows(varlen=True, **few) == 64
+    assert rows(**many) == 128
+    assert rows(d=64, **many) == 128  # of teams
+    assert rows(d=64, **many | {"batch": 16}) == 192
+    assert rows(**few | {"k_rows": 16384}) == 64
+    assert rows(**few | {"batch": 2}) == rows(leading=2, **few) == 128
+    assert rows(softcap=3.0, **few) == 128  # has no such kernel
+
+
+def test_hopper_has_teams_where_rows_see_few_keys():
+    def teams(keys: int, **options: Any) -> bool:
+        return " blocks of 2 teams" in plan(**{"q_rows": keys, "k_rows": keys, "batch": 16} | options)["text"]
+
+    assert teams(1024, right=0)
+    assert teams(16384, left=1024, right=0)
+    assert teams(256)
+    assert teams(8192, varlen=True, right=0)  # sequences of 512 on average
+    assert not teams(2048, right=0)
+    assert not teams(16384, left=1025, right=0)
+    assert not teams(768)
+    assert not teams(1024, right=0, softcap=3.0)  # has no such kernel
+    assert not teams(1024, right=0, d=128, dv=128)
+    assert not teams(1024, right=0, d=32, dv=32)
+    assert not teams(512, right=0, batch=1)  # few queries have tiles of their own
+
+
+def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
+    def teams(keys: int, batch: int, **options: Any) -> bool:
+        sizes = {"q_rows": keys, "k_rows": keys, "batch": batch, "heads": 16, "kv_heads": 16}
+        return " blocks of 2 teams" in plan(**sizes | options)["text"]
+
+    assert teams(1024, 1)  # 128 tiles, or 96 large ones, for 132 multiprocessors
+    assert teams(1024, 2)  # 256, or 192
+    assert teams(512, 8)  # 512, or 384
+    assert not teams(768, 4)  # 384, or 256
+    assert teams(1024, 10)  # 8 rounds of large tiles
+    assert not teams(1024, 12)  # 9
+    assert not teams(512, 8, operands=operand_bits(("kv_lengths",)))  # tiles are not as long as each other
+    assert teams(1024, 2, operands=operand_bits(("kv_lengths",)))  # but all have a team at once
+    assert teams(2048, 1, right=0)
+    assert not teams(2048, 2, right=0)
+    assert not teams(8192, 8, varlen=True)
+
+
+def test_teams_share_tiles_out():
+    def of_heads(heads: int, **options: Any) -> dict[str, Any]:
+        return plan(q_rows=140, k_rows=140, heads=heads, kv_heads=1, batch=1, **options)
+
+    counter = 256  # bytes of workspace
+    few, many = of_heads(132, right=0), of_heads(136, right=0)  # of two tiles each
+    assert tile(few) == tile(many) == (128, 64)
+    assert "264 tiles of queries for 132 blocks of 2 teams" in few["text"]
+    assert (few["workspace"], many["workspace"]) == (0, counter)
+    assert few["shared"] == 2 * (2 * (128 * 64 + 3 * 64 * (64 + 64)) + 2048)
+    equal = plan(q_rows=128, k_rows=100, heads=272, kv_heads=4, batch=1)
+    assert (tile(equal), equal["workspace"]) == ((128, 64), 0)
+
+
+def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
+    reached = set()
+    for case in CASES:
+        inputs = make_inputs(case)
+        of_case, packed = spec(case, inputs), case.layout == "varlen"
+        query, key = inputs.positional["query"], inputs.positional["key"]
+        chosen = plan(
+            varlen=packed, batch=len(case.q_sequences) if packed else case.b, q_rows=query.shape[-3],
+            k_rows=key.shape[-3], heads=case.hq, kv_heads=case.hk, d=case.d + -case.d % 8,
+            dv=case.dv + -case.dv % 8, left=of_case.left, right=of_case.right, softcap=of_case.softcap,
+            operands=operand_bits(of_case.operands),
+        )  # fmt: skip
+        if "sm90 forward plain" in chosen["text"]:
+            of = chosen["row"]["d"], *tile(chosen)
+            takers = 132 * (2 if " teams" in chosen["text"] else 1)
+            reached.add(of)
+            if chosen["queries"]["blocks"] > takers:  # one at least has a tile after another
+                reached.add((*of, "by a counter" if chosen["workspace"] else "in turn"))
+    assert reached >= {(64, 64, 128), (128, 64, 128), (128, 128, 160), (256, 128, 80)}
+    assert reached >= {(64, 128, 64, how) for how in ("by a counter", "in turn")}  # of teams
+    assert reached >= {
+        (64, 192, 128, "in turn"),
+        (32, 192, 128, "by a counter"),
+        (128, 128, 128, "by a counter"),
+    }
+
+
+def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
+    def pairs(rows: int, keys: int, d: int = 128, **options: Any) -> bool:
+        return "blocks in pairs" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
+
+    assert pairs(8192, 8192)
+    assert pairs(8192, 8192, right=0)
+    assert pairs(4096, 4096, d=256)
+    assert not pairs(4096, 4096)
+    assert not pairs(8192, 8192, left=4096, right=0)
+    assert not pairs(8192, 8192, d=192)  # has no such kernel
+    assert not pairs(8192, 8192, softcap=3.0)
+    assert not pairs(8192, 8192, varlen=True)
+    assert not pairs(300, 8192)
+    assert pairs(17 * 128, 8192)
+    assert "for 16 blocks in pairs" in plan(d=256, dv=256, batch=1, q_rows=256, k_rows=8192)["text"]
+    odd = plan(device=H100 | {"sm_count": 133}, d=128, dv=128, q_rows=8192, k_rows=8192)
+    assert "for 132 blocks in pairs" in odd["text"]
+
+
+def test_hopper_copies_pages_by_groups_of_eight_rows():
+    pages = {"paged": True, "d": 128, "dv": 128}
+    assert (
+        arch(page_size=8, **pages) == arch(page_size=48, **pages) == arch(page_size=1024, **pages) == "sm90"
+    )
+    assert arch(page_size=4, **pages) == arch(page_size=12, **pages) == "sm80"
+    assert arch(page_size=16, float8=True, **pages) == "sm80"
+
+
+def test_three_consumers_have_registers_for_one_option_of_the_score():
+    assert tile(plan(d=64, dv=64, batch=64))[0] == 192  # rounds of tiles are many
+    for names in (("alibi_slopes",), ("q_segment_ids", "kv_segment_ids"), ("dropout",)):
+        assert tile(plan(d=64, dv=64, operands=operand_bits(names)))[0] == 192
+    assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 192
+    assert tile(plan(d=64, dv=64, softcap=3.0, operands=operand_bits(("alibi_slopes",))))[0] == 128
+    assert tile(plan(d=64, dv=64, operands=operand_bits(("alibi_slopes", "dropout"))))[0] == 128
+    assert tile(plan(d=64, dv=64, operands=operand_bits(("mask",))))[0] == 128
+    assert tile(plan(d=64, dv=64, scale=-1.0))[0] == 128
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({}, "plain"),
+        ({"operands": operand_bits(("alibi_slopes",))}, "alibi"),
+        ({"operands": operand_bits(("q_segment_ids", "kv_segment_ids"))}, "segments"),
+        ({"operands": operand_bits(("dropout",))}, "dropout"),
+        ({"softcap": 30.0}, "softcap"),
+        ({"softcap": 1e4}, "general"),  # its powers of e are not float32's
+        ({"softcap": 30.0, "operands": operand_bits(("dropout",))}, "general"),
+        ({"operands": operand_bits(("mask",))}, "general"),
+    ],
+)
+def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kernel):
+    assert plan(d=128, dv=128, **options)["text"].split()[2] == kernel
+    others = kernel if kernel in ("plain", "dropout") else "general"
+    assert plan(d=128, dv=128, device=A100, **options)["text"].split()[2] == others
+
+
+def test_blocks_that_stay_count_tiles_of_unequal_length():
+    assert plan(d=128, dv=128, batch=9, q_rows=1024)["workspace"] == 0
+    assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # the last tile of a head is shorter
+    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 multiprocessors
