@@ -152,21 +152,25 @@ def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> s
     try:
         oracle.assert_result(got, right, low, case)
     except AssertionError:
-        exact = _exact(case, inputs)
-        if exact is None:
+        if not _in_reach(case, inputs):
             raise
+        exact, plain = _exact(case, inputs, right), oracle.on_cpu(oracle.ref)(case, inputs)
         if reason:
             exact = oracle.Result(exact.out, exact.lse)
-        oracle.assert_result(got, exact, exact, case)
+        oracle.assert_near_plain(got, exact, _in_given_rank(plain, case))
     return reason
 
 
+def _in_reach(case: Case, inputs: Inputs) -> bool:
+    """A float32 case small enough for float64's answer, and plain JAX's distance from it, to be known."""
+    moving, _ = oracle.split(operands(inputs))
+    return all(x.dtype.itemsize == 4 for x in moving.values()) and _scores(inputs) <= 20 * SMALL
+
+
 @oracle.on_cpu
-def _exact(case: Case, inputs: Inputs) -> oracle.Result | None:
-    """float64's answer for a float32 case that was held against the equations in float32, whose own rounding is
-    of the size of the limit where scores are large and dropout multiplies what is left."""
-    if case.dtype != "float32" or not SMALL < _scores(inputs) <= 20 * SMALL:
-        return None
+def _exact(case: Case, inputs: Inputs, right: oracle.Result) -> oracle.Result:
+    if _scores(inputs) <= SMALL:
+        return right
     return _in_given_rank(
         oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse), case
     )

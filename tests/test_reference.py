@@ -1,5 +1,6 @@
 """reference.py is right: against the same equations in numpy, a row at a time, forward and backward."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -183,3 +184,19 @@ def test_the_tolerance_catches_small_errors():
     off.out[0, 1, 2, 3] = np.nan
     with pytest.raises(AssertionError, match=r"out is wrong at 1 of .* \(0, 1, 2, 3\)"):
         oracle.assert_result(off, right, low, case)
+
+
+def test_float32_is_held_to_twice_the_error_of_plain_float32_where_that_misses_the_limit():
+    case = Case("large scores", sq=40, sk=40, d=136, scale=4.0, dtype="float32")
+    inputs = make_inputs(case)
+    plain = oracle.ref(case, inputs)
+    exact = oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse)
+    with pytest.raises(AssertionError, match="out is wrong"):
+        oracle.assert_result(plain, exact, exact, case)
+    oracle.assert_near_plain(plain, exact, plain)
+    distance = np.abs(plain.out - exact.out).max()
+    further = replace(plain, out=exact.out + 2 * distance + 2e-5 + 2e-5 * np.abs(exact.out))
+    with pytest.raises(AssertionError, match="out is wrong"):
+        oracle.assert_near_plain(further, exact, plain)
+    with pytest.raises(AssertionError, match="out is wrong"):
+        oracle.assert_near_plain(plain, exact, exact)
