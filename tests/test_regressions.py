@@ -159,16 +159,24 @@ def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
 
 
 @pytest.mark.parametrize("sign", ["both", "negative"])
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("option", [None, "bias", "rows of bias", "alibi", "segments", "two"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_scores_beyond_what_float32_counts_choose_the_largest(dtype, general, sign, implementation):
+def test_scores_beyond_what_float32_counts_choose_the_largest(dtype, option, sign, implementation):
     """From 2³² on a product of scale and score is rounded by more than what 2^x takes without overflow."""
     checks.require(implementation, dtype=dtype)
     q, k = (jnp.clip(normal(1, 200, 2, 64, seed=seed) * 3e4, -6e4, 6e4).astype(dtype) for seed in (1, 2))
     if sign == "negative":
         q, k = jnp.abs(q), -jnp.abs(k)
     v = normal(1, 200, 2, 64, dtype=dtype, seed=3)
-    options = {"scale": 2.0} | ({"bias": jnp.zeros((1,))} if general else {})
+    alibi, ids = {"alibi_slopes": jnp.full((2,), 0.5)}, jnp.zeros((1, 200), jnp.int32)
+    options = {"scale": 2.0} | {
+        None: {},
+        "bias": {"bias": jnp.zeros((1,))},
+        "rows of bias": {"bias": jnp.zeros((1, 1, 200, 200), dtype)},
+        "alibi": alibi,
+        "segments": {"segment_ids": (ids, ids)},
+        "two": alibi | {"bias": jnp.zeros((1, 200))},
+    }[option]
 
     def loss(q, k, v):
         out, lse = attend(implementation, q, k, v, **options)
