@@ -240,7 +240,8 @@ def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
     wheel = f"jax-flash-cuda{major}"
     spec = importlib.util.find_spec(wheel.replace("-", "_"))
     if spec is None or spec.origin is None:
-        return None, f'not installed: pip install "jax-flash[cuda{major}]"'
+        source = "in a clone of its repository JAX_FLASH_CUDA=ON pip install . where nvcc is"
+        return None, f'not installed: pip install "jax-flash[cuda{major}]", or {source}'
     found = importlib.metadata.version(wheel)
     if found != version:
         problem = f"of another version: {wheel} is {found}, jax-flash is {version}"

@@ -39,8 +39,9 @@ KNOWN = {
     "h200": Gpu("NVIDIA H200", 90, 132),
     "b200": Gpu("NVIDIA B200", 100, 148),
 }
-# Each is an option of the command.
-OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths")
+# Each is an option of the command, with what it says beside "the call has this operand".
+OPERANDS = dict.fromkeys(("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths"), "")
+OPERANDS["bias"] = ", [batch, heads, seqlen, kv-seqlen] in the call's dtype"
 PASSES = ("forward", "backward", "bias_gradient")
 
 
@@ -67,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--softcap", type=float, default=0.0)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
-    for name in OPERANDS:
-        add("--" + name.replace("_", "-"), action="store_true", help="the call has this operand")
+    for name, form in OPERANDS.items():
+        add("--" + name.replace("_", "-"), action="store_true", help="the call has this operand" + form)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,11 +107,13 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
         k_rows=k_rows,
         heads=options.heads,
         kv_heads=options.kv_heads or options.heads,
-        d=options.head_dim,
-        dv=options.value_dim or options.head_dim,
+        d=_padded(options.head_dim),
+        dv=_padded(options.value_dim or options.head_dim),
     )
     if pass_ == "bias_gradient":
         shapes["bias"] = (options.batch, options.heads, options.seqlen, k_rows)
+    elif options.bias:  # as plan.cc's bias_in_tiles has it
+        shapes["bias_in_tiles"] = k_rows % 8 == 0 and options.dtype != "float32"
     left, right = options.window or (UNLIMITED, UNLIMITED)
     band = dict(left=left, right=0 if options.causal else right)
     device = dict(capability=gpu.capability, sm_count=gpu.sm_count, shared_memory=gpu.shared_memory)
@@ -118,6 +121,11 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
     return dict(
         dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores, **band
     )
+
+
+def _padded(head_dim: int) -> int:
+    """As the primitives pad it for CUDA."""
+    return head_dim + -head_dim % 8
 
 
 def found_gpu() -> Gpu | None:

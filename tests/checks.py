@@ -152,7 +152,7 @@ def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> s
     try:
         oracle.assert_result(got, right, low, case)
     except AssertionError:
-        if not _in_reach(case, inputs):
+        if not _large_in_float32(case, inputs, right):
             raise
         exact, plain = _exact(case, inputs, right), oracle.on_cpu(oracle.ref)(case, inputs)
         if reason:
@@ -161,10 +161,15 @@ def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> s
     return reason
 
 
-def _in_reach(case: Case, inputs: Inputs) -> bool:
-    """A float32 case small enough for float64's answer, and plain JAX's distance from it, to be known."""
+LARGE = 10  # a float32 score whose rounding, beside dropout's scale, is of the size of the limit
+
+
+def _large_in_float32(case: Case, inputs: Inputs, right: oracle.Result) -> bool:
+    """A float32 case with large scores, and few enough for float64's answer to be known."""
     moving, _ = oracle.split(operands(inputs))
-    return all(x.dtype.itemsize == 4 for x in moving.values()) and _scores(inputs) <= 20 * SMALL
+    single = all(x.dtype.itemsize == 4 for x in moving.values())
+    largest = np.max(np.abs(right.lse), where=np.isfinite(right.lse), initial=0)
+    return bool(single and largest >= LARGE and _scores(inputs) <= 20 * SMALL)
 
 
 @oracle.on_cpu

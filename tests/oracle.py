@@ -134,8 +134,8 @@ def assert_gradient(
 
 
 def assert_near_plain(got: Result, exact: Result, plain: Result) -> None:
-    """float32 where its own rounding is of the size of its limits (scores of 20 and more, what dropout leaves times
-    10): as 16 bits are held, to 2 times the error of plain attention in float32 (gradients 3) beside the limit."""
+    """Not of the contract, but a known deviation (docs/architecture.md): large scores in float32, whose rounding is of
+    the size of its limits. As 16 bits are held: the limit, and 2 times plain float32's own error (gradients 3)."""
     assert_lse(got.lse, exact.lse)
     _assert_within("out", got.out, exact.out, 2 * _distance(plain.out, exact.out) + _limit(1e-5, exact.out))
     for name, ref in exact.gradients.items():

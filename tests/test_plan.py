@@ -209,6 +209,25 @@ def test_the_command_says_why_nothing_runs_and_fails(capsys):
     assert capsys.readouterr().out.count("no CUDA kernel was built") == 2
 
 
+def test_the_command_pads_head_dims_as_a_call_does(capsys):
+    def lines(head_dim):
+        assert main([*COMMAND[:-1], head_dim, "--gpu", "h200"]) == 0
+        return capsys.readouterr().out
+
+    assert lines("100") == lines("104")
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype", "kind"),
+    [("4096", "bfloat16", "bias"), ("4097", "bfloat16", "general"), ("4096", "float32", None)],
+)
+def test_the_command_names_the_kernel_of_a_bias_alone_on_hopper(keys, dtype, kind, capsys):
+    """One whose rows the copy engine can bring has a kernel of its own."""
+    main([*COMMAND, "--gpu", "h200", "--bias", "--kv-seqlen", keys, "--dtype", dtype])
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.startswith(f"sm90 forward {kind} " if kind else "sm80 forward general ")
+
+
 def test_the_command_packs_sequences(capsys):
     assert main([*COMMAND, "--varlen", "--deterministic", "--kv-heads", "4"]) == 0
     text = capsys.readouterr().out

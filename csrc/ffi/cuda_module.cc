@@ -150,8 +150,8 @@ nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen,
                  int32_t num_splits, bool batch_invariant, int32_t operands, int32_t left, int32_t right,
                  float softcap, float scale, bool deterministic, int64_t leading, int64_t batch,
                  int64_t q_rows, int64_t k_rows, int64_t heads, int64_t kv_heads, int64_t d, int64_t dv,
-                 int64_t page_size, const std::array<int64_t, 4>& bias, int32_t capability, int32_t sm_count,
-                 int32_t shared_memory) {
+                 int64_t page_size, const std::array<int64_t, 4>& bias, bool bias_in_tiles,
+                 int32_t capability, int32_t sm_count, int32_t shared_memory) {
   AttentionSpec spec{};
   spec.layout = paged    ? varlen ? Layout::kPagedVarlen : Layout::kPaged
                 : varlen ? Layout::kVarlen
@@ -177,7 +177,8 @@ nb::dict plan_of(const std::string& pass, const std::string& dtype, bool varlen,
                       q_rows,
                       k_rows,
                       page_size,
-                      {bias[0], bias[1], bias[2], bias[3]}};
+                      {bias[0], bias[1], bias[2], bias[3]},
+                      bias_in_tiles};
   const auto rows = kernel_table();
   const Pass which = static_cast<Pass>(index_of(kPassNames, pass));
   const LaunchPlan chosen = plan(which, spec, shapes, Device{capability, sm_count, shared_memory}, rows);
@@ -212,7 +213,8 @@ void bind_cuda(nb::module_& module) {
              nb::arg("deterministic") = false, nb::arg("leading") = 1, nb::arg("batch"), nb::arg("q_rows"),
              nb::arg("k_rows"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("d"), nb::arg("dv"),
              nb::arg("page_size") = 0, nb::arg("bias") = std::array<int64_t, 4>{1, 1, 1, 1},
-             nb::arg("capability"), nb::arg("sm_count"), nb::arg("shared_memory"));
+             nb::arg("bias_in_tiles") = false, nb::arg("capability"), nb::arg("sm_count"),
+             nb::arg("shared_memory"));
 }
 
 }  // namespace jax_flash
