@@ -157,3 +157,8 @@ def like(result: str) -> str:
 def operand_bits(names: tuple[str, ...]) -> int:
     """The bit set the C++ side decodes, from the names of the optional operands present."""
     return sum(1 << OPTIONAL.index(name) for name in names)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """What CUDA kernels are given: they load 16 bytes at a time."""
+    return head_dim + -head_dim % 8

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .backends import DTYPES, compute_capability, extension, local_devices
-from .operands import operand_bits
+from .operands import operand_bits, padded_head_dim
 from .spec import UNLIMITED
 
 # What one block may use, in bytes, by compute capability (CUDA C++ programming guide, table of technical
@@ -39,9 +39,8 @@ KNOWN = {
     "h200": Gpu("NVIDIA H200", 90, 132),
     "b200": Gpu("NVIDIA B200", 100, 148),
 }
-# Each is an option of the command, with what it says beside "the call has this operand".
-OPERANDS = dict.fromkeys(("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths"), "")
-OPERANDS["bias"] = ", [batch, heads, seqlen, kv-seqlen] in the call's dtype"
+# Each is an option of the command. A bias is [batch, heads, seqlen, kv-seqlen], of the call's dtype.
+OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths")
 PASSES = ("forward", "backward", "bias_gradient")
 
 
@@ -68,8 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--softcap", type=float, default=0.0)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
-    for name, form in OPERANDS.items():
-        add("--" + name.replace("_", "-"), action="store_true", help="the call has this operand" + form)
+    for name in OPERANDS:
+        add(
+            "--" + name.replace("_", "-"),
+            action="store_true",
+            help="the call has this operand, nothing of it broadcast",
+        )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -107,8 +110,8 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
         k_rows=k_rows,
         heads=options.heads,
         kv_heads=options.kv_heads or options.heads,
-        d=_padded(options.head_dim),
-        dv=_padded(options.value_dim or options.head_dim),
+        d=padded_head_dim(options.head_dim),
+        dv=padded_head_dim(options.value_dim or options.head_dim),
     )
     if pass_ == "bias_gradient":
         shapes["bias"] = (options.batch, options.heads, options.seqlen, k_rows)
@@ -121,11 +124,6 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
     return dict(
         dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores, **band
     )
-
-
-def _padded(head_dim: int) -> int:
-    """As the primitives pad it for CUDA."""
-    return head_dim + -head_dim % 8
 
 
 def found_gpu() -> Gpu | None:

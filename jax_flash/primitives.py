@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from . import _compat
 from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
 from .batching import batch
-from .operands import PASSES, Pass, like
+from .operands import PASSES, Pass, like, padded_head_dim
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
 from .workspace import workspace_bound
@@ -110,7 +110,7 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     avals: list[Any] = list(ctx.avals_in)
     shapes = {name: aval.shape for name, aval in zip(names, avals)}
     head_dims = shapes["key"][-1], shapes["value"][-1]
-    if platform == "cuda" and any(d % 8 for d in head_dims) and not pass_.in_place:
+    if platform == "cuda" and any(d != padded_head_dim(d) for d in head_dims) and not pass_.in_place:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
@@ -149,11 +149,11 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
 
 
 def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
-    """CUDA loads 16 bytes at a time: other head dims pay for a padded copy."""
+    """Head dims that CUDA does not load pay for a padded copy."""
     dims = spec.dims
 
     def pad(name: str, x: jax.Array) -> jax.Array:
-        width = -x.shape[-1] % 8 if dims[name][-1] in ("d", "dv") else 0
+        width = padded_head_dim(x.shape[-1]) - x.shape[-1] if dims[name][-1] in ("d", "dv") else 0
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)]) if width else x
 
     names = operand_names(pass_, spec)

@@ -108,11 +108,7 @@ def differentiate(call: Any, moving: dict[str, Any], inputs: Inputs) -> oracle.R
 def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]:
     """`ref` and `low` of the contract: row by row in float64 where the case is small."""
     inputs = make_inputs(case, seed)
-    if _scores(inputs) <= SMALL:
-        right = oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse)
-    else:
-        right = oracle.ref(case, inputs)
-    right = _in_given_rank(right, case)
+    right = _equations(case, inputs, by_rows=_scores(inputs) <= SMALL)
     dtype = inputs.positional["query"].dtype
     moving, fixed = oracle.split(operands(inputs))
     if all(x.dtype.itemsize == 4 for x in moving.values()):
@@ -141,8 +137,24 @@ def _in_given_rank(result: oracle.Result, case: Case) -> oracle.Result:
     return oracle.Result(result.out, result.lse, result.gradients | {"bias": dbias})
 
 
-def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> str | None:
-    """Out, lse and every gradient at the contract's tolerance; returns why the gradients are not built, if so."""
+@oracle.on_cpu
+def _equations(case: Case, inputs: Inputs, by_rows: bool) -> oracle.Result:
+    """Row by row in float64, or all at once in float32."""
+    if by_rows:
+        result = oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse)
+    else:
+        result = oracle.ref(case, inputs)
+    return _in_given_rank(result, case)
+
+
+def compare(
+    case: Case, implementation: str, seed: int = 0, *, may_deviate: bool = False, **options: Any
+) -> str | None:
+    """Out, lse and every gradient at the contract's tolerance; returns why the gradients are not built, if so.
+
+    A float32 case is held against float64 where float32's own rounding is of the size of the limit. `may_deviate`:
+    its large scores may miss it, as docs/architecture.md has it.
+    """
     inputs = make_inputs(case, seed)
     got = run(case, inputs, implementation, **options)
     right, low = references(case, seed)
@@ -152,33 +164,27 @@ def compare(case: Case, implementation: str, seed: int = 0, **options: Any) -> s
     try:
         oracle.assert_result(got, right, low, case)
     except AssertionError:
-        if not _large_in_float32(case, inputs, right):
+        if case.dtype != "float32" or _scores(inputs) > 20 * SMALL:
             raise
-        exact, plain = _exact(case, inputs, right), oracle.on_cpu(oracle.ref)(case, inputs)
+        by_rows = _scores(inputs) <= SMALL
+        other = _equations(case, inputs, by_rows=not by_rows)
+        exact, plain = (right, other) if by_rows else (other, right)
         if reason:
             exact = oracle.Result(exact.out, exact.lse)
-        oracle.assert_near_plain(got, exact, _in_given_rank(plain, case))
+        if may_deviate and _largest(exact.lse) >= LARGE:
+            oracle.assert_near_plain(got, exact, plain)
+        else:
+            oracle.assert_result(got, exact, exact, case)
     return reason
 
 
-LARGE = 10  # a float32 score whose rounding, beside dropout's scale, is of the size of the limit
+LARGE = (
+    10  # a score whose rounding in float32, times what dropout multiplies it by, is of the size of the limit
+)
 
 
-def _large_in_float32(case: Case, inputs: Inputs, right: oracle.Result) -> bool:
-    """A float32 case with large scores, and few enough for float64's answer to be known."""
-    moving, _ = oracle.split(operands(inputs))
-    single = all(x.dtype.itemsize == 4 for x in moving.values())
-    largest = np.max(np.abs(right.lse), where=np.isfinite(right.lse), initial=0)
-    return bool(single and largest >= LARGE and _scores(inputs) <= 20 * SMALL)
-
-
-@oracle.on_cpu
-def _exact(case: Case, inputs: Inputs, right: oracle.Result) -> oracle.Result:
-    if _scores(inputs) <= SMALL:
-        return right
-    return _in_given_rank(
-        oracle.by_rows(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse), case
-    )
+def _largest(lse: np.ndarray) -> float:
+    return float(np.max(np.abs(lse), where=np.isfinite(lse), initial=0))
 
 
 def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> None:

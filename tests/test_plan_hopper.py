@@ -8,7 +8,7 @@ import pytest
 from cases import CASES, make_inputs, spec
 from plans import A100, H100, HEAD_DIMS, plan, tile
 
-from jax_flash.operands import operand_bits
+from jax_flash.operands import operand_bits, padded_head_dim
 
 
 def arch(**options: Any) -> str:
@@ -110,8 +110,8 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
         query, key = inputs.positional["query"], inputs.positional["key"]
         chosen = plan(
             varlen=packed, batch=len(case.q_sequences) if packed else case.b, q_rows=query.shape[-3],
-            k_rows=key.shape[-3], heads=case.hq, kv_heads=case.hk, d=case.d + -case.d % 8,
-            dv=case.dv + -case.dv % 8, left=of_case.left, right=of_case.right, softcap=of_case.softcap,
+            k_rows=key.shape[-3], heads=case.hq, kv_heads=case.hk, d=padded_head_dim(case.d),
+            dv=padded_head_dim(case.dv), left=of_case.left, right=of_case.right, softcap=of_case.softcap,
             operands=operand_bits(of_case.operands),
         )  # fmt: skip
         if "sm90 forward plain" in chosen["text"]:
