@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import DTYPES, FIXED, Case, make_inputs
+from cases import DTYPES, FIXED, FIXED_TILES, Case, make_inputs
 from conftest import IMPLEMENTATION
 from pairwise import pairwise
 
@@ -34,6 +34,11 @@ def test_each_option_forward_and_backward(case, dtype):
 @by_name(FIXED[::3])
 def test_each_option_in_plain_jax(case):
     checks.check(case.replace(dtype="float16"), "xla")
+
+
+@by_name(checks.in_some_dtypes(FIXED_TILES, IMPLEMENTATION))
+def test_sizes_that_choose_each_tile(case):
+    checks.check(case, IMPLEMENTATION)
 
 
 # All options together, two by two.
