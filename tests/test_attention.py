@@ -216,6 +216,17 @@ def test_a_bias_of_minus_infinity_masks(implementation):
     assert got.lse[0, 1, 3] == -np.inf
 
 
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, implementation):
+    case = Case("bias", bias=(1, 1, 1, 12), dtype=checks.usual_dtype(implementation))
+    inputs = make_inputs(case)
+    bias = inputs.keywords["bias"].at[..., 5].set(-jnp.inf)
+    query = inputs.positional["query"].at[..., 0].set(1)
+    key = inputs.positional["key"].at[:, 5, :, 0].set(score)
+    clean = call(implementation, case, bias=bias, query=query)
+    assert_equal(call(implementation, case, bias=bias, query=query, key=key), clean)
+
+
 # Arguments in their other forms.
 
 
