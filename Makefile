@@ -52,7 +52,7 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
 JAX_TESTS = $(patsubst %,tests/test_%.py,backends compat_flash_attn compilation_cache distributed dot_product errors \
-  example export flax flax_layers generate index_arrays lowering_errors manual_sharding merge modes paged_programs \
+  example export flax flax_layers generate lowering_errors manual_sharding modes paged_programs \
   readme reference sharding transforms)
 
 .PHONY: test-newest-jax
@@ -84,7 +84,7 @@ CUDA_ROWS ?= sample
 
 .PHONY: cuda-emulate
 cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (needs cmake, no GPU)
-	$(BIN)/python tools/gpu_check.py --emulated
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python tools/gpu_check.py --emulated
 	cmake --build build/emulated --target cuda_units && build/emulated/cuda_units
 	PYTHONPATH=tools:tests/kernels/emulator $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) -k "not xla" \
 	  tests/test_append.py tests/test_paged.py tests/test_paged_gradients.py
