@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _compat, paging, reference
+from . import _jax, paging, reference
 from .operands import BACKWARD, BIAS_GRADIENT, FORWARD
 from .primitives import bind, equally_varying
 from .spec import AttentionSpec
@@ -54,7 +54,7 @@ def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangent
     sinks = operands.get("sinks")
     from_sinks = jnp.zeros_like(lse) if sinks is None else _through_sinks(sinks, lse, delta)
     if sinks is not None:
-        gradients["sinks"] = _compat.sharded_like(-_sum_to_heads(from_sinks), sinks)
+        gradients["sinks"] = _jax.sharded_like(-_sum_to_heads(from_sinks), sinks)
     if "bias" in spec.operands:
         bias = operands["bias"]
         if bias.shape[-1] == 1:
@@ -120,7 +120,7 @@ def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> ja
     rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
     summed = [axis for axis in range(rows.ndim) if bias.shape[axis] == 1 != rows.shape[axis]]
     gradient = rows.sum(summed, keepdims=True).astype(bias.dtype)
-    return _compat.sharded_like(gradient, bias)
+    return _jax.sharded_like(gradient, bias)
 
 
 _attend.defvjp(_forward, _backward)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import reference
-from ._compat import same_dim
+from ._jax import same_dim
 from .operands import OPTIONAL
 from .spec import UNLIMITED, AttentionSpec, Layout
 
