@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _jax, paging, reference
+from . import _jax, reference
 from .operands import BACKWARD, BIAS_GRADIENT, FORWARD
+from .paged import gather
 from .primitives import bind, equally_varying
 from .spec import AttentionSpec
 
@@ -22,7 +23,7 @@ Gradients = dict[str, jax.Array | None]
 def attend(spec: AttentionSpec, operands: Operands) -> Pair:
     """(out, lse) of checked operands, by plain JAX or by the custom call."""
     if spec.implementation == "xla":
-        return paging.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
+        return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
     return _attend(spec, equally_varying(operands))
 
 
@@ -69,9 +70,9 @@ def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cot
 
     Rows that need a page outside the pool are left out: their dquery is NaN and the pools get nothing from them.
     """
-    missing = paging.rows_missing_pages(spec, operands)
+    missing = gather.rows_missing_pages(spec, operands)
     by_row, by_lse = missing[..., None, None], missing[..., None, :]
-    dense_spec, dense = paging.contiguous(spec, operands)
+    dense_spec, dense = gather.contiguous(spec, operands)
     (out, lse), (dout, dlse) = results, cotangents
     dense_results = jnp.where(by_row, 0, out), jnp.where(by_lse, -jnp.inf, lse)
     dense_cotangents = jnp.where(by_row, 0, dout).astype(dense["query"].dtype), jnp.where(by_lse, 0, dlse)
@@ -85,7 +86,7 @@ def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cot
         assert gradient is not None
         stored = pool.dtype != jnp.float8_e4m3fn
         tables = operands["block_tables"]
-        gradients[name] = paging.scatter_gradient(spec, gradient, tables, pool) if stored else None
+        gradients[name] = gather.scatter_gradient(spec, gradient, tables, pool) if stored else None
     return gradients
 
 
