@@ -159,7 +159,7 @@ function(jf_add_kernels target)
       list(APPEND sources "${generated}/${file}.cu")
     endforeach()
     add_library(${target}_${group} OBJECT ${sources})
-    if(NOT CMAKE_CUDA_COMPILER)  # tools/emulator
+    if(NOT CMAKE_CUDA_COMPILER)  # tests/kernels/emulator
       set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS "-xc++")
     endif()
     set_target_properties(${target}_${group} PROPERTIES CUDA_ARCHITECTURES "${archs}")
