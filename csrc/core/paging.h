@@ -16,6 +16,10 @@ JF_HD int32_t table_capacity(int64_t entries, int64_t page_size) {
   return static_cast<int32_t>(entries > kMost / page_size ? kMost : entries * page_size);
 }
 
+// What PageTable::find returns instead of a page: the table's entry lies outside the pool, or there is no
+// such key.
+inline constexpr int32_t kMissingPage = -1, kNoPage = -2;
+
 struct PageSlot {
   int32_t page, slot;
 };
@@ -30,6 +34,13 @@ struct PageTable {
 
   // Whatever the table holds: only such a page is ever read or written.
   JF_HD bool in_pool(int32_t page) const { return 0 <= page && page < pages; }
+
+  // Of the keys [begin, end), which are within the table's capacity; any position may be asked for.
+  JF_HD PageSlot find(int64_t position, int64_t begin, int64_t end) const {
+    if (position < begin || position >= end) return {kNoPage, 0};
+    const PageSlot found = at(static_cast<int32_t>(position));
+    return in_pool(found.page) ? found : PageSlot{kMissingPage, 0};
+  }
 };
 
 JF_HD PageTable page_table(const View& tables, const Leading& dims, int64_t leading, int32_t index,

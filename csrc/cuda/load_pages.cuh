@@ -19,9 +19,6 @@
 
 namespace jax_flash {
 
-// In the place of a page: outside the pool, and past the sequence's keys.
-inline constexpr int32_t kMissingPage = -1, kNoPage = -2;
-
 // One of key and value at one KV head. Strides in elements.
 template <class Pool>
 struct GlobalPages {
@@ -56,7 +53,7 @@ static __device__ const uint4 kNanChunk = {0x7FFF7FFFu, 0x7FFF7FFFu, 0x7FFF7FFFu
 
 // A row of such: as many bytes as any head has.
 struct NanRow {
-  alignas(16) uint32_t words[256];
+  alignas(16) uint32_t words[kMaxHeadDim];
   constexpr NanRow() : words() {
     for (uint32_t& word : words) word = 0x7FFF7FFFu;
   }
