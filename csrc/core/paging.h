@@ -35,11 +35,17 @@ struct PageTable {
   // Whatever the table holds: only such a page is ever read or written.
   JF_HD bool in_pool(int32_t page) const { return 0 <= page && page < pages; }
 
-  // Of the keys [begin, end), which are within the table's capacity; any position may be asked for.
+  // at(position), or {kMissingPage, 0} where the table's entry lies outside the pool.
+  JF_HD PageSlot lookup(int32_t position) const {
+    const PageSlot found = at(position);
+    return in_pool(found.page) ? found : PageSlot{kMissingPage, 0};
+  }
+
+  // lookup() for the keys [begin, end), which lie within the table's capacity, and {kNoPage, 0} for any other
+  // position.
   JF_HD PageSlot find(int64_t position, int64_t begin, int64_t end) const {
     if (position < begin || position >= end) return {kNoPage, 0};
-    const PageSlot found = at(static_cast<int32_t>(position));
-    return in_pool(found.page) ? found : PageSlot{kMissingPage, 0};
+    return lookup(static_cast<int32_t>(position));
   }
 };
 
