@@ -3,6 +3,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/families/portable_layout.h"
+#include "core/plan/call.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
 

@@ -43,6 +43,9 @@ enum class AppendOperand : int32_t { kCuSeqlens = 0, kCos, kSin, kKScale, kVScal
 
 inline constexpr int32_t kUnlimited = -1;
 
+// The largest d and dv of every pass but CUDA's decode (576, dv 512).
+inline constexpr int32_t kMaxHeadDim = 256;
+
 struct AttentionSpec {
   Layout layout;
   Align align;

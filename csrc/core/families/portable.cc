@@ -10,12 +10,24 @@
 namespace jax_flash {
 namespace {
 
+int32_t element_size(const Call& call) { return call.shapes.dtype == DType::kF32 ? 4 : 2; }
+
+RowShape shape_of(const KernelRow& row, const Call& call) {
+  return {row.head_dim,
+          row.value_dim,
+          row.block_m,
+          row.block_n,
+          row.stages,
+          row.warps,
+          call.loader() == Loader::kPaged};
+}
+
 class Forward final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call&) const override { return true; }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return portable::shared_bytes(row, call.loader(), call.shapes.dtype);
+    return forward_shared_bytes(shape_of(row, call), element_size(call));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -35,7 +47,7 @@ class Backward final : public PassTraits {
   bool serves(const KernelRow&, const Call&) const override { return true; }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return portable::shared_bytes(row, call.loader(), call.shapes.dtype);
+    return backward_shared_bytes(shape_of(row, call), element_size(call));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -61,7 +73,7 @@ class BiasGradient final : public PassTraits {
   bool serves(const KernelRow&, const Call&) const override { return true; }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return portable::shared_bytes(row, call.loader(), call.shapes.dtype);
+    return bias_gradient_shared_bytes(shape_of(row, call), element_size(call));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace&, LaunchPlan& plan) const override {
@@ -120,7 +132,7 @@ class Decode final : public PassTraits {
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return portable::shared_bytes(row, call.loader(), call.shapes.dtype);
+    return decode_shared_bytes(shape_of(row, call), element_size(call));
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
