@@ -25,6 +25,7 @@ _FIXED = {
     "alibi_slopes": ("b*", "hq"),
     "sinks": ("hq",),
     "dropout": ("dropout",),
+    "position": ("position",),
 }
 _VARLEN = {
     "query": ("tq", "hq", "d"),
@@ -38,6 +39,7 @@ _VARLEN = {
     "alibi_slopes": ("n*", "hq"),
     "sinks": ("hq",),
     "dropout": ("dropout",),
+    "position": ("position",),
 }
 _PAGED = {
     "query": ("n", "sq", "hq", "d"),
@@ -51,6 +53,7 @@ _PAGED = {
     "block_tables": ("n", "pages"),
     "k_scale": ("hk",),
     "v_scale": ("hk",),
+    "position": ("position",),
 }
 _PAGED_VARLEN = _PAGED | {
     "query": ("tq", "hq", "d"),
@@ -114,9 +117,11 @@ OPTIONAL = (
     "block_tables",
     "k_scale",
     "v_scale",
+    "position",
 )
 # `dropout` is uint32 [6]: two key words, then the global offsets of this shard's batch, query head, row and column.
-DROPOUT_BATCH, DROPOUT_HEAD = 2, 3
+DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4
+# `position` is int32 [2]: where the first query and the first key of a call lie in the sequence that it is a part of.
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
         sequence=_iota(b)[:, None],
         row=row,
         column=column,
-        diagonal=_diagonal(spec, row, nq, nk),
+        diagonal=_diagonal(spec, operands, row, nq, nk),
         row_used=row < nq,
         column_used=column < nk,
         segments=segments,
@@ -110,7 +110,7 @@ def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
         sequence=z_q[None],
         row=row[None],
         column=column[None],
-        diagonal=_diagonal(spec, row, nq[z_q], nk[z_q])[None],
+        diagonal=_diagonal(spec, operands, row, nq[z_q], nk[z_q])[None],
         row_used=(z_q < outside)[None],
         column_used=(column < nk[z_k])[None],
         segments=(z_q[None], z_k[None]),
@@ -134,8 +134,16 @@ def _length(lengths: Array | None, size: int) -> Array:
     return jnp.clip(lengths, 0, size)[:, None]
 
 
-def _diagonal(spec: AttentionSpec, row: Array, nq: Array, nk: Array) -> Array:
-    return row + (nk - nq) if spec.align == "bottom_right" else row
+def _diagonal(spec: AttentionSpec, operands: dict[str, Array], row: Array, nq: Array, nk: Array) -> Array:
+    """c(i): the key of this call that stands on the diagonal of row i."""
+    diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
+    return diagonal + first_offset(operands)
+
+
+def first_offset(operands: dict[str, Array]) -> Array | int:
+    """How far the call's first query lies behind its first key in the sequence that the call is a part of."""
+    position = operands.get("position")
+    return 0 if position is None else position[0] - position[1]
 
 
 def _offset(place: _Place) -> Array:

@@ -23,8 +23,9 @@ class AttentionSpec:
     """The static options of one attention call.
 
     `left` and `right` are the band around the diagonal in keys (UNLIMITED: no bound); causal is `right = 0`.
-    `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays, in call order. The last three
-    fields concern the paged layouts only; `num_splits` 0 leaves the choice to the plan.
+    `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays, in call order. The last four
+    fields concern the paged layouts only; `num_splits` 0 leaves the choice to the plan. Where `value_dim` is not 0, V
+    is the first so many columns of K, stored once, and the operand `value` is `key` again.
     """
 
     layout: Layout
@@ -40,6 +41,7 @@ class AttentionSpec:
     page_layout: str = "nhd"
     num_splits: int = 0
     batch_invariant: bool = False
+    value_dim: int = 0
 
     @property
     def paged(self) -> bool:
@@ -48,7 +50,8 @@ class AttentionSpec:
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
         """Dimension names of every operand and result."""
-        return dims_of(self.layout, self.page_layout)
+        dims = dims_of(self.layout, self.page_layout)
+        return dims | {"value": dims["key"], "dvalue": dims["dkey"]} if self.value_dim else dims
 
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call: the only place where Python values get their C++ types."""
@@ -65,6 +68,7 @@ class AttentionSpec:
             "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
             "num_splits": np.int32(self.num_splits),
             "batch_invariant": np.bool_(self.batch_invariant),
+            "value_dim": np.int32(self.value_dim),
         }
 
     def digest(self) -> str:

@@ -75,10 +75,18 @@ struct Band {
   }
 };
 
-JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s) {
-  constexpr int64_t kFar = int64_t{1} << 40;
-  const int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
-  return {s.q_len, s.k_len, shift, spec.left < 0 ? kFar : spec.left, spec.right < 0 ? kFar : spec.right};
+// The band of a call, which may be a part of a larger sequence: `position` then tells where its first query
+// and its first key lie there, and diagonals are those of the larger sequence.
+JF_HD Band make_band(const Problem& p, int64_t leading, const Sequence& s) {
+  constexpr int64_t kUnbounded = int64_t{1} << 40;
+  const AttentionSpec& spec = p.spec;
+  int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
+  if (p.position) {
+    const int32_t* first = p.position.as<const int32_t>() + p.position.leading_offset(p.leading, leading);
+    shift += int64_t{first[0]} - first[p.position.column];
+  }
+  return {s.q_len, s.k_len, shift, spec.left < 0 ? kUnbounded : spec.left,
+          spec.right < 0 ? kUnbounded : spec.right};
 }
 
 }  // namespace jax_flash

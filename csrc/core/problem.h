@@ -32,6 +32,7 @@ struct Problem {
   View dropout;                                                 // [6] along column
   View block_tables;                                            // [b, table] along batch and column
   View k_scale, v_scale;                                        // [h] of KV heads
+  View position;                                                // [2] along column: first query, first key
   int32_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;  // dbias' own sizes, 1 where it is reduced
 
   JF_HD int32_t kv_head(int32_t head) const { return head / (heads / kv_heads); }

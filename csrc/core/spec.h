@@ -35,6 +35,7 @@ enum class Operand : int32_t {
   kBlockTables,
   kKScale,
   kVScale,
+  kPosition,
   kCount,
 };
 
@@ -60,6 +61,7 @@ struct AttentionSpec {
   PageLayout page_layout = PageLayout::kNhd;
   int32_t num_splits = 0;  // parts that the keys of a sequence are cut into, 0: the plan's choice
   bool batch_invariant = false;
+  int32_t value_dim = 0;  // V is the first so many columns of K; 0: it has pages of its own
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
   JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }

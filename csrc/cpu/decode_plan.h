@@ -102,7 +102,7 @@ class DecodePlan {
   }
 
   Interval keys_of(const RowTile& tile) const {
-    return make_band(problem_.spec, tile.sequence).rows(tile.begin, tile.end);
+    return make_band(problem_, tile.leading, tile.sequence).rows(tile.begin, tile.end);
   }
 
   const Problem& problem_;

@@ -52,7 +52,7 @@ struct Head {
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
-      : problem(p), sequence(s), band(make_band(p.spec, s)), head(head_), leading(leading_) {
+      : problem(p), sequence(s), band(make_band(p, leading_, s)), head(head_), leading(leading_) {
     query = rows(p.query, p.head_dim, s.q_begin, head);
     key = keys(p.key, p.head_dim, p.k_scale, __builtin_nanf(""));
     value = keys(p.value, p.value_dim, p.v_scale, 0.0f);

@@ -79,7 +79,7 @@ class Splits {
   }
   int64_t per_entry() const { return grid_.slots() * grid_.heads(); }
   Interval keys_of(const RowTile& tile) const {
-    return make_band(problem_.spec, tile.sequence).rows(tile.begin, tile.end);
+    return make_band(problem_, tile.leading, tile.sequence).rows(tile.begin, tile.end);
   }
   static double cost_of_key(const RowTile& tile) { return kCostOfLoading + tile.rows(); }
   static double cost(const RowTile& tile, Interval keys) { return cost_of_key(tile) * keys.size(); }

@@ -41,6 +41,8 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
             dense[name] = (
                 dense[name].astype(jnp.float32) * operands.get(scale, jnp.ones(1, jnp.float32))[:, None]
             )
+    if spec.value_dim:
+        dense["value"] = dense["value"][..., : spec.value_dim]
     dense["query"] = operands["query"].astype(dense["key"].dtype)
     layout: Layout = "fixed" if spec.layout == "paged" else "varlen"
     if layout == "varlen":
@@ -51,7 +53,13 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
         }
     names = tuple(name for name in OPTIONAL if name in dense)
     return replace(
-        spec, layout=layout, page_layout="nhd", num_splits=0, batch_invariant=False, operands=names
+        spec,
+        layout=layout,
+        page_layout="nhd",
+        num_splits=0,
+        batch_invariant=False,
+        value_dim=0,
+        operands=names,
     ), dense
 
 
@@ -62,6 +70,8 @@ def scatter_gradient(
     by_token = tokens_first(pool, spec.page_layout)
     pages, page_size = by_token.shape[:2]
     rows = gradient.reshape(*tables.shape, page_size, *gradient.shape[-2:]).astype(jnp.float32)
+    unread = by_token.shape[-1] - rows.shape[-1]  # columns of K that a V stored within it leaves out
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, unread)])
     total = jnp.zeros(by_token.shape, jnp.float32).at[_pages_or_none(tables, pages)].add(rows, mode="drop")
     return tokens_first(total, spec.page_layout).astype(pool.dtype)
 
@@ -76,6 +86,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     nk = jnp.clip(operands["kv_lengths"], 0, table_capacity(tables, page_size))
     nk = jnp.pad(nk, (0, 1))[sequence]  # padded: tokens outside every sequence may be all there are
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
+    diagonal = diagonal + reference.first_offset(operands)
     first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
     last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
     first = jnp.maximum(first, 0)

@@ -64,7 +64,7 @@ struct Entry {
       sequence = fixed_sequence(p, leading, z);
       taken = true;
     }
-    band = make_band(p.spec, sequence);
+    band = make_band(p, leading, sequence);
     keys = band.rows(rows.first_position(), rows.end_position());
   }
   __device__ __forceinline__ int32_t end_position(const Rows& rows) const {
