@@ -8,6 +8,17 @@
 
 namespace jax_flash {
 
+// Sets a lane's fragments of C to zero.
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void clear_fragments(float (&x)[kRowTiles][kColumnTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+}
+
 // [16 · kRowTiles, 8 · kColumnTiles] float32 of one warp. Of every 16 × 8 tile lane l holds rows l / 4 and
 // l / 4 + 8, and in each of them columns 2 · (l % 4) and 2 · (l % 4) + 1. A thread's rows are numbered by
 // slot = 2 · row tile + half.
@@ -19,14 +30,7 @@ struct Accumulator {
 
   float x[RowTiles][ColumnTiles][4];
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int m = 0; m < RowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < ColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
-  }
+  __device__ __forceinline__ void clear() { clear_fragments(x); }
 
   // The row of a slot, and the first column of column tile n's pair, within the accumulator.
   __device__ __forceinline__ static int row(int slot) {
