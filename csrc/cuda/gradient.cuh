@@ -85,8 +85,9 @@ struct GradientBlock {
   }
 };
 
-// S → P = 2^(scale · S − lse). An lse of large magnitude is rounded so coarsely that P could be infinite. In such
-// a row a score that exceeds lse, or differs from it by less than that rounding, counts as equal to it: P = 1.
+// S → P = 2^(scale · S − lse). An lse of large magnitude is rounded so coarsely that P could be infinite. In
+// such a row a score that exceeds lse, or differs from it by less than that rounding, counts as equal to it:
+// P = 1.
 template <class S, class Rows>
 __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
   bool coarse = false;
@@ -103,9 +104,9 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
 }
 
 // S → P and dP → dS, in place. P has dropout applied, but not its factor 1 / (1 − rate). `row`, `key`: the
-// accumulators' first ones within the sequence. `partial`: the band hides some of the tile. kThroughSoftcap: dS is
-// the gradient with respect to scale · q·k, else the one with respect to softcap's result, which is the gradient
-// of the bias too. `bias`: what general.fetch() loaded.
+// accumulators' first ones within the sequence. `partial`: the band hides some of the tile. kThroughSoftcap:
+// dS is the gradient with respect to scale · q·k, else the one with respect to softcap's result, which is the
+// gradient of the bias too. `bias`: what general.fetch() loaded.
 template <bool kGeneral, bool kThroughSoftcap, class S, class Rows>
 __device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOperands& operands,
                                               const Band& band, const Rows& rows, int32_t row, int32_t key,
@@ -120,11 +121,11 @@ __device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOpera
       for_each(dp, [&](float& x, int slot, int n, int e) { x = kept.at(slot, n, e) ? x * factor : 0; });
     }
     for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });  // dP ← dP − delta
-    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr, bias);  // dP ← dP ∘ softcap'(S)
+    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr, bias);           // dP ← dP ∘ softcap'(S)
   }
   if (partial) mask(s, band, row, key);
   probabilities(s, rows, kGeneral ? 1.0f : p.spec.scale * kLog2e);  // P = exp(S − lse)
-  for_each(s, [&](float x, int slot, int n, int e) {                 // dS = P ∘ (dP − delta)
+  for_each(s, [&](float x, int slot, int n, int e) {                // dS = P ∘ (dP − delta)
     float& ds = dp.at(slot, n, e);
     ds = x * (kGeneral ? ds : ds - rows.delta(slot));
   });

@@ -1,6 +1,6 @@
 // What lies in shared memory in the portable kernels (families sm75 and sm80). Both sides use this one
-// description: a kernel takes its offsets and its dynamic size from a layout, and the host takes what a row of
-// csrc/kernels.def needs from the *_shared_bytes functions.
+// description: a kernel takes its offsets and its dynamic size from a layout, and the host takes what a row
+// of csrc/kernels.def needs from the *_shared_bytes functions.
 //
 // Offsets and sizes are in bytes. Tiles are dense: a swizzle permutes chunks within a tile and pads nothing.
 #pragma once
@@ -58,13 +58,13 @@ constexpr int64_t forward_shared_bytes(const RowShape& r, int32_t element_size) 
 
 // The backward's kernel over key tiles.
 struct BackwardLayout {
-  int32_t k, v;          // K [N, d] and V [N, dv]; dK and dV at the end
-  int32_t queries;       // the first stage, with Q [M, d] at its begin; the others follow
-  int32_t d_out;         // dO [M, dv] in a stage; Q and dO share one buffer where the row has no stage
-  int32_t lse, delta;    // [M] float32 in a stage
-  int32_t stage_bytes;   //
-  int32_t p, ds;         // P and dS [M, N]
-  int32_t barriers;      // two, and one for each stage
+  int32_t k, v;         // K [N, d] and V [N, dv]; dK and dV at the end
+  int32_t queries;      // the first stage, with Q [M, d] at its begin; the others follow
+  int32_t d_out;        // dO [M, dv] in a stage; Q and dO share one buffer where the row has no stage
+  int32_t lse, delta;   // [M] float32 in a stage
+  int32_t stage_bytes;  //
+  int32_t p, ds;        // P and dS [M, N]
+  int32_t barriers;     // two, and one for each stage
   int32_t bytes;
 };
 
@@ -119,12 +119,8 @@ constexpr BiasGradientLayout bias_gradient_layout(const RowShape& r, int32_t ele
   const int32_t qk_bytes = (r.block_m + r.block_n) * r.head_dim * element_size;
   const int32_t dov_bytes = (r.block_m + r.block_n) * r.value_dim * element_size;
   const int32_t d_out = r.stages == 0 ? 0 : qk_bytes;
-  return {0,
-          r.block_m * r.head_dim * element_size,
-          d_out,
-          d_out + r.block_m * r.value_dim * element_size,
-          0,
-          ring_bytes(r.stages, qk_bytes, dov_bytes)};
+  return {0, r.block_m * r.head_dim * element_size,    d_out, d_out + r.block_m * r.value_dim * element_size,
+          0, ring_bytes(r.stages, qk_bytes, dov_bytes)};
 }
 
 constexpr int64_t bias_gradient_shared_bytes(const RowShape& r, int32_t element_size) {
@@ -138,17 +134,17 @@ constexpr int32_t decode_merge_columns(const RowShape& r) {
 constexpr int32_t decode_merge_pitch(const RowShape& r) { return decode_merge_columns(r) + 4; }
 
 struct DecodeLayout {
-  int32_t warp_ring;       // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
-  int32_t merge_o;         // O [warps, M, merge pitch] float32
-  int32_t merge_softmax;   // m and l [warps, M], two float32
+  int32_t warp_ring;      // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
+  int32_t merge_o;        // O [warps, M, merge pitch] float32
+  int32_t merge_softmax;  // m and l [warps, M], two float32
   int32_t bytes;
 };
 
 // A pool of float8 has twice as many stages of half the size, so its rings have the same bytes.
 constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
   const int32_t warp_keys = r.block_n / r.warps;
-  const int32_t warp_ring = ring_bytes(r.stages, warp_keys * r.head_dim * element_size,
-                                       warp_keys * r.value_dim * element_size);
+  const int32_t warp_ring =
+      ring_bytes(r.stages, warp_keys * r.head_dim * element_size, warp_keys * r.value_dim * element_size);
   const int32_t merge_o = r.warps * warp_ring, rows = r.warps * r.block_m;
   const int32_t merge_softmax = merge_o + rows * decode_merge_pitch(r) * int32_t{sizeof(float)};
   return {warp_ring, merge_o, merge_softmax, merge_softmax + rows * 2 * int32_t{sizeof(float)}};

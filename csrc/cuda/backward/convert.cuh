@@ -1,5 +1,5 @@
-// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. Each block of 16 columns is in
-// the order of ptx::add_quad.
+// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. Each block of 16 columns
+// is in the order of ptx::add_quad.
 #pragma once
 
 #include "core/plan.h"
@@ -8,8 +8,8 @@
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/reduce.cuh"
 
-// That order depends on the architecture that is compiled for. Hence the anonymous namespace: each backward file
-// compiles its own conversion, so a kernel and its conversion always agree, as machine code and as PTX.
+// That order depends on the architecture that is compiled for. Hence the anonymous namespace: each backward
+// file compiles its own conversion, so a kernel and its conversion always agree, as machine code and as PTX.
 namespace jax_flash {
 namespace {
 

@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   const float dv_factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
   for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
   for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
-  __syncthreads();  // every warp is done with K and V
+  __syncthreads();                                // every warp is done with K and V
   const Placement dk_at = WarpPartition<C>().dk;  // computed again: the loop has no register to keep it in
   store_accumulator<KTile>(dk, shared, dk_at);
   store_accumulator<VTile>(dv, shared + C::kLayout.v, dk_at);
@@ -82,8 +82,9 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   store_tile<VTile, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, tile.end, thread);
 }
 
-// The main loop. Steps overlap: a warp waits only for its step's copies, for the warps of its group before dK and
-// dV, for all dS before dQ, and, before it stores P and dS, until all warps have read those of the last step.
+// The main loop. Steps overlap: a warp waits only for its step's copies, for the warps of its group before dK
+// and dV, for all dS before dQ, and, before it stores P and dS, until all warps have read those of the last
+// step.
 template <class C>
 __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<typename C::Element>& block,
                                               uint8_t* shared) {
@@ -99,8 +100,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
 
   typename C::DK dk;
   typename C::DV dv;
-  dk.clear();
-  dv.clear();
+  dk.clear(), dv.clear();
   QueryStep step{0, block.tiles.lo};
   auto load_step = [&](const QueryStep& next) {
     load_queries<C>(p, block, next, stages + next.number % C::kStages * kLayout.stage_bytes);

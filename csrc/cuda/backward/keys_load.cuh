@@ -1,5 +1,5 @@
-// What a thread block of the backward over key tiles reads: its state, its steps over query tiles, the copies of
-// Q, dO, lse and delta, and the barriers between them and the products.
+// What a thread block of the backward over key tiles reads: its state, its steps over query tiles, the copies
+// of Q, dO, lse and delta, and the barriers between them and the products.
 #pragma once
 
 #include "core/plan.h"
@@ -65,8 +65,8 @@ struct QueryStep {
 // The lse of rows that are not used: it makes P = 0 whatever bias or alibi add to their scores.
 static __device__ const float kUnusedLse = INFINITY;
 
-// Starts the copies of a step's Q, dO, lse and delta into the stage at `shared`. Rows that see none of the keys
-// become zeros, because they may hold NaN or infinities and 0 · NaN is NaN.
+// Starts the copies of a step's Q, dO, lse and delta into the stage at `shared`. Rows that see none of the
+// keys become zeros, because they may hold NaN or infinities and 0 · NaN is NaN.
 template <class C>
 __device__ __forceinline__ void load_queries(const Problem& p,
                                              const KeyBlockState<typename C::Element>& block,
@@ -104,8 +104,8 @@ __device__ __noinline__ void clear_unseen(uint8_t* q, const float* lse) {
   __syncthreads();
 }
 
-// The block's mbarriers: P and dS full, P and dS empty, and Q and dO full for each stage. Every thread arrives
-// itself, because compute-sanitizer does not understand an arrival on behalf of other threads.
+// The block's mbarriers: P and dS full, P and dS empty, and Q and dO full for each stage. Every thread
+// arrives itself, because compute-sanitizer does not understand an arrival on behalf of other threads.
 template <class C>
 class KeyBarriers {
  public:

@@ -1,5 +1,5 @@
-// dK and dV where shared memory has no room for Q and dO at the same time: they take turns in one buffer, and Q
-// is loaded a second time after dO. This is float32 at d = 256 in the 64 KB of sm_75.
+// dK and dV where shared memory has no room for Q and dO at the same time: they take turns in one buffer, and
+// Q is loaded a second time after dO. This is float32 at d = 256 in the 64 KB of sm_75.
 #pragma once
 
 #include "cuda/backward/keys.cuh"
@@ -39,8 +39,7 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
 
   typename C::DK dk;
   typename C::DV dv;
-  dk.clear();
-  dv.clear();
+  dk.clear(), dv.clear();
   load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
   load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
   QueryStep step{0, block.tiles.lo};

@@ -10,13 +10,13 @@
 
 namespace jax_flash::inline JF_FAMILY {
 
-// A row of csrc/kernels.def. The general kernel, whose scores need more registers, takes half the query rows at
-// a time if the warps can share those.
+// A row of csrc/kernels.def. The general kernel, whose scores need more registers, takes half the query rows
+// at a time if the warps can share those.
 //
-// Each product is cut into rows × columns of warps. For dK and dV a group of warps owns 32 (or 16) keys, and its
-// warps share the columns. The same group computes S and dP of its keys, so that dK and dV wait for no other
-// group's P and dS. Where S has fewer 16 × 16 blocks than there are warps, only the first warps of a group
-// compute it.
+// Each product is cut into rows × columns of warps. For dK and dV a group of warps owns 32 (or 16) keys, and
+// its warps share the columns. The same group computes S and dP of its keys, so that dK and dV wait for no
+// other group's P and dS. Where S has fewer 16 × 16 blocks than there are warps, only the first warps of a
+// group compute it.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 struct BackwardKeysSm80 {
   using Element = T;

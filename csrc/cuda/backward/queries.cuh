@@ -1,5 +1,5 @@
-// dQ where it has to be deterministic: one thread block per query tile and head sums it in a fixed order. The price
-// is that S and dP are computed a second time.
+// dQ where it has to be deterministic: one thread block per query tile and head sums it in a fixed order. The
+// price is that S and dP are computed a second time.
 #pragma once
 
 #include "core/families/portable_layout.h"

@@ -1,5 +1,5 @@
-// The portable backward, which runs on sm_75 and every newer card: FlashAttention-2 (Dao, 2023) with mma.sync,
-// ldmatrix and cp.async.
+// The portable backward, which runs on sm_75 and every newer card: FlashAttention-2 (Dao, 2023) with
+// mma.sync, ldmatrix and cp.async.
 #pragma once
 
 #include "cuda/backward/convert.cuh"
@@ -9,8 +9,8 @@
 
 namespace jax_flash::inline JF_FAMILY {
 
-// A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32 accumulator, or
-// from a kernel over query tiles where it has to be deterministic.
+// A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32
+// accumulator, or from a kernel over query tiles where it has to be deterministic.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {

@@ -1,6 +1,6 @@
-// The portable bias gradient, which runs on sm_75 and every newer card: dbias is dS summed over the dimensions
-// that the bias is broadcast over. Each thread block owns one tile of dbias and iterates over all tiles of dS that
-// it sums, so no two blocks write the same element and the result is deterministic.
+// The portable bias gradient, which runs on sm_75 and every newer card: dbias is dS summed over the
+// dimensions that the bias is broadcast over. Each thread block owns one tile of dbias and iterates over all
+// tiles of dS that it sums, so no two blocks write the same element and the result is deterministic.
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -54,7 +54,8 @@ struct BiasTile {
     key_tiles = tiles(p.dbias_columns, p.k_rows, column, block_n);
   }
 
-  // A dimension of dbias with size 1 is summed over all `count` rows, any other only over the block's own tile.
+  // A dimension of dbias with size 1 is summed over all `count` rows, any other only over the block's own
+  // tile.
   __device__ __forceinline__ static Interval tiles(int32_t size, int32_t count, int32_t at, int32_t block) {
     if (size > 1) return {at / block, at / block + 1};
     return {0, static_cast<int32_t>(ceil_div(count, block))};
@@ -116,7 +117,8 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
 }
 
-// The sum of all tiles of dS that belong to the block's tile of dbias: [M, N], not yet summed over rows or columns.
+// The sum of all tiles of dS that belong to the block's tile of dbias: [M, N], not yet summed over rows or
+// columns.
 template <class C>
 __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, uint32_t shared,
                                           typename C::S& sum) {
@@ -143,7 +145,8 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
 template <class B, class C>
 __device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile& own, const float* sums) {
   const int32_t rows = min(C::kM, p.dbias_rows - own.row), columns = min(C::kN, p.dbias_columns - own.column);
-  const int32_t summed_rows = p.dbias_rows == 1 ? C::kM : 1, summed_columns = p.dbias_columns == 1 ? C::kN : 1;
+  const int32_t summed_rows = p.dbias_rows == 1 ? C::kM : 1,
+                summed_columns = p.dbias_columns == 1 ? C::kN : 1;
   B* to = p.dbias.as<B>() + p.dbias.leading_offset(p.leading, own.leading) +
           p.dbias.offset(own.b, own.h, own.row, own.column);
   for (int32_t at = static_cast<int32_t>(threadIdx.x); at < rows * columns; at += C::kThreads) {

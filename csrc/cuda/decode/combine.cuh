@@ -1,5 +1,5 @@
-// Merges the partial results of split sequences, in a fixed order. The kernel is so short that its launch is most
-// of its time.
+// Merges the partial results of split sequences, in a fixed order. The kernel is so short that its launch is
+// most of its time.
 #pragma once
 
 #include "cuda/decode/partition.cuh"
@@ -12,8 +12,8 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Block `index` of a column merges the sequence that range `index` begins and does not end, or sequence `index`
-// where the call fixes the splits. Each warp takes a row, each lane four features of it at a time.
+// Block `index` of a column merges the sequence that range `index` begins and does not end, or sequence
+// `index` where the call fixes the splits. Each warp takes a row, each lane four features of it at a time.
 template <class C>
 __global__ void __launch_bounds__(C::kThreads)
     combine(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace) {

@@ -1,9 +1,9 @@
-// Which keys each thread block of decode works on. Every block computes the partition itself from the lengths, so
-// it depends on the call's operands alone.
+// Which keys each thread block of decode works on. Every block computes the partition itself from the
+// lengths, so it depends on the call's operands alone.
 //
-// A column is one KV head, or a chunk of its query rows. The key tiles of all sequences, one sequence after the
-// other, are divided into equal ranges, one for each block of a column. Where the call fixes the splits of a
-// sequence, the unit of division is a split instead of a tile.
+// A column is one KV head, or a chunk of its query rows. The key tiles of all sequences, one sequence after
+// the other, are divided into equal ranges, one for each block of a column. Where the call fixes the splits
+// of a sequence, the unit of division is a split instead of a tile.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,8 +47,8 @@ struct ColumnRows {
   __device__ __forceinline__ int32_t end_position() const { return (end - 1) / group + 1; }
 };
 
-// One sequence of one leading entry, as the rows of a column see it. `index` counts the sequences of all leading
-// entries.
+// One sequence of one leading entry, as the rows of a column see it. `index` counts the sequences of all
+// leading entries.
 struct SequenceWork {
   int64_t leading;
   Sequence sequence;
@@ -157,7 +157,8 @@ class Partitioner {
     return SequenceUnits<kTile>(call.grid, SequenceWork(call, rows, index)).units;
   }
 
-  // base ← the sum of all earlier threads' units; partition.total and `largest` ← sum and maximum over the block.
+  // base ← the sum of all earlier threads' units; partition.total and `largest` ← sum and maximum over the
+  // block.
   __device__ __forceinline__ void scan(int32_t& largest) {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     int32_t through = sum;
@@ -178,8 +179,8 @@ class Partitioner {
     }
   }
 
-  // Ranges are equal, except that they hold whole sequences where all sequences have the same number of units and
-  // the imbalance costs less than splitting would.
+  // Ranges are equal, except that they hold whole sequences where all sequences have the same number of units
+  // and the imbalance costs less than splitting would.
   __device__ __forceinline__ void divide(int32_t sequences, int32_t largest) {
     constexpr int64_t kSplitCost = 4;  // in tiles
     const int32_t total = partition.total, ranges = min(call.grid.ranges, total);
@@ -193,11 +194,12 @@ class Partitioner {
   const Call& call;
   const ColumnRows& rows;
   Shared& shared;
-  int32_t first, sum = 0, base;  // this thread's first sequence, the units of its share, and all units before them
+  int32_t first, sum = 0,
+                 base;  // this thread's first sequence, the units of its share, and all units before them
 };
 
-// Iterates over a block's range, segment by segment: a segment is the units of the range that lie in one sequence,
-// or one split where the call fixes them. Within a segment it iterates over key tiles.
+// Iterates over a block's range, segment by segment: a segment is the units of the range that lie in one
+// sequence, or one split where the call fixes them. Within a segment it iterates over key tiles.
 template <int kTile>
 struct WorkIterator {
   int32_t unit, end;               // the segment's first unit, and the end of the range

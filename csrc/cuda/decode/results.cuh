@@ -11,14 +11,14 @@
 
 namespace jax_flash::decode {
 
-// The softmax state of one row over some of its keys: m, an upper bound of the scores, and l = Σ 2^(S − m). The
-// matching O = Σ 2^(S − m) V is stored separately.
+// The softmax state of one row over some of its keys: m, an upper bound of the scores, and l = Σ 2^(S − m).
+// The matching O = Σ 2^(S − m) V is stored separately.
 struct Softmax {
   float m, l;
 };
 
-// The factor that rescales a partial result to the bound m of the merged one: 2^(m_part − m). A part without a
-// visible key has no weight.
+// The factor that rescales a partial result to the bound m of the merged one: 2^(m_part − m). A part without
+// a visible key has no weight.
 __device__ __forceinline__ float merge_weight(const Softmax& part, float m) {
   return part.l == 0 ? 0 : ptx::exp2(part.m - (m == -INFINITY ? 0 : m));
 }
@@ -26,8 +26,8 @@ __device__ __forceinline__ float merge_weight(const Softmax& part, float m) {
 // Where one row's result goes.
 struct OutputRow {
   int64_t out, lse;  // offsets in elements
-  float sink;        // the sink's logit in powers of two; −inf: no sink; +inf: a padding row, which sees no key
-  int32_t splits;    // partial results that combine merges; 0: none
+  float sink;      // the sink's logit in powers of two; −inf: no sink; +inf: a padding row, which sees no key
+  int32_t splits;  // partial results that combine merges; 0: none
 
   // Padding rows are written too (o = 0, lse = −inf), except with packed sequences, where the place after a
   // sequence's rows belongs to the next sequence.
@@ -73,8 +73,8 @@ struct OutputRow {
 static_assert(sizeof(OutputRow) == kDecodeTargetBytes);
 
 // Partial results in the workspace: O [slots, columns, rows, dv] and Softmax [slots, columns, rows]. They are
-// followed by the OutputRow [columns, rows] of every sequence that may be split: one sequence for each range, or
-// all sequences where the call fixes the splits.
+// followed by the OutputRow [columns, rows] of every sequence that may be split: one sequence for each range,
+// or all sequences where the call fixes the splits.
 template <int kRows>
 struct PartialResults {
   float* o;
@@ -97,9 +97,9 @@ struct PartialResults {
   }
 };
 
-// The slot of a partial result. Fixed splits: by the number of the split. Otherwise a block writes at most two: for
-// a sequence that began in an earlier range, the first one of its own, and for one that it begins and does not end,
-// the last.
+// The slot of a partial result. Fixed splits: by the number of the split. Otherwise a block writes at most
+// two: for a sequence that began in an earlier range, the first one of its own, and for one that it begins
+// and does not end, the last.
 __device__ __forceinline__ int64_t partial_slot(const DecodeGrid& grid, int32_t sequence, int32_t unit,
                                                 int32_t range) {
   if (grid.fixed_parts()) return int64_t{sequence} * grid.slots + unit;

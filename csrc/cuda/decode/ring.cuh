@@ -1,8 +1,8 @@
-// A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it: copies
-// and products need no barrier across the thread block.
+// A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it:
+// copies and products need no barrier across the thread block.
 //
-// A stage holds 16 keys and their values. The page slots of the next stage's keys are looked up while the last
-// copy runs, which hides the latency of the block table.
+// A stage holds 16 keys and their values. The page slots of the next stage's keys are looked up while the
+// last copy runs, which hides the latency of the block table.
 #pragma once
 
 #include <cstdint>

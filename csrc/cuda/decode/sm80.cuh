@@ -1,8 +1,8 @@
-// The portable decode, for few query rows against many keys: Flash-Decoding (Dao et al., 2023). It is bound by memory
-// bandwidth, so each key and value is read once and the copies never stop.
+// The portable decode, for few query rows against many keys: Flash-Decoding (Dao et al., 2023). It is bound
+// by memory bandwidth, so each key and value is read once and the copies never stop.
 //
-// A thread block works on one KV head, whose query heads share its products. Each of its warps has a ring of its own
-// (ring.cuh), and the warps synchronise only where a sequence, or the block's part of it, ends.
+// A thread block works on one KV head, whose query heads share its products. Each of its warps has a ring of
+// its own (ring.cuh), and the warps synchronise only where a sequence, or the block's part of it, ends.
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -19,8 +19,8 @@
 namespace jax_flash {
 namespace decode::inline JF_FAMILY {
 
-// A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or uint8_t
-// for float8, whose rings have twice as many stages in the same memory.
+// A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or
+// uint8_t for float8, whose rings have twice as many stages in the same memory.
 template <class T, class Stored, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
 struct DecodeSm80 {
   using Element = T;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void attend_segment(const Problem& p, const ColumnRow
   }
 }
 
-// Sets the number of splits to 0 in the OutputRows that this block is responsible for: those of its range, or those
-// of all sequences where the call fixes the splits.
+// Sets the number of splits to 0 in the OutputRows that this block is responsible for: those of its range, or
+// those of all sequences where the call fixes the splits.
 template <class C>
 __device__ __forceinline__ void clear_outputs(const Call& call, const ColumnRows& rows, int32_t column,
                                               int32_t range, void* workspace) {

@@ -1,7 +1,8 @@
-// A stage's keys and values in their stored dtype, and their fragments as mma's A for Sᵀ = K Qᵀ and Oᵀ += Vᵀ Pᵀ.
+// A stage's keys and values in their stored dtype, and their fragments as mma's A for Sᵀ = K Qᵀ and Oᵀ += Vᵀ
+// Pᵀ.
 //
-// float8 is widened after ldmatrix, which moves it in 16-bit pairs of adjacent features. A lane therefore holds
-// other features than with 16-bit keys, and the fragments of Q and O follow that order.
+// float8 is widened after ldmatrix, which moves it in 16-bit pairs of adjacent features. A lane therefore
+// holds other features than with 16-bit keys, and the fragments of Q and O follow that order.
 #pragma once
 
 #include <cstdint>

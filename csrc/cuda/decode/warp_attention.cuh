@@ -1,5 +1,5 @@
-// Attention with an online softmax in one warp of decode: all query rows of the column against the keys of one stage
-// after the other.
+// Attention with an online softmax in one warp of decode: all query rows of the column against the keys of
+// one stage after the other.
 //
 // Since there are few query rows, the products are transposed: Sᵀ = K Qᵀ [16 keys, rows] and
 // Oᵀ += Vᵀ Pᵀ [dv, rows]. The rows then fill the 8 columns of mma's B instead of the 16 rows of its A.
@@ -75,8 +75,8 @@ struct WarpAttention {
   }
 
   // Attends to the 16 keys from `key` on, whose tiles are at `k` and `v` in shared memory.
-  __device__ __forceinline__ void step(const Problem& p, const ColumnRows& rows, const SequenceWork& work, int32_t key,
-                                       uint32_t k, uint32_t v) {
+  __device__ __forceinline__ void step(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
+                                       int32_t key, uint32_t k, uint32_t v) {
     float s[kTiles][4];
     multiply_keys(s, k);  // Sᵀ = K Qᵀ
     scale_scores(p, s);   // S ← log2(e) · softcap(scale · S)
@@ -111,7 +111,8 @@ struct WarpAttention {
 
  private:
   // Loads Qᵀ. Padding rows and unused features become zeros.
-  __device__ __forceinline__ void load_queries(const Problem& p, const ColumnRows& rows, const SequenceWork& work) {
+  __device__ __forceinline__ void load_queries(const Problem& p, const ColumnRows& rows,
+                                               const SequenceWork& work) {
     const T* first = p.query.as<const T>() + p.query.leading_offset(p.leading, work.leading);
     const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
@@ -171,8 +172,9 @@ struct WarpAttention {
     }
   }
 
-  __device__ __forceinline__ static void add_alibi(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
-                                                   int32_t key, float (&s)[kTiles][4]) {
+  __device__ __forceinline__ static void add_alibi(const Problem& p, const ColumnRows& rows,
+                                                   const SequenceWork& work, int32_t key,
+                                                   float (&s)[kTiles][4]) {
     const View& view = p.alibi_slopes;
     const float* slopes = view.as<const float>() + view.leading_offset(p.leading, work.leading);
     for_each_score(s, [&](float& x, int n, int e, int j) {
@@ -188,8 +190,8 @@ struct WarpAttention {
     });
   }
 
-  // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each row
-  // decides for itself, so that its bits depend on no other row.
+  // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each
+  // row decides for itself, so that its bits depend on no other row.
   __device__ __forceinline__ void rescale(const float (&s)[kTiles][4]) {
     float largest[kTiles][2];
     bool above = false;
@@ -228,7 +230,8 @@ struct WarpAttention {
       }
   }
 
-  // Transposes an 8 × 8 matrix of float32: lane (g, t) gets keys 2t and 2t + 1 of row g, ColumnsA's order of k.
+  // Transposes an 8 × 8 matrix of float32: lane (g, t) gets keys 2t and 2t + 1 of row g, ColumnsA's order of
+  // k.
   __device__ __forceinline__ static void transpose(float even, float odd, uint32_t (&b)[2]) {
     const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll

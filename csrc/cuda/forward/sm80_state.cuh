@@ -1,5 +1,5 @@
-// What the threads of a block share in the portable forward: BlockState with the operands of a loader. A loader
-// is a pair of such a state and the Source that its source() returns, which fills the tile ring.
+// What the threads of a block share in the portable forward: BlockState with the operands of a loader. A
+// loader is a pair of such a state and the Source that its source() returns, which fills the tile ring.
 #pragma once
 
 #include "core/families/portable_layout.h"

@@ -77,14 +77,14 @@ __device__ __forceinline__ void for_each(S& s, F f) {
       for (int e = 0; e < 2; ++e) f(s.at(slot, n, e), slot, n, e);
 }
 
-// Which 16-row and 16-column blocks of a tile a warp's accumulator covers: the first, and the distance from one
-// to the next.
+// Which 16-row and 16-column blocks of a tile a warp's accumulator covers: the first, and the distance from
+// one to the next.
 struct Placement {
   int row, row_step, column, column_step;
 };
 
-// Rounds the accumulator to Tile::Element and stores it at `at` in a shared tile. `at` counts rows as mma reads
-// them (Tile::row_of).
+// Rounds the accumulator to Tile::Element and stores it at `at` in a shared tile. `at` counts rows as mma
+// reads them (Tile::row_of).
 template <class Tile, class A>
 __device__ __forceinline__ void store_accumulator(const A& a, uint8_t* shared, Placement at) {
   using T = typename Tile::Element;
