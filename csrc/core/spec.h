@@ -16,8 +16,8 @@ enum class Layout : int32_t { kFixed = 0, kVarlen = 1, kPaged = 2, kPagedVarlen 
 enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
 enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // the last in page pools only
-// The last two are passes in csrc/kernels.def only: the forward of the paged layouts, and of few query rows.
-enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kPagedForward = 3, kDecode = 4 };
+// Decode is a pass of csrc/kernels.def only: the forward of few query rows.
+enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3 };
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
 enum class Operand : int32_t {

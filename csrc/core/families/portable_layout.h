@@ -7,9 +7,11 @@
 
 #include <cstdint>
 
-#include "core/plan.h"
-
 namespace jax_flash {
+
+inline constexpr int64_t kBlockStateBytes =
+    512;  // of static shared memory: a CTA's state and barriers, at most
+inline constexpr int64_t kDecodeTargetBytes = 24;  // of decode::Target, in the workspace
 
 // The columns of csrc/kernels.def that decide about shared memory.
 struct RowShape {
