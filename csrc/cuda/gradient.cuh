@@ -2,7 +2,7 @@
 //   P = exp(S − lse), dS = P ∘ (dP − delta), delta = rowsum(dO ∘ O).
 #pragma once
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"

@@ -2,7 +2,7 @@
 // is in the order of ptx::add_quad.
 #pragma once
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/math.cuh"
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kConvertThreads)
   if (at >= rows * per_row) return;
   const int64_t row = at / per_row;
   const int32_t tile = static_cast<int32_t>(at % per_row);
-  const float* const block = from + row * accumulator_columns(head_dim) + tile / 2 * 16;
+  const float* const block = from + row * accumulator_columns(head_dim) + tile / 2 * kAccumulatorBlock;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const int i = tile % 2 * 2;

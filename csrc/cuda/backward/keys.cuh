@@ -3,7 +3,7 @@
 // deterministic and another kernel computes it.
 #pragma once
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/backward/keys_load.cuh"
 #include "cuda/backward/keys_traits.cuh"
 #include "cuda/epilogue.cuh"

@@ -2,7 +2,7 @@
 // of Q, dO, lse and delta, and the barriers between them and the products.
 #pragma once
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/backward/keys_traits.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/ptx/barrier.cuh"

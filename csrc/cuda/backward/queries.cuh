@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/families/portable_layout.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"

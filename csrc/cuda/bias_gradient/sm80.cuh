@@ -4,7 +4,7 @@
 #pragma once
 
 #include "core/families/portable_layout.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"

@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "core/sequence.h"
 #include "core/split.h"

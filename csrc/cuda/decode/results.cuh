@@ -4,7 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/plan.h"
+#include "core/families/portable_layout.h"
+#include "core/plan/launch_plan.h"
 #include "core/score.h"
 #include "cuda/decode/partition.cuh"
 #include "cuda/ptx/math.cuh"
@@ -70,7 +71,7 @@ struct OutputRow {
     if (feature == 0) p.lse.as<float>()[lse] = lse_value;
   }
 };
-static_assert(sizeof(OutputRow) == kDecodeTargetBytes);
+static_assert(sizeof(OutputRow) == kOutputRowBytes);
 
 // Partial results in the workspace: O [slots, columns, rows, dv] and Softmax [slots, columns, rows]. They are
 // followed by the OutputRow [columns, rows] of every sequence that may be split: one sequence for each range,

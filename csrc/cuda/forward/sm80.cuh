@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "core/families/portable_layout.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/sm80_state.cuh"
 #include "cuda/launch.h"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "core/families/portable_layout.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/block_state.cuh"
 #include "cuda/load/dense.cuh"
 #include "cuda/load/pages.cuh"
