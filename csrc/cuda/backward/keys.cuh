@@ -52,6 +52,23 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
   }
 }
 
+// d += Aᵀ B for this warp's keys: A [M, N] is P or dS, B is dO [M, dv] or Q [M, d].
+template <class C, class BTile, class D>
+__device__ __forceinline__ void add_transposed_product(D& d, uint32_t a, uint32_t b, Placement at) {
+  using T = typename C::Element;
+  multiply_add<T, C::kM / kStepK<T>>(d, ColumnsA<typename C::PTile, 16>(a, at.row),
+                                     ColumnsB<BTile, 16 * C::kGroupWarps>(b, at.column));
+}
+
+// dQ = dS K  [M, d]
+template <class C>
+__device__ __forceinline__ void multiply_ds_k(typename C::DQ& dq, uint32_t ds, uint32_t k, Placement at) {
+  using T = typename C::Element;
+  dq.clear();
+  multiply_add<T, C::kN / kStepK<T>>(dq, RowsA<typename C::PTile>(ds, at.row),
+                                     ColumnsB<typename C::KTile, 16 * C::kDqColumns, false>(k, at.column));
+}
+
 // Adds a step's dQ to the accumulator in global memory.
 template <class C>
 __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typename C::Element>& block,
@@ -82,13 +99,27 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   store_tile<VTile, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, tile.end, thread);
 }
 
+// What the general kernel does between a step's copies and its products: zeros unseen rows and, with a new
+// head, prepares its score.
+template <class C>
+__device__ __forceinline__ void prepare_general_step(const Problem& p,
+                                                     KeyBlockState<typename C::Element>& block,
+                                                     const QueryStep& step, uint8_t* q,
+                                                     const float* statistics) {
+  clear_unseen<C>(q, statistics);
+  // clear_unseen contains a __syncthreads, so every thread is done with the last head's block.score.
+  if (step.head > 0 && step.tile == block.tiles.lo) {
+    if (threadIdx.x == 0) block.score.prepare(p, block.work, block.work.head + step.head);
+    __syncthreads();
+  }
+}
+
 // The main loop. Steps overlap: a warp waits only for its step's copies, for the warps of its group before dK
 // and dV, for all dS before dQ, and, before it stores P and dS, until all warps have read those of the last
 // step.
 template <class C>
 __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<typename C::Element>& block,
                                               uint8_t* shared) {
-  using T = typename C::Element;
   using PTile = typename C::PTile;
   constexpr BackwardLayout kLayout = C::kLayout;
   const TileWork& tile = block.work.tile;
@@ -121,14 +152,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
     const uint32_t q = k + begin, d_out = q + kLayout.d_out;
     const auto* statistics = reinterpret_cast<const float*>(shared + begin + kLayout.lse);
     barriers.wait_queries_full(step);
-    if constexpr (C::kGeneral) {
-      clear_unseen<C>(shared + begin, statistics);
-      // clear_unseen contains a __syncthreads, so every thread is done with the last head's block.score.
-      if (step.head > 0 && step.tile == block.tiles.lo) {
-        if (threadIdx.x == 0) block.score.prepare(p, block.work, block.work.head + step.head);
-        __syncthreads();
-      }
-    }
+    if constexpr (C::kGeneral) prepare_general_step<C>(p, block, step, shared + begin, statistics);
 
     typename C::S s, dp;
     if (at.computes_s)  // P = exp(S − lse), dS = P ∘ (dP − delta)
@@ -142,19 +166,12 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
     if constexpr (C::kStages == 2) load_next_step();
     ptx::sync_group(1 + at.group, 32 * C::kGroupWarps);
 
-    multiply_add<T, C::kM / kStepK<T>>(
-        dv, ColumnsA<PTile, 16>(p_tile, at.dk.row),
-        ColumnsB<typename C::DoTile, 16 * C::kGroupWarps>(d_out, at.dk.column));  // dV += Pᵀ dO
-    multiply_add<T, C::kM / kStepK<T>>(
-        dk, ColumnsA<PTile, 16>(ds_tile, at.dk.row),
-        ColumnsB<typename C::QTile, 16 * C::kGroupWarps>(q, at.dk.column));  // dK += dSᵀ Q
+    add_transposed_product<C, typename C::DoTile>(dv, p_tile, d_out, at.dk);  // dV += Pᵀ dO
+    add_transposed_product<C, typename C::QTile>(dk, ds_tile, q, at.dk);      // dK += dSᵀ Q
     barriers.wait_ds_full(step);
     if (block.dquery) {
       typename C::DQ dq;
-      dq.clear();
-      multiply_add<T, C::kN / kStepK<T>>(
-          dq, RowsA<PTile>(ds_tile, at.dq.row),
-          ColumnsB<typename C::KTile, 16 * C::kDqColumns, false>(k, at.dq.column));  // dQ = dS K
+      multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
       barriers.arrive_ds_empty();
       add_dq<C>(p, block, step, dq, at.dq);
     } else {

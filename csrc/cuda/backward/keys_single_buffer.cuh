@@ -74,19 +74,12 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
       store_accumulator<PTile>(dp, shared + kLayout.ds, at.s);
     }
     __syncthreads();
-    multiply_add<T, C::kM / kStepK<T>>(
-        dv, ColumnsA<PTile, 16>(p_tile, at.dk.row),
-        ColumnsB<DoTile, 16 * C::kGroupWarps>(buffer, at.dk.column));  // dV += Pᵀ dO
+    add_transposed_product<C, DoTile>(dv, p_tile, buffer, at.dk);  // dV += Pᵀ dO
     load_and_wait(QTile{}, block.query, p.query);
-    multiply_add<T, C::kM / kStepK<T>>(
-        dk, ColumnsA<PTile, 16>(ds_tile, at.dk.row),
-        ColumnsB<QTile, 16 * C::kGroupWarps>(buffer, at.dk.column));  // dK += dSᵀ Q
+    add_transposed_product<C, QTile>(dk, ds_tile, buffer, at.dk);  // dK += dSᵀ Q
     if (block.dquery) {
       typename C::DQ dq;
-      dq.clear();
-      multiply_add<T, C::kN / kStepK<T>>(
-          dq, RowsA<PTile>(ds_tile, at.dq.row),
-          ColumnsB<KTile, 16 * C::kDqColumns, false>(k, at.dq.column));  // dQ = dS K
+      multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
       add_dq<C>(p, block, step, dq, at.dq);
     }
   }
