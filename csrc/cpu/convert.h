@@ -1,4 +1,5 @@
-// Rows of f16, bf16, f32 or float8 in memory to and from float32. Never touches memory outside the row.
+// Converts rows of f16, bf16, f32 or float8_e4m3fn to and from float32. Never touches memory outside the
+// row.
 #pragma once
 
 #include "isa.h"
@@ -14,7 +15,8 @@ JF_INLINE constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2;
 }
 
-// Denormals go through a subtraction of normal numbers: XLA's threads may flush denormal operands to zero.
+// The value of a denormal comes from subtracting normal numbers, because XLA's threads may flush denormal
+// operands to zero.
 JF_INLINE Float widen_f16(UInt h) {
   const UInt sign = (h & 0x8000u) << 16, magnitude = (h & 0x7FFFu) << 13;
   const Float denormal = reinterpret_cast<Float>(magnitude + 0x38800000u) - 6.103515625e-05f;
@@ -35,7 +37,7 @@ JF_INLINE UInt narrow_f16(Float x) {
   return h | sign;
 }
 
-// The lanes of float_to_float8 (core/float8.h).
+// float_to_float8 of core/float8.h, lane by lane.
 JF_INLINE UInt narrow_float8(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
   const Float shifted = reinterpret_cast<Float>(magnitude) + 16384.0f;
@@ -61,7 +63,8 @@ JF_INLINE UInt load_halves(const void* row, int32_t i) {
       UInt);
 }
 
-// kLanes of f16. The conversion instructions heed no flags on the f16 side, so f16's denormals are kept.
+// Converts kLanes of f16. The conversion instructions ignore the denormals-are-zero flag for f16, so that
+// f16 denormals are exact.
 JF_INLINE Float widen_halves(Half h) {
 #if defined(__AVX512F__)
   return (Float)_mm512_cvtph_ps((__m256i)h);
@@ -72,7 +75,8 @@ JF_INLINE Float widen_halves(Half h) {
 #endif
 }
 
-// float8 is f16 with the exponent's bias 8 higher and fewer bits of mantissa, NaN apart.
+// float8_e4m3fn is f16 with an exponent bias of 7 instead of 15 and a shorter mantissa, except for NaN:
+// widened to f16 it is 2⁸ times too small.
 JF_INLINE Float widen_float8(Bytes x) {
   const Half wide = __builtin_convertvector(x, Half), magnitude = (wide & 0x7F) << 7;
   const Half h = magnitude == 0x3F80 ? Half{} + 0x7E00 : magnitude;
@@ -141,7 +145,7 @@ static void store_row_as(void* row, int32_t n, const float* from, float factor) 
   }
 }
 
-// to[0, n) = factor * row, zeros up to `padded` (a multiple of kLanes, at least n).
+// to[0, n) = factor * row; zeros from there up to `padded`, a multiple of kLanes and at least n.
 JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, float* to, int32_t padded) {
   switch (dtype) {
     case DType::kF16:
