@@ -9,8 +9,6 @@
 
 namespace jax_flash {
 
-inline constexpr int32_t kMaxHeadDim = 256;
-
 // Floats of scratch that a kernel may use. Pages that a call does not touch are never faulted in and cost
 // nothing.
 inline constexpr int64_t kScratchFloats = 3 << 19;
