@@ -40,9 +40,9 @@ class Checker:
             raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
         return jnp.asarray(x)
 
-    def dtype(self, name: str, x: jax.Array) -> None:
-        if x.dtype.name not in DTYPES:
-            raise self.fail(f"{name} has dtype {x.dtype}, allowed are {', '.join(DTYPES)}", TypeError)
+    def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
+        if x.dtype.name not in allowed:
+            raise self.fail(f"{name} has dtype {x.dtype}, allowed are {', '.join(allowed)}{hint}", TypeError)
 
     def rank(self, name: str, x: jax.Array, dims: str) -> None:
         wanted = len(dims.split())
@@ -102,9 +102,8 @@ def _tokens(
     """query, key and value, with shapes and dtypes checked; `layout` names the dims before the heads, 'b s' or 't'."""
     q, k, v = (check.array(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
     allowed = DTYPES + (("float64",) if implementation == "xla" else ())
-    if q.dtype.name not in allowed:
-        hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
-        raise check.fail(f"query has dtype {q.dtype}, allowed are {', '.join(allowed)}{hint}", TypeError)
+    hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
+    check.dtype("query", q, allowed, hint)
     for name, x in (("key", k), ("value", v)):
         if x.dtype != q.dtype:
             raise check.fail(f"{name} has dtype {x.dtype}, which differs from query's {q.dtype}", TypeError)
