@@ -37,7 +37,8 @@ def flash_attention(
 ) -> Any:
     """Exact attention, softmax(scale · q·kᵀ)·v, in memory linear in the sequence length.
 
-    A row without a visible key gives 0 and lse −inf, never NaN. Rows and keys past a length are never read.
+    A row without a visible key gives 0 and lse −inf (its sink, if there is one), never NaN. Rows and keys past a length
+    are never read.
 
     Args:
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.

@@ -149,12 +149,12 @@ def _item(name: str, array: np.ndarray, at: tuple[int, ...]) -> str:
     return f"{name}[{', '.join(map(str, at))}] = {array[at]}"
 
 
-def _check_below(call: _Call, name: str, size: int, whose: str) -> None:
+def _check_below(call: _Call, name: str, size: int, owner: str) -> None:
     array = call.index[name]
     at = _first((array < 0) | (array >= size))
     if at is not None:
         raise _CHECK.fail(
-            f"{_item(name, array, at)} is outside the {size} rows of {whose}; allowed are 0 to {size - 1}"
+            f"{_item(name, array, at)} is outside the {size} rows of {owner}; allowed are 0 to {size - 1}"
         )
 
 

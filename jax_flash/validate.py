@@ -49,9 +49,9 @@ class Checker:
         if x.ndim != wanted:
             raise self.fail(f"{name} must have rank {wanted} [{dims}], got shape {x.shape}")
 
-    def dim(self, name: str, axis: str, got: Any, wanted: Any, whose: str) -> None:
+    def dim(self, name: str, axis: str, got: Any, wanted: Any, owner: str) -> None:
         if not same_dim(got, wanted):
-            raise self.fail(f"{name} has {axis} {got}, which differs from {whose}'s {wanted}")
+            raise self.fail(f"{name} has {axis} {got}, which differs from {owner}'s {wanted}")
 
     def shape(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> None:
         if x.ndim != len(wanted) or not all(map(same_dim, x.shape, wanted)):

@@ -25,14 +25,23 @@ JF_INLINE Float widen_f16(UInt h) {
   return reinterpret_cast<Float>(bits | sign);
 }
 
+// The bits of |x| with kShift fewer mantissa bits and another exponent bias, rounded to nearest, ties to
+// even. Normal numbers begin at the float32 bits `smallest_normal`. Below them the sum with `denormal_step`,
+// whose last place is the step of the new denormals, rounds to their multiples.
+template <int kShift>
+JF_INLINE UInt round_magnitude(UInt magnitude, uint32_t rebias, uint32_t smallest_normal,
+                               float denormal_step) {
+  const Float shifted = reinterpret_cast<Float>(magnitude) + denormal_step;
+  const UInt denormal = reinterpret_cast<UInt>(shifted) - __builtin_bit_cast(uint32_t, denormal_step);
+  constexpr uint32_t kBelowHalf = (1u << (kShift - 1)) - 1;
+  const UInt normal = (magnitude - rebias + kBelowHalf + (magnitude >> kShift & 1u)) >> kShift;
+  return magnitude < smallest_normal ? denormal : normal;
+}
+
 JF_INLINE UInt narrow_f16(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  // Below 2^-14 the sum with 1/2 rounds to multiples of 2^-24, f16's denormal step.
-  const Float half = reinterpret_cast<Float>(magnitude) + 0.5f;
-  const UInt denormal = reinterpret_cast<UInt>(half) - 0x3F000000u;
-  const UInt normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
-  UInt h = magnitude < 0x38800000u ? denormal : normal;
-  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;  // rounds past 65504
+  UInt h = round_magnitude<13>(magnitude, 0x38000000u, 0x38800000u, 0.5f);  // denormals in steps of 2^-24
+  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;                      // rounds past 65504
   h = magnitude > 0x7F800000u ? UInt{} + 0x7E00u : h;
   return h | sign;
 }
@@ -40,11 +49,8 @@ JF_INLINE UInt narrow_f16(Float x) {
 // float_to_float8 of core/float8.h, lane by lane.
 JF_INLINE UInt narrow_float8(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
-  const Float shifted = reinterpret_cast<Float>(magnitude) + 16384.0f;
-  const UInt denormal = reinterpret_cast<UInt>(shifted) - 0x46800000u;
-  const UInt normal = (magnitude - 0x3C000000u + 0x7FFFFu + (magnitude >> 20 & 1u)) >> 20;
-  UInt y = magnitude < 0x3C800000u ? denormal : normal;
-  y = magnitude > 0x43E00000u ? UInt{} + 0x7Eu : y;  // 448
+  UInt y = round_magnitude<20>(magnitude, 0x3C000000u, 0x3C800000u, 16384.0f);  // denormals in steps of 2^-9
+  y = magnitude > 0x43E00000u ? UInt{} + 0x7Eu : y;                             // 448
   y = magnitude > 0x7F800000u ? UInt{} + 0x7Fu : y;
   return y | sign;
 }

@@ -38,8 +38,8 @@ struct ColumnVector {
   }
 };
 
-// Score options as bits. The loop over a row is instantiated for each single option and for any combination
-// of them.
+// Score options as bits. The loop over a row is instantiated for each single option, and once for
+// combinations, with run-time tests.
 enum ScoreOption {
   kSoftcap = 1,
   kAlibi = 2,

@@ -75,12 +75,14 @@ def append_kv(
 
 
 def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pools from the custom call, and the lengths from plain JAX."""
     operands = equally_varying(operands)
     k_pages, v_pages = bind(APPEND, spec, operands)
     return k_pages, v_pages, _lengths_after(operands, _slots(spec, operands))
 
 
 def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pools and lengths in plain JAX."""
     slots = _slots(spec, operands)
     key = operands["key"]
     if "cos" in operands:

@@ -108,7 +108,7 @@ def _pools(
     k_pages: Any,
     v_pages: Any,
     like: jax.Array,
-    whose: str,
+    owner: str,
     options: Any,
 ) -> Operands:
     """The two pools and their scales, checked against the dtype and head dim of `like` (the query or the new keys)."""
@@ -121,7 +121,7 @@ def _pools(
     check.rank("v_pages", v, dims.format("dv"))
     if k.dtype not in (like.dtype, jnp.float8_e4m3fn):
         raise check.fail(
-            f"k_pages has dtype {k.dtype}, allowed are {whose}'s {like.dtype} and float8_e4m3fn", TypeError
+            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype} and float8_e4m3fn", TypeError
         )
     if v.dtype != k.dtype:
         raise check.fail(f"v_pages has dtype {v.dtype}, which differs from k_pages' {k.dtype}", TypeError)
@@ -131,7 +131,7 @@ def _pools(
         )
     if same_dim(k.shape[2 if layout == "hnd" else 1], 0):
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
-    check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], whose)
+    check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], owner)
     found = {k_name: k, v_name: v}
     hk = k.shape[_head_axis(options)]
     for name in ("k_scale", "v_scale"):
