@@ -54,8 +54,7 @@ JF_INLINE void score_step(const char* const* at, float factor, const Word* q, in
 // o[g] += p[g][0, 2) v[0, 2)
 template <class E, DType dtype, int kRows>
 JF_INLINE void value_step(const char* const* at, const Word* p, int32_t width, float* o) {
-  constexpr int kWords = kStepKeys / E::kPair,
-                kVectors = E::kPair;  // pairs load as panels
+  constexpr int kWords = kStepKeys / E::kPair, kVectors = E::kPair;  // pairs load as panels
   const char* const v[kStepKeys] = {at[0], at[1]};
   const int32_t ld = padded(width);
   UInt weight[kRows * kWords];
