@@ -25,15 +25,10 @@ from serving import Server
 from settings import Settings
 from training import Checkpoints, History, Trainer, make_mesh
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 SIZES = {"layers": 2, "width": 32, "heads": 2, "head_dim": 16, "hidden": 64}
 SERVING = ServingConfig(pages=24, page_size=4, slots=6, chunk=16, max_length=64)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """float32 products in float32, as on the CPU: a GPU's own are TF32's, whose logits differ by more than 1e-4."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
