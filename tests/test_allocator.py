@@ -1,4 +1,4 @@
-"""Pages are nobody's or somebody's: handed out once, freed by their last owner."""
+"""A page is handed out once, and is free again when its last owner releases it."""
 
 import pytest
 

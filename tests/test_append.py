@@ -1,4 +1,4 @@
-"""append_kv: every new token in its slot, to the bit, and nothing else touched; in numpy, token by token."""
+"""append_kv writes every new token to its slot, bit for bit, and nothing else: against numpy, token by token."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -222,7 +222,7 @@ def test_float8_pools_hold_the_value_over_its_scale(implementation, dtype, scale
 
 
 def test_float8_rounds_to_even_saturates_and_keeps_nan(implementation):
-    """Every tie between neighbours, what lies just beside it, and what lies past the largest."""
+    """Every tie between neighbouring float8, the numbers next to it, and numbers past the largest."""
     require(implementation)
     numbers = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     ties = (numbers[1:] + numbers[:-1]) / 2
@@ -247,7 +247,7 @@ def test_float8_rounds_to_even_saturates_and_keeps_nan(implementation):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("turned", [D, 6])
 def test_keys_are_rotated_by_their_position(implementation, interleaved, turned, dtype, pool_dtype):
-    """To a unit in the last place of what is stored, positions past the tables as their last row."""
+    """Equal to one unit in the last place; positions past the tables use their last row."""
     require(implementation)
     call = arguments(
         dtype=dtype,

@@ -1,4 +1,4 @@
-"""What is installed, built and found is told truthfully, whatever is missing, and never by a crash."""
+"""backends() reports what is installed, built and found, whatever is missing, without crashing."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ CACHED = (backends._load_core, backends._load_cuda)
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Each test looks for the libraries anew."""
+    """Every test searches for the libraries again."""
     yield
     for function in CACHED:
         function.cache_clear()
@@ -27,7 +27,7 @@ def fresh():
 
 @pytest.fixture
 def without_core(monkeypatch):
-    """As in a source tree: the extension is not there."""
+    """Removes the extension, as in a source tree that was not built."""
     real = importlib.import_module
 
     def missing(name, package=None):

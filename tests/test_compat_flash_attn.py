@@ -178,7 +178,7 @@ def test_dropout_is_that_of_the_public_function(packed, implementation):
 
 
 def paged(k, v, cu=CU_K, page_size=3):
-    """Packed keys in pages of a pool, in no order; NaN and far entries where nothing is read."""
+    """Packed keys in the pages of a pool, in random order; NaN and large indices where nothing is read."""
     lengths = np.diff(cu)
     table = np.random.default_rng(4).permutation(12).reshape(3, 4).astype(np.int32)
     pools = [np.full((12, page_size, *x.shape[1:]), np.nan, np.float32) for x in (k, v)]

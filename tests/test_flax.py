@@ -107,7 +107,7 @@ def test_own_options_are_bound_with_partial():
 
 
 def weights(rate, key=0, batch=(2,), s=32, **kwargs):
-    """The attention weights after dropout: values that are the identity, scores that are all equal."""
+    """The attention weights after dropout: V is the identity, and all scores are equal."""
     q = jnp.zeros((*batch, s, 2, s))
     v = jnp.broadcast_to(jnp.eye(s)[:, None], q.shape)
     return ours(q, q, v, dropout_rng=jax.random.key(key), dropout_rate=rate, **kwargs) * s

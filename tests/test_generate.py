@@ -1,4 +1,4 @@
-"""Serving keeps its promises: pages are nobody's or somebody's, and nobody's text depends on who else is served."""
+"""Serving: every page is free or owned, and no request's text depends on which others are served."""
 
 import re
 import sys
@@ -32,7 +32,7 @@ SERVING = ServingConfig(pages=24, page_size=4, slots=6, chunk=16, max_length=64)
 
 
 def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
-    """A random model that heeds what it reads: its attention weighs more than an untrained model's."""
+    """A random model whose text depends on its prompt: attention has more weight than in an untrained model."""
     config = ModelConfig(**SIZES, dtype=dtype, attention=attention)
     with jax.set_mesh(mesh):
         model = Transformer(config, rngs=nnx.Rngs(0))
@@ -51,7 +51,7 @@ def make_server(serving=SERVING, model_axis=1, dtype="float32"):
     return Server(model, config, serving, mesh)
 
 
-cached_server = lru_cache(make_server)  # a server without requests is as good as new
+cached_server = lru_cache(make_server)  # a server without requests is like a new one
 
 
 def make_requests(count, seed=0):
@@ -129,7 +129,7 @@ def test_200_requests_that_come_and_go_get_what_they_would_get_alone(generate_al
     scheduler, usage = server.scheduler, server.usage
     assert (scheduler.allocator.free, scheduler.allocator.shared) == (SERVING.pages, 0)
     assert len(scheduler.prefixes) == 0
-    # It was not too easy: requests waited, shared pages, and gave pages back to older ones.
+    # The run was hard enough: requests waited, shared pages, and were preempted by older ones.
     assert longest_line >= 5
     assert usage.peak_pages == SERVING.pages
     assert usage.peak_shared >= 4

@@ -1,4 +1,4 @@
-"""Operands of more than 2**31 elements: what lies beyond is read and written as what lies before.
+"""Operands of more than 2**31 elements: elements beyond that offset are read and written like those before it.
 
 Short windows keep it cheap: a row depends on its neighbours alone, so the oracle takes pieces of the sequence.
 """

@@ -1,4 +1,4 @@
-"""Who sees whom, drawn: a row of text per query, `#` where it attends to a key.
+"""Which query sees which key, drawn: a row of text per query, `#` where it attends to a key.
 
 The pictures come from attention itself: equal scores and the identity for values give P as the result, and
 the identity for the cotangent gives Pᵀ as value's gradient, so each picture is that of forward and backward.

@@ -1,4 +1,4 @@
-"""What lies past a length or outside every sequence is never read: NaN and inf there change not one bit.
+"""What lies past a length or outside every sequence is never read: NaN and inf there change no bit of the results.
 
 Each case is run with zeros there and with poison there, in every operand and in the cotangents.
 """

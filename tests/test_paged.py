@@ -1,4 +1,4 @@
-"""paged_attention: decode, prefill and both, in pages of any size, against the dense oracle; poison all around."""
+"""paged_attention: decode, prefill and both, in pages of any size, against the dense oracle; what is unused is NaN."""
 
 from itertools import pairwise
 
@@ -214,7 +214,7 @@ OUTSIDE = [-1, -(2**31), 2**31 - 1, "p"]
 @pytest.mark.parametrize("page", OUTSIDE, ids=str)
 @by_name([CHUNK.replace(causal=True), CHUNK.replace(name="window", window=(4, 0), softcap=3.0), MIXED])
 def test_a_page_outside_the_pool_makes_the_rows_that_see_it_nan(implementation, case, page):
-    """And leaves every other row to the bit as it is with a page of anything."""
+    """Every other row keeps the bits that it has when the page lies in the pool."""
     require(implementation)
     size = 3
     call = paged(case, size)

@@ -60,7 +60,7 @@ def test_gradients_of_shared_pages_add_up(implementation):
 
 
 def test_rows_that_miss_a_page_have_nan_gradients_and_give_none_to_the_pools(implementation):
-    """What the other rows give is what they give when the row is not there."""
+    """The other rows contribute as they do without that row."""
     require(implementation)
     case = Case("missing", b=2, sq=2, sk=8, kv_lengths=(8, 6), sinks=True)
     call = paged(case, 4)

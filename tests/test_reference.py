@@ -164,7 +164,7 @@ def test_export_with_symbolic_dimensions():
 
 
 def test_low_is_worse_than_the_float32_result_of_the_same_inputs():
-    """The yardstick measures something: S and P in bfloat16 lose more than rounding the output does."""
+    """`low` is a meaningful limit: S and P in bfloat16 lose more than rounding the output does."""
     case = Case("long", b=1, sq=64, sk=64, dtype="bfloat16")
     inputs = make_inputs(case)
     right, low, fine = oracle.ref(case, inputs), oracle.low(case, inputs), result(case, inputs)

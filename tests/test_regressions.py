@@ -1,4 +1,4 @@
-"""Errors that other attention libraries made, each with its name: none of them here."""
+"""Errors that other attention libraries had, one test each."""
 
 import checks
 import jax
@@ -34,7 +34,7 @@ def test_head_dims_that_are_no_power_of_two_do_not_collide(d, dtype, kernel):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_an_odd_number_of_tiles_of_queries_before_many_keys(causal, kernel):
-    """Hopper's blocks, which work in pairs there, have a tile too many."""
+    """On Hopper 2-CTA clusters run this, and an odd number of tiles leaves one CTA without."""
     case = Case("odd", b=1, sq=17 * 128 - 40, sk=4099, hq=1, hk=1, d=256, dv=256, causal=causal)
     checks.check(usual(case, kernel), kernel)
 
@@ -139,7 +139,7 @@ def test_scores_of_thousands_neither_overflow_nor_become_nan(factor, implementat
 @pytest.mark.parametrize("big", [-1e9, -1e30, "lowest"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_bias_that_hides_keys_by_a_large_number(dtype, big, implementation):
-    """As masks are often told: beside other keys such a key has no weight, and alone such keys are never NaN."""
+    """A common way to mask: such a key has no weight beside other keys, and rows of only such keys are not NaN."""
     checks.require(implementation, dtype=dtype)
     q, k, v = (normal(1, 130, 2, 64, dtype=dtype, seed=seed) for seed in (1, 2, 3))
     mask = np.random.default_rng(0).random((130, 130)) < 0.5
@@ -311,7 +311,7 @@ def test_the_gradient_of_a_broadcast_bias_is_its_sum(implementation):
 
 
 def test_forward_and_backward_drop_the_same_weights_in_every_tile(implementation):
-    """With value = I the output is P itself; with do = I, dv is Pᵀ: what the backward made again."""
+    """With value = I the output is P itself; with do = I, dv is Pᵀ as the backward recomputed it."""
     checks.require(
         implementation, "forward", "backward", dtype=checks.usual_dtype(implementation), d=128, dv=128
     )
@@ -367,7 +367,7 @@ def test_a_wrong_call_is_an_exception_and_the_next_call_is_right(implementation)
 @pytest.mark.parametrize("d", [64, 128, 256])
 @pytest.mark.parametrize("order", ["sorted", "mixed", "strangers"])
 def test_segments_that_hide_whole_tiles_of_keys(d, order, kernel):
-    """Kernels leave tiles out by the smallest and largest ids: rows in any order, and keys that are nobody's."""
+    """Kernels skip tiles by their smallest and largest ids: rows in any order, and keys of no row's segment."""
     sq, sk = 500, 900
     case = Case("tiles", b=1, sq=sq, sk=sk, hq=2, hk=1, d=d, dv=d, causal=order == "mixed", dtype="float16")
     checks.require(kernel, dtype=case.dtype, d=d, dv=d)

@@ -1,4 +1,4 @@
-"""The build's table of what its CUDA kernels take, and the budget that it holds them to."""
+"""The build's table of its kernels' registers, spills and shared memory, and the budget that it enforces."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Eight devices: batch and heads are split without communication, all else is gathered; always right."""
+"""Eight devices: batch and heads are split without communication, all else is gathered, results are the same."""
 
 import jax
 import jax.numpy as jnp

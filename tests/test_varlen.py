@@ -79,7 +79,7 @@ def test_options_two_by_two_in_plain_jax(case):
 
 
 def near(dtype):
-    """How near two ways through the same sums come in a dtype."""
+    """How closely two orders of the same sums agree in a dtype."""
     return dict(rtol=1e-5, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-2)
 
 

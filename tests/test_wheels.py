@@ -1,4 +1,4 @@
-"""What a machine with a GPU does with no CUDA library, and with the one for another CUDA than its jax's."""
+"""A machine with a GPU but no CUDA library, or with the library for another CUDA than its jax's."""
 
 import importlib.util
 import subprocess
@@ -29,7 +29,7 @@ backends.CUDA_LIBRARY = "hidden.so"
 
 
 def run(setup: str, program: str) -> str:
-    """What a process of its own prints: the libraries that it finds are not those of this one."""
+    """The output of a separate process, which finds other libraries than this one."""
     text = CALL.format(setup="import importlib.util\n" + setup) + program
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ void wait(const Barrier& barrier, uint64_t generation) {
   wait_until([&barrier, generation] { return barrier.generation != generation; });
 }
 
-// The calling fiber arrives.
+// The calling fiber arrives at the barrier.
 void arrive_and_wait(Barrier& barrier) {
   const uint64_t generation = barrier.generation;
   if (++barrier.arrived == barrier.size) {

@@ -73,7 +73,7 @@ bool block_any(bool condition);
 void group_barrier(uint32_t number, uint32_t threads);
 void wait_until(const std::function<bool()>& condition);
 
-// Every lane of the warp brings its argument; the last to come runs `all` on the 32 of them.
+// Every lane of the warp passes its argument; the last lane to arrive runs `all` on all 32.
 void warp_collective(void* argument, void (*all)(void* const (&arguments)[32]));
 
 // The cp.async queue of this thread.

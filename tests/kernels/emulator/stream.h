@@ -1,4 +1,4 @@
-// Included before csrc/ffi/cuda_handlers.cc: a CPU call has no stream to give.
+// Included before csrc/ffi/cuda_handlers.cc, because an FFI call on the CPU has no CUDA stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

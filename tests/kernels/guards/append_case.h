@@ -1,4 +1,4 @@
-// A random call of append_kv: what tables, lengths and offsets say, and nothing else, is written.
+// A random call of append_kv. It writes the slots that tables, lengths and offsets name, and nothing else.
 #pragma once
 
 #include <map>
@@ -73,7 +73,7 @@ class AppendCase : PoolCase {
   }
 
  private:
-  // The slots that tokens go to hold the last of them, all others what they held.
+  // A slot holds the last token written to it; every other slot is unchanged.
   void check(const View& pool, const View& rows, int32_t width, bool as_given) {
     const auto size = static_cast<int64_t>(size_of(pool_dtype_));
     for (int64_t l = 0; l < leading_.count(); ++l) {

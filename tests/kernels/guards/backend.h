@@ -1,4 +1,4 @@
-// Where the drivers run the passes: backend_cpu.cc, or backend_cuda.cc on copies in the GPU's memory.
+// Runs the passes for the drivers: backend_cpu.cc in place, backend_cuda.cc on copies in the GPU's memory.
 #pragma once
 
 #include <initializer_list>
@@ -35,7 +35,7 @@ enum class Variant {
   kFloat8Cut
 };
 
-// What a case has to be for a kernel to run it.
+// What a case must be like for a kernel to run it.
 struct Aim {
   Pass pass;
   DType dtype;
@@ -43,7 +43,7 @@ struct Aim {
   int32_t block_m;
   Variant variant;
 
-  // No option of the score but its own.
+  // The only score option allowed is the kernel's own.
   bool plain() const {
     return variant == Variant::kPlain || variant == Variant::kPairs || variant == Variant::kDropout ||
            variant == Variant::kDeterministic || alone();
@@ -63,11 +63,11 @@ struct Aim {
 // every fourth turn, and on the CPU every one, is of no kernel. Holds for the calls of run() that follow.
 std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
 
-// Whether the kernel aimed at takes a call, of which all but the operands' memory is known.
+// Whether the targeted kernel runs a call. Everything about the call is known except the operands' memory.
 bool takes(const Aim& aim, const Problem& problem);
 
-// False where no kernel was built for the call. With helpers in the `pool` the call runs twice at once on a
-// GPU, from two threads on streams of their own.
+// False where no kernel was built for the call. With helpers in the `pool` a GPU runs the call twice
+// concurrently, from two threads, each with its own stream.
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool);
 
 bool append(const AppendProblem& problem, const ThreadPool& pool);

@@ -1,4 +1,4 @@
-// The CUDA kernels on copies of the operands, each in an allocation of its own (device_memory.h).
+// Runs the CUDA kernels on copies of the operands (device_memory.h).
 #include <cuda_runtime_api.h>
 
 #include <functional>
@@ -100,7 +100,7 @@ LaunchPlan plan_call(Pass pass, const Problem& p) {
   return chosen;
 }
 
-// A stream of its own, and when its work began and ended.
+// A stream, and when its work began and ended.
 class Stream {
  public:
   Stream() {
@@ -116,7 +116,7 @@ class Stream {
     launch(stream_);
     check(cudaEventRecord(end_, stream_), "event");
   }
-  // Both have ended.
+  // Both streams have ended.
   static bool overlap(const Stream& a, const Stream& b) {
     float a_to_b = 0, b_to_a = 0;
     check(cudaEventElapsedTime(&a_to_b, a.begin_, b.end_), "event");
@@ -129,7 +129,7 @@ class Stream {
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
 };
 
-// Launches both, a few times each, from two threads on streams of their own.
+// Launches both a few times from two threads, each on its own stream.
 void run_together(const std::function<void(cudaStream_t)>& one,
                   const std::function<void(cudaStream_t)>& other) {
   constexpr int kRepeats = 4;
@@ -154,7 +154,7 @@ void run_together(const std::function<void(cudaStream_t)>& one,
   ++together, overlapped += Stream::overlap(streams[0], streams[1]);
 }
 
-// A call on operands and a workspace of its own.
+// A call with its own copies of the operands and its own workspace.
 class Call {
  public:
   Call(Pass pass, const Problem& problem, const LaunchPlan& plan)
@@ -179,7 +179,7 @@ class Call {
   DeviceMemory workspace_;
 };
 
-// The same of append_kv.
+// The same for append_kv.
 class AppendCall {
  public:
   explicit AppendCall(const AppendProblem& problem)

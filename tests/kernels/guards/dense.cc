@@ -9,7 +9,7 @@ using namespace jax_flash;
 
 namespace {
 
-// One random call: its problem and the memory behind its views.
+// One random call: the problem, and the memory behind its views.
 class Case : RandomCase {
  public:
   explicit Case(uint64_t seed)
@@ -97,7 +97,7 @@ class Case : RandomCase {
     }
   }
 
-  // What the kernel aimed at takes, and some of it.
+  // Options that the targeted kernel supports, some of them chosen at random.
   void aim_sizes() {
     p_.dtype = aim_->dtype;
     const bool bias = aim_->variant == backend::Variant::kBias;
@@ -178,7 +178,7 @@ class Case : RandomCase {
     make_statistic(p_.delta);
   }
 
-  // Sometimes plausible, sometimes anything an int32 can hold.
+  // Sometimes plausible, sometimes arbitrary int32.
   void make_index(View& view, int64_t count, int64_t View::* stride, int32_t limit, bool sorted) {
     std::vector<Dim> dims;
     if (stride == &View::row) dims.push_back({p_.batch, &View::batch});
@@ -253,7 +253,7 @@ class Case : RandomCase {
     return static_cast<const int32_t*>(view.data)[view.leading_offset(p_.leading, leading) + i * view.batch];
   }
 
-  // In use, by (leading, batch entry, row); packed rows have entry 0.
+  // Whether a row is in use, by (leading, batch entry, row); packed rows have entry 0.
   void find_rows_in_use() {
     const int64_t entries = p_.varlen() ? 1 : p_.batch;
     q_used_.assign(p_.leading.count() * entries * p_.q_rows, false);
@@ -308,7 +308,7 @@ class Case : RandomCase {
     poison(p_.delta, true, p_.heads, 0, 4, DType::kF32);
   }
 
-  // Runs the pass twice, alone and with helpers, on poisoned results; false where nothing runs it.
+  // Runs the pass twice, alone and with helpers, on results filled with NaN; false where no kernel runs it.
   bool check_pass(const char* name, Pass pass, std::vector<View*> results) {
     for (View* view : results) memory_of(view).poison();
     if (!backend::run(pass, p_, ThreadPool{})) return false;
@@ -346,7 +346,7 @@ class Case : RandomCase {
     });
   }
 
-  // lse becomes an operand: NaN where it must not be read.
+  // lse becomes an operand of the backward: NaN where it must not be read.
   void take_forward_results() {
     each(p_.lse, true, p_.heads, 0, 4, [&](char* x, bool used) {
       if (!used) set_value(DType::kF32, x, std::nanf(""));

@@ -1,9 +1,9 @@
-// Copies of operands on the GPU, each in an allocation of its own.
+// Copies of operands on the GPU, each in its own allocation.
 //
-// JAX_FLASH_GUARD tells what surrounds it: "bands" (the default) of NaN, which must come back unharmed;
-// "none" for compute-sanitizer's memcheck, which knows each allocation's end; "fresh" as "none", with results
-// and workspace left as they were allocated, for its initcheck; "race" as "none" for its racecheck, which
-// takes long: with small cases, each run once.
+// JAX_FLASH_GUARD chooses what surrounds them. "bands" (the default): bands of NaN, which must be unchanged
+// afterwards. The others are for tools of compute-sanitizer, which know where each allocation ends. "none":
+// nothing, for memcheck and synccheck. "fresh": nothing, and results and workspace are left uninitialised,
+// for initcheck. "race": nothing, and small cases that run once, for racecheck, which is slow.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,7 +35,7 @@ inline Guard guard() {
   throw std::runtime_error(std::string("JAX_FLASH_GUARD is ") + name + ", not bands, none, fresh or race");
 }
 
-// `bytes` of the GPU's memory, of NaN unless guard() is kFresh, between two bands of it.
+// `bytes` of GPU memory between two bands, all filled with NaN unless guard() is kFresh.
 class DeviceMemory {
  public:
   explicit DeviceMemory(size_t bytes) : bytes_(bytes), band_(guard() == Guard::kBands ? kBand : 0) {
@@ -82,7 +82,7 @@ class DeviceMemory {
   void* base_ = nullptr;
 };
 
-// The GPU's copies of a problem's operands, which its views then point to.
+// Copies of a problem's operands on the GPU; the problem's views are made to point to them.
 class Copies {
  public:
   template <class AnyProblem, size_t n, class Filled>
@@ -103,7 +103,7 @@ class Copies {
     const auto at = by_host_.find(host);
     if (at != by_host_.end()) at->second.write_to(host);
   }
-  // Those of one operand, the same as in others' copy of it.
+  // The bytes of one operand; two copies of a problem have the same.
   bool same(const Copies& other, const void* host) const {
     const auto at = by_host_.find(host);
     return at == by_host_.end() || at->second.bytes() == other.by_host_.at(host).bytes();

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <map>
 
-// `bytes` of their own pages between two inaccessible ones, at the very end of them or at their very start.
+// `bytes` in pages of their own between two inaccessible pages, flush with the end or with the start.
 class Guarded {
  public:
   Guarded(size_t bytes, bool at_end) : bytes_(bytes) {
@@ -33,7 +33,7 @@ class Guarded {
     munmap(base_, length_);
   }
 
-  // The one whose data begins there, or null.
+  // The allocation whose data begins there, or null.
   static const Guarded* find(const void* data) {
     const auto at = live().find(data);
     return at == live().end() ? nullptr : at->second;
@@ -42,7 +42,7 @@ class Guarded {
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
-  // From now on a write faults too.
+  // From now on writes fault too.
   void make_read_only() const {
     if (length_ > 2 * page_) mprotect(base_ + page_, length_ - 2 * page_, PROT_READ);
   }

@@ -75,7 +75,7 @@ class AttentionCase : PoolCase {
     p_.table = table_;
   }
 
-  // What the kernel aimed at takes, and some of it.
+  // Options that the targeted kernel supports, some of them chosen at random.
   void aim_sizes() {
     dtype_ = aim_->dtype;
     pool_dtype_ = aim_->float8() ? DType::kF8E4M3 : dtype_;
@@ -153,7 +153,7 @@ class AttentionCase : PoolCase {
     return 0 <= found && found < pages_ ? found : -1;
   }
 
-  // Numbers in the slots that hold keys of some sequence, NaN in all others.
+  // Fills the slots that hold keys of some sequence with numbers, and all others with NaN.
   void make_filled_pool(View& view, int32_t width) {
     Guarded& m = make_pool(view, width, true);
     m.poison();
@@ -172,7 +172,7 @@ class AttentionCase : PoolCase {
     m.make_read_only();
   }
 
-  // NaN where and only where a row sees a missing page; 0 and -inf outside every sequence.
+  // Results must be NaN exactly where a row sees a missing page, and 0 and -inf outside every sequence.
   void check() {
     const AttentionSpec& s = p_.spec;
     for (int64_t l = 0; l < leading_.count(); ++l) {
@@ -220,7 +220,7 @@ class AttentionCase : PoolCase {
   Problem p_{};
 };
 
-// Either, by the seed.
+// Paged attention or append_kv, by the seed.
 class Case {
  public:
   explicit Case(uint64_t seed) {

@@ -1,4 +1,4 @@
-// What the random calls of paged attention and of append_kv share: sizes, pools, tables.
+// Sizes, pools and tables shared by the random calls of paged attention and of append_kv.
 #pragma once
 
 #include <utility>
@@ -57,7 +57,7 @@ class PoolCase : protected RandomCase {
     m.make_read_only();
   }
 
-  // Values in [0, limit) or [0, limit], a few of them (or, with `wild`, most) anything.
+  // Values in [0, limit) or [0, limit]; a few of them, or most with `wild`, are arbitrary.
   void make_index(View& view, std::vector<Dim> dims, int32_t limit, double wild, bool sorted = false) {
     Guarded& m = make(view, 4, dims, true);
     int32_t* x = reinterpret_cast<int32_t*>(m.data());

@@ -1,4 +1,4 @@
-// What the drivers share: random choices, views with guarded memory behind them, failures that name the call.
+// Shared by the drivers: random choices, views backed by guarded memory, failures that name the call.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 #include "guarded.h"
 #include "values.h"
 
-// In the sanitizers' builds only.
+// Only in builds with sanitizers.
 extern "C" __attribute__((weak)) void __sanitizer_set_death_callback(void (*callback)());
 
 namespace jax_flash {
@@ -43,7 +43,7 @@ class RandomCase {
   explicit RandomCase(uint64_t seed) : random_(seed) {}
 
  protected:
-  // In [lo, hi].
+  // Uniform in [lo, hi].
   int64_t integer(int64_t lo, int64_t hi) { return std::uniform_int_distribution<int64_t>(lo, hi)(random_); }
   bool chance(double p) { return std::uniform_real_distribution<double>(0, 1)(random_) < p; }
   float normal() { return std::normal_distribution<float>(0, 1)(random_); }
@@ -52,12 +52,12 @@ class RandomCase {
     return *(values.begin() + integer(0, static_cast<int64_t>(values.size()) - 1));
   }
 
-  // Independent of the library's own reading of the index arrays.
+  // Computed independently of how the library reads the index arrays.
   static int64_t clamp(int64_t x, int64_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
 
   static int64_t usual_or(int64_t usual, int64_t sparing) { return backend::sparing() ? sparing : usual; }
 
-  // A head dim of at most `limit`, half the time that.
+  // A head dim of at most `limit`; half the time `limit` itself.
   int32_t width_within(int32_t limit) {
     return chance(0.5) ? limit : backend::width(static_cast<int32_t>(integer(1, limit)));
   }
@@ -91,7 +91,7 @@ class RandomCase {
     for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) set_value(dtype, m.data() + i, normal());
   }
 
-  // Anything an int32 can hold, most of all what lies about 0 and `limit`.
+  // Any int32; most often one near 0 or near `limit`.
   int32_t garbage(int32_t limit) {
     return one_of<int32_t>({INT_MIN, INT_MIN + 1, -1, 0, 1, limit, limit == INT_MAX ? limit : limit + 1,
                             INT_MAX, static_cast<int32_t>(random_()),

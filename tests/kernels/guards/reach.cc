@@ -21,7 +21,7 @@ constexpr const char* kVariantNames[] = {"plain",
                                          "cut",
                                          "float8 cut"};
 
-// Of the forward, by the plan's ScoreKind.
+// The forward's kernels, by the plan's ScoreKind.
 constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant::kAll,     Variant::kDropout,
                                  Variant::kSegments, Variant::kAlibi,   Variant::kSoftcap, Variant::kBias};
 
@@ -52,7 +52,7 @@ Aim aim_at(const KernelRow& row, Variant variant) {
   return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
 }
 
-// A call that this kernel of the row runs, if there is one.
+// A call that runs this kernel of the row, if there is one.
 Problem example(const KernelRow& row, Variant variant) {
   Problem p{};
   AttentionSpec& s = p.spec;
@@ -86,7 +86,7 @@ Variant forward_variant(const LaunchPlan& plan) {
   return plan.pairs ? Variant::kPairs : kVariants[static_cast<int>(plan.score)];
 }
 
-// Whether the row, alone in a library, takes that call.
+// Whether a library with only this row would take that call.
 bool exists(const KernelRow& row, Variant variant, Device device) {
   device.capability = row.capability;
   device.always_pairs = variant == Variant::kPairs;

@@ -1,4 +1,4 @@
-// Which kernels of the library a driver is to reach, and which it has.
+// Which kernels of the library a driver has to reach, and which it has reached.
 #pragma once
 
 #include <map>
@@ -20,15 +20,15 @@ class Reach {
 
   std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
 
-  // The row that calls are to take, -1: the plan's choice.
+  // The row that calls must take; -1: the plan chooses.
   int32_t aimed() const { return aimed_; }
   bool wants_pairs() const { return variant_ == Variant::kPairs; }
 
   // Counts a launch of plan.kernel or plan.decode_kernel.
   void note(const LaunchPlan& plan, int32_t kernel, const Problem& problem);
 
-  // A line for every row with the launches of each of its kernels; throws where one had its turn and was not
-  // reached.
+  // Prints a line for every row with the launches of each of its kernels; throws where a kernel had its turn
+  // but was not reached.
   std::string report() const;
 
  private:

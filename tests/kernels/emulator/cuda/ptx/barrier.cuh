@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/barrier.cuh.
+// csrc/cuda/ptx/barrier.cuh on the emulator.
 #pragma once
 
 #include "emulator.h"

@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/cp_async.cuh.
+// csrc/cuda/ptx/cp_async.cuh on the emulator.
 #pragma once
 
 #include "emulator.h"

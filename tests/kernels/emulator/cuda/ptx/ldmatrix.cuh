@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/ldmatrix.cuh.
+// csrc/cuda/ptx/ldmatrix.cuh on the emulator.
 #pragma once
 
 #include "emulator.h"

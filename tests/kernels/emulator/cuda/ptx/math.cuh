@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/math.cuh.
+// csrc/cuda/ptx/math.cuh on the emulator.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/mma.cuh.
+// csrc/cuda/ptx/mma.cuh on the emulator.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,7 +45,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   });
 }
 
-// Each operand to 22 bits, as the three products of TF32 have them.
+// Rounds each operand to 22 bits, the precision of the three TF32 products.
 inline float to_two_tf32(uint32_t bits) {
   auto nearest = [](float x) { return __uint_as_float((__float_as_uint(x) + 0x1000) & ~0x1FFFu); };
   const float x = __uint_as_float(bits), high = nearest(x);

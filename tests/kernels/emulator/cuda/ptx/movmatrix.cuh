@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/movmatrix.cuh.
+// csrc/cuda/ptx/movmatrix.cuh on the emulator.
 #pragma once
 
 #include "emulator.h"

@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/reduce.cuh: fibers take turns.
+// csrc/cuda/ptx/reduce.cuh on the emulator: fibers take turns, so nothing has to be atomic.
 #pragma once
 
 namespace jax_flash::ptx {

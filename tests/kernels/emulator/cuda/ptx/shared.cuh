@@ -1,4 +1,4 @@
-// As csrc/cuda/ptx/shared.cuh: an address is an offset.
+// csrc/cuda/ptx/shared.cuh on the emulator: a shared address is an offset.
 #pragma once
 
 #include "emulator.h"
