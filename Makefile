@@ -54,7 +54,7 @@ print-python312:
 
 .PHONY: memory-safety
 memory-safety:  ## the CPU kernels between guard pages, under address and undefined-behaviour sanitizers
-	$(MAKE) -C tests/memory
+	$(MAKE) -C tests/kernels/guards
 
 .PHONY: cuda-compile
 cuda-compile:  ## where nvcc exists: build with CUDA on for a few table rows, and load the library
@@ -68,7 +68,7 @@ CUDA_HEAD_DIMS ?= 64;128
 cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (needs cmake, no GPU)
 	$(BIN)/python tools/gpu_check.py --emulated
 	cmake --build build/emulated --target cuda_units && build/emulated/cuda_units
-	PYTHONPATH=tools $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) -k "not xla" tests/test_append.py tests/test_paged.py tests/test_paged_gradients.py
+	PYTHONPATH=tools:tests/kernels/emulator $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) -k "not xla" tests/test_append.py tests/test_paged.py tests/test_paged_gradients.py
 
 .PHONY: bench
 bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)

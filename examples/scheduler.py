@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jax_flash.allocator import PageAllocator
+from jax_flash.paged.allocator import PageAllocator
 
 NO_PAGE = -1  # in the unused entries of block_tables
 

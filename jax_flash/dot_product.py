@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from . import validate
-from ._compat import same_dim
+from ._jax import same_dim
 from .autodiff import attend
 
 _CHECK = validate.Checker("dot_product_attention")

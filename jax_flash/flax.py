@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ._compat import same_dim
+from ._jax import same_dim
 from .attention import flash_attention
 from .validate import Checker
 

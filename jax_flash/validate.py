@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._compat import is_symbolic, same_dim
+from ._jax import is_symbolic, same_dim
 from .operands import OPTIONAL
 from .spec import ALIGNMENTS, UNLIMITED, AttentionSpec, Layout
 

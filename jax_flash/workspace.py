@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from . import _compat
+from . import _jax
 from .operands import DIMS
 from .spec import AttentionSpec
 
@@ -39,7 +39,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     """
     dims = DIMS[spec.layout]
     count = len(shapes["query"]) - len(dims["query"])
-    leading = math.prod(_compat.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
+    leading = math.prod(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     backward = pass_ == "backward"
     parts = []
     if spec.layout.endswith("varlen"):

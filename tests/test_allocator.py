@@ -2,7 +2,7 @@
 
 import pytest
 
-from jax_flash.allocator import OutOfPages, PageAllocator
+from jax_flash.paged.allocator import OutOfPages, PageAllocator
 
 
 def test_every_page_is_handed_out_once_and_then_there_are_none():

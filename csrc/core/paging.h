@@ -16,6 +16,10 @@ JF_HD int32_t table_capacity(int64_t entries, int64_t page_size) {
   return static_cast<int32_t>(entries > kMost / page_size ? kMost : entries * page_size);
 }
 
+// What PageTable::find returns instead of a page: the table's entry lies outside the pool, or there is no
+// such key.
+inline constexpr int32_t kMissingPage = -1, kNoPage = -2;
+
 struct PageSlot {
   int32_t page, slot;
 };
@@ -30,6 +34,19 @@ struct PageTable {
 
   // Whatever the table holds: only such a page is ever read or written.
   JF_HD bool in_pool(int32_t page) const { return 0 <= page && page < pages; }
+
+  // at(position), or {kMissingPage, 0} where the table's entry lies outside the pool.
+  JF_HD PageSlot lookup(int32_t position) const {
+    const PageSlot found = at(position);
+    return in_pool(found.page) ? found : PageSlot{kMissingPage, 0};
+  }
+
+  // lookup() for the keys [begin, end), which lie within the table's capacity, and {kNoPage, 0} for any other
+  // position.
+  JF_HD PageSlot find(int64_t position, int64_t begin, int64_t end) const {
+    if (position < begin || position >= end) return {kNoPage, 0};
+    return lookup(static_cast<int32_t>(position));
+  }
 };
 
 JF_HD PageTable page_table(const View& tables, const Leading& dims, int64_t leading, int32_t index,

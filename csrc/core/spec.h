@@ -16,8 +16,8 @@ enum class Layout : int32_t { kFixed = 0, kVarlen = 1, kPaged = 2, kPagedVarlen 
 enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
 enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // the last in page pools only
-// The last two are passes in csrc/kernels.def only: the forward of the paged layouts, and of few query rows.
-enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kPagedForward = 3, kDecode = 4 };
+// Decode is a pass of csrc/kernels.def only: the forward of few query rows.
+enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3 };
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
 enum class Operand : int32_t {
@@ -42,6 +42,9 @@ enum class Operand : int32_t {
 enum class AppendOperand : int32_t { kCuSeqlens = 0, kCos, kSin, kKScale, kVScale, kCount };
 
 inline constexpr int32_t kUnlimited = -1;
+
+// The largest d and dv of every pass but CUDA's decode (576, dv 512).
+inline constexpr int32_t kMaxHeadDim = 256;
 
 struct AttentionSpec {
   Layout layout;

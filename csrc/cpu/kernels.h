@@ -9,8 +9,6 @@
 
 namespace jax_flash {
 
-inline constexpr int32_t kMaxHeadDim = 256;
-
 // Floats of scratch that any kernel may use; pages that a call does not touch cost nothing.
 inline constexpr int64_t kScratchFloats = 3 << 19;
 

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/plan.h"
+#include "core/plan/call.h"
 
 namespace jax_flash {
 

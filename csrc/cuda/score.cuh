@@ -118,7 +118,7 @@ class GeneralScore {
   // anywhere but where a cap bounds them, and then a product is to be exact: 1.
   __device__ __forceinline__ float unit() const { return p.spec.softcap > 0 && !adds() ? own_unit() : 1.0f; }
 
-  // What apply() will add, on its way while S is made. S is dealt.
+  // What apply() will add, on its way while S is made. S is permuted.
   template <class S>
   __device__ __forceinline__ void fetch(BiasChunks<S>& bias, int32_t row, int32_t key) const {
     if (!p.bias || !operands.bias_in_chunks(p)) return;
@@ -254,7 +254,7 @@ class GeneralScore {
   template <class T, class S>
   __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key, float factor,
                                               const BiasChunks<S>* chunks) const {
-    if constexpr (sizeof(T) == 2 && S::kDealt) {
+    if constexpr (sizeof(T) == 2 && S::kPermuted) {
       if (chunks && operands.bias_in_chunks(p)) {
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot) {
@@ -268,7 +268,7 @@ class GeneralScore {
         return;
       }
     }
-    if constexpr (sizeof(T) == 2 && !S::kDealt) {
+    if constexpr (sizeof(T) == 2 && !S::kPermuted) {
       if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key, factor);
     }
     for_each_used<T>(s, operands.bias, p.bias, row, key,

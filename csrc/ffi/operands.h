@@ -147,7 +147,6 @@ class OperandDecoder {
     Problem& p = problem_;
     switch (pass_) {
       case Pass::kForward:
-      case Pass::kPagedForward:
       case Pass::kDecode:
         return {{"out", &p.out, Element::kActivation, query_axes(Size::kValueDim)},
                 {"lse", &p.lse, Element::kFloat32, row_axes()}};

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .._compat import is_symbolic
+from .._jax import is_symbolic
 from ..validate import Checker
 
 

@@ -23,8 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from ..attention import flash_attention
-from ..cache import append_kv
-from ..paged import paged_attention
+from ..paged.append import append_kv
+from ..paged.attention import paged_attention
 from ..rotary import apply_rotary
 from ..validate import Checker
 from ..varlen import flash_attention_varlen

@@ -35,15 +35,15 @@ struct BackwardKeysSm80 {
                        kWidthWarps = Warps / kKeyWarps;
   static constexpr int kSRows = kM / 16 < kWidthWarps ? kM / 16 : kWidthWarps;
   static constexpr int kSColumns = Warps / kSRows < N / 16 ? Warps / kSRows : N / 16;
-  // Dealt: a thread's keys are neighbours in bias and mask.
-  static constexpr bool kDealt = General && N / kSColumns % 32 == 0;
-  using KTile = SharedTile<T, N, HeadDim, kDealt>;
-  using VTile = SharedTile<T, N, ValueDim, kDealt>;
+  // Permuted tiles give each thread adjacent keys, so that bias and mask are read in wide loads.
+  static constexpr bool kPermuted = General && N / kSColumns % 32 == 0;
+  using KTile = SharedTile<T, N, HeadDim, kPermuted>;
+  using VTile = SharedTile<T, N, ValueDim, kPermuted>;
   using QTile = SharedTile<T, kM, HeadDim>;
   using DoTile = SharedTile<T, kM, ValueDim>;
   using PTile = SharedTile<T, kM, N>;
   static constexpr int kSRowTiles = kM / kSRows / 16, kSColumnTiles = N / kSColumns / 8;
-  using S = std::conditional_t<kDealt, DealtAccumulator<kSRowTiles, kDealt ? kSColumnTiles : 4>,
+  using S = std::conditional_t<kPermuted, PermutedAccumulator<kSRowTiles, kPermuted ? kSColumnTiles : 4>,
                                Accumulator<kSRowTiles, kSColumnTiles>>;
   using DK = Accumulator<kWarpKeys / 16, HeadDim / kWidthWarps / 8>;
   using DV = Accumulator<kWarpKeys / 16, ValueDim / kWidthWarps / 8>;
@@ -191,7 +191,7 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
   auto multiply_do_v = [&] {  // dP = dO Vᵀ  [M, N]
     mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, k + C::KTile::kBytes, at.s.column);
   };
-  if constexpr (C::kDealt) {
+  if constexpr (C::kPermuted) {
     BiasChunks<typename C::S> bias;
     GeneralScore(p, block.score, block.band).fetch(bias, first, key);
     multiply_q_k();

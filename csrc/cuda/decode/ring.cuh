@@ -8,7 +8,7 @@
 
 #include "cuda/decode/schedule.cuh"
 #include "cuda/decode/stored.cuh"
-#include "cuda/load_pages.cuh"
+#include "cuda/load/pages.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::decode {

@@ -10,7 +10,7 @@
 #include "core/score.h"
 #include "cuda/decode/schedule.cuh"
 #include "cuda/decode/stored.cuh"
-#include "cuda/load_pages.cuh"
+#include "cuda/load/pages.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/movmatrix.cuh"

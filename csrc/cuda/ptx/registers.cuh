@@ -1,4 +1,4 @@
-// setmaxnreg (sm_90a): a warpgroup's share of the registers, asked for by all its warps.
+// setmaxnreg (sm_90a): changes the register count of a warpgroup. All of its warps execute it.
 #pragma once
 
 namespace jax_flash::ptx {

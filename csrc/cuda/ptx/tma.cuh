@@ -1,4 +1,4 @@
-// The copy engine (TMA, sm_90 and newer): boxes of a tensor to shared memory, whose bytes a barrier counts.
+// TMA (sm_90 and newer): copies boxes of a tensor to shared memory and counts their bytes at an mbarrier.
 #pragma once
 
 #include <cuda.h>
@@ -7,18 +7,18 @@
 
 namespace jax_flash::ptx {
 
-// This thread arrives, and the phase ends no sooner than `bytes` have come.
+// arrive.expect_tx: this thread arrives, and the phase also waits for `bytes` bytes of copies.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// After barrier_init, before any copy counts on the barriers.
+// Makes barrier_init visible to TMA and to the cluster. It precedes the first copy.
 __device__ __forceinline__ void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// What this thread wrote to shared memory, before the tensor cores and the copy engine read it.
+// Makes this thread's writes to shared memory visible to wgmma and TMA, which read through the async proxy.
 __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -27,12 +27,12 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Where a box begins, the innermost dimension first.
+// A box's first element, innermost dimension first.
 struct Coordinates {
   int32_t column, head, row, batch, leading;
 };
 
-// Starts the copy of the map's box; what lies outside the tensor is zero.
+// Starts the copy of a box to `shared`. Elements outside the tensor become zeros.
 __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
                                          const Coordinates& at) {
   asm volatile(

@@ -7,13 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._compat import same_dim
-from .rotary import rotary_tables
-from .spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
-from .validate import DTYPES, Checker, Operands, check_heads, implementation_name, score_operands, static_spec
+from .._jax import same_dim
+from ..rotary import rotary_tables
+from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
+from ..validate import (
+    DTYPES,
+    Checker,
+    Operands,
+    check_heads,
+    implementation_name,
+    score_operands,
+    static_spec,
+)
 
 
-def paged(
+def attention(
     op: str,
     query: Any,
     k_pages: Any,

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import reference
-from ._compat import same_dim
-from .operands import OPTIONAL
-from .spec import UNLIMITED, AttentionSpec, Layout
+from .. import reference
+from .._jax import same_dim
+from ..operands import OPTIONAL
+from ..spec import UNLIMITED, AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")

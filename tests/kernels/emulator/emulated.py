@@ -1,7 +1,7 @@
-"""A pytest plugin: the suite's calls run the CUDA kernels, on tools/emulator, in the place of the CPU's.
+"""A pytest plugin: the suite's calls run the CUDA kernels, on tests/kernels/emulator, in the place of the CPU's.
 
 python tools/gpu_check.py --emulated --only nothing      builds the library
-PYTHONPATH=.:tools python -m pytest -p emulated tests/test_paged.py
+PYTHONPATH=.:tools:tests/kernels/emulator python -m pytest -p emulated tests/test_paged.py
 """
 
 from __future__ import annotations

@@ -102,12 +102,12 @@ constexpr int kQueries = 32, kKeys = 64, kDepth = 64;
 
 // S [queries, keys] = Q [queries, d] Kᵀ, K [keys, d], both from shared tiles or Q from registers, scaled
 // by 2.
-template <class T, bool kDealt, bool kFromRegisters>
+template <class T, bool kPermuted, bool kFromRegisters>
 struct Scores {
   using Element = T;
   using Q = SharedTile<T, kQueries, kDepth>;
-  using K = SharedTile<T, kKeys, kDepth, kDealt>;
-  using S = std::conditional_t<kDealt, DealtAccumulator<2, 8>, Accumulator<2, 8>>;
+  using K = SharedTile<T, kKeys, kDepth, kPermuted>;
+  using S = std::conditional_t<kPermuted, PermutedAccumulator<2, 8>, Accumulator<2, 8>>;
 
   __device__ void operator()(const float* in, float* out) const {
     uint8_t *q = ptx::dynamic_shared(), *k = q + Q::kBytes;
@@ -130,11 +130,11 @@ struct Scores {
 };
 
 // O [queries, d] = P [queries, keys] V, P in registers, V [keys, d].
-template <class T, bool kDealt>
+template <class T, bool kPermuted>
 struct Values {
   using Element = T;
-  using V = SharedTile<T, kKeys, kDepth, kDealt>;
-  using P = std::conditional_t<kDealt, DealtAccumulator<2, 8>, Accumulator<2, 8>>;
+  using V = SharedTile<T, kKeys, kDepth, kPermuted>;
+  using P = std::conditional_t<kPermuted, PermutedAccumulator<2, 8>, Accumulator<2, 8>>;
 
   __device__ void operator()(const float* in, float* out) const {
     fill<V>(ptx::dynamic_shared(), in + kQueries * kKeys);
@@ -203,17 +203,17 @@ double product(const float* left, int row, int left_row, int left_k, const float
   return sum;
 }
 
-template <class T, bool kDealt>
+template <class T, bool kPermuted>
 void test_attention_products(const std::string& name) {
   const std::vector<float> in = integers((kQueries + kKeys) * kDepth);
   const float* keys = in.data() + kQueries * kDepth;
   const auto scores = [&](int i) {
     return 2 * product(in.data(), i / kKeys, kDepth, 1, keys, i % kKeys, kDepth, 1, kDepth);
   };
-  expect("mma_qk " + name, run(Scores<T, kDealt, false>{}, 32, in, kQueries * kKeys), scores);
-  expect("FragmentsA " + name, run(Scores<T, kDealt, true>{}, 32, in, kQueries * kKeys), scores);
+  expect("mma_qk " + name, run(Scores<T, kPermuted, false>{}, 32, in, kQueries * kKeys), scores);
+  expect("FragmentsA " + name, run(Scores<T, kPermuted, true>{}, 32, in, kQueries * kKeys), scores);
   const float* values = in.data() + kQueries * kKeys;
-  expect("mma_pv " + name, run(Values<T, kDealt>{}, 32, in, kQueries * kDepth), [&](int i) {
+  expect("mma_pv " + name, run(Values<T, kPermuted>{}, 32, in, kQueries * kDepth), [&](int i) {
     return product(in.data(), i / kDepth, kKeys, 1, values, i % kDepth, 1, kDepth, kKeys);
   });
 }
@@ -224,7 +224,7 @@ void test_dtype(const std::string& name) {
   test_copy<T, 32, 96>(name + " 32 x 96");
   test_copy<T, 48, 32>(name + " 48 x 32");
   test_attention_products<T, false>(name);
-  if constexpr (sizeof(T) == 2) test_attention_products<T, true>(name + ", dealt");
+  if constexpr (sizeof(T) == 2) test_attention_products<T, true>(name + ", permuted");
   const std::vector<float> in = integers((kQueries + kDepth) * kKeys);
   const float* b = in.data() + kQueries * kKeys;
   expect("ColumnsA, ColumnsB, store_accumulator " + name, run(Columns<T>{}, 32, in, kQueries * kDepth),
@@ -239,7 +239,7 @@ void test_tiles() {
   test_offsets<SharedTile<float16, 64, 64>>("16-bit, 64 columns");
   test_offsets<SharedTile<float16, 64, 96>>("16-bit, 96 columns");
   test_offsets<SharedTile<float16, 32, 160>>("16-bit, 160 columns");
-  test_offsets<SharedTile<float16, 64, 128, true>>("16-bit, 128 columns, dealt");
+  test_offsets<SharedTile<float16, 64, 128, true>>("16-bit, 128 columns, permuted");
   test_offsets<SharedTile<float, 32, 96>>("float32, 96 columns");
   test_dtype<float16>("float16");
   if (has_bfloat16()) test_dtype<bfloat16>("bfloat16");

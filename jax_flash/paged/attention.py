@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from . import validate_paged
-from .attention import Window
-from .autodiff import attend
+from ..attention import Window
+from ..autodiff import attend
+from . import validate
 
 
 def paged_attention(
@@ -72,7 +72,7 @@ def paged_attention(
         k_scale=k_scale, v_scale=v_scale, causal=causal, window=window, align=align, scale=scale, softcap=softcap,
         alibi_slopes=alibi_slopes, sinks=sinks, deterministic=deterministic, implementation=implementation,
     )  # fmt: skip
-    spec, operands = validate_paged.paged(
+    spec, operands = validate.attention(
         "paged_attention", query, k_pages, v_pages, block_tables, kv_lengths, options
     )
     out, lse = attend(spec, operands)
