@@ -73,10 +73,9 @@ def require_same_backends(before: ModuleType) -> None:
 def compare(cell: Cell, packages: dict[str, ModuleType], repeats: int) -> dict[str, Any]:
     """Times and bits of one cell; "error" where one of the checkouts does not run it."""
     try:
+        calls = {name: cell.prepare(package) for name, package in packages.items()}
         with ThreadPoolExecutor(2) as pool:
-            calls = dict(
-                zip(packages, pool.map(lambda x: first_call(cell, x), packages.values()), strict=True)
-            )
+            list(pool.map(compile_and_run, calls.values()))
     except Exception as error:  # such as a kernel that was not built
         return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
     result = {"bits": bits(cell, calls)}
@@ -88,11 +87,9 @@ def compare(cell: Cell, packages: dict[str, ModuleType], repeats: int) -> dict[s
     return result | {"ratio": ratio(times), "times": summaries}
 
 
-def first_call(cell: Cell, package: ModuleType) -> compare_cells.Prepared:
-    """The prepared call, compiled and run once."""
-    call, arguments = cell.prepare(package)
-    jax.block_until_ready(call(*arguments[0]))
-    return call, arguments
+def compile_and_run(prepared: compare_cells.Prepared) -> Any:
+    call, arguments = prepared
+    return jax.block_until_ready(call(*arguments[0]))
 
 
 def timed(calls: measure.Calls, repeats: int) -> dict[str, list[float]]:
