@@ -46,8 +46,12 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     parser.add_argument("--repeats", type=int, help="bursts of each call, of which the median is reported")
     plain = parser.add_argument_group("beside peers")
     plain.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name holds this")
-    others = list(peers.PEERS)[1:]
-    plain.add_argument("--peers", default=",".join(others), help=f"by default all: {', '.join(others)}")
+    plain.add_argument(
+        "--peers",
+        default="",
+        metavar="NAMES",
+        help=f"of {', '.join(list(peers.PEERS)[1:])}; default the platform's",
+    )
     plain.add_argument("--passes", default="forward,backward", help="forward, backward or both of them")
     plain.add_argument(
         "--seconds", type=float, default=measure.BURST, help="of one burst; default %(default)s"
@@ -100,7 +104,8 @@ def run_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, argu
     chosen = [c for c in (cases.GPU if platform == "gpu" else cases.CPU) if options.cases in c.name]
     if not chosen:
         parser.error(f"--cases: no case's name holds {options.cases!r}")
-    names = ["jax_flash", *(name for name in options.peers.split(",") if name)]
+    known = [name for name, peer in peers.PEERS.items() if platform in peer.platforms]
+    names = ["jax_flash", *options.peers.split(",")] if options.peers else known
     passes = options.passes.split(",")
     unknown = (set(names) - set(peers.PEERS)) | (set(passes) - set(PASSES))
     if unknown:

@@ -54,19 +54,8 @@ def _attention(case: Case, pass_: str, **options: Any) -> Cell:
 
 # --- GPU ------------------------------------------------------------------------------------------------------------
 
-DECODE = (
-    (24, 24, 24, 128, 1024),
-    (24, 24, 24, 128, 8192),
-    (64, 32, 8, 128, 1024),
-    (64, 32, 8, 128, 8192),
-    (8, 32, 8, 128, 65536),
-    (1, 32, 8, 128, 131072),
-    (128, 64, 8, 128, 4096),
-    (64, 8, 1, 256, 8192),
-    (64, 64, 8, 64, 8192),
-    (1, 32, 8, 128, 512),
-)
 EVERY_KIND = (64, 32, 8, 128, 8192)  # the shape at which the rarer kinds of decode are timed
+PAGES_OF_ONE = (EVERY_KIND, (24, 24, 24, 128, 8192), (64, 8, 1, 256, 8192))
 
 
 def _gpu() -> Iterator[Cell]:
@@ -95,10 +84,10 @@ def _other_rows() -> Iterator[Case]:
 
 
 def _gpu_decode() -> Iterator[Cell]:
-    for shape in DECODE:
+    for shape in cases.DECODE:
         name = cases.decode_name(shape)
         yield _decode(f"{name} contiguous", functools.partial(decode_cuda.contiguous, shape=shape))
-        for size in (16, 64, 1) if shape in (EVERY_KIND, DECODE[1], DECODE[7]) else (16, 64):
+        for size in (16, 64, 1) if shape in PAGES_OF_ONE else (16, 64):
             yield _decode(
                 f"{name} pages of {size}", functools.partial(decode_cuda.paged, shape=shape, size=size)
             )

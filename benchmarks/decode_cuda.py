@@ -124,7 +124,7 @@ def _cell(
 
 def decode_cells() -> Iterator[Cell]:
     """One query token, bfloat16: contiguous, in pages, and cuDNN on contiguous keys."""
-    for shape in cases.DECODE:
+    for shape in (*cases.DECODE, *cases.DECODE_BETWEEN):
         calls = {name: chained(make()) for name, make in kinds(jax_flash, shape).items()}
         refused = {}
         try:

@@ -83,6 +83,7 @@ def markdown(run: dict[str, Any]) -> str:
     ]
     lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
     lines += ["- in this run: " + ", ".join(f"{name} {_rate(r)}" for name, r in run["device"].items()), ""]
+    lines[-1:] = [*(f"- without {peer}: {reason}" for peer, reason in run["absent"].items()), ""]
     for pass_ in run["passes"]:
         lines += [f"## {pass_.capitalize()}", "", *_table(run, pass_), ""]
     return "\n".join(lines)
@@ -118,17 +119,12 @@ def _table(run: dict[str, Any], pass_: str) -> list[str]:
     means = [_geometric_mean(run, pass_, peer) for peer in peers[1:]]
     lines.append("| geometric mean | | | | | " + " | ".join(means) + " |")
     reasons = {
-        (peer, case["results"][pass_][peer]["refused"])
+        f"- {peer} did not run some cases: {case['results'][pass_][peer]['refused']}"
         for case in run["cases"]
         for peer in peers[1:]
         if "refused" in case["results"][pass_][peer]
     }
-    reasons |= {(peer, reason) for peer, reason in run["absent"].items()}
-    return (
-        lines
-        + [""] * bool(reasons)
-        + [f"- {peer} did not run some cases: {reason}" for peer, reason in sorted(reasons)]
-    )
+    return [*lines, "", *sorted(reasons)]
 
 
 def _geometric_mean(run: dict[str, Any], pass_: str, peer: str) -> str:
