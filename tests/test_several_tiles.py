@@ -17,6 +17,7 @@ EMULATED = "emulated" in sys.modules  # the pytest plugin of tests/kernels/emula
 if not EMULATED and IMPLEMENTATION != "cuda":
     pytest.skip("neither a GPU's kernels nor emulated ones are tested", allow_module_level=True)
 
+HALF = ("bfloat16", "float16")
 PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224))
 SQ, SK = (150, 170) if EMULATED else (300, 1104)
 SIZES = {"b": 1, "hq": 2, "hk": 1, "sq": SQ, "sk": SK}
@@ -84,12 +85,15 @@ def scores(case):
     return case.hq * sum(q * k for q, k in zip(case.q_sequences, keys, strict=True))
 
 
-def in_dtypes(cases):
-    """Each case in every dtype; emulated: in one of them, the small cases alone."""
+def in_dtypes(cases, dtypes=DTYPES):
+    """Each case in every dtype; emulated: in one of the three, in turn."""
     if not EMULATED:
-        return [in_dtype(case, dtype) for case in cases for dtype in DTYPES]
-    small = [case for case in cases if scores(case) <= SCORES_EMULATED]
-    return [in_dtype(case, DTYPES[i % len(DTYPES)]) for i, case in enumerate(small)]
+        return [in_dtype(case, dtype) for case in cases for dtype in dtypes]
+    return in_one_dtype(cases)
+
+
+def in_one_dtype(cases):
+    return [in_dtype(case, DTYPES[i % len(DTYPES)]) for i, case in enumerate(cases)]
 
 
 def in_dtype(case, dtype):
@@ -121,13 +125,17 @@ def test_each_mask(case):
 
 
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
-@pytest.mark.parametrize("case", in_dtypes(ONE_OPTION), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", in_dtypes(ONE_OPTION, HALF), ids=lambda case: case.name)
 def test_each_option_alone(case):
     if case.bias is not None:
         case = case.replace(bias_dtype=case.dtype)
     check(case)
 
 
-@pytest.mark.parametrize("case", in_dtypes(CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    in_one_dtype([case for case in CASES if not EMULATED or scores(case) <= SCORES_EMULATED]),
+    ids=lambda case: case.name,
+)
 def test_the_named_cases(case):
     check(case)
