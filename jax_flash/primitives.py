@@ -132,19 +132,18 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
 
 
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
-    paged = isinstance(spec, AttentionSpec) and spec.paged
-    name = f"paged_{pass_.name}" if paged else pass_.name
-    operation = f"jax_flash {name}"
+    operation = f"jax_flash {pass_.name}"
     require_cuda(operation)
     library = cuda_library()
     if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return
-    rows = [row for row in library.kernels if row.pass_ == name]
+    loader = "paged" if isinstance(spec, AttentionSpec) and spec.paged else "dense"
+    rows = [row for row in library.kernels if row.pass_ == pass_.name and loader in row.loaders]
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
         built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
         raise NotImplementedError(
-            f"{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}); built are {built}; "
-            'implementation="xla" runs here'
+            f"{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}) over {loader} keys; "
+            f'built are {built}; implementation="xla" runs here'
         )
 
 

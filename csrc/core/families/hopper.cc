@@ -3,7 +3,6 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/family.h"
-#include "core/table.h"
 
 namespace jax_flash {
 namespace {
@@ -118,10 +117,13 @@ class Forward final : public PassTraits {
 
 }  // namespace
 
-const Family& families::hopper() {
+namespace families {
+
+const Family& hopper() {
   static const Forward forward;
   static const Family family{&forward};
   return family;
 }
 
+}  // namespace families
 }  // namespace jax_flash

@@ -5,7 +5,6 @@
 #include "core/families/portable_layout.h"
 #include "core/plan/family.h"
 #include "core/split.h"
-#include "core/table.h"
 
 namespace jax_flash {
 namespace {
@@ -194,7 +193,9 @@ class Decode final : public PassTraits {
 
 }  // namespace
 
-const Family& families::portable() {
+namespace families {
+
+const Family& portable() {
   static const Forward forward;
   static const Backward backward;
   static const BiasGradient bias_gradient;
@@ -203,4 +204,5 @@ const Family& families::portable() {
   return family;
 }
 
+}  // namespace families
 }  // namespace jax_flash
