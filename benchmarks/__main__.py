@@ -43,7 +43,9 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="FOLDER", help=f"of the report; default {OUT}"
     )
-    parser.add_argument("--repeats", type=int, help="bursts of each call, of which the median is reported")
+    parser.add_argument(
+        "--repeats", type=int, help="bursts of each call, not of suites; the median is reported"
+    )
     plain = parser.add_argument_group("beside peers")
     plain.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name holds this")
     plain.add_argument(

@@ -141,14 +141,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--filter", default="", metavar="TEXT", help="only cells whose name holds this")
     parser.add_argument("--archs", default="90a-real", help="JAX_FLASH_CUDA_ARCHS of the build")
     parser.add_argument("--repeats", type=int, default=measure.REPEATS)
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 2, help="of all builds together; default all cores"
+    )
     parser.add_argument("--build-only", action="store_true", help="needs no GPU")
     options = parser.parse_args(arguments)
     names = columns(TABLE.read_text())
     candidates = {text: parse_rows(text, names) for text in options.candidates}
     like = next(iter(candidates.values()))[0]
     candidates = {"table": []} | candidates
-    parallel = max(2, (os.cpu_count() or 2) // len(candidates))
-    with ThreadPoolExecutor(min(8, len(candidates))) as pool:
+    at_once = min(8, len(candidates), options.jobs)
+    parallel = options.jobs // at_once
+    with ThreadPoolExecutor(at_once) as pool:
         built = list(pool.map(lambda x: build(*x, like, options.archs, parallel), candidates.items()))
     for name, (_, said) in zip(candidates, built, strict=True):
         print(f"{name}: {said}", flush=True)
