@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/problem.h"
-#include "cuda/score.cuh"
+#include "cuda/score/operands.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 

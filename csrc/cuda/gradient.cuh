@@ -6,7 +6,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/score.cuh"
+#include "cuda/score/general.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
@@ -16,7 +16,7 @@ namespace jax_flash {
 // lse and delta of a row as the gradient needs them. Where no key is seen lse = −inf: +inf makes P = 0.
 __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
 __device__ __forceinline__ bool is_far(float row_lse) {
-  return kFarShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
+  return kLargeShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
@@ -93,7 +93,7 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
   if (__builtin_expect(__any_sync(~0u, far), false)) {
     for_each(s, [&](float& x, int slot, int, int) {
       const float lse = rows.lse(slot);
-      if (is_far(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kFarShift)) x = 0;
+      if (is_far(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kLargeShift)) x = 0;
     });
   }
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });

@@ -1,4 +1,4 @@
-// setmaxnreg (sm_90a): a warpgroup's share of the registers, asked for by all its warps.
+// setmaxnreg (sm_90a): sets the registers of a thread, in all warps of a warpgroup.
 #pragma once
 
 namespace jax_flash::ptx {

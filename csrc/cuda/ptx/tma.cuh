@@ -1,4 +1,4 @@
-// The copy engine (TMA, sm_90 and newer): boxes of a tensor to shared memory, whose bytes a barrier counts.
+// TMA (sm_90 and newer): boxes of a tensor, and bytes in a row, between global and shared memory.
 #pragma once
 
 #include <cuda.h>
@@ -7,7 +7,7 @@
 
 namespace jax_flash::ptx {
 
-// This thread arrives, and the phase ends no sooner than `bytes` have come.
+// mbarrier.arrive.expect_tx: this thread arrives, and the phase does not end before `bytes` more have come.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
@@ -18,7 +18,7 @@ __device__ __forceinline__ void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// What this thread wrote to shared memory, before the tensor cores and the copy engine read it.
+// Orders this thread's writes to shared memory before reads of it by wgmma and TMA.
 __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -32,7 +32,7 @@ struct Coordinates {
   int32_t column, head, row, batch, leading;
 };
 
-// Starts the copy of the map's box; what lies outside the tensor is zero.
+// Loads the map's box, with zeros for what lies outside the tensor. The barrier counts the bytes.
 __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
                                          const Coordinates& at) {
   asm volatile(
@@ -40,6 +40,36 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map
       "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading)
       : "memory");
+}
+
+// Loads bytes that lie one after the other. Their number and both addresses are multiples of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t shared, const void* from, uint32_t bytes,
+                                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Adds float32 in shared memory to those at `to`; multiples of 16 bytes as above. Part of the thread's current
+// bulk group.
+__device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's newest bulk groups are in flight: all of their work; their
+// reads of shared memory alone.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace jax_flash::ptx

@@ -197,6 +197,15 @@ struct TileDropout {
   }
 };
 
+// P ← drop(P), rounded to 16 bits in the fragments of a P V.
+template <class Fragments, class S>
+__device__ __forceinline__ void drop_fragments(Fragments& p, const KeptTile<S>& kept) {
+#pragma unroll
+  for (int k = 0; k < S::kColumnTiles / 2; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p.x[0][k][i] &= kept.mask(i % 2, 2 * k + i / 2);
+}
+
 // P where dropout keeps it, rounded on the way.
 template <class T, class S>
 struct DroppedA {
