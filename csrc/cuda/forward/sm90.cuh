@@ -116,20 +116,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const Role<C::kTeams, C::kConsumers> role;
   // In bytes, as to nvcc 13.0 the elements of an array of these are larger than sizeof.
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024() + role.team * sizeof(Shared));
-  if (role.produces() && role.thread == 0) shared.init(C::kStateReleases, C::kStateArrivals);
+  if (role.warpgroup == 0 && role.thread == 0) shared.init(C::kStateReleases, C::kStateArrivals);
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
-  if (role.produces()) {
+  if (role.warpgroup == 0) {
     ptx::give_registers<producer_registers(C::kAllConsumers)>();
-    const int warp = role.producer_warp();
     if (role.thread == 0) SchedulerThread<C>{p, tiles, shared}.run(role.team);
-    if (1 <= warp && warp <= C::Loader::kWarps && role.thread % 32 < C::Loader::kLanes)
+    if (1 <= role.warp && role.warp <= C::Loader::kWarps && role.thread % 32 < C::Loader::kLanes)
       LoadWarp<C>{p, maps, shared}.run();
     if constexpr (C::Input::kWarps > 0)
-      if (warp == 1 + C::Loader::kWarps) typename C::Input::template SegmentWarp<Shared>{p, shared}.run();
+      if (role.warp == 1 + C::Loader::kWarps) typename C::Input::template SegmentWarp<Shared>{p, shared}.run();
     if constexpr (C::Input::kTrimsKeyRange)
-      if (warp == 2 + C::Loader::kWarps) typename C::Input::template KeyRangeTrimmer<Shared>{p, shared}.run();
-  } else if (role.consumes()) {
+      if (role.warp == 2 + C::Loader::kWarps) typename C::Input::template KeyRangeTrimmer<Shared>{p, shared}.run();
+  } else if (role.warpgroup <= C::kAllConsumers) {
     ptx::take_registers<consumer_registers(C::kAllConsumers)>();
     Consumer<C>(p, shared, role.consumer(), role.team).run();
   }

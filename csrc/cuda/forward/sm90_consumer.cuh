@@ -28,7 +28,7 @@ template <class Consumer>
 struct ScoreTile {
   using Input = typename Consumer::Config::Input;
   const Consumer& of;
-  int32_t n;           // the key tile
+  int32_t first_key;
   uint32_t input_use;  // of the input's pipeline
   const Problem& p = of.p;
   const typename Consumer::Config::Shared& shared = of.shared;
@@ -37,7 +37,7 @@ struct ScoreTile {
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
-  __device__ __forceinline__ int32_t key() const { return n * Consumer::Config::kN; }
+  __device__ __forceinline__ int32_t key() const { return first_key; }
 };
 
 // What a consumer has in registers. It works on one query tile after the other, and on a query tile's key tiles
@@ -73,8 +73,8 @@ struct Consumer {
   __device__ __forceinline__ int32_t row() const {
     return uniform(tile->work.tile.row) + consumer * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
   }
-  __device__ __forceinline__ ScoreTile<Consumer> score_tile(int32_t n, uint32_t input_use) const {
-    return {*this, n, input_use};
+  __device__ __forceinline__ ScoreTile<Consumer> score_tile(int32_t key, uint32_t input_use) const {
+    return {*this, key, input_use};
   }
 
   // Ping-pong scheduling: consumers issue their products in turns, so that one's softmax overlaps another's
@@ -144,8 +144,8 @@ struct Consumer {
   // the input's pipeline, for tile n.
   template <bool kMasked, bool kScalarDropout, class Scores>
   __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t input_use, Score& score) {
-    const auto at = score_tile(n, input_use);
-    const int32_t key = at.key();
+    const int32_t key = n * C::kN;
+    const auto at = score_tile(key, input_use);
     score.apply(s, at, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
@@ -188,7 +188,7 @@ struct Consumer {
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(n, kv_index));
+    score.template prefetch<kScalarDropout>(score_tile(n * C::kN, kv_index));
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     release_key(kv_index);
@@ -241,7 +241,7 @@ struct Consumer {
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(n, next));
+    score.template prefetch<kScalarDropout>(score_tile(n * C::kN, next));
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     release_key(next);

@@ -49,19 +49,17 @@ template <int kTeams, int kConsumers>
 struct Role {
   static constexpr int kTeamProducers = kWarpgroup / kTeams;  // threads
   int warpgroup;
-  int thread;  // of a producer, within its team
+  int thread, warp;  // of a producer, within its team
   int team;
 
   __device__ __forceinline__ Role()
       : warpgroup(uniform(static_cast<int>(threadIdx.x) / kWarpgroup)),
         thread(static_cast<int>(threadIdx.x) % kTeamProducers),
+        warp(thread / 32),
         team(kTeams == 1      ? 0
              : warpgroup == 0 ? uniform(static_cast<int>(threadIdx.x) / kTeamProducers)
                               : (warpgroup - 1) / kConsumers) {}
 
-  __device__ __forceinline__ bool produces() const { return warpgroup == 0; }
-  __device__ __forceinline__ bool consumes() const { return warpgroup <= kTeams * kConsumers; }
-  __device__ __forceinline__ int producer_warp() const { return thread / 32; }
   __device__ __forceinline__ int consumer() const { return (warpgroup - 1) % kConsumers; }  // in its team
 };
 
