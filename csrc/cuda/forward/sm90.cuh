@@ -15,8 +15,9 @@
 //
 //   warp 2, where the score has an input of its own: its warp (segments; a further one trims the key range)
 //
-// An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the empty
-// one. Consumers issue products in turns (ping-pong). docs/hopper-forward.md has the reasons and timings.
+// An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
+// empty one. Consumers issue products in turns (ping-pong). docs/hopper-forward.md has the reasons and
+// timings.
 #pragma once
 
 #include <algorithm>
@@ -38,10 +39,10 @@
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with one
-// consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its own, so
-// that one team's prologue and epilogue overlap another's loop. Each CTA of a Cluster has a query tile of its
-// own; K and V are multicast to all.
+// A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with
+// one consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its
+// own, so that one team's prologue and epilogue overlap another's loop. Each CTA of a Cluster has a query
+// tile of its own; K and V are multicast to all.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Teams, ScoreKind Kind,
           template <class> class KeyLoader = DenseLoader, int Cluster = 1>
 struct ForwardSm90 {
@@ -49,7 +50,7 @@ struct ForwardSm90 {
   static constexpr ScoreKind kKind = Kind;
   static constexpr int kCluster = Cluster, kTeams = Teams;
   static constexpr int kConsumers = M / kConsumerRows, kAllConsumers = kTeams * kConsumers;
-  static constexpr int kThreads = Warps * 32, kTeamProducers = kWarpgroup / kTeams;  // threads
+  static constexpr int kThreads = Warps * 32;
   static constexpr int kM = M, kStages = Stages;
   // Shared memory has to hold a bias' tiles beside Q, K and V, in one or two stages: where it does not, key
   // tiles are smaller. Dropout needs whole Philox blocks.
@@ -82,8 +83,8 @@ struct ForwardSm90 {
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
-  // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles of
-  // a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
+  // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles
+  // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
   // registers differently, nor with clusters, which run too long for it to show.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1 && !Input::kTrimsKeyRange;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Input, kCluster>;
@@ -101,7 +102,7 @@ struct ForwardSm90 {
   static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built with 2-CTA clusters as well
   static_assert(registers_suffice(kThreads, kAllConsumers));
   static_assert(M == kConsumers * kConsumerRows && kAllConsumers < Warps / 4 && kN % 16 == 0);
-  static_assert(32 * (1 + Loader::kWarps + Input::kWarps) <= kTeamProducers &&
+  static_assert(32 * (1 + Loader::kWarps + Input::kWarps) <= kTeamProducers<kTeams> &&
                 (kTeams == 1 || kCluster == 1));
   static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
                                       Input::kBytes + kHopperStateBytes);
@@ -113,24 +114,26 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
                  const __grid_constant__ PersistentTiles tiles) {
   using Shared = typename C::Shared;
-  const Role<C::kTeams, C::kConsumers> role;
+  const int warpgroup = warpgroup_index();
+  const int thread = static_cast<int>(threadIdx.x) % kTeamProducers<C::kTeams>, warp = thread / 32;
+  const int team = team_of<C::kTeams, C::kConsumers>(warpgroup);
   // In bytes, as to nvcc 13.0 the elements of an array of these are larger than sizeof.
-  auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024() + role.team * sizeof(Shared));
-  if (role.warpgroup == 0 && role.thread == 0) shared.init(C::kStateReleases, C::kStateArrivals);
+  auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024() + team * sizeof(Shared));
+  if (warpgroup == 0 && thread == 0) shared.init(C::kStateReleases, C::kStateArrivals);
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
-  if (role.warpgroup == 0) {
+  if (warpgroup == 0) {
     ptx::give_registers<producer_registers(C::kAllConsumers)>();
-    if (role.thread == 0) SchedulerThread<C>{p, tiles, shared}.run(role.team);
-    if (1 <= role.warp && role.warp <= C::Loader::kWarps && role.thread % 32 < C::Loader::kLanes)
+    if (thread == 0) SchedulerThread<C>{p, tiles, shared}.run(team);
+    if (1 <= warp && warp <= C::Loader::kWarps && thread % 32 < C::Loader::kLanes)
       LoadWarp<C>{p, maps, shared}.run();
     if constexpr (C::Input::kWarps > 0)
-      if (role.warp == 1 + C::Loader::kWarps) typename C::Input::template SegmentWarp<Shared>{p, shared}.run();
+      if (warp == 1 + C::Loader::kWarps) typename C::Input::template SegmentWarp<Shared>{p, shared}.run();
     if constexpr (C::Input::kTrimsKeyRange)
-      if (role.warp == 2 + C::Loader::kWarps) typename C::Input::template KeyRangeTrimmer<Shared>{p, shared}.run();
-  } else if (role.warpgroup <= C::kAllConsumers) {
+      if (warp == 2 + C::Loader::kWarps) typename C::Input::template KeyRangeTrimmer<Shared>{p, shared}.run();
+  } else if (warpgroup <= C::kAllConsumers) {
     ptx::take_registers<consumer_registers(C::kAllConsumers)>();
-    Consumer<C>(p, shared, role.consumer(), role.team).run();
+    Consumer<C>(p, shared, consumer_index<C::kConsumers>(warpgroup), team).run();
   }
   if constexpr (C::kCluster > 1) {  // until then the other CTA may arrive at, or load into, this one's memory
     __syncwarp();
@@ -146,9 +149,9 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   if (grid.blocks == 0) return cudaSuccess;
   typename C::Maps maps;
   const int32_t batch = p.packed() ? 1 : p.batch;
-  if (cudaError_t e = make_tensor_map(
-          maps.query, p, p.query,
-          {p.head_dim, p.heads, p.q_rows, batch, C::QTile::kPanel * 8, kConsumerRows});
+  if (cudaError_t e =
+          make_tensor_map(maps.query, p, p.query,
+                          {p.head_dim, p.heads, p.q_rows, batch, C::QTile::kPanel * 8, kConsumerRows});
       e != cudaSuccess)
     return e;
   if (cudaError_t e = C::Loader::make_maps(maps.keys, p); e != cudaSuccess) return e;
@@ -180,7 +183,7 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
     using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
     if constexpr (Plain::kPairs) {                                                                   \
-      using Paired = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain, DenseLoader, 2>;               \
+      using Paired = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain, DenseLoader, 2>;             \
       if (plan.pairs) return launch_forward_sm90<Paired>(p, plan, workspace, stream);                \
     }                                                                                                \
     switch (plan.score) {                                                                            \

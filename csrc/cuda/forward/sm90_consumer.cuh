@@ -1,5 +1,5 @@
-// A consumer warpgroup of cuda/forward/sm90.cuh: 64 rows of a query tile. S of a key tile is multiplied while the
-// P V of the tile before it is, as in FlashAttention-3.
+// A consumer warpgroup of cuda/forward/sm90.cuh: 64 rows of a query tile. S of a key tile is multiplied while
+// the P V of the tile before it is, as in FlashAttention-3.
 #pragma once
 
 #include <algorithm>
@@ -28,20 +28,19 @@ template <class Consumer>
 struct ScoreTile {
   using Input = typename Consumer::Config::Input;
   const Consumer& of;
-  int32_t first_key;
   uint32_t input_use;  // of the input's pipeline
   const Problem& p = of.p;
   const typename Consumer::Config::Shared& shared = of.shared;
   const int consumer = of.consumer;
+  int32_t key = 0;  // for variants that are kPositional: the tile's first
 
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
-  __device__ __forceinline__ int32_t key() const { return first_key; }
 };
 
-// What a consumer has in registers. It works on one query tile after the other, and on a query tile's key tiles
-// from the last to the first.
+// What a consumer has in registers. It works on one query tile after the other, and on a query tile's key
+// tiles from the last to the first.
 template <class C>
 struct Consumer {
   using Config = C;
@@ -54,8 +53,8 @@ struct Consumer {
 
   const Problem& p;
   typename C::Shared& shared;
-  const int consumer, team;              // its number in the team, the team's in the CTA
-  const typename C::Shared::Tile* tile;  // the query tile
+  const int consumer, team;               // its number in the team, the team's in the CTA
+  const typename C::Shared::Tile* tile;   // the query tile
   uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
   Interval whole;                         // key tiles that all its rows see whole
   S s;                                    // S [64, N]
@@ -73,8 +72,8 @@ struct Consumer {
   __device__ __forceinline__ int32_t row() const {
     return uniform(tile->work.tile.row) + consumer * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
   }
-  __device__ __forceinline__ ScoreTile<Consumer> score_tile(int32_t key, uint32_t input_use) const {
-    return {*this, key, input_use};
+  __device__ __forceinline__ ScoreTile<Consumer> score_tile(uint32_t input_use) const {
+    return {*this, input_use};
   }
 
   // Ping-pong scheduling: consumers issue their products in turns, so that one's softmax overlaps another's
@@ -145,14 +144,15 @@ struct Consumer {
   template <bool kMasked, bool kScalarDropout, class Scores>
   __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t input_use, Score& score) {
     const int32_t key = n * C::kN;
-    const auto at = score_tile(key, input_use);
-    score.apply(s, at, softmax);  // softcap, bias, ALiBi, segments
+    auto of = score_tile(input_use);
+    if constexpr (Score::kPositional) of.key = key;
+    score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
-    score.template exponentiate<kScalarDropout>(s, at, softmax, alpha, early);  // m, α; P = 2^(S − m)
+    score.template exponentiate<kScalarDropout>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
   }
 
   template <class Scores>
@@ -188,7 +188,7 @@ struct Consumer {
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(n * C::kN, kv_index));
+    score.template prefetch<kScalarDropout>(score_tile(kv_index), n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     release_key(kv_index);
@@ -241,7 +241,7 @@ struct Consumer {
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(n * C::kN, next));
+    score.template prefetch<kScalarDropout>(score_tile(next), n);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     release_key(next);
@@ -260,8 +260,8 @@ struct Consumer {
     kv_index = next;
   }
 
-  // V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every consumer
-  // clears the rows that it reads.
+  // V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every
+  // consumer clears the rows that it reads.
   __device__ __forceinline__ void clear_values(int32_t end) {
     shared.v_pipe.wait_full(kv_index);
     const uint32_t v = ptx::shared_address(shared.v[kv_index % C::kStages]);
@@ -288,8 +288,8 @@ struct Consumer {
     }
   }
 
-  // All visible key tiles, from the last to the first: those at the band's end, those that all rows see whole,
-  // those at its beginning.
+  // All visible key tiles, from the last to the first: those at the band's end, those that all rows see
+  // whole, those at its beginning.
   template <bool kScalarDropout = false>
   __device__ __forceinline__ void attend(const Interval& tiles) {
     whole = uniform(tile->keys[consumer].whole);

@@ -16,20 +16,22 @@ struct LoadWarp {
   const Problem& p;
   const typename C::Maps& maps;
   typename C::Shared& shared;
-  Loader loader{p, maps.keys};
+  Loader loader{p};
   uint32_t kv_index = 0;  // key tiles so far
 
   // The thread that loads what is not K and V.
-  static __device__ __forceinline__ bool leads() { return threadIdx.x % C::kTeamProducers == 32; }
+  static __device__ __forceinline__ bool leads() { return threadIdx.x % kTeamProducers<C::kTeams> == 32; }
 
   __device__ __forceinline__ void load_key(int32_t n, uint32_t use) {
     shared.k_pipe.template wait_empty<C::kCluster>(use, kKeyLoader);
-    loader.load_key(ptx::shared_address(shared.k[use % C::kStages]), shared.k_pipe.full_barrier(use), n);
+    loader.load_key(maps.keys, ptx::shared_address(shared.k[use % C::kStages]),
+                    shared.k_pipe.full_barrier(use), n);
   }
 
   __device__ __forceinline__ void load_value(int32_t n, uint32_t use) {
     shared.v_pipe.template wait_empty<C::kCluster>(use, kValueLoader);
-    loader.load_value(ptx::shared_address(shared.v[use % C::kStages]), shared.v_pipe.full_barrier(use), n);
+    loader.load_value(maps.keys, ptx::shared_address(shared.v[use % C::kStages]),
+                      shared.v_pipe.full_barrier(use), n);
   }
 
   __device__ __forceinline__ void load_input(const BlockWork& work, int32_t n, uint32_t use) {
@@ -53,7 +55,7 @@ struct LoadWarp {
   // K, Q, then K, V, K, V … V: the order in which consumers wait for them. A thread that loads nothing into a
   // stage must not wait for it either, as the stage may be filled and released twice before it looks.
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
-    const bool used = !tiles.empty(), loads = used && loader.begin(work, tiles);
+    const bool used = !tiles.empty(), loads = used && loader.begin(maps.keys, work, tiles);
     if (loads) load_key(tiles.hi - 1, kv_index);
     for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
     if (used) load_input(work, tiles.hi - 1, kv_index);

@@ -13,14 +13,13 @@ template <class C>
 struct SchedulerThread {
   using Shared = typename C::Shared;
   using Tile = typename Shared::Tile;
-  using Scheduler =
-      TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox)>;
+  using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox)>;
   const Problem& p;
   const PersistentTiles& all;
   Shared& shared;
 
-  // Publishes the tile whose begin() is done: to everybody when all of it is; with kEarlyLoad each part as soon
-  // as it is; or to the warp that trims its key range, which then publishes it.
+  // Publishes the tile whose begin() is done: to everybody when all of it is; with kEarlyLoad each part as
+  // soon as it is; or to the warp that trims its key range, which then publishes it.
   __device__ __forceinline__ void publish(Tile& tile, uint32_t tile_index) const {
     if constexpr (C::kEarlyLoad) shared.state_pipe.arrive(tile_index);
     if (!tile.done) tile.template prepare<C>(reload(p));

@@ -45,22 +45,25 @@ __device__ __forceinline__ void reload_shared() { asm volatile("" ::: "memory");
 // The CTA of a cluster that loads K, and V, for all of it.
 inline constexpr uint32_t kKeyLoader = 0, kValueLoader = 1;
 
+// Warpgroup 0 are the producers.
+__device__ __forceinline__ int warpgroup_index() {
+  return uniform(static_cast<int>(threadIdx.x) / kWarpgroup);
+}
+
+// Threads of warpgroup 0 that a team has.
+template <int kTeams>
+inline constexpr int kTeamProducers = kWarpgroup / kTeams;
+
+// A warpgroup's team and, of a consumer, its number in the team.
 template <int kTeams, int kConsumers>
-struct Role {
-  static constexpr int kTeamProducers = kWarpgroup / kTeams;  // threads
-  int warpgroup;
-  int thread, warp;  // of a producer, within its team
-  int team;
-
-  __device__ __forceinline__ Role()
-      : warpgroup(uniform(static_cast<int>(threadIdx.x) / kWarpgroup)),
-        thread(static_cast<int>(threadIdx.x) % kTeamProducers),
-        warp(thread / 32),
-        team(kTeams == 1      ? 0
-             : warpgroup == 0 ? uniform(static_cast<int>(threadIdx.x) / kTeamProducers)
-                              : (warpgroup - 1) / kConsumers) {}
-
-  __device__ __forceinline__ int consumer() const { return (warpgroup - 1) % kConsumers; }  // in its team
-};
+__device__ __forceinline__ int team_of(int warpgroup) {
+  return kTeams == 1      ? 0
+         : warpgroup == 0 ? uniform(static_cast<int>(threadIdx.x) / kTeamProducers<kTeams>)
+                          : (warpgroup - 1) / kConsumers;
+}
+template <int kConsumers>
+__device__ __forceinline__ int consumer_index(int warpgroup) {
+  return (warpgroup - 1) % kConsumers;
+}
 
 }  // namespace jax_flash

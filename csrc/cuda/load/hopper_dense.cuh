@@ -30,12 +30,11 @@ class DenseLoader {
     return e;
   }
 
-  __device__ __forceinline__ DenseLoader(const Problem& problem, const Maps& tensor_maps)
-      : p(problem), maps(tensor_maps) {}
+  __device__ __forceinline__ explicit DenseLoader(const Problem& problem) : p(problem) {}
 
   // Before the key tiles [tiles.lo, tiles.hi) of a query tile are loaded, last to first. False: this thread
   // has nothing to load.
-  __device__ __forceinline__ bool begin(const BlockWork& work, const Interval&) {
+  __device__ __forceinline__ bool begin(const Maps&, const BlockWork& work, const Interval&) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
@@ -48,10 +47,12 @@ class DenseLoader {
   }
   // Keys, values [n · kN, (n + 1) · kN), which `barrier` counts. K of a tile is loaded before V of the tile
   // that was loaded before it.
-  __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) const {
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,
+                                           int32_t n) const {
     load<typename C::KTile, kKeyLoader>(tile, barrier, maps.key, key, n);
   }
-  __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t n) const {
+  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier,
+                                             int32_t n) const {
     load<typename C::VTile, kValueLoader>(tile, barrier, maps.value, value, n);
   }
 
@@ -66,7 +67,6 @@ class DenseLoader {
   }
 
   const Problem& p;
-  const Maps& maps;
   ptx::Coordinates key, value;
 };
 

@@ -48,16 +48,15 @@ class PagedLoader {
     return e;
   }
 
-  __device__ __forceinline__ PagedLoader(const Problem& problem, const Maps& tensor_maps)
-      : p(problem), maps(tensor_maps) {}
+  __device__ __forceinline__ explicit PagedLoader(const Problem& problem) : p(problem) {}
 
-  __device__ __forceinline__ bool begin(const BlockWork& of_tile, const Interval& tiles) {
-    if (row() >= C::kN) return false;
+  __device__ __forceinline__ bool begin(const Maps& maps, const BlockWork& of_tile, const Interval& tiles) {
+    if (row(maps) >= C::kN) return false;
     work = &of_tile;
     entries =
         page_table(p.block_tables, p.leading, work->leading, work->tile.index, p.page_size, p.pages).entries;
     head = p.kv_head(work->head);
-    value = next = find(tiles.hi - 1);
+    value = next = find(maps, tiles.hi - 1);
     return true;
   }
   template <class Pipe>
@@ -65,46 +64,47 @@ class PagedLoader {
     state.release(use);
   }
 
-  __device__ __forceinline__ void load_key(uint32_t tile, uint32_t barrier, int32_t n) {
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
     key = next;
-    next = find(n - 1);
-    load<typename C::KTile, true>(tile, barrier, maps.key, p.key, key);
+    next = find(maps, n - 1);
+    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, key);
   }
-  __device__ __forceinline__ void load_value(uint32_t tile, uint32_t barrier, int32_t) {
-    load<typename C::VTile, false>(tile, barrier, maps.value, p.value, value);
+  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t) {
+    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value, value);
     value = key;
   }
 
  private:
   // The first row of this lane's box in a tile. Neighbouring boxes belong to different warps, which issue
   // them at the same time.
-  __device__ __forceinline__ int32_t row() const {
+  __device__ __forceinline__ static int32_t row(const Maps& maps) {
     const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32 - 1;
     return (warp + thread % 32 * kWarps) * maps.box;
   }
 
-  // This lane's box of tile n.
-  __device__ __forceinline__ PageSlot find(int32_t n) const {
+  // This lane's box of tile n. Rows past the keys are in the page behind the pool, which TMA fills with
+  // zeros.
+  __device__ __forceinline__ PageSlot find(const Maps& maps, int32_t n) const {
     const PageTable table{entries, p.page_size, p.pages};
-    return table.find(n * C::kN + row(), 0, work->tile.k_len);
+    const PageSlot found = table.find(n * C::kN + row(maps), 0, work->tile.k_len);
+    return found.page == kNoPage ? PageSlot{p.pages, 0} : found;
   }
 
-  // TMA fills a page that the pool does not have with zeros: rows past the keys, and values outside the pool.
+  // Keys outside the pool are NaN, values there zeros.
   template <class Tile, bool kNanIfMissing>
-  __device__ __forceinline__ void load(uint32_t tile, uint32_t barrier, const CUtensorMap& map,
-                                       const View& view, PageSlot slot) const {
+  __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
+                                       const CUtensorMap& map, const View& view, PageSlot slot) const {
     if (threadIdx.x == 32) ptx::barrier_expect(barrier, Tile::kBytes);
     if (kNanIfMissing && slot.page == kMissingPage) {
-      load_rows<Tile>(tile, row(), maps.missing, barrier, {});
+      load_rows<Tile>(tile, row(maps), maps.missing, barrier, {});
     } else {
-      const int32_t page = slot.page < 0 ? p.pages : slot.page;
+      const int32_t page = slot.page == kMissingPage ? p.pages : slot.page;
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      load_rows<Tile>(tile, row(), map, barrier, {0, head, slot.slot, page, leading});
+      load_rows<Tile>(tile, row(maps), map, barrier, {0, head, slot.slot, page, leading});
     }
   }
 
   const Problem& p;
-  const Maps& maps;
   const BlockWork* work;
   const int32_t* entries;     // of the block table's row
   int32_t head;               // of K and V

@@ -62,6 +62,7 @@ __device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOpe
 // The sm_90a variant: ALiBi alone.
 template <class S>
 struct AlibiScore : ScoreVariant<S> {
+  static constexpr bool kPositional = true;
   template <class T>
   using Softmax = OnlineSoftmax<S::kSlots>;
   float row_term[S::kSlots];
@@ -72,7 +73,7 @@ struct AlibiScore : ScoreVariant<S> {
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
-    add_alibi(s, tile.p, tile.operands(), tile.band(), tile.row(), tile.key(), row_term);
+    add_alibi(s, tile.p, tile.operands(), tile.band(), tile.row(), tile.key, row_term);
   }
   template <bool, class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile&, Softmax& softmax,

@@ -57,7 +57,8 @@ struct BiasInput {
 
   // S ← scale · S + bias
   template <class S, class Shared>
-  __device__ __forceinline__ static void add(S& s, const Shared& shared, float scale, int consumer, uint32_t use) {
+  __device__ __forceinline__ static void add(S& s, const Shared& shared, float scale, int consumer,
+                                             uint32_t use) {
     shared.input_pipe.wait_full(use);
     const RowsA<Tile> rows(ptx::shared_address(shared.bias[use % kStages][consumer]),
                            static_cast<int>(threadIdx.x) % 128 / 32 * 16);

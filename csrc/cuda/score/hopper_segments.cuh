@@ -40,7 +40,8 @@ struct SegmentInput {
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 
-  // S ← −inf where the key is of another segment than the row. Scores of rows and keys out of use may be left.
+  // S ← −inf where the key is of another segment than the row. Scores of rows and keys out of use may be
+  // left.
   template <class S, class Shared>
   __device__ __forceinline__ static void hide(S& s, const Shared& shared, const ScoreOperands& operands,
                                               const Band& band, int consumer, int32_t row, uint32_t use) {
@@ -65,8 +66,8 @@ struct SegmentInput {
     shared.input_pipe.release(use);
   }
 
-  // The warp that leaves out key tiles before the first and after the last one that may share a segment with a
-  // query tile's rows.
+  // The warp that leaves out key tiles before the first and after the last one that may share a segment with
+  // a query tile's rows.
   template <class Shared>
   struct KeyRangeTrimmer {
     static constexpr int kLanes = 8, kAtOnce = 32 / kLanes;  // lanes for a key tile
@@ -75,7 +76,7 @@ struct SegmentInput {
 
     // A bit for each lane: whether its key tile, n + lane / kLanes, may share a segment with `rows`.
     __device__ __forceinline__ static uint32_t may_see(const int32_t* key_segments, int32_t k_len, int32_t n,
-                                                    const SegmentRange& rows) {
+                                                       const SegmentRange& rows) {
       const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
       const int32_t first = (n + lane / kLanes) * N + lane % kLanes;
       SegmentRange keys{INT32_MAX, INT32_MIN};
@@ -92,8 +93,8 @@ struct SegmentInput {
       return __ballot_sync(~0u, rows.lo <= keys.hi && keys.lo <= rows.hi);
     }
 
-    __device__ __forceinline__ static Interval trim(const int32_t* key_segments, int32_t k_len, Interval tiles,
-                                                      const SegmentRange& rows) {
+    __device__ __forceinline__ static Interval trim(const int32_t* key_segments, int32_t k_len,
+                                                    Interval tiles, const SegmentRange& rows) {
       for (; tiles.lo < tiles.hi; tiles.lo += kAtOnce) {
         if (const uint32_t lanes = may_see(key_segments, k_len, tiles.lo, rows)) {
           tiles.lo += (__ffs(lanes) - 1) / kLanes;
@@ -139,7 +140,7 @@ struct SegmentInput {
 
     // The range of this lane's 16 rows.
     __device__ __forceinline__ static SegmentRange row_range(const int32_t* segments, int32_t row,
-                                                           int32_t q_len) {
+                                                             int32_t q_len) {
       SegmentRange range{0, 0};
       if (row >= q_len) return range;
       range.lo = range.hi = segments[row];
@@ -198,7 +199,8 @@ struct SegmentScore : ScoreVariant<S> {
 
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
-    Tile::Input::hide(s, tile.shared, tile.operands(), tile.band(), tile.consumer, tile.row(), tile.input_use);
+    Tile::Input::hide(s, tile.shared, tile.operands(), tile.band(), tile.consumer, tile.row(),
+                      tile.input_use);
   }
 };
 

@@ -126,6 +126,7 @@ struct Softcap {
 // The sm_90a variant: softcap alone.
 template <class S>
 struct SoftcapScore : ScoreVariant<S> {
+  static constexpr bool kPositional = true;
   // |S| ≤ c: where P has float32's range no maximum is needed.
   template <class T>
   using Softmax = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, BoundedSoftmax<S::kSlots>,
@@ -137,7 +138,7 @@ struct SoftcapScore : ScoreVariant<S> {
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax& softmax) {
     const float shift = Softmax::kBounded ? softmax.shift[0] : 0;
-    Softcap(tile.p.spec).apply(s, shift, tile.band(), [&tile] { return tile.row(); }, tile.key());
+    Softcap(tile.p.spec).apply(s, shift, tile.band(), [&tile] { return tile.row(); }, tile.key);
   }
 };
 

@@ -32,7 +32,9 @@ struct NoScoreInput {
 
 template <class S>
 struct ScoreVariant {
-  static constexpr bool kGeneral = false;  // several options, asked for at run time
+  static constexpr int kKeys = 8 * S::kColumnTiles;  // of a tile
+  static constexpr bool kGeneral = false;            // several options, asked for at run time
+  static constexpr bool kPositional = false;         // depends on where the tile lies
   static constexpr bool kDropout = false;
   static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn beside the exponentials
   template <class T, int kKeys, int kStages, int kConsumers>
@@ -48,7 +50,7 @@ struct ScoreVariant {
 
   // While S is being multiplied.
   template <bool kScalarDropout, class Tile>
-  __device__ __forceinline__ void prefetch(const Tile&) {}
+  __device__ __forceinline__ void prefetch(const Tile&, int32_t) {}
 
   // S ← score(S), but for the band.
   template <class Scores, class Tile, class Softmax>

@@ -16,13 +16,14 @@ namespace jax_flash {
 // Dropout alone.
 template <class S>
 struct DropoutScore : ScoreVariant<S> {
-  static constexpr bool kDropout = true, kDropoutInSoftmax = true;
+  static constexpr bool kDropout = true, kDropoutInSoftmax = true, kPositional = true;
   KeptTile<S> kept;
 
   template <bool kScalarDropout, class Tile>
-  __device__ __forceinline__ void prefetch(const Tile& tile) {
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t n) {
     if constexpr (kScalarDropout) {
-      kept = tile.operands().dropout_at(tile.row(), tile.key()).template numbers_one_by_one<S>();
+      kept =
+          tile.operands().dropout_at(tile.row(), n * ScoreVariant<S>::kKeys).template numbers_one_by_one<S>();
     }
   }
   // The numbers are drawn between the row maxima and the exponentials: both are long chains of dependent
@@ -32,7 +33,7 @@ struct DropoutScore : ScoreVariant<S> {
                                                float (&alpha)[S::kSlots], int early) {
     softmax.update(s, alpha);
     if constexpr (!kScalarDropout)
-      kept = tile.operands().dropout_at(tile.row(), tile.key()).template numbers<S>();
+      kept = tile.operands().dropout_at(tile.row(), tile.key).template numbers<S>();
     softmax.exponentiate(s, 0, early);
   }
   template <class Fragments>
@@ -44,7 +45,7 @@ struct DropoutScore : ScoreVariant<S> {
 // Any options together.
 template <class S>
 struct GeneralVariant : ScoreVariant<S> {
-  static constexpr bool kGeneral = true;
+  static constexpr bool kGeneral = true, kPositional = true;
   template <class T>
   using Softmax = OnlineSoftmax<S::kSlots>;
   InSegment in_segment;
@@ -54,15 +55,16 @@ struct GeneralVariant : ScoreVariant<S> {
     return Softmax(1);
   }
   template <bool kScalarDropout, class Tile>
-  __device__ __forceinline__ void prefetch(const Tile& tile) {
-    in_segment = jax_flash::in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), tile.key());
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t n) {
+    in_segment = jax_flash::in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(),
+                                          n * ScoreVariant<S>::kKeys);
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
-    if (tile.p.spec.softcap > 0 && !all_seen(s, tile.band(), tile.row(), tile.key()))
-      clear_unseen(s, tile.band(), tile.row(), tile.key());
+    if (tile.p.spec.softcap > 0 && !all_seen(s, tile.band(), tile.row(), tile.key))
+      clear_unseen(s, tile.band(), tile.row(), tile.key);
     GeneralScore(tile.p, tile.operands(), tile.band())
-        .apply(s, tile.row(), tile.key(), nullptr, nullptr, in_segment);
+        .apply(s, tile.row(), tile.key, nullptr, nullptr, in_segment);
   }
 };
 
@@ -73,12 +75,13 @@ struct GeneralDropoutVariant : GeneralVariant<S> {
   KeptTile<S> kept;
 
   template <bool kScalarDropout, class Tile>
-  __device__ __forceinline__ void prefetch(const Tile& tile) {
-    GeneralVariant<S>::template prefetch<kScalarDropout>(tile);
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t n) {
+    GeneralVariant<S>::template prefetch<kScalarDropout>(tile, n);
     if (kScalarDropout || tile.operands().dropout.odd()) {
-      kept = tile.operands().dropout_at(tile.row(), tile.key()).template numbers_one_by_one<S>();
+      kept =
+          tile.operands().dropout_at(tile.row(), n * ScoreVariant<S>::kKeys).template numbers_one_by_one<S>();
     } else {
-      kept = tile.operands().dropout_at(tile.row(), tile.key()).template numbers<S>();
+      kept = tile.operands().dropout_at(tile.row(), n * ScoreVariant<S>::kKeys).template numbers<S>();
     }
   }
   template <class Fragments>
