@@ -35,8 +35,9 @@ struct SchedulerThread {
   }
 
   __device__ __forceinline__ void run(int team) const {
+    uint32_t tile_index = 0;
     Scheduler scheduler{all, shared.mailbox};
-    uint32_t tile_index = 0, number = Scheduler::first(team);
+    uint32_t number = Scheduler::first(team);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kTileStates];

@@ -82,15 +82,14 @@ class PagedLoader {
     return (warp + thread % 32 * kWarps) * maps.box;
   }
 
-  // This lane's box of tile n. Rows past the keys are in the page behind the pool, which TMA fills with
-  // zeros.
+  // This lane's box of tile n.
   __device__ __forceinline__ PageSlot find(const Maps& maps, int32_t n) const {
     const PageTable table{entries, p.page_size, p.pages};
-    const PageSlot found = table.find(n * C::kN + row(maps), 0, work->tile.k_len);
-    return found.page == kNoPage ? PageSlot{p.pages, 0} : found;
+    return table.find(n * C::kN + row(maps), 0, work->tile.k_len);
   }
 
-  // Keys outside the pool are NaN, values there zeros.
+  // Keys outside the pool become NaN; values there, and rows past the keys, zeros, with which TMA fills the
+  // page behind the pool.
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
                                        const CUtensorMap& map, const View& view, PageSlot slot) const {
@@ -98,7 +97,7 @@ class PagedLoader {
     if (kNanIfMissing && slot.page == kMissingPage) {
       load_rows<Tile>(tile, row(maps), maps.missing, barrier, {});
     } else {
-      const int32_t page = slot.page == kMissingPage ? p.pages : slot.page;
+      const int32_t page = slot.page < 0 ? p.pages : slot.page;
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
       load_rows<Tile>(tile, row(maps), map, barrier, {0, head, slot.slot, page, leading});
     }
