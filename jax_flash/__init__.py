@@ -3,11 +3,11 @@
 from ._version import __version__
 from .attention import flash_attention
 from .backends import Backend, backends
-from .cache import append_kv
 from .check import check_inputs
 from .dot_product import dot_product_attention
 from .merge import merge_attention
-from .paged import paged_attention
+from .paged.append import append_kv
+from .paged.attention import paged_attention
 from .rotary import apply_rotary
 from .varlen import flash_attention_varlen
 

@@ -1,7 +1,4 @@
-"""`python -m jax_flash`: what is installed, built and found, and what runs on each device, or why not.
-
-`python -m jax_flash plan` tells which CUDA kernel a call runs.
-"""
+"""Says what is installed, built and found, and which implementation runs on each device, or why none does."""
 
 from __future__ import annotations
 
@@ -23,8 +20,10 @@ def main(arguments: list[str] | None = None) -> int:
         choices=("cpu", "cuda"),
         help="exit with 1 unless this implementation is built and loads",
     )
-    commands = parser.add_subparsers(dest="command", metavar="{plan}")
-    plan_command.add_arguments(commands.add_parser("plan", description=plan_command.__doc__))
+    parser.add_argument("--version", action="version", version=f"jax_flash {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="plan")
+    summary = "tells which CUDA kernel a call of given sizes runs, its tiles and its workspace; needs no GPU"
+    plan_command.add_arguments(commands.add_parser("plan", description=plan_command.__doc__, help=summary))
     options = parser.parse_args(arguments)
     if options.command == "plan":
         return plan_command.run(options)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from . import _compat, paging, reference
-from .operands import BACKWARD, BIAS_GRADIENT, FORWARD
+from . import _jax, reference
+from .operands import BACKWARD, BIAS_GRADIENT, DROPOUT_ROW, FORWARD
+from .paged import gather
 from .primitives import bind, equally_varying
 from .spec import AttentionSpec
 
@@ -21,8 +22,11 @@ Gradients = dict[str, jax.Array | None]
 
 def attend(spec: AttentionSpec, operands: Operands) -> Pair:
     """(out, lse) of checked operands, by plain JAX or by the custom call."""
+    if "position" in operands and "dropout" in operands:  # bits go by the position in the larger sequence
+        first = operands["position"].astype(jnp.uint32)
+        operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
     if spec.implementation == "xla":
-        return paging.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
+        return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
     return _attend(spec, equally_varying(operands))
 
 
@@ -54,7 +58,7 @@ def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangent
     sinks = operands.get("sinks")
     from_sinks = jnp.zeros_like(lse) if sinks is None else _through_sinks(sinks, lse, delta)
     if sinks is not None:
-        gradients["sinks"] = _compat.sharded_like(-_sum_to_heads(from_sinks), sinks)
+        gradients["sinks"] = _jax.sharded_like(-_sum_to_heads(from_sinks), sinks)
     if "bias" in spec.operands:
         bias = operands["bias"]
         if bias.shape[-1] == 1:
@@ -69,9 +73,9 @@ def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cot
 
     Rows that need a page outside the pool are left out: their dquery is NaN and the pools get nothing from them.
     """
-    missing = paging.rows_missing_pages(spec, operands)
+    missing = gather.rows_missing_pages(spec, operands)
     by_row, by_lse = missing[..., None, None], missing[..., None, :]
-    dense_spec, dense = paging.contiguous(spec, operands)
+    dense_spec, dense = gather.contiguous(spec, operands)
     (out, lse), (dout, dlse) = results, cotangents
     dense_results = jnp.where(by_row, 0, out), jnp.where(by_lse, -jnp.inf, lse)
     dense_cotangents = jnp.where(by_row, 0, dout).astype(dense["query"].dtype), jnp.where(by_lse, 0, dlse)
@@ -85,7 +89,7 @@ def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cot
         assert gradient is not None
         stored = pool.dtype != jnp.float8_e4m3fn
         tables = operands["block_tables"]
-        gradients[name] = paging.scatter_gradient(spec, gradient, tables, pool) if stored else None
+        gradients[name] = gather.scatter_gradient(spec, gradient, tables, pool) if stored else None
     return gradients
 
 
@@ -120,7 +124,7 @@ def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> ja
     rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
     summed = [axis for axis in range(rows.ndim) if bias.shape[axis] == 1 != rows.shape[axis]]
     gradient = rows.sum(summed, keepdims=True).astype(bias.dtype)
-    return _compat.sharded_like(gradient, bias)
+    return _jax.sharded_like(gradient, bias)
 
 
 _attend.defvjp(_forward, _backward)

@@ -29,13 +29,22 @@ ALL_PASSES = tuple(pass_.name for pass_ in PASSES)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A row of the kernel table that was built: `arch` family ("sm90"), `pass_`, head dims and dtypes."""
+    """A row of the kernel table that was built.
+
+    Attributes:
+      arch: the devices it is for, such as "sm90".
+      pass_: "forward", "backward", "bias_gradient" or "decode".
+      d, dv: the head dims that its tiles hold.
+      dtypes: the input dtypes.
+      loaders: where keys and values come from, "dense" rows or "paged" pools.
+    """
 
     arch: str
     pass_: str
     d: int
     dv: int
     dtypes: tuple[str, ...]
+    loaders: tuple[str, ...] = ("dense",)
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,8 @@ class Backend:
       implementation: the value of `implementation=`: "cpu", "cuda" or "xla".
       library: the file it was loaded from; None where there is none (always for "xla").
       problem: why it is not installed, with the way out; None where it is.
-      archs: "cpu": the instruction set chosen on this machine; "cuda": the families built, such as "sm90".
-      passes: the passes built: "forward", "backward", "bias_gradient", "append"; "cuda": "paged_forward", "decode" too.
+      archs: "cpu": the instruction set chosen on this machine; "cuda": the archs built, such as "sm90".
+      passes: the passes built: "forward", "backward", "bias_gradient", "append"; "cuda": "decode" too.
       dtypes: the input dtypes built.
       head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
       devices: the local devices it runs on.
@@ -182,22 +191,17 @@ def why_not_on(device: jax.Device) -> str | None:
     library, problem = _load_cuda()
     if library is None:
         return problem
-    families = sorted({row.arch for row in library.kernels})
+    archs = sorted({row.arch for row in library.kernels})
     capability = compute_capability(device)
-    if any(_covers(family, capability) for family in families):
+    core, _ = _load_core()
+    if core is not None and any(core.covers(arch, capability) for arch in archs):
         return None
-    return f"built for {', '.join(families)}, and the device is sm_{capability}"
+    return f"built for {', '.join(archs)}, and the device is sm_{capability}"
 
 
 def compute_capability(device: jax.Device) -> int:
     """90 for "9.0"."""
     return int(str(getattr(device, "compute_capability", "0.0")).replace(".", ""))
-
-
-def _covers(family: str, capability: int) -> bool:
-    """A family has its own card's code; sm75's and sm80's also as PTX, for every newer card."""
-    built = int(family.removeprefix("sm"))
-    return capability >= built if built <= 80 else capability // 10 == built // 10
 
 
 @cache

@@ -1,16 +1,22 @@
-"""`python -m jax_flash plan`: which CUDA kernel a call of some shape runs, its tiles, grid and workspace."""
+"""Tells which CUDA kernel a call runs: its tiles, grid, shared memory and workspace. Needs no GPU."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
+from .attention import flash_attention
 from .backends import DTYPES, compute_capability, extension, local_devices
 from .operands import operand_bits, padded_head_dim
+from .paged.attention import paged_attention
 from .spec import UNLIMITED
+from .varlen import flash_attention_varlen
 
-# What one block may use, in bytes, by compute capability (CUDA C++ programming guide, table of technical
+# Shared memory that one CTA may use, in bytes, by compute capability (CUDA C++ programming guide, table of technical
 # specifications).
 SHARED_MEMORY = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448}
 SHARED_MEMORY |= {100: 232_448, 103: 232_448, 110: 232_448, 120: 101_376, 121: 101_376}
@@ -18,7 +24,7 @@ SHARED_MEMORY |= {100: 232_448, 103: 232_448, 110: 232_448, 120: 101_376, 121: 1
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan depends on; `shared_memory` in bytes of one block."""
+    """The GPU that a plan is made for; `shared_memory` in bytes of one CTA."""
 
     name: str
     capability: int
@@ -44,49 +50,60 @@ OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_length
 PASSES = ("forward", "backward", "bias_gradient")
 
 
+def _size(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--gpu", choices=sorted(KNOWN), help="plan for this GPU (default: the one found, else h200)")
     add("--dtype", choices=DTYPES, default="bfloat16")
-    add("--batch", type=int, default=1, help="batch entries, or sequences with --varlen")
-    add("--seqlen", type=int, required=True, help="queries of a batch entry, or all tokens with --varlen")
-    add("--kv-seqlen", type=int, help="keys (default: as many as queries)")
-    add("--heads", type=int, required=True)
-    add("--kv-heads", type=int, help="(default: as many as query heads)")
-    add("--head-dim", type=int, required=True, metavar="D")
-    add("--value-dim", type=int, metavar="DV", help="(default: D)")
-    add("--varlen", action="store_true", help="packed sequences")
-    add("--causal", action="store_true")
+    add("--batch", type=_size, default=1, help="batch entries; sequences with --varlen or --paged")
     add(
-        "--window",
-        type=int,
-        nargs=2,
-        metavar=("LEFT", "RIGHT"),
-        help="keys seen beside the diagonal, -1: all",
+        "--seqlen", type=_size, required=True, help="queries of a batch entry; all query tokens with --varlen"
     )
-    add("--softcap", type=float, default=0.0)
+    add("--kv-seqlen", type=_size, help="keys; of one sequence with --paged (default: as many as queries)")
+    add("--heads", type=_size, required=True)
+    add("--kv-heads", type=_size, help="(default: as many as query heads)")
+    add("--head-dim", type=_size, required=True, metavar="D")
+    add("--value-dim", type=_size, metavar="DV", help="(default: D)")
+    add("--varlen", action="store_true", help="packed sequences")
+    add("--paged", action="store_true", help="keys and values in pages: paged_attention, decode included")
+    add("--page-size", type=_size, default=64, help="(default: 64)")
+    add("--float8", action="store_true", help="float8_e4m3fn page pools")
+    add("--num-splits", type=_size, help="of paged_attention")
+    add("--batch-invariant", action="store_true", help="of paged_attention")
+    add("--causal", action="store_true")
+    add("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys beside the diagonal, -1: all")
+    add("--softcap", type=float)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
     for name in OPERANDS:
         add(
             "--" + name.replace("_", "-"),
             action="store_true",
-            help="the call has this operand, nothing of it broadcast",
+            help="the call has this operand, none of its dimensions broadcast",
         )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a line per pass; 1 where a pass has no kernel."""
+    """Prints a line per pass; returns 1 where a pass has no kernel, 2 where the API refuses the call."""
     core, problem = extension()
     if core is None:
         print(f"the plan is made by the extension, which is {problem}")
         return 1
+    try:
+        jax.eval_shape(*abstract_call(options))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        print(error)
+        return 2
     gpu = KNOWN[options.gpu] if options.gpu else found_gpu() or KNOWN["h200"]
-    print(
-        f"{gpu.name}: sm_{gpu.capability}, {gpu.sm_count} multiprocessors, {gpu.shared_memory} bytes shared"
-    )
+    print(f"{gpu.name}: sm_{gpu.capability}, {gpu.sm_count} SMs, {gpu.shared_memory} bytes of shared memory")
     failed = False
-    for pass_ in PASSES if options.bias else PASSES[:2]:
+    for pass_ in ("forward",) if options.paged else PASSES if options.bias else PASSES[:2]:
         try:
             chosen = core.plan(pass_=pass_, **call(options, gpu, pass_))
         except RuntimeError as error:
@@ -95,7 +112,89 @@ def run(options: argparse.Namespace) -> int:
             continue
         built = "" if options.dtype in chosen["row"]["built"] else "; not in the library installed here"
         print(f"{chosen['text']} (of at most {chosen['workspace_bound']}){built}")
+    if options.paged:
+        print("backward: the pages are gathered, and the dense backward runs on what was gathered")
     return int(failed)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The sizes that the options name, with the defaults filled in."""
+
+    b: int
+    sq: int
+    sk: int
+    hq: int
+    hk: int
+    d: int
+    dv: int
+
+    @staticmethod
+    def of(options: argparse.Namespace) -> _Sizes:
+        def given(value: int | None, default: int) -> int:
+            return default if value is None else value
+
+        sq, hq, d = options.seqlen, options.heads, options.head_dim
+        sk, hk = given(options.kv_seqlen, sq), given(options.kv_heads, hq)
+        return _Sizes(options.batch, sq, sk, hq, hk, d, given(options.value_dim, d))
+
+
+def abstract_call(options: argparse.Namespace) -> tuple[Any, ...]:
+    """The public function that the options describe, with its options set, and its arrays as shapes and dtypes."""
+    given: dict[str, Any] = {"causal": options.causal, "softcap": options.softcap}
+    given["deterministic"] = options.deterministic
+    if options.window:
+        given["window"] = tuple(None if side == UNLIMITED else side for side in options.window)
+    if options.dropout:
+        given["dropout_rate"] = 0.1
+    if options.paged:
+        given |= {"num_splits": options.num_splits, "batch_invariant": options.batch_invariant}
+    function: Callable[..., Any] = (
+        paged_attention if options.paged else flash_attention_varlen if options.varlen else flash_attention
+    )
+    return (
+        lambda positional, named: function(*positional, **named, **given),
+        _positional(options, _Sizes.of(options)),
+        _named(options, _Sizes.of(options)),
+    )
+
+
+_array: Any = jax.ShapeDtypeStruct
+
+
+def _positional(options: argparse.Namespace, n: _Sizes) -> list[Any]:
+    batch = () if options.varlen else (n.b,)
+    starts = _array((n.b + 1,), "int32")
+    query = _array((*batch, n.sq, n.hq, n.d), options.dtype)
+    if options.paged:
+        pages = -(-n.sk // options.page_size) if options.page_size else 0
+        pool = "float8_e4m3fn" if options.float8 else options.dtype
+        pools = (_array((n.b * pages, options.page_size, n.hk, width), pool) for width in (n.d, n.dv))
+        return [query, *pools, _array((n.b, pages), "int32"), _array((n.b,), "int32")]
+    keys = (_array((*batch, n.sk, n.hk, width), options.dtype) for width in (n.d, n.dv))
+    return [query, *keys, *((starts, starts) if options.varlen else ())]
+
+
+def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
+    scores = (n.b, n.hq, n.sq, n.sk)
+    arrays: dict[str, Any] = {
+        "bias": _array(scores, options.dtype),
+        "mask": _array(scores, "bool"),
+        "alibi_slopes": _array((n.hq,), "float32"),
+        "sinks": _array((n.hq,), "float32"),
+        "q_segment_ids": (_array((n.b, n.sq), "int32"), _array((n.b, n.sk), "int32")),
+        "kv_lengths": _array((n.b,), "int32"),
+    }
+    named = {name: arrays[name] for name in OPERANDS if getattr(options, name)}
+    if "q_segment_ids" in named:
+        named["segment_ids"] = named.pop("q_segment_ids")
+    if options.dropout:
+        named["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
+    if options.paged:
+        named.pop("kv_lengths", None)  # which is positional
+        named |= {x: _array((n.hk,), "float32") for x in ("k_scale", "v_scale") if options.float8}
+        named |= {"cu_seqlens_q": _array((n.b + 1,), "int32")} if options.varlen else {}
+    return named
 
 
 def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
@@ -103,27 +202,40 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
     present = [name for name in OPERANDS if getattr(options, name)]
     present += ["kv_segment_ids"] if options.q_segment_ids else []
     present += ["dropout"] if options.dropout else []
-    k_rows = options.kv_seqlen or options.seqlen
-    shapes = dict(
-        batch=options.batch,
-        q_rows=options.seqlen,
-        k_rows=k_rows,
-        heads=options.heads,
-        kv_heads=options.kv_heads or options.heads,
-        d=padded_head_dim(options.head_dim),
-        dv=padded_head_dim(options.value_dim or options.head_dim),
+    n = _Sizes.of(options)
+    arguments: dict[str, Any] = dict(
+        dtype=options.dtype,
+        operands=operand_bits(tuple(present)),
+        batch=n.b,
+        q_rows=n.sq,
+        k_rows=n.sk,
+        heads=n.hq,
+        kv_heads=n.hk,
+        d=padded_head_dim(n.d),
+        dv=padded_head_dim(n.dv),
+        varlen=options.varlen,
+        softcap=options.softcap or 0.0,
+        deterministic=options.deterministic,
+        capability=gpu.capability,
+        sm_count=gpu.sm_count,
+        shared_memory=gpu.shared_memory,
     )
-    if pass_ == "bias_gradient":
-        shapes["bias"] = (options.batch, options.heads, options.seqlen, k_rows)
-    elif options.bias:  # as plan.cc's bias_in_tiles has it
-        shapes["bias_in_tiles"] = k_rows % 8 == 0 and options.dtype != "float32"
     left, right = options.window or (UNLIMITED, UNLIMITED)
-    band = dict(left=left, right=0 if options.causal else right)
-    device = dict(capability=gpu.capability, sm_count=gpu.sm_count, shared_memory=gpu.shared_memory)
-    scores = dict(softcap=options.softcap, deterministic=options.deterministic, varlen=options.varlen)
-    return dict(
-        dtype=options.dtype, operands=operand_bits(tuple(present)), **shapes, **device, **scores, **band
-    )
+    arguments |= dict(left=left, right=0 if options.causal else right)
+    if options.paged:
+        arguments |= dict(
+            paged=True,
+            page_size=options.page_size,
+            k_rows=-(-n.sk // options.page_size) * options.page_size,
+            float8=options.float8,
+            num_splits=options.num_splits or 0,
+            batch_invariant=options.batch_invariant,
+        )
+    if pass_ == "bias_gradient":
+        arguments["bias"] = (n.b, n.hq, n.sq, n.sk)
+    elif options.bias:  # as plan.cc's bias_in_tiles has it
+        arguments["bias_in_tiles"] = n.sk % 8 == 0 and options.dtype != "float32"
+    return arguments
 
 
 def found_gpu() -> Gpu | None:

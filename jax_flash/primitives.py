@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _compat
+from . import _jax
 from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
 from .batching import batch
 from .operands import PASSES, Pass, like, padded_head_dim
@@ -34,17 +34,17 @@ def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
     used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
-    primitives = LOCAL if _compat.manual_axes() else PARTITIONED
+    primitives = LOCAL if _jax.manual_axes() else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
 
 
 def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The operands, all varying over the union of their manual axes (the cast's transpose sums gradients)."""
-    axes = frozenset().union(*map(_compat.varying_axes, operands.values()))
+    axes = frozenset().union(*map(_jax.varying_axes, operands.values()))
 
     def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - _compat.varying_axes(x)))
+        missing = tuple(sorted(axes - _jax.varying_axes(x)))
         return jax.lax.pcast(x, missing, to="varying") if missing else x
 
     return {name: cast(x) for name, x in operands.items()}
@@ -62,8 +62,10 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     """Shapes of the results from those of the operands, by name."""
     dims = spec.dims
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
-    lead = tuple(_compat.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
+    lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
+    if isinstance(spec, AttentionSpec) and spec.value_dim:
+        sizes["dv"] = spec.value_dim
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
@@ -90,7 +92,7 @@ def _result_spec(result: str, spec: Spec, named: dict[str, Any]) -> Any:
     count = leading(spec, source, named[source].ndim)
     entries = dict(zip(spec.dims[source], named[source].sharding.spec[count:]))
     lead = tuple(
-        next((x.sharding.spec[axis] for x in named.values() if not _compat.same_dim(x.shape[axis], 1)), None)
+        next((x.sharding.spec[axis] for x in named.values() if not _jax.same_dim(x.shape[axis], 1)), None)
         for axis in range(count)
     )
     return jax.sharding.PartitionSpec(*lead, *(entries.get(dim) for dim in spec.dims[result]))
@@ -109,7 +111,7 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     names = operand_names(pass_, spec)
     avals: list[Any] = list(ctx.avals_in)
     shapes = {name: aval.shape for name, aval in zip(names, avals)}
-    head_dims = shapes["key"][-1], shapes["value"][-1]
+    head_dims = shapes["key"][-1], _value_dim(spec, shapes["value"][-1])
     if platform == "cuda" and any(d != padded_head_dim(d) for d in head_dims) and not pass_.in_place:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
@@ -131,20 +133,24 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     return results[: len(pass_.results)]
 
 
+def _value_dim(spec: Spec, columns: int) -> int:
+    """The head dim of V, whose operand has so many columns."""
+    return isinstance(spec, AttentionSpec) and spec.value_dim or columns
+
+
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
-    paged = isinstance(spec, AttentionSpec) and spec.paged
-    name = f"paged_{pass_.name}" if paged else pass_.name
-    operation = f"jax_flash {name}"
+    operation = f"jax_flash {pass_.name}"
     require_cuda(operation)
     library = cuda_library()
     if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return
-    rows = [row for row in library.kernels if row.pass_ == name]
+    loader = "paged" if isinstance(spec, AttentionSpec) and spec.paged else "dense"
+    rows = [row for row in library.kernels if row.pass_ == pass_.name and loader in row.loaders]
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
         built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
         raise NotImplementedError(
-            f"{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}); built are {built}; "
-            'implementation="xla" runs here'
+            f"{operation}: no CUDA kernel was built for {dtype} with head dims ({d}, {dv}) over {loader} keys; "
+            f'built are {built}; implementation="xla" runs here'
         )
 
 
@@ -158,7 +164,7 @@ def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[
 
     names = operand_names(pass_, spec)
     padded = {name: pad(name, x) for name, x in zip(names, arrays)}
-    sizes = {"d": arrays[1].shape[-1], "dv": arrays[2].shape[-1]}
+    sizes = {"d": arrays[1].shape[-1], "dv": _value_dim(spec, arrays[2].shape[-1])}
     results = LOCAL[pass_].bind(*padded.values(), spec=spec)
     return [x[..., : sizes.get(dims[name][-1], x.shape[-1])] for name, x in zip(pass_.results, results)]
 
@@ -172,21 +178,21 @@ def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spe
 
 def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
     """One device: the custom call. Several: the same, partitioned by sharding.py."""
-    if _compat.device_count(ctx) == 1:
+    if _jax.device_count(ctx) == 1:
         return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
-    if _compat.exporting(ctx):
+    if _jax.exporting(ctx):
         raise NotImplementedError(
             "jax_flash: a program for several devices can be exported only with attention inside jax.shard_map; "
             "elsewhere its partitioning lives in this process"
         )
-    if not _compat.uses_shardy():
+    if not _jax.uses_shardy():
         raise NotImplementedError(
             "jax_flash: partitioning over several devices needs JAX's default, jax_use_shardy_partitioner=True; "
             "without it, call attention inside jax.shard_map"
         )
     run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind)
     results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
-    return [_compat.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
+    return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
 def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: Spec) -> Any:
@@ -199,7 +205,7 @@ def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: Spe
 def _primitive(name: str, pass_: Pass) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(partial(_compat.apply_primitive, primitive))
+    primitive.def_impl(partial(_jax.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
     ad.primitive_jvps[primitive] = partial(_no_second_derivative, pass_=pass_)
@@ -219,7 +225,7 @@ def _local(pass_: Pass) -> Primitive:
 def _partitioned(pass_: Pass) -> Primitive:
     primitive = _primitive(f"jax_flash_{pass_.name}", pass_)
     mlir.register_lowering(primitive, partial(_lower_partitioned, pass_=pass_))
-    _compat.require_devices_during_lowering(primitive)
+    _jax.require_devices_during_lowering(primitive)
     return primitive
 
 

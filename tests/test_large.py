@@ -13,7 +13,9 @@ from conftest import IMPLEMENTATION
 
 from jax_flash import append_kv, flash_attention, flash_attention_varlen, paged_attention
 
-pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cuda", reason="takes 60 GB; the CPU's is in tests/memory")
+pytestmark = pytest.mark.skipif(
+    IMPLEMENTATION != "cuda", reason="takes 60 GB; the CPU's is in tests/kernels/guards"
+)
 
 HEADS, D, WINDOW = 64, 128, 100
 TOKENS = 2**31 // (HEADS * D) + 5000

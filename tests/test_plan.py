@@ -16,6 +16,7 @@ from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
 
 PASSES = ("forward", "backward", "bias_gradient")
+SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "cluster", "blocks")
 
 
 @pytest.mark.parametrize(
@@ -71,8 +72,15 @@ def test_a_card_like_sm_90_runs_no_fallback():
     table = Path(__file__).resolve().parent.parent / "csrc" / "kernels.def"
     if not table.exists():
         pytest.skip("the table lies in the source tree only")
-    found = re.findall(r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(.*)\)", table.read_text(), re.MULTILINE)
-    fallbacks = {(*names, *map(int, numbers.split(","))) for *names, numbers in found}
+    found = re.findall(
+        r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(\w+), *(.*), *[a-z_| ]+\)", table.read_text(), re.MULTILINE
+    )
+    loaders = {"dense": ("dense",), "paged": ("paged",)}
+    loaders |= dict.fromkeys(("both", "either"), ("dense", "paged"))
+    fallbacks = {
+        (arch, pass_, loaders[loader], dtypes, *map(int, numbers.split(",")))
+        for arch, pass_, loader, dtypes, numbers in found
+    }
     assert fallbacks
     calls = [{"pass_": name} for name in PASSES]
     calls += [{"paged": True}, {"paged": True, "q_rows": 1}, {"paged": True, "q_rows": 4}]
@@ -80,8 +88,8 @@ def test_a_card_like_sm_90_runs_no_fallback():
         for group, dtype in (("half", "bfloat16"), ("single", "float32")):
             for d, dv in HEAD_DIMS:
                 row = plan(**call, dtype=dtype, d=d, dv=dv)["row"]
-                sizes = (row[name] for name in ("d", "dv", "block_m", "block_n", "stages", "warps", "blocks"))
-                assert (row["arch"], row["pass"], group, *sizes) not in fallbacks
+                sizes = (row[name] for name in SHAPE)
+                assert (row["arch"], row["pass"], row["loaders"], group, *sizes) not in fallbacks
 
 
 def test_newer_cards_leave_turings_rows_alone():
@@ -162,7 +170,7 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
 @pytest.mark.parametrize("pass_", PASSES[:2])
 @pytest.mark.parametrize("seed", range(30))
 def test_the_workspace_stays_within_its_bound(pass_, seed):
-    """plan.cc's bound is workspace.py's, and holds on every device."""
+    """The bound holds on every device."""
     rng = np.random.default_rng(seed)
     draw = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
     packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), int(draw(1, 3))
@@ -184,10 +192,10 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
 
 def test_the_plan_in_words():
     assert plan(device=A100, d=128, dv=128)["text"].startswith(
-        "sm80 forward plain d=128 dv=128 tile 128x64, 128 blocks of queries"
+        "sm80 forward dense|paged plain d=128 dv=128 tile 128x64, 128 query tiles"
     )
     assert plan(d=128, dv=128, batch=9)["text"].startswith(
-        "sm90 forward plain d=128 dv=128 tile 128x128, 576 tiles of queries for 132 blocks"
+        "sm90 forward dense plain d=128 dv=128 tile 128x128, 576 query tiles on 132 persistent CTAs"
     )
 
 
@@ -197,16 +205,56 @@ COMMAND = ["plan", "--batch", "2", "--seqlen", "4096", "--heads", "16", "--head-
 def test_the_command_prints_a_line_per_pass(capsys):
     assert main([*COMMAND, "--gpu", "a100", "--bias", "--softcap", "30"]) == 0
     gpu, *lines = capsys.readouterr().out.splitlines()
-    assert gpu == "NVIDIA A100: sm_80, 108 multiprocessors, 166912 bytes shared"
-    assert [line.split()[1:3] for line in lines] == [[name, "general"] for name in PASSES]
+    assert gpu == "NVIDIA A100: sm_80, 108 SMs, 166912 bytes of shared memory"
+    assert [(line.split()[1], line.split()[3]) for line in lines] == [(name, "general") for name in PASSES]
     forward = plan(device=A100, batch=2, q_rows=4096, k_rows=4096, heads=16, kv_heads=16, d=128, dv=128)
     assert f"tile {tile(forward)[0]}x{tile(forward)[1]}" in lines[0]
-    assert f"{forward['queries']['blocks']} blocks of queries" in lines[0]
+    assert f"{forward['queries']['blocks']} query tiles" in lines[0]
 
 
 def test_the_command_says_why_nothing_runs_and_fails(capsys):
-    assert main([*COMMAND[:-1], "512", "--gpu", "h200"]) == 1
-    assert capsys.readouterr().out.count("no CUDA kernel was built") == 2
+    assert main([*COMMAND, "--gpu", "t4"]) == 1
+    assert capsys.readouterr().out.count("query is bfloat16, which sm_75 has no products of") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kv-heads", "3"], "flash_attention: key has 3 heads, which does not divide query's 16"),
+        (["--head-dim", "512"], "flash_attention: query has head dim 512, allowed are 1 to 256"),
+        (["--window", "-3", "0"], "flash_attention: window"),
+        (["--paged", "--page-size", "0"], "paged_attention: "),
+    ],
+)
+def test_the_command_refuses_what_the_function_refuses(arguments, message, capsys):
+    assert main([*COMMAND, *arguments]) == 2
+    assert capsys.readouterr().out.startswith(message)
+
+
+def test_the_command_refuses_negative_sizes(capsys):
+    with pytest.raises(SystemExit):
+        main([*COMMAND, "--batch", "-1"])
+    assert "-1 is negative" in capsys.readouterr().err
+
+
+def test_the_command_describes_paged_calls(capsys):
+    paged = [*COMMAND, "--gpu", "h200", "--paged", "--kv-seqlen", "8192"]
+    assert main(paged) == 0
+    assert "sm90 forward paged plain" in capsys.readouterr().out
+    assert main([*paged, "--page-size", "4"]) == 0
+    assert "sm80 forward dense|paged plain" in capsys.readouterr().out
+    assert main([*paged, "--seqlen", "1"]) == 0
+    assert "sm80 decode" in capsys.readouterr().out
+    assert main([*paged, "--varlen", "--float8"]) == 0
+    out = capsys.readouterr().out
+    assert "decode splits" in out
+    assert "sm80 forward" in out
+
+
+def test_the_command_says_its_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("jax_flash ")
 
 
 def test_the_command_pads_head_dims_as_a_call_does(capsys):
@@ -225,7 +273,8 @@ def test_the_command_names_the_kernel_of_a_bias_alone_on_hopper(keys, dtype, kin
     """One whose rows the copy engine can bring has a kernel of its own."""
     main([*COMMAND, "--gpu", "h200", "--bias", "--kv-seqlen", keys, "--dtype", dtype])
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.startswith(f"sm90 forward {kind} " if kind else "sm80 forward general ")
+    arch, _, _, score = line.split()[:4]
+    assert (arch, score) == (("sm90", kind) if kind else ("sm80", "general"))
 
 
 def test_the_command_packs_sequences(capsys):
@@ -242,4 +291,4 @@ def test_the_command_packs_sequences(capsys):
         d=128,
         dv=128,
     )
-    assert f"{chosen['workspace']} bytes workspace (of at most {chosen['workspace_bound']})" in text
+    assert f"{chosen['workspace']} bytes of workspace (of at most {chosen['workspace_bound']})" in text

@@ -43,7 +43,9 @@ def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
     ids=str,
 )
 def test_what_decode_lacks_takes_the_forward_over_pages(options):
-    assert plan(**options)["row"]["pass"] == "paged_forward"
+    row = plan(**options)["row"]
+    assert row["pass"] == "forward"
+    assert "paged" in row["loaders"]
 
 
 def test_other_pools_decode_as_well():
@@ -88,7 +90,6 @@ def test_every_row_fits_a_small_card():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_workspace_stays_within_its_bound(seed):
-    """plan.cc's bound is workspace.py's."""
     rng = np.random.default_rng(seed)
     draw = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
     b, leading, sq = int(draw(1, 3, 500)), int(draw(1, 2)), int(draw(1, 2, 7, 64, 65))

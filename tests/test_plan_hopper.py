@@ -55,7 +55,7 @@ def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
 
 def test_hopper_has_teams_where_rows_see_few_keys():
     def teams(keys: int, **options: Any) -> bool:
-        return " blocks of 2 teams" in plan(**{"q_rows": keys, "k_rows": keys, "batch": 16} | options)["text"]
+        return " of 2 teams" in plan(**{"q_rows": keys, "k_rows": keys, "batch": 16} | options)["text"]
 
     assert teams(1024, right=0)
     assert teams(16384, left=1024, right=0)
@@ -73,9 +73,9 @@ def test_hopper_has_teams_where_rows_see_few_keys():
 def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
     def teams(keys: int, batch: int, **options: Any) -> bool:
         sizes = {"q_rows": keys, "k_rows": keys, "batch": batch, "heads": 16, "kv_heads": 16}
-        return " blocks of 2 teams" in plan(**sizes | options)["text"]
+        return " of 2 teams" in plan(**sizes | options)["text"]
 
-    assert teams(1024, 1)  # 128 tiles, or 96 large ones, for 132 multiprocessors
+    assert teams(1024, 1)  # 128 tiles, or 96 large ones, for 132 SMs
     assert teams(1024, 2)  # 256, or 192
     assert teams(512, 8)  # 512, or 384
     assert not teams(768, 4)  # 384, or 256
@@ -95,7 +95,7 @@ def test_teams_share_tiles_out():
     counter = 256  # bytes of workspace
     few, many = of_heads(132, right=0), of_heads(136, right=0)  # of two tiles each
     assert tile(few) == tile(many) == (128, 64)
-    assert "264 tiles of queries for 132 blocks of 2 teams" in few["text"]
+    assert "264 query tiles on 132 persistent CTAs of 2 teams" in few["text"]
     assert (few["workspace"], many["workspace"]) == (0, counter)
     assert few["shared"] == 2 * (2 * (128 * 64 + 3 * 64 * (64 + 64)) + 2048)
     equal = plan(q_rows=128, k_rows=100, heads=272, kv_heads=4, batch=1)
@@ -114,11 +114,11 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
             dv=padded_head_dim(case.dv), left=of_case.left, right=of_case.right, softcap=of_case.softcap,
             operands=operand_bits(of_case.operands),
         )  # fmt: skip
-        if "sm90 forward plain" in chosen["text"]:
+        if "sm90 forward dense plain" in chosen["text"]:
             of = chosen["row"]["d"], *tile(chosen)
-            takers = 132 * (2 if " teams" in chosen["text"] else 1)
+            parallel = 132 * (2 if " teams" in chosen["text"] else 1)
             reached.add(of)
-            if chosen["queries"]["blocks"] > takers:  # one at least has a tile after another
+            if chosen["queries"]["blocks"] > parallel:  # one at least has a tile after another
                 reached.add((*of, "by a counter" if chosen["workspace"] else "in turn"))
     assert reached >= {(64, 64, 128), (128, 64, 128), (128, 128, 160), (256, 128, 80)}
     assert reached >= {(64, 128, 64, how) for how in ("by a counter", "in turn")}  # of teams
@@ -131,7 +131,7 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
 
 def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
     def pairs(rows: int, keys: int, d: int = 128, **options: Any) -> bool:
-        return "blocks in pairs" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
+        return "in 2-CTA clusters" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
 
     assert pairs(8192, 8192)
     assert pairs(8192, 8192, right=0)
@@ -143,9 +143,12 @@ def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
     assert not pairs(8192, 8192, varlen=True)
     assert not pairs(300, 8192)
     assert pairs(17 * 128, 8192)
-    assert "for 16 blocks in pairs" in plan(d=256, dv=256, batch=1, q_rows=256, k_rows=8192)["text"]
+    assert (
+        "on 16 persistent CTAs in 2-CTA clusters"
+        in plan(d=256, dv=256, batch=1, q_rows=256, k_rows=8192)["text"]
+    )
     odd = plan(device=H100 | {"sm_count": 133}, d=128, dv=128, q_rows=8192, k_rows=8192)
-    assert "for 132 blocks in pairs" in odd["text"]
+    assert "on 132 persistent CTAs in 2-CTA clusters" in odd["text"]
 
 
 def test_hopper_copies_pages_by_groups_of_eight_rows():
@@ -182,12 +185,12 @@ def test_three_consumers_have_registers_for_one_option_of_the_score():
     ],
 )
 def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kernel):
-    assert plan(d=128, dv=128, **options)["text"].split()[2] == kernel
+    assert plan(d=128, dv=128, **options)["text"].split()[3] == kernel
     others = kernel if kernel in ("plain", "dropout") else "general"
-    assert plan(d=128, dv=128, device=A100, **options)["text"].split()[2] == others
+    assert plan(d=128, dv=128, device=A100, **options)["text"].split()[3] == others
 
 
 def test_blocks_that_stay_count_tiles_of_unequal_length():
     assert plan(d=128, dv=128, batch=9, q_rows=1024)["workspace"] == 0
     assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # the last tile of a head is shorter
-    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 multiprocessors
+    assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 SMs

@@ -55,7 +55,7 @@ def build_emulated(head_dims: str, archs: str = "90a-real") -> Path:
     folder = EMULATED.parent
     defines = [f"-DPython_EXECUTABLE={sys.executable}", f"-DJAX_FLASH_HEAD_DIMS={head_dims}"]
     defines += [f"-DJAX_FLASH_CUDA_ARCHS={archs}"]
-    source = ROOT / "tools" / "emulator"
+    source = ROOT / "tests" / "kernels" / "emulator"
     subprocess.run(["cmake", "-S", source, "-B", folder, *defines], check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", folder, "--parallel", "2"], check=True, stdout=subprocess.DEVNULL)
     return EMULATED

@@ -1,7 +1,7 @@
 """Builds the CUDA library alone, calls its passes through jax.ffi, and holds them against the equations in JAX.
 
     python3 tools/gpu_check.py                on a machine with a GPU: build, check everything, time it
-    python3 tools/gpu_check.py --emulated     on any machine: the same kernels on tools/emulator, small cases
+    python3 tools/gpu_check.py --emulated     on any machine: the same kernels on tests/kernels/emulator, small cases
 
 Needs cmake, a C++20 compiler, jax, and nvcc unless emulated; nothing is installed.
 """

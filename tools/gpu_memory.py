@@ -1,4 +1,4 @@
-"""Runs tests/units, then tests/memory's drivers until every CUDA kernel has had its turn, under each of the guards.
+"""Runs tests/kernels/units, then the drivers of tests/kernels/guards until every CUDA kernel has had its turn.
 
     python3 tools/gpu_memory.py [units bands memcheck initcheck synccheck racecheck]
 

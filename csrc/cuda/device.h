@@ -1,9 +1,9 @@
-// What plan() wants to know of a GPU.
+// The properties of a GPU that plan() needs.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "core/plan.h"
+#include "core/plan/call.h"
 
 namespace jax_flash {
 

@@ -1,27 +1,31 @@
 #include "registry.h"
 
+#include "core/table.h"
+
 namespace jax_flash {
 
-#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, blocks, launch) Launch launch;
+#define JF_BUILT(arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores, \
+                 launch)                                                                                \
+  Launch launch;
 #include "built_kernels.def"
 #undef JF_BUILT
 
 namespace {
 
-enum Family { sm75 = 75, sm80 = 80, sm90 = 90 };
-constexpr Pass forward = Pass::kForward, backward = Pass::kBackward, bias_gradient = Pass::kBiasGradient,
-               paged_forward = Pass::kPagedForward, decode = Pass::kDecode;
-enum DTypeBit { float16 = 1, bfloat16 = 2, float32 = 4 };
+using namespace columns;
 
 constexpr KernelRow kRows[] = {
-#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, blocks, launch) \
-  {#family, family, pass, dtype, d, dv, m, n, stages, warps, blocks},
+#define JF_BUILT(arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores, \
+                 launch)                                                                                \
+  {&arches::arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores},
 #include "built_kernels.def"
 #undef JF_BUILT
 };
 
 constexpr Launch* kLaunches[] = {
-#define JF_BUILT(family, pass, dtype, d, dv, m, n, stages, warps, blocks, launch) launch,
+#define JF_BUILT(arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores, \
+                 launch)                                                                                \
+  launch,
 #include "built_kernels.def"
 #undef JF_BUILT
 };

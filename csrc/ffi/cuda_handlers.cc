@@ -1,12 +1,13 @@
-// The FFI handlers of libjax_flash_cuda.so, and what else it exports (csrc/ffi/table.h). No Python here.
+// The FFI handlers of libjax_flash_cuda.so, and what else it exports (csrc/ffi/library.h). No Python here.
 #include <cuda_runtime_api.h>
 
 #include <map>
 
-#include "core/plan.h"
+#include "core/plan/plan.h"
 #include "cuda/append/append.h"
 #include "cuda/device.h"
 #include "cuda/registry.h"
+#include "ffi/library.h"
 #include "ffi/operands.h"
 
 #define JF_EXPORT extern "C" __attribute__((visibility("default")))
@@ -43,7 +44,8 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
-  const LaunchPlan chosen = plan(pass, spec, shapes_of(p), device, built_kernels());
+  const Shapes shapes = shapes_of(p);
+  const LaunchPlan chosen = plan({pass, spec, shapes, device}, built_kernels());
   if (chosen.kernel < 0) return ffi::Error::InvalidArgument(chosen.error);
   if (static_cast<int64_t>((*workspace)->size_bytes()) < chosen.workspace) {
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");

@@ -26,4 +26,5 @@ NB_MODULE(_core, module) {
   module.def("cpu_isa", &jax_flash::cpu_isa);
   module.def("version", [] { return JAX_FLASH_VERSION; });
   jax_flash::bind_cuda(module);
+  jax_flash::bind_plan(module);
 }

@@ -1,13 +1,15 @@
-// The forward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
+// The portable forward, which runs on sm_75 and every newer card: FlashAttention-2 (Dao, 2023) with mma.sync,
+// ldmatrix and cp.async. Keys and values are dense or lie in pages (forward/sm80_state.cuh).
 #pragma once
 
 #include <type_traits>
 
-#include "core/plan.h"
-#include "cuda/block_state.cuh"
+#include "core/families/portable_layout.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
+#include "cuda/forward/sm80_state.cuh"
 #include "cuda/launch.h"
-#include "cuda/load_kv.cuh"
+#include "cuda/load/ring.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
@@ -18,45 +20,25 @@
 
 namespace jax_flash::inline JF_FAMILY {
 
-// Keys that lie side by side.
-template <class T, bool kRunning>
-struct DenseState : BlockState<T> {
-  using Source = RowSource<T, kRunning>;
-  static constexpr bool kScaled = false;  // keys and values are stored as they are
-  GlobalRows<const T> key, value;
-
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    BlockState<T>::prepare(p, schedule, q_tiles, block_m, block_n);
-    const BlockWork& work = this->work;
-    const int32_t kv_head = p.kv_head(work.head), first = work.tile.k_begin;
-    key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, first), p.key.row, p.head_dim};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, first), p.value.row, p.value_dim};
-  }
-  __device__ __forceinline__ Source source() const { return {key, value, this->end}; }
-};
-
-static_assert(sizeof(DenseState<float, true>) <= kBlockStateBytes);
-
-// Keys of a tile: where a warp owns 32 query rows, scores that are not plain have no registers for more.
+// Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
 constexpr int forward_keys(int head_dim, int m, int n, int warps, ScoreKind kind) {
   if (kind == ScoreKind::kPlain || m / warps == 16) return n;
   return n < 64 || head_dim > 64 ? 32 : 64;
 }
 
-// Whether there are registers for the addresses of what is copied next.
+// Whether the dense loader keeps its next addresses in registers (RowSource's kRunning).
 constexpr bool keeps_addresses(int m, int stages, int warps, ScoreKind kind) {
   return kind != ScoreKind::kPlain || (m / warps == 16 && stages == 2);
 }
 
-// A row of csrc/kernels.def; a warp owns 16 or 32 query rows. State: what a block knows of its operands,
-// DenseState or PagedState.
+// A row of csrc/kernels.def. Each warp owns 16 or 32 query rows. State_: DenseState or PagedState.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
           class State_ = DenseState<T, keeps_addresses(M, Stages, Warps, Kind)>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
-  // Dropout's first numbers are drawn beside S = Q Kᵀ, where there are registers for them.
+  // Dropout's first random numbers are drawn while S = Q Kᵀ runs. Only the kernel for dropout alone has
+  // registers for them.
   static constexpr bool kEarlyNumbers = Kind == ScoreKind::kDropoutAlone;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
@@ -66,38 +48,43 @@ struct ForwardSm80 {
   static constexpr int kWarpRows = M / kWarps;
   static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
-  // Dealt: a thread's keys are neighbours in bias and mask.
+  // Permuted tiles give each thread adjacent keys, so that bias and mask are read in wide loads.
   using KTile = SharedTile<T, kN, HeadDim, kGeneral>;
   using VTile = SharedTile<T, kN, ValueDim, kGeneral>;
   using OTile = SharedTile<T, M, ValueDim>;
-  using S = std::conditional_t<kGeneral, DealtAccumulator<kWarpRows / 16, kN / 8>,
+  using S = std::conditional_t<kGeneral, PermutedAccumulator<kWarpRows / 16, kN / 8>,
                                Accumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Softmax =
       std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, UnboundedSoftmax<S::kSlots, volatile float>>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
-  // Q's fragments stay in registers as far as 32 go: all, or where tiles have two stages the first.
+  // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,
+  // the leading ones do.
   static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * HeadDim / 16;
   static constexpr bool kQPartly = kPlain && kWarpRows == 16 && Stages == 2;
   static constexpr int kQSteps = kQRegisters <= 32 ? kHeadSteps
                                  : kQPartly        ? kHeadSteps * 32 / kQRegisters
                                                    : 0;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
-  static constexpr int kSharedBytes = QTile::kBytes + Ring::kBytes;
+  static constexpr RowShape kShape{HeadDim, ValueDim, M, kN, Stages, Warps, State::kPaged};
+  static constexpr ForwardLayout kLayout = forward_layout(kShape, sizeof(T));
+  static constexpr int kSharedBytes = kLayout.bytes;
+  static_assert(kLayout.ring - kLayout.q == QTile::kBytes && kLayout.bytes - kLayout.ring == Ring::kBytes);
+  static_assert(sizeof(State) <= forward_state_bytes(kShape));
   static_assert(kWarpRows % 16 == 0 && kN % 32 == 0);
-  // A warp stores its rows of O over its own rows of Q.
+  // Each warp stores its rows of O over its own rows of Q, so no barrier is needed.
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
 };
 
-// O ← O + P V  [M, dv], P = 2^(S − m): exponentials of later keys run beside the product of earlier ones.
-// `numbers`: of the first keys, where they are drawn early.
+// O ← O + P V  [M, dv] with P = 2^(S − m). The exponentials of later keys overlap the product of earlier
+// ones. `numbers`: dropout's random numbers for the first keys, where they are drawn early.
 template <class C, class V, class Row>
 __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
                                            typename C::Softmax& softmax, const ScoreOperands& operands,
                                            KeptNumbers<typename C::S>& numbers, const Row& row, int32_t key) {
   using T = typename C::Element;
   using S = typename C::S;
-  constexpr int kTiles = kStepK<T> / 8;  // column tiles of a step
+  constexpr int kTiles = kStepK<T> / 8;  // column tiles of S per k step
   const auto drop_first = [&] {
     softmax.exponentiate(s, 0, S::kColumnTiles);
     operands.dropout_at(row(), key).template elements<S>().drop(s, 0, S::kColumnTiles);
@@ -131,12 +118,13 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   using S = typename C::S;
   const TileWork& tile = block.work.tile;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
-  const uint32_t q_tile = ptx::shared_address(shared);
+  const uint32_t q_tile = ptx::shared_address(shared) + C::kLayout.q;
   const GeneralScore general(p, block.score, block.band);
-  typename C::Ring kv(q_tile + C::QTile::kBytes, block.source(), block.tiles);
+  typename C::Ring kv(q_tile + C::kLayout.ring, block.source(), block.tiles);
   typename C::Q q(q_tile, warp_row);
 
-  // The warp's first row. It is read where it is used: no register is left for it.
+  // The warp's first query row. It is reloaded from shared memory at each use, since no register is left for
+  // it.
   auto row = [&] { return static_cast<const volatile int32_t&>(tile.row) + warp_row; };
 
   typename C::O o;
@@ -157,18 +145,19 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     if constexpr (C::kGeneral) general.fetch(bias, row(), key);
     KeptNumbers<S> numbers = {};
     if constexpr (C::kEarlyNumbers)
-      block.score.dropout_at(row(), key).draw(numbers, 0);  // beside the product
+      block.score.dropout_at(row(), key).draw(numbers, 0);  // overlaps the product
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
     const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
-    if constexpr (C::State::kScaled) for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });
+    if constexpr (C::State::kScaled)
+      for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
     if constexpr (C::kGeneral)
-      general.apply(s, row(), key, softmax.scale, bias);  // softcap, bias, alibi, masks
+      general.apply(s, row(), key, softmax.scale, bias);  // softcap, bias, alibi, segments, mask
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
-    softmax.update_lazily(s, o);  // m; O ← α O
+    softmax.update_lazily(s, o);  // m ← max(m, rowmax S); O ← α O
 
-    add_values<C>(o, s, v, softmax, block.score, numbers, row, key);
+    add_values<C>(o, s, v, softmax, block.score, numbers, row, key);  // P = 2^(S − m); O ← O + P V
   }
   kv.finish();
 
@@ -177,8 +166,8 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   LseRows lse;
   lse.prepare(p, block.work);
   float factors[C::S::kSlots];
-  finish_softmax(factors, softmax, lse, block.work.tile, row(), factor);
-  normalise_rows(o, factors);
+  finish_softmax(factors, softmax, lse, block.work.tile, row(), factor);  // lse = m + log l
+  normalise_rows(o, factors);                                             // O ← O / l
   store_rows<typename C::OTile>(o, shared, warp_row, block.out, row(), tile.end);
 }
 
@@ -200,6 +189,28 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
   const TileGrid& grid = plan.queries;
   return launch(forward_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
+}
+
+// A row of csrc/kernels.def whose keys and values lie in pages.
+template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps,
+          int Blocks>
+struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind,
+                                      PagedState<T, Pool, forward_keys(HeadDim, M, N, Warps, Kind), Stages>> {
+};
+
+template <class T, int... kNumbers>
+cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
+                                      cudaStream_t stream) {
+  if (p.kv_dtype == DType::kF8E4M3) {
+    return launch_forward_sm80<PagedForwardSm80<T, uint8_t, ScoreKind::kGeneral, kNumbers...>>(
+        p, plan, workspace, stream);
+  }
+  if (plan.general()) {
+    return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kGeneral, kNumbers...>>(p, plan, workspace,
+                                                                                         stream);
+  }
+  return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kPlain, kNumbers...>>(p, plan, workspace,
+                                                                                     stream);
 }
 
 }  // namespace jax_flash::inline JF_FAMILY

@@ -1,6 +1,6 @@
-// Barriers in shared memory, on which arriving and waiting are two things, and the numbered barriers of a
-// block. mbarrier is sm_80's and newer; on sm_75 a barrier is the count of all arrivals, and of those that
-// end a phase.
+// mbarrier, whose arrive and wait are separate, and the named barriers of a thread block (bar.sync). sm_75
+// has no mbarrier: there a barrier is two counters in shared memory, one of all arrivals so far and one of
+// the arrivals that complete a phase.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ inline constexpr int kBarrierBytes = 8;
 
 #if __CUDA_ARCH__ >= 800
 
-// A phase ends when `count` have arrived; the next begins at once.
+// A phase completes when `count` threads have arrived, and the next phase begins at once.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -21,12 +21,12 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 %0, [%1];" : "=l"(state) : "r"(barrier) : "memory");
 }
 
-// This thread arrives when the cp.async that it has issued are done.
+// This thread arrives as soon as all cp.async that it has issued are complete.
 __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Until the phase numbered `phase`, counted from 0, has ended. At most one phase behind the barrier's own.
+// Waits until phase number `phase`, counted from 0, is complete. The barrier may be at most one phase ahead.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   uint32_t done;
   do {
@@ -72,8 +72,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 
 #endif
 
-// A warp's arrivals at a barrier: its first lane's, after __syncwarp. compute-sanitizer's racecheck takes an
-// arrival for what the thread itself has done: for it (tools/gpu_memory.py) every lane arrives.
+// How many arrivals stand for a warp: one, of its first lane, after __syncwarp. compute-sanitizer's racecheck
+// believes that an arrival orders the arriving thread's accesses only, so under it (tools/gpu_memory.py)
+// every lane arrives.
 #ifdef JAX_FLASH_EVERY_LANE
 inline constexpr uint32_t kWarpArrivals = 32;
 #else
@@ -81,25 +82,25 @@ inline constexpr uint32_t kWarpArrivals = 1;
 #endif
 __device__ __forceinline__ bool arrives_for_warp() { return kWarpArrivals > 1 || threadIdx.x % 32 == 0; }
 
-// For what all lanes of this warp have done.
+// Arrives for all lanes of this warp.
 __device__ __forceinline__ void barrier_arrive_by_warp(uint32_t barrier) {
   __syncwarp();
   if (arrives_for_warp()) barrier_arrive(barrier);
 }
 
-// threadIdx.x, read where it is asked for instead of kept in a register.
+// threadIdx.x, read from its special register here instead of kept in a general one.
 __device__ __forceinline__ int thread_index() {
   int x;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
   return x;
 }
 
-// As __syncthreads for `threads` of the block, whole warps; numbers from 1 to 15.
+// Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// This warp's part of a sync_group, without waiting for the others.
+// Arrives at a named barrier without waiting.
 __device__ __forceinline__ void arrive_group(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

@@ -1,8 +1,8 @@
-// Clusters (sm_90 and newer): blocks that reach each other's shared memory. An address in shared::cluster is
-// one of 32 bits, as those of the block's own shared memory are.
+// Thread block clusters (sm_90 and newer) and distributed shared memory. A shared::cluster address has 32
+// bits, as a shared::cta address does.
 //
-// What arrives in another block does so without a scope: .release.cluster would be a fence of the whole
-// device's, MEMBAR.ALL.GPU, and .acquire.cluster an L1 cleared (SASS of CUDA 13.0).
+// Remote arrivals carry no scope qualifier: CUDA 13.0 compiles .release.cluster to MEMBAR.ALL.GPU, a fence
+// for the whole device, and .acquire.cluster to an invalidation of L1.
 #pragma once
 
 #include <cuda.h>
@@ -14,21 +14,21 @@
 
 namespace jax_flash::ptx {
 
-// The block's number in its cluster.
+// The CTA's rank in its cluster.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t x;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
   return x;
 }
 
-// Where what lies at `shared` here lies in a block of the cluster.
+// mapa: the shared::cluster address of `shared` in CTA `rank` of the cluster.
 __device__ __forceinline__ uint32_t address_in(uint32_t shared, uint32_t rank) {
   uint32_t x;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(x) : "r"(shared), "r"(rank));
   return x;
 }
 
-// At the barrier of any block: after reads that are over, not after writes that others wait for.
+// Arrives at the barrier of CTA `rank`. This may signal that reads are complete, but it publishes no writes.
 __device__ __forceinline__ void barrier_arrive_in(uint32_t barrier, uint32_t rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, rank)) : "memory");
 }
@@ -38,7 +38,7 @@ __device__ __forceinline__ void barrier_arrive_in_by_warp(uint32_t barrier, uint
   if (arrives_for_warp()) barrier_arrive_in(barrier, rank);
 }
 
-// To another block's shared memory; its barrier, in the same block, counts the 4 bytes.
+// st.async: stores to the shared memory of CTA `rank`, whose barrier counts the 4 bytes.
 __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32_t barrier, uint32_t rank) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(
                    address_in(shared, rank)),
@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32
                : "memory");
 }
 
-// As __syncthreads, for all blocks of the cluster; by whole warps.
+// __syncthreads for all CTAs of the cluster. Whole warps call it.
 __device__ __forceinline__ void sync_cluster() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"
@@ -54,8 +54,8 @@ __device__ __forceinline__ void sync_cluster() {
           : "memory");
 }
 
-// copy_box to the blocks of `blocks`, a bit for each: to the same place in each, and each one's own barrier
-// counts the bytes.
+// copy_box with multicast to the CTAs in the bit mask `blocks`: the box goes to the same offset in the shared
+// memory of each, and each CTA's own barrier counts the bytes.
 __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t shared, const CUtensorMap& map,
                                             uint32_t barrier, const Coordinates& at) {
   asm volatile(

@@ -1,5 +1,5 @@
-// cp.async: global to shared memory without registers (sm_80 and newer). On sm_75 a copy goes through
-// registers and is done when it has been issued: nothing is left to wait for.
+// cp.async: asynchronous copies from global to shared memory (sm_80 and newer). On sm_75 a copy goes through
+// registers and is synchronous, so there is nothing to commit or to wait for.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@ namespace jax_flash::ptx {
 
 #if __CUDA_ARCH__ >= 800
 
-// 16 bytes; zeros, and nothing is read, when !valid.
+// Copies 16 bytes. When !valid nothing is read and zeros are written.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 
-// 4 bytes, in the same way.
+// Copies 4 bytes, likewise.
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
                : "memory");
@@ -24,7 +24,7 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, 
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `kPending` of this thread's newest groups are in flight.
+// Waits until at most the newest kPending groups of this thread are in flight.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,4 +1,4 @@
-// float8_e4m3fn widened to 16 bits: an instruction from sm_89 on.
+// float8_e4m3fn to 16 bits: one instruction on sm_89 and newer.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,7 +12,7 @@
 
 namespace jax_flash::ptx {
 
-// Those in the lower two bytes, the first in the low half.
+// Widens the two values in the lower two bytes; the lower byte goes to the low half.
 template <class T>
 __device__ __forceinline__ uint32_t widen_float8(uint32_t two) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890

@@ -1,12 +1,12 @@
-// Stores to global memory without a branch around them, which nothing that lies in shared memory has to be
-// read anew after.
+// Predicated stores to global memory. Unlike a store in an if they need no branch, and without a "memory"
+// clobber the compiler does not reload what it has read from shared memory before them.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_flash::ptx {
 
-// 16 bytes, at a multiple of 16, where `used`.
+// Stores 16 bytes at a multiple of 16 if `used`.
 __device__ __forceinline__ void store_global(void* to, const uint4& x, bool used) {
   asm volatile(
       "{.reg .pred used; setp.ne.s32 used, %5, 0; @used st.global.v4.b32 [%0], {%1, %2, %3, %4};}" ::"l"(to),

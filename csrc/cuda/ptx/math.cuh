@@ -8,7 +8,7 @@
 
 namespace jax_flash {
 
-// kernels.def's names.
+// The dtype names of csrc/kernels.def.
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;
 using float32 = float;
@@ -17,33 +17,33 @@ using float32 = float;
 
 namespace jax_flash::ptx {
 
-// 2^x to 2 ulp; 2^-inf = 0.
+// 2^x with an error of 2 ulp; 2^-inf = 0.
 __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// To 2^-22, where |log2 x| > 1 relatively; log2(0) = -inf.
+// log2 x with an absolute error of 2^-22, or a relative one where |log2 x| > 1; log2(0) = -inf.
 __device__ __forceinline__ float log2(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// 1 / x to 1 ulp.
+// 1 / x with an error of 1 ulp.
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// Of three whole numbers: one instruction from sm_90 on.
+// The maximum and minimum of three integers: one instruction on sm_90 and newer.
 __device__ __forceinline__ int max3(int x, int y, int z) { return __vimax3_s32(x, y, z); }
 __device__ __forceinline__ int min3(int x, int y, int z) { return __vimin3_s32(x, y, z); }
 
-// Byte i is the one that digit i of kSelector names, filled with its sign where the digit is 8
-// more. Not __byte_perm, which knows no signs.
+// prmt: byte i of the result is the byte of x that hex digit i of kSelector selects; a digit of 8 + b fills
+// it with the sign bit of byte b, which __byte_perm cannot do.
 template <uint32_t kSelector>
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   uint32_t y;
@@ -51,20 +51,20 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t x) {
   return y;
 }
 
-// Both halves filled with the sign of the low or the high half.
+// Both 16-bit halves filled with the sign bit of the low (high) half of x.
 __device__ __forceinline__ uint32_t sign_of_low(uint32_t x) { return permute_bytes<0x9999>(x); }
 __device__ __forceinline__ uint32_t sign_of_high(uint32_t x) { return permute_bytes<0xBBBB>(x); }
 
-// Of two float16 in a word each: a mask of those of x that are not below y's.
+// For each half, as float16: 0xFFFF where x is greater than or equal to y or either is NaN, else 0.
 __device__ __forceinline__ uint32_t not_below(uint32_t x, uint32_t y) {
   return __hgeu2_mask(reinterpret_cast<const __half2&>(x), reinterpret_cast<const __half2&>(y));
 }
 
-// Bytes 0 and 2, or 1 and 3, in the lower two.
+// Bytes 0 and 2 (1 and 3) of x in the lower two bytes.
 __device__ __forceinline__ uint32_t even_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4420); }
 __device__ __forceinline__ uint32_t odd_bytes(uint32_t x) { return __byte_perm(x, 0, 0x4431); }
 
-// Two floats rounded to T, the first in the low half.
+// Two floats rounded to T in one register, `low` in the low half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
 
@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float low, float high) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// What pack made, as floats.
+// The inverse of pack.
 template <class T>
 __device__ __forceinline__ float2 unpack(uint32_t pair);
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
-// Two floats, rounded, to neighbouring elements.
+// Stores two floats, rounded to T, to adjacent elements.
 template <class T>
 __device__ __forceinline__ void store_pair(T* to, float low, float high) {
   *reinterpret_cast<uint32_t*>(to) = pack<T>(low, high);

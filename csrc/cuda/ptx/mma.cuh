@@ -1,12 +1,13 @@
-// mma.sync with float32 accumulators: 16-bit operands, m16n8k16, and float32 operands, m16n8k8, as three
-// products of TF32. sm_75 has neither bfloat16 nor TF32: float16 takes two products m16n8k8, float32 the FMA
-// units.
+// mma.sync with float32 accumulators: m16n8k16 for 16-bit operands, and m16n8k8 for float32 operands, which
+// takes three TF32 products. sm_75 has neither bfloat16 nor TF32: there float16 takes two m16n8k8 products,
+// and float32 runs on the FMA units.
 //
 // Fragments of lane l, with g = l / 4 and t = l % 4:
 //   A [16, 16]: a0 = (g, 2t..), a1 = (g + 8, 2t..), a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..)
 //   B [16, 8]:  b0 = (2t.., g), b1 = (2t + 8.., g)
 //   C [16, 8]:  c0, c1 = (g, 2t..), c2, c3 = (g + 8, 2t..)
-// float32, A [16, 8] and B [8, 8]: the same with one element t in the place of the pair 2t.., and 4 for 8.
+// For float32, A is [16, 8] and B is [8, 8]; a register holds one element at t instead of the pair at 2t..,
+// and 4 replaces 8 along k.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -54,9 +55,9 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
-// Splits float32 into the TF32 nearest to it and the TF32 nearest to the rest. kQuick: by integers, for
-// cvt.rna.tf32 is five instructions on sm_90; of the rest mma does not see the lower 13 bits, and a NaN may
-// be lost from the first part, never from the rest.
+// Splits x into high, the nearest TF32, and low, the nearest TF32 of x − high. cvt.rna.tf32 is five
+// instructions on sm_90, so kQuick rounds with integer arithmetic instead: `low` is then truncated (mma
+// ignores the lower 13 bits), and a NaN may be lost in `high` but never in `low`.
 template <bool kQuick, int kCount>
 struct SplitTf32 {
   uint32_t high[kCount], low[kCount];
@@ -70,8 +71,8 @@ struct SplitTf32 {
   }
 };
 
-// A B = high · high + high · low + low · high. The sum over k is made outside: tensor cores cut off where
-// they add, and over many steps that is seen.
+// A B ≈ high · high + high · low + low · high. Steps are accumulated outside the tensor core, which truncates
+// when it adds: over many steps that error would be visible.
 template <bool kQuick>
 __device__ __forceinline__ void mma_split(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const SplitTf32<kQuick, 4> as(a);
@@ -84,13 +85,13 @@ __device__ __forceinline__ void mma_split(float (&c)[4], const uint32_t (&a)[4],
   for (int i = 0; i < 4; ++i) c[i] += step[i];
 }
 
-// 2⁻²² away from the product.
+// The relative error of a product is 2⁻²².
 template <>
 __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma_split<false>(c, a, b0, b1);
 }
 
-// Of float32 twice as far, where its conversion would be what a kernel waits for.
+// mma with twice that error for float32, for kernels that the conversion to TF32 would limit.
 template <class T>
 __device__ __forceinline__ void mma_quick(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (sizeof(T) == 4) {
@@ -115,7 +116,7 @@ __device__ __forceinline__ void mma<__half>(float (&c)[4], const uint32_t (&a)[4
   mma_half(c, a[2], a[3], b1);
 }
 
-// A lane makes its own elements of C from what the lanes of their rows and columns hold.
+// Each lane computes its own elements of C and fetches A and B from the lanes that hold them.
 template <>
 __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const int lane = static_cast<int>(threadIdx.x % 32), row = lane & ~3, column = lane % 4 * 8;
@@ -127,7 +128,7 @@ __device__ __forceinline__ void mma<float>(float (&c)[4], const uint32_t (&a)[4]
     step[2] = fmaf(lower, first, step[2]);
     step[3] = fmaf(lower, second, step[3]);
   };
-#pragma unroll 1  // there are hundreds of these in a kernel
+#pragma unroll 1  // a kernel contains hundreds of these loops
   for (int k = 0; k < 4; ++k) {
     add(from(a[0], row + k), from(a[1], row + k), from(b0, column + k), from(b0, column + 4 + k));
     add(from(a[2], row + k), from(a[3], row + k), from(b1, column + k), from(b1, column + 4 + k));

@@ -1,4 +1,4 @@
-// movmatrix: an 8 × 8 matrix of 16-bit elements transposed between a warp's registers (sm_75 and newer).
+// movmatrix: transposes an 8 × 8 matrix of 16-bit elements across a warp's registers (sm_75 and newer).
 #pragma once
 
 #include <cstdint>

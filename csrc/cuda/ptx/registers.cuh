@@ -1,4 +1,4 @@
-// setmaxnreg (sm_90a): sets the registers of a thread, in all warps of a warpgroup.
+// setmaxnreg (sm_90a): changes the register count of a warpgroup. All of its warps execute it.
 #pragma once
 
 namespace jax_flash::ptx {

@@ -1,4 +1,4 @@
-// Shared memory: where it begins, and its 32-bit addresses.
+// Dynamic shared memory and 32-bit shared addresses.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ __device__ __forceinline__ uint8_t* dynamic_shared() {
   return bytes;
 }
 
-// The same where tiles are swizzled over 1024 bytes.
+// Aligned for the 128-byte swizzle of TMA and wgmma, which repeats every 1024 bytes.
 __device__ __forceinline__ uint8_t* dynamic_shared_1024() {
   extern __shared__ __align__(1024) uint8_t aligned_bytes[];
   return aligned_bytes;

@@ -1,4 +1,5 @@
-// TMA (sm_90 and newer): boxes of a tensor, and bytes in a row, between global and shared memory.
+// TMA (sm_90 and newer): boxes of a tensor, and bytes that lie one after the other, between global and shared
+// memory. An mbarrier counts the bytes of loads, a bulk group those of reductions.
 #pragma once
 
 #include <cuda.h>
@@ -7,18 +8,18 @@
 
 namespace jax_flash::ptx {
 
-// mbarrier.arrive.expect_tx: this thread arrives, and the phase does not end before `bytes` more have come.
+// arrive.expect_tx: this thread arrives, and the phase also waits for `bytes` bytes of copies.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// After barrier_init, before any copy counts on the barriers.
+// Makes barrier_init visible to TMA and to the cluster. It precedes the first copy.
 __device__ __forceinline__ void fence_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders this thread's writes to shared memory before reads of it by wgmma and TMA.
+// Makes this thread's writes to shared memory visible to wgmma and TMA, which read through the async proxy.
 __device__ __forceinline__ void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -27,12 +28,12 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Where a box begins, the innermost dimension first.
+// A box's first element, innermost dimension first.
 struct Coordinates {
   int32_t column, head, row, batch, leading;
 };
 
-// Loads the map's box, with zeros for what lies outside the tensor. The barrier counts the bytes.
+// Starts the copy of a box to `shared`. Elements outside the tensor become zeros.
 __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
                                          const Coordinates& at) {
   asm volatile(
@@ -51,8 +52,8 @@ __device__ __forceinline__ void copy_bytes(uint32_t shared, const void* from, ui
       : "memory");
 }
 
-// Adds float32 in shared memory to those at `to`; multiples of 16 bytes as above. Part of the thread's current
-// bulk group.
+// Adds float32 in shared memory to those at `to`; multiples of 16 bytes as above. Part of the thread's
+// current bulk group.
 __device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
                "r"(shared), "r"(bytes)

@@ -1,5 +1,5 @@
-// wgmma (sm_90a): products of a warpgroup, D [64, N] += A [64, 16] B [16, N] in float32, which run beside the
-// threads that issued them. D is laid out as mma.sync's accumulator, 16 rows for each of the four warps.
+// wgmma (sm_90a): asynchronous products of a warpgroup, D [64, N] += A [64, 16] B [16, N] in float32. Each of
+// the four warps holds 16 rows of D in mma.sync's C layout.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,20 +9,20 @@
 
 namespace jax_flash::ptx {
 
-// Between the last use of registers that the next wgmma reads or writes, and that wgmma.
+// Orders earlier accesses to registers before the next wgmma that reads or writes them.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most `kPending` of the newest groups are in flight.
+// Waits until at most the newest kPending groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The compiler neither reads these registers earlier nor writes them later than here.
+// Compiler fence on registers (CUTLASS: warpgroup_fence_operand): accesses to them do not move across it.
 template <int n>
 __device__ __forceinline__ void hold(float (&d)[n][4]) {
 #pragma unroll
@@ -35,8 +35,9 @@ __device__ __forceinline__ void hold(uint32_t (&a)[n][4]) {
   for (int i = 0; i < n * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// The assembler puts what x is made of before a wait that comes after this: it would be made later, beside
-// nothing. x is never below 0, nothing is ever stored.
+// Scheduling fence: makes ptxas compute x before a wait that follows, so that the computation overlaps what
+// is waited for. ptxas would otherwise move it after the wait. x is never negative, so the store never
+// happens.
 __device__ __forceinline__ void make_before(float x) {
   asm volatile(
       "{.reg .pred below; .reg .b32 at; mov.b32 at, %0; setp.lt.f32 below, %0, 0f00000000; "
@@ -44,9 +45,9 @@ __device__ __forceinline__ void make_before(float x) {
       : "memory");
 }
 
-// multiply<kFirst>(d, a, b): D += A B, or D = A B where it is the first. A is a descriptor
-// (tile/descriptor.cuh) or four registers, as mma.sync's; B a descriptor. kTransposeA, kTransposeB = 1: the
-// operand's rows in shared memory are those of k.
+// multiply<kFirst>(d, a, b): D = A B if kFirst, else D += A B. A is a descriptor (tile/descriptor.cuh) or
+// four registers in mma.sync's A layout; B is a descriptor. kTransposeA, kTransposeB = 1: the operand is
+// MN-major.
 template <class T, int N>
 struct Wgmma;
 

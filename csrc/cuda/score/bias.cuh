@@ -76,7 +76,7 @@ class GlobalBias {
   template <class T, class S>
   __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key, float factor,
                                               const BiasChunks<S>* chunks) const {
-    if constexpr (sizeof(T) == 2 && S::kDealt) {
+    if constexpr (sizeof(T) == 2 && S::kPermuted) {
       if (chunks && operands.bias_in_chunks(p)) {
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot) {
@@ -90,7 +90,7 @@ class GlobalBias {
         return;
       }
     }
-    if constexpr (sizeof(T) == 2 && !S::kDealt) {
+    if constexpr (sizeof(T) == 2 && !S::kPermuted) {
       if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key, factor);
     }
     for_each_used<T>(s, operands.bias, p.bias, band, row, key,

@@ -41,7 +41,7 @@ struct KeptElements {
 // x in both halves of a word.
 __device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
 
-// Dropout's numbers for an accumulator that is not dealt, or for kTiles of its column tiles at a time: two
+// Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time: two
 // neighbours in a word, and in the same word those of the row 8 further.
 template <class S, int kTiles = 4>
 struct KeptNumbers {
@@ -53,7 +53,7 @@ struct KeptNumbers {
 
   // The numbers of a slot's row and the next slot's, column tiles n to n + 3.
   __device__ __forceinline__ void set(int slot, int n, const PhiloxBlock& block) {
-    static_assert(!S::kDealt);
+    static_assert(!S::kPermuted);
 #pragma unroll
     for (int i = 0; i < 4; ++i) word[slot / 2][(n + i) % kTiles] = block.word[i];
   }
@@ -147,7 +147,7 @@ struct TileDropout {
   }
 
   // A lane computes one Philox block for every two rows and 32 columns. Its numbers are for the columns that
-  // the lane holds in an Accumulator; for those of a DealtAccumulator the row's lanes exchange them.
+  // the lane holds in an Accumulator; for those of a PermutedAccumulator the row's lanes exchange them.
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_of_blocks() const {
     const uint32_t lane = threadIdx.x % 4;
@@ -167,7 +167,7 @@ struct TileDropout {
 #pragma unroll
         for (int i = 0; i < 8; ++i)
           bits |= uint32_t{(x.word[i / 2] >> i % 2 * 16 & (kDropoutNumbers - 1)) >= dropout.threshold} << i;
-        if constexpr (S::kDealt) {
+        if constexpr (S::kPermuted) {
           bits <<= 8 * lane;
           bits |= __shfl_xor_sync(~0u, bits, 1);
           bits |= __shfl_xor_sync(~0u, bits, 2);

@@ -8,33 +8,39 @@
 
 namespace jax_flash {
 
-// [16 · kRowTiles, 8 · kColumnTiles] float32: lane l holds, of every 16 × 8 tile, rows l / 4 and l / 4 + 8
-// and columns 2 · (l % 4) and the next. A thread's rows are counted by slot = 2 · row tile + half.
+// Sets a lane's fragments of C to zero.
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void clear_fragments(float (&x)[kRowTiles][kColumnTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+}
+
+// [16 · kRowTiles, 8 · kColumnTiles] float32 of one warp. Of every 16 × 8 tile lane l holds rows l / 4 and
+// l / 4 + 8, and in each of them columns 2 · (l % 4) and 2 · (l % 4) + 1. A thread's rows are numbered by
+// slot = 2 · row tile + half.
 template <int RowTiles, int ColumnTiles>
 struct Accumulator {
   static constexpr int kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
   static constexpr int kSlots = 2 * RowTiles;
-  static constexpr bool kDealt = false;
+  static constexpr bool kPermuted = false;
 
   float x[RowTiles][ColumnTiles][4];
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int m = 0; m < RowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < ColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
-  }
+  __device__ __forceinline__ void clear() { clear_fragments(x); }
 
-  // The row of a slot, and the column of an element's pair, from the start of the accumulator.
+  // The row of a slot, and the first column of column tile n's pair, within the accumulator.
   __device__ __forceinline__ static int row(int slot) {
     return slot / 2 * 16 + slot % 2 * 8 + static_cast<int>(threadIdx.x % 32 / 4);
   }
   __device__ __forceinline__ static int column(int n) {
     return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
   }
-  static constexpr int column_step(int n) { return n * 8; }  // column(n) − column(0)
+  // column(n) − column(0)
+  static constexpr int column_step(int n) { return n * 8; }
 
   __device__ __forceinline__ void scale_row(int slot, float factor) {
 #pragma unroll
@@ -47,20 +53,20 @@ struct Accumulator {
   }
 };
 
-// The accumulator of a product whose columns are the rows of a dealt tile: a thread holds 8 neighbours of
-// each 32 columns, in order.
+// The accumulator of a product whose columns are the rows of a permuted tile (SharedTile): a thread holds 8
+// adjacent columns of every 32, in order.
 template <int RowTiles, int ColumnTiles>
-struct DealtAccumulator : Accumulator<RowTiles, ColumnTiles> {
-  static constexpr bool kDealt = true;
+struct PermutedAccumulator : Accumulator<RowTiles, ColumnTiles> {
+  static constexpr bool kPermuted = true;
   static_assert(ColumnTiles % 4 == 0);
 
   __device__ __forceinline__ static int column(int n) {
-    return dealt(n * 8 + static_cast<int>(threadIdx.x % 4) * 2);
+    return permuted(n * 8 + static_cast<int>(threadIdx.x % 4) * 2);
   }
-  static constexpr int column_step(int n) { return dealt(n * 8); }
+  static constexpr int column_step(int n) { return permuted(n * 8); }
 };
 
-// f(x, slot, n, e) for every element of this thread, row by row.
+// Calls f(x, slot, n, e) for every element of this thread, row by row.
 template <class S, class F>
 __device__ __forceinline__ void for_each(S& s, F f) {
 #pragma unroll
@@ -71,12 +77,14 @@ __device__ __forceinline__ void for_each(S& s, F f) {
       for (int e = 0; e < 2; ++e) f(s.at(slot, n, e), slot, n, e);
 }
 
-// Where a warp's 16-row and 16-column blocks lie in a tile: the first, and the distance from one to the next.
+// Which 16-row and 16-column blocks of a tile a warp's accumulator covers: the first, and the distance from
+// one to the next.
 struct Placement {
   int row, row_step, column, column_step;
 };
 
-// The accumulator, rounded, into its place in a shared tile; its rows are numbered as they are read.
+// Rounds the accumulator to Tile::Element and stores it at `at` in a shared tile. `at` counts rows as mma
+// reads them (Tile::row_of).
 template <class Tile, class A>
 __device__ __forceinline__ void store_accumulator(const A& a, uint8_t* shared, Placement at) {
   using T = typename Tile::Element;

@@ -8,7 +8,8 @@
 
 namespace jax_flash {
 
-// Rows of a head: T elements, `columns` of them used (a multiple of 8), `stride` elements from row to row.
+// The rows of one head in global memory: `stride` elements from row to row, the first `columns` used (a
+// multiple of 8).
 template <class T>
 struct GlobalRows {
   T* data;
@@ -16,75 +17,77 @@ struct GlobalRows {
   int32_t columns;
 };
 
-// What a thread copies of a tile: a chunk in every kBeside-th panel of the rows that lie kStep apart.
+// Which chunks of a tile a thread copies: in every kStep-th row one chunk of every kPanelsAtOnce-th panel.
 template <class Tile, int kThreads>
 struct ThreadShare {
   static constexpr int kPanel = Tile::kPanel, kPanels = Tile::kChunks / kPanel;
   static constexpr int kStep = kThreads / kPanel < Tile::kRows ? kThreads / kPanel : Tile::kRows;
-  static constexpr int kBeside = kThreads / (kPanel * kStep);
+  static constexpr int kPanelsAtOnce = kThreads / (kPanel * kStep);
 
-  // The first row and chunk, and their place.
+  // The thread's first row, its chunk there, and that chunk's byte offset in the tile.
   __device__ __forceinline__ static int row() { return static_cast<int>(threadIdx.x / kPanel % kStep); }
   __device__ __forceinline__ static int chunk() {
     return static_cast<int>(threadIdx.x / (kPanel * kStep) * kPanel + threadIdx.x % kPanel);
   }
-  __device__ __forceinline__ static uint32_t place() { return Tile::offset(row(), chunk()); }
+  __device__ __forceinline__ static uint32_t offset() { return Tile::offset(row(), chunk()); }
 
-  // Where the thread's first chunk of a row lies; rows that are not used are zeros.
+  // Where the thread's first chunk of a row lies in global memory. Unused rows become zeros.
   struct Row {
     const typename Tile::Element* from;
     bool used;
   };
-  // Starts the copy of the rows that `find`(r) tells for row() + r, r a constant that ascends. Columns from
-  // `columns` on are zeros.
+  // Starts the thread's copies. find(r) returns the Row for tile row row() + r; it is called with ascending
+  // compile-time constants. Columns from `columns` on become zeros.
   template <class Find>
-  __device__ __forceinline__ static void load(uint32_t tile, uint32_t place, int32_t columns, Find find) {
+  __device__ __forceinline__ static void load(uint32_t tile, uint32_t offset, int32_t columns, Find find) {
     using T = typename Tile::Element;
-    const int32_t left = columns - chunk() * kChunk<T>;
+    const int32_t columns_left = columns - chunk() * kChunk<T>;
 #pragma unroll
     for (int r = 0; r < Tile::kRows; r += kStep) {
-      const Row own = find(r);
-      const uint32_t to = tile + (place ^ Tile::key(r) << 4);  // the key of row() + r is that of both
+      const Row source = find(r);
+      // swizzle(row() + r) = swizzle(row()) ^ swizzle(r), and `offset` has the first.
+      const uint32_t to = tile + (offset ^ Tile::swizzle(r) << 4);
 #pragma unroll
-      for (int panel = 0; panel < kPanels; panel += kBeside) {
+      for (int panel = 0; panel < kPanels; panel += kPanelsAtOnce) {
         const int column = panel * kPanel * kChunk<T>;
         const bool inside = (Tile::kRows % kStep == 0 || row() + r < Tile::kRows) &&
-                            (kPanels % kBeside == 0 || chunk() < (kPanels - panel) * kPanel);
+                            (kPanels % kPanelsAtOnce == 0 || chunk() < (kPanels - panel) * kPanel);
         if (inside)
-          ptx::cp_async_16(to + (r * Tile::kPitch + Tile::panel_offset(panel * kPanel)), own.from + column,
-                           own.used && column < left);
+          ptx::cp_async_16(to + (r * Tile::kPitch + Tile::panel_offset(panel * kPanel)), source.from + column,
+                           source.used && column < columns_left);
       }
     }
   }
 
  private:
-  static constexpr bool keys_add_up() {
+  static constexpr bool swizzle_is_linear() {
     for (int r = 0; r < Tile::kRows; r += kStep)
       for (int row = 0; row < kStep && row + r < Tile::kRows; ++row)
-        if (Tile::key(row + r) != (Tile::key(row) ^ Tile::key(r))) return false;
+        if (Tile::swizzle(row + r) != (Tile::swizzle(row) ^ Tile::swizzle(r))) return false;
     return true;
   }
-  static_assert(keys_add_up());
+  static_assert(swizzle_is_linear());
 };
 
-// Starts the copy of rows [first, first + Tile::kRows) into `shared`; unused columns are zero, and rows that
-// `used`(row, r) denies for row + r of the tile: r is a constant, `row` the thread's own.
+// Starts the copy of rows [first, first + Tile::kRows) into the tile at `shared`. Unused columns become
+// zeros, and so do the rows row + r of the tile for which used(row, r) is false; `row` depends on the thread,
+// r is a compile-time constant.
 template <class Tile, int kThreads, class T, class Used>
 __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRows<const T>& source,
                                                 int32_t first, Used used) {
   using Share = ThreadShare<Tile, kThreads>;
   const int row = Share::row();
-  const auto stride = static_cast<uint32_t>(source.stride);  // one token's elements
+  const auto stride = static_cast<uint32_t>(source.stride);  // the elements of one token fit 32 bits
   const T* from =
       source.data + uint64_t{static_cast<uint32_t>(first + row)} * stride + Share::chunk() * kChunk<T>;
-  Share::load(shared, Share::place(), source.columns, [&](int r) {
-    const typename Share::Row own{from, used(row, r)};
+  Share::load(shared, Share::offset(), source.columns, [&](int r) {
+    const typename Share::Row current{from, used(row, r)};
     from += uint64_t{stride} * Share::kStep;
-    return own;
+    return current;
   });
 }
 
-// As above; rows from `end` on are zero.
+// Starts the copy of rows [first, first + Tile::kRows); rows from `end` on become zeros.
 template <class Tile, int kThreads, class T>
 __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<const T>& source, int32_t first,
                                           int32_t end) {
@@ -92,8 +95,8 @@ __device__ __forceinline__ void load_tile(uint32_t shared, const GlobalRows<cons
                                   [=](int row, int r) { return r < end - first - row; });
 }
 
-// Copies rows [row, row + kRows) of a shared tile to rows [first, end) in global memory, as thread `thread`
-// of `kThreads`.
+// Copies rows [row, row + kRows) of a shared tile to global rows [first, end). This is the share of thread
+// `thread` among kThreads.
 template <class Tile, int kRows, int kThreads, class T>
 __device__ __forceinline__ void store_tile(const uint8_t* shared, int row, const GlobalRows<T>& to,
                                            int32_t first, int32_t end, int thread) {

@@ -1,5 +1,5 @@
-// Descriptors: how wgmma finds its operands in a SharedTile, whose swizzle is also the copy engine's. Tiles
-// begin at a multiple of 1024 bytes.
+// wgmma's matrix descriptors of a SharedTile, whose swizzle is that of TMA and wgmma. Tiles are aligned to
+// 1024 bytes.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +8,26 @@
 
 namespace jax_flash {
 
-// Bits 0–13 the address, 16–29 and 32–45 the leading and the stride byte offset, all of them / 16; 62–63 the
-// swizzle: 1, 128 bytes; 2, 64 bytes.
+// Bits 0–13 hold the address, 16–29 the leading byte offset and 32–45 the stride byte offset, each / 16. Bits
+// 62–63 hold the swizzle: 1 for 128 bytes, 2 for 64 bytes.
 template <class Tile>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
   constexpr uint64_t kSwizzle = Tile::kPanel == 8 ? 1 : 2, kStride = 8 * Tile::kPitch / 16;
   return uint64_t{(address & 0x3FFFF) >> 4} | uint64_t{leading >> 4} << 16 | kStride << 32 | kSwizzle << 62;
 }
 
-// An operand whose rows in shared memory are rows of A or columns of B: k runs along them.
+// A K-major operand: each row of the tile is a row of A or a column of B.
 template <class Tile>
 struct RowsDescriptor {
   uint64_t first;
   __device__ __forceinline__ explicit RowsDescriptor(uint32_t tile) : first(descriptor<Tile>(tile, 16)) {}
-  // At step k of 16.
+  // The descriptor of the k-th 16 elements of the product's K dimension.
   __device__ __forceinline__ uint64_t at(int k) const {
     return first + (Tile::panel_offset(2 * k) + 2 * k % Tile::kPanel * 16) / 16;
   }
 };
 
-// One whose rows are those of k (kTransposeB = 1).
+// An MN-major operand (kTransposeB = 1): each row of the tile is one k.
 template <class Tile>
 struct ColumnsDescriptor {
   uint64_t first;

@@ -1,4 +1,4 @@
-// Accumulators spread over a warp's registers, and the products of attention on them.
+// The products of attention by mma.sync, on accumulators in a warp's registers.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,12 @@
 
 namespace jax_flash {
 
-// Steps of k written out one after the other. float32 has twice as many, of nine times the instructions; from
-// registers it has to be all.
+// How many k steps are unrolled. float32 has twice as many steps with nine times the instructions, so it
+// unrolls only two, except for an A in registers, which must be indexed at compile time.
 template <class T, int kSteps, class A>
 inline constexpr int kUnrolled = sizeof(T) == 2 || A::kInRegisters ? kSteps : 2;
 
-// C += A B at step k; A and B are readers of tile/operands.cuh.
+// C += A B for one k step. A and B are operands of tile/operands.cuh.
 template <class T, class A, class B, class C>
 __device__ __forceinline__ void multiply_add_step(C& c, const A& a, const B& b, int k) {
   uint32_t af[C::kRowTiles][4];
@@ -31,14 +31,15 @@ __device__ __forceinline__ void multiply_add_step(C& c, const A& a, const B& b, 
   }
 }
 
-// The same over `kSteps` steps.
+// C += A B over kSteps k steps.
 template <class T, int kSteps, class A, class B, class C>
 __device__ __forceinline__ void multiply_add(C& c, const A& a, const B& b) {
 #pragma unroll kUnrolled < T, kSteps, A>
   for (int k = 0; k < kSteps; ++k) multiply_add_step<T>(c, a, b, k);
 }
 
-// S = Q Kᵀ: Q [16 · row tiles, d] from `row` of its tile on, K [keys, d] from `key` on.
+// S = Q Kᵀ for rows [row, row + 16 · row tiles) of the tile of Q [M, d] and keys from `key` on of the tile of
+// K [N, d].
 template <class QTile, class KTile, class S>
 __device__ __forceinline__ void mma_qk(S& s, uint32_t q, int row, uint32_t k, int key = 0) {
   using T = typename QTile::Element;
@@ -46,7 +47,7 @@ __device__ __forceinline__ void mma_qk(S& s, uint32_t q, int row, uint32_t k, in
   multiply_add<T, QTile::kChunks / 2>(s, RowsA<QTile>(q, row), RowsB<KTile>(k, key));
 }
 
-// O += P V: P in registers, rounded to T on the way (C's layout is A's), V [keys, dv].
+// O += P V for P in registers, rounded to T (mma's C layout is its A layout), and a tile of V [N, dv].
 template <class VTile, class O, class P>
 __device__ __forceinline__ void mma_pv(O& o, const P& p, uint32_t v) {
   using T = typename VTile::Element;

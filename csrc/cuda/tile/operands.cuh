@@ -1,8 +1,9 @@
-// Readers of mma's operands: load(fragment, tile, k) brings the fragment of a 16-row tile of A, or of a pair
-// of 8-column tiles of B, at step k. A step is 32 bytes of k.
+// The operands of mma.sync. load(fragment, tile, k) loads the fragment of the `tile`-th 16 rows of A, or of
+// the pair of 8-column tiles of B that begins at the `tile`-th, for k step k. A step covers 32 bytes of K.
 //
-// "Rows": the tile in shared memory has one row per row of A or column of B, and k runs along it.
-// "Columns": it has one row per k. Blocks of 16 rows of A or columns of B may lie `kDistance` columns apart.
+// RowsA, RowsB: a K-major tile in shared memory, one row per row of A or column of B.
+// ColumnsA, ColumnsB: an MN-major tile in shared memory, one row per k. Successive blocks of 16 rows of A or
+// columns of B lie kDistance columns apart.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@
 
 namespace jax_flash {
 
-// Elements of k in a step.
+// Elements of K in a step.
 template <class T>
 inline constexpr int kStepK = 32 / static_cast<int>(sizeof(T));
 
@@ -43,9 +44,9 @@ struct RowsB {
   }
 };
 
-// float32 has no transposing ldmatrix: words (k, column) one by one. k counts rows 2t and 2t + 1 of a step in
-// lane t where the other operand comes from registers or columns (kPairs), t and t + 4 where it comes from
-// rows.
+// float32 has no transposing ldmatrix, so its MN-major operands are loaded word by word. Of each step lane t
+// holds k = 2t and 2t + 1 (kPairs) where the other operand comes from registers or is MN-major too, and
+// k = t and t + 4 where it is K-major: both operands must agree on the order of k.
 template <class Tile, bool kPairs>
 struct ColumnWords {
   LaneAddress<Tile> even, odd;
@@ -57,7 +58,8 @@ struct ColumnWords {
     at.base += g % 4 * 4;
     return at;
   }
-  // Words (k, g) and (k, g + 8) of the block of 16 columns at `chunk`, for both k of the lane.
+  // low, high: columns g and g + 8 of the block of 16 columns at `chunk`, for both k of the lane (g = lane /
+  // 4).
   __device__ __forceinline__ void load(uint32_t (&low)[2], uint32_t (&high)[2], int chunk, int k) const {
     low[0] = ptx::load_shared(even.at(Tile::row_of(8 * k), chunk));
     low[1] = ptx::load_shared(odd.at(Tile::row_of(8 * k), chunk));
@@ -66,7 +68,7 @@ struct ColumnWords {
   }
 };
 
-// B [k, columns] from `column` on.
+// B [K, columns] from `column` on.
 template <class Tile, int kDistance, bool kPairs = true>
 struct ColumnsB {
   LaneAddress<Tile> lane;
@@ -77,9 +79,9 @@ struct ColumnsB {
   }
 };
 
-template <int kRows, int kColumns, bool kDealt, int kDistance, bool kPairs>
-struct ColumnsB<SharedTile<float, kRows, kColumns, kDealt>, kDistance, kPairs> {
-  ColumnWords<SharedTile<float, kRows, kColumns, kDealt>, kPairs> words;
+template <int kRows, int kColumns, bool kPermuted, int kDistance, bool kPairs>
+struct ColumnsB<SharedTile<float, kRows, kColumns, kPermuted>, kDistance, kPairs> {
+  ColumnWords<SharedTile<float, kRows, kColumns, kPermuted>, kPairs> words;
   __device__ __forceinline__ ColumnsB(uint32_t tile, int column) : words(tile, column) {}
   __device__ __forceinline__ void load(uint32_t (&b)[4], int n, int k) const {
     uint32_t low[2], high[2];
@@ -88,7 +90,7 @@ struct ColumnsB<SharedTile<float, kRows, kColumns, kDealt>, kDistance, kPairs> {
   }
 };
 
-// A [columns, k] from `column` on.
+// A [columns, K] from `column` on.
 template <class Tile, int kDistance>
 struct ColumnsA {
   static constexpr bool kInRegisters = false;
@@ -123,7 +125,7 @@ struct FragmentsA {
     for (int i = 0; i < 4; ++i) a[i] = x[m][k][i];
   }
 
-  // All of another operand.
+  // Loads all fragments of another operand.
   template <class A>
   __device__ __forceinline__ void read(const A& from) {
 #pragma unroll
@@ -132,7 +134,7 @@ struct FragmentsA {
       for (int k = 0; k < Steps; ++k) from.load(x[m][k], m, k);
   }
 
-  // `slot` as in an accumulator, whose layout is A's.
+  // `slot` as in Accumulator: mma's C layout is its A layout.
   __device__ __forceinline__ void scale_row(int slot, float factor) {
 #pragma unroll
     for (int k = 0; k < Steps; ++k) {
@@ -150,8 +152,7 @@ struct FragmentsA {
   }
 };
 
-// Rows of a tile in shared memory, of which the first kLeading steps of k stay in registers once they are
-// read.
+// RowsA, except that the first kLeading k steps stay in registers once read() has loaded them.
 template <class T, int RowTiles, int kSteps, int kLeading, class Tile>
 class LeadingFragmentsA {
  public:
@@ -175,7 +176,7 @@ class LeadingFragmentsA {
   FragmentsA<T, RowTiles, (kLeading > 0 ? kLeading : 1)> leading_;
 };
 
-// A in an accumulator, rounded to T on the way: C's layout is A's.
+// An accumulator as A, rounded to T: mma's C layout is its A layout.
 template <class T, class P>
 struct RegistersA {
   static constexpr bool kInRegisters = true;

@@ -1,0 +1,129 @@
+// The Hopper family (sm90): wgmma, TMA and mbarrier pipelines.
+#include <algorithm>
+
+#include "core/families/hopper_layout.h"
+#include "core/plan/family.h"
+
+namespace jax_flash {
+namespace {
+
+using hopper::kConsumerRows;
+
+// Which tiles suit a call of the forward. The limits were measured on one H200 (docs/experiments).
+class TileChoice {
+ public:
+  explicit TileChoice(const Call& call) : call_(call), visible_keys_(call.visible_keys()) {}
+
+  // One consumer warpgroup: the grid fits in one wave, so larger tiles would leave SMs idle.
+  bool wants_one_consumer() const { return waves(kConsumerRows) <= 1; }
+
+  // With few keys, or few waves of tiles, two teams hide each other's prologue and epilogue, which outweighs
+  // their smaller key tile.
+  bool wants_teams() const {
+    constexpr int64_t kFewKeysOfBand = 1024 + 1;  // a window of 1,024, and the row's own key
+    constexpr int64_t kFewKeys = 256;
+    const bool band = call_.spec.left >= 0 || call_.spec.right >= 0;
+    if (visible_keys_ <= (band ? kFewKeysOfBand : kFewKeys)) return true;
+    return !call_.spec.packed() && few_waves();  // of packed sequences only a bound of the tiles is known
+  }
+
+  bool wants_more_keys() const { return visible_keys_ >= 1536; }
+
+ private:
+  // Waves of query tiles of so many rows, one tile per SM at a time.
+  int64_t waves(int64_t rows) const {
+    const Shapes& s = call_.shapes;
+    const int64_t sequences = call_.spec.packed() ? 1 : s.batch;
+    return ceil_div(ceil_div(s.q_rows, rows) * s.heads * sequences * s.leading,
+                    std::max(1, call_.device.sm_count));
+  }
+
+  // The last wave of large tiles would leave more of the card idle than that of teams' smaller ones. The cost
+  // of a wave, in rows of large tiles, is measured at d = 64, the only head dim that has teams. Tiles of
+  // unequal length fill the last wave up by themselves: there teams pay only where all their tiles run at
+  // once.
+  bool few_waves() const {
+    constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
+    constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
+    constexpr int64_t kMostWaves = 8, kMostTeamWaves = 2;
+    const int64_t large = waves(kLargeTile), small = waves(kTeamTile);
+    const bool few = call_.tiles_differ() ? small <= kMostTeamWaves : large <= kMostWaves;
+    return few && small / 2 * kCostOfBothTeams + small % 2 * kCostOfOneTeam <= large * kLargeTile;
+  }
+
+  const Call& call_;
+  int64_t visible_keys_;
+};
+
+class Forward final : public PassTraits {
+ public:
+  // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page,
+  // and TMA cannot widen float8.
+  bool serves(const KernelRow&, const Call& call) const override {
+    return call.shapes.leading_rank <= 1 && call.shapes.page_size % 8 == 0 && !call.float8_pools();
+  }
+
+  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+    return hopper::forward_shared_bytes(
+        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages),
+        row.teams);
+  }
+
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    if (call.spec.paged()) return false;  // the table's order
+    const TileChoice choice(call);
+    const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
+    if (a_small != b_small) return a_small == choice.wants_one_consumer();
+    if ((a.teams > 1) != (b.teams > 1)) return (a.teams > 1) == choice.wants_teams();
+    return a.block_n != b.block_n && (a.block_n > b.block_n) == choice.wants_more_keys();
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
+    plan.cluster_size = uses_clusters(row, call, plan) ? row.cluster : 1;
+    share_tiles(row, call, workspace, plan);
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return schedule_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+  }
+
+ private:
+  static constexpr int64_t kCounterBytes = 4;
+
+  // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
+  // of tiles leaves one CTA of the last cluster idle.
+  static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
+    if (row.cluster == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
+      return false;
+    constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
+    const bool many = call.visible_keys() * row.head_dim >= kManyElements;
+    return call.device.always_cluster ||
+           (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
+  }
+
+  // Persistent CTAs, as many as fit. A counter in memory hands out tiles of unequal length.
+  static void share_tiles(const KernelRow& row, const Call& call, Workspace& workspace, LaunchPlan& plan) {
+    const TileGrid& grid = plan.queries;
+    const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
+    const int64_t blocks =
+        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+    plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
+    const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
+    if (unequal && blocks > most * row.teams) plan.tile_counter = workspace.add(kCounterBytes);
+  }
+};
+
+}  // namespace
+
+namespace families {
+
+const Family& hopper() {
+  static const Forward forward;
+  static const Family family{&forward};
+  return family;
+}
+
+}  // namespace families
+}  // namespace jax_flash

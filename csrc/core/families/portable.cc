@@ -1,0 +1,208 @@
+// The portable family (sm75, sm80 and, by PTX, every newer card): mma.sync and cp.async.
+#include <algorithm>
+#include <limits>
+
+#include "core/families/portable_layout.h"
+#include "core/plan/family.h"
+#include "core/split.h"
+
+namespace jax_flash {
+namespace {
+
+int32_t element_size(const Call& call) { return call.shapes.dtype == DType::kF32 ? 4 : 2; }
+
+RowShape shape_of(const KernelRow& row, const Call& call) {
+  return {row.head_dim,
+          row.value_dim,
+          row.block_m,
+          row.block_n,
+          row.stages,
+          row.warps,
+          call.loader() == Loader::kPaged};
+}
+
+class Forward final : public PassTraits {
+ public:
+  bool serves(const KernelRow&, const Call&) const override { return true; }
+
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return forward_shared_bytes(shape_of(row, call), element_size(call));
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return schedule_bound(spec, s, s.q_rows);
+  }
+};
+
+// dK and dV by key tiles; dQ added up in a float32 accumulator or, where it has to be repeatable, by query
+// tiles.
+class Backward final : public PassTraits {
+ public:
+  bool serves(const KernelRow&, const Call&) const override { return true; }
+
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return backward_shared_bytes(shape_of(row, call), element_size(call));
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    const Shapes& s = call.shapes;
+    plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    if (call.spec.deterministic) {
+      plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
+    } else {
+      plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
+    }
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    const Dim keys = schedule_bound(spec, s, s.k_rows);
+    if (spec.deterministic) return keys + schedule_bound(spec, s, s.q_rows);
+    return keys + aligned(accumulator_bytes(spec, s));
+  }
+};
+
+class BiasGradient final : public PassTraits {
+ public:
+  bool serves(const KernelRow&, const Call&) const override { return true; }
+
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return bias_gradient_shared_bytes(shape_of(row, call), element_size(call));
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace&, LaunchPlan& plan) const override {
+    const Shapes& s = call.shapes;
+    plan.queries.block = row.block_m, plan.queries.tiles = ceil_div(s.bias[2], row.block_m);
+    plan.keys.block = row.block_n, plan.keys.tiles = ceil_div(s.bias[3], row.block_n);
+    plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
+  }
+
+  Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override { return 0; }
+};
+
+// Bounds of what rows of csrc/kernels.def and the schedule take.
+constexpr int64_t kMostRows = 64;       // query rows of a KV head over pages; beyond, products bound the call
+constexpr int64_t kMostTile = 16;       // of these rows in a column
+constexpr int64_t kLeastKeys = 64;      // of a key tile
+constexpr int64_t kMostBlocks = 1024;   // CTAs, where they split sequences
+constexpr int64_t kSplitKeys = 2048;    // of a split in batch-invariant mode
+constexpr int64_t kMostRowsDense = 16;  // query rows of a KV head without pages
+
+// CTAs of a column: one wave of them, or a few where one wave would leave SMs idle.
+int32_t ranges_of_column(int64_t columns, int64_t wave) {
+  const auto efficiency = [&](int64_t ranges) {
+    const int64_t blocks = columns * ranges;
+    return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, wave) * wave);
+  };
+  constexpr double kGain = 1.05;  // that is worth more CTAs
+  int64_t best = std::max<int64_t>(1, wave / columns);
+  for (int64_t ranges = best + 1; ranges * columns <= kMostBlocks && ranges <= 4 * wave / columns; ++ranges) {
+    if (efficiency(ranges) > efficiency(best) * kGain) best = ranges;
+  }
+  return static_cast<int32_t>(best);
+}
+
+// O and the softmax of the rows of all splits, and where each row's result goes.
+Dim partial_bytes(const Dim& rows, const Dim& value_dim) {
+  constexpr int64_t kSoftmax = 8;  // bytes: m and l
+  return rows * (value_dim * 4 + (kSoftmax + kOutputRowBytes));
+}
+
+// Few query rows for each KV head: the bytes of the keys, not the products, bound the call.
+class Decode final : public PassTraits {
+ public:
+  bool serves(const KernelRow& row, const Call& call) const override {
+    const AttentionSpec& spec = call.spec;
+    const Shapes& s = call.shapes;
+    for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
+      if (spec.has(operand)) return false;
+    }
+    if (spec.layout == Layout::kVarlen || (call.float8_pools() && !serves_float8(row, s))) return false;
+    const int64_t rows = call.rows_of_group(), entries = call.entries();
+    // A tile of 16 rows where 8 would do wastes half of every product.
+    if (row.block_m > 8 && rows <= 8) return false;
+    return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kMostRows : kMostRowsDense) && 0 < entries &&
+           entries <= std::numeric_limits<int32_t>::max();
+  }
+
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return decode_shared_bytes(shape_of(row, call), element_size(call));
+  }
+
+  bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
+    return a.block_m > b.block_m;
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    const AttentionSpec& spec = call.spec;
+    const Shapes& s = call.shapes;
+    DecodeGrid& grid = plan.decode;
+    const int64_t tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
+    const int64_t chunks = ceil_div(call.rows_of_group(), row.block_m);
+    grid.columns = static_cast<int32_t>(s.kv_heads * chunks);
+    if (spec.packed()) grid.packed_rows = static_cast<int32_t>(chunks * row.block_m);
+    const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
+    grid.ranges =
+        static_cast<int32_t>(std::min<int64_t>(ranges_of_column(grid.columns, wave), call.entries() * tiles));
+    if (spec.num_splits > 0) {
+      grid.parts = std::min(spec.num_splits, kMaxSplits);
+      grid.slots = static_cast<int32_t>(std::min<int64_t>(grid.parts, tiles));
+    } else if (spec.batch_invariant) {
+      grid.part_tiles = static_cast<int32_t>(kSplitKeys / row.block_n);
+      grid.slots = static_cast<int32_t>(ceil_div(tiles, grid.part_tiles));
+    }
+    grid.all_slots = grid.fixed_parts() ? call.entries() * grid.slots : 2 * int64_t{grid.ranges};
+    const bool splits = grid.fixed_parts() ? grid.slots > 1 : grid.ranges > 1;
+    if (splits) {
+      const int64_t rows = grid.all_slots * grid.columns * row.block_m;
+      grid.memory = workspace.add(partial_bytes(rows, s.value_dim).value());
+    }
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    if (spec.layout == Layout::kVarlen) return 0;
+    Dim rows = spec.packed() ? Dim(1) : s.q_rows;
+    if (!s.kv_heads.known() || s.kv_heads.value() > 0) rows = rows * (s.heads / s.kv_heads);
+    if (rows.known() && rows.value() > kMostRows) return 0;
+    const Dim column_rows = s.kv_heads * (min(rows, kMostRows) + (kMostTile - 1));
+    const Dim entries = s.leading * s.batch;
+    Dim split_rows = 0;
+    if (spec.num_splits > 0) {
+      split_rows = entries * column_rows * std::min(spec.num_splits, kMaxSplits);
+    } else if (spec.batch_invariant) {
+      split_rows = entries * column_rows * (s.k_rows / kSplitKeys + 1);
+    } else {
+      split_rows = min(kMostBlocks * kMostTile, entries * (s.k_rows / kLeastKeys + 1) * column_rows) * 2;
+    }
+    return aligned(partial_bytes(split_rows, s.value_dim));
+  }
+
+ private:
+  // Rows of float8 are copied 16 bytes, and multiplied 64 features, at a time.
+  static bool serves_float8(const KernelRow& row, const Shapes& s) {
+    return s.dtype != DType::kF32 && s.head_dim % 16 == 0 && s.value_dim % 16 == 0 &&
+           row.head_dim % 64 == 0 && row.value_dim % 64 == 0;
+  }
+};
+
+}  // namespace
+
+namespace families {
+
+const Family& portable() {
+  static const Forward forward;
+  static const Backward backward;
+  static const BiasGradient bias_gradient;
+  static const Decode decode;
+  static const Family family{&forward, &backward, &bias_gradient, &decode};
+  return family;
+}
+
+}  // namespace families
+}  // namespace jax_flash

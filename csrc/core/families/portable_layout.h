@@ -1,0 +1,159 @@
+// What lies in shared memory in the portable kernels (families sm75 and sm80). Both sides use this one
+// description: a kernel takes its offsets and its dynamic size from a layout, and the host takes what a row
+// of csrc/kernels.def needs from the *_shared_bytes functions.
+//
+// Offsets and sizes are in bytes. Tiles are dense: a swizzle permutes chunks within a tile and pads nothing.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash {
+
+// The most that a kernel declares statically, apart from the page loader's addresses: its block state and barriers.
+inline constexpr int64_t kBlockStateBytes = 512;
+inline constexpr int64_t kOutputRowBytes = 24;  // sizeof decode::OutputRow, which lies in the workspace
+
+// The columns of csrc/kernels.def that decide about shared memory.
+struct RowShape {
+  int32_t head_dim, value_dim;
+  int32_t block_m, block_n;
+  int32_t stages, warps;
+  bool paged;  // K and V lie in pages
+};
+
+constexpr int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// A ring of tile pairs. Without a stage the two tiles of a pair take turns in one buffer.
+constexpr int32_t ring_bytes(int32_t stages, int32_t first, int32_t second) {
+  return stages == 0 ? larger(first, second) : stages * (first + second);
+}
+
+inline constexpr int32_t kKeyAddressBytes = 16;  // of one key's row and its value's row in global memory
+
+// The page loader's row addresses: those of the tiles in the ring and of the tile that comes next.
+constexpr int32_t page_address_bytes(int32_t block_n, int32_t stages) {
+  return (stages + 1) * block_n * kKeyAddressBytes;
+}
+
+struct ForwardLayout {
+  int32_t q;     // Q [M, d]; O [M, dv] at the end
+  int32_t ring;  // K [N, d] and V [N, dv]
+  int32_t bytes;
+};
+
+constexpr ForwardLayout forward_layout(const RowShape& r, int32_t element_size) {
+  const int32_t q_bytes = r.block_m * r.head_dim * element_size;
+  const int32_t k_bytes = r.block_n * r.head_dim * element_size;
+  const int32_t v_bytes = r.block_n * r.value_dim * element_size;
+  return {0, q_bytes, q_bytes + ring_bytes(r.stages, k_bytes, v_bytes)};
+}
+
+// The block state of the forward, which is declared statically: for pages it has the row addresses too.
+constexpr int64_t forward_state_bytes(const RowShape& r) {
+  return kBlockStateBytes + (r.paged ? page_address_bytes(r.block_n, r.stages) : 0);
+}
+
+// All shared memory of a thread block: dynamic and static.
+constexpr int64_t forward_shared_bytes(const RowShape& r, int32_t element_size) {
+  return forward_layout(r, element_size).bytes + forward_state_bytes(r);
+}
+
+// The backward's kernel over key tiles.
+struct BackwardLayout {
+  int32_t k, v;         // K [N, d] and V [N, dv]; dK and dV at the end
+  int32_t queries;      // the first stage, with Q [M, d] at its begin; the others follow
+  int32_t d_out;        // dO [M, dv] in a stage; Q and dO share one buffer where the row has no stage
+  int32_t lse, delta;   // [M] float32 in a stage
+  int32_t stage_bytes;  //
+  int32_t p, ds;        // P and dS [M, N]
+  int32_t barriers;     // two, and one for each stage
+  int32_t bytes;
+};
+
+inline constexpr int32_t kMbarrierBytes = 8;
+
+constexpr BackwardLayout backward_layout(const RowShape& r, int32_t element_size) {
+  const int32_t q_bytes = r.block_m * r.head_dim * element_size;
+  const int32_t d_out_bytes = r.block_m * r.value_dim * element_size;
+  const int32_t p_bytes = r.block_m * r.block_n * element_size;
+  const int32_t row_bytes = r.block_m * int32_t{sizeof(float)};
+  BackwardLayout at{};
+  at.v = r.block_n * r.head_dim * element_size;
+  at.queries = at.v + r.block_n * r.value_dim * element_size;
+  at.d_out = r.stages == 0 ? 0 : q_bytes;
+  at.lse = ring_bytes(r.stages == 0 ? 0 : 1, q_bytes, d_out_bytes);
+  at.delta = at.lse + row_bytes;
+  at.stage_bytes = at.delta + row_bytes;
+  at.p = at.queries + larger(r.stages, 1) * at.stage_bytes;
+  at.ds = at.p + p_bytes;
+  at.barriers = at.ds + p_bytes;
+  at.bytes = at.barriers + (2 + r.stages) * kMbarrierBytes;
+  return at;
+}
+
+// The barriers are counted in kBlockStateBytes.
+constexpr int64_t backward_shared_bytes(const RowShape& r, int32_t element_size) {
+  return backward_layout(r, element_size).barriers + kBlockStateBytes;
+}
+
+// The backward's kernel over query tiles, which takes less than the one over key tiles of the same row.
+struct BackwardQueriesLayout {
+  int32_t q, d_out;  // Q [M, d] and dO [M, dv]; dQ [M, d] at the end
+  int32_t ring;      // V [N, dv] and K [N, d], one stage or none
+  int32_t bytes;
+};
+
+constexpr BackwardQueriesLayout backward_queries_layout(const RowShape& r, int32_t element_size) {
+  const int32_t ring = r.block_m * (r.head_dim + r.value_dim) * element_size;
+  const int32_t k_bytes = r.block_n * r.head_dim * element_size;
+  const int32_t v_bytes = r.block_n * r.value_dim * element_size;
+  return {0, r.block_m * r.head_dim * element_size, ring,
+          ring + ring_bytes(r.stages == 0 ? 0 : 1, v_bytes, k_bytes)};
+}
+
+struct BiasGradientLayout {
+  int32_t q, k, d_out, v;  // [M, d], [N, d], [M, dv], [N, dv]; without a stage dO and V replace Q and K
+  int32_t sum;             // dS [M, N] float32, at the end
+  int32_t bytes;
+};
+
+constexpr BiasGradientLayout bias_gradient_layout(const RowShape& r, int32_t element_size) {
+  const int32_t qk_bytes = (r.block_m + r.block_n) * r.head_dim * element_size;
+  const int32_t dov_bytes = (r.block_m + r.block_n) * r.value_dim * element_size;
+  const int32_t d_out = r.stages == 0 ? 0 : qk_bytes;
+  return {0, r.block_m * r.head_dim * element_size,    d_out, d_out + r.block_m * r.value_dim * element_size,
+          0, ring_bytes(r.stages, qk_bytes, dov_bytes)};
+}
+
+constexpr int64_t bias_gradient_shared_bytes(const RowShape& r, int32_t element_size) {
+  return bias_gradient_layout(r, element_size).bytes + kBlockStateBytes;
+}
+
+// Decode merges its warps' O a few columns at a time; a padded pitch avoids bank conflicts.
+constexpr int32_t decode_merge_columns(const RowShape& r) {
+  return r.block_m == 8 && r.value_dim % 64 == 0 ? 64 : 32;
+}
+constexpr int32_t decode_merge_pitch(const RowShape& r) { return decode_merge_columns(r) + 4; }
+
+struct DecodeLayout {
+  int32_t warp_ring;      // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
+  int32_t merge_o;        // O [warps, M, merge pitch] float32
+  int32_t merge_softmax;  // m and l [warps, M], two float32
+  int32_t bytes;
+};
+
+// A pool of float8 has twice as many stages of half the size, so its rings have the same bytes.
+constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
+  const int32_t warp_keys = r.block_n / r.warps;
+  const int32_t warp_ring =
+      ring_bytes(r.stages, warp_keys * r.head_dim * element_size, warp_keys * r.value_dim * element_size);
+  const int32_t merge_o = r.warps * warp_ring, rows = r.warps * r.block_m;
+  const int32_t merge_softmax = merge_o + rows * decode_merge_pitch(r) * int32_t{sizeof(float)};
+  return {warp_ring, merge_o, merge_softmax, merge_softmax + rows * 2 * int32_t{sizeof(float)}};
+}
+
+constexpr int64_t decode_shared_bytes(const RowShape& r, int32_t element_size) {
+  return decode_layout(r, element_size).bytes + kBlockStateBytes;
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,69 @@
+// What a plan depends on: a call's options and sizes, and the device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/plan/row.h"
+#include "core/problem.h"
+
+namespace jax_flash {
+
+struct Device {
+  int32_t capability;  // 90 for 9.0
+  int32_t sm_count;
+  int32_t shared_memory;        // bytes that one CTA may use
+  bool always_cluster = false;  // for tests: clusters wherever a row has a kernel for them
+};
+
+// The sizes of a Problem that a plan depends on.
+struct Shapes {
+  DType dtype;
+  DType kv_dtype;   // dtype, or float8
+  int64_t leading;  // product of the leading dimensions
+  int32_t leading_rank;
+  int64_t batch;  // batch entries, or sequences
+  int64_t heads, kv_heads, head_dim, value_dim;
+  int64_t q_rows, k_rows;      // s_q and s_k, or total tokens
+  int64_t page_size;           // 0: no pages
+  int64_t bias[4];             // the bias gradient's only: dbias' sizes, 1 where it is reduced
+  bool bias_in_tiles = false;  // TMA can load tiles of the bias
+};
+
+Shapes shapes_of(const Problem& problem);
+
+// One call on one device.
+struct Call {
+  Pass pass;
+  const AttentionSpec& spec;
+  const Shapes& shapes;
+  const Device& device;
+
+  Loader loader() const { return spec.paged() ? Loader::kPaged : Loader::kDense; }
+  bool float8_pools() const { return shapes.kv_dtype != shapes.dtype; }
+  // The batch entries, or sequences, of all leading entries.
+  int64_t entries() const { return shapes.leading * shapes.batch; }
+
+  // Query rows that read one KV head: of a whole sequence, or of one token where sequences are packed.
+  int64_t rows_of_group() const {
+    if (shapes.kv_heads == 0) return 0;
+    return shapes.heads / shapes.kv_heads * (spec.packed() ? 1 : shapes.q_rows);
+  }
+
+  // Keys that a query row sees: an upper bound, with packed sequences for sequences of average length.
+  int64_t visible_keys() const {
+    const int64_t keys = spec.packed() ? shapes.k_rows / std::max<int64_t>(1, shapes.batch) : shapes.k_rows;
+    if (spec.left < 0 || spec.right < 0) return keys;
+    return std::min(keys, int64_t{spec.left} + 1 + spec.right);
+  }
+
+  // Whether query tiles may see different numbers of keys, so that some CTAs finish earlier than others.
+  bool tiles_differ() const {
+    bool differ = spec.packed() || spec.paged() || spec.left >= 0 || spec.right >= 0;
+    for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kQSegmentIds})
+      differ |= spec.has(operand);
+    return differ;
+  }
+};
+
+}  // namespace jax_flash

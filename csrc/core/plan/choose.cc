@@ -1,0 +1,112 @@
+#include "core/plan/choose.h"
+
+#include <iterator>
+
+namespace jax_flash {
+namespace {
+
+// Up to this cap float32 holds the powers of e that the softcap kernel makes.
+constexpr float kLargestSoftcap = 50;
+
+// What a call does to scores, if it is one thing that may have a kernel of its own; else kGeneral.
+ScoreKind only_option(const Call& call) {
+  const AttentionSpec& spec = call.spec;
+  struct {
+    bool wanted, served;
+    ScoreKind kind;
+  } const options[] = {
+      {spec.has(Operand::kQSegmentIds), true, ScoreKind::kSegments},
+      {spec.has(Operand::kAlibiSlopes), true, ScoreKind::kAlibi},
+      {spec.has(Operand::kBias), call.shapes.bias_in_tiles, ScoreKind::kBias},
+      {spec.has(Operand::kDropout), true, ScoreKind::kDropoutAlone},
+      {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
+      // The plain kernel takes the row maximum before it scales, which needs a positive scale.
+      {spec.has(Operand::kMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+  };
+  ScoreKind found = ScoreKind::kPlain;
+  for (const auto& option : options) {
+    if (!option.wanted) continue;
+    found = found == ScoreKind::kPlain && option.served ? option.kind : ScoreKind::kGeneral;
+  }
+  return found;
+}
+
+// The kernels that compute a call's scores, the most specific first.
+struct Candidates {
+  ScoreKind kinds[3];
+
+  explicit Candidates(const Call& call) : kinds{only_option(call), ScoreKind::kGeneral, ScoreKind::kDropout} {
+    if (call.spec.has(Operand::kDropout)) {  // the general kernel has none
+      kinds[1] = ScoreKind::kDropout;
+      if (kinds[0] == ScoreKind::kGeneral) kinds[0] = ScoreKind::kDropout;
+    }
+  }
+
+  // The place of the first that the row is built for; std::size(kinds): none.
+  size_t of(const KernelRow& row) const {
+    size_t i = 0;
+    while (i < std::size(kinds) && !row.takes(kinds[i])) ++i;
+    return i;
+  }
+};
+
+bool runs(const KernelRow& row, const Call& call) {
+  const Shapes& s = call.shapes;
+  return row.arch->family().of(row.pass) && row.takes(call.loader()) && row.takes(s.dtype) &&
+         row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
+         row.arch->covers(call.device.capability) && traits_of(row).serves(row, call) &&
+         traits_of(row).shared_bytes(row, call) <= call.device.shared_memory;
+}
+
+// The newest arch, then the least padding, then the most specific kernel, then what the family prefers; the
+// table's order decides among equals.
+bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Candidates& scores) {
+  if (a.arch->oldest != b.arch->oldest) return a.arch->oldest > b.arch->oldest;
+  const int32_t padded_a = a.head_dim + a.value_dim, padded_b = b.head_dim + b.value_dim;
+  if (padded_a != padded_b) return padded_a < padded_b;
+  if (scores.of(a) != scores.of(b)) return scores.of(a) < scores.of(b);
+  return traits_of(a).better(a, b, call);
+}
+
+}  // namespace
+
+const PassTraits& traits_of(const KernelRow& row) { return *row.arch->family().of(row.pass); }
+
+bool find_score(const KernelRow& row, const Call& call, ScoreKind& found) {
+  const Candidates scores(call);
+  const size_t at = scores.of(row);
+  if (at == std::size(scores.kinds)) return false;
+  found = scores.kinds[at];
+  return true;
+}
+
+const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> built) {
+  const Candidates scores(call);
+  const KernelRow* best = nullptr;
+  for (const KernelRow& row : built) {
+    if (row.pass != pass || scores.of(row) == std::size(scores.kinds) || !runs(row, call)) continue;
+    if (!best || better(row, *best, call, scores)) best = &row;
+  }
+  return best;
+}
+
+std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
+  const Shapes& s = call.shapes;
+  std::string rows, last;
+  for (const KernelRow& row : built) {
+    if (row.pass != call.pass || !row.takes(s.dtype) || !row.takes(call.loader())) continue;
+    std::string name = std::string(row.arch->name) + " d=" + std::to_string(row.head_dim);
+    if (row.value_dim != row.head_dim) name += " dv=" + std::to_string(row.value_dim);
+    if (name == last) continue;
+    rows += (rows.empty() ? "" : ", ") + name;
+    last = name;
+  }
+  return std::string("jax_flash: no CUDA kernel was built for the ") + name_of(call.loader()) + " " +
+         name_of(call.pass) + " of " + name_of(s.dtype) + " with d=" + std::to_string(s.head_dim) +
+         ", dv=" + std::to_string(s.value_dim) + " on sm_" + std::to_string(call.device.capability) +
+         " with " + std::to_string(call.device.shared_memory) +
+         " bytes of shared memory (built: " + (rows.empty() ? "none" : rows) +
+         "); implementation=\"xla\" runs it";
+}
+
+}  // namespace jax_flash

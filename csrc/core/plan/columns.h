@@ -1,0 +1,28 @@
+// The words that csrc/kernels.def is written in. Included only where the table is read.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "core/plan/row.h"
+
+namespace jax_flash::columns {
+
+template <class Enum>
+constexpr uint32_t bit(Enum value) {
+  return 1u << static_cast<int32_t>(value);
+}
+
+inline constexpr Pass forward = Pass::kForward, backward = Pass::kBackward,
+                      bias_gradient = Pass::kBiasGradient, decode = Pass::kDecode;
+inline constexpr uint32_t dense = bit(Loader::kDense), paged = bit(Loader::kPaged), both = dense | paged,
+                          either = both;
+inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,
+                          single = bit(DType::kF32), float32 = single;
+inline constexpr uint32_t plain = bit(ScoreKind::kPlain), general = bit(ScoreKind::kGeneral),
+                          general_dropout = bit(ScoreKind::kDropout), dropout = bit(ScoreKind::kDropoutAlone),
+                          each_option = dropout | bit(ScoreKind::kSegments) | bit(ScoreKind::kAlibi) |
+                                        bit(ScoreKind::kSoftcap) | bit(ScoreKind::kBias);
+inline constexpr int32_t any = std::numeric_limits<int32_t>::max();
+
+}  // namespace jax_flash::columns

@@ -1,0 +1,62 @@
+// A size that is a number or, in a program exported for sizes that are not known yet, an expression of JAX's.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+namespace jax_flash {
+
+class Dim {
+ public:
+  enum class Op { kAdd, kMultiply, kFloorDivide, kMax, kMin };
+
+  // An expression; the Python module has the only kind there is.
+  struct Symbol {
+    virtual ~Symbol() = default;
+    virtual Dim apply(Op op, const Dim& left, const Dim& right) const = 0;
+  };
+
+  Dim(int64_t value = 0) : value_(value) {}
+  explicit Dim(std::shared_ptr<const Symbol> symbol) : symbol_(std::move(symbol)) {}
+
+  bool known() const { return !symbol_; }
+  int64_t value() const { return value_; }  // where it is known
+  const Symbol* symbol() const { return symbol_.get(); }
+
+  friend Dim operator+(const Dim& a, const Dim& b) { return combine(Op::kAdd, a, b); }
+  friend Dim operator*(const Dim& a, const Dim& b) { return combine(Op::kMultiply, a, b); }
+  friend Dim operator/(const Dim& a, const Dim& b) { return combine(Op::kFloorDivide, a, b); }
+  friend Dim max(const Dim& a, const Dim& b) { return combine(Op::kMax, a, b); }
+  friend Dim min(const Dim& a, const Dim& b) { return combine(Op::kMin, a, b); }
+
+ private:
+  static Dim combine(Op op, const Dim& a, const Dim& b) {
+    if (a.symbol_) return a.symbol_->apply(op, a, b);
+    if (b.symbol_) return b.symbol_->apply(op, a, b);
+    switch (op) {
+      case Op::kAdd:
+        return a.value_ + b.value_;
+      case Op::kMultiply:
+        return a.value_ * b.value_;
+      case Op::kFloorDivide:
+        return a.value_ / b.value_;
+      case Op::kMax:
+        return std::max(a.value_, b.value_);
+      case Op::kMin:
+        return std::min(a.value_, b.value_);
+    }
+    return 0;
+  }
+
+  int64_t value_ = 0;
+  std::shared_ptr<const Symbol> symbol_;
+};
+
+// The sizes that a workspace bound depends on; of Shapes, the fields of these names.
+struct DimShapes {
+  Dim leading, batch, heads, kv_heads, head_dim, value_dim, q_rows, k_rows;
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,54 @@
+// A code family: what the host knows of the kernels that one loop per pass is written for. Each is defined in
+// a file of its own in csrc/core/families, and nothing about it stands anywhere else.
+#pragma once
+
+#include "core/plan/call.h"
+#include "core/plan/dim.h"
+#include "core/plan/launch_plan.h"
+#include "core/plan/row.h"
+#include "core/plan/workspace.h"
+
+namespace jax_flash {
+
+// One pass of a family.
+class PassTraits {
+ public:
+  // Whether a row runs a call: what its arch, dtype, head dims, loader, score variants and shared memory
+  // leave open.
+  virtual bool serves(const KernelRow& row, const Call& call) const = 0;
+  // Bytes of shared memory of a CTA, from the constexpr layout that the kernel is built with.
+  virtual int64_t shared_bytes(const KernelRow& row, const Call& call) const = 0;
+  // Whether `a` suits the call better than `b`, of two rows that run it with as much padding.
+  virtual bool better(const KernelRow&, const KernelRow&, const Call&) const { return false; }
+  // Fills the plan's grids and takes the workspace that they need.
+  virtual void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                         LaunchPlan& plan) const = 0;
+  // Bytes of workspace that are enough on every device.
+  virtual Dim workspace_bound(const AttentionSpec& spec, const DimShapes& shapes) const = 0;
+
+ protected:
+  ~PassTraits() = default;
+};
+
+struct Family {
+  const PassTraits* forward = nullptr;  // null: the family has no such pass
+  const PassTraits* backward = nullptr;
+  const PassTraits* bias_gradient = nullptr;
+  const PassTraits* decode = nullptr;
+
+  const PassTraits* of(Pass pass) const {
+    switch (pass) {
+      case Pass::kForward:
+        return forward;
+      case Pass::kBackward:
+        return backward;
+      case Pass::kBiasGradient:
+        return bias_gradient;
+      case Pass::kDecode:
+        return decode;
+    }
+    return nullptr;
+  }
+};
+
+}  // namespace jax_flash

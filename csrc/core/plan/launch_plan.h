@@ -1,0 +1,85 @@
+// How a call runs: the result of plan(), passed to the launch functions, and in parts to the kernels.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/plan/row.h"
+
+namespace jax_flash {
+
+// The tiles of query rows or of key rows that a kernel's grid covers.
+struct TileGrid {
+  int32_t block = 0;      // rows of a tile
+  int64_t tiles = 0;      // tiles of one head of one leading entry (fixed layouts: of one batch entry)
+  int64_t blocks = 0;     // CTAs where each takes one tile
+  int64_t schedule = -1;  // where the varlen schedule begins in the workspace; -1: blockIdx tells the tile
+};
+
+// How decode splits the keys. A column is a KV head, or a chunk of its query rows where they are many. The
+// CTAs of a column take equal ranges of the key tiles of all sequences, or whole splits of a size that is
+// given.
+struct DecodeGrid {
+  int32_t columns = 0;      // neighbouring CTAs take neighbouring columns
+  int32_t ranges = 0;       // CTAs of a column
+  int32_t parts = 0;        // splits of every sequence; 0: as many as the ranges cut
+  int32_t part_tiles = 0;   // or key tiles of every split; 0: not given
+  int32_t slots = 0;        // splits of one sequence, where they are given
+  int32_t packed_rows = 0;  // packed sequences with more query rows per KV head are left to the forward
+  int64_t all_slots = 0;    // partial results of a column
+  int64_t memory = -1;      // where they begin in the workspace; -1: no sequence is split
+
+  JF_HD bool fixed_parts() const { return parts > 0 || part_tiles > 0; }
+  // Whether decode takes a packed sequence.
+  JF_HD bool takes(int64_t q_len, int64_t group) const {
+    return packed_rows > 0 && q_len * group <= packed_rows;
+  }
+};
+
+// The forward runs over query tiles. The backward runs over key tiles and adds dQ up in the accumulator or,
+// where dQ has to be repeatable, leaves it to a second kernel over query tiles. The bias gradient runs over
+// the tiles of dbias, whose CTAs are counted in `queries`.
+struct LaunchPlan {
+  int32_t kernel = -1;         // index into the built rows; -1: none runs, and `error` says why
+  int32_t decode_kernel = -1;  // with packed sequences: runs first, for those of few rows; -1: none
+  ScoreKind score = ScoreKind::kPlain;
+  TileGrid queries, keys;
+  DecodeGrid decode;
+  int32_t cluster_size = 1;  // 2: 2-CTA clusters with multicast K/V, each CTA with one of two adjacent tiles
+  int32_t persistent_ctas = 0;  // CTAs that share the query tiles out; 0: one CTA per tile
+  int64_t tile_counter = -1;    // where the tile counter lies in the workspace; -1: tiles are taken in turn
+  int64_t accumulator = -1;     // where dQ in float32 begins in the workspace; -1: none
+  int64_t shared = 0;           // bytes of shared memory per CTA
+  int64_t workspace = 0;        // bytes of the workspace that are used
+  std::string error = {};
+
+  bool general() const { return score != ScoreKind::kPlain; }
+  std::string to_string(const KernelRow& row) const;
+};
+
+inline constexpr int32_t kNoSequence = -1;
+
+// One tile of query or key rows of one sequence: an entry of the varlen schedule, which the device builds
+// from cu_seqlens. Rows [row, end) of the tile are written; those from q_len or k_len on are padding.
+struct TileWork {
+  int32_t index;  // the sequence; kNoSequence: tokens outside every sequence, or an empty entry
+  int32_t q_begin, k_begin;
+  int32_t q_len, k_len;
+  int32_t row, end;
+  int32_t tiles;  // tiles of the sequence; 0: nothing to do
+
+  JF_HD int32_t used_queries() const { return end < q_len ? end : q_len; }
+  JF_HD int32_t used_keys() const { return end < k_len ? end : k_len; }
+};
+static_assert(sizeof(TileWork) == 32);
+
+inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace
+inline constexpr int64_t kSmallestTile = 16;         // rows, in csrc/kernels.def: bounds the number of tiles
+
+// Columns of a head in the float32 accumulator of dQ: whole blocks of 16.
+inline constexpr int32_t kAccumulatorBlock = 16;
+JF_HD int32_t accumulator_columns(int32_t head_dim) {
+  return (head_dim + kAccumulatorBlock - 1) / kAccumulatorBlock * kAccumulatorBlock;
+}
+
+}  // namespace jax_flash

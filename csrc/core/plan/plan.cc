@@ -1,0 +1,117 @@
+#include "core/plan/plan.h"
+
+#include <limits>
+
+#include "core/plan/choose.h"
+#include "core/table.h"
+
+namespace jax_flash {
+namespace {
+
+// Why no kernel of any row can run the call; empty: some may.
+std::string refusal(const Call& call) {
+  const Shapes& s = call.shapes;
+  if (s.head_dim % 8 || s.value_dim % 8) {
+    return "jax_flash: head dims " + std::to_string(s.head_dim) + " and " + std::to_string(s.value_dim) +
+           " on CUDA, which takes multiples of 8; pad them";
+  }
+  if (s.dtype == DType::kBF16 && call.device.capability < 80) {
+    return "jax_flash: query is bfloat16, which sm_" + std::to_string(call.device.capability) +
+           " has no products of, only of float16 and float32; cast, or implementation=\"xla\" runs it";
+  }
+  return {};
+}
+
+// TMA copies boxes of 16-bit elements that lie side by side, from rows that begin at multiples of 16 bytes.
+bool bias_in_tiles(const Problem& p) {
+  const View& bias = p.bias;
+  const auto whole = [](int64_t stride) { return stride % 8 == 0; };
+  return bias && p.bias_dtype == p.dtype && p.dtype != DType::kF32 && bias.column == 1 &&
+         p.leading.rank <= 1 && (bias.row != 0 || p.q_rows == 1) && whole(bias.row) && whole(bias.head) &&
+         whole(bias.batch) && whole(bias.leading[0]) && reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
+}
+
+// The largest bound of all families that have the pass.
+Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
+  Dim bound = 0;
+  const Family* last = nullptr;
+  for (const Arch* arch : arch_table()) {
+    const Family& family = arch->family();
+    if (&family == last) continue;  // arches of one family stand side by side
+    last = &family;
+    if (const PassTraits* traits = family.of(pass)) bound = max(bound, traits->workspace_bound(spec, shapes));
+  }
+  return bound;
+}
+
+}  // namespace
+
+// A call of few query rows is decode's alone. Of packed sequences decode takes those of few rows, and the
+// forward, which runs after it, the others.
+LaunchPlan plan(const Call& call, std::span<const KernelRow> built) {
+  LaunchPlan result;
+  result.error = refusal(call);
+  if (!result.error.empty()) return result;
+  const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
+  const KernelRow* row = decode && !call.spec.packed() ? decode : choose(call.pass, call, built);
+  if (!row) {
+    result.error = no_kernel(call, built);
+    return result;
+  }
+  find_score(*row, call, result.score);
+  result.shared = traits_of(*row).shared_bytes(*row, call);
+  Workspace workspace;
+  if (decode) traits_of(*decode).plan_grid(*decode, call, workspace, result);
+  if (decode != row) traits_of(*row).plan_grid(*row, call, workspace, result);
+  result.workspace = workspace.bytes;
+  if (decode && decode != row) result.decode_kernel = static_cast<int32_t>(decode - built.data());
+  for (const TileGrid& grid : {result.queries, result.keys}) {
+    if (grid.blocks > std::numeric_limits<int32_t>::max()) {
+      result.error = "jax_flash: " + std::to_string(grid.blocks) +
+                     " tiles in one call, more than 2**31 - 1; split the batch";
+      return result;
+    }
+  }
+  result.kernel = static_cast<int32_t>(row - built.data());
+  return result;
+}
+
+Dim workspace_bound(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
+  const Dim own = bound_of(pass, spec, shapes);
+  return pass == Pass::kForward ? bound_of(Pass::kDecode, spec, shapes) + own : own;
+}
+
+TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace) {
+  const Shapes& s = call.shapes;
+  TileGrid grid;
+  grid.block = tile;
+  if (rows == 0 || heads == 0) return grid;
+  if (call.spec.packed()) {
+    grid.tiles = varlen_tiles(rows, s.batch, tile).value();
+    grid.blocks = grid.tiles * heads * s.leading;
+    grid.schedule = workspace.add(schedule_bytes(s.leading, s.batch, grid.tiles).value());
+  } else {
+    grid.tiles = ceil_div(rows, tile);
+    grid.blocks = grid.tiles * heads * s.leading * s.batch;
+  }
+  return grid;
+}
+
+Shapes shapes_of(const Problem& p) {
+  return {p.dtype,
+          p.kv_dtype,
+          p.leading.count(),
+          p.leading.rank,
+          p.batch,
+          p.heads,
+          p.kv_heads,
+          p.head_dim,
+          p.value_dim,
+          p.q_rows,
+          p.k_rows,
+          p.page_size,
+          {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
+          bias_in_tiles(p)};
+}
+
+}  // namespace jax_flash

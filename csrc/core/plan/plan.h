@@ -1,0 +1,18 @@
+// Which kernel runs a call, and how: a pure function of spec, sizes and device, tested without a GPU.
+#pragma once
+
+#include <span>
+
+#include "core/plan/call.h"
+#include "core/plan/dim.h"
+#include "core/plan/launch_plan.h"
+
+namespace jax_flash {
+
+LaunchPlan plan(const Call& call, std::span<const KernelRow> built);
+
+// Bytes of workspace that are enough for a call on every device, whichever row runs it. A program asks for
+// them when it is lowered, before its device is known.
+Dim workspace_bound(Pass pass, const AttentionSpec& spec, const DimShapes& shapes);
+
+}  // namespace jax_flash

@@ -1,0 +1,63 @@
+// A row of csrc/kernels.def as data: one kernel, by what it computes, its tile and its variants.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "core/spec.h"
+
+namespace jax_flash {
+
+struct Family;
+
+// An arch name of csrc/kernels.def: the devices that its machine code or PTX runs on, and the code family
+// that its kernels are instantiated from.
+struct Arch {
+  const char* name;  // "sm90"
+  int32_t oldest;    // compute capabilities, 90 for 9.0
+  int32_t newest;
+  const Family& (*family)();
+
+  bool covers(int32_t capability) const { return oldest <= capability && capability <= newest; }
+};
+
+// Where a kernel's keys and values come from; the value is the bit in KernelRow::loaders.
+enum class Loader : int32_t { kDense = 0, kPaged = 1 };
+
+// What a kernel does to scores beside the scale and the band; the value is the bit in KernelRow::scores.
+enum class ScoreKind : int32_t {
+  kPlain,         // nothing
+  kGeneral,       // any combination of options, without dropout
+  kDropout,       // any combination of options, dropout too
+  kDropoutAlone,  // dropout and no other option; likewise the next ones
+  kSegments,
+  kAlibi,
+  kSoftcap,
+  kBias,
+};
+
+struct KernelRow {
+  const Arch* arch;
+  Pass pass;
+  uint32_t loaders;  // bit set of Loader; a built kernel has one, decode's both
+  uint32_t dtypes;   // bit set of DType; a built kernel has one
+  int32_t head_dim, value_dim;
+  int32_t block_m, block_n;  // rows of queries and of keys in a tile
+  int32_t stages, warps;
+  int32_t teams;    // of consumer warpgroups in a CTA, each with query tiles of its own
+  int32_t cluster;  // 2: the plain kernel is also built for 2-CTA clusters
+  int32_t blocks;   // CTAs per SM that the registers must allow
+  uint32_t scores;  // bit set of ScoreKind
+
+  bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
+  bool takes(Loader loader) const { return loaders >> static_cast<int32_t>(loader) & 1; }
+  bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
+  std::string to_string() const;
+};
+
+const char* name_of(Pass pass);
+const char* name_of(Loader loader);
+const char* name_of(ScoreKind kind);
+const char* name_of(DType dtype);
+
+}  // namespace jax_flash

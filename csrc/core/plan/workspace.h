@@ -1,0 +1,56 @@
+// The parts of a call's workspace, one after the other, and how large they are: in a plan, and as a bound.
+#pragma once
+
+#include "core/plan/call.h"
+#include "core/plan/dim.h"
+#include "core/plan/launch_plan.h"
+
+namespace jax_flash {
+
+struct Workspace {
+  int64_t bytes = 0;
+
+  // Returns where the part begins.
+  int64_t add(int64_t part) {
+    const int64_t begin = bytes;
+    bytes += ceil_div(part, kWorkspaceAlignment) * kWorkspaceAlignment;
+    return begin;
+  }
+};
+
+inline Dim aligned(const Dim& part) {
+  return (part + (kWorkspaceAlignment - 1)) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+// Tiles that one packed leading entry can need: those of its sequences, and of the tokens before and after
+// them.
+inline Dim varlen_tiles(const Dim& rows, const Dim& sequences, int64_t tile) {
+  return rows / tile + sequences + 2;
+}
+
+// A schedule of so many tiles, then where sequences begin: [n + 3] of the rows in question, with the tokens
+// before and after them, and [n + 1] of the others, int32.
+inline Dim schedule_bytes(const Dim& leading, const Dim& sequences, const Dim& tiles) {
+  return leading * (tiles * int64_t{sizeof(TileWork)} + (sequences + 2) * 8);
+}
+
+// The schedule of packed rows, whatever the row of csrc/kernels.def; 0 for the fixed layouts.
+inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
+  if (!spec.packed()) return 0;
+  return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
+}
+
+// The float32 accumulator of dQ.
+inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
+  const Dim columns = (s.head_dim + (kAccumulatorBlock - 1)) / kAccumulatorBlock * kAccumulatorBlock;
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
+}
+
+inline DimShapes dims_of(const Shapes& s) {
+  return {s.leading, s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.q_rows, s.k_rows};
+}
+
+// A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
+TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);
+
+}  // namespace jax_flash

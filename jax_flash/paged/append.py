@@ -1,0 +1,146 @@
+"""`append_kv`: writes new keys and values into a paged cache, by the custom call or in plain JAX."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..operands import APPEND
+from ..primitives import bind, equally_varying
+from ..rotary import apply_rotary
+from ..spec import AppendSpec
+from . import gather, validate
+
+Operands = dict[str, jax.Array]
+FLOAT8_MAX = 448.0
+
+
+def append_kv(
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    block_tables: jax.Array,
+    kv_lengths: jax.Array,
+    *,
+    cu_seqlens: jax.Array | None = None,
+    page_layout: str = "nhd",
+    rotary: tuple[jax.Array, jax.Array] | None = None,
+    interleaved: bool = False,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Appends new tokens to each sequence's pages, in place if the pools are donated or not used afterwards.
+
+    Token t of sequence i is written to position `kv_lengths[i] + t`. Writes to pages outside the pool and writes past
+    the capacity of a row of block_tables are dropped and not counted in the new lengths.
+
+    Args:
+      k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
+        key's dtype or float8_e4m3fn.
+      key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
+      block_tables: int32 `[n, pages]`, the pages of each sequence.
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call.
+      cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.
+      rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
+        by `apply_rotary`, before they are written.
+      interleaved: as in `apply_rotary`.
+      k_scale, v_scale: float32 `[hk]`, only for float8 pools, where stored = value / scale, rounded to nearest and
+        saturated; 1 by default.
+      implementation: as in `flash_attention`.
+
+    Returns:
+      `(k_pages, v_pages, kv_lengths)` after the call.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no gradient.
+
+    Source: Kwon et al., PagedAttention (2023).
+
+    Example:
+      >>> append = jax.jit(append_kv, donate_argnames=("k_pages", "v_pages"))
+      >>> k_pages, v_pages, lengths = append(k_pages, v_pages, k, v, tables, lengths)
+    """
+    options: dict[str, Any] = dict(
+        cu_seqlens=cu_seqlens, page_layout=page_layout, rotary=rotary, interleaved=interleaved, k_scale=k_scale,
+        v_scale=v_scale, implementation=implementation,
+    )  # fmt: skip
+    spec, operands = validate.append(
+        "append_kv", k_pages, v_pages, key, value, block_tables, kv_lengths, options
+    )
+    return _scatter(spec, operands) if spec.implementation == "xla" else _call(spec, operands)
+
+
+def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pools from the custom call, and the lengths from plain JAX."""
+    operands = equally_varying(operands)
+    k_pages, v_pages = bind(APPEND, spec, operands)
+    return k_pages, v_pages, _lengths_after(operands, _slots(spec, operands))
+
+
+def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pools and lengths in plain JAX."""
+    slots = _slots(spec, operands)
+    key = operands["key"]
+    if "cos" in operands:
+        key = apply_rotary(
+            key, slots.position, operands["cos"], operands["sin"], interleaved=spec.interleaved
+        )
+    pools = []
+    for name, new, scale in (("k_pages", key, "k_scale"), ("v_pages", operands["value"], "v_scale")):
+        pool = gather.tokens_first(operands[name], spec.page_layout)
+        rows = quantise(new, operands.get(scale), pool.dtype)
+        page = jnp.where(slots.written, slots.page, pool.shape[0])
+        written = pool.at[page, slots.position % pool.shape[1]].set(rows, mode="drop")
+        pools.append(gather.tokens_first(written, spec.page_layout))
+    return pools[0], pools[1], _lengths_after(operands, slots)
+
+
+def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """x [..., hk, d] in the pool's dtype; float8 pools store x / scale, saturated."""
+    if dtype != jnp.float8_e4m3fn:
+        return x
+    wide = x.astype(jnp.float32)
+    if scale is not None:
+        wide = wide / scale[:, None]
+    return jnp.clip(wide, -FLOAT8_MAX, FLOAT8_MAX).astype(dtype)
+
+
+class _Slots(NamedTuple):
+    """The destination of each new token, `[n, s]` or `[t]`, and the sequences' lengths before the call, `[n]`."""
+
+    sequence: jax.Array
+    position: jax.Array
+    page: jax.Array
+    written: jax.Array
+    lengths: jax.Array
+
+
+def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
+    tables = operands["block_tables"]
+    pool = gather.tokens_first(operands["k_pages"], spec.page_layout)
+    pages, page_size = pool.shape[:2]
+    if "cu_seqlens" in operands:
+        sequence, row, _ = gather.locate(operands["cu_seqlens"], operands["key"].shape[0])
+    else:
+        n, s = operands["key"].shape[:2]
+        sequence, row = jnp.arange(n, dtype=jnp.int32)[:, None], jnp.arange(s, dtype=jnp.int32)[None]
+    capacity = gather.table_capacity(tables, page_size)
+    lengths = jnp.clip(operands["kv_lengths"], 0, capacity)
+    position = jnp.pad(lengths, (0, 1))[sequence] + row
+    inside = (row >= 0) & (position < capacity)
+    at = jnp.where(inside, position // page_size, 0)
+    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[
+        sequence, at
+    ]  # padded, because a table may be empty
+    return _Slots(sequence, position, page, inside & (page >= 0) & (page < pages), lengths)
+
+
+def _lengths_after(operands: Operands, slots: _Slots) -> jax.Array:
+    """The lengths before the call plus the tokens written."""
+    if "cu_seqlens" not in operands:
+        return slots.lengths + slots.written.sum(1, dtype=jnp.int32)
+    return slots.lengths.at[slots.sequence].add(slots.written.astype(jnp.int32))

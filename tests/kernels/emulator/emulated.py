@@ -1,0 +1,40 @@
+"""A pytest plugin: the suite's calls run the CUDA kernels, on tests/kernels/emulator, in the place of the CPU's.
+
+python tools/gpu_check.py --emulated --only nothing      builds the library
+PYTHONPATH=.:tools:tests/kernels/emulator python -m pytest -p emulated tests/test_paged.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import cuda_call
+import jax
+from jax.interpreters import mlir
+
+from jax_flash import primitives
+
+
+def pytest_configure() -> None:
+    primitives.register = partial(_register_once, [])
+    primitives.require_cuda = lambda operation: None
+    for pass_, primitive in primitives.LOCAL.items():
+        mlir.register_lowering(primitive, partial(_lower, pass_), platform="cpu")
+
+
+def _lower(pass_: Any, ctx: Any, *values: Any, spec: Any) -> Any:
+    spec = dataclasses.replace(spec, implementation=None)
+    return primitives._lower_local(ctx, *values, pass_=pass_, spec=spec, platform="cuda")
+
+
+def _register_once(done: list[bool]) -> None:
+    if done:
+        return
+    done.append(True)
+    library = cuda_call.open_library(cuda_call.EMULATED)
+    for pass_, symbol in cuda_call.HANDLERS.items():
+        jax.ffi.register_ffi_target(
+            f"jax_flash_{pass_}", jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu"
+        )
