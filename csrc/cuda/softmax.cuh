@@ -20,12 +20,11 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Where |scale · m| reaches this, the rounding of scale · s + shift would be seen in P: S − m is computed
-// first.
+// From this |scale · m| on the rounding of scale · s + shift would show in P, and S − m is computed first.
 inline constexpr float kLargeShift = 1 << 20;
 
-// The online softmax (Milakov and Gimelshein, 2018) of scores that are bounded: m is kept as
-// shift = −scale · m, and P = 2^(scale · s + shift). `scale` turns scores into powers of two.
+// The online softmax (Milakov and Gimelshein, 2018) of a thread's rows. m is kept as shift = −scale · m, and
+// P = 2^(scale · s + shift); `scale` turns scores into powers of two.
 template <int kSlots>
 struct OnlineSoftmax {
   static constexpr bool kBounded = false;
@@ -41,15 +40,15 @@ struct OnlineSoftmax {
     for (int slot = 0; slot < kSlots; ++slot) shift[slot] = kEmptyRow, l[slot] = 0;
   }
 
-  // m ← S' row maxima, and O and l rescaled by α, only where P would exceed 2^kRescaleThreshold: after the
-  // first tiles that is rare.
+  // Where P would exceed 2^kRescaleThreshold, which is rare after the first tiles: m ← max(m, rowmax S),
+  // l ← α l, O ← α O.
   template <class S, class O>
   __device__ __forceinline__ void update_lazily(const S& s, O& o) {
     float maxima[kSlots];
     if (__any_sync(~0u, exceeds_threshold(s, maxima))) rescale(maxima, o);
   }
 
-  // m ← max(m, S' row maxima), l ← α l. The caller rescales O by α.
+  // m ← max(m, rowmax S), l ← α l. The caller multiplies O by α.
   template <class S>
   __device__ __forceinline__ void update(const S& s, float (&alpha)[kSlots]) {
 #pragma unroll
@@ -233,8 +232,8 @@ struct BoundedSoftmax : OnlineSoftmax<kSlots> {
   }
 };
 
-// The online softmax of any scores: where |shift| is large S becomes S − m, and the shift 0. M: the type of
-// m, volatile float where it is seldom read and registers are few.
+// The online softmax of scores of any magnitude: where |shift| is large S becomes S − m, and the shift 0. M
+// is the type of m: volatile float where it is seldom read and registers are few.
 template <int kSlots, class M>
 struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
   using Base = OnlineSoftmax<kSlots>;
@@ -291,8 +290,8 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
     for (int slot = 0; slot < kSlots; ++slot) subtracted |= subtract_maximum(s, slot);
   }
 
-  // m of a row whose maximum in this tile is `top`; α. Two ways, which round differently: by the shift, and
-  // by m where some shifts are 0.
+  // Updates a row whose maximum in this tile is `top`, and returns α: by the shift, or by m where some shifts
+  // are 0. The two round differently.
   __device__ __forceinline__ float update_shift(int slot, float top) {
     const bool rises = fmaf(top, scale, shift[slot]) > Base::kRescaleThreshold;
     const float next = rises ? -top * scale : shift[slot], alpha = ptx::exp2(next - shift[slot]);

@@ -6,6 +6,7 @@
 
 #include "core/dropout.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/score/variant.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
@@ -224,6 +225,35 @@ struct DroppedA {
         a[i] &= i / 2 ? ptx::sign_of_high(mask) : ptx::sign_of_low(mask);
       }
     }
+  }
+};
+
+// The sm_90a variant: dropout alone.
+template <class S>
+struct DropoutScore : ScoreVariant<S> {
+  static constexpr bool kDropout = true, kDropoutInSoftmax = true, kPositional = true;
+  KeptTile<S> kept;
+
+  template <bool kScalarDropout, class Tile>
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t n) {
+    if constexpr (kScalarDropout) {
+      kept =
+          tile.operands().dropout_at(tile.row(), n * ScoreVariant<S>::kKeys).template numbers_one_by_one<S>();
+    }
+  }
+  // The numbers are drawn between the row maxima and the exponentials: both are long chains of dependent
+  // instructions, which fill each other's stalls.
+  template <bool kScalarDropout, class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
+                                               float (&alpha)[S::kSlots], int early) {
+    softmax.update(s, alpha);
+    if constexpr (!kScalarDropout)
+      kept = tile.operands().dropout_at(tile.row(), tile.key).template numbers<S>();
+    softmax.exponentiate(s, 0, early);
+  }
+  template <class Fragments>
+  __device__ __forceinline__ void drop(Fragments& p) const {
+    drop_fragments(p, kept);
   }
 };
 

@@ -23,9 +23,8 @@ class GeneralScore {
                                           const Band& visible)
       : p(problem), operands(score_operands), band(visible) {}
 
-  // The factor that turns what apply() with a unit leaves into powers of two. It is left to the softmax, as
-  // softcap bounds those scores; all others are multiplied by it here, so that the softmax only subtracts
-  // (1).
+  // The factor that turns the scores of apply(…, unit, …) into powers of two: the softmax's scale. It is 1
+  // unless softcap bounds the scores, so that the softmax's fma(s, scale, shift) rounds no product.
   __device__ __forceinline__ float unit() const { return p.spec.softcap > 0 && !adds() ? own_unit() : 1.0f; }
 
   // Loads a 16-bit bias, which apply() will add, while S is being multiplied.

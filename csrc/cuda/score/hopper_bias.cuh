@@ -80,8 +80,8 @@ struct BiasInput {
 
 template <class S>
 struct BiasScore : ScoreVariant<S> {
-  template <class T, int kKeys, int kStages, int kConsumers>
-  using Input = BiasInput<T, kKeys, kStages, kConsumers>;
+  template <class T, int N, int kStages, int kConsumers>
+  using Input = BiasInput<T, N, kStages, kConsumers>;
 
   template <class Softmax>
   static __device__ __forceinline__ Softmax start(const AttentionSpec&) {

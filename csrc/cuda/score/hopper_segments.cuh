@@ -40,8 +40,7 @@ struct SegmentInput {
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 
-  // S ← −inf where the key is of another segment than the row. Scores of rows and keys out of use may be
-  // left.
+  // S ← −inf where the key is of another segment than the row. Rows and keys out of use may keep any score.
   template <class S, class Shared>
   __device__ __forceinline__ static void hide(S& s, const Shared& shared, const ScoreOperands& operands,
                                               const Band& band, int consumer, int32_t row, uint32_t use) {
@@ -66,8 +65,8 @@ struct SegmentInput {
     shared.input_pipe.release(use);
   }
 
-  // The warp that leaves out key tiles before the first and after the last one that may share a segment with
-  // a query tile's rows.
+  // The warp that trims a query tile's key range at both ends, to the first and the last key tile that may
+  // share a segment with its rows.
   template <class Shared>
   struct KeyRangeTrimmer {
     static constexpr int kLanes = 8, kAtOnce = 32 / kLanes;  // lanes for a key tile
@@ -194,8 +193,8 @@ struct SegmentInput {
 
 template <class S>
 struct SegmentScore : ScoreVariant<S> {
-  template <class T, int kKeys, int kStages, int kConsumers>
-  using Input = SegmentInput<kKeys, kConsumers>;
+  template <class T, int N, int kStages, int kConsumers>
+  using Input = SegmentInput<N, kConsumers>;
 
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {

@@ -56,8 +56,8 @@ __device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F 
   }
 }
 
-// log2(e) · c · tanh(s · scale / c), as a polynomial in s where |s · scale / c| ≤ 1. Its absolute error is
-// that of tanh, times c.
+// log2(e) · c · tanh(s · scale / c), where |s · scale / c| ≤ 1 as a polynomial in s. The absolute error is c
+// times that of tanh.
 struct Softcap {
   float inner, outer, both;  // scale / c, c · log2(e), their product
 
@@ -66,8 +66,8 @@ struct Softcap {
         outer(spec.softcap * kLog2e),
         both(spec.scale * kLog2e) {}
 
-  // S [rows from row(), keys from `key`] ← softcap(S) + shift. A warp's largest visible |S| chooses the
-  // polynomial: hidden scores may be anything, so they are cleared where they would choose another one.
+  // S [rows from row(), keys from `key`] ← softcap(S) + shift. A warp's largest visible |S| decides how it is
+  // computed: hidden scores may be anything, and are cleared where they would decide it.
   template <class S, class Row>
   __device__ __forceinline__ void apply(S& s, float shift, const Band& band, Row row, int32_t key) const {
     float top = largest(s);

@@ -1,30 +1,30 @@
 // A score variant of the sm_90a kernels: what a kernel computes between S = Q Kᵀ and P V for one kind of
-// score (core/plan.h's ScoreKind), with nothing asked for at run time that the kind leaves out.
+// score (core/plan.h's ScoreKind). What the kind leaves out costs nothing at run time.
 //
-// This is the plain score, and what every other variant (score/variants.cuh lists them) leaves as it is. S:
-// the accumulator of a consumer's whole key tile; functions also take accumulators of fewer keys. One object
-// lives as long as a key tile. `Tile` tells it where the tile lies: p, operands(), band(), row(), key(),
-// group, input(), input_use.
+// ScoreVariant is the plain score; the others derive from it (score/variants.cuh has the list) and say their
+// input, their softmax and what they do to S. S is the accumulator of a consumer's whole key tile; functions
+// also take accumulators of fewer keys. One object lives as long as a key tile. `Tile` is the kernel's
+// ScoreTile: p, operands(), band(), row(), consumer, shared, input_use, and key where kPositional.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include "core/plan.h"
+#include "core/problem.h"
 #include "core/score.h"
-#include "core/spec.h"
 #include "cuda/softmax.cuh"
 
 namespace jax_flash {
 
-// What a variant stages in shared memory per key tile: nothing.
+// A score input: what a variant stages in shared memory per key tile. Here nothing.
 struct NoScoreInput {
   static constexpr int kStages = 0, kBytes = 0;
-  static constexpr int kWarps = 0;               // of its own, among the producers
-  static constexpr bool kLoaded = false;         // by the load warp
-  static constexpr bool kTrimsKeyRange = false;  // a further warp leaves out key tiles of a query tile
-  struct Map {};
-  struct Buffer {};
-  struct Pipe {
+  static constexpr int kWarps = 0;               // producer warps that fill it
+  static constexpr bool kLoaded = false;         // whether the load warp does
+  static constexpr bool kTrimsKeyRange = false;  // whether one more warp leaves out key tiles
+  struct Map {};                                 // its tensor map
+  struct Buffer {};                              // its tiles
+  struct Pipe {                                  // its pipeline; init() takes the consumers' releases
     __device__ __forceinline__ void init(int) {}
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
@@ -33,11 +33,11 @@ struct NoScoreInput {
 template <class S>
 struct ScoreVariant {
   static constexpr int kKeys = 8 * S::kColumnTiles;  // of a tile
-  static constexpr bool kGeneral = false;            // several options, asked for at run time
-  static constexpr bool kPositional = false;         // depends on where the tile lies
+  static constexpr bool kGeneral = false;            // which options there are is asked for at run time
+  static constexpr bool kPositional = false;         // apply() or exponentiate() needs Tile::key
   static constexpr bool kDropout = false;
-  static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn beside the exponentials
-  template <class T, int kKeys, int kStages, int kConsumers>
+  static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn in exponentiate()
+  template <class T, int N, int kStages, int kConsumers>
   using Input = NoScoreInput;
   template <class T>
   using Softmax = UnboundedSoftmax<S::kSlots, float>;
@@ -48,11 +48,12 @@ struct ScoreVariant {
     return Softmax(spec.scale * kLog2e);
   }
 
-  // While S is being multiplied.
+  // Runs while S is being multiplied: what can be computed without it. `n`: the key tile. kScalarDropout:
+  // dropout's numbers are computed one by one, as Dropout::odd() asks for.
   template <bool kScalarDropout, class Tile>
   __device__ __forceinline__ void prefetch(const Tile&, int32_t) {}
 
-  // S ← score(S), but for the band.
+  // S ← score(S), without the band's mask.
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores&, const Tile&, const Softmax&) {}
 
