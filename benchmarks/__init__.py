@@ -1,1 +1,1 @@
-"""`python -m benchmarks`: this library beside its peers, in one process, on the tests' own cases."""
+"""`python -m benchmarks`: this library beside its peers and beside other commits of itself; see README.md here."""

@@ -1,10 +1,13 @@
-"""This library beside its peers, in one process: table, JSON and plots.
+"""This library beside other implementations, in one process: tables, JSON and plots.
 
-python -m benchmarks                          # the platform's cases, every peer that is there
-python -m benchmarks --cases packed --peers xla,torch --repeats 9 --out out/bench
-python -m benchmarks --suite cpu              # the CPU kernels' bars, each beside what it is compared with
-python -m benchmarks --suite cuda             # the same of the CUDA kernels
-python -m benchmarks --suite hopper           # and of the sm_90a forward
+python -m benchmarks                          # the platform's cases, every peer that is installed
+python -m benchmarks --cases causal --peers xla,torch --repeats 9 --out out/bench
+python -m benchmarks --suite cpu              # what the CPU kernels promise, with limits that a run has to reach
+python -m benchmarks --suite cuda             # the same for the CUDA kernels, and for the sm_90a forward: hopper
+python -m benchmarks --compare ../before      # this checkout beside another one: times, and results bit by bit
+python -m benchmarks.tune --help              # candidates for rows of csrc/kernels.def, one library for each
+
+How calls are timed: benchmarks/measure.py. How to have the peers on a machine without a network: benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -19,9 +22,10 @@ import jax
 
 from jax_flash import backends
 
-from . import cases, measure, peers, report, sections
+from . import cases, compare, flop, measure, peers, report, sections
 
 PASSES = ("forward", "backward")
+OUT = Path("out/bench")
 
 
 def require_library() -> None:
@@ -32,48 +36,58 @@ def require_library() -> None:
             sys.exit(f"python -m benchmarks: {name} is {backend.problem}")
 
 
-def main(arguments: list[str]) -> int:
+def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", default="", help="only cases whose name holds this")
-    parser.add_argument("--peers", default=",".join(list(peers.PEERS)[1:]), help="separated by commas")
-    parser.add_argument("--passes", default="forward,backward", help="forward, backward or both")
-    parser.add_argument("--repeats", type=int, default=7, help="the median of this many is reported")
-    parser.add_argument("--seconds", type=float, default=0.05, help="length of one repeat")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
     parser.add_argument(
-        "--suite", choices=["cpu", "cuda", "hopper"], help="sections and bars of a suite_*.py instead"
+        "--out", type=Path, default=OUT, metavar="FOLDER", help=f"of the report; default {OUT}"
     )
-    parser.add_argument("--sections", default="", help="of the suite, separated by commas; all by default")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--repeats", type=int, help="bursts of each call, not of suites; the median is reported"
+    )
+    plain = parser.add_argument_group("beside peers")
+    plain.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name holds this")
+    plain.add_argument(
+        "--peers",
+        default="",
+        metavar="NAMES",
+        help=f"of {', '.join(list(peers.PEERS)[1:])}; default the platform's",
+    )
+    plain.add_argument("--passes", default="forward,backward", help="forward, backward or both of them")
+    plain.add_argument(
+        "--seconds", type=float, default=measure.BURST, help="of one burst; default %(default)s"
+    )
+    suites = parser.add_argument_group("suites")
+    suites.add_argument(
+        "--suite", choices=["cpu", "cuda", "hopper"], help="the cells and limits of one suite"
+    )
+    suites.add_argument("--sections", default="", help="of the suite, separated by commas; default all")
+    before = parser.add_argument_group("before and after")
+    before.add_argument(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of another commit, built in place, that ran before",
+    )
+    before.add_argument(
+        "--filter",
+        default="",
+        metavar="TEXT",
+        help="only cells whose name holds this; TEXT|TEXT: one of them",
+    )
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    parser, options = parse(arguments)
     require_library()
+    if options.compare:
+        repeats = options.repeats or measure.REPEATS
+        return compare.run(options.compare, options.filter, repeats, options.out)
     if options.suite:
         return run_suite(parser, options)
-    platform = jax.default_backend()
-    chosen = [c for c in (cases.GPU if platform == "gpu" else cases.CPU) if options.cases in c.name]
-    if not chosen:
-        parser.error(f"--cases: no case's name holds {options.cases!r}")
-    names = ["jax_flash", *(name for name in options.peers.split(",") if name)]
-    passes = options.passes.split(",")
-    unknown = (set(names) - set(peers.PEERS)) | (set(passes) - set(PASSES))
-    if unknown:
-        parser.error(f"not known: {', '.join(sorted(unknown))}")
-    run: dict[str, Any] = {
-        "header": report.header(arguments),
-        "device": device_rates(platform, sorted({c.dtype for c in chosen}), options),
-        "passes": passes,
-        "peers": names,
-        "cases": [],
-    }
-    for case in chosen:
-        run["cases"].append(run_case(case, names, passes, platform, options))
-        print(f"{case.name}: {summary(run['cases'][-1])}", file=sys.stderr, flush=True)
-    there = [name for name in names[1:] if any(_ran(result, name) for result in run["cases"])]
-    run["peers"] = [names[0], *there]
-    report.write(run, options.out)
-    print(report.markdown(run))
-    return 0
+    return run_cases(parser, options, arguments)
 
 
 def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -87,48 +101,72 @@ def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
     return sections.run(suite, chosen, options.out)
 
 
+def run_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]) -> int:
+    platform = jax.default_backend()
+    chosen = [c for c in (cases.GPU if platform == "gpu" else cases.CPU) if options.cases in c.name]
+    if not chosen:
+        parser.error(f"--cases: no case's name holds {options.cases!r}")
+    known = [name for name, peer in peers.PEERS.items() if platform in peer.platforms]
+    names = ["jax_flash", *options.peers.split(",")] if options.peers else known
+    passes = options.passes.split(",")
+    unknown = (set(names) - set(peers.PEERS)) | (set(passes) - set(PASSES))
+    if unknown:
+        parser.error(f"not known: {', '.join(sorted(unknown))}")
+    run: dict[str, Any] = {
+        "header": report.header(arguments),
+        "device": device_rates(platform, sorted({c.dtype for c in chosen}), options),
+        "passes": passes,
+        "peers": names,
+        "cases": [],
+    }
+    for case in chosen:
+        run["cases"].append(run_case(case, names, passes, options))
+        print(f"{case.name}: {summary(run['cases'][-1])}", file=sys.stderr, flush=True)
+    there = [name for name in names[1:] if any(_ran(result, name) for result in run["cases"])]
+    run["peers"] = [names[0], *there]
+    run["absent"] = {name: _reason(run["cases"][0], name) for name in names[1:] if name not in there}
+    report.write(run, options.out)
+    print(report.markdown(run))
+    return 0
+
+
 def device_rates(platform: str, dtypes: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """What the device does by itself: products in each dtype, and copies."""
     rates: dict[str, Any] = {}
     for dtype in dtypes:
-        call, arguments, flop = measure.matmul_call(platform, dtype)
-        rates[f"matmul {dtype}"] = {"flop": flop, **timed({"": (call, arguments)}, options)[""]}
+        product = measure.matmul_call(platform, dtype)
+        rates[f"matmul {dtype}"] = {"flop": flop.matmul(platform), **timed({"": product}, options)[""]}
     call, arguments, size = measure.copy_call(platform)
     rates["copy"] = {"bytes": size, **timed({"": (call, arguments)}, options)[""]}
     return rates
 
 
-def timed(calls: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    times = measure.interleaved(calls, options.repeats, options.seconds)
-    return {name: measure.summary(t) for name, t in times.items()}
+def timed(calls: measure.Calls, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    return measure.in_turns(calls, options.repeats or measure.REPEATS, options.seconds)
 
 
 def run_case(
-    case: cases.Case, names: list[str], passes: list[str], platform: str, options: argparse.Namespace
+    case: cases.Case, names: list[str], passes: list[str], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Every pass of every implementation that takes the case; the others' reasons."""
-    first = cases.make_inputs(case)
-    copies = measure.copies_for((first.positional, first.dout), platform)
-    inputs = [first, *(cases.make_inputs(case, seed) for seed in range(1, copies))]
-    calls: dict[str, dict[str, Any]] = {pass_: {} for pass_ in passes}
-    results: dict[str, dict[str, Any]] = {pass_: {} for pass_ in passes}
-    for name in names:
-        for pass_ in passes:
-            try:
-                call, arguments = peers.calls(name, case, pass_, inputs)
-                jax.block_until_ready(call(*arguments[0]))
-                calls[pass_][name] = call, arguments
-            except (peers.Refused, NotImplementedError, ValueError, RuntimeError) as error:
-                results[pass_][name] = {"refused": str(error).split("\n")[0][:200]}
+    results = {}
     for pass_ in passes:
-        results[pass_] |= timed(calls[pass_], options)
-    flop = {pass_: cases.flop(case, pass_) for pass_ in passes}
-    chosen = {"name": case.name, "dtype": case.dtype, "needs": sorted(cases.needs(case))}
-    return {**chosen, "flop": flop, "copies": copies, "results": results}
+        try:
+            calls, refused = peers.prepare({name: (name, case, pass_) for name in names})
+        except NotImplementedError as error:  # this library was built without a kernel for the case
+            calls, refused = {}, {name: {"refused": peers.why(error)} for name in names}
+        results[pass_] = refused | timed(calls, options)
+    work = {pass_: flop.attention(case, pass_) for pass_ in passes}
+    needs = sorted(peers.needs(case))
+    return {"name": case.name, "dtype": case.dtype, "needs": needs, "flop": work, "results": results}
 
 
 def _ran(result: dict[str, Any], name: str) -> bool:
     return any("median" in by_name[name] for by_name in result["results"].values())
+
+
+def _reason(result: dict[str, Any], name: str) -> str:
+    return str(next(iter(result["results"].values()))[name]["refused"])
 
 
 def summary(result: dict[str, Any]) -> str:

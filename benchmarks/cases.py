@@ -1,61 +1,158 @@
-"""What is measured: the tests' cases at shapes where speed matters, and the arithmetic that they take."""
+"""The shapes that are timed, for every runner of this folder: the tests' Case at sizes where speed matters."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
 from tests.cases import Case, Inputs, make_inputs, varlen
 
-__all__ = ["CPU", "GPU", "Case", "Inputs", "flop", "make_inputs", "needs", "visible_pairs"]
+__all__ = ["CPU", "GPU", "Case", "Inputs", "make_inputs", "varlen"]
+
+# --- GPU: 16,384 tokens in all and heads · head dim = 2048, as the field reports ------------------------------------
+
+TOKENS, WIDTH = 16384, 2048
+HEAD_DIMS = (64, 128, 256)
+LENGTHS = (1024, 4096, 16384)
+DOCUMENTS = (100, 8000, 300, 2500, 1200, 4284)  # lengths of packed sequences, TOKENS in all
 
 
-def needs(case: Case) -> set[str]:
-    """What an implementation must have to compute the case."""
-    wanted = {
-        "packed": case.layout == "varlen",
-        "GQA": case.hq != case.hk,
-        "dv": case.d != case.dv,
-        "float32": case.dtype == "float32",
-        "window": case.window is not None,
-        "bottom-right": case.align == "bottom_right" and case.sq != case.sk and (case.causal or case.window),
-        "lengths": case.q_lengths is not None or case.kv_lengths is not None,
-        "segments": case.segments > 0,
-        "mask": case.mask is not None,
-        "bias": case.bias is not None,
-        "ALiBi": case.alibi_slopes is not None,
-        "sinks": case.sinks,
-        "scale": case.scale is not None,
-        "softcap": case.softcap is not None,
-        "dropout": case.dropout_rate > 0,
+def gpu_case(d: int, s: int, causal: bool = False, **options: Any) -> Case:
+    h = WIDTH // d
+    sizes = {"b": max(1, TOKENS // s), "sq": s, "sk": s, "hq": h, "hk": h, "d": d, "dv": d}
+    name = f"d{d} s{s}{' causal' if causal else ''}"
+    return Case(name, causal=causal, **({"dtype": "bfloat16"} | sizes | options))
+
+
+def heads_case(name: str, b: int, s: int, hq: int, hk: int, d: int, **options: Any) -> Case:
+    """A model's heads; causal."""
+    sizes = {"b": b, "sq": s, "sk": s, "hq": hq, "hk": hk, "d": d, "dv": d, "causal": True}
+    return Case(name, **({"dtype": "bfloat16"} | sizes | options))
+
+
+def gpu_documents(d: int, causal: bool) -> Case:
+    h = WIDTH // d
+    sizes = {"hq": h, "hk": h, "d": d, "dv": d, "dtype": "bfloat16"}
+    return varlen(f"d{d} documents{' causal' if causal else ''}", DOCUMENTS, causal=causal, **sizes)
+
+
+MATRIX = tuple(gpu_case(d, s, causal) for d in HEAD_DIMS for s in LENGTHS for causal in (False, True))
+GQA = (
+    heads_case("64/8 heads d128 s16384 causal", 1, 16384, 64, 8, 128),
+    heads_case("2 × 32/8 d128 s8192 causal", 2, 8192, 32, 8, 128),
+    heads_case("2 × 16/2 d256 s8192 causal", 2, 8192, 16, 2, 256),
+    heads_case("2 × 64/8 d64 s8192 causal", 2, 8192, 64, 8, 64),
+)
+MLA = heads_case("128 heads d192/128 s4096 causal", 1, 4096, 128, 128, 192, dv=128)  # DeepSeek-V3's heads
+WINDOWS = (
+    heads_case("2 × 64/8 d64 s8192 window 128", 2, 8192, 64, 8, 64, window=(127, 0)),  # gpt-oss
+    heads_case("32/8 d128 s16384 window 4096", 1, 16384, 32, 8, 128, window=(4095, 0)),
+    heads_case("16/16 d128 s16384 window 1024", 1, 16384, 16, 16, 128, window=(1023, 0)),
+    heads_case("32/32 d64 s16384 window 1024", 1, 16384, 32, 32, 64, window=(1023, 0)),
+    heads_case("16/8 d256 s16384 window 1024", 1, 16384, 16, 8, 256, window=(1023, 0)),  # Gemma 3
+)
+
+
+def gpu_options(d: int, causal: bool = False) -> dict[str, Case]:
+    """Each option alone, at s 4096."""
+    plain = gpu_case(d, 4096, causal)
+    s, h = plain.sq, plain.hq
+    options: dict[str, dict[str, Any]] = {
+        "bias": {"bias": (1, 1, s, s), "bias_dtype": "bfloat16"},
+        "bias of each head": {"bias": (1, h, s, s), "bias_dtype": "bfloat16"},
+        "alibi": {"alibi_slopes": (h,)},
+        "softcap": {"softcap": 20.0},
+        "dropout": {"dropout_rate": 0.1},
+        "sinks": {"sinks": True},
+        "segments": {"segments": 4},
     }
-    return {name for name, want in wanted.items() if want}
+    return {what: plain.replace(name=f"{plain.name} {what}", **option) for what, option in options.items()}
 
 
-def flop(case: Case, pass_: str) -> float:
-    """Products of the visible pairs: q·k and p·v forward; backward s again, dp, and those of dq, dk, dv."""
-    d, dv = case.d, case.dv
-    features = {"forward": d + dv, "backward": 3 * d + 2 * dv, "both": 4 * d + 3 * dv}[pass_]
-    return 2.0 * features * case.hq * visible_pairs(case)
+# Sequences, query heads, KV heads, head dim, keys: decode, one query token of each sequence.
+DECODE = (
+    (24, 24, 24, 128, 1024),
+    (24, 24, 24, 128, 8192),
+    (64, 32, 8, 128, 1024),
+    (64, 32, 8, 128, 8192),
+    (8, 32, 8, 128, 65536),
+    (1, 32, 8, 128, 131072),
+    (128, 64, 8, 128, 4096),
+    (64, 8, 1, 256, 8192),
+    (64, 64, 8, 64, 8192),
+    (1, 32, 8, 128, 512),
+)
+DECODE_BETWEEN = tuple((24, 24, 24, 128, keys) for keys in (512, 2048, 4096))  # for a table of published.py
 
 
-def visible_pairs(case: Case) -> int:
-    """Pairs (query, key) in the band, of one head over the whole batch; masks and segments take none away."""
-    if case.kv_lengths is not None:
-        one = case.replace(b=1, kv_lengths=None)
-        return sum(visible_pairs(one.replace(sk=length)) for length in case.kv_lengths)
-    if case.layout == "varlen":
-        k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
-        return sum(_band(case, sq, sk) for sq, sk in zip(case.q_sequences, k_sequences, strict=True))
-    return case.b * _band(case, case.sq, case.sk)
+def decode_name(shape: tuple[int, ...]) -> str:
+    b, hq, hk, d, keys = shape
+    return f"decode b{b} {hq}/{hk} d{d} kv{keys}"
 
 
-def _band(case: Case, sq: int, sk: int) -> int:
-    diagonal = np.arange(sq) + (sk - sq if case.align == "bottom_right" else 0)
-    left, right = case.window or (None, None)
-    right = 0 if case.causal else right
-    high = np.full(sq, sk - 1) if right is None else np.minimum(diagonal + right, sk - 1)
-    low = np.zeros(sq, int) if left is None else np.maximum(diagonal - left, 0)
-    return int(np.maximum(high - low + 1, 0).sum())
+SMALL_HEADS = 16
+SMALL = tuple((d, s, causal) for d in (64, 128) for s in (512, 1024) for causal in (False, True))
+
+
+def small_case(d: int, s: int, causal: bool) -> Case:
+    """One sequence: a call of microseconds."""
+    sizes = {"b": 1, "sq": s, "sk": s, "hq": SMALL_HEADS, "hk": SMALL_HEADS, "d": d, "dv": d}
+    name = f"b1 h{SMALL_HEADS} d{d} s{s}{' causal' if causal else ''}"
+    return Case(name, causal=causal, dtype="bfloat16", **sizes)
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------------
+
+CPU_SHAPES = {"s512": (4, 512, 4, 64), "s2048": (1, 2048, 8, 64), "s4096": (1, 4096, 8, 128)}  # b, s, h, d
+CPU_DTYPES = ("float32", "bfloat16")
+CPU_DECODE = (8, 32, 8, 128, 4096)  # as DECODE; pages of CPU_PAGE
+CPU_DECODE_DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn")
+CPU_PAGE = 16
+
+
+def cpu_case(shape: str, dtype: str, **options: Any) -> Case:
+    b, s, h, d = CPU_SHAPES[shape]
+    sizes = {"b": b, "sq": s, "sk": s, "hq": h, "hk": h, "d": d, "dv": d}
+    return Case(f"b{b} s{s} h{h} d{d} {dtype}", dtype=dtype, **sizes, **options)
+
+
+def cpu_options(dtype: str) -> dict[str, tuple[Case, Case]]:
+    """Each option alone: the call without it, and with it."""
+    plain = cpu_case("s2048", dtype)
+    s, h = plain.sq, plain.hq
+    batch = plain.replace(b=2, sq=s // 2, sk=s // 2)
+    sizes = {"hq": h, "hk": h, "d": plain.d, "dv": plain.d, "dtype": dtype}
+    return {
+        "window": (plain, plain.replace(window=(s // 4, s // 4))),
+        "segments": (plain, plain.replace(segments=4)),
+        "softcap": (plain, plain.replace(softcap=30.0)),
+        "bias": (plain, plain.replace(bias=(1, h, s, s))),
+        "ALiBi": (plain, plain.replace(alibi_slopes=(h,))),
+        "sinks": (plain, plain.replace(sinks=True)),
+        "lengths": (batch, batch.replace(kv_lengths=(s // 2, s // 4 + 77))),
+        "varlen": (batch, varlen("documents", (700, 324, 1024), **sizes)),
+        "dropout": (plain, plain.replace(dropout_rate=0.1)),
+    }
+
+
+def cpu_pairs(dtype: str) -> dict[str, tuple[Case, Case]]:
+    """Shapes whose time is bounded by that of another: that other, and the shape."""
+    heads = cpu_case("s2048", dtype)
+    sizes = {"hq": 4, "hk": 4, "d": 64, "dv": 64, "dtype": dtype, "causal": True}
+    batched = Case(f"b8 s512 h4 d64 {dtype}", b=8, sq=512, sk=512, **sizes)
+    long = Case(f"b1 s16384 h2 d64 {dtype}", b=1, sq=16384, sk=16384, hq=2, hk=2, d=64, dv=64, dtype=dtype)
+    return {
+        "GQA 8:1": (heads, heads.replace(hk=1)),
+        "equal documents": (batched, varlen("documents", (512,) * 8, **sizes)),
+        "window 256 at s 16,384": (long, long.replace(window=(256, 0))),
+    }
+
+
+def cpu_small(dtype: str) -> Case:
+    """A call so small that what surrounds the arithmetic counts."""
+    return Case(f"b1 s64 h4 d64 {dtype}", b=1, sq=64, sk=64, hq=4, hk=4, d=64, dv=64, dtype=dtype)
+
+
+# --- the runner's own lists (python -m benchmarks) ------------------------------------------------------------------
 
 
 def _both(b: int, s: int, hq: int, hk: int, d: int, dtype: str) -> list[Case]:
@@ -65,7 +162,7 @@ def _both(b: int, s: int, hq: int, hk: int, d: int, dtype: str) -> list[Case]:
     return [full, full.replace(name=f"{name} causal", causal=True)]
 
 
-def _options(base: Case) -> list[Case]:
+def _each_option(base: Case) -> list[Case]:
     """What each option costs, one at a time, on one causal shape."""
     b, s, h = base.b, base.sq, base.hq
     return [
@@ -84,25 +181,23 @@ def _packed(lengths: tuple[int, ...], hq: int, hk: int, d: int, dtype: str) -> C
     return varlen(name, lengths, causal=True, hq=hq, hk=hk, d=d, dv=d, dtype=dtype)
 
 
-# 16,384 tokens and heads × d = 2048: the shapes that the field reports.
 GPU = [
-    *(
-        case
-        for d in (64, 128, 256)
-        for s in (1024, 4096, 16384)
-        for case in _both(16384 // s, s, 2048 // d, 2048 // d, d, "bfloat16")
-    ),
+    *MATRIX,
+    *GQA,
+    MLA,
+    *WINDOWS,
     *_both(4, 4096, 32, 8, 128, "float16"),
-    *_options(_both(4, 4096, 16, 16, 128, "bfloat16")[1]),
-    _packed((4096, 2048, 1024, 512, 512, 4096, 3072, 1024), 16, 16, 128, "bfloat16"),
+    *_each_option(gpu_case(128, 4096, causal=True)),
+    gpu_documents(64, causal=True),
+    gpu_documents(128, causal=True),
 ]
 CPU = [
     *(
         case
-        for dtype in ("float32", "bfloat16")
+        for dtype in CPU_DTYPES
         for b, s, hq, hk, d in ((4, 512, 4, 4, 64), (1, 2048, 8, 8, 64), (1, 2048, 8, 2, 128))
         for case in _both(b, s, hq, hk, d, dtype)
     ),
-    *_options(_both(2, 1024, 8, 8, 64, "float32")[1]),
+    *_each_option(_both(2, 1024, 8, 8, 64, "float32")[1]),
     _packed((512, 300, 77, 135, 700, 324), 8, 8, 64, "float32"),
 ]

@@ -1,11 +1,10 @@
-"""A process of its own, bound to some cores, that times or measures what it is told to."""
+"""A process of its own, bound to some cores, for what depends on them: scaling over threads, memory."""
 
 from __future__ import annotations
 
 import ctypes
 import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cases import Case
 
-SETTLE, BURST = 0.05, 0.2  # seconds of calls, untimed and timed: the process has slept while another ran
+SETTLE, BURST = 0.05, 0.2  # seconds of calls, untimed and timed: the process slept while another one ran
 
 
 class Child:
@@ -22,9 +21,9 @@ class Child:
 
     def __init__(self, cores: int):
         context = multiprocessing.get_context("spawn")  # XLA sizes its thread pool when it is loaded
-        self._pipe, far = context.Pipe()
+        self._pipe, other_end = context.Pipe()
         allowed = sorted(os.sched_getaffinity(0))[:cores]
-        self._process = context.Process(target=_serve, args=(far, allowed), daemon=True)
+        self._process = context.Process(target=_serve, args=(other_end, allowed), daemon=True)
 
     def __enter__(self) -> Child:
         self._process.start()
@@ -35,7 +34,7 @@ class Child:
         self._process.join()
 
     def call(self, case: Case, pass_: str) -> Callable[[], float]:
-        """Prepares the call there; each call of the result is the median of one burst of it."""
+        """Prepares the call there; each call of the result is the mean of one burst."""
         self._ask("prepare", case, pass_)
         return lambda: self._ask("burst", case, pass_)
 
@@ -74,25 +73,16 @@ def _answer(calls: dict[Any, Any], what: str, case: Case, pass_: str) -> Any:
     if what == "prepare":
         call, arguments = peers.calls("jax_flash", case, pass_, [make_inputs(case)])
         jax.block_until_ready(call(*arguments[0]))
-        calls[key] = call, arguments[0]
+        calls[key] = call, arguments
         return True
-    call, argument = calls[key]
-    start = time.perf_counter()
-    while time.perf_counter() - start < SETTLE:
-        jax.block_until_ready(call(*argument))
-    times = []
-    while sum(times) < BURST:
-        start = time.perf_counter()
-        jax.block_until_ready(call(*argument))
-        times.append(time.perf_counter() - start)
-    return measure.median(times)
+    return measure.interleaved({"": calls[key]}, 1, BURST, settle=SETTLE)[""][0]
 
 
 def _growth(compiled: Any, arguments: Any) -> int:
     import jax
 
     jax.block_until_ready(arguments)
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator has kept would hide growth
+    ctypes.CDLL(None).malloc_trim(0)  # memory that the allocator keeps would hide growth
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     out = jax.block_until_ready(compiled(*arguments))

@@ -1,4 +1,11 @@
-"""Timing: medians of drained repeats, inputs that do not stay in cache, and what the device itself can do."""
+"""Timing: the one function that times calls, and what a device does by itself.
+
+How calls are timed. All implementations of a cell take turns in one process, in an order that turns round between
+repeats. A turn is a burst of n calls back to back that fill some 30 ms, right after n equal calls of the same
+implementation that are not timed: a GPU is bound by power, and a burst would otherwise pay for, or profit from,
+what ran before it (seen: 8% of cuDNN's rate). The device is drained before and after each burst. What is reported
+is the median of the repeats. Inputs are rotated through more bytes than the largest cache holds.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Call = Callable[..., Any]
+from . import flop
 
-# Inputs are rotated through this many bytes: several times the largest L2 or L3 in use today.
-ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}
+Call = Callable[..., Any]
+Calls = dict[str, tuple[Call, Sequence[tuple[Any, ...]]]]  # name → (function, argument tuples to go through)
+
+ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}  # bytes: several times the largest L2 or L3 in use today
+REPEATS, BURST = 6, 0.03  # seconds of one burst
+CALLS_AT_MOST = 200  # of one burst, however short they are
 
 
 def copies_for(arguments: Any, platform: str) -> int:
@@ -23,64 +34,75 @@ def copies_for(arguments: Any, platform: str) -> int:
     return max(1, min(64, -(-ROTATION[platform] // max(size, 1))))
 
 
+def order(names: Sequence[str], repeat: int) -> list[str]:
+    """The turns of one repeat: rotated by one place after every two repeats, and reversed in each second.
+
+    So every implementation has every place, and runs before each other one as often as after it.
+    """
+    first = repeat // 2 % len(names) if names else 0
+    turned = [*names[first:], *names[:first]]
+    return turned[::-1] if repeat % 2 else turned
+
+
 def interleaved(
-    calls: dict[str, tuple[Call, Sequence[tuple[Any, ...]]]],
+    calls: Calls,
     repeats: int,
     seconds: float,
     pause: float = 0.0,
-    settle: float = 0.0,
-    most: int = 200,
+    settle: float | None = None,
+    most: int = CALLS_AT_MOST,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each, repeat by repeat.
-
-    All calls take turns within a repeat, so that they meet the device in the same state (power, heat).
-    A repeat is as many calls back to back as fill `seconds`; the device is drained before and after it.
+    """Seconds per call of each implementation, repeat by repeat.
 
     Args:
-      calls: name → (function, the argument tuples it goes through in turn).
-      pause: seconds of rest before a repeat, in which the threads of the call before it stop spinning.
-      settle: seconds of untimed calls after the rest, one at least: what the call before it left behind is
-        not theirs to pay, such as memory that it freed and the host took back.
-      most: calls of a repeat, however short they are.
+      calls: name → (function, the argument tuples that it goes through in turn).
+      repeats: how many bursts are timed of each.
+      seconds: how long a burst is to last; at least one call.
+      pause: seconds of rest before a turn, in which the threads of a CPU library called before stop spinning.
+      settle: seconds of untimed calls before a burst, one call at least if it is not 0; None: as many as are timed.
+      most: calls of a burst, however short they are.
     """
     counts, untimed, rotations = {}, {}, {}
     for name, (call, arguments) in calls.items():
         rotations[name] = itertools.cycle(arguments)
         jax.block_until_ready(call(*next(rotations[name])))
         counts[name] = fill(call, rotations[name], seconds, most)
-        untimed[name] = fill(call, rotations[name], settle, most)
+        untimed[name] = counts[name] if settle is None else fill(call, rotations[name], settle, most)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, (call, _) in calls.items():
+    for repeat in range(repeats):
+        for name in order(list(calls), repeat):
             time.sleep(pause)
-            if settle > 0:
-                _repeat(call, rotations[name], untimed[name])
-            times[name].append(_repeat(call, rotations[name], counts[name]))
+            if settle != 0:
+                burst(calls[name][0], rotations[name], untimed[name])
+            times[name].append(burst(calls[name][0], rotations[name], counts[name]))
     return times
 
 
-def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int:
-    """How many calls back to back fill `seconds`.
+def in_turns(calls: Calls, repeats: int = REPEATS, seconds: float = BURST) -> dict[str, Any]:
+    """The summaries of calls timed as the head of this file says."""
+    return {name: summary(times) for name, times in interleaved(calls, repeats, seconds).items()}
 
-    Found by repeats that grow: a call by itself takes the host's time besides, and the first ones that of
-    making a graph of it. Where repeats last alike, what each costs beside its calls weighs alike, too.
+
+def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int:
+    """How many calls back to back fill `seconds`, found by bursts that grow.
+
+    One call alone includes the host's latency, and the first calls include making a CUDA graph of the program.
     """
     count, fitting = 0, 1
     while seconds > 0 and fitting > 1.1 * count:
         count = fitting
-        fitting = max(1, min(most, int(seconds / _repeat(call, arguments, count))))
+        fitting = max(1, min(most, int(seconds / burst(call, arguments, count))))
     return fitting
 
 
-def _repeat(call: Call, arguments: Any, count: int) -> float:
+def burst(call: Call, arguments: Iterator[Any], count: int) -> float:
+    """Mean seconds of `count` calls back to back, the device idle before and after them."""
     prepared = [next(arguments) for _ in range(count)]
-    one_at_a_time = (
-        jax.default_backend() == "cpu"
-    )  # the CPU client may overlap calls, a GPU stream never does
+    one_by_one = jax.default_backend() == "cpu"  # the CPU client may overlap calls; a GPU's stream never does
     start = time.perf_counter()
     for argument in prepared:
         out = call(*argument)
-        if one_at_a_time:
+        if one_by_one:
             jax.block_until_ready(out)
     jax.block_until_ready(out)
     return (time.perf_counter() - start) / count
@@ -97,6 +119,14 @@ def chained(call: Call, count: int, **compiler_options: Any) -> Call:
     return jax.jit(chain, compiler_options=compiler_options or None)
 
 
+def of_one(times: dict[str, Any], count: int) -> dict[str, Any]:
+    """The summaries of programs of `count` calls → those of one call."""
+    return {
+        name: t | {"median": t["median"] / count, "times": [x / count for x in t["times"]]}
+        for name, t in times.items()
+    }
+
+
 def median(times: Sequence[float]) -> float:
     return statistics.median(times)
 
@@ -110,19 +140,19 @@ def spread(times: Sequence[float]) -> float:
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """Of one call's times, as cells keep them."""
-    return {"median": median(times), "spread": spread(times), "times": times}
+    """The times of one implementation, as cells keep them."""
+    return {"median": median(times), "spread": spread(times), "times": list(times)}
 
 
-def matmul_call(platform: str, dtype: str) -> tuple[Call, list[tuple[Any, ...]], float]:
-    """A square product in `dtype` at the device's own pace: the call, its arguments, its FLOP."""
-    n = 8192 if platform == "gpu" else 2048
+def matmul_call(platform: str, dtype: str) -> tuple[Call, list[tuple[Any, ...]]]:
+    """A square product in `dtype` at the device's own pace."""
+    n = flop.MATMUL_SIZE[platform]
     a, b = (jax.random.normal(key, (n, n), dtype) for key in jax.random.split(jax.random.key(0)))
-    return jax.jit(jnp.matmul), [(a, b)], 2.0 * n**3
+    return jax.jit(jnp.matmul), [(a, b)]
 
 
 def copy_call(platform: str) -> tuple[Call, list[tuple[Any, ...]], float]:
-    """A copy larger than any cache: the call, its arguments, the bytes it reads and writes."""
+    """A copy larger than any cache: the call, its arguments, the bytes that it reads and writes."""
     size = (2 << 30) if platform == "gpu" else (256 << 20)
     x = jnp.zeros(size // 4, jnp.float32)
     return jax.jit(lambda x: x + 1), [(x,)], 2.0 * size

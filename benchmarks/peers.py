@@ -1,38 +1,34 @@
 """The implementations compared: what each can compute, and its calls.
 
-A peer gets the same arrays and computes the same thing; a case that needs what it lacks is refused.
+A peer gets the same arrays and computes the same thing. A case that needs an option which a peer lacks is not run on
+it, and the report says which.
 """
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-import jax_flash
+from . import adapters
+from .adapters import Attend, Refused
+from .cases import Case, Inputs, make_inputs
+from .measure import Calls, copies_for
 
-from .cases import Case, Inputs, needs
-from .measure import copies_for
-
-Attend = Callable[..., Any]  # (query, key, value, other arrays by name) → out
 JAX_NN = {"GQA", "window", "lengths", "mask", "bias", "scale"}
-
-
-class Refused(Exception):
-    """The peer cannot run the case, or is not there."""
+FLASH_ATTN = {"GQA", "window", "packed", "scale", "bottom-right"}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation: what it has, where it runs, the module it needs, and how it is called."""
+    """An implementation: what it has, where it runs, the module that it needs, and how it is called."""
 
-    has: set[str] | None  # None: everything
+    has: set[str] | None  # of what needs() names; None: everything
     platforms: tuple[str, ...]
     make: Callable[[Case], Attend]
     module: str = "jax"
@@ -48,92 +44,105 @@ class Peer:
         return self.make(case)
 
 
-def _ours(case: Case) -> Attend:
-    if case.layout == "varlen":
-        return lambda q, k, v, arrays: jax_flash.flash_attention_varlen(q, k, v, **arrays, **case.options)
-    return lambda q, k, v, arrays: jax_flash.flash_attention(q, k, v, **arrays, **case.options)
-
-
-def _jax_nn(implementation: str, function: str = "jax.nn") -> Callable[[Case], Attend]:
-    """jax.nn.dot_product_attention, or another with its signature."""
-
-    def make(case: Case) -> Attend:
-        module: Any = importlib.import_module(function)
-        options: dict[str, Any] = {
-            "is_causal": case.causal,
-            "local_window_size": case.window,
-            "implementation": implementation,
-        }
-        if case.scale is not None:
-            options["scale"] = case.scale
-        if case.softcap is not None:
-            options["logits_soft_cap"] = case.softcap
-        names = {"q_lengths": "query_seq_lengths", "kv_lengths": "key_value_seq_lengths"}
-
-        def attend(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
-            if case.layout == "varlen":
-                return packed(q, k, v, arrays)
-            return module.dot_product_attention(
-                q, k, v, **{names.get(name, name): x for name, x in arrays.items()}, **options
-            )
-
-        def packed(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
-            """One row of all tokens under a block-diagonal mask: all that this interface offers."""
-            rows, columns = (
-                jnp.searchsorted(arrays[name], jnp.arange(x.shape[0]), side="right")
-                for name, x in (("cu_seqlens_q", q), ("cu_seqlens_k", k))
-            )
-            mask = (rows[:, None] == columns[None, :])[None, None]
-            return module.dot_product_attention(q[None], k[None], v[None], mask=mask, **options)[0]
-
-        return attend
-
-    return make
-
-
-def _pallas(case: Case) -> Attend:
-    from jax.experimental.pallas.ops.gpu.attention import mha
-
-    return lambda q, k, v, arrays: mha(q, k, v, None, sm_scale=case.d**-0.5, causal=case.causal)
-
-
-def _mosaic(case: Case) -> Attend:
-    """JAX's Pallas kernel for Hopper, on float16 alone. It has no scale: it computes softmax(q kᵀ) v."""
-    module: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.attention_mgpu")
-    keys = 64 if case.d > 128 else 128
-    tiles = module.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=case.causal)
-    return lambda q, k, v, arrays: module.attention(q, k, v, tiles)
-
-
-def _torch(case: Case) -> Attend:
-    torch: Any = importlib.import_module("torch")
-    attend = torch.nn.functional.scaled_dot_product_attention
-    return lambda q, k, v, arrays: attend(q, k, v, is_causal=case.causal, enable_gqa=case.hq != case.hk)
-
-
 PEERS = {
-    "jax_flash": Peer(None, ("cpu", "gpu"), _ours, "jax_flash"),
-    "xla": Peer(JAX_NN | {"float32", "packed"}, ("cpu", "gpu"), _jax_nn("xla")),
-    "cudnn": Peer(JAX_NN, ("gpu",), _jax_nn("cudnn")),
-    "pallas": Peer({"float32"}, ("gpu",), _pallas),
-    "mosaic": Peer({"GQA"}, ("gpu",), _mosaic),
-    "tokamax": Peer(JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), _jax_nn("mosaic", "tokamax"), "tokamax"),
-    "torch": Peer({"GQA", "float32"}, ("cpu",), _torch, "torch"),
+    "jax_flash": Peer(None, ("cpu", "gpu"), adapters.ours, "jax_flash"),
+    "xla": Peer(JAX_NN | {"float32", "packed"}, ("cpu", "gpu"), adapters.jax_nn("xla")),
+    "cudnn": Peer(JAX_NN, ("gpu",), adapters.jax_nn("cudnn")),
+    "fa4-jax": Peer(FLASH_ATTN | {"dv"}, ("gpu",), adapters.fa4_jax, "fa4_jax"),
+    "flash-attn3-jax": Peer(FLASH_ATTN, ("gpu",), adapters.flash_attn3_jax, "flash_attn3_jax"),
+    "jla": Peer({"GQA", "window", "packed", "scale", "dv", "sinks"}, ("gpu",), adapters.jla("ranged"), "jla"),
+    "jla fused": Peer({"GQA", "window", "packed", "scale", "sinks"}, ("gpu",), adapters.jla("fused"), "jla"),
+    "tokamax": Peer(
+        JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), adapters.jax_nn("mosaic", "tokamax"), "tokamax"
+    ),
+    "pallas": Peer({"float32"}, ("gpu",), adapters.pallas),
+    "mosaic": Peer({"GQA"}, ("gpu",), adapters.mosaic),
+    "torch": Peer({"GQA", "float32"}, ("cpu",), adapters.torch, "torch"),
 }
 
 
+def needs(case: Case) -> set[str]:
+    """What an implementation must have to compute the case."""
+    wanted = {
+        "packed": case.layout == "varlen",
+        "GQA": case.hq != case.hk,
+        "dv": case.d != case.dv,
+        "float32": case.dtype == "float32",
+        "window": case.window is not None,
+        "bottom-right": case.align == "bottom_right" and case.sq != case.sk and (case.causal or case.window),
+        "lengths": case.q_lengths is not None or case.kv_lengths is not None,
+        "segments": case.segments > 0,
+        "mask": case.mask is not None,
+        "bias": case.bias is not None,
+        "ALiBi": case.alibi_slopes is not None,
+        "sinks": case.sinks,
+        "scale": case.scale is not None,
+        "softcap": case.softcap is not None,
+        "dropout": case.dropout_rate > 0,
+    }
+    return {name for name, want in wanted.items() if want}
+
+
+def prepare(what: dict[str, tuple[str, Case, str]]) -> tuple[Calls, dict[str, Any]]:
+    """name → (peer, case, pass), compiled side by side; and those that do not run, with their reasons.
+
+    What the first call of a peer raises is its reason. This library's own errors are raised.
+    """
+    drawn = {case.name: draw_inputs(case) for case in {x[1].name: x[1] for x in what.values()}.values()}
+
+    def first_call(item: tuple[str, Case, str]) -> Any:
+        peer, case, pass_ = item
+        try:
+            call, arguments = calls(peer, case, pass_, drawn[case.name])
+            jax.block_until_ready(call(*arguments[0]))
+            return call, arguments
+        except Exception as error:  # each library has errors of its own
+            if peer == "jax_flash":
+                raise
+            return {"refused": why(error)}
+
+    workers = None if jax.default_backend() == "gpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        made = dict(zip(what, pool.map(first_call, what.values()), strict=True))
+    return (
+        {name: call for name, call in made.items() if isinstance(call, tuple)},
+        {name: reason for name, reason in made.items() if isinstance(reason, dict)},
+    )
+
+
+def why(error: Exception) -> str:
+    """The reason that a report gives: what a peer lacks, or the error of its first call."""
+    text = (str(error).strip() or repr(error)).splitlines()[0][:200]
+    return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
+
+
+def draw_inputs(case: Case) -> list[Inputs]:
+    """As many inputs as fill the rotation."""
+    platform = jax.default_backend()
+    first = make_inputs(case, 0, on_device=platform == "gpu")
+    copies = copies_for((first.positional, first.dout), platform)
+    others = (make_inputs(case, seed, on_device=platform == "gpu") for seed in range(1, copies))
+    return [first, *others]
+
+
 def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
-    """The call of one pass, compiled, and the arguments that it goes through.
+    """The call of one pass of a peer, compiled, and the arguments that it goes through."""
+    attend = PEERS[name].attend(case)
+    if name == "torch":
+        return _torch_calls(attend, pass_, inputs)
+    if name == "mosaic" and case.dtype == "bfloat16":
+        inputs = jax.tree.map(lambda x: x.astype("float16"), [vars(x) for x in inputs])
+        inputs = [Inputs(**x) for x in inputs]
+    return pass_calls(attend, pass_, inputs)
+
+
+def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
+    """The call of one pass, and its arguments.
 
     The backward call starts from the forward's own residuals, so that it is the gradient's cost alone;
     "both" is a training step's cost: out and the gradients of query, key and value.
     """
-    attend = PEERS[name].attend(case)
-    if name == "torch":
-        return _torch_calls(attend, pass_, inputs)
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
-    if name == "mosaic" and case.dtype == "bfloat16":
-        arguments = jax.tree.map(lambda x: x.astype("float16"), arguments)
     if pass_ == "forward":
         return jax.jit(attend), arguments
     if pass_ == "both":
@@ -165,7 +174,8 @@ def _others(inputs: Inputs) -> dict[str, Any]:
 
 def _torch_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
     """PyTorch in this process, in its own layout: [b, h, s, d], contiguous."""
-    torch: Any = importlib.import_module("torch")
+    import torch
+
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
     def tensor(x: jax.Array) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shlex
@@ -17,6 +16,8 @@ import jax
 
 import jax_flash
 
+from .bars import geometric_mean
+
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -24,6 +25,9 @@ PACKAGES = (
     "jax-cuda12-plugin",
     "nvidia-cudnn-cu13",
     "tokamax",
+    "fa4-jax",
+    "flash-attn3-jax",
+    "jax-linear-attention",
     "torch",
 )
 
@@ -42,9 +46,14 @@ def header(arguments: list[str]) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "driver": _driver() if device.platform == "gpu" else None,
         "versions": versions,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit(Path(__file__).parent),
         "command": shlex.join(["python", "-m", "benchmarks", *arguments]),
     }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of a checkout; None where the folder is in none."""
+    return _output("git", "-C", str(folder), "rev-parse", "--short", "HEAD")
 
 
 def _cpu_name() -> str:
@@ -74,6 +83,7 @@ def markdown(run: dict[str, Any]) -> str:
     ]
     lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
     lines += ["- in this run: " + ", ".join(f"{name} {_rate(r)}" for name, r in run["device"].items()), ""]
+    lines[-1:] = [*(f"- without {peer}: {reason}" for peer, reason in run["absent"].items()), ""]
     for pass_ in run["passes"]:
         lines += [f"## {pass_.capitalize()}", "", *_table(run, pass_), ""]
     return "\n".join(lines)
@@ -107,7 +117,14 @@ def _table(run: dict[str, Any], pass_: str) -> list[str]:
             cells.append("–" if "refused" in theirs else f"{theirs['median'] / own['median']:.2f}")
         lines.append(f"| {case['name']} | " + " | ".join(cells) + " |")
     means = [_geometric_mean(run, pass_, peer) for peer in peers[1:]]
-    return [*lines, "| geometric mean | | | | | " + " | ".join(means) + " |"]
+    lines.append("| geometric mean | | | | | " + " | ".join(means) + " |")
+    reasons = {
+        f"- {peer} did not run some cases: {case['results'][pass_][peer]['refused']}"
+        for case in run["cases"]
+        for peer in peers[1:]
+        if "refused" in case["results"][pass_][peer]
+    }
+    return [*lines, "", *sorted(reasons)]
 
 
 def _geometric_mean(run: dict[str, Any], pass_: str, peer: str) -> str:
@@ -115,8 +132,8 @@ def _geometric_mean(run: dict[str, Any], pass_: str, peer: str) -> str:
     for case in run["cases"]:
         own, theirs = (case["results"][pass_][name] for name in (run["peers"][0], peer))
         if "refused" not in own and "refused" not in theirs:
-            ratios.append(math.log(theirs["median"] / own["median"]))
-    return f"{math.exp(sum(ratios) / len(ratios)):.2f}" if ratios else "–"
+            ratios.append(theirs["median"] / own["median"])
+    return f"{geometric_mean(ratios):.2f}" if ratios else "–"
 
 
 def write(run: dict[str, Any], folder: Path) -> None:

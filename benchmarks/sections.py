@@ -1,6 +1,7 @@
-"""A suite: sections of cells, measured one after the other into one report that keeps what other runs left.
+"""A suite: sections of cells, measured one after the other into one report.
 
-A section's cells replace what an earlier run left in <out>/report.json; the report is written anew from all.
+The sections of a run replace those of the same name in <out>/report.json and leave the others; the report is then
+written from all of them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from . import measure, report
 from .bars import Bar, Cell
+from .measure import Calls
 
-PAUSE = 0.01  # seconds, in which the threads of another library stop spinning, and a device cools
+PAUSE = 0.01  # seconds, in which the threads of a CPU library called before stop spinning
 SETTLE = 0.001  # seconds of untimed calls after it
+BURST, TURNS_AT_LEAST, TURNS_AT_MOST = 0.05, 3, 15  # on a CPU
 
-Timed = dict[str, tuple[measure.Call, list[Any]]]
 Sections = dict[str, dict[str, Any]]
 
 
@@ -32,17 +36,23 @@ class Suite:
     sections: dict[str, Callable[[], Iterator[Cell]]]
     judge: Callable[[list[Cell]], list[Bar]]
     verdict: Callable[[Cell], str]  # the figure of a cell that matters
-    rates: Callable[[list[Cell]], list[str]]  # what the device did by itself beside the cells
-    tables: Callable[[list[Cell]], list[str]] = lambda cells: []  # beside those of bars and of cells
+    rates: Callable[[list[Cell]], list[str]]  # what the device did by itself in the cells' turns
+    tables: Callable[[list[Cell]], list[str]] = lambda cells: []  # between those of bars and of cells
     figures: Mapping[str, Callable[[list[Cell], Any], Any]] = field(default_factory=dict)
 
 
-def time_calls(calls: Timed, budget: float = 3.0, most: int = 15, settle: float = SETTLE) -> dict[str, Any]:
-    """Medians of calls that take turns, within about `budget` seconds: 3 turns to `most`."""
-    once = sum(min(measure.interleaved({name: call}, 1, 0.0)[name]) for name, call in calls.items())
-    burst = min(0.05, budget / most / len(calls))
+def time_calls(calls: Calls, budget: float = 3.0, settle: float = SETTLE) -> dict[str, Any]:
+    """Summaries of calls that take turns: on a GPU as measure.py says; on a CPU within about `budget` seconds.
+
+    A CPU's calls may last seconds, and are not bound by power: few of them are left untimed (`settle`, seconds), and
+    a rest goes before each burst.
+    """
+    if jax.default_backend() == "gpu":
+        return measure.in_turns(calls)
+    once = sum(min(measure.interleaved({name: call}, 1, 0.0, settle=0)[name]) for name, call in calls.items())
+    burst = min(BURST, budget / TURNS_AT_MOST / len(calls))
     turn = max(once, settle * len(calls)) + max(once, burst * len(calls))
-    turns = max(3, min(most, int(budget / turn)))
+    turns = max(TURNS_AT_LEAST, min(TURNS_AT_MOST, int(budget / turn)))
     times = measure.interleaved(calls, turns, burst, PAUSE, settle)
     return {name: measure.summary(t) for name, t in times.items()}
 
@@ -76,8 +86,7 @@ def markdown(suite: Suite, sections: Sections) -> str:
     if head["driver"]:
         lines += [f"- driver {head['driver']}"]
     lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
-    command = f"python -m benchmarks --suite {suite.name}"
-    lines += [f"- command: `{command}`, or `--sections` with the name of one below"]
+    lines += [f"- command: `python -m benchmarks --suite {suite.name}`, or with `--sections` and names below"]
     lines += [f"- {rate}" for rate in suite.rates(cells_of(sections))]
     lines += ["", "## Bars", "", bar_table(suite, sections), "", *suite.tables(cells_of(sections))]
     lines += ["## Cells", ""]

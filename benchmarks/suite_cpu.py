@@ -1,7 +1,7 @@
-"""The CPU suite: every promise about CPU speed measured beside what it is compared with.
+"""The CPU suite: every promise about CPU speed, each beside what it is compared with.
 
 python -m benchmarks --suite cpu                                 # all sections, one after the other
-python -m benchmarks --suite cpu --sections decode,small --out out/cpu    # those, into the report that is there
+python -m benchmarks --suite cpu --sections decode,small --out out/cpu    # these, into the report of out/cpu
 """
 
 from __future__ import annotations
@@ -15,25 +15,17 @@ import jax.numpy as jnp
 
 import jax_flash
 
-from . import measure, peers, report_cpu
-from .bars import Cell, judge
-from .cases import Case, flop, make_inputs, varlen
+from . import cases, flop, measure, peers, report_cpu
+from .bars import Cell
+from .bars_cpu import TEXT, judge
+from .cases import Case, make_inputs
 from .child import Child
-from .sections import Suite, Timed, time_calls
+from .sections import Suite, time_calls
 from .stream import reader
 from .training_step import training_calls
 
-PEER_SETTLE = 0.2  # seconds: XLA frees up to gigabytes, and all that allocates is slow for a while
-DTYPES = ("float32", "bfloat16")
-SHAPES = {"s512": (4, 512, 4, 64), "s2048": (1, 2048, 8, 64), "s4096": (1, 4096, 8, 128)}
-PASSES = {"forward": "forward", "both": "forward + backward"}
-
-
-def shape_case(name: str, dtype: str, **options: Any) -> Case:
-    b, s, h, d = SHAPES[name]
-    return Case(
-        f"b{b} s{s} h{h} d{d} {dtype}", b=b, sq=s, sk=s, hq=h, hk=h, d=d, dv=d, dtype=dtype, **options
-    )
+PEER_SETTLE = 0.2  # seconds: XLA frees up to gigabytes, and whatever allocates after that is slow for a while
+PASSES = ("forward", "both")
 
 
 def ours(case: Case, pass_: str) -> tuple[measure.Call, list[Any]]:
@@ -42,140 +34,121 @@ def ours(case: Case, pass_: str) -> tuple[measure.Call, list[Any]]:
 
 def peer_cells(shape: str, dtype: str, pass_: str, causal: bool) -> Iterator[Cell]:
     """This library, PyTorch, XLA and XLA's float32 product; with causal, beside the full call as well."""
-    case = shape_case(shape, dtype, causal=causal)
-    calls: Timed = {}
+    case = cases.cpu_case(shape, dtype, causal=causal)
+    calls: measure.Calls = {}
     refused = {}
     for name in ("jax_flash", "torch", "xla"):
         try:
             calls[name] = peers.calls(name, case, pass_, [make_inputs(case)])
         except peers.Refused as error:
             refused[name] = {"refused": str(error)}
-    matmul, arguments, _ = measure.matmul_call("cpu", "float32")
-    times = time_calls(calls | {"matmul": (matmul, arguments)}, 12.0, settle=PEER_SETTLE)
+    calls["matmul"] = measure.matmul_call("cpu", "float32")
+    times = time_calls(calls, 12.0, settle=PEER_SETTLE)
     yield {
         "kind": "peer",
-        "name": f"{case.name}{' causal' if causal else ''} {PASSES[pass_]}",
+        "name": f"{case.name}{' causal' if causal else ''} {TEXT[pass_]}",
         "dtype": dtype,
         "pass": pass_,
         "causal": causal,
         "rows": case.sq,
-        "flop": flop(case, pass_),
+        "flop": flop.attention(case, pass_),
         "times": times | refused,
     }
     if causal and case.sq >= 2048:
-        yield shape_cell("causal", shape_case(shape, dtype), case, pass_)
+        yield shape_cell("causal", cases.cpu_case(shape, dtype), case, pass_)
 
 
 def shape_cell(what: str, plain: Case, this: Case, pass_: str, budget: float = 3.0) -> Cell:
     times = time_calls({"plain": ours(plain, pass_), "this": ours(this, pass_)}, budget)
-    name = f"{plain.name} {PASSES[pass_]}"
+    name = f"{plain.name} {TEXT[pass_]}"
     return {"kind": "shape", "what": what, "name": name, "times": times}
 
 
 def shape_cells() -> Iterator[Cell]:
     """GQA, documents of equal length, a narrow window on long rows."""
-    for dtype in DTYPES:
-        for pass_ in PASSES:
-            heads = shape_case("s2048", dtype)
-            yield shape_cell("GQA 8:1", heads, heads.replace(hk=1), pass_)
-            batched = Case(f"b8 s512 h4 d64 {dtype}", b=8, sq=512, sk=512, hq=4, hk=4, d=64, dv=64)
-            batched = batched.replace(dtype=dtype, causal=True)
-            sizes = dict(hq=4, hk=4, d=64, dv=64, dtype=dtype, causal=True)
-            yield shape_cell("equal documents", batched, varlen("documents", (512,) * 8, **sizes), pass_)
-        long = Case(f"b1 s16384 h2 d64 {dtype}", b=1, sq=16384, sk=16384, hq=2, hk=2, d=64, dv=64)
-        long = long.replace(dtype=dtype)
-        narrow = long.replace(window=(256, 0))
-        for pass_ in PASSES:
-            yield shape_cell("window 256 at s 16,384", long, narrow, pass_, 4.0)
+    for dtype in cases.CPU_DTYPES:
+        for what, (plain, this) in cases.cpu_pairs(dtype).items():
+            for pass_ in PASSES:
+                yield shape_cell(what, plain, this, pass_)
 
 
 def option_cells(dtype: str) -> Iterator[Cell]:
-    """Each option alone beside the plain call; FLOP are those of the keys that the band leaves."""
-    plain = shape_case("s2048", dtype)
-    s, h = plain.sq, plain.hq
-    batch = plain.replace(b=2, sq=s // 2, sk=s // 2)
-    sizes = dict(hq=h, hk=h, d=plain.d, dv=plain.d, dtype=dtype)
-    pairs = {
-        "window": (plain, plain.replace(window=(s // 4, s // 4))),
-        "segments": (plain, plain.replace(segments=4)),
-        "softcap": (plain, plain.replace(softcap=30.0)),
-        "bias": (plain, plain.replace(bias=(1, h, s, s))),
-        "ALiBi": (plain, plain.replace(alibi_slopes=(h,))),
-        "sinks": (plain, plain.replace(sinks=True)),
-        "lengths": (batch, batch.replace(kv_lengths=(s // 2, s // 4 + 77))),
-        "varlen": (batch, varlen("documents", (700, 324, 1024), **sizes)),
-        "dropout": (plain, plain.replace(dropout_rate=0.1)),
-    }
-    for what, (base, case) in pairs.items():
-        for pass_, text in PASSES.items():
-            times = time_calls({"plain": ours(base, pass_), "this": ours(case, pass_)}, 2.0)
-            work = {"plain": flop(base, pass_), "this": flop(case, pass_)}
-            name = f"{what} {dtype} {text}"
+    """Each option alone beside the plain call."""
+    for what, (plain, this) in cases.cpu_options(dtype).items():
+        for pass_ in PASSES:
+            times = time_calls({"plain": ours(plain, pass_), "this": ours(this, pass_)}, 2.0)
+            work = {"plain": flop.attention(plain, pass_), "this": flop.attention(this, pass_)}
+            name = f"{what} {dtype} {TEXT[pass_]}"
             yield {"kind": "option", "what": what, "name": name, "flop": work, "times": times}
 
 
 def scaling_cells() -> Iterator[Cell]:
-    """One thread, in a process bound to one core, against all."""
+    """One thread, in a process bound to one core, against two."""
     with Child(cores=1) as one, Child(cores=2) as two:
-        for dtype in DTYPES:
+        for dtype in cases.CPU_DTYPES:
             for heads in (1, 2, 3):
-                case = shape_case("s2048", dtype, causal=True).replace(hq=heads, hk=heads)
-                for pass_, text in PASSES.items():
+                case = cases.cpu_case("s2048", dtype, causal=True).replace(hq=heads, hk=heads)
+                for pass_ in PASSES:
                     calls = {"1 thread": one.call(case, pass_), "2 threads": two.call(case, pass_)}
                     turns = [{name: call() for name, call in calls.items()} for _ in range(9)]
-                    times = {name: [turn[name] for turn in turns] for name in calls}
-                    timed = {name: measure.summary(t) for name, t in times.items()}
-                    name = f"s2048 h{heads} d64 {dtype} causal {text}"
-                    yield {"kind": "scaling", "name": name, "times": timed}
+                    times = {name: measure.summary([turn[name] for turn in turns]) for name in calls}
+                    name = f"s2048 h{heads} d64 {dtype} causal {TEXT[pass_]}"
+                    yield {"kind": "scaling", "name": name, "times": times}
 
 
 def decode_cells() -> Iterator[Cell]:
-    """One query token over long caches: contiguous, and in scattered pages of 16, beside a streaming read."""
-    b, s, hq, hk, d, page = 8, 4096, 32, 8, 128, 16
+    """One query token over long caches: contiguous, and in scattered pages, beside a streaming read."""
     read = reader()
-    order = jax.random.permutation(jax.random.key(1), b * s // page)
-    tables = {
-        "contiguous": (s, jnp.arange(b, dtype=jnp.int32)[:, None]),
-        "paged": (page, order.astype(jnp.int32).reshape(b, -1)),
-    }
-    lengths = jnp.full(b, s, jnp.int32)
-    for dtype in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
-        wide = "bfloat16" if dtype == "float8_e4m3fn" else dtype
-        keys = jax.random.split(jax.random.key(0), 3)
-        query = jax.random.normal(keys[0], (b, 1, hq, d), wide)
-        pools = [jax.random.normal(key, (b * s, hk, d), wide).astype(dtype) for key in keys[1:]]
-        for layout, (slots, table) in tables.items():
-            k, v = (pool.reshape(-1, slots, hk, d) for pool in pools)
-            scales = dict(k_scale=jnp.ones(hk), v_scale=jnp.ones(hk)) if dtype != wide else {}
-            call = jax.jit(lambda q, k, v, t, n, scales: jax_flash.paged_attention(q, k, v, t, n, **scales))
-            times = time_calls(
-                {"jax_flash": (call, [(query, k, v, table, lengths, scales)]), "read": (read, [(k, v)])}, 2.0
-            )
-            name = f"b{b} {hq}/{hk} d{d} keys {s} {dtype} {layout}"
-            size = sum(pool.nbytes for pool in pools)
-            cell = {"kind": "decode", "name": name, "dtype": dtype, "layout": layout, "bytes": size}
-            yield cell | {"times": times}
+    for dtype in cases.CPU_DECODE_DTYPES:
+        for layout in ("contiguous", "paged"):
+            arguments = decode_arguments(dtype, layout)
+            calls: measure.Calls = {
+                "jax_flash": (decode_call(jax_flash, dtype), [arguments]),
+                "read": (read, [arguments[1:3]]),
+            }
+            name = cases.decode_name(cases.CPU_DECODE)
+            size = sum(pool.nbytes for pool in arguments[1:3])
+            cell = {"kind": "decode", "name": f"{name} {dtype} {layout}", "dtype": dtype, "layout": layout}
+            yield cell | {"bytes": size, "times": time_calls(calls, 2.0)}
+
+
+def decode_arguments(dtype: str, layout: str) -> tuple[Any, ...]:
+    """Query, pools of keys and values, block tables, lengths; contiguous: one page for each sequence."""
+    b, hq, hk, d, s = cases.CPU_DECODE
+    wide = "bfloat16" if dtype == "float8_e4m3fn" else dtype
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (b, 1, hq, d), wide)
+    slots = s if layout == "contiguous" else cases.CPU_PAGE
+    k, v = (jax.random.normal(key, (b * s, hk, d), wide).astype(dtype) for key in keys[1:])
+    order = jax.random.permutation(jax.random.key(1), b * s // slots)
+    pools = (x.reshape(-1, slots, hk, d) for x in (k, v))
+    return query, *pools, order.astype(jnp.int32).reshape(b, -1), jnp.full(b, s, jnp.int32)
+
+
+def decode_call(package: Any, dtype: str) -> measure.Call:
+    hk = cases.CPU_DECODE[2]
+    scales = {"k_scale": jnp.ones(hk), "v_scale": jnp.ones(hk)} if dtype == "float8_e4m3fn" else {}
+    return jax.jit(lambda *arrays: package.paged_attention(*arrays, **scales))
 
 
 def small_cells() -> Iterator[Cell]:
-    """A call so small that what surrounds the arithmetic counts."""
-    for dtype in DTYPES:
-        for pass_, text in PASSES.items():
-            case = Case(f"b1 s64 h4 d64 {dtype} {text}", b=1, sq=64, sk=64, hq=4, hk=4, d=64, dv=64)
-            case = case.replace(dtype=dtype)
+    for dtype in cases.CPU_DTYPES:
+        for pass_ in PASSES:
+            case = cases.cpu_small(dtype)
             calls = {
                 name: peers.calls(name, case, pass_, [make_inputs(case)]) for name in ("jax_flash", "xla")
             }
-            yield {"kind": "small", "name": case.name, "times": time_calls(calls, 2.0)}
+            name = f"{case.name} {TEXT[pass_]}"
+            yield {"kind": "small", "name": name, "times": time_calls(calls, 2.0)}
 
 
 def memory_cells() -> Iterator[Cell]:
-    """Forward and backward at s = 32,768: what the process grows by, operands and results apart."""
-    for dtype in DTYPES:
+    """Forward and backward at s = 32,768: what the process grows by, without operands and results."""
+    for dtype in cases.CPU_DTYPES:
         s, d = 32768, 64
         case = Case(f"b1 s{s} h1 d{d} {dtype}", b=1, sq=s, sk=s, hq=1, hk=1, d=d, dv=d, dtype=dtype)
         with Child(cores=2) as child:
-            yield {"kind": "memory", "name": f"{case.name} forward + backward", "bytes": child.growth(case)}
+            yield {"kind": "memory", "name": f"{case.name} {TEXT['both']}", "bytes": child.growth(case)}
 
 
 def training_cells() -> Iterator[Cell]:
@@ -189,12 +162,12 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
         f"{shape} {dtype} {'causal ' if causal else ''}{pass_}": functools.partial(
             peer_cells, shape, dtype, pass_, causal
         )
-        for shape in SHAPES
-        for dtype in DTYPES
+        for shape in cases.CPU_SHAPES
+        for dtype in cases.CPU_DTYPES
         for pass_ in PASSES
         for causal in (False, True)
     },
-    **{f"options {dtype}": functools.partial(option_cells, dtype) for dtype in DTYPES},
+    **{f"options {dtype}": functools.partial(option_cells, dtype) for dtype in cases.CPU_DTYPES},
     "shapes": shape_cells,
     "scaling": scaling_cells,
     "decode": decode_cells,

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import cuda_call
+import cuda_library
 
 GUARDS = {
     "bands": "bands",
@@ -67,7 +67,7 @@ def main() -> int:
     )
     parser.add_argument("checks", nargs="*", metavar="check", help=f"of {', '.join(CHECKS)}; none given: all")
     parser.add_argument("--archs", default="90a-real", help="JAX_FLASH_CUDA_ARCHS of the build")
-    parser.add_argument("--folder", type=Path, default=cuda_call.ROOT / "build" / "gpu-memory")
+    parser.add_argument("--folder", type=Path, default=cuda_library.ROOT / "build" / "gpu-memory")
     parser.add_argument(
         "--built",
         action="store_true",
@@ -83,7 +83,7 @@ def main() -> int:
     for folder in () if options.built else dict.fromkeys(folders.values()):
         every_lane = "ON" if folder.name == EVERY_LANE else "OFF"
         defines = {"JAX_FLASH_MEMORY_DRIVERS": "ON", "JAX_FLASH_EVERY_LANE": every_lane}
-        cuda_call.build(options.archs, folder, defines)
+        cuda_library.build(options.archs, folder, defines)
     kernels = {driver: count_kernels(folders[checks[0]], driver) for driver in CALLS_PER_TURN}
     failed = [
         not (run_units(folder) if check == "units" else run(check, kernels, folder, options.processes))

@@ -1,6 +1,6 @@
 """A pytest plugin: the suite's calls run the CUDA kernels, on tests/kernels/emulator, in the place of the CPU's.
 
-python tools/gpu_check.py --emulated --only nothing      builds the library
+python tools/cuda_library.py --emulated      builds the library
 PYTHONPATH=.:tools:tests/kernels/emulator python -m pytest -p emulated tests/test_paged.py
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-import cuda_call
+import cuda_library
 import jax
 from jax.interpreters import mlir
 
@@ -33,8 +33,8 @@ def _register_once(done: list[bool]) -> None:
     if done:
         return
     done.append(True)
-    library = cuda_call.open_library(cuda_call.EMULATED)
-    for pass_, symbol in cuda_call.HANDLERS.items():
+    library = cuda_library.open_library(cuda_library.EMULATED)
+    for pass_, symbol in cuda_library.HANDLERS.items():
         jax.ffi.register_ffi_target(
             f"jax_flash_{pass_}", jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu"
         )

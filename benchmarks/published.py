@@ -1,13 +1,14 @@
-"""The shapes of the tables that this library's predecessors publish, and what those say."""
+"""Shapes of the tables that two other projects publish, and the ratios that those tables hold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .bars import Cell
+from .bars import Cell, ran
 from .cases import Case
 
-# flash_attn's time over theirs on an RTX 5070: github.com/w4096/mini-flash-attention, README.md, fcaa610.
+# flash_attn's time over mini-flash-attention's on an RTX 5070: github.com/w4096/mini-flash-attention, README.md, at
+# fcaa610; by the length of a sequence.
 PREFILL = {256: 1.173, 512: 1.080, 1024: 1.022, 2048: 0.997, 4096: 0.989}
 DECODE = {512: 1.383, 1024: 1.334, 2048: 1.307, 4096: 1.330, 8192: 1.285}
 DECODE_SHAPE = (24, 24, 24, 128)  # batch, query heads, KV heads, head dim
@@ -27,38 +28,40 @@ def cases() -> Iterator[Case]:
 
 
 def published(cell: Cell) -> float | None:
-    """Of a cell of this suite, if a predecessor's table has it."""
+    """The published ratio at the shape of a cell; None where no table has it."""
     if (
         cell["kind"] == "decode"
         and "contiguous" in cell["times"]
         and tuple(cell["shape"][:4]) == DECODE_SHAPE
     ):
         return DECODE.get(cell["keys"]) if cell["dtype"] != "float32" else None
-    return PREFILL.get(cell["s"]) if cell.get("of") == "seeds" and cell["name"].startswith("b48") else None
+    return (
+        PREFILL.get(cell["s"]) if cell.get("of") == "published" and cell["name"].startswith("b48") else None
+    )
 
 
 def table(cells: list[Cell]) -> list[str]:
-    """Ours beside what they publish, of the shapes that were run."""
+    """This library beside the published ratios, at the shapes that were run."""
     rows = []
     for cell in cells:
         theirs = published(cell)
-        if cell.get("of") != "seeds" and theirs is None:
+        if cell.get("of") != "published" and theirs is None:
             continue
         ours = cell["times"]["jax_flash" if cell["kind"] == "peer" else "contiguous"]["median"]
-        cudnn = cell["times"].get("cudnn", {}).get("median")
+        cudnn = cell["times"]["cudnn"]["median"] if ran(cell, "cudnn") else None
         if cell["kind"] == "peer":
             rate = cell["flop"] / ours / 1e12
             shown, second = f"{rate:.0f} TFLOP/s", f"{rate / FLASH_ATTENTION_2:.2f}"
         else:
-            shown, second = f"{cell['bytes'] / ours / 1e9:.0f} GB/s", "–"
+            shown, second = f"{cell['bytes_read']['contiguous'] / ours / 1e9:.0f} GB/s", "–"
         over = f"{cudnn / ours:.2f}" if cudnn else "–"
         rows.append(f"| {cell['name']} | {shown} | {over} | {second} | {theirs or '–'} |")
     if not rows:
         return []
     return [
-        "## The predecessors' tables",
+        "## Tables of other projects",
         "",
-        "| shape | this | × cuDNN | × FlashAttention-2 at its best on this card | theirs × flash_attn, RTX 5070 |",
+        "| shape | this | × cuDNN | × FlashAttention-2 at its best | mini-flash-attention × flash_attn, RTX 5070 |",
         "|---|---|---|---|---|",
         *rows,
         "",

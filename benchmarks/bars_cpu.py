@@ -1,0 +1,75 @@
+"""What the CPU kernels have to reach, judged from a run's cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import flop
+from .bars import Bar, Cell, chosen, least, mean, most, ran, ratio, relative_cost, speedup
+
+# (pass, peer) → the mean over all cells, and each cell: the peer's time over ours.
+OVER_PEERS = {
+    ("forward", "torch"): (3.5, 2.0),
+    ("forward", "xla"): (7.0, 4.0),
+    ("both", "torch"): (3.2, 2.0),
+    ("both", "xla"): (7.0, 4.0),
+}
+OF_MATMUL = {"float32": 0.85, "bfloat16": 1.5}  # long forwards over XLA's float32 product
+OF_PLAIN_TIME = {"causal": 0.55, "GQA 8:1": 1.05, "window 256 at s 16,384": 0.05, "equal documents": 1.1}
+COST = {"bias": 1.6, "dropout": 1.6}  # an option's time per FLOP over the plain call's; others COST_OF_OTHERS
+COST_OF_OTHERS = 1.3
+TWO_THREADS, OF_READ, OVER_XLA_SMALL, MEGABYTES = 1.8, 0.8, 1.0, 64.0
+TEXT = {"forward": "forward", "both": "forward + backward"}
+
+
+def judge(cells: list[Cell]) -> list[Bar]:
+    """All bars whose cells are there."""
+    return [*_peers(cells), *_matmul(cells), *_shapes(cells), *_options(cells), *_others(cells)]
+
+
+def rate_of_matmul(cell: Cell) -> float:
+    """FLOP/s over that of XLA's float32 product, timed in the same turns."""
+    return float(cell["flop"] / flop.matmul("cpu")) * ratio(cell, "matmul", "jax_flash")
+
+
+def _peers(cells: list[Cell]) -> Iterator[Bar]:
+    for (pass_, peer), (limit, each) in OVER_PEERS.items():
+        timed = [c for c in chosen(cells, "peer", **{"pass": pass_}) if ran(c, peer)]
+        ratios = [(speedup(c, peer), c["name"]) for c in timed]
+        yield from mean(f"{TEXT[pass_]} × {peer}", ratios, limit)
+        yield from least(f"{TEXT[pass_]} × {peer}, each cell", ratios, each)
+
+
+def _matmul(cells: list[Cell]) -> Iterator[Bar]:
+    for dtype, limit in OF_MATMUL.items():
+        forward = chosen(cells, "peer", dtype=dtype, **{"pass": "forward"})
+        long = [(rate_of_matmul(c), c["name"]) for c in forward if c["rows"] >= 2048]
+        yield from least(f"forward {dtype} / XLA's float32 matmul rate", long, limit)
+
+
+def _shapes(cells: list[Cell]) -> Iterator[Bar]:
+    for what, limit in OF_PLAIN_TIME.items():
+        values = [(ratio(c, "this", "plain"), c["name"]) for c in chosen(cells, "shape", what=what)]
+        yield from most(f"{what} / plain", values, limit)
+
+
+def _options(cells: list[Cell]) -> Iterator[Bar]:
+    for what in dict.fromkeys(c["what"] for c in chosen(cells, "option")):
+        values = [(relative_cost(c), c["name"]) for c in chosen(cells, "option", what=what)]
+        yield from most(f"{what}: cost for the same FLOP", values, COST.get(what, COST_OF_OTHERS))
+
+
+def _others(cells: list[Cell]) -> Iterator[Bar]:
+    scaling = [(ratio(c, "1 thread", "2 threads"), c["name"]) for c in chosen(cells, "scaling")]
+    yield from least("1 to 3 heads, 1 to 2 threads", scaling, TWO_THREADS)
+    for layout in ("contiguous", "paged"):
+        reads = [
+            (ratio(c, "read", "jax_flash"), c["name"])
+            for c in chosen(cells, "decode", layout=layout)
+            if c["dtype"] in ("float32", "bfloat16")
+        ]
+        yield from least(f"decode {layout} / streaming read", reads, OF_READ)
+    small = [(speedup(c, "xla"), c["name"]) for c in chosen(cells, "small")]
+    yield from least("small calls × xla", small, OVER_XLA_SMALL)
+    memory = [(c["bytes"] / 2**20, c["name"]) for c in chosen(cells, "memory")]
+    yield from most("extra memory, MB", memory, MEGABYTES)

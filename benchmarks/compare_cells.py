@@ -1,0 +1,157 @@
+"""The cells of a comparison of two checkouts: what is called, and on which arrays.
+
+A cell is prepared for one package at a time, jax_flash of either checkout; both get the same arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from . import adapters, cases, decode_cuda, measure, peers, small_cuda, suite_cpu
+from .cases import Case, gpu_case
+
+Prepared = tuple[measure.Call, list[Any]]  # a compiled function, and the argument tuples that it goes through
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`prepare(package)` gives the call and its arguments.
+
+    Attributes:
+      calls: how many calls one call of the prepared function makes.
+      repeatable: results are promised to have the same bits in every run.
+    """
+
+    name: str
+    prepare: Callable[[ModuleType], Prepared]
+    calls: int = 1
+    repeatable: bool = True
+
+
+def of_platform(platform: str) -> list[Cell]:
+    return list(_gpu() if platform == "gpu" else _cpu())
+
+
+_inputs = functools.lru_cache(maxsize=1)(peers.draw_inputs)  # one case's: they may fill gigabytes
+
+
+def _attention(case: Case, pass_: str, **options: Any) -> Cell:
+    """A public call; on a GPU the backward's bits are promised with deterministic=True alone."""
+
+    def prepare(package: ModuleType) -> Prepared:
+        return peers.pass_calls(adapters.ours(case, package, **options), pass_, _inputs(case))
+
+    repeatable = pass_ == "forward" or jax.default_backend() == "cpu" or "deterministic" in options
+    words = [case.name, pass_, *options]
+    return Cell(" ".join(words), prepare, repeatable=repeatable)
+
+
+# --- GPU ------------------------------------------------------------------------------------------------------------
+
+EVERY_KIND = (64, 32, 8, 128, 8192)  # the shape at which the rarer kinds of decode are timed
+PAGES_OF_ONE = (EVERY_KIND, (24, 24, 24, 128, 8192), (64, 8, 1, 256, 8192))
+
+
+def _gpu() -> Iterator[Cell]:
+    yield from _gpu_forward()
+    yield from _gpu_decode()
+    for heads in ((32, 64), (16, 128), (8, 256)):
+        yield from _gpu_prefill(*heads)
+    for size in cases.SMALL:
+        yield _small(cases.small_case(*size))
+    yield from _gpu_backward()
+
+
+def _gpu_forward() -> Iterator[Cell]:
+    documents = [cases.gpu_documents(d, True) for d in cases.HEAD_DIMS] + [cases.gpu_documents(128, False)]
+    options = [case for d in (64, 128) for case in cases.gpu_options(d).values()]
+    for case in (*cases.MATRIX, *cases.GQA, cases.MLA, *cases.WINDOWS, *documents, *options, *_other_rows()):
+        yield _attention(case, "forward")
+
+
+def _other_rows() -> Iterator[Case]:
+    """Head dims and dtypes that the matrix of shapes leaves out."""
+    for d in (32, 96, 192):
+        yield gpu_case(d, 4096, causal=True, hq=16, hk=16)
+    for dtype in ("float16", "float32"):
+        yield gpu_case(128, 4096, causal=True, dtype=dtype).replace(name=f"d128 s4096 causal {dtype}")
+
+
+def _gpu_decode() -> Iterator[Cell]:
+    for shape in cases.DECODE:
+        name = cases.decode_name(shape)
+        yield _decode(f"{name} contiguous", functools.partial(decode_cuda.contiguous, shape=shape))
+        for size in (16, 64, 1) if shape in PAGES_OF_ONE else (16, 64):
+            yield _decode(
+                f"{name} pages of {size}", functools.partial(decode_cuda.paged, shape=shape, size=size)
+            )
+    name = cases.decode_name(EVERY_KIND)
+    kinds: dict[str, Callable[..., decode_cuda.Call]] = {
+        "packed": decode_cuda.packed,
+        "ragged": decode_cuda.ragged,
+        "float8": decode_cuda.float8,
+        "4 queries": decode_cuda.several_queries,
+        "batch invariant": functools.partial(decode_cuda.paged, size=64, batch_invariant=True),
+    }
+    for kind, make in kinds.items():
+        yield _decode(f"{name} {kind}", functools.partial(make, shape=EVERY_KIND))
+
+
+def _decode(name: str, make: Callable[[ModuleType], decode_cuda.Call]) -> Cell:
+    return Cell(name, lambda package: decode_cuda.chained(make(package)), calls=decode_cuda.CHAIN)
+
+
+def _gpu_prefill(h: int, d: int) -> Iterator[Cell]:
+    sizes = {"b": 2, "sq": 4096, "sk": 4096, "hq": h, "hk": h, "d": d, "dv": d}
+    case = Case(f"prefill b2 s4096 h{h} d{d} causal", causal=True, dtype="bfloat16", **sizes)
+    for size in (16, 64):
+        prepare = functools.partial(decode_cuda.prefill, case=case, size=size)
+        yield Cell(f"{case.name} pages of {size}", prepare)
+
+
+def _small(case: Case) -> Cell:
+    return Cell(f"small {case.name}", functools.partial(small_cuda.chain, case=case), calls=small_cuda.CHAIN)
+
+
+def _gpu_backward() -> Iterator[Cell]:
+    for d in cases.HEAD_DIMS:
+        for causal in (False, True):
+            yield _attention(gpu_case(d, 4096, causal), "backward")
+            yield _attention(gpu_case(d, 4096, causal), "backward", deterministic=True)
+    options = cases.gpu_options(128, causal=True)
+    rows = [case for case in _other_rows() if case.dtype == "bfloat16"]
+    others = [cases.GQA[1], cases.WINDOWS[2], cases.gpu_documents(128, True), *rows]
+    for case in (*others, *(options[x] for x in ("bias", "alibi", "softcap", "dropout", "segments"))):
+        yield _attention(case, "backward", deterministic=True)
+
+
+# --- CPU ------------------------------------------------------------------------------------------------------------
+
+
+def _cpu() -> Iterator[Cell]:
+    for dtype in cases.CPU_DTYPES:
+        for pass_ in suite_cpu.PASSES:
+            yield _attention(cases.cpu_small(dtype), pass_)
+            for shape in cases.CPU_SHAPES:
+                for causal in (False, True):
+                    case = cases.cpu_case(shape, dtype, causal=causal)
+                    yield _attention(case.replace(name=f"{case.name}{' causal' if causal else ''}"), pass_)
+            pairs = cases.cpu_pairs(dtype) | cases.cpu_options(dtype)
+            for what, (_, case) in pairs.items():
+                yield _attention(case.replace(name=f"{what} {dtype}"), pass_)
+    for dtype in cases.CPU_DECODE_DTYPES:
+        for layout in ("contiguous", "paged"):
+            yield _cpu_decode(dtype, layout)
+
+
+def _cpu_decode(dtype: str, layout: str) -> Cell:
+    def prepare(package: ModuleType) -> Prepared:
+        return suite_cpu.decode_call(package, dtype), [suite_cpu.decode_arguments(dtype, layout)]
+
+    return Cell(f"{cases.decode_name(cases.CPU_DECODE)} {dtype} {layout}", prepare)

@@ -1,0 +1,225 @@
+"""benchmarks/: in which order calls are timed, what is counted as FLOP, and how two checkouts share a process."""
+
+import itertools
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import IMPLEMENTATION
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").exists():
+    pytest.skip("only the tests are here, not the benchmarks", allow_module_level=True)
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+import jax_flash  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bars,
+    cases,
+    compare,
+    compare_cells,
+    flop,
+    measure,
+    other_checkout,
+    peers,
+    reference_ratios,
+    tune,
+)
+from benchmarks.cases import Case, varlen  # noqa: E402
+
+
+class Clock:
+    """A device on which calls last as long as they are told, and `log` says what ran."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.log = 0.0, []
+        monkeypatch.setattr(measure, "time", self)
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def call(self, name, seconds):
+        def run(argument):
+            self.now += seconds
+            self.log.append((name, argument))
+            return argument
+
+        return run
+
+
+def test_turns_are_rotated_and_reversed():
+    names = ["a", "b", "c"]
+    turns = [measure.order(names, repeat) for repeat in range(6)]
+    assert turns[:4] == [["a", "b", "c"], ["c", "b", "a"], ["b", "c", "a"], ["a", "c", "b"]]
+    for place in range(3):
+        assert {turn[place] for turn in turns} == set(names)
+    for one, other in itertools.combinations(names, 2):
+        assert sum(turn.index(one) < turn.index(other) for turn in turns) == 3
+
+
+def test_a_burst_follows_as_many_untimed_calls_of_the_same_implementation(monkeypatch):
+    clock = Clock(monkeypatch)
+    seconds = {"short": 1 / 1024, "long": 4 / 1024}  # sums of these have no rounding
+    calls = {name: (clock.call(name, each), [(0,)]) for name, each in seconds.items()}
+    times = measure.interleaved(calls, repeats=2, seconds=20 / 1024)
+    assert times == {name: [each] * 2 for name, each in seconds.items()}
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(name for name, _ in clock.log)]
+    # Both are first called until their counts are known; then come the turns short, long, long, short.
+    assert runs[-3:] == [("short", 2 * 20), ("long", 2 * 2 * 5), ("short", 2 * 20)]
+
+
+def test_settle_bounds_the_untimed_calls_by_seconds(monkeypatch):
+    clock = Clock(monkeypatch)
+    measure.interleaved({"": (clock.call("", 0.001), [(0,)])}, repeats=1, seconds=0.02, settle=0.005)
+    with_settling = len(clock.log)
+    clock.log.clear()
+    measure.interleaved({"": (clock.call("", 0.001), [(0,)])}, repeats=1, seconds=0.02, settle=0)
+    assert with_settling - len(clock.log) > 5  # the 5 themselves, and those that their number was found with
+
+
+def test_arguments_are_rotated(monkeypatch):
+    clock = Clock(monkeypatch)
+    measure.interleaved({"": (clock.call("", 0.001), [(0,), (1,), (2,)])}, repeats=1, seconds=0.006)
+    assert [argument for _, argument in clock.log[:6]] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("case", "picture"),
+    [
+        (Case("", b=1, sq=2, sk=3), ["###", "###"]),
+        (Case("", b=1, sq=3, sk=5, causal=True), ["###..", "####.", "#####"]),
+        (Case("", b=1, sq=3, sk=5, causal=True, align="top_left"), ["#....", "##...", "###.."]),
+        (Case("", b=1, sq=4, sk=4, window=(1, 0)), ["#...", "##..", ".##.", "..##"]),
+        (Case("", b=1, sq=2, sk=4, kv_lengths=(3,), causal=True), ["##..", "###."]),
+    ],
+)
+def test_visible_pairs_are_those_of_the_picture(case, picture):
+    assert flop.visible_pairs(case) == sum(row.count("#") for row in picture)
+
+
+def test_visible_pairs_of_packed_sequences_are_those_of_each():
+    assert flop.visible_pairs(varlen("", (3, 0, 2), causal=True)) == 6 + 0 + 3
+    assert flop.visible_pairs(varlen("", (3, 2), k_sequences=(4, 1))) == 12 + 2
+
+
+def test_flop_are_four_b_h_s_s_d_and_the_backward_two_and_a_half_times_that():
+    case = Case("", b=2, sq=8, sk=8, hq=3, hk=1, d=16, dv=16)
+    assert flop.attention(case, "forward") == 4 * 2 * 3 * 8 * 8 * 16
+    assert flop.attention(case, "backward") == 2.5 * flop.attention(case, "forward")
+    assert flop.attention(case, "both") == 3.5 * flop.attention(case, "forward")
+    assert (
+        flop.kv_bytes(sequences=2, kv_heads=8, head_dim=128, keys=10, itemsize=2) == 2 * 2 * 8 * 128 * 10 * 2
+    )
+
+
+def test_reference_ratios_have_a_row_for_every_case_and_the_means_of_the_notes():
+    chosen = [case.name for case in (*cases.MATRIX, *cases.GQA)]
+    means = {"forward": (1.17, 1.17), "backward": (1.24, 1.25)}
+    for pass_, (third, best) in means.items():
+        assert {*chosen, *(case.name for case in cases.WINDOWS)} == set(reference_ratios.RATES[pass_])
+        ratios = [reference_ratios.flash_attention_3(pass_, name) for name in chosen]
+        assert bars.geometric_mean(ratios) == pytest.approx(third, abs=0.005)
+        ratios = [reference_ratios.best_peer(pass_, name)[0] for name in chosen]
+        assert bars.geometric_mean(ratios) == pytest.approx(best, abs=0.005)
+    assert reference_ratios.best_peer("forward", "d64 s4096") == (486 / 428, "fa4")
+    assert reference_ratios.flash_attention_3("forward", "32/8 d128 s16384 window 4096") is None
+
+
+def test_a_peer_that_cannot_run_a_case_says_why():
+    case = Case("", sq=8, sk=8, window=(2, 0), softcap=3.0, dtype="bfloat16")
+    platform = jax.default_backend()
+    lacking = peers.Peer({"GQA"}, (platform,), lambda case: None)
+    absent = peers.Peer(None, (platform,), lambda case: None, "no_such_module")
+    elsewhere = peers.Peer(None, ("tpu",), lambda case: None)
+    for peer, reason in (
+        (lacking, "lacks softcap, window"),
+        (absent, "no_such_module is not installed"),
+        (elsewhere, "runs on tpu"),
+    ):
+        with pytest.raises(peers.Refused, match=reason):
+            peer.attend(case)
+
+
+TABLE = """\
+// JF_KERNEL(arch, pass, loader, dtypes, d, dv, block_m)
+JF_KERNEL(sm80, forward,  both,  half,   64,  64,  128)
+JF_FALLBACK(sm80, forward, both, half,   64,  64,  64)
+JF_KERNEL(sm90, forward,  paged, half,   64,  64,  192)
+JF_KERNEL(sm80, forward,  both,  half,   128, 128, 128)
+JF_KERNEL(sm80, backward, dense, half,   64,  64,  128)
+"""
+
+
+def test_a_candidate_stands_in_the_place_of_the_rows_like_it():
+    names = tune.columns(TABLE)
+    dense = tune.parse_rows("JF_KERNEL(sm80, forward, dense, half, 64, 64, 32)", names)
+    lines = TABLE.splitlines()
+    assert tune.table_with(dense, TABLE).splitlines() == [
+        lines[0],
+        *lines[3:],
+        "JF_KERNEL(sm80, forward, dense, half, 64, 64, 32)",
+    ]
+    two = tune.parse_rows(
+        "sm80, forward, both, half, 64, 64, 32; sm80, forward, both, half, 64, 64, 16", names
+    )
+    assert len(tune.table_with(two, TABLE).splitlines()) == len(lines) - 3 + 2
+    with pytest.raises(ValueError, match=r"columns arch, pass.*got 'sm80, forward'"):
+        tune.parse_rows("sm80, forward", names)
+
+
+def test_a_row_of_the_kernel_table_can_be_a_candidate():
+    table = tune.TABLE.read_text()
+    row = next(line for line in table.splitlines() if line.startswith("JF_KERNEL(sm80, forward"))
+    candidate = tune.parse_rows(row, tune.columns(table))
+    assert tune.table_with(candidate, table).endswith(f"JF_KERNEL({', '.join(candidate[0].values())})\n")
+
+
+def test_cells_of_a_comparison_have_names_of_their_own():
+    for platform in ("cpu", "gpu"):
+        names = [cell.name for cell in compare_cells.of_platform(platform)]
+        assert len(names) == len(set(names)) > 50
+
+
+def test_a_comparison_is_met_where_nothing_is_slower_and_no_bit_differs():
+    def result(ratio, bits="same"):
+        return {"ratio": ratio, "bits": bits}
+
+    assert compare.summary({"a": result(0.98), "b": result(1.02)})["met"]
+    slow = compare.summary({"a": result(0.96), "b": result(1.1)})
+    assert not slow["met"]
+    assert slow["slower"] == ["a"]
+    assert slow["worst"] == ["a", 0.96]
+    assert not compare.summary({"a": result(0.99), "b": result(0.99)})["met"]  # the mean
+    assert not compare.summary({"a": result(1.0, "differ")})["met"]
+    found = compare.summary({"a": result(1.0), "b": {"error": "not built"}})
+    assert found["errors"] == ["b"]
+
+
+def test_bits_tell_zeros_and_nans_apart():
+    x = jax.numpy.array([0.0, np.nan])
+    assert compare.same_bits([x], [x])
+    assert not compare.same_bits([x], [-x])
+    assert not compare.same_bits([x], [x.astype("float16")])
+
+
+@pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="loads the CPU's library twice")
+def test_two_packages_run_in_one_process(tmp_path):
+    if jax_flash.backends()[0].problem:
+        pytest.skip("no library is built here")
+    (tmp_path / "jax_flash").symlink_to(Path(jax_flash.__file__).parent)
+    before = other_checkout.load(tmp_path, "jax_flash_of_this_test")
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2, 16))
+
+    def lowered(package):
+        return jax.jit(lambda q: package.flash_attention(q, q, q, causal=True)).lower(x)
+
+    here, there = lowered(jax_flash), lowered(before)
+    assert "@jax_flash_forward" in here.as_text()
+    assert "@jax_flash_of_this_test_jax_flash_forward" in there.as_text()
+    assert compare.same_bits(here.compile()(x), there.compile()(x))

@@ -1,0 +1,141 @@
+"""CUDA kernels over several tiles of queries and keys, at every head dim and with each option, NaN where nobody reads.
+
+They run on a GPU, or on the emulator (`make cuda-emulate`), where sizes are smaller and each case has one dtype.
+The CPU kernels have tests of their own (test_cpu_forward.py, test_cpu_backward.py).
+"""
+
+import sys
+
+import checks
+import oracle
+import pytest
+from cases import CASES, DTYPES, Case, make_inputs, poisoned, varlen
+from conftest import IMPLEMENTATION
+from plans import HEAD_DIMS
+
+EMULATED = "emulated" in sys.modules  # the pytest plugin of tests/kernels/emulator
+if not EMULATED and IMPLEMENTATION != "cuda":
+    pytest.skip("neither a GPU's kernels nor emulated ones are tested", allow_module_level=True)
+
+HALF = ("bfloat16", "float16")
+PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224))
+SQ, SK = (150, 170) if EMULATED else (300, 1104)
+SIZES = {"b": 1, "hq": 2, "hk": 1, "sq": SQ, "sk": SK}
+SCORES_EMULATED = 300_000  # that a case may have at most there
+
+general = {"softcap": 5.0, "bias": (1, 2, SQ, SK), "dropout_rate": 0.2, "window": (200, 50)}
+EVERY_HEAD_DIM = [
+    Case(f"{name} d{d}/{dv}", d=d, dv=dv, **options, **SIZES)
+    for d, dv in (*HEAD_DIMS, *PADDED_HEAD_DIMS)
+    for name, options in (("causal", {"causal": True}), ("general", general))
+    if options is not general or not EMULATED
+]
+
+# An option alone has kernels of its own on Hopper; a bias is read in the query's dtype there.
+OPTIONS = {
+    "alibi": {"alibi_slopes": (2,)},
+    "segments": {"segments": 3},
+    "softcap of small scores": {"softcap": 20.0},
+    "softcap": {"softcap": 7.0},
+    "softcap of large scores": {"softcap": 50.0, "scale": 5.0},
+    "dropout": {"dropout_rate": 0.3},
+    "more dropout": {"dropout_rate": 0.7},
+    "bias": {"bias": (2, 1, SQ, SK)},
+    "bias of heads": {"bias": (1, 2, SQ, SK)},
+}
+SHORTER = {"q_lengths": (SQ - 7, 64), "kv_lengths": (SK - 20, 130), "causal": True}
+ONE_OPTION = [
+    Case(f"{name}{also} d{d}/{dv}", d=d, dv=dv, **options, **SIZES | {"b": 2}, **band)
+    for d, dv in HEAD_DIMS
+    for name, options in OPTIONS.items()
+    for also, band in (("", {"window": (300, 400)}), (", causal, shorter", SHORTER))
+    if not band.get("causal") or d in (64, 128, 256)
+]
+
+SIZES_64 = SIZES | {"d": 64, "dv": 64}
+PACKED = {"hq": 4, "hk": 2, "d": 64, "dv": 64, "causal": True}
+OTHER_KEYS = {"k_sequences": (150, 3, 9, 170, 64), "padding": (70, 3)}
+EACH_MASK = [
+    Case("plain", **SIZES_64),
+    Case("window", window=(40, 3), **SIZES_64),
+    Case("top left", causal=True, align="top_left", **SIZES_64),
+    Case("lengths", causal=True, q_lengths=(SQ - 7,), kv_lengths=(SK - 20,), **SIZES_64),
+    Case("mask", mask=(1, 2, SQ, SK), **SIZES_64),
+    Case("bias in float16", bias=(1, 1, SQ, SK), bias_dtype="float16", **SIZES_64),
+    Case("bias of keys", bias=(1, 2, 1, SK), causal=True, **SIZES_64),
+    Case("bias of rows", bias=(1, 1, SQ, 1), bias_dtype="bfloat16", **SIZES_64),
+    Case("segments", segments=5, **SIZES_64),
+    Case("alibi", alibi_slopes=(2,), causal=True, **SIZES_64),
+    Case("dropout", dropout_rate=0.4, **SIZES_64),
+    Case("scale 0", scale=0.0, sinks=True, **SIZES_64),
+    Case("negative scale", scale=-0.3, **SIZES_64),
+    Case("softcap", softcap=3.0, window=(90, None), **SIZES_64),
+    varlen("packed", (130, 1, 0, 200, 64), **OTHER_KEYS, **PACKED),
+    varlen("packed, some keys", (130, 1, 0, 200, 64), kv_lengths=(149, 0, 3, 9, 64), **OTHER_KEYS, **PACKED),
+    varlen("many sequences", tuple(i % 5 for i in range(60 if EMULATED else 600)), **PACKED),
+    varlen("no sequence", (), padding=(140, 20), **PACKED),
+]
+
+
+def scores(case):
+    """Rows × keys of all heads."""
+    if case.layout == "fixed":
+        return case.b * case.hq * case.sq * case.sk
+    keys = case.k_sequences or case.q_sequences
+    return case.hq * sum(q * k for q, k in zip(case.q_sequences, keys, strict=True))
+
+
+def in_dtypes(cases, dtypes=DTYPES):
+    """Each case in every dtype; emulated: in one of the three, in turn."""
+    if not EMULATED:
+        return [in_dtype(case, dtype) for case in cases for dtype in dtypes]
+    return in_one_dtype(cases)
+
+
+def in_one_dtype(cases):
+    return [in_dtype(case, DTYPES[i % len(DTYPES)]) for i, case in enumerate(cases)]
+
+
+def in_dtype(case, dtype):
+    """Head dims are multiples of 8: others are padded by a copy before a kernel sees them."""
+    d, dv = (-(-x // 8) * 8 for x in (case.d, case.dv))
+    return case.replace(name=f"{case.name}, {dtype}", dtype=dtype, d=d, dv=dv)
+
+
+def check(case):
+    """The results at the contract's tolerance, with NaN in all that is never read; half of the cases deterministic."""
+    inputs = poisoned(case, make_inputs(case))
+    deterministic = sum(map(ord, case.name)) % 2 == 1
+    got = checks.run(case, inputs, IMPLEMENTATION, at_once=True, deterministic=deterministic)
+    reason = checks.why_no_gradients(case, IMPLEMENTATION)
+    right, low = checks.references(case)
+    if reason:
+        right, low = (oracle.Result(x.out, x.lse) for x in (right, low))
+    oracle.assert_result(got, right, low, case)
+
+
+@pytest.mark.parametrize("case", in_dtypes(EVERY_HEAD_DIM), ids=lambda case: case.name)
+def test_every_head_dim(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", in_dtypes(EACH_MASK), ids=lambda case: case.name)
+def test_each_mask(case):
+    check(case)
+
+
+@pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("case", in_dtypes(ONE_OPTION, HALF), ids=lambda case: case.name)
+def test_each_option_alone(case):
+    if case.bias is not None:
+        case = case.replace(bias_dtype=case.dtype)
+    check(case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    in_one_dtype([case for case in CASES if not EMULATED or scores(case) <= SCORES_EMULATED]),
+    ids=lambda case: case.name,
+)
+def test_the_named_cases(case):
+    check(case)
