@@ -73,11 +73,11 @@ class Inputs:
     positional: dict[str, jax.Array]  # query key value [cu_seqlens_q cu_seqlens_k], in call order
     keywords: dict[str, Any]
     dout: jax.Array
-    dlse: jax.Array  # −inf never meets it: it is finite everywhere
+    dlse: jax.Array  # finite everywhere, also where lse is −inf
 
 
 def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
-    """Random operands of `case`, the same for the same seed; on_device: drawn there, which is fast."""
+    """Random operands of `case`, the same for the same seed. `on_device` draws them on the device, which is faster."""
     rng = np.random.default_rng(seed)
     dtype = jnp.dtype(case.dtype)
 
@@ -291,8 +291,8 @@ VARLEN = (
     ),
 )
 
-# The number of queries, and of keys that a row sees, decides which tiles Hopper's forward takes: test_plan_hopper.py
-# asks that these cases reach them all. Nothing else depends on them, so other implementations need not repeat each.
+# The numbers of queries, and of keys that a row sees, decide which tiles the Hopper forward takes. test_plan_hopper.py
+# asserts that these cases reach all of them. Elsewhere they are merely large.
 FIXED_TILES = (
     Case("many queries", sq=200, sk=170, d=128, dv=128, hq=34, hk=2, b=1),
     Case("many queries, causal", causal=True, sq=300, sk=290, d=64, dv=64, hq=28, hk=4, b=1),

@@ -1,6 +1,6 @@
-"""A case run on an implementation and held against the oracle; what is not built is skipped, and says so.
+"""Runs a case on an implementation and compares it with the oracle; skips what is not built, with the reason.
 
-Custom calls run op by op, and so does plain JAX at the usual shape: cases then share nearly all compiled code.
+Custom calls run op by op, and so does plain JAX at the usual shape, because cases then share nearly all compiled code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax_flash
 from jax_flash import reference
 from jax_flash.backends import compute_capability
 
-SMALL = 50_000  # query rows × keys that the row-by-row oracle walks in a moment
+SMALL = 50_000  # query rows × keys; the row-by-row oracle takes 4 µs for each
 
 
 def why_not_built(
@@ -28,7 +28,7 @@ def why_not_built(
     dtype: str = "bfloat16",
     head_dims: tuple[int, int] = (16, 16),
 ) -> str | None:
-    """What backends() says is missing from a library that is there; one that is absent fails its tests."""
+    """What a library that is installed lacks, as backends() tells it. One that is absent fails its tests."""
     built = next(b for b in jax_flash.backends() if b.implementation == implementation)
     if built.problem is not None:
         return None
@@ -81,7 +81,7 @@ def why_no_gradients(case: Case, implementation: str) -> str | None:
 def run(
     case: Case, inputs: Inputs, implementation: str, *, at_once: bool = False, **options: Any
 ) -> oracle.Result:
-    """Out, lse and, where they are built, the gradients; `at_once` as one program, for shapes that no other has."""
+    """Out, lse and, where they are built, the gradients. `at_once` makes one program, for rare shapes."""
     require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     call = function(case, inputs, implementation, **options)
@@ -97,7 +97,7 @@ def _usual(case: Case) -> bool:
 
 
 def differentiate(call: Any, moving: dict[str, Any], inputs: Inputs) -> oracle.Result:
-    """As the oracle's, op by op."""
+    """As oracle.differentiate, but op by op."""
     (out, lse), pullback = jax.vjp(call, moving)
     gradients = pullback((inputs.dout.astype(out.dtype), inputs.dlse.astype(lse.dtype)))[0]
     return oracle.Result(*jax.tree.map(np.asarray, (out, lse, gradients)))
@@ -125,7 +125,7 @@ def references(case: Case, seed: int = 0) -> tuple[oracle.Result, oracle.Result]
 
 
 def _scores(inputs: Inputs) -> int:
-    """Query rows × keys that by_rows walks."""
+    """Query rows × keys, over which oracle.by_rows loops."""
     return inputs.dlse.size * inputs.positional["key"].shape[-3]
 
 
@@ -150,10 +150,10 @@ def _equations(case: Case, inputs: Inputs, by_rows: bool) -> oracle.Result:
 def compare(
     case: Case, implementation: str, seed: int = 0, *, may_deviate: bool = False, **options: Any
 ) -> str | None:
-    """Out, lse and every gradient at the contract's tolerance; returns why the gradients are not built, if so.
+    """Asserts out, lse and every gradient at the contract's tolerance; returns why there are no gradients, if so.
 
-    A float32 case is held against float64 where float32's own rounding is of the size of the limit. `may_deviate`:
-    its large scores may miss it, as docs/architecture.md has it.
+    A float32 case that misses it is compared with float64, because float32's own rounding may be as large as the
+    limit. `may_deviate` allows large scores the known deviation of docs/architecture.md.
     """
     inputs = make_inputs(case, seed)
     got = run(case, inputs, implementation, **options)
@@ -178,9 +178,7 @@ def compare(
     return reason
 
 
-LARGE = (
-    10  # a score whose rounding in float32, times what dropout multiplies it by, is of the size of the limit
-)
+LARGE = 10  # scores from here on: their rounding in float32, scaled up by dropout, may reach the limit
 
 
 def _largest(lse: np.ndarray) -> float:
@@ -188,7 +186,7 @@ def _largest(lse: np.ndarray) -> float:
 
 
 def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> None:
-    """As compare; then skips what is not built."""
+    """As compare; skips the test afterwards where gradients are not built."""
     reason = compare(case, implementation, seed, **options)
     if reason:
         pytest.skip(f"forward is right; {reason}")
@@ -205,7 +203,7 @@ def in_some_dtypes(cases: tuple[Case, ...], implementation: str) -> tuple[Case, 
 
 
 def assert_same(got: oracle.Result, wanted: oracle.Result) -> None:
-    """Bit for bit."""
+    """Asserts that two results are the same bit for bit."""
     for name, x, y in (("out", got.out, wanted.out), ("lse", got.lse, wanted.lse)):
         assert x.tobytes() == y.tobytes(), f"{name} differs at {np.argwhere(x != y)[:3].tolist()}"
     assert got.gradients.keys() == wanted.gradients.keys()
@@ -215,7 +213,7 @@ def assert_same(got: oracle.Result, wanted: oracle.Result) -> None:
 
 
 def with_arrays(inputs: Inputs, **arrays: Any) -> Inputs:
-    """inputs with some of their arrays replaced, dout and dlse among them."""
+    """`inputs` with some arrays replaced; dout and dlse may be among them."""
     cotangents = {name: jnp.asarray(arrays.pop(name, getattr(inputs, name))) for name in ("dout", "dlse")}
     positional = {name: arrays.pop(name, x) for name, x in inputs.positional.items()}
     return Inputs(positional, inputs.keywords | arrays, **cotangents)

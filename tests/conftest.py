@@ -12,7 +12,7 @@ if IMPLEMENTATION == "cuda":
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # pytest's workers share the GPU
 else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # Small programs that run once: most of the suite's time is LLVM's, and this halves it.
+    # Most of the suite's time is LLVM compiling small programs that run once; without optimisation it halves.
     _FLAGS.append("--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
@@ -47,14 +47,14 @@ def exact_products():
 
 @pytest.fixture
 def lowers_for_cuda():
-    """Lowering for CUDA asks a library that is there whether it has the head dims: one that is not tested may not."""
+    """Skips where a CUDA library is installed but not under test: lowering asks it for head dims that it may lack."""
     if IMPLEMENTATION != "cuda" and cuda_library() is not None:
         pytest.skip("the CUDA library of this machine may lack the head dims")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """What the GPU's library was not built with is skipped, by the very error that tells a user so."""
+    """Skips what the CUDA library was not built with, recognised by the error that tells a user so."""
     try:
         return (yield)
     except NotImplementedError as error:

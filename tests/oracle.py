@@ -1,4 +1,4 @@
-"""What is right, and how near a result must be: the tolerance of the contract, word by word.
+"""The right results, and the contract's tolerance around them.
 
 `ref` and `low` come from jax_flash/reference.py; `by_rows` writes the same equations once more in numpy, a
 row at a time in float64 with gradients by hand, so that reference.py is itself tested against something.
@@ -32,7 +32,7 @@ class Result:
 
 
 def on_cpu(function: Any) -> Any:
-    """`function` on the CPU, for what rounds S and P: a GPU's compiler leaves out the way to 16 bits and back."""
+    """Runs `function` on the CPU: a GPU's compiler removes the conversions that round S and P to 16 bits."""
 
     @wraps(function)
     def run(*arguments: Any, **keywords: Any) -> Any:
@@ -60,7 +60,7 @@ def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def plain(case: Case, inputs: Inputs, arrays: dict[str, jax.Array], round_to: Any = None) -> Result:
-    """What reference.py makes of `arrays`, the operands of the case."""
+    """Results and gradients of reference.py for `arrays`, the operands of the case."""
     moving, fixed = split(arrays)
     static = spec(case, inputs)
 
@@ -134,8 +134,10 @@ def assert_gradient(
 
 
 def assert_near_plain(got: Result, exact: Result, plain: Result) -> None:
-    """Not of the contract, but a known deviation (docs/architecture.md): large scores in float32, whose rounding is of
-    the size of its limits. As 16 bits are held: the limit, and 2 times plain float32's own error (gradients 3)."""
+    """A known deviation from the contract (docs/architecture.md): large float32 scores round by as much as its limits.
+
+    As for 16 bits, the limit is widened by 2 times the error of plain float32 (3 times for gradients).
+    """
     assert_lse(got.lse, exact.lse)
     _assert_within("out", got.out, exact.out, 2 * _distance(plain.out, exact.out) + _limit(1e-5, exact.out))
     for name, ref in exact.gradients.items():
@@ -177,11 +179,11 @@ def _where(condition: np.ndarray) -> str:
     return ", ".join(map(str, map(tuple, places))) or "no place"
 
 
-# The equations once more, a row at a time.
+# The same equations in numpy, one row at a time.
 
 
 def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any) -> Result:
-    """docs/architecture.md's semantics in numpy float64: forward and backward of one row after another."""
+    """The semantics of docs/architecture.md in numpy float64, forward and backward, row after row."""
     x = {name: np.asarray(array) for name, array in operands.items()}
     x = {name: array if array.dtype.kind in "iub" else _wide(array) for name, array in x.items()}
     q_shape, k_shape, v_shape = (x[name].shape for name in ("query", "key", "value"))

@@ -1,7 +1,7 @@
-"""The paged equivalent of a dense case: its keys dealt out to the pages of a pool, one by one, in numpy.
+"""The paged equivalent of a dense case: numpy writes its keys into the pages of a pool one by one.
 
-What the contract says is never read holds poison: NaN in unused pages, in the tail of each sequence's last page,
-and indices far outside the pool in unused entries of the tables.
+What the contract says is never read is poisoned: NaN in unused pages and in the tail of each sequence's last page,
+and indices far outside the pool in unused table entries.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Pages:
         return pool if self.layout == "nhd" else np.swapaxes(pool, 1, 2)
 
 
-def deal(lengths: tuple[int, ...], size: int, layout: str = "nhd", seed: int = 0) -> Pages:
+def random_pages(lengths: tuple[int, ...], size: int, layout: str = "nhd", seed: int = 0) -> Pages:
     """Random pages for sequences of these lengths, one table entry more than they need, two pages too many."""
     rng = np.random.default_rng(seed)
     used = [-(-length // size) for length in lengths]
@@ -104,7 +104,7 @@ def paged(
     inputs = make_inputs(case, seed)
     arrays = dict(inputs.positional | inputs.keywords)
     lengths = sequence_lengths(case)
-    pages = deal(lengths, size, layout, seed)
+    pages = random_pages(lengths, size, layout, seed)
     if case.layout == "varlen":
         del arrays["cu_seqlens_k"]
     scales = {}

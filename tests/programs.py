@@ -1,5 +1,5 @@
-"""What the tests of JAX's machinery share: calls with all their gradients, what compiled programs consist of,
-and programs in processes of their own."""
+"""Helpers for the tests of JAX's machinery: calls with all their gradients, the contents of compiled programs, and
+programs in processes of their own."""
 
 from __future__ import annotations
 

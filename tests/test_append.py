@@ -234,7 +234,7 @@ def test_float8_rounds_to_even_saturates_and_keeps_nan(implementation):
     call |= {"key": jnp.asarray(values), "value": jnp.asarray(values[..., :DV])}
     call["cu_seqlens"] = cu_seqlens((values.shape[0], 0, 0))
     got = append_kv(**call, implementation=implementation)
-    for x, y in zip(got, by_token(call), strict=True):  # a NaN's sign is nobody's
+    for x, y in zip(got, by_token(call), strict=True):  # the sign of a NaN is not specified
         np.testing.assert_array_equal(np.asarray(x, np.float32), y.astype(np.float32))
 
 

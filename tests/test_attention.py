@@ -27,7 +27,7 @@ def test_each_option_forward_and_backward(case, dtype):
     if case.sinks and not case.alibi_slopes:
         case = case.replace(
             hq=16
-        )  # the 16-bit limit is low's worst error: of 4 sinks' gradients that is mere luck
+        )  # the 16-bit limit is the worst error of `low`: over 4 sinks it is a matter of luck
     checks.check(case.replace(dtype=dtype), IMPLEMENTATION)
 
 
@@ -50,8 +50,8 @@ SHAPES = [
     dict(sq=33, sk=40, hq=8, hk=4, d=64, dv=64),
     dict(sq=70, sk=9, hq=6, hk=2, d=7, dv=1),
 ]
-# 16-bit limits are maxima over an array: none of those here is of a few numbers. Of causal rows that see one or
-# two keys and drop some, dbias may lie beyond them all the same (docs/architecture.md, known deviations).
+# 16-bit limits are maxima over an array, so every array here has more than a few numbers. Where causal rows see one or
+# two keys and drop some, dbias may still exceed its limit (docs/architecture.md, known deviations).
 OPTIONS = {
     "shape": SHAPES,
     "dtype": list(DTYPES),
@@ -262,9 +262,8 @@ def test_one_segment_array_serves_both_when_lengths_are_equal(implementation):
     ids = jnp.asarray([[0] * 5 + [7] * 7, [-1] * 12], jnp.int32)
     one = call(implementation, case, segment_ids=ids)
     assert_equal(one, call(implementation, case, segment_ids=(ids, ids)))
-    out, lse = call(
-        implementation, case, mask=(ids[:, :, None] == ids[:, None, :])[:, None]
-    )  # another kernel
+    mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+    out, lse = call(implementation, case, mask=mask)  # runs another kernel
     np.testing.assert_allclose(one[0].astype(np.float32), out.astype(np.float32), rtol=2**-7, atol=1e-4)
     np.testing.assert_allclose(one[1], lse, rtol=1e-5, atol=1e-5)
 

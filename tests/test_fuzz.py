@@ -12,14 +12,15 @@ from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
 HALF = [dtype for dtype in DTYPES if dtype != "float32"]
-# JAX_FLASH_TEST_EXAMPLES asks for more of each layout, in parts that workers share, JAX_FLASH_TEST_SEED for others.
+# JAX_FLASH_TEST_EXAMPLES sets the number of cases of each layout, in parts that pytest's workers share;
+# JAX_FLASH_TEST_SEED chooses other cases.
 USUAL = 40
 SEED = 1000 * int(os.environ.get("JAX_FLASH_TEST_SEED", 0))
 EXAMPLES = int(os.environ.get("JAX_FLASH_TEST_EXAMPLES", USUAL))
 PART = min(EXAMPLES, USUAL if EXAMPLES <= USUAL else 12)
 in_parts = pytest.mark.parametrize("part", range(-(-EXAMPLES // PART)))
 
-# Few sizes on each axis, but those where tiles, vectors and groups end.
+# Few sizes on each axis: those at which tiles, vectors and groups end.
 HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (6, 1)])
 HEAD_DIM = st.sampled_from([1, 2, 5, 8, 16, 17, 24, 32, 40, 64, 72, 104, 136, 256])
 LENGTH = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 130]))
@@ -84,9 +85,8 @@ def varlen_cases(draw, dtypes):
     )  # fmt: skip
 
 
-SINGLE = [
-    checks.usual_dtype(IMPLEMENTATION)
-]  # float32: its limit is each number's own, so that few numbers will do
+# float32's limit is per element, so that arrays of few numbers will do.
+SINGLE = [checks.usual_dtype(IMPLEMENTATION)]
 
 
 def fuzz(cases, check, part, count=PART):

@@ -65,7 +65,9 @@ def fill(case, inputs, value):
     if "bias" in inputs.keywords:
         bias = inputs.keywords["bias"]
         hidden = q[:, None, :, None] | k[:, None, None, :]
-        for axis in range(4):  # of a broadcast bias an element is unused where all that it stands for are
+        for axis in range(
+            4
+        ):  # an element of a broadcast bias is unused where all scores that it is added to are
             if axis < 4 - bias.ndim or bias.shape[axis - 4] == 1:
                 hidden = hidden.all(axis, keepdims=True)
         arrays["bias"] = put(bias, hidden.reshape(hidden.shape[4 - bias.ndim :]))
@@ -97,7 +99,7 @@ def test_the_same_in_16_bit(case, dtype):
     checks.assert_same(checks.run(case, fill(case, inputs, np.nan), IMPLEMENTATION), clean)
 
 
-# In 16 bits kernels choose how to make tanh by the scores that a warp holds.
+# In 16 bits a kernel chooses its tanh by the largest score that a warp holds.
 CAPPED = [
     Case("alone", sq=70, sk=150, d=64, dv=64, q_lengths=(65, 3), kv_lengths=(149, 66), softcap=20.0),
     Case(

@@ -307,11 +307,10 @@ def test_splits_combine_scores_of_any_size(implementation):
 
 
 def test_batch_invariant_is_the_same_bits_alone_and_in_company(kernel):
-    """Lengths on both sides of where sequences are split, decode and prefill. Of 9,000 keys a call without the option
-    makes more parts alone than with it, of 2,600 as many."""
+    """Lengths on both sides of where sequences are split, decode and prefill."""
     require(kernel)
-    lengths = (2600, 40, 1500, 1, 1024, 9000)
-    case = varlen("invariant", (1, 3, 12, 1, 2, 1), k_sequences=lengths, causal=True, hq=4, hk=1)
+    lengths = (2600, 40, 1500, 1, 1024)
+    case = varlen("invariant", (1, 3, 12, 1, 2), k_sequences=lengths, causal=True, hq=4, hk=1)
     call = paged(case, 64)
     out, lse = map(np.asarray, call.call(kernel, batch_invariant=True)({}))
     starts = np.concatenate([[0], np.cumsum(case.q_sequences)])
