@@ -48,21 +48,39 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 	@test -n "$(PYTHON312)" || { echo "test-newest: no python3.12 found; name one with PYTHON312=…" >&2; exit 1; }
 	$(MAKE) test VENV=.venv-newest PYTHON=$(PYTHON312)
 
+# What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
+# beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
+# source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
+JAX_TESTS = $(patsubst %,tests/test_%.py,backends compat_flash_attn compilation_cache distributed dot_product errors \
+  example export flax flax_layers generate index_arrays lowering_errors manual_sharding merge modes paged_programs \
+  readme reference sharding transforms)
+
+.PHONY: test-newest-jax
+test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
+	$(MAKE) test-newest TESTS="$(JAX_TESTS)"
+
 .PHONY: print-python312
 print-python312:
 	@echo "$(PYTHON312)"
 
 .PHONY: memory-safety
 memory-safety:  ## the CPU kernels between guard pages, under address and undefined-behaviour sanitizers
-	$(MAKE) -C tests/kernels/guards
+	$(MAKE) -C tests/kernels/guards -j$(WORKERS)
 
 .PHONY: cuda-compile
-cuda-compile:  ## where nvcc exists: build with CUDA on for a few table rows, and load the library
-	JAX_FLASH_CUDA=ON JAX_FLASH_CUDA_ARCHS="$(CUDA_ARCHS)" JAX_FLASH_HEAD_DIMS="$(CUDA_HEAD_DIMS)" \
-	  $(MAKE) .venv-cuda/.installed VENV=.venv-cuda EXTRAS=
-	.venv-cuda/bin/python -m jax_flash --require-built cuda
+cuda-compile: $(INSTALLED)  ## where nvcc is: rows of every kernel family and pass compile, load and are listed (CUDA_ROWS=all)
+	mkdir -p $(CUDA_BUILD)
+	$(BIN)/python tools/sample_kernels.py >$(CUDA_BUILD)/sample.def
+	cmake -S . -B $(CUDA_BUILD) -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DJAX_FLASH_MODULE=OFF -DJAX_FLASH_CUDA=ON \
+	  -DJAX_FLASH_CUDA_ARCHS="$(CUDA_ARCHS)" -DJAX_FLASH_WERROR=$(if $(WERROR),ON,OFF) \
+	  -DJAX_FLASH_KERNELS=$(if $(filter all,$(CUDA_ROWS)),,$(abspath $(CUDA_BUILD)/sample.def))
+	cmake --build $(CUDA_BUILD) --parallel $(WORKERS)
+	cmake --install $(CUDA_BUILD) --prefix $(CUDA_BUILD)/installed
+	$(BIN)/python -c "from jax_flash import _core; _core.load_cuda('$(CUDA_BUILD)/installed/jax_flash/libjax_flash_cuda.so'); \
+	  print('loads and lists', len(_core.cuda_kernels()), 'kernels')"
+CUDA_BUILD = build/cuda-compile
 CUDA_ARCHS ?= 75-real;80;90a-real
-CUDA_HEAD_DIMS ?= 64;128
+CUDA_ROWS ?= sample
 
 .PHONY: cuda-emulate
 cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (needs cmake, no GPU)
@@ -98,7 +116,7 @@ format: $(INSTALLED)  ## rewrite the files in the house's format
 
 .PHONY: clean
 clean:  ## remove what these targets made (out/ stays)
-	rm -rf .venv .venv-newest .venv-cuda .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest .venv-gpu build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One build directory per environment: an interrupted or second install compiles only what changed.

@@ -1,12 +1,13 @@
-"""Serve text from train_lm.py's model: continuous batching on a paged cache, seconds on two CPU cores.
+"""Serve text from train_lm.py's model with continuous batching on a paged cache; takes seconds on two CPU cores.
 
-    python examples/generate.py                                   # requests that come and go, on held-out text
-    python examples/generate.py --prompt "The 'for' statement"    # your own; repeat the option for more
+    python examples/generate.py                                   # requests arrive over time, on held-out text
+    python examples/generate.py --prompt "The 'for' statement"    # your own prompt; repeat the option for more
     python examples/generate.py --pages 24                        # a small cache: requests wait for pages
-    python examples/generate.py --mesh model=2                    # heads, and the cache, over two devices
+    python examples/generate.py --mesh model=2                    # splits heads, and the cache, over two devices
 
-Prints each request's text as it comes, what the cache's pages do, tokens/s, and how far the logits are from those of
-the training forward. Exit status 1: they are too far; 2: there is no checkpoint, or a setting is wrong.
+Prints each request's text as it is generated, the use of the cache's pages, tokens/s, and the distance of the logits
+from those of the training forward. The exit status is 1 if that distance is too large, and 2 if there is no checkpoint
+or a setting is wrong.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 
 class Arrival(NamedTuple):
-    """A request, and the step before which it comes in."""
+    """A request, and the step before which it arrives."""
 
     step: int
     request: Request
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line `argv`; returns the exit status."""
+    """Runs the command line `argv` and returns the exit status."""
     options = parse_options(argv)
     force_host_devices(math.prod(Settings(mesh=options.mesh).mesh_axes.values()))
     try:
@@ -50,27 +51,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 and a sentence where it makes no sense."""
+    """Parses the command line; exits with status 2 and a message if it is not valid."""
     parser = argparse.ArgumentParser(
         description="Serve text from train_lm.py's model with jax_flash's paged cache.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--prompt", action="append", help="text to go on from, instead of held-out documents")
+    parser.add_argument("--prompt", action="append", help="text to continue, instead of held-out documents")
     for name, default, text in (
-        ("--requests", 16, "how many, where there is no --prompt"),
-        ("--max-tokens", 96, "bytes to generate for each request, at most (lengths differ without --prompt)"),
-        ("--temperature", 0.7, "of sampling; 0: always the likeliest byte"),
-        ("--seed", 0, "of the requests and of sampling"),
-        ("--page-size", 16, "tokens in a page of the cache"),
-        ("--pages", 96, "in the cache"),
+        ("--requests", 16, "number of requests without --prompt"),
+        ("--max-tokens", 96, "most bytes to generate for a request (lengths vary without --prompt)"),
+        ("--temperature", 0.7, "temperature of sampling; 0 always takes the likeliest byte"),
+        ("--seed", 0, "seed of the requests and of sampling"),
+        ("--page-size", 16, "tokens per page of the cache"),
+        ("--pages", 96, "pages of the cache"),
         ("--slots", 8, "requests that run at the same time"),
-        ("--chunk", 64, "tokens in a step that takes prompts in"),
-        ("--mesh", "model=1", "devices that the heads are split over"),
-        ("--out", Settings.out, "of the training run, with its checkpoint"),
+        ("--chunk", 64, "most tokens in a step with prompts"),
+        ("--mesh", "model=1", "devices to split the heads over"),
+        ("--out", Settings.out, "directory of the training run, with its checkpoint"),
     ):
         parser.add_argument(name, type=type(default), default=default, help=text)
     choices = ("auto", "cpu", "cuda", "xla")
-    parser.add_argument("--attention", default="auto", choices=choices, help="who computes attention")
+    parser.add_argument("--attention", default="auto", choices=choices, help="implementation of attention")
     options = parser.parse_args(argv)
     if problem := _problem(options):
         parser.error(problem)
@@ -80,22 +81,22 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
 def _problem(options: argparse.Namespace) -> str | None:
     for name in ["requests", "max_tokens", "page_size", "pages", "slots"]:
         if getattr(options, name) < 1:
-            return f"--{name.replace('_', '-')}: got {getattr(options, name)}; it must be at least 1"
+            return f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1"
     if options.chunk < options.slots:
-        return f"--chunk: got {options.chunk}; it must be at least --slots, {options.slots}"
+        return f"--chunk is {options.chunk}; it must be at least --slots, which is {options.slots}"
     if not 0 <= options.temperature < math.inf:
-        return f"--temperature: got {options.temperature}; it must be at least 0"
+        return f"--temperature is {options.temperature}; it must be finite and at least 0"
     try:
         axes = Settings(mesh=options.mesh).mesh_axes
     except ValueError as error:
-        return f"--mesh: {error}"
+        return str(error)
     if axes["data"] > 1:
-        return f"--mesh: got {options.mesh!r}; serving splits heads alone, as in model=2"
+        return f"--mesh is {options.mesh!r}; serving splits only the heads over devices, as in model=2"
     return None
 
 
 def generate(options: argparse.Namespace, started: float) -> int:
-    """Loads, serves and checks; returns the exit status."""
+    """Loads the model, serves the requests and checks the logits; returns the exit status."""
     from logit_check import check_logits
     from scheduler import ServingConfig
     from serving import Server
@@ -107,7 +108,7 @@ def generate(options: argparse.Namespace, started: float) -> int:
         page_size=options.page_size,
         slots=options.slots,
         chunk=options.chunk,
-        max_length=settings.row_length,  # what the model has seen of positions
+        max_length=settings.row_length,  # the positions that the model was trained on
         temperature=options.temperature,
         seed=options.seed,
     )
@@ -124,7 +125,7 @@ def generate(options: argparse.Namespace, started: float) -> int:
 
 
 def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
-    """The model of the newest checkpoint in --out, on the mesh, and its settings; SettingError for none."""
+    """The model of the newest checkpoint in --out, its settings and the mesh; raises SettingError if there is none."""
     import orbax.checkpoint as ocp
     from flax import nnx
     from training import Checkpoints, Trainer, make_mesh
@@ -133,7 +134,7 @@ def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(create=False)) as manager:
         if not directory.is_dir() or manager.latest_step() is None:
             raise SettingError(
-                f"out: got {options.out}, which holds no checkpoint; train one with "
+                f"--out is {options.out}, which holds no checkpoint; train one with "
                 f"`python examples/train_lm.py --out {options.out}` (or `make demo`)"
             )
         items = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -142,7 +143,7 @@ def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
     settings = Settings(**curve, **here)
     for name in ("heads", "hidden"):
         if (count := getattr(settings, name)) % settings.mesh_axes["model"]:
-            raise SettingError(f"mesh: got {options.mesh}, which does not divide the model's {count} {name}")
+            raise SettingError(f"--mesh is {options.mesh}, which does not divide the model's {count} {name}")
     trainer = Trainer(settings, make_mesh(settings.mesh_axes))
     state, _ = Checkpoints(settings).restore(trainer.abstract_state)
     model, _ = nnx.merge(trainer.graph, state)
@@ -150,7 +151,7 @@ def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
 
 
 def make_arrivals(options: argparse.Namespace, serving: ServingConfig) -> list[Arrival]:
-    """The --prompt texts, all at once; or starts of a few held-out documents, of any length and at any time."""
+    """The --prompt texts, all at step 0, or beginnings of held-out documents, of random lengths at random steps."""
     from scheduler import Request
     from text import BOS, load_documents
 
@@ -160,7 +161,7 @@ def make_arrivals(options: argparse.Namespace, serving: ServingConfig) -> list[A
     else:
         random = np.random.default_rng(options.seed)
         _, held_out = load_documents()
-        documents = random.permutation(np.array(held_out, object))[:4]  # so that some requests start alike
+        documents = random.permutation(np.array(held_out, object))[:4]  # few, so that prefixes are shared
         longest = max(1, min(256, serving.capacity - options.max_tokens - 1))
         arrivals, step = [], 0
         for number in range(options.requests):
@@ -177,7 +178,7 @@ def make_arrivals(options: argparse.Namespace, serving: ServingConfig) -> list[A
 
 
 def serve(server: Server, arrivals: list[Arrival]) -> None:
-    """Serves every request from its arrival to its end, and prints it."""
+    """Serves every request from its arrival to its end, and prints its text."""
     transcript = Transcript([arrival.request for arrival in arrivals])
     coming = deque(arrivals)
     while coming or server.scheduler.busy:
@@ -188,14 +189,14 @@ def serve(server: Server, arrivals: list[Arrival]) -> None:
 
 
 class Transcript:
-    """Prints requests in their order: the first unfinished one as its bytes come, the others in their turn."""
+    """Prints requests in order: the first unfinished one as its bytes are generated, the others after it."""
 
     def __init__(self, requests: list[Request]):
         self._requests, self._shown = deque(requests), 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def update(self, server: Server) -> None:
-        """Prints what is new."""
+        """Prints the bytes generated since the last call."""
         while self._requests and len(self._requests[0].generated) > self._shown:
             request = self._requests[0]
             if not self._shown:
@@ -217,12 +218,12 @@ class Transcript:
 
 
 def printable(text: str) -> str:
-    """The text without what could confuse a terminal."""
+    """The text with every control character replaced by a dot."""
     return "".join(c if c.isprintable() or c == "\n" else "·" for c in text)
 
 
 def describe(options: argparse.Namespace, settings: Settings, server: Server, seconds: float) -> str:
-    """What is about to happen."""
+    """Two lines about the model and the cache, printed before serving."""
     size = sum(pool.nbytes for pair in server.cache for pool in pair) / 2**20
     return (
         f"{settings.out}: {settings.layers} × {settings.width}, {settings.dtype}, attention {settings.attention}, "
@@ -233,15 +234,15 @@ def describe(options: argparse.Namespace, settings: Settings, server: Server, se
 
 
 def summary(server: Server, requests: list[Request]) -> str:
-    """What came of it."""
+    """What was served, how fast, and how the cache was used."""
     usage, again = server.usage, server.scheduler.preempted
     reused = sum(request.reused for request in requests)
     return (
         f"\n{len(requests)} requests in {usage.steps} steps and {usage.seconds:.1f} s: {usage.new_tokens:,} tokens "
-        f"generated, {usage.tokens_per_second:,.0f} tokens/s; {usage.prompt_tokens:,} tokens of prompts taken in, "
+        f"generated, {usage.tokens_per_second:,.0f} tokens/s; {usage.prompt_tokens:,} prompt tokens computed, "
         f"{reused:,} found in shared pages\n"
-        f"cache: at most {usage.peak_pages} pages in use and {usage.peak_shared} shared, {again} times a request "
-        f"started over for want of pages; at the end {server.pages()}"
+        f"cache: at most {usage.peak_pages} pages in use and {usage.peak_shared} shared, {again} restarts of a request "
+        f"for lack of pages; at the end {server.pages()}"
     )
 
 

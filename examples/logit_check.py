@@ -1,4 +1,4 @@
-"""Whether serving computes what training did: its logits against those of the training forward."""
+"""Checks that serving computes what training did, by comparing its logits with those of the training forward."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 from model import ModelConfig, Transformer
 from scheduler import Request
 
-TOLERANCE = 1e-4  # the same float32 sums in another order, through all layers
+TOLERANCE = 1e-4  # float32 sums in another order, through all layers
 
 
 @dataclass(frozen=True)
 class LogitCheck:
-    """Distances from the training forward in float32, each the largest over all logits of all generated tokens.
+    """Distances from the training forward in full float32: the largest over all logits of all generated tokens.
 
-    Both are relative to the largest logit. `training` is what rounding does to the training forward itself, in
-    bfloat16 or in TF32 (0 in float32 proper); serving, which rounds elsewhere, may be twice as far off.
+    Both are relative to the largest logit. `training` is the distance of the training forward in its own precision,
+    bfloat16 or TF32 (0 in float32). Serving rounds in other places and may be twice as far off.
     """
 
     serving: float
@@ -27,25 +27,25 @@ class LogitCheck:
 
     @property
     def allowed(self) -> float:
-        """How far serving may be off."""
+        """The largest distance that serving may have."""
         return TOLERANCE + 2 * self.training
 
     @property
     def passed(self) -> bool:
-        """Whether serving is no further off than that."""
+        """Whether the distance of serving is within what is allowed."""
         return self.serving <= self.allowed
 
     def __str__(self) -> str:
-        verdict = "as they should be" if self.passed else "TOO FAR"
+        verdict = "passed" if self.passed else "TOO FAR"
         return f"logits: within {self.serving:.1e} of the training forward's, {self.allowed:.1e} allowed: {verdict}"
 
 
 def check_logits(model: Transformer, config: ModelConfig, mesh: Mesh, requests: list[Request]) -> LogitCheck:
-    """Compares the logits that served requests have kept with the model's own forward, as in training."""
+    """Compares the logits recorded while serving with those of the model's forward, as in training."""
     with jax.set_mesh(mesh):
         exact_config = replace(config, dtype="float32")
         exact = nnx.eval_shape(lambda: Transformer(exact_config, rngs=nnx.Rngs(0)))
-    with jax.default_matmul_precision("highest"):  # a GPU's own rounds float32 to TF32's 11 bits
+    with jax.default_matmul_precision("highest"):  # by default a GPU rounds float32 operands to TF32, 11 bits
         reference = training_logits(nnx.merge(nnx.graphdef(exact), nnx.state(model)), requests)
     largest = np.abs(reference).max()
     served = np.concatenate([request.logits for request in requests])
@@ -54,11 +54,13 @@ def check_logits(model: Transformer, config: ModelConfig, mesh: Mesh, requests: 
 
 
 def training_logits(model: Transformer, requests: list[Request]) -> np.ndarray:
-    """The training forward's logits of every generated token of the requests in turn, [tokens, 256].
+    """The training forward's logits of every generated token, request after request: [tokens, 256].
 
-    One packed row holds them all: the model sees what it would in training.
+    All requests are packed into one row, as documents are in training.
     """
-    read = [request.tokens[:-1] for request in requests]  # the last token was never read
+    read = [
+        request.tokens[:-1] for request in requests
+    ]  # the last token was generated but never fed to the model
     bounds = np.cumsum([0, *map(len, read)])
     tokens = np.concatenate(read).astype(np.int32)
     positions = np.concatenate([np.arange(len(tokens)) for tokens in read]).astype(np.int32)

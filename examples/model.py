@@ -1,7 +1,7 @@
 """A small pre-norm transformer in Flax NNX whose attention is `jax_flash.flash_attention_varlen`.
 
-Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: they are split
-over the mesh axis "model" where there is a mesh, and XLA partitions the rest.
+Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: with a mesh they are
+split over its axis "model", and XLA partitions everything else accordingly.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from text import VOCABULARY
 
 from jax_flash import flash_attention_varlen
 
-# Under remat, what attention's backward needs of its forward is kept: little, and dear to compute again.
+# Under remat, the residuals of attention are saved: they are small and expensive to recompute.
 KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and choices of a `Transformer`; `attention` is `flash_attention_varlen`'s `implementation`."""
+    """Sizes and options of a `Transformer`; `attention` is the `implementation` of `flash_attention_varlen`."""
 
     layers: int = 4
     width: int = 256
@@ -34,11 +34,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
-            raise ValueError(f"head_dim: got {self.head_dim}; rotary positions need an even number")
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
 
 
 def sharded(init: nnx.Initializer, *axes: str | None) -> nnx.Initializer:
-    """`init`, with the mesh axis that each dimension of the weight is split over."""
+    """`init` for a weight whose dimensions are split over these mesh axes."""
     return nnx.with_partitioning(init, axes)
 
 
@@ -90,7 +90,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two linear layers with a squared ReLU between them (So et al. 2021): as good as a GELU, and cheaper."""
+    """Two linear layers with a squared ReLU between them (So et al. 2021), which is as good as a GELU and cheaper."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.width**-0.5)
@@ -131,7 +131,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Byte-level causal language model: logits [r, t, 256] in float32 of packed tokens [r, t]."""
+    """A byte-level causal language model: packed tokens [r, t] → float32 logits [r, t, 256]."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         init = nnx.initializers.normal(1.0)

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs: loss.png, run.json, the verdict."""
+"""The results of a run: loss.png, run.json and the verdict."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Held-out nats per byte of the model and of the bigram model, on the same bytes."""
+    """Nats per byte of the model and of the bigram model on the same held-out bytes."""
 
     validation_loss: float
     bigram_loss: float
@@ -39,7 +39,7 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
-        """Whether the margin is the target's at least."""
+        """Whether the margin is at least the target."""
         return self.margin >= self.target
 
     def __str__(self) -> str:
@@ -52,7 +52,7 @@ class Verdict:
 def describe(
     settings: Settings, trainer: Trainer, train: Documents, held_out: Documents, bigram: float
 ) -> str:
-    """What is about to happen."""
+    """Two lines about the text, the model and the run, printed before training."""
     count = sum(math.prod(x.shape) for x in jax.tree.leaves(trainer.abstract_state[0]))
     documents, unseen = (
         f"{sum(map(len, texts)):,} bytes in {len(texts)} documents" for texts in (train, held_out)
@@ -66,8 +66,8 @@ def describe(
 
 
 def summary(settings: Settings, history: History, verdict: Verdict, cores_used: float) -> str:
-    """What came of it, and where the time went."""
-    more = "; --resume goes on" if history.step < settings.steps else ""
+    """The result of the run, and what its time was spent on."""
+    more = "; --resume continues" if history.step < settings.steps else ""
     parts = ", ".join(f"{what} {seconds:.1f}" for what, seconds in history.seconds.items())
     return (
         f"{history.step} of {settings.steps} steps, {history.tokens_per_second:,.0f} tokens/s{more}\n"
@@ -100,7 +100,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(settings: Settings, history: History, verdict: Verdict, cores_used: float) -> None:
-    """run.json: every setting, version, loss and time of the run."""
+    """Writes run.json: every setting, version, loss and time of the run."""
     record = {
         "settings": settings.to_json(),
         "environment": environment(),
@@ -114,7 +114,7 @@ def write_json(settings: Settings, history: History, verdict: Verdict, cores_use
 
 
 def plot(settings: Settings, history: History, verdict: Verdict) -> None:
-    """loss.png: training and validation loss by tokens seen, against the bigram model and the target."""
+    """Writes loss.png: training and validation loss over tokens seen, with the bigram model and the target."""
     million = 1e6 / (settings.rows * settings.row_length)  # steps
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -136,7 +136,7 @@ def plot(settings: Settings, history: History, verdict: Verdict) -> None:
 
 
 def smooth(values: list[float], weight: float = 0.9) -> np.ndarray:
-    """Exponential moving average, without its bias towards the start."""
+    """Exponential moving average, with bias correction as in Adam."""
     total = norm = 0.0
     means = []
     for value in values:

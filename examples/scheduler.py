@@ -1,9 +1,9 @@
-"""Who is served next, and from which pages: continuous batching, on the host alone.
+"""Continuous batching on the host: which requests a step serves, and which pages of the cache they use.
 
-A step serves some tokens of some requests: of each running request those whose keys are not yet in the cache.
-That is the newest token of a request that is decoding, and a chunk of the prompt of one that has just joined.
-Requests join in the order they came, as long as there are slots, pages and tokens left in the step. When a
-decoding request finds no free page, the youngest one gives its pages back and starts over later.
+A step serves tokens of running requests whose keys are not yet in the cache: the newest token of a request that is
+decoding, and a chunk of the prompt of one that has just joined. Requests join in order of arrival, as long as there
+are slots, pages and tokens left in the step. When a decoding request finds no free page, the request that joined last
+is preempted: it returns its pages and starts over later.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import numpy as np
 
 from jax_flash.paged.allocator import PageAllocator
 
-NO_PAGE = -1  # in the unused entries of block_tables
+NO_PAGE = -1  # marks unused entries of block_tables
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt to go on from, and how far it got."""
+    """A prompt to continue, and the progress so far."""
 
-    number: int  # also of its random stream: the text does not depend on what else is served
+    number: int  # also the seed of its random stream, so that its text does not depend on other requests
     prompt: list[int]
     max_tokens: int
-    tokens: list[int] = field(init=False)  # the prompt, then what was generated
+    tokens: list[int] = field(init=False)  # the prompt, then the generated tokens
     cached: int = 0  # tokens whose keys are in the cache
-    reused: int = 0  # of those, how many another request had left there
+    reused: int = 0  # cached tokens that another request had computed
     pages: list[int] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)  # [256] of each generated token
+    logits: list[np.ndarray] = field(default_factory=list)  # [256] per generated token
 
     def __post_init__(self) -> None:
         if not self.prompt or self.max_tokens < 1:
             raise ValueError(
-                f"request {self.number}: got {len(self.prompt)} tokens of prompt and max_tokens "
+                f"request {self.number} has {len(self.prompt)} prompt tokens and max_tokens "
                 f"{self.max_tokens}; each must be at least 1"
             )
         self.tokens = list(self.prompt)
@@ -48,36 +48,36 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether all its tokens are there."""
+        """Whether all tokens have been generated."""
         return len(self.tokens) == len(self.prompt) + self.max_tokens
 
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """Sizes of the cache and of a step, and how to sample."""
+    """Sizes of the cache and of a step, and the sampling."""
 
     pages: int = 64
     page_size: int = 16
     slots: int = 8  # requests that run at the same time, at most
     chunk: int = 64  # tokens in a step, at most
-    max_length: int = 1024  # tokens in a request, prompt and generated ones; what the model was trained on
-    temperature: float = 0.0  # 0: the likeliest token
+    max_length: int = 1024  # tokens in a request, generated ones included, as trained
+    temperature: float = 0.0  # 0 takes the likeliest token
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.chunk < self.slots:  # else not all could decode together
-            raise ValueError(f"chunk: got {self.chunk}; it must be at least slots = {self.slots}")
+        if self.chunk < self.slots:  # all slots must be able to decode in one step
+            raise ValueError(f"chunk is {self.chunk}; it must be at least slots, which is {self.slots}")
 
     @property
     def capacity(self) -> int:
-        """Tokens that a request may have, prompt and generated ones."""
+        """Tokens that a request may have, the generated ones included."""
         return min(self.max_length, self.pages * self.page_size)
 
     def check(self, request: Request) -> None:
-        """Raises ValueError where a request could never be served."""
+        """Raises ValueError if the request could never be served."""
         if len(request.prompt) + request.max_tokens > self.capacity:
             raise ValueError(
-                f"request {request.number}: got {len(request.prompt)} tokens of prompt and {request.max_tokens} to "
+                f"request {request.number} has {len(request.prompt)} prompt tokens and {request.max_tokens} tokens to "
                 f"generate; the model and the cache have room for {self.capacity} together"
             )
 
@@ -90,26 +90,26 @@ class Chunk(NamedTuple):
 
     @property
     def samples(self) -> bool:
-        """Whether the request's next token comes of it."""
+        """Whether the request's next token is sampled after it."""
         return self.request.cached + self.count == len(self.request.tokens)
 
 
 class Batch(NamedTuple):
-    """The packed tokens of a step, `t` of at most `s` requests; all int32."""
+    """The packed tokens of a step: `t` tokens of at most `s` requests; all arrays are int32."""
 
     tokens: np.ndarray  # [t]
     positions: np.ndarray  # [t]        within the request
     cu_seqlens: np.ndarray  # [s+1]     where each request's tokens start; unused entries repeat the end
-    block_tables: np.ndarray  # [s, pages of a request]
+    block_tables: np.ndarray  # [s, most pages of a request]
     cached: np.ndarray  # [s]           keys in the cache before the step
     numbers: np.ndarray  # [s]          of the requests
 
 
 class PrefixIndex:
-    """Full pages by what they hold: their tokens, after the page before them.
+    """Finds full pages by their content: their tokens and the page before them.
 
-    A page stays known while it has an owner. Whoever owns a page owns all pages before it, so that the page before
-    tells everything before.
+    A page is in the index while it has an owner. The owner of a page owns all pages before it, so that the number of
+    the preceding page identifies the whole prefix.
     """
 
     def __init__(self, page_size: int):
@@ -121,7 +121,7 @@ class PrefixIndex:
         return len(self._pages)
 
     def find(self, tokens: Sequence[int]) -> list[int]:
-        """The pages that hold the longest known prefix of the tokens, short of the last token."""
+        """The pages that hold the longest indexed prefix of the tokens, which never includes the last token."""
         found: list[int] = []
         for start in range(0, len(tokens) - self.page_size, self.page_size):
             page = self._pages.get(self._key(tokens, found, start))
@@ -131,7 +131,7 @@ class PrefixIndex:
         return found
 
     def add(self, tokens: Sequence[int], pages: Sequence[int], start: int, stop: int) -> None:
-        """Makes known those of a request's pages that tokens [start, stop) fill up."""
+        """Adds those of a request's pages that tokens [start, stop) complete."""
         for number in range(start // self.page_size, stop // self.page_size):
             key = self._key(tokens, pages[:number], number * self.page_size)
             if key not in self._pages:
@@ -139,7 +139,7 @@ class PrefixIndex:
                 self._keys[pages[number]] = key
 
     def forget(self, pages: Sequence[int]) -> None:
-        """Drops pages that were freed."""
+        """Removes pages that were freed."""
         for page in pages:
             if page in self._keys:
                 del self._pages[self._keys.pop(page)]
@@ -149,7 +149,7 @@ class PrefixIndex:
 
 
 class Scheduler:
-    """Plans steps: `plan` one, run its `batch`, then `commit` what was sampled."""
+    """Plans steps: call `plan`, run the model on its `batch`, then `commit` the sampled tokens."""
 
     def __init__(self, config: ServingConfig):
         self.config, self.page_size = config, config.page_size
@@ -157,20 +157,20 @@ class Scheduler:
         self.prefixes = PrefixIndex(config.page_size)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in the order they joined
-        self.preempted = 0  # how often a request gave its pages back
+        self.preempted = 0  # how often a request was preempted
 
     @property
     def busy(self) -> bool:
-        """Whether anything is left to do."""
+        """Whether any request is unfinished."""
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
-        """Puts a request in line; ValueError where it could never be served."""
+        """Queues a request; raises ValueError if it could never be served."""
         self.config.check(request)
         self.waiting.append(request)
 
     def plan(self) -> list[Chunk]:
-        """The next step. Everyone decodes; prompts share what is left of the step's tokens, in order."""
+        """The next step: every decoding request takes one token, and prompts share the remaining tokens in order."""
         chunks: list[Chunk] = []
         left = self.config.chunk
         for request in tuple(self.running):
@@ -182,7 +182,7 @@ class Scheduler:
         return chunks
 
     def batch(self, chunks: Sequence[Chunk], width: int) -> Batch:
-        """The step's arrays, its tokens padded to `width`."""
+        """The arrays of the step, with the tokens padded to `width`."""
         tokens, positions = np.zeros((2, width), np.int32)
         cu_seqlens = np.zeros(self.config.slots + 1, np.int32)
         tables = np.full((self.config.slots, -(-self.config.max_length // self.page_size)), NO_PAGE, np.int32)
@@ -199,7 +199,7 @@ class Scheduler:
         return Batch(tokens, positions, cu_seqlens, tables, cached, numbers)
 
     def commit(self, chunks: Sequence[Chunk], sampled: np.ndarray) -> list[Request]:
-        """Takes the step's tokens, one for each chunk; returns the requests that have a new one."""
+        """Appends the sampled tokens, one per chunk, to their requests; returns the requests that have a new token."""
         advanced = []
         for chunk, token in zip(chunks, sampled.tolist()):
             request, samples = chunk.request, chunk.samples
@@ -213,14 +213,14 @@ class Scheduler:
         return advanced
 
     def _add(self, chunks: list[Chunk], request: Request, left: int) -> int:
-        """Serves up to `left` tokens; their pages can be shared at once: a step writes before it reads."""
+        """Serves up to `left` tokens. Their pages can be shared at once, because a step writes before it reads."""
         count = min(left, len(request.tokens) - request.cached)
         chunks.append(Chunk(request, count))
         self.prefixes.add(request.tokens, request.pages, request.cached, request.cached + count)
         return count
 
     def _join(self, request: Request) -> bool:
-        """Gets the pages for all tokens so far, known ones where there are any; or False and none."""
+        """Gets pages for all tokens so far, sharing indexed ones; returns False and takes none if too few are free."""
         known = self.prefixes.find(request.tokens)
         missing = self._pages_for(request) - len(known)
         if missing > self.allocator.free:
@@ -232,7 +232,7 @@ class Scheduler:
         return True
 
     def _has_room(self, request: Request) -> bool:
-        """Gets the page that the newest token may need; the youngest request stands back for it."""
+        """Gets the page that the newest token may need, preempting the request that joined last if none is free."""
         while len(request.pages) < self._pages_for(request):
             if self.allocator.free:
                 request.pages += self.allocator.allocate()

@@ -1,7 +1,7 @@
-"""Serving a trained `Transformer` from a paged cache: one jitted step for prompts and decoding alike.
+"""Serving a trained `Transformer` from a paged cache: one jitted step for prompts and for decoding.
 
 The step takes the packed tokens of many requests, writes their keys and values into the cache's pages, attends,
-and samples one token for each request. The cache is donated to it: its pages are written in place.
+and samples one token for each request. The cache is donated to the step, which writes its pages in place.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from scheduler import Batch, Chunk, Request, Scheduler, ServingConfig
 
 from jax_flash import append_kv, apply_rotary, paged_attention
 
-Cache = list[tuple[jax.Array, jax.Array]]  # of each layer: keys and values, [pages, page_size, h, d]
+Cache = list[tuple[jax.Array, jax.Array]]  # per layer: keys and values, [pages, page_size, h, d]
 
 
 @dataclass
 class Usage:
-    """What serving took so far."""
+    """Counts and times of serving so far."""
 
     steps: int = 0
     seconds: float = 0.0
-    prompt_tokens: int = 0  # taken in; those of requests that started over count again
+    prompt_tokens: int = 0  # computed ones; those of requests that started over count again
     new_tokens: int = 0
     peak_pages: int = 0
     peak_shared: int = 0
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated ones; the time of the prompts counts as well."""
+        """Generated tokens per second of all steps, those that compute prompts included."""
         return self.new_tokens / max(self.seconds, 1e-9)
 
 
 def rotary_tables(head_dim: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of `model.rotate`'s angles, each [length, head_dim / 2]."""
+    """(cos, sin) of the angles of `model.rotate`, each [length, head_dim / 2]."""
     half = head_dim // 2
     angles = jnp.arange(length)[:, None] * 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
     return jnp.cos(angles), jnp.sin(angles)
@@ -49,9 +49,9 @@ def rotary_tables(head_dim: int, length: int) -> tuple[jax.Array, jax.Array]:
 def next_logits(
     model: Transformer, cache: Cache, batch: Batch, max_length: int, implementation: str | None
 ) -> tuple[jax.Array, Cache]:
-    """The model on new tokens, with the keys of all earlier ones in the cache.
+    """Runs the model on new tokens; the keys and values of earlier ones are in the cache.
 
-    Returns logits [s, 256] of what follows each request's last token, and the cache with the new keys.
+    Returns logits [s, 256] for the token after each request's last one, and the cache with the new keys and values.
     """
     rotary = rotary_tables(cache[0][0].shape[-1], max_length)
     x = model.embed(batch.tokens)
@@ -87,7 +87,7 @@ def next_logits(
 
 
 def sample(logits: jax.Array, temperature: float, seed: int, batch: Batch) -> jax.Array:
-    """A token for each request [s]; its randomness comes of its number and position alone."""
+    """Samples a token for each request, [s]; the random bits depend only on the request's number and the position."""
     if not temperature:
         return jnp.argmax(logits, axis=-1)
 
@@ -102,10 +102,10 @@ class Server:
     """Serves requests: `submit` some, then call `step` while there is something to do (`scheduler.busy`).
 
     Args:
-      model: its weights lie on the mesh as they are annotated.
-      config: the model's.
+      model: weights placed on the mesh as they are annotated.
+      config: the sizes of the model.
       serving: the cache's sizes and the sampling.
-      mesh: with an axis "model" that heads, those of the cache too, are split over.
+      mesh: its axis "model" splits the heads, those of the cache included.
     """
 
     def __init__(self, model: Transformer, config: ModelConfig, serving: ServingConfig, mesh: Mesh):
@@ -125,15 +125,15 @@ class Server:
 
         shardings = (self._everywhere, self._everywhere, jax.tree.map(lambda _: by_heads, self.cache))
         self._step = jax.jit(step, donate_argnames="cache", out_shardings=shardings)
-        # Two shapes, so that a step in which everyone decodes is not padded to the size of a prompt's chunk.
+        # Two widths, so that a step in which every request decodes is not padded to the size of a prompt chunk.
         self.programs = {width: self._compile(width) for width in {serving.slots, serving.chunk}}
 
     def submit(self, request: Request) -> None:
-        """Puts a request in line; ValueError where it could never be served."""
+        """Queues a request; raises ValueError if it could never be served."""
         self.scheduler.submit(request)
 
     def step(self) -> list[Request]:
-        """One step; returns the requests that have a new token, at the end of their `tokens`."""
+        """Runs one step; returns the requests that have a new token, at the end of their `tokens`."""
         started = time.monotonic()
         chunks = self.scheduler.plan()
         width = self._width(sum(chunk.count for chunk in chunks))
@@ -150,7 +150,7 @@ class Server:
         return advanced
 
     def pages(self) -> str:
-        """What the cache's pages do, in words."""
+        """The use of the cache's pages, in words."""
         allocator = self.scheduler.allocator
         return f"{allocator.in_use} pages in use, {allocator.shared} of them shared, {allocator.free} free"
 

@@ -1,6 +1,6 @@
-"""Real text that every machine has, as bytes: documents, packed rows, and a bigram baseline to beat.
+"""Text that every Python installation has, as bytes: documents, packed rows, and a bigram baseline.
 
-The text is Python's own documentation, `pydoc_data.topics`: some 80 documents of 200 to 60,000 bytes. A
+The text is Python's own documentation, `pydoc_data.topics`: about 80 documents of 200 to 60,000 bytes. A
 document of L bytes is a sequence of L predictions: BOS → first byte, first byte → second byte, and so on.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 BOS = 256  # the token before a document's first byte
 VOCABULARY = 257
-PADDING = -1  # the target of a token that predicts nothing
+PADDING = -1  # the target of a token without a prediction
 
 Documents = Sequence[bytes]
 
@@ -24,8 +24,8 @@ Documents = Sequence[bytes]
 def load_documents() -> tuple[list[bytes], list[bytes]]:
     """The training and the held-out documents.
 
-    Some documents quote others at length ("compound" holds all of "if", "for", …), so documents that share
-    text are held out together: hardly a passage of the held-out ones can have been read in training.
+    Some documents quote others at length ("compound" contains all of "if", "for", …). Documents that share text are
+    therefore held out together, so that training reads almost no passage of the held-out ones.
     """
     groups = sorted(_groups_sharing_text(topics), key=lambda names: -sum(len(topics[name]) for name in names))
     held_out = {name for group in groups[3::8] for name in group}  # one in eight, large and small
@@ -34,14 +34,14 @@ def load_documents() -> tuple[list[bytes], list[bytes]]:
 
 
 def _groups_sharing_text(texts: dict[str, str], length: int = 48) -> list[list[str]]:
-    """The names, grouped: texts with 200 passages of that length in common, or a tenth of either's."""
+    """The names, grouped: texts of a group share more than 200 passages of that length, or a tenth of either's."""
     passages = {
         name: {t[i : i + length] for i in range(len(t) - length)} for name, t in sorted(texts.items())
     }
 
     def alike(a: str, b: str) -> bool:
-        few = min(200, len(passages[a]) / 10, len(passages[b]) / 10)
-        return len(passages[a] & passages[b]) > few
+        threshold = min(200, len(passages[a]) / 10, len(passages[b]) / 10)
+        return len(passages[a] & passages[b]) > threshold
 
     groups: list[list[str]] = []
     for name in passages:
@@ -51,37 +51,35 @@ def _groups_sharing_text(texts: dict[str, str], length: int = 48) -> list[list[s
 
 
 class Batch(NamedTuple):
-    """Rows of packed documents, `r` rows of `t` tokens, at most `n` sequences in a row; all int32."""
+    """Rows of packed documents: `r` rows of `t` tokens, at most `n` sequences per row; all arrays are int32."""
 
     tokens: np.ndarray  # [r, t]       the byte before each prediction, or BOS
     targets: np.ndarray  # [r, t]      the byte to predict, or PADDING
-    positions: np.ndarray  # [r, t]    counted from the start of the sequence
+    positions: np.ndarray  # [r, t]    position within the sequence
     cu_seqlens: np.ndarray  # [r, n+1] where each sequence of the row starts; unused entries repeat the end
 
 
 class Packer:
-    """Cuts a stream of documents into full rows, without padding.
+    """Cuts an endless stream of documents into rows without padding.
 
-    A document that a row's end cuts goes on in the next row, as a sequence of its own.
+    A document that crosses the end of a row continues in the next row, as a sequence of its own.
     """
 
     def __init__(self, documents: Documents, rows: int, row_length: int, seed: int = 0):
         if not documents or not all(documents):
-            raise ValueError(
-                "documents: got an empty document or none at all; need at least one byte in each"
-            )
+            raise ValueError("documents has an empty document or none at all; each needs at least one byte")
         self.documents, self.rows, self.row_length, self.seed = documents, rows, row_length, seed
         self.epoch_tokens = sum(len(document) for document in documents)
         self.max_sequences = row_length // min(len(document) for document in documents) + 2
         self._epoch = lru_cache(maxsize=2)(self._shuffled)
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step` of the endless shuffled stream: a function of seed and step, so runs resume."""
+        """Batch number `step` of the shuffled stream. It depends on seed and step alone, so that runs can resume."""
         start = step * self.rows * self.row_length
         return self._pack(self._read(start, self.rows * self.row_length))
 
     def all_batches(self) -> list[Batch]:
-        """Every document once, in order; only the tail of the last batch is padding."""
+        """Every document once, in order; only the end of the last batch is padding."""
         stream = _stream(self.documents)
         size = self.rows * self.row_length
         short = -len(stream[0]) % size
@@ -120,7 +118,7 @@ class Packer:
 
 
 def _stream(documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All documents end to end: (tokens, targets, whether a document starts here), each [total bytes]."""
+    """All documents concatenated: (tokens, targets, whether a document starts here), each [total bytes]."""
     targets = np.frombuffer(b"".join(documents), np.uint8).astype(np.int32)
     starts = np.zeros(len(targets), bool)
     starts[np.cumsum([0] + [len(document) for document in documents[:-1]])] = True
@@ -129,10 +127,10 @@ def _stream(documents: Documents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bigram_loss(train: Documents, held_out: Documents) -> float:
-    """Nats per byte on `held_out` of a byte-bigram model fitted on `train`: the language model's predictions.
+    """Nats per byte on `held_out` of a byte-bigram model fitted on `train`, for the language model's predictions.
 
-    p(next | previous) interpolates the bigram counts with the byte frequencies; how much is chosen on the
-    training documents alone, each scored by the counts of the others.
+    p(next | previous) interpolates the bigram counts with the byte frequencies. The strength of the interpolation is
+    chosen by leave-one-out on the training documents.
     """
     each = [_pair_counts(document) for document in train]
     total = np.sum(each, axis=0)

@@ -1,13 +1,13 @@
-"""Train a byte-level language model on Python's documentation with jax_flash: minutes on two CPU cores.
+"""Train a byte-level language model on Python's documentation with jax_flash; takes minutes on two CPU cores.
 
     python examples/train_lm.py                         # train, checkpoint, plot, compare with a bigram model
-    python examples/train_lm.py --resume                # go on from the checkpoint of a run that was stopped
-    python examples/train_lm.py --attention xla         # plain JAX attention: the same loss curve
-    python examples/train_lm.py --mesh data=2,model=2   # rows over `data`, heads over `model`
+    python examples/train_lm.py --resume                # continue from the checkpoint of a run that was stopped
+    python examples/train_lm.py --attention xla         # plain JAX attention, with the same loss curve
+    python examples/train_lm.py --mesh data=2,model=2   # splits rows over `data` and heads over `model`
     python examples/train_lm.py --dtype bfloat16 --remat
 
-Writes to --out: checkpoint/, loss.png and run.json. Exit status 1: the run had the default settings and
-missed its target; 2: a setting is wrong.
+Writes checkpoint/, loss.png and run.json to --out. The exit status is 1 if a run with the default settings missed its
+target, and 2 if a setting is wrong.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from text import Batch, Packer
     from training import Checkpoints, History, Trainer
 
-STARTED = time.monotonic()  # the libraries are imported later: what a user waits for is timed in full
+STARTED = time.monotonic()  # before the imports, so that the times include them
 
 
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
-    """Runs the command line `argv`; returns the exit status. `started`: by `time.monotonic`; None is now."""
+    """Runs the command line `argv` from time `started` (of `time.monotonic`, default now); returns the exit status."""
     settings = parse_settings(argv)
     force_host_devices(math.prod(settings.mesh_axes.values()))
     try:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None, started: float | None = None) -> int:
 
 
 def force_host_devices(count: int) -> None:
-    """Lets the CPU pose as several devices; other platforms do not read this. Call before jax is imported."""
+    """Makes XLA present the CPU as several devices. It must be called before jax is imported."""
     flag = "--xla_force_host_platform_device_count"
     flags = os.environ.get("XLA_FLAGS", "")
     if count > 1 and flag not in flags:
@@ -69,7 +69,7 @@ def train(settings: Settings, started: float) -> int:
         bigram = bigram_loss(training_text, held_out_text)
     print(describe(settings, trainer, training_text, held_out_text, bigram), flush=True)
 
-    deadline = started + 0.9 * settings.seconds  # the rest is for the last validation, checkpoint and plot
+    deadline = started + 0.9 * settings.seconds  # leaves time for the last validation, checkpoint and plot
     run_steps(trainer, checkpoints, state, history, stream, held_out, deadline)
     verdict = Verdict(history.validation[-1][1], bigram, settings.target)
     with history.timing("report"):
@@ -89,7 +89,7 @@ def run_steps(
     held_out: list[Batch],
     deadline: float,
 ) -> None:
-    """Trains to the last step or as far as the time allows; validates and saves on the way and at the end."""
+    """Trains until the last step or the deadline; validates and saves at intervals and at the end."""
     from tqdm import tqdm
 
     def validate() -> None:

@@ -25,50 +25,50 @@ from text import PADDING, Batch
 
 @dataclass
 class History:
-    """What happened so far. Saved with the weights, so that a resumed run tells the whole story."""
+    """Losses and times so far. They are saved with the weights, so that a resumed run reports all of them."""
 
-    losses: list[float] = field(default_factory=list)  # of each training step, nats per byte
-    validation: list[tuple[int, float]] = field(default_factory=list)  # (steps made, nats per byte)
-    seconds: dict[str, float] = field(default_factory=dict)  # by what they were spent on
-    tokens: int = 0  # trained on
+    losses: list[float] = field(default_factory=list)  # per training step, in nats per byte
+    validation: list[tuple[int, float]] = field(default_factory=list)  # (step, nats per byte)
+    seconds: dict[str, float] = field(default_factory=dict)  # by activity
+    tokens: int = 0  # tokens trained on
 
     @property
     def step(self) -> int:
-        """Steps made."""
+        """The number of training steps so far."""
         return len(self.losses)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the training steps alone: compilation, validation and checkpoints apart."""
+        """Tokens per second of the training steps, without compilation, validation and checkpoints."""
         return self.tokens / max(self.seconds.get("training", 0.0), 1e-9)
 
     def add(self, loss: float, tokens: int) -> None:
-        """One more step; raises FloatingPointError when its loss is not a finite number."""
+        """Records one step; raises FloatingPointError if its loss is not finite."""
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"training: the loss of step {self.step + 1} is {loss}; lower --learning-rate"
+                f"the loss of training step {self.step + 1} is {loss}; lower --learning-rate"
             )
         self.losses.append(loss)
         self.tokens += tokens
 
     def spend(self, what: str, since: float) -> None:
-        """Adds the time since `since` (as `time.monotonic`) to `seconds[what]`."""
+        """Adds the time since `since` (of `time.monotonic`) to `seconds[what]`."""
         self.seconds[what] = self.seconds.get(what, 0.0) + time.monotonic() - since
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Adds the time that the block takes to `seconds[what]`."""
+        """Adds the duration of the `with` block to `seconds[what]`."""
         start = time.monotonic()
         yield
         self.spend(what, since=start)
 
 
 def make_mesh(axes: dict[str, int]) -> Mesh:
-    """A mesh of the first devices; raises SettingError where there are too few."""
+    """A mesh of the first devices; raises SettingError if there are too few."""
     count = int(np.prod(list(axes.values())))
     if count > jax.device_count():
         raise SettingError(
-            f"mesh: {axes} takes {count} devices; {jax.default_backend()} has {jax.device_count()}"
+            f"--mesh {axes} needs {count} devices; {jax.default_backend()} has {jax.device_count()}"
         )
     devices = jax.devices()[:count]
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), devices=devices)
@@ -89,7 +89,7 @@ def model_config(settings: Settings) -> ModelConfig:
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """AdamW with clipped gradients; the learning rate warms up, then falls to a tenth along a cosine."""
+    """AdamW with gradient clipping, and a cosine learning rate with warmup that ends at a tenth of the peak."""
     peak, steps = settings.learning_rate, max(settings.steps, settings.warmup + 1)
     rate = optax.warmup_cosine_decay_schedule(peak / settings.warmup, peak, settings.warmup, steps, peak / 10)
     adamw = optax.adamw(rate, b2=0.98, weight_decay=settings.weight_decay)
@@ -97,7 +97,7 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def nats(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(−Σ log p(target), how many targets) over a batch."""
+    """(−Σ log p(target), number of targets) over a batch."""
     logits = model(batch.tokens, batch.positions, batch.cu_seqlens)
     counts = batch.targets != PADDING
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counts, batch.targets, 0))
@@ -124,17 +124,17 @@ class Trainer:
         self._evaluate = jax.jit(lambda state, batch: nats(nnx.merge(self.graph, state)[0], batch))
 
     def create(self) -> nnx.State:
-        """The state before the first step, made in place on the mesh."""
+        """The state before the first step, created in its sharding."""
         with jax.set_mesh(self.mesh):
             return jax.jit(lambda: nnx.state(self._create()), out_shardings=self.shardings)()
 
     def compile(self, batch: Batch, held_out: Batch) -> None:
-        """Compiles `step` and `evaluate` for batches of these shapes, so that their time is theirs alone."""
+        """Compiles `step` and `evaluate` for batches of these shapes, so that their times exclude compilation."""
         self._step = self._step.lower(self.abstract_state, self._place(batch)).compile()
         self._evaluate = self._evaluate.lower(self.abstract_state, self._place(held_out)).compile()
 
     def step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
-        """One AdamW step: (the next state, the loss before it in nats per byte). `state` is used up."""
+        """One AdamW step: (the next state, the loss before it in nats per byte). `state` is donated."""
         return self._step(state, self._place(batch))
 
     def evaluate(self, state: nnx.State, batches: Sequence[Batch]) -> float:
@@ -164,7 +164,7 @@ class Trainer:
 
 
 class Checkpoints:
-    """The newest state and history of a run, in `checkpoint/` under `settings.out`."""
+    """Saves and restores the newest state and history of a run, in `checkpoint/` under `settings.out`."""
 
     def __init__(self, settings: Settings):
         directory = Path(settings.out).absolute() / "checkpoint"
@@ -175,7 +175,7 @@ class Checkpoints:
         self.manager = ocp.CheckpointManager(directory, options=options)
 
     def save(self, state: nnx.State, history: History) -> None:
-        """Writes both, then drops the checkpoint before; a checkpoint of this very step stays as it is."""
+        """Writes both and removes the previous checkpoint; does nothing if this step is saved already."""
         if self.manager.latest_step() == history.step:
             return
         record = {"history": asdict(history), "settings": self.settings.curve()}
@@ -183,10 +183,15 @@ class Checkpoints:
         self.manager.save(history.step, args=ocp.args.Composite(**items))
 
     def restore(self, abstract_state: nnx.State) -> tuple[nnx.State, History]:
-        """The newest, placed as `abstract_state` says; raises SettingError for none or one of another curve."""
+        """The newest checkpoint, in the sharding of `abstract_state`.
+
+        Raises SettingError if there is none, or if its settings give another loss curve.
+        """
         step = self.manager.latest_step()
         if step is None:
-            raise SettingError(f"resume: got {self.directory}, which holds no checkpoint; leave --resume out")
+            raise SettingError(
+                f"--resume needs a checkpoint, but {self.directory} holds none; leave --resume out"
+            )
         items = {"state": ocp.args.StandardRestore(abstract_state), "record": ocp.args.JsonRestore()}
         self._check(self.manager.restore(step, args=ocp.args.Composite(record=items["record"])).record)
         restored = self.manager.restore(step, args=ocp.args.Composite(**items))
@@ -196,5 +201,5 @@ class Checkpoints:
         for name, value in self.settings.curve().items():
             if (saved := record["settings"].get(name)) != value:
                 raise SettingError(
-                    f"resume: got {name} = {value}; the checkpoint's run has {saved}, and must keep it"
+                    f"--resume: {name} is {value}, but the checkpoint's run has {saved} and must keep it"
                 )

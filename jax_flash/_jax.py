@@ -1,4 +1,4 @@
-"""Every private name of JAX that this library needs, in one place, with the reason."""
+"""Every private JAX name that this library uses, with the reason for it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,37 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-from jax._src import core as _core  # definitely_equal: comparisons of symbolic dimensions that never raise
-from jax._src import (
-    dispatch as _dispatch,
-)  # apply_primitive; devices during lowering (multi-process programs)
-from jax._src.interpreters import mlir as _mlir  # lower_with_sharding_in_types: explicit mesh axes
+
+# definitely_equal compares symbolic dimensions without raising.
+from jax._src import core as _core
+
+# apply_primitive runs a primitive eagerly; prim_requires_devices_during_lowering is for multi-process programs.
+from jax._src import dispatch as _dispatch
+
+# lower_with_sharding_in_types serves explicit mesh axes.
+from jax._src.interpreters import mlir as _mlir
 from jax.interpreters import mlir
 
 apply_primitive = _dispatch.apply_primitive
 
 
 def require_devices_during_lowering(primitive: Any) -> None:
-    """Custom partitioning looks at the device assignment while lowering; JAX wants such primitives named."""
+    """Registers a primitive whose lowering reads the device assignment, as custom partitioning does."""
     _dispatch.prim_requires_devices_during_lowering.add(primitive)
 
 
 def same_dim(a: Any, b: Any) -> bool:
-    """True when two dimensions, symbolic ones included, are certainly equal."""
+    """Whether two dimensions, symbolic ones included, are known to be equal."""
     return bool(_core.definitely_equal(a, b))
 
 
 def full_dim(sizes: Iterable[Any]) -> Any:
-    """The size of a leading dimension that each operand has whole or as 1."""
+    """The size of a leading dimension that each operand has in full or as 1."""
     return next((size for size in sizes if not same_dim(size, 1)), 1)
 
 
 def is_symbolic(dim: Any) -> bool:
+    """Whether a dimension is a symbol of shape polymorphism (`jax.export`)."""
     return not isinstance(dim, int)
 
 
@@ -46,7 +51,7 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, resharded to the type of other where explicit mesh axes tell them apart."""
+    """x, resharded to the sharding in other's type where explicit mesh axes make them differ."""
     have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
     if jax.sharding.AxisType.Explicit not in have.mesh.axis_types or have.spec == wanted.spec:
         return x
@@ -55,16 +60,17 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def uses_shardy() -> bool:
-    """False where the user asked for the old partitioner, which knows no sharding rules."""
+    """False if the user chose the GSPMD partitioner, which does not read sharding rules."""
     return bool(getattr(jax.config, "jax_use_shardy_partitioner", True))
 
 
 def exporting(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether the program is lowered for `jax.export`."""
     return bool(ctx.module_context.lowering_parameters.for_export)
 
 
 def device_count(ctx: mlir.LoweringRuleContext) -> int:
-    """Number of devices of the program being lowered; 1 inside a fully manual region."""
+    """The number of devices of the program being lowered; 1 inside a fully manual region."""
     axis_context = ctx.module_context.axis_context
     mesh = getattr(axis_context, "mesh", None)
     if mesh is not None:
@@ -73,5 +79,5 @@ def device_count(ctx: mlir.LoweringRuleContext) -> int:
 
 
 def with_declared_sharding(ctx: mlir.LoweringRuleContext, value: Any, aval: Any) -> Any:
-    """value, constrained to the sharding of its type (explicit mesh axes)."""
+    """value, constrained to the sharding in its type (explicit mesh axes)."""
     return _mlir.lower_with_sharding_in_types(ctx, value, aval)

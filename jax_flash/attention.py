@@ -37,38 +37,41 @@ def flash_attention(
 ) -> Any:
     """Exact attention, softmax(scale · q·kᵀ)·v, in memory linear in the sequence length.
 
-    Rows that may attend to nothing give 0 (and lse −inf), never NaN. What lies past a length is never read.
+    A row without a visible key gives 0 and lse −inf (its sink, if there is one), never NaN. Rows and keys past a length
+    are never read.
 
     Args:
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.
-      key: `[b, sk, hk, d]`, query's dtype; `hk` divides `hq` and query head i reads KV head `i // (hq // hk)`.
+      key: `[b, sk, hk, d]`, query's dtype. `hk` divides `hq`, and query head i reads KV head `i // (hq // hk)`.
       value: `[b, sk, hk, dv]`, query's dtype.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
-      align: where the diagonal of query i lies: `"bottom_right"`, key i + (sk − sq) by the lengths in use,
-        or `"top_left"`, key i.
-      mask: boolean, broadcastable to `[b, hq, sq, sk]`; True = may attend.
-      segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk; attend only where equal.
+      align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
+        use, and key i with `"top_left"`.
+      mask: boolean, broadcastable to `[b, hq, sq, sk]`; True where a query may attend.
+      segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. A query
+        attends only to keys of its own segment.
       q_lengths: int32 `[b]`, rows in use of each batch entry.
       kv_lengths: int32 `[b]`, keys in use of each batch entry.
-      scale: factor on q·kᵀ, default 1/√d.
-      softcap: c of `S ← c·tanh(S/c)`.
+      scale: factor of q·kᵀ, 1/√d by default.
+      softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|distance to the diagonal|. No gradient.
       sinks: float32 `[hq]`, logits that take part in the softmax sum only. Differentiable.
-      dropout_rate: share of attention weights dropped, in [0, 1).
-      dropout_key: `jax.random.key`, needed when dropout_rate > 0; the same key drops the same weights on every
-        platform and under every sharding.
-      return_lse: also return log Σ exp(S), float32 `[b, hq, sq]`; differentiable.
-      deterministic: make the backward pass bit-for-bit repeatable.
-      implementation: `"cuda"`, `"cpu"`, `"xla"` (plain JAX), or None: the custom call of the platform compiled for.
+      dropout_rate: probability that an attention weight is dropped, in [0, 1).
+      dropout_key: `jax.random.key`, required if dropout_rate > 0. The same key drops the same weights on every
+        platform and with every sharding.
+      return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq]`; differentiable.
+      deterministic: makes the backward pass bit-for-bit reproducible.
+      implementation: `"cuda"`, `"cpu"` or `"xla"` (plain JAX). None is the custom call of the platform that the
+        program is compiled for.
 
     Returns:
-      `[b, sq, hq, dv]` in query's dtype, or `(out, lse)`.
+      `[b, sq, hq, dv]` in query's dtype, or the pair `(out, lse)`.
 
     Raises:
-      ValueError, TypeError: while tracing, naming the argument, its value and what is allowed.
-      NotImplementedError: when the implementation lacks the configuration or the platform has none.
+      ValueError, TypeError: while tracing; the message names the argument, its value and what is allowed.
+      NotImplementedError: if the implementation lacks this configuration, or if the platform has no implementation.
 
     Source: Dao et al., FlashAttention (2022); Dao, FlashAttention-2 (2023).
 

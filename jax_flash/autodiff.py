@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from . import _jax, reference
-from .operands import BACKWARD, BIAS_GRADIENT, FORWARD
+from .operands import BACKWARD, BIAS_GRADIENT, DROPOUT_ROW, FORWARD
 from .paged import gather
 from .primitives import bind, equally_varying
 from .spec import AttentionSpec
@@ -22,6 +22,9 @@ Gradients = dict[str, jax.Array | None]
 
 def attend(spec: AttentionSpec, operands: Operands) -> Pair:
     """(out, lse) of checked operands, by plain JAX or by the custom call."""
+    if "position" in operands and "dropout" in operands:  # bits go by the position in the larger sequence
+        first = operands["position"].astype(jnp.uint32)
+        operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
     if spec.implementation == "xla":
         return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
     return _attend(spec, equally_varying(operands))

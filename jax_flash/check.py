@@ -1,4 +1,4 @@
-"""`check_inputs`: reads the index arrays of a call on the host and says what is wrong with their values."""
+"""`check_inputs`: checks the values of a call's index arrays on the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .validate import Checker
 
 _CHECK = Checker("check_inputs")
 
-# Index arrays by rank; what of another operand bounds them is in the rule of each.
+# The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
 _OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
 _LENGTHS = ("q_lengths", "kv_lengths", "query_seq_lengths", "key_value_seq_lengths")
 _RANKS = dict.fromkeys(_OFFSETS + _LENGTHS, 1) | {"block_tables": 2}
@@ -24,30 +24,31 @@ _OPERANDS = (
 
 
 def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
-    """Check the values of a call's index arrays, which the call itself sees only on the device.
+    """Checks the values of a call's index arrays, which the call itself sees only on the device.
 
-    There they can do no harm, but wrong ones are read as something else: lengths are clamped, offsets are
-    read as their running maximum, a page outside the pool gives NaN. Here they raise. Pass the arrays under
-    the names of the public functions; as much is checked as those passed determine.
+    The call never reads or writes out of bounds, but it silently replaces wrong values: lengths are clamped,
+    offsets are read as their running maximum, and a page outside the pool gives NaN. `check_inputs` raises
+    instead. Pass arrays under the names that the public functions give them; every rule whose arrays are
+    present is checked.
 
     Args:
-      cu_seqlens_q, cu_seqlens_k, cu_seqlens: int32 `[n + 1]`. Start at 0, do not decrease, end within the
-        tokens of `query`, `key` and `key`.
-      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`. At least 0,
-        at most the length of `query` and `key`; the keys of each sequence (varlen); the capacity of a row of
-        `block_tables` (paged), with room for the tokens of `key` (append_kv, where key comes with k_pages).
+      cu_seqlens_q, cu_seqlens_k, cu_seqlens: int32 `[n + 1]`. They must start at 0, not decrease, and not exceed
+        the tokens of `query` (cu_seqlens_q) or `key`.
+      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`, at least 0. They
+        must not exceed the length of `query` or `key`; for varlen the keys of each sequence; for paged calls the
+        capacity of a row of `block_tables`, minus the tokens of `key` for append_kv (`key` with `k_pages`).
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. Any value is valid.
-      block_tables: int32 `[n, pages]`. Entries that hold keys lie within `k_pages`; none is appended to
-        by two sequences in the same slot.
+      block_tables: int32 `[n, pages]`. Entries that hold keys must be pages of `k_pages`, and no two sequences may
+        append to the same slot.
       positions: int32, within the rows of `cos`.
-      query, key, value, k_pages, v_pages, rotary, cos, …: the other operands, of which only shapes are used.
+      query, key, value, k_pages, v_pages, rotary, cos, …: the other operands, of which only the shapes are used.
       page_layout: `"nhd"` (`k_pages [p, ps, hk, d]`) or `"hnd"` (`[p, hk, ps, d]`).
 
-    Arguments that are None count as absent. Arrays under vmap are checked one entry at a time.
+    Arguments that are None count as absent. Arrays of a vmapped call must be checked one entry at a time.
 
     Raises:
-      ValueError: a wrong value, with its place, or shapes that contradict each other.
-      TypeError: an unknown name, an index array that is not int32, or one that is traced.
+      ValueError: for a wrong value, with its index, or shapes that contradict each other.
+      TypeError: for an unknown name, or an index array that is traced or not int32.
 
     Example:
       >>> check_inputs(query=q, cu_seqlens_q=jnp.array([0, 20, 17], jnp.int32))
@@ -74,7 +75,7 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
 
 @dataclass
 class _Call:
-    """The index arrays as int64 (so that sums cannot wrap) and the shapes of all operands."""
+    """The index arrays, as int64 so that sums cannot overflow, and the shapes of all other operands."""
 
     hnd: bool
     index: dict[str, np.ndarray] = field(default_factory=dict)
@@ -102,7 +103,7 @@ class _Call:
             self.shapes[name] = np.shape(x[0] if name == "rotary" else x)
 
     def length(self, *names: str) -> int | None:
-        """The tokens of the first of these operands that was passed."""
+        """The number of tokens of the first of these operands that was passed."""
         return next((self.shapes[n][-3] for n in names if n in self.shapes), None)
 
     @property
@@ -115,7 +116,7 @@ class _Call:
         return self.shapes.get("k_pages", self.shapes.get("v_pages", (0,)))[0]
 
     def appended(self) -> np.ndarray | None:
-        """How many keys append_kv adds to each sequence, `[n]`; None for any other call."""
+        """The number of keys that append_kv adds to each sequence, `[n]`; None for any other call."""
         if self.page_size is None or not self.shapes.keys() & {"key", "value"}:
             return None
         if "cu_seqlens" in self.index:
@@ -124,7 +125,7 @@ class _Call:
 
 
 def _host(name: str, x: Any) -> np.ndarray:
-    """An index array's values."""
+    """The values of an index array."""
     if isinstance(x, jax.core.Tracer):
         raise _CHECK.fail(
             f"{name} is traced; values are only known on the host, so call this outside jit", TypeError
@@ -134,7 +135,7 @@ def _host(name: str, x: Any) -> np.ndarray:
         raise _CHECK.fail(
             f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError
         )
-    if array.size and array.dtype.kind != "i":  # A plain list comes as int64, and an empty one as float64.
+    if array.size and array.dtype.kind != "i":  # A plain list becomes int64, and an empty one float64.
         raise _CHECK.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
     return array.astype(np.int64)
 
@@ -148,12 +149,12 @@ def _item(name: str, array: np.ndarray, at: tuple[int, ...]) -> str:
     return f"{name}[{', '.join(map(str, at))}] = {array[at]}"
 
 
-def _check_below(call: _Call, name: str, size: int, whose: str) -> None:
+def _check_below(call: _Call, name: str, size: int, owner: str) -> None:
     array = call.index[name]
     at = _first((array < 0) | (array >= size))
     if at is not None:
         raise _CHECK.fail(
-            f"{_item(name, array, at)} is outside the {size} rows of {whose}; allowed are 0 to {size - 1}"
+            f"{_item(name, array, at)} is outside the {size} rows of {owner}; allowed are 0 to {size - 1}"
         )
 
 
@@ -175,7 +176,7 @@ def _check_offsets(call: _Call, name: str) -> None:
 
 
 def _check_sequence_counts(call: _Call) -> None:
-    """Every array with one entry per sequence (or batch entry) has as many of them."""
+    """All arrays with one entry per sequence or batch entry must agree on their number."""
     counts = {name: call.index[name].size - 1 for name in _OFFSETS if name in call.index}
     counts |= {name: len(call.index[name]) for name in (*_LENGTHS, "block_tables") if name in call.index}
     if not counts.keys() & set(_OFFSETS) and len(call.shapes.get("query", ())) in (3, 4):
@@ -207,7 +208,7 @@ def _check_lengths(call: _Call, name: str) -> None:
 
 
 def _limit(call: _Call, name: str) -> tuple[Any, str]:
-    """The most that each length may be, and the words for it."""
+    """The largest value that each length may have, and its name for the message."""
     if name in ("q_lengths", "query_seq_lengths"):
         return call.length("query"), "query's length"
     if "block_tables" in call.index:

@@ -1,4 +1,4 @@
-"""`dot_product_attention`: jax.nn's function of that name, computed by this library."""
+"""`dot_product_attention`: a drop-in replacement for `jax.nn.dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -71,34 +71,37 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]:
     """Attention with the signature and meaning of `jax.nn.dot_product_attention`.
 
-    B batch, T and S query and key length, N and K query and KV heads (N a multiple of K), H head dim.
+    Dimensions: B batch, T query length, S key length, N query heads, K KV heads (N is a multiple of K), H head dim.
 
     Args:
       query: `[B, T, N, H]` or `[T, N, H]`; float16, bfloat16 or float32 (and float64, see `implementation`).
       key, value: `[B, S, K, H]` or `[S, K, H]`, in query's dtype.
-      bias: additive, each dim 1 or that of `[B, N, T, S]`; dims may be missing on the left. Differentiable.
-      mask: boolean, shaped like bias; True may attend.
-      scale: a Python number; None is 1/√H.
-      is_causal: query i attends to keys up to i, whatever the lengths (`align="top_left"`).
-      query_seq_lengths, key_value_seq_lengths: int32 `[B]`, the valid prefix of each row; past it
-        queries give 0.
-      local_window_size: `(left, right)`, or one int for both: query i attends to keys i - left … i + right.
+      bias: added to the logits, broadcastable to `[B, N, T, S]`. Differentiable.
+      mask: boolean, broadcastable to `[B, N, T, S]`; True where a query may attend.
+      scale: a Python number, the factor of q·kᵀ; None is 1/√H.
+      is_causal: query i attends to keys 0 … i, whatever the lengths (`align="top_left"`).
+      query_seq_lengths, key_value_seq_lengths: int32 `[B]`, the valid prefix of each row; queries
+        past it give 0.
+      local_window_size: `(left, right)`, or one int for both; query i attends to keys i − left … i + right.
       implementation: None (this library's custom call for the platform), "cuda", "cpu", or "xla" (plain JAX).
-        float64 always runs as plain JAX, so it takes None or "xla".
-      return_residual: also return log Σ exp(logits), `[B, T, N]` or `[T, N]`, in query's dtype, no gradient.
+        float64 always runs as plain JAX, so that it accepts only None and "xla".
+      return_residual: also return log Σ exp(logits), `[B, T, N]` or `[T, N]`, in query's dtype and without gradient.
 
     Returns:
-      An array with query's shape and dtype, or the pair of it and the residual.
+      An array with query's shape and dtype, or the pair `(out, residual)`.
 
     Raises:
-      ValueError: shapes, dtypes and options that do not fit, as jax.nn does.
-      TypeError: lengths that are not int32; dtypes that no implementation has.
-      NotImplementedError: `implementation="cudnn"`; float64 with "cuda" or "cpu".
+      ValueError: for shapes, dtypes and options that jax.nn rejects too.
+      TypeError: for lengths that are not int32, and for dtypes that no implementation supports.
+      NotImplementedError: for `implementation="cudnn"`, and for float64 with "cuda" or "cpu".
 
-    Deviations from jax.nn: a query with no key to attend to gives 0 with residual −inf, not the mean of all
-    values. What lies past the lengths is never read. A bias of −inf counts as masked. Reverse mode only.
+    Deviations from jax.nn: a query without a visible key gives 0 and residual −inf, not the mean of all values.
+    Rows past the lengths are never read. A bias of −inf counts as masked. Only reverse-mode differentiation.
 
-    Example: `dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))`
+    Source: the interface is jax.nn's; the algorithm is Dao, FlashAttention-2 (2023).
+
+    Example:
+      >>> out = dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))
     """
     shape = jnp.shape(query)
     q, k, v = _rank4("query", query), _rank4("key", key), _rank4("value", value)
@@ -136,7 +139,7 @@ def _rank4(name: str, x: ArrayLike) -> Array:
 
 
 def _check_operands(query: Array, key: Array, value: Array) -> None:
-    """Where jax.nn is stricter than this library's other functions, or raises another error."""
+    """The checks in which jax.nn is stricter than this library's other functions, or raises another error."""
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise _CHECK.fail(f"{name} has dtype {x.dtype}, which differs from query's {query.dtype}")
@@ -152,7 +155,7 @@ def _mask(mask: ArrayLike) -> Array:
 
 
 def _bias(bias: ArrayLike, dtype: Any) -> Array:
-    """The bias in a dtype the kernels take; jax.nn adds any number to its float32 logits."""
+    """The bias in a dtype that the kernels support; jax.nn adds any number to its float32 logits."""
     bias = jnp.asarray(bias)
     return bias if bias.dtype in (jnp.float16, jnp.bfloat16, dtype) else bias.astype(jnp.float32)
 

@@ -1,6 +1,6 @@
-"""`attention_fn` for Flax: MultiHeadAttention of linen and of nnx, in training and in decode.
+"""`attention_fn` for the MultiHeadAttention of Flax linen and nnx, in training and decode.
 
-Flax itself is never imported here, so `import jax_flash.flax` works without it.
+This module does not import Flax, so that `import jax_flash.flax` works without it.
 """
 
 from __future__ import annotations
@@ -48,39 +48,41 @@ def attention_fn(
     implementation: str | None = None,
     **unknown: Any,
 ) -> Array:
-    """`flash_attention` behind the signature that Flax gives to an `attention_fn`.
+    """`flash_attention` with the signature that Flax expects of an `attention_fn`.
 
     Shapes: query `[batch..., q_length, heads, depth]`, key and value `[batch..., kv_length, kv_heads, depth]`
-    with any number of batch dims, none included; `heads` a multiple of `kv_heads`. Result
+    with any number of batch dims, also none; `heads` is a multiple of `kv_heads`. The result is
     `[batch..., q_length, heads, v_depth]` in the promoted dtype, which must be float16, bfloat16 or float32.
 
     Args:
-      bias: additive, broadcastable to `[batch..., heads, q_length, kv_length]`; differentiable.
-      mask: broadcastable alike; boolean or a number where nonzero means "may attend", as Flax makes them.
-      broadcast_dropout: has no effect. With True, Flax draws one dropout mask and shares it by all batch
-        entries and heads; here every element has its own random bits either way. Both drop each weight with
-        probability `dropout_rate`, so only the correlation between batch entries and heads differs.
-      dropout_rng, dropout_rate, deterministic: dropout on the attention weights unless `deterministic`. The
-        same key gives the same result, though not the one that Flax's own generator would give.
+      bias: added to the scores, broadcastable to `[batch..., heads, q_length, kv_length]`; differentiable.
+      mask: broadcastable to the same shape; True or nonzero where a query may attend, as Flax makes them.
+      broadcast_dropout: has no effect. With True, Flax shares one dropout mask among all batch entries and
+        heads; here every element has its own random bits in either case. Both drop each weight with probability
+        `dropout_rate`, so that only the correlation between batch entries and heads differs.
+      dropout_rng, dropout_rate, deterministic: dropout of the attention weights unless `deterministic`. The
+        same key gives the same result, but not the result of Flax's own generator.
       dtype: computation dtype; None promotes query, key and value together, as Flax does.
-      precision: None or a `jax.lax.Precision` in any spelling. It asks how float32 products may be rounded,
-        and here they are float32 products in any case: all of these are met.
-      force_fp32_for_softmax: either value is met: the softmax is always float32.
-      promote_dtype: replaces the promotion: called with `(query, key, value)` and `dtype=`.
-      is_causal: query i sees keys up to i. Ignored for a single query that comes with a mask: that is a
-        decode step, where the mask already says which cached keys exist (some versions of nnx pass
-        `is_causal` on to decode steps, which would leave them only key 0).
+      precision: None or a `jax.lax.Precision` in any spelling. It allows float32 products to be rounded; here
+        they are never rounded, which satisfies all of them.
+      force_fp32_for_softmax: has no effect, because the softmax is always float32.
+      promote_dtype: a function that replaces the promotion, called with `(query, key, value)` and `dtype=`.
+      is_causal: query i attends to keys 0 … i. It is ignored for a single query with a mask, which is a decode
+        step: there the mask says which cached keys exist, but some versions of nnx pass `is_causal` too,
+        which would leave only key 0 visible.
       window, scale, softcap, alibi_slopes, implementation: as in `flash_attention`, and
-        `deterministic_backward` is its `deterministic`; Flax does not pass these, so bind them:
+        `deterministic_backward` is its `deterministic`. Flax does not pass these; bind them with
         `attention_fn=functools.partial(jax_flash.flax.attention_fn, window=(256, 0))`.
 
     Raises:
-      ValueError: dropout without `dropout_rng`; shapes that do not fit.
-      NotImplementedError: what a fused kernel cannot honour: `module` (sowing the attention weights, which
-        never exist as an array), einsum or dot_general replacements, a `precision` that names a dot
-        algorithm, and any argument not listed here.
+      ValueError: for dropout without `dropout_rng`, and for shapes that do not match.
+      NotImplementedError: for what a fused kernel cannot do: `module` (sowing the attention weights, which are
+        never stored), einsum or dot_general replacements, a `precision` that names a dot algorithm, and any
+        argument that is not listed here.
 
     One more deviation from Flax: a query whose keys are all masked gives 0 instead of the mean of the values.
+
+    Source: the interface is Flax's; the algorithm is Dao, FlashAttention-2 (2023).
 
     Example:
       >>> layer = nnx.MultiHeadAttention(8, 512, attention_fn=attention_fn, decode=False, rngs=nnx.Rngs(0))
@@ -133,7 +135,7 @@ def attention_fn(
 
 
 def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
-    """Raise for arguments whose effect a fused kernel cannot have."""
+    """Raises for arguments that a fused kernel cannot support."""
     if unsupported["module"] is not None:
         raise _CHECK.fail(
             "module was passed (sow_weights=True), but the attention weights never exist as an array; "
@@ -149,7 +151,7 @@ def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
 
 
 def _check_precision(precision: Any) -> None:
-    """Accept every `jax.lax.Precision` spelling and pair; a dot algorithm cannot be chosen."""
+    """Accepts every `jax.lax.Precision`, in any spelling or as a pair; raises for a dot algorithm."""
     pair = precision if isinstance(precision, list) or type(precision) is tuple else (precision,)
     for item in pair:
         try:
@@ -163,7 +165,7 @@ def _check_precision(precision: Any) -> None:
 
 
 def _promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
-    """The arrays in one inexact dtype: `dtype`, or the one they promote to."""
+    """The arrays in one inexact dtype, which is `dtype` or the one that they promote to."""
     arrays = [jnp.asarray(x) for x in arrays]
     if dtype is None:
         dtype = jnp.result_type(*arrays)
@@ -173,7 +175,7 @@ def _promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
 
 
 def _as_bias(bias: Array) -> Array:
-    """The bias in a dtype the kernels take: Flax adds whatever it is given."""
+    """The bias in a dtype that the kernels support; Flax accepts any."""
     bias = jnp.asarray(bias)
     return bias if bias.dtype in (jnp.float16, jnp.bfloat16) else bias.astype(jnp.float32)
 
@@ -194,9 +196,9 @@ def _check_batch_dims(query: Array, key: Array, value: Array) -> None:
 def _over_batch_dims(
     attend: Callable[..., Array], query: Array, key: Array, value: Array, arrays: dict[str, Array]
 ) -> Array:
-    """Call `attend` with exactly one batch dim: add one where there is none, vmap over further ones.
+    """Calls `attend` with exactly one batch dim: adds one if there is none, and maps over further ones.
 
-    vmap rather than a reshape, so that a sharded inner batch dim stays sharded.
+    A reshape instead of vmap would lose the sharding of an inner batch dim.
     """
     if query.ndim == 3:
         return attend(query[None], key[None], value[None], **arrays)[0]
@@ -208,7 +210,9 @@ def _over_batch_dims(
 
     inner_arrays, axes = dict(arrays), dict[str, int | None](dict.fromkeys(arrays))
     for name, array in arrays.items():
-        if name == "dropout_key":  # One key per entry, or all of them would drop the same weights.
+        if (
+            name == "dropout_key"
+        ):  # One key per batch entry; with one key for all, they would drop the same weights.
             inner_arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
         elif same_dim(array.shape[0], 1):
             inner_arrays[name] = array[0]

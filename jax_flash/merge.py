@@ -1,4 +1,4 @@
-"""merge_attention: the parts of a softmax over disjoint sets of keys, put together."""
+"""`merge_attention`: combines attention over disjoint sets of keys."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ _INF = float("inf")
 
 
 def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
-    """Attention over all keys, from its results over disjoint parts of them.
+    """Combines attention over disjoint parts of the keys into attention over all of them.
 
-    lse = log Σ exp(lse_n), out = Σ exp(lse_n − lse)·out_n. Plain JAX, differentiable in every argument;
-    accumulated in float32. A part that saw no key (lse = −inf) adds nothing. Sinks belong to one part only.
+    lse = log Σ exp(lse_n), out = Σ exp(lse_n − lse)·out_n, in plain JAX and float32; differentiable in every argument.
+    A part without a visible key (lse = −inf) adds nothing. Sinks must be passed to one part only.
 
     Args:
-      outs: a list of `[..., s, h, dv]` arrays, one per part.
-      lses: a list of `[..., h, s]` arrays as `return_lse=True` gives them, one per part.
+      outs: one `[..., s, h, dv]` array per part.
+      lses: one float32 `[..., h, s]` array per part, as `return_lse=True` returns it.
 
     Returns:
       out in the shape and dtype of `outs[0]`, and lse `[..., h, s]` in float32.
 
     Raises:
-      ValueError: for empty lists, unequal numbers of parts, or shapes that do not fit together.
+      ValueError: if the lists are empty or of different lengths, or if shapes do not match.
 
-    Source: Dao et al., "FlashAttention" (2022), the combination of two blocks.
+    Source: Dao et al., FlashAttention (2022), the combination of two blocks.
 
     Example:
       >>> first = flash_attention(q, k[:, :n], v[:, :n], return_lse=True)

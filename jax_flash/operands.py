@@ -1,6 +1,6 @@
-"""The one table of operands: what each array is, the order of the custom call, and its dimensions.
+"""The table of operands: their dimensions, and their order in the custom calls.
 
-Abstract evaluation, batching, sharding rules and the FFI's operand bits are all derived from it.
+Abstract evaluation, batching, sharding rules and the operand bits of the FFI are all derived from it.
 `csrc/core/spec.h` holds the same order as `enum class Operand`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-# Dimension names. A trailing "*" marks a dimension that may also be 1 (broadcast).
+# Dimension names per layout. A trailing "*" marks a dimension that may also be 1 (broadcast).
 _FIXED = {
     "query": ("b", "sq", "hq", "d"),
     "key": ("b", "sk", "hk", "d"),
@@ -25,6 +25,7 @@ _FIXED = {
     "alibi_slopes": ("b*", "hq"),
     "sinks": ("hq",),
     "dropout": ("dropout",),
+    "position": ("position",),
 }
 _VARLEN = {
     "query": ("tq", "hq", "d"),
@@ -38,6 +39,7 @@ _VARLEN = {
     "alibi_slopes": ("n*", "hq"),
     "sinks": ("hq",),
     "dropout": ("dropout",),
+    "position": ("position",),
 }
 _PAGED = {
     "query": ("n", "sq", "hq", "d"),
@@ -51,6 +53,7 @@ _PAGED = {
     "block_tables": ("n", "pages"),
     "k_scale": ("hk",),
     "v_scale": ("hk",),
+    "position": ("position",),
 }
 _PAGED_VARLEN = _PAGED | {
     "query": ("tq", "hq", "d"),
@@ -90,7 +93,7 @@ for _table in DIMS.values():
 
 @cache
 def dims_of(layout: str, page_layout: str) -> dict[str, tuple[str, ...]]:
-    """Dimension names of every operand and result."""
+    """The dimension names of every operand and result."""
 
     def ordered(dims: tuple[str, ...]) -> tuple[str, ...]:
         return ("p", "hk", "ps", dims[-1]) if dims[0] == "p" and page_layout == "hnd" else dims
@@ -98,7 +101,7 @@ def dims_of(layout: str, page_layout: str) -> dict[str, tuple[str, ...]]:
     return {name: ordered(dims) for name, dims in DIMS[layout].items()}
 
 
-# Optional operands, in the order of the custom call; the position is the operand's bit in the spec.
+# Optional operands, in the order of the custom call; the index is the operand's bit in the spec.
 OPTIONAL = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -114,16 +117,18 @@ OPTIONAL = (
     "block_tables",
     "k_scale",
     "v_scale",
+    "position",
 )
-# `dropout` is uint32 [6]: two key words, then the global offsets of this shard's batch, query head, row and column.
-DROPOUT_BATCH, DROPOUT_HEAD = 2, 3
+# The operand `dropout` is uint32 [6]: two key words, then the shard's global offsets of batch, query head, row, column.
+DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4
+# `position` is int32 [2]: where the first query and the first key of a call lie in the sequence that it is a part of.
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A pass of the library: its leading operands (the optional ones follow) and its results.
+    """A pass of the library: its required operands, which the optional ones follow, and its results.
 
-    `guide` is the operand whose sharding decides how the pass is split. The first `in_place` operands are
+    The sharding of the operand `guide` decides how the pass is partitioned. The first `in_place` operands are
     overwritten by the results of the same name.
     """
 
@@ -148,17 +153,17 @@ PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, APPEND)
 
 
 def like(result: str) -> str:
-    """The operand whose dtype, and dimensions where it has them, a result takes."""
+    """The operand whose dtype and sharding a result takes."""
     if result in ("out", "lse"):
         return "query"
     return result.removeprefix("d") if result.startswith("d") else result
 
 
 def operand_bits(names: tuple[str, ...]) -> int:
-    """The bit set the C++ side decodes, from the names of the optional operands present."""
+    """The bit set of the optional operands that are present, as C++ decodes it."""
     return sum(1 << OPTIONAL.index(name) for name in names)
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """What CUDA kernels are given: they load 16 bytes at a time."""
+    """The head dim that CUDA kernels are called with: a multiple of 8, because they load 16 bytes at a time."""
     return head_dim + -head_dim % 8

@@ -1,4 +1,4 @@
-"""Dropout bits: Philox4x32-7 in uint32 jax.numpy, the same bits as `csrc/core` on every platform.
+"""Dropout bits: Philox4x32-7 in uint32 jax.numpy, with the same bits as `csrc/core` on every platform.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-ROUNDS = 7  # as few as pass every test of the paper
-# 32 blocks of four 32-bit words decide about so many rows and columns, each about what a thread holds of them in
-# an accumulator of the tensor cores: columns 2t and 2t + 1 of every 8, rows i and i + 8.
+ROUNDS = 7  # the fewest that pass every test of the paper
+# A tile of this size takes 32 Philox blocks of four 32-bit words. Each block decides the elements that one thread holds
+# of the tile in tensor core accumulators (mma.m16n8): columns 2t and 2t + 1 of every 8, rows i and i + 8.
 ROWS, COLUMNS = 16, 32
-NUMBERS = 1 << 15  # the lower 15 bits of a half
+NUMBERS = 1 << 15  # a dropout number is the lower 15 bits of half a word
 _MULTIPLIERS = (np.uint32(0xD2511F53), np.uint32(0xCD9E8D57))
 _WEYL = (np.uint32(0x9E3779B9), np.uint32(0xBB67AE85))
 _LOW = np.uint32(0xFFFF)
@@ -24,7 +24,7 @@ Words = tuple[Array, Array, Array, Array]
 
 
 def _multiply(a: np.uint32, b: Array) -> tuple[Array, Array]:
-    """The high and low words of a·b, through 16-bit limbs so that no 64-bit type is needed."""
+    """The high and low words of a·b, by 16-bit limbs so that no 64-bit type is needed."""
     a_high, a_low, b_high, b_low = a >> _HALF, a & _LOW, b >> _HALF, b & _LOW
     middle = a_low * b_high + (a_low * b_low >> _HALF)
     carry = a_high * b_low + (middle & _LOW)
@@ -43,17 +43,17 @@ def philox4x32(key: tuple[Array, Array], counter: Words) -> Words:
 
 
 def threshold(rate: float) -> int:
-    """The 15-bit numbers below this are dropped: `rate`, as the float32 the kernels see, in 1/32768."""
+    """Elements with a 15-bit number below this are dropped: `rate`, in float32 as the kernels have it, times 32768."""
     return round(float(np.float32(rate)) * NUMBERS)
 
 
 def keep(dropout: Array, rate: float, batch: Array, head: Array, row: Array, column: Array) -> Array:
-    """Which elements of P survive: boolean, of the broadcast shape of the four int32 positions.
+    """The elements of P that are kept, boolean, in the broadcast shape of the four int32 positions.
 
     Args:
-      dropout: uint32 `[6]`: two key words, then the offsets of this shard's batch, head, row and column.
-      rate: the probability of an element being dropped.
-      batch, head, row, column: positions within this shard; row and column count within the sequence.
+      dropout: uint32 `[6]`: two key words, then the global offsets of this shard's batch, head, row and column.
+      rate: the probability that an element is dropped.
+      batch, head, row, column: positions within this shard; row and column are positions within the sequence.
     """
     key0, key1, batch0, head0, row0, column0 = (dropout[i] for i in range(6))
     batch, head, row, column = (
@@ -67,6 +67,6 @@ def keep(dropout: Array, rate: float, batch: Array, head: Array, row: Array, col
         jnp.broadcast_to((column % columns // eight).astype(jnp.int32), words[0].shape),
         *(jnp.broadcast_to(word, words[0].shape) for word in words),
     )
-    turned = word >> eight | word << np.uint32(24)
-    bits = jnp.where(row % rows < eight, word, turned) >> (column % two * _HALF) & np.uint32(NUMBERS - 1)
+    rotated = word >> eight | word << np.uint32(24)
+    bits = jnp.where(row % rows < eight, word, rotated) >> (column % two * _HALF) & np.uint32(NUMBERS - 1)
     return bits >= np.uint32(threshold(rate))

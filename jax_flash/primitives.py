@@ -64,6 +64,8 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
+    if isinstance(spec, AttentionSpec) and spec.value_dim:
+        sizes["dv"] = spec.value_dim
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
@@ -109,7 +111,7 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     names = operand_names(pass_, spec)
     avals: list[Any] = list(ctx.avals_in)
     shapes = {name: aval.shape for name, aval in zip(names, avals)}
-    head_dims = shapes["key"][-1], shapes["value"][-1]
+    head_dims = shapes["key"][-1], _value_dim(spec, shapes["value"][-1])
     if platform == "cuda" and any(d != padded_head_dim(d) for d in head_dims) and not pass_.in_place:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
@@ -129,6 +131,11 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     )
     results = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
     return results[: len(pass_.results)]
+
+
+def _value_dim(spec: Spec, columns: int) -> int:
+    """The head dim of V, whose operand has so many columns."""
+    return isinstance(spec, AttentionSpec) and spec.value_dim or columns
 
 
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
@@ -157,7 +164,7 @@ def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[
 
     names = operand_names(pass_, spec)
     padded = {name: pad(name, x) for name, x in zip(names, arrays)}
-    sizes = {"d": arrays[1].shape[-1], "dv": arrays[2].shape[-1]}
+    sizes = {"d": arrays[1].shape[-1], "dv": _value_dim(spec, arrays[2].shape[-1])}
     results = LOCAL[pass_].bind(*padded.values(), spec=spec)
     return [x[..., : sizes.get(dims[name][-1], x.shape[-1])] for name, x in zip(pass_.results, results)]
 

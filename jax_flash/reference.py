@@ -1,9 +1,9 @@
 """The equations of docs/architecture.md in jax.numpy: `implementation="xla"`, and the tests' oracle.
 
 Every visible pair of a query row i and a key column j has a score s; p = softmax(s), o = P·V. A packed
-(varlen) batch is one batch entry whose sequences are segments. What no one reads (rows past their
-length, rows that see nothing, keys that nobody sees) is replaced by zeros before the products, and the
-results of such rows by constants after them: so NaN there reaches neither results nor gradients.
+(varlen) batch is one batch entry whose sequences are segments. Rows without a visible key and keys that no row
+sees (those past a length included) are replaced by zeros before the products, and the results of such rows by
+constants after them, so that NaN there reaches neither results nor gradients.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _PACKED = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the rows and columns of S lie; `b` may be 1 where nothing depends on it."""
+    """The positions of the rows and columns of S; b is 1 where nothing depends on the batch entry."""
 
-    sequence: Array  # [b, sq | 1]  batch entry or sequence, as dropout and alibi count it
+    sequence: Array  # [b, sq | 1]  batch entry or sequence, the index into dropout and alibi
     row: Array  # [b, sq]  i, the position within the sequence
     column: Array  # [b, sk]  j
     diagonal: Array  # [b, sq]  c(i)
     row_used: Array  # [b, sq]  i < nq
     column_used: Array  # [b, sk]  j < nk
-    segments: tuple[Array, Array] | None  # [b, sq], [b, sk]  only equal ones see each other
+    segments: tuple[Array, Array] | None  # [b, sq], [b, sk]  a row sees keys of its own segment only
 
 
 @partial(jax.jit, static_argnames=("spec", "round_to"), inline=True)
 def attention(
     spec: AttentionSpec, operands: dict[str, Array], *, round_to: jnp.dtype | None = None
 ) -> tuple[Array, Array]:
-    """Attention by its equations, in O(sq·sk) memory, differentiable by JAX's own autodiff.
+    """Attention by its equations, in O(sq·sk) memory; JAX differentiates it.
 
     Args:
       spec: the static options.
       operands: the arrays of `docs/architecture.md`'s table, without leading dimensions (vmap adds them).
-      round_to: the dtype that S and P are rounded to, by default none: the tests' measure of what a
-        kernel of that precision may lose.
+      round_to: the dtype that S and P are rounded to, by default none. Tests use it to measure the error of a
+        kernel of that precision.
 
     Returns:
       out `[b, sq, hq, dv]` in query's dtype and lse `[b, hq, sq]` in float32; packed: `[tq, hq, dv]` and
-      `[hq, tq]`. Everything is computed in float32 (float64 and its lse too, if query is float64).
+      `[hq, tq]`. Everything is computed in float32, or in float64 if query is float64 (lse then is float64 too).
     """
     if spec.layout == "fixed":
         return _attend(spec, operands, _place_fixed(spec, operands), round_to)
@@ -91,7 +91,7 @@ def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
         sequence=_iota(b)[:, None],
         row=row,
         column=column,
-        diagonal=_diagonal(spec, row, nq, nk),
+        diagonal=_diagonal(spec, operands, row, nq, nk),
         row_used=row < nq,
         column_used=column < nk,
         segments=segments,
@@ -101,7 +101,7 @@ def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
 def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
     cu_q, z_q, row = _locate(operands["cu_seqlens_q"], operands["query"].shape[0])
     cu_k, z_k, column = _locate(operands["cu_seqlens_k"], operands["key"].shape[0])
-    outside = cu_q.shape[0] - 1  # the tokens of no sequence form one more, of no length
+    outside = cu_q.shape[0] - 1  # tokens outside every sequence form one more sequence, of length 0
     nq = jnp.diff(cu_q, append=cu_q[-1:])
     nk = jnp.diff(cu_k, append=cu_k[-1:])
     if "kv_lengths" in operands:
@@ -110,7 +110,7 @@ def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
         sequence=z_q[None],
         row=row[None],
         column=column[None],
-        diagonal=_diagonal(spec, row, nq[z_q], nk[z_q])[None],
+        diagonal=_diagonal(spec, operands, row, nq[z_q], nk[z_q])[None],
         row_used=(z_q < outside)[None],
         column_used=(column < nk[z_k])[None],
         segments=(z_q[None], z_k[None]),
@@ -118,7 +118,7 @@ def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
 
 
 def _locate(cu_seqlens: Array, tokens: int) -> tuple[Array, Array, Array]:
-    """cu_seqlens made monotone `[n + 1]`, each token's sequence (n: none) and position in it `[tokens]`."""
+    """Monotone cu_seqlens `[n + 1]`; per token `[tokens]` its sequence (n if outside all) and position in it."""
     cu = lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
     n = cu.shape[0] - 1
     token = _iota(tokens)
@@ -128,23 +128,31 @@ def _locate(cu_seqlens: Array, tokens: int) -> tuple[Array, Array, Array]:
 
 
 def _length(lengths: Array | None, size: int) -> Array:
-    """The rows in use, `[b, 1]`, or `[1, 1]` where that is all of them."""
+    """The number of rows in use, `[b, 1]`, or `[1, 1]` if all are."""
     if lengths is None:
         return jnp.full((1, 1), size, jnp.int32)
     return jnp.clip(lengths, 0, size)[:, None]
 
 
-def _diagonal(spec: AttentionSpec, row: Array, nq: Array, nk: Array) -> Array:
-    return row + (nk - nq) if spec.align == "bottom_right" else row
+def _diagonal(spec: AttentionSpec, operands: dict[str, Array], row: Array, nq: Array, nk: Array) -> Array:
+    """c(i): the key of this call that stands on the diagonal of row i."""
+    diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
+    return diagonal + first_offset(operands)
+
+
+def first_offset(operands: dict[str, Array]) -> Array | int:
+    """How far the call's first query lies behind its first key in the sequence that the call is a part of."""
+    position = operands.get("position")
+    return 0 if position is None else position[0] - position[1]
 
 
 def _offset(place: _Place) -> Array:
-    """j − c(i): how far a key lies behind the diagonal, `[b|1, 1, sq, sk]`."""
+    """j − c(i), the distance of key j behind the diagonal of row i, `[b|1, 1, sq, sk]`."""
     return place.column[:, None, None, :] - place.diagonal[:, None, :, None]
 
 
 def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
-    """Which query rows see which keys, `[b|1, hq|1, sq, sk]`."""
+    """Whether query row i sees key j, `[b|1, hq|1, sq, sk]`."""
     visible = place.row_used[:, None, :, None] & place.column_used[:, None, None, :]
     if spec.left != UNLIMITED:
         visible &= _offset(place) >= -spec.left
@@ -161,6 +169,7 @@ def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> 
 
 
 def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visible: Array, s: Array) -> Array:
+    """s ← softcap(s) + bias − slope·|c(i) − j|."""
     if spec.softcap:
         s = spec.softcap * jnp.tanh(s / spec.softcap)
     if "bias" in operands:
@@ -182,7 +191,7 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
 
 
 def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array:
-    """The logit of each row's sink, one more column of S whose key has no value: `[b|1, hq|1, sq, 1]`."""
+    """The logit of each row's sink, one more column of S without a value, `[b|1, hq|1, sq, 1]`."""
     if "sinks" not in operands:
         return jnp.full((1, 1, 1, 1), -_INF, dtype)
     sinks = operands["sinks"].astype(dtype)[:, None, None]
@@ -190,7 +199,7 @@ def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array:
 
 
 def _softmax(s: Array, sink: Array) -> tuple[Array, Array]:
-    """P, and lse = log Σ exp(s) `[b, hq, sq]`; a row of −inf has P = 0 and lse = −inf."""
+    """P and lse = log Σ exp(s), `[b, hq, sq]`; a row of −inf has P = 0 and lse = −inf."""
     m = jnp.maximum(jnp.max(s, axis=3, keepdims=True, initial=-_INF), sink)
     m = lax.stop_gradient(jnp.where(m == -_INF, 0, m))
     e = jnp.exp(s - m)

@@ -7,25 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .validate import DTYPES, Checker
+from .validate import Checker
 
 
 def apply_rotary(
     x: jax.Array, positions: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
 ) -> jax.Array:
-    """Rotate the first features of each head by angles that grow with the token's position.
+    """Rotates the first features of each head by angles that grow with the token's position.
 
     Args:
-      x: `[..., s, h, d]`, float16, bfloat16 or float32 (queries or keys; packed ones too).
-      positions: int32, broadcastable to `[..., s]`: the row of cos and sin for each token. Clamped to their rows.
-      cos, sin: `[positions, d_rot / 2]` float32, of the angles; `d_rot ≤ d` features are rotated, the rest kept.
-      interleaved: pairs are neighbouring features (2i, 2i + 1) instead of (i, i + d_rot / 2).
+      x: `[..., s, h, d]`, queries or keys, in float16, bfloat16 or float32; packed ones are `[t, h, d]`.
+      positions: int32, broadcastable to `[..., s]`: the row of cos and sin for each token, clamped to their rows.
+      cos, sin: float32 `[positions, d_rot / 2]` of the angles. The first `d_rot ≤ d` features are rotated.
+      interleaved: pairs features (2i, 2i + 1) instead of (i, i + d_rot / 2).
 
     Returns:
-      x's shape and dtype; computed in float32.
+      An array with x's shape and dtype, computed in float32.
 
     Raises:
-      ValueError, TypeError: naming the argument, its value and what is allowed.
+      ValueError, TypeError: the message names the argument, its value and what is allowed.
 
     Source: Su et al., RoFormer (2021).
 
@@ -37,8 +37,7 @@ def apply_rotary(
     x = check.array("x", x)
     if x.ndim < 3:
         raise check.fail(f"x must have shape [..., s, h, d], got {x.shape}")
-    if x.dtype.name not in DTYPES:
-        raise check.fail(f"x has dtype {x.dtype}, allowed are {', '.join(DTYPES)}", TypeError)
+    check.dtype("x", x)
     positions = check.broadcastable("positions", check.int32("positions", positions), x.shape[:-2], "... s")
     cos, sin = rotary_tables(check, (cos, sin), x.shape[-1])
     angle_shape = (*x.shape[:-2], 1, cos.shape[1])
@@ -46,18 +45,18 @@ def apply_rotary(
         jnp.broadcast_to(jnp.take(t, positions, axis=0, mode="clip")[..., None, :], angle_shape)
         for t in (cos, sin)
     )
-    rotated, kept = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
+    features, unrotated = x[..., : 2 * cos.shape[1]].astype(jnp.float32), x[..., 2 * cos.shape[1] :]
     if check.flag("interleaved", interleaved):
-        a, b = rotated[..., ::2], rotated[..., 1::2]
+        a, b = features[..., ::2], features[..., 1::2]
     else:
-        a, b = jnp.split(rotated, 2, axis=-1)
+        a, b = jnp.split(features, 2, axis=-1)
     parts = a * c - b * s, b * c + a * s  # (a + ib)·exp(iθ)
-    turned = jnp.stack(parts, -1).reshape(rotated.shape) if interleaved else jnp.concatenate(parts, -1)
-    return jnp.concatenate([turned.astype(x.dtype), kept], -1)
+    rotated = jnp.stack(parts, -1).reshape(features.shape) if interleaved else jnp.concatenate(parts, -1)
+    return jnp.concatenate([rotated.astype(x.dtype), unrotated], -1)
 
 
 def rotary_tables(check: Checker, rotary: Any, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), checked against the head dim."""
+    """(cos, sin) of the argument `rotary`, checked against the head dim."""
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2:
         raise check.fail(f"rotary must be a pair (cos, sin), got {type(rotary).__name__}", TypeError)
     cos, sin = check.float32("cos", rotary[0]), check.float32("sin", rotary[1])

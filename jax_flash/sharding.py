@@ -1,7 +1,7 @@
-"""How one pass is split over devices: batch, heads and leading dimensions; everything else is gathered.
+"""Partitions a pass over devices along batch, heads and leading dimensions; all other dimensions are gathered.
 
-The sharding rule tells XLA's propagation what goes together; `partition` then decides from the sharding of the
-pass's guide (query) alone.
+The sharding rule tells XLA's propagation which dimensions correspond. `partition` then decides from the sharding of the
+pass's guide, which is query or k_pages; other operands only add axes of leading dimensions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NO_MESH = AbstractMesh((), ())
 
 @cache
 def partitioned(pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body) -> Callable[..., Any]:
-    """The pass as one partitionable function, named after its spec so that compilation cache keys tell specs apart."""
+    """The pass as one partitionable function; compilation cache keys contain its name, which identifies the spec."""
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(body(*arrays, spec=spec))
@@ -46,24 +46,24 @@ def partitioned(pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body) -> 
 
 @dataclass(frozen=True)
 class Split:
-    """Mesh axes of each dimension name, and what is left of the head axes where KV heads run out.
+    """The mesh axes of each dimension name.
 
-    Query heads are split over `axes["hq"]`, KV heads over its prefix `axes["hk"]`; over the `rest` KV is replicated
-    and each shard uses `kv_count` of its KV heads, from `first_kv`.
+    Query heads are split over `axes["hq"]`, KV heads over its prefix `axes["hk"]`. Over the remaining axes,
+    `kv_replicas`, KV is replicated, and each shard uses `kv_count` of its KV heads from `first_kv` on.
     """
 
     axes: dict[str, Axes]
-    rest: Axes = ()
-    heads: int = 0  # query heads of a shard
+    kv_replicas: Axes = ()
+    heads: int = 0  # query heads per shard
     group: int = 1  # query heads per KV head
-    same_bias: Axes = ()  # axes over which the shards share one bias
+    same_bias: Axes = ()  # axes along which all shards have the same bias
 
     @property
     def kv_count(self) -> int:
         return max(1, self.heads // self.group)
 
     def first_kv(self) -> jax.Array:
-        return lax.axis_index(self.rest) * self.heads // self.group
+        return lax.axis_index(self.kv_replicas) * self.heads // self.group
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class _Rules:
     body: Body
 
     def dims(self, name: str, shape: Sequence[int]) -> list[str]:
-        """Names of an array's dimensions, leading ones as l0, l1…; broadcast ones of size 1 have no name."""
+        """The names of an array's dimensions: l0, l1, … for leading ones, and none for broadcast ones of size 1."""
         core = self.spec.dims[name]
         lead = [f"l{i}" for i in range(len(shape) - len(core))]
         named = [dim.rstrip("*") for dim in (*lead, *core)]
@@ -82,12 +82,12 @@ class _Rules:
         return ["" if size == 1 and free else dim for dim, size, free in zip(named, shape, may_be_one)]
 
     def axis(self, name: str, dim: str) -> int:
-        """Which axis of an operand a dimension is, counted from the end."""
+        """The axis of a dimension in an operand, counted from the end."""
         dims = self.spec.dims[name]
         return dims.index(dim) - len(dims)
 
     def heads(self, shapes: dict[str, Sequence[int]]) -> tuple[int, int]:
-        """Query and KV heads; the same number where there is no query."""
+        """The numbers of query and KV heads, which are equal if there is no query."""
         hk = shapes["key"][self.axis("key", "hk")]
         return (shapes["query"][self.axis("query", "hq")] if "query" in shapes else hk), hk
 
@@ -119,8 +119,8 @@ class _Rules:
         replicated: list[str] = []
         for row in factors:
             for factor in row:
-                kept = factor in ("b", "h", "(h g)", "hq", "hk") or factor[0] in "lu"
-                if not kept and factor not in replicated:
+                splittable = factor in ("b", "h", "(h g)", "hq", "hk") or factor[0] in "lu"
+                if not splittable and factor not in replicated:
                     replicated.append(factor)
         text = [" ".join(row) for row in factors]
         rule = ", ".join(text[: len(self.names)]) + " -> " + ", ".join(text[len(self.names) :])
@@ -129,7 +129,7 @@ class _Rules:
     # --- partitioning --------------------------------------------------------------------------------------------
 
     def partition(self, mesh: Any, operands: Any, results: Any) -> Any:
-        """Shardings of all arrays from the guide's, and the per-shard function."""
+        """The shardings of all arrays, derived from the guide's, and the per-shard function."""
         named = dict(zip(self.names, operands))
         split = self.split(mesh, named)
 
@@ -141,7 +141,7 @@ class _Rules:
         result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.pass_.results, results))
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-            with jax.sharding.use_abstract_mesh(_NO_MESH):  # one shard's code knows no explicit axes
+            with jax.sharding.use_abstract_mesh(_NO_MESH):  # explicit axes do not exist inside a shard
                 return self.run_shard(split, *arrays)
 
         return mesh, shard, result_shardings, operand_shardings
@@ -151,14 +151,14 @@ class _Rules:
         used: set[str] = set()
 
         def claim(dim: str, candidates: Axes, size: int) -> None:
-            taken = _dividing_prefix(mesh, tuple(a for a in candidates if a not in used), size)
-            if taken and not axes.get(dim):
-                axes[dim] = taken
-                used.update(taken)
+            prefix = _dividing_prefix(mesh, tuple(a for a in candidates if a not in used), size)
+            if prefix and not axes.get(dim):
+                axes[dim] = prefix
+                used.update(prefix)
 
         guide = self.pass_.guide
         head_axes: Axes = ()
-        for name, x in named.items():  # the guide is first: the others decide only where it is not mapped
+        for name, x in named.items():  # the guide comes first; others count only where it has no axis
             entries = _entries(x.sharding, len(x.shape))
             for dim, entry, size in zip(self.dims(name, x.shape), entries, x.shape):
                 if dim.startswith("l") or (dim == "b" and name == guide):
@@ -178,7 +178,7 @@ class _Rules:
         if "dropout" in named:
             named["dropout"] = self.with_offsets(split, named["dropout"], named["query"].shape)
         kv_heads = named["key"].shape[self.axis("key", "hk")]
-        if split.rest:
+        if split.kv_replicas:
             for name in [name for name in named if "hk" in self.spec.dims[name]]:
                 axis = self.axis(name, "hk")
                 named[name] = lax.dynamic_slice_in_dim(
@@ -188,7 +188,7 @@ class _Rules:
         return tuple(self.finish(name, x, split, kv_heads) for name, x in zip(self.pass_.results, results))
 
     def with_offsets(self, split: Split, dropout: jax.Array, query_shape: Sequence[int]) -> jax.Array:
-        """Dropout bits follow the global batch entry and query head."""
+        """The dropout operand with this shard's offsets: bits depend on the global batch entry and query head."""
         for dim, slot in (("b", DROPOUT_BATCH), ("hq", DROPOUT_HEAD)):
             if split.axes.get(dim):
                 size = query_shape[-4] if dim == "b" else query_shape[-2]
@@ -197,12 +197,12 @@ class _Rules:
         return dropout
 
     def finish(self, name: str, x: jax.Array, split: Split, kv_heads: int) -> jax.Array:
-        """Sum what several shards contributed to the same gradient."""
+        """Sums a gradient over the shards that contribute to it."""
         summed: Axes = ()
-        if name in ("dkey", "dvalue") and split.rest:
+        if name in ("dkey", "dvalue") and split.kv_replicas:
             whole = jnp.zeros((*x.shape[:-2], kv_heads, x.shape[-1]), x.dtype)
             x = lax.dynamic_update_slice_in_dim(whole, x, split.first_kv(), axis=-2)
-            summed = split.rest
+            summed = split.kv_replicas
         elif name == "dbias":
             summed = split.same_bias
         total: jax.Array = lax.psum(x, summed) if summed else x
@@ -210,7 +210,7 @@ class _Rules:
 
 
 def _entries(sharding: Any, ndim: int) -> list[Axes]:
-    """Mesh axes of each dimension."""
+    """The mesh axes of each dimension."""
     spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
     entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
     return entries + [()] * (ndim - len(entries))
@@ -221,14 +221,14 @@ def _size(mesh: Any, axes: Axes) -> int:
 
 
 def _dividing_prefix(mesh: Any, axes: Axes, size: int) -> Axes:
-    """The longest prefix of axes that splits size evenly."""
+    """The longest prefix of the axes whose size divides `size`."""
     return next(axes[:n] for n in range(len(axes), -1, -1) if size % _size(mesh, axes[:n]) == 0)
 
 
 def _split_heads(
     mesh: Any, axes: dict[str, Axes], candidates: Axes, hq: int, hk: int, used: set[str]
 ) -> Split:
-    """The longest prefix of query's head axes whose shards see whole groups, or one KV head each."""
+    """Splits heads over the longest prefix of query's head axes whose shards have whole groups, or one KV head each."""
     candidates = tuple(a for a in candidates if a not in used)
     group = hq // hk
     for n in range(len(candidates), 0, -1):

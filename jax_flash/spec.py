@@ -1,4 +1,4 @@
-"""AttentionSpec: everything static about a call, in one frozen value, and its FFI encoding."""
+"""AttentionSpec and AppendSpec: the static options of a call in one frozen value, and their FFI encoding."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ UNLIMITED = -1
 class AttentionSpec:
     """The static options of one attention call.
 
-    `left` and `right` are the band around the diagonal in keys (UNLIMITED: no bound); causal is `right = 0`.
-    `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays, in call order. The last three
-    fields concern the paged layouts only; `num_splits` 0 leaves the choice to the plan.
+    `left` and `right` are the numbers of keys visible before and after the diagonal, or UNLIMITED; causal is
+    `right = 0`. `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays in call order. The
+    last four fields are for the paged layouts; with `num_splits` 0 the plan chooses the number of splits. Where
+    `value_dim` is not 0, V is the first `value_dim` columns of K, stored once, and the operand `value` is `key` again.
     """
 
     layout: Layout
@@ -40,6 +41,7 @@ class AttentionSpec:
     page_layout: str = "nhd"
     num_splits: int = 0
     batch_invariant: bool = False
+    value_dim: int = 0
 
     @property
     def paged(self) -> bool:
@@ -47,11 +49,12 @@ class AttentionSpec:
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
-        """Dimension names of every operand and result."""
-        return dims_of(self.layout, self.page_layout)
+        """The dimension names of every operand and result."""
+        dims = dims_of(self.layout, self.page_layout)
+        return dims | {"value": dims["key"], "dvalue": dims["dkey"]} if self.value_dim else dims
 
     def ffi_attributes(self) -> dict[str, Any]:
-        """The attributes of the custom call: the only place where Python values get their C++ types."""
+        """The attributes of the custom call; this is the only place where Python values get their C++ types."""
         return {
             "layout": np.int32(LAYOUTS.index(self.layout)),
             "align": np.int32(ALIGNMENTS.index(self.align)),
@@ -65,6 +68,7 @@ class AttentionSpec:
             "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
             "num_splits": np.int32(self.num_splits),
             "batch_invariant": np.bool_(self.batch_invariant),
+            "value_dim": np.int32(self.value_dim),
         }
 
     def digest(self) -> str:
@@ -90,7 +94,7 @@ class AppendSpec:
         return dims_of(self.layout, self.page_layout)
 
     def ffi_attributes(self) -> dict[str, Any]:
-        """The attributes of the custom call, as AttentionSpec's."""
+        """The attributes of the custom call."""
         return {
             "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
             "interleaved": np.bool_(self.interleaved),

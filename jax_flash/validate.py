@@ -1,7 +1,7 @@
 """Every shape, dtype and option rule of the public functions, and every message.
 
-Each public function turns its arguments into an AttentionSpec and a dictionary of normalised operands here;
-below this file nothing is checked again but what only the device knows.
+Each public function turns its arguments into an AttentionSpec and a dictionary of normalised operands here. Nothing is
+checked again below this file, except for what only the device knows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Operands = dict[str, jax.Array]
 
 
 class Checker:
-    """The rules, each raising with the public function's name in front."""
+    """Checks of single arguments; every message begins with the name of the public function."""
 
     def __init__(self, op: str):
         self.op = op
@@ -40,14 +40,18 @@ class Checker:
             raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
         return jnp.asarray(x)
 
+    def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
+        if x.dtype.name not in allowed:
+            raise self.fail(f"{name} has dtype {x.dtype}, allowed are {', '.join(allowed)}{hint}", TypeError)
+
     def rank(self, name: str, x: jax.Array, dims: str) -> None:
         wanted = len(dims.split())
         if x.ndim != wanted:
             raise self.fail(f"{name} must have rank {wanted} [{dims}], got shape {x.shape}")
 
-    def dim(self, name: str, axis: str, got: Any, wanted: Any, whose: str) -> None:
+    def dim(self, name: str, axis: str, got: Any, wanted: Any, owner: str) -> None:
         if not same_dim(got, wanted):
-            raise self.fail(f"{name} has {axis} {got}, which differs from {whose}'s {wanted}")
+            raise self.fail(f"{name} has {axis} {got}, which differs from {owner}'s {wanted}")
 
     def shape(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> None:
         if x.ndim != len(wanted) or not all(map(same_dim, x.shape, wanted)):
@@ -83,7 +87,7 @@ class Checker:
         return bool(x)
 
     def broadcastable(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> jax.Array:
-        """x with leading ones up to the wanted rank, each dimension 1 or full."""
+        """x, with leading dimensions of 1 up to the wanted rank; each dimension must be 1 or the wanted one."""
         full = (1,) * (len(wanted) - x.ndim) + x.shape
         if x.ndim > len(wanted) or not all(
             same_dim(got, 1) or same_dim(got, want) for got, want in zip(full, wanted)
@@ -95,12 +99,11 @@ class Checker:
 def _tokens(
     check: Checker, query: Any, key: Any, value: Any, layout: str, implementation: str | None
 ) -> Operands:
-    """Shapes and dtypes of query, key and value; `layout` is the dims in front of heads, e.g. 'b sq'."""
+    """query, key and value, with shapes and dtypes checked; `layout` names the dims before the heads, 'b s' or 't'."""
     q, k, v = (check.array(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
     allowed = DTYPES + (("float64",) if implementation == "xla" else ())
-    if q.dtype.name not in allowed:
-        hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
-        raise check.fail(f"query has dtype {q.dtype}, allowed are {', '.join(allowed)}{hint}", TypeError)
+    hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
+    check.dtype("query", q, allowed, hint)
     for name, x in (("key", k), ("value", v)):
         if x.dtype != q.dtype:
             raise check.fail(f"{name} has dtype {x.dtype}, which differs from query's {q.dtype}", TypeError)
@@ -129,7 +132,7 @@ def _tokens(
 
 
 def check_heads(check: Checker, hq: Any, hk: Any, key: str = "key") -> None:
-    """`key`: the argument whose heads are hk."""
+    """Checks that hq is a multiple of hk; `key` is the name of the argument with hk heads."""
     if is_symbolic(hq) or is_symbolic(hk):
         raise check.fail(f"the numbers of heads must be static, got query {hq}, {key} {hk}")
     if hk < 1 or hq < 1:
@@ -139,7 +142,7 @@ def check_heads(check: Checker, hq: Any, hk: Any, key: str = "key") -> None:
 
 
 def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
-    """Keys visible left and right of the diagonal."""
+    """The numbers of keys visible to the left and to the right of the diagonal."""
     left = right = UNLIMITED
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -161,7 +164,7 @@ def _window_side(check: Checker, side: str, x: Any) -> int:
 
 
 def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
-    """uint32 [6]: two key words, then four zeros, the global offsets that sharding fills in."""
+    """uint32 [6]: two key words, then the global offsets, zeros which sharding replaces; None without dropout."""
     if rate == 0.0:
         return None
     if key is None:
@@ -180,7 +183,7 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
 def static_spec(
     check: Checker, layout: Layout, operands: Operands, options: dict[str, Any], **paged: Any
 ) -> AttentionSpec:
-    """The static options that every layout shares, and the dropout operand."""
+    """The AttentionSpec from the static options that all layouts share; adds the dropout operand to `operands`."""
     left, right = _band(check, options["causal"], options["window"])
     if options["align"] not in ALIGNMENTS:
         raise check.fail(f"align must be one of {ALIGNMENTS}, got {options['align']!r}")
@@ -221,7 +224,7 @@ def implementation_name(check: Checker, x: str | None) -> str | None:
 def score_operands(
     check: Checker, operands: Operands, options: dict[str, Any], sequences: Any, dim: str
 ) -> None:
-    """alibi_slopes [hq] or [sequences, hq]; sinks [hq]."""
+    """Adds alibi_slopes, [hq] or [sequences, hq], and sinks, [hq], to `operands`."""
     hq = operands["query"].shape[-2]
     if options["alibi_slopes"] is not None:
         given = check.float32("alibi_slopes", options["alibi_slopes"])
@@ -239,7 +242,7 @@ def score_operands(
 def fixed(
     op: str, query: Any, key: Any, value: Any, options: dict[str, Any]
 ) -> tuple[AttentionSpec, Operands]:
-    """flash_attention's arguments, checked and normalised."""
+    """The spec and operands of a flash_attention call."""
     check = Checker(op)
     operands = _tokens(check, query, key, value, "b s", implementation_name(check, options["implementation"]))
     b, sq, hq, _ = operands["query"].shape
@@ -285,7 +288,7 @@ def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
 def varlen(
     op: str, query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: dict[str, Any]
 ) -> tuple[AttentionSpec, Operands]:
-    """flash_attention_varlen's arguments, checked and normalised."""
+    """The spec and operands of a flash_attention_varlen call."""
     check = Checker(op)
     operands = _tokens(check, query, key, value, "t", implementation_name(check, options["implementation"]))
     tq, tk = operands["query"].shape[0], operands["key"].shape[0]

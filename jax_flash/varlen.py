@@ -32,29 +32,30 @@ def flash_attention_varlen(
     deterministic: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """Attention over sequences packed one after another, none seeing another.
+    """Attention within each of several sequences that are packed along one token axis.
 
     Sequence i holds the query tokens `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]` and the keys `cu_seqlens_k[i]` to
-    `cu_seqlens_k[i + 1]`. Tokens outside every sequence are padding: never read, out 0, lse −inf, gradient 0.
+    `cu_seqlens_k[i + 1]`. Tokens outside every sequence are padding: they are never read, and their out is 0, their lse
+    −inf and their gradient 0.
 
     Args:
       query: `[tq, hq, d]`, float16, bfloat16 or float32.
       key: `[tk, hk, d]`, query's dtype; `hk` divides `hq`.
       value: `[tk, hk, dv]`, query's dtype.
-      cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in query; empty ones are fine. Read as their running
-        maximum clamped to [0, tq]; `check_inputs` tells when that changes anything.
-      cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None: as cu_seqlens_q.
-      kv_lengths: int32 `[n]`, keys in use of each sequence.
+      cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in query; sequences may be empty. The kernels read the
+        running maximum of these values clamped to [0, tq]; `check_inputs` raises if that changes any of them.
+      cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None means cu_seqlens_q.
+      kv_lengths: int32 `[n]`, keys in use of each sequence, all by default.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
       causal, window, align, scale, softcap, sinks, dropout_rate, dropout_key, deterministic, implementation:
-        as in `flash_attention`, per sequence and by its own lengths.
-      return_lse: also return log Σ exp(S), float32 `[hq, tq]`.
+        as in `flash_attention`, with each sequence's own lengths.
+      return_lse: also return lse = log Σ exp(S), float32 `[hq, tq]`; differentiable.
 
     Returns:
-      `[tq, hq, dv]` in query's dtype, or `(out, lse)`.
+      `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)`.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `flash_attention`.
+      ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
     Source: Dao, FlashAttention-2 (2023).
 

@@ -54,7 +54,7 @@ def _sizes(spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> dict[str,
         "heads": named["hq"],
         "kv_heads": named["hk"],
         "d": named["d"],
-        "dv": named["dv"],
+        "dv": spec.value_dim or named["dv"],
     }
 
 

@@ -240,42 +240,6 @@ FIXED = (
     Case("sinks and lengths", sinks=True, q_lengths=(12, 5), kv_lengths=(7, 0)),
     Case("dropout", dropout_rate=0.3),
     Case("dropout, causal", dropout_rate=0.5, causal=True, sq=17, sk=35),
-    # Which tiles Hopper's forward has is by the numbers of queries and of keys in a row's sight: test_plan_hopper
-    # asks that all are reached.
-    Case("many queries", sq=200, sk=170, d=128, dv=128, hq=34, hk=2, b=1),
-    Case("many queries, causal", causal=True, sq=300, sk=290, d=64, dv=64, hq=28, hk=4, b=1),
-    Case("few queries", sq=150, sk=170, d=64, dv=64, hq=2, hk=1, b=1, causal=True),
-    Case("many queries, d64", sq=190, sk=330, d=64, dv=64, hq=68, hk=4, b=1),
-    Case("many queries, few rounds", sq=300, sk=330, d=64, dv=64, hq=28, hk=4, b=1),
-    Case("more keys, causal", causal=True, sq=190, sk=1130, d=64, dv=64, hq=68, hk=4, b=1),
-    Case("more tiles than teams", causal=True, sq=140, sk=140, d=64, dv=64, hq=136, hk=4, b=1),
-    Case("more tiles than teams, as long", sq=128, sk=100, d=64, dv=64, hq=272, hk=4, b=1),
-    Case("more tiles than blocks, as long", sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1),
-    Case("more tiles than blocks, causal", causal=True, sq=200, sk=290, d=32, dv=32, hq=70, hk=2, b=1),
-    Case("more tiles than blocks, window", window=(40, 40), sq=300, sk=300, d=128, dv=128, hq=48, hk=2, b=1),
-    Case(
-        "more tiles than blocks, window, d32", window=(40, 40), sq=400, sk=400, d=32, dv=32, hq=48, hk=2, b=1
-    ),
-    Case(
-        "more tiles than blocks, lengths", kv_lengths=(270,), sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1
-    ),
-    Case("more tiles than teams, window", window=(40, 40), sq=400, sk=400, d=64, dv=64, hq=68, hk=4, b=1),
-    Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
-    Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
-    Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks=True),
-    Case("many keys, two tiles of queries", sq=250, sk=4111, d=256, dv=248, hq=2, hk=1, b=1, causal=True),
-    Case(
-        "many keys, window",
-        window=(1600, 3),
-        sq=300,
-        sk=1800,
-        d=128,
-        dv=128,
-        hq=28,
-        hk=1,
-        b=1,
-        kv_lengths=(1750,),
-    ),
     Case(
         "everything",
         sq=18,
@@ -312,11 +276,6 @@ VARLEN = (
     varlen("packed alibi per sequence", (5, 9), alibi_slopes=(2, 4)),
     varlen("packed sinks", (5, 9), sinks=True, kv_lengths=(0, 6), padding=(2, 2)),
     varlen("packed dropout", (5, 19), dropout_rate=0.3),
-    varlen("packed, many keys", (130, 70), k_sequences=(2001, 1601), causal=True, d=128, dv=128, hq=34, hk=2),
-    varlen("packed, many queries", (150, 90, 60), causal=True, d=64, dv=64, hq=28, hk=4),
-    varlen("packed, many queries, all keys", (270, 390), d=64, dv=64, hq=14, hk=2),
-    varlen("packed, more tiles than blocks", (270, 390), d=64, dv=64, hq=40, hk=2),
-    varlen("packed, more tiles than teams", (270, 390), causal=True, d=64, dv=64, hq=40, hk=2),
     varlen(
         "packed everything",
         (9, 0, 14),
@@ -332,5 +291,51 @@ VARLEN = (
     ),
 )
 
-CASES = FIXED + VARLEN
+# The number of queries, and of keys that a row sees, decides which tiles Hopper's forward takes: test_plan_hopper.py
+# asks that these cases reach them all. Nothing else depends on them, so other implementations need not repeat each.
+FIXED_TILES = (
+    Case("many queries", sq=200, sk=170, d=128, dv=128, hq=34, hk=2, b=1),
+    Case("many queries, causal", causal=True, sq=300, sk=290, d=64, dv=64, hq=28, hk=4, b=1),
+    Case("few queries", sq=150, sk=170, d=64, dv=64, hq=2, hk=1, b=1, causal=True),
+    Case("many queries, d64", sq=190, sk=330, d=64, dv=64, hq=68, hk=4, b=1),
+    Case("many queries, few waves", sq=300, sk=330, d=64, dv=64, hq=28, hk=4, b=1),
+    Case("more keys, causal", causal=True, sq=190, sk=1130, d=64, dv=64, hq=68, hk=4, b=1),
+    Case("more tiles than teams", causal=True, sq=140, sk=140, d=64, dv=64, hq=136, hk=4, b=1),
+    Case("more tiles than teams, equally long", sq=128, sk=100, d=64, dv=64, hq=272, hk=4, b=1),
+    Case("more tiles than blocks, equally long", sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1),
+    Case("more tiles than blocks, causal", causal=True, sq=200, sk=290, d=32, dv=32, hq=70, hk=2, b=1),
+    Case("more tiles than blocks, window", window=(40, 40), sq=300, sk=300, d=128, dv=128, hq=48, hk=2, b=1),
+    Case(
+        "more tiles than blocks, window, d32", window=(40, 40), sq=400, sk=400, d=32, dv=32, hq=48, hk=2, b=1
+    ),
+    Case(
+        "more tiles than blocks, lengths", kv_lengths=(270,), sq=192, sk=300, d=64, dv=64, hq=140, hk=4, b=1
+    ),
+    Case("more tiles than teams, window", window=(40, 40), sq=400, sk=400, d=64, dv=64, hq=68, hk=4, b=1),
+    Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
+    Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
+    Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks=True),
+    Case("many keys, two tiles of queries", sq=250, sk=4111, d=256, dv=248, hq=2, hk=1, b=1, causal=True),
+    Case(
+        "many keys, window",
+        window=(1600, 3),
+        sq=300,
+        sk=1800,
+        d=128,
+        dv=128,
+        hq=28,
+        hk=1,
+        b=1,
+        kv_lengths=(1750,),
+    ),
+)
+VARLEN_TILES = (
+    varlen("packed, many keys", (130, 70), k_sequences=(2001, 1601), causal=True, d=128, dv=128, hq=34, hk=2),
+    varlen("packed, many queries", (150, 90, 60), causal=True, d=64, dv=64, hq=28, hk=4),
+    varlen("packed, many queries, all keys", (270, 390), d=64, dv=64, hq=14, hk=2),
+    varlen("packed, more tiles than blocks", (270, 390), d=64, dv=64, hq=40, hk=2),
+    varlen("packed, more tiles than teams", (270, 390), causal=True, d=64, dv=64, hq=40, hk=2),
+)
+
+CASES = FIXED + VARLEN + FIXED_TILES + VARLEN_TILES
 BY_NAME = {case.name: case for case in CASES}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import Case, Inputs, make_inputs, operands, spec
+from cases import DTYPES, Case, Inputs, make_inputs, operands, spec
 
 import jax_flash
 from jax_flash import reference
@@ -192,6 +192,16 @@ def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> Non
     reason = compare(case, implementation, seed, **options)
     if reason:
         pytest.skip(f"forward is right; {reason}")
+
+
+def in_some_dtypes(cases: tuple[Case, ...], implementation: str) -> tuple[Case, ...]:
+    """Sizes made for the tiles of CUDA kernels: there in every dtype, elsewhere each in one dtype, in turn."""
+    every = implementation == "cuda"
+    return tuple(
+        case.replace(dtype=dtype, name=f"{case.name}, {dtype}")
+        for number, case in enumerate(cases)
+        for dtype in (DTYPES if every else DTYPES[number % 3 :][:1])
+    )
 
 
 def assert_same(got: oracle.Result, wanted: oracle.Result) -> None:

@@ -16,6 +16,7 @@ else:
     _FLAGS.append("--xla_backend_optimization_level=0")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from jax_flash.backends import cuda_library  # noqa: E402
@@ -35,6 +36,13 @@ def kernel():
     if IMPLEMENTATION == "xla":
         pytest.skip("plain JAX has no custom call")
     return IMPLEMENTATION
+
+
+@pytest.fixture
+def exact_products():
+    """JAX's own float32 products in float32: on a GPU they would be TF32, which misses the tolerances."""
+    with jax.default_matmul_precision("highest"):
+        yield
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ def test_every_page_is_handed_out_once_and_then_there_are_none():
     allocator = PageAllocator(5)
     pages = allocator.allocate(2) + allocator.allocate(3)
     assert sorted(pages) == [0, 1, 2, 3, 4]
-    with pytest.raises(OutOfPages, match="got count 1; 0 of 5 pages are free"):
+    with pytest.raises(OutOfPages, match="count is 1, but only 0 of 5 pages are free"):
         allocator.allocate()
     allocator.release(pages[:2])
-    with pytest.raises(OutOfPages, match="got count 3; 2 of 5 pages are free"):
+    with pytest.raises(OutOfPages, match="count is 3, but only 2 of 5 pages are free"):
         allocator.allocate(3)
     assert allocator.free == 2  # none were taken
     assert sorted(allocator.allocate(2)) == sorted(pages[:2])
@@ -33,12 +33,12 @@ def test_a_page_is_free_when_its_last_owner_releases_it():
 def test_a_double_free_raises_and_changes_nothing():
     allocator = PageAllocator(4)
     page, other = allocator.allocate(2)
-    with pytest.raises(ValueError, match=f"release: got page {page} 2 times; it has 1 owners"):
+    with pytest.raises(ValueError, match=f"release: page {page} is passed 2 times, but has 1 owners"):
         allocator.release([other, page, page])
     assert allocator.in_use == 2
     allocator.release([page])
     for operation in (allocator.release, allocator.share):
-        with pytest.raises(ValueError, match=f"got page {page} 1 times; it has 0 owners"):
+        with pytest.raises(ValueError, match=f"page {page} is passed 1 times, but has 0 owners"):
             operation([other, page])
     assert (allocator.owners(other), allocator.free) == (1, 3)
 
@@ -51,5 +51,5 @@ def test_pages_that_do_not_exist_are_refused():
         allocator.allocate(-1)
     for page in (-1, 4):
         for operation in (allocator.release, allocator.share):
-            with pytest.raises(ValueError, match=f"page: got {page}; the pool has pages 0 to 3"):
+            with pytest.raises(ValueError, match=f"page must be one of the pool's pages, 0 to 3, got {page}"):
                 operation([page])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import DTYPES, FIXED, Case, make_inputs
+from cases import DTYPES, FIXED, FIXED_TILES, Case, make_inputs
 from conftest import IMPLEMENTATION
 from pairwise import pairwise
 
@@ -34,6 +34,11 @@ def test_each_option_forward_and_backward(case, dtype):
 @by_name(FIXED[::3])
 def test_each_option_in_plain_jax(case):
     checks.check(case.replace(dtype="float16"), "xla")
+
+
+@by_name(checks.in_some_dtypes(FIXED_TILES, IMPLEMENTATION))
+def test_sizes_that_choose_each_tile(case):
+    checks.check(case, IMPLEMENTATION)
 
 
 # All options together, two by two.
@@ -209,6 +214,17 @@ def test_a_bias_of_minus_infinity_masks(implementation):
     wanted = checks.run(case, checks.with_arrays(masked, mask=mask), implementation)
     checks.assert_same(got, wanted)
     assert got.lse[0, 1, 3] == -np.inf
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, implementation):
+    case = Case("bias", bias=(1, 1, 1, 12), dtype=checks.usual_dtype(implementation))
+    inputs = make_inputs(case)
+    bias = inputs.keywords["bias"].at[..., 5].set(-jnp.inf)
+    query = inputs.positional["query"].at[..., 0].set(1)
+    key = inputs.positional["key"].at[:, 5, :, 0].set(score)
+    clean = call(implementation, case, bias=bias, query=query)
+    assert_equal(call(implementation, case, bias=bias, query=query, key=key), clean)
 
 
 # Arguments in their other forms.

@@ -1,6 +1,11 @@
 """The persistent compilation cache: later processes find what earlier ones compiled, never another spec's."""
 
+import dataclasses
+
+import pytest
 from programs import report, start_python
+
+from jax_flash.spec import AppendSpec, AttentionSpec
 
 # Runs two specs of equal shapes, on one device and on four, and tells of each call whether the cache had it
 # and how far it is from plain JAX.
@@ -21,7 +26,8 @@ from cases import Case, make_inputs
 from programs import attention, with_gradients
 
 case = Case("cached", b=4, sq=8, sk=8, hq=4, hk=4, d=8, dv=8)
-SPECS = {"window": case.replace(window=(1, 1)), "softcap": case.replace(softcap=0.5)}
+window = case.replace(window=(1, 1))
+SPECS = {"window": window, "window and softcap": window.replace(softcap=0.5)}
 arrays = make_inputs(case).positional
 mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 sharded = jax.device_put(arrays, NamedSharding(mesh, P("data", None, "model")))
@@ -67,3 +73,14 @@ def test_later_processes_find_what_earlier_ones_compiled_and_never_another_spec(
         assert (default[name]["hits"] > 0) == name.endswith("one"), name
         for outcome in (first, second, default):
             assert outcome[name]["distance"] < 1e-4, name
+
+
+OTHER_VALUES = {bool: True, int: 7, float: 0.7, str: "other", tuple: ("sinks",), type(None): "cpu"}
+
+
+@pytest.mark.parametrize("spec", [AttentionSpec("fixed"), AppendSpec("append")], ids=lambda s: s.layout)
+def test_specs_that_differ_in_any_one_field_have_different_names(spec):
+    """The name of the partitioned function is all that tells their programs apart in the cache."""
+    for field in dataclasses.fields(spec):
+        other = OTHER_VALUES[type(getattr(spec, field.name))]
+        assert dataclasses.replace(spec, **{field.name: other}).digest() != spec.digest(), field.name

@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 
+import checks
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from cases import Case, make_inputs
 from conftest import IMPLEMENTATION
 
 pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
@@ -59,6 +63,33 @@ def test_gradients_are_the_same_bits_on_one_thread_and_on_all(heads: int, kv_hea
         pytest.skip("one CPU only")
     program = f"dtype = {dtype!r}\n" + SIZES.format(heads=heads, kv_heads=kv_heads) + GRADIENTS
     assert run(program, {cpus[0]}) == run(program)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_see_nothing_are_not_read(dtype: str) -> None:
+    """Stronger than the contract: NaN in a query, and in its cotangents, that a mask hides from every key."""
+    case = Case("hidden rows", sq=150, sk=140, mask=(150, 1), dtype=dtype)
+    inputs = make_inputs(case)
+    hidden = ~np.asarray(inputs.keywords["mask"])[:, 0]
+    assert 0 < hidden.sum() < 150
+    query, dout = (
+        jnp.where(hidden[:, None, None], jnp.nan, x) for x in (inputs.positional["query"], inputs.dout)
+    )
+    dirty = checks.with_arrays(inputs, query=query.astype(dtype), dout=dout)
+    wanted, got = (checks.run(case, x, "cpu") for x in (inputs, dirty))
+    checks.assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_enormous_scores_leave_finite_gradients(dtype: str) -> None:
+    """Scores of 3.6e9, which float32 tells apart by 256: a weight is never more than 1."""
+    case = Case("enormous", b=1, sq=70, sk=90, dtype=dtype)
+    inputs = make_inputs(case)
+    large = {name: (30_000 * jnp.sign(inputs.positional[name])).astype(dtype) for name in ("query", "key")}
+    got = checks.run(case, checks.with_arrays(inputs, **large), "cpu")
+    assert np.isfinite(got.out.astype(np.float32)).all()
+    assert np.isfinite(got.gradients["value"].astype(np.float32)).all()
+    assert (np.abs(got.gradients["value"].astype(np.float32)) < 1e4).all()
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read the memory from")

@@ -30,6 +30,11 @@ few = Case("few", b=2, sq=2, sk=300, hq=4, hk=2, kv_lengths=(300, 17))
 for case in (tails, window, scores, hidden, few):
     for dtype in ("float32", "bfloat16", "float16"):
         checks.check(case.replace(dtype=dtype), "cpu")
+# Float16's denormals are read and written as they are.
+import jax.numpy as jnp
+tiny = jnp.asarray([3e-6, -6e-8, 6.1e-5, 5.9e-5, 0, 1e-7, 2e-5, -3e-5], jnp.float16).reshape(1, 1, 1, 8)
+out = jax_flash.flash_attention(jnp.zeros_like(tiny), tiny, tiny, implementation="cpu")
+assert (out == tiny).all() and (tiny != 0).sum() == 7, out
 print(json.dumps(isa))
 """
 BITS = """

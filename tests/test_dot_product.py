@@ -13,14 +13,9 @@ from conftest import IMPLEMENTATION
 
 from jax_flash.dot_product import dot_product_attention
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 B, T, S, N, K, H = 2, 9, 13, 4, 2, 16
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """On a GPU the other side's float32 products would be TF32."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def normal(seed, *shape, dtype=jnp.float32):

@@ -117,6 +117,18 @@ def test_the_same_bits_under_any_tile_shape(implementation):
         np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
+def test_the_rate_is_rounded_to_the_nearest_number(implementation):
+    """0.1 is 3276.8 of the 32768 numbers: the number 3276 is dropped, which a rate rounded down would keep."""
+    key, sizes = jax.random.key(0), (2, 2, 150, 201)
+    dropout = [*np.asarray(jax.random.key_data(key)), 0, 0, 0, 0]
+    expected = kept(dropout, 3277 / 32768, *sizes)
+    at_the_edge = kept(dropout, 3276 / 32768, *sizes) & ~expected
+    assert at_the_edge.any()
+    assert np.array_equal(kept(dropout, 0.1, *sizes), expected)
+    for got in weights(implementation, key, 0.1, *sizes):
+        np.testing.assert_allclose(got, expected / (201 * 0.9), atol=1e-6)
+
+
 def test_another_key_drops_others(implementation):
     first, _ = weights(implementation, jax.random.key(1), 0.5)
     second, _ = weights(implementation, jax.random.key(2), 0.5)

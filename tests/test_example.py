@@ -76,12 +76,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(uninterrupted, tmp_path, caps
     np.testing.assert_allclose(*last, rtol=tolerance)
 
     assert train_lm.main([*TINY, "--out", str(tmp_path), "--resume", "--learning-rate", "0.1"]) == 2
-    assert "resume: got learning_rate = 0.1; the checkpoint's run has 0.01" in capsys.readouterr().err
+    assert "--resume: learning_rate is 0.1, but the checkpoint's run has 0.01" in capsys.readouterr().err
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path, capsys):
     assert train_lm.main([*TINY, "--out", str(tmp_path), "--resume"]) == 2
-    assert f"resume: got {tmp_path / 'checkpoint'}, which holds no checkpoint" in capsys.readouterr().err
+    assert f"--resume needs a checkpoint, but {tmp_path / 'checkpoint'} holds none" in capsys.readouterr().err
 
 
 def test_plain_jax_attention_and_remat_give_the_same_curve(uninterrupted, tmp_path):
@@ -172,7 +172,7 @@ def test_sequences_start_at_documents_and_at_row_ends_and_positions_restart_ther
 
 
 def test_an_empty_document_is_refused():
-    with pytest.raises(ValueError, match="documents: got an empty document"):
+    with pytest.raises(ValueError, match="documents has an empty document"):
         text.Packer([b"a", b""], 1, 8)
 
 
@@ -210,11 +210,11 @@ def test_only_a_default_run_is_judged_by_its_target():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mesh data=0", "--mesh: got 'data=0'; allowed is data=N,model=M"),
-        ("--mesh rows=2", "--mesh: got 'rows=2'"),
-        ("--mesh model=3", "--heads: got 4, which --mesh model=3 does not divide"),
-        ("--head-dim 33", "--head-dim: got 33; rotary positions need an even number"),
-        ("--steps 0", "--steps: got 0; it must be at least 1"),
+        ("--mesh data=0", "--mesh is 'data=0'; it must be data=N,model=M"),
+        ("--mesh rows=2", "--mesh is 'rows=2'"),
+        ("--mesh model=3", "--heads is 4, which --mesh model=3 does not divide"),
+        ("--head-dim 33", "--head-dim is 33; rotary positions need an even number"),
+        ("--steps 0", "--steps is 0; it must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options, message, capsys):

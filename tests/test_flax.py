@@ -1,4 +1,4 @@
-"""attention_fn in Flax: linen and nnx give what their own attention gives, in training and decode."""
+"""attention_fn, called by itself, gives what the attention functions of linen and nnx give."""
 
 import functools
 import subprocess
@@ -8,96 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import IMPLEMENTATION
+from flax_inputs import B, close, linen, nnx, normal, ours, qkv
 
-from jax_flash.flax import attention_fn
+pytestmark = pytest.mark.usefixtures("exact_products")
 
-linen = pytest.importorskip("flax.linen")
-nnx = pytest.importorskip("flax.nnx")
-
-
-ours = functools.partial(attention_fn, implementation=IMPLEMENTATION)
-B, S, HEADS, FEATURES = 2, 7, 2, 16
-X = jax.random.normal(jax.random.key(0), (B, S, FEATURES))
-CAUSAL = linen.make_causal_mask(X[..., 0])
-MASKS = {
-    "none": None,
-    "causal": CAUSAL,
-    "causal bool": CAUSAL.astype(bool),
-    "padding": linen.make_attention_mask(jnp.ones((B, S)), jnp.arange(S) < jnp.array([[3], [S]])),
-    "causal and padding": linen.combine_masks(CAUSAL, (jnp.arange(S) < 4)[None, None, None]),
-    "heads": jax.random.bernoulli(jax.random.key(1), 0.5, (HEADS, S, S)).at[..., 0].set(True),
-}
-
-
-def close(got, want, atol=1e-5, rtol=1e-5):
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=atol, rtol=rtol), got, want)
-
-
-def linen_layer(fn, **kwargs):
-    return linen.MultiHeadDotProductAttention(
-        num_heads=HEADS, qkv_features=FEATURES, attention_fn=fn, **kwargs
-    )
-
-
-def nnx_layer(fn, **kwargs):
-    kwargs = {"decode": False, "rngs": nnx.Rngs(0)} | kwargs
-    return nnx.MultiHeadAttention(HEADS, FEATURES, attention_fn=fn, **kwargs)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """On a GPU the other side's float32 products would be TF32."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
-def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
-def qkv(*batch, sq=5, sk=6, heads=4, kv_heads=4, d=8):
-    return (
-        normal(0, *batch, sq, heads, d),
-        normal(1, *batch, sk, kv_heads, d),
-        normal(2, *batch, sk, kv_heads, d),
-    )
-
-
-# Training
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_linen_training_step(mask):
-    params = linen_layer(ours).init(jax.random.key(0), X)
-
-    def step(fn):
-        return jax.jit(
-            jax.value_and_grad(lambda p: (linen_layer(fn).apply(p, X, mask=MASKS[mask]) ** 2).sum())
-        )(params)
-
-    close(step(ours), step(linen.dot_product_attention), 1e-4, 1e-4)
-
-
-@pytest.mark.parametrize("mask", MASKS)
-def test_nnx_training_step(mask):
-    def step(fn):
-        return nnx.jit(nnx.value_and_grad(lambda m: (m(X, mask=MASKS[mask]) ** 2).sum()))(nnx_layer(fn))
-
-    close(step(ours), step(nnx.dot_product_attention), 1e-4, 1e-4)
-
-
-@pytest.mark.parametrize("mask", ["none", "causal and padding"])
-def test_nnx_is_causal(mask):
-    want = nnx_layer(nnx.dot_product_attention)(X, mask=MASKS[mask], is_causal=True)
-    close(nnx_layer(ours)(X, mask=MASKS[mask], is_causal=True), want)
-
-
-def test_cross_attention():
-    y = normal(3, B, 11, FEATURES)
-    params = linen_layer(ours).init(jax.random.key(0), X, y)
-    close(linen_layer(ours).apply(params, X, y), linen_layer(linen.dot_product_attention).apply(params, X, y))
-    close(nnx_layer(ours)(X, y), nnx_layer(nnx.dot_product_attention)(X, y))
+# Heads, batch dims, bias, mask, dtypes
 
 
 def test_is_causal_with_more_keys_than_queries_is_top_left_as_in_flax():
@@ -113,28 +28,6 @@ def test_value_depth_may_differ():
     q, k, _ = qkv(B)
     v = normal(2, B, 6, 4, 24)
     close(ours(q, k, v), linen.dot_product_attention(q, k, v))
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
-def test_16_bit_layers(layer, dtype):
-    """The layer in 16 bit is as near to the float32 layer as with Flax's own attention."""
-
-    def run(fn, dtype):
-        if layer is nnx_layer:
-            out = nnx_layer(fn, dtype=dtype)(X, mask=CAUSAL)
-        else:
-            params = linen_layer(fn).init(jax.random.key(0), X)
-            out = linen_layer(fn, dtype=dtype).apply(params, X, mask=CAUSAL)
-        assert out.dtype == dtype
-        return np.asarray(out, np.float32)
-
-    flax_fn = nnx.dot_product_attention if layer is nnx_layer else linen.dot_product_attention
-    ref = run(flax_fn, jnp.float32)
-    assert np.abs(run(ours, dtype) - ref).max() <= 2 * np.abs(run(flax_fn, dtype) - ref).max() + 1e-5
-
-
-# The function itself: batch dims, bias, mask, dtypes
 
 
 BIASES = {
@@ -208,10 +101,6 @@ def test_own_options_are_bound_with_partial():
     windowed = functools.partial(ours, window=(2, 2), deterministic_backward=True)
     close(windowed(q, k, v), linen.dot_product_attention(q, k, v, mask=near))
     close(ours(q, k, v, scale=0.0), jnp.broadcast_to(v.mean(1, keepdims=True), q.shape))
-    params = linen_layer(ours).init(jax.random.key(0), X)
-    wide = functools.partial(ours, window=(S, 0))
-    close(linen_layer(wide).apply(params, X), linen_layer(ours).apply(params, X, mask=CAUSAL))
-    close(nnx_layer(wide)(X), nnx_layer(ours)(X, mask=CAUSAL))
 
 
 # Dropout
@@ -246,23 +135,6 @@ def test_dropout_off():
     np.testing.assert_array_equal(weights(0.5, deterministic=True), weights(0.0))
 
 
-@pytest.mark.parametrize("layer", ["linen", "nnx"])
-def test_dropout_in_a_layer(layer):
-    params = linen_layer(ours).init(jax.random.key(0), X)
-
-    def run(seed, deterministic=False, rate=0.5):
-        if layer == "nnx":
-            return nnx_layer(ours, dropout_rate=rate, rngs=nnx.Rngs(0, dropout=seed))(
-                X, deterministic=deterministic
-            )
-        module = linen_layer(ours, dropout_rate=rate)
-        return module.apply(params, X, deterministic=deterministic, rngs={"dropout": jax.random.key(seed)})
-
-    np.testing.assert_array_equal(run(1), run(1))
-    assert np.abs(run(1) - run(2)).max() > 1e-3
-    np.testing.assert_array_equal(run(1, deterministic=True), run(2, rate=0.0))
-
-
 def test_dropout_gradients_use_the_weights_that_the_forward_pass_dropped():
     q, k, v = qkv(B)
     s = k.shape[1]
@@ -277,51 +149,6 @@ def test_dropout_gradients_use_the_weights_that_the_forward_pass_dropped():
     dout = normal(9, *q.shape)
     close(fn(q, k, v), plain(q, k, v))
     close(jax.vjp(fn, q, k, v)[1](dout), jax.vjp(plain, q, k, v)[1](dout), 1e-4, 1e-4)
-
-
-# Decode
-
-
-def linen_decode(fn, params, x, steps, mask=None):
-    layer = linen_layer(fn, decode=True)
-    cache = layer.init(jax.random.key(0), x)["cache"]
-
-    @jax.jit
-    def step(cache, token):
-        return layer.apply({**params, "cache": cache}, token, mask=mask, mutable=["cache"])
-
-    outs = []
-    for i in range(steps):
-        out, state = step(cache, x[..., i : i + 1, :])
-        cache = state["cache"]
-        outs.append(out)
-    return jnp.concatenate(outs, axis=-2)
-
-
-@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
-def test_linen_decode_equals_the_causal_forward(batch):
-    x = normal(4, *batch, S, FEATURES)
-    params = linen_layer(ours).init(jax.random.key(0), x)
-    full = linen_layer(ours).apply(params, x, mask=linen.make_causal_mask(x[..., 0]))
-    close(linen_decode(ours, params, x, S), full)
-    close(linen_decode(linen.dot_product_attention, params, x, S), full)
-
-
-def test_linen_decode_with_a_mask_of_its_own():
-    params = linen_layer(ours).init(jax.random.key(0), X)
-    not_second = (jnp.arange(S) != 1)[None, None, None]
-    full = linen_layer(ours).apply(params, X, mask=linen.combine_masks(CAUSAL, not_second))
-    close(linen_decode(ours, params, X, 5, mask=not_second), full[:, :5])
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("kv_heads", [1, 2])
-def test_nnx_decode_equals_the_causal_forward(kv_heads, is_causal):
-    layer = nnx_layer(ours, num_kv_heads=kv_heads)
-    full = layer(X, mask=CAUSAL)
-    layer.init_cache(X.shape)
-    step = nnx.jit(lambda m, token: m(token, decode=True, is_causal=is_causal))
-    close(jnp.concatenate([step(layer, X[:, i : i + 1]) for i in range(S)], axis=1), full)
 
 
 # Errors
@@ -355,14 +182,6 @@ def test_what_a_fused_kernel_cannot_honour_raises(name):
     kwargs, message = UNSUPPORTED[name]
     with pytest.raises(NotImplementedError, match="^attention_fn: " + message):
         ours(*qkv(B), **kwargs)
-
-
-def test_sowing_weights_raises_from_the_layers():
-    with pytest.raises(NotImplementedError, match="sow_weights"):
-        nnx_layer(ours)(X, sow_weights=True)
-    params = linen_layer(ours).init(jax.random.key(0), X)
-    with pytest.raises(NotImplementedError, match="sow_weights"):
-        linen_layer(ours).apply(params, X, sow_weights=True, mutable=["intermediates"])
 
 
 def test_dropout_without_a_key_raises():

@@ -25,15 +25,10 @@ from serving import Server
 from settings import Settings
 from training import Checkpoints, History, Trainer, make_mesh
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 SIZES = {"layers": 2, "width": 32, "heads": 2, "head_dim": 16, "hidden": 64}
 SERVING = ServingConfig(pages=24, page_size=4, slots=6, chunk=16, max_length=64)
-
-
-@pytest.fixture(autouse=True)
-def exact_products():
-    """float32 products in float32, as on the CPU: a GPU's own are TF32's, whose logits differ by more than 1e-4."""
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
@@ -268,12 +263,12 @@ def test_the_youngest_stands_back_when_pages_run_out_and_goes_on_later():
 def test_what_could_never_be_served_is_refused():
     scheduler = Scheduler(ServingConfig(pages=4, page_size=4, slots=2, chunk=8, max_length=64))
     with pytest.raises(
-        ValueError, match=r"request 0: got 12 tokens of prompt and 5 .* have room for 16 together"
+        ValueError, match=r"request 0 has 12 prompt tokens and 5 .* have room for 16 together"
     ):
         scheduler.submit(Request(0, [0] * 12, max_tokens=5))
-    with pytest.raises(ValueError, match="request 1: got 0 tokens of prompt"):
+    with pytest.raises(ValueError, match="request 1 has 0 prompt tokens"):
         Request(1, [], max_tokens=5)
-    with pytest.raises(ValueError, match="chunk: got 2; it must be at least slots = 3"):
+    with pytest.raises(ValueError, match="chunk is 2; it must be at least slots, which is 3"):
         ServingConfig(slots=3, chunk=2)
 
 
@@ -311,7 +306,7 @@ def test_it_streams_held_out_text_with_speed_cache_use_and_a_check_of_its_logits
     assert [f"── {number}: " in out for number in range(6)] == [True] * 6
     assert len(re.findall(r"└ [\d,]+ tokens/s; \d+ pages in use, \d+ of them shared, \d+ free", out)) == 6
     assert "from shared pages" in out
-    assert out.rstrip().endswith("1.0e-04 allowed: as they should be")
+    assert out.rstrip().endswith("1.0e-04 allowed: passed")
     assert "at the end 0 pages in use, 0 of them shared, 40 free" in out
 
 
@@ -344,10 +339,10 @@ def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mesh model=3", "mesh: got model=3, which does not divide the model's 2 heads"),
+        ("--mesh model=3", "--mesh is model=3, which does not divide the model's 2 heads"),
         (
             "--prompt 123456789 --max-tokens 119",
-            "got 10 tokens of prompt and 119 to generate; the model and the",
+            "has 10 prompt tokens and 119 tokens to generate; the model and the",
         ),
     ],
 )
@@ -359,11 +354,11 @@ def test_what_the_model_cannot_do_is_refused(checkpoint, options, message, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mesh data=2", "--mesh: got 'data=2'; serving splits heads alone, as in model=2"),
-        ("--mesh 2", "--mesh: got '2'; allowed is data=N,model=M"),
-        ("--page-size 0", "--page-size: got 0; it must be at least 1"),
-        ("--chunk 4", "--chunk: got 4; it must be at least --slots, 8"),
-        ("--temperature nan", "--temperature: got nan; it must be at least 0"),
+        ("--mesh data=2", "--mesh is 'data=2'; serving splits only the heads over devices, as in model=2"),
+        ("--mesh 2", "--mesh is '2'; it must be data=N,model=M"),
+        ("--page-size 0", "--page-size is 0; it must be at least 1"),
+        ("--chunk 4", "--chunk is 4; it must be at least --slots, which is 8"),
+        ("--temperature nan", "--temperature is nan; it must be finite and at least 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, message, capsys):

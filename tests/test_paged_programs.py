@@ -133,6 +133,22 @@ def test_attention_over_sharded_heads_needs_no_communication(kernel, layout, poo
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_fewer_kv_heads_than_devices_keep_their_own_scales(kernel, kv_heads):
+    """Query heads are split further than KV heads: each device takes the pages and the scales of its one KV head."""
+    require(kernel)
+    require_devices(8)
+    call = paged(CHUNK.replace(hq=8, hk=kv_heads), 4, pool_dtype=FLOAT8)
+    by_head, whole = (
+        NamedSharding(jax.make_mesh((8,), ("model",)), spec) for spec in (P(None, None, "model"), P())
+    )
+    arrays = {n: jax.device_put(x, by_head if n == "query" else whole) for n, x in call.arrays.items()}
+    run = jax.jit(call.call(kernel)).lower(arrays).compile()
+    assert shard_shapes(run.as_text(), "forward") == {(2, 2, 1, 16)}
+    for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
 # vmap.
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import BY_NAME, CASES, Case, Inputs, make_inputs, operands, spec, varlen
+from cases import BY_NAME, FIXED, VARLEN, Case, Inputs, make_inputs, operands, spec, varlen
 
 from jax_flash import reference
 
-named = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+named = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
 
 
 def result(case: Case, inputs: Inputs) -> oracle.Result:

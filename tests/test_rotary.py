@@ -196,6 +196,22 @@ def test_append_kv_rotates_before_it_quantises(implementation):
             np.testing.assert_allclose(there, turned[z, i], rtol=2.0**-4, atol=2e-4)
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(jnp.float16, 2.0**-12), (jnp.bfloat16, 2.0**-10)])
+def test_append_kv_rounds_what_it_rotates_to_the_keys_dtype_before_it_quantises(dtype, step, implementation):
+    """1.0625 + step is 1.0625 in the keys' dtype, which lies between two float8 and becomes the even one, 1; rounded
+    once it would be 1.125."""
+    key = jnp.ones((2, 3, 2, D), dtype).at[..., : D // 2].set(1.0625)
+    cos, sin = np.ones((12, D // 2), np.float32), np.full((12, D // 2), -step, np.float32)
+    call = dict(block_tables=PAGES, kv_lengths=BEFORE, implementation=implementation)
+    cache = pools(dtype=jnp.float8_e4m3fn)
+    got, _, _ = append_kv(*cache, key, key, rotary=(cos, sin), **call)
+    at = BEFORE[:, None] + np.arange(3, dtype=np.int32)
+    wanted, _, _ = append_kv(*cache, apply_rotary(key, at, cos, sin), key, **call)
+    got, wanted = (np.asarray(x).astype(np.float32) for x in (got, wanted))
+    assert np.array_equal(got, wanted)
+    assert set(got[..., : D // 2].ravel()) == {0.0, 1.0}
+
+
 # Errors.
 
 X, AT = normal(0, 2, 5, 3, D), np.arange(5, dtype=np.int32)

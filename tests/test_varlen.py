@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import DTYPES, VARLEN, Case, cu_seqlens, make_inputs, varlen
+from cases import DTYPES, VARLEN, VARLEN_TILES, Case, cu_seqlens, make_inputs, varlen
 from conftest import IMPLEMENTATION
 from pairwise import pairwise
 from test_attention import by_name, dtypes
@@ -24,6 +24,11 @@ def test_each_option_forward_and_backward(case, dtype):
 @by_name(VARLEN[::3])
 def test_each_option_in_plain_jax(case):
     checks.check(case.replace(dtype="bfloat16"), "xla")
+
+
+@by_name(checks.in_some_dtypes(VARLEN_TILES, IMPLEMENTATION))
+def test_sizes_that_choose_each_tile(case):
+    checks.check(case, IMPLEMENTATION)
 
 
 # All options together, two by two.

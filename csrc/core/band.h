@@ -1,4 +1,4 @@
-// The band of visible keys around the diagonal: causal, window and lengths, for a row and for tiles.
+// The band of keys around the diagonal that lengths, causal and window leave visible, per row and per tile.
 #pragma once
 
 #include "sequence.h"
@@ -6,7 +6,7 @@
 
 namespace jax_flash {
 
-// [lo, hi); empty when hi <= lo.
+// A range [lo, hi); empty when hi <= lo.
 struct Interval {
   int32_t lo, hi;
 
@@ -21,8 +21,8 @@ JF_HD Interval intersect(Interval a, Interval b) {
 
 enum class TileClass : int32_t { kSkip, kPartial, kFull };
 
-// Row i sees keys [i + shift - left, i + shift + right] within [0, k_len), if i < q_len. Positions are those
-// within the sequence. Segments, mask and bias may hide more.
+// If i < q_len, row i sees keys [i + shift - left, i + shift + right] within [0, k_len). Positions are
+// within the sequence. Segments, mask and bias may hide more keys.
 struct Band {
   int32_t q_len, k_len;
   int64_t shift, left, right;
@@ -30,34 +30,34 @@ struct Band {
   JF_HD int64_t diagonal(int32_t i) const { return i + shift; }
 
   JF_HD int32_t first_key(int32_t i) const { return clamp(diagonal(i) - left, k_len); }
-  JF_HD int32_t last_key(int32_t i) const { return clamp(diagonal(i) + right + 1, k_len); }  // one past it
+  JF_HD int32_t last_key(int32_t i) const { return clamp(diagonal(i) + right + 1, k_len); }  // exclusive
 
   JF_HD Interval row(int32_t i) const {
     if (i < 0 || i >= q_len) return {0, 0};
     return {first_key(i), last_key(i)};
   }
 
-  // The hull of the keys that rows [i0, i1) see.
+  // The range from the first to the last key that any of the rows [i0, i1) sees.
   JF_HD Interval rows(int32_t i0, int32_t i1) const {
     if (i1 > q_len) i1 = q_len;
     if (i1 <= i0) return {0, 0};
     return {first_key(i0), last_key(i1 - 1)};
   }
 
-  // The keys that every one of the rows [i0, i1) sees.
+  // The keys that all of the rows [i0, i1) see.
   JF_HD Interval common(int32_t i0, int32_t i1) const {
     if (i1 <= i0 || i1 > q_len) return {0, 0};
     return {first_key(i1 - 1), last_key(i0)};
   }
 
-  // The rows that see any key of [j0, j1).
+  // The rows that see at least one of the keys [j0, j1).
   JF_HD Interval queries(int32_t j0, int32_t j1) const {
     if (j1 > k_len) j1 = k_len;
     if (j1 <= j0) return {0, 0};
     return {clamp(j0 - shift - right, q_len), clamp(j1 - shift + left, q_len)};
   }
 
-  // The rows that see every one of the keys [j0, j1).
+  // The rows that see all of the keys [j0, j1).
   JF_HD Interval common_queries(int32_t j0, int32_t j1) const {
     if (j1 <= j0 || j1 > k_len) return {0, 0};
     return {clamp(j1 - 1 - shift - right, q_len), clamp(j0 + 1 - shift + left, q_len)};
@@ -75,10 +75,18 @@ struct Band {
   }
 };
 
-JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s) {
-  constexpr int64_t kFar = int64_t{1} << 40;
-  const int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
-  return {s.q_len, s.k_len, shift, spec.left < 0 ? kFar : spec.left, spec.right < 0 ? kFar : spec.right};
+// The band of a call, which may be a part of a larger sequence: `position` then tells where its first query
+// and its first key lie there, and diagonals are those of the larger sequence.
+JF_HD Band make_band(const Problem& p, int64_t leading, const Sequence& s) {
+  constexpr int64_t kUnbounded = int64_t{1} << 40;
+  const AttentionSpec& spec = p.spec;
+  int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
+  if (p.position) {
+    const int32_t* first = p.position.as<const int32_t>() + p.position.leading_offset(p.leading, leading);
+    shift += int64_t{first[0]} - first[p.position.column];
+  }
+  return {s.q_len, s.k_len, shift, spec.left < 0 ? kUnbounded : spec.left,
+          spec.right < 0 ? kUnbounded : spec.right};
 }
 
 }  // namespace jax_flash

@@ -1,4 +1,4 @@
-// Dropout bits: a pure function of the key and of the global position, so that tiles, shards and passes
+// Dropout bits are a pure function of the key and of the global position, so that tiles, shards and passes
 // agree.
 #pragma once
 
@@ -11,37 +11,39 @@
 
 namespace jax_flash {
 
-// One Philox block decides about what a thread holds of 16 rows and 32 columns in an accumulator of the
-// tensor cores: columns 2t and 2t + 1 of each 8, by a half each of a word, and rows i and i + 8, whose
-// numbers are those of the words turned by a byte. A number is the lower 15 bits of a half: as float16 such
-// numbers are in the same order up to infinity, and a GPU compares two at a time. No two have the same upper
-// byte; a lower byte is another's upper one, and matters where the upper one equals the threshold's.
+// One Philox block decides the elements that one thread holds of a 16 × 32 tile of S in tensor core
+// accumulators (mma.m16n8): columns 2t and 2t + 1 of each 8 columns, one half of a word each, and rows i
+// and i + 8. Row i + 8 uses the words of row i rotated right by a byte. A number is the lower 15 bits of a
+// half: read as float16, such numbers keep their order up to infinity, so that a GPU compares two at a
+// time. Within a block no two numbers share their upper byte. The lower byte of a number is the upper byte
+// of another, but it matters only where the upper byte equals the threshold's.
 inline constexpr int kDropoutColumns = 32, kDropoutRows = 16;
 inline constexpr uint32_t kDropoutNumbers = 1 << 15, kDropoutInfinity = 0x7C00;
 
 struct Dropout {
   uint32_t key0 = 0, key1 = 0;
-  uint32_t batch = 0, head = 0, row = 0, column = 0;  // offsets of this shard
-  uint32_t threshold = 0;                             // keep when the number reaches it
-  float scale = 1.0f;                                 // of what is kept: 1 / (1 - rate)
+  uint32_t batch = 0, head = 0, row = 0, column = 0;  // global offsets of this shard
+  uint32_t threshold = 0;                             // keep where number >= threshold
+  float scale = 1.0f;                                 // factor of kept elements, 1 / (1 - rate)
 
-  // Whether the shard begins within a block, or the threshold lies beyond what float16 puts in order.
+  // True if the shard begins inside a block, or if the threshold lies beyond the numbers that float16
+  // orders: such calls need the general path.
   JF_HD bool odd() const {
     return column % kDropoutColumns != 0 || row % kDropoutRows != 0 || threshold > kDropoutInfinity;
   }
 
-  // The block of global column c among those of its row.
+  // The index of the block of global column c within its row.
   JF_HD static uint32_t index(uint32_t c) { return c / kDropoutColumns * 4 + c / 2 % 4; }
   JF_HD PhiloxBlock counter(uint32_t b, uint32_t h, uint32_t i, uint32_t index) const {
     const uint32_t r = i + row;
     return {{index, r / kDropoutRows * 8 + r % 8, h + head, b + batch}};
   }
-  // Whether row i is the second of its block.
+  // Whether row i is one of the last 8 of its block's 16 rows.
   JF_HD bool second(uint32_t i) const { return (i + row) % kDropoutRows >= 8; }
-  // A word of the second row, from that of the first.
+  // The word for row i + 8, from the word for row i.
   JF_HD static uint32_t turned(uint32_t word) { return word >> 8 | word << 24; }
 
-  // Selected without indexing: on a GPU a run-time index would move the block to local memory.
+  // Selects without indexing: on a GPU a run-time index would move the block to local memory.
   JF_HD static uint32_t half(const PhiloxBlock& numbers, uint32_t column) {
     const uint32_t low = column & 8 ? numbers.word[1] : numbers.word[0];
     const uint32_t high = column & 8 ? numbers.word[3] : numbers.word[2];

@@ -1,5 +1,5 @@
-// float8_e4m3fn: sign, 4 exponent bits (bias 7), 3 of mantissa; no infinities, NaN is 0x7F. Branch-free, so
-// that loops over it vectorise.
+// float8_e4m3fn: 1 sign bit, 4 exponent bits (bias 7), 3 mantissa bits; no infinities, NaN is 0x7F. The
+// conversions are branch-free, so that loops over them vectorise.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ JF_HD float float_of_bits(uint32_t bits) {
   return x;
 }
 
-// Denormals are differences of normal numbers: threads may flush float32's own denormals to zero.
+// The value of a denormal is computed as a difference of normal numbers, because threads may flush float32
+// denormals to zero.
 JF_HD float float8_to_float(uint8_t x) {
   const uint32_t magnitude = (x & 0x7Fu) << 20;
   const uint32_t denormal = float_bits(float_of_bits(magnitude + 0x3C800000u) - 0.015625f);  // 2^-6
@@ -31,7 +32,7 @@ JF_HD float float8_to_float(uint8_t x) {
   return float_of_bits((magnitude == 0x07F00000u ? 0x7FC00000u : bits) | (x & 0x80u) << 24);
 }
 
-// To nearest, ties to even; what lies past ±448 becomes ±448, NaN stays NaN.
+// Rounds to nearest, ties to even; saturates at ±448; NaN stays NaN.
 JF_HD uint8_t float_to_float8(float x) {
   const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
   // Below 2^-6 the sum with 2^14 rounds to multiples of 2^-9, the denormal step.

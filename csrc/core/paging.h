@@ -1,4 +1,4 @@
-// Where the keys of a sequence lie in a pool of pages: position -> page, slot.
+// The place of a sequence's keys in a pool of pages: position → (page, slot).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace jax_flash {
 
-// Keys that a row of a block table can hold, as an int32 (which positions and lengths are).
+// Keys that a row of a block table can hold, limited to int32, the type of positions and lengths.
 JF_HD int32_t table_capacity(int64_t entries, int64_t page_size) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (entries <= 0 || page_size <= 0) return 0;
@@ -24,15 +24,15 @@ struct PageSlot {
   int32_t page, slot;
 };
 
-// One sequence's row of the block tables. Positions are below the capacity of the table.
+// One sequence's row of the block tables. Positions must be below table_capacity.
 struct PageTable {
   const int32_t* entries;
   int32_t page_size;
-  int32_t pages;  // of the pool
+  int32_t pages;  // pages of the pool
 
   JF_HD PageSlot at(int32_t position) const { return {entries[position / page_size], position % page_size}; }
 
-  // Whatever the table holds: only such a page is ever read or written.
+  // Tables may hold any value; only pages for which this is true are read or written.
   JF_HD bool in_pool(int32_t page) const { return 0 <= page && page < pages; }
 
   // at(position), or {kMissingPage, 0} where the table's entry lies outside the pool.

@@ -1,5 +1,5 @@
 // Philox4x32-7, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3"
-// (SC 2011): seven rounds are what they found to pass every test.
+// (SC 2011). Seven rounds are the fewest with which they found it to pass every test.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,8 @@ inline constexpr int kPhiloxRounds = 7;
 inline constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u, kPhiloxMultiplier1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
 
-// Counters → numbers, in place: those of several blocks side by side, as a round waits for the one before it.
+// Replaces counters by random numbers. Several blocks are interleaved, because each round waits for the one
+// before it.
 template <int kCount>
 JF_HD void philox(uint32_t key0, uint32_t key1, PhiloxBlock (&blocks)[kCount]) {
   for (int round = 0; round < kPhiloxRounds; ++round) {

@@ -1,5 +1,5 @@
-// One attention call: spec, sizes and operands. Plain data, the same for every backend and passed by value to
-// kernels.
+// One attention call: spec, sizes and operands. It is plain data, the same for every backend and passed to
+// kernels by value.
 #pragma once
 
 #include "spec.h"
@@ -9,15 +9,15 @@ namespace jax_flash {
 
 struct Problem {
   AttentionSpec spec;
-  DType dtype;       // query, out and their gradients
-  DType kv_dtype;    // key, value and their gradients: dtype, or the page pools' float8
-  DType bias_dtype;  // bias and its gradient
+  DType dtype;       // dtype of query, out and their gradients
+  DType kv_dtype;    // dtype of key, value and their gradients: `dtype`, or float8 in page pools
+  DType bias_dtype;  // dtype of bias and its gradient
   Leading leading;
-  int32_t batch;                    // batch entries (fixed) or sequences
-  int32_t heads, kv_heads;          // heads % kv_heads == 0
-  int32_t head_dim, value_dim;      // d, dv
-  int32_t q_rows, k_rows;           // s_q, s_k (fixed), total tokens (packed), keys of a full table (paged)
-  int32_t page_size, pages, table;  // paged: slots of a page, pages of the pool, entries of a table
+  int32_t batch;                // batch entries (fixed) or sequences
+  int32_t heads, kv_heads;      // heads % kv_heads == 0
+  int32_t head_dim, value_dim;  // d, dv
+  int32_t q_rows, k_rows;       // s_q, s_k (fixed); total tokens (packed); keys of a full table row (paged)
+  int32_t page_size, pages, table;  // paged: slots per page, pages of the pool, entries per table row
 
   View query, key, value;                                       // [b, s, h, d]; pools: [page, slot, h, d]
   View out, lse;                                                // lse, delta: [b, h, s] float32
@@ -32,7 +32,8 @@ struct Problem {
   View dropout;                                                 // [6] along column
   View block_tables;                                            // [b, table] along batch and column
   View k_scale, v_scale;                                        // [h] of KV heads
-  int32_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;  // dbias' own sizes, 1 where it is reduced
+  View position;                                                // [2] along column: first query, first key
+  int32_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;  // sizes of dbias, 1 where broadcast
 
   JF_HD int32_t kv_head(int32_t head) const { return head / (heads / kv_heads); }
   JF_HD bool varlen() const { return spec.layout == Layout::kVarlen; }
@@ -40,16 +41,17 @@ struct Problem {
   JF_HD bool paged() const { return spec.paged(); }
 };
 
-// One append_kv call: new tokens [b, s, h, d], or packed, into pools [page, slot, h, d].
+// One append_kv call: new tokens [b, s, h, d], or packed [t, h, d], are written into pools [page, slot, h,
+// d].
 struct AppendProblem {
   AppendSpec spec;
   DType dtype;       // key, value
-  DType pool_dtype;  // dtype, or float8
+  DType pool_dtype;  // `dtype`, or float8
   Leading leading;
   int32_t batch, kv_heads, head_dim, value_dim;
-  int32_t rows;                     // new tokens of a sequence, or of all (packed)
-  int32_t page_size, pages, table;  // slots of a page, pages of the pool, entries of a table
-  int32_t positions, rotated;       // rows of cos and sin, and pairs of features that they rotate
+  int32_t rows;                     // new tokens of each sequence, or of all together (packed)
+  int32_t page_size, pages, table;  // slots per page, pages of the pool, entries per table row
+  int32_t positions, rotated;       // rows of cos and sin, pairs of features that are rotated
   View k_pages, v_pages;            // overwritten
   View key, value;                  //
   View block_tables, kv_lengths;    // [b, table] along batch and column; [b]

@@ -1,5 +1,5 @@
-// Where the rows of a batch entry (fixed) or of a packed sequence (varlen) lie, whatever the index arrays
-// hold.
+// The rows of a batch entry (fixed) or of a packed sequence (varlen), clamped to the operands whatever the
+// index arrays hold.
 #pragma once
 
 #include "problem.h"
@@ -10,11 +10,10 @@ namespace jax_flash {
 JF_HD int32_t clamp_index(int32_t x, int32_t limit) { return x < 0 ? 0 : x > limit ? limit : x; }
 
 // Rows [q_begin, q_begin + q_len) of the query operand attend to rows [k_begin, k_begin + k_len) of key and
-// value (paged: to keys [0, k_len) of the table's row `index`). The first row of `batch_row` is where a batch
-// stride applies: 0 when packed, the index otherwise.
+// value (paged: to keys [0, k_len) of row `index` of the block tables).
 struct Sequence {
-  int32_t index;      // batch entry or sequence: lengths, tables, alibi and dropout go by it
-  int32_t batch_row;  // the batch index of per-token operands
+  int32_t index;      // batch entry or sequence: index into lengths, tables, alibi and dropout
+  int32_t batch_row;  // batch index of the per-token operands: `index` if fixed, 0 if packed
   int32_t q_begin, k_begin;
   int32_t q_len, k_len;
 };
@@ -32,7 +31,8 @@ JF_HD Sequence fixed_sequence(const Problem& p, int64_t leading, int32_t index) 
   return {index, index, 0, 0, q_len, k_len};
 }
 
-// From clamped starts: [batch + 1], never decreasing, within [0, rows] (see clamp_starts).
+// A packed sequence, from clamped starts: [batch + 1], never decreasing, within [0, rows] (see
+// clamp_starts).
 JF_HD Sequence varlen_sequence(const Problem& p, int64_t leading, int32_t index, const int32_t* q_starts,
                                const int32_t* k_starts) {
   const int32_t k_rows = k_starts[index + 1] - k_starts[index];
@@ -45,7 +45,7 @@ JF_HD Sequence varlen_sequence(const Problem& p, int64_t leading, int32_t index,
           length_at(p.kv_lengths, offset, index, k_rows)};
 }
 
-// The same of packed queries whose keys lie in pages: every sequence counts its keys from 0.
+// A sequence of packed queries whose keys lie in pages: key positions of every sequence start at 0.
 JF_HD Sequence paged_sequence(const Problem& p, int64_t leading, int32_t index, const int32_t* q_starts) {
   const int64_t offset = p.kv_lengths.leading_offset(p.leading, leading);
   return {index,
@@ -56,7 +56,7 @@ JF_HD Sequence paged_sequence(const Problem& p, int64_t leading, int32_t index, 
           length_at(p.kv_lengths, offset, index, p.k_rows)};
 }
 
-// cu_seqlens [n + 1] read as its running maximum clamped to [0, rows].
+// starts[i] = running maximum of cu_seqlens [n + 1], each clamped to [0, rows].
 JF_HD void clamp_starts(const int32_t* cu_seqlens, int64_t stride, int32_t n, int32_t rows, int32_t* starts) {
   int32_t last = 0;
   for (int32_t i = 0; i <= n; ++i) {
@@ -66,8 +66,9 @@ JF_HD void clamp_starts(const int32_t* cu_seqlens, int64_t stride, int32_t n, in
   }
 }
 
-// Tiles of `rows` packed rows without a prefix sum: sequence z owns the slots from start(z) / tile + z up to
-// its successor's. Each sequence has at least the slots that it needs; the rest are empty.
+// Tiles of packed rows without a prefix sum over the sequences: sequence z owns the tile slots from
+// start(z) / tile + z up to the first slot of sequence z + 1. These are at least as many as it has tiles;
+// the others are empty.
 JF_HD int64_t first_slot(int32_t start, int32_t tile, int32_t index) { return start / tile + index; }
 
 JF_HD int64_t slot_count(int32_t rows, int32_t tile, int32_t n) { return rows / tile + n; }

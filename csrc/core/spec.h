@@ -1,4 +1,4 @@
-// The static options of one attention call, and the operands it may carry. Mirrors jax_flash/spec.py and
+// The static options of one attention call and its optional operands. Mirrors jax_flash/spec.py and
 // operands.py.
 #pragma once
 
@@ -15,8 +15,8 @@ namespace jax_flash {
 enum class Layout : int32_t { kFixed = 0, kVarlen = 1, kPaged = 2, kPagedVarlen = 3 };
 enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
-enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // the last in page pools only
-// Decode is a pass of csrc/kernels.def only: the forward of few query rows.
+enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // kF8E4M3 in page pools only
+// kDecode is a pass of csrc/kernels.def but not a custom call of its own: forward uses it for few query rows.
 enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3 };
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
@@ -35,10 +35,11 @@ enum class Operand : int32_t {
   kBlockTables,
   kKScale,
   kVScale,
+  kPosition,
   kCount,
 };
 
-// The same of append_kv, in AppendSpec::operands.
+// Optional operands of append_kv in call order, bits of AppendSpec::operands.
 enum class AppendOperand : int32_t { kCuSeqlens = 0, kCos, kSin, kKScale, kVScale, kCount };
 
 inline constexpr int32_t kUnlimited = -1;
@@ -49,27 +50,28 @@ inline constexpr int32_t kMaxHeadDim = 256;
 struct AttentionSpec {
   Layout layout;
   Align align;
-  int32_t left;   // keys visible before the diagonal, kUnlimited: all
-  int32_t right;  // keys visible after it; causal is 0
+  int32_t left;   // keys visible before the diagonal, or kUnlimited
+  int32_t right;  // keys visible after the diagonal, or kUnlimited; 0 with causal
   float scale;
   float softcap;       // 0: off
   float dropout_rate;  // 0: off
   bool deterministic;
   int32_t operands;  // bit set of Operand
-  // The paged layouts only.
+  // Used by the paged layouts only.
   PageLayout page_layout = PageLayout::kNhd;
-  int32_t num_splits = 0;  // parts that the keys of a sequence are cut into, 0: the plan's choice
+  int32_t num_splits = 0;  // parts of each sequence's keys; 0: chosen by the plan
   bool batch_invariant = false;
+  int32_t value_dim = 0;  // V is the first so many columns of K; 0: it has pages of its own
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
   JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }
-  // Query rows of all sequences in one dimension.
+  // Whether the query rows of all sequences share one dimension.
   JF_HD bool packed() const { return layout == Layout::kVarlen || layout == Layout::kPagedVarlen; }
 };
 
 struct AppendSpec {
   PageLayout page_layout;
-  bool interleaved;  // rotary pairs are neighbouring features
+  bool interleaved;  // rotary pairs are adjacent features
   int32_t operands;  // bit set of AppendOperand
 
   JF_HD bool has(AppendOperand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }

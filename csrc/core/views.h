@@ -1,5 +1,5 @@
-// Strided views of the operands: any number of leading batch dimensions, then dimensions known by their
-// meaning.
+// Strided views of the operands: any number of leading batch dimensions, then dimensions that are named by
+// their meaning.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace jax_flash {
 
-// Neighbouring leading dimensions that every operand treats alike are merged first, so few are ever left.
+// Adjacent leading dimensions of which each operand has both or broadcasts both are merged first, so that
+// few remain.
 inline constexpr int kMaxLeading = 8;
 
 // The leading dimensions L of a call, shared by all its operands.
@@ -40,7 +41,7 @@ struct View {
   JF_HD int64_t leading_offset(const Leading& dims, int64_t flat) const {
     int64_t offset = 0;
 #if defined(__CUDA_ARCH__)
-#pragma unroll 1  // eight divisions each time would fill the instruction cache
+#pragma unroll 1  // unrolled, the eight divisions would fill the instruction cache
 #endif
     for (int i = dims.rank - 1; i > 0; --i) {
       offset += flat % dims.size[i] * leading[i];

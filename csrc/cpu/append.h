@@ -1,4 +1,5 @@
-// append_kv of some KV heads: new keys and values into the pages, keys rotated on the way.
+// append_kv for a range of KV heads: copies new keys and values into the pages and applies the rotary
+// embedding to the keys.
 #pragma once
 
 #include "isa.h"
@@ -12,7 +13,8 @@
 
 namespace jax_flash::JF_ISA {
 
-// One of key and value from one KV head on: where its rows come from and go to.
+// The new rows of keys (or values) from the first of a range of KV heads on, and the pool they are written
+// to.
 struct AppendStream {
   const char* from;  // row 0 of the first sequence
   char* to;          // slot 0 of page 0
@@ -40,7 +42,7 @@ struct AppendHeads {
             scale.head};
   }
 
-  // Rotates the first features of x in place.
+  // Applies the rotary embedding to the first 2 · rotated features of x, in place.
   JF_HD void rotate_row(int32_t position, float* x) const {
     const int32_t row = rotary_row(position, p.positions);
     const float* cos = p.cos.as<const float>() + p.cos.leading_offset(p.leading, leading) + row * p.cos.row;
@@ -51,12 +53,13 @@ struct AppendHeads {
     }
   }
 
-  // Row `from` of new keys or values to its slot.
-  JF_HD void write(const AppendStream& s, int64_t from, PageSlot at, int32_t position, bool turn) const {
+  // Writes row `from` of the new keys or values to its slot; `rotates` is set for keys with a rotary
+  // embedding.
+  JF_HD void write(const AppendStream& s, int64_t from, PageSlot at, int32_t position, bool rotates) const {
     const char* source = s.from + from * size_of(p.dtype);
     char* to = s.to + (at.page * s.pool->batch + at.slot * s.pool->row) * size_of(p.pool_dtype);
-    const bool copy = p.dtype == p.pool_dtype && !turn;
-    if (copy && s.rows->head == s.width && s.pool->head == s.width) {  // all heads side by side
+    const bool copy = p.dtype == p.pool_dtype && !rotates;
+    if (copy && s.rows->head == s.width && s.pool->head == s.width) {  // all heads are contiguous
       __builtin_memcpy(to, source, int64_t{heads} * s.width * size_of(p.dtype));
       return;
     }
@@ -66,16 +69,16 @@ struct AppendHeads {
       if (copy) {
         __builtin_memcpy(slot, row, s.width * size_of(p.dtype));
       } else {
-        convert(s, row, slot, position, turn, s.scales ? s.scales[h * s.scale_stride] : 1.0f);
+        convert(s, row, slot, position, rotates, s.scales ? s.scales[h * s.scale_stride] : 1.0f);
       }
     }
   }
 
-  JF_HD void convert(const AppendStream& s, const char* from, char* to, int32_t position, bool turn,
+  JF_HD void convert(const AppendStream& s, const char* from, char* to, int32_t position, bool rotates,
                      float scale) const {
     alignas(64) float x[kMaxHeadDim];
     load_row(p.dtype, from, s.width, 1.0f, x, round_up(s.width, kLanes));
-    if (turn) {
+    if (rotates) {
       rotate_row(position, x);
       if (p.dtype != p.pool_dtype) round_row(s.width, x);
     }
@@ -85,7 +88,8 @@ struct AppendHeads {
     store_row(p.pool_dtype, to, s.width, x, 1.0f);
   }
 
-  // A rotated key has the dtype of keys before it is quantised.
+  // Rounds a rotated key to the keys' dtype before it is quantised, as apply_rotary followed by append_kv
+  // would.
   JF_HD void round_row(int32_t width, float* x) const {
     alignas(64) char rounded[kMaxHeadDim * 4];
     store_row(p.dtype, rounded, width, x, 1.0f);
@@ -93,7 +97,8 @@ struct AppendHeads {
   }
 };
 
-// Tokens in order: where tables send two of them to one slot, the later stays, whatever the threads do.
+// Writes tokens in order. Where a table sends two of them to one slot, the later one stays, whatever the
+// number of threads.
 static void append(const AppendProblem& p, int64_t leading, int32_t head, int32_t heads) {
   const AppendHeads h{p, leading, head, heads};
   const AppendStream key = h.stream(p.key, p.k_pages, p.k_scale, p.head_dim);

@@ -70,14 +70,15 @@ const Kernels& kernels() {
   return chosen;
 }
 
-// One per thread, kept: fresh pages on each call would cost more than small problems do.
+// Scratch of the calling thread, kept for the thread's lifetime: faulting in fresh pages on each call costs
+// more than small problems do.
 float* scratch() {
   thread_local Floats memory;
   if (!memory) memory = aligned_floats(kScratchFloats);
   return memory.get();
 }
 
-// The parts of few query rows, kept by the thread that makes the call.
+// Memory for the partial outputs of decode, kept by the thread that makes the call.
 float* decode_parts(int64_t floats) {
   thread_local Floats memory;
   thread_local int64_t size = 0;
@@ -85,28 +86,29 @@ float* decode_parts(int64_t floats) {
   return memory.get();
 }
 
-// At most this much memory holds the parts of split sequences; tiles past it run whole, part after part.
-constexpr int64_t kPartFloats = int64_t{1} << 22;
+// Memory for the partial outputs of tiles whose keys are split among threads. Tiles beyond it run on one
+// thread, part after part.
+constexpr int64_t kMaxPartFloats = int64_t{1} << 22;
 
-// Threads worth waking for `multiplies` multiply-adds.
+// The number of threads worth waking for this many multiply-adds.
 int64_t workers_for(double multiplies) {
   constexpr double kPerWorker = 1 << 18;
   return static_cast<int64_t>(std::min(multiplies / kPerWorker, 1e6)) + 1;
 }
 
-constexpr double kCostOfCopying = 4;  // an element, in multiply-adds
+constexpr double kCostOfCopying = 4;  // per element, in multiply-adds
 
 double score_count(const Problem& p) {
   return double(p.leading.count()) * (p.packed() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
 }
 
-// Merges a tile's parts, `size` apart, in their order, and stores what they come to.
-void join_parts(const Problem& p, const RowTile& tile, float* parts, int64_t size) {
+// Merges a tile's partial outputs, `size` floats apart, in order, and stores out and lse.
+void merge_and_store(const Problem& p, const RowTile& tile, float* parts, int64_t size) {
   for (int32_t i = 1; i < tile.parts; ++i) kernels().merge_parts(p, tile, parts, parts + i * size);
   kernels().store_part(p, tile, parts);
 }
 
-// A tile in parts, one after the other.
+// Runs a tile that is split into parts on one thread, part after part.
 void forward_in_parts(const Problem& p, const RowTile& tile) {
   const int64_t size = kernels().part_floats(p, tile);
   const Floats memory = aligned_floats(2 * size);
@@ -119,21 +121,21 @@ void forward_in_parts(const Problem& p, const RowTile& tile) {
   kernels().store_part(p, tile, first);
 }
 
-// The tiles whose parts are items of their own, and the memory of those parts.
-class SpreadTiles {
+// The tiles whose parts are work items of their own, and the memory of their partial outputs.
+class ParallelParts {
  public:
   struct Part {
     int32_t tile, index;
     int64_t offset;
   };
 
-  SpreadTiles(const Problem& p, const RowGrid& grid, const Splits& splits) {
+  ParallelParts(const Problem& p, const RowGrid& grid, const Splits& splits) {
     int64_t floats = 0;
     for (int64_t index = 0; index < grid.size(); ++index) {
       RowTile tile;
-      if (!splits.at(index, tile) || !splits.spread(tile)) continue;
+      if (!splits.at(index, tile) || !splits.is_parallel(tile)) continue;
       const int64_t size = kernels().part_floats(p, tile);
-      if (floats + size * tile.parts > kPartFloats) break;
+      if (floats + size * tile.parts > kMaxPartFloats) break;
       for (int32_t i = 0; i < tile.parts; ++i) {
         parts_.push_back({static_cast<int32_t>(tiles_.size()), i, floats});
         floats += size;
@@ -148,85 +150,88 @@ class SpreadTiles {
   const std::vector<Part>& parts() const { return parts_; }
   float* memory(const Part& part) const { return memory_->get() + part.offset; }
 
-  // The tile at `index` of the grid is among them.
+  // Whether the tile at `index` of the grid is one of them.
   bool has(int64_t index, const Splits& splits, const RowTile& tile) const {
-    return index < end_ && splits.spread(tile);
+    return index < end_ && splits.is_parallel(tile);
   }
 
  private:
   std::vector<RowTile> tiles_;
   std::vector<Part> parts_;
   int64_t end_ = 0;
-  std::optional<KeptFloats> memory_;
+  std::optional<CachedFloats> memory_;
 };
 
-// Tiles [begin, end) of the grid in order, side by side where they share a KV head. Those that were spread
-// are left out.
-void forward_range(const Problem& p, const Splits& splits, const SpreadTiles& spread, int64_t begin,
+// Runs tiles [begin, end) of the grid in order. Tiles that share a KV head run together, so that its keys
+// are packed once. Tiles in `parallel` are skipped.
+void forward_range(const Problem& p, const Splits& splits, const ParallelParts& parallel, int64_t begin,
                    int64_t end) {
-  RowTile run[kMaxRun];
+  RowTile tiles[kMaxQueryTiles];
   int32_t count = 0;
   const auto flush = [&] {
-    if (count > 0) kernels().forward(p, run, count, scratch());
+    if (count > 0) kernels().forward(p, tiles, count, scratch());
     count = 0;
   };
   for (int64_t index = begin; index < end; ++index) {
     RowTile tile;
-    if (!splits.at(index, tile) || spread.has(index, splits, tile)) continue;
+    if (!splits.at(index, tile) || parallel.has(index, splits, tile)) continue;
     if (tile.parts > 1) {
       forward_in_parts(p, tile);
       continue;
     }
-    const bool joins = count > 0 && count < kMaxRun && run[0].leading == tile.leading &&
-                       run[0].sequence.index == tile.sequence.index && run[0].head == tile.head;
+    const bool joins = count > 0 && count < kMaxQueryTiles && tiles[0].leading == tile.leading &&
+                       tiles[0].sequence.index == tile.sequence.index && tiles[0].head == tile.head;
     if (!joins) flush();
-    run[count++] = tile;
+    tiles[count++] = tile;
   }
   flush();
 }
 
-// Ends of contiguous ranges of tiles: long ones first, which pack few keys twice, then ever shorter ones,
-// which even out the threads. Where they lie changes no bit of the result.
+// The ends of contiguous ranges of tiles, each a work item: large ranges first, because a range packs
+// shared keys once, then ever smaller ones, which balance the threads. The ranges do not change any bit of
+// the result.
 std::vector<int64_t> range_ends(const Splits& splits, int64_t size, int64_t threads) {
-  constexpr double kFirst = 1.5, kLast = 64;  // ranges of a thread, were all as long as the first or the last
+  // Ranges per thread if all were as long as the first, or the last.
+  constexpr double kFirst = 1.5, kLast = 64;
   std::vector<int64_t> ends;
   if (size == 0) return ends;
   const double most = static_cast<double>(threads) * kFirst,
                least = 1.0 / (static_cast<double>(threads) * kLast);
   for (double left = 1.0; threads > 1 && left > least;) {
     left -= std::max(left / most, least);
-    const int64_t end = splits.cut(1.0 - left);
+    const int64_t end = splits.first_tile_after(1.0 - left);
     if (end > (ends.empty() ? 0 : ends.back())) ends.push_back(end);
   }
   if (ends.empty() || ends.back() < size) ends.push_back(size);
   return ends;
 }
 
-// Longest first: the parts of tiles that were spread, then the other tiles whole, then what the parts sum up
-// to.
+// Runs the longest items first: the parts of split tiles, then ranges of the other tiles; at the end the
+// partial outputs are merged.
 void run_forward(const Problem& p, const ThreadPool& pool, const RowGrid& grid, const Splits& splits) {
-  const SpreadTiles spread(p, grid, splits);
-  const auto parts = static_cast<int64_t>(spread.parts().size());
+  const ParallelParts parallel(p, grid, splits);
+  const auto parts = static_cast<int64_t>(parallel.parts().size());
   const int64_t workers = workers_for(splits.cost() * (p.head_dim + p.value_dim));
   const std::vector<int64_t> ends = range_ends(splits, grid.size(), std::min(pool.threads, workers));
   parallel_for(pool, parts + static_cast<int64_t>(ends.size()), workers, [&](int64_t item) {
     if (item < parts) {
-      const SpreadTiles::Part& part = spread.parts()[item];
-      kernels().forward_part(p, spread.tiles()[part.tile], part.index, spread.memory(part), scratch());
+      const ParallelParts::Part& part = parallel.parts()[item];
+      kernels().forward_part(p, parallel.tiles()[part.tile], part.index, parallel.memory(part), scratch());
     } else {
       const int64_t range = item - parts;
-      forward_range(p, splits, spread, range > 0 ? ends[range - 1] : 0, ends[range]);
+      forward_range(p, splits, parallel, range > 0 ? ends[range - 1] : 0, ends[range]);
     }
   });
-  parallel_for(pool, static_cast<int64_t>(spread.tiles().size()), workers, [&](int64_t index) {
-    const RowTile& tile = spread.tiles()[index];
-    const auto part = std::find_if(spread.parts().begin(), spread.parts().end(),
+  parallel_for(pool, static_cast<int64_t>(parallel.tiles().size()), workers, [&](int64_t index) {
+    const RowTile& tile = parallel.tiles()[index];
+    const auto part = std::find_if(parallel.parts().begin(), parallel.parts().end(),
                                    [&](const auto& x) { return x.tile == index; });
-    join_parts(p, tile, spread.memory(*part), kernels().part_floats(p, tile));
+    merge_and_store(p, tile, parallel.memory(*part), kernels().part_floats(p, tile));
   });
 }
 
-// Tiles whose parts are items; whoever finishes the last part of one merges them, in their order.
+// Runs the parts of decode tiles as work items. The thread that finishes the last part of a tile merges all
+// of them, in order.
 void run_decode(const Problem& p, const ThreadPool& pool, const DecodePlan& plan) {
   float* memory = decode_parts(plan.part_floats());
   std::vector<std::atomic<int32_t>> unfinished(plan.tiles().size());
@@ -240,17 +245,19 @@ void run_decode(const Problem& p, const ThreadPool& pool, const DecodePlan& plan
     float* parts = memory + tile.offset;
     kernels().forward_part(p, rows, item.part, parts + item.part * tile.part_floats, scratch());
     if (--unfinished[item.tile] > 0) return;
-    join_parts(p, rows, parts, tile.part_floats);
+    merge_and_store(p, rows, parts, tile.part_floats);
   });
 }
 
-// At most this much memory is shared by the backward's items, but for what one query head needs.
-constexpr int64_t kSharedFloats = int64_t{1} << 23;
+// Limit on the memory that the backward's work items share. One query head in progress is always allowed,
+// whatever it needs.
+constexpr int64_t kMaxSharedFloats = int64_t{1} << 23;
 
-// As many query heads in progress as there are threads, each with its operands packed and its dQ.
+// Keeps as many query heads in progress as there are threads, each with its packed operands and its dQ
+// accumulator.
 void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool) {
   const KeyGrid grid(p, starts, kernels().gradient_n);
-  // One at least: what has no rows is filled by an item too.
+  // At least one tile, whose work item zeros the gradients of a sequence without rows.
   const auto tiles = [&](const std::vector<int32_t>& starts_of, int32_t rows, int32_t tile) {
     return std::max<int64_t>(1, ceil_div(p.packed() ? Starts::longest(starts_of) : rows, tile));
   };
@@ -258,35 +265,35 @@ void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool
   const int64_t key_tiles = tiles(starts.k, p.k_rows, kernels().gradient_n);
   const int64_t query_floats = query_tiles * kernels().query_tile_floats(p);
   const int64_t width =
-      std::max<int64_t>(1, std::min({grid.units(), kSharedFloats / query_floats, pool.threads}));
-  // KV heads in progress with them
+      std::max<int64_t>(1, std::min({grid.units(), kMaxSharedFloats / query_floats, pool.threads}));
+  // KV heads that the query heads in progress can belong to.
   const int64_t key_slots = grid.group() == 1 ? 0 : (width - 1) / grid.group() + 2;
   const int64_t key_floats = key_tiles * kernels().key_tile_floats(p);
-  const KeptFloats memory(width * query_floats + key_slots * key_floats);
+  const CachedFloats memory(width * query_floats + key_slots * key_floats);
   int32_t abandoned = 0;
   Slots queries(width, query_floats, query_tiles, memory.get(), &abandoned);
   Slots keys(key_slots, key_floats, key_tiles, memory.get() + width * query_floats, &abandoned);
 
-  const std::vector<KeyGrid::Item> items = grid.in_order(width);
+  const std::vector<KeyGrid::Item> items = grid.schedule(width);
   const double multiplies = score_count(p) * (p.head_dim + p.value_dim);
   parallel_for(pool, static_cast<int64_t>(items.size()), workers_for(multiplies), [&](int64_t index) {
     const KeyGrid::Item item = items[index];
     const int64_t kv = item.unit / grid.group();
     const int32_t of_unit = grid.items(item.unit);
     try {
-      SharedGradients shared{queries.enter(item.unit), queries.progress(item.unit)};
-      if (key_slots > 0) shared.keys = keys.enter(kv), shared.key_progress = keys.progress(kv);
+      SharedGradients shared{queries.acquire(item.unit), queries.progress(item.unit)};
+      if (key_slots > 0) shared.keys = keys.acquire(kv), shared.key_progress = keys.progress(kv);
       kernels().backward(p, grid.at(item), shared, scratch());
     } catch (...) {
-      __atomic_store_n(&abandoned, 1, __ATOMIC_RELEASE);  // nobody may wait for it
+      __atomic_store_n(&abandoned, 1, __ATOMIC_RELEASE);  // releases the threads that wait for this item
       throw;
     }
-    queries.leave(item.unit, of_unit);
-    if (key_slots > 0) keys.leave(kv, of_unit * grid.group());
+    queries.release(item.unit, of_unit);
+    if (key_slots > 0) keys.release(kv, of_unit * grid.group());
   });
 }
 
-// Rows of a packed operand that lie in no sequence.
+// Calls fill(leading, begin, end) for the rows of a packed operand that belong to no sequence.
 template <class Fill>
 void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
   if (!p.packed()) return;
@@ -313,7 +320,7 @@ void cpu_forward(const Problem& p, const ThreadPool& pool) {
   const DecodePlan decode(p, starts, kernels());
   run_decode(p, pool, decode);
   const RowGrid grid(p, starts, Side::kGroups, kernels().tile_m);
-  if (!decode.all()) run_forward(p, pool, grid, Splits(p, grid));
+  if (!decode.covers_all_rows()) run_forward(p, pool, grid, Splits(p, grid));
   outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.out, l, begin, end);
     for (int32_t h = 0; h < p.heads; ++h) {
@@ -343,7 +350,7 @@ void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
 void cpu_append(const AppendProblem& p, const ThreadPool& pool) {
   const double copied = double(p.leading.count()) * p.kv_heads * p.rows * (p.packed() ? 1 : p.batch) *
                         (p.head_dim + p.value_dim);
-  // Whatever heads go together, what is written is the same.
+  // How heads are grouped into items does not change what is written.
   const int64_t workers = workers_for(copied * kCostOfCopying);
   const int64_t most = ceil_div(p.kv_heads, std::max<int64_t>(std::min(pool.threads, workers), 1));
   const int64_t ranges = most > 0 ? ceil_div(p.kv_heads, most) : 0;

@@ -1,6 +1,7 @@
-// Backward in one pass of five products: an item is a tile of keys at one query head, with dK and dV in
-// scratch, and walks the queries that see it. dQ takes the parts of the tiles of keys in their order, dK and
-// dV those of the query heads in theirs, so that the bits depend on no thread.
+// Backward in one pass of five products (S, dP, dV, dK, dQ). A work item is a tile of keys at one query
+// head: it accumulates dK and dV in scratch while it loops over the query tiles that see its keys. Tiles of
+// keys add to dQ in ascending order, and query heads add to dK and dV in ascending order, so that the
+// result does not depend on the threads.
 #pragma once
 
 #include "gradient.h"
@@ -8,7 +9,7 @@
 
 namespace jax_flash::JF_ISA {
 
-// rows [begin, end) of a gradient: factor * x up to `valid`, zeros after it.
+// Stores rows [begin, end) of a gradient: factor * x below `valid`, zeros from there on.
 static void store_gradient(const Rows& rows, int32_t begin, int32_t end, int32_t valid, const float* x,
                            float factor) {
   alignas(64) static constexpr float kZeros[kMaxHeadDim] = {};
@@ -18,12 +19,12 @@ static void store_gradient(const Rows& rows, int32_t begin, int32_t end, int32_t
   }
 }
 
-// The operands of a tile of keys that stay while it walks the queries, and scratch.
+// The operands that stay packed while a tile of keys loops over the queries, its accumulators and scratch.
 struct KeyTile {
   int32_t begin, n, index;
-  Word *k_panels, *v_panels;  // transposed packs
-  Word* k_columns;
-  float *dk, *dv;  // [kGradientN, padded]
+  Word *k_panels, *v_panels;  // Kᵀ and Vᵀ as operand B of Q Kᵀ and dO Vᵀ
+  Word* k_columns;            // K as operand B of dS K
+  float *dk, *dv;             // [kGradientN, padded(d)], [kGradientN, padded(dv)]
   GradientTile gradient;
 };
 
@@ -64,7 +65,7 @@ static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& 
   const int32_t n = round_up(keys.n, kPanel) / E::kPair;
   for (int32_t c = 0; c < ld; c += kPanel) {
     for (int32_t b = 0; b < q.blocks; ++b) {
-      const int32_t lo = used[b].lo / E::kPair, hi = min(used[b].hi / E::kPair, n);  // no more is packed
+      const int32_t lo = used[b].lo / E::kPair, hi = min(used[b].hi / E::kPair, n);  // K has n words
       if (lo >= hi) continue;
       const int32_t r = b * kBlockRows;
       multiply_words<E, Start::kAccumulate, false>(
@@ -73,7 +74,9 @@ static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& 
   }
 }
 
-// Walks the queries from their last tile to the first, so that the next tile of keys can follow close behind.
+// Loops over the query tiles in descending order: with causal every tile of keys then starts at the same
+// query tile, and the next tile of keys follows one query tile behind. The progress of a query tile is 1
+// once it is packed, and 2 + k once its k-th tile of keys has added to dQ.
 template <class E>
 static void walk_queries(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
   const Problem& p = head.problem;
@@ -84,14 +87,14 @@ static void walk_queries(const Head& head, const KeyTile& keys, const SharedGrad
   for (int32_t tile = (rows.hi - 1) / kGradientM; tile >= rows.lo / kGradientM; --tile) {
     const int32_t i0 = tile * kGradientM, i1 = min(i0 + kGradientM, head.band.q_len);
     const Interval seen = head.band.rows(i0, i1);
-    const int32_t first = seen.lo / kGradientN, last = (seen.hi - 1) / kGradientN, turn = keys.index - first;
+    const int32_t first = seen.lo / kGradientN, last = (seen.hi - 1) / kGradientN, order = keys.index - first;
     const QueryTile q = query_tile<E>(head, i0, i1, shared.queries + tile * floats_of_query_tile<E>(p));
-    if (turn == 0) {
+    if (order == 0) {
       pack_queries<E>(head, q, true);
       fill(q.dq, q.count * padded(p.head_dim), 0.0f);
-      progress.reach(tile, 1);
+      progress.signal(tile, 1);
     } else {
-      progress.await(tile, 1);
+      progress.wait(tile, 1);
     }
     Columns used[kGradientBlocks];
     const bool any = used_panels(head.band, q, keys.begin, keys.n, used);
@@ -99,14 +102,14 @@ static void walk_queries(const Head& head, const KeyTile& keys, const SharedGrad
       tile_gradient<E>(head, q, keys.k_panels, keys.v_panels, keys.begin, keys.n, used, true, keys.gradient);
       add_to_keys<E>(head, q, keys);
     }
-    progress.await(tile, 1 + turn);
+    progress.wait(tile, 1 + order);
     if (any) add_to_queries<E>(head, q, keys, used);
     if (keys.index == last) store_gradient(dquery, i0, i1, i1, q.dq, p.spec.scale);
-    progress.reach(tile, 2 + turn);
+    progress.signal(tile, 2 + order);
   }
 }
 
-// dQ of the rows that see no key, and of those past the sequence's length.
+// Zeros dQ of the rows that see no key and of those past the sequence's length.
 static void zero_queries(const Head& head) {
   const Problem& p = head.problem;
   const Rows dquery = head.rows(p.dquery, p.head_dim, head.sequence.q_begin, head.head);
@@ -122,13 +125,14 @@ static int64_t key_tile_floats(const Problem& p) {
   return int64_t{kGradientN} * (padded(p.head_dim) + padded(p.value_dim));
 }
 
-// dK and dV += those of the query heads before; false: heads to come add theirs.
+// Adds the dK and dV of the group's earlier query heads to this one's. Returns false while later heads of
+// the group are still to add theirs.
 static bool sum_over_heads(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
   const Problem& p = head.problem;
   const int32_t group = p.heads / p.kv_heads, g = head.head % group;
   if (group == 1) return true;
   const Progress& progress = shared.key_progress;
-  progress.await(keys.index, g);
+  progress.wait(keys.index, g);
   const auto add = [&](float* sum, float* own, int32_t count) {
     for (int32_t c = 0; c < count; c += kLanes) {
       const Float x = g == 0 ? load(own + c) : load(own + c) + load(sum + c);
@@ -139,7 +143,7 @@ static bool sum_over_heads(const Head& head, const KeyTile& keys, const SharedGr
   float* sum = shared.keys + keys.index * key_tile_floats(p);
   add(sum, keys.dk, keys.n * ld);
   add(sum + kGradientN * ld, keys.dv, keys.n * ldv);
-  progress.reach(keys.index, g + 1);
+  progress.signal(keys.index, g + 1);
   return g + 1 == group;
 }
 
@@ -164,7 +168,7 @@ static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
   if (!head.band.queries(keys.begin, keys.begin + keys.n).empty()) {
     pack_keys<E>(head, keys.begin, keys.n, keys.k_panels, keys.v_panels);
     const char* at[kGradientN] = {};
-    head.key.find(keys.begin, keys.n, at);
+    head.key.addresses(keys.begin, keys.n, at);
     Rows key = head.key;
     key.missing = 0.0f;
     pack_columns<E>(at, round_up(keys.n, kPanel), key, keys.k_columns);
@@ -179,7 +183,7 @@ static void backward_as(const Problem& p, const RowTile& tile, const SharedGradi
   if (keys.index == 0) zero_queries(head);
   walk_queries<E>(head, keys, shared);
   if (!sum_over_heads(head, keys, shared)) return;
-  const float factor = __builtin_fabsf(p.spec.scale);  // the queries carry its sign
+  const float factor = __builtin_fabsf(p.spec.scale);  // the packed queries carry the sign of the scale
   const int32_t h = p.kv_head(tile.head);
   store_gradient(head.rows(p.dkey, p.head_dim, tile.sequence.k_begin, h), tile.begin, tile.end,
                  head.band.k_len, keys.dk, factor);
@@ -189,14 +193,14 @@ static void backward_as(const Problem& p, const RowTile& tile, const SharedGradi
 
 static void backward(const Problem& p, const RowTile& tile, const SharedGradients& shared, float* memory) {
 #if defined(__AVX512BF16__)
-  if (takes_pairs(p)) return backward_as<BF16>(p, tile, shared, memory);
+  if (uses_bf16_pairs(p)) return backward_as<BF16>(p, tile, shared, memory);
 #endif
   backward_as<F32>(p, tile, shared, memory);
 }
 
 static int64_t query_tile_floats(const Problem& p) {
 #if defined(__AVX512BF16__)
-  if (takes_pairs(p)) return floats_of_query_tile<BF16>(p);
+  if (uses_bf16_pairs(p)) return floats_of_query_tile<BF16>(p);
 #endif
   return floats_of_query_tile<F32>(p);
 }

@@ -1,5 +1,5 @@
-// dbias: dS summed over what the bias is broadcast over. Each tile of dbias is one item, so nothing is
-// shared.
+// dbias: dS summed over the axes along which the bias is broadcast. Each tile of dbias is one work item, so
+// that items share nothing.
 #pragma once
 
 #include "gradient.h"
@@ -7,16 +7,17 @@
 
 namespace jax_flash::JF_ISA {
 
-// Scratch of one item, and its sum [rows, kGradientN].
+// Scratch of one work item and its accumulator, sum [rows, kGradientN].
 struct BiasScratch {
   QueryTile queries;
-  float* memory;  // of the queries
+  float* memory;  // backs `queries`
   GradientTile gradient;
   Word *k_panels, *v_panels;
   float* sum;
 };
 
-// sum[r or 0, c or 0] += dS[r, c] over the columns that each block of rows uses.
+// sum[r or 0, c or 0] += dS[r, c] over the columns that each block of rows sees; 0 where dbias has one row,
+// or one column.
 static void add_tile(const BiasScratch& t, const Columns* used, bool one_row, bool one_column, float* sum) {
   for (int32_t r = 0; r < t.queries.count; ++r) {
     const Columns block = used[r / kBlockRows];
@@ -34,17 +35,17 @@ static void add_tile(const BiasScratch& t, const Columns* used, bool one_row, bo
   }
 }
 
-// Adds the dS of one head over these rows and columns.
+// Adds dS of one head over these rows and columns.
 template <class E>
 static void add_head(const Head& head, Interval rows, Interval columns, BiasScratch& t) {
   const Problem& p = head.problem;
   const bool one_row = p.dbias_rows == 1, one_column = p.dbias_columns == 1;
   for (int32_t j0 = columns.lo; j0 < columns.hi; j0 += kGradientN) {
     const int32_t n = min(min(columns.hi, head.band.k_len) - j0, kGradientN);
-    const Interval see = intersect(head.band.queries(j0, j0 + n), rows);
-    if (see.empty()) continue;
+    const Interval seen = intersect(head.band.queries(j0, j0 + n), rows);
+    if (seen.empty()) continue;
     pack_keys<E>(head, j0, n, t.k_panels, t.v_panels);
-    for (int32_t i0 = see.lo - (see.lo - rows.lo) % kGradientM; i0 < see.hi; i0 += kGradientM) {
+    for (int32_t i0 = seen.lo - (seen.lo - rows.lo) % kGradientM; i0 < seen.hi; i0 += kGradientM) {
       t.queries = query_tile<E>(head, i0, min(rows.hi, i0 + kGradientM), t.memory);
       Columns used[kGradientBlocks];
       if (!used_panels(head.band, t.queries, j0, n, used)) continue;
@@ -90,7 +91,7 @@ static void bias_gradient_as(const Problem& p, const BiasTile& tile, float* memo
 
 static void bias_gradient(const Problem& p, const BiasTile& tile, float* memory) {
 #if defined(__AVX512BF16__)
-  if (takes_pairs(p)) return bias_gradient_as<BF16>(p, tile, memory);
+  if (uses_bf16_pairs(p)) return bias_gradient_as<BF16>(p, tile, memory);
 #endif
   bias_gradient_as<F32>(p, tile, memory);
 }

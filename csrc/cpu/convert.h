@@ -1,4 +1,5 @@
-// Rows of f16, bf16, f32 or float8 in memory to and from float32. Never touches memory outside the row.
+// Converts rows of f16, bf16, f32 or float8_e4m3fn to and from float32. Never touches memory outside the
+// row.
 #pragma once
 
 #include "isa.h"
@@ -14,7 +15,8 @@ JF_INLINE constexpr int64_t size_of(DType dtype) {
   return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2;
 }
 
-// Denormals go through a subtraction of normal numbers: XLA's threads may flush denormal operands to zero.
+// The value of a denormal comes from subtracting normal numbers, because XLA's threads may flush denormal
+// operands to zero.
 JF_INLINE Float widen_f16(UInt h) {
   const UInt sign = (h & 0x8000u) << 16, magnitude = (h & 0x7FFFu) << 13;
   const Float denormal = reinterpret_cast<Float>(magnitude + 0x38800000u) - 6.103515625e-05f;
@@ -23,26 +25,32 @@ JF_INLINE Float widen_f16(UInt h) {
   return reinterpret_cast<Float>(bits | sign);
 }
 
+// The bits of |x| with kShift fewer mantissa bits and another exponent bias, rounded to nearest, ties to
+// even. Normal numbers begin at the float32 bits `smallest_normal`. Below them the sum with `denormal_step`,
+// whose last place is the step of the new denormals, rounds to their multiples.
+template <int kShift>
+JF_INLINE UInt round_magnitude(UInt magnitude, uint32_t rebias, uint32_t smallest_normal,
+                               float denormal_step) {
+  const Float shifted = reinterpret_cast<Float>(magnitude) + denormal_step;
+  const UInt denormal = reinterpret_cast<UInt>(shifted) - __builtin_bit_cast(uint32_t, denormal_step);
+  constexpr uint32_t kBelowHalf = (1u << (kShift - 1)) - 1;
+  const UInt normal = (magnitude - rebias + kBelowHalf + (magnitude >> kShift & 1u)) >> kShift;
+  return magnitude < smallest_normal ? denormal : normal;
+}
+
 JF_INLINE UInt narrow_f16(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  // Below 2^-14 the sum with 1/2 rounds to multiples of 2^-24, f16's denormal step.
-  const Float half = reinterpret_cast<Float>(magnitude) + 0.5f;
-  const UInt denormal = reinterpret_cast<UInt>(half) - 0x3F000000u;
-  const UInt normal = (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
-  UInt h = magnitude < 0x38800000u ? denormal : normal;
-  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;  // rounds past 65504
+  UInt h = round_magnitude<13>(magnitude, 0x38000000u, 0x38800000u, 0.5f);  // denormals in steps of 2^-24
+  h = magnitude >= 0x477FF000u ? UInt{} + 0x7C00u : h;                      // rounds past 65504
   h = magnitude > 0x7F800000u ? UInt{} + 0x7E00u : h;
   return h | sign;
 }
 
-// The lanes of float_to_float8 (core/float8.h).
+// float_to_float8 of core/float8.h, lane by lane.
 JF_INLINE UInt narrow_float8(Float x) {
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
-  const Float shifted = reinterpret_cast<Float>(magnitude) + 16384.0f;
-  const UInt denormal = reinterpret_cast<UInt>(shifted) - 0x46800000u;
-  const UInt normal = (magnitude - 0x3C000000u + 0x7FFFFu + (magnitude >> 20 & 1u)) >> 20;
-  UInt y = magnitude < 0x3C800000u ? denormal : normal;
-  y = magnitude > 0x43E00000u ? UInt{} + 0x7Eu : y;  // 448
+  UInt y = round_magnitude<20>(magnitude, 0x3C000000u, 0x3C800000u, 16384.0f);  // denormals in steps of 2^-9
+  y = magnitude > 0x43E00000u ? UInt{} + 0x7Eu : y;                             // 448
   y = magnitude > 0x7F800000u ? UInt{} + 0x7Fu : y;
   return y | sign;
 }
@@ -61,7 +69,8 @@ JF_INLINE UInt load_halves(const void* row, int32_t i) {
       UInt);
 }
 
-// kLanes of f16. The conversion instructions heed no flags on the f16 side, so f16's denormals are kept.
+// Converts kLanes of f16. The conversion instructions ignore the denormals-are-zero flag for f16, so that
+// f16 denormals are exact.
 JF_INLINE Float widen_halves(Half h) {
 #if defined(__AVX512F__)
   return (Float)_mm512_cvtph_ps((__m256i)h);
@@ -72,7 +81,8 @@ JF_INLINE Float widen_halves(Half h) {
 #endif
 }
 
-// float8 is f16 with the exponent's bias 8 higher and fewer bits of mantissa, NaN apart.
+// float8_e4m3fn is f16 with an exponent bias of 7 instead of 15 and a shorter mantissa, except for NaN:
+// widened to f16 it is 2⁸ times too small.
 JF_INLINE Float widen_float8(Bytes x) {
   const Half wide = __builtin_convertvector(x, Half), magnitude = (wide & 0x7F) << 7;
   const Half h = magnitude == 0x3F80 ? Half{} + 0x7E00 : magnitude;
@@ -141,7 +151,7 @@ static void store_row_as(void* row, int32_t n, const float* from, float factor) 
   }
 }
 
-// to[0, n) = factor * row, zeros up to `padded` (a multiple of kLanes, at least n).
+// to[0, n) = factor * row; zeros from there up to `padded`, a multiple of kLanes and at least n.
 JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, float* to, int32_t padded) {
   switch (dtype) {
     case DType::kF16:

@@ -1,5 +1,5 @@
-// Forward of few query rows: keys and values stream through once, all KV heads of a token together, so that
-// memory is read in the order in which it lies.
+// Forward for decode (up to kDecodeRows rows per KV head): keys and values are read once, all KV heads of a
+// token together, in the order in which they lie in memory.
 #pragma once
 
 #include "product.h"
@@ -7,14 +7,14 @@
 
 namespace jax_flash::JF_ISA {
 
-inline constexpr int32_t kDecodeKeys = 64;  // keys of a tile
-inline constexpr int32_t kStepKeys = 2;     // that a microkernel takes at once: what they span stays in L1
-inline constexpr int32_t kAheadBytes = 12 << 10;  // what is prefetched lies this far ahead,
-inline constexpr int32_t kFarBytes = 80 << 10;    // and one line of each page of memory this far
+inline constexpr int32_t kDecodeKeys = 64;        // keys of a tile
+inline constexpr int32_t kStepKeys = 2;           // keys per microkernel call; at all heads they fit into L1
+inline constexpr int32_t kAheadBytes = 12 << 10;  // distance of the prefetch of every cache line
+inline constexpr int32_t kPageAheadBytes = 80 << 10;  // distance of the prefetch of one line per memory page
 inline constexpr int32_t kPageBytes = 4 << 10;
 static_assert(kDecodeKeys % kLanes == 0);
 
-// Sums of the lanes of each of kLanes vectors.
+// Lane i of the result is the sum of the lanes of x[i].
 template <int kStep = kLanes / 2, int... lane>
 JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...> lanes) {
 #pragma GCC unroll 8
@@ -27,7 +27,7 @@ JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...
   return x[0];
 }
 
-// S[g][0, 2) = factor q[g] · k[0, 2) for kRows rows of queries, row g of S kDecodeKeys after row g - 1.
+// S[g][0, 2) = factor q[g] · k[0, 2) for kRows query rows; the rows of S are kDecodeKeys apart.
 template <class E, DType dtype, int kRows>
 JF_INLINE void score_step(const char* const* at, float factor, const Word* q, int32_t width, float* s) {
   const char* const k[kStepKeys] = {at[0], at[1]};
@@ -54,7 +54,7 @@ JF_INLINE void score_step(const char* const* at, float factor, const Word* q, in
 // o[g] += p[g][0, 2) v[0, 2)
 template <class E, DType dtype, int kRows>
 JF_INLINE void value_step(const char* const* at, const Word* p, int32_t width, float* o) {
-  constexpr int kWords = kStepKeys / E::kPair, kVectors = E::kPair;  // pairs come as panels
+  constexpr int kWords = kStepKeys / E::kPair, kVectors = E::kPair;  // pairs load as panels
   const char* const v[kStepKeys] = {at[0], at[1]};
   const int32_t ld = padded(width);
   UInt weight[kRows * kWords];
@@ -87,8 +87,8 @@ JF_INLINE void value_step(const char* const* at, const Word* p, int32_t width, f
 
 enum class Step { kScores, kValues };
 
-// All rows of one KV head: x is q or p, y is S or o. The sums of kStepKeys keys and kRows rows fill one
-// vector.
+// All query rows of one KV head; x is q or P, and y is S or O. kStepKeys keys and kRows rows make as many
+// sums as one vector has lanes.
 template <class E, Step step, DType dtype, int kRows = kLanes / kStepKeys>
 JF_INLINE void rows_step(const char* const* at, float factor, int32_t rows, const Word* x, int32_t width,
                          float* y) {
@@ -106,15 +106,15 @@ JF_INLINE void rows_step(const char* const* at, float factor, int32_t rows, cons
   }
 }
 
-// Keys or values of all KV heads of a tile of query rows, in the order in which they lie.
+// The keys or values of all KV heads of a tile, read in the order in which they lie in memory.
 struct DecodeStream {
   Rows rows;  // at the first KV head
   int64_t head_bytes;
-  int32_t heads, ahead, far;        // ahead, far: keys
-  int32_t key_bytes, key_lines;     // of a key at all heads, which lie side by side
-  const char* missing;              // a row of what a page outside the pool stands for
-  const char* at[3 * kDecodeKeys];  // addresses of keys of the sequence,
-  int32_t known;                    // this many of them
+  int32_t heads, ahead, page_ahead;  // ahead, page_ahead: prefetch distances in keys
+  int32_t key_bytes, key_lines;      // of one key at all heads, which are contiguous
+  const char* missing;               // the row that stands for a key on a page outside the pool
+  const char* at[3 * kDecodeKeys];   // addresses of the next keys of the sequence,
+  int32_t addressed;                 // of which this many are set
 
   DecodeStream(const Rows& first, int64_t stride, int32_t count, const char* row)
       : rows(first), heads(count), missing(row) {
@@ -122,24 +122,24 @@ struct DecodeStream {
     key_bytes = static_cast<int32_t>(count * rows.width * size_of(rows.dtype));
     key_lines = (key_bytes + kLineBytes - 1) / kLineBytes;
     ahead = max(kStepKeys, min(kAheadBytes / key_bytes, kDecodeKeys));
-    far = min(kFarBytes / key_bytes, kDecodeKeys);
+    page_ahead = min(kPageAheadBytes / key_bytes, kDecodeKeys);
   }
 
   void start(int32_t j0, int32_t end) {
-    known = min(end - j0, kDecodeKeys + ahead + far);
-    rows.find(j0, known, at);
+    addressed = min(end - j0, kDecodeKeys + ahead + page_ahead);
+    rows.addresses(j0, addressed, at);
   }
 
-  // Of the pages of memory that begin with the key, or in it, one line each: a page's first access waits for
-  // its translation, and only then does the machine's own prefetching start on it.
-  JF_HD void open_pages(int32_t key) const {
-    if (key >= known || !at[key]) return;
+  // Prefetches one line of each memory page that begins at or within this key. The first access to a page
+  // waits for its address translation, and the hardware prefetcher starts on the page only after it.
+  JF_HD void prefetch_pages(int32_t key) const {
+    if (key >= addressed || !at[key]) return;
     if (reinterpret_cast<uintptr_t>(at[key]) % kPageBytes >= static_cast<uint32_t>(key_bytes)) return;
     for (int32_t b = 0; b < key_bytes; b += kPageBytes) __builtin_prefetch(at[key] + b, 0, 2);
   }
 
-  // Rows of keys [r, r + 2) of the tile, of `n`, at KV head x; what is past them has zeros.
-  JF_HD void find(int32_t r, int32_t n, int32_t x, const char** to) const {
+  // Addresses of keys r and r + 1 of the tile's n at KV head x; rows of zeros from key n on.
+  JF_HD void addresses(int32_t r, int32_t n, int32_t x, const char** to) const {
     alignas(64) static constexpr char kZeros[kMaxHeadDim * 4] = {};
 #pragma GCC unroll 8
     for (int32_t i = 0; i < kStepKeys; ++i) {
@@ -148,10 +148,10 @@ struct DecodeStream {
   }
 };
 
-// Where a stream's prefetching stands.
+// The position of a stream's software prefetch.
 struct Prefetcher {
   const DecodeStream& stream;
-  int32_t key;  // the next
+  int32_t key;  // the key that is prefetched next
   int32_t end;
   int32_t left = 0;
   const char* next = nullptr;
@@ -160,7 +160,7 @@ struct Prefetcher {
     while (lines > 0) {
       if (left == 0) {
         if (key >= end) return;
-        stream.open_pages(key + stream.far);
+        stream.prefetch_pages(key + stream.page_ahead);
         next = stream.at[key++];
         left = stream.key_lines;
       }
@@ -180,7 +180,8 @@ struct Prefetcher {
   }
 };
 
-// What a page outside the pool stands for: all bits set are NaN in every dtype; values of 0 leave that alone.
+// The rows that stand for a page outside the pool. Keys have all bits set, which is NaN in every dtype;
+// values are 0 and leave that NaN as it is.
 struct MissingRows {
   char key[kMaxHeadDim * 4], value[kMaxHeadDim * 4];
 
@@ -190,12 +191,12 @@ struct MissingRows {
 };
 alignas(64) inline constexpr MissingRows kMissingRows;
 
-// The rows of a few positions at consecutive query heads, in the order of RowTile: those of a position and KV
-// head lie side by side.
+// The rows of a few positions at consecutive query heads, in RowTile's order: the rows of one position and
+// KV head are adjacent.
 template <class E>
-class FewRows {
+class DecodeLoop {
  public:
-  FewRows(const Problem& p, const RowTile* tile, int32_t, float* memory)
+  DecodeLoop(const Problem& p, const RowTile* tile, int32_t, float* memory)
       : problem_(p), head_(p, tile->leading, tile->sequence, tile->head), tile_(*tile), rows_(tile->rows()) {
     group_ = p.heads / p.kv_heads;
     Scratch scratch{memory};
@@ -220,19 +221,20 @@ class FewRows {
     for (int32_t j0 = keys.lo; j0 < keys.hi; j0 += kDecodeKeys) {
       const KeyRange range{intersect(keys, {j0, j0 + kDecodeKeys}), j0};
       const int32_t n = range.keys.size();
-      const bool cold = j0 == keys.lo;  // nothing was prefetched yet
+      const bool cold = j0 == keys.lo;  // no earlier tile has prefetched these keys
       key.start(j0, keys.hi);
       multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
       BlockColumns block;
       block.used = {0, n};
-      SoftmaxShift by;
+      SoftmaxShift shifts;
       const auto row = [&](int32_t r) { return Row{tile_.position(r), tile_.head_of(r)}; };
       for (int32_t r = 0; r < rows_; ++r) {
-        softmax_maximum(head_, row(r), range, block, s_ + r * kDecodeKeys, broadcast(kNegInf), state_, by, r);
+        softmax_maximum(head_, row(r), range, block, s_ + r * kDecodeKeys, broadcast(kNegInf), state_, shifts,
+                        r);
       }
-      softmax_rescale<E>(rows_, by, state_);
+      softmax_rescale<E>(rows_, shifts, state_);
       for (int32_t r = 0; r < rows_; ++r) {
-        softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, by.shift[r], state_, r);
+        softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, shifts.shift[r], state_, r);
         rescale(r, state_.alpha[r]);
       }
       value.start(j0, keys.hi);
@@ -255,7 +257,7 @@ class FewRows {
     for (int32_t c = r * ld; c < (r + 1) * ld; c += kLanes) store(o_ + c, load(o_ + c) * alpha);
   }
 
-  // What float8 keys or values of the tile's KV head x stand for: stored · scale.
+  // The scale of float8 keys or values at the tile's KV head x (value = stored · scale).
   float scale_of(const View& scale, int32_t x) const {
     return scale ? head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head) : 1.0f;
   }
@@ -286,20 +288,21 @@ class FewRows {
     multiply_as<step, dtype, true>(stream, cold, n);
   }
 
-  // The tile's n keys at all KV heads, straight from memory or (`widened`) by way of float32.
+  // Multiplies the tile's n keys at all KV heads, straight from memory or, if `widened`, from a float32
+  // copy whose width is a multiple of the vector.
   template <Step step, DType dtype, bool widened>
   void multiply_as(const DecodeStream& stream, bool cold, int32_t n) {
     const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;
     const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
     constexpr DType from = widened ? DType::kF32 : dtype;
     alignas(64) float wide[widened ? kStepKeys * kMaxHeadDim : 1];
-    Prefetcher ahead{stream, cold ? 0 : stream.ahead, min(stream.known, kDecodeKeys + stream.ahead)};
+    Prefetcher ahead{stream, cold ? 0 : stream.ahead, min(stream.addressed, kDecodeKeys + stream.ahead)};
     if (cold) ahead.run(stream.ahead * stream.key_lines);
     for (int32_t r = 0; r < n; r += kStepKeys) {
       for (int32_t x = 0; x < stream.heads; ++x) {
         const char* at[kStepKeys];
         ahead.run(lines);
-        stream.find(r, n, x, at);
+        stream.addresses(r, n, x, at);
         const float factor = step == Step::kScores ? scale_of(problem_.k_scale, x) : 1.0f;
         if constexpr (widened) {
           for (int32_t i = 0; i < kStepKeys; ++i) {

@@ -1,5 +1,6 @@
-// How the keys of sequences with few query rows (decode.h) are cut into items. Depends on the problem alone:
-// parts merged in order by one thread or by many give the same bits.
+// How decode (decode.h) splits the keys of each sequence into work items. The split depends on the problem
+// alone, and parts are merged in order, so that the number of threads does not change any bit of the
+// result.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ class DecodePlan {
  public:
   struct Tile {
     RowTile rows;
-    int64_t offset, part_floats;  // of its parts in memory
+    int64_t offset, part_floats;  // of the tile's partial outputs, in floats
   };
 
   struct Item {
@@ -32,17 +33,17 @@ class DecodePlan {
     cut(kernels);
   }
 
-  // No row is left for the general path.
-  bool all() const { return others_ == 0; }
+  // Whether decode computes every query row, so that nothing is left for forward.h.
+  bool covers_all_rows() const { return general_rows_ == 0; }
   const std::vector<Tile>& tiles() const { return tiles_; }
   const std::vector<Item>& items() const { return items_; }
   int64_t part_floats() const { return part_floats_; }
   int64_t workers() const { return static_cast<int64_t>(bytes_ / kBytesPerWorker) + 1; }
 
  private:
-  static constexpr int64_t kUnits = 64;            // shares that the work is cut into, more than threads
-  static constexpr int64_t kSmallestPart = 256;    // keys
-  static constexpr int64_t kMostFloats = 1 << 22;  // of all parts; tiles past them run whole
+  static constexpr int64_t kTargetItems = 64;         // work items to aim at, more than there are threads
+  static constexpr int64_t kSmallestPart = 256;       // keys
+  static constexpr int64_t kMaxPartFloats = 1 << 22;  // tiles beyond it run on one thread
   static constexpr double kBytesPerWorker = 1 << 17;
 
   void add(int64_t leading, int32_t index, const Starts& starts, int32_t tile_rows) {
@@ -59,16 +60,16 @@ class DecodePlan {
     tile.begin = 0;
     tile.end = p.packed() ? tile.sequence.q_len : p.q_rows;
     if (!is_decode(p, tile.end)) {
-      others_ += tile.end;
+      general_rows_ += tile.end;
       return;
     }
     const int32_t group = p.heads / p.kv_heads, rows = group * tile.end;
-    // Heads of one token lie side by side in memory; those of a page in "hnd" do not.
-    const bool apart = p.paged() && p.spec.page_layout == PageLayout::kHnd;
-    const int32_t most = apart ? 1 : std::min(tile_rows / rows, p.kv_heads);
-    for (int32_t x = 0; x < p.kv_heads; x += most) {
+    // All heads of a token are contiguous in memory, except in "hnd" pages.
+    const bool heads_apart = p.paged() && p.spec.page_layout == PageLayout::kHnd;
+    const int32_t max_heads = heads_apart ? 1 : std::min(tile_rows / rows, p.kv_heads);
+    for (int32_t x = 0; x < p.kv_heads; x += max_heads) {
       tile.head = x * group;
-      tile.heads = std::min(most, p.kv_heads - x) * group;
+      tile.heads = std::min(max_heads, p.kv_heads - x) * group;
       tiles_.push_back({tile, 0, 0});
     }
     keys_ += keys_of(tile).size();
@@ -85,7 +86,7 @@ class DecodePlan {
       bytes_ += key_bytes * keys.size() * tile.rows.heads;
       const auto index = static_cast<int32_t>(i);
       const int64_t floats = tile.part_floats * tile.rows.parts;
-      if (tile.rows.parts == 1 || part_floats_ + floats > kMostFloats) {
+      if (tile.rows.parts == 1 || part_floats_ + floats > kMaxPartFloats) {
         items_.push_back({index, -1});
         continue;
       }
@@ -98,18 +99,18 @@ class DecodePlan {
     const AttentionSpec& s = problem_.spec;
     if (s.num_splits > 0) return clamp_splits(s.num_splits, keys);
     if (s.batch_invariant) return clamp_splits(ceil_div(keys.size(), kInvariantSplit), keys);
-    return clamp_splits(keys.size() / std::max(kSmallestPart, keys_ / kUnits), keys);
+    return clamp_splits(keys.size() / std::max(kSmallestPart, keys_ / kTargetItems), keys);
   }
 
   Interval keys_of(const RowTile& tile) const {
-    return make_band(problem_.spec, tile.sequence).rows(tile.begin, tile.end);
+    return make_band(problem_, tile.leading, tile.sequence).rows(tile.begin, tile.end);
   }
 
   const Problem& problem_;
   std::vector<Tile> tiles_;
   std::vector<Item> items_;
-  int64_t keys_ = 0, part_floats_ = 0;  // keys of all sequences, once for all heads
-  int64_t others_ = 0;
+  int64_t keys_ = 0, part_floats_ = 0;  // keys_: visible keys of all sequences, counted once for all heads
+  int64_t general_rows_ = 0;
   double bytes_ = 0;
 };
 

@@ -1,5 +1,5 @@
-// Forward of tiles of queries: online softmax over tiles of the visible keys, whole or in parts that are
-// merged afterwards.
+// Forward of query tiles: online softmax over tiles of the visible keys, all of them at once or in parts
+// that are merged afterwards.
 #pragma once
 
 #include "decode.h"
@@ -7,12 +7,12 @@
 
 namespace jax_flash::JF_ISA {
 
-// Of the widest head: the packed keys and values, S, and of every tile of the run Q, O and the softmax.
+// Scratch at the largest head dim: packed K and V, S, and for every query tile Q, O and the softmax state.
 static_assert((2 * kTileN * kMaxHeadDim + kTileM * (kTileN + kLanes) +
-               kMaxRun * (2 * kTileM * kMaxHeadDim + static_cast<int64_t>(sizeof(Softmax) / 4) + kLanes)) <=
-              kScratchFloats);
+               kMaxQueryTiles * (2 * kTileM * kMaxHeadDim + static_cast<int64_t>(sizeof(Softmax) / 4) +
+                                 kLanes)) <= kScratchFloats);
 
-// A tile of keys, packed as the operands B of both products from column 0 on.
+// A tile of keys, packed as operand B of both products. Column 0 is key range.begin.
 struct PackedKeys {
   KeyRange range;
   Word *k, *v;
@@ -20,7 +20,7 @@ struct PackedKeys {
   JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
 
-// A tile of queries while it walks its keys. O is [count, padded(dv)], not yet divided by l.
+// A tile of queries during its loop over the keys. O is [count, padded(dv)], not yet divided by l.
 struct QueryRows {
   const RowTile* tile;
   int32_t rows, blocks;
@@ -29,13 +29,14 @@ struct QueryRows {
   Softmax* state;
 };
 
-// Room for a score row: not a power of two, so that the rows of a block lie in different cache sets.
+// Distance of the rows of S. It is no power of two, so that the rows of a block fall into different cache
+// sets.
 inline constexpr int32_t kScoreRow = kTileN + kLanes;
 
-// S = Q Kᵀ of the used panels; the open ones leave their maximum.
+// S = Q Kᵀ over the visible panels. Unmasked panels also update lane_max, the row maximum lane by lane.
 template <class E>
 static void multiply_scores(const QueryRows& t, const PackedKeys& keys, int32_t d,
-                            const BlockColumns* columns, float* s, Float* top) {
+                            const BlockColumns* columns, float* s, Float* lane_max) {
   const int32_t ld = row_words<E>(d), depth = depth_words<E>(d);
   for (int32_t j = 0; j < keys.size(); j += kPanel) {
     for (int32_t i = 0; i < t.blocks; ++i) {
@@ -43,9 +44,9 @@ static void multiply_scores(const QueryRows& t, const PackedKeys& keys, int32_t 
       if (j + kPanel <= c.used.lo || j >= c.used.hi) continue;
       const Word *a = t.q + i * kBlockRows * ld, *b = keys.k + int64_t{j} * ld;
       float* to = s + i * kBlockRows * kScoreRow + j;
-      if (c.open.lo <= j && j < c.open.hi) {
+      if (c.unmasked.lo <= j && j < c.unmasked.hi) {
         multiply_words<E, Start::kZero, false, true>(a, ld, b, depth, to, kScoreRow,
-                                                     {.top = top + i * kBlockRows});
+                                                     {.lane_max = lane_max + i * kBlockRows});
       } else {
         multiply_words<E, Start::kZero>(a, ld, b, depth, to, kScoreRow, {});
       }
@@ -53,7 +54,7 @@ static void multiply_scores(const QueryRows& t, const PackedKeys& keys, int32_t 
   }
 }
 
-// O ← αO + P V over the used columns.
+// O ← αO + P V over the visible columns.
 template <class E>
 static void multiply_values(const QueryRows& t, const PackedKeys& keys, int32_t dv,
                             const BlockColumns* columns, const float* s) {
@@ -71,17 +72,18 @@ static void multiply_values(const QueryRows& t, const PackedKeys& keys, int32_t 
   }
 }
 
-// The tile's rows meet one tile of keys.
+// One step of the online softmax: a tile of queries attends to one tile of keys.
 template <class E>
 static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& keys, float* s) {
   const Problem& p = head.problem;
   BlockColumns columns[kMaxBlocks];
   if (!block_columns(head.band, t.tile->begin, t.blocks, t.tile->heads, keys.range, columns)) return;
-  Float top[kTileM];
-  for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) top[r] = broadcast(kNegInf);
-  multiply_scores<E>(t, keys, p.head_dim, columns, s, top);
-  // The maxima of all rows first, for they wait for each other least where they follow each other.
-  SoftmaxShift by;
+  Float lane_max[kTileM];
+  for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) lane_max[r] = broadcast(kNegInf);
+  multiply_scores<E>(t, keys, p.head_dim, columns, s, lane_max);
+  // The maxima of all rows come first: each waits on a chain of lane reductions, and the chains of
+  // successive rows overlap.
+  SoftmaxShift shifts;
   const auto of_rows = [&](auto step) {
     for (int32_t r = 0; r < t.rows; ++r) {
       const BlockColumns& block = columns[r / kBlockRows];
@@ -90,21 +92,21 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
     }
   };
   of_rows([&](int32_t r, Row row, const BlockColumns& block, float* scores) {
-    softmax_maximum(head, row, keys.range, block, scores, top[r], *t.state, by, r);
+    softmax_maximum(head, row, keys.range, block, scores, lane_max[r], *t.state, shifts, r);
   });
-  softmax_rescale<E>(t.rows, by, *t.state);
+  softmax_rescale<E>(t.rows, shifts, *t.state);
   of_rows([&](int32_t r, Row row, const BlockColumns& block, float* scores) {
-    softmax_row<E>(head, row, keys.range.begin, block, scores, by.shift[r], *t.state, r);
+    softmax_row<E>(head, row, keys.range.begin, block, scores, shifts.shift[r], *t.state, r);
   });
   multiply_values<E>(t, keys, p.value_dim, columns, s);
 }
 
-// Walks tiles of queries of one KV head together over the keys, so that every tile of keys is packed once for
-// all of them.
+// Runs up to kMaxQueryTiles query tiles of one KV head together over the keys, so that every tile of keys
+// is packed once for all of them.
 template <class E>
-class ForwardRun {
+class ForwardLoop {
  public:
-  ForwardRun(const Problem& p, const RowTile* tiles, int32_t count, float* memory)
+  ForwardLoop(const Problem& p, const RowTile* tiles, int32_t count, float* memory)
       : problem_(p), head_(p, tiles[0].leading, tiles[0].sequence, tiles[0].head), count_(count) {
     const RowTile &first = tiles[0], &last = tiles[count - 1];
     visible_ = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
@@ -126,13 +128,14 @@ class ForwardRun {
     }
   }
 
-  // The softmax states and O of all tiles over keys [keys.lo, keys.hi).
+  // Computes the softmax states and O of all tiles over keys [keys.lo, keys.hi).
   void attend(Interval keys) {
     for (int32_t i = 0; i < count_; ++i) {
       tiles_[i].state->reset();
       fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
     }
-    // Tiles of keys begin at fixed positions, whatever tiles of queries meet them together.
+    // Tiles of keys begin at multiples of kTileN, whichever query tiles run together: that grouping must
+    // not change any bit of the result.
     for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
       pack(intersect(keys, {j0, j0 + kTileN}));
       for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
@@ -154,60 +157,61 @@ class ForwardRun {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size();
     const char* at[kTileN];
-    head_.key.find(begin, n, at);
+    head_.key.addresses(begin, n, at);
     pack_transposed<E>(at, n, head_.key, keys_.k);
-    head_.value.find(begin, n, at);
+    head_.value.addresses(begin, n, at);
     pack_columns<E>(at, n, head_.value, keys_.v);
   }
 
   const Problem& problem_;
   Head head_;
   int32_t count_;
-  Interval visible_;  // the keys of all tiles
+  Interval visible_;  // the union of the keys that the tiles see
   PackedKeys keys_;
   float* s_;
-  QueryRows tiles_[kMaxRun];
+  QueryRows tiles_[kMaxQueryTiles];
 };
 
-// out and lse of `count` tiles of one KV head, whose keys are not cut into parts.
-template <class Walk>
+// out and lse of `count` tiles of one KV head whose keys are not split into parts.
+template <class Loop>
 static void forward_whole(const Problem& p, const RowTile* tiles, int32_t count, float* memory) {
-  Walk walk(p, tiles, count, memory);
-  walk.attend(walk.visible());
+  Loop loop(p, tiles, count, memory);
+  loop.attend(loop.visible());
   for (int32_t i = 0; i < count; ++i) {
     alignas(64) float l[kTileM];
-    Softmax& state = walk.state(i);
+    Softmax& state = loop.state(i);
     for (int32_t r = 0; r < tiles[i].rows(); ++r) l[r] = reduce_sum(state.l[r]);
-    store_output(walk.head(), tiles[i], {walk.o(i), state.m, l});
+    store_output(loop.head(), tiles[i], {loop.o(i), state.m, l});
   }
 }
 
-template <class Walk>
+template <class Loop>
 static void forward_part_of(const Problem& p, const RowTile& tile, int32_t part, float* to, float* memory) {
-  Walk walk(p, &tile, 1, memory);
-  walk.attend(split_part(walk.visible(), part, tile.parts));
-  PartialOutput::at(to, tile.rows(), p.value_dim).assign(tile.rows(), p.value_dim, walk.o(), walk.state());
+  Loop loop(p, &tile, 1, memory);
+  loop.attend(split_part(loop.visible(), part, tile.parts));
+  PartialOutput::at(to, tile.rows(), p.value_dim).assign(tile.rows(), p.value_dim, loop.o(), loop.state());
 }
 
-template <class Walk>
-struct Walks {};
+template <class Loop>
+struct LoopType {};
 
-// Calls use(Walks<Walk>()) with what suits the tile's rows and dtype.
+// Calls use(LoopType<Loop>()) with the loop for the tile's number of rows and the dtype.
 template <class Use>
-JF_INLINE void with_walk([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
-  const bool few = is_decode(p, tile);
+JF_INLINE void with_loop([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
+  const bool decode = is_decode(p, tile);
 #if defined(__AVX512BF16__)
-  if (takes_pairs(p)) {
-    if (!few && p.kv_dtype == DType::kBF16) return use(Walks<ForwardRun<BF16>>());
-    if (few && p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0) return use(Walks<FewRows<BF16>>());
+  if (uses_bf16_pairs(p)) {
+    if (!decode && p.kv_dtype == DType::kBF16) return use(LoopType<ForwardLoop<BF16>>());
+    if (decode && p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0)
+      return use(LoopType<DecodeLoop<BF16>>());
   }
 #endif
-  if (few) return use(Walks<FewRows<F32>>());
-  use(Walks<ForwardRun<F32>>());
+  if (decode) return use(LoopType<DecodeLoop<F32>>());
+  use(LoopType<ForwardLoop<F32>>());
 }
 
 static void forward(const Problem& p, const RowTile* tiles, int32_t count, float* memory) {
-  with_walk(p, tiles[0], [&]<class Walk>(Walks<Walk>) { forward_whole<Walk>(p, tiles, count, memory); });
+  with_loop(p, tiles[0], [&]<class Loop>(LoopType<Loop>) { forward_whole<Loop>(p, tiles, count, memory); });
 }
 
 static int64_t part_floats(const Problem& p, const RowTile& tile) {
@@ -215,13 +219,14 @@ static int64_t part_floats(const Problem& p, const RowTile& tile) {
 }
 
 static void forward_part(const Problem& p, const RowTile& tile, int32_t part, float* to, float* memory) {
-  with_walk(p, tile, [&]<class Walk>(Walks<Walk>) { forward_part_of<Walk>(p, tile, part, to, memory); });
+  with_loop(p, tile, [&]<class Loop>(LoopType<Loop>) { forward_part_of<Loop>(p, tile, part, to, memory); });
 }
 
-// first ← its union with another part's.
+// first ← the partial output over the keys of both parts.
 static void merge_parts(const Problem& p, const RowTile& tile, float* first, float* other) {
   const int32_t rows = tile.rows(), dv = p.value_dim;
-  merge_part(rows, dv, score_unit(p), PartialOutput::at(first, rows, dv), PartialOutput::at(other, rows, dv));
+  merge_part(rows, dv, softmax_scale_of(p), PartialOutput::at(first, rows, dv),
+             PartialOutput::at(other, rows, dv));
 }
 
 static void store_part(const Problem& p, const RowTile& tile, float* part) {

@@ -1,4 +1,4 @@
-// P and dS of one tile, recomputed from lse: what every backward kernel starts from.
+// Recomputes P and dS of one tile from lse, the first step of backward and bias_gradient.
 #pragma once
 
 #include "head.h"
@@ -7,7 +7,7 @@
 namespace jax_flash::JF_ISA {
 
 // Query rows and keys of a tile of the backward. Rows of P and dS are kGradientRow apart, which is no power
-// of two: the products read them down the columns.
+// of two: products read them column by column, and the rows must fall into different cache sets.
 inline constexpr int kGradientM = 16 * kBlockRows;
 inline constexpr int kGradientN = kBlockRows == 8 ? 128 : 144;
 inline constexpr int kGradientRow = kGradientN + 16;
@@ -15,29 +15,31 @@ inline constexpr int kGradientBlocks = kGradientM / kBlockRows;
 
 JF_INLINE Word* as_words(float* x) { return reinterpret_cast<Word*>(x); }
 
-// Rows [count, row_words(width)], `ld` apart, and the same by columns, the operand B of sums over them:
-// column c of row k is at columns[c / kPanel * panel + k / kPair * row].
+// Packed query-side rows (Q or dO). `rows`: operand A, [count, row_words(width)], rows `ld` words apart.
+// `columns`: operand B of products that sum over the rows; column c of row k is at columns[c / kPanel *
+// panel + k / kPair * row].
 struct QueryRowsPack {
   Word *rows, *columns;
   int32_t ld;
   int64_t panel, row;
 };
 
-// A tile of queries as the backward needs it, packed once for all the tiles of keys.
+// A tile of queries as the backward reads it, packed once for all tiles of keys.
 struct QueryTile {
-  int32_t begin, count, blocks;  // count: rows rounded up to whole blocks
-  QueryRowsPack q, dout;         // q times query_sign
-  float *lse, *delta;            // [count], lse +inf where P = 0
+  int32_t begin, count, blocks;  // count: rows, rounded up to a multiple of kBlockRows
+  QueryRowsPack q, dout;         // q is multiplied by query_sign
+  float *lse, *delta;            // [count]; lse is +inf for rows without a visible key, so that P = 0
   float* dq;                     // [count, padded(d)]
 };
 
-// Rows of float32 serve as columns too; they are no power of two apart, for the products read down them.
+// The distance of packed query rows. In float32 one copy serves as `rows` and as `columns`; products then
+// read it column by column, so that the distance must be no power of two.
 template <class E>
 JF_INLINE int32_t query_row(int32_t width) {
   return row_words<E>(width) + (E::kPair == 1 ? kLanes : 0);
 }
 
-// The floats of a tile in memory.
+// Floats of memory that a QueryTile takes.
 template <class E>
 JF_INLINE int64_t floats_of_query_tile(const Problem& p) {
   return int64_t{kGradientM} *
@@ -79,8 +81,8 @@ static void pack_queries(const Head& head, const QueryTile& tile, bool columns) 
   for (int32_t r = 0; r < tile.count; ++r) {
     const int32_t i = tile.begin + r;
     const float x = i < head.band.q_len ? lse[i * p.lse.row] : kNegInf;
-    const bool sees =
-        x != kNegInf;  // a row that sees nothing gives nothing, whatever it and its cotangent hold
+    // A row without a visible key contributes nothing, whatever its q and dO hold (NaN included).
+    const bool sees = x != kNegInf;
     tile.lse[r] = sees ? x : -kNegInf;
     tile.delta[r] = sees ? delta[i * p.delta.row] : 0.0f;
     q_at[r] = sees ? query.at(i) : nullptr;
@@ -93,32 +95,34 @@ static void pack_queries(const Head& head, const QueryTile& tile, bool columns) 
   pack_columns<E>(dout_at, tile.count, dout, tile.dout.columns);
 }
 
-// Keys and values [j0, j0 + n), transposed.
+// Packs Kᵀ and Vᵀ of keys [j0, j0 + n) as operand B.
 template <class E>
 static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, Word* v_panels) {
   const char* at[kGradientN] = {};
-  head.key.find(j0, n, at);
+  head.key.addresses(j0, n, at);
   pack_transposed<E>(at, n, head.key, k_panels);
-  head.value.find(j0, n, at);
+  head.value.addresses(j0, n, at);
   pack_transposed<E>(at, n, head.value, v_panels);
 }
 
-// One row of S and dP on its way to P and dS.
+// What turns one row of S and dP into P and dS.
 struct GradientRow {
   Columns visible;
   float lse, delta;
-  const float *slopes, *keep;  // of the softcap, of dropout; or null
+  const float *slopes, *keep;  // derivative of the softcap, dropout factors; null where there are none
 };
 
 struct Gradient {
-  Float p, ds;  // p: after dropout
+  Float p, ds;  // p: after dropout, as dV needs it
 };
 
 template <int kDegree, bool kMasked, bool kGeneral>
-JF_INLINE Gradient gradient(const GradientRow& row, float unit, int32_t c, Float s, Float dp) {
+JF_INLINE Gradient gradient(const GradientRow& row, float softmax_scale, int32_t c, Float s, Float dp) {
   Gradient g;
-  const Float exponent = (s * unit - row.lse) * kLog2e;  // above 0 beside an enormous lse, which is rounded
-  g.p = exp2_short<kDegree>(exponent > 0.0f ? Float{} : exponent);
+  // Where |lse| is so large that its rounding exceeds the score difference, this can be positive; P is at
+  // most 1.
+  const Float exponent = (s * softmax_scale - row.lse) * kLog2e;
+  g.p = exp2_fast<kDegree>(exponent > 0.0f ? Float{} : exponent);
   const Float p = g.p;
   if constexpr (kGeneral) {
     if (row.keep) {
@@ -140,20 +144,21 @@ JF_INLINE Gradient gradient(const GradientRow& row, float unit, int32_t c, Float
   return g;
 }
 
-// Where P and dS of a tile are left. In float32: in place of S and dP. In pairs: P and dS of rows r and r + 1
-// as words, in place of row r, and dS by rows in `ds_rows`.
+// Where P and dS of a tile are stored. In float32 they replace S and dP. In bf16, the words of row r (r
+// even) hold P (or dS) of rows r and r + 1, which is operand A of Pᵀ dO and dSᵀ Q, and ds_rows holds dS row
+// by row, operand A of dS K.
 struct GradientTile {
   float *s, *dp;  // [kGradientM, kGradientRow]
-  Word* ds_rows;  // [kGradientM, kGradientRow / 2], pairs only
+  Word* ds_rows;  // [kGradientM, kGradientRow / 2], bf16 only
 };
 
 template <int kPair, bool kMasked, bool kGeneral>
-static void gradient_rows(const GradientRow* rows, float unit, int32_t r, Columns used,
-                          const GradientTile& t) {
+static void store_gradient_rows(const GradientRow* rows, float softmax_scale, int32_t r, Columns used,
+                                const GradientTile& t) {
   float *s = t.s + r * kGradientRow, *dp = t.dp + r * kGradientRow;
   if constexpr (kPair == 1) {
     for (int32_t c = used.lo; c < used.hi; c += kLanes) {
-      const Gradient g = gradient<5, kMasked, kGeneral>(rows[0], unit, c, load(s + c), load(dp + c));
+      const Gradient g = gradient<5, kMasked, kGeneral>(rows[0], softmax_scale, c, load(s + c), load(dp + c));
       store(s + c, g.p);
       store(dp + c, g.ds);
     }
@@ -166,8 +171,8 @@ static void gradient_rows(const GradientRow* rows, float unit, int32_t r, Column
     uint16_t* ds0 = reinterpret_cast<uint16_t*>(t.ds_rows + r * (kGradientRow / 2));
     uint16_t* ds1 = reinterpret_cast<uint16_t*>(t.ds_rows + (r + 1) * (kGradientRow / 2));
     for (int32_t c = used.lo; c < used.hi; c += kLanes) {
-      const Gradient a = gradient<4, kMasked, kGeneral>(rows[0], unit, c, load(s + c), load(dp + c));
-      const Gradient b = gradient<4, kMasked, kGeneral>(rows[1], unit, c, load(s + kGradientRow + c),
+      const Gradient a = gradient<4, kMasked, kGeneral>(rows[0], softmax_scale, c, load(s + c), load(dp + c));
+      const Gradient b = gradient<4, kMasked, kGeneral>(rows[1], softmax_scale, c, load(s + kGradientRow + c),
                                                         load(dp + kGradientRow + c));
       const __m512i p = (__m512i)_mm512_cvtne2ps_pbh((__m512)b.p, (__m512)a.p);
       const __m512i ds = (__m512i)_mm512_cvtne2ps_pbh((__m512)b.ds, (__m512)a.ds);
@@ -180,14 +185,14 @@ static void gradient_rows(const GradientRow* rows, float unit, int32_t r, Column
   }
 }
 
-// The columns of tile [j0, j0 + n) that rows [i0, i1) see.
+// The columns of the tile of keys [j0, j0 + n) that rows [i0, i1) see.
 JF_INLINE Columns seen_columns(const Band& band, int32_t i0, int32_t i1, int32_t j0, int32_t n) {
   const Interval keys = intersect(band.rows(i0, i1), {j0, j0 + n});
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// Those that each block of rows uses, in whole panels and blocks of keys: all that the products read of P and
-// dS. And whether any does.
+// The columns that each block of rows sees, widened to whole panels and whole blocks of keys, which is what
+// the products read of P and dS. Returns whether any block sees a key.
 JF_INLINE bool used_panels(const Band& band, const QueryTile& q, int32_t j0, int32_t n, Columns* used) {
   bool any = false;
   for (int32_t b = 0; b < q.blocks; ++b) {
@@ -202,8 +207,8 @@ JF_INLINE bool used_panels(const Band& band, const QueryTile& q, int32_t j0, int
 }
 
 template <int kPair>
-static void rows_gradient(const Head& head, const QueryTile& q, int32_t j0, int32_t n, bool through_softcap,
-                          int32_t r, Columns used, const GradientTile& t) {
+static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t j0, int32_t n,
+                                  bool through_softcap, int32_t r, Columns used, const GradientTile& t) {
   GradientRow rows[kPair];
   RowBuffer slopes[kPair], keep[kPair];
   const bool capped = through_softcap && head.problem.spec.softcap > 0;
@@ -214,24 +219,24 @@ static void rows_gradient(const Head& head, const QueryTile& q, int32_t j0, int3
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
     if (visible.hi <= visible.lo) continue;
-    if (head.extra) {
+    if (head.has_options) {
       head.finish_scores(row, j0, visible, t.s + (r + k) * kGradientRow, capped ? slopes[k].value : nullptr);
       if (capped) rows[k].slopes = slopes[k].value;
     }
-    if (head.drops) {
+    if (head.has_dropout) {
       head.dropout_row(row, j0, visible, keep[k].value);
       rows[k].keep = keep[k].value;
     }
   }
-  if (head.drops || capped) {
-    if (masked) return gradient_rows<kPair, true, true>(rows, head.unit, r, used, t);
-    return gradient_rows<kPair, false, true>(rows, head.unit, r, used, t);
+  if (head.has_dropout || capped) {
+    if (masked) return store_gradient_rows<kPair, true, true>(rows, head.softmax_scale, r, used, t);
+    return store_gradient_rows<kPair, false, true>(rows, head.softmax_scale, r, used, t);
   }
-  if (masked) return gradient_rows<kPair, true, false>(rows, head.unit, r, used, t);
-  return gradient_rows<kPair, false, false>(rows, head.unit, r, used, t);
+  if (masked) return store_gradient_rows<kPair, true, false>(rows, head.softmax_scale, r, used, t);
+  return store_gradient_rows<kPair, false, false>(rows, head.softmax_scale, r, used, t);
 }
 
-// S = Q Kᵀ and dP = dO Vᵀ of the used panels, then P and dS row by row.
+// S = Q Kᵀ and dP = dO Vᵀ over the visible panels, then P and dS row by row.
 template <class E, int kPair = E::kPair>
 static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_panels, const Word* v_panels,
                           int32_t j0, int32_t n, const Columns* used, bool through_softcap,
@@ -255,7 +260,7 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
   }
   for (int32_t r = 0; r < q.count; r += kPair) {
     const Columns block = used[r / kBlockRows];
-    if (block.lo < block.hi) rows_gradient<kPair>(head, q, j0, n, through_softcap, r, block, t);
+    if (block.lo < block.hi) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
   }
 }
 

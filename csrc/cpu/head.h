@@ -1,5 +1,5 @@
-// One (leading entry, sequence, query head) of a problem, or several heads that read the same KV head: rows,
-// band and scores.
+// One (leading entry, sequence, query head) of a problem, or several query heads that read the same KV
+// head: its rows, band and score options.
 #pragma once
 
 #include "isa.h"
@@ -13,57 +13,59 @@
 
 namespace jax_flash::JF_ISA {
 
-// A row of S: a position within the sequence, at a query head.
+// A row of S: a query position within the sequence and a query head.
 struct Row {
   int32_t position, head;
 };
 
-// Whether a score is made of anything besides scale, band and dropout. A scale of 0 would make NaN of the
-// hidden scores, -inf.
-JF_INLINE bool score_has_extra(const Problem& p) {
+// Whether a score needs more than scale, band and dropout. A scale of 0 counts too: it would turn masked
+// scores, -inf, into NaN.
+JF_INLINE bool has_score_options(const Problem& p) {
   return p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
 }
 
-// What the softmax multiplies S by: see Head.
-JF_INLINE float score_unit(const Problem& p) {
-  return score_has_extra(p) ? 1.0f : __builtin_fabsf(p.spec.scale);
+// The factor of S in the exponent, exp(softmax_scale (S − m)). With score options the scale is part of S,
+// and the factor is 1.
+JF_INLINE float softmax_scale_of(const Problem& p) {
+  return has_score_options(p) ? 1.0f : __builtin_fabsf(p.spec.scale);
 }
 
-// bf16 problems take products of bf16 pairs, but for short ones: the roundings of P and dS to bf16 do not
-// average out over few keys, and there is no time to be won.
-inline constexpr int32_t kShortestPaired = 128;  // keys
-JF_INLINE bool takes_pairs(const Problem& p) {
-  return p.dtype == DType::kBF16 && p.k_rows >= kShortestPaired;
+// bf16 problems use the bf16 dot instruction, except for those with few keys: the rounding errors of P and
+// dS to bf16 do not average out over few keys, and float32 takes no longer there.
+inline constexpr int32_t kMinKeysForPairs = 128;  // keys
+JF_INLINE bool uses_bf16_pairs(const Problem& p) {
+  return p.dtype == DType::kBF16 && p.k_rows >= kMinKeysForPairs;
 }
 
 struct Head {
   const Problem& problem;
   Sequence sequence;
   Band band;
-  int32_t head;  // the first
+  int32_t head;  // the first query head
   Rows query, key, value;
-  // S = query_sign q·k: the score is unit S as long as there is nothing `extra`, else what finish_scores
-  // makes of it. The scale stays out of S and of its maximum, so that large scales do not magnify the
-  // rounding of either.
-  float query_sign, unit;
-  bool extra;
-  bool drops;
+  // S = query_sign q·k. Without score options the score is softmax_scale · S; with them it is what
+  // finish_scores makes of S. The scale stays out of S and its maximum, so that a large scale does not
+  // magnify their rounding errors.
+  float query_sign, softmax_scale;
+  bool has_options;
+  bool has_dropout;
   Dropout dropout;
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
-      : problem(p), sequence(s), band(make_band(p.spec, s)), head(head_), leading(leading_) {
+      : problem(p), sequence(s), band(make_band(p, leading_, s)), head(head_), leading(leading_) {
     query = rows(p.query, p.head_dim, s.q_begin, head);
     key = keys(p.key, p.head_dim, p.k_scale, __builtin_nanf(""));
     value = keys(p.value, p.value_dim, p.v_scale, 0.0f);
     query_sign = p.spec.scale < 0 ? -1.0f : 1.0f;
-    extra = score_has_extra(p);
-    unit = score_unit(p);
-    drops = p.spec.dropout_rate > 0;
-    if (drops) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
+    has_options = has_score_options(p);
+    softmax_scale = softmax_scale_of(p);
+    has_dropout = p.spec.dropout_rate > 0;
+    if (has_dropout) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
   }
 
-  // Per-token operand or gradient, at head h of its own.
+  // The rows of a per-token operand or gradient from sequence row `begin` at head h (a query head or a KV
+  // head, as the operand has them).
   JF_HD Rows rows(const View& view, int32_t width, int32_t begin, int32_t h) const {
     const int64_t size = size_of(problem.dtype);
     const int64_t offset =
@@ -71,7 +73,8 @@ struct Head {
     return {view.as<char>() + offset * size, view.row * size, problem.dtype, width};
   }
 
-  // Key or value at the KV head. A page outside the pool gives NaN scores, which zeros as values leave alone.
+  // Keys or values at the KV head. A page outside the pool reads as `missing`: NaN for keys, which makes
+  // the scores NaN, and 0 for values, which leaves that NaN as it is.
   JF_HD Rows keys(const View& view, int32_t width, const View& scale, float missing) const {
     const Problem& p = problem;
     const int32_t h = p.kv_head(head);
@@ -90,7 +93,7 @@ struct Head {
     return view.as<const float>()[view.leading_offset(problem.leading, leading) + offset];
   }
 
-  // lse or delta from row 0 of the sequence.
+  // lse or delta of the head, from row 0 of the sequence.
   JF_HD float* row_statistic(const View& view) const {
     return view.as<float>() + view.leading_offset(problem.leading, leading) +
            view.offset(sequence.batch_row, head, sequence.q_begin);
@@ -98,15 +101,17 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // scores.h. Overwrites S[c], key j0 + c, with the final score on the whole vectors around `visible`, -inf
-  // where hidden; the slope of the softcap, if any, goes to `slopes`. Returns the maximum, lane by lane.
+  // Defined in scores.h. Overwrites S[c], the score of key j0 + c, with the final score on the whole
+  // vectors around `visible`, -inf where masked. Stores the derivative of the softcap, if there is one, to
+  // `slopes` unless that is null. Returns the maximum, lane by lane.
   Float finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const;
 
-  // keep[c] on the whole vectors around `visible`: 0 where dropped, else 1 / (1 - rate).
+  // Defined in scores.h. keep[c] on the whole vectors around `visible`: 0 where dropped, else 1 / (1 -
+  // rate).
   void dropout_row(Row row, int32_t j0, Columns visible, float* keep) const;
 };
 
-// Row scratch: one value per column of a tile, plus what whole vectors and Philox blocks may overrun.
+// Row scratch: one value per column of a tile, plus the overrun of whole vectors and Philox blocks.
 struct alignas(64) RowBuffer {
   float value[kTileN + 2 * kLanes];
 };

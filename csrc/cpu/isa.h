@@ -1,8 +1,8 @@
-// Vectors of the instruction set that this translation unit is compiled for.
+// Vector types and functions of the instruction set that this translation unit is compiled for.
 //
-// kernels.cc is compiled once per instruction set, into namespace JF_ISA. Such a unit must emit no symbol
-// that another unit may share, or the linker could pick the wrong machine code: no std:: function templates,
-// and the core is force-inlined.
+// kernels.cc is compiled once per instruction set, into namespace JF_ISA. Such a unit must not emit a
+// symbol that another unit may define too, or the linker could pick machine code of the wrong instruction
+// set: no std:: function templates, and core/ is force-inlined.
 #pragma once
 
 #include <cstdint>
@@ -21,17 +21,17 @@ namespace jax_flash::JF_ISA {
 
 #if defined(__AVX512F__)
 inline constexpr int kLanes = 16;
-inline constexpr int kBlockRows = 8;  // microkernel: 8 x 2 accumulators of 32 registers
+inline constexpr int kBlockRows = 8;  // microkernel: 8 x 2 accumulators in 32 registers
 #elif defined(__AVX2__)
 inline constexpr int kLanes = 8;
-inline constexpr int kBlockRows = 6;  // 6 x 2 of 16 registers
+inline constexpr int kBlockRows = 6;  // 6 x 2 accumulators in 16 registers
 #else
 inline constexpr int kLanes = 4;
 inline constexpr int kBlockRows = 6;
 #endif
-inline constexpr int kPanel = 2 * kLanes;  // columns of a microkernel's block
+inline constexpr int kPanel = 2 * kLanes;  // columns of a microkernel block
 
-// Query rows and keys of a tile of forward: multiples of kBlockRows and of kPanel.
+// Query rows and keys of a forward tile: multiples of kBlockRows and of kPanel.
 inline constexpr int kTileM = kBlockRows == 8 ? 64 : 66;
 inline constexpr int kTileN = 512;
 static_assert(kTileM % kBlockRows == 0 && kTileN % kPanel == 0);
@@ -68,7 +68,7 @@ JF_INLINE Float exchange_lanes(Float x, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(x, x, (lane ^ kStep)...);
 }
 
-// Combines lanes at distance kStep, kStep / 2, ... 1.
+// Horizontal reductions: combine lanes at distance kStep, kStep / 2, ..., 1.
 template <int kStep = kLanes / 2>
 JF_INLINE float reduce_max(Float x) {
   x = max(x, exchange_lanes<kStep>(x, LaneIndices()));
@@ -83,8 +83,8 @@ JF_INLINE float reduce_sum(Float x) {
   return x[0];
 }
 
-// 2^x = power * (1 + fraction), fraction = 2^f - 1 with |f| <= 1/2: a degree-5 minimax polynomial of (2^f -
-// 1) / f, relative error 7.5e-9. Below -127 the power is 0; NaN stays NaN.
+// 2^x = power * (1 + fraction), fraction = 2^f - 1 with |f| <= 1/2 from a degree-5 minimax polynomial of
+// (2^f - 1) / f, relative error 7.5e-9. Below -127 the power is 0; NaN stays NaN.
 struct Exp2Parts {
   Float power, fraction;
 };
@@ -103,14 +103,13 @@ JF_INLINE Exp2Parts exp2_parts(Float x) {
   return {reinterpret_cast<Float>(exponent), q * f};
 }
 
-// For x < 128.
+// 2^x for x < 128, to float32 accuracy.
 JF_INLINE Float exp2(Float x) {
   const Exp2Parts e = exp2_parts(x);
   return e.power * e.fraction + e.power;
 }
 
-// 2^x for x < 128 by a minimax polynomial of 2^f, |f| <= 1/2: relative error 2.6e-6 (degree 4) or 7.5e-8
-// (degree 5). Below -127 it is 0; NaN stays NaN.
+// 2^f for |f| <= 1/2 by a minimax polynomial: relative error 2.6e-6 (degree 4) or 7.5e-8 (degree 5).
 template <int kDegree>
 JF_INLINE Float exp2_polynomial(Float f) {
   if constexpr (kDegree == 4) {
@@ -126,13 +125,14 @@ JF_INLINE Float exp2_polynomial(Float f) {
   return p * f + 1.0000001192f;
 }
 
+// 2^x for x < 128 with the error of exp2_polynomial. Below -127 it is 0; NaN stays NaN.
 template <int kDegree>
-JF_INLINE Float exp2_short(Float x) {
+JF_INLINE Float exp2_fast(Float x) {
 #if defined(__AVX512DQ__)
   const __m512 all = (__m512)x, f = _mm512_reduce_ps(all, 0x08);  // x - round(x)
   return (Float)_mm512_scalef_ps((__m512)exp2_polynomial<kDegree>((Float)f), _mm512_sub_ps(all, f));
 #else
-  constexpr float kRound = 12582912.0f + 127.0f;  // the low bits of the sum: round(x) + 127
+  constexpr float kRound = 12582912.0f + 127.0f;  // the low bits of the sum are round(x) + 127
   const Float clamped = x < -127.0f ? broadcast(-127.0f) : x;
   const Float shifted = clamped + kRound;
   const Float f = clamped - (shifted - kRound);
@@ -140,7 +140,7 @@ JF_INLINE Float exp2_short(Float x) {
 #endif
 }
 
-// expm1(2|x|) / (expm1(2|x|) + 2), so that small arguments keep their relative accuracy.
+// tanh |x| = expm1(2|x|) / (expm1(2|x|) + 2), which keeps the relative accuracy of small arguments.
 JF_INLINE Float tanh(Float x) {
   constexpr float kTwoLog2e = 2.88539008177792681472f, kSaturated = 9.5f;
   const Float magnitude = x < 0.0f ? -x : x;
@@ -151,14 +151,14 @@ JF_INLINE Float tanh(Float x) {
   return x < 0.0f ? -t : t;
 }
 
-// tanh(x) = 1 − 2 / (2^y + 1) for y = 2 log2(e) x, to an absolute error of 1e-6, which 16-bit results do not
-// see.
-JF_INLINE Float tanh_short(Float y) {
+// tanh(x) = 1 − 2 / (2^y + 1) for y = 2 log2(e) x, to an absolute error of 1e-6, which is below the
+// rounding of 16-bit results.
+JF_INLINE Float tanh_fast(Float y) {
   constexpr float kSaturated = 126.0f;
-  const Float e = exp2_short<4>(kSaturated < y ? broadcast(kSaturated) : y) + 1.0f;
+  const Float e = exp2_fast<4>(kSaturated < y ? broadcast(kSaturated) : y) + 1.0f;
 #if defined(__AVX512F__)
   const Float r = (Float)_mm512_rcp14_ps((__m512)e);
-  return 1.0f - 2.0f * (r * (2.0f - e * r));  // one step of Newton's
+  return 1.0f - 2.0f * (r * (2.0f - e * r));  // one Newton step of 1 / e
 #else
   return 1.0f - 2.0f / e;
 #endif

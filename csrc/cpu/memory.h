@@ -1,4 +1,4 @@
-// Memory of the CPU passes.
+// Memory management of the CPU passes.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,15 @@
 
 namespace jax_flash {
 
-// Large results and scratch are fresh memory in most calls, and to fault it in page by page takes a tenth of
-// the time of some of them: asks for large pages where the range holds any whole.
+// Requests huge pages for the huge-page-aligned part of a range. Large results and scratch are fresh memory
+// in most calls, and faulting them in by 4 KiB pages takes up to a tenth of a call's time.
 inline void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(data), first = (begin + kPage - 1) / kPage * kPage;
   const uintptr_t end = (begin + static_cast<uintptr_t>(bytes)) / kPage * kPage;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // may fail: a hint
+  if (first < end)
+    madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // only a hint: failure is harmless
 #endif
 }
 
@@ -38,25 +39,26 @@ inline Floats aligned_floats(int64_t count) {
   return memory;
 }
 
-// Memory of one call, kept for the next: fresh pages cost more than small problems do. The process keeps one
-// block, of kKept floats at most; a call that finds it in use gets its own.
-class KeptFloats {
+// Memory of one call, returned to a process-wide cache for the next: faulting in fresh pages costs more
+// than small problems do. The cache holds one block of at most kMaxCachedFloats; a call that finds it taken
+// allocates its own.
+class CachedFloats {
  public:
-  explicit KeptFloats(int64_t count) {
+  explicit CachedFloats(int64_t count) {
     {
       const std::lock_guard<std::mutex> lock(mutex());
-      std::swap(block_, kept());
+      std::swap(block_, cached());
     }
     if (block_.count < count) {
       block_ = {};
       block_ = {aligned_floats(count), count};
     }
   }
-  KeptFloats(const KeptFloats&) = delete;
-  ~KeptFloats() {
-    if (block_.count > kKept) return;
+  CachedFloats(const CachedFloats&) = delete;
+  ~CachedFloats() {
+    if (block_.count > kMaxCachedFloats) return;
     const std::lock_guard<std::mutex> lock(mutex());
-    if (block_.count > kept().count) std::swap(block_, kept());
+    if (block_.count > cached().count) std::swap(block_, cached());
   }
 
   float* get() const { return block_.memory.get(); }
@@ -66,14 +68,14 @@ class KeptFloats {
     Floats memory;
     int64_t count = 0;
   };
-  static constexpr int64_t kKept = int64_t{1} << 23;
+  static constexpr int64_t kMaxCachedFloats = int64_t{1} << 23;
 
   static std::mutex& mutex() {
     static std::mutex one;
     return one;
   }
-  static Block& kept() {
-    static Block& one = *new Block;  // never destroyed: threads may outlive main
+  static Block& cached() {
+    static Block& one = *new Block;  // never destroyed, because threads may outlive main
     return one;
   }
 

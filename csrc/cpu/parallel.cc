@@ -13,8 +13,8 @@
 namespace jax_flash {
 namespace {
 
-// Shared with the tasks: one that starts after the caller has returned finds no item left and touches nothing
-// else.
+// State shared with the pool's tasks. A task that starts after the caller has returned finds no item left
+// and touches nothing but this state.
 struct Work {
   std::atomic<int64_t> next{0};
   int64_t count = 0;

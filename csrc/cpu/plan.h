@@ -1,5 +1,5 @@
-// How a call is cut into items. Depends on the problem and the instruction set only, never on the number of
-// threads.
+// How a call is divided into work items. The division depends on the problem and the instruction set, never
+// on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 
 namespace jax_flash {
 
-// The clamped cu_seqlens of every leading entry: [L, n + 1] (packed layouts only; paged ones have queries').
+// The clamped cu_seqlens of every leading entry, [L, n + 1]. Only packed layouts have them, and paged ones
+// only those of the queries.
 struct Starts {
   std::vector<int32_t> q, k;
   int64_t entries = 0;  // n + 1
@@ -29,7 +30,7 @@ struct Starts {
     }
   }
 
-  // The longest sequence of any leading entry.
+  // The rows of the longest sequence of any leading entry.
   static int32_t longest(const std::vector<int32_t>& starts) {
     int32_t rows = 0;
     for (size_t i = 0; i + 1 < starts.size(); ++i) rows = std::max(rows, starts[i + 1] - starts[i]);
@@ -48,13 +49,13 @@ struct Starts {
 };
 
 enum class Side {
-  kQueries,  // of one query head
-  kGroups,   // of the query heads that read one KV head, or of a tile's rows of them where there are more
+  kQueries,  // query rows of one query head
+  kGroups,   // query rows of all heads that read one KV head, or of as many of these heads as fit a tile
   kKeys,
 };
 
-// All tiles of one side: tiles of one head side by side, the last (with causal, the longest of queries)
-// first.
+// All tiles of one side. The tiles of a head are contiguous, in descending order: with causal the last
+// query tile has the most keys.
 class RowGrid {
  public:
   RowGrid(const Problem& p, const Starts& starts, Side side, int32_t tile)
@@ -76,11 +77,11 @@ class RowGrid {
     }
   }
 
-  int64_t slots() const { return slots_; }  // of one head of one leading entry
+  int64_t slots() const { return slots_; }  // per head of a leading entry; packed layouts leave some empty
   int64_t heads() const { return heads_; }
   int64_t size() const { return problem_.leading.count() * heads_ * slots_; }
 
-  // False for a slot without rows.
+  // Returns false for a slot without rows.
   bool at(int64_t index, RowTile& item) const {
     const int64_t slot = slots_ - 1 - index % slots_;
     set_heads(static_cast<int32_t>(index / slots_ % heads_), item);
@@ -126,12 +127,12 @@ class RowGrid {
   const Starts& starts_;
   Side side_;
   int32_t tile_, heads_;
-  int32_t chunks_ = 1, chunk_ = 1;  // of the query heads of a KV head: how many, and of how many heads
+  int32_t chunks_ = 1, chunk_ = 1;  // query heads of a KV head in chunks: their number, heads of each
   int64_t slots_ = 0, per_entry_ = 0;
 };
 
-// The backward's work: an item is a tile of keys at one query head. A unit is one sequence at one query head;
-// its items add to the same dQ. The units of a KV head follow each other and add to the same dK and dV.
+// The backward's work items: each is a tile of keys at one query head. A unit is one sequence at one query
+// head; its items add to the same dQ. The units of a KV head are consecutive and add to the same dK and dV.
 class KeyGrid {
  public:
   struct Item {
@@ -144,14 +145,16 @@ class KeyGrid {
   int64_t units() const { return problem_.leading.count() * problem_.heads * problem_.batch; }
   int32_t group() const { return group_; }
 
-  // Of a unit; one at least, which fills what has no keys.
+  // The number of items of a unit. It is at least one: the first item also zeros the gradients of a unit
+  // without keys.
   int32_t items(int64_t unit) const {
     return static_cast<int32_t>(std::max<int64_t>(1, ceil_div(key_rows(unit), tile_)));
   }
 
-  // The order in which items are claimed: what an item waits for comes before it. `width` units are in
-  // progress together, a tile of each in turn, so that a thread seldom waits for another.
-  std::vector<Item> in_order(int64_t width) const {
+  // The order in which threads claim items: whatever an item waits for comes before it, so that no wait is
+  // endless. `width` units are in progress together and take turns, one tile of keys each, so that a thread
+  // seldom waits for another.
+  std::vector<Item> schedule(int64_t width) const {
     std::vector<Item> list;
     for (int64_t first = 0; first < units(); first += width) {
       const int64_t end = std::min(first + width, units());
@@ -205,8 +208,8 @@ class KeyGrid {
   int32_t tile_, group_;
 };
 
-// All tiles of dbias: strips of rows, as long as enough of them are left for many threads, for keys are
-// packed once for a strip.
+// All tiles of dbias. A tile is a strip of up to kBiasStrip query tiles, because keys are packed once per
+// strip; strips are shorter where there would be fewer than kItems of them.
 class BiasGrid {
  public:
   BiasGrid(const Problem& p, int32_t tile_m, int32_t tile_n) : p_(p), m_(tile_m), n_(tile_n) {

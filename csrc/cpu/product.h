@@ -1,8 +1,9 @@
-// The products of attention, C[M, N] = start + A[M, K] B[K, N] with float32 sums, in one element type E.
+// The matrix products of attention, C[M, N] = start + A[M, K] B[K, N] with float32 accumulation, for an
+// element type E (F32 or BF16).
 //
-// Operands are 32-bit words: a float32, or two bf16 neighbours along K, the even one low. A is row-major,
-// [M][K / E::kPair] words. B lies in panels of kPanel columns, [N / kPanel][K / E::kPair][kPanel] words.
-// Whatever a row is stored as, it becomes words while it is packed.
+// Operands are packed into 32-bit words: one float32, or two bf16 that are adjacent along K, the even one
+// in the low half. A is row-major, [M][K / E::kPair] words. B is in panels of kPanel columns, [N /
+// kPanel][K / E::kPair][kPanel] words. Rows of every dtype are converted to words while they are packed.
 #pragma once
 
 #include "isa.h"
@@ -18,7 +19,7 @@ JF_INLINE UInt broadcast_word(Word x) { return x - UInt{}; }
 JF_INLINE UInt load_words(const Word* p) { return *reinterpret_cast<const UInt*>(p); }
 JF_INLINE void store_words(Word* p, UInt x) { *reinterpret_cast<UInt*>(p) = x; }
 
-// float32 operands; 16-bit and float8 rows are widened.
+// float32 operands; rows of 16-bit floats and float8 are widened.
 struct F32 {
   static constexpr int kPair = 1;
   static constexpr int kExpDegree = 5;
@@ -32,19 +33,20 @@ struct F32 {
     return acc + reinterpret_cast<Float>(a) * reinterpret_cast<Float>(b);
   }
 
-  // kPanel values of a row of A from column c on, c a multiple of kPanel.
+  // Stores kPanel values to a row of A from column c on, a multiple of kPanel.
   JF_INLINE void store_columns(Word* row, int32_t c, Float x, Float y) {
     store_words(row + c, reinterpret_cast<UInt>(x));
     store_words(row + c + kLanes, reinterpret_cast<UInt>(y));
   }
 
-  // Words [c, c + kLanes) of a row, times factor.
+  // Loads words [c, c + kLanes) of a row, times factor.
   template <DType dtype>
   JF_INLINE UInt load_row(const void* row, int32_t c, float factor) {
     return reinterpret_cast<UInt>(load_vector<dtype>(row, c) * factor);
   }
 
-  // Words of columns [c, c + kLanes) of B that the rows join, or of [c, c + kPanel).
+  // Load columns [c, c + kLanes), or [c, c + kPanel), of one row of words of B. In bf16 two rows of the
+  // operand, even and odd, make one row of words.
   template <DType dtype>
   JF_INLINE UInt load_pair(const void* row, const void*, int32_t c, float factor) {
     return load_row<dtype>(row, c, factor);
@@ -57,7 +59,7 @@ struct F32 {
 };
 
 #if defined(__AVX512BF16__)
-// bf16 operands in pairs, for the dot instruction. Factors are 1 or -1.
+// Pairs of bf16 as operands of vdpbf16ps. Factors are 1 or -1.
 struct BF16 {
   static constexpr int kPair = 2;
   static constexpr int kExpDegree = 4;
@@ -100,7 +102,7 @@ struct BF16 {
   typedef uint8_t Quarters __attribute__((vector_size(kPanel), may_alias));
   typedef Quarters QuartersUnaligned __attribute__((aligned(1)));
 
-  // Elements [c, c + kPanel) of a row, bf16 as they lie, float8 widened, which is exact.
+  // Loads elements [c, c + kPanel) of a row as bf16; float8 is widened, which is exact.
   template <DType dtype>
   JF_INLINE Halves load_elements(const void* row, int32_t c) {
     if constexpr (dtype != DType::kF8E4M3) {
@@ -110,7 +112,8 @@ struct BF16 {
     return widen_float8(__builtin_convertvector(stored, Halves));
   }
 
-  // The exponent's bias is 120 higher in bf16; denormals and NaN come from a table, by their low bits.
+  // float8_e4m3fn to bf16: the exponent bias is 127 instead of 7. Zero, denormals and NaN come from a
+  // table, indexed by the low bits.
   JF_INLINE Halves widen_float8(Halves x) {
     static constexpr Halves kSpecial = {0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60, 0, 0, 0, 0,
                                         0, 0,      0,      0,      0,      0,      0,      0,      0, 0, 0, 0,
@@ -131,7 +134,7 @@ struct BF16 {
 
 inline constexpr int32_t kLineBytes = 64;
 
-// Words of a packed row of `width` features, whole panels.
+// Words of a packed row of `width` features, padded to whole panels.
 template <class E>
 JF_INLINE int32_t row_words(int32_t width) {
   return padded(width) / E::kPair;
@@ -143,7 +146,7 @@ JF_INLINE int32_t depth_words(int32_t n) {
   return (n + E::kPair - 1) / E::kPair;
 }
 
-// The bytes of a row from `begin` on, as many as any vector or panel takes, zeros after its end.
+// A copy of the end of a row from byte `begin` on, padded with zeros to the size of the largest load.
 struct alignas(64) RowTail {
   char bytes[kPanel * 4] = {};
 
@@ -153,7 +156,8 @@ struct alignas(64) RowTail {
   }
 };
 
-// One step of a transpose by recursive halves: exchanges lane bit `kStep` with row bit `kStep`.
+// One step of a transpose by recursive halving: exchanges bit `kStep` of the lane index with bit `kStep` of
+// the row index.
 template <int kStep, class Vector, int... lane>
 JF_INLINE void transpose_step(Vector (&r)[kLanes], std::integer_sequence<int, lane...> lanes) {
 #pragma GCC unroll 16
@@ -166,26 +170,27 @@ JF_INLINE void transpose_step(Vector (&r)[kLanes], std::integer_sequence<int, la
   if constexpr (kStep > 1) transpose_step<kStep / 2>(r, lanes);
 }
 
-// Reads the rows of one operand as words of E.
+// Reads the rows of one operand as words of E. `at` holds the address of each row, null where it is
+// missing.
 template <class E, DType dtype>
 struct RowReader {
-  const char* const* at;  // null where missing
+  const char* const* at;
   int32_t width;
   float factor, missing;
 
   RowReader(const char* const* at_, const Rows& rows, float factor_)
       : at(at_), width(rows.width), factor(factor_ * rows.factor), missing(rows.missing) {}
 
-  static constexpr int32_t kFeatures = kLanes * E::kPair;  // of a vector of words
+  static constexpr int32_t kFeatures = kLanes * E::kPair;  // features per vector of words
   static constexpr int64_t kSize = size_of(dtype);
-  static constexpr int32_t kAhead = 8;  // rows
+  static constexpr int32_t kAhead = 8;  // rows of prefetch distance
 
   JF_HD UInt filler() const {
     const UInt x = broadcast_word(__builtin_bit_cast(Word, missing));
     return E::kPair == 1 ? x : (x >> 16) | (x & 0xFFFF0000u);
   }
 
-  // Words [c, c + kLanes) of row j; `whole`: the row has them all.
+  // Words [c, c + kLanes) of row j. `whole` states that the row has all of them.
   template <bool whole>
   JF_HD UInt words(int32_t j, int32_t c) const {
     if (!at[j]) return filler();
@@ -194,7 +199,7 @@ struct RowReader {
     return E::template load_row<dtype>(tail.bytes, 0, factor);
   }
 
-  // Columns [c, c + kPanel) of B at the word of rows j ... j + kPair - 1, of which those at n or past it are
+  // Columns [c, c + kPanel) of the row of words that rows j ... j + kPair - 1 make in B. Rows from n on are
   // zeros.
   JF_HD void panel(int32_t j, int32_t n, int32_t c, UInt (&words)[2]) const {
     const char *even = at[j], *odd = E::kPair > 1 && j + 1 < n ? at[j + 1] : nullptr;
@@ -210,14 +215,14 @@ struct RowReader {
     E::template load_panel<dtype>(first.bytes, second.bytes, 0, factor, words);
   }
 
-  // Rows [begin, end) are read soon: rows far apart escape the machine's own prefetching.
+  // Prefetches rows [begin, end): the hardware prefetcher does not follow rows that are far apart.
   JF_HD void fetch(int32_t begin, int32_t end) const {
     for (int32_t j = begin; j < end; ++j) {
       for (int64_t b = 0; b < width * kSize; b += kLineBytes) __builtin_prefetch(at[j] + b);
     }
   }
 
-  // to[count, row_words(width)], rows `to_row` apart, = the n rows, then rows of zeros.
+  // to[count, row_words(width)] = the n rows, then rows of zeros; rows of `to` are to_row words apart.
   JF_HD void rows(int32_t n, int32_t count, Word* to, int32_t to_row) const {
     const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
     for (int32_t j = 0; j < count; ++j, to += to_row) {
@@ -267,7 +272,7 @@ struct RowReader {
   }
 };
 
-// Calls use(RowReader) for the dtype of the rows.
+// Calls use(reader) with the RowReader for the dtype of the rows.
 template <class E, class Use>
 JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor, Use use) {
   if constexpr (E::kPair == 2) {
@@ -286,22 +291,22 @@ JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor
   }
 }
 
-// A: to[count, row_words(width)], rows `ld` apart, = factor * the n rows at these addresses, then rows of
-// zeros.
+// Packs operand A: to[count, row_words(width)] = factor * the n rows at these addresses, then rows of
+// zeros; rows of `to` are ld words apart.
 template <class E>
 static void pack_rows(const char* const* at, int32_t n, int32_t count, const Rows& rows, float factor,
                       Word* to, int32_t ld) {
   with_reader<E>(at, rows, factor, [&](const auto& reader) { reader.rows(n, count, to, ld); });
 }
 
-// B[k, j] = row j's feature k, K = width: panels of row_words(width) * kPanel words. Rows from n up to a
-// multiple of kPanel are zeros.
+// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of row_words(width) * kPanel
+// words. Rows from n up to a multiple of kPanel are zeros.
 template <class E>
 static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels) {
   with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.transposed(n, panels); });
 }
 
-// B[k, c] = row k's feature c, K = n: panels of depth_words(n) * kPanel words.
+// Packs operand B with K = n: B[k, c] = feature c of row k, in panels of depth_words(n) * kPanel words.
 template <class E>
 static void pack_columns(const char* const* at, int32_t n, const Rows& rows, Word* panels) {
   with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.columns(n, panels); });
@@ -309,15 +314,16 @@ static void pack_columns(const char* const* at, int32_t n, const Rows& rows, Wor
 
 enum class Start { kZero, kAccumulate, kRescale };
 
-// What the blocks of C start from and leave behind besides C.
+// Per-row inputs and outputs of a block of C.
 struct BlockRows {
   const float* alpha = nullptr;  // kRescale: C[i] starts from alpha[i] C[i]
-  Float* top = nullptr;          // top[i] = max(top[i], C[i]) lane by lane
+  Float* lane_max = nullptr;     // lane_max[i] = max(lane_max[i], C[i]), lane by lane
 };
 
-// C[kBlockRows, kPanel] = start + sum over `depth` words k of a(i, k) b[k, :], where a(i, k) is a[i * lda +
-// k], or a[k * lda + i] when transposed. The rows of b are ldb apart: kPanel in a panel.
-template <class E, Start start, bool transposed = false, bool tops = false>
+// The microkernel: C[kBlockRows, kPanel] = start + sum over `depth` words k of a(i, k) b[k, :], where a(i,
+// k) is a[i * lda + k], or a[k * lda + i] if `transposed`. Rows of b are ldb apart, which is kPanel in a
+// panel.
+template <class E, Start start, bool transposed = false, bool tracks_max = false>
 static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda, const Word* b, int32_t depth,
                                                      float* c, int64_t ldc, BlockRows rows,
                                                      int64_t ldb = kPanel) {
@@ -345,11 +351,11 @@ static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda,
   for (int i = 0; i < kBlockRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < 2; ++j) store(c + i * ldc + j * kLanes, acc[i][j]);
-    if constexpr (tops) rows.top[i] = max(acc[i][0], max(acc[i][1], rows.top[i]));
+    if constexpr (tracks_max) rows.lane_max[i] = max(acc[i][0], max(acc[i][1], rows.lane_max[i]));
   }
 }
 
-// Columns [lo, hi) of a tile that a block of rows uses; empty when hi <= lo.
+// A range of columns [lo, hi) of a tile; empty when hi <= lo.
 struct Columns {
   int32_t lo, hi;
 

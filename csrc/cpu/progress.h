@@ -1,4 +1,4 @@
-// Counters by which items that run side by side keep an order.
+// Counters that order work items which run concurrently.
 #pragma once
 
 #include <cstdint>
@@ -7,20 +7,20 @@
 
 namespace jax_flash {
 
-// Returns when the counter has reached `value`, or once `abandoned` is set.
+// Returns once the counter is at least `value`, or once `abandoned` is set because a thread has thrown.
 void wait_until(const int32_t* counter, int32_t value, const int32_t* abandoned);
 
-// One counter for each of a row of tiles.
+// One counter per tile.
 struct Progress {
   int32_t* counters = nullptr;
   const int32_t* abandoned = nullptr;
 
-  JF_HD void await(int32_t tile, int32_t value) const {
+  JF_HD void wait(int32_t tile, int32_t value) const {
     if (__atomic_load_n(counters + tile, __ATOMIC_ACQUIRE) < value) {
       wait_until(counters + tile, value, abandoned);
     }
   }
-  JF_HD void reach(int32_t tile, int32_t value) const {
+  JF_HD void signal(int32_t tile, int32_t value) const {
     __atomic_store_n(counters + tile, value, __ATOMIC_RELEASE);
   }
 };

@@ -1,4 +1,4 @@
-// Rows of a per-token operand, wherever they lie.
+// The rows of a per-token operand, contiguous or in pages.
 #pragma once
 
 #include "isa.h"
@@ -8,21 +8,22 @@
 
 namespace jax_flash::JF_ISA {
 
-// Rows of a per-token operand at one head: position j of the sequence is at base + j * stride bytes, or in
-// its page's slot. `factor` multiplies what is loaded, `missing` is loaded for a page outside the pool.
+// Rows of a per-token operand at one head. Without a page table, position j of the sequence is at base + j
+// * stride bytes; with one it is in its page's slot. Values are multiplied by `factor`; a page outside the
+// pool reads as `missing`.
 struct Rows {
   char* base;
   int64_t stride;
   DType dtype;
   int32_t width;
   float factor = 1.0f, missing = 0.0f;
-  PageTable table = {};  // without entries: no pages
+  PageTable table = {};  // no pages if `entries` is null
   int64_t page_stride = 0;
 
   JF_HD char* at(int32_t j) const { return base + j * stride; }
 
-  // Addresses of rows [begin, begin + n), null where missing.
-  JF_HD void find(int32_t begin, int32_t n, const char** at) const {
+  // Sets at[0, n) to the addresses of rows [begin, begin + n), null for rows on a page outside the pool.
+  JF_HD void addresses(int32_t begin, int32_t n, const char** at) const {
     if (!table.entries) {
       for (int32_t r = 0; r < n; ++r) at[r] = base + (begin + r) * stride;
       return;
@@ -37,7 +38,7 @@ struct Rows {
   }
 };
 
-// Padded width of a row-major tile.
+// The padded width of a row-major tile.
 JF_INLINE int32_t padded(int32_t width) { return round_up(width, kPanel); }
 
 JF_INLINE void fill(float* to, int32_t n, float x) {

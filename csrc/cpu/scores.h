@@ -1,5 +1,5 @@
-// Score options and dropout of one row, a vector of columns at a time: bias, mask and segments are read
-// within the visible columns only.
+// Score options and dropout of one row of S, a vector of columns at a time. Bias, mask and segment ids are
+// read within the visible columns only.
 #pragma once
 
 #include "isa.h"
@@ -20,8 +20,8 @@ JF_INLINE Int load_bytes(const void* row) {
 #endif
 }
 
-// kLanes elements of `size` bytes from column c on of an operand whose column 0 is at `row`. At an edge
-// (not inner) those outside `visible` are zeros.
+// kLanes elements of `size` bytes from column c on; `row` is the address of column 0. Where the vector
+// crosses an edge of `visible` (not `inner`), elements outside it are not read but zero.
 template <bool inner, int size>
 struct ColumnVector {
   alignas(64) char edge[inner ? 1 : kLanes * size];
@@ -38,7 +38,8 @@ struct ColumnVector {
   }
 };
 
-// What finishes a score, as bits. The loops over a row are made for each single one, and for any set of them.
+// Score options as bits. The loop over a row is instantiated for each single option, and once for
+// combinations, with run-time tests.
 enum ScoreOption {
   kSoftcap = 1,
   kAlibi = 2,
@@ -49,20 +50,21 @@ enum ScoreOption {
   kAnyOptions = 63
 };
 
-// The options of one row; pointers are those of column 0.
+// The score options of one row; pointers are those of column 0. The final score is that of core/score.h for
+// a whole vector, s = softcap(scale S, cap) + bias + alibi(slope, c(i), j), -inf where masked.
 struct ScoreRow {
-  static constexpr int kRowsAhead = 2;
+  static constexpr int kPrefetchRows = 2;
 
   int options = 0;
   float scale, cap;
-  float argument;  // of the tanh over S, times 2 log2(e) where it is short
+  float argument;  // factor of S in the argument of tanh, times 2 log2(e) for tanh_fast
   bool exact_tanh;
   DType bias_dtype;
   const char* bias = nullptr;
-  int64_t bias_ahead = 0, shown_ahead = 0;  // bytes to what a later row will read
-  float constant = 0.0f;                    // a bias, or a mask as −inf, that all columns share
+  int64_t bias_ahead = 0, mask_ahead = 0;  // bytes from here to the row that is prefetched
+  float constant = 0.0f;  // a bias that all columns share, or -inf where a mask of one column hides them
   float slope = 0.0f, distance = 0.0f;
-  const uint8_t* shown = nullptr;
+  const uint8_t* mask = nullptr;
   const int32_t* ids = nullptr;
   int32_t id = 0;
 
@@ -80,7 +82,7 @@ struct ScoreRow {
       const char* at = element(head, p.bias, p.bias.offset(sequence, row.head, i, j0), size);
       if (p.bias.column) {
         bias = at;
-        bias_ahead = kRowsAhead * p.bias.row * size;
+        bias_ahead = kPrefetchRows * p.bias.row * size;
         options |= kBias;
       } else {
         alignas(64) float one[kLanes];
@@ -96,8 +98,8 @@ struct ScoreRow {
     if (p.mask) {
       const char* at = element(head, p.mask, p.mask.offset(sequence, row.head, i, j0), 1);
       if (p.mask.column) {
-        shown = reinterpret_cast<const uint8_t*>(at);
-        shown_ahead = kRowsAhead * p.mask.row;
+        mask = reinterpret_cast<const uint8_t*>(at);
+        mask_ahead = kPrefetchRows * p.mask.row;
         options |= kMask;
       } else if (!*at) {
         constant = kNegInf;
@@ -112,37 +114,37 @@ struct ScoreRow {
     if (constant != 0.0f) options |= kConstant;
   }
 
-  template <int of, ScoreOption option>
+  template <int kOptions, ScoreOption option>
   JF_HD bool has() const {
-    if constexpr (of == kAnyOptions) return (options & option) != 0;
-    return (of & option) != 0;
+    if constexpr (kOptions == kAnyOptions) return (options & option) != 0;
+    return (kOptions & option) != 0;
   }
 
-  // The final scores of columns [c, c + kLanes) from S.
-  template <int of, bool inner>
+  // The final scores of columns [c, c + kLanes).
+  template <int kOptions, bool inner>
   JF_HD Float finish(Float s, int32_t c, Columns visible, float* slopes) const {
     Float x = s * scale;
-    if (has<of, kSoftcap>()) {
-      const Float t = exact_tanh ? tanh(s * argument) : tanh_short(s * argument);
+    if (has<kOptions, kSoftcap>()) {
+      const Float t = exact_tanh ? tanh(s * argument) : tanh_fast(s * argument);
       if (slopes) store(slopes + c, 1.0f - t * t);
       x = t * cap;
     }
     const Int column = lane_indices() + c;
-    if (has<of, kAlibi>()) {
+    if (has<kOptions, kAlibi>()) {
       const Float d = distance - __builtin_convertvector(column, Float);
       x -= slope * (d < 0.0f ? -d : d);
     }
-    if (has<of, kBias>()) {
+    if (has<kOptions, kBias>()) {
       __builtin_prefetch(bias + bias_ahead + c * size_of(bias_dtype));
       x = add(x, load_bias<inner>(c, visible));
     }
-    if (has<of, kConstant>()) x = add(x, broadcast(constant));
-    if (has<of, kMask>()) {
-      __builtin_prefetch(shown + shown_ahead + c);
-      const ColumnVector<inner, 1> flags(shown, c, visible);
+    if (has<kOptions, kConstant>()) x = add(x, broadcast(constant));
+    if (has<kOptions, kMask>()) {
+      __builtin_prefetch(mask + mask_ahead + c);
+      const ColumnVector<inner, 1> flags(mask, c, visible);
       x = load_bytes(flags.data) != 0 ? x : broadcast(kNegInf);
     }
-    if (has<of, kSegments>()) {
+    if (has<kOptions, kSegments>()) {
       const ColumnVector<inner, 4> keys(ids, c, visible);
       x = reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys.data))) == id
               ? x
@@ -157,7 +159,7 @@ struct ScoreRow {
     return view.as<const char>() + (view.leading_offset(head.problem.leading, head.leading) + offset) * size;
   }
 
-  // A bias of −inf hides, whatever the score.
+  // A bias of −inf masks, whatever the score is (NaN and +inf included).
   JF_HD static Float add(Float x, Float bias) { return bias == kNegInf ? bias : x + bias; }
 
   template <bool inner>
@@ -171,27 +173,27 @@ struct ScoreRow {
   }
 };
 
-template <int of, bool inner>
+template <int kOptions, bool inner>
 JF_INLINE Float finish_columns(const ScoreRow& row, Columns visible, int32_t begin, int32_t end, float* s,
-                               float* slopes, Float top) {
-  const ScoreRow own = row;  // in registers: stores to S could change what is not
+                               float* slopes, Float lane_max) {
+  const ScoreRow own = row;  // a local copy stays in registers; stores to S might alias the original
   for (int32_t c = begin; c < end; c += kLanes) {
-    const Float x = own.finish<of, inner>(load(s + c), c, visible, slopes);
+    const Float x = own.finish<kOptions, inner>(load(s + c), c, visible, slopes);
     store(s + c, x);
-    top = max(x, top);
+    lane_max = max(x, lane_max);
   }
-  return top;
+  return lane_max;
 }
 
-template <int of>
+template <int kOptions>
 static Float finish_row(const ScoreRow& row, Columns visible, float* s, float* slopes) {
   const Columns whole = vectors(visible);
   Columns inner{round_up(visible.lo, kLanes), round_down(visible.hi, kLanes)};
   if (inner.empty()) inner = {whole.hi, whole.hi};
-  Float top = broadcast(kNegInf);
-  top = finish_columns<of, false>(row, visible, whole.lo, inner.lo, s, slopes, top);
-  top = finish_columns<of, true>(row, visible, inner.lo, inner.hi, s, slopes, top);
-  return finish_columns<of, false>(row, visible, inner.hi, whole.hi, s, slopes, top);
+  Float lane_max = broadcast(kNegInf);
+  lane_max = finish_columns<kOptions, false>(row, visible, whole.lo, inner.lo, s, slopes, lane_max);
+  lane_max = finish_columns<kOptions, true>(row, visible, inner.lo, inner.hi, s, slopes, lane_max);
+  return finish_columns<kOptions, false>(row, visible, inner.hi, whole.hi, s, slopes, lane_max);
 }
 
 inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const {
@@ -215,7 +217,7 @@ inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, float* s,
 typedef uint64_t Wide __attribute__((vector_size(kLanes * 4), may_alias));
 inline constexpr int kWideLanes = kLanes / 2;
 
-// The products of the low halves of each lane.
+// The 64-bit products of the low halves of each lane.
 JF_INLINE Wide multiply_halves(Wide a, Wide b) {
 #if defined(__AVX512F__)
   return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
@@ -233,18 +235,20 @@ JF_INLINE Wide count_up(std::integer_sequence<int, lane...>) {
   return Wide{lane...};
 }
 
-// Of words 0 and 1, 2 and 3 of a block in each 64 bits: part `part` of all in the order of their columns,
-// four blocks' first words, then their second ones, and so on.
+// Reorders Philox words into column order. A lane of `first` holds words 0 and 1 of a block, a lane of
+// `second` words 2 and 3; `part` selects the vector of the result: four blocks' words 0 (columns 0 to 7),
+// then their words 1, and so on.
 template <int part, int... lane>
 JF_INLINE UInt order_words(Wide first, Wide second, std::integer_sequence<int, lane...>) {
   constexpr auto from = [](int at) { return at / 8 % 2 * kLanes + (at / 16 * 4 + at % 4) * 2 + at / 4 % 2; };
   return __builtin_shufflevector((UInt)first, (UInt)second, from(part * kLanes + lane)...);
 }
 
-// Dropout::turned of both words in a lane.
+// Dropout::turned of both words of a lane.
 JF_INLINE Wide turned(Wide x) { return (x >> 8 & 0x00FFFFFF00FFFFFFu) | (x << 24 & 0xFF000000FF000000u); }
 
-// The words of kWideLanes neighbouring Philox blocks from `index` on, 0 and 1 and 2 and 3 in a lane.
+// kWideLanes consecutive Philox blocks from `index` on: words 0 and 1 of a block in a lane of `first`,
+// words 2 and 3 in a lane of `second`.
 struct WideBlocks {
   Wide first, second;
 };
@@ -271,7 +275,7 @@ JF_INLINE WideBlocks philox_blocks(const Dropout& dropout, uint32_t b, uint32_t 
   return {turned(first), turned(second)};
 }
 
-// The numbers of the columns that they decide about; of 32 at least.
+// Stores the dropout numbers of kDropoutStep columns, those of kWideLanes blocks but at least of 32.
 inline constexpr int kDropoutStep = std::max(kWideLanes * kDropoutColumns / 4, kDropoutColumns);
 JF_INLINE void dropout_numbers(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i, uint32_t index,
                                uint16_t* numbers) {

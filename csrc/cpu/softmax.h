@@ -1,4 +1,4 @@
-// The online softmax of a tile of rows, and what makes the output of it.
+// The online softmax of a tile of rows, and its output O / l.
 #pragma once
 
 #include "../core/split.h"
@@ -8,8 +8,9 @@
 
 namespace jax_flash::JF_ISA {
 
-// Of each row: m = max S over the keys so far, shift = unit log2(e) m as it was rounded once for all that
-// subtract it, l = Σ 2^(unit log2(e) S − shift) lane by lane, alpha the last rescale of l and O.
+// Online softmax state per row: m = max S over the keys so far; shift = softmax_scale log2(e) m, rounded
+// once so that every exponent subtracts the same value; l = Σ 2^(softmax_scale log2(e) S − shift), lane by
+// lane; alpha, the last rescale factor of l and O.
 struct Softmax {
   float m[kTileM], shift[kTileM];
   alignas(64) float alpha[kTileM + kLanes];
@@ -20,27 +21,28 @@ struct Softmax {
   }
 };
 
-// The columns of `keys` that row i sees; column 0 is key j0.
+// The columns of `keys` that the row at position i sees; column 0 is key j0.
 JF_INLINE Columns visible_columns(const Band& band, int32_t i, Interval keys, int32_t j0) {
   keys = intersect(band.row(i), keys);
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// A block of rows in a tile of keys: `used` are the columns that any row sees, `open` the panels that every
-// row sees whole.
+// A block of rows in a tile of keys: `used` are the columns that any of the rows sees, `unmasked` the
+// panels that every row sees entirely.
 struct BlockColumns {
-  Columns used{0, 0}, open{0, 0};
+  Columns used{0, 0}, unmasked{0, 0};
 
   JF_HD Columns panels() const { return {round_down(used.lo, kPanel), round_up(used.hi, kPanel)}; }
 };
 
-// The keys of a tile, and the key of column 0: a multiple of kPanel at or before them.
+// The keys of a tile, and the key of column 0: the multiple of kPanel at or before the first.
 struct KeyRange {
   Interval keys;
   int32_t begin;
 };
 
-// Of blocks whose first row is at position i0; whether any is used. `heads` rows share a position.
+// BlockColumns of successive blocks from position i0 on, where `heads` rows share a position. Returns
+// whether any block sees a key.
 JF_INLINE bool block_columns(const Band& band, int32_t i0, int32_t blocks, int32_t heads, KeyRange range,
                              BlockColumns* columns) {
   const int32_t j0 = range.begin;
@@ -53,14 +55,14 @@ JF_INLINE bool block_columns(const Band& band, int32_t i0, int32_t blocks, int32
     any = true;
     columns[b].used = {keys.lo - j0, keys.hi - j0};
     const Interval all = intersect(band.common(first, end), keys);
-    columns[b].open = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
+    columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
     const int32_t lo = columns[b].panels().lo;
-    if (all.empty() || columns[b].open.empty()) columns[b].open = {lo, lo};
+    if (all.empty() || columns[b].unmasked.empty()) columns[b].unmasked = {lo, lo};
   }
   return any;
 }
 
-// Addresses of the tile's rows of the queries, null past the sequence's length.
+// Addresses of the tile's query rows, null past the sequence's length.
 JF_INLINE void query_addresses(const Head& head, const RowTile& tile, const char** at) {
   const int64_t head_bytes = head.problem.query.head * size_of(head.problem.dtype);
   for (int32_t r = 0; r < tile.rows(); ++r) {
@@ -69,8 +71,9 @@ JF_INLINE void query_addresses(const Head& head, const RowTile& tile, const char
   }
 }
 
-// Hides the columns [lo, hi) of S that lie outside `visible`, and the maximum with `top`, lane by lane.
-JF_INLINE Float hide_edges(Columns visible, int32_t lo, int32_t hi, float* s, Float top) {
+// Masks the columns of [lo, hi) that lie outside `visible`. Returns the maximum of `lane_max` and these
+// columns, lane by lane.
+JF_INLINE Float hide_edges(Columns visible, int32_t lo, int32_t hi, float* s, Float lane_max) {
   const Columns inner{round_up(visible.lo, kLanes), round_down(visible.hi, kLanes)};
   for (int32_t c = lo; c < hi; c += kLanes) {
     Float x = load(s + c);
@@ -79,71 +82,72 @@ JF_INLINE Float hide_edges(Columns visible, int32_t lo, int32_t hi, float* s, Fl
       x = (column >= visible.lo) & (column < visible.hi) ? x : broadcast(kNegInf);
       store(s + c, x);
     }
-    top = max(x, top);
+    lane_max = max(x, lane_max);
   }
-  return top;
+  return lane_max;
 }
 
-// From here on rounding the shift would matter: S − m is made first.
-inline constexpr float kFarShift = 1 << 20;
+// From this magnitude on the rounding error of the shift would matter in the exponent; S − m is then
+// computed first.
+inline constexpr float kLargeShift = 1 << 20;
 
-// Of the rows of a tile, on the way from S to P: what S is shifted by, and log2 of what l and O are rescaled
-// by.
+// Per row of a tile, between the maximum and P: the shift of the exponent, and log2 of the factor by which
+// l and O are rescaled.
 struct SoftmaxShift {
   float shift[kTileM];
   alignas(64) float change[kTileM + kLanes] = {};
 };
 
-// m ← max(m, S) for one row of a block, and by how much it has risen. `top` is the maximum of the block's
-// open panels, lane by lane.
+// m ← max(m, max S) for one row of a block, and the resulting shift and rescale factor. `lane_max` is the
+// maximum of the block's unmasked panels, lane by lane.
 JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
-                               Float top, Softmax& state, SoftmaxShift& by, int32_t r) {
+                               Float lane_max, Softmax& state, SoftmaxShift& shifts, int32_t r) {
   const int32_t j0 = range.begin;
   const Columns visible = visible_columns(head.band, row.position, range.keys, j0), all = block.panels();
-  if (head.extra) {
+  if (head.has_options) {
     const Columns whole = visible.empty() ? Columns{all.hi, all.hi} : vectors(visible);
     fill(s + all.lo, whole.lo - all.lo, kNegInf);
     fill(s + whole.hi, all.hi - whole.hi, kNegInf);
-    top = visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, s, nullptr);
+    lane_max = visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, s, nullptr);
   } else {
-    top = hide_edges(visible, all.lo, block.open.lo, s, top);
-    top = hide_edges(visible, block.open.hi, all.hi, s, top);
+    lane_max = hide_edges(visible, all.lo, block.unmasked.lo, s, lane_max);
+    lane_max = hide_edges(visible, block.unmasked.hi, all.hi, s, lane_max);
   }
-  const float unit = head.unit * kLog2e, highest = reduce_max(top);
+  const float scale_log2 = head.softmax_scale * kLog2e, highest = reduce_max(lane_max);
   const float m = highest > state.m[r] ? highest : state.m[r];
-  by.shift[r] = m == kNegInf ? 0.0f : m * unit;  // all hidden so far: P = 2^(−inf − 0) = 0
-  by.change[r] = state.shift[r] - by.shift[r];
-  state.shift[r] = m == kNegInf ? kNegInf : by.shift[r];
-  if (__builtin_fabsf(by.shift[r]) >= kFarShift) {
-    by.change[r] = (state.m[r] - m) * unit;
-    by.shift[r] = 0.0f;
+  shifts.shift[r] = m == kNegInf ? 0.0f : m * scale_log2;  // every key so far is masked
+  shifts.change[r] = state.shift[r] - shifts.shift[r];
+  state.shift[r] = m == kNegInf ? kNegInf : shifts.shift[r];
+  if (__builtin_fabsf(shifts.shift[r]) >= kLargeShift) {
+    shifts.change[r] = (state.m[r] - m) * scale_log2;
+    shifts.shift[r] = 0.0f;
     for (int32_t c = all.lo; c < all.hi; c += kLanes) store(s + c, load(s + c) - m);
   }
   state.m[r] = m;
 }
 
-// alpha of the rows.
+// alpha of all rows.
 template <class E>
-JF_INLINE void softmax_rescale(int32_t rows, const SoftmaxShift& by, Softmax& state) {
+JF_INLINE void softmax_rescale(int32_t rows, const SoftmaxShift& shifts, Softmax& state) {
   for (int32_t r = 0; r < rows; r += kLanes) {
-    store(state.alpha + r, exp2_short<E::kExpDegree>(load(by.change + r)));
+    store(state.alpha + r, exp2_fast<E::kExpDegree>(load(shifts.change + r)));
   }
 }
 
-// S -> P for one row of a block, P as words of E in S's place: P = exp(unit (S − m)), l ← αl + ΣP.
+// P = exp(softmax_scale (S − m)) for one row of a block, l ← αl + ΣP. P replaces S, as words of E.
 template <class E>
 JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockColumns& block, float* s,
                            float shift, Softmax& state, int32_t r) {
   const Columns all = block.panels();
-  const float unit = head.unit * kLog2e;
+  const float scale_log2 = head.softmax_scale * kLog2e;
   Float sum = state.l[r] * state.alpha[r];
-  Word* p = reinterpret_cast<Word*>(s);  // its columns are no wider than those of S
+  Word* p = reinterpret_cast<Word*>(s);  // a word of P is never further along the row than its S
   const auto exponentials = [&](int32_t c) {
-    const Float x = exp2_short<E::kExpDegree>(load(s + c) * unit - shift);
+    const Float x = exp2_fast<E::kExpDegree>(load(s + c) * scale_log2 - shift);
     sum += x;
     return x;
   };
-  if (head.drops) {
+  if (head.has_dropout) {
     RowBuffer keep;
     head.dropout_row(row, j0, all, keep.value);
     for (int32_t c = all.lo; c < all.hi; c += kPanel) {
@@ -160,7 +164,8 @@ JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockCol
   state.l[r] = sum;
 }
 
-// What a tile of rows, or a part of its keys, comes to: O [rows, padded(dv)] with m and l of each row.
+// The unnormalised output of a tile of rows over all or a part of its keys: O [rows, padded(dv)], and m and
+// l of each row.
 struct PartialOutput {
   float *o, *m, *l;
 
@@ -177,7 +182,8 @@ struct PartialOutput {
   }
 };
 
-// out = O / l and lse = unit m + log l, the sink joining the sum; rows past the length are filled.
+// out = O / l and lse = softmax_scale m + log l, with the sink in the sum. Rows past the sequence's length
+// get out = 0, lse = -inf.
 static void store_output(const Head& head, const RowTile& tile, const PartialOutput& from) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, tile.head);
@@ -186,7 +192,7 @@ static void store_output(const Head& head, const RowTile& tile, const PartialOut
     const int32_t i = tile.position(r), h = tile.head_of(r) - tile.head;
     float factor = 0.0f, statistic = kNegInf;
     if (i < head.band.q_len) {
-      float m = from.m[r] * head.unit, l = from.l[r], alpha = 1.0f;
+      float m = from.m[r] * head.softmax_scale, l = from.l[r], alpha = 1.0f;
       if (p.sinks) {
         const SplitMerge merged = merge_splits(m, head.at(p.sinks, (tile.head + h) * p.sinks.head), 1.0f);
         alpha = merged.first;
@@ -204,12 +210,13 @@ static void store_output(const Head& head, const RowTile& tile, const PartialOut
   }
 }
 
-// first ← its union with another part's. Not inlined: parts give the same bits whoever merges them.
-static __attribute__((noinline)) void merge_part(int32_t rows, int32_t width, float unit,
+// first ← the output over the keys of both parts. It is not inlined, so that every caller gets the same
+// bits.
+static __attribute__((noinline)) void merge_part(int32_t rows, int32_t width, float softmax_scale,
                                                  const PartialOutput& first, const PartialOutput& other) {
   const int32_t ld = padded(width);
   for (int32_t r = 0; r < rows; ++r) {
-    const SplitMerge merged = merge_splits(first.m[r], other.m[r], unit);
+    const SplitMerge merged = merge_splits(first.m[r], other.m[r], softmax_scale);
     first.l[r] = first.l[r] * merged.first + other.l[r] * merged.second;
     first.m[r] = merged.m;
     float* o = first.o + r * ld;

@@ -1,6 +1,6 @@
-// How the keys of forward's tiles are cut, so that a few long sequences keep all threads busy. The partition,
-// and with it every bit of the result, depends on the problem alone: parts merged in order by one thread or
-// by many give the same.
+// How forward splits the keys of its tiles, so that a few long sequences keep all threads busy. The split
+// depends on the problem alone, and parts are merged in order, so that the number of threads does not
+// change any bit of the result.
 #pragma once
 
 #include <algorithm>
@@ -29,10 +29,10 @@ class Splits {
     }
   }
 
-  // Multiply-adds of the whole call, about, per feature of a key and its value.
+  // Approximate multiply-adds of the whole call, divided by d + dv.
   double cost() const { return total_; }
 
-  // The tile at `index` with its number of parts; false for a slot without rows.
+  // Sets `tile` to the tile at `index` with its number of parts. Returns false for a slot without rows.
   bool at(int64_t index, RowTile& tile) const {
     if (!grid_.at(index, tile)) return false;
     const Interval keys = keys_of(tile);
@@ -42,17 +42,20 @@ class Splits {
     } else if (s.batch_invariant) {
       tile.parts = clamp_splits(ceil_div(keys.size(), kInvariantSplit), keys);
     } else {
-      const double fair_keys = std::max<double>(kSmallestPart, fair(tile) / cost_of_key(tile));
-      tile.parts = clamp_splits(static_cast<int64_t>(keys.size() / fair_keys), keys);
+      const double keys_per_part = std::max<double>(kSmallestPart, fair_share(tile) / cost_of_key(tile));
+      tile.parts = clamp_splits(static_cast<int64_t>(keys.size() / keys_per_part), keys);
     }
     return true;
   }
 
-  // A tile whose parts are items of their own, for it is more than one unit's share.
-  bool spread(const RowTile& tile) const { return tile.parts > 1 && cost(tile, keys_of(tile)) > fair(tile); }
+  // Whether the parts of a tile are work items of their own, because the tile exceeds a fair share of the
+  // work.
+  bool is_parallel(const RowTile& tile) const {
+    return tile.parts > 1 && cost(tile, keys_of(tile)) > fair_share(tile);
+  }
 
-  // The first tile of the grid past `share` of the cost.
-  int64_t cut(double share) const {
+  // The first tile of the grid beyond this share of the total cost.
+  int64_t first_tile_after(double share) const {
     if (share >= 1.0 || grid_.size() == 0) return grid_.size();
     const double target = total_ * share;
     const int64_t l = std::upper_bound(ends_.begin(), ends_.end() - 1, target) - ends_.begin();
@@ -68,27 +71,28 @@ class Splits {
 
  private:
   static constexpr double kSmallestPart = 512;  // keys
-  static constexpr double kCostOfLoading = 8;   // a key, in rows of multiply-adds
+  static constexpr double kCostOfLoading = 8;   // per key, in query rows of multiply-adds
 
-  // Shares that the work is cut into, more than threads; fewer where each would pack its keys.
-  static constexpr double kUnits = 64, kPackedUnits = 8;
+  // Work items to aim at, more than there are threads; fewer for tiles of many rows, each of whose parts
+  // packs its keys.
+  static constexpr double kTargetItems = 64, kPackedTargetItems = 8;
   static constexpr int32_t kPackedRows = 32;
 
-  double fair(const RowTile& tile) const {
-    return total_ / (tile.rows() < kPackedRows ? kUnits : kPackedUnits);
+  double fair_share(const RowTile& tile) const {
+    return total_ / (tile.rows() < kPackedRows ? kTargetItems : kPackedTargetItems);
   }
   int64_t per_entry() const { return grid_.slots() * grid_.heads(); }
   Interval keys_of(const RowTile& tile) const {
-    return make_band(problem_.spec, tile.sequence).rows(tile.begin, tile.end);
+    return make_band(problem_, tile.leading, tile.sequence).rows(tile.begin, tile.end);
   }
   static double cost_of_key(const RowTile& tile) { return kCostOfLoading + tile.rows(); }
   static double cost(const RowTile& tile, Interval keys) { return cost_of_key(tile) * keys.size(); }
 
   const Problem& problem_;
   const RowGrid& grid_;
-  std::vector<double> middles_;  // [L, slots]: of every tile of a head, in the order of the grid, the cost up
-                                 // to its middle
-  std::vector<double> ends_;     // [L]: the cost up to the end of each leading entry
+  // [L, slots]: for every tile of a head, in the order of the grid, the head's cost up to the tile's middle.
+  std::vector<double> middles_;
+  std::vector<double> ends_;  // [L]: the cost up to the end of each leading entry
   double total_ = 0;
 };
 

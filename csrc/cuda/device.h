@@ -1,4 +1,4 @@
-// What plan() wants to know of a GPU.
+// The properties of a GPU that plan() needs.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,7 +1,8 @@
-// P and dS of one tile, recomputed from lse: what every backward kernel starts from.
+// P and dS of one tile, which every backward kernel recomputes from lse:
+//   P = exp(S − lse), dS = P ∘ (dP − delta), delta = rowsum(dO ∘ O).
 #pragma once
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -13,19 +14,20 @@
 
 namespace jax_flash {
 
-// lse and delta of a row as the gradient needs them. Where no key is seen lse = −inf: +inf makes P = 0.
+// lse in powers of two, and delta. A row that sees no key has lse = −inf; +inf instead makes its P = 0.
 __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
-__device__ __forceinline__ bool is_far(float row_lse) {
+// True where |lse| is so large that its rounding error would show in P.
+__device__ __forceinline__ bool rounds_coarsely(float row_lse) {
   return kFarShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
-// Those of a thread's rows, in registers.
+// lse and delta of a thread's rows, in registers.
 template <class S>
 struct RowStatistics {
   float lses[S::kSlots], deltas[S::kSlots];
 
-  // lse, delta: of the sequence's rows. `row`: the accumulator's first within the sequence.
+  // lse, delta: at the sequence's first row. `row`: the accumulator's first row within the sequence.
   __device__ __forceinline__ RowStatistics(const Problem& p, const float* lse, const float* delta,
                                            int32_t row, int32_t q_len) {
 #pragma unroll
@@ -39,7 +41,7 @@ struct RowStatistics {
   __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
   __device__ __forceinline__ float delta(int slot) const { return deltas[slot]; }
 
-  // Rows that see nothing give nothing, whatever they and their cotangents hold: 0 · NaN is NaN.
+  // Zeros S and dP of rows that see no key: their Q and dO may hold NaN or infinities, and 0 · NaN is NaN.
   __device__ __forceinline__ void clear_unseen(S& s, S& dp) const {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
@@ -53,14 +55,14 @@ struct RowStatistics {
   }
 };
 
-// What all threads of a block share, of the operands that both backward kernels read.
+// The block state that both backward kernels need: what all threads of a block share, in shared memory.
 template <class T>
 struct GradientBlock {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // of the general kernels
-  Interval tiles;       // of the other side, that meet the block's own tile in the band
-  GlobalRows<const T> key, value, query, dout;  // query, dout: of the (first) query head
+  ScoreOperands score;  // set by the general kernels only
+  Interval tiles;       // the tiles to iterate over: queries for a key tile, keys for a query tile
+  GlobalRows<const T> key, value, query, dout;  // query and dout of the (first) query head
   const float *lse, *delta;
 
   template <Over over>
@@ -77,31 +79,34 @@ struct GradientBlock {
     lse = p.lse.as<const float>() + work.offset(p, p.lse, head, tile.q_begin);
     delta = p.delta.as<const float>() + work.offset(p, p.delta, head, tile.q_begin);
   }
+  // `rows`: what the block's own tile meets in the band on the other side.
   __device__ void set_tiles(Interval rows, int32_t block) {
     tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / block, (rows.hi - 1) / block + 1};
   }
 };
 
-// S → P = 2^(scale · S − lse). Beside a far lse, which is rounded, P would be infinite: there a score as far
-// is the row's largest.
+// S → P = 2^(scale · S − lse). An lse of large magnitude is rounded so coarsely that P could be infinite. In
+// such a row a score that exceeds lse, or differs from it by less than that rounding, counts as equal to it:
+// P = 1.
 template <class S, class Rows>
 __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
-  bool far = false;
+  bool coarse = false;
 #pragma unroll
-  for (int slot = 0; slot < S::kSlots; ++slot) far |= is_far(rows.lse(slot));
+  for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
   for_each(s, [&](float& x, int slot, int, int) { x = fmaf(x, scale, -rows.lse(slot)); });
-  if (__builtin_expect(__any_sync(~0u, far), false)) {
+  if (__builtin_expect(__any_sync(~0u, coarse), false)) {
     for_each(s, [&](float& x, int slot, int, int) {
       const float lse = rows.lse(slot);
-      if (is_far(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kFarShift)) x = 0;
+      if (rounds_coarsely(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kFarShift)) x = 0;
     });
   }
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
-// S, dP → P after dropout but for its factor, dS, in place. `row`, `key`: the accumulators' first within the
-// sequence. `partial`: the band hides some of the tile. kThroughSoftcap: dS is the gradient of scale · q·k,
-// else that of what softcap returns, which is the bias' as well. `bias`: what general.fetch() brought.
+// S → P and dP → dS, in place. P has dropout applied, but not its factor 1 / (1 − rate). `row`, `key`: the
+// accumulators' first ones within the sequence. `partial`: the band hides some of the tile. kThroughSoftcap:
+// dS is the gradient with respect to scale · q·k, else the one with respect to softcap's result, which is the
+// gradient of the bias too. `bias`: what general.fetch() loaded.
 template <bool kGeneral, bool kThroughSoftcap, class S, class Rows>
 __device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOperands& operands,
                                               const Band& band, const Rows& rows, int32_t row, int32_t key,
@@ -110,17 +115,17 @@ __device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOpera
   KeptElements<S> kept;
   if constexpr (kGeneral) {
     const GeneralScore general(p, operands, band);
-    if (p.dropout) {
+    if (p.dropout) {  // dP ← dP ∘ mask / (1 − rate)
       kept = operands.dropout_at(row, key).template elements<S>();
       const float factor = dropout_scale(p.spec);
       for_each(dp, [&](float& x, int slot, int n, int e) { x = kept.at(slot, n, e) ? x * factor : 0; });
     }
-    for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });
-    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr, bias);
+    for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });  // dP ← dP − delta
+    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr, bias);           // dP ← dP ∘ softcap'(S)
   }
   if (partial) mask(s, band, row, key);
-  probabilities(s, rows, kGeneral ? 1.0f : p.spec.scale * kLog2e);
-  for_each(s, [&](float x, int slot, int n, int e) {
+  probabilities(s, rows, kGeneral ? 1.0f : p.spec.scale * kLog2e);  // P = exp(S − lse)
+  for_each(s, [&](float x, int slot, int n, int e) {                // dS = P ∘ (dP − delta)
     float& ds = dp.at(slot, n, e);
     ds = x * (kGeneral ? ds : ds - rows.delta(slot));
   });

@@ -1,4 +1,4 @@
-// Launching a kernel on XLA's stream.
+// Kernel launches on XLA's stream.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,22 +8,24 @@
 
 namespace jax_flash {
 
-// The next kernel on the stream wants as much shared memory as the last: changing the split with L1 takes
-// time.
+// Asks for the same split of L1 and shared memory that the kernel before has: changing it between two kernels
+// takes time.
 template <class... Parameters>
 cudaError_t prefer_shared_memory(void (*kernel)(Parameters...)) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                               cudaSharedmemCarveoutMaxShared);
 }
 
-// Nothing happens without blocks. `cluster` of them at a time run side by side and reach each other.
+// Launches `blocks` thread blocks in clusters of size `cluster`, or nothing if there are none. `shared`:
+// bytes of dynamic shared memory.
 template <class... Parameters>
 cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, int64_t blocks, int32_t threads,
                             size_t shared, cudaStream_t stream,
                             std::type_identity_t<Parameters>... arguments) {
   if (blocks == 0) return cudaSuccess;
-  constexpr size_t kSharedWithoutAsking = 44 << 10;  // of 48 KB, which hold static shared memory too
-  if (shared > kSharedWithoutAsking) {
+  // 48 KB of shared memory need no opt-in; 4 KB of them are left for what a kernel declares statically.
+  constexpr size_t kDefaultShared = 44 << 10;
+  if (shared > kDefaultShared) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared));
     if (e != cudaSuccess) return e;
@@ -41,6 +43,7 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, int
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Launches without clusters.
 template <class... Parameters>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, size_t shared,
                    cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {

@@ -1,10 +1,12 @@
-// The varlen schedule: which tile of which sequence every slot is, from cu_seqlens, on the device.
+// The varlen schedule: for each slot of the grid, which tile of which sequence it is. The device builds it
+// from cu_seqlens, whose values the host does not know.
 //
-// The sequences of the padded list (the tokens before the first, the n sequences, the tokens after the last)
-// lie one after the other, those that meet the most rows of the other side first: blocks begin in that order,
-// and the last ones to run are short. A thread counts what lies before its sequence. Where there are more
-// sequences than threads they keep their order, and sequence z owns the slots from first_slot(start(z)) up to
-// its successor's. The slots left over have no rows.
+// The padded list consists of the tokens before the first sequence, the n sequences, and the tokens after the
+// last. Its sequences are sorted so that those with the longest loops (the most rows on the other side) come
+// first: thread blocks start in that order, and the last ones to run are short. Each thread places one
+// sequence by counting the tiles of all sequences before it. With more sequences than threads the original
+// order stays, and sequence z owns the slots from first_slot(start(z)) to that of its successor. Slots that
+// are left over are empty.
 #include "core/sequence.h"
 #include "cuda/launch.h"
 #include "cuda/registry.h"
@@ -15,7 +17,8 @@ namespace {
 
 constexpr int kThreads = 512;
 
-// starts[i] = running maximum of cu_seqlens [n + 1], clamped to [0, rows].
+// starts[i] ← the running maximum of cu_seqlens [n + 1], clamped to [0, rows]. One block scans kThreads
+// values at a time.
 __device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t n, int32_t rows,
                                 int32_t* starts) {
   __shared__ int32_t scan[kThreads];
@@ -37,20 +40,20 @@ __device__ void running_maximum(const View& cu_seqlens, int64_t offset, int32_t 
   }
 }
 
-// padded [n + 3]: where the tokens before, the sequences and the tokens after them begin, of the rows that
-// the tiles are of; others [n + 1]: where the sequences' other rows begin.
+// The first rows of the sequences.
 struct Starts {
-  const int32_t *padded, *others;
-  int32_t count;  // of the padded list
+  const int32_t* padded;  // [n + 3], of the padded list, for the rows that are tiled (queries or keys)
+  const int32_t* others;  // [n + 1], of the n sequences, for the rows of the other side
+  int32_t count;          // n + 2
 
   __device__ int32_t rows(int32_t z) const { return padded[z + 1] - padded[z]; }
 };
 
 __device__ __forceinline__ TileWork empty_entry() { return {kNoSequence, 0, 0, 0, 0, 0, 0, 0}; }
 
-// The first tile of padded sequence z, as far as it does not depend on which tile it is.
+// What all tiles of padded sequence z have in common; their row and end are set later.
 template <Over over>
-__device__ TileWork whole_sequence(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
+__device__ TileWork sequence_tiles(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
                                    const DecodeGrid& decode, int32_t z) {
   constexpr bool kQueries = over == Over::kQueries;
   const int32_t begin = starts.padded[z], tiles = static_cast<int32_t>(ceil_div(starts.rows(z), block));
@@ -65,15 +68,15 @@ __device__ TileWork whole_sequence(const Problem& p, int64_t leading, const Star
   return {s.index, s.q_begin, s.k_begin, s.q_len, s.k_len, 0, 0, tiles};
 }
 
-// first[z]: the first slot of padded sequence z; first[count]: the slots in use. No more sequences than
-// threads.
+// first[z] ← the first slot of padded sequence z, in sorted order, and first[count] ← the number of slots in
+// use. There are at most kThreads sequences.
 template <Over over>
 __device__ void sort_sequences(const Problem& p, int64_t leading, const Starts& starts, int32_t block,
                                const DecodeGrid& decode, int32_t* first) {
   __shared__ int32_t weights[kThreads], tiles[kThreads];
   const int32_t z = static_cast<int32_t>(threadIdx.x), n = starts.count;
   if (z < n) {
-    const TileWork sequence = whole_sequence<over>(p, leading, starts, block, decode, z);
+    const TileWork sequence = sequence_tiles<over>(p, leading, starts, block, decode, z);
     weights[z] = over == Over::kQueries ? sequence.k_len : sequence.q_len;
     tiles[z] = sequence.tiles;
   }
@@ -90,7 +93,7 @@ __device__ void sort_sequences(const Problem& p, int64_t leading, const Starts& 
   __syncthreads();
 }
 
-// One block per leading entry.
+// One thread block per leading entry.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
     build_schedule(const __grid_constant__ Problem p, TileWork* schedule, int32_t* starts, int64_t tiles,
@@ -115,9 +118,9 @@ __global__ void __launch_bounds__(kThreads)
     if (!sorted || slot >= first[n + 2]) schedule[slot] = empty_entry();
   }
   __syncthreads();
-  // A warp writes the tiles of a sequence.
+  // Each warp writes the tiles of one sequence after another.
   for (int32_t z = threadIdx.x / 32; z < n + 2; z += kThreads / 32) {
-    TileWork tile = whole_sequence<over>(p, leading, list, block, decode, z);
+    TileWork tile = sequence_tiles<over>(p, leading, list, block, decode, z);
     const int64_t begin = sorted ? first[z] : first_slot(padded[z], block, z);
     for (int32_t t = threadIdx.x % 32; t < tile.tiles; t += 32) {
       tile.row = t * block, tile.end = min(tile.row + block, list.rows(z));

@@ -9,7 +9,7 @@ namespace {
 
 using Encode = PFN_cuTensorMapEncodeTiled_v12000;
 
-// Through the runtime, so that nothing links to the driver's library.
+// Looked up through the runtime, so that the library does not link to libcuda.
 Encode find_encode() {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status = cudaDriverEntryPointSymbolNotFound;
@@ -29,14 +29,15 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
   static const Encode encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
   constexpr cuuint32_t kRank = 5;
-  constexpr cuuint64_t kBytes = 2, kAnyStride = 16;  // of an element; of a dimension of size 1
+  constexpr cuuint64_t kElementBytes = 2;
+  constexpr cuuint64_t kUnusedStride = 16;  // of a dimension of size 1: any valid stride
   const int64_t strides[] = {view.head, view.row, view.batch, view.leading[0]};
   const int64_t sizes[] = {shape.heads, shape.rows, shape.batch, p.leading.count()};
   cuuint64_t dims[kRank] = {static_cast<cuuint64_t>(shape.columns)}, bytes[kRank - 1];
   for (cuuint32_t i = 0; i + 1 < kRank; ++i) {
     const bool used = strides[i] != 0 && sizes[i] > 1;
     dims[i + 1] = used ? static_cast<cuuint64_t>(sizes[i]) : 1;
-    bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * kBytes : kAnyStride;
+    bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * kElementBytes : kUnusedStride;
   }
   const cuuint32_t box[kRank] = {static_cast<cuuint32_t>(shape.box_columns), 1,
                                  static_cast<cuuint32_t>(shape.box_rows), 1, 1};
@@ -44,7 +45,7 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
   const auto type =
       p.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto swizzle = shape.box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  // An operand without rows has no memory, and nothing of it is copied.
+  // An operand without rows may have no memory. Nothing of it is copied, but the map needs a valid address.
   const bool empty = shape.rows == 0 || shape.heads == 0 || shape.batch == 0;
   void* data = empty ? p.query.data : view.data;
   const CUresult result =

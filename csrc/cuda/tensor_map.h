@@ -1,4 +1,4 @@
-// Tensor maps: what the copy engine has to know of an operand. Made on the host, passed by value to kernels.
+// TMA tensor maps of operands. The host encodes them and passes them to kernels by value.
 #pragma once
 
 #include <cuda.h>
@@ -8,14 +8,15 @@
 
 namespace jax_flash {
 
-// A 16-bit operand [leading, batch, row, head, column] with boxes of `box_rows` rows and one panel of
-// `box_columns` of one head, swizzled as SharedTile. Its strides are those of the view; a dimension with
-// stride 0 has size 1. No more than one leading dimension.
+// A 16-bit operand [leading, batch, row, head, column]. A box is [box_rows, box_columns] of one head, one
+// panel of a SharedTile with its swizzle.
 struct MapShape {
   int32_t columns, heads, rows, batch;
   int32_t box_columns, box_rows;
 };
 
+// Encodes the map of `view`, whose strides it takes. A dimension with stride 0 gets size 1. There is at most
+// one leading dimension.
 cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view, const MapShape& shape);
 
 }  // namespace jax_flash

@@ -23,7 +23,7 @@ struct BlockWork {
     return view.leading_offset(p.leading, leading) + view.offset(batch_row, view_head, row);
   }
   __device__ __forceinline__ Band band(const Problem& p) const {
-    return make_band(p.spec,
+    return make_band(p, leading,
                      Sequence{tile.index, batch_row, tile.q_begin, tile.k_begin, tile.q_len, tile.k_len});
   }
 };

@@ -26,6 +26,7 @@ enum class Size : int32_t {
   kValueDim,
   kStarts,
   kDropout,
+  kPosition,
   kPages,
   kPageSize,
   kTable,

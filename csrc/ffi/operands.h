@@ -13,15 +13,13 @@
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::Layout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::PageLayout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::Align);
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_flash::AttentionSpec, StructMember<::jax_flash::Layout>("layout"),
-                                      StructMember<::jax_flash::Align>("align"),
-                                      StructMember<int32_t>("left"), StructMember<int32_t>("right"),
-                                      StructMember<float>("scale"), StructMember<float>("softcap"),
-                                      StructMember<float>("dropout_rate"),
-                                      StructMember<bool>("deterministic"), StructMember<int32_t>("operands"),
-                                      StructMember<::jax_flash::PageLayout>("page_layout"),
-                                      StructMember<int32_t>("num_splits"),
-                                      StructMember<bool>("batch_invariant"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::jax_flash::AttentionSpec, StructMember<::jax_flash::Layout>("layout"),
+    StructMember<::jax_flash::Align>("align"), StructMember<int32_t>("left"), StructMember<int32_t>("right"),
+    StructMember<float>("scale"), StructMember<float>("softcap"), StructMember<float>("dropout_rate"),
+    StructMember<bool>("deterministic"), StructMember<int32_t>("operands"),
+    StructMember<::jax_flash::PageLayout>("page_layout"), StructMember<int32_t>("num_splits"),
+    StructMember<bool>("batch_invariant"), StructMember<int32_t>("value_dim"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_flash::AppendSpec,
                                       StructMember<::jax_flash::PageLayout>("page_layout"),
                                       StructMember<bool>("interleaved"), StructMember<int32_t>("operands"));
@@ -52,6 +50,8 @@ class OperandDecoder {
     problem_ = Problem{};
     problem_.spec = spec;
     buffers_.set(Size::kDropout, 6);
+    buffers_.set(Size::kPosition, 2);
+    if (spec.value_dim > 0) buffers_.set(Size::kValueDim, spec.value_dim);
   }
 
   ffi::Error decode(ffi::RemainingArgs args, ffi::RemainingRets rets) {
@@ -105,10 +105,11 @@ class OperandDecoder {
 
   std::vector<OperandRow> input_rows() {
     Problem& p = problem_;
+    const Size value_width = p.spec.value_dim > 0 ? Size::kHeadDim : Size::kValueDim;
     const Element key_element = p.paged() ? Element::kPool : Element::kActivation;
     std::vector<OperandRow> rows{{"query", &p.query, Element::kActivation, query_axes(Size::kHeadDim)},
                                  {"key", &p.key, key_element, key_axes(Size::kHeadDim)},
-                                 {"value", &p.value, key_element, key_axes(Size::kValueDim)}};
+                                 {"value", &p.value, key_element, key_axes(value_width)}};
     if (pass_ != Pass::kForward) {
       rows.push_back({"dout", &p.dout, Element::kActivation, query_axes(Size::kValueDim)});
       rows.push_back({"lse", &p.lse, Element::kFloat32, row_axes()});
@@ -135,6 +136,7 @@ class OperandDecoder {
         {"block_tables", &p.block_tables, Element::kInt32, table_axes()},
         {"k_scale", &p.k_scale, Element::kFloat32, scales},
         {"v_scale", &p.v_scale, Element::kFloat32, scales},
+        {"position", &p.position, Element::kInt32, {{Size::kPosition, &View::column}}},
     };
     static_assert(std::size(optional) == static_cast<size_t>(Operand::kCount));
     for (size_t i = 0; i < std::size(optional); ++i) {
@@ -183,6 +185,9 @@ class OperandDecoder {
     }
     if (p.paged() && p.kv_dtype != p.dtype && p.kv_dtype != DType::kF8E4M3) {
       return operand_error("key has a dtype that is neither query's nor float8_e4m3fn");
+    }
+    if (p.spec.value_dim > 0 && (!p.paged() || p.spec.value_dim > p.head_dim)) {
+      return operand_error("value_dim is for pages, whose head dim is at least as large");
     }
     if (pass_ == Pass::kBiasGradient && !p.spec.has(Operand::kBias)) return operand_error("bias is missing");
     if (p.spec.dropout_rate > 0 && !p.spec.has(Operand::kDropout)) return operand_error("dropout is missing");

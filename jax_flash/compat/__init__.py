@@ -1,4 +1,4 @@
-"""Other libraries' names and arguments, for code that comes from them."""
+"""The functions of other libraries, with their names and arguments, for code that is ported from them."""
 
 from . import flash_attn
 

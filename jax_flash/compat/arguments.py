@@ -1,4 +1,4 @@
-"""flash_attn's arguments turned into this library's."""
+"""Converts flash_attn's arguments to this library's."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..validate import Checker
 
 @dataclass(frozen=True)
 class Cache:
-    """Any of flash_attn's caches as pools of pages; with left padding, each sequence begins at its `start`."""
+    """Any of flash_attn's caches as page pools; with left padding, each sequence begins at its `start`."""
 
     k_pages: jax.Array
     v_pages: jax.Array
     tables: jax.Array
-    start: jax.Array | None  # [b]; None: 0
+    start: jax.Array | None  # [b]; None without left padding
 
     @classmethod
     def of(
@@ -55,7 +55,7 @@ class Cache:
         return self.tables.shape[1] * self.k_pages.shape[1]
 
     def ends(self, check: Checker, b: Any, cache_seqlens: Any) -> jax.Array:
-        """Where each sequence ends before the call, int32 `[b]`."""
+        """The end of each sequence before the call, int32 `[b]`."""
         if cache_seqlens is None:
             cache_seqlens = self.capacity
         if jnp.ndim(cache_seqlens) == 0 and jnp.issubdtype(jnp.result_type(cache_seqlens), jnp.integer):
@@ -65,15 +65,17 @@ class Cache:
         return ends
 
     def lengths(self, ends: jax.Array) -> jax.Array:
-        """Keys of sequences with these ends."""
+        """The numbers of keys of sequences with these ends."""
         return ends if self.start is None else ends - self.start
 
     def without_padding(self) -> Cache:
-        """The same keys with every sequence at the start of its row of the table, to read from."""
+        """The same keys, for reading, with every sequence at the start of its row of the table."""
         if self.start is None:
             return self
         rows, s_max = self.k_pages.shape[:2]
-        slot = self.start[:, None] + jnp.arange(s_max, dtype=jnp.int32)  # pages of one key begin anywhere
+        slot = self.start[:, None] + jnp.arange(
+            s_max, dtype=jnp.int32
+        )  # a page of one key may begin anywhere
         inside = (slot < s_max) & (self.tables >= 0) & (self.tables < rows)
         tables = jnp.where(inside, self.tables * jnp.int32(s_max) + slot, jnp.int32(-1))
         k, v = (x.reshape(rows * s_max, 1, *x.shape[2:]) for x in (self.k_pages, self.v_pages))
@@ -93,7 +95,7 @@ def _row_of_cache(check: Checker, b: Any, b_cache: Any, batch_idx: Any) -> jax.A
 
 
 def check_new(check: Checker, k: Any, v: Any, cos: Any, sin: Any, cache_seqlens: Any) -> None:
-    """Which of the arguments about new keys need which others."""
+    """Checks that arguments about new keys come together with those that they need."""
     for (one, x), (other, y) in ((("k", k), ("v", v)), (("rotary_cos", cos), ("rotary_sin", sin))):
         if (x is None) != (y is None):
             given, missing = (one, other) if y is None else (other, one)
@@ -105,7 +107,7 @@ def check_new(check: Checker, k: Any, v: Any, cos: Any, sin: Any, cache_seqlens:
 
 
 def rotary_tables(check: Checker, cos: Any, sin: Any, capacity: Any) -> tuple[jax.Array, jax.Array] | None:
-    """flash_attn has the angles in q's dtype; here they are float32."""
+    """(cos, sin) in float32; flash_attn passes them in q's dtype."""
     if cos is None:
         return None
     cos, sin = (
@@ -126,7 +128,7 @@ def ranked(check: Checker, name: str, x: Any, dims: str) -> jax.Array:
 
 
 def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:
-    """flash_attn's −1 is None here."""
+    """The window with None for unlimited, which is −1 in flash_attn."""
     if not isinstance(size, (tuple, list)) or len(size) != 2:
         raise check.fail(f"window_size must be a pair (left, right), got {size!r}", TypeError)
     for x in size:
@@ -137,7 +139,7 @@ def window(check: Checker, size: Any) -> tuple[int | None, int | None] | None:
 
 
 def softcap(check: Checker, softcap: Any) -> float | None:
-    """flash_attn's 0.0 is None here."""
+    """The softcap with None for none, which is 0.0 in flash_attn."""
     cap = check.number("softcap", softcap)
     if cap < 0:
         raise check.fail(f"softcap must be positive, or 0.0 for none, got {softcap}")
@@ -145,6 +147,7 @@ def softcap(check: Checker, softcap: Any) -> float | None:
 
 
 def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:
+    """Raises where flash_attn would return attention weights: with return_attn_probs and dropout."""
     if wanted and dropout_p:
         raise check.fail(
             f"return_attn_probs with dropout_p {dropout_p} asks for the attention weights, which never exist as an "

@@ -1,16 +1,17 @@
 """flash_attn's three functions with its arguments, in its order and with its defaults (versions 2.7 and 2.8).
 
-What JAX makes different, and only that:
+The only differences are those that JAX requires:
 
-- `flash_attn_with_kvcache` cannot write into its arguments: it returns the caches it appended to, always and last.
-  Donate them to a jitted step, and they are updated in place.
+- `flash_attn_with_kvcache` cannot write to its arguments, and always returns the updated caches as its last results.
+  If they are donated to a jitted step, they are updated in place.
 - Dropout has no hidden generator: `dropout_p > 0` needs the extra keyword `dropout_key`.
-- `return_attn_probs` gives `(out, softmax_lse, None)`: attention weights never exist as an array. With dropout, where
-  flash_attn would return them, it raises.
-- `implementation` is an extra keyword of all three, as in `jax_flash.flash_attention`.
+- `return_attn_probs` returns `(out, softmax_lse, None)`, because attention weights are never stored. With dropout, for
+  which flash_attn would return them, it raises.
+- All three functions have the extra keyword `implementation`, as in `jax_flash.flash_attention`.
 
-Wider than flash_attn: float32, any page size, dv ≠ d, CPUs, and gradients through pages. Errors about shapes and dtypes
-come from the function that does the work and use its names (`query` for q, `kv_lengths` for cache_seqlens, …).
+They also support what flash_attn does not: float32, any page size, dv ≠ d, CPUs, and gradients through pages. Errors
+about shapes and dtypes are raised by the function that does the work and use its names (`query` for q, `kv_lengths` for
+cache_seqlens, …).
 """
 
 from __future__ import annotations
@@ -51,28 +52,28 @@ def flash_attn_func(
     dropout_key: jax.Array | None = None,
     implementation: str | None = None,
 ) -> Any:
-    """`flash_attention` as flash_attn spells it.
+    """`flash_attention` with flash_attn's arguments.
 
     Args:
       q: `[b, sq, hq, d]`, float16, bfloat16 or float32.
       k, v: `[b, sk, hk, d]` and `[b, sk, hk, dv]`, q's dtype; `hk` divides `hq`.
-      dropout_p: share of attention weights dropped; needs dropout_key.
-      softmax_scale: factor on q·kᵀ, default 1/√d.
-      causal: query i sees keys up to i + (sk − sq).
+      dropout_p: probability that an attention weight is dropped; needs dropout_key.
+      softmax_scale: factor of q·kᵀ, 1/√d by default.
+      causal: query i attends to keys 0 … i + (sk − sq).
       window_size: (left, right) keys visible around that diagonal; −1 for unlimited.
-      softcap: c of `S ← c·tanh(S/c)`; 0.0 for none.
+      softcap: c in `S ← c·tanh(S/c)`; 0.0 for none.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|i + sk − sq − j|.
-      deterministic: make the backward pass bit-for-bit repeatable.
-      return_attn_probs: return `(out, softmax_lse, None)`, softmax_lse float32 `[b, hq, sq]`.
-      dropout_key: `jax.random.key`. The weights dropped are not those that flash_attn's generator would drop.
+      deterministic: makes the backward pass bit-for-bit reproducible.
+      return_attn_probs: returns `(out, softmax_lse, None)` with float32 softmax_lse `[b, hq, sq]`.
+      dropout_key: `jax.random.key`. It drops other weights than flash_attn's generator.
       implementation: as in `flash_attention`.
 
     Returns:
       `[b, sq, hq, dv]` in q's dtype. Differentiable with respect to q, k and v, also through softmax_lse.
 
     Raises:
-      NotImplementedError: return_attn_probs with dropout.
-      ValueError, TypeError, NotImplementedError: as `flash_attention`.
+      NotImplementedError: for return_attn_probs with dropout.
+      ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
     Source: Dao, FlashAttention-2 (2023); the interface is flash_attn's.
 
@@ -120,18 +121,18 @@ def flash_attn_varlen_func(
     dropout_key: jax.Array | None = None,
     implementation: str | None = None,
 ) -> Any:
-    """`flash_attention_varlen`, or with a block_table `paged_attention`, as flash_attn spells them.
+    """`flash_attention_varlen`, or `paged_attention` with a block_table, with flash_attn's arguments.
 
     Args:
-      q: `[tq, hq, d]`, sequences packed one after another.
+      q: `[tq, hq, d]`, packed sequences.
       k, v: `[tk, hk, d]` and `[tk, hk, dv]`, packed; with block_table page pools `[p, ps, hk, d]` and
         `[p, ps, hk, dv]`.
-      cu_seqlens_q, cu_seqlens_k: int32 `[n + 1]`, offsets of the sequences; with block_table only the differences of
-        cu_seqlens_k count, as the number of keys of each sequence.
-      max_seqlen_q, max_seqlen_k: accepted and not needed: any value, also one that is traced, is fine.
+      cu_seqlens_q, cu_seqlens_k: int32 `[n + 1]`, offsets of the sequences; with block_table the differences of
+        cu_seqlens_k are the numbers of keys of each sequence.
+      max_seqlen_q, max_seqlen_k: ignored; they may be traced.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
-      return_attn_probs: return `(out, softmax_lse, None)`, softmax_lse float32 `[hq, tq]`.
-      block_table: int32 `[n, pages]`.
+      return_attn_probs: returns `(out, softmax_lse, None)` with float32 softmax_lse `[hq, tq]`.
+      block_table: int32 `[n, pages]`, the pages of each sequence.
       dropout_p, softmax_scale, causal, window_size, softcap, deterministic, dropout_key, implementation: as in
         `flash_attn_func`, per sequence.
 
@@ -139,8 +140,8 @@ def flash_attn_varlen_func(
       `[tq, hq, dv]` in q's dtype. Differentiable with respect to q, k and v, pools included.
 
     Raises:
-      NotImplementedError: dropout with block_table; return_attn_probs with dropout.
-      ValueError, TypeError, NotImplementedError: as `flash_attention_varlen` and `paged_attention`.
+      NotImplementedError: for dropout with block_table, and for return_attn_probs with dropout.
+      ValueError, TypeError, NotImplementedError: as in `flash_attention_varlen` and `paged_attention`.
 
     Source: Dao, FlashAttention-2 (2023); the interface is flash_attn's.
 
@@ -201,33 +202,36 @@ def flash_attn_with_kvcache(
     *,
     implementation: str | None = None,
 ) -> Any:
-    """Append to a cache (`append_kv`), then attend to it (`paged_attention`), as flash_attn spells it.
+    """Appends to a cache (`append_kv`), then attends to it (`paged_attention`), with flash_attn's arguments.
 
     Args:
       q: `[b, sq, hq, d]`.
       k_cache, v_cache: `[b_cache, s_max, hk, d]` and `[b_cache, s_max, hk, dv]`, q's dtype; with block_table page
         pools `[p, ps, hk, d]` and `[p, ps, hk, dv]`, of any page size.
-      k, v: `[b, s_new, hk, d]` and `[b, s_new, hk, dv]`, appended at cache_seqlens; both or neither.
-      rotary_cos, rotary_sin: `[positions, d_rot / 2]`, float, at least as many positions as the cache of a sequence
-        holds; only with k and v. k is rotated at positions cache_seqlens + i. So is q where causal or window_size
-        limits it; else all its rows are at position cache_seqlens.
-      cache_seqlens: int, or int32 `[b]`: the end of each sequence in its cache before the call. None without k: full.
-      cache_batch_idx: int32 `[b]`, the row of the cache of each entry of q, default 0, 1, …; not with block_table.
-      cache_leftpad: int32 `[b]`, where each sequence begins in its cache (positions count from there); not with
+      k, v: `[b, s_new, hk, d]` and `[b, s_new, hk, dv]`, appended at cache_seqlens; pass both or neither.
+      rotary_cos, rotary_sin: `[positions, d_rot / 2]`, float, with at least as many positions as a sequence's cache has
+        keys; only with k and v. Row i of k is rotated at position cache_seqlens + i, and so is row i of q if causal or
+        window_size is set; otherwise all rows of q are at position cache_seqlens.
+      cache_seqlens: int or int32 `[b]`, the end of each sequence in its cache before the call. None, which is allowed
+        without k, means that the caches are full.
+      cache_batch_idx: int32 `[b]`, the cache row of each batch entry of q, by default 0, 1, …; not with block_table.
+      cache_leftpad: int32 `[b]`, the start of each sequence in its cache, which is its position 0; not with
         block_table.
-      block_table: int32 `[b, pages]`.
-      softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, sk counting the new keys.
-      rotary_interleaved: pairs are neighbouring features (2i, 2i + 1), the default here as in flash_attn; False:
-        (i, i + d_rot / 2).
-      num_splits: parts that the keys are cut into for parallelism, 0: chosen by the plan.
+      block_table: int32 `[b, pages]`, the pages of each sequence.
+      softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`; sk includes the
+        new keys.
+      rotary_interleaved: pairs features (2i, 2i + 1), which is flash_attn's default, instead of (i, i + d_rot / 2).
+      num_splits: number of parts that the keys are split into for parallelism; 0 leaves the choice to the library.
       return_softmax_lse: also return log Σ exp(S), float32 `[b, hq, sq]`.
+      implementation: as in `flash_attention`.
 
     Returns:
-      `(out, k_cache, v_cache)`, or `(out, softmax_lse, k_cache, v_cache)`; without k the caches as they came.
+      `(out, k_cache, v_cache)`, or `(out, softmax_lse, k_cache, v_cache)`; without k the caches are returned
+      unchanged.
 
     Raises:
-      ValueError: arguments that flash_attn refuses together, or one without the other that it needs.
-      ValueError, TypeError, NotImplementedError: as `append_kv` and `paged_attention`.
+      ValueError: for arguments that exclude each other, and for one without another that it needs.
+      ValueError, TypeError, NotImplementedError: as in `append_kv` and `paged_attention`.
 
     Source: Dao, Flash-Decoding (2023); the interface is flash_attn's.
 
@@ -246,12 +250,12 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None:
         rotary = arguments.rotary_tables(check, rotary_cos, rotary_sin, cache.capacity)
         if rotary is not None:
-            turn = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=rotary_interleaved)
+            rotate = partial(apply_rotary, cos=rotary[0], sin=rotary[1], interleaved=rotary_interleaved)
             position = cache.lengths(ends)[:, None]
             limited = causal or window is not None
-            q = turn(q, position + _rows(q) if limited else position)
+            q = rotate(q, position + _rows(q) if limited else position)
             if cache.start is not None:  # append_kv would count positions from the padding
-                k, rotary = turn(k, position + _rows(k)), None
+                k, rotary = rotate(k, position + _rows(k)), None
         k_pages, v_pages, ends = append_kv(
             cache.k_pages,
             cache.v_pages,

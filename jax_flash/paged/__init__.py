@@ -1,1 +1,1 @@
-"""The paged key/value cache: attention over it, appending to it, and the host's bookkeeping of its pages."""
+"""The paged key/value cache: attention over it, appending to it, and the allocation of its pages on the host."""

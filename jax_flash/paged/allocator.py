@@ -1,4 +1,4 @@
-"""Whose pages are whose: the host's bookkeeping for the pool of a paged cache."""
+"""The allocation of a paged cache's pages, on the host."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ class OutOfPages(RuntimeError):
 
 
 class PageAllocator:
-    """Hands out the pages of a pool and counts the owners of each; it never touches the pool itself.
+    """Allocates the pages of a pool and counts the owners of each page; it never touches the pool itself.
 
-    A page has one owner when it is allocated and one more with every `share`; the last `release` frees it. What a
-    freed page holds stays where it is: attention reads only positions below `kv_lengths`, all written since.
-    Sequences may share the full pages of a common prefix: nothing is written to a full page, so that none is copied.
+    An allocated page has one owner, and one more with every `share`; the last `release` frees it. The content of a
+    freed page need not be cleared: attention reads only positions below `kv_lengths`, which its new owner has written.
+    Sequences may share the full pages of a common prefix without a copy, because full pages are never written to.
 
     Args:
       pages: pages in the pool, numbered from 0, at least 1.
 
     Raises:
-      ValueError: naming the argument, its value and what is allowed.
+      ValueError: the message names the argument, its value and what is allowed.
 
     Source: Kwon et al., PagedAttention (2023).
 
     Example:
       >>> allocator = PageAllocator(pages=8)
       >>> first = allocator.allocate(3)
-      >>> allocator.share(first[:2])           # a second sequence starts with the same two pages
+      >>> allocator.share(first[:2])           # a second sequence has the same prefix of two pages
       >>> second = first[:2] + allocator.allocate(1)
       >>> allocator.in_use, allocator.free, allocator.shared
       (4, 4, 2)
-      >>> allocator.release(first)             # only what no other sequence reads is free again
+      >>> allocator.release(first)             # only the page that no other sequence owns is free again
       [2]
     """
 
@@ -45,46 +45,48 @@ class PageAllocator:
 
     @property
     def free(self) -> int:
-        """Pages that nobody owns."""
+        """The number of pages without an owner."""
         return len(self._free)
 
     @property
     def in_use(self) -> int:
-        """Pages with an owner."""
+        """The number of pages with an owner."""
         return self.pages - self.free
 
     @property
     def shared(self) -> int:
-        """Pages with more than one owner."""
+        """The number of pages with more than one owner."""
         return sum(owners > 1 for owners in self._owners)
 
     def owners(self, page: int) -> int:
-        """How many own the page; 0 when it is free."""
+        """The number of owners of a page, 0 if it is free."""
         self._check(page)
         return self._owners[page]
 
     def allocate(self, count: int = 1) -> list[int]:
-        """That many free pages, the last freed first; all of them, or `OutOfPages` and none."""
+        """Allocates `count` free pages, the last freed first; raises `OutOfPages` and takes none if there are fewer."""
         if count < 0:
             raise ValueError(f"allocate: count must be at least 0, got {count}")
         if count > self.free:
-            raise OutOfPages(f"allocate: got count {count}; {self.free} of {self.pages} pages are free")
+            raise OutOfPages(
+                f"allocate: count is {count}, but only {self.free} of {self.pages} pages are free"
+            )
         taken = [self._free.pop() for _ in range(count)]
         for page in taken:
             self._owners[page] = 1
         return taken
 
     def share(self, pages: Iterable[int]) -> None:
-        """One more owner for each of the pages; ValueError, and no change, where one of them is free."""
+        """Adds an owner to each of the pages; raises ValueError, and changes nothing, if one of them is free."""
         pages = list(pages)
         self._check_owned("share", dict.fromkeys(pages, 1))
         for page in pages:
             self._owners[page] += 1
 
     def release(self, pages: Iterable[int]) -> list[int]:
-        """One owner less for each of the pages; returns those that are free now.
+        """Removes an owner from each of the pages; returns those that are free now.
 
-        ValueError, and no change, where a page has fewer owners than it is released times: a double free.
+        Raises ValueError, and changes nothing, if a page is released more often than it has owners (a double free).
         """
         pages = list(pages)
         self._check_owned("release", Counter(pages))
@@ -101,9 +103,9 @@ class PageAllocator:
             self._check(page)
             if self._owners[page] < count:
                 raise ValueError(
-                    f"{operation}: got page {page} {count} times; it has {self._owners[page]} owners"
+                    f"{operation}: page {page} is passed {count} times, but has {self._owners[page]} owners"
                 )
 
     def _check(self, page: int) -> None:
         if not 0 <= page < self.pages:
-            raise ValueError(f"page: got {page}; the pool has pages 0 to {self.pages - 1}")
+            raise ValueError(f"page must be one of the pool's pages, 0 to {self.pages - 1}, got {page}")

@@ -1,4 +1,4 @@
-"""Writing new keys and values into a paged cache: `append_kv`, by the custom call or in plain JAX."""
+"""`append_kv`: writes new keys and values into a paged cache, by the custom call or in plain JAX."""
 
 from __future__ import annotations
 
@@ -33,30 +33,36 @@ def append_kv(
     v_scale: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Append new tokens to each sequence's pages; in place where the pools are donated or dead afterwards.
+    """Appends new tokens to each sequence's pages, in place if the pools are donated or not used afterwards.
 
-    Token t of sequence i goes to position `kv_lengths[i] + t`. Writes to pages outside the pool, and past the
-    capacity of a row of block_tables, are dropped and not counted.
+    Token t of sequence i is written to position `kv_lengths[i] + t`. Writes to pages outside the pool and writes past
+    the capacity of a row of block_tables are dropped and not counted in the new lengths.
 
     Args:
       k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
         key's dtype or float8_e4m3fn.
       key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
-      block_tables: int32 `[n, pages]`.
-      kv_lengths: int32 `[n]`, keys in the cache before the call.
+      block_tables: int32 `[n, pages]`, the pages of each sequence.
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call.
       cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.
-      rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`: keys are rotated by their position while written.
+      rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
+        by `apply_rotary`, before they are written.
       interleaved: as in `apply_rotary`.
-      k_scale, v_scale: float32 `[hk]`, for float8 pools: stored = value / scale, rounded to nearest and saturated.
+      k_scale, v_scale: float32 `[hk]`, only for float8 pools, where stored = value / scale, rounded to nearest and
+        saturated; 1 by default.
+      implementation: as in `flash_attention`.
 
     Returns:
-      `(k_pages, v_pages, kv_lengths)`, the lengths those after the call.
+      `(k_pages, v_pages, kv_lengths)` after the call.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `paged_attention`. Not differentiable.
+      ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no gradient.
+
+    Source: Kwon et al., PagedAttention (2023).
 
     Example:
-      >>> step = jax.jit(decode_step, donate_argnames=("k_pages", "v_pages"))
+      >>> append = jax.jit(append_kv, donate_argnames=("k_pages", "v_pages"))
+      >>> k_pages, v_pages, lengths = append(k_pages, v_pages, k, v, tables, lengths)
     """
     options: dict[str, Any] = dict(
         cu_seqlens=cu_seqlens, page_layout=page_layout, rotary=rotary, interleaved=interleaved, k_scale=k_scale,
@@ -69,12 +75,14 @@ def append_kv(
 
 
 def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pools from the custom call, and the lengths from plain JAX."""
     operands = equally_varying(operands)
     k_pages, v_pages = bind(APPEND, spec, operands)
     return k_pages, v_pages, _lengths_after(operands, _slots(spec, operands))
 
 
 def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pools and lengths in plain JAX."""
     slots = _slots(spec, operands)
     key = operands["key"]
     if "cos" in operands:
@@ -92,7 +100,7 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array
 
 
 def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """x [..., hk, d] as the pool stores it: float8 pools hold x / scale, saturated."""
+    """x [..., hk, d] in the pool's dtype; float8 pools store x / scale, saturated."""
     if dtype != jnp.float8_e4m3fn:
         return x
     wide = x.astype(jnp.float32)
@@ -102,7 +110,7 @@ def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Arr
 
 
 class _Slots(NamedTuple):
-    """Where each new token goes, `[n, s]` or `[t]`, and the sequences' lengths before, `[n]`."""
+    """The destination of each new token, `[n, s]` or `[t]`, and the sequences' lengths before the call, `[n]`."""
 
     sequence: jax.Array
     position: jax.Array
@@ -125,12 +133,14 @@ def _slots(spec: AppendSpec, operands: Operands) -> _Slots:
     position = jnp.pad(lengths, (0, 1))[sequence] + row
     inside = (row >= 0) & (position < capacity)
     at = jnp.where(inside, position // page_size, 0)
-    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[sequence, at]  # padded: there may be none
+    page = jnp.pad(tables, ((0, 1), (0, 1)), constant_values=-1)[
+        sequence, at
+    ]  # padded, because a table may be empty
     return _Slots(sequence, position, page, inside & (page >= 0) & (page < pages), lengths)
 
 
 def _lengths_after(operands: Operands, slots: _Slots) -> jax.Array:
-    """Lengths grow by the tokens written."""
+    """The lengths before the call plus the tokens written."""
     if "cu_seqlens" not in operands:
         return slots.lengths + slots.written.sum(1, dtype=jnp.int32)
     return slots.lengths.at[slots.sequence].add(slots.written.astype(jnp.int32))

@@ -1,4 +1,4 @@
-"""Attention over a paged key/value cache: decode, prefill and a mix of both in one call."""
+"""Attention over a paged key/value cache, for decode, prefill and a mix of both in one call."""
 
 from __future__ import annotations
 
@@ -35,31 +35,34 @@ def paged_attention(
     deterministic: bool = False,
     implementation: str | None = None,
 ) -> Any:
-    """Attention of new queries to keys that lie in the pages of a shared pool.
+    """Attention of new queries to keys and values in the pages of a shared pool.
 
-    Key j of sequence i is slot `j % ps` of page `block_tables[i, j // ps]`. Entries past a sequence's length are never
-    read. Rows that need a page outside the pool give NaN. A contiguous cache `[b, s_max, hk, d]` is a pool of b pages
-    of size s_max with `block_tables = arange(b)[:, None]`.
+    Key j of sequence i is in slot `j % ps` of page `block_tables[i, j // ps]`. Entries past a sequence's length are
+    never read. Rows that need a page outside the pool give NaN. A contiguous cache `[b, s_max, hk, d]` is a pool of b
+    pages of size s_max with `block_tables = arange(b)[:, None]`.
 
     Args:
       query: `[n, sq, hq, d]`, or packed `[tq, hq, d]` with cu_seqlens_q; float16, bfloat16 or float32.
       k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype or float8_e4m3fn.
       v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype.
       block_tables: int32 `[n, pages]`; sequences may share pages.
-      kv_lengths: int32 `[n]`, keys in the cache, the newest included (what `append_kv` returns).
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them.
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in a packed query.
-      num_splits: parts that a sequence's keys are cut into for parallelism, None: chosen by the plan.
-      batch_invariant: a sequence's result is bit-identical whatever else is in the batch.
-      k_scale, v_scale: float32 `[hk]`, for float8 pools: value = stored · scale.
-      causal, window, align, scale, softcap, sinks, return_lse, deterministic, implementation: as `flash_attention`.
+      num_splits: number of parts that a sequence's keys are split into for parallelism; None leaves the choice to
+        the library.
+      batch_invariant: makes a sequence's result bit-identical whatever else is in the batch.
+      k_scale, v_scale: float32 `[hk]`, only for float8 pools, where value = stored · scale; 1 by default.
+      causal, window, align, scale, softcap, sinks, return_lse, deterministic, implementation: as in
+        `flash_attention`.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
 
     Returns:
-      `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or `(out, lse)` with lse `[n, hq, sq]` or `[hq, tq]`.
-      Differentiable with respect to query, sinks and the pools (float8 pools: not the pools).
+      `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
+      `[hq, tq]`.
+      Differentiable with respect to query, sinks and the pools, except for float8 pools.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as `flash_attention`.
+      ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
     Source: Kwon et al., PagedAttention (2023).
 

@@ -1,4 +1,4 @@
-"""Pages in plain JAX: a pool seen as contiguous keys, and its gradient; what the backward pass and "xla" stand on."""
+"""Gathers pages into contiguous keys in plain JAX, for the backward pass and for `implementation="xla"`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
 
 def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """`implementation="xla"`: the equations over gathered keys; rows that need a missing page are NaN, dquery too."""
+    """The equations over gathered keys. Rows that need a page outside the pool are NaN, and so is their dquery."""
     dense_spec, dense = contiguous(spec, operands)
     out, lse = reference.attention(dense_spec, dense)
     missing = rows_missing_pages(spec, operands)[..., None, None]
@@ -29,9 +29,10 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.A
 
 
 def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
-    """The same call over gathered keys, fixed or packed: sequence z holds `capacity` keys, kv_lengths of them in use.
+    """The same call over gathered keys, fixed or packed: every sequence has `capacity` keys, kv_lengths of them in use.
 
-    Keys on pages outside the pool come as zeros; float8 pools come as float32 times their scale, query too.
+    Keys on pages outside the pool are zeros. With float8 pools, keys and values are float32 and multiplied by their
+    scale, and the query is float32 too.
     """
     n = operands["block_tables"].shape[0]
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
@@ -41,6 +42,8 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
             dense[name] = (
                 dense[name].astype(jnp.float32) * operands.get(scale, jnp.ones(1, jnp.float32))[:, None]
             )
+    if spec.value_dim:
+        dense["value"] = dense["value"][..., : spec.value_dim]
     dense["query"] = operands["query"].astype(dense["key"].dtype)
     layout: Layout = "fixed" if spec.layout == "paged" else "varlen"
     if layout == "varlen":
@@ -51,31 +54,40 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
         }
     names = tuple(name for name in OPTIONAL if name in dense)
     return replace(
-        spec, layout=layout, page_layout="nhd", num_splits=0, batch_invariant=False, operands=names
+        spec,
+        layout=layout,
+        page_layout="nhd",
+        num_splits=0,
+        batch_invariant=False,
+        value_dim=0,
+        operands=names,
     ), dense
 
 
 def scatter_gradient(
     spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array
 ) -> jax.Array:
-    """The gradient of gathered keys added up in float32 where pages are shared; pool's shape and dtype."""
+    """The gradient of a pool from that of the gathered keys, summed in float32 where sequences share pages."""
     by_token = tokens_first(pool, spec.page_layout)
     pages, page_size = by_token.shape[:2]
     rows = gradient.reshape(*tables.shape, page_size, *gradient.shape[-2:]).astype(jnp.float32)
+    unread = by_token.shape[-1] - rows.shape[-1]  # columns of K that a V stored within it leaves out
+    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, unread)])
     total = jnp.zeros(by_token.shape, jnp.float32).at[_pages_or_none(tables, pages)].add(rows, mode="drop")
     return tokens_first(total, spec.page_layout).astype(pool.dtype)
 
 
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
-    """Which query rows see a key on a page outside the pool: `[n, sq]` or `[tq]`."""
+    """Whether a query row sees a key on a page outside the pool, `[n, sq]` or `[tq]`."""
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     outside = (tables < 0) | (tables >= operands["key"].shape[0])
     before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 1), (1, 0)))  # [n + 1, pages + 1]
     sequence, row, nq = _query_rows(spec, operands)
     nk = jnp.clip(operands["kv_lengths"], 0, table_capacity(tables, page_size))
-    nk = jnp.pad(nk, (0, 1))[sequence]  # padded: tokens outside every sequence may be all there are
+    nk = jnp.pad(nk, (0, 1))[sequence]  # padded, because there may be no sequence at all
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
+    diagonal = diagonal + reference.first_offset(operands)
     first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
     last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
     first = jnp.maximum(first, 0)
@@ -85,7 +97,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
 
 
 def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sequence, position in it, and its number of rows, for each query row; position −1 outside every sequence."""
+    """Per query row its sequence, its position there (−1 outside every sequence), and the sequence's rows."""
     query = operands["query"]
     if spec.layout == "paged":
         n, sq = query.shape[:2]
@@ -95,7 +107,7 @@ def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax
 
 
 def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each packed token: its sequence, its position there (−1 outside every sequence), and the sequence's rows."""
+    """Per packed token its sequence, its position there (−1 outside every sequence), and the sequence's rows."""
     cu = jax.lax.cummax(jnp.clip(cu_seqlens, 0, tokens))
     token = jnp.arange(tokens, dtype=jnp.int32)
     owner = jnp.searchsorted(cu, token, side="right").astype(jnp.int32) - 1
@@ -106,7 +118,7 @@ def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, ja
 
 
 def _gather(pool: jax.Array, tables: jax.Array, layout: str) -> jax.Array:
-    """[n, pages · ps, hk, d], zeros for pages outside the pool."""
+    """The keys or values of every sequence, [n, pages · ps, hk, d], with zeros for pages outside the pool."""
     by_token = tokens_first(pool, layout)
     pages = _pages_or_none(tables, pool.shape[0])
     if same_dim(pool.shape[0], 0):
@@ -117,16 +129,16 @@ def _gather(pool: jax.Array, tables: jax.Array, layout: str) -> jax.Array:
 
 
 def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:
-    """Negative entries would count from the end: they become an index past it."""
+    """The tables with an index past the pool for negative entries, which JAX would count from the end."""
     return jnp.where(tables < 0, jnp.int32(pages), tables)
 
 
 def table_capacity(tables: jax.Array, page_size: int) -> Any:
-    """Keys that a row of the tables can hold, as far as an int32 counts (a symbolic size as it is)."""
+    """Keys that a row of the tables can hold, limited to int32; a symbolic size is returned as it is."""
     keys = tables.shape[1] * page_size
     return min(keys, 2**31 - 1) if isinstance(keys, int) else keys
 
 
 def tokens_first(pool: jax.Array, layout: str) -> jax.Array:
-    """nhd [p, ps, hk, d] from either layout (its own inverse)."""
+    """The pool as `[p, ps, hk, d]` from either layout; the function is its own inverse."""
     return pool if layout == "nhd" else jnp.swapaxes(pool, 1, 2)

@@ -1,4 +1,4 @@
-"""The rules of the paged functions: pools, tables, lengths, scales."""
+"""Every shape, dtype and option rule of the paged functions, and every message."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ import jax.numpy as jnp
 from .._jax import same_dim
 from ..rotary import rotary_tables
 from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
-from ..validate import (
-    DTYPES,
-    Checker,
-    Operands,
-    check_heads,
-    implementation_name,
-    score_operands,
-    static_spec,
-)
+from ..validate import Checker, Operands, check_heads, implementation_name, score_operands, static_spec
 
 
 def attention(
@@ -30,13 +22,12 @@ def attention(
     kv_lengths: Any,
     options: dict[str, Any],
 ) -> tuple[AttentionSpec, Operands]:
-    """paged_attention's arguments, checked and normalised."""
+    """The spec and operands of a paged_attention call."""
     check = Checker(op)
     q = check.array("query", query)
     cu_seqlens = options["cu_seqlens_q"]
     check.rank("query", q, "n sq hq d" if cu_seqlens is None else "tq hq d")
-    if q.dtype.name not in DTYPES:
-        raise check.fail(f"query has dtype {q.dtype}, allowed are {', '.join(DTYPES)}", TypeError)
+    check.dtype("query", q)
     operands = {"query": q} | _pools(check, "key", "value", k_pages, v_pages, q, "query", options)
     check_heads(check, q.shape[-2], operands["key"].shape[_head_axis(options)], "k_pages")
     operands |= _tables(check, block_tables, kv_lengths)
@@ -71,13 +62,12 @@ def append(
     kv_lengths: Any,
     options: dict[str, Any],
 ) -> tuple[AppendSpec, Operands]:
-    """append_kv's arguments, checked and normalised."""
+    """The spec and operands of an append_kv call."""
     check = Checker(op)
     k, v = check.array("key", key), check.array("value", value)
     cu_seqlens = options["cu_seqlens"]
     check.rank("key", k, "n s hk d" if cu_seqlens is None else "t hk d")
-    if k.dtype.name not in DTYPES:
-        raise check.fail(f"key has dtype {k.dtype}, allowed are {', '.join(DTYPES)}", TypeError)
+    check.dtype("key", k)
     if v.dtype != k.dtype:
         raise check.fail(f"value has dtype {v.dtype}, which differs from key's {k.dtype}", TypeError)
     if v.ndim != k.ndim or not all(map(same_dim, v.shape[:-1], k.shape[:-1])):
@@ -107,6 +97,7 @@ def append(
 
 
 def _head_axis(options: dict[str, Any]) -> int:
+    """The axis of the KV heads in a pool."""
     return -2 if options["page_layout"] == "nhd" else -3
 
 
@@ -117,10 +108,10 @@ def _pools(
     k_pages: Any,
     v_pages: Any,
     like: jax.Array,
-    whose: str,
+    owner: str,
     options: Any,
 ) -> Operands:
-    """The two pools and their scales, against the dtype and head dim of `like` (the query or the new keys)."""
+    """The two pools and their scales, checked against the dtype and head dim of `like` (the query or the new keys)."""
     layout = options["page_layout"]
     if layout not in PAGE_LAYOUTS:
         raise check.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
@@ -130,7 +121,7 @@ def _pools(
     check.rank("v_pages", v, dims.format("dv"))
     if k.dtype not in (like.dtype, jnp.float8_e4m3fn):
         raise check.fail(
-            f"k_pages has dtype {k.dtype}, allowed are {whose}'s {like.dtype} and float8_e4m3fn", TypeError
+            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype} and float8_e4m3fn", TypeError
         )
     if v.dtype != k.dtype:
         raise check.fail(f"v_pages has dtype {v.dtype}, which differs from k_pages' {k.dtype}", TypeError)
@@ -140,7 +131,7 @@ def _pools(
         )
     if same_dim(k.shape[2 if layout == "hnd" else 1], 0):
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
-    check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], whose)
+    check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], owner)
     found = {k_name: k, v_name: v}
     hk = k.shape[_head_axis(options)]
     for name in ("k_scale", "v_scale"):
@@ -155,6 +146,7 @@ def _pools(
 
 
 def _tables(check: Checker, block_tables: Any, kv_lengths: Any) -> Operands:
+    """block_tables [n, pages] and kv_lengths [n]."""
     tables, lengths = check.int32("block_tables", block_tables), check.int32("kv_lengths", kv_lengths)
     check.rank("block_tables", tables, "n pages")
     check.shape("kv_lengths", lengths, (tables.shape[0],), "n")

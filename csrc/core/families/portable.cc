@@ -110,7 +110,7 @@ int32_t ranges_of_column(int64_t columns, int64_t wave) {
 // O and the softmax of the rows of all splits, and where each row's result goes.
 Dim partial_bytes(const Dim& rows, const Dim& value_dim) {
   constexpr int64_t kSoftmax = 8;  // bytes: m and l
-  return rows * (value_dim * 4 + (kSoftmax + kDecodeTargetBytes));
+  return rows * (value_dim * 4 + (kSoftmax + kOutputRowBytes));
 }
 
 // Few query rows for each KV head: the bytes of the keys, not the products, bound the call.

@@ -9,9 +9,9 @@
 
 namespace jax_flash {
 
-inline constexpr int64_t kBlockStateBytes =
-    512;  // of static shared memory: a CTA's state and barriers, at most
-inline constexpr int64_t kDecodeTargetBytes = 24;  // of decode::Target, in the workspace
+// The most that a kernel declares statically, apart from the page loader's addresses: its block state and barriers.
+inline constexpr int64_t kBlockStateBytes = 512;
+inline constexpr int64_t kOutputRowBytes = 24;  // sizeof decode::OutputRow, which lies in the workspace
 
 // The columns of csrc/kernels.def that decide about shared memory.
 struct RowShape {

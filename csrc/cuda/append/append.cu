@@ -1,7 +1,9 @@
-// append_kv: new keys and values into their slots, keys rotated and float8 pools' values quantised on the
-// way.
+// append_kv: writes new keys and values into the slots of a page pool. Keys are rotated, and both are
+// quantised where the pool is float8.
 //
-// A thread writes the same features of every token that its block takes, so that its own order decides.
+// Two tokens may be sent to one slot, and then the later one must win. All tokens of a slot belong to one
+// block (tokens.cuh), which takes them in order, and one thread writes the same features of every token, so
+// program order is enough.
 #include "cuda/append/append.h"
 
 #include <cuda_bf16.h>
@@ -16,10 +18,11 @@ namespace jax_flash {
 namespace append {
 namespace {
 
-constexpr int kBlocksPerMultiprocessor = 4;
+constexpr int kBlocksPerMultiprocessor = 4;  // of the grid, at most
 
+// Rounds to the dtype of the pool.
 template <class Pool>
-__device__ inline Pool stored(float x) {
+__device__ inline Pool to_pool(float x) {
   if constexpr (sizeof(Pool) == 1) {
     return float_to_float8(x);
   } else {
@@ -27,14 +30,14 @@ __device__ inline Pool stored(float x) {
   }
 }
 
-// One of key and value.
+// The key or the value operand with its pool.
 template <class T, class Pool>
 struct Stream {
   const View &rows, &pool, &scale;
-  const T* from;
-  Pool* to;
-  const float* scales;
-  int32_t width;
+  const T* from;        // of the leading entry
+  Pool* to;             // likewise
+  const float* scales;  // likewise, or null
+  int32_t width;        // head dim
 
   __device__ Stream(const AppendProblem& p, int64_t leading, const View& rows_, const View& pool_,
                     const View& scale_, int32_t width_)
@@ -55,18 +58,19 @@ struct Stream {
   }
   __device__ float divisor(int32_t head) const { return scales ? scales[head * scale.head] : 1.0f; }
 
-  // x has T's precision, as a key or value that was never rotated.
+  // Quantises x, a key or value rounded to T: a rotated one is rounded as if it had come that way from the
+  // caller.
   __device__ void write(const Token& t, int32_t head, int32_t feature, T x) const {
     Pool* const slot = target(t, head) + feature;
     if constexpr (sizeof(Pool) == 1) {
-      *slot = stored<Pool>(static_cast<float>(x) / divisor(head));
+      *slot = to_pool<Pool>(static_cast<float>(x) / divisor(head));
     } else {
       *slot = x;
     }
   }
 };
 
-// f(head, i) for i in [0, count) of every KV head, by this thread's share of them.
+// Calls f(head, i) for this thread's share of all KV heads and i in [0, count).
 template <class F>
 __device__ inline void for_each_item(int32_t heads, int32_t count, F f) {
   for (int32_t at = static_cast<int32_t>(threadIdx.x); at < heads * count; at += kThreads) {
@@ -74,6 +78,7 @@ __device__ inline void for_each_item(int32_t heads, int32_t count, F f) {
   }
 }
 
+// Copies features [first, width).
 template <class T, class Pool>
 __device__ inline void copy_features(const AppendProblem& p, const Stream<T, Pool>& s, const Token& t,
                                      int32_t first) {
@@ -82,7 +87,7 @@ __device__ inline void copy_features(const AppendProblem& p, const Stream<T, Poo
   });
 }
 
-// Rows of whole 16-byte words, as they are.
+// Copies rows that consist of whole 16-byte words.
 template <class T>
 __device__ inline void copy_words(const AppendProblem& p, const Stream<T, T>& s, const Token& t) {
   constexpr int32_t kWord = 16 / static_cast<int32_t>(sizeof(T));
@@ -99,7 +104,7 @@ __device__ inline void copy_row(const AppendProblem& p, const Stream<T, Pool>& s
   copy_features(p, s, t, 0);
 }
 
-// The first 2 · rotated features turned, the others as they are.
+// Rotates the first 2 · rotated features and copies the others.
 template <class T, class Pool>
 __device__ inline void rotate_row(const AppendProblem& p, const Stream<T, Pool>& s, const Token& t,
                                   const float* cos, const float* sin) {
@@ -151,8 +156,9 @@ cudaError_t launch_for(const AppendProblem& p, int32_t owners, cudaStream_t stre
 cudaError_t launch_append(const AppendProblem& p, int32_t sm_count, cudaStream_t stream) {
   const int64_t tokens = int64_t{p.rows} * (p.packed() ? 1 : p.batch);
   if (tokens == 0 || p.pages == 0 || p.kv_heads == 0) return cudaSuccess;
-  const int64_t most = int64_t{append::kBlocksPerMultiprocessor} * sm_count;
-  const int32_t owners = static_cast<int32_t>(2 * tokens < most ? 2 * tokens : most);
+  // Slots are hashed to blocks, so twice as many blocks as tokens keep most tokens in blocks of their own.
+  const int64_t limit = int64_t{append::kBlocksPerMultiprocessor} * sm_count;
+  const int32_t owners = static_cast<int32_t>(2 * tokens < limit ? 2 * tokens : limit);
   if (p.dtype == DType::kF16) return append::launch_for<__half>(p, owners, stream);
   if (p.dtype == DType::kBF16) return append::launch_for<__nv_bfloat16>(p, owners, stream);
   return append::launch_for<float>(p, owners, stream);

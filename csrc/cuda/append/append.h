@@ -7,7 +7,7 @@
 
 namespace jax_flash {
 
-// Writes the new tokens into the pools in place.
+// Writes the new tokens of the call into its pools, in place.
 cudaError_t launch_append(const AppendProblem& p, int32_t sm_count, cudaStream_t stream);
 
 }  // namespace jax_flash

@@ -1,7 +1,7 @@
-// Which slots the new tokens of append_kv go to, and which block writes them.
+// Which slots the new tokens of append_kv go to, and which thread block writes them.
 //
-// Garbage tables may send two tokens to one slot, where the last has to stay: a slot belongs to one block by
-// a hash of its place, and a block takes its tokens in order.
+// A block table with repeated pages may send two tokens to one slot, where the last must win. Therefore each
+// slot is owned by one block, by a hash, and a block writes its tokens in order.
 #pragma once
 
 #include <cstdint>
@@ -14,21 +14,21 @@ namespace jax_flash::append {
 
 inline constexpr int kThreads = 256;
 
-// A new token: its row in key and value, counted through all sequences, and where it goes.
+// A new token and its slot.
 struct Token {
-  int64_t row;
-  int32_t sequence, position;
+  int64_t row;                 // in key and value, counted through all sequences
+  int32_t sequence, position;  // position: of the token within its sequence
   PageSlot at;
 };
 
-// What the block's threads share.
+// Shared by the block's threads, in shared memory.
 struct State {
-  int64_t starts[kThreads];  // of the sequences in hand, one more than there are
-  int32_t counts[kThreads / 32];
+  int64_t starts[kThreads];       // the first rows of the current sequences, and the end of the last
+  int32_t counts[kThreads / 32];  // tokens that each warp has found
   Token tokens[kThreads];
 };
 
-// The running maximum over the block's threads and `before`.
+// Inclusive scan: the maximum of `before` and the x of all threads up to this one.
 __device__ inline int64_t running_maximum(int64_t x, int64_t before, int64_t* scan) {
   scan[threadIdx.x] = max(x, before);
   __syncthreads();
@@ -41,7 +41,8 @@ __device__ inline int64_t running_maximum(int64_t x, int64_t before, int64_t* sc
   return scan[threadIdx.x];
 }
 
-// starts[i]: the first row of sequence z + i, for i in [0, count].
+// state.starts[i] ← the first row of sequence z + i, for i in [0, count]. `before`: a lower bound of the
+// first one.
 __device__ inline void find_starts(const AppendProblem& p, int64_t leading, int32_t z, int32_t count,
                                    int64_t before, State& state) {
   const int32_t i = static_cast<int32_t>(threadIdx.x);
@@ -56,10 +57,11 @@ __device__ inline void find_starts(const AppendProblem& p, int64_t leading, int3
                   state.starts);
 }
 
-// Where row `row` of sequences [z, z + count) goes; false: nowhere.
+// Finds the sequence, position and slot of token.row among sequences [z, z + count). Returns false if the
+// token has no slot: the table is full, or its entry lies outside the pool.
 __device__ inline bool find_slot(const AppendProblem& p, int64_t leading, int32_t z, int32_t count,
                                  const int64_t* starts, Token& token) {
-  int32_t lo = 0, hi = count - 1;  // the last sequence that begins at or before the row
+  int32_t lo = 0, hi = count - 1;  // binary search for the last sequence that begins at or before the row
   while (lo < hi) {
     const int32_t middle = hi - (hi - lo) / 2;
     if (starts[middle] <= token.row) {
@@ -82,12 +84,12 @@ __device__ inline bool find_slot(const AppendProblem& p, int64_t leading, int32_
 }
 
 __device__ inline bool owns(PageSlot at, int32_t owner, int32_t owners) {
-  constexpr uint32_t kOdd = 0x9E3779B1u;  // spreads pages whose slots are few
-  return (static_cast<uint32_t>(at.page) * kOdd + static_cast<uint32_t>(at.slot)) % owners ==
+  constexpr uint32_t kMultiplier = 0x9E3779B1u;  // a prime near 2³² / golden ratio: spreads the pages
+  return (static_cast<uint32_t>(at.page) * kMultiplier + static_cast<uint32_t>(at.slot)) % owners ==
          static_cast<uint32_t>(owner);
 }
 
-// Puts the tokens of the threads that have one into state.tokens, in order; their number.
+// Compacts the tokens of the threads that have one into state.tokens, in order, and returns their number.
 __device__ inline int32_t gather(bool has, const Token& token, State& state) {
   const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
   const uint32_t votes = __ballot_sync(~0u, has);
@@ -103,7 +105,7 @@ __device__ inline int32_t gather(bool has, const Token& token, State& state) {
   return total;
 }
 
-// write(token) for every token of the block `owner` of `owners`, in order, by all threads.
+// Calls write(token) by all threads, in order, for every token whose slot block `owner` of `owners` owns.
 template <class Write>
 __device__ inline void for_each_token(const AppendProblem& p, int64_t leading, int32_t owner, int32_t owners,
                                       State& state, Write write) {

@@ -1,26 +1,26 @@
-// The float32 accumulator of dQ: dquery's rows of heads, each of accumulator_columns(d) whose blocks of 16
-// are in the order of ptx::add_quad.
+// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. Each block of 16 columns
+// is in the order of ptx::add_quad.
 #pragma once
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "cuda/launch.h"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/reduce.cuh"
 
-// Each kernel of the backward has its own: that order depends on the architecture compiled for, which is thus
-// one for the two, where they are machine code and where the driver assembles them.
+// That order depends on the architecture that is compiled for. Hence the anonymous namespace: each backward
+// file compiles its own conversion, so a kernel and its conversion always agree, as machine code and as PTX.
 namespace jax_flash {
 namespace {
 
 constexpr int kConvertThreads = 256, kConvertColumns = 8;  // head dims are multiples of 8
 
-// Rows of heads.
+// Query rows of all heads.
 int64_t accumulator_rows(const Problem& p) {
   return p.leading.count() * (p.packed() ? 1 : p.batch) * p.q_rows * p.heads;
 }
 
-// Thread by thread 8 columns, one of the two 8-column tiles of a block of 16.
+// to = scale · from, rounded. Each thread converts 8 columns, half a block of 16.
 template <class T>
 __global__ void __launch_bounds__(kConvertThreads)
     convert(T* to, const float* from, int64_t rows, int32_t head_dim, float scale) {
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kConvertThreads)
   if (at >= rows * per_row) return;
   const int64_t row = at / per_row;
   const int32_t tile = static_cast<int32_t>(at % per_row);
-  const float* const block = from + row * accumulator_columns(head_dim) + tile / 2 * 16;
+  const float* const block = from + row * accumulator_columns(head_dim) + tile / 2 * kAccumulatorBlock;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const int i = tile % 2 * 2;
@@ -44,7 +44,7 @@ cudaError_t clear_accumulator(const Problem& p, float* accumulator, cudaStream_t
   return cudaMemsetAsync(accumulator, 0, count * sizeof(float), stream);
 }
 
-// dquery = scale · accumulator, rounded.
+// dQ = scale · accumulator, rounded to T.
 template <class T>
 cudaError_t convert_accumulator(const Problem& p, const float* accumulator, cudaStream_t stream) {
   const int64_t rows = accumulator_rows(p), count = rows * (p.head_dim / kConvertColumns);

@@ -1,7 +1,9 @@
-// dQ, one block per query tile and head: the same bits every time, at the price of S and dP once more.
+// dQ where it has to be deterministic: one thread block per query tile and head sums it in a fixed order. The
+// price is that S and dP are computed a second time.
 #pragma once
 
-#include "core/plan.h"
+#include "core/families/portable_layout.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"
@@ -13,7 +15,7 @@
 
 namespace jax_flash::inline JF_FAMILY {
 
-// A warp owns 16 query rows. The shared memory is less than that of the kernel over keys of the same row.
+// A row of csrc/kernels.def. Each warp owns 16 query rows.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, bool General>
 struct BackwardQueriesSm80 {
   using Element = T;
@@ -25,11 +27,16 @@ struct BackwardQueriesSm80 {
   using VTile = SharedTile<T, kN, ValueDim>;
   using S = Accumulator<1, kN / 8>;
   using DQ = Accumulator<1, HeadDim / 8>;
-  // V comes first: dP is done with it when dQ still needs K.
+  // V comes first, because only dP = dO Vᵀ needs it, while dQ still needs K after S.
   using Ring = TileRing<Stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
-  static constexpr int kSharedBytes = QTile::kBytes + DoTile::kBytes + Ring::kBytes;
+  static constexpr BackwardQueriesLayout kLayout =
+      backward_queries_layout({HeadDim, ValueDim, M, kN, Stages, M / 16, false}, sizeof(T));
+  static constexpr int kSharedBytes = kLayout.bytes;
+  static_assert(kLayout.d_out == QTile::kBytes && kLayout.ring == QTile::kBytes + DoTile::kBytes &&
+                kLayout.bytes - kLayout.ring == Ring::kBytes);
 };
 
+// Shared by all threads of a block, in shared memory.
 template <class T>
 struct QueryBlockState : GradientBlock<T> {
   GlobalRows<T> dquery;
@@ -54,8 +61,8 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   using DoTile = typename C::DoTile;
   const TileWork& tile = block.work.tile;
   const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16, row = tile.row + warp_row;
-  const uint32_t q = ptx::shared_address(shared), d_out = q + QTile::kBytes;
-  typename C::Ring vk(d_out + DoTile::kBytes, {block.value, block.key, tile.k_len}, block.tiles);
+  const uint32_t q = ptx::shared_address(shared), d_out = q + C::kLayout.d_out;
+  typename C::Ring vk(q + C::kLayout.ring, {block.value, block.key, tile.k_len}, block.tiles);
   const RowStatistics<typename C::S> rows(p, block.lse, block.delta, row, tile.q_len);
 
   typename C::DQ dq;
@@ -74,10 +81,11 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     rows.clear_unseen(s, dp);
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
+    // P = exp(S − lse), dS = P ∘ (dP − delta)
     tile_gradient<C::kGeneral, true>(p, block.score, block.band, rows, row, key, partial, s, dp);
     mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
   }
-  for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });
+  for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ
   store_rows<QTile>(dq, shared, warp_row, block.dquery, row, tile.end);
 }
 

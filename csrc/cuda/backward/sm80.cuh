@@ -1,20 +1,23 @@
-// The backward for sm_80 and every newer card: mma.sync, ldmatrix, cp.async. FlashAttention-2 (Dao, 2023).
+// The portable backward, which runs on sm_75 and every newer card: FlashAttention-2 (Dao, 2023) with
+// mma.sync, ldmatrix and cp.async.
 #pragma once
 
 #include "cuda/backward/convert.cuh"
 #include "cuda/backward/keys.cuh"
+#include "cuda/backward/keys_single_buffer.cuh"
 #include "cuda/backward/queries.cuh"
-#include "cuda/backward/turns.cuh"
 
 namespace jax_flash::inline JF_FAMILY {
 
-// A row of csrc/kernels.def: dK and dV by tiles of keys; dQ from the accumulator, or by tiles of queries.
+// A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32
+// accumulator, or from a kernel over query tiles where it has to be deterministic.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   using Plain = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, false>;
   using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, General>;
   using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, Stages, General>;
+  // The host counts the shared memory of the plain kernel over key tiles (backward_shared_bytes).
   static_assert(Queries::kSharedBytes <= Plain::kSharedBytes && Keys::kSharedBytes <= Plain::kSharedBytes);
   float* accumulator = nullptr;
   if (plan.accumulator >= 0) {

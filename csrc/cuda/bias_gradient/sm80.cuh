@@ -1,8 +1,10 @@
-// dbias for sm_80 and every newer card: dS summed over what the bias is broadcast over. Each tile of dbias is
-// one block's own, which walks all that it sums, so nothing is shared and the bits are the same every time.
+// The portable bias gradient, which runs on sm_75 and every newer card: dbias is dS summed over the
+// dimensions that the bias is broadcast over. Each thread block owns one tile of dbias and iterates over all
+// tiles of dS that it sums, so no two blocks write the same element and the result is deterministic.
 #pragma once
 
-#include "core/plan.h"
+#include "core/families/portable_layout.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
@@ -12,7 +14,7 @@
 
 namespace jax_flash::inline JF_FAMILY {
 
-// A warp owns 16 query rows. Without a stage, Q and K have the place that dO and V take next.
+// A row of csrc/kernels.def. Each warp owns 16 query rows.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
 struct BiasGradientSm80 {
   using Element = T;
@@ -22,19 +24,22 @@ struct BiasGradientSm80 {
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
   using S = Accumulator<1, N / 8>;
-  static constexpr bool kInTurn = Stages == 0;
-  static constexpr int kQKBytes = QTile::kBytes + KTile::kBytes, kDoVBytes = DoTile::kBytes + VTile::kBytes;
-  static constexpr int kSharedBytes =
-      kInTurn ? (kQKBytes > kDoVBytes ? kQKBytes : kDoVBytes) : kQKBytes + kDoVBytes;
+  static constexpr bool kSingleBuffer = Stages == 0;  // dO and V replace Q and K
+  static constexpr BiasGradientLayout kLayout =
+      bias_gradient_layout({HeadDim, ValueDim, M, N, Stages, Warps, false}, sizeof(T));
+  static constexpr int kSharedBytes = kLayout.bytes;
+  static_assert(kLayout.k == QTile::kBytes && kLayout.v - kLayout.d_out == DoTile::kBytes &&
+                kLayout.v + VTile::kBytes <= kLayout.bytes && kLayout.k + KTile::kBytes <= kLayout.bytes);
   static_assert(M == 16 * Warps && Stages <= 1);
-  static_assert(M * N * 4 <= kSharedBytes);  // the sum, at the end
+  static_assert(kLayout.sum + M * N * int32_t{sizeof(float)} <= kLayout.bytes);
+  static_assert(sizeof(ScoreOperands) <= kBlockStateBytes);
 };
 
-// A block's tile of dbias, and what it sums there: batch entries, heads, and tiles of queries and keys.
+// A block's tile of dbias, and the batch entries, heads, query tiles and key tiles that it sums over.
 struct BiasTile {
   int64_t leading;
   Interval batch, heads, row_tiles, key_tiles;
-  int32_t b, h, row, column;  // of dbias
+  int32_t b, h, row, column;  // where the tile begins in dbias
 
   __device__ __forceinline__ BiasTile(const Problem& p, int32_t rows, int32_t columns, int32_t block_m,
                                       int32_t block_n) {
@@ -49,13 +54,15 @@ struct BiasTile {
     key_tiles = tiles(p.dbias_columns, p.k_rows, column, block_n);
   }
 
-  __device__ __forceinline__ static Interval tiles(int32_t own, int32_t all, int32_t at, int32_t block) {
-    if (own > 1) return {at / block, at / block + 1};
-    return {0, static_cast<int32_t>(ceil_div(all, block))};
+  // A dimension of dbias with size 1 is summed over all `count` rows, any other only over the block's own
+  // tile.
+  __device__ __forceinline__ static Interval tiles(int32_t size, int32_t count, int32_t at, int32_t block) {
+    if (size > 1) return {at / block, at / block + 1};
+    return {0, static_cast<int32_t>(ceil_div(count, block))};
   }
 };
 
-// One batch entry and head.
+// One batch entry and head, of which a tile of dS is computed.
 struct HeadContext {
   const Problem& p;
   const BlockWork& work;
@@ -64,20 +71,20 @@ struct HeadContext {
   int32_t head;
 };
 
-// sum += dS of queries from `row` and keys from `key` on, of one batch entry and head.
+// sum += dS [M, N] of the queries from `row` on and the keys from `key` on.
 template <class C>
 __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int32_t key, uint32_t shared,
                                          typename C::S& sum) {
   using T = typename C::Element;
   const Problem& p = at.p;
   const TileWork& lengths = at.work.tile;
-  const uint32_t q = shared, k = q + C::QTile::kBytes, d_out = shared + (C::kInTurn ? 0 : C::kQKBytes),
-                 v = d_out + C::DoTile::kBytes;
+  const uint32_t q = shared, k = shared + C::kLayout.k, d_out = shared + C::kLayout.d_out,
+                 v = shared + C::kLayout.v;
   const int32_t kv_head = p.kv_head(at.head), warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   auto rows_of = [&](const View& view, int32_t head, int32_t columns) {
     return GlobalRows<const T>{view.as<const T>() + at.work.offset(p, view, head, 0), view.row, columns};
   };
-  __syncthreads();  // everyone has left the tiles before
+  __syncthreads();  // every warp is done with the tiles in shared memory
   auto load_dout_value = [&] {
     load_tile<typename C::DoTile, C::kThreads>(d_out, rows_of(p.dout, at.head, p.value_dim), row,
                                                lengths.q_len);
@@ -85,7 +92,7 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   };
   load_tile<typename C::QTile, C::kThreads>(q, rows_of(p.query, at.head, p.head_dim), row, lengths.q_len);
   load_tile<typename C::KTile, C::kThreads>(k, rows_of(p.key, kv_head, p.head_dim), key, lengths.k_len);
-  if constexpr (!C::kInTurn) load_dout_value();
+  if constexpr (!C::kSingleBuffer) load_dout_value();
   ptx::cp_async_commit();
   const RowStatistics<typename C::S> rows(p, p.lse.as<const float>() + at.work.offset(p, p.lse, at.head, 0),
                                           p.delta.as<const float>() + at.work.offset(p, p.delta, at.head, 0),
@@ -94,8 +101,8 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   __syncthreads();
 
   typename C::S s, dp;
-  mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ    [M, N]
-  if constexpr (C::kInTurn) {
+  mma_qk<typename C::QTile, typename C::KTile>(s, q, warp_row, k);  // S = Q Kᵀ  [M, N]
+  if constexpr (C::kSingleBuffer) {
     __syncthreads();
     load_dout_value();
     ptx::cp_async_commit();
@@ -105,11 +112,13 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
   rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
+  // P = exp(S − lse), dS = P ∘ (dP − delta)
   tile_gradient<true, false>(p, at.score, at.band, rows, row + warp_row, key, partial, s, dp);
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
 }
 
-// Everything that the block's tile of dbias is the sum of, still by query row and key within the tile.
+// The sum of all tiles of dS that belong to the block's tile of dbias: [M, N], not yet summed over rows or
+// columns.
 template <class C>
 __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, uint32_t shared,
                                           typename C::S& sum) {
@@ -119,7 +128,7 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
     const BlockWork work{own.leading, 0, b, {s.index, 0, 0, s.q_len, s.k_len, 0, 0, 0}};
     const Band band = work.band(p);
     for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
-      __syncthreads();  // everyone has left the head before
+      __syncthreads();  // every thread is done with the last head's score
       if (threadIdx.x == 0) score.prepare(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
         for (int32_t j = own.key_tiles.lo; j < own.key_tiles.hi; ++j) {
@@ -132,18 +141,19 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
   }
 }
 
-// Adds up the rows, or the columns, that dbias has only one of, and writes what is left.
+// Sums over rows or columns where dbias has only one of them, and writes the tile.
 template <class B, class C>
 __device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile& own, const float* sums) {
   const int32_t rows = min(C::kM, p.dbias_rows - own.row), columns = min(C::kN, p.dbias_columns - own.column);
-  const int32_t high = p.dbias_rows == 1 ? C::kM : 1, wide = p.dbias_columns == 1 ? C::kN : 1;
+  const int32_t summed_rows = p.dbias_rows == 1 ? C::kM : 1,
+                summed_columns = p.dbias_columns == 1 ? C::kN : 1;
   B* to = p.dbias.as<B>() + p.dbias.leading_offset(p.leading, own.leading) +
           p.dbias.offset(own.b, own.h, own.row, own.column);
   for (int32_t at = static_cast<int32_t>(threadIdx.x); at < rows * columns; at += C::kThreads) {
     const int32_t r = at / columns, c = at % columns;
     float total = 0;
-    for (int32_t i = 0; i < high; ++i) {
-      for (int32_t j = 0; j < wide; ++j) total += sums[(r + i) * C::kN + c + j];
+    for (int32_t i = 0; i < summed_rows; ++i) {
+      for (int32_t j = 0; j < summed_columns; ++j) total += sums[(r + i) * C::kN + c + j];
     }
     to[r * p.dbias.row + c * p.dbias.column] = B(total);
   }
@@ -158,9 +168,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   sum.clear();
   sum_tiles<C>(p, own, ptx::shared_address(shared), sum);
 
-  auto* sums = reinterpret_cast<float*>(shared);  // [M, N]
+  auto* sums = reinterpret_cast<float*>(shared + C::kLayout.sum);  // [M, N]
   const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
-  __syncthreads();
+  __syncthreads();  // every warp is done with the last tiles
   for_each(sum, [&](float& x, int slot, int n, int e) {
     sums[(warp_row + C::S::row(slot)) * C::kN + C::S::column(n) + e] = x;
   });

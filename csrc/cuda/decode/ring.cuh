@@ -1,43 +1,43 @@
-// A warp's own ring of keys and values in shared memory: no barrier of the block between copies and products.
+// A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it:
+// copies and products need no barrier across the thread block.
 //
-// A stage holds 16 keys and their values. The slots of the next stage's keys are found while the one before
-// it is copied, so that a block table costs nothing that is seen.
+// A stage holds 16 keys and their values. The page slots of the next stage's keys are looked up while the
+// last copy runs, which hides the latency of the block table.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/decode/schedule.cuh"
+#include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::decode {
 
-// Where keys and values of a sequence lie: in pages, or side by side, which is one long page.
+// Where the keys and values of a sequence lie: in pages, or contiguously, which is treated as one long page.
 template <class Stored>
-struct Keys {
+struct KeySource {
   GlobalPages<Stored> key, value;
   PageTable table;
-  int32_t page;  // without a table
+  int32_t page;  // the one page of a dense sequence
   Interval used;
 
-  __device__ __forceinline__ void open(const Problem& p, const Rows& rows, const Entry& entry) {
-    key = pages_of<Stored>(p, p.key, entry.leading, rows.kv_head, p.head_dim);
-    value = pages_of<Stored>(p, p.value, entry.leading, rows.kv_head, p.value_dim);
-    page = entry.sequence.index;
-    used = entry.keys;
-    if (p.paged()) table = page_table(p.block_tables, p.leading, entry.leading, page, p.page_size, p.pages);
+  __device__ __forceinline__ void open(const Problem& p, const ColumnRows& rows, const SequenceWork& work) {
+    key = pages_of<Stored>(p, p.key, work.leading, rows.kv_head, p.head_dim);
+    value = pages_of<Stored>(p, p.value, work.leading, rows.kv_head, p.value_dim);
+    page = work.sequence.index;
+    used = work.keys;
+    if (p.paged()) table = page_table(p.block_tables, p.leading, work.leading, page, p.page_size, p.pages);
   }
-  __device__ __forceinline__ PageSlot find(bool paged, int64_t j) const {
-    if (j < used.lo || j >= used.hi) return {kNoPage, 0};
-    const int32_t key_index = static_cast<int32_t>(j);
+  __device__ __forceinline__ PageSlot find(bool paged, int64_t position) const {
+    if (position < used.lo || position >= used.hi) return {kNoPage, 0};
+    const int32_t key_index = static_cast<int32_t>(position);
     if (!paged) return {page, key_index};
-    const PageSlot found = table.at(key_index);
-    return table.in_pool(found.page) ? found : PageSlot{kMissingPage, 0};
+    return table.lookup(key_index);
   }
 };
 
-// Starts the copy of 16 rows by one warp; lane l knows the offset of row l % 16, or what it is instead.
+// Starts the copy of 16 rows by one warp. `slot` is where row lane % 16 lies.
 template <class Tile, bool kNanIfMissing, class Stored>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<Stored>& from, PageSlot slot) {
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -54,6 +54,7 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<Sto
   }
 }
 
+// kTile: keys of a tile of the whole block, of which each warp takes kKeys.
 template <class Stored, int HeadDim, int ValueDim, int kStages, int kTile>
 class WarpRing {
  public:
@@ -62,21 +63,21 @@ class WarpRing {
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
 
-  __device__ __forceinline__ WarpRing(uint32_t shared, const Call& decode, const Rows& column_rows,
-                                      const Cursor<kTile>& range)
+  __device__ __forceinline__ WarpRing(uint32_t shared, const Call& decode, const ColumnRows& column_rows,
+                                      const WorkIterator<kTile>& range)
       : call(decode), rows(column_rows), memory(shared), ahead(range) {
     open();
-#pragma unroll 1  // the start of a kernel waits for its instructions
+#pragma unroll 1  // a kernel's first instructions are fetched from memory, so the prologue is kept short
     for (int i = 0; i < kStages; ++i) fill(i);
   }
 
-  // The stage that holds this warp's keys of the next tile.
+  // Waits for the stage with this warp's keys of the next tile, and returns its address.
   __device__ __forceinline__ uint32_t wait() const {
     ptx::cp_async_wait<kStages - 1>();
     __syncwarp();
     return memory + stage * kStageBytes;
   }
-  // It is read: its place is filled again.
+  // Releases that stage, which is filled again.
   __device__ __forceinline__ void release() {
     __syncwarp();
     fill(stage);
@@ -101,7 +102,7 @@ class WarpRing {
       if (++ahead.tile < ahead.tile_end) {
         find();
       } else {
-        ahead.next();
+        ahead.advance();
         open();
       }
     }
@@ -109,11 +110,11 @@ class WarpRing {
   }
 
   const Call& call;
-  const Rows& rows;
+  const ColumnRows& rows;
   uint32_t memory;
-  Cursor<kTile> ahead;  // of the tile that is copied next
-  Keys<Stored> keys;
-  PageSlot next;  // of this lane's key in it
+  WorkIterator<kTile> ahead;  // at the tile that is copied next
+  KeySource<Stored> keys;     // of that tile's sequence
+  PageSlot next;              // of this lane's key in that tile
   int stage = 0;
 };
 

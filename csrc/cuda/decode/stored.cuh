@@ -1,7 +1,8 @@
-// A stage's keys and values as they are stored, and as mma's A: Sᵀ = K Qᵀ and Oᵀ += Vᵀ Pᵀ.
+// A stage's keys and values in their stored dtype, and their fragments as mma's A for Sᵀ = K Qᵀ and Oᵀ += Vᵀ
+// Pᵀ.
 //
-// float8 is widened between shared memory and the products. ldmatrix moves it in pairs of neighbouring
-// features, so that a lane's features are others than those of 16-bit keys; Q and O follow.
+// float8 is widened after ldmatrix, which moves it in 16-bit pairs of adjacent features. A lane therefore
+// holds other features than with 16-bit keys, and the fragments of Q and O follow that order.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +15,21 @@
 
 namespace jax_flash::decode {
 
+// float8 is stored as 16-bit pairs.
 template <class Stored, int kRows, int kColumns>
 using StoredTile =
     SharedTile<std::conditional_t<sizeof(Stored) == 1, uint16_t, Stored>, kRows,
                kColumns * sizeof(Stored) / sizeof(std::conditional_t<sizeof(Stored) == 1, uint16_t, Stored>)>;
 
-// K [16 keys, d], as T.
+// K [16 keys, d], converted to T.
 template <class T, class Tile, class Stored = typename Tile::Element>
 struct KeysA {
-  static constexpr int kAtOnce = 1;  // steps of k that are loaded together
+  static constexpr int kAtOnce = 1;  // k steps per load
   RowsA<Tile> rows;
   __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
   __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i) const { rows.load(a[0], 0, i); }
 
-  // Which feature, or the first of two, register `half` of B holds in lane t at step k.
+  // The feature, or the first of two, that register `half` of B (Q) must hold in lane t at k step k.
   __device__ __forceinline__ static int feature(int k, int half, int t) {
     return k * kStepK<T> + half * (kStepK<T> / 2) + t * (kStepK<T> / 8);
   }
@@ -39,7 +41,7 @@ struct KeysA<T, Tile, uint8_t> {
   RowsA<Tile> rows;
   __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
   __device__ __forceinline__ void load(uint32_t (&a)[2][4], int i) const {
-    uint32_t x[4];  // four neighbouring features each: keys g and g + 8, then 16 features further
+    uint32_t x[4];  // four adjacent features each: of keys g and g + 8, then the same 16 features further on
     rows.load(x, 0, i);
 #pragma unroll
     for (int step = 0; step < 2; ++step)
@@ -49,15 +51,15 @@ struct KeysA<T, Tile, uint8_t> {
   __device__ __forceinline__ static int feature(int k, int half, int t) { return k * 16 + t * 4 + half * 2; }
 };
 
-// Vᵀ [dv, 16 keys], as T.
+// Vᵀ [dv, 16 keys], converted to T.
 template <class T, class Tile, class Stored = typename Tile::Element>
 struct ValuesA {
-  static constexpr int kAtOnce = 1;  // tiles of 16 features that are loaded together
+  static constexpr int kAtOnce = 1;  // tiles of 16 features per load
   ColumnsA<Tile, 16> columns;
   __device__ __forceinline__ explicit ValuesA(uint32_t tile) : columns(tile, 0) {}
   __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i, int k) const { columns.load(a[0], i, k); }
 
-  // Which feature of a tile rows g and g + 8 of C are.
+  // The feature of a tile that rows g (half 0) and g + 8 (half 1) of C (Oᵀ) are.
   __device__ __forceinline__ static int feature(int g, int half) { return g + 8 * half; }
 };
 
@@ -67,7 +69,7 @@ struct ValuesA<T, Tile, uint8_t> {
   ColumnsA<Tile, 16> columns;
   __device__ __forceinline__ explicit ValuesA(uint32_t tile) : columns(tile, 0) {}
   __device__ __forceinline__ void load(uint32_t (&a)[2][4], int i, int k) const {
-    uint32_t x[4];  // two neighbouring features of two keys each: keys 2t and 2t + 8, of two tiles
+    uint32_t x[4];  // two adjacent features of two keys each: from keys 2t and 2t + 8, in two feature tiles
     columns.load(x, i, k);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)

@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "core/families/portable_layout.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/sm80_state.cuh"
 #include "cuda/launch.h"
@@ -37,8 +37,8 @@ template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warp
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
-  // Dropout's first random numbers are drawn while S = Q Kᵀ runs. Only the kernel for dropout alone has registers
-  // for them.
+  // Dropout's first random numbers are drawn while S = Q Kᵀ runs. Only the kernel for dropout alone has
+  // registers for them.
   static constexpr bool kEarlyNumbers = Kind == ScoreKind::kDropoutAlone;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
@@ -58,8 +58,8 @@ struct ForwardSm80 {
   using Softmax =
       std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, FarSoftmax<S::kSlots, volatile float>>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
-  // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp, the
-  // leading ones do.
+  // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,
+  // the leading ones do.
   static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * HeadDim / 16;
   static constexpr bool kQPartly = kPlain && kWarpRows == 16 && Stages == 2;
   static constexpr int kQSteps = kQRegisters <= 32 ? kHeadSteps
@@ -76,8 +76,8 @@ struct ForwardSm80 {
   static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
 };
 
-// O ← O + P V  [M, dv] with P = 2^(S − m). The exponentials of later keys overlap the product of earlier ones.
-// `numbers`: dropout's random numbers for the first keys, where they are drawn early.
+// O ← O + P V  [M, dv] with P = 2^(S − m). The exponentials of later keys overlap the product of earlier
+// ones. `numbers`: dropout's random numbers for the first keys, where they are drawn early.
 template <class C, class V, class Row>
 __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
                                            typename C::Softmax& softmax, const ScoreOperands& operands,
@@ -123,7 +123,8 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   typename C::Ring kv(q_tile + C::kLayout.ring, block.source(), block.tiles);
   typename C::Q q(q_tile, warp_row);
 
-  // The warp's first query row. It is reloaded from shared memory at each use, since no register is left for it.
+  // The warp's first query row. It is reloaded from shared memory at each use, since no register is left for
+  // it.
   auto row = [&] { return static_cast<const volatile int32_t&>(tile.row) + warp_row; };
 
   typename C::O o;

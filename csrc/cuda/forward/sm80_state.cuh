@@ -1,9 +1,9 @@
-// What the threads of a block share in the portable forward: BlockState with the operands of a loader. A loader
-// is a pair of such a state and the Source that its source() returns, which fills the tile ring.
+// What the threads of a block share in the portable forward: BlockState with the operands of a loader. A
+// loader is a pair of such a state and the Source that its source() returns, which fills the tile ring.
 #pragma once
 
 #include "core/families/portable_layout.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/block_state.cuh"
 #include "cuda/load/dense.cuh"
 #include "cuda/load/pages.cuh"

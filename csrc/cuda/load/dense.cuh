@@ -1,5 +1,5 @@
-// Keys and values that lie contiguously in global memory: the loader of the dense layouts, which fills the tile
-// ring of load/ring.cuh.
+// Keys and values that lie contiguously in global memory: the loader of the dense layouts, which fills the
+// tile ring of load/ring.cuh.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
-// Keys and values that lie in the pages of a pool: the loader of the paged layouts, which fills the tile ring of
-// load/ring.cuh.
+// Keys and values that lie in the pages of a pool: the loader of the paged layouts, which fills the tile ring
+// of load/ring.cuh.
 //
 // Each thread looks up the page of one key of a tile, one tile before its copy begins, so that the latency of
-// the block table hides behind a whole iteration of the main loop. The addresses go through shared memory, and
-// the copies then run row by row.
+// the block table hides behind a whole iteration of the main loop. The addresses go through shared memory,
+// and the copies then run row by row.
 #pragma once
 
 #include <algorithm>
@@ -122,8 +122,8 @@ struct Float8Chunk {
   }
 };
 
-// load_pages for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as many
-// chunks as registers allow are issued first, and their stores follow.
+// load_pages for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as
+// many chunks as registers allow are issued first, and their stores follow.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
                                            const KeyAddress* addresses, uint64_t KeyAddress::* which) {

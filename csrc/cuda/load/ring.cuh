@@ -14,8 +14,8 @@
 
 namespace jax_flash {
 
-// First, Second: the SharedTile types of a pair. Source: RowSource or PageSource, which copies tile n of either
-// operand. Pairs are asked for in ascending order, the first tile before the second.
+// First, Second: the SharedTile types of a pair. Source: RowSource or PageSource, which copies tile n of
+// either operand. Pairs are asked for in ascending order, the first tile before the second.
 template <int kStages, int kThreads, class First, class Second, class Source>
 class TileRing {
  public:
@@ -24,16 +24,16 @@ class TileRing {
   __device__ __forceinline__ TileRing(uint32_t shared, const Source& source, const Interval& tiles)
       : shared_(shared), source_(source), tiles_(tiles) {}
 
-  // Starts the first copies. Copies that the caller has issued before (Q) join their first group, and so arrive
-  // with the first tile.
+  // Starts the first copies. Copies that the caller has issued before (Q) join their first group, and so
+  // arrive with the first tile.
   __device__ __forceinline__ void start() {
     source_.template start<First, Second, kThreads>(tiles_.lo);
     if constexpr (kStages == 1) fill_first(tiles_.lo);
     for (int i = 0; i + 1 < kStages; ++i) fill(tiles_.lo + i);
   }
 
-  // Waits for the first tile of pair `n` and returns its address. The __syncthreads also says that every warp is
-  // done with pair n - 1, whose stage is refilled.
+  // Waits for the first tile of pair `n` and returns its address. The __syncthreads also says that every warp
+  // is done with pair n - 1, whose stage is refilled.
   __device__ __forceinline__ uint32_t wait_first(int32_t n) {
     ptx::cp_async_wait<kStages == 1 ? 0 : kStages - 2>();
     __syncthreads();

@@ -1,6 +1,6 @@
-// mbarrier, whose arrive and wait are separate, and the named barriers of a thread block (bar.sync). sm_75 has no
-// mbarrier: there a barrier is two counters in shared memory, one of all arrivals so far and one of the arrivals
-// that complete a phase.
+// mbarrier, whose arrive and wait are separate, and the named barriers of a thread block (bar.sync). sm_75
+// has no mbarrier: there a barrier is two counters in shared memory, one of all arrivals so far and one of
+// the arrivals that complete a phase.
 #pragma once
 
 #include <cstdint>
@@ -73,8 +73,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
 #endif
 
 // How many arrivals stand for a warp: one, of its first lane, after __syncwarp. compute-sanitizer's racecheck
-// believes that an arrival orders the arriving thread's accesses only, so under it (tools/gpu_memory.py) every
-// lane arrives.
+// believes that an arrival orders the arriving thread's accesses only, so under it (tools/gpu_memory.py)
+// every lane arrives.
 #ifdef JAX_FLASH_EVERY_LANE
 inline constexpr uint32_t kWarpArrivals = 32;
 #else

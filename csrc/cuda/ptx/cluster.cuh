@@ -1,8 +1,8 @@
-// Thread block clusters (sm_90 and newer) and distributed shared memory. A shared::cluster address has 32 bits,
-// as a shared::cta address does.
+// Thread block clusters (sm_90 and newer) and distributed shared memory. A shared::cluster address has 32
+// bits, as a shared::cta address does.
 //
-// Remote arrivals carry no scope qualifier: CUDA 13.0 compiles .release.cluster to MEMBAR.ALL.GPU, a fence for
-// the whole device, and .acquire.cluster to an invalidation of L1.
+// Remote arrivals carry no scope qualifier: CUDA 13.0 compiles .release.cluster to MEMBAR.ALL.GPU, a fence
+// for the whole device, and .acquire.cluster to an invalidation of L1.
 #pragma once
 
 #include <cuda.h>

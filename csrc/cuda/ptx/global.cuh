@@ -1,5 +1,5 @@
-// Predicated stores to global memory. Unlike a store in an if they need no branch, and without a "memory" clobber
-// the compiler does not reload what it has read from shared memory before them.
+// Predicated stores to global memory. Unlike a store in an if they need no branch, and without a "memory"
+// clobber the compiler does not reload what it has read from shared memory before them.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// ldmatrix: loads four 8 × 8 matrices of 16-bit elements from shared memory into mma's fragment layout. Lane l
-// gives the address of row l % 8 of matrix l / 8.
+// ldmatrix: loads four 8 × 8 matrices of 16-bit elements from shared memory into mma's fragment layout. Lane
+// l gives the address of row l % 8 of matrix l / 8.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,13 @@
-// mma.sync with float32 accumulators: m16n8k16 for 16-bit operands, and m16n8k8 for float32 operands, which takes
-// three TF32 products. sm_75 has neither bfloat16 nor TF32: there float16 takes two m16n8k8 products, and float32
-// runs on the FMA units.
+// mma.sync with float32 accumulators: m16n8k16 for 16-bit operands, and m16n8k8 for float32 operands, which
+// takes three TF32 products. sm_75 has neither bfloat16 nor TF32: there float16 takes two m16n8k8 products,
+// and float32 runs on the FMA units.
 //
 // Fragments of lane l, with g = l / 4 and t = l % 4:
 //   A [16, 16]: a0 = (g, 2t..), a1 = (g + 8, 2t..), a2 = (g, 2t + 8..), a3 = (g + 8, 2t + 8..)
 //   B [16, 8]:  b0 = (2t.., g), b1 = (2t + 8.., g)
 //   C [16, 8]:  c0, c1 = (g, 2t..), c2, c3 = (g + 8, 2t..)
-// For float32, A is [16, 8] and B is [8, 8]; a register holds one element at t instead of the pair at 2t.., and
-// 4 replaces 8 along k.
+// For float32, A is [16, 8] and B is [8, 8]; a register holds one element at t instead of the pair at 2t..,
+// and 4 replaces 8 along k.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,9 +55,9 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   return y;
 }
 
-// Splits x into high, the nearest TF32, and low, the nearest TF32 of x − high. cvt.rna.tf32 is five instructions
-// on sm_90, so kQuick rounds with integer arithmetic instead: `low` is then truncated (mma ignores the lower 13
-// bits), and a NaN may be lost in `high` but never in `low`.
+// Splits x into high, the nearest TF32, and low, the nearest TF32 of x − high. cvt.rna.tf32 is five
+// instructions on sm_90, so kQuick rounds with integer arithmetic instead: `low` is then truncated (mma
+// ignores the lower 13 bits), and a NaN may be lost in `high` but never in `low`.
 template <bool kQuick, int kCount>
 struct SplitTf32 {
   uint32_t high[kCount], low[kCount];

@@ -5,7 +5,8 @@
 
 namespace jax_flash::ptx {
 
-// The position in a block of 16 floats of element i of lane t, t < 4 and i < 4, in the order that add_quad needs.
+// The position in a block of 16 floats of element i of lane t, t < 4 and i < 4, in the order that add_quad
+// needs.
 __device__ __forceinline__ int quad_position(int t, int i) {
 #if __CUDA_ARCH__ >= 900
   return 4 * t + i;
@@ -14,8 +15,8 @@ __device__ __forceinline__ int quad_position(int t, int i) {
 #endif
 }
 
-// Adds the four elements of lane t, t < 4, to a block of 16 floats that begins at a multiple of 16 bytes. This is
-// one instruction on sm_90 and newer; below, the order makes the four lanes' additions contiguous.
+// Adds the four elements of lane t, t < 4, to a block of 16 floats that begins at a multiple of 16 bytes.
+// This is one instruction on sm_90 and newer; below, the order makes the four lanes' additions contiguous.
 __device__ __forceinline__ void add_quad(float* block, int t, float a, float b, float c, float d) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(block + 4 * t), "f"(a), "f"(b), "f"(c),

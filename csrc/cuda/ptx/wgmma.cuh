@@ -1,5 +1,5 @@
-// wgmma (sm_90a): asynchronous products of a warpgroup, D [64, N] += A [64, 16] B [16, N] in float32. Each of the
-// four warps holds 16 rows of D in mma.sync's C layout.
+// wgmma (sm_90a): asynchronous products of a warpgroup, D [64, N] += A [64, 16] B [16, N] in float32. Each of
+// the four warps holds 16 rows of D in mma.sync's C layout.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,8 +35,9 @@ __device__ __forceinline__ void hold(uint32_t (&a)[n][4]) {
   for (int i = 0; i < n * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// Scheduling fence: makes ptxas compute x before a wait that follows, so that the computation overlaps what is
-// waited for. ptxas would otherwise move it after the wait. x is never negative, so the store never happens.
+// Scheduling fence: makes ptxas compute x before a wait that follows, so that the computation overlaps what
+// is waited for. ptxas would otherwise move it after the wait. x is never negative, so the store never
+// happens.
 __device__ __forceinline__ void make_before(float x) {
   asm volatile(
       "{.reg .pred below; .reg .b32 at; mov.b32 at, %0; setp.lt.f32 below, %0, 0f00000000; "
@@ -44,8 +45,9 @@ __device__ __forceinline__ void make_before(float x) {
       : "memory");
 }
 
-// multiply<kFirst>(d, a, b): D = A B if kFirst, else D += A B. A is a descriptor (tile/descriptor.cuh) or four
-// registers in mma.sync's A layout; B is a descriptor. kTransposeA, kTransposeB = 1: the operand is MN-major.
+// multiply<kFirst>(d, a, b): D = A B if kFirst, else D += A B. A is a descriptor (tile/descriptor.cuh) or
+// four registers in mma.sync's A layout; B is a descriptor. kTransposeA, kTransposeB = 1: the operand is
+// MN-major.
 template <class T, int N>
 struct Wgmma;
 

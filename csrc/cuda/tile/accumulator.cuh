@@ -8,6 +8,17 @@
 
 namespace jax_flash {
 
+// Sets a lane's fragments of C to zero.
+template <int kRowTiles, int kColumnTiles>
+__device__ __forceinline__ void clear_fragments(float (&x)[kRowTiles][kColumnTiles][4]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+}
+
 // [16 · kRowTiles, 8 · kColumnTiles] float32 of one warp. Of every 16 × 8 tile lane l holds rows l / 4 and
 // l / 4 + 8, and in each of them columns 2 · (l % 4) and 2 · (l % 4) + 1. A thread's rows are numbered by
 // slot = 2 · row tile + half.
@@ -19,14 +30,7 @@ struct Accumulator {
 
   float x[RowTiles][ColumnTiles][4];
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int m = 0; m < RowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < ColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
-  }
+  __device__ __forceinline__ void clear() { clear_fragments(x); }
 
   // The row of a slot, and the first column of column tile n's pair, within the accumulator.
   __device__ __forceinline__ static int row(int slot) {
@@ -73,14 +77,14 @@ __device__ __forceinline__ void for_each(S& s, F f) {
       for (int e = 0; e < 2; ++e) f(s.at(slot, n, e), slot, n, e);
 }
 
-// Which 16-row and 16-column blocks of a tile a warp's accumulator covers: the first, and the distance from one
-// to the next.
+// Which 16-row and 16-column blocks of a tile a warp's accumulator covers: the first, and the distance from
+// one to the next.
 struct Placement {
   int row, row_step, column, column_step;
 };
 
-// Rounds the accumulator to Tile::Element and stores it at `at` in a shared tile. `at` counts rows as mma reads
-// them (Tile::row_of).
+// Rounds the accumulator to Tile::Element and stores it at `at` in a shared tile. `at` counts rows as mma
+// reads them (Tile::row_of).
 template <class Tile, class A>
 __device__ __forceinline__ void store_accumulator(const A& a, uint8_t* shared, Placement at) {
   using T = typename Tile::Element;

@@ -8,8 +8,8 @@
 
 namespace jax_flash {
 
-// The rows of one head in global memory: `stride` elements from row to row, the first `columns` used (a multiple
-// of 8).
+// The rows of one head in global memory: `stride` elements from row to row, the first `columns` used (a
+// multiple of 8).
 template <class T>
 struct GlobalRows {
   T* data;
@@ -69,9 +69,9 @@ struct ThreadShare {
   static_assert(swizzle_is_linear());
 };
 
-// Starts the copy of rows [first, first + Tile::kRows) into the tile at `shared`. Unused columns become zeros,
-// and so do the rows row + r of the tile for which used(row, r) is false; `row` depends on the thread, r is a
-// compile-time constant.
+// Starts the copy of rows [first, first + Tile::kRows) into the tile at `shared`. Unused columns become
+// zeros, and so do the rows row + r of the tile for which used(row, r) is false; `row` depends on the thread,
+// r is a compile-time constant.
 template <class Tile, int kThreads, class T, class Used>
 __device__ __forceinline__ void load_tile_where(uint32_t shared, const GlobalRows<const T>& source,
                                                 int32_t first, Used used) {

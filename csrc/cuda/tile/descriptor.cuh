@@ -1,5 +1,5 @@
-// wgmma's matrix descriptors of a SharedTile, whose swizzle is that of TMA and wgmma. Tiles are aligned to 1024
-// bytes.
+// wgmma's matrix descriptors of a SharedTile, whose swizzle is that of TMA and wgmma. Tiles are aligned to
+// 1024 bytes.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 
 namespace jax_flash {
 
-// How many k steps are unrolled. float32 has twice as many steps with nine times the instructions, so it unrolls
-// only two, except for an A in registers, which must be indexed at compile time.
+// How many k steps are unrolled. float32 has twice as many steps with nine times the instructions, so it
+// unrolls only two, except for an A in registers, which must be indexed at compile time.
 template <class T, int kSteps, class A>
 inline constexpr int kUnrolled = sizeof(T) == 2 || A::kInRegisters ? kSteps : 2;
 

@@ -1,5 +1,5 @@
-// The operands of mma.sync. load(fragment, tile, k) loads the fragment of the `tile`-th 16 rows of A, or of the
-// pair of 8-column tiles of B that begins at the `tile`-th, for k step k. A step covers 32 bytes of K.
+// The operands of mma.sync. load(fragment, tile, k) loads the fragment of the `tile`-th 16 rows of A, or of
+// the pair of 8-column tiles of B that begins at the `tile`-th, for k step k. A step covers 32 bytes of K.
 //
 // RowsA, RowsB: a K-major tile in shared memory, one row per row of A or column of B.
 // ColumnsA, ColumnsB: an MN-major tile in shared memory, one row per k. Successive blocks of 16 rows of A or
@@ -58,7 +58,8 @@ struct ColumnWords {
     at.base += g % 4 * 4;
     return at;
   }
-  // low, high: columns g and g + 8 of the block of 16 columns at `chunk`, for both k of the lane (g = lane / 4).
+  // low, high: columns g and g + 8 of the block of 16 columns at `chunk`, for both k of the lane (g = lane /
+  // 4).
   __device__ __forceinline__ void load(uint32_t (&low)[2], uint32_t (&high)[2], int chunk, int k) const {
     low[0] = ptx::load_shared(even.at(Tile::row_of(8 * k), chunk));
     low[1] = ptx::load_shared(odd.at(Tile::row_of(8 * k), chunk));

@@ -1,14 +1,15 @@
-// A [Rows, Columns] tile of T in shared memory, swizzled so that neither ldmatrix nor 16-byte row accesses have
-// bank conflicts.
+// A [Rows, Columns] tile of T in shared memory, swizzled so that neither ldmatrix nor 16-byte row accesses
+// have bank conflicts.
 //
 // A chunk is 16 bytes of a row. The columns are cut into panels of 8 chunks (the 128-byte swizzle of TMA and
-// wgmma), or of 4 chunks (the 64-byte swizzle) where 8 does not divide them: 16-bit tiles of 32, 96, 160 or 224
-// columns. The rows of a panel lie one after the other, and each row XORs its chunk numbers with swizzle(row).
+// wgmma), or of 4 chunks (the 64-byte swizzle) where 8 does not divide them: 16-bit tiles of 32, 96, 160 or
+// 224 columns. The rows of a panel lie one after the other, and each row XORs its chunk numbers with
+// swizzle(row).
 //
 // A permuted tile hands its rows to mma in another order: of every 32 rows, the n-th 8 × 8 matrix consists of
 // rows 2n and 2n + 1 of each group of 8. Where these rows are the columns of a product (keys of S), mma's
-// C layout then gives each thread 8 adjacent columns of every 32, so that bias and mask are read 16 bytes at a
-// time.
+// C layout then gives each thread 8 adjacent columns of every 32, so that bias and mask are read 16 bytes at
+// a time.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +72,9 @@ static_assert(SharedTile<uint16_t, 32, 96, true>::conflict_free() &&
               SharedTile<uint16_t, 32, 128, true>::conflict_free());
 static_assert(SharedTile<float, 16, 32>::conflict_free() && SharedTile<float, 16, 96>::conflict_free());
 
-// One lane's addresses for ldmatrix. The lane's own row and chunk are folded in once; at() adds steps of 8 rows
-// and of chunks that are compile-time constants. A step must not carry into the bits of the lane's chunk.
+// One lane's addresses for ldmatrix. The lane's own row and chunk are folded in once; at() adds steps of 8
+// rows and of chunks that are compile-time constants. A step must not carry into the bits of the lane's
+// chunk.
 template <class Tile>
 struct LaneAddress {
   uint32_t base, swizzle;

@@ -1,4 +1,4 @@
-// csrc/cuda/ptx: every wrapper does what its comment says.
+// Tests that every wrapper of csrc/cuda/ptx does what its comment says.
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/float8.cuh"
@@ -31,7 +31,7 @@ struct Reciprocal {
   }
 };
 
-// Pairs through pack and unpack, then through store_pair.
+// Writes each pair of numbers after pack and unpack, then after store_pair.
 template <class T>
 struct Pairs {
   __device__ void operator()(const float* in, float* out) const {
@@ -45,15 +45,15 @@ struct Pairs {
   }
 };
 
-// As float16: one that is not normal, one that is.
+// Two float16: a normal one in the high half, a subnormal one in the low half.
 constexpr uint32_t kHalves = 0x5123u << 16 | 0x0007u;
 
 enum class OnWord { kEvenBytes, kOddBytes, kSignOfLow, kSignOfHigh, kNotBelow };
 
-// Words of `in`, as halves; what is made of them, as halves.
+// Applies an operation on words; `in` and `out` hold their halves.
 template <OnWord kWhat>
-struct OfWord {
-  __device__ static uint32_t make(uint32_t x) {
+struct ApplyToWord {
+  __device__ static uint32_t apply(uint32_t x) {
     switch (kWhat) {
       case OnWord::kEvenBytes:
         return ptx::even_bytes(x);
@@ -70,13 +70,13 @@ struct OfWord {
   __device__ void operator()(const float* in, float* out) const {
     const auto low = static_cast<uint32_t>(in[2 * threadIdx.x]);
     const auto high = static_cast<uint32_t>(in[2 * threadIdx.x + 1]);
-    const uint32_t x = make(low | high << 16);
+    const uint32_t x = apply(low | high << 16);
     out[2 * threadIdx.x] = static_cast<float>(x & 0xFFFF);
     out[2 * threadIdx.x + 1] = static_cast<float>(x >> 16);
   }
 };
 
-// Every float8, two at a time.
+// Widens every float8, two at a time.
 template <class T>
 struct Widened {
   __device__ void operator()(const float*, float* out) const {
@@ -92,7 +92,7 @@ struct ThreadIndex {
   }
 };
 
-// 16 bytes a thread, then 4, every third of them not valid.
+// Copies 16 bytes per thread, then 4; every third copy is not valid.
 struct Copies {
   __device__ void operator()(const float* in, float* out) const {
     const int i = static_cast<int>(threadIdx.x);
@@ -123,20 +123,20 @@ struct Stores {
   }
 };
 
-// A ring of one place: warp 0 copies 32 numbers a phase into it, warp 1 takes them out.
+// A ring with one stage: in each phase warp 0 copies 32 numbers into it and warp 1 reads them.
 template <bool kAsynchronous>
 struct Ring {
   static constexpr int kPhases = 5;
   __device__ void operator()(const float* in, float* out) const {
     const int lane = static_cast<int>(threadIdx.x % 32);
     const uint32_t full = ptx::shared_address(ptx::dynamic_shared()), empty = full + ptx::kBarrierBytes,
-                   place = full + 128 + 4 * lane;
+                   slot = full + 128 + 4 * lane;
     if (threadIdx.x == 0) ptx::barrier_init(full, 32), ptx::barrier_init(empty, 32);
     __syncthreads();
     for (int phase = 0; phase < kPhases; ++phase) {
       if (threadIdx.x < 32) {
         if (phase > 0) ptx::barrier_wait(empty, phase - 1);
-        ptx::cp_async_4(place, in + 32 * phase + lane, true);
+        ptx::cp_async_4(slot, in + 32 * phase + lane, true);
         if (kAsynchronous) {
           ptx::barrier_arrive_after_copies(full);
         } else {
@@ -146,7 +146,7 @@ struct Ring {
         }
       } else {
         ptx::barrier_wait(full, phase);
-        const uint32_t other = place - 4 * lane + 4 * (31 - lane);
+        const uint32_t other = slot - 4 * lane + 4 * (31 - lane);
         out[32 * phase + lane] = __uint_as_float(ptx::load_shared(other));
         ptx::barrier_arrive(empty);
       }
@@ -154,7 +154,7 @@ struct Ring {
   }
 };
 
-// Two groups of two warps exchange numbers, one of them more often.
+// Two groups of two warps reverse their numbers, the second group three times.
 struct Groups {
   __device__ void operator()(const float* in, float* out) const {
     const int group = static_cast<int>(threadIdx.x / 64), i = static_cast<int>(threadIdx.x % 64);
@@ -170,7 +170,8 @@ struct Groups {
   }
 };
 
-// Four 8 × 8 matrices of 16-bit numbers, matrix m at in[64 m]; each register's two numbers.
+// Loads four 8 × 8 matrices of 16-bit numbers, matrix m from in[64 m], and writes each register's two
+// numbers.
 template <bool kTransposed>
 struct Ldmatrix {
   __device__ void operator()(const float* in, float* out) const {
@@ -202,7 +203,7 @@ struct Transpose {
   }
 };
 
-// C [16, 8] += A [16, K] B [K, 8], C beginning as ones; fragments as mma.cuh has them.
+// C [16, 8] += A [16, K] B [K, 8], where C is 1 at first. The fragments are those of mma.cuh.
 template <class T>
 struct Mma {
   using Element = T;
@@ -226,7 +227,7 @@ struct Mma {
   }
 };
 
-// Two additions to a block of 16, whose elements then come in the order of the lanes'.
+// Adds twice to a block of 16 and writes it in the order of the lanes' elements.
 struct AddQuad {
   __device__ void operator()(const float* in, float* out) const {
     const int t = static_cast<int>(threadIdx.x);
@@ -280,14 +281,14 @@ void test_arithmetic() {
   test_pairs<bfloat16>("bfloat16");
 }
 
-// right(low half, high half) → the two halves wanted.
-template <OnWord kWhat, class Right>
-void test_word(const char* name, Right right) {
+// expected(low half, high half): the result's two halves.
+template <OnWord kWhat, class Expected>
+void test_word(const char* name, Expected expected) {
   std::vector<float> x(64);
   for (int i = 0; i < 64; ++i) x[i] = static_cast<float>(i * 40503u & 0xFFFFu);
   for (int i = 0; i < 12; ++i) x[i] = static_cast<float>(i / 2 + (i % 2 ? 0x5120 : 4));
-  expect(name, run(OfWord<kWhat>{}, 32, x, 64), [&](int i) {
-    const uint32_t pair = right(static_cast<uint32_t>(x[i & ~1]), static_cast<uint32_t>(x[i | 1]));
+  expect(name, run(ApplyToWord<kWhat>{}, 32, x, 64), [&](int i) {
+    const uint32_t pair = expected(static_cast<uint32_t>(x[i & ~1]), static_cast<uint32_t>(x[i | 1]));
     return i % 2 ? pair >> 16 : pair & 0xFFFF;
   });
 }

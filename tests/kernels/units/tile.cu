@@ -1,4 +1,5 @@
-// csrc/cuda/tile: layouts of shared tiles, copies into and out of them, fragments and their products.
+// Tests of csrc/cuda/tile: the layouts of shared tiles, copies into and out of them, fragments and their
+// products.
 #include <type_traits>
 
 #include "cuda/tile/accumulator.cuh"
@@ -9,7 +10,7 @@
 namespace jax_flash::units {
 namespace {
 
-// Numbers of `in` [rows, columns] to their places in a shared tile.
+// Stores `in` [rows, columns] into a shared tile.
 template <class Tile>
 __device__ void fill(uint8_t* shared, const float* in) {
   using T = typename Tile::Element;
@@ -32,7 +33,7 @@ __device__ void write(S& s, float* out, int pitch) {
   for_each(s, [&](float x, int slot, int n, int e) { out[S::row(slot) * pitch + S::column(n) + e] = x; });
 }
 
-// What every chunk's offset is, in chunks.
+// Writes the offset of every chunk, in chunks.
 template <class Tile>
 struct Offsets {
   __device__ void operator()(const float*, float* out) const {
@@ -42,7 +43,8 @@ struct Offsets {
   }
 };
 
-// Rows [3, kEnd) of `in`, of which 8 columns are not used, into a tile; the tile itself; and back from it.
+// Loads rows [3, kEnd) of `in`, whose last 8 columns are not used, into a tile, writes the tile, and stores
+// it back.
 template <class T, int kRows, int kColumns>
 struct Copied {
   using Tile = SharedTile<T, kRows, kColumns>;
@@ -87,7 +89,7 @@ void test_copy(const std::string& name) {
   });
 }
 
-// The layouts of the kernels are one to one.
+// Each chunk has an offset of its own.
 template <class Tile>
 void test_offsets(const std::string& name) {
   std::vector<float> got = run(Offsets<Tile>{}, 1, {}, Tile::kRows * Tile::kChunks);
@@ -100,8 +102,8 @@ void test_offsets(const std::string& name) {
 
 constexpr int kQueries = 32, kKeys = 64, kDepth = 64;
 
-// S [queries, keys] = Q [queries, d] Kᵀ, K [keys, d], both from shared tiles or Q from registers, scaled
-// by 2.
+// S [queries, keys] = 2 Q Kᵀ for Q [queries, d] and K [keys, d]. K is in a shared tile, Q in another or in
+// registers.
 template <class T, bool kPermuted, bool kFromRegisters>
 struct Scores {
   using Element = T;
@@ -148,8 +150,8 @@ struct Values {
   }
 };
 
-// C [queries, d] = Aᵀ B, A [keys, queries] and B [keys, d] from the columns of shared tiles; A by way of an
-// accumulator that is stored there.
+// C [queries, d] = Aᵀ B for A [keys, queries] and B [keys, d] in shared tiles. An accumulator is stored to
+// A's tile.
 template <class T>
 struct Columns {
   using Element = T;
@@ -173,7 +175,7 @@ struct Columns {
   }
 };
 
-// C [queries, d] = A B, A [queries, keys] from the rows of a shared tile, B [keys, d] from the columns.
+// C [queries, d] = A B for A [queries, keys] and B [keys, d] in shared tiles.
 template <class T>
 struct RowsByColumns {
   using Element = T;
@@ -192,7 +194,7 @@ struct RowsByColumns {
   }
 };
 
-// sum over k of left[i_row · row_step + k · k_step] times the same of the right.
+// Σ over k of left[row · left_row + k · left_k] · right[column · right_column + k · right_k].
 double product(const float* left, int row, int left_row, int left_k, const float* right, int column,
                int right_column, int right_k, int depth) {
   double sum = 0;

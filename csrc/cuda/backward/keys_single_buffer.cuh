@@ -1,12 +1,12 @@
-// dK and dV where shared memory has no room for Q beside dO: each comes in its turn, Q a second time after
-// dO. float32 at d = 256 in sm_75's 64 KB.
+// dK and dV where shared memory has no room for Q and dO at the same time: they take turns in one buffer, and
+// Q is loaded a second time after dO. This is float32 at d = 256 in the 64 KB of sm_75.
 #pragma once
 
 #include "cuda/backward/keys.cuh"
 
 namespace jax_flash::inline JF_FAMILY {
 
-// lse [kM] and delta [kM] of a step, which unused rows make P = 0 with.
+// Loads lse [M] and delta [M] of a step. Unused rows get an lse that makes P = 0.
 template <class C>
 __device__ __forceinline__ void load_statistics(const Problem& p,
                                                 const KeyBlockState<typename C::Element>& block,
@@ -20,76 +20,70 @@ __device__ __forceinline__ void load_statistics(const Problem& p,
 }
 
 template <class C>
-__device__ __forceinline__ void backward_keys_in_turn(const Problem& p,
-                                                      KeyBlockState<typename C::Element>& block,
-                                                      uint8_t* shared) {
+__device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
+                                                            KeyBlockState<typename C::Element>& block,
+                                                            uint8_t* shared) {
   using T = typename C::Element;
   using QTile = typename C::QTile;
   using DoTile = typename C::DoTile;
   using KTile = typename C::KTile;
   using VTile = typename C::VTile;
   using PTile = typename C::PTile;
+  constexpr BackwardLayout kLayout = C::kLayout;
   const TileWork& tile = block.work.tile;
-  const WarpPlaces<C> at;
-  const uint32_t k = ptx::shared_address(shared), v = k + KTile::kBytes, place = k + C::kKeyBytes,
-                 p_tile = k + C::kPBegin, ds_tile = p_tile + PTile::kBytes;
-  auto* const statistics = reinterpret_cast<float*>(shared + C::kKeyBytes + C::kQueryBytes);
+  const WarpPartition<C> at;
+  const uint32_t k = ptx::shared_address(shared), v = k + kLayout.v, buffer = k + kLayout.queries,
+                 p_tile = k + kLayout.p, ds_tile = k + kLayout.ds;
+  auto* const statistics = reinterpret_cast<float*>(shared + kLayout.queries + kLayout.lse);
   const SharedStatistics<typename C::S, C::kM> rows{statistics + at.s.row};
 
   typename C::DK dk;
   typename C::DV dv;
-  dk.clear();
-  dv.clear();
+  dk.clear(), dv.clear();
   load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
   load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
   QueryStep step{0, block.tiles.lo};
   for (; !block.tiles.empty() && step.head < p.heads / p.kv_heads; step.advance(block.tiles)) {
     const int32_t row = step.tile * C::kM, first = row + at.s.row, key = tile.row + at.s.column;
     const bool partial = row < block.whole.lo || row + C::kM > block.whole.hi;
-    // Rows that see nothing are zero: they may hold anything, and 0 · NaN is NaN.
+    // Rows that see no key become zeros, because they may hold NaN or infinities and 0 · NaN is NaN.
     auto used = [=](int i, int r) { return fabsf(statistics[i + r]) != INFINITY; };
-    auto bring = [&]<class Tile>(Tile, GlobalRows<const T> from, const View& view) {
+    auto load_and_wait = [&]<class Tile>(Tile, GlobalRows<const T> from, const View& view) {
       from.data += step.head * view.head;
-      __syncthreads();  // everyone has left what the place held
-      load_tile_where<Tile, C::kThreads>(place, from, row, used);
+      __syncthreads();  // every warp is done with the tile that the buffer holds
+      load_tile_where<Tile, C::kThreads>(buffer, from, row, used);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
       __syncthreads();
     };
-    __syncthreads();  // everyone has left the step before
+    __syncthreads();  // every warp is done with the last step
     load_statistics<C>(p, block, step, statistics);
     if constexpr (C::kGeneral) {
       if (threadIdx.x == 0 && step.head > 0) block.score.prepare(p, block.work, block.work.head + step.head);
     }
 
     typename C::S s, dp;
-    bring(QTile{}, block.query, p.query);
-    if (at.makes_s) mma_qk<QTile, KTile>(s, place, at.s.row, k, at.s.column);  // S = Q Kᵀ  [M, N]
-    bring(DoTile{}, block.dout, p.dout);
-    if (at.makes_s) {
-      mma_qk<DoTile, VTile>(dp, place, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
+    load_and_wait(QTile{}, block.query, p.query);
+    if (at.computes_s) mma_qk<QTile, KTile>(s, buffer, at.s.row, k, at.s.column);  // S = Q Kᵀ  [M, N]
+    load_and_wait(DoTile{}, block.dout, p.dout);
+    if (at.computes_s) {
+      mma_qk<DoTile, VTile>(dp, buffer, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
+      // P = exp(S − lse), dS = P ∘ (dP − delta)
       tile_gradient<C::kGeneral, true>(p, block.score, block.band, rows, first, key, partial, s, dp);
-      store_accumulator<PTile>(s, shared + C::kPBegin, at.s);
-      store_accumulator<PTile>(dp, shared + C::kPBegin + PTile::kBytes, at.s);
+      store_accumulator<PTile>(s, shared + kLayout.p, at.s);
+      store_accumulator<PTile>(dp, shared + kLayout.ds, at.s);
     }
     __syncthreads();
-    multiply_add<T, C::kM / kStepK<T>>(
-        dv, ColumnsA<PTile, 16>(p_tile, at.dk.row),
-        ColumnsB<DoTile, 16 * C::kWidthWarps>(place, at.dk.column));  // dV += Pᵀ dO
-    bring(QTile{}, block.query, p.query);
-    multiply_add<T, C::kM / kStepK<T>>(
-        dk, ColumnsA<PTile, 16>(ds_tile, at.dk.row),
-        ColumnsB<QTile, 16 * C::kWidthWarps>(place, at.dk.column));  // dK += dSᵀ Q
+    add_transposed_product<C, DoTile>(dv, p_tile, buffer, at.dk);  // dV += Pᵀ dO
+    load_and_wait(QTile{}, block.query, p.query);
+    add_transposed_product<C, QTile>(dk, ds_tile, buffer, at.dk);  // dK += dSᵀ Q
     if (block.dquery) {
       typename C::DQ dq;
-      dq.clear();
-      multiply_add<T, C::kN / kStepK<T>>(
-          dq, RowsA<PTile>(ds_tile, at.dq.row),
-          ColumnsB<KTile, 16 * C::kDqColumns, false>(k, at.dq.column));  // dQ = dS K
-      add_queries<C>(p, block, step, dq, at.dq);
+      multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K
+      add_dq<C>(p, block, step, dq, at.dq);
     }
   }
-  store_keys<C>(p, block, shared, dk, dv);
+  store_dk_dv<C>(p, block, shared, dk, dv);  // dK ← scale · dK
 }
 
 }  // namespace jax_flash::inline JF_FAMILY

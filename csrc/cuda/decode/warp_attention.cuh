@@ -1,24 +1,26 @@
-// The online softmax of decode: a warp's query rows against the keys of one stage after the other.
+// Attention with an online softmax in one warp of decode: all query rows of the column against the keys of
+// one stage after the other.
 //
-// Rows are few, keys many: the products are made the other way round, Sᵀ = K Qᵀ [16 keys, rows] and
-// Oᵀ += Vᵀ Pᵀ [dv, rows], so that rows fill the 8 columns of mma's B instead of the 16 rows of its A.
+// Since there are few query rows, the products are transposed: Sᵀ = K Qᵀ [16 keys, rows] and
+// Oᵀ += Vᵀ Pᵀ [dv, rows]. The rows then fill the 8 columns of mma's B instead of the 16 rows of its A.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "core/score.h"
-#include "cuda/decode/schedule.cuh"
+#include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/movmatrix.cuh"
+#include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash::decode {
 
-// The reductions over a column of mma's C: the eight lanes that hold it.
+// Reductions over a column of mma's C, which eight lanes hold.
 __device__ __forceinline__ float column_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 4));
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 8));
@@ -31,63 +33,58 @@ __device__ __forceinline__ float column_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// Of the rows 8 n + 2 (lane % 4) + e, for n < kTiles and e < 2.
+// The warp's state. A lane holds the query rows 8 n + 2 (lane % 4) + e, for n < kTiles and e < 2.
 template <class T, class Stored, int HeadDim, int ValueDim, int kTiles>
-struct WarpRows {
+struct WarpAttention {
   static constexpr int kKeys = 16;
   static constexpr int kSteps = HeadDim / kStepK<T>, kValueTiles = ValueDim / 16;
   static constexpr int kKeySteps = kKeys / kStepK<T>;
-  static constexpr bool kScaled = sizeof(Stored) == 1;  // value = stored · scale
+  static constexpr bool kScaled = sizeof(Stored) == 1;  // K = k_scale · stored, V = v_scale · stored
   using FragmentsK = KeysA<T, StoredTile<Stored, kKeys, HeadDim>, Stored>;
   using FragmentsV = ValuesA<T, StoredTile<Stored, kKeys, ValueDim>, Stored>;
-  static constexpr float kSlack = 8;  // P ≤ 2^kSlack: O is rescaled only where a score exceeds m by more
+  static constexpr float kSlack = 8;  // O is rescaled only where a score exceeds m by more, so P ≤ 2^kSlack
 
-  uint32_t q[kTiles][kSteps][2];     // mma's B
+  uint32_t q[kTiles][kSteps][2];     // Qᵀ as mma's B
   float o[kTiles][kValueTiles][4];   // Oᵀ
-  float m[kTiles][2], l[kTiles][2];  // a bound on the scores, this lane's share of Σ P
-  Interval keys[kTiles][2];          // that the row sees
-  Interval common;                   // that all rows in use see
-  float scale;                       // of the products
-  float value_scale = 1;
+  float m[kTiles][2], l[kTiles][2];  // the bound on a row's scores, and this lane's share of Σ P
+  Interval keys[kTiles][2];          // the keys that a row sees
+  Interval common;                   // the keys that all rows in use see
+  float scale;                       // S = scale · stored keys · Q
+  float value_scale = 1;             // V = value_scale · stored values
 
   __device__ __forceinline__ static int row_of(int n, int e) {
     return 8 * n + static_cast<int>(threadIdx.x % 4) * 2 + e;
   }
 
-  __device__ __forceinline__ void begin(const Problem& p, const Rows& rows, const Entry& entry) {
-    common = entry.band.common(rows.first_position(), entry.end_position(rows));
+  __device__ __forceinline__ void begin(const Problem& p, const ColumnRows& rows, const SequenceWork& work) {
+    common = work.band.common(rows.first_position(), work.end_position(rows));
     for_each_row([&](int n, int e) {
       const int32_t row = row_of(n, e);
-      const bool used = row < rows.end - rows.first;
-      keys[n][e] = used ? entry.band.row(rows.position(row)) : Interval{0, 0};
+      const bool used = row < rows.count();
+      keys[n][e] = used ? work.band.row(rows.position(row)) : Interval{0, 0};
       m[n][e] = -INFINITY;
       l[n][e] = 0;
     });
     scale = p.spec.scale;
     if constexpr (kScaled) {
-      scale *= scale_of_pool(p, p.k_scale, entry.leading, rows.kv_head);
-      value_scale = scale_of_pool(p, p.v_scale, entry.leading, rows.kv_head);
+      scale *= scale_of_pool(p, p.k_scale, work.leading, rows.kv_head);
+      value_scale = scale_of_pool(p, p.v_scale, work.leading, rows.kv_head);
     }
-    load_queries(p, rows, entry);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int v = 0; v < kValueTiles; ++v)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) o[n][v][i] = 0;
+    load_queries(p, rows, work);
+    clear_fragments(o);
   }
 
-  // The keys from `key` on, whose rows lie at `k`, and their values at `v`.
-  __device__ __forceinline__ void step(const Problem& p, const Rows& rows, const Entry& entry, int32_t key,
-                                       uint32_t k, uint32_t v) {
+  // Attends to the 16 keys from `key` on, whose tiles are at `k` and `v` in shared memory.
+  __device__ __forceinline__ void step(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
+                                       int32_t key, uint32_t k, uint32_t v) {
     float s[kTiles][4];
     multiply_keys(s, k);  // Sᵀ = K Qᵀ
     scale_scores(p, s);   // S ← log2(e) · softcap(scale · S)
-    if (p.alibi_slopes) add_alibi(p, rows, entry, key, s);
+    if (p.alibi_slopes) add_alibi(p, rows, work, key, s);
     if (key < common.lo || key + kKeys > common.hi) mask(key, s);
-    raise(s);  // O ← α O
+    rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
-    exponentiate(s, b);  // P = 2^(S − m)
+    exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
     const FragmentsV values(v);
 #pragma unroll
     for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
@@ -113,16 +110,17 @@ struct WarpRows {
   }
 
  private:
-  // Rows past the last, positions past the length and unused features are zeros.
-  __device__ __forceinline__ void load_queries(const Problem& p, const Rows& rows, const Entry& entry) {
-    const T* first = p.query.as<const T>() + p.query.leading_offset(p.leading, entry.leading);
+  // Loads Qᵀ. Padding rows and unused features become zeros.
+  __device__ __forceinline__ void load_queries(const Problem& p, const ColumnRows& rows,
+                                               const SequenceWork& work) {
+    const T* first = p.query.as<const T>() + p.query.leading_offset(p.leading, work.leading);
     const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int32_t row = 8 * n + g, position = rows.position(row);
-      const bool used = row < rows.end - rows.first && position < entry.sequence.q_len;
+      const bool used = row < rows.count() && position < work.sequence.q_len;
       const T* at =
-          first + p.query.offset(entry.sequence.batch_row, rows.head(row), entry.sequence.q_begin + position);
+          first + p.query.offset(work.sequence.batch_row, rows.head(row), work.sequence.q_begin + position);
 #pragma unroll
       for (int i = 0; i < 2 * kSteps; ++i) {
         const int feature = FragmentsK::feature(i / 2, i % 2, t);
@@ -133,16 +131,16 @@ struct WarpRows {
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k) const {
-    float odd[kTiles][4] = {};  // a second sum, so that products need not wait for one another
+    float odd[kTiles][4] = {};  // the odd k steps, so that successive products do not depend on each other
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0;
-    const FragmentsK keys_of(k);
+    const FragmentsK fragments(k);
 #pragma unroll
     for (int i = 0; i < kSteps; i += FragmentsK::kAtOnce) {
       uint32_t a[FragmentsK::kAtOnce][4];
-      keys_of.load(a, i / FragmentsK::kAtOnce);
+      fragments.load(a, i / FragmentsK::kAtOnce);
 #pragma unroll
       for (int j = 0; j < FragmentsK::kAtOnce; ++j)
 #pragma unroll
@@ -155,7 +153,7 @@ struct WarpRows {
       for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
   }
 
-  // f(x, n, e, key within the stage) for every score of this lane.
+  // Calls f(x, n, e, key within the stage) for every score of this lane.
   template <class F>
   __device__ __forceinline__ static void for_each_score(float (&s)[kTiles][4], F f) {
     const int g = static_cast<int>(threadIdx.x % 32 / 4);
@@ -174,14 +172,15 @@ struct WarpRows {
     }
   }
 
-  __device__ __forceinline__ static void add_alibi(const Problem& p, const Rows& rows, const Entry& entry,
-                                                   int32_t key, float (&s)[kTiles][4]) {
+  __device__ __forceinline__ static void add_alibi(const Problem& p, const ColumnRows& rows,
+                                                   const SequenceWork& work, int32_t key,
+                                                   float (&s)[kTiles][4]) {
     const View& view = p.alibi_slopes;
-    const float* slopes = view.as<const float>() + view.leading_offset(p.leading, entry.leading);
+    const float* slopes = view.as<const float>() + view.leading_offset(p.leading, work.leading);
     for_each_score(s, [&](float& x, int n, int e, int j) {
-      const int32_t row = min(row_of(n, e), rows.end - rows.first - 1);
-      const float slope = slopes[view.offset(entry.sequence.index, rows.head(row), 0)];
-      x += alibi(slope, entry.band.diagonal(rows.position(row)), key + j) * kLog2e;
+      const int32_t row = min(row_of(n, e), rows.count() - 1);
+      const float slope = slopes[view.offset(work.sequence.index, rows.head(row), 0)];
+      x += alibi(slope, work.band.diagonal(rows.position(row)), key + j) * kLog2e;
     });
   }
 
@@ -191,8 +190,9 @@ struct WarpRows {
     });
   }
 
-  // Each row decides for itself whether it is rescaled: its bits depend on no other row.
-  __device__ __forceinline__ void raise(const float (&s)[kTiles][4]) {
+  // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each
+  // row decides for itself, so that its bits depend on no other row.
+  __device__ __forceinline__ void rescale(const float (&s)[kTiles][4]) {
     float largest[kTiles][2];
     bool above = false;
     for_each_row([&](int n, int e) {
@@ -211,10 +211,11 @@ struct WarpRows {
     });
   }
 
-  // P, rounded and transposed to mma's B.
+  // S → P, which is rounded and transposed to mma's B.
   __device__ __forceinline__ void exponentiate(float (&s)[kTiles][4], uint32_t (&b)[kTiles][kKeySteps][2]) {
     for_each_score(s, [&](float& x, int n, int e, int) {
-      x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));  // no key seen so far: P = 0 instead of NaN
+      // A row that has seen no key yet has m = −inf: P must be 0, not NaN.
+      x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));
       l[n][e] += x;
     });
 #pragma unroll
@@ -229,7 +230,8 @@ struct WarpRows {
       }
   }
 
-  // Of an 8 × 8 matrix of float32: keys 2t and 2t + 1 of row g, as ColumnsA counts them.
+  // Transposes an 8 × 8 matrix of float32: lane (g, t) gets keys 2t and 2t + 1 of row g, ColumnsA's order of
+  // k.
   __device__ __forceinline__ static void transpose(float even, float odd, uint32_t (&b)[2]) {
     const int g = lane_id() / 4, t = lane_id() % 4;
 #pragma unroll

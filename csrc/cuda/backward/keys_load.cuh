@@ -1,0 +1,145 @@
+// What a thread block of the backward over key tiles reads: its state, its steps over query tiles, the copies
+// of Q, dO, lse and delta, and the barriers between them and the products.
+#pragma once
+
+#include "core/plan/launch_plan.h"
+#include "cuda/backward/keys_traits.cuh"
+#include "cuda/gradient.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/cp_async.cuh"
+#include "cuda/tile/copy.cuh"
+
+namespace jax_flash::inline JF_FAMILY {
+
+// Shared by all threads of a block, in shared memory.
+template <class T>
+struct KeyBlockState : GradientBlock<T> {
+  Interval rows;   // queries that see at least one of the block's keys
+  Interval whole;  // queries that see all of them
+  GlobalRows<T> dkey, dvalue;
+  float* dquery;  // in the accumulator of dQ, at the sequence's first row and the group's first head, or null
+
+  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t k_tiles, int32_t block_m,
+                          int32_t block_n, float* accumulator) {
+    this->template locate<Over::kKeys>(p, schedule, k_tiles, block_n);
+    const BlockWork& work = this->work;
+    const TileWork& tile = work.tile;
+    const int32_t kv_head = p.kv_head(work.head);
+    rows = this->band.queries(tile.row, tile.used_keys());
+    whole = this->band.common_queries(tile.row, tile.row + block_n);
+    this->set_tiles(rows, block_m);
+    dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
+    dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
+    dquery = nullptr;
+    if (accumulator) {
+      const int64_t batch = work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
+      dquery = accumulator +
+               ((batch * p.q_rows + tile.q_begin) * p.heads + work.head) * accumulator_columns(p.head_dim);
+    }
+  }
+};
+
+// lse and delta of a query tile in shared memory: [2, M].
+template <class S, int M>
+struct SharedStatistics {
+  const float* first;  // lse of the accumulator's first row
+
+  __device__ __forceinline__ float lse(int slot) const { return row_lse(first[S::row(slot)]); }
+  __device__ __forceinline__ float delta(int slot) const {
+    return row_delta(first[S::row(slot)], first[M + S::row(slot)]);
+  }
+};
+
+// A block's steps: the query tiles of every query head of its KV head.
+struct QueryStep {
+  int32_t head;  // within the group of the KV head
+  int32_t tile;
+  int32_t number = 0;  // of the step
+
+  __device__ __forceinline__ void advance(const Interval& tiles) {
+    ++number;
+    if (++tile == tiles.hi) tile = tiles.lo, ++head;
+  }
+};
+
+// The lse of rows that are not used: it makes P = 0 whatever bias or alibi add to their scores.
+static __device__ const float kUnusedLse = INFINITY;
+
+// Starts the copies of a step's Q, dO, lse and delta into the stage at `shared`. Rows that see none of the
+// keys become zeros, because they may hold NaN or infinities and 0 · NaN is NaN.
+template <class C>
+__device__ __forceinline__ void load_queries(const Problem& p,
+                                             const KeyBlockState<typename C::Element>& block,
+                                             const QueryStep& step, uint32_t shared) {
+  const int32_t row = step.tile * C::kM, lo = block.rows.lo - row, hi = block.rows.hi - row;
+  auto used = [=](int i, int r) { return lo - i <= r && r < hi - i; };
+  auto query = block.query, dout = block.dout;
+  query.data += step.head * p.query.head;
+  dout.data += step.head * p.dout.head;
+  load_tile_where<typename C::QTile, C::kThreads>(shared, query, row, used);
+  load_tile_where<typename C::DoTile, C::kThreads>(shared + C::kLayout.d_out, dout, row, used);
+  const int i = static_cast<int>(threadIdx.x);
+  if (i < C::kM) {
+    const uint32_t lse = shared + C::kLayout.lse + i * 4;
+    const int64_t at = used(i, 0) ? row + i : 0;
+    ptx::cp_async_4(lse, used(i, 0) ? block.lse + step.head * p.lse.head + at * p.lse.row : &kUnusedLse,
+                    true);
+    ptx::cp_async_4(lse + C::kM * 4, block.delta + step.head * p.delta.head + at * p.delta.row, used(i, 0));
+  }
+}
+
+// Zeros Q and dO of rows that see no key for other reasons than the band (lse = −inf). All threads call it.
+template <class C>
+__device__ __noinline__ void clear_unseen(uint8_t* q, const float* lse) {
+  const int i = static_cast<int>(threadIdx.x);
+  if (!__syncthreads_or(i < C::kM && lse[i] == -INFINITY)) return;
+  constexpr int kChunks = C::QTile::kChunks + C::DoTile::kChunks;
+  for (int at = i; at < C::kM * kChunks; at += C::kThreads) {
+    const int row = at / kChunks, chunk = at % kChunks;
+    const int offset = chunk < C::QTile::kChunks
+                           ? C::QTile::offset(row, chunk)
+                           : C::kLayout.d_out + C::DoTile::offset(row, chunk - C::QTile::kChunks);
+    if (lse[row] == -INFINITY) *reinterpret_cast<uint4*>(q + offset) = uint4{0, 0, 0, 0};
+  }
+  __syncthreads();
+}
+
+// The block's mbarriers: P and dS full, P and dS empty, and Q and dO full for each stage. Every thread
+// arrives itself, because compute-sanitizer does not understand an arrival on behalf of other threads.
+template <class C>
+class KeyBarriers {
+ public:
+  static constexpr int kCount = 2 + C::kStages;
+  static_assert(ptx::kBarrierBytes == kMbarrierBytes &&
+                C::kLayout.bytes - C::kLayout.barriers == kCount * ptx::kBarrierBytes);
+
+  __device__ __forceinline__ explicit KeyBarriers(uint32_t first) : first_(first) {}
+  __device__ __forceinline__ void init() const {
+    for (int i = 0; i < kCount; ++i) ptx::barrier_init(at(i), C::kThreads);
+  }
+
+  // Arrives at the step's barrier once this thread's copies are complete.
+  __device__ __forceinline__ void arrive_queries_full(const QueryStep& step) const {
+    ptx::barrier_arrive_after_copies(at(2 + step.number % C::kStages));
+  }
+  __device__ __forceinline__ void wait_queries_full(const QueryStep& step) const {
+    ptx::barrier_wait(at(2 + step.number % C::kStages), step.number / C::kStages);
+  }
+  // This thread has stored its P and dS.
+  __device__ __forceinline__ void arrive_ds_full() const { ptx::barrier_arrive(at(0)); }
+  __device__ __forceinline__ void wait_ds_full(const QueryStep& step) const {
+    ptx::barrier_wait(at(0), step.number);
+  }
+  // This thread has read all that it needs of the step: P and dS, and with them Q and dO, may be overwritten.
+  __device__ __forceinline__ void arrive_ds_empty() const { ptx::barrier_arrive(at(1)); }
+  __device__ __forceinline__ void wait_ds_empty(int32_t number) const {
+    if (number >= 0) ptx::barrier_wait(at(1), number);
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t at(int i) const { return first_ + i * ptx::kBarrierBytes; }
+
+  uint32_t first_;
+};
+
+}  // namespace jax_flash::inline JF_FAMILY
