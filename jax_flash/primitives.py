@@ -135,7 +135,7 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
 
 def _value_dim(spec: Spec, columns: int) -> int:
     """The head dim of V, whose operand has so many columns."""
-    return isinstance(spec, AttentionSpec) and spec.value_dim or columns
+    return (isinstance(spec, AttentionSpec) and spec.value_dim) or columns
 
 
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
