@@ -79,7 +79,7 @@ struct ForwardSm90 {
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
-  using Score = typename VariantOf<Kind>::template Score<S>;
+  using Score = typename VariantOf<Kind, S>::type;
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;

@@ -1,6 +1,8 @@
 // The score variants of the sm_90a kernels, by kind.
 #pragma once
 
+#include <type_traits>
+
 #include "core/plan.h"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/dropout.cuh"
@@ -12,48 +14,23 @@
 
 namespace jax_flash {
 
-// VariantOf<kKind>::Score<S> is the variant of a kind.
-template <ScoreKind kKind>
+template <ScoreKind kKind, class S>
 struct VariantOf;
-template <>
-struct VariantOf<ScoreKind::kPlain> {
-  template <class S>
-  using Score = PlainScore<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kGeneral> {
-  template <class S>
-  using Score = GeneralVariant<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kDropout> {
-  template <class S>
-  using Score = GeneralDropoutVariant<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kDropoutAlone> {
-  template <class S>
-  using Score = DropoutScore<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kSegments> {
-  template <class S>
-  using Score = SegmentScore<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kAlibi> {
-  template <class S>
-  using Score = AlibiScore<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kSoftcap> {
-  template <class S>
-  using Score = SoftcapScore<S>;
-};
-template <>
-struct VariantOf<ScoreKind::kBias> {
-  template <class S>
-  using Score = BiasScore<S>;
-};
+template <class S>
+struct VariantOf<ScoreKind::kPlain, S> : std::type_identity<PlainScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kGeneral, S> : std::type_identity<GeneralVariant<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kDropout, S> : std::type_identity<GeneralDropoutVariant<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kDropoutAlone, S> : std::type_identity<DropoutScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kSegments, S> : std::type_identity<SegmentScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kAlibi, S> : std::type_identity<AlibiScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kSoftcap, S> : std::type_identity<SoftcapScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kBias, S> : std::type_identity<BiasScore<S>> {};
 
 }  // namespace jax_flash
