@@ -25,7 +25,7 @@ __device__ __forceinline__ void hide(S& s, int32_t row, int32_t key, float value
   }
 }
 
-// Hides the columns before the limit; those from it on.
+// What is hidden: the columns before the limit; the columns from the limit on.
 struct BeforeLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column < limit; }
 };

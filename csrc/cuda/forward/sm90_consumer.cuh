@@ -145,7 +145,8 @@ struct Consumer {
   __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t input_use, Score& score) {
     const int32_t key = n * C::kN;
     auto of = score_tile(input_use);
-    if constexpr (Score::kPositional) of.key = key;
+    if constexpr (Score::kPositional)
+      of.key = key;               // elsewhere the compiler sinks key into the masked branch
     score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
@@ -195,7 +196,7 @@ struct Consumer {
     return score;
   }
 
-  // P V of a tile, or of its first kKeys keys, likewise. The softmax is finished beside the last one.
+  // P V of a tile, or of its first kKeys keys, likewise. The last one overlaps the end of the softmax.
   template <int kKeys, bool kLast>
   __device__ __forceinline__ void multiply_values() {
     shared.v_pipe.wait_full(kv_index);
@@ -288,8 +289,8 @@ struct Consumer {
     }
   }
 
-  // All visible key tiles, from the last to the first: those at the band's end, those that all rows see
-  // whole, those at its beginning.
+  // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
+  // whole, masked ones at the band's beginning.
   template <bool kScalarDropout = false>
   __device__ __forceinline__ void attend(const Interval& tiles) {
     whole = uniform(tile->keys[consumer].whole);

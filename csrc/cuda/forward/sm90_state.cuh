@@ -27,15 +27,15 @@ template <class T, int kConsumers>
 struct TileState {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // of the general kernels
-  Interval tiles;       // key tiles that any row of the query tile sees; in a cluster of all its CTAs
+  ScoreOperands score;
+  Interval tiles;  // key tiles that any row of the query tile sees; in a cluster of all its CTAs
   ConsumerKeys keys[kConsumers];
   GlobalRows<T> out;
   LseRows lse;
-  int32_t last_values;  // rows of V's last tile that may be read: the operand goes on behind them
-  int32_t done;         // there is no query tile left
+  int32_t last_values;  // rows of V's last tile to read, where other tokens follow them in the operand
+  int32_t done;         // all query tiles are taken, and this is none
 
-  // After `work`: what the load warp needs. False: the tile has no rows.
+  // Finds what the load warp needs, from `work`. False: the tile has no rows.
   template <class C>
   __device__ __forceinline__ bool begin(const Problem& p) {
     const TileWork& tile = work.tile;
@@ -53,7 +53,7 @@ struct TileState {
     return true;
   }
 
-  // What the consumers need.
+  // Finds what the consumers need.
   template <class C>
   __device__ __forceinline__ void prepare(const Problem& p) {
     const TileWork& tile = work.tile;
@@ -76,7 +76,7 @@ struct TileState {
     if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(reload(p), work, work.head);
   }
 
-  // What the consumers' epilogue needs.
+  // Finds what the consumers' epilogue needs.
   __device__ __forceinline__ void prepare_outputs(const Problem& p) {
     out = {p.out.as<T>() + offset(p.out), p.out.row, p.value_dim};
     reload_shared();
@@ -130,7 +130,7 @@ struct ForwardShared : Input::Buffer {
   typename Input::Pipe input_pipe;
   [[no_unique_address]] std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox> mailbox;
 
-  // `state_releases`, `state_arrivals`: of the producers, at a tile state.
+  // `state_releases`, `state_arrivals`: the producers' at a tile state.
   __device__ __forceinline__ void init(uint32_t state_releases, uint32_t state_arrivals) {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     state_pipe.init(kConsumers * kConsumer + state_releases, state_arrivals);

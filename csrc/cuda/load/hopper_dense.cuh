@@ -15,7 +15,7 @@ namespace jax_flash {
 template <class C>
 class DenseLoader {
  public:
-  static constexpr int kWarps = 1, kLanes = 1;  // that load: of each warp the first kLanes
+  static constexpr int kWarps = 1, kLanes = 1;  // the first kLanes of each of kWarps warps load
   struct Maps {
     CUtensorMap key, value;
   };
@@ -32,8 +32,8 @@ class DenseLoader {
 
   __device__ __forceinline__ explicit DenseLoader(const Problem& problem) : p(problem) {}
 
-  // Before the key tiles [tiles.lo, tiles.hi) of a query tile are loaded, last to first. False: this thread
-  // has nothing to load.
+  // Starts the key tiles [tiles.lo, tiles.hi) of a query tile, which are loaded from the last to the first.
+  // False: this thread has nothing to load.
   __device__ __forceinline__ bool begin(const Maps&, const BlockWork& work, const Interval&) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);

@@ -42,8 +42,9 @@ struct KeptElements {
 // x in both halves of a word.
 __device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
 
-// Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time: two
-// neighbours in a word, and in the same word those of the row 8 further.
+// Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time. A
+// word holds the numbers of two neighbouring columns in a row and, turned by a byte, those of the row 8
+// further.
 template <class S, int kTiles = 4>
 struct KeptNumbers {
   uint32_t word[S::kSlots / 2][kTiles];

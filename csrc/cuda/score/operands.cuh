@@ -23,8 +23,8 @@ struct ScoreOperands {
   uint32_t batch = 0, head = 0;  // in dropout's counter
   Dropout dropout;
 
-  // Finds what a kernel of this kind reads. Those for one option alone load a bias and the keys' segments by
-  // tiles.
+  // Finds what a kernel of this kind reads. The kinds kBias and kSegments load a bias and the keys' segments
+  // by tiles instead.
   template <ScoreKind kKind = ScoreKind::kDropout>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
     constexpr bool kAll = kKind == ScoreKind::kGeneral || kKind == ScoreKind::kDropout;

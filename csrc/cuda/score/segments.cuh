@@ -13,7 +13,7 @@ namespace jax_flash {
 struct SegmentRange {
   int32_t lo, hi;
 
-  // Those of x[0, count), 0 < count ≤ kMost, by all lanes of a warp.
+  // The range of x[0, count), 0 < count ≤ kMost. All lanes of the warp call it.
   template <int kMost>
   __device__ __forceinline__ static SegmentRange of(const int32_t* x, int32_t count) {
     const int32_t lane = threadIdx.x % 32;

@@ -1,4 +1,4 @@
-// Softcap: S ← c · tanh(scale · S / c), and the tanh's it is made of.
+// Softcap: S ← c · tanh(scale · S / c), and the approximations of tanh that it uses.
 #pragma once
 
 #include <cmath>
