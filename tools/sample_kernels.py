@@ -14,8 +14,8 @@ from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "kernels.def"
 ROW = re.compile(r"JF_(?:KERNEL|FALLBACK)\((\w+), *(\w+), *(\w+), *(\w+), *(\d+), *(\d+),")
-# 128 where registers are scarcest, else 64, at which most families have the most tiles.
-HEAD_DIMS = {"backward": 128}
+# Registers are scarcest in the backward and the paged forward at 128; elsewhere 64 has the most kinds of tiles.
+HEAD_DIMS = {("backward", "dense"): 128, ("forward", "paged"): 128}
 OTHERS = 64
 
 
@@ -28,8 +28,8 @@ def sample(lines: list[str]) -> list[str]:
             for one in ("dense", "paged") if loader == "both" else (loader,):
                 groups.setdefault((arch, pass_, one, dtypes), []).append(((int(d), int(dv)), line))
     chosen = {line for line in lines if line.startswith("JF_ARCH(")}
-    for (_, pass_, *_), rows in groups.items():
-        wanted = (HEAD_DIMS.get(pass_, OTHERS),) * 2
+    for (_, pass_, loader, _), rows in groups.items():
+        wanted = (HEAD_DIMS.get((pass_, loader), OTHERS),) * 2
         pairs = [pair for pair, _ in rows]
         pair = wanted if wanted in pairs else min(pairs)
         chosen |= {line for other, line in rows if other == pair}

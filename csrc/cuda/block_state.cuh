@@ -1,22 +1,23 @@
-// What a tile of queries knows of its operands.
+// Where a query tile's operands lie, for the portable forward.
 #pragma once
 
 #include "core/problem.h"
-#include "cuda/score.cuh"
+#include "cuda/score/operands.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
-// What all threads of a block share. It lies in shared memory: their registers are full of S and O.
+// What all threads of a CTA need of its query tile. It is in shared memory, because registers are full of S
+// and O.
 template <class T>
 struct BlockState {
   BlockWork work;
   Band band;
   ScoreOperands score;  // of the general kernels
-  Interval tiles;       // of keys, that any row of the query tile sees
+  Interval tiles;       // key tiles that any row of the query tile sees
   Interval whole;       // keys that all its rows see
-  int32_t end;          // of the keys that are read
+  int32_t end;          // one past the last key that is read
   GlobalRows<const T> query;
   GlobalRows<T> out;
 

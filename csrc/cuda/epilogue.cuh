@@ -1,4 +1,4 @@
-// From accumulators to global memory: o and lse of a warp's rows.
+// The epilogue: o and lse of a warp's rows, from accumulators to global memory.
 #pragma once
 
 #include "core/problem.h"
@@ -12,7 +12,7 @@
 
 namespace jax_flash {
 
-// What a tile's rows of lse are made with: where the sequence's first one lies, and the logit of the sink.
+// Where the lse of a sequence's rows lie, and the head's sink logit.
 struct LseRows {
   float* data;
   int64_t stride;
@@ -27,7 +27,7 @@ struct LseRows {
   }
 };
 
-// Writes lse of the rows [row, end), −inf for those from q_len on; what their O is to be multiplied by.
+// lse ← (m + log Σ P) of the rows [row, end), −inf from q_len on; factor ← dropout_scale / Σ P, for O.
 template <int kSlots, class Softmax>
 __device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
                                                const LseRows& lse, const TileWork& tile, int32_t row,
@@ -42,7 +42,7 @@ __device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const So
   }
 }
 
-// Normalises O. Where the factor is 0 rows may hold anything: not 0 · x.
+// O ← factor · O. Rows with factor 0 may hold NaN, and become 0.
 template <class O>
 __device__ __forceinline__ void normalise_rows(O& o, const float (&factor)[O::kSlots]) {
   bool none = false;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void normalise_rows(O& o, const float (&factor)[O::kS
       if (factor[slot] == 0) o.at(slot, n, 0) = o.at(slot, n, 1) = 0;
 }
 
-// Writes a warp's rows of an accumulator through its own rows of a shared tile, so that global rows are
-// written whole. `row` is the warp's first row within the tile, `first` within the sequence.
+// Stores a warp's rows of an accumulator through its own rows of a shared tile, so that stores to global
+// memory are coalesced. `row`: the warp's first row within the tile; `first`: within the sequence.
 template <class Tile, class T, class O>
 __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row, const GlobalRows<T>& out,
                                            int32_t first, int32_t end) {
@@ -70,7 +70,7 @@ __device__ __forceinline__ void store_rows(const O& o, uint8_t* shared, int row,
   store_tile<Tile, 16 * O::kRowTiles, 32>(shared, row, out, first, end, threadIdx.x % 32);
 }
 
-// A 4 × 4 transpose between the four lanes of a row: lane i gets what they hold at [i].
+// Transposes 4 × 4 words between the four lanes of a row: lane i gets their x[i].
 __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   const int lane = threadIdx.x % 4;
 #pragma unroll
@@ -86,7 +86,7 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   }
 }
 
-// The same from registers alone: lanes exchange pairs, so that each writes 16 bytes of a row.
+// Stores a warp's rows without shared memory: lanes exchange pairs, so that each stores 16 bytes of a row.
 template <class T, class O>
 __device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T> out, int32_t row,
                                                           int32_t end) {
@@ -106,7 +106,8 @@ __device__ __forceinline__ void store_rows_from_registers(const O& o, const Glob
   }
 }
 
-// Adds an accumulator to rows [0, end) of `to`, whose blocks of 16 columns are in the order of ptx::add_quad.
+// Adds an accumulator atomically to rows [0, end) of `to`, whose blocks of 16 columns have the order of
+// ptx::add_quad.
 template <class A>
 __device__ __forceinline__ void add_rows(const A& a, Placement at, const GlobalRows<float>& to, int32_t end) {
   const int lane = threadIdx.x % 32;

@@ -7,7 +7,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/score.cuh"
+#include "cuda/score/general.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
@@ -18,7 +18,7 @@ namespace jax_flash {
 __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
 // True where |lse| is so large that its rounding error would show in P.
 __device__ __forceinline__ bool rounds_coarsely(float row_lse) {
-  return kFarShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
+  return kLargeShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
@@ -97,7 +97,7 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
   if (__builtin_expect(__any_sync(~0u, coarse), false)) {
     for_each(s, [&](float& x, int slot, int, int) {
       const float lse = rows.lse(slot);
-      if (rounds_coarsely(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kFarShift)) x = 0;
+      if (rounds_coarsely(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kLargeShift)) x = 0;
     });
   }
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });

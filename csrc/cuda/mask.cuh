@@ -8,7 +8,7 @@
 
 namespace jax_flash {
 
-// S [rows from `row`, keys from `key`] ← value where hidden(column, the limit that bound(row) sets).
+// S [rows from `row`, keys from `key`] ← value where hidden(column, limit), with limit = bound(row of S).
 template <class S, class Bound, class Hidden>
 __device__ __forceinline__ void hide(S& s, int32_t row, int32_t key, float value, Bound bound,
                                      Hidden hidden) {
@@ -25,7 +25,7 @@ __device__ __forceinline__ void hide(S& s, int32_t row, int32_t key, float value
   }
 }
 
-// Columns hidden before, and from, a limit.
+// What is hidden: the columns before the limit; the columns from the limit on.
 struct BeforeLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column < limit; }
 };
@@ -33,7 +33,7 @@ struct FromLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column >= limit; }
 };
 
-// S: −inf outside the band. Only where the band begins, or ends, within the tile need it be asked for.
+// S ← −inf outside the band. `begins`, `ends`: whether the band of some row does so within the tile.
 template <class S>
 __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
                                      bool ends = true) {
@@ -41,14 +41,15 @@ __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_
   if (ends) hide(s, row, key, -INFINITY, [&](int32_t i) { return band.last_key(i); }, FromLimit{});
 }
 
-// Whether every row of a warp's S sees all its keys. Voted, for the compiler to know that the warp agrees.
+// Whether every row of a warp's S sees all its keys. The vote tells the compiler that the branch is uniform.
 template <class S>
 __device__ __forceinline__ bool all_seen(const S&, const Band& band, int32_t row, int32_t key) {
   const Interval all = band.common(row, row + 8 * S::kSlots);
   return __all_sync(~0u, all.lo <= key && key + 8 * S::kColumnTiles <= all.hi);
 }
 
-// S ← 0 where it is not seen: what lies past a length must not choose how the rest is computed.
+// S ← 0 where it is hidden, rows past the sequence included: hidden scores may be anything, and must not
+// choose how visible ones are computed.
 template <class S>
 __device__ __forceinline__ void clear_unseen(S& s, const Band& band, int32_t row, int32_t key) {
   hide(s, row, key, 0, [&](int32_t i) { return band.first_key(i); }, BeforeLimit{});

@@ -9,7 +9,7 @@
 
 namespace jax_flash {
 
-// The reductions over a row: the four lanes that hold it.
+// Reductions over the four lanes that hold a row.
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
@@ -20,47 +20,48 @@ __device__ __forceinline__ float row_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// From here on rounding the shift would matter: S − m is made first.
-inline constexpr float kFarShift = 1 << 20;
+// From this |scale · m| on the rounding of scale · s + shift would show in P, and S − m is computed first.
+inline constexpr float kLargeShift = 1 << 20;
 
-// Shifted by a largest score of the row so far: P = 2^(scale · s + shift) ≤ 2^kSlack. O and l are rescaled
-// only where a score exceeds that, which is rare after the first tiles. `scale` turns scores into powers of
-// two.
+// The online softmax (Milakov and Gimelshein, 2018) of a thread's rows. m is kept as shift = −scale · m, and
+// P = 2^(scale · s + shift); `scale` turns scores into powers of two.
 template <int kSlots>
 struct OnlineSoftmax {
-  static constexpr float kSlack = 8;
-  static constexpr int kManyTiles = 10;    // of columns: from here on sm_90 finds maxima faster by bits
-  static constexpr float kNone = FLT_MAX;  // the shift of a row that has seen no key
+  static constexpr bool kBounded = false;
+  static constexpr float kRescaleThreshold = 8;  // of update_lazily: P ≤ 2^8
+  static constexpr int kManyTiles = 10;  // column tiles from which on maxima by bits are faster on sm_90
+  static constexpr float kEmptyRow = FLT_MAX;  // the shift of a row that has seen no key
   float shift[kSlots];
   float l[kSlots];  // this lane's share of Σ P
   float scale;
 
   __device__ __forceinline__ explicit OnlineSoftmax(float scale_log2) : scale(scale_log2) {
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = kNone, l[slot] = 0;
+    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = kEmptyRow, l[slot] = 0;
   }
 
-  // Makes the shifts fit the scores S; rescales O.
+  // Where P would exceed 2^kRescaleThreshold, which is rare after the first tiles: m ← max(m, rowmax S),
+  // l ← α l, O ← α O.
   template <class S, class O>
-  __device__ __forceinline__ void fit(const S& s, O& o) {
-    float largest[kSlots];
-    if (__any_sync(~0u, exceeds(s, largest))) raise(largest, o);
+  __device__ __forceinline__ void update_lazily(const S& s, O& o) {
+    float maxima[kSlots];
+    if (__any_sync(~0u, exceeds_threshold(s, maxima))) rescale(maxima, o);
   }
 
-  // The same at every tile, without a vote: O is left to the caller, who multiplies its rows by alpha.
+  // m ← max(m, rowmax S), l ← α l. The caller multiplies O by α.
   template <class S>
-  __device__ __forceinline__ void follow(const S& s, float (&alpha)[kSlots]) {
+  __device__ __forceinline__ void update(const S& s, float (&alpha)[kSlots]) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const float next =
-          fminf(shift[slot], -row_max(largest_of(s, slot)) * scale);  // kNone where all is hidden
+          fminf(shift[slot], -row_max(thread_max(s, slot)) * scale);  // kEmptyRow where all is hidden
       alpha[slot] = ptx::exp2(next - shift[slot]);
       shift[slot] = next;
       l[slot] *= alpha[slot];
     }
   }
 
-  // S → P in place, column tiles [begin, end).
+  // P = 2^(scale · S + shift), in place, of column tiles [begin, end).
   template <class S>
   __device__ __forceinline__ void exponentiate(S& s, int begin, int end) {
 #pragma unroll
@@ -77,59 +78,33 @@ struct OnlineSoftmax {
     }
   }
 
-  // S → P of a tile whose rows' scores are S + of_row.
+  // update() and P of a whole tile, whose scores are S + row_term.
   template <class S>
-  __device__ __forceinline__ void follow(S& s, float (&alpha)[kSlots], const float (&of_row)[kSlots]) {
+  __device__ __forceinline__ void exponentiate(S& s, float (&alpha)[kSlots],
+                                               const float (&row_term)[kSlots]) {
     float before[kSlots], within[kSlots];
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       before[slot] = shift[slot];
-      within[slot] = shift[slot] += of_row[slot];
+      within[slot] = shift[slot] += row_term[slot];
     }
-    follow(s, alpha);
+    update(s, alpha);
     exponentiate(s, 0, S::kColumnTiles);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot)
-      shift[slot] = shift[slot] == within[slot] ? before[slot] : shift[slot] - of_row[slot];
+      shift[slot] = shift[slot] == within[slot] ? before[slot] : shift[slot] - row_term[slot];
   }
 
-  // Scores within [−bound, bound]: P = e^(s − bound), or more where that might be less than e^−80.
-  __device__ __forceinline__ void bound(float largest) {
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = -kLog2e * fminf(largest, 80 - largest);
-  }
-  // S, shifted → P.
-  template <class S>
-  __device__ __forceinline__ void exponentiate_shifted(S& s) {
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot)
-#pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s.at(slot, n, e);
-          x = ptx::exp2(x);
-          l[slot] += x;
-        }
-  }
-  // Rows that have seen no key.
-  __device__ __forceinline__ void forget_empty() {
-#pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot)
-      if (row_sum(l[slot]) == 0) shift[slot] = kNone;
-  }
-
-  // What a row's accumulator is multiplied by, and its lse. `sink` is a logit that joins the sum only, −inf:
-  // none.
+  // A row's factor of O, 1 / Σ P, and its lse. `sink`: a logit that is part of the sum alone; −inf: none.
   struct Final {
     float factor, lse;
   };
   __device__ __forceinline__ Final finish(int slot, float sink) const {
-    return finish(slot, shift[slot] == kNone ? -INFINITY : -shift[slot], sink);
+    return finish(slot, shift[slot] == kEmptyRow ? -INFINITY : -shift[slot], sink);
   }
 
  protected:
-  // Over the row's largest score, as a power of two.
+  // `top`: scale · m.
   __device__ __forceinline__ Final finish(int slot, float top, float sink) const {
     const float sum = row_sum(l[slot]), sink_log2 = sink * kLog2e;
     const float largest = fmaxf(top, sink_log2);
@@ -140,19 +115,19 @@ struct OnlineSoftmax {
             none ? -INFINITY : (largest + ptx::log2(total)) * kLn2};
   }
 
-  // Of a thread's share of its rows.
+  // The maxima of what a thread holds of its rows.
   template <class S>
-  __device__ __forceinline__ static void find_largest(const S& s, float (&largest)[kSlots]) {
+  __device__ __forceinline__ static void thread_maxima(const S& s, float (&maxima)[kSlots]) {
     if constexpr (S::kColumnTiles >= kManyTiles) {
-      largest_by_bits(s, largest);
+      thread_maxima_by_bits(s, maxima);
     } else {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) largest[slot] = largest_of(s, slot);
+      for (int slot = 0; slot < kSlots; ++slot) maxima[slot] = thread_max(s, slot);
     }
   }
 
   template <class S>
-  __device__ __forceinline__ static float largest_of(const S& s, int slot) {
+  __device__ __forceinline__ static float thread_max(const S& s, int slot) {
     float even = s.at(slot, 0, 0), odd = s.at(slot, 0, 1);
 #pragma unroll
     for (int n = 1; n < S::kColumnTiles; ++n)
@@ -160,11 +135,11 @@ struct OnlineSoftmax {
     return fmaxf(even, odd);
   }
 
-  // Floats that are not all negative are in the order of their bits as whole numbers, of which one
-  // instruction of sm_90 compares three; negative ones are in the opposite order. A NaN may hide what else
-  // the lane holds of its row, which is NaN in any case.
+  // The maximum of the bits as integers, of which one instruction of sm_90 compares three, is that of the
+  // floats unless all are negative: those are in the opposite order, and a second pass finds the least. A NaN
+  // may hide the lane's other scores of a row, but then the row's P are NaN in any case.
   template <class S>
-  __device__ __forceinline__ static void largest_by_bits(const S& s, float (&largest)[kSlots]) {
+  __device__ __forceinline__ static void thread_maxima_by_bits(const S& s, float (&maxima)[kSlots]) {
     const auto bits = [&](int slot, int i) { return __float_as_int(s.at(slot, i / 2, i % 2)); };
     int top[kSlots], all = 0;
 #pragma unroll
@@ -186,29 +161,29 @@ struct OnlineSoftmax {
       }
     }
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) largest[slot] = __int_as_float(top[slot]);
+    for (int slot = 0; slot < kSlots; ++slot) maxima[slot] = __int_as_float(top[slot]);
   }
 
-  // The same; whether one is above what the shifts are made for.
+  // The thread's maxima, and whether one of them is above the threshold.
   template <class S>
-  __device__ __forceinline__ bool exceeds(const S& s, float (&largest)[kSlots]) const {
+  __device__ __forceinline__ bool exceeds_threshold(const S& s, float (&maxima)[kSlots]) const {
     bool above = false;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      largest[slot] = largest_of(s, slot);
-      above |= fmaf(largest[slot], scale, shift[slot]) > kSlack;
+      maxima[slot] = thread_max(s, slot);
+      above |= fmaf(maxima[slot], scale, shift[slot]) > kRescaleThreshold;
     }
     return above;
   }
 
  private:
   template <class O>
-  __device__ __forceinline__ void raise(const float (&largest)[kSlots], O& o) {
+  __device__ __forceinline__ void rescale(const float (&maxima)[kSlots], O& o) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const float top = row_max(largest[slot]);
-      // Row by row, so that none depends on its neighbours.
-      const float next = fmaf(top, scale, shift[slot]) > kSlack ? -top * scale : shift[slot];
+      const float top = row_max(maxima[slot]);
+      // Each row by its own test, so that its result does not depend on the other rows of the warp.
+      const float next = fmaf(top, scale, shift[slot]) > kRescaleThreshold ? -top * scale : shift[slot];
       const float alpha = ptx::exp2(next - shift[slot]);
       shift[slot] = next;
       l[slot] *= alpha;
@@ -217,84 +192,127 @@ struct OnlineSoftmax {
   }
 };
 
-// The same over scores that may lie anywhere: S − m is made where it is far. M: volatile float where m is
-// seldom asked for and registers are few.
-template <int kSlots, class M>
-struct FarSoftmax : OnlineSoftmax<kSlots> {
+// The softmax of scores within [−bound, bound], where P has float32's range: m is never computed and O never
+// rescaled. The scores come with the shift added, which is the same for all rows.
+template <int kSlots>
+struct BoundedSoftmax : OnlineSoftmax<kSlots> {
   using Base = OnlineSoftmax<kSlots>;
-  using Base::l, Base::scale, Base::shift;
-  M m[kSlots];
-  bool far = false;  // some shift is 0 instead of −scale · m
+  using Base::l, Base::shift;
+  static constexpr bool kBounded = true;
 
-  __device__ __forceinline__ explicit FarSoftmax(float scale_log2) : Base(scale_log2) {
+  // P = e^(s − bound), or more where that might be less than e^−80.
+  __device__ __forceinline__ explicit BoundedSoftmax(float bound) : Base(1) {
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) m[slot] = -Base::kNone;
-  }
-
-  template <class S, class O>
-  __device__ __forceinline__ void fit(S& s, O& o) {
-    float largest[kSlots];
-    if (__any_sync(~0u, far | Base::exceeds(s, largest))) raise(s, largest, o);
+    for (int slot = 0; slot < kSlots; ++slot) shift[slot] = -kLog2e * fminf(bound, 80 - bound);
   }
 
   template <class S>
-  __device__ __forceinline__ void follow(S& s, float (&alpha)[kSlots]) {
-    float farthest = 0, largest[kSlots];
-    Base::find_largest(s, largest);
+  __device__ __forceinline__ void update(const S&, float (&)[kSlots]) {}
+
+  // P = 2^S, in place, of column tiles [begin, end).
+  template <class S>
+  __device__ __forceinline__ void exponentiate(S& s, int begin, int end) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+#pragma unroll
+      for (int n = begin; n < end; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s.at(slot, n, e);
+          x = ptx::exp2(x);
+          l[slot] += x;
+        }
+  }
+
+  // To be called before finish(), which is the base's.
+  __device__ __forceinline__ void mark_empty_rows() {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot)
+      if (row_sum(l[slot]) == 0) shift[slot] = Base::kEmptyRow;
+  }
+};
+
+// The online softmax of scores of any magnitude: where |shift| is large S becomes S − m, and the shift 0. M
+// is the type of m: volatile float where it is seldom read and registers are few.
+template <int kSlots, class M>
+struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
+  using Base = OnlineSoftmax<kSlots>;
+  using Base::l, Base::scale, Base::shift;
+  M m[kSlots];
+  bool subtracted = false;  // some shift is 0 instead of −scale · m
+
+  __device__ __forceinline__ explicit UnboundedSoftmax(float scale_log2) : Base(scale_log2) {
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) m[slot] = -Base::kEmptyRow;
+  }
+
+  template <class S, class O>
+  __device__ __forceinline__ void update_lazily(S& s, O& o) {
+    float maxima[kSlots];
+    if (__any_sync(~0u, subtracted | Base::exceeds_threshold(s, maxima))) rescale(s, maxima, o);
+  }
+
+  template <class S>
+  __device__ __forceinline__ void update(S& s, float (&alpha)[kSlots]) {
+    float largest_shift = 0, maxima[kSlots];
+    Base::thread_maxima(s, maxima);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      const float before = m[slot], next = fmaxf(before, row_max(largest[slot]));
+      const float before = m[slot], next = fmaxf(before, row_max(maxima[slot]));
       alpha[slot] = ptx::exp2((before - next) * scale);
       m[slot] = next;
       shift[slot] = -next * scale;
       l[slot] *= alpha[slot];
-      farthest = fmaxf(farthest, fabsf(shift[slot]));
+      largest_shift = fmaxf(largest_shift, fabsf(shift[slot]));
     }
-    if (__builtin_expect(farthest < kFarShift, true)) return;
+    if (__builtin_expect(largest_shift < kLargeShift, true)) return;
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) subtract_far(s, slot);
+    for (int slot = 0; slot < kSlots; ++slot) subtract_maximum(s, slot);
   }
 
   __device__ __forceinline__ typename Base::Final finish(int slot, float sink) const {
-    return Base::finish(slot, m[slot] == -Base::kNone ? -INFINITY : m[slot] * scale, sink);
+    return Base::finish(slot, m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale, sink);
   }
 
  private:
   template <class S, class O>
-  __device__ __forceinline__ void raise(S& s, const float (&largest)[kSlots], O& o) {
+  __device__ __forceinline__ void rescale(S& s, const float (&maxima)[kSlots], O& o) {
     float tops[kSlots], alpha[kSlots];
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) tops[slot] = row_max(largest[slot]);
+    for (int slot = 0; slot < kSlots; ++slot) tops[slot] = row_max(maxima[slot]);
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
-      alpha[slot] = far ? raise_far(slot, tops[slot]) : raise_near(slot, tops[slot]);
+      alpha[slot] = subtracted ? update_maximum(slot, tops[slot]) : update_shift(slot, tops[slot]);
       l[slot] *= alpha[slot];
       o.scale_row(slot, alpha[slot]);
     }
 #pragma unroll
-    for (int slot = 0; slot < kSlots; ++slot) far |= subtract_far(s, slot);
+    for (int slot = 0; slot < kSlots; ++slot) subtracted |= subtract_maximum(s, slot);
   }
 
-  __device__ __forceinline__ float raise_near(int slot, float top) {
-    const bool rises = fmaf(top, scale, shift[slot]) > Base::kSlack;
+  // Updates a row whose maximum in this tile is `top`, and returns α: by the shift, or by m where some shifts
+  // are 0. The two round differently.
+  __device__ __forceinline__ float update_shift(int slot, float top) {
+    const bool rises = fmaf(top, scale, shift[slot]) > Base::kRescaleThreshold;
     const float next = rises ? -top * scale : shift[slot], alpha = ptx::exp2(next - shift[slot]);
     if (rises) m[slot] = top;
     shift[slot] = next;
     return alpha;
   }
 
-  __device__ __forceinline__ float raise_far(int slot, float top) {
-    const float before = m[slot], next = (top - before) * scale > Base::kSlack ? top : before;
+  __device__ __forceinline__ float update_maximum(int slot, float top) {
+    const float before = m[slot], next = (top - before) * scale > Base::kRescaleThreshold ? top : before;
     m[slot] = next;
     shift[slot] = -next * scale;
     return ptx::exp2((before - next) * scale);
   }
 
+  // S ← S − m in a row whose shift is large, which becomes 0; whether it did.
   template <class S>
-  __device__ __forceinline__ bool subtract_far(S& s, int slot) {
-    if (fabsf(shift[slot]) < kFarShift) return false;
-    shift[slot] = m[slot] == -Base::kNone ? Base::kNone : 0;
-    if (m[slot] == -Base::kNone) return false;
+  __device__ __forceinline__ bool subtract_maximum(S& s, int slot) {
+    if (fabsf(shift[slot]) < kLargeShift) return false;
+    shift[slot] = m[slot] == -Base::kEmptyRow ? Base::kEmptyRow : 0;
+    if (m[slot] == -Base::kEmptyRow) return false;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) s.at(slot, n, 0) -= m[slot], s.at(slot, n, 1) -= m[slot];
     return true;

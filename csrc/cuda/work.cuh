@@ -1,4 +1,4 @@
-// What one thread block does: which query tile of which sequence and head, and where its operands lie.
+// Which tile of which sequence and head a CTA works on, and where its operands lie.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +14,10 @@ enum class Over { kQueries, kKeys };
 
 struct BlockWork {
   int64_t leading;
-  int32_t head, batch_row;  // head: the (first) query head; batch_row: the batch index of per-token operands
+  int32_t head, batch_row;  // the (first) query head; the batch index of per-token operands
   TileWork tile;
 
-  // Element offset of a row of this sequence.
+  // The element offset of a row of this sequence.
   __device__ __forceinline__ int64_t offset(const Problem& p, const View& view, int32_t view_head,
                                             int64_t row) const {
     return view.leading_offset(p.leading, leading) + view.offset(batch_row, view_head, row);
@@ -28,16 +28,17 @@ struct BlockWork {
   }
 };
 
-// Heads that are worked on side by side: few enough for what they share to stay in L2.
+// Heads whose tiles are worked on at the same time: few enough for their K and V to stay in L2.
 inline constexpr uint32_t kHeadsTogether = 16;
 
-// One of the tiles of all heads: its number among `count`.
+// A tile's number among the `count` tiles of all heads.
 struct TileNumber {
   uint32_t number, count;
 };
 
-// Packed: in the schedule's order of sequences, longest first, each with all its heads, and with all tiles of
-// a head as neighbours. Slot s of the schedule stands for numbers [s · heads, (s + 1) · heads).
+// The work of a tile of packed sequences. Sequences come in the schedule's order, longest first; within one
+// head follows head, and within a head tile follows tile. Slot s of the schedule stands for numbers [s ·
+// heads, (s + 1) · heads).
 template <Over over>
 __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
                                                       int32_t tiles, int32_t block, TileNumber wanted) {
@@ -58,8 +59,8 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
   return work;
 }
 
-// Tiles of a group of heads are neighbours, and when causal the longest come first: the last queries, the
-// first keys. With several heads together the last blocks to run are short ones.
+// The work of a tile. The tiles of a group of heads are neighbours, and with a causal mask the longest come
+// first (the last queries, the first keys), so that the last CTAs to run have short ones.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
@@ -67,8 +68,7 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block, wanted);
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
-  // Query tiles that see the same keys are as long as each other, and best served by one head after the
-  // other.
+  // Without a causal mask query tiles are equally long, and share most K and V in one head after the other.
   const uint32_t group = kQueries && p.spec.right < 0 ? 1 : heads_together;
   const uint32_t first = wanted.number / (group * tiles) * group;
   const uint32_t together = min(group, all - first), number = wanted.number - first * tiles;
@@ -85,7 +85,7 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   return work;
 }
 
-// Where every thread block has a tile of its own.
+// The work of this CTA, where each has one tile.
 template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block) {

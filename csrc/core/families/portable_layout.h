@@ -1,6 +1,6 @@
-// What lies in shared memory in the portable kernels (families sm75 and sm80). Both sides use this one
-// description: a kernel takes its offsets and its dynamic size from a layout, and the host takes what a row
-// of csrc/kernels.def needs from the *_shared_bytes functions.
+// The shared memory of the portable kernels (archs sm75 and sm80), described once for both sides: a kernel
+// takes its offsets and its dynamic size from a layout, and the host takes what a row of csrc/kernels.def
+// needs from the *_shared_bytes functions, which include the static part.
 //
 // Offsets and sizes are in bytes. Tiles are dense: a swizzle permutes chunks within a tile and pads nothing.
 #pragma once
@@ -9,7 +9,8 @@
 
 namespace jax_flash {
 
-// The most that a kernel declares statically, apart from the page loader's addresses: its block state and barriers.
+// The most that a kernel declares statically, apart from the page loader's addresses: its block state and
+// barriers.
 inline constexpr int64_t kBlockStateBytes = 512;
 inline constexpr int64_t kOutputRowBytes = 24;  // sizeof decode::OutputRow, which lies in the workspace
 
@@ -60,13 +61,13 @@ constexpr int64_t forward_shared_bytes(const RowShape& r, int32_t element_size) 
 
 // The backward's kernel over key tiles.
 struct BackwardLayout {
-  int32_t k, v;         // K [N, d] and V [N, dv]; dK and dV at the end
-  int32_t queries;      // the first stage, with Q [M, d] at its begin; the others follow
-  int32_t d_out;        // dO [M, dv] in a stage; Q and dO share one buffer where the row has no stage
-  int32_t lse, delta;   // [M] float32 in a stage
-  int32_t stage_bytes;  //
-  int32_t p, ds;        // P and dS [M, N]
-  int32_t barriers;     // two, and one for each stage
+  int32_t k, v;     // K [N, d] and V [N, dv]; dK and dV at the end
+  int32_t queries;  // the stages, each of stage_bytes and with Q [M, d] at offset 0
+  int32_t stage_bytes;
+  int32_t d_out;       // offset in a stage of dO [M, dv]; 0 where Q and dO take turns in one buffer
+  int32_t lse, delta;  // offsets in a stage of lse and delta [M] float32
+  int32_t p, ds;       // P and dS [M, N]
+  int32_t barriers;    // P and dS full, P and dS empty, and one for each stage
   int32_t bytes;
 };
 
@@ -80,8 +81,9 @@ constexpr BackwardLayout backward_layout(const RowShape& r, int32_t element_size
   BackwardLayout at{};
   at.v = r.block_n * r.head_dim * element_size;
   at.queries = at.v + r.block_n * r.value_dim * element_size;
-  at.d_out = r.stages == 0 ? 0 : q_bytes;
-  at.lse = ring_bytes(r.stages == 0 ? 0 : 1, q_bytes, d_out_bytes);
+  const bool single_buffer = r.stages == 0;
+  at.d_out = single_buffer ? 0 : q_bytes;
+  at.lse = single_buffer ? larger(q_bytes, d_out_bytes) : q_bytes + d_out_bytes;
   at.delta = at.lse + row_bytes;
   at.stage_bytes = at.delta + row_bytes;
   at.p = at.queries + larger(r.stages, 1) * at.stage_bytes;
@@ -113,7 +115,7 @@ constexpr BackwardQueriesLayout backward_queries_layout(const RowShape& r, int32
 
 struct BiasGradientLayout {
   int32_t q, k, d_out, v;  // [M, d], [N, d], [M, dv], [N, dv]; without a stage dO and V replace Q and K
-  int32_t sum;             // dS [M, N] float32, at the end
+  int32_t sum;             // the sum of dS [M, N] float32, at the end
   int32_t bytes;
 };
 
@@ -121,8 +123,12 @@ constexpr BiasGradientLayout bias_gradient_layout(const RowShape& r, int32_t ele
   const int32_t qk_bytes = (r.block_m + r.block_n) * r.head_dim * element_size;
   const int32_t dov_bytes = (r.block_m + r.block_n) * r.value_dim * element_size;
   const int32_t d_out = r.stages == 0 ? 0 : qk_bytes;
-  return {0, r.block_m * r.head_dim * element_size,    d_out, d_out + r.block_m * r.value_dim * element_size,
-          0, ring_bytes(r.stages, qk_bytes, dov_bytes)};
+  BiasGradientLayout at{};
+  at.k = r.block_m * r.head_dim * element_size;
+  at.d_out = d_out;
+  at.v = d_out + r.block_m * r.value_dim * element_size;
+  at.bytes = ring_bytes(r.stages, qk_bytes, dov_bytes);
+  return at;
 }
 
 constexpr int64_t bias_gradient_shared_bytes(const RowShape& r, int32_t element_size) {

@@ -13,7 +13,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
-#include "cuda/score.cuh"
+#include "cuda/score/general.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/fragments.cuh"
 #include "cuda/work.cuh"
@@ -56,7 +56,7 @@ struct ForwardSm80 {
                                Accumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Softmax =
-      std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, FarSoftmax<S::kSlots, volatile float>>;
+      std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, UnboundedSoftmax<S::kSlots, volatile float>>;
   using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
   // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,
   // the leading ones do.
@@ -155,7 +155,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     if constexpr (C::kGeneral)
       general.apply(s, row(), key, softmax.scale, bias);  // softcap, bias, alibi, segments, mask
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
-    softmax.fit(s, o);  // m ← max(m, rowmax S); O ← α O
+    softmax.update_lazily(s, o);  // m ← max(m, rowmax S); O ← α O
 
     add_values<C>(o, s, v, softmax, block.score, numbers, row, key);  // P = 2^(S − m); O ← O + P V
   }

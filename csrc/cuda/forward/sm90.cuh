@@ -1,144 +1,141 @@
 // The forward for sm_90a: TMA, mbarrier, wgmma, warp specialisation. FlashAttention-3 (Shah et al., 2024).
 //
-// One block per multiprocessor takes tile after tile. Of the first warpgroup, the producers, one thread (of
-// each team) finds the tiles' work and one has Q, K and V copied; every other warpgroup, a consumer, owns 64
-// rows of a tile. In a consumer S of a tile of keys is made beside P V of the tile before it.
-// docs/hopper-forward.md draws it.
+// The grid is persistent: one CTA per SM works on query tiles [M, d] of one head, one after the other.
+//
+//   producer warpgroup                                   consumer warpgroups, 64 rows each
+//
+//   warp 0, a thread: scheduler                          wait Q, tile state
+//     tile number, band, key tiles,                      for key tiles n, last to first:
+//     where o and lse lie                                  wait K_n     S = Q K_nᵀ, in flight with
+//        │ state_pipe, 3 tiles    ◄── release ──┐          wait V_n+1   O ← O + P V_n+1
+//        ▼                                      ├────      release K_n  P = 2^(S − m), O ← α O
+//   warp 1: load warp             ◄── release ──┘          release V_n+1
+//     K, Q, K, V, K, V … by TMA  ── K, V: kStages ──►    O ← O + P V_first, o and lse are stored
+//     (pages: 3 warps)           ── Q of each       ──►  release Q, tile state
+//
+//   warp 2, where the score has an input of its own: its warp (segments; a further one trims the key range)
+//
+// An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
+// empty one. Consumers issue products in turns (ping-pong). docs/hopper-forward.md has the reasons and
+// timings.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "core/plan.h"
-#include "cuda/block_state.cuh"
-#include "cuda/epilogue.cuh"
-#include "cuda/forward/sm90_beside.cuh"
 #include "cuda/forward/sm90_consumer.cuh"
 #include "cuda/forward/sm90_load.cuh"
+#include "cuda/forward/sm90_scheduler.cuh"
+#include "cuda/forward/sm90_state.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
-#include "cuda/mask.cuh"
+#include "cuda/load/hopper_dense.cuh"
 #include "cuda/ptx/registers.cuh"
-#include "cuda/ptx/wgmma.cuh"
 #include "cuda/registry.h"
-#include "cuda/score.cuh"
-#include "cuda/segments.cuh"
-#include "cuda/single_score.cuh"
-#include "cuda/softmax.cuh"
-#include "cuda/tile/descriptor.cuh"
+#include "cuda/score/variants.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
 
-// A row of csrc/kernels.def: Warps are those of the producers and of M / 64 consumers for each of the Teams,
-// and where there is one consumer of a warpgroup that only keeps the registers dealt out as to two. Teams
-// have tiles, keys and values of their own: one begins and ends while another is in between. Of a Cluster
-// each block has a tile of queries of its own, and what is copied of K and V is copied to all.
+// A row of csrc/kernels.def. Warps: one producer warpgroup and M / 64 consumers for each of the Teams; with
+// one consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its
+// own, so that one team's prologue and epilogue overlap another's loop. Each CTA of a Cluster has a query
+// tile of its own; K and V are multicast to all.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Teams, ScoreKind Kind,
-          template <class> class KeySource = DenseKeys, int Cluster = 1>
+          template <class> class KeyLoader = DenseLoader, int Cluster = 1>
 struct ForwardSm90 {
   using Element = T;
-  static constexpr int kCluster = Cluster;
   static constexpr ScoreKind kKind = Kind;
-  static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
-  static constexpr bool kDropout = Kind == ScoreKind::kDropout || Kind == ScoreKind::kDropoutAlone;
-  // Scores come to the softmax as powers of two.
-  static constexpr bool kScaled = kGeneral || Kind == ScoreKind::kAlibi || Kind == ScoreKind::kSoftcap;
-  // Softcap's scores are bounded: no maximum need be known where P has float32's range.
-  static constexpr bool kBounded = Kind == ScoreKind::kSoftcap && std::is_same_v<T, __nv_bfloat16>;
-  // Dropout's numbers are drawn beside the softmax, not beside the products.
-  static constexpr bool kDrawsLate = Kind == ScoreKind::kDropoutAlone;
-  // What a kind needs beside the tiles of keys has to fit: those of a bias in shared memory; where they do
-  // not there are fewer keys in a tile. Dropout wants whole blocks of its numbers.
+  static constexpr int kCluster = Cluster, kTeams = Teams;
+  static constexpr int kConsumers = M / kConsumerRows, kAllConsumers = kTeams * kConsumers;
+  static constexpr int kThreads = Warps * 32;
+  static constexpr int kM = M, kStages = Stages;
+  // Shared memory has to hold a bias' tiles beside Q, K and V, in one or two stages: where it does not, key
+  // tiles are smaller. Dropout needs whole Philox blocks.
   static constexpr int kRowBytes = 2 * (M * HeadDim + Stages * N * (HeadDim + ValueDim));
   static constexpr int kBiasStages =
       std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
-  static constexpr bool kSmaller = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
-  static constexpr int kTeams = Teams, kConsumers = M / kConsumerRows, kAllConsumers = kTeams * kConsumers;
-  static constexpr int kThreads = Warps * 32, kTeamProducers = 128 / kTeams;  // threads
-  static constexpr int kM = M, kStages = Stages;
-  static constexpr int kN = kSmaller ? 64 : kDropout ? N / kDropoutColumns * kDropoutColumns : N;
-  // Column tiles of S whose exponentials are made beside P V: left alone the assembler has nearly all of them
-  // made after it, unless it is kept from it. Three consumers or more fill the exponential unit anyway.
-  static constexpr bool kPaced =
+  static constexpr bool kSmallKeyTile = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
+  static constexpr bool kDropout = Kind == ScoreKind::kDropout || Kind == ScoreKind::kDropoutAlone;
+  static constexpr int kN = kSmallKeyTile ? 64 : kDropout ? N / kDropoutColumns * kDropoutColumns : N;
+  // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
+  // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
+  static constexpr bool kHoldsExponentials =
       Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && ValueDim <= 128);
-  static constexpr int kEarly = !kPaced || ValueDim > 128 ? kN / 8 : kAllConsumers > 2 ? 0 : kN * 3 / 64;
-  // Read from shared memory once a tile instead of at every step: 2 % where power is the limit.
+  static constexpr int kEarlyExponentials = !kHoldsExponentials || ValueDim > 128 ? kN / 8
+                                            : kAllConsumers > 2                   ? 0
+                                                                                  : kN * 3 / 64;
+  // Q is read from shared memory once per query tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
       Kind == ScoreKind::kPlain && HeadDim == 128 && kAllConsumers <= 2 && N <= kHopperKeys;
-  // Of a consumer's last tile of keys no more are multiplied where its rows see no more.
-  static constexpr int kFew = Kind == ScoreKind::kPlain ? 32 : 0;
+  // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
+  static constexpr int kTailKeys = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
-  // Of a thread: what the consumers need, and little for the producer.
-  static constexpr int kConsumerRegisters = kAllConsumers <= 2 ? 232 : kAllConsumers == 3 ? 160 : 112;
-  static constexpr int kProducerRegisters = kAllConsumers <= 2 ? 40 : 32;
-  // All of them are dealt out of what the block was launched with; setmaxnreg waits for what there is not.
-  static_assert(128 * (kProducerRegisters + (Warps / 4 - 1) * kConsumerRegisters) <=
-                kThreads * (65536 / kThreads / 8 * 8));
   using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
   using KTile = SharedTile<T, kN, HeadDim>;
   using VTile = SharedTile<T, kN, ValueDim>;
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
-  // Where scores that may lie anywhere are left to the softmax as they are.
-  static constexpr bool kFar = Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ||
-                               Kind == ScoreKind::kDropoutAlone || Kind == ScoreKind::kBias;
-  using Softmax = std::conditional_t<kFar, FarSoftmax<S::kSlots, float>, OnlineSoftmax<S::kSlots>>;
-  using Keys = KeySource<ForwardSm90>;
-  using Beside = typename BesideOf<Kind, T, kN, kSmaller ? 2 : kBiasStages, kConsumers>::type;
-  // The loader begins before the finder has found all that a tile of queries needs: 2,000 cycles of a
-  // kernel's start. Not of three consumers, whose loop is 2 to 5 % slower then, for want of registers, nor of
-  // pairs of blocks, which work too long for it to show.
-  static constexpr bool kInParts = kConsumers <= 2 && Cluster == 1 && !Beside::kNarrows;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Beside, kCluster>;
-  // Arrivals of the producers at a tile's state.
-  static constexpr uint32_t kStateLeft = Keys::kWarps * std::min<uint32_t>(Keys::kLanes, ptx::kWarpArrivals) +
-                                         Beside::kWarps * ptx::kWarpArrivals;
-  static constexpr uint32_t kStateFilled = Beside::kNarrows ? ptx::kWarpArrivals : 1;
+  using Score = typename VariantOf<Kind, S>::type;
+  using Softmax = typename Score::template Softmax<T>;
+  using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
+  using Loader = KeyLoader<ForwardSm90>;
+  // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles
+  // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
+  // registers differently, nor with clusters, which run too long for it to show.
+  static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1 && !Input::kTrimsKeyRange;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Input, kCluster>;
+  // Producers' arrivals at a tile state.
+  static constexpr uint32_t kStateReleases =
+      Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
+      Input::kWarps * ptx::kWarpArrivals;
+  static constexpr uint32_t kStateArrivals = Input::kTrimsKeyRange ? ptx::kWarpArrivals : 1;
   struct Maps {
-    typename Keys::Maps keys;
-    typename Beside::Map beside;
+    CUtensorMap query;
+    typename Loader::Maps keys;
+    typename Input::Map input;
   };
   static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers, kTeams); }
-  static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built in clusters of two as well
+  static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built with 2-CTA clusters as well
+  static_assert(registers_suffice(kThreads, kAllConsumers));
   static_assert(M == kConsumers * kConsumerRows && kAllConsumers < Warps / 4 && kN % 16 == 0);
-  static_assert(32 * (1 + Keys::kWarps + Beside::kWarps) <= kTeamProducers && (kTeams == 1 || kCluster == 1));
+  static_assert(32 * (1 + Loader::kWarps + Input::kWarps) <= kTeamProducers<kTeams> &&
+                (kTeams == 1 || kCluster == 1));
   static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
-                                      Beside::kBytes + kHopperStateBytes);
+                                      Input::kBytes + kHopperStateBytes);
   static_assert(kTeams * sizeof(Shared) <= kHopperSharedBytes);
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                 const __grid_constant__ ForwardTiles tiles) {
-  const int group = uniform(static_cast<int>(threadIdx.x) / 128);
-  const int thread = static_cast<int>(threadIdx.x) % C::kTeamProducers, warp = thread / 32;
-  const int team = C::kTeams == 1 ? 0
-                   : group == 0   ? uniform(static_cast<int>(threadIdx.x) / C::kTeamProducers)
-                                  : (group - 1) / C::kConsumers;
-  // In bytes: to nvcc 13.0 the elements of an array of these are larger than sizeof.
-  auto& shared =
-      *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024() + team * sizeof(typename C::Shared));
-  if (group == 0 && thread == 0) shared.init(C::kStateLeft, C::kStateFilled);
+                 const __grid_constant__ PersistentTiles tiles) {
+  using Shared = typename C::Shared;
+  const int warpgroup = warpgroup_index();
+  const int thread = static_cast<int>(threadIdx.x) % kTeamProducers<C::kTeams>, warp = thread / 32;
+  const int team = team_of<C::kTeams, C::kConsumers>(warpgroup);
+  // In bytes, as to nvcc 13.0 the elements of an array of these are larger than sizeof.
+  auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024() + team * sizeof(Shared));
+  if (warpgroup == 0 && thread == 0) shared.init(C::kStateReleases, C::kStateArrivals);
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
-  if (group == 0) {
-    ptx::give_registers<C::kProducerRegisters>();
-    if (thread == 0) Finder<C>{p, tiles, shared}.run(team);
-    if (1 <= warp && warp <= C::Keys::kWarps && thread % 32 < C::Keys::kLanes)
-      Loader<C>{p, maps, shared}.run();
-    if constexpr (C::Beside::kWarps > 0)
-      if (warp == 1 + C::Keys::kWarps)
-        typename C::Beside::template Finder<typename C::Shared>{p, shared}.run();
-    if constexpr (C::Beside::kNarrows)
-      if (warp == 2 + C::Keys::kWarps)
-        typename C::Beside::template Narrower<typename C::Shared>{p, shared}.run();
-  } else if (group <= C::kAllConsumers) {
-    ptx::take_registers<C::kConsumerRegisters>();
-    Consumer<C>(p, shared, (group - 1) % C::kConsumers, team).run();
+  if (warpgroup == 0) {
+    ptx::give_registers<producer_registers(C::kAllConsumers)>();
+    if (thread == 0) SchedulerThread<C>{p, tiles, shared}.run(team);
+    if (1 <= warp && warp <= C::Loader::kWarps && thread % 32 < C::Loader::kLanes)
+      LoadWarp<C>{p, maps, shared}.run();
+    if constexpr (C::Input::kWarps > 0)
+      if (warp == 1 + C::Loader::kWarps) typename C::Input::template SegmentWarp<Shared>{p, shared}.run();
+    if constexpr (C::Input::kTrimsKeyRange)
+      if (warp == 2 + C::Loader::kWarps) typename C::Input::template KeyRangeTrimmer<Shared>{p, shared}.run();
+  } else if (warpgroup <= C::kAllConsumers) {
+    ptx::take_registers<consumer_registers(C::kAllConsumers)>();
+    Consumer<C>(p, shared, consumer_index<C::kConsumers>(warpgroup), team).run();
   }
-  if constexpr (C::kCluster > 1) {  // whose blocks arrive at, and copy to, each other's memory
+  if constexpr (C::kCluster > 1) {  // until then the other CTA may arrive at, or load into, this one's memory
     __syncwarp();
     __syncthreads();
     ptx::sync_cluster();
@@ -151,12 +148,18 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   const TileGrid& grid = plan.queries;
   if (grid.blocks == 0) return cudaSuccess;
   typename C::Maps maps;
-  if (cudaError_t e = C::Keys::make_maps(maps.keys, p); e != cudaSuccess) return e;
-  if (cudaError_t e = C::Beside::make_map(maps.beside, p); e != cudaSuccess) return e;
-  const int64_t heads = grid.blocks / grid.tiles, of_clusters = ceil_div(grid.tiles, C::kCluster);
-  ForwardTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(of_clusters),
-                     static_cast<uint32_t>(heads * of_clusters), nullptr,
-                     heads_together(p, static_cast<uint32_t>(heads))};
+  const int32_t batch = p.packed() ? 1 : p.batch;
+  if (cudaError_t e =
+          make_tensor_map(maps.query, p, p.query,
+                          {p.head_dim, p.heads, p.q_rows, batch, C::QTile::kPanel * 8, kConsumerRows});
+      e != cudaSuccess)
+    return e;
+  if (cudaError_t e = C::Loader::make_maps(maps.keys, p); e != cudaSuccess) return e;
+  if (cudaError_t e = C::Input::make_map(maps.input, p); e != cudaSuccess) return e;
+  const int64_t heads = grid.blocks / grid.tiles, cluster_tiles = ceil_div(grid.tiles, C::kCluster);
+  PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
+                        static_cast<uint32_t>(heads * cluster_tiles), nullptr,
+                        heads_together(p, static_cast<uint32_t>(heads))};
   if (plan.tile_counter >= 0) {
     tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
     if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
@@ -180,8 +183,8 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
     using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
     if constexpr (Plain::kPairs) {                                                                   \
-      using Paired = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain, DenseKeys, 2>;               \
-      if (plan.cluster_size > 1) return launch_forward_sm90<Paired>(p, plan, workspace, stream);                \
+      using Paired = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain, DenseLoader, 2>;             \
+      if (plan.cluster_size > 1) return launch_forward_sm90<Paired>(p, plan, workspace, stream);     \
     }                                                                                                \
     switch (plan.score) {                                                                            \
       JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \

@@ -1,106 +1,120 @@
-// A consumer of cuda/forward/sm90.cuh: 64 rows of a tile of queries, S beside P V of the tile of keys before.
+// A consumer warpgroup of cuda/forward/sm90.cuh: 64 rows of a query tile. S of a key tile is multiplied while
+// the P V of the tile before it is, as in FlashAttention-3.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/dropout.cuh"
 #include "cuda/epilogue.cuh"
-#include "cuda/forward/sm90_shared.cuh"
+#include "cuda/forward/sm90_state.cuh"
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/score.cuh"
-#include "cuda/segments.cuh"
-#include "cuda/single_score.cuh"
-#include "cuda/softmax.cuh"
+#include "cuda/score/operands.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
 
-// Q in registers, read as its descriptor is.
+// Q in registers, with the interface of a descriptor.
 template <class T, int kSteps>
 struct QueryFragments : FragmentsA<T, 1, kSteps> {
   __device__ __forceinline__ const uint32_t (&at(int step) const)[4] { return this->x[0][step]; }
 };
 
-// A consumer's registers and its place in the rings; one tile of queries after the other.
+// Where the tile of S in a warp's registers lies, for the score variants.
+template <class Consumer>
+struct ScoreTile {
+  using Input = typename Consumer::Config::Input;
+  const Consumer& of;
+  uint32_t input_use;  // of the input's pipeline
+  const Problem& p = of.p;
+  const typename Consumer::Config::Shared& shared = of.shared;
+  const int consumer = of.consumer;
+  int32_t key = 0;  // for variants that are kPositional: the tile's first
+
+  __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
+  __device__ __forceinline__ const Band& band() const { return of.tile->band; }
+  __device__ __forceinline__ int32_t row() const { return of.row(); }
+};
+
+// What a consumer has in registers. It works on one query tile after the other, and on a query tile's key
+// tiles from the last to the first.
 template <class C>
 struct Consumer {
+  using Config = C;
   using T = typename C::Element;
   using S = typename C::S;
   using QTile = typename C::QTile;
   using KTile = typename C::KTile;
   using VTile = typename C::VTile;
+  using Score = typename C::Score;
 
   const Problem& p;
   typename C::Shared& shared;
-  const int group, team;  // its number in the team; the team's in the block
-  const typename C::Shared::Tile* tile;
-  uint32_t round = 0, pair = 0;  // tiles of queries and of keys so far
-  Interval whole;                // tiles of keys that all its rows see whole
-  S s;
-  typename C::O o;
-  typename C::P weights;  // P, rounded
+  const int consumer, team;               // its number in the team, the team's in the CTA
+  const typename C::Shared::Tile* tile;   // the query tile
+  uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
+  Interval whole;                         // key tiles that all its rows see whole
+  S s;                                    // S [64, N]
+  typename C::O o;                        // O [64, dv]
+  typename C::P weights;                  // P [64, N], rounded
   QueryFragments<T, C::kHeadSteps> query;
   typename C::Softmax softmax{1};
-  float alpha[S::kSlots];
+  float alpha[S::kSlots];  // what O is still to be multiplied by
 
   __device__ __forceinline__ Consumer(const Problem& problem, typename C::Shared& memory, int in_team,
-                                      int of_block)
-      : p(problem), shared(memory), group(in_team), team(of_block) {}
+                                      int in_cta)
+      : p(problem), shared(memory), consumer(in_team), team(in_cta) {}
 
-  // The warp's first row within the sequence. It is found where it is used: registers are few.
+  // The warp's first row within the sequence, computed at each use to save a register.
   __device__ __forceinline__ int32_t row() const {
-    return uniform(tile->work.tile.row) + group * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
+    return uniform(tile->work.tile.row) + consumer * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
+  }
+  __device__ __forceinline__ ScoreTile<Consumer> score_tile(uint32_t input_use) const {
+    return {*this, input_use};
   }
 
-  // The consumers take turns at issuing products, so that one's softmax runs beside another's products. Those
-  // of teams fall out of step by themselves.
-  static constexpr bool kTurns = C::kConsumers > 1 && C::kTeams == 1;
+  // Ping-pong scheduling: consumers issue their products in turns, so that one's softmax overlaps another's
+  // products. Teams fall out of step by themselves.
+  static constexpr bool kPingPong = C::kConsumers > 1 && C::kTeams == 1;
   __device__ __forceinline__ void wait_turn() const {
-    if constexpr (kTurns) ptx::sync_group(1 + group, 256);
+    if constexpr (kPingPong) ptx::sync_group(1 + consumer, 256);
   }
   __device__ __forceinline__ void pass_turn() const {
-    if constexpr (kTurns) ptx::arrive_group(1 + (group + 1) % C::kConsumers, 256);
+    if constexpr (kPingPong) ptx::arrive_group(1 + (consumer + 1) % C::kConsumers, 256);
   }
 
-  // Of a cluster the block that copies into the stage is told.
-  template <uint32_t kCopier, class R>
-  __device__ __forceinline__ static void leave(const R& ring, uint32_t use) {
-    if constexpr (C::kCluster == 1) {
-      ring.leave(use);
-    } else {
-      ptx::barrier_arrive_in_by_warp(ring.empty_of(use), kCopier);
-    }
+  __device__ __forceinline__ void release_key(uint32_t use) const {
+    shared.k_pipe.template release<C::kCluster>(use, kKeyLoader);
   }
-  __device__ __forceinline__ void leave_keys(uint32_t use) const { leave<kCopiesKeys>(shared.keys, use); }
-  __device__ __forceinline__ void leave_values(uint32_t use) const {
-    leave<kCopiesValues>(shared.values, use);
+  __device__ __forceinline__ void release_value(uint32_t use) const {
+    shared.v_pipe.template release<C::kCluster>(use, kValueLoader);
   }
 
-  __device__ __forceinline__ void take_query() {
-    const RowsA<QTile> rows(ptx::shared_address(shared.q[group]), ptx::thread_index() % 128 / 32 * 16);
+  __device__ __forceinline__ void load_query() {
+    const RowsA<QTile> rows(ptx::shared_address(shared.q[consumer]), ptx::thread_index() % 128 / 32 * 16);
 #pragma unroll
     for (int step = 0; step < C::kHeadSteps; ++step) rows.load(query.x[0][step], 0, step);
     ptx::hold(query.x[0]);
-    shared.queries[group].leave(round);
+    shared.q_pipe[consumer].release(tile_index);
   }
 
-  // S of the first keys of a tile.
+  // S of a tile's first kKeys keys.
   template <int kKeys>
   __device__ __forceinline__ auto& columns() {
     return reinterpret_cast<Accumulator<1, kKeys / 8>&>(s);
   }
 
-  // S = Q Kᵀ  [64, N], on its way; or of the first kKeys of a tile.
+  // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile.
   template <int kKeys = C::kN>
-  __device__ __forceinline__ void start_scores(uint32_t at) {
-    const RowsDescriptor<KTile> k(ptx::shared_address(shared.k[at % C::kStages]));
+  __device__ __forceinline__ void start_scores(uint32_t use) {
+    const RowsDescriptor<KTile> k(ptx::shared_address(shared.k[use % C::kStages]));
     if constexpr (C::kQueryInRegisters) {
       start_scores(columns<kKeys>(), query, k);
     } else {
-      start_scores(columns<kKeys>(), RowsDescriptor<QTile>(ptx::shared_address(shared.q[group])), k);
+      start_scores(columns<kKeys>(), RowsDescriptor<QTile>(ptx::shared_address(shared.q[consumer])), k);
     }
   }
   template <class Scores, class Q>
@@ -114,10 +128,10 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // O ← O + P V  [64, dv], on its way; or of the first kKeys.
+  // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile.
   template <int kKeys = C::kN>
-  __device__ __forceinline__ void start_values(uint32_t at) {
-    const ColumnsDescriptor<VTile> v(ptx::shared_address(shared.v[at % C::kStages]));
+  __device__ __forceinline__ void start_values(uint32_t use) {
+    const ColumnsDescriptor<VTile> v(ptx::shared_address(shared.v[use % C::kStages]));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)
@@ -125,204 +139,171 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // What can be known of tile n before S, beside the products. kOddDropout: its bits one by one.
-  struct Ahead {
-    KeptTile<S> kept;
-    InSegment in_segment;
-  };
-  template <bool kOddDropout>
-  __device__ __forceinline__ Ahead look_ahead(int32_t n) const {
-    Ahead ahead{};
-    if constexpr (C::kGeneral) ahead.in_segment = in_segment<S>(p, tile->score, tile->band, row(), n * C::kN);
-    if constexpr (C::kDropout) {
-      if (kOddDropout || (!C::kDrawsLate && tile->score.dropout.odd())) {
-        ahead.kept = tile->score.dropout_at(row(), n * C::kN).template numbers_one_by_one<S>();
-      } else if constexpr (!C::kDrawsLate) {
-        ahead.kept = tile->score.dropout_at(row(), n * C::kN).template numbers<S>();
-      }
-    }
-    return ahead;
-  }
-
-  // S → P = 2^(S − m), C::kEarly column tiles of it, and alpha, which O is still to be multiplied by. `use`:
-  // of the rings, for tile n.
-  template <bool kMasked, bool kOddDropout, class Scores>
-  __device__ __forceinline__ void weigh(Scores& s, int32_t n, [[maybe_unused]] uint32_t use, Ahead& ahead) {
+  // S → P, of which the exponentials of some column tiles are left to finish_exponentials(). `input_use`: of
+  // the input's pipeline, for tile n.
+  template <bool kMasked, bool kScalarDropout, class Scores>
+  __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t input_use, Score& score) {
     const int32_t key = n * C::kN;
-    [[maybe_unused]] float of_row[S::kSlots];
-    if constexpr (C::kGeneral) {
-      if (p.spec.softcap > 0 && !all_seen(s, tile->band, row(), key)) clear_unseen(s, tile->band, row(), key);
-      GeneralScore(p, tile->score, tile->band).apply(s, row(), key, nullptr, nullptr, ahead.in_segment);
-    }
-    if constexpr (C::kKind == ScoreKind::kSegments)
-      C::Beside::hide(s, shared, tile->score, tile->band, group, row(), use);
-    if constexpr (C::kKind == ScoreKind::kAlibi) add_alibi(s, p, tile->score, tile->band, row(), key, of_row);
-    if constexpr (C::kKind == ScoreKind::kBias) C::Beside::add(s, shared, p.spec.scale, group, use);
-    if constexpr (C::kKind == ScoreKind::kSoftcap)
-      Softcap(p.spec).apply(s, C::kBounded ? softmax.shift[0] : 0, tile->band, [this] { return row(); }, key);
+    auto of = score_tile(input_use);
+    if constexpr (Score::kPositional)
+      of.key = key;               // elsewhere the compiler sinks key into the masked branch
+    score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
-    if constexpr (C::kBounded) {
-      softmax.exponentiate_shifted(s);
-    } else if constexpr (C::kKind == ScoreKind::kAlibi) {
-      softmax.follow(s, alpha, of_row);
-    } else {
-      softmax.follow(s, alpha);
-      // Among the exponentials, whose waits they fill: both are long chains.
-      if constexpr (C::kDrawsLate && !kOddDropout)
-        ahead.kept = tile->score.dropout_at(row(), key).template numbers<S>();
-      softmax.exponentiate(s, 0, std::min(C::kEarly, Scores::kColumnTiles));
-    }
+    const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
+    score.template exponentiate<kScalarDropout>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
   }
 
   template <class Scores>
-  __device__ __forceinline__ void weigh_rest(Scores& s) {
-    softmax.exponentiate(s, std::min(C::kEarly, Scores::kColumnTiles), Scores::kColumnTiles);
+  __device__ __forceinline__ void finish_exponentials(Scores& s) {
+    softmax.exponentiate(s, std::min(C::kEarlyExponentials, Scores::kColumnTiles), Scores::kColumnTiles);
   }
 
+  // P, rounded and dropped, as the left operand of P V.
   template <class Scores>
-  __device__ __forceinline__ void round_weights(const Scores& s, const Ahead& ahead) {
+  __device__ __forceinline__ void round_weights(const Scores& s, const Score& score) {
     const RegistersA<T, Scores> rounded{s};
 #pragma unroll
     for (int k = 0; k < Scores::kColumnTiles / 2; ++k) rounded.load(weights.x[0][k], 0, k);
-    if constexpr (C::kDropout) {
-#pragma unroll
-      for (int k = 0; k < C::kKeySteps; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) weights.x[0][k][i] &= ahead.kept.mask(i % 2, 2 * k + i / 2);
-    }
+    score.drop(weights);
     ptx::hold(weights.x[0]);
   }
 
+  // O ← α O
   __device__ __forceinline__ void rescale() {
-    if constexpr (!C::kBounded) {
+    if constexpr (!C::Softmax::kBounded) {
 #pragma unroll
       for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
       ptx::hold(o.x[0]);
     }
   }
 
-  // S of tile n, or of its first kKeys, beside no other product.
-  template <int kKeys, bool kOddDropout>
-  __device__ __forceinline__ Ahead scores_alone(int32_t n) {
-    ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
+  // S of tile n, or of its first kKeys keys, with no other product in flight.
+  template <int kKeys, bool kScalarDropout>
+  __device__ __forceinline__ Score multiply_scores(int32_t n) {
+    shared.k_pipe.wait_full(kv_index);
     wait_turn();
     ptx::hold(s.x[0]);
-    start_scores<kKeys>(pair);
+    start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     pass_turn();
-    const Ahead ahead = look_ahead<kOddDropout>(n);
+    Score score;
+    score.template prefetch<kScalarDropout>(score_tile(kv_index), n);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
-    leave_keys(pair);
-    return ahead;
+    release_key(kv_index);
+    return score;
   }
 
-  // P V of a tile, or of its first kKeys, likewise; beside the last one the softmax is finished.
+  // P V of a tile, or of its first kKeys keys, likewise. The last one overlaps the end of the softmax.
   template <int kKeys, bool kLast>
-  __device__ __forceinline__ void values_alone() {
-    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-    start_values<kKeys>(pair);
+  __device__ __forceinline__ void multiply_values() {
+    shared.v_pipe.wait_full(kv_index);
+    start_values<kKeys>(kv_index);  // O ← O + P V
     if constexpr (kLast) finish_softmax();
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
-    leave_values(pair);
-    ++pair;
+    release_value(kv_index);
+    ++kv_index;
   }
 
-  // The last tile of keys where few of it are seen: these alone, P V too.
-  __device__ __forceinline__ void few_keys(int32_t n) {
-    auto& seen = columns<C::kFew>();
-    Ahead ahead = scores_alone<C::kFew, false>(n);
-    weigh<true, false>(seen, n, pair, ahead);
-    weigh_rest(seen);
-    round_weights(seen, ahead);
-    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kFew) clear_values(C::kFew);
-    values_alone<C::kFew, false>();
+  // The visible tail of the last key tile.
+  __device__ __forceinline__ void tail_step(int32_t n) {
+    auto& tail = columns<C::kTailKeys>();
+    Score score = multiply_scores<C::kTailKeys, false>(n);
+    start_softmax<true, false>(tail, n, kv_index, score);
+    finish_exponentials(tail);
+    round_weights(tail, score);
+    if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kTailKeys) clear_values(C::kTailKeys);
+    multiply_values<C::kTailKeys, false>();
   }
 
-  // The last tile of keys comes first, but for few. P V of it waits for the next step.
-  template <bool kOddDropout>
-  __device__ __forceinline__ void first_step(int32_t n, bool after_few) {
-    Ahead ahead = scores_alone<C::kN, kOddDropout>(n);
-    weigh<true, kOddDropout>(s, n, pair, ahead);
-    weigh_rest(s);
-    if (C::kFew > 0 && after_few) rescale();
-    round_weights(s, ahead);
+  // The first whole key tile, whose P V is left to the next step.
+  template <bool kScalarDropout>
+  __device__ __forceinline__ void first_step(int32_t n, bool after_tail) {
+    Score score = multiply_scores<C::kN, kScalarDropout>(n);
+    start_softmax<true, kScalarDropout>(s, n, kv_index, score);
+    finish_exponentials(s);
+    if (C::kTailKeys > 0 && after_tail) rescale();
+    round_weights(s, score);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kN) clear_values(C::kN);
   }
 
-  // S of tile n beside P V of tile n + 1.
-  template <bool kMasked, bool kOddDropout>
+  // S of tile n while O ← O + P V of tile n + 1 is multiplied.
+  template <bool kMasked, bool kScalarDropout>
   __device__ __forceinline__ void step(int32_t n) {
-    const uint32_t next = pair + 1;
-    ptx::barrier_wait(shared.keys.full_of(next), shared.keys.phase(next));
+    const uint32_t next = kv_index + 1;
+    shared.k_pipe.wait_full(next);
     wait_turn();
     ptx::hold(s.x[0]);
-    start_scores(next);
-    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-    start_values(pair);
+    start_scores(next);  // S = Q K_nᵀ  [64, N]
+    shared.v_pipe.wait_full(kv_index);
+    start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     pass_turn();
-    Ahead ahead = look_ahead<kOddDropout>(n);
+    Score score;
+    score.template prefetch<kScalarDropout>(score_tile(next), n);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
-    leave_keys(next);
-    weigh<kMasked, kOddDropout>(s, n, next, ahead);
-    if constexpr (C::kPaced && C::kEarly > 0) ptx::make_before(softmax.l[0] + softmax.l[1]);
-    // P is written only where no product is in flight: the compiler would run them one by one.
+    release_key(next);
+    start_softmax<kMasked, kScalarDropout>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
+    if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
+      ptx::make_before(softmax.l[0] + softmax.l[1]);
+    // The fragments of P are written only where no product is in flight: otherwise the compiler serialises
+    // them.
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     ptx::hold(weights.x[0]);
-    leave_values(pair);
-    weigh_rest(s);
+    release_value(kv_index);
+    finish_exponentials(s);
     rescale();  // O ← α O
-    round_weights(s, ahead);
-    pair = next;
+    round_weights(s, score);
+    kv_index = next;
   }
 
-  // Values past the sequence's keys may be anything, and 0 · NaN is NaN. Every consumer clears all those that
-  // it reads, the tile's rows before `end`.
+  // V ← 0 in the rows [last_values, end) of the last tile: they may hold NaN, and 0 · NaN is NaN. Every
+  // consumer clears the rows that it reads.
   __device__ __forceinline__ void clear_values(int32_t end) {
-    ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-    const uint32_t v = ptx::shared_address(shared.v[pair % C::kStages]);
+    shared.v_pipe.wait_full(kv_index);
+    const uint32_t v = ptx::shared_address(shared.v[kv_index % C::kStages]);
     const int thread = threadIdx.x % 128, first = tile->last_values;
     for (int at = thread; at < (end - first) * VTile::kChunks; at += 128)
       ptx::store_shared(v + VTile::offset(first + at / VTile::kChunks, at % VTile::kChunks), uint4{});
     ptx::fence_async_shared();
-    ptx::sync_group(1 + C::kConsumers * (1 + team) + group, 128);
+    ptx::sync_group(1 + C::kConsumers * (1 + team) + consumer, kWarpgroup);
   }
 
-  // Tiles of keys that none of the consumer's rows sees: what the others wait for.
-  __device__ __forceinline__ void stand_by(int32_t tiles) {
-    for (; tiles > 0; --tiles, ++pair) {
-      ptx::barrier_wait(shared.keys.full_of(pair), shared.keys.phase(pair));
+  // Releases key tiles that none of the consumer's rows sees, as the other consumers' loads wait for it.
+  __device__ __forceinline__ void skip(int32_t tiles) {
+    for (; tiles > 0; --tiles, ++kv_index) {
+      shared.k_pipe.wait_full(kv_index);
       wait_turn();
       pass_turn();
-      leave_keys(pair);
-      ptx::barrier_wait(shared.values.full_of(pair), shared.values.phase(pair));
-      leave_values(pair);
-      if constexpr (C::Beside::kStages > 0) {
-        ptx::barrier_wait(shared.beside.full_of(pair), shared.beside.phase(pair));
-        shared.beside.leave(pair);
+      release_key(kv_index);
+      shared.v_pipe.wait_full(kv_index);
+      release_value(kv_index);
+      if constexpr (C::Input::kStages > 0) {
+        shared.input_pipe.wait_full(kv_index);
+        shared.input_pipe.release(kv_index);
       }
     }
   }
 
-  // From the last to the first: those that end the band, those that all rows see, those that begin it.
-  template <bool kOddDropout = false>
-  __device__ __forceinline__ void visit(const Interval& tiles) {
-    whole = uniform(tile->keys[group].whole);
-    if constexpr (C::kQueryInRegisters) take_query();
+  // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
+  // whole, masked ones at the band's beginning.
+  template <bool kScalarDropout = false>
+  __device__ __forceinline__ void attend(const Interval& tiles) {
+    whole = uniform(tile->keys[consumer].whole);
+    if constexpr (C::kQueryInRegisters) load_query();
     int32_t n = tiles.hi - 1;
-    bool few = false;
-    if constexpr (C::kFew > 0) {
-      few = n > tiles.lo && uniform(tile->keys[group].end) - n * C::kN <= C::kFew;
-      if (few) few_keys(n--);
+    bool has_tail = false;
+    if constexpr (C::kTailKeys > 0) {
+      has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
+      if (has_tail) tail_step(n--);
     }
-    first_step<kOddDropout>(n--, few);
-    if constexpr (C::kGeneral || kOddDropout) {  // their code would be too long twice
-      for (; n >= tiles.lo; --n) step<true, kOddDropout>(n);
+    first_step<kScalarDropout>(n--, has_tail);
+    if constexpr (Score::kGeneral || kScalarDropout) {  // one loop, as the code of a step is long
+      for (; n >= tiles.lo; --n) step<true, kScalarDropout>(n);
     } else {
       const int32_t lo = max(tiles.lo, whole.lo);
 #pragma unroll 1
@@ -331,54 +312,52 @@ struct Consumer {
         for (; n >= lo; --n) step<false, false>(n);
       }
     }
-    if constexpr (!C::kQueryInRegisters) shared.queries[group].leave(round);
-    values_alone<C::kN, true>();
+    if constexpr (!C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
+    multiply_values<C::kN, true>();
   }
 
-  // What the finder leaves after it has told the loader.
-  template <class R>
-  __device__ __forceinline__ void await(const R& ring) const {
-    if constexpr (C::kInParts) ptx::barrier_wait(ring.full_of(round), ring.phase(round));
+  // Waits for a part of the tile's state that the scheduler publishes by itself.
+  template <class Pipe>
+  __device__ __forceinline__ void wait_part(const Pipe& part) const {
+    if constexpr (C::kEarlyLoad) part.wait_full(tile_index);
   }
 
-  // lse, and what O is still to be multiplied by, in alpha's place.
+  // lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
   __device__ __forceinline__ void finish_softmax() {
-    await(shared.outputs);
-    if constexpr (C::kBounded) softmax.forget_empty();
+    wait_part(shared.epilogue_pipe);
+    if constexpr (C::Softmax::kBounded) softmax.mark_empty_rows();
     jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
-                              C::kDropout ? dropout_scale(p.spec) : 1.0f);
+                              Score::kDropout ? dropout_scale(p.spec) : 1.0f);
   }
 
+  // o ← α O
   __device__ __forceinline__ void write_rows() {
     normalise_rows(o, alpha);
     store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
   }
 
   __device__ __forceinline__ void run() {
-    if (group == C::kConsumers - 1) pass_turn();  // the first consumer begins
-    for (;; ++round) {
-      ptx::barrier_wait(shared.queries[group].full_of(round), shared.queries[group].phase(round));
-      tile = &shared.tiles[round % C::Shared::kTiles];
-      await(shared.prepared);
+    if (consumer == C::kConsumers - 1) pass_turn();  // the first consumer has the first turn
+    for (;; ++tile_index) {
+      shared.q_pipe[consumer].wait_full(tile_index);
+      tile = &shared.tiles[tile_index % kTileStates];
+      wait_part(shared.consumer_pipe);
       if (uniform(tile->done)) return;
-      softmax = typename C::Softmax(C::kScaled                     ? 1.0f
-                                    : C::kKind == ScoreKind::kBias ? kLog2e
-                                                                   : p.spec.scale * kLog2e);
-      if constexpr (C::kBounded) softmax.bound(p.spec.softcap);
+      softmax = Score::template start<typename C::Softmax>(p.spec);
       o.clear();
-      const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[group].tiles);
-      stand_by(tiles.hi - own.hi);
+      const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
+      skip(tiles.hi - own.hi);
       if (own.empty()) {
-        shared.queries[group].leave(round);
+        shared.q_pipe[consumer].release(tile_index);
         finish_softmax();
-      } else if (C::kDrawsLate && uniform(tile->score.dropout.odd())) {
-        if constexpr (C::kDrawsLate) visit<true>(own);
+      } else if (Score::kDropoutInSoftmax && uniform(tile->score.dropout.odd())) {
+        if constexpr (Score::kDropoutInSoftmax) attend<true>(own);
       } else {
-        visit(own);
+        attend(own);
       }
-      stand_by(own.lo - tiles.lo);
+      skip(own.lo - tiles.lo);
       write_rows();
-      shared.states.leave(round);
+      shared.state_pipe.release(tile_index);
     }
   }
 };

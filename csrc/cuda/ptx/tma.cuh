@@ -1,4 +1,5 @@
-// TMA (sm_90 and newer): copies boxes of a tensor to shared memory and counts their bytes at an mbarrier.
+// TMA (sm_90 and newer): boxes of a tensor, and bytes that lie one after the other, between global and shared
+// memory. An mbarrier counts the bytes of loads, a bulk group those of reductions.
 #pragma once
 
 #include <cuda.h>
@@ -40,6 +41,36 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map
       "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading)
       : "memory");
+}
+
+// Loads bytes that lie one after the other. Their number and both addresses are multiples of 16.
+__device__ __forceinline__ void copy_bytes(uint32_t shared, const void* from, uint32_t bytes,
+                                           uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+      "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// Adds float32 in shared memory to those at `to`; multiples of 16 bytes as above. Part of the thread's
+// current bulk group.
+__device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's newest bulk groups are in flight: all of their work; their
+// reads of shared memory alone.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
 }  // namespace jax_flash::ptx

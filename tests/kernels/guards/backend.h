@@ -5,6 +5,7 @@
 #include <optional>
 #include <string>
 
+#include "core/plan/row.h"
 #include "core/problem.h"
 #include "cpu/parallel.h"
 
@@ -20,19 +21,19 @@ bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at ever
 // The kernels behind one row of csrc/kernels.def.
 enum class Variant {
   kPlain,
-  kPairs,  // plain, two blocks sharing copies
+  kCluster,  // plain, in 2-CTA clusters
   kGeneral,
   kDropout,   // alone
   kAll,       // general, with dropout
   kSegments,  // alone, as those that follow
   kAlibi,
   kSoftcap,
-  kBias,  // in tiles that the copy engine can bring
+  kBias,  // in tiles that TMA can load
   kDeterministic,
   kGeneralDeterministic,
   kFloat8,
-  kCut,  // decode whose parts another kernel joins
-  kFloat8Cut
+  kSplit,  // decode whose partial results another kernel combines
+  kFloat8Split
 };
 
 // What a case must be like for a kernel to run it.
@@ -45,7 +46,7 @@ struct Aim {
 
   // The only score option allowed is the kernel's own.
   bool plain() const {
-    return variant == Variant::kPlain || variant == Variant::kPairs || variant == Variant::kDropout ||
+    return variant == Variant::kPlain || variant == Variant::kCluster || variant == Variant::kDropout ||
            variant == Variant::kDeterministic || alone();
   }
   bool alone() const {
@@ -53,15 +54,15 @@ struct Aim {
            variant == Variant::kBias;
   }
   bool dropout() const { return variant == Variant::kDropout || variant == Variant::kAll; }
-  bool float8() const { return variant == Variant::kFloat8 || variant == Variant::kFloat8Cut; }
+  bool float8() const { return variant == Variant::kFloat8 || variant == Variant::kFloat8Split; }
   bool deterministic() const {
     return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic;
   }
 };
 
-// The kernel whose turn it is: each of these passes' comes once in as many turns as there are, and a third;
-// every fourth turn, and on the CPU every one, is of no kernel. Holds for the calls of run() that follow.
-std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
+// The kernel whose turn it is, of these passes and this loader. In four turns three kernels have theirs;
+// every fourth turn, and on the CPU every one, aims at no kernel. Holds for the calls of run() that follow.
+std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes);
 
 // Whether the targeted kernel runs a call. Everything about the call is known except the operands' memory.
 bool takes(const Aim& aim, const Problem& problem);

@@ -12,7 +12,7 @@ int32_t width(int32_t any) { return any; }
 
 bool repeatable(const AttentionSpec&, Pass) { return true; }
 
-std::optional<Aim> aim(int64_t, std::initializer_list<Pass>) { return std::nullopt; }
+std::optional<Aim> aim(int64_t, Loader, std::initializer_list<Pass>) { return std::nullopt; }
 
 bool takes(const Aim&, const Problem&) { return true; }
 

@@ -40,7 +40,8 @@ constexpr View Problem::* kOperands[] = {&Problem::query,
                                          &Problem::dropout,
                                          &Problem::block_tables,
                                          &Problem::k_scale,
-                                         &Problem::v_scale};
+                                         &Problem::v_scale,
+                                         &Problem::position};
 
 constexpr View AppendProblem::* kAppendOperands[] = {
     &AppendProblem::k_pages,    &AppendProblem::v_pages,      &AppendProblem::key,
@@ -71,9 +72,9 @@ Reach& reach() {
 }
 int64_t not_built = 0, together = 0, overlapped = 0;
 
-// Few enough for Hopper's blocks, and each of their teams, to have more than one tile of queries, and enough
-// for a pair of blocks.
-constexpr int32_t kFewMultiprocessors = 2;
+// SMs of a plan with persistent CTAs: few enough for each team of a CTA to have more than one query tile, and
+// enough for a 2-CTA cluster.
+constexpr int32_t kFewSms = 2;
 
 // The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
 // of built_kernels(). The rows that would take the call from the one aimed at are left out.
@@ -81,11 +82,11 @@ LaunchPlan plan_call(Pass pass, const Problem& p) {
   const auto built = built_kernels();
   Device device = gpu();
   const int32_t aimed = reach().aimed();
-  if (aimed < 0) return plan(pass, p.spec, shapes_of(p), device, built);
+  const Shapes shapes = shapes_of(p);
+  if (aimed < 0) return plan({pass, p.spec, shapes, device}, built);
   const KernelRow& wanted = built[aimed];
-  device.capability = wanted.capability;
-  if (wanted.capability == 90) device.sm_count = kFewMultiprocessors;
-  device.always_pairs = reach().wants_pairs();
+  device.capability = wanted.arch->oldest;
+  device.always_cluster = reach().wants_clusters();
   std::vector<KernelRow> rows;
   std::vector<int32_t> index;
   for (int32_t i = 0; i < static_cast<int32_t>(built.size()); ++i) {
@@ -93,7 +94,11 @@ LaunchPlan plan_call(Pass pass, const Problem& p) {
     if (i != aimed && (built[i].pass == wanted.pass || takes_few)) continue;
     rows.push_back(built[i]), index.push_back(i);
   }
-  LaunchPlan chosen = plan(pass, p.spec, shapes_of(p), device, rows);
+  LaunchPlan chosen = plan({pass, p.spec, shapes, device}, rows);
+  if (chosen.persistent_ctas > 0) {
+    device.sm_count = kFewSms;
+    chosen = plan({pass, p.spec, shapes, device}, rows);
+  }
   for (int32_t* kernel : {&chosen.kernel, &chosen.decode_kernel}) {
     if (*kernel >= 0) *kernel = index[*kernel];
   }
@@ -228,7 +233,9 @@ bool repeatable(const AttentionSpec& spec, Pass pass) {
   return pass != Pass::kBackward || spec.deterministic;
 }
 
-std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes) { return reach().aim(turn, passes); }
+std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes) {
+  return reach().aim(turn, loader, passes);
+}
 
 bool takes(const Aim& aim, const Problem& problem) {
   const LaunchPlan plan = plan_call(problem.paged() ? Pass::kForward : aim.pass, problem);

@@ -14,7 +14,7 @@ class Case : RandomCase {
  public:
   explicit Case(uint64_t seed)
       : RandomCase(seed),
-        aim_(backend::aim(static_cast<int64_t>(seed),
+        aim_(backend::aim(static_cast<int64_t>(seed), Loader::kDense,
                           {Pass::kForward, Pass::kBackward, Pass::kBiasGradient})) {
     choose_sizes();
     if (aim_) aim_sizes();
@@ -84,6 +84,7 @@ class Case : RandomCase {
     add(Operand::kKvLengths, 0.4);
     add(Operand::kAlibiSlopes, 0.2);
     add(Operand::kSinks, 0.2);
+    add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     s.deterministic = chance(0.5);
@@ -102,10 +103,10 @@ class Case : RandomCase {
     p_.dtype = aim_->dtype;
     const bool bias = aim_->variant == backend::Variant::kBias;
     if (aim_->pass == Pass::kBiasGradient || bias || aim_->variant == backend::Variant::kSegments ||
-        aim_->variant == backend::Variant::kPairs)
+        aim_->variant == backend::Variant::kCluster)
       p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
-    if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than takers
+    if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than CTAs
     p_.q_rows = std::max(p_.q_rows, 1);
     p_.k_rows = std::max(p_.k_rows, 1);
     p_.head_dim = width_within(aim_->head_dim);
@@ -242,6 +243,7 @@ class Case : RandomCase {
            DType::kF32);
     }
     if (s.has(Operand::kSinks)) fill(make(p_.sinks, 4, {{p_.heads, &View::head}}, true), DType::kF32);
+    if (s.has(Operand::kPosition)) make_index(p_.position, 2, &View::column, p_.k_rows, false);
     if (s.has(Operand::kDropout)) {
       const Guarded& m = make(p_.dropout, 4, {{6, &View::column}}, true);
       for (size_t i = 0; i < m.bytes() / 4; ++i)

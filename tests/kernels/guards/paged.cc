@@ -14,7 +14,8 @@ class AttentionCase : PoolCase {
   // seed: no multiple of 3.
   explicit AttentionCase(uint64_t seed)
       : PoolCase(seed),
-        aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), {Pass::kPagedForward, Pass::kDecode})) {
+        aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), Loader::kPaged,
+                          {Pass::kForward, Pass::kDecode})) {
     if (aim_) aim_sizes();
     choose_options();
     if (aim_) aim_options();
@@ -242,7 +243,7 @@ class Case {
 // is appended and attended to. False where nothing runs that.
 bool use_a_huge_pool() {
   current_call = "huge pool";
-  backend::aim(3, {Pass::kPagedForward});  // at no kernel: any will do
+  backend::aim(3, Loader::kPaged, {Pass::kForward});  // at no kernel: any will do
   constexpr int32_t kPages = (1 << 20) + 3, kSlots = 16, kHeads = 3, kWidth = 64;
   AppendProblem a{};
   a.spec.page_layout = PageLayout::kNhd;

@@ -7,7 +7,7 @@ namespace jax_flash::backend {
 namespace {
 
 constexpr const char* kVariantNames[] = {"plain",
-                                         "pairs",
+                                         "clusters",
                                          "general",
                                          "dropout",
                                          "all",
@@ -18,28 +18,27 @@ constexpr const char* kVariantNames[] = {"plain",
                                          "deterministic",
                                          "general deterministic",
                                          "float8",
-                                         "cut",
-                                         "float8 cut"};
+                                         "split",
+                                         "float8 split"};
 
 // The forward's kernels, by the plan's ScoreKind.
 constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant::kAll,     Variant::kDropout,
                                  Variant::kSegments, Variant::kAlibi,   Variant::kSoftcap, Variant::kBias};
 
-std::vector<Variant> variants_of(Pass pass) {
+std::vector<Variant> variants_of(Pass pass, Loader loader) {
   switch (pass) {
     case Pass::kForward: {
+      if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
       std::vector<Variant> all{std::begin(kVariants), std::end(kVariants)};
-      all.push_back(Variant::kPairs);
+      all.push_back(Variant::kCluster);
       return all;
     }
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kBiasGradient:
       return {Variant::kGeneral};
-    case Pass::kPagedForward:
-      return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
     case Pass::kDecode:
-      return {Variant::kCut, Variant::kFloat8Cut};  // the same kernels as without, and those that join parts
+      return {Variant::kSplit, Variant::kFloat8Split};  // the unsplit kernels, and those that combine
   }
   return {};
 }
@@ -75,7 +74,7 @@ Problem example(const KernelRow& row, Variant variant) {
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
   p.q_rows = 1, p.k_rows = 256;
   p.dbias_batch = p.dbias_heads = p.dbias_rows = p.dbias_columns = 1;
-  if (row.pass == Pass::kPagedForward || row.pass == Pass::kDecode) {
+  if (row.takes(Loader::kPaged)) {
     s.layout = Layout::kPaged;
     p.page_size = 64, p.pages = p.table = 4;
   }
@@ -83,47 +82,49 @@ Problem example(const KernelRow& row, Variant variant) {
 }
 
 Variant forward_variant(const LaunchPlan& plan) {
-  return plan.pairs ? Variant::kPairs : kVariants[static_cast<int>(plan.score)];
+  return plan.cluster_size > 1 ? Variant::kCluster : kVariants[static_cast<int>(plan.score)];
 }
 
 // Whether a library with only this row would take that call.
 bool exists(const KernelRow& row, Variant variant, Device device) {
-  device.capability = row.capability;
-  device.always_pairs = variant == Variant::kPairs;
+  device.capability = row.arch->oldest;
+  device.always_cluster = variant == Variant::kCluster;
   const Problem p = example(row, variant);
-  const Pass pass = row.pass == Pass::kPagedForward || row.pass == Pass::kDecode ? Pass::kForward : row.pass;
-  const LaunchPlan found = plan(pass, p.spec, shapes_of(p), device, {&row, 1});
-  return found.kernel == 0 && (row.pass != Pass::kForward || forward_variant(found) == variant);
+  const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
+  const Shapes shapes = shapes_of(p);
+  const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
+  const bool dense_forward = row.pass == Pass::kForward && row.takes(Loader::kDense);
+  return found.kernel == 0 && (!dense_forward || forward_variant(found) == variant);
 }
 
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   switch (pass) {
     case Pass::kForward:
-      return forward_variant(plan);
+      if (!p.paged()) return forward_variant(plan);
+      if (p.kv_dtype != p.dtype) return Variant::kFloat8;
+      return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBackward:
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
       return Variant::kGeneral;
-    case Pass::kPagedForward:
-      if (p.kv_dtype != p.dtype) return Variant::kFloat8;
-      return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kDecode:
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
-      return p.kv_dtype != p.dtype ? Variant::kFloat8Cut : Variant::kCut;
+      return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
   }
   return Variant::kPlain;
 }
 
 }  // namespace
 
-std::optional<Aim> Reach::aim(int64_t turn, std::initializer_list<Pass> passes) {
+std::optional<Aim> Reach::aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes) {
   if (kernels_.empty()) {
     for (int32_t i = 0; i < static_cast<int32_t>(rows_.size()); ++i) {
       for (Pass pass : passes) {
-        if (rows_[i].pass != pass || rows_[i].capability > device_.capability) continue;
-        for (Variant variant : variants_of(pass)) {
+        if (rows_[i].pass != pass || !rows_[i].takes(loader)) continue;
+        if (rows_[i].arch->oldest > device_.capability) continue;
+        for (Variant variant : variants_of(pass, loader)) {
           if (exists(rows_[i], variant, device_)) kernels_.emplace_back(i, variant);
         }
       }

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "backend.h"
-#include "core/plan.h"
+#include "core/plan/plan.h"
 
 namespace jax_flash::backend {
 
@@ -18,11 +18,11 @@ class Reach {
  public:
   Reach(std::span<const KernelRow> rows, const Device& device) : rows_(rows), device_(device) {}
 
-  std::optional<Aim> aim(int64_t turn, std::initializer_list<Pass> passes);
+  std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes);
 
   // The row that calls must take; -1: the plan chooses.
   int32_t aimed() const { return aimed_; }
-  bool wants_pairs() const { return variant_ == Variant::kPairs; }
+  bool wants_clusters() const { return variant_ == Variant::kCluster; }
 
   // Counts a launch of plan.kernel or plan.decode_kernel.
   void note(const LaunchPlan& plan, int32_t kernel, const Problem& problem);

@@ -1,6 +1,7 @@
 // csrc/cuda's scores of one option each, and what dropout keeps, element by element of a warp's tile.
-#include "cuda/dropout.cuh"
-#include "cuda/single_score.cuh"
+#include "cuda/score/alibi.cuh"
+#include "cuda/score/dropout.cuh"
+#include "cuda/score/softcap.cuh"
 #include "cuda/softmax.cuh"
 #include "units.h"
 
@@ -67,13 +68,13 @@ struct Alibi : Tile<16> {
     operands.slope = 0.25f;
     const Band band{1 << 20, 1 << 20, shift, 1 << 20, 1 << 20};
     S s = read(in);
-    float of_row[S::kSlots];
-    add_alibi(s, p, operands, band, kRow, kKey, of_row);
-    write(out, [&](int slot, int n, int e) { return s.at(slot, n, e) + of_row[slot]; });
+    float row_term[S::kSlots];
+    add_alibi(s, p, operands, band, kRow, kKey, row_term);
+    write(out, [&](int slot, int n, int e) { return s.at(slot, n, e) + row_term[slot]; });
     // The four lanes of a row compare their scores without it.
     for (int slot = 0; slot < S::kSlots; ++slot) {
-      if (__shfl_xor_sync(~0u, of_row[slot], 1) != of_row[slot]) out[0] = NAN;
-      if (__shfl_xor_sync(~0u, of_row[slot], 2) != of_row[slot]) out[0] = NAN;
+      if (__shfl_xor_sync(~0u, row_term[slot], 1) != row_term[slot]) out[0] = NAN;
+      if (__shfl_xor_sync(~0u, row_term[slot], 2) != row_term[slot]) out[0] = NAN;
     }
   }
 };
@@ -146,11 +147,11 @@ template <int kTiles>
 struct Followed : Tile<kTiles> {
   using S = typename Followed::S;
   __device__ void operator()(const float* in, float* out) const {
-    FarSoftmax<S::kSlots, float> softmax(1);
+    UnboundedSoftmax<S::kSlots, float> softmax(1);
     float alpha[S::kSlots], sum[S::kSlots];
     for (int tile = 0; tile < 2; ++tile) {
       S s = this->read(in + tile * this->kElements);
-      softmax.follow(s, alpha);
+      softmax.update(s, alpha);
       softmax.exponentiate(s, 0, S::kColumnTiles);
     }
     for (int slot = 0; slot < S::kSlots; ++slot) sum[slot] = row_sum(softmax.l[slot]);

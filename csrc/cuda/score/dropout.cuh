@@ -1,11 +1,12 @@
-// What dropout keeps of an accumulator: bits made before they are used, or the numbers themselves, for parts
-// of it or for all.
+// Which elements of an accumulator dropout keeps: as bits, or as the Philox numbers that are compared with
+// the threshold when P is rounded.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dropout.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/score/variant.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
@@ -20,8 +21,7 @@ struct KeptElements {
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
     return (slot * S::kColumnTiles + n) * 2 + e;
   }
-  // P ← 0 where dropped, column tiles [begin, end); the 1 / (1 − rate) of what is kept waits for the
-  // epilogue.
+  // P ← 0 where dropped, in column tiles [begin, end). The factor 1 / (1 − rate) is left to the epilogue.
   __device__ __forceinline__ void drop(S& s, int begin, int end) const {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot)
@@ -30,7 +30,7 @@ struct KeptElements {
 #pragma unroll
         for (int e = 0; e < 2; ++e) s.at(slot, n, e) = at(slot, n, e) ? s.at(slot, n, e) : 0;
   }
-  // Of column tiles n to n + 3, in order.
+  // The 8 bits of column tiles n to n + 3.
   __device__ __forceinline__ void set_group(int slot, int n, uint32_t kept) {
     bits[index(slot, n, 0) / 32] |= kept << index(slot, n, 0) % 32;
   }
@@ -39,11 +39,12 @@ struct KeptElements {
   }
 };
 
-// The same in both halves.
+// x in both halves of a word.
 __device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
 
-// Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time: two
-// neighbours in a word, and in the same word those of the row 8 further.
+// Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time. A
+// word holds the numbers of two neighbouring columns in a row and, turned by a byte, those of the row 8
+// further.
 template <class S, int kTiles = 4>
 struct KeptNumbers {
   uint32_t word[S::kSlots / 2][kTiles];
@@ -52,7 +53,7 @@ struct KeptNumbers {
   KeptNumbers() = default;
   __device__ __forceinline__ explicit KeptNumbers(uint32_t t) : threshold(pair_of(t)) {}
 
-  // Of the rows of a slot and of the next, column tiles n to n + 3.
+  // The numbers of a slot's row and the next slot's, column tiles n to n + 3.
   __device__ __forceinline__ void set(int slot, int n, const PhiloxBlock& block) {
     static_assert(!S::kPermuted);
 #pragma unroll
@@ -66,16 +67,16 @@ struct KeptNumbers {
   __device__ __forceinline__ uint32_t mask(int slot, int n) const {
     const uint32_t x = word[slot / 2][n % kTiles];
     const uint32_t numbers = (slot % 2 ? Dropout::turned(x) : x) & pair_of(kDropoutNumbers - 1);
-    return ptx::not_below(numbers, threshold);  // nor are those beyond infinity
+    return ptx::not_below(numbers, threshold);  // NaN, which is beyond infinity, is not below either
   }
 };
 
-// All of an accumulator's.
+// The numbers of a whole accumulator.
 template <class S>
 using KeptTile = KeptNumbers<S, S::kColumnTiles>;
 
-// What dropout decides of one batch entry and head, in a warp's accumulator whose first row is `row` and
-// whose first column is `key`. There is dropout.
+// Dropout in a warp's accumulator of one batch entry and head, whose first row is `row` and whose first
+// column is `key`. Only for calls with dropout.
 struct TileDropout {
   const Dropout& dropout;
   const uint32_t &batch, &head;
@@ -97,12 +98,12 @@ struct TileDropout {
     numbers.threshold = pair_of(dropout.threshold);
   }
 
-  // Those of all, likewise.
+  // The numbers of all column tiles, where the dropout is not odd().
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers() const {
     static_assert(S::kSlots == 2 && S::kColumnTiles % 4 == 0);
     const uint32_t first = first_index();
-    constexpr int kTogether = 2;  // blocks: a round waits for the one before it
+    constexpr int kTogether = 2;  // Philox blocks side by side: each is a chain of dependent instructions
     KeptTile<S> kept(dropout.threshold);
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; n += 4 * kTogether) {
@@ -118,7 +119,8 @@ struct TileDropout {
     return kept;
   }
 
-  // Where it is odd(): numbers whose upper bytes say the same of another threshold.
+  // Where the dropout is odd(), one element after the other: numbers that are below or above another
+  // threshold.
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers_one_by_one() const {
     KeptTile<S> kept(0x4000u);
@@ -136,18 +138,18 @@ struct TileDropout {
   }
 
  private:
-  // Of this lane's block of the first 32 columns.
+  // The index of this lane's Philox block of the first 32 columns.
   __device__ __forceinline__ uint32_t first_index() const {
     return (key + dropout.column) / kDropoutColumns * 4 + threadIdx.x % 4;
   }
-  // Of the rows of a slot and of the next.
+  // The Philox block of a slot's row and the next slot's.
   template <class S>
   __device__ __forceinline__ PhiloxBlock block(int slot, uint32_t index) const {
     return philox(dropout.key0, dropout.key1, dropout.counter(batch, head, row + S::row(slot), index));
   }
 
-  // A lane makes one block for every two rows and 32 columns: its own, or where S is permuted what lies there in
-  // an accumulator that is not, which the row's lanes then share.
+  // A lane computes one Philox block for every two rows and 32 columns. Its numbers are for the columns that
+  // the lane holds in an Accumulator; for those of a PermutedAccumulator the row's lanes exchange them.
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_of_blocks() const {
     const uint32_t lane = threadIdx.x % 4;
@@ -197,6 +199,15 @@ struct TileDropout {
   }
 };
 
+// P ← drop(P), rounded to 16 bits in the fragments of a P V.
+template <class Fragments, class S>
+__device__ __forceinline__ void drop_fragments(Fragments& p, const KeptTile<S>& kept) {
+#pragma unroll
+  for (int k = 0; k < S::kColumnTiles / 2; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p.x[0][k][i] &= kept.mask(i % 2, 2 * k + i / 2);
+}
+
 // P where dropout keeps it, rounded on the way.
 template <class T, class S>
 struct DroppedA {
@@ -215,6 +226,35 @@ struct DroppedA {
         a[i] &= i / 2 ? ptx::sign_of_high(mask) : ptx::sign_of_low(mask);
       }
     }
+  }
+};
+
+// The sm_90a variant: dropout alone.
+template <class S>
+struct DropoutScore : ScoreVariant<S> {
+  static constexpr bool kDropout = true, kDropoutInSoftmax = true, kPositional = true;
+  KeptTile<S> kept;
+
+  template <bool kScalarDropout, class Tile>
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t n) {
+    if constexpr (kScalarDropout) {
+      kept =
+          tile.operands().dropout_at(tile.row(), n * ScoreVariant<S>::kKeys).template numbers_one_by_one<S>();
+    }
+  }
+  // The numbers are drawn between the row maxima and the exponentials: both are long chains of dependent
+  // instructions, which fill each other's stalls.
+  template <bool kScalarDropout, class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
+                                               float (&alpha)[S::kSlots], int early) {
+    softmax.update(s, alpha);
+    if constexpr (!kScalarDropout)
+      kept = tile.operands().dropout_at(tile.row(), tile.key).template numbers<S>();
+    softmax.exponentiate(s, 0, early);
+  }
+  template <class Fragments>
+  __device__ __forceinline__ void drop(Fragments& p) const {
+    drop_fragments(p, kept);
   }
 };
 

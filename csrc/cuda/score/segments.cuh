@@ -1,16 +1,19 @@
-// Whole tiles within, or outside, the rows' segments (sm_80 and newer).
+// Segments of whole tiles: whether all keys are of the rows' own (sm_80 and newer).
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/score.cuh"
+#include "core/band.h"
+#include "core/problem.h"
+#include "cuda/score/operands.cuh"
 
 namespace jax_flash {
 
-// The smallest and the largest of x[0, count), of all lanes; count > 0.
+// The smallest and the largest segment of some rows or keys.
 struct SegmentRange {
   int32_t lo, hi;
 
+  // The range of x[0, count), 0 < count ≤ kMost. All lanes of the warp call it.
   template <int kMost>
   __device__ __forceinline__ static SegmentRange of(const int32_t* x, int32_t count) {
     const int32_t lane = threadIdx.x % 32;
@@ -24,7 +27,8 @@ struct SegmentRange {
   }
 };
 
-// Of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes call it.
+// What is known of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of
+// the warp call it.
 template <class S>
 __device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOperands& operands,
                                                 const Band& band, int32_t row, int32_t key) {

@@ -1,0 +1,57 @@
+// The scheduler thread of cuda/forward/sm90.cuh: finds a team's query tiles and what the other warps need of
+// them, at most one tile ahead of the load warp.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/forward/sm90_state.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
+
+namespace jax_flash {
+
+template <class C>
+struct SchedulerThread {
+  using Shared = typename C::Shared;
+  using Tile = typename Shared::Tile;
+  using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox)>;
+  const Problem& p;
+  const PersistentTiles& all;
+  Shared& shared;
+
+  // Publishes the tile whose begin() is done: to everybody when all of it is; with kEarlyLoad each part as
+  // soon as it is; or to the warp that trims its key range, which then publishes it.
+  __device__ __forceinline__ void publish(Tile& tile, uint32_t tile_index) const {
+    if constexpr (C::kEarlyLoad) shared.state_pipe.arrive(tile_index);
+    if (!tile.done) tile.template prepare<C>(reload(p));
+    if constexpr (C::kEarlyLoad) shared.consumer_pipe.arrive(tile_index);
+    if (!tile.done) tile.prepare_outputs(reload(p));
+    if constexpr (C::kEarlyLoad) {
+      shared.epilogue_pipe.arrive(tile_index);
+    } else if constexpr (C::Input::kTrimsKeyRange) {
+      shared.input_pipe.scheduled.arrive(tile_index);
+    } else {
+      shared.state_pipe.arrive(tile_index);
+    }
+  }
+
+  __device__ __forceinline__ void run(int team) const {
+    uint32_t tile_index = 0;
+    Scheduler scheduler{all, shared.mailbox};
+    uint32_t number = Scheduler::first(team);
+    while (number < all.count) {
+      shared.state_pipe.wait_empty(tile_index);
+      Tile& tile = shared.tiles[tile_index % kTileStates];
+      tile.work = scheduler.work(reload(p), number);
+      if (tile.template begin<C>(reload(p))) publish(tile, tile_index++);
+      // A tile's number is taken no sooner than the load warp has started with the tile before it.
+      if (tile_index > 0) shared.started_pipe.wait_full(tile_index - 1);
+      number = scheduler.next(number);
+    }
+    shared.state_pipe.wait_empty(tile_index);
+    Tile& last = shared.tiles[tile_index % kTileStates];
+    last.done = 1;
+    publish(last, tile_index);
+  }
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,149 @@
+// What the warps of cuda/forward/sm90.cuh share: the states of query tiles, tiles of Q, K and V, pipelines.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/plan.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/score/operands.cuh"
+#include "cuda/tile/copy.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// The key tiles of one consumer.
+struct ConsumerKeys {
+  Interval tiles;  // that any of its rows sees
+  Interval whole;  // that all of its rows see whole, if not empty
+  int32_t end;     // one past the last key that any of its rows sees
+};
+
+// What producers and consumers know of a query tile. The tile scheduler's thread writes it, in three parts.
+template <class T, int kConsumers>
+struct TileState {
+  BlockWork work;
+  Band band;
+  ScoreOperands score;
+  Interval tiles;  // key tiles that any row of the query tile sees; in a cluster of all its CTAs
+  ConsumerKeys keys[kConsumers];
+  GlobalRows<T> out;
+  LseRows lse;
+  int32_t last_values;  // rows of V's last tile to read, where other tokens follow them in the operand
+  int32_t done;         // all query tiles are taken, and this is none
+
+  // Finds what the load warp needs, from `work`. False: the tile has no rows.
+  template <class C>
+  __device__ __forceinline__ bool begin(const Problem& p) {
+    const TileWork& tile = work.tile;
+    if (tile.row >= tile.end) return false;
+    band = work.band(p);
+    reload_shared();
+    tiles = key_tiles<C>(tile.row, tile.used_queries());
+    reload_shared();
+    if constexpr (C::kCluster > 1) {
+      work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
+      work.tile.end = min(work.tile.end, work.tile.row + C::kM);
+      reload_shared();
+    }
+    done = 0;
+    return true;
+  }
+
+  // Finds what the consumers need.
+  template <class C>
+  __device__ __forceinline__ void prepare(const Problem& p) {
+    const TileWork& tile = work.tile;
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      const int32_t first = tile.row + i * kConsumerRows;
+      const int32_t last = min(first + kConsumerRows, tile.used_queries());
+      const Interval own = key_tiles<C>(first, last);
+      keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
+      reload_shared();
+      keys[i].end = band.rows(first, last).hi;
+      reload_shared();
+      const Interval all = band.common(first, last);
+      keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
+    }
+    reload_shared();
+    last_values = C::kN;
+    if (tile.k_begin + tile.k_len < p.k_rows) last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
+    reload_shared();
+    if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(reload(p), work, work.head);
+  }
+
+  // Finds what the consumers' epilogue needs.
+  __device__ __forceinline__ void prepare_outputs(const Problem& p) {
+    out = {p.out.as<T>() + offset(p.out), p.out.row, p.value_dim};
+    reload_shared();
+    lse.data = p.lse.as<float>() + offset(p.lse);
+    reload_shared();
+    lse.stride = p.lse.row;
+    lse.sink = -INFINITY;
+    reload_shared();
+    if (p.sinks) lse.sink = p.sinks.as<const float>()[offset(p.sinks)];
+  }
+
+  // Restricts the tile to some of its key tiles.
+  __device__ __forceinline__ void trim(Interval some) {
+    if (some.hi < tiles.hi) last_values = INT32_MAX;
+    tiles = some;
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      const Interval own = intersect(keys[i].tiles, some);
+      keys[i].tiles = own.empty() ? Interval{some.lo, some.lo} : own;
+    }
+  }
+
+ private:
+  // The offset of the sequence's first row. There is at most one leading dimension.
+  __device__ __forceinline__ int64_t offset(const View& view) const {
+    return work.leading * view.leading[0] + view.offset(work.batch_row, work.head, work.tile.q_begin);
+  }
+  // Key tiles that any of the rows [first, last) sees.
+  template <class C>
+  __device__ __forceinline__ Interval key_tiles(int32_t first, int32_t last) const {
+    const Interval seen = band.rows(first, last);
+    return seen.empty() ? Interval{0, 0} : Interval{seen.lo / C::kN, (seen.hi - 1) / C::kN + 1};
+  }
+};
+
+// A team's shared memory. Input: what the score variant stages per key tile.
+template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Input,
+          int kCluster>
+struct ForwardShared : Input::Buffer {
+  alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
+  alignas(1024) uint8_t k[kStages][KTile::kBytes];
+  alignas(1024) uint8_t v[kStages][VTile::kBytes];
+  using Tile = TileState<T, kConsumers>;
+  Tile tiles[kTileStates];
+  Pipeline<kTileStates> state_pipe;     // tile states; full: all of it, or with kEarlyLoad begin()'s part
+  Pipeline<kTileStates> consumer_pipe;  // with kEarlyLoad: full when prepare() is done
+  Pipeline<kTileStates> epilogue_pipe;  // with kEarlyLoad: full when prepare_outputs() is done
+  Pipeline<1> started_pipe;             // full when the load warp has started a query tile
+  Pipeline<1> q_pipe[kConsumers];
+  Pipeline<kStages> k_pipe, v_pipe;
+  typename Input::Pipe input_pipe;
+  [[no_unique_address]] std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox> mailbox;
+
+  // `state_releases`, `state_arrivals`: the producers' at a tile state.
+  __device__ __forceinline__ void init(uint32_t state_releases, uint32_t state_arrivals) {
+    constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
+    state_pipe.init(kConsumers * kConsumer + state_releases, state_arrivals);
+    consumer_pipe.init(1);
+    epilogue_pipe.init(1);
+    started_pipe.init(1);
+    for (auto& pipe : q_pipe) pipe.init(kConsumer);
+    k_pipe.init(kConsumers * kConsumer * kCluster);
+    v_pipe.init(kConsumers * kConsumer * kCluster);
+    input_pipe.init(kConsumers * kConsumer);
+    mailbox.init();
+    ptx::fence_barriers();
+  }
+};
+
+}  // namespace jax_flash

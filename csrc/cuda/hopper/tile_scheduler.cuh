@@ -1,0 +1,93 @@
+// The persistent tile scheduler of the sm_90a kernels: which CTA works on which of a grid's tiles.
+//
+// A worker is a CTA, a team of one, or a cluster. Its first tile is its own number; the following ones come
+// from a counter in global memory, or, where all tiles are equally long, at a fixed distance. In a cluster
+// the first CTA takes the number and sends it to the second one's mailbox.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/plan.h"
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// Tiles whose state a worker keeps in shared memory: the one that is scheduled, loaded, consumed.
+inline constexpr int kTileStates = 3;
+
+// The tiles of a grid.
+struct PersistentTiles {
+  const TileWork* schedule;  // of packed sequences
+  int32_t tiles_per_head;
+  uint32_t count;     // of all heads
+  uint32_t* counter;  // of tiles that were taken; nullptr: fixed distances
+  uint32_t heads_together;
+};
+
+// Heads whose tiles are worked on together: as many as have 32 MB of K and V, which stay in L2, but enough
+// for the last tiles to be short ones.
+inline uint32_t heads_together(const Problem& p, uint32_t heads) {
+  constexpr int64_t kElements = 1 << 24, kFewest = 8;
+  const int64_t fit = kElements / std::max<int64_t>(1, int64_t{p.k_rows} * (p.head_dim + p.value_dim));
+  return static_cast<uint32_t>(std::max<int64_t>(kFewest, std::min<int64_t>(fit, heads)));
+}
+
+// The tile numbers that the first CTA of a cluster sends to the second.
+struct TileMailbox {
+  static constexpr int kSlots = 3;
+  Pipeline<kSlots> pipe;
+  uint32_t number[kSlots];
+
+  __device__ __forceinline__ void init() { pipe.init(1); }
+  __device__ __forceinline__ uint32_t slot(uint32_t message) const {
+    return ptx::shared_address(&number[message % kSlots]);
+  }
+  __device__ __forceinline__ void send(uint32_t message, uint32_t tile) const {
+    pipe.wait_empty(message);
+    ptx::store_in(slot(message), tile, pipe.full_barrier(message), 1);
+  }
+  __device__ __forceinline__ uint32_t receive(uint32_t message) const {
+    ptx::barrier_expect(pipe.full_barrier(message), sizeof(uint32_t));
+    pipe.wait_full(message);
+    const uint32_t tile = ptx::load_shared(slot(message));
+    ptx::barrier_arrive_in(pipe.empty_barrier(message), 0);
+    return tile;
+  }
+};
+struct NoMailbox {
+  __device__ __forceinline__ void init() {}
+};
+
+// One thread of a worker runs it. kRows: of a CTA's tile.
+template <Over over, int kRows, int kCluster, int kTeams, class Mailbox>
+struct TileScheduler {
+  const PersistentTiles& tiles;
+  Mailbox& mailbox;
+  uint32_t messages = 0;
+
+  static __device__ __forceinline__ uint32_t workers() { return gridDim.x / kCluster * kTeams; }
+
+  static __device__ __forceinline__ uint32_t first(int team) {
+    return blockIdx.x / kCluster + team * gridDim.x;
+  }
+  // The worker's tile after `number`. It should be asked for late: a tile that is taken early by a worker
+  // with a long one in progress ends when others have none left.
+  __device__ __forceinline__ uint32_t next(uint32_t number) {
+    const uint32_t message = messages++;
+    if constexpr (kCluster > 1)
+      if (tiles.counter && ptx::cluster_rank() > 0) return mailbox.receive(message);
+    if (!tiles.counter) return number + workers();
+    number = workers() + atomicAdd(tiles.counter, 1u);
+    if constexpr (kCluster > 1) mailbox.send(message, number);
+    return number;
+  }
+  __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number) const {
+    return find_work<over>(p, tiles.schedule, tiles.tiles_per_head, kCluster * kRows, {number, tiles.count},
+                           tiles.heads_together);
+  }
+};
+
+}  // namespace jax_flash

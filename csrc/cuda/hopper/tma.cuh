@@ -1,0 +1,63 @@
+// TMA in the sm_90a kernels: tiles of 16-bit rows by tensor maps, rows of float32 and their sums without.
+// One thread issues each of these.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/tile/shared_tile.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// Where a row of a head begins in an operand's tensor map (tensor_map.h).
+__device__ __forceinline__ ptx::Coordinates coordinates_of(const View& view, const BlockWork& work,
+                                                           int32_t head, int32_t row) {
+  return {0, head, row, work.batch_row, view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
+}
+
+// Loads a box of rows, from `at` on, to the rows of a Tile that begin with `first`; with kCluster > 1 into
+// the same tile of every CTA of the cluster. The full barrier counts the bytes.
+template <class Tile, int kCluster = 1>
+__device__ __forceinline__ void load_rows(uint32_t tile, int32_t first, const CUtensorMap& map,
+                                          uint32_t barrier, ptx::Coordinates at) {
+  constexpr int kColumns = Tile::kPanel * 8;
+#pragma unroll
+  for (int column = 0; column < Tile::kColumns; column += kColumns) {
+    at.column = column;
+    const uint32_t to = tile + Tile::panel_offset(column / 8) + first * Tile::kPitch;
+    if constexpr (kCluster == 1) {
+      ptx::copy_box(to, map, barrier, at);
+    } else {
+      ptx::copy_box_to((1 << kCluster) - 1, to, map, barrier, at);
+    }
+  }
+}
+
+// Whether rows of float32, lse or delta, can be loaded by load_statistics: from any row that is a multiple of
+// 4 on, and only multiples of 4 of them.
+__host__ __device__ inline bool loads_statistics(const View& view, int32_t first_row) {
+  const auto multiple_of_4 = [](int64_t x) { return x % 4 == 0; };
+  return view.row == 1 && multiple_of_4(view.head) && multiple_of_4(view.batch) &&
+         multiple_of_4(view.leading[0]) && multiple_of_4(first_row) &&
+         reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+}
+
+// Loads `count` float32, a multiple of 4, between addresses that are multiples of 16 bytes. Unlike a box it
+// does not stop at the tensor's end: the caller does.
+__device__ __forceinline__ void load_statistics(uint32_t shared, const float* from, int32_t count,
+                                                uint32_t barrier) {
+  ptx::copy_bytes(shared, from, count * sizeof(float), barrier);
+}
+
+// to[0, count) += the float32 in shared memory; count and addresses as above. Threads that wrote them run
+// ptx::fence_async_shared() before, and the issuing thread ptx::bulk_commit(), ptx::bulk_wait_read() before
+// the shared memory is overwritten, and ptx::bulk_wait() before another thread may be told that the sums are
+// there.
+__device__ __forceinline__ void add_floats(float* to, uint32_t shared, int32_t count) {
+  ptx::reduce_add_floats(to, shared, count * sizeof(float));
+}
+
+}  // namespace jax_flash

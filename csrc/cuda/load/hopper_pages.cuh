@@ -1,0 +1,113 @@
+// The loader of keys and values in the pages of a pool, for the sm_90a kernels; see load/hopper_dense.cuh.
+//
+// A tile is loaded in boxes: rows that lie in one page and in one tile. Each lane of three warps has one box
+// of every tile, whose page it looks up a tile before it loads it, so that the block table's latency is
+// hidden.
+#pragma once
+
+#include <cstdint>
+#include <numeric>
+
+#include "core/paging.h"
+#include "cuda/hopper/tma.cuh"
+
+namespace jax_flash {
+
+// Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN, 16 bytes apart.
+inline constexpr int kNanRows = 128, kNanStep = 8;
+struct NanRows {
+  uint16_t x[kNanRows * kNanStep + kMaxHeadDim];
+  constexpr NanRows() : x() {
+    for (uint16_t& e : x) e = 0x7FFF;
+  }
+};
+static __device__ const NanRows kNan{};
+
+template <class C>
+class PagedLoader {
+ public:
+  static constexpr int kWarps = 3, kLanes = 32;
+  static constexpr int kAtom = 8;  // rows of the swizzle's pattern: boxes have a multiple of them
+  static_assert(C::kN / kAtom <= kWarps * kLanes && C::kN <= kNanRows);
+  struct Maps {
+    CUtensorMap key, value, missing;
+    int32_t box;  // rows
+  };
+  static cudaError_t make_maps(Maps& maps, const Problem& p) {
+    constexpr int kPanels[] = {C::KTile::kPanel * 8, C::VTile::kPanel * 8};
+    maps.box = std::gcd(p.page_size, C::kN);
+    View nan{};
+    nan.row = kNanStep;
+    cudaError_t e = cudaGetSymbolAddress(&nan.data, kNan);
+    const auto make = [&](CUtensorMap& map, const View& view, const MapShape& shape) {
+      if (e == cudaSuccess) e = make_tensor_map(map, p, view, shape);
+    };
+    make(maps.key, p.key, {p.head_dim, p.kv_heads, p.page_size, p.pages, kPanels[0], maps.box});
+    make(maps.value, p.value, {p.value_dim, p.kv_heads, p.page_size, p.pages, kPanels[1], maps.box});
+    make(maps.missing, nan, {p.head_dim, 1, maps.box, 1, kPanels[0], maps.box});
+    return e;
+  }
+
+  __device__ __forceinline__ explicit PagedLoader(const Problem& problem) : p(problem) {}
+
+  __device__ __forceinline__ bool begin(const Maps& maps, const BlockWork& of_tile, const Interval& tiles) {
+    if (row(maps) >= C::kN) return false;
+    work = &of_tile;
+    entries =
+        page_table(p.block_tables, p.leading, work->leading, work->tile.index, p.page_size, p.pages).entries;
+    head = p.kv_head(work->head);
+    value = next = find(maps, tiles.hi - 1);
+    return true;
+  }
+  template <class Pipe>
+  __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
+    state.release(use);
+  }
+
+  __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
+    key = next;
+    next = find(maps, n - 1);
+    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, key);
+  }
+  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t) {
+    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value, value);
+    value = key;
+  }
+
+ private:
+  // The first row of this lane's box in a tile. Neighbouring boxes belong to different warps, which issue
+  // them at the same time.
+  __device__ __forceinline__ static int32_t row(const Maps& maps) {
+    const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32 - 1;
+    return (warp + thread % 32 * kWarps) * maps.box;
+  }
+
+  // This lane's box of tile n.
+  __device__ __forceinline__ PageSlot find(const Maps& maps, int32_t n) const {
+    const PageTable table{entries, p.page_size, p.pages};
+    return table.find(n * C::kN + row(maps), 0, work->tile.k_len);
+  }
+
+  // Keys outside the pool become NaN; values there, and rows past the keys, zeros, with which TMA fills the
+  // page behind the pool.
+  template <class Tile, bool kNanIfMissing>
+  __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
+                                       const CUtensorMap& map, const View& view, PageSlot slot) const {
+    if (threadIdx.x == 32) ptx::barrier_expect(barrier, Tile::kBytes);
+    if (kNanIfMissing && slot.page == kMissingPage) {
+      load_rows<Tile>(tile, row(maps), maps.missing, barrier, {});
+    } else {
+      const int32_t page = slot.page < 0 ? p.pages : slot.page;
+      const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
+      load_rows<Tile>(tile, row(maps), map, barrier, {0, head, slot.slot, page, leading});
+    }
+  }
+
+  const Problem& p;
+  const BlockWork* work;
+  const int32_t* entries;     // of the block table's row
+  int32_t head;               // of K and V
+  PageSlot value, key, next;  // boxes: of the next value tile, the last key tile, the next key tile
+};
+
+}  // namespace jax_flash

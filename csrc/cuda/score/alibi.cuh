@@ -1,0 +1,85 @@
+// ALiBi: S ← S − slope · |diagonal(i) − j|.
+#pragma once
+
+#include <cmath>
+
+#include "core/band.h"
+#include "core/score.h"
+#include "cuda/score/operands.cuh"
+#include "cuda/score/variant.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/tile/accumulator.cuh"
+
+namespace jax_flash {
+
+// S ← term(S) − slope · |distance|, where distance(slot) is the diagonal of a slot's row less the lane's
+// first column.
+template <class S, class Distance, class Term>
+__device__ __forceinline__ void subtract_distances(S& s, float slope, Distance distance, Term term) {
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const float first = distance(slot);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s.at(slot, n, e);
+        x = fmaf(-slope, fabsf(first - static_cast<float>(S::column_step(n) + e)), term(x));
+      }
+    }
+  }
+}
+
+// S + row_term ← log2(e) · (scale · S − slope · |distance|).
+//
+// In a tile on one side of the diagonal the distance is the sum of a term of the row and one of the column:
+// the row's is left to the softmax, which shifts the row anyway.
+template <class S>
+__device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOperands& operands,
+                                          const Band& band, int32_t row, int32_t key,
+                                          float (&row_term)[S::kSlots]) {
+  const float scale = p.spec.scale * kLog2e, slope = operands.slope * kLog2e;
+  const int32_t last = 8 * S::kColumnTiles - 1, diagonal = static_cast<int32_t>(band.diagonal(row)) - key;
+  const bool before = diagonal >= last, after = diagonal + 8 * S::kSlots <= 0;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) row_term[slot] = 0;
+  if (before || after) {
+    const float signed_slope = before ? slope : -slope;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot)
+      row_term[slot] = -signed_slope * static_cast<float>(diagonal + S::row(slot));
+    const float first = signed_slope * static_cast<float>(S::column(0));
+    for_each(s, [&](float& x, int, int n, int e) {
+      x = fmaf(x, scale, fmaf(signed_slope, static_cast<float>(S::column_step(n) + e), first));
+    });
+  } else {
+    subtract_distances(
+        s, slope, [&](int slot) { return static_cast<float>(diagonal + S::row(slot) - S::column(0)); },
+        [scale](float x) { return x * scale; });
+  }
+}
+
+// The sm_90a variant: ALiBi alone.
+template <class S>
+struct AlibiScore : ScoreVariant<S> {
+  static constexpr bool kPositional = true;
+  template <class T>
+  using Softmax = OnlineSoftmax<S::kSlots>;
+  float row_term[S::kSlots];
+
+  template <class Softmax>
+  static __device__ __forceinline__ Softmax start(const AttentionSpec&) {
+    return Softmax(1);
+  }
+  template <class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
+    add_alibi(s, tile.p, tile.operands(), tile.band(), tile.row(), tile.key, row_term);
+  }
+  template <bool, class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void exponentiate(Scores& s, const Tile&, Softmax& softmax,
+                                               float (&alpha)[S::kSlots], int) {
+    softmax.exponentiate(s, alpha, row_term);
+  }
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,206 @@
+// The sm_90a variant of the score with segments alone: S ← −inf where segments differ.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/score/segments.cuh"
+#include "cuda/score/variant.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// The keys' segments, and for each consumer warp whether its 16 rows have to compare them with their own.
+//
+// Two producer warps make it. KeyRangeTrimmer takes each query tile from the tile scheduler, leaves out key
+// tiles at both ends that share no segment with its rows, and only then publishes it. SegmentWarp scans the
+// segments of the key tiles that are left, ahead of the consumers.
+template <int N, int kConsumers>
+struct SegmentInput {
+  static constexpr int kRowBlocks = kConsumerWarps * kConsumers;
+  struct Map {};
+  struct Tile {
+    int32_t key_segments[N];
+    uint32_t mixed;  // a bit for each row block: some key is of another segment than some row
+  };
+  static constexpr int kStages = 2, kBytes = 1024;  // at most, and the end is aligned
+  static constexpr int kWarps = 1;
+  static constexpr bool kLoaded = false, kTrimsKeyRange = true;
+  struct Buffer {};
+  struct Pipe : Pipeline<kStages> {
+    Tile tiles[kStages];
+    Pipeline<kTileStates> scheduled;  // query tiles, from the tile scheduler to the trimmer
+
+    __device__ __forceinline__ void init(uint32_t releases) {
+      Pipeline<kStages>::init(releases, 32);
+      scheduled.init(1);
+    }
+  };
+  static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
+
+  // S ← −inf where the key is of another segment than the row. Rows and keys out of use may keep any score.
+  template <class S, class Shared>
+  __device__ __forceinline__ static void hide(S& s, const Shared& shared, const ScoreOperands& operands,
+                                              const Band& band, int consumer, int32_t row, uint32_t use) {
+    shared.input_pipe.wait_full(use);
+    const Tile& tile = shared.input_pipe.tiles[use % kStages];
+    const int32_t warp = uniform(4 * consumer + static_cast<int>(threadIdx.x) % 128 / 32);
+    if (tile.mixed >> warp & 1) {
+      int32_t row_segments[S::kSlots];
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; ++slot)
+        row_segments[slot] = operands.q_segments[min(row + S::row(slot), band.q_len - 1)];
+      const uint32_t key_segments = ptx::shared_address(tile.key_segments + S::column(0));
+#pragma unroll
+      for (int j = 0; j < 2 * S::kColumnTiles; ++j) {
+        const auto segment =
+            static_cast<int32_t>(ptx::load_shared(key_segments + 4 * (S::column_step(j / 2) + j % 2)));
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot)
+          if (segment != row_segments[slot]) s.at(slot, j / 2, j % 2) = -INFINITY;
+      }
+    }
+    shared.input_pipe.release(use);
+  }
+
+  // The warp that trims a query tile's key range at both ends, to the first and the last key tile that may
+  // share a segment with its rows.
+  template <class Shared>
+  struct KeyRangeTrimmer {
+    static constexpr int kLanes = 8, kAtOnce = 32 / kLanes;  // lanes for a key tile
+    const Problem& p;
+    Shared& shared;
+
+    // A bit for each lane: whether its key tile, n + lane / kLanes, may share a segment with `rows`.
+    __device__ __forceinline__ static uint32_t may_see(const int32_t* key_segments, int32_t k_len, int32_t n,
+                                                       const SegmentRange& rows) {
+      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+      const int32_t first = (n + lane / kLanes) * N + lane % kLanes;
+      SegmentRange keys{INT32_MAX, INT32_MIN};
+#pragma unroll
+      for (int32_t j = 0; j < N; j += kLanes) {
+        const int32_t segment = key_segments[max(0, min(first + j, k_len - 1))];
+        keys.lo = min(keys.lo, segment), keys.hi = max(keys.hi, segment);
+      }
+#pragma unroll
+      for (int apart = 1; apart < kLanes; apart *= 2) {
+        keys.lo = min(keys.lo, __shfl_xor_sync(~0u, keys.lo, apart));
+        keys.hi = max(keys.hi, __shfl_xor_sync(~0u, keys.hi, apart));
+      }
+      return __ballot_sync(~0u, rows.lo <= keys.hi && keys.lo <= rows.hi);
+    }
+
+    __device__ __forceinline__ static Interval trim(const int32_t* key_segments, int32_t k_len,
+                                                    Interval tiles, const SegmentRange& rows) {
+      for (; tiles.lo < tiles.hi; tiles.lo += kAtOnce) {
+        if (const uint32_t lanes = may_see(key_segments, k_len, tiles.lo, rows)) {
+          tiles.lo += (__ffs(lanes) - 1) / kLanes;
+          break;
+        }
+      }
+      for (; tiles.lo < tiles.hi; tiles.hi -= kAtOnce) {
+        if (const uint32_t lanes = may_see(key_segments, k_len, tiles.hi - kAtOnce, rows)) {
+          tiles.hi -= __clz(lanes) / kLanes;
+          break;
+        }
+      }
+      return tiles.lo < tiles.hi ? tiles : Interval{0, 0};
+    }
+
+    __device__ __forceinline__ void run() {
+      for (uint32_t tile_index = 0;; ++tile_index) {
+        shared.input_pipe.scheduled.wait_full(tile_index);
+        auto& tile = shared.tiles[tile_index % kTileStates];
+        const bool done = tile.done;
+        if (!done && !tile.tiles.empty()) {
+          const TileWork& queries = tile.work.tile;
+          const int32_t* const key_segments =
+              p.kv_segment_ids.as<const int32_t>() + tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
+          const auto rows = SegmentRange::of<16 * kRowBlocks>(tile.score.q_segments + queries.row,
+                                                              queries.used_queries() - queries.row);
+          const Interval tiles = trim(key_segments, tile.band.k_len, tile.tiles, rows);
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) tile.trim(tiles);
+        }
+        ptx::barrier_arrive_by_warp(shared.state_pipe.full_barrier(tile_index));
+        if (done) return;
+      }
+    }
+  };
+
+  // The warp that scans the keys' segments.
+  template <class Shared>
+  struct SegmentWarp {
+    const Problem& p;
+    Shared& shared;
+    uint32_t use = 0;
+
+    // The range of this lane's 16 rows.
+    __device__ __forceinline__ static SegmentRange row_range(const int32_t* segments, int32_t row,
+                                                             int32_t q_len) {
+      SegmentRange range{0, 0};
+      if (row >= q_len) return range;
+      range.lo = range.hi = segments[row];
+      for (int32_t i = row + 1; i < min(row + 16, q_len); ++i) {
+        const int32_t segment = segments[i];
+        range.lo = min(range.lo, segment), range.hi = max(range.hi, segment);
+      }
+      return range;
+    }
+
+    // Key tile n. `rows`: this lane's row block, if it is used.
+    __device__ __forceinline__ void scan(const int32_t* key_segments, int32_t k_len, int32_t n,
+                                         const SegmentRange& rows, bool used) {
+      shared.input_pipe.wait_empty(use);
+      Tile& tile = shared.input_pipe.tiles[use % kStages];
+      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32), last = k_len - 1;
+      SegmentRange keys{INT32_MAX, INT32_MIN};
+#pragma unroll
+      for (int32_t j = 0; j < N; j += 32) {
+        if (N % 32 != 0 && j + lane >= N) break;
+        const int32_t segment = key_segments[min(n * N + j + lane, last)];
+        tile.key_segments[j + lane] = segment;
+        keys.lo = min(keys.lo, segment), keys.hi = max(keys.hi, segment);
+      }
+      keys = {__reduce_min_sync(~0u, keys.lo), __reduce_max_sync(~0u, keys.hi)};
+      const bool equal = rows.lo == rows.hi && keys.lo == keys.hi && rows.lo == keys.lo;
+      const uint32_t mixed = __ballot_sync(~0u, used && !equal);
+      if (lane == 0) tile.mixed = mixed;
+      shared.input_pipe.arrive(use);  // every lane, as each has written
+      ++use;
+    }
+
+    __device__ __forceinline__ void run() {
+      for (uint32_t tile_index = 0;; ++tile_index) {
+        shared.state_pipe.wait_full(tile_index);
+        const auto& tile = shared.tiles[tile_index % kTileStates];
+        if (tile.done) return;
+        const int32_t row = tile.work.tile.row + 16 * static_cast<int32_t>(threadIdx.x % 32),
+                      q_len = tile.band.q_len;
+        const bool used = static_cast<int>(threadIdx.x % 32) < kRowBlocks && row < q_len;
+        const int32_t* const key_segments =
+            p.kv_segment_ids.as<const int32_t>() + tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
+        const SegmentRange rows = row_range(tile.score.q_segments, row, used ? q_len : 0);
+        for (int32_t n = tile.tiles.hi - 1; n >= tile.tiles.lo; --n)
+          scan(key_segments, tile.band.k_len, n, rows, used);
+        shared.state_pipe.release(tile_index);
+      }
+    }
+  };
+};
+
+template <class S>
+struct SegmentScore : ScoreVariant<S> {
+  template <class T, int N, int kStages, int kConsumers>
+  using Input = SegmentInput<N, kConsumers>;
+
+  template <class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
+    Tile::Input::hide(s, tile.shared, tile.operands(), tile.band(), tile.consumer, tile.row(),
+                      tile.input_use);
+  }
+};
+
+}  // namespace jax_flash

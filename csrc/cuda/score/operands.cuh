@@ -1,0 +1,94 @@
+// Where the operands of one head's scores lie.
+#pragma once
+
+#include <cstdint>
+
+#include "core/band.h"
+#include "core/plan.h"
+#include "core/problem.h"
+#include "cuda/score/dropout.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// Whether the keys of a tile are of the rows' own segment: all of them, none, or not known.
+enum class InSegment { kAll, kNone, kSome };
+
+// The operands of one head's scores: pointers to its part, and scalars by value.
+struct ScoreOperands {
+  const void* bias = nullptr;
+  const uint8_t* mask = nullptr;
+  const int32_t *q_segments = nullptr, *kv_segments = nullptr;
+  float slope = 0;
+  uint32_t batch = 0, head = 0;  // in dropout's counter
+  Dropout dropout;
+
+  // Finds what a kernel of this kind reads. The kinds kBias and kSegments load a bias and the keys' segments
+  // by tiles instead.
+  template <ScoreKind kKind = ScoreKind::kDropout>
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    constexpr bool kAll = kKind == ScoreKind::kGeneral || kKind == ScoreKind::kDropout;
+    if (work.tile.index == kNoSequence) return;
+    auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
+    if (kAll && p.bias)
+      bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
+    if (kAll && p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
+    if ((kAll || kKind == ScoreKind::kSegments) && p.q_segment_ids)
+      q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
+    if (kAll && p.kv_segment_ids)
+      kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
+    if (const View& slopes = p.alibi_slopes; (kAll || kKind == ScoreKind::kAlibi) && slopes) {
+      slope = slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
+                                       slopes.offset(work.tile.index, query_head, 0)];
+    }
+    if constexpr (kKind == ScoreKind::kDropout || kKind == ScoreKind::kDropoutAlone) {
+      if (p.dropout)
+        dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
+      batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
+    }
+  }
+
+  __device__ __forceinline__ TileDropout dropout_at(int32_t row, int32_t key) const {
+    return {dropout, batch, head, row, key};
+  }
+
+  // Whether a 16-bit bias can be loaded by pairs of elements, at even keys.
+  __device__ __forceinline__ bool bias_in_pairs(const Problem& p) const {
+    return p.bias_dtype != DType::kF32 && p.bias.column == 1 && p.bias.row % 2 == 0 && p.k_rows % 2 == 0 &&
+           reinterpret_cast<uintptr_t>(bias) % 4 == 0;
+  }
+
+  // Whether a 16-bit bias can be loaded by 16 bytes, at keys that are multiples of 8.
+  __device__ __forceinline__ bool bias_in_chunks(const Problem& p) const {
+    return p.bias_dtype != DType::kF32 && p.bias.column == 1 && p.bias.row % 8 == 0 && p.k_rows % 8 == 0 &&
+           reinterpret_cast<uintptr_t>(bias) % 16 == 0;
+  }
+};
+
+// f(x, the operand's element) for every element x of S whose row and key are in use. The operand is
+// [s_q, s_k], broadcast by zero strides.
+template <class T, class S, class F>
+__device__ __forceinline__ void for_each_used(S& s, const void* operand, const View& view, const Band& band,
+                                              int32_t row, int32_t key, F f) {
+  const auto column = static_cast<int32_t>(view.column);
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int32_t i = row + S::row(slot), end = i < band.q_len ? band.k_len : 0;
+    const T* from = static_cast<const T*>(operand) + i * view.row;
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int32_t j = key + S::column(n) + e;
+        if (j < end) f(s.at(slot, n, e), from[j * column]);
+      }
+    }
+  }
+}
+
+// What dropout multiplies the elements of P by that it keeps.
+__device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
+  return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,145 @@
+// Softcap: S ← c · tanh(scale · S / c), and the approximations of tanh that it uses.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "core/score.h"
+#include "core/spec.h"
+#include "cuda/mask.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/score/variant.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/tile/accumulator.cuh"
+
+namespace jax_flash {
+
+// tanh with an absolute error of 3e-7: 1 − 2 / (1 + e^2x).
+__device__ __forceinline__ float tanh_absolute(float x) {
+  return fmaf(-2.0f, ptx::reciprocal(1.0f + ptx::exp2(x * (2 * kLog2e))), 1.0f);
+}
+
+// tanh with a relative error of 5e-7. Near zero, where the difference above cancels, it is x (1 + x² p(x²)).
+__device__ __forceinline__ float tanh_relative(float x) {
+  const float square = x * x;
+  float p = fmaf(1.728459201e-2f, square, -5.313979271e-2f);
+  p = fmaf(fmaf(p, square, 1.332833481e-1f), square, -3.333328104e-1f);
+  return fabsf(x) < 0.55f ? fmaf(x * square, p, x) : tanh_absolute(x);
+}
+
+// tanh with an absolute error of 3e-7 for |x| ≤ 1: x (1 + x² p(x²)), by FMAs alone, because softmax keeps the
+// MUFU busy.
+__device__ __forceinline__ float tanh_polynomial(float x) {
+  const float square = x * x;
+  float p = fmaf(-2.983081620e-3f, square, 1.653281599e-2f);
+  p = fmaf(fmaf(p, square, -5.142535269e-2f), square, 1.327561587e-1f);
+  return fmaf(x * square, fmaf(p, square, -3.332867026e-1f), x);
+}
+
+// f(x, tanh(inner · x), slot, n, e) for every element x of S. `coarse`: P is rounded to 16 bits, and c ≤ 64,
+// so that an absolute error of 3e-7 · c stays below what that rounding makes of P.
+template <class S, class F>
+__device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F f) {
+  auto each = [&](auto tanh) {
+    for_each(s, [&](float& x, int slot, int n, int e) { f(x, tanh(x * inner), slot, n, e); });
+  };
+  if (coarse) {
+    float largest = 0;
+    for_each(s, [&](float& x, int, int, int) { largest = fmaxf(largest, fabsf(x)); });
+    if (__any_sync(~0u, largest * fabsf(inner) > 1)) {
+      each([](float x) { return tanh_absolute(x); });
+    } else {
+      each([](float x) { return tanh_polynomial(x); });
+    }
+  } else {
+    each([](float x) { return tanh_relative(x); });
+  }
+}
+
+// log2(e) · c · tanh(s · scale / c), where |s · scale / c| ≤ 1 as a polynomial in s. The absolute error is c
+// times that of tanh.
+struct Softcap {
+  float inner, outer, both;  // scale / c, c · log2(e), their product
+
+  __device__ __forceinline__ explicit Softcap(const AttentionSpec& spec)
+      : inner(spec.scale * ptx::reciprocal(spec.softcap)),
+        outer(spec.softcap * kLog2e),
+        both(spec.scale * kLog2e) {}
+
+  // S [rows from row(), keys from `key`] ← softcap(S) + shift. A warp's largest visible |S| decides how it is
+  // computed: hidden scores may be anything, and are cleared where they would decide it.
+  template <class S, class Row>
+  __device__ __forceinline__ void apply(S& s, float shift, const Band& band, Row row, int32_t key) const {
+    float top = largest(s);
+    bool small = __all_sync(~0u, top <= 0.35f);
+    if (!small && !all_seen(s, band, row(), key)) {
+      clear_unseen(s, band, row(), key);
+      top = largest(s);
+      small = __all_sync(~0u, top <= 0.35f);
+    }
+    if (small) {  // tanh to 5e-7
+      polynomial(s, shift, {9.999902052e-1f, -3.326841051e-1f, 1.224803692e-1f});
+    } else if (__all_sync(~0u, top <= 1)) {  // to 3e-7
+      polynomial(s, shift,
+                 {9.999968539e-1f, -3.332400380e-1f, 1.325352526e-1f, -5.097286290e-2f, 1.611418020e-2f,
+                  -2.839465134e-3f});
+    } else {
+      const float twice = 2 * kLog2e * inner, top = outer + shift;  // 1 − 2 / (1 + e^2x), to 3e-7
+      for_each(s, [&](float& x, int, int, int) {
+        x = fmaf(-2 * outer, ptx::reciprocal(1.0f + ptx::exp2(x * twice)), top);
+      });
+    }
+  }
+
+ private:
+  // The lane's largest |s · scale / c|, or NaN. The bits of floats that are not negative are in the floats'
+  // order, and sm_90 compares three integers in one instruction.
+  template <class S>
+  __device__ __forceinline__ float largest(const S& s) const {
+    const auto magnitude = [&](int slot, int n) {
+      return __float_as_int(fmaxf(fabsf(s.at(slot, n, 0)), fabsf(s.at(slot, n, 1))));
+    };
+    int top = 0;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot)
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; n += 2)
+        top = ptx::max3(top, magnitude(slot, n), magnitude(slot, n + 1));
+    return __int_as_float(top) * fabsf(inner);
+  }
+
+  template <class S, int kTerms>
+  __device__ __forceinline__ void polynomial(S& s, float shift, const float (&tanh_terms)[kTerms]) const {
+    float c[kTerms], power = both;
+#pragma unroll
+    for (int i = 0; i < kTerms; ++i) c[i] = tanh_terms[i] * power, power *= inner * inner;
+    for_each(s, [&](float& x, int, int, int) {
+      const float square = x * x;
+      float p = c[kTerms - 1];
+#pragma unroll
+      for (int i = kTerms - 2; i >= 0; --i) p = fmaf(p, square, c[i]);
+      x = fmaf(x, p, shift);
+    });
+  }
+};
+
+// The sm_90a variant: softcap alone.
+template <class S>
+struct SoftcapScore : ScoreVariant<S> {
+  static constexpr bool kPositional = true;
+  // |S| ≤ c: where P has float32's range no maximum is needed.
+  template <class T>
+  using Softmax = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, BoundedSoftmax<S::kSlots>,
+                                     OnlineSoftmax<S::kSlots>>;
+  template <class Softmax>
+  static __device__ __forceinline__ Softmax start(const AttentionSpec& spec) {
+    return Softmax(Softmax::kBounded ? spec.softcap : 1);
+  }
+  template <class Scores, class Tile, class Softmax>
+  __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax& softmax) {
+    const float shift = Softmax::kBounded ? softmax.shift[0] : 0;
+    Softcap(tile.p.spec).apply(s, shift, tile.band(), [&tile] { return tile.row(); }, tile.key);
+  }
+};
+
+}  // namespace jax_flash

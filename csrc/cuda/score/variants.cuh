@@ -1,0 +1,36 @@
+// The score variants of the sm_90a kernels, by kind.
+#pragma once
+
+#include <type_traits>
+
+#include "core/plan.h"
+#include "cuda/score/alibi.cuh"
+#include "cuda/score/dropout.cuh"
+#include "cuda/score/hopper_bias.cuh"
+#include "cuda/score/hopper_general.cuh"
+#include "cuda/score/hopper_segments.cuh"
+#include "cuda/score/softcap.cuh"
+#include "cuda/score/variant.cuh"
+
+namespace jax_flash {
+
+template <ScoreKind kKind, class S>
+struct VariantOf;
+template <class S>
+struct VariantOf<ScoreKind::kPlain, S> : std::type_identity<PlainScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kGeneral, S> : std::type_identity<GeneralVariant<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kDropout, S> : std::type_identity<GeneralDropoutVariant<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kDropoutAlone, S> : std::type_identity<DropoutScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kSegments, S> : std::type_identity<SegmentScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kAlibi, S> : std::type_identity<AlibiScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kSoftcap, S> : std::type_identity<SoftcapScore<S>> {};
+template <class S>
+struct VariantOf<ScoreKind::kBias, S> : std::type_identity<BiasScore<S>> {};
+
+}  // namespace jax_flash
