@@ -4,8 +4,11 @@
 #include <cuda_runtime_api.h>
 
 #include <span>
+#include <utility>
 
-#include "core/plan.h"
+#include "core/plan/columns.h"
+#include "core/plan/launch_plan.h"
+#include "core/problem.h"
 
 namespace jax_flash {
 
@@ -13,6 +16,22 @@ using Launch = cudaError_t(const Problem& p, const LaunchPlan& plan, void* works
 
 std::span<const KernelRow> built_kernels();
 Launch* launch_of(int32_t kernel);  // an index into built_kernels()
+
+// Calls launch.operator()<kind>() with the plan's score variant, which is one of the row's.
+template <RowColumns kRow, class LaunchKind>
+cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
+  cudaError_t status = cudaErrorNotSupported;
+  const auto launch_one = [&]<int32_t kIndex>() {
+    constexpr auto kKind = static_cast<ScoreKind>(kIndex);
+    if constexpr (kRow.takes(kKind)) {
+      if (kind == kKind) status = launch.template operator()<kKind>();
+    }
+  };
+  [&]<int32_t... kIndices>(std::integer_sequence<int32_t, kIndices...>) {
+    (launch_one.template operator()<kIndices>(), ...);
+  }(std::make_integer_sequence<int32_t, kScoreKinds>{});
+  return status;
+}
 
 // Builds the schedules that a plan asks for, in the workspace.
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
@@ -30,3 +49,15 @@ inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const
 }
 
 }  // namespace jax_flash
+
+// The launch function of a built row: the files that cmake/kernels.cmake writes use it once per row and
+// dtype, after including the family's pass, which defines launch_row.
+#define JF_DEFINE_LAUNCH(name, loaders, dtype, ...)                                                  \
+  namespace jax_flash {                                                                              \
+  namespace columns {                                                                                \
+  inline constexpr RowColumns name{loaders, __VA_ARGS__};                                            \
+  }                                                                                                  \
+  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
+    return launch_row<dtype, columns::name>(p, plan, workspace, stream);                             \
+  }                                                                                                  \
+  }

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "core/sequence.h"
 

@@ -22,9 +22,9 @@ namespace {
 constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward, Pass::kBiasGradient};
 constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
 constexpr Loader kLoaders[] = {Loader::kDense, Loader::kPaged};
-constexpr ScoreKind kScores[] = {ScoreKind::kPlain,        ScoreKind::kGeneral,  ScoreKind::kDropout,
-                                 ScoreKind::kDropoutAlone, ScoreKind::kSegments, ScoreKind::kAlibi,
-                                 ScoreKind::kSoftcap,      ScoreKind::kBias};
+constexpr ScoreKind kScores[] = {ScoreKind::kPlain,   ScoreKind::kGeneral,  ScoreKind::kGeneralDropout,
+                                 ScoreKind::kDropout, ScoreKind::kSegments, ScoreKind::kAlibi,
+                                 ScoreKind::kSoftcap, ScoreKind::kBias};
 
 template <class Enum, size_t kCount>
 nb::tuple names_of(const Enum (&values)[kCount], uint32_t set) {

@@ -18,7 +18,7 @@ ScoreKind only_option(const Call& call) {
       {spec.has(Operand::kQSegmentIds), true, ScoreKind::kSegments},
       {spec.has(Operand::kAlibiSlopes), true, ScoreKind::kAlibi},
       {spec.has(Operand::kBias), call.shapes.bias_in_tiles, ScoreKind::kBias},
-      {spec.has(Operand::kDropout), true, ScoreKind::kDropoutAlone},
+      {spec.has(Operand::kDropout), true, ScoreKind::kDropout},
       {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
       {spec.has(Operand::kMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
@@ -35,10 +35,11 @@ ScoreKind only_option(const Call& call) {
 struct Candidates {
   ScoreKind kinds[3];
 
-  explicit Candidates(const Call& call) : kinds{only_option(call), ScoreKind::kGeneral, ScoreKind::kDropout} {
+  explicit Candidates(const Call& call)
+      : kinds{only_option(call), ScoreKind::kGeneral, ScoreKind::kGeneralDropout} {
     if (call.spec.has(Operand::kDropout)) {  // the general kernel has none
-      kinds[1] = ScoreKind::kDropout;
-      if (kinds[0] == ScoreKind::kGeneral) kinds[0] = ScoreKind::kDropout;
+      kinds[1] = ScoreKind::kGeneralDropout;
+      if (kinds[0] == ScoreKind::kGeneral) kinds[0] = ScoreKind::kGeneralDropout;
     }
   }
 

@@ -26,15 +26,27 @@ enum class Loader : int32_t { kDense = 0, kPaged = 1 };
 
 // What a kernel does to scores beside the scale and the band; the value is the bit in KernelRow::scores.
 enum class ScoreKind : int32_t {
-  kPlain,         // nothing
-  kGeneral,       // any combination of options, without dropout
-  kDropout,       // any combination of options, dropout too
-  kDropoutAlone,  // dropout and no other option; likewise the next ones
+  kPlain,           // nothing
+  kGeneral,         // any combination of options, without dropout
+  kGeneralDropout,  // any combination of options, dropout too
+  kDropout,         // dropout and no other option; likewise the next ones
   kSegments,
   kAlibi,
   kSoftcap,
   kBias,
 };
+
+// The columns of a built row, as a template argument.
+struct RowColumns {
+  uint32_t loaders;
+  int32_t head_dim, value_dim, block_m, block_n, stages, warps, teams, cluster, blocks;
+  uint32_t scores;
+
+  constexpr bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
+  constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
+};
+
+inline constexpr int32_t kScoreKinds = 8;
 
 struct KernelRow {
   const Arch* arch;

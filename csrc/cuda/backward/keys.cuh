@@ -13,7 +13,7 @@
 #include "cuda/registry.h"
 #include "cuda/tile/fragments.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // This warp's part of P, in s, and of dS, in dp. statistics: the step's lse and delta; q, d_out, k: tiles.
 template <class C>
@@ -221,4 +221,4 @@ cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* w
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles), accumulator);
 }
 
-}  // namespace jax_flash::inline JF_FAMILY
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

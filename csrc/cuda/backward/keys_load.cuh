@@ -9,7 +9,7 @@
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/tile/copy.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Shared by all threads of a block, in shared memory.
 template <class T>
@@ -142,4 +142,4 @@ class KeyBarriers {
   uint32_t first_;
 };
 
-}  // namespace jax_flash::inline JF_FAMILY
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

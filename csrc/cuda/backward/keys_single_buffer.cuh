@@ -4,7 +4,7 @@
 
 #include "cuda/backward/keys.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Loads lse [M] and delta [M] of a step. Unused rows get an lse that makes P = 0.
 template <class C>
@@ -86,4 +86,4 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
   store_dk_dv<C>(p, block, shared, dk, dv);  // dK ← scale · dK
 }
 
-}  // namespace jax_flash::inline JF_FAMILY
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -8,7 +8,7 @@
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. The general kernel, whose scores need more registers, takes half the query rows
 // at a time if the warps can share those.
@@ -76,4 +76,4 @@ struct WarpPartition {
   }
 };
 
-}  // namespace jax_flash::inline JF_FAMILY
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

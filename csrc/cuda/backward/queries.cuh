@@ -13,7 +13,7 @@
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, bool General>
@@ -108,4 +108,4 @@ cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
 }
 
-}  // namespace jax_flash::inline JF_FAMILY
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -7,13 +7,13 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/plan.h"
+#include "core/families/hopper_layout.h"
 #include "cuda/ptx/registers.cuh"
 
 namespace jax_flash {
 
 inline constexpr int kWarpgroup = 128;  // threads
-inline constexpr int kConsumerRows = kHopperRows;
+using hopper::kConsumerRows;
 inline constexpr int kConsumerWarps = kWarpgroup / 32;
 
 // Registers of a thread, for `consumers` warpgroups in a CTA: setmaxnreg takes them from the producers.

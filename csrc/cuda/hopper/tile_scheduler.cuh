@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/work.cuh"

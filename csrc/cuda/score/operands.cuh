@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "cuda/score/dropout.cuh"
 #include "cuda/work.cuh"
@@ -25,9 +25,9 @@ struct ScoreOperands {
 
   // Finds what a kernel of this kind reads. The kinds kBias and kSegments load a bias and the keys' segments
   // by tiles instead.
-  template <ScoreKind kKind = ScoreKind::kDropout>
+  template <ScoreKind kKind = ScoreKind::kGeneralDropout>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
-    constexpr bool kAll = kKind == ScoreKind::kGeneral || kKind == ScoreKind::kDropout;
+    constexpr bool kAll = kKind == ScoreKind::kGeneral || kKind == ScoreKind::kGeneralDropout;
     if (work.tile.index == kNoSequence) return;
     auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
     if (kAll && p.bias)
@@ -41,7 +41,7 @@ struct ScoreOperands {
       slope = slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
                                        slopes.offset(work.tile.index, query_head, 0)];
     }
-    if constexpr (kKind == ScoreKind::kDropout || kKind == ScoreKind::kDropoutAlone) {
+    if constexpr (kKind == ScoreKind::kGeneralDropout || kKind == ScoreKind::kDropout) {
       if (p.dropout)
         dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
       batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);

@@ -1,5 +1,5 @@
 // A score variant of the sm_90a kernels: what a kernel computes between S = Q Kᵀ and P V for one kind of
-// score (core/plan.h's ScoreKind). What the kind leaves out costs nothing at run time.
+// score (core/plan/row.h's ScoreKind). What the kind leaves out costs nothing at run time.
 //
 // ScoreVariant is the plain score; the others derive from it (score/variants.cuh has the list) and say their
 // input, their softmax and what they do to S. S is the accumulator of a consumer's whole key tile; functions
@@ -9,7 +9,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "core/score.h"
 #include "cuda/softmax.cuh"

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/hopper_bias.cuh"
@@ -21,9 +21,9 @@ struct VariantOf<ScoreKind::kPlain, S> : std::type_identity<PlainScore<S>> {};
 template <class S>
 struct VariantOf<ScoreKind::kGeneral, S> : std::type_identity<GeneralVariant<S>> {};
 template <class S>
-struct VariantOf<ScoreKind::kDropout, S> : std::type_identity<GeneralDropoutVariant<S>> {};
+struct VariantOf<ScoreKind::kGeneralDropout, S> : std::type_identity<GeneralDropoutVariant<S>> {};
 template <class S>
-struct VariantOf<ScoreKind::kDropoutAlone, S> : std::type_identity<DropoutScore<S>> {};
+struct VariantOf<ScoreKind::kDropout, S> : std::type_identity<DropoutScore<S>> {};
 template <class S>
 struct VariantOf<ScoreKind::kSegments, S> : std::type_identity<SegmentScore<S>> {};
 template <class S>

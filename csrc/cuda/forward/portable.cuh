@@ -1,5 +1,5 @@
 // The portable forward, which runs on sm_75 and every newer card: FlashAttention-2 (Dao, 2023) with mma.sync,
-// ldmatrix and cp.async. Keys and values are dense or lie in pages (forward/sm80_state.cuh).
+// ldmatrix and cp.async. Keys and values are dense or lie in pages (forward/portable_state.cuh).
 #pragma once
 
 #include <type_traits>
@@ -7,7 +7,7 @@
 #include "core/families/portable_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
-#include "cuda/forward/sm80_state.cuh"
+#include "cuda/forward/portable_state.cuh"
 #include "cuda/launch.h"
 #include "cuda/load/ring.cuh"
 #include "cuda/mask.cuh"
@@ -18,7 +18,7 @@
 #include "cuda/tile/fragments.cuh"
 #include "cuda/work.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
 constexpr int forward_keys(int head_dim, int m, int n, int warps, ScoreKind kind) {
@@ -39,10 +39,10 @@ struct ForwardSm80 {
   using State = State_;
   // Dropout's first random numbers are drawn while S = Q Kᵀ runs. Only the kernel for dropout alone has
   // registers for them.
-  static constexpr bool kEarlyNumbers = Kind == ScoreKind::kDropoutAlone;
+  static constexpr bool kEarlyNumbers = Kind == ScoreKind::kDropout;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
-  static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kDropout;
-  static constexpr bool kDropout = Kind == ScoreKind::kDropout || kEarlyNumbers;
+  static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kGeneralDropout;
+  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || kEarlyNumbers;
   static constexpr int kM = M, kN = forward_keys(HeadDim, M, N, Warps, Kind);
   static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kPlain ? Blocks : 1;
   static constexpr int kWarpRows = M / kWarps;
@@ -198,32 +198,24 @@ struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps,
                                       PagedState<T, Pool, forward_keys(HeadDim, M, N, Warps, Kind), Stages>> {
 };
 
-template <class T, int... kNumbers>
-cudaError_t launch_paged_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
-                                      cudaStream_t stream) {
-  if (p.kv_dtype == DType::kF8E4M3) {
-    return launch_forward_sm80<PagedForwardSm80<T, uint8_t, ScoreKind::kGeneral, kNumbers...>>(
-        p, plan, workspace, stream);
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  if constexpr (R.is_paged()) {
+    const auto run = [&]<class Pool, ScoreKind kKind>() {
+      return launch_forward_sm80<PagedForwardSm80<T, Pool, kKind, R.head_dim, R.value_dim, R.block_m,
+                                                  R.block_n, R.stages, R.warps, R.blocks>>(p, plan, workspace,
+                                                                                           stream);
+    };
+    if (p.kv_dtype == DType::kF8E4M3) return run.template operator()<uint8_t, ScoreKind::kGeneral>();
+    if (plan.general()) return run.template operator()<T, ScoreKind::kGeneral>();
+    return run.template operator()<T, ScoreKind::kPlain>();
+  } else {
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      return launch_forward_sm80<
+          ForwardSm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks, kKind>>(
+          p, plan, workspace, stream);
+    });
   }
-  if (plan.general()) {
-    return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kGeneral, kNumbers...>>(p, plan, workspace,
-                                                                                         stream);
-  }
-  return launch_forward_sm80<PagedForwardSm80<T, T, ScoreKind::kPlain, kNumbers...>>(p, plan, workspace,
-                                                                                     stream);
 }
 
-}  // namespace jax_flash::inline JF_FAMILY
-
-// The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_LAUNCH_FORWARD(kind, dtype, ...) \
-  launch_forward_sm80<ForwardSm80<dtype, __VA_ARGS__, ScoreKind::kind>>(p, plan, workspace, stream)
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
-  namespace jax_flash {                                                                              \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    if (!plan.general()) return JF_LAUNCH_FORWARD(kPlain, dtype, __VA_ARGS__);                       \
-    if (!p.dropout) return JF_LAUNCH_FORWARD(kGeneral, dtype, __VA_ARGS__);                          \
-    if (plan.score == ScoreKind::kDropout) return JF_LAUNCH_FORWARD(kDropout, dtype, __VA_ARGS__);   \
-    return JF_LAUNCH_FORWARD(kDropoutAlone, dtype, __VA_ARGS__);                                     \
-  }                                                                                                  \
-  }
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -16,22 +16,24 @@
 //   warp 2, where the score has an input of its own: its warp (segments; a further one trims the key range)
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
-// empty one. Consumers issue products in turns (ping-pong). docs/hopper-forward.md has the reasons and
-// timings.
+// empty one. Consumers issue products in turns (ping-pong). docs/kernels/hopper-forward.md has the reasons
+// and timings.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
-#include "core/plan.h"
-#include "cuda/forward/sm90_consumer.cuh"
-#include "cuda/forward/sm90_load.cuh"
-#include "cuda/forward/sm90_scheduler.cuh"
-#include "cuda/forward/sm90_state.cuh"
+#include "core/families/hopper_layout.h"
+#include "core/plan/launch_plan.h"
+#include "cuda/forward/hopper_consumer.cuh"
+#include "cuda/forward/hopper_load.cuh"
+#include "cuda/forward/hopper_scheduler.cuh"
+#include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
 #include "cuda/load/hopper_dense.cuh"
+#include "cuda/load/hopper_pages.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/variants.cuh"
@@ -54,11 +56,11 @@ struct ForwardSm90 {
   static constexpr int kM = M, kStages = Stages;
   // Shared memory has to hold a bias' tiles beside Q, K and V, in one or two stages: where it does not, key
   // tiles are smaller. Dropout needs whole Philox blocks.
-  static constexpr int kRowBytes = 2 * (M * HeadDim + Stages * N * (HeadDim + ValueDim));
+  static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(HeadDim, ValueDim, M, N, Stages);
   static constexpr int kBiasStages =
-      std::min<int>(2, (kHopperSharedBytes - kHopperStateBytes - kRowBytes) / (2 * M * N));
+      std::min<int>(2, (hopper::kMaxSharedBytes - hopper::kStateBytes - kTileBytes) / (2 * M * N));
   static constexpr bool kSmallKeyTile = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
-  static constexpr bool kDropout = Kind == ScoreKind::kDropout || Kind == ScoreKind::kDropoutAlone;
+  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout;
   static constexpr int kN = kSmallKeyTile ? 64 : kDropout ? N / kDropoutColumns * kDropoutColumns : N;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
@@ -69,7 +71,7 @@ struct ForwardSm90 {
                                                                                   : kN * 3 / 64;
   // Q is read from shared memory once per query tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters =
-      Kind == ScoreKind::kPlain && HeadDim == 128 && kAllConsumers <= 2 && N <= kHopperKeys;
+      Kind == ScoreKind::kPlain && HeadDim == 128 && kAllConsumers <= 2 && N <= 128;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys = Kind == ScoreKind::kPlain ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
@@ -98,15 +100,14 @@ struct ForwardSm90 {
     typename Loader::Maps keys;
     typename Input::Map input;
   };
-  static constexpr bool holds(ScoreKind kind) { return hopper_holds(kind, HeadDim, N, kConsumers, kTeams); }
-  static constexpr bool kPairs = hopper_pairs(HeadDim, N);  // it is built with 2-CTA clusters as well
   static_assert(registers_suffice(kThreads, kAllConsumers));
   static_assert(M == kConsumers * kConsumerRows && kAllConsumers < Warps / 4 && kN % 16 == 0);
   static_assert(32 * (1 + Loader::kWarps + Input::kWarps) <= kTeamProducers<kTeams> &&
                 (kTeams == 1 || kCluster == 1));
-  static_assert(sizeof(Shared) <= kConsumers * QTile::kBytes + Stages * (KTile::kBytes + VTile::kBytes) +
-                                      Input::kBytes + kHopperStateBytes);
-  static_assert(kTeams * sizeof(Shared) <= kHopperSharedBytes);
+  // plan() takes the shared memory of the row's plain kernel for that of all its kernels.
+  static_assert(sizeof(Shared) <= hopper::forward_tile_bytes(HeadDim, ValueDim, M, kN, Stages) +
+                                      Input::kBytes + hopper::kStateBytes);
+  static_assert(kTeams * sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 
 template <class C>
@@ -169,33 +170,23 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
                          C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles);
 }
 
-}  // namespace jax_flash
-
-// The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_LAUNCH_FORWARD(kind, dtype, ...) \
-  launch_forward_sm90<ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kind>>(p, plan, workspace, stream)
-#define JF_CASE(kind, dtype, ...)                                                                    \
-  case ScoreKind::kind:                                                                              \
-    if constexpr (Plain::holds(ScoreKind::kind)) return JF_LAUNCH_FORWARD(kind, dtype, __VA_ARGS__); \
-    break;
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
-  namespace jax_flash {                                                                              \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    using Plain = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain>;                                \
-    if constexpr (Plain::kPairs) {                                                                   \
-      using Paired = ForwardSm90<dtype, __VA_ARGS__, ScoreKind::kPlain, DenseLoader, 2>;             \
-      if (plan.cluster_size > 1) return launch_forward_sm90<Paired>(p, plan, workspace, stream);     \
-    }                                                                                                \
-    switch (plan.score) {                                                                            \
-      JF_CASE(kPlain, dtype, __VA_ARGS__)                                                            \
-      JF_CASE(kGeneral, dtype, __VA_ARGS__)                                                          \
-      JF_CASE(kDropout, dtype, __VA_ARGS__)                                                          \
-      JF_CASE(kDropoutAlone, dtype, __VA_ARGS__)                                                     \
-      JF_CASE(kSegments, dtype, __VA_ARGS__)                                                         \
-      JF_CASE(kAlibi, dtype, __VA_ARGS__)                                                            \
-      JF_CASE(kSoftcap, dtype, __VA_ARGS__)                                                          \
-      JF_CASE(kBias, dtype, __VA_ARGS__)                                                             \
-    }                                                                                                \
-    return cudaErrorNotSupported;                                                                    \
-  }                                                                                                  \
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = [&]<ScoreKind kKind, template <class> class Loader, int kCluster>() {
+    return launch_forward_sm90<ForwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages,
+                                           R.warps, R.teams, kKind, Loader, kCluster>>(p, plan, workspace,
+                                                                                       stream);
+  };
+  if constexpr (R.cluster > 1) {
+    if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.cluster>();
   }
+  return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+    if constexpr (R.is_paged()) {
+      return run.template operator()<kKind, PagedLoader, 1>();
+    } else {
+      return run.template operator()<kKind, DenseLoader, 1>();
+    }
+  });
+}
+
+}  // namespace jax_flash

@@ -7,7 +7,7 @@
 #include "cuda/backward/keys_single_buffer.cuh"
 #include "cuda/backward/queries.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32
 // accumulator, or from a kernel over query tiles where it has to be deterministic.
@@ -32,13 +32,14 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
   return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
 }
 
-}  // namespace jax_flash::inline JF_FAMILY
+// The general kernel has dropout, too.
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = [&]<bool kGeneral>() {
+    return launch_backward_sm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks,
+                                kGeneral>(p, plan, workspace, stream);
+  };
+  return plan.general() ? run.template operator()<true>() : run.template operator()<false>();
+}
 
-// The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                                 \
-  namespace jax_flash {                                                                                    \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {       \
-    if (plan.general()) return launch_backward_sm80<dtype, __VA_ARGS__, true>(p, plan, workspace, stream); \
-    return launch_backward_sm80<dtype, __VA_ARGS__, false>(p, plan, workspace, stream);                    \
-  }                                                                                                        \
-  }
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -12,7 +12,7 @@
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
@@ -190,12 +190,11 @@ cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, 
                 static_cast<int32_t>(plan.queries.tiles), static_cast<int32_t>(plan.keys.tiles));
 }
 
-}  // namespace jax_flash::inline JF_FAMILY
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void*, cudaStream_t stream) {
+  return launch_bias_gradient_sm80<
+      BiasGradientSm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks>>(
+      p, plan, stream);
+}
 
-// The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                   \
-  namespace jax_flash {                                                                      \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void*, cudaStream_t stream) {   \
-    return launch_bias_gradient_sm80<BiasGradientSm80<dtype, __VA_ARGS__>>(p, plan, stream); \
-  }                                                                                          \
-  }
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

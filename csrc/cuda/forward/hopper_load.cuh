@@ -1,9 +1,9 @@
-// The load warp of cuda/forward/sm90.cuh: Q, K, V and tiles of a bias, by TMA.
+// The load warp of cuda/forward/hopper.cuh: Q, K, V and tiles of a bias, by TMA.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/forward/sm90_state.cuh"
+#include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tma.cuh"
 

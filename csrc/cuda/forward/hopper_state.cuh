@@ -1,10 +1,10 @@
-// What the warps of cuda/forward/sm90.cuh share: the states of query tiles, tiles of Q, K and V, pipelines.
+// What the warps of cuda/forward/hopper.cuh share: the states of query tiles, tiles of Q, K and V, pipelines.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
-#include "core/plan.h"
+#include "core/plan/launch_plan.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"

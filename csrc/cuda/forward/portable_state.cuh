@@ -8,7 +8,7 @@
 #include "cuda/load/dense.cuh"
 #include "cuda/load/pages.cuh"
 
-namespace jax_flash::inline JF_FAMILY {
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Keys and values that lie contiguously.
 template <class T, bool kRunning>
@@ -56,4 +56,4 @@ struct PagedState : BlockState<T> {
   }
 };
 
-}  // namespace jax_flash::inline JF_FAMILY
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -17,7 +17,7 @@
 #include "cuda/registry.h"
 
 namespace jax_flash {
-namespace decode::inline JF_FAMILY {
+namespace decode::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or
 // uint8_t for float8, whose rings have twice as many stages in the same memory.
@@ -141,29 +141,23 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
   return jax_flash::launch(combine<C>, merged * grid.columns, C::kThreads, 0, stream, p, grid, workspace);
 }
 
-}  // namespace decode::inline JF_FAMILY
+}  // namespace decode::inline JF_ARCH_NAMESPACE
 
-inline namespace JF_FAMILY {
+inline namespace JF_ARCH_NAMESPACE {
 
-template <class T, int... kNumbers>
-cudaError_t launch_decode_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
-                               cudaStream_t stream) {
-  if (p.kv_dtype != DType::kF8E4M3)
-    return decode::launch<decode::DecodeSm80<T, T, kNumbers...>>(p, plan, workspace, stream);
-  if constexpr (decode::supports_float8<T, kNumbers...>) {
-    return decode::launch<decode::DecodeSm80<T, uint8_t, kNumbers...>>(p, plan, workspace, stream);
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = [&]<class Stored>() {
+    return decode::launch<decode::DecodeSm80<T, Stored, R.head_dim, R.value_dim, R.block_m, R.block_n,
+                                             R.stages, R.warps, R.blocks>>(p, plan, workspace, stream);
+  };
+  if (p.kv_dtype != DType::kF8E4M3) return run.template operator()<T>();
+  if constexpr (decode::supports_float8<T, R.head_dim, R.value_dim>) {
+    return run.template operator()<uint8_t>();
   } else {
     return cudaErrorInvalidValue;  // plan() never chooses this row for float8
   }
 }
 
-}  // namespace JF_FAMILY
+}  // namespace JF_ARCH_NAMESPACE
 }  // namespace jax_flash
-
-// The launch function of one row and dtype, for csrc/cuda/registry.h.
-#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                           \
-  namespace jax_flash {                                                                              \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    return launch_decode_sm80<dtype, __VA_ARGS__>(p, plan, workspace, stream);                       \
-  }                                                                                                  \
-  }

@@ -1,10 +1,10 @@
-// The scheduler thread of cuda/forward/sm90.cuh: finds a team's query tiles and what the other warps need of
-// them, at most one tile ahead of the load warp.
+// The scheduler thread of cuda/forward/hopper.cuh: finds a team's query tiles and what the other warps need
+// of them, at most one tile ahead of the load warp.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/forward/sm90_state.cuh"
+#include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 
 namespace jax_flash {

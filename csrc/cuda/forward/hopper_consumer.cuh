@@ -1,12 +1,12 @@
-// A consumer warpgroup of cuda/forward/sm90.cuh: 64 rows of a query tile. S of a key tile is multiplied while
-// the P V of the tile before it is, as in FlashAttention-3.
+// A consumer warpgroup of cuda/forward/hopper.cuh: 64 rows of a query tile. S of a key tile is multiplied
+// while the P V of the tile before it is, as in FlashAttention-3.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
 #include "cuda/epilogue.cuh"
-#include "cuda/forward/sm90_state.cuh"
+#include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
