@@ -75,18 +75,34 @@ struct Band {
   }
 };
 
-// The band of a call, which may be a part of a larger sequence: `position` then tells where its first query
-// and its first key lie there, and diagonals are those of the larger sequence.
-JF_HD Band make_band(const Problem& p, int64_t leading, const Sequence& s) {
+// Where a call may be a part of a larger sequence, `position` tells where its first query and its first key
+// lie there. What the diagonal of row i is shifted by: rows and keys are counted from the call's own first
+// ones.
+JF_HD int64_t diagonal_shift(const Problem& p, int64_t position_offset) {
+  const int32_t* first = p.position.as<const int32_t>() + position_offset;
+  return int64_t{first[0]} - first[p.position.column];
+}
+
+JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s, int64_t shift) {
   constexpr int64_t kUnbounded = int64_t{1} << 40;
-  const AttentionSpec& spec = p.spec;
-  int64_t shift = spec.align == Align::kBottomRight ? int64_t{s.k_len} - s.q_len : 0;
-  if (p.position) {
-    const int32_t* first = p.position.as<const int32_t>() + p.position.leading_offset(p.leading, leading);
-    shift += int64_t{first[0]} - first[p.position.column];
-  }
+  if (spec.align == Align::kBottomRight) shift += int64_t{s.k_len} - s.q_len;
   return {s.q_len, s.k_len, shift, spec.left < 0 ? kUnbounded : spec.left,
           spec.right < 0 ? kUnbounded : spec.right};
+}
+
+#if defined(__CUDACC__)
+// Out of line: few calls have a position, and its code would lengthen the start of every kernel.
+static __host__ __device__ __noinline__ int64_t leading_shift(const Problem& p, int64_t leading) {
+  return diagonal_shift(p, p.position.leading_offset(p.leading, leading));
+}
+#else
+inline int64_t leading_shift(const Problem& p, int64_t leading) {
+  return diagonal_shift(p, p.position.leading_offset(p.leading, leading));
+}
+#endif
+
+JF_HD Band make_band(const Problem& p, int64_t leading, const Sequence& s) {
+  return make_band(p.spec, s, p.position ? leading_shift(p, leading) : 0);
 }
 
 }  // namespace jax_flash

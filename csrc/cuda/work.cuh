@@ -22,9 +22,14 @@ struct BlockWork {
                                             int64_t row) const {
     return view.leading_offset(p.leading, leading) + view.offset(batch_row, view_head, row);
   }
-  __device__ __forceinline__ Band band(const Problem& p) const {
-    return make_band(p, leading,
-                     Sequence{tile.index, batch_row, tile.q_begin, tile.k_begin, tile.q_len, tile.k_len});
+  __device__ __forceinline__ Sequence sequence() const {
+    return {tile.index, batch_row, tile.q_begin, tile.k_begin, tile.q_len, tile.k_len};
+  }
+  __device__ __forceinline__ Band band(const Problem& p) const { return make_band(p, leading, sequence()); }
+  // The same where there is one leading dimension at most. Nothing is called: a warp that has given registers
+  // up has none for a function of its own.
+  __device__ __forceinline__ Band band_inline(const Problem& p) const {
+    return make_band(p.spec, sequence(), p.position ? diagonal_shift(p, leading * p.position.leading[0]) : 0);
   }
 };
 

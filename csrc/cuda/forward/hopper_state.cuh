@@ -40,7 +40,7 @@ struct TileState {
   __device__ __forceinline__ bool begin(const Problem& p) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
-    band = work.band(p);
+    band = work.band_inline(p);
     reload_shared();
     tiles = key_tiles<C>(tile.row, tile.used_queries());
     reload_shared();
