@@ -29,7 +29,8 @@ struct BlockWork {
   // The same where there is one leading dimension at most. Nothing is called: a warp that has given registers
   // up has none for a function of its own.
   __device__ __forceinline__ Band band_inline(const Problem& p) const {
-    return make_band(p.spec, sequence(), p.position ? diagonal_shift(p, leading * p.position.leading[0]) : 0);
+    return make_band(p.spec, sequence(),
+                     has_position(p) ? diagonal_shift(p, leading * p.position.leading[0]) : 0);
   }
 };
 
