@@ -85,18 +85,6 @@ Variant forward_variant(const LaunchPlan& plan) {
   return plan.cluster_size > 1 ? Variant::kCluster : kVariants[static_cast<int>(plan.score)];
 }
 
-// Whether a library with only this row would take that call.
-bool exists(const KernelRow& row, Variant variant, Device device) {
-  device.capability = row.arch->oldest;
-  device.always_cluster = variant == Variant::kCluster;
-  const Problem p = example(row, variant);
-  const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
-  const Shapes shapes = shapes_of(p);
-  const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
-  const bool dense_forward = row.pass == Pass::kForward && row.takes(Loader::kDense);
-  return found.kernel == 0 && (!dense_forward || forward_variant(found) == variant);
-}
-
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   switch (pass) {
     case Pass::kForward:
@@ -114,6 +102,17 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
   }
   return Variant::kPlain;
+}
+
+// Whether a library with only this row would take that call.
+bool exists(const KernelRow& row, Variant variant, Device device) {
+  device.capability = row.arch->oldest;
+  device.always_cluster = variant == Variant::kCluster;
+  const Problem p = example(row, variant);
+  const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
+  const Shapes shapes = shapes_of(p);
+  const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
+  return found.kernel == 0 && (row.pass != Pass::kForward || variant_of(row.pass, found, p) == variant);
 }
 
 }  // namespace
