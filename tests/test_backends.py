@@ -49,9 +49,10 @@ def core(monkeypatch, tmp_path):
         cpu_isa=lambda: "avx2",
         registrations=lambda: {},
         load_cuda=lambda path: {"jax_flash_forward": object()},
+        covers=lambda arch, capability: True,
         cuda_kernels=lambda: [
-            ("sm80", "forward", 128, 128, ("float16", "bfloat16")),
-            ("sm80", "forward", 192, 128, ("bfloat16",)),
+            ("sm80", "forward", 128, 128, ("float16", "bfloat16"), ("dense", "paged")),
+            ("sm80", "forward", 192, 128, ("bfloat16",), ("dense",)),
         ],
     )
     monkeypatch.setattr(backends, "_load_core", lambda: (fake, None))
