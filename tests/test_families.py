@@ -22,14 +22,14 @@ HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (
 
 NEW_ROWS = "\n".join(
     [
-        "JF_ARCH(sm100, blackwell, 100, 109, 100a)",
+        "JF_ARCH(sm199, imagined, 190, 199, 199a)",
         *(
             f"JF_KERNEL(sm90, backward, dense, half, {d}, {dv}, 64, 128, 2, 12, 1, 1, 1, plain | general_dropout)"
             for d, dv in HEAD_DIMS
         ),
         "JF_KERNEL(sm90, decode, either, half, 128, 128, 16, 64, 4, 8, 1, 1, 1, plain | general)",
-        "JF_KERNEL(sm100, forward, dense, half, 128, 128, 128, 128, 2, 16, 1, 2, 1, plain | general)",
-        "JF_KERNEL(sm100, forward, dense, half, 128, 128, 256, 128, 2, 16, 1, 2, 1, plain)",
+        "JF_KERNEL(sm199, forward, dense, half, 128, 128, 128, 128, 2, 16, 1, 2, 1, plain | general)",
+        "JF_KERNEL(sm199, forward, dense, half, 128, 128, 256, 128, 2, 16, 1, 2, 1, plain)",
     ]
 )
 
@@ -97,17 +97,17 @@ def test_their_traits_plan_grid_workspace_and_shared_memory(planner):
 
 
 def test_a_new_arch_runs_on_its_devices_alone(planner):
-    blackwell = {"capability": 100, "q_rows": 4096, "k_rows": 4096}
+    imagined = {"capability": 199, "q_rows": 4096, "k_rows": 4096}
     new, general, packed, wide, hopper, newer = plans(
         planner,
-        blackwell,
-        blackwell | {"operands": MASK},
-        blackwell | {"layout": VARLEN, "operands": 3},
-        blackwell | {"d": 256},
-        blackwell | {"capability": 90},
-        blackwell | {"capability": 120},
+        imagined,
+        imagined | {"operands": MASK},
+        imagined | {"layout": VARLEN, "operands": 3},
+        imagined | {"d": 256},
+        imagined | {"capability": 90},
+        imagined | {"capability": 200},
     )
-    assert new.startswith("sm100 forward dense plain d=128 dv=128 tile 256x128, ")
+    assert new.startswith("sm199 forward dense plain d=128 dv=128 tile 256x128, ")
     assert "in 2-CTA clusters, 200000 bytes of shared memory" in new
-    assert general.startswith("sm100 forward dense general d=128 dv=128 tile 128x128")
+    assert general.startswith("sm199 forward dense general d=128 dv=128 tile 128x128")
     assert [text.split()[0] for text in (packed, wide, hopper, newer)] == ["sm80", "sm80", "sm90", "sm80"]

@@ -44,7 +44,8 @@ enum class AppendOperand : int32_t { kCuSeqlens = 0, kCos, kSin, kKScale, kVScal
 
 inline constexpr int32_t kUnlimited = -1;
 
-// The largest d and dv of every pass but CUDA's decode (576, dv 512).
+// The largest d and dv of the CPU kernels and of CUDA's page loaders; CUDA's other limits are the rows of the
+// table.
 inline constexpr int32_t kMaxHeadDim = 256;
 
 struct AttentionSpec {

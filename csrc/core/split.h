@@ -1,4 +1,5 @@
-// Attention over parts of the keys, and the merge of the parts. Every backend uses these equations.
+// Attention over parts of the keys, and the merge of the parts. Every backend uses these equations; the
+// sizes of parts are the CPU's, and those of CUDA stand with its families.
 #pragma once
 
 #include <cmath>

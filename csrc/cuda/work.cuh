@@ -26,8 +26,8 @@ struct BlockWork {
     return {tile.index, batch_row, tile.q_begin, tile.k_begin, tile.q_len, tile.k_len};
   }
   __device__ __forceinline__ Band band(const Problem& p) const { return make_band(p, leading, sequence()); }
-  // The same where there is one leading dimension at most. Nothing is called: a warp that has given registers
-  // up has none for a function of its own.
+  // For kernels with one leading dimension at most. No function is called, since a warp that has given
+  // registers up (setmaxnreg) has too few for a call.
   __device__ __forceinline__ Band band_inline(const Problem& p) const {
     return make_band(p.spec, sequence(),
                      has_position(p) ? diagonal_shift(p, leading * p.position.leading[0]) : 0);

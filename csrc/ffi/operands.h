@@ -33,7 +33,7 @@ inline std::vector<Axis> token_axes(bool packed, Size rows, Size heads, Size wid
   return axes;
 }
 
-// Of a pool, [p, ps, hk, width] or [p, hk, ps, width].
+// The axes of a pool, [p, ps, hk, width] or [p, hk, ps, width].
 inline std::vector<Axis> pool_axes(PageLayout layout, Size width) {
   const Axis slot{Size::kPageSize, &View::row}, head{Size::kKvHeads, &View::head};
   const bool nhd = layout == PageLayout::kNhd;

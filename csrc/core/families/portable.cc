@@ -23,8 +23,6 @@ RowShape shape_of(const KernelRow& row, const Call& call) {
 
 class Forward final : public PassTraits {
  public:
-  bool serves(const KernelRow&, const Call&) const override { return true; }
-
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return forward_shared_bytes(shape_of(row, call), element_size(call));
   }
@@ -43,8 +41,6 @@ class Forward final : public PassTraits {
 // tiles.
 class Backward final : public PassTraits {
  public:
-  bool serves(const KernelRow&, const Call&) const override { return true; }
-
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return backward_shared_bytes(shape_of(row, call), element_size(call));
   }
@@ -69,8 +65,6 @@ class Backward final : public PassTraits {
 
 class BiasGradient final : public PassTraits {
  public:
-  bool serves(const KernelRow&, const Call&) const override { return true; }
-
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return bias_gradient_shared_bytes(shape_of(row, call), element_size(call));
   }

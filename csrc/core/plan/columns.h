@@ -19,11 +19,12 @@ inline constexpr uint32_t dense = bit(Loader::kDense), paged = bit(Loader::kPage
                           either = both;
 inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,
                           single = bit(DType::kF32), float32 = single;
+inline constexpr uint32_t segments = bit(ScoreKind::kSegments), alibi = bit(ScoreKind::kAlibi),
+                          softcap = bit(ScoreKind::kSoftcap), bias = bit(ScoreKind::kBias);
 inline constexpr uint32_t plain = bit(ScoreKind::kPlain), general = bit(ScoreKind::kGeneral),
                           general_dropout = bit(ScoreKind::kGeneralDropout),
                           dropout = bit(ScoreKind::kDropout),
-                          each_option = dropout | bit(ScoreKind::kSegments) | bit(ScoreKind::kAlibi) |
-                                        bit(ScoreKind::kSoftcap) | bit(ScoreKind::kBias);
+                          each_option = dropout | segments | alibi | softcap | bias;
 inline constexpr int32_t any = std::numeric_limits<int32_t>::max();
 
 }  // namespace jax_flash::columns

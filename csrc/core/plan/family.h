@@ -13,9 +13,9 @@ namespace jax_flash {
 // One pass of a family.
 class PassTraits {
  public:
-  // Whether a row runs a call: what its arch, dtype, head dims, loader, score variants and shared memory
-  // leave open.
-  virtual bool serves(const KernelRow& row, const Call& call) const = 0;
+  // Whether a row runs a call, as far as its arch, query's dtype, head dims, loader, score variants and
+  // shared memory leave that open.
+  virtual bool serves(const KernelRow&, const Call&) const { return true; }
   // Bytes of shared memory of a CTA, from the constexpr layout that the kernel is built with.
   virtual int64_t shared_bytes(const KernelRow& row, const Call& call) const = 0;
   // Whether `a` suits the call better than `b`, of two rows that run it with as much padding.

@@ -36,6 +36,9 @@ struct DecodeGrid {
   }
 };
 
+// One plan serves both kernels of a call with packed sequences, decode and the forward after it: `score` and
+// `shared` are then the forward's, `decode` and `decode_kernel` the other's.
+//
 // The forward runs over query tiles. The backward runs over key tiles and adds dQ up in the accumulator or,
 // where dQ has to be repeatable, leaves it to a second kernel over query tiles. The bias gradient runs over
 // the tiles of dbias, whose CTAs are counted in `queries`.
@@ -47,7 +50,8 @@ struct LaunchPlan {
   DecodeGrid decode;
   int32_t cluster_size = 1;  // 2: 2-CTA clusters with multicast K/V, each CTA with one of two adjacent tiles
   int32_t persistent_ctas = 0;  // CTAs that share the query tiles out; 0: one CTA per tile
-  int64_t tile_counter = -1;    // where the tile counter lies in the workspace; -1: tiles are taken in turn
+  int64_t tile_counter = -1;    // where the tile counter (4 bytes, cleared by the launch) lies in the
+                                // workspace; -1: tiles are taken in turn
   int64_t accumulator = -1;     // where dQ in float32 begins in the workspace; -1: none
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used

@@ -55,8 +55,8 @@ struct Pipeline {
     ptx::barrier_arrive(empty_barrier(use));
   }
 
-  // Of a cluster whose CTA `loader` multicasts into the same stage of all: consumers release the stage at the
-  // loader's barrier, and the other producers, which only expect the bytes, wait for the previous ones.
+  // In a cluster the CTA `loader` multicasts into the same stage of all CTAs: consumers release the stage at
+  // the loader's barrier, and the other producers, which only expect the bytes, wait for the previous ones.
   template <int kCluster>
   __device__ __forceinline__ void release(uint32_t use, uint32_t loader) const {
     if constexpr (kCluster == 1) {

@@ -39,7 +39,7 @@ __device__ __forceinline__ const Problem& reload(const Problem& p) {
   __builtin_assume(same->leading.rank <= 1);  // plan() sees to it
   return *same;
 }
-// The same of shared memory.
+// Compiler barrier: shared memory is read again.
 __device__ __forceinline__ void reload_shared() { asm volatile("" ::: "memory"); }
 
 // The CTA of a cluster that loads K, and V, for all of it.

@@ -26,6 +26,8 @@ int main() {
     spec.layout = static_cast<Layout>(get("layout", 0));
     spec.left = kUnlimited, spec.right = static_cast<int32_t>(get("right", kUnlimited));
     spec.scale = 1;
+    spec.softcap = static_cast<float>(get("softcap", 0));
+    spec.num_splits = static_cast<int32_t>(get("num_splits", 0));
     spec.operands = static_cast<int32_t>(get("operands", 0));
     spec.deterministic = get("deterministic", 0);
     Shapes s{};

@@ -1,5 +1,6 @@
 // Families that do not exist, for tests/test_families.py: Hopper with a backward and a decode of its own, and
-// a Blackwell forward. Their rows are in the table that the test writes; nothing else is edited.
+// the forward of an imagined arch, sm199. Their rows are in the table that the test writes; nothing else is
+// edited.
 #include "core/families/hopper_layout.h"
 #include "core/plan/family.h"
 
@@ -50,7 +51,7 @@ class HopperDecode final : public PassTraits {
   Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override { return 0; }
 };
 
-class BlackwellForward final : public PassTraits {
+class ImaginedForward final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call& call) const override { return !call.spec.packed(); }
   int64_t shared_bytes(const KernelRow&, const Call&) const override { return 200'000; }
@@ -76,8 +77,8 @@ const Family& next_hopper() {
   return family;
 }
 
-const Family& blackwell() {
-  static const BlackwellForward forward;
+const Family& imagined() {
+  static const ImaginedForward forward;
   static const Family family{&forward};
   return family;
 }

@@ -184,7 +184,7 @@ class Call {
   DeviceMemory workspace_;
 };
 
-// The same for append_kv.
+// A call of append_kv on operands of its own.
 class AppendCall {
  public:
   explicit AppendCall(const AppendProblem& problem)

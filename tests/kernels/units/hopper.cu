@@ -1,13 +1,11 @@
 // The wrappers of TMA and wgmma, and the descriptors between them: tiles are loaded by tensor maps,
-// multiplied from shared memory and from registers, and compared with the host's products, exactly. Rows of
-// float32 are loaded and added up without tensor maps. The wrappers of clusters: what each CTA of a pair
-// comes to see of the other. Needs an sm_90 GPU.
+// multiplied from shared memory and from registers, and compared with the host's products, exactly. The
+// wrappers of clusters: what each CTA of a pair comes to see of the other. Needs an sm_90 GPU.
 #include <cstdio>
 #include <cstdlib>
 #include <type_traits>
 #include <vector>
 
-#include "cuda/hopper/tma.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cluster.cuh"
@@ -18,17 +16,12 @@
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
+#include "hopper_units.h"
 
 namespace jax_flash {
 namespace {
 
 constexpr int kRows = 64, kHeads = 3, kHead = 1;
-
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(1);
-}
 
 template <class Tile>
 __device__ void copy_tile(uint32_t to, const CUtensorMap& map, uint32_t barrier) {
@@ -355,59 +348,6 @@ int run_copies(uint32_t sender) {
       [&](int, int i) { return i < kPanels ? i + 1 == kPanels : image[i - kPanels]; },
       image.size() * 4 + ptx::kBarrierBytes, copies<Tile>, map, kAt, sender);
   cudaFree(device);
-  return wrong;
-}
-
-// Every CTA loads its own kFloats of `from`, and adds them to the same kFloats of `sums` and, doubled, to the
-// kFloats behind them: two bulk groups.
-constexpr int kFloats = 132;
-__global__ void __launch_bounds__(kThreads) statistics(const float* from, float* sums) {
-  const uint32_t shared = ptx::shared_address(ptx::dynamic_shared_1024()), twice = shared + kFloats * 4,
-                 barrier = twice + kFloats * 4;
-  if (threadIdx.x == 0) {
-    ptx::barrier_init(barrier, 1);
-    ptx::fence_barriers();
-    ptx::barrier_expect(barrier, kFloats * 4);
-    load_statistics(shared, from + blockIdx.x * kFloats, kFloats, barrier);
-  }
-  __syncthreads();
-  ptx::barrier_wait(barrier, 0);
-  for (uint32_t at = threadIdx.x * 4; at < kFloats * 4; at += kThreads * 4)
-    ptx::store_shared(twice + at, __float_as_uint(2 * __uint_as_float(ptx::load_shared(shared + at))));
-  ptx::fence_async_shared();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    add_floats(sums, shared, kFloats);
-    ptx::bulk_commit();
-    add_floats(sums + kFloats, twice, kFloats);
-    ptx::bulk_commit();
-    ptx::bulk_wait_read<1>();
-    ptx::bulk_wait<0>();
-  }
-}
-
-int run_statistics() {
-  std::vector<float> host(kBlocks * kFloats), want(2 * kFloats, 1.0f), got(2 * kFloats, 1.0f);
-  for (int i = 0; i < kBlocks * kFloats; ++i) {
-    host[i] = static_cast<float>(i * 7 % 31 - 15);
-    want[i % kFloats] += host[i], want[kFloats + i % kFloats] += 2 * host[i];
-  }
-  float *from, *sums;
-  check(cudaMalloc(&from, host.size() * 4), "cudaMalloc");
-  check(cudaMalloc(&sums, got.size() * 4), "cudaMalloc");
-  check(cudaMemcpy(from, host.data(), host.size() * 4, cudaMemcpyHostToDevice), "copy");
-  check(cudaMemcpy(sums, got.data(), got.size() * 4, cudaMemcpyHostToDevice), "copy");
-  statistics<<<kBlocks, kThreads, 2 * kFloats * 4 + ptx::kBarrierBytes>>>(from, sums);
-  check(cudaMemcpy(got.data(), sums, got.size() * 4, cudaMemcpyDeviceToHost), "statistics");
-  cudaFree(from), cudaFree(sums);
-  View rows;
-  rows.data = sums, rows.row = 1, rows.head = 4, rows.batch = 8;
-  int wrong = !loads_statistics(rows, 4) || loads_statistics(rows, 2);
-  rows.head = 6;
-  wrong += loads_statistics(rows, 4);
-  for (size_t i = 0; i < got.size(); ++i) wrong += got[i] != want[i];
-  std::printf(wrong ? "load_statistics, add_floats: FAILED, %d wrong\n" : "load_statistics, add_floats: ok\n",
-              wrong);
   return wrong;
 }
 
