@@ -77,7 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-splits", type=_size, help="of paged_attention")
     add("--batch-invariant", action="store_true", help="of paged_attention")
     add("--causal", action="store_true")
-    add("--window", type=int, nargs=2, metavar=("LEFT", "RIGHT"), help="keys beside the diagonal, -1: all")
+    add(
+        "--window",
+        type=lambda side: UNLIMITED if side.lower() == "none" else int(side),
+        nargs=2,
+        metavar=("LEFT", "RIGHT"),
+        help="keys beside the diagonal; none: unlimited",
+    )
     add("--softcap", type=float)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
