@@ -75,16 +75,14 @@ struct Band {
   }
 };
 
-// Where a call may be a part of a larger sequence, `position` tells where its first query and its first key
-// lie there. What the diagonal of row i is shifted by: rows and keys are counted from the call's own first
-// ones.
+// How far `position` shifts the diagonal of every row. It tells where the call's first query and first key
+// lie in the larger sequence, while rows and keys are counted from the call's own first ones.
 JF_HD int64_t diagonal_shift(const Problem& p, int64_t position_offset) {
   const int32_t* first = p.position.as<const int32_t>() + position_offset;
   return int64_t{first[0]} - first[p.position.column];
 }
 
-// The spec tells, which every kernel reads when it starts: the view's pointer would be one more miss of the
-// constant cache.
+// Whether the call is a part of a larger sequence. The spec tells, which every kernel reads when it starts.
 JF_HD bool has_position(const Problem& p) { return __builtin_expect(p.spec.has(Operand::kPosition), false); }
 
 JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s, int64_t shift) {
@@ -94,16 +92,10 @@ JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s, int64_t shift
           spec.right < 0 ? kUnbounded : spec.right};
 }
 
-#if defined(__CUDACC__)
 // Out of line: few calls have a position, and its code would lengthen the start of every kernel.
-static __host__ __device__ __noinline__ int64_t leading_shift(const Problem& p, int64_t leading) {
+JF_HD_NOINLINE int64_t leading_shift(const Problem& p, int64_t leading) {
   return diagonal_shift(p, p.position.leading_offset(p.leading, leading));
 }
-#else
-inline int64_t leading_shift(const Problem& p, int64_t leading) {
-  return diagonal_shift(p, p.position.leading_offset(p.leading, leading));
-}
-#endif
 
 JF_HD Band make_band(const Problem& p, int64_t leading, const Sequence& s) {
   return make_band(p.spec, s, has_position(p) ? leading_shift(p, leading) : 0);

@@ -6,8 +6,10 @@
 
 #if defined(__CUDACC__)
 #define JF_HD __host__ __device__ __forceinline__
+#define JF_HD_NOINLINE static __host__ __device__ __noinline__
 #else
 #define JF_HD inline
+#define JF_HD_NOINLINE inline
 #endif
 
 namespace jax_flash {

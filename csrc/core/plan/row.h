@@ -24,7 +24,8 @@ struct Arch {
 // Where a kernel's keys and values come from; the value is the bit in KernelRow::loaders.
 enum class Loader : int32_t { kDense = 0, kPaged = 1 };
 
-// What a kernel does to scores beside the scale and the band; the value is the bit in KernelRow::scores.
+// The score options that a kernel computes, after the scale and the band; the value is the bit in
+// KernelRow::scores.
 enum class ScoreKind : int32_t {
   kPlain,           // nothing
   kGeneral,         // any combination of options, without dropout
