@@ -1,5 +1,5 @@
-// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. Each block of 16 columns
-// is in the order of ptx::add_quad.
+// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. The portable kernels add to
+// it in the order of ptx::add_quad within each block of 16 columns.
 #pragma once
 
 #include "core/plan/launch_plan.h"
@@ -20,8 +20,8 @@ int64_t accumulator_rows(const Problem& p) {
   return p.leading.count() * (p.packed() ? 1 : p.batch) * p.q_rows * p.heads;
 }
 
-// to = scale · from, rounded. Each thread converts 8 columns, half a block of 16.
-template <class T>
+// to = scale · from, rounded. Each thread converts 8 columns, half a block of 16. kQuads: in add_quad's order.
+template <class T, bool kQuads>
 __global__ void __launch_bounds__(kConvertThreads)
     convert(T* to, const float* from, int64_t rows, int32_t head_dim, float scale) {
   const int64_t at = int64_t{blockIdx.x} * kConvertThreads + threadIdx.x;
@@ -32,9 +32,10 @@ __global__ void __launch_bounds__(kConvertThreads)
   const float* const block = from + row * accumulator_columns(head_dim) + tile / 2 * kAccumulatorBlock;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
-    const int i = tile % 2 * 2;
-    ptx::store_pair(to + at * kConvertColumns + 2 * t, block[ptx::quad_position(t, i)] * scale,
-                    block[ptx::quad_position(t, i + 1)] * scale);
+    const int i = tile % 2 * 2, column = tile % 2 * kConvertColumns + 2 * t;
+    const int first = kQuads ? ptx::quad_position(t, i) : column,
+              second = kQuads ? ptx::quad_position(t, i + 1) : column + 1;
+    ptx::store_pair(to + at * kConvertColumns + 2 * t, block[first] * scale, block[second] * scale);
   }
 }
 
@@ -45,10 +46,10 @@ cudaError_t clear_accumulator(const Problem& p, float* accumulator, cudaStream_t
 }
 
 // dQ = scale · accumulator, rounded to T.
-template <class T>
+template <class T, bool kQuads = true>
 cudaError_t convert_accumulator(const Problem& p, const float* accumulator, cudaStream_t stream) {
   const int64_t rows = accumulator_rows(p), count = rows * (p.head_dim / kConvertColumns);
-  return launch(convert<T>, ceil_div(count, kConvertThreads), kConvertThreads, 0, stream, p.dquery.as<T>(),
+  return launch(convert<T, kQuads>, ceil_div(count, kConvertThreads), kConvertThreads, 0, stream, p.dquery.as<T>(),
                 accumulator, rows, p.head_dim, p.spec.scale);
 }
 
