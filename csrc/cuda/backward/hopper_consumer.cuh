@@ -57,8 +57,9 @@ struct GradientConsumer {
   // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]
   template <class RowTile, class ColumnTile>
   __device__ __forceinline__ void start_scores(S& to, const uint8_t* rows, const uint8_t* columns) {
-    const RowsDescriptor<RowTile> a(ptx::shared_address(rows) + consumer * kConsumerRows * RowTile::kPitch);
-    const RowsDescriptor<ColumnTile> b(ptx::shared_address(columns));
+    const RowsDescriptor<RowTile> a(
+        ptx::here(ptx::shared_address(rows) + consumer * kConsumerRows * RowTile::kPitch));
+    const RowsDescriptor<ColumnTile> b(ptx::here(ptx::shared_address(columns)));
     using Product = ptx::Wgmma<T, C::kM>;
     ptx::wgmma_fence();
     Product::template multiply<true>(to.x[0], a.at(0), b.at(0));
@@ -71,7 +72,7 @@ struct GradientConsumer {
   // Issues dV += Pᵀ dO or dK += dSᵀ Q
   template <class Tile, class Sum>
   __device__ __forceinline__ void start_sum(Sum& sum, const typename C::Fragments& a, const uint8_t* tile) {
-    const ColumnsDescriptor<Tile> b(ptx::shared_address(tile));
+    const ColumnsDescriptor<Tile> b(ptx::here(ptx::shared_address(tile)));
 #pragma unroll
     for (int step = 0; step < C::kM / 16; ++step)
       ptx::Wgmma<T, Tile::kColumns>::template multiply<false, 1>(sum.x[0], a.x[0][step], b.at(step));
@@ -82,7 +83,8 @@ struct GradientConsumer {
   __device__ __forceinline__ void start_dq(uint32_t use) {
     shared.ds_pipe[0].wait_full(use);
     shared.ds_pipe[1].wait_full(use);
-    const uint32_t ds = ptx::shared_address(shared.ds[use % C::kDsStages]), k = ptx::shared_address(shared.k);
+    const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])),
+                   k = ptx::here(ptx::shared_address(shared.k));
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
     const ColumnsDescriptor<KTile> b(
         C::kDqByRows ? k : k + KTile::panel_offset(consumer * C::DqTile::kColumns / 8));
@@ -161,12 +163,11 @@ struct GradientConsumer {
 
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
   template <bool kFirst>
-  __device__ __forceinline__ void run_step(const QueryStep& step, const Interval& whole,
-                                           const Interval& clean) {
+  __device__ __forceinline__ void run_step(const QueryStep& step, const Interval& whole) {
     const uint32_t use = step.number, stage = use % C::kStages;
     const int32_t row = step.tile * C::kM;
+    shared.ready_pipe.wait_full(use);
     shared.q_pipe.wait_full(use);
-    if (row < clean.lo || row + C::kM > clean.hi) clear_queries(use, row, clean);
     start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
     shared.do_pipe.wait_full(use);
     start_scores<VTile, DoTile>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ  [64, M]
@@ -202,29 +203,7 @@ struct GradientConsumer {
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);
     shared.q_pipe.release(use);
-  }
-
-  // Zeros the rows of a tile outside `clean`. `threads` of these consumers do.
-  template <class Tile>
-  __device__ __forceinline__ static void clear_rows(const uint8_t* tile, Interval clean, int thread,
-                                                    int threads) {
-    const uint32_t to = ptx::shared_address(tile);
-    for (int at = thread; at < Tile::kRows * Tile::kChunks; at += threads) {
-      const int row = at / Tile::kChunks;
-      if (!clean.contains(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
-    }
-  }
-
-  // Q ← 0 and dO ← 0 in rows of the step that are not in use: they may hold NaN, and 0 · NaN is NaN.
-  __device__ __forceinline__ void clear_queries(uint32_t use, int32_t row, const Interval& clean) {
-    constexpr int kThreads = C::kConsumers * kWarpgroup;
-    shared.do_pipe.wait_full(use);
-    const int thread = ptx::thread_index() - kWarpgroup;
-    const Interval rows{clean.lo - row, clean.hi - row};
-    clear_rows<QTile>(shared.q[use % C::kStages], rows, thread, kThreads);
-    clear_rows<DoTile>(shared.d_out[use % C::kStages], rows, thread, kThreads);
-    ptx::fence_async_shared();
-    ptx::sync_group(1, kThreads);
+    shared.ready_pipe.release(use);
   }
 
   // K ← 0 and V ← 0 in rows that are not in use.
@@ -239,18 +218,17 @@ struct GradientConsumer {
 
   // All steps.
   __device__ __forceinline__ void differentiate_tile() {
-    const Interval tiles = uniform(shared.tile.tiles), whole = uniform(shared.tile.whole[consumer]),
-                   clean = uniform(shared.tile.clean);
+    const Interval tiles = uniform(shared.tile.tiles), whole = uniform(shared.tile.whole[consumer]);
     if (tiles.empty()) return;
-    const int32_t heads = p.heads / p.kv_heads, clean_keys = uniform(shared.tile.clean_keys);
+    const int32_t heads = uniform(shared.tile.heads), clean_keys = uniform(shared.tile.clean_keys);
     shared.k_pipe.wait_full(0);
     shared.v_pipe.wait_full(0);
     if (clean_keys < C::kN) clear_keys(clean_keys);
     QueryStep step{0, tiles.lo};
-    run_step<true>(step, whole, clean);
+    run_step<true>(step, whole);
     step.advance(tiles);
 #pragma unroll 1
-    for (; step.head < heads; step.advance(tiles)) run_step<false>(step, whole, clean);
+    for (; step.head < heads; step.advance(tiles)) run_step<false>(step, whole);
     const uint32_t last = step.number - 1;
     start_dq(last);
     ptx::wgmma_wait<0>();

@@ -20,7 +20,7 @@ struct GradientProducer {
   template <class Visit>
   __device__ __forceinline__ void for_steps(Visit visit) const {
     const Interval tiles = uniform(shared.tile.tiles);
-    const int32_t heads = p.heads / p.kv_heads;
+    const int32_t heads = uniform(shared.tile.heads);
     if (tiles.empty()) return;
     for (QueryStep step{0, tiles.lo}; step.head < heads; step.advance(tiles)) visit(step);
   }
@@ -37,7 +37,7 @@ struct GradientProducer {
   __device__ __forceinline__ void load_tiles() const {
     const BlockWork& work = shared.tile.work;
     const TileWork& tile = work.tile;
-    const int32_t kv_head = p.kv_head(work.head), key = tile.k_begin + tile.row;
+    const int32_t kv_head = shared.tile.kv_head, key = tile.k_begin + tile.row;
     for_steps([&](const QueryStep& step) {
       const uint32_t use = step.number, stage = use % C::kStages;
       const int32_t head = work.head + step.head, row = tile.q_begin + step.tile * C::kM;
@@ -54,35 +54,45 @@ struct GradientProducer {
     });
   }
 
+  // Q ← 0 and dO ← 0 in rows that are not in use.
+  __device__ __forceinline__ void clear_queries(const QueryStep& step) const {
+    const uint32_t use = step.number, stage = use % C::kStages;
+    const Interval clean = uniform(shared.tile.clean);
+    const int32_t row = step.tile * C::kM;
+    if (clean.lo <= row && row + C::kM <= clean.hi) return;
+    const Interval rows{clean.lo - row, clean.hi - row};
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    shared.q_pipe.wait_full(use);
+    clear_rows<typename C::QTile>(shared.q[stage], rows, lane, 32);
+    shared.do_pipe.wait_full(use);
+    clear_rows<typename C::DoTile>(shared.d_out[stage], rows, lane, 32);
+    ptx::fence_async_shared();
+  }
+
   // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() const {
-    const BlockWork& work = shared.tile.work;
     const int lane = static_cast<int>(threadIdx.x % 32);
     const Interval seen = uniform(shared.tile.seen);
-    const float* lse = p.lse.as<const float>() + work.offset(p, p.lse, work.head, work.tile.q_begin);
-    const float* delta = p.delta.as<const float>() + work.offset(p, p.delta, work.head, work.tile.q_begin);
     for_steps([&](const QueryStep& step) {
       const uint32_t use = step.number, stage = use % C::kStages;
-      float lses[C::kM / 32], deltas[C::kM / 32];
+      const float* const lse = shared.tile.lse + step.head * p.lse.head;
+      const float* const delta = shared.tile.delta + step.head * p.delta.head;
       bool coarse = false;
-#pragma unroll
-      for (int i = 0; i < C::kM / 32; ++i) {
-        const int32_t row = step.tile * C::kM + i * 32 + lane;
+      shared.ready_pipe.wait_empty(use);
+#pragma unroll 2
+      for (int i = lane; i < C::kM; i += 32) {
+        const int32_t row = step.tile * C::kM + i;
         const bool used = seen.contains(row);
-        const float x = used ? lse[step.head * p.lse.head + row * p.lse.row] : -INFINITY;
-        const float y = used ? delta[step.head * p.delta.head + row * p.delta.row] : 0;
-        lses[i] = row_lse(x), deltas[i] = row_delta(x, y);
-        coarse |= rounds_coarsely(lses[i]);
+        const float x = used ? lse[row * p.lse.row] : -INFINITY;
+        const float y = used ? delta[row * p.delta.row] : 0;
+        shared.statistics[stage].lse[i] = row_lse(x);
+        shared.statistics[stage].delta[i] = row_delta(x, y);
+        coarse |= rounds_coarsely(row_lse(x));
       }
       coarse = __any_sync(~0u, coarse);
-      shared.q_pipe.wait_empty(use);
-#pragma unroll
-      for (int i = 0; i < C::kM / 32; ++i) {
-        shared.statistics[stage].lse[i * 32 + lane] = lses[i];
-        shared.statistics[stage].delta[i * 32 + lane] = deltas[i];
-      }
       if (lane == 0) shared.coarse[stage] = coarse;
-      ptx::barrier_arrive_by_warp(shared.q_pipe.full_barrier(use));
+      clear_queries(step);
+      ptx::barrier_arrive_by_warp(shared.ready_pipe.full_barrier(use));
     });
   }
 

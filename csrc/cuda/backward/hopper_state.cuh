@@ -23,6 +23,8 @@ struct KeyTileState {
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
   int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
+  int32_t kv_head, heads;      // the KV head; query heads of its group
+  const float *lse, *delta;    // of the first head
   GlobalRows<T> dkey, dvalue;
 
   // False: the tile has no rows.
@@ -43,7 +45,10 @@ struct KeyTileState {
     seen = clean = band.queries(0, band.k_len);
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
-    const int32_t kv_head = p.kv_head(work.head);
+    heads = p.heads / p.kv_heads;
+    kv_head = work.head / heads;
+    lse = p.lse.as<const float>() + work.offset(p, p.lse, work.head, tile.q_begin);
+    delta = p.delta.as<const float>() + work.offset(p, p.delta, work.head, tile.q_begin);
     dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
     dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
     return true;
@@ -55,6 +60,17 @@ template <int M>
 struct QueryStatistics {
   float lse[M], delta[M];
 };
+
+// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of `threads`.
+template <class Tile>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, Interval clean, int thread, int threads) {
+  const uint32_t to = ptx::shared_address(tile);
+#pragma unroll 1
+  for (int at = thread; at < Tile::kRows * Tile::kChunks; at += threads) {
+    const int row = at / Tile::kChunks;
+    if (!clean.contains(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
+  }
+}
 
 template <class C>
 struct BackwardShared {
@@ -70,8 +86,8 @@ struct BackwardShared {
   KeyTileState<typename C::Element, kConsumers> tile;
   int32_t used;  // whether there is a tile
   Pipeline<1> k_pipe, v_pipe;
-  Pipeline<kStages> q_pipe;  // Q, lse and delta
-  Pipeline<kStages> do_pipe;
+  Pipeline<kStages> q_pipe, do_pipe;
+  Pipeline<kStages> ready_pipe;  // full when lse and delta are stored, and Q and dO clean
   Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
   Pipeline<1> dq_pipe[kConsumers];
 
@@ -79,8 +95,9 @@ struct BackwardShared {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     k_pipe.init(1);
     v_pipe.init(1);
-    q_pipe.init(kConsumers * kConsumer, 1 + ptx::kWarpArrivals);
+    q_pipe.init(kConsumers * kConsumer);
     do_pipe.init(kConsumers * kConsumer);
+    ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);
     for (auto& pipe : ds_pipe) pipe.init(kConsumer, kConsumer);
     for (auto& pipe : dq_pipe) pipe.init(1, kConsumer);
     ptx::fence_barriers();
