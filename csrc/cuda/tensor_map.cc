@@ -42,10 +42,11 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
   const cuuint32_t box[kRank] = {static_cast<cuuint32_t>(shape.box_columns), 1,
                                  static_cast<cuuint32_t>(shape.box_rows), 1, 1};
   const cuuint32_t steps[kRank] = {1, 1, 1, 1, 1};
-  const auto type = shape.single               ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+  const auto type = shape.single             ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
                     : p.dtype == DType::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const auto swizzle = shape.box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
+  const auto swizzle =
+      shape.box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   // An operand without rows may have no memory. Nothing of it is copied, but the map needs a valid address.
   const bool empty = shape.rows == 0 || shape.heads == 0 || shape.batch == 0;
   void* data = empty ? p.query.data : view.data;

@@ -115,13 +115,39 @@ class Forward final : public PassTraits {
   }
 };
 
+// dK and dV by key tiles; dQ added up in a float32 accumulator. What has to be repeatable runs the portable
+// rows, and so do calls without a query, which have nothing to make a tensor map of.
+class Backward final : public PassTraits {
+ public:
+  bool serves(const KernelRow&, const Call& call) const override {
+    return call.shapes.leading_rank <= 1 && !call.spec.deterministic && call.shapes.q_rows > 0;
+  }
+
+  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+    return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    const Shapes& s = call.shapes;
+    plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    if (spec.deterministic) return 0;
+    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s));
+  }
+};
+
 }  // namespace
 
 namespace families {
 
 const Family& hopper() {
   static const Forward forward;
-  static const Family family{&forward};
+  static const Backward backward;
+  static const Family family{&forward, &backward};
   return family;
 }
 

@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
   if (threadIdx.x == 0) {
     shared.init();
-    shared.tile.work = find_work<Over::kKeys>(p, schedule, tiles, C::kN, {blockIdx.x, gridDim.x}, heads_together);
+    shared.tile.work =
+        find_work<Over::kKeys>(p, schedule, tiles, C::kN, {blockIdx.x, gridDim.x}, heads_together);
     shared.used = shared.tile.template prepare<C>(p);
   }
   __syncthreads();
@@ -113,7 +114,8 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
   return cudaSuccess;
 }
 
-// KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in L2.
+// KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
+// L2.
 inline uint32_t backward_heads_together(const Problem& p) {
   constexpr int64_t kBytes = 32 << 20;
   const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
@@ -129,10 +131,9 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   if (plan.keys.blocks > 0) {
     typename C::Maps maps;
     if (cudaError_t e = make_maps<C>(maps, p, accumulator); e != cudaSuccess) return e;
-    const cudaError_t e =
-        launch(backward_sm90<C>, plan.keys.blocks, C::kThreads, sizeof(typename C::Shared), stream, p, maps,
-               schedule_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles),
-               backward_heads_together(p));
+    const cudaError_t e = launch(backward_sm90<C>, plan.keys.blocks, C::kThreads, sizeof(typename C::Shared),
+                                 stream, p, maps, schedule_of(plan.keys, workspace),
+                                 static_cast<int32_t>(plan.keys.tiles), backward_heads_together(p));
     if (e != cudaSuccess) return e;
   }
   return convert_accumulator<T, false>(p, accumulator, stream);

@@ -1,5 +1,5 @@
-// A consumer warpgroup of cuda/backward/hopper.cuh: 64 keys of a key tile. Scores are transposed, with a row for
-// each key, so that Pᵀ and dSᵀ are the left operands of dV and dK where they lie: in registers.
+// A consumer warpgroup of cuda/backward/hopper.cuh: 64 keys of a key tile. Scores are transposed, with a row
+// for each key, so that Pᵀ and dSᵀ are the left operands of dV and dK where they lie: in registers.
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,8 @@ namespace jax_flash {
 // Sᵀ ← −inf outside the band, for keys from `key` and queries from `row` on.
 template <class S>
 __device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t key, int32_t row) {
-  hide(
-      s, key, row, -INFINITY, [&](int32_t j) { return band.queries(j, j + 1).lo; }, BeforeLimit{});
-  hide(
-      s, key, row, -INFINITY, [&](int32_t j) { return band.queries(j, j + 1).hi; }, FromLimit{});
+  hide(s, key, row, -INFINITY, [&](int32_t j) { return band.queries(j, j + 1).lo; }, BeforeLimit{});
+  hide(s, key, row, -INFINITY, [&](int32_t j) { return band.queries(j, j + 1).hi; }, FromLimit{});
 }
 
 // What a consumer has in registers.
@@ -178,6 +176,7 @@ struct GradientConsumer {
     ptx::wgmma_wait<0>();
     ptx::hold(dp.x[0]);
     differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+    shared.ready_pipe.release(use);
     round(pt, s);
     round(dst, dp);
     share_ds(use);
@@ -203,7 +202,6 @@ struct GradientConsumer {
     ptx::hold(dk.x[0]);
     ptx::hold(dst.x[0]);
     shared.q_pipe.release(use);
-    shared.ready_pipe.release(use);
   }
 
   // K ← 0 and V ← 0 in rows that are not in use.

@@ -77,17 +77,22 @@ struct GradientProducer {
       const uint32_t use = step.number, stage = use % C::kStages;
       const float* const lse = shared.tile.lse + step.head * p.lse.head;
       const float* const delta = shared.tile.delta + step.head * p.delta.head;
+      float lses[C::kM / 32], deltas[C::kM / 32];  // on their way before the stage is empty
       bool coarse = false;
-      shared.ready_pipe.wait_empty(use);
-#pragma unroll 2
-      for (int i = lane; i < C::kM; i += 32) {
-        const int32_t row = step.tile * C::kM + i;
+#pragma unroll
+      for (int i = 0; i < C::kM / 32; ++i) {
+        const int32_t row = step.tile * C::kM + i * 32 + lane;
         const bool used = seen.contains(row);
-        const float x = used ? lse[row * p.lse.row] : -INFINITY;
-        const float y = used ? delta[row * p.delta.row] : 0;
-        shared.statistics[stage].lse[i] = row_lse(x);
-        shared.statistics[stage].delta[i] = row_delta(x, y);
-        coarse |= rounds_coarsely(row_lse(x));
+        lses[i] = used ? lse[row * p.lse.row] : -INFINITY;
+        deltas[i] = used ? delta[row * p.delta.row] : 0;
+      }
+      shared.ready_pipe.wait_empty(use);
+#pragma unroll
+      for (int i = 0; i < C::kM / 32; ++i) {
+        const float x = row_lse(lses[i]);
+        shared.statistics[stage].lse[i * 32 + lane] = x;
+        shared.statistics[stage].delta[i * 32 + lane] = row_delta(lses[i], deltas[i]);
+        coarse |= rounds_coarsely(x);
       }
       coarse = __any_sync(~0u, coarse);
       if (lane == 0) shared.coarse[stage] = coarse;

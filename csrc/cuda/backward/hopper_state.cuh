@@ -61,7 +61,8 @@ struct QueryStatistics {
   float lse[M], delta[M];
 };
 
-// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of `threads`.
+// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of
+// `threads`.
 template <class Tile>
 __device__ __forceinline__ void clear_rows(uint8_t* tile, Interval clean, int thread, int threads) {
   const uint32_t to = ptx::shared_address(tile);
@@ -87,7 +88,7 @@ struct BackwardShared {
   int32_t used;  // whether there is a tile
   Pipeline<1> k_pipe, v_pipe;
   Pipeline<kStages> q_pipe, do_pipe;
-  Pipeline<kStages> ready_pipe;  // full when lse and delta are stored, and Q and dO clean
+  Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
   Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
   Pipeline<1> dq_pipe[kConsumers];
 

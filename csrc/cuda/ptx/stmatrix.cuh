@@ -1,5 +1,5 @@
-// stmatrix (sm_90 and newer): stores four 8 × 8 matrices of 16-bit elements in mma's fragment layout to shared
-// memory. Lane l gives the address of row l % 8 of matrix l / 8, as for ldmatrix.
+// stmatrix (sm_90 and newer): stores four 8 × 8 matrices of 16-bit elements in mma's fragment layout to
+// shared memory. Lane l gives the address of row l % 8 of matrix l / 8, as for ldmatrix.
 #pragma once
 
 #include <cstdint>

@@ -60,9 +60,10 @@ __device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, ui
                : "memory");
 }
 
-// Adds a box of float32 in shared memory to the tensor, whose elements outside of it are left out. Part of the
-// thread's current bulk group.
-__device__ __forceinline__ void reduce_add_box(const CUtensorMap& map, uint32_t shared, const Coordinates& at) {
+// Adds a box of float32 in shared memory to the tensor, whose elements outside of it are left out. Part of
+// the thread's current bulk group.
+__device__ __forceinline__ void reduce_add_box(const CUtensorMap& map, uint32_t shared,
+                                               const Coordinates& at) {
   asm volatile(
       "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], "
       "[%1];" ::"l"(&map),
