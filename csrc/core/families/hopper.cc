@@ -9,6 +9,19 @@ namespace {
 
 using hopper::kConsumerRows;
 
+constexpr int64_t kCounterBytes = 4;
+
+// Persistent CTAs, as many as fit, share out the tiles of a grid. A counter in memory hands out tiles of
+// unequal length.
+void share_tiles(const TileGrid& grid, bool unequal, int32_t teams, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) {
+  const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
+  const int64_t blocks =
+      grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+  plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
+  if (unequal && blocks > most * teams) plan.tile_counter = workspace.add(kCounterBytes);
+}
+
 // Which tiles suit a call of the forward. The limits were measured on one H200 (docs/experiments).
 class TileChoice {
  public:
@@ -82,7 +95,8 @@ class Forward final : public PassTraits {
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
     plan.cluster_size = uses_clusters(row, call, plan) ? row.cluster : 1;
-    share_tiles(row, call, workspace, plan);
+    const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
+    share_tiles(plan.queries, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -90,8 +104,6 @@ class Forward final : public PassTraits {
   }
 
  private:
-  static constexpr int64_t kCounterBytes = 4;
-
   // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
   // of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
@@ -101,17 +113,6 @@ class Forward final : public PassTraits {
     const bool many = call.visible_keys() * row.head_dim >= kManyElements;
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
-  }
-
-  // Persistent CTAs, as many as fit. A counter in memory hands out tiles of unequal length.
-  static void share_tiles(const KernelRow& row, const Call& call, Workspace& workspace, LaunchPlan& plan) {
-    const TileGrid& grid = plan.queries;
-    const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
-    const int64_t blocks =
-        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
-    plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
-    const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
-    if (unequal && blocks > most * row.teams) plan.tile_counter = workspace.add(kCounterBytes);
   }
 };
 
@@ -132,11 +133,13 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
+    const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
+    share_tiles(plan.keys, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     if (spec.deterministic) return 0;
-    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s));
+    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s)) + aligned(kCounterBytes);
   }
 };
 

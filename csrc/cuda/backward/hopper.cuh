@@ -1,17 +1,21 @@
 // The backward for sm_90a: TMA, mbarrier, wgmma, warp specialisation. FlashAttention-3 (Shah et al., 2024).
 //
-// A CTA has a key tile [N, d] of one KV head, and steps through the query tiles [M, d] of the head's group.
+// The grid is persistent: one CTA per SM works on key tiles [N, d] of one KV head, one after the other, and
+// steps through the query tiles [M, d] of all heads of the group.
 //
-//   producer warpgroup                          consumer warpgroups, 64 keys each
+//   producer warpgroup                             consumer warpgroups, 64 keys each
 //
-//   warp 0, a thread: load                      dK = dV = 0; for steps i:
-//     K, V, then Q, dO by TMA  ── Q, dO: full ──►  Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
-//                              ◄── release ────    Pᵀ = exp(Sᵀ − lse), dSᵀ = Pᵀ ∘ (dPᵀ − delta)
-//   warp 1: statistics                             dS to shared memory ── full ──► the other consumer
-//     lse, delta               ── with Q ──────►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
-//   warps 2, 3, a thread each: sums                              ◄── release ── the other consumer
-//     accumulator += dQ by TMA ◄── dQ: full ────   dQ to shared memory
-//                              ── release ─────►  scale · dK and dV are stored
+//   warp 0, a thread: scheduler                    wait K and V; dK = dV = 0; for steps i:
+//     key tile, band, query tiles                    Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
+//        │ state_pipe, 2 tiles                       Pᵀ = exp(Sᵀ − lse), dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+//        ▼                                           dS to shared memory    ◄── ds_pipe ──► the other
+//        consumer
+//   warp 1, a thread: load   ── Q, dO: kStages ──►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
+//     K, V, Q, dO by TMA     ◄── release ────────    dQ to shared memory
+//   warp 2: statistics                             scale · dK and dV are stored
+//     lse, delta             ── ready_pipe ──────►
+//   warp 3, a thread: sums   ◄── dq_pipe ────────
+//     accumulator += dQ by TMA ── release ───────►
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
@@ -25,6 +29,7 @@
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
@@ -65,25 +70,20 @@ struct BackwardSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                  const TileWork* schedule, int32_t tiles, uint32_t heads_together) {
+                  const __grid_constant__ PersistentTiles tiles) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
-  if (threadIdx.x == 0) {
-    shared.init();
-    shared.tile.work =
-        find_work<Over::kKeys>(p, schedule, tiles, C::kN, {blockIdx.x, gridDim.x}, heads_together);
-    shared.used = shared.tile.template prepare<C>(p);
-  }
+  if (threadIdx.x == 0) shared.init();
   __syncthreads();
-  if (!shared.used) return;
   if (warpgroup == 0) {
     ptx::give_registers<producer_registers(C::kConsumers)>();
-    const GradientProducer<C> producer{p, maps, shared};
+    GradientProducer<C> producer{p, maps, shared};
     const bool leads = threadIdx.x % 32 == 0;
-    if (warp == 0 && leads) producer.load_tiles();
-    if (warp == 1) producer.load_statistics();
-    if (warp >= 2 && leads) producer.add_dq(warp - 2);
+    if (warp == 0 && leads) producer.schedule(tiles);
+    if (warp == 1 && leads) producer.load_tiles();
+    if (warp == 2) producer.load_statistics();
+    if (warp == 3 && leads) producer.add_dq();
   } else {
     ptx::take_registers<consumer_registers(C::kConsumers)>();
     GradientConsumer<C>(p, shared, warpgroup - 1).run();
@@ -128,12 +128,15 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                                  cudaStream_t stream) {
   auto* accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
   if (cudaError_t e = clear_accumulator(p, accumulator, stream); e != cudaSuccess) return e;
-  if (plan.keys.blocks > 0) {
+  const TileGrid& grid = plan.keys;
+  if (grid.blocks > 0) {
     typename C::Maps maps;
     if (cudaError_t e = make_maps<C>(maps, p, accumulator); e != cudaSuccess) return e;
-    const cudaError_t e = launch(backward_sm90<C>, plan.keys.blocks, C::kThreads, sizeof(typename C::Shared),
-                                 stream, p, maps, schedule_of(plan.keys, workspace),
-                                 static_cast<int32_t>(plan.keys.tiles), backward_heads_together(p));
+    PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
+                          static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
+    if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    const cudaError_t e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads,
+                                 sizeof(typename C::Shared), stream, p, maps, tiles);
     if (e != cudaSuccess) return e;
   }
   return convert_accumulator<T, false>(p, accumulator, stream);

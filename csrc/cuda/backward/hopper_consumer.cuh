@@ -37,19 +37,24 @@ struct GradientConsumer {
   const Problem& p;
   typename C::Shared& shared;
   const int consumer;
-  S s, dp;                        // Sᵀ, then Pᵀ, and dPᵀ, then dSᵀ  [64, M]
-  typename C::Fragments pt, dst;  // Pᵀ and dSᵀ, rounded
-  typename C::DK dk;              // dK [64, d]
-  typename C::DV dv;              // dV [64, dv]
-  typename C::DQ dq;              // dQ: 64 rows of all keys' sum, or half of the columns
+  uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
+  S s, dp;                                // Sᵀ, then Pᵀ, and dPᵀ, then dSᵀ  [64, M]
+  typename C::Fragments pt, dst;          // Pᵀ and dSᵀ, rounded
+  typename C::DK dk;                      // dK [64, d]
+  typename C::DV dv;                      // dV [64, dv]
+  typename C::DQ dq;                      // dQ: 64 rows of all keys' sum, or half of the columns
 
   __device__ __forceinline__ GradientConsumer(const Problem& problem, typename C::Shared& memory, int index)
       : p(problem), shared(memory), consumer(index) {}
 
   __device__ __forceinline__ static int warp_row() { return ptx::thread_index() % kWarpgroup / 32 * 16; }
+  // The key tile.
+  __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
+    return shared.tiles[tile_index % kKeyTileStates];
+  }
   // The warp's first key within the sequence.
   __device__ __forceinline__ int32_t key() const {
-    return uniform(shared.tile.work.tile.row) + consumer * kConsumerRows + warp_row();
+    return uniform(tile().work.tile.row) + consumer * kConsumerRows + warp_row();
   }
 
   // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]
@@ -106,7 +111,7 @@ struct GradientConsumer {
 
   // Pᵀ = 2^(scale · Sᵀ − lse); gradient.cuh says what is done where lse is coarse.
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    const auto* lse = reinterpret_cast<const float2*>(shared.statistics[stage].lse) + lane_id() % 4;
+    const auto* lse = reinterpret_cast<const float2*>(shared.statistics[stage].lse) + ptx::thread_index() % 4;
     const float scale = p.spec.scale * kLog2e;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -128,7 +133,8 @@ struct GradientConsumer {
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
   __device__ __forceinline__ void differentiate(uint32_t stage) {
-    const auto* delta = reinterpret_cast<const float2*>(shared.statistics[stage].delta) + lane_id() % 4;
+    const auto* delta =
+        reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::thread_index() % 4;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
       const float2 d = delta[4 * n];
@@ -161,7 +167,7 @@ struct GradientConsumer {
 
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
   template <bool kFirst>
-  __device__ __forceinline__ void run_step(const QueryStep& step, const Interval& whole) {
+  __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number, stage = use % C::kStages;
     const int32_t row = step.tile * C::kM;
     shared.ready_pipe.wait_full(use);
@@ -171,7 +177,7 @@ struct GradientConsumer {
     start_scores<VTile, DoTile>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ  [64, M]
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
-    if (!whole.contains(step.tile)) mask_transposed(s, shared.tile.band, key(), row);
+    if (!uniform(tile().whole[consumer]).contains(step.tile)) mask_transposed(s, tile().band, key(), row);
     exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
     ptx::wgmma_wait<0>();
     ptx::hold(dp.x[0]);
@@ -214,34 +220,39 @@ struct GradientConsumer {
     ptx::sync_group(1, kThreads);
   }
 
-  // All steps.
+  // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
-    const Interval tiles = uniform(shared.tile.tiles), whole = uniform(shared.tile.whole[consumer]);
+    const Interval tiles = uniform(tile().tiles);
     if (tiles.empty()) return;
-    const int32_t heads = uniform(shared.tile.heads), clean_keys = uniform(shared.tile.clean_keys);
-    shared.k_pipe.wait_full(0);
-    shared.v_pipe.wait_full(0);
+    const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys(clean_keys);
-    QueryStep step{0, tiles.lo};
-    run_step<true>(step, whole);
+    QueryStep step{0, tiles.lo, static_cast<int32_t>(step_use)};
+    run_step<true>(step);
     step.advance(tiles);
 #pragma unroll 1
-    for (; step.head < heads; step.advance(tiles)) run_step<false>(step, whole);
-    const uint32_t last = step.number - 1;
-    start_dq(last);
+    for (; step.head < uniform(tile().heads); step.advance(tiles)) run_step<false>(step);
+    step_use = ptx::here(step.number);
+    start_dq(step_use - 1);
     ptx::wgmma_wait<0>();
     ptx::hold(dq.x[0]);
-    send_dq(last);
+    shared.ds_pipe[1 - consumer].release(step_use - 1);
+    send_dq(step_use - 1);
   }
 
   __device__ __forceinline__ void run() {
-    dk.clear();
-    dv.clear();
-    differentiate_tile();
-    const auto& tile = shared.tile;
-    store_rows_from_registers(dv, tile.dvalue, key(), tile.work.tile.end);
-    for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
-    store_rows_from_registers(dk, tile.dkey, key(), tile.work.tile.end);
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      if (uniform(tile().done)) return;
+      dk.clear();
+      dv.clear();
+      shared.key_pipe.wait_full(tile_index);
+      differentiate_tile();
+      shared.key_pipe.release(tile_index);
+      store_rows_from_registers(dv, tile().dvalue, key(), tile().work.tile.end);
+      for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
+      store_rows_from_registers(dk, tile().dkey, key(), tile().work.tile.end);
+      shared.state_pipe.release(tile_index);
+    }
   }
 };
 

@@ -13,7 +13,10 @@
 
 namespace jax_flash {
 
-// What the roles know of the CTA's key tile. One thread writes it, before there are roles.
+// Key tiles whose state a CTA keeps: the one that is worked on, and the next.
+inline constexpr int kKeyTileStates = 2;
+
+// What the roles know of a key tile. The scheduler's thread writes it.
 template <class T, int kConsumers>
 struct KeyTileState {
   BlockWork work;
@@ -27,31 +30,53 @@ struct KeyTileState {
   const float *lse, *delta;    // of the first head
   GlobalRows<T> dkey, dvalue;
 
-  // False: the tile has no rows.
+  int32_t done;  // all tiles are taken, and this is none
+
+  // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
+  // rows.
   template <class C>
   __device__ __forceinline__ bool prepare(const Problem& p) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
+    done = 0;
+    heads = p.heads / p.kv_heads;
+    kv_head = work.head / heads;
+    reload_shared();
     band = work.band_inline(p);
+    reload_shared();
     const Interval rows = band.queries(tile.row, tile.used_keys());
     tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
+#pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
+      reload_shared();
       const int32_t key = tile.row + i * kConsumerRows;
       const Interval all = band.common_queries(key, key + kConsumerRows);
       whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
     }
+    reload_shared();
     // Rows past the operand's end come as zeros; those of other sequences, or unused ones, may hold NaN.
     constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
     seen = clean = band.queries(0, band.k_len);
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
-    heads = p.heads / p.kv_heads;
-    kv_head = work.head / heads;
-    lse = p.lse.as<const float>() + work.offset(p, p.lse, work.head, tile.q_begin);
-    delta = p.delta.as<const float>() + work.offset(p, p.delta, work.head, tile.q_begin);
-    dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
-    dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
+    find_rows(p);
     return true;
+  }
+
+ private:
+  __device__ __forceinline__ void find_rows(const Problem& p) {
+    reload_shared();
+    lse = p.lse.as<const float>() + offset(p.lse, work.head, work.tile.q_begin);
+    reload_shared();
+    delta = p.delta.as<const float>() + offset(p.delta, work.head, work.tile.q_begin);
+    reload_shared();
+    dkey = {p.dkey.as<T>() + offset(p.dkey, kv_head, work.tile.k_begin), p.dkey.row, p.head_dim};
+    reload_shared();
+    dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
+  }
+  // There is at most one leading dimension.
+  __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
+    return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
   }
 };
 
@@ -84,9 +109,11 @@ struct BackwardShared {
   alignas(1024) uint8_t dq[kConsumers][C::DqTile::kBytes];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  KeyTileState<typename C::Element, kConsumers> tile;
-  int32_t used;  // whether there is a tile
-  Pipeline<1> k_pipe, v_pipe;
+  using Tile = KeyTileState<typename C::Element, kConsumers>;
+  Tile tiles[kKeyTileStates];
+  Pipeline<kKeyTileStates> state_pipe;
+  Pipeline<1> started_pipe;  // full when the load thread has started a key tile
+  Pipeline<1> key_pipe;      // K and V
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
   Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
@@ -94,8 +121,9 @@ struct BackwardShared {
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
-    k_pipe.init(1);
-    v_pipe.init(1);
+    state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + 2);  // and the other producers
+    started_pipe.init(1);
+    key_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);
     do_pipe.init(kConsumers * kConsumer);
     ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);
