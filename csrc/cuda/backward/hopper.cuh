@@ -115,12 +115,13 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
 }
 
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
-// L2.
+// L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
 inline uint32_t backward_heads_together(const Problem& p) {
-  constexpr int64_t kBytes = 32 << 20;
+  constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
+  const bool band = p.spec.left >= 0 || p.spec.right >= 0;
   const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
   const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
-  return static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kBytes / head, int64_t{1} << 20)));
+  return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head, band ? kFewestOfBand : 1, kMost));
 }
 
 template <class C, class T>

@@ -130,16 +130,25 @@ struct GradientProducer {
           const float* const lse = tile.lse + step.head * p.lse.head;
           const float* const delta = tile.delta + step.head * p.delta.head;
           bool coarse = false;
-          shared.ready_pipe.wait_empty(use);
-#pragma unroll 2
-          for (int i = lane; i < C::kM; i += 32) {
+          const auto fetch = [&](int i) {
             const int32_t row = step.tile * C::kM + i;
             const bool used = seen.contains(row);
-            const float x = used ? lse[row * p.lse.row] : -INFINITY;
-            const float y = used ? delta[row * p.delta.row] : 0;
-            shared.statistics[stage].lse[i] = row_lse(x);
-            shared.statistics[stage].delta[i] = row_delta(x, y);
-            coarse |= rounds_coarsely(row_lse(x));
+            return float2{used ? lse[row * p.lse.row] : -INFINITY, used ? delta[row * p.delta.row] : 0};
+          };
+          const auto store = [&](int i, float2 x) {
+            shared.statistics[stage].lse[i] = row_lse(x.x);
+            shared.statistics[stage].delta[i] = row_delta(x.x, x.y);
+            coarse |= rounds_coarsely(row_lse(x.x));
+          };
+          // As many as there are registers for are on their way before the stage is empty.
+          const float2 first = fetch(lane), second = fetch(lane + 32);
+          shared.ready_pipe.wait_empty(use);
+          store(lane, first);
+          store(lane + 32, second);
+          if constexpr (C::kM > 64) {
+            const float2 third = fetch(lane + 64), fourth = fetch(lane + 96);
+            store(lane + 64, third);
+            store(lane + 96, fourth);
           }
           coarse = __any_sync(~0u, coarse);
           if (lane == 0) shared.coarse[stage] = coarse;
