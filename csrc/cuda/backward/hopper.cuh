@@ -51,12 +51,13 @@ struct BackwardSm90 {
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using DsTile = SharedTile<T, N, M>;
-  using DqTile = SharedTile<float, kConsumerRows, kDqByRows ? HeadDim : HeadDim / 2>;
+  static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
+  using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = Accumulator<1, M / 8>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
-  using DQ = Accumulator<1, DqTile::kColumns / 8>;
+  using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
@@ -106,7 +107,7 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
       {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoTile::kPanel * 8, C::kM}},
       {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KTile::kPanel * 8, C::kN}},
       {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VTile::kPanel * 8, C::kN}},
-      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, C::DqTile::kPanel * 4, kConsumerRows, true}},
+      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
   };
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
@@ -140,7 +141,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                                  sizeof(typename C::Shared), stream, p, maps, tiles);
     if (e != cudaSuccess) return e;
   }
-  return convert_accumulator<T, false>(p, accumulator, stream);
+  return convert_accumulator<T>(p, accumulator, stream);
 }
 
 template <class T, RowColumns R>

@@ -95,9 +95,9 @@ struct GradientConsumer {
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])),
                    k = ptx::here(ptx::shared_address(shared.k));
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
-    const ColumnsDescriptor<KTile> b(
-        C::kDqByRows ? k : k + KTile::panel_offset(consumer * C::DqTile::kColumns / 8));
-    using Product = ptx::Wgmma<T, C::DqTile::kColumns>;
+    const ColumnsDescriptor<KTile> b(C::kDqByRows ? k
+                                                  : k + KTile::panel_offset(consumer * C::kDqColumns / 8));
+    using Product = ptx::Wgmma<T, C::kDqColumns>;
     ptx::wgmma_fence();
     Product::template multiply<true, 1, 1>(dq.x[0], a.at(0), b.at(0));
 #pragma unroll
@@ -110,13 +110,16 @@ struct GradientConsumer {
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
     pipe.wait_empty(use);
-    const uint32_t first = ptx::shared_address(shared.dq[consumer]) + lane() % 2 * sizeof(float2);
-    const LaneAddress<typename C::DqTile> to(first, warp_row() + lane() / 4, lane() % 4 / 2);
+    using Block = typename C::DqBlock;
+    const uint32_t to = ptx::shared_address(shared.dq[consumer]) +
+                        Block::offset(warp_row() + lane() / 4, static_cast<int>(lane() % 4));
 #pragma unroll
-    for (int slot = 0; slot < C::DQ::kSlots; ++slot)
+    for (int n = 0; n < C::DQ::kColumnTiles; n += 2)
 #pragma unroll
-      for (int n = 0; n < C::DQ::kColumnTiles; ++n)
-        ptx::store_shared(to.at(8 * slot, 2 * n), make_float2(dq.at(slot, n, 0), dq.at(slot, n, 1)));
+      for (int slot = 0; slot < C::DQ::kSlots; ++slot)
+        ptx::store_shared(
+            to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
+            make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }

@@ -160,17 +160,15 @@ struct GradientProducer {
 
   // Issues accumulator += dQ, a consumer's part of a step's.
   __device__ __forceinline__ void start_dq_sum(const Tile& tile, const QueryStep& step, int consumer) const {
-    using DqTile = typename C::DqTile;
-    constexpr int kBox = DqTile::kPanel * 4;  // columns
     const BlockWork& work = tile.work;
     const uint32_t dq = ptx::shared_address(shared.dq[consumer]);
     const int32_t row = work.tile.q_begin + step.tile * C::kM + (C::kDqByRows ? consumer * kConsumerRows : 0);
     ptx::Coordinates at{0, work.head + step.head, row, work.batch_row, static_cast<int32_t>(work.leading)};
     shared.dq_pipe[consumer].wait_full(step.number);
 #pragma unroll
-    for (int column = 0; column < DqTile::kColumns; column += kBox) {
-      at.column = (C::kDqByRows ? 0 : consumer * DqTile::kColumns) + column;
-      ptx::reduce_add_box(maps.dquery, dq + DqTile::panel_offset(column / 4), at);
+    for (int block = 0; block < C::kDqColumns / kAccumulatorBlock; ++block) {
+      at.column = (C::kDqByRows ? 0 : consumer * C::kDqColumns) + block * kAccumulatorBlock;
+      ptx::reduce_add_box(maps.dquery, dq + block * C::DqBlock::kBytes, at);
     }
     ptx::bulk_commit();
   }
