@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -76,6 +77,26 @@ def device_count(ctx: mlir.LoweringRuleContext) -> int:
     if mesh is not None:
         return int(mesh.size)
     return int(getattr(axis_context, "num_devices", 1) or 1)
+
+
+class _Kept:
+    """Keeps what it holds alive with a compiled program; a serialised program does not need it and leaves it out."""
+
+    def __init__(self, held: Any = None):
+        self._held = held
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
+
+
+@contextmanager
+def serialisable(ctx: mlir.LoweringRuleContext) -> Iterator[None]:
+    """Around a lowering that partitions: what JAX keeps alive for XLA's partitioner cannot be pickled, which
+    `jax.experimental.serialize_executable` does with all that a compiled program keeps alive."""
+    kept = ctx.module_context.keepalives
+    count = len(kept)
+    yield
+    kept[count:] = map(_Kept, kept[count:])
 
 
 def with_declared_sharding(ctx: mlir.LoweringRuleContext, value: Any, aval: Any) -> Any:

@@ -191,7 +191,8 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
             "without it, call attention inside jax.shard_map"
         )
     run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind)
-    results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    with _jax.serialisable(ctx):
+        results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
