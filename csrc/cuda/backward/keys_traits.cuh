@@ -5,32 +5,33 @@
 
 #include "core/families/portable_layout.h"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/score/portable_variants.cuh"
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-// A row of csrc/kernels.def. The general kernel, whose scores need more registers, takes half the query rows
+// A row of csrc/kernels.def. A kernel for score options, which need more registers, takes half the query rows
 // at a time if the warps can share those.
 //
 // Each product is cut into rows × columns of warps. For dK and dV a group of warps owns 32 (or 16) keys, and
 // its warps share the columns. The same group computes S and dP of its keys, so that dK and dV wait for no
 // other group's P and dS. Where S has fewer 16 × 16 blocks than there are warps, only the first warps of a
 // group compute it.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind>
 struct BackwardKeysSm80 {
   using Element = T;
-  static constexpr bool kGeneral = General;
+  static constexpr bool kPlain = Kind == ScoreKind::kPlain;
   static constexpr int kDqColumns = M == 16 || (Warps >= 8 && HeadDim % 64 == 0) ? 4 : 2,
                        kDqRows = Warps / kDqColumns;
-  static constexpr int kM = General && M / 2 % (16 * kDqRows) == 0 ? M / 2 : M, kN = N, kStages = Stages,
+  static constexpr int kM = !kPlain && M / 2 % (16 * kDqRows) == 0 ? M / 2 : M, kN = N, kStages = Stages,
                        kWarps = Warps, kThreads = Warps * 32;
-  static constexpr int kBlocks = General ? 1 : Blocks;
+  static constexpr int kBlocks = kPlain ? Blocks : 1;
   static constexpr int kGroupKeys = N < 32 ? N : 32, kGroups = N / kGroupKeys, kGroupWarps = Warps / kGroups;
   static constexpr int kSRows = kM / 16 < kGroupWarps ? kM / 16 : kGroupWarps;
   static constexpr int kSColumns = Warps / kSRows < N / 16 ? Warps / kSRows : N / 16;
   // Permuted tiles give each thread adjacent keys, so that bias and mask are read in wide loads.
-  static constexpr bool kPermuted = General && N / kSColumns % 32 == 0;
+  static constexpr bool kPermuted = is_general(Kind) && N / kSColumns % 32 == 0;
   using KTile = SharedTile<T, N, HeadDim, kPermuted>;
   using VTile = SharedTile<T, N, ValueDim, kPermuted>;
   using QTile = SharedTile<T, kM, HeadDim>;
@@ -39,6 +40,7 @@ struct BackwardKeysSm80 {
   static constexpr int kSRowTiles = kM / kSRows / 16, kSColumnTiles = N / kSColumns / 8;
   using S = std::conditional_t<kPermuted, PermutedAccumulator<kSRowTiles, kPermuted ? kSColumnTiles : 4>,
                                Accumulator<kSRowTiles, kSColumnTiles>>;
+  using Score = PortableScore<Kind, S>;
   using DK = Accumulator<kGroupKeys / 16, HeadDim / kGroupWarps / 8>;
   using DV = Accumulator<kGroupKeys / 16, ValueDim / kGroupWarps / 8>;
   using DQ = Accumulator<kM / kDqRows / 16, HeadDim / kDqColumns / 8>;

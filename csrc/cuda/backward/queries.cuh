@@ -10,22 +10,24 @@
 #include "cuda/load/dense.cuh"
 #include "cuda/load/ring.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/portable_variants.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, bool General>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, ScoreKind Kind>
 struct BackwardQueriesSm80 {
   using Element = T;
-  static constexpr bool kGeneral = General;
   static constexpr int kM = M, kN = N < 64 ? N : HeadDim > 128 ? 32 : 64, kThreads = M / 16 * 32;
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using KTile = SharedTile<T, kN, HeadDim>;
   using VTile = SharedTile<T, kN, ValueDim>;
   using S = Accumulator<1, kN / 8>;
+  using Score = PortableScore<Kind, S>;
+  static constexpr bool kPlain = Kind == ScoreKind::kPlain;
   using DQ = Accumulator<1, HeadDim / 8>;
   // V comes first, because only dP = dO Vᵀ needs it, while dQ still needs K after S.
   using Ring = TileRing<Stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
@@ -81,8 +83,8 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     rows.clear_unseen(s, dp);
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
-    // P = exp(S − lse), dS = P ∘ (dP − delta)
-    tile_gradient<C::kGeneral, true>(p, block.score, block.band, rows, row, key, partial, s, dp);
+    typename C::Score score;
+    tile_gradient(score, ScoreTile{p, block.score, block.band, row, key}, rows, partial, s, dp);
     mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
   }
   for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ
@@ -95,7 +97,7 @@ __global__ void __launch_bounds__(C::kThreads)
   __shared__ QueryBlockState<typename C::Element> block;
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN);
-    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+    if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) backward_queries<C>(p, block, ptx::dynamic_shared());

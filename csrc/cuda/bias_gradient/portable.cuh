@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/general.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
@@ -24,6 +25,7 @@ struct BiasGradientSm80 {
   using KTile = SharedTile<T, N, HeadDim>;
   using VTile = SharedTile<T, N, ValueDim>;
   using S = Accumulator<1, N / 8>;
+  using Score = GeneralDropoutScore<S>;
   static constexpr bool kSingleBuffer = Stages == 0;  // dO and V replace Q and K
   static constexpr BiasGradientLayout kLayout =
       bias_gradient_layout({HeadDim, ValueDim, M, N, Stages, Warps, false}, sizeof(T));
@@ -112,8 +114,9 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
   rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
-  // P = exp(S − lse), dS = P ∘ (dP − delta)
-  tile_gradient<true, false>(p, at.score, at.band, rows, row + warp_row, key, partial, s, dp);
+  typename C::Score score;
+  const ScoreTile tile{p, at.score, at.band, row + warp_row, key};
+  tile_gradient<GradientOf::kBias>(score, tile, rows, partial, s, dp);  // dS = P ∘ (dP − delta)
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
 }
 
@@ -129,7 +132,7 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
     const Band band = work.band(p);
     for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
       __syncthreads();  // every thread is done with the last head's score
-      if (threadIdx.x == 0) score.prepare(p, work, h);
+      if (threadIdx.x == 0) score.template prepare<typename C::Score>(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
         for (int32_t j = own.key_tiles.lo; j < own.key_tiles.hi; ++j) {
           const int32_t row = i * C::kM, key = j * C::kN;
