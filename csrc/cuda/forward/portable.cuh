@@ -21,54 +21,54 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
-constexpr int forward_keys(int head_dim, int m, int n, int warps, ScoreKind kind) {
-  if (kind == ScoreKind::kPlain || m / warps == 16) return n;
-  return n < 64 || head_dim > 64 ? 32 : 64;
+constexpr int forward_keys(const RowColumns& row, ScoreKind kind) {
+  if (kind == ScoreKind::kPlain || row.block_m / row.warps == 16) return row.block_n;
+  return row.block_n < 64 || row.head_dim > 64 ? 32 : 64;
 }
 
 // Whether the dense loader keeps its next addresses in registers (RowSource's kRunning).
-constexpr bool keeps_addresses(int m, int stages, int warps, ScoreKind kind) {
-  return kind != ScoreKind::kPlain || (m / warps == 16 && stages == 2);
+constexpr bool keeps_addresses(const RowColumns& row, ScoreKind kind) {
+  return kind != ScoreKind::kPlain || (row.block_m / row.warps == 16 && row.stages == 2);
 }
 
 // A row of csrc/kernels.def. Each warp owns 16 or 32 query rows. State_: DenseState or PagedState.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
-          class State_ = DenseState<T, keeps_addresses(M, Stages, Warps, Kind)>>
+template <class T, RowColumns R, ScoreKind Kind, class State_ = DenseState<T, keeps_addresses(R, Kind)>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain, kPermuted = is_general(Kind);
-  static constexpr int kM = M, kN = forward_keys(HeadDim, M, N, Warps, Kind);
-  static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kPlain ? Blocks : 1;
-  static constexpr int kWarpRows = M / kWarps;
-  static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
-  using QTile = SharedTile<T, M, HeadDim>;
+  static constexpr int kM = R.block_m, kN = forward_keys(R, Kind);
+  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = kPlain ? R.blocks : 1;
+  static constexpr int kWarpRows = kM / kWarps;
+  static constexpr int kHeadSteps = kHeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
+  using QTile = SharedTile<T, kM, kHeadDim>;
   // Permuted tiles give each thread adjacent keys, so that bias and mask are read in wide loads.
-  using KTile = SharedTile<T, kN, HeadDim, kPermuted>;
-  using VTile = SharedTile<T, kN, ValueDim, kPermuted>;
-  using OTile = SharedTile<T, M, ValueDim>;
+  using KTile = SharedTile<T, kN, kHeadDim, kPermuted>;
+  using VTile = SharedTile<T, kN, kValueDim, kPermuted>;
+  using OTile = SharedTile<T, kM, kValueDim>;
   using S = std::conditional_t<kPermuted, PermutedAccumulator<kWarpRows / 16, kN / 8>,
                                Accumulator<kWarpRows / 16, kN / 8>>;
-  using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
+  using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
   using Score = PortableScore<Kind, S>;
   using Softmax = typename Score::template Softmax<T, volatile float>;
-  using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
+  using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source>;
   // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,
   // the leading ones do.
-  static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * HeadDim / 16;
-  static constexpr bool kQPartly = kPlain && kWarpRows == 16 && Stages == 2;
+  static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * kHeadDim / 16;
+  static constexpr bool kQPartly = kPlain && kWarpRows == 16 && R.stages == 2;
   static constexpr int kQSteps = kQRegisters <= 32 ? kHeadSteps
                                  : kQPartly        ? kHeadSteps * 32 / kQRegisters
                                                    : 0;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
-  static constexpr RowShape kShape{HeadDim, ValueDim, M, kN, Stages, Warps, State::kPaged};
+  static constexpr RowShape kShape{kHeadDim, kValueDim, kM, kN, R.stages, kWarps, State::kPaged};
   static constexpr ForwardLayout kLayout = forward_layout(kShape, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.ring - kLayout.q == QTile::kBytes && kLayout.bytes - kLayout.ring == Ring::kBytes);
   static_assert(sizeof(State) <= forward_state_bytes(kShape));
   static_assert(kWarpRows % 16 == 0 && kN % 32 == 0);
   // Each warp stores its rows of O over its own rows of Q, so no barrier is needed.
-  static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
+  static_assert(kValueDim <= kHeadDim && QTile::kPitch == OTile::kPitch);
 };
 
 // The tile of S of a warp, for its score variant.
@@ -197,30 +197,24 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
 }
 
-// A row of csrc/kernels.def whose keys and values lie in pages.
-template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps,
-          int Blocks>
-struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind,
-                                      PagedState<T, Pool, forward_keys(HeadDim, M, N, Warps, Kind), Stages>> {
-};
+// A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.
+template <class T, class Pool, RowColumns R, ScoreKind Kind>
+using PagedForwardSm80 = ForwardSm80<T, R, Kind, PagedState<T, Pool, forward_keys(R, Kind), R.stages>>;
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = [&]<class C>(std::type_identity<C>) {
+    return launch_forward_sm80<C>(p, plan, workspace, stream);
+  };
   if constexpr (R.is_paged()) {
-    const auto run = [&]<class Pool, ScoreKind kKind>() {
-      return launch_forward_sm80<PagedForwardSm80<T, Pool, kKind, R.head_dim, R.value_dim, R.block_m,
-                                                  R.block_n, R.stages, R.warps, R.blocks>>(p, plan, workspace,
-                                                                                           stream);
-    };
-    if (p.kv_dtype == DType::kF8E4M3) return run.template operator()<uint8_t, ScoreKind::kGeneral>();
-    if (plan.general()) return run.template operator()<T, ScoreKind::kGeneral>();
-    return run.template operator()<T, ScoreKind::kPlain>();
-  } else {
+    if (p.kv_dtype == DType::kF8E4M3)
+      return run(std::type_identity<PagedForwardSm80<T, uint8_t, R, ScoreKind::kGeneral>>{});
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      return launch_forward_sm80<
-          ForwardSm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks, kKind>>(
-          p, plan, workspace, stream);
+      return run(std::type_identity<PagedForwardSm80<T, T, R, kKind>>{});
     });
+  } else {
+    return launch_score<R>(
+        plan.score, [&]<ScoreKind kKind>() { return run(std::type_identity<ForwardSm80<T, R, kKind>>{}); });
   }
 }
 
