@@ -16,10 +16,10 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _jax
+from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
 from .batching import batch
-from .operands import PASSES, Pass, like, padded_head_dim
+from .operands import APPEND, PASSES, Pass, like, padded_head_dim
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
 from .workspace import workspace_bound
@@ -116,6 +116,8 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
+    if pass_.name == "tangent" and platform == "cpu":  # TEMPORARY
+        return mlir.lower_fun(partial(_temporary, spec, names), multiple_results=True)(ctx, *values)
     register()
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
@@ -131,6 +133,19 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     )
     results = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
     return results[: len(pass_.results)]
+
+
+def _temporary(spec, names, *arrays):
+    from . import reference
+    from dataclasses import replace
+    from .autodiff import _over_leading
+    def run(x):
+        moving = {n: x[n] for n in ("query", "key", "value", "bias") if n in x}
+        ts = {n: x["t" + n] if "t" + n in x else jnp.zeros_like(x[n]) for n in moving}
+        base = replace(spec, operands=tuple(n for n in spec.operands if n != "tbias"))
+        fixed = {n: v for n, v in x.items() if n not in moving}
+        return list(jax.jvp(lambda m: reference.attention(base, fixed | m), (moving,), (ts,))[1])
+    return _over_leading(run, spec, dict(zip(names, arrays)))
 
 
 def _value_dim(spec: Spec, columns: int) -> int:
@@ -195,25 +210,20 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
-def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: Spec) -> Any:
-    raise NotImplementedError(
-        f"jax_flash: the {pass_.name} pass is differentiable in reverse mode once; "
-        'use implementation="xla" for forward mode and higher derivatives'
-    )
-
-
-def _primitive(name: str, pass_: Pass) -> Primitive:
+def declare(name: str, pass_: Pass) -> Primitive:
+    """A primitive with the rules that all passes share, without lowering; it has no derivative unless told."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
-    ad.primitive_jvps[primitive] = partial(_no_second_derivative, pass_=pass_)
+    message = no_derivative.APPEND if pass_ is APPEND else no_derivative.SECOND
+    ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
     return primitive
 
 
 def _local(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}_local", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}_local", pass_)
     mlir.register_lowering(primitive, partial(_lower_nowhere, pass_=pass_))
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(
@@ -223,7 +233,7 @@ def _local(pass_: Pass) -> Primitive:
 
 
 def _partitioned(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}", pass_)
     mlir.register_lowering(primitive, partial(_lower_partitioned, pass_=pass_))
     _jax.require_devices_during_lowering(primitive)
     return primitive
