@@ -16,7 +16,7 @@ from jax.interpreters import ad, batching, mlir
 
 SECOND = (
     "jax_flash: this program uses a second derivative of attention, and the custom calls have first ones only "
-    '(in both modes); use implementation="xla" for higher derivatives'
+    '(in both modes); use implementation="xla" for higher derivatives, or jax.jit if this one is dropped later'
 )
 APPEND = (
     "append_kv: there is no derivative, in either mode; pass jax.lax.stop_gradient(x) for the pools, key and value, "

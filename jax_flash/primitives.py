@@ -116,8 +116,6 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
-    if pass_.name == "tangent" and platform == "cpu":  # TEMPORARY
-        return mlir.lower_fun(partial(_temporary, spec, names), multiple_results=True)(ctx, *values)
     register()
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
@@ -133,19 +131,6 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     )
     results = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
     return results[: len(pass_.results)]
-
-
-def _temporary(spec, names, *arrays):
-    from . import reference
-    from dataclasses import replace
-    from .autodiff import _over_leading
-    def run(x):
-        moving = {n: x[n] for n in ("query", "key", "value", "bias") if n in x}
-        ts = {n: x["t" + n] if "t" + n in x else jnp.zeros_like(x[n]) for n in moving}
-        base = replace(spec, operands=tuple(n for n in spec.operands if n != "tbias"))
-        fixed = {n: v for n, v in x.items() if n not in moving}
-        return list(jax.jvp(lambda m: reference.attention(base, fixed | m), (moving,), (ts,))[1])
-    return _over_leading(run, spec, dict(zip(names, arrays)))
 
 
 def _value_dim(spec: Spec, columns: int) -> int:
