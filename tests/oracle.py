@@ -258,7 +258,7 @@ def tangents_by_rows(
             drop = np.array([_drop_factor(spec, x, z, h, i, int(j)) for j in js])
             tout[row, h] = (tp * drop) @ v + (p[: js.size] * drop) @ tv
     shape = x["query"].shape
-    return tout.reshape(*shape[:-1], -1), np.swapaxes(tlse.reshape(shape[:-1]), -1, -2)
+    return tout.reshape(*shape[:-1], x["value"].shape[-1]), np.swapaxes(tlse.reshape(shape[:-1]), -1, -2)
 
 
 def _sequences(spec: AttentionSpec, x: dict[str, np.ndarray]) -> list[tuple[int, int, int, int]]:
