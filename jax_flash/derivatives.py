@@ -30,20 +30,21 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
         return _paged_tangents(spec, operands)
     moving = {name for name in TANGENTS if name in operands}
     by_score = moving & {"tquery", "tkey", "tvalue"}
-    tout, tlse = jnp.zeros_like(operands["out"]), jnp.zeros_like(operands["lse"])
+    tout, tlse = _zeros(operands["out"]), _zeros(operands["lse"])
     if "tbias" in operands and not _by_row(operands["bias"]):
         spec = replace(spec, operands=(*spec.operands, "tbias"))
         by_score.add("tbias")
     if by_score:
-        zeros = {"t" + n: jnp.zeros_like(operands[n]) for n in ("query", "key", "value")}
+        zeros = {"t" + n: _zeros(operands[n]) for n in ("query", "key", "value")}
         tout, tlse = bind(TANGENT, spec, zeros | operands)
     return (tout, tlse) if by_score == moving else _with_row_tangents(operands, tout, tlse)
 
 
 def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> Pair:
-    """Adds what moves every score of a row, or its sink: tlse += t + p_sink·(tsink − t), tout −= p_sink·(tsink − t)·out."""
+    """Adds t, by which all scores of a row move, and the sink's move: with x = p_sink·(tsink − t), tlse += t + x and
+    tout −= x·out."""
     out, lse = operands["out"], operands["lse"]
-    moved = jnp.zeros_like(lse)
+    moved = _zeros(lse)
     if "tbias" in operands and _by_row(operands["bias"]):
         seen = (lse[..., None] > -jnp.inf) & (operands["bias"] > -jnp.inf)
         moved = jnp.where(seen, operands["tbias"].astype(jnp.float32), 0)[..., 0]
@@ -55,6 +56,11 @@ def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> 
         wide = tout.astype(jnp.float32) - jnp.swapaxes(through, -1, -2)[..., None] * out.astype(jnp.float32)
         tout = wide.astype(tout.dtype)
     return tout, tlse
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """Zeros of x's type, which jnp.zeros_like makes without explicit sharding."""
+    return _jax.sharded_like(jnp.zeros_like(x), x)
 
 
 def _by_row(bias: jax.Array) -> bool:
@@ -70,7 +76,7 @@ def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     dense["out"] = jnp.where(by_row, 0, operands["out"]).astype(dtype)
     dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
     named = {name: operands.get("t" + name) for name in ("query", "key", "value")}
-    zeros = {name: jnp.zeros_like(operands[name]) for name, x in named.items() if x is None}
+    zeros = {name: _zeros(operands[name]) for name, x in named.items() if x is None}
     _, moving = gather.contiguous(spec, operands | {n: x for n, x in named.items() if x is not None} | zeros)
     dense |= {"t" + name: moving[name] for name, x in named.items() if x is not None}
     tout, tlse = tangents(dense_spec, dense)
@@ -87,18 +93,18 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
-    delta = jnp.zeros_like(lse)  # rowsum(dO ∘ O) − dlse
+    delta = _zeros(lse)  # rowsum(dO ∘ O) − dlse
     if dout is not None:
         delta = _row_products(dout, out, lse)
     if dlse is not None:
         delta = delta - dlse
-    operands = {**operands, "dout": jnp.zeros_like(out) if dout is None else dout, "delta": delta}
+    operands = {**operands, "dout": _zeros(out) if dout is None else dout, "delta": delta}
     found: Gradients = {}
     if any(name in wanted for name in ("query", "key", "value")):
         found |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
     if "bias" in wanted and not _by_row(operands["bias"]):
         (found["bias"],) = bind(BIAS_GRADIENT, spec, operands)
-    through = _through_sinks(operands["sinks"], lse, delta) if "sinks" in operands else jnp.zeros_like(lse)
+    through = _through_sinks(operands["sinks"], lse, delta) if "sinks" in operands else _zeros(lse)
     if "sinks" in wanted:
         found["sinks"] = _jax.sharded_like(-_sum_to_heads(through), operands["sinks"])
     if "bias" in wanted and _by_row(operands["bias"]):

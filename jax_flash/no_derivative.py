@@ -72,9 +72,7 @@ def _transpose(cotangents: Any, *operands: Any, avals: Any, message: str) -> lis
 
 def _batch(args: Sequence[Any], axes: Sequence[Any], *, avals: Any, message: str) -> Any:
     size = next(x.shape[axis] for x, axis in zip(args, axes) if axis is not None)
-    sharding = [
-        x.sharding.update(spec=jax.sharding.PartitionSpec(None, *x.sharding.spec)) for x in avals
-    ]
+    sharding = [x.sharding.update(spec=jax.sharding.PartitionSpec(None, *x.sharding.spec)) for x in avals]
     wide = tuple(x.update(shape=(size, *x.shape), sharding=s) for x, s in zip(avals, sharding))
     return _missing.bind(*args, avals=wide, message=message), [0] * len(wide)
 

@@ -2,13 +2,12 @@
 
 import checks
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from oracle import split
 from programs import assert_same, attention, collectives, custom_calls, shard_shapes, weights
-from test_manual_sharding import explicit, full, typed  # noqa: F401
+from test_manual_sharding import full, typed
 from test_sharding import (
     BATCH_HEADS,
     EVERYTHING,
@@ -19,10 +18,20 @@ from test_sharding import (
     OPTIONS,
     PACKED,
     arrays_of,
-    mesh,  # noqa: F401
+    make_mesh,
     place,
     qkv,
 )
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(AxisType.Auto, AxisType.Auto)
+
+
+@pytest.fixture
+def explicit():
+    return make_mesh(AxisType.Explicit, AxisType.Explicit)
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +61,7 @@ def check(call, mesh, arrays, specs):
 
 @pytest.mark.parametrize("case", [MHA, GQA], ids=lambda case: case.name)
 @pytest.mark.parametrize("spec", [P("data"), BATCH_HEADS], ids=["batch", "batch × heads"])
-def test_batch_and_heads_need_no_collective(kernel, mesh, case, spec):  # noqa: F811
+def test_batch_and_heads_need_no_collective(kernel, mesh, case, spec):
     text = check(attention(case, kernel), mesh, arrays_of(case), qkv(spec))
     assert not collectives(text)
     assert custom_calls(text) == {"forward": 1, "tangent": 1}
@@ -60,21 +69,21 @@ def test_batch_and_heads_need_no_collective(kernel, mesh, case, spec):  # noqa: 
 
 
 @pytest.mark.parametrize("case", [MQA, FEW], ids=lambda case: case.name)
-def test_fewer_kv_heads_than_devices_need_none_either(kernel, mesh, case):  # noqa: F811
+def test_fewer_kv_heads_than_devices_need_none_either(kernel, mesh, case):
     specs = qkv(BATCH_HEADS, P("data"))
     text = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert not collectives(text)
     assert shard_shapes(text, "tangent") == {(2, 6, 2, 8)}
 
 
-def test_packed_heads_and_every_option(kernel, mesh):  # noqa: F811
+def test_packed_heads_and_every_option(kernel, mesh):
     heads = qkv(P(None, "model"))
     assert not collectives(check(attention(PACKED, kernel), mesh, arrays_of(PACKED), heads))
     text = check(attention(EVERYTHING, kernel), mesh, arrays_of(EVERYTHING), qkv(BATCH_HEADS) | OPTIONS)
     assert not collectives(text)
 
 
-def test_shard_map_checks_varying_types(kernel, mesh):  # noqa: F811
+def test_shard_map_checks_varying_types(kernel, mesh):
     """jvp outside and inside; keys that do not vary over an axis, nor do their tangents."""
     specs = qkv(BATCH_HEADS, P("data"))
     call, arrays = attention(MQA, kernel), arrays_of(MQA)
@@ -85,19 +94,22 @@ def test_shard_map_checks_varying_types(kernel, mesh):  # noqa: F811
     def inside(arrays, tangents):
         return jax.jvp(call, (arrays,), (tangents,))
 
-    inner = jax.shard_map(inside, mesh=mesh, in_specs=(specs, specs), out_specs=(out_specs,) * 2, check_vma=True)
+    inner = jax.shard_map(
+        inside, mesh=mesh, in_specs=(specs, specs), out_specs=(out_specs,) * 2, check_vma=True
+    )
     tangents = jax.tree.map(weights, arrays)
     got = jax.jit(inner)(place(mesh, arrays, specs), place(mesh, tangents, specs))
     assert_same(got, jax.jit(inside)(arrays, tangents), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("case", [GQA, EVERYTHING], ids=["gqa", "everything"])
-def test_explicit_types_of_tangents(kernel, explicit, case):  # noqa: F811
+def test_explicit_types_of_tangents(kernel, explicit, case):
     specs = qkv(BATCH_HEADS) | (OPTIONS if case is EVERYTHING else {})
     run = jvp_of(attention(case, kernel))
     placed = place(explicit, arrays_of(case), specs)
-    compiled = jax.jit(run).lower(placed).compile()
-    got = compiled(placed)
+    with jax.set_mesh(explicit):
+        compiled = jax.jit(run).lower(placed).compile()
+        got = compiled(placed)
     assert typed(got) == ((full(4, *BATCH_HEADS), full(3, "data", "model")),) * 2
     assert not collectives(compiled.as_text())
     assert_same(jax.device_get(got), one_device(run, arrays_of(case)), tolerance=1e-4)
@@ -108,30 +120,25 @@ def one_device(run, arrays):
         return jax.device_get(jax.jit(run)(jax.device_get(arrays)))
 
 
-COTANGENTS = {
-    "replicated": (P(), P()),
-    "other axes": (P("model", None, "data"), P("model", "data")),
-    "sequence": (P(None, "data"), P(None, None, "data")),
-}
-
-
 @pytest.mark.parametrize("mode", ["op by op", "jit"])
-@pytest.mark.parametrize("name", COTANGENTS)
-def test_a_cotangent_sharded_unlike_out(kernel, explicit, name, mode):  # noqa: F811
-    """Under explicit axes, which jax.make_mesh makes by default, its type may be any: the gradients' is the operands'."""
-    case = GQA.replace(sq=8, sk=8, sinks=True, bias=(4, 8, 8, 1))
-    call = attention(case, kernel)
-    specs = qkv(BATCH_HEADS) | {"bias": P("data", "model")}
+@pytest.mark.parametrize("spec", [BATCH_HEADS, P()], ids=["sharded operands", "replicated operands"])
+def test_cotangents_and_tangents_without_the_operands_sharding(kernel, explicit, spec, mode):
+    """Under the explicit axes that jax.make_mesh makes by default, they may be ordinary arrays, made outside the mesh.
 
-    def run(arrays, cotangents):
-        return jax.vjp(call, arrays)[1](cotangents)[0]
+    JAX itself refuses those that are on the mesh and sharded otherwise.
+    """
+    case = GQA.replace(sinks=True, bias=(4, 8, 6, 1))
+    call = attention(case, kernel)
+
+    def run(arrays, cotangents, tangents):
+        return jax.vjp(call, arrays)[1](cotangents)[0], jax.jvp(call, (arrays,), (tangents,))[1]
 
     arrays = arrays_of(case)
-    cotangents = tuple(jnp.cos(jnp.arange(x.size)).reshape(x.shape) for x in jax.eval_shape(call, arrays))
-    placed = [jax.device_put(x, NamedSharding(explicit, s)) for x, s in zip(cotangents, COTANGENTS[name])]
-    given = place(explicit, arrays, specs)
-    got = (jax.jit(run) if mode == "jit" else run)(given, tuple(placed))
-    assert typed(got) == typed(given)
-    with jax.set_mesh(jax.make_mesh((1,), ("one",), devices=jax.devices()[:1])):
-        wanted = jax.device_get(jax.jit(run)(*jax.device_get((arrays, cotangents))))
-    assert_same(jax.device_get(got), wanted, tolerance=1e-4)
+    tangents = jax.tree.map(weights, arrays)
+    cotangents = jax.tree.map(weights, call(arrays))
+    placed = place(explicit, arrays, qkv(spec))
+    got = (jax.jit(run) if mode == "jit" else run)(placed, cotangents, tangents)
+    assert typed(got[0]) == typed(placed)
+    assert_same(
+        jax.device_get(got), jax.device_get(jax.jit(run)(arrays, cotangents, tangents)), tolerance=1e-4
+    )

@@ -1,6 +1,6 @@
-"""What a program of derivatives runs: which custom calls, how often, and what is not there raises only where it is used."""
+"""Programs of derivatives: which custom calls they run, how often; derivatives that are missing raise if used."""
 
-from functools import cache, partial
+from functools import partial
 
 import checks
 import jax
@@ -182,92 +182,10 @@ def test_integers_and_slopes_have_no_tangents(kernel):
     assert np.any(got[0] != 0)
 
 
-# A loss around a jvp whose tangent is stopped, as in MeanFlow: second derivatives are asked for and dropped.
+# Second derivatives.
 
 
 MODES = {"jit": jax.jit, "op by op": lambda f: f}
-WRAPPERS = {
-    "plain": lambda f: f,
-    "jit inside": jax.jit,
-    "checkpoint": jax.checkpoint,
-    "named residuals": partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
-    ),
-}
-
-
-def network(params, x, t, implementation, wrap, loop):
-    """Two layers of attention with residual connections, at time t."""
-
-    @wrap
-    def layer(x, weights):
-        q, k, v = ((x @ weights[i] + t).reshape(*x.shape[:2], 2, 4) for i in range(3))
-        out = flash_attention(q, k, v, causal=True, implementation=implementation)
-        return x + jnp.tanh(out.reshape(x.shape) @ weights[3]), None
-
-    if loop == "scan":
-        return jax.lax.scan(layer, x, params)[0]
-    for weights in params:
-        x, _ = layer(x, weights)
-    return x
-
-
-def mean_flow(params, x, direction, **how):
-    """MeanFlow's loss: the network shall equal a target made of its own derivative along the flow."""
-    u, du = jax.jvp(lambda x, t: network(params, x, t, **how), (x, 0.3), (direction, 1.0))
-    return jnp.mean((u - jax.lax.stop_gradient(direction - 0.3 * du)) ** 2)
-
-
-@cache
-def mean_flow_step(implementation, wrap, loop):
-    """value_and_grad of the loss, and its arguments."""
-    loss = partial(mean_flow, implementation=implementation, wrap=WRAPPERS[wrap], loop=loop)
-    x, direction = jax.random.normal(jax.random.key(1), (2, 2, 6, 8))
-    return jax.value_and_grad(loss), (jax.random.normal(jax.random.key(0), (2, 4, 8, 8)) / 3, x, direction)
-
-
-@cache
-def mean_flow_in_plain_jax():
-    step, arguments = mean_flow_step("xla", "plain", "scan")
-    return jax.jit(step)(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "loop"),
-    [("plain", "python"), ("plain", "scan"), ("jit inside", "python"), ("checkpoint", "scan"), ("named residuals", "scan")],
-)  # fmt: skip
-def test_mean_flow_runs_one_call_of_each_pass_per_layer(kernel, wrap, loop):
-    step, arguments = mean_flow_step(kernel, wrap, loop)
-    compiled = jax.jit(step).lower(*arguments).compile()
-    assert_same(compiled(*arguments), mean_flow_in_plain_jax(), tolerance=1e-4)
-    layers = 1 if loop == "scan" else 2
-    forwards = 2 if wrap == "checkpoint" else 1
-    wanted = {"forward": forwards * layers, "tangent": layers, "backward": layers}
-    assert custom_calls(compiled.as_text()) == wanted
-
-
-@pytest.mark.parametrize(("wrap", "loop"), [("plain", "python"), ("checkpoint", "scan")])
-def test_mean_flow_op_by_op(kernel, wrap, loop):
-    step, arguments = mean_flow_step(kernel, wrap, loop)
-    assert_same(step(*arguments), mean_flow_in_plain_jax(), tolerance=1e-4)
-
-
-def test_mean_flow_step_of_a_flax_model(kernel):
-    nnx = pytest.importorskip("flax.nnx")
-    from flax_inputs import X, ours
-
-    def loss(model, x, direction):
-        graph, params = nnx.split(model)
-        flow = lambda x, t: nnx.merge(graph, params)(x + t)
-        u, du = jax.jvp(flow, (x, jnp.float32(0.5)), (direction, jnp.float32(1)))
-        return jnp.mean((u - jax.lax.stop_gradient(direction - 0.5 * du)) ** 2)
-
-    def step(fn):
-        layer = nnx.MultiHeadAttention(2, X.shape[-1], attention_fn=fn, decode=False, rngs=nnx.Rngs(0))
-        value, gradients = nnx.jit(nnx.value_and_grad(loss))(layer, X, jnp.cos(X))
-        return value, nnx.to_pure_dict(gradients)
-
-    assert_same(step(ours), step(nnx.dot_product_attention), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -288,14 +206,13 @@ def test_a_stopped_gradient_inside_a_loss(kernel, mode):
     assert_same(step(kernel)(arrays["query"]), step("xla")(arrays["query"]), tolerance=1e-4)
 
 
-# Second derivatives that are used.
-
-
 SECOND = {
     "gradient of gradient": lambda f, v: jax.grad(lambda x: jax.grad(f)(x).sum()),
     "forward over reverse": lambda f, v: lambda x: jax.jvp(jax.grad(f), (x,), (v,))[1],
     "reverse over forward": lambda f, v: jax.grad(lambda x: jax.jvp(f, (x,), (v,))[1]),
-    "forward over forward": lambda f, v: lambda x: jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))[1],
+    "forward over forward": lambda f, v: (
+        lambda x: jax.jvp(lambda x: jax.jvp(f, (x,), (v,))[1], (x,), (v,))[1]
+    ),
     "hessian": lambda f, v: jax.hessian(f),
     "of a mapped call": lambda f, v: jax.vmap(jax.grad(lambda x: jax.grad(f)(x).sum())),
 }
@@ -315,7 +232,7 @@ def test_second_derivatives_that_are_used_raise_and_name_plain_jax(kernel, name,
     query = arrays["query"][None] if name == "of a mapped call" else arrays["query"]
     with pytest.raises(NotImplementedError, match=r'second derivative .* use implementation="xla"'):
         derivative(kernel)(query)
-    jax.eval_shape(derivative("xla"), query)
+    assert np.isfinite(jax.jit(derivative("xla"))(query)).all()
 
 
 def test_under_jit_a_second_derivative_that_is_dropped_by_forward_mode_costs_nothing(kernel):
@@ -349,11 +266,10 @@ def decode_step(kernel, stop):
     def loss(query, key):
         new = stop(key)
         k_pages, v_pages, lengths = append_kv(
-            arrays["key"], arrays["value"], new, new, arrays["block_tables"], arrays["kv_lengths"], implementation=kernel
+            arrays["key"], arrays["value"], new, new, arrays["block_tables"], arrays["kv_lengths"],
+            implementation=kernel,
         )  # fmt: skip
-        out = paged_attention(
-            query, k_pages, v_pages, arrays["block_tables"], lengths, implementation=kernel
-        )
+        out = paged_attention(query, k_pages, v_pages, arrays["block_tables"], lengths, implementation=kernel)
         return jnp.nansum(out**2)
 
     return loss, arrays["query"], jnp.ones((2, 1, CALL.hk, CALL.d))
@@ -386,6 +302,8 @@ def test_equations_name_the_passes(kernel):
         return jax.jvp(attention(PLAIN, kernel), (arrays,), (arrays,))[1]
 
     jaxpr = jax.make_jaxpr(jvp)(arrays)
-    assert equations(jaxpr.jaxpr, "jax_flash_forward") == equations(jaxpr.jaxpr, "jax_flash_differential") == 1
+    assert (
+        equations(jaxpr.jaxpr, "jax_flash_forward") == equations(jaxpr.jaxpr, "jax_flash_differential") == 1
+    )
     names = [e.params["name"] for e in jaxpr.jaxpr.eqns if e.primitive.name == "name"]
     assert names == ["flash_out", "flash_lse"]
