@@ -7,6 +7,7 @@ gather their pages and differentiate the contiguous call. There are no leading d
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -142,9 +143,10 @@ def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
     return missing[..., None, None], missing[..., None, :]
 
 
+@partial(jax.jit, inline=True)  # outside jit, platform_dependent is traced anew each time
 def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
     """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; 0 for rows that see nothing."""
-    wide = x.astype(jnp.float32), y.astype(jnp.float32)
+    wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
     sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
     return jnp.where(lse > -jnp.inf, jnp.swapaxes(sums, -1, -2), 0)
 

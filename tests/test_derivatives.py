@@ -12,7 +12,7 @@ from oracle import split
 from programs import assert_same, attention, custom_calls, with_gradients
 from test_transforms import BIASED, FIXED, PLAIN, VARLEN, arrays_of, axes, equations, row, stack
 
-from jax_flash import append_kv, flash_attention, paged_attention
+from jax_flash import append_kv, paged_attention
 
 
 @pytest.fixture(autouse=True)
