@@ -6,7 +6,6 @@ import dataclasses
 import os
 from typing import Any
 
-import checks
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +34,18 @@ LARGE = (
     Case("many query heads of a KV head", b=1, sq=9, sk=200, hq=80, hk=1),
     Case("one query", b=2, sq=1, sk=300, hq=8, hk=2, causal=True),
     Case("more tiles than a run has", b=1, sq=1700, sk=140, hq=1, hk=1, d=8, dv=8, causal=True),
-    Case("odd everything", b=2, sq=67, sk=259, hq=6, hk=2, d=37, dv=19, q_lengths=(67, 30), kv_lengths=(131, 259)),
+    Case(
+        "odd everything",
+        b=2,
+        sq=67,
+        sk=259,
+        hq=6,
+        hk=2,
+        d=37,
+        dv=19,
+        q_lengths=(67, 30),
+        kv_lengths=(131, 259),
+    ),
     Case(
         "all options",
         b=1,
@@ -57,7 +67,9 @@ LARGE = (
     Case("dropout", b=1, sq=130, sk=270, dropout_rate=0.5),
     Case("scale of 0", b=1, sq=20, sk=130, scale=0.0),
     varlen("packed", (200, 3, 0, 90), k_sequences=(310, 0, 5, 140), causal=True, padding=(5, 9), d=48, dv=32),
-    varlen("packed dropout", (150, 70), k_sequences=(310, 140), dropout_rate=0.3, sinks=True, kv_lengths=(300, 9)),
+    varlen(
+        "packed dropout", (150, 70), k_sequences=(310, 140), dropout_rate=0.3, sinks=True, kv_lengths=(300, 9)
+    ),
 )
 NOTHING = (
     Case("no keys", sk=0),
@@ -132,7 +144,9 @@ def test_nothing_to_see(case: Case) -> None:
 
 
 POISONED = (
-    Case("lengths", b=3, sq=70, sk=300, q_lengths=(70, 0, 33), kv_lengths=(270, 300, 0), bias=(3, 1, 70, 300)),
+    Case(
+        "lengths", b=3, sq=70, sk=300, q_lengths=(70, 0, 33), kv_lengths=(270, 300, 0), bias=(3, 1, 70, 300)
+    ),
     Case("causal lengths", sq=70, sk=90, causal=True, q_lengths=(60, 33), kv_lengths=(41, 90), sinks=True),
     varlen("packed", (70, 0, 33), k_sequences=(150, 9, 60), padding=(7, 5), kv_lengths=(131, 3, 50)),
 )
@@ -162,7 +176,9 @@ def test_nothing_past_a_length_is_read(case: Case, dtype: str) -> None:
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("how", ["mask", "bias", "segments", "causal", "window"])
-def test_a_hidden_key_contributes_nothing_whatever_it_and_its_tangent_are(how: str, dtype: str, bad: float) -> None:
+def test_a_hidden_key_contributes_nothing_whatever_it_and_its_tangent_are(
+    how: str, dtype: str, bad: float
+) -> None:
     b, sq, sk = 1, 70, 200
     hidden = np.zeros(sk, bool)
     hidden[[3, 64, 199]] = True
