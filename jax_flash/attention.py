@@ -71,7 +71,8 @@ def flash_attention(
 
     Raises:
       ValueError, TypeError: while tracing; the message names the argument, its value and what is allowed.
-      NotImplementedError: if the implementation lacks this configuration, or if the platform has no implementation.
+      NotImplementedError: if the implementation lacks this configuration, if the platform has no implementation, or
+        if a second derivative is used: both modes of differentiation run once, `"xla"` has every derivative.
 
     Source: Dao et al., FlashAttention (2022); Dao, FlashAttention-2 (2023).
 

@@ -89,7 +89,7 @@ for _table in DIMS.values():
     for _name in ("query", "key", "value", "bias"):
         if _name in _table:
             _table["d" + _name] = _table[_name]
-    for _name in ("query", "key", "value", "bias", "out", "lse"):
+    for _name in ("query", "key", "value", "bias", "sinks", "out", "lse"):
         if _name in _table:
             _table["t" + _name] = _table[_name]
 
@@ -159,6 +159,12 @@ APPEND = Pass(
     in_place=2,
 )
 PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT, APPEND)
+
+# Operands with a derivative. A call's differential is not a custom call: it is the operation, linear in the tangents
+# that stand among its optional operands, that runs the tangent pass and whose transpose runs the backward passes.
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+TANGENTS = tuple("t" + name for name in DIFFERENTIABLE)
+DIFFERENTIAL = Pass("differential", ("query", "key", "value", "out", "lse"), ("tout", "tlse"))
 
 
 def like(result: str) -> str:

@@ -16,10 +16,10 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _jax
+from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
 from .batching import batch
-from .operands import PASSES, Pass, like, padded_head_dim
+from .operands import APPEND, PASSES, Pass, like, padded_head_dim
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
 from .workspace import workspace_bound
@@ -195,25 +195,20 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
-def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: Spec) -> Any:
-    raise NotImplementedError(
-        f"jax_flash: the {pass_.name} pass is differentiable in reverse mode once; "
-        'use implementation="xla" for forward mode and higher derivatives'
-    )
-
-
-def _primitive(name: str, pass_: Pass) -> Primitive:
+def declare(name: str, pass_: Pass) -> Primitive:
+    """A primitive with the rules that all passes share, without lowering; it has no derivative unless told."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
-    ad.primitive_jvps[primitive] = partial(_no_second_derivative, pass_=pass_)
+    message = no_derivative.APPEND if pass_ is APPEND else no_derivative.SECOND
+    ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
     return primitive
 
 
 def _local(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}_local", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}_local", pass_)
     mlir.register_lowering(primitive, partial(_lower_nowhere, pass_=pass_))
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(
@@ -223,7 +218,7 @@ def _local(pass_: Pass) -> Primitive:
 
 
 def _partitioned(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}", pass_)
     mlir.register_lowering(primitive, partial(_lower_partitioned, pass_=pass_))
     _jax.require_devices_during_lowering(primitive)
     return primitive

@@ -56,7 +56,8 @@ def append_kv(
       `(k_pages, v_pages, kv_lengths)` after the call.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no gradient.
+      ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no derivative, in
+        either mode: one that is used raises.
 
     Source: Kwon et al., PagedAttention (2023).
 

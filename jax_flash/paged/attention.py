@@ -59,7 +59,7 @@ def paged_attention(
     Returns:
       `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
       `[hq, tq]`.
-      Differentiable with respect to query, sinks and the pools, except for float8 pools.
+      Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
