@@ -78,7 +78,7 @@ def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
     results = []
     for name, shape in zip(pass_.results, shapes):
         source = named[like(name)]
-        dtype = np.dtype("float32") if name == "lse" else source.dtype
+        dtype = np.dtype("float32") if name in ("lse", "tlse") else source.dtype
         sharding = source.sharding
         if not sharding.mesh.empty:
             sharding = sharding.update(spec=_result_spec(name, spec, named))

@@ -341,6 +341,10 @@ void cpu_backward(const Problem& p, const ThreadPool& pool) {
   });
 }
 
+void cpu_tangent(const Problem&, const Tangents&, const ThreadPool&) {
+  throw std::runtime_error("jax_flash: the tangent pass is not implemented");
+}
+
 void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
   const BiasGrid grid(p, kernels().gradient_m, kernels().gradient_n);
   parallel_for(pool, grid.size(), workers_for(score_count(p) * (p.head_dim + p.value_dim)),

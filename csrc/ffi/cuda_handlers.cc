@@ -63,6 +63,13 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   return ffi::Error::Success();
 }
 
+ffi::Error run_tangent(cudaStream_t, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
+  Problem p;
+  Tangents t;
+  if (ffi::Error e = decode_tangents(spec, args, rets, p, t); e.failure()) return e;
+  return ffi::Error(ffi::ErrorCode::kUnimplemented, "jax_flash: the tangent pass has no CUDA kernel");
+}
+
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
 ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                       AppendSpec spec) {
@@ -101,6 +108,7 @@ auto binding() {
 JF_HANDLER(JaxFlashForwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kForward, 2>);
 JF_HANDLER(JaxFlashBackwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBackward, 3>);
 JF_HANDLER(JaxFlashBiasGradientCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBiasGradient, 1>);
+JF_HANDLER(JaxFlashTangentCuda, AttentionSpec, jax_flash::run_tangent);
 JF_HANDLER(JaxFlashAppendCuda, AppendSpec, jax_flash::run_append);
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }
