@@ -17,19 +17,13 @@
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-// Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
-constexpr int tangent_keys(int m, int n, int warps, bool general) {
-  return general && m / warps > 16 && n > 32 ? 32 : n;
-}
-
-// A row of csrc/kernels.def. Each warp owns 16 or 32 query rows.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General,
-          int QSteps, bool Running>
+// A row of csrc/kernels.def. Each warp owns 16 or 32 query rows; the general kernel has registers for 16.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
 struct TangentSm80 {
   using Element = T;
   static constexpr bool kGeneral = General;
-  static constexpr int kM = M, kN = tangent_keys(M, N, Warps, General);
-  static constexpr int kThreads = Warps * 32, kBlocks = General ? 1 : Blocks, kWarpRows = M / Warps;
+  static constexpr int kM = M, kN = N, kWarps = General ? M / 16 : Warps, kWarpRows = M / kWarps;
+  static constexpr int kThreads = kWarps * 32, kBlocks = General ? 1 : Blocks;
   static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
   using QTile = SharedTile<T, M, HeadDim>;
   using KTile = SharedTile<T, kN, HeadDim>;
@@ -37,13 +31,12 @@ struct TangentSm80 {
   using OTile = SharedTile<T, M, ValueDim>;
   using S = Accumulator<kWarpRows / 16, kN / 8>;
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
-  using Ring = TangentRing<Stages, kThreads, KTile, VTile, Running>;
-  // The leading fragments of Q and tQ stay in registers.
-  static constexpr int kStepRegisters = kWarpRows / 4;  // of Q in a k step, and as many of tQ
-  static constexpr int kQSteps = QSteps;
+  using Ring = TangentRing<Stages, kThreads, KTile, VTile>;
+  // Where a warp owns 16 rows, 32 registers hold the leading fragments of Q and tQ.
+  static constexpr int kQSteps = General || kWarpRows > 16 ? 0 : kHeadSteps < 4 ? kHeadSteps : 4;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
   static constexpr TangentLayout kLayout =
-      tangent_layout({HeadDim, ValueDim, M, kN, Stages, Warps, false}, sizeof(T));
+      tangent_layout({HeadDim, ValueDim, M, N, Stages, Warps, false}, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.tq == QTile::kBytes && kLayout.ring == 2 * QTile::kBytes &&
                 kLayout.bytes - kLayout.ring == Ring::kBytes);
@@ -247,6 +240,17 @@ cudaError_t launch_tangent_sm80(const Problem& p, const Tangents& t, const Launc
   const TileGrid& grid = plan.queries;
   return launch(tangent_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p, t,
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
+}
+
+// The general kernel has dropout, too.
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const Tangents& t, const LaunchPlan& plan, void* workspace,
+                       cudaStream_t stream) {
+  const auto run = [&]<bool kGeneral>() {
+    return launch_tangent_sm80<TangentSm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages,
+                                           R.warps, R.blocks, kGeneral>>(p, t, plan, workspace, stream);
+  };
+  return plan.general() ? run.template operator()<true>() : run.template operator()<false>();
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

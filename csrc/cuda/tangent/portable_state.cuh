@@ -57,7 +57,7 @@ struct TilePair {
 };
 
 // The first pair is K and tK, the second V and tV (a Source of TileRing).
-template <class T, bool kRunning>
+template <class T>
 class TangentSource {
  public:
   __device__ __forceinline__ explicit TangentSource(const TangentState<T>& block)
@@ -83,22 +83,22 @@ class TangentSource {
   __device__ __forceinline__ void look_ahead(int32_t) const {}
 
  private:
-  RowSource<T, kRunning> primal_, tangent_;
+  RowSource<T> primal_, tangent_;
 };
 
 // The tiles of a key tile in the order of their use. Where there are stages, K and tK arrive together, and so
 // do V and tV.
-template <int kStages, int kThreads, class KTile, class VTile, bool kRunning>
+template <int kStages, int kThreads, class KTile, class VTile>
 class TangentRing {
   using T = typename KTile::Element;
-  using Ring = TileRing<kStages, kThreads, TilePair<KTile>, TilePair<VTile>, TangentSource<T, kRunning>>;
+  using Ring = TileRing<kStages, kThreads, TilePair<KTile>, TilePair<VTile>, TangentSource<T>>;
 
  public:
   static constexpr int kBytes = Ring::kBytes;
   static constexpr bool kTogether = true;
 
   __device__ __forceinline__ TangentRing(uint32_t shared, const TangentState<T>& block)
-      : ring_(shared, TangentSource<T, kRunning>(block), block.tiles) {}
+      : ring_(shared, TangentSource<T>(block), block.tiles) {}
 
   __device__ __forceinline__ void start() { ring_.start(); }
   __device__ __forceinline__ uint32_t wait_k(int32_t n) { return k_ = ring_.wait_first(n); }
@@ -113,8 +113,8 @@ class TangentRing {
 };
 
 // No stage: the four tiles take turns in one buffer.
-template <int kThreads, class KTile, class VTile, bool kRunning>
-class TangentRing<0, kThreads, KTile, VTile, kRunning> {
+template <int kThreads, class KTile, class VTile>
+class TangentRing<0, kThreads, KTile, VTile> {
   using T = typename KTile::Element;
   using Source = RowSource<T>;
 
