@@ -33,7 +33,8 @@ struct TangentSm80 {
   using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
   using Ring = TangentRing<Stages, kThreads, KTile, VTile>;
   // Where a warp owns 16 rows, 32 registers hold the leading fragments of Q and tQ.
-  static constexpr int kQSteps = General || kWarpRows > 16 ? 0 : kHeadSteps < 4 ? kHeadSteps : 4;
+  static constexpr bool kQInRegisters = !General && sizeof(T) == 2 && kWarpRows == 16;
+  static constexpr int kQSteps = !kQInRegisters ? 0 : kHeadSteps < 4 ? kHeadSteps : 4;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
   static constexpr TangentLayout kLayout =
       tangent_layout({HeadDim, ValueDim, M, N, Stages, Warps, false}, sizeof(T));
