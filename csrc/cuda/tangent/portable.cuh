@@ -2,6 +2,7 @@
 // over the keys of a query tile, with P recomputed from lse as in the backward:
 //   dS = scale · (tQ Kᵀ + Q tKᵀ), through softcap, + tbias;   P = exp(S − lse);   r = rowsum(P ∘ dS)
 //   tO = drop(P) tV + drop(P ∘ dS) V − r · O;                 tlse = r
+// where dS and r are taken relative to a value near them in each row (TangentRows).
 #pragma once
 
 #include "core/families/portable_layout.h"
@@ -102,8 +103,8 @@ __device__ __forceinline__ void apply_general(const Problem& p, const Tangents& 
   }
 }
 
-// O += drop(P) tV + drop(T) V [M, dv] with P = 2^S and T = P ∘ dS, and r += rowsum(T) before the drop. With
-// stages, the exponentials of later keys overlap the products of earlier ones.
+// O += drop(P) tV + drop(T) V [M, dv] with P = 2^S and T = P ∘ (dS − c), and r += rowsum(P ∘ dS). With stages,
+// the exponentials of later keys overlap the products of earlier ones.
 template <class C>
 __device__ __forceinline__ void add_values(const Problem& p, const TangentState<typename C::Element>& block,
                                            typename C::O& o, typename C::S& s, typename C::S& ds,
@@ -123,8 +124,9 @@ __device__ __forceinline__ void add_values(const Problem& p, const TangentState<
         for (int e = 0; e < 2; ++e) {
           float &x = s.at(slot, i, e), &y = ds.at(slot, i, e);
           x = ptx::exp2(x);
-          y *= x * scale;
-          rows.r[slot] += y;
+          const float scaled = x * scale;
+          y *= scaled;
+          rows.r[slot] += fmaf(scaled, rows.c[slot], y);
         }
       }
     }
@@ -148,26 +150,27 @@ __device__ __forceinline__ void add_values(const Problem& p, const TangentState<
   }
 }
 
-// tlse = r, and tO = factor · tO − r · O; both 0 in rows that see no key.
+// tlse = r, and tO = factor · tO − (r − c) · O; both 0 in rows that see no key.
 template <class C>
 __device__ __forceinline__ void finish_rows(const Problem& p, const TangentState<typename C::Element>& block,
                                             const TangentRows<typename C::S>& rows, int32_t row,
                                             typename C::O& o) {
   using O = typename C::O;
-  const float factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
+  const float factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f, unit = C::kGeneral ? 1.0f : p.spec.scale;
 #pragma unroll
   for (int slot = 0; slot < O::kSlots; ++slot) {
     const int32_t i = row + O::row(slot);
     const bool empty = rows.sees_nothing(slot);
     const float sum = row_sum(rows.r[slot]), r = empty ? 0 : sum;
     ptx::store_global(block.tlse + i * block.tlse_stride, r, i < block.work.tile.end && threadIdx.x % 4 == 0);
+    const float left = fmaf(-unit, rows.c[slot], r);
     const auto* out = block.out.data + int64_t{i} * block.out.stride + O::column(0);
 #pragma unroll
     for (int n = 0; n < O::kColumnTiles; ++n) {
       float2 x{0, 0};
       if (!empty && O::column_step(n) < block.out.columns) x = ptx::load_pair(out + O::column_step(n));
-      o.at(slot, n, 0) = empty ? 0 : fmaf(-r, x.x, factor * o.at(slot, n, 0));
-      o.at(slot, n, 1) = empty ? 0 : fmaf(-r, x.y, factor * o.at(slot, n, 1));
+      o.at(slot, n, 0) = empty ? 0 : fmaf(-left, x.x, factor * o.at(slot, n, 0));
+      o.at(slot, n, 1) = empty ? 0 : fmaf(-left, x.y, factor * o.at(slot, n, 1));
     }
   }
 }
@@ -200,7 +203,8 @@ __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t
       if (n == block.tiles.lo) q.read(q_tile, warp_row), tq.read(tq_tile, warp_row);
     }
     S s, ds;
-    s.clear(), ds.clear();
+    s.clear();
+    for_each(ds, [&](float& x, int slot, int, int) { x = C::kGeneral ? 0 : -rows.c[slot]; });
     multiply_scores<C, C::Ring::kTogether>(s, ds, q, tq, k, k + C::KTile::kBytes);  // S = Q Kᵀ, dS = tQ Kᵀ + …
     if constexpr (!C::Ring::kTogether)
       multiply_add<typename C::Element, C::kHeadSteps>(ds, q, RowsB<typename C::KTile>(ring.wait_tk(n), 0));
@@ -210,11 +214,13 @@ __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t
     if (partial) mask(s, block.band, row(), key);
     if (C::kGeneral || partial)
       for_each(ds, [&](float& x, int slot, int i, int e) {  // a hidden key's dS may be NaN
-        if (rows.sees_nothing(slot)) s.at(slot, i, e) = -INFINITY;
+        if (C::kGeneral && rows.sees_nothing(slot)) s.at(slot, i, e) = -INFINITY;
         if (s.at(slot, i, e) == -INFINITY) x = 0;
+        if (C::kGeneral) x -= rows.c[slot];
       });
     subtract_lse(s, rows, C::kGeneral ? 1.0f : p.spec.scale * kLog2e);
-    // P = 2^S, T = P ∘ dS, r += rowsum(T); O += P tV + T V
+    if (partial || n == block.tiles.lo) rows.center(s, ds, block.band, row(), key, n == block.tiles.lo);
+    // P = 2^S, T = P ∘ (dS − c), r += rowsum(P ∘ dS); O += P tV + T V
     add_values<C>(p, block, o, s, ds, rows, ring, n, row());
   }
   ring.finish();

@@ -138,10 +138,15 @@ class TangentRing<0, kThreads, KTile, VTile> {
 };
 
 // lse and the running r = rowsum(P ∘ dS) of a thread's rows.
+//
+// In rows of few keys T V and r · O are almost equal, and T's rounding to 16 bits would show in their difference.
+// So V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the tile in which the row
+// begins; (r − c) · O is what is left to be subtracted.
 template <class S>
 struct TangentRows {
   float lses[S::kSlots];  // in powers of two; +inf where a row sees no key, so that its P = 0
   float r[S::kSlots];     // this lane's share
+  float c[S::kSlots];     // in dS' unit, which is scale in the plain kernel; 0 where the row has not begun
 
   // lse: at the sequence's first row. `row`: the accumulator's first row within the sequence.
   __device__ __forceinline__ TangentRows(const Problem& p, const float* lse, int32_t row, int32_t q_len) {
@@ -149,7 +154,32 @@ struct TangentRows {
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int64_t i = row + S::row(slot);
       lses[slot] = row_lse(i < q_len ? lse[i * p.lse.row] : -INFINITY);
-      r[slot] = 0;
+      r[slot] = c[slot] = 0;
+    }
+  }
+
+  // dS ← dS − c in the rows that begin in this tile: all that are visible in the first tile, or whose band
+  // begins here. S holds exponents.
+  __device__ __forceinline__ void center(const S& s, S& ds, const Band& band, int32_t row, int32_t key,
+                                         bool first) {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const bool begins = first || band.first_key(row + S::row(slot)) >= key;
+      if (!__any_sync(~0u, begins)) continue;
+      float weight = 0, sum = 0;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float p = ptx::exp2(s.at(slot, n, e));
+          weight += p, sum = fmaf(p, ds.at(slot, n, e), sum);
+        }
+      }
+      weight = row_sum(weight), sum = row_sum(sum);
+      if (!begins || !(weight > 0)) continue;
+      c[slot] = sum / weight;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) ds.at(slot, n, 0) -= c[slot], ds.at(slot, n, 1) -= c[slot];
     }
   }
   __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
