@@ -19,9 +19,13 @@ def matmul(platform: str) -> float:
 
 
 def attention(case: Case, pass_: str) -> float:
-    """Forward: S = QKᵀ and O = PV. Backward: S again, dP = dO Vᵀ, dQ, dK and dV. "both" is their sum."""
+    """Forward: S = QKᵀ and O = PV. Backward: S again, dP = dO Vᵀ, dQ, dK and dV. "both" is their sum.
+
+    "jvp" is the forward and the tangent: S again, its two tangents, and two products with V and its tangent.
+    """
     d, dv = case.d, case.dv
-    features = {"forward": d + dv, "backward": 3 * d + 2 * dv, "both": 4 * d + 3 * dv}[pass_]
+    both = 4 * d + 3 * dv
+    features = {"forward": d + dv, "backward": 3 * d + 2 * dv, "both": both, "jvp": both}[pass_]
     return 2.0 * features * case.hq * visible_pairs(case)
 
 

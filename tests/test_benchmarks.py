@@ -113,6 +113,7 @@ def test_flop_are_four_b_h_s_s_d_and_the_backward_two_and_a_half_times_that():
     assert flop.attention(case, "forward") == 4 * 2 * 3 * 8 * 8 * 16
     assert flop.attention(case, "backward") == 2.5 * flop.attention(case, "forward")
     assert flop.attention(case, "both") == 3.5 * flop.attention(case, "forward")
+    assert flop.attention(case, "jvp") == 3.5 * flop.attention(case, "forward")
     assert (
         flop.kv_bytes(sequences=2, kv_heads=8, head_dim=128, keys=10, itemsize=2) == 2 * 2 * 8 * 128 * 10 * 2
     )
