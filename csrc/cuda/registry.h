@@ -67,13 +67,13 @@ inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const
 
 // The launch function of a built row: the files that cmake/kernels.cmake writes use it once per row and
 // dtype, after including the family's pass, which defines launch_row.
-#define JF_DEFINE_LAUNCH(name, loaders, dtype, ...)                                                \
-  namespace jax_flash {                                                                            \
-  namespace columns {                                                                              \
-  inline constexpr RowColumns name{loaders, __VA_ARGS__};                                          \
-  }                                                                                                \
-  cudaError_t name(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,             \
-                   void* workspace, cudaStream_t stream) {                                         \
-    return call_launch_row<launch_row<dtype, columns::name>>(p, tangents, plan, workspace, stream); \
-  }                                                                                                \
+#define JF_DEFINE_LAUNCH(name, loaders, dtype, ...)                                                     \
+  namespace jax_flash {                                                                                 \
+  namespace columns {                                                                                   \
+  inline constexpr RowColumns name{loaders, __VA_ARGS__};                                               \
+  }                                                                                                     \
+  cudaError_t name(const Problem& p, const Tangents* tangents, const LaunchPlan& plan, void* workspace, \
+                   cudaStream_t stream) {                                                               \
+    return call_launch_row<launch_row<dtype, columns::name>>(p, tangents, plan, workspace, stream);     \
+  }                                                                                                     \
   }

@@ -35,8 +35,8 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
-// Plans a call and launches its kernels. `kResults`: of the pass; the workspace follows them. `tangents`: null
-// unless the pass has them.
+// Plans a call and launches its kernels. `kResults`: of the pass; the workspace follows them. `tangents`:
+// null unless the pass has them.
 template <Pass pass, size_t kResults>
 ffi::Error launch_planned(const Problem& p, const Tangents* tangents, ffi::RemainingRets rets,
                           cudaStream_t stream) {

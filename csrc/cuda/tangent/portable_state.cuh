@@ -39,9 +39,10 @@ struct TangentState : BlockState<T> {
     tlse = t.tlse.as<float>() + work.offset(p, t.tlse, head, q_begin), tlse_stride = t.tlse.row;
   }
 
+  template <class Score>
   __device__ void prepare_score(const Problem& p, const Tangents& t) {
     const BlockWork& work = this->work;
-    this->score.prepare(p, work, work.head);
+    this->score.template prepare<Score>(p, work, work.head);
     tbias = nullptr;
     if (t.tbias && work.tile.index != kNoSequence)
       tbias = t.tbias.as<const uint8_t>() +
@@ -139,14 +140,14 @@ class TangentRing<0, kThreads, KTile, VTile> {
 
 // lse and the running r = rowsum(P ∘ dS) of a thread's rows.
 //
-// In rows of few keys T V and r · O are almost equal, and T's rounding to 16 bits would show in their difference.
-// So V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the tile in which the row
-// begins; (r − c) · O is what is left to be subtracted.
+// In rows of few keys T V and r · O are almost equal, and T's rounding to 16 bits would show in their
+// difference. So V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the tile in
+// which the row begins; (r − c) · O is what is left to be subtracted.
 template <class S>
 struct TangentRows {
   float lses[S::kSlots];  // in powers of two; +inf where a row sees no key, so that its P = 0
   float r[S::kSlots];     // this lane's share
-  float c[S::kSlots];     // in dS' unit, which is scale in the plain kernel; 0 where the row has not begun
+  float c[S::kSlots];     // in the unit of dS; 0 where the row has not begun
 
   // lse: at the sequence's first row. `row`: the accumulator's first row within the sequence.
   __device__ __forceinline__ TangentRows(const Problem& p, const float* lse, int32_t row, int32_t q_len) {

@@ -44,7 +44,7 @@ constexpr View Problem::* kOperands[] = {&Problem::query,
                                          &Problem::position};
 
 constexpr View Tangents::* kTangents[] = {&Tangents::tquery, &Tangents::tkey, &Tangents::tvalue,
-                                         &Tangents::tbias,  &Tangents::tout, &Tangents::tlse};
+                                          &Tangents::tbias,  &Tangents::tout, &Tangents::tlse};
 
 constexpr View AppendProblem::* kAppendOperands[] = {
     &AppendProblem::k_pages,    &AppendProblem::v_pages,      &AppendProblem::key,
