@@ -86,11 +86,11 @@ struct GradientBlock {
   }
 };
 
-// S → P = 2^(scale · S − lse). An lse of large magnitude is rounded so coarsely that P could be infinite. In
+// S ← scale · S − lse. An lse of large magnitude is rounded so coarsely that P = 2^S could be infinite. In
 // such a row a score that exceeds lse, or differs from it by less than that rounding, counts as equal to it:
-// P = 1.
+// P = 1. `rows`: lse(slot).
 template <class S, class Rows>
-__device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
+__device__ __forceinline__ void subtract_lse(S& s, const Rows& rows, float scale) {
   bool coarse = false;
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
@@ -101,6 +101,12 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
       if (rounds_coarsely(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kLargeShift)) x = 0;
     });
   }
+}
+
+// S → P = 2^(scale · S − lse).
+template <class S, class Rows>
+__device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
+  subtract_lse(s, rows, scale);
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 

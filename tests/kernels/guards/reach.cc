@@ -35,8 +35,9 @@ std::vector<Variant> variants_of(Pass pass, Loader loader) {
     }
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
-    case Pass::kBiasGradient:
     case Pass::kTangent:
+      return {Variant::kPlain, Variant::kGeneral};
+    case Pass::kBiasGradient:
       return {Variant::kGeneral};
     case Pass::kDecode:
       return {Variant::kSplit, Variant::kFloat8Split};  // the unsplit kernels, and those that combine
@@ -96,8 +97,9 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
-    case Pass::kBiasGradient:
     case Pass::kTangent:
+      return plan.general() ? Variant::kGeneral : Variant::kPlain;
+    case Pass::kBiasGradient:
       return Variant::kGeneral;
     case Pass::kDecode:
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
