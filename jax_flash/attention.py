@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, Unpack, overload
 
-import jax
+from jax import Array
 
 from . import validate
 from .autodiff import attend
+from .options import Align, ArrayLike, FixedOptions, Implementation, IndexLike, LengthsLike, Window
 
-Window = tuple[int | None, int | None]
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[FixedOptions],
+) -> Array: ...
+
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[FixedOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[FixedOptions],
+) -> Array | tuple[Array, Array]: ...
 
 
 def flash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     *,
     causal: bool = False,
     window: Window | None = None,
-    align: str = "bottom_right",
-    mask: jax.Array | None = None,
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
-    q_lengths: jax.Array | None = None,
-    kv_lengths: jax.Array | None = None,
+    align: Align = "bottom_right",
+    mask: ArrayLike | None = None,
+    segment_ids: IndexLike | tuple[IndexLike, IndexLike] | None = None,
+    q_lengths: LengthsLike | None = None,
+    kv_lengths: LengthsLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    bias: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-    implementation: str | None = None,
-) -> Any:
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]:
     """Exact attention, softmax(scale · q·kᵀ)·v, in memory linear in the sequence length.
 
     A row without a visible key gives 0 and lse −inf (its sink, if there is one), never NaN. Rows and keys past a length
@@ -78,12 +110,6 @@ def flash_attention(
     Example:
       >>> out = flash_attention(q, k, v, causal=True, window=(1024, 0))
     """
-    options = dict(
-        causal=causal, window=window, align=align, mask=mask, segment_ids=segment_ids, q_lengths=q_lengths,
-        kv_lengths=kv_lengths, scale=scale, softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
-        dropout_rate=dropout_rate, dropout_key=dropout_key, deterministic=deterministic,
-        implementation=implementation,
-    )  # fmt: skip
-    spec, operands = validate.fixed("flash_attention", query, key, value, options)
+    spec, operands = validate.fixed("flash_attention", locals())
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

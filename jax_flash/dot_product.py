@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from . import validate
 from ._jax import same_dim
 from .autodiff import attend
+from .options import DotProductOptions, Implementation, IndexLike
 
 _CHECK = validate.Checker("dot_product_attention")
 
@@ -26,13 +27,8 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
     return_residual: Literal[False] = ...,
+    **options: Unpack[DotProductOptions],
 ) -> Array: ...
 
 
@@ -44,14 +40,22 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
     return_residual: Literal[True],
+    **options: Unpack[DotProductOptions],
 ) -> tuple[Array, Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: bool,
+    **options: Unpack[DotProductOptions],
+) -> Array | tuple[Array, Array]: ...
 
 
 def dot_product_attention(
@@ -63,10 +67,10 @@ def dot_product_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: IndexLike | None = None,
+    key_value_seq_lengths: IndexLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention with the signature and meaning of `jax.nn.dot_product_attention`.
@@ -107,8 +111,11 @@ def dot_product_attention(
     q, k, v = _rank4("query", query), _rank4("key", key), _rank4("value", value)
     _check_operands(q, k, v)
     batch = q.shape[0]
-    options = {
-        "causal": is_causal,
+    arguments = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "causal": _CHECK.flag("is_causal", is_causal),
         "window": _window(local_window_size),
         "align": "top_left",
         "mask": None if mask is None else _mask(mask),
@@ -120,10 +127,11 @@ def dot_product_attention(
         "bias": None if bias is None else _bias(bias, q.dtype),
         "alibi_slopes": None,
         "sinks": None,
+        "return_lse": _CHECK.flag("return_residual", return_residual),
         "deterministic": False,
         "implementation": _implementation(implementation, q.dtype),
     }
-    out, lse = attend(*validate.fixed(_CHECK.op, q, k, v, options))
+    out, lse = attend(*validate.fixed(_CHECK.op, arguments))
     out = out.reshape(shape)
     if not return_residual:
         return out
@@ -160,10 +168,10 @@ def _bias(bias: ArrayLike, dtype: Any) -> Array:
     return bias if bias.dtype in (jnp.float16, jnp.bfloat16, dtype) else bias.astype(jnp.float32)
 
 
-def _lengths(name: str, lengths: ArrayLike | None, batch: Any) -> Array | None:
-    if lengths is None:
+def _lengths(name: str, given: IndexLike | None, batch: Any) -> Array | None:
+    if given is None:
         return None
-    lengths = _CHECK.int32(name, jnp.asarray(lengths))
+    lengths = _CHECK.int32(name, given)
     _CHECK.shape(name, lengths, (batch,), "B")
     return lengths
 

@@ -57,12 +57,8 @@ class Cache:
     def ends(self, check: Checker, b: Any, cache_seqlens: Any) -> jax.Array:
         """The end of each sequence before the call, int32 `[b]`."""
         if cache_seqlens is None:
-            cache_seqlens = self.capacity
-        if jnp.ndim(cache_seqlens) == 0 and jnp.issubdtype(jnp.result_type(cache_seqlens), jnp.integer):
-            return jnp.full((b,), cache_seqlens, jnp.int32)
-        ends = check.int32("cache_seqlens", cache_seqlens)
-        check.shape("cache_seqlens", ends, (b,), "b")
-        return ends
+            return jnp.full((b,), self.capacity, jnp.int32)
+        return check.lengths("cache_seqlens", cache_seqlens, b, "b")
 
     def lengths(self, ends: jax.Array) -> jax.Array:
         """The numbers of keys of sequences with these ends."""
