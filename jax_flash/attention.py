@@ -53,7 +53,7 @@ def flash_attention(
     window: Window | None = None,
     align: Align = "bottom_right",
     mask: ArrayLike | None = None,
-    segment_ids: IndexLike | tuple[IndexLike, IndexLike] | None = None,
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
     q_lengths: LengthsLike | None = None,
     kv_lengths: LengthsLike | None = None,
     scale: float | None = None,
@@ -70,12 +70,13 @@ def flash_attention(
     """Exact attention, softmax(scale · q·kᵀ)·v, in memory linear in the sequence length.
 
     A row without a visible key gives 0 and lse −inf (its sink, if there is one), never NaN. Rows and keys past a length
-    are never read.
+    are never read. Where an argument is int32, integers on the host (lists, NumPy arrays of any integer type) are taken
+    too if int32 holds their values.
 
     Args:
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.
       key: `[b, sk, hk, d]`, query's dtype. `hk` divides `hq`, and query head i reads KV head `i // (hq // hk)`.
-      value: `[b, sk, hk, dv]`, query's dtype.
+      value: `[b, sk, hk, dv]`, query's dtype. d and dv are at most 256; with `implementation="xla"` they may be larger.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
@@ -83,8 +84,8 @@ def flash_attention(
       mask: boolean, broadcastable to `[b, hq, sq, sk]`; True where a query may attend.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. A query
         attends only to keys of its own segment.
-      q_lengths: int32 `[b]`, rows in use of each batch entry.
-      kv_lengths: int32 `[b]`, keys in use of each batch entry.
+      q_lengths: int32 `[b]`, rows in use of each batch entry, or one number for all.
+      kv_lengths: int32 `[b]`, keys in use of each batch entry, or one number for all.
       scale: factor of q·kᵀ, 1/√d by default.
       softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.

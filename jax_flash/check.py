@@ -35,8 +35,9 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
       cu_seqlens_q, cu_seqlens_k, cu_seqlens: int32 `[n + 1]`. They must start at 0, not decrease, and not exceed
         the tokens of `query` (cu_seqlens_q) or `key`.
       q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`, or one number for
-        all, at least 0. They must not exceed the length of `query` or `key`; for varlen the keys of each sequence; for paged calls the
-        capacity of a row of `block_tables`, minus the tokens of `key` for append_kv (`key` with `k_pages`).
+        all, at least 0. They must not exceed the length of `query` or `key`; for varlen the keys of each sequence; for
+        paged calls the capacity of a row of `block_tables`, minus the tokens of `key` for append_kv (`key` with
+        `k_pages`).
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. Any value is valid.
       block_tables: int32 `[n, pages]`. Entries that hold keys must be pages of `k_pages`, and no two sequences may
         append to the same slot.

@@ -96,7 +96,7 @@ def dot_product_attention(
 
     Raises:
       ValueError: for shapes, dtypes and options that jax.nn rejects too.
-      TypeError: for lengths that are not int32, and for dtypes that no implementation supports.
+      TypeError: for lengths that are no integers, or int64 in JAX, and for dtypes that no implementation supports.
       NotImplementedError: for `implementation="cudnn"`, and for float64 with "cuda" or "cpu".
 
     Deviations from jax.nn: a query without a visible key gives 0 and residual −inf, not the mean of all values.

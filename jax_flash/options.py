@@ -48,7 +48,7 @@ class FixedOptions(VarlenOptions, total=False):
     """The options of `flash_attention`."""
 
     mask: ArrayLike | None
-    segment_ids: IndexLike | tuple[IndexLike, IndexLike] | None
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
     q_lengths: LengthsLike | None
     bias: ArrayLike | None
 

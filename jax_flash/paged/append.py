@@ -44,7 +44,7 @@ def append_kv(
         key's dtype or float8_e4m3fn.
       key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
       block_tables: int32 `[n, pages]`, the pages of each sequence.
-      kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call.
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call, or one number for all.
       cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.
       rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
         by `apply_rotary`, before they are written.

@@ -94,7 +94,8 @@ def paged_attention(
       k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype or float8_e4m3fn.
       v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype.
       block_tables: int32 `[n, pages]`; sequences may share pages.
-      kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them.
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them; or
+        one number for all.
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in a packed query.
       num_splits: number of parts that a sequence's keys are split into for parallelism; None leaves the choice to
         the library.

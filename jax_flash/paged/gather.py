@@ -23,7 +23,10 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.A
     out, lse = reference.attention(dense_spec, dense)
     missing = rows_missing_pages(spec, operands)[..., None, None]
     query = jnp.where(missing, operands["query"], 0).astype(out.dtype)
-    out = jnp.where(missing, query.sum((-2, -1), keepdims=True) * jnp.nan, out)
+    nan = jnp.where(missing, jnp.nan, 0).astype(
+        out.dtype
+    )  # no NaN elsewhere, which jax_debug_nans would report
+    out = jnp.where(missing, query.sum((-2, -1), keepdims=True) * nan, out)
     lse = jnp.where(jnp.swapaxes(missing[..., 0], -1, -2), jnp.nan, lse)
     return out.astype(operands["query"].dtype), lse
 
