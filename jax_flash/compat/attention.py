@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
+from jax import Array
 
 from ..attention import flash_attention
 from ..options import ArrayLike, Implementation, IndexLike
@@ -12,10 +13,37 @@ from ..paged.attention import paged_attention
 from ..validate import Checker
 from ..varlen import flash_attention_varlen
 from . import arguments
+from .options import FlashAttnOptions, FlashAttnVarlenOptions, WindowSize
 
-WindowSize = tuple[int, int]
 
-
+@overload
+def flash_attn_func(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_attn_probs: Literal[False] = ...,
+    **options: Unpack[FlashAttnOptions],
+) -> Array: ...
+@overload
+def flash_attn_func(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    return_attn_probs: Literal[True],
+    **options: Unpack[FlashAttnOptions],
+) -> tuple[Array, Array, None]: ...
+@overload  # with options by position
+def flash_attn_func(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    dropout_p: float,
+    /,
+    *options: Any,
+    **named: Any,
+) -> Any: ...
 def flash_attn_func(
     q: ArrayLike,
     k: ArrayLike,
@@ -31,7 +59,7 @@ def flash_attn_func(
     *,
     dropout_key: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array, None]:
     """`flash_attention` with flash_attn's arguments.
 
     Args:
@@ -80,6 +108,46 @@ def flash_attn_func(
     return (out, lse, None) if return_attn_probs else out
 
 
+@overload
+def flash_attn_varlen_func(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    *,
+    return_attn_probs: Literal[False] = ...,
+    **options: Unpack[FlashAttnVarlenOptions],
+) -> Array: ...
+@overload
+def flash_attn_varlen_func(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    *,
+    return_attn_probs: Literal[True],
+    **options: Unpack[FlashAttnVarlenOptions],
+) -> tuple[Array, Array, None]: ...
+@overload  # with options by position
+def flash_attn_varlen_func(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    dropout_p: float,
+    /,
+    *options: Any,
+    **named: Any,
+) -> Any: ...
 def flash_attn_varlen_func(
     q: ArrayLike,
     k: ArrayLike,
@@ -100,7 +168,7 @@ def flash_attn_varlen_func(
     *,
     dropout_key: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array, None]:
     """`flash_attention_varlen`, or `paged_attention` with a block_table, with flash_attn's arguments.
 
     Args:

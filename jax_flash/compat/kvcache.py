@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Literal, Unpack, overload
 
-import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ..options import ArrayLike, Implementation, IndexLike, LengthsLike
 from ..paged.append import append_kv
@@ -15,9 +15,35 @@ from ..paged.attention import paged_attention
 from ..rotary import apply_rotary
 from ..validate import Checker
 from . import arguments
-from .attention import WindowSize
+from .options import KVCacheOptions, WindowSize
 
 
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayLike,
+    k_cache: ArrayLike,
+    v_cache: ArrayLike,
+    k: ArrayLike | None = None,
+    v: ArrayLike | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    *,
+    return_softmax_lse: Literal[False] = ...,
+    **options: Unpack[KVCacheOptions],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: ArrayLike,
+    k_cache: ArrayLike,
+    v_cache: ArrayLike,
+    k: ArrayLike | None = None,
+    v: ArrayLike | None = None,
+    rotary_cos: ArrayLike | None = None,
+    rotary_sin: ArrayLike | None = None,
+    *,
+    return_softmax_lse: Literal[True],
+    **options: Unpack[KVCacheOptions],
+) -> tuple[Array, Array, Array, Array]: ...
 def flash_attn_with_kvcache(
     q: ArrayLike,
     k_cache: ArrayLike,
@@ -40,7 +66,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
     *,
     implementation: Implementation | None = None,
-) -> Any:
+) -> tuple[Array, ...]:
     """Appends to a cache (`append_kv`), then attends to it (`paged_attention`), with flash_attn's arguments.
 
     Args:
@@ -127,5 +153,5 @@ def flash_attn_with_kvcache(
     return (out, lse, *caches) if return_softmax_lse else (out, *caches)
 
 
-def _rows(x: ArrayLike) -> jax.Array:
+def _rows(x: ArrayLike) -> Array:
     return jnp.arange(jnp.shape(x)[1], dtype=jnp.int32)

@@ -5,17 +5,41 @@ XLA copies the parts out of that array, and their gradients into one: where they
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
+from jax import Array
 
 from .._jax import same_dim
 from ..options import ArrayLike, Implementation, IndexLike
 from ..validate import Checker
 from .arguments import ranked
-from .attention import WindowSize, flash_attn_func, flash_attn_varlen_func
+from .attention import flash_attn_func, flash_attn_varlen_func
+from .options import FlashAttnOptions, WindowSize
 
 
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: ArrayLike,
+    *,
+    return_attn_probs: Literal[False] = ...,
+    **options: Unpack[FlashAttnOptions],
+) -> Array: ...
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: ArrayLike,
+    *,
+    return_attn_probs: Literal[True],
+    **options: Unpack[FlashAttnOptions],
+) -> tuple[Array, Array, None]: ...
+@overload  # with options by position
+def flash_attn_qkvpacked_func(
+    qkv: ArrayLike,
+    dropout_p: float,
+    /,
+    *options: Any,
+    **named: Any,
+) -> Any: ...
 def flash_attn_qkvpacked_func(
     qkv: ArrayLike,
     dropout_p: float = 0.0,
@@ -29,7 +53,7 @@ def flash_attn_qkvpacked_func(
     *,
     dropout_key: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array, None]:
     """`flash_attn_func` of queries, keys and values in one array.
 
     Args:
@@ -51,9 +75,35 @@ def flash_attn_qkvpacked_func(
     """
     options = dict(locals())
     q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", options.pop("qkv"), "b s 3 h d")
-    return flash_attn_func(q, k, v, **options)
+    result: Array | tuple[Array, Array, None] = flash_attn_func(q, k, v, **options)
+    return result
 
 
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayLike,
+    kv: ArrayLike,
+    *,
+    return_attn_probs: Literal[False] = ...,
+    **options: Unpack[FlashAttnOptions],
+) -> Array: ...
+@overload
+def flash_attn_kvpacked_func(
+    q: ArrayLike,
+    kv: ArrayLike,
+    *,
+    return_attn_probs: Literal[True],
+    **options: Unpack[FlashAttnOptions],
+) -> tuple[Array, Array, None]: ...
+@overload  # with options by position
+def flash_attn_kvpacked_func(
+    q: ArrayLike,
+    kv: ArrayLike,
+    dropout_p: float,
+    /,
+    *options: Any,
+    **named: Any,
+) -> Any: ...
 def flash_attn_kvpacked_func(
     q: ArrayLike,
     kv: ArrayLike,
@@ -68,7 +118,7 @@ def flash_attn_kvpacked_func(
     *,
     dropout_key: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array, None]:
     """`flash_attn_func` of keys and values in one array.
 
     Args:
@@ -91,9 +141,38 @@ def flash_attn_kvpacked_func(
     """
     options = dict(locals())
     k, v = _parts("flash_attn_kvpacked_func", "kv", options.pop("kv"), "b sk 2 hk d")
-    return flash_attn_func(k=k, v=v, **options)
+    result: Array | tuple[Array, Array, None] = flash_attn_func(k=k, v=v, **options)
+    return result
 
 
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: ArrayLike,
+    cu_seqlens: IndexLike,
+    max_seqlen: Any,
+    *,
+    return_attn_probs: Literal[False] = ...,
+    **options: Unpack[FlashAttnOptions],
+) -> Array: ...
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: ArrayLike,
+    cu_seqlens: IndexLike,
+    max_seqlen: Any,
+    *,
+    return_attn_probs: Literal[True],
+    **options: Unpack[FlashAttnOptions],
+) -> tuple[Array, Array, None]: ...
+@overload  # with options by position
+def flash_attn_varlen_qkvpacked_func(
+    qkv: ArrayLike,
+    cu_seqlens: IndexLike,
+    max_seqlen: Any,
+    dropout_p: float,
+    /,
+    *options: Any,
+    **named: Any,
+) -> Any: ...
 def flash_attn_varlen_qkvpacked_func(
     qkv: ArrayLike,
     cu_seqlens: IndexLike,
@@ -109,7 +188,7 @@ def flash_attn_varlen_qkvpacked_func(
     *,
     dropout_key: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array, None]:
     """`flash_attn_varlen_func` of queries, keys and values in one array.
 
     Args:
@@ -135,9 +214,49 @@ def flash_attn_varlen_qkvpacked_func(
     options = dict(locals())
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", options.pop("qkv"), "t 3 h d")
     offsets, longest = options.pop("cu_seqlens"), options.pop("max_seqlen")
-    return flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, **options)
+    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(
+        q, k, v, offsets, offsets, longest, longest, **options
+    )
+    return result
 
 
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayLike,
+    kv: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    *,
+    return_attn_probs: Literal[False] = ...,
+    **options: Unpack[FlashAttnOptions],
+) -> Array: ...
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayLike,
+    kv: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    *,
+    return_attn_probs: Literal[True],
+    **options: Unpack[FlashAttnOptions],
+) -> tuple[Array, Array, None]: ...
+@overload  # with options by position
+def flash_attn_varlen_kvpacked_func(
+    q: ArrayLike,
+    kv: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    dropout_p: float,
+    /,
+    *options: Any,
+    **named: Any,
+) -> Any: ...
 def flash_attn_varlen_kvpacked_func(
     q: ArrayLike,
     kv: ArrayLike,
@@ -156,7 +275,7 @@ def flash_attn_varlen_kvpacked_func(
     *,
     dropout_key: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> Any:
+) -> Array | tuple[Array, Array, None]:
     """`flash_attn_varlen_func` of keys and values in one array.
 
     Args:
@@ -182,7 +301,8 @@ def flash_attn_varlen_kvpacked_func(
     """
     options = dict(locals())
     k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", options.pop("kv"), "tk 2 hk d")
-    return flash_attn_varlen_func(k=k, v=v, **options)
+    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(k=k, v=v, **options)
+    return result
 
 
 def _parts(function: str, name: str, packed: Any, dims: str) -> list[jax.Array]:
