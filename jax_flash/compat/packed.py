@@ -213,10 +213,8 @@ def flash_attn_varlen_qkvpacked_func(
     """
     options = dict(locals())
     q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", options.pop("qkv"), "t 3 h d")
-    offsets, longest = options.pop("cu_seqlens"), options.pop("max_seqlen")
-    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(
-        q, k, v, offsets, offsets, longest, longest, **options
-    )
+    offsets, longest = (options.pop("cu_seqlens"),) * 2, (options.pop("max_seqlen"),) * 2
+    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(q, k, v, *offsets, *longest, **options)
     return result
 
 
