@@ -15,6 +15,7 @@ from . import validate
 from ._jax import same_dim
 from .autodiff import attend
 from .options import DotProductOptions, Implementation, IndexLike
+from .spec import AttentionSpec
 
 _CHECK = validate.Checker("dot_product_attention")
 
@@ -100,43 +101,48 @@ def dot_product_attention(
       NotImplementedError: for `implementation="cudnn"`, and for float64 with "cuda" or "cpu".
 
     Deviations from jax.nn: a query without a visible key gives 0 and residual −inf, not the mean of all values.
-    Rows past the lengths are never read. A bias of −inf counts as masked. Only reverse-mode differentiation.
+    Rows past the lengths are never read. A bias of −inf counts as masked.
 
     Source: the interface is jax.nn's; the algorithm is Dao, FlashAttention-2 (2023).
 
     Example:
       >>> out = dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))
     """
+    out, lse = attend(*spec_and_operands(_CHECK.op, locals()))
     shape = jnp.shape(query)
-    q, k, v = _rank4("query", query), _rank4("key", key), _rank4("value", value)
+    out = out.reshape(shape)
+    if not return_residual:
+        return out
+    residual = jax.lax.stop_gradient(lse).transpose(0, 2, 1).reshape(shape[:-1])
+    return out, residual.astype(out.dtype)
+
+
+def spec_and_operands(op: str, given: validate.Arguments) -> tuple[AttentionSpec, validate.Operands]:
+    """The spec and operands of the flash_attention call that a dot_product_attention call is."""
+    q, k, v = (_rank4(name, given[name]) for name in ("query", "key", "value"))
     _check_operands(q, k, v)
     batch = q.shape[0]
     arguments = {
         "query": q,
         "key": k,
         "value": v,
-        "causal": _CHECK.flag("is_causal", is_causal),
-        "window": _window(local_window_size),
+        "causal": _CHECK.flag("is_causal", given["is_causal"]),
+        "window": _window(given["local_window_size"]),
         "align": "top_left",
-        "mask": None if mask is None else _mask(mask),
+        "mask": None if given["mask"] is None else _mask(given["mask"]),
         "segment_ids": None,
-        "q_lengths": _lengths("query_seq_lengths", query_seq_lengths, batch),
-        "kv_lengths": _lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
-        "scale": scale,
+        "q_lengths": _lengths("query_seq_lengths", given["query_seq_lengths"], batch),
+        "kv_lengths": _lengths("key_value_seq_lengths", given["key_value_seq_lengths"], batch),
+        "scale": given["scale"],
         "softcap": None,
-        "bias": None if bias is None else _bias(bias, q.dtype),
+        "bias": None if given["bias"] is None else _bias(given["bias"], q.dtype),
         "alibi_slopes": None,
         "sinks": None,
-        "return_lse": _CHECK.flag("return_residual", return_residual),
+        "return_lse": _CHECK.flag("return_residual", given["return_residual"]),
         "deterministic": False,
-        "implementation": _implementation(implementation, q.dtype),
+        "implementation": _implementation(given["implementation"], q.dtype),
     }
-    out, lse = attend(*validate.fixed(_CHECK.op, arguments))
-    out = out.reshape(shape)
-    if not return_residual:
-        return out
-    residual = jax.lax.stop_gradient(lse).transpose(0, 2, 1).reshape(shape[:-1])
-    return out, residual.astype(out.dtype)
+    return validate.fixed(op, arguments)
 
 
 def _rank4(name: str, x: ArrayLike) -> Array:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from . import validate
+from . import dot_product, validate
 from .attention import flash_attention
+from .dot_product import dot_product_attention
 from .paged import validate as paged_validate
 from .paged.attention import paged_attention
 from .spec import UNLIMITED, AttentionSpec
@@ -25,6 +26,7 @@ _SPEC_OF: dict[Callable[..., Any], Callable[..., tuple[AttentionSpec, Any]]] = {
     flash_attention: validate.fixed,
     flash_attention_varlen: validate.varlen,
     paged_attention: paged_validate.attention,
+    dot_product_attention: dot_product.spec_and_operands,
 }
 # Of a visible pair: the products along d and along dv of a pass.
 _PRODUCTS = {
@@ -43,7 +45,7 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
     segments, mask or a bias of −inf hide counts for nothing, and neither do softmax, dropout and the like.
 
     Args:
-      function: `flash_attention`, `flash_attention_varlen` or `paged_attention`.
+      function: `flash_attention`, `flash_attention_varlen`, `paged_attention` or `dot_product_attention`.
       *arguments, **options: those of the call. Any array may be a `jax.ShapeDtypeStruct`. The values of lengths,
         offsets, segment_ids, mask and bias count where they are known: on the host, or in arrays of JAX that are not
         traced, which are copied from their device. Where only the shape is known, lengths are full, packed tokens are
@@ -114,6 +116,8 @@ def _host_integers(x: Any) -> bool:
 def _known_values(given: Mapping[str, Any], shapes: Shapes) -> Values:
     """The values of the operands that decide which pairs are visible, as far as they are known, by name."""
     found = {name: given.get(name) for name in ("q_lengths", "kv_lengths", "cu_seqlens_q", "mask", "bias")}
+    for name, of_jax_nn in (("q_lengths", "query_seq_lengths"), ("kv_lengths", "key_value_seq_lengths")):
+        found[name] = given.get(of_jax_nn, found[name])
     if "cu_seqlens_k" in shapes:
         offsets = given["cu_seqlens_k"]
         found["cu_seqlens_k"] = given["cu_seqlens_q"] if offsets is None else offsets

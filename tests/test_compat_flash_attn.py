@@ -255,6 +255,11 @@ ERRORS = {
         TypeError,
         "flash_attn_varlen_func: window_size must hold two ints, −1 for unlimited, got (1.0, 0)",
     ),
+    "return_attn_probs": (
+        lambda: flash_attn_func(*fixed_inputs(), return_attn_probs="no"),
+        TypeError,
+        "flash_attn_func: return_attn_probs must be True or False, got 'no'",
+    ),
     "softcap": (
         lambda: flash_attn_func(*fixed_inputs(), softcap=-1.0),
         ValueError,

@@ -231,6 +231,11 @@ ERRORS = {
         TypeError,
         "cache_seqlens must hold integers, got float32",
     ),
+    "return_softmax_lse": (
+        kvcache_error(return_softmax_lse=1),
+        TypeError,
+        "return_softmax_lse must be True or False, got 1",
+    ),
     "num_splits": (
         kvcache_error(num_splits=-1),
         ValueError,

@@ -11,7 +11,14 @@ import pages
 import pytest
 from cases import FIXED, VARLEN, Case, make_inputs, operands, spec, varlen
 
-from jax_flash import append_kv, flash_attention, flash_attention_varlen, flops, paged_attention
+from jax_flash import (
+    append_kv,
+    dot_product_attention,
+    flash_attention,
+    flash_attention_varlen,
+    flops,
+    paged_attention,
+)
 
 by_name = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
 
@@ -114,6 +121,25 @@ def test_keys_in_pages_count_as_the_same_keys_elsewhere(case, layout):
     assert got == forward(case, oracle.visible_pairs(spec(case, call.inputs), dense))
 
 
+@pytest.mark.parametrize("shape", [(2, 12, 4, 16), (12, 4, 16)])
+def test_jax_nns_call_counts_as_the_same_call(shape):
+    x, mask = jnp.zeros(shape), np.tri(12, 12, 3, bool)
+    lengths = [12, 5] if len(shape) == 4 else [7]
+    got = flops(
+        dot_product_attention,
+        *(x, x, x),
+        mask=mask,
+        is_causal=True,
+        local_window_size=4,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=np.array(lengths),
+    )
+    batched = x.reshape(-1, 12, 4, 16)
+    options = dict(mask=mask, causal=True, window=(4, 4), align="top_left")
+    lengths_of = dict(q_lengths=lengths, kv_lengths=lengths)
+    assert got == flops(flash_attention, batched, batched, batched, **options, **lengths_of)
+
+
 # What the shapes say where values are not known.
 
 Q, PACKED = jnp.zeros((2, 6, 4, 8)), jnp.zeros((7, 4, 8))
@@ -194,7 +220,7 @@ def test_jax_roofline_counts_packed_sequences_pages_and_scans():
         (
             lambda: flops(jax.nn.dot_product_attention, Q, Q, Q),
             TypeError,
-            "allowed are flash_attention, flash_attention_varlen, paged_attention",
+            "allowed are flash_attention, flash_attention_varlen, paged_attention, dot_product_attention",
         ),
         (
             lambda: flops(flash_attention, Q, Q, Q, of="both"),

@@ -144,7 +144,7 @@ def softcap(check: Checker, softcap: Any) -> float | None:
 
 def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:
     """Raises where flash_attn would return attention weights: with return_attn_probs and dropout."""
-    if wanted and dropout_p:
+    if check.flag("return_attn_probs", wanted) and dropout_p:
         raise check.fail(
             f"return_attn_probs with dropout_p {dropout_p} asks for the attention weights, which never exist as an "
             f"array; for softmax_lse, use jax_flash.{function}(…, return_lse=True)",
