@@ -23,7 +23,7 @@ def matmul(platform: str) -> float:
 
 
 def attention(case: Case, pass_: str) -> float:
-    """The FLOP of a pass; "both" is the forward pass and the backward pass."""
+    """The FLOP of a pass; "both" is the forward pass and the backward pass, "jvp" the forward pass and the tangent."""
     rows, columns = token_dims(case)
 
     def array(tokens: tuple[int, ...], heads: int, width: int) -> Any:
@@ -39,7 +39,7 @@ def attention(case: Case, pass_: str) -> float:
         arrays = (*arrays, *offsets)
     else:
         function, options["q_lengths"] = jax_flash.flash_attention, case.q_lengths
-    passes: Any = ("forward", "backward") if pass_ == "both" else (pass_,)
+    passes: Any = {"both": ("forward", "backward"), "jvp": ("forward", "tangent")}.get(pass_, (pass_,))
     return float(sum(jax_flash.flops(function, *arrays, of=of, **options) for of in passes))
 
 
