@@ -6,6 +6,8 @@ sharding rules (sharding.py); the local one is the custom call itself, bound per
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -33,6 +35,8 @@ def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
 
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
+    if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
+        importlib.import_module(".roofline", __package__)
     used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
     primitives = LOCAL if _jax.manual_axes() else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)

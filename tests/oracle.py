@@ -313,6 +313,17 @@ def _row(
     return np.array(columns, int), np.array(scores, float), np.array(slopes, float)
 
 
+def visible_pairs(spec: AttentionSpec, operands: dict[str, Any]) -> int:
+    """The visible pairs of a query and a key of all batch entries and heads, counted one at a time."""
+    x = {name: np.asarray(array) for name, array in operands.items() if name != "dropout"}
+    nothing, total = np.zeros(1), 0
+    for z, (_, nq, _, nk) in enumerate(_sequences(spec, x)):
+        for h in range(x["query"].shape[-2]):
+            rows = (_row(spec, x, (z, h, i, nq, nk), nothing, np.zeros((nk, 1))) for i in range(nq))
+            total += sum(columns.size for columns, _, _ in rows)
+    return total
+
+
 def _at(x: np.ndarray, *index: int) -> Any:
     return x[tuple(i if size > 1 else 0 for i, size in zip(index, x.shape, strict=True))]
 

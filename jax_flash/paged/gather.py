@@ -23,9 +23,8 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.A
     out, lse = reference.attention(dense_spec, dense)
     missing = rows_missing_pages(spec, operands)[..., None, None]
     query = jnp.where(missing, operands["query"], 0).astype(lse.dtype)
-    nothing = (
-        query.sum((-2, -1), keepdims=True) * jnp.nan
-    )  # [..., 1, 1]; NaN has a derivative, which is NaN too
+    # NaN has a derivative, which is NaN too; no NaN is made for other rows, where jax_debug_nans would report it.
+    nothing = query.sum((-2, -1), keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., 1, 1]
     out = jnp.where(missing, nothing.astype(out.dtype), out)
     by_lse, nothing_by_lse = (jnp.swapaxes(x[..., 0], -1, -2) for x in (missing, nothing))
     lse = jnp.where(by_lse, nothing_by_lse, lse)
