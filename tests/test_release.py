@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,28 @@ def test_a_build_for_no_named_arch_is_for_those_of_the_release(tmp_path):
     )
     done = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == ";".join(RELEASE["archs"])
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "wrong"),
+    [
+        ("cuda13", ["jax_flash_cuda13/libjax_flash_cuda.so"], []),
+        ("cuda13", ["jax_flash_cuda13/__init__.py"], ["has no library"]),
+        ("base-cp312", ["jax_flash/_core.abi3.so"], []),
+        (
+            "base-cp312",
+            ["jax_flash/_core.abi3.so", "jax_flash/libjax_flash_cuda.so"],
+            ["has jax_flash/libjax_flash_cuda.so"],
+        ),
+        ("base-cp311", ["jax_flash/_core.cpython-311-x86_64-linux-gnu.so", "tests/x.py"], ["has tests/"]),
+    ],
+)
+def test_a_wheel_holds_its_library_and_nothing_of_another(tmp_path, monkeypatch, name, files, wrong):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from check_wheels import wrong_contents
+
+    wheel = tmp_path / RELEASE["wheels"][name]["file"].replace("*", "0")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in [*files, "x.dist-info/METADATA"]:
+            archive.writestr(file, "")
+    assert wrong_contents(wheel, name) == wrong

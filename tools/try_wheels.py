@@ -51,14 +51,19 @@ def main() -> None:
         install = [Path(folder) / "bin" / "python", "-m", "pip", "install", "-q", "--find-links", dist]
         python = install[0]
         run(*install, f"jax-flash=={version()}", cwd=folder)
-        run(python, "-c", CALL, cwd=folder)
+        run_program(python, "call.py", CALL, folder)
         run(python, "-m", "jax_flash", cwd=folder)
         for major in RELEASE["cuda"]:
             if options.partial and not list(dist.glob(WHEELS[f"cuda{major}"]["file"])):
                 continue
             resolve(install, major, folder)
             run(*install, f"jax-flash-cuda{major}=={version()}", cwd=folder)
-            run(python, "-c", LOAD.format(major=major), cwd=folder)
+            run_program(python, f"load_cuda{major}.py", LOAD.format(major=major), folder)
+
+
+def run_program(python: str | Path, name: str, text: str, folder: str) -> None:
+    (Path(folder) / name).write_text(text)
+    run(python, name, cwd=folder)
 
 
 def resolve(install: list[str | Path], major: str, folder: str) -> None:
