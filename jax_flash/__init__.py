@@ -3,6 +3,7 @@
 from ._version import __version__
 from .attention import flash_attention
 from .backends import Backend, backends
+from .backends import register as _register
 from .check import check_inputs
 from .dot_product import dot_product_attention
 from .flop_count import flops
@@ -26,3 +27,5 @@ __all__ = [
     "merge_attention",
     "paged_attention",
 ]
+
+_register()  # for programs that were exported or compiled in another process

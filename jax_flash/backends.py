@@ -129,7 +129,12 @@ def _without_rows(library: CudaLibrary | None) -> set[str]:
 
 @cache
 def register() -> None:
-    """Registers every custom call found, for the platforms `cpu` and `CUDA`; what is missing is left out."""
+    """Registers every custom call found, for the platforms `cpu` and `CUDA`; what is missing is left out.
+
+    Runs when jax_flash is imported: a program that was exported or compiled in another process names its custom calls,
+    and nothing of this library runs before them. JAX keeps what is registered until it starts a backend; none is
+    started here.
+    """
     core, _ = _load_core()
     if core is not None:
         _register(core.registrations(), "cpu")
@@ -246,7 +251,12 @@ def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
     if spec is None or spec.origin is None:
         source = "in a clone of its repository JAX_FLASH_CUDA=ON pip install . where nvcc is"
         return None, f'not installed: pip install "jax-flash[cuda{major}]", or {source}'
-    found = importlib.metadata.version(wheel)
+    try:
+        found = importlib.metadata.version(wheel)
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # copied there without pip; the library tells its version too
+        found = version
     if found != version:
         problem = f"of another version: {wheel} is {found}, jax-flash is {version}"
         return None, f"{problem}; pip install {wheel}=={version}"

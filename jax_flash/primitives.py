@@ -1,7 +1,8 @@
 """One primitive per pass: abstract evaluation and lowering to the custom call.
 
-Each pass has two primitives with the same rules. The partitioned one is bound in ordinary code and carries the
-sharding rules (sharding.py); the local one is the custom call itself, bound per shard and inside manual regions.
+Each pass has three primitives with the same rules. The partitioned one is bound in ordinary code and carries the
+sharding rules (sharding.py); the local one is the custom call itself, bound per shard and where all mesh axes are
+manual. Where some are, in a partially manual shard_map, the third is bound: it is partitioned over the others.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
         importlib.import_module(".roofline", __package__)
     used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
-    primitives = LOCAL if _jax.manual_axes() else PARTITIONED
+    any_manual, all_manual = _jax.manual_axes()
+    primitives = LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
 
@@ -194,8 +196,23 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
             "jax_flash: partitioning over several devices needs JAX's default, jax_use_shardy_partitioner=True; "
             "without it, call attention inside jax.shard_map"
         )
-    run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind)
-    results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    return _partition(ctx, values, pass_, spec, None)
+
+
+def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
+    """Partitioned over the axes that are not manual; the custom call, for which XLA gathers, where that cannot be."""
+    here = not _jax.exporting(ctx) and _jax.uses_shardy()
+    region = _jax.partly_manual_region(ctx) if here else None
+    if region is None:
+        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+    typed = [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(values, ctx.avals_in)]
+    return _partition(_jax.within(ctx, region), typed, pass_, spec, region)
+
+
+def _partition(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec, region: Any) -> Any:
+    run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind, region)
+    with _jax.serialisable(ctx):
+        results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
@@ -228,5 +245,12 @@ def _partitioned(pass_: Pass) -> Primitive:
     return primitive
 
 
+def _partly_manual(pass_: Pass) -> Primitive:
+    primitive = _primitive(f"jax_flash_{pass_.name}_partly_manual", pass_)
+    mlir.register_lowering(primitive, partial(_lower_partly_manual, pass_=pass_))
+    return primitive
+
+
 LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
 PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}
+PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in PASSES}
