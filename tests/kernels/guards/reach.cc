@@ -61,6 +61,7 @@ Problem example(const KernelRow& row, Variant variant) {
   const Aim aim = aim_at(row, variant);
   s.left = s.right = kUnlimited;
   s.scale = 1;
+  s.deterministic = aim.deterministic();
   if (!aim.plain() && row.pass != Pass::kDecode) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
