@@ -28,6 +28,7 @@ INSTALLED = $(VENV)/.installed
 # Python files are read from the tree (an editable install); only what is compiled or declared makes it stale.
 SOURCES = pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell find csrc tests tools -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SHELL_FILES = .ci/run $(wildcard tools/*.sh)
 PY_PATHS = $(wildcard jax_flash tests examples benchmarks tools)
 
 .PHONY: help
@@ -79,7 +80,8 @@ cuda-compile: $(INSTALLED)  ## where nvcc is: rows of every kernel family and pa
 	$(BIN)/python -c "from jax_flash import _core; _core.load_cuda('$(CUDA_BUILD)/installed/jax_flash/libjax_flash_cuda.so'); \
 	  print('loads and lists', len(_core.cuda_kernels()), 'kernels')"
 CUDA_BUILD = build/cuda-compile
-CUDA_ARCHS ?= 75-real;80;90a-real
+# Empty: those of packages/release.json.
+CUDA_ARCHS ?=
 CUDA_ROWS ?= sample
 
 .PHONY: cuda-emulate
@@ -97,16 +99,20 @@ bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 .PHONY: wheels
-wheels:  ## the release's wheels into dist/: jax-flash, jax-flash-cuda12 and -cuda13 (needs nvcc 13; WHEELS=…)
-	PYTHON="$(PYTHON)" PYTHON312="$(PYTHON312)" tools/build_wheels.sh $(WHEELS)
-WHEELS ?= base cuda13 cuda12
+wheels:  ## the release's wheels into dist/, checked and tried; fetches the CUDA toolkits (WHEELS="base cuda13")
+	PYTHON="$(PYTHON)" PYTHON312="$(PYTHON312)" $(PYTHON) tools/build_wheels.py $(WHEELS)
+	$(PYTHON) tools/check_wheels.py dist --any-glibc $(if $(WHEELS),--partial)
+	$(PYTHON) tools/try_wheels.py dist $(if $(WHEELS),--partial)
+WHEELS ?=
 
 .PHONY: lint
-lint: $(INSTALLED)  ## ruff, clang-format and mypy, from pinned wheels
+lint: $(INSTALLED)  ## ruff, clang-format, mypy, shellcheck and zizmor, from pinned wheels
 	$(BIN)/ruff check $(PY_PATHS)
 	$(BIN)/ruff format --check $(PY_PATHS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/zizmor --offline --quiet .github
 
 .PHONY: format
 format: $(INSTALLED)  ## rewrite the files in the house's format

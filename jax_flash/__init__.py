@@ -6,6 +6,7 @@ from .backends import Backend, backends
 from .backends import register as _register
 from .check import check_inputs
 from .dot_product import dot_product_attention
+from .flop_count import flops
 from .merge import merge_attention
 from .paged.append import append_kv
 from .paged.attention import paged_attention
@@ -22,6 +23,7 @@ __all__ = [
     "dot_product_attention",
     "flash_attention",
     "flash_attention_varlen",
+    "flops",
     "merge_attention",
     "paged_attention",
 ]

@@ -59,11 +59,16 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, resharded to the sharding in other's type where explicit mesh axes make them differ."""
+    """x, resharded to the sharding in other's type where explicit mesh axes make them differ.
+
+    An array made outside the mesh has no such type; outside jit, JAX places it by itself.
+    """
     have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
-    if AxisType.Explicit not in have.mesh.axis_types or have.spec == wanted.spec:
+    if AxisType.Explicit not in wanted.mesh.axis_types:
         return x
-    moved: jax.Array = jax.sharding.reshard(x, have.update(spec=wanted.spec))
+    if not isinstance(x, jax.core.Tracer) if have.mesh.empty else have.spec == wanted.spec:
+        return x
+    moved: jax.Array = jax.sharding.reshard(x, wanted)
     return moved
 
 

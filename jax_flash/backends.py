@@ -33,7 +33,7 @@ class Kernel:
 
     Attributes:
       arch: the devices it is for, such as "sm90".
-      pass_: "forward", "backward", "bias_gradient" or "decode".
+      pass_: "forward", "backward", "bias_gradient", "tangent" or "decode".
       d, dv: the head dims that its tiles hold.
       dtypes: the input dtypes.
       loaders: where keys and values come from, "dense" rows or "paged" pools.
@@ -65,7 +65,7 @@ class Backend:
       library: the file it was loaded from; None where there is none (always for "xla").
       problem: why it is not installed, with the way out; None where it is.
       archs: "cpu": the instruction set chosen on this machine; "cuda": the archs built, such as "sm90".
-      passes: the passes built: "forward", "backward", "bias_gradient", "append"; "cuda": "decode" too.
+      passes: the passes built: "forward", "backward", "bias_gradient", "tangent", "append"; "cuda": "decode" too.
       dtypes: the input dtypes built.
       head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
       devices: the local devices it runs on.

@@ -43,6 +43,8 @@ BOTH = [  # (what is wrong, exception, sentence)
     (EIGHT | dict(v_scale=floats(3)), ValueError, "v_scale must have shape [hk] = (2,), got (3,)"),
     (EIGHT | dict(k_scale=floats(HK, dtype="bfloat16")), TypeError, "k_scale must be float32"),
     (dict(implementation="gpu"), ValueError, "implementation"),
+    (dict(block_tables=None), TypeError, "block_tables must be an array, got None"),
+    (dict(kv_lengths=2.0), TypeError, "kv_lengths must hold integers, got float64"),
 ]  # fmt: skip
 OF_ATTENTION = [
     (dict(query=floats(3, HQ, D)), ValueError, "query must have rank 4 [n sq hq d], got shape (3, 4, 8)"),
@@ -62,6 +64,12 @@ OF_ATTENTION = [
     (dict(window=(-1, 0)), ValueError, "window's left must be ≥ 0"),
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [n hq] = (2, 4), got shape (3, 4)"),
     (dict(sinks=floats(HK)), ValueError, "sinks must have shape"),
+    (dict(return_lse="no"), TypeError, "return_lse must be True or False, got 'no'"),
+    (dict(query=floats(N, 1, HQ, 576)) | pool(7, SIZE, HK, 576), ValueError,
+     'k_pages has head dim 576, allowed are 1 to 256; implementation="xla" takes any'),
+    (dict(v_pages=floats(7, SIZE, HK, 264)), ValueError, "v_pages has head dim 264, allowed are 1 to 256;"),
+    (dict(query=floats(N, 1, HQ, 0)) | pool(7, SIZE, HK, 0), ValueError,
+     "k_pages must have a static head dim of at least 1, got 0"),
 ]  # fmt: skip
 OF_APPEND = [
     (dict(key=floats(N, HK, D)), ValueError, "key must have rank 4 [n s hk d], got shape (2, 2, 8)"),
@@ -83,6 +91,10 @@ OF_APPEND = [
      "cos has 5 columns, for 10 features; the head dim is 8"),
     (dict(rotary=(floats(0, 4), floats(0, 4))), ValueError, "cos must have at least one position, got 0"),
     (dict(interleaved=1), TypeError, "interleaved must be True or False, got 1"),
+    (dict.fromkeys(("key", "value"), floats(N, 3, HK, 576)) | pool(7, SIZE, HK, 576), ValueError,
+     'k_pages has head dim 576, allowed are 1 to 256; implementation="xla" takes any'),
+    (dict(value=floats(N, 3, HK, 264), v_pages=floats(7, SIZE, HK, 264)), ValueError,
+     "v_pages has head dim 264, allowed are 1 to 256;"),
 ]  # fmt: skip
 ROWS = [
     *((paged_attention, ATTENTION, *row) for row in BOTH + OF_ATTENTION),
@@ -111,6 +123,16 @@ def test_one_sentence_names_the_argument_and_what_is_allowed(function, right, wr
 def test_right_arguments_raise_nothing():
     assert jax.eval_shape(lambda x: paged_attention(**x), ATTENTION).shape == (N, 1, HQ, D)
     assert jax.eval_shape(lambda x: append_kv(**x), APPEND)[2].shape == (N,)
+
+
+def test_plain_jax_takes_any_head_dim():
+    wide = floats(N, 1, HQ, 576)
+    pools = pool(7, SIZE, HK, 576) | {n: POOLS[n] for n in ("block_tables", "kv_lengths")}
+    new = dict.fromkeys(("key", "value"), floats(N, 3, HK, 576))
+    assert (
+        jax.eval_shape(lambda x: paged_attention(**x, implementation="xla"), pools | {"query": wide}) == wide
+    )
+    assert jax.eval_shape(lambda x: append_kv(**x, implementation="xla"), pools | new)[0] == pools["k_pages"]
 
 
 def test_append_is_not_differentiable(kernel):

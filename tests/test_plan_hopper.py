@@ -21,7 +21,40 @@ def test_hopper_has_a_forward_of_its_own():
         for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids"):
             assert arch(d=d, dv=dv, operands=operand_bits((name,))) == "sm90"
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
-    assert arch(pass_="backward") == "sm80"
+
+
+def test_hopper_has_a_backward_of_calls_without_options():
+    for d in (24, 32, 64, 72, 96, 128):
+        for options in ({}, {"right": 0}, {"left": 100, "right": 5}, {"varlen": True, "leading": 3}):
+            assert arch(pass_="backward", d=d, dv=d, dtype="float16", **options) == "sm90"
+        for name in ("sinks", "kv_lengths", "position"):
+            assert arch(pass_="backward", d=d, dv=d, operands=operand_bits((name,))) == "sm90"
+    assert tile(plan("backward")) == (128, 128)
+    assert tile(plan("backward", d=128, dv=128)) == tile(plan("backward", d=64, dv=128)) == (64, 128)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"deterministic": True},
+        {"softcap": 3.0},
+        {"operands": operand_bits(("mask",))},
+        {"operands": operand_bits(("dropout",))},
+        {"operands": operand_bits(("q_segment_ids", "kv_segment_ids"))},
+        {"dtype": "float32"},
+        {"d": 256, "dv": 256},
+        {"d": 192, "dv": 128},
+        {"q_rows": 0},
+        {"device": A100},
+    ],
+)
+def test_other_backwards_run_the_portable_rows(options):
+    assert arch(pass_="backward", **options) == "sm80"
+
+
+def test_hoppers_backward_takes_what_the_portable_one_does_of_the_workspace():
+    # dQ in float32
+    assert plan("backward")["workspace"] == plan("backward", device=A100)["workspace"] == 2 * 1000 * 8 * 64 * 4
 
 
 def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():

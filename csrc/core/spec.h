@@ -19,7 +19,7 @@ enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
 enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // kF8E4M3 in page pools only
 // kDecode is a pass of csrc/kernels.def but not a custom call of its own: forward uses it for few query rows.
-enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3 };
+enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3, kTangent = 4 };
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
 enum class Operand : int32_t {
@@ -38,6 +38,7 @@ enum class Operand : int32_t {
   kKScale,
   kVScale,
   kPosition,
+  kTbias,  // of the tangent pass alone
   kCount,
 };
 

@@ -204,7 +204,7 @@ class DecodeLoop {
     s_ = scratch.take(kTileM * kDecodeKeys);
     o_ = scratch.take(kTileM * padded(p.value_dim));
     const char* at[kTileM] = {};
-    query_addresses(head_, tile_, at);
+    query_addresses(head_, tile_, head_.query, head_.problem.query.head, at);
     pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_, row_words<E>(p.head_dim));
   }
 

@@ -246,11 +246,11 @@ struct RowReader {
     for (int i = 0; i < kLanes; ++i) store_words(to + i * kPanel, r[i]);
   }
 
-  JF_HD void transposed(int32_t n, Word* panels) const {
+  JF_HD void transposed(int32_t n, Word* panels, int64_t distance) const {
     const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
     for (int32_t j = 0; j < round_up(n, kPanel); j += kLanes) {
       fetch(j + kLanes, min(j + 2 * kLanes, n));
-      Word* panel = panels + int64_t{j / kPanel} * ld * kPanel + j % kPanel;
+      Word* panel = panels + j / kPanel * distance + j % kPanel;
       int32_t c = 0;
       for (; c < whole; c += kLanes) transpose_block<true>(j, n, c, panel + c * kPanel);
       for (; c < ld; c += kLanes) transpose_block<false>(j, n, c, panel + c * kPanel);
@@ -299,11 +299,18 @@ static void pack_rows(const char* const* at, int32_t n, int32_t count, const Row
   with_reader<E>(at, rows, factor, [&](const auto& reader) { reader.rows(n, count, to, ld); });
 }
 
-// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of row_words(width) * kPanel
-// words. Rows from n up to a multiple of kPanel are zeros.
+// Words of a panel of a transposed operand.
 template <class E>
-static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels) {
-  with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.transposed(n, panels); });
+JF_INLINE int64_t panel_words(int32_t width) {
+  return int64_t{row_words<E>(width)} * kPanel;
+}
+
+// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of panel_words(width), `distance`
+// words apart. Rows from n up to a multiple of kPanel are zeros.
+template <class E>
+static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels,
+                            int64_t distance) {
+  with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.transposed(n, panels, distance); });
 }
 
 // Packs operand B with K = n: B[k, c] = feature c of row k, in panels of depth_words(n) * kPanel words.

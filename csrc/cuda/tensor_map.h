@@ -8,11 +8,12 @@
 
 namespace jax_flash {
 
-// A 16-bit operand [leading, batch, row, head, column]. A box is [box_rows, box_columns] of one head, one
-// panel of a SharedTile with its swizzle.
+// An operand [leading, batch, row, head, column] of 16-bit elements or of float32. A box is [box_rows,
+// box_columns] of one head, one panel of a SharedTile with its swizzle.
 struct MapShape {
   int32_t columns, heads, rows, batch;
   int32_t box_columns, box_rows;
+  bool single = false;  // float32
 };
 
 // Encodes the map of `view`, whose strides it takes. A dimension with stride 0 gets size 1. There is at most

@@ -22,9 +22,12 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.A
     dense_spec, dense = contiguous(spec, operands)
     out, lse = reference.attention(dense_spec, dense)
     missing = rows_missing_pages(spec, operands)[..., None, None]
-    query = jnp.where(missing, operands["query"], 0).astype(out.dtype)
-    out = jnp.where(missing, query.sum((-2, -1), keepdims=True) * jnp.nan, out)
-    lse = jnp.where(jnp.swapaxes(missing[..., 0], -1, -2), jnp.nan, lse)
+    query = jnp.where(missing, operands["query"], 0).astype(lse.dtype)
+    # NaN has a derivative, which is NaN too; no NaN is made for other rows, where jax_debug_nans would report it.
+    nothing = query.sum((-2, -1), keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., 1, 1]
+    out = jnp.where(missing, nothing.astype(out.dtype), out)
+    by_lse, nothing_by_lse = (jnp.swapaxes(x[..., 0], -1, -2) for x in (missing, nothing))
+    lse = jnp.where(by_lse, nothing_by_lse, lse)
     return out.astype(operands["query"].dtype), lse
 
 

@@ -9,6 +9,19 @@ namespace {
 
 using hopper::kConsumerRows;
 
+constexpr int64_t kCounterBytes = 4;
+
+// Persistent CTAs, as many as fit, share out the tiles of a grid. A counter in memory hands out tiles of
+// unequal length.
+void share_tiles(const TileGrid& grid, bool unequal, int32_t teams, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) {
+  const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
+  const int64_t blocks =
+      grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+  plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
+  if (unequal && blocks > most * teams) plan.tile_counter = workspace.add(kCounterBytes);
+}
+
 // Which tiles suit a call of the forward. The limits were measured on one H200 (docs/experiments).
 class TileChoice {
  public:
@@ -82,7 +95,8 @@ class Forward final : public PassTraits {
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
     plan.cluster_size = uses_clusters(row, call, plan) ? row.cluster : 1;
-    share_tiles(row, call, workspace, plan);
+    const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
+    share_tiles(plan.queries, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -90,8 +104,6 @@ class Forward final : public PassTraits {
   }
 
  private:
-  static constexpr int64_t kCounterBytes = 4;
-
   // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
   // of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
@@ -102,16 +114,32 @@ class Forward final : public PassTraits {
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
   }
+};
 
-  // Persistent CTAs, as many as fit. A counter in memory hands out tiles of unequal length.
-  static void share_tiles(const KernelRow& row, const Call& call, Workspace& workspace, LaunchPlan& plan) {
-    const TileGrid& grid = plan.queries;
-    const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
-    const int64_t blocks =
-        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
-    plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
-    const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
-    if (unequal && blocks > most * row.teams) plan.tile_counter = workspace.add(kCounterBytes);
+// dK and dV by key tiles; dQ added up in a float32 accumulator. What has to be repeatable runs the portable
+// rows, and so do calls without a query, which have nothing to make a tensor map of.
+class Backward final : public PassTraits {
+ public:
+  bool serves(const KernelRow&, const Call& call) const override {
+    return call.shapes.leading_rank <= 1 && !call.spec.deterministic && call.shapes.q_rows > 0;
+  }
+
+  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+    return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    const Shapes& s = call.shapes;
+    plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
+    const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
+    share_tiles(plan.keys, unequal, row.teams, call, workspace, plan);
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    if (spec.deterministic) return 0;
+    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s)) + aligned(kCounterBytes);
   }
 };
 
@@ -121,7 +149,8 @@ namespace families {
 
 const Family& hopper() {
   static const Forward forward;
-  static const Family family{&forward};
+  static const Backward backward;
+  static const Family family{&forward, &backward};
   return family;
 }
 

@@ -20,4 +20,18 @@ constexpr int64_t forward_shared_bytes(int64_t tile_bytes, int32_t teams) {
   return teams * (tile_bytes + kStateBytes);
 }
 
+// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few of dS, and dQ in
+// float32.
+inline constexpr int32_t kScoreGradientStages = 3;
+inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state of the key tile, at most
+
+constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m, int32_t block_n,
+                                        int32_t stages) {
+  const int64_t rows = block_n + int64_t{stages} * block_m;
+  const int64_t ds = int64_t{kScoreGradientStages} * block_m * block_n, dq = int64_t{block_m} * head_dim;
+  const int64_t statistics = 2 * int64_t{stages} * block_m;
+  return kElementBytes * (rows * (head_dim + value_dim) + ds) +
+         static_cast<int64_t>(sizeof(float)) * (dq + statistics) + kKeyTileStateBytes;
+}
+
 }  // namespace jax_flash::hopper

@@ -6,7 +6,7 @@
 namespace jax_flash {
 
 const char* name_of(Pass pass) {
-  constexpr const char* kNames[] = {"forward", "backward", "bias_gradient", "decode"};
+  constexpr const char* kNames[] = {"forward", "backward", "bias_gradient", "decode", "tangent"};
   return kNames[static_cast<int>(pass)];
 }
 

@@ -4,6 +4,7 @@
 
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/keys_traits.cuh"
+#include "cuda/backward/query_step.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
@@ -47,18 +48,6 @@ struct SharedStatistics {
   __device__ __forceinline__ float lse(int slot) const { return row_lse(first[S::row(slot)]); }
   __device__ __forceinline__ float delta(int slot) const {
     return row_delta(first[S::row(slot)], first[M + S::row(slot)]);
-  }
-};
-
-// A block's steps: the query tiles of every query head of its KV head.
-struct QueryStep {
-  int32_t head;  // within the group of the KV head
-  int32_t tile;
-  int32_t number = 0;  // of the step
-
-  __device__ __forceinline__ void advance(const Interval& tiles) {
-    ++number;
-    if (++tile == tiles.hi) tile = tiles.lo, ++head;
   }
 };
 

@@ -36,7 +36,7 @@
 #include "cuda/load/hopper_pages.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
-#include "cuda/score/variants.cuh"
+#include "cuda/score/hopper_variants.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
@@ -81,7 +81,7 @@ struct ForwardSm90 {
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
-  using Score = typename VariantOf<Kind, S>::type;
+  using Score = HopperScore<Kind, S>;
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
@@ -161,11 +161,7 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
                         static_cast<uint32_t>(heads * cluster_tiles), nullptr,
                         heads_together(p, static_cast<uint32_t>(heads))};
-  if (plan.tile_counter >= 0) {
-    tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
-    if (cudaError_t e = cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream); e != cudaSuccess)
-      return e;
-  }
+  if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
   return launch_clusters(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
                          C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles);
 }

@@ -5,6 +5,8 @@
 // the first CTA takes the number and sends it to the second one's mailbox.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include <algorithm>
 #include <cstdint>
 
@@ -26,6 +28,14 @@ struct PersistentTiles {
   uint32_t* counter;  // of tiles that were taken; nullptr: fixed distances
   uint32_t heads_together;
 };
+
+// Finds the counter of a plan that has one, and clears it.
+inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& plan, void* workspace,
+                                      cudaStream_t stream) {
+  if (plan.tile_counter < 0) return cudaSuccess;
+  tiles.counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
+  return cudaMemsetAsync(tiles.counter, 0, sizeof(uint32_t), stream);
+}
 
 // Heads whose tiles are worked on together: as many as have 32 MB of K and V, which stay in L2, but enough
 // for the last tiles to be short ones.

@@ -60,6 +60,17 @@ __device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, ui
                : "memory");
 }
 
+// Adds a box of float32 in shared memory to the tensor, whose elements outside of it are left out. Part of
+// the thread's current bulk group.
+__device__ __forceinline__ void reduce_add_box(const CUtensorMap& map, uint32_t shared,
+                                               const Coordinates& at) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.5d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], "
+      "[%1];" ::"l"(&map),
+      "r"(shared), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading)
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until at most `kPending` of this thread's newest bulk groups are in flight: all of their work; their

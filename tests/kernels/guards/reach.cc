@@ -35,6 +35,8 @@ std::vector<Variant> variants_of(Pass pass, Loader loader) {
     }
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
+    case Pass::kTangent:
+      return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
       return {Variant::kGeneral};
     case Pass::kDecode:
@@ -59,6 +61,7 @@ Problem example(const KernelRow& row, Variant variant) {
   const Aim aim = aim_at(row, variant);
   s.left = s.right = kUnlimited;
   s.scale = 1;
+  s.deterministic = aim.deterministic();
   if (!aim.plain() && row.pass != Pass::kDecode) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
@@ -94,6 +97,8 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kBackward:
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
+      return plan.general() ? Variant::kGeneral : Variant::kPlain;
+    case Pass::kTangent:
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
       return Variant::kGeneral;

@@ -1,0 +1,151 @@
+// The backward for sm_90a: TMA, mbarrier, wgmma, warp specialisation. FlashAttention-3 (Shah et al., 2024).
+//
+// The grid is persistent: one CTA per SM works on key tiles [N, d] of one KV head, one after the other, and
+// steps through the query tiles [M, d] of all heads of the group.
+//
+//   producer warpgroup                             consumer warpgroups, 64 keys each
+//
+//   warp 0, a thread: scheduler                    wait K and V; dK = dV = 0; for steps i:
+//     key tile, band, query tiles                    Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
+//        │ state_pipe, 2 tiles                       Pᵀ = exp(Sᵀ − lse), dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+//        ▼                                           dS to shared memory    ◄── ds_pipe ──► the other
+//        consumer
+//   warp 1, a thread: load   ── Q, dO: kStages ──►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
+//     K, V, Q, dO by TMA     ◄── release ────────    dQ to shared memory
+//   warp 2: statistics                             scale · dK and dV are stored
+//     lse, delta             ── ready_pipe ──────►
+//   warp 3, a thread: sums   ◄── dq_pipe ────────
+//     accumulator += dQ by TMA ── release ───────►
+//
+// An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
+#pragma once
+
+#include <algorithm>
+
+#include "core/families/hopper_layout.h"
+#include "core/plan/launch_plan.h"
+#include "cuda/backward/convert.cuh"
+#include "cuda/backward/hopper_consumer.cuh"
+#include "cuda/backward/hopper_load.cuh"
+#include "cuda/backward/hopper_state.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx/registers.cuh"
+#include "cuda/registry.h"
+#include "cuda/tensor_map.h"
+#include "cuda/tile/operands.cuh"
+
+namespace jax_flash {
+
+// A row of csrc/kernels.def.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+struct BackwardSm90 {
+  using Element = T;
+  static constexpr int kConsumers = N / kConsumerRows, kThreads = Warps * 32;
+  static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
+  // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
+  static constexpr bool kDqByRows = M == 2 * kConsumerRows;
+  using KTile = SharedTile<T, N, HeadDim>;
+  using VTile = SharedTile<T, N, ValueDim>;
+  using QTile = SharedTile<T, M, HeadDim>;
+  using DoTile = SharedTile<T, M, ValueDim>;
+  using DsTile = SharedTile<T, N, M>;
+  using DqTile = SharedTile<float, kConsumerRows, kDqByRows ? HeadDim : HeadDim / 2>;
+  using S = Accumulator<1, M / 8>;
+  using Fragments = FragmentsA<T, 1, M / 16>;
+  using DK = Accumulator<1, HeadDim / 8>;
+  using DV = Accumulator<1, ValueDim / 8>;
+  using DQ = Accumulator<1, DqTile::kColumns / 8>;
+  using Shared = BackwardShared<BackwardSm90>;
+  struct Maps {
+    CUtensorMap query, dout, key, value, dquery;
+  };
+  static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
+  static_assert(M == kConsumerRows || kDqByRows);
+  static_assert(kDqByRows || KTile::kPanel == 8);
+  static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(HeadDim, ValueDim, M, N, Stages));
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    backward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
+                  const __grid_constant__ PersistentTiles tiles) {
+  using Shared = typename C::Shared;
+  auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
+  const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (warpgroup == 0) {
+    ptx::give_registers<producer_registers(C::kConsumers)>();
+    GradientProducer<C> producer{p, maps, shared};
+    const bool leads = threadIdx.x % 32 == 0;
+    if (warp == 0 && leads) producer.schedule(tiles);
+    if (warp == 1 && leads) producer.load_tiles();
+    if (warp == 2) producer.load_statistics();
+    if (warp == 3 && leads) producer.add_dq();
+  } else {
+    ptx::take_registers<consumer_registers(C::kConsumers)>();
+    GradientConsumer<C>(p, shared, warpgroup - 1).run();
+  }
+}
+
+template <class C>
+cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
+  const int32_t batch = p.packed() ? 1 : p.batch, columns = accumulator_columns(p.head_dim);
+  View dquery;
+  dquery.data = accumulator;
+  dquery.head = columns, dquery.row = int64_t{p.heads} * columns, dquery.batch = p.q_rows * dquery.row;
+  dquery.leading[0] = batch * dquery.batch;
+  const struct {
+    CUtensorMap& map;
+    const View& view;
+    MapShape shape;
+  } all[] = {
+      {maps.query, p.query, {p.head_dim, p.heads, p.q_rows, batch, C::QTile::kPanel * 8, C::kM}},
+      {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoTile::kPanel * 8, C::kM}},
+      {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KTile::kPanel * 8, C::kN}},
+      {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VTile::kPanel * 8, C::kN}},
+      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, C::DqTile::kPanel * 4, kConsumerRows, true}},
+  };
+  for (const auto& [map, view, shape] : all) {
+    if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+// KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
+// L2.
+inline uint32_t backward_heads_together(const Problem& p) {
+  constexpr int64_t kBytes = 32 << 20;
+  const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
+  const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
+  return static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kBytes / head, int64_t{1} << 20)));
+}
+
+template <class C, class T>
+cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
+                                 cudaStream_t stream) {
+  auto* accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
+  if (cudaError_t e = clear_accumulator(p, accumulator, stream); e != cudaSuccess) return e;
+  const TileGrid& grid = plan.keys;
+  if (grid.blocks > 0) {
+    typename C::Maps maps;
+    if (cudaError_t e = make_maps<C>(maps, p, accumulator); e != cudaSuccess) return e;
+    PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
+                          static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
+    if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    const cudaError_t e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads,
+                                 sizeof(typename C::Shared), stream, p, maps, tiles);
+    if (e != cudaSuccess) return e;
+  }
+  return convert_accumulator<T, false>(p, accumulator, stream);
+}
+
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
+  return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+}
+
+}  // namespace jax_flash

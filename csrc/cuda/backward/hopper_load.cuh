@@ -1,0 +1,185 @@
+// The producer warps of cuda/backward/hopper.cuh: key tiles are found, operands come in, sums of dQ go out.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward/hopper_state.cuh"
+#include "cuda/backward/query_step.cuh"
+#include "cuda/gradient.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/hopper/tma.cuh"
+
+namespace jax_flash {
+
+template <class C>
+struct GradientProducer {
+  using Tile = typename C::Shared::Tile;
+  const Problem& p;
+  const typename C::Maps& maps;
+  typename C::Shared& shared;
+  uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
+
+  // Calls visit(tile, step) for the steps of all key tiles, and release() after each tile.
+  template <class Visit, class Release>
+  __device__ __forceinline__ void for_steps(Visit visit, Release release) {
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
+      if (uniform(tile.done)) return;
+      const Interval tiles = uniform(tile.tiles);
+      const int32_t heads = uniform(tile.heads);
+      if (!tiles.empty()) {
+        QueryStep step{0, tiles.lo, static_cast<int32_t>(step_use)};
+        for (; step.head < heads; step.advance(tiles)) visit(tile, step);
+        step_use = step.number;
+      }
+      release(tile);
+    }
+  }
+
+  // One thread: finds the CTA's key tiles, at most one ahead.
+  __device__ __forceinline__ void schedule(const PersistentTiles& all) {
+    NoMailbox none;
+    using Scheduler = TileScheduler<Over::kKeys, C::kN, 1, 1, NoMailbox>;
+    Scheduler scheduler{all, none};
+    uint32_t number = Scheduler::first(0);
+    while (number < all.count) {
+      shared.state_pipe.wait_empty(tile_index);
+      Tile& tile = shared.tiles[tile_index % kKeyTileStates];
+      tile.work = scheduler.work(reload(p), number);
+      if (tile.template prepare<C>(reload(p))) shared.state_pipe.arrive(tile_index++);
+      // A tile's number is taken no sooner than the load thread has started with the tile before it.
+      if (tile_index > 0) shared.started_pipe.wait_full(tile_index - 1);
+      number = scheduler.next(number);
+    }
+    shared.state_pipe.wait_empty(tile_index);
+    shared.tiles[tile_index % kKeyTileStates].done = 1;
+    shared.state_pipe.arrive(tile_index);
+  }
+
+  template <class TileShape, class Pipe>
+  __device__ __forceinline__ void load(const Pipe& pipe, uint32_t use, const uint8_t* to,
+                                       const CUtensorMap& map, const ptx::Coordinates& at) const {
+    load_rows<TileShape>(ptx::shared_address(to), 0, map, pipe.full_barrier(use), at);
+  }
+
+  // One thread: Q and dO of the first step, K and V, then Q and dO of the others.
+  __device__ __forceinline__ void load_tiles() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          const BlockWork& work = tile.work;
+          const uint32_t use = step.number, stage = use % C::kStages;
+          const int32_t head = work.head + step.head, row = work.tile.q_begin + step.tile * C::kM;
+          shared.q_pipe.wait_empty(use);
+          ptx::barrier_expect(shared.q_pipe.full_barrier(use), C::QTile::kBytes);
+          load<typename C::QTile>(shared.q_pipe, use, shared.q[stage], maps.query,
+                                  coordinates_of(p.query, work, head, row));
+          shared.do_pipe.wait_empty(use);
+          ptx::barrier_expect(shared.do_pipe.full_barrier(use), C::DoTile::kBytes);
+          load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
+                                   coordinates_of(p.dout, work, head, row));
+          if (use == step_use) {
+            shared.started_pipe.arrive(tile_index);
+            load_keys(tile);
+          }
+        },
+        [&](const Tile& tile) {
+          if (tile.tiles.empty()) skip_keys();
+          shared.state_pipe.release_by_thread(tile_index);
+        });
+  }
+
+  __device__ __forceinline__ void load_keys(const Tile& tile) const {
+    const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
+    shared.key_pipe.wait_empty(tile_index);
+    ptx::barrier_expect(shared.key_pipe.full_barrier(tile_index), C::KTile::kBytes + C::VTile::kBytes);
+    load<typename C::KTile>(shared.key_pipe, tile_index, shared.k, maps.key,
+                            coordinates_of(p.key, tile.work, tile.kv_head, key));
+    load<typename C::VTile>(shared.key_pipe, tile_index, shared.v, maps.value,
+                            coordinates_of(p.value, tile.work, tile.kv_head, key));
+  }
+
+  __device__ __forceinline__ void skip_keys() const {
+    shared.started_pipe.arrive(tile_index);
+    shared.key_pipe.wait_empty(tile_index);
+    shared.key_pipe.arrive(tile_index);
+  }
+
+  // Q ← 0 and dO ← 0 in rows that are not in use.
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step) const {
+    const uint32_t use = step.number, stage = use % C::kStages;
+    const Interval clean = uniform(tile.clean);
+    const int32_t row = step.tile * C::kM;
+    if (clean.lo <= row && row + C::kM <= clean.hi) return;
+    const Interval rows{clean.lo - row, clean.hi - row};
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    shared.q_pipe.wait_full(use);
+    clear_rows<typename C::QTile>(shared.q[stage], rows, lane, 32);
+    shared.do_pipe.wait_full(use);
+    clear_rows<typename C::DoTile>(shared.d_out[stage], rows, lane, 32);
+    ptx::fence_async_shared();
+  }
+
+  // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
+  __device__ __forceinline__ void load_statistics() {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          const uint32_t use = step.number, stage = use % C::kStages;
+          const Interval seen = uniform(tile.seen);
+          const float* const lse = tile.lse + step.head * p.lse.head;
+          const float* const delta = tile.delta + step.head * p.delta.head;
+          bool coarse = false;
+          shared.ready_pipe.wait_empty(use);
+#pragma unroll 2
+          for (int i = lane; i < C::kM; i += 32) {
+            const int32_t row = step.tile * C::kM + i;
+            const bool used = seen.contains(row);
+            const float x = used ? lse[row * p.lse.row] : -INFINITY;
+            const float y = used ? delta[row * p.delta.row] : 0;
+            shared.statistics[stage].lse[i] = row_lse(x);
+            shared.statistics[stage].delta[i] = row_delta(x, y);
+            coarse |= rounds_coarsely(row_lse(x));
+          }
+          coarse = __any_sync(~0u, coarse);
+          if (lane == 0) shared.coarse[stage] = coarse;
+          clear_queries(tile, step);
+          ptx::barrier_arrive_by_warp(shared.ready_pipe.full_barrier(use));
+        },
+        [&](const Tile&) { shared.state_pipe.release(tile_index); });
+  }
+
+  // Issues accumulator += dQ, a consumer's part of a step's.
+  __device__ __forceinline__ void start_dq_sum(const Tile& tile, const QueryStep& step, int consumer) const {
+    using DqTile = typename C::DqTile;
+    constexpr int kBox = DqTile::kPanel * 4;  // columns
+    const BlockWork& work = tile.work;
+    const uint32_t dq = ptx::shared_address(shared.dq[consumer]);
+    const int32_t row = work.tile.q_begin + step.tile * C::kM + (C::kDqByRows ? consumer * kConsumerRows : 0);
+    ptx::Coordinates at{0, work.head + step.head, row, work.batch_row, static_cast<int32_t>(work.leading)};
+    shared.dq_pipe[consumer].wait_full(step.number);
+#pragma unroll
+    for (int column = 0; column < DqTile::kColumns; column += kBox) {
+      at.column = (C::kDqByRows ? 0 : consumer * DqTile::kColumns) + column;
+      ptx::reduce_add_box(maps.dquery, dq + DqTile::panel_offset(column / 4), at);
+    }
+    ptx::bulk_commit();
+  }
+
+  // One thread: adds dQ to the accumulator.
+  __device__ __forceinline__ void add_dq() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          start_dq_sum(tile, step, 0);
+          start_dq_sum(tile, step, 1);
+          ptx::bulk_wait_read<1>();
+          shared.dq_pipe[0].release_by_thread(step.number);
+          ptx::bulk_wait_read<0>();
+          shared.dq_pipe[1].release_by_thread(step.number);
+        },
+        [&](const Tile&) { shared.state_pipe.release_by_thread(tile_index); });
+    ptx::bulk_wait<0>();
+  }
+};
+
+}  // namespace jax_flash

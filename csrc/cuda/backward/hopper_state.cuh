@@ -1,0 +1,136 @@
+// What the warps of cuda/backward/hopper.cuh share: the key tile's state, tiles of the operands, pipelines.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "core/families/hopper_layout.h"
+#include "core/plan/launch_plan.h"
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/tile/copy.cuh"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+
+// Key tiles whose state a CTA keeps: the one that is worked on, and the next.
+inline constexpr int kKeyTileStates = 2;
+
+// What the roles know of a key tile. The scheduler's thread writes it.
+template <class T, int kConsumers>
+struct KeyTileState {
+  BlockWork work;
+  Band band;
+  Interval tiles;              // query tiles of which some row sees one of the keys
+  Interval whole[kConsumers];  // of those, the tiles whose rows all see all keys of a consumer
+  Interval seen;               // query rows that see a key of the sequence
+  Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
+  int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
+  int32_t kv_head, heads;      // the KV head; query heads of its group
+  const float *lse, *delta;    // of the first head
+  GlobalRows<T> dkey, dvalue;
+
+  int32_t done;  // all tiles are taken, and this is none
+
+  // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
+  // rows.
+  template <class C>
+  __device__ __forceinline__ bool prepare(const Problem& p) {
+    const TileWork& tile = work.tile;
+    if (tile.row >= tile.end) return false;
+    done = 0;
+    heads = p.heads / p.kv_heads;
+    kv_head = work.head / heads;
+    reload_shared();
+    band = work.band_inline(p);
+    reload_shared();
+    const Interval rows = band.queries(tile.row, tile.used_keys());
+    tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      reload_shared();
+      const int32_t key = tile.row + i * kConsumerRows;
+      const Interval all = band.common_queries(key, key + kConsumerRows);
+      whole[i] = {(all.lo + C::kM - 1) / C::kM, all.hi / C::kM};
+    }
+    reload_shared();
+    // Rows past the operand's end come as zeros; those of other sequences, or unused ones, may hold NaN.
+    constexpr int32_t kNone = std::numeric_limits<int32_t>::max();
+    seen = clean = band.queries(0, band.k_len);
+    if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
+    clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
+    find_rows(p);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ void find_rows(const Problem& p) {
+    reload_shared();
+    lse = p.lse.as<const float>() + offset(p.lse, work.head, work.tile.q_begin);
+    reload_shared();
+    delta = p.delta.as<const float>() + offset(p.delta, work.head, work.tile.q_begin);
+    reload_shared();
+    dkey = {p.dkey.as<T>() + offset(p.dkey, kv_head, work.tile.k_begin), p.dkey.row, p.head_dim};
+    reload_shared();
+    dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
+  }
+  // There is at most one leading dimension.
+  __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
+    return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
+  }
+};
+
+// lse, in powers of two, and delta of a query tile.
+template <int M>
+struct QueryStatistics {
+  float lse[M], delta[M];
+};
+
+// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of
+// `threads`.
+template <class Tile>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, Interval clean, int thread, int threads) {
+  const uint32_t to = ptx::shared_address(tile);
+#pragma unroll 1
+  for (int at = thread; at < Tile::kRows * Tile::kChunks; at += threads) {
+    const int row = at / Tile::kChunks;
+    if (!clean.contains(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
+  }
+}
+
+template <class C>
+struct BackwardShared {
+  static constexpr int kConsumers = C::kConsumers, kStages = C::kStages;
+  alignas(1024) uint8_t k[C::KTile::kBytes];
+  alignas(1024) uint8_t v[C::VTile::kBytes];
+  alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
+  alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
+  alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
+  alignas(1024) uint8_t dq[kConsumers][C::DqTile::kBytes];
+  QueryStatistics<C::kM> statistics[kStages];
+  int32_t coarse[kStages];  // whether the rounding of some lse would show in P
+  using Tile = KeyTileState<typename C::Element, kConsumers>;
+  Tile tiles[kKeyTileStates];
+  Pipeline<kKeyTileStates> state_pipe;
+  Pipeline<1> started_pipe;  // full when the load thread has started a key tile
+  Pipeline<1> key_pipe;      // K and V
+  Pipeline<kStages> q_pipe, do_pipe;
+  Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
+  Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
+  Pipeline<1> dq_pipe[kConsumers];
+
+  __device__ __forceinline__ void init() {
+    constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
+    state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + 2);  // and the other producers
+    started_pipe.init(1);
+    key_pipe.init(kConsumers * kConsumer);
+    q_pipe.init(kConsumers * kConsumer);
+    do_pipe.init(kConsumers * kConsumer);
+    ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);
+    for (auto& pipe : ds_pipe) pipe.init(kConsumer, kConsumer);
+    for (auto& pipe : dq_pipe) pipe.init(1, kConsumer);
+    ptx::fence_barriers();
+  }
+};
+
+}  // namespace jax_flash
