@@ -21,7 +21,7 @@ from jax.interpreters import ad, mlir
 from . import _jax, derivatives, no_derivative, reference
 from .operands import DIFFERENTIABLE, DIFFERENTIAL, DROPOUT_ROW, FORWARD, TANGENTS
 from .paged import gather
-from .primitives import LOCAL, PARTITIONED, bind, declare, leading, operand_names
+from .primitives import LOCAL, PARTITIONED, PARTLY_MANUAL, bind, declare, leading, operand_names
 from .spec import AttentionSpec
 
 Operands = dict[str, jax.Array]
@@ -141,4 +141,5 @@ def _define(primitives: dict[Any, Primitive], name: str) -> Primitive:
 
 
 _define(LOCAL, "jax_flash_differential_local")
+_define(PARTLY_MANUAL, "jax_flash_differential_partly_manual")
 _jax.require_devices_during_lowering(_define(PARTITIONED, "jax_flash_differential"))

@@ -246,7 +246,7 @@ def _partitioned(pass_: Pass) -> Primitive:
 
 
 def _partly_manual(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}_partly_manual", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}_partly_manual", pass_)
     mlir.register_lowering(primitive, partial(_lower_partly_manual, pass_=pass_))
     return primitive
 
@@ -254,3 +254,4 @@ def _partly_manual(pass_: Pass) -> Primitive:
 LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
 PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}
 PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in PASSES}
+KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL)

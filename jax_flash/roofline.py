@@ -14,7 +14,7 @@ from jax.experimental import roofline
 from . import _jax
 from .flop_count import count
 from .operands import PASSES, Pass
-from .primitives import LOCAL, PARTITIONED, leading, operand_names
+from .primitives import KINDS, leading, operand_names
 from .spec import AttentionSpec, Spec
 
 
@@ -40,6 +40,6 @@ def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
     return calls * count(pass_.name, spec, {name: x[lead[name] :] for name, x in shapes.items()}, {})
 
 
-for _pass in PASSES:
-    for _primitive in (LOCAL[_pass], PARTITIONED[_pass]):
-        roofline.register_roofline(_primitive)(partial(_rule, pass_=_pass))
+for _primitives in KINDS:
+    for _pass in PASSES:
+        roofline.register_roofline(_primitives[_pass])(partial(_rule, pass_=_pass))

@@ -8,7 +8,15 @@ import pytest
 from jax.export import DisabledSafetyCheck, deserialize, export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import assert_same, attention, collectives, require_devices, shard_shapes, with_gradients
+from programs import (
+    assert_same,
+    attention,
+    collectives,
+    custom_calls,
+    require_devices,
+    shard_shapes,
+    with_gradients,
+)
 from test_sharding import (
     BATCH_HEADS,
     EVERYTHING,
@@ -234,6 +242,33 @@ def test_gradients_taken_inside(kernel, mesh):
     mapped = jax.jit(manual_over({"data"}, gradients, specs, specs.values(), mesh))
     got = mapped(place(mesh, arrays_of(GQA), specs))
     assert_same(got, jax.jit(gradients)(arrays_of(GQA)))
+
+
+@pytest.mark.parametrize(
+    ("case", "reductions"),
+    [(GQA, {}), (MHA.replace(hq=12, hk=3), {"all-reduce": 1})],
+    ids=["gqa", "12 query heads, 3 KV heads"],
+)
+def test_both_modes_at_once(kernel, mesh, case, reductions):
+    """The gradient of a loss that contains a tangent: each pass once, and nothing is reduced but dk and dv."""
+    specs, call = qkv(BATCH_HEADS, BATCH_HEADS if case is GQA else P("data")), attention(case, kernel)
+    arrays = arrays_of(case)
+    tangents = {name: jnp.cos(3 * x) for name, x in arrays.items()}
+
+    def gradient_of(call):
+        def loss(arrays, tangents):
+            (out, lse), (tout, _) = jax.jvp(call, (arrays,), (tangents,))
+            return ((out + jax.lax.stop_gradient(tout)) ** 2).sum() + lse.sum()
+
+        return jax.jit(jax.grad(loss))
+
+    placed = place(mesh, arrays, specs), place(mesh, tangents, specs)
+    compiled = gradient_of(manual_over({"data"}, call, specs, mesh=mesh)).lower(*placed).compile()
+    assert_same(compiled(*placed), gradient_of(call)(arrays, tangents))
+    text = compiled.as_text()
+    assert custom_calls(text) == {"forward": 1, "tangent": 1, "backward": 1}
+    assert collectives(text) == reductions
+    assert shard_shapes(text, "tangent") == {(2, 6, case.hq // 4, 8)}
 
 
 # programs for elsewhere hold the custom call itself: its partitioning lives in this process
