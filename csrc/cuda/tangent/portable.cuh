@@ -10,6 +10,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.h"
 #include "cuda/mask.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/portable_variants.cuh"
@@ -56,15 +57,17 @@ struct TangentTile {
   const Problem& p;
   const Tangents& t;
   const TangentState<typename C::Element>& block;
-  int32_t warp_row, key;  // where it begins in the query tile, and in the sequence
+  int32_t key;  // where it begins in the sequence
 
   // What a unit of dS is: the variants with options leave it in that of the scores.
   __device__ __forceinline__ float unit() const { return C::kPlain ? p.spec.scale : 1.0f; }
   __device__ __forceinline__ const ScoreOperands& operands() const { return block.score; }
   __device__ __forceinline__ const Band& band() const { return block.band; }
-  // The warp's first query row, reloaded from shared memory at each use to save a register.
+  // The warp's first query row, within the query tile and the sequence: computed again at each use, since the
+  // loop has no register to keep it in.
+  __device__ __forceinline__ static int warp_row() { return ptx::thread_index() / 32 * C::kWarpRows; }
   __device__ __forceinline__ int32_t row() const {
-    return static_cast<const volatile int32_t&>(block.work.tile.row) + warp_row;
+    return static_cast<const volatile int32_t&>(block.work.tile.row) + warp_row();
   }
 };
 
@@ -120,7 +123,7 @@ __device__ __forceinline__ void add_tbias(typename C::S& ds, const TangentTile<C
 }
 
 // From products to what add_values() takes: S in powers of two, with lse subtracted and −∞ where a key is
-// hidden; dS in at.unit(), with c subtracted and finite where a key is hidden, whatever the key holds.
+// hidden; dS in at.unit(), and 0 where a key is hidden, whatever the key holds.
 template <class C>
 __device__ __forceinline__ void finish_scores(typename C::S& s, typename C::S& ds,
                                               TangentRows<typename C::S>& rows, const TangentTile<C>& at) {
@@ -138,11 +141,10 @@ __device__ __forceinline__ void finish_scores(typename C::S& s, typename C::S& d
     for_each(ds, [&](float& x, int slot, int n, int e) {
       if (!C::kPlain && rows.sees_nothing(slot)) s.at(slot, n, e) = -INFINITY;
       if (s.at(slot, n, e) == -INFINITY) x = 0;
-      if (!C::kPlain) x -= rows.c[slot];  // else the products began at −c
     });
   }
   subtract_lse(s, rows, C::Score::power_scale(at.p.spec));
-  if (partial || first) rows.center(s, ds, block.band, at.row(), at.key, first);
+  if (partial || first) rows.find_c(s, ds, block.band, at.row(), at.key, first);
 }
 
 // O += drop(P) tV + drop(T) V [M, dv] with P = 2^S and T = P ∘ (dS − c), and r += rowsum(P ∘ dS). With
@@ -165,8 +167,8 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, t
           float &x = s.at(slot, i, e), &y = ds.at(slot, i, e);
           x = ptx::exp2(x);
           const float scaled = x * unit;
-          y *= scaled;
-          rows.r[slot] += fmaf(scaled, rows.c[slot], y);
+          rows.r[slot] = fmaf(scaled, y, rows.r[slot]);
+          y = scaled * (y - rows.c[slot]);
         }
       }
     }
@@ -222,11 +224,10 @@ __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t
   using S = typename C::S;
   using K = RowsB<typename C::KTile>;
   const TileWork& tile = block.work.tile;
-  const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
   const uint32_t q_tile = ptx::shared_address(shared) + C::kLayout.q, tq_tile = q_tile + C::kLayout.tq;
   typename C::Ring ring(q_tile + C::kLayout.ring, block);
-  typename C::Q q(q_tile, warp_row), tq(tq_tile, warp_row);
-  TangentTile<C> at{p, t, block, warp_row, 0};
+  TangentTile<C> at{p, t, block, 0};
+  typename C::Q q(q_tile, at.warp_row()), tq(tq_tile, at.warp_row());
   TangentRows<S> rows(p, block.lse, at.row(), tile.q_len);
 
   typename C::O o;
@@ -240,21 +241,20 @@ __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t
     at.key = n * C::kN;
     const uint32_t k = ring.wait_k(n);
     if constexpr (C::kQSteps > 0) {
-      if (n == block.tiles.lo) q.read(q_tile, warp_row), tq.read(tq_tile, warp_row);
+      if (n == block.tiles.lo) q.read(q_tile, at.warp_row()), tq.read(tq_tile, at.warp_row());
     }
     S s, ds;
-    s.clear();
-    for_each(ds, [&](float& x, int slot, int, int) { x = C::kPlain ? -rows.c[slot] : 0; });
+    s.clear(), ds.clear();
     multiply_scores<C, C::Ring::kTogether>(s, ds, q, tq, k,
                                            k + C::KTile::kBytes);  // S = Q Kᵀ, dS = tQ Kᵀ + …
     if constexpr (!C::Ring::kTogether)
       multiply_add<typename C::Element, C::kHeadSteps>(ds, q, K(ring.wait_tk(n), 0));  // … + Q tKᵀ
-    finish_scores<C>(s, ds, rows, at);           // options, band, S ← S − lse, dS ← dS − c
+    finish_scores<C>(s, ds, rows, at);           // options, band, S ← S − lse
     add_values<C>(o, s, ds, rows, ring, n, at);  // O ← O + P tV + (P ∘ dS) V, r ← r + rowsum(P ∘ dS)
   }
   ring.finish();
   finish_rows<C>(o, rows, at);  // tlse = r; tO = O − r · out
-  store_rows<typename C::OTile>(o, shared, warp_row, block.tout, at.row(), tile.end);
+  store_rows<typename C::OTile>(o, shared, at.warp_row(), block.tout, at.row(), tile.end);
 }
 
 template <class C>

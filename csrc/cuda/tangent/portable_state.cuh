@@ -159,9 +159,9 @@ struct TangentRows {
     }
   }
 
-  // dS ← dS − c in the rows that begin in this tile: all that are visible in the first tile, or whose band
-  // begins here. S holds exponents.
-  __device__ __forceinline__ void center(const S& s, S& ds, const Band& band, int32_t row, int32_t key,
+  // c of the rows that begin in this tile: all that are visible in the first tile, or whose band begins here.
+  // S holds exponents.
+  __device__ __forceinline__ void find_c(const S& s, const S& ds, const Band& band, int32_t row, int32_t key,
                                          bool first) {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
@@ -177,12 +177,10 @@ struct TangentRows {
         }
       }
       weight = row_sum(weight), sum = row_sum(sum);
-      if (!begins || !(weight > 0)) continue;
-      c[slot] = sum / weight;
-#pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) ds.at(slot, n, 0) -= c[slot], ds.at(slot, n, 1) -= c[slot];
+      if (begins && weight > 0) c[slot] = sum / weight;
     }
   }
+
   __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
   __device__ __forceinline__ bool sees_nothing(int slot) const { return lses[slot] == INFINITY; }
 };

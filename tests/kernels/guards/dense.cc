@@ -168,21 +168,11 @@ class Case : RandomCase {
   }
 
   void make_tensors() {
-    make_tensor(p_.query, p_.q_rows, p_.heads, p_.head_dim);
-    make_tensor(p_.key, p_.k_rows, p_.kv_heads, p_.head_dim);
-    make_tensor(p_.value, p_.k_rows, p_.kv_heads, p_.value_dim);
-    make_tensor(p_.dout, p_.q_rows, p_.heads, p_.value_dim);
-    make_tensor(p_.out, p_.q_rows, p_.heads, p_.value_dim);
-    make_tensor(p_.dquery, p_.q_rows, p_.heads, p_.head_dim);
-    make_tensor(p_.dkey, p_.k_rows, p_.kv_heads, p_.head_dim);
-    make_tensor(p_.dvalue, p_.k_rows, p_.kv_heads, p_.value_dim);
-    make_statistic(p_.lse);
-    make_statistic(p_.delta);
-    make_tensor(t_.tquery, p_.q_rows, p_.heads, p_.head_dim);
-    make_tensor(t_.tkey, p_.k_rows, p_.kv_heads, p_.head_dim);
-    make_tensor(t_.tvalue, p_.k_rows, p_.kv_heads, p_.value_dim);
-    make_tensor(t_.tout, p_.q_rows, p_.heads, p_.value_dim);
-    make_statistic(t_.tlse);
+    for (View* x : {&p_.query, &p_.dquery, &t_.tquery}) make_tensor(*x, p_.q_rows, p_.heads, p_.head_dim);
+    for (View* x : {&p_.key, &p_.dkey, &t_.tkey}) make_tensor(*x, p_.k_rows, p_.kv_heads, p_.head_dim);
+    for (View* x : {&p_.value, &p_.dvalue, &t_.tvalue}) make_tensor(*x, p_.k_rows, p_.kv_heads, p_.value_dim);
+    for (View* x : {&p_.out, &p_.dout, &t_.tout}) make_tensor(*x, p_.q_rows, p_.heads, p_.value_dim);
+    for (View* x : {&p_.lse, &p_.delta, &t_.tlse}) make_statistic(*x);
   }
 
   // Sometimes plausible, sometimes arbitrary int32.
@@ -310,14 +300,11 @@ class Case : RandomCase {
         if (!used) set_value(dtype, x, std::nanf(""));
       });
     };
-    poison(p_.query, true, p_.heads, p_.head_dim, size, p_.dtype);
-    poison(p_.key, false, p_.kv_heads, p_.head_dim, size, p_.dtype);
-    poison(p_.value, false, p_.kv_heads, p_.value_dim, size, p_.dtype);
+    for (const View& x : {p_.query, t_.tquery}) poison(x, true, p_.heads, p_.head_dim, size, p_.dtype);
+    for (const View& x : {p_.key, t_.tkey}) poison(x, false, p_.kv_heads, p_.head_dim, size, p_.dtype);
+    for (const View& x : {p_.value, t_.tvalue}) poison(x, false, p_.kv_heads, p_.value_dim, size, p_.dtype);
     poison(p_.dout, true, p_.heads, p_.value_dim, size, p_.dtype);
     poison(p_.delta, true, p_.heads, 0, 4, DType::kF32);
-    poison(t_.tquery, true, p_.heads, p_.head_dim, size, p_.dtype);
-    poison(t_.tkey, false, p_.kv_heads, p_.head_dim, size, p_.dtype);
-    poison(t_.tvalue, false, p_.kv_heads, p_.value_dim, size, p_.dtype);
   }
 
   // Runs the pass twice, alone and with helpers, on results filled with NaN; false where no kernel runs it.
