@@ -52,8 +52,8 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
 JAX_TESTS = $(patsubst %,tests/test_%.py,backends compat_flash_attn compilation_cache derivatives \
-  derivative_sharding distributed dot_product errors mean_flow example export flax flax_layers generate lowering_errors manual_sharding modes paged_programs \
-  readme reference sharding transforms)
+  derivative_sharding distributed dot_product errors example export flax flax_layers generate lowering_errors \
+  manual_sharding mean_flow modes paged_programs readme reference sharding transforms)
 
 .PHONY: test-newest-jax
 test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
