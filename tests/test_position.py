@@ -199,3 +199,5 @@ def test_a_value_may_be_the_first_columns_of_its_key(rows, implementation):
         jax.jit(jax.grad(lambda q, x, f=f: f(q, x)[0].sum(), (0, 1)))(q, pool) for f in (shared, apart)
     ]
     assert_close(*gradients)
+    moved = jnp.cos(q), jnp.sin(pool)
+    assert_close(*(jax.jit(lambda *x, f=f: jax.jvp(f, (q, pool), x)[1])(*moved) for f in (shared, apart)))
