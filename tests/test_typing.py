@@ -34,7 +34,7 @@ def test_mypy_sees_what_the_file_of_uses_says():
     pytest.importorskip("mypy")
     command = [sys.executable, "-m", "mypy", "--strict"]  # pyproject.toml allows for untyped calls of jax
     found = subprocess.run(
-        [*command, "tests/typing/uses.py"],
+        [*command, "tests/typed_uses.py"],
         cwd=ROOT,
         capture_output=True,
         text=True,
