@@ -189,6 +189,8 @@ def test_jax_roofline_counts_each_pass_as_flops_does():
     gradient = jax.jit(jax.grad(lambda *x: attend(*x).sum().astype(jnp.float32), (0, 1, 2)))
     work = [flops(flash_attention, q, k, k, **attend.keywords, of=of) for of in ("forward", "backward")]
     assert estimate(gradient, q, k, k).flops == sum(work)
+    forward_mode = estimate(lambda *x: jax.jvp(attend, x, x), q, k, k)
+    assert forward_mode.flops == work[0] + flops(flash_attention, q, k, k, **attend.keywords, of="tangent")
     mapped = jax.vmap(jax.vmap(attend, (0, None, None)), (None, 0, 0))
     found = estimate(mapped, jnp.stack([q] * 3), *[jnp.stack([k] * 2)] * 2)
     assert found.flops == 6 * work[0]
