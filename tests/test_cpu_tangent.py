@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -96,22 +97,22 @@ def tangent(case: Case, arrays: Arrays, moving: Arrays, static: Any) -> list[jax
     return bind(TANGENT, static, arrays)
 
 
+@partial(jax.jit, static_argnames=("static", "round_to"))
+def equations(static: Any, round_to: Any, fixed: Arrays, primals: Arrays, moving: Arrays) -> list[jax.Array]:
+    def attend(x: Arrays) -> Any:
+        return reference.attention(static, fixed | x, round_to=round_to)
+
+    return list(jax.jvp(attend, (primals,), (moving,))[1])
+
+
 def right(case: Case, inputs: Inputs, moving: Arrays, round_to: Any = None) -> list[np.ndarray]:
-    """The same by reference.py, in float64, or in float32 with S and P rounded."""
-    arrays = operands(inputs)
-    static = spec(case, inputs)
-
-    @jax.jit
-    def run(primals: Arrays, tangents: Arrays) -> Any:
-        attend = lambda x: reference.attention(static, arrays | x, round_to=round_to)  # noqa: E731
-        return jax.jvp(attend, (primals,), (tangents,))[1]
-
-    def to(x: jax.Array) -> jax.Array:
-        return x if round_to else x.astype(jnp.float64)
-
+    """The same by reference.py: in float64, or in float32 with S and P rounded."""
+    fixed = operands(inputs)
     with jax.enable_x64(True):
-        primals = {name: to(arrays[name]) for name in moving}
-        return [np.asarray(x) for x in run(primals, {name: to(x) for name, x in moving.items()})]
+        primals = {name: fixed.pop(name) for name in moving}
+        if round_to is None:
+            primals, moving = ({n: x.astype(jnp.float64) for n, x in y.items()} for y in (primals, moving))
+        return [np.asarray(x) for x in equations(spec(case, inputs), round_to, fixed, primals, moving)]
 
 
 def check(case: Case) -> None:

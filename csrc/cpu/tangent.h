@@ -238,7 +238,7 @@ class TangentLoop {
     const View& tlse = tangents_.tlse;
     const int32_t ld = padded(p.value_dim);
     alignas(64) static constexpr float kZeros[kMaxHeadDim] = {};
-    alignas(64) float known[kMaxHeadDim];
+    alignas(64) float r_out[kMaxHeadDim];
     for (int32_t i = 0; i < x.rows; ++i) {
       const Row row{x.tile->position(i), x.tile->head_of(i)};
       const int32_t h = row.head - head_.head;
@@ -246,9 +246,9 @@ class TangentLoop {
       const float r = sees ? reduce_sum(x.r[i]) : 0.0f;
       float* sum = x.sum + i * ld;
       if (sees) {
-        load_row(out.dtype, out.at(row.position) + h * p.out.head * size_of(out.dtype), p.value_dim, r, known,
+        load_row(out.dtype, out.at(row.position) + h * p.out.head * size_of(out.dtype), p.value_dim, r, r_out,
                  ld);
-        for (int32_t c = 0; c < ld; c += kLanes) store(sum + c, load(sum + c) - load(known + c));
+        for (int32_t c = 0; c < ld; c += kLanes) store(sum + c, load(sum + c) - load(r_out + c));
       }
       store_row(tout.dtype, tout.at(row.position) + h * tangents_.tout.head * size_of(tout.dtype),
                 p.value_dim, sees ? sum : kZeros, 1.0f);
