@@ -52,9 +52,16 @@ def test_other_backwards_run_the_portable_rows(options):
     assert arch(pass_="backward", **options) == "sm80"
 
 
-def test_hoppers_backward_takes_what_the_portable_one_does_of_the_workspace():
-    # dQ in float32
-    assert plan("backward")["workspace"] == plan("backward", device=A100)["workspace"] == 2 * 1000 * 8 * 64 * 4
+def test_hoppers_backward_adds_dq_up_in_the_workspace():
+    dq = 2 * 1000 * 8 * 64 * 4
+    assert plan("backward")["workspace"] == plan("backward", device=A100)["workspace"] == dq
+    assert plan("backward", right=0, batch=16)["workspace"] == 8 * dq + 256  # and a counter of tiles
+
+
+def test_hoppers_backward_shares_key_tiles_out():
+    few, many = plan("backward"), plan("backward", batch=16)
+    assert few["keys"]["blocks"] == few["persistent_ctas"] == 12 * 2 * 2
+    assert many["keys"]["blocks"] == 12 * 2 * 16 and many["persistent_ctas"] == 132
 
 
 def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():

@@ -1,5 +1,5 @@
-// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. The portable kernels add
-// to it in the order of ptx::add_quad within each block of 16 columns.
+// The float32 accumulator of dQ: [leading, batch, s_q, h, accumulator_columns(d)]. Each block of 16 columns
+// is in the order of ptx::add_quad.
 #pragma once
 
 #include "core/plan/launch_plan.h"
@@ -21,23 +21,8 @@ int64_t accumulator_rows(const Problem& p) {
   return p.leading.count() * (p.packed() ? 1 : p.batch) * p.q_rows * p.heads;
 }
 
-// Columns [8 · half, 8 · half + 8) of a block of 16. kQuads: which is in add_quad's order.
-template <bool kQuads>
-__device__ __forceinline__ void load_columns(float (&x)[kConvertColumns], const float* block, int half) {
-#pragma unroll
-  for (int t = 0; t < 4; ++t) {
-    if constexpr (kQuads) {
-      x[2 * t] = block[ptx::quad_position(t, 2 * half)];
-      x[2 * t + 1] = block[ptx::quad_position(t, 2 * half + 1)];
-    } else {
-      const auto pair = reinterpret_cast<const float2*>(block)[4 * half + t];
-      x[2 * t] = pair.x, x[2 * t + 1] = pair.y;
-    }
-  }
-}
-
 // to = scale · from, rounded. Each thread converts 8 columns, half a block of 16.
-template <class T, bool kQuads>
+template <class T>
 __global__ void __launch_bounds__(kConvertThreads)
     convert(T* to, const float* from, int64_t rows, int32_t head_dim, float scale) {
   const int64_t at = int64_t{blockIdx.x} * kConvertThreads + threadIdx.x;
@@ -46,12 +31,14 @@ __global__ void __launch_bounds__(kConvertThreads)
   // The division of 64 bits is a long one, and seldom needed.
   const int64_t row = at >> 32 ? at / per_row : static_cast<uint32_t>(at) / static_cast<uint32_t>(per_row);
   const auto tile = static_cast<int32_t>(at - row * per_row);
-  float x[kConvertColumns];
-  load_columns<kQuads>(x, from + row * accumulator_columns(head_dim) + tile / 2 * kAccumulatorBlock,
-                       tile % 2);
+  const float* const block = from + row * accumulator_columns(head_dim) + tile / 2 * kAccumulatorBlock;
   alignas(16) T out[kConvertColumns];
 #pragma unroll
-  for (int t = 0; t < 4; ++t) ptx::store_pair(out + 2 * t, x[2 * t] * scale, x[2 * t + 1] * scale);
+  for (int t = 0; t < 4; ++t) {
+    const int i = tile % 2 * 2;
+    ptx::store_pair(out + 2 * t, block[ptx::quad_position(t, i)] * scale,
+                    block[ptx::quad_position(t, i + 1)] * scale);
+  }
 #pragma unroll
   for (int i = 0; i < kConvertColumns; i += kChunk<T>)
     *reinterpret_cast<uint4*>(to + at * kConvertColumns + i) = *reinterpret_cast<const uint4*>(out + i);
@@ -64,11 +51,11 @@ cudaError_t clear_accumulator(const Problem& p, float* accumulator, cudaStream_t
 }
 
 // dQ = scale · accumulator, rounded to T.
-template <class T, bool kQuads = true>
+template <class T>
 cudaError_t convert_accumulator(const Problem& p, const float* accumulator, cudaStream_t stream) {
   const int64_t rows = accumulator_rows(p), count = rows * (p.head_dim / kConvertColumns);
-  return launch(convert<T, kQuads>, ceil_div(count, kConvertThreads), kConvertThreads, 0, stream,
-                p.dquery.as<T>(), accumulator, rows, p.head_dim, p.spec.scale);
+  return launch(convert<T>, ceil_div(count, kConvertThreads), kConvertThreads, 0, stream, p.dquery.as<T>(),
+                accumulator, rows, p.head_dim, p.spec.scale);
 }
 
 }  // namespace

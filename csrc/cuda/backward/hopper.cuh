@@ -51,12 +51,13 @@ struct BackwardSm90 {
   using QTile = SharedTile<T, M, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
   using DsTile = SharedTile<T, N, M>;
-  using DqTile = SharedTile<float, kConsumerRows, kDqByRows ? HeadDim : HeadDim / 2>;
+  static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
+  using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = Accumulator<1, M / 8>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
-  using DQ = Accumulator<1, DqTile::kColumns / 8>;
+  using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
@@ -106,7 +107,7 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
       {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoTile::kPanel * 8, C::kM}},
       {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KTile::kPanel * 8, C::kN}},
       {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VTile::kPanel * 8, C::kN}},
-      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, C::DqTile::kPanel * 4, kConsumerRows, true}},
+      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
   };
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
@@ -115,12 +116,13 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
 }
 
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
-// L2.
+// L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
 inline uint32_t backward_heads_together(const Problem& p) {
-  constexpr int64_t kBytes = 32 << 20;
+  constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
+  const bool band = p.spec.left >= 0 || p.spec.right >= 0;
   const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
   const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
-  return static_cast<uint32_t>(std::max<int64_t>(1, std::min<int64_t>(kBytes / head, int64_t{1} << 20)));
+  return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head, band ? kFewestOfBand : 1, kMost));
 }
 
 template <class C, class T>
@@ -139,7 +141,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                                  sizeof(typename C::Shared), stream, p, maps, tiles);
     if (e != cudaSuccess) return e;
   }
-  return convert_accumulator<T, false>(p, accumulator, stream);
+  return convert_accumulator<T>(p, accumulator, stream);
 }
 
 template <class T, RowColumns R>

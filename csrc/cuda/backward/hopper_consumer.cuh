@@ -47,7 +47,13 @@ struct GradientConsumer {
   __device__ __forceinline__ GradientConsumer(const Problem& problem, typename C::Shared& memory, int index)
       : p(problem), shared(memory), consumer(index) {}
 
-  __device__ __forceinline__ static int warp_row() { return ptx::thread_index() % kWarpgroup / 32 * 16; }
+  // Unsigned, as the remainder of a signed number takes more instructions.
+  __device__ __forceinline__ static uint32_t lane() {
+    return static_cast<uint32_t>(ptx::thread_index()) % 32;
+  }
+  __device__ __forceinline__ static uint32_t warp_row() {
+    return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
+  }
   // The key tile.
   __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
     return shared.tiles[tile_index % kKeyTileStates];
@@ -89,9 +95,9 @@ struct GradientConsumer {
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])),
                    k = ptx::here(ptx::shared_address(shared.k));
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
-    const ColumnsDescriptor<KTile> b(
-        C::kDqByRows ? k : k + KTile::panel_offset(consumer * C::DqTile::kColumns / 8));
-    using Product = ptx::Wgmma<T, C::DqTile::kColumns>;
+    const ColumnsDescriptor<KTile> b(C::kDqByRows ? k
+                                                  : k + KTile::panel_offset(consumer * C::kDqColumns / 8));
+    using Product = ptx::Wgmma<T, C::kDqColumns>;
     ptx::wgmma_fence();
     Product::template multiply<true, 1, 1>(dq.x[0], a.at(0), b.at(0));
 #pragma unroll
@@ -104,14 +110,23 @@ struct GradientConsumer {
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
     pipe.wait_empty(use);
-    store_accumulator<typename C::DqTile>(dq, shared.dq[consumer], {warp_row(), 16, 0, 16});
+    using Block = typename C::DqBlock;
+    const uint32_t to = ptx::shared_address(shared.dq[consumer]) +
+                        Block::offset(warp_row() + lane() / 4, static_cast<int>(lane() % 4));
+#pragma unroll
+    for (int n = 0; n < C::DQ::kColumnTiles; n += 2)
+#pragma unroll
+      for (int slot = 0; slot < C::DQ::kSlots; ++slot)
+        ptx::store_shared(
+            to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
+            make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
 
   // Pᵀ = 2^(scale · Sᵀ − lse); gradient.cuh says what is done where lse is coarse.
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    const auto* lse = reinterpret_cast<const float2*>(shared.statistics[stage].lse) + ptx::thread_index() % 4;
+    const auto* lse = reinterpret_cast<const float2*>(shared.statistics[stage].lse) + ptx::lane_index() % 4;
     const float scale = p.spec.scale * kLog2e;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -134,7 +149,7 @@ struct GradientConsumer {
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
   __device__ __forceinline__ void differentiate(uint32_t stage) {
     const auto* delta =
-        reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::thread_index() % 4;
+        reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::lane_index() % 4;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
       const float2 d = delta[4 * n];
@@ -155,10 +170,9 @@ struct GradientConsumer {
   // dSᵀ to shared memory, for both consumers' dQ.
   __device__ __forceinline__ void share_ds(uint32_t use) {
     const auto& pipe = shared.ds_pipe[consumer];
-    const int lane = lane_id();
     pipe.wait_empty(use);
     const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),
-                                 consumer * kConsumerRows + warp_row() + lane % 16, lane / 16);
+                                 consumer * kConsumerRows + warp_row() + lane() % 16, lane() / 16);
 #pragma unroll
     for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), dst.x[0][k]);
     ptx::fence_async_shared();

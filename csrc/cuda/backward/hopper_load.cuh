@@ -130,16 +130,25 @@ struct GradientProducer {
           const float* const lse = tile.lse + step.head * p.lse.head;
           const float* const delta = tile.delta + step.head * p.delta.head;
           bool coarse = false;
-          shared.ready_pipe.wait_empty(use);
-#pragma unroll 2
-          for (int i = lane; i < C::kM; i += 32) {
+          const auto fetch = [&](int i) {
             const int32_t row = step.tile * C::kM + i;
             const bool used = seen.contains(row);
-            const float x = used ? lse[row * p.lse.row] : -INFINITY;
-            const float y = used ? delta[row * p.delta.row] : 0;
-            shared.statistics[stage].lse[i] = row_lse(x);
-            shared.statistics[stage].delta[i] = row_delta(x, y);
-            coarse |= rounds_coarsely(row_lse(x));
+            return float2{used ? lse[row * p.lse.row] : -INFINITY, used ? delta[row * p.delta.row] : 0};
+          };
+          const auto store = [&](int i, float2 x) {
+            shared.statistics[stage].lse[i] = row_lse(x.x);
+            shared.statistics[stage].delta[i] = row_delta(x.x, x.y);
+            coarse |= rounds_coarsely(row_lse(x.x));
+          };
+          // As many as there are registers for are on their way before the stage is empty.
+          const float2 first = fetch(lane), second = fetch(lane + 32);
+          shared.ready_pipe.wait_empty(use);
+          store(lane, first);
+          store(lane + 32, second);
+          if constexpr (C::kM > 64) {
+            const float2 third = fetch(lane + 64), fourth = fetch(lane + 96);
+            store(lane + 64, third);
+            store(lane + 96, fourth);
           }
           coarse = __any_sync(~0u, coarse);
           if (lane == 0) shared.coarse[stage] = coarse;
@@ -151,17 +160,15 @@ struct GradientProducer {
 
   // Issues accumulator += dQ, a consumer's part of a step's.
   __device__ __forceinline__ void start_dq_sum(const Tile& tile, const QueryStep& step, int consumer) const {
-    using DqTile = typename C::DqTile;
-    constexpr int kBox = DqTile::kPanel * 4;  // columns
     const BlockWork& work = tile.work;
     const uint32_t dq = ptx::shared_address(shared.dq[consumer]);
     const int32_t row = work.tile.q_begin + step.tile * C::kM + (C::kDqByRows ? consumer * kConsumerRows : 0);
     ptx::Coordinates at{0, work.head + step.head, row, work.batch_row, static_cast<int32_t>(work.leading)};
     shared.dq_pipe[consumer].wait_full(step.number);
 #pragma unroll
-    for (int column = 0; column < DqTile::kColumns; column += kBox) {
-      at.column = (C::kDqByRows ? 0 : consumer * DqTile::kColumns) + column;
-      ptx::reduce_add_box(maps.dquery, dq + DqTile::panel_offset(column / 4), at);
+    for (int block = 0; block < C::kDqColumns / kAccumulatorBlock; ++block) {
+      at.column = (C::kDqByRows ? 0 : consumer * C::kDqColumns) + block * kAccumulatorBlock;
+      ptx::reduce_add_box(maps.dquery, dq + block * C::DqBlock::kBytes, at);
     }
     ptx::bulk_commit();
   }

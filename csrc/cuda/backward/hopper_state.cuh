@@ -106,7 +106,7 @@ struct BackwardShared {
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
-  alignas(1024) uint8_t dq[kConsumers][C::DqTile::kBytes];
+  alignas(1024) uint8_t dq[kConsumers][C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
   using Tile = KeyTileState<typename C::Element, kConsumers>;

@@ -95,6 +95,13 @@ __device__ __forceinline__ int thread_index() {
   return x;
 }
 
+// The thread's number in its warp, likewise.
+__device__ __forceinline__ uint32_t lane_index() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(x));
+  return x;
+}
+
 // Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
