@@ -86,6 +86,15 @@ struct Widened {
   }
 };
 
+template <DType kFormat>
+void test_float8(const std::string& format) {
+  const auto float8 = [](int i) -> double {
+    return float8_to_float<kFormat>(static_cast<uint8_t>(i % 2 ? 255 - i / 2 : i / 2));
+  };
+  expect("widen_float8 " + format + " float16", run(Widened<float16, kFormat>{}, 256, {}, 512), float8);
+  expect("widen_float8 " + format + " bfloat16", run(Widened<bfloat16, kFormat>{}, 256, {}, 512), float8);
+}
+
 struct ThreadIndex {
   __device__ void operator()(const float*, float* out) const {
     out[threadIdx.x] = static_cast<float>(ptx::thread_index());
@@ -304,15 +313,8 @@ void test_words() {
     return ((a & 0x7FFF) >= (kHalves & 0xFFFF) ? 0xFFFFu : 0) |
            ((b & 0x7FFF) >= kHalves >> 16 ? 0xFFFF0000u : 0);
   });
-  const auto test_float8 = []<DType kFormat>(const std::string& format) {
-    const auto float8 = [](int i) -> double {
-      return float8_to_float<kFormat>(static_cast<uint8_t>(i % 2 ? 255 - i / 2 : i / 2));
-    };
-    expect("widen_float8 " + format + " float16", run(Widened<float16, kFormat>{}, 256, {}, 512), float8);
-    expect("widen_float8 " + format + " bfloat16", run(Widened<bfloat16, kFormat>{}, 256, {}, 512), float8);
-  };
-  test_float8.operator()<DType::kF8E4M3>("e4m3");
-  test_float8.operator()<DType::kF8E5M2>("e5m2");
+  test_float8<DType::kF8E4M3>("e4m3");
+  test_float8<DType::kF8E5M2>("e5m2");
 }
 
 }  // namespace
