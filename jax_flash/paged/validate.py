@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 
 import jax
-import jax.numpy as jnp
 
 from .._jax import same_dim
 from ..rotary import rotary_tables
@@ -19,6 +18,7 @@ from ..validate import (
     score_operands,
     static_spec,
 )
+from .gather import FLOAT8
 
 
 def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
@@ -105,9 +105,10 @@ def _pools(
     k, v = check.array("k_pages", arguments["k_pages"]), check.array("v_pages", arguments["v_pages"])
     check.rank("k_pages", k, dims.format("d"))
     check.rank("v_pages", v, dims.format("dv"))
-    if k.dtype not in (like.dtype, jnp.float8_e4m3fn):
+    if k.dtype not in (like.dtype, *FLOAT8):
         raise check.fail(
-            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype} and float8_e4m3fn", TypeError
+            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype}, float8_e4m3fn and float8_e5m2",
+            TypeError,
         )
     if v.dtype != k.dtype:
         raise check.fail(f"v_pages has dtype {v.dtype}, which differs from k_pages' {k.dtype}", TypeError)
@@ -125,9 +126,9 @@ def _pools(
     hk = k.shape[_head_axis(arguments)]
     for name in ("k_scale", "v_scale"):
         if arguments[name] is not None:
-            if k.dtype != jnp.float8_e4m3fn:
+            if k.dtype not in FLOAT8:
                 raise check.fail(
-                    f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8_e4m3fn"
+                    f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8"
                 )
             found[name] = check.float32(name, arguments[name])
             check.shape(name, found[name], (hk,), "hk")
