@@ -87,7 +87,7 @@ def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cot
     for name in ("key", "value"):
         pool, gradient = operands[name], dense_gradients[name]
         assert gradient is not None
-        stored = pool.dtype != jnp.float8_e4m3fn
+        stored = pool.dtype not in gather.FLOAT8
         tables = operands["block_tables"]
         gradients[name] = gather.scatter_gradient(spec, gradient, tables, pool) if stored else None
     return gradients

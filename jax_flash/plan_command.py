@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--varlen", action="store_true", help="packed sequences")
     add("--paged", action="store_true", help="keys and values in pages: paged_attention, decode included")
     add("--page-size", type=_size, default=64, help="(default: 64)")
-    add("--float8", action="store_true", help="float8_e4m3fn page pools")
+    add("--float8", action="store_true", help="float8 page pools")
     add("--num-splits", type=_size, help="of paged_attention")
     add("--batch-invariant", action="store_true", help="of paged_attention")
     add("--causal", action="store_true")

@@ -20,14 +20,14 @@ def pool(*shape, dtype="float32"):
     return dict.fromkeys(("k_pages", "v_pages"), floats(*shape, dtype=dtype))
 
 
-EIGHT = pool(7, SIZE, HK, D, dtype=FLOAT8)
+EIGHT = pool(7, SIZE, HK, D, dtype=FLOAT8[1])
 POOLS = dict(**pool(7, SIZE, HK, D), block_tables=ints(N, PAGES), kv_lengths=ints(N))
 ATTENTION = dict(query=floats(N, 1, HQ, D), **POOLS)
 APPEND = dict(key=floats(N, 3, HK, D), value=floats(N, 3, HK, D), **POOLS)
 
 BOTH = [  # (what is wrong, exception, sentence)
     (dict(k_pages=None), TypeError, "k_pages must be an array, got None"),
-    (dict(v_pages=floats(7, SIZE, HK, D, dtype=FLOAT8)), TypeError,
+    (dict(v_pages=floats(7, SIZE, HK, D, dtype=FLOAT8[0])), TypeError,
      "v_pages has dtype float8_e4m3fn, which differs from k_pages' float32"),
     (dict(v_pages=floats(8, SIZE, HK, D)), ValueError,
      "v_pages has shape (8, 4, 2, 8), which differs from k_pages' (7, 4, 2, 8) before the last dimension"),
@@ -39,7 +39,7 @@ BOTH = [  # (what is wrong, exception, sentence)
     (dict(kv_lengths=ints(N, dtype="uint8")), TypeError, "kv_lengths must be int32, got uint8"),
     (dict(page_layout="dhn"), ValueError, "page_layout must be one of ('nhd', 'hnd'), got 'dhn'"),
     (dict(k_scale=floats(HK)), ValueError,
-     "k_scale must be None with pools of dtype float32; scales belong to float8_e4m3fn"),
+     "k_scale must be None with pools of dtype float32; scales belong to float8"),
     (EIGHT | dict(v_scale=floats(3)), ValueError, "v_scale must have shape [hk] = (2,), got (3,)"),
     (EIGHT | dict(k_scale=floats(HK, dtype="bfloat16")), TypeError, "k_scale must be float32"),
     (dict(implementation="gpu"), ValueError, "implementation"),
@@ -48,7 +48,7 @@ OF_ATTENTION = [
     (dict(query=floats(3, HQ, D)), ValueError, "query must have rank 4 [n sq hq d], got shape (3, 4, 8)"),
     (dict(query=floats(N, 1, HQ, D, dtype="int8")), TypeError, "query has dtype int8, allowed are float16, "),
     (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
-     "k_pages has dtype bfloat16, allowed are query's float32 and float8_e4m3fn"),
+     "k_pages has dtype bfloat16, allowed are query's float32, float8_e4m3fn and float8_e5m2"),
     (pool(7, SIZE, HK, 16), ValueError, "k_pages has head dim 16"),
     (pool(7, SIZE, 3, D), ValueError, "k_pages has 3 heads, which does not divide query's 4"),
     (dict(block_tables=ints(3, PAGES), kv_lengths=ints(3)), ValueError, "block_tables has number of sequences 3"),
@@ -73,7 +73,7 @@ OF_APPEND = [
     (dict(value=floats(N, 3, HK, 16)), ValueError, "v_pages has head dim 8"),
     (pool(7, SIZE, 4, D), ValueError, "key has head count 2"),
     (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
-     "k_pages has dtype bfloat16, allowed are key's float32 and float8_e4m3fn"),
+     "k_pages has dtype bfloat16, allowed are key's float32, float8_e4m3fn and float8_e5m2"),
     (dict(cu_seqlens=ints(3)), ValueError, "key must have rank 3 [t hk d], got shape (2, 3, 2, 8)"),
     (dict(key=floats(5, HK, D), value=floats(5, HK, D), cu_seqlens=ints(2)), ValueError,
      "cu_seqlens must have shape [n+1] = (3,), got (2,)"),

@@ -105,24 +105,35 @@ struct BF16 {
   // Loads elements [c, c + kPanel) of a row as bf16; float8 is widened, which is exact.
   template <DType dtype>
   JF_INLINE Halves load_elements(const void* row, int32_t c) {
-    if constexpr (dtype != DType::kF8E4M3) {
+    if constexpr (!is_float8(dtype)) {
       return *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(row) + c);
     }
     const Quarters stored = *reinterpret_cast<const QuartersUnaligned*>(static_cast<const uint8_t*>(row) + c);
-    return widen_float8(__builtin_convertvector(stored, Halves));
+    return widen_float8<dtype>(__builtin_convertvector(stored, Halves));
   }
 
-  // float8_e4m3fn to bf16: the exponent bias is 127 instead of 7. Zero, denormals and NaN come from a
-  // table, indexed by the low bits.
+  // float8 to bf16: the exponent bias is 127 instead of 7 or 15. Zero, denormals, infinity and NaN come from
+  // a table, indexed by the low bits.
+  template <DType dtype>
   JF_INLINE Halves widen_float8(Halves x) {
-    static constexpr Halves kSpecial = {0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60, 0, 0, 0, 0,
-                                        0, 0,      0,      0,      0,      0,      0,      0,      0, 0, 0, 0,
-                                        0, 0,      0,      0,      0,      0,      0,      0x7FC0};
-    const Halves magnitude = x & 0x7F, normal = (magnitude << 4) + 0x3C00;
-    const __mmask32 special = _mm512_cmpge_epu16_mask((__m512i)(magnitude - 8), _mm512_set1_epi16(0x77));
-    return (Halves)_mm512_mask_permutexvar_epi16((__m512i)normal, special, (__m512i)magnitude,
-                                                 (__m512i)kSpecial) |
-           (x & 0x80) << 8;
+    const Halves magnitude = x & 0x7F, sign = (x & 0x80) << 8;
+    if constexpr (dtype == DType::kF8E5M2) {
+      static constexpr Halves kSpecial = {0, 0x3780, 0x3800, 0x3840, 0, 0, 0,      0,      0,      0,     0,
+                                          0, 0,      0,      0,      0, 0, 0,      0,      0,      0,     0,
+                                          0, 0,      0,      0,      0, 0, 0x7F80, 0x7FC0, 0x7FC0, 0x7FC0};
+      return from_table(magnitude, (magnitude << 5) + 0x3800, magnitude - 4, 0x78, kSpecial) | sign;
+    } else {
+      static constexpr Halves kSpecial = {
+          0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60, 0, 0, 0, 0, 0, 0, 0, 0,
+          0, 0,      0,      0,      0,      0,      0,      0,      0, 0, 0, 0, 0, 0, 0, 0x7FC0};
+      return from_table(magnitude, (magnitude << 4) + 0x3C00, magnitude - 8, 0x77, kSpecial) | sign;
+    }
+  }
+
+  // `normal`, and the table's entry where `distance`, from the smallest normal number, is at least `special`.
+  JF_INLINE Halves from_table(Halves index, Halves normal, Halves distance, int16_t special, Halves table) {
+    const __mmask32 mask = _mm512_cmpge_epu16_mask((__m512i)distance, _mm512_set1_epi16(special));
+    return (Halves)_mm512_mask_permutexvar_epi16((__m512i)normal, mask, (__m512i)index, (__m512i)table);
   }
 
   template <int begin, int... lane>
@@ -287,6 +298,8 @@ JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor
         return use(RowReader<E, DType::kF32>(at, rows, factor));
       case DType::kF8E4M3:
         return use(RowReader<E, DType::kF8E4M3>(at, rows, factor));
+      case DType::kF8E5M2:
+        return use(RowReader<E, DType::kF8E5M2>(at, rows, factor));
     }
   }
 }

@@ -196,8 +196,8 @@ class OperandDecoder {
       return operand_error(
           "block_tables and kv_lengths are needed by the paged layouts, cu_seqlens_q if packed");
     }
-    if (p.paged() && p.kv_dtype != p.dtype && p.kv_dtype != DType::kF8E4M3) {
-      return operand_error("key has a dtype that is neither query's nor float8_e4m3fn");
+    if (p.paged() && p.kv_dtype != p.dtype && !is_float8(p.kv_dtype)) {
+      return operand_error("key has a dtype that is neither query's nor float8");
     }
     if (p.spec.value_dim > 0 && (!p.paged() || p.spec.value_dim > p.head_dim)) {
       return operand_error("value_dim is for pages, whose head dim is at least as large");
@@ -280,8 +280,8 @@ inline ffi::Error decode_append(const AppendSpec& spec, ffi::RemainingArgs args,
   p.table = buffers.size(Size::kTable);
   p.positions = buffers.size(Size::kPositions);
   p.rotated = buffers.size(Size::kRotated);
-  if (p.pool_dtype != p.dtype && p.pool_dtype != DType::kF8E4M3) {
-    return operand_error("k_pages has a dtype that is neither key's nor float8_e4m3fn");
+  if (p.pool_dtype != p.dtype && !is_float8(p.pool_dtype)) {
+    return operand_error("k_pages has a dtype that is neither key's nor float8");
   }
   if (p.spec.has(AppendOperand::kCos) != p.spec.has(AppendOperand::kSin) ||
       2 * int64_t{p.rotated} > p.head_dim || (p.rotated > 0 && p.positions == 0)) {

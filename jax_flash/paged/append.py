@@ -14,7 +14,6 @@ from ..spec import AppendSpec
 from . import gather, validate
 
 Operands = dict[str, jax.Array]
-FLOAT8_MAX = 448.0
 
 
 def append_kv(
@@ -40,7 +39,7 @@ def append_kv(
 
     Args:
       k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
-        key's dtype or float8_e4m3fn.
+        key's dtype, float8_e4m3fn or float8_e5m2.
       key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
       block_tables: int32 `[n, pages]`, the pages of each sequence.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call.
@@ -49,7 +48,7 @@ def append_kv(
         by `apply_rotary`, before they are written.
       interleaved: as in `apply_rotary`.
       k_scale, v_scale: float32 `[hk]`, only for float8 pools, where stored = value / scale, rounded to nearest and
-        saturated; 1 by default.
+        saturated at the largest number of the dtype, infinities too; 1 by default.
       implementation: as in `flash_attention`.
 
     Returns:
@@ -101,12 +100,12 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array
 
 def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """x [..., hk, d] in the pool's dtype; float8 pools store x / scale, saturated."""
-    if dtype != jnp.float8_e4m3fn:
+    if dtype not in gather.FLOAT8:
         return x
     wide = x.astype(jnp.float32)
     if scale is not None:
         wide = wide / scale[:, None]
-    return jnp.clip(wide, -FLOAT8_MAX, FLOAT8_MAX).astype(dtype)
+    return jnp.clip(wide, -gather.FLOAT8[dtype], gather.FLOAT8[dtype]).astype(dtype)
 
 
 class _Slots(NamedTuple):

@@ -43,7 +43,8 @@ def paged_attention(
 
     Args:
       query: `[n, sq, hq, d]`, or packed `[tq, hq, d]` with cu_seqlens_q; float16, bfloat16 or float32.
-      k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype or float8_e4m3fn.
+      k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype,
+        float8_e4m3fn or float8_e5m2.
       v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype.
       block_tables: int32 `[n, pages]`; sequences may share pages.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them.

@@ -14,6 +14,8 @@ from ..operands import OPTIONAL
 from ..spec import UNLIMITED, AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
+# The dtypes of pools beside the query's, and their largest numbers.
+FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.float8_e5m2): 57344.0}
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
 
@@ -38,7 +40,7 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout)
-        if dense[name].dtype == jnp.float8_e4m3fn:
+        if dense[name].dtype in FLOAT8:
             dense[name] = (
                 dense[name].astype(jnp.float32) * operands.get(scale, jnp.ones(1, jnp.float32))[:, None]
             )

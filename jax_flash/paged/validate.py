@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from .._jax import same_dim
 from ..rotary import rotary_tables
 from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
 from ..validate import Checker, Operands, check_heads, implementation_name, score_operands, static_spec
+from .gather import FLOAT8
 
 
 def attention(
@@ -119,9 +119,10 @@ def _pools(
     k, v = check.array("k_pages", k_pages), check.array("v_pages", v_pages)
     check.rank("k_pages", k, dims.format("d"))
     check.rank("v_pages", v, dims.format("dv"))
-    if k.dtype not in (like.dtype, jnp.float8_e4m3fn):
+    if k.dtype not in (like.dtype, *FLOAT8):
         raise check.fail(
-            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype} and float8_e4m3fn", TypeError
+            f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype}, float8_e4m3fn and float8_e5m2",
+            TypeError,
         )
     if v.dtype != k.dtype:
         raise check.fail(f"v_pages has dtype {v.dtype}, which differs from k_pages' {k.dtype}", TypeError)
@@ -136,9 +137,9 @@ def _pools(
     hk = k.shape[_head_axis(options)]
     for name in ("k_scale", "v_scale"):
         if options[name] is not None:
-            if k.dtype != jnp.float8_e4m3fn:
+            if k.dtype not in FLOAT8:
                 raise check.fail(
-                    f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8_e4m3fn"
+                    f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8"
                 )
             found[name] = check.float32(name, options[name])
             check.shape(name, found[name], (hk,), "hk")

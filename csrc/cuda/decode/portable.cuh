@@ -150,7 +150,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   const auto run = [&]<class Stored>() {
     return decode::launch<decode::DecodeSm80<T, Stored, R>>(p, plan, workspace, stream);
   };
-  if (p.kv_dtype != DType::kF8E4M3) return run.template operator()<T>();
+  if (!is_float8(p.kv_dtype)) return run.template operator()<T>();
   if constexpr (decode::supports_float8<T, R.head_dim, R.value_dim>) {
     return run.template operator()<uint8_t>();
   } else {

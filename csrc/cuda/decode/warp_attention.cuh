@@ -103,13 +103,13 @@ struct WarpAttention {
   __device__ __forceinline__ void step(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
                                        int32_t key, uint32_t k, uint32_t v) {
     S s;
-    multiply_keys(s.x[0], k);                                    // Sᵀ = K Qᵀ
+    multiply_keys(s.x[0], k, p.kv_dtype);                        // Sᵀ = K Qᵀ
     Score().apply(s, DecodeTile<S>{p, rows, work, key, scale});  // softcap, ALiBi
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
-    const FragmentsV values(v);
+    const FragmentsV values(v, p.kv_dtype);
 #pragma unroll
     for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
 #pragma unroll
@@ -154,13 +154,13 @@ struct WarpAttention {
     }
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k) const {
+  __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k, DType stored) const {
     float odd[kTiles][4] = {};  // the odd k steps, so that successive products do not depend on each other
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0;
-    const FragmentsK fragments(k);
+    const FragmentsK fragments(k, stored);
 #pragma unroll
     for (int i = 0; i < kSteps; i += FragmentsK::kAtOnce) {
       uint32_t a[FragmentsK::kAtOnce][4];

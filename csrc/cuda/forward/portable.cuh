@@ -207,7 +207,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     return launch_forward_sm80<C>(p, plan, workspace, stream);
   };
   if constexpr (R.is_paged()) {
-    if (p.kv_dtype == DType::kF8E4M3)
+    if (is_float8(p.kv_dtype))
       return run(std::type_identity<PagedForwardSm80<T, uint8_t, R, ScoreKind::kGeneral>>{});
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       return run(std::type_identity<PagedForwardSm80<T, T, R, kKind>>{});
