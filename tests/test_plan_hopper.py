@@ -61,7 +61,8 @@ def test_hoppers_backward_adds_dq_up_in_the_workspace():
 def test_hoppers_backward_shares_key_tiles_out():
     few, many = plan("backward"), plan("backward", batch=16)
     assert few["keys"]["blocks"] == few["persistent_ctas"] == 12 * 2 * 2
-    assert many["keys"]["blocks"] == 12 * 2 * 16 and many["persistent_ctas"] == 132
+    assert many["keys"]["blocks"] == 12 * 2 * 16
+    assert many["persistent_ctas"] == 132
 
 
 def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():

@@ -8,14 +8,13 @@
 //   warp 0, a thread: scheduler                    wait K and V; dK = dV = 0; for steps i:
 //     key tile, band, query tiles                    Sᵀ = K Qᵀ, dPᵀ = V dOᵀ
 //        │ state_pipe, 2 tiles                       Pᵀ = exp(Sᵀ − lse), dSᵀ = Pᵀ ∘ (dPᵀ − delta)
-//        ▼                                           dS to shared memory    ◄── ds_pipe ──► the other
-//        consumer
+//        ▼                                           dS to shared memory ── ds_pipe ──► both
 //   warp 1, a thread: load   ── Q, dO: kStages ──►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
-//     K, V, Q, dO by TMA     ◄── release ────────    dQ to shared memory
+//     K, V, Q, dO by TMA     ◄── release ─────────   dQ to shared memory
 //   warp 2: statistics                             scale · dK and dV are stored
 //     lse, delta             ── ready_pipe ──────►
-//   warp 3, a thread: sums   ◄── dq_pipe ────────
-//     accumulator += dQ by TMA ── release ───────►
+//   warp 3, a thread: sums   ◄── dq_pipe ─────────
+//     accumulator += dQ by TMA
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once

@@ -25,9 +25,9 @@ struct GradientProducer {
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
-      if (uniform(tile.done)) return;
-      const Interval tiles = uniform(tile.tiles);
-      const int32_t heads = uniform(tile.heads);
+      if (tile.done) return;
+      const Interval tiles = tile.tiles;
+      const int32_t heads = tile.heads;
       if (!tiles.empty()) {
         QueryStep step{0, tiles.lo, static_cast<int32_t>(step_use)};
         for (; step.head < heads; step.advance(tiles)) visit(tile, step);
@@ -57,9 +57,12 @@ struct GradientProducer {
     shared.state_pipe.arrive(tile_index);
   }
 
+  // Waits for a stage, and starts the copy of a tile to it.
   template <class TileShape, class Pipe>
   __device__ __forceinline__ void load(const Pipe& pipe, uint32_t use, const uint8_t* to,
                                        const CUtensorMap& map, const ptx::Coordinates& at) const {
+    pipe.wait_empty(use);
+    ptx::barrier_expect(pipe.full_barrier(use), TileShape::kBytes);
     load_rows<TileShape>(ptx::shared_address(to), 0, map, pipe.full_barrier(use), at);
   }
 
@@ -70,12 +73,8 @@ struct GradientProducer {
           const BlockWork& work = tile.work;
           const uint32_t use = step.number, stage = use % C::kStages;
           const int32_t head = work.head + step.head, row = work.tile.q_begin + step.tile * C::kM;
-          shared.q_pipe.wait_empty(use);
-          ptx::barrier_expect(shared.q_pipe.full_barrier(use), C::QTile::kBytes);
           load<typename C::QTile>(shared.q_pipe, use, shared.q[stage], maps.query,
                                   coordinates_of(p.query, work, head, row));
-          shared.do_pipe.wait_empty(use);
-          ptx::barrier_expect(shared.do_pipe.full_barrier(use), C::DoTile::kBytes);
           load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
                                    coordinates_of(p.dout, work, head, row));
           if (use == step_use) {
@@ -91,12 +90,13 @@ struct GradientProducer {
 
   __device__ __forceinline__ void load_keys(const Tile& tile) const {
     const int32_t key = tile.work.tile.k_begin + tile.work.tile.row;
+    const uint32_t full = shared.key_pipe.full_barrier(tile_index);
     shared.key_pipe.wait_empty(tile_index);
-    ptx::barrier_expect(shared.key_pipe.full_barrier(tile_index), C::KTile::kBytes + C::VTile::kBytes);
-    load<typename C::KTile>(shared.key_pipe, tile_index, shared.k, maps.key,
-                            coordinates_of(p.key, tile.work, tile.kv_head, key));
-    load<typename C::VTile>(shared.key_pipe, tile_index, shared.v, maps.value,
-                            coordinates_of(p.value, tile.work, tile.kv_head, key));
+    ptx::barrier_expect(full, C::KTile::kBytes + C::VTile::kBytes);
+    load_rows<typename C::KTile>(ptx::shared_address(shared.k), 0, maps.key, full,
+                                 coordinates_of(p.key, tile.work, tile.kv_head, key));
+    load_rows<typename C::VTile>(ptx::shared_address(shared.v), 0, maps.value, full,
+                                 coordinates_of(p.value, tile.work, tile.kv_head, key));
   }
 
   __device__ __forceinline__ void skip_keys() const {
@@ -108,7 +108,7 @@ struct GradientProducer {
   // Q ← 0 and dO ← 0 in rows that are not in use.
   __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step) const {
     const uint32_t use = step.number, stage = use % C::kStages;
-    const Interval clean = uniform(tile.clean);
+    const Interval clean = tile.clean;
     const int32_t row = step.tile * C::kM;
     if (clean.lo <= row && row + C::kM <= clean.hi) return;
     const Interval rows{clean.lo - row, clean.hi - row};
@@ -126,7 +126,7 @@ struct GradientProducer {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
           const uint32_t use = step.number, stage = use % C::kStages;
-          const Interval seen = uniform(tile.seen);
+          const Interval seen = tile.seen;
           const float* const lse = tile.lse + step.head * p.lse.head;
           const float* const delta = tile.delta + step.head * p.delta.head;
           bool coarse = false;

@@ -35,8 +35,8 @@ __device__ __forceinline__ void hold(uint32_t (&a)[n][4]) {
   for (int i = 0; i < n * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// Compiler fence on an address: what is computed from it is computed here. The compiler would otherwise move
-// the descriptors of all k steps out of the loop, more than there are registers for.
+// Compiler fence on an address or a number: what depends on it is computed here. The compiler would otherwise
+// move the descriptors of all k steps out of the loop, more than there are registers for.
 __device__ __forceinline__ uint32_t here(uint32_t address) {
   asm volatile("" : "+r"(address));
   return address;
