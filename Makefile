@@ -28,6 +28,7 @@ INSTALLED = $(VENV)/.installed
 # Python files are read from the tree (an editable install); only what is compiled or declared makes it stale.
 SOURCES = pyproject.toml CMakeLists.txt $(shell find cmake csrc -type f)
 CXX_FILES = $(shell find csrc tests tools -name '*.h' -o -name '*.cc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SHELL_FILES = .ci/run $(wildcard tools/*.sh)
 PY_PATHS = $(wildcard jax_flash tests examples benchmarks tools)
 
 .PHONY: help
@@ -51,9 +52,9 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 # What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
-JAX_TESTS = $(patsubst %,tests/test_%.py,backends compat_flash_attn compilation_cache distributed dot_product errors \
-  example export flax flax_layers generate lowering_errors manual_sharding modes paged_programs \
-  readme reference sharding transforms)
+JAX_TESTS = $(patsubst %,tests/test_%.py,backends compat_flash_attn compilation_cache derivatives \
+  derivative_sharding distributed dot_product errors example export flax flax_layers fresh_process generate \
+  lowering_errors manual_sharding mean_flow modes paged_programs partly_manual readme reference sharding transforms)
 
 .PHONY: test-newest-jax
 test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
@@ -79,7 +80,8 @@ cuda-compile: $(INSTALLED)  ## where nvcc is: rows of every kernel family and pa
 	$(BIN)/python -c "from jax_flash import _core; _core.load_cuda('$(CUDA_BUILD)/installed/jax_flash/libjax_flash_cuda.so'); \
 	  print('loads and lists', len(_core.cuda_kernels()), 'kernels')"
 CUDA_BUILD = build/cuda-compile
-CUDA_ARCHS ?= 75-real;80;90a-real
+# Empty: those of packages/release.json.
+CUDA_ARCHS ?=
 CUDA_ROWS ?= sample
 
 .PHONY: cuda-emulate
@@ -97,16 +99,20 @@ bench: $(INSTALLED)  ## benchmarks with a report in out/bench (BENCH_ARGS=…)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 .PHONY: wheels
-wheels:  ## the release's wheels into dist/: jax-flash, jax-flash-cuda12 and -cuda13 (needs nvcc 13; WHEELS=…)
-	PYTHON="$(PYTHON)" PYTHON312="$(PYTHON312)" tools/build_wheels.sh $(WHEELS)
-WHEELS ?= base cuda13 cuda12
+wheels:  ## the release's wheels into dist/, checked and tried; fetches the CUDA toolkits (WHEELS="base cuda13")
+	PYTHON="$(PYTHON)" PYTHON312="$(PYTHON312)" $(PYTHON) tools/build_wheels.py $(WHEELS)
+	$(PYTHON) tools/check_wheels.py dist --any-glibc $(if $(WHEELS),--partial)
+	$(PYTHON) tools/try_wheels.py dist $(if $(WHEELS),--partial)
+WHEELS ?=
 
 .PHONY: lint
-lint: $(INSTALLED)  ## ruff, clang-format and mypy, from pinned wheels
+lint: $(INSTALLED)  ## ruff, clang-format, mypy, shellcheck and zizmor, from pinned wheels
 	$(BIN)/ruff check $(PY_PATHS)
 	$(BIN)/ruff format --check $(PY_PATHS)
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/mypy
+	$(BIN)/shellcheck $(SHELL_FILES)
+	$(BIN)/zizmor --offline --quiet .github
 
 .PHONY: format
 format: $(INSTALLED)  ## rewrite the files in the house's format

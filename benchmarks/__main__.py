@@ -24,7 +24,7 @@ from jax_flash import backends
 
 from . import cases, compare, flop, measure, peers, report, sections
 
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "both", "jvp")
 OUT = Path("out/bench")
 
 
@@ -47,14 +47,18 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
         "--repeats", type=int, help="bursts of each call, not of suites; the median is reported"
     )
     plain = parser.add_argument_group("beside peers")
-    plain.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name holds this")
+    plain.add_argument(
+        "--cases", default="", metavar="TEXT", help="only cases whose name holds this; TEXT|TEXT: one of them"
+    )
     plain.add_argument(
         "--peers",
         default="",
         metavar="NAMES",
         help=f"of {', '.join(list(peers.PEERS)[1:])}; default the platform's",
     )
-    plain.add_argument("--passes", default="forward,backward", help="forward, backward or both of them")
+    plain.add_argument(
+        "--passes", default="forward,backward", help=f"of {', '.join(PASSES)}; default forward,backward"
+    )
     plain.add_argument(
         "--seconds", type=float, default=measure.BURST, help="of one burst; default %(default)s"
     )
@@ -103,11 +107,13 @@ def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
 
 def run_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]) -> int:
     platform = jax.default_backend()
-    chosen = [c for c in (cases.GPU if platform == "gpu" else cases.CPU) if options.cases in c.name]
+    wanted = options.cases.split("|")
+    known = cases.GPU if platform == "gpu" else cases.CPU
+    chosen = [c for c in known if any(text in c.name for text in wanted)]
     if not chosen:
         parser.error(f"--cases: no case's name holds {options.cases!r}")
-    known = [name for name, peer in peers.PEERS.items() if platform in peer.platforms]
-    names = ["jax_flash", *options.peers.split(",")] if options.peers else known
+    there = [name for name, peer in peers.PEERS.items() if platform in peer.platforms]
+    names = ["jax_flash", *options.peers.split(",")] if options.peers else there
     passes = options.passes.split(",")
     unknown = (set(names) - set(peers.PEERS)) | (set(passes) - set(PASSES))
     if unknown:

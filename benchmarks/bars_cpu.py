@@ -19,12 +19,20 @@ OF_PLAIN_TIME = {"causal": 0.55, "GQA 8:1": 1.05, "window 256 at s 16,384": 0.05
 COST = {"bias": 1.6, "dropout": 1.6}  # an option's time per FLOP over the plain call's; others COST_OF_OTHERS
 COST_OF_OTHERS = 1.3
 TWO_THREADS, OF_READ, OVER_XLA_SMALL, MEGABYTES = 1.8, 0.8, 1.0, 64.0
-TEXT = {"forward": "forward", "both": "forward + backward"}
+OF_FORWARD, OVER_XLA_TANGENT = 3.5, 6.0  # out and its tangent: over the forward's time; XLA's time over ours
+TEXT = {"forward": "forward", "both": "forward + backward", "jvp": "forward + tangent"}
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
     """All bars whose cells are there."""
-    return [*_peers(cells), *_matmul(cells), *_shapes(cells), *_options(cells), *_others(cells)]
+    return [
+        *_peers(cells),
+        *_matmul(cells),
+        *_shapes(cells),
+        *_options(cells),
+        *_tangents(cells),
+        *_others(cells),
+    ]
 
 
 def rate_of_matmul(cell: Cell) -> float:
@@ -57,6 +65,14 @@ def _options(cells: list[Cell]) -> Iterator[Bar]:
     for what in dict.fromkeys(c["what"] for c in chosen(cells, "option")):
         values = [(relative_cost(c), c["name"]) for c in chosen(cells, "option", what=what)]
         yield from most(f"{what}: cost for the same FLOP", values, COST.get(what, COST_OF_OTHERS))
+
+
+def _tangents(cells: list[Cell]) -> Iterator[Bar]:
+    timed = chosen(cells, "tangent")
+    over_forward = [(ratio(c, "jax_flash", "forward"), c["name"]) for c in timed]
+    yield from most(f"{TEXT['jvp']} / forward", over_forward, OF_FORWARD)
+    over_xla = [(speedup(c, "xla"), c["name"]) for c in timed]
+    yield from least(f"{TEXT['jvp']} × xla", over_xla, OVER_XLA_TANGENT)
 
 
 def _others(cells: list[Cell]) -> Iterator[Bar]:

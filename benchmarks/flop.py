@@ -1,15 +1,19 @@
 """The arithmetic and the bytes that a call takes: the only place where rates get their numerators.
 
-FLOP count the products over visible pairs of a query and a key alone: what a causal mask, a window, a length or a
-sequence boundary hides counts for nothing. Boolean masks, biases and segment ids take no pair away, since kernels
-multiply those as well.
+FLOP are those of `jax_flash.flops`, of the visible pairs of a query and a key: what a causal mask, a window, a length
+or a sequence boundary hides counts for nothing. Boolean masks, biases and segment ids are left out of the call and so
+take no pair away, since kernels multiply those as well.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import numpy as np
 
-from tests.cases import Case
+import jax_flash
+from tests.cases import Case, token_dims
 
 MATMUL_SIZE = {"gpu": 8192, "cpu": 2048}  # of the square product that calls are held against
 
@@ -19,32 +23,24 @@ def matmul(platform: str) -> float:
 
 
 def attention(case: Case, pass_: str) -> float:
-    """Forward: S = QKᵀ and O = PV. Backward: S again, dP = dO Vᵀ, dQ, dK and dV. "both" is their sum."""
-    d, dv = case.d, case.dv
-    features = {"forward": d + dv, "backward": 3 * d + 2 * dv, "both": 4 * d + 3 * dv}[pass_]
-    return 2.0 * features * case.hq * visible_pairs(case)
+    """The FLOP of a pass; "both" is the forward pass and the backward pass, "jvp" the forward pass and the tangent."""
+    rows, columns = token_dims(case)
 
+    def array(tokens: tuple[int, ...], heads: int, width: int) -> Any:
+        return jax.ShapeDtypeStruct((*tokens, heads, width), case.dtype)
 
-def visible_pairs(case: Case) -> int:
-    """Pairs (query, key) of one head over the whole batch."""
+    arrays = array(rows, case.hq, case.d), array(columns, case.hk, case.d), array(columns, case.hk, case.dv)
+    options: dict[str, Any] = dict(causal=case.causal, window=case.window, align=case.align)
+    options["kv_lengths"] = case.kv_lengths
     if case.layout == "varlen":
         k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
-        if case.kv_lengths is not None:
-            k_sequences = tuple(map(min, k_sequences, case.kv_lengths))
-        return sum(_band(case, sq, sk) for sq, sk in zip(case.q_sequences, k_sequences, strict=True))
-    queries = [case.sq] * case.b if case.q_lengths is None else case.q_lengths
-    keys = [case.sk] * case.b if case.kv_lengths is None else case.kv_lengths
-    return sum(_band(case, sq, sk) for sq, sk in zip(queries, keys, strict=True))
-
-
-def _band(case: Case, sq: int, sk: int) -> int:
-    """Visible pairs of one sequence."""
-    diagonal = np.arange(sq) + (sk - sq if case.align == "bottom_right" else 0)
-    left, right = case.window or (None, None)
-    right = 0 if case.causal else right
-    high = np.full(sq, sk - 1) if right is None else np.minimum(diagonal + right, sk - 1)
-    low = np.zeros(sq, int) if left is None else np.maximum(diagonal - left, 0)
-    return int(np.maximum(high - low + 1, 0).sum())
+        offsets = (np.cumsum((0, *lengths)) for lengths in (case.q_sequences, k_sequences))
+        function: Any = jax_flash.flash_attention_varlen
+        arrays = (*arrays, *offsets)
+    else:
+        function, options["q_lengths"] = jax_flash.flash_attention, case.q_lengths
+    passes: Any = {"both": ("forward", "backward"), "jvp": ("forward", "tangent")}.get(pass_, (pass_,))
+    return float(sum(jax_flash.flops(function, *arrays, of=of, **options) for of in passes))
 
 
 def kv_bytes(sequences: int, kv_heads: int, head_dim: int, keys: float, itemsize: int) -> float:

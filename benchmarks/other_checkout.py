@@ -2,7 +2,8 @@
 
 JAX and XLA keep what a package registers under names that hold for the whole process: custom-call targets. The
 other package's code says `jax.ffi.register_ffi_target(name, …)` and `jax.ffi.ffi_lowering(name, …)`; its modules are
-given a stand-in for `jax`, whose `ffi` puts a prefix before those names. Nothing in the other checkout is changed.
+given a stand-in for `jax`, whose `ffi` puts a prefix before those names; while they are imported, which registers
+what is installed, `jax.ffi.register_ffi_target` itself does so. Nothing in the other checkout is changed.
 Primitives, lowering rules and the like JAX keeps by object, not by name, so two packages may have the same.
 """
 
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -22,12 +24,13 @@ class FfiWithPrefix:
 
     def __init__(self, prefix: str):
         self._prefix = prefix
+        self._register = jax.ffi.register_ffi_target
 
     def __getattr__(self, name: str) -> Any:
         return getattr(jax.ffi, name)
 
     def register_ffi_target(self, name: str, *arguments: Any, **options: Any) -> Any:
-        return jax.ffi.register_ffi_target(self._prefix + name, *arguments, **options)
+        return self._register(self._prefix + name, *arguments, **options)
 
     def ffi_lowering(self, name: str, *arguments: Any, **options: Any) -> Any:
         return jax.ffi.ffi_lowering(self._prefix + name, *arguments, **options)
@@ -58,8 +61,9 @@ def load(checkout: Path, name: str = "jax_flash_before") -> ModuleType:
         raise FileNotFoundError(f"{package}/__init__.py cannot be imported")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
     replacement = JaxWithPrefix(f"{name}_")
+    with mock.patch.object(jax.ffi, "register_ffi_target", replacement.ffi.register_ffi_target):
+        spec.loader.exec_module(module)
     for part_name, part in list(sys.modules.items()):
         if part_name.partition(".")[0] == name and part.__dict__.get("jax") is jax:
             part.__dict__["jax"] = replacement

@@ -140,7 +140,7 @@ def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend
     """The call of one pass, and its arguments.
 
     The backward call starts from the forward's own residuals, so that it is the gradient's cost alone;
-    "both" is a training step's cost: out and the gradients of query, key and value.
+    "both" is a training step's cost: out and the gradients of query, key and value. "jvp" is out and its tangent.
     """
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
     if pass_ == "forward":
@@ -152,6 +152,13 @@ def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend
             return out, pull(dout)
 
         return jax.jit(both), [(*a, x.dout) for a, x in zip(arguments, inputs, strict=True)]
+
+    if pass_ == "jvp":
+
+        def jvp(qkv: Any, arrays: Any, tangents: Any) -> Any:
+            return jax.jvp(lambda q, k, v: attend(q, k, v, arrays), qkv, tangents)
+
+        return jax.jit(jvp), [(_qkv(x), _others(x), _tangents(x)) for x in inputs]
 
     @jax.jit
     def pull(q: Any, k: Any, v: Any, arrays: Any) -> Any:
@@ -166,6 +173,11 @@ def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend
 
 def _qkv(inputs: Inputs) -> tuple[jax.Array, ...]:
     return tuple(inputs.positional[name] for name in ("query", "key", "value"))
+
+
+def _tangents(inputs: Inputs) -> tuple[jax.Array, ...]:
+    """The operands with their features in reverse order."""
+    return tuple(x[..., ::-1] for x in _qkv(inputs))
 
 
 def _others(inputs: Inputs) -> dict[str, Any]:

@@ -25,6 +25,9 @@ def verdict(cell: Cell) -> str:
         case "decode":
             rate = cell["bytes"] / cell["times"]["read"]["median"] / 1e9
             return f"{ratio(cell, 'read', 'jax_flash'):.2f} of a read at {rate:.1f} GB/s"
+        case "tangent":
+            over_forward = ratio(cell, "jax_flash", "forward")
+            return f"{over_forward:.2f} of the forward, × xla {speedup(cell, 'xla'):.2f}"
         case "small":
             return f"× xla {speedup(cell, 'xla'):.2f}"
         case "training":

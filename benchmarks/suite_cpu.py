@@ -82,6 +82,20 @@ def option_cells(dtype: str) -> Iterator[Cell]:
             yield {"kind": "option", "what": what, "name": name, "flop": work, "times": times}
 
 
+def tangent_cells(shape: str, dtype: str) -> Iterator[Cell]:
+    """Out and its tangent in forward mode, beside the forward alone and XLA's of the same."""
+    for causal in (False, True):
+        case = cases.cpu_case(shape, dtype, causal=causal)
+        calls: measure.Calls = {
+            "jax_flash": ours(case, "jvp"),
+            "forward": ours(case, "forward"),
+            "xla": peers.calls("xla", case, "jvp", [make_inputs(case)]),
+        }
+        times = time_calls(calls, 12.0, settle=PEER_SETTLE)
+        name = f"{case.name}{' causal' if causal else ''} {TEXT['jvp']}"
+        yield {"kind": "tangent", "name": name, "flop": flop.attention(case, "jvp"), "times": times}
+
+
 def scaling_cells() -> Iterator[Cell]:
     """One thread, in a process bound to one core, against two."""
     with Child(cores=1) as one, Child(cores=2) as two:
@@ -168,6 +182,11 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
         for causal in (False, True)
     },
     **{f"options {dtype}": functools.partial(option_cells, dtype) for dtype in cases.CPU_DTYPES},
+    **{
+        f"tangent {shape} {dtype}": functools.partial(tangent_cells, shape, dtype)
+        for shape in ("s2048", "s4096")
+        for dtype in cases.CPU_DTYPES
+    },
     "shapes": shape_cells,
     "scaling": scaling_cells,
     "decode": decode_cells,

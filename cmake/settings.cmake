@@ -42,10 +42,20 @@ macro(jf_decide_cuda)
       set(CMAKE_CUDA_COMPILER "${JF_NVCC}")
     endif()
     if(NOT JAX_FLASH_CUDA_ARCHS)
-      set(JAX_FLASH_CUDA_ARCHS 75-real 80 90a-real)
+      jf_released_archs(JAX_FLASH_CUDA_ARCHS)
     endif()
   endif()
 endmacro()
+
+# The architectures of the release, packages/release.json's `archs`.
+function(jf_released_archs result)
+  set(file "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../packages/release.json")
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${file}")
+  file(READ "${file}" release)
+  string(JSON archs GET "${release}" archs)
+  string(REGEX MATCHALL "[0-9]+[a-z]?(-real|-virtual)?" archs "${archs}")
+  set(${result} "${archs}" PARENT_SCOPE)
+endfunction()
 
 # The architectures of the GPUs in this machine, as nvidia-smi tells them; empty without one.
 function(jf_gpu_archs result)
@@ -82,7 +92,7 @@ function(jf_archs_from minimum archs result)
 endfunction()
 
 # The options of nvcc that make its machine code smallest. Before 12.8 nvcc has no name for what its fatbinary, which
-# may be a newer one (tools/fetch_cuda12.py), can do.
+# may be a newer one (tools/fetch_cuda.py), can do.
 function(jf_compression result)
   set(options --compress-mode=size)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)

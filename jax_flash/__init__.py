@@ -3,8 +3,10 @@
 from ._version import __version__
 from .attention import flash_attention
 from .backends import Backend, backends
+from .backends import register as _register
 from .check import check_inputs
 from .dot_product import dot_product_attention
+from .flop_count import flops
 from .merge import merge_attention
 from .paged.append import append_kv
 from .paged.attention import paged_attention
@@ -21,6 +23,9 @@ __all__ = [
     "dot_product_attention",
     "flash_attention",
     "flash_attention_varlen",
+    "flops",
     "merge_attention",
     "paged_attention",
 ]
+
+_register()  # for programs that were exported or compiled in another process

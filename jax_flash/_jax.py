@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 
 # definitely_equal compares symbolic dimensions without raising.
 from jax._src import core as _core
@@ -15,7 +18,11 @@ from jax._src import dispatch as _dispatch
 
 # lower_with_sharding_in_types serves explicit mesh axes.
 from jax._src.interpreters import mlir as _mlir
+
+# parse_flatten_op_sharding reads the shardings that XLA shows while it partitions.
+from jax._src.sharding_impls import parse_flatten_op_sharding as _parse_op_sharding
 from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 apply_primitive = _dispatch.apply_primitive
 
@@ -40,9 +47,10 @@ def is_symbolic(dim: Any) -> bool:
     return not isinstance(dim, int)
 
 
-def manual_axes() -> frozenset[str]:
-    """The mesh axes over which the code being traced is already per-device (inside shard_map)."""
-    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+def manual_axes() -> tuple[bool, bool]:
+    """Whether any, and whether all, mesh axes are manual where the code being traced runs (inside shard_map)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.manual_axes), mesh.are_all_axes_manual
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -51,12 +59,64 @@ def varying_axes(x: Any) -> frozenset[str]:
 
 
 def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
-    """x, resharded to the sharding in other's type where explicit mesh axes make them differ."""
+    """x, resharded to the sharding in other's type where explicit mesh axes make them differ.
+
+    An array made outside the mesh has no such type; outside jit, JAX places it by itself.
+    """
     have, wanted = jax.typeof(x).sharding, jax.typeof(other).sharding
-    if jax.sharding.AxisType.Explicit not in have.mesh.axis_types or have.spec == wanted.spec:
+    if AxisType.Explicit not in wanted.mesh.axis_types:
         return x
-    moved: jax.Array = jax.sharding.reshard(x, have.update(spec=wanted.spec))
+    if not isinstance(x, jax.core.Tracer) if have.mesh.empty else have.spec == wanted.spec:
+        return x
+    moved: jax.Array = jax.sharding.reshard(x, wanted)
     return moved
+
+
+@dataclass(frozen=True)
+class Region:
+    """A partially manual region of a program: its whole mesh, and the axes over which XLA partitions inside it."""
+
+    mesh: Mesh
+    free: AbstractMesh
+
+
+def partly_manual_region(ctx: mlir.LoweringRuleContext) -> Region | None:
+    """The region being lowered; None where XLA has no axis to partition over, or where no mesh can be made."""
+    context: Any = ctx.module_context.axis_context
+    mesh, manual = context.mesh, context.manual_axes
+    free = {name: size for name, size in mesh.shape.items() if name not in manual}
+    if all(size == 1 for size in free.values()):
+        return None
+    if not isinstance(mesh, Mesh):  # a nested shard_map forgets its devices; here only their number matters
+        devices = jax.devices()[: mesh.size]
+        if len(devices) < mesh.size:
+            return None
+        mesh = Mesh(np.array(devices).reshape(mesh.axis_sizes), mesh.axis_names)
+    return Region(mesh, AbstractMesh(tuple(free.values()), tuple(free)))
+
+
+def within(ctx: mlir.LoweringRuleContext, region: Region) -> mlir.LoweringRuleContext:
+    """The context with the region's mesh, of devices."""
+    context: Any = ctx.module_context.axis_context
+    module = ctx.module_context.replace(axis_context=replace(context, mesh=region.mesh))
+    moved: mlir.LoweringRuleContext = ctx.replace(module_context=module)
+    return moved
+
+
+def dimension_axes(x: Any, mesh: Any) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension of an array that XLA shows its partitioner.
+
+    None for all of them where a PartitionSpec cannot say it: Shardy splits a dimension over a part of an axis too.
+    """
+    whole: list[tuple[str, ...]] = [()] * len(x.shape)
+    if mesh.empty:
+        return whole
+    try:
+        (spec,) = _parse_op_sharding(x.sharding._to_xla_hlo_sharding(len(x.shape)), mesh)
+    except Exception:  # the errors of a parser that JAX keeps to itself
+        return whole
+    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+    return entries + whole[len(entries) :]
 
 
 def uses_shardy() -> bool:
@@ -78,6 +138,28 @@ def device_count(ctx: mlir.LoweringRuleContext) -> int:
     return int(getattr(axis_context, "num_devices", 1) or 1)
 
 
+class _Kept:
+    """Keeps what it holds alive with a compiled program; a serialised program does not need it and leaves it out."""
+
+    def __init__(self, held: Any = None):
+        self._held = held
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
+
+
+@contextmanager
+def serialisable(ctx: mlir.LoweringRuleContext) -> Iterator[None]:
+    """Around a lowering that partitions: what JAX keeps alive for XLA's partitioner cannot be pickled, which
+    `jax.experimental.serialize_executable` does with all that a compiled program keeps alive."""
+    kept = ctx.module_context.keepalives
+    count = len(kept)
+    yield
+    kept[count:] = map(_Kept, kept[count:])
+
+
 def with_declared_sharding(ctx: mlir.LoweringRuleContext, value: Any, aval: Any) -> Any:
     """value, constrained to the sharding in its type (explicit mesh axes)."""
+    if AxisType.Explicit not in aval.sharding.mesh.axis_types:
+        return value
     return _mlir.lower_with_sharding_in_types(ctx, value, aval)

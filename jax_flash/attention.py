@@ -2,48 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, Unpack, overload
 
-import jax
+from jax import Array
 
 from . import validate
 from .autodiff import attend
+from .options import Align, ArrayLike, FixedOptions, Implementation, IndexLike, LengthsLike, Window
 
-Window = tuple[int | None, int | None]
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[FixedOptions],
+) -> Array: ...
+
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[FixedOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def flash_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[FixedOptions],
+) -> Array | tuple[Array, Array]: ...
 
 
 def flash_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
     *,
     causal: bool = False,
     window: Window | None = None,
-    align: str = "bottom_right",
-    mask: jax.Array | None = None,
-    segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
-    q_lengths: jax.Array | None = None,
-    kv_lengths: jax.Array | None = None,
+    align: Align = "bottom_right",
+    mask: ArrayLike | None = None,
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
+    q_lengths: LengthsLike | None = None,
+    kv_lengths: LengthsLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    bias: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-    implementation: str | None = None,
-) -> Any:
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]:
     """Exact attention, softmax(scale · q·kᵀ)·v, in memory linear in the sequence length.
 
     A row without a visible key gives 0 and lse −inf (its sink, if there is one), never NaN. Rows and keys past a length
-    are never read.
+    are never read. Where an argument is int32, integers on the host (lists, NumPy arrays of any integer type) are taken
+    too if int32 holds their values.
 
     Args:
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.
       key: `[b, sk, hk, d]`, query's dtype. `hk` divides `hq`, and query head i reads KV head `i // (hq // hk)`.
-      value: `[b, sk, hk, dv]`, query's dtype.
+      value: `[b, sk, hk, dv]`, query's dtype. d and dv are at most 256; with `implementation="xla"` they may be larger.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
@@ -51,8 +84,8 @@ def flash_attention(
       mask: boolean, broadcastable to `[b, hq, sq, sk]`; True where a query may attend.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. A query
         attends only to keys of its own segment.
-      q_lengths: int32 `[b]`, rows in use of each batch entry.
-      kv_lengths: int32 `[b]`, keys in use of each batch entry.
+      q_lengths: int32 `[b]`, rows in use of each batch entry, or one number for all.
+      kv_lengths: int32 `[b]`, keys in use of each batch entry, or one number for all.
       scale: factor of q·kᵀ, 1/√d by default.
       softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
@@ -71,19 +104,14 @@ def flash_attention(
 
     Raises:
       ValueError, TypeError: while tracing; the message names the argument, its value and what is allowed.
-      NotImplementedError: if the implementation lacks this configuration, or if the platform has no implementation.
+      NotImplementedError: if the implementation lacks this configuration, if the platform has no implementation, or
+        if a second derivative is used: both modes of differentiation run once, `"xla"` has every derivative.
 
     Source: Dao et al., FlashAttention (2022); Dao, FlashAttention-2 (2023).
 
     Example:
       >>> out = flash_attention(q, k, v, causal=True, window=(1024, 0))
     """
-    options = dict(
-        causal=causal, window=window, align=align, mask=mask, segment_ids=segment_ids, q_lengths=q_lengths,
-        kv_lengths=kv_lengths, scale=scale, softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
-        dropout_rate=dropout_rate, dropout_key=dropout_key, deterministic=deterministic,
-        implementation=implementation,
-    )  # fmt: skip
-    spec, operands = validate.fixed("flash_attention", query, key, value, options)
+    spec, operands = validate.fixed("flash_attention", locals())
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

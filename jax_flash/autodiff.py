@@ -1,23 +1,31 @@
-"""The differentiable operation: custom_vjp around the forward and backward primitives."""
+"""Both modes of differentiation, as rules of the forward primitives and of their differential.
+
+The forward's JVP rule binds its differential, an operation that is linear in the tangents. Forward mode runs it, by the
+tangent pass; reverse mode transposes it, which runs the backward passes. Second derivatives do not exist: one that is
+used raises where it is lowered, one that is dropped costs nothing (no_derivative.py).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
+from jax.interpreters import ad, mlir
 
-from . import _jax, reference
-from .operands import BACKWARD, BIAS_GRADIENT, DROPOUT_ROW, FORWARD
+from . import _jax, derivatives, no_derivative, reference
+from .operands import DIFFERENTIABLE, DIFFERENTIAL, DROPOUT_ROW, FORWARD, TANGENTS
 from .paged import gather
-from .primitives import bind, equally_varying
+from .primitives import LOCAL, PARTITIONED, PARTLY_MANUAL, bind, declare, leading, operand_names
 from .spec import AttentionSpec
 
 Operands = dict[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
-Gradients = dict[str, jax.Array | None]
 
 
 def attend(spec: AttentionSpec, operands: Operands) -> Pair:
@@ -27,104 +35,111 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
     if spec.implementation == "xla":
         return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
-    return _attend(spec, equally_varying(operands))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(spec: AttentionSpec, operands: Operands) -> Pair:
     out, lse = bind(FORWARD, spec, operands)
     return out, lse
 
 
-def _forward(spec: AttentionSpec, operands: Operands) -> tuple[Pair, Any]:
-    out, lse = bind(FORWARD, spec, operands)
-    out = checkpoint_name(out, "flash_out")
-    lse = checkpoint_name(lse, "flash_lse")
-    return (out, lse), (operands, out, lse)
+def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:
+    names = operand_names(FORWARD, spec)
+    operands = dict(zip(names, primals))
+    results = primitive.bind(*primals, spec=spec)
+    moving = {
+        "t" + name: _jax.sharded_like(tangent, operands[name])
+        for name, tangent in zip(names, tangents)
+        if no_derivative.is_moving(tangent) and _has_derivative(name, operands[name])
+    }
+    if not moving:
+        return results, no_derivative.zeros(results)
+    out, lse = checkpoint_name(results[0], "flash_out"), checkpoint_name(results[1], "flash_lse")
+    return (out, lse), _bind_differential(spec, operands | {"out": out, "lse": lse}, moving)
 
 
-def _backward(spec: AttentionSpec, residuals: Any, cotangents: Pair) -> tuple[Gradients]:
-    operands, out, lse = residuals
-    gradients = _paged_gradients if spec.paged else _gradients
-    return (gradients(spec, operands, (out, lse), cotangents),)
+def _has_derivative(name: str, x: jax.Array) -> bool:
+    return name in DIFFERENTIABLE and x.dtype.itemsize > 1  # float8 pools are constants
 
 
-def _gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangents: Pair) -> Gradients:
-    (out, lse), (dout, dlse) = results, cotangents
-    delta = _row_products(dout, out, lse) - dlse  # rowsum(dO ∘ O) − dlse
-    operands = {**operands, "dout": dout, "lse": lse, "delta": delta}
-    gradients: Gradients = dict.fromkeys(spec.operands)
-    gradients |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
-    sinks = operands.get("sinks")
-    from_sinks = jnp.zeros_like(lse) if sinks is None else _through_sinks(sinks, lse, delta)
-    if sinks is not None:
-        gradients["sinks"] = _jax.sharded_like(-_sum_to_heads(from_sinks), sinks)
-    if "bias" in spec.operands:
-        bias = operands["bias"]
-        if bias.shape[-1] == 1:
-            gradients["bias"] = _row_bias_gradient(bias, lse, dlse + from_sinks)
-        else:
-            (gradients["bias"],) = bind(BIAS_GRADIENT, spec, operands)
-    return gradients
+def _bind_differential(spec: AttentionSpec, operands: Operands, tangents: Operands) -> list[jax.Array]:
+    """(tout, tlse) for the tangents given, all others being zero; `operands` has the forward's results as well."""
+    names = (*(name for name in spec.operands if name not in TANGENTS), *tangents)
+    return bind(DIFFERENTIAL, replace(spec, operands=names), operands | tangents)
 
 
-def _paged_gradients(spec: AttentionSpec, operands: Operands, results: Pair, cotangents: Pair) -> Gradients:
-    """Gather the pages, differentiate the contiguous call, add the keys' gradients up where pages are shared.
-
-    Rows that need a page outside the pool are left out: their dquery is NaN and the pools get nothing from them.
-    """
-    missing = gather.rows_missing_pages(spec, operands)
-    by_row, by_lse = missing[..., None, None], missing[..., None, :]
-    dense_spec, dense = gather.contiguous(spec, operands)
-    (out, lse), (dout, dlse) = results, cotangents
-    dense_results = jnp.where(by_row, 0, out), jnp.where(by_lse, -jnp.inf, lse)
-    dense_cotangents = jnp.where(by_row, 0, dout).astype(dense["query"].dtype), jnp.where(by_lse, 0, dlse)
-    dense_gradients = _gradients(dense_spec, dense, dense_results, dense_cotangents)
-    gradients: Gradients = {name: dense_gradients.get(name) for name in spec.operands}
-    dquery = dense_gradients["query"]
-    assert dquery is not None
-    gradients["query"] = jnp.where(by_row, jnp.nan, dquery).astype(operands["query"].dtype)
-    for name in ("key", "value"):
-        pool, gradient = operands[name], dense_gradients[name]
-        assert gradient is not None
-        stored = pool.dtype != jnp.float8_e4m3fn
-        tables = operands["block_tables"]
-        gradients[name] = gather.scatter_gradient(spec, gradient, tables, pool) if stored else None
-    return gradients
+def _differential_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:
+    """Linear in its tangents, whose own tangents it takes; what it is linearised at has a second derivative."""
+    names = operand_names(DIFFERENTIAL, spec)
+    results = primitive.bind(*primals, spec=spec)
+    moving = {name: x for name, x in zip(names, tangents) if no_derivative.is_moving(x)}
+    linear = {name: x for name, x in moving.items() if name in TANGENTS}
+    first: Sequence[Any] = no_derivative.zeros(results)
+    if linear:
+        first = _bind_differential(spec, dict(zip(names, primals)), linear)
+    others = [x for name, x in moving.items() if name in (*DIFFERENTIABLE, "out", "lse")]
+    second = no_derivative.tangents_of(results, others, no_derivative.SECOND)
+    return results, [ad.add_tangents(x, y) for x, y in zip(first, second)]
 
 
-def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
-    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; 0 for rows that see nothing."""
-    wide = x.astype(jnp.float32), y.astype(jnp.float32)
-    sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
-    return jnp.where(lse > -jnp.inf, jnp.swapaxes(sums, -1, -2), 0)
+def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) -> list[Any]:
+    """The cotangents of the tangents: the gradients of the call."""
+    names = operand_names(DIFFERENTIAL, spec)
+    linear = {name: x.aval for name, x in zip(names, arrays) if ad.is_undefined_primal(x)}
+    given = {name: x for name, x in zip(names, arrays) if name not in linear and name not in TANGENTS}
+    dout, dlse = (
+        None if isinstance(x, ad.Zero) else _jax.sharded_like(x, given[name])
+        for x, name in zip(cotangents, ("out", "lse"))
+    )
+    if dout is None and dlse is None:
+        return [ad.Zero(linear[name]) if name in linear else None for name in names]
+    forward_names = tuple(name for name in spec.operands if name not in TANGENTS)
+    operands = given | {n: x for n, x in (("dout", dout), ("dlse", dlse)) if x is not None}
+    wanted = tuple(name.removeprefix("t") for name in linear)
+    run = partial(derivatives.gradients, replace(spec, operands=forward_names), wanted)
+    found = _over_leading(run, spec, operands)
+    gradients = {"t" + name: _sum_leading(x, linear["t" + name]) for name, x in found.items()}
+    return [gradients.get(name) for name in names]
 
 
-def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
-    """For CPUs, where XLA makes a library call of a sum: it wakes threads for it, often so late that those of the
-    call after it, the backward pass, start milliseconds late as well."""
-    return jnp.einsum("...d,...d->...", x, y, precision=jax.lax.Precision.HIGHEST)
+def _sum_leading(gradient: jax.Array, aval: Any) -> jax.Array:
+    """The sum over the leading dimensions that an operand has as 1."""
+    shared = [
+        axis
+        for axis, (size, full) in enumerate(zip(aval.shape, gradient.shape))
+        if _jax.same_dim(size, 1) and not _jax.same_dim(full, 1)
+    ]
+    return gradient.sum(shared, keepdims=True) if shared else gradient
 
 
-def _through_sinks(sinks: jax.Array, lse: jax.Array, delta: jax.Array) -> jax.Array:
-    """exp(sink − lse)·delta; 0 for rows not in use, whose lse is −inf."""
-    used = lse > -jnp.inf
-    others = [axis for axis in range(lse.ndim) if axis != lse.ndim - 2]
-    weight = jnp.exp(jnp.where(used, jnp.expand_dims(sinks, others) - lse, -jnp.inf))
-    return jnp.where(used, weight * delta, 0)
+def _over_leading(run: Callable[[Operands], Any], spec: AttentionSpec, operands: Operands) -> Any:
+    """`run`, which knows of no leading dimensions, mapped over those of the operands."""
+    if not leading(spec, "query", operands["query"].ndim):
+        return run(operands)
+    size = _jax.full_dim(x.shape[0] for x in operands.values())
+    full = {name: _jax.same_dim(x.shape[0], size) for name, x in operands.items()}
+    mapped = {name: x if full[name] else x[0] for name, x in operands.items()}
+    axes = {name: 0 if full[name] else None for name in operands}
+    return jax.vmap(lambda row: _over_leading(run, spec, row), in_axes=(axes,))(mapped)
 
 
-def _sum_to_heads(x: jax.Array) -> jax.Array:
-    """[b, h, s] or [h, s] → [h]."""
-    return x.sum([axis for axis in range(x.ndim) if axis != x.ndim - 2])
+def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: AttentionSpec) -> Any:
+    names = operand_names(DIFFERENTIAL, spec)
+    forward_names = tuple(name for name in spec.operands if name not in TANGENTS)
+    run = partial(derivatives.tangents, replace(spec, operands=forward_names))
+
+    def differential(*arrays: jax.Array) -> list[jax.Array]:
+        return list(_over_leading(run, spec, dict(zip(names, arrays))))
+
+    return mlir.lower_fun(differential, multiple_results=True)(ctx, *values)
 
 
-def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
-    """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it moves lse, and what the sinks take."""
-    rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
-    summed = [axis for axis in range(rows.ndim) if bias.shape[axis] == 1 != rows.shape[axis]]
-    gradient = rows.sum(summed, keepdims=True).astype(bias.dtype)
-    return _jax.sharded_like(gradient, bias)
+def _define(primitives: dict[Any, Primitive], name: str) -> Primitive:
+    """The differential of one kind of primitives, and the rules of both."""
+    primitive = primitives[DIFFERENTIAL] = declare(name, DIFFERENTIAL)
+    ad.primitive_jvps[primitives[FORWARD]] = partial(_forward_jvp, primitives[FORWARD])
+    ad.primitive_jvps[primitive] = partial(_differential_jvp, primitive)
+    ad.primitive_transposes[primitive] = _transpose_differential
+    mlir.register_lowering(primitive, _lower_differential)
+    return primitive
 
 
-_attend.defvjp(_forward, _backward)
+_define(LOCAL, "jax_flash_differential_local")
+_define(PARTLY_MANUAL, "jax_flash_differential_partly_manual")
+_jax.require_devices_during_lowering(_define(PARTITIONED, "jax_flash_differential"))

@@ -33,7 +33,7 @@ class Kernel:
 
     Attributes:
       arch: the devices it is for, such as "sm90".
-      pass_: "forward", "backward", "bias_gradient" or "decode".
+      pass_: "forward", "backward", "bias_gradient", "tangent" or "decode".
       d, dv: the head dims that its tiles hold.
       dtypes: the input dtypes.
       loaders: where keys and values come from, "dense" rows or "paged" pools.
@@ -65,7 +65,7 @@ class Backend:
       library: the file it was loaded from; None where there is none (always for "xla").
       problem: why it is not installed, with the way out; None where it is.
       archs: "cpu": the instruction set chosen on this machine; "cuda": the archs built, such as "sm90".
-      passes: the passes built: "forward", "backward", "bias_gradient", "append"; "cuda": "decode" too.
+      passes: the passes built: "forward", "backward", "bias_gradient", "tangent", "append"; "cuda": "decode" too.
       dtypes: the input dtypes built.
       head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
       devices: the local devices it runs on.
@@ -129,7 +129,12 @@ def _without_rows(library: CudaLibrary | None) -> set[str]:
 
 @cache
 def register() -> None:
-    """Registers every custom call found, for the platforms `cpu` and `CUDA`; what is missing is left out."""
+    """Registers every custom call found, for the platforms `cpu` and `CUDA`; what is missing is left out.
+
+    Runs when jax_flash is imported: a program that was exported or compiled in another process names its custom calls,
+    and nothing of this library runs before them. JAX keeps what is registered until it starts a backend; none is
+    started here.
+    """
     core, _ = _load_core()
     if core is not None:
         _register(core.registrations(), "cpu")
@@ -246,7 +251,12 @@ def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
     if spec is None or spec.origin is None:
         source = "in a clone of its repository JAX_FLASH_CUDA=ON pip install . where nvcc is"
         return None, f'not installed: pip install "jax-flash[cuda{major}]", or {source}'
-    found = importlib.metadata.version(wheel)
+    try:
+        found = importlib.metadata.version(wheel)
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # copied there without pip; the library tells its version too
+        found = version
     if found != version:
         problem = f"of another version: {wheel} is {found}, jax-flash is {version}"
         return None, f"{problem}; pip install {wheel}=={version}"

@@ -34,9 +34,10 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
     Args:
       cu_seqlens_q, cu_seqlens_k, cu_seqlens: int32 `[n + 1]`. They must start at 0, not decrease, and not exceed
         the tokens of `query` (cu_seqlens_q) or `key`.
-      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`, at least 0. They
-        must not exceed the length of `query` or `key`; for varlen the keys of each sequence; for paged calls the
-        capacity of a row of `block_tables`, minus the tokens of `key` for append_kv (`key` with `k_pages`).
+      q_lengths, kv_lengths (`query_seq_lengths`, `key_value_seq_lengths`): int32 `[b]` or `[n]`, or one number for
+        all, at least 0. They must not exceed the length of `query` or `key`; for varlen the keys of each sequence; for
+        paged calls the capacity of a row of `block_tables`, minus the tokens of `key` for append_kv (`key` with
+        `k_pages`).
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. Any value is valid.
       block_tables: int32 `[n, pages]`. Entries that hold keys must be pages of `k_pages`, and no two sequences may
         append to the same slot.
@@ -48,7 +49,7 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
 
     Raises:
       ValueError: for a wrong value, with its index, or shapes that contradict each other.
-      TypeError: for an unknown name, or an index array that is traced or not int32.
+      TypeError: for an unknown name, or an index array that is traced or that the functions refuse for its dtype.
 
     Example:
       >>> check_inputs(query=q, cu_seqlens_q=jnp.array([0, 20, 17], jnp.int32))
@@ -59,6 +60,7 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
     call = _Call(hnd=page_layout == "hnd")
     for name, x in arrays.items():
         call.add(name, x)
+    call.spread_numbers()
     for name in _OFFSETS:
         if name in call.index:
             _check_offsets(call, name)
@@ -94,13 +96,32 @@ class _Call:
                 self.index[f"{side}_segment_ids"] = _host("segment_ids", part)
         elif name in _INDEX:
             self.index[name] = _host(name, x)
-            if self.index[name].ndim != _RANKS.get(name, self.index[name].ndim):
+            one_for_all = name in _LENGTHS and self.index[name].ndim == 0
+            if self.index[name].ndim != _RANKS.get(name, self.index[name].ndim) and not one_for_all:
                 raise _CHECK.fail(
                     f"{name} must have rank {_RANKS[name]}, got shape {self.index[name].shape}; "
                     "check the rows of a vmapped call one at a time"
                 )
         else:
             self.shapes[name] = np.shape(x[0] if name == "rotary" else x)
+
+    def sequence_counts(self) -> dict[str, int]:
+        """The number of sequences or batch entries, as each array that has one entry for each tells it."""
+        counts = {name: self.index[name].size - 1 for name in _OFFSETS if name in self.index}
+        for name in (*_LENGTHS, "block_tables"):
+            if name in self.index and self.index[name].ndim:
+                counts[name] = len(self.index[name])
+        query = self.shapes.get("query", ())
+        if not counts.keys() & set(_OFFSETS) and len(query) in (3, 4):
+            counts["query"] = query[0] if len(query) == 4 else 1
+        return counts
+
+    def spread_numbers(self) -> None:
+        """Makes one array of a number that is the length of all sequences."""
+        count = next(iter(self.sequence_counts().values()), 1)
+        for name in _LENGTHS:
+            if name in self.index and not self.index[name].ndim:
+                self.index[name] = np.full(count, self.index[name])
 
     def length(self, *names: str) -> int | None:
         """The number of tokens of the first of these operands that was passed."""
@@ -130,13 +151,7 @@ def _host(name: str, x: Any) -> np.ndarray:
         raise _CHECK.fail(
             f"{name} is traced; values are only known on the host, so call this outside jit", TypeError
         )
-    array = np.asarray(x)
-    if hasattr(x, "dtype") and array.dtype != np.int32:
-        raise _CHECK.fail(
-            f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError
-        )
-    if array.size and array.dtype.kind != "i":  # A plain list becomes int64, and an empty one float64.
-        raise _CHECK.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
+    array = np.asarray(_CHECK.int32(name, x)) if isinstance(x, jax.Array) else _CHECK.host_int32(name, x)
     return array.astype(np.int64)
 
 
@@ -177,12 +192,7 @@ def _check_offsets(call: _Call, name: str) -> None:
 
 def _check_sequence_counts(call: _Call) -> None:
     """All arrays with one entry per sequence or batch entry must agree on their number."""
-    counts = {name: call.index[name].size - 1 for name in _OFFSETS if name in call.index}
-    counts |= {name: len(call.index[name]) for name in (*_LENGTHS, "block_tables") if name in call.index}
-    if not counts.keys() & set(_OFFSETS) and len(call.shapes.get("query", ())) in (3, 4):
-        query = call.shapes["query"]
-        counts["query"] = query[0] if len(query) == 4 else 1
-    (first, count), *others = counts.items() or [("", 0)]
+    (first, count), *others = call.sequence_counts().items() or [("", 0)]
     for name, other in others:
         if other != count:
             raise _CHECK.fail(f"{name} has {other} sequences, but {first} has {count}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 from . import validate
 from ._jax import same_dim
 from .autodiff import attend
+from .options import DotProductOptions, Implementation, IndexLike
+from .spec import AttentionSpec
 
 _CHECK = validate.Checker("dot_product_attention")
 
@@ -26,13 +28,8 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
     return_residual: Literal[False] = ...,
+    **options: Unpack[DotProductOptions],
 ) -> Array: ...
 
 
@@ -44,14 +41,22 @@ def dot_product_attention(
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
-    is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
-    local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
     return_residual: Literal[True],
+    **options: Unpack[DotProductOptions],
 ) -> tuple[Array, Array]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    return_residual: bool,
+    **options: Unpack[DotProductOptions],
+) -> Array | tuple[Array, Array]: ...
 
 
 def dot_product_attention(
@@ -63,10 +68,10 @@ def dot_product_attention(
     *,
     scale: float | None = None,
     is_causal: bool = False,
-    query_seq_lengths: ArrayLike | None = None,
-    key_value_seq_lengths: ArrayLike | None = None,
+    query_seq_lengths: IndexLike | None = None,
+    key_value_seq_lengths: IndexLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
 ) -> Array | tuple[Array, Array]:
     """Attention with the signature and meaning of `jax.nn.dot_product_attention`.
@@ -92,43 +97,52 @@ def dot_product_attention(
 
     Raises:
       ValueError: for shapes, dtypes and options that jax.nn rejects too.
-      TypeError: for lengths that are not int32, and for dtypes that no implementation supports.
+      TypeError: for lengths that are no integers, or int64 in JAX, and for dtypes that no implementation supports.
       NotImplementedError: for `implementation="cudnn"`, and for float64 with "cuda" or "cpu".
 
     Deviations from jax.nn: a query without a visible key gives 0 and residual −inf, not the mean of all values.
-    Rows past the lengths are never read. A bias of −inf counts as masked. Only reverse-mode differentiation.
+    Rows past the lengths are never read. A bias of −inf counts as masked.
 
     Source: the interface is jax.nn's; the algorithm is Dao, FlashAttention-2 (2023).
 
     Example:
       >>> out = dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))
     """
+    out, lse = attend(*spec_and_operands(_CHECK.op, locals()))
     shape = jnp.shape(query)
-    q, k, v = _rank4("query", query), _rank4("key", key), _rank4("value", value)
-    _check_operands(q, k, v)
-    batch = q.shape[0]
-    options = {
-        "causal": is_causal,
-        "window": _window(local_window_size),
-        "align": "top_left",
-        "mask": None if mask is None else _mask(mask),
-        "segment_ids": None,
-        "q_lengths": _lengths("query_seq_lengths", query_seq_lengths, batch),
-        "kv_lengths": _lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
-        "scale": scale,
-        "softcap": None,
-        "bias": None if bias is None else _bias(bias, q.dtype),
-        "alibi_slopes": None,
-        "sinks": None,
-        "deterministic": False,
-        "implementation": _implementation(implementation, q.dtype),
-    }
-    out, lse = attend(*validate.fixed(_CHECK.op, q, k, v, options))
     out = out.reshape(shape)
     if not return_residual:
         return out
     residual = jax.lax.stop_gradient(lse).transpose(0, 2, 1).reshape(shape[:-1])
     return out, residual.astype(out.dtype)
+
+
+def spec_and_operands(op: str, given: validate.Arguments) -> tuple[AttentionSpec, validate.Operands]:
+    """The spec and operands of the flash_attention call that a dot_product_attention call is."""
+    q, k, v = (_rank4(name, given[name]) for name in ("query", "key", "value"))
+    _check_operands(q, k, v)
+    batch = q.shape[0]
+    arguments = {
+        "query": q,
+        "key": k,
+        "value": v,
+        "causal": _CHECK.flag("is_causal", given["is_causal"]),
+        "window": _window(given["local_window_size"]),
+        "align": "top_left",
+        "mask": None if given["mask"] is None else _mask(given["mask"]),
+        "segment_ids": None,
+        "q_lengths": _lengths("query_seq_lengths", given["query_seq_lengths"], batch),
+        "kv_lengths": _lengths("key_value_seq_lengths", given["key_value_seq_lengths"], batch),
+        "scale": given["scale"],
+        "softcap": None,
+        "bias": None if given["bias"] is None else _bias(given["bias"], q.dtype),
+        "alibi_slopes": None,
+        "sinks": None,
+        "return_lse": _CHECK.flag("return_residual", given["return_residual"]),
+        "deterministic": False,
+        "implementation": _implementation(given["implementation"], q.dtype),
+    }
+    return validate.fixed(op, arguments)
 
 
 def _rank4(name: str, x: ArrayLike) -> Array:
@@ -160,10 +174,10 @@ def _bias(bias: ArrayLike, dtype: Any) -> Array:
     return bias if bias.dtype in (jnp.float16, jnp.bfloat16, dtype) else bias.astype(jnp.float32)
 
 
-def _lengths(name: str, lengths: ArrayLike | None, batch: Any) -> Array | None:
-    if lengths is None:
+def _lengths(name: str, given: IndexLike | None, batch: Any) -> Array | None:
+    if given is None:
         return None
-    lengths = _CHECK.int32(name, jnp.asarray(lengths))
+    lengths = _CHECK.int32(name, given)
     _CHECK.shape(name, lengths, (batch,), "B")
     return lengths
 

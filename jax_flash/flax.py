@@ -14,6 +14,7 @@ from jax import Array
 
 from ._jax import same_dim
 from .attention import flash_attention
+from .options import ArrayLike, Implementation, Window
 from .validate import Checker
 
 _CHECK = Checker("attention_fn")
@@ -40,12 +41,12 @@ def attention_fn(
     promote_dtype: Callable[..., Any] | None = None,
     is_causal: bool = False,
     *,
-    window: tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    alibi_slopes: Array | None = None,
+    alibi_slopes: ArrayLike | None = None,
     deterministic_backward: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     **unknown: Any,
 ) -> Array:
     """`flash_attention` with the signature that Flax expects of an `attention_fn`.

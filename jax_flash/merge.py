@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .options import ArrayLike
+
 _INF = float("inf")
 
 
-def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tuple[Array, Array]:
     """Combines attention over disjoint parts of the keys into attention over all of them.
 
     lse = log Σ exp(lse_n), out = Σ exp(lse_n − lse)·out_n, in plain JAX and float32; differentiable in every argument.
@@ -33,11 +35,11 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array
       >>> rest = flash_attention(q, k[:, n:], v[:, n:], return_lse=True)
       >>> out, lse = merge_attention(*zip(first, rest))
     """
-    outs, lses = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
-    _check(outs, lses)
-    dtype = outs[0].dtype
+    parts, part_lses = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
+    _check(parts, part_lses)
+    dtype = parts[0].dtype
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    part = jnp.stack([lse.astype(wide) for lse in lses])  # [parts, ..., h, s]
+    part = jnp.stack([lse.astype(wide) for lse in part_lses])  # [parts, ..., h, s]
     m = lax.stop_gradient(part.max(0, keepdims=True))
     m = jnp.where(m == -_INF, 0, m)
     e = jnp.exp(part - m)
@@ -46,7 +48,7 @@ def merge_attention(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))
     weight = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
-    merged = (weight * jnp.stack([out.astype(wide) for out in outs])).sum(0)
+    merged = (weight * jnp.stack([out.astype(wide) for out in parts])).sum(0)
     return merged.astype(dtype), lse[0]
 
 

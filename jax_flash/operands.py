@@ -89,6 +89,9 @@ for _table in DIMS.values():
     for _name in ("query", "key", "value", "bias"):
         if _name in _table:
             _table["d" + _name] = _table[_name]
+    for _name in ("query", "key", "value", "bias", "sinks", "out", "lse"):
+        if _name in _table:
+            _table["t" + _name] = _table[_name]
 
 
 @cache
@@ -118,6 +121,7 @@ OPTIONAL = (
     "k_scale",
     "v_scale",
     "position",
+    "tbias",
 )
 # The operand `dropout` is uint32 [6]: two key words, then the shard's global offsets of batch, query head, row, column.
 DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4
@@ -142,6 +146,11 @@ class Pass:
 FORWARD = Pass("forward", ("query", "key", "value"), ("out", "lse"))
 BACKWARD = Pass("backward", ("query", "key", "value", "dout", "lse", "delta"), ("dquery", "dkey", "dvalue"))
 BIAS_GRADIENT = Pass("bias_gradient", BACKWARD.operands, ("dbias",))
+TANGENT = Pass(
+    "tangent",
+    ("query", "key", "value", "out", "lse", "tquery", "tkey", "tvalue"),
+    ("tout", "tlse"),
+)
 APPEND = Pass(
     "append",
     ("k_pages", "v_pages", "key", "value", "block_tables", "kv_lengths"),
@@ -149,12 +158,18 @@ APPEND = Pass(
     guide="k_pages",
     in_place=2,
 )
-PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, APPEND)
+PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT, APPEND)
+
+# Operands with a derivative. A call's differential is not a custom call: it is the operation, linear in the tangents
+# that stand among its optional operands, that runs the tangent pass and whose transpose runs the backward passes.
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+TANGENTS = tuple("t" + name for name in DIFFERENTIABLE)
+DIFFERENTIAL = Pass("differential", ("query", "key", "value", "out", "lse"), ("tout", "tlse"))
 
 
 def like(result: str) -> str:
     """The operand whose dtype and sharding a result takes."""
-    if result in ("out", "lse"):
+    if result in ("out", "lse", "tout", "tlse"):
         return "query"
     return result.removeprefix("d") if result.startswith("d") else result
 

@@ -47,7 +47,7 @@ KNOWN = {
 }
 # Each is an option of the command. A bias is [batch, heads, seqlen, kv-seqlen], of the call's dtype.
 OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths")
-PASSES = ("forward", "backward", "bias_gradient")
+PASSES = ("forward", "backward", "tangent", "bias_gradient")
 
 
 def _size(text: str) -> int:
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--varlen", action="store_true", help="packed sequences")
     add("--paged", action="store_true", help="keys and values in pages: paged_attention, decode included")
     add("--page-size", type=_size, default=64, help="(default: 64)")
-    add("--float8", action="store_true", help="float8_e4m3fn page pools")
+    add("--float8", action="store_true", help="float8 page pools")
     add("--num-splits", type=_size, help="of paged_attention")
     add("--batch-invariant", action="store_true", help="of paged_attention")
     add("--causal", action="store_true")
@@ -109,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
     gpu = KNOWN[options.gpu] if options.gpu else found_gpu() or KNOWN["h200"]
     print(f"{gpu.name}: sm_{gpu.capability}, {gpu.sm_count} SMs, {gpu.shared_memory} bytes of shared memory")
     failed = False
-    for pass_ in ("forward",) if options.paged else PASSES if options.bias else PASSES[:2]:
+    for pass_ in ("forward",) if options.paged else PASSES if options.bias else PASSES[:3]:
         try:
             chosen = core.plan(pass_=pass_, **call(options, gpu, pass_))
         except RuntimeError as error:

@@ -1,11 +1,14 @@
 """One primitive per pass: abstract evaluation and lowering to the custom call.
 
-Each pass has two primitives with the same rules. The partitioned one is bound in ordinary code and carries the
-sharding rules (sharding.py); the local one is the custom call itself, bound per shard and inside manual regions.
+Each pass has three primitives with the same rules. The partitioned one is bound in ordinary code and carries the
+sharding rules (sharding.py); the local one is the custom call itself, bound per shard and where all mesh axes are
+manual. Where some are, in a partially manual shard_map, the third is bound: it is partitioned over the others.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,10 +19,10 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from . import _jax
+from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
 from .batching import batch
-from .operands import PASSES, Pass, like, padded_head_dim
+from .operands import APPEND, PASSES, Pass, like, padded_head_dim
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
 from .workspace import workspace_bound
@@ -33,8 +36,11 @@ def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
 
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
+    if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
+        importlib.import_module(".roofline", __package__)
     used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
-    primitives = LOCAL if _jax.manual_axes() else PARTITIONED
+    any_manual, all_manual = _jax.manual_axes()
+    primitives = LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
 
@@ -78,7 +84,7 @@ def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
     results = []
     for name, shape in zip(pass_.results, shapes):
         source = named[like(name)]
-        dtype = np.dtype("float32") if name == "lse" else source.dtype
+        dtype = np.dtype("float32") if name in ("lse", "tlse") else source.dtype
         sharding = source.sharding
         if not sharding.mesh.empty:
             sharding = sharding.update(spec=_result_spec(name, spec, named))
@@ -190,30 +196,40 @@ def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass,
             "jax_flash: partitioning over several devices needs JAX's default, jax_use_shardy_partitioner=True; "
             "without it, call attention inside jax.shard_map"
         )
-    run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind)
-    results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    return _partition(ctx, values, pass_, spec, None)
+
+
+def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
+    """Partitioned over the axes that are not manual; the custom call, for which XLA gathers, where that cannot be."""
+    here = not _jax.exporting(ctx) and _jax.uses_shardy()
+    region = _jax.partly_manual_region(ctx) if here else None
+    if region is None:
+        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+    typed = [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(values, ctx.avals_in)]
+    return _partition(_jax.within(ctx, region), typed, pass_, spec, region)
+
+
+def _partition(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec, region: Any) -> Any:
+    run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind, region)
+    with _jax.serialisable(ctx):
+        results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 
-def _no_second_derivative(primals: Any, tangents: Any, *, pass_: Pass, spec: Spec) -> Any:
-    raise NotImplementedError(
-        f"jax_flash: the {pass_.name} pass is differentiable in reverse mode once; "
-        'use implementation="xla" for forward mode and higher derivatives'
-    )
-
-
-def _primitive(name: str, pass_: Pass) -> Primitive:
+def declare(name: str, pass_: Pass) -> Primitive:
+    """A primitive with the rules that all passes share, without lowering; it has no derivative unless told."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
-    ad.primitive_jvps[primitive] = partial(_no_second_derivative, pass_=pass_)
+    message = no_derivative.APPEND if pass_ is APPEND else no_derivative.SECOND
+    ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
     return primitive
 
 
 def _local(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}_local", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}_local", pass_)
     mlir.register_lowering(primitive, partial(_lower_nowhere, pass_=pass_))
     for platform in ("cpu", "cuda"):
         mlir.register_lowering(
@@ -223,11 +239,19 @@ def _local(pass_: Pass) -> Primitive:
 
 
 def _partitioned(pass_: Pass) -> Primitive:
-    primitive = _primitive(f"jax_flash_{pass_.name}", pass_)
+    primitive = declare(f"jax_flash_{pass_.name}", pass_)
     mlir.register_lowering(primitive, partial(_lower_partitioned, pass_=pass_))
     _jax.require_devices_during_lowering(primitive)
     return primitive
 
 
+def _partly_manual(pass_: Pass) -> Primitive:
+    primitive = declare(f"jax_flash_{pass_.name}_partly_manual", pass_)
+    mlir.register_lowering(primitive, partial(_lower_partly_manual, pass_=pass_))
+    return primitive
+
+
 LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
 PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}
+PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in PASSES}
+KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL)

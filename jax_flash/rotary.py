@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .options import ArrayLike, IndexLike
 from .validate import Checker
 
 
 def apply_rotary(
-    x: jax.Array, positions: jax.Array, cos: jax.Array, sin: jax.Array, *, interleaved: bool = False
+    x: ArrayLike, positions: IndexLike | int, cos: ArrayLike, sin: ArrayLike, *, interleaved: bool = False
 ) -> jax.Array:
     """Rotates the first features of each head by angles that grow with the token's position.
 

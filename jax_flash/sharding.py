@@ -18,6 +18,8 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
+from . import _jax
+from ._jax import Region
 from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
 from .spec import Spec
 
@@ -27,15 +29,20 @@ _NO_MESH = AbstractMesh((), ())
 
 
 @cache
-def partitioned(pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body) -> Callable[..., Any]:
-    """The pass as one partitionable function; compilation cache keys contain its name, which identifies the spec."""
+def partitioned(
+    pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body, region: Region | None
+) -> Callable[..., Any]:
+    """The pass as one partitionable function; compilation cache keys contain its name, which identifies the spec.
+
+    In a partially manual region XLA partitions over the region's free axes.
+    """
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(body(*arrays, spec=spec))
 
-    rules = _Rules(pass_, spec, names, body)
+    rules = _Rules(pass_, spec, names, body, region)
     split = custom_partitioning(run)
-    split.def_partition(partition=rules.partition, sharding_rule=rules.sharding_rule)
+    split.def_partition(rules.partition, sharding_rule=rules.sharding_rule, decode_shardings=False)
 
     def named(*arrays: jax.Array) -> Any:
         return split(*arrays)
@@ -49,7 +56,7 @@ class Split:
     """The mesh axes of each dimension name.
 
     Query heads are split over `axes["hq"]`, KV heads over its prefix `axes["hk"]`. Over the remaining axes,
-    `kv_replicas`, KV is replicated, and each shard uses `kv_count` of its KV heads from `first_kv` on.
+    `kv_replicas`, KV is replicated, and each shard takes the KV heads that its query heads attend to.
     """
 
     axes: dict[str, Axes]
@@ -58,12 +65,17 @@ class Split:
     group: int = 1  # query heads per KV head
     same_bias: Axes = ()  # axes along which all shards have the same bias
 
-    @property
-    def kv_count(self) -> int:
-        return max(1, self.heads // self.group)
+    def kv_slices(self) -> list[tuple[jax.Array, int]]:
+        """First and number of the KV heads that this shard takes: one slice where its groups are whole or one group.
 
-    def first_kv(self) -> jax.Array:
-        return lax.axis_index(self.kv_replicas) * self.heads // self.group
+        Else its groups are of different sizes, and a KV head is taken once for each `common` query heads: 3 query heads
+        of groups of 4 take the KV heads 0 0 0 on the first shard, 0 1 1 on the second.
+        """
+        first = lax.axis_index(self.kv_replicas) * self.heads
+        common = math.gcd(self.heads, self.group)
+        if common in (self.heads, self.group):
+            return [(first // self.group, self.heads // common)]
+        return [((first + head) // self.group, 1) for head in range(0, self.heads, common)]
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class _Rules:
     spec: Spec
     names: tuple[str, ...]
     body: Body
+    region: Region | None
 
     def dims(self, name: str, shape: Sequence[int]) -> list[str]:
         """The names of an array's dimensions: l0, l1, … for leading ones, and none for broadcast ones of size 1."""
@@ -95,6 +108,7 @@ class _Rules:
 
     def sharding_rule(self, mesh: Any, operand_types: Sequence[Any], result_types: Sequence[Any]) -> Any:
         """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
+        mesh = self.region.free if self.region else mesh
         arrays = [
             (n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))
         ]
@@ -129,13 +143,14 @@ class _Rules:
     # --- partitioning --------------------------------------------------------------------------------------------
 
     def partition(self, mesh: Any, operands: Any, results: Any) -> Any:
-        """The shardings of all arrays, derived from the guide's, and the per-shard function."""
+        """The mesh and the per-shard function, and the shardings of all arrays, derived from the guide's."""
         named = dict(zip(self.names, operands))
-        split = self.split(mesh, named)
+        mesh, free = (self.region.mesh, self.region.free) if self.region else (mesh, mesh)
+        split = self.split(free, named)
 
         def sharding(name: str, shape: Sequence[int]) -> NamedSharding:
             entries = [split.axes.get(dim) or None for dim in self.dims(name, shape)]
-            return NamedSharding(mesh, PartitionSpec(*entries))
+            return NamedSharding(free, PartitionSpec(*entries))
 
         operand_shardings = tuple(sharding(name, x.shape) for name, x in named.items())
         result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.pass_.results, results))
@@ -159,7 +174,7 @@ class _Rules:
         guide = self.pass_.guide
         head_axes: Axes = ()
         for name, x in named.items():  # the guide comes first; others count only where it has no axis
-            entries = _entries(x.sharding, len(x.shape))
+            entries = _jax.dimension_axes(x, mesh)
             for dim, entry, size in zip(self.dims(name, x.shape), entries, x.shape):
                 if dim.startswith("l") or (dim == "b" and name == guide):
                     claim(dim, entry, size)
@@ -180,10 +195,7 @@ class _Rules:
         kv_heads = named["key"].shape[self.axis("key", "hk")]
         if split.kv_replicas:
             for name in [name for name in named if "hk" in self.spec.dims[name]]:
-                axis = self.axis(name, "hk")
-                named[name] = lax.dynamic_slice_in_dim(
-                    named[name], split.first_kv(), split.kv_count, axis=axis
-                )
+                named[name] = _taken(named[name], split.kv_slices(), self.axis(name, "hk"))
         results = self.body(*named.values(), spec=self.spec)
         return tuple(self.finish(name, x, split, kv_heads) for name, x in zip(self.pass_.results, results))
 
@@ -200,20 +212,12 @@ class _Rules:
         """Sums a gradient over the shards that contribute to it."""
         summed: Axes = ()
         if name in ("dkey", "dvalue") and split.kv_replicas:
-            whole = jnp.zeros((*x.shape[:-2], kv_heads, x.shape[-1]), x.dtype)
-            x = lax.dynamic_update_slice_in_dim(whole, x, split.first_kv(), axis=-2)
+            x = _put_back(x, split.kv_slices(), kv_heads)
             summed = split.kv_replicas
         elif name == "dbias":
             summed = split.same_bias
         total: jax.Array = lax.psum(x, summed) if summed else x
         return total
-
-
-def _entries(sharding: Any, ndim: int) -> list[Axes]:
-    """The mesh axes of each dimension."""
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
-    entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
-    return entries + [()] * (ndim - len(entries))
 
 
 def _size(mesh: Any, axes: Axes) -> int:
@@ -228,15 +232,28 @@ def _dividing_prefix(mesh: Any, axes: Axes, size: int) -> Axes:
 def _split_heads(
     mesh: Any, axes: dict[str, Axes], candidates: Axes, hq: int, hk: int, used: set[str]
 ) -> Split:
-    """Splits heads over the longest prefix of query's head axes whose shards have whole groups, or one KV head each."""
-    candidates = tuple(a for a in candidates if a not in used)
-    group = hq // hk
-    for n in range(len(candidates), 0, -1):
-        q_axes = candidates[:n]
-        if hq % _size(mesh, q_axes):
-            continue
-        kv_axes = _dividing_prefix(mesh, q_axes, hk)
-        heads = hq // _size(mesh, q_axes)
-        if kv_axes == q_axes or heads % group == 0 or group % heads == 0:
-            return Split(axes | {"hq": q_axes, "hk": kv_axes}, q_axes[len(kv_axes) :], heads, group)
-    return Split(axes)
+    """Splits query heads over the longest prefix of query's head axes that divides them, KV heads as far as they go."""
+    q_axes = _dividing_prefix(mesh, tuple(a for a in candidates if a not in used), hq)
+    if not q_axes:
+        return Split(axes)
+    kv_axes = _dividing_prefix(mesh, q_axes, hk)
+    return Split(
+        axes | {"hq": q_axes, "hk": kv_axes}, q_axes[len(kv_axes) :], hq // _size(mesh, q_axes), hq // hk
+    )
+
+
+def _taken(x: jax.Array, slices: Sequence[tuple[jax.Array, int]], axis: int) -> jax.Array:
+    """The slices of an axis, one after the other."""
+    return jnp.concatenate([lax.dynamic_slice_in_dim(x, first, count, axis) for first, count in slices], axis)
+
+
+def _put_back(x: jax.Array, slices: Sequence[tuple[jax.Array, int]], heads: int) -> jax.Array:
+    """The transpose of _taken along the heads, […, h, d]: what was taken several times is summed, in float32."""
+    whole = jnp.zeros((*x.shape[:-2], heads, x.shape[-1]), x.dtype if len(slices) == 1 else jnp.float32)
+    at = 0
+    for first, count in slices:
+        part = x[..., at : at + count, :].astype(whole.dtype)
+        part += lax.dynamic_slice_in_dim(whole, first, count, -2)
+        whole = lax.dynamic_update_slice_in_dim(whole, part, first, -2)
+        at += count
+    return whole.astype(x.dtype)

@@ -51,7 +51,8 @@ class AttentionSpec:
     def dims(self) -> dict[str, tuple[str, ...]]:
         """The dimension names of every operand and result."""
         dims = dims_of(self.layout, self.page_layout)
-        return dims | {"value": dims["key"], "dvalue": dims["dkey"]} if self.value_dim else dims
+        as_keys = {x + "value": dims[x + "key"] for x in ("", "d", "t")}
+        return dims | as_keys if self.value_dim else dims
 
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call; this is the only place where Python values get their C++ types."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,15 @@ import numpy as np
 
 from ._jax import is_symbolic, same_dim
 from .operands import OPTIONAL
+from .options import Implementation
 from .spec import ALIGNMENTS, UNLIMITED, AttentionSpec, Layout
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
-IMPLEMENTATIONS = ("cpu", "cuda", "xla")
+IMPLEMENTATIONS = get_args(Implementation)
 _INT32_MAX = 2**31 - 1
 
+Arguments = dict[str, Any]  # of a public function, by name
 Operands = dict[str, jax.Array]
 
 
@@ -58,11 +60,49 @@ class Checker:
             raise self.fail(f"{name} must have shape [{dims}] = {wanted}, got {x.shape}")
 
     def int32(self, name: str, x: Any) -> jax.Array:
-        if not hasattr(x, "dtype"):
-            x = jnp.asarray(x, jnp.int32)
-        if x.dtype != jnp.int32:
-            raise self.fail(f"{name} must be int32, got {x.dtype}; cast it with .astype('int32')", TypeError)
-        return jnp.asarray(x)
+        """An index array: int32 if it is JAX's; on the host, integers of any type whose values int32 holds."""
+        if x is None or isinstance(x, (str, bytes)):
+            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
+        if not _holds_jax_arrays(x):
+            return jnp.asarray(self.host_int32(name, x))
+        array = jnp.asarray(x)
+        if array.dtype != jnp.int32:
+            raise self.fail(
+                f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError
+            )
+        return array
+
+    def host_int32(self, name: str, x: Any) -> np.ndarray:
+        """The int32 values of integers on the host: a number, a list or a NumPy array."""
+        try:
+            array = np.asarray(x)
+        except ValueError:
+            raise self.fail(f"{name} must be an array, got lists of different lengths") from None
+        if array.dtype.kind not in "iu" and (array.size or hasattr(x, "dtype")):  # an empty list is float64
+            raise self.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
+        outside = array[(array < -_INT32_MAX - 1) | (array > _INT32_MAX)]
+        if outside.size:
+            raise self.fail(
+                f"{name} holds {outside[0]}, allowed are the values of int32, at most {_INT32_MAX}"
+            )
+        return array.astype(np.int32)
+
+    def lengths(self, name: str, x: Any, count: Any, dim: str) -> jax.Array:
+        """int32 `[count]`, from as many lengths or from one number for all."""
+        lengths = self.int32(name, x)
+        if lengths.ndim == 0:
+            return jnp.broadcast_to(lengths, (count,))
+        self.shape(name, lengths, (count,), dim)
+        return lengths
+
+    def head_dim(self, name: str, x: jax.Array, implementation: str | None) -> None:
+        d = x.shape[-1]
+        if is_symbolic(d) or d < 1:
+            raise self.fail(f"{name} must have a static head dim of at least 1, got {d}")
+        if d > MAX_HEAD_DIM and implementation != "xla":
+            raise self.fail(
+                f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
+            )
 
     def float32(self, name: str, x: Any) -> jax.Array:
         array = self.array(name, x)
@@ -96,11 +136,17 @@ class Checker:
         return x.reshape(full) if x.ndim < len(wanted) else x
 
 
-def _tokens(
-    check: Checker, query: Any, key: Any, value: Any, layout: str, implementation: str | None
-) -> Operands:
+def _holds_jax_arrays(x: Any) -> bool:
+    """Whether x is an array of JAX, traced ones included, or a list with such among its numbers."""
+    if isinstance(x, (list, tuple)):
+        return any(map(_holds_jax_arrays, x))
+    return isinstance(x, jax.Array) or hasattr(x, "__jax_array__")
+
+
+def _tokens(check: Checker, arguments: Arguments, layout: str) -> Operands:
     """query, key and value, with shapes and dtypes checked; `layout` names the dims before the heads, 'b s' or 't'."""
-    q, k, v = (check.array(n, x) for n, x in (("query", query), ("key", key), ("value", value)))
+    implementation = implementation_name(check, arguments["implementation"])
+    q, k, v = (check.array(name, arguments[name]) for name in ("query", "key", "value"))
     allowed = DTYPES + (("float64",) if implementation == "xla" else ())
     hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
     check.dtype("query", q, allowed, hint)
@@ -117,14 +163,8 @@ def _tokens(
     check.dim("value", "length", v.shape[-3], k.shape[-3], "key")
     check.dim("value", "head count", v.shape[-2], k.shape[-2], "key")
     check_heads(check, q.shape[-2], k.shape[-2])
-    for name, x in (("query", q), ("value", v)):
-        d = x.shape[-1]
-        if is_symbolic(d) or d < 1:
-            raise check.fail(f"{name} must have a static head dim of at least 1, got {d}")
-        if d > MAX_HEAD_DIM and implementation != "xla":
-            raise check.fail(
-                f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
-            )
+    check.head_dim("query", q, implementation)
+    check.head_dim("value", v, implementation)
     for name, x in (("query", q), ("key", k)):
         if not is_symbolic(x.shape[-3]) and x.shape[-3] > _INT32_MAX:
             raise check.fail(f"{name} has length {x.shape[-3]}, allowed are at most {_INT32_MAX}")
@@ -181,96 +221,94 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
 
 
 def static_spec(
-    check: Checker, layout: Layout, operands: Operands, options: dict[str, Any], **paged: Any
+    check: Checker, layout: Layout, operands: Operands, arguments: Arguments, **paged: Any
 ) -> AttentionSpec:
     """The AttentionSpec from the static options that all layouts share; adds the dropout operand to `operands`."""
-    left, right = _band(check, options["causal"], options["window"])
-    if options["align"] not in ALIGNMENTS:
-        raise check.fail(f"align must be one of {ALIGNMENTS}, got {options['align']!r}")
+    check.flag("return_lse", arguments["return_lse"])
+    left, right = _band(check, arguments["causal"], arguments["window"])
+    if arguments["align"] not in ALIGNMENTS:
+        raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments['align']!r}")
     d = operands["query"].shape[-1]
-    scale = d**-0.5 if options["scale"] is None else check.number("scale", options["scale"])
+    scale = d**-0.5 if arguments["scale"] is None else check.number("scale", arguments["scale"])
     softcap = 0.0
-    if options["softcap"] is not None:
-        softcap = check.number("softcap", options["softcap"])
+    if arguments["softcap"] is not None:
+        softcap = check.number("softcap", arguments["softcap"])
         if softcap <= 0:
             raise check.fail(f"softcap must be positive, or None for none, got {softcap}")
-    rate = check.number("dropout_rate", options.get("dropout_rate", 0.0))
+    rate = check.number("dropout_rate", arguments.get("dropout_rate", 0.0))
     if not 0 <= rate < 1:
         raise check.fail(f"dropout_rate must be in [0, 1), got {rate}")
-    dropout = dropout_operand(check, rate, options.get("dropout_key"))
+    dropout = dropout_operand(check, rate, arguments.get("dropout_key"))
     if dropout is not None:
         operands["dropout"] = dropout
     return AttentionSpec(
         layout=layout,
         left=left,
         right=right,
-        align=options["align"],
+        align=arguments["align"],
         scale=scale,
         softcap=softcap,
         dropout_rate=rate,
-        deterministic=check.flag("deterministic", options["deterministic"]),
+        deterministic=check.flag("deterministic", arguments["deterministic"]),
         operands=tuple(name for name in OPTIONAL if name in operands),
-        implementation=implementation_name(check, options["implementation"]),
+        implementation=implementation_name(check, arguments["implementation"]),
         **paged,
     )
 
 
-def implementation_name(check: Checker, x: str | None) -> str | None:
+def implementation_name(check: Checker, x: Any) -> Implementation | None:
     if x is not None and x not in IMPLEMENTATIONS:
         raise check.fail(f"implementation must be None or one of {IMPLEMENTATIONS}, got {x!r}")
-    return x
+    return cast("Implementation | None", x)
 
 
 def score_operands(
-    check: Checker, operands: Operands, options: dict[str, Any], sequences: Any, dim: str
+    check: Checker, operands: Operands, arguments: Arguments, sequences: Any, dim: str
 ) -> None:
     """Adds alibi_slopes, [hq] or [sequences, hq], and sinks, [hq], to `operands`."""
     hq = operands["query"].shape[-2]
-    if options["alibi_slopes"] is not None:
-        given = check.float32("alibi_slopes", options["alibi_slopes"])
+    if arguments["alibi_slopes"] is not None:
+        given = check.float32("alibi_slopes", arguments["alibi_slopes"])
         slopes = check.broadcastable("alibi_slopes", given, (sequences, hq), f"{dim} hq")
         if slopes.shape[-1] != hq:
             raise check.fail(
                 f"alibi_slopes must have one slope for each of query's {hq} heads, got {given.shape}"
             )
         operands["alibi_slopes"] = slopes
-    if options["sinks"] is not None:
-        operands["sinks"] = check.float32("sinks", options["sinks"])
+    if arguments["sinks"] is not None:
+        operands["sinks"] = check.float32("sinks", arguments["sinks"])
         check.shape("sinks", operands["sinks"], (hq,), "hq")
 
 
-def fixed(
-    op: str, query: Any, key: Any, value: Any, options: dict[str, Any]
-) -> tuple[AttentionSpec, Operands]:
+def fixed(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a flash_attention call."""
     check = Checker(op)
-    operands = _tokens(check, query, key, value, "b s", implementation_name(check, options["implementation"]))
+    operands = _tokens(check, arguments, "b s")
     b, sq, hq, _ = operands["query"].shape
     sk = operands["key"].shape[1]
     for name in ("q_lengths", "kv_lengths"):
-        if options[name] is not None:
-            operands[name] = check.int32(name, options[name])
-            check.shape(name, operands[name], (b,), "b")
-    if options["segment_ids"] is not None:
-        ids = _segment_pair(check, options["segment_ids"], sq, sk)
+        if arguments[name] is not None:
+            operands[name] = check.lengths(name, arguments[name], b, "b")
+    if arguments["segment_ids"] is not None:
+        ids = _segment_pair(check, arguments["segment_ids"], sq, sk)
         for name, part, s, dims in zip(("q_segment_ids", "kv_segment_ids"), ids, (sq, sk), ("b sq", "b sk")):
             operands[name] = check.int32("segment_ids", part)
             check.shape("segment_ids", operands[name], (b, s), dims)
-    if options["mask"] is not None:
-        mask = check.array("mask", options["mask"])
+    if arguments["mask"] is not None:
+        mask = check.array("mask", arguments["mask"])
         if mask.dtype != jnp.bool_:
             raise check.fail(
                 f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
                 TypeError,
             )
         operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, sk), "b hq sq sk")
-    if options["bias"] is not None:
-        bias = check.array("bias", options["bias"])
+    if arguments["bias"] is not None:
+        bias = check.array("bias", arguments["bias"])
         if bias.dtype.name not in DTYPES and bias.dtype != operands["query"].dtype:
             raise check.fail(f"bias must be {', '.join(DTYPES)}, got {bias.dtype}", TypeError)
         operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, sk), "b hq sq sk")
-    score_operands(check, operands, options, b, "b")
-    return static_spec(check, "fixed", operands, options), operands
+    score_operands(check, operands, arguments, b, "b")
+    return static_spec(check, "fixed", operands, arguments), operands
 
 
 def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
@@ -285,28 +323,25 @@ def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
     return ids, ids
 
 
-def varlen(
-    op: str, query: Any, key: Any, value: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, options: dict[str, Any]
-) -> tuple[AttentionSpec, Operands]:
+def varlen(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a flash_attention_varlen call."""
     check = Checker(op)
-    operands = _tokens(check, query, key, value, "t", implementation_name(check, options["implementation"]))
+    operands = _tokens(check, arguments, "t")
     tq, tk = operands["query"].shape[0], operands["key"].shape[0]
-    cu_q = check.int32("cu_seqlens_q", cu_seqlens_q)
+    cu_q = check.int32("cu_seqlens_q", arguments["cu_seqlens_q"])
     check.rank("cu_seqlens_q", cu_q, "n+1")
     if same_dim(cu_q.shape[0], 0):
         raise check.fail("cu_seqlens_q must have n + 1 ≥ 1 offsets, got 0")
-    if cu_seqlens_k is None:
+    if arguments["cu_seqlens_k"] is None:
         if not same_dim(tq, tk):
             raise check.fail(f"cu_seqlens_k is needed when key has {tk} tokens and query {tq}")
         cu_k = cu_q
     else:
-        cu_k = check.int32("cu_seqlens_k", cu_seqlens_k)
+        cu_k = check.int32("cu_seqlens_k", arguments["cu_seqlens_k"])
         check.shape("cu_seqlens_k", cu_k, cu_q.shape, "n+1")
     operands |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     n = cu_q.shape[0] - 1
-    if options["kv_lengths"] is not None:
-        operands["kv_lengths"] = check.int32("kv_lengths", options["kv_lengths"])
-        check.shape("kv_lengths", operands["kv_lengths"], (n,), "n")
-    score_operands(check, operands, options, n, "n")
-    return static_spec(check, "varlen", operands, options), operands
+    if arguments["kv_lengths"] is not None:
+        operands["kv_lengths"] = check.lengths("kv_lengths", arguments["kv_lengths"], n, "n")
+    score_operands(check, operands, arguments, n, "n")
+    return static_spec(check, "varlen", operands, arguments), operands

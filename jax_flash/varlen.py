@@ -2,36 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, Unpack, overload
 
-import jax
+from jax import Array
 
 from . import validate
-from .attention import Window
 from .autodiff import attend
+from .options import Align, ArrayLike, Implementation, IndexLike, LengthsLike, VarlenOptions, Window
+
+
+@overload
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
+    *,
+    return_lse: Literal[False] = ...,
+    **options: Unpack[VarlenOptions],
+) -> Array: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def flash_attention_varlen(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[VarlenOptions],
+) -> Array | tuple[Array, Array]: ...
 
 
 def flash_attention_varlen(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    cu_seqlens_q: jax.Array,
-    cu_seqlens_k: jax.Array | None = None,
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
     *,
     causal: bool = False,
     window: Window | None = None,
-    align: str = "bottom_right",
-    kv_lengths: jax.Array | None = None,
+    align: Align = "bottom_right",
+    kv_lengths: LengthsLike | None = None,
     scale: float | None = None,
     softcap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-    implementation: str | None = None,
-) -> Any:
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]:
     """Attention within each of several sequences that are packed along one token axis.
 
     Sequence i holds the query tokens `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]` and the keys `cu_seqlens_k[i]` to
@@ -45,7 +84,7 @@ def flash_attention_varlen(
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in query; sequences may be empty. The kernels read the
         running maximum of these values clamped to [0, tq]; `check_inputs` raises if that changes any of them.
       cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None means cu_seqlens_q.
-      kv_lengths: int32 `[n]`, keys in use of each sequence, all by default.
+      kv_lengths: int32 `[n]`, keys in use of each sequence, or one number for all; by default every key.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
       causal, window, align, scale, softcap, sinks, dropout_rate, dropout_key, deterministic, implementation:
         as in `flash_attention`, with each sequence's own lengths.
@@ -63,13 +102,6 @@ def flash_attention_varlen(
       >>> cu_seqlens = jnp.array([0, 3, 10], jnp.int32)  # two documents, of 3 and 7 tokens
       >>> out = flash_attention_varlen(q, k, v, cu_seqlens, causal=True)
     """
-    options = dict(
-        causal=causal, window=window, align=align, kv_lengths=kv_lengths, scale=scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, dropout_rate=dropout_rate, dropout_key=dropout_key,
-        deterministic=deterministic, implementation=implementation,
-    )  # fmt: skip
-    spec, operands = validate.varlen(
-        "flash_attention_varlen", query, key, value, cu_seqlens_q, cu_seqlens_k, options
-    )
+    spec, operands = validate.varlen("flash_attention_varlen", locals())
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

@@ -21,7 +21,7 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
     """The size of the workspace result, in bytes.
 
     Args:
-      pass_: "forward", "backward" or "bias_gradient".
+      pass_: "forward", "backward", "bias_gradient" or "tangent".
       spec: the call's static options.
       shapes: the shape of every operand by name; dimensions may be symbolic.
 

@@ -86,7 +86,7 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
             return jax.random.normal(jax.random.key(rng.integers(1 << 31)), shape, dtype)
         return jax.device_put(rng.standard_normal(shape).astype(dtype))
 
-    rows, columns = _token_dims(case)
+    rows, columns = token_dims(case)
     positional = {
         "query": normal((*rows, case.hq, case.d)),
         "key": normal((*columns, case.hk, case.d)),
@@ -118,7 +118,7 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
     return Inputs(positional, keywords, normal((*rows, case.hq, case.dv)), normal(lse_shape, jnp.float32))
 
 
-def _token_dims(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def token_dims(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The dimensions in front of the heads, of query and of key."""
     if case.layout == "fixed":
         return (case.b, case.sq), (case.b, case.sk)
@@ -166,7 +166,7 @@ def poisoned(case: Case, inputs: Inputs) -> Inputs:
 
 def used(case: Case) -> tuple[np.ndarray, np.ndarray]:
     """The query rows and the keys in use: `[b, s]` each, or `[t]`."""
-    rows, columns = _token_dims(case)
+    rows, columns = token_dims(case)
     if case.layout == "fixed":
         return tuple(  # type: ignore[return-value]
             np.arange(s) < np.full(b, s if lengths is None else lengths).reshape(b, 1)

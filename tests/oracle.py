@@ -227,6 +227,40 @@ def by_rows(spec: AttentionSpec, operands: dict[str, Any], dout: Any, dlse: Any)
     return Result(o.reshape(*q_shape[:-1], v_shape[-1]), lse, gradients)
 
 
+def tangents_by_rows(
+    spec: AttentionSpec, operands: dict[str, Any], tangents: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tangents of out and lse in numpy float64, row after row; `tangents` has those of every moving operand."""
+    x = {name: np.asarray(array) for name, array in operands.items()}
+    x = {name: array if array.dtype.kind in "iub" else _wide(array) for name, array in x.items()}
+    rows = {n: x[n].reshape(-1, *x[n].shape[-2:]) for n in ("query", "key", "value")}
+    moved = {n: _wide(tangents[n]).reshape(rows[n].shape) for n in rows}
+    hq, group = rows["query"].shape[1], rows["query"].shape[1] // rows["key"].shape[1]
+    tout = np.zeros((*rows["query"].shape[:2], x["value"].shape[-1]))
+    tlse = np.zeros(tout.shape[:2])
+    for z, (q0, nq, k0, nk) in enumerate(_sequences(spec, x)):
+        for h, i in np.ndindex(hq, nq):
+            row, kh = q0 + i, h // group
+            q, tq = rows["query"][row, h], moved["query"][row, h]
+            js, s, cap_slope = _row(spec, x, (z, h, i, nq, nk), q, rows["key"][k0 : k0 + nk, kh])
+            k, tk, v, tv = (a[n][k0 + js, kh] for n in ("key", "value") for a in (rows, moved))
+            logits = np.append(s, x["sinks"][h]) if "sinks" in x else s
+            if logits.size == 0:
+                continue
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            ts = spec.scale * (k @ tq + tk @ q) * cap_slope
+            if "bias" in x:
+                ts += [_at(_wide(tangents["bias"]), z, h, i, int(j)) for j in js]
+            t_logits = np.append(ts, _wide(tangents["sinks"])[h]) if "sinks" in x else ts
+            tlse[row, h] = p @ t_logits
+            tp = (p * (t_logits - tlse[row, h]))[: js.size]
+            drop = np.array([_drop_factor(spec, x, z, h, i, int(j)) for j in js])
+            tout[row, h] = (tp * drop) @ v + (p[: js.size] * drop) @ tv
+    shape = x["query"].shape
+    return tout.reshape(*shape[:-1], x["value"].shape[-1]), np.swapaxes(tlse.reshape(shape[:-1]), -1, -2)
+
+
 def _sequences(spec: AttentionSpec, x: dict[str, np.ndarray]) -> list[tuple[int, int, int, int]]:
     """(first query token, queries, first key, keys) of each batch entry or sequence."""
     if spec.layout == "fixed":
@@ -277,6 +311,17 @@ def _row(
         scores.append(s)
         slopes.append(slope)
     return np.array(columns, int), np.array(scores, float), np.array(slopes, float)
+
+
+def visible_pairs(spec: AttentionSpec, operands: dict[str, Any]) -> int:
+    """The visible pairs of a query and a key of all batch entries and heads, counted one at a time."""
+    x = {name: np.asarray(array) for name, array in operands.items() if name != "dropout"}
+    nothing, total = np.zeros(1), 0
+    for z, (_, nq, _, nk) in enumerate(_sequences(spec, x)):
+        for h in range(x["query"].shape[-2]):
+            rows = (_row(spec, x, (z, h, i, nq, nk), nothing, np.zeros((nk, 1))) for i in range(nq))
+            total += sum(columns.size for columns, _, _ in rows)
+    return total
 
 
 def _at(x: np.ndarray, *index: int) -> Any:

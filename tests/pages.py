@@ -21,7 +21,7 @@ import jax_flash
 from jax_flash import reference
 
 GARBAGE = (-(2**31), 2**31 - 1, -1, 10**6)
-FLOAT8 = "float8_e4m3fn"
+FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ def paged(
     scales = {}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense = arrays[name]
-        if pool_dtype == FLOAT8:  # powers of two: what is stored times its scale is exact in every dtype
+        if pool_dtype in FLOAT8:  # powers of two: what is stored times its scale is exact in every dtype
             scales[scale] = 2.0 ** jnp.arange(-1, case.hk - 1, dtype=jnp.float32)
             by_head = scales[scale][:, None].astype(dense.dtype)
-            stored = (dense / by_head).astype(FLOAT8)
+            stored = (dense / by_head).astype(pool_dtype)
             inputs.positional[name] = stored.astype(dense.dtype) * by_head
             dense = stored
         arrays[name] = pages.pool(rows_of(case, np.asarray(dense, np.float32)), pool_dtype or case.dtype)
@@ -166,7 +166,7 @@ def _to_pools(call: Paged, result: oracle.Result) -> oracle.Result:
         if name in ("key", "value")
         else x
         for name, x in result.gradients.items()
-        if call.arrays[name].dtype != FLOAT8
+        if call.arrays[name].dtype not in FLOAT8
     }
     return dataclasses.replace(result, gradients=moved)
 
@@ -177,7 +177,7 @@ def run(call: Paged, implementation: str, *, gradients: bool, **options: Any) ->
     if not gradients:
         return oracle.Result(*map(np.asarray, function({})))
     moving, _ = oracle.split(call.arrays)
-    moving = {name: x for name, x in moving.items() if x.dtype != FLOAT8}
+    moving = {name: x for name, x in moving.items() if x.dtype not in FLOAT8}
     return checks.differentiate(function, moving, call.inputs)
 
 

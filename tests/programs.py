@@ -103,11 +103,13 @@ def require_devices(count: int) -> None:
         pytest.skip(f"needs {count} devices")
 
 
-def start_python(code: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+def start_python(
+    code: str, *arguments: str, devices: int = 1, platform: str = "cpu"
+) -> subprocess.Popen[str]:
     """Runs code in a Python of its own, with as many CPU devices; it may import the tests' modules."""
     environment = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": platform if platform == "cpu" else f"{platform},cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]),
     }
     return subprocess.Popen(

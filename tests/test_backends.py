@@ -111,7 +111,7 @@ def test_without_the_extension_cpu_raises_and_names_xla(without_core):
     assert named("cpu").devices == ()
     with pytest.raises(NotImplementedError, match=r'flash_attention: .*"cpu" is not built.*"xla" runs here'):
         backends.require_cpu("flash_attention")
-    backends.register.__wrapped__()  # nothing to register, and no error
+    backends.register.__wrapped__()  # nothing to register, and no error: it runs at import
 
 
 def test_an_extension_that_does_not_load_says_why(monkeypatch):
@@ -164,6 +164,17 @@ def test_a_wheel_of_another_version_is_not_loaded(core, monkeypatch, tmp_path):
     monkeypatch.setattr(backends.importlib.util, "find_spec", only_in(tmp_path))
     problem = "of another version: jax-flash-cuda13 is 1.2.2, jax-flash is 1.2.3"
     assert named("cuda").problem == f"{problem}; pip install jax-flash-cuda13==1.2.3"
+    backends.register.__wrapped__()  # at import it is left out in silence
+    monkeypatch.setattr(backends, "local_devices", lambda platform: (gpu("9.0"),))
+    with pytest.raises(NotImplementedError, match=f'"cuda" is {problem}'):
+        backends.require_cuda("flash_attention")
+
+
+def test_a_wheel_without_metadata_is_asked_for_its_version_itself(core, monkeypatch, tmp_path):
+    wheel(tmp_path, 13, "1.2.3")
+    (tmp_path / "jax_flash_cuda13-1.2.3.dist-info" / "METADATA").unlink()
+    monkeypatch.setattr(backends.importlib.util, "find_spec", only_in(tmp_path))
+    assert named("cuda").library == tmp_path / "jax_flash_cuda13" / backends.CUDA_LIBRARY
 
 
 def test_a_library_built_from_source_comes_first_and_its_rows_are_told(core, tmp_path):

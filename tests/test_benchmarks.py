@@ -89,23 +89,13 @@ def test_arguments_are_rotated(monkeypatch):
     assert [argument for _, argument in clock.log[:6]] == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("case", "picture"),
-    [
-        (Case("", b=1, sq=2, sk=3), ["###", "###"]),
-        (Case("", b=1, sq=3, sk=5, causal=True), ["###..", "####.", "#####"]),
-        (Case("", b=1, sq=3, sk=5, causal=True, align="top_left"), ["#....", "##...", "###.."]),
-        (Case("", b=1, sq=4, sk=4, window=(1, 0)), ["#...", "##..", ".##.", "..##"]),
-        (Case("", b=1, sq=2, sk=4, kv_lengths=(3,), causal=True), ["##..", "###."]),
-    ],
-)
-def test_visible_pairs_are_those_of_the_picture(case, picture):
-    assert flop.visible_pairs(case) == sum(row.count("#") for row in picture)
-
-
-def test_visible_pairs_of_packed_sequences_are_those_of_each():
-    assert flop.visible_pairs(varlen("", (3, 0, 2), causal=True)) == 6 + 0 + 3
-    assert flop.visible_pairs(varlen("", (3, 2), k_sequences=(4, 1))) == 12 + 2
+def test_masks_biases_and_segments_take_no_pair_away_and_the_band_does():
+    plain = Case("", sq=5, sk=7, causal=True, kv_lengths=(3, 7), q_lengths=(5, 2))
+    hidden = plain.replace(mask=(5, 7), bias=(5, 7), segments=2, sinks=True, dropout_rate=0.1)
+    assert flop.attention(hidden, "forward") == flop.attention(plain, "forward")
+    assert flop.attention(plain, "forward") == 4 * 16 * 4 * ((1 + 2 + 3) + (6 + 7))
+    packed = varlen("", (3, 2), k_sequences=(4, 1), padding=(3, 2))
+    assert flop.attention(packed, "forward") == 4 * 16 * 4 * (12 + 2)
 
 
 def test_flop_are_four_b_h_s_s_d_and_the_backward_two_and_a_half_times_that():
@@ -113,6 +103,7 @@ def test_flop_are_four_b_h_s_s_d_and_the_backward_two_and_a_half_times_that():
     assert flop.attention(case, "forward") == 4 * 2 * 3 * 8 * 8 * 16
     assert flop.attention(case, "backward") == 2.5 * flop.attention(case, "forward")
     assert flop.attention(case, "both") == 3.5 * flop.attention(case, "forward")
+    assert flop.attention(case, "jvp") == 3.5 * flop.attention(case, "forward")
     assert (
         flop.kv_bytes(sequences=2, kv_heads=8, head_dim=128, keys=10, itemsize=2) == 2 * 2 * 8 * 128 * 10 * 2
     )

@@ -40,6 +40,8 @@ VALID = {
         PACKED, cu_seqlens_q=i32(0, 0, 20, 30), cu_seqlens_k=i32(0, 10, 10, 39), kv_lengths=i32(10, 0, 5)
     ),
     "packed, no sequences": dict(PACKED, cu_seqlens_q=i32(0)),
+    "one length for all": dict(FIXED, q_lengths=8, kv_lengths=np.int64(12)),
+    "one length for all, paged": dict(POOL, block_tables=i32([0, 1], [2, 3]), kv_lengths=8),
     "plain lists": dict(PACKED, cu_seqlens_q=[0, 5, 30]),
     "paged, garbage past the length": dict(
         POOL, query=zeros(2, 1, 4, 16), block_tables=i32([5, -1, 99], [0, 5, 1]), kv_lengths=i32(4, 12)
@@ -100,6 +102,12 @@ WRONG = {
     "negative length": (dict(FIXED, q_lengths=i32(3, -4)), "q_lengths[1] = -4; a length must be at least 0"),
     "q_lengths": (dict(FIXED, q_lengths=i32(3, 9)), "q_lengths[1] = 9 is more than query's length 8"),
     "kv_lengths": (dict(FIXED, kv_lengths=i32(13, 9)), "kv_lengths[0] = 13 is more than key's length 12"),
+    "one length for all": (dict(FIXED, kv_lengths=13), "kv_lengths[0] = 13 is more than key's length 12"),
+    "one length for all, paged": (
+        dict(POOL, block_tables=i32([0, 1], [2, 3]), kv_lengths=9),
+        "kv_lengths[0] = 9 is more than the capacity of its row of block_tables, 8",
+    ),
+    "no int32": ({"kv_lengths": [1, 2**31]}, "kv_lengths holds 2147483648, allowed are the values of int32"),
     "jax.nn's": (
         dict(FIXED, key_value_seq_lengths=i32(0, 13)),
         "key_value_seq_lengths[1] = 13 is more than key's length 12",
@@ -175,10 +183,14 @@ def test_sums_of_int32_do_not_wrap():
 
 
 @pytest.mark.parametrize("name", ["cu_seqlens_q", "q_lengths", "kv_lengths", "segment_ids", "block_tables"])
-@pytest.mark.parametrize("dtype", ["int64", "uint32", "float32", "bool"])
-def test_index_arrays_of_another_dtype_are_type_errors(name, dtype):
+def test_what_the_functions_refuse_for_its_dtype_is_a_type_error(name):
     shape = (1, 2) if name in ("segment_ids", "block_tables") else (2,)
-    with pytest.raises(TypeError, match=f"check_inputs: {name} must be int32, got {dtype}"):
+    for dtype in ("float32", "bool"):
+        with pytest.raises(TypeError, match=f"check_inputs: {name} must hold integers, got {dtype}"):
+            check_inputs(**{name: np.zeros(shape, dtype)})
+        with pytest.raises(TypeError, match=f"check_inputs: {name} must be int32, got {dtype}"):
+            check_inputs(**{name: jnp.zeros(shape, dtype)})
+    for dtype in ("int64", "uint32"):  # which the functions take
         check_inputs(**{name: np.zeros(shape, dtype)})
 
 

@@ -27,7 +27,15 @@ from flash_attn_reference import (
 
 import jax_flash
 from jax_flash.compat import flash_attn
-from jax_flash.compat.flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from jax_flash.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 
 # The interface.
 
@@ -40,6 +48,13 @@ INTERFACE = {
     flash_attn_varlen_func: (
         "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
         ATTENTION | dict(block_table=None),
+    ),
+    flash_attn_qkvpacked_func: ("qkv", ATTENTION),
+    flash_attn_kvpacked_func: ("q kv", ATTENTION),
+    flash_attn_varlen_qkvpacked_func: ("qkv cu_seqlens max_seqlen", ATTENTION),
+    flash_attn_varlen_kvpacked_func: (
+        "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k",
+        ATTENTION,
     ),
     flash_attn_with_kvcache: (
         "q k_cache v_cache",
@@ -63,8 +78,8 @@ def test_names_order_and_defaults_are_flash_attns(function):
     assert {p.name for p in parameters if p.kind is p.KEYWORD_ONLY} <= {"dropout_key", "implementation"}
 
 
-def test_all_names_the_three_functions():
-    assert flash_attn.__all__ == [f.__name__ for f in INTERFACE]
+def test_all_names_the_functions():
+    assert flash_attn.__all__ == sorted(f.__name__ for f in INTERFACE)
 
 
 # flash_attn_func and flash_attn_varlen_func.
@@ -240,6 +255,11 @@ ERRORS = {
         TypeError,
         "flash_attn_varlen_func: window_size must hold two ints, −1 for unlimited, got (1.0, 0)",
     ),
+    "return_attn_probs": (
+        lambda: flash_attn_func(*fixed_inputs(), return_attn_probs="no"),
+        TypeError,
+        "flash_attn_func: return_attn_probs must be True or False, got 'no'",
+    ),
     "softcap": (
         lambda: flash_attn_func(*fixed_inputs(), softcap=-1.0),
         ValueError,
@@ -259,13 +279,13 @@ ERRORS = {
         lambda: flash_attn_varlen_func(
             *packed_inputs(),
             i32(*CU_Q),
-            np.array(CU_K, np.int64),
+            np.array(CU_K, np.float32),
             5,
             5,
             block_table=np.zeros((3, 4), np.int32),
         ),
         TypeError,
-        "flash_attn_varlen_func: cu_seqlens_k must be int32, got int64; cast it with .astype('int32')",
+        "flash_attn_varlen_func: cu_seqlens_k must hold integers, got float32",
     ),
 }
 

@@ -229,7 +229,12 @@ ERRORS = {
     "cache_seqlens of floats": (
         kvcache_error(cache_seqlens=np.ones(3, np.float32)),
         TypeError,
-        "cache_seqlens must be int32, got float32",
+        "cache_seqlens must hold integers, got float32",
+    ),
+    "return_softmax_lse": (
+        kvcache_error(return_softmax_lse=1),
+        TypeError,
+        "return_softmax_lse must be True or False, got 1",
     ),
     "num_splits": (
         kvcache_error(num_splits=-1),

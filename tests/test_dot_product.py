@@ -358,6 +358,12 @@ WRONG = {
         NotImplementedError,
         'implementation is "cudnn"; allowed are None, "cuda"',
     ),
+    "is_causal": ({"is_causal": 1}, TypeError, "is_causal must be True or False, got 1"),
+    "return_residual": (
+        {"return_residual": "no"},
+        TypeError,
+        "return_residual must be True or False, got 'no'",
+    ),
     "implementation": ({"implementation": "triton"}, ValueError, "implementation .*'triton'"),
 }
 

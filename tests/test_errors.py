@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import traceback
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,8 @@ BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions
     (dict(causal=1), TypeError, "causal must be True or False, got 1"),
     (dict(causal="yes"), TypeError, "causal must be True or False, got 'yes'"),
     (dict(deterministic=None), TypeError, "deterministic must be True or False, got None"),
+    (dict(return_lse="no"), TypeError, "return_lse must be True or False, got 'no'"),
+    (dict(return_lse=1), TypeError, "return_lse must be True or False, got 1"),
     (dict(window=3), TypeError, "window must be None or a pair (left, right), got 3"),
     (dict(window=(1, 2, 3)), TypeError, "window must be None or a pair (left, right), got (1, 2, 3)"),
     (dict(window=(1.0, 0)), TypeError, "window's left must be an int ≥ 0 or None, got 1.0"),
@@ -93,6 +96,18 @@ BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions
         dict(kv_lengths=floats(B)),
         TypeError,
         "kv_lengths must be int32, got float32; cast it with .astype('int32')",
+    ),
+    (dict(kv_lengths="7"), TypeError, "kv_lengths must be an array, got '7'"),
+    (dict(kv_lengths=[7.0, 7.5]), TypeError, "kv_lengths must hold integers, got float64"),
+    (
+        dict(kv_lengths=[[1], [1, 2]]),
+        ValueError,
+        "kv_lengths must be an array, got lists of different lengths",
+    ),
+    (
+        dict(kv_lengths=[1, 2**31]),
+        ValueError,
+        "kv_lengths holds 2147483648, allowed are the values of int32, at most 2147483647",
     ),
 ]
 
@@ -300,6 +315,12 @@ def test_symbolic_heads_and_head_dims_are_refused():
         ValueError, match="flash_attention: query must have a static head dim of at least 1, got d"
     ):
         symbolic_head_dim()
+
+
+def test_the_largest_head_dim_is_that_of_the_kernels():
+    header = Path(__file__).parent.parent / "csrc" / "core" / "spec.h"
+    (largest,) = re.findall(r"kMaxHeadDim = (\d+);", header.read_text())
+    assert int(largest) == validate.MAX_HEAD_DIM
 
 
 def test_float64_is_refused_except_in_plain_jax():

@@ -1,15 +1,26 @@
 """Index values that only the device sees: whatever they hold, the call equals the one with the clamped values.
 
-cu_seqlens is read as its running maximum clamped to [0, t], lengths are clamped to the operand.
+cu_seqlens is read as its running maximum clamped to [0, t], lengths are clamped to the operand. And which arrays are
+taken as indices at all.
 """
 
+import re
+
 import checks
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, make_inputs, varlen
 
-from jax_flash import flash_attention, flash_attention_varlen
+from jax_flash import (
+    append_kv,
+    apply_rotary,
+    dot_product_attention,
+    flash_attention,
+    flash_attention_varlen,
+    paged_attention,
+)
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 T, N = 20, 4  # tokens and sequences of every packed case
@@ -126,31 +137,123 @@ def test_segment_ids_are_compared_whatever_they_hold(implementation):
     checks.assert_same(got, checks.run(case, inputs, implementation))
 
 
-WRONG = [
-    *(
-        (name, dtype)
-        for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths")
-        for dtype in ("int64", "float32")
+# Which arrays are taken: int32 from JAX, and integers of any type on the host.
+
+X, PACKED_X = jnp.ones((2, 4, 2, 8)), jnp.ones((9, 2, 8))
+POOL, ANGLES = jnp.ones((6, 2, 2, 8)), jnp.ones((9, 2))
+OFFSETS, TABLES, LENGTHS_OF_TWO = [0, 4, 9], [[0, 1], [2, 3]], [3, 1]
+CALLS = {  # a call, and its index arrays
+    "fixed": (
+        lambda **index: flash_attention(X, X, X, **index),
+        {"q_lengths": LENGTHS_OF_TWO, "kv_lengths": LENGTHS_OF_TWO},
     ),
-    ("cu_seqlens_q", "uint32"),
-    ("cu_seqlens_q", "int16"),
-]
+    "packed": (
+        lambda **index: flash_attention_varlen(PACKED_X, PACKED_X, PACKED_X, **index),
+        {"cu_seqlens_q": OFFSETS, "cu_seqlens_k": OFFSETS, "kv_lengths": LENGTHS_OF_TWO},
+    ),
+    "paged": (
+        lambda **index: paged_attention(PACKED_X, POOL, POOL, **index),
+        {"block_tables": TABLES, "kv_lengths": LENGTHS_OF_TWO, "cu_seqlens_q": OFFSETS},
+    ),
+    "append": (
+        lambda **index: append_kv(POOL, POOL, 2 * PACKED_X, PACKED_X, **index),
+        {"block_tables": TABLES, "kv_lengths": LENGTHS_OF_TWO, "cu_seqlens": OFFSETS},
+    ),
+    "rotary": (
+        lambda positions: apply_rotary(X, positions, ANGLES, ANGLES),
+        {"positions": [3, 1, 2, 8]},
+    ),
+    "jax.nn's": (
+        lambda **index: dot_product_attention(X, X, X, **index),
+        {"query_seq_lengths": LENGTHS_OF_TWO, "key_value_seq_lengths": LENGTHS_OF_TWO},
+    ),
+}
+HOST = {
+    "lists": list,
+    "tuples": lambda x: tuple(map(tuple, x)) if isinstance(x[0], list) else tuple(x),
+    "int64, as of np.cumsum": lambda x: np.array(x, np.int64),
+    "uint8": lambda x: np.array(x, np.uint8),
+    "lists with an array of JAX": lambda x: [*x[:-1], jnp.asarray(x[-1], jnp.int32)],
+}
+every_call = pytest.mark.parametrize("name", CALLS)
 
 
-@pytest.mark.parametrize(("name", "dtype"), WRONG)
-def test_packed_index_arrays_of_another_dtype_are_refused(name, dtype, implementation):
-    x = jnp.zeros((4, 2, 8))
-    index = {"cu_seqlens_q": i32([0, 4]), "cu_seqlens_k": i32([0, 4]), "kv_lengths": i32([4])}
-    index[name] = np.asarray(index[name]).astype(dtype)
-    message = f"flash_attention_varlen: {name} must be int32, got {dtype}; cast it with .astype\\('int32'\\)"
-    with pytest.raises(TypeError, match=message):
-        flash_attention_varlen(x, x, x, **index, implementation=implementation)
+@every_call
+@pytest.mark.parametrize("made", HOST)
+@pytest.mark.parametrize("x64", [False, True])
+def test_integers_on_the_host_are_taken_whatever_their_type(name, made, x64):
+    call, index = CALLS[name]
+    wanted = call(**{argument: i32(x) for argument, x in index.items()})
+    with jax.enable_x64(x64):
+        got = call(**{argument: HOST[made](x) for argument, x in index.items()})
+        jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
-@pytest.mark.parametrize("name", ["q_lengths", "kv_lengths", "segment_ids"])
-@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool"])
-def test_fixed_index_arrays_of_another_dtype_are_refused(name, dtype, implementation):
-    x = jnp.zeros((2, 4, 2, 8))
-    index = {name: np.zeros((2, 4) if name == "segment_ids" else 2, dtype)}
-    with pytest.raises(TypeError, match=f"flash_attention: {name} must be int32, got {dtype}"):
-        flash_attention(x, x, x, **index, implementation=implementation)
+WRONG = {  # made of the right numbers, exception, sentence
+    "floats of NumPy": (lambda x: np.array(x, np.float64), TypeError, "must hold integers, got float64"),
+    "booleans of NumPy": (lambda x: np.array(x, bool), TypeError, "must hold integers, got bool"),
+    "a list of floats": (lambda x: np.array(x, float).tolist(), TypeError, "must hold integers, got float64"),
+    "a list of booleans": (lambda x: np.array(x, bool).tolist(), TypeError, "must hold integers, got bool"),
+    "floats of JAX": (lambda x: jnp.array(x, jnp.float32), TypeError, "must be int32, got float32; cast it with"),
+    "booleans of JAX": (lambda x: jnp.array(x, bool), TypeError, "must be int32, got bool; cast it with"),
+    "int8 of JAX": (lambda x: jnp.array(x, jnp.int8), TypeError, "must be int32, got int8; cast it with"),
+    "a string": (str, TypeError, "must be an array, got '"),
+    "too large": (
+        lambda x: np.array(x, np.int64) + 2**31,
+        ValueError,
+        "allowed are the values of int32, at most 2147483647",
+    ),
+    "too small": (lambda x: np.array(x, np.int64) - 2**32, ValueError, "allowed are the values of int32"),
+}  # fmt: skip
+
+
+@every_call
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_no_integer_or_does_not_fit_is_refused_instead_of_rounded(name, wrong):
+    call, index = CALLS[name]
+    made, error, message = WRONG[wrong]
+    for argument, x in index.items():
+        with pytest.raises(error, match=rf": {argument} .*{re.escape(message)}"):
+            call(**index | {argument: made(x)})
+
+
+@every_call
+def test_int64_arrays_of_jax_are_refused_traced_or_not(name):
+    call, index = CALLS[name]
+    with jax.enable_x64(True):
+        for argument, x in index.items():
+            wide = jnp.array(x, jnp.int64)
+            for run in (call, lambda **index: jax.jit(lambda index: call(**index))(index)):
+                with pytest.raises(TypeError, match=f": {argument} must be int32, got int64; cast it with"):
+                    run(**{name: i32(y) for name, y in index.items()} | {argument: wide})
+
+
+@pytest.mark.parametrize("ids", ["int64", "uint8"])
+def test_segment_ids_on_the_host_are_taken_too(ids):
+    segments = np.array([[0, 0, 1, 1], [0, 1, 1, 2]])
+    wanted = flash_attention(X, X, X, segment_ids=i32(segments))
+    np.testing.assert_array_equal(flash_attention(X, X, X, segment_ids=segments.astype(ids)), wanted)
+    pair = segments.tolist(), segments.astype(ids)
+    np.testing.assert_array_equal(flash_attention(X, X, X, segment_ids=pair), wanted)
+    with pytest.raises(TypeError, match="segment_ids must hold integers, got float64"):
+        flash_attention(X, X, X, segment_ids=segments / 2)
+
+
+# One number for all sequences.
+
+
+@pytest.mark.parametrize("name", ["fixed", "packed", "paged", "append"])
+def test_one_number_is_the_length_of_all(name):
+    call, index = CALLS[name]
+    for argument in set(index) & {"q_lengths", "kv_lengths"}:
+        wanted = call(**index | {argument: [2, 2]})
+        for number in (2, np.int64(2), np.array(2, np.uint8), jnp.int32(2)):
+            got = call(**index | {argument: number})
+            jax.tree.map(np.testing.assert_array_equal, got, wanted)
+        traced = jax.jit(lambda n, argument=argument: call(**index | {argument: n}))(jnp.int32(2))
+        jax.tree.map(np.testing.assert_array_equal, traced, wanted)
+        mapped = jax.vmap(lambda n, argument=argument: call(**index | {argument: n}))(i32([2, 1]))
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[0], y), mapped, wanted)
+        for wrong, got in ((True, "bool"), (2.0, "float64")):
+            with pytest.raises(TypeError, match=f"{argument} must hold integers, got {got}"):
+                call(**index | {argument: wrong})

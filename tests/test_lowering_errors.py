@@ -1,10 +1,9 @@
-"""Errors after tracing: where there is no library, what the chosen one lacks, and derivatives that it has not."""
+"""Errors after tracing: where there is no library, and what the chosen one lacks."""
 
 import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jax_flash
@@ -41,38 +40,6 @@ def test_cuda_on_a_cpu_raises_when_called():
     x = jax.device_put(X, cpu)
     with pytest.raises(NotImplementedError, match='implementation="cuda" cannot run on platform "cpu"'):
         jax_flash.flash_attention(x, x, x, implementation="cuda")
-
-
-# Derivatives: reverse mode, once.
-
-
-def loss(implementation):
-    return lambda x: (
-        jax_flash.flash_attention(x, x, x, implementation=implementation).astype(jnp.float32).sum()
-    )
-
-
-@pytest.mark.parametrize(
-    "derive", [lambda f: jax.jvp(f, (X,), (X,)), lambda f: jax.jacfwd(f)(X)], ids=["jvp", "jacfwd"]
-)
-def test_forward_mode_raises_and_says_so(derive, kernel):
-    with pytest.raises(TypeError, match=r"forward-mode .*\(jvp\).* custom_vjp"):
-        derive(loss(kernel))
-
-
-def test_second_derivatives_raise_and_name_plain_jax(kernel):
-    message = r'differentiable in reverse mode once; use implementation="xla" for forward mode and higher derivatives'
-    with pytest.raises(NotImplementedError, match=message):
-        jax.grad(lambda x: jax.grad(loss(kernel))(x).astype(jnp.float32).sum())(X)
-
-
-def test_plain_jax_has_forward_mode_and_second_derivatives():
-    x = X.astype(jnp.float32)
-    _, tangent = jax.jvp(loss("xla"), (x,), (x,))
-    assert np.isfinite(tangent)
-    second = jax.grad(lambda x: jax.grad(loss("xla"))(x)[0, 0, 0, 0])(x)
-    assert np.isfinite(second).all()
-    assert second.any()
 
 
 # On CUDA, what no kernel was built for.

@@ -140,16 +140,6 @@ def test_varlen_in_shard_map(kernel, mesh):
     assert not collectives(text)
 
 
-@pytest.mark.parametrize("heads", ["model", None], ids=["heads automatic", "heads whole"])
-def test_partial_manual_shard_map_is_right(kernel, mesh, heads):
-    """Manual over "data" only: over "model" the call is XLA's to place."""
-    call = attention(GQA, kernel)
-    mapped = jax.shard_map(
-        call, mesh=mesh, in_specs=(qkv(P("data")),), out_specs=(P("data"), P("data")), axis_names={"data"}
-    )
-    check_against(mapped, call, mesh, arrays_of(GQA), qkv(P("data", None, heads)))
-
-
 # explicit axes
 
 

@@ -1,11 +1,15 @@
 """JAX's strict and 64-bit modes, leak and NaN checks: every option, forward and backward, under each."""
 
 import contextlib
+import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 from cases import BY_NAME, make_inputs
 from programs import assert_same, attention, with_gradients
+
+import jax_flash
 
 CASES = [BY_NAME[name].replace(dtype="bfloat16") for name in ("everything", "packed everything")]
 
@@ -46,9 +50,24 @@ def test_all_modes_at_once_change_no_result_of_plain_jax(case):
     check(case, "xla", MODES)
 
 
-def test_eager_calls_are_checked_for_nan_too(kernel):
-    case = CASES[0]
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.layout)
+def test_eager_calls_are_checked_for_nan_too(case, implementation):
+    run = with_gradients(attention(case, implementation))
     with jax.debug_nans(True):
-        out, lse = attention(case, kernel)(arrays_of(case))
-    assert bool((lse == -jax.numpy.inf).any())
-    assert_same((out, lse), jax.jit(attention(case, kernel))(arrays_of(case)))
+        got = run(arrays_of(case))
+    assert bool((got["results"][1] == -jnp.inf).any())
+    assert_same(got, jax.jit(run)(arrays_of(case)))
+
+
+def test_eager_calls_over_pages_are_checked_for_nan_too(implementation):
+    q, pool, tables = jnp.ones((2, 3, 4, 8)), jnp.ones((4, 2, 2, 8)), [[0, 1], [-1, 3]]
+
+    def run(q, pool, tables=tables, lengths=(4, 0)):
+        call = functools.partial(jax_flash.paged_attention, causal=True, implementation=implementation)
+        return call(q, pool, pool, tables, lengths)
+
+    with jax.debug_nans(True):
+        out, gradients = jax.vjp(run, q, pool)
+        gradients(jnp.ones_like(out))
+        with pytest.raises(FloatingPointError):  # row 1 needs a page outside the pool
+            run(q, pool, lengths=(4, 3))

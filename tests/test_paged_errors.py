@@ -20,14 +20,14 @@ def pool(*shape, dtype="float32"):
     return dict.fromkeys(("k_pages", "v_pages"), floats(*shape, dtype=dtype))
 
 
-EIGHT = pool(7, SIZE, HK, D, dtype=FLOAT8)
+EIGHT = pool(7, SIZE, HK, D, dtype=FLOAT8[1])
 POOLS = dict(**pool(7, SIZE, HK, D), block_tables=ints(N, PAGES), kv_lengths=ints(N))
 ATTENTION = dict(query=floats(N, 1, HQ, D), **POOLS)
 APPEND = dict(key=floats(N, 3, HK, D), value=floats(N, 3, HK, D), **POOLS)
 
 BOTH = [  # (what is wrong, exception, sentence)
     (dict(k_pages=None), TypeError, "k_pages must be an array, got None"),
-    (dict(v_pages=floats(7, SIZE, HK, D, dtype=FLOAT8)), TypeError,
+    (dict(v_pages=floats(7, SIZE, HK, D, dtype=FLOAT8[0])), TypeError,
      "v_pages has dtype float8_e4m3fn, which differs from k_pages' float32"),
     (dict(v_pages=floats(8, SIZE, HK, D)), ValueError,
      "v_pages has shape (8, 4, 2, 8), which differs from k_pages' (7, 4, 2, 8) before the last dimension"),
@@ -39,16 +39,18 @@ BOTH = [  # (what is wrong, exception, sentence)
     (dict(kv_lengths=ints(N, dtype="uint8")), TypeError, "kv_lengths must be int32, got uint8"),
     (dict(page_layout="dhn"), ValueError, "page_layout must be one of ('nhd', 'hnd'), got 'dhn'"),
     (dict(k_scale=floats(HK)), ValueError,
-     "k_scale must be None with pools of dtype float32; scales belong to float8_e4m3fn"),
+     "k_scale must be None with pools of dtype float32; scales belong to float8"),
     (EIGHT | dict(v_scale=floats(3)), ValueError, "v_scale must have shape [hk] = (2,), got (3,)"),
     (EIGHT | dict(k_scale=floats(HK, dtype="bfloat16")), TypeError, "k_scale must be float32"),
     (dict(implementation="gpu"), ValueError, "implementation"),
+    (dict(block_tables=None), TypeError, "block_tables must be an array, got None"),
+    (dict(kv_lengths=2.0), TypeError, "kv_lengths must hold integers, got float64"),
 ]  # fmt: skip
 OF_ATTENTION = [
     (dict(query=floats(3, HQ, D)), ValueError, "query must have rank 4 [n sq hq d], got shape (3, 4, 8)"),
     (dict(query=floats(N, 1, HQ, D, dtype="int8")), TypeError, "query has dtype int8, allowed are float16, "),
     (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
-     "k_pages has dtype bfloat16, allowed are query's float32 and float8_e4m3fn"),
+     "k_pages has dtype bfloat16, allowed are query's float32, float8_e4m3fn and float8_e5m2"),
     (pool(7, SIZE, HK, 16), ValueError, "k_pages has head dim 16"),
     (pool(7, SIZE, 3, D), ValueError, "k_pages has 3 heads, which does not divide query's 4"),
     (dict(block_tables=ints(3, PAGES), kv_lengths=ints(3)), ValueError, "block_tables has number of sequences 3"),
@@ -62,6 +64,12 @@ OF_ATTENTION = [
     (dict(window=(-1, 0)), ValueError, "window's left must be ≥ 0"),
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [n hq] = (2, 4), got shape (3, 4)"),
     (dict(sinks=floats(HK)), ValueError, "sinks must have shape"),
+    (dict(return_lse="no"), TypeError, "return_lse must be True or False, got 'no'"),
+    (dict(query=floats(N, 1, HQ, 576)) | pool(7, SIZE, HK, 576), ValueError,
+     'k_pages has head dim 576, allowed are 1 to 256; implementation="xla" takes any'),
+    (dict(v_pages=floats(7, SIZE, HK, 264)), ValueError, "v_pages has head dim 264, allowed are 1 to 256;"),
+    (dict(query=floats(N, 1, HQ, 0)) | pool(7, SIZE, HK, 0), ValueError,
+     "k_pages must have a static head dim of at least 1, got 0"),
 ]  # fmt: skip
 OF_APPEND = [
     (dict(key=floats(N, HK, D)), ValueError, "key must have rank 4 [n s hk d], got shape (2, 2, 8)"),
@@ -73,7 +81,7 @@ OF_APPEND = [
     (dict(value=floats(N, 3, HK, 16)), ValueError, "v_pages has head dim 8"),
     (pool(7, SIZE, 4, D), ValueError, "key has head count 2"),
     (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
-     "k_pages has dtype bfloat16, allowed are key's float32 and float8_e4m3fn"),
+     "k_pages has dtype bfloat16, allowed are key's float32, float8_e4m3fn and float8_e5m2"),
     (dict(cu_seqlens=ints(3)), ValueError, "key must have rank 3 [t hk d], got shape (2, 3, 2, 8)"),
     (dict(key=floats(5, HK, D), value=floats(5, HK, D), cu_seqlens=ints(2)), ValueError,
      "cu_seqlens must have shape [n+1] = (3,), got (2,)"),
@@ -83,6 +91,10 @@ OF_APPEND = [
      "cos has 5 columns, for 10 features; the head dim is 8"),
     (dict(rotary=(floats(0, 4), floats(0, 4))), ValueError, "cos must have at least one position, got 0"),
     (dict(interleaved=1), TypeError, "interleaved must be True or False, got 1"),
+    (dict.fromkeys(("key", "value"), floats(N, 3, HK, 576)) | pool(7, SIZE, HK, 576), ValueError,
+     'k_pages has head dim 576, allowed are 1 to 256; implementation="xla" takes any'),
+    (dict(value=floats(N, 3, HK, 264), v_pages=floats(7, SIZE, HK, 264)), ValueError,
+     "v_pages has head dim 264, allowed are 1 to 256;"),
 ]  # fmt: skip
 ROWS = [
     *((paged_attention, ATTENTION, *row) for row in BOTH + OF_ATTENTION),
@@ -111,6 +123,16 @@ def test_one_sentence_names_the_argument_and_what_is_allowed(function, right, wr
 def test_right_arguments_raise_nothing():
     assert jax.eval_shape(lambda x: paged_attention(**x), ATTENTION).shape == (N, 1, HQ, D)
     assert jax.eval_shape(lambda x: append_kv(**x), APPEND)[2].shape == (N,)
+
+
+def test_plain_jax_takes_any_head_dim():
+    wide = floats(N, 1, HQ, 576)
+    pools = pool(7, SIZE, HK, 576) | {n: POOLS[n] for n in ("block_tables", "kv_lengths")}
+    new = dict.fromkeys(("key", "value"), floats(N, 3, HK, 576))
+    assert (
+        jax.eval_shape(lambda x: paged_attention(**x, implementation="xla"), pools | {"query": wide}) == wide
+    )
+    assert jax.eval_shape(lambda x: append_kv(**x, implementation="xla"), pools | new)[0] == pools["k_pages"]
 
 
 def test_append_is_not_differentiable(kernel):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pages
+import pytest
 from cases import Case
 from conftest import IMPLEMENTATION
 from pages import FLOAT8, paged, require
@@ -30,8 +31,9 @@ def test_gradients_in_16_bit():
     pages.check(paged(MIXED.replace(causal=True, dtype="bfloat16"), 4, "hnd"), IMPLEMENTATION, gradients=True)
 
 
-def test_float8_pools_have_no_gradient_but_the_query_has():
-    pages.check(paged(CHUNK.replace(causal=True), 4, "nhd", FLOAT8), IMPLEMENTATION, gradients=True)
+@pytest.mark.parametrize("float8", FLOAT8)
+def test_float8_pools_have_no_gradient_but_the_query_has(float8):
+    pages.check(paged(CHUNK.replace(causal=True), 4, "nhd", float8), IMPLEMENTATION, gradients=True)
 
 
 def test_gradients_of_shared_pages_add_up(implementation):

@@ -114,7 +114,7 @@ def test_a_donated_decode_loop_sharded_by_heads(kernel):
 # Sharding.
 
 
-@pytest.mark.parametrize(("layout", "pool_dtype"), [("nhd", "float32"), ("hnd", FLOAT8)])
+@pytest.mark.parametrize(("layout", "pool_dtype"), [("nhd", "float32"), ("hnd", FLOAT8[0])])
 def test_attention_over_sharded_heads_needs_no_communication(kernel, layout, pool_dtype):
     """Every operand that has heads along with them: pools in both layouts, scales, sinks."""
     require(kernel)
@@ -138,7 +138,7 @@ def test_fewer_kv_heads_than_devices_keep_their_own_scales(kernel, kv_heads):
     """Query heads are split further than KV heads: each device takes the pages and the scales of its one KV head."""
     require(kernel)
     require_devices(8)
-    call = paged(CHUNK.replace(hq=8, hk=kv_heads), 4, pool_dtype=FLOAT8)
+    call = paged(CHUNK.replace(hq=8, hk=kv_heads), 4, pool_dtype=FLOAT8[1])
     by_head, whole = (
         NamedSharding(jax.make_mesh((8,), ("model",)), spec) for spec in (P(None, None, "model"), P())
     )

@@ -15,7 +15,7 @@ from jax_flash.operands import operand_bits
 from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
 
-PASSES = ("forward", "backward", "bias_gradient")
+PASSES = ("forward", "backward", "tangent", "bias_gradient")
 SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "cluster", "blocks")
 
 
@@ -167,7 +167,7 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
     assert repeatable["queries"]["blocks"] > 0
 
 
-@pytest.mark.parametrize("pass_", PASSES[:2])
+@pytest.mark.parametrize("pass_", PASSES[:3])
 @pytest.mark.parametrize("seed", range(30))
 def test_the_workspace_stays_within_its_bound(pass_, seed):
     """The bound holds on every device."""
@@ -214,7 +214,7 @@ def test_the_command_prints_a_line_per_pass(capsys):
 
 def test_the_command_says_why_nothing_runs_and_fails(capsys):
     assert main([*COMMAND, "--gpu", "t4"]) == 1
-    assert capsys.readouterr().out.count("query is bfloat16, which sm_75 has no products of") == 2
+    assert capsys.readouterr().out.count("query is bfloat16, which sm_75 has no products of") == 3
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from jax_flash.operands import OPTIONAL
 from jax_flash.paged import validate as paged_validate
 from jax_flash.spec import AttentionSpec
 
+Call = tuple[AttentionSpec, dict[str, Any]]
 B, S, HQ, HK, D = 2, 96, 4, 2, 16
 Q_CUTS, K_CUTS = (0, 40, 96), (0, 33, 64, 96)
 DEFAULTS = dict.fromkeys(
@@ -37,7 +38,9 @@ DEFAULTS = dict.fromkeys(
         "scale",
         "softcap",
     )
-) | {"causal": False, "align": "top_left", "deterministic": False, "implementation": None}
+) | {
+    "causal": False, "align": "top_left", "deterministic": False, "return_lse": True, "implementation": None,
+}  # fmt: skip
 OPTIONS = {
     "full": {},
     "causal": {"causal": True},
@@ -61,9 +64,25 @@ def options_of(name: str, implementation: str) -> dict[str, Any]:
     return DEFAULTS | given | {"implementation": implementation}
 
 
-def part_of(
-    call: tuple[AttentionSpec, dict[str, Any]], position: Any
-) -> tuple[AttentionSpec, dict[str, Any]]:
+def fixed(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Call:
+    """The checked flash_attention call."""
+    return validate.fixed("fixed", options | {"query": q, "key": k, "value": v})
+
+
+def varlen(q: Any, k: Any, v: Any, starts: Any, options: dict[str, Any]) -> Call:
+    """The checked flash_attention_varlen call."""
+    offsets = {"cu_seqlens_q": starts, "cu_seqlens_k": None}
+    return validate.varlen("varlen", options | {"query": q, "key": k, "value": v} | offsets)
+
+
+def paged(q: Any, pools: Any, tables: Any, lengths: Any, options: dict[str, Any]) -> Call:
+    """The checked paged_attention call."""
+    index = {"block_tables": tables, "kv_lengths": lengths}
+    pages = dict(zip(("k_pages", "v_pages"), pools))
+    return paged_validate.attention("paged", options | {"query": q} | pages | index)
+
+
+def part_of(call: Call, position: Any) -> Call:
     """The checked call, as a part whose first query and first key lie at `position`."""
     spec, operands = call
     operands = operands | {"position": jnp.asarray(position, jnp.int32)}
@@ -75,7 +94,7 @@ def in_parts(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[jax.Array
     for q0, q1 in pairwise(Q_CUTS):
         parts = []
         for k0, k1 in pairwise(K_CUTS):
-            call = validate.fixed("part", q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], options)
+            call = fixed(q[:, q0:q1], k[:, k0:k1], v[:, k0:k1], options)
             parts.append(attend(*part_of(call, (q0, k0))))
         out, lse = jax_flash.merge_attention(*map(list, zip(*parts)))
         outs.append(out)
@@ -84,7 +103,7 @@ def in_parts(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[jax.Array
 
 
 def whole(q: Any, k: Any, v: Any, options: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    return attend(*validate.fixed("whole", q, k, v, options))
+    return attend(*fixed(q, k, v, options))
 
 
 def assert_close(got: Any, wanted: Any, limit: float = 1e-5) -> None:
@@ -119,7 +138,7 @@ def test_gradients_of_parts_add_up_to_the_whole(name, implementation):
 def test_a_part_that_sees_nothing_is_empty(implementation):
     q, k, v = tokens(0, HQ), tokens(1, HK), tokens(2, HK)
     options = options_of("causal", implementation)
-    out, lse = attend(*part_of(validate.fixed("part", q, k, v, options), (0, S)))
+    out, lse = attend(*part_of(fixed(q, k, v, options), (0, S)))
     assert not out.any()
     assert (lse == -jnp.inf).all()
 
@@ -130,7 +149,7 @@ def test_each_entry_of_a_mapped_axis_has_its_own_position(implementation):
     options = options_of("alibi causal softcap", implementation)
 
     def call(q, k, v, position):
-        return attend(*part_of(validate.fixed("part", q, k, v, options), position))
+        return attend(*part_of(fixed(q, k, v, options), position))
 
     mapped = jax.vmap(call)(q, k, v, positions)
     one_by_one = [call(q[i], k[i], v[i], positions[i]) for i in range(3)]
@@ -141,9 +160,9 @@ def test_packed_sequences_share_the_position(implementation):
     q, k, v = (tokens(i, h, (2 * S,)) for i, h in enumerate((HQ, HK, HK)))
     starts = jnp.asarray([0, 50, 2 * S], jnp.int32)
     options = DEFAULTS | {"causal": True, "implementation": implementation}
-    call = validate.varlen("part", q, k, v, starts, None, options)
+    call = varlen(q, k, v, starts, options)
     moved = attend(*part_of(call, (7, 3)))
-    window = validate.varlen("whole", q, k, v, starts, None, options | {"causal": False, "window": (None, 4)})
+    window = varlen(q, k, v, starts, options | {"causal": False, "window": (None, 4)})
     assert_close(moved, attend(*window))
 
 
@@ -162,7 +181,7 @@ def test_pages_split_by_keys_make_the_whole(rows, implementation):
     def part(first_page: int, count: int) -> tuple[jax.Array, jax.Array]:
         lengths = jnp.full(B, count * size, jnp.int32)
         own = tables[:, first_page : first_page + count]
-        call = paged_validate.attention("part", q, *pools, own, lengths, options)
+        call = paged(q, pools, own, lengths, options)
         return attend(*part_of(call, (S - rows, first_page * size)))
 
     part = jax.jit(part, static_argnums=(0, 1))
@@ -170,9 +189,7 @@ def test_pages_split_by_keys_make_the_whole(rows, implementation):
     assert_close(jax_flash.merge_attention(list(outs), list(lses)), part(0, pages), 2e-5)
     bottom = DEFAULTS | options | {"align": "bottom_right"}
     lengths = jnp.full(B, S, jnp.int32)
-    assert_close(
-        part(0, pages), attend(*paged_validate.attention("whole", q, *pools, tables, lengths, bottom)), 2e-5
-    )
+    assert_close(part(0, pages), attend(*paged(q, pools, tables, lengths, bottom)), 2e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -188,14 +205,16 @@ def test_a_value_may_be_the_first_columns_of_its_key(rows, implementation):
     }  # fmt: skip
 
     def shared(q, pool):
-        spec, operands = paged_validate.attention("view", q, pool, pool, tables, lengths, options)
+        spec, operands = paged(q, (pool, pool), tables, lengths, options)
         return attend(dataclasses.replace(spec, value_dim=dv), operands)
 
     def apart(q, pool):
-        return attend(*paged_validate.attention("copy", q, pool, pool[..., :dv], tables, lengths, options))
+        return attend(*paged(q, (pool, pool[..., :dv]), tables, lengths, options))
 
     assert_close(shared(q, pool), apart(q, pool))
     gradients = [
         jax.jit(jax.grad(lambda q, x, f=f: f(q, x)[0].sum(), (0, 1)))(q, pool) for f in (shared, apart)
     ]
     assert_close(*gradients)
+    moved = jnp.cos(q), jnp.sin(pool)
+    assert_close(*(jax.jit(lambda *x, f=f: jax.jvp(f, (q, pool), x)[1])(*moved) for f in (shared, apart)))

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+ROOT = README.parent
+LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_examples_run_in_order():
@@ -17,9 +19,14 @@ def test_the_examples_run_in_order():
     assert names["out"].shape == (1, 1024, 8, 64)
 
 
-@pytest.mark.parametrize(
-    "page", [README, *sorted((README.parent / "docs").rglob("*.md"))], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    for link in LINK.findall(page.read_text()):
+    for link, heading in LINK.findall(page.read_text()):
         assert (page.parent / link).exists(), link
+        assert not heading or heading in headings(page.parent / link), f"{link}#{heading}"
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    lines = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}

@@ -8,7 +8,7 @@ import oracle
 import pytest
 from cases import Case, make_inputs, varlen
 
-from jax_flash import flash_attention, flash_attention_varlen, merge_attention
+from jax_flash import flash_attention, merge_attention
 
 
 def usual(case, implementation):
@@ -254,12 +254,6 @@ def test_packed_keys_of_another_total_than_the_queries(sequences, kernel):
     q_sequences, k_sequences = sequences
     case = varlen("totals", q_sequences, k_sequences=k_sequences, causal=True)
     checks.check(usual(case, kernel), kernel)
-
-
-def test_int64_cu_seqlens_are_refused(implementation):
-    q = jnp.zeros((8, 2, 16))
-    with pytest.raises(TypeError, match="cu_seqlens_q must be int32, got int64"):
-        flash_attention_varlen(q, q, q, np.array([0, 8]), implementation=implementation)
 
 
 # Padding.

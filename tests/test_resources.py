@@ -86,13 +86,21 @@ def test_the_compiler_speaks_as_before(resources, tmp_path, capfd):
     ("name", "common"),
     [
         (
-            "forward_sm80<ForwardSm80<__half, 128, 128, 128, 64, 2, 4, 1, (ScoreKind)0, DenseState<__half> > >",
+            "forward_sm80<ForwardSm80<__half, RowColumns{1u, 128, 128, 128, 64, 2, 4}, (ScoreKind)0, X> >",
             True,
         ),
-        ("forward_sm80<ForwardSm80<__nv_bfloat16, 64, 64, 128, 64, 2, 4, 1, (ScoreKind)1, X> >", False),
+        (
+            "forward_sm80<ForwardSm80<__nv_bfloat16, RowColumns{1u, 64, 64, 128, 64, 2, 4}, (ScoreKind)1, X> >",
+            False,
+        ),
+        ("tangent_sm80<TangentSm80<__half, RowColumns{1u, 64, 64, 128, 64, 2, 4}, (ScoreKind)0> >", True),
+        (
+            "tangent_sm80<TangentSm80<__half, RowColumns{1u, 64, 64, 128, 64, 2, 4}, (ScoreKind)2> >",
+            False,
+        ),
         ("forward_sm90<ForwardSm90<__half, 64, 64, 192, 128, 2, 16, 1, (ScoreKind)0> >", True),
         (
-            "forward_sm80<ForwardSm80<float, 128, 128, 64, 64, 1, 4, 1, (ScoreKind)0, DenseState<float> > >",
+            "forward_sm80<ForwardSm80<float, RowColumns{1u, 128, 128, 64, 64, 1, 4}, (ScoreKind)0, X> >",
             False,
         ),
     ],

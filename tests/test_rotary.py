@@ -223,9 +223,9 @@ ERRORS = {
         "x must have shape [..., s, h, d], got (3, 16)",
     ),
     "positions' dtype": (
-        lambda: apply_rotary(X, AT.astype(np.int64), COS, SIN),
+        lambda: apply_rotary(X, AT.astype(np.float64), COS, SIN),
         TypeError,
-        "positions must be int32, got int64; cast it with .astype('int32')",
+        "positions must hold integers, got float64",
     ),
     "positions' shape": (
         lambda: apply_rotary(X, AT[:4], COS, SIN),

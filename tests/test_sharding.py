@@ -142,6 +142,49 @@ def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
     assert got["gradients"]["key"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, None, "data")), 4)
 
 
+UNEVEN = {
+    "12 query heads, 3 KV heads": (MHA.replace(hq=12, hk=3), P(None, None, "model"), (4, 6, 3, 8)),
+    "12 query heads, 6 KV heads": (MHA.replace(hq=12, hk=6), P(None, None, "model"), (4, 6, 3, 8)),
+    "24 query heads, 3 KV heads": (MHA.replace(hq=24, hk=3), P(None, None, "model"), (4, 6, 6, 8)),
+    "24 query heads, 3 KV heads, all axes": (
+        MHA.replace(hq=24, hk=3),
+        P(None, None, ("data", "model")),
+        (4, 6, 3, 8),
+    ),
+    "24 query heads, 6 KV heads, all axes": (
+        MHA.replace(hq=24, hk=6),
+        P(None, None, ("data", "model")),
+        (4, 6, 3, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_shards_whose_groups_are_of_different_sizes_gather_no_query(kernel, mesh, name):
+    """Each takes the KV heads that its query heads attend to, one twice where it serves parts of two groups."""
+    case, spec, shard = UNEVEN[name]
+    case = case.replace(dropout_rate=0.3, bias=(1, case.hq, 6, 6), sinks=True)
+    split_kv = P(None, None, "data" if case.hk == 6 and isinstance(spec[2], tuple) else None)
+    specs = qkv(spec, split_kv) | {"bias": P(None, spec[2]), "sinks": P(spec[2])}
+    assert not collectives(forward(attention(case, kernel), mesh, arrays_of(case), specs))
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert collectives(text) == {"all-reduce": 1}
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {shard}
+
+
+def test_the_gradients_of_keys_used_by_two_groups_of_a_shard_are_summed_in_float32(kernel, mesh):
+    case = MHA.replace(hq=12, hk=3, dtype="bfloat16")
+    run = jax.jit(with_gradients(attention(case, kernel)))
+    placed = place(mesh, arrays_of(case), qkv(BATCH_HEADS, P("data")))
+    assert_same(run(placed), run(arrays_of(case)), tolerance=2e-2)
+
+
+def test_a_shard_of_query_heads_that_ends_within_an_axis_of_the_keys(kernel, mesh):
+    """8 heads over 2 × 4 devices: Shardy splits 4 KV heads over half of an axis, which no PartitionSpec says."""
+    text, _ = check(attention(GQA, kernel), mesh, arrays_of(GQA), qkv(P(None, None, ("data", "model")), P()))
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(4, 6, 1, 8)}
+
+
 # every other operand is split along
 
 

@@ -73,28 +73,6 @@ def test_jacrev_stacks_the_gradients_of_every_output(kernel):
     assert_same(got, wanted, tolerance=1e-4)
 
 
-@pytest.mark.parametrize(
-    "transform", [jax.jacfwd, lambda f: lambda x: jax.jvp(f, (x,), (x,))], ids=["jacfwd", "jvp"]
-)
-def test_forward_mode_raises_and_says_so(kernel, transform):
-    arrays = arrays_of(PLAIN)
-    call = transform(lambda q: flash_attention(q, arrays["key"], arrays["value"], implementation=kernel))
-    with pytest.raises(TypeError, match=r"forward-mode.*custom_vjp"):
-        call(arrays["query"])
-
-
-@pytest.mark.parametrize("transform", [lambda f: jax.grad(lambda q: jax.grad(f)(q).sum()), jax.hessian])
-def test_second_derivatives_raise_and_name_the_implementation_that_has_them(kernel, transform):
-    arrays = arrays_of(PLAIN)
-
-    def loss(query, implementation):
-        return flash_attention(query, arrays["key"], arrays["value"], implementation=implementation).sum()
-
-    with pytest.raises(NotImplementedError, match='reverse mode once; use implementation="xla"'):
-        transform(partial(loss, implementation=kernel))(arrays["query"])
-    jax.eval_shape(transform(partial(loss, implementation="xla")), arrays["query"])
-
-
 def test_an_unused_bias_gradient_costs_nothing(kernel):
     """Dead code elimination removes its pass; a used one is one more call."""
     run = with_gradients(attention(BIASED, kernel))

@@ -10,10 +10,15 @@ from jax_flash.backends import local_devices
 
 needs_gpu = pytest.mark.skipif(not local_devices("cuda"), reason="needs a GPU")
 
+# Before jax_flash is imported, which registers what it finds: a library inside the package is hidden.
 CALL = """
-import jax, jax.numpy as jnp, sys, jax_flash
+import importlib.util, jax, jax.numpy as jnp, sys
+from pathlib import Path
+find, exists = importlib.util.find_spec, Path.exists
+importlib.util.find_spec = lambda name, *rest: find({wheel!r} if name.startswith("jax_flash_cuda") else name, *rest)
+Path.exists = lambda path, **rest: path.name != "libjax_flash_cuda.so" and exists(path, **rest)
+import jax_flash
 backends = sys.modules["jax_flash.backends"]
-{setup}
 x = jax.random.normal(jax.random.key(0), (2, 300, 4, 64))
 
 def gradients(implementation):
@@ -21,16 +26,11 @@ def gradients(implementation):
         return (jax_flash.flash_attention(q, k, v, causal=True, implementation=implementation) ** 2).sum()
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(x, 2 * x, x + 1)
 """
-HIDDEN = """
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name.startswith("jax_flash_cuda") else find(name, *rest)
-backends.CUDA_LIBRARY = "hidden.so"
-"""
 
 
-def run(setup: str, program: str) -> str:
-    """The output of a separate process, which finds other libraries than this one."""
-    text = CALL.format(setup="import importlib.util\n" + setup) + program
+def run(wheel: str, program: str) -> str:
+    """The output of a separate process, which finds `wheel` when it looks for the library of its jax's CUDA."""
+    text = CALL.format(wheel=wheel) + program
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -47,7 +47,7 @@ for implementation in ("cuda", None):
         print(error)
 print([bool(jnp.isfinite(g).all()) for g in gradients("xla")])
 """
-    *errors, plain = run(HIDDEN, program).splitlines()
+    *errors, plain = run("no_such_wheel", program).splitlines()
     assert len(errors) == 2
     for error in errors:
         assert 'implementation "cuda" is not installed: pip install "jax-flash[cuda' in error
@@ -58,16 +58,11 @@ print([bool(jnp.isfinite(g).all()) for g in gradients("xla")])
 @needs_gpu
 @pytest.mark.skipif(importlib.util.find_spec("jax_flash_cuda12") is None, reason="needs jax-flash-cuda12")
 def test_the_library_for_cuda_12_runs_beside_the_plugin_for_cuda_13():
-    setup = """
-from pathlib import Path
-wheel = Path(importlib.util.find_spec("jax_flash_cuda12").origin).parent
-backends._find_cuda = lambda package, version: (wheel / backends.CUDA_LIBRARY, None)
-"""
     program = """
 print(backends.cuda_library().path.parent.name)
 for ours, plain in zip(gradients("cuda"), gradients("xla")):
     print(float(jnp.abs(ours - plain).max() / jnp.abs(plain).max()))
 """
-    name, *differences = run(setup, program).splitlines()
+    name, *differences = run("jax_flash_cuda12", program).splitlines()
     assert name == "jax_flash_cuda12"
     assert all(float(x) < 1e-4 for x in differences)

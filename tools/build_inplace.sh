@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v "${PYTHON:-python3}")
-export PATH="$(dirname "$python"):$PATH"
+PATH="$(dirname "$python"):$PATH"
 tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 sabi=$("$python" -c 'import sys; print("Development.SABIModule" if sys.version_info >= (3, 12) else "")')
 build=build/inplace-$tag

@@ -21,6 +21,7 @@ HANDLERS = {
     "forward": "JaxFlashForwardCuda",
     "backward": "JaxFlashBackwardCuda",
     "bias_gradient": "JaxFlashBiasGradientCuda",
+    "tangent": "JaxFlashTangentCuda",
     "append": "JaxFlashAppendCuda",
 }
 

@@ -1,5 +1,6 @@
-// float8_e4m3fn: 1 sign bit, 4 exponent bits (bias 7), 3 mantissa bits; no infinities, NaN is 0x7F. The
-// conversions are branch-free, so that loops over them vectorise.
+// The two float8 formats of page pools. float8_e4m3fn: 4 exponent bits (bias 7), 3 mantissa bits; no
+// infinities, NaN is 0x7F. float8_e5m2: 5 exponent bits (bias 15), 2 mantissa bits, the upper byte of a
+// float16. The conversions are branch-free, so that loops over them vectorise.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,31 @@
 
 namespace jax_flash {
 
-inline constexpr float kFloat8Max = 448.0f;
+// Constants of a format, as bits of a float32 where they are unsigned.
+template <DType kFormat>
+struct Float8;
+template <>
+struct Float8<DType::kF8E4M3> {
+  static constexpr int kShift = 20;                   // mantissa bits that float32 has more
+  static constexpr uint32_t kRebias = 0x3C000000u;    // the difference of the exponents' biases
+  static constexpr uint32_t kSmallest = 0x3C800000u;  // the smallest normal number, 2^-6
+  static constexpr float kDenormalUnit = 16384.0f;    // its last place is the step of denormals, 2^-9
+  static constexpr uint32_t kLargest = 0x43E00000u;   // 448
+  static constexpr uint8_t kLargestBits = 0x7E;
+  static constexpr uint32_t kSpecial = 0x07F00000u;  // from here on, once shifted, it is not a number
+  static constexpr uint32_t kSpecialRebias = 0x78000000u;
+};
+template <>
+struct Float8<DType::kF8E5M2> {
+  static constexpr int kShift = 21;
+  static constexpr uint32_t kRebias = 0x38000000u;
+  static constexpr uint32_t kSmallest = 0x38800000u;  // 2^-14
+  static constexpr float kDenormalUnit = 128.0f;      // 2^-16
+  static constexpr uint32_t kLargest = 0x47600000u;   // 57344
+  static constexpr uint8_t kLargestBits = 0x7B;
+  static constexpr uint32_t kSpecial = 0x0F800000u;  // infinity, then NaN
+  static constexpr uint32_t kSpecialRebias = 0x70000000u;
+};
 
 JF_HD uint32_t float_bits(float x) {
   uint32_t bits;
@@ -25,23 +50,36 @@ JF_HD float float_of_bits(uint32_t bits) {
 
 // The value of a denormal is computed as a difference of normal numbers, because threads may flush float32
 // denormals to zero.
+template <DType kFormat>
 JF_HD float float8_to_float(uint8_t x) {
-  const uint32_t magnitude = (x & 0x7Fu) << 20;
-  const uint32_t denormal = float_bits(float_of_bits(magnitude + 0x3C800000u) - 0.015625f);  // 2^-6
-  const uint32_t bits = magnitude < 0x00800000u ? denormal : magnitude + 0x3C000000u;
-  return float_of_bits((magnitude == 0x07F00000u ? 0x7FC00000u : bits) | (x & 0x80u) << 24);
+  using F = Float8<kFormat>;
+  const uint32_t magnitude = (x & 0x7Fu) << F::kShift;
+  const uint32_t denormal = float_bits(float_of_bits(magnitude + F::kSmallest) - float_of_bits(F::kSmallest));
+  const uint32_t bits = magnitude < 0x00800000u ? denormal : magnitude + F::kRebias;
+  return float_of_bits((magnitude >= F::kSpecial ? magnitude + F::kSpecialRebias : bits) | (x & 0x80u) << 24);
 }
 
-// Rounds to nearest, ties to even; saturates at ±448; NaN stays NaN.
+// Rounds to nearest, ties to even; saturates at ± the largest number, infinities too; NaN stays NaN.
+template <DType kFormat>
 JF_HD uint8_t float_to_float8(float x) {
+  using F = Float8<kFormat>;
   const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
-  // Below 2^-6 the sum with 2^14 rounds to multiples of 2^-9, the denormal step.
-  const uint32_t denormal = float_bits(float_of_bits(magnitude) + 16384.0f) - 0x46800000u;
-  const uint32_t normal = (magnitude - 0x3C000000u + 0x7FFFFu + (magnitude >> 20 & 1u)) >> 20;
-  uint32_t y = magnitude < 0x3C800000u ? denormal : normal;
-  y = magnitude > 0x43E00000u ? 0x7Eu : y;  // 448
+  // Below the smallest normal number the sum rounds to multiples of the denormal step.
+  const uint32_t denormal =
+      float_bits(float_of_bits(magnitude) + F::kDenormalUnit) - float_bits(F::kDenormalUnit);
+  constexpr uint32_t kBelowHalf = (1u << (F::kShift - 1)) - 1;
+  const uint32_t normal = (magnitude - F::kRebias + kBelowHalf + (magnitude >> F::kShift & 1u)) >> F::kShift;
+  uint32_t y = magnitude < F::kSmallest ? denormal : normal;
+  y = magnitude > F::kLargest ? F::kLargestBits : y;
   y = magnitude > 0x7F800000u ? 0x7Fu : y;
   return static_cast<uint8_t>(y | sign);
+}
+
+JF_HD float float8_to_float(uint8_t x, DType format) {
+  return format == DType::kF8E5M2 ? float8_to_float<DType::kF8E5M2>(x) : float8_to_float<DType::kF8E4M3>(x);
+}
+JF_HD uint8_t float_to_float8(float x, DType format) {
+  return format == DType::kF8E5M2 ? float_to_float8<DType::kF8E5M2>(x) : float_to_float8<DType::kF8E4M3>(x);
 }
 
 }  // namespace jax_flash

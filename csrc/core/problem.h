@@ -41,6 +41,14 @@ struct Problem {
   JF_HD bool paged() const { return spec.paged(); }
 };
 
+// The tangents of one call, of the pass that computes them. They are no fields of Problem, which every kernel
+// takes as a parameter.
+struct Tangents {
+  View tquery, tkey, tvalue;  // like query, key, value
+  View tbias;                 // like bias; none: zero
+  View tout, tlse;            // results, like out and lse
+};
+
 // One append_kv call: new tokens [b, s, h, d], or packed [t, h, d], are written into pools [page, slot, h,
 // d].
 struct AppendProblem {

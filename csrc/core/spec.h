@@ -17,9 +17,14 @@ namespace jax_flash {
 enum class Layout : int32_t { kFixed = 0, kVarlen = 1, kPaged = 2, kPagedVarlen = 3 };
 enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
-enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3 };  // kF8E4M3 in page pools only
+enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3, kF8E5M2 = 4 };
+
+// Of page pools only.
+JF_HD constexpr bool is_float8(DType dtype) { return dtype == DType::kF8E4M3 || dtype == DType::kF8E5M2; }
+JF_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : is_float8(dtype) ? 1 : 2; }
+
 // kDecode is a pass of csrc/kernels.def but not a custom call of its own: forward uses it for few query rows.
-enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3 };
+enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3, kTangent = 4 };
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
 enum class Operand : int32_t {
@@ -38,6 +43,7 @@ enum class Operand : int32_t {
   kKScale,
   kVScale,
   kPosition,
+  kTbias,  // of the tangent pass alone
   kCount,
 };
 

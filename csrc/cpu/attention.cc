@@ -96,7 +96,8 @@ int64_t workers_for(double multiplies) {
   return static_cast<int64_t>(std::min(multiplies / kPerWorker, 1e6)) + 1;
 }
 
-constexpr double kCostOfCopying = 4;  // per element, in multiply-adds
+constexpr double kTangentProducts = 2.5;  // to the forward's
+constexpr double kCostOfCopying = 4;      // per element, in multiply-adds
 
 double score_count(const Problem& p) {
   return double(p.leading.count()) * (p.packed() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
@@ -162,29 +163,36 @@ class ParallelParts {
   std::optional<CachedFloats> memory_;
 };
 
-// Runs tiles [begin, end) of the grid in order. Tiles that share a KV head run together, so that its keys
-// are packed once. Tiles in `parallel` are skipped.
-void forward_range(const Problem& p, const Splits& splits, const ParallelParts& parallel, int64_t begin,
-                   int64_t end) {
+// Runs tiles [begin, end) of the grid in order. Tiles that share a KV head run together, up to `most`, so
+// that its keys are packed once: run(tiles, count). Indices for which at(index, tile) is false are skipped.
+template <class At, class Run>
+void run_range(int64_t begin, int64_t end, int32_t most, At at, Run run) {
   RowTile tiles[kMaxQueryTiles];
   int32_t count = 0;
-  const auto flush = [&] {
-    if (count > 0) kernels().forward(p, tiles, count, scratch());
-    count = 0;
-  };
   for (int64_t index = begin; index < end; ++index) {
     RowTile tile;
-    if (!splits.at(index, tile) || parallel.has(index, splits, tile)) continue;
-    if (tile.parts > 1) {
-      forward_in_parts(p, tile);
-      continue;
-    }
-    const bool joins = count > 0 && count < kMaxQueryTiles && tiles[0].leading == tile.leading &&
+    if (!at(index, tile)) continue;
+    const bool joins = count > 0 && count < most && tiles[0].leading == tile.leading &&
                        tiles[0].sequence.index == tile.sequence.index && tiles[0].head == tile.head;
-    if (!joins) flush();
+    if (!joins) {
+      if (count > 0) run(tiles, count);
+      count = 0;
+    }
     tiles[count++] = tile;
   }
-  flush();
+  if (count > 0) run(tiles, count);
+}
+
+// Tiles in `parallel` are skipped.
+void forward_range(const Problem& p, const Splits& splits, const ParallelParts& parallel, int64_t begin,
+                   int64_t end) {
+  const auto at = [&](int64_t index, RowTile& tile) {
+    if (!splits.at(index, tile) || parallel.has(index, splits, tile)) return false;
+    if (tile.parts > 1) forward_in_parts(p, tile);
+    return tile.parts == 1;
+  };
+  run_range(begin, end, kMaxQueryTiles, at,
+            [&](const RowTile* tiles, int32_t count) { kernels().forward(p, tiles, count, scratch()); });
 }
 
 // The ends of contiguous ranges of tiles, each a work item: large ranges first, because a range packs
@@ -311,6 +319,15 @@ void zero_rows(const Problem& p, const View& view, int64_t leading, int32_t begi
   if (begin < end) std::memset(data, 0, (end - begin) * view.row * size);
 }
 
+// Sets rows [begin, end) of lse or its tangent.
+void fill_statistic(const Problem& p, const View& view, int64_t leading, int32_t begin, int32_t end,
+                    float x) {
+  for (int32_t h = 0; h < p.heads; ++h) {
+    float* of_head = view.as<float>() + view.leading_offset(p.leading, leading) + h * view.head;
+    std::fill(of_head + begin, of_head + std::max(begin, end), x);
+  }
+}
+
 }  // namespace
 
 const char* cpu_isa() { return kernels().isa; }
@@ -319,14 +336,11 @@ void cpu_forward(const Problem& p, const ThreadPool& pool) {
   const Starts starts(p);
   const DecodePlan decode(p, starts, kernels());
   run_decode(p, pool, decode);
-  const RowGrid grid(p, starts, Side::kGroups, kernels().tile_m);
+  const RowGrid grid(p, starts, Side::kPrefill, kernels().tile_m);
   if (!decode.covers_all_rows()) run_forward(p, pool, grid, Splits(p, grid));
   outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.out, l, begin, end);
-    for (int32_t h = 0; h < p.heads; ++h) {
-      float* lse = p.lse.as<float>() + p.lse.leading_offset(p.leading, l) + h * p.lse.head;
-      std::fill(lse + begin, lse + std::max(begin, end), -std::numeric_limits<float>::infinity());
-    }
+    fill_statistic(p, p.lse, l, begin, end, -std::numeric_limits<float>::infinity());
   });
 }
 
@@ -338,6 +352,24 @@ void cpu_backward(const Problem& p, const ThreadPool& pool) {
   outside_sequences(p, starts, Side::kKeys, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.dkey, l, begin, end);
     zero_rows(p, p.dvalue, l, begin, end);
+  });
+}
+
+void cpu_tangent(const Problem& p, const Tangents& t, const ThreadPool& pool) {
+  const Starts starts(p);
+  const RowGrid grid(p, starts, Side::kGroups, kernels().tile_m);
+  const Splits splits(p, grid);
+  const int64_t workers = workers_for(splits.cost() * (p.head_dim + p.value_dim) * kTangentProducts);
+  const std::vector<int64_t> ends = range_ends(splits, grid.size(), std::min(pool.threads, workers));
+  parallel_for(pool, static_cast<int64_t>(ends.size()), workers, [&](int64_t range) {
+    run_range(
+        range > 0 ? ends[range - 1] : 0, ends[range], kMaxTangentTiles,
+        [&](int64_t index, RowTile& tile) { return grid.at(index, tile); },
+        [&](const RowTile* tiles, int32_t count) { kernels().tangent(p, t, tiles, count, scratch()); });
+  });
+  outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
+    zero_rows(p, t.tout, l, begin, end);
+    fill_statistic(p, t.tlse, l, begin, end, 0);
   });
 }
 

@@ -12,6 +12,7 @@ namespace jax_flash {
 void cpu_forward(const Problem& problem, const ThreadPool& pool);
 void cpu_backward(const Problem& problem, const ThreadPool& pool);
 void cpu_bias_gradient(const Problem& problem, const ThreadPool& pool);
+void cpu_tangent(const Problem& problem, const Tangents& tangents, const ThreadPool& pool);
 
 // Writes the new rows to the slots that the tables name; entries outside the pools are skipped.
 void cpu_append(const AppendProblem& problem, const ThreadPool& pool);

@@ -1,19 +1,15 @@
-// Converts rows of f16, bf16, f32 or float8_e4m3fn to and from float32. Never touches memory outside the
+// Converts rows of f16, bf16, f32 or float8 to and from float32. Never touches memory outside the
 // row.
 #pragma once
 
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
-#include "../core/spec.h"
+#include "../core/float8.h"
 
 namespace jax_flash::JF_ISA {
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes), may_alias));
 typedef Bytes BytesUnaligned __attribute__((aligned(1)));
-
-JF_INLINE constexpr int64_t size_of(DType dtype) {
-  return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2;
-}
 
 // The value of a denormal comes from subtracting normal numbers, because XLA's threads may flush denormal
 // operands to zero.
@@ -47,10 +43,12 @@ JF_INLINE UInt narrow_f16(Float x) {
 }
 
 // float_to_float8 of core/float8.h, lane by lane.
+template <DType dtype>
 JF_INLINE UInt narrow_float8(Float x) {
+  using F = Float8<dtype>;
   const UInt bits = reinterpret_cast<UInt>(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
-  UInt y = round_magnitude<20>(magnitude, 0x3C000000u, 0x3C800000u, 16384.0f);  // denormals in steps of 2^-9
-  y = magnitude > 0x43E00000u ? UInt{} + 0x7Eu : y;                             // 448
+  UInt y = round_magnitude<F::kShift>(magnitude, F::kRebias, F::kSmallest, F::kDenormalUnit);
+  y = magnitude > F::kLargest ? UInt{} + F::kLargestBits : y;
   y = magnitude > 0x7F800000u ? UInt{} + 0x7Fu : y;
   return y | sign;
 }
@@ -81,10 +79,13 @@ JF_INLINE Float widen_halves(Half h) {
 #endif
 }
 
-// float8_e4m3fn is f16 with an exponent bias of 7 instead of 15 and a shorter mantissa, except for NaN:
-// widened to f16 it is 2⁸ times too small.
+// float8_e5m2 is the upper byte of f16. float8_e4m3fn is f16 with an exponent bias of 7 instead of 15 and a
+// shorter mantissa, except for NaN: widened to f16 it is 2⁸ times too small.
+template <DType dtype>
 JF_INLINE Float widen_float8(Bytes x) {
-  const Half wide = __builtin_convertvector(x, Half), magnitude = (wide & 0x7F) << 7;
+  const Half wide = __builtin_convertvector(x, Half);
+  if constexpr (dtype == DType::kF8E5M2) return widen_halves(wide << 8);
+  const Half magnitude = (wide & 0x7F) << 7;
   const Half h = magnitude == 0x3F80 ? Half{} + 0x7E00 : magnitude;
   return widen_halves(h | (wide & 0x80) << 8) * 256.0f;
 }
@@ -93,8 +94,9 @@ template <DType dtype>
 JF_INLINE Float load_vector(const void* row, int32_t i) {
   if constexpr (dtype == DType::kF32) {
     return *reinterpret_cast<const FloatUnaligned*>(static_cast<const float*>(row) + i);
-  } else if constexpr (dtype == DType::kF8E4M3) {
-    return widen_float8(*reinterpret_cast<const BytesUnaligned*>(static_cast<const uint8_t*>(row) + i));
+  } else if constexpr (is_float8(dtype)) {
+    return widen_float8<dtype>(
+        *reinterpret_cast<const BytesUnaligned*>(static_cast<const uint8_t*>(row) + i));
   } else {
     const auto h = *reinterpret_cast<const HalfUnaligned*>(static_cast<const uint16_t*>(row) + i);
     return dtype == DType::kF16 ? widen_halves(h)
@@ -119,9 +121,9 @@ template <DType dtype>
 JF_INLINE void store_vector(void* row, int32_t i, Float x) {
   if constexpr (dtype == DType::kF32) {
     *reinterpret_cast<FloatUnaligned*>(static_cast<float*>(row) + i) = x;
-  } else if constexpr (dtype == DType::kF8E4M3) {
+  } else if constexpr (is_float8(dtype)) {
     *reinterpret_cast<BytesUnaligned*>(static_cast<uint8_t*>(row) + i) =
-        __builtin_convertvector(__builtin_convertvector(narrow_float8(x), Half), BytesUnaligned);
+        __builtin_convertvector(__builtin_convertvector(narrow_float8<dtype>(x), Half), BytesUnaligned);
   } else {
     *reinterpret_cast<HalfUnaligned*>(static_cast<uint16_t*>(row) + i) = narrow<dtype>(x);
   }
@@ -162,6 +164,8 @@ JF_INLINE void load_row(DType dtype, const void* row, int32_t n, float factor, f
       return load_row_as<DType::kF32>(row, n, factor, to, padded);
     case DType::kF8E4M3:
       return load_row_as<DType::kF8E4M3>(row, n, factor, to, padded);
+    case DType::kF8E5M2:
+      return load_row_as<DType::kF8E5M2>(row, n, factor, to, padded);
   }
 }
 
@@ -176,6 +180,8 @@ JF_INLINE void store_row(DType dtype, void* row, int32_t n, const float* from, f
       return store_row_as<DType::kF32>(row, n, from, factor);
     case DType::kF8E4M3:
       return store_row_as<DType::kF8E4M3>(row, n, from, factor);
+    case DType::kF8E5M2:
+      return store_row_as<DType::kF8E5M2>(row, n, from, factor);
   }
 }
 

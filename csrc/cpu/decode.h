@@ -204,7 +204,7 @@ class DecodeLoop {
     s_ = scratch.take(kTileM * kDecodeKeys);
     o_ = scratch.take(kTileM * padded(p.value_dim));
     const char* at[kTileM] = {};
-    query_addresses(head_, tile_, at);
+    query_addresses(head_, tile_, head_.query, head_.problem.query.head, at);
     pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_, row_words<E>(p.head_dim));
   }
 
@@ -267,6 +267,8 @@ class DecodeLoop {
     if constexpr (E::kPair > 1) {
       if (stream.rows.dtype == DType::kF8E4M3)
         return multiply_as<step, DType::kF8E4M3, false>(stream, cold, n);
+      if (stream.rows.dtype == DType::kF8E5M2)
+        return multiply_as<step, DType::kF8E5M2, false>(stream, cold, n);
       multiply_as<step, DType::kBF16, false>(stream, cold, n);
     } else {
       switch (stream.rows.dtype) {
@@ -278,6 +280,8 @@ class DecodeLoop {
           return multiply_from<step, DType::kF16>(stream, cold, n);
         case DType::kF8E4M3:
           return multiply_from<step, DType::kF8E4M3>(stream, cold, n);
+        case DType::kF8E5M2:
+          return multiply_from<step, DType::kF8E5M2>(stream, cold, n);
       }
     }
   }

@@ -33,41 +33,57 @@ struct QueryRows {
 // sets.
 inline constexpr int32_t kScoreRow = kTileN + kLanes;
 
-// S = Q Kᵀ over the visible panels. Unmasked panels also update lane_max, the row maximum lane by lane.
+// The packed operands of a product over features, C[rows, keys] = A B. Rows of A are lda words apart, panels
+// of B `panel` words.
+struct ScoreOperands {
+  const Word* a;
+  int64_t lda;
+  const Word* b;
+  int64_t panel;
+  int32_t depth;
+};
+
+// Columns [j, j + kPanel) of C for the blocks of rows that see one of them; rows of C are ldc apart. Unmasked
+// panels also update lane_max, the row maximum lane by lane, unless it is null.
 template <class E>
-static void multiply_scores(const QueryRows& t, const PackedKeys& keys, int32_t d,
-                            const BlockColumns* columns, float* s, Float* lane_max) {
-  const int32_t ld = row_words<E>(d), depth = depth_words<E>(d);
-  for (int32_t j = 0; j < keys.size(); j += kPanel) {
-    for (int32_t i = 0; i < t.blocks; ++i) {
-      const BlockColumns& c = columns[i];
-      if (j + kPanel <= c.used.lo || j >= c.used.hi) continue;
-      const Word *a = t.q + i * kBlockRows * ld, *b = keys.k + int64_t{j} * ld;
-      float* to = s + i * kBlockRows * kScoreRow + j;
-      if (c.unmasked.lo <= j && j < c.unmasked.hi) {
-        multiply_words<E, Start::kZero, false, true>(a, ld, b, depth, to, kScoreRow,
-                                                     {.lane_max = lane_max + i * kBlockRows});
-      } else {
-        multiply_words<E, Start::kZero>(a, ld, b, depth, to, kScoreRow, {});
-      }
+static void multiply_score_panel(const ScoreOperands& x, int32_t j, int32_t blocks,
+                                 const BlockColumns* columns, float* c, int32_t ldc, Float* lane_max) {
+  for (int32_t i = 0; i < blocks; ++i) {
+    const BlockColumns& block = columns[i];
+    if (j + kPanel <= block.used.lo || j >= block.used.hi) continue;
+    const Word *a = x.a + i * kBlockRows * x.lda, *b = x.b + j / kPanel * x.panel;
+    float* to = c + i * kBlockRows * ldc + j;
+    if (lane_max && block.unmasked.lo <= j && j < block.unmasked.hi) {
+      multiply_words<E, Start::kZero, false, true>(a, x.lda, b, x.depth, to, ldc,
+                                                   {.lane_max = lane_max + i * kBlockRows});
+    } else {
+      multiply_words<E, Start::kZero>(a, x.lda, b, x.depth, to, ldc, {});
     }
   }
 }
 
-// O ← αO + P V over the visible columns.
-template <class E>
-static void multiply_values(const QueryRows& t, const PackedKeys& keys, int32_t dv,
-                            const BlockColumns* columns, const float* s) {
-  const int32_t ld = padded(dv), depth = depth_words<E>(keys.size());
+// The packed operands of a product over n keys: rows of P, p_row words apart, and V in panels.
+struct ValueOperands {
+  const float* p;
+  int32_t p_row;
+  const Word* v;
+  int32_t n;
+};
+
+// O ← αO + P V over the visible columns; kAccumulate: α = 1.
+template <class E, Start start>
+static void multiply_values(const ValueOperands& x, int32_t blocks, const BlockColumns* columns, int32_t dv,
+                            float* o, const float* alpha) {
+  const int32_t ld = padded(dv), depth = depth_words<E>(x.n);
   for (int32_t j = 0; j < ld; j += kPanel) {
-    for (int32_t i = 0; i < t.blocks; ++i) {
+    for (int32_t i = 0; i < blocks; ++i) {
       const Columns used = columns[i].used;
       if (used.empty()) continue;
       const int32_t k = used.lo / E::kPair;
-      const Word* p = reinterpret_cast<const Word*>(s + i * kBlockRows * kScoreRow) + k;
-      multiply_words<E, Start::kRescale>(p, kScoreRow, keys.v + (int64_t{j} * depth + k * kPanel),
-                                         depth_words<E>(used.hi) - k, t.o + i * kBlockRows * ld + j, ld,
-                                         {.alpha = t.state->alpha + i * kBlockRows});
+      const Word* p = reinterpret_cast<const Word*>(x.p + i * kBlockRows * x.p_row) + k;
+      multiply_words<E, start>(p, x.p_row, x.v + (int64_t{j} * depth + k * kPanel),
+                               depth_words<E>(used.hi) - k, o + i * kBlockRows * ld + j, ld,
+                               {.alpha = start == Start::kRescale ? alpha + i * kBlockRows : nullptr});
     }
   }
 }
@@ -80,7 +96,11 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   if (!block_columns(head.band, t.tile->begin, t.blocks, t.tile->heads, keys.range, columns)) return;
   Float lane_max[kTileM];
   for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) lane_max[r] = broadcast(kNegInf);
-  multiply_scores<E>(t, keys, p.head_dim, columns, s, lane_max);
+  const int32_t ld = row_words<E>(p.head_dim);
+  const ScoreOperands scores_of{t.q, ld, keys.k, panel_words<E>(p.head_dim), depth_words<E>(p.head_dim)};
+  for (int32_t j = 0; j < keys.size(); j += kPanel) {
+    multiply_score_panel<E>(scores_of, j, t.blocks, columns, s, kScoreRow, lane_max);  // S = Q Kᵀ
+  }
   // The maxima of all rows come first: each waits on a chain of lane reductions, and the chains of
   // successive rows overlap.
   SoftmaxShift shifts;
@@ -98,7 +118,8 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   of_rows([&](int32_t r, Row row, const BlockColumns& block, float* scores) {
     softmax_row<E>(head, row, keys.range.begin, block, scores, shifts.shift[r], *t.state, r);
   });
-  multiply_values<E>(t, keys, p.value_dim, columns, s);
+  multiply_values<E, Start::kRescale>({s, kScoreRow, keys.v, keys.size()}, t.blocks, columns, p.value_dim,
+                                      t.o, t.state->alpha);
 }
 
 // Runs up to kMaxQueryTiles query tiles of one KV head together over the keys, so that every tile of keys
@@ -122,7 +143,7 @@ class ForwardLoop {
       tiles_[i].o = scratch.take(kTileM * padded(p.value_dim));
       tiles_[i].state = reinterpret_cast<Softmax*>(scratch.take(sizeof(Softmax) / sizeof(float)));
       const char* at[kTileM] = {};
-      query_addresses(head_, tiles[i], at);
+      query_addresses(head_, tiles[i], head_.query, p.query.head, at);
       pack_rows<E>(at, tiles_[i].rows, tiles_[i].blocks * kBlockRows, head_.query, head_.query_sign,
                    tiles_[i].q, row_words<E>(p.head_dim));
     }
@@ -158,7 +179,7 @@ class ForwardLoop {
     const int32_t begin = keys_.range.begin, n = keys_.size();
     const char* at[kTileN];
     head_.key.addresses(begin, n, at);
-    pack_transposed<E>(at, n, head_.key, keys_.k);
+    pack_transposed<E>(at, n, head_.key, keys_.k, panel_words<E>(problem_.head_dim));
     head_.value.addresses(begin, n, at);
     pack_columns<E>(at, n, head_.value, keys_.v);
   }

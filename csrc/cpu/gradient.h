@@ -100,9 +100,9 @@ template <class E>
 static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, Word* v_panels) {
   const char* at[kGradientN] = {};
   head.key.addresses(j0, n, at);
-  pack_transposed<E>(at, n, head.key, k_panels);
+  pack_transposed<E>(at, n, head.key, k_panels, panel_words<E>(head.key.width));
   head.value.addresses(j0, n, at);
-  pack_transposed<E>(at, n, head.value, v_panels);
+  pack_transposed<E>(at, n, head.value, v_panels, panel_words<E>(head.value.width));
 }
 
 // What turns one row of S and dP into P and dS.
@@ -116,13 +116,18 @@ struct Gradient {
   Float p, ds;  // p: after dropout, as dV needs it
 };
 
+// P = exp(softmax_scale S − lse). Where |lse| is so large that its rounding exceeds the score difference, the
+// exponent can be positive; P is at most 1.
+template <int kDegree>
+JF_INLINE Float probability(Float s, float softmax_scale, float lse) {
+  const Float exponent = (s * softmax_scale - lse) * kLog2e;
+  return exp2_fast<kDegree>(exponent > 0.0f ? Float{} : exponent);
+}
+
 template <int kDegree, bool kMasked, bool kGeneral>
 JF_INLINE Gradient gradient(const GradientRow& row, float softmax_scale, int32_t c, Float s, Float dp) {
   Gradient g;
-  // Where |lse| is so large that its rounding exceeds the score difference, this can be positive; P is at
-  // most 1.
-  const Float exponent = (s * softmax_scale - row.lse) * kLog2e;
-  g.p = exp2_fast<kDegree>(exponent > 0.0f ? Float{} : exponent);
+  g.p = probability<kDegree>(s, softmax_scale, row.lse);
   const Float p = g.p;
   if constexpr (kGeneral) {
     if (row.keep) {

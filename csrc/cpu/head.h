@@ -106,6 +106,9 @@ struct Head {
   // `slopes` unless that is null. Returns the maximum, lane by lane.
   Float finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const;
 
+  // Defined in scores.h. to[c] on the whole vectors around `visible`: the tangent of the bias, 0 outside it.
+  void bias_tangent_row(const View& tbias, Row row, int32_t j0, Columns visible, float* to) const;
+
   // Defined in scores.h. keep[c] on the whole vectors around `visible`: 0 where dropped, else 1 / (1 -
   // rate).
   void dropout_row(Row row, int32_t j0, Columns visible, float* keep) const;

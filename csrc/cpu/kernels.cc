@@ -6,6 +6,7 @@
 #include "bias_gradient.h"
 #include "forward.h"
 #include "kernels.h"
+#include "tangent.h"
 
 #define JF_TEXT_(x) #x
 #define JF_TEXT(x) JF_TEXT_(x)
@@ -21,6 +22,7 @@ extern const Kernels kKernels{.isa = JF_TEXT(JF_ISA),
                               .key_tile_floats = key_tile_floats,
                               .backward = backward,
                               .bias_gradient = bias_gradient,
+                              .tangent = tangent,
                               .part_floats = part_floats,
                               .forward_part = forward_part,
                               .merge_parts = merge_parts,

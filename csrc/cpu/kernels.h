@@ -16,6 +16,9 @@ inline constexpr int64_t kScratchFloats = 3 << 19;
 // Query tiles that one call of Kernels::forward takes at most.
 inline constexpr int32_t kMaxQueryTiles = 32;
 
+// Of the tangent, which has more operands to keep for each.
+inline constexpr int32_t kMaxTangentTiles = 24;
+
 // Positions [begin, end) of a sequence at `heads` query heads from `head` on, with the heads of a position
 // adjacent. In forward the heads share a KV head (in decode they may belong to several); elsewhere it is
 // one head. Rows past the sequence's length have defined results too, which the kernel writes.
@@ -76,6 +79,8 @@ struct Kernels {
   int64_t (*key_tile_floats)(const Problem&);
   void (*backward)(const Problem&, const RowTile&, const SharedGradients&, float* scratch);
   void (*bias_gradient)(const Problem&, const BiasTile&, float* scratch);  // one tile of dbias
+  // tout and tlse of up to kMaxTangentTiles tiles of one head.
+  void (*tangent)(const Problem&, const Tangents&, const RowTile*, int32_t count, float* scratch);
 
   // Forward of a tile whose keys are split: forward_part computes each partial output, merge_parts merges
   // them in order into the first, and store_part writes out and lse from that.

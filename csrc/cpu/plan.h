@@ -51,6 +51,7 @@ struct Starts {
 enum class Side {
   kQueries,  // query rows of one query head
   kGroups,   // query rows of all heads that read one KV head, or of as many of these heads as fit a tile
+  kPrefill,  // kGroups without the rows that decode takes
   kKeys,
 };
 
@@ -61,7 +62,7 @@ class RowGrid {
   RowGrid(const Problem& p, const Starts& starts, Side side, int32_t tile)
       : problem_(p), starts_(starts), side_(side), tile_(tile) {
     heads_ = side == Side::kKeys ? p.kv_heads : p.heads;
-    if (side == Side::kGroups && p.heads > 0) {
+    if (groups() && p.heads > 0) {
       const int32_t group = p.heads / p.kv_heads;
       chunks_ = static_cast<int32_t>(ceil_div(group, tile));
       chunk_ = std::min(group, tile);
@@ -90,9 +91,11 @@ class RowGrid {
   }
 
  private:
+  bool groups() const { return side_ == Side::kGroups || side_ == Side::kPrefill; }
+
   void set_heads(int32_t index, RowTile& item) const {
     item.head = index;
-    if (side_ != Side::kGroups) return;
+    if (!groups()) return;
     const int32_t group = problem_.heads / problem_.kv_heads, first = index % chunks_ * chunk_;
     item.head = index / chunks_ * group + first;
     item.heads = std::min(chunk_, group - first);
@@ -100,7 +103,7 @@ class RowGrid {
 
   bool fixed(int64_t slot, RowTile& item) const {
     item.sequence = fixed_sequence(problem_, item.leading, static_cast<int32_t>(slot / per_entry_));
-    if (side_ == Side::kGroups && is_decode(problem_, problem_.q_rows)) return false;
+    if (side_ == Side::kPrefill && is_decode(problem_, problem_.q_rows)) return false;
     return rows(slot % per_entry_, side_ == Side::kKeys ? problem_.k_rows : problem_.q_rows, item);
   }
 
@@ -112,7 +115,7 @@ class RowGrid {
     item.sequence = problem_.paged()
                         ? paged_sequence(problem_, item.leading, z, q)
                         : varlen_sequence(problem_, item.leading, z, q, starts_.k_of(item.leading));
-    if (side_ == Side::kGroups && is_decode(problem_, own[z + 1] - own[z])) return false;
+    if (side_ == Side::kPrefill && is_decode(problem_, own[z + 1] - own[z])) return false;
     return rows(slot - first_slot(own[z], tile_, z), own[z + 1] - own[z], item);
   }
 

@@ -105,24 +105,35 @@ struct BF16 {
   // Loads elements [c, c + kPanel) of a row as bf16; float8 is widened, which is exact.
   template <DType dtype>
   JF_INLINE Halves load_elements(const void* row, int32_t c) {
-    if constexpr (dtype != DType::kF8E4M3) {
+    if constexpr (!is_float8(dtype)) {
       return *reinterpret_cast<const HalvesUnaligned*>(static_cast<const uint16_t*>(row) + c);
     }
     const Quarters stored = *reinterpret_cast<const QuartersUnaligned*>(static_cast<const uint8_t*>(row) + c);
-    return widen_float8(__builtin_convertvector(stored, Halves));
+    return widen_float8<dtype>(__builtin_convertvector(stored, Halves));
   }
 
-  // float8_e4m3fn to bf16: the exponent bias is 127 instead of 7. Zero, denormals and NaN come from a
-  // table, indexed by the low bits.
+  // float8 to bf16: the exponent bias is 127 instead of 7 or 15. Zero, denormals, infinity and NaN come from
+  // a table, indexed by the low bits.
+  template <DType dtype>
   JF_INLINE Halves widen_float8(Halves x) {
-    static constexpr Halves kSpecial = {0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60, 0, 0, 0, 0,
-                                        0, 0,      0,      0,      0,      0,      0,      0,      0, 0, 0, 0,
-                                        0, 0,      0,      0,      0,      0,      0,      0x7FC0};
-    const Halves magnitude = x & 0x7F, normal = (magnitude << 4) + 0x3C00;
-    const __mmask32 special = _mm512_cmpge_epu16_mask((__m512i)(magnitude - 8), _mm512_set1_epi16(0x77));
-    return (Halves)_mm512_mask_permutexvar_epi16((__m512i)normal, special, (__m512i)magnitude,
-                                                 (__m512i)kSpecial) |
-           (x & 0x80) << 8;
+    const Halves magnitude = x & 0x7F, sign = (x & 0x80) << 8;
+    if constexpr (dtype == DType::kF8E5M2) {
+      static constexpr Halves kSpecial = {0, 0x3780, 0x3800, 0x3840, 0, 0, 0,      0,      0,      0,     0,
+                                          0, 0,      0,      0,      0, 0, 0,      0,      0,      0,     0,
+                                          0, 0,      0,      0,      0, 0, 0x7F80, 0x7FC0, 0x7FC0, 0x7FC0};
+      return from_table(magnitude, (magnitude << 5) + 0x3800, magnitude - 4, 0x78, kSpecial) | sign;
+    } else {
+      static constexpr Halves kSpecial = {
+          0, 0x3B00, 0x3B80, 0x3BC0, 0x3C00, 0x3C20, 0x3C40, 0x3C60, 0, 0, 0, 0, 0, 0, 0, 0,
+          0, 0,      0,      0,      0,      0,      0,      0,      0, 0, 0, 0, 0, 0, 0, 0x7FC0};
+      return from_table(magnitude, (magnitude << 4) + 0x3C00, magnitude - 8, 0x77, kSpecial) | sign;
+    }
+  }
+
+  // `normal`, and the table's entry where `distance`, from the smallest normal number, is at least `special`.
+  JF_INLINE Halves from_table(Halves index, Halves normal, Halves distance, int16_t special, Halves table) {
+    const __mmask32 mask = _mm512_cmpge_epu16_mask((__m512i)distance, _mm512_set1_epi16(special));
+    return (Halves)_mm512_mask_permutexvar_epi16((__m512i)normal, mask, (__m512i)index, (__m512i)table);
   }
 
   template <int begin, int... lane>
@@ -246,11 +257,11 @@ struct RowReader {
     for (int i = 0; i < kLanes; ++i) store_words(to + i * kPanel, r[i]);
   }
 
-  JF_HD void transposed(int32_t n, Word* panels) const {
+  JF_HD void transposed(int32_t n, Word* panels, int64_t distance) const {
     const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
     for (int32_t j = 0; j < round_up(n, kPanel); j += kLanes) {
       fetch(j + kLanes, min(j + 2 * kLanes, n));
-      Word* panel = panels + int64_t{j / kPanel} * ld * kPanel + j % kPanel;
+      Word* panel = panels + j / kPanel * distance + j % kPanel;
       int32_t c = 0;
       for (; c < whole; c += kLanes) transpose_block<true>(j, n, c, panel + c * kPanel);
       for (; c < ld; c += kLanes) transpose_block<false>(j, n, c, panel + c * kPanel);
@@ -287,6 +298,8 @@ JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor
         return use(RowReader<E, DType::kF32>(at, rows, factor));
       case DType::kF8E4M3:
         return use(RowReader<E, DType::kF8E4M3>(at, rows, factor));
+      case DType::kF8E5M2:
+        return use(RowReader<E, DType::kF8E5M2>(at, rows, factor));
     }
   }
 }
@@ -299,11 +312,18 @@ static void pack_rows(const char* const* at, int32_t n, int32_t count, const Row
   with_reader<E>(at, rows, factor, [&](const auto& reader) { reader.rows(n, count, to, ld); });
 }
 
-// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of row_words(width) * kPanel
-// words. Rows from n up to a multiple of kPanel are zeros.
+// Words of a panel of a transposed operand.
 template <class E>
-static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels) {
-  with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.transposed(n, panels); });
+JF_INLINE int64_t panel_words(int32_t width) {
+  return int64_t{row_words<E>(width)} * kPanel;
+}
+
+// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of panel_words(width), `distance`
+// words apart. Rows from n up to a multiple of kPanel are zeros.
+template <class E>
+static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels,
+                            int64_t distance) {
+  with_reader<E>(at, rows, 1.0f, [&](const auto& reader) { reader.transposed(n, panels, distance); });
 }
 
 // Packs operand B with K = n: B[k, c] = feature c of row k, in panels of depth_words(n) * kPanel words.

@@ -38,6 +38,27 @@ struct ColumnVector {
   }
 };
 
+// Columns [c, c + kLanes) of a row of bias, as ColumnVector reads them.
+template <bool inner>
+JF_INLINE Float load_bias(DType dtype, const void* row, int32_t c, Columns visible) {
+  if (dtype == DType::kF32) return load_vector<DType::kF32>(ColumnVector<inner, 4>(row, c, visible).data, 0);
+  const ColumnVector<inner, 2> half(row, c, visible);
+  return dtype == DType::kF16 ? load_vector<DType::kF16>(half.data, 0)
+                              : load_vector<DType::kBF16>(half.data, 0);
+}
+
+// The address of an element of a score operand.
+JF_INLINE const char* element(const Head& head, const View& view, int64_t offset, int64_t size) {
+  return view.as<const char>() + (view.leading_offset(head.problem.leading, head.leading) + offset) * size;
+}
+
+// Element (row, j0) of a bias, for all columns where it has one.
+JF_INLINE float shared_bias(DType dtype, const char* at) {
+  alignas(64) float one[kLanes];
+  load_row(dtype, at, 1, 1.0f, one, kLanes);
+  return one[0];
+}
+
 // Score options as bits. The loop over a row is instantiated for each single option, and once for
 // combinations, with run-time tests.
 enum ScoreOption {
@@ -85,9 +106,7 @@ struct ScoreRow {
         bias_ahead = kPrefetchRows * p.bias.row * size;
         options |= kBias;
       } else {
-        alignas(64) float one[kLanes];
-        load_row(p.bias_dtype, at, 1, 1.0f, one, kLanes);
-        constant = one[0];
+        constant = shared_bias(p.bias_dtype, at);
       }
     }
     if (p.alibi_slopes) {
@@ -136,7 +155,7 @@ struct ScoreRow {
     }
     if (has<kOptions, kBias>()) {
       __builtin_prefetch(bias + bias_ahead + c * size_of(bias_dtype));
-      x = add(x, load_bias<inner>(c, visible));
+      x = add(x, load_bias<inner>(bias_dtype, bias, c, visible));
     }
     if (has<kOptions, kConstant>()) x = add(x, broadcast(constant));
     if (has<kOptions, kMask>()) {
@@ -155,22 +174,8 @@ struct ScoreRow {
   }
 
  private:
-  JF_HD static const char* element(const Head& head, const View& view, int64_t offset, int64_t size) {
-    return view.as<const char>() + (view.leading_offset(head.problem.leading, head.leading) + offset) * size;
-  }
-
   // A bias of −inf masks, whatever the score is (NaN and +inf included).
   JF_HD static Float add(Float x, Float bias) { return bias == kNegInf ? bias : x + bias; }
-
-  template <bool inner>
-  JF_HD Float load_bias(int32_t c, Columns visible) const {
-    if (bias_dtype == DType::kF32) {
-      return load_vector<DType::kF32>(ColumnVector<inner, 4>(bias, c, visible).data, 0);
-    }
-    const ColumnVector<inner, 2> half(bias, c, visible);
-    return bias_dtype == DType::kF16 ? load_vector<DType::kF16>(half.data, 0)
-                                     : load_vector<DType::kBF16>(half.data, 0);
-  }
 };
 
 template <int kOptions, bool inner>
@@ -185,15 +190,25 @@ JF_INLINE Float finish_columns(const ScoreRow& row, Columns visible, int32_t beg
   return lane_max;
 }
 
-template <int kOptions>
-static Float finish_row(const ScoreRow& row, Columns visible, float* s, float* slopes) {
+// Calls use(inner, begin, end) for the whole vectors around `visible`: those that cross an edge (inner is
+// false) and, in one range, those within.
+template <class Use>
+JF_INLINE void with_edges(Columns visible, Use use) {
   const Columns whole = vectors(visible);
   Columns inner{round_up(visible.lo, kLanes), round_down(visible.hi, kLanes)};
   if (inner.empty()) inner = {whole.hi, whole.hi};
+  use(std::false_type(), whole.lo, inner.lo);
+  use(std::true_type(), inner.lo, inner.hi);
+  use(std::false_type(), inner.hi, whole.hi);
+}
+
+template <int kOptions>
+static Float finish_row(const ScoreRow& row, Columns visible, float* s, float* slopes) {
   Float lane_max = broadcast(kNegInf);
-  lane_max = finish_columns<kOptions, false>(row, visible, whole.lo, inner.lo, s, slopes, lane_max);
-  lane_max = finish_columns<kOptions, true>(row, visible, inner.lo, inner.hi, s, slopes, lane_max);
-  return finish_columns<kOptions, false>(row, visible, inner.hi, whole.hi, s, slopes, lane_max);
+  with_edges(visible, [&](auto inner, int32_t begin, int32_t end) {
+    lane_max = finish_columns<kOptions, inner.value>(row, visible, begin, end, s, slopes, lane_max);
+  });
+  return lane_max;
 }
 
 inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const {
@@ -212,6 +227,21 @@ inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, float* s,
     default:
       return finish_row<kAnyOptions>(options, visible, s, slopes);
   }
+}
+
+inline void Head::bias_tangent_row(const View& tbias, Row row, int32_t j0, Columns visible, float* to) const {
+  const DType dtype = problem.bias_dtype;
+  const int64_t offset = tbias.offset(sequence.index, row.head, row.position, j0);
+  const char* at = element(*this, tbias, offset, size_of(dtype));
+  if (!tbias.column) {
+    const Columns whole = vectors(visible);
+    return fill(to + whole.lo, whole.hi - whole.lo, shared_bias(dtype, at));
+  }
+  with_edges(visible, [&](auto inner, int32_t begin, int32_t end) {
+    for (int32_t c = begin; c < end; c += kLanes) {
+      store(to + c, load_bias<inner.value>(dtype, at, c, visible));
+    }
+  });
 }
 
 typedef uint64_t Wide __attribute__((vector_size(kLanes * 4), may_alias));

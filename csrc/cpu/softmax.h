@@ -62,12 +62,14 @@ JF_INLINE bool block_columns(const Band& band, int32_t i0, int32_t blocks, int32
   return any;
 }
 
-// Addresses of the tile's query rows, null past the sequence's length.
-JF_INLINE void query_addresses(const Head& head, const RowTile& tile, const char** at) {
-  const int64_t head_bytes = head.problem.query.head * size_of(head.problem.dtype);
+// Addresses of the tile's rows of query or its tangent, whose heads are `stride` elements apart; null past
+// the sequence's length.
+JF_INLINE void query_addresses(const Head& head, const RowTile& tile, const Rows& query, int64_t stride,
+                               const char** at) {
+  const int64_t head_bytes = stride * size_of(head.problem.dtype);
   for (int32_t r = 0; r < tile.rows(); ++r) {
     const int32_t i = tile.position(r), h = tile.head_of(r) - head.head;
-    at[r] = i < head.band.q_len ? head.query.at(i) + h * head_bytes : nullptr;
+    at[r] = i < head.band.q_len ? query.at(i) + h * head_bytes : nullptr;
   }
 }
 

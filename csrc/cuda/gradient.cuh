@@ -7,7 +7,8 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/math.cuh"
-#include "cuda/score/general.cuh"
+#include "cuda/score/operands.cuh"
+#include "cuda/score/variant.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
@@ -60,7 +61,7 @@ template <class T>
 struct GradientBlock {
   BlockWork work;
   Band band;
-  ScoreOperands score;  // set by the general kernels only
+  ScoreOperands score;  // where the score variant reads any
   Interval tiles;       // the tiles to iterate over: queries for a key tile, keys for a query tile
   GlobalRows<const T> key, value, query, dout;  // query and dout of the (first) query head
   const float *lse, *delta;
@@ -85,11 +86,11 @@ struct GradientBlock {
   }
 };
 
-// S → P = 2^(scale · S − lse). An lse of large magnitude is rounded so coarsely that P could be infinite. In
+// S ← scale · S − lse. An lse of large magnitude is rounded so coarsely that P = 2^S could be infinite. In
 // such a row a score that exceeds lse, or differs from it by less than that rounding, counts as equal to it:
-// P = 1.
+// P = 1. `rows`: lse(slot).
 template <class S, class Rows>
-__device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
+__device__ __forceinline__ void subtract_lse(S& s, const Rows& rows, float scale) {
   bool coarse = false;
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
@@ -100,38 +101,31 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
       if (rounds_coarsely(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kLargeShift)) x = 0;
     });
   }
+}
+
+// S → P = 2^(scale · S − lse).
+template <class S, class Rows>
+__device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scale) {
+  subtract_lse(s, rows, scale);
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
-// S → P and dP → dS, in place. P has dropout applied, but not its factor 1 / (1 − rate). `row`, `key`: the
-// accumulators' first ones within the sequence. `partial`: the band hides some of the tile. kThroughSoftcap:
-// dS is the gradient with respect to scale · q·k, else the one with respect to softcap's result, which is the
-// gradient of the bias too. `bias`: what general.fetch() loaded.
-template <bool kGeneral, bool kThroughSoftcap, class S, class Rows>
-__device__ __forceinline__ void tile_gradient(const Problem& p, const ScoreOperands& operands,
-                                              const Band& band, const Rows& rows, int32_t row, int32_t key,
-                                              bool partial, S& s, S& dp,
-                                              const BiasChunks<S>* bias = nullptr) {
-  KeptElements<S> kept;
-  if constexpr (kGeneral) {
-    const GeneralScore general(p, operands, band);
-    if (p.dropout) {  // dP ← dP ∘ mask / (1 − rate)
-      kept = operands.dropout_at(row, key).template elements<S>();
-      const float factor = dropout_scale(p.spec);
-      for_each(dp, [&](float& x, int slot, int n, int e) { x = kept.at(slot, n, e) ? x * factor : 0; });
-    }
+// S → P and dP → dS, in place, of a Score variant's object that has prefetched what it needs. P has dropout
+// applied, but not its factor 1 / (1 − rate). `partial`: the band hides some of the tile.
+template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows>
+__device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, const Rows& rows, bool partial,
+                                              S& s, S& dp) {
+  score.drop_gradient(dp, tile);  // dP ← dP ∘ mask / (1 − rate)
+  if constexpr (Score::kScalesGradient)
     for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });  // dP ← dP − delta
-    general.apply(s, row, key, kThroughSoftcap ? &dp : nullptr, bias);           // dP ← dP ∘ softcap'(S)
-  }
-  if (partial) mask(s, band, row, key);
-  probabilities(s, rows, kGeneral ? 1.0f : p.spec.scale * kLog2e);  // P = exp(S − lse)
-  for_each(s, [&](float x, int slot, int n, int e) {                // dS = P ∘ (dP − delta)
+  score.template differentiate<kOf>(s, dp, tile);  // S ← score(S); dP ← score'(S) ∘ dP
+  if (partial) mask(s, tile.band(), tile.row(), tile.key);
+  probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
+  for_each(s, [&](float x, int slot, int n, int e) {        // dS = P ∘ (dP − delta)
     float& ds = dp.at(slot, n, e);
-    ds = x * (kGeneral ? ds : ds - rows.delta(slot));
+    ds = x * (Score::kScalesGradient ? ds : ds - rows.delta(slot));
   });
-  if constexpr (kGeneral) {
-    if (p.dropout) kept.drop(s, 0, S::kColumnTiles);
-  }
+  score.drop_weights(s, tile);  // P ← drop(P)
 }
 
 }  // namespace jax_flash

@@ -8,18 +8,17 @@
 
 namespace jax_flash {
 
-// S [rows from `row`, keys from `key`] ← value where hidden(column, limit), with limit = bound(row of S).
+// S [.., keys from `key`] ← value where hidden(key, limit), with limit = bound(slot).
 template <class S, class Bound, class Hidden>
-__device__ __forceinline__ void hide(S& s, int32_t row, int32_t key, float value, Bound bound,
-                                     Hidden hidden) {
+__device__ __forceinline__ void hide(S& s, int32_t key, float value, Bound bound, Hidden hidden) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
-    const int32_t limit = bound(row + S::row(slot)) - key - S::column(0);
+    const int32_t limit = bound(slot) - key - S::column(0);
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        if (hidden(S::column_step(n) + e, limit)) s.at(slot, n, e) = value;
+        if (hidden(S::column_step(n, e), limit)) s.at(slot, n, e) = value;
       }
     }
   }
@@ -37,23 +36,25 @@ struct FromLimit {
 template <class S>
 __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
                                      bool ends = true) {
-  if (begins) hide(s, row, key, -INFINITY, [&](int32_t i) { return band.first_key(i); }, BeforeLimit{});
-  if (ends) hide(s, row, key, -INFINITY, [&](int32_t i) { return band.last_key(i); }, FromLimit{});
+  if (begins)
+    hide(s, key, -INFINITY, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});
+  if (ends) hide(s, key, -INFINITY, [&](int slot) { return band.last_key(row + S::row(slot)); }, FromLimit{});
 }
 
 // Whether every row of a warp's S sees all its keys. The vote tells the compiler that the branch is uniform.
 template <class S>
 __device__ __forceinline__ bool all_seen(const S&, const Band& band, int32_t row, int32_t key) {
-  const Interval all = band.common(row, row + 8 * S::kSlots);
-  return __all_sync(~0u, all.lo <= key && key + 8 * S::kColumnTiles <= all.hi);
+  const Interval all = band.common(row, row + S::kRows);
+  return __all_sync(~0u, all.lo <= key && key + S::kColumns <= all.hi);
 }
 
 // S ← 0 where it is hidden, rows past the sequence included: hidden scores may be anything, and must not
 // choose how visible ones are computed.
 template <class S>
 __device__ __forceinline__ void clear_unseen(S& s, const Band& band, int32_t row, int32_t key) {
-  hide(s, row, key, 0, [&](int32_t i) { return band.first_key(i); }, BeforeLimit{});
-  hide(s, row, key, 0, [&](int32_t i) { return i < band.q_len ? band.last_key(i) : 0; }, FromLimit{});
+  hide(s, key, 0, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});
+  const auto end = [&](int32_t i) { return i < band.q_len ? band.last_key(i) : 0; };
+  hide(s, key, 0, [&](int slot) { return end(row + S::row(slot)); }, FromLimit{});
 }
 
 }  // namespace jax_flash

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "core/plan/columns.h"
@@ -12,10 +13,24 @@
 
 namespace jax_flash {
 
-using Launch = cudaError_t(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
+// `tangents`: of the tangent pass; null for every other.
+using Launch = cudaError_t(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,
+                           void* workspace, cudaStream_t stream);
 
 std::span<const KernelRow> built_kernels();
 Launch* launch_of(int32_t kernel);  // an index into built_kernels()
+
+// A pass's launch_row, which takes the tangents only where they are its operands.
+template <auto kLaunchRow>
+cudaError_t call_launch_row(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,
+                            void* workspace, cudaStream_t stream) {
+  if constexpr (std::is_invocable_v<decltype(kLaunchRow), const Problem&, const LaunchPlan&, void*,
+                                    cudaStream_t>) {
+    return kLaunchRow(p, plan, workspace, stream);
+  } else {
+    return kLaunchRow(p, *tangents, plan, workspace, stream);
+  }
+}
 
 // Calls launch.operator()<kind>() with the plan's score variant, which is one of the row's.
 template <RowColumns kRow, class LaunchKind>
@@ -52,12 +67,13 @@ inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const
 
 // The launch function of a built row: the files that cmake/kernels.cmake writes use it once per row and
 // dtype, after including the family's pass, which defines launch_row.
-#define JF_DEFINE_LAUNCH(name, loaders, dtype, ...)                                                  \
-  namespace jax_flash {                                                                              \
-  namespace columns {                                                                                \
-  inline constexpr RowColumns name{loaders, __VA_ARGS__};                                            \
-  }                                                                                                  \
-  cudaError_t name(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) { \
-    return launch_row<dtype, columns::name>(p, plan, workspace, stream);                             \
-  }                                                                                                  \
+#define JF_DEFINE_LAUNCH(name, loaders, dtype, ...)                                                     \
+  namespace jax_flash {                                                                                 \
+  namespace columns {                                                                                   \
+  inline constexpr RowColumns name{loaders, __VA_ARGS__};                                               \
+  }                                                                                                     \
+  cudaError_t name(const Problem& p, const Tangents* tangents, const LaunchPlan& plan, void* workspace, \
+                   cudaStream_t stream) {                                                               \
+    return call_launch_row<launch_row<dtype, columns::name>>(p, tangents, plan, workspace, stream);     \
+  }                                                                                                     \
   }

@@ -176,8 +176,9 @@ class BufferDecoder {
         got = DType::kF32;
         break;
       case ffi::F8E4M3FN:
+      case ffi::F8E5M2:
         if (element != Element::kPool) return false;
-        got = DType::kF8E4M3;
+        got = type == ffi::F8E5M2 ? DType::kF8E5M2 : DType::kF8E4M3;
         break;
       default:
         return false;

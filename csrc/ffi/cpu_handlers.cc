@@ -35,17 +35,31 @@ ffi::Error guarded(ffi::ThreadPool& threads, int32_t head_dim, int32_t value_dim
   return ffi::Error::Success();
 }
 
+void prefer_large_results(ffi::RemainingRets rets) {
+  for (size_t i = 0; i < rets.size(); ++i) {
+    const ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(i);
+    prefer_large_pages(result.untyped_data(), static_cast<int64_t>(result.size_bytes()));
+  }
+}
+
 template <Pass pass, Compute compute>
 ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
                   ffi::RemainingRets rets) {
   Problem problem;
   if (ffi::Error error = decode_operands(pass, spec, args, rets, problem); error.failure()) return error;
-  for (size_t i = 0; i < rets.size(); ++i) {
-    const ffi::AnyBuffer result = **rets.get<ffi::AnyBuffer>(i);
-    prefer_large_pages(result.untyped_data(), static_cast<int64_t>(result.size_bytes()));
-  }
+  prefer_large_results(rets);
   return guarded(threads, problem.head_dim, problem.value_dim,
                  [&](const ThreadPool& pool) { compute(problem, pool); });
+}
+
+ffi::Error handle_tangent(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
+                          ffi::RemainingRets rets) {
+  Problem problem;
+  Tangents tangents;
+  if (ffi::Error e = decode_tangents(spec, args, rets, problem, tangents); e.failure()) return e;
+  prefer_large_results(rets);
+  return guarded(threads, problem.head_dim, problem.value_dim,
+                 [&](const ThreadPool& pool) { cpu_tangent(problem, tangents, pool); });
 }
 
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
@@ -82,5 +96,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     JaxFlashBiasGradientCpu,
     (jax_flash::handle<jax_flash::Pass::kBiasGradient, jax_flash::cpu_bias_gradient>),
     jax_flash::binding<jax_flash::AttentionSpec>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashTangentCpu, jax_flash::handle_tangent,
+                              jax_flash::binding<jax_flash::AttentionSpec>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendCpu, jax_flash::handle_append,
                               jax_flash::binding<jax_flash::AppendSpec>());

@@ -35,17 +35,17 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
-// kResults: of the pass; the workspace follows them.
+// Plans a call and launches its kernels. `kResults`: of the pass; the workspace follows them. `tangents`:
+// null unless the pass has them.
 template <Pass pass, size_t kResults>
-ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
-  Problem p;
-  if (ffi::Error e = decode_operands(pass, spec, args, rets, p); e.failure()) return e;
+ffi::Error launch_planned(const Problem& p, const Tangents* tangents, ffi::RemainingRets rets,
+                          cudaStream_t stream) {
   auto workspace = rets.get<ffi::AnyBuffer>(kResults);
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
   const Shapes shapes = shapes_of(p);
-  const LaunchPlan chosen = plan({pass, spec, shapes, device}, built_kernels());
+  const LaunchPlan chosen = plan({pass, p.spec, shapes, device}, built_kernels());
   if (chosen.kernel < 0) return ffi::Error::InvalidArgument(chosen.error);
   if (static_cast<int64_t>((*workspace)->size_bytes()) < chosen.workspace) {
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
@@ -56,11 +56,26 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   }
   for (int32_t kernel : {chosen.decode_kernel, chosen.kernel}) {
     if (kernel < 0) continue;
-    if (cudaError_t e = launch_of(kernel)(p, chosen, memory, stream); e != cudaSuccess) {
+    if (cudaError_t e = launch_of(kernel)(p, tangents, chosen, memory, stream); e != cudaSuccess) {
       return cuda_error(chosen.to_string(built_kernels()[kernel]).c_str(), e);
     }
   }
   return ffi::Error::Success();
+}
+
+template <Pass pass, size_t kResults>
+ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
+  Problem p;
+  if (ffi::Error e = decode_operands(pass, spec, args, rets, p); e.failure()) return e;
+  return launch_planned<pass, kResults>(p, nullptr, rets, stream);
+}
+
+ffi::Error run_tangent(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                       AttentionSpec spec) {
+  Problem p;
+  Tangents t;
+  if (ffi::Error e = decode_tangents(spec, args, rets, p, t); e.failure()) return e;
+  return launch_planned<Pass::kTangent, 2>(p, &t, rets, stream);
 }
 
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
@@ -101,6 +116,7 @@ auto binding() {
 JF_HANDLER(JaxFlashForwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kForward, 2>);
 JF_HANDLER(JaxFlashBackwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBackward, 3>);
 JF_HANDLER(JaxFlashBiasGradientCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBiasGradient, 1>);
+JF_HANDLER(JaxFlashTangentCuda, AttentionSpec, jax_flash::run_tangent);
 JF_HANDLER(JaxFlashAppendCuda, AppendSpec, jax_flash::run_append);
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }

@@ -23,6 +23,7 @@ struct Handler {
 constexpr Handler kHandlers[] = {{"jax_flash_forward", "JaxFlashForwardCuda"},
                                  {"jax_flash_backward", "JaxFlashBackwardCuda"},
                                  {"jax_flash_bias_gradient", "JaxFlashBiasGradientCuda"},
+                                 {"jax_flash_tangent", "JaxFlashTangentCuda"},
                                  {"jax_flash_append", "JaxFlashAppendCuda"}};
 
 std::vector<KernelRow>& built_kernels() {

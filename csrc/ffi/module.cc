@@ -15,6 +15,7 @@ nb::dict registrations() {
   handlers["jax_flash_forward"] = nb::capsule(reinterpret_cast<void*>(JaxFlashForwardCpu));
   handlers["jax_flash_backward"] = nb::capsule(reinterpret_cast<void*>(JaxFlashBackwardCpu));
   handlers["jax_flash_bias_gradient"] = nb::capsule(reinterpret_cast<void*>(JaxFlashBiasGradientCpu));
+  handlers["jax_flash_tangent"] = nb::capsule(reinterpret_cast<void*>(JaxFlashTangentCpu));
   handlers["jax_flash_append"] = nb::capsule(reinterpret_cast<void*>(JaxFlashAppendCpu));
   return handlers;
 }

@@ -46,8 +46,10 @@ inline std::vector<Axis> table_axes() {
 
 class OperandDecoder {
  public:
-  OperandDecoder(Pass pass, const AttentionSpec& spec, Problem& problem) : pass_(pass), problem_(problem) {
+  OperandDecoder(Pass pass, const AttentionSpec& spec, Problem& problem, Tangents& tangents)
+      : pass_(pass), problem_(problem), tangents_(tangents) {
     problem_ = Problem{};
+    tangents_ = Tangents{};
     problem_.spec = spec;
     buffers_.set(Size::kDropout, 6);
     buffers_.set(Size::kPosition, 2);
@@ -57,7 +59,7 @@ class OperandDecoder {
   ffi::Error decode(ffi::RemainingArgs args, ffi::RemainingRets rets) {
     Problem& p = problem_;
     if (p.paged() && pass_ != Pass::kForward) {
-      return operand_error("the backward pass of a paged layout is that of its gathered keys");
+      return operand_error("the derivatives of a paged layout are those of its gathered keys");
     }
     ffi::Error e = buffers_.decode(input_rows(), output_rows(), args, rets, p.leading);
     if (e.failure()) return e;
@@ -110,7 +112,14 @@ class OperandDecoder {
     std::vector<OperandRow> rows{{"query", &p.query, Element::kActivation, query_axes(Size::kHeadDim)},
                                  {"key", &p.key, key_element, key_axes(Size::kHeadDim)},
                                  {"value", &p.value, key_element, key_axes(value_width)}};
-    if (pass_ != Pass::kForward) {
+    Tangents& t = tangents_;
+    if (pass_ == Pass::kTangent) {
+      rows.push_back({"out", &p.out, Element::kActivation, query_axes(Size::kValueDim)});
+      rows.push_back({"lse", &p.lse, Element::kFloat32, row_axes()});
+      rows.push_back({"tquery", &t.tquery, Element::kActivation, query_axes(Size::kHeadDim)});
+      rows.push_back({"tkey", &t.tkey, Element::kActivation, key_axes(Size::kHeadDim)});
+      rows.push_back({"tvalue", &t.tvalue, Element::kActivation, key_axes(Size::kValueDim)});
+    } else if (pass_ != Pass::kForward) {
       rows.push_back({"dout", &p.dout, Element::kActivation, query_axes(Size::kValueDim)});
       rows.push_back({"lse", &p.lse, Element::kFloat32, row_axes()});
       rows.push_back({"delta", &p.delta, Element::kFloat32, row_axes()});
@@ -137,6 +146,7 @@ class OperandDecoder {
         {"k_scale", &p.k_scale, Element::kFloat32, scales},
         {"v_scale", &p.v_scale, Element::kFloat32, scales},
         {"position", &p.position, Element::kInt32, {{Size::kPosition, &View::column}}},
+        {"tbias", &t.tbias, Element::kBias, score_axes()},
     };
     static_assert(std::size(optional) == static_cast<size_t>(Operand::kCount));
     for (size_t i = 0; i < std::size(optional); ++i) {
@@ -158,6 +168,9 @@ class OperandDecoder {
                 {"dvalue", &p.dvalue, Element::kActivation, key_axes(Size::kValueDim)}};
       case Pass::kBiasGradient:
         return {{"dbias", &p.dbias, Element::kBias, score_axes()}};
+      case Pass::kTangent:
+        return {{"tout", &tangents_.tout, Element::kActivation, query_axes(Size::kValueDim)},
+                {"tlse", &tangents_.tlse, Element::kFloat32, row_axes()}};
     }
     return {};
   }
@@ -183,25 +196,35 @@ class OperandDecoder {
       return operand_error(
           "block_tables and kv_lengths are needed by the paged layouts, cu_seqlens_q if packed");
     }
-    if (p.paged() && p.kv_dtype != p.dtype && p.kv_dtype != DType::kF8E4M3) {
-      return operand_error("key has a dtype that is neither query's nor float8_e4m3fn");
+    if (p.paged() && p.kv_dtype != p.dtype && !is_float8(p.kv_dtype)) {
+      return operand_error("key has a dtype that is neither query's nor float8");
     }
     if (p.spec.value_dim > 0 && (!p.paged() || p.spec.value_dim > p.head_dim)) {
       return operand_error("value_dim is for pages, whose head dim is at least as large");
     }
     if (pass_ == Pass::kBiasGradient && !p.spec.has(Operand::kBias)) return operand_error("bias is missing");
+    if (p.spec.has(Operand::kTbias) && !(pass_ == Pass::kTangent && p.spec.has(Operand::kBias))) {
+      return operand_error("tbias is for the tangent pass, beside bias");
+    }
     if (p.spec.dropout_rate > 0 && !p.spec.has(Operand::kDropout)) return operand_error("dropout is missing");
     return ffi::Error::Success();
   }
 
   Pass pass_;
   Problem& problem_;
+  Tangents& tangents_;
   BufferDecoder buffers_;
 };
 
 inline ffi::Error decode_operands(Pass pass, const AttentionSpec& spec, ffi::RemainingArgs args,
                                   ffi::RemainingRets rets, Problem& problem) {
-  return OperandDecoder(pass, spec, problem).decode(args, rets);
+  Tangents none;
+  return OperandDecoder(pass, spec, problem, none).decode(args, rets);
+}
+
+inline ffi::Error decode_tangents(const AttentionSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets rets,
+                                  Problem& problem, Tangents& tangents) {
+  return OperandDecoder(Pass::kTangent, spec, problem, tangents).decode(args, rets);
 }
 
 // A pool before and after append_kv.
@@ -257,8 +280,8 @@ inline ffi::Error decode_append(const AppendSpec& spec, ffi::RemainingArgs args,
   p.table = buffers.size(Size::kTable);
   p.positions = buffers.size(Size::kPositions);
   p.rotated = buffers.size(Size::kRotated);
-  if (p.pool_dtype != p.dtype && p.pool_dtype != DType::kF8E4M3) {
-    return operand_error("k_pages has a dtype that is neither key's nor float8_e4m3fn");
+  if (p.pool_dtype != p.dtype && !is_float8(p.pool_dtype)) {
+    return operand_error("k_pages has a dtype that is neither key's nor float8");
   }
   if (p.spec.has(AppendOperand::kCos) != p.spec.has(AppendOperand::kSin) ||
       2 * int64_t{p.rotated} > p.head_dim || (p.rotated > 0 && p.positions == 0)) {

@@ -19,7 +19,7 @@ namespace nb = nanobind;
 namespace jax_flash {
 namespace {
 
-constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward, Pass::kBiasGradient};
+constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward, Pass::kBiasGradient, Pass::kTangent};
 constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
 constexpr Loader kLoaders[] = {Loader::kDense, Loader::kPaged};
 constexpr ScoreKind kScores[] = {ScoreKind::kPlain,   ScoreKind::kGeneral,  ScoreKind::kGeneralDropout,

@@ -57,12 +57,8 @@ class Cache:
     def ends(self, check: Checker, b: Any, cache_seqlens: Any) -> jax.Array:
         """The end of each sequence before the call, int32 `[b]`."""
         if cache_seqlens is None:
-            cache_seqlens = self.capacity
-        if jnp.ndim(cache_seqlens) == 0 and jnp.issubdtype(jnp.result_type(cache_seqlens), jnp.integer):
-            return jnp.full((b,), cache_seqlens, jnp.int32)
-        ends = check.int32("cache_seqlens", cache_seqlens)
-        check.shape("cache_seqlens", ends, (b,), "b")
-        return ends
+            return jnp.full((b,), self.capacity, jnp.int32)
+        return check.lengths("cache_seqlens", cache_seqlens, b, "b")
 
     def lengths(self, ends: jax.Array) -> jax.Array:
         """The numbers of keys of sequences with these ends."""
@@ -148,7 +144,7 @@ def softcap(check: Checker, softcap: Any) -> float | None:
 
 def refuse_weights(check: Checker, wanted: bool, dropout_p: float, function: str) -> None:
     """Raises where flash_attn would return attention weights: with return_attn_probs and dropout."""
-    if wanted and dropout_p:
+    if check.flag("return_attn_probs", wanted) and dropout_p:
         raise check.fail(
             f"return_attn_probs with dropout_p {dropout_p} asks for the attention weights, which never exist as an "
             f"array; for softmax_lse, use jax_flash.{function}(…, return_lse=True)",

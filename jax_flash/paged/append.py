@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..operands import APPEND
+from ..options import ArrayLike, Implementation, IndexLike, LengthsLike, PageLayout
 from ..primitives import bind, equally_varying
 from ..rotary import apply_rotary
 from ..spec import AppendSpec
 from . import gather, validate
 
 Operands = dict[str, jax.Array]
-FLOAT8_MAX = 448.0
 
 
 def append_kv(
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    block_tables: jax.Array,
-    kv_lengths: jax.Array,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
     *,
-    cu_seqlens: jax.Array | None = None,
-    page_layout: str = "nhd",
-    rotary: tuple[jax.Array, jax.Array] | None = None,
+    cu_seqlens: IndexLike | None = None,
+    page_layout: PageLayout = "nhd",
+    rotary: tuple[ArrayLike, ArrayLike] | None = None,
     interleaved: bool = False,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
-    implementation: str | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Appends new tokens to each sequence's pages, in place if the pools are donated or not used afterwards.
 
@@ -40,23 +40,24 @@ def append_kv(
 
     Args:
       k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
-        key's dtype or float8_e4m3fn.
+        key's dtype, float8_e4m3fn or float8_e5m2.
       key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
       block_tables: int32 `[n, pages]`, the pages of each sequence.
-      kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call.
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call, or one number for all.
       cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.
       rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
         by `apply_rotary`, before they are written.
       interleaved: as in `apply_rotary`.
       k_scale, v_scale: float32 `[hk]`, only for float8 pools, where stored = value / scale, rounded to nearest and
-        saturated; 1 by default.
+        saturated at the largest number of the dtype, infinities too; 1 by default.
       implementation: as in `flash_attention`.
 
     Returns:
       `(k_pages, v_pages, kv_lengths)` after the call.
 
     Raises:
-      ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no gradient.
+      ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no derivative, in
+        either mode: one that is used raises.
 
     Source: Kwon et al., PagedAttention (2023).
 
@@ -64,13 +65,7 @@ def append_kv(
       >>> append = jax.jit(append_kv, donate_argnames=("k_pages", "v_pages"))
       >>> k_pages, v_pages, lengths = append(k_pages, v_pages, k, v, tables, lengths)
     """
-    options: dict[str, Any] = dict(
-        cu_seqlens=cu_seqlens, page_layout=page_layout, rotary=rotary, interleaved=interleaved, k_scale=k_scale,
-        v_scale=v_scale, implementation=implementation,
-    )  # fmt: skip
-    spec, operands = validate.append(
-        "append_kv", k_pages, v_pages, key, value, block_tables, kv_lengths, options
-    )
+    spec, operands = validate.append("append_kv", locals())
     return _scatter(spec, operands) if spec.implementation == "xla" else _call(spec, operands)
 
 
@@ -101,12 +96,12 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array
 
 def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """x [..., hk, d] in the pool's dtype; float8 pools store x / scale, saturated."""
-    if dtype != jnp.float8_e4m3fn:
+    if dtype not in gather.FLOAT8:
         return x
     wide = x.astype(jnp.float32)
     if scale is not None:
         wide = wide / scale[:, None]
-    return jnp.clip(wide, -FLOAT8_MAX, FLOAT8_MAX).astype(dtype)
+    return jnp.clip(wide, -gather.FLOAT8[dtype], gather.FLOAT8[dtype]).astype(dtype)
 
 
 class _Slots(NamedTuple):

@@ -2,39 +2,87 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, Unpack, overload
 
-import jax
+from jax import Array
 
-from ..attention import Window
 from ..autodiff import attend
+from ..options import (
+    Align,
+    ArrayLike,
+    Implementation,
+    IndexLike,
+    LengthsLike,
+    PagedOptions,
+    PageLayout,
+    Window,
+)
 from . import validate
 
 
+@overload
 def paged_attention(
-    query: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    block_tables: jax.Array,
-    kv_lengths: jax.Array,
+    query: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
     *,
-    cu_seqlens_q: jax.Array | None = None,
-    page_layout: str = "nhd",
+    return_lse: Literal[False] = ...,
+    **options: Unpack[PagedOptions],
+) -> Array: ...
+
+
+@overload
+def paged_attention(
+    query: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[PagedOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def paged_attention(
+    query: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[PagedOptions],
+) -> Array | tuple[Array, Array]: ...
+
+
+def paged_attention(
+    query: ArrayLike,
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    *,
+    cu_seqlens_q: IndexLike | None = None,
+    page_layout: PageLayout = "nhd",
     num_splits: int | None = None,
     batch_invariant: bool = False,
-    k_scale: jax.Array | None = None,
-    v_scale: jax.Array | None = None,
+    k_scale: ArrayLike | None = None,
+    v_scale: ArrayLike | None = None,
     causal: bool = False,
     window: Window | None = None,
-    align: str = "bottom_right",
+    align: Align = "bottom_right",
     scale: float | None = None,
     softcap: float | None = None,
-    alibi_slopes: jax.Array | None = None,
-    sinks: jax.Array | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-    implementation: str | None = None,
-) -> Any:
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]:
     """Attention of new queries to keys and values in the pages of a shared pool.
 
     Key j of sequence i is in slot `j % ps` of page `block_tables[i, j // ps]`. Entries past a sequence's length are
@@ -43,10 +91,12 @@ def paged_attention(
 
     Args:
       query: `[n, sq, hq, d]`, or packed `[tq, hq, d]` with cu_seqlens_q; float16, bfloat16 or float32.
-      k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype or float8_e4m3fn.
+      k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype,
+        float8_e4m3fn or float8_e5m2.
       v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype.
       block_tables: int32 `[n, pages]`; sequences may share pages.
-      kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them.
+      kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them; or
+        one number for all.
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in a packed query.
       num_splits: number of parts that a sequence's keys are split into for parallelism; None leaves the choice to
         the library.
@@ -59,7 +109,7 @@ def paged_attention(
     Returns:
       `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
       `[hq, tq]`.
-      Differentiable with respect to query, sinks and the pools, except for float8 pools.
+      Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
@@ -70,13 +120,6 @@ def paged_attention(
       >>> k_pages, v_pages, lengths = append_kv(k_pages, v_pages, k, v, tables, lengths)
       >>> out = paged_attention(q, k_pages, v_pages, tables, lengths, causal=True)
     """
-    options = dict(
-        cu_seqlens_q=cu_seqlens_q, page_layout=page_layout, num_splits=num_splits, batch_invariant=batch_invariant,
-        k_scale=k_scale, v_scale=v_scale, causal=causal, window=window, align=align, scale=scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, deterministic=deterministic, implementation=implementation,
-    )  # fmt: skip
-    spec, operands = validate.attention(
-        "paged_attention", query, k_pages, v_pages, block_tables, kv_lengths, options
-    )
+    spec, operands = validate.attention("paged_attention", locals())
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

@@ -14,6 +14,8 @@ from ..operands import OPTIONAL
 from ..spec import UNLIMITED, AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
+# The dtypes of pools beside the query's, and their largest numbers.
+FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.float8_e5m2): 57344.0}
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
 
@@ -22,9 +24,12 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.A
     dense_spec, dense = contiguous(spec, operands)
     out, lse = reference.attention(dense_spec, dense)
     missing = rows_missing_pages(spec, operands)[..., None, None]
-    query = jnp.where(missing, operands["query"], 0).astype(out.dtype)
-    out = jnp.where(missing, query.sum((-2, -1), keepdims=True) * jnp.nan, out)
-    lse = jnp.where(jnp.swapaxes(missing[..., 0], -1, -2), jnp.nan, lse)
+    query = jnp.where(missing, operands["query"], 0).astype(lse.dtype)
+    # NaN has a derivative, which is NaN too; no NaN is made for other rows, where jax_debug_nans would report it.
+    nothing = query.sum((-2, -1), keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., 1, 1]
+    out = jnp.where(missing, nothing.astype(out.dtype), out)
+    by_lse, nothing_by_lse = (jnp.swapaxes(x[..., 0], -1, -2) for x in (missing, nothing))
+    lse = jnp.where(by_lse, nothing_by_lse, lse)
     return out.astype(operands["query"].dtype), lse
 
 
@@ -38,7 +43,7 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout)
-        if dense[name].dtype == jnp.float8_e4m3fn:
+        if dense[name].dtype in FLOAT8:
             dense[name] = (
                 dense[name].astype(jnp.float32) * operands.get(scale, jnp.ones(1, jnp.float32))[:, None]
             )

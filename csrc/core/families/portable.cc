@@ -79,6 +79,22 @@ class BiasGradient final : public PassTraits {
   Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override { return 0; }
 };
 
+class Tangent final : public PassTraits {
+ public:
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return tangent_shared_bytes(shape_of(row, call), element_size(call));
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return schedule_bound(spec, s, s.q_rows);
+  }
+};
+
 // Bounds of what rows of csrc/kernels.def and the schedule take.
 constexpr int64_t kMostRows = 64;       // query rows of a KV head over pages; beyond, products bound the call
 constexpr int64_t kMostTile = 16;       // of these rows in a column
@@ -194,7 +210,8 @@ const Family& portable() {
   static const Backward backward;
   static const BiasGradient bias_gradient;
   static const Decode decode;
-  static const Family family{&forward, &backward, &bias_gradient, &decode};
+  static const Tangent tangent;
+  static const Family family{&forward, &backward, &bias_gradient, &decode, &tangent};
   return family;
 }
 

@@ -113,6 +113,26 @@ constexpr BackwardQueriesLayout backward_queries_layout(const RowShape& r, int32
           ring + ring_bytes(r.stages == 0 ? 0 : 1, v_bytes, k_bytes)};
 }
 
+// The tangent pass. Each tile comes with that of its tangent.
+struct TangentLayout {
+  int32_t q, tq;  // Q and tQ [M, d]; tO [M, dv] at the end
+  int32_t ring;   // K and tK [N, d], V and tV [N, dv]
+  int32_t bytes;
+};
+
+// Without a stage the four tiles take turns in one buffer.
+constexpr TangentLayout tangent_layout(const RowShape& r, int32_t element_size) {
+  const int32_t q_bytes = r.block_m * r.head_dim * element_size;
+  const int32_t k_bytes = r.block_n * r.head_dim * element_size;
+  const int32_t v_bytes = r.block_n * r.value_dim * element_size;
+  const int32_t ring = r.stages == 0 ? larger(k_bytes, v_bytes) : r.stages * 2 * (k_bytes + v_bytes);
+  return {0, q_bytes, 2 * q_bytes, 2 * q_bytes + ring};
+}
+
+constexpr int64_t tangent_shared_bytes(const RowShape& r, int32_t element_size) {
+  return tangent_layout(r, element_size).bytes + kBlockStateBytes;
+}
+
 struct BiasGradientLayout {
   int32_t q, k, d_out, v;  // [M, d], [N, d], [M, dv], [N, dv]; without a stage dO and V replace Q and K
   int32_t sum;             // the sum of dS [M, N] float32, at the end

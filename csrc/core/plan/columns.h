@@ -14,7 +14,7 @@ constexpr uint32_t bit(Enum value) {
 }
 
 inline constexpr Pass forward = Pass::kForward, backward = Pass::kBackward,
-                      bias_gradient = Pass::kBiasGradient, decode = Pass::kDecode;
+                      bias_gradient = Pass::kBiasGradient, decode = Pass::kDecode, tangent = Pass::kTangent;
 inline constexpr uint32_t dense = bit(Loader::kDense), paged = bit(Loader::kPaged), both = dense | paged,
                           either = both;
 inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,

@@ -35,6 +35,7 @@ struct Family {
   const PassTraits* backward = nullptr;
   const PassTraits* bias_gradient = nullptr;
   const PassTraits* decode = nullptr;
+  const PassTraits* tangent = nullptr;
 
   const PassTraits* of(Pass pass) const {
     switch (pass) {
@@ -46,6 +47,8 @@ struct Family {
         return bias_gradient;
       case Pass::kDecode:
         return decode;
+      case Pass::kTangent:
+        return tangent;
     }
     return nullptr;
   }

@@ -6,14 +6,14 @@
 namespace jax_flash {
 
 const char* name_of(Pass pass) {
-  constexpr const char* kNames[] = {"forward", "backward", "bias_gradient", "decode"};
+  constexpr const char* kNames[] = {"forward", "backward", "bias_gradient", "decode", "tangent"};
   return kNames[static_cast<int>(pass)];
 }
 
 const char* name_of(Loader loader) { return loader == Loader::kPaged ? "paged" : "dense"; }
 
 const char* name_of(DType dtype) {
-  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float8_e4m3fn"};
+  constexpr const char* kNames[] = {"float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2"};
   return kNames[static_cast<int>(dtype)];
 }
 

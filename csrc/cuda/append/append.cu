@@ -20,17 +20,7 @@ namespace {
 
 constexpr int kBlocksPerMultiprocessor = 4;  // of the grid, at most
 
-// Rounds to the dtype of the pool.
-template <class Pool>
-__device__ inline Pool to_pool(float x) {
-  if constexpr (sizeof(Pool) == 1) {
-    return float_to_float8(x);
-  } else {
-    return Pool(x);
-  }
-}
-
-// The key or the value operand with its pool.
+// The key or the value operand with its pool. Pool: T, or uint8_t for float8.
 template <class T, class Pool>
 struct Stream {
   const View &rows, &pool, &scale;
@@ -38,6 +28,7 @@ struct Stream {
   Pool* to;             // likewise
   const float* scales;  // likewise, or null
   int32_t width;        // head dim
+  DType stored;         // of the pool
 
   __device__ Stream(const AppendProblem& p, int64_t leading, const View& rows_, const View& pool_,
                     const View& scale_, int32_t width_)
@@ -47,7 +38,8 @@ struct Stream {
         from(rows.as<const T>() + rows.leading_offset(p.leading, leading)),
         to(pool.as<Pool>() + pool.leading_offset(p.leading, leading)),
         scales(scale ? scale.as<const float>() + scale.leading_offset(p.leading, leading) : nullptr),
-        width(width_) {}
+        width(width_),
+        stored(p.pool_dtype) {}
 
   __device__ const T* source(const AppendProblem& p, const Token& t, int32_t head) const {
     if (p.packed()) return from + t.row * rows.row + head * rows.head;
@@ -63,7 +55,7 @@ struct Stream {
   __device__ void write(const Token& t, int32_t head, int32_t feature, T x) const {
     Pool* const slot = target(t, head) + feature;
     if constexpr (sizeof(Pool) == 1) {
-      *slot = to_pool<Pool>(static_cast<float>(x) / divisor(head));
+      *slot = float_to_float8(static_cast<float>(x) / divisor(head), stored);
     } else {
       *slot = x;
     }
@@ -144,7 +136,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 cudaError_t launch_for(const AppendProblem& p, int32_t owners, cudaStream_t stream) {
   const int64_t blocks = p.leading.count() * owners;
-  if (p.pool_dtype == DType::kF8E4M3) {
+  if (is_float8(p.pool_dtype)) {
     return launch(append_tokens<T, uint8_t>, blocks, kThreads, 0, stream, p, owners);
   }
   return launch(append_tokens<T, T>, blocks, kThreads, 0, stream, p, owners);

@@ -31,20 +31,17 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
   auto multiply_do_v = [&] {  // dP = dO Vᵀ  [M, N]
     mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, at.s.row, k + C::kLayout.v, at.s.column);
   };
-  if constexpr (C::kPermuted) {
-    BiasChunks<typename C::S> bias;
-    GeneralScore(p, block.score, block.band).fetch(bias, first, key);
+  if constexpr (!C::kPlain) {
+    typename C::Score score;
+    const ScoreTile tile{p, block.score, block.band, first, key};
+    score.prefetch(tile, key);
     multiply_q_k();
     multiply_do_v();
-    tile_gradient<true, true>(p, block.score, block.band, rows, first, key, partial, s, dp, &bias);
-  } else if constexpr (C::kGeneral) {
-    multiply_q_k();
-    multiply_do_v();
-    tile_gradient<true, true>(p, block.score, block.band, rows, first, key, partial, s, dp);
-  } else {
+    tile_gradient(score, tile, rows, partial, s, dp);
+  } else {  // P is made before dP, which leaves it to the compiler to overlap the two
     multiply_q_k();
     if (partial) mask(s, block.band, first, key);
-    probabilities(s, rows, p.spec.scale * kLog2e);  // P = exp(S − lse)
+    probabilities(s, rows, C::Score::power_scale(p.spec));  // P = exp(S − lse)
     multiply_do_v();
     for_each(dp, [&](float& x, int slot, int n, int e) {  // dS = P ∘ (dP − delta)
       x = s.at(slot, n, e) * (x - rows.delta(slot));
@@ -86,7 +83,7 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   using KTile = typename C::KTile;
   using VTile = typename C::VTile;
   const TileWork& tile = block.work.tile;
-  const float dv_factor = C::kGeneral ? dropout_scale(p.spec) : 1.0f;
+  const float dv_factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
   for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
   for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
   __syncthreads();                                // every warp is done with K and V
@@ -99,17 +96,22 @@ __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockStat
   store_tile<VTile, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, tile.end, thread);
 }
 
-// What the general kernel does between a step's copies and its products: zeros unseen rows and, with a new
-// head, prepares its score.
+// Finds the score operands of a head of the group.
 template <class C>
-__device__ __forceinline__ void prepare_general_step(const Problem& p,
-                                                     KeyBlockState<typename C::Element>& block,
-                                                     const QueryStep& step, uint8_t* q,
-                                                     const float* statistics) {
+__device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockState<typename C::Element>& block,
+                                              int32_t head) {
+  block.score.template prepare<typename C::Score>(p, block.work, block.work.head + head);
+}
+
+// What a kernel for score options does between a step's copies and its products: zeros unseen rows and, with
+// a new head, prepares its score.
+template <class C>
+__device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typename C::Element>& block,
+                                             const QueryStep& step, uint8_t* q, const float* statistics) {
   clear_unseen<C>(q, statistics);
   // clear_unseen contains a __syncthreads, so every thread is done with the last head's block.score.
   if (step.head > 0 && step.tile == block.tiles.lo) {
-    if (threadIdx.x == 0) block.score.prepare(p, block.work, block.work.head + step.head);
+    if (threadIdx.x == 0) prepare_score<C>(p, block, step.head);
     __syncthreads();
   }
 }
@@ -152,7 +154,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
     const uint32_t q = k + begin, d_out = q + kLayout.d_out;
     const auto* statistics = reinterpret_cast<const float*>(shared + begin + kLayout.lse);
     barriers.wait_queries_full(step);
-    if constexpr (C::kGeneral) prepare_general_step<C>(p, block, step, shared + begin, statistics);
+    if constexpr (!C::kPlain) prepare_step<C>(p, block, step, shared + begin, statistics);
 
     typename C::S s, dp;
     if (at.computes_s)  // P = exp(S − lse), dS = P ∘ (dP − delta)
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   uint8_t* const shared = ptx::dynamic_shared();
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN, accumulator);
-    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+    if constexpr (!C::kPlain) prepare_score<C>(p, block, 0);
     KeyBarriers<C>(ptx::shared_address(shared + C::kLayout.barriers)).init();
   }
   __syncthreads();

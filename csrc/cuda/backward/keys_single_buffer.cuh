@@ -58,8 +58,8 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     };
     __syncthreads();  // every warp is done with the last step
     load_statistics<C>(p, block, step, statistics);
-    if constexpr (C::kGeneral) {
-      if (threadIdx.x == 0 && step.head > 0) block.score.prepare(p, block.work, block.work.head + step.head);
+    if constexpr (!C::kPlain) {
+      if (threadIdx.x == 0 && step.head > 0) prepare_score<C>(p, block, step.head);
     }
 
     typename C::S s, dp;
@@ -68,8 +68,8 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     load_and_wait(DoTile{}, block.dout, p.dout);
     if (at.computes_s) {
       mma_qk<DoTile, VTile>(dp, buffer, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
-      // P = exp(S − lse), dS = P ∘ (dP − delta)
-      tile_gradient<C::kGeneral, true>(p, block.score, block.band, rows, first, key, partial, s, dp);
+      typename C::Score score;                                      // P = exp(S − lse), dS = P ∘ (dP − delta)
+      tile_gradient(score, ScoreTile{p, block.score, block.band, first, key}, rows, partial, s, dp);
       store_accumulator<PTile>(s, shared + kLayout.p, at.s);
       store_accumulator<PTile>(dp, shared + kLayout.ds, at.s);
     }

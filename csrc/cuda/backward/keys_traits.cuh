@@ -5,54 +5,58 @@
 
 #include "core/families/portable_layout.h"
 #include "cuda/ptx/barrier.cuh"
+#include "cuda/score/portable_variants.cuh"
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-// A row of csrc/kernels.def. The general kernel, whose scores need more registers, takes half the query rows
+// A row of csrc/kernels.def. A kernel for score options, which need more registers, takes half the query rows
 // at a time if the warps can share those.
 //
 // Each product is cut into rows × columns of warps. For dK and dV a group of warps owns 32 (or 16) keys, and
 // its warps share the columns. The same group computes S and dP of its keys, so that dK and dV wait for no
 // other group's P and dS. Where S has fewer 16 × 16 blocks than there are warps, only the first warps of a
 // group compute it.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
+template <class T, RowColumns R, ScoreKind Kind>
 struct BackwardKeysSm80 {
   using Element = T;
-  static constexpr bool kGeneral = General;
-  static constexpr int kDqColumns = M == 16 || (Warps >= 8 && HeadDim % 64 == 0) ? 4 : 2,
-                       kDqRows = Warps / kDqColumns;
-  static constexpr int kM = General && M / 2 % (16 * kDqRows) == 0 ? M / 2 : M, kN = N, kStages = Stages,
-                       kWarps = Warps, kThreads = Warps * 32;
-  static constexpr int kBlocks = General ? 1 : Blocks;
-  static constexpr int kGroupKeys = N < 32 ? N : 32, kGroups = N / kGroupKeys, kGroupWarps = Warps / kGroups;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kN = R.block_n;
+  static constexpr int kStages = R.stages, kWarps = R.warps, kThreads = kWarps * 32;
+  static constexpr bool kPlain = Kind == ScoreKind::kPlain;
+  static constexpr int kDqColumns = R.block_m == 16 || (kWarps >= 8 && kHeadDim % 64 == 0) ? 4 : 2,
+                       kDqRows = kWarps / kDqColumns;
+  static constexpr int kM = !kPlain && R.block_m / 2 % (16 * kDqRows) == 0 ? R.block_m / 2 : R.block_m;
+  static constexpr int kBlocks = kPlain ? R.blocks : 1;
+  static constexpr int kGroupKeys = kN < 32 ? kN : 32, kGroups = kN / kGroupKeys,
+                       kGroupWarps = kWarps / kGroups;
   static constexpr int kSRows = kM / 16 < kGroupWarps ? kM / 16 : kGroupWarps;
-  static constexpr int kSColumns = Warps / kSRows < N / 16 ? Warps / kSRows : N / 16;
+  static constexpr int kSColumns = kWarps / kSRows < kN / 16 ? kWarps / kSRows : kN / 16;
   // Permuted tiles give each thread adjacent keys, so that bias and mask are read in wide loads.
-  static constexpr bool kPermuted = General && N / kSColumns % 32 == 0;
-  using KTile = SharedTile<T, N, HeadDim, kPermuted>;
-  using VTile = SharedTile<T, N, ValueDim, kPermuted>;
-  using QTile = SharedTile<T, kM, HeadDim>;
-  using DoTile = SharedTile<T, kM, ValueDim>;
-  using PTile = SharedTile<T, kM, N>;
-  static constexpr int kSRowTiles = kM / kSRows / 16, kSColumnTiles = N / kSColumns / 8;
+  static constexpr bool kPermuted = is_general(Kind) && kN / kSColumns % 32 == 0;
+  using KTile = SharedTile<T, kN, kHeadDim, kPermuted>;
+  using VTile = SharedTile<T, kN, kValueDim, kPermuted>;
+  using QTile = SharedTile<T, kM, kHeadDim>;
+  using DoTile = SharedTile<T, kM, kValueDim>;
+  using PTile = SharedTile<T, kM, kN>;
+  static constexpr int kSRowTiles = kM / kSRows / 16, kSColumnTiles = kN / kSColumns / 8;
   using S = std::conditional_t<kPermuted, PermutedAccumulator<kSRowTiles, kPermuted ? kSColumnTiles : 4>,
                                Accumulator<kSRowTiles, kSColumnTiles>>;
-  using DK = Accumulator<kGroupKeys / 16, HeadDim / kGroupWarps / 8>;
-  using DV = Accumulator<kGroupKeys / 16, ValueDim / kGroupWarps / 8>;
-  using DQ = Accumulator<kM / kDqRows / 16, HeadDim / kDqColumns / 8>;
-  static constexpr bool kSingleBuffer = Stages == 0;  // Q and dO take turns in one buffer
+  using Score = PortableScore<Kind, S>;
+  using DK = Accumulator<kGroupKeys / 16, kHeadDim / kGroupWarps / 8>;
+  using DV = Accumulator<kGroupKeys / 16, kValueDim / kGroupWarps / 8>;
+  using DQ = Accumulator<kM / kDqRows / 16, kHeadDim / kDqColumns / 8>;
+  static constexpr bool kSingleBuffer = kStages == 0;  // Q and dO take turns in one buffer
   static constexpr BackwardLayout kLayout =
-      backward_layout({HeadDim, ValueDim, kM, kN, Stages, Warps, false}, sizeof(T));
+      backward_layout({kHeadDim, kValueDim, kM, kN, kStages, kWarps, false}, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.v == KTile::kBytes && kLayout.queries == KTile::kBytes + VTile::kBytes &&
                 kLayout.ds - kLayout.p == PTile::kBytes && kLayout.barriers - kLayout.ds == PTile::kBytes &&
                 kLayout.lse == ring_bytes(kSingleBuffer ? 0 : 1, QTile::kBytes, DoTile::kBytes));
-  static_assert(N % kGroupKeys == 0 && kM % (16 * kSRows) == 0 && N % (16 * kSColumns) == 0 &&
+  static_assert(kN % kGroupKeys == 0 && kM % (16 * kSRows) == 0 && kN % (16 * kSColumns) == 0 &&
                 kM % (16 * kDqRows) == 0 && kSColumns % kGroups == 0);
-  static_assert(HeadDim % (16 * kGroupWarps) == 0 && ValueDim % (16 * kGroupWarps) == 0);
-  static_assert(HeadDim % (16 * kDqColumns) == 0 && Stages <= 2 && kThreads >= kM);
+  static_assert(kHeadDim % (16 * kGroupWarps) == 0 && kValueDim % (16 * kGroupWarps) == 0);
+  static_assert(kHeadDim % (16 * kDqColumns) == 0 && kStages <= 2 && kThreads >= kM);
 };
 
 // Which part of each product this warp computes.

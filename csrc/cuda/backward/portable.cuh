@@ -11,12 +11,12 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32
 // accumulator, or from a kernel over query tiles where it has to be deterministic.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, bool General>
+template <class T, RowColumns R, ScoreKind Kind>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
-  using Plain = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, false>;
-  using Keys = BackwardKeysSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, General>;
-  using Queries = BackwardQueriesSm80<T, HeadDim, ValueDim, M, N, Stages, General>;
+  using Plain = BackwardKeysSm80<T, R, ScoreKind::kPlain>;
+  using Keys = BackwardKeysSm80<T, R, Kind>;
+  using Queries = BackwardQueriesSm80<T, R, Kind>;
   // The host counts the shared memory of the plain kernel over key tiles (backward_shared_bytes).
   static_assert(Queries::kSharedBytes <= Plain::kSharedBytes && Keys::kSharedBytes <= Plain::kSharedBytes);
   float* accumulator = nullptr;
@@ -32,14 +32,11 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
   return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
 }
 
-// The general kernel has dropout, too.
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const auto run = [&]<bool kGeneral>() {
-    return launch_backward_sm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks,
-                                kGeneral>(p, plan, workspace, stream);
-  };
-  return plan.general() ? run.template operator()<true>() : run.template operator()<false>();
+  return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+    return launch_backward_sm80<T, R, kKind>(p, plan, workspace, stream);
+  });
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -10,27 +10,30 @@
 #include "cuda/load/dense.cuh"
 #include "cuda/load/ring.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/portable_variants.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, bool General>
+template <class T, RowColumns R, ScoreKind Kind>
 struct BackwardQueriesSm80 {
   using Element = T;
-  static constexpr bool kGeneral = General;
-  static constexpr int kM = M, kN = N < 64 ? N : HeadDim > 128 ? 32 : 64, kThreads = M / 16 * 32;
-  using QTile = SharedTile<T, M, HeadDim>;
-  using DoTile = SharedTile<T, M, ValueDim>;
-  using KTile = SharedTile<T, kN, HeadDim>;
-  using VTile = SharedTile<T, kN, ValueDim>;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m;
+  static constexpr int kN = R.block_n < 64 ? R.block_n : kHeadDim > 128 ? 32 : 64, kThreads = kM / 16 * 32;
+  using QTile = SharedTile<T, kM, kHeadDim>;
+  using DoTile = SharedTile<T, kM, kValueDim>;
+  using KTile = SharedTile<T, kN, kHeadDim>;
+  using VTile = SharedTile<T, kN, kValueDim>;
   using S = Accumulator<1, kN / 8>;
-  using DQ = Accumulator<1, HeadDim / 8>;
+  using Score = PortableScore<Kind, S>;
+  static constexpr bool kPlain = Kind == ScoreKind::kPlain;
+  using DQ = Accumulator<1, kHeadDim / 8>;
   // V comes first, because only dP = dO Vᵀ needs it, while dQ still needs K after S.
-  using Ring = TileRing<Stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
+  using Ring = TileRing<R.stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
   static constexpr BackwardQueriesLayout kLayout =
-      backward_queries_layout({HeadDim, ValueDim, M, kN, Stages, M / 16, false}, sizeof(T));
+      backward_queries_layout({kHeadDim, kValueDim, kM, kN, R.stages, kM / 16, false}, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.d_out == QTile::kBytes && kLayout.ring == QTile::kBytes + DoTile::kBytes &&
                 kLayout.bytes - kLayout.ring == Ring::kBytes);
@@ -81,8 +84,8 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     rows.clear_unseen(s, dp);
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
-    // P = exp(S − lse), dS = P ∘ (dP − delta)
-    tile_gradient<C::kGeneral, true>(p, block.score, block.band, rows, row, key, partial, s, dp);
+    typename C::Score score;
+    tile_gradient(score, ScoreTile{p, block.score, block.band, row, key}, rows, partial, s, dp);
     mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
   }
   for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(C::kThreads)
   __shared__ QueryBlockState<typename C::Element> block;
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN);
-    if constexpr (C::kGeneral) block.score.prepare(p, block.work, block.work.head);
+    if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) backward_queries<C>(p, block, ptx::dynamic_shared());

@@ -9,29 +9,32 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/general.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
+template <class T, RowColumns R>
 struct BiasGradientSm80 {
   using Element = T;
-  static constexpr int kM = M, kN = N, kThreads = Warps * 32, kBlocks = Blocks;
-  using QTile = SharedTile<T, M, HeadDim>;
-  using DoTile = SharedTile<T, M, ValueDim>;
-  using KTile = SharedTile<T, N, HeadDim>;
-  using VTile = SharedTile<T, N, ValueDim>;
-  using S = Accumulator<1, N / 8>;
-  static constexpr bool kSingleBuffer = Stages == 0;  // dO and V replace Q and K
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m, kN = R.block_n;
+  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
+  using QTile = SharedTile<T, kM, kHeadDim>;
+  using DoTile = SharedTile<T, kM, kValueDim>;
+  using KTile = SharedTile<T, kN, kHeadDim>;
+  using VTile = SharedTile<T, kN, kValueDim>;
+  using S = Accumulator<1, kN / 8>;
+  using Score = GeneralDropoutScore<S>;
+  static constexpr bool kSingleBuffer = R.stages == 0;  // dO and V replace Q and K
   static constexpr BiasGradientLayout kLayout =
-      bias_gradient_layout({HeadDim, ValueDim, M, N, Stages, Warps, false}, sizeof(T));
+      bias_gradient_layout({kHeadDim, kValueDim, kM, kN, R.stages, kWarps, false}, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.k == QTile::kBytes && kLayout.v - kLayout.d_out == DoTile::kBytes &&
                 kLayout.v + VTile::kBytes <= kLayout.bytes && kLayout.k + KTile::kBytes <= kLayout.bytes);
-  static_assert(M == 16 * Warps && Stages <= 1);
-  static_assert(kLayout.sum + M * N * int32_t{sizeof(float)} <= kLayout.bytes);
+  static_assert(kM == 16 * kWarps && R.stages <= 1);
+  static_assert(kLayout.sum + kM * kN * int32_t{sizeof(float)} <= kLayout.bytes);
   static_assert(sizeof(ScoreOperands) <= kBlockStateBytes);
 };
 
@@ -112,8 +115,9 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
   mma_qk<typename C::DoTile, typename C::VTile>(dp, d_out, warp_row, v);  // dP = dO Vᵀ  [M, N]
   rows.clear_unseen(s, dp);
   const bool partial = at.band.classify(row, row + C::kM, key, key + C::kN) != TileClass::kFull;
-  // P = exp(S − lse), dS = P ∘ (dP − delta)
-  tile_gradient<true, false>(p, at.score, at.band, rows, row + warp_row, key, partial, s, dp);
+  typename C::Score score;
+  const ScoreTile tile{p, at.score, at.band, row + warp_row, key};
+  tile_gradient<GradientOf::kBias>(score, tile, rows, partial, s, dp);  // dS = P ∘ (dP − delta)
   for_each(sum, [&](float& x, int slot, int n, int e) { x += dp.at(slot, n, e); });
 }
 
@@ -129,7 +133,7 @@ __device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own,
     const Band band = work.band(p);
     for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
       __syncthreads();  // every thread is done with the last head's score
-      if (threadIdx.x == 0) score.prepare(p, work, h);
+      if (threadIdx.x == 0) score.template prepare<typename C::Score>(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
         for (int32_t j = own.key_tiles.lo; j < own.key_tiles.hi; ++j) {
           const int32_t row = i * C::kM, key = j * C::kN;
@@ -192,9 +196,7 @@ cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, 
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void*, cudaStream_t stream) {
-  return launch_bias_gradient_sm80<
-      BiasGradientSm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks>>(
-      p, plan, stream);
+  return launch_bias_gradient_sm80<BiasGradientSm80<T, R>>(p, plan, stream);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

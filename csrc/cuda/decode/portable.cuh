@@ -21,21 +21,21 @@ namespace decode::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or
 // uint8_t for float8, whose rings have twice as many stages in the same memory.
-template <class T, class Stored, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks>
+template <class T, class Stored, RowColumns R>
 struct DecodeSm80 {
   using Element = T;
-  static constexpr int kRows = M, kTile = N, kWarps = Warps, kThreads = Warps * 32, kBlocks = Blocks;
-  static constexpr int kValueDim = ValueDim;
-  using Ring = WarpRing<Stored, HeadDim, ValueDim, Stages * (sizeof(T) / sizeof(Stored)), N>;
-  using WarpState = WarpAttention<T, Stored, HeadDim, ValueDim, M / 8>;
-  using Search = Partitioner<N, kThreads>;
-  static constexpr RowShape kShape{HeadDim, ValueDim, M, N, Stages, Warps, true};
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
+  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
+  using Ring = WarpRing<Stored, kHeadDim, kValueDim, R.stages * (sizeof(T) / sizeof(Stored)), kTile>;
+  using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kRows / 8>;
+  using Search = Partitioner<kTile, kThreads>;
+  static constexpr RowShape kShape{kHeadDim, kValueDim, kRows, kTile, R.stages, kWarps, true};
   static constexpr DecodeLayout kLayout = decode_layout(kShape, sizeof(T));
   static constexpr int kMergeColumns = decode_merge_columns(kShape), kMergePitch = decode_merge_pitch(kShape);
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.warp_ring == Ring::kBytes && sizeof(Softmax) == 2 * sizeof(float));
   static_assert(sizeof(typename Search::Shared) <= kBlockStateBytes);
-  static_assert(N == Warps * Ring::kKeys && M % 8 == 0 && ValueDim % kMergeColumns == 0);
+  static_assert(kTile == kWarps * Ring::kKeys && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
 };
 
 // float8 is copied and multiplied 64 features at a time.
@@ -148,10 +148,9 @@ inline namespace JF_ARCH_NAMESPACE {
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
-    return decode::launch<decode::DecodeSm80<T, Stored, R.head_dim, R.value_dim, R.block_m, R.block_n,
-                                             R.stages, R.warps, R.blocks>>(p, plan, workspace, stream);
+    return decode::launch<decode::DecodeSm80<T, Stored, R>>(p, plan, workspace, stream);
   };
-  if (p.kv_dtype != DType::kF8E4M3) return run.template operator()<T>();
+  if (!is_float8(p.kv_dtype)) return run.template operator()<T>();
   if constexpr (decode::supports_float8<T, R.head_dim, R.value_dim>) {
     return run.template operator()<uint8_t>();
   } else {

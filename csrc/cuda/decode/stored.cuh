@@ -26,7 +26,7 @@ template <class T, class Tile, class Stored = typename Tile::Element>
 struct KeysA {
   static constexpr int kAtOnce = 1;  // k steps per load
   RowsA<Tile> rows;
-  __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
+  __device__ __forceinline__ KeysA(uint32_t tile, DType) : rows(tile, 0) {}
   __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i) const { rows.load(a[0], 0, i); }
 
   // The feature, or the first of two, that register `half` of B (Q) must hold in lane t at k step k.
@@ -39,14 +39,18 @@ template <class T, class Tile>
 struct KeysA<T, Tile, uint8_t> {
   static constexpr int kAtOnce = 2;
   RowsA<Tile> rows;
-  __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
+  DType format;
+  __device__ __forceinline__ KeysA(uint32_t tile, DType stored) : rows(tile, 0), format(stored) {}
   __device__ __forceinline__ void load(uint32_t (&a)[2][4], int i) const {
     uint32_t x[4];  // four adjacent features each: of keys g and g + 8, then the same 16 features further on
     rows.load(x, 0, i);
+    ptx::with_format(format, [&]<DType kFormat>() {
 #pragma unroll
-    for (int step = 0; step < 2; ++step)
+      for (int step = 0; step < 2; ++step)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) a[step][r] = ptx::widen_float8<T>(x[2 * step + r % 2] >> r / 2 * 16);
+        for (int r = 0; r < 4; ++r)
+          a[step][r] = ptx::widen_float8<T, kFormat>(x[2 * step + r % 2] >> r / 2 * 16);
+    });
   }
   __device__ __forceinline__ static int feature(int k, int half, int t) { return k * 16 + t * 4 + half * 2; }
 };
@@ -56,7 +60,7 @@ template <class T, class Tile, class Stored = typename Tile::Element>
 struct ValuesA {
   static constexpr int kAtOnce = 1;  // tiles of 16 features per load
   ColumnsA<Tile, 16> columns;
-  __device__ __forceinline__ explicit ValuesA(uint32_t tile) : columns(tile, 0) {}
+  __device__ __forceinline__ ValuesA(uint32_t tile, DType) : columns(tile, 0) {}
   __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i, int k) const { columns.load(a[0], i, k); }
 
   // The feature of a tile that rows g (half 0) and g + 8 (half 1) of C (Oᵀ) are.
@@ -67,16 +71,19 @@ template <class T, class Tile>
 struct ValuesA<T, Tile, uint8_t> {
   static constexpr int kAtOnce = 2;
   ColumnsA<Tile, 16> columns;
-  __device__ __forceinline__ explicit ValuesA(uint32_t tile) : columns(tile, 0) {}
+  DType format;
+  __device__ __forceinline__ ValuesA(uint32_t tile, DType stored) : columns(tile, 0), format(stored) {}
   __device__ __forceinline__ void load(uint32_t (&a)[2][4], int i, int k) const {
     uint32_t x[4];  // two adjacent features of two keys each: from keys 2t and 2t + 8, in two feature tiles
     columns.load(x, i, k);
+    ptx::with_format(format, [&]<DType kFormat>() {
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
+      for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
-        a[tile][r] = ptx::widen_float8<T>(r % 2 ? ptx::odd_bytes(x[tile + r / 2 * 2])
-                                                : ptx::even_bytes(x[tile + r / 2 * 2]));
+        for (int r = 0; r < 4; ++r)
+          a[tile][r] = ptx::widen_float8<T, kFormat>(r % 2 ? ptx::odd_bytes(x[tile + r / 2 * 2])
+                                                           : ptx::even_bytes(x[tile + r / 2 * 2]));
+    });
   }
   __device__ __forceinline__ static int feature(int g, int half) { return 2 * g + half; }
 };

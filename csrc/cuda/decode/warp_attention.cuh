@@ -8,13 +8,14 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/score.h"
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
+#include "cuda/mask.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/movmatrix.cuh"
+#include "cuda/score/decode.cuh"
 #include "cuda/tile/accumulator.cuh"
 #include "cuda/tile/operands.cuh"
 
@@ -33,10 +34,36 @@ __device__ __forceinline__ float column_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// The warp's state. A lane holds the query rows 8 n + 2 (lane % 4) + e, for n < kTiles and e < 2.
+// The tile of S of a column's rows and the keys from `key` on, for its score variant.
+template <class S>
+struct DecodeTile {
+  const Problem& p;
+  const ColumnRows& rows;
+  const SequenceWork& work;
+  int32_t key;
+  float key_scale;
+
+  __device__ __forceinline__ float scale() const { return key_scale; }
+  __device__ __forceinline__ float slope(int slot) const {
+    const View& slopes = p.alibi_slopes;
+    return slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
+                                    slopes.offset(work.sequence.index, rows.head(row(slot)), 0)];
+  }
+  __device__ __forceinline__ float distance(int slot) const {
+    return static_cast<float>(work.band.diagonal(rows.position(row(slot))) - key - S::column(0));
+  }
+
+ private:
+  __device__ __forceinline__ int32_t row(int slot) const { return min(S::row(slot), rows.count() - 1); }
+};
+
+// The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and
+// e < 2.
 template <class T, class Stored, int HeadDim, int ValueDim, int kTiles>
 struct WarpAttention {
   static constexpr int kKeys = 16;
+  using S = TransposedAccumulator<kKeys / 16, kTiles>;
+  using Score = DecodeScore<S>;
   static constexpr int kSteps = HeadDim / kStepK<T>, kValueTiles = ValueDim / 16;
   static constexpr int kKeySteps = kKeys / kStepK<T>;
   static constexpr bool kScaled = sizeof(Stored) == 1;  // K = k_scale · stored, V = v_scale · stored
@@ -47,21 +74,19 @@ struct WarpAttention {
   uint32_t q[kTiles][kSteps][2];     // Qᵀ as mma's B
   float o[kTiles][kValueTiles][4];   // Oᵀ
   float m[kTiles][2], l[kTiles][2];  // the bound on a row's scores, and this lane's share of Σ P
-  Interval keys[kTiles][2];          // the keys that a row sees
+  Interval keys[S::kSlots];          // the keys that a row sees
   Interval common;                   // the keys that all rows in use see
   float scale;                       // S = scale · stored keys · Q
   float value_scale = 1;             // V = value_scale · stored values
 
-  __device__ __forceinline__ static int row_of(int n, int e) {
-    return 8 * n + static_cast<int>(threadIdx.x % 4) * 2 + e;
-  }
+  __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
 
   __device__ __forceinline__ void begin(const Problem& p, const ColumnRows& rows, const SequenceWork& work) {
     common = work.band.common(rows.first_position(), work.end_position(rows));
     for_each_row([&](int n, int e) {
       const int32_t row = row_of(n, e);
       const bool used = row < rows.count();
-      keys[n][e] = used ? work.band.row(rows.position(row)) : Interval{0, 0};
+      keys[2 * n + e] = used ? work.band.row(rows.position(row)) : Interval{0, 0};
       m[n][e] = -INFINITY;
       l[n][e] = 0;
     });
@@ -77,15 +102,14 @@ struct WarpAttention {
   // Attends to the 16 keys from `key` on, whose tiles are at `k` and `v` in shared memory.
   __device__ __forceinline__ void step(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
                                        int32_t key, uint32_t k, uint32_t v) {
-    float s[kTiles][4];
-    multiply_keys(s, k);  // Sᵀ = K Qᵀ
-    scale_scores(p, s);   // S ← log2(e) · softcap(scale · S)
-    if (p.alibi_slopes) add_alibi(p, rows, work, key, s);
-    if (key < common.lo || key + kKeys > common.hi) mask(key, s);
+    S s;
+    multiply_keys(s.x[0], k, p.kv_dtype);                        // Sᵀ = K Qᵀ
+    Score().apply(s, DecodeTile<S>{p, rows, work, key, scale});  // softcap, ALiBi
+    if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
-    const FragmentsV values(v);
+    const FragmentsV values(v, p.kv_dtype);
 #pragma unroll
     for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
 #pragma unroll
@@ -130,13 +154,13 @@ struct WarpAttention {
     }
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k) const {
+  __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k, DType stored) const {
     float odd[kTiles][4] = {};  // the odd k steps, so that successive products do not depend on each other
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = 0;
-    const FragmentsK fragments(k);
+    const FragmentsK fragments(k, stored);
 #pragma unroll
     for (int i = 0; i < kSteps; i += FragmentsK::kAtOnce) {
       uint32_t a[FragmentsK::kAtOnce][4];
@@ -153,50 +177,18 @@ struct WarpAttention {
       for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
   }
 
-  // Calls f(x, n, e, key within the stage) for every score of this lane.
-  template <class F>
-  __device__ __forceinline__ static void for_each_score(float (&s)[kTiles][4], F f) {
-    const int g = static_cast<int>(threadIdx.x % 32 / 4);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(s[n][i], n, i % 2, g + i / 2 * 8);
-  }
-
-  __device__ __forceinline__ void scale_scores(const Problem& p, float (&s)[kTiles][4]) const {
-    const float cap = p.spec.softcap;
-    if (cap > 0) {
-      for_each_score(s, [&](float& x, int, int, int) { x = softcap(x * scale, cap) * kLog2e; });
-    } else {
-      for_each_score(s, [&](float& x, int, int, int) { x *= scale * kLog2e; });
-    }
-  }
-
-  __device__ __forceinline__ static void add_alibi(const Problem& p, const ColumnRows& rows,
-                                                   const SequenceWork& work, int32_t key,
-                                                   float (&s)[kTiles][4]) {
-    const View& view = p.alibi_slopes;
-    const float* slopes = view.as<const float>() + view.leading_offset(p.leading, work.leading);
-    for_each_score(s, [&](float& x, int n, int e, int j) {
-      const int32_t row = min(row_of(n, e), rows.count() - 1);
-      const float slope = slopes[view.offset(work.sequence.index, rows.head(row), 0)];
-      x += alibi(slope, work.band.diagonal(rows.position(row)), key + j) * kLog2e;
-    });
-  }
-
-  __device__ __forceinline__ void mask(int32_t key, float (&s)[kTiles][4]) const {
-    for_each_score(s, [&](float& x, int n, int e, int j) {
-      if (!keys[n][e].contains(key + j)) x = -INFINITY;
-    });
+  __device__ __forceinline__ void mask(S& s, int32_t key) const {
+    hide(s, key, -INFINITY, [&](int slot) { return keys[slot].lo; }, BeforeLimit{});
+    hide(s, key, -INFINITY, [&](int slot) { return keys[slot].hi; }, FromLimit{});
   }
 
   // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each
   // row decides for itself, so that its bits depend on no other row.
-  __device__ __forceinline__ void rescale(const float (&s)[kTiles][4]) {
+  __device__ __forceinline__ void rescale(const S& s) {
     float largest[kTiles][2];
     bool above = false;
     for_each_row([&](int n, int e) {
-      largest[n][e] = fmaxf(s[n][e], s[n][e + 2]);
+      largest[n][e] = fmaxf(s.at(2 * n + e, 0, 0), s.at(2 * n + e, 0, 1));
       above |= largest[n][e] > m[n][e] + kSlack;
     });
     if (!__any_sync(~0u, above)) return;
@@ -212,20 +204,22 @@ struct WarpAttention {
   }
 
   // S → P, which is rounded and transposed to mma's B.
-  __device__ __forceinline__ void exponentiate(float (&s)[kTiles][4], uint32_t (&b)[kTiles][kKeySteps][2]) {
-    for_each_score(s, [&](float& x, int n, int e, int) {
+  __device__ __forceinline__ void exponentiate(S& s, uint32_t (&b)[kTiles][kKeySteps][2]) {
+    for_each(s, [&](float& x, int slot, int, int) {
+      const int n = slot / 2, e = slot % 2;
       // A row that has seen no key yet has m = −inf: P must be 0, not NaN.
       x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));
       l[n][e] += x;
     });
+    const auto& x = s.x[0];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (sizeof(T) == 2) {
-          b[n][0][i] = ptx::transpose(ptx::pack<T>(s[n][2 * i], s[n][2 * i + 1]));
+          b[n][0][i] = ptx::transpose(ptx::pack<T>(x[n][2 * i], x[n][2 * i + 1]));
         } else {
-          transpose(s[n][2 * i], s[n][2 * i + 1], b[n][i]);
+          transpose(x[n][2 * i], x[n][2 * i + 1], b[n][i]);
         }
       }
   }

@@ -36,7 +36,7 @@
 #include "cuda/load/hopper_pages.cuh"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
-#include "cuda/score/variants.cuh"
+#include "cuda/score/hopper_variants.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
@@ -81,7 +81,7 @@ struct ForwardSm90 {
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
-  using Score = typename VariantOf<Kind, S>::type;
+  using Score = HopperScore<Kind, S>;
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;

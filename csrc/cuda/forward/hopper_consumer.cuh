@@ -25,7 +25,7 @@ struct QueryFragments : FragmentsA<T, 1, kSteps> {
 
 // Where the tile of S in a warp's registers lies, for the score variants.
 template <class Consumer>
-struct ScoreTile {
+struct ConsumerTile {
   using Input = typename Consumer::Config::Input;
   const Consumer& of;
   uint32_t input_use;  // of the input's pipeline
@@ -72,7 +72,7 @@ struct Consumer {
   __device__ __forceinline__ int32_t row() const {
     return uniform(tile->work.tile.row) + consumer * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
   }
-  __device__ __forceinline__ ScoreTile<Consumer> score_tile(uint32_t input_use) const {
+  __device__ __forceinline__ ConsumerTile<Consumer> score_tile(uint32_t input_use) const {
     return {*this, input_use};
   }
 
@@ -189,7 +189,7 @@ struct Consumer {
     start_scores<kKeys>(kv_index);  // S = Q Kᵀ
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(kv_index), n);
+    score.template prefetch<kScalarDropout>(score_tile(kv_index), n * C::kN);
     ptx::wgmma_wait<0>();
     ptx::hold(s.x[0]);
     release_key(kv_index);
@@ -242,7 +242,7 @@ struct Consumer {
     start_values(kv_index);  // O ← O + P V_n+1  [64, dv]
     pass_turn();
     Score score;
-    score.template prefetch<kScalarDropout>(score_tile(next), n);
+    score.template prefetch<kScalarDropout>(score_tile(next), n * C::kN);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     release_key(next);
@@ -343,7 +343,7 @@ struct Consumer {
       tile = &shared.tiles[tile_index % kTileStates];
       wait_part(shared.consumer_pipe);
       if (uniform(tile->done)) return;
-      softmax = Score::template start<typename C::Softmax>(p.spec);
+      softmax = typename C::Softmax(Score::template start<typename C::Softmax>(p));
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       skip(tiles.hi - own.hi);

@@ -73,7 +73,8 @@ struct TileState {
     last_values = C::kN;
     if (tile.k_begin + tile.k_len < p.k_rows) last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
     reload_shared();
-    if constexpr (C::kKind != ScoreKind::kPlain) score.template prepare<C::kKind>(reload(p), work, work.head);
+    if constexpr (C::kKind != ScoreKind::kPlain)
+      score.template prepare<typename C::Score>(reload(p), work, work.head);
   }
 
   // Finds what the consumers' epilogue needs.

@@ -13,7 +13,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
-#include "cuda/score/general.cuh"
+#include "cuda/score/portable_variants.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/fragments.cuh"
 #include "cuda/work.cuh"
@@ -21,88 +21,99 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
-constexpr int forward_keys(int head_dim, int m, int n, int warps, ScoreKind kind) {
-  if (kind == ScoreKind::kPlain || m / warps == 16) return n;
-  return n < 64 || head_dim > 64 ? 32 : 64;
+constexpr int forward_keys(const RowColumns& row, ScoreKind kind) {
+  if (kind == ScoreKind::kPlain || row.block_m / row.warps == 16) return row.block_n;
+  return row.block_n < 64 || row.head_dim > 64 ? 32 : 64;
 }
 
 // Whether the dense loader keeps its next addresses in registers (RowSource's kRunning).
-constexpr bool keeps_addresses(int m, int stages, int warps, ScoreKind kind) {
-  return kind != ScoreKind::kPlain || (m / warps == 16 && stages == 2);
+constexpr bool keeps_addresses(const RowColumns& row, ScoreKind kind) {
+  return kind != ScoreKind::kPlain || (row.block_m / row.warps == 16 && row.stages == 2);
 }
 
 // A row of csrc/kernels.def. Each warp owns 16 or 32 query rows. State_: DenseState or PagedState.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Blocks, ScoreKind Kind,
-          class State_ = DenseState<T, keeps_addresses(M, Stages, Warps, Kind)>>
+template <class T, RowColumns R, ScoreKind Kind, class State_ = DenseState<T, keeps_addresses(R, Kind)>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
-  // Dropout's first random numbers are drawn while S = Q Kᵀ runs. Only the kernel for dropout alone has
-  // registers for them.
-  static constexpr bool kEarlyNumbers = Kind == ScoreKind::kDropout;
-  static constexpr bool kPlain = Kind == ScoreKind::kPlain;
-  static constexpr bool kGeneral = Kind == ScoreKind::kGeneral || Kind == ScoreKind::kGeneralDropout;
-  static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || kEarlyNumbers;
-  static constexpr int kM = M, kN = forward_keys(HeadDim, M, N, Warps, Kind);
-  static constexpr int kWarps = Warps, kThreads = kWarps * 32, kBlocks = kPlain ? Blocks : 1;
-  static constexpr int kWarpRows = M / kWarps;
-  static constexpr int kHeadSteps = HeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
-  using QTile = SharedTile<T, M, HeadDim>;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim;
+  static constexpr bool kPlain = Kind == ScoreKind::kPlain, kPermuted = is_general(Kind);
+  static constexpr int kM = R.block_m, kN = forward_keys(R, Kind);
+  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = kPlain ? R.blocks : 1;
+  static constexpr int kWarpRows = kM / kWarps;
+  static constexpr int kHeadSteps = kHeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
+  using QTile = SharedTile<T, kM, kHeadDim>;
   // Permuted tiles give each thread adjacent keys, so that bias and mask are read in wide loads.
-  using KTile = SharedTile<T, kN, HeadDim, kGeneral>;
-  using VTile = SharedTile<T, kN, ValueDim, kGeneral>;
-  using OTile = SharedTile<T, M, ValueDim>;
-  using S = std::conditional_t<kGeneral, PermutedAccumulator<kWarpRows / 16, kN / 8>,
+  using KTile = SharedTile<T, kN, kHeadDim, kPermuted>;
+  using VTile = SharedTile<T, kN, kValueDim, kPermuted>;
+  using OTile = SharedTile<T, kM, kValueDim>;
+  using S = std::conditional_t<kPermuted, PermutedAccumulator<kWarpRows / 16, kN / 8>,
                                Accumulator<kWarpRows / 16, kN / 8>>;
-  using O = Accumulator<kWarpRows / 16, ValueDim / 8>;
-  using Softmax =
-      std::conditional_t<kGeneral, OnlineSoftmax<S::kSlots>, UnboundedSoftmax<S::kSlots, volatile float>>;
-  using Ring = TileRing<Stages, kThreads, KTile, VTile, typename State::Source>;
+  using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
+  using Score = PortableScore<Kind, S>;
+  using Softmax = typename Score::template Softmax<T, volatile float>;
+  using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source>;
   // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,
   // the leading ones do.
-  static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * HeadDim / 16;
-  static constexpr bool kQPartly = kPlain && kWarpRows == 16 && Stages == 2;
+  static constexpr int kQRegisters = kWarpRows / 4 * static_cast<int>(sizeof(T)) / 2 * kHeadDim / 16;
+  static constexpr bool kQPartly = kPlain && kWarpRows == 16 && R.stages == 2;
   static constexpr int kQSteps = kQRegisters <= 32 ? kHeadSteps
                                  : kQPartly        ? kHeadSteps * 32 / kQRegisters
                                                    : 0;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
-  static constexpr RowShape kShape{HeadDim, ValueDim, M, kN, Stages, Warps, State::kPaged};
+  static constexpr RowShape kShape{kHeadDim, kValueDim, kM, kN, R.stages, kWarps, State::kPaged};
   static constexpr ForwardLayout kLayout = forward_layout(kShape, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.ring - kLayout.q == QTile::kBytes && kLayout.bytes - kLayout.ring == Ring::kBytes);
   static_assert(sizeof(State) <= forward_state_bytes(kShape));
   static_assert(kWarpRows % 16 == 0 && kN % 32 == 0);
   // Each warp stores its rows of O over its own rows of Q, so no barrier is needed.
-  static_assert(ValueDim <= HeadDim && QTile::kPitch == OTile::kPitch);
+  static_assert(kValueDim <= kHeadDim && QTile::kPitch == OTile::kPitch);
+};
+
+// The tile of S of a warp, for its score variant.
+template <class C>
+struct ForwardTile {
+  const Problem& p;
+  const typename C::State& block;
+  int32_t warp_row, key;  // where it begins in the query tile, and in the sequence
+
+  __device__ __forceinline__ const ScoreOperands& operands() const { return block.score; }
+  __device__ __forceinline__ const Band& band() const { return block.band; }
+  // The warp's first query row. It is reloaded from shared memory at each use, since no register is left for
+  // it.
+  __device__ __forceinline__ int32_t row() const {
+    return static_cast<const volatile int32_t&>(block.work.tile.row) + warp_row;
+  }
 };
 
 // O ← O + P V  [M, dv] with P = 2^(S − m). The exponentials of later keys overlap the product of earlier
 // ones. `numbers`: dropout's random numbers for the first keys, where they are drawn early.
-template <class C, class V, class Row>
+template <class C, class V>
 __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, const V& v,
-                                           typename C::Softmax& softmax, const ScoreOperands& operands,
-                                           KeptNumbers<typename C::S>& numbers, const Row& row, int32_t key) {
+                                           typename C::Softmax& softmax, KeptNumbers<typename C::S>& numbers,
+                                           const ForwardTile<C>& at) {
   using T = typename C::Element;
   using S = typename C::S;
   constexpr int kTiles = kStepK<T> / 8;  // column tiles of S per k step
   const auto drop_first = [&] {
     softmax.exponentiate(s, 0, S::kColumnTiles);
-    operands.dropout_at(row(), key).template elements<S>().drop(s, 0, S::kColumnTiles);
+    at.operands().dropout_at(at.row(), at.key).template elements<S>().drop(s, 0, S::kColumnTiles);
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step)
       multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
   };
-  if constexpr (C::kDropout && C::kGeneral) {
+  if constexpr (C::Score::kDropout && !C::Score::kDropoutInSoftmax) {
     drop_first();
   } else {
-    if (C::kDropout && operands.dropout.odd()) return drop_first();
+    if (C::Score::kDropout && at.operands().dropout.odd()) return drop_first();
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
       const int tile = k_step * kTiles;
-      if constexpr (C::kDropout)
-        if (tile % 4 == 0 && tile > 0) operands.dropout_at(row(), key).draw(numbers, tile);
+      if constexpr (C::Score::kDropout)
+        if (tile % 4 == 0 && tile > 0) at.operands().dropout_at(at.row(), at.key).draw(numbers, tile);
       softmax.exponentiate(s, tile, tile + kTiles);
-      if constexpr (C::kDropout) {
+      if constexpr (C::Score::kDropout) {
         multiply_add_step<T>(o, DroppedA<T, S>{s, numbers}, v, k_step);
       } else {
         multiply_add_step<T>(o, RegistersA<T, S>{s}, v, k_step);
@@ -119,56 +130,51 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   const TileWork& tile = block.work.tile;
   const int warp_row = static_cast<int>(threadIdx.x) / 32 * C::kWarpRows;
   const uint32_t q_tile = ptx::shared_address(shared) + C::kLayout.q;
-  const GeneralScore general(p, block.score, block.band);
   typename C::Ring kv(q_tile + C::kLayout.ring, block.source(), block.tiles);
   typename C::Q q(q_tile, warp_row);
-
-  // The warp's first query row. It is reloaded from shared memory at each use, since no register is left for
-  // it.
-  auto row = [&] { return static_cast<const volatile int32_t&>(tile.row) + warp_row; };
+  ForwardTile<C> at{p, block, warp_row, 0};
 
   typename C::O o;
   o.clear();
-  typename C::Softmax softmax(C::kGeneral ? general.unit() : p.spec.scale * kLog2e);
+  typename C::Softmax softmax(C::Score::template start<typename C::Softmax>(p));
 
   if (!block.tiles.empty()) {
     load_tile<typename C::QTile, C::kThreads>(q_tile, block.query, tile.row, tile.used_queries());
     kv.start();
   }
   for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
-    const int32_t key = n * C::kN;
+    const int32_t key = at.key = n * C::kN;
     const RowsB<typename C::KTile> k(kv.wait_first(n), 0);
     if constexpr (C::kQSteps > 0) {
       if (n == block.tiles.lo) q.read(q_tile, warp_row);
     }
-    BiasChunks<S> bias;
-    if constexpr (C::kGeneral) general.fetch(bias, row(), key);
+    typename C::Score score;
+    score.prefetch(at, key);
     KeptNumbers<S> numbers = {};
-    if constexpr (C::kEarlyNumbers)
-      block.score.dropout_at(row(), key).draw(numbers, 0);  // overlaps the product
+    if constexpr (C::Score::kDropoutInSoftmax)
+      block.score.dropout_at(at.row(), key).draw(numbers, 0);  // the first ones, which overlaps the product
     S s;
     s.clear();
     multiply_add<T, C::kHeadSteps>(s, q, k);  // S = Q Kᵀ  [M, N]
     const ColumnsB<typename C::VTile, 16, true> v(kv.wait_second(n), 0);
     if constexpr (C::State::kScaled)
       for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
-    if constexpr (C::kGeneral)
-      general.apply(s, row(), key, softmax.scale, bias);  // softcap, bias, alibi, segments, mask
-    if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, row(), key);
+    score.apply(s, at, softmax);  // softcap, bias, alibi, segments, mask
+    if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, at.row(), key);
     softmax.update_lazily(s, o);  // m ← max(m, rowmax S); O ← α O
 
-    add_values<C>(o, s, v, softmax, block.score, numbers, row, key);  // P = 2^(S − m); O ← O + P V
+    add_values<C>(o, s, v, softmax, numbers, at);  // P = 2^(S − m); O ← O + P V
   }
   kv.finish();
 
-  float factor = C::kDropout ? dropout_scale(p.spec) : 1.0f;
+  float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
   if constexpr (C::State::kScaled) factor *= block.value_scale;
   LseRows lse;
   lse.prepare(p, block.work);
   float factors[C::S::kSlots];
-  finish_softmax(factors, softmax, lse, block.work.tile, row(), factor);  // lse = m + log l
-  normalise_rows(o, factors);                                             // O ← O / l
-  store_rows<typename C::OTile>(o, shared, warp_row, block.out, row(), tile.end);
+  finish_softmax(factors, softmax, lse, tile, at.row(), factor);  // lse = m + log l
+  normalise_rows(o, factors);                                     // O ← O / l
+  store_rows<typename C::OTile>(o, shared, warp_row, block.out, at.row(), tile.end);
 }
 
 template <class C>
@@ -177,7 +183,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   __shared__ typename C::State block;
   if (threadIdx.x == 0) {
     block.prepare(p, schedule, tiles, C::kM, C::kN);
-    if constexpr (!C::kPlain) block.score.prepare(p, block.work, block.work.head);
+    if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
   if (block.work.tile.row < block.work.tile.end) forward_tile<C>(p, block, ptx::dynamic_shared());
@@ -191,30 +197,24 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
                 schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
 }
 
-// A row of csrc/kernels.def whose keys and values lie in pages.
-template <class T, class Pool, ScoreKind Kind, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps,
-          int Blocks>
-struct PagedForwardSm80 : ForwardSm80<T, HeadDim, ValueDim, M, N, Stages, Warps, Blocks, Kind,
-                                      PagedState<T, Pool, forward_keys(HeadDim, M, N, Warps, Kind), Stages>> {
-};
+// A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.
+template <class T, class Pool, RowColumns R, ScoreKind Kind>
+using PagedForwardSm80 = ForwardSm80<T, R, Kind, PagedState<T, Pool, forward_keys(R, Kind), R.stages>>;
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = [&]<class C>(std::type_identity<C>) {
+    return launch_forward_sm80<C>(p, plan, workspace, stream);
+  };
   if constexpr (R.is_paged()) {
-    const auto run = [&]<class Pool, ScoreKind kKind>() {
-      return launch_forward_sm80<PagedForwardSm80<T, Pool, kKind, R.head_dim, R.value_dim, R.block_m,
-                                                  R.block_n, R.stages, R.warps, R.blocks>>(p, plan, workspace,
-                                                                                           stream);
-    };
-    if (p.kv_dtype == DType::kF8E4M3) return run.template operator()<uint8_t, ScoreKind::kGeneral>();
-    if (plan.general()) return run.template operator()<T, ScoreKind::kGeneral>();
-    return run.template operator()<T, ScoreKind::kPlain>();
-  } else {
+    if (is_float8(p.kv_dtype))
+      return run(std::type_identity<PagedForwardSm80<T, uint8_t, R, ScoreKind::kGeneral>>{});
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      return launch_forward_sm80<
-          ForwardSm80<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.blocks, kKind>>(
-          p, plan, workspace, stream);
+      return run(std::type_identity<PagedForwardSm80<T, T, R, kKind>>{});
     });
+  } else {
+    return launch_score<R>(
+        plan.score, [&]<ScoreKind kKind>() { return run(std::type_identity<ForwardSm80<T, R, kKind>>{}); });
   }
 }
 

@@ -28,6 +28,7 @@ struct GlobalPages {
   const Pool* data;
   int64_t page, slot;  // strides
   int32_t columns;     // of a row that are used, a multiple of 8
+  DType format;        // of the elements
 
   // The offset of a slot's row in elements; for kMissingPage and kNoPage, that negative number itself.
   __device__ __forceinline__ int64_t offset(PageSlot s) const {
@@ -41,7 +42,7 @@ template <class Pool>
 __device__ __forceinline__ GlobalPages<Pool> pages_of(const Problem& p, const View& pool, int64_t leading,
                                                       int32_t kv_head, int32_t columns) {
   const int64_t first = pool.leading_offset(p.leading, leading) + kv_head * pool.head;
-  return {pool.as<const Pool>() + first, pool.batch, pool.row, columns};
+  return {pool.as<const Pool>() + first, pool.batch, pool.row, columns, p.kv_dtype};
 }
 
 // The dequantisation scale of a float8 pool at one KV head, 1 without one.
@@ -108,16 +109,17 @@ struct Float8Chunk {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint32_t*>(from)[i];
   }
-  __device__ __forceinline__ float at(int i) const {
-    return float8_to_float(static_cast<uint8_t>(words[i / 4] >> i % 4 * 8));
-  }
   // Widened to T.
+  template <DType kFormat>
   __device__ __forceinline__ uint4 wide() const {
     if constexpr (sizeof(T) == 2) {
-      return {ptx::widen_float8<T>(words[0]), ptx::widen_float8<T>(words[0] >> 16),
-              ptx::widen_float8<T>(words[1]), ptx::widen_float8<T>(words[1] >> 16)};
+      return {ptx::widen_float8<T, kFormat>(words[0]), ptx::widen_float8<T, kFormat>(words[0] >> 16),
+              ptx::widen_float8<T, kFormat>(words[1]), ptx::widen_float8<T, kFormat>(words[1] >> 16)};
     } else {
-      return {__float_as_uint(at(0)), __float_as_uint(at(1)), __float_as_uint(at(2)), __float_as_uint(at(3))};
+      const auto at = [&](int i) {
+        return __float_as_uint(float8_to_float<kFormat>(static_cast<uint8_t>(words[0] >> 8 * i)));
+      };
+      return {at(0), at(1), at(2), at(3)};
     }
   }
 };
@@ -143,12 +145,15 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
       if (is_read(address) && column < from.columns)
         chunks[i].read(reinterpret_cast<const uint8_t*>(address) + column);
     }
+    ptx::with_format(from.format, [&]<DType kFormat>() {
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) {
-      const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
-      const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-      if (at < kTotal) ptx::store_shared(shared + Tile::offset(row, chunk), chunks[i].wide());
-    }
+      for (int i = 0; i < kInFlight; ++i) {
+        const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
+        const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
+        if (at < kTotal)
+          ptx::store_shared(shared + Tile::offset(row, chunk), chunks[i].template wide<kFormat>());
+      }
+    });
   }
 }
 

@@ -105,4 +105,15 @@ __device__ __forceinline__ void store_pair<float>(float* to, float low, float hi
   *reinterpret_cast<float2*>(to) = make_float2(low, high);
 }
 
+// Two adjacent elements as floats.
+template <class T>
+__device__ __forceinline__ float2 load_pair(const T* from) {
+  return unpack<T>(*reinterpret_cast<const uint32_t*>(from));
+}
+
+template <>
+__device__ __forceinline__ float2 load_pair<float>(const float* from) {
+  return *reinterpret_cast<const float2*>(from);
+}
+
 }  // namespace jax_flash::ptx

@@ -12,22 +12,33 @@
 
 namespace jax_flash {
 
-// S ← term(S) − slope · |distance|, where distance(slot) is the diagonal of a slot's row less the lane's
-// first column.
-template <class S, class Distance, class Term>
-__device__ __forceinline__ void subtract_distances(S& s, float slope, Distance distance, Term term) {
+// S ← term(S) − slope · |distance|, where slope(slot) is that of a slot's row, and distance(slot) the row's
+// diagonal less the lane's first column.
+template <class S, class Slope, class Distance, class Term>
+__device__ __forceinline__ void subtract_distances(S& s, Slope slope, Distance distance, Term term) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
-    const float first = distance(slot);
+    const float factor = slope(slot), first = distance(slot);
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s.at(slot, n, e);
-        x = fmaf(-slope, fabsf(first - static_cast<float>(S::column_step(n) + e)), term(x));
+        x = fmaf(-factor, fabsf(first - static_cast<float>(S::column_step(n, e))), term(x));
       }
     }
   }
+}
+
+// S ← term(S) − factor · slope · |distance|, of the tile of S whose first row is `row`.
+template <class S, class Tile, class Term>
+__device__ __forceinline__ void subtract_alibi(S& s, const Tile& tile, int32_t row, float factor, Term term) {
+  subtract_distances(
+      s, [slope = tile.operands().slope * factor](int) { return slope; },
+      [&](int slot) {
+        return static_cast<float>(tile.band().diagonal(row + S::row(slot)) - tile.key - S::column(0));
+      },
+      term);
 }
 
 // S + row_term ← log2(e) · (scale · S − slope · |distance|).
@@ -39,8 +50,8 @@ __device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOpe
                                           const Band& band, int32_t row, int32_t key,
                                           float (&row_term)[S::kSlots]) {
   const float scale = p.spec.scale * kLog2e, slope = operands.slope * kLog2e;
-  const int32_t last = 8 * S::kColumnTiles - 1, diagonal = static_cast<int32_t>(band.diagonal(row)) - key;
-  const bool before = diagonal >= last, after = diagonal + 8 * S::kSlots <= 0;
+  const int32_t last = S::kColumns - 1, diagonal = static_cast<int32_t>(band.diagonal(row)) - key;
+  const bool before = diagonal >= last, after = diagonal + S::kRows <= 0;
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) row_term[slot] = 0;
   if (before || after) {
@@ -50,26 +61,29 @@ __device__ __forceinline__ void add_alibi(S& s, const Problem& p, const ScoreOpe
       row_term[slot] = -signed_slope * static_cast<float>(diagonal + S::row(slot));
     const float first = signed_slope * static_cast<float>(S::column(0));
     for_each(s, [&](float& x, int, int n, int e) {
-      x = fmaf(x, scale, fmaf(signed_slope, static_cast<float>(S::column_step(n) + e), first));
+      x = fmaf(x, scale, fmaf(signed_slope, static_cast<float>(S::column_step(n, e)), first));
     });
   } else {
     subtract_distances(
-        s, slope, [&](int slot) { return static_cast<float>(diagonal + S::row(slot) - S::column(0)); },
+        s, [slope](int) { return slope; },
+        [&](int slot) { return static_cast<float>(diagonal + S::row(slot) - S::column(0)); },
         [scale](float x) { return x * scale; });
   }
 }
 
-// The sm_90a variant: ALiBi alone.
+// ALiBi alone.
 template <class S>
 struct AlibiScore : ScoreVariant<S> {
   static constexpr bool kPositional = true;
-  template <class T>
+  static constexpr bool reads(Operand operand) { return operand == Operand::kAlibiSlopes; }
+  template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
   float row_term[S::kSlots];
 
+  __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
   template <class Softmax>
-  static __device__ __forceinline__ Softmax start(const AttentionSpec&) {
-    return Softmax(1);
+  __device__ __forceinline__ static float start(const Problem&) {
+    return 1;
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
@@ -79,6 +93,11 @@ struct AlibiScore : ScoreVariant<S> {
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile&, Softmax& softmax,
                                                float (&alpha)[S::kSlots], int) {
     softmax.exponentiate(s, alpha, row_term);
+  }
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
+    const float scale = tile.p.spec.scale * kLog2e;
+    subtract_alibi(s, tile, tile.row(), kLog2e, [scale](float x) { return x * scale; });
   }
 };
 

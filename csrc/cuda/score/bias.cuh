@@ -46,10 +46,10 @@ class GlobalBias {
     }
   }
 
-  // S ← S + factor · bias. `chunks`: nullptr, or what fetch() loaded.
-  template <class S>
+  // S ← S + factor · bias. `chunks`: what fetch() loaded, where S is permuted.
+  template <class S, class Chunks>
   __device__ __forceinline__ void add(S& s, int32_t row, int32_t key, float factor,
-                                      const BiasChunks<S>* chunks) const {
+                                      const Chunks& chunks) const {
     if (p.bias_dtype == DType::kF32) {
       add_bias_of<float>(s, row, key, factor, chunks);
     } else if (p.bias_dtype == DType::kF16) {
@@ -73,16 +73,16 @@ class GlobalBias {
             i < band.q_len ? band.k_len - column : 0};
   }
 
-  template <class T, class S>
+  template <class T, class S, class Chunks>
   __device__ __forceinline__ void add_bias_of(S& s, int32_t row, int32_t key, float factor,
-                                              const BiasChunks<S>* chunks) const {
+                                              const Chunks& chunks) const {
     if constexpr (sizeof(T) == 2 && S::kPermuted) {
-      if (chunks && operands.bias_in_chunks(p)) {
+      if (operands.bias_in_chunks(p)) {
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot) {
 #pragma unroll
           for (int n = 0; n < S::kColumnTiles; ++n) {
-            const float2 bias = ptx::unpack<T>(chunks->pair(slot, n));
+            const float2 bias = ptx::unpack<T>(chunks.pair(slot, n));
             s.at(slot, n, 0) = fmaf(bias.x, factor, s.at(slot, n, 0));
             s.at(slot, n, 1) = fmaf(bias.y, factor, s.at(slot, n, 1));
           }
@@ -90,7 +90,7 @@ class GlobalBias {
         return;
       }
     }
-    if constexpr (sizeof(T) == 2 && !S::kPermuted) {
+    if constexpr (sizeof(T) == 2 && S::kPairs && !S::kPermuted) {
       if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key, factor);
     }
     for_each_used<T>(s, operands.bias, p.bias, band, row, key,

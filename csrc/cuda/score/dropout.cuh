@@ -84,7 +84,7 @@ struct TileDropout {
 
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements() const {
-    if constexpr (S::kColumnTiles % 4 == 0) {
+    if constexpr (S::kPairs && S::kColumnTiles % 4 == 0) {
       if (!dropout.odd()) return elements_of_blocks<S>();
     }
     return elements_one_by_one<S>();
@@ -191,7 +191,7 @@ struct TileDropout {
 #pragma unroll 1
       for (int bit = 0; bit < min(32, KeptElements<S>::kCount - first); ++bit) {
         const int at = first + bit, n = at / 2 % S::kColumnTiles, slot = at / (2 * S::kColumnTiles);
-        const bool kept = dropout.keep(batch, head, row + S::row(slot), key + S::column(n) + at % 2);
+        const bool kept = dropout.keep(batch, head, row + S::row(slot), key + S::column(n, at % 2));
         word |= uint32_t{kept} << bit;
       }
     }
@@ -229,18 +229,57 @@ struct DroppedA {
   }
 };
 
-// The sm_90a variant: dropout alone.
-template <class S>
-struct DropoutScore : ScoreVariant<S> {
-  static constexpr bool kDropout = true, kDropoutInSoftmax = true, kPositional = true;
-  KeptTile<S> kept;
+// What dropout multiplies the elements of P by that it keeps.
+__device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
+  return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
+}
 
-  template <bool kScalarDropout, class Tile>
-  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t n) {
-    if constexpr (kScalarDropout) {
-      kept =
-          tile.operands().dropout_at(tile.row(), n * ScoreVariant<S>::kKeys).template numbers_one_by_one<S>();
-    }
+// A score variant of S with dropout.
+template <class Score, class S>
+struct WithDropout : Score {
+  static constexpr bool kDropout = true;
+  static constexpr bool reads(Operand operand) {
+    return operand == Operand::kDropout || Score::reads(operand);
+  }
+  KeptTile<S> kept;               // forward, where a kernel draws the numbers of a whole tile at once
+  KeptElements<S> kept_elements;  // backward
+
+  // kept ← the numbers of the tile whose first key is `key`.
+  template <class Tile>
+  __device__ __forceinline__ void draw(const Tile& tile, int32_t key) {
+    kept = tile.operands().dropout_at(tile.row(), key).template numbers<S>();
+  }
+  template <class Tile>
+  __device__ __forceinline__ void draw_one_by_one(const Tile& tile, int32_t key) {
+    kept = tile.operands().dropout_at(tile.row(), key).template numbers_one_by_one<S>();
+  }
+  template <class Fragments>
+  __device__ __forceinline__ void drop(Fragments& p) const {
+    drop_fragments(p, kept);
+  }
+
+  template <class Tile>
+  __device__ __forceinline__ void drop_gradient(S& dp, const Tile& tile) {
+    if (!tile.p.dropout) return;  // the general backward serves calls without it, too
+    kept_elements = tile.operands().dropout_at(tile.row(), tile.key).template elements<S>();
+    const float factor = dropout_scale(tile.p.spec);
+    for_each(dp,
+             [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });
+  }
+  template <class Tile>
+  __device__ __forceinline__ void drop_weights(S& s, const Tile& tile) const {
+    if (tile.p.dropout) kept_elements.drop(s, 0, S::kColumnTiles);
+  }
+};
+
+// Dropout alone.
+template <class S>
+struct DropoutScore : WithDropout<ScoreVariant<S>, S> {
+  static constexpr bool kDropoutInSoftmax = true, kPositional = true;
+
+  template <bool kScalarDropout = false, class Tile>
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
+    if constexpr (kScalarDropout) this->draw_one_by_one(tile, key);
   }
   // The numbers are drawn between the row maxima and the exponentials: both are long chains of dependent
   // instructions, which fill each other's stalls.
@@ -248,13 +287,8 @@ struct DropoutScore : ScoreVariant<S> {
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
                                                float (&alpha)[S::kSlots], int early) {
     softmax.update(s, alpha);
-    if constexpr (!kScalarDropout)
-      kept = tile.operands().dropout_at(tile.row(), tile.key).template numbers<S>();
+    if constexpr (!kScalarDropout) this->draw(tile, tile.key);
     softmax.exponentiate(s, 0, early);
-  }
-  template <class Fragments>
-  __device__ __forceinline__ void drop(Fragments& p) const {
-    drop_fragments(p, kept);
   }
 };
 

@@ -3,134 +3,130 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "core/band.h"
 #include "core/score.h"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/bias.cuh"
+#include "cuda/score/dropout.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/score/softcap.cuh"
+#include "cuda/score/variant.cuh"
 #include "cuda/tile/accumulator.cuh"
 
 namespace jax_flash {
 
-// For the tile of S whose warp begins at query `row` and whose keys begin at `key`, within the sequence.
-// Operands are read only where row and key are in use.
-class GeneralScore {
- public:
-  __device__ __forceinline__ GeneralScore(const Problem& problem, const ScoreOperands& score_operands,
-                                          const Band& visible)
-      : p(problem), operands(score_operands), band(visible) {}
+// Any options but dropout. Operands are read only where row and key are in use.
+template <class S>
+struct GeneralScore : ScoreVariant<S> {
+  static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
+  static constexpr bool reads(Operand operand) { return operand != Operand::kDropout; }
+  template <class T, class M = float>
+  using Softmax = OnlineSoftmax<S::kSlots>;
+  BiasChunks<S> bias;  // where S is permuted
 
-  // The factor that turns the scores of apply(…, unit, …) into powers of two: the softmax's scale. It is 1
-  // unless softcap bounds the scores, so that the softmax's fma(s, scale, shift) rounds no product.
-  __device__ __forceinline__ float unit() const { return p.spec.softcap > 0 && !adds() ? own_unit() : 1.0f; }
-
-  // Loads a 16-bit bias, which apply() will add, while S is being multiplied.
-  template <class S>
-  __device__ __forceinline__ void fetch(BiasChunks<S>& bias, int32_t row, int32_t key) const {
-    GlobalBias(p, operands, band).fetch(bias, row, key);
+  // The factor that turns the scores of apply() into powers of two. It is 1 unless softcap bounds the scores,
+  // so that the softmax's fma(s, scale, shift) rounds no product.
+  template <class Softmax>
+  __device__ __forceinline__ static float start(const Problem& p) {
+    return p.spec.softcap > 0 && !p.bias && !p.alibi_slopes ? unit(p.spec) : 1.0f;
   }
 
-  // S ← log2(e) · (softcap(scale · S) + bias − slope · distance), −inf where segments or mask hide the key.
-  // `gradient`: nullptr, or the gradient of softcap's result, which becomes that of scale · S. `bias`:
-  // nullptr, or what fetch() loaded. `in_segment`: what is known of the tile.
-  template <class S>
-  __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key,
-                                        std::type_identity_t<S>* gradient = nullptr,
-                                        const BiasChunks<std::type_identity_t<S>>* bias = nullptr,
-                                        InSegment in_segment = InSegment::kSome) const {
-    if (p.spec.softcap > 0) {
-      cap(s, gradient);
-    } else {
-      const float scale = p.spec.scale * kLog2e;
-      for_each(s, [&](float& x, int, int, int) { x *= scale; });
-    }
-    add_and_hide(s, row, key, kLog2e, bias, in_segment);
+  template <bool kScalarDropout = false, class Tile>
+  __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
+    if constexpr (S::kPermuted) GlobalBias(tile.p, tile.operands(), tile.band()).fetch(bias, tile.row(), key);
   }
 
-  // S ← the same / unit.
-  template <class S>
-  __device__ __forceinline__ void apply(S& s, int32_t row, int32_t key, float unit,
-                                        const BiasChunks<S>& bias) const {
-    if (p.spec.softcap > 0) {
-      const float inner = p.spec.scale / p.spec.softcap;
-      for_each_tanh(s, inner, coarse_tanh(), [](float& x, float t, int, int, int) { x = t; });
-    } else if (!(p.spec.scale > 0)) {
-      for_each(s, [&](float& x, int, int, int) { x *= p.spec.scale; });
+  // S ← (softcap(scale · S) + bias − slope · distance) · log2(e) / softmax.scale, −inf where segments or mask
+  // hide the key.
+  template <class Tile, class Softmax>
+  __device__ __forceinline__ void apply(S& s, const Tile& tile, const Softmax& softmax) {
+    const AttentionSpec& spec = tile.p.spec;
+    const int32_t row = tile.row();
+    if (spec.softcap > 0) {
+      for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
+                    [](float& x, float t, int, int, int) { x = t; });
+    } else if (!(spec.scale > 0)) {
+      for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
     }
-    if (unit == 1.0f) {
-      const float factor = own_unit();
+    if (softmax.scale == 1.0f) {
+      const float factor = unit(spec);
       for_each(s, [&](float& x, int, int, int) { x *= factor; });
     }
-    add_and_hide(s, row, key, kLog2e / unit, &bias);
+    add_and_hide(s, tile, row, kLog2e / softmax.scale, InSegment::kSome);
+  }
+
+  __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {
+    score(s, tile, InSegment::kSome, [&](float gradient, int slot, int n, int e) {
+      if constexpr (kOf == GradientOf::kProduct) dp.at(slot, n, e) *= gradient;
+    });
+  }
+
+ protected:
+  // S ← log2(e) · (softcap(scale · S) + bias − slope · distance), −inf where segments or mask hide the key.
+  // `in_segment`: what is known of the tile. differentiate(softcap's derivative, slot, n, e) is called where
+  // there is a softcap.
+  template <class Scores, class Tile, class F>
+  __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
+    const AttentionSpec& spec = tile.p.spec;
+    const int32_t row = tile.row();
+    if (spec.softcap > 0) {
+      cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
+    } else {
+      const float scale = spec.scale * kLog2e;
+      for_each(s, [&](float& x, int, int, int) { x *= scale; });
+    }
+    add_and_hide(s, tile, row, kLog2e, in_segment);
   }
 
  private:
-  __device__ __forceinline__ bool adds() const { return p.bias || p.alibi_slopes; }
-  __device__ __forceinline__ float own_unit() const {
-    return kLog2e * (p.spec.softcap > 0 ? p.spec.softcap : p.spec.scale > 0 ? p.spec.scale : 1.0f);
+  __device__ __forceinline__ static float unit(const AttentionSpec& spec) {
+    return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
   // S ← S + factor · (bias − slope · distance), −inf where segments or mask hide the key.
-  template <class S>
-  __device__ __forceinline__ void add_and_hide(S& s, int32_t row, int32_t key, float factor,
-                                               const BiasChunks<S>* bias,
-                                               InSegment in_segment = InSegment::kSome) const {
-    if (p.bias) GlobalBias(p, operands, band).add(s, row, key, factor, bias);
-    if (p.alibi_slopes) {
-      subtract_distances(
-          s, operands.slope * factor,
-          [&](int slot) {
-            return static_cast<float>(band.diagonal(row + S::row(slot)) - key - S::column(0));
-          },
-          [](float x) { return x; });
-    }
-    if (p.q_segment_ids && in_segment == InSegment::kSome) hide_other_segments(s, row, key);
+  template <class Scores, class Tile>
+  __device__ __forceinline__ void add_and_hide(Scores& s, const Tile& tile, int32_t row, float factor,
+                                               InSegment in_segment) {
+    const Problem& p = tile.p;
+    const ScoreOperands& operands = tile.operands();
+    const Band& band = tile.band();
+    if (p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
+    if (p.alibi_slopes) subtract_alibi(s, tile, row, factor, [](float x) { return x; });
+    if (p.q_segment_ids && in_segment == InSegment::kSome)
+      hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.mask) {
-      for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, key, [](float& x, uint8_t seen) {
+      for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key, [](float& x, uint8_t seen) {
         if (!seen) x = -INFINITY;
       });
     }
   }
 
-  template <class S>
-  __device__ __forceinline__ void cap(S& s, S* gradient) const {
-    const float c = p.spec.softcap, inner = p.spec.scale / c, outer = c * kLog2e;
-    for_each_tanh(s, inner, coarse_tanh(), [&](float& x, float t, int slot, int n, int e) {
-      if (gradient) gradient->at(slot, n, e) *= 1.0f - t * t;
-      x = outer * t;
-    });
-  }
-
-  // tanh's error, times c, has to stay below the rounding of P to 16 bits.
-  __device__ __forceinline__ bool coarse_tanh() const {
-    return p.dtype != DType::kF32 && p.spec.softcap <= 64;
-  }
-
-  template <class S>
-  __device__ __forceinline__ void hide_other_segments(S& s, int32_t row, int32_t key) const {
+  template <class Scores>
+  __device__ __forceinline__ static void hide_other_segments(Scores& s, const ScoreOperands& operands,
+                                                             const Band& band, int32_t row, int32_t key) {
 #pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
+    for (int n = 0; n < Scores::kColumnTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int32_t j = key + S::column(n) + e;
+        const int32_t j = key + Scores::column(n, e);
         const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
 #pragma unroll
-        for (int slot = 0; slot < S::kSlots; ++slot) {
-          const int32_t i = row + S::row(slot);
+        for (int slot = 0; slot < Scores::kSlots; ++slot) {
+          const int32_t i = row + Scores::row(slot);
           if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
             s.at(slot, n, e) = -INFINITY;
         }
       }
     }
   }
-
-  const Problem& p;
-  const ScoreOperands& operands;
-  const Band& band;
 };
+
+// Any options, and dropout.
+template <class S>
+using GeneralDropoutScore = WithDropout<GeneralScore<S>, S>;
 
 }  // namespace jax_flash

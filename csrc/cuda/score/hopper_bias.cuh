@@ -83,9 +83,10 @@ struct BiasScore : ScoreVariant<S> {
   template <class T, int N, int kStages, int kConsumers>
   using Input = BiasInput<T, N, kStages, kConsumers>;
 
+  __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return kLog2e; }
   template <class Softmax>
-  static __device__ __forceinline__ Softmax start(const AttentionSpec&) {
-    return Softmax(kLog2e);
+  __device__ __forceinline__ static float start(const Problem&) {
+    return kLog2e;
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {

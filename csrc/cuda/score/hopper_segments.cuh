@@ -193,6 +193,7 @@ struct SegmentInput {
 
 template <class S>
 struct SegmentScore : ScoreVariant<S> {
+  static constexpr bool reads(Operand operand) { return operand == Operand::kQSegmentIds; }
   template <class T, int N, int kStages, int kConsumers>
   using Input = SegmentInput<N, kConsumers>;
 

@@ -23,25 +23,23 @@ struct ScoreOperands {
   uint32_t batch = 0, head = 0;  // in dropout's counter
   Dropout dropout;
 
-  // Finds what a kernel of this kind reads. The kinds kBias and kSegments load a bias and the keys' segments
-  // by tiles instead.
-  template <ScoreKind kKind = ScoreKind::kGeneralDropout>
+  // Finds what a score variant reads().
+  template <class Score>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
-    constexpr bool kAll = kKind == ScoreKind::kGeneral || kKind == ScoreKind::kGeneralDropout;
     if (work.tile.index == kNoSequence) return;
     auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
-    if (kAll && p.bias)
+    if (Score::reads(Operand::kBias) && p.bias)
       bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
-    if (kAll && p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
-    if ((kAll || kKind == ScoreKind::kSegments) && p.q_segment_ids)
+    if (Score::reads(Operand::kMask) && p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
+    if (Score::reads(Operand::kQSegmentIds) && p.q_segment_ids)
       q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
-    if (kAll && p.kv_segment_ids)
+    if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids)
       kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
-    if (const View& slopes = p.alibi_slopes; (kAll || kKind == ScoreKind::kAlibi) && slopes) {
+    if (const View& slopes = p.alibi_slopes; Score::reads(Operand::kAlibiSlopes) && slopes) {
       slope = slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
                                        slopes.offset(work.tile.index, query_head, 0)];
     }
-    if constexpr (kKind == ScoreKind::kGeneralDropout || kKind == ScoreKind::kDropout) {
+    if constexpr (Score::reads(Operand::kDropout)) {
       if (p.dropout)
         dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
       batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
@@ -65,6 +63,19 @@ struct ScoreOperands {
   }
 };
 
+// The tile of S whose warp begins at query first_row and key `key`, within the sequence: what a score variant
+// is told of it, where all rows are of one head.
+struct ScoreTile {
+  const Problem& p;
+  const ScoreOperands& score;
+  const Band& visible;
+  int32_t first_row, key;
+
+  __device__ __forceinline__ const ScoreOperands& operands() const { return score; }
+  __device__ __forceinline__ const Band& band() const { return visible; }
+  __device__ __forceinline__ int32_t row() const { return first_row; }
+};
+
 // f(x, the operand's element) for every element x of S whose row and key are in use. The operand is
 // [s_q, s_k], broadcast by zero strides.
 template <class T, class S, class F>
@@ -79,16 +90,11 @@ __device__ __forceinline__ void for_each_used(S& s, const void* operand, const V
     for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int32_t j = key + S::column(n) + e;
+        const int32_t j = key + S::column(n, e);
         if (j < end) f(s.at(slot, n, e), from[j * column]);
       }
     }
   }
-}
-
-// What dropout multiplies the elements of P by that it keeps.
-__device__ __forceinline__ float dropout_scale(const AttentionSpec& spec) {
-  return spec.has(Operand::kDropout) ? 1.0f / (1.0f - spec.dropout_rate) : 1.0f;
 }
 
 }  // namespace jax_flash

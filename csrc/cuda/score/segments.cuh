@@ -33,8 +33,8 @@ template <class S>
 __device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOperands& operands,
                                                 const Band& band, int32_t row, int32_t key) {
   if (!p.q_segment_ids || row >= band.q_len || key >= band.k_len) return InSegment::kAll;
-  const auto rows = SegmentRange::of<8 * S::kSlots>(operands.q_segments + row, band.q_len - row);
-  const auto keys = SegmentRange::of<8 * S::kColumnTiles>(operands.kv_segments + key, band.k_len - key);
+  const auto rows = SegmentRange::of<S::kRows>(operands.q_segments + row, band.q_len - row);
+  const auto keys = SegmentRange::of<S::kColumns>(operands.kv_segments + key, band.k_len - key);
   if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
   return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
 }

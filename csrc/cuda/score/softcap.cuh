@@ -4,6 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "core/problem.h"
 #include "core/score.h"
 #include "core/spec.h"
 #include "cuda/mask.cuh"
@@ -36,8 +37,14 @@ __device__ __forceinline__ float tanh_polynomial(float x) {
   return fmaf(x * square, fmaf(p, square, -3.332867026e-1f), x);
 }
 
-// f(x, tanh(inner · x), slot, n, e) for every element x of S. `coarse`: P is rounded to 16 bits, and c ≤ 64,
-// so that an absolute error of 3e-7 · c stays below what that rounding makes of P.
+// Whether P is rounded to 16 bits and c ≤ 64, so that an absolute error of 3e-7 · c in the scores stays below
+// what that rounding makes of P.
+__device__ __forceinline__ bool coarse_tanh(const Problem& p) {
+  return p.dtype != DType::kF32 && p.spec.softcap <= 64;
+}
+
+// f(x, tanh(inner · x), slot, n, e) for every element x of S. `coarse`: with an absolute error of 3e-7,
+// by what a vote of the warp says is enough.
 template <class S, class F>
 __device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F f) {
   auto each = [&](auto tanh) {
@@ -54,6 +61,21 @@ __device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F 
   } else {
     each([](float x) { return tanh_relative(x); });
   }
+}
+
+// What cap() is given where nobody asks for its derivative.
+struct NoGradient {
+  __device__ __forceinline__ void operator()(float, int, int, int) const {}
+};
+
+// S ← log2(e) · c · tanh(scale · S / c), and g(1 − tanh², slot, n, e), its derivative, for every element.
+template <class S, class G>
+__device__ __forceinline__ void cap(S& s, float c, float scale, bool coarse, G g) {
+  const float inner = scale / c, outer = c * kLog2e;
+  for_each_tanh(s, inner, coarse, [&](float& x, float t, int slot, int n, int e) {
+    g(1.0f - t * t, slot, n, e);
+    x = outer * t;
+  });
 }
 
 // log2(e) · c · tanh(s · scale / c), where |s · scale / c| ≤ 1 as a polynomial in s. The absolute error is c
@@ -123,22 +145,31 @@ struct Softcap {
   }
 };
 
-// The sm_90a variant: softcap alone.
+// Softcap alone.
 template <class S>
 struct SoftcapScore : ScoreVariant<S> {
   static constexpr bool kPositional = true;
   // |S| ≤ c: where P has float32's range no maximum is needed.
-  template <class T>
+  static constexpr bool kScalesGradient = true;
+  template <class T, class M = float>
   using Softmax = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, BoundedSoftmax<S::kSlots>,
                                      OnlineSoftmax<S::kSlots>>;
+  __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
   template <class Softmax>
-  static __device__ __forceinline__ Softmax start(const AttentionSpec& spec) {
-    return Softmax(Softmax::kBounded ? spec.softcap : 1);
+  __device__ __forceinline__ static float start(const Problem& p) {
+    return Softmax::kBounded ? p.spec.softcap : 1;
   }
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax& softmax) {
     const float shift = Softmax::kBounded ? softmax.shift[0] : 0;
     Softcap(tile.p.spec).apply(s, shift, tile.band(), [&tile] { return tile.row(); }, tile.key);
+  }
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {
+    const auto differentiate = [&](float gradient, int slot, int n, int e) {
+      if constexpr (kOf == GradientOf::kProduct) dp.at(slot, n, e) *= gradient;
+    };
+    cap(s, tile.p.spec.softcap, tile.p.spec.scale, coarse_tanh(tile.p), differentiate);
   }
 };
 

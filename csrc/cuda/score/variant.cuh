@@ -1,10 +1,15 @@
-// A score variant of the sm_90a kernels: what a kernel computes between S = Q Kᵀ and P V for one kind of
-// score (core/plan/row.h's ScoreKind). What the kind leaves out costs nothing at run time.
+// A score variant: the policy of one kind of score (core/plan/row.h's ScoreKind), which says
+//   its inputs           reads() from global memory; Input: what is staged in shared memory per key tile
+//   what it does to S    apply(), after prefetch(), which runs while S is being multiplied
+//   its softmax          Softmax, start(), exponentiate(), drop()
+//   its gradient         differentiate(), drop_gradient(), drop_weights()
+// What the kind leaves out costs nothing at run time.
 //
-// ScoreVariant is the plain score; the others derive from it (score/variants.cuh has the list) and say their
-// input, their softmax and what they do to S. S is the accumulator of a consumer's whole key tile; functions
-// also take accumulators of fewer keys. One object lives as long as a key tile. `Tile` is the kernel's
-// ScoreTile: p, operands(), band(), row(), consumer, shared, input_use, and key where kPositional.
+// ScoreVariant is the plain score, and the others derive from it; score/portable_variants.cuh and
+// score/hopper_variants.cuh map the kinds to them. S is the accumulator of a whole key tile, of a consumer's
+// or a warp's rows; a TransposedAccumulator will do as well. One object lives as long as a key tile. `Tile`
+// says where S lies, as ScoreTile does (score/operands.cuh): p, operands(), band(), row(), and key where
+// kPositional.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,27 +35,40 @@ struct NoScoreInput {
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 };
 
+// What dS is the gradient with respect to.
+enum class GradientOf {
+  kProduct,  // scale · q·k
+  kBias,     // what a bias is added to: softcap's result
+};
+
 template <class S>
 struct ScoreVariant {
-  static constexpr int kKeys = 8 * S::kColumnTiles;  // of a tile
-  static constexpr bool kGeneral = false;            // which options there are is asked for at run time
-  static constexpr bool kPositional = false;         // apply() or exponentiate() needs Tile::key
+  static constexpr bool kGeneral = false;     // which options there are is asked for at run time
+  static constexpr bool kPositional = false;  // apply() or exponentiate() needs Tile::key
   static constexpr bool kDropout = false;
-  static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn in exponentiate()
+  static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn while P is computed
+  static constexpr bool kScalesGradient = false;    // differentiate() changes dP
+  static constexpr bool reads(Operand) { return false; }
   template <class T, int N, int kStages, int kConsumers>
   using Input = NoScoreInput;
-  template <class T>
-  using Softmax = UnboundedSoftmax<S::kSlots, float>;
+  // M: the type of the softmax's m.
+  template <class T, class M = float>
+  using Softmax = UnboundedSoftmax<S::kSlots, M>;
 
-  // The softmax of a query tile, whose `scale` turns what apply() leaves into powers of two.
-  template <class Softmax>
-  static __device__ __forceinline__ Softmax start(const AttentionSpec& spec) {
-    return Softmax(spec.scale * kLog2e);
+  // What turns the scores that apply() or differentiate() leaves into powers of two.
+  __device__ __forceinline__ static float power_scale(const AttentionSpec& spec) {
+    return spec.scale * kLog2e;
   }
 
-  // Runs while S is being multiplied: what can be computed without it. `n`: the key tile. kScalarDropout:
-  // dropout's numbers are computed one by one, as Dropout::odd() asks for.
-  template <bool kScalarDropout, class Tile>
+  // What the softmax of a query tile is constructed with: its scale, or the bound of a BoundedSoftmax.
+  template <class Softmax>
+  __device__ __forceinline__ static float start(const Problem& p) {
+    return p.spec.scale * kLog2e;
+  }
+
+  // Runs while S is being multiplied: what can be computed without it. `key`: the tile's first.
+  // kScalarDropout: dropout's numbers are computed one by one, as Dropout::odd() asks for.
+  template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile&, int32_t) {}
 
   // S ← score(S), without the band's mask.
@@ -68,6 +86,17 @@ struct ScoreVariant {
   // P ← drop(P), in the fragments of P V.
   template <class Fragments>
   __device__ __forceinline__ void drop(Fragments&) const {}
+
+  // The backward's steps, in this order (gradient.cuh): dP ← drop(dP) / (1 − rate);
+  template <class Tile>
+  __device__ __forceinline__ void drop_gradient(S&, const Tile&) {}
+  // S ← score(S), without the band's mask, and with kScalesGradient dP ← score'(S) ∘ dP, from which delta has
+  // been subtracted;
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S&, S&, const Tile&) {}
+  // P ← drop(P), less the factor 1 / (1 − rate), once dS = P ∘ dP is made of it.
+  template <class Tile>
+  __device__ __forceinline__ void drop_weights(S&, const Tile&) const {}
 };
 
 template <class S>

@@ -26,21 +26,25 @@ template <int RowTiles, int ColumnTiles>
 struct Accumulator {
   static constexpr int kRowTiles = RowTiles, kColumnTiles = ColumnTiles;
   static constexpr int kSlots = 2 * RowTiles;
+  static constexpr int kRows = 16 * RowTiles, kColumns = 8 * ColumnTiles;
+  static constexpr bool kPairs = true;  // the elements (n, 0) and (n, 1) are neighbours
   static constexpr bool kPermuted = false;
 
   float x[RowTiles][ColumnTiles][4];
 
   __device__ __forceinline__ void clear() { clear_fragments(x); }
 
-  // The row of a slot, and the first column of column tile n's pair, within the accumulator.
+  // The row of a slot, the first column of column tile n's pair, and an element's column, within the
+  // accumulator.
   __device__ __forceinline__ static int row(int slot) {
     return slot / 2 * 16 + slot % 2 * 8 + static_cast<int>(threadIdx.x % 32 / 4);
   }
   __device__ __forceinline__ static int column(int n) {
     return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
   }
-  // column(n) − column(0)
-  static constexpr int column_step(int n) { return n * 8; }
+  __device__ __forceinline__ static int column(int n, int e) { return column(n) + e; }
+  // column(n, e) − column(0)
+  static constexpr int column_step(int n, int e = 0) { return n * 8 + e; }
 
   __device__ __forceinline__ void scale_row(int slot, float factor) {
 #pragma unroll
@@ -63,7 +67,35 @@ struct PermutedAccumulator : Accumulator<RowTiles, ColumnTiles> {
   __device__ __forceinline__ static int column(int n) {
     return permuted(n * 8 + static_cast<int>(threadIdx.x % 4) * 2);
   }
-  static constexpr int column_step(int n) { return permuted(n * 8); }
+  __device__ __forceinline__ static int column(int n, int e) { return column(n) + e; }
+  static constexpr int column_step(int n, int e = 0) { return permuted(n * 8) + e; }
+};
+
+// S of a product that computes Sᵀ = K Qᵀ [16 · kKeyTiles, 8 · kQueryTiles]: x is in mma's C layout, and the
+// functions below give it the interface of an Accumulator of S, so that masks, score variants and gradients
+// are written once for both. A thread's queries are its slots; of its keys, (n, 0) and (n, 1) are 8 apart.
+template <int kKeyTiles, int kQueryTiles>
+struct TransposedAccumulator {
+  static constexpr int kColumnTiles = kKeyTiles, kSlots = 2 * kQueryTiles;
+  static constexpr int kRows = 8 * kQueryTiles, kColumns = 16 * kKeyTiles;
+  static constexpr bool kPairs = false, kPermuted = false;
+
+  float x[kKeyTiles][kQueryTiles][4];
+
+  __device__ __forceinline__ void clear() { clear_fragments(x); }
+
+  __device__ __forceinline__ static int row(int slot) {
+    return slot / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + slot % 2;
+  }
+  __device__ __forceinline__ static int column(int n, int e = 0) {
+    return column_step(n, e) + static_cast<int>(threadIdx.x % 32 / 4);
+  }
+  static constexpr int column_step(int n, int e = 0) { return n * 16 + e * 8; }
+
+  __device__ __forceinline__ float& at(int slot, int n, int e) { return x[n][slot / 2][e * 2 + slot % 2]; }
+  __device__ __forceinline__ float at(int slot, int n, int e) const {
+    return x[n][slot / 2][e * 2 + slot % 2];
+  }
 };
 
 // Calls f(x, slot, n, e) for every element of this thread, row by row.

@@ -67,9 +67,9 @@ std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> 
 // Whether the targeted kernel runs a call. Everything about the call is known except the operands' memory.
 bool takes(const Aim& aim, const Problem& problem);
 
-// False where no kernel was built for the call. With helpers in the `pool` a GPU runs the call twice
-// concurrently, from two threads, each with its own stream.
-bool run(Pass pass, const Problem& problem, const ThreadPool& pool);
+// `tangents`: of the tangent pass. False where no kernel was built for the call. With helpers in the `pool` a
+// GPU runs the call twice concurrently, from two threads, each with its own stream.
+bool run(Pass pass, const Problem& problem, const ThreadPool& pool, const Tangents* tangents = nullptr);
 
 bool append(const AppendProblem& problem, const ThreadPool& pool);
 

@@ -16,7 +16,8 @@ std::optional<Aim> aim(int64_t, Loader, std::initializer_list<Pass>) { return st
 
 bool takes(const Aim&, const Problem&) { return true; }
 
-bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
+bool run(Pass pass, const Problem& problem, const ThreadPool& pool, const Tangents* tangents) {
+  if (pass == Pass::kTangent) return cpu_tangent(problem, *tangents, pool), true;
   const auto kernel = pass == Pass::kForward    ? cpu_forward
                       : pass == Pass::kBackward ? cpu_backward
                                                 : cpu_bias_gradient;

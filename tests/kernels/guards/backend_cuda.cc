@@ -43,6 +43,9 @@ constexpr View Problem::* kOperands[] = {&Problem::query,
                                          &Problem::v_scale,
                                          &Problem::position};
 
+constexpr View Tangents::* kTangents[] = {&Tangents::tquery, &Tangents::tkey, &Tangents::tvalue,
+                                          &Tangents::tbias,  &Tangents::tout, &Tangents::tlse};
+
 constexpr View AppendProblem::* kAppendOperands[] = {
     &AppendProblem::k_pages,    &AppendProblem::v_pages,      &AppendProblem::key,
     &AppendProblem::value,      &AppendProblem::block_tables, &AppendProblem::kv_lengths,
@@ -55,10 +58,14 @@ bool is_result(Pass pass, View Problem::* operand) {
       return operand == &Problem::out || operand == &Problem::lse;
     case Pass::kBackward:
       return operand == &Problem::dquery || operand == &Problem::dkey || operand == &Problem::dvalue;
+    case Pass::kTangent:
+      return false;  // all of its results are tangents
     default:
       return operand == &Problem::dbias;
   }
 }
+
+bool is_result(View Tangents::* operand) { return operand == &Tangents::tout || operand == &Tangents::tlse; }
 
 Device gpu() {
   Device found{};
@@ -162,16 +169,19 @@ void run_together(const std::function<void(cudaStream_t)>& one,
 // A call with its own copies of the operands and its own workspace.
 class Call {
  public:
-  Call(Pass pass, const Problem& problem, const LaunchPlan& plan)
+  Call(Pass pass, const Problem& problem, const Tangents& tangents, const LaunchPlan& plan)
       : p_(problem),
+        t_(tangents),
         plan_(plan),
         copies_(p_, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); }),
-        workspace_(plan.workspace) {}
+        workspace_(plan.workspace) {
+    copies_.add(t_, kTangents, [](View Tangents::* operand) { return !is_result(operand); });
+  }
 
   void launch(cudaStream_t stream) {
     check(launch_schedules(p_, plan_, workspace_.data(), stream), "schedule");
     for (int32_t kernel : {plan_.decode_kernel, plan_.kernel}) {
-      if (kernel >= 0) check(launch_of(kernel)(p_, plan_, workspace_.data(), stream), "launch");
+      if (kernel >= 0) check(launch_of(kernel)(p_, &t_, plan_, workspace_.data(), stream), "launch");
     }
   }
   void check_bands() const { workspace_.check_bands(), copies_.check_bands(); }
@@ -179,6 +189,7 @@ class Call {
 
  private:
   Problem p_;
+  Tangents t_;
   const LaunchPlan& plan_;
   Copies copies_;
   DeviceMemory workspace_;
@@ -242,7 +253,7 @@ bool takes(const Aim& aim, const Problem& problem) {
   return plan.kernel == reach().aimed() || plan.decode_kernel == reach().aimed();
 }
 
-bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
+bool run(Pass pass, const Problem& problem, const ThreadPool& pool, const Tangents* tangents) {
   const LaunchPlan plan = plan_call(pass, problem);
   if (plan.kernel < 0) return ++not_built, false;
   for (int32_t kernel : {plan.decode_kernel, plan.kernel}) {
@@ -252,7 +263,9 @@ bool run(Pass pass, const Problem& problem, const ThreadPool& pool) {
   for (View Problem::* operand : kOperands) {
     if (is_result(pass, operand)) results.push_back((problem.*operand).data);
   }
-  run_calls(pool, results, repeatable(problem.spec, pass), [&] { return Call(pass, problem, plan); });
+  if (tangents) results.push_back(tangents->tout.data), results.push_back(tangents->tlse.data);
+  run_calls(pool, results, repeatable(problem.spec, pass),
+            [&] { return Call(pass, problem, tangents ? *tangents : Tangents{}, plan); });
   return true;
 }
 

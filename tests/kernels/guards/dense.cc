@@ -15,7 +15,7 @@ class Case : RandomCase {
   explicit Case(uint64_t seed)
       : RandomCase(seed),
         aim_(backend::aim(static_cast<int64_t>(seed), Loader::kDense,
-                          {Pass::kForward, Pass::kBackward, Pass::kBiasGradient})) {
+                          {Pass::kForward, Pass::kBackward, Pass::kBiasGradient, Pass::kTangent})) {
     choose_sizes();
     if (aim_) aim_sizes();
     p_.kv_dtype = p_.dtype;
@@ -32,6 +32,7 @@ class Case : RandomCase {
     if (!check_pass("forward", Pass::kForward, {&p_.out, &p_.lse})) return;
     check_forward();
     take_forward_results();
+    if (check_pass("tangent", Pass::kTangent, {&t_.tout, &t_.tlse}, &t_)) check_tangents();
     if (check_pass("backward", Pass::kBackward, {&p_.dquery, &p_.dkey, &p_.dvalue})) check_gradients();
     if (p_.bias) check_pass("bias_gradient", Pass::kBiasGradient, {&p_.dbias});
   }
@@ -167,16 +168,11 @@ class Case : RandomCase {
   }
 
   void make_tensors() {
-    make_tensor(p_.query, p_.q_rows, p_.heads, p_.head_dim);
-    make_tensor(p_.key, p_.k_rows, p_.kv_heads, p_.head_dim);
-    make_tensor(p_.value, p_.k_rows, p_.kv_heads, p_.value_dim);
-    make_tensor(p_.dout, p_.q_rows, p_.heads, p_.value_dim);
-    make_tensor(p_.out, p_.q_rows, p_.heads, p_.value_dim);
-    make_tensor(p_.dquery, p_.q_rows, p_.heads, p_.head_dim);
-    make_tensor(p_.dkey, p_.k_rows, p_.kv_heads, p_.head_dim);
-    make_tensor(p_.dvalue, p_.k_rows, p_.kv_heads, p_.value_dim);
-    make_statistic(p_.lse);
-    make_statistic(p_.delta);
+    for (View* x : {&p_.query, &p_.dquery, &t_.tquery}) make_tensor(*x, p_.q_rows, p_.heads, p_.head_dim);
+    for (View* x : {&p_.key, &p_.dkey, &t_.tkey}) make_tensor(*x, p_.k_rows, p_.kv_heads, p_.head_dim);
+    for (View* x : {&p_.value, &p_.dvalue, &t_.tvalue}) make_tensor(*x, p_.k_rows, p_.kv_heads, p_.value_dim);
+    for (View* x : {&p_.out, &p_.dout, &t_.tout}) make_tensor(*x, p_.q_rows, p_.heads, p_.value_dim);
+    for (View* x : {&p_.lse, &p_.delta, &t_.tlse}) make_statistic(*x);
   }
 
   // Sometimes plausible, sometimes arbitrary int32.
@@ -233,6 +229,7 @@ class Case : RandomCase {
         set_value(p_.bias_dtype, m.data() + i, chance(0.1) ? -kInf : normal());
       }
       make(p_.dbias, size_of(p_.bias_dtype), dims, false);
+      if (chance(0.7)) fill(make(t_.tbias, size_of(p_.bias_dtype), dims, true), p_.bias_dtype);
       int32_t* own[] = {&p_.dbias_batch, &p_.dbias_heads, &p_.dbias_rows, &p_.dbias_columns};
       for (int i = 0; i < 4; ++i) *own[i] = static_cast<int32_t>(dims[i].size);
     }
@@ -303,22 +300,25 @@ class Case : RandomCase {
         if (!used) set_value(dtype, x, std::nanf(""));
       });
     };
-    poison(p_.query, true, p_.heads, p_.head_dim, size, p_.dtype);
-    poison(p_.key, false, p_.kv_heads, p_.head_dim, size, p_.dtype);
-    poison(p_.value, false, p_.kv_heads, p_.value_dim, size, p_.dtype);
+    for (const View& x : {p_.query, t_.tquery}) poison(x, true, p_.heads, p_.head_dim, size, p_.dtype);
+    for (const View& x : {p_.key, t_.tkey}) poison(x, false, p_.kv_heads, p_.head_dim, size, p_.dtype);
+    for (const View& x : {p_.value, t_.tvalue}) poison(x, false, p_.kv_heads, p_.value_dim, size, p_.dtype);
     poison(p_.dout, true, p_.heads, p_.value_dim, size, p_.dtype);
     poison(p_.delta, true, p_.heads, 0, 4, DType::kF32);
   }
 
   // Runs the pass twice, alone and with helpers, on results filled with NaN; false where no kernel runs it.
-  bool check_pass(const char* name, Pass pass, std::vector<View*> results) {
+  bool check_pass(const char* name, Pass pass, std::vector<View*> results,
+                  const Tangents* tangents = nullptr) {
     for (View* view : results) memory_of(view).poison();
-    if (!backend::run(pass, p_, ThreadPool{})) return false;
+    if (!backend::run(pass, p_, ThreadPool{}, tangents)) return false;
     std::vector<std::string> first;
     for (View* view : results) {
       const Guarded& m = memory_of(view);
       first.emplace_back(m.data(), m.bytes());
-      const DType dtype = view == &p_.lse ? DType::kF32 : view == &p_.dbias ? p_.bias_dtype : p_.dtype;
+      const DType dtype = view == &p_.lse || view == &t_.tlse ? DType::kF32
+                          : view == &p_.dbias                 ? p_.bias_dtype
+                                                              : p_.dtype;
       for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) {
         if (std::isnan(value_of(dtype, m.data() + i))) {
           fail(std::string(name) + " left NaN at byte " + std::to_string(i) + " of " +
@@ -328,7 +328,7 @@ class Case : RandomCase {
       if (!backend::sparing()) m.poison();
     }
     if (backend::sparing()) return true;
-    with_threads([&](const ThreadPool& pool) { backend::run(pass, p_, pool); });
+    with_threads([&](const ThreadPool& pool) { backend::run(pass, p_, pool, tangents); });
     for (size_t i = 0; i < results.size() && backend::repeatable(p_.spec, pass); ++i) {
       const Guarded& m = memory_of(results[i]);
       if (std::memcmp(first[i].data(), m.data(), m.bytes()) != 0)
@@ -348,28 +348,40 @@ class Case : RandomCase {
     });
   }
 
-  // lse becomes an operand of the backward: NaN where it must not be read.
+  // lse and out become operands of the other passes: NaN where they must not be read.
   void take_forward_results() {
+    each(p_.out, true, p_.heads, p_.value_dim, size_of(p_.dtype), [&](char* x, bool used) {
+      if (!used) set_value(p_.dtype, x, std::nanf(""));
+    });
     each(p_.lse, true, p_.heads, 0, 4, [&](char* x, bool used) {
       if (!used) set_value(DType::kF32, x, std::nanf(""));
     });
   }
 
+  // Every element is finite, and 0 where its row is not in use.
+  void check_derivative(const char* name, const View& view, bool queries, int32_t heads, int32_t width,
+                        DType dtype) {
+    each(view, queries, heads, width, size_of(dtype), [&](char* x, bool used) {
+      const float value = value_of(dtype, x);
+      if (!std::isfinite(value) || (!used && value != 0))
+        fail(std::string(name) + " is " + std::to_string(value));
+    });
+  }
+
   void check_gradients() {
-    const auto check = [&](const char* name, const View& view, bool queries, int32_t heads, int32_t width) {
-      each(view, queries, heads, width, size_of(p_.dtype), [&](char* x, bool used) {
-        const float value = value_of(p_.dtype, x);
-        if (!std::isfinite(value) || (!used && value != 0))
-          fail(std::string(name) + " is " + std::to_string(value));
-      });
-    };
-    check("dquery", p_.dquery, true, p_.heads, p_.head_dim);
-    check("dkey", p_.dkey, false, p_.kv_heads, p_.head_dim);
-    check("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim);
+    check_derivative("dquery", p_.dquery, true, p_.heads, p_.head_dim, p_.dtype);
+    check_derivative("dkey", p_.dkey, false, p_.kv_heads, p_.head_dim, p_.dtype);
+    check_derivative("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim, p_.dtype);
+  }
+
+  void check_tangents() {
+    check_derivative("tout", t_.tout, true, p_.heads, p_.value_dim, p_.dtype);
+    check_derivative("tlse", t_.tlse, true, p_.heads, 0, DType::kF32);
   }
 
   std::optional<backend::Aim> aim_;
   Problem p_{};
+  Tangents t_{};
   std::vector<bool> q_used_, k_used_;
 };
 

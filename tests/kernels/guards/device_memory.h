@@ -87,6 +87,10 @@ class Copies {
  public:
   template <class AnyProblem, size_t n, class Filled>
   Copies(AnyProblem& p, View AnyProblem::* const (&operands)[n], Filled filled) {
+    add(p, operands, filled);
+  }
+  template <class AnyProblem, size_t n, class Filled>
+  void add(AnyProblem& p, View AnyProblem::* const (&operands)[n], Filled filled) {
     for (View AnyProblem::* operand : operands) {
       View& view = p.*operand;
       const Guarded* host = view.data ? Guarded::find(view.data) : nullptr;

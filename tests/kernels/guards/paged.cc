@@ -79,7 +79,7 @@ class AttentionCase : PoolCase {
   // Options that the targeted kernel supports, some of them chosen at random.
   void aim_sizes() {
     dtype_ = aim_->dtype;
-    pool_dtype_ = aim_->float8() ? DType::kF8E4M3 : dtype_;
+    pool_dtype_ = aim_->float8() ? float8() : dtype_;
     batch_ = std::max(batch_, 1);
     head_dim_ = width_within(aim_->head_dim);
     value_dim_ = width_within(aim_->value_dim);

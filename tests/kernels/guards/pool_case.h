@@ -15,7 +15,7 @@ class PoolCase : protected RandomCase {
     leading_ = random_leading();
     layout_ = one_of({PageLayout::kNhd, PageLayout::kHnd});
     dtype_ = one_of({DType::kF16, DType::kBF16, DType::kF32});
-    pool_dtype_ = chance(0.3) ? DType::kF8E4M3 : dtype_;
+    pool_dtype_ = chance(0.3) ? float8() : dtype_;
     batch_ = static_cast<int32_t>(integer(chance(0.05) ? 0 : 1, usual_or(4, 2)));
     kv_heads_ = static_cast<int32_t>(integer(1, usual_or(3, 1)));
     page_size_ = static_cast<int32_t>(chance(0.2) ? integer(60, 300) : integer(1, 9));
@@ -25,6 +25,7 @@ class PoolCase : protected RandomCase {
     value_dim_ = chance(0.5) ? head_dim_ : width();
   }
 
+  DType float8() { return one_of({DType::kF8E4M3, DType::kF8E5M2}); }
   int32_t width() {
     return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 40)));
   }

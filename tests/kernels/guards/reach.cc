@@ -35,6 +35,8 @@ std::vector<Variant> variants_of(Pass pass, Loader loader) {
     }
     case Pass::kBackward:
       return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
+    case Pass::kTangent:
+      return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
       return {Variant::kGeneral};
     case Pass::kDecode:
@@ -95,6 +97,8 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kBackward:
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
+      return plan.general() ? Variant::kGeneral : Variant::kPlain;
+    case Pass::kTangent:
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
       return Variant::kGeneral;

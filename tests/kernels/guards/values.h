@@ -1,6 +1,7 @@
 // Elements of f16, bf16, f32 and float8 arrays as float, one at a time.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,11 +18,13 @@ using Half = _Float16;
 
 inline float value_of(DType dtype, const char* p) {
   if (dtype == DType::kF32) return *reinterpret_cast<const float*>(p);
-  if (dtype == DType::kF8E4M3) {
-    const int bits = *reinterpret_cast<const uint8_t*>(p), exponent = bits >> 3 & 15, mantissa = bits & 7;
-    const float magnitude = (bits & 127) == 127 ? std::nanf("")
-                            : exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
-                                            : std::ldexp(8.0f + static_cast<float>(mantissa), exponent - 10);
+  if (is_float8(dtype)) {
+    const bool e4m3 = dtype == DType::kF8E4M3;
+    const int bits = *reinterpret_cast<const uint8_t*>(p), width = e4m3 ? 3 : 2, bias = e4m3 ? 7 : 15;
+    const int exponent = (bits & 127) >> width, mantissa = bits & ((1 << width) - 1);
+    const auto digits = static_cast<float>(mantissa + (exponent > 0 ? 1 << width : 0));
+    float magnitude = std::ldexp(digits, std::max(exponent, 1) - bias - width);
+    if (e4m3 ? (bits & 127) == 127 : exponent == 31) magnitude = !e4m3 && mantissa == 0 ? INFINITY : NAN;
     return bits & 128 ? -magnitude : magnitude;
   }
   const uint16_t h = *reinterpret_cast<const uint16_t*>(p);
@@ -35,9 +38,9 @@ inline float value_of(DType dtype, const char* p) {
 inline void set_value(DType dtype, char* p, float x) {
   if (dtype == DType::kF32) {
     *reinterpret_cast<float*>(p) = x;
-  } else if (dtype == DType::kF8E4M3) {  // towards zero: any value will do
+  } else if (is_float8(dtype)) {  // towards zero: any value will do
     int bits = std::isnan(x) ? 127 : 0;
-    for (char candidate; bits < 126; ++bits) {
+    for (char candidate; bits < (dtype == DType::kF8E4M3 ? 126 : 123); ++bits) {
       candidate = static_cast<char>(bits + 1);
       if (!(value_of(dtype, &candidate) <= std::fabs(x))) break;
     }
@@ -50,7 +53,5 @@ inline void set_value(DType dtype, char* p, float x) {
     *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(bits >> 16 | (std::isnan(x) ? 0x40 : 0));
   }
 }
-
-inline size_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kF8E4M3 ? 1 : 2; }
 
 }  // namespace jax_flash

@@ -1,5 +1,5 @@
-// The wrappers of csrc/cuda/ptx, the layouts of csrc/cuda/tile and scores of one option, one by one, on a
-// GPU:
+// The wrappers of csrc/cuda/ptx, the layouts of csrc/cuda/tile and score variants with their gradients, one
+// by one, on a GPU:
 //
 //   cuda_units
 #include "units.h"
@@ -9,6 +9,7 @@ int main() {
   test_ptx();
   test_tiles();
   test_scores();
+  test_gradients();
   std::printf(failed ? "%d failed\n" : "all passed\n", failed);
   return failed ? 1 : 0;
 }

@@ -77,14 +77,23 @@ struct ApplyToWord {
 };
 
 // Widens every float8, two at a time.
-template <class T>
+template <class T, DType kFormat>
 struct Widened {
   __device__ void operator()(const float*, float* out) const {
     const uint32_t two = threadIdx.x | (255 - threadIdx.x) << 8;
-    const float2 x = ptx::unpack<T>(ptx::widen_float8<T>(two));
+    const float2 x = ptx::unpack<T>(ptx::widen_float8<T, kFormat>(two));
     out[2 * threadIdx.x] = x.x, out[2 * threadIdx.x + 1] = x.y;
   }
 };
+
+template <DType kFormat>
+void test_float8(const std::string& format) {
+  const auto float8 = [](int i) -> double {
+    return float8_to_float<kFormat>(static_cast<uint8_t>(i % 2 ? 255 - i / 2 : i / 2));
+  };
+  expect("widen_float8 " + format + " float16", run(Widened<float16, kFormat>{}, 256, {}, 512), float8);
+  expect("widen_float8 " + format + " bfloat16", run(Widened<bfloat16, kFormat>{}, 256, {}, 512), float8);
+}
 
 struct ThreadIndex {
   __device__ void operator()(const float*, float* out) const {
@@ -304,11 +313,8 @@ void test_words() {
     return ((a & 0x7FFF) >= (kHalves & 0xFFFF) ? 0xFFFFu : 0) |
            ((b & 0x7FFF) >= kHalves >> 16 ? 0xFFFF0000u : 0);
   });
-  const auto float8 = [](int i) -> double {
-    return float8_to_float(static_cast<uint8_t>(i % 2 ? 255 - i / 2 : i / 2));
-  };
-  expect("widen_float8 float16", run(Widened<float16>{}, 256, {}, 512), float8);
-  expect("widen_float8 bfloat16", run(Widened<bfloat16>{}, 256, {}, 512), float8);
+  test_float8<DType::kF8E4M3>("e4m3");
+  test_float8<DType::kF8E5M2>("e5m2");
 }
 
 }  // namespace

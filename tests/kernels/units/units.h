@@ -100,5 +100,6 @@ inline bool has_bfloat16() { return run(Built{}, 1, {}, 1)[0] == 1; }
 void test_ptx();
 void test_tiles();
 void test_scores();
+void test_gradients();
 
 }  // namespace jax_flash::units

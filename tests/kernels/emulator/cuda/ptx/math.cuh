@@ -57,4 +57,9 @@ void store_pair(T* to, float low, float high) {
   to[0] = T(low), to[1] = T(high);
 }
 
+template <class T>
+float2 load_pair(const T* from) {
+  return {static_cast<float>(from[0]), static_cast<float>(from[1])};
+}
+
 }  // namespace jax_flash::ptx

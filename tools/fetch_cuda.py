@@ -1,9 +1,9 @@
-"""Lays out a CUDA 12.4 toolkit that can build jax_flash: `python tools/fetch_cuda12.py PREFIX`, no root needed.
+"""Lays out a CUDA toolkit that can build jax_flash, without root: `python tools/fetch_cuda.py MAJOR PREFIX`.
 
-nvcc comes from Debian's package nvidia-cuda-toolkit (PyPI's has only ptxas), headers and the runtime from NVIDIA's
-wheels, fatbinary from CUDA 13's: it compresses machine code by a third more (--compress-mode=size, which drivers from
-550.54.14 on read, CUDA 12.4's own). About 140 MB are fetched. There is no static runtime among them: its name leads to
-libcudart.so.12.
+packages/release.json names what is fetched, some 110 MB. CUDA 13 is NVIDIA's wheels alone, with nvcc and the static
+runtime. Those of CUDA 12 lack nvcc, which Debian's package nvidia-cuda-toolkit has, and the static runtime: its name
+leads to libcudart.so.12. CUDA 12 takes CUDA 13's fatbinary, which compresses machine code by a third more
+(--compress-mode=size; drivers from 550.54.14 on, CUDA 12.4's own, read it).
 """
 
 from __future__ import annotations
@@ -19,17 +19,12 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from release import RELEASE, run
 
 DEBIAN = "https://deb.debian.org/debian"
 SUITE = "dists/trixie/non-free/binary-amd64/Packages.xz"
-DEBIAN_PACKAGE = "nvidia-cuda-toolkit"
-WHEELS = (
-    "nvidia-cuda-runtime-cu12==12.4.127",
-    "nvidia-cuda-nvcc-cu12==12.4.131",
-    "nvidia-cuda-cccl-cu12==12.9.27",
-    "nvidia-cuda-nvcc==13.0.88",  # for FATBINARY alone
-)
 FATBINARY = "nvidia/cu13/bin/fatbinary"
 # Where the Debian package has them, and where nvcc looks for them.
 PROGRAMS = {f"./usr/bin/{name}": f"bin/{name}" for name in ("bin2c", "cudafe++", "nvlink", "ptxas")}
@@ -42,40 +37,53 @@ PROGRAMS |= {
 }
 NVCC_PROFILE = """\
 TOP = $(_HERE_)/..
+CICC_PATH = $(TOP)/nvvm/bin
 NVVMIR_LIBRARY_DIR = $(TOP)/nvvm/libdevice
-PATH += $(TOP)/nvvm/bin:$(_HERE_):
+PATH += $(CICC_PATH):$(_HERE_):
 INCLUDES += "-I$(TOP)/include" $(_SPACE_)
+SYSTEM_INCLUDES += "-isystem" "$(TOP)/include/cccl" $(_SPACE_)
 LIBRARIES =+ $(_SPACE_) "-L$(TOP)/lib64"
 """
-LIBRARIES = {
+# CUDA 12's wheels have no static libraries.
+STAND_INS = {
     "libcudart_static.a": b"INPUT(libcudart.so.12)\n",  # a linker script
     "libcudadevrt.a": b"!<arch>\n",  # the device runtime, empty: nvcc names it when it links, nothing here uses it
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("major", choices=RELEASE["cuda"])
     parser.add_argument("prefix", type=Path)
-    prefix = parser.parse_args().prefix
-    if (prefix / ".complete").exists():
+    options = parser.parse_args()
+    lay_out(RELEASE["cuda"][options.major], options.prefix)
+
+
+def lay_out(toolkit: dict, prefix: Path) -> None:
+    """An entry of release.json's `cuda` at the prefix, unless the very same is there already."""
+    complete = prefix / ".complete"
+    if complete.exists() and complete.read_text() == repr(toolkit):
         return
     shutil.rmtree(prefix, ignore_errors=True)
-    unpack_programs(fetch_package(), prefix)
-    unpack_wheels(prefix)
+    if "debian" in toolkit:
+        unpack_programs(fetch_package(toolkit["debian"]), prefix)
+        (prefix / "lib64").mkdir()
+        for name, content in STAND_INS.items():
+            (prefix / "lib64" / name).write_bytes(content)
+    unpack_wheels(toolkit["wheels"], prefix, all_programs="debian" not in toolkit)
     (prefix / "bin/nvcc.profile").write_text(NVCC_PROFILE)
-    for name, content in LIBRARIES.items():
-        (prefix / "lib64" / name).write_bytes(content)
-    (prefix / "lib64/libcudart.so").symlink_to("libcudart.so.12")
-    print(
-        subprocess.run([prefix / "bin/nvcc", "--version"], check=True, capture_output=True, text=True).stdout
-    )
-    (prefix / ".complete").touch()
+    (runtime,) = (prefix / "lib64").glob("libcudart.so.*")
+    (prefix / "lib64/libcudart.so").symlink_to(runtime.name)
+    run(prefix / "bin/nvcc", "--version")
+    complete.write_text(repr(toolkit))
 
 
-def fetch_package() -> bytes:
+def fetch_package(name: str) -> bytes:
     """The Debian package, checked against the archive's index."""
     index = lzma.decompress(fetch(f"{DEBIAN}/{SUITE}")).decode()
-    stanza = next(s for s in index.split("\n\n") if s.startswith(f"Package: {DEBIAN_PACKAGE}\n"))
+    stanza = next(s for s in index.split("\n\n") if s.startswith(f"Package: {name}\n"))
     fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line and line[0] != " ")
     package = fetch(f"{DEBIAN}/{fields['Filename']}")
     if hashlib.sha256(package).hexdigest() != fields["SHA256"]:
@@ -110,24 +118,32 @@ def ar_member(archive: bytes, prefix: str) -> bytes:
     sys.exit(f"no {prefix} in the Debian package")
 
 
-def unpack_wheels(prefix: Path) -> None:
-    """nvidia/<package>/{include,lib} of each CUDA 12 wheel to {include,lib64}; FATBINARY to bin."""
+def unpack_wheels(wheels: list[str], prefix: Path, all_programs: bool) -> None:
+    """nvidia/<package>/<folder>/… of each wheel to its place; of bin and nvvm, unless wanted, FATBINARY alone."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        subprocess.run([*command, "-d", folder, *WHEELS], check=True)
+        subprocess.run([*command, "-d", folder, *wheels], check=True)
         for wheel in sorted(Path(folder).glob("*.whl")):
             with zipfile.ZipFile(wheel) as files:
-                if FATBINARY in files.namelist():
-                    (prefix / "bin/fatbinary").write_bytes(files.read(FATBINARY))
-                    (prefix / "bin/fatbinary").chmod(0o755)
-                    continue
-                for name in files.namelist():
-                    parts = Path(name).parts
-                    if len(parts) < 4 or parts[2] not in ("include", "lib") or name.endswith((".py", "/")):
-                        continue
-                    to = prefix / ("lib64" if parts[2] == "lib" else "include") / Path(*parts[3:])
-                    to.parent.mkdir(parents=True, exist_ok=True)
-                    to.write_bytes(files.read(name))
+                names = files.namelist()
+                if not all_programs and FATBINARY in names:
+                    names = [FATBINARY]
+                for name in names:
+                    target = place(name, programs=all_programs or name == FATBINARY)
+                    if target is not None:
+                        to = prefix / target
+                        to.parent.mkdir(parents=True, exist_ok=True)
+                        to.write_bytes(files.read(name))
+                        to.chmod(0o755 if to.parent.name == "bin" else 0o644)
+
+
+def place(name: str, programs: bool) -> PurePosixPath | None:
+    """Where a wheel's file belongs under the prefix; None for what a build does not need."""
+    parts = PurePosixPath(name).parts
+    folders = {"include": "include", "lib": "lib64"} | ({"bin": "bin", "nvvm": "nvvm"} if programs else {})
+    if len(parts) < 4 or parts[0] != "nvidia" or parts[2] not in folders or name.endswith((".py", "/")):
+        return None
+    return PurePosixPath(folders[parts[2]], *parts[3:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+// The score variants of the portable kernels, by kind.
+#pragma once
+
+#include <type_traits>
+
+#include "core/plan/launch_plan.h"
+#include "cuda/score/dropout.cuh"
+#include "cuda/score/general.cuh"
+#include "cuda/score/variant.cuh"
+
+namespace jax_flash {
+
+template <ScoreKind kKind, class S>
+struct PortableScoreOf;
+template <class S>
+struct PortableScoreOf<ScoreKind::kPlain, S> : std::type_identity<PlainScore<S>> {};
+template <class S>
+struct PortableScoreOf<ScoreKind::kGeneral, S> : std::type_identity<GeneralScore<S>> {};
+template <class S>
+struct PortableScoreOf<ScoreKind::kGeneralDropout, S> : std::type_identity<GeneralDropoutScore<S>> {};
+template <class S>
+struct PortableScoreOf<ScoreKind::kDropout, S> : std::type_identity<DropoutScore<S>> {};
+
+template <ScoreKind kKind, class S>
+using PortableScore = typename PortableScoreOf<kKind, S>::type;
+
+// Whether a kind takes any combination of options, so that each thread of its kernels holds adjacent keys.
+constexpr bool is_general(ScoreKind kind) {
+  return kind == ScoreKind::kGeneral || kind == ScoreKind::kGeneralDropout;
+}
+
+}  // namespace jax_flash

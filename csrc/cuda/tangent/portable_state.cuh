@@ -1,0 +1,188 @@
+// What the threads of a CTA share in the portable tangent pass, and how its tiles come into shared memory: K,
+// tK, V and tV of each key tile.
+#pragma once
+
+#include "core/families/portable_layout.h"
+#include "core/plan/launch_plan.h"
+#include "core/problem.h"
+#include "cuda/block_state.cuh"
+#include "cuda/gradient.cuh"
+#include "cuda/load/dense.cuh"
+#include "cuda/load/ring.cuh"
+
+namespace jax_flash::inline JF_ARCH_NAMESPACE {
+
+template <class T>
+struct TangentState : BlockState<T> {
+  GlobalRows<const T> tquery, key, value, tkey, tvalue;
+  GlobalRows<T> tout;
+  const float* lse;
+  float* tlse;
+  int64_t tlse_stride;
+  const void* tbias;  // [s_q, s_k] of the CTA's head, where there is one
+
+  __device__ void prepare(const Problem& p, const Tangents& t, const TileWork* schedule, int32_t q_tiles,
+                          int32_t block_m, int32_t block_n) {
+    BlockState<T>::prepare(p, schedule, q_tiles, block_m, block_n);
+    const BlockWork& work = this->work;
+    const int32_t head = work.head, kv_head = p.kv_head(head);
+    const int32_t q_begin = work.tile.q_begin, k_begin = work.tile.k_begin;
+    const auto keys = [&](const View& view, int32_t columns) {
+      return GlobalRows<const T>{view.as<const T>() + work.offset(p, view, kv_head, k_begin), view.row,
+                                 columns};
+    };
+    tquery = {t.tquery.as<const T>() + work.offset(p, t.tquery, head, q_begin), t.tquery.row, p.head_dim};
+    key = keys(p.key, p.head_dim), tkey = keys(t.tkey, p.head_dim);
+    value = keys(p.value, p.value_dim), tvalue = keys(t.tvalue, p.value_dim);
+    tout = {t.tout.as<T>() + work.offset(p, t.tout, head, q_begin), t.tout.row, p.value_dim};
+    lse = p.lse.as<const float>() + work.offset(p, p.lse, head, q_begin);
+    tlse = t.tlse.as<float>() + work.offset(p, t.tlse, head, q_begin), tlse_stride = t.tlse.row;
+  }
+
+  template <class Score>
+  __device__ void prepare_score(const Problem& p, const Tangents& t) {
+    const BlockWork& work = this->work;
+    this->score.template prepare<Score>(p, work, work.head);
+    tbias = nullptr;
+    if (t.tbias && work.tile.index != kNoSequence)
+      tbias = t.tbias.as<const uint8_t>() +
+              work.offset(p, t.tbias, work.head, 0) * (p.bias_dtype == DType::kF32 ? 4 : 2);
+  }
+};
+
+// A tile and that of its tangent, one after the other.
+template <class Tile_>
+struct TilePair {
+  using Tile = Tile_;
+  static constexpr int kBytes = 2 * Tile::kBytes;
+};
+
+// The first pair is K and tK, the second V and tV (a Source of TileRing).
+template <class T>
+class TangentSource {
+ public:
+  __device__ __forceinline__ explicit TangentSource(const TangentState<T>& block)
+      : primal_(block.key, block.value, block.end), tangent_(block.tkey, block.tvalue, block.end) {}
+
+  template <class Pair, int kThreads>
+  __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) {
+    using Tile = typename Pair::Tile;
+    primal_.template load_first<Tile, kThreads>(shared, n);
+    tangent_.template load_first<Tile, kThreads>(shared + Tile::kBytes, n);
+  }
+  template <class Pair, int kThreads>
+  __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) {
+    using Tile = typename Pair::Tile;
+    primal_.template load_second<Tile, kThreads>(shared, n);
+    tangent_.template load_second<Tile, kThreads>(shared + Tile::kBytes, n);
+  }
+  template <class First, class Second, int kThreads>
+  __device__ __forceinline__ void start(int32_t n) {
+    primal_.template start<typename First::Tile, typename Second::Tile, kThreads>(n);
+    tangent_.template start<typename First::Tile, typename Second::Tile, kThreads>(n);
+  }
+  __device__ __forceinline__ void look_ahead(int32_t) const {}
+
+ private:
+  RowSource<T> primal_, tangent_;
+};
+
+// The tiles of a key tile in the order of their use. Where there are stages, K and tK arrive together, and so
+// do V and tV.
+template <int kStages, int kThreads, class KTile, class VTile>
+class TangentRing {
+  using T = typename KTile::Element;
+  using Ring = TileRing<kStages, kThreads, TilePair<KTile>, TilePair<VTile>, TangentSource<T>>;
+
+ public:
+  static constexpr int kBytes = Ring::kBytes;
+  static constexpr bool kTogether = true;
+
+  __device__ __forceinline__ TangentRing(uint32_t shared, const TangentState<T>& block)
+      : ring_(shared, TangentSource<T>(block), block.tiles) {}
+
+  __device__ __forceinline__ void start() { ring_.start(); }
+  __device__ __forceinline__ uint32_t wait_k(int32_t n) { return k_ = ring_.wait_first(n); }
+  __device__ __forceinline__ uint32_t wait_tk(int32_t) { return k_ + KTile::kBytes; }
+  __device__ __forceinline__ uint32_t wait_v(int32_t n) { return v_ = ring_.wait_second(n); }
+  __device__ __forceinline__ uint32_t wait_tv(int32_t) { return v_ + VTile::kBytes; }
+  __device__ __forceinline__ void finish() { ring_.finish(); }
+
+ private:
+  Ring ring_;
+  uint32_t k_, v_;
+};
+
+// No stage: the four tiles take turns in one buffer.
+template <int kThreads, class KTile, class VTile>
+class TangentRing<0, kThreads, KTile, VTile> {
+  using T = typename KTile::Element;
+  using Source = RowSource<T>;
+
+ public:
+  static constexpr int kBytes = ring_bytes(0, KTile::kBytes, VTile::kBytes);
+  static constexpr bool kTogether = false;
+
+  __device__ __forceinline__ TangentRing(uint32_t shared, const TangentState<T>& block)
+      : primal_(shared, Source(block.key, block.value, block.end), block.tiles),
+        tangent_(shared, Source(block.tkey, block.tvalue, block.end), block.tiles) {}
+
+  __device__ __forceinline__ void start() {}
+  __device__ __forceinline__ uint32_t wait_k(int32_t n) { return primal_.wait_first(n); }
+  __device__ __forceinline__ uint32_t wait_tk(int32_t n) { return tangent_.wait_first(n); }
+  __device__ __forceinline__ uint32_t wait_v(int32_t n) { return primal_.wait_second(n); }
+  __device__ __forceinline__ uint32_t wait_tv(int32_t n) { return tangent_.wait_second(n); }
+  __device__ __forceinline__ void finish() {}
+
+ private:
+  TileRing<0, kThreads, KTile, VTile, Source> primal_, tangent_;
+};
+
+// lse and the running r = rowsum(P ∘ dS) of a thread's rows.
+//
+// In rows of few keys T V and r · O are almost equal, and T's rounding to 16 bits would show in their
+// difference. So V is multiplied by P ∘ (dS − c), where c is the mean of dS, weighted by P, over the tile in
+// which the row begins; (r − c) · O is what is left to be subtracted.
+template <class S>
+struct TangentRows {
+  float lses[S::kSlots];  // in powers of two; +inf where a row sees no key, so that its P = 0
+  float r[S::kSlots];     // this lane's share
+  float c[S::kSlots];     // in the unit of dS; 0 where the row has not begun
+
+  // lse: at the sequence's first row. `row`: the accumulator's first row within the sequence.
+  __device__ __forceinline__ TangentRows(const Problem& p, const float* lse, int32_t row, int32_t q_len) {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int64_t i = row + S::row(slot);
+      lses[slot] = row_lse(i < q_len ? lse[i * p.lse.row] : -INFINITY);
+      r[slot] = c[slot] = 0;
+    }
+  }
+
+  // c of the rows that begin in this tile: all that are visible in the first tile, or whose band begins here.
+  // S holds exponents.
+  __device__ __forceinline__ void find_c(const S& s, const S& ds, const Band& band, int32_t row, int32_t key,
+                                         bool first) {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const bool begins = first || band.first_key(row + S::row(slot)) >= key;
+      if (!__any_sync(~0u, begins)) continue;
+      float weight = 0, sum = 0;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float p = ptx::exp2(s.at(slot, n, e));
+          weight += p, sum = fmaf(p, ds.at(slot, n, e), sum);
+        }
+      }
+      weight = row_sum(weight), sum = row_sum(sum);
+      if (begins && weight > 0) c[slot] = sum / weight;
+    }
+  }
+
+  __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
+  __device__ __forceinline__ bool sees_nothing(int slot) const { return lses[slot] == INFINITY; }
+};
+
+}  // namespace jax_flash::inline JF_ARCH_NAMESPACE

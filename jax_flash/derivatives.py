@@ -1,0 +1,178 @@
+"""The tangents and the gradients of one call: the custom calls, and what is made of rows in plain JAX around them.
+
+Sinks and a bias of one column move all scores of a row alike, so that their part follows from out and lse. Paged calls
+gather their pages and differentiate the contiguous call. There are no leading dimensions here (vmap adds them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from . import _jax
+from .operands import BACKWARD, BIAS_GRADIENT, TANGENT, TANGENTS
+from .paged import gather
+from .primitives import bind
+from .spec import AttentionSpec
+
+Operands = dict[str, jax.Array]
+Pair = tuple[jax.Array, jax.Array]
+Gradients = dict[str, jax.Array]
+
+# --- forward mode --------------------------------------------------------------------------------------------------
+
+
+def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
+    """(tout, tlse) from the call's operands, its results out and lse, and those tangents that are not zero."""
+    if spec.paged:
+        return _paged_tangents(spec, operands)
+    moving = {name for name in TANGENTS if name in operands}
+    by_score = moving & {"tquery", "tkey", "tvalue"}
+    tout, tlse = _zeros(operands["out"]), _zeros(operands["lse"])
+    if "tbias" in operands and not _by_row(operands["bias"]):
+        spec = replace(spec, operands=(*spec.operands, "tbias"))
+        by_score.add("tbias")
+    if by_score:
+        zeros = {"t" + n: _zeros(operands[n]) for n in ("query", "key", "value")}
+        tout, tlse = bind(TANGENT, spec, zeros | operands)
+    return (tout, tlse) if by_score == moving else _with_row_tangents(operands, tout, tlse)
+
+
+def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> Pair:
+    """Adds t, by which all scores of a row move, and the sink's move: with x = p_sink·(tsink − t), tlse += t + x and
+    tout −= x·out."""
+    out, lse = operands["out"], operands["lse"]
+    moved = _zeros(lse)
+    if "tbias" in operands and _by_row(operands["bias"]):
+        seen = (lse[..., None] > -jnp.inf) & (operands["bias"] > -jnp.inf)
+        moved = jnp.where(seen, operands["tbias"].astype(jnp.float32), 0)[..., 0]
+    tlse += moved
+    if "sinks" in operands:
+        tsinks = operands["tsinks"][:, None] if "tsinks" in operands else 0
+        through = _through_sinks(operands["sinks"], lse, tsinks - moved)
+        tlse += through
+        wide = tout.astype(jnp.float32) - jnp.swapaxes(through, -1, -2)[..., None] * out.astype(jnp.float32)
+        tout = wide.astype(tout.dtype)
+    return tout, tlse
+
+
+def _zeros(x: jax.Array) -> jax.Array:
+    """Zeros of x's type, which jnp.zeros_like makes without explicit sharding."""
+    return _jax.sharded_like(jnp.zeros_like(x), x)
+
+
+def _by_row(bias: jax.Array) -> bool:
+    """Whether a bias is the same for all keys of a row."""
+    return _jax.same_dim(bias.shape[-1], 1)
+
+
+def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
+    """Gathers the pages of the pools and of their tangents; rows that need a page outside the pool are NaN."""
+    by_row, by_lse = _missing_rows(spec, operands)
+    dense_spec, dense = gather.contiguous(spec, operands)
+    dtype = dense["query"].dtype
+    dense["out"] = jnp.where(by_row, 0, operands["out"]).astype(dtype)
+    dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
+    named = {name: operands.get("t" + name) for name in ("query", "key", "value")}
+    zeros = {name: _zeros(operands[name]) for name, x in named.items() if x is None}
+    _, moving = gather.contiguous(spec, operands | {n: x for n, x in named.items() if x is not None} | zeros)
+    dense |= {"t" + name: moving[name] for name, x in named.items() if x is not None}
+    tout, tlse = tangents(dense_spec, dense)
+    tout = jnp.where(by_row, jnp.nan, tout).astype(operands["out"].dtype)
+    return tout, jnp.where(by_lse, jnp.nan, tlse)
+
+
+# --- reverse mode --------------------------------------------------------------------------------------------------
+
+
+def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) -> Gradients:
+    """The gradients of the operands `wanted`, for the cotangents dout and dlse among `operands`; a missing one is 0."""
+    if spec.paged:
+        return _paged_gradients(spec, wanted, operands)
+    out, lse = operands["out"], operands["lse"]
+    dout, dlse = operands.get("dout"), operands.get("dlse")
+    delta = _zeros(lse)  # rowsum(dO ∘ O) − dlse
+    if dout is not None:
+        delta = _row_products(dout, out, lse)
+    if dlse is not None:
+        delta = delta - dlse
+    operands = {**operands, "dout": _zeros(out) if dout is None else dout, "delta": delta}
+    found: Gradients = {}
+    if any(name in wanted for name in ("query", "key", "value")):
+        found |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
+    if "bias" in wanted and not _by_row(operands["bias"]):
+        (found["bias"],) = bind(BIAS_GRADIENT, spec, operands)
+    through = _through_sinks(operands["sinks"], lse, delta) if "sinks" in operands else _zeros(lse)
+    if "sinks" in wanted:
+        found["sinks"] = _jax.sharded_like(-_sum_to_heads(through), operands["sinks"])
+    if "bias" in wanted and _by_row(operands["bias"]):
+        by_row = through if dlse is None else dlse + through
+        found["bias"] = _row_bias_gradient(operands["bias"], lse, by_row)
+    return {name: found[name] for name in wanted}
+
+
+def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) -> Gradients:
+    """Gathers the pages, differentiates the contiguous call, adds the keys' gradients up where pages are shared.
+
+    Rows that need a page outside the pool are left out: their dquery is NaN and the pools get nothing from them.
+    """
+    by_row, by_lse = _missing_rows(spec, operands)
+    dense_spec, dense = gather.contiguous(spec, operands)
+    dense["out"] = jnp.where(by_row, 0, operands["out"])
+    dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
+    if "dout" in operands:
+        dense["dout"] = jnp.where(by_row, 0, operands["dout"]).astype(dense["query"].dtype)
+    if "dlse" in operands:
+        dense["dlse"] = jnp.where(by_lse, 0, operands["dlse"])
+    found = gradients(dense_spec, wanted, dense)
+    if "query" in wanted:
+        found["query"] = jnp.where(by_row, jnp.nan, found["query"]).astype(operands["query"].dtype)
+    for name in ("key", "value"):
+        if name in wanted:
+            tables, pool = operands["block_tables"], operands[name]
+            found[name] = gather.scatter_gradient(spec, found[name], tables, pool)
+    return found
+
+
+def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
+    """Whether a row needs a page outside the pool, in the shapes of out's rows and of lse."""
+    missing = gather.rows_missing_pages(spec, operands)
+    return missing[..., None, None], missing[..., None, :]
+
+
+@partial(jax.jit, inline=True)  # outside jit, platform_dependent is traced anew each time
+def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
+    """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; 0 for rows that see nothing."""
+    wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
+    sums = jax.lax.platform_dependent(*wide, cpu=_row_dots, default=lambda x, y: (x * y).sum(-1))
+    return jnp.where(lse > -jnp.inf, jnp.swapaxes(sums, -1, -2), 0)
+
+
+def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
+    """For CPUs, where XLA makes a library call of a sum: it wakes threads for it, often so late that those of the
+    call after it, the backward pass, start milliseconds late as well."""
+    return jnp.einsum("...d,...d->...", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
+    """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
+    used = lse > -jnp.inf
+    others = [axis for axis in range(lse.ndim) if axis != lse.ndim - 2]
+    weight = jnp.exp(jnp.where(used, jnp.expand_dims(sinks, others) - lse, -jnp.inf))
+    return jnp.where(used, weight * x, 0)
+
+
+def _sum_to_heads(x: jax.Array) -> jax.Array:
+    """[b, h, s] or [h, s] → [h]."""
+    return x.sum([axis for axis in range(x.ndim) if axis != x.ndim - 2])
+
+
+def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
+    """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it moves lse, and what the sinks take."""
+    rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
+    summed = [axis for axis in range(rows.ndim) if bias.shape[axis] == 1 != rows.shape[axis]]
+    gradient = rows.sum(summed, keepdims=True).astype(bias.dtype)
+    return _jax.sharded_like(gradient, bias)

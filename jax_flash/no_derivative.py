@@ -1,0 +1,85 @@
+"""Stands for a derivative that the library does not have: one that is used raises, one that is dropped costs nothing.
+
+A rule that raises while JAX traces would also raise where the derivative is dropped later, as by `stop_gradient`
+around a `jax.jvp` within a loss. So the rule binds a primitive instead, which is linear in the tangents that it is
+given, has derivatives of its own kind, and raises where it is lowered or run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+SECOND = (
+    "jax_flash: this program uses a second derivative of attention, and the custom calls have first ones only "
+    '(in both modes); use implementation="xla" for higher derivatives, or jax.jit if this one is dropped later'
+)
+APPEND = (
+    "append_kv: there is no derivative, in either mode; pass jax.lax.stop_gradient(x) for the pools, key and value, "
+    "or differentiate attention over keys that are not in pages"
+)
+
+_missing = Primitive("jax_flash_no_derivative")
+_missing.multiple_results = True
+
+
+def jvp(primitive: Primitive, message: str, primals: Any, tangents: Any, **params: Any) -> Any:
+    """The JVP rule of a primitive without derivative: its results, and tangents that raise `message` if used."""
+    results = primitive.bind(*primals, **params)
+    return results, tangents_of(results, tangents, message)
+
+
+def tangents_of(results: Sequence[jax.Array], tangents: Sequence[Any], message: str) -> list[Any]:
+    """Tangents for the results of a call whose operands have `tangents`."""
+    moving = [t for t in tangents if is_moving(t)]
+    if not moving:
+        return zeros(results)
+    avals = tuple(jax.typeof(x).to_tangent_aval() for x in results)
+    tangents_out: list[Any] = _missing.bind(*moving, avals=avals, message=message)
+    return tangents_out
+
+
+def zeros(results: Sequence[jax.Array]) -> list[ad.Zero]:
+    """Symbolic zeros, the tangents of results that depend on no perturbed operand."""
+    return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in results]
+
+
+def is_moving(tangent: Any) -> bool:
+    """Whether a tangent is there: not a symbolic zero, nor the float0 that stands beside an integer."""
+    return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
+
+
+def _raise(*_: Any, message: str, **__: Any) -> Any:
+    raise NotImplementedError(message)
+
+
+def _jvp(primals: Any, tangents: Any, *, avals: Any, message: str) -> Any:
+    results = _missing.bind(*primals, avals=avals, message=message)
+    return results, tangents_of(results, tangents, message)
+
+
+def _transpose(cotangents: Any, *operands: Any, avals: Any, message: str) -> list[Any]:
+    """Cotangents for all operands, since it is linear in all; each depends on every cotangent given."""
+    moving = [t for t in cotangents if is_moving(t)]
+    if not moving:
+        return [ad.Zero(x.aval) for x in operands]
+    return list(_missing.bind(*moving, avals=tuple(x.aval for x in operands), message=message))
+
+
+def _batch(args: Sequence[Any], axes: Sequence[Any], *, avals: Any, message: str) -> Any:
+    size = next(x.shape[axis] for x, axis in zip(args, axes) if axis is not None)
+    sharding = [x.sharding.update(spec=jax.sharding.PartitionSpec(None, *x.sharding.spec)) for x in avals]
+    wide = tuple(x.update(shape=(size, *x.shape), sharding=s) for x, s in zip(avals, sharding))
+    return _missing.bind(*args, avals=wide, message=message), [0] * len(wide)
+
+
+_missing.def_impl(_raise)
+_missing.def_abstract_eval(lambda *_, avals, message: list(avals))
+ad.primitive_jvps[_missing] = _jvp
+ad.primitive_transposes[_missing] = _transpose
+batching.primitive_batchers[_missing] = _batch
+mlir.register_lowering(_missing, _raise)

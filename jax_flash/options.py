@@ -1,0 +1,75 @@
+"""The types of the public functions' arguments, and their options as type checkers see them in the overloads.
+
+The functions' own signatures repeat the options with their defaults, for `help` and `inspect`, and their docstrings say
+what each means; tests/test_typing.py holds both to the same names and types.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+import jax
+from numpy.typing import NDArray
+
+Align = Literal["bottom_right", "top_left"]
+Implementation = Literal["cpu", "cuda", "xla"]
+PageLayout = Literal["nhd", "hnd"]
+Window = tuple[int | None, int | None]
+ArrayLike = jax.Array | NDArray[Any]
+# int32 arrays of JAX, or integers on the host, of any type, whose values int32 holds.
+IndexLike = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+LengthsLike = ArrayLike | Sequence[int] | int  # one number is the length of all
+
+
+class Options(TypedDict, total=False):
+    """What every layout has, except for `return_lse`, by which the overloads differ."""
+
+    causal: bool
+    window: Window | None
+    align: Align
+    scale: float | None
+    softcap: float | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    deterministic: bool
+    implementation: Implementation | None
+
+
+class VarlenOptions(Options, total=False):
+    """The options of `flash_attention_varlen`."""
+
+    kv_lengths: LengthsLike | None
+    dropout_rate: float
+    dropout_key: ArrayLike | None
+
+
+class FixedOptions(VarlenOptions, total=False):
+    """The options of `flash_attention`."""
+
+    mask: ArrayLike | None
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
+    q_lengths: LengthsLike | None
+    bias: ArrayLike | None
+
+
+class DotProductOptions(TypedDict, total=False):
+    """The options of `dot_product_attention` but `return_residual`, by which its overloads differ."""
+
+    scale: float | None
+    is_causal: bool
+    query_seq_lengths: IndexLike | None
+    key_value_seq_lengths: IndexLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Implementation | None
+
+
+class PagedOptions(Options, total=False):
+    """The options of `paged_attention`."""
+
+    cu_seqlens_q: IndexLike | None
+    page_layout: PageLayout
+    num_splits: int | None
+    batch_invariant: bool
+    k_scale: ArrayLike | None
+    v_scale: ArrayLike | None

@@ -1,0 +1,46 @@
+"""Tells `jax.experimental.roofline` what the passes of this library compute and move.
+
+`bind` imports this module where jax's roofline has been imported, which `import jax_flash` leaves to those who use it.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+from jax.experimental import roofline
+
+from . import _jax
+from .flop_count import count
+from .operands import Pass
+from .primitives import KINDS, leading, operand_names
+from .spec import AttentionSpec, Spec
+
+
+def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
+    """Of one call: FLOP by the shapes, as `flops` counts where values are unknown; every operand is read once."""
+    operands = dict(zip(operand_names(pass_, spec), shapes))
+    moved = [x.bytes for name, x in operands.items() if name not in pass_.operands[: pass_.in_place]]
+    if pass_.in_place:  # which writes no more than it is given
+        moved += [operands[name].bytes for name in ("key", "value")]
+    else:
+        moved += [roofline.RooflineShape.from_aval(x).bytes for x in context.avals_out]
+    work = _flops(pass_, spec, {name: x.shape for name, x in operands.items()})
+    return roofline.RooflineResult(
+        flops=work, unfused_flops=work, hbm_bytes=sum(moved), unfused_hbm_bytes=sum(moved)
+    )
+
+
+def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
+    if not isinstance(spec, AttentionSpec):
+        return 0
+    lead = {name: leading(spec, name, len(shape)) for name, shape in shapes.items()}
+    calls: int = math.prod(_jax.full_dim(x[axis] for x in shapes.values()) for axis in range(lead["query"]))
+    name_of_work = {"differential": "tangent"}.get(pass_.name, pass_.name)  # the pass that it is lowered to
+    return calls * count(name_of_work, spec, {name: x[lead[name] :] for name, x in shapes.items()}, {})
+
+
+for _primitives in KINDS:
+    for _pass, _primitive in _primitives.items():
+        roofline.register_roofline(_primitive)(partial(_rule, pass_=_pass))

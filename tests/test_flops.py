@@ -1,0 +1,247 @@
+"""flops: two for each product along the head dim of each visible pair, which the oracle counts one at a time."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pages
+import pytest
+from cases import FIXED, VARLEN, Case, make_inputs, operands, spec, varlen
+
+from jax_flash import (
+    append_kv,
+    dot_product_attention,
+    flash_attention,
+    flash_attention_varlen,
+    flops,
+    paged_attention,
+)
+
+by_name = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
+
+
+def count(case, inputs, of="forward", **options):
+    function = flash_attention if case.layout == "fixed" else flash_attention_varlen
+    return flops(function, *inputs.positional.values(), **inputs.keywords, **case.options, of=of, **options)
+
+
+def shape_of(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def forward(case, pairs):
+    return 2 * (case.d + case.dv) * pairs
+
+
+@by_name
+def test_pairs_are_those_that_the_oracle_sees(case):
+    inputs = make_inputs(case)
+    assert count(case, inputs) == forward(case, oracle.visible_pairs(spec(case, inputs), operands(inputs)))
+
+
+@by_name
+def test_shapes_alone_are_enough_where_no_value_hides_anything(case):
+    inputs = make_inputs(case)
+    floats = {name: shape_of(x) for name, x in inputs.positional.items() if x.dtype.kind != "i"}
+    inputs.positional.update(floats)
+    others = {n: shape_of(x) for n, x in inputs.keywords.items() if n not in ("segment_ids", "mask", "bias")}
+    others = {n: x for n, x in others.items() if not n.endswith("lengths")}
+    wanted = count(case, inputs)
+    inputs.keywords.update(others)
+    assert count(case, inputs) == wanted
+
+
+def test_a_pass_has_its_products():
+    case = Case("", b=2, sq=8, sk=8, hq=3, hk=1, d=24, dv=8)
+    inputs, pairs = make_inputs(case), 2 * 3 * 8 * 8
+    assert count(case, inputs) == 2 * (24 + 8) * pairs
+    assert count(case, inputs, "backward") == 2 * (3 * 24 + 2 * 8) * pairs
+    assert count(case, inputs, "tangent") == 2 * (3 * 24 + 2 * 8) * pairs
+
+
+def test_the_number_is_exact_where_floats_and_int64_are_not():
+    x = jax.ShapeDtypeStruct((16384, 1 << 20, 128, 255), jnp.bfloat16)
+    number = flops(flash_attention, x, x, x, causal=True)
+    assert isinstance(number, int)
+    assert number == 2 * (255 + 255) * 16384 * 128 * ((1 << 20) * ((1 << 20) + 1) // 2)
+    assert number > 2**63
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_segments_in_any_order(seed):
+    rng = np.random.default_rng(seed)
+    case = Case(
+        "",
+        b=3,
+        sq=11,
+        sk=14,
+        causal=seed % 2 == 0,
+        window=(4, 5) if seed % 3 else None,
+        align="top_left" if seed % 2 else "bottom_right",
+        segments=3,
+        q_lengths=(11, 4, 0),
+        kv_lengths=(9, 14, 0),
+    )
+    inputs = make_inputs(case)
+    ids = tuple(jnp.asarray(rng.integers(-2, 3, size), jnp.int32) for size in ((3, 11), (3, 14)))
+    inputs.keywords["segment_ids"] = ids
+    pairs = oracle.visible_pairs(spec(case, inputs), operands(inputs))
+    assert count(case, inputs) == forward(case, pairs)
+    inputs.keywords["segment_ids"] = tuple(x.tolist() for x in ids)
+    assert count(case, inputs) == forward(case, pairs)
+
+
+def test_a_bias_of_minus_infinity_hides_its_pairs():
+    case = Case("", bias=(4, 12, 12), mask=(2, 1, 1, 12), causal=True)
+    inputs = make_inputs(case)
+    hidden = np.random.default_rng(1).random((4, 12, 12)) < 0.4
+    inputs.keywords["bias"] = jnp.where(hidden, -jnp.inf, inputs.keywords["bias"])
+    assert count(case, inputs) == forward(case, oracle.visible_pairs(spec(case, inputs), operands(inputs)))
+
+
+PAGED = [
+    Case("decode", b=4, sq=1, sk=30, kv_lengths=(13, 0, 1, 30)),
+    Case("chunk", b=3, sq=4, sk=30, kv_lengths=(25, 4, 2), causal=True),
+    varlen("mixed", (1, 7, 0, 12, 1), k_sequences=(20, 7, 5, 9, 1), padding=(3, 0), window=(3, 2)),
+]
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("case", PAGED, ids=lambda case: case.name)
+def test_keys_in_pages_count_as_the_same_keys_elsewhere(case, layout):
+    call = pages.paged(case, layout=layout)
+    arrays = dict(call.arrays)
+    positional = [arrays.pop(name) for name in ("query", "key", "value", "block_tables", "kv_lengths")]
+    options = {name: value for name, value in case.options.items() if name != "dropout_rate"}
+    got = flops(paged_attention, *positional, **arrays, **options, page_layout=layout)
+    dense = operands(call.inputs)
+    assert got == forward(case, oracle.visible_pairs(spec(case, call.inputs), dense))
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 4, 16), (12, 4, 16)])
+def test_jax_nns_call_counts_as_the_same_call(shape):
+    x, mask = jnp.zeros(shape), np.tri(12, 12, 3, bool)
+    lengths = [12, 5] if len(shape) == 4 else [7]
+    got = flops(
+        dot_product_attention,
+        *(x, x, x),
+        mask=mask,
+        is_causal=True,
+        local_window_size=4,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=np.array(lengths),
+    )
+    batched = x.reshape(-1, 12, 4, 16)
+    options = dict(mask=mask, causal=True, window=(4, 4), align="top_left")
+    lengths_of = dict(q_lengths=lengths, kv_lengths=lengths)
+    assert got == flops(flash_attention, batched, batched, batched, **options, **lengths_of)
+
+
+# What the shapes say where values are not known.
+
+Q, PACKED = jnp.zeros((2, 6, 4, 8)), jnp.zeros((7, 4, 8))
+INDEX = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+
+def test_unknown_lengths_are_full_and_unknown_masks_hide_nothing():
+    everything = flops(flash_attention, Q, Q, Q)
+    unknown = dict(
+        kv_lengths=INDEX,
+        q_lengths=INDEX,
+        mask=jax.ShapeDtypeStruct((6, 6), bool),
+        bias=jax.ShapeDtypeStruct((6, 6), jnp.float32),
+        segment_ids=jax.ShapeDtypeStruct((2, 6), jnp.int32),
+    )
+    assert flops(flash_attention, Q, Q, Q, **unknown) == everything
+    assert jax.jit(lambda x: flops(flash_attention, Q, Q, Q, **x))(
+        {n: jnp.zeros(x.shape, x.dtype) for n, x in unknown.items()}
+    ) == jnp.int32(everything)
+
+
+def test_unknown_offsets_divide_the_tokens_evenly():
+    offsets = jax.ShapeDtypeStruct((4,), jnp.int32)
+    got = flops(flash_attention_varlen, PACKED, PACKED, PACKED, offsets, causal=True)
+    assert got == flops(flash_attention_varlen, PACKED, PACKED, PACKED, [0, 3, 5, 7], causal=True)
+
+
+def test_unknown_lengths_of_pages_are_the_capacity_of_the_table():
+    pool, tables = jnp.zeros((9, 4, 2, 8)), np.zeros((2, 3), int)
+    got = flops(paged_attention, Q, pool, pool, tables, INDEX, causal=True)
+    assert got == flops(paged_attention, Q, pool, pool, tables, 12, causal=True)
+
+
+# jax.experimental.roofline.
+
+
+def estimate(function, *arrays):
+    return pytest.importorskip("jax.experimental.roofline").roofline(function)(*arrays)[1]
+
+
+def test_jax_roofline_counts_each_pass_as_flops_does():
+    q, k = jnp.zeros((2, 12, 4, 16), jnp.bfloat16), jnp.zeros((2, 20, 2, 16), jnp.bfloat16)
+    attend = functools.partial(flash_attention, causal=True, window=(5, 0))
+    found = estimate(attend, q, k, k)
+    assert found.flops == found.unfused_flops == flops(flash_attention, q, k, k, **attend.keywords)
+    assert found.hbm_bytes == 2 * (2 * q.size + 2 * k.size) + 4 * 2 * 12 * 4  # with lse in float32
+    gradient = jax.jit(jax.grad(lambda *x: attend(*x).sum().astype(jnp.float32), (0, 1, 2)))
+    work = [flops(flash_attention, q, k, k, **attend.keywords, of=of) for of in ("forward", "backward")]
+    assert estimate(gradient, q, k, k).flops == sum(work)
+    forward_mode = estimate(lambda *x: jax.jvp(attend, x, x), q, k, k)
+    assert forward_mode.flops == work[0] + flops(flash_attention, q, k, k, **attend.keywords, of="tangent")
+    mapped = jax.vmap(jax.vmap(attend, (0, None, None)), (None, 0, 0))
+    found = estimate(mapped, jnp.stack([q] * 3), *[jnp.stack([k] * 2)] * 2)
+    assert found.flops == 6 * work[0]
+
+
+def test_jax_roofline_counts_packed_sequences_pages_and_scans():
+    offsets, pool, tables = jnp.array([0, 3, 7]), jnp.zeros((9, 4, 2, 8)), jnp.zeros((2, 3), jnp.int32)
+    evenly = flops(flash_attention_varlen, PACKED, PACKED, PACKED, [0, 4, 7], causal=True)
+    packed = functools.partial(flash_attention_varlen, causal=True)
+    assert estimate(packed, PACKED, PACKED, PACKED, offsets).flops == evenly
+    full = flops(paged_attention, Q, pool, pool, tables, 12)
+    assert estimate(paged_attention, Q, pool, pool, tables, offsets[1:]).flops == full
+    found = estimate(append_kv, pool, pool, *[Q[:, :, :2]] * 2, tables, offsets[1:])
+    assert (found.flops, found.hbm_bytes >= 4 * 4 * Q[:, :, :2].size) == (0, True)
+    assert found.hbm_bytes < pool.nbytes * 2
+
+    def layers(x):
+        return jax.lax.scan(lambda x, _: (flash_attention(x, x, x), None), x, length=5)[0]
+
+    assert estimate(layers, Q).flops == flops(flash_attention, Q, Q, Q)  # JAX counts a scan's body once
+
+
+# Errors.
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: flops(jax.nn.dot_product_attention, Q, Q, Q),
+            TypeError,
+            "allowed are flash_attention, flash_attention_varlen, paged_attention, dot_product_attention",
+        ),
+        (
+            lambda: flops(flash_attention, Q, Q, Q, of="both"),
+            ValueError,
+            "flops: of is 'both'; allowed are \"forward\", \"backward\" and \"tangent\"",
+        ),
+        (lambda: flops(flash_attention, Q, Q), TypeError, "missing a required argument: 'value'"),
+        (
+            lambda: flops(flash_attention, Q, Q[:, :, :3], Q[:, :, :3]),
+            ValueError,
+            "flash_attention: key has 3 heads, which does not divide query's 4",
+        ),
+        (
+            lambda: flops(flash_attention, Q, Q, Q, kv_lengths=[1.0, 2.0]),
+            TypeError,
+            "flash_attention: kv_lengths must hold integers, got float64",
+        ),
+    ],
+)  # fmt: skip
+def test_wrong_calls_raise_as_the_call_does(call, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        call()

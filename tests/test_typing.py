@@ -1,0 +1,77 @@
+"""What type checkers and `help` show of the public functions, and that both come from the same options."""
+
+import inspect
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+import jax_flash
+from jax_flash import options, spec, validate
+from jax_flash.compat import flash_attn
+from jax_flash.compat import options as compat_options
+
+ROOT = Path(__file__).parent.parent
+FUNCTIONS = {  # the options of the overloads, and the one by which they differ
+    jax_flash.flash_attention: (options.FixedOptions, "return_lse"),
+    jax_flash.flash_attention_varlen: (options.VarlenOptions, "return_lse"),
+    jax_flash.paged_attention: (options.PagedOptions, "return_lse"),
+    jax_flash.dot_product_attention: (options.DotProductOptions, "return_residual"),
+    flash_attn.flash_attn_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
+    flash_attn.flash_attn_varlen_func: (compat_options.FlashAttnVarlenOptions, "return_attn_probs"),
+    flash_attn.flash_attn_qkvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
+    flash_attn.flash_attn_kvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
+    flash_attn.flash_attn_varlen_qkvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
+    flash_attn.flash_attn_varlen_kvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
+    flash_attn.flash_attn_with_kvcache: (compat_options.KVCacheOptions, "return_softmax_lse"),
+}
+each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+
+
+def test_mypy_sees_what_the_file_of_uses_says():
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--strict"]  # pyproject.toml allows for untyped calls of jax
+    found = subprocess.run(
+        [*command, "tests/typed_uses.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "Success: no issues found in 1 source file" in found.stdout, found.stdout + found.stderr
+
+
+@each_function
+def test_the_overloads_have_the_options_of_the_signature_with_the_same_types(function):
+    wanted, differs = FUNCTIONS[function]
+    named = {
+        overload: set(inspect.signature(overload).parameters) - {"options", "named"}
+        for overload in typing.get_overloads(function)
+    }
+    assert named
+    written = typing.get_type_hints(function)
+    listed = typing.get_type_hints(wanted)
+    for overload, parameters in named.items():
+        if "named" not in inspect.signature(overload).parameters:  # not the one by position
+            assert parameters | set(listed) == set(inspect.signature(function).parameters)
+            assert differs in parameters
+            assert not parameters & set(listed)
+    assert {name: written[name] for name in listed} == listed
+
+
+@each_function
+def test_help_says_what_each_argument_means(function):
+    arguments = inspect.getdoc(function).split("Args:")[1].split("Returns:")[0]
+    for name in inspect.signature(function).parameters:
+        assert name in arguments, name
+
+
+def test_literals_are_the_values_that_are_allowed():
+    assert typing.get_args(options.Align) == spec.ALIGNMENTS
+    assert typing.get_args(options.PageLayout) == spec.PAGE_LAYOUTS
+    assert typing.get_args(options.Implementation) == validate.IMPLEMENTATIONS
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(jax_flash.__file__).parent / "py.typed").exists()
