@@ -19,8 +19,12 @@ namespace jax_flash {
 // Sᵀ ← −inf outside the band, for keys from `key` and queries from `row` on.
 template <class S>
 __device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t key, int32_t row) {
-  hide(s, key, row, -INFINITY, [&](int32_t j) { return band.queries(j, j + 1).lo; }, BeforeLimit{});
-  hide(s, key, row, -INFINITY, [&](int32_t j) { return band.queries(j, j + 1).hi; }, FromLimit{});
+  const auto queries = [&](int slot) {
+    const int32_t j = key + S::row(slot);
+    return band.queries(j, j + 1);
+  };
+  hide(s, row, -INFINITY, [&](int slot) { return queries(slot).lo; }, BeforeLimit{});
+  hide(s, row, -INFINITY, [&](int slot) { return queries(slot).hi; }, FromLimit{});
 }
 
 // What a consumer has in registers.
