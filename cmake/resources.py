@@ -22,6 +22,7 @@ from typing import NamedTuple
 _ROWS = r"(__half|__nv_bfloat16), (RowColumns\{\d+u, )?(32, 32|64, 64|128, 128|256, 256), "
 _COMMON = (
     rf"((forward_sm[89]0<ForwardSm[89]0|(backward|tangent)_\w+<(Backward|Tangent)\w+)<{_ROWS}.*Kind\)0"
+    r"(?!, PagedState)"  # over dense rows alone
     rf"|backward_sm90<BackwardSm90<{_ROWS})"
 )
 BUDGET: tuple[tuple[str, int], ...] = (

@@ -206,12 +206,11 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   const auto run = [&]<class C>(std::type_identity<C>) {
     return launch_forward_sm80<C>(p, plan, workspace, stream);
   };
-  if constexpr (R.is_paged()) {
+  if constexpr (R.is_paged()) {  // pages take no dropout
     if (is_float8(p.kv_dtype))
       return run(std::type_identity<PagedForwardSm80<T, uint8_t, R, ScoreKind::kGeneral>>{});
-    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      return run(std::type_identity<PagedForwardSm80<T, T, R, kKind>>{});
-    });
+    if (plan.general()) return run(std::type_identity<PagedForwardSm80<T, T, R, ScoreKind::kGeneral>>{});
+    return run(std::type_identity<PagedForwardSm80<T, T, R, ScoreKind::kPlain>>{});
   } else {
     return launch_score<R>(
         plan.score, [&]<ScoreKind kKind>() { return run(std::type_identity<ForwardSm80<T, R, kKind>>{}); });
