@@ -221,10 +221,11 @@ def test_tangents_through_pages(case, layout, implementation):
     assert_near(case, got, right, low(case, arrays, call.inputs, dense))
 
 
-def test_float8_pools_are_constants_and_the_query_has_a_tangent(implementation):
+@pytest.mark.parametrize("float8", FLOAT8)
+def test_float8_pools_are_constants_and_the_query_has_a_tangent(implementation, float8):
     case = CHUNK.replace(causal=True)
     pages.require(implementation, case)
-    call = paged(case, 4, "nhd", FLOAT8)
+    call = paged(case, 4, "nhd", float8)
     got, dense = paged_tangents(call, implementation, ("query",))
     right = oracle.tangents_by_rows(spec(case, call.inputs), operands(call.inputs), dense)
     assert_near(case, got, right, None)

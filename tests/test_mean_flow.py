@@ -88,7 +88,7 @@ def test_mean_flow_op_by_op(kernel, wrap, loop):
     assert_same(step(*arguments), mean_flow_in_plain_jax(), tolerance=1e-4)
 
 
-def test_mean_flow_step_of_a_flax_model(kernel):
+def test_mean_flow_step_of_a_flax_model(kernel, exact_products):
     nnx = pytest.importorskip("flax.nnx")
     from flax_inputs import X, ours
 
