@@ -15,7 +15,8 @@ import cuda_library
 import jax
 from jax.interpreters import mlir
 
-with mock.patch("jax.ffi.register_ffi_target"):  # the import registers the CPU's kernels, whose names are taken here
+# The import would register the CPU's kernels, whose names the emulator's take.
+with mock.patch("jax.ffi.register_ffi_target"):
     from jax_flash import primitives
 
 
