@@ -55,13 +55,18 @@ def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Att
 
 
 def _has_derivative(name: str, x: jax.Array) -> bool:
-    return name in DIFFERENTIABLE and x.dtype.itemsize > 1  # float8 pools are constants
+    return name in DIFFERENTIABLE and x.dtype not in gather.FLOAT8  # such pools are constants
 
 
 def _bind_differential(spec: AttentionSpec, operands: Operands, tangents: Operands) -> list[jax.Array]:
     """(tout, tlse) for the tangents given, all others being zero; `operands` has the forward's results as well."""
-    names = (*(name for name in spec.operands if name not in TANGENTS), *tangents)
+    names = (*_without_tangents(spec).operands, *tangents)
     return bind(DIFFERENTIAL, replace(spec, operands=names), operands | tangents)
+
+
+def _without_tangents(spec: AttentionSpec) -> AttentionSpec:
+    """The forward's spec, from its own or from that of a differential."""
+    return replace(spec, operands=tuple(name for name in spec.operands if name not in TANGENTS))
 
 
 def _differential_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:
@@ -89,10 +94,9 @@ def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) 
     )
     if dout is None and dlse is None:
         return [ad.Zero(linear[name]) if name in linear else None for name in names]
-    forward_names = tuple(name for name in spec.operands if name not in TANGENTS)
     operands = given | {n: x for n, x in (("dout", dout), ("dlse", dlse)) if x is not None}
     wanted = tuple(name.removeprefix("t") for name in linear)
-    run = partial(derivatives.gradients, replace(spec, operands=forward_names), wanted)
+    run = partial(derivatives.gradients, _without_tangents(spec), wanted)
     found = _over_leading(run, spec, operands)
     gradients = {"t" + name: _sum_leading(x, linear["t" + name]) for name, x in found.items()}
     return [gradients.get(name) for name in names]
@@ -121,8 +125,7 @@ def _over_leading(run: Callable[[Operands], Any], spec: AttentionSpec, operands:
 
 def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: AttentionSpec) -> Any:
     names = operand_names(DIFFERENTIAL, spec)
-    forward_names = tuple(name for name in spec.operands if name not in TANGENTS)
-    run = partial(derivatives.tangents, replace(spec, operands=forward_names))
+    run = partial(derivatives.tangents, _without_tangents(spec))
 
     def differential(*arrays: jax.Array) -> list[jax.Array]:
         return list(_over_leading(run, spec, dict(zip(names, arrays))))

@@ -28,7 +28,7 @@ _SPEC_OF: dict[Callable[..., Any], Callable[..., tuple[AttentionSpec, Any]]] = {
     paged_attention: paged_validate.attention,
     dot_product_attention: dot_product.spec_and_operands,
 }
-# Of a visible pair: the products along d and along dv of a pass.
+# How many products along d and along dv each pass computes for a visible pair.
 _PRODUCTS = {
     "forward": (1, 1),  # q·k; p·v
     "backward": (3, 2),  # q·k, ds·k and ds·q; do·v and p·do

@@ -20,7 +20,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
-from .backends import cuda_library, local_devices, register, require_cpu, require_cuda
+from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch
 from .operands import APPEND, PASSES, Pass, like, padded_head_dim
 from .sharding import partitioned
@@ -122,7 +122,6 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
-    register()
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
     else:

@@ -13,7 +13,7 @@ from jax.experimental import roofline
 
 from . import _jax
 from .flop_count import count
-from .operands import Pass
+from .operands import DIFFERENTIAL, TANGENT, Pass
 from .primitives import KINDS, leading, operand_names
 from .spec import AttentionSpec, Spec
 
@@ -37,7 +37,7 @@ def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
         return 0
     lead = {name: leading(spec, name, len(shape)) for name, shape in shapes.items()}
     calls: int = math.prod(_jax.full_dim(x[axis] for x in shapes.values()) for axis in range(lead["query"]))
-    name_of_work = {"differential": "tangent"}.get(pass_.name, pass_.name)  # the pass that it is lowered to
+    name_of_work = TANGENT.name if pass_ is DIFFERENTIAL else pass_.name  # the pass that it is lowered to
     return calls * count(name_of_work, spec, {name: x[lead[name] :] for name, x in shapes.items()}, {})
 
 

@@ -56,7 +56,7 @@ def test_eager_calls_are_checked_for_nan_too(case, implementation):
     with jax.debug_nans(True):
         got = run(arrays_of(case))
     assert bool((got["results"][1] == -jnp.inf).any())
-    # Op by op, plain JAX rounds to 16 bits what a compiled program keeps in float32.
+    # Outside jit XLA rounds each intermediate result to 16 bits; a compiled program keeps some in float32.
     rounds = implementation == "xla" and case.dtype != "float32"
     assert_same(got, jax.jit(run)(arrays_of(case)), tolerance=2.0**-7 if rounds else 1e-5)
 

@@ -64,7 +64,8 @@ template <DType kFormat>
 JF_HD uint8_t float_to_float8(float x) {
   using F = Float8<kFormat>;
   const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
-  // Below the smallest normal number the sum rounds to multiples of the denormal step.
+  // For results below the smallest normal number, this addition rounds to a multiple of the smallest
+  // subnormal.
   const uint32_t denormal =
       float_bits(float_of_bits(magnitude) + F::kDenormalUnit) - float_bits(F::kDenormalUnit);
   constexpr uint32_t kBelowHalf = (1u << (F::kShift - 1)) - 1;

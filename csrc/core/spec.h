@@ -19,7 +19,7 @@ enum class PageLayout : int32_t { kNhd = 0, kHnd = 1 };
 enum class Align : int32_t { kBottomRight = 0, kTopLeft = 1 };
 enum class DType : int32_t { kF16 = 0, kBF16 = 1, kF32 = 2, kF8E4M3 = 3, kF8E5M2 = 4 };
 
-// Of page pools only.
+// Only page pools have a float8 dtype.
 JF_HD constexpr bool is_float8(DType dtype) { return dtype == DType::kF8E4M3 || dtype == DType::kF8E5M2; }
 JF_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : is_float8(dtype) ? 1 : 2; }
 

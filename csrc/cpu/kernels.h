@@ -16,7 +16,7 @@ inline constexpr int64_t kScratchFloats = 3 << 19;
 // Query tiles that one call of Kernels::forward takes at most.
 inline constexpr int32_t kMaxQueryTiles = 32;
 
-// Of the tangent, which has more operands to keep for each.
+// Query tiles that one call of Kernels::tangent takes at most: fewer, because each has more operands packed.
 inline constexpr int32_t kMaxTangentTiles = 24;
 
 // Positions [begin, end) of a sequence at `heads` query heads from `head` on, with the heads of a position

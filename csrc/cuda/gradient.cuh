@@ -21,6 +21,12 @@ __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? 
 __device__ __forceinline__ bool rounds_coarsely(float row_lse) {
   return kLargeShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
 }
+// x = scale · S − lse, before P = 2^x. An lse of large magnitude is rounded so coarsely that P could be
+// infinite. In such a row a score that exceeds lse, or differs from it by less than that rounding, counts as
+// equal to it: P = 1.
+__device__ __forceinline__ void settle_coarse(float& x, float row_lse) {
+  if (rounds_coarsely(row_lse) && (x > 0 || fabsf(x) < fabsf(row_lse) / kLargeShift)) x = 0;
+}
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
 // lse and delta of a thread's rows, in registers.
@@ -86,9 +92,7 @@ struct GradientBlock {
   }
 };
 
-// S ← scale · S − lse. An lse of large magnitude is rounded so coarsely that P = 2^S could be infinite. In
-// such a row a score that exceeds lse, or differs from it by less than that rounding, counts as equal to it:
-// P = 1. `rows`: lse(slot).
+// S ← scale · S − lse, with coarse rows settled. `rows`: lse(slot).
 template <class S, class Rows>
 __device__ __forceinline__ void subtract_lse(S& s, const Rows& rows, float scale) {
   bool coarse = false;
@@ -96,10 +100,7 @@ __device__ __forceinline__ void subtract_lse(S& s, const Rows& rows, float scale
   for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
   for_each(s, [&](float& x, int slot, int, int) { x = fmaf(x, scale, -rows.lse(slot)); });
   if (__builtin_expect(__any_sync(~0u, coarse), false)) {
-    for_each(s, [&](float& x, int slot, int, int) {
-      const float lse = rows.lse(slot);
-      if (rounds_coarsely(lse) && (x > 0 || fabsf(x) < fabsf(lse) / kLargeShift)) x = 0;
-    });
+    for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, rows.lse(slot)); });
   }
 }
 

@@ -14,7 +14,7 @@ from ..operands import OPTIONAL
 from ..spec import UNLIMITED, AttentionSpec, Layout
 
 Operands = dict[str, jax.Array]
-# The dtypes of pools beside the query's, and their largest numbers.
+# Page pools may have query's dtype or one of these; the value is the largest finite number of the dtype.
 FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.float8_e5m2): 57344.0}
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 

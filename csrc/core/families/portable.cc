@@ -21,12 +21,9 @@ RowShape shape_of(const KernelRow& row, const Call& call) {
           call.loader() == Loader::kPaged};
 }
 
-class Forward final : public PassTraits {
+// A pass with a CTA for each query tile and head.
+class ByQueryTiles : public PassTraits {
  public:
-  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return forward_shared_bytes(shape_of(row, call), element_size(call));
-  }
-
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
@@ -34,6 +31,13 @@ class Forward final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     return schedule_bound(spec, s, s.q_rows);
+  }
+};
+
+class Forward final : public ByQueryTiles {
+ public:
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return forward_shared_bytes(shape_of(row, call), element_size(call));
   }
 };
 
@@ -79,19 +83,10 @@ class BiasGradient final : public PassTraits {
   Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override { return 0; }
 };
 
-class Tangent final : public PassTraits {
+class Tangent final : public ByQueryTiles {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return tangent_shared_bytes(shape_of(row, call), element_size(call));
-  }
-
-  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
-                 LaunchPlan& plan) const override {
-    plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
-  }
-
-  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows);
   }
 };
 

@@ -143,8 +143,7 @@ struct GradientConsumer {
     }
     if (__builtin_expect(uniform(shared.coarse[stage]), false)) {
       for_each(s, [&](float& x, int, int n, int e) {
-        const float l = shared.statistics[stage].lse[S::column(n) + e];
-        if (rounds_coarsely(l) && (x > 0 || fabsf(x) < fabsf(l) / kLargeShift)) x = 0;
+        settle_coarse(x, shared.statistics[stage].lse[S::column(n) + e]);
       });
     }
     for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });

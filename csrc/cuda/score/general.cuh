@@ -25,8 +25,8 @@ struct GeneralScore : ScoreVariant<S> {
   using Softmax = OnlineSoftmax<S::kSlots>;
   BiasChunks<S> bias;  // where S is permuted
 
-  // The factor that turns the scores of apply() into powers of two. It is 1 unless softcap bounds the scores,
-  // so that the softmax's fma(s, scale, shift) rounds no product.
+  // The softmax computes 2^(factor · S + shift) from the scores of apply(), and this is the factor. It is 1,
+  // which makes the product exact, unless softcap bounds the scores.
   template <class Softmax>
   __device__ __forceinline__ static float start(const Problem& p) {
     return p.spec.softcap > 0 && !p.bias && !p.alibi_slopes ? unit(p.spec) : 1.0f;
