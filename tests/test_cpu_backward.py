@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import checks
 import jax.numpy as jnp
@@ -12,20 +10,18 @@ import numpy as np
 import pytest
 from cases import Case, make_inputs
 from conftest import IMPLEMENTATION
+from programs import assert_same_bits_on_one_thread_and_on_all, report, start_python
 
 pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
 
-SIZES = "b, s, h, hk, d = 1, 700, {heads}, {kv_heads}, 40"
+SIZES = "b, s, h, hk, d, dtype = 1, 700, {heads}, {kv_heads}, 40, {dtype!r}"
 GRADIENTS = """
-import hashlib, os, jax, jax.numpy as jnp
-import jax_flash
 keys = jax.random.split(jax.random.key(0), 4)
 shapes = [(b, s, h, d), (b, s, hk, d), (b, s, hk, d), (b, s, h, d)]
 q, k, v, dout = (jax.random.normal(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes))
 for options in ({}, {"causal": True}, {"window": (100, 30)}):
     _, vjp = jax.vjp(lambda *x: jax_flash.flash_attention(*x, implementation="cpu", **options), q, k, v)
-    for gradient in vjp(dout):
-        print(hashlib.sha256(gradient.tobytes()).hexdigest())
+    keep(", ".join(options) or "plain", **dict(zip(("dquery", "dkey", "dvalue"), vjp(dout))))
 """
 MEMORY = """
 import resource, jax, jax.numpy as jnp
@@ -43,26 +39,11 @@ print(resident() - before - sum(x.nbytes for x in results))
 """
 
 
-def run(program: str, cpus: set[int] | None = None) -> str:
-    """What a program prints in a process of its own, on these CPUs only: XLA's pool has a thread for each."""
-    limit = f"import os; os.sched_setaffinity(0, {cpus})\n" if cpus else ""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", limit + program], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to choose a process' CPUs here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 3)])
 def test_gradients_are_the_same_bits_on_one_thread_and_on_all(heads: int, kv_heads: int, dtype: str) -> None:
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) == 1:
-        pytest.skip("one CPU only")
-    program = f"dtype = {dtype!r}\n" + SIZES.format(heads=heads, kv_heads=kv_heads) + GRADIENTS
-    assert run(program, {cpus[0]}) == run(program)
+    sizes = SIZES.format(heads=heads, kv_heads=kv_heads, dtype=dtype)
+    assert_same_bits_on_one_thread_and_on_all(f"{sizes}\n{GRADIENTS}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -95,4 +76,4 @@ def test_enormous_scores_leave_finite_gradients(dtype: str) -> None:
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc to read the memory from")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_of_32768_tokens_needs_less_than_64_megabytes_besides_its_results(dtype: str) -> None:
-    assert int(run(f"dtype = {dtype!r}\n" + MEMORY)) < 64 << 20
+    assert report(start_python(f"dtype = {dtype!r}\n" + MEMORY)) < 64 << 20
