@@ -12,6 +12,7 @@ from .paged.append import append_kv
 from .paged.attention import paged_attention
 from .rotary import apply_rotary
 from .varlen import flash_attention_varlen
+from .zigzag import zigzag_permute, zigzag_positions, zigzag_unpermute
 
 __all__ = [
     "Backend",
@@ -26,6 +27,9 @@ __all__ = [
     "flops",
     "merge_attention",
     "paged_attention",
+    "zigzag_permute",
+    "zigzag_positions",
+    "zigzag_unpermute",
 ]
 
 _register()  # for programs that were exported or compiled in another process
