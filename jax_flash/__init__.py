@@ -10,6 +10,7 @@ from .flop_count import flops
 from .merge import merge_attention
 from .paged.append import append_kv
 from .paged.attention import paged_attention
+from .ring import ring_attention
 from .rotary import apply_rotary
 from .varlen import flash_attention_varlen
 from .zigzag import zigzag_permute, zigzag_positions, zigzag_unpermute
@@ -27,6 +28,7 @@ __all__ = [
     "flops",
     "merge_attention",
     "paged_attention",
+    "ring_attention",
     "zigzag_permute",
     "zigzag_positions",
     "zigzag_unpermute",

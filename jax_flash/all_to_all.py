@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -21,30 +20,22 @@ from jax import lax
 from . import _jax
 from .autodiff import Operands, Pair, attend
 from .operands import DROPOUT_HEAD
-from .spec import AttentionSpec
+from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_permute, zigzag_unpermute
 
 
-def all_to_all_attention(
-    op: str, spec: AttentionSpec, operands: Operands, axis_name: Any, order: str = "contiguous"
-) -> Pair:
-    """(out, lse) of this device's tokens, inside a shard_map over `axis_name`.
+def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
+    """(out, lse) of this device's tokens, from the checked operands of a ring_attention call.
 
-    The operands are checked ones of the fixed layout. query, key, value and segment ids are this device's tokens; mask
-    and bias have its rows and the columns of all keys, in the order of the sequence; lengths are of the whole sequence,
-    and slopes, sinks and dropout of all heads.
+    query, key, value and segment ids are this device's tokens; mask and bias have its rows and the columns of all keys,
+    in the order of the sequence; lengths are of the whole sequence, and slopes, sinks and dropout of all heads.
     """
+    assert spec.ring is not None
     hq, hk = operands["query"].shape[2], operands["key"].shape[2]
-    devices = lax.axis_size(axis_name)
-    if hq % devices:
-        raise ValueError(
-            f'{op}: mode="all_to_all" gives each of the {devices} devices along {axis_name!r} an equal number of '
-            f'heads, and query has {hq}; mode="ring" takes any number'
-        )
-    zigzag, whole_runs = order == "zigzag", "dropout" in operands
-    exchange = _Exchange(axis_name, devices, zigzag, whole_runs, hq, hk)
+    exchange = _Exchange(spec.ring, "dropout" in operands, hq, hk)
     rows = operands["query"].shape[1]
-    out, lse = attend(spec, {name: exchange.by_heads(name, x, rows) for name, x in operands.items()})
+    whole = {name: exchange.by_heads(name, x, rows) for name, x in operands.items()}
+    out, lse = attend(replace(spec, ring=None), whole)
     return exchange.to_tokens(out, 1, 2), exchange.to_tokens(lse, 2, 1)
 
 
@@ -54,15 +45,27 @@ class _Exchange:
 
     KV heads are repeated as far as several devices read them (`times`); each then has `step` query heads. Device i of n
     takes every n-th of them, from i on, with its query heads, so that heads that are sharded over an automatic mesh
-    axis stay where they are. Dropout counts query heads one by one, and so each device takes a run of them (`whole_runs`).
+    axis stay where they are. Dropout counts query heads one by one: with it each device takes a run
+    of them (`whole_runs`).
     """
 
-    axis_name: Any
-    devices: int
-    zigzag: bool  # the order of the tokens
+    ring: Ring
     whole_runs: bool
     hq: int
     hk: int
+
+    @property
+    def devices(self) -> int:
+        return self.ring.size
+
+    @property
+    def zigzag(self) -> bool:
+        return self.ring.order == "zigzag"
+
+    @property
+    def device(self) -> jax.Array:
+        own: jax.Array = lax.axis_index(self.ring.axes)
+        return own
 
     @property
     def step(self) -> int:
@@ -122,13 +125,14 @@ class _Exchange:
     def exchanged(self, x: jax.Array, split: int, concat: int) -> jax.Array:
         """lax.all_to_all; where some mesh axes are automatic, n − 1 permutes, around which XLA gathers nothing."""
         if _jax.manual_axes()[1]:
-            return lax.all_to_all(x, self.axis_name, split_axis=split, concat_axis=concat, tiled=True)
-        n, own, size = self.devices, lax.axis_index(self.axis_name), x.shape[split] // self.devices
+            at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
+            return at_once
+        n, own, size = self.devices, self.device, x.shape[split] // self.devices
         pieces = []
         for ahead in range(n):
             piece = lax.dynamic_slice_in_dim(x, (own + ahead) % n * size, size, split)
             pairs = [(device, (device + ahead) % n) for device in range(n)]
-            pieces.append(lax.ppermute(piece, self.axis_name, pairs) if ahead else piece)
+            pieces.append(lax.ppermute(piece, self.ring.axes, pairs) if ahead else piece)
         received = jnp.take(jnp.stack(pieces, concat), (own - jnp.arange(n)) % n, concat)  # by device
         return received.reshape(*pieces[0].shape[:concat], -1, *pieces[0].shape[concat + 1 :])
 
@@ -145,14 +149,14 @@ class _Exchange:
 
     def own_heads(self, x: jax.Array, heads: int) -> jax.Array:
         cut, device = self.cut(x, heads)
-        own = lax.dynamic_slice_in_dim(cut, lax.axis_index(self.axis_name), 1, device)
+        own = lax.dynamic_slice_in_dim(cut, self.device, 1, device)
         return _joined(own, heads)
 
     def first_head(self) -> jax.Array:
-        return lax.axis_index(self.axis_name).astype(jnp.uint32) * jnp.uint32(self.hq // self.devices)
+        return self.device.astype(jnp.uint32) * jnp.uint32(self.hq // self.devices)
 
     def all_tokens(self, x: jax.Array, tokens: int) -> jax.Array:
-        return self.in_sequence(lax.all_gather(x, self.axis_name, axis=tokens, tiled=True), tokens)
+        return self.in_sequence(lax.all_gather(x, self.ring.axes, axis=tokens, tiled=True), tokens)
 
     def in_sequence(self, x: jax.Array, tokens: int) -> jax.Array:
         return zigzag_unpermute(x, self.devices, tokens) if self.zigzag else x

@@ -138,7 +138,7 @@ def test_options_in_zigzag_order(kernel, options):
     [(8, 4, 2, 2), (8, 2, 4, 1), (8, 1, 8, 1), (12, 3, 2, 3), (12, 6, 4, 3), (24, 3, 4, 3), (24, 2, 8, 1)],
 )
 def test_fewer_kv_heads_than_devices_are_sent_to_those_that_read_them(kernel, hq, hk, devices, taken):
-    """`taken` KV heads arrive at each device: one for each group that its query heads belong to, as far as they divide."""
+    """`taken` KV heads arrive at each device: one for each part of a group that its query heads make up."""
     case = CAUSAL.replace(hq=hq, hk=hk, dropout_rate=0.3)
     text = check(case, make_mesh(devices), kernel)
     kv = [line for line in text.splitlines() if 'custom_call_target="jax_flash_backward"' in line]
@@ -223,6 +223,6 @@ def test_in_scan_over_layers_with_remat(kernel):
 
 def test_heads_that_the_axis_does_not_divide_are_refused_and_the_ring_is_named(kernel):
     case = PLAIN.replace(hq=6, hk=6)
-    wanted = "ring_attention: .* 4 devices along 'sequence' .* query has 6; mode=\"ring\" takes any number"
+    wanted = "ring_attention: .* 4 devices along 'sequence' as many heads, and query has 6; mode=\"ring\" takes any number"
     with pytest.raises(ValueError, match=wanted):
         jax.jit(by_heads(case, make_mesh(4), kernel)).lower(arrays_of(case))
