@@ -103,7 +103,8 @@ class Shard:
         row = self.queries[pair[0]].offset if bias.shape[2] != 1 else 0
         start = (0, 0, row, self._column(visit, pair[1]))
         added = lax.dynamic_slice(total, start, dbias.shape) + dbias
-        return lax.dynamic_update_slice(total, added, start)
+        updated: Array = lax.dynamic_update_slice(total, added, start)
+        return updated
 
     def _column(self, visit: Visit, k: int) -> Array:
         """Where a chunk of a visit's keys begins in the sequence."""
