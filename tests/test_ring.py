@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
@@ -14,7 +13,7 @@ from cases import Case, make_inputs
 from checks import references
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from programs import collectives, custom_calls, require_devices
+from programs import require_devices
 
 from jax_flash import ring_attention
 
