@@ -51,10 +51,11 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Pair:
-    if spec.ring is None:
-        return reference.attention(spec, operands)
-    varying = equally_varying(operands, spec.ring.axes)
-    out, lse = passes.run(FORWARD, spec, varying, lambda _, spec, part: reference.attention(spec, part))
+    if spec.ring is not None:
+        operands = equally_varying(operands, spec.ring.axes)
+        out, lse = passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
+        return out, lse
+    out, lse = reference.attention(spec, operands)
     return out, lse
 
 

@@ -60,7 +60,8 @@ def _backward(shard: Shard, call: Call) -> list[Array]:
 
 
 def _tangent(shard: Shard, call: Call) -> list[Array]:
-    tout, tlse = ([None] * len(shard.queries) for _ in range(2))
+    tout: Sums = [None] * len(shard.queries)
+    tlse: Sums = [None] * len(shard.queries)
     for visit, blocks in _visits(shard, tlse):
         for q, k in visit.pairs:
             to, tl = shard.compute(call, visit, (q, k), blocks[k])

@@ -69,7 +69,7 @@ class Shard:
     def compute(self, call: Call, visit: Visit, pair: tuple[int, int], block: Operands) -> list[Array]:
         """The pass's results on a chunk of queries and a chunk of the keys that the visit brought."""
         query, key = self.queries[pair[0]], self.keys[pair[1]]
-        row = jnp.int32(query.position(self.device))
+        row = jnp.asarray(query.position(self.device), jnp.int32)
         column = self._column(visit, pair[1])
         made = dict(block)
         for name, x in self.operands.items():
@@ -107,7 +107,8 @@ class Shard:
 
     def _column(self, visit: Visit, k: int) -> Array:
         """Where a chunk of a visit's keys begins in the sequence."""
-        return jnp.int32(self.keys[k].position((self.device - visit.distance) % self.ring.size))
+        owner = (self.device - visit.distance) % self.ring.size
+        return jnp.asarray(self.keys[k].position(owner), jnp.int32)
 
     def has_columns(self, name: str) -> bool:
         """Whether a mask or bias has a column for each key of the whole sequence, so that parts take some of them."""
