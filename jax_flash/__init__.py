@@ -13,6 +13,7 @@ from .paged.attention import paged_attention
 from .ring import ring_attention
 from .rotary import apply_rotary
 from .varlen import flash_attention_varlen
+from .zigzag import zigzag_permute, zigzag_positions, zigzag_unpermute
 
 __all__ = [
     "Backend",
@@ -28,6 +29,9 @@ __all__ = [
     "merge_attention",
     "paged_attention",
     "ring_attention",
+    "zigzag_permute",
+    "zigzag_positions",
+    "zigzag_unpermute",
 ]
 
 _register()  # for programs that were exported or compiled in another process

@@ -7,6 +7,7 @@ from typing import Literal, Unpack, overload
 from jax import Array
 
 from . import validate
+from .all_to_all import all_to_all_attention
 from .autodiff import attend
 from .options import (
     Align,
@@ -129,7 +130,5 @@ def ring_attention(
       >>> out = jax.shard_map(attend, mesh=mesh, in_specs=(shard, shard, shard), out_specs=shard)(q, k, v)
     """
     spec, operands = validate.ring("ring_attention", locals())
-    if mode == "all_to_all":
-        raise NotImplementedError('ring_attention: mode="all_to_all" is not there yet; use "ring"')
-    out, lse = attend(spec, operands)
+    out, lse = attend(spec, operands) if mode == "ring" else all_to_all_attention(spec, operands)
     return (out, lse) if return_lse else out

@@ -339,6 +339,12 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
             raise check.fail(
                 f'{name} has {length} tokens on each device; order="zigzag" needs an even number'
             )
+    hq = operands["query"].shape[2]
+    if arguments["mode"] == "all_to_all" and hq % size:
+        raise check.fail(
+            f'mode="all_to_all" gives each of the {size} devices along {given!r} as many heads, and query has {hq}; '
+            f'mode="ring" takes any number'
+        )
     return replace(spec, ring=Ring(axes, size, order)), operands
 
 
