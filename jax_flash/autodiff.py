@@ -19,6 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from . import _jax, derivatives, no_derivative, reference
+from .batching import over_leading
 from .operands import DIFFERENTIABLE, DIFFERENTIAL, DROPOUT_ROW, FORWARD, TANGENTS
 from .paged import gather
 from .primitives import (
@@ -30,7 +31,6 @@ from .primitives import (
     declare,
     equally_varying,
     operand_names,
-    over_leading,
 )
 from .sequence import passes
 from .spec import AttentionSpec

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
-from .batching import batch
+from .batching import batch, leading, over_leading
 from .operands import APPEND, PASSES, Pass, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
@@ -62,24 +62,6 @@ def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) ->
 
 
 # --- abstract evaluation -------------------------------------------------------------------------------------------
-
-
-def leading(spec: Spec, name: str, ndim: int) -> int:
-    """How many leading batch dimensions an operand of this rank carries."""
-    return ndim - len(spec.dims[name])
-
-
-def over_leading(
-    run: Callable[[dict[str, jax.Array]], Any], spec: Spec, operands: dict[str, jax.Array]
-) -> Any:
-    """`run`, which knows of no leading dimensions, mapped over those of the operands."""
-    if not leading(spec, "query", operands["query"].ndim):
-        return run(operands)
-    size = _jax.full_dim(x.shape[0] for x in operands.values())
-    full = {name: _jax.same_dim(x.shape[0], size) for name, x in operands.items()}
-    mapped = {name: x if full[name] else x[0] for name, x in operands.items()}
-    axes = {name: 0 if full[name] else None for name in operands}
-    return jax.vmap(lambda row: over_leading(run, spec, row), in_axes=(axes,))(mapped)
 
 
 def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -12,9 +12,10 @@ from typing import Any
 from jax.experimental import roofline
 
 from . import _jax
+from .batching import leading
 from .flop_count import count
 from .operands import DIFFERENTIAL, TANGENT, Pass
-from .primitives import KINDS, leading, operand_names
+from .primitives import KINDS, operand_names
 from .spec import AttentionSpec, Spec
 
 
