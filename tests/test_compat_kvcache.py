@@ -102,7 +102,9 @@ def test_an_end_past_the_cache_is_the_caches_end(left, implementation):
     """No row of the cache but its own is read."""
     arrays = cache_inputs()
     got, wanted = (
-        flash_attn_with_kvcache(*arrays, cache_seqlens=ends, cache_leftpad=left, implementation=implementation)[0]
+        flash_attn_with_kvcache(
+            *arrays, cache_seqlens=ends, cache_leftpad=left, implementation=implementation
+        )[0]
         for ends in (i32(S_MAX + 3, 1000, 2**31 - 1), i32(S_MAX, S_MAX, S_MAX))
     )
     assert np.array_equal(got, wanted)
