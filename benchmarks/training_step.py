@@ -29,11 +29,11 @@ def training_calls(implementations: Sequence[str]) -> dict[str, tuple[Any, list[
         trainer = Trainer(settings, make_mesh(settings.mesh_axes))
         batch = Packer(load_documents()[0], settings.rows, settings.row_length, settings.seed).batch(0)
         trainer.compile(batch, batch)
-        calls[name] = _stepper(trainer, batch), [()]
+        calls[name] = stepper(trainer, batch), [()]
     return calls
 
 
-def _stepper(trainer: Any, batch: Any) -> Any:
+def stepper(trainer: Any, batch: Any) -> Any:
     state = trainer.create()
 
     def step() -> Any:
@@ -44,10 +44,10 @@ def _stepper(trainer: Any, batch: Any) -> Any:
     return step
 
 
-def scaled_calls(
+def scaled(
     meshes: dict[str, str], devices: int, tokens: int = TOKENS, **sizes: Any
-) -> tuple[dict[str, tuple[Any, list[Any]]], float]:
-    """name → (a call that makes one step on the mesh of that name, no arguments); and the FLOP of a step.
+) -> tuple[dict[str, Any], Any, float]:
+    """name → a trainer on the mesh of that name, its step compiled; the batch; and the FLOP of a step.
 
     As many rows as devices, two at least, each one document of random bytes, so that every mesh has the same work.
     """
@@ -73,8 +73,7 @@ def scaled_calls(
 
     with ThreadPoolExecutor(None if jax.default_backend() == "gpu" else 1) as pool:
         trainers = dict(zip(every, pool.map(make, every.values()), strict=True))
-    calls = {name: (_stepper(trainer, batch), [()]) for name, trainer in trainers.items()}
-    return calls, step_flop(settings)
+    return trainers, batch, step_flop(settings)
 
 
 def step_flop(settings: Any) -> float:

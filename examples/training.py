@@ -138,6 +138,11 @@ class Trainer:
             if held_out is not None:
                 self._evaluate = self._evaluate.lower(self.abstract_state, self._place(held_out)).compile()
 
+    @property
+    def program(self) -> jax.stages.Compiled:
+        """The compiled step."""
+        return self._step
+
     def step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
         """One AdamW step: (the next state, the loss before it in nats per byte). `state` is donated."""
         return self._step(state, self._place(batch))

@@ -19,6 +19,7 @@ from benchmarks import (  # noqa: E402
     overlap,
     predict,
     scaling,
+    sections,
     suite_scaling,
     training_step,
 )
@@ -57,6 +58,9 @@ def test_batch_and_heads_are_timed_and_their_programs_have_no_collective(two_dev
     bars = {bar.name: bar for bar in bars_scaling.judge(cells)}
     assert bars["batch and heads, collectives"].met
     assert "batch and heads both, of linear" in bars
+    sections.draw_bars(
+        suite_scaling.SUITE, cells, pytest.importorskip("matplotlib.pyplot")
+    )  # a limit of 0 too
 
 
 def test_links_are_timed_with_the_bytes_that_they_move(two_devices):
@@ -82,8 +86,9 @@ def test_the_training_step_runs_on_every_mesh(two_devices):
 def test_every_mesh_takes_the_same_training_step(two_devices):
     tiny = {"layers": 1, "width": 32, "heads": 2, "head_dim": 16, "hidden": 64, "dtype": "float32"}
     meshes = {"one device": "", "sequence": "sequence=2"}
-    calls, _ = training_step.scaled_calls(meshes, 2, tokens=128, **tiny)
-    losses = [[float(step()) for _ in range(3)] for step, _ in calls.values()]
+    trainers, batch, _ = training_step.scaled(meshes, 2, tokens=128, **tiny)
+    steps = [training_step.stepper(trainer, batch) for trainer in trainers.values()]
+    losses = [[float(step()) for _ in range(3)] for step in steps]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert losses[0][2] < losses[0][0]
 
