@@ -131,11 +131,12 @@ class Trainer:
         with jax.set_mesh(self.mesh):
             return jax.jit(lambda: nnx.state(self._create()), out_shardings=self.shardings)()
 
-    def compile(self, batch: Batch, held_out: Batch) -> None:
-        """Compiles `step` and `evaluate` for batches of these shapes, so that their times exclude compilation."""
+    def compile(self, batch: Batch, held_out: Batch | None = None) -> None:
+        """Compiles `step`, and `evaluate`, for batches of these shapes, so that their times exclude compilation."""
         with jax.set_mesh(self.mesh):
             self._step = self._step.lower(self.abstract_state, self._place(batch)).compile()
-            self._evaluate = self._evaluate.lower(self.abstract_state, self._place(held_out)).compile()
+            if held_out is not None:
+                self._evaluate = self._evaluate.lower(self.abstract_state, self._place(held_out)).compile()
 
     def step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
         """One AdamW step: (the next state, the loss before it in nats per byte). `state` is donated."""

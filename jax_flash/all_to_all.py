@@ -153,7 +153,7 @@ class _Exchange:
         return _joined(own, heads)
 
     def first_head(self) -> jax.Array:
-        return self.device.astype(jnp.uint32) * jnp.uint32(self.hq // self.devices)
+        return (self.device * (self.hq // self.devices)).astype(jnp.uint32)
 
     def all_tokens(self, x: jax.Array, tokens: int) -> jax.Array:
         return self.in_sequence(lax.all_gather(x, self.ring.axes, axis=tokens, tiled=True), tokens)
