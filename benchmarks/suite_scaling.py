@@ -93,9 +93,9 @@ def training_cells(axes: tuple[str, ...] = TRAINED, **sizes: Any) -> Iterator[Ce
     """One step of examples/train_lm.py, scaled up, on one device and on all along each of the axes."""
     count = device_count()
     meshes = {"one device": ""} | {axis: f"{axis}={count}" for axis in axes}
-    trainers, batch, work = training_step.scaled(meshes, count, **sizes)
-    found = {name: scaling.collectives(trainer.program) for name, trainer in trainers.items()}
-    calls = {name: (training_step.stepper(trainer, batch), [()]) for name, trainer in trainers.items()}
+    steps, programs, work = training_step.scaled(meshes, count, **sizes)
+    found = {name: scaling.collectives(program) for name, program in programs.items()}
+    calls = {name: (step, [()]) for name, step in steps.items()}
     cell = {"kind": "training", "name": f"training step, {', '.join(axes)}", "devices": count, "flop": work}
     yield cell | {"collectives": found, "times": timed(calls, work)}
 
