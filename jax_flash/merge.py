@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -52,9 +54,9 @@ def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))
-    weight = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
-    merged = (weight * jnp.stack([out.astype(wide) for out in outs])).sum(0)
-    return merged, lse[0]
+    weights = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
+    weighted = (weight * out.astype(wide) for weight, out in zip(weights, outs, strict=True))
+    return reduce(operator.add, weighted), lse[0]
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:

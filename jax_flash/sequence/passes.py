@@ -25,6 +25,8 @@ Sums = list[Any]  # by chunk: None before the first addend
 def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> list[Array]:
     """The results of one pass on this device; `call` runs a pass on a part."""
     loop = {FORWARD: _forward, BACKWARD: _backward, TANGENT: _tangent}.get(pass_, _bias_gradient)
+    if "dout" in operands:  # else XLA fetches keys once for forward and backward, and holds them in between
+        operands = lax.optimization_barrier(operands)
     return loop(Shard(pass_, spec, operands), call)
 
 
