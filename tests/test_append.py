@@ -178,10 +178,12 @@ def test_unused_entries_are_not_read(implementation):
     check(call, implementation)
 
 
-def test_offsets_are_read_as_their_running_maximum(implementation):
+@pytest.mark.parametrize("offsets", [(-3, 4, 2, 99), (2, 5, 3, 9)], ids=str)
+def test_offsets_are_read_as_their_running_maximum(implementation, offsets):
+    """Tokens in front of the first one are padding, too."""
     require(implementation)
     call = arguments(new=(2, 3, 4))
-    call["cu_seqlens"] = jnp.asarray([-3, 4, 2, 99], jnp.int32)
+    call["cu_seqlens"] = jnp.asarray(offsets, jnp.int32)
     check(call, implementation)
 
 

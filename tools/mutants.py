@@ -150,7 +150,6 @@ class Copy:
         ]
         named = {"PYTHON": sys.executable, "JOBS": str(self.workers), "PYTHONPATH": ":".join(map(str, path))}
         named |= {"JAX_FLASH_WERROR": "OFF", "JAX_FLASH_CPU_ISAS": isa or machine_isa()}
-        named |= {"JAX_FLASH_CPU_OPTIMIZATION": "-O1"}  # for the build's time
         named |= {"JAX_FLASH_CUDA": "OFF", "PYTHONDONTWRITEBYTECODE": "1"}
         if runs == "gpu":
             named |= {"JAX_FLASH_CUDA": "ON", "JAX_FLASH_CUDA_ARCHS": "90a-real", "JAX_FLASH_BUDGET": "OFF"}
@@ -303,7 +302,9 @@ def main() -> int:
         "--only", action="append", default=[], help="mutants whose name, list or file contains it"
     )
     parser.add_argument("--nearest", action="store_true", help="run the nearest tests only")
-    parser.add_argument("--trusting", action="store_true", help="do not try first whether the nearest tests pass")
+    parser.add_argument(
+        "--trusting", action="store_true", help="do not try first whether the nearest tests pass"
+    )
     parser.add_argument("--gpu", action="store_true", help="run also those of kernels that need a GPU")
     parser.add_argument(
         "--list", action="store_true", help="list them, and which no longer fit, without running any"

@@ -20,7 +20,7 @@ foreach(isa IN LISTS JF_ISAS)
   target_compile_definitions(jax_flash_cpu_${isa} PRIVATE JF_ISA=${isa})
   # -O3 in every build type, because the vector functions of isa.h are fast only when inlined. The AVX-512 headers of
   # GCC 12 warn about uninitialised vectors.
-  target_compile_options(jax_flash_cpu_${isa} PRIVATE ${JF_ISA_${isa}} ${JAX_FLASH_CPU_OPTIMIZATION} -ffp-contract=fast -fno-math-errno
+  target_compile_options(jax_flash_cpu_${isa} PRIVATE ${JF_ISA_${isa}} -O3 -ffp-contract=fast -fno-math-errno
     -fno-trapping-math -fno-signed-zeros -fno-exceptions -Wno-psabi
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
   target_sources(jax_flash_cpu PRIVATE $<TARGET_OBJECTS:jax_flash_cpu_${isa}>)
