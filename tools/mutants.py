@@ -107,6 +107,17 @@ def why_not(runs: str, gpu: bool) -> str | None:
     return None
 
 
+def tree_files() -> set[str]:
+    """The files of the tree that are not made by a build."""
+    command = ["git", "ls-files", "-coz", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode == 0:
+        return {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
+    made = {"build", "dist", "out", "__pycache__", ".git", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+    paths = (x.relative_to(ROOT) for x in ROOT.rglob("*") if x.is_file() and x.suffix != ".so")
+    return {str(x) for x in paths if not made & set(x.parts) and not x.parts[0].startswith(".venv")}
+
+
 @dataclass
 class Copy:
     """A copy of the tree, with what is built of it. Nothing outside build/mutants is ever written."""
@@ -117,14 +128,7 @@ class Copy:
 
     def sync(self) -> None:
         """Makes the copy's files those of the tree; unchanged ones keep their time, so that little is built."""
-        listing = subprocess.run(
-            ["git", "ls-files", "-coz", "--exclude-standard"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        names = {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
+        names = tree_files()
         known = WORK / "files.txt"
         for name in set(known.read_text().splitlines() if known.exists() else ()) - names:
             (self.root / name).unlink(missing_ok=True)
