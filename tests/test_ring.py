@@ -219,31 +219,6 @@ def test_only_what_is_needed_travels(kernel, heads):
     assert not any("{0,6}" in x or "{6,0}" in x for x in pairs)  # the first device sees nothing of the last
 
 
-# errors
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"axis_name": "other"}, "axis_name is 'other'; it must be a mesh axis that is manual"),
-        ({"axis_name": ()}, "axis_name is \\(\\)"),
-        ({"order": "striped"}, "order must be one of \\('contiguous', 'zigzag'\\), got 'striped'"),
-        ({"mode": "gather"}, "mode must be one of \\('ring', 'all_to_all'\\), got 'gather'"),
-        ({"order": "zigzag"}, "query has 3 tokens on each device"),
-        ({"mask": np.ones((3, 3), bool)}, "mask must broadcast to \\[b hq sq sk\\] = \\(2, 4, 3, 6\\)"),
-    ],
-    ids=lambda x: "" if isinstance(x, str) else "-".join(x),
-)
-def test_what_is_refused(options, message):
-    arrays = make_inputs(PLAIN.replace(sq=6, sk=6)).positional
-    call = partial(ring_attention, **{"axis_name": "ring"} | options)
-    mapped = jax.shard_map(
-        lambda x: call(**x), mesh=mesh_of(2), in_specs=P(None, "ring"), out_specs=P(None, "ring")
-    )
-    with pytest.raises(ValueError, match="ring_attention: " + message):
-        jax.eval_shape(mapped, arrays)
-
-
 def test_outside_shard_map_is_refused():
-    with pytest.raises(ValueError, match="manual in the jax"):
+    with pytest.raises(ValueError, match="axis_name must name axes"):
         ring_attention(*make_inputs(PLAIN).positional.values(), axis_name="ring")
