@@ -15,10 +15,8 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin
 };
 enum cudaFuncAttribute {
-  cudaFuncAttributeMaxDynamicSharedMemorySize,
-  cudaFuncAttributePreferredSharedMemoryCarveout
+  cudaFuncAttributeMaxDynamicSharedMemorySize
 };
-inline constexpr int cudaSharedmemCarveoutMaxShared = 100;
 using cudaStream_t = struct EmulatedStream*;
 
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
