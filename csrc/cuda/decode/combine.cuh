@@ -1,7 +1,7 @@
 // Merges the partial results of a split sequence, in a fixed order, by the block that finishes last.
 #pragma once
 
-#include <algorithm>
+#include <cstdint>
 
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/results.cuh"
@@ -50,7 +50,7 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
         const float weight = merge_weight({own.x, own.y}, m);  // 2^(m_i − m)
         all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
         o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
-#pragma unroll kUnrollCombine
+#pragma unroll 8
         for (int32_t i = 0; i < count; ++i) {
           const float w = __shfl_sync(~0u, weight, i);
           const float4 x = ptx::load_shared_by_blocks(

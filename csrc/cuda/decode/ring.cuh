@@ -80,7 +80,7 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Store
 #pragma unroll 1
       for (int i = 0; i < kRows * Tile::kChunks / kLanes; ++i) copy_one(i);
     } else {
-#pragma unroll kUnrollCopy
+#pragma unroll
       for (int i = 0; i < kRows * Tile::kChunks / kLanes; ++i) copy_one(i);
     }
   };
@@ -159,6 +159,7 @@ class WarpRing {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
     find();
+    __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
       segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
     if (++opened == kStages) opened = 0;

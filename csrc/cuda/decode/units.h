@@ -11,22 +11,12 @@
 #include "core/plan/launch_plan.h"
 #include "core/split.h"
 
-#ifndef JF_END_TILES
-#define JF_END_TILES 4
-#endif
-#ifndef JF_UNROLL
-#define JF_UNROLL 8
-#endif
-#ifndef JF_COPY
-#define JF_COPY 8
-#endif
 namespace jax_flash::decode {
-inline constexpr int kUnrollCombine = JF_UNROLL, kUnrollCopy = JF_COPY;
 
 // Tiles that the end of a sequence counts as, since merging and writing its results takes time. Where few
 // sequences end in a range, ranges are the more equal without.
 inline int32_t end_tiles(const DecodeGrid& grid, int32_t sequences) {
-  constexpr int32_t kEndTiles = JF_END_TILES;
+  constexpr int32_t kEndTiles = 4;
   return !grid.fixed_parts() && 2 * int64_t{sequences} >= grid.ranges ? kEndTiles : 0;
 }
 
