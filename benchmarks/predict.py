@@ -69,7 +69,9 @@ def _ring(case: Case, pass_: str, devices: int, rates: Rates, order: str) -> flo
     adding = (
         2.5 * sums / rates.memory if devices > 1 else 0.0
     )  # float32 sums are read and written, the part is read
-    moving = (2 if backward else 1) * shard_bytes(case, devices) / rates.between(devices)
+    moving = (
+        (2 if backward else 1) * reach(case, devices) * shard_bytes(case, devices) / rates.between(devices)
+    )
     seconds = sum(
         max(share * work + adding, moving if more else 0.0)
         for share, more in zip(visits, [True] * (len(visits) - 1) + [False])
@@ -85,18 +87,23 @@ def _rate(case: Case, pass_: str, rates: Rates) -> float:
 
 
 def visit_shares(case: Case, devices: int, order: str) -> list[float]:
-    """What part of the whole call's FLOP the busiest device has in each of its visits."""
+    """What part of the whole call's FLOP the busiest device has in each visit; windows are shorter than a shard."""
     n = devices
     if case.window is not None:
-        left = case.window[0] or 0
-        chunk, pairs = case.sk / n, (left + 1) * case.sk
-        own = min(chunk * chunk / 2, chunk * (left + 1))
-        return [own / pairs] + [max(chunk * (left + 1) - own, 0.0) / pairs] * (left > 0 and n > 1)
+        left, chunk = min(case.window[0] or 0, case.sk - 1), case.sk / n
+        pairs = case.sk * (left + 1) - left * (left + 1) / 2
+        before = min(left, chunk) * (min(left, chunk) + 1) / 2  # the corner of the band in the shard before
+        return [(chunk * (left + 1) - before) / pairs] + [before / pairs] * (n > 1)
     if not case.causal:
         return [1 / n**2] * n
     if order == "zigzag":
         return [1 / n**2] * n
     return [1 / n**2] + [2 / n**2] * (n - 1)
+
+
+def reach(case: Case, devices: int) -> float:
+    """What part of a shard of keys is sent: under a window, the keys that the next shard's queries see."""
+    return 1.0 if case.window is None else min(1.0, (case.window[0] or 0) / (case.sk / devices))
 
 
 def all_to_all_seconds(case: Case, pass_: str, devices: int, rates: Rates) -> float:
