@@ -185,22 +185,36 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     """The bound holds on every device."""
     rng = np.random.default_rng(seed)
     draw = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
-    packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), int(draw(1, 3))
+    packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), draw((1,), (3,), (2, 3))
     b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
     d, dv = draw(*HEAD_DIMS)
     present = () if packed or rng.integers(2) else ("q_segment_ids", "kv_segment_ids")
     spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic, operands=present)
-    rows = ((leading, sq), (leading, sk)) if packed else ((leading, b, sq), (leading, b, sk))
+    rows = [(*leading, x) if packed else (*leading, b, x) for x in (sq, sk)]
     shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}
     if packed:
-        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (1, b + 1))
+        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (*(1 for _ in leading), b + 1))
     bound = workspace_bound(pass_, spec, shapes)
     for device in (H100, A100, RTX4090):
         chosen = plan(
-            pass_, device, varlen=packed, deterministic=deterministic, leading=leading, batch=b,
+            pass_, device, varlen=packed, deterministic=deterministic, leading=math.prod(leading), batch=b,
             q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=operand_bits(present),
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
+
+
+@pytest.mark.parametrize(("pass_", "side"), [("forward", "queries"), ("backward", "keys")])
+@pytest.mark.parametrize("sequences", [0, 1, 2, 7])
+@pytest.mark.parametrize("rows", [0, 1, 5, 127, 1000, 1003])
+def test_a_schedule_has_room_for_any_packing(rows, sequences, pass_, side):
+    """Most tiles come of sequences, and of tokens before and after them, with one row more than whole tiles."""
+    for device in (H100, A100):
+        chosen = plan(pass_, device, varlen=True, batch=sequences, q_rows=rows, k_rows=rows)[side]
+        if rows == 0:
+            assert chosen["tiles"] == 0
+            continue
+        most = max((rows - n) // chosen["block"] + n for n in range(1, min(sequences + 2, rows) + 1))
+        assert chosen["tiles"] >= most
 
 
 def test_the_plan_in_words():
