@@ -16,6 +16,7 @@ class AttentionCase : PoolCase {
       : PoolCase(seed),
         aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), Loader::kPaged,
                           {Pass::kForward, Pass::kDecode})) {
+    names_ = names_of(p_);
     if (aim_) aim_sizes();
     choose_options();
     if (aim_) aim_options();
