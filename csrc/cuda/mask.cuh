@@ -5,6 +5,7 @@
 
 #include "core/band.h"
 #include "cuda/ptx/math.cuh"
+#include "cuda/tile/accumulator.cuh"
 
 namespace jax_flash {
 
@@ -39,6 +40,27 @@ __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_
   if (begins)
     hide(s, key, -INFINITY, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});
   if (ends) hide(s, key, -INFINITY, [&](int slot) { return band.last_key(row + S::row(slot)); }, FromLimit{});
+}
+
+// The same of a transposed S, where the band of a key limits the rows: a lane has fewer keys than rows.
+template <int kKeyTiles, int kQueryTiles>
+__device__ __forceinline__ void mask(TransposedAccumulator<kKeyTiles, kQueryTiles>& s, const Band& band,
+                                     int32_t row, int32_t key) {
+  using S = TransposedAccumulator<kKeyTiles, kQueryTiles>;
+  const auto hide_rows = [&](auto bound, auto hidden) {
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int32_t j = key + S::column(n, e), limit = bound(band.queries(j, j + 1)) - row - S::row(0);
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot)
+          if (hidden(S::row_step(slot), limit)) s.at(slot, n, e) = -INFINITY;
+      }
+    }
+  };
+  hide_rows([](Interval seen) { return seen.lo; }, BeforeLimit{});
+  hide_rows([](Interval seen) { return seen.hi; }, FromLimit{});
 }
 
 // Whether every row of a warp's S sees all its keys. The vote tells the compiler that the branch is uniform.

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/band.h"
 #include "core/plan/columns.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
@@ -55,6 +56,12 @@ cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* wor
 inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
   if (grid.schedule < 0) return nullptr;
   return reinterpret_cast<const TileWork*>(static_cast<const char*>(workspace) + grid.schedule);
+}
+
+// Where what segments leave to the tiles of a grid lies (TileSegments); null where it has nothing to hide.
+inline const Interval* segments_of(const TileGrid& grid, const void* workspace) {
+  if (grid.segments < 0) return nullptr;
+  return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
 }
 
 // Where the sequences of packed queries begin, [n + 1] each 2 · (n + 2) apart: beside the schedule of the

@@ -14,6 +14,7 @@ struct TileGrid {
   int64_t tiles = 0;      // tiles of one head of one leading entry (fixed layouts: of one batch entry)
   int64_t blocks = 0;     // CTAs where each takes one tile
   int64_t schedule = -1;  // where the varlen schedule begins in the workspace; -1: blockIdx tells the tile
+  int64_t segments = -1;  // where what segments leave to each tile begins there; -1: they hide nothing
 };
 
 // How decode splits the keys. A column is a KV head, or a chunk of its query rows where they are many. The
@@ -53,6 +54,7 @@ struct LaunchPlan {
   int64_t tile_counter = -1;    // where the tile counter (4 bytes, cleared by the launch) lies in the
                                 // workspace; -1: tiles are taken in turn
   int64_t accumulator = -1;     // where dQ in float32 begins in the workspace; -1: none
+  int64_t dq_turns = -1;        // where the counts begin that order the additions to dQ; -1: they have none
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
   std::string error = {};

@@ -23,6 +23,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "core/plan/workspace.h"
 #include "cuda/backward/convert.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
@@ -32,15 +33,17 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/hopper_variants.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
 
 // A row of csrc/kernels.def.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
 struct BackwardSm90 {
   using Element = T;
+  static constexpr ScoreKind kKind = Kind;
   static constexpr int kConsumers = N / kConsumerRows, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
@@ -52,7 +55,8 @@ struct BackwardSm90 {
   using DsTile = SharedTile<T, N, M>;
   static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
-  using S = Accumulator<1, M / 8>;
+  using S = TransposedAccumulator<1, M / 8>;
+  using Score = HopperGradientScore<Kind, S>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
@@ -70,7 +74,7 @@ struct BackwardSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                  const __grid_constant__ PersistentTiles tiles) {
+                  const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
@@ -78,7 +82,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     ptx::give_registers<producer_registers(C::kConsumers)>();
-    GradientProducer<C> producer{p, maps, shared};
+    GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
     if (warp == 0 && leads) producer.schedule(tiles);
     if (warp == 1 && leads) producer.load_tiles();
@@ -124,6 +128,17 @@ inline uint32_t backward_heads_together(const Problem& p) {
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head, band ? kFewestOfBand : 1, kMost));
 }
 
+// Finds what a plan says of key tiles in the workspace, and clears the counts among it.
+inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
+                                 int32_t block_m, cudaStream_t stream) {
+  grid = {segments_of(plan.keys, workspace), nullptr,
+          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value())};
+  if (plan.dq_turns < 0) return cudaSuccess;
+  grid.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_turns);
+  const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;
+  return cudaMemsetAsync(grid.turns, 0, heads * grid.query_tiles * sizeof(uint32_t), stream);
+}
+
 template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
@@ -136,8 +151,10 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
     if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    KeyGrid key_grid;
+    if (cudaError_t e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
     const cudaError_t e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads,
-                                 sizeof(typename C::Shared), stream, p, maps, tiles);
+                                 sizeof(typename C::Shared), stream, p, maps, tiles, key_grid);
     if (e != cudaSuccess) return e;
   }
   return convert_accumulator<T>(p, accumulator, stream);
@@ -145,8 +162,10 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
-  return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+  return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+    using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
+    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+  });
 }
 
 }  // namespace jax_flash

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/score/operands.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -16,8 +18,19 @@ namespace jax_flash {
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
+// What lies in the workspace for key tiles.
+struct KeyGrid {
+  const Interval* segments;  // [entries, key tiles]: queries that may share a segment; nullptr: no segments
+  // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
+  uint32_t* turns;  // [entries, h, query tiles]; nullptr: in any order
+  int32_t query_tiles;
+};
+
+// The score operands of the plain kernel.
+struct NoScoreOperands {};
+
 // What the roles know of a key tile. The scheduler's thread writes it.
-template <class T, int kConsumers>
+template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
@@ -28,14 +41,16 @@ struct KeyTileState {
   int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
   int32_t kv_head, heads;      // the KV head; query heads of its group
   const float *lse, *delta;    // of the first head
+  uint32_t* turns;             // of the first head and query tile, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
+  [[no_unique_address]] Operands score;  // of the first head
 
   int32_t done;  // all tiles are taken, and this is none
 
   // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
   // rows.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p) {
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
@@ -44,7 +59,11 @@ struct KeyTileState {
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
-    const Interval rows = band.queries(tile.row, tile.used_keys());
+    Interval rows = band.queries(tile.row, tile.used_keys());
+    if (grid.segments) {
+      const auto key_tiles = static_cast<int32_t>(ceil_div(p.k_rows, C::kN));
+      rows = intersect(rows, grid.segments[entry(p) * key_tiles + tile.row / C::kN]);
+    }
     tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
@@ -60,6 +79,12 @@ struct KeyTileState {
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
     find_rows(p);
+    if (grid.turns) {
+      const int32_t first = p.packed() ? tile.q_begin / C::kM + tile.index : 0;
+      turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
+    }
+    if constexpr (C::kKind != ScoreKind::kPlain)
+      score.template prepare<typename C::Score>(reload(p), work, work.head);
     return true;
   }
 
@@ -74,6 +99,9 @@ struct KeyTileState {
     reload_shared();
     dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
   }
+  __device__ __forceinline__ int64_t entry(const Problem& p) const {
+    return work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
+  }
   // There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
     return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
@@ -86,15 +114,15 @@ struct QueryStatistics {
   float lse[M], delta[M];
 };
 
-// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of
-// `threads`.
-template <class Tile>
-__device__ __forceinline__ void clear_rows(uint8_t* tile, Interval clean, int thread, int threads) {
+// Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of one
+// of `threads`.
+template <class Tile, class IsClean>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, IsClean is_clean, int thread, int threads) {
   const uint32_t to = ptx::shared_address(tile);
 #pragma unroll 1
   for (int at = thread; at < Tile::kRows * Tile::kChunks; at += threads) {
     const int row = at / Tile::kChunks;
-    if (!clean.contains(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
+    if (!is_clean(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
   }
 }
 
@@ -109,7 +137,8 @@ struct BackwardShared {
   alignas(1024) uint8_t dq[kConsumers][C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile = KeyTileState<typename C::Element, kConsumers>;
+  using Tile = KeyTileState<typename C::Element, kConsumers,
+                            std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> started_pipe;  // full when the load thread has started a key tile
