@@ -48,7 +48,7 @@ static void add_head(const Head& head, Interval rows, Interval columns, BiasScra
     for (int32_t i0 = seen.lo - (seen.lo - rows.lo) % kGradientM; i0 < seen.hi; i0 += kGradientM) {
       t.queries = query_tile<E>(head, i0, min(rows.hi, i0 + kGradientM), t.memory);
       Columns used[kGradientBlocks];
-      if (!used_panels(head.band, t.queries, j0, n, used)) continue;
+      if (!used_panels(head, t.queries, j0, n, used)) continue;
       pack_queries<E>(head, t.queries, false);
       tile_gradient<E, 1>(head, t.queries, t.k_panels, t.v_panels, j0, n, used, false, t.gradient);
       add_tile(t, used, one_row, one_column, t.sum + (one_row ? 0 : (i0 - rows.lo) * kGradientN));

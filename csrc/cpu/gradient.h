@@ -1,8 +1,8 @@
 // Recomputes P and dS of one tile from lse, the first step of backward and bias_gradient.
 #pragma once
 
-#include "head.h"
 #include "product.h"
+#include "segments.h"
 
 namespace jax_flash::JF_ISA {
 
@@ -196,16 +196,18 @@ JF_INLINE Columns seen_columns(const Band& band, int32_t i0, int32_t i1, int32_t
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// The columns that each block of rows sees, widened to whole panels and whole blocks of keys, which is what
-// the products read of P and dS. Returns whether any block sees a key.
-JF_INLINE bool used_panels(const Band& band, const QueryTile& q, int32_t j0, int32_t n, Columns* used) {
+// The columns that each block of rows may see, widened to whole panels and whole blocks of keys, which is
+// what the products read of P and dS. Returns whether any block sees a key.
+JF_INLINE bool used_panels(const Head& head, const QueryTile& q, int32_t j0, int32_t n, Columns* used) {
   bool any = false;
+  const Interval keys = RowSegments(head, q.begin, q.begin + q.count).trim({j0, j0 + n});
   for (int32_t b = 0; b < q.blocks; ++b) {
-    const int32_t i = q.begin + b * kBlockRows;
-    const Columns c = used[b] = seen_columns(band, i, i + kBlockRows, j0, n);
-    if (c.lo >= c.hi) continue;
-    used[b] = {round_down(round_down(c.lo, kBlockRows), kPanel),
-               round_up(round_up(c.hi, kBlockRows), kPanel)};
+    const int32_t i = q.begin + b * kBlockRows, end = i + kBlockRows;
+    const Interval seen = RowSegments(head, i, end).trim(intersect(head.band.rows(i, end), keys));
+    used[b] = {0, 0};
+    if (seen.empty()) continue;
+    used[b] = {round_down(round_down(seen.lo - j0, kBlockRows), kPanel),
+               round_up(round_up(seen.hi - j0, kBlockRows), kPanel)};
     any = true;
   }
   return any;
@@ -220,7 +222,8 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   bool masked = false;
   for (int32_t k = 0; k < kPair; ++k) {
     const Row row{q.begin + r + k, head.head};
-    const Columns visible = seen_columns(head.band, row.position, row.position + 1, j0, n);
+    Columns visible = seen_columns(head.band, row.position, row.position + 1, j0, n);
+    visible = {max(visible.lo, used.lo), min(visible.hi, used.hi)};
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
     if (visible.hi <= visible.lo) continue;
@@ -239,6 +242,18 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   }
   if (masked) return store_gradient_rows<kPair, true, false>(rows, head.softmax_scale, r, used, t);
   return store_gradient_rows<kPair, false, false>(rows, head.softmax_scale, r, used, t);
+}
+
+// P ← 0 and dS ← 0 in the columns of row r that its block does not use. Products that sum over rows read them
+// where there are segments: these may leave keys to rows before and after a block, but not to it.
+JF_INLINE void clear_unused(int32_t n, int32_t r, Columns used, const GradientTile& t) {
+  const int32_t end = round_up(round_up(n, kBlockRows), kPanel);
+  const auto clear = [&](float* row) {
+    fill(row, used.lo, 0.0f);
+    fill(row + used.hi, end - used.hi, 0.0f);
+  };
+  clear(t.s + r * kGradientRow);
+  clear(t.dp + r * kGradientRow);
 }
 
 // S = Q Kᵀ and dP = dO Vᵀ over the visible panels, then P and dS row by row.
@@ -265,7 +280,8 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
   }
   for (int32_t r = 0; r < q.count; r += kPair) {
     const Columns block = used[r / kBlockRows];
-    if (block.lo < block.hi) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
+    if (!block.empty()) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
+    if (head.problem.q_segment_ids) clear_unused(n, r, block, t);
   }
 }
 

@@ -30,6 +30,8 @@ struct TangentKeys {
 // padded(dv)], the tangent of the output without its term in r; r = Σ P∘dS, lane by lane.
 struct TangentTile {
   const RowTile* tile;
+  RowSegments segments;
+  Interval keys;  // of the tile of keys, what segments leave
   int32_t rows, blocks;
   Word* q;
   float* sum;
@@ -111,7 +113,9 @@ class TangentLoop {
     const Interval keys = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
     // Tiles of keys begin at multiples of kTangentN, whichever query tiles run together.
     for (int32_t j0 = round_down(keys.lo, kTangentN); j0 < keys.hi; j0 += kTangentN) {
-      pack(intersect(keys, {j0, j0 + kTangentN}));
+      const Interval tile = intersect(keys, {j0, j0 + kTangentN});
+      if (!trim_to_segments(tiles_, count_, tile)) continue;
+      pack(tile);
       for (int32_t i = 0; i < count_; ++i) attend(tiles_[i]);
     }
     for (int32_t i = 0; i < count_; ++i) store_results(tiles_[i]);
@@ -122,6 +126,7 @@ class TangentLoop {
     const Problem& p = problem_;
     TangentTile x;
     x.tile = &tile;
+    x.segments = RowSegments(head_, tile.begin, tile.end);
     x.rows = tile.rows();
     x.blocks = round_up(x.rows, kBlockRows) / kBlockRows;
     x.q = as_words(scratch.take(kTileM * 2 * half_));
@@ -164,7 +169,8 @@ class TangentLoop {
   // A tile of queries attends to the tile of keys.
   void attend(const TangentTile& x) {
     BlockColumns columns[kMaxBlocks];
-    if (!block_columns(head_.band, x.tile->begin, x.blocks, x.tile->heads, keys_.range, columns)) return;
+    const KeyRange range{x.keys, keys_.range.begin};
+    if (!block_columns(head_, x.tile->begin, x.blocks, x.tile->heads, range, columns)) return;
     const int32_t depth = depth_words<E>(problem_.head_dim), dv = problem_.value_dim;
     const int64_t row = 2 * half_, panel = row * kPanel;
     for (int32_t j = 0; j < keys_.size(); j += kPanel) {
@@ -176,7 +182,7 @@ class TangentLoop {
     }
     for (int32_t r = 0; r < x.rows; ++r) {
       const BlockColumns& block = columns[r / kBlockRows];
-      if (!block.used.empty()) x.r[r] += probabilities(x, r, block.panels());
+      if (!block.used.empty()) x.r[r] += probabilities(x, r, block);
     }
     // tO ← tO + (D∘P) tV + (D∘P∘dS) V
     multiply_values<E, Start::kAccumulate>({s_, kTangentRow, keys_.tv, keys_.size()}, x.blocks, columns, dv,
@@ -186,13 +192,14 @@ class TangentLoop {
   }
 
   // S and T of row r become D∘P and D∘P∘dS. Returns Σ P∘dS.
-  Float probabilities(const TangentTile& x, int32_t r, Columns panels) {
+  Float probabilities(const TangentTile& x, int32_t r, const BlockColumns& block) {
     const Problem& p = problem_;
+    const Columns panels = block.panels();
     const Row row{x.tile->position(r), x.tile->head_of(r)};
     const int32_t j0 = keys_.range.begin;
     float *s = s_ + r * kTangentRow, *t = t_ + r * kTangentRow;
     RowBuffer slopes, tbias, keep;
-    TangentRow own{visible_columns(head_.band, row.position, keys_.range.keys, j0),
+    TangentRow own{visible_columns(head_.band, row.position, j0, block),
                    lse_of(row),
                    __builtin_fabsf(p.spec.scale),
                    nullptr,
