@@ -132,7 +132,7 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
                                               S& s, S& dp, Wait wait_dp = {}) {
   if constexpr (Score::kScalesGradient) {
     wait_dp();
-    score.drop_gradient(dp, tile);                                               // dP ← dP ∘ mask / (1 − rate)
+    score.drop_gradient(dp, tile);  // dP ← dP ∘ mask / (1 − rate)
     for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });  // dP ← dP − delta
   }
   score.template differentiate<kOf>(s, dp, tile);  // S ← score(S); dP ← score'(S) ∘ dP

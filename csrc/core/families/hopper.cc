@@ -117,11 +117,13 @@ class Forward final : public PassTraits {
 };
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
-// repeatable. Calls without a query, which have nothing to make a tensor map of, run the portable rows.
+// repeatable. That order is the band's, not that of segments. Calls without a query have nothing to make a
+// tensor map of.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call& call) const override {
-    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0;
+    const bool in_order = call.spec.deterministic && call.spec.has(Operand::kQSegmentIds);
+    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0 && !in_order;
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
@@ -132,6 +134,7 @@ class Backward final : public PassTraits {
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    add_segments(call, s.k_rows, plan.keys, workspace);
     plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     share_tiles(plan.keys, unequal, row.teams, call, workspace, plan);
@@ -143,8 +146,8 @@ class Backward final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
-    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s)) + turns +
-           aligned(kCounterBytes);
+    return schedule_bound(spec, s, s.k_rows) + segments_bound(spec, s, s.k_rows) +
+           aligned(accumulator_bytes(spec, s)) + turns + aligned(kCounterBytes);
   }
 };
 

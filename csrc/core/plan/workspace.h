@@ -65,7 +65,8 @@ inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& seque
 
 // The counts that order the additions to dQ.
 inline Dim dq_turns_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
-  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) * 4;
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) *
+         4;
 }
 
 inline DimShapes dims_of(const Shapes& s) {

@@ -131,7 +131,7 @@ inline uint32_t backward_heads_together(const Problem& p) {
 // Finds what a plan says of key tiles in the workspace, and clears the counts among it.
 inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
                                  int32_t block_m, cudaStream_t stream) {
-  grid = {segments_of(plan.keys, workspace), nullptr,
+  grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), nullptr,
           static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value())};
   if (plan.dq_turns < 0) return cudaSuccess;
   grid.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_turns);
@@ -152,7 +152,8 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
     if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
-    if (cudaError_t e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
+    if (cudaError_t e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess)
+      return e;
     const cudaError_t e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads,
                                  sizeof(typename C::Shared), stream, p, maps, tiles, key_grid);
     if (e != cudaSuccess) return e;

@@ -43,8 +43,8 @@ struct GradientProducer {
     NoMailbox none;
     using Scheduler = TileScheduler<Over::kKeys, C::kN, 1, 1, NoMailbox>;
     Scheduler scheduler{all, none};
-    // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken by
-    // a CTA that runs.
+    // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken
+    // by a CTA that runs.
     const auto take = [&] { return atomicAdd(all.counter, 1u); };
     uint32_t number = grid.turns ? take() : Scheduler::first(0);
     while (number < all.count) {

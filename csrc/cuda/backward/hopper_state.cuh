@@ -20,10 +20,11 @@ inline constexpr int kKeyTileStates = 2;
 
 // What lies in the workspace for key tiles.
 struct KeyGrid {
-  const Interval* segments;  // [entries, key tiles]: queries that may share a segment; nullptr: no segments
+  const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
+  int32_t key_tiles;
   // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
-  uint32_t* turns;  // [entries, h, query tiles]; nullptr: in any order
-  int32_t query_tiles;
+  uint32_t* turns;      // [entries, h, query_tiles]; nullptr: in any order
+  int32_t query_tiles;  // of a head
 };
 
 // The score operands of the plain kernel.
@@ -59,12 +60,9 @@ struct KeyTileState {
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
-    Interval rows = band.queries(tile.row, tile.used_keys());
-    if (grid.segments) {
-      const auto key_tiles = static_cast<int32_t>(ceil_div(p.k_rows, C::kN));
-      rows = intersect(rows, grid.segments[entry(p) * key_tiles + tile.row / C::kN]);
-    }
-    tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
+    const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
+                                           band.queries(tile.row, tile.used_keys()));
+    tiles = tiles_of(rows, C::kM);
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
@@ -114,8 +112,8 @@ struct QueryStatistics {
   float lse[M], delta[M];
 };
 
-// Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of one
-// of `threads`.
+// Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of
+// one of `threads`.
 template <class Tile, class IsClean>
 __device__ __forceinline__ void clear_rows(uint8_t* tile, IsClean is_clean, int thread, int threads) {
   const uint32_t to = ptx::shared_address(tile);
@@ -137,8 +135,9 @@ struct BackwardShared {
   alignas(1024) uint8_t dq[kConsumers][C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile = KeyTileState<typename C::Element, kConsumers,
-                            std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
+  using Tile =
+      KeyTileState<typename C::Element, kConsumers,
+                   std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> started_pipe;  // full when the load thread has started a key tile

@@ -188,12 +188,12 @@ struct TileDropout {
     return result;
   }
 
-  // Of the 16 numbers of a block a lane of a transposed S holds four: two rows, 8 apart, and two keys, of which
-  // the lane 4 further has the odd (even) neighbours. The two lanes need the blocks of two neighbouring rows:
-  // each draws one of them.
+  // Of the 16 numbers of a block a lane of a transposed S holds four: two rows, 8 apart, and two keys, of
+  // which the lane 4 further has the odd (even) neighbours. The two lanes need the blocks of two neighbouring
+  // rows: each draws one of them.
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_of_transposed_blocks() const {
-    const uint32_t lane = ptx::lane_index(), odd = lane / 4 % 2;
+    const uint32_t lane = static_cast<uint32_t>(ptx::thread_index()) % 32, odd = lane / 4 % 2;
     const uint32_t threshold = dropout.threshold << 17;
     KeptElements<S> result;
 #pragma unroll
@@ -204,8 +204,7 @@ struct TileDropout {
 #pragma unroll
       for (int slot = 0; slot < S::kSlots; slot += 4) {
         const uint32_t i = row + S::row_step(slot) + lane % 4 * 2 + odd;
-        const PhiloxBlock block =
-            philox(dropout.key0, dropout.key1, dropout.counter(batch, head, i, index));
+        const PhiloxBlock block = philox(dropout.key0, dropout.key1, dropout.counter(batch, head, i, index));
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t own = upper ? block.word[2 + e] : block.word[e];
@@ -215,7 +214,7 @@ struct TileDropout {
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const uint32_t word = words[k % 2], turn = 17 - 16 * odd - k / 2 * 8;
-            result.set(slot + k, n, e, __funnelshift_l(word, word, turn) >= threshold);
+            result.set(slot + k, n, e, (word << turn % 32 | word >> (32 - turn) % 32) >= threshold);
           }
         }
       }

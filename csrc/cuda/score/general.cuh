@@ -43,7 +43,7 @@ __device__ __forceinline__ void hide_other_segments(TransposedAccumulator<kKeyTi
                                                     const ScoreOperands& operands, const Band& band,
                                                     int32_t row, int32_t key) {
   using S = TransposedAccumulator<kKeyTiles, kQueryTiles>;
-  const int32_t lane = static_cast<int32_t>(ptx::lane_index());
+  const int32_t lane = ptx::thread_index() % 32;
   int32_t of_key[S::kColumnTiles][2], of_row[(S::kRows + 31) / 32];
 #pragma unroll
   for (int n = 0; n < S::kColumnTiles; ++n)
@@ -149,8 +149,7 @@ struct GeneralScore : ScoreVariant<S> {
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
     if (p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
-    if (p.alibi_slopes) 
-      subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
+    if (p.alibi_slopes) subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });

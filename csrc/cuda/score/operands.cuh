@@ -55,7 +55,8 @@ struct ScoreOperands {
   __device__ __forceinline__ ScoreOperands of_head(const Problem& p, const BlockWork& work,
                                                    int32_t further) const {
     ScoreOperands x = *this;
-    x.bias = static_cast<const uint8_t*>(bias) + further * p.bias.head * (p.bias_dtype == DType::kF32 ? 4 : 2);
+    x.bias =
+        static_cast<const uint8_t*>(bias) + further * p.bias.head * (p.bias_dtype == DType::kF32 ? 4 : 2);
     x.mask = mask + further * p.mask.head;
     if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
       x.slope =
