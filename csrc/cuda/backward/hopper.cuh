@@ -67,7 +67,7 @@ struct BackwardSm90 {
   };
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
-  static_assert(kDqByRows || KTile::kPanel == 8);
+  static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(HeadDim, ValueDim, M, N, Stages));
 };
 
@@ -120,8 +120,14 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
 
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
 // L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
+//
+// In a deterministic call 16: the fewer tiles of a head run at a time, the less they wait for each other.
 inline uint32_t backward_heads_together(const Problem& p) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
+#ifndef JF_DET_HEADS
+#define JF_DET_HEADS 16
+#endif
+  if (p.spec.deterministic) return JF_DET_HEADS;
   const bool band = p.spec.left >= 0 || p.spec.right >= 0;
   const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
   const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));

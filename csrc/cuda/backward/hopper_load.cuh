@@ -82,9 +82,13 @@ struct GradientProducer {
           load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
                                    coordinates_of(p.dout, work, head, row));
           if (use == step_use) {
-            shared.started_pipe.arrive(tile_index);
+            if (!grid.turns) shared.started_pipe.arrive(tile_index);
             load_keys(tile);
           }
+          // Where tiles wait for those of smaller numbers, the next number is taken late: none is held long
+          // before its tile begins.
+          const bool last = step.tile == tile.tiles.lo && step.head == tile.heads - 1;
+          if (grid.turns && last) shared.started_pipe.arrive(tile_index);
         },
         [&](const Tile& tile) {
           if (tile.tiles.empty()) skip_keys();
