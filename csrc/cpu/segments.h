@@ -30,13 +30,7 @@ struct RowSegments {
     if (!keys || range.empty()) return range;
     Int first = Int{} + range.hi, last = Int{} + range.lo;
     for (int32_t j = range.lo; j < range.hi; j += kLanes) {
-      Int segment;
-      if (j + kLanes <= range.hi) {
-        segment = reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys + j)));
-      } else {
-        for (int lane = 0; lane < kLanes; ++lane) segment[lane] = keys[min(j + lane, range.hi - 1)];
-      }
-      const Int key = lane_indices() + j, seen = may_have(segment);
+      const Int key = lane_indices() + j, seen = may_have(load_segments(j, range.hi));
       first = seen & (key < first) ? key : first;
       last = seen ? key + 1 : last;
     }
@@ -45,7 +39,26 @@ struct RowSegments {
     return {left.lo, min(left.hi, range.hi)};
   }
 
+  // Whether one of these keys is of another segment than one of the rows.
+  bool differ_from(Interval range) const {
+    if (!keys || range.empty()) return false;
+    Int differs = Int{} + (rows.lo != rows.hi);
+    for (int32_t j = range.lo; j < range.hi; j += kLanes) differs |= load_segments(j, range.hi) ^ rows.lo;
+    int32_t any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= differs[lane];
+    return any != 0;
+  }
+
  private:
+  // The segments of keys [j, j + kLanes); past `end` they are the last one's.
+  JF_HD Int load_segments(int32_t j, int32_t end) const {
+    if (j + kLanes <= end)
+      return reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys + j)));
+    Int segments;
+    for (int lane = 0; lane < kLanes; ++lane) segments[lane] = keys[min(j + lane, end - 1)];
+    return segments;
+  }
+
   // SegmentSet::may_have of each lane.
   JF_HD Int may_have(Int segment) const {
     const UInt number = reinterpret_cast<UInt>(segment);

@@ -23,9 +23,11 @@ struct Softmax {
 };
 
 // A block of rows in a tile of keys: `used` are the columns that any of the rows may see, `unmasked` the
-// panels that every row sees entirely, segments aside.
+// panels that every row sees entirely, segments aside. `mixed`: the used ones are not all of the rows'
+// segment.
 struct BlockColumns {
   Columns used{0, 0}, unmasked{0, 0};
+  bool mixed = false;
 
   JF_HD Columns panels() const { return {round_down(used.lo, kPanel), round_up(used.hi, kPanel)}; }
 };
@@ -52,11 +54,13 @@ JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t first = i0 + b * kBlockRows / heads, end = i0 + ((b + 1) * kBlockRows + heads - 1) / heads;
     const Interval in_band = intersect(band.rows(first, end), range.keys);
-    const Interval keys = RowSegments(head, first, end).trim(in_band);
+    const RowSegments segments(head, first, end);
+    const Interval keys = segments.trim(in_band);
     columns[b] = {};
     if (keys.empty()) continue;
     any = true;
     columns[b].used = {keys.lo - j0, keys.hi - j0};
+    columns[b].mixed = segments.differ_from(keys);
     const Interval all = intersect(band.common(first, end), keys);
     columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
     const int32_t lo = columns[b].panels().lo;
@@ -109,11 +113,12 @@ JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const 
                                Float lane_max, Softmax& state, SoftmaxShift& shifts, int32_t r) {
   const int32_t j0 = range.begin;
   const Columns visible = visible_columns(head.band, row.position, j0, block), all = block.panels();
-  if (head.has_options) {
+  if (head.must_finish(block.mixed)) {
     const Columns whole = visible.empty() ? Columns{all.hi, all.hi} : vectors(visible);
     fill(s + all.lo, whole.lo - all.lo, kNegInf);
     fill(s + whole.hi, all.hi - whole.hi, kNegInf);
-    lane_max = visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, s, nullptr);
+    lane_max =
+        visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, block.mixed, s, nullptr);
   } else {
     lane_max = hide_edges(visible, all.lo, block.unmasked.lo, s, lane_max);
     lane_max = hide_edges(visible, block.unmasked.hi, all.hi, s, lane_max);

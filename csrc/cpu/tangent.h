@@ -11,10 +11,18 @@ namespace jax_flash::JF_ISA {
 // kTangentRow apart, no power of two.
 inline constexpr int32_t kTangentN = 256, kTangentRow = kTangentN + kLanes;
 
-// Scratch at the largest head dim: packed K, tK, V and tV, S and dS, and for every query tile Q, tQ, tO and
-// r.
-static_assert((4 * kTangentN * kMaxHeadDim + 2 * kTileM * kTangentRow +
-               kMaxTangentTiles * kTileM * (3 * kMaxHeadDim + kLanes)) <= kScratchFloats);
+// Scratch, in floats: packed K, tK, V and tV, S and dS, and for every query tile Q, tQ, tO and r.
+constexpr int64_t tangent_floats(int64_t d, int64_t dv, int64_t tiles) {
+  return 2 * kTangentN * (d + dv) + 2 * kTileM * kTangentRow + tiles * kTileM * (2 * d + dv + kLanes);
+}
+static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 24) <= kScratchFloats);
+
+// Query tiles that run together, and so have every tile of keys packed for them once.
+static int32_t tangent_tiles(const Problem& p) {
+  int32_t tiles = kMaxQueryTiles;
+  while (tangent_floats(padded(p.head_dim), padded(p.value_dim), tiles) > kScratchFloats) --tiles;
+  return tiles;
+}
 
 // A tile of keys, packed. Each panel of `k` holds Kᵀ and, `half` words on, tKᵀ: the tangent of the products,
 // tQ Kᵀ
@@ -207,13 +215,13 @@ class TangentLoop {
                    nullptr};
     if (own.lse == kNegInf) own.visible = {0, 0};  // mask, bias or segments hide every key
     const bool masked = own.visible.lo > panels.lo || own.visible.hi < panels.hi;
-    if (own.visible.empty() || !(head_.has_options || head_.has_dropout)) {
+    if (own.visible.empty() || !(head_.must_finish(block.mixed) || head_.has_dropout)) {
       return masked ? tangent_columns<E, true, false>(own, head_.softmax_scale, panels, s, t)
                     : tangent_columns<E, false, false>(own, head_.softmax_scale, panels, s, t);
     }
-    if (head_.has_options) {
+    if (head_.must_finish(block.mixed)) {
       const bool capped = p.spec.softcap > 0;
-      head_.finish_scores(row, j0, own.visible, s, capped ? slopes.value : nullptr);
+      head_.finish_scores(row, j0, own.visible, block.mixed, s, capped ? slopes.value : nullptr);
       if (capped) own.slopes = slopes.value;
     }
     if (tangents_.tbias) {
@@ -246,7 +254,21 @@ class TangentLoop {
     const int32_t ld = padded(p.value_dim);
     alignas(64) static constexpr float kZeros[kMaxHeadDim] = {};
     alignas(64) float r_out[kMaxHeadDim];
+    // Rows are far apart: the hardware prefetcher does not follow them.
+    const auto prefetch = [&](int32_t i) {
+      const int32_t position = x.tile->position(i), h = x.tile->head_of(i) - head_.head;
+      const int64_t size = size_of(out.dtype);
+      const char* from = out.at(position) + h * p.out.head * size;
+      char* to = tout.at(position) + h * tangents_.tout.head * size;
+      for (int64_t b = 0; b < p.value_dim * size; b += kLineBytes) {
+        __builtin_prefetch(from + b);
+        __builtin_prefetch(to + b, 1);
+      }
+    };
+    constexpr int32_t kAhead = 4;  // rows
+    for (int32_t i = 0; i < min(kAhead, x.rows); ++i) prefetch(i);
     for (int32_t i = 0; i < x.rows; ++i) {
+      if (i + kAhead < x.rows) prefetch(i + kAhead);
       const Row row{x.tile->position(i), x.tile->head_of(i)};
       const int32_t h = row.head - head_.head;
       const bool sees = lse_of(row) != kNegInf;
@@ -269,7 +291,7 @@ class TangentLoop {
   int32_t count_, half_;  // half_: words of a packed row of Q
   TangentKeys keys_;
   float *s_, *t_;
-  TangentTile tiles_[kMaxTangentTiles];
+  TangentTile tiles_[kMaxQueryTiles];
 };
 
 static void tangent(const Problem& p, const Tangents& t, const RowTile* tiles, int32_t count, float* memory) {
