@@ -45,13 +45,12 @@ def test_hopper_has_a_backward():
         ("alibi", {"operands": operand_bits(("alibi_slopes",))}),
         ("dropout", {"operands": operand_bits(("dropout",))}),
         ("segments", {"operands": SEGMENTS}),
-        ("general", {"operands": operand_bits(("bias",))}),
-        ("general", {"operands": operand_bits(("mask", "dropout"))}),
+        ("general", {"operands": operand_bits(("alibi_slopes", "dropout"))}),
         ("general", {"operands": SEGMENTS, "softcap": 3.0}),
     ],
 )
 def test_hoppers_backward_has_kernels_for_options(d, kind, options):
-    for deterministic in {False, options.get("operands") != SEGMENTS}:
+    for deterministic in {False, not options.get("operands", 0) & SEGMENTS}:
         text = plan("backward", d=d, dv=d, deterministic=deterministic, **options)["text"]
         assert text.startswith(f"sm90 backward dense {kind} d={d} dv={d} tile ")
     assert arch(pass_="backward", d=32, dv=32, **options) == "sm90"
@@ -61,6 +60,8 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     "options",
     [
         {"deterministic": True, "operands": SEGMENTS},
+        {"operands": operand_bits(("bias",))},
+        {"operands": operand_bits(("mask", "dropout"))},
         {"dtype": "float32"},
         {"d": 256, "dv": 256},
         {"d": 192, "dv": 128},

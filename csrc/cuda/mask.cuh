@@ -5,7 +5,6 @@
 
 #include "core/band.h"
 #include "cuda/ptx/math.cuh"
-#include "cuda/tile/accumulator.cuh"
 
 namespace jax_flash {
 
@@ -33,20 +32,9 @@ struct FromLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column >= limit; }
 };
 
-// S ← −inf outside the band. `begins`, `ends`: whether the band of some row does so within the tile.
+// S ← −inf outside the band, of a transposed S: the band of a key limits the rows, as a lane has fewer keys.
 template <class S>
-__device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
-                                     bool ends = true) {
-  if (begins)
-    hide(s, key, -INFINITY, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});
-  if (ends) hide(s, key, -INFINITY, [&](int slot) { return band.last_key(row + S::row(slot)); }, FromLimit{});
-}
-
-// The same of a transposed S, where the band of a key limits the rows: a lane has fewer keys than rows.
-template <int kKeyTiles, int kQueryTiles>
-__device__ __forceinline__ void mask(TransposedAccumulator<kKeyTiles, kQueryTiles>& s, const Band& band,
-                                     int32_t row, int32_t key) {
-  using S = TransposedAccumulator<kKeyTiles, kQueryTiles>;
+__device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t row, int32_t key) {
   const auto hide_rows = [&](auto bound, auto hidden) {
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -61,6 +49,16 @@ __device__ __forceinline__ void mask(TransposedAccumulator<kKeyTiles, kQueryTile
   };
   hide_rows([](Interval seen) { return seen.lo; }, BeforeLimit{});
   hide_rows([](Interval seen) { return seen.hi; }, FromLimit{});
+}
+
+// S ← −inf outside the band. `begins`, `ends`: whether the band of some row does so within the tile.
+template <class S>
+__device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
+                                     bool ends = true) {
+  if constexpr (S::kTransposed) return mask_transposed(s, band, row, key);
+  if (begins)
+    hide(s, key, -INFINITY, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});
+  if (ends) hide(s, key, -INFINITY, [&](int slot) { return band.last_key(row + S::row(slot)); }, FromLimit{});
 }
 
 // Whether every row of a warp's S sees all its keys. The vote tells the compiler that the branch is uniform.

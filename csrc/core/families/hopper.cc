@@ -117,13 +117,16 @@ class Forward final : public PassTraits {
 };
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
-// repeatable. That order is the band's, not that of segments. Calls without a query have nothing to make a
-// tensor map of.
+// repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
+// bias or a mask, which a lane of Sᵀ would read element by element; repeatable sums with segments, as the
+// order is the band's.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call& call) const override {
-    const bool in_order = call.spec.deterministic && call.spec.has(Operand::kQSegmentIds);
-    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0 && !in_order;
+    const AttentionSpec& spec = call.spec;
+    if (spec.has(Operand::kBias) || spec.has(Operand::kMask)) return false;
+    if (spec.deterministic && spec.has(Operand::kQSegmentIds)) return false;
+    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0;
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {

@@ -56,7 +56,7 @@ struct BackwardSm90 {
   static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
-  using Score = HopperGradientScore<Kind, S>;
+  using Score = HopperScore<Kind, S>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
@@ -121,14 +121,12 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
 // L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
 //
-// In a deterministic call 16: the fewer tiles of a head run at a time, the less they wait for each other.
+// In a deterministic call 16, or 8 without a band: the fewer tiles of a head run at a time, the less they
+// wait for each other.
 inline uint32_t backward_heads_together(const Problem& p) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
-#ifndef JF_DET_HEADS
-#define JF_DET_HEADS 16
-#endif
-  if (p.spec.deterministic) return JF_DET_HEADS;
   const bool band = p.spec.left >= 0 || p.spec.right >= 0;
+  if (p.spec.deterministic) return band ? kMost : kFewestOfBand;
   const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
   const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head, band ? kFewestOfBand : 1, kMost));

@@ -87,8 +87,10 @@ struct GradientProducer {
           }
           // Where tiles wait for those of smaller numbers, the next number is taken late: none is held long
           // before its tile begins.
-          const bool last = step.tile == tile.tiles.lo && step.head == tile.heads - 1;
-          if (grid.turns && last) shared.started_pipe.arrive(tile_index);
+          constexpr int32_t kSoon = 4;  // steps, which cover the time that finding a tile takes
+          const int32_t steps = tile.tiles.size() * tile.heads;
+          if (grid.turns && use - step_use == static_cast<uint32_t>(max(steps - kSoon, 0)))
+            shared.started_pipe.arrive(tile_index);
         },
         [&](const Tile& tile) {
           if (tile.tiles.empty()) skip_keys();

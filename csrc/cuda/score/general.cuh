@@ -16,33 +16,11 @@
 
 namespace jax_flash {
 
-// S ← −inf where the key is of another segment than the row.
+// S ← −inf where the key is of another segment than the row, of a transposed S. A lane has few keys, and the
+// warp's lanes share out the rows' segments: as many as S has rows would not fit a lane's registers.
 template <class S>
-__device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
-                                                    int32_t row, int32_t key) {
-#pragma unroll
-  for (int n = 0; n < S::kColumnTiles; ++n) {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int32_t j = key + S::column(n, e);
-      const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
-#pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) {
-        const int32_t i = row + S::row(slot);
-        if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
-          s.at(slot, n, e) = -INFINITY;
-      }
-    }
-  }
-}
-
-// The same of a transposed S. A lane has few keys, and the warp's lanes share out the rows' segments: as many
-// as S has rows would not fit a lane's registers.
-template <int kKeyTiles, int kQueryTiles>
-__device__ __forceinline__ void hide_other_segments(TransposedAccumulator<kKeyTiles, kQueryTiles>& s,
-                                                    const ScoreOperands& operands, const Band& band,
-                                                    int32_t row, int32_t key) {
-  using S = TransposedAccumulator<kKeyTiles, kQueryTiles>;
+__device__ __forceinline__ void hide_other_segments_transposed(S& s, const ScoreOperands& operands,
+                                                               const Band& band, int32_t row, int32_t key) {
   const int32_t lane = ptx::thread_index() % 32;
   int32_t of_key[S::kColumnTiles][2], of_row[(S::kRows + 31) / 32];
 #pragma unroll
@@ -65,11 +43,37 @@ __device__ __forceinline__ void hide_other_segments(TransposedAccumulator<kKeyTi
   }
 }
 
+// S ← −inf where the key is of another segment than the row.
+template <class S>
+__device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
+                                                    int32_t row, int32_t key) {
+  if constexpr (S::kTransposed) return hide_other_segments_transposed(s, operands, band, row, key);
+#pragma unroll
+  for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int32_t j = key + S::column(n, e);
+      const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; ++slot) {
+        const int32_t i = row + S::row(slot);
+        if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
+          s.at(slot, n, e) = -INFINITY;
+      }
+    }
+  }
+}
+
 // Any options but dropout. Operands are read only where row and key are in use.
 template <class S>
 struct GeneralScore : ScoreVariant<S> {
   static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
-  static constexpr bool reads(Operand operand) { return operand != Operand::kDropout; }
+  // A lane of a transposed S has no neighbouring keys, so that it would read these element by element.
+  static constexpr bool kBiasAndMask = !S::kTransposed;
+  static constexpr bool reads(Operand operand) {
+    return operand != Operand::kDropout &&
+           (kBiasAndMask || (operand != Operand::kBias && operand != Operand::kMask));
+  }
   template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
   BiasChunks<S> bias;  // where S is permuted
@@ -148,12 +152,12 @@ struct GeneralScore : ScoreVariant<S> {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
-    if (p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
+    if (kBiasAndMask && p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
     if (p.alibi_slopes) subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
-    if (p.mask) {
+    if (kBiasAndMask && p.mask) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key, [](float& x, uint8_t seen) {
         if (!seen) x = -INFINITY;
       });

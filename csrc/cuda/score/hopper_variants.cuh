@@ -36,8 +36,4 @@ struct HopperScoreOf<ScoreKind::kBias, S> : std::type_identity<BiasScore<S>> {};
 template <ScoreKind kKind, class S>
 using HopperScore = typename HopperScoreOf<kKind, S>::type;
 
-// Those of the backward, which has no input of its own for a bias.
-template <ScoreKind kKind, class S>
-using HopperGradientScore = HopperScore<kKind, S>;
-
 }  // namespace jax_flash
