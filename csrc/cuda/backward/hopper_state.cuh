@@ -7,6 +7,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/backward/query_step.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
@@ -35,14 +36,14 @@ template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
-  Interval tiles;              // query tiles of which some row sees one of the keys
+  QueryWalk walk;              // through the query tiles of which some row sees one of the keys
   Interval whole[kConsumers];  // of those, the tiles whose rows all see all keys of a consumer
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
   int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
-  int32_t kv_head, heads;      // the KV head; query heads of its group
-  const float *lse, *delta;    // of the first head
-  uint32_t* turns;             // of the first head and query tile, where dQ is added up in order
+  int32_t kv_head;
+  const float *lse, *delta;  // of the first head
+  uint32_t* turns;           // of the first head and query tile, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
   [[no_unique_address]] Operands score;  // of the first head
 
@@ -55,14 +56,14 @@ struct KeyTileState {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
-    heads = p.heads / p.kv_heads;
-    kv_head = work.head / heads;
+    walk.heads = p.heads / p.kv_heads;
+    kv_head = work.head / walk.heads;
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
     const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
                                            band.queries(tile.row, tile.used_keys()));
-    tiles = tiles_of(rows, C::kM);
+    walk.tiles = tiles_of(rows, C::kM);
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
@@ -140,8 +141,8 @@ struct BackwardShared {
                    std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
-  Pipeline<1> started_pipe;  // full when the load thread has started a key tile
-  Pipeline<1> key_pipe;      // K and V
+  Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
+  Pipeline<1> key_pipe;     // K and V
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
   Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
@@ -150,7 +151,7 @@ struct BackwardShared {
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + 2);  // and the other producers
-    started_pipe.init(1);
+    ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);
     do_pipe.init(kConsumers * kConsumer);
