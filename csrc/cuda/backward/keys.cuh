@@ -37,6 +37,7 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
     score.prefetch(tile, key);
     multiply_q_k();
     multiply_do_v();
+    score.prefetch_gradient(tile);
     tile_gradient(score, tile, rows, partial, s, dp);
   } else {  // P is made before dP, which leaves it to the compiler to overlap the two
     multiply_q_k();

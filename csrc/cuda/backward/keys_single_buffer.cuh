@@ -69,7 +69,9 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     if (at.computes_s) {
       mma_qk<DoTile, VTile>(dp, buffer, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
       typename C::Score score;                                      // P = exp(S − lse), dS = P ∘ (dP − delta)
-      tile_gradient(score, ScoreTile{p, block.score, block.band, first, key}, rows, partial, s, dp);
+      const ScoreTile scores{p, block.score, block.band, first, key};
+      score.prefetch_gradient(scores);
+      tile_gradient(score, scores, rows, partial, s, dp);
       store_accumulator<PTile>(s, shared + kLayout.p, at.s);
       store_accumulator<PTile>(dp, shared + kLayout.ds, at.s);
     }
