@@ -78,6 +78,32 @@ def test_pools_of_every_dtype_in_both_layouts(size, layout, pool_dtype, dtype):
     pages.check(paged(case, size, layout, pool_dtype), IMPLEMENTATION)
 
 
+def test_hundreds_of_sequences():
+    """More than a CTA has threads; most end within one of its key tiles, and some have no keys."""
+    lengths = np.random.default_rng(3).choice([0, 1, 5, 40, 64, 65, 200], 300)
+    case = Case("many", b=300, sq=1, sk=200, kv_lengths=tuple(map(int, lengths)), hq=4, hk=2, d=16, dv=16)
+    pages.check(paged(case, 16), IMPLEMENTATION)
+
+
+def test_nested_vmaps_over_queries_and_tables(kernel):
+    """Outer: query; inner: tables and lengths. Every pair is its own call, of keys that are split."""
+    require(kernel)
+    call = paged(Case("nested", b=1, sq=1, sk=300, hq=4, hk=2), 16)
+    arrays, run = call.arrays, call.call(kernel)
+    queries = jnp.stack([arrays["query"], -arrays["query"]])
+    tables = jnp.stack([arrays["block_tables"], arrays["block_tables"][:, ::-1], arrays["block_tables"]])
+    lengths = jnp.asarray([[300], [0], [170]], jnp.int32)
+
+    def one(query, tables, lengths):
+        return run({"query": query, "block_tables": tables, "kv_lengths": lengths})
+
+    mapped = jax.jit(jax.vmap(jax.vmap(one, (None, 0, 0)), (0, None, None)))(queries, tables, lengths)
+    for i in range(2):
+        for j in range(3):
+            for x, y in zip(mapped, one(queries[i], tables[j], lengths[j]), strict=True):
+                np.testing.assert_allclose(x[i, j], y, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "size"), [("decode", 8), ("decode", 300), ("prefill", 16)])
 def test_many_query_heads_and_rows_of_one_kv_head(name, size):
     """Rows of one KV head fill several tiles: 130 heads, or 3 heads of 70 rows."""
@@ -90,11 +116,12 @@ def test_many_query_heads_and_rows_of_one_kv_head(name, size):
     ("d", "dv"), [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str
 )
 def test_few_and_many_rows_of_every_head_dim(d, dv):
-    """Decode with 4 and 12 rows of a KV head, and a mix with longer sequences, over several tiles of keys."""
+    """Decode with 4, 12 and 32 rows of a KV head, and a mix with longer sequences, over several tiles of keys."""
     few = Case("few", b=2, sq=1, sk=300, kv_lengths=(300, 129), hq=8, hk=2, sinks=True)
     many = Case("many", b=2, sq=3, sk=300, kv_lengths=(290, 65), hq=4, hk=1, causal=True, window=(200, None))
+    drafted = Case("drafted", b=2, sq=8, sk=300, kv_lengths=(300, 71), hq=8, hk=2, causal=True)
     mixed = varlen("mixed", (1, 70, 2), k_sequences=(300, 90, 40), causal=True, hq=4, hk=1)
-    for case in (few, many, mixed):
+    for case in (few, many, drafted, mixed):
         pages.check(paged(case.replace(d=d, dv=dv, dtype="bfloat16"), 16), IMPLEMENTATION)
 
 
@@ -124,6 +151,19 @@ def test_few_rows_over_long_float8_pools(d, float8):
     for dtype in ("bfloat16", "float16"):
         few = Case("few", b=2, sq=1, sk=300, kv_lengths=(300, 129), hq=8, hk=2, d=d, dv=d, dtype=dtype)
         pages.check(paged(few, 16, pool_dtype=float8), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("float8", FLOAT8)
+def test_float8_pools_take_queries_of_any_size(implementation, float8):
+    """Queries 2^60 times larger or smaller, and keys whose scale makes up for it."""
+    require(implementation)
+    call = paged(DECODE.replace(dtype="bfloat16", d=64, dv=64, hq=4, hk=2), 8, pool_dtype=float8)
+    plain = call.call(implementation)({})
+    powers = jnp.asarray([60, -60])
+    query = call.arrays["query"] * jnp.repeat(2.0**powers, 2)[:, None].astype("bfloat16")
+    scaled = call.call(implementation)({"query": query, "k_scale": call.arrays["k_scale"] * 2.0**-powers})
+    for x, y in zip(scaled, plain, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("given", ["neither", "k_scale", "v_scale", "both"])

@@ -161,24 +161,22 @@ def test_nothing_to_do_is_no_block():
 
 
 def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulator():
-    fast, repeatable = plan("backward"), plan("backward", deterministic=True)
+    fast, repeatable = (plan("backward", device=A100, deterministic=x) for x in (False, True))
     assert fast["workspace"] >= 4 * 2 * 1000 * 8 * 64
     assert repeatable["workspace"] == 0
     assert repeatable["queries"]["blocks"] > 0
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent"])
-def test_segments_take_an_interval_for_each_tile_of_a_batch_entry(pass_):
-    segments = operand_bits(("q_segment_ids", "kv_segment_ids"))
-    for deterministic in {False, pass_ == "backward"}:
-        sizes = {"batch": 3, "leading": 5, "deterministic": deterministic}
-        without = plan(pass_, A100, operands=operand_bits(("mask",)), **sizes)
-        chosen = plan(pass_, A100, operands=segments, **sizes)
-        grids = [chosen[of] for of in ("queries", "keys") if chosen[of]["blocks"]]
-        heads = {"queries": 8, "keys": 2}
-        tiles = [chosen[of]["blocks"] // heads[of] for of in heads if chosen[of]["blocks"]]
-        assert len(grids) == 1 + deterministic
-        assert chosen["workspace"] - without["workspace"] == sum(-(-8 * n // 256) * 256 for n in tiles)
+def test_segments_take_an_interval_for_each_tile_of_a_batch_entry(pass_, deterministic):
+    sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
+    without = plan(pass_, operands=operand_bits(("mask",)), **sizes)
+    chosen = plan(pass_, operands=operand_bits(("q_segment_ids", "kv_segment_ids")), **sizes)
+    tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]  # of all heads, 8 and 2
+    aligned = sum(-(-8 * n // 256) * 256 for n in tiles)
+    assert chosen["workspace"] - without["workspace"] == aligned > 0
+    assert (tiles[1] > 0) == (pass_ == "backward")
 
 
 @pytest.mark.parametrize("pass_", PASSES)
