@@ -10,7 +10,6 @@ from plans import A100, H100, HEAD_DIMS, plan, tile
 
 from jax_flash.operands import operand_bits, padded_head_dim
 
-
 SEGMENTS = operand_bits(("q_segment_ids", "kv_segment_ids"))
 
 
@@ -38,7 +37,7 @@ def test_hopper_has_a_backward():
 
 @pytest.mark.parametrize("d", [64, 128])
 @pytest.mark.parametrize(
-    "kind, options",
+    ("kind", "options"),
     [
         ("plain", {}),
         ("softcap", {"softcap": 3.0}),

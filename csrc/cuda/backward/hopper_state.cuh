@@ -16,6 +16,11 @@
 
 namespace jax_flash {
 
+// Tells the compiler that it is the same in all lanes.
+__device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
+  return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
+}
+
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
