@@ -56,7 +56,7 @@ struct GradientProducer {
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       tile.work = scheduler.work(reload(p), number);
       set_order(tile.walk, all, number);
-      if (tile.template prepare<C>(reload(p))) shared.state_pipe.arrive(tile_index++);
+      if (tile.template prepare<C>(reload(p), maps.sums)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = scheduler.next(number);
     }
@@ -187,7 +187,7 @@ struct GradientProducer {
     ptx::bulk_commit();
   }
 
-  // One thread: adds dQ to the accumulator.
+  // One thread, where sums are ordered: adds dQ to the accumulator.
   __device__ __forceinline__ void add_dq() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
