@@ -21,6 +21,7 @@ from .sections import Suite
 
 PASSES = ("forward", "both")
 LENGTHS = (32768, 131072)
+TRAINED = ("data", "heads", "sequence")  # axes of the training step's mesh
 LINK_SIZES = tuple(size << 20 for size in (1, 16, 64, 512))
 BUDGET = 1.0  # seconds of the timed bursts of one device, beside as many that are not timed
 SLOW = 500e12  # FLOP/s of one device, by which the seconds of a call are guessed
@@ -88,13 +89,15 @@ def link_cells(sizes: tuple[int, ...] = LINK_SIZES) -> Iterator[Cell]:
     yield {"kind": "link", "name": "between devices", "devices": count, "bytes": moved, "times": timed(calls)}
 
 
-def training_cells(**sizes: Any) -> Iterator[Cell]:
-    """One step of examples/train_lm.py, scaled up."""
+def training_cells(axes: tuple[str, ...] = TRAINED, **sizes: Any) -> Iterator[Cell]:
+    """One step of examples/train_lm.py, scaled up, on one device and on all along each of the axes."""
     count = device_count()
-    meshes = {"one device": ""} | {axis: f"{axis}={count}" for axis in ("data", "heads", "sequence")}
-    calls, work = training_step.scaled_calls(meshes, count, **sizes)
-    cell = {"kind": "training", "name": "training step", "devices": count, "flop": work}
-    yield cell | {"times": timed(calls, work)}
+    meshes = {"one device": ""} | {axis: f"{axis}={count}" for axis in axes}
+    steps, programs, work = training_step.scaled(meshes, count, **sizes)
+    found = {name: scaling.collectives(program) for name, program in programs.items()}
+    calls = {name: (step, [()]) for name, step in steps.items()}
+    cell = {"kind": "training", "name": f"training step, {', '.join(axes)}", "devices": count, "flop": work}
+    yield cell | {"collectives": found, "times": timed(calls, work)}
 
 
 def memory_cells(s: int = 1 << 20, h: int = 8, d: int = 128) -> Iterator[Cell]:
@@ -134,6 +137,7 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     **{f"ring {s}": functools.partial(sequence_cells, s) for s in LENGTHS},
     "sharded": sharded_cells,
     "training": training_cells,
+    **{f"training {axis}": functools.partial(training_cells, (axis,)) for axis in TRAINED},
     "memory": memory_cells,
     "overlap": overlap_cells,
 }

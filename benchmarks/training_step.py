@@ -13,6 +13,10 @@ import numpy as np
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCALED = {"layers": 8, "width": 2048, "heads": 16, "head_dim": 128, "hidden": 8192, "dtype": "bfloat16"}
+HIDING, OVERLAP = (
+    "latency hiding",
+    {"xla_gpu_enable_latency_hiding_scheduler": True},
+)  # --xla_gpu_… in XLA_FLAGS
 TOKENS = 65536  # of a scaled-up step
 
 
@@ -28,28 +32,29 @@ def training_calls(implementations: Sequence[str]) -> dict[str, tuple[Any, list[
         settings = Settings(attention=name)
         trainer = Trainer(settings, make_mesh(settings.mesh_axes))
         batch = Packer(load_documents()[0], settings.rows, settings.row_length, settings.seed).batch(0)
-        trainer.compile(batch, batch)
-        calls[name] = _stepper(trainer, batch), [()]
+        calls[name] = stepper(trainer, batch, trainer.lower_step(batch).compile()), [()]
     return calls
 
 
-def _stepper(trainer: Any, batch: Any) -> Any:
-    state = trainer.create()
+def stepper(trainer: Any, batch: Any, program: Any) -> Any:
+    """A call that makes one step by a compiled program, from the state of the step before; it returns the loss."""
+    state, placed = trainer.create(), trainer.place(batch)
 
     def step() -> Any:
         nonlocal state
-        state, loss = trainer.step(state, batch)
+        state, loss = program(state, placed)
         return loss
 
     return step
 
 
-def scaled_calls(
+def scaled(
     meshes: dict[str, str], devices: int, tokens: int = TOKENS, **sizes: Any
-) -> tuple[dict[str, tuple[Any, list[Any]]], float]:
-    """name → (a call that makes one step on the mesh of that name, no arguments); and the FLOP of a step.
+) -> tuple[dict[str, Any], dict[str, Any], float]:
+    """Steps and their compiled programs, by name: one on each mesh; and the FLOP of a step.
 
-    As many rows as devices, two at least, each one document of random bytes, so that every mesh has the same work.
+    On a GPU the steps that exchange activations are compiled once more with XLA's latency hiding scheduler. As many
+    rows as devices, two at least, each one document of random bytes, so that every mesh has the same work.
     """
     sys.path.insert(0, str(EXAMPLES))
     from settings import Settings
@@ -66,15 +71,18 @@ def scaled_calls(
     ends = np.broadcast_to(np.array([0, shape[1]], np.int32), (shape[0], 2))
     batch = Batch(data[:, :-1], data[:, 1:], positions, ends)
 
-    def make(settings: Any) -> Any:
-        trainer = Trainer(settings, make_mesh(settings.mesh_axes))
-        trainer.compile(batch)
-        return trainer
-
+    trainers = {name: Trainer(s, make_mesh(s.mesh_axes)) for name, s in every.items()}
+    lowered = {name: trainer.lower_step(batch) for name, trainer in trainers.items()}
+    jobs = {name: (name, {}) for name in trainers}
+    if jax.default_backend() == "gpu":
+        jobs |= {f"{name}, {HIDING}": (name, OVERLAP) for name in ("heads", "sequence") if name in trainers}
     with ThreadPoolExecutor(None if jax.default_backend() == "gpu" else 1) as pool:
-        trainers = dict(zip(every, pool.map(make, every.values()), strict=True))
-    calls = {name: (_stepper(trainer, batch), [()]) for name, trainer in trainers.items()}
-    return calls, step_flop(settings)
+        compiled = pool.map(
+            lambda job: lowered[job[0]].compile(compiler_options=job[1] or None), jobs.values()
+        )
+        programs = dict(zip(jobs, compiled, strict=True))
+    steps = {name: stepper(trainers[jobs[name][0]], batch, program) for name, program in programs.items()}
+    return steps, programs, step_flop(settings)
 
 
 def step_flop(settings: Any) -> float:
