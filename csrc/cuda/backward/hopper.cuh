@@ -14,8 +14,8 @@
 //   warp 2: statistics                             scale · dK and dV are stored
 //     lse, delta             ── ready_pipe ──────►
 //
-// Where sums are ordered, the consumers leave dQ in shared memory for a thread of warp 3 (dq_pipe), which adds
-// it by TMA.
+// Where sums are ordered, the consumers leave dQ in shared memory for a thread of warp 3 (dq_pipe), which
+// adds it by TMA.
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once

@@ -71,18 +71,19 @@ inline constexpr int kSumThreads = 256, kOutsideBlocks = 16;
 // last kOutsideBlocks blocks of an entry of packed rows have what lies outside all sequences.
 template <class T, int kM>
 __global__ void __launch_bounds__(kSumThreads) convert_tiles(const __grid_constant__ SumConversion<T> c) {
-  const uint32_t tiles = c.sums.tiles, blocks = tiles * c.heads + (c.starts ? kOutsideBlocks : 0);
+  const uint32_t tiles = c.sums.tiles, all = tiles * c.heads, blocks = all + (c.starts ? kOutsideBlocks : 0);
   const int64_t entry = blockIdx.x / blocks;
-  const uint32_t in_entry = blockIdx.x % blocks, tile = in_entry % tiles, head = in_entry / tiles;
+  const uint32_t in_entry = blockIdx.x % blocks;
   T* const to = c.to + entry * c.q_rows * c.heads * c.head_dim;
+  const int32_t* const starts = c.starts ? c.starts + entry * 2 * (c.sequences + 2) : nullptr;
+  if (in_entry >= all) {
+    clear_outside(c, to, starts, static_cast<int>(in_entry - all), kOutsideBlocks);
+    return;
+  }
+  const uint32_t tile = in_entry % tiles, head = in_entry / tiles;
   int64_t row = int64_t{tile} * kM, end = c.q_rows;
-  if (c.starts) {
-    const int32_t* const starts = c.starts + entry * 2 * (c.sequences + 2);
-    if (in_entry >= tiles * c.heads) {
-      clear_outside(c, to, starts, in_entry - tiles * c.heads, kOutsideBlocks);
-      return;
-    }
-    if (tile < first_slot(starts[0], kM, 0)) return;
+  if (starts) {
+    if (c.sequences == 0 || tile < first_slot(starts[0], kM, 0)) return;
     const int32_t z = sequence_of_slot(starts, c.sequences, kM, tile);
     row = starts[z] + (tile - first_slot(starts[z], kM, z)) * kM, end = starts[z + 1];
   }
