@@ -334,6 +334,8 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         length = operands[name].shape[1]
         if is_symbolic(length):
             raise check.fail(f"{name} must have a static length, got {length}")
+        if length * size > _INT32_MAX:
+            raise check.fail(f"{name} has {length * size} tokens on {size} devices, allowed are {_INT32_MAX}")
         if order == "zigzag" and length % 2:
             raise check.fail(
                 f'{name} has {length} tokens on each device; order="zigzag" needs an even number'

@@ -240,6 +240,7 @@ ONLY_RING = [
     (dict(axis_name=()), ValueError, MANUAL + "()"),
     (dict(order="striped"), ValueError, "order must be one of ('contiguous', 'zigzag'), got 'striped'"),
     (dict(order="zigzag"), ValueError, 'query has 5 tokens on each device; order="zigzag" needs an even number'),
+    (dict(query=floats(B, 2**30, HQ, D)), ValueError, f"query has {2**31} tokens on 2 devices, allowed are 2147483647"),
     (dict(mode="gather"), ValueError, "mode must be one of ('ring', 'all_to_all'), got 'gather'"),
     (ODD_HEADS | dict(mode="all_to_all"), ValueError, BY_HEADS + ', and query has 3; mode="ring" takes any number'),
     (dict(bias=floats(SQ, SK)), ValueError, "bias must broadcast to [b hq sq sk] = (2, 4, 5, 14), got shape (5, 7)"),

@@ -58,8 +58,8 @@ inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
 }
 
-// Query tiles of a head in an accumulator by tiles: of a batch entry, or the slots of all packed sequences
-// (slot_count in core/sequence.h).
+// Query tiles of a head that dQ is added up or counted by: of a batch entry, or the slots of all packed
+// sequences (slot_count in core/sequence.h).
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
   return spec.packed() ? rows / tile + sequences : (rows + (tile - 1)) / tile;
 }
@@ -68,6 +68,12 @@ inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& seque
 inline Dim tiled_accumulator_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
   const Dim tiles = dq_tiles(spec, s.q_rows, s.batch, tile);
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * tiles * tile * s.head_dim * 4;
+}
+
+// The counts that order the additions to dQ.
+inline Dim dq_turns_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) *
+         4;
 }
 
 inline DimShapes dims_of(const Shapes& s) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
@@ -10,16 +11,34 @@
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/score/operands.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
+// Tells the compiler that it is the same in all lanes.
+__device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
+  return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
+}
+
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
+// What lies in the workspace for key tiles.
+struct KeyGrid {
+  const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
+  int32_t key_tiles;
+  // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
+  uint32_t* turns;      // [entries, h, query_tiles]; nullptr: in any order
+  int32_t query_tiles;  // of a head
+};
+
+// The score operands of the plain kernel.
+struct NoScoreOperands {};
+
 // What the roles know of a key tile. The scheduler's thread writes it.
-template <class T, int kConsumers>
+template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
@@ -32,14 +51,16 @@ struct KeyTileState {
   const float *lse, *delta;  // of the first head
   float* sums;               // of the first head and query tile, in an accumulator by tiles
   int32_t sum_tiles;         // of a head there
+  uint32_t* turns;           // of the first head and query tile, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
+  [[no_unique_address]] Operands score;  // of the first head
 
   int32_t done;  // all tiles are taken, and this is none
 
   // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
   // rows.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p, const QuerySums& all_sums) {
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid, const QuerySums& all_sums) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
@@ -48,8 +69,9 @@ struct KeyTileState {
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
-    const Interval rows = band.queries(tile.row, tile.used_keys());
-    walk.tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
+    const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
+                                           band.queries(tile.row, tile.used_keys()));
+    walk.tiles = tiles_of(rows, C::kM);
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
@@ -65,10 +87,15 @@ struct KeyTileState {
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
     find_rows(p);
     reload_shared();
-    sum_tiles = all_sums.tiles;
     const int64_t first = p.packed() ? first_slot(tile.q_begin, C::kM, tile.index) : 0;
-    const int64_t entry = work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
-    sums = all_sums.data + ((entry * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
+    if constexpr (C::kOrdered) {
+      if (grid.turns) turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
+    } else {
+      sum_tiles = all_sums.tiles;
+      sums = all_sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
+    }
+    if constexpr (C::kKind != ScoreKind::kPlain)
+      score.template prepare<typename C::Score>(reload(p), work, work.head);
     return true;
   }
 
@@ -83,6 +110,9 @@ struct KeyTileState {
     reload_shared();
     dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
   }
+  __device__ __forceinline__ int64_t entry(const Problem& p) const {
+    return work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
+  }
   // There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
     return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
@@ -95,15 +125,15 @@ struct QueryStatistics {
   float lse[M], delta[M];
 };
 
-// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of
-// `threads`.
-template <class Tile>
-__device__ __forceinline__ void clear_rows(uint8_t* tile, Interval clean, int thread, int threads) {
+// Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of
+// one of `threads`.
+template <class Tile, class IsClean>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, IsClean is_clean, int thread, int threads) {
   const uint32_t to = ptx::shared_address(tile);
 #pragma unroll 1
   for (int at = thread; at < Tile::kRows * Tile::kChunks; at += threads) {
     const int row = at / Tile::kChunks;
-    if (!clean.contains(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
+    if (!is_clean(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
   }
 }
 
@@ -119,7 +149,9 @@ struct BackwardShared {
       1024) uint8_t dq[kConsumers][C::kOrdered ? C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes : 16];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile = KeyTileState<typename C::Element, kConsumers>;
+  using Tile =
+      KeyTileState<typename C::Element, kConsumers,
+                   std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
