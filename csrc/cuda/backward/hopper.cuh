@@ -24,6 +24,7 @@
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/convert.cuh"
+#include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_state.cuh"
@@ -41,7 +42,7 @@ namespace jax_flash {
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
 struct BackwardSm90 {
   using Element = T;
-  static constexpr int kConsumers = N / kConsumerRows, kThreads = Warps * 32;
+  static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
@@ -80,7 +81,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::give_registers<producer_registers(C::kConsumers)>();
     GradientProducer<C> producer{p, maps, shared};
     const bool leads = threadIdx.x % 32 == 0;
-    if (warp == 0 && leads) producer.schedule(tiles);
+    NoMailbox none;
+    if (warp == 0 && leads) producer.schedule(tiles, none);
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
     if (warp == 3 && leads) producer.add_dq();
@@ -93,10 +95,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 template <class C>
 cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
   const int32_t batch = p.packed() ? 1 : p.batch, columns = accumulator_columns(p.head_dim);
-  View dquery;
-  dquery.data = accumulator;
-  dquery.head = columns, dquery.row = int64_t{p.heads} * columns, dquery.batch = p.q_rows * dquery.row;
-  dquery.leading[0] = batch * dquery.batch;
+  const View dquery = accumulator_view(p, accumulator);
   const struct {
     CUtensorMap& map;
     const View& view;
@@ -132,12 +131,22 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
-    if (cudaError_t e = make_maps<C>(maps, p, accumulator); e != cudaSuccess) return e;
+    cudaError_t e = cudaSuccess;
+    if constexpr (C::kCluster > 1) {
+      e = make_cluster_maps<C>(maps, p, accumulator);
+    } else {
+      e = make_maps<C>(maps, p, accumulator);
+    }
+    if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
-    if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
-    const cudaError_t e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads,
-                                 sizeof(typename C::Shared), stream, p, maps, tiles);
+    if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    constexpr auto kKernel = [] {
+      if constexpr (C::kCluster > 1) return backward_cluster_sm90<C>;
+      if constexpr (C::kCluster == 1) return backward_sm90<C>;
+    }();
+    e = launch_clusters(kKernel, C::kCluster, plan.persistent_ctas, C::kThreads, sizeof(typename C::Shared),
+                        stream, p, maps, tiles);
     if (e != cudaSuccess) return e;
   }
   return convert_accumulator<T>(p, accumulator, stream);
@@ -145,8 +154,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
-  return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+  if constexpr (R.cluster > 1) {
+    using C = BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
+    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+  } else {
+    using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
+    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+  }
 }
 
 }  // namespace jax_flash

@@ -1,4 +1,19 @@
-// The backward for sm_90a and large head dims, in clusters of two CTAs.
+// The backward for sm_90a and head dims above 128, whose dK and dV of 128 keys are more than the registers of
+// an SM hold. A cluster of two CTAs works on a key tile [N, d], 64 keys each, and steps through the same
+// query tiles [M, d] together: each CTA loads half of Q and dO for both, and computes half of dQ's columns of
+// all keys, for which the CTAs exchange dS.
+//
+//   producer warpgroup               consumer warpgroups, all of the CTA's 64 keys; for steps i:
+//
+//   warp 0, a thread: scheduler      1: Sᵀ = K Qᵀ, Pᵀ = exp(Sᵀ − lse)    2: dK += dSᵀ Q of step i − 1
+//   warp 1, a thread: K, Q by TMA       Pᵀ to shared memory ── p_pipe ──►   dPᵀ = V dOᵀ
+//   warp 2: statistics                  dV += Pᵀ dO of step i − 1           dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+//     lse, delta                                                            dSᵀ to shared memory of both CTAs
+//   warp 3, a thread: V, dO by TMA                                              │ ds_pipe, ds_other_pipe
+//                                    3: dQ = dS K, and accumulator += dQ  ◄─────┘
+//
+// A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
+// through stages of shared memory. docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
 
 #include "core/families/hopper_layout.h"
@@ -8,47 +23,49 @@
 #include "cuda/backward/hopper_cluster_load.cuh"
 #include "cuda/backward/hopper_cluster_state.cuh"
 #include "cuda/hopper/roles.cuh"
-#include "cuda/launch.h"
-#include "cuda/registry.h"
+#include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/ptx/registers.cuh"
 #include "cuda/tensor_map.h"
+#include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
 
-#ifndef DQREGS
-#define DQREGS (C::kDqColumns <= 64 ? 64 : 96)
-#endif
-#ifndef CREGS
-#define CREGS (C::kDqColumns <= 64 ? 208 : 184)
-#endif
-#ifndef PREGS
-#define PREGS 32
-#endif
-
+// A row of csrc/kernels.def. Tiles of K, Q, V and dO consist of two halves of their columns: ptxas allows a
+// wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and halves are what
+// a CTA's dQ needs of K.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
 struct BackwardClusterSm90 {
   using Element = T;
   static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
-  static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = 2;
-  static constexpr int kDoStages = HeadDim > 192 ? 3 : 4;
+  static constexpr int kM = M, kN = N, kStages = Stages;
+  static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
+  static constexpr int kDoStages = kHas.dout_halves, kDsStages = kHas.ds;
+  static constexpr bool kDqByTma = kHas.dq;
+  // Columns of dQ at a time.
+  static constexpr int kDqColumns = HeadDim > 192 ? HeadDim / 4 : HeadDim / 2;
   using KHalf = SharedTile<T, kConsumerRows, HeadDim / 2>;
   using VHalf = SharedTile<T, kConsumerRows, ValueDim / 2>;
   using QHalf = SharedTile<T, M, HeadDim / 2>;
   using DoHalf = SharedTile<T, M, ValueDim / 2>;
   using DsTile = SharedTile<T, N, M>;
+  using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = Accumulator<1, M / 8>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DKHalf = Accumulator<1, HeadDim / 16>;
   using DVHalf = Accumulator<1, ValueDim / 16>;
-  // Columns of dQ at a time: registers are few.
-  static constexpr int kDqColumns = HeadDim > 192 ? HeadDim / 4 : HeadDim / 2;
   using DQ = Accumulator<1, kDqColumns / 8>;
+  // Registers of a thread of the producers, of the warpgroups that add up dV and dK, and of dQ's.
+  static constexpr int kProducerRegisters = 32, kSumRegisters = HeadDim > 192 ? 208 : 192,
+                       kDqRegisters = HeadDim > 192 ? 64 : 96;
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
-    CUtensorMap query, dout, key, value;
+    CUtensorMap query, dout, key, value, dquery;
     float* accumulator;
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
-  static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes);
+  static_assert(kWarpgroup * (kProducerRegisters + 2 * kSumRegisters + kDqRegisters) <= 65536);
+  static_assert(sizeof(Shared) <=
+                hopper::backward_cluster_shared_bytes(HeadDim, ValueDim, M, N, Stages, kHas));
 };
 
 template <class C>
@@ -62,45 +79,33 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
   ptx::sync_cluster();
   if (warpgroup == 0) {
-    ptx::give_registers<PREGS>();
+    ptx::give_registers<C::kProducerRegisters>();
     ClusterGradientProducer<C> producer{{p, maps, shared}};
     const bool leads = threadIdx.x % 32 == 0;
-#ifndef NOP0
-    if (warp == 0 && leads) producer.schedule(tiles);
-#endif
-#ifndef NOP1
+    if (warp == 0 && leads) producer.schedule(tiles, shared.mailbox);
     if (warp == 1 && leads) producer.load_queries();
-#endif
-#ifndef NOP2
     if (warp == 2) producer.load_statistics();
-#endif
-#ifndef NOP3
     if (warp == 3 && leads) producer.load_douts();
-#endif
   } else if (warpgroup == 1) {
-    ptx::take_registers<CREGS>();
-#ifndef NO1
+    ptx::take_registers<C::kSumRegisters>();
     ScoreConsumer<C>(p, shared).run();
-#endif
   } else if (warpgroup == 2) {
-    ptx::take_registers<CREGS>();
-#ifndef NO2
+    ptx::take_registers<C::kSumRegisters>();
     ScoreGradientConsumer<C>(p, shared).run();
-#endif
   } else {
-    ptx::give_registers<DQREGS>();
-#ifndef NO3
-    QueryGradientConsumer<C>(p, shared).run(maps.accumulator);
-#endif
+    ptx::give_registers<C::kDqRegisters>();
+    QueryGradientConsumer<C>(p, maps, shared).run();
   }
   __syncwarp();
   __syncthreads();
-  ptx::sync_cluster();
+  ptx::sync_cluster();  // until then the other CTA may arrive at, or write to, this one's memory
 }
 
 template <class C>
-cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p) {
+cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
   const int32_t batch = p.packed() ? 1 : p.batch, rows = C::kM / C::kCluster;
+  const int32_t columns = accumulator_columns(p.head_dim);
+  const View dquery = accumulator_view(p, accumulator);
   const struct {
     CUtensorMap& map;
     const View& view;
@@ -110,40 +115,13 @@ cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p) {
       {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoHalf::kPanel * 8, rows}},
       {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KHalf::kPanel * 8, kConsumerRows}},
       {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VHalf::kPanel * 8, kConsumerRows}},
+      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
   };
   for (const auto& [map, view, shape] : all) {
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
+  maps.accumulator = accumulator;
   return cudaSuccess;
-}
-
-inline uint32_t cluster_heads_together(const Problem& p) {
-  constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
-  const bool band = p.spec.left >= 0 || p.spec.right >= 0;
-  const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
-  const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
-  return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head, band ? kFewestOfBand : 1, kMost));
-}
-
-template <class C, class T>
-cudaError_t launch_backward_cluster_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
-                                         cudaStream_t stream) {
-  auto* accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
-  if (cudaError_t e = clear_accumulator(p, accumulator, stream); e != cudaSuccess) return e;
-  const TileGrid& grid = plan.keys;
-  if (grid.blocks > 0) {
-    typename C::Maps maps;
-    maps.accumulator = accumulator;
-    if (cudaError_t e = make_cluster_maps<C>(maps, p); e != cudaSuccess) return e;
-    PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
-                          static_cast<uint32_t>(grid.blocks), nullptr, cluster_heads_together(p)};
-    if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
-    const cudaError_t e =
-        launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                        sizeof(typename C::Shared), stream, p, maps, tiles);
-    if (e != cudaSuccess) return e;
-  }
-  return convert_accumulator<T>(p, accumulator, stream);
 }
 
 }  // namespace jax_flash

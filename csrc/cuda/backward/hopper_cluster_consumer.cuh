@@ -126,12 +126,12 @@ struct ClusterConsumer {
 template <class C>
 struct ScoreConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
-  using typename Base::DoHalf, typename Base::KHalf, typename Base::QHalf, typename Base::S;
   using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
+  using typename Base::DoHalf, typename Base::KHalf, typename Base::QHalf, typename Base::S;
 
-  S s;                        // Sᵀ, then Pᵀ  [64, M]
-  typename C::Fragments pt;   // Pᵀ, rounded
-  typename C::DVHalf dv[2];   // dV [64, dv]
+  S s;                       // Sᵀ, then Pᵀ  [64, M]
+  typename C::Fragments pt;  // Pᵀ, rounded
+  typename C::DVHalf dv[2];  // dV [64, dv]
 
   __device__ __forceinline__ void start_scores(uint32_t use) {
     const auto& q = shared.q[use % C::kStages];
@@ -183,9 +183,8 @@ struct ScoreConsumer : ClusterConsumer<C> {
       }
     }
     if (__builtin_expect(uniform(shared.coarse[stage]), false)) {
-      for_each(s, [&](float& x, int, int n, int e) {
-        settle_coarse(x, shared.lse[stage][S::column(n) + e]);
-      });
+      for_each(s,
+               [&](float& x, int, int n, int e) { settle_coarse(x, shared.lse[stage][S::column(n) + e]); });
     }
     for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
     shared.lse_pipe.release(use);
@@ -257,8 +256,8 @@ struct ScoreConsumer : ClusterConsumer<C> {
 template <class C>
 struct ScoreGradientConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
-  using typename Base::DoHalf, typename Base::QHalf, typename Base::S, typename Base::T, typename Base::VHalf;
   using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
+  using typename Base::DoHalf, typename Base::QHalf, typename Base::S, typename Base::T, typename Base::VHalf;
 
   S dp;                      // dPᵀ, then dSᵀ  [64, M]
   typename C::Fragments ds;  // dSᵀ, rounded
@@ -335,12 +334,12 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
           ptx::hold(dk[0].x[0]);
           ptx::hold(dk[1].x[0]);
           start_dk(step.number - 1);
-          start_dp(step.number);
-          ptx::wgmma_wait<1>();
+          ptx::wgmma_wait<0>();
           ptx::hold(dk[0].x[0]);
           ptx::hold(dk[1].x[0]);
           ptx::hold(ds.x[0]);
           shared.q_pipe.release_in_all(step.number - 1, C::kCluster);
+          start_dp(step.number);
           ptx::wgmma_wait<0>();
           ptx::hold(dp.x[0]);
           release_dout(step.number);
@@ -385,8 +384,17 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
 template <class C>
 struct QueryGradientConsumer : ClusterConsumer<C> {
   using Base = ClusterConsumer<C>;
+  using Base::p, Base::shared, Base::tile, Base::tile_index;
   using typename Base::DsTile, typename Base::KHalf, typename Base::T;
-  using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
+
+  const typename C::Maps& maps;
+  float* rows;  // of the first head's dQ in the accumulator
+
+  __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, const typename C::Maps& all,
+                                                   typename C::Shared& memory)
+      : Base(problem, memory), maps(all) {}
+
+  __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
 
   // Issues dQ (+)= dS K for the keys of one CTA, some of the columns.
   template <bool kFirst>
@@ -402,64 +410,90 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void run_step(const QueryStep& step, float* accumulator) {
+  __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number;
-    if (ptx::thread_index() % kWarpgroup == 0)
-      ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
+    if (leads()) ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
     shared.ds_pipe.wait_full(use);
-    for (int part = 0; part < KHalf::kColumns / C::kDqColumns; ++part) {
+#pragma unroll
+    for (int column = 0; column < KHalf::kColumns; column += C::kDqColumns) {
       typename C::DQ dq;
-      const int column = part * C::kDqColumns, panel = KHalf::panel_offset(column / 8);
       const uint32_t ds = ptx::shared_address(shared.ds[use % C::kDsStages]),
                      other = (1 - this->rank()) * kConsumerRows * DsTile::kPitch;
+      const int panel = KHalf::panel_offset(column / 8);
       start_dq<true>(dq, ds + kConsumerRows * DsTile::kPitch - other,
                      ptx::shared_address(shared.k[this->rank()]) + panel);
-      if (part == 0) shared.ds_other_pipe.wait_full(use);
+      if (column == 0) shared.ds_other_pipe.wait_full(use);
       start_dq<false>(dq, ds + other, ptx::shared_address(shared.k_other) + panel);
       ptx::wgmma_wait<0>();
       ptx::hold(dq.x[0]);
       if (column + C::kDqColumns == KHalf::kColumns) shared.p_pipe.release_in_all(use, C::kCluster);
-      add(dq, step, accumulator, column);
+      if constexpr (C::kDqByTma) {
+        send(dq, step, column);
+      } else {
+        add(dq, step, column);
+      }
     }
   }
 
+  // The first row of dQ in the accumulator.
+  __device__ __forceinline__ float* find_rows() const {
+    const BlockWork& work = tile().work;
+    const int64_t batch = p.packed() ? 1 : p.batch;
+    const int64_t row = (work.leading * batch + work.batch_row) * p.q_rows + work.tile.q_begin;
+    return maps.accumulator + (row * p.heads + work.head) * accumulator_columns(p.head_dim);
+  }
+
   // accumulator += dQ
-  __device__ __forceinline__ void add(const typename C::DQ& dq, const QueryStep& step, float* accumulator,
-                                      int column) {
+  __device__ __forceinline__ void add(const typename C::DQ& dq, const QueryStep& step, int column) const {
     const int32_t columns = accumulator_columns(p.head_dim), stride = p.heads * columns;
     const int32_t lane = ptx::lane_index(), row = step.tile * C::kM + this->warp_row() + lane / 4;
     const int32_t end = uniform(tile().seen).hi;
     column += this->rank() * KHalf::kColumns;
-    float* to = accumulator + int64_t{row} * stride + (step.head * columns + column);
+    float* to = rows + int64_t{row} * stride + (step.head * columns + column);
 #pragma unroll
-    for (int slot = 0; slot < 2; ++slot) {
+    for (int slot = 0; slot < C::DQ::kSlots; ++slot) {
 #pragma unroll
       for (int n = 0; n < C::DQ::kColumnTiles; n += 2)
-#ifdef NORED
-        if (dq.at(slot, n, 0) == 1.2345f)
-#else
         if (row + 8 * slot < end && column + 8 * n < columns)
-#endif
           ptx::add_quad(to + 8 * n, lane % 4, dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0),
                         dq.at(slot, n + 1, 1));
       to += 8 * stride;
     }
   }
 
-  __device__ __forceinline__ void run(float* accumulator) {
+  // Has TMA do that. One thread issues it.
+  __device__ __forceinline__ void send(const typename C::DQ& dq, const QueryStep& step, int column) const {
+    using Block = typename C::DqBlock;
+    const uint32_t lane = ptx::lane_index();
+    if (leads()) ptx::bulk_wait_read<0>();
+    ptx::sync_group(2, kWarpgroup);
+    store_blocks<Block>(dq, ptx::shared_address(shared.dq), this->warp_row(), lane);
+    ptx::fence_async_shared();
+    ptx::sync_group(2, kWarpgroup);
+    if (!leads()) return;
+    const BlockWork& work = tile().work;
+    ptx::Coordinates at{0, work.head + step.head, work.tile.q_begin + step.tile * C::kM, work.batch_row,
+                        static_cast<int32_t>(work.leading)};
+#pragma unroll
+    for (int block = 0; block < C::kDqColumns / kAccumulatorBlock; ++block) {
+      at.column = this->rank() * KHalf::kColumns + column + block * kAccumulatorBlock;
+      ptx::reduce_add_box(maps.dquery, ptx::shared_address(shared.dq) + block * Block::kBytes, at);
+    }
+    ptx::bulk_commit();
+  }
+
+  __device__ __forceinline__ void run() {
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
-      if (uniform(tile().done)) return;
-      const auto& work = tile().work;
-      const int64_t batch = p.packed() ? 1 : p.batch;
-      const int64_t first = (work.leading * batch + work.batch_row) * p.q_rows + work.tile.q_begin;
-      float* const rows = accumulator + (first * p.heads + work.head) * accumulator_columns(p.head_dim);
+      if (uniform(tile().done)) break;
+      rows = find_rows();
       shared.k_pipe.wait_full(tile_index);
-      this->for_steps([&](const QueryStep& step) { run_step(step, rows); },
-                      [&](const QueryStep& step) { run_step(step, rows); }, [](uint32_t) {});
+      this->for_steps([&](const QueryStep& step) { run_step(step); },
+                      [&](const QueryStep& step) { run_step(step); }, [](uint32_t) {});
       shared.k_pipe.release(tile_index);
       shared.state_pipe.release(tile_index);
     }
+    if (C::kDqByTma && leads()) ptx::bulk_wait<0>();
   }
 };
 

@@ -17,24 +17,6 @@ struct ClusterGradientProducer : GradientProducer<C> {
   using DoHalf = typename C::DoHalf;
   using Base::for_steps, Base::maps, Base::p, Base::shared, Base::step_use, Base::tile_index;
 
-  // One thread: finds the cluster's key tiles, at most one ahead.
-  __device__ __forceinline__ void schedule(const PersistentTiles& all) {
-    using Scheduler = TileScheduler<Over::kKeys, kConsumerRows, C::kCluster, 1, TileMailbox>;
-    Scheduler scheduler{all, shared.mailbox};
-    uint32_t number = Scheduler::first(0);
-    while (number < all.count) {
-      shared.state_pipe.wait_empty(tile_index);
-      Tile& tile = shared.tiles[tile_index % kKeyTileStates];
-      tile.work = scheduler.work(reload(p), number);
-      if (tile.template prepare<C>(reload(p))) shared.state_pipe.arrive(tile_index++);
-      if (tile_index > 0) shared.started_pipe.wait_full(tile_index - 1);
-      number = scheduler.next(number);
-    }
-    shared.state_pipe.wait_empty(tile_index);
-    shared.tiles[tile_index % kKeyTileStates].done = 1;
-    shared.state_pipe.arrive(tile_index);
-  }
-
   // Starts the copy of this CTA's half of the rows of a tile to both CTAs.
   template <class TileShape>
   __device__ __forceinline__ static void load_for_both(const uint8_t* to, const CUtensorMap& map,
@@ -57,14 +39,14 @@ struct ClusterGradientProducer : GradientProducer<C> {
         [&](const Tile& tile, const QueryStep& step) {
           const BlockWork& work = tile.work;
           const uint32_t use = step.number;
-          const ptx::Coordinates at = coordinates_of(p.query, work, work.head + step.head,
-                                                     work.tile.q_begin + step.tile * C::kM);
+          const ptx::Coordinates at =
+              coordinates_of(p.query, work, work.head + step.head, work.tile.q_begin + step.tile * C::kM);
           shared.q_pipe.wait_empty(use);
           ptx::barrier_expect(shared.q_pipe.full_barrier(use), 2 * QHalf::kBytes);
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            load_for_both<QHalf>(shared.q[use % C::kStages][half], maps.query, shared.q_pipe.full_barrier(use),
-                                 at, half * QHalf::kColumns);
+            load_for_both<QHalf>(shared.q[use % C::kStages][half], maps.query,
+                                 shared.q_pipe.full_barrier(use), at, half * QHalf::kColumns);
           if (use == step_use) {
             shared.started_pipe.arrive(tile_index);
             load_k(tile);
@@ -85,8 +67,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
           const BlockWork& work = tile.work;
-          const ptx::Coordinates at = coordinates_of(p.dout, work, work.head + step.head,
-                                                     work.tile.q_begin + step.tile * C::kM);
+          const ptx::Coordinates at =
+              coordinates_of(p.dout, work, work.head + step.head, work.tile.q_begin + step.tile * C::kM);
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
@@ -154,36 +136,35 @@ struct ClusterGradientProducer : GradientProducer<C> {
     const int32_t row = step.tile * C::kM;
     return {tile.clean.lo - row, tile.clean.hi - row};
   }
-  __device__ __forceinline__ static bool all_clean(Interval rows) {
-    return rows.lo <= 0 && C::kM <= rows.hi;
-  }
+  __device__ __forceinline__ static bool all_clean(Interval rows) { return rows.lo <= 0 && C::kM <= rows.hi; }
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(ptx::lane_index()); }
 
   // Q ← 0 in rows that are not in use.
-  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, int lane) const {
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step) const {
     const Interval rows = clean_rows(tile, step);
     if (all_clean(rows)) return;
     shared.q_pipe.wait_full(step.number);
 #pragma unroll 1
     for (int half = 0; half < 2; ++half)
-      clear_rows<QHalf>(shared.q[step.number % C::kStages][half], rows, lane, 32);
+      clear_rows<QHalf>(shared.q[step.number % C::kStages][half], rows, lane(), 32);
     ptx::fence_async_shared();
   }
   // dO ← 0 in rows that are not in use.
-  __device__ __forceinline__ void clear_douts(const Tile& tile, const QueryStep& step, int lane) const {
+  __device__ __forceinline__ void clear_douts(const Tile& tile, const QueryStep& step) const {
     const Interval rows = clean_rows(tile, step);
     if (all_clean(rows)) return;
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
       const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
       shared.do_pipe.wait_full(use);
-      clear_rows<DoHalf>(shared.d_out[use % C::kDoStages], rows, lane, 32);
+      clear_rows<DoHalf>(shared.d_out[use % C::kDoStages], rows, lane(), 32);
     }
     ptx::fence_async_shared();
   }
 
   // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() {
-    const int lane = static_cast<int>(threadIdx.x % 32);
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
           const uint32_t use = step.number, stage = use % C::kStages;
@@ -192,20 +173,20 @@ struct ClusterGradientProducer : GradientProducer<C> {
             return float2{used ? tile.lse[step.head * p.lse.head + i * p.lse.row] : -INFINITY,
                           used ? tile.delta[step.head * p.delta.head + i * p.delta.row] : 0};
           };
-          const int32_t row = step.tile * C::kM + lane;
+          const int32_t row = step.tile * C::kM + lane();
           const float2 first = fetch(row), second = fetch(row + 32);
           shared.lse_pipe.wait_empty(use);
           const bool coarse = rounds_coarsely(row_lse(first.x)) || rounds_coarsely(row_lse(second.x));
-          shared.lse[stage][lane] = row_lse(first.x);
-          shared.lse[stage][lane + 32] = row_lse(second.x);
+          shared.lse[stage][lane()] = row_lse(first.x);
+          shared.lse[stage][lane() + 32] = row_lse(second.x);
           const bool any_coarse = __any_sync(~0u, coarse);
-          if (lane == 0) shared.coarse[stage] = any_coarse;
-          clear_queries(tile, step, lane);
+          if (lane() == 0) shared.coarse[stage] = any_coarse;
+          clear_queries(tile, step);
           ptx::barrier_arrive_by_warp(shared.lse_pipe.full_barrier(use));
           shared.delta_pipe.wait_empty(use);
-          shared.delta[stage][lane] = row_delta(first.x, first.y);
-          shared.delta[stage][lane + 32] = row_delta(second.x, second.y);
-          clear_douts(tile, step, lane);
+          shared.delta[stage][lane()] = row_delta(first.x, first.y);
+          shared.delta[stage][lane() + 32] = row_delta(second.x, second.y);
+          clear_douts(tile, step);
           ptx::barrier_arrive_by_warp(shared.delta_pipe.full_barrier(use));
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });

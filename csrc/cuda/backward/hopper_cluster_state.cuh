@@ -12,13 +12,14 @@ namespace jax_flash {
 template <class C>
 struct BackwardClusterShared {
   static constexpr int kStages = C::kStages, kDoStages = C::kDoStages, kDsStages = C::kDsStages;
-  alignas(1024) uint8_t k[2][C::KHalf::kBytes];    // this CTA's keys
+  alignas(1024) uint8_t k[2][C::KHalf::kBytes];     // this CTA's keys
   alignas(1024) uint8_t k_other[C::KHalf::kBytes];  // the other CTA's keys, the columns of this CTA's dQ
   alignas(1024) uint8_t v[2][C::VHalf::kBytes];
   alignas(1024) uint8_t q[kStages][2][C::QHalf::kBytes];
   alignas(1024) uint8_t d_out[kDoStages][C::DoHalf::kBytes];
   // dSᵀ of both CTAs' keys. Pᵀ of this CTA's keys lies there before it.
   alignas(1024) uint8_t ds[kDsStages][C::DsTile::kBytes];
+  alignas(1024) uint8_t dq[C::kDqByTma ? C::DqBlock::kBytes * C::kDqColumns / kAccumulatorBlock : 0];
   float lse[kStages][C::kM], delta[kStages][C::kM];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
   using Tile = KeyTileState<typename C::Element, C::kCluster>;

@@ -27,6 +27,19 @@ __device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t 
   hide(s, row, -INFINITY, [&](int slot) { return queries(slot).hi; }, FromLimit{});
 }
 
+// Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
+template <class Block, class DQ>
+__device__ __forceinline__ void store_blocks(const DQ& dq, uint32_t blocks, uint32_t row, uint32_t lane) {
+  const uint32_t to = blocks + Block::offset(row + lane / 4, static_cast<int>(lane % 4));
+#pragma unroll
+  for (int n = 0; n < DQ::kColumnTiles; n += 2)
+#pragma unroll
+    for (int slot = 0; slot < DQ::kSlots; ++slot)
+      ptx::store_shared(
+          to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
+          make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
+}
+
 // What a consumer has in registers.
 template <class C>
 struct GradientConsumer {
@@ -114,16 +127,7 @@ struct GradientConsumer {
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
     pipe.wait_empty(use);
-    using Block = typename C::DqBlock;
-    const uint32_t to = ptx::shared_address(shared.dq[consumer]) +
-                        Block::offset(warp_row() + lane() / 4, static_cast<int>(lane() % 4));
-#pragma unroll
-    for (int n = 0; n < C::DQ::kColumnTiles; n += 2)
-#pragma unroll
-      for (int slot = 0; slot < C::DQ::kSlots; ++slot)
-        ptx::store_shared(
-            to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
-            make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
+    store_blocks<typename C::DqBlock>(dq, ptx::shared_address(shared.dq[consumer]), warp_row(), lane());
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }

@@ -37,11 +37,11 @@ struct GradientProducer {
     }
   }
 
-  // One thread: finds the CTA's key tiles, at most one ahead.
-  __device__ __forceinline__ void schedule(const PersistentTiles& all) {
-    NoMailbox none;
-    using Scheduler = TileScheduler<Over::kKeys, C::kN, 1, 1, NoMailbox>;
-    Scheduler scheduler{all, none};
+  // One thread: finds the key tiles of the CTA, or of its cluster, at most one ahead.
+  template <class Mailbox>
+  __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
+    using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
+    Scheduler scheduler{all, mailbox};
     uint32_t number = Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
