@@ -52,9 +52,9 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 # What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
-JAX_TESTS = $(patsubst %,tests/test_%.py,backends compat_flash_attn compilation_cache derivatives \
+JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all backends compat_flash_attn compilation_cache derivatives \
   derivative_sharding distributed dot_product errors example export flax flax_layers fresh_process generate \
-  lowering_errors manual_sharding mean_flow modes paged_programs partly_manual readme reference sharding transforms)
+  lowering_errors manual_sharding mean_flow modes paged_programs partly_manual readme reference ring_training sharding transforms)
 
 .PHONY: test-newest-jax
 test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
@@ -90,7 +90,7 @@ cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (nee
 	cmake --build build/emulated --target cuda_units && build/emulated/cuda_units
 	PYTHONPATH=tools:tests/kernels/emulator $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) -k "not xla" \
 	  $(EMULATED_TESTS)
-EMULATED_TESTS = tests/test_several_tiles.py tests/test_index_arrays.py tests/test_append.py tests/test_paged.py \
+EMULATED_TESTS = tests/test_several_tiles.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_paged.py \
   tests/test_paged_gradients.py tests/test_transforms.py::test_nested_vmaps_map_different_arguments \
   tests/test_transforms.py::test_scan_is_the_loop 'tests/test_attention.py::test_a_call_repeated_gives_the_same_bits[True]'
 

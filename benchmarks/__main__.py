@@ -4,6 +4,7 @@ python -m benchmarks                          # the platform's cases, every peer
 python -m benchmarks --cases causal --peers xla,torch --repeats 9 --out out/bench
 python -m benchmarks --suite cpu              # what the CPU kernels promise, with limits that a run has to reach
 python -m benchmarks --suite cuda             # the same for the CUDA kernels, and for the sm_90a forward: hopper
+python -m benchmarks --suite scaling          # several GPUs of one host beside one of them
 python -m benchmarks --compare ../before      # this checkout beside another one: times, and results bit by bit
 python -m benchmarks.tune --help              # candidates for rows of csrc/kernels.def, one library for each
 
@@ -64,7 +65,7 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     )
     suites = parser.add_argument_group("suites")
     suites.add_argument(
-        "--suite", choices=["cpu", "cuda", "hopper"], help="the cells and limits of one suite"
+        "--suite", choices=["cpu", "cuda", "hopper", "scaling"], help="the cells and limits of one suite"
     )
     suites.add_argument("--sections", default="", help="of the suite, separated by commas; default all")
     before = parser.add_argument_group("before and after")

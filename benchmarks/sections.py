@@ -148,7 +148,7 @@ def draw_rates(cells: list[Cell], names: tuple[str, ...], plt: Any, unit: float,
 
 def draw_bars(suite: Suite, cells: list[Cell], plt: Any) -> Any:
     """How each bar is met: 1 is just met, more is better."""
-    bars = suite.judge(cells)
+    bars = [b for b in suite.judge(cells) if b.value > 0 and b.limit > 0]  # a ratio to nothing has no bar
     if not bars:
         return None
     figure, axes = plt.subplots(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")

@@ -3,7 +3,7 @@
     python examples/generate.py                                   # requests arrive over time, on held-out text
     python examples/generate.py --prompt "The 'for' statement"    # your own prompt; repeat the option for more
     python examples/generate.py --pages 24                        # a small cache: requests wait for pages
-    python examples/generate.py --mesh model=2                    # splits heads, and the cache, over two devices
+    python examples/generate.py --mesh heads=2                    # splits heads, and the cache, over two devices
 
 Prints each request's text as it is generated, the use of the cache's pages, tokens/s, and the distance of the logits
 from those of the training forward. The exit status is 1 if that distance is too large, and 2 if there is no checkpoint
@@ -66,7 +66,7 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         ("--pages", 96, "pages of the cache"),
         ("--slots", 8, "requests that run at the same time"),
         ("--chunk", 64, "most tokens in a step with prompts"),
-        ("--mesh", "model=1", "devices to split the heads over"),
+        ("--mesh", "heads=1", "devices to split the heads over"),
         ("--out", Settings.out, "directory of the training run, with its checkpoint"),
     ):
         parser.add_argument(name, type=type(default), default=default, help=text)
@@ -90,8 +90,8 @@ def _problem(options: argparse.Namespace) -> str | None:
         axes = Settings(mesh=options.mesh).mesh_axes
     except ValueError as error:
         return str(error)
-    if axes["data"] > 1:
-        return f"--mesh is {options.mesh!r}; serving splits only the heads over devices, as in model=2"
+    if axes["data"] > 1 or axes["sequence"] > 1:
+        return f"--mesh is {options.mesh!r}; serving splits only the heads over devices, as in heads=2"
     return None
 
 
@@ -142,7 +142,7 @@ def load(options: argparse.Namespace) -> tuple[Transformer, Settings, Mesh]:
     here = {"attention": options.attention, "mesh": options.mesh, "out": options.out, "resume": True}
     settings = Settings(**curve, **here)
     for name in ("heads", "hidden"):
-        if (count := getattr(settings, name)) % settings.mesh_axes["model"]:
+        if (count := getattr(settings, name)) % settings.mesh_axes["heads"]:
             raise SettingError(f"--mesh is {options.mesh}, which does not divide the model's {count} {name}")
     trainer = Trainer(settings, make_mesh(settings.mesh_axes))
     state, _ = Checkpoints(settings).restore(trainer.abstract_state)

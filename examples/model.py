@@ -1,7 +1,8 @@
 """A small pre-norm transformer in Flax NNX whose attention is `jax_flash.flash_attention_varlen`.
 
 Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: with a mesh they are
-split over its axis "model", and XLA partitions everything else accordingly.
+split over its axis "heads", and XLA partitions everything else accordingly. Where tokens are split over its axis
+"sequence", attention is `jax_flash.ring_attention`; all else works token by token.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from text import VOCABULARY
 
-from jax_flash import flash_attention_varlen
+from jax_flash import flash_attention_varlen, ring_attention, zigzag_positions
 
 # Under remat, the residuals of attention are saved: they are small and expensive to recompute.
 KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
@@ -21,7 +23,11 @@ KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names("flash_out", "fla
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a `Transformer`; `attention` is the `implementation` of `flash_attention_varlen`."""
+    """Sizes and options of a `Transformer`; `attention` is the `implementation` of `flash_attention_varlen`.
+
+    With more than one of `sequence_devices`, tokens and positions come in zigzag order, sharded over the axis
+    "sequence" of the mesh in use (`jax.set_mesh`).
+    """
 
     layers: int = 4
     width: int = 256
@@ -31,6 +37,7 @@ class ModelConfig:
     dtype: str = "float32"
     remat: bool = False
     attention: str | None = None
+    sequence_devices: int = 1
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
@@ -64,7 +71,7 @@ class Attention(nnx.Module):
             (3, *heads),
             use_bias=False,
             dtype=config.dtype,
-            kernel_init=sharded(init, None, None, "model", None),
+            kernel_init=sharded(init, None, None, "heads", None),
             rngs=rngs,
         )
         self.out = nnx.LinearGeneral(
@@ -73,20 +80,45 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             use_bias=False,
             dtype=config.dtype,
-            kernel_init=sharded(init_out, "model", None, None),
+            kernel_init=sharded(init_out, "heads", None, None),
             rngs=rngs,
         )
         self.implementation = config.attention
+        self.sequence_devices = config.sequence_devices
 
     def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-            return flash_attention_varlen(
-                q, k, v, cu_seqlens, causal=True, implementation=self.implementation
-            )
-
         q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)  # each [r, t, h, d]
         q, k = rotate(q, positions), rotate(k, positions)
-        return self.out(jax.vmap(attend)(q, k, v, cu_seqlens))  # a row of packed documents is one varlen call
+        attend = self.packed if self.sequence_devices == 1 else self.ring
+        return self.out(attend(q, k, v, cu_seqlens))
+
+    def packed(self, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+        """A row of packed documents is one varlen call."""
+
+        def attend(*row: jax.Array) -> jax.Array:
+            return flash_attention_varlen(*row, causal=True, implementation=self.implementation)
+
+        return jax.vmap(attend)(q, k, v, cu_seqlens)
+
+    def ring(self, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
+        """Each device has two parts of each row, in zigzag order; documents are told apart by segment ids.
+
+        Rows of one document each need none: under the causal mask it sees nothing of the padding after it.
+        """
+        options = dict(axis_name="sequence", order="zigzag", causal=True, implementation=self.implementation)
+        shard = PartitionSpec(None, "sequence")
+        operands = (q, k, v)
+        if cu_seqlens.shape[1] > 2:
+            tokens = zigzag_positions(q.shape[1], self.sequence_devices)
+            operands += ((cu_seqlens[:, 1:, None] <= tokens).sum(1, dtype=jnp.int32),)  # [r, t]
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None = None) -> jax.Array:
+            return ring_attention(q, k, v, segment_ids=documents, **options)
+
+        mapped = jax.shard_map(
+            attend, in_specs=(shard,) * len(operands), out_specs=shard, axis_names={"sequence"}
+        )
+        return mapped(*operands)
 
 
 class MLP(nnx.Module):
@@ -100,7 +132,7 @@ class MLP(nnx.Module):
             config.hidden,
             use_bias=False,
             dtype=config.dtype,
-            kernel_init=sharded(init, None, "model"),
+            kernel_init=sharded(init, None, "heads"),
             rngs=rngs,
         )
         self.down = nnx.Linear(
@@ -108,7 +140,7 @@ class MLP(nnx.Module):
             config.width,
             use_bias=False,
             dtype=config.dtype,
-            kernel_init=sharded(init_down, "model", None),
+            kernel_init=sharded(init_down, "heads", None),
             rngs=rngs,
         )
 

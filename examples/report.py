@@ -78,8 +78,8 @@ def summary(settings: Settings, history: History, verdict: Verdict, cores_used: 
 
 def devices(settings: Settings) -> str:
     """The devices in use, in words."""
-    mesh = f" ({settings.mesh})" if math.prod(settings.mesh_axes.values()) > 1 else ""
-    return f"{math.prod(settings.mesh_axes.values())} × {jax.devices()[0].device_kind}{mesh}"
+    mesh = f" ({settings.mesh})" if settings.device_count > 1 else ""
+    return f"{settings.device_count} × {jax.devices()[0].device_kind}{mesh}"
 
 
 def cpu_cores() -> int:

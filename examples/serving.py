@@ -105,14 +105,14 @@ class Server:
       model: weights placed on the mesh as they are annotated.
       config: the sizes of the model.
       serving: the cache's sizes and the sampling.
-      mesh: its axis "model" splits the heads, those of the cache included.
+      mesh: its axis "heads" splits the heads, those of the cache included.
     """
 
     def __init__(self, model: Transformer, config: ModelConfig, serving: ServingConfig, mesh: Mesh):
         self.scheduler = Scheduler(serving)
         self.serving, self.mesh, self.usage = serving, mesh, Usage()
         self.graph, self.weights = nnx.split(model)
-        by_heads = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+        by_heads = NamedSharding(mesh, PartitionSpec(None, None, "heads"))
         shape = (serving.pages, serving.page_size, config.heads, config.head_dim)
         make_pool = partial(jnp.zeros, shape, config.dtype, device=by_heads)
         self.cache: Cache = [(make_pool(), make_pool()) for _ in range(config.layers)]

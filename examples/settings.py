@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,7 +43,11 @@ class Settings:
     remat: bool = option(
         False, "recompute the blocks in the backward pass, except for attention", curve=False
     )
-    mesh: str = option("data=1,model=1", "devices: data splits rows, model splits heads", curve=False)
+    mesh: str = option(
+        "data=1,heads=1,sequence=1",
+        "devices: data splits rows, heads splits heads and hidden units, sequence splits each row",
+        curve=False,
+    )
     out: str = option("out/train_lm", "directory for checkpoint, plot and JSON", curve=False)
     resume: bool = option(False, "continue from the checkpoint in --out", curve=False)
     seconds: float = option(280.0, "time limit after which the run ends early, with all results", curve=False)
@@ -55,15 +60,20 @@ class Settings:
     @property
     def mesh_axes(self) -> dict[str, int]:
         """The sizes of the mesh axes, 1 for an axis that is left out; raises ValueError if `mesh` is not valid."""
-        axes = {"data": 1, "model": 1}
+        axes = {"data": 1, "heads": 1, "sequence": 1}
         for part in self.mesh.split(","):
             axis, _, size = part.partition("=")
             if axis not in axes or not size.isdigit() or int(size) < 1:
                 raise ValueError(
-                    f"--mesh is {self.mesh!r}; it must be data=N,model=M with N and M of at least 1"
+                    f"--mesh is {self.mesh!r}; it must be data=N,heads=M,sequence=L, each of at least 1 or left out"
                 )
             axes[axis] = int(size)
         return axes
+
+    @property
+    def device_count(self) -> int:
+        """The number of devices of the mesh."""
+        return math.prod(self.mesh_axes.values())
 
     def curve(self) -> dict[str, Any]:
         """The settings that determine the loss curve, up to rounding on another device or mesh."""
@@ -111,7 +121,9 @@ def _problem(s: Settings) -> str | None:
         axes = s.mesh_axes
     except ValueError as error:
         return str(error)
-    for count, axis in (("rows", "data"), ("heads", "model"), ("hidden", "model")):
+    for count, axis in (("rows", "data"), ("heads", "heads"), ("hidden", "heads")):
         if getattr(s, count) % axes[axis]:
             return f"--{count} is {getattr(s, count)}, which --mesh {axis}={axes[axis]} does not divide"
+    if axes["sequence"] > 1 and s.row_length % (2 * axes["sequence"]):
+        return f"--row-length is {s.row_length}; --mesh sequence=N cuts rows into 2·N equal parts"
     return None

@@ -3,7 +3,8 @@
     python examples/train_lm.py                         # train, checkpoint, plot, compare with a bigram model
     python examples/train_lm.py --resume                # continue from the checkpoint of a run that was stopped
     python examples/train_lm.py --attention xla         # plain JAX attention, with the same loss curve
-    python examples/train_lm.py --mesh data=2,model=2   # splits rows over `data` and heads over `model`
+    python examples/train_lm.py --mesh data=2,heads=2   # splits rows over `data` and heads over `heads`
+    python examples/train_lm.py --mesh sequence=2       # splits each row: attention runs as a ring
     python examples/train_lm.py --dtype bfloat16 --remat
 
 Writes checkpoint/, loss.png and run.json to --out. The exit status is 1 if a run with the default settings missed its
@@ -12,7 +13,6 @@ target, and 2 if a setting is wrong.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -31,7 +31,7 @@ STARTED = time.monotonic()  # before the imports, so that the times include them
 def main(argv: list[str] | None = None, started: float | None = None) -> int:
     """Runs the command line `argv` from time `started` (of `time.monotonic`, default now); returns the exit status."""
     settings = parse_settings(argv)
-    force_host_devices(math.prod(settings.mesh_axes.values()))
+    force_host_devices(settings.device_count)
     try:
         return train(settings, time.monotonic() if started is None else started)
     except SettingError as error:

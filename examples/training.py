@@ -22,6 +22,8 @@ from model import ModelConfig, Transformer
 from settings import SettingError, Settings
 from text import PADDING, Batch
 
+from jax_flash import zigzag_positions
+
 
 @dataclass
 class History:
@@ -85,6 +87,7 @@ def model_config(settings: Settings) -> ModelConfig:
         dtype=settings.dtype,
         remat=settings.remat,
         attention=None if settings.attention == "auto" else settings.attention,
+        sequence_devices=settings.mesh_axes["sequence"],
     )
 
 
@@ -130,23 +133,36 @@ class Trainer:
 
     def compile(self, batch: Batch, held_out: Batch) -> None:
         """Compiles `step` and `evaluate` for batches of these shapes, so that their times exclude compilation."""
-        self._step = self._step.lower(self.abstract_state, self._place(batch)).compile()
-        self._evaluate = self._evaluate.lower(self.abstract_state, self._place(held_out)).compile()
+        self._step = self.lower_step(batch).compile()
+        with jax.set_mesh(self.mesh):
+            self._evaluate = self._evaluate.lower(self.abstract_state, self.place(held_out)).compile()
+
+    def lower_step(self, batch: Batch) -> jax.stages.Lowered:
+        """The program of `step`, from a state and a placed batch, before XLA compiles it."""
+        with jax.set_mesh(self.mesh):
+            return self._step.lower(self.abstract_state, self.place(batch))
 
     def step(self, state: nnx.State, batch: Batch) -> tuple[nnx.State, jax.Array]:
         """One AdamW step: (the next state, the loss before it in nats per byte). `state` is donated."""
-        return self._step(state, self._place(batch))
+        return self._step(state, self.place(batch))
 
     def evaluate(self, state: nnx.State, batches: Sequence[Batch]) -> float:
         """Nats per byte of the batches' targets."""
         # One batch at a time: forced host devices can deadlock when programs with collectives overlap.
-        sums = [jax.device_get(self._evaluate(state, self._place(batch))) for batch in batches]
+        sums = [jax.device_get(self._evaluate(state, self.place(batch))) for batch in batches]
         total, count = np.sum(sums, axis=0)
         return float(total / count)
 
-    def _place(self, batch: Batch) -> Batch:
-        """The batch on the devices, its rows split over the mesh axis "data"."""
-        return jax.device_put(batch, NamedSharding(self.mesh, PartitionSpec("data")))
+    def place(self, batch: Batch) -> Batch:
+        """The batch on the devices: rows split over the mesh axis "data", tokens, in zigzag order, over "sequence"."""
+        devices = self.mesh.shape["sequence"]
+        rows, tokens = (
+            NamedSharding(self.mesh, PartitionSpec("data", *axis)) for axis in ((), ("sequence",))
+        )
+        if devices > 1:
+            order = np.asarray(zigzag_positions(batch.tokens.shape[1], devices))
+            batch = Batch(*(x[:, order] for x in batch[:3]), batch.cu_seqlens)
+        return jax.device_put(batch, Batch(tokens, tokens, tokens, rows))
 
     def _create(self) -> tuple[Transformer, nnx.Optimizer[Transformer]]:
         model = Transformer(model_config(self.settings), rngs=nnx.Rngs(self.settings.seed))

@@ -10,8 +10,10 @@ from .flop_count import flops
 from .merge import merge_attention
 from .paged.append import append_kv
 from .paged.attention import paged_attention
+from .ring import ring_attention
 from .rotary import apply_rotary
 from .varlen import flash_attention_varlen
+from .zigzag import zigzag_permute, zigzag_positions, zigzag_unpermute
 
 __all__ = [
     "Backend",
@@ -26,6 +28,10 @@ __all__ = [
     "flops",
     "merge_attention",
     "paged_attention",
+    "ring_attention",
+    "zigzag_permute",
+    "zigzag_positions",
+    "zigzag_unpermute",
 ]
 
 _register()  # for programs that were exported or compiled in another process

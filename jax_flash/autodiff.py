@@ -7,7 +7,7 @@ used raises where it is lowered, one that is dropped costs nothing (no_derivativ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,9 +19,20 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from . import _jax, derivatives, no_derivative, reference
+from .batching import over_leading
 from .operands import DIFFERENTIABLE, DIFFERENTIAL, DROPOUT_ROW, FORWARD, TANGENTS
 from .paged import gather
-from .primitives import LOCAL, PARTITIONED, PARTLY_MANUAL, bind, declare, leading, operand_names
+from .primitives import (
+    LOCAL,
+    PARTITIONED,
+    PARTLY_MANUAL,
+    RING,
+    bind,
+    declare,
+    equally_varying,
+    operand_names,
+)
+from .sequence import passes
 from .spec import AttentionSpec
 
 Operands = dict[str, jax.Array]
@@ -34,8 +45,17 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
         first = operands["position"].astype(jnp.uint32)
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
     if spec.implementation == "xla":
-        return gather.attention(spec, operands) if spec.paged else reference.attention(spec, operands)
+        return gather.attention(spec, operands) if spec.paged else _in_plain_jax(spec, operands)
     out, lse = bind(FORWARD, spec, operands)
+    return out, lse
+
+
+def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Pair:
+    if spec.ring is not None:
+        operands = equally_varying(operands, spec.ring.axes)
+        out, lse = passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
+        return out, lse
+    out, lse = reference.attention(spec, operands)
     return out, lse
 
 
@@ -97,7 +117,7 @@ def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) 
     operands = given | {n: x for n, x in (("dout", dout), ("dlse", dlse)) if x is not None}
     wanted = tuple(name.removeprefix("t") for name in linear)
     run = partial(derivatives.gradients, _without_tangents(spec), wanted)
-    found = _over_leading(run, spec, operands)
+    found = over_leading(run, spec, operands)
     gradients = {"t" + name: _sum_leading(x, linear["t" + name]) for name, x in found.items()}
     return [gradients.get(name) for name in names]
 
@@ -112,23 +132,12 @@ def _sum_leading(gradient: jax.Array, aval: Any) -> jax.Array:
     return gradient.sum(shared, keepdims=True) if shared else gradient
 
 
-def _over_leading(run: Callable[[Operands], Any], spec: AttentionSpec, operands: Operands) -> Any:
-    """`run`, which knows of no leading dimensions, mapped over those of the operands."""
-    if not leading(spec, "query", operands["query"].ndim):
-        return run(operands)
-    size = _jax.full_dim(x.shape[0] for x in operands.values())
-    full = {name: _jax.same_dim(x.shape[0], size) for name, x in operands.items()}
-    mapped = {name: x if full[name] else x[0] for name, x in operands.items()}
-    axes = {name: 0 if full[name] else None for name in operands}
-    return jax.vmap(lambda row: _over_leading(run, spec, row), in_axes=(axes,))(mapped)
-
-
 def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: AttentionSpec) -> Any:
     names = operand_names(DIFFERENTIAL, spec)
     run = partial(derivatives.tangents, _without_tangents(spec))
 
     def differential(*arrays: jax.Array) -> list[jax.Array]:
-        return list(_over_leading(run, spec, dict(zip(names, arrays))))
+        return list(over_leading(run, spec, dict(zip(names, arrays))))
 
     return mlir.lower_fun(differential, multiple_results=True)(ctx, *values)
 
@@ -145,4 +154,5 @@ def _define(primitives: dict[Any, Primitive], name: str) -> Primitive:
 
 _define(LOCAL, "jax_flash_differential_local")
 _define(PARTLY_MANUAL, "jax_flash_differential_partly_manual")
+_define(RING, "jax_flash_differential_ring")
 _jax.require_devices_during_lowering(_define(PARTITIONED, "jax_flash_differential"))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
+
+from . import _jax
+from .spec import Spec
 
 
 def batch(
@@ -21,3 +25,21 @@ def batch(
         moved[i] = jnp.broadcast_to(moved[i], (size, *moved[i].shape[1:]))
     results = primitive.bind(*moved, **params)
     return results, [0] * len(results)
+
+
+def leading(spec: Spec, name: str, ndim: int) -> int:
+    """How many leading batch dimensions an operand of this rank carries."""
+    return ndim - len(spec.dims[name])
+
+
+def over_leading(
+    run: Callable[[dict[str, jax.Array]], Any], spec: Spec, operands: dict[str, jax.Array]
+) -> Any:
+    """`run`, which knows of no leading dimensions, mapped over those of the operands."""
+    if not leading(spec, "query", operands["query"].ndim):
+        return run(operands)
+    size = _jax.full_dim(x.shape[0] for x in operands.values())
+    full = {name: _jax.same_dim(x.shape[0], size) for name, x in operands.items()}
+    mapped = {name: x if full[name] else x[0] for name, x in operands.items()}
+    axes = {name: 0 if full[name] else None for name in operands}
+    return jax.vmap(lambda row: over_leading(run, spec, row), in_axes=(axes,))(mapped)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -37,9 +39,14 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
     """
     parts, part_lses = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
     _check(parts, part_lses)
-    dtype = parts[0].dtype
-    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    part = jnp.stack([lse.astype(wide) for lse in part_lses])  # [parts, ..., h, s]
+    merged, lse = combine(parts, part_lses)
+    return merged.astype(parts[0].dtype), lse
+
+
+def combine(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, Array]:
+    """As merge_attention, of checked parts, with out in float32, or in float64 where a part is."""
+    wide = jnp.float64 if any(out.dtype == jnp.float64 for out in outs) else jnp.float32
+    part = jnp.stack([lse.astype(wide) for lse in lses])  # [parts, ..., h, s]
     m = lax.stop_gradient(part.max(0, keepdims=True))
     m = jnp.where(m == -_INF, 0, m)
     e = jnp.exp(part - m)
@@ -47,9 +54,9 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
     nothing = total == 0
     total = jnp.where(nothing, 1, total)
     lse = jnp.where(nothing, -_INF, m + jnp.log(total))
-    weight = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
-    merged = (weight * jnp.stack([out.astype(wide) for out in parts])).sum(0)
-    return merged.astype(dtype), lse[0]
+    weights = jnp.swapaxes(e / total, -1, -2)[..., None]  # [parts, ..., s, h, 1]
+    weighted = (weight * out.astype(wide) for weight, out in zip(weights, outs, strict=True))
+    return reduce(operator.add, weighted), lse[0]
 
 
 def _check(outs: list[Array], lses: list[Array]) -> None:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 Align = Literal["bottom_right", "top_left"]
 Implementation = Literal["cpu", "cuda", "xla"]
 PageLayout = Literal["nhd", "hnd"]
+Order = Literal["contiguous", "zigzag"]
+RingMode = Literal["ring", "all_to_all"]
 Window = tuple[int | None, int | None]
 ArrayLike = jax.Array | NDArray[Any]
 # int32 arrays of JAX, or integers on the host, of any type, whose values int32 holds.
@@ -51,6 +53,13 @@ class FixedOptions(VarlenOptions, total=False):
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
     q_lengths: LengthsLike | None
     bias: ArrayLike | None
+
+
+class RingOptions(FixedOptions, total=False):
+    """The options of `ring_attention`."""
+
+    order: Order
+    mode: RingMode
 
 
 class DotProductOptions(TypedDict, total=False):

@@ -1,8 +1,9 @@
 """One primitive per pass: abstract evaluation and lowering to the custom call.
 
-Each pass has three primitives with the same rules. The partitioned one is bound in ordinary code and carries the
+Each pass has four primitives with the same rules. The partitioned one is bound in ordinary code and carries the
 sharding rules (sharding.py); the local one is the custom call itself, bound per shard and where all mesh axes are
-manual. Where some are, in a partially manual shard_map, the third is bound: it is partitioned over the others.
+manual. Where some are, in a partially manual shard_map, the third is bound: it is partitioned over the others. The
+fourth is the pass over a sequence that is split over manual axes, which runs one of the others on each part.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
-from .batching import batch
+from .batching import batch, leading, over_leading
 from .operands import APPEND, PASSES, Pass, like, padded_head_dim
+from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
 from .workspace import workspace_bound
@@ -38,16 +40,19 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     """Run one pass on named operands."""
     if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
         importlib.import_module(".roofline", __package__)
-    used = equally_varying({name: operands[name] for name in operand_names(pass_, spec)})
+    ring = spec.ring if isinstance(spec, AttentionSpec) else None
+    named = {name: operands[name] for name in operand_names(pass_, spec)}
+    used = equally_varying(named, ring.axes if ring else ())
     any_manual, all_manual = _jax.manual_axes()
-    primitives = LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
+    primitives = RING if ring else LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
 
 
-def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The operands, all varying over the union of their manual axes (the cast's transpose sums gradients)."""
-    axes = frozenset().union(*map(_jax.varying_axes, operands.values()))
+def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
+    """The operands, all varying over the union of their manual axes, and over those named (the cast's transpose sums
+    gradients)."""
+    axes = frozenset(also).union(*map(_jax.varying_axes, operands.values()))
 
     def cast(x: jax.Array) -> jax.Array:
         missing = tuple(sorted(axes - _jax.varying_axes(x)))
@@ -57,11 +62,6 @@ def equally_varying(operands: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 # --- abstract evaluation -------------------------------------------------------------------------------------------
-
-
-def leading(spec: Spec, name: str, ndim: int) -> int:
-    """How many leading batch dimensions an operand of this rank carries."""
-    return ndim - len(spec.dims[name])
 
 
 def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -> list[tuple[Any, ...]]:
@@ -208,6 +208,16 @@ def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pas
     return _partition(_jax.within(ctx, region), typed, pass_, spec, region)
 
 
+def _lower_ring(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: AttentionSpec) -> Any:
+    """The pass over a split sequence: a loop over its parts."""
+    names = operand_names(pass_, spec)
+
+    def ring(*arrays: jax.Array) -> list[jax.Array]:
+        return list(over_leading(lambda x: passes.run(pass_, spec, x, bind), spec, dict(zip(names, arrays))))
+
+    return mlir.lower_fun(ring, multiple_results=True)(ctx, *values)
+
+
 def _partition(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec, region: Any) -> Any:
     run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind, region)
     with _jax.serialisable(ctx):
@@ -250,7 +260,14 @@ def _partly_manual(pass_: Pass) -> Primitive:
     return primitive
 
 
+def _ring(pass_: Pass) -> Primitive:
+    primitive = declare(f"jax_flash_{pass_.name}_ring", pass_)
+    mlir.register_lowering(primitive, partial(_lower_ring, pass_=pass_))
+    return primitive
+
+
 LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
 PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}
 PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in PASSES}
-KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL)
+RING = {pass_: _ring(pass_) for pass_ in PASSES if pass_ is not APPEND}
+KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL, RING)

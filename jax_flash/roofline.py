@@ -12,9 +12,10 @@ from typing import Any
 from jax.experimental import roofline
 
 from . import _jax
+from .batching import leading
 from .flop_count import count
 from .operands import DIFFERENTIAL, TANGENT, Pass
-from .primitives import KINDS, leading, operand_names
+from .primitives import KINDS, operand_names
 from .spec import AttentionSpec, Spec
 
 
@@ -38,7 +39,15 @@ def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
     lead = {name: leading(spec, name, len(shape)) for name, shape in shapes.items()}
     calls: int = math.prod(_jax.full_dim(x[axis] for x in shapes.values()) for axis in range(lead["query"]))
     name_of_work = TANGENT.name if pass_ is DIFFERENTIAL else pass_.name  # the pass that it is lowered to
-    return calls * count(name_of_work, spec, {name: x[lead[name] :] for name, x in shapes.items()}, {})
+    devices = spec.ring.size if spec.ring else 1  # each does its share of the work on the whole sequence
+    core = {
+        name: tuple(
+            size * devices if dim in ("sq", "sk") else size
+            for dim, size in zip(spec.dims[name], x[lead[name] :])
+        )
+        for name, x in shapes.items()
+    }
+    return calls * count(name_of_work, spec, core, {}) // devices
 
 
 for _primitives in KINDS:

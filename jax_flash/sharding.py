@@ -1,7 +1,8 @@
-"""Partitions a pass over devices along batch, heads and leading dimensions; all other dimensions are gathered.
+"""Partitions a pass over devices along batch, heads, leading dimensions and the sequence; all else is gathered.
 
 The sharding rule tells XLA's propagation which dimensions correspond. `partition` then decides from the sharding of the
-pass's guide, which is query or k_pages; other operands only add axes of leading dimensions.
+pass's guide, which is query or k_pages; other operands only add axes of leading dimensions. A sequence that query, key
+and value are split over alike stays split: each shard runs the pass in a ring (sequence/passes.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,10 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from . import _jax
 from ._jax import Region
+from .batching import over_leading
 from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
-from .spec import Spec
+from .sequence import passes
+from .spec import AttentionSpec, Ring, Spec
 
 Axes = tuple[str, ...]
 Body = Callable[..., Sequence[jax.Array]]
@@ -64,6 +67,7 @@ class Split:
     heads: int = 0  # query heads per shard
     group: int = 1  # query heads per KV head
     same_bias: Axes = ()  # axes along which all shards have the same bias
+    ring: Ring | None = None
 
     def kv_slices(self) -> list[tuple[jax.Array, int]]:
         """First and number of the KV heads that this shard takes: one slice where its groups are whole or one group.
@@ -92,6 +96,8 @@ class _Rules:
         lead = [f"l{i}" for i in range(len(shape) - len(core))]
         named = [dim.rstrip("*") for dim in (*lead, *core)]
         may_be_one = [True] * len(lead) + [dim.endswith("*") for dim in core]
+        if core[-2:] == ("sq*", "sk*"):
+            named[-1] = "columns"  # of a mask or bias: whole, whatever keys are split over
         return ["" if size == 1 and free else dim for dim, size, free in zip(named, shape, may_be_one)]
 
     def axis(self, name: str, dim: str) -> int:
@@ -103,6 +109,11 @@ class _Rules:
         """The numbers of query and KV heads, which are equal if there is no query."""
         hk = shapes["key"][self.axis("key", "hk")]
         return (shapes["query"][self.axis("query", "hq")] if "query" in shapes else hk), hk
+
+    def may_be_ring(self, shapes: dict[str, Sequence[int]]) -> bool:
+        """Whether a sequence may stay split: it is the same dimension of queries and keys."""
+        fixed = isinstance(self.spec, AttentionSpec) and self.spec.layout == "fixed"
+        return fixed and _jax.same_dim(shapes["query"][-3], shapes["key"][-3])
 
     # --- propagation ---------------------------------------------------------------------------------------------
 
@@ -122,18 +133,19 @@ class _Rules:
             sizes["g"] = hq // hk
         else:
             heads = {}
+        factor_of = heads | ({"sq": "s", "sk": "s"} if self.may_be_ring(shapes) else {})
         free = 0
         factors: list[list[str]] = []
         for name, shape in arrays:
             row = []
             for dim in self.dims(name, shape):
                 free += not dim
-                row.append(heads.get(dim, dim) if dim else f"u{free}")
+                row.append(factor_of.get(dim, dim) if dim else f"u{free}")
             factors.append(row)
         replicated: list[str] = []
         for row in factors:
             for factor in row:
-                splittable = factor in ("b", "h", "(h g)", "hq", "hk") or factor[0] in "lu"
+                splittable = factor in ("b", "s", "h", "(h g)", "hq", "hk") or factor[0] in "lu"
                 if not splittable and factor not in replicated:
                     replicated.append(factor)
         text = [" ".join(row) for row in factors]
@@ -182,11 +194,30 @@ class _Rules:
                     head_axes = entry
         hq, hk = self.heads({name: x.shape for name, x in named.items()})
         found = _split_heads(mesh, axes, head_axes, hq, hk, used)
+        ring = self.ring(mesh, found, named)
+        if ring:
+            found = replace(found, axes=found.axes | {"sq": ring.axes, "sk": ring.axes}, ring=ring)
         if "bias" not in named:
             return found
         own = self.dims("bias", named["bias"].shape)
-        same = [axis for dim in ("b", "hq") if dim not in own for axis in found.axes.get(dim, ())]
+        same = [axis for dim in ("b", "hq", "sq") if dim not in own for axis in found.axes.get(dim, ())]
         return replace(found, same_bias=tuple(same))
+
+    def ring(self, mesh: Any, split: Split, named: dict[str, Any]) -> Ring | None:
+        """The ring over which query, key and value are split alike, if they are."""
+        if not self.may_be_ring({name: x.shape for name, x in named.items()}):
+            return None
+        axes, *others = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
+        taken = {axis for entry in split.axes.values() for axis in entry}
+        size = _size(mesh, axes)
+        if (
+            size == 1
+            or any(x != axes for x in others)
+            or taken & set(axes)
+            or named["query"].shape[-3] % size
+        ):
+            return None
+        return Ring(axes, size)
 
     def run_shard(self, split: Split, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         named = dict(zip(self.names, arrays))
@@ -196,8 +227,22 @@ class _Rules:
         if split.kv_replicas:
             for name in [name for name in named if "hk" in self.spec.dims[name]]:
                 named[name] = _taken(named[name], split.kv_slices(), self.axis(name, "hk"))
-        results = self.body(*named.values(), spec=self.spec)
+        results = (
+            self.in_ring(split.ring, named) if split.ring else self.body(*named.values(), spec=self.spec)
+        )
         return tuple(self.finish(name, x, split, kv_heads) for name, x in zip(self.pass_.results, results))
+
+    def in_ring(self, ring: Ring, named: dict[str, jax.Array]) -> Sequence[jax.Array]:
+        """The pass over this shard's part of the sequence."""
+        spec = replace(cast("AttentionSpec", self.spec), ring=ring)
+
+        def call(pass_: Pass, spec: AttentionSpec, part: dict[str, jax.Array]) -> Sequence[jax.Array]:
+            return self.body(*(part[name] for name in (*pass_.operands, *spec.operands)), spec=spec)
+
+        results: Sequence[jax.Array] = over_leading(
+            lambda operands: passes.run(self.pass_, spec, operands, call), spec, named
+        )
+        return results
 
     def with_offsets(self, split: Split, dropout: jax.Array, query_shape: Sequence[int]) -> jax.Array:
         """The dropout operand with this shard's offsets: bits depend on the global batch entry and query head."""

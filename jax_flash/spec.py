@@ -15,7 +15,20 @@ Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
 LAYOUTS = ("fixed", "varlen", "paged", "paged_varlen")
 PAGE_LAYOUTS = ("nhd", "hnd")
 ALIGNMENTS = ("bottom_right", "top_left")
+ORDERS = ("contiguous", "zigzag")
 UNLIMITED = -1
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The devices that share a sequence: the mesh axes that it is split over, their size, and the order of its shards.
+
+    In zigzag order each of n devices holds the chunks i and 2n − 1 − i of 2n.
+    """
+
+    axes: tuple[str, ...]
+    size: int
+    order: str = "contiguous"
 
 
 @dataclass(frozen=True)
@@ -24,8 +37,10 @@ class AttentionSpec:
 
     `left` and `right` are the numbers of keys visible before and after the diagonal, or UNLIMITED; causal is
     `right = 0`. `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays in call order. The
-    last four fields are for the paged layouts; with `num_splits` 0 the plan chooses the number of splits. Where
-    `value_dim` is not 0, V is the first `value_dim` columns of K, stored once, and the operand `value` is `key` again.
+    four fields from `page_layout` on are for the paged layouts; with `num_splits` 0 the plan chooses the number of
+    splits. Where `value_dim` is not 0, V is the first `value_dim` columns of K, stored once, and the operand `value` is
+    `key` again. With a `ring`, every operand with a row or key per token is the local shard of a sequence; columns of
+    mask and bias, and lengths, are those of the whole.
     """
 
     layout: Layout
@@ -42,10 +57,16 @@ class AttentionSpec:
     num_splits: int = 0
     batch_invariant: bool = False
     value_dim: int = 0
+    ring: Ring | None = None
 
     @property
     def paged(self) -> bool:
         return self.layout.startswith("paged")
+
+    @property
+    def limited(self) -> bool:
+        """Whether a row sees keys only up to some distance from its diagonal."""
+        return self.left != UNLIMITED or self.right != UNLIMITED
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 import jax
@@ -16,12 +17,13 @@ import numpy as np
 
 from ._jax import is_symbolic, same_dim
 from .operands import OPTIONAL
-from .options import Implementation
-from .spec import ALIGNMENTS, UNLIMITED, AttentionSpec, Layout
+from .options import Implementation, RingMode
+from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
 IMPLEMENTATIONS = get_args(Implementation)
+MODES = get_args(RingMode)
 _INT32_MAX = 2**31 - 1
 
 Arguments = dict[str, Any]  # of a public function, by name
@@ -280,12 +282,13 @@ def score_operands(
         check.shape("sinks", operands["sinks"], (hq,), "hq")
 
 
-def fixed(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
-    """The spec and operands of a flash_attention call."""
+def fixed(op: str, arguments: Arguments, shards: int = 1) -> tuple[AttentionSpec, Operands]:
+    """The spec and operands of a flash_attention call, or of one on a shard out of so many of a sequence."""
     check = Checker(op)
     operands = _tokens(check, arguments, "b s")
     b, sq, hq, _ = operands["query"].shape
     sk = operands["key"].shape[1]
+    columns = sk * shards
     for name in ("q_lengths", "kv_lengths"):
         if arguments[name] is not None:
             operands[name] = check.lengths(name, arguments[name], b, "b")
@@ -301,14 +304,48 @@ def fixed(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
                 f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
                 TypeError,
             )
-        operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, sk), "b hq sq sk")
+        operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, columns), "b hq sq sk")
     if arguments["bias"] is not None:
         bias = check.array("bias", arguments["bias"])
         if bias.dtype.name not in DTYPES and bias.dtype != operands["query"].dtype:
             raise check.fail(f"bias must be {', '.join(DTYPES)}, got {bias.dtype}", TypeError)
-        operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, sk), "b hq sq sk")
+        operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, columns), "b hq sq sk")
     score_operands(check, operands, arguments, b, "b")
     return static_spec(check, "fixed", operands, arguments), operands
+
+
+def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
+    """The spec and operands of a ring_attention call: those of a flash_attention call on a shard, and the ring."""
+    check = Checker(op)
+    given, order = arguments["axis_name"], arguments["order"]
+    axes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not axes or len(set(axes)) < len(axes) or not all(axis in manual for axis in axes):
+        raise check.fail(
+            f"axis_name is {given!r}; it must be a mesh axis that is manual in the jax.shard_map around the call, or a "
+            f"tuple of such axes, of {manual}"
+        )
+    if order not in ORDERS:
+        raise check.fail(f"order must be one of {ORDERS}, got {order!r}")
+    if arguments["mode"] not in MODES:
+        raise check.fail(f"mode must be one of {MODES}, got {arguments['mode']!r}")
+    size = jax.lax.axis_size(axes)
+    spec, operands = fixed(op, arguments, size)
+    for name in ("query", "key"):
+        length = operands[name].shape[1]
+        if is_symbolic(length):
+            raise check.fail(f"{name} must have a static length, got {length}")
+        if order == "zigzag" and length % 2:
+            raise check.fail(
+                f'{name} has {length} tokens on each device; order="zigzag" needs an even number'
+            )
+    hq = operands["query"].shape[2]
+    if arguments["mode"] == "all_to_all" and hq % size:
+        raise check.fail(
+            f'mode="all_to_all" gives each of the {size} devices along {given!r} as many heads, and query has {hq}; '
+            f'mode="ring" takes any number'
+        )
+    return replace(spec, ring=Ring(axes, size, order)), operands
 
 
 def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:

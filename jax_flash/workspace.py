@@ -13,7 +13,7 @@ from typing import Any
 
 from . import _jax
 from .backends import extension
-from .operands import DIMS
+from .operands import DIMS, operand_bits
 from .spec import AttentionSpec
 
 
@@ -26,9 +26,9 @@ def workspace_bound(pass_: str, spec: AttentionSpec, shapes: dict[str, tuple[Any
       shapes: the shape of every operand by name; dimensions may be symbolic.
 
     Returns:
-      An int, or a symbolic dimension. It holds the schedules of packed sequences' tiles; for a backward that need
-      not be deterministic, dquery in float32; for few query rows, the partial results of split keys; for the
-      forward, a tile counter.
+      An int, or a symbolic dimension. It holds the schedules of packed sequences' tiles; what segments leave to each
+      tile; for a backward that need not be deterministic, dquery in float32; for few query rows, the partial results
+      of split keys; for the forward, a tile counter.
     """
     core, _ = extension()
     assert core is not None  # the caller has asked for it
@@ -66,4 +66,5 @@ def _options(spec: AttentionSpec) -> dict[str, Any]:
         "deterministic": spec.deterministic,
         "num_splits": spec.num_splits,
         "batch_invariant": spec.batch_invariant,
+        "operands": operand_bits(spec.operands),
     }

@@ -26,3 +26,7 @@ def test_the_serving_guide_runs_in_order():
 
 def test_the_training_guide_runs_in_order():
     run("training.md")
+
+
+def test_the_guide_to_splitting_attention_runs_in_order():
+    assert run("sequence-parallelism.md")["devices"] >= 1

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
 from flax import nnx
+from programs import require_devices
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -97,7 +98,7 @@ def test_bfloat16_computation_gives_nearly_the_same_curve(uninterrupted, tmp_pat
 @pytest.mark.skipif(IMPLEMENTATION == "cuda" and jax.device_count() < 4, reason="needs 4 GPUs")
 def test_a_mesh_gives_the_same_curve_as_one_device(uninterrupted, tmp_path):
     """A process of its own, so that the script has to force its host devices by itself."""
-    command = [sys.executable, str(EXAMPLES / "train_lm.py"), *TINY, "--mesh", "data=2,model=2"]
+    command = [sys.executable, str(EXAMPLES / "train_lm.py"), *TINY, "--mesh", "data=2,heads=2"]
     path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": path}
     process = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, env=env, timeout=300)
@@ -107,9 +108,17 @@ def test_a_mesh_gives_the_same_curve_as_one_device(uninterrupted, tmp_path):
     np.testing.assert_allclose(losses(record), losses(uninterrupted), rtol=1e-4)
 
 
+@pytest.mark.parametrize("mesh", ["sequence=2", "data=2,heads=2,sequence=2"])
+def test_rows_split_over_devices_give_the_same_curve(uninterrupted, tmp_path, mesh):
+    """Ring attention in zigzag order; documents cross from one device to the next."""
+    require_devices(Settings(mesh=mesh).device_count)
+    other = run(tmp_path, "--mesh", mesh, "--stop-at", "6")
+    np.testing.assert_allclose(losses(other), losses(uninterrupted)[:6], rtol=1e-4)
+
+
 @pytest.mark.skipif(IMPLEMENTATION == "cuda", reason="reads the text of a CPU program")
 def test_on_a_mesh_attention_runs_on_its_own_rows_and_heads_and_only_sums_are_exchanged():
-    settings = parse_settings([*TINY, "--mesh", "data=2,model=2"])
+    settings = parse_settings([*TINY, "--mesh", "data=2,heads=2"])
     trainer = Trainer(settings, make_mesh(settings.mesh_axes))
     batch = text.Packer([b"some text " * 300], settings.rows, settings.row_length).batch(0)
     trainer.compile(batch, batch)
@@ -129,7 +138,9 @@ def stream_of(documents):
 
 
 def logits(batch):
-    with jax.set_mesh(make_mesh({"data": 1, "model": 1})):  # the weights' annotations name its axes
+    with jax.set_mesh(
+        make_mesh({"data": 1, "heads": 1, "sequence": 1})
+    ):  # the weights' annotations name its axes
         model = Transformer(ModelConfig(2, 32, 2, 16, 64, attention=IMPLEMENTATION), rngs=nnx.Rngs(0))
     return np.asarray(model(batch.tokens, batch.positions, batch.cu_seqlens))[0]
 
@@ -210,9 +221,10 @@ def test_only_a_default_run_is_judged_by_its_target():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mesh data=0", "--mesh is 'data=0'; it must be data=N,model=M"),
+        ("--mesh data=0", "--mesh is 'data=0'; it must be data=N,heads=M,sequence=L"),
         ("--mesh rows=2", "--mesh is 'rows=2'"),
-        ("--mesh model=3", "--heads is 4, which --mesh model=3 does not divide"),
+        ("--mesh heads=3", "--heads is 4, which --mesh heads=3 does not divide"),
+        ("--mesh sequence=3", "--row-length is 1024; --mesh sequence=N cuts rows into 2·N equal parts"),
         ("--head-dim 33", "--head-dim is 33; rotary positions need an even number"),
         ("--steps 0", "--steps is 0; it must be at least 1"),
     ],

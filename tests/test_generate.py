@@ -44,7 +44,7 @@ def make_model(mesh, attention=IMPLEMENTATION, dtype="float32"):
 
 def make_server(serving=SERVING, model_axis=1, dtype="float32"):
     require_devices(model_axis)
-    mesh = make_mesh({"data": 1, "model": model_axis})
+    mesh = make_mesh({"data": 1, "heads": model_axis, "sequence": 1})
     model, config = make_model(mesh, dtype=dtype)
     weights = jax.device_put(nnx.state(model), nnx.get_named_sharding(nnx.state(model), mesh))
     nnx.update(model, weights)
@@ -97,7 +97,9 @@ def serve(server, requests, gap=0.0, seed=0):
 @pytest.fixture(scope="module")
 def generate_alone():
     """Greedy generation by the training model in plain JAX: all of the text through it for every token."""
-    graph, weights = nnx.split(make_model(make_mesh({"data": 1, "model": 1}), attention="xla")[0])
+    graph, weights = nnx.split(
+        make_model(make_mesh({"data": 1, "heads": 1, "sequence": 1}), attention="xla")[0]
+    )
     positions = jnp.arange(SERVING.max_length)[None]
 
     @jax.jit
@@ -291,7 +293,7 @@ def checkpoint(tmp_path_factory):
     """The --out of a training run of no steps."""
     out = tmp_path_factory.mktemp("run")
     settings = Settings(**SIZES, row_length=128, out=str(out))
-    trainer = Trainer(settings, make_mesh({"data": 1, "model": 1}))
+    trainer = Trainer(settings, make_mesh({"data": 1, "heads": 1, "sequence": 1}))
     Checkpoints(settings).save(trainer.create(), History(losses=[5.5]))
     return out
 
@@ -313,7 +315,7 @@ def test_it_streams_held_out_text_with_speed_cache_use_and_a_check_of_its_logits
 def test_it_goes_on_from_prompts_on_a_mesh_as_on_one_device(checkpoint, capsys):
     require_devices(2)
     texts = []
-    for mesh in ("model=1", "model=2"):
+    for mesh in ("heads=1", "heads=2"):
         options = ["--prompt", "first é", "--prompt", "", "--temperature", "0", "--max-tokens", "9"]
         assert run(checkpoint, *options, "--mesh", mesh) == 0
         texts.append(re.findall(r"»[^└]*", capsys.readouterr().out))
@@ -339,7 +341,7 @@ def test_without_a_checkpoint_it_says_how_to_get_one(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mesh model=3", "--mesh is model=3, which does not divide the model's 2 heads"),
+        ("--mesh heads=3", "--mesh is heads=3, which does not divide the model's 2 heads"),
         (
             "--prompt 123456789 --max-tokens 119",
             "has 10 prompt tokens and 119 tokens to generate; the model and the",
@@ -354,8 +356,8 @@ def test_what_the_model_cannot_do_is_refused(checkpoint, options, message, capsy
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--mesh data=2", "--mesh is 'data=2'; serving splits only the heads over devices, as in model=2"),
-        ("--mesh 2", "--mesh is '2'; it must be data=N,model=M"),
+        ("--mesh data=2", "--mesh is 'data=2'; serving splits only the heads over devices, as in heads=2"),
+        ("--mesh 2", "--mesh is '2'; it must be data=N,heads=M,sequence=L"),
         ("--page-size 0", "--page-size is 0; it must be at least 1"),
         ("--chunk 4", "--chunk is 4; it must be at least --slots, which is 8"),
         ("--temperature nan", "--temperature is nan; it must be finite and at least 0"),

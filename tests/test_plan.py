@@ -167,7 +167,21 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
     assert repeatable["queries"]["blocks"] > 0
 
 
-@pytest.mark.parametrize("pass_", PASSES[:3])
+@pytest.mark.parametrize("pass_", ("forward", "backward", "tangent"))
+def test_segments_take_an_interval_for_each_tile_of_a_batch_entry(pass_):
+    segments = operand_bits(("q_segment_ids", "kv_segment_ids"))
+    for deterministic in {False, pass_ == "backward"}:
+        sizes = {"batch": 3, "leading": 5, "deterministic": deterministic}
+        without = plan(pass_, A100, operands=operand_bits(("mask",)), **sizes)
+        chosen = plan(pass_, A100, operands=segments, **sizes)
+        grids = [chosen[of] for of in ("queries", "keys") if chosen[of]["blocks"]]
+        heads = {"queries": 8, "keys": 2}
+        tiles = [chosen[of]["blocks"] // heads[of] for of in heads if chosen[of]["blocks"]]
+        assert len(grids) == 1 + deterministic
+        assert chosen["workspace"] - without["workspace"] == sum(-(-8 * n // 256) * 256 for n in tiles)
+
+
+@pytest.mark.parametrize("pass_", PASSES)
 @pytest.mark.parametrize("seed", range(30))
 def test_the_workspace_stays_within_its_bound(pass_, seed):
     """The bound holds on every device."""
@@ -176,7 +190,8 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), int(draw(1, 3))
     b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
     d, dv = draw(*HEAD_DIMS)
-    spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic)
+    present = () if packed or rng.integers(2) else ("q_segment_ids", "kv_segment_ids")
+    spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic, operands=present)
     rows = ((leading, sq), (leading, sk)) if packed else ((leading, b, sq), (leading, b, sk))
     shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}
     if packed:
@@ -185,7 +200,7 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     for device in (H100, A100, RTX4090):
         chosen = plan(
             pass_, device, varlen=packed, deterministic=deterministic, leading=leading, batch=b,
-            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv,
+            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=operand_bits(present),
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
 

@@ -268,7 +268,6 @@ def test_the_old_partitioner_raises_and_names_the_flag(kernel, mesh):
 
 
 GATHERED = {
-    "sequence of all": qkv(P("data", "model")),
     "sequence of keys": qkv(P("data"), P("data", "model")),
     "head dim": qkv(P("data", None, None, "model")),
     "value's head dim": qkv(P("data"), P("data"), P("data", None, None, "model")),

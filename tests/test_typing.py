@@ -18,6 +18,7 @@ FUNCTIONS = {  # the options of the overloads, and the one by which they differ
     jax_flash.flash_attention: (options.FixedOptions, "return_lse"),
     jax_flash.flash_attention_varlen: (options.VarlenOptions, "return_lse"),
     jax_flash.paged_attention: (options.PagedOptions, "return_lse"),
+    jax_flash.ring_attention: (options.RingOptions, "return_lse"),
     jax_flash.dot_product_attention: (options.DotProductOptions, "return_residual"),
     flash_attn.flash_attn_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
     flash_attn.flash_attn_varlen_func: (compat_options.FlashAttnVarlenOptions, "return_attn_probs"),
@@ -71,6 +72,7 @@ def test_literals_are_the_values_that_are_allowed():
     assert typing.get_args(options.Align) == spec.ALIGNMENTS
     assert typing.get_args(options.PageLayout) == spec.PAGE_LAYOUTS
     assert typing.get_args(options.Implementation) == validate.IMPLEMENTATIONS
+    assert typing.get_args(options.Order) == spec.ORDERS
 
 
 def test_the_package_says_that_it_is_typed():

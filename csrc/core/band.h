@@ -19,6 +19,11 @@ JF_HD Interval intersect(Interval a, Interval b) {
   return {a.lo > b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
 }
 
+// The tiles of `block` rows that rows lie in.
+JF_HD Interval tiles_of(Interval rows, int32_t block) {
+  return rows.empty() ? Interval{0, 0} : Interval{rows.lo / block, (rows.hi - 1) / block + 1};
+}
+
 enum class TileClass : int32_t { kSkip, kPartial, kFull };
 
 // If i < q_len, row i sees keys [i + shift - left, i + shift + right] within [0, k_len). Positions are

@@ -363,7 +363,7 @@ void cpu_tangent(const Problem& p, const Tangents& t, const ThreadPool& pool) {
   const std::vector<int64_t> ends = range_ends(splits, grid.size(), std::min(pool.threads, workers));
   parallel_for(pool, static_cast<int64_t>(ends.size()), workers, [&](int64_t range) {
     run_range(
-        range > 0 ? ends[range - 1] : 0, ends[range], kMaxTangentTiles,
+        range > 0 ? ends[range - 1] : 0, ends[range], kernels().tangent_tiles(p),
         [&](int64_t index, RowTile& tile) { return grid.at(index, tile); },
         [&](const RowTile* tiles, int32_t count) { kernels().tangent(p, t, tiles, count, scratch()); });
   });

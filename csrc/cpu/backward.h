@@ -28,16 +28,26 @@ struct KeyTile {
   GradientTile gradient;
 };
 
+// From the first to the last row whose block uses column c.
+JF_INLINE Interval rows_that_use(const QueryTile& q, const UsedColumns* used, int32_t c) {
+  int32_t lo = 0, hi = q.blocks;
+  const auto unused = [&](int32_t b) { return c < used[b].lo || used[b].hi <= c; };
+  while (lo < hi && unused(lo)) ++lo;
+  while (lo < hi && unused(hi - 1)) --hi;
+  return {q.begin + lo * kBlockRows, q.begin + hi * kBlockRows};
+}
+
 // dV += Pᵀ dO, dK += dSᵀ Q
 template <class E>
-static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& keys) {
+static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& keys, const UsedColumns* used) {
   const Problem& p = head.problem;
   const int32_t step = E::kPair * kGradientRow;
   const int32_t blocks = round_up(keys.n, kBlockRows) / kBlockRows;
   Columns rows[kGradientN / kBlockRows];
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t j = keys.begin + b * kBlockRows;
-    const Interval seen = intersect(head.band.queries(j, j + kBlockRows), {q.begin, q.begin + q.count});
+    Interval seen = intersect(head.band.queries(j, j + kBlockRows), {q.begin, q.begin + q.count});
+    if (p.q_segment_ids) seen = intersect(seen, rows_that_use(q, used, b * kBlockRows));
     rows[b] = {(seen.lo - q.begin) / E::kPair, (seen.hi - q.begin + E::kPair - 1) / E::kPair};
     if (seen.empty()) rows[b] = {0, 0};
   }
@@ -59,7 +69,8 @@ static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& key
 
 // dQ += dS K
 template <class E>
-static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& keys, const Columns* used) {
+static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& keys,
+                           const UsedColumns* used) {
   const int32_t ld = padded(head.problem.head_dim), lda = E::kPair == 1 ? kGradientRow : kGradientRow / 2;
   const Word* ds = E::kPair == 1 ? as_words(keys.gradient.dp) : keys.gradient.ds_rows;
   const int32_t n = round_up(keys.n, kPanel) / E::kPair;
@@ -96,11 +107,11 @@ static void walk_queries(const Head& head, const KeyTile& keys, const SharedGrad
     } else {
       progress.wait(tile, 1);
     }
-    Columns used[kGradientBlocks];
-    const bool any = used_panels(head.band, q, keys.begin, keys.n, used);
+    UsedColumns used[kGradientBlocks];
+    const bool any = used_panels(head, q, keys.begin, keys.n, used);
     if (any) {
       tile_gradient<E>(head, q, keys.k_panels, keys.v_panels, keys.begin, keys.n, used, true, keys.gradient);
-      add_to_keys<E>(head, q, keys);
+      add_to_keys<E>(head, q, keys, used);
     }
     progress.wait(tile, 1 + order);
     if (any) add_to_queries<E>(head, q, keys, used);

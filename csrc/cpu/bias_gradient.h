@@ -18,7 +18,8 @@ struct BiasScratch {
 
 // sum[r or 0, c or 0] += dS[r, c] over the columns that each block of rows sees; 0 where dbias has one row,
 // or one column.
-static void add_tile(const BiasScratch& t, const Columns* used, bool one_row, bool one_column, float* sum) {
+static void add_tile(const BiasScratch& t, const UsedColumns* used, bool one_row, bool one_column,
+                     float* sum) {
   for (int32_t r = 0; r < t.queries.count; ++r) {
     const Columns block = used[r / kBlockRows];
     const float* ds = t.gradient.dp + r * kGradientRow;
@@ -47,8 +48,8 @@ static void add_head(const Head& head, Interval rows, Interval columns, BiasScra
     pack_keys<E>(head, j0, n, t.k_panels, t.v_panels);
     for (int32_t i0 = seen.lo - (seen.lo - rows.lo) % kGradientM; i0 < seen.hi; i0 += kGradientM) {
       t.queries = query_tile<E>(head, i0, min(rows.hi, i0 + kGradientM), t.memory);
-      Columns used[kGradientBlocks];
-      if (!used_panels(head.band, t.queries, j0, n, used)) continue;
+      UsedColumns used[kGradientBlocks];
+      if (!used_panels(head, t.queries, j0, n, used)) continue;
       pack_queries<E>(head, t.queries, false);
       tile_gradient<E, 1>(head, t.queries, t.k_panels, t.v_panels, j0, n, used, false, t.gradient);
       add_tile(t, used, one_row, one_column, t.sum + (one_row ? 0 : (i0 - rows.lo) * kGradientN));

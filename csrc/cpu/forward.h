@@ -23,6 +23,8 @@ struct PackedKeys {
 // A tile of queries during its loop over the keys. O is [count, padded(dv)], not yet divided by l.
 struct QueryRows {
   const RowTile* tile;
+  RowSegments segments;
+  Interval keys;  // of the tile of keys, what segments leave
   int32_t rows, blocks;
   Word* q;
   float* o;
@@ -93,7 +95,8 @@ template <class E>
 static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& keys, float* s) {
   const Problem& p = head.problem;
   BlockColumns columns[kMaxBlocks];
-  if (!block_columns(head.band, t.tile->begin, t.blocks, t.tile->heads, keys.range, columns)) return;
+  const KeyRange range{t.keys, keys.range.begin};
+  if (!block_columns(head, t.tile->begin, t.blocks, t.tile->heads, range, columns)) return;
   Float lane_max[kTileM];
   for (int32_t r = 0; r < t.blocks * kBlockRows; ++r) lane_max[r] = broadcast(kNegInf);
   const int32_t ld = row_words<E>(p.head_dim);
@@ -137,6 +140,7 @@ class ForwardLoop {
     s_ = scratch.take(kTileM * kScoreRow);
     for (int32_t i = 0; i < count; ++i) {
       tiles_[i].tile = tiles + i;
+      tiles_[i].segments = RowSegments(head_, tiles[i].begin, tiles[i].end);
       tiles_[i].rows = tiles[i].rows();
       tiles_[i].blocks = round_up(tiles_[i].rows, kBlockRows) / kBlockRows;
       tiles_[i].q = words(scratch, kTileM, p.head_dim);
@@ -158,7 +162,9 @@ class ForwardLoop {
     // Tiles of keys begin at multiples of kTileN, whichever query tiles run together: that grouping must
     // not change any bit of the result.
     for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
-      pack(intersect(keys, {j0, j0 + kTileN}));
+      const Interval tile = intersect(keys, {j0, j0 + kTileN});
+      if (!trim_to_segments(tiles_, count_, tile)) continue;
+      pack(tile);
       for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
     }
   }

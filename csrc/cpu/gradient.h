@@ -1,8 +1,8 @@
 // Recomputes P and dS of one tile from lse, the first step of backward and bias_gradient.
 #pragma once
 
-#include "head.h"
 #include "product.h"
+#include "segments.h"
 
 namespace jax_flash::JF_ISA {
 
@@ -196,16 +196,29 @@ JF_INLINE Columns seen_columns(const Band& band, int32_t i0, int32_t i1, int32_t
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// The columns that each block of rows sees, widened to whole panels and whole blocks of keys, which is what
-// the products read of P and dS. Returns whether any block sees a key.
-JF_INLINE bool used_panels(const Band& band, const QueryTile& q, int32_t j0, int32_t n, Columns* used) {
+// The columns of a block of rows that products use, and of these the ones that some row may see. `mixed`:
+// they are not all of the rows' segment.
+struct UsedColumns : Columns {
+  Columns seen{0, 0};
+  bool mixed = false;
+};
+
+// The columns that each block of rows may see, widened to whole panels and whole blocks of keys, which is
+// what the products read of P and dS. Returns whether any block sees a key.
+JF_INLINE bool used_panels(const Head& head, const QueryTile& q, int32_t j0, int32_t n, UsedColumns* used) {
   bool any = false;
+  const Interval keys = RowSegments(head, q.begin, q.begin + q.count).trim({j0, j0 + n});
   for (int32_t b = 0; b < q.blocks; ++b) {
-    const int32_t i = q.begin + b * kBlockRows;
-    const Columns c = used[b] = seen_columns(band, i, i + kBlockRows, j0, n);
-    if (c.lo >= c.hi) continue;
-    used[b] = {round_down(round_down(c.lo, kBlockRows), kPanel),
-               round_up(round_up(c.hi, kBlockRows), kPanel)};
+    const int32_t i = q.begin + b * kBlockRows, end = i + kBlockRows;
+    const RowSegments segments(head, i, end);
+    const Interval seen = segments.trim(intersect(head.band.rows(i, end), keys));
+    used[b] = {};
+    if (seen.empty()) continue;
+    const Columns c{seen.lo - j0, seen.hi - j0};
+    used[b] = {
+        {round_down(round_down(c.lo, kBlockRows), kPanel), round_up(round_up(c.hi, kBlockRows), kPanel)},
+        c,
+        segments.differ_from(seen)};
     any = true;
   }
   return any;
@@ -213,19 +226,21 @@ JF_INLINE bool used_panels(const Band& band, const QueryTile& q, int32_t j0, int
 
 template <int kPair>
 static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t j0, int32_t n,
-                                  bool through_softcap, int32_t r, Columns used, const GradientTile& t) {
+                                  bool through_softcap, int32_t r, UsedColumns used, const GradientTile& t) {
   GradientRow rows[kPair];
   RowBuffer slopes[kPair], keep[kPair];
   const bool capped = through_softcap && head.problem.spec.softcap > 0;
   bool masked = false;
   for (int32_t k = 0; k < kPair; ++k) {
     const Row row{q.begin + r + k, head.head};
-    const Columns visible = seen_columns(head.band, row.position, row.position + 1, j0, n);
+    Columns visible = seen_columns(head.band, row.position, row.position + 1, j0, n);
+    visible = {max(visible.lo, used.seen.lo), min(visible.hi, used.seen.hi)};
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
     if (visible.hi <= visible.lo) continue;
-    if (head.has_options) {
-      head.finish_scores(row, j0, visible, t.s + (r + k) * kGradientRow, capped ? slopes[k].value : nullptr);
+    if (head.must_finish(used.mixed)) {
+      head.finish_scores(row, j0, visible, used.mixed, t.s + (r + k) * kGradientRow,
+                         capped ? slopes[k].value : nullptr);
       if (capped) rows[k].slopes = slopes[k].value;
     }
     if (head.has_dropout) {
@@ -241,10 +256,22 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   return store_gradient_rows<kPair, false, false>(rows, head.softmax_scale, r, used, t);
 }
 
+// P ← 0 and dS ← 0 in the columns of row r that its block does not use. Products that sum over rows read them
+// where there are segments: these may leave keys to rows before and after a block, but not to it.
+JF_INLINE void clear_unused(int32_t n, int32_t r, Columns used, const GradientTile& t) {
+  const int32_t end = round_up(round_up(n, kBlockRows), kPanel);
+  const auto clear = [&](float* row) {
+    fill(row, used.lo, 0.0f);
+    fill(row + used.hi, end - used.hi, 0.0f);
+  };
+  clear(t.s + r * kGradientRow);
+  clear(t.dp + r * kGradientRow);
+}
+
 // S = Q Kᵀ and dP = dO Vᵀ over the visible panels, then P and dS row by row.
 template <class E, int kPair = E::kPair>
 static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_panels, const Word* v_panels,
-                          int32_t j0, int32_t n, const Columns* used, bool through_softcap,
+                          int32_t j0, int32_t n, const UsedColumns* used, bool through_softcap,
                           const GradientTile& t) {
   const Problem& p = head.problem;
   const int32_t ld = row_words<E>(p.head_dim), ldv = row_words<E>(p.value_dim);
@@ -264,8 +291,9 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
     }
   }
   for (int32_t r = 0; r < q.count; r += kPair) {
-    const Columns block = used[r / kBlockRows];
-    if (block.lo < block.hi) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
+    const UsedColumns block = used[r / kBlockRows];
+    if (!block.empty()) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
+    if (head.problem.q_segment_ids) clear_unused(n, r, block, t);
   }
 }
 

@@ -18,10 +18,10 @@ struct Row {
   int32_t position, head;
 };
 
-// Whether a score needs more than scale, band and dropout. A scale of 0 counts too: it would turn masked
-// scores, -inf, into NaN.
+// Whether a score needs more than scale, band, segments and dropout. A scale of 0 counts too: it would turn
+// masked scores, -inf, into NaN.
 JF_INLINE bool has_score_options(const Problem& p) {
-  return p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes || p.q_segment_ids;
+  return p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes;
 }
 
 // The factor of S in the exponent, exp(softmax_scale (S − m)). With score options the scale is part of S,
@@ -101,10 +101,14 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
+  // Whether S is not yet what the softmax takes. `mixed`: some visible keys are of another segment.
+  JF_HD bool must_finish(bool mixed) const { return has_options || mixed; }
+
   // Defined in scores.h. Overwrites S[c], the score of key j0 + c, with the final score on the whole
-  // vectors around `visible`, -inf where masked. Stores the derivative of the softcap, if there is one, to
-  // `slopes` unless that is null. Returns the maximum, lane by lane.
-  Float finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const;
+  // vectors around `visible`, -inf where masked. Without `mixed`, segments hide none of these keys.
+  // Stores the derivative of the softcap, if there is one, to `slopes` unless that is null. Returns the
+  // maximum, lane by lane.
+  Float finish_scores(Row row, int32_t j0, Columns visible, bool mixed, float* s, float* slopes) const;
 
   // Defined in scores.h. to[c] on the whole vectors around `visible`: the tangent of the bias, 0 outside it.
   void bias_tangent_row(const View& tbias, Row row, int32_t j0, Columns visible, float* to) const;

@@ -16,9 +16,6 @@ inline constexpr int64_t kScratchFloats = 3 << 19;
 // Query tiles that one call of Kernels::forward takes at most.
 inline constexpr int32_t kMaxQueryTiles = 32;
 
-// Query tiles that one call of Kernels::tangent takes at most: fewer, because each has more operands packed.
-inline constexpr int32_t kMaxTangentTiles = 24;
-
 // Positions [begin, end) of a sequence at `heads` query heads from `head` on, with the heads of a position
 // adjacent. In forward the heads share a KV head (in decode they may belong to several); elsewhere it is
 // one head. Rows past the sequence's length have defined results too, which the kernel writes.
@@ -79,7 +76,8 @@ struct Kernels {
   int64_t (*key_tile_floats)(const Problem&);
   void (*backward)(const Problem&, const RowTile&, const SharedGradients&, float* scratch);
   void (*bias_gradient)(const Problem&, const BiasTile&, float* scratch);  // one tile of dbias
-  // tout and tlse of up to kMaxTangentTiles tiles of one head.
+  // tout and tlse of up to tangent_tiles(problem) tiles of one head.
+  int32_t (*tangent_tiles)(const Problem&);
   void (*tangent)(const Problem&, const Tangents&, const RowTile*, int32_t count, float* scratch);
 
   // Forward of a tile whose keys are split: forward_part computes each partial output, merge_parts merges

@@ -89,10 +89,11 @@ struct ScoreRow {
   const int32_t* ids = nullptr;
   int32_t id = 0;
 
-  ScoreRow(const Head& head, Row row, int32_t j0) {
+  // Without `mixed`, segments hide nothing.
+  ScoreRow(const Head& head, Row row, int32_t j0, bool mixed) {
     const Problem& p = head.problem;
     const int32_t sequence = head.sequence.index, i = row.position;
-    scale = __builtin_fabsf(p.spec.scale);
+    scale = head.has_options ? __builtin_fabsf(p.spec.scale) : 1.0f;
     cap = p.spec.softcap;
     if (cap > 0) options |= kSoftcap;
     exact_tanh = p.dtype == DType::kF32;
@@ -124,7 +125,7 @@ struct ScoreRow {
         constant = kNegInf;
       }
     }
-    if (p.q_segment_ids) {
+    if (p.q_segment_ids && mixed) {
       const View &q = p.q_segment_ids, &k = p.kv_segment_ids;
       id = *reinterpret_cast<const int32_t*>(element(head, q, q.offset(sequence, 0, i), 4));
       options |= kSegments;
@@ -211,9 +212,12 @@ static Float finish_row(const ScoreRow& row, Columns visible, float* s, float* s
   return lane_max;
 }
 
-inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, float* s, float* slopes) const {
-  const ScoreRow options(*this, row, j0);
+inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, bool mixed, float* s,
+                                 float* slopes) const {
+  const ScoreRow options(*this, row, j0, mixed);
   switch (options.options) {
+    case 0:
+      return finish_row<0>(options, visible, s, slopes);
     case kSoftcap:
       return finish_row<kSoftcap>(options, visible, s, slopes);
     case kAlibi:

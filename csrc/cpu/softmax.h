@@ -5,6 +5,7 @@
 #include "head.h"
 #include "kernels.h"
 #include "scores.h"
+#include "segments.h"
 
 namespace jax_flash::JF_ISA {
 
@@ -21,16 +22,12 @@ struct Softmax {
   }
 };
 
-// The columns of `keys` that the row at position i sees; column 0 is key j0.
-JF_INLINE Columns visible_columns(const Band& band, int32_t i, Interval keys, int32_t j0) {
-  keys = intersect(band.row(i), keys);
-  return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
-}
-
-// A block of rows in a tile of keys: `used` are the columns that any of the rows sees, `unmasked` the
-// panels that every row sees entirely.
+// A block of rows in a tile of keys: `used` are the columns that any of the rows may see, `unmasked` the
+// panels that every row sees entirely, segments aside. `mixed`: the used ones are not all of the rows'
+// segment.
 struct BlockColumns {
   Columns used{0, 0}, unmasked{0, 0};
+  bool mixed = false;
 
   JF_HD Columns panels() const { return {round_down(used.lo, kPanel), round_up(used.hi, kPanel)}; }
 };
@@ -41,19 +38,29 @@ struct KeyRange {
   int32_t begin;
 };
 
+// The columns of a block's `used` that its row at position i sees; column 0 is key j0.
+JF_INLINE Columns visible_columns(const Band& band, int32_t i, int32_t j0, const BlockColumns& block) {
+  const Interval keys = intersect(band.row(i), {j0 + block.used.lo, j0 + block.used.hi});
+  return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
+}
+
 // BlockColumns of successive blocks from position i0 on, where `heads` rows share a position. Returns
 // whether any block sees a key.
-JF_INLINE bool block_columns(const Band& band, int32_t i0, int32_t blocks, int32_t heads, KeyRange range,
+JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32_t heads, KeyRange range,
                              BlockColumns* columns) {
+  const Band& band = head.band;
   const int32_t j0 = range.begin;
   bool any = false;
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t first = i0 + b * kBlockRows / heads, end = i0 + ((b + 1) * kBlockRows + heads - 1) / heads;
-    const Interval keys = intersect(band.rows(first, end), range.keys);
+    const Interval in_band = intersect(band.rows(first, end), range.keys);
+    const RowSegments segments(head, first, end);
+    const Interval keys = segments.trim(in_band);
     columns[b] = {};
     if (keys.empty()) continue;
     any = true;
     columns[b].used = {keys.lo - j0, keys.hi - j0};
+    columns[b].mixed = segments.differ_from(keys);
     const Interval all = intersect(band.common(first, end), keys);
     columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
     const int32_t lo = columns[b].panels().lo;
@@ -105,12 +112,13 @@ struct SoftmaxShift {
 JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
                                Float lane_max, Softmax& state, SoftmaxShift& shifts, int32_t r) {
   const int32_t j0 = range.begin;
-  const Columns visible = visible_columns(head.band, row.position, range.keys, j0), all = block.panels();
-  if (head.has_options) {
+  const Columns visible = visible_columns(head.band, row.position, j0, block), all = block.panels();
+  if (head.must_finish(block.mixed)) {
     const Columns whole = visible.empty() ? Columns{all.hi, all.hi} : vectors(visible);
     fill(s + all.lo, whole.lo - all.lo, kNegInf);
     fill(s + whole.hi, all.hi - whole.hi, kNegInf);
-    lane_max = visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, s, nullptr);
+    lane_max =
+        visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, block.mixed, s, nullptr);
   } else {
     lane_max = hide_edges(visible, all.lo, block.unmasked.lo, s, lane_max);
     lane_max = hide_edges(visible, block.unmasked.hi, all.hi, s, lane_max);

@@ -11,10 +11,18 @@ namespace jax_flash::JF_ISA {
 // kTangentRow apart, no power of two.
 inline constexpr int32_t kTangentN = 256, kTangentRow = kTangentN + kLanes;
 
-// Scratch at the largest head dim: packed K, tK, V and tV, S and dS, and for every query tile Q, tQ, tO and
-// r.
-static_assert((4 * kTangentN * kMaxHeadDim + 2 * kTileM * kTangentRow +
-               kMaxTangentTiles * kTileM * (3 * kMaxHeadDim + kLanes)) <= kScratchFloats);
+// Scratch, in floats: packed K, tK, V and tV, S and dS, and for every query tile Q, tQ, tO and r.
+constexpr int64_t tangent_floats(int64_t d, int64_t dv, int64_t tiles) {
+  return 2 * kTangentN * (d + dv) + 2 * kTileM * kTangentRow + tiles * kTileM * (2 * d + dv + kLanes);
+}
+static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 24) <= kScratchFloats);
+
+// Query tiles that run together, and so have every tile of keys packed for them once.
+static int32_t tangent_tiles(const Problem& p) {
+  int32_t tiles = kMaxQueryTiles;
+  while (tangent_floats(padded(p.head_dim), padded(p.value_dim), tiles) > kScratchFloats) --tiles;
+  return tiles;
+}
 
 // A tile of keys, packed. Each panel of `k` holds Kᵀ and, `half` words on, tKᵀ: the tangent of the products,
 // tQ Kᵀ
@@ -30,6 +38,8 @@ struct TangentKeys {
 // padded(dv)], the tangent of the output without its term in r; r = Σ P∘dS, lane by lane.
 struct TangentTile {
   const RowTile* tile;
+  RowSegments segments;
+  Interval keys;  // of the tile of keys, what segments leave
   int32_t rows, blocks;
   Word* q;
   float* sum;
@@ -111,7 +121,9 @@ class TangentLoop {
     const Interval keys = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
     // Tiles of keys begin at multiples of kTangentN, whichever query tiles run together.
     for (int32_t j0 = round_down(keys.lo, kTangentN); j0 < keys.hi; j0 += kTangentN) {
-      pack(intersect(keys, {j0, j0 + kTangentN}));
+      const Interval tile = intersect(keys, {j0, j0 + kTangentN});
+      if (!trim_to_segments(tiles_, count_, tile)) continue;
+      pack(tile);
       for (int32_t i = 0; i < count_; ++i) attend(tiles_[i]);
     }
     for (int32_t i = 0; i < count_; ++i) store_results(tiles_[i]);
@@ -122,6 +134,7 @@ class TangentLoop {
     const Problem& p = problem_;
     TangentTile x;
     x.tile = &tile;
+    x.segments = RowSegments(head_, tile.begin, tile.end);
     x.rows = tile.rows();
     x.blocks = round_up(x.rows, kBlockRows) / kBlockRows;
     x.q = as_words(scratch.take(kTileM * 2 * half_));
@@ -164,7 +177,8 @@ class TangentLoop {
   // A tile of queries attends to the tile of keys.
   void attend(const TangentTile& x) {
     BlockColumns columns[kMaxBlocks];
-    if (!block_columns(head_.band, x.tile->begin, x.blocks, x.tile->heads, keys_.range, columns)) return;
+    const KeyRange range{x.keys, keys_.range.begin};
+    if (!block_columns(head_, x.tile->begin, x.blocks, x.tile->heads, range, columns)) return;
     const int32_t depth = depth_words<E>(problem_.head_dim), dv = problem_.value_dim;
     const int64_t row = 2 * half_, panel = row * kPanel;
     for (int32_t j = 0; j < keys_.size(); j += kPanel) {
@@ -176,7 +190,7 @@ class TangentLoop {
     }
     for (int32_t r = 0; r < x.rows; ++r) {
       const BlockColumns& block = columns[r / kBlockRows];
-      if (!block.used.empty()) x.r[r] += probabilities(x, r, block.panels());
+      if (!block.used.empty()) x.r[r] += probabilities(x, r, block);
     }
     // tO ← tO + (D∘P) tV + (D∘P∘dS) V
     multiply_values<E, Start::kAccumulate>({s_, kTangentRow, keys_.tv, keys_.size()}, x.blocks, columns, dv,
@@ -186,13 +200,14 @@ class TangentLoop {
   }
 
   // S and T of row r become D∘P and D∘P∘dS. Returns Σ P∘dS.
-  Float probabilities(const TangentTile& x, int32_t r, Columns panels) {
+  Float probabilities(const TangentTile& x, int32_t r, const BlockColumns& block) {
     const Problem& p = problem_;
+    const Columns panels = block.panels();
     const Row row{x.tile->position(r), x.tile->head_of(r)};
     const int32_t j0 = keys_.range.begin;
     float *s = s_ + r * kTangentRow, *t = t_ + r * kTangentRow;
     RowBuffer slopes, tbias, keep;
-    TangentRow own{visible_columns(head_.band, row.position, keys_.range.keys, j0),
+    TangentRow own{visible_columns(head_.band, row.position, j0, block),
                    lse_of(row),
                    __builtin_fabsf(p.spec.scale),
                    nullptr,
@@ -200,13 +215,13 @@ class TangentLoop {
                    nullptr};
     if (own.lse == kNegInf) own.visible = {0, 0};  // mask, bias or segments hide every key
     const bool masked = own.visible.lo > panels.lo || own.visible.hi < panels.hi;
-    if (own.visible.empty() || !(head_.has_options || head_.has_dropout)) {
+    if (own.visible.empty() || !(head_.must_finish(block.mixed) || head_.has_dropout)) {
       return masked ? tangent_columns<E, true, false>(own, head_.softmax_scale, panels, s, t)
                     : tangent_columns<E, false, false>(own, head_.softmax_scale, panels, s, t);
     }
-    if (head_.has_options) {
+    if (head_.must_finish(block.mixed)) {
       const bool capped = p.spec.softcap > 0;
-      head_.finish_scores(row, j0, own.visible, s, capped ? slopes.value : nullptr);
+      head_.finish_scores(row, j0, own.visible, block.mixed, s, capped ? slopes.value : nullptr);
       if (capped) own.slopes = slopes.value;
     }
     if (tangents_.tbias) {
@@ -239,7 +254,21 @@ class TangentLoop {
     const int32_t ld = padded(p.value_dim);
     alignas(64) static constexpr float kZeros[kMaxHeadDim] = {};
     alignas(64) float r_out[kMaxHeadDim];
+    // Rows are far apart: the hardware prefetcher does not follow them.
+    const auto prefetch = [&](int32_t i) {
+      const int32_t position = x.tile->position(i), h = x.tile->head_of(i) - head_.head;
+      const int64_t size = size_of(out.dtype);
+      const char* from = out.at(position) + h * p.out.head * size;
+      char* to = tout.at(position) + h * tangents_.tout.head * size;
+      for (int64_t b = 0; b < p.value_dim * size; b += kLineBytes) {
+        __builtin_prefetch(from + b);
+        __builtin_prefetch(to + b, 1);
+      }
+    };
+    constexpr int32_t kAhead = 4;  // rows
+    for (int32_t i = 0; i < min(kAhead, x.rows); ++i) prefetch(i);
     for (int32_t i = 0; i < x.rows; ++i) {
+      if (i + kAhead < x.rows) prefetch(i + kAhead);
       const Row row{x.tile->position(i), x.tile->head_of(i)};
       const int32_t h = row.head - head_.head;
       const bool sees = lse_of(row) != kNegInf;
@@ -262,7 +291,7 @@ class TangentLoop {
   int32_t count_, half_;  // half_: words of a packed row of Q
   TangentKeys keys_;
   float *s_, *t_;
-  TangentTile tiles_[kMaxTangentTiles];
+  TangentTile tiles_[kMaxQueryTiles];
 };
 
 static void tangent(const Problem& p, const Tangents& t, const RowTile* tiles, int32_t count, float* memory) {

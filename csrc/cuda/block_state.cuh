@@ -21,18 +21,13 @@ struct BlockState {
   GlobalRows<const T> query;
   GlobalRows<T> out;
 
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    prepare(p, find_work<Over::kQueries>(p, schedule, q_tiles, block_m), block_n);
-  }
-
-  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& found, int32_t block_n) {
-    work = found;
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
+    work = find_work<Over::kQueries>(p, grid, block_m);
     const int32_t head = work.head;
     const TileWork& tile = work.tile;
     band = work.band(p);
     const Interval visible = band.rows(tile.row, tile.used_queries());
-    tiles = visible.empty() ? Interval{0, 0} : Interval{visible.lo / block_n, (visible.hi - 1) / block_n + 1};
+    tiles = tiles_of(trim_to_segments(grid.segments, grid.count, block_m, p, work, visible), block_n);
     whole = band.common(tile.row, tile.used_queries());
     end = min(tiles.hi * block_n, tile.k_len);
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};

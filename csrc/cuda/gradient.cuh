@@ -73,8 +73,8 @@ struct GradientBlock {
   const float *lse, *delta;
 
   template <Over over>
-  __device__ void locate(const Problem& p, const TileWork* schedule, int32_t tile_count, int32_t block) {
-    work = find_work<over>(p, schedule, tile_count, block);
+  __device__ void locate(const Problem& p, const GridTiles& grid, int32_t block) {
+    work = find_work<over>(p, grid, block);
     band = work.band(p);
     const TileWork& tile = work.tile;
     const int32_t head = work.head, kv_head = p.kv_head(head);
@@ -85,10 +85,6 @@ struct GradientBlock {
     dout = {p.dout.as<const T>() + work.offset(p, p.dout, head, tile.q_begin), p.dout.row, p.value_dim};
     lse = p.lse.as<const float>() + work.offset(p, p.lse, head, tile.q_begin);
     delta = p.delta.as<const float>() + work.offset(p, p.delta, head, tile.q_begin);
-  }
-  // `rows`: what the block's own tile meets in the band on the other side.
-  __device__ void set_tiles(Interval rows, int32_t block) {
-    tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / block, (rows.hi - 1) / block + 1};
   }
 };
 

@@ -143,9 +143,12 @@ cudaError_t launch_schedule(const Problem& p, const LaunchPlan& plan, const Tile
 }  // namespace
 
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const cudaError_t e = launch_schedule<Over::kQueries>(p, plan, plan.queries, workspace, stream);
-  if (e != cudaSuccess) return e;
-  return launch_schedule<Over::kKeys>(p, plan, plan.keys, workspace, stream);
+  if (cudaError_t e = launch_schedule<Over::kQueries>(p, plan, plan.queries, workspace, stream);
+      e != cudaSuccess)
+    return e;
+  if (cudaError_t e = launch_schedule<Over::kKeys>(p, plan, plan.keys, workspace, stream); e != cudaSuccess)
+    return e;
+  return launch_segments(p, plan, workspace, stream);
 }
 
 }  // namespace jax_flash

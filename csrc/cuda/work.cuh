@@ -93,9 +93,16 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
 
 // The work of this CTA, where each has one tile.
 template <Over over>
-__device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
-                                               int32_t block) {
-  return find_work<over>(p, schedule, tiles, block, {blockIdx.x, gridDim.x});
+__device__ __forceinline__ BlockWork find_work(const Problem& p, const GridTiles& tiles, int32_t block) {
+  return find_work<over>(p, tiles.schedule, tiles.count, block, {blockIdx.x, gridDim.x});
+}
+
+// What segments leave of `seen`, the rows of the other side that the band leaves to a tile. `segments`: of
+// all tiles of the grid, from launch_segments.
+__device__ __forceinline__ Interval trim_to_segments(const Interval* segments, int32_t tiles, int32_t block,
+                                                     const Problem& p, const BlockWork& work, Interval seen) {
+  if (!segments) return seen;
+  return segments[(work.leading * p.batch + work.batch_row) * tiles + work.tile.row / block];
 }
 
 }  // namespace jax_flash

@@ -27,10 +27,11 @@ class ByQueryTiles : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
+    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows);
+    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows);
   }
 };
 
@@ -53,17 +54,20 @@ class Backward final : public PassTraits {
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    add_segments(call, s.k_rows, plan.keys, workspace);
     if (call.spec.deterministic) {
       plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
+      add_segments(call, s.q_rows, plan.queries, workspace);
     } else {
       plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
     }
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    const Dim keys = schedule_bound(spec, s, s.k_rows);
-    if (spec.deterministic) return keys + schedule_bound(spec, s, s.q_rows);
-    return keys + aligned(accumulator_bytes(spec, s));
+    const auto tiles = [&](const Dim& rows) {
+      return schedule_bound(spec, s, rows) + segments_bound(spec, s, rows);
+    };
+    return tiles(s.k_rows) + (spec.deterministic ? tiles(s.q_rows) : aligned(accumulator_bytes(spec, s)));
   }
 };
 
@@ -73,14 +77,18 @@ class BiasGradient final : public PassTraits {
     return bias_gradient_shared_bytes(shape_of(row, call), element_size(call));
   }
 
-  void plan_grid(const KernelRow& row, const Call& call, Workspace&, LaunchPlan& plan) const override {
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.queries.block = row.block_m, plan.queries.tiles = ceil_div(s.bias[2], row.block_m);
     plan.keys.block = row.block_n, plan.keys.tiles = ceil_div(s.bias[3], row.block_n);
     plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
+    add_segments(call, s.q_rows, plan.queries, workspace);
   }
 
-  Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override { return 0; }
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return segments_bound(spec, s, s.q_rows);
+  }
 };
 
 class Tangent final : public ByQueryTiles {

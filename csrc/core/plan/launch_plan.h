@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 
+#include "core/band.h"
 #include "core/plan/row.h"
 
 namespace jax_flash {
@@ -14,6 +15,7 @@ struct TileGrid {
   int64_t tiles = 0;      // tiles of one head of one leading entry (fixed layouts: of one batch entry)
   int64_t blocks = 0;     // CTAs where each takes one tile
   int64_t schedule = -1;  // where the varlen schedule begins in the workspace; -1: blockIdx tells the tile
+  int64_t segments = -1;  // where what segments leave to each tile begins there; -1: they hide nothing
 };
 
 // How decode splits the keys. A column is a KV head, or a chunk of its query rows where they are many. The
@@ -77,6 +79,13 @@ struct TileWork {
   JF_HD int32_t used_keys() const { return end < k_len ? end : k_len; }
 };
 static_assert(sizeof(TileWork) == 32);
+
+// The tiles of a grid, as its kernel finds them.
+struct GridTiles {
+  const TileWork* schedule;  // of packed sequences, else null
+  const Interval* segments;  // what segments leave to each tile of a batch entry; null where there are none
+  int32_t count;             // of one head
+};
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace
 inline constexpr int64_t kSmallestTile = 16;         // rows, in csrc/kernels.def: bounds the number of tiles

@@ -1,6 +1,7 @@
 // The parts of a call's workspace, one after the other, and how large they are: in a plan, and as a bound.
 #pragma once
 
+#include "core/band.h"
 #include "core/plan/call.h"
 #include "core/plan/dim.h"
 #include "core/plan/launch_plan.h"
@@ -40,6 +41,17 @@ inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
 }
 
+// An interval for each tile of each batch entry.
+inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles) {
+  return leading * batch * tiles * int64_t{sizeof(Interval)};
+}
+
+// What segments leave to the tiles of so many rows, whatever the row of csrc/kernels.def.
+inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
+  if (!spec.has(Operand::kQSegmentIds)) return 0;
+  return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + 1));
+}
+
 // The float32 accumulator of dQ.
 inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   const Dim columns = (s.head_dim + (kAccumulatorBlock - 1)) / kAccumulatorBlock * kAccumulatorBlock;
@@ -52,5 +64,12 @@ inline DimShapes dims_of(const Shapes& s) {
 
 // A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
 TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);
+
+// Takes the workspace for what segments leave to the tiles of a grid over so many rows.
+inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace) {
+  const Shapes& s = call.shapes;
+  if (!call.spec.has(Operand::kQSegmentIds) || grid.blocks == 0) return;
+  grid.segments = workspace.add(segments_bytes(s.leading, s.batch, ceil_div(rows, grid.block)).value());
+}
 
 }  // namespace jax_flash

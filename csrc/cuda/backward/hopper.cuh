@@ -113,14 +113,29 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
   return cudaSuccess;
 }
 
+// Q, dO and sums of dQ of a KV head.
+inline int64_t head_bytes(const Problem& p) {
+  const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
+  return std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
+}
+
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
 // L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
 inline uint32_t backward_heads_together(const Problem& p) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
   const bool band = p.spec.left >= 0 || p.spec.right >= 0;
-  const int64_t row = 2 * (p.head_dim + p.value_dim) + 4 * p.head_dim;
-  const int64_t head = std::max<int64_t>(1, row * p.q_rows * (p.heads / p.kv_heads));
-  return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head, band ? kFewestOfBand : 1, kMost));
+  return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
+}
+
+// Long causal sequences with GQA: key tiles see different numbers of queries, and so CTAs would come to work
+// on different query heads, more than L2 holds. As many KV heads as there are CTAs for go back and forth
+// through the query tiles together, each time with all query heads of a group.
+inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas) {
+  constexpr int64_t kManyBytes = 16 << 20;
+  const bool causal = p.spec.left < 0 && p.spec.right >= 0;
+  if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
+  tiles.back_and_forth = true;
+  tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
 }
 
 template <class C, class T>
@@ -140,6 +155,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
+    keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     constexpr auto kKernel = [] {
       if constexpr (C::kCluster > 1) return backward_cluster_sm90<C>;

@@ -55,8 +55,9 @@ struct BackwardClusterSm90 {
   using DVHalf = Accumulator<1, ValueDim / 16>;
   using DQ = Accumulator<1, kDqColumns / 8>;
   // Registers of a thread of the producers, of the warpgroups that add up dV and dK, and of dQ's.
-  static constexpr int kProducerRegisters = 32, kSumRegisters = HeadDim > 192 ? 208 : 192,
-                       kDqRegisters = HeadDim > 192 ? 64 : 96;
+  static constexpr bool kWide = HeadDim > 192;
+  static constexpr int kProducerRegisters = kWide ? 32 : 40, kSumRegisters = kWide ? 208 : 184,
+                       kDqRegisters = kWide ? 64 : 96;
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;

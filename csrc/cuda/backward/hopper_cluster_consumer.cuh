@@ -109,14 +109,15 @@ struct ClusterConsumer {
   // Calls start(step) for the first step of the key tile, next(step) for the others and last() after them.
   template <class Start, class Next, class Last>
   __device__ __forceinline__ void for_steps(Start start, Next next, Last last) {
-    const Interval tiles = uniform(tile().tiles);
-    if (tiles.empty()) return;
+    const QueryWalk walk = uniform(tile().walk);
+    if (walk.tiles.empty()) return;
     clear_keys();
-    QueryStep step{0, tiles.lo, static_cast<int32_t>(step_use)};
+    QueryStep step = QueryStep::first(walk, step_use);
+    const int32_t end = step.number + walk.steps();
     start(step);
-    step.advance(tiles);
+    step.advance(walk);
 #pragma unroll 1
-    for (; step.head < uniform(tile().heads); step.advance(tiles)) next(step);
+    for (; step.number < end; step.advance(walk)) next(step);
     step_use = ptx::here(step.number);
     last(step_use - 1);
   }
@@ -239,7 +240,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       if (uniform(tile().done)) return;
       dv[0].clear(), dv[1].clear();
       run_tile();
-      if (uniform(tile().tiles).empty()) {
+      if (uniform(tile().walk.tiles).empty()) {
         shared.k_pipe.wait_full(tile_index);
         shared.k_pipe.release(tile_index);
       }
@@ -364,7 +365,7 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
       if (uniform(tile().done)) return;
       dk[0].clear(), dk[1].clear();
       run_tile();
-      if (uniform(tile().tiles).empty()) {
+      if (uniform(tile().walk.tiles).empty()) {
         shared.v_pipe.wait_full(tile_index);
         shared.v_pipe.release(tile_index);
       }

@@ -47,14 +47,12 @@ struct ClusterGradientProducer : GradientProducer<C> {
           for (int half = 0; half < 2; ++half)
             load_for_both<QHalf>(shared.q[use % C::kStages][half], maps.query,
                                  shared.q_pipe.full_barrier(use), at, half * QHalf::kColumns);
-          if (use == step_use) {
-            shared.started_pipe.arrive(tile_index);
-            load_k(tile);
-          }
+          if (use == step_use) load_k(tile);
+          if (this->ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
         },
         [&](const Tile& tile) {
-          if (tile.tiles.empty()) {
-            shared.started_pipe.arrive(tile_index);
+          if (tile.walk.tiles.empty()) {
+            shared.ending_pipe.arrive(tile_index);
             shared.k_pipe.wait_empty(tile_index);
             shared.k_pipe.arrive(tile_index);
           }
@@ -81,7 +79,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
           if (static_cast<uint32_t>(step.number) == step_use) load_v(tile);
         },
         [&](const Tile& tile) {
-          if (tile.tiles.empty()) {
+          if (tile.walk.tiles.empty()) {
             shared.v_pipe.wait_empty(tile_index);
             shared.v_pipe.arrive(tile_index);
           }

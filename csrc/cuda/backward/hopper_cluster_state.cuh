@@ -26,7 +26,7 @@ struct BackwardClusterShared {
   Tile tiles[kKeyTileStates];
   TileMailbox mailbox;
   Pipeline<kKeyTileStates> state_pipe;
-  Pipeline<1> started_pipe;  // full when the load thread has started a key tile
+  Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
   Pipeline<1> k_pipe, v_pipe;
   Pipeline<kStages> q_pipe;           // in both CTAs at once
   Pipeline<kDoStages> do_pipe;        // likewise, a half at a time
@@ -40,7 +40,7 @@ struct BackwardClusterShared {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     mailbox.init();
     state_pipe.init(C::kConsumers * kConsumer + ptx::kWarpArrivals + 2);  // and the other producers
-    started_pipe.init(1);
+    ending_pipe.init(1);
     k_pipe.init(2 * kConsumer);
     v_pipe.init(kConsumer);
     q_pipe.init(C::kCluster * 2 * kConsumer);

@@ -243,15 +243,16 @@ struct GradientConsumer {
 
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
-    const Interval tiles = uniform(tile().tiles);
-    if (tiles.empty()) return;
+    const QueryWalk walk = uniform(tile().walk);
+    if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys(clean_keys);
-    QueryStep step{0, tiles.lo, static_cast<int32_t>(step_use)};
+    QueryStep step = QueryStep::first(walk, step_use);
+    const int32_t end = step.number + walk.steps();
     run_step<true>(step);
-    step.advance(tiles);
+    step.advance(walk);
 #pragma unroll 1
-    for (; step.head < uniform(tile().heads); step.advance(tiles)) run_step<false>(step);
+    for (; step.number < end; step.advance(walk)) run_step<false>(step);
     step_use = ptx::here(step.number);
     start_dq(step_use - 1);
     ptx::wgmma_wait<0>();

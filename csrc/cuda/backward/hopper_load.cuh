@@ -26,15 +26,23 @@ struct GradientProducer {
       shared.state_pipe.wait_full(tile_index);
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if (tile.done) return;
-      const Interval tiles = tile.tiles;
-      const int32_t heads = tile.heads;
-      if (!tiles.empty()) {
-        QueryStep step{0, tiles.lo, static_cast<int32_t>(step_use)};
-        for (; step.head < heads; step.advance(tiles)) visit(tile, step);
-        step_use = step.number;
-      }
+      const QueryWalk& walk = tile.walk;  // in shared memory, as the warps have few registers
+      QueryStep step = QueryStep::first(walk, step_use);
+      const int32_t end = step.number + walk.steps();
+      for (; step.number < end; step.advance(walk)) visit(tile, step);
+      step_use = step.number;
       release(tile);
     }
+  }
+
+  // Back and forth: of one group of KV heads the tiles, which begin together, go from the last query tile to
+  // the first that they see. So they end one after the other, and those of the next group, which go the other
+  // way, begin where all of that group's tiles are at that time.
+  __device__ __forceinline__ static void set_order(QueryWalk& walk, const PersistentTiles& all,
+                                                   uint32_t number) {
+    const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
+    walk.heads_inner = all.back_and_forth;
+    walk.direction = all.back_and_forth && group % 2 == 0 ? -1 : 1;
   }
 
   // One thread: finds the key tiles of the CTA, or of its cluster, at most one ahead.
@@ -47,9 +55,9 @@ struct GradientProducer {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       tile.work = scheduler.work(reload(p), number);
+      set_order(tile.walk, all, number);
       if (tile.template prepare<C>(reload(p))) shared.state_pipe.arrive(tile_index++);
-      // A tile's number is taken no sooner than the load thread has started with the tile before it.
-      if (tile_index > 0) shared.started_pipe.wait_full(tile_index - 1);
+      if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
@@ -77,15 +85,21 @@ struct GradientProducer {
                                   coordinates_of(p.query, work, head, row));
           load<typename C::DoTile>(shared.do_pipe, use, shared.d_out[stage], maps.dout,
                                    coordinates_of(p.dout, work, head, row));
-          if (use == step_use) {
-            shared.started_pipe.arrive(tile_index);
-            load_keys(tile);
-          }
+          if (use == step_use) load_keys(tile);
+          if (ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
         },
         [&](const Tile& tile) {
-          if (tile.tiles.empty()) skip_keys();
+          if (tile.walk.tiles.empty()) skip_keys();
           shared.state_pipe.release_by_thread(tile_index);
         });
+  }
+
+  // Whether this step of the tile is the one after which the next tile may be taken. A tile that is taken
+  // earlier by a CTA with a long one in progress starts late: it ends when others have none left, and its
+  // queries are no longer in L2.
+  __device__ __forceinline__ bool ends_soon(const Tile& tile, const QueryStep& step) const {
+    constexpr int32_t kSoon = 4;  // steps, which cover the time that finding a tile takes
+    return step.number - static_cast<int32_t>(step_use) == max(tile.walk.steps() - kSoon, 0);
   }
 
   __device__ __forceinline__ void load_keys(const Tile& tile) const {
@@ -100,7 +114,7 @@ struct GradientProducer {
   }
 
   __device__ __forceinline__ void skip_keys() const {
-    shared.started_pipe.arrive(tile_index);
+    shared.ending_pipe.arrive(tile_index);
     shared.key_pipe.wait_empty(tile_index);
     shared.key_pipe.arrive(tile_index);
   }

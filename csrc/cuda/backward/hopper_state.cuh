@@ -6,6 +6,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/backward/query_step.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/tile/copy.cuh"
@@ -21,13 +22,13 @@ template <class T, int kConsumers>
 struct KeyTileState {
   BlockWork work;
   Band band;
-  Interval tiles;              // query tiles of which some row sees one of the keys
+  QueryWalk walk;              // through the query tiles of which some row sees one of the keys
   Interval whole[kConsumers];  // of those, the tiles whose rows all see all keys of a consumer
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
   int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
-  int32_t kv_head, heads;      // the KV head; query heads of its group
-  const float *lse, *delta;    // of the first head
+  int32_t kv_head;
+  const float *lse, *delta;  // of the first head
   GlobalRows<T> dkey, dvalue;
 
   int32_t done;  // all tiles are taken, and this is none
@@ -39,13 +40,13 @@ struct KeyTileState {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
-    heads = p.heads / p.kv_heads;
-    kv_head = work.head / heads;
+    walk.heads = p.heads / p.kv_heads;
+    kv_head = work.head / walk.heads;
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
     const Interval rows = band.queries(tile.row, tile.used_keys());
-    tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
+    walk.tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
@@ -112,8 +113,8 @@ struct BackwardShared {
   using Tile = KeyTileState<typename C::Element, kConsumers>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
-  Pipeline<1> started_pipe;  // full when the load thread has started a key tile
-  Pipeline<1> key_pipe;      // K and V
+  Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
+  Pipeline<1> key_pipe;     // K and V
   Pipeline<kStages> q_pipe, do_pipe;
   Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
   Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
@@ -122,7 +123,7 @@ struct BackwardShared {
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
     state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + 2);  // and the other producers
-    started_pipe.init(1);
+    ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);
     do_pipe.init(kConsumers * kConsumer);

@@ -195,14 +195,14 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    backward_keys_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles,
+    backward_keys_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid,
                        float* accumulator) {
   using Block = KeyBlockState<typename C::Element>;
   static_assert(sizeof(Block) + C::kLayout.bytes - C::kLayout.barriers <= kBlockStateBytes);
   __shared__ Block block;
   uint8_t* const shared = ptx::dynamic_shared();
   if (threadIdx.x == 0) {
-    block.prepare(p, schedule, tiles, C::kM, C::kN, accumulator);
+    block.prepare(p, grid, C::kM, C::kN, accumulator);
     if constexpr (!C::kPlain) prepare_score<C>(p, block, 0);
     KeyBarriers<C>(ptx::shared_address(shared + C::kLayout.barriers)).init();
   }
@@ -220,7 +220,7 @@ template <class C>
 cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* workspace, float* accumulator,
                                  cudaStream_t stream) {
   return launch(backward_keys_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
-                schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles), accumulator);
+                grid_tiles(grid, workspace), accumulator);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

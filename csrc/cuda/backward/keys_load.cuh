@@ -15,20 +15,21 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 // Shared by all threads of a block, in shared memory.
 template <class T>
 struct KeyBlockState : GradientBlock<T> {
-  Interval rows;   // queries that see at least one of the block's keys
+  Interval rows;   // from the first to the last query that may see one of the block's keys
   Interval whole;  // queries that see all of them
   GlobalRows<T> dkey, dvalue;
   float* dquery;  // in the accumulator of dQ, at the sequence's first row and the group's first head, or null
 
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t k_tiles, int32_t block_m,
-                          int32_t block_n, float* accumulator) {
-    this->template locate<Over::kKeys>(p, schedule, k_tiles, block_n);
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
+                          float* accumulator) {
+    this->template locate<Over::kKeys>(p, grid, block_n);
     const BlockWork& work = this->work;
     const TileWork& tile = work.tile;
     const int32_t kv_head = p.kv_head(work.head);
     rows = this->band.queries(tile.row, tile.used_keys());
+    rows = trim_to_segments(grid.segments, grid.count, block_n, p, work, rows);
     whole = this->band.common_queries(tile.row, tile.row + block_n);
-    this->set_tiles(rows, block_m);
+    this->tiles = tiles_of(rows, block_m);
     dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
     dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
     dquery = nullptr;

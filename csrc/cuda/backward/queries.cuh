@@ -44,11 +44,12 @@ template <class T>
 struct QueryBlockState : GradientBlock<T> {
   GlobalRows<T> dquery;
 
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    this->template locate<Over::kQueries>(p, schedule, q_tiles, block_m);
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
+    this->template locate<Over::kQueries>(p, grid, block_m);
     const TileWork& tile = this->work.tile;
-    this->set_tiles(this->band.rows(tile.row, tile.used_queries()), block_n);
+    const Interval keys = this->band.rows(tile.row, tile.used_queries());
+    this->tiles =
+        tiles_of(trim_to_segments(grid.segments, grid.count, block_m, p, this->work, keys), block_n);
     dquery = {p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, tile.q_begin), p.dquery.row,
               p.head_dim};
   }
@@ -94,10 +95,10 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads)
-    backward_queries_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
+    backward_queries_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid) {
   __shared__ QueryBlockState<typename C::Element> block;
   if (threadIdx.x == 0) {
-    block.prepare(p, schedule, tiles, C::kM, C::kN);
+    block.prepare(p, grid, C::kM, C::kN);
     if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
@@ -108,7 +109,7 @@ template <class C>
 cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void* workspace,
                                     cudaStream_t stream) {
   return launch(backward_queries_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
-                schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
+                grid_tiles(grid, workspace));
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

@@ -4,17 +4,42 @@
 #include <cstdint>
 
 #include "core/band.h"
+#include "cuda/hopper/roles.cuh"
 
 namespace jax_flash {
+
+// In which order they come: head after head, or tile after tile.
+struct QueryWalk {
+  Interval tiles;
+  int32_t heads;
+  int32_t heads_inner;  // whether all heads follow each other at each tile
+  int32_t direction;    // 1: from the first tile to the last; −1: back
+
+  __device__ __forceinline__ int32_t steps() const { return tiles.size() * heads; }
+  __device__ __forceinline__ int32_t first_tile() const { return direction > 0 ? tiles.lo : tiles.hi - 1; }
+};
+
+// Tells the compiler that it is the same in all lanes.
+__device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
+  return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
+}
 
 struct QueryStep {
   int32_t head;  // within the group of the KV head
   int32_t tile;
-  int32_t number = 0;  // of the step
+  int32_t number;  // of the step
 
-  __device__ __forceinline__ void advance(const Interval& tiles) {
+  __device__ __forceinline__ static QueryStep first(const QueryWalk& walk, uint32_t number) {
+    return {0, walk.first_tile(), static_cast<int32_t>(number)};
+  }
+  __device__ __forceinline__ void advance(const QueryWalk& walk) {
     ++number;
-    if (++tile == tiles.hi) tile = tiles.lo, ++head;
+    if (walk.heads_inner) {
+      if (++head == walk.heads) head = 0, tile += walk.direction;
+    } else {
+      tile += walk.direction;
+      if (!walk.tiles.contains(tile)) tile = walk.first_tile(), ++head;
+    }
   }
 };
 

@@ -122,24 +122,26 @@ __device__ __forceinline__ void add_tile(const HeadContext& at, int32_t row, int
 }
 
 // The sum of all tiles of dS that belong to the block's tile of dbias: [M, N], not yet summed over rows or
-// columns.
+// columns. `segments`: what they leave to each query tile of a batch entry, or null.
 template <class C>
-__device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, uint32_t shared,
-                                          typename C::S& sum) {
+__device__ __forceinline__ void sum_tiles(const Problem& p, const BiasTile& own, const Interval* segments,
+                                          uint32_t shared, typename C::S& sum) {
+  const auto q_tiles = static_cast<int32_t>(ceil_div(p.q_rows, C::kM));
   __shared__ ScoreOperands score;
   for (int32_t b = own.batch.lo; b < own.batch.hi; ++b) {
     const Sequence s = fixed_sequence(p, own.leading, b);
-    const BlockWork work{own.leading, 0, b, {s.index, 0, 0, s.q_len, s.k_len, 0, 0, 0}};
+    BlockWork work{own.leading, 0, b, {s.index, 0, 0, s.q_len, s.k_len, 0, 0, 0}};
     const Band band = work.band(p);
     for (int32_t h = own.heads.lo; h < own.heads.hi; ++h) {
       __syncthreads();  // every thread is done with the last head's score
       if (threadIdx.x == 0) score.template prepare<typename C::Score>(p, work, h);
       for (int32_t i = own.row_tiles.lo; i < own.row_tiles.hi; ++i) {
-        for (int32_t j = own.key_tiles.lo; j < own.key_tiles.hi; ++j) {
-          const int32_t row = i * C::kM, key = j * C::kN;
-          if (band.classify(row, row + C::kM, key, key + C::kN) == TileClass::kSkip) continue;
-          add_tile<C>({p, work, band, score, h}, row, key, shared, sum);
-        }
+        const int32_t row = work.tile.row = i * C::kM;
+        const Interval keys =
+            trim_to_segments(segments, q_tiles, C::kM, p, work, band.rows(row, row + C::kM));
+        const Interval tiles = intersect(tiles_of(keys, C::kN), own.key_tiles);
+        for (int32_t j = tiles.lo; j < tiles.hi; ++j)
+          add_tile<C>({p, work, band, score, h}, row, j * C::kN, shared, sum);
       }
     }
   }
@@ -165,12 +167,13 @@ __device__ __forceinline__ void store_bias_tile(const Problem& p, const BiasTile
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    bias_gradient_sm80(const __grid_constant__ Problem p, int32_t rows, int32_t columns) {
+    bias_gradient_sm80(const __grid_constant__ Problem p, const Interval* segments, int32_t rows,
+                       int32_t columns) {
   uint8_t* const shared = ptx::dynamic_shared();
   const BiasTile own(p, rows, columns, C::kM, C::kN);
   typename C::S sum;
   sum.clear();
-  sum_tiles<C>(p, own, ptx::shared_address(shared), sum);
+  sum_tiles<C>(p, own, segments, ptx::shared_address(shared), sum);
 
   auto* sums = reinterpret_cast<float*>(shared + C::kLayout.sum);  // [M, N]
   const int32_t warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
@@ -189,14 +192,16 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 }
 
 template <class C>
-cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, cudaStream_t stream) {
+cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, const void* workspace,
+                                      cudaStream_t stream) {
   return launch(bias_gradient_sm80<C>, plan.queries.blocks, C::kThreads, C::kSharedBytes, stream, p,
-                static_cast<int32_t>(plan.queries.tiles), static_cast<int32_t>(plan.keys.tiles));
+                segments_of(plan.queries, workspace), static_cast<int32_t>(plan.queries.tiles),
+                static_cast<int32_t>(plan.keys.tiles));
 }
 
 template <class T, RowColumns R>
-cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void*, cudaStream_t stream) {
-  return launch_bias_gradient_sm80<BiasGradientSm80<T, R>>(p, plan, stream);
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  return launch_bias_gradient_sm80<BiasGradientSm80<T, R>>(p, plan, workspace, stream);
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

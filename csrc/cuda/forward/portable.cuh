@@ -179,10 +179,10 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    forward_sm80(const __grid_constant__ Problem p, const TileWork* schedule, int32_t tiles) {
+    forward_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid) {
   __shared__ typename C::State block;
   if (threadIdx.x == 0) {
-    block.prepare(p, schedule, tiles, C::kM, C::kN);
+    block.prepare(p, grid, C::kM, C::kN);
     if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
@@ -194,7 +194,7 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
   return launch(forward_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
-                schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
+                grid_tiles(grid, workspace));
 }
 
 // A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.

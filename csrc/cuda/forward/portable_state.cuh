@@ -18,9 +18,8 @@ struct DenseState : BlockState<T> {
   static constexpr bool kScaled = false;  // keys and values have no dequantisation scale
   GlobalRows<const T> key, value;
 
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    BlockState<T>::prepare(p, schedule, q_tiles, block_m, block_n);
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
+    BlockState<T>::prepare(p, grid, block_m, block_n);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head), first = work.tile.k_begin;
     key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, first), p.key.row, p.head_dim};
@@ -40,9 +39,8 @@ struct PagedState : BlockState<T> {
   float key_scale, value_scale;
   mutable typename Source::Addresses addresses;
 
-  __device__ void prepare(const Problem& p, const TileWork* schedule, int32_t q_tiles, int32_t block_m,
-                          int32_t block_n) {
-    BlockState<T>::prepare(p, schedule, q_tiles, block_m, block_n);
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
+    BlockState<T>::prepare(p, grid, block_m, block_n);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head);
     key = pages_of<Pool>(p, p.key, work.leading, kv_head, p.head_dim);

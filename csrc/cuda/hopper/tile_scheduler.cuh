@@ -27,6 +27,7 @@ struct PersistentTiles {
   uint32_t count;     // of all heads
   uint32_t* counter;  // of tiles that were taken; nullptr: fixed distances
   uint32_t heads_together;
+  bool back_and_forth = false;  // of the backward: every other group of heads_together goes backwards
 };
 
 // Finds the counter of a plan that has one, and clears it.

@@ -260,10 +260,10 @@ __device__ __forceinline__ void tangent_tile(const Problem& p, const Tangents& t
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     tangent_sm80(const __grid_constant__ Problem p, const __grid_constant__ Tangents t,
-                 const TileWork* schedule, int32_t tiles) {
+                 const __grid_constant__ GridTiles grid) {
   __shared__ TangentState<typename C::Element> block;
   if (threadIdx.x == 0) {
-    block.prepare(p, t, schedule, tiles, C::kM, C::kN);
+    block.prepare(p, t, grid, C::kM, C::kN);
     if constexpr (!C::kPlain) block.template prepare_score<typename C::Score>(p, t);
   }
   __syncthreads();
@@ -275,7 +275,7 @@ cudaError_t launch_tangent_sm80(const Problem& p, const Tangents& t, const Launc
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
   return launch(tangent_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p, t,
-                schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles));
+                grid_tiles(grid, workspace));
 }
 
 template <class T, RowColumns R>

@@ -21,9 +21,9 @@ struct TangentState : BlockState<T> {
   int64_t tlse_stride;
   const void* tbias;  // [s_q, s_k] of the CTA's head, where there is one
 
-  __device__ void prepare(const Problem& p, const Tangents& t, const TileWork* schedule, int32_t q_tiles,
-                          int32_t block_m, int32_t block_n) {
-    BlockState<T>::prepare(p, schedule, q_tiles, block_m, block_n);
+  __device__ void prepare(const Problem& p, const Tangents& t, const GridTiles& grid, int32_t block_m,
+                          int32_t block_n) {
+    BlockState<T>::prepare(p, grid, block_m, block_n);
     const BlockWork& work = this->work;
     const int32_t head = work.head, kv_head = p.kv_head(head);
     const int32_t q_begin = work.tile.q_begin, k_begin = work.tile.k_begin;

@@ -1,0 +1,82 @@
+// What segments leave to each tile of a grid: the rows of the other side, within the band, from the first to
+// the last that may share a segment with the tile. It is found once for all heads, so that a kernel's CTA
+// only reads the interval of its tile.
+#include "core/segments.h"
+
+#include "cuda/launch.h"
+#include "cuda/registry.h"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+
+__device__ __forceinline__ SegmentSet from_lane(const SegmentSet& set, int apart) {
+  return {__shfl_xor_sync(~0u, set.lo, apart), __shfl_xor_sync(~0u, set.hi, apart),
+          __shfl_xor_sync(~0u, set.bits, apart)};
+}
+
+// The smallest interval that holds both.
+__device__ __forceinline__ Interval hull(Interval a, Interval b) {
+  return {min(a.lo, b.lo), max(a.hi, b.hi)};
+}
+
+// The hull of all threads' intervals, of which an empty one is {INT32_MAX, 0}; for thread 0.
+__device__ Interval hull_of_block(Interval x) {
+  __shared__ Interval of_warp[kWarps];
+  for (int apart = 1; apart < 32; apart *= 2)
+    x = hull(x, {__shfl_xor_sync(~0u, x.lo, apart), __shfl_xor_sync(~0u, x.hi, apart)});
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+  __syncthreads();
+  if (threadIdx.x > 0) return x;
+  for (const Interval& other : of_warp) x = hull(x, other);
+  return x;
+}
+
+// One CTA per tile of a batch entry. to: [L, batch, tiles].
+template <Over over>
+__global__ void __launch_bounds__(kThreads)
+    find_segments(const __grid_constant__ Problem p, Interval* to, int32_t tiles, int32_t block) {
+  constexpr bool kQueries = over == Over::kQueries;
+  const int64_t entry = blockIdx.x / tiles, leading = entry / p.batch;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const Band band = make_band(p, leading, s);
+  const int32_t begin = static_cast<int32_t>(blockIdx.x % tiles) * block,
+                end = min(begin + block, kQueries ? s.q_len : s.k_len);
+  const auto segments_of = [&](const View& view) {
+    return view.as<const int32_t>() + view.leading_offset(p.leading, leading) + s.index * view.batch;
+  };
+  const int32_t* own = segments_of(kQueries ? p.q_segment_ids : p.kv_segment_ids);
+  const int32_t* others = segments_of(kQueries ? p.kv_segment_ids : p.q_segment_ids);
+  SegmentSet set;  // of the whole tile, in every warp
+  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x % 32); i < end; i += 32) set.add(own[i]);
+  for (int apart = 1; apart < 32; apart *= 2) set.add(from_lane(set, apart));
+  const Interval seen = kQueries ? band.rows(begin, end) : band.queries(begin, end);
+  Interval left{INT32_MAX, 0};
+#pragma unroll 8
+  for (int32_t j = seen.lo + static_cast<int32_t>(threadIdx.x); j < seen.hi; j += kThreads) {
+    if (set.may_have(others[j])) left = hull(left, {j, j + 1});
+  }
+  left = hull_of_block(left);
+  if (threadIdx.x == 0) to[blockIdx.x] = left.empty() ? Interval{0, 0} : left;
+}
+
+template <Over over>
+cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
+  if (grid.segments < 0) return cudaSuccess;
+  const int64_t tiles = ceil_div(over == Over::kQueries ? p.q_rows : p.k_rows, grid.block);
+  auto* to = reinterpret_cast<Interval*>(static_cast<char*>(workspace) + grid.segments);
+  return launch(find_segments<over>, p.leading.count() * p.batch * tiles, kThreads, 0, stream, p, to,
+                static_cast<int32_t>(tiles), grid.block);
+}
+
+}  // namespace
+
+cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const cudaError_t e = trim_grid<Over::kQueries>(p, plan.queries, workspace, stream);
+  if (e != cudaSuccess) return e;
+  return trim_grid<Over::kKeys>(p, plan.keys, workspace, stream);
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,167 @@
+"""Sequence parallelism by all-to-all: tokens are exchanged for heads, and back.
+
+Each device holds all heads of its tokens. An all-to-all gives it all tokens of its heads, on which the ordinary call
+runs, and a second one returns the results to the devices of their tokens. Both modes of differentiation, and every
+option, are those of the ordinary call; the collectives are differentiated by JAX.
+
+Source: Jacobs et al., DeepSpeed Ulysses (2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _jax
+from .autodiff import Operands, Pair, attend
+from .operands import DROPOUT_HEAD
+from .spec import AttentionSpec, Ring
+from .zigzag import zigzag_permute, zigzag_unpermute
+
+
+def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
+    """(out, lse) of this device's tokens, from the checked operands of a ring_attention call.
+
+    query, key, value and segment ids are this device's tokens; mask and bias have its rows and the columns of all keys,
+    in the order of the sequence; lengths are of the whole sequence, and slopes, sinks and dropout of all heads.
+    """
+    assert spec.ring is not None
+    hq, hk = operands["query"].shape[2], operands["key"].shape[2]
+    exchange = _Exchange(spec.ring, "dropout" in operands, hq, hk)
+    rows = operands["query"].shape[1]
+    whole = {name: exchange.by_heads(name, x, rows) for name, x in operands.items()}
+    out, lse = attend(replace(spec, ring=None), whole)
+    return exchange.to_tokens(out, 1, 2), exchange.to_tokens(lse, 2, 1)
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """Between the two ways to share the arrays of a call: by tokens and by heads.
+
+    KV heads are repeated as far as several devices read them (`times`); each then has `step` query heads. Device i of n
+    takes every n-th of them, from i on, with its query heads, so that heads that are sharded over an automatic mesh
+    axis stay where they are. Dropout counts query heads one by one: with it each device takes a run
+    of them (`whole_runs`).
+    """
+
+    ring: Ring
+    whole_runs: bool
+    hq: int
+    hk: int
+
+    @property
+    def devices(self) -> int:
+        return self.ring.size
+
+    @property
+    def zigzag(self) -> bool:
+        return self.ring.order == "zigzag"
+
+    @property
+    def device(self) -> jax.Array:
+        own: jax.Array = lax.axis_index(self.ring.axes)
+        return own
+
+    @property
+    def step(self) -> int:
+        return math.gcd(self.hq // self.devices, self.hq // self.hk)
+
+    @property
+    def times(self) -> int:
+        return self.hq // self.hk // self.step
+
+    def by_heads(self, name: str, x: jax.Array, rows: int) -> jax.Array:
+        """An operand as the ordinary call on this device's heads takes it; `rows` are the queries per device."""
+        changes: dict[str, Callable[[], jax.Array]] = {
+            "query": lambda: self.to_heads(x, 1, 2),
+            "key": lambda: self.to_heads(self.repeated(x), 1, 2),
+            "value": lambda: self.to_heads(self.repeated(x), 1, 2),
+            "q_segment_ids": lambda: self.all_tokens(x, 1),
+            "kv_segment_ids": lambda: self.all_tokens(x, 1),
+            "mask": lambda: self.scores(x, rows),
+            "bias": lambda: self.scores(x, rows),
+            "alibi_slopes": lambda: self.own_heads(x, 1),
+            "sinks": lambda: self.own_heads(x, 0),
+            "dropout": lambda: x.at[DROPOUT_HEAD].add(self.first_head()),
+        }
+        return changes[name]() if name in changes else x
+
+    def repeated(self, x: jax.Array) -> jax.Array:
+        """Keys or values [b, s, hk, d] once for each time that they are read; their gradients are summed in float32."""
+        if self.times == 1:
+            return x
+        return jnp.repeat(x.astype(jnp.float32), self.times, 2).astype(x.dtype)
+
+    def scores(self, x: jax.Array, rows: int) -> jax.Array:
+        """A mask or bias [b|1, hq|1, rows|1, sk|1], whose columns are all keys in the order of the sequence."""
+        by_head, by_row = x.shape[1] == self.hq, x.shape[2] == rows
+        if by_head and by_row:
+            return self.to_heads(x, 2, 1)
+        if by_head:
+            return self.own_heads(x, 1)
+        return self.all_tokens(x, 2) if by_row else x
+
+    # --- dimensions: `tokens` and `heads` are their numbers --------------------------------------------------------
+
+    def to_heads(self, x: jax.Array, tokens: int, heads: int) -> jax.Array:
+        """[…, tokens per device, …, heads, …] → [… all tokens …, heads per device, …]."""
+        cut, device = self.cut(x, heads)
+        after = tokens if tokens < heads else tokens + 2  # the cut adds two dimensions
+        x = self.exchanged(cut, device, after)
+        return self.in_sequence(_joined(x, heads), tokens)
+
+    def to_tokens(self, x: jax.Array, tokens: int, heads: int) -> jax.Array:
+        """The inverse of `to_heads`."""
+        x = zigzag_permute(x, self.devices, tokens) if self.zigzag else x
+        cut, device = self.cut(x, heads, devices=1)
+        before = tokens if tokens < heads else tokens + 2
+        return _joined(self.exchanged(cut, before, device), heads)
+
+    def exchanged(self, x: jax.Array, split: int, concat: int) -> jax.Array:
+        """lax.all_to_all; where some mesh axes are automatic, n − 1 permutes, around which XLA gathers nothing."""
+        if _jax.manual_axes()[1]:
+            at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
+            return at_once
+        n, own, size = self.devices, self.device, x.shape[split] // self.devices
+        pieces = []
+        for ahead in range(n):
+            piece = lax.dynamic_slice_in_dim(x, (own + ahead) % n * size, size, split)
+            pairs = [(device, (device + ahead) % n) for device in range(n)]
+            pieces.append(lax.ppermute(piece, self.ring.axes, pairs) if ahead else piece)
+        received = jnp.take(jnp.stack(pieces, concat), (own - jnp.arange(n)) % n, concat)  # by device
+        return received.reshape(*pieces[0].shape[:concat], -1, *pieces[0].shape[concat + 1 :])
+
+    def cut(self, x: jax.Array, heads: int, devices: int | None = None) -> tuple[jax.Array, int]:
+        """x with its dimension `heads` in three, one of which is the device, and the number of that one."""
+        devices = self.devices if devices is None else devices
+        count = x.shape[heads]
+        step = self.step if count * self.devices // devices == self.hq else 1
+        parts = (devices, count // devices // step, step)
+        if not self.whole_runs:
+            parts = (parts[1], devices, step)
+        shape = (*x.shape[:heads], *parts, *x.shape[heads + 1 :])
+        return x.reshape(shape), heads if self.whole_runs else heads + 1
+
+    def own_heads(self, x: jax.Array, heads: int) -> jax.Array:
+        cut, device = self.cut(x, heads)
+        own = lax.dynamic_slice_in_dim(cut, self.device, 1, device)
+        return _joined(own, heads)
+
+    def first_head(self) -> jax.Array:
+        return (self.device * (self.hq // self.devices)).astype(jnp.uint32)
+
+    def all_tokens(self, x: jax.Array, tokens: int) -> jax.Array:
+        return self.in_sequence(lax.all_gather(x, self.ring.axes, axis=tokens, tiled=True), tokens)
+
+    def in_sequence(self, x: jax.Array, tokens: int) -> jax.Array:
+        return zigzag_unpermute(x, self.devices, tokens) if self.zigzag else x
+
+
+def _joined(x: jax.Array, heads: int) -> jax.Array:
+    """x with its dimensions heads, heads + 1 and heads + 2 in one."""
+    return x.reshape(*x.shape[:heads], math.prod(x.shape[heads : heads + 3]), *x.shape[heads + 3 :])

@@ -1,0 +1,134 @@
+"""Attention over sequences that are split over devices."""
+
+from __future__ import annotations
+
+from typing import Literal, Unpack, overload
+
+from jax import Array
+
+from . import validate
+from .all_to_all import all_to_all_attention
+from .autodiff import attend
+from .options import (
+    Align,
+    ArrayLike,
+    Implementation,
+    IndexLike,
+    LengthsLike,
+    Order,
+    RingMode,
+    RingOptions,
+    Window,
+)
+
+
+@overload
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    return_lse: Literal[False] = ...,
+    **options: Unpack[RingOptions],
+) -> Array: ...
+
+
+@overload
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    return_lse: Literal[True],
+    **options: Unpack[RingOptions],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    return_lse: bool,
+    **options: Unpack[RingOptions],
+) -> Array | tuple[Array, Array]: ...
+
+
+def ring_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    *,
+    axis_name: str | tuple[str, ...],
+    order: Order = "contiguous",
+    mode: RingMode = "ring",
+    causal: bool = False,
+    window: Window | None = None,
+    align: Align = "bottom_right",
+    mask: ArrayLike | None = None,
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
+    q_lengths: LengthsLike | None = None,
+    kv_lengths: LengthsLike | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: ArrayLike | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+    implementation: Implementation | None = None,
+) -> Array | tuple[Array, Array]:
+    """`flash_attention` over a sequence that is split over devices; to be called inside `jax.shard_map`.
+
+    Each device holds 1/n of the queries and of the keys. It computes the results of its own queries from its own keys
+    and from those of the other devices, which arrive, a shard at a time, while it multiplies the one before. Memory on
+    a device is linear in its share of the sequence, forward and backward. With a causal mask or a window, shards that
+    no query of a device sees are not sent to it.
+
+    Args:
+      query: `[b, sq / n, hq, d]`, the local shard, float16, bfloat16 or float32.
+      key: `[b, sk / n, hk, d]`, the local shard, query's dtype; `hk` divides `hq`.
+      value: `[b, sk / n, hk, dv]`, the local shard, query's dtype.
+      axis_name: the mesh axis that the sequence is split over, or several, which count as one. Sequences of any other
+        length are padded to a multiple of the axis's size, and `q_lengths` and `kv_lengths` say which rows are in use.
+      order: `"contiguous"`: device i holds the i-th of n equal parts. `"zigzag"`: it holds the parts i and 2n − 1 − i
+        of 2n, one after the other, which gives all devices the same work under a causal mask.
+      mode: `"ring"`, or `"all_to_all"`: every device gets all tokens of a part of the heads, and sends results back.
+      causal, window, align: as in `flash_attention`, by positions in the whole sequence.
+      mask: boolean, broadcastable to `[b, hq, sq / n, sk]`: local rows, and the columns of all keys, which are in the
+        sequence's own order whatever `order` is.
+      segment_ids: int32 `(q_ids [b, sq / n], kv_ids [b, sk / n])`, local shards, or one array when sq = sk. Documents
+        that are packed one after the other may cross shards: give each its own id.
+      q_lengths, kv_lengths: int32 `[b]`, rows and keys in use of the whole sequence, or one number for all.
+      bias: like mask, added to S; differentiable.
+      scale, softcap, alibi_slopes, sinks, deterministic, implementation: as in `flash_attention`.
+      dropout_rate: probability that an attention weight is dropped, in [0, 1).
+      dropout_key: the same `jax.random.key` on all devices of the axis. Rows and columns count by their position in the
+        whole sequence, so that one device would drop the same weights. Batch entries and heads count within the shard:
+        where the mesh splits them too, fold the index on those axes into the key.
+      return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq / n]`; differentiable.
+
+    Returns:
+      `[b, sq / n, hq, dv]` in query's dtype, or the pair `(out, lse)`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `flash_attention`; and ValueError where axis_name is not a
+        manual axis.
+
+    Source: Liu, Zaharia, Abbeel, Ring Attention with Blockwise Transformers (2023); Brandon et al., Striped Attention
+    (2023), on balance under a causal mask; Jacobs et al., DeepSpeed Ulysses (2023), the all-to-all form.
+
+    Example:
+      >>> shard = P(None, "sequence")
+      >>> attend = partial(ring_attention, axis_name="sequence", causal=True)
+      >>> out = jax.shard_map(attend, mesh=mesh, in_specs=(shard, shard, shard), out_specs=shard)(q, k, v)
+    """
+    spec, operands = validate.ring("ring_attention", locals())
+    out, lse = attend(spec, operands) if mode == "ring" else all_to_all_attention(spec, operands)
+    return (out, lse) if return_lse else out

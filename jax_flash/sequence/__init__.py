@@ -1,0 +1,1 @@
+"""Attention over a sequence whose shards lie on several devices."""

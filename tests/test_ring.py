@@ -1,0 +1,248 @@
+"""Ring attention inside shard_map: a sequence split over devices gives what one device gives, both ways."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs
+from checks import references
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from programs import (
+    assert_same,
+    attention,
+    collectives,
+    custom_calls,
+    require_devices,
+    shard_shapes,
+    weights,
+    with_gradients,
+)
+
+from jax_flash import ring_attention
+from jax_flash.spec import ORDERS
+
+PLAIN = Case("plain", sq=16, sk=16, d=8, dv=8)
+CAUSAL = PLAIN.replace(name="causal", causal=True)
+CASES = (
+    PLAIN,
+    CAUSAL,
+    CAUSAL.replace(name="causal, more keys", sk=32),
+    CAUSAL.replace(name="causal, more queries", sq=32),
+    CAUSAL.replace(name="causal top left, more keys", sk=32, align="top_left"),
+    PLAIN.replace(name="window", sq=32, sk=32, window=(5, 3)),
+    CAUSAL.replace(name="causal window", sq=32, sk=32, window=(6, None)),
+    PLAIN.replace(name="window that misses", sq=32, window=(2, 0), align="top_left", sinks=True),
+    CAUSAL.replace(name="segments", segments=3),
+    CAUSAL.replace(name="lengths", q_lengths=(13, 5), kv_lengths=(7, 11), alibi_slopes=(4,)),
+    PLAIN.replace(name="lengths, full", q_lengths=(16, 3), kv_lengths=(0, 9), sinks=True),
+    PLAIN.replace(name="mask and bias", mask=(2, 1, 1, 16), bias=(1, 4, 16, 16)),
+    PLAIN.replace(name="bias of keys", bias=(2, 1, 1, 16), hk=1),
+    CAUSAL.replace(name="alibi", alibi_slopes=(2, 4), sk=32),
+    CAUSAL.replace(name="dropout", dropout_rate=0.3),
+    Case(
+        "everything",
+        sq=16,
+        sk=32,
+        d=8,
+        dv=16,
+        causal=True,
+        window=(11, None),
+        softcap=4.0,
+        mask=(1, 4, 1, 32),
+        bias=(2, 1, 16, 32),
+        segments=2,
+        q_lengths=(16, 14),
+        kv_lengths=(20, 32),
+        alibi_slopes=(2, 4),
+        sinks=True,
+        dropout_rate=0.2,
+    ),
+)
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    require_devices(devices)
+    return jax.make_mesh((devices,), ("ring",), (AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+def order_of(order: str, tokens: int, devices: int) -> np.ndarray:
+    """The position in the sequence of each token of the array that is split."""
+    if order == "contiguous":
+        return np.arange(tokens)
+    parts = np.arange(tokens).reshape(2 * devices, -1)
+    return np.concatenate([parts[[i, -1 - i]].reshape(-1) for i in range(devices)])
+
+
+def in_ring(case: Case, order: str, devices: int, **options: Any) -> Any:
+    """(query, key, value, keywords) of a whole sequence → (out, lse), by devices in a ring."""
+    mesh = mesh_of(devices)
+    rows, columns = (order_of(order, size, devices) for size in (case.sq, case.sk))
+
+    def run(arrays: dict[str, Any]) -> Any:
+        placed, specs = dict(arrays), {name: P() for name in arrays}
+        for name in ("query", "key", "value"):
+            placed[name] = placed[name][:, rows if name == "query" else columns]
+            specs[name] = P(None, "ring")
+        if "segment_ids" in arrays:
+            ids = arrays["segment_ids"]
+            placed["segment_ids"] = ids[0][:, rows], ids[1][:, columns]
+            specs["segment_ids"] = (P(None, "ring"),) * 2
+        for name in ("mask", "bias"):
+            if name in arrays and arrays[name].shape[2] > 1:
+                placed[name] = placed[name][:, :, rows]
+                specs[name] = P(None, None, "ring")
+        call = partial(
+            ring_attention, axis_name="ring", order=order, return_lse=True, **case.options | options
+        )
+        mapped = jax.shard_map(
+            lambda x: call(**x),
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=(P(None, "ring"), P(None, None, "ring")),
+        )
+        out, lse = mapped(placed)
+        back = np.argsort(rows)
+        return out[:, back], lse[:, :, back]
+
+    return run
+
+
+def check(case: Case, order: str, devices: int, implementation: str) -> None:
+    inputs = make_inputs(case)
+    moving, fixed = oracle.split(inputs.positional | inputs.keywords)
+    run = in_ring(case, order, devices, implementation=implementation)
+    got = oracle.differentiate(lambda moving: run(moving | fixed), moving, inputs.dout, inputs.dlse)
+    oracle.assert_result(got, *references(case), case)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_ring_of_four_is_the_whole(kernel, case, order):
+    check(case, order, 4, kernel)
+
+
+@pytest.mark.parametrize(("name", "devices"), [("everything", 2), ("causal", 2), ("causal", 8)])
+def test_rings_of_two_and_eight(kernel, name, devices):
+    check(next(case for case in CASES if case.name == name), "zigzag", devices, kernel)
+
+
+@pytest.mark.parametrize("name", ["lengths", "everything"])
+def test_plain_jax_runs_the_same_ring(name):
+    check(next(case for case in CASES if case.name == name), "zigzag", 2, "xla")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_keep_the_tolerance(kernel, dtype, order):
+    """Results of parts are rounded to 16 bits, what is made of them is summed in float32."""
+    check(CAUSAL.replace(dtype=dtype, sq=128, sk=128, d=16, dv=16), order, 8, kernel)
+    check(PLAIN.replace(dtype=dtype, sq=128, sk=128, d=16, dv=16), order, 8, kernel)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_forward_mode(kernel, order):
+    case = CAUSAL.replace(sinks=True, bias=(1, 4, 16, 16), segments=2)
+    inputs = make_inputs(case)
+    moving, fixed = oracle.split(inputs.positional | inputs.keywords)
+    tangents = jax.tree.map(weights, moving)
+    got, wanted = (
+        jax.jit(lambda moving, call=call: jax.jvp(lambda x: call(x | fixed), (moving,), (tangents,)))(moving)
+        for call in (in_ring(case, order, 4, implementation=kernel), attention(case, kernel))
+    )
+    assert_same(got, wanted)
+
+
+def test_under_vmap_and_in_a_scan_that_saves_out_and_lse(kernel):
+    """The mapped axis is one more leading dimension; remat runs no forward twice."""
+    call = in_ring(CAUSAL, "zigzag", 4, implementation=kernel)
+    policy = jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
+
+    def layers(call: Any, arrays: dict[str, Any]) -> Any:
+        @partial(jax.checkpoint, policy=policy)
+        def body(query: Any, _: None) -> Any:
+            out, lse = jax.vmap(call)(arrays | {"query": query})
+            return query + out, lse
+
+        return jax.lax.scan(body, arrays["query"], length=2)
+
+    arrays = jax.tree.map(lambda *x: jnp.stack(x), *(make_inputs(CAUSAL, seed).positional for seed in (0, 1)))
+    run = jax.jit(with_gradients(partial(layers, call)))
+    compiled = run.lower(arrays).compile()
+    assert_same(compiled(arrays), jax.jit(with_gradients(partial(layers, attention(CAUSAL, kernel))))(arrays))
+    calls = 3 + 3 * 3  # zigzag: 3 pairs of chunks at each of 4 distances
+    assert custom_calls(compiled.as_text()) == {"forward": calls, "backward": calls}
+
+
+def split_over(mesh: Any, call: Any, spec: P, **options: Any) -> Any:
+    """call of local arrays, in a shard_map that splits query, key and value."""
+    specs = dict.fromkeys(("query", "key", "value"), spec)
+    return jax.shard_map(
+        lambda x: call(**x, axis_name="ring"), mesh=mesh, in_specs=(specs,), out_specs=spec, **options
+    )
+
+
+def test_without_checks_of_varying_types_and_outside_jit(kernel):
+    call = partial(ring_attention, causal=True, implementation=kernel)
+    mapped = split_over(mesh_of(4), call, P(None, "ring"), check_vma=False)
+    arrays = make_inputs(CAUSAL).positional
+    wanted = attention(CAUSAL, kernel, return_lse=False)
+    assert_same(mapped(arrays), wanted(arrays))
+    assert_same(jax.jit(with_gradients(mapped))(arrays), jax.jit(with_gradients(wanted))(arrays))
+
+
+@pytest.mark.parametrize("heads", [None, "heads"], ids=["one axis", "heads on an automatic axis"])
+def test_only_what_is_needed_travels(kernel, heads):
+    """A window of 3 keys needs one neighbour: K and V come from it, dK and dV return, and nothing is gathered."""
+    require_devices(8)
+    mesh = jax.make_mesh((4, 2), ("ring", "heads"), (AxisType.Auto,) * 2)
+    call = partial(ring_attention, causal=True, window=(3, None), implementation=kernel)
+    mapped = split_over(mesh, call, P(None, "ring"), axis_names={"ring"})
+    placed = NamedSharding(mesh, P(None, "ring", heads))
+    arrays = jax.tree.map(lambda x: jax.device_put(x, placed), make_inputs(CAUSAL).positional)
+    text = jax.jit(with_gradients(mapped)).lower(arrays).compile().as_text()
+    forward = jax.jit(mapped).lower(arrays).compile().as_text()
+    assert collectives(forward) == {"collective-permute": 2}
+    assert set(collectives(text)) == {"collective-permute"}
+    assert custom_calls(text) == {"forward": 2, "backward": 2}
+    assert shard_shapes(text, "forward") == {(2, 4, 2 if heads else 4, 8)}
+    pairs = re.findall(r"source_target_pairs=\{(.*?\})\}", text)
+    assert len(pairs) == collectives(text)["collective-permute"]
+    assert not any("{0,6}" in x or "{6,0}" in x for x in pairs)  # the first device sees nothing of the last
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis_name": "other"}, "axis_name is 'other'; it must be a mesh axis that is manual"),
+        ({"axis_name": ()}, "axis_name is \\(\\)"),
+        ({"order": "striped"}, "order must be one of \\('contiguous', 'zigzag'\\), got 'striped'"),
+        ({"mode": "gather"}, "mode must be one of \\('ring', 'all_to_all'\\), got 'gather'"),
+        ({"order": "zigzag"}, "query has 3 tokens on each device"),
+        ({"mask": np.ones((3, 3), bool)}, "mask must broadcast to \\[b hq sq sk\\] = \\(2, 4, 3, 6\\)"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else "-".join(x),
+)
+def test_what_is_refused(options, message):
+    arrays = make_inputs(PLAIN.replace(sq=6, sk=6)).positional
+    call = partial(ring_attention, **{"axis_name": "ring"} | options)
+    mapped = jax.shard_map(
+        lambda x: call(**x), mesh=mesh_of(2), in_specs=P(None, "ring"), out_specs=P(None, "ring")
+    )
+    with pytest.raises(ValueError, match="ring_attention: " + message):
+        jax.eval_shape(mapped, arrays)
+
+
+def test_outside_shard_map_is_refused():
+    with pytest.raises(ValueError, match="manual in the jax"):
+        ring_attention(*make_inputs(PLAIN).positional.values(), axis_name="ring")

@@ -1,0 +1,167 @@
+"""Segments numbered in any order, over several tiles; and tiles of other segments, which no product reads.
+
+The kernels step through those tiles only that may share a segment (csrc/core/segments.h). On the emulator each case
+has one dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import DTYPES, Case, Inputs, make_inputs, operands, spec
+from conftest import IMPLEMENTATION
+from test_forward_mode import assert_near, tangents_of
+
+from jax_flash import reference
+from jax_flash.spec import AttentionSpec
+
+Arrays = dict[str, Any]
+
+EMULATED = "emulated" in sys.modules  # the pytest plugin of tests/kernels/emulator
+LOWEST, HIGHEST = -(2**31), 2**31 - 1
+
+
+def runs(numbers: tuple[int, ...], size: int) -> np.ndarray:
+    """So many rows of consecutive runs, as long as each other, with these numbers."""
+    return np.repeat(numbers, -(-size // len(numbers)))[:size]
+
+
+def padded(size: int) -> np.ndarray:
+    documents = runs(tuple(range(1, 12)), size)
+    documents[-size // 5 :] = 0
+    return documents
+
+
+# By size: the segments of queries or keys.
+NUMBERINGS: dict[str, Callable[[int], np.ndarray]] = {
+    "in order": lambda size: runs((0, 1, 2, 3, 4), size),
+    "in order, then padding": padded,
+    "descending, negative": lambda size: runs((3, 0, -1, -7), size),
+    "out of order": lambda size: runs((5, 900, 5, LOWEST, HIGHEST, 900, -3), size),
+    "the same number modulo 64": lambda size: runs((0, 64, 128, -64, 64), size),
+    "in turn": lambda size: np.arange(size) % 3,
+    "shorter than a tile": lambda size: np.arange(size) // 7,
+    "one": lambda size: np.full(size, 4),
+}
+
+SQ, SK = (150, 170) if EMULATED else (390, 1100)
+SIZES = {"b": 2, "sq": SQ, "sk": SK, "hq": 2, "hk": 1, "d": 64, "dv": 64, "segments": 1}
+SHORTER = {"q_lengths": (SQ - 7, 64), "kv_lengths": (SK - 20, 130)}
+BANDS = {
+    "all": {},
+    "causal": {"causal": True},
+    "top left, shorter": {"causal": True, "align": "top_left", **SHORTER},
+    "window, bias": {"window": (90, 30), "bias": (1, 2, SQ, SK)},
+    "bias of keys": {"bias": (1, 1, 1, SK), "dropout_rate": 0.2},
+}
+# Each numbering with two of the bands.
+CASES = [
+    Case(f"{numbering}: {band}", **SIZES | BANDS[band])
+    for i, numbering in enumerate(NUMBERINGS)
+    for band in (list(BANDS)[i % 5], list(BANDS)[(i + 2) % 5])
+]
+
+
+def numbered(case: Case, seed: int = 0) -> Inputs:
+    """The case's inputs, with segments as its name says. The second batch entry's come in reverse."""
+    numbering = NUMBERINGS[case.name.split(": ")[0]]
+    inputs = make_inputs(case, seed)
+    ids = tuple(
+        jnp.asarray(np.stack([numbering(size), numbering(size)[::-1]]), jnp.int32)
+        for size in (case.sq, case.sk)
+    )
+    return checks.with_arrays(inputs, segment_ids=ids)
+
+
+def results(
+    static: AttentionSpec, fixed: Arrays, moving: Arrays, tangents: Arrays, cotangents: Any, **how: Any
+) -> Any:
+    """Plain JAX's results, gradients and tangents."""
+
+    def attend(moving: Arrays) -> Any:
+        return reference.attention(static, fixed | moving, **how)
+
+    (out, lse), pullback = jax.vjp(attend, moving)
+    gradients = pullback(tuple(x.astype(y.dtype) for x, y in zip(cotangents, (out, lse))))[0]
+    return (out, lse, gradients), jax.jvp(attend, (moving,), (tangents,))[1]
+
+
+@oracle.on_cpu
+def right(case: Case, inputs: Inputs, tangents: Arrays, round_to: Any = None) -> Any:
+    """In float64, or with S and P rounded."""
+    moving, fixed = oracle.split(operands(inputs))
+    cotangents = (inputs.dout, inputs.dlse)
+    with jax.enable_x64(True):
+        if round_to is None:
+            moving, tangents, cotangents = jax.tree.map(
+                lambda x: x.astype(jnp.float64), (moving, tangents, cotangents)
+            )
+        run = jax.jit(partial(results, spec(case, inputs), round_to=round_to))
+        plain, tangent = jax.tree.map(np.asarray, run(fixed, moving, tangents, cotangents))
+    return oracle.Result(*plain), tangent
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case.replace(dtype=DTYPES[i % 3]) for i, case in enumerate(CASES)],
+    ids=lambda case: f"{case.name}, {case.dtype}",
+)
+def test_any_numbering(case: Case) -> None:
+    checks.require(
+        IMPLEMENTATION, "forward", "backward", "bias_gradient", "tangent", dtype=case.dtype, d=64, dv=64
+    )
+    inputs = numbered(case)
+    moving, _ = oracle.split(operands(inputs))
+    tangents = tangents_of(moving)
+    call = checks.function(case, inputs, IMPLEMENTATION)
+    got = oracle.differentiate(call, moving, inputs.dout, inputs.dlse)
+    tangent = jax.jit(lambda *x: jax.jvp(call, x[:1], x[1:])[1])(moving, tangents)
+    exact, exact_tangent = right(case, inputs, tangents)
+    low, low_tangent = exact, exact_tangent
+    if case.dtype != "float32":
+        low, low_tangent = right(case, inputs, tangents, jnp.dtype(case.dtype))
+    oracle.assert_result(got, exact, low, case)
+    assert_near(case, tangent, exact_tangent, low_tangent)
+
+
+DOCUMENT, BORDER = (192, 64) if EMULATED else (448, 176)  # rows; BORDER: of the largest tile, at most
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_other_segments_are_stepped_over(causal: bool, deterministic: bool) -> None:
+    """NaN in one reaches no row of another that is further from it than a tile: no product reads both."""
+    dtype = checks.usual_dtype(IMPLEMENTATION)
+    size = 3 * DOCUMENT
+    case = Case("three documents", b=1, sq=size, sk=size, hq=2, hk=1, d=64, dv=64, causal=causal, dtype=dtype)
+    checks.require(IMPLEMENTATION, "forward", "backward", "tangent", dtype=dtype, d=64, dv=64)
+    ids = jnp.asarray(runs((9, -4, 700), size)[None], jnp.int32)
+    inputs = checks.with_arrays(make_inputs(case), segment_ids=(ids, ids))
+    moving, _ = oracle.split(operands(inputs))
+    call = checks.function(case, inputs, IMPLEMENTATION, deterministic=deterministic)
+
+    @jax.jit
+    def run(moving: Arrays, tangents: Arrays, dout: jax.Array) -> Any:
+        (out, _), pullback = jax.vjp(call, moving)
+        gradients = pullback((dout, inputs.dlse))[0]
+        return out, jax.jvp(call, (moving,), (tangents,))[1][0], *gradients.values()
+
+    for bad in range(3):
+        hidden = (np.arange(size) // DOCUMENT == bad)[:, None, None]
+        operands_ = (moving, tangents_of(moving), inputs.dout)
+        spoiled = jax.tree.map(
+            lambda x, hidden=hidden: jnp.where(hidden, jnp.nan, x).astype(x.dtype), operands_
+        )
+        for x in run(*spoiled):
+            for document in {0, 1, 2} - {bad}:
+                middle = slice(document * DOCUMENT + BORDER, (document + 1) * DOCUMENT - BORDER)
+                assert np.isfinite(np.asarray(x, np.float32)[0, middle]).all()
