@@ -122,8 +122,9 @@ class Forward final : public PassTraits {
 // rows, and so do calls without a query, which have nothing to make a tensor map of.
 class Backward final : public PassTraits {
  public:
-  bool serves(const KernelRow&, const Call& call) const override {
-    return call.shapes.leading_rank <= 1 && !call.spec.deterministic && call.shapes.q_rows > 0;
+  bool serves(const KernelRow& row, const Call& call) const override {
+    return call.shapes.leading_rank <= 1 && !call.spec.deterministic && call.shapes.q_rows > 0 &&
+           call.device.sm_count >= row.cluster;
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
