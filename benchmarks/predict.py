@@ -64,17 +64,15 @@ def _ring(case: Case, pass_: str, devices: int, rates: Rates, order: str) -> flo
     """`max` of multiplying a visit's keys and receiving the next one's, visit by visit."""
     backward = pass_ == "backward"
     work = flop.attention(case, pass_) / _rate(case, pass_, rates)
-    visits = visit_shares(case, devices, order)
-    sums = (3 if backward else 1) * 4 * case.b * case.sq / devices * case.hq * case.d
-    adding = (
-        2.5 * sums / rates.memory if devices > 1 else 0.0
-    )  # float32 sums are read and written, the part is read
-    moving = (
-        (2 if backward else 1) * reach(case, devices) * shard_bytes(case, devices) / rates.between(devices)
-    )
+    shares = visit_shares(case, devices, order)
+    # A part of the results is read, and its float32 sum is read and written.
+    results = (3 if backward else 1) * case.b * case.sq / devices * case.hq * case.d
+    joining = results * (itemsize(case) + 8) / rates.memory
+    sent = (2 if backward else 1) * reach(case, devices) * shard_bytes(case, devices)
+    moving, last = sent / rates.between(devices), len(shares) - 1
     seconds = sum(
-        max(share * work + adding, moving if more else 0.0)
-        for share, more in zip(visits, [True] * (len(visits) - 1) + [False])
+        max(share * work + (joining if n else 0.0), moving if n < last else 0.0)
+        for n, share in enumerate(shares)
     )
     return seconds + (moving / 2 if backward and devices > 1 else 0.0)  # the last gradients go home
 
@@ -163,12 +161,13 @@ def step_seconds(
 def layer_bytes(case: Case, devices: int) -> float:
     """At the peak of one layer's backward on each device (scaling.layer_job), in arrays of a shard's size.
 
-    x and its gradient, q k v out and out's gradient; dq, dk and dv summed in float32; the same of one visit, and those
-    of dk and dv that travel; the next shard of keys. Then lse and delta, and the weights with their gradients.
+    x and its gradient, q k v out and out's gradient; dq, dk and dv, twice for two visits, and those of dk and dv that
+    travel; the next shard of keys; with more than two visits float32 sums of dq, dk and dv. Then lse and delta, and the
+    weights with their gradients.
     """
     a = case.b * case.sq / devices * case.hq * case.d * itemsize(case)
-    sums = 3 * 4 / itemsize(case)
-    arrays = 2 + 5 + sums + (sums + 2 + 2 if devices > 1 else 0)
+    visits = 0 if devices == 1 else 3 + 2 + 2
+    arrays = 2 + 5 + 3 + visits + (3 * 4 / itemsize(case) if devices > 2 else 0)
     rows = 2 * 4 * case.b * case.sq / devices * case.hq
     weights = 2 * 4 * (case.hq * case.d) ** 2 * itemsize(case)
     return arrays * a + rows + weights

@@ -322,8 +322,7 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not axes or len(set(axes)) < len(axes) or not all(axis in manual for axis in axes):
         raise check.fail(
-            f"axis_name is {given!r}; it must be a mesh axis that is manual in the jax.shard_map around the call, or a "
-            f"tuple of such axes, of {manual}"
+            f"axis_name must name axes that are manual in the jax.shard_map around the call, {manual}, got {given!r}"
         )
     if order not in ORDERS:
         raise check.fail(f"order must be one of {ORDERS}, got {order!r}")
@@ -335,6 +334,8 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         length = operands[name].shape[1]
         if is_symbolic(length):
             raise check.fail(f"{name} must have a static length, got {length}")
+        if length * size > _INT32_MAX:
+            raise check.fail(f"{name} has {length * size} tokens on {size} devices, allowed are {_INT32_MAX}")
         if order == "zigzag" and length % 2:
             raise check.fail(
                 f'{name} has {length} tokens on each device; order="zigzag" needs an even number'

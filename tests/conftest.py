@@ -15,7 +15,9 @@ else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Most of the suite's time is LLVM compiling small programs that run once; without optimisation it halves.
     _FLAGS.append("--xla_backend_optimization_level=0")
-    if version("jaxlib") < "0.11":  # the flag ends there; without it a fifth of the suite's time goes to fusions' code
+    if (
+        version("jaxlib") < "0.11"
+    ):  # the flag ends there; without it a fifth of the suite's time goes to fusions' code
         _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).strip()
 

@@ -194,3 +194,37 @@ def require(implementation: str, case: Case | None = None) -> None:
     """Skips the test where the library has no paged kernels: they come with the append pass."""
     case = case or Case("any")
     checks.require(implementation, "forward", "append", dtype=case.dtype, d=case.d, dv=case.dv)
+
+
+# What a test says of rows: which ones, in words.
+
+
+def named(rows: np.ndarray) -> str:
+    """The rows where a condition holds, `[n, sq]` or packed `[tq]`: "sequence 0 row 3, sequence 2 row 0"."""
+    words = ("sequence {} row {}" if rows.ndim == 2 else "packed row {}").format
+    places = [words(*map(int, place)) for place in np.argwhere(rows)]
+    return ", ".join(places[:6]) + (f" and {len(places) - 6} more" if len(places) > 6 else "")
+
+
+def assert_nan_where(hit: np.ndarray, out: Any, lse: Any) -> None:
+    """All of out and lse is NaN in the rows that need a missing page, and none of it in any other."""
+    for name, x in _by_row(out, lse):
+        number, nan = hit & ~np.isnan(x).all(-1), ~hit & np.isnan(x).any(-1)
+        assert not number.any(), f"{name} is a number though a page is missing: {named(number)}"
+        assert not nan.any(), f"{name} has NaN though no page is missing: {named(nan)}"
+
+
+def assert_same_rows(rows: np.ndarray, got: tuple[Any, Any], wanted: tuple[Any, Any], why: str) -> None:
+    """(out, lse) have the same bits in these rows."""
+    for (name, x), (_, y) in zip(_by_row(*got), _by_row(*wanted), strict=True):
+        other = rows & (x != y).any(-1)
+        assert not other.any(), f"{name} has other bits {why}: {named(other)}"
+
+
+def _by_row(out: Any, lse: Any) -> list[tuple[str, np.ndarray]]:
+    """out and lse with all that belongs to a row in the last dimension."""
+    out = np.asarray(out, np.float32)
+    return [
+        ("out", out.reshape(*out.shape[:-2], -1)),
+        ("lse", np.moveaxis(np.asarray(lse), -2, -1)),
+    ]

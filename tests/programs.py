@@ -129,3 +129,34 @@ def report(process: subprocess.Popen[str], timeout: float = 120) -> Any:
         process.kill()
     assert process.returncode == 0, error[-4000:]
     return json.loads(out.splitlines()[-1])
+
+
+_BITS = """
+import hashlib, json, os, sys
+os.sched_setaffinity(0, json.loads(sys.argv[1]))
+import jax, jax.numpy as jnp, jax_flash
+bits = {}
+def keep(case, **results):
+    bits.update({f"{case}: {name}": hashlib.sha256(x.tobytes()).hexdigest() for name, x in results.items()})
+"""
+
+
+def assert_same_bits_on_one_thread_and_on_all(program: str) -> None:
+    """Runs a program, which calls keep(case, out=…, …) for every case, on one CPU and on all of them.
+
+    XLA's pool has a thread for each CPU. What differs is named by its case.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("no way to choose a process' CPUs here")
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) == 1:
+        pytest.skip("one CPU only")
+    whole = _BITS + program + "\nprint(json.dumps(bits))"
+    alone, together = (report(start_python(whole, json.dumps(x)), timeout=300) for x in (cpus[:1], cpus))
+    assert alone
+    assert alone.keys() == together.keys()
+    different = [case for case in alone if alone[case] != together[case]]
+    assert not different, (
+        f"{len(different)} of {len(alone)} results have other bits on {len(cpus)} threads than on one: "
+        + "; ".join(different[:5])
+    )

@@ -157,6 +157,18 @@ def test_gradients_of_repeated_keys_are_summed_in_float32(kernel):
     )
 
 
+def test_an_axis_of_one_device_is_the_ordinary_call(kernel):
+    text = check(EVERYTHING, make_mesh(1), kernel, "zigzag")
+    assert shard_shapes(text, "forward") == {(2, 16, 8, 8)}
+
+
+def test_under_vmap(kernel):
+    case = CAUSAL.replace(hk=4)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *(arrays_of(case, seed) for seed in range(2)))
+    got = jax.jit(jax.vmap(by_heads(case, make_mesh(4), kernel)))(stacked)
+    assert_same(got, jax.jit(jax.vmap(attention(case, kernel)))(stacked))
+
+
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 def test_forward_mode(kernel, order):
     arrays = arrays_of(CAUSAL)

@@ -101,8 +101,18 @@ def check(call, implementation):
     for name, x, y in zip(("k_pages", "v_pages", "kv_lengths"), got, by_token(call), strict=True):
         assert x.dtype == y.dtype
         assert x.shape == y.shape
-        assert np.asarray(x).tobytes() == y.tobytes(), f"{name} differs"
+        assert np.asarray(x).tobytes() == y.tobytes(), f"{name} differs: {slots_that_differ(call, x, y)}"
     return got
+
+
+def slots_that_differ(call, x, y):
+    """Of a pool "page 3 slot 1, …"; of the lengths "sequence 0, …"."""
+    x, y = (np.asarray(a) for a in (x, y))
+    other = x.view(f"u{x.dtype.itemsize}") != y.view(f"u{y.dtype.itemsize}")
+    if other.ndim == 1:
+        return ", ".join(f"sequence {z}" for z in np.flatnonzero(other))
+    places = np.argwhere(other.any((1, 3) if call.get("page_layout") == "hnd" else (2, 3)))
+    return ", ".join(f"page {page} slot {slot}" for page, slot in places[:6]) + f" ({len(places)} slots)"
 
 
 # Where tokens go.
@@ -168,10 +178,12 @@ def test_unused_entries_are_not_read(implementation):
     check(call, implementation)
 
 
-def test_offsets_are_read_as_their_running_maximum(implementation):
+@pytest.mark.parametrize("offsets", [(-3, 4, 2, 99), (2, 5, 3, 9)], ids=str)
+def test_offsets_are_read_as_their_running_maximum(implementation, offsets):
+    """Tokens in front of the first one are padding, too."""
     require(implementation)
     call = arguments(new=(2, 3, 4))
-    call["cu_seqlens"] = jnp.asarray([-3, 4, 2, 99], jnp.int32)
+    call["cu_seqlens"] = jnp.asarray(offsets, jnp.int32)
     check(call, implementation)
 
 

@@ -97,6 +97,19 @@ def test_with_kvcache_does_not_read_past_the_ends(implementation):
     assert np.array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("left", [None, i32(3, 0, 5)], ids=["from the start", "left padding"])
+def test_an_end_past_the_cache_is_the_caches_end(left, implementation):
+    """No row of the cache but its own is read."""
+    arrays = cache_inputs()
+    got, wanted = (
+        flash_attn_with_kvcache(
+            *arrays, cache_seqlens=ends, cache_leftpad=left, implementation=implementation
+        )[0]
+        for ends in (i32(S_MAX + 3, 1000, 2**31 - 1), i32(S_MAX, S_MAX, S_MAX))
+    )
+    assert np.array_equal(got, wanted)
+
+
 def test_cache_seqlens_may_be_a_traced_int(implementation):
     arrays, options = CACHES["new keys at an int"]
     rest = {name: x for name, x in options.items() if name != "cache_seqlens"}

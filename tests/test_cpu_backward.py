@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import checks
 import jax.numpy as jnp
@@ -12,20 +10,21 @@ import numpy as np
 import pytest
 from cases import Case, make_inputs
 from conftest import IMPLEMENTATION
+from programs import assert_same_bits_on_one_thread_and_on_all, report, start_python
 
 pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
 
-SIZES = "b, s, h, hk, d = 1, 700, {heads}, {kv_heads}, 40"
 GRADIENTS = """
-import hashlib, os, jax, jax.numpy as jnp
-import jax_flash
-keys = jax.random.split(jax.random.key(0), 4)
-shapes = [(b, s, h, d), (b, s, hk, d), (b, s, hk, d), (b, s, h, d)]
-q, k, v, dout = (jax.random.normal(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes))
-for options in ({}, {"causal": True}, {"window": (100, 30)}):
-    _, vjp = jax.vjp(lambda *x: jax_flash.flash_attention(*x, implementation="cpu", **options), q, k, v)
-    for gradient in vjp(dout):
-        print(hashlib.sha256(gradient.tobytes()).hexdigest())
+b, s, d = 1, 700, 40
+for h, hk in ((1, 1), (2, 1), (3, 3)):
+    for dtype in ("float32", "bfloat16"):
+        keys = jax.random.split(jax.random.key(0), 4)
+        shapes = [(b, s, h, d), (b, s, hk, d), (b, s, hk, d), (b, s, h, d)]
+        q, k, v, dout = (jax.random.normal(key, shape, jnp.dtype(dtype)) for key, shape in zip(keys, shapes))
+        for options in ({}, {"causal": True}, {"window": (100, 30)}):
+            _, vjp = jax.vjp(lambda *x: jax_flash.flash_attention(*x, implementation="cpu", **options), q, k, v)
+            case = f"{h} heads, {hk} KV heads, {dtype}, {', '.join(options) or 'plain'}"
+            keep(case, **dict(zip(("dquery", "dkey", "dvalue"), vjp(dout))))
 """
 MEMORY = """
 import resource, jax, jax.numpy as jnp
@@ -43,26 +42,8 @@ print(resident() - before - sum(x.nbytes for x in results))
 """
 
 
-def run(program: str, cpus: set[int] | None = None) -> str:
-    """What a program prints in a process of its own, on these CPUs only: XLA's pool has a thread for each."""
-    limit = f"import os; os.sched_setaffinity(0, {cpus})\n" if cpus else ""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", limit + program], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to choose a process' CPUs here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (2, 1), (3, 3)])
-def test_gradients_are_the_same_bits_on_one_thread_and_on_all(heads: int, kv_heads: int, dtype: str) -> None:
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) == 1:
-        pytest.skip("one CPU only")
-    program = f"dtype = {dtype!r}\n" + SIZES.format(heads=heads, kv_heads=kv_heads) + GRADIENTS
-    assert run(program, {cpus[0]}) == run(program)
+def test_gradients_are_the_same_bits_on_one_thread_and_on_all() -> None:
+    assert_same_bits_on_one_thread_and_on_all(GRADIENTS)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -96,4 +77,5 @@ def test_enormous_scores_leave_finite_gradients(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_of_32768_tokens_needs_less_than_64_megabytes_besides_its_results(dtype: str) -> None:
     eight = set(sorted(os.sched_getaffinity(0))[:8])  # each thread has scratch of its own
-    assert int(run(f"dtype = {dtype!r}\n" + MEMORY, eight)) < 64 << 20
+    program = f"import os\nos.sched_setaffinity(0, {eight})\ndtype = {dtype!r}\n{MEMORY}"
+    assert report(start_python(program)) < 64 << 20

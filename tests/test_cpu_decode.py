@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import require
 from conftest import IMPLEMENTATION
-from test_cpu_backward import run
+from programs import assert_same_bits_on_one_thread_and_on_all
 
 from jax_flash import flash_attention, paged_attention
 
 pytestmark = pytest.mark.skipif(IMPLEMENTATION != "cpu", reason="promises of the CPU kernels")
 
 DECODE = """
-import hashlib, jax, jax.numpy as jnp
-import jax_flash
 keys = jax.random.split(jax.random.key(0), 3)
-q = jax.random.normal(keys[0], (3, 2, 8, 48), jnp.dtype(dtype))
-k, v = (jax.random.normal(key, (3, 2100, 4, 48), jnp.dtype(dtype)) for key in keys[1:])
 lengths = jnp.asarray([2100, 5, 1301], jnp.int32)
 tables = jnp.arange(3, dtype=jnp.int32)[:, None]
-for options in ({}, {"num_splits": 7}, {"batch_invariant": True}, {"window": (900, 0)}):
-    out, lse = jax_flash.paged_attention(
-        q, k, v, tables, lengths, causal=True, implementation="cpu", return_lse=True, **options)
-    print(hashlib.sha256(out.tobytes() + lse.tobytes()).hexdigest())
+for dtype in ("float32", "bfloat16"):
+    q = jax.random.normal(keys[0], (3, 2, 8, 48), jnp.dtype(dtype))
+    k, v = (jax.random.normal(key, (3, 2100, 4, 48), jnp.dtype(dtype)) for key in keys[1:])
+    for options in ({}, {"num_splits": 7}, {"batch_invariant": True}, {"window": (900, 0)}):
+        out, lse = jax_flash.paged_attention(
+            q, k, v, tables, lengths, causal=True, implementation="cpu", return_lse=True, **options)
+        keep(f"{dtype}, {', '.join(options) or 'plain'}", out=out, lse=lse)
 """
 CPU = "cpu"
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to choose a process' CPUs here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_gives_the_same_bits_on_one_thread_and_on_all(dtype: str) -> None:
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) == 1:
-        pytest.skip("one CPU only")
-    program = f"dtype = {dtype!r}\n" + DECODE
-    assert run(program, {cpus[0]}) == run(program)
+def test_decoding_gives_the_same_bits_on_one_thread_and_on_all() -> None:
+    assert_same_bits_on_one_thread_and_on_all(DECODE)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ import oracle
 import pytest
 from cases import DTYPES, FIXED, VARLEN, Case, Inputs, make_inputs, operands, poisoned, spec, used, varlen
 from conftest import IMPLEMENTATION
-from test_cpu_backward import run
+from programs import assert_same_bits_on_one_thread_and_on_all
 
 from jax_flash import reference
 from jax_flash.operands import FORWARD, OPTIONAL, TANGENT
@@ -257,29 +256,23 @@ def test_a_tangent_of_the_bias_needs_the_tangent_pass_and_a_bias() -> None:
 
 
 PROGRAM = """
-import dataclasses, hashlib, jax, jax.numpy as jnp
 from jax_flash.operands import FORWARD, TANGENT
 from jax_flash.primitives import bind
 from jax_flash.spec import AttentionSpec
 keys = jax.random.split(jax.random.key(0), 6)
-q, tq, k, v, tk, tv = (
-    jax.random.normal(key, (1, 700, heads if i < 2 else kv_heads, 40), jnp.dtype(dtype)) for i, key in enumerate(keys)
-)
-for options in ({}, {"right": 0}, {"left": 100, "right": 30}):
-    spec = AttentionSpec("fixed", scale=0.2, implementation="cpu", **options)
-    arrays = {"query": q, "key": k, "value": v, "tquery": tq, "tkey": tk, "tvalue": tv}
-    arrays["out"], arrays["lse"] = bind(FORWARD, spec, arrays)
-    for x in bind(TANGENT, spec, arrays):
-        print(hashlib.sha256(x.tobytes()).hexdigest())
+for heads, kv_heads in ((1, 1), (6, 2)):
+    for dtype in ("float32", "bfloat16"):
+        sizes = [(1, 700, heads if i < 2 else kv_heads, 40) for i in range(6)]
+        q, tq, k, v, tk, tv = (jax.random.normal(*each, jnp.dtype(dtype)) for each in zip(keys, sizes))
+        for options in ({}, {"right": 0}, {"left": 100, "right": 30}):
+            spec = AttentionSpec("fixed", scale=0.2, implementation="cpu", **options)
+            arrays = {"query": q, "key": k, "value": v, "tquery": tq, "tkey": tk, "tvalue": tv}
+            arrays["out"], arrays["lse"] = bind(FORWARD, spec, arrays)
+            tout, tlse = bind(TANGENT, spec, arrays)
+            case = f"{heads} heads, {kv_heads} KV heads, {dtype}, {', '.join(options) or 'plain'}"
+            keep(case, tout=tout, tlse=tlse)
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to choose a process' CPUs here")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (6, 2)])
-def test_tangents_are_the_same_bits_on_one_thread_and_on_all(heads: int, kv_heads: int, dtype: str) -> None:
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) == 1:
-        pytest.skip("one CPU only")
-    program = f"dtype, heads, kv_heads = {dtype!r}, {heads}, {kv_heads}\n" + PROGRAM
-    assert run(program, {cpus[0]}) == run(program)
+def test_tangents_are_the_same_bits_on_one_thread_and_on_all() -> None:
+    assert_same_bits_on_one_thread_and_on_all(PROGRAM)

@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import traceback
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from jax import ShapeDtypeStruct as Array
 from jax import export
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import jax_flash
 from jax_flash import validate
@@ -229,11 +231,37 @@ ONLY_PACKED = [
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [n hq] = (2, 4), got shape (3, 4)"),
 ]  # fmt: skip
 
+RING = FIXED | {"axis_name": "ring"}
+MANUAL = "axis_name must name axes that are manual in the jax.shard_map around the call, ('ring',), got "
+BY_HEADS = "mode=\"all_to_all\" gives each of the 2 devices along 'ring' as many heads"
+ODD_HEADS = dict(query=floats(B, SQ, 3, D), key=floats(B, SK, 1, D), value=floats(B, SK, 1, DV))
+ONLY_RING = [
+    (dict(axis_name="other"), ValueError, MANUAL + "'other'"),
+    (dict(axis_name=()), ValueError, MANUAL + "()"),
+    (dict(order="striped"), ValueError, "order must be one of ('contiguous', 'zigzag'), got 'striped'"),
+    (dict(order="zigzag"), ValueError, 'query has 5 tokens on each device; order="zigzag" needs an even number'),
+    (dict(query=floats(B, 2**30, HQ, D)), ValueError, f"query has {2**31} tokens on 2 devices, allowed are 2147483647"),
+    (dict(mode="gather"), ValueError, "mode must be one of ('ring', 'all_to_all'), got 'gather'"),
+    (ODD_HEADS | dict(mode="all_to_all"), ValueError, BY_HEADS + ', and query has 3; mode="ring" takes any number'),
+    (dict(bias=floats(SQ, SK)), ValueError, "bias must broadcast to [b hq sq sk] = (2, 4, 5, 14), got shape (5, 7)"),
+]  # fmt: skip
+
+
+def ring_attention(**arguments):
+    """On one of two devices, whose shards the arrays are."""
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    call = partial(jax_flash.ring_attention, **{n: x for n, x in arguments.items() if n not in arrays})
+    mesh, spec = AbstractMesh((2,), ("ring",), axis_types=(AxisType.Auto,)), PartitionSpec()
+    run = jax.shard_map(lambda x: call(**x), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return run(arrays)
+
+
 TABLE = [
     (function, defaults, wrong, error, message)
     for function, defaults, rows in (
         (jax_flash.flash_attention, FIXED, BOTH + ONLY_FIXED),
         (jax_flash.flash_attention_varlen, PACKED, BOTH + ONLY_PACKED),
+        (ring_attention, RING, ONLY_RING),
     )
     for wrong, error, message in rows
 ]
@@ -264,7 +292,7 @@ def test_wrong_arguments_raise_one_sentence_while_tracing(function, defaults, wr
 
 @pytest.mark.parametrize(
     ("function", "arguments"),
-    [(jax_flash.flash_attention, FIXED), (jax_flash.flash_attention_varlen, PACKED)],
+    [(jax_flash.flash_attention, FIXED), (jax_flash.flash_attention_varlen, PACKED), (ring_attention, RING)],
 )
 def test_the_table_starts_from_right_arguments(function, arguments):
     out, lse = trace(function, arguments | {"return_lse": True})
@@ -279,7 +307,8 @@ def test_every_raise_of_validate_is_in_the_table():
     reached = set()
     for function, defaults, wrong, _, _ in TABLE:
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
-    reached |= raising_lines(symbolic_heads) | raising_lines(symbolic_head_dim)
+    for symbolic in (symbolic_heads, symbolic_head_dim, symbolic_shard):
+        reached |= raising_lines(symbolic)
     missing = {
         line: inspect.getsource(validate).splitlines()[line - 1].strip() for line in sorted(lines - reached)
     }
@@ -299,6 +328,11 @@ def raising_lines(call):
 def symbolic_heads():
     (h,) = export.symbolic_shape("h")
     trace(jax_flash.flash_attention, FIXED | {"query": floats(B, SQ, h, D)})
+
+
+def symbolic_shard():
+    (s,) = export.symbolic_shape("s")
+    trace(ring_attention, RING | {"query": floats(B, s, HQ, D)})
 
 
 def symbolic_head_dim():

@@ -189,6 +189,12 @@ def test_integers_on_the_host_are_taken_whatever_their_type(name, made, x64):
         jax.tree.map(np.testing.assert_array_equal, got, wanted)
 
 
+@pytest.mark.parametrize("made", [list, lambda x: np.array(x, np.int64)], ids=["list", "int64"])
+def test_the_lowest_and_the_highest_int32_on_the_host_are_taken(made):
+    got = flash_attention(X, X, X, kv_lengths=made([INT_MIN, INT_MAX]))
+    np.testing.assert_array_equal(got, flash_attention(X, X, X, kv_lengths=i32([0, 4])))
+
+
 WRONG = {  # made of the right numbers, exception, sentence
     "floats of NumPy": (lambda x: np.array(x, np.float64), TypeError, "must hold integers, got float64"),
     "booleans of NumPy": (lambda x: np.array(x, bool), TypeError, "must hold integers, got bool"),

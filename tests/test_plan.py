@@ -161,24 +161,22 @@ def test_nothing_to_do_is_no_block():
 
 
 def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulator():
-    fast, repeatable = plan("backward"), plan("backward", deterministic=True)
+    fast, repeatable = (plan("backward", device=A100, deterministic=x) for x in (False, True))
     assert fast["workspace"] >= 4 * 2 * 1000 * 8 * 64
     assert repeatable["workspace"] == 0
     assert repeatable["queries"]["blocks"] > 0
 
 
-@pytest.mark.parametrize("pass_", ("forward", "backward", "tangent"))
-def test_segments_take_an_interval_for_each_tile_of_a_batch_entry(pass_):
-    segments = operand_bits(("q_segment_ids", "kv_segment_ids"))
-    for deterministic in {False, pass_ == "backward"}:
-        sizes = {"batch": 3, "leading": 5, "deterministic": deterministic}
-        without = plan(pass_, A100, operands=operand_bits(("mask",)), **sizes)
-        chosen = plan(pass_, A100, operands=segments, **sizes)
-        grids = [chosen[of] for of in ("queries", "keys") if chosen[of]["blocks"]]
-        heads = {"queries": 8, "keys": 2}
-        tiles = [chosen[of]["blocks"] // heads[of] for of in heads if chosen[of]["blocks"]]
-        assert len(grids) == 1 + deterministic
-        assert chosen["workspace"] - without["workspace"] == sum(-(-8 * n // 256) * 256 for n in tiles)
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("pass_", ["forward", "backward", "tangent"])
+def test_segments_take_an_interval_for_each_tile_of_a_batch_entry(pass_, deterministic):
+    sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
+    without = plan(pass_, operands=operand_bits(("mask",)), **sizes)
+    chosen = plan(pass_, operands=operand_bits(("q_segment_ids", "kv_segment_ids")), **sizes)
+    tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]  # of all heads, 8 and 2
+    aligned = sum(-(-8 * n // 256) * 256 for n in tiles)
+    assert chosen["workspace"] - without["workspace"] == aligned > 0
+    assert (tiles[1] > 0) == (pass_ == "backward")
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -187,22 +185,36 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     """The bound holds on every device."""
     rng = np.random.default_rng(seed)
     draw = lambda *choices: choices[rng.integers(len(choices))]  # noqa: E731
-    packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), int(draw(1, 3))
+    packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), draw((1,), (3,), (2, 3))
     b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
     d, dv = draw(*HEAD_DIMS)
     present = () if packed or rng.integers(2) else ("q_segment_ids", "kv_segment_ids")
     spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic, operands=present)
-    rows = ((leading, sq), (leading, sk)) if packed else ((leading, b, sq), (leading, b, sk))
+    rows = [(*leading, x) if packed else (*leading, b, x) for x in (sq, sk)]
     shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}
     if packed:
-        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (1, b + 1))
+        shapes |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), (*(1 for _ in leading), b + 1))
     bound = workspace_bound(pass_, spec, shapes)
     for device in (H100, A100, RTX4090):
         chosen = plan(
-            pass_, device, varlen=packed, deterministic=deterministic, leading=leading, batch=b,
+            pass_, device, varlen=packed, deterministic=deterministic, leading=math.prod(leading), batch=b,
             q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=operand_bits(present),
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
+
+
+@pytest.mark.parametrize(("pass_", "side"), [("forward", "queries"), ("backward", "keys")])
+@pytest.mark.parametrize("sequences", [0, 1, 2, 7])
+@pytest.mark.parametrize("rows", [0, 1, 5, 127, 1000, 1003])
+def test_a_schedule_has_room_for_any_packing(rows, sequences, pass_, side):
+    """Most tiles come of sequences, and of tokens before and after them, with one row more than whole tiles."""
+    for device in (H100, A100):
+        chosen = plan(pass_, device, varlen=True, batch=sequences, q_rows=rows, k_rows=rows)[side]
+        if rows == 0:
+            assert chosen["tiles"] == 0
+            continue
+        most = max((rows - n) // chosen["block"] + n for n in range(1, min(sequences + 2, rows) + 1))
+        assert chosen["tiles"] >= most
 
 
 def test_the_plan_in_words():

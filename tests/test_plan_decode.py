@@ -23,7 +23,8 @@ def plan(device: dict[str, int] = H200, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("q_rows", "heads", "block"), [(1, 32, 8), (1, 64, 8), (1, 128, 16), (4, 32, 16), (8, 64, 16)]
+    ("q_rows", "heads", "block"),
+    [(1, 32, 8), (1, 64, 8), (1, 128, 16), (4, 32, 16), (8, 32, 32), (8, 64, 32)],
 )
 def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
     chosen = plan(q_rows=q_rows, heads=heads)

@@ -11,6 +11,9 @@ from plans import A100, H100, HEAD_DIMS, plan, tile
 from jax_flash.operands import operand_bits, padded_head_dim
 
 
+SEGMENTS = operand_bits(("q_segment_ids", "kv_segment_ids"))
+
+
 def arch(**options: Any) -> str:
     return plan(**options)["row"]["arch"]
 
@@ -23,7 +26,7 @@ def test_hopper_has_a_forward_of_its_own():
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
 
 
-def test_hopper_has_a_backward_of_calls_without_options():
+def test_hopper_has_a_backward():
     for d in (24, 32, 64, 72, 96, 128, 160, 192, 224, 256):
         for options in ({}, {"right": 0}, {"left": 100, "right": 5}, {"varlen": True, "leading": 3}):
             assert arch(pass_="backward", d=d, dv=d, dtype="float16", **options) == "sm90"
@@ -45,14 +48,32 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
     assert "clusters" not in plan("backward", d=128, dv=128)["text"]
 
 
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("plain", {}),
+        ("softcap", {"softcap": 3.0}),
+        ("alibi", {"operands": operand_bits(("alibi_slopes",))}),
+        ("dropout", {"operands": operand_bits(("dropout",))}),
+        ("segments", {"operands": SEGMENTS}),
+        ("general", {"operands": operand_bits(("alibi_slopes", "dropout"))}),
+        ("general", {"operands": SEGMENTS, "softcap": 3.0}),
+    ],
+)
+def test_hoppers_backward_has_kernels_for_options(d, kind, options):
+    for deterministic in {False, not options.get("operands", 0) & SEGMENTS}:
+        text = plan("backward", d=d, dv=d, deterministic=deterministic, **options)["text"]
+        assert text.startswith(f"sm90 backward dense {kind} d={d} dv={d} tile ")
+    assert arch(pass_="backward", d=32, dv=32, **options) == "sm90"
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        {"deterministic": True},
-        {"softcap": 3.0},
-        {"operands": operand_bits(("mask",))},
-        {"operands": operand_bits(("dropout",))},
-        {"operands": operand_bits(("q_segment_ids", "kv_segment_ids"))},
+        {"deterministic": True, "operands": SEGMENTS},
+        {"operands": operand_bits(("bias",))},
+        {"operands": operand_bits(("mask", "dropout"))},
         {"dtype": "float32"},
         {"q_rows": 0},
         {"d": 256, "dv": 256, "deterministic": True},
@@ -67,6 +88,13 @@ def test_hoppers_backward_adds_dq_up_in_the_workspace():
     dq = 2 * 1000 * 8 * 64 * 4
     assert plan("backward")["workspace"] == plan("backward", device=A100)["workspace"] == dq
     assert plan("backward", right=0, batch=16)["workspace"] == 8 * dq + 256  # and a counter of tiles
+
+
+def test_hoppers_repeatable_backward_counts_the_turns_of_key_tiles():
+    fast, repeatable = plan("backward"), plan("backward", deterministic=True)
+    assert repeatable["queries"]["blocks"] == 0
+    turns = 2 * 8 * 8 * 4  # batch × heads × query tiles of 128
+    assert repeatable["workspace"] == fast["workspace"] + turns + 256  # and a counter of tiles
 
 
 def test_hoppers_backward_shares_key_tiles_out():

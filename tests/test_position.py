@@ -1,6 +1,6 @@
 """A call may be a part of a larger sequence: its position there, data, reaches band, ALiBi and dropout.
 
-No public argument sets it yet: sequence parallelism is built on it. A sequence cut into parts of queries and keys,
+Sequence parallelism is built on it (test_ring.py). A sequence cut into parts of queries and keys,
 whose results are merged, equals the whole.
 """
 

@@ -37,8 +37,8 @@ def cube():
 
 
 def assert_ring(text, visits, backward=None):
-    """So many visits of a forward, and of a backward: a permute of K and V for each but the first, and of dK and dV."""
-    permutes = 2 * (visits - 1) + (0 if backward is None else 4 * (backward - 1))
+    """So many visits of a forward, and of a backward: for each but the first a permute of K with V, and dK with dV."""
+    permutes = visits - 1 + (0 if backward is None else 2 * (backward - 1))
     assert collectives(text) == {"collective-permute": permutes}
     assert custom_calls(text)["forward"] == visits
     assert backward is None or custom_calls(text)["backward"] == backward
@@ -58,7 +58,8 @@ def test_a_sequence_split_alike_runs_in_a_ring(kernel, mesh, case, visits):
     assert_ring(forward(attention(case, kernel), mesh, arrays_of(case), specs), visits)
     text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert_ring(text, visits, visits)
-    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 4, 8, 8)}
+    if not case.window:  # with one, only rows that it reaches are multiplied by the neighbour's keys
+        assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 4, 8, 8)}
     for x in (got["results"][0], *got["gradients"].values()):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, SEQUENCE), 4)
 
@@ -79,7 +80,7 @@ def test_batch_sequence_and_heads_on_three_axes(kernel, cube, case):
     specs = qkv(P("data", "ring", "model"), P("data", "ring", "model" if case.hk > 1 else None))
     text, _ = check(attention(case, kernel), cube, arrays_of(case), specs)
     reduced = {} if case.hk > 1 else {"all-reduce": collectives(text)["all-reduce"]}
-    assert collectives(text) == {"collective-permute": 6} | reduced
+    assert collectives(text) == {"collective-permute": 3} | reduced
     assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 8, 4, 8)}
 
 

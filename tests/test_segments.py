@@ -133,13 +133,13 @@ def test_any_numbering(case: Case) -> None:
     assert_near(case, tangent, exact_tangent, low_tangent)
 
 
-DOCUMENT, BORDER = (192, 64) if EMULATED else (448, 176)  # rows; BORDER: of the largest tile, at most
+DOCUMENT, BORDER = (128, 32) if EMULATED else (448, 192)  # rows; a tile with two documents reaches no further
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_other_segments_are_stepped_over(causal: bool, deterministic: bool) -> None:
-    """NaN in one reaches no row of another that is further from it than a tile: no product reads both."""
+    """NaN in the middle of one reaches no row in the middle of another: no product reads both."""
     dtype = checks.usual_dtype(IMPLEMENTATION)
     size = 3 * DOCUMENT
     case = Case("three documents", b=1, sq=size, sk=size, hq=2, hk=1, d=64, dv=64, causal=causal, dtype=dtype)
@@ -155,13 +155,13 @@ def test_other_segments_are_stepped_over(causal: bool, deterministic: bool) -> N
         gradients = pullback((dout, inputs.dlse))[0]
         return out, jax.jvp(call, (moving,), (tangents,))[1][0], *gradients.values()
 
-    for bad in range(3):
-        hidden = (np.arange(size) // DOCUMENT == bad)[:, None, None]
+    document, at = np.divmod(np.arange(size), DOCUMENT)
+    middle = (at >= BORDER) & (at < DOCUMENT - BORDER)
+    for bad in (1,) if EMULATED else range(3):
+        hidden = (middle & (document == bad))[:, None, None]
         operands_ = (moving, tangents_of(moving), inputs.dout)
         spoiled = jax.tree.map(
             lambda x, hidden=hidden: jnp.where(hidden, jnp.nan, x).astype(x.dtype), operands_
         )
         for x in run(*spoiled):
-            for document in {0, 1, 2} - {bad}:
-                middle = slice(document * DOCUMENT + BORDER, (document + 1) * DOCUMENT - BORDER)
-                assert np.isfinite(np.asarray(x, np.float32)[0, middle]).all()
+            assert np.isfinite(np.asarray(x, np.float32)[0, middle & (document != bad)]).all()

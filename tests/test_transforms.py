@@ -236,6 +236,21 @@ def test_nested_vmaps_map_different_arguments(kernel):
     assert_same(got, stack([stack([one(pair) for pair in pairs_of_row]) for pairs_of_row in pairs]))
 
 
+def test_an_inner_vmap_maps_some_of_an_outer_ones_arguments(kernel):
+    """Outer: query, key and value; inner: query again, whose two axes are not those of one longer one for the keys."""
+    each = entries(PLAIN)
+    arrays = each[0] | {name: stack([a[name] for a in each]) for name in ("key", "value")}
+    queries = stack([stack([a["query"], -a["query"]]) for a in each])
+    call = attention(PLAIN, kernel)
+
+    def one(query, key, value):
+        return call(arrays | {"query": query, "key": key, "value": value})
+
+    got = jax.vmap(jax.vmap(one, (0, None, None)))(queries, arrays["key"], arrays["value"])
+    wanted = [stack([call(a | {"query": sign * a["query"]}) for sign in (1, -1)]) for a in each]
+    assert_same(got, stack(wanted))
+
+
 def test_vmap_is_one_custom_call_and_copies_no_shared_keys(kernel):
     each = entries(PLAIN)
     arrays = each[0] | {"query": stack([a["query"] for a in each])}

@@ -53,7 +53,9 @@ const Kernels& choose_kernels() {
 #if defined(JF_HAS_AVX2)
       {&avx2::kKernels, __builtin_cpu_supports("x86-64-v3") != 0},
 #endif
+#if defined(JF_HAS_BASELINE)
       {&baseline::kKernels, true},
+#endif
   };
   const char* forced = std::getenv("JAX_FLASH_CPU_ISA");
   std::string names;
@@ -61,7 +63,7 @@ const Kernels& choose_kernels() {
     if (c.usable && (!forced || !*forced || std::strcmp(forced, c.kernels->isa) == 0)) return *c.kernels;
     if (c.usable) names += std::string(names.empty() ? "" : ", ") + c.kernels->isa;
   }
-  throw std::invalid_argument("jax_flash: JAX_FLASH_CPU_ISA is \"" + std::string(forced) +
+  throw std::invalid_argument("jax_flash: JAX_FLASH_CPU_ISA is \"" + std::string(forced ? forced : "") +
                               "\", this machine and build have: " + names);
 }
 

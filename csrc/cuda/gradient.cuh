@@ -88,14 +88,25 @@ struct GradientBlock {
   }
 };
 
+// Whether some lse of a warp's rows is coarse: what the rows know, or a vote on lse(slot).
+template <class S, class Rows>
+__device__ __forceinline__ bool some_coarse(const Rows& rows) {
+  if constexpr (requires { rows.coarse(); }) {
+    return rows.coarse();
+  } else {
+    bool coarse = false;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
+    return __any_sync(~0u, coarse);
+  }
+}
+
 // S ← scale · S − lse, with coarse rows settled. `rows`: lse(slot).
 template <class S, class Rows>
 __device__ __forceinline__ void subtract_lse(S& s, const Rows& rows, float scale) {
-  bool coarse = false;
-#pragma unroll
-  for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
+  const bool coarse = some_coarse<S>(rows);
   for_each(s, [&](float& x, int slot, int, int) { x = fmaf(x, scale, -rows.lse(slot)); });
-  if (__builtin_expect(__any_sync(~0u, coarse), false)) {
+  if (__builtin_expect(coarse, false)) {
     for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, rows.lse(slot)); });
   }
 }
@@ -107,18 +118,31 @@ __device__ __forceinline__ void probabilities(S& s, const Rows& rows, float scal
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
+// What tile_gradient() calls where dP is there already.
+struct NoWait {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 // S → P and dP → dS, in place, of a Score variant's object that has prefetched what it needs. P has dropout
-// applied, but not its factor 1 / (1 − rate). `partial`: the band hides some of the tile.
-template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows>
+// applied, but not its factor 1 / (1 − rate). `partial`: the band hides some of the tile. wait_dp() is called
+// before dP is read.
+template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows,
+          class Wait = NoWait>
 __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, const Rows& rows, bool partial,
-                                              S& s, S& dp) {
-  score.drop_gradient(dp, tile);  // dP ← dP ∘ mask / (1 − rate)
-  if constexpr (Score::kScalesGradient)
+                                              S& s, S& dp, Wait wait_dp = {}) {
+  if constexpr (Score::kScalesGradient) {
+    wait_dp();
+    score.drop_gradient(dp, tile);  // dP ← dP ∘ mask / (1 − rate)
     for_each(dp, [&](float& x, int slot, int, int) { x -= rows.delta(slot); });  // dP ← dP − delta
+  }
   score.template differentiate<kOf>(s, dp, tile);  // S ← score(S); dP ← score'(S) ∘ dP
   if (partial) mask(s, tile.band(), tile.row(), tile.key);
   probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
-  for_each(s, [&](float x, int slot, int n, int e) {        // dS = P ∘ (dP − delta)
+  if constexpr (!Score::kScalesGradient) {
+    wait_dp();
+    score.drop_gradient(dp, tile);
+  }
+  for_each(s, [&](float x, int slot, int n, int e) {  // dS = P ∘ (dP − delta)
     float& ds = dp.at(slot, n, e);
     ds = x * (Score::kScalesGradient ? ds : ds - rows.delta(slot));
   });

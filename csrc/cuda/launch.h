@@ -8,14 +8,6 @@
 
 namespace jax_flash {
 
-// Asks for the same split of L1 and shared memory that the kernel before has: changing it between two kernels
-// takes time.
-template <class... Parameters>
-cudaError_t prefer_shared_memory(void (*kernel)(Parameters...)) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                              cudaSharedmemCarveoutMaxShared);
-}
-
 // Launches `blocks` thread blocks in clusters of size `cluster`, or nothing if there are none. `shared`:
 // bytes of dynamic shared memory.
 template <class... Parameters>

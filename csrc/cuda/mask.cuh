@@ -32,10 +32,30 @@ struct FromLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column >= limit; }
 };
 
+// S ← −inf outside the band, of a transposed S: the band of a key limits the rows, as a lane has fewer keys.
+template <class S>
+__device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t row, int32_t key) {
+  const auto hide_rows = [&](auto bound, auto hidden) {
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int32_t j = key + S::column(n, e), limit = bound(band.queries(j, j + 1)) - row - S::row(0);
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot)
+          if (hidden(S::row_step(slot), limit)) s.at(slot, n, e) = -INFINITY;
+      }
+    }
+  };
+  hide_rows([](Interval seen) { return seen.lo; }, BeforeLimit{});
+  hide_rows([](Interval seen) { return seen.hi; }, FromLimit{});
+}
+
 // S ← −inf outside the band. `begins`, `ends`: whether the band of some row does so within the tile.
 template <class S>
 __device__ __forceinline__ void mask(S& s, const Band& band, int32_t row, int32_t key, bool begins = true,
                                      bool ends = true) {
+  if constexpr (S::kTransposed) return mask_transposed(s, band, row, key);
   if (begins)
     hide(s, key, -INFINITY, [&](int slot) { return band.first_key(row + S::row(slot)); }, BeforeLimit{});
   if (ends) hide(s, key, -INFINITY, [&](int slot) { return band.last_key(row + S::row(slot)); }, FromLimit{});

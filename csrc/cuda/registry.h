@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "core/band.h"
 #include "core/plan/columns.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"

@@ -43,11 +43,12 @@ struct TileNumber {
 };
 
 // The work of a tile of packed sequences. Sequences come in the schedule's order, longest first; within one
-// head follows head, and within a head tile follows tile. Slot s of the schedule stands for numbers [s ·
-// heads, (s + 1) · heads).
+// one group of heads follows the other, and in a group tile follows tile, each of all its heads. Slot s of
+// the schedule stands for numbers [s · heads, (s + 1) · heads).
 template <Over over>
 __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const TileWork* schedule,
-                                                      int32_t tiles, int32_t block, TileNumber wanted) {
+                                                      int32_t tiles, int32_t block, TileNumber wanted,
+                                                      uint32_t heads_together = 1) {
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = tiles * heads;
   BlockWork work;
@@ -59,8 +60,10 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
   work.head = 0;
   if (work.tile.tiles == 0) return work;
   const uint32_t first = slot - work.tile.row / block, count = work.tile.tiles;
-  const uint32_t rest = number - first * heads, t = rest % count;
-  work.head = static_cast<int32_t>(rest / count) * (kQueries ? 1 : p.heads / p.kv_heads);
+  const uint32_t rest = number - first * heads, group = rest / (heads_together * count) * heads_together;
+  const uint32_t together = min(heads_together, heads - group), of_group = rest - group * count;
+  const uint32_t t = of_group / together;
+  work.head = static_cast<int32_t>(group + of_group % together) * (kQueries ? 1 : p.heads / p.kv_heads);
   work.tile = schedule[first + (kQueries ? count - 1 - t : t)];
   return work;
 }
@@ -71,7 +74,9 @@ template <Over over>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
                                                uint32_t heads_together = kHeadsTogether) {
-  if (p.packed()) return find_packed_work<over>(p, schedule, tiles, block, wanted);
+  if (p.packed())  // a deterministic backward's tiles of one head wait for each other
+    return find_packed_work<over>(p, schedule, tiles, block, wanted,
+                                  p.spec.deterministic ? heads_together : 1);
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Without a causal mask query tiles are equally long, and share most K and V in one head after the other.

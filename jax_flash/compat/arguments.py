@@ -61,8 +61,8 @@ class Cache:
         return check.lengths("cache_seqlens", cache_seqlens, b, "b")
 
     def lengths(self, ends: jax.Array) -> jax.Array:
-        """The numbers of keys of sequences with these ends."""
-        return ends if self.start is None else ends - self.start
+        """The numbers of keys of sequences with these ends, which are clamped to the cache."""
+        return ends if self.start is None else jnp.clip(ends, 0, self.capacity) - self.start
 
     def without_padding(self) -> Cache:
         """The same keys, for reading, with every sequence at the start of its row of the table."""
@@ -72,7 +72,7 @@ class Cache:
         slot = self.start[:, None] + jnp.arange(
             s_max, dtype=jnp.int32
         )  # a page of one key may begin anywhere
-        inside = (slot < s_max) & (self.tables >= 0) & (self.tables < rows)
+        inside = (self.tables >= 0) & (self.tables < rows)  # entries past a row are past its sequence's length
         tables = jnp.where(inside, self.tables * jnp.int32(s_max) + slot, jnp.int32(-1))
         k, v = (x.reshape(rows * s_max, 1, *x.shape[2:]) for x in (self.k_pages, self.v_pages))
         return Cache(k, v, tables, None)

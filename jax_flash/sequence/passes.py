@@ -1,99 +1,99 @@
 """Every pass over a sequence that is split over devices: a ring of the same pass over its parts.
 
-A device multiplies its own rows by one shard of keys after the other (schedule.py) and adds up, in float32. A shard
-comes straight from the device that owns it, while the one before is multiplied; the gradients of its keys go straight
-back. There are no leading dimensions here (vmap adds them).
+A device multiplies its own rows by the keys of one shard after the other (schedule.py) and joins the results, in
+float32 (sums.py). Keys come straight from the device that owns them, while those before are multiplied; their gradients
+go straight back. There are no leading dimensions here (vmap adds them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-import jax.numpy as jnp
 from jax import Array, lax
 
-from ..merge import combine
 from ..operands import BACKWARD, FORWARD, TANGENT, Pass
 from ..spec import AttentionSpec
-from .schedule import Visit
-from .shard import Blocks, Call, Operands, Shard
-
-Sums = list[Any]  # by chunk: None before the first addend
+from .schedule import Chunk, Range, Visit
+from .shard import Call, Operands, Shard
+from .sums import GRADIENTS, MERGED, PAIRS, TANGENTS, Arrays, Total, wide
 
 
 def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> list[Array]:
     """The results of one pass on this device; `call` runs a pass on a part."""
-    loop = {FORWARD: _forward, BACKWARD: _backward, TANGENT: _tangent}.get(pass_, _bias_gradient)
     if "dout" in operands:  # else XLA fetches keys once for forward and backward, and holds them in between
         operands = lax.optimization_barrier(operands)
-    return loop(Shard(pass_, spec, operands), call)
+    shard = Shard(pass_, spec, operands)
+    if pass_ is FORWARD or pass_ is TANGENT:
+        return _by_rows(shard, call)
+    return _backward(shard, call) if pass_ is BACKWARD else _bias_gradient(shard, call)
 
 
-def _forward(shard: Shard, call: Call) -> list[Array]:
-    parts: Sums = [None] * len(shard.queries)  # (out, lse) of the keys so far, out in float32
-    for visit, blocks in _visits(shard, parts):
-        for q, k in visit.pairs:
-            out, lse = shard.compute(call, visit, (q, k), blocks[k])
-            parts[q] = combine(*zip(parts[q], (out, lse))) if parts[q] else (_plus(None, out), lse)
-    outs, lses = zip(*parts)
-    return [jnp.concatenate(outs, 1).astype(shard.operands["query"].dtype), jnp.concatenate(lses, 2)]
+def _by_rows(shard: Shard, call: Call) -> list[Array]:
+    """out and lse, or their tangents."""
+    query = shard.operands["query"]
+    total = Total(MERGED if shard.pass_ is FORWARD else TANGENTS, query.shape[1])
+    for visit, block in _visits(shard, total):
+        for work in visit.work:
+            _add(shard, total, work.queries, shard.queries, tuple(shard.compute(call, visit, work, block)))
+    out, lse = total.result()
+    return [out.astype(query.dtype), lse]
 
 
 def _backward(shard: Shard, call: Call) -> list[Array]:
-    dquery: Sums = [None] * len(shard.queries)
-    home: list[Sums] = [[None] * len(shard.keys) for _ in ("key", "value")]
-    for visit, blocks in _visits(shard, dquery):
-        away: list[Sums] = [[None] * len(shard.keys) for _ in ("key", "value")]
-        for q, k in visit.pairs:
-            dq, *dkv = shard.compute(call, visit, (q, k), blocks[k])
-            dquery[q] = _plus(dquery[q], dq)
-            for sums, x in zip(away, dkv):
-                sums[k] = _plus(sums[k], x)
-        for sums, own, name in zip(away, home, ("key", "value")):
-            for k, route in enumerate(visit.routes):
-                if visit.distance and sums[k] is not None:
-                    back = [(there, here) for here, there in route]
-                    sums[k] = shard.send(sums[k].astype(shard.operands[name].dtype), back)
-                if sums[k] is not None:
-                    own[k] = _plus(own[k], sums[k])
-    dtypes = (shard.operands[name].dtype for name in ("query", "key", "value"))
-    return [jnp.concatenate(sums, 1).astype(dtype) for sums, dtype in zip((dquery, *home), dtypes)]
-
-
-def _tangent(shard: Shard, call: Call) -> list[Array]:
-    tout: Sums = [None] * len(shard.queries)
-    tlse: Sums = [None] * len(shard.queries)
-    for visit, blocks in _visits(shard, tlse):
-        for q, k in visit.pairs:
-            to, tl = shard.compute(call, visit, (q, k), blocks[k])
-            tout[q], tlse[q] = _plus(tout[q], to), _plus(tlse[q], tl)
-    return [jnp.concatenate(tout, 1).astype(shard.operands["query"].dtype), jnp.concatenate(tlse, 2)]
+    query, key, value = (shard.operands[name] for name in ("query", "key", "value"))
+    dquery, dkv = Total(GRADIENTS, query.shape[1]), Total(PAIRS, key.shape[1])
+    for visit, block in _visits(shard, dquery):
+        found = dkv if visit.distance == 0 else Total(PAIRS, visit.size)
+        for work in visit.work:
+            dq, *rest = shard.compute(call, visit, work, block)
+            _add(shard, dquery, work.queries, shard.queries, (dq,))
+            _add(shard, found, work.keys, shard.keys, tuple(rest), visit.start)
+        if visit.distance:
+            dk, dv = found.result()
+            away = {"key": dk.astype(key.dtype), "value": dv.astype(value.dtype)}
+            home = shard.send(away, [(there, here) for here, there in visit.route])
+            if len(dkv.parts) > 2:
+                dkv.settle()
+            dkv.add(visit.start, (home["key"], home["value"]))
+    (dq,), (dk, dv) = dquery.result(), dkv.result()
+    return [dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype)]
 
 
 def _bias_gradient(shard: Shard, call: Call) -> list[Array]:
     """The gradient of a bias, whose rows are this device's and whose columns are all keys of the sequence."""
-    total: Sums = [None]
-    for visit, blocks in _visits(shard, total):
-        for q, k in visit.pairs:
-            (dbias,) = shard.compute(call, visit, (q, k), blocks[k])
-            total[0] = shard.place(total[0], _plus(None, dbias), visit, (q, k))
-    return [total[0].astype(shard.operands["bias"].dtype)]
+    total, bias = None, shard.operands["bias"]
+    for visit, block in _visits(shard, Total(GRADIENTS, 0)):
+        for work in visit.work:
+            (dbias,) = shard.compute(call, visit, work, block)
+            total = shard.place(total, wide(dbias), visit, work)
+    assert total is not None
+    return [total.astype(bias.dtype)]
 
 
-def _visits(shard: Shard, results: Sums) -> Iterator[tuple[Visit, Blocks]]:
-    """The visits with their keys. The keys of the next one are under way meanwhile, and no others, so that memory does
-    not grow with the number of devices: they leave when the `results` of the visit before are there."""
-    own = blocks = shard.blocks
+def _visits(shard: Shard, total: Total) -> Iterator[tuple[Visit, Operands]]:
+    """The visits with their keys.
+
+    The keys of the next visit are under way meanwhile, and no others, so that memory does not grow with the number of
+    devices: they leave when the `total` of the visits before is there.
+    """
+    own = block = shard.block
     for n, visit in enumerate(shard.visits):
         following = shard.visits[n + 1 : n + 2]
         if n and following:
-            own, results[:] = lax.optimization_barrier((own, results))
+            own, parts = lax.optimization_barrier((own, [arrays for _, arrays in total.parts]))
+            total.parts = [(start, arrays) for (start, _), arrays in zip(total.parts, parts, strict=True)]
         coming = [shard.fetch(own, after) for after in following]
-        yield visit, blocks
-        blocks = coming[0] if coming else blocks
+        yield visit, block
+        if n and following:
+            total.settle()
+        block = coming[0] if coming else block
 
 
-def _plus(total: Any, x: Array) -> Array:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return wide if total is None else total + wide
+def _add(
+    shard: Shard, total: Total, part: Range, chunks: Sequence[Chunk], arrays: Arrays, begin: int = 0
+) -> None:
+    """Adds what a call gave for a part of a shard, whose tokens the total has from `begin` on."""
+    starts = [chunks[c].offset + part.start - begin for c in part.chunk]
+    for start in sorted(set(starts)):
+        here = None if len(set(starts)) == 1 else shard.entry([int(x == start) for x in starts]) == 1
+        total.add(start, arrays, here)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -12,12 +13,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..operands import DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
-from ..spec import AttentionSpec, Ring
-from .schedule import Chunk, Visit, chunks, visits
+from ..spec import UNLIMITED, AttentionSpec, Ring
+from .schedule import Chunk, Range, Visit, Work, chunks, visits
 
 Operands = dict[str, Array]
 Call = Callable[[Pass, AttentionSpec, Operands], Sequence[Array]]
-Blocks = list[Operands]  # what travels of a shard of keys, by chunk
 
 
 @dataclass(frozen=True)
@@ -50,87 +50,132 @@ class Shard:
         return visits(self.spec, self.ring, self.queries, self.keys, self._shifts())
 
     @property
-    def blocks(self) -> Blocks:
+    def block(self) -> Operands:
         """This device's own keys, with all that there is one of for each key."""
-        return [{name: self._along(name, "sk", chunk) for name in self._travelling} for chunk in self.keys]
+        return {name: x for name, x in self.operands.items() if "sk" in self.spec.dims[name]}
 
-    def fetch(self, blocks: Blocks, visit: Visit) -> Blocks:
-        """The keys of a visit, from the devices that own them; zeros where the device sees none of a chunk."""
-        return [
-            {name: self.send(x, route) for name, x in block.items()}
-            for block, route in zip(blocks, visit.routes)
-        ]
+    # --- transfers -----------------------------------------------------------------------------------------------
 
-    def send(self, x: Array, route: Sequence[tuple[int, int]]) -> Array:
-        return lax.ppermute(x, self.ring.axes, route) if route else jnp.zeros_like(x)
+    def fetch(self, block: Operands, visit: Visit) -> Operands:
+        """The keys of a visit, from the devices that own them; zeros where this device sees none."""
+        return self.send(
+            {n: lax.slice_in_dim(x, visit.start, visit.start + visit.size, axis=1) for n, x in block.items()},
+            visit.route,
+        )
+
+    def send(self, arrays: Operands, route: Sequence[tuple[int, int]]) -> Operands:
+        """Arrays of one dtype travel as one: XLA has one transfer under way at a time, and a call hides only one.
+
+        They are joined along the head dim, or along a new one, so that heads may lie on automatic mesh axes.
+        """
+        arrived: Operands = {}
+        for dtype in dict.fromkeys(x.dtype for x in arrays.values()):
+            names = [name for name, x in arrays.items() if x.dtype == dtype]
+            joined = [arrays[name] for name in names]
+            equal = len({x.shape for x in joined}) == 1
+            packed = lax.ppermute(
+                jnp.stack(joined) if equal else jnp.concatenate(joined, -1), self.ring.axes, route
+            )
+            ends = list(accumulate(x.shape[-1] for x in joined))
+            arrived |= zip(names, packed if equal else jnp.split(packed, ends[:-1], -1))
+        return arrived
 
     # --- one part ------------------------------------------------------------------------------------------------
 
-    def compute(self, call: Call, visit: Visit, pair: tuple[int, int], block: Operands) -> list[Array]:
-        """The pass's results on a chunk of queries and a chunk of the keys that the visit brought."""
-        query, key = self.queries[pair[0]], self.keys[pair[1]]
-        row = jnp.asarray(query.position(self.device), jnp.int32)
-        column = self._column(visit, pair[1])
-        made = dict(block)
+    def compute(self, call: Call, visit: Visit, work: Work, block: Operands) -> list[Array]:
+        """The pass's results on a part of the queries and of the keys that the visit brought."""
+        queries, keys = work.queries, work.keys
+        row, column = self.row(work), self.column(visit, work)
+        made = {
+            name: self._slice(x, 1, keys, self.keys, visit.start) if name in self.block else x
+            for name, x in block.items()
+        }
         for name, x in self.operands.items():
             if name == "dropout":
                 made[name] = x.at[DROPOUT_ROW:].add(jnp.stack([row, column]).astype(jnp.uint32))
             elif name == "q_lengths":
-                made[name] = jnp.clip(x - row, 0, query.size)
+                made[name] = jnp.clip(x - row, 0, queries.size)
             elif name == "kv_lengths":
-                made[name] = jnp.clip(x - column, 0, key.size)
+                made[name] = jnp.clip(x - column, 0, keys.size)
             elif name == "sinks":
-                if self.pass_ is FORWARD and visit.distance == 0 and pair[0] == pair[1]:
+                if self.pass_ is FORWARD and visit.distance == 0 and queries.chunk == keys.chunk:
                     made[name] = x  # each row sums over its sink once
             elif name not in block:
-                made[name] = self._along(name, "sq", query)
+                axis = self._rows(name)
+                made[name] = x if axis is None else self._slice(x, axis, queries, self.queries)
                 if self.has_columns(name):
-                    made[name] = lax.dynamic_slice_in_dim(made[name], column, key.size, -1)
+                    made[name] = lax.dynamic_slice_in_dim(made[name], column, keys.size, -1)
         spec = replace(self.spec, ring=None, align="top_left")
-        if self.spec.limited or "alibi_slopes" in made:
-            diagonal = row + self._shift()
-            made["position"] = jnp.stack(jnp.broadcast_arrays(diagonal, column), -1)
+        if work.whole:
+            spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
+        if spec.limited or "alibi_slopes" in made:
+            made["position"] = jnp.stack(jnp.broadcast_arrays(row + self._shift(), column), -1)
         spec = replace(spec, operands=tuple(name for name in OPTIONAL if name in made))
         if "position" in made and made["position"].ndim == 2:
             return self._by_batch_entry(call, spec, made)
         return list(call(self.pass_, spec, made))
 
-    def place(self, total: Array | None, dbias: Array, visit: Visit, pair: tuple[int, int]) -> Array:
-        """The gradient of a bias, with that of a part added."""
-        bias = self.operands["bias"]
-        if total is None:
-            total = jnp.zeros(bias.shape, dbias.dtype)
-        row = self.queries[pair[0]].offset if bias.shape[2] != 1 else 0
-        start = (0, 0, row, self._column(visit, pair[1]))
-        added = lax.dynamic_slice(total, start, dbias.shape) + dbias
-        return lax.dynamic_update_slice(total, added, start)
+    def row(self, work: Work) -> Array:
+        """The position of a call's first query in the sequence."""
+        own = zip(work.queries.chunk, range(self.ring.size))
+        return self.entry([self.queries[c].position(i) + work.queries.start for c, i in own])
 
-    def _column(self, visit: Visit, k: int) -> Array:
-        """Where a chunk of a visit's keys begins in the sequence."""
-        owner = (self.device - visit.distance) % self.ring.size
-        return jnp.asarray(self.keys[k].position(owner), jnp.int32)
+    def column(self, visit: Visit, work: Work) -> Array:
+        """The position of a call's first key in the sequence."""
+        owners = ((i - visit.distance) % self.ring.size for i in range(self.ring.size))
+        return self.entry(
+            [self.keys[c].position(i) + work.keys.start for c, i in zip(work.keys.chunk, owners)]
+        )
 
     def has_columns(self, name: str) -> bool:
         """Whether a mask or bias has a column for each key of the whole sequence, so that parts take some of them."""
         return name in ("mask", "bias", "tbias") and self.operands[name].shape[-1] != 1
 
+    def place(self, total: Array | None, dbias: Array, visit: Visit, work: Work) -> Array:
+        """The gradient of a bias, with that of a part added."""
+        bias = self.operands["bias"]
+        if total is None:
+            total = jnp.zeros(bias.shape, dbias.dtype)
+        starts = [self.queries[c].offset + work.queries.start for c in work.queries.chunk]
+        row = self.entry(starts if bias.shape[2] != 1 else [0] * self.ring.size)
+        start = (0, 0, row, self.column(visit, work))
+        added = lax.dynamic_slice(total, start, dbias.shape) + dbias
+        return lax.dynamic_update_slice(total, added, start)
+
+    def entry(self, table: Sequence[int]) -> Array:
+        """This device's entry."""
+        mine: Array = lax.dynamic_index_in_dim(jnp.asarray(table, jnp.int32), self.device, keepdims=False)
+        return mine
+
+    def _slice(self, x: Array, axis: int, part: Range, whole: Sequence[Chunk], begin: int = 0) -> Array:
+        """A part of an array along the tokens of a shard, of which it has those from `begin` on."""
+        starts = [whole[c].offset + part.start - begin for c in part.chunk]
+        if len(set(starts)) == 1:
+            return lax.slice_in_dim(x, starts[0], starts[0] + part.size, axis=axis)
+        return lax.dynamic_slice_in_dim(x, self.entry(starts), part.size, axis)
+
+    def _rows(self, name: str) -> int | None:
+        """The axis of an operand along this device's queries; None where all of them share it."""
+        dims = [dim.rstrip("*") for dim in self.spec.dims[name]]
+        if "sq" not in dims:
+            return None
+        axis = dims.index("sq")
+        return axis if self.operands[name].shape[axis] == self.operands["query"].shape[1] else None
+
     def _by_batch_entry(self, call: Call, spec: AttentionSpec, made: Operands) -> list[Array]:
         """As `call`, where batch entries lie differently: each is one entry of a leading dimension."""
-        size = made["query"].shape[0]
         if "dropout" in made:
-            entries = jnp.arange(size, dtype=jnp.uint32)
+            entries = jnp.arange(made["query"].shape[0], dtype=jnp.uint32)
             made["dropout"] = jax.vmap(made["dropout"].at[DROPOUT_BATCH].add)(entries)
-        axes = {name: 0 if name in ("dropout", "position") or self._by_entry(name) else None for name in made}
+        apart = ("dropout", "position")  # these have no batch dimension of their own
+        axes = {name: 0 if name in apart or self._by_entry(name) else None for name in made}
 
         def one(entry: Operands) -> list[Array]:
-            whole = {
-                name: x[None] if axes[name] == 0 and name not in ("dropout", "position") else x
-                for name, x in entry.items()
-            }
+            whole = {n: x[None] if axes[n] == 0 and n not in apart else x for n, x in entry.items()}
             return list(call(self.pass_, spec, whole))
 
         results = jax.vmap(one, in_axes=(axes,))(made)
-        shared = not self._by_entry("bias") if self.pass_.results == ("dbias",) else False
+        shared = self.pass_.results == ("dbias",) and not self._by_entry("bias")
         return [x.sum(0) if shared else x[:, 0] for x in results]
 
     def _by_entry(self, name: str) -> bool:
@@ -138,19 +183,7 @@ class Shard:
         b, *_ = self.spec.dims[name]
         return b == "b" or (b == "b*" and self.operands[name].shape[0] != 1)
 
-    def _along(self, name: str, dim: str, chunk: Chunk) -> Array:
-        """An operand's slice along the queries or the keys; whole where it has none of its own for each."""
-        x, dims = self.operands[name], self.spec.dims[name]
-        if dim not in dims and (dim + "*" not in dims or x.shape[dims.index(dim + "*")] == 1):
-            return x
-        axis = dims.index(dim if dim in dims else dim + "*")
-        return lax.slice_in_dim(x, chunk.offset, chunk.offset + chunk.size, axis=axis)
-
     # --- the sequence --------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _travelling(self) -> list[str]:
-        return [name for name in self.operands if "sk" in self.spec.dims[name]]
 
     @cached_property
     def _sizes(self) -> tuple[int, int]:

@@ -118,13 +118,17 @@ class Forward final : public PassTraits {
   }
 };
 
-// dK and dV by key tiles; dQ added up in a float32 accumulator. What has to be repeatable runs the portable
-// rows, and so do calls without a query, which have nothing to make a tensor map of.
+// dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
+// repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
+// bias or a mask, which a lane of Sᵀ would read element by element; repeatable sums with segments, as the
+// order is the band's.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
-    return call.shapes.leading_rank <= 1 && !call.spec.deterministic && call.shapes.q_rows > 0 &&
-           call.device.sm_count >= row.cluster;
+    const AttentionSpec& spec = call.spec;
+    if (spec.has(Operand::kBias) || spec.has(Operand::kMask)) return false;
+    if (spec.deterministic && (spec.has(Operand::kQSegmentIds) || row.cluster > 1)) return false;
+    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
@@ -140,15 +144,21 @@ class Backward final : public PassTraits {
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
+    add_segments(call, s.k_rows, plan.keys, workspace);
     plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     plan.cluster_size = row.cluster;  // whose CTAs work on one key tile together
     share_tiles(plan.keys.blocks * row.cluster, unequal, row.teams, call, workspace, plan);
+    if (call.spec.deterministic) {
+      plan.dq_turns = workspace.add(dq_turns_bytes(call.spec, dims_of(s), row.block_m).value());
+      if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
+    }
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    if (spec.deterministic) return 0;
-    return schedule_bound(spec, s, s.k_rows) + aligned(accumulator_bytes(spec, s)) + aligned(kCounterBytes);
+    const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
+    return schedule_bound(spec, s, s.k_rows) + segments_bound(spec, s, s.k_rows) +
+           aligned(accumulator_bytes(spec, s)) + turns + aligned(kCounterBytes);
   }
 };
 

@@ -100,7 +100,7 @@ class Tangent final : public ByQueryTiles {
 
 // Bounds of what rows of csrc/kernels.def and the schedule take.
 constexpr int64_t kMostRows = 64;       // query rows of a KV head over pages; beyond, products bound the call
-constexpr int64_t kMostTile = 16;       // of these rows in a column
+constexpr int64_t kMostTile = 32;       // of these rows in a column
 constexpr int64_t kLeastKeys = 64;      // of a key tile
 constexpr int64_t kMostBlocks = 1024;   // CTAs, where they split sequences
 constexpr int64_t kSplitKeys = 2048;    // of a split in batch-invariant mode
@@ -120,10 +120,10 @@ int32_t ranges_of_column(int64_t columns, int64_t wave) {
   return static_cast<int32_t>(best);
 }
 
-// O and the softmax of the rows of all splits, and where each row's result goes.
+// O and the softmax of the rows of all splits, and the counters of what is split, of which there are fewer.
 Dim partial_bytes(const Dim& rows, const Dim& value_dim) {
-  constexpr int64_t kSoftmax = 8;  // bytes: m and l
-  return rows * (value_dim * 4 + (kSoftmax + kOutputRowBytes));
+  constexpr int64_t kSoftmax = 8, kCounter = 8;  // bytes: m and l; a counter
+  return rows * (value_dim * 4 + (kSoftmax + kCounter));
 }
 
 // Few query rows for each KV head: the bytes of the keys, not the products, bound the call.
@@ -137,8 +137,8 @@ class Decode final : public PassTraits {
     }
     if (spec.layout == Layout::kVarlen || (call.float8_pools() && !serves_float8(row, s))) return false;
     const int64_t rows = call.rows_of_group(), entries = call.entries();
-    // A tile of 16 rows where 8 would do wastes half of every product.
-    if (row.block_m > 8 && rows <= 8) return false;
+    // A larger tile than is needed wastes half of every product.
+    if (row.block_m > 8 && rows <= row.block_m / 2) return false;
     return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kMostRows : kMostRowsDense) && 0 < entries &&
            entries <= std::numeric_limits<int32_t>::max();
   }

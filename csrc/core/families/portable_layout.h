@@ -12,7 +12,6 @@ namespace jax_flash {
 // The most that a kernel declares statically, apart from the page loader's addresses: its block state and
 // barriers.
 inline constexpr int64_t kBlockStateBytes = 512;
-inline constexpr int64_t kOutputRowBytes = 24;  // sizeof decode::OutputRow, which lies in the workspace
 
 // The columns of csrc/kernels.def that decide about shared memory.
 struct RowShape {
@@ -157,14 +156,18 @@ constexpr int64_t bias_gradient_shared_bytes(const RowShape& r, int32_t element_
 
 // Decode merges its warps' O a few columns at a time; a padded pitch avoids bank conflicts.
 constexpr int32_t decode_merge_columns(const RowShape& r) {
-  return r.block_m == 8 && r.value_dim % 64 == 0 ? 64 : 32;
+  return r.block_m > 16 ? 16 : r.block_m == 8 && r.value_dim % 64 == 0 ? 64 : 32;
 }
 constexpr int32_t decode_merge_pitch(const RowShape& r) { return decode_merge_columns(r) + 4; }
+
+inline constexpr int32_t kDecodeSegmentBytes = 88;  // of decode::Segment
 
 struct DecodeLayout {
   int32_t warp_ring;      // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
   int32_t merge_o;        // O [warps, M, merge pitch] float32
   int32_t merge_softmax;  // m and l [warps, M], two float32
+  int32_t segments;       // [warps, stages]: those that the stages' keys are of
+  int32_t queries;        // more than 16 rows: Q, which then leaves no registers for O
   int32_t bytes;
 };
 
@@ -175,7 +178,12 @@ constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
       ring_bytes(r.stages, warp_keys * r.head_dim * element_size, warp_keys * r.value_dim * element_size);
   const int32_t merge_o = r.warps * warp_ring, rows = r.warps * r.block_m;
   const int32_t merge_softmax = merge_o + rows * decode_merge_pitch(r) * int32_t{sizeof(float)};
-  return {warp_ring, merge_o, merge_softmax, merge_softmax + rows * 2 * int32_t{sizeof(float)}};
+  const int32_t segments = merge_softmax + rows * 2 * int32_t{sizeof(float)};
+  const int32_t stages = element_size == 2 ? 2 * r.stages : r.stages;
+  const int32_t queries = segments + r.warps * stages * kDecodeSegmentBytes;
+  const int32_t query_bytes =
+      r.block_m > 16 ? r.block_m * (r.head_dim * element_size + int32_t{sizeof(float)}) : 0;
+  return {warp_ring, merge_o, merge_softmax, segments, queries, queries + query_bytes};
 }
 
 constexpr int64_t decode_shared_bytes(const RowShape& r, int32_t element_size) {

@@ -58,6 +58,17 @@ inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
 }
 
+// Query tiles of a head that dQ is counted by: of a batch entry or of all packed sequences.
+inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
+  return spec.packed() ? varlen_tiles(rows, sequences, tile) : (rows + (tile - 1)) / tile;
+}
+
+// The counts that order the additions to dQ.
+inline Dim dq_turns_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) *
+         4;
+}
+
 inline DimShapes dims_of(const Shapes& s) {
   return {s.leading, s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.q_rows, s.k_rows};
 }

@@ -23,6 +23,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
+#include "core/plan/workspace.h"
 #include "cuda/backward/convert.cuh"
 #include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
@@ -33,15 +34,17 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/hopper_variants.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
 
 // A row of csrc/kernels.def.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
 struct BackwardSm90 {
   using Element = T;
+  static constexpr ScoreKind kKind = Kind;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
@@ -53,7 +56,8 @@ struct BackwardSm90 {
   using DsTile = SharedTile<T, N, M>;
   static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
-  using S = Accumulator<1, M / 8>;
+  using S = TransposedAccumulator<1, M / 8>;
+  using Score = HopperScore<Kind, S>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
@@ -64,14 +68,14 @@ struct BackwardSm90 {
   };
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
-  static_assert(kDqByRows || KTile::kPanel == 8);
+  static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
   static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(HeadDim, ValueDim, M, N, Stages));
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                  const __grid_constant__ PersistentTiles tiles) {
+                  const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
   if (warpgroup == 0) {
     ptx::give_registers<producer_registers(C::kConsumers)>();
-    GradientProducer<C> producer{p, maps, shared};
+    GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
     NoMailbox none;
     if (warp == 0 && leads) producer.schedule(tiles, none);
@@ -121,9 +125,13 @@ inline int64_t head_bytes(const Problem& p) {
 
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
 // L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
+//
+// In a deterministic call 16, or 8 without a band: the fewer tiles of a head run at a time, the less they
+// wait for each other.
 inline uint32_t backward_heads_together(const Problem& p) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
   const bool band = p.spec.left >= 0 || p.spec.right >= 0;
+  if (p.spec.deterministic) return band ? kMost : kFewestOfBand;
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
 }
 
@@ -134,8 +142,20 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
   constexpr int64_t kManyBytes = 16 << 20;
   const bool causal = p.spec.left < 0 && p.spec.right >= 0;
   if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
+  if (p.spec.deterministic) return;
   tiles.back_and_forth = true;
   tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
+}
+
+// Finds what a plan says of key tiles in the workspace, and clears the counts among it.
+inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
+                                 int32_t block_m, cudaStream_t stream) {
+  grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), nullptr,
+          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value())};
+  if (plan.dq_turns < 0) return cudaSuccess;
+  grid.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_turns);
+  const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;
+  return cudaMemsetAsync(grid.turns, 0, heads * grid.query_tiles * sizeof(uint32_t), stream);
 }
 
 template <class C, class T>
@@ -157,12 +177,16 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
     keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
-    constexpr auto kKernel = [] {
-      if constexpr (C::kCluster > 1) return backward_cluster_sm90<C>;
-      if constexpr (C::kCluster == 1) return backward_sm90<C>;
-    }();
-    e = launch_clusters(kKernel, C::kCluster, plan.persistent_ctas, C::kThreads, sizeof(typename C::Shared),
-                        stream, p, maps, tiles);
+    constexpr size_t kShared = sizeof(typename C::Shared);
+    if constexpr (C::kCluster > 1) {
+      e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
+                          stream, p, maps, tiles);
+    } else {
+      KeyGrid key_grid;
+      if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
+      e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
+                 key_grid);
+    }
     if (e != cudaSuccess) return e;
   }
   return convert_accumulator<T>(p, accumulator, stream);
@@ -174,8 +198,10 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     using C = BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
     return launch_backward_sm90<C, T>(p, plan, workspace, stream);
   } else {
-    using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
-    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
+      return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+    });
   }
 }
 

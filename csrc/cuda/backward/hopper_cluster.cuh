@@ -37,6 +37,7 @@ namespace jax_flash {
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
 struct BackwardClusterSm90 {
   using Element = T;
+  static constexpr ScoreKind kKind = ScoreKind::kPlain;
   static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages;
   static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
@@ -50,7 +51,7 @@ struct BackwardClusterSm90 {
   using DoHalf = SharedTile<T, M, ValueDim / 2>;
   using DsTile = SharedTile<T, N, M>;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
-  using S = Accumulator<1, M / 8>;
+  using S = TransposedAccumulator<1, M / 8>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DKHalf = Accumulator<1, HeadDim / 16>;
   using DVHalf = Accumulator<1, ValueDim / 16>;
@@ -82,7 +83,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
-    ClusterGradientProducer<C> producer{{p, maps, shared}};
+    constexpr KeyGrid kNoGrid{};  // neither segments nor an order of dQ's sums
+    ClusterGradientProducer<C> producer{{p, maps, shared, kNoGrid}};
     const bool leads = threadIdx.x % 32 == 0;
     if (warp == 0 && leads) producer.schedule(tiles, shared.mailbox);
     if (warp == 1 && leads) producer.load_queries();

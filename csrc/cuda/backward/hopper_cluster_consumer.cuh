@@ -96,7 +96,10 @@ struct ClusterConsumer {
     const int thread = ptx::thread_index() - kWarpgroup;
     shared.k_pipe.wait_full(tile_index);
     shared.v_pipe.wait_full(tile_index);
-    const Interval own{0, clean - rank() * kConsumerRows}, other{0, clean - (1 - rank()) * kConsumerRows};
+    const auto rows_of = [clean](int32_t of) {
+      return [count = clean - of * kConsumerRows](int row) { return row < count; };
+    };
+    const auto own = rows_of(rank()), other = rows_of(1 - rank());
     clear_rows<KHalf>(shared.k[0], own, thread, kThreads);
     clear_rows<KHalf>(shared.k[1], own, thread, kThreads);
     clear_rows<KHalf>(shared.k_other, other, thread, kThreads);
@@ -171,23 +174,8 @@ struct ScoreConsumer : ClusterConsumer<C> {
   __device__ __forceinline__ void exponentiate(const QueryStep& step) {
     const uint32_t use = step.number, stage = use % C::kStages;
     if (!uniform(tile().whole[this->rank()]).contains(step.tile))
-      mask_transposed(s, tile().band, this->key(), step.tile * C::kM);
-    const auto* lse = reinterpret_cast<const float2*>(shared.lse[stage]) + ptx::lane_index() % 4;
-    const float scale = p.spec.scale * kLog2e;
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
-      const float2 l = lse[4 * n];
-#pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) {
-        s.at(slot, n, 0) = fmaf(s.at(slot, n, 0), scale, -l.x);
-        s.at(slot, n, 1) = fmaf(s.at(slot, n, 1), scale, -l.y);
-      }
-    }
-    if (__builtin_expect(uniform(shared.coarse[stage]), false)) {
-      for_each(s,
-               [&](float& x, int, int n, int e) { settle_coarse(x, shared.lse[stage][S::column(n) + e]); });
-    }
-    for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
+      mask(s, tile().band, step.tile * C::kM, this->key());
+    probabilities_of_keys(s, shared.lse[stage], shared.coarse[stage], p.spec.scale * kLog2e);
     shared.lse_pipe.release(use);
   }
 
@@ -298,12 +286,13 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
       ptx::ldmatrix_x4(pt, at.at(0, 2 * k));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float2 d = delta[4 * (2 * k + i)];
+        const int slot = 2 * (2 * k + i);
+        const float2 d = delta[2 * slot];
 #pragma unroll
-        for (int slot = 0; slot < S::kSlots; ++slot) {
-          const float2 x = ptx::unpack<T>(pt[2 * i + slot]);
-          dp.at(slot, 2 * k + i, 0) = x.x * (dp.at(slot, 2 * k + i, 0) - d.x);
-          dp.at(slot, 2 * k + i, 1) = x.y * (dp.at(slot, 2 * k + i, 1) - d.y);
+        for (int e = 0; e < 2; ++e) {
+          const float2 x = ptx::unpack<T>(pt[2 * i + e]);
+          dp.at(slot, 0, e) = x.x * (dp.at(slot, 0, e) - d.x);
+          dp.at(slot + 1, 0, e) = x.y * (dp.at(slot + 1, 0, e) - d.y);
         }
       }
     }

@@ -145,7 +145,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
     shared.q_pipe.wait_full(step.number);
 #pragma unroll 1
     for (int half = 0; half < 2; ++half)
-      clear_rows<QHalf>(shared.q[step.number % C::kStages][half], rows, lane(), 32);
+      clear_rows<QHalf>(
+          shared.q[step.number % C::kStages][half], [=](int i) { return rows.contains(i); }, lane(), 32);
     ptx::fence_async_shared();
   }
   // dO ← 0 in rows that are not in use.
@@ -156,7 +157,8 @@ struct ClusterGradientProducer : GradientProducer<C> {
     for (int half = 0; half < 2; ++half) {
       const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
       shared.do_pipe.wait_full(use);
-      clear_rows<DoHalf>(shared.d_out[use % C::kDoStages], rows, lane(), 32);
+      clear_rows<DoHalf>(
+          shared.d_out[use % C::kDoStages], [=](int i) { return rows.contains(i); }, lane(), 32);
     }
     ptx::fence_async_shared();
   }

@@ -22,7 +22,7 @@ struct BackwardClusterShared {
   alignas(1024) uint8_t dq[C::kDqByTma ? C::DqBlock::kBytes * C::kDqColumns / kAccumulatorBlock : 0];
   float lse[kStages][C::kM], delta[kStages][C::kM];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile = KeyTileState<typename C::Element, C::kCluster>;
+  using Tile = KeyTileState<typename C::Element, C::kCluster, NoScoreOperands>;
   Tile tiles[kKeyTileStates];
   TileMailbox mailbox;
   Pipeline<kKeyTileStates> state_pipe;

@@ -16,16 +16,34 @@
 
 namespace jax_flash {
 
-// Sᵀ ← −inf outside the band, for keys from `key` and queries from `row` on.
-template <class S>
-__device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t key, int32_t row) {
-  const auto queries = [&](int slot) {
-    const int32_t j = key + S::row(slot);
-    return band.queries(j, j + 1);
-  };
-  hide(s, row, -INFINITY, [&](int slot) { return queries(slot).lo; }, BeforeLimit{});
-  hide(s, row, -INFINITY, [&](int slot) { return queries(slot).hi; }, FromLimit{});
-}
+// lse and delta of a step's queries, from shared memory.
+template <class S, int M>
+struct StepRows {
+  const float* first;  // lse of the lane's first query
+  int32_t some_coarse;
+
+  __device__ __forceinline__ StepRows(const QueryStatistics<M>& statistics, int32_t coarse)
+      : first(statistics.lse + ptx::lane_index() % 4 * 2), some_coarse(coarse) {}
+  __device__ __forceinline__ float lse(int slot) const { return first[S::row_step(slot)]; }
+  __device__ __forceinline__ float delta(int slot) const { return first[M + S::row_step(slot)]; }
+  __device__ __forceinline__ bool coarse() const { return uniform(some_coarse); }
+};
+
+// What a score variant is told of a step.
+template <class Consumer>
+struct StepTile {
+  using Score = typename Consumer::Config::Score;
+  const Consumer& of;
+  const QueryStep& step;
+  const Problem& p = of.p;
+  const int32_t key = of.key();
+
+  __device__ __forceinline__ ScoreOperands operands() const {
+    return of.tile().score.template of_head<Score>(p, of.tile().work, step.head);
+  }
+  __device__ __forceinline__ const Band& band() const { return of.tile().band; }
+  __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
+};
 
 // Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
 template <class Block, class DQ>
@@ -40,9 +58,30 @@ __device__ __forceinline__ void store_blocks(const DQ& dq, uint32_t blocks, uint
           make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
 }
 
+// Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
+// lse is coarse.
+template <class S>
+__device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& coarse,
+                                                      float scale) {
+  const auto* pairs = reinterpret_cast<const float2*>(lse) + ptx::lane_index() % 4;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; slot += 2) {
+    const float2 l = pairs[2 * slot];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      s.at(slot, 0, e) = fmaf(s.at(slot, 0, e), scale, -l.x);
+      s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
+    }
+  }
+  if (__builtin_expect(uniform(coarse), false))
+    for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, lse[S::row(slot)]); });
+  for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
+}
+
 // What a consumer has in registers.
 template <class C>
 struct GradientConsumer {
+  using Config = C;
   using T = typename C::Element;
   using S = typename C::S;
   using KTile = typename C::KTile;
@@ -77,7 +116,8 @@ struct GradientConsumer {
   }
   // The warp's first key within the sequence.
   __device__ __forceinline__ int32_t key() const {
-    return uniform(tile().work.tile.row) + consumer * kConsumerRows + warp_row();
+    const int32_t warp = uniform(ptx::thread_index()) % kWarpgroup / 32;
+    return uniform(tile().work.tile.row) + consumer * kConsumerRows + warp * 16;
   }
 
   // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]
@@ -132,25 +172,9 @@ struct GradientConsumer {
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
 
-  // Pᵀ = 2^(scale · Sᵀ − lse); gradient.cuh says what is done where lse is coarse.
+  // Pᵀ = exp(Sᵀ − lse)
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    const auto* lse = reinterpret_cast<const float2*>(shared.statistics[stage].lse) + ptx::lane_index() % 4;
-    const float scale = p.spec.scale * kLog2e;
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
-      const float2 l = lse[4 * n];
-#pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) {
-        s.at(slot, n, 0) = fmaf(s.at(slot, n, 0), scale, -l.x);
-        s.at(slot, n, 1) = fmaf(s.at(slot, n, 1), scale, -l.y);
-      }
-    }
-    if (__builtin_expect(uniform(shared.coarse[stage]), false)) {
-      for_each(s, [&](float& x, int, int n, int e) {
-        settle_coarse(x, shared.statistics[stage].lse[S::column(n) + e]);
-      });
-    }
-    for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
+    probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
   }
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
@@ -158,12 +182,12 @@ struct GradientConsumer {
     const auto* delta =
         reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::lane_index() % 4;
 #pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
-      const float2 d = delta[4 * n];
+    for (int slot = 0; slot < S::kSlots; slot += 2) {
+      const float2 d = delta[2 * slot];
 #pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) {
-        dp.at(slot, n, 0) = s.at(slot, n, 0) * (dp.at(slot, n, 0) - d.x);
-        dp.at(slot, n, 1) = s.at(slot, n, 1) * (dp.at(slot, n, 1) - d.y);
+      for (int e = 0; e < 2; ++e) {
+        dp.at(slot, 0, e) = s.at(slot, 0, e) * (dp.at(slot, 0, e) - d.x);
+        dp.at(slot + 1, 0, e) = s.at(slot + 1, 0, e) * (dp.at(slot + 1, 0, e) - d.y);
       }
     }
   }
@@ -186,23 +210,40 @@ struct GradientConsumer {
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
 
+  // Whether the band hides some of a step's scores.
+  __device__ __forceinline__ bool is_partial(const QueryStep& step) const {
+    return !uniform(tile().whole[consumer]).contains(step.tile);
+  }
+
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
   template <bool kFirst>
   __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number, stage = use % C::kStages;
-    const int32_t row = step.tile * C::kM;
     shared.ready_pipe.wait_full(use);
     shared.q_pipe.wait_full(use);
     start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
     shared.do_pipe.wait_full(use);
     start_scores<VTile, DoTile>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ  [64, M]
-    ptx::wgmma_wait<1>();
-    ptx::hold(s.x[0]);
-    if (!uniform(tile().whole[consumer]).contains(step.tile)) mask_transposed(s, tile().band, key(), row);
-    exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
-    ptx::wgmma_wait<0>();
-    ptx::hold(dp.x[0]);
-    differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+    const auto wait_dp = [this] {
+      ptx::wgmma_wait<0>();
+      ptx::hold(dp.x[0]);
+    };
+    if constexpr (C::kKind == ScoreKind::kPlain) {
+      ptx::wgmma_wait<1>();
+      ptx::hold(s.x[0]);
+      if (is_partial(step)) mask(s, tile().band, step.tile * C::kM, key());
+      exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
+      wait_dp();
+      differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+    } else {
+      using Tile = StepTile<GradientConsumer>;
+      typename C::Score score;
+      score.prefetch_gradient(Tile{*this, step});
+      ptx::wgmma_wait<1>();
+      ptx::hold(s.x[0]);
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      tile_gradient(score, Tile{*this, step}, rows, is_partial(step), s, dp, wait_dp);
+    }
     shared.ready_pipe.release(use);
     round(pt, s);
     round(dst, dp);
@@ -235,8 +276,9 @@ struct GradientConsumer {
   __device__ __forceinline__ void clear_keys(int32_t count) {
     constexpr int kThreads = C::kConsumers * kWarpgroup;
     const int thread = ptx::thread_index() - kWarpgroup;
-    clear_rows<KTile>(shared.k, {0, count}, thread, kThreads);
-    clear_rows<VTile>(shared.v, {0, count}, thread, kThreads);
+    const auto is_clean = [count](int row) { return row < count; };
+    clear_rows<KTile>(shared.k, is_clean, thread, kThreads);
+    clear_rows<VTile>(shared.v, is_clean, thread, kThreads);
     ptx::fence_async_shared();
     ptx::sync_group(1, kThreads);
   }
@@ -270,6 +312,10 @@ struct GradientConsumer {
       shared.key_pipe.wait_full(tile_index);
       differentiate_tile();
       shared.key_pipe.release(tile_index);
+      if constexpr (C::Score::kDropout) {  // dV ← dV / (1 − rate)
+        const float factor = dropout_scale(p.spec);
+        for_each(dv, [&](float& x, int, int, int) { x *= factor; });
+      }
       store_rows_from_registers(dv, tile().dvalue, key(), tile().work.tile.end);
       for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
       store_rows_from_registers(dk, tile().dkey, key(), tile().work.tile.end);

@@ -17,6 +17,7 @@ struct GradientProducer {
   const Problem& p;
   const typename C::Maps& maps;
   typename C::Shared& shared;
+  const KeyGrid& grid;
   uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
 
   // Calls visit(tile, step) for the steps of all key tiles, and release() after each tile.
@@ -38,11 +39,14 @@ struct GradientProducer {
   // Back and forth: of one group of KV heads the tiles, which begin together, go from the last query tile to
   // the first that they see. So they end one after the other, and those of the next group, which go the other
   // way, begin where all of that group's tiles are at that time.
-  __device__ __forceinline__ static void set_order(QueryWalk& walk, const PersistentTiles& all,
-                                                   uint32_t number) {
+  //
+  // Tiles that add to dQ in order go from the last query tile to the first, too: each begins with one that
+  // the tiles before it begin with as well, or come to by then.
+  __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
+                                            uint32_t number) const {
     const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
     walk.heads_inner = all.back_and_forth;
-    walk.direction = all.back_and_forth && group % 2 == 0 ? -1 : 1;
+    walk.direction = grid.turns || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 
   // One thread: finds the key tiles of the CTA, or of its cluster, at most one ahead.
@@ -50,15 +54,19 @@ struct GradientProducer {
   __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
     using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
     Scheduler scheduler{all, mailbox};
-    uint32_t number = Scheduler::first(0);
+    // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken
+    // by a CTA that runs. Clusters have no turns.
+    const bool in_order = C::kCluster == 1 && grid.turns;
+    const auto take = [&] { return atomicAdd(all.counter, 1u); };
+    uint32_t number = in_order ? take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       tile.work = scheduler.work(reload(p), number);
       set_order(tile.walk, all, number);
-      if (tile.template prepare<C>(reload(p))) shared.state_pipe.arrive(tile_index++);
+      if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
-      number = scheduler.next(number);
+      number = in_order ? take() : scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
     shared.tiles[tile_index % kKeyTileStates].done = 1;
@@ -119,18 +127,28 @@ struct GradientProducer {
     shared.key_pipe.arrive(tile_index);
   }
 
-  // Q ← 0 and dO ← 0 in rows that are not in use.
-  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step) const {
+  // Q ← 0 and dO ← 0 in rows that are not in use: of the plain score those outside `clean`, of others, which
+  // may hide all keys of a row, those whose P is 0. `some`: whether there are any of these.
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
+    const uint32_t stage = step.number % C::kStages;
+    if constexpr (C::kKind == ScoreKind::kPlain) {
+      const Interval clean{tile.clean.lo - step.tile * C::kM, tile.clean.hi - step.tile * C::kM};
+      if (clean.lo > 0 || clean.hi < C::kM) clear_rows_unless(step, [&](int i) { return clean.contains(i); });
+    } else if (some) {
+      const float* const lse = shared.statistics[stage].lse;
+      __syncwarp();  // every lane has stored its own
+      clear_rows_unless(step, [&](int i) { return lse[i] != INFINITY; });
+    }
+  }
+
+  template <class IsClean>
+  __device__ __forceinline__ void clear_rows_unless(const QueryStep& step, IsClean is_clean) const {
     const uint32_t use = step.number, stage = use % C::kStages;
-    const Interval clean = tile.clean;
-    const int32_t row = step.tile * C::kM;
-    if (clean.lo <= row && row + C::kM <= clean.hi) return;
-    const Interval rows{clean.lo - row, clean.hi - row};
     const int lane = static_cast<int>(threadIdx.x % 32);
     shared.q_pipe.wait_full(use);
-    clear_rows<typename C::QTile>(shared.q[stage], rows, lane, 32);
+    clear_rows<typename C::QTile>(shared.q[stage], is_clean, lane, 32);
     shared.do_pipe.wait_full(use);
-    clear_rows<typename C::DoTile>(shared.d_out[stage], rows, lane, 32);
+    clear_rows<typename C::DoTile>(shared.d_out[stage], is_clean, lane, 32);
     ptx::fence_async_shared();
   }
 
@@ -143,7 +161,7 @@ struct GradientProducer {
           const Interval seen = tile.seen;
           const float* const lse = tile.lse + step.head * p.lse.head;
           const float* const delta = tile.delta + step.head * p.delta.head;
-          bool coarse = false;
+          bool coarse = false, unseen = false;
           const auto fetch = [&](int i) {
             const int32_t row = step.tile * C::kM + i;
             const bool used = seen.contains(row);
@@ -153,6 +171,7 @@ struct GradientProducer {
             shared.statistics[stage].lse[i] = row_lse(x.x);
             shared.statistics[stage].delta[i] = row_delta(x.x, x.y);
             coarse |= rounds_coarsely(row_lse(x.x));
+            unseen |= x.x == -INFINITY;
           };
           // As many as there are registers for are on their way before the stage is empty.
           const float2 first = fetch(lane), second = fetch(lane + 32);
@@ -166,7 +185,7 @@ struct GradientProducer {
           }
           coarse = __any_sync(~0u, coarse);
           if (lane == 0) shared.coarse[stage] = coarse;
-          clear_queries(tile, step);
+          clear_queries(tile, step, __any_sync(~0u, unseen));
           ptx::barrier_arrive_by_warp(shared.ready_pipe.full_barrier(use));
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });
@@ -187,16 +206,31 @@ struct GradientProducer {
     ptx::bulk_commit();
   }
 
+  // The count of a query tile.
+  __device__ __forceinline__ uint32_t* turn_of(const Tile& tile, const QueryStep& step) const {
+    return tile.turns + step.head * grid.query_tiles + step.tile;
+  }
+  // Waits until the key tiles before have added to a step's dQ: those from the first that the rows see.
+  __device__ __forceinline__ void wait_turn(const Tile& tile, const QueryStep& step) const {
+    const int32_t row = step.tile * C::kM, first = tile.band.rows(row, row + C::kM).lo / C::kN;
+    ptx::wait_count(turn_of(tile, step), tile.work.tile.row / C::kN - first);
+  }
+
   // One thread: adds dQ to the accumulator.
   __device__ __forceinline__ void add_dq() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
+          if (grid.turns) wait_turn(tile, step);
           start_dq_sum(tile, step, 0);
           start_dq_sum(tile, step, 1);
           ptx::bulk_wait_read<1>();
           shared.dq_pipe[0].release_by_thread(step.number);
           ptx::bulk_wait_read<0>();
           shared.dq_pipe[1].release_by_thread(step.number);
+          if (grid.turns) {
+            ptx::bulk_wait<0>();
+            ptx::raise_count(turn_of(tile, step));
+          }
         },
         [&](const Tile&) { shared.state_pipe.release_by_thread(tile_index); });
     ptx::bulk_wait<0>();

@@ -3,22 +3,41 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
+#include "cuda/score/operands.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
 namespace jax_flash {
 
+// Tells the compiler that it is the same in all lanes.
+__device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
+  return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
+}
+
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
+// What lies in the workspace for key tiles.
+struct KeyGrid {
+  const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
+  int32_t key_tiles;
+  // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
+  uint32_t* turns;      // [entries, h, query_tiles]; nullptr: in any order
+  int32_t query_tiles;  // of a head
+};
+
+// The score operands of the plain kernel.
+struct NoScoreOperands {};
+
 // What the roles know of a key tile. The scheduler's thread writes it.
-template <class T, int kConsumers>
+template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
@@ -29,14 +48,16 @@ struct KeyTileState {
   int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
   int32_t kv_head;
   const float *lse, *delta;  // of the first head
+  uint32_t* turns;           // of the first head and query tile, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
+  [[no_unique_address]] Operands score;  // of the first head
 
   int32_t done;  // all tiles are taken, and this is none
 
   // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
   // rows.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p) {
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
@@ -45,8 +66,9 @@ struct KeyTileState {
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
-    const Interval rows = band.queries(tile.row, tile.used_keys());
-    walk.tiles = rows.empty() ? Interval{0, 0} : Interval{rows.lo / C::kM, (rows.hi - 1) / C::kM + 1};
+    const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
+                                           band.queries(tile.row, tile.used_keys()));
+    walk.tiles = tiles_of(rows, C::kM);
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       reload_shared();
@@ -61,6 +83,12 @@ struct KeyTileState {
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
     find_rows(p);
+    if (grid.turns) {
+      const int32_t first = p.packed() ? tile.q_begin / C::kM + tile.index : 0;
+      turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
+    }
+    if constexpr (C::kKind != ScoreKind::kPlain)
+      score.template prepare<typename C::Score>(reload(p), work, work.head);
     return true;
   }
 
@@ -75,6 +103,9 @@ struct KeyTileState {
     reload_shared();
     dvalue = {p.dvalue.as<T>() + offset(p.dvalue, kv_head, work.tile.k_begin), p.dvalue.row, p.value_dim};
   }
+  __device__ __forceinline__ int64_t entry(const Problem& p) const {
+    return work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
+  }
   // There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
     return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
@@ -87,15 +118,15 @@ struct QueryStatistics {
   float lse[M], delta[M];
 };
 
-// Zeros the rows of a tile outside `clean`: they may hold NaN, and 0 · NaN is NaN. The share of one of
-// `threads`.
-template <class Tile>
-__device__ __forceinline__ void clear_rows(uint8_t* tile, Interval clean, int thread, int threads) {
+// Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of
+// one of `threads`.
+template <class Tile, class IsClean>
+__device__ __forceinline__ void clear_rows(uint8_t* tile, IsClean is_clean, int thread, int threads) {
   const uint32_t to = ptx::shared_address(tile);
 #pragma unroll 1
   for (int at = thread; at < Tile::kRows * Tile::kChunks; at += threads) {
     const int row = at / Tile::kChunks;
-    if (!clean.contains(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
+    if (!is_clean(row)) ptx::store_shared(to + Tile::offset(row, at % Tile::kChunks), uint4{});
   }
 }
 
@@ -110,7 +141,9 @@ struct BackwardShared {
   alignas(1024) uint8_t dq[kConsumers][C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile = KeyTileState<typename C::Element, kConsumers>;
+  using Tile =
+      KeyTileState<typename C::Element, kConsumers,
+                   std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile

@@ -37,6 +37,7 @@ __device__ __forceinline__ void score_gradients(const Problem& p,
     score.prefetch(tile, key);
     multiply_q_k();
     multiply_do_v();
+    score.prefetch_gradient(tile);
     tile_gradient(score, tile, rows, partial, s, dp);
   } else {  // P is made before dP, which leaves it to the compiler to overlap the two
     multiply_q_k();
@@ -134,7 +135,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
   typename C::DK dk;
   typename C::DV dv;
   dk.clear(), dv.clear();
-  QueryStep step{0, block.tiles.lo};
+  QueryStep step{0, block.tiles.lo, 0};
   auto load_step = [&](const QueryStep& next) {
     load_queries<C>(p, block, next, stages + next.number % C::kStages * kLayout.stage_bytes);
     barriers.arrive_queries_full(next);

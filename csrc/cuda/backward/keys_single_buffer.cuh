@@ -42,7 +42,7 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
   dk.clear(), dv.clear();
   load_tile<KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
   load_tile<VTile, C::kThreads>(v, block.value, tile.row, tile.used_keys());
-  QueryStep step{0, block.tiles.lo};
+  QueryStep step{0, block.tiles.lo, 0};
   for (; !block.tiles.empty() && step.head < p.heads / p.kv_heads; step.advance(block.tiles)) {
     const int32_t row = step.tile * C::kM, first = row + at.s.row, key = tile.row + at.s.column;
     const bool partial = row < block.whole.lo || row + C::kM > block.whole.hi;
@@ -69,7 +69,9 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
     if (at.computes_s) {
       mma_qk<DoTile, VTile>(dp, buffer, at.s.row, v, at.s.column);  // dP = dO Vᵀ  [M, N]
       typename C::Score score;                                      // P = exp(S − lse), dS = P ∘ (dP − delta)
-      tile_gradient(score, ScoreTile{p, block.score, block.band, first, key}, rows, partial, s, dp);
+      const ScoreTile scores{p, block.score, block.band, first, key};
+      score.prefetch_gradient(scores);
+      tile_gradient(score, scores, rows, partial, s, dp);
       store_accumulator<PTile>(s, shared + kLayout.p, at.s);
       store_accumulator<PTile>(dp, shared + kLayout.ds, at.s);
     }

@@ -86,7 +86,9 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     const bool partial =
         block.band.classify(tile.row, tile.row + C::kM, key, key + C::kN) != TileClass::kFull;
     typename C::Score score;
-    tile_gradient(score, ScoreTile{p, block.score, block.band, row, key}, rows, partial, s, dp);
+    const ScoreTile at{p, block.score, block.band, row, key};
+    score.prefetch_gradient(at);
+    tile_gradient(score, at, rows, partial, s, dp);
     mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
   }
   for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "cuda/hopper/roles.cuh"
 
 namespace jax_flash {
 
@@ -19,11 +18,6 @@ struct QueryWalk {
   __device__ __forceinline__ int32_t first_tile() const { return direction > 0 ? tiles.lo : tiles.hi - 1; }
 };
 
-// Tells the compiler that it is the same in all lanes.
-__device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
-  return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
-}
-
 struct QueryStep {
   int32_t head;  // within the group of the KV head
   int32_t tile;
@@ -31,6 +25,11 @@ struct QueryStep {
 
   __device__ __forceinline__ static QueryStep first(const QueryWalk& walk, uint32_t number) {
     return {0, walk.first_tile(), static_cast<int32_t>(number)};
+  }
+  // Head after head, in ascending order.
+  __device__ __forceinline__ void advance(const Interval& tiles) {
+    ++number;
+    if (++tile == tiles.hi) tile = tiles.lo, ++head;
   }
   __device__ __forceinline__ void advance(const QueryWalk& walk) {
     ++number;

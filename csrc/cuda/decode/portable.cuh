@@ -20,21 +20,22 @@ namespace jax_flash {
 namespace decode::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or
-// uint8_t for float8, whose rings have twice as many stages in the same memory.
-template <class T, class Stored, RowColumns R>
+// uint8_t for float8, whose rings have twice as many stages in the same memory. kOptions: whether there are
+// score options.
+template <class T, class Stored, RowColumns R, bool kOptions>
 struct DecodeSm80 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
   using Ring = WarpRing<Stored, kHeadDim, kValueDim, R.stages * (sizeof(T) / sizeof(Stored)), kTile>;
-  using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kRows / 8>;
-  using Search = Partitioner<kTile, kThreads>;
+  using Score = DecodeScore<TransposedAccumulator<Ring::kKeys / 16, kRows / 8>, kOptions>;
+  using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kRows / 8, kWarps, Score>;
   static constexpr RowShape kShape{kHeadDim, kValueDim, kRows, kTile, R.stages, kWarps, true};
   static constexpr DecodeLayout kLayout = decode_layout(kShape, sizeof(T));
   static constexpr int kMergeColumns = decode_merge_columns(kShape), kMergePitch = decode_merge_pitch(kShape);
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.warp_ring == Ring::kBytes && sizeof(Softmax) == 2 * sizeof(float));
-  static_assert(sizeof(typename Search::Shared) <= kBlockStateBytes);
+  static_assert(sizeof(PartitionShared<kThreads>) + sizeof(bool) <= kBlockStateBytes);
   static_assert(kTile == kWarps * Ring::kKeys && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
 };
 
@@ -42,88 +43,72 @@ struct DecodeSm80 {
 template <class T, int HeadDim, int ValueDim, int...>
 inline constexpr bool supports_float8 = sizeof(T) == 2 && HeadDim % 64 == 0 && ValueDim % 64 == 0;
 
-// This warp's share of the keys of one segment.
+// Writes the results of a segment whose tiles all warps have attended to, or merges them with those of the
+// sequence's other parts if this one is the last to be finished.
 template <class C>
-__device__ __forceinline__ void attend_segment(const Problem& p, const ColumnRows& rows,
-                                               const SequenceWork& work, WorkIterator<C::kTile>& segment,
-                                               typename C::Ring& ring, typename C::WarpState& state) {
-  constexpr int kKeys = C::Ring::kKeys;
-  state.begin(p, rows, work);
-  for (; segment.tile < segment.tile_end; ++segment.tile) {
-    const uint32_t k = ring.wait();
-    const int32_t key = segment.tile * C::kTile + static_cast<int>(threadIdx.x) / 32 * kKeys;
-    if (key < work.keys.hi && key + kKeys > work.keys.lo) {
-      state.step(p, rows, work, key, k, k + C::Ring::KTile::kBytes);
-    }
-    ring.release();
-  }
-}
-
-// Sets the number of splits to 0 in the OutputRows that this block is responsible for: those of its range, or
-// those of all sequences where the call fixes the splits.
-template <class C>
-__device__ __forceinline__ void clear_outputs(const Call& call, const ColumnRows& rows, int32_t column,
-                                              int32_t range, void* workspace) {
-  if (call.grid.memory < 0 || (call.grid.fixed_parts() && range > 0)) return;
-  const PartialResults<C::kRows> partial(call.p, call.grid, workspace);
-  const int32_t first = call.grid.fixed_parts() ? 0 : range;
-  const int32_t last =
-      call.grid.fixed_parts() ? static_cast<int32_t>(call.p.leading.count() * call.p.batch) : range + 1;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < (last - first) * C::kRows; i += C::kThreads) {
-    const int32_t index = first + i / C::kRows;
-    const int32_t row = i % C::kRows;
-    if (call.grid.fixed_parts()) {
-      const SequenceWork work(call, rows, index);
-      const bool written = SequenceUnits<C::kTile>(call.grid, work).units > 1 && row < rows.count() &&
-                           OutputRow::exists(call.p, rows, work, row);
-      if (written) continue;  // by the block that has the sequence's first split
-    }
-    partial.outputs[partial.row(index, column, row)] = OutputRow{};
-  }
+__device__ __forceinline__ void finish_segment(const DecodeCall& call, const ColumnRows& rows, int32_t column,
+                                               const Segment& segment, typename C::WarpState& state,
+                                               WarpMerge<C> merge, bool& is_last) {
+  const SequenceWork& work = segment.work;
+  const Parts parts = segment.parts;
+  const PartialResults<C::kRows> partial(call);
+  const int64_t first = partial.row(parts.slot(call.grid, parts.own), column, 0);
+  merge.run(state, rows.count(), [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
+    if (feature >= call.value_dim || !is_written(call, rows, work, row)) return;
+    if (parts.count == 1)
+      return store_result<typename C::Element>(call, rows, work, row, feature, o, softmax);
+    *reinterpret_cast<float4*>(partial.o + (first + row) * partial.width + feature) = o;
+    if (feature == 0) partial.softmax[first + row] = softmax;
+  });
+  if (parts.count == 1) return;
+  if (threadIdx.x == 0) is_last = count_part(partial.counter(parts, column), parts.count);
+  __syncthreads();
+  if (is_last) combine<C>(call, rows, work, partial, parts, column);
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
-    decode_sm80(const __grid_constant__ Problem p, const __grid_constant__ DecodeGrid grid, void* workspace,
-                const int32_t* starts) {
-  using T = typename C::Element;
-  __shared__ typename C::Search::Shared found;
+    decode_sm80(const __grid_constant__ DecodeCall call) {
+  using Ring = typename C::Ring;
+  __shared__ PartitionShared<C::kThreads> found;
+  __shared__ bool is_last;
   uint8_t* const shared = ptx::dynamic_shared();
-  const int32_t column = static_cast<int32_t>(blockIdx.x % grid.columns),
-                range = static_cast<int32_t>(blockIdx.x / grid.columns);
-  const Call call{p, grid, starts};
+  const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
+  const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
+  const int32_t column = static_cast<int32_t>(blockIdx.x) - number * call.columns.value;
   const ColumnRows rows = ColumnRows::of_column<C::kRows>(call, column);
-  const typename C::Search search(call, rows, found);
-  const Partition& partition = search.partition;
-  clear_outputs<C>(call, rows, column, range, workspace);
-  const int32_t begin = partition.begin(range), end = partition.begin(range + 1);
-  if (range >= partition.ranges || begin >= end) return;
-  const auto first = search.locate(begin);
+  Range range;
+  const Partition partition = find_range<C::kTile, C::kThreads>(call, rows, found, number, range);
+  if (range.begin >= range.end) return;
 
-  WorkIterator<C::kTile> segment{begin, end, first.index, first.base};
-  const uint32_t rings = ptx::shared_address(shared);
-  typename C::Ring ring(rings + threadIdx.x / 32 * C::kLayout.warp_ring, call, rows, segment);
-  WarpMerge<C> merge(shared);
+  Segment* const queue = reinterpret_cast<Segment*>(shared + C::kLayout.segments) + warp * Ring::kStages;
+  Ring ring(ptx::shared_address(shared) + warp * C::kLayout.warp_ring, queue, call, rows, partition, range,
+            number);
   typename C::WarpState state;
-  for (; !segment.done(); segment.advance()) {
-    const SequenceWork work = segment.open(call, rows);
-    attend_segment<C>(p, rows, work, segment, ring, state);
-    merge.run(state, rows.count(), [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
-      if (feature >= p.value_dim || !OutputRow::exists(p, rows, work, row)) return;
-      if (segment.covers_sequence())
-        return OutputRow(p, rows, work, row, 0).template store<T>(p, feature, o, softmax);
-      const PartialResults<C::kRows> partial(p, grid, workspace);
-      const int64_t at =
-          partial.row(partial_slot(grid, segment.index, segment.unit - segment.base, range), column, row);
-      *reinterpret_cast<float4*>(partial.o + at * partial.width + feature) = o;
-      if (feature > 0) return;
-      partial.softmax[at] = softmax;
-      if (!segment.begins_sequence()) return;
-      const int32_t index = grid.fixed_parts() ? segment.index : range;
-      const int32_t splits =
-          grid.fixed_parts() ? segment.all : partition.owner(segment.base + segment.all - 1) - range + 1;
-      partial.outputs[partial.row(index, column, row)] = OutputRow(p, rows, work, row, splits);
-    });
+  if constexpr (C::WarpState::kSharedQueries)
+    state.shared_q = reinterpret_cast<uint2*>(shared + C::kLayout.queries);
+  const Segment* segment = nullptr;
+  Interval keys{0, 0};  // of the segment's sequence
+  int32_t tile = 0, tile_end = 0;
+#pragma unroll 1  // and fill() is called in one place: a kernel's first instructions are fetched from memory
+  for (int ahead = 1 - Ring::kStages;;) {
+    ring.fill();
+    if (++ahead <= 0) continue;
+    if (tile == tile_end) {
+      segment = &ring.next_segment();
+      tile = segment->tile, tile_end = segment->tile_end, keys = segment->work.keys;
+      state.begin(call, rows, segment->work);
+      if (threadIdx.x == 0 && segment->parts.count > 1)
+        prepare_counter(PartialResults<C::kRows>(call).counter(segment->parts, column));
+    }
+    const uint32_t k = ring.wait();
+    const int32_t key = tile * C::kTile + warp * Ring::kKeys;
+    if (key < keys.hi && key + Ring::kKeys > keys.lo)
+      state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes);
+    __syncwarp();
+    if (++tile < tile_end) continue;
+    finish_segment<C>(call, rows, column, *segment, state, WarpMerge<C>(shared), is_last);
+    if (ring.done()) return;
   }
 }
 
@@ -132,13 +117,13 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
   const DecodeGrid& grid = plan.decode;
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
-  const cudaError_t e = jax_flash::launch(decode_sm80<C>, blocks, C::kThreads, C::kSharedBytes, stream, p,
-                                          grid, workspace, starts);
-  if (e != cudaSuccess || grid.memory < 0) return e;
-  if (const cudaError_t preferred = prefer_shared_memory(combine<C>); preferred != cudaSuccess)
-    return preferred;
-  const int64_t merged = grid.fixed_parts() ? p.leading.count() * p.batch : grid.ranges;
-  return jax_flash::launch(combine<C>, merged * grid.columns, C::kThreads, 0, stream, p, grid, workspace);
+  for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
+    const DecodeCall call = make_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
+    const cudaError_t e =
+        jax_flash::launch(decode_sm80<C>, blocks, C::kThreads, C::kSharedBytes, stream, call);
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace decode::inline JF_ARCH_NAMESPACE
@@ -148,7 +133,9 @@ inline namespace JF_ARCH_NAMESPACE {
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
-    return decode::launch<decode::DecodeSm80<T, Stored, R>>(p, plan, workspace, stream);
+    if (p.spec.softcap > 0 || p.alibi_slopes)
+      return decode::launch<decode::DecodeSm80<T, Stored, R, true>>(p, plan, workspace, stream);
+    return decode::launch<decode::DecodeSm80<T, Stored, R, false>>(p, plan, workspace, stream);
   };
   if (!is_float8(p.kv_dtype)) return run.template operator()<T>();
   if constexpr (decode::supports_float8<T, R.head_dim, R.value_dim>) {

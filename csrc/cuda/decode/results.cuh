@@ -1,4 +1,5 @@
-// What decode writes: final rows of o and lse, or partial results that a second kernel (combine.cuh) merges.
+// What decode writes: final rows of o and lse, or partial results, which the block that finishes a sequence's
+// last part merges.
 #pragma once
 
 #include <cmath>
@@ -8,6 +9,7 @@
 #include "core/plan/launch_plan.h"
 #include "core/score.h"
 #include "cuda/decode/partition.cuh"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/math.cuh"
 
 namespace jax_flash::decode {
@@ -24,87 +26,99 @@ __device__ __forceinline__ float merge_weight(const Softmax& part, float m) {
   return part.l == 0 ? 0 : ptx::exp2(part.m - (m == -INFINITY ? 0 : m));
 }
 
-// Where one row's result goes.
-struct OutputRow {
-  int64_t out, lse;  // offsets in elements
-  float sink;      // the sink's logit in powers of two; −inf: no sink; +inf: a padding row, which sees no key
-  int32_t splits;  // partial results that combine merges; 0: none
+// Padding rows are written too (o = 0, lse = −inf), except with packed sequences, where the place after a
+// sequence's rows belongs to the next sequence.
+__device__ __forceinline__ bool is_written(const DecodeCall& call, const ColumnRows& rows,
+                                           const SequenceWork& work, int32_t row) {
+  return !call.starts || rows.position(row) < work.band.q_len;
+}
 
-  // Padding rows are written too (o = 0, lse = −inf), except with packed sequences, where the place after a
-  // sequence's rows belongs to the next sequence.
-  __device__ __forceinline__ static bool exists(const Problem& p, const ColumnRows& rows,
-                                                const SequenceWork& work, int32_t row) {
-    return !p.packed() || rows.position(row) < work.sequence.q_len;
+// Writes four adjacent features of o = O / l and, with feature 0, lse. o, all: over all keys.
+template <class T>
+__device__ __forceinline__ void store_result(const DecodeCall& call, const ColumnRows& rows,
+                                             const SequenceWork& work, int32_t row, int32_t feature, float4 o,
+                                             Softmax all) {
+  const int32_t head = rows.head(row), i = rows.position(row), token = work.q_begin + i;
+  float sink = -INFINITY;  // its logit in powers of two
+  if (call.sinks) sink = *call.sinks.at<const float>(work.leading, 0, head, 0) * kLog2e;
+  float factor = 0, lse = -INFINITY;
+  const float largest = fmaxf(all.m, sink);
+  // A row whose only scores are NaN has no maximum either, but l is NaN then, and so must be the result.
+  if (i < work.band.q_len && (largest != -INFINITY || all.l != 0)) {
+    const float alpha = ptx::exp2(all.m - largest);
+    const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
+    factor = alpha * ptx::reciprocal(total);
+    lse = (largest + ptx::log2(total)) * kLn2;
   }
-  OutputRow() = default;
-  __device__ __forceinline__ OutputRow(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
-                                       int32_t row, int32_t split_count)
-      : sink(-INFINITY), splits(split_count) {
-    const int32_t head = rows.head(row), i = rows.position(row), z = work.sequence.batch_row;
-    const int64_t token = int64_t{work.sequence.q_begin} + i, leading = work.leading;
-    out = p.out.leading_offset(p.leading, leading) + p.out.offset(z, head, token);
-    lse = p.lse.leading_offset(p.leading, leading) + p.lse.offset(z, head, token);
-    if (i >= work.sequence.q_len) {
-      sink = INFINITY;
-    } else if (p.sinks) {
-      const int64_t at = p.sinks.leading_offset(p.leading, leading) + head * p.sinks.head;
-      sink = p.sinks.as<const float>()[at] * kLog2e;
-    }
-  }
+  if (factor == 0) o = make_float4(0, 0, 0, 0);
+  T* const to = call.out.at<T>(work.leading, work.batch_row, head, token) + feature;
+  ptx::store_pair(to, o.x * factor, o.y * factor);
+  ptx::store_pair(to + 2, o.z * factor, o.w * factor);
+  if (feature == 0) *call.lse.at<float>(work.leading, work.batch_row, head, token) = lse;
+}
 
-  // Writes four adjacent features of o = O / l and, with feature 0, lse. o, all: over all keys.
-  template <class T>
-  __device__ __forceinline__ void store(const Problem& p, int32_t feature, float4 o, Softmax all) const {
-    float factor = 0, lse_value = -INFINITY;
-    const float largest = fmaxf(all.m, sink);
-    // A row whose only scores are NaN has no maximum either, but l is NaN then, and so must be the result.
-    if (sink != INFINITY && (largest != -INFINITY || all.l != 0)) {
-      const float alpha = ptx::exp2(all.m - largest);
-      const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
-      factor = alpha / total;
-      lse_value = (largest + log2f(total)) * kLn2;
-    }
-    if (factor == 0) o = make_float4(0, 0, 0, 0);
-    T* const to = p.out.as<T>() + out + feature;
-    ptx::store_pair(to, o.x * factor, o.y * factor);
-    ptx::store_pair(to + 2, o.z * factor, o.w * factor);
-    if (feature == 0) p.lse.as<float>()[lse] = lse_value;
+// The parts of a split sequence. Fixed splits have a slot for each split. Otherwise a block writes at most
+// two: for a sequence that began in an earlier range, the first one of its own, and for one that it begins
+// and does not end, the last; the sequence is known by the range that it begins in.
+struct Parts {
+  int32_t count, own;  // the parts, and the number of this one; one part: the whole sequence
+  int32_t first;       // fixed: the sequence; otherwise the range of part 0
+
+  template <int kTile>
+  __device__ __forceinline__ static Parts of(const DecodeGrid& grid, const Partition& partition,
+                                             const WorkIterator<kTile>& segment, int32_t range) {
+    if (segment.covers_sequence()) return {1, 0, 0};
+    if (grid.fixed_parts()) return {segment.all, segment.unit - segment.base, segment.index};
+    const int32_t begin = partition.owner(segment.base);
+    return {partition.owner(segment.base + segment.all - 1) - begin + 1, range - begin, begin};
+  }
+  __device__ __forceinline__ int64_t slot(const DecodeGrid& grid, int32_t part) const {
+    if (grid.fixed_parts()) return int64_t{first} * grid.slots + part;
+    return 2 * (first + part) + (part == 0 ? 1 : 0);
   }
 };
-static_assert(sizeof(OutputRow) == kOutputRowBytes);
 
-// Partial results in the workspace: O [slots, columns, rows, dv] and Softmax [slots, columns, rows]. They are
-// followed by the OutputRow [columns, rows] of every sequence that may be split: one sequence for each range,
-// or all sequences where the call fixes the splits.
+// Partial results in the workspace: O [slots, columns, rows, dv], Softmax [slots, columns, rows], and the
+// counters of the sequences that are split.
 template <int kRows>
 struct PartialResults {
   float* o;
   Softmax* softmax;
-  OutputRow* outputs;
+  unsigned long long* counters;
   int32_t columns, width;
 
-  __device__ __forceinline__ PartialResults(const Problem& p, const DecodeGrid& grid, void* workspace)
-      : o(reinterpret_cast<float*>(static_cast<char*>(workspace) + grid.memory)),
-        columns(grid.columns),
-        width(p.value_dim) {
-    const int64_t rows = grid.all_slots * columns * kRows;
+  __device__ __forceinline__ explicit PartialResults(const DecodeCall& call)
+      : o(reinterpret_cast<float*>(static_cast<char*>(call.workspace) + call.grid.memory)),
+        columns(call.columns.value),
+        width(call.value_dim) {
+    const int64_t rows = call.grid.all_slots * columns * kRows;
     softmax = reinterpret_cast<Softmax*>(o + rows * width);
-    outputs = reinterpret_cast<OutputRow*>(softmax + rows);
+    counters = reinterpret_cast<unsigned long long*>(softmax + rows);
   }
 
-  // The index of a row in `softmax` (index: a slot) or in `outputs` (index: a range or a sequence).
-  __device__ __forceinline__ int64_t row(int64_t index, int32_t column, int32_t row) const {
-    return (index * columns + column) * kRows + row;
+  __device__ __forceinline__ unsigned long long* counter(const Parts& parts, int32_t column) const {
+    return counters + (int64_t{parts.first} * columns + column);
+  }
+  // The index of a row in `softmax`.
+  __device__ __forceinline__ int64_t row(int64_t slot, int32_t column, int32_t row) const {
+    return (slot * columns + column) * kRows + row;
   }
 };
 
-// The slot of a partial result. Fixed splits: by the number of the split. Otherwise a block writes at most
-// two: for a sequence that began in an earlier range, the first one of its own, and for one that it begins
-// and does not end, the last.
-__device__ __forceinline__ int64_t partial_slot(const DecodeGrid& grid, int32_t sequence, int32_t unit,
-                                                int32_t range) {
-  if (grid.fixed_parts()) return int64_t{sequence} * grid.slots + unit;
-  return 2 * int64_t{range} + (unit == 0 ? 1 : 0);
+// A counter of finished parts, in memory that nobody has cleared: a number without the mark counts as none.
+// The block that finishes last leaves the memory without the mark.
+inline constexpr unsigned long long kCounterMark = 0x9E3779B97F4A0000ull, kCounted = 0xFFFF;
+
+// By one thread, at any time before its block's count_part().
+__device__ __forceinline__ void prepare_counter(unsigned long long* counter) {
+  const unsigned long long found = ptx::load_relaxed(counter);
+  if ((found & ~kCounted) != kCounterMark) ptx::exchange_if(counter, found, kCounterMark);
+}
+// By one thread, after all results of its block's part are stored. Returns whether all `count` parts are.
+__device__ __forceinline__ bool count_part(unsigned long long* counter, int32_t count) {
+  const bool last = ptx::add_ordered(counter, 1) == kCounterMark + static_cast<unsigned>(count - 1);
+  if (last) *counter = 0;
+  return last;
 }
 
 }  // namespace jax_flash::decode

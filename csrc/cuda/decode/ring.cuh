@@ -2,12 +2,16 @@
 // copies and products need no barrier across the thread block.
 //
 // A stage holds 16 keys and their values. The page slots of the next stage's keys are looked up while the
-// last copy runs, which hides the latency of the block table.
+// last copy runs, which hides the latency of the block table. Before the first tile is waited for, kStages of
+// them are asked for by the loop that waits: a kernel's first instructions are fetched from memory, so that
+// code is kept short.
 #pragma once
 
 #include <cstdint>
 
+#include "core/families/portable_layout.h"
 #include "cuda/decode/partition.cuh"
+#include "cuda/decode/results.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
 #include "cuda/tile/shared_tile.cuh"
@@ -18,104 +22,165 @@ namespace jax_flash::decode {
 template <class Stored>
 struct KeySource {
   GlobalPages<Stored> key, value;
-  PageTable table;
+  const int32_t* table;
   int32_t page;  // the one page of a dense sequence
   Interval used;
 
-  __device__ __forceinline__ void open(const Problem& p, const ColumnRows& rows, const SequenceWork& work) {
-    key = pages_of<Stored>(p, p.key, work.leading, rows.kv_head, p.head_dim);
-    value = pages_of<Stored>(p, p.value, work.leading, rows.kv_head, p.value_dim);
-    page = work.sequence.index;
+  __device__ __forceinline__ void open(const DecodeCall& call, const ColumnRows& rows,
+                                       const SequenceWork& work) {
+    key = pages_of(call, call.key, rows.kv_head, work.leading, call.head_dim);
+    value = pages_of(call, call.value, rows.kv_head, work.leading, call.value_dim);
+    page = work.index;
     used = work.keys;
-    if (p.paged()) table = page_table(p.block_tables, p.leading, work.leading, page, p.page_size, p.pages);
+    if (call.paged) table = call.block_tables.at<const int32_t>(work.leading, page, 0, 0);
   }
-  __device__ __forceinline__ PageSlot find(bool paged, int64_t position) const {
-    if (position < used.lo || position >= used.hi) return {kNoPage, 0};
+  // Starts to look a key up. What the table holds is not looked at before check(), so that nobody waits for
+  // it.
+  __device__ __forceinline__ PageSlot look_up(const DecodeCall& call, int64_t position) const {
+    if (position < used.lo || position >= used.hi) return {kNoPage, kUnused};
     const int32_t key_index = static_cast<int32_t>(position);
-    if (!paged) return {page, key_index};
-    return table.lookup(key_index);
+    if (!call.paged) return {page, key_index};
+    const int32_t entry = call.page_size.quotient(key_index);
+    return {table[entry], key_index - entry * call.page_size.value};
+  }
+  __device__ __forceinline__ static PageSlot check(const DecodeCall& call, PageSlot found) {
+    if (found.slot == kUnused) return {kNoPage, 0};
+    if (static_cast<uint32_t>(found.page) >= static_cast<uint32_t>(call.pages)) return {kMissingPage, 0};
+    return found;
+  }
+
+ private:
+  static constexpr int32_t kUnused = -1;
+  __device__ __forceinline__ static GlobalPages<Stored> pages_of(const DecodeCall& call,
+                                                                 const DecodeView& pool, int32_t kv_head,
+                                                                 int32_t leading, int32_t columns) {
+    return {pool.at<const Stored>(leading, 0, kv_head, 0), pool.batch, pool.row, columns, call.kv_dtype};
   }
 };
 
-// Starts the copy of 16 rows by one warp. `slot` is where row lane % 16 lies.
-template <class Tile, bool kNanIfMissing, class Stored>
-__device__ __forceinline__ void copy_rows(uint32_t shared, const GlobalPages<Stored>& from, PageSlot slot) {
+// Starts the copies of the keys and values of 16 slots by one warp. `slot` is that of key lane % 16.
+template <class KTile, class VTile, class Stored>
+__device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Stored>& from, PageSlot slot) {
+  constexpr int kLanes = 32, kRows = KTile::kRows;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int64_t own = from.offset(slot);
+  const auto copy = [&]<class Tile>(uint32_t to, const GlobalPages<Stored>& pages, bool nan_if_missing,
+                                    bool checked) {
+    const int64_t own = pages.offset(slot);
+    const auto copy_one = [&](int i) {
+      const int row = (i * kLanes + lane) / Tile::kChunks, chunk = (i * kLanes + lane) % Tile::kChunks;
+      const int64_t offset = __shfl_sync(~0u, own, row);
+      const Stored* const source = pages.data + offset + chunk * kChunk<Stored>;
+      if (!checked) return ptx::cp_async_16(to + Tile::offset(row, chunk), source);
+      const bool missing = nan_if_missing && offset == kMissingPage;
+      ptx::cp_async_16(to + Tile::offset(row, chunk),
+                       offset >= 0 ? static_cast<const void*>(source) : &kNanChunk,
+                       (offset >= 0 || missing) && chunk * kChunk<Stored> < pages.columns);
+    };
+    if (checked) {
+#pragma unroll 1
+      for (int i = 0; i < kRows * Tile::kChunks / kLanes; ++i) copy_one(i);
+    } else {
 #pragma unroll
-  for (int i = 0; i < Tile::kRows * Tile::kChunks / 32; ++i) {
-    const int row = (i * 32 + lane) / Tile::kChunks, chunk = (i * 32 + lane) % Tile::kChunks;
-    const int64_t offset = __shfl_sync(~0u, own, row);
-    const bool used = offset >= 0 || (kNanIfMissing && offset == kMissingPage);
-    const void* source =
-        offset >= 0 ? static_cast<const void*>(from.data + offset + chunk * kChunk<Stored>) : &kNanChunk;
-    ptx::cp_async_16(shared + Tile::offset(row, chunk), source,
-                     used && chunk * kChunk<Stored> < from.columns);
+      for (int i = 0; i < kRows * Tile::kChunks / kLanes; ++i) copy_one(i);
+    }
+  };
+  const uint32_t values = shared + KTile::kBytes;
+  const bool padded = from.key.columns < KTile::kChunks * kChunk<Stored> ||
+                      from.value.columns < VTile::kChunks * kChunk<Stored>;
+  if (__all_sync(~0u, slot.page >= 0 && !padded)) {
+    copy.template operator()<KTile>(shared, from.key, true, false);
+    copy.template operator()<VTile>(values, from.value, false, false);
+  } else {
+    copy.template operator()<KTile>(shared, from.key, true, true);
+    copy.template operator()<VTile>(values, from.value, false, true);
   }
 }
 
+// A segment whose keys are in the ring, in shared memory: its part of its sequence, and its tiles.
+struct Segment {
+  SequenceWork work;
+  Parts parts;
+  int32_t tile, tile_end;
+};
+static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
+
 // kTile: keys of a tile of the whole block, of which each warp takes kKeys.
-template <class Stored, int HeadDim, int ValueDim, int kStages, int kTile>
+template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kTile>
 class WarpRing {
  public:
-  static constexpr int kKeys = 16;
+  static constexpr int kKeys = 16, kStages = kStageCount;
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
 
-  __device__ __forceinline__ WarpRing(uint32_t shared, const Call& decode, const ColumnRows& column_rows,
-                                      const WorkIterator<kTile>& range)
-      : call(decode), rows(column_rows), memory(shared), ahead(range) {
-    open();
-#pragma unroll 1  // a kernel's first instructions are fetched from memory, so the prologue is kept short
-    for (int i = 0; i < kStages; ++i) fill(i);
-  }
+  // `queue`: this warp's segments [kStages].
+  __device__ __forceinline__ WarpRing(uint32_t shared, Segment* queue, const DecodeCall& decode,
+                                      const ColumnRows& column_rows, const Partition& of_column,
+                                      const Range& range, int32_t range_number)
+      : call(decode),
+        rows(column_rows),
+        partition(of_column),
+        memory(shared),
+        number(range_number),
+        segments(queue),
+        ahead(range) {}
 
-  // Waits for the stage with this warp's keys of the next tile, and returns its address.
-  __device__ __forceinline__ uint32_t wait() const {
-    ptx::cp_async_wait<kStages - 1>();
-    __syncwarp();
-    return memory + stage * kStageBytes;
-  }
-  // Releases that stage, which is filled again.
-  __device__ __forceinline__ void release() {
-    __syncwarp();
-    fill(stage);
-    if (++stage == kStages) stage = 0;
-  }
-
- private:
-  __device__ __forceinline__ void open() {
-    if (ahead.done()) return;
-    keys.open(call.p, rows, ahead.open(call, rows));
-    find();
-  }
-  __device__ __forceinline__ void find() {
-    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    next = keys.find(call.p.paged(), int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
-  }
-  __device__ __forceinline__ void fill(int to) {
-    if (!ahead.done()) {
-      const uint32_t shared = memory + to * kStageBytes;
-      copy_rows<KTile, true>(shared, keys.key, next);
-      copy_rows<VTile, false>(shared + KTile::kBytes, keys.value, next);
+  // Starts the copy of this warp's keys of the next tile, or of nothing past the last one.
+  __device__ __forceinline__ void fill() {
+    if (ahead.tile == ahead.tile_end && !ahead.done()) open();
+    if (ahead.tile < ahead.tile_end) {
+      copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
       if (++ahead.tile < ahead.tile_end) {
         find();
       } else {
         ahead.advance();
-        open();
       }
     }
+    if (++filled == kStages) filled = 0;
     ptx::cp_async_commit();
   }
+  // Waits for the oldest of kStages copies, and returns the address of the keys and their values.
+  __device__ __forceinline__ uint32_t wait() const {
+    ptx::cp_async_wait<kStages - 1>();
+    __syncwarp();
+    return memory + filled * kStageBytes;
+  }
+  // The next segment. All copies of the one before have been waited for, and the first of this one has been
+  // started.
+  __device__ __forceinline__ const Segment& next_segment() {
+    const Segment& segment = segments[taken];
+    if (++taken == kStages) taken = 0;
+    return segment;
+  }
+  __device__ __forceinline__ bool done() const { return ahead.done() && taken == opened; }
 
-  const Call& call;
+ private:
+  __device__ __forceinline__ void open() {
+    const SequenceWork work = ahead.open(call, rows);
+    keys.open(call, rows, work);
+    find();
+    __syncwarp();  // all lanes are done with the segment that had this place
+    if (threadIdx.x % 32 == 0)
+      segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
+    if (++opened == kStages) opened = 0;
+    __syncwarp();
+  }
+  __device__ __forceinline__ void find() {
+    const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+    next = keys.look_up(call, int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
+  }
+
+  const DecodeCall& call;
   const ColumnRows& rows;
+  const Partition& partition;
   uint32_t memory;
+  int32_t number;  // of the block's range
+  Segment* segments;
   WorkIterator<kTile> ahead;  // at the tile that is copied next
   KeySource<Stored> keys;     // of that tile's sequence
-  PageSlot next;              // of this lane's key in that tile
-  int stage = 0;
+  PageSlot next;              // of this lane's key in that tile, to be checked
+  int filled = 0;             // the stage that is filled next
+  int opened = 0, taken = 0;  // the segments that are opened and taken next
 };
 
 }  // namespace jax_flash::decode

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
@@ -37,17 +38,17 @@ __device__ __forceinline__ float column_sum(float x) {
 // The tile of S of a column's rows and the keys from `key` on, for its score variant.
 template <class S>
 struct DecodeTile {
-  const Problem& p;
+  const DecodeCall& call;
   const ColumnRows& rows;
   const SequenceWork& work;
   int32_t key;
   float key_scale;
 
   __device__ __forceinline__ float scale() const { return key_scale; }
+  __device__ __forceinline__ float softcap() const { return call.softcap; }
+  __device__ __forceinline__ bool has_slopes() const { return bool(call.alibi_slopes); }
   __device__ __forceinline__ float slope(int slot) const {
-    const View& slopes = p.alibi_slopes;
-    return slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
-                                    slopes.offset(work.sequence.index, rows.head(row(slot)), 0)];
+    return *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row(slot)), 0);
   }
   __device__ __forceinline__ float distance(int slot) const {
     return static_cast<float>(work.band.diagonal(rows.position(row(slot))) - key - S::column(0));
@@ -59,29 +60,40 @@ struct DecodeTile {
 
 // The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and
 // e < 2.
-template <class T, class Stored, int HeadDim, int ValueDim, int kTiles>
+template <class T, class Stored, int HeadDim, int ValueDim, int kTiles, int kWarps, class Score>
 struct WarpAttention {
   static constexpr int kKeys = 16;
   using S = TransposedAccumulator<kKeys / 16, kTiles>;
-  using Score = DecodeScore<S>;
   static constexpr int kSteps = HeadDim / kStepK<T>, kValueTiles = ValueDim / 16;
   static constexpr int kKeySteps = kKeys / kStepK<T>;
   static constexpr bool kScaled = sizeof(Stored) == 1;  // K = k_scale · stored, V = v_scale · stored
-  using FragmentsK = KeysA<T, StoredTile<Stored, kKeys, HeadDim>, Stored>;
-  using FragmentsV = ValuesA<T, StoredTile<Stored, kKeys, ValueDim>, Stored>;
-  static constexpr float kSlack = 8;  // O is rescaled only where a score exceeds m by more, so P ≤ 2^kSlack
+  // The type of the products. float8 is exact in float16, to which it is widened in half the instructions
+  // that bfloat16 takes. Q must then be rescaled to float16's range.
+  using M = std::conditional_t<kScaled, __half, T>;
+  static constexpr bool kRescaled = !std::is_same_v<M, T>;
+  using FragmentsK = KeysA<M, StoredTile<Stored, kKeys, HeadDim>, Stored>;
+  using FragmentsV = ValuesA<M, StoredTile<Stored, kKeys, ValueDim>, Stored>;
+  // O is rescaled only where a score exceeds the row's bound by more than kSlack. The bound is kLead below
+  // the largest score, so P ≤ 2^(kSlack + kLead): float16 has few bits for smaller P.
+  static constexpr float kSlack = 8, kLead = kRescaled ? 6 : 0;
 
-  uint32_t q[kTiles][kSteps][2];     // Qᵀ as mma's B
+  // Qᵀ as mma's B: in registers, or in shared memory where it would not leave enough of them.
+  static constexpr bool kSharedQueries = kTiles > 2;
+  uint32_t q[kSharedQueries ? 1 : kTiles][kSteps][2];
+  uint2* shared_q;                   // [kTiles, kSteps, 32 lanes], and then the rows' query_scale
   float o[kTiles][kValueTiles][4];   // Oᵀ
   float m[kTiles][2], l[kTiles][2];  // the bound on a row's scores, and this lane's share of Σ P
   Interval keys[S::kSlots];          // the keys that a row sees
   Interval common;                   // the keys that all rows in use see
   float scale;                       // S = scale · stored keys · Q
   float value_scale = 1;             // V = value_scale · stored values
+  float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, of the rows of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
 
-  __device__ __forceinline__ void begin(const Problem& p, const ColumnRows& rows, const SequenceWork& work) {
+  __device__ __forceinline__ void begin(const DecodeCall& call, const ColumnRows& rows,
+                                        const SequenceWork& work) {
+    load_queries(call, rows, work);
     common = work.band.common(rows.first_position(), work.end_position(rows));
     for_each_row([&](int n, int e) {
       const int32_t row = row_of(n, e);
@@ -90,26 +102,26 @@ struct WarpAttention {
       m[n][e] = -INFINITY;
       l[n][e] = 0;
     });
-    scale = p.spec.scale;
+    scale = call.scale;
     if constexpr (kScaled) {
-      scale *= scale_of_pool(p, p.k_scale, work.leading, rows.kv_head);
-      value_scale = scale_of_pool(p, p.v_scale, work.leading, rows.kv_head);
+      if (call.k_scale) scale *= *call.k_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
+      if (call.v_scale) value_scale = *call.v_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
     }
-    load_queries(p, rows, work);
     clear_fragments(o);
   }
 
   // Attends to the 16 keys from `key` on, whose tiles are at `k` and `v` in shared memory.
-  __device__ __forceinline__ void step(const Problem& p, const ColumnRows& rows, const SequenceWork& work,
-                                       int32_t key, uint32_t k, uint32_t v) {
+  __device__ __forceinline__ void step(const DecodeCall& call, const ColumnRows& rows,
+                                       const SequenceWork& work, int32_t key, uint32_t k, uint32_t v) {
     S s;
-    multiply_keys(s.x[0], k, p.kv_dtype);                        // Sᵀ = K Qᵀ
-    Score().apply(s, DecodeTile<S>{p, rows, work, key, scale});  // softcap, ALiBi
+    multiply_keys(s.x[0], k, call.kv_dtype);  // Sᵀ = K Qᵀ
+    if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
+    Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
-    const FragmentsV values(v, p.kv_dtype);
+    const FragmentsV values(v, call.kv_dtype);
 #pragma unroll
     for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
 #pragma unroll
@@ -120,7 +132,7 @@ struct WarpAttention {
         for (int j = 0; j < FragmentsV::kAtOnce; ++j)
 #pragma unroll
           for (int n = 0; n < kTiles; ++n)
-            ptx::mma_quick<T>(o[n][i + j], a[j], b[n][k_step][0], b[n][k_step][1]);
+            ptx::mma_quick<M>(o[n][i + j], a[j], b[n][k_step][0], b[n][k_step][1]);
       }
     }
   }
@@ -134,28 +146,95 @@ struct WarpAttention {
   }
 
  private:
-  // Loads Qᵀ. Padding rows and unused features become zeros.
-  __device__ __forceinline__ void load_queries(const Problem& p, const ColumnRows& rows,
+  // Loads Qᵀ. Unused features become zeros.
+  __device__ __forceinline__ void load_queries(const DecodeCall& call, const ColumnRows& rows,
                                                const SequenceWork& work) {
-    const T* first = p.query.as<const T>() + p.query.leading_offset(p.leading, work.leading);
-    const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
+    if constexpr (kSharedQueries) {
+      const int lane = lane_id();
+#pragma unroll 1
+      for (int n = static_cast<int>(threadIdx.x) / 32; n < kTiles; n += kWarps) {
+        uint32_t tile[kSteps][2];
+        const float scale_of_row = load_query_tile(call, rows, work, n, tile);
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int32_t row = 8 * n + g, position = rows.position(row);
-      const bool used = row < rows.count() && position < work.sequence.q_len;
-      const T* at =
-          first + p.query.offset(work.sequence.batch_row, rows.head(row), work.sequence.q_begin + position);
+        for (int k = 0; k < kSteps; ++k)
+          shared_q[(n * kSteps + k) * 32 + lane] = make_uint2(tile[k][0], tile[k][1]);
+        if (lane % 4 == 0) row_scales()[8 * n + lane / 4] = scale_of_row;
+      }
+      __syncthreads();
+    } else {
 #pragma unroll
-      for (int i = 0; i < 2 * kSteps; ++i) {
-        const int feature = FragmentsK::feature(i / 2, i % 2, t);
-        const bool inside = used && feature < p.head_dim;
-        q[n][i / 2][i % 2] = inside ? *reinterpret_cast<const uint32_t*>(at + feature) : 0;
+      for (int n = 0; n < kTiles; ++n) {
+        const float scale_of_row = load_query_tile(call, rows, work, n, q[n]);
+        if constexpr (kRescaled) {
+          const int t = static_cast<int>(threadIdx.x % 4);
+#pragma unroll
+          for (int e = 0; e < 2; ++e) query_scale[n][e] = __shfl_sync(~0u, scale_of_row, (2 * t + e) * 4);
+        }
       }
     }
   }
+  __device__ __forceinline__ float* row_scales() const {
+    return reinterpret_cast<float*>(shared_q + kTiles * kSteps * 32);
+  }
+
+  // Loads 8 rows of Q, and returns the factor that this lane's row was divided by.
+  __device__ __forceinline__ static float load_query_tile(const DecodeCall& call, const ColumnRows& rows,
+                                                          const SequenceWork& work, int n,
+                                                          uint32_t (&tile)[kSteps][2]) {
+    const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
+    // Padding rows repeat others: a row's result depends on no other row.
+    const int32_t row = min(8 * n + g, rows.count() - 1);
+    const int32_t position = call.starts ? min(rows.position(row), work.band.q_len - 1) : rows.position(row);
+    const T* const at =
+        call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const int feature = FragmentsK::feature(i / 2, i % 2, t);
+      tile[i / 2][i % 2] = feature < call.head_dim ? *reinterpret_cast<const uint32_t*>(at + feature) : 0;
+    }
+    if constexpr (kRescaled) {
+      return rescale_queries(tile);
+    } else {
+      return 1;
+    }
+  }
+
+  // Divides a row by a power of two that brings its largest element to [1, 2), rounds to float16, and returns
+  // that power.
+  __device__ __forceinline__ static float rescale_queries(uint32_t (&tile)[kSteps][2]) {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const float2 x = ptx::unpack<T>(tile[i / 2][i % 2]);
+      largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    const uint32_t found = __float_as_uint(largest) >> 23;
+    const uint32_t exponent = 1 <= found && found <= 253 ? found : 127;  // 1: zero or not finite
+    const float inverse = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const float2 x = ptx::unpack<T>(tile[i / 2][i % 2]);
+      tile[i / 2][i % 2] = ptx::pack<M>(x.x * inverse, x.y * inverse);
+    }
+    return __uint_as_float(exponent << 23);
+  }
+
+  // Qᵀ as mma's B at k step k.
+  __device__ __forceinline__ uint2 queries(int n, int k) const {
+    if constexpr (kSharedQueries) return shared_q[(n * kSteps + k) * 32 + lane_id()];
+    return make_uint2(q[kSharedQueries ? 0 : n][k][0], q[kSharedQueries ? 0 : n][k][1]);
+  }
+  __device__ __forceinline__ float scale_of_queries(int slot) const {
+    if constexpr (kSharedQueries) return row_scales()[S::row(slot)];
+    return query_scale[kSharedQueries ? 0 : slot / 2][slot % 2];
+  }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k, DType stored) const {
-    float odd[kTiles][4] = {};  // the odd k steps, so that successive products do not depend on each other
+    // The odd k steps, so that successive products do not depend on each other.
+    constexpr int kOdd = kTiles > 2 ? 0 : kTiles;
+    float odd[kTiles][4] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
@@ -168,13 +247,17 @@ struct WarpAttention {
 #pragma unroll
       for (int j = 0; j < FragmentsK::kAtOnce; ++j)
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n)
-          ptx::mma_quick<T>((i + j) % 2 ? odd[n] : s[n], a[j], q[n][i + j][0], q[n][i + j][1]);
+        for (int n = 0; n < kTiles; ++n) {
+          const uint2 b = queries(n, i + j);
+          ptx::mma_quick<M>(kOdd > 0 && (i + j) % 2 ? odd[n] : s[n], a[j], b.x, b.y);
+        }
     }
+    if constexpr (kOdd > 0) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+      for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
+        for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
+    }
   }
 
   __device__ __forceinline__ void mask(S& s, int32_t key) const {
@@ -189,14 +272,14 @@ struct WarpAttention {
     bool above = false;
     for_each_row([&](int n, int e) {
       largest[n][e] = fmaxf(s.at(2 * n + e, 0, 0), s.at(2 * n + e, 0, 1));
-      above |= largest[n][e] > m[n][e] + kSlack;
+      above |= largest[n][e] > m[n][e] + (kSlack + kLead);
     });
     if (!__any_sync(~0u, above)) return;
     for_each_row([&](int n, int e) {
       const float top = column_max(largest[n][e]);
-      if (!(top > m[n][e] + kSlack)) return;
-      const float alpha = ptx::exp2(m[n][e] - top);
-      m[n][e] = top;
+      if (!(top > m[n][e] + (kSlack + kLead))) return;
+      const float alpha = ptx::exp2(m[n][e] - (top - kLead));
+      m[n][e] = top - kLead;
       l[n][e] *= alpha;
 #pragma unroll
       for (int v = 0; v < kValueTiles; ++v) o[n][v][e] *= alpha, o[n][v][e + 2] *= alpha;
@@ -217,7 +300,7 @@ struct WarpAttention {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         if constexpr (sizeof(T) == 2) {
-          b[n][0][i] = ptx::transpose(ptx::pack<T>(x[n][2 * i], x[n][2 * i + 1]));
+          b[n][0][i] = ptx::transpose(ptx::pack<M>(x[n][2 * i], x[n][2 * i + 1]));
         } else {
           transpose(x[n][2 * i], x[n][2 * i + 1], b[n][i]);
         }

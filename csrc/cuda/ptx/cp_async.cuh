@@ -16,6 +16,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
 // Copies 4 bytes, likewise.
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
@@ -34,6 +38,10 @@ __device__ __forceinline__ void cp_async_wait() {
 
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid) {
   store_shared(shared, valid ? *static_cast<const uint4*>(global) : uint4{});
+}
+
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
+  cp_async_16(shared, global, true);
 }
 
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {

@@ -84,4 +84,20 @@ __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
+// A count in global memory that one CTA raises and others wait for. What precedes the addition, bulk groups
+// that were waited for among it, precedes what follows the wait, bulk copies too.
+__device__ __forceinline__ void raise_count(uint32_t* count) {
+  asm volatile(
+      "fence.proxy.async.global;\n"
+      "red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count)
+      : "memory");
+}
+__device__ __forceinline__ void wait_count(const uint32_t* count, uint32_t wanted) {
+  uint32_t x;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
+  } while (x != wanted);
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 }  // namespace jax_flash::ptx

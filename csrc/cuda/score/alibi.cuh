@@ -30,15 +30,13 @@ __device__ __forceinline__ void subtract_distances(S& s, Slope slope, Distance d
   }
 }
 
-// S ← term(S) − factor · slope · |distance|, of the tile of S whose first row is `row`.
+// S ← term(S) − slope · |distance|, of the tile of S whose first row is `row`.
 template <class S, class Tile, class Term>
-__device__ __forceinline__ void subtract_alibi(S& s, const Tile& tile, int32_t row, float factor, Term term) {
+__device__ __forceinline__ void subtract_alibi(S& s, const Tile& tile, int32_t row, float slope, Term term) {
+  const auto first = static_cast<float>(tile.band().diagonal(row + S::row(0)) - tile.key - S::column(0));
   subtract_distances(
-      s, [slope = tile.operands().slope * factor](int) { return slope; },
-      [&](int slot) {
-        return static_cast<float>(tile.band().diagonal(row + S::row(slot)) - tile.key - S::column(0));
-      },
-      term);
+      s, [slope](int) { return slope; },
+      [first](int slot) { return first + static_cast<float>(S::row_step(slot)); }, term);
 }
 
 // S + row_term ← log2(e) · (scale · S − slope · |distance|).
@@ -78,7 +76,8 @@ struct AlibiScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kAlibiSlopes; }
   template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
-  float row_term[S::kSlots];
+  float row_term[S::kSlots];  // forward
+  float slope;                // backward
 
   __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
   template <class Softmax>
@@ -94,10 +93,14 @@ struct AlibiScore : ScoreVariant<S> {
                                                float (&alpha)[S::kSlots], int) {
     softmax.exponentiate(s, alpha, row_term);
   }
+  template <class Tile>
+  __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
+    slope = tile.operands().slope;
+  }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
     const float scale = tile.p.spec.scale * kLog2e;
-    subtract_alibi(s, tile, tile.row(), kLog2e, [scale](float x) { return x * scale; });
+    subtract_alibi(s, tile, tile.row(), slope * kLog2e, [scale](float x) { return x * scale; });
   }
 };
 

@@ -8,24 +8,24 @@
 
 namespace jax_flash {
 
-// Tile has scale(), which is spec.scale times that of the pool, and slope(slot) and distance(slot), the
-// slot's diagonal less the lane's first key.
-template <class S>
+// Tile has scale(), which is spec.scale times that of the pool, softcap(), and has_slopes(), slope(slot) and
+// distance(slot), the slot's diagonal less the lane's first key. kOptions: whether there may be any option.
+template <class S, bool kOptions>
 struct DecodeScore : ScoreVariant<S> {
-  static constexpr bool kGeneral = true, kPositional = true;
+  static constexpr bool kGeneral = kOptions, kPositional = true;
   static constexpr bool reads(Operand operand) { return operand == Operand::kAlibiSlopes; }
 
   // S ← log2(e) · (softcap(scale · S) − slope · distance), element by element, so that a row's bits depend on
   // no other row.
   template <class Tile>
   __device__ __forceinline__ void apply(S& s, const Tile& tile) const {
-    const float scale = tile.scale();
-    if (const float c = tile.p.spec.softcap; c > 0) {
+    const float scale = tile.scale(), c = tile.softcap();
+    if (kOptions && c > 0) {
       cap(s, c, scale, false, NoGradient{});
     } else {
       for_each(s, [&](float& x, int, int, int) { x *= scale * kLog2e; });
     }
-    if (tile.p.alibi_slopes) {
+    if (kOptions && tile.has_slopes()) {
       subtract_distances(
           s, [&](int slot) { return tile.slope(slot) * kLog2e; },
           [&](int slot) { return tile.distance(slot); }, [](float x) { return x; });

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/dropout.h"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/score/variant.cuh"
 #include "cuda/tile/operands.cuh"
@@ -33,6 +34,9 @@ struct KeptElements {
   // The 8 bits of column tiles n to n + 3.
   __device__ __forceinline__ void set_group(int slot, int n, uint32_t kept) {
     bits[index(slot, n, 0) / 32] |= kept << index(slot, n, 0) % 32;
+  }
+  __device__ __forceinline__ void set(int slot, int n, int e, bool kept) {
+    bits[index(slot, n, e) / 32] |= uint32_t{kept} << index(slot, n, e) % 32;
   }
   __device__ __forceinline__ bool at(int slot, int n, int e) const {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
@@ -84,7 +88,9 @@ struct TileDropout {
 
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements() const {
-    if constexpr (S::kPairs && S::kColumnTiles % 4 == 0) {
+    if constexpr (S::kTransposed && S::kSlots % 4 == 0) {
+      if (!dropout.odd()) return elements_of_transposed_blocks<S>();
+    } else if constexpr (S::kPairs && S::kColumnTiles % 4 == 0) {
       if (!dropout.odd()) return elements_of_blocks<S>();
     }
     return elements_one_by_one<S>();
@@ -182,6 +188,40 @@ struct TileDropout {
     return result;
   }
 
+  // Of the 16 numbers of a block a lane of a transposed S holds four: two rows, 8 apart, and two keys, of
+  // which the lane 4 further has the odd (even) neighbours. The two lanes need the blocks of two neighbouring
+  // rows: each draws one of them.
+  template <class S>
+  __device__ __forceinline__ KeptElements<S> elements_of_transposed_blocks() const {
+    const uint32_t lane = static_cast<uint32_t>(ptx::thread_index()) % 32, odd = lane / 4 % 2;
+    const uint32_t threshold = dropout.threshold << 17;
+    KeptElements<S> result;
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+      const uint32_t column = key + S::column_step(n) + dropout.column,
+                     index = column / kDropoutColumns * 4 + lane / 8;
+      const bool upper = column % kDropoutColumns >= kDropoutColumns / 2;  // of the block's columns
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; slot += 4) {
+        const uint32_t i = row + S::row_step(slot) + lane % 4 * 2 + odd;
+        const PhiloxBlock block = philox(dropout.key0, dropout.key1, dropout.counter(batch, head, i, index));
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t own = upper ? block.word[2 + e] : block.word[e];
+          const uint32_t other = __shfl_xor_sync(~0u, own, 4);
+          const uint32_t words[2] = {odd ? other : own, odd ? own : other};  // of the even row, the odd one
+          // A number's 15 bits are compared at the upper end of a word.
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const uint32_t word = words[k % 2], turn = 17 - 16 * odd - k / 2 * 8;
+            result.set(slot + k, n, e, (word << turn % 32 | word >> (32 - turn) % 32) >= threshold);
+          }
+        }
+      }
+    }
+    return result;
+  }
+
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_one_by_one() const {
     KeptElements<S> result;
@@ -259,9 +299,14 @@ struct WithDropout : Score {
   }
 
   template <class Tile>
-  __device__ __forceinline__ void drop_gradient(S& dp, const Tile& tile) {
+  __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
+    Score::prefetch_gradient(tile);
     if (!tile.p.dropout) return;  // the general backward serves calls without it, too
     kept_elements = tile.operands().dropout_at(tile.row(), tile.key).template elements<S>();
+  }
+  template <class Tile>
+  __device__ __forceinline__ void drop_gradient(S& dp, const Tile& tile) {
+    if (!tile.p.dropout) return;
     const float factor = dropout_scale(tile.p.spec);
     for_each(dp,
              [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });

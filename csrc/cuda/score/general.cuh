@@ -16,11 +16,64 @@
 
 namespace jax_flash {
 
+// S ← −inf where the key is of another segment than the row, of a transposed S. A lane has few keys, and the
+// warp's lanes share out the rows' segments: as many as S has rows would not fit a lane's registers.
+template <class S>
+__device__ __forceinline__ void hide_other_segments_transposed(S& s, const ScoreOperands& operands,
+                                                               const Band& band, int32_t row, int32_t key) {
+  const int32_t lane = ptx::thread_index() % 32;
+  int32_t of_key[S::kColumnTiles][2], of_row[(S::kRows + 31) / 32];
+#pragma unroll
+  for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      of_key[n][e] = operands.kv_segments[min(key + S::column(n, e), band.k_len - 1)];
+#pragma unroll
+  for (int i = 0; i < S::kRows; i += 32)
+    of_row[i / 32] = operands.q_segments[min(row + i + lane, band.q_len - 1)];
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int i = S::row_step(slot);
+    const int32_t segment = __shfl_sync(~0u, of_row[i / 32], i % 32 + lane % 4 * 2);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (segment != of_key[n][e]) s.at(slot, n, e) = -INFINITY;
+  }
+}
+
+// S ← −inf where the key is of another segment than the row.
+template <class S>
+__device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
+                                                    int32_t row, int32_t key) {
+  if constexpr (S::kTransposed) return hide_other_segments_transposed(s, operands, band, row, key);
+#pragma unroll
+  for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int32_t j = key + S::column(n, e);
+      const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; ++slot) {
+        const int32_t i = row + S::row(slot);
+        if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
+          s.at(slot, n, e) = -INFINITY;
+      }
+    }
+  }
+}
+
 // Any options but dropout. Operands are read only where row and key are in use.
 template <class S>
 struct GeneralScore : ScoreVariant<S> {
   static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
-  static constexpr bool reads(Operand operand) { return operand != Operand::kDropout; }
+  // A lane of a transposed S has no neighbouring keys, so that it would read these element by element.
+  static constexpr bool kBiasAndMask = !S::kTransposed;
+  static constexpr bool reads(Operand operand) {
+    return operand != Operand::kDropout &&
+           (kBiasAndMask || (operand != Operand::kBias && operand != Operand::kMask));
+  }
   template <class T, class M = float>
   using Softmax = OnlineSoftmax<S::kSlots>;
   BiasChunks<S> bias;  // where S is permuted
@@ -59,12 +112,18 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return 1; }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {
-    score(s, tile, InSegment::kSome, [&](float gradient, int slot, int n, int e) {
+    differentiate_in<kOf>(s, dp, tile, InSegment::kSome);
+  }
+
+ protected:
+  // differentiate(), where something is known of the tile's segments.
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate_in(S& s, S& dp, const Tile& tile, InSegment in_segment) {
+    score(s, tile, in_segment, [&](float gradient, int slot, int n, int e) {
       if constexpr (kOf == GradientOf::kProduct) dp.at(slot, n, e) *= gradient;
     });
   }
 
- protected:
   // S ← log2(e) · (softcap(scale · S) + bias − slope · distance), −inf where segments or mask hide the key.
   // `in_segment`: what is known of the tile. differentiate(softcap's derivative, slot, n, e) is called where
   // there is a softcap.
@@ -93,34 +152,15 @@ struct GeneralScore : ScoreVariant<S> {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
-    if (p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
-    if (p.alibi_slopes) subtract_alibi(s, tile, row, factor, [](float x) { return x; });
+    if (kBiasAndMask && p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
+    if (p.alibi_slopes) subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
-    if (p.mask) {
+    if (kBiasAndMask && p.mask) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key, [](float& x, uint8_t seen) {
         if (!seen) x = -INFINITY;
       });
-    }
-  }
-
-  template <class Scores>
-  __device__ __forceinline__ static void hide_other_segments(Scores& s, const ScoreOperands& operands,
-                                                             const Band& band, int32_t row, int32_t key) {
-#pragma unroll
-    for (int n = 0; n < Scores::kColumnTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int32_t j = key + Scores::column(n, e);
-        const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
-#pragma unroll
-        for (int slot = 0; slot < Scores::kSlots; ++slot) {
-          const int32_t i = row + Scores::row(slot);
-          if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
-            s.at(slot, n, e) = -INFINITY;
-        }
-      }
     }
   }
 };

@@ -28,6 +28,14 @@ struct HopperGeneralScore : GeneralScore<S> {
       clear_unseen(s, tile.band(), tile.row(), tile.key);
     this->score(s, tile, in_segment, NoGradient{});
   }
+  template <class Tile>
+  __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
+    in_segment = jax_flash::in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), tile.key);
+  }
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {
+    this->template differentiate_in<kOf>(s, dp, tile, in_segment);
+  }
 };
 
 // Any options, and dropout.

@@ -6,6 +6,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/score/general.cuh"
 #include "cuda/score/segments.cuh"
 #include "cuda/score/variant.cuh"
 #include "cuda/work.cuh"
@@ -193,7 +194,10 @@ struct SegmentInput {
 
 template <class S>
 struct SegmentScore : ScoreVariant<S> {
-  static constexpr bool reads(Operand operand) { return operand == Operand::kQSegmentIds; }
+  static constexpr bool reads(Operand operand) {
+    return operand == Operand::kQSegmentIds || operand == Operand::kKvSegmentIds;
+  }
+  InSegment in_segment;  // backward
   template <class T, int N, int kStages, int kConsumers>
   using Input = SegmentInput<N, kConsumers>;
 
@@ -201,6 +205,16 @@ struct SegmentScore : ScoreVariant<S> {
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
     Tile::Input::hide(s, tile.shared, tile.operands(), tile.band(), tile.consumer, tile.row(),
                       tile.input_use);
+  }
+  template <class Tile>
+  __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
+    in_segment = jax_flash::in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), tile.key);
+  }
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
+    if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
+    if (in_segment == InSegment::kSome)
+      hide_other_segments(s, tile.operands(), tile.band(), tile.row(), tile.key);
   }
 };
 

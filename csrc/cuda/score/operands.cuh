@@ -14,6 +14,11 @@ namespace jax_flash {
 // Whether the keys of a tile are of the rows' own segment: all of them, none, or not known.
 enum class InSegment { kAll, kNone, kSome };
 
+__device__ __forceinline__ float alibi_slope(const View& slopes, int64_t leading_offset,
+                                             const BlockWork& work, int32_t query_head) {
+  return slopes.as<const float>()[leading_offset + slopes.offset(work.tile.index, query_head, 0)];
+}
+
 // The operands of one head's scores: pointers to its part, and scalars by value.
 struct ScoreOperands {
   const void* bias = nullptr;
@@ -35,15 +40,29 @@ struct ScoreOperands {
       q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
     if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids)
       kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
-    if (const View& slopes = p.alibi_slopes; Score::reads(Operand::kAlibiSlopes) && slopes) {
-      slope = slopes.as<const float>()[slopes.leading_offset(p.leading, work.leading) +
-                                       slopes.offset(work.tile.index, query_head, 0)];
-    }
+    if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
+      slope = alibi_slope(p.alibi_slopes, p.alibi_slopes.leading_offset(p.leading, work.leading), work,
+                          query_head);
     if constexpr (Score::reads(Operand::kDropout)) {
       if (p.dropout)
         dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, work.leading));
       batch = static_cast<uint32_t>(work.tile.index), head = static_cast<uint32_t>(query_head);
     }
+  }
+
+  // Those of the `further`-th head after, where there is at most one leading dimension.
+  template <class Score>
+  __device__ __forceinline__ ScoreOperands of_head(const Problem& p, const BlockWork& work,
+                                                   int32_t further) const {
+    ScoreOperands x = *this;
+    x.bias =
+        static_cast<const uint8_t*>(bias) + further * p.bias.head * (p.bias_dtype == DType::kF32 ? 4 : 2);
+    x.mask = mask + further * p.mask.head;
+    if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
+      x.slope =
+          alibi_slope(p.alibi_slopes, work.leading * p.alibi_slopes.leading[0], work, work.head + further);
+    x.head = head + static_cast<uint32_t>(further);
+    return x;
   }
 
   __device__ __forceinline__ TileDropout dropout_at(int32_t row, int32_t key) const {

@@ -113,6 +113,31 @@ struct Softcap {
     }
   }
 
+  // S ← softcap(S), and g(softcap'(S), slot, n, e) for every element.
+  template <class S, class G>
+  __device__ __forceinline__ void differentiate(S& s, G g) const {
+    const auto each = [&](auto capped) {
+      const float squared = 1 / (outer * outer);
+      for_each(s, [&](float& x, int slot, int n, int e) {
+        x = capped(x);
+        g(fmaf(x * x, -squared, 1.0f), slot, n, e);
+      });
+    };
+    if (__all_sync(~0u, largest(s) <= 0.35f)) {  // tanh to 5e-7
+      const float a = 9.999902052e-1f * both, b = -3.326841051e-1f * both * (inner * inner),
+                  c = 1.224803692e-1f * both * (inner * inner) * (inner * inner);
+      each([=](float x) {
+        const float square = x * x;
+        return x * fmaf(fmaf(c, square, b), square, a);
+      });
+    } else {
+      const float twice = 2 * kLog2e * inner;
+      each([=, *this](float x) {
+        return fmaf(-2 * outer, ptx::reciprocal(1.0f + ptx::exp2(x * twice)), outer);
+      });
+    }
+  }
+
  private:
   // The lane's largest |s · scale / c|, or NaN. The bits of floats that are not negative are in the floats'
   // order, and sm_90 compares three integers in one instruction.
@@ -126,7 +151,7 @@ struct Softcap {
     for (int slot = 0; slot < S::kSlots; ++slot)
 #pragma unroll
       for (int n = 0; n < S::kColumnTiles; n += 2)
-        top = ptx::max3(top, magnitude(slot, n), magnitude(slot, n + 1));
+        top = ptx::max3(top, magnitude(slot, n), magnitude(slot, min(n + 1, S::kColumnTiles - 1)));
     return __int_as_float(top) * fabsf(inner);
   }
 
@@ -166,10 +191,9 @@ struct SoftcapScore : ScoreVariant<S> {
   }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {
-    const auto differentiate = [&](float gradient, int slot, int n, int e) {
+    Softcap(tile.p.spec).differentiate(s, [&](float gradient, int slot, int n, int e) {
       if constexpr (kOf == GradientOf::kProduct) dp.at(slot, n, e) *= gradient;
-    };
-    cap(s, tile.p.spec.softcap, tile.p.spec.scale, coarse_tanh(tile.p), differentiate);
+    });
   }
 };
 

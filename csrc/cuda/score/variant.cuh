@@ -87,7 +87,11 @@ struct ScoreVariant {
   template <class Fragments>
   __device__ __forceinline__ void drop(Fragments&) const {}
 
-  // The backward's steps, in this order (gradient.cuh): dP ← drop(dP) / (1 − rate);
+  // The backward's steps, in this order (gradient.cuh). While S is being multiplied: what can be computed
+  // without it;
+  template <class Tile>
+  __device__ __forceinline__ void prefetch_gradient(const Tile&) {}
+  // dP ← drop(dP) / (1 − rate), before or after the next;
   template <class Tile>
   __device__ __forceinline__ void drop_gradient(S&, const Tile&) {}
   // S ← score(S), without the band's mask, and with kScalesGradient dP ← score'(S) ∘ dP, from which delta has

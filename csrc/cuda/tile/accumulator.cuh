@@ -28,7 +28,7 @@ struct Accumulator {
   static constexpr int kSlots = 2 * RowTiles;
   static constexpr int kRows = 16 * RowTiles, kColumns = 8 * ColumnTiles;
   static constexpr bool kPairs = true;  // the elements (n, 0) and (n, 1) are neighbours
-  static constexpr bool kPermuted = false;
+  static constexpr bool kPermuted = false, kTransposed = false;
 
   float x[RowTiles][ColumnTiles][4];
 
@@ -43,7 +43,8 @@ struct Accumulator {
     return n * 8 + static_cast<int>(threadIdx.x % 4) * 2;
   }
   __device__ __forceinline__ static int column(int n, int e) { return column(n) + e; }
-  // column(n, e) − column(0)
+  // row(slot) − row(0), and column(n, e) − column(0)
+  static constexpr int row_step(int slot) { return slot / 2 * 16 + slot % 2 * 8; }
   static constexpr int column_step(int n, int e = 0) { return n * 8 + e; }
 
   __device__ __forceinline__ void scale_row(int slot, float factor) {
@@ -78,15 +79,16 @@ template <int kKeyTiles, int kQueryTiles>
 struct TransposedAccumulator {
   static constexpr int kColumnTiles = kKeyTiles, kSlots = 2 * kQueryTiles;
   static constexpr int kRows = 8 * kQueryTiles, kColumns = 16 * kKeyTiles;
-  static constexpr bool kPairs = false, kPermuted = false;
+  static constexpr bool kPairs = false, kPermuted = false, kTransposed = true;
 
   float x[kKeyTiles][kQueryTiles][4];
 
   __device__ __forceinline__ void clear() { clear_fragments(x); }
 
   __device__ __forceinline__ static int row(int slot) {
-    return slot / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + slot % 2;
+    return row_step(slot) + static_cast<int>(threadIdx.x % 4) * 2;
   }
+  static constexpr int row_step(int slot) { return slot / 2 * 8 + slot % 2; }
   __device__ __forceinline__ static int column(int n, int e = 0) {
     return column_step(n, e) + static_cast<int>(threadIdx.x % 32 / 4);
   }

@@ -11,6 +11,7 @@ namespace jax_flash {
 class AppendCase : PoolCase {
  public:
   explicit AppendCase(uint64_t seed) : PoolCase(seed) {
+    names_ = names_of(p_);
     AppendSpec& s = p_.spec;
     s.page_layout = layout_;
     s.interleaved = chance(0.5);

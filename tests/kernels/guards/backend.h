@@ -32,8 +32,9 @@ enum class Variant {
   kDeterministic,
   kGeneralDeterministic,
   kFloat8,
-  kSplit,  // decode whose partial results another kernel combines
-  kFloat8Split
+  kSplit,  // decode without options, whose partial results are combined
+  kFloat8Split,
+  kFloat8General  // decode of float8 with options
 };
 
 // What a case must be like for a kernel to run it.
@@ -47,14 +48,18 @@ struct Aim {
   // The only score option allowed is the kernel's own.
   bool plain() const {
     return variant == Variant::kPlain || variant == Variant::kCluster || variant == Variant::kDropout ||
-           variant == Variant::kDeterministic || alone();
+           variant == Variant::kDeterministic || variant == Variant::kSplit ||
+           variant == Variant::kFloat8Split || alone();
   }
   bool alone() const {
     return variant == Variant::kSegments || variant == Variant::kAlibi || variant == Variant::kSoftcap ||
            variant == Variant::kBias;
   }
   bool dropout() const { return variant == Variant::kDropout || variant == Variant::kAll; }
-  bool float8() const { return variant == Variant::kFloat8 || variant == Variant::kFloat8Split; }
+  bool float8() const {
+    return variant == Variant::kFloat8 || variant == Variant::kFloat8Split ||
+           variant == Variant::kFloat8General;
+  }
   bool deterministic() const {
     return variant == Variant::kDeterministic || variant == Variant::kGeneralDeterministic;
   }

@@ -16,6 +16,8 @@ class Case : RandomCase {
       : RandomCase(seed),
         aim_(backend::aim(static_cast<int64_t>(seed), Loader::kDense,
                           {Pass::kForward, Pass::kBackward, Pass::kBiasGradient, Pass::kTangent})) {
+    names_ = names_of(p_);
+    names_.merge(names_of(t_));
     choose_sizes();
     if (aim_) aim_sizes();
     p_.kv_dtype = p_.dtype;
@@ -321,8 +323,8 @@ class Case : RandomCase {
                                                               : p_.dtype;
       for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) {
         if (std::isnan(value_of(dtype, m.data() + i))) {
-          fail(std::string(name) + " left NaN at byte " + std::to_string(i) + " of " +
-               std::to_string(m.bytes()));
+          fail(std::string(name) + " left NaN at byte " + std::to_string(i) + " of the " +
+               std::to_string(m.bytes()) + " of " + m.name);
         }
       }
       if (!backend::sparing()) m.poison();
@@ -332,7 +334,7 @@ class Case : RandomCase {
     for (size_t i = 0; i < results.size() && backend::repeatable(p_.spec, pass); ++i) {
       const Guarded& m = memory_of(results[i]);
       if (std::memcmp(first[i].data(), m.data(), m.bytes()) != 0)
-        fail(std::string(name) + " depends on the threads or on the run");
+        fail(std::string(m.name) + " of the " + name + " depends on the threads or on the run");
     }
     return true;
   }

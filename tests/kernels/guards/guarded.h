@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <string>
 
 // `bytes` in pages of their own between two inaccessible pages, flush with the end or with the start.
 class Guarded {
@@ -41,6 +42,23 @@ class Guarded {
 
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+
+  // What a fault at this address means: the operand whose guard page, or read-only page, it is.
+  static std::string describe(const void* address) {
+    const auto* at = static_cast<const char*>(address);
+    for (const auto& [data, memory] : live()) {
+      if (at < memory->base_ || at >= memory->base_ + memory->length_) continue;
+      const std::string whole =
+          std::string(memory->name) + ", which has " + std::to_string(memory->bytes_) + " bytes";
+      const char* const end = memory->data_ + memory->bytes_;
+      if (at >= end) return std::to_string(at - end) + " bytes past the end of " + whole;
+      if (at < memory->data_) return std::to_string(memory->data_ - at) + " bytes before " + whole;
+      return "byte " + std::to_string(at - memory->data_) + " of " + whole + " and is only to be read";
+    }
+    return "no operand's memory";
+  }
+
+  const char* name = "an operand";
 
   // From now on writes fault too.
   void make_read_only() const {

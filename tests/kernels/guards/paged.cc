@@ -16,6 +16,7 @@ class AttentionCase : PoolCase {
       : PoolCase(seed),
         aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), Loader::kPaged,
                           {Pass::kForward, Pass::kDecode})) {
+    names_ = names_of(p_);
     if (aim_) aim_sizes();
     choose_options();
     if (aim_) aim_options();
@@ -85,7 +86,7 @@ class AttentionCase : PoolCase {
     value_dim_ = width_within(aim_->value_dim);
     if (aim_->pass == Pass::kDecode) {  // keys of two tiles
       page_size_ = std::max(page_size_, 40);
-      table_ = std::max(table_, 2);
+      table_ = std::max(table_, aim_->block_m > 16 ? 4 : 2);
     }
   }
 
@@ -93,12 +94,15 @@ class AttentionCase : PoolCase {
     AttentionSpec& s = p_.spec;
     p_.q_rows = std::max(p_.q_rows, 1);
     if (aim_->plain()) s.softcap = 0, s.scale = 0.3f;
-    if (aim_->variant == backend::Variant::kGeneral) s.softcap = 3.0f;
+    const backend::Variant variant = aim_->variant;
+    if (variant == backend::Variant::kGeneral || variant == backend::Variant::kFloat8General)
+      s.softcap = 3.0f;
     if (aim_->pass == Pass::kDecode) {
       s.batch_invariant = false;
       if (s.num_splits == 1) s.num_splits = 2;
-      p_.q_rows = std::min(p_.q_rows, 4);
-      p_.heads = kv_heads_ * static_cast<int32_t>(aim_->block_m > 8 ? integer(9, 16) : integer(1, 8));
+      const int32_t rows = aim_->block_m;  // more than the next smaller tile has
+      p_.q_rows = std::min(p_.q_rows, rows > 16 ? 2 : 4);
+      p_.heads = kv_heads_ * static_cast<int32_t>(integer(rows > 8 ? rows / 2 + 1 : 1, rows));
     }
     if (!backend::takes(*aim_,
                         p_)) {  // several leading dimensions, pages and head dims of any size are not for all

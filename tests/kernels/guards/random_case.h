@@ -1,6 +1,8 @@
 // Shared by the drivers: random choices, views backed by guarded memory, failures that name the call.
 #pragma once
 
+#include <signal.h>
+
 #include <algorithm>
 #include <climits>
 #include <cstdio>
@@ -17,6 +19,7 @@
 #include "backend.h"
 #include "core/views.h"
 #include "guarded.h"
+#include "names.h"
 #include "values.h"
 
 // Only in builds with sanitizers.
@@ -31,6 +34,19 @@ inline constexpr float kInf = std::numeric_limits<float>::infinity();
 [[noreturn]] inline void fail(const std::string& what) {
   std::fprintf(stderr, "FAILED: %s\nin call %s\n", what.c_str(), current_call.c_str());
   std::exit(1);
+}
+
+// Faults say which operand's guard page was touched, and then take their course.
+inline void name_faults() {
+  static struct sigaction before;
+  struct sigaction naming = {};
+  naming.sa_flags = SA_SIGINFO;
+  naming.sa_sigaction = [](int number, siginfo_t* info, void*) {
+    std::fprintf(stderr, "FAILED: access to %s\nin call %s\n", Guarded::describe(info->si_addr).c_str(),
+                 current_call.c_str());
+    sigaction(number, &before, nullptr);
+  };
+  sigaction(SIGSEGV, &naming, &before);
 }
 
 struct Dim {
@@ -83,6 +99,7 @@ class RandomCase {
       count *= leading.size[i];
     }
     Guarded& memory = memory_.emplace_back(static_cast<size_t>(count) * element, chance(0.7));
+    if (const auto found = names_.find(&view); found != names_.end()) memory.name = found->second;
     view.data = memory.data();
     return memory;
   }
@@ -114,6 +131,7 @@ class RandomCase {
 
   std::mt19937_64 random_;
   std::list<Guarded> memory_;
+  ViewNames names_;  // of the views that make() is called with
 };
 
 // main of a driver: random calls [seed, seed + count) of a Case.
@@ -122,6 +140,7 @@ int drive(int argc, char** argv, long usual_count) {
   if (__sanitizer_set_death_callback) {
     __sanitizer_set_death_callback([] { std::fprintf(stderr, "in call %s\n", current_call.c_str()); });
   }
+  name_faults();
   setlinebuf(stdout);
   const long count = argc > 1 ? std::atol(argv[1]) : usual_count, seed = argc > 2 ? std::atol(argv[2]) : 0;
   try {

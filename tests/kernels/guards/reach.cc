@@ -19,7 +19,8 @@ constexpr const char* kVariantNames[] = {"plain",
                                          "general deterministic",
                                          "float8",
                                          "split",
-                                         "float8 split"};
+                                         "float8 split",
+                                         "float8 general"};
 
 // The forward's kernels, by the plan's ScoreKind.
 constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant::kAll,     Variant::kDropout,
@@ -40,7 +41,7 @@ std::vector<Variant> variants_of(Pass pass, Loader loader) {
     case Pass::kBiasGradient:
       return {Variant::kGeneral};
     case Pass::kDecode:
-      return {Variant::kSplit, Variant::kFloat8Split};  // the unsplit kernels, and those that combine
+      return {Variant::kSplit, Variant::kGeneral, Variant::kFloat8Split, Variant::kFloat8General};
   }
   return {};
 }
@@ -62,7 +63,7 @@ Problem example(const KernelRow& row, Variant variant) {
   s.left = s.right = kUnlimited;
   s.scale = 1;
   s.deterministic = aim.deterministic();
-  if (!aim.plain() && row.pass != Pass::kDecode) s.softcap = 3, add(Operand::kAlibiSlopes);
+  if (!aim.plain()) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
   if (variant == Variant::kSegments) add(Operand::kQSegmentIds);
@@ -103,6 +104,8 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kBiasGradient:
       return Variant::kGeneral;
     case Pass::kDecode:
+      if (p.spec.softcap > 0 || p.alibi_slopes)
+        return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
   }

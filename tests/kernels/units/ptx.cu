@@ -1,4 +1,6 @@
 // Tests that every wrapper of csrc/cuda/ptx does what its comment says.
+#include "core/divisor.h"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/float8.cuh"
@@ -12,6 +14,45 @@
 
 namespace jax_flash::units {
 namespace {
+
+// 32 threads add 1 to a counter that begins at 100, and each notes what it finds there.
+struct Counter {
+  __device__ void operator()(const float*, float* out) const {
+    auto* const counter = reinterpret_cast<unsigned long long*>(out);
+    if (threadIdx.x == 0) {
+      const unsigned long long found = ptx::load_relaxed(counter);
+      ptx::exchange_if(counter, found + 1, 7);
+      ptx::exchange_if(counter, found, 100);
+    }
+    __syncthreads();
+    const auto place = ptx::add_ordered(counter, 1) - 100;
+    if (place < 32) out[2 + place] = 1;
+    __syncthreads();
+    if (threadIdx.x == 0) out[0] = static_cast<float>(ptx::load_relaxed(counter)), out[1] = 0;
+  }
+};
+
+struct SharedByBlocks {
+  __device__ void operator()(const float* in, float* out) const {
+    const uint32_t i = threadIdx.x;
+    reinterpret_cast<float4*>(out)[i] = ptx::load_shared_by_blocks(reinterpret_cast<const float4*>(in) + i);
+    reinterpret_cast<float2*>(out + 8)[i] =
+        ptx::load_shared_by_blocks(reinterpret_cast<const float2*>(in + 8) + i);
+  }
+};
+
+// Which of the numbers next to multiples of the divisor, and to 0 and 2^31, are divided wrong.
+struct Quotients {
+  Divisor divisor;
+  __device__ void operator()(const float*, float* out) const {
+    constexpr int32_t kMost = 0x7FFFFFFF;
+    const int32_t d = divisor.value, i = min(static_cast<int32_t>(threadIdx.x), kMost / d);
+    int wrong = 0, high = (kMost / d - i) * d;
+    for (int32_t n : {i, i * d, max(0, i * d - 1), high, max(0, high - 1), kMost - i})
+      wrong += divisor.quotient(n) != n / d || divisor.remainder(n) != n % d;
+    out[threadIdx.x] = static_cast<float>(wrong);
+  }
+};
 
 struct Exp2 {
   __device__ void operator()(const float* in, float* out) const {
@@ -336,6 +377,12 @@ void test_ptx() {
   expect("barrier", run(Ring<false>{}, 64, x, 160), mirrored);
   expect("barrier after copies", run(Ring<true>{}, 64, x, 160), mirrored);
   expect("sync_group", run(Groups{}, 128, x, 128), [&](int i) { return x[i / 64 * 64 + 63 - i % 64]; });
+
+  expect("counter", run(Counter{}, 32, {}, 34), [](int i) { return i == 0 ? 132 : i > 1; });
+  expect("load_shared_by_blocks", run(SharedByBlocks{}, 2, x, 12), [&](int i) { return x[i]; });
+  for (int64_t d : {1, 2, 3, 5, 7, 8, 12, 64, 100, 1000, 65'537, 1 << 30, (1 << 30) + 1, 0x7FFFFFFF})
+    expect("Divisor(" + std::to_string(d) + ")", run(Quotients{Divisor(d)}, 96, {}, 96),
+           [](int) { return 0; });
 
   expect("ldmatrix_x4", run(Ldmatrix<false>{}, 32, x, 256), [&](int i) { return x[i]; });
   const auto transposed = [&](int i) { return x[i / 64 * 64 + i % 8 * 8 + i % 64 / 8]; };

@@ -8,6 +8,7 @@ namespace jax_flash::ptx {
 inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
   emulator::copy_later(emulator::shared + shared, global, 16, valid ? 16 : 0);
 }
+inline void cp_async_16(uint32_t shared, const void* global) { cp_async_16(shared, global, true); }
 inline void cp_async_4(uint32_t shared, const void* global, bool valid) {
   emulator::copy_later(emulator::shared + shared, global, 4, valid ? 4 : 0);
 }

@@ -1,0 +1,111 @@
+// What a decode kernel is told of a call. A kernel's parameters and its code are fetched from memory when it
+// starts, which is much of a short call's time: there are few of them, and divisions are products.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "core/divisor.h"
+#include "core/plan/launch_plan.h"
+#include "core/problem.h"
+#include "cuda/decode/units.h"
+
+namespace jax_flash::decode {
+
+// A View with at most one leading dimension.
+struct DecodeView {
+  void* data = nullptr;
+  int64_t leading = 0, batch = 0, head = 0, row = 0;  // strides in elements
+
+  __device__ __forceinline__ explicit operator bool() const { return data != nullptr; }
+  // Element (leading entry, b, h, i).
+  template <class T>
+  __device__ __forceinline__ T* at(int32_t entry, int64_t b, int32_t h, int64_t i) const {
+    return static_cast<T*>(data) + (entry * leading + b * batch + h * head + i * row);
+  }
+};
+
+// What is told of a call.
+struct DecodeCall {
+  DecodeView query, key, value, out, lse;
+  DecodeView q_lengths, kv_lengths, block_tables;
+  DecodeView position;  // row: from the first query to the first key
+  DecodeView alibi_slopes, sinks, k_scale, v_scale;
+  const int32_t* starts;  // packed sequences: first rows [n + 1] of each leading entry, 2 · (n + 2) apart
+  DecodeGrid grid;
+  int32_t sequences;  // of all leading entries
+  Divisor batch, columns, chunks, group, page_size;
+  int32_t rows;       // query rows of a KV head
+  int32_t end_tiles;  // that a sequence's end counts as, unless the call fixes the splits
+  int32_t q_rows, k_rows, head_dim, value_dim, pages;
+  bool paged;
+  bool same_lengths;    // of all sequences, which the host knows:
+  Partition partition;  // then the partition of every column,
+  Divisor units;        // and the units of every sequence
+  bool bottom_right;
+  int64_t left, right;  // keys before and after the diagonal
+  float scale, softcap;
+  DType kv_dtype;
+  void* workspace;
+};
+
+// Leading dimensions beyond the last: each of their entries is a launch of its own.
+inline int64_t outer_entries(const Leading& leading) {
+  int64_t n = 1;
+  for (int i = 0; i + 1 < leading.rank; ++i) n *= leading.size[i];
+  return n;
+}
+
+// The call of outer entry `outer`. block_rows: query rows of a column.
+template <int kTile>
+DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_rows, int64_t outer,
+                     const int32_t* starts, void* workspace) {
+  const int last = p.leading.rank - 1;
+  const int64_t inner = last < 0 ? 1 : p.leading.size[last];
+  const auto view = [&](const View& v, int64_t element_size, int64_t row) {
+    if (!v) return DecodeView{};
+    const int64_t offset = v.leading_offset(p.leading, outer * inner) * element_size;
+    return DecodeView{static_cast<uint8_t*>(v.data) + offset, last < 0 ? 0 : v.leading[last], v.batch, v.head,
+                      row};
+  };
+  const auto rows_of = [&](const View& v, DType dtype) { return view(v, size_of(dtype), v.row); };
+  const auto words = [&](const View& v) { return view(v, 4, v.row); };
+  constexpr int64_t kUnbounded = int64_t{1} << 40;
+  const int32_t group = p.heads / p.kv_heads;
+  DecodeCall call{};
+  call.query = rows_of(p.query, p.dtype), call.out = rows_of(p.out, p.dtype);
+  call.key = rows_of(p.key, p.kv_dtype), call.value = rows_of(p.value, p.kv_dtype);
+  call.lse = words(p.lse), call.alibi_slopes = words(p.alibi_slopes), call.sinks = words(p.sinks);
+  call.q_lengths = words(p.q_lengths), call.kv_lengths = words(p.kv_lengths);
+  call.block_tables = words(p.block_tables);
+  call.position = view(p.position, 4, p.position.column);
+  call.k_scale = words(p.k_scale), call.v_scale = words(p.v_scale);
+  call.starts = starts ? starts + outer * inner * 2 * (p.batch + 2) : nullptr;
+  call.grid = grid;
+  call.sequences = static_cast<int32_t>(inner * p.batch);
+  call.rows = p.packed() ? grid.packed_rows : p.q_rows * group;
+  call.end_tiles = end_tiles(grid, call.sequences);
+  call.batch = Divisor(p.batch), call.columns = Divisor(grid.columns), call.group = Divisor(group);
+  call.chunks = Divisor(ceil_div(call.rows, block_rows));
+  call.page_size = Divisor(p.paged() ? p.page_size : 1);
+  call.q_rows = p.q_rows, call.k_rows = p.k_rows, call.head_dim = p.head_dim, call.value_dim = p.value_dim;
+  call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
+  call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.position && !starts && call.chunks.value == 1;
+  call.bottom_right = p.spec.align == Align::kBottomRight;
+  call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;
+  call.right = p.spec.right < 0 ? kUnbounded : p.spec.right;
+  call.scale = p.spec.scale, call.softcap = p.spec.softcap;
+  call.kv_dtype = p.kv_dtype;
+  call.workspace = workspace;
+  if (call.same_lengths) {
+    const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows}, 0);
+    const int32_t units = SequenceUnits<kTile>(grid, call.end_tiles, band.rows(0, p.q_rows), true).units;
+    call.units = Divisor(units),
+    call.partition = Partition(grid, call.sequences, call.sequences * units, units);
+  }
+  return call;
+}
+
+}  // namespace jax_flash::decode

@@ -1,0 +1,30 @@
+// Atomic operations on 64-bit words in global memory, and loads that go with them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace jax_flash::ptx {
+
+__device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
+  return *static_cast<const volatile unsigned long long*>(from);
+}
+
+// *to ← x if it is `expected`.
+__device__ __forceinline__ void exchange_if(unsigned long long* to, unsigned long long expected,
+                                            unsigned long long x) {
+  atomicCAS(to, expected, x);
+}
+
+// Returns what was there before. What this thread and, through a barrier, its block have written before is
+// seen by who reads the sum and, through a barrier, by its block.
+__device__ __forceinline__ unsigned long long add_ordered(unsigned long long* to, unsigned long long x) {
+  unsigned long long before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(to), "l"(x) : "memory");
+  return before;
+}
+
+// Loads that see what other blocks of this kernel have written.
+__device__ __forceinline__ float4 load_shared_by_blocks(const float4* from) { return __ldcg(from); }
+__device__ __forceinline__ float2 load_shared_by_blocks(const float2* from) { return __ldcg(from); }
+
+}  // namespace jax_flash::ptx

@@ -1,0 +1,104 @@
+"""What the parts of a call add up to: sums of gradients and tangents, merges of results.
+
+Parts stay as the calls return them until they are joined, once in each visit, all at once and element by element, so
+that XLA makes one kernel of it: nothing is copied or widened before.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ..merge import combine
+
+Arrays = tuple[Array, ...]  # that are joined together, as out and lse
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How arrays are joined: along which axes their tokens lie, and what a part has where it has no token."""
+
+    axes: tuple[int, ...]
+    fills: tuple[float, ...]
+    join: Callable[[Sequence[Arrays]], Arrays]
+
+
+def _sum(parts: Sequence[Arrays]) -> Arrays:
+    return tuple(reduce(operator.add, map(wide, each)) for each in zip(*parts, strict=True))
+
+
+def _merge(parts: Sequence[Arrays]) -> Arrays:
+    outs, lses = zip(*parts, strict=True)
+    return combine(outs, lses)
+
+
+def wide(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+MERGED = Kind((1, 2), (0.0, -float("inf")), _merge)  # out [b, s, h, d] and lse [b, h, s]
+TANGENTS = Kind((1, 2), (0.0, 0.0), _sum)  # likewise
+GRADIENTS = Kind((1,), (0.0,), _sum)  # dquery
+PAIRS = Kind((1, 1), (0.0, 0.0), _sum)  # dkey and dvalue
+
+
+@dataclass
+class Total:
+    """The parts of `size` tokens so far, each with its first token."""
+
+    kind: Kind
+    size: int
+    parts: list[tuple[int, Arrays]] = field(default_factory=list)
+
+    def add(self, start: int, arrays: Arrays, here: Array | None = None) -> None:
+        """One more part; where `here` is given, only on devices where it is true."""
+        if here is not None:
+            arrays = tuple(jnp.where(here, x, fill) for x, fill in zip(arrays, self.kind.fills, strict=True))
+        self.parts.append((start, arrays))
+
+    def settle(self) -> None:
+        """Joins all parts, in float32."""
+        if len(self.parts) > 1:
+            self.parts = [(0, self.kind.join([self._padded(*part) for part in self.parts]))]
+
+    def result(self) -> Arrays:
+        """All parts joined; the caller rounds."""
+        some = [part for part in self.parts if not self._is_whole(part[1])]
+        if len(self.parts) - len(some) == 1 and len({(start, self._rows(x)) for start, x in some}) == 1:
+            return self._within(next(x for _, x in self.parts if self._is_whole(x)), some)
+        self.settle()
+        return self._padded(*self.parts[0])
+
+    def _within(self, whole: Arrays, some: list[tuple[int, Arrays]]) -> Arrays:
+        """The join of a whole part with others of some rows: only these are read and written."""
+        start, first = some[0]
+        rows = self._rows(first)
+        here = tuple(lax.slice_in_dim(x, start, start + rows, axis=a) for x, a in zip(whole, self.kind.axes))
+        joined = self.kind.join([here, *(arrays for _, arrays in some)])
+        return tuple(
+            lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, axis)
+            for x, y, axis in zip(whole, joined, self.kind.axes, strict=True)
+        )
+
+    def _padded(self, start: int, arrays: Arrays) -> Arrays:
+        """A part with all tokens."""
+        if self._is_whole(arrays):
+            return arrays
+        after = self.size - start - self._rows(arrays)
+
+        def pad(x: Array, fill: float, axis: int) -> Array:
+            config = [(start, after, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+            return lax.pad(x, jnp.asarray(fill, x.dtype), config)
+
+        return tuple(pad(*each) for each in zip(arrays, self.kind.fills, self.kind.axes, strict=True))
+
+    def _rows(self, arrays: Arrays) -> int:
+        return arrays[0].shape[self.kind.axes[0]]
+
+    def _is_whole(self, arrays: Arrays) -> bool:
+        return self._rows(arrays) == self.size

@@ -1,0 +1,48 @@
+"""Each planted bug of tests/mutants names its promise and tests that exist, and says so where it no longer fits.
+
+That the tests catch them is shown by `make mutants`, which takes hours.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "tools" / "mutants.py"
+
+
+@pytest.fixture(scope="module")
+def tool():
+    if not SCRIPT.exists():
+        pytest.skip("the tools lie in the source tree only")
+    spec = importlib.util.spec_from_file_location("mutants", SCRIPT)
+    module = sys.modules["mutants"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_has_a_name_of_its_own_a_promise_and_tests_that_exist(tool):
+    found = tool.load()
+    assert len({(x.group, x.name) for x in found}) == len(found) >= 60
+    for x in found:
+        assert x.breaks, x.name
+        assert x.tests, x.name
+        assert x.old != x.new, x.name
+        assert x.runs in tool.RUNS, x.name
+        for test in x.tests:
+            if x.runs == "guards":
+                assert (ROOT / "tests" / "kernels" / "guards" / f"{test}.cc").exists(), x.name
+                continue
+            file, _, function = test.partition("::")
+            text = (ROOT / file).read_text()
+            assert not function or f"def {function.partition('[')[0]}(" in text, f"{x.name}: no {test}"
+
+
+@pytest.mark.parametrize("text", ["", "x = 1\nx = 1\n"])
+def test_one_whose_text_is_gone_or_not_unique_is_stale(tool, text):
+    bug = tool.Mutant("bug", "a.py", "x = 1", "x = 2", "a promise", ("tests",), "cpu", "python")
+    assert bug.planted("x = 1\ny = 1\n") == "x = 2\ny = 1\n"
+    with pytest.raises(tool.Stale, match=r"occurs [02] times in a\.py"):
+        bug.planted(text)

@@ -1,0 +1,351 @@
+"""Plants the bugs of tests/mutants one at a time in a copy of the tree, and tells which of them the tests catch.
+
+python tools/mutants.py [--only TEXT]... [--nearest] [--gpu] [--list]
+
+A bug is a mutant: a file, a piece of its text and what replaces it. After each, what depends on the file is built, the
+tests nearest to it run, and then the others until one fails. The status is 1 where one survives or no longer fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LISTS = ROOT / "tests" / "mutants"
+WORK = ROOT / "build" / "mutants"
+ISA_OF_FLAG = {"avx512_bf16": "avx512_bf16", "avx512bw": "avx512", "avx2": "avx2"}
+# An editable install would lead `import jax_flash` back to the user's tree.
+SITE = """import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
+"""
+
+
+class Stale(Exception):
+    """The text that a mutant replaces is not there, or not only once."""
+
+
+class Broken(Exception):
+    """Without a bug, or with one that no compiler takes, nothing can be told."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug.
+
+    `breaks` is the promise that it breaks; `tests` are pytest's arguments for those nearest to it. `runs` says where:
+    "cpu" (this machine, Python and the CPU kernels), "emulated" (CUDA kernels on tests/kernels/emulator), "guards" (the
+    drivers of tests/kernels/guards, which `tests` then names) or "gpu". `isa`: the instruction set whose code it is in.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    breaks: str
+    tests: tuple[str, ...]
+    runs: str
+    group: str
+    isa: str = ""
+
+    def planted(self, text: str) -> str:
+        count = text.count(self.old)
+        if count != 1:
+            raise Stale(f"its text occurs {count} times in {self.file}")
+        return text.replace(self.old, self.new)
+
+
+def load(folder: Path = LISTS) -> list[Mutant]:
+    """The mutants of every list: those in Python first, then by file, so that little is built between two of them."""
+    found = []
+    for path in sorted(folder.glob("*.toml")):
+        content = tomllib.loads(path.read_text())
+        for entry in content["mutant"]:
+            known = {"runs": content["runs"], "group": path.stem} | entry
+            found.append(Mutant(**known | {"tests": tuple(known["tests"])}))
+    return sorted(found, key=lambda x: (RUNS.index(x.runs), x.file.startswith("csrc"), x.isa, x.file))
+
+
+# --- where a mutant runs ------------------------------------------------------------------------------------------
+
+RUNS = ("cpu", "guards", "emulated", "gpu")
+# The emulator's library has one head dim, whose rows take the smaller ones too.
+EMULATED_REST = (
+    *("tests/test_several_tiles.py", "tests/test_append.py", "tests/test_paged_gradients.py"),
+    *("-k", "not (xla or d72 or d96 or d128 or d160 or d192 or d224 or d256)"),
+)
+REST = {"cpu": ("tests",), "emulated": EMULATED_REST, "gpu": ("tests",), "guards": ()}
+
+
+def machine_isa() -> str:
+    """The instruction set of the CPU kernels that this machine takes; the others' are not built."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return next((isa for flag, isa in ISA_OF_FLAG.items() if flag in flags), "baseline")
+
+
+def why_not(runs: str, gpu: bool) -> str | None:
+    """Why mutants of this kind cannot run here."""
+    if runs == "gpu" and not gpu:
+        return "of a GPU (GPU=1 runs them)"
+    if runs == "gpu" and not shutil.which("nvidia-smi"):
+        return "of a GPU, and there is none"
+    if runs != "guards" and not shutil.which("cmake"):
+        return "to be built, and there is no cmake"
+    return None
+
+
+def tree_files() -> set[str]:
+    """The files of the tree that are not made by a build."""
+    command = ["git", "ls-files", "-coz", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode == 0:
+        return {name for name in listing.stdout.split("\0") if name and (ROOT / name).is_file()}
+    made = {"build", "dist", "out", "__pycache__", ".git", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+    paths = (x.relative_to(ROOT) for x in ROOT.rglob("*") if x.is_file() and x.suffix != ".so")
+    return {str(x) for x in paths if not made & set(x.parts) and not x.parts[0].startswith(".venv")}
+
+
+@dataclass
+class Copy:
+    """A copy of the tree, with what is built of it. Nothing outside build/mutants is ever written."""
+
+    workers: int
+    root: Path = WORK / "tree"
+    built: str = ""  # the kind and instruction set whose build is that of the files as they are
+
+    def sync(self) -> None:
+        """Makes the copy's files those of the tree; unchanged ones keep their time, so that little is built."""
+        names = tree_files()
+        known = WORK / "files.txt"
+        for name in set(known.read_text().splitlines() if known.exists() else ()) - names:
+            (self.root / name).unlink(missing_ok=True)
+        for name in names:
+            source, copy = ROOT / name, self.root / name
+            if not copy.exists() or copy.read_bytes() != source.read_bytes():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+                copy.chmod(source.stat().st_mode)
+        known.write_text("\n".join(sorted(names)))
+        (WORK / "site").mkdir(exist_ok=True)
+        (WORK / "site" / "sitecustomize.py").write_text(SITE)
+
+    def write(self, name: str, text: str) -> None:
+        (self.root / name).write_text(text)
+        if not name.startswith(("jax_flash/", "tests/test_")):
+            self.built = ""
+
+    def environment(self, runs: str, isa: str) -> dict[str, str]:
+        path = [
+            WORK / "site",
+            *([self.root / "tools", self.root / "tests/kernels/emulator"] * (runs == "emulated")),
+        ]
+        named = {"PYTHON": sys.executable, "JOBS": str(self.workers), "PYTHONPATH": ":".join(map(str, path))}
+        named |= {"JAX_FLASH_WERROR": "OFF", "JAX_FLASH_CPU_ISAS": isa or machine_isa()}
+        named |= {"JAX_FLASH_CUDA": "OFF", "PYTHONDONTWRITEBYTECODE": "1"}
+        if runs == "gpu":
+            named |= {"JAX_FLASH_CUDA": "ON", "JAX_FLASH_CUDA_ARCHS": "90a-real", "JAX_FLASH_BUDGET": "OFF"}
+            named |= {"JAX_FLASH_HEAD_DIMS": "64;128", "JAX_FLASH_DTYPES": "bfloat16"}
+            named |= {"JAX_FLASH_TEST_IMPLEMENTATION": "cuda"}
+        return {**os.environ, **named, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def build(self, runs: str, isa: str) -> None:
+        """What tests of this kind need; raises Broken with what the compiler says."""
+        kind = f"{runs} {isa}"
+        if self.built == kind:
+            return
+        env = self.environment(runs, isa)
+        commands: list[list[Any]] = [["tools/build_inplace.sh"]]
+        if runs == "emulated":
+            python = [sys.executable, "tools/cuda_library.py", "--emulated", "--head-dims", "64"]
+            commands.append([*python, "--archs", "90-real", "--parallel", self.workers])
+        if runs == "guards":
+            one = f"ISAS={isa or machine_isa()}"
+            targets = [f"../../../build/memory/{driver}" for driver in ("dense", "paged")]
+            commands = [["make", "-C", "tests/kernels/guards", "-j", self.workers, one, *targets]]
+        self.built = ""
+        for command in commands:
+            done = subprocess.run(
+                list(map(str, command)), cwd=self.root, env=env, capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+                raise Broken("\n".join(said[:5]) or done.stderr[-2000:])
+        self.built = kind
+
+    def check_import(self) -> None:
+        """The copy, and no other jax_flash, is what the tests import."""
+        program = "import jax_flash._core as core; print(core.__file__)"
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=self.root,
+            env=self.environment("cpu", ""),
+            capture_output=True,
+            text=True,
+        )
+        if not done.stdout.startswith(str(self.root)):
+            raise Broken(f"the copy's tests would import {done.stdout or done.stderr}")
+
+
+# --- running tests ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    failed: bool
+    by: str  # the first test that failed
+    said: str
+
+
+def run_tests(
+    copy: Copy, runs: str, isa: str, tests: tuple[str, ...], seconds: float, workers: int = 0
+) -> Outcome:
+    """Runs tests until one fails."""
+    if runs == "guards":
+        (driver,) = tests
+        command = [copy.root / "build/memory" / driver, "1500"]
+    else:
+        command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider", "--color=no"]
+        command += ["-p", "emulated"] if runs == "emulated" else []
+        command += ["-n", str(workers)] if workers else []
+        command += tests
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=copy.root, env=copy.environment(runs, isa), start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return Outcome(True, f"{last_begun(said)}, which does not end", said)
+    if process.returncode == 0:
+        return Outcome(False, "", said)
+    failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - .*)?$", said, re.MULTILINE)
+    if runs == "guards":
+        return Outcome(True, f"{tests[0]} {(re.search('FAILED.*', said) or [''])[0]}", said)
+    return Outcome(True, failed[1] if failed else f"{last_begun(said)}, which crashes", said)
+
+
+def last_begun(said: str) -> str:
+    begun = re.findall(r"^(tests/\S+::[^\n]*?)(?: (?:PASSED|SKIPPED|Fatal).*)?$", said, re.MULTILINE)
+    return begun[-1].strip() if begun else "a test"
+
+
+def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
+    """Seconds, of each kind, of the nearest tests of all; raises Broken where one of them fails without any bug."""
+    seconds = {}
+    for runs in dict.fromkeys(x.runs for x in mutants):
+        of_kind = [x for x in mutants if x.runs == runs]
+        nearest = tuple(dict.fromkeys(test for x in of_kind for test in x.tests))
+        copy.build(runs, "")
+        begin = time.monotonic()
+        for tests in [(test,) for test in nearest] if runs == "guards" else [nearest]:
+            outcome = run_tests(copy, runs, "", tests, 3600, copy.workers)
+            if outcome.failed:
+                raise Broken(f"without a bug {outcome.by} fails:\n{outcome.said[-3000:]}")
+        seconds[runs] = time.monotonic() - begin
+    return seconds
+
+
+def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -> tuple[str, str]:
+    """What becomes of a mutant, and by which test."""
+    file = copy.root / mutant.file
+    whole = file.read_text()
+    copy.write(mutant.file, mutant.planted(whole))
+    try:
+        copy.build(mutant.runs, mutant.isa)
+        outcome = run_tests(copy, mutant.runs, mutant.isa, mutant.tests, 120 + 5 * seconds)
+        if outcome.failed:
+            return "killed", outcome.by
+        if not nearest_only and REST[mutant.runs]:
+            outcome = run_tests(copy, mutant.runs, mutant.isa, REST[mutant.runs], 7200, copy.workers)
+            if outcome.failed:
+                return "killed", f"{outcome.by}, far from it"
+        return "SURVIVED", mutant.breaks
+    except Broken as error:
+        return "BROKEN", f"does not compile: {error}"
+    finally:
+        copy.write(mutant.file, whole)
+
+
+def stale(mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
+    for mutant in mutants:
+        file = ROOT / mutant.file
+        try:
+            mutant.planted(file.read_text() if file.exists() else "")
+        except Stale as error:
+            yield mutant, str(error)
+
+
+def selected(only: list[str], gpu: bool) -> list[Mutant]:
+    """Those of a name, list or file that contains one of the texts, and that can run here."""
+    found = [x for x in load() if not only or any(text in f"{x.group}: {x.name} ({x.file})" for text in only)]
+    for reason, count in Counter(filter(None, (why_not(x.runs, gpu) for x in found))).items():
+        print(f"{count} mutants are {reason}")
+    return [x for x in found if not why_not(x.runs, gpu)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], help="mutants whose name, list or file contains it"
+    )
+    parser.add_argument("--nearest", action="store_true", help="run the nearest tests only")
+    parser.add_argument(
+        "--trusting", action="store_true", help="do not try first whether the nearest tests pass"
+    )
+    parser.add_argument("--gpu", action="store_true", help="run also those of kernels that need a GPU")
+    parser.add_argument(
+        "--list", action="store_true", help="list them, and which no longer fit, without running any"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="processes of builds and tests; default 2")
+    options = parser.parse_args()
+    mutants = load() if options.list else selected(options.only, options.gpu)
+    counts: Counter[str] = Counter()
+    for mutant, reason in stale(mutants):
+        counts["STALE"] += 1
+        print(f"STALE     {mutant.group}: {mutant.name}\n          {reason}")
+        mutants.remove(mutant)
+    if options.list:
+        for x in mutants:
+            print(f"{x.group}: {x.name} ({x.file})\n    breaks: {x.breaks}")
+        return int(counts["STALE"] > 0)
+    WORK.mkdir(parents=True, exist_ok=True)
+    copy = Copy(options.workers)
+    try:
+        copy.sync()
+        copy.build("cpu", "")
+        copy.check_import()
+        seconds = {} if options.trusting else passes_without(copy, mutants)
+    except Broken as error:
+        print(error)
+        return 2
+    for mutant in mutants:
+        begin = time.monotonic()
+        found, by = try_mutant(copy, mutant, seconds.get(mutant.runs, 100), options.nearest)
+        counts[found] += 1
+        print(
+            f"{found:9} {time.monotonic() - begin:5.0f} s  {mutant.group}: {mutant.name}\n{'':19}{by}",
+            flush=True,
+        )
+    print(", ".join(f"{count} {name.lower()}" for name, count in counts.items()))
+    return int(set(counts) != {"killed"})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
