@@ -26,13 +26,25 @@ def test_hopper_has_a_forward_of_its_own():
 
 
 def test_hopper_has_a_backward():
-    for d in (24, 32, 64, 72, 96, 128):
+    for d in (24, 32, 64, 72, 96, 128, 160, 192, 224, 256):
         for options in ({}, {"right": 0}, {"left": 100, "right": 5}, {"varlen": True, "leading": 3}):
             assert arch(pass_="backward", d=d, dv=d, dtype="float16", **options) == "sm90"
         for name in ("sinks", "kv_lengths", "position"):
             assert arch(pass_="backward", d=d, dv=d, operands=operand_bits((name,))) == "sm90"
     assert tile(plan("backward")) == (128, 128)
-    assert tile(plan("backward", d=128, dv=128)) == tile(plan("backward", d=64, dv=128)) == (64, 128)
+    for d, dv in ((128, 128), (64, 128), (192, 128), (192, 192), (256, 256)):
+        assert tile(plan("backward", d=d, dv=dv)) == (64, 128)
+
+
+def test_two_ctas_share_each_key_tile_of_large_head_dims():
+    few = plan("backward", d=256, dv=256)
+    assert "in 2-CTA clusters" in few["text"]
+    assert few["keys"]["blocks"] == 12 * 2 * 2
+    assert few["persistent_ctas"] == 2 * few["keys"]["blocks"]
+    assert plan("backward", d=192, dv=128, batch=16)["persistent_ctas"] == 132
+    odd = plan("backward", d=192, dv=192, batch=16, device=H100 | {"sm_count": 131})
+    assert odd["persistent_ctas"] == 130
+    assert "clusters" not in plan("backward", d=128, dv=128)["text"]
 
 
 @pytest.mark.parametrize("d", [64, 128])
@@ -62,9 +74,8 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
         {"operands": operand_bits(("bias",))},
         {"operands": operand_bits(("mask", "dropout"))},
         {"dtype": "float32"},
-        {"d": 256, "dv": 256},
-        {"d": 192, "dv": 128},
         {"q_rows": 0},
+        {"d": 256, "dv": 256, "deterministic": True},
         {"device": A100},
     ],
 )

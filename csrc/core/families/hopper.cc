@@ -11,13 +11,11 @@ using hopper::kConsumerRows;
 
 constexpr int64_t kCounterBytes = 4;
 
-// Persistent CTAs, as many as fit, share out the tiles of a grid. A counter in memory hands out tiles of
-// unequal length.
-void share_tiles(const TileGrid& grid, bool unequal, int32_t teams, const Call& call, Workspace& workspace,
+// Persistent CTAs, as many as fit, share out the tiles of a grid, which `blocks` CTAs would have one of each.
+// A counter in memory hands out tiles of unequal length.
+void share_tiles(int64_t blocks, bool unequal, int32_t teams, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) {
   const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
-  const int64_t blocks =
-      grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
   plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
   if (unequal && blocks > most * teams) plan.tile_counter = workspace.add(kCounterBytes);
 }
@@ -96,7 +94,11 @@ class Forward final : public PassTraits {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
     plan.cluster_size = uses_clusters(row, call, plan) ? row.cluster : 1;
     const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
-    share_tiles(plan.queries, unequal, row.teams, call, workspace, plan);
+    const TileGrid& grid = plan.queries;
+    const int64_t cluster = plan.cluster_size;
+    const int64_t blocks =
+        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+    share_tiles(blocks, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -122,15 +124,20 @@ class Forward final : public PassTraits {
 // order is the band's.
 class Backward final : public PassTraits {
  public:
-  bool serves(const KernelRow&, const Call& call) const override {
+  bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
     if (spec.has(Operand::kBias) || spec.has(Operand::kMask)) return false;
-    if (spec.deterministic && spec.has(Operand::kQSegmentIds)) return false;
-    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0;
+    if (spec.deterministic && (spec.has(Operand::kQSegmentIds) || row.cluster > 1)) return false;
+    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    if (row.cluster == 1)
+      return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    const auto has =
+        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    return hopper::backward_cluster_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n,
+                                                 row.stages, has);
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -140,7 +147,8 @@ class Backward final : public PassTraits {
     add_segments(call, s.k_rows, plan.keys, workspace);
     plan.accumulator = workspace.add(sums_of_dq(call.spec, dims_of(s), row.block_m).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
-    share_tiles(plan.keys, unequal, row.teams, call, workspace, plan);
+    plan.cluster_size = row.cluster;  // whose CTAs work on one key tile together
+    share_tiles(plan.keys.blocks * row.cluster, unequal, row.teams, call, workspace, plan);
     if (call.spec.deterministic) {
       plan.dq_turns = workspace.add(dq_turns_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);

@@ -35,4 +35,31 @@ constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int
          static_cast<int64_t>(sizeof(float)) * (dq + statistics) + kKeyTileStateBytes;
 }
 
+// The backward in 2-CTA clusters: a CTA has K and V of half of the tile's keys, half of the columns of the
+// other keys' K, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps its
+// part of dQ in float32.
+struct BackwardClusterStages {
+  int32_t dout_halves, ds;
+  bool dq;
+};
+
+constexpr int64_t backward_cluster_shared_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m,
+                                                int32_t block_n, int32_t stages, BackwardClusterStages has) {
+  const int64_t keys = block_n / 2 * (int64_t{head_dim} + head_dim / 2 + value_dim);
+  const int64_t queries = block_m * (int64_t{stages} * head_dim + has.dout_halves * value_dim / 2);
+  const int64_t ds = int64_t{has.ds} * block_m * block_n;
+  const int64_t dq = has.dq ? int64_t{block_m} * head_dim / 2 : 0, statistics = 2 * int64_t{stages} * block_m;
+  return kElementBytes * (keys + queries + ds) + static_cast<int64_t>(sizeof(float)) * (dq + statistics) +
+         kStateBytes;
+}
+
+// Two of each, or, where there is no room for that, one and a half of dO and none of dQ.
+constexpr BackwardClusterStages backward_cluster_stages(int32_t head_dim, int32_t value_dim, int32_t block_m,
+                                                        int32_t block_n, int32_t stages) {
+  constexpr BackwardClusterStages kAll{4, 2, true}, kFew{3, 2, false};
+  const bool fits =
+      backward_cluster_shared_bytes(head_dim, value_dim, block_m, block_n, stages, kAll) <= kMaxSharedBytes;
+  return fits ? kAll : kFew;
+}
+
 }  // namespace jax_flash::hopper

@@ -50,7 +50,8 @@ struct LaunchPlan {
   ScoreKind score = ScoreKind::kPlain;
   TileGrid queries, keys;
   DecodeGrid decode;
-  int32_t cluster_size = 1;  // 2: 2-CTA clusters with multicast K/V, each CTA with one of two adjacent tiles
+  int32_t cluster_size = 1;  // 2: 2-CTA clusters with multicast K/V, each CTA with one of two adjacent tiles;
+                             // in the backward with multicast Q/dO, each CTA with half of a key tile
   int32_t persistent_ctas = 0;  // CTAs that share the query tiles out; 0: one CTA per tile
   int64_t tile_counter = -1;    // where the tile counter (4 bytes, cleared by the launch) lies in the
                                 // workspace; -1: tiles are taken in turn

@@ -58,7 +58,7 @@ struct KernelRow {
   int32_t block_m, block_n;  // rows of queries and of keys in a tile
   int32_t stages, warps;
   int32_t teams;    // of consumer warpgroups in a CTA, each with query tiles of its own
-  int32_t cluster;  // 2: the plain kernel is also built for 2-CTA clusters
+  int32_t cluster;  // 2: the plain kernel is also built for 2-CTA clusters; a backward: for those alone
   int32_t blocks;   // CTAs per SM that the registers must allow
   uint32_t scores;  // bit set of ScoreKind
 

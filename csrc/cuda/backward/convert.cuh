@@ -44,6 +44,17 @@ __global__ void __launch_bounds__(kConvertThreads)
     *reinterpret_cast<uint4*>(to + at * kConvertColumns + i) = *reinterpret_cast<const uint4*>(out + i);
 }
 
+// As an operand of float32.
+View accumulator_view(const Problem& p, float* accumulator) {
+  View view;
+  view.data = accumulator;
+  view.head = accumulator_columns(p.head_dim);
+  view.row = p.heads * view.head;
+  view.batch = p.q_rows * view.row;
+  view.leading[0] = (p.packed() ? 1 : p.batch) * view.batch;
+  return view;
+}
+
 cudaError_t clear_accumulator(const Problem& p, float* accumulator, cudaStream_t stream) {
   const int64_t count = accumulator_rows(p) * accumulator_columns(p.head_dim);
   if (count == 0) return cudaSuccess;

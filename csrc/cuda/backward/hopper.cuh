@@ -26,6 +26,7 @@
 #include "core/plan/launch_plan.h"
 #include "core/plan/workspace.h"
 #include "cuda/backward/convert.cuh"
+#include "cuda/backward/hopper_cluster.cuh"
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_state.cuh"
@@ -51,7 +52,7 @@ struct BackwardSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = Ordered;
-  static constexpr int kConsumers = N / kConsumerRows, kThreads = Warps * 32;
+  static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
@@ -92,7 +93,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     ptx::give_registers<producer_registers(C::kConsumers)>();
     GradientProducer<C> producer{p, maps, shared, grid};
     const bool leads = threadIdx.x % 32 == 0;
-    if (warp == 0 && leads) producer.schedule(tiles);
+    NoMailbox none;
+    if (warp == 0 && leads) producer.schedule(tiles, none);
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
     if constexpr (C::kOrdered) {
@@ -107,10 +109,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 template <class C>
 cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
   const int32_t batch = p.packed() ? 1 : p.batch, columns = accumulator_columns(p.head_dim);
-  View dquery;
-  dquery.data = accumulator;
-  dquery.head = columns, dquery.row = int64_t{p.heads} * columns, dquery.batch = p.q_rows * dquery.row;
-  dquery.leading[0] = batch * dquery.batch;
+  const View dquery = accumulator_view(p, accumulator);
   const struct {
     CUtensorMap& map;
     const View& view;
@@ -182,16 +181,27 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   if (grid.blocks > 0) {
     typename C::Maps maps;
     maps.sums = sums;
-    if (cudaError_t e = make_maps<C>(maps, p, accumulator); e != cudaSuccess) return e;
+    cudaError_t e = cudaSuccess;
+    if constexpr (C::kCluster > 1) {
+      e = make_cluster_maps<C>(maps, p, accumulator);
+    } else {
+      e = make_maps<C>(maps, p, accumulator);
+    }
+    if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
-    keep_in_step(tiles, p, plan.persistent_ctas);
-    if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
-    KeyGrid key_grid;
-    if (cudaError_t e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess)
-      return e;
-    const cudaError_t e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads,
-                                 sizeof(typename C::Shared), stream, p, maps, tiles, key_grid);
+    keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
+    if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    constexpr size_t kShared = sizeof(typename C::Shared);
+    if constexpr (C::kCluster > 1) {
+      e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
+                          stream, p, maps, tiles);
+    } else {
+      KeyGrid key_grid;
+      if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
+      e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
+                 key_grid);
+    }
     if (e != cudaSuccess) return e;
   }
   if constexpr (C::kOrdered) {
@@ -203,18 +213,23 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-    const auto run = [&]<bool kOrdered>() {
-      using C =
-          BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind, kOrdered>;
-      return launch_backward_sm90<C, T>(p, plan, workspace, stream);
-    };
-    // Only the plain kernel is compiled for both ways to add dQ up.
-    if constexpr (kKind == ScoreKind::kPlain) {
-      if (plan.dq_turns < 0) return run.template operator()<false>();
-    }
-    return run.template operator()<true>();
-  });
+  if constexpr (R.cluster > 1) {
+    using C = BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
+    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+  } else {
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      const auto run = [&]<bool kOrdered>() {
+        using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind,
+                               kOrdered>;
+        return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+      };
+      // Only the plain kernel is compiled for both ways to add dQ up.
+      if constexpr (kKind == ScoreKind::kPlain) {
+        if (plan.dq_turns < 0) return run.template operator()<false>();
+      }
+      return run.template operator()<true>();
+    });
+  }
 }
 
 }  // namespace jax_flash

@@ -46,6 +46,39 @@ struct StepTile {
   __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
 };
 
+// Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
+template <class Block, class DQ>
+__device__ __forceinline__ void store_blocks(const DQ& dq, uint32_t blocks, uint32_t row, uint32_t lane) {
+  const uint32_t to = blocks + Block::offset(row + lane / 4, static_cast<int>(lane % 4));
+#pragma unroll
+  for (int n = 0; n < DQ::kColumnTiles; n += 2)
+#pragma unroll
+    for (int slot = 0; slot < DQ::kSlots; ++slot)
+      ptx::store_shared(
+          to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
+          make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
+}
+
+// Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
+// lse is coarse.
+template <class S>
+__device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& coarse,
+                                                      float scale) {
+  const auto* pairs = reinterpret_cast<const float2*>(lse) + ptx::lane_index() % 4;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; slot += 2) {
+    const float2 l = pairs[2 * slot];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      s.at(slot, 0, e) = fmaf(s.at(slot, 0, e), scale, -l.x);
+      s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
+    }
+  }
+  if (__builtin_expect(uniform(coarse), false))
+    for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, lse[S::row(slot)]); });
+  for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
+}
+
 // What a consumer has in registers.
 template <class C>
 struct GradientConsumer {
@@ -149,39 +182,14 @@ struct GradientConsumer {
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
     pipe.wait_empty(use);
-    using Block = typename C::DqBlock;
-    const uint32_t to = ptx::shared_address(shared.dq[consumer]) +
-                        Block::offset(warp_row() + lane() / 4, static_cast<int>(lane() % 4));
-#pragma unroll
-    for (int n = 0; n < C::DQ::kColumnTiles; n += 2)
-#pragma unroll
-      for (int slot = 0; slot < C::DQ::kSlots; ++slot)
-        ptx::store_shared(
-            to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
-            make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
+    store_blocks<typename C::DqBlock>(dq, ptx::shared_address(shared.dq[consumer]), warp_row(), lane());
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
 
-  // Pᵀ = 2^(scale · Sᵀ − lse); gradient.cuh says what is done where lse is coarse.
+  // Pᵀ = exp(Sᵀ − lse)
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    const auto* lse = reinterpret_cast<const float2*>(shared.statistics[stage].lse) + ptx::lane_index() % 4;
-    const float scale = p.spec.scale * kLog2e;
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; slot += 2) {
-      const float2 l = lse[2 * slot];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        s.at(slot, 0, e) = fmaf(s.at(slot, 0, e), scale, -l.x);
-        s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
-      }
-    }
-    if (__builtin_expect(uniform(shared.coarse[stage]), false)) {
-      for_each(s, [&](float& x, int slot, int, int) {
-        settle_coarse(x, shared.statistics[stage].lse[S::row(slot)]);
-      });
-    }
-    for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
+    probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
   }
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)

@@ -49,15 +49,16 @@ struct GradientProducer {
     walk.direction = grid.turns || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 
-  // One thread: finds the CTA's key tiles, at most one ahead.
-  __device__ __forceinline__ void schedule(const PersistentTiles& all) {
-    NoMailbox none;
-    using Scheduler = TileScheduler<Over::kKeys, C::kN, 1, 1, NoMailbox>;
-    Scheduler scheduler{all, none};
+  // One thread: finds the key tiles of the CTA, or of its cluster, at most one ahead.
+  template <class Mailbox>
+  __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
+    using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
+    Scheduler scheduler{all, mailbox};
     // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken
-    // by a CTA that runs.
+    // by a CTA that runs. Clusters have no turns.
+    const bool in_order = C::kCluster == 1 && grid.turns;
     const auto take = [&] { return atomicAdd(all.counter, 1u); };
-    uint32_t number = grid.turns ? take() : Scheduler::first(0);
+    uint32_t number = in_order ? take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
@@ -65,7 +66,7 @@ struct GradientProducer {
       set_order(tile.walk, all, number);
       if (tile.template prepare<C>(reload(p), grid, maps.sums)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
-      number = grid.turns ? take() : scheduler.next(number);
+      number = in_order ? take() : scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
     shared.tiles[tile_index % kKeyTileStates].done = 1;

@@ -55,6 +55,13 @@ struct Pipeline {
     ptx::barrier_arrive(empty_barrier(use));
   }
 
+  // This warp has read the stage, which all CTAs of a cluster load together.
+  __device__ __forceinline__ void release_in_all(uint32_t use, int cluster) const {
+    __syncwarp();
+    if (!ptx::arrives_for_warp()) return;
+    for (int rank = 0; rank < cluster; ++rank) ptx::barrier_arrive_in(empty_barrier(use), rank);
+  }
+
   // In a cluster the CTA `loader` multicasts into the same stage of all CTAs: consumers release the stage at
   // the loader's barrier, and the other producers, which only expect the bytes, wait for the previous ones.
   template <int kCluster>

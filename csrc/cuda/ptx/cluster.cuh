@@ -46,6 +46,17 @@ __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32
                : "memory");
 }
 
+// Starts the copy of bytes of this CTA's shared memory to the same place in that of CTA `rank`, whose barrier
+// counts them. Their number and the address are multiples of 16.
+__device__ __forceinline__ void copy_bytes_in(uint32_t shared, uint32_t bytes, uint32_t barrier,
+                                              uint32_t rank) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          address_in(shared, rank)),
+      "r"(shared), "r"(bytes), "r"(address_in(barrier, rank))
+      : "memory");
+}
+
 // __syncthreads for all CTAs of the cluster. Whole warps call it.
 __device__ __forceinline__ void sync_cluster() {
   asm volatile(

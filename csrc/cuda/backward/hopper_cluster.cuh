@@ -1,0 +1,133 @@
+// The backward for sm_90a and head dims above 128, whose dK and dV of 128 keys are more than the registers of
+// an SM hold. A cluster of two CTAs works on a key tile [N, d], 64 keys each, and steps through the same
+// query tiles [M, d] together: each CTA loads half of Q and dO for both, and computes half of dQ's columns of
+// all keys, for which the CTAs exchange dS.
+//
+//   producer warpgroup               consumer warpgroups, all of the CTA's 64 keys; for steps i:
+//
+//   warp 0, a thread: scheduler      1: Sᵀ = K Qᵀ, Pᵀ = exp(Sᵀ − lse)    2: dK += dSᵀ Q of step i − 1
+//   warp 1, a thread: K, Q by TMA       Pᵀ to shared memory ── p_pipe ──►   dPᵀ = V dOᵀ
+//   warp 2: statistics                  dV += Pᵀ dO of step i − 1           dSᵀ = Pᵀ ∘ (dPᵀ − delta)
+//     lse, delta                                                            dSᵀ to shared memory of both CTAs
+//   warp 3, a thread: V, dO by TMA                                              │ ds_pipe, ds_other_pipe
+//                                    3: dQ = dS K, and accumulator += dQ  ◄─────┘
+//
+// A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
+// through stages of shared memory. docs/kernels/hopper-backward.md has the reasons and timings.
+#pragma once
+
+#include "core/families/hopper_layout.h"
+#include "core/plan/launch_plan.h"
+#include "cuda/backward/convert.cuh"
+#include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/backward/hopper_cluster_dq.cuh"
+#include "cuda/backward/hopper_cluster_load.cuh"
+#include "cuda/backward/hopper_cluster_state.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/ptx/registers.cuh"
+#include "cuda/tensor_map.h"
+#include "cuda/tile/operands.cuh"
+
+namespace jax_flash {
+
+// A row of csrc/kernels.def. Tiles of K, Q, V and dO consist of two halves of their columns: ptxas allows a
+// wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and halves are what
+// a CTA's dQ needs of K.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+struct BackwardClusterSm90 {
+  using Element = T;
+  static constexpr ScoreKind kKind = ScoreKind::kPlain;
+  static constexpr bool kOrdered = true;  // dQ's accumulator has the order of rows
+  static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
+  static constexpr int kM = M, kN = N, kStages = Stages;
+  static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
+  static constexpr int kDoStages = kHas.dout_halves, kDsStages = kHas.ds;
+  static constexpr bool kDqByTma = kHas.dq;
+  // Columns of dQ at a time.
+  static constexpr int kDqColumns = HeadDim > 192 ? HeadDim / 4 : HeadDim / 2;
+  using KHalf = SharedTile<T, kConsumerRows, HeadDim / 2>;
+  using VHalf = SharedTile<T, kConsumerRows, ValueDim / 2>;
+  using QHalf = SharedTile<T, M, HeadDim / 2>;
+  using DoHalf = SharedTile<T, M, ValueDim / 2>;
+  using DsTile = SharedTile<T, N, M>;
+  using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
+  using S = TransposedAccumulator<1, M / 8>;
+  using Fragments = FragmentsA<T, 1, M / 16>;
+  using DKHalf = Accumulator<1, HeadDim / 16>;
+  using DVHalf = Accumulator<1, ValueDim / 16>;
+  using DQ = Accumulator<1, kDqColumns / 8>;
+  // Registers of a thread of the producers, of the warpgroups that add up dV and dK, and of dQ's.
+  static constexpr bool kWide = HeadDim > 192;
+  static constexpr int kProducerRegisters = kWide ? 32 : 40, kSumRegisters = kWide ? 208 : 184,
+                       kDqRegisters = kWide ? 64 : 96;
+  using Shared = BackwardClusterShared<BackwardClusterSm90>;
+  struct Maps {
+    CUtensorMap query, dout, key, value, dquery;
+    QuerySums sums;  // not used
+    float* accumulator;
+  };
+  static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
+  static_assert(kWarpgroup * (kProducerRegisters + 2 * kSumRegisters + kDqRegisters) <= 65536);
+  static_assert(sizeof(Shared) <=
+                hopper::backward_cluster_shared_bytes(HeadDim, ValueDim, M, N, Stages, kHas));
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    backward_cluster_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
+                          const __grid_constant__ PersistentTiles tiles) {
+  using Shared = typename C::Shared;
+  auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
+  const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  ptx::sync_cluster();
+  if (warpgroup == 0) {
+    ptx::give_registers<C::kProducerRegisters>();
+    constexpr KeyGrid kNoGrid{};  // neither segments nor an order of dQ's sums
+    ClusterGradientProducer<C> producer{{p, maps, shared, kNoGrid}};
+    const bool leads = threadIdx.x % 32 == 0;
+    if (warp == 0 && leads) producer.schedule(tiles, shared.mailbox);
+    if (warp == 1 && leads) producer.load_queries();
+    if (warp == 2) producer.load_statistics();
+    if (warp == 3 && leads) producer.load_douts();
+  } else if (warpgroup == 1) {
+    ptx::take_registers<C::kSumRegisters>();
+    ScoreConsumer<C>(p, shared).run();
+  } else if (warpgroup == 2) {
+    ptx::take_registers<C::kSumRegisters>();
+    ScoreGradientConsumer<C>(p, shared).run();
+  } else {
+    ptx::give_registers<C::kDqRegisters>();
+    QueryGradientConsumer<C>(p, maps, shared).run();
+  }
+  __syncwarp();
+  __syncthreads();
+  ptx::sync_cluster();  // until then the other CTA may arrive at, or write to, this one's memory
+}
+
+template <class C>
+cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
+  const int32_t batch = p.packed() ? 1 : p.batch, rows = C::kM / C::kCluster;
+  const int32_t columns = accumulator_columns(p.head_dim);
+  const View dquery = accumulator_view(p, accumulator);
+  const struct {
+    CUtensorMap& map;
+    const View& view;
+    MapShape shape;
+  } all[] = {
+      {maps.query, p.query, {p.head_dim, p.heads, p.q_rows, batch, C::QHalf::kPanel * 8, rows}},
+      {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoHalf::kPanel * 8, rows}},
+      {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KHalf::kPanel * 8, kConsumerRows}},
+      {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VHalf::kPanel * 8, kConsumerRows}},
+      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
+  };
+  for (const auto& [map, view, shape] : all) {
+    if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
+  }
+  maps.accumulator = accumulator;
+  return cudaSuccess;
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,373 @@
+// The consumer warpgroups of cuda/backward/hopper_cluster.cuh that make P and dS. Scores are transposed, with
+// a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the left operands of dV and dK where they lie:
+// in registers. A thread of the first two has the same elements of Sᵀ and of dPᵀ.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward/hopper_cluster_state.cuh"
+#include "cuda/backward/hopper_consumer.cuh"
+#include "cuda/backward/query_step.cuh"
+#include "cuda/epilogue.cuh"
+#include "cuda/gradient.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/descriptor.cuh"
+
+namespace jax_flash {
+
+// What the three have in common.
+template <class C>
+struct ClusterConsumer {
+  using T = typename C::Element;
+  using S = typename C::S;
+  using KHalf = typename C::KHalf;
+  using VHalf = typename C::VHalf;
+  using QHalf = typename C::QHalf;
+  using DoHalf = typename C::DoHalf;
+  using DsTile = typename C::DsTile;
+  using Fragments = typename C::Fragments;
+
+  const Problem& p;
+  typename C::Shared& shared;
+  uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
+
+  __device__ __forceinline__ ClusterConsumer(const Problem& problem, typename C::Shared& memory)
+      : p(problem), shared(memory) {}
+
+  __device__ __forceinline__ static uint32_t warp_row() {
+    return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
+  }
+  __device__ __forceinline__ static int32_t rank() { return static_cast<int32_t>(ptx::cluster_rank()); }
+  __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
+    return shared.tiles[tile_index % kKeyTileStates];
+  }
+  // The warp's first key within the sequence.
+  __device__ __forceinline__ int32_t key() const {
+    return uniform(tile().work.tile.row) + rank() * kConsumerRows + warp_row();
+  }
+
+  // The stage that holds a half of a step's dO.
+  __device__ __forceinline__ static uint32_t do_use(uint32_t use, int half) { return 2 * use + half; }
+  __device__ __forceinline__ const uint8_t* d_out(uint32_t use, int half) const {
+    return shared.d_out[do_use(use, half) % C::kDoStages];
+  }
+
+  // The address of a warp's 16 keys of Pᵀ, then of dSᵀ, for stmatrix and ldmatrix.
+  __device__ __forceinline__ LaneAddress<DsTile> ds_address(uint32_t use) const {
+    return {ptx::shared_address(shared.ds[use % C::kDsStages]),
+            static_cast<int>(rank() * kConsumerRows + warp_row() + ptx::lane_index() % 16),
+            static_cast<int>(ptx::lane_index() / 16)};
+  }
+
+  // Issues half of the k steps of A Bᵀ, whose operands are K-major.
+  template <bool kFirst, class Rows, class Columns>
+  __device__ __forceinline__ static void start_product(S& to, const uint8_t* rows, const uint8_t* columns) {
+    const RowsDescriptor<Rows> a(ptx::here(ptx::shared_address(rows)));
+    const RowsDescriptor<Columns> b(ptx::here(ptx::shared_address(columns)));
+    using Product = ptx::Wgmma<T, C::kM>;
+    Product::template multiply<kFirst>(to.x[0], a.at(0), b.at(0));
+#pragma unroll
+    for (int step = 1; step < Rows::kChunks / 2; ++step)
+      Product::template multiply<false>(to.x[0], a.at(step), b.at(step));
+  }
+
+  // Issues sum += A B for A in registers and an MN-major B.
+  template <class Tile, class Sum>
+  __device__ __forceinline__ static void start_sum(Sum& sum, const Fragments& a, const uint8_t* tile) {
+    const ColumnsDescriptor<Tile> b(ptx::here(ptx::shared_address(tile)));
+#pragma unroll
+    for (int step = 0; step < C::kM / 16; ++step)
+      ptx::Wgmma<T, Tile::kColumns>::template multiply<false, 1>(sum.x[0], a.x[0][step], b.at(step));
+  }
+
+  __device__ __forceinline__ static void round(Fragments& to, const S& from) {
+    const RegistersA<T, S> rounded{from};
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
+  }
+
+  // K ← 0 and V ← 0 in rows that are not in use: all three warpgroups together.
+  __device__ __forceinline__ void clear_keys() const {
+    const int32_t clean = uniform(tile().clean_keys);
+    if (clean >= C::kN) return;
+    constexpr int kThreads = C::kConsumers * kWarpgroup;
+    const int thread = ptx::thread_index() - kWarpgroup;
+    shared.k_pipe.wait_full(tile_index);
+    shared.v_pipe.wait_full(tile_index);
+    const auto rows_of = [clean](int32_t of) {
+      return [count = clean - of * kConsumerRows](int row) { return row < count; };
+    };
+    const auto own = rows_of(rank()), other = rows_of(1 - rank());
+    clear_rows<KHalf>(shared.k[0], own, thread, kThreads);
+    clear_rows<KHalf>(shared.k[1], own, thread, kThreads);
+    clear_rows<KHalf>(shared.k_other, other, thread, kThreads);
+    clear_rows<VHalf>(shared.v[0], own, thread, kThreads);
+    clear_rows<VHalf>(shared.v[1], own, thread, kThreads);
+    ptx::fence_async_shared();
+    ptx::sync_group(1, kThreads);
+  }
+
+  // Calls start(step) for the first step of the key tile, next(step) for the others and last() after them.
+  template <class Start, class Next, class Last>
+  __device__ __forceinline__ void for_steps(Start start, Next next, Last last) {
+    const QueryWalk walk = uniform(tile().walk);
+    if (walk.tiles.empty()) return;
+    clear_keys();
+    QueryStep step = QueryStep::first(walk, step_use);
+    const int32_t end = step.number + walk.steps();
+    start(step);
+    step.advance(walk);
+#pragma unroll 1
+    for (; step.number < end; step.advance(walk)) next(step);
+    step_use = ptx::here(step.number);
+    last(step_use - 1);
+  }
+};
+
+// Sᵀ, Pᵀ and dV.
+template <class C>
+struct ScoreConsumer : ClusterConsumer<C> {
+  using Base = ClusterConsumer<C>;
+  using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
+  using typename Base::DoHalf, typename Base::KHalf, typename Base::QHalf, typename Base::S;
+
+  S s;                       // Sᵀ, then Pᵀ  [64, M]
+  typename C::Fragments pt;  // Pᵀ, rounded
+  typename C::DVHalf dv[2];  // dV [64, dv]
+
+  __device__ __forceinline__ void start_scores(uint32_t use) {
+    const auto& q = shared.q[use % C::kStages];
+    shared.lse_pipe.wait_full(use);
+    shared.q_pipe.wait_full(use);
+    ptx::wgmma_fence();
+    this->template start_product<true, KHalf, QHalf>(s, shared.k[0], q[0]);
+    this->template start_product<false, KHalf, QHalf>(s, shared.k[1], q[1]);
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void start_dv(uint32_t use) {
+    shared.delta_pipe.wait_full(use);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      shared.do_pipe.wait_full(this->do_use(use, half));
+      ptx::wgmma_fence();
+      this->template start_sum<DoHalf>(dv[half], pt, this->d_out(use, half));
+      ptx::wgmma_commit();
+    }
+  }
+
+  // Waits for dV += Pᵀ dO of a step.
+  __device__ __forceinline__ void finish_dv(uint32_t use) {
+    ptx::wgmma_wait<1>();
+    ptx::hold(dv[0].x[0]);
+    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kCluster);
+    ptx::wgmma_wait<0>();
+    ptx::hold(dv[1].x[0]);
+    ptx::hold(pt.x[0]);
+    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
+    shared.delta_pipe.release(use);
+  }
+
+  // Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse)
+  __device__ __forceinline__ void exponentiate(const QueryStep& step) {
+    const uint32_t use = step.number, stage = use % C::kStages;
+    if (!uniform(tile().whole[this->rank()]).contains(step.tile))
+      mask(s, tile().band, step.tile * C::kM, this->key());
+    probabilities_of_keys(s, shared.lse[stage], shared.coarse[stage], p.spec.scale * kLog2e);
+    shared.lse_pipe.release(use);
+  }
+
+  // Pᵀ, rounded, to the warpgroup that makes dSᵀ.
+  __device__ __forceinline__ void share_p(uint32_t use) {
+    this->round(pt, s);
+    shared.p_pipe.wait_empty(use);
+    const auto to = this->ds_address(use);
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), pt.x[0][k]);
+    ptx::barrier_arrive_by_warp(shared.p_pipe.full_barrier(use));
+    ptx::hold(pt.x[0]);
+  }
+
+  __device__ __forceinline__ void run_tile() {
+    this->for_steps(
+        [&](const QueryStep& step) {
+          shared.k_pipe.wait_full(tile_index);
+          start_scores(step.number);
+          ptx::wgmma_wait<0>();
+          ptx::hold(s.x[0]);
+          shared.q_pipe.release_in_all(step.number, C::kCluster);
+          exponentiate(step);
+          share_p(step.number);
+        },
+        [&](const QueryStep& step) {
+          start_scores(step.number);
+          ptx::hold(dv[0].x[0]);
+          ptx::hold(dv[1].x[0]);
+          start_dv(step.number - 1);
+          ptx::wgmma_wait<2>();
+          ptx::hold(s.x[0]);
+          shared.q_pipe.release_in_all(step.number, C::kCluster);
+          exponentiate(step);
+          finish_dv(step.number - 1);
+          share_p(step.number);
+        },
+        [&](uint32_t use) {
+          shared.k_pipe.release(tile_index);
+          ptx::hold(dv[0].x[0]);
+          ptx::hold(dv[1].x[0]);
+          start_dv(use);
+          finish_dv(use);
+        });
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      if (uniform(tile().done)) return;
+      dv[0].clear(), dv[1].clear();
+      run_tile();
+      if (uniform(tile().walk.tiles).empty()) {
+        shared.k_pipe.wait_full(tile_index);
+        shared.k_pipe.release(tile_index);
+      }
+      auto to = tile().dvalue;
+      store_rows_from_registers(dv[0], to, this->key(), tile().work.tile.end);
+      to.data += DoHalf::kColumns, to.columns -= DoHalf::kColumns;
+      store_rows_from_registers(dv[1], to, this->key(), tile().work.tile.end);
+      shared.state_pipe.release(tile_index);
+    }
+  }
+};
+
+// dPᵀ, dSᵀ and dK.
+template <class C>
+struct ScoreGradientConsumer : ClusterConsumer<C> {
+  using Base = ClusterConsumer<C>;
+  using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
+  using typename Base::DoHalf, typename Base::QHalf, typename Base::S, typename Base::T, typename Base::VHalf;
+
+  S dp;                      // dPᵀ, then dSᵀ  [64, M]
+  typename C::Fragments ds;  // dSᵀ, rounded
+  typename C::DKHalf dk[2];  // dK [64, d]
+
+  __device__ __forceinline__ void start_dp(uint32_t use) {
+    shared.delta_pipe.wait_full(use);
+    shared.do_pipe.wait_full(this->do_use(use, 0));
+    shared.do_pipe.wait_full(this->do_use(use, 1));
+    ptx::wgmma_fence();
+    this->template start_product<true, VHalf, DoHalf>(dp, shared.v[0], this->d_out(use, 0));
+    this->template start_product<false, VHalf, DoHalf>(dp, shared.v[1], this->d_out(use, 1));
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void start_dk(uint32_t use) {
+    ptx::wgmma_fence();
+    this->template start_sum<QHalf>(dk[0], ds, shared.q[use % C::kStages][0]);
+    this->template start_sum<QHalf>(dk[1], ds, shared.q[use % C::kStages][1]);
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release_dout(uint32_t use) {
+    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kCluster);
+    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
+  }
+
+  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), which goes to both CTAs.
+  __device__ __forceinline__ void differentiate(uint32_t use) {
+    const uint32_t stage = use % C::kStages;
+    const auto at = this->ds_address(use);
+    shared.p_pipe.wait_full(use);
+    const auto* delta = reinterpret_cast<const float2*>(shared.delta[stage]) + ptx::lane_index() % 4;
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) {
+      uint32_t pt[4];
+      ptx::ldmatrix_x4(pt, at.at(0, 2 * k));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int slot = 2 * (2 * k + i);
+        const float2 d = delta[2 * slot];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 x = ptx::unpack<T>(pt[2 * i + e]);
+          dp.at(slot, 0, e) = x.x * (dp.at(slot, 0, e) - d.x);
+          dp.at(slot + 1, 0, e) = x.y * (dp.at(slot + 1, 0, e) - d.y);
+        }
+      }
+    }
+    shared.delta_pipe.release(use);
+    this->round(ds, dp);
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(at.at(0, 2 * k), ds.x[0][k]);
+    ptx::fence_async_shared();
+    ptx::barrier_arrive_by_warp(shared.ds_pipe.full_barrier(use));
+    if (ptx::lane_index() == 0)
+      ptx::copy_bytes_in(ptx::shared_address(shared.ds[use % C::kDsStages]) +
+                             (this->rank() * kConsumerRows + this->warp_row()) * C::DsTile::kPitch,
+                         16 * C::DsTile::kPitch, shared.ds_other_pipe.full_barrier(use), 1 - this->rank());
+    ptx::hold(ds.x[0]);
+  }
+
+  __device__ __forceinline__ void run_tile() {
+    this->for_steps(
+        [&](const QueryStep& step) {
+          shared.v_pipe.wait_full(tile_index);
+          start_dp(step.number);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dp.x[0]);
+          release_dout(step.number);
+          differentiate(step.number);
+        },
+        [&](const QueryStep& step) {
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          start_dk(step.number - 1);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          ptx::hold(ds.x[0]);
+          shared.q_pipe.release_in_all(step.number - 1, C::kCluster);
+          start_dp(step.number);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dp.x[0]);
+          release_dout(step.number);
+          differentiate(step.number);
+        },
+        [&](uint32_t use) {
+          shared.v_pipe.release(tile_index);
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          start_dk(use);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          ptx::hold(ds.x[0]);
+          shared.q_pipe.release_in_all(use, C::kCluster);
+        });
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      if (uniform(tile().done)) return;
+      dk[0].clear(), dk[1].clear();
+      run_tile();
+      if (uniform(tile().walk.tiles).empty()) {
+        shared.v_pipe.wait_full(tile_index);
+        shared.v_pipe.release(tile_index);
+      }
+      auto to = tile().dkey;
+#pragma unroll
+      for (auto& half : dk) {
+        for_each(half, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
+        store_rows_from_registers(half, to, this->key(), tile().work.tile.end);
+        to.data += QHalf::kColumns, to.columns -= QHalf::kColumns;
+      }
+      shared.state_pipe.release(tile_index);
+    }
+  }
+};
+
+}  // namespace jax_flash

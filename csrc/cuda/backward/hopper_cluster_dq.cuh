@@ -1,0 +1,129 @@
+// The consumer warpgroup of cuda/backward/hopper_cluster.cuh that adds up dQ.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/ptx/reduce.cuh"
+#include "cuda/ptx/tma.cuh"
+
+namespace jax_flash {
+
+// dQ = dS K, half of the columns, of both CTAs' keys.
+template <class C>
+struct QueryGradientConsumer : ClusterConsumer<C> {
+  using Base = ClusterConsumer<C>;
+  using Base::p, Base::shared, Base::tile, Base::tile_index;
+  using typename Base::DsTile, typename Base::KHalf, typename Base::T;
+
+  const typename C::Maps& maps;
+  float* rows;  // of the first head's dQ in the accumulator
+
+  __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, const typename C::Maps& all,
+                                                   typename C::Shared& memory)
+      : Base(problem, memory), maps(all) {}
+
+  __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
+
+  // Issues dQ (+)= dS K for the keys of one CTA, some of the columns.
+  template <bool kFirst>
+  __device__ __forceinline__ void start_dq(typename C::DQ& dq, uint32_t ds, uint32_t k) {
+    const ColumnsDescriptor<DsTile> a(ptx::here(ds));
+    const ColumnsDescriptor<KHalf> b(ptx::here(k));
+    using Product = ptx::Wgmma<T, C::kDqColumns>;
+    ptx::wgmma_fence();
+    Product::template multiply<kFirst, 1, 1>(dq.x[0], a.at(0), b.at(0));
+#pragma unroll
+    for (int step = 1; step < kConsumerRows / 16; ++step)
+      Product::template multiply<false, 1, 1>(dq.x[0], a.at(step), b.at(step));
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void run_step(const QueryStep& step) {
+    const uint32_t use = step.number;
+    if (leads()) ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
+    shared.ds_pipe.wait_full(use);
+#pragma unroll
+    for (int column = 0; column < KHalf::kColumns; column += C::kDqColumns) {
+      typename C::DQ dq;
+      const uint32_t ds = ptx::shared_address(shared.ds[use % C::kDsStages]),
+                     other = (1 - this->rank()) * kConsumerRows * DsTile::kPitch;
+      const int panel = KHalf::panel_offset(column / 8);
+      start_dq<true>(dq, ds + kConsumerRows * DsTile::kPitch - other,
+                     ptx::shared_address(shared.k[this->rank()]) + panel);
+      if (column == 0) shared.ds_other_pipe.wait_full(use);
+      start_dq<false>(dq, ds + other, ptx::shared_address(shared.k_other) + panel);
+      ptx::wgmma_wait<0>();
+      ptx::hold(dq.x[0]);
+      if (column + C::kDqColumns == KHalf::kColumns) shared.p_pipe.release_in_all(use, C::kCluster);
+      if constexpr (C::kDqByTma) {
+        send(dq, step, column);
+      } else {
+        add(dq, step, column);
+      }
+    }
+  }
+
+  // The first row of dQ in the accumulator.
+  __device__ __forceinline__ float* find_rows() const {
+    const BlockWork& work = tile().work;
+    const int64_t batch = p.packed() ? 1 : p.batch;
+    const int64_t row = (work.leading * batch + work.batch_row) * p.q_rows + work.tile.q_begin;
+    return maps.accumulator + (row * p.heads + work.head) * accumulator_columns(p.head_dim);
+  }
+
+  // accumulator += dQ
+  __device__ __forceinline__ void add(const typename C::DQ& dq, const QueryStep& step, int column) const {
+    const int32_t columns = accumulator_columns(p.head_dim), stride = p.heads * columns;
+    const int32_t lane = ptx::lane_index(), row = step.tile * C::kM + this->warp_row() + lane / 4;
+    const int32_t end = uniform(tile().seen).hi;
+    column += this->rank() * KHalf::kColumns;
+    float* to = rows + int64_t{row} * stride + (step.head * columns + column);
+#pragma unroll
+    for (int slot = 0; slot < C::DQ::kSlots; ++slot) {
+#pragma unroll
+      for (int n = 0; n < C::DQ::kColumnTiles; n += 2)
+        if (row + 8 * slot < end && column + 8 * n < columns)
+          ptx::add_quad(to + 8 * n, lane % 4, dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0),
+                        dq.at(slot, n + 1, 1));
+      to += 8 * stride;
+    }
+  }
+
+  // Has TMA do that. One thread issues it.
+  __device__ __forceinline__ void send(const typename C::DQ& dq, const QueryStep& step, int column) const {
+    using Block = typename C::DqBlock;
+    const uint32_t lane = ptx::lane_index();
+    if (leads()) ptx::bulk_wait_read<0>();
+    ptx::sync_group(2, kWarpgroup);
+    store_blocks<Block>(dq, ptx::shared_address(shared.dq), this->warp_row(), lane);
+    ptx::fence_async_shared();
+    ptx::sync_group(2, kWarpgroup);
+    if (!leads()) return;
+    const BlockWork& work = tile().work;
+    ptx::Coordinates at{0, work.head + step.head, work.tile.q_begin + step.tile * C::kM, work.batch_row,
+                        static_cast<int32_t>(work.leading)};
+#pragma unroll
+    for (int block = 0; block < C::kDqColumns / kAccumulatorBlock; ++block) {
+      at.column = this->rank() * KHalf::kColumns + column + block * kAccumulatorBlock;
+      ptx::reduce_add_box(maps.dquery, ptx::shared_address(shared.dq) + block * Block::kBytes, at);
+    }
+    ptx::bulk_commit();
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      if (uniform(tile().done)) break;
+      rows = find_rows();
+      shared.k_pipe.wait_full(tile_index);
+      this->for_steps([&](const QueryStep& step) { run_step(step); },
+                      [&](const QueryStep& step) { run_step(step); }, [](uint32_t) {});
+      shared.k_pipe.release(tile_index);
+      shared.state_pipe.release(tile_index);
+    }
+    if (C::kDqByTma && leads()) ptx::bulk_wait<0>();
+  }
+};
+
+}  // namespace jax_flash

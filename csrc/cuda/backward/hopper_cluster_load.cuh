@@ -1,0 +1,196 @@
+// The producer warps of cuda/backward/hopper_cluster.cuh.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward/hopper_cluster_state.cuh"
+#include "cuda/backward/hopper_load.cuh"
+
+namespace jax_flash {
+
+template <class C>
+struct ClusterGradientProducer : GradientProducer<C> {
+  using Base = GradientProducer<C>;
+  using Tile = typename Base::Tile;
+  using QHalf = typename C::QHalf;
+  using VHalf = typename C::VHalf;
+  using DoHalf = typename C::DoHalf;
+  using Base::for_steps, Base::maps, Base::p, Base::shared, Base::step_use, Base::tile_index;
+
+  // Starts the copy of this CTA's half of the rows of a tile to both CTAs.
+  template <class TileShape>
+  __device__ __forceinline__ static void load_for_both(const uint8_t* to, const CUtensorMap& map,
+                                                       uint32_t full, ptx::Coordinates at, int32_t column) {
+    constexpr int kRows = TileShape::kRows / C::kCluster, kColumns = TileShape::kPanel * 8;
+    const int32_t first = static_cast<int32_t>(ptx::cluster_rank()) * kRows;
+    at.row += first;
+#pragma unroll
+    for (int i = 0; i < TileShape::kColumns; i += kColumns) {
+      at.column = column + i;
+      ptx::copy_box_to((1 << C::kCluster) - 1,
+                       ptx::shared_address(to) + TileShape::panel_offset(i / 8) + first * TileShape::kPitch,
+                       map, full, at);
+    }
+  }
+
+  // One thread: Q of the first step, K, then Q of the other steps.
+  __device__ __forceinline__ void load_queries() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          const BlockWork& work = tile.work;
+          const uint32_t use = step.number;
+          const ptx::Coordinates at =
+              coordinates_of(p.query, work, work.head + step.head, work.tile.q_begin + step.tile * C::kM);
+          shared.q_pipe.wait_empty(use);
+          ptx::barrier_expect(shared.q_pipe.full_barrier(use), 2 * QHalf::kBytes);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            load_for_both<QHalf>(shared.q[use % C::kStages][half], maps.query,
+                                 shared.q_pipe.full_barrier(use), at, half * QHalf::kColumns);
+          if (use == step_use) load_k(tile);
+          if (this->ends_soon(tile, step)) shared.ending_pipe.arrive(tile_index);
+        },
+        [&](const Tile& tile) {
+          if (tile.walk.tiles.empty()) {
+            shared.ending_pipe.arrive(tile_index);
+            shared.k_pipe.wait_empty(tile_index);
+            shared.k_pipe.arrive(tile_index);
+          }
+          shared.state_pipe.release_by_thread(tile_index);
+        });
+  }
+
+  // One thread: dO of the first step, V, then dO of the other steps.
+  __device__ __forceinline__ void load_douts() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          const BlockWork& work = tile.work;
+          const ptx::Coordinates at =
+              coordinates_of(p.dout, work, work.head + step.head, work.tile.q_begin + step.tile * C::kM);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
+            const uint32_t full = shared.do_pipe.full_barrier(use);
+            shared.do_pipe.wait_empty(use);
+            ptx::barrier_expect(full, DoHalf::kBytes);
+            load_for_both<DoHalf>(shared.d_out[use % C::kDoStages], maps.dout, full, at,
+                                  half * DoHalf::kColumns);
+          }
+          if (static_cast<uint32_t>(step.number) == step_use) load_v(tile);
+        },
+        [&](const Tile& tile) {
+          if (tile.walk.tiles.empty()) {
+            shared.v_pipe.wait_empty(tile_index);
+            shared.v_pipe.arrive(tile_index);
+          }
+          shared.state_pipe.release_by_thread(tile_index);
+        });
+  }
+
+  // The first key of a CTA's half of the tile.
+  __device__ __forceinline__ static int32_t first_key(const Tile& tile, uint32_t rank) {
+    return tile.work.tile.k_begin + tile.work.tile.row + static_cast<int32_t>(rank) * kConsumerRows;
+  }
+
+  // Starts the copy of half of the columns of the rows from `at` on.
+  template <class Half>
+  __device__ __forceinline__ static void load_half(const uint8_t* to, const CUtensorMap& map, uint32_t full,
+                                                   ptx::Coordinates at, uint32_t half) {
+    constexpr int kColumns = Half::kPanel * 8;
+#pragma unroll
+    for (int i = 0; i < Half::kColumns; i += kColumns) {
+      at.column = static_cast<int32_t>(half) * Half::kColumns + i;
+      ptx::copy_box(ptx::shared_address(to) + Half::panel_offset(i / 8), map, full, at);
+    }
+  }
+
+  __device__ __forceinline__ void load_k(const Tile& tile) const {
+    using KHalf = typename C::KHalf;
+    const uint32_t rank = ptx::cluster_rank(), full = shared.k_pipe.full_barrier(tile_index);
+    ptx::Coordinates at = coordinates_of(p.key, tile.work, tile.kv_head, 0);
+    shared.k_pipe.wait_empty(tile_index);
+    ptx::barrier_expect(full, 3 * KHalf::kBytes);
+    at.row = first_key(tile, rank);
+    load_half<KHalf>(shared.k[0], maps.key, full, at, 0);
+    load_half<KHalf>(shared.k[1], maps.key, full, at, 1);
+    at.row = first_key(tile, 1 - rank);
+    load_half<KHalf>(shared.k_other, maps.key, full, at, rank);
+  }
+
+  __device__ __forceinline__ void load_v(const Tile& tile) const {
+    const uint32_t full = shared.v_pipe.full_barrier(tile_index);
+    shared.v_pipe.wait_empty(tile_index);
+    ptx::barrier_expect(full, 2 * VHalf::kBytes);
+    const ptx::Coordinates at =
+        coordinates_of(p.value, tile.work, tile.kv_head, first_key(tile, ptx::cluster_rank()));
+    load_half<VHalf>(shared.v[0], maps.value, full, at, 0);
+    load_half<VHalf>(shared.v[1], maps.value, full, at, 1);
+  }
+
+  // The step's rows of Q and dO that are in use, or zeros already. It is found where it is needed, as
+  // registers are few.
+  __device__ __forceinline__ static Interval clean_rows(const Tile& tile, const QueryStep& step) {
+    reload_shared();
+    const int32_t row = step.tile * C::kM;
+    return {tile.clean.lo - row, tile.clean.hi - row};
+  }
+  __device__ __forceinline__ static bool all_clean(Interval rows) { return rows.lo <= 0 && C::kM <= rows.hi; }
+
+  __device__ __forceinline__ static int lane() { return static_cast<int>(ptx::lane_index()); }
+
+  // Q ← 0 in rows that are not in use.
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step) const {
+    const Interval rows = clean_rows(tile, step);
+    if (all_clean(rows)) return;
+    shared.q_pipe.wait_full(step.number);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half)
+      clear_rows<QHalf>(
+          shared.q[step.number % C::kStages][half], [=](int i) { return rows.contains(i); }, lane(), 32);
+    ptx::fence_async_shared();
+  }
+  // dO ← 0 in rows that are not in use.
+  __device__ __forceinline__ void clear_douts(const Tile& tile, const QueryStep& step) const {
+    const Interval rows = clean_rows(tile, step);
+    if (all_clean(rows)) return;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
+      shared.do_pipe.wait_full(use);
+      clear_rows<DoHalf>(
+          shared.d_out[use % C::kDoStages], [=](int i) { return rows.contains(i); }, lane(), 32);
+    }
+    ptx::fence_async_shared();
+  }
+
+  // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
+  __device__ __forceinline__ void load_statistics() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          const uint32_t use = step.number, stage = use % C::kStages;
+          const auto fetch = [&](int32_t i) {
+            const bool used = tile.seen.contains(i);
+            return float2{used ? tile.lse[step.head * p.lse.head + i * p.lse.row] : -INFINITY,
+                          used ? tile.delta[step.head * p.delta.head + i * p.delta.row] : 0};
+          };
+          const int32_t row = step.tile * C::kM + lane();
+          const float2 first = fetch(row), second = fetch(row + 32);
+          shared.lse_pipe.wait_empty(use);
+          const bool coarse = rounds_coarsely(row_lse(first.x)) || rounds_coarsely(row_lse(second.x));
+          shared.lse[stage][lane()] = row_lse(first.x);
+          shared.lse[stage][lane() + 32] = row_lse(second.x);
+          const bool any_coarse = __any_sync(~0u, coarse);
+          if (lane() == 0) shared.coarse[stage] = any_coarse;
+          clear_queries(tile, step);
+          ptx::barrier_arrive_by_warp(shared.lse_pipe.full_barrier(use));
+          shared.delta_pipe.wait_empty(use);
+          shared.delta[stage][lane()] = row_delta(first.x, first.y);
+          shared.delta[stage][lane() + 32] = row_delta(second.x, second.y);
+          clear_douts(tile, step);
+          ptx::barrier_arrive_by_warp(shared.delta_pipe.full_barrier(use));
+        },
+        [&](const Tile&) { shared.state_pipe.release(tile_index); });
+  }
+};
+
+}  // namespace jax_flash
