@@ -43,7 +43,7 @@ def _sequence(cells: list[Cell]) -> Iterator[Bar]:
             values = [
                 (of_linear(c, "contiguous") / contiguous_bound(c["devices"]), c["name"])
                 for c in here
-                if c["what"] == "causal"
+                if c["what"] == "causal" and ran(c, "contiguous")
             ]
             yield from least(f"causal contiguous s{length} {pass_}, of its bound", values, CONTIGUOUS)
 
@@ -90,6 +90,7 @@ def verdict(cell: Cell) -> str:
                 for x in cell["profile"].values()
             ]
             return f"transfers under kernels: {', '.join(shares)}"
-    ways = ", ".join(f"{way} {of_linear(cell, way):.3f}" for way in cell["times"] if way != "one device")
+    there = [way for way in cell["times"] if way != "one device" and ran(cell, way)]
+    ways = ", ".join(f"{way} {of_linear(cell, way):.3f}" for way in there)
     rate = cell["flop"] / cell["times"]["one device"]["median"] / 1e12
     return f"of linear on {cell['devices']}: {ways}; one device {rate:.0f} TFLOP/s"

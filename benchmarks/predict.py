@@ -222,7 +222,7 @@ def check(cells: list[dict[str, Any]], rates: Rates) -> list[str]:
         alone = cell["times"]["one device"]["median"]
         own = replace(rates, **{cell["pass"]: cell["flop"] / alone})
         for way, times in cell["times"].items():
-            if way == "one device":
+            if way == "one device" or "median" not in times:
                 continue
             if way == "all_to_all":
                 seconds = all_to_all_seconds(case, cell["pass"], cell["devices"], own)

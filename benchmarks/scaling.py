@@ -69,12 +69,31 @@ def prepare(attend: Attend, pass_: str, inputs: Inputs) -> Prepared:
 
 
 def compiled(jobs: dict[str, Prepared]) -> Calls:
-    """The programs, compiled side by side; they are run one by one, since collectives of two programs may deadlock."""
+    """The programs, all of which have to compile."""
+    calls, refused = compiled_or_refused(jobs)
+    if refused:
+        raise RuntimeError(f"benchmarks: {refused}")
+    return calls
+
+
+def compiled_or_refused(jobs: dict[str, Prepared]) -> tuple[Calls, dict[str, Any]]:
+    """The programs that compile, and the reasons of those that do not.
+
+    They are compiled side by side and run one by one, since the collectives of two programs may wait for each other.
+    """
     workers = None if jax.default_backend() == "gpu" else 1
     lowered = {name: call.lower(*arguments) for name, (call, arguments) in jobs.items()}
+
+    def compile_one(program: Any) -> Any:
+        try:
+            return program.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return {"refused": peers.why(error)}
+
     with ThreadPoolExecutor(workers) as pool:
-        programs = list(pool.map(lambda x: x.compile(), lowered.values()))
-    return {name: (program, [jobs[name][1]]) for name, program in zip(jobs, programs)}
+        found = dict(zip(jobs, pool.map(compile_one, lowered.values()), strict=True))
+    refused = {name: x for name, x in found.items() if isinstance(x, dict)}
+    return {name: (x, [jobs[name][1]]) for name, x in found.items() if name not in refused}, refused
 
 
 def collectives(program: Any) -> list[str]:

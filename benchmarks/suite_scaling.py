@@ -59,12 +59,14 @@ def sequence_cells(s: int, **sizes: int) -> Iterator[Cell]:
             ways = scaling.sequence_jobs(case, pass_, count, drawn)
             tags.append((case, what, pass_, list(ways)))
             jobs |= {f"{case.name} {pass_} {way}": job for way, job in ways.items()}
-    calls = scaling.compiled(jobs)
+    calls, refused = scaling.compiled_or_refused(jobs)
     for case, what, pass_, ways in tags:
         name = f"{case.name} {pass_}"
         cell = {"kind": "sequence", "name": name, "what": what, "pass": pass_, "s": s, "devices": count}
         work = flop.attention(case, pass_)
-        yield cell | {"flop": work, "times": timed({way: calls[f"{name} {way}"] for way in ways}, work)}
+        there = {way: calls[f"{name} {way}"] for way in ways if f"{name} {way}" in calls}
+        missing = {way: refused[f"{name} {way}"] for way in ways if way not in there}
+        yield cell | {"flop": work, "times": timed(there, work) | missing}
 
 
 def sharded_cells(s: int = 16384, h: int = 16) -> Iterator[Cell]:

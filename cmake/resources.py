@@ -23,11 +23,12 @@ _ROWS = r"(__half|__nv_bfloat16), (RowColumns\{\d+u, )?(32, 32|64, 64|128, 128|2
 _COMMON = (
     rf"((forward_sm[89]0<ForwardSm[89]0|(backward|tangent)_\w+<(Backward|Tangent)\w+)<{_ROWS}.*Kind\)0"
     r"(?!, PagedState)"  # over dense rows alone
-    rf"|backward_sm90<BackwardSm90<{_ROWS}.*Kind\)[04])"  # segments too
+    rf"|backward_sm90<BackwardSm90<{_ROWS}.*Kind\)0)"
 )
 BUDGET: tuple[tuple[str, int], ...] = (
     (rf"^sm_1\d\d\w? tangent_\w+<TangentSm80<{_ROWS}.*Kind\)0", 128),
     (rf"^sm_1\d\d\w? {_COMMON}", 8),
+    (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*Kind\)4", 16),  # segments: four scalars
     (rf"^\w+ {_COMMON}", 0),
     ("", 1 << 30),
 )

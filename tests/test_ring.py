@@ -37,7 +37,7 @@ CASES = (
     CAUSAL.replace(name="causal, more keys", sk=32),
     CAUSAL.replace(name="causal, more queries", sq=32),
     CAUSAL.replace(name="causal top left, more keys", sk=32, align="top_left"),
-    PLAIN.replace(name="window", sq=32, sk=32, window=(5, 3)),
+    PLAIN.replace(name="window", sq=32, sk=32, window=(5, 1)),  # to the right one key, of the next device
     CAUSAL.replace(name="causal window", sq=32, sk=32, window=(6, None)),
     PLAIN.replace(name="window that misses", sq=32, window=(2, 0), align="top_left", sinks=True),
     CAUSAL.replace(name="segments", segments=3),

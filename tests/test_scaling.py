@@ -54,6 +54,21 @@ def test_every_way_to_split_a_sequence_is_timed(two_devices):
     assert predict.measured_rates(cells).both == cells[1]["flop"] / cells[1]["times"]["one device"]["median"]
 
 
+def test_a_way_that_does_not_compile_is_left_out_with_its_reason(two_devices, monkeypatch):
+    whole = scaling.compiled_or_refused
+
+    def all_but_zigzag(jobs):
+        calls, refused = whole({name: job for name, job in jobs.items() if "zigzag" not in name})
+        return calls, refused | {name: {"refused": "a cycle"} for name in jobs if "zigzag" in name}
+
+    monkeypatch.setattr(scaling, "compiled_or_refused", all_but_zigzag)
+    cells = list(suite_scaling.sequence_cells(64, h=2, d=16))
+    assert cells[2]["times"]["zigzag"] == {"refused": "a cycle"}
+    assert "zigzag" not in bars_scaling.verdict(cells[2])
+    assert bars_scaling.judge(cells) == []  # of other lengths
+    assert len(predict.check(cells[2:3], predict.H200)) == 2 + 2
+
+
 def test_batch_and_heads_are_timed_and_their_programs_have_no_collective(two_devices):
     cells = list(suite_scaling.sharded_cells(128, h=4))
     assert all(not found for c in cells for found in c["collectives"].values())

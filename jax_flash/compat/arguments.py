@@ -72,7 +72,9 @@ class Cache:
         slot = self.start[:, None] + jnp.arange(
             s_max, dtype=jnp.int32
         )  # a page of one key may begin anywhere
-        inside = (self.tables >= 0) & (self.tables < rows)  # entries past a row are past its sequence's length
+        inside = (self.tables >= 0) & (
+            self.tables < rows
+        )  # entries past a row are past its sequence's length
         tables = jnp.where(inside, self.tables * jnp.int32(s_max) + slot, jnp.int32(-1))
         k, v = (x.reshape(rows * s_max, 1, *x.shape[2:]) for x in (self.k_pages, self.v_pages))
         return Cache(k, v, tables, None)

@@ -111,9 +111,12 @@ class Shard:
         if spec.limited or "alibi_slopes" in made:
             made["position"] = jnp.stack(jnp.broadcast_arrays(row + self._shift(), column), -1)
         spec = replace(spec, operands=tuple(name for name in OPTIONAL if name in made))
-        if "position" in made and made["position"].ndim == 2:
-            return self._by_batch_entry(call, spec, made)
-        return list(call(self.pass_, spec, made))
+        each = "position" in made and made["position"].ndim == 2
+        results = self._by_batch_entry(call, spec, made) if each else list(call(self.pass_, spec, made))
+        # XLA on GPUs would fuse a call with an update of a part of a buffer by its result, which may make a cycle where
+        # the update depends on another result of the call (Total.result): it does not look beyond a barrier.
+        apart: list[Array] = lax.optimization_barrier(results)
+        return apart
 
     def row(self, work: Work) -> Array:
         """The position of a call's first query in the sequence."""

@@ -75,13 +75,23 @@ class Total:
         return self._padded(*self.parts[0])
 
     def _within(self, whole: Arrays, some: list[tuple[int, Arrays]]) -> Arrays:
-        """The join of a whole part with others of some rows: only these are read and written."""
+        """The join of a whole part with others of some rows: all other rows stay as they are.
+
+        They are concatenated, not updated in place: XLA on GPUs (jax 0.11) pulls an update of a call's result into one
+        fusion with the call, though the update needs the call's lse, and fails with "a cycle is detected".
+        """
         start, first = some[0]
-        rows = self._rows(first)
-        here = tuple(lax.slice_in_dim(x, start, start + rows, axis=a) for x, a in zip(whole, self.kind.axes))
+        stop = start + self._rows(first)
+
+        def rows(x: Array, axis: int, begin: int, end: int) -> Array:
+            return lax.slice_in_dim(x, begin, end, axis=axis)
+
+        here = tuple(rows(x, axis, start, stop) for x, axis in zip(whole, self.kind.axes))
         joined = self.kind.join([here, *(arrays for _, arrays in some)])
         return tuple(
-            lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), start, axis)
+            lax.concatenate(
+                [rows(x, axis, 0, start), y.astype(x.dtype), rows(x, axis, stop, self.size)], axis
+            )
             for x, y, axis in zip(whole, joined, self.kind.axes, strict=True)
         )
 

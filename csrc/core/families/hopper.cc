@@ -145,7 +145,7 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     add_segments(call, s.k_rows, plan.keys, workspace);
-    plan.accumulator = workspace.add(accumulator_bytes(call.spec, dims_of(s)).value());
+    plan.accumulator = workspace.add(sums_of_dq(call.spec, dims_of(s), row.block_m).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     plan.cluster_size = row.cluster;  // whose CTAs work on one key tile together
     share_tiles(plan.keys.blocks * row.cluster, unequal, row.teams, call, workspace, plan);
@@ -158,7 +158,13 @@ class Backward final : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
     return schedule_bound(spec, s, s.k_rows) + segments_bound(spec, s, s.k_rows) +
-           aligned(accumulator_bytes(spec, s)) + turns + aligned(kCounterBytes);
+           aligned(sums_of_dq(spec, s, hopper::kMostQueryRows)) + turns + aligned(kCounterBytes);
+  }
+
+ private:
+  // By rows or by tiles, as the kernel wants it.
+  static Dim sums_of_dq(const AttentionSpec& spec, const DimShapes& s, int64_t block_m) {
+    return max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, block_m));
   }
 };
 

@@ -23,6 +23,7 @@ constexpr int64_t forward_shared_bytes(int64_t tile_bytes, int32_t teams) {
 // The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few of dS, and dQ in
 // float32.
 inline constexpr int32_t kScoreGradientStages = 3;
+inline constexpr int32_t kMostQueryRows = 128;       // of a query tile
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state of the key tile, at most
 
 constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m, int32_t block_n,

@@ -58,9 +58,16 @@ inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
 }
 
-// Query tiles of a head that dQ is counted by: of a batch entry or of all packed sequences.
+// Query tiles of a head that dQ is added up or counted by: of a batch entry, or the slots of all packed
+// sequences (slot_count in core/sequence.h).
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
-  return spec.packed() ? varlen_tiles(rows, sequences, tile) : (rows + (tile - 1)) / tile;
+  return spec.packed() ? rows / tile + sequences : (rows + (tile - 1)) / tile;
+}
+
+// The float32 accumulator of dQ by tiles of so many query rows, each of which lies in one piece.
+inline Dim tiled_accumulator_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
+  const Dim tiles = dq_tiles(spec, s.q_rows, s.batch, tile);
+  return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * tiles * tile * s.head_dim * 4;
 }
 
 // The counts that order the additions to dQ.

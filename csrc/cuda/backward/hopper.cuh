@@ -10,11 +10,12 @@
 //        │ state_pipe, 2 tiles                       Pᵀ = exp(Sᵀ − lse), dSᵀ = Pᵀ ∘ (dPᵀ − delta)
 //        ▼                                           dS to shared memory ── ds_pipe ──► both
 //   warp 1, a thread: load   ── Q, dO: kStages ──►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
-//     K, V, Q, dO by TMA     ◄── release ─────────   dQ to shared memory
+//     K, V, Q, dO by TMA     ◄── release ─────────   accumulator += dQ
 //   warp 2: statistics                             scale · dK and dV are stored
 //     lse, delta             ── ready_pipe ──────►
-//   warp 3, a thread: sums   ◄── dq_pipe ─────────
-//     accumulator += dQ by TMA
+//
+// Where sums are ordered, the consumers leave dQ in shared memory for a thread of warp 3 (dq_pipe), which
+// adds it by TMA.
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh). docs/kernels/hopper-backward.md has the reasons and timings.
 #pragma once
@@ -29,6 +30,7 @@
 #include "cuda/backward/hopper_consumer.cuh"
 #include "cuda/backward/hopper_load.cuh"
 #include "cuda/backward/hopper_state.cuh"
+#include "cuda/backward/query_sums.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
@@ -41,10 +43,15 @@
 namespace jax_flash {
 
 // A row of csrc/kernels.def.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
+//
+// Ordered: one thread adds dQ to an accumulator by rows (convert.cuh), so that it can wait for its turn.
+// Otherwise each consumer adds its part from its registers to an accumulator by tiles (query_sums.cuh).
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind,
+          bool Ordered>
 struct BackwardSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
+  static constexpr bool kOrdered = Ordered;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
@@ -64,7 +71,8 @@ struct BackwardSm90 {
   using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
   struct Maps {
-    CUtensorMap query, dout, key, value, dquery;
+    CUtensorMap query, dout, key, value, dquery;  // dquery: where sums are ordered
+    QuerySums sums;
   };
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
@@ -89,7 +97,9 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0 && leads) producer.schedule(tiles, none);
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
-    if (warp == 3 && leads) producer.add_dq();
+    if constexpr (C::kOrdered) {
+      if (warp == 3 && leads) producer.add_dq();
+    }
   } else {
     ptx::take_registers<consumer_registers(C::kConsumers)>();
     GradientConsumer<C>(p, shared, warpgroup - 1).run();
@@ -112,6 +122,7 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
       {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
   };
   for (const auto& [map, view, shape] : all) {
+    if (&map == &maps.dquery && !C::kOrdered) continue;
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
   return cudaSuccess;
@@ -162,10 +173,14 @@ template <class C, class T>
 cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   auto* accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
-  if (cudaError_t e = clear_accumulator(p, accumulator, stream); e != cudaSuccess) return e;
+  const QuerySums sums = query_sums<C::kM>(p, accumulator);
+  const cudaError_t cleared =
+      C::kOrdered ? clear_accumulator(p, accumulator, stream) : clear_sums<C::kM>(p, sums, stream);
+  if (cleared != cudaSuccess) return cleared;
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
+    maps.sums = sums;
     cudaError_t e = cudaSuccess;
     if constexpr (C::kCluster > 1) {
       e = make_cluster_maps<C>(maps, p, accumulator);
@@ -189,7 +204,11 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     }
     if (e != cudaSuccess) return e;
   }
-  return convert_accumulator<T>(p, accumulator, stream);
+  if constexpr (C::kOrdered) {
+    return convert_accumulator<T>(p, accumulator, stream);
+  } else {
+    return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);
+  }
 }
 
 template <class T, RowColumns R>
@@ -199,8 +218,16 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     return launch_backward_sm90<C, T>(p, plan, workspace, stream);
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
-      return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+      const auto run = [&]<bool kOrdered>() {
+        using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind,
+                               kOrdered>;
+        return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+      };
+      // Only the plain kernel is compiled for both ways to add dQ up.
+      if constexpr (kKind == ScoreKind::kPlain) {
+        if (plan.dq_turns < 0) return run.template operator()<false>();
+      }
+      return run.template operator()<true>();
     });
   }
 }

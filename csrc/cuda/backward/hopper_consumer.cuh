@@ -6,6 +6,7 @@
 
 #include "cuda/backward/hopper_state.cuh"
 #include "cuda/backward/query_step.cuh"
+#include "cuda/backward/query_sums.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/mask.cuh"
@@ -163,6 +164,20 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
+  // Adds dQ to the accumulator. `sum`: the number of the query tile there.
+  __device__ __forceinline__ void add_dq(int32_t sum) {
+    constexpr int kRowBlocks = C::kM / kSumRows;
+    const int block = (C::kDqByRows ? consumer * kConsumerWarps : 0) + warp_row() / kSumRows;
+    const int column = C::kDqByRows ? 0 : consumer * C::kDqColumns / kSumColumns;
+    const int columns = p.head_dim / kSumColumns - column;
+    float* const to = tile().sums + int64_t{sum} * (C::kM * p.head_dim) +
+                      (column * kRowBlocks + block) * kSumBlock + lane() * 4;
+#pragma unroll
+    for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
+      if (n < columns) ptx::add_float4(to + n * kRowBlocks * kSumBlock, dq.x[0][n]);
+    }
+  }
+
   // Hands dQ to the thread that adds it up.
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
@@ -210,6 +225,17 @@ struct GradientConsumer {
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
 
+  // Takes a step's dQ out of the registers. `sum`: the number of its query tile in an accumulator by tiles.
+  __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
+    ptx::hold(dq.x[0]);
+    shared.ds_pipe[1 - consumer].release(use);
+    if constexpr (C::kOrdered) {
+      send_dq(use);
+    } else {
+      add_dq(sum);
+    }
+  }
+
   // Whether the band hides some of a step's scores.
   __device__ __forceinline__ bool is_partial(const QueryStep& step) const {
     return !uniform(tile().whole[consumer]).contains(step.tile);
@@ -217,7 +243,7 @@ struct GradientConsumer {
 
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
   template <bool kFirst>
-  __device__ __forceinline__ void run_step(const QueryStep& step) {
+  __device__ __forceinline__ void run_step(const QueryStep& step, int32_t sum_before) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
     shared.q_pipe.wait_full(use);
@@ -258,9 +284,7 @@ struct GradientConsumer {
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
     if constexpr (!kFirst) {
       ptx::wgmma_wait<2>();
-      ptx::hold(dq.x[0]);
-      shared.ds_pipe[1 - consumer].release(use - 1);
-      send_dq(use - 1);
+      finish_dq(use - 1, sum_before);
     }
     ptx::wgmma_wait<1>();
     ptx::hold(dv.x[0]);
@@ -291,16 +315,19 @@ struct GradientConsumer {
     if (clean_keys < C::kN) clear_keys(clean_keys);
     QueryStep step = QueryStep::first(walk, step_use);
     const int32_t end = step.number + walk.steps();
-    run_step<true>(step);
+    const auto sum_of = [&] { return step.head * tile().sum_tiles + step.tile; };
+    run_step<true>(step, 0);
+    int32_t sum_before = sum_of();
     step.advance(walk);
 #pragma unroll 1
-    for (; step.number < end; step.advance(walk)) run_step<false>(step);
+    for (; step.number < end; step.advance(walk)) {
+      run_step<false>(step, sum_before);
+      sum_before = sum_of();
+    }
     step_use = ptx::here(step.number);
     start_dq(step_use - 1);
     ptx::wgmma_wait<0>();
-    ptx::hold(dq.x[0]);
-    shared.ds_pipe[1 - consumer].release(step_use - 1);
-    send_dq(step_use - 1);
+    finish_dq(step_use - 1, sum_before);
   }
 
   __device__ __forceinline__ void run() {

@@ -64,7 +64,7 @@ struct GradientProducer {
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       tile.work = scheduler.work(reload(p), number);
       set_order(tile.walk, all, number);
-      if (tile.template prepare<C>(reload(p), grid)) shared.state_pipe.arrive(tile_index++);
+      if (tile.template prepare<C>(reload(p), grid, maps.sums)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = in_order ? take() : scheduler.next(number);
     }
@@ -216,7 +216,7 @@ struct GradientProducer {
     ptx::wait_count(turn_of(tile, step), tile.work.tile.row / C::kN - first);
   }
 
-  // One thread: adds dQ to the accumulator.
+  // One thread, where sums are ordered: adds dQ to the accumulator.
   __device__ __forceinline__ void add_dq() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {

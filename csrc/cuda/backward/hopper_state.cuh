@@ -8,6 +8,7 @@
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/query_step.cuh"
+#include "cuda/backward/query_sums.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
@@ -48,6 +49,8 @@ struct KeyTileState {
   int32_t clean_keys;          // rows of K and V that may be: those in use, and zeros
   int32_t kv_head;
   const float *lse, *delta;  // of the first head
+  float* sums;               // of the first head and query tile, in an accumulator by tiles
+  int32_t sum_tiles;         // of a head there
   uint32_t* turns;           // of the first head and query tile, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
   [[no_unique_address]] Operands score;  // of the first head
@@ -57,7 +60,7 @@ struct KeyTileState {
   // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
   // rows.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid) {
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid, const QuerySums& all_sums) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
@@ -83,9 +86,13 @@ struct KeyTileState {
     if (tile.q_begin + seen.hi >= p.q_rows) clean.hi = kNone;
     clean_keys = tile.k_begin + tile.k_len < p.k_rows ? max(tile.k_len - tile.row, 0) : kNone;
     find_rows(p);
-    if (grid.turns) {
-      const int32_t first = p.packed() ? tile.q_begin / C::kM + tile.index : 0;
-      turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
+    reload_shared();
+    const int64_t first = p.packed() ? first_slot(tile.q_begin, C::kM, tile.index) : 0;
+    if constexpr (C::kOrdered) {
+      if (grid.turns) turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
+    } else {
+      sum_tiles = all_sums.tiles;
+      sums = all_sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
     }
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
@@ -138,7 +145,8 @@ struct BackwardShared {
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
-  alignas(1024) uint8_t dq[kConsumers][C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes];
+  alignas(
+      1024) uint8_t dq[kConsumers][C::kOrdered ? C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes : 16];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
   using Tile =
@@ -155,7 +163,8 @@ struct BackwardShared {
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
-    state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + 2);  // and the other producers
+    state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals +
+                    (C::kOrdered ? 2 : 1));  // and the other producers
     ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);

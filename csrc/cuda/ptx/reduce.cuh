@@ -30,4 +30,11 @@ __device__ __forceinline__ void add_quad(float* block, int t, float a, float b, 
 #endif
 }
 
+// Adds four floats, at a multiple of 16 bytes (sm_90 and newer).
+__device__ __forceinline__ void add_float4(float* to, const float (&x)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+
 }  // namespace jax_flash::ptx

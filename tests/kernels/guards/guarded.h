@@ -43,7 +43,7 @@ class Guarded {
   char* data() const { return data_; }
   size_t bytes() const { return bytes_; }
 
-  // What a fault at this address means: the operand whose guard page, or read-only page, it is.
+  // Where an address that faulted lies: "4 bytes past the end of key, …".
   static std::string describe(const void* address) {
     const auto* at = static_cast<const char*>(address);
     for (const auto& [data, memory] : live()) {
@@ -53,9 +53,9 @@ class Guarded {
       const char* const end = memory->data_ + memory->bytes_;
       if (at >= end) return std::to_string(at - end) + " bytes past the end of " + whole;
       if (at < memory->data_) return std::to_string(memory->data_ - at) + " bytes before " + whole;
-      return "byte " + std::to_string(at - memory->data_) + " of " + whole + " and is only to be read";
+      return "to byte " + std::to_string(at - memory->data_) + " of " + whole + " and is only to be read";
     }
-    return "no operand's memory";
+    return "to no operand's memory";
   }
 
   const char* name = "an operand";

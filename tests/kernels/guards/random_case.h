@@ -42,7 +42,7 @@ inline void name_faults() {
   struct sigaction naming = {};
   naming.sa_flags = SA_SIGINFO;
   naming.sa_sigaction = [](int number, siginfo_t* info, void*) {
-    std::fprintf(stderr, "FAILED: access to %s\nin call %s\n", Guarded::describe(info->si_addr).c_str(),
+    std::fprintf(stderr, "FAILED: an access %s\nin call %s\n", Guarded::describe(info->si_addr).c_str(),
                  current_call.c_str());
     sigaction(number, &before, nullptr);
   };
