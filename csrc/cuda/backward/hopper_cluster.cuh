@@ -38,7 +38,7 @@ template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warp
 struct BackwardClusterSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = ScoreKind::kPlain;
-  static constexpr bool kOrdered = true;  // dQ's accumulator has the order of rows
+  static constexpr bool kOrdered = true;  // the accumulator has rows of all heads, though in any order
   static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages;
   static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
@@ -64,8 +64,8 @@ struct BackwardClusterSm90 {
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
-    QuerySums sums;  // not used
     float* accumulator;
+    QuerySums sums;  // not used
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + 2 * kSumRegisters + kDqRegisters) <= 65536);
