@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kConvertThreads)
 }
 
 // As an operand of float32.
-View accumulator_view(const Problem& p, float* accumulator) {
+[[maybe_unused]] View accumulator_view(const Problem& p, float* accumulator) {
   View view;
   view.data = accumulator;
   view.head = accumulator_columns(p.head_dim);

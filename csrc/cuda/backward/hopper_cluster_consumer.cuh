@@ -106,6 +106,7 @@ struct ClusterConsumer {
     clear_rows<VHalf>(shared.v[0], own, thread, kThreads);
     clear_rows<VHalf>(shared.v[1], own, thread, kThreads);
     ptx::fence_async_shared();
+    __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync is for converged warps
     ptx::sync_group(1, kThreads);
   }
 

@@ -95,6 +95,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     using Block = typename C::DqBlock;
     const uint32_t lane = ptx::lane_index();
     if (leads()) ptx::bulk_wait_read<0>();
+    __syncwarp();
     ptx::sync_group(2, kWarpgroup);
     store_blocks<Block>(dq, ptx::shared_address(shared.dq), this->warp_row(), lane);
     ptx::fence_async_shared();

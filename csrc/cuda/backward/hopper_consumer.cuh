@@ -304,6 +304,7 @@ struct GradientConsumer {
     clear_rows<KTile>(shared.k, is_clean, thread, kThreads);
     clear_rows<VTile>(shared.v, is_clean, thread, kThreads);
     ptx::fence_async_shared();
+    __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync is for converged warps
     ptx::sync_group(1, kThreads);
   }
 

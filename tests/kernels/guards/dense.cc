@@ -136,6 +136,10 @@ class Case : RandomCase {
       if (aim_->pass == Pass::kForward)
         s.operands |= bit(Operand::kAlibiSlopes);  // one alone has its own kernel
     }
+    if (aim_->deterministic()) {  // what no family's deterministic kernels leave to others
+      for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias})
+        s.operands &= ~bit(other);
+    }
     if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
     if (aim_->dropout()) s.operands |= bit(Operand::kDropout);
     if (aim_->variant == backend::Variant::kSegments)
