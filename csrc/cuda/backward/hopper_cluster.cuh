@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     QueryGradientConsumer<C>(p, maps, shared).run();
   }
   __syncwarp();
-  __syncthreads();
-  ptx::sync_cluster();  // until then the other CTA may arrive at, or write to, this one's memory
+  ptx::sync_any_group(0, C::kThreads);
+  ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
 }
 
 template <class C>

@@ -106,8 +106,8 @@ struct ClusterConsumer {
     clear_rows<VHalf>(shared.v[0], own, thread, kThreads);
     clear_rows<VHalf>(shared.v[1], own, thread, kThreads);
     ptx::fence_async_shared();
-    __syncwarp();  // lanes have cleared different numbers of chunks, and bar.sync is for converged warps
-    ptx::sync_group(1, kThreads);
+    __syncwarp();  // lanes have cleared different numbers of chunks
+    ptx::sync_any_group(1, kThreads);
   }
 
   // Calls start(step) for the first step of the key tile, next(step) for the others and last() after them.

@@ -107,6 +107,11 @@ __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// The same, also __syncthreads as number 0, for warps whose lanes need not have converged.
+__device__ __forceinline__ void sync_any_group(int number, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Arrives at a named barrier without waiting.
 __device__ __forceinline__ void arrive_group(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");

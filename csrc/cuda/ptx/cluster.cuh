@@ -65,6 +65,14 @@ __device__ __forceinline__ void sync_cluster() {
           : "memory");
 }
 
+// The same, for warps whose lanes need not have converged.
+__device__ __forceinline__ void sync_cluster_of_any_lanes() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
 // copy_box with multicast to the CTAs in the bit mask `blocks`: the box goes to the same offset in the shared
 // memory of each, and each CTA's own barrier counts the bytes.
 __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t shared, const CUtensorMap& map,

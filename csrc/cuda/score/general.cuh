@@ -47,18 +47,21 @@ __device__ __forceinline__ void hide_other_segments_transposed(S& s, const Score
 template <class S>
 __device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
                                                     int32_t row, int32_t key) {
-  if constexpr (S::kTransposed) return hide_other_segments_transposed(s, operands, band, row, key);
+  if constexpr (S::kTransposed) {
+    hide_other_segments_transposed(s, operands, band, row, key);
+  } else {
 #pragma unroll
-  for (int n = 0; n < S::kColumnTiles; ++n) {
+    for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int32_t j = key + S::column(n, e);
-      const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
+      for (int e = 0; e < 2; ++e) {
+        const int32_t j = key + S::column(n, e);
+        const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
 #pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot) {
-        const int32_t i = row + S::row(slot);
-        if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
-          s.at(slot, n, e) = -INFINITY;
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+          const int32_t i = row + S::row(slot);
+          if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
+            s.at(slot, n, e) = -INFINITY;
+        }
       }
     }
   }
