@@ -160,18 +160,22 @@ constexpr int32_t decode_merge_columns(const RowShape& r) {
 }
 constexpr int32_t decode_merge_pitch(const RowShape& r) { return decode_merge_columns(r) + 4; }
 
+// Whether Q lies in shared memory, since it would leave too few registers.
+constexpr bool decode_shares_queries(int32_t block_m, int32_t head_dim) { return block_m * head_dim > 2048; }
+
 inline constexpr int32_t kDecodeSegmentBytes = 88;  // of decode::Segment
+inline constexpr int32_t kDecodeRowBytes = 12;      // of a row's scale and the range of its keys
 
 struct DecodeLayout {
   int32_t warp_ring;      // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
   int32_t merge_o;        // O [warps, M, merge pitch] float32
   int32_t merge_softmax;  // m and l [warps, M], two float32
-  int32_t segments;       // [warps, stages]: those that the stages' keys are of
-  int32_t queries;        // more than 16 rows: Q, which then leaves no registers for O
+  int32_t segments;       // [warps, stages + 2]: those that the stages' keys are of, one before and one after
+  int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys
   int32_t bytes;
 };
 
-// A pool of float8 has twice as many stages of half the size, so its rings have the same bytes.
+// A stage of a float8 pool has half the bytes or twice the keys, so its rings have the same bytes.
 constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
   const int32_t warp_keys = r.block_n / r.warps;
   const int32_t warp_ring =
@@ -180,9 +184,9 @@ constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
   const int32_t merge_softmax = merge_o + rows * decode_merge_pitch(r) * int32_t{sizeof(float)};
   const int32_t segments = merge_softmax + rows * 2 * int32_t{sizeof(float)};
   const int32_t stages = element_size == 2 ? 2 * r.stages : r.stages;
-  const int32_t queries = segments + r.warps * stages * kDecodeSegmentBytes;
+  const int32_t queries = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
   const int32_t query_bytes =
-      r.block_m > 16 ? r.block_m * (r.head_dim * element_size + int32_t{sizeof(float)}) : 0;
+      decode_shares_queries(r.block_m, r.head_dim) ? r.block_m * (r.head_dim * element_size + kDecodeRowBytes) : 0;
   return {warp_ring, merge_o, merge_softmax, segments, queries, queries + query_bytes};
 }
 

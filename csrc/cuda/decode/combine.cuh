@@ -19,12 +19,14 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. 32 parts are merged at a
-// time, whose weights the lanes hold; the code is short, since it runs once.
+// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The lanes hold the weights of
+// 32 parts at a time, which are computed while the first kAtOnce parts are loaded; the code is short, since it
+// runs once.
 template <class C>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
+  constexpr int kAtOnce = C::kRows > 16 ? 4 : 8;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
   for (int32_t row = warp; row < rows.count(); row += C::kWarps) {
@@ -39,23 +41,32 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
       const int32_t feature = min(first_feature + 4 * lane, call.value_dim - 4);
       Softmax all{-INFINITY, 0};
       float4 o = make_float4(0, 0, 0, 0);
+      float weight = 0;  // 2^(m_i − m) of part i, in lane i % 32
 #pragma unroll 1
-      for (int32_t first = 0; first < parts.count; first += 32) {
-        const int32_t count = min(32, parts.count - first);
+      for (int32_t first = 0; first < parts.count; first += kAtOnce) {
+        const int32_t count = parts.count - first;
         float2 own = make_float2(-INFINITY, 0);
-        if (lane < count)
+        if (first % 32 == 0 && lane < count)
           own = ptx::load_shared_by_blocks(
               reinterpret_cast<const float2*>(partial.softmax + row_of(first + lane)));
-        const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
-        const float weight = merge_weight({own.x, own.y}, m);  // 2^(m_i − m)
-        all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
-        o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
-#pragma unroll 8
-        for (int32_t i = 0; i < count; ++i) {
-          const float w = __shfl_sync(~0u, weight, i);
-          const float4 x = ptx::load_shared_by_blocks(
-              reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
-          o.x = fmaf(x.x, w, o.x), o.y = fmaf(x.y, w, o.y), o.z = fmaf(x.z, w, o.z), o.w = fmaf(x.w, w, o.w);
+        float4 x[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+          if (i < count)
+            x[i] = ptx::load_shared_by_blocks(
+                reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
+        if (first % 32 == 0) {
+          const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
+          weight = merge_weight({own.x, own.y}, m);
+          all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
+          o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const float w = __shfl_sync(~0u, weight, first + i);
+          if (i < count)
+            o.x = fmaf(x[i].x, w, o.x), o.y = fmaf(x[i].y, w, o.y), o.z = fmaf(x[i].z, w, o.z),
+            o.w = fmaf(x[i].w, w, o.w);
         }
       }
       if (first_feature + 4 * lane < call.value_dim)

@@ -71,6 +71,15 @@ struct SequenceWork {
   }
 };
 
+// The query of a row of the column. Padding rows repeat others: a row's result depends on no other row.
+template <class T>
+__device__ __forceinline__ const T* query_at(const DecodeCall& call, const ColumnRows& rows,
+                                             const SequenceWork& work, int32_t row) {
+  row = min(row, rows.count() - 1);
+  const int32_t position = call.starts ? min(rows.position(row), work.band.q_len - 1) : rows.position(row);
+  return call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
+}
+
 template <int kTile>
 __device__ __forceinline__ SequenceUnits<kTile> units_of(const DecodeCall& call, const SequenceWork& work) {
   return {call.grid, call.end_tiles, work.keys, work.served};
@@ -85,7 +94,7 @@ struct Range {
 template <int kThreads>
 struct PartitionShared {
   int32_t sums[kThreads / 32], largest[kThreads / 32];
-  int32_t index, base;
+  int32_t index, base, parts, units;
 };
 
 // sum ← the sum over all earlier threads; returns that over all; `largest` ← the maximum over all.
@@ -113,51 +122,83 @@ __device__ __forceinline__ int32_t scan_block(PartitionShared<kThreads>& shared,
   return total;
 }
 
+// Opens a range that is not empty and begins in sequence `index`, whose first unit is `base`: at its next
+// sequence if it begins in what counts for the end of this one.
+__device__ __forceinline__ void begin_range(Range& range, int32_t index, int32_t base, int32_t parts,
+                                            int32_t units) {
+  const bool past = range.begin - base >= parts;
+  range.index = past ? index + 1 : index, range.base = past ? base + units : base;
+  range.begin = max(range.begin, range.base);
+}
+
+// find_range for at most 32 sequences, by each warp for itself: a barrier would take longer.
+template <int kTile>
+__device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, const ColumnRows& rows,
+                                                        int32_t number, Range& range) {
+  const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+  int32_t parts = 0, units = 0;
+  if (lane < call.sequences) {
+    const SequenceUnits<kTile> own = units_of<kTile>(call, SequenceWork(call, rows, lane));
+    parts = own.parts, units = own.units;
+  }
+  int32_t through = units, largest = units;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(~0u, through, step);
+    if (lane >= step) through += before;
+    largest = max(largest, __shfl_xor_sync(~0u, largest, step));
+  }
+  const Partition partition(call.grid, call.sequences, __shfl_sync(~0u, through, 31), largest);
+  range.begin = partition.begin(number), range.end = partition.begin(number + 1);
+  if (range.begin >= range.end) return partition;
+  const bool begins = through - units <= range.begin && range.begin < through;
+  const int owner = __ffs(static_cast<int>(__ballot_sync(~0u, begins))) - 1;
+  units = __shfl_sync(~0u, units, owner);
+  begin_range(range, owner, __shfl_sync(~0u, through, owner) - units, __shfl_sync(~0u, parts, owner), units);
+  return partition;
+}
+
 // Computes the partition of a column, and range `number` of it. All threads of a block take part: each counts
-// the units of its share of the sequences, and a prefix sum joins them. The second pass finds the sequence
-// that the range begins in.
+// the units of its share of the sequences, and a prefix sum joins them. The thread in whose share the range
+// begins then finds the sequence.
 template <int kTile, int kThreads>
 __device__ __forceinline__ Partition find_range(const DecodeCall& call, const ColumnRows& rows,
                                                 PartitionShared<kThreads>& shared, int32_t number,
                                                 Range& range) {
   if (call.same_lengths) {
     const Partition& partition = call.partition;
-    const int32_t begin = partition.begin(number), index = call.units.quotient(begin);
-    const int32_t at = index * call.units.value;
-    const bool past =
-        begin - at >= call.units.value - call.end_tiles;  // in what counts for the sequence's end
-    range.index = past ? index + 1 : index, range.base = past ? at + call.units.value : at;
-    range.begin = max(begin, range.base), range.end = partition.begin(number + 1);
+    range.begin = partition.begin(number), range.end = partition.begin(number + 1);
+    const int32_t index = call.units.quotient(range.begin), units = call.units.value;
+    begin_range(range, index, index * units, units - call.end_tiles, units);
     return partition;
   }
+  if (call.sequences <= 32) return find_range_by_warp<kTile>(call, rows, number, range);
   const int32_t sequences = call.sequences, share = (sequences - 1) / kThreads + 1;
   const int32_t first = min(sequences, share * static_cast<int32_t>(threadIdx.x));
   const int32_t last = min(sequences, first + share);
   Partition partition;
-  int32_t base = 0;
+  int32_t base = 0, end = 0;  // units of earlier threads' sequences, and through this thread's
 #pragma unroll 1
   for (int pass = 0; pass < 2; ++pass) {
-    int32_t sum = 0, largest = 0;
+    int32_t at = base, largest = 0;
 #pragma unroll 1
-    for (int32_t i = first; i < last; ++i) {
+    for (int32_t i = first; i < last && (pass == 0 || at <= range.begin); ++i) {
       const SequenceUnits<kTile> units = units_of<kTile>(call, SequenceWork(call, rows, i));
-      const int32_t at = base + sum;
-      if (pass > 0 && at <= range.begin && range.begin < at + units.units) {
-        const bool past = range.begin - at >= units.parts;  // in what counts for the sequence's end
-        shared.index = past ? i + 1 : i, shared.base = past ? at + units.units : at;
-      }
-      sum += units.units, largest = max(largest, units.units);
+      if (pass > 0 && range.begin < at + units.units)
+        shared.index = i, shared.base = at, shared.parts = units.parts, shared.units = units.units;
+      at += units.units, largest = max(largest, units.units);
     }
     if (pass > 0) break;
-    base = sum;
+    base = at;
     const int32_t total = scan_block<kThreads>(shared, base, largest);
+    end = base + at;
     partition = Partition(call.grid, sequences, total, largest);
     range.begin = partition.begin(number), range.end = partition.begin(number + 1);
     if (range.begin >= range.end) return partition;
+    if (range.begin < base || range.begin >= end) break;
   }
   __syncthreads();
-  range.index = shared.index, range.base = shared.base;
-  range.begin = max(range.begin, range.base);
+  begin_range(range, shared.index, shared.base, shared.parts, shared.units);
   return partition;
 }
 
@@ -167,7 +208,7 @@ template <int kTile>
 struct WorkIterator {
   int32_t unit, end;               // the segment's first unit, and the end of the range
   int32_t index, base;             // the segment's sequence, and that sequence's first unit
-  int32_t parts = 0, all = 0;      // of the segment, and of the sequence
+  int32_t parts = 0, all = -1;     // of the segment, and of the sequence
   int32_t next_base = 0;           // the first unit of the next sequence
   int32_t tile = 0, tile_end = 0;  // the tiles of the segment that remain
 
@@ -192,7 +233,7 @@ struct WorkIterator {
       return work;
     }
   }
-  // Moves to the next segment, which open() opens unless the range is done.
+  // Moves to the next segment, at first to the first one, which open() opens unless the range is done.
   __device__ __forceinline__ void advance() {
     unit += parts;
     if (unit == base + all) unit = base = next_base, ++index;

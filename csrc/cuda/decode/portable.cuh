@@ -25,32 +25,33 @@ namespace decode::inline JF_ARCH_NAMESPACE {
 template <class T, class Stored, RowColumns R, bool kOptions>
 struct DecodeSm80 {
   using Element = T;
-  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
-  using Ring = WarpRing<Stored, kHeadDim, kValueDim, R.stages * (sizeof(T) / sizeof(Stored)), kTile>;
-  using Score = DecodeScore<TransposedAccumulator<Ring::kKeys / 16, kRows / 8>, kOptions>;
-  using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kRows / 8, kWarps, Score>;
-  static constexpr RowShape kShape{kHeadDim, kValueDim, kRows, kTile, R.stages, kWarps, true};
+  // Tiles of N keys in one of this kernel. float8 takes 32 keys in a stage, if it has the registers: the latency
+  // of products and exponentials is that of 16.
+  static constexpr int kRowTiles = sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
+  static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
+  static constexpr int kStages = R.stages * (sizeof(T) / sizeof(Stored)) / kRowTiles;
+  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile>;
+  using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, kOptions>;
+  using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
+  static constexpr RowShape kShape{kHeadDim, kValueDim, kRows, R.block_n, R.stages, kWarps, true};
   static constexpr DecodeLayout kLayout = decode_layout(kShape, sizeof(T));
   static constexpr int kMergeColumns = decode_merge_columns(kShape), kMergePitch = decode_merge_pitch(kShape);
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.warp_ring == Ring::kBytes && sizeof(Softmax) == 2 * sizeof(float));
-  static_assert(sizeof(PartitionShared<kThreads>) + sizeof(bool) <= kBlockStateBytes);
-  static_assert(kTile == kWarps * Ring::kKeys && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
+  static_assert(kKeys % 16 == 0 && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
 };
 
 // float8 is copied and multiplied 64 features at a time.
 template <class T, int HeadDim, int ValueDim, int...>
 inline constexpr bool supports_float8 = sizeof(T) == 2 && HeadDim % 64 == 0 && ValueDim % 64 == 0;
 
-// Writes the results of a segment whose tiles all warps have attended to, or merges them with those of the
-// sequence's other parts if this one is the last to be finished.
+// Writes the results of a segment whose tiles all warps have attended to, or its part of them.
 template <class C>
-__device__ __forceinline__ void finish_segment(const DecodeCall& call, const ColumnRows& rows, int32_t column,
-                                               const Segment& segment, typename C::WarpState& state,
-                                               WarpMerge<C> merge, bool& is_last) {
-  const SequenceWork& work = segment.work;
-  const Parts parts = segment.parts;
+__device__ __forceinline__ void store_segment(const DecodeCall& call, const ColumnRows& rows, int32_t column,
+                                              const SequenceWork& work, const Parts& parts,
+                                              typename C::WarpState& state, WarpMerge<C> merge) {
   const PartialResults<C::kRows> partial(call);
   const int64_t first = partial.row(parts.slot(call.grid, parts.own), column, 0);
   merge.run(state, rows.count(), [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
@@ -60,18 +61,61 @@ __device__ __forceinline__ void finish_segment(const DecodeCall& call, const Col
     *reinterpret_cast<float4*>(partial.o + (first + row) * partial.width + feature) = o;
     if (feature == 0) partial.softmax[first + row] = softmax;
   });
-  if (parts.count == 1) return;
-  if (threadIdx.x == 0) is_last = count_part(partial.counter(parts, column), parts.count);
-  __syncthreads();
-  if (is_last) combine<C>(call, rows, work, partial, parts, column);
 }
+
+// The parts of sequences that a block has stored. It counts each at once, but asks only when the next one is
+// stored, or at the end, whether it was the sequence's last and is to merge them all: nobody waits for the
+// counter meanwhile.
+template <class C>
+class StoredParts {
+ public:
+  struct Shared {
+    SequenceWork work[2];  // of this part and the one before
+    Parts parts[2];
+    bool is_last[2];
+  };
+  __device__ __forceinline__ explicit StoredParts(Shared& shared) : shared_(shared) {}
+
+  // By all threads, after a barrier that follows the part's results. `ends`: the block is done with this part.
+  __device__ __forceinline__ void add(const DecodeCall& call, const ColumnRows& rows, int32_t column,
+                                      const Segment& segment, bool ends) {
+    const bool stored = segment.parts.count > 1;
+    const int added = waiting_ == 0 ? 1 : 0;
+    if (stored && threadIdx.x == 0)
+      shared_.work[added] = segment.work, shared_.parts[added] = segment.parts;
+#pragma unroll 1  // settle() is compiled once
+    for (int turn = 0; turn <= static_cast<int>(ends); ++turn) {
+      if (waiting_ >= 0) settle(call, rows, column);
+      if (turn > 0 || !stored) continue;
+      waiting_ = added;
+      if (threadIdx.x == 0)
+        counted_ = count_part(PartialResults<C::kRows>(call).counter(segment.parts, column));
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void settle(const DecodeCall& call, const ColumnRows& rows, int32_t column) {
+    const PartialResults<C::kRows> partial(call);
+    const Parts& parts = shared_.parts[waiting_];
+    bool& is_last = shared_.is_last[waiting_];
+    if (threadIdx.x == 0) is_last = is_last_part(partial.counter(parts, column), counted_, parts.count);
+    __syncthreads();
+    if (is_last) combine<C>(call, rows, shared_.work[waiting_], partial, parts, column);
+    waiting_ = -1;
+  }
+
+  Shared& shared_;
+  int waiting_ = -1;      // the place in `shared_` of the part that is counted, and no more; -1: none
+  uint32_t counted_ = 0;  // thread 0: what count_part() returned of it
+};
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm80(const __grid_constant__ DecodeCall call) {
   using Ring = typename C::Ring;
   __shared__ PartitionShared<C::kThreads> found;
-  __shared__ bool is_last;
+  __shared__ typename StoredParts<C>::Shared stored_parts;
+  static_assert(sizeof found + sizeof stored_parts <= kBlockStateBytes);
   uint8_t* const shared = ptx::dynamic_shared();
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
@@ -81,23 +125,34 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   const Partition partition = find_range<C::kTile, C::kThreads>(call, rows, found, number, range);
   if (range.begin >= range.end) return;
 
-  Segment* const queue = reinterpret_cast<Segment*>(shared + C::kLayout.segments) + warp * Ring::kStages;
+  Segment* const queue = reinterpret_cast<Segment*>(shared + C::kLayout.segments) + warp * Ring::kSegments;
   Ring ring(ptx::shared_address(shared) + warp * C::kLayout.warp_ring, queue, call, rows, partition, range,
             number);
   typename C::WarpState state;
   if constexpr (C::WarpState::kSharedQueries)
     state.shared_q = reinterpret_cast<uint2*>(shared + C::kLayout.queries);
+  StoredParts<C> stored(stored_parts);
   const Segment* segment = nullptr;
   Interval keys{0, 0};  // of the segment's sequence
   int32_t tile = 0, tile_end = 0;
 #pragma unroll 1  // and fill() is called in one place: a kernel's first instructions are fetched from memory
-  for (int ahead = 1 - Ring::kStages;;) {
+  for (int ahead = -Ring::kStages;;) {
     ring.fill();
     if (++ahead <= 0) continue;
     if (tile == tile_end) {
-      segment = &ring.next_segment();
-      tile = segment->tile, tile_end = segment->tile_end, keys = segment->work.keys;
+      const Segment* const ended = segment;
+      const bool ends = ring.done();
+      if (!ends) segment = &ring.next_segment();
+      // The queries arrive while results are merged.
+      if (!ends && !C::WarpState::kSharedQueries) state.load(call, rows, segment->work);
+      if (ended) {
+        store_segment<C>(call, rows, column, ended->work, ended->parts, state, WarpMerge<C>(shared));
+        stored.add(call, rows, column, *ended, ends);
+        if (ends) return;
+      }
+      if (C::WarpState::kSharedQueries) state.load(call, rows, segment->work);
       state.begin(call, rows, segment->work);
+      tile = segment->tile, tile_end = segment->tile_end, keys = segment->work.keys;
       if (threadIdx.x == 0 && segment->parts.count > 1)
         prepare_counter(PartialResults<C::kRows>(call).counter(segment->parts, column));
     }
@@ -106,15 +161,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if (key < keys.hi && key + Ring::kKeys > keys.lo)
       state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes);
     __syncwarp();
-    if (++tile < tile_end) continue;
-    finish_segment<C>(call, rows, column, *segment, state, WarpMerge<C>(shared), is_last);
-    if (ring.done()) return;
+    ++tile;
   }
 }
 
 template <class C>
 cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const DecodeGrid& grid = plan.decode;
+  DecodeGrid grid = plan.decode;
+  grid.part_tiles /= C::kRowTiles;
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {

@@ -1,10 +1,10 @@
 // A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it:
 // copies and products need no barrier across the thread block.
 //
-// A stage holds 16 keys and their values. The page slots of the next stage's keys are looked up while the
-// last copy runs, which hides the latency of the block table. Before the first tile is waited for, kStages of
-// them are asked for by the loop that waits: a kernel's first instructions are fetched from memory, so that
-// code is kept short.
+// A stage holds kKeys keys and their values. The page slots of the next stage's keys are looked up while the
+// last copy runs, also where it belongs to the next segment, which hides the latency of the block table, whose
+// entries a prefetch brings to L2 before that. Before the first tile is waited for, kStages of them are asked
+// for by the loop that waits: a kernel's first instructions are fetched from memory, so that code is kept short.
 #pragma once
 
 #include <cstdint>
@@ -14,6 +14,7 @@
 #include "cuda/decode/results.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
+#include "cuda/ptx/global.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::decode {
@@ -43,6 +44,10 @@ struct KeySource {
     const int32_t entry = call.page_size.quotient(key_index);
     return {table[entry], key_index - entry * call.page_size.value};
   }
+  // Brings the table's entry of a later key to L2.
+  __device__ __forceinline__ void prefetch(const DecodeCall& call, int64_t position) const {
+    if (position < used.hi) ptx::prefetch(table + call.page_size.quotient(static_cast<int32_t>(position)));
+  }
   __device__ __forceinline__ static PageSlot check(const DecodeCall& call, PageSlot found) {
     if (found.slot == kUnused) return {kNoPage, 0};
     if (static_cast<uint32_t>(found.page) >= static_cast<uint32_t>(call.pages)) return {kMissingPage, 0};
@@ -58,7 +63,7 @@ struct KeySource {
   }
 };
 
-// Starts the copies of the keys and values of 16 slots by one warp. `slot` is that of key lane % 16.
+// Starts the copies of the keys and values of kRows slots by one warp. `slot` is that of key lane % kRows.
 template <class KTile, class VTile, class Stored>
 __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Stored>& from, PageSlot slot) {
   constexpr int kLanes = 32, kRows = KTile::kRows;
@@ -105,15 +110,17 @@ struct Segment {
 static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
 
 // kTile: keys of a tile of the whole block, of which each warp takes kKeys.
-template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kTile>
+template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile>
 class WarpRing {
  public:
-  static constexpr int kKeys = 16, kStages = kStageCount;
+  static constexpr int kKeys = kKeyCount, kStages = kStageCount;
+  static constexpr int kSegments = kStages + 2;  // that may be open: the last one, those of the stages, the next
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
+  static constexpr int kLookAhead = 4;  // tiles: memory that is busy takes longer than a tile to answer
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
 
-  // `queue`: this warp's segments [kStages].
+  // `queue`: this warp's segments [kSegments].
   __device__ __forceinline__ WarpRing(uint32_t shared, Segment* queue, const DecodeCall& decode,
                                       const ColumnRows& column_rows, const Partition& of_column,
                                       const Range& range, int32_t range_number)
@@ -125,17 +132,18 @@ class WarpRing {
         segments(queue),
         ahead(range) {}
 
-  // Starts the copy of this warp's keys of the next tile, or of nothing past the last one.
+  // Starts the copy of this warp's keys of the next tile, and looks for those of the tile after it. The first
+  // call, and those past the last tile, copy nothing.
   __device__ __forceinline__ void fill() {
-    if (ahead.tile == ahead.tile_end && !ahead.done()) open();
     if (ahead.tile < ahead.tile_end) {
       copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
-      if (++ahead.tile < ahead.tile_end) {
-        find();
-      } else {
-        ahead.advance();
-      }
+      ++ahead.tile;
     }
+    if (ahead.tile == ahead.tile_end && !ahead.done()) {
+      ahead.advance();
+      if (!ahead.done()) open();
+    }
+    if (ahead.tile < ahead.tile_end) find();
     if (++filled == kStages) filled = 0;
     ptx::cp_async_commit();
   }
@@ -149,7 +157,7 @@ class WarpRing {
   // started.
   __device__ __forceinline__ const Segment& next_segment() {
     const Segment& segment = segments[taken];
-    if (++taken == kStages) taken = 0;
+    if (++taken == kSegments) taken = 0;
     return segment;
   }
   __device__ __forceinline__ bool done() const { return ahead.done() && taken == opened; }
@@ -158,16 +166,17 @@ class WarpRing {
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
-    find();
     __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
       segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
-    if (++opened == kStages) opened = 0;
+    if (++opened == kSegments) opened = 0;
     __syncwarp();
   }
   __device__ __forceinline__ void find() {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    next = keys.look_up(call, int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
+    const int64_t position = int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys;
+    next = keys.look_up(call, position);
+    if (call.paged) keys.prefetch(call, position + kLookAhead * kTile);
   }
 
   const DecodeCall& call;

@@ -2,12 +2,14 @@
 // Pᵀ.
 //
 // float8 is widened after ldmatrix, which moves it in 16-bit pairs of adjacent features. A lane therefore
-// holds other features than with 16-bit keys, and the fragments of Q and O follow that order.
+// holds other features than with 16-bit keys, and the fragments of Q and O follow that order. Its format is a
+// template argument of the loads: a branch in each of them would keep the loads apart.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "core/spec.h"
 #include "cuda/ptx/float8.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/tile/operands.cuh"
@@ -21,13 +23,17 @@ using StoredTile =
     SharedTile<std::conditional_t<sizeof(Stored) == 1, uint16_t, Stored>, kRows,
                kColumns * sizeof(Stored) / sizeof(std::conditional_t<sizeof(Stored) == 1, uint16_t, Stored>)>;
 
-// K [16 keys, d], converted to T.
+// K [keys, d], converted to T.
 template <class T, class Tile, class Stored = typename Tile::Element>
 struct KeysA {
   static constexpr int kAtOnce = 1;  // k steps per load
   RowsA<Tile> rows;
-  __device__ __forceinline__ KeysA(uint32_t tile, DType) : rows(tile, 0) {}
-  __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i) const { rows.load(a[0], 0, i); }
+  __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
+  // The fragments of the m-th 16 keys.
+  template <DType>
+  __device__ __forceinline__ void load(uint32_t (&a)[1][4], int m, int i) const {
+    rows.load(a[0], m, i);
+  }
 
   // The feature, or the first of two, that register `half` of B (Q) must hold in lane t at k step k.
   __device__ __forceinline__ static int feature(int k, int half, int t) {
@@ -39,29 +45,30 @@ template <class T, class Tile>
 struct KeysA<T, Tile, uint8_t> {
   static constexpr int kAtOnce = 2;
   RowsA<Tile> rows;
-  DType format;
-  __device__ __forceinline__ KeysA(uint32_t tile, DType stored) : rows(tile, 0), format(stored) {}
-  __device__ __forceinline__ void load(uint32_t (&a)[2][4], int i) const {
+  __device__ __forceinline__ explicit KeysA(uint32_t tile) : rows(tile, 0) {}
+  template <DType kFormat>
+  __device__ __forceinline__ void load(uint32_t (&a)[2][4], int m, int i) const {
     uint32_t x[4];  // four adjacent features each: of keys g and g + 8, then the same 16 features further on
-    rows.load(x, 0, i);
-    ptx::with_format(format, [&]<DType kFormat>() {
+    rows.load(x, m, i);
 #pragma unroll
-      for (int step = 0; step < 2; ++step)
+    for (int step = 0; step < 2; ++step)
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-          a[step][r] = ptx::widen_float8<T, kFormat>(x[2 * step + r % 2] >> r / 2 * 16);
-    });
+      for (int r = 0; r < 4; ++r)
+        a[step][r] = ptx::widen_float8<T, kFormat>(x[2 * step + r % 2] >> r / 2 * 16);
   }
   __device__ __forceinline__ static int feature(int k, int half, int t) { return k * 16 + t * 4 + half * 2; }
 };
 
-// Vᵀ [dv, 16 keys], converted to T.
+// Vᵀ [dv, keys], converted to T.
 template <class T, class Tile, class Stored = typename Tile::Element>
 struct ValuesA {
   static constexpr int kAtOnce = 1;  // tiles of 16 features per load
   ColumnsA<Tile, 16> columns;
-  __device__ __forceinline__ ValuesA(uint32_t tile, DType) : columns(tile, 0) {}
-  __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i, int k) const { columns.load(a[0], i, k); }
+  __device__ __forceinline__ explicit ValuesA(uint32_t tile) : columns(tile, 0) {}
+  template <DType>
+  __device__ __forceinline__ void load(uint32_t (&a)[1][4], int i, int k) const {
+    columns.load(a[0], i, k);
+  }
 
   // The feature of a tile that rows g (half 0) and g + 8 (half 1) of C (Oᵀ) are.
   __device__ __forceinline__ static int feature(int g, int half) { return g + 8 * half; }
@@ -71,19 +78,17 @@ template <class T, class Tile>
 struct ValuesA<T, Tile, uint8_t> {
   static constexpr int kAtOnce = 2;
   ColumnsA<Tile, 16> columns;
-  DType format;
-  __device__ __forceinline__ ValuesA(uint32_t tile, DType stored) : columns(tile, 0), format(stored) {}
+  __device__ __forceinline__ explicit ValuesA(uint32_t tile) : columns(tile, 0) {}
+  template <DType kFormat>
   __device__ __forceinline__ void load(uint32_t (&a)[2][4], int i, int k) const {
     uint32_t x[4];  // two adjacent features of two keys each: from keys 2t and 2t + 8, in two feature tiles
     columns.load(x, i, k);
-    ptx::with_format(format, [&]<DType kFormat>() {
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile)
+    for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
-        for (int r = 0; r < 4; ++r)
-          a[tile][r] = ptx::widen_float8<T, kFormat>(r % 2 ? ptx::odd_bytes(x[tile + r / 2 * 2])
-                                                           : ptx::even_bytes(x[tile + r / 2 * 2]));
-    });
+      for (int r = 0; r < 4; ++r)
+        a[tile][r] = ptx::widen_float8<T, kFormat>(r % 2 ? ptx::odd_bytes(x[tile + r / 2 * 2])
+                                                         : ptx::even_bytes(x[tile + r / 2 * 2]));
   }
   __device__ __forceinline__ static int feature(int g, int half) { return 2 * g + half; }
 };

@@ -1,7 +1,7 @@
 // Attention with an online softmax in one warp of decode: all query rows of the column against the keys of
 // one stage after the other.
 //
-// Since there are few query rows, the products are transposed: Sᵀ = K Qᵀ [16 keys, rows] and
+// Since there are few query rows, the products are transposed: Sᵀ = K Qᵀ [keys, rows] and
 // Oᵀ += Vᵀ Pᵀ [dv, rows]. The rows then fill the 8 columns of mma's B instead of the 16 rows of its A.
 #pragma once
 
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "core/families/portable_layout.h"
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
@@ -60,9 +61,8 @@ struct DecodeTile {
 
 // The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and
 // e < 2.
-template <class T, class Stored, int HeadDim, int ValueDim, int kTiles, int kWarps, class Score>
+template <class T, class Stored, int HeadDim, int ValueDim, int kKeys, int kTiles, int kWarps, class Score>
 struct WarpAttention {
-  static constexpr int kKeys = 16;
   using S = TransposedAccumulator<kKeys / 16, kTiles>;
   static constexpr int kSteps = HeadDim / kStepK<T>, kValueTiles = ValueDim / 16;
   static constexpr int kKeySteps = kKeys / kStepK<T>;
@@ -78,12 +78,12 @@ struct WarpAttention {
   static constexpr float kSlack = 8, kLead = kRescaled ? 6 : 0;
 
   // Qᵀ as mma's B: in registers, or in shared memory where it would not leave enough of them.
-  static constexpr bool kSharedQueries = kTiles > 2;
+  static constexpr bool kSharedQueries = decode_shares_queries(8 * kTiles, HeadDim);
   uint32_t q[kSharedQueries ? 1 : kTiles][kSteps][2];
-  uint2* shared_q;                   // [kTiles, kSteps, 32 lanes], and then the rows' query_scale
+  uint2* shared_q;                   // [kTiles, kSteps, 32 lanes], and then the rows' keys and query_scale
   float o[kTiles][kValueTiles][4];   // Oᵀ
   float m[kTiles][2], l[kTiles][2];  // the bound on a row's scores, and this lane's share of Σ P
-  Interval keys[S::kSlots];          // the keys that a row sees
+  Interval keys[kSharedQueries ? 1 : S::kSlots];  // the keys that a row sees
   Interval common;                   // the keys that all rows in use see
   float scale;                       // S = scale · stored keys · Q
   float value_scale = 1;             // V = value_scale · stored values
@@ -91,50 +91,41 @@ struct WarpAttention {
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
 
-  __device__ __forceinline__ void begin(const DecodeCall& call, const ColumnRows& rows,
-                                        const SequenceWork& work) {
+  // Loads what a segment is computed from; not yet what its results are, which may still be those of the segment
+  // before. By all warps together where queries are shared.
+  __device__ __forceinline__ void load(const DecodeCall& call, const ColumnRows& rows,
+                                       const SequenceWork& work) {
     load_queries(call, rows, work);
     common = work.band.common(rows.first_position(), work.end_position(rows));
-    for_each_row([&](int n, int e) {
-      const int32_t row = row_of(n, e);
-      const bool used = row < rows.count();
-      keys[2 * n + e] = used ? work.band.row(rows.position(row)) : Interval{0, 0};
-      m[n][e] = -INFINITY;
-      l[n][e] = 0;
-    });
+    if constexpr (!kSharedQueries)
+      for_each_row([&](int n, int e) { keys[2 * n + e] = keys_of(rows, work, row_of(n, e)); });
     scale = call.scale;
     if constexpr (kScaled) {
       if (call.k_scale) scale *= *call.k_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
+    }
+  }
+  // Begins the segment's results.
+  __device__ __forceinline__ void begin(const DecodeCall& call, const ColumnRows& rows,
+                                        const SequenceWork& work) {
+    for_each_row([&](int n, int e) { m[n][e] = -INFINITY, l[n][e] = 0; });
+    clear_fragments(o);
+    if constexpr (kScaled) {
       if (call.v_scale) value_scale = *call.v_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
     }
-    clear_fragments(o);
   }
 
-  // Attends to the 16 keys from `key` on, whose tiles are at `k` and `v` in shared memory.
+  // Attends to the kKeys keys from `key` on, whose tiles are at `k` and `v` in shared memory.
   __device__ __forceinline__ void step(const DecodeCall& call, const ColumnRows& rows,
                                        const SequenceWork& work, int32_t key, uint32_t k, uint32_t v) {
     S s;
-    multiply_keys(s.x[0], k, call.kv_dtype);  // Sᵀ = K Qᵀ
+    with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
     Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
-    const FragmentsV values(v, call.kv_dtype);
-#pragma unroll
-    for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
-#pragma unroll
-      for (int k_step = 0; k_step < kKeySteps; ++k_step) {
-        uint32_t a[FragmentsV::kAtOnce][4];
-        values.load(a, i / FragmentsV::kAtOnce, k_step);
-#pragma unroll
-        for (int j = 0; j < FragmentsV::kAtOnce; ++j)
-#pragma unroll
-          for (int n = 0; n < kTiles; ++n)
-            ptx::mma_quick<M>(o[n][i + j], a[j], b[n][k_step][0], b[n][k_step][1]);
-      }
-    }
+    with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_values<kFormat>(b, v); });  // Oᵀ ← Oᵀ + Vᵀ Pᵀ
   }
 
   template <class F>
@@ -146,6 +137,21 @@ struct WarpAttention {
   }
 
  private:
+  // Calls f.operator()<format>(); without float8, of which the format does not matter, for any.
+  template <class F>
+  __device__ __forceinline__ static void with_format(DType stored, F f) {
+    if constexpr (kScaled) {
+      ptx::with_format(stored, f);
+    } else {
+      f.template operator()<DType::kF8E4M3>();
+    }
+  }
+
+  __device__ __forceinline__ static Interval keys_of(const ColumnRows& rows, const SequenceWork& work,
+                                                     int32_t row) {
+    return row < rows.count() ? work.band.row(rows.position(row)) : Interval{0, 0};
+  }
+
   // Loads Qᵀ. Unused features become zeros.
   __device__ __forceinline__ void load_queries(const DecodeCall& call, const ColumnRows& rows,
                                                const SequenceWork& work) {
@@ -158,7 +164,8 @@ struct WarpAttention {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k)
           shared_q[(n * kSteps + k) * 32 + lane] = make_uint2(tile[k][0], tile[k][1]);
-        if (lane % 4 == 0) row_scales()[8 * n + lane / 4] = scale_of_row;
+        const int row = 8 * n + lane / 4;
+        if (lane % 4 == 0) row_scales()[row] = scale_of_row, row_keys()[row] = keys_of(rows, work, row);
       }
       __syncthreads();
     } else {
@@ -173,8 +180,11 @@ struct WarpAttention {
       }
     }
   }
+  __device__ __forceinline__ Interval* row_keys() const {
+    return reinterpret_cast<Interval*>(shared_q + kTiles * kSteps * 32);
+  }
   __device__ __forceinline__ float* row_scales() const {
-    return reinterpret_cast<float*>(shared_q + kTiles * kSteps * 32);
+    return reinterpret_cast<float*>(row_keys() + 8 * kTiles);
   }
 
   // Loads 8 rows of Q, and returns the factor that this lane's row was divided by.
@@ -182,11 +192,7 @@ struct WarpAttention {
                                                           const SequenceWork& work, int n,
                                                           uint32_t (&tile)[kSteps][2]) {
     const int g = static_cast<int>(threadIdx.x % 32 / 4), t = static_cast<int>(threadIdx.x % 4);
-    // Padding rows repeat others: a row's result depends on no other row.
-    const int32_t row = min(8 * n + g, rows.count() - 1);
-    const int32_t position = call.starts ? min(rows.position(row), work.band.q_len - 1) : rows.position(row);
-    const T* const at =
-        call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
+    const T* const at = query_at<T>(call, rows, work, 8 * n + g);
 #pragma unroll
     for (int i = 0; i < 2 * kSteps; ++i) {
       const int feature = FragmentsK::feature(i / 2, i % 2, t);
@@ -231,38 +237,55 @@ struct WarpAttention {
     return query_scale[kSharedQueries ? 0 : slot / 2][slot % 2];
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&s)[kTiles][4], uint32_t k, DType stored) const {
+  template <DType kFormat>
+  __device__ __forceinline__ void multiply_keys(S& s, uint32_t k) const {
     // The odd k steps, so that successive products do not depend on each other.
-    constexpr int kOdd = kTiles > 2 ? 0 : kTiles;
-    float odd[kTiles][4] = {};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[n][i] = 0;
-    const FragmentsK fragments(k, stored);
+    constexpr int kKeyTiles = kKeys / 16;
+    constexpr bool kOdd = kKeyTiles * kTiles <= 2;
+    S odd;
+    s.clear(), odd.clear();
+    const FragmentsK fragments(k);
 #pragma unroll
     for (int i = 0; i < kSteps; i += FragmentsK::kAtOnce) {
-      uint32_t a[FragmentsK::kAtOnce][4];
-      fragments.load(a, i / FragmentsK::kAtOnce);
 #pragma unroll
-      for (int j = 0; j < FragmentsK::kAtOnce; ++j)
+      for (int m = 0; m < kKeyTiles; ++m) {
+        uint32_t a[FragmentsK::kAtOnce][4];
+        fragments.template load<kFormat>(a, m, i / FragmentsK::kAtOnce);
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const uint2 b = queries(n, i + j);
-          ptx::mma_quick<M>(kOdd > 0 && (i + j) % 2 ? odd[n] : s[n], a[j], b.x, b.y);
-        }
+        for (int j = 0; j < FragmentsK::kAtOnce; ++j)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) {
+            const uint2 b = queries(n, i + j);
+            ptx::mma_quick<M>(kOdd && (i + j) % 2 ? odd.x[m][n] : s.x[m][n], a[j], b.x, b.y);
+          }
+      }
     }
-    if constexpr (kOdd > 0) {
+    if constexpr (kOdd) for_each(s, [&](float& x, int slot, int n, int e) { x += odd.at(slot, n, e); });
+  }
+
+  template <DType kFormat>
+  __device__ __forceinline__ void multiply_values(const uint32_t (&b)[kTiles][kKeySteps][2], uint32_t v) {
+    const FragmentsV values(v);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n)
+    for (int i = 0; i < kValueTiles; i += FragmentsV::kAtOnce) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[n][i] += odd[n][i];
+      for (int k = 0; k < kKeySteps; ++k) {
+        uint32_t a[FragmentsV::kAtOnce][4];
+        values.template load<kFormat>(a, i / FragmentsV::kAtOnce, k);
+#pragma unroll
+        for (int j = 0; j < FragmentsV::kAtOnce; ++j)
+#pragma unroll
+          for (int n = 0; n < kTiles; ++n) ptx::mma_quick<M>(o[n][i + j], a[j], b[n][k][0], b[n][k][1]);
+      }
     }
   }
 
   __device__ __forceinline__ void mask(S& s, int32_t key) const {
-    hide(s, key, -INFINITY, [&](int slot) { return keys[slot].lo; }, BeforeLimit{});
-    hide(s, key, -INFINITY, [&](int slot) { return keys[slot].hi; }, FromLimit{});
+    const auto seen = [&](int slot) {
+      return kSharedQueries ? row_keys()[S::row(slot)] : keys[kSharedQueries ? 0 : slot];
+    };
+    hide(s, key, -INFINITY, [&](int slot) { return seen(slot).lo; }, BeforeLimit{});
+    hide(s, key, -INFINITY, [&](int slot) { return seen(slot).hi; }, FromLimit{});
   }
 
   // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each
@@ -271,7 +294,10 @@ struct WarpAttention {
     float largest[kTiles][2];
     bool above = false;
     for_each_row([&](int n, int e) {
-      largest[n][e] = fmaxf(s.at(2 * n + e, 0, 0), s.at(2 * n + e, 0, 1));
+      largest[n][e] = s.at(2 * n + e, 0, 0);
+#pragma unroll
+      for (int i = 1; i < 2 * S::kColumnTiles; ++i)
+        largest[n][e] = fmaxf(largest[n][e], s.at(2 * n + e, i / 2, i % 2));
       above |= largest[n][e] > m[n][e] + (kSlack + kLead);
     });
     if (!__any_sync(~0u, above)) return;
@@ -294,15 +320,15 @@ struct WarpAttention {
       x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));
       l[n][e] += x;
     });
-    const auto& x = s.x[0];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
+      for (int i = 0; i < 2 * S::kColumnTiles; ++i) {  // 8 keys each
+        const float even = s.at(2 * n, i / 2, i % 2), odd = s.at(2 * n + 1, i / 2, i % 2);
         if constexpr (sizeof(T) == 2) {
-          b[n][0][i] = ptx::transpose(ptx::pack<M>(x[n][2 * i], x[n][2 * i + 1]));
+          b[n][i / 2][i % 2] = ptx::transpose(ptx::pack<M>(even, odd));
         } else {
-          transpose(x[n][2 * i], x[n][2 * i + 1], b[n][i]);
+          transpose(even, odd, b[n][i]);
         }
       }
   }

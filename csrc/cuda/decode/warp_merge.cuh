@@ -9,10 +9,13 @@
 
 namespace jax_flash::decode {
 
-// C: DecodeSm80. O goes through shared memory a few columns at a time (DecodeLayout).
+// C: DecodeSm80. O goes through shared memory a few columns at a time (DecodeLayout), twice as many where half of
+// the rows are in use.
 template <class C>
 class WarpMerge {
  public:
+  using Factors = float[C::kRows / 8][2];
+
   __device__ __forceinline__ explicit WarpMerge(uint8_t* shared)
       : o_(reinterpret_cast<float*>(shared + C::kLayout.merge_o)),
         softmax_(reinterpret_cast<Softmax*>(shared + C::kLayout.merge_softmax)) {}
@@ -21,27 +24,37 @@ class WarpMerge {
   template <class Write>
   __device__ __forceinline__ void run(typename C::WarpState& state, int32_t rows, Write write) {
     share_softmax(state);
-    float factor[C::kRows / 8][2];
+    Factors factor;
     C::WarpState::for_each_row([&](int n, int e) {
       factor[n][e] = merge_weight({state.m[n][e], state.l[n][e]}, merged(C::WarpState::row_of(n, e)).m);
       if constexpr (C::WarpState::kScaled) factor[n][e] *= state.value_scale;
     });
+    if constexpr (C::kValueDim % (2 * C::kMergeColumns) == 0) {
+      if (rows <= C::kRows / 2) return merge<C::kRows / 2, 2 * C::kMergeColumns>(state, factor, rows, write);
+    }
+    merge<C::kRows, C::kMergeColumns>(state, factor, rows, write);
+  }
+
+ private:
+  // kRows: more than are used.
+  template <int kRows, int kColumns, class Write>
+  __device__ __forceinline__ void merge(const typename C::WarpState& state, const Factors& factor, int32_t rows,
+                                        Write write) {
+    static_assert(kRows * (kColumns + 4) <= C::kRows * C::kMergePitch);
 #pragma unroll 1
-    for (int first = 0; first < C::kValueDim; first += C::kMergeColumns) {
+    for (int first = 0; first < C::kValueDim; first += kColumns) {
 #pragma unroll
-      for (int i = 0; i < C::kValueDim; i += C::kMergeColumns) {
-        if (i == first) store(state, factor, i);  // registers need compile-time indices
+      for (int i = 0; i < C::kValueDim; i += kColumns) {
+        if (i == first) store<kRows, kColumns>(state, factor, i);  // registers need compile-time indices
       }
       __syncthreads();
-      for (int at = static_cast<int>(threadIdx.x); at < rows * (C::kMergeColumns / 4); at += C::kThreads) {
-        const int row = at / (C::kMergeColumns / 4), column = at % (C::kMergeColumns / 4) * 4;
-        write(row, first + column, sum(row, column), merged(row));
+      for (int at = static_cast<int>(threadIdx.x); at < rows * (kColumns / 4); at += C::kThreads) {
+        const int row = at / (kColumns / 4), column = at % (kColumns / 4) * 4;
+        write(row, first + column, sum<kRows, kColumns>(row, column), merged(row));
       }
       __syncthreads();
     }
   }
-
- private:
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
 
   // Stores this warp's m and l of each row. The lanes of a column then have its whole l.
@@ -64,14 +77,15 @@ class WarpMerge {
     }
     return all;
   }
-  // Stores the kMergeColumns features of this warp's O from `first` on, rescaled to the merged m.
-  __device__ __forceinline__ void store(const typename C::WarpState& state,
-                                        const float (&factor)[C::kRows / 8][2], int first) {
+  // Stores the kColumns features of this warp's O from `first` on, rescaled to the merged m.
+  template <int kRows, int kColumns>
+  __device__ __forceinline__ void store(const typename C::WarpState& state, const Factors& factor, int first) {
     const int g = static_cast<int>(threadIdx.x % 32 / 4);
     C::WarpState::for_each_row([&](int n, int e) {
-      float* row = o_ + (warp() * C::kRows + C::WarpState::row_of(n, e)) * C::kMergePitch;
+      if (C::WarpState::row_of(n, e) >= kRows) return;
+      float* row = o_ + (warp() * kRows + C::WarpState::row_of(n, e)) * (kColumns + 4);
 #pragma unroll
-      for (int v = 0; v < C::kMergeColumns / 16; ++v) {
+      for (int v = 0; v < kColumns / 16; ++v) {
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           row[v * 16 + C::WarpState::FragmentsV::feature(g, half)] =
@@ -79,11 +93,12 @@ class WarpMerge {
       }
     });
   }
-  // O of all warps.
+  // O of all warps. Columns are padded, which avoids bank conflicts.
+  template <int kRows, int kColumns>
   __device__ __forceinline__ float4 sum(int row, int column) const {
     float4 total = make_float4(0, 0, 0, 0);
     for (int w = 0; w < C::kWarps; ++w) {
-      const float4 x = *reinterpret_cast<const float4*>(o_ + (w * C::kRows + row) * C::kMergePitch + column);
+      const float4 x = *reinterpret_cast<const float4*>(o_ + (w * kRows + row) * (kColumns + 4) + column);
       total.x += x.x, total.y += x.y, total.z += x.z, total.w += x.w;
     }
     return total;

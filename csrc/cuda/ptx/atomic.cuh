@@ -16,12 +16,14 @@ __device__ __forceinline__ void exchange_if(unsigned long long* to, unsigned lon
 }
 
 // Returns what was there before. What this thread and, through a barrier, its block have written before is
-// seen by who reads the sum and, through a barrier, by its block.
-__device__ __forceinline__ unsigned long long add_ordered(unsigned long long* to, unsigned long long x) {
+// seen by who reads the sum and then calls acquire(), and through a barrier by its block.
+__device__ __forceinline__ unsigned long long add_released(unsigned long long* to, unsigned long long x) {
   unsigned long long before;
-  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(to), "l"(x) : "memory");
+  asm volatile("atom.release.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(to), "l"(x) : "memory");
   return before;
 }
+
+__device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Loads that see what other blocks of this kernel have written.
 __device__ __forceinline__ float4 load_shared_by_blocks(const float4* from) { return __ldcg(from); }

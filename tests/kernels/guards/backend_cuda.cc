@@ -178,7 +178,7 @@ class Call {
     copies_.add(t_, kTangents, [](View Tangents::* operand) { return !is_result(operand); });
     // Decode reads its counters before anybody has written them: what lacks their mark counts as none. The
     // pattern, which is no mark and a NaN as a number, keeps initcheck from reporting these loads.
-    if (plan.decode_kernel >= 0 && plan.workspace > 0)
+    if (plan.decode.memory >= 0)
       check(cudaMemset(workspace_.data(), 0xFF, plan.workspace), "workspace");
   }
 

@@ -86,7 +86,7 @@ class AttentionCase : PoolCase {
     value_dim_ = width_within(aim_->value_dim);
     if (aim_->pass == Pass::kDecode) {  // keys of two tiles
       page_size_ = std::max(page_size_, 40);
-      table_ = std::max(table_, aim_->block_m > 16 ? 4 : 2);
+      table_ = std::max(table_, 4);
     }
   }
 

@@ -25,7 +25,8 @@ struct Counter {
       ptx::exchange_if(counter, found, 100);
     }
     __syncthreads();
-    const auto place = ptx::add_ordered(counter, 1) - 100;
+    const auto place = ptx::add_released(counter, 1) - 100;
+    ptx::acquire();
     if (place < 32) out[2 + place] = 1;
     __syncthreads();
     if (threadIdx.x == 0) out[0] = static_cast<float>(ptx::load_relaxed(counter)), out[1] = 0;

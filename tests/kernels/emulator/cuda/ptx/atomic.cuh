@@ -9,11 +9,12 @@ inline unsigned long long load_relaxed(const unsigned long long* from) { return 
 inline void exchange_if(unsigned long long* to, unsigned long long expected, unsigned long long x) {
   if (*to == expected) *to = x;
 }
-inline unsigned long long add_ordered(unsigned long long* to, unsigned long long x) {
+inline unsigned long long add_released(unsigned long long* to, unsigned long long x) {
   const unsigned long long before = *to;
   *to += x;
   return before;
 }
+inline void acquire() {}
 inline float4 load_shared_by_blocks(const float4* from) { return *from; }
 inline float2 load_shared_by_blocks(const float2* from) { return *from; }
 
