@@ -169,9 +169,9 @@ inline constexpr int32_t kDecodeRowBytes = 12;      // of a row's scale and the 
 struct DecodeLayout {
   int32_t warp_ring;      // bytes of one warp's ring; the warps' rings lie one after the other from 0 on
   int32_t merge_o;        // O [warps, M, merge pitch] float32
+  int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys, until O is merged
   int32_t merge_softmax;  // m and l [warps, M], two float32
   int32_t segments;       // [warps, stages + 2]: those that the stages' keys are of, one before and one after
-  int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys
   int32_t bytes;
 };
 
@@ -181,13 +181,15 @@ constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
   const int32_t warp_ring =
       ring_bytes(r.stages, warp_keys * r.head_dim * element_size, warp_keys * r.value_dim * element_size);
   const int32_t merge_o = r.warps * warp_ring, rows = r.warps * r.block_m;
-  const int32_t merge_softmax = merge_o + rows * decode_merge_pitch(r) * int32_t{sizeof(float)};
+  const int32_t o_bytes = rows * decode_merge_pitch(r) * int32_t{sizeof(float)};
+  const int32_t query_bytes = decode_shares_queries(r.block_m, r.head_dim)
+                                  ? r.block_m * (r.head_dim * element_size + kDecodeRowBytes)
+                                  : 0;
+  const int32_t merge_softmax = merge_o + larger(o_bytes, query_bytes);
   const int32_t segments = merge_softmax + rows * 2 * int32_t{sizeof(float)};
   const int32_t stages = element_size == 2 ? 2 * r.stages : r.stages;
-  const int32_t queries = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
-  const int32_t query_bytes =
-      decode_shares_queries(r.block_m, r.head_dim) ? r.block_m * (r.head_dim * element_size + kDecodeRowBytes) : 0;
-  return {warp_ring, merge_o, merge_softmax, segments, queries, queries + query_bytes};
+  const int32_t bytes = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
+  return {warp_ring, merge_o, merge_o, merge_softmax, segments, bytes};
 }
 
 constexpr int64_t decode_shared_bytes(const RowShape& r, int32_t element_size) {

@@ -19,14 +19,54 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The lanes hold the weights of
-// 32 parts at a time, which are computed while the first kAtOnce parts are loaded; the code is short, since it
-// runs once.
+// Merges parts of a row, as one of the lanes that share it: `o`, four of its features, and the softmax of
+// all. row_of(part): the index of its row in partial.softmax. The lanes hold the weights of 32 parts at a
+// time, which are computed while the first kAtOnce parts are loaded.
+template <int kAtOnce, int kRows, class RowOf>
+__device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& partial, int32_t parts,
+                                               int32_t feature, RowOf row_of, float4& o) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  Softmax all{-INFINITY, 0};
+  float weight = 0;  // 2^(m_i − m) of part i, in lane i % 32
+  o = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int32_t first = 0; first < parts; first += kAtOnce) {
+    const int32_t count = parts - first;
+    float2 own = make_float2(-INFINITY, 0);
+    if (first % 32 == 0 && lane < count)
+      own =
+          ptx::load_shared_by_blocks(reinterpret_cast<const float2*>(partial.softmax + row_of(first + lane)));
+    float4 x[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (i < count)
+        x[i] = ptx::load_shared_by_blocks(
+            reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
+    if (first % 32 == 0) {
+      const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
+      weight = merge_weight({own.x, own.y}, m);
+      all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
+      o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float w = __shfl_sync(~0u, weight, first + i);
+      if (i < count)
+        o.x = fmaf(x[i].x, w, o.x), o.y = fmaf(x[i].y, w, o.y), o.z = fmaf(x[i].z, w, o.z),
+        o.w = fmaf(x[i].w, w, o.w);
+    }
+  }
+  return all;
+}
+
+// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The code for few parts is
+// short, since it runs once and comes from memory; many parts are loaded as far as registers allow.
 template <class C>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
-  constexpr int kAtOnce = C::kRows > 16 ? 4 : 8;
+  constexpr int kFew = C::kRows <= 16 ? 8 : C::WarpState::kScaled ? 2 : 4;
+  constexpr int kMany = C::kRows == 8 && C::kValueDim <= 128 ? 16 : kFew;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
   for (int32_t row = warp; row < rows.count(); row += C::kWarps) {
@@ -39,35 +79,12 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
 #pragma unroll 1
     for (int32_t first_feature = 0; first_feature < call.value_dim; first_feature += 128) {
       const int32_t feature = min(first_feature + 4 * lane, call.value_dim - 4);
-      Softmax all{-INFINITY, 0};
-      float4 o = make_float4(0, 0, 0, 0);
-      float weight = 0;  // 2^(m_i − m) of part i, in lane i % 32
-#pragma unroll 1
-      for (int32_t first = 0; first < parts.count; first += kAtOnce) {
-        const int32_t count = parts.count - first;
-        float2 own = make_float2(-INFINITY, 0);
-        if (first % 32 == 0 && lane < count)
-          own = ptx::load_shared_by_blocks(
-              reinterpret_cast<const float2*>(partial.softmax + row_of(first + lane)));
-        float4 x[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-          if (i < count)
-            x[i] = ptx::load_shared_by_blocks(
-                reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
-        if (first % 32 == 0) {
-          const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
-          weight = merge_weight({own.x, own.y}, m);
-          all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
-          o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
-        }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const float w = __shfl_sync(~0u, weight, first + i);
-          if (i < count)
-            o.x = fmaf(x[i].x, w, o.x), o.y = fmaf(x[i].y, w, o.y), o.z = fmaf(x[i].z, w, o.z),
-            o.w = fmaf(x[i].w, w, o.w);
-        }
+      float4 o;
+      Softmax all;
+      if (kMany > kFew && parts.count > kFew) {
+        all = merge_parts<kMany>(partial, parts.count, feature, row_of, o);
+      } else {
+        all = merge_parts<kFew>(partial, parts.count, feature, row_of, o);
       }
       if (first_feature + 4 * lane < call.value_dim)
         store_result<typename C::Element>(call, rows, work, row, feature, o, all);

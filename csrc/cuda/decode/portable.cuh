@@ -27,9 +27,10 @@ struct DecodeSm80 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
-  // Tiles of N keys in one of this kernel. float8 takes 32 keys in a stage, if it has the registers: the latency
-  // of products and exponentials is that of 16.
-  static constexpr int kRowTiles = sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
+  // Tiles of N keys in one of this kernel. float8 takes 32 keys in a stage, if it has the registers: the
+  // latency of products and exponentials is that of 16.
+  static constexpr int kRowTiles =
+      sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
   static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
   static constexpr int kStages = R.stages * (sizeof(T) / sizeof(Stored)) / kRowTiles;
   using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile>;
@@ -70,43 +71,38 @@ template <class C>
 class StoredParts {
  public:
   struct Shared {
-    SequenceWork work[2];  // of this part and the one before
-    Parts parts[2];
+    Segment waiting;  // the part that is counted, and no more
     bool is_last[2];
   };
   __device__ __forceinline__ explicit StoredParts(Shared& shared) : shared_(shared) {}
 
-  // By all threads, after a barrier that follows the part's results. `ends`: the block is done with this part.
+  // By all threads, after a barrier that follows the part's results. `ends`: the block is done with this
+  // part.
   __device__ __forceinline__ void add(const DecodeCall& call, const ColumnRows& rows, int32_t column,
                                       const Segment& segment, bool ends) {
     const bool stored = segment.parts.count > 1;
-    const int added = waiting_ == 0 ? 1 : 0;
-    if (stored && threadIdx.x == 0)
-      shared_.work[added] = segment.work, shared_.parts[added] = segment.parts;
-#pragma unroll 1  // settle() is compiled once
-    for (int turn = 0; turn <= static_cast<int>(ends); ++turn) {
-      if (waiting_ >= 0) settle(call, rows, column);
-      if (turn > 0 || !stored) continue;
-      waiting_ = added;
+    const PartialResults<C::kRows> partial(call);
+    uint32_t counted = 0;
+    if (stored && threadIdx.x == 0) counted = count_part(partial.counter(segment.parts, column));
+#pragma unroll 1  // combine() is compiled once
+    for (int turn = waits_ ? 0 : 1; turn < (ends && stored ? 2 : 1); ++turn) {
+      const Segment& part = turn == 0 ? shared_.waiting : segment;
+      bool& is_last = shared_.is_last[turn];
       if (threadIdx.x == 0)
-        counted_ = count_part(PartialResults<C::kRows>(call).counter(segment.parts, column));
+        is_last = is_last_part(partial.counter(part.parts, column), turn == 0 ? counted_ : counted,
+                               part.parts.count);
+      __syncthreads();
+      if (is_last) combine<C>(call, rows, part.work, partial, part.parts, column);
     }
+    if (waits_) __syncthreads();  // all threads are done with `waiting`
+    waits_ = stored;
+    if (stored && threadIdx.x == 0) shared_.waiting = segment, counted_ = counted;
   }
 
  private:
-  __device__ __forceinline__ void settle(const DecodeCall& call, const ColumnRows& rows, int32_t column) {
-    const PartialResults<C::kRows> partial(call);
-    const Parts& parts = shared_.parts[waiting_];
-    bool& is_last = shared_.is_last[waiting_];
-    if (threadIdx.x == 0) is_last = is_last_part(partial.counter(parts, column), counted_, parts.count);
-    __syncthreads();
-    if (is_last) combine<C>(call, rows, shared_.work[waiting_], partial, parts, column);
-    waiting_ = -1;
-  }
-
   Shared& shared_;
-  int waiting_ = -1;      // the place in `shared_` of the part that is counted, and no more; -1: none
-  uint32_t counted_ = 0;  // thread 0: what count_part() returned of it
+  bool waits_ = false;
+  uint32_t counted_ = 0;  // thread 0: what count_part() returned of `waiting`
 };
 
 template <class C>

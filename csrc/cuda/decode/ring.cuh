@@ -2,9 +2,9 @@
 // copies and products need no barrier across the thread block.
 //
 // A stage holds kKeys keys and their values. The page slots of the next stage's keys are looked up while the
-// last copy runs, also where it belongs to the next segment, which hides the latency of the block table, whose
-// entries a prefetch brings to L2 before that. Before the first tile is waited for, kStages of them are asked
-// for by the loop that waits: a kernel's first instructions are fetched from memory, so that code is kept short.
+// last copy runs, also where it belongs to the next segment, which hides the latency of the block table.
+// Before the first tile is waited for, kStages of them are asked for by the loop that waits: a kernel's first
+// instructions are fetched from memory, so that code is kept short.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,6 @@
 #include "cuda/decode/results.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
-#include "cuda/ptx/global.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash::decode {
@@ -43,10 +42,6 @@ struct KeySource {
     if (!call.paged) return {page, key_index};
     const int32_t entry = call.page_size.quotient(key_index);
     return {table[entry], key_index - entry * call.page_size.value};
-  }
-  // Brings the table's entry of a later key to L2.
-  __device__ __forceinline__ void prefetch(const DecodeCall& call, int64_t position) const {
-    if (position < used.hi) ptx::prefetch(table + call.page_size.quotient(static_cast<int32_t>(position)));
   }
   __device__ __forceinline__ static PageSlot check(const DecodeCall& call, PageSlot found) {
     if (found.slot == kUnused) return {kNoPage, 0};
@@ -114,10 +109,10 @@ template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCoun
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
-  static constexpr int kSegments = kStages + 2;  // that may be open: the last one, those of the stages, the next
+  static constexpr int kSegments =
+      kStages + 2;  // that may be open: the last one, those of the stages, the next
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
-  static constexpr int kLookAhead = 4;  // tiles: memory that is busy takes longer than a tile to answer
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
 
   // `queue`: this warp's segments [kSegments].
@@ -174,9 +169,7 @@ class WarpRing {
   }
   __device__ __forceinline__ void find() {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    const int64_t position = int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys;
-    next = keys.look_up(call, position);
-    if (call.paged) keys.prefetch(call, position + kLookAhead * kTile);
+    next = keys.look_up(call, int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
   }
 
   const DecodeCall& call;

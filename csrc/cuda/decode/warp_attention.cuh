@@ -83,16 +83,16 @@ struct WarpAttention {
   uint2* shared_q;                   // [kTiles, kSteps, 32 lanes], and then the rows' keys and query_scale
   float o[kTiles][kValueTiles][4];   // Oᵀ
   float m[kTiles][2], l[kTiles][2];  // the bound on a row's scores, and this lane's share of Σ P
-  Interval keys[kSharedQueries ? 1 : S::kSlots];  // the keys that a row sees
-  Interval common;                   // the keys that all rows in use see
-  float scale;                       // S = scale · stored keys · Q
-  float value_scale = 1;             // V = value_scale · stored values
+  Interval keys[kSharedQueries ? 1 : S::kSlots];      // the keys that a row sees
+  Interval common;                                    // the keys that all rows in use see
+  float scale;                                        // S = scale · stored keys · Q
+  float value_scale = 1;                              // V = value_scale · stored values
   float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, of the rows of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
 
-  // Loads what a segment is computed from; not yet what its results are, which may still be those of the segment
-  // before. By all warps together where queries are shared.
+  // Loads what a segment is computed from; not yet what its results are, which may still be those of the
+  // segment before. By all warps together where queries are shared.
   __device__ __forceinline__ void load(const DecodeCall& call, const ColumnRows& rows,
                                        const SequenceWork& work) {
     load_queries(call, rows, work);

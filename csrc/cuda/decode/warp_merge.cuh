@@ -9,8 +9,8 @@
 
 namespace jax_flash::decode {
 
-// C: DecodeSm80. O goes through shared memory a few columns at a time (DecodeLayout), twice as many where half of
-// the rows are in use.
+// C: DecodeSm80. O goes through shared memory a few columns at a time (DecodeLayout), twice as many where
+// half of the rows are in use.
 template <class C>
 class WarpMerge {
  public:
@@ -38,8 +38,8 @@ class WarpMerge {
  private:
   // kRows: more than are used.
   template <int kRows, int kColumns, class Write>
-  __device__ __forceinline__ void merge(const typename C::WarpState& state, const Factors& factor, int32_t rows,
-                                        Write write) {
+  __device__ __forceinline__ void merge(const typename C::WarpState& state, const Factors& factor,
+                                        int32_t rows, Write write) {
     static_assert(kRows * (kColumns + 4) <= C::kRows * C::kMergePitch);
 #pragma unroll 1
     for (int first = 0; first < C::kValueDim; first += kColumns) {
@@ -79,7 +79,8 @@ class WarpMerge {
   }
   // Stores the kColumns features of this warp's O from `first` on, rescaled to the merged m.
   template <int kRows, int kColumns>
-  __device__ __forceinline__ void store(const typename C::WarpState& state, const Factors& factor, int first) {
+  __device__ __forceinline__ void store(const typename C::WarpState& state, const Factors& factor,
+                                        int first) {
     const int g = static_cast<int>(threadIdx.x % 32 / 4);
     C::WarpState::for_each_row([&](int n, int e) {
       if (C::WarpState::row_of(n, e) >= kRows) return;

@@ -1,5 +1,6 @@
-// Prefetching from global memory, and predicated stores to it. Unlike a store in an if they need no branch, and without a "memory"
-// clobber the compiler does not reload what it has read from shared memory before them.
+// Prefetching from global memory, and predicated stores to it. Unlike a store in an if they need no branch,
+// and without a "memory" clobber the compiler does not reload what it has read from shared memory before
+// them.
 #pragma once
 
 #include <cstdint>

@@ -117,6 +117,7 @@ template <class T>
 T __shfl_up_sync(uint32_t, T x, int distance) {
   return emulated_shuffle<T, 2>(x, distance);
 }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   struct Argument {
     bool vote;
