@@ -8,6 +8,7 @@ import pytest
 from cases import varlen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import EVERYTHING, GQA, arrays_of, check, forward, make_mesh, place, qkv, stack
 from programs import (
     assert_same,
     attention,
@@ -20,7 +21,6 @@ from programs import (
 from test_derivative_sharding import jvp_of
 from test_manual_sharding import check_explicit, full, typed
 from test_partly_manual import manual_over
-from test_sharding import EVERYTHING, GQA, arrays_of, check, forward, make_mesh, place, qkv, stack
 
 SEQUENCE = P("data", "model")
 CAUSAL = GQA.replace(sq=16, sk=16)
