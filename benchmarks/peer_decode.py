@@ -58,6 +58,8 @@ def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
 
 def cell(name: str, made: Made, sizes: dict[str, float], chain: int = decode_cuda.CHAIN, **tags: Any) -> Cell:
     """One cell; `sizes` are the bytes that each call has to read, by name, or for all of them by ""."""
+    if "shape" in tags:
+        decode_cuda.draw(tags["shape"])  # kept: calls are made side by side
     calls, refused = prepared(made, chain)
     times = measure.of_one(timed(calls), chain) | refused
     bytes_read = {each: sizes.get(each, sizes.get("", 0.0)) for each in made}
