@@ -1,6 +1,5 @@
-// Prefetching from global memory, and predicated stores to it. Unlike a store in an if they need no branch,
-// and without a "memory" clobber the compiler does not reload what it has read from shared memory before
-// them.
+// Predicated stores to global memory. Unlike a store in an if they need no branch, and without a "memory"
+// clobber the compiler does not reload what it has read from shared memory before them.
 #pragma once
 
 #include <cstdint>
@@ -17,11 +16,6 @@ __device__ __forceinline__ void store_global(void* to, const uint4& x, bool used
 __device__ __forceinline__ void store_global(float* to, float x, bool used) {
   asm volatile("{.reg .pred used; setp.ne.s32 used, %2, 0; @used st.global.f32 [%0], %1;}" ::"l"(to), "f"(x),
                "r"(static_cast<int>(used)));
-}
-
-// Brings a line to L2.
-__device__ __forceinline__ void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 }  // namespace jax_flash::ptx

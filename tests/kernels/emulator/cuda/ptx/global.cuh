@@ -13,6 +13,4 @@ inline void store_global(float* to, float x, bool used) {
   if (used) *to = x;
 }
 
-inline void prefetch(const void*) {}
-
 }  // namespace jax_flash::ptx
