@@ -59,14 +59,13 @@ __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& part
   return all;
 }
 
-// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The code for few parts is
-// short, since it runs once and comes from memory; many parts are loaded as far as registers allow.
+// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The code is short, since it
+// runs once and comes from memory.
 template <class C>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
-  constexpr int kFew = C::kRows <= 16 ? 8 : C::WarpState::kScaled ? 2 : 4;
-  constexpr int kMany = C::kRows == 8 && C::kValueDim <= 128 ? 16 : kFew;
+  constexpr int kAtOnce = C::kRows <= 16 ? 8 : C::WarpState::kScaled ? 2 : 4;  // as registers allow
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
   for (int32_t row = warp; row < rows.count(); row += C::kWarps) {
@@ -80,12 +79,7 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
     for (int32_t first_feature = 0; first_feature < call.value_dim; first_feature += 128) {
       const int32_t feature = min(first_feature + 4 * lane, call.value_dim - 4);
       float4 o;
-      Softmax all;
-      if (kMany > kFew && parts.count > kFew) {
-        all = merge_parts<kMany>(partial, parts.count, feature, row_of, o);
-      } else {
-        all = merge_parts<kFew>(partial, parts.count, feature, row_of, o);
-      }
+      const Softmax all = merge_parts<kAtOnce>(partial, parts.count, feature, row_of, o);
       if (first_feature + 4 * lane < call.value_dim)
         store_result<typename C::Element>(call, rows, work, row, feature, o, all);
     }

@@ -136,6 +136,13 @@ template <int kTile>
 __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, const ColumnRows& rows,
                                                         int32_t number, Range& range) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+  if (call.sequences == 1) {
+    const SequenceUnits<kTile> own = units_of<kTile>(call, SequenceWork(call, rows, 0));
+    const Partition partition(call.grid, 1, own.units, own.units);
+    range.begin = partition.begin(number), range.end = partition.begin(number + 1);
+    begin_range(range, 0, 0, own.parts, own.units);
+    return partition;
+  }
   int32_t parts = 0, units = 0;
   if (lane < call.sequences) {
     const SequenceUnits<kTile> own = units_of<kTile>(call, SequenceWork(call, rows, lane));

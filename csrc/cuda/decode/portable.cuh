@@ -41,6 +41,7 @@ struct DecodeSm80 {
   static constexpr int kMergeColumns = decode_merge_columns(kShape), kMergePitch = decode_merge_pitch(kShape);
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.warp_ring == Ring::kBytes && sizeof(Softmax) == 2 * sizeof(float));
+  static_assert(sizeof(PartitionShared<kThreads>) + sizeof(bool) <= kBlockStateBytes);
   static_assert(kKeys % 16 == 0 && kRows % 8 == 0 && kValueDim % kMergeColumns == 0);
 };
 
@@ -48,11 +49,14 @@ struct DecodeSm80 {
 template <class T, int HeadDim, int ValueDim, int...>
 inline constexpr bool supports_float8 = sizeof(T) == 2 && HeadDim % 64 == 0 && ValueDim % 64 == 0;
 
-// Writes the results of a segment whose tiles all warps have attended to, or its part of them.
+// Writes the results of a segment whose tiles all warps have attended to, or merges them with those of the
+// sequence's other parts if this one is the last to be finished.
 template <class C>
-__device__ __forceinline__ void store_segment(const DecodeCall& call, const ColumnRows& rows, int32_t column,
-                                              const SequenceWork& work, const Parts& parts,
-                                              typename C::WarpState& state, WarpMerge<C> merge) {
+__device__ __forceinline__ void finish_segment(const DecodeCall& call, const ColumnRows& rows, int32_t column,
+                                               const Segment& segment, typename C::WarpState& state,
+                                               WarpMerge<C> merge, bool& is_last) {
+  const SequenceWork& work = segment.work;
+  const Parts parts = segment.parts;
   const PartialResults<C::kRows> partial(call);
   const int64_t first = partial.row(parts.slot(call.grid, parts.own), column, 0);
   merge.run(state, rows.count(), [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
@@ -62,56 +66,18 @@ __device__ __forceinline__ void store_segment(const DecodeCall& call, const Colu
     *reinterpret_cast<float4*>(partial.o + (first + row) * partial.width + feature) = o;
     if (feature == 0) partial.softmax[first + row] = softmax;
   });
+  if (parts.count == 1) return;
+  if (threadIdx.x == 0) is_last = count_part(partial.counter(parts, column), parts.count);
+  __syncthreads();
+  if (is_last) combine<C>(call, rows, work, partial, parts, column);
 }
-
-// The parts of sequences that a block has stored. It counts each at once, but asks only when the next one is
-// stored, or at the end, whether it was the sequence's last and is to merge them all: nobody waits for the
-// counter meanwhile.
-template <class C>
-class StoredParts {
- public:
-  struct Shared {
-    Segment waiting;  // the part that is counted, and no more
-    bool is_last[2];
-  };
-  __device__ __forceinline__ explicit StoredParts(Shared& shared) : shared_(shared) {}
-
-  // By all threads, after a barrier that follows the part's results. `ends`: the block is done with this
-  // part.
-  __device__ __forceinline__ void add(const DecodeCall& call, const ColumnRows& rows, int32_t column,
-                                      const Segment& segment, bool ends) {
-    const bool stored = segment.parts.count > 1;
-    const PartialResults<C::kRows> partial(call);
-    uint32_t counted = 0;
-    if (stored && threadIdx.x == 0) counted = count_part(partial.counter(segment.parts, column));
-#pragma unroll 1  // combine() is compiled once
-    for (int turn = waits_ ? 0 : 1; turn < (ends && stored ? 2 : 1); ++turn) {
-      const Segment& part = turn == 0 ? shared_.waiting : segment;
-      bool& is_last = shared_.is_last[turn];
-      if (threadIdx.x == 0)
-        is_last = is_last_part(partial.counter(part.parts, column), turn == 0 ? counted_ : counted,
-                               part.parts.count);
-      __syncthreads();
-      if (is_last) combine<C>(call, rows, part.work, partial, part.parts, column);
-    }
-    if (waits_) __syncthreads();  // all threads are done with `waiting`
-    waits_ = stored;
-    if (stored && threadIdx.x == 0) shared_.waiting = segment, counted_ = counted;
-  }
-
- private:
-  Shared& shared_;
-  bool waits_ = false;
-  uint32_t counted_ = 0;  // thread 0: what count_part() returned of `waiting`
-};
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm80(const __grid_constant__ DecodeCall call) {
   using Ring = typename C::Ring;
   __shared__ PartitionShared<C::kThreads> found;
-  __shared__ typename StoredParts<C>::Shared stored_parts;
-  static_assert(sizeof found + sizeof stored_parts <= kBlockStateBytes);
+  __shared__ bool is_last;
   uint8_t* const shared = ptx::dynamic_shared();
   const int32_t warp = static_cast<int32_t>(threadIdx.x) / 32;
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
@@ -127,7 +93,6 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   typename C::WarpState state;
   if constexpr (C::WarpState::kSharedQueries)
     state.shared_q = reinterpret_cast<uint2*>(shared + C::kLayout.queries);
-  StoredParts<C> stored(stored_parts);
   const Segment* segment = nullptr;
   Interval keys{0, 0};  // of the segment's sequence
   int32_t tile = 0, tile_end = 0;
@@ -142,8 +107,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       // The queries arrive while results are merged.
       if (!ends && !C::WarpState::kSharedQueries) state.load(call, rows, segment->work);
       if (ended) {
-        store_segment<C>(call, rows, column, ended->work, ended->parts, state, WarpMerge<C>(shared));
-        stored.add(call, rows, column, *ended, ends);
+        finish_segment<C>(call, rows, column, *ended, state, WarpMerge<C>(shared), is_last);
         if (ends) return;
       }
       if (C::WarpState::kSharedQueries) state.load(call, rows, segment->work);

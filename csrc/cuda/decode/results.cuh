@@ -114,13 +114,10 @@ __device__ __forceinline__ void prepare_counter(unsigned long long* counter) {
   const unsigned long long found = ptx::load_relaxed(counter);
   if ((found & ~kCounted) != kCounterMark) ptx::exchange_if(counter, found, kCounterMark);
 }
-// By one thread, after all results of its block's part are stored. Returns what is_last_part() is to be told.
-__device__ __forceinline__ uint32_t count_part(unsigned long long* counter) {
-  return static_cast<uint32_t>(ptx::add_released(counter, 1));
-}
-// By the same thread, once: whether all `count` parts are stored, which its block then may read.
-__device__ __forceinline__ bool is_last_part(unsigned long long* counter, uint32_t counted, int32_t count) {
-  if ((counted & kCounted) != static_cast<uint32_t>(count - 1)) return false;
+// By one thread, after all results of its block's part are stored. Returns whether all `count` parts are,
+// which its block may then read.
+__device__ __forceinline__ bool count_part(unsigned long long* counter, int32_t count) {
+  if (ptx::add_released(counter, 1) != kCounterMark + static_cast<unsigned>(count - 1)) return false;
   ptx::acquire();
   *counter = 0;
   return true;

@@ -134,11 +134,12 @@ class WarpRing {
       copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
       ++ahead.tile;
     }
-    if (ahead.tile == ahead.tile_end && !ahead.done()) {
+    if (ahead.tile < ahead.tile_end) {
+      find();
+    } else if (!ahead.done()) {
       ahead.advance();
       if (!ahead.done()) open();
     }
-    if (ahead.tile < ahead.tile_end) find();
     if (++filled == kStages) filled = 0;
     ptx::cp_async_commit();
   }
@@ -161,6 +162,7 @@ class WarpRing {
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
+    find();
     __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
       segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
