@@ -35,6 +35,14 @@ constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int
          static_cast<int64_t>(sizeof(float)) * (dq + statistics) + kKeyTileStateBytes;
 }
 
+// The bias gradient: `stages` pairs of tiles, Q and K or dO and V, and one tile of the bias.
+constexpr int64_t bias_gradient_shared_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m,
+                                             int32_t block_n, int32_t stages) {
+  const int64_t width = head_dim > value_dim ? head_dim : value_dim;
+  return kElementBytes * (stages * (int64_t{block_m} + block_n) * width + int64_t{block_m} * block_n) +
+         kStateBytes;
+}
+
 // The backward in 2-CTA clusters: a CTA has K and V of half of the tile's keys, half of the columns of the
 // other keys' K, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps its
 // part of dQ in float32.
