@@ -173,23 +173,22 @@ class BiasGradient final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call& call) const override {
     const Shapes& s = call.shapes;
+    if (call.spec.has(Operand::kMask) && !s.mask_in_chunks) return false;
     return s.bias_in_chunks && s.bias[2] == s.q_rows && s.bias[3] == s.k_rows && s.q_rows > 0;
   }
 
-  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return hopper::bias_gradient_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n,
-                                              row.stages);
-  }
+  int64_t shared_bytes(const KernelRow&, const Call&) const override { return hopper::kMaxSharedBytes; }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, plan);
+    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
     share_tiles(plan.queries.blocks, false, row.teams, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 
-  Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override {
-    return aligned(kCounterBytes);
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
   }
 };
 

@@ -66,12 +66,14 @@ struct BackwardSm90 {
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
-  // Bias and mask lie where dQ does in kernels with ordered sums. With both, tiles of 128 queries take the
-  // third stage of dS as well.
-  static constexpr int kDqBytes = M * HeadDim * int{sizeof(float)};
-  static constexpr bool kSpareDs = Kind == ScoreKind::kGeneralDropout && M > kConsumerRows;
+  // Bias and mask lie where dQ does in kernels with ordered sums. A bias of 128 queries takes the third stage
+  // of dS as well.
+  static constexpr bool kSpareDs =
+      (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
   static constexpr int kDsStages = hopper::kScoreGradientStages - (kSpareDs ? 1 : 0);
-  using Tiles = GradientTiles<Kind, T, M, N, kDqBytes>;
+  static constexpr int kTilesBytes =
+      M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
+  using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;

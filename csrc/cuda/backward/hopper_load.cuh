@@ -250,6 +250,7 @@ struct GradientProducer {
           if (!p.bias && !p.mask) return;
           const ScoreOperands operands =
               tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
+          shared.score_pipe.wait_empty(step.number);
           C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, tile.work.tile.row, step.number);
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });

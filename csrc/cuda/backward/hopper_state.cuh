@@ -9,6 +9,7 @@
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/backward/query_sums.cuh"
+#include "cuda/gradient.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
@@ -150,12 +151,6 @@ struct KeyTileState {
   __device__ __forceinline__ int64_t offset(const View& view, int32_t head, int32_t row) const {
     return work.leading * view.leading[0] + view.offset(work.batch_row, head, row);
   }
-};
-
-// lse, in powers of two, and delta of a query tile.
-template <int M>
-struct QueryStatistics {
-  float lse[M], delta[M];
 };
 
 // Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of

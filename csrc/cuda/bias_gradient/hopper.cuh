@@ -9,8 +9,10 @@
 //   warp 0, a thread: tile numbers          sum = 0; for steps:
 //   warp 1, a thread: Q and K, dO and V       S = Q Kᵀ, dP = dO Vᵀ
 //     by TMA, kStages pairs                   P = exp(S + bias − lse), dS = P ∘ (dP − delta)
-//   warp 2: bias, once a tile                 sum += dS
-//                                           the sum is stored
+//   warp 2: bias, once a tile; with             sum += dS
+//     other options operands, bias and      the sum is stored
+//     mask of each step
+//   warp 3: lse and delta
 #pragma once
 
 #include <algorithm>
@@ -25,6 +27,7 @@
 #include "cuda/launch.h"
 #include "cuda/leading_slices.h"
 #include "cuda/ptx/registers.cuh"
+#include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/hopper_gradient.cuh"
@@ -38,8 +41,11 @@ namespace jax_flash {
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
 struct BiasGradientSm90 {
   using Element = T;
-  static constexpr int kM = M, kN = N, kStages = Stages, kThreads = Warps * 32;
-  static constexpr int kConsumers = M / kConsumerRows, kNumbers = 2;
+  static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // has a mask, too
+  static constexpr int kM = M, kN = N, kThreads = Warps * 32;
+  static constexpr int kConsumers = M / kConsumerRows, kNumbers = 2, kRowStages = 2;
+  static constexpr int kStages =
+      hopper::bias_gradient_stages(std::max(HeadDim, ValueDim), M, N, Stages, kGeneral);
   using QTile = SharedTile<T, M, HeadDim>;
   using KTile = SharedTile<T, N, HeadDim>;
   using DoTile = SharedTile<T, M, ValueDim>;
@@ -48,34 +54,39 @@ struct BiasGradientSm90 {
       std::max<int>(QTile::kBytes + KTile::kBytes, DoTile::kBytes + VTile::kBytes);
   using S = Accumulator<1, N / 8>;
   using Score = GradientScore<Kind, S>;
-  using Tiles = GradientTiles<Kind, T, M, N, 0>;
+  using Tiles = GradientTiles<Kind, T, M, N, static_cast<int>(hopper::kMaxSharedBytes)>;
   struct Maps {
     CUtensorMap query, key, dout, value;
   };
   // Tiles of dbias.
   struct Grid {
     uint32_t count;
-    int32_t rows, columns;  // of a head
+    int32_t rows, columns;     // of a head
+    const Interval* segments;  // what they leave to each query tile of a batch entry, or null
     uint32_t* counter;
   };
   struct Shared {
     alignas(1024) uint8_t pairs[kStages][kPairBytes];  // Q over K, or dO over V
     typename Tiles::Buffer score_tiles;
+    QueryStatistics<M> statistics[kRowStages];
+    ScoreOperands operands[kGeneral ? Tiles::kStages : 1];  // of a step, with which they come
     uint32_t numbers[kNumbers];
     Pipeline<kNumbers> number_pipe;
     Pipeline<kStages> pair_pipe;
+    Pipeline<kRowStages> row_pipe;  // lse and delta
     typename Tiles::Pipe score_pipe;
 
     __device__ __forceinline__ void init() {
       constexpr uint32_t kWarps = kConsumers * kConsumerWarps * ptx::kWarpArrivals;
-      number_pipe.init(kWarps + ptx::kWarpArrivals + 1);
+      number_pipe.init(kWarps + 2 * ptx::kWarpArrivals + 1);
       pair_pipe.init(kWarps);
+      row_pipe.init(kWarps, ptx::kWarpArrivals);
       score_pipe.init(kWarps);
       ptx::fence_barriers();
     }
   };
   static_assert(kThreads == (1 + kConsumers) * kWarpgroup && registers_suffice(kThreads, kConsumers));
-  static_assert(sizeof(Shared) <= hopper::bias_gradient_shared_bytes(HeadDim, ValueDim, M, N, Stages));
+  static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes && Tiles::kStages == 2);
 };
 
 // One batch entry and head of a tile of dbias.
@@ -105,7 +116,8 @@ struct BiasRole {
         const Sequence s = fixed_sequence(reload(p), tile.leading, b);
         BiasStep step{{tile.leading, 0, b, {b, 0, 0, s.q_len, s.k_len, tile.row, tile.row + C::kM, 0}}, {}};
         step.band = step.work.band_inline(p);
-        const Interval keys = step.band.rows(tile.row, tile.row + C::kM);
+        const Interval keys = trim_to_segments(grid.segments, grid.rows, C::kM, p, step.work,
+                                               step.band.rows(tile.row, tile.row + C::kM));
         if (intersect(keys, {tile.column, tile.column + C::kN}).empty()) continue;
         for (step.work.head = tile.heads.lo; step.work.head < tile.heads.hi; ++step.work.head, ++step_use)
           visit(tile, step);
@@ -159,7 +171,40 @@ struct BiasProducer : BiasRole<C> {
         [&](const BiasTile&) { this->shared.number_pipe.release_by_thread(this->tile_index); });
   }
 
-  // One warp: the bias of each tile with any steps.
+  // One warp: lse and delta. Rows that are not in use or see no key get an lse that makes their P = 0.
+  __device__ __forceinline__ void load_statistics() {
+    const Problem& p = this->p;
+    this->for_steps(
+        [&](const BiasTile& tile, const BiasStep& step) {
+          const BlockWork& work = step.work;
+          const auto from = [&](const View& view) {
+            return view.as<const float>() + work.leading * view.leading[0] +
+                   view.offset(work.batch_row, work.head, tile.row);
+          };
+          const float *const lse = from(p.lse), *const delta = from(p.delta);
+          constexpr int kRows = C::kM / 32;
+          float lses[kRows], deltas[kRows];
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            const int32_t row = 32 * i + static_cast<int32_t>(threadIdx.x % 32);
+            const bool used = tile.row + row < work.tile.q_len;
+            lses[i] = used ? lse[row * p.lse.row] : -INFINITY;
+            deltas[i] = used ? delta[row * p.delta.row] : 0;
+          }
+          this->shared.row_pipe.wait_empty(this->step_use);
+          auto& to = this->shared.statistics[this->step_use % C::kRowStages];
+#pragma unroll
+          for (int i = 0; i < kRows; ++i) {
+            const int row = 32 * i + static_cast<int>(threadIdx.x % 32);
+            to.lse[row] = row_lse(lses[i]);
+            to.delta[row] = row_delta(lses[i], deltas[i]);
+          }
+          ptx::barrier_arrive_by_warp(this->shared.row_pipe.full_barrier(this->step_use));
+        },
+        [&](const BiasTile&) { this->shared.number_pipe.release(this->tile_index); });
+  }
+
+  // One warp: the bias of each tile with any steps, or all that the score of a step needs.
   __device__ __forceinline__ void load_bias() {
     uint32_t use = 0;
     bool loaded = false;
@@ -169,9 +214,15 @@ struct BiasProducer : BiasRole<C> {
           const Problem& p = reload(this->p);
           ScoreOperands operands;
           operands.prepare<typename C::Score>(p, step.work, step.work.head);
-          const Band all{p.q_rows, p.k_rows, 0, 0, 0};
-          C::Tiles::load(this->shared, p, operands, all, tile.row, tile.column, use++);
-          loaded = true;
+          // A tile's bias serves sequences of several lengths.
+          const Band used = C::kGeneral ? step.band : Band{p.q_rows, p.k_rows, 0, 0, 0};
+          this->shared.score_pipe.wait_empty(use);
+          if constexpr (C::kGeneral) {
+            if (threadIdx.x % 32 == 0) this->shared.operands[use % C::Tiles::kStages] = operands;
+            __threadfence_block();
+          }
+          C::Tiles::load(this->shared, p, operands, used, tile.row, tile.column, use++);
+          loaded = !C::kGeneral;
         },
         [&](const BiasTile&) {
           loaded = false;
@@ -180,13 +231,31 @@ struct BiasProducer : BiasRole<C> {
   }
 };
 
+// lse and delta of a lane's rows.
+template <class S>
+struct StagedRows {
+  float lses[S::kSlots], deltas[S::kSlots];
+
+  // row: the warp's first.
+  template <int M>
+  __device__ __forceinline__ StagedRows(const QueryStatistics<M>& from, int row) {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      lses[slot] = from.lse[row + S::row(slot)];
+      deltas[slot] = from.delta[row + S::row(slot)];
+    }
+  }
+  __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
+  __device__ __forceinline__ float delta(int slot) const { return deltas[slot]; }
+};
+
 // A consumer warpgroup: 64 query rows.
 template <class C>
 struct BiasConsumer : BiasRole<C> {
   using T = typename C::Element;
   using S = typename C::S;
   const int consumer;
-  uint32_t bias_use = 0;  // tiles with any steps so far
+  uint32_t bias_use = 0;  // of what comes through score_pipe
   bool waited = false;    // for the bias of this tile
   S s, dp, sum;
 
@@ -197,6 +266,9 @@ struct BiasConsumer : BiasRole<C> {
     const Band& visible;
     int32_t first_row, key;
 
+    __device__ __forceinline__ const ScoreOperands& operands() const {
+      return of.shared.operands[of.bias_use % C::Tiles::kStages];
+    }
     __device__ __forceinline__ const Band& band() const { return visible; }
     __device__ __forceinline__ int32_t row() const { return first_row; }
     template <class Add>
@@ -233,14 +305,12 @@ struct BiasConsumer : BiasRole<C> {
     const BlockWork& work = step.work;
     const int32_t row = tile.row + tile_row();
     start_scores<typename C::QTile, typename C::KTile>(s, use);
-    const auto first_of = [&](const View& view) {
-      return view.as<const float>() + work.leading * view.leading[0] +
-             view.offset(work.batch_row, work.head, 0);
-    };
-    const RowStatistics<S> rows(p, first_of(p.lse), first_of(p.delta), row, work.tile.q_len);
     start_scores<typename C::DoTile, typename C::VTile>(dp, use + 1);
     if (!waited) this->shared.score_pipe.wait_full(bias_use);
     waited = true;
+    this->shared.row_pipe.wait_full(this->step_use);
+    const StagedRows<S> rows(this->shared.statistics[this->step_use % C::kRowStages], tile_row());
+    this->shared.row_pipe.release(this->step_use);
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     pipe.release(use);
@@ -257,14 +327,47 @@ struct BiasConsumer : BiasRole<C> {
     const Tile at{*this, p, step.band, row, tile.column};
     score.prefetch_gradient(at);
     tile_gradient<GradientOf::kBias>(score, at, rows, partial, s, dp, wait_dp);  // dS = P ∘ (dP − delta)
+    if constexpr (C::kGeneral) release_score();
     for_each(sum, [&](float& x, int slot, int n, int e) {  // rows that see no key may hold NaN
       if (rows.lse(slot) != INFINITY) x += dp.at(slot, n, e);
     });
   }
 
-  __device__ __forceinline__ void store(const BiasTile& tile) const {
+  __device__ __forceinline__ void release_score() {
+    this->shared.score_pipe.release(bias_use++);
+    waited = false;
+  }
+
+  // Stores the warp's rows of the sum by 16 bytes, through its rows of the tile of the bias, which are its
+  // own until it releases them.
+  __device__ __forceinline__ void store_chunks(T* to, const BiasTile& tile) {
+    using Sums = typename C::Tiles::BiasTile;
+    uint8_t* const rows = this->shared.score_tiles.stages[bias_use % C::Tiles::kStages];
+    const LaneAddress<Sums> own(ptx::shared_address(rows), tile_row() + lane_id() % 16, lane_id() / 16);
+    const RegistersA<T, S> rounded{sum};
+#pragma unroll
+    for (int k = 0; k < C::kN / 16; ++k) {
+      uint32_t block[4];
+      rounded.load(block, 0, k);
+      ptx::stmatrix_x4(own.at(0, 2 * k), block);
+    }
+    __syncwarp();
+    const View& view = this->p.dbias;
+    const int first = tile_row() + lane_id() / 16, chunk = lane_id() % 16;
+    const bool used = tile.column + 8 * chunk < this->p.dbias_columns;
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      const int32_t row = tile.row + first + i;
+      const uint4 x = *reinterpret_cast<const uint4*>(rows + Sums::offset(first + i, chunk));
+      if (used && row < this->p.dbias_rows) *reinterpret_cast<uint4*>(to + row * view.row + 8 * chunk) = x;
+    }
+  }
+
+  __device__ __forceinline__ void store(const BiasTile& tile) {
     const View& view = this->p.dbias;
     T* const to = view.as<T>() + tile.leading * view.leading[0] + view.offset(tile.b, tile.h, 0, tile.column);
+    if (waited && view.row % 8 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
+      return store_chunks(to, tile);
     const bool pairs = view.row % 2 == 0;
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
@@ -289,10 +392,9 @@ struct BiasConsumer : BiasRole<C> {
     sum.clear();
     this->for_steps([&](const BiasTile& tile, const BiasStep& step) { add_step(tile, step); },
                     [&](const BiasTile& tile) {
-                      if (waited) this->shared.score_pipe.release(bias_use++);
-                      waited = false;
                       this->shared.number_pipe.release(this->tile_index);
                       store(tile);
+                      if (waited) release_score();
                       sum.clear();
                     });
   }
@@ -313,6 +415,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 0 && leads) producer.number_tiles();
     if (warp == 1 && leads) producer.load_pairs();
     if (warp == 2) producer.load_bias();
+    if (warp == 3) producer.load_statistics();
   } else {
     ptx::take_registers<consumer_registers(C::kConsumers)>();
     BiasConsumer<C>{{p, shared, grid}, warpgroup - 1}.run();
@@ -339,7 +442,8 @@ cudaError_t launch_bias_gradient_sm90(const Problem& p, const LaunchPlan& plan, 
   auto* const counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
   if (cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(uint32_t), stream); e != cudaSuccess) return e;
   const auto rows = static_cast<int32_t>(plan.queries.tiles), columns = static_cast<int32_t>(plan.keys.tiles);
-  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks), rows, columns, counter};
+  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks), rows, columns,
+                              segments_of(plan.queries, workspace), counter};
   return launch(bias_gradient_sm90<C>, plan.persistent_ctas, C::kThreads, sizeof(typename C::Shared), stream,
                 p, maps, grid);
 }
@@ -349,6 +453,9 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   LaunchPlan of_slice = plan;
   of_slice.queries.blocks /= leading_slices(p);
   return for_each_slice(p, [&](const Problem& slice) {
+    if (&slice != &p) {
+      if (cudaError_t e = launch_schedules(slice, of_slice, workspace, stream); e != cudaSuccess) return e;
+    }
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       using C = BiasGradientSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
       return launch_bias_gradient_sm90<C>(slice, of_slice, workspace, stream);

@@ -27,6 +27,7 @@ struct NoScoreTiles {
 template <class T, int M, int N, int Stages, bool HasBias, bool HasMask>
 struct ScoreTiles {
   static constexpr bool kStaged = true;
+  static constexpr int kStages = Stages;
   static constexpr int kPiece = 8, kPieces = N / kPiece;  // keys of a copy, copies of a row
   using BiasTile = SharedTile<T, M, N>;
   using MaskTile = SharedTile<uint8_t, M, N>;
@@ -41,7 +42,8 @@ struct ScoreTiles {
     __device__ __forceinline__ void init(uint32_t releases) { Pipeline<Stages>::init(releases, 32); }
   };
 
-  // One warp: copies the tile that begins at query `row` and key `key`, within the sequence.
+  // One warp: copies the tile that begins at query `row` and key `key`, within the sequence, to an empty
+  // stage.
   template <class Shared>
   __device__ __forceinline__ static void load(Shared& shared, const Problem& p, const ScoreOperands& operands,
                                               const Band& band, int32_t row, int32_t key, uint32_t use) {
@@ -51,7 +53,6 @@ struct ScoreTiles {
       using Element = typename Tile::Element;
       copy<Tile>(to, static_cast<const Element*>(from) + row * row_stride + key, row_stride, rows, keys);
     };
-    shared.score_pipe.wait_empty(use);
     if (HasBias && p.bias) copy_tile.template operator()<BiasTile>(bias, operands.bias, p.bias.row);
     if (HasMask && p.mask) copy_tile.template operator()<MaskTile>(mask, operands.mask, p.mask.row);
     ptx::barrier_arrive_after_copies(shared.score_pipe.full_barrier(use));

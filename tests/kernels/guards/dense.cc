@@ -106,8 +106,8 @@ class Case : RandomCase {
     p_.dtype = aim_->dtype;
     const bool bias = aim_->variant == backend::Variant::kBias;
     // sm_90's kernels take no bias or mask that cannot be copied 8 keys at a time.
-    chunks_ = bias || aim_->variant == backend::Variant::kMask ||
-              (aim_->pass == Pass::kBackward && !aim_->plain() && chance(0.5));
+    const bool gradient = aim_->pass == Pass::kBackward || aim_->pass == Pass::kBiasGradient;
+    chunks_ = bias || aim_->variant == backend::Variant::kMask || (gradient && !aim_->plain() && chance(0.5));
     if (aim_->pass == Pass::kBiasGradient || chunks_ || aim_->variant == backend::Variant::kSegments ||
         aim_->variant == backend::Variant::kCluster)
       p_.spec.layout = Layout::kFixed;
@@ -115,10 +115,15 @@ class Case : RandomCase {
     if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than CTAs
     p_.q_rows = std::max(p_.q_rows, 1);
     p_.k_rows = std::max(p_.k_rows, 1);
-    if (chunks_) p_.bias_dtype = p_.dtype, p_.k_rows = (p_.k_rows + 7) / 8 * 8;
+    if (chunks_) make_chunks();
     p_.head_dim = width_within(aim_->head_dim);
     p_.value_dim = width_within(aim_->value_dim);
     if (bias && aim_->pass == Pass::kForward) p_.leading.rank = std::min(p_.leading.rank, 1);
+  }
+
+  void make_chunks() {
+    chunks_ = true;
+    p_.bias_dtype = p_.dtype, p_.k_rows = (p_.k_rows + 7) / 8 * 8;
   }
 
   // Whether the targeted kernel runs the call, whose bias and mask have no memory yet.
@@ -162,6 +167,7 @@ class Case : RandomCase {
       p_.leading = {};
       if (aim_->variant == backend::Variant::kSegments)
         s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
+      if (!is_taken()) make_chunks();
     }
   }
 
