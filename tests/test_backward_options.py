@@ -1,7 +1,7 @@
 """Bias, mask and segments in the backward, alone and together, repeatable or not: tiles of 128 keys, several of them.
 
 On Hopper these run in the loop of csrc/cuda/backward/hopper.cuh, where a warp stages bias and mask 8 keys at a time;
-rows that begin elsewhere are the portable kernels'. Anywhere else the same cases hold.
+rows that begin elsewhere are the portable kernels'.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import pytest
 from cases import Case, make_inputs, poisoned
 from conftest import IMPLEMENTATION
 from programs import assert_same, attention, with_gradients
+
+if IMPLEMENTATION != "cuda":
+    pytest.skip("these are sizes for a GPU's kernels", allow_module_level=True)
 
 HALF = ("bfloat16", "float16")
 SQ, SK = 300, 520
@@ -69,8 +72,6 @@ def test_an_options_gradients(case, deterministic):
     """With NaN in all that is never read; a deterministic backward has the same bits again."""
     if case.bias is not None:
         case = case.replace(bias_dtype=case.dtype)
-    if IMPLEMENTATION != "cuda" and (deterministic or case.d == 128):
-        pytest.skip("there is nothing else to run here")
     inputs = poisoned(case, make_inputs(case))
 
     def run():
