@@ -123,6 +123,7 @@ Shapes shapes_of(const Problem& p) {
           p.page_size,
           {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
           bias_in_tiles(p),
+          p.draft_rows,
           bias_in_chunks(p),
           in_chunks(p.mask, p.leading, 1)};
 }
