@@ -43,6 +43,7 @@ OF_PLAIN_BANDWIDTH = {
 }
 OF_PLAIN_TIME = {"4 queries": 1.05, "8 queries": 1.12, "16 queries": 1.3, "batch invariant": INVARIANT}
 FLOAT8, MIXED = 1.75, 1.1
+LATENT_READ, LATENT_PRODUCT = 0.8, 0.6
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
@@ -197,6 +198,20 @@ def _other_decode(cells: list[Cell]) -> Iterator[Bar]:
                 )
         if ran(cell, "float8"):
             yield Bar("decode, float8 × plain", ratio(cell, "plain", "float8"), True, FLOAT8, cell["name"])
+    for cell in chosen(cells, "bandwidth", of="latent"):
+        if ran(cell, "16 heads") and ran(cell, "read"):
+            yield Bar(
+                "latent decode, 16 heads / read",
+                ratio(cell, "read", "16 heads"),
+                True,
+                LATENT_READ,
+                cell["name"],
+            )
+        for device in chosen(cells, "device"):
+            if ran(cell, "128 heads"):
+                rate = cell["work"]["128 heads"] / cell["times"]["128 heads"]["median"]
+                share = rate / device["flop"] * device["times"]["matmul"]["median"]
+                yield Bar("latent decode, 128 heads / matmul", share, True, LATENT_PRODUCT, cell["name"])
     for cell in chosen(cells, "bandwidth", of="mixed"):
         if all(ran(cell, name) for name in ("both", "prompts", "decodes")):
             apart = sum(cell["times"][name]["median"] for name in ("prompts", "decodes"))

@@ -69,6 +69,7 @@ ORDER = (
     "serving step",
     "forward",
     "latent",
+    "latent decode",
     "short",
     "deterministic",
     "odd lengths",
