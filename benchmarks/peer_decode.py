@@ -18,7 +18,7 @@ from jax import lax
 
 import jax_flash
 
-from . import cases, decode_cuda, flop, measure, peers
+from . import cases, decode_cuda, flop, measure, peers, steps_cuda
 from .bars import Cell
 from .decode_cuda import Call, contiguous, paged, scattered
 from .peer_attention import timed
@@ -205,8 +205,6 @@ def kind_cells() -> Iterator[Cell]:
         "batch invariant": functools.partial(paged, jax_flash, shape, 64, batch_invariant=True),
         "packed": functools.partial(decode_cuda.packed, jax_flash, shape),
     }
-    for count in (4, 8, 16):
-        made[f"{count} queries"] = functools.partial(decode_cuda.several_queries, jax_flash, shape, count)
     sizes = {
         "": kv_bytes(shape),
         "ragged to 8,192": kv_bytes(shape, short[1]),
@@ -216,23 +214,6 @@ def kind_cells() -> Iterator[Cell]:
         "float8": kv_bytes(shape, itemsize=1),
     }
     yield cell(f"{cases.decode_name(shape)}, kinds", made, sizes, of="kinds", shape=shape)
-
-
-def mixed(prompts: int, decodes: int, keys: int = 8192, chunk: int = 2048) -> Call:
-    """Chunks of prompts, and sequences that decode, packed in one call; heads 32/8, d 128, pages of 64."""
-    count = max(prompts + decodes, 1)
-    q, k, v = decode_cuda.draw((count, 32, 8, 128, keys))
-    offsets = np.concatenate([np.arange(prompts + 1) * chunk, prompts * chunk + 1 + np.arange(decodes)])
-    arrays = scattered(k, v, 64)
-    packed = jnp.broadcast_to(q[:1, 0], (int(offsets[-1]), *q.shape[2:]))
-    starts = jnp.asarray(offsets, jnp.int32)
-    return lambda *x: jax_flash.paged_attention(*x, cu_seqlens_q=starts, causal=True), (packed, *arrays)
-
-
-def mixed_cells() -> Iterator[Cell]:
-    parts = {"both": (4, 60), "prompts": (4, 0), "decodes": (0, 60)}
-    made = {name: functools.partial(mixed, *counts) for name, counts in parts.items()}
-    yield cell("4 chunks of 2,048 and 60 decodes", made, {}, of="mixed")
 
 
 def append(tokens: int, fused: bool) -> Call:
@@ -313,7 +294,8 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "one sequence": one_cells,
     "kinds of decode": kind_cells,
     "latent decode": latent_cells,
-    "mixed": mixed_cells,
+    "tokens": steps_cuda.token_cells,
+    "mixed": steps_cuda.mixed_cells,
     "append": append_cells,
     "prefill": decode_cuda.prefill_cells,
     "decode, flash-attn3-jax": flash_attn3_cells,

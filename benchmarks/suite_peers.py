@@ -64,6 +64,7 @@ ORDER = (
     "windows",
     "one sequence",
     "kinds of decode",
+    "tokens",
     "documents",
     "options",
     "serving step",
