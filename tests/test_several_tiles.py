@@ -164,9 +164,10 @@ def test_each_option_alone(case):
 
 
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", in_dtypes(LARGE_HEAD_DIMS, HALF), ids=lambda case: case.name)
-def test_large_head_dims(case):
-    check(case, deterministic=False)
+def test_large_head_dims(case, deterministic):
+    check(case, deterministic)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/ptx/registers.cuh"
+#include "cuda/score/hopper_variants.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 
@@ -34,11 +35,11 @@ namespace jax_flash {
 // A row of csrc/kernels.def. Tiles of K, Q, V and dO consist of two halves of their columns: ptxas allows a
 // wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and halves are what
 // a CTA's dQ needs of K.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
 struct BackwardClusterSm90 {
   using Element = T;
-  static constexpr ScoreKind kKind = ScoreKind::kPlain;
-  static constexpr bool kOrdered = true;  // the accumulator has rows of all heads, though in any order
+  static constexpr ScoreKind kKind = Kind;
+  static constexpr bool kOrdered = true;  // the accumulator has rows of all heads
   static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages;
   static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
@@ -53,14 +54,17 @@ struct BackwardClusterSm90 {
   using DsTile = SharedTile<T, N, M>;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
+  using Score = HopperScore<Kind, S>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DKHalf = Accumulator<1, HeadDim / 16>;
   using DVHalf = Accumulator<1, ValueDim / 16>;
   using DQ = Accumulator<1, kDqColumns / 8>;
-  // Registers of a thread of the producers, of the warpgroups that add up dV and dK, and of dQ's.
+  // Registers of a thread of the producers and of the warpgroups that add up dV, dK and dQ. With the first of
+  // these is the score's derivative.
   static constexpr bool kWide = HeadDim > 192;
-  static constexpr int kProducerRegisters = kWide ? 32 : 40, kSumRegisters = kWide ? 208 : 184,
-                       kDqRegisters = kWide ? 64 : 96;
+  static constexpr int kProducerRegisters = Score::kScalesGradient ? 40 : 48,
+                       kDvRegisters = (kWide ? 256 : 240) - kProducerRegisters,
+                       kDkRegisters = kWide ? 192 : 176, kDqRegisters = kWide ? 64 : 96;
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
@@ -68,7 +72,7 @@ struct BackwardClusterSm90 {
     QuerySums sums;  // not used
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
-  static_assert(kWarpgroup * (kProducerRegisters + 2 * kSumRegisters + kDqRegisters) <= 65536);
+  static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
   static_assert(sizeof(Shared) <=
                 hopper::backward_cluster_shared_bytes(HeadDim, ValueDim, M, N, Stages, kHas));
 };
@@ -76,7 +80,7 @@ struct BackwardClusterSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_cluster_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                          const __grid_constant__ PersistentTiles tiles) {
+                          const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
@@ -85,22 +89,21 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
-    constexpr KeyGrid kNoGrid{};  // neither segments nor an order of dQ's sums
-    ClusterGradientProducer<C> producer{{p, maps, shared, kNoGrid}};
+    ClusterGradientProducer<C> producer{{p, maps, shared, grid}};
     const bool leads = threadIdx.x % 32 == 0;
     if (warp == 0 && leads) producer.schedule(tiles, shared.mailbox);
     if (warp == 1 && leads) producer.load_queries();
     if (warp == 2) producer.load_statistics();
     if (warp == 3 && leads) producer.load_douts();
   } else if (warpgroup == 1) {
-    ptx::take_registers<C::kSumRegisters>();
+    ptx::take_registers<C::kDvRegisters>();
     ScoreConsumer<C>(p, shared).run();
   } else if (warpgroup == 2) {
-    ptx::take_registers<C::kSumRegisters>();
+    ptx::take_registers<C::kDkRegisters>();
     ScoreGradientConsumer<C>(p, shared).run();
   } else {
     ptx::give_registers<C::kDqRegisters>();
-    QueryGradientConsumer<C>(p, maps, shared).run();
+    QueryGradientConsumer<C>(p, maps, shared, grid).run();
   }
   __syncwarp();
   ptx::sync_any_group(0, C::kThreads);

@@ -20,6 +20,7 @@ namespace jax_flash {
 // What the three have in common.
 template <class C>
 struct ClusterConsumer {
+  using Config = C;
   using T = typename C::Element;
   using S = typename C::S;
   using KHalf = typename C::KHalf;
@@ -88,7 +89,8 @@ struct ClusterConsumer {
     for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
   }
 
-  // K ← 0 and V ← 0 in rows that are not in use: all three warpgroups together.
+  // K ← 0 and V ← 0 in rows that are not in use: all three warpgroups together, each in its own copy of this
+  // code.
   __device__ __forceinline__ void clear_keys() const {
     const int32_t clean = uniform(tile().clean_keys);
     if (clean >= C::kN) return;
@@ -138,6 +140,9 @@ struct ScoreConsumer : ClusterConsumer<C> {
   typename C::Fragments pt;  // Pᵀ, rounded
   typename C::DVHalf dv[2];  // dV [64, dv]
 
+  // Whether Pᵀ, as dV wants it, is what dSᵀ is made of, too.
+  static constexpr bool kSharesP = !C::Score::kScalesGradient && !C::Score::kDropout;
+
   __device__ __forceinline__ void start_scores(uint32_t use) {
     const auto& q = shared.q[use % C::kStages];
     shared.lse_pipe.wait_full(use);
@@ -171,24 +176,58 @@ struct ScoreConsumer : ClusterConsumer<C> {
     shared.delta_pipe.release(use);
   }
 
-  // Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse)
-  __device__ __forceinline__ void exponentiate(const QueryStep& step) {
-    const uint32_t use = step.number, stage = use % C::kStages;
-    if (!uniform(tile().whole[this->rank()]).contains(step.tile))
-      mask(s, tile().band, step.tile * C::kM, this->key());
-    probabilities_of_keys(s, shared.lse[stage], shared.coarse[stage], p.spec.scale * kLog2e);
-    shared.lse_pipe.release(use);
+  // Waits for Sᵀ, while the products of the step before are in flight.
+  template <int kPending>
+  __device__ __forceinline__ void wait_scores(uint32_t use) {
+    ptx::wgmma_wait<kPending>();
+    ptx::hold(s.x[0]);
+    shared.q_pipe.release_in_all(use, C::kCluster);
   }
 
-  // Pᵀ, rounded, to the warpgroup that makes dSᵀ.
-  __device__ __forceinline__ void share_p(uint32_t use) {
-    this->round(pt, s);
+  // Sᵀ → Pᵀ, rounded, and what dSᵀ is made of to the warpgroup that does so. finish() waits for the kPending
+  // products of the step before, dV += Pᵀ dO.
+  template <int kPending, class Finish>
+  __device__ __forceinline__ void finish_scores(const QueryStep& step, Finish finish) {
+    const uint32_t use = step.number, stage = use % C::kStages;
+    const auto partial = [&] { return !uniform(tile().whole[this->rank()]).contains(step.tile); };
+    if constexpr (C::kKind == ScoreKind::kPlain) {
+      wait_scores<kPending>(use);
+      if (partial()) mask(s, tile().band, step.tile * C::kM, this->key());
+      probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
+      shared.lse_pipe.release(use);
+      finish();
+      this->round(pt, s);
+      share(pt, use);
+    } else {
+      using Tile = StepTile<ScoreConsumer>;
+      typename C::Score score;
+      score.prefetch_gradient(Tile{*this, step});
+      wait_scores<kPending>(use);
+      if constexpr (!kSharesP) finish();  // for its registers
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      S w;
+      tile_weights(score, Tile{*this, step}, rows, partial(), s, w);
+      shared.lse_pipe.release(use);
+      if constexpr (kSharesP) {
+        finish();
+      } else {
+        typename C::Fragments marked;
+        this->round(marked, w);
+        share(marked, use);
+      }
+      this->round(pt, s);
+      if constexpr (kSharesP) share(pt, use);
+    }
+    ptx::hold(pt.x[0]);
+  }
+
+  // To the warpgroup that makes dSᵀ.
+  __device__ __forceinline__ void share(const typename C::Fragments& x, uint32_t use) const {
     shared.p_pipe.wait_empty(use);
     const auto to = this->ds_address(use);
 #pragma unroll
-    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), pt.x[0][k]);
+    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), x.x[0][k]);
     ptx::barrier_arrive_by_warp(shared.p_pipe.full_barrier(use));
-    ptx::hold(pt.x[0]);
   }
 
   __device__ __forceinline__ void run_tile() {
@@ -196,23 +235,14 @@ struct ScoreConsumer : ClusterConsumer<C> {
         [&](const QueryStep& step) {
           shared.k_pipe.wait_full(tile_index);
           start_scores(step.number);
-          ptx::wgmma_wait<0>();
-          ptx::hold(s.x[0]);
-          shared.q_pipe.release_in_all(step.number, C::kCluster);
-          exponentiate(step);
-          share_p(step.number);
+          finish_scores<0>(step, [] {});
         },
         [&](const QueryStep& step) {
           start_scores(step.number);
           ptx::hold(dv[0].x[0]);
           ptx::hold(dv[1].x[0]);
           start_dv(step.number - 1);
-          ptx::wgmma_wait<2>();
-          ptx::hold(s.x[0]);
-          shared.q_pipe.release_in_all(step.number, C::kCluster);
-          exponentiate(step);
-          finish_dv(step.number - 1);
-          share_p(step.number);
+          finish_scores<2>(step, [&] { finish_dv(step.number - 1); });
         },
         [&](uint32_t use) {
           shared.k_pipe.release(tile_index);
@@ -232,6 +262,10 @@ struct ScoreConsumer : ClusterConsumer<C> {
       if (uniform(tile().walk.tiles).empty()) {
         shared.k_pipe.wait_full(tile_index);
         shared.k_pipe.release(tile_index);
+      }
+      if constexpr (C::Score::kDropout) {  // dV ← dV / (1 − rate)
+        const float factor = dropout_scale(p.spec);
+        for (auto& half : dv) for_each(half, [&](float& x, int, int, int) { x *= factor; });
       }
       auto to = tile().dvalue;
       store_rows_from_registers(dv[0], to, this->key(), tile().work.tile.end);
@@ -275,25 +309,30 @@ struct ScoreGradientConsumer : ClusterConsumer<C> {
     shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
   }
 
-  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), which goes to both CTAs.
+  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), with the score's own derivative, which goes to both CTAs.
   __device__ __forceinline__ void differentiate(uint32_t use) {
     const uint32_t stage = use % C::kStages;
     const auto at = this->ds_address(use);
     shared.p_pipe.wait_full(use);
-    const auto* delta = reinterpret_cast<const float2*>(shared.delta[stage]) + ptx::lane_index() % 4;
+    const auto* delta =
+        reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::lane_index() % 4;
+    const float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1;
+    const auto gradient = [factor](float w, float dp, float delta) {
+      return score_gradient<typename C::Score>(w, dp, delta, factor);
+    };
 #pragma unroll
     for (int k = 0; k < C::kM / 16; ++k) {
-      uint32_t pt[4];
-      ptx::ldmatrix_x4(pt, at.at(0, 2 * k));
+      uint32_t w[4];
+      ptx::ldmatrix_x4(w, at.at(0, 2 * k));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int slot = 2 * (2 * k + i);
         const float2 d = delta[2 * slot];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const float2 x = ptx::unpack<T>(pt[2 * i + e]);
-          dp.at(slot, 0, e) = x.x * (dp.at(slot, 0, e) - d.x);
-          dp.at(slot + 1, 0, e) = x.y * (dp.at(slot + 1, 0, e) - d.y);
+          const float2 x = ptx::unpack<T>(w[2 * i + e]);
+          dp.at(slot, 0, e) = gradient(x.x, dp.at(slot, 0, e), d.x);
+          dp.at(slot + 1, 0, e) = gradient(x.y, dp.at(slot + 1, 0, e), d.y);
         }
       }
     }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/reduce.cuh"
 #include "cuda/ptx/tma.cuh"
 
@@ -17,13 +18,25 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   using typename Base::DsTile, typename Base::KHalf, typename Base::T;
 
   const typename C::Maps& maps;
+  const KeyGrid& grid;
   float* rows;  // of the first head's dQ in the accumulator
 
   __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, const typename C::Maps& all,
-                                                   typename C::Shared& memory)
-      : Base(problem, memory), maps(all) {}
+                                                   typename C::Shared& memory, const KeyGrid& key_grid)
+      : Base(problem, memory), maps(all), grid(key_grid) {}
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
+
+  // In a deterministic call key tiles add to a query tile in their order. The count says how many parts have
+  // been added to it: each CTA of a cluster has some, by TMA one, else one of each warp.
+  static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
+  __device__ __forceinline__ uint32_t* turn_of(const QueryStep& step) const {
+    return tile().turns + step.head * grid.query_tiles + step.tile;
+  }
+  // The parts of the key tiles before this one. All lanes of a warp call it.
+  __device__ __forceinline__ uint32_t parts_before(const QueryStep& step) const {
+    return kParts * tiles_before<C>(grid, p, tile(), step.tile);
+  }
 
   // Issues dQ (+)= dS K for the keys of one CTA, some of the columns.
   template <bool kFirst>
@@ -57,11 +70,14 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       ptx::hold(dq.x[0]);
       if (column + C::kDqColumns == KHalf::kColumns) shared.p_pipe.release_in_all(use, C::kCluster);
       if constexpr (C::kDqByTma) {
+        static_assert(C::kDqColumns == KHalf::kColumns);  // one part
         send(dq, step, column);
       } else {
+        if (column == 0 && grid.turns) ptx::wait_at_least(turn_of(step), parts_before(step));
         add(dq, step, column);
       }
     }
+    if (!C::kDqByTma && grid.turns) ptx::raise_by_warp(turn_of(step));
   }
 
   // The first row of dQ in the accumulator.
@@ -99,8 +115,10 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::sync_group(2, kWarpgroup);
     store_blocks<Block>(dq, ptx::shared_address(shared.dq), this->warp_row(), lane);
     ptx::fence_async_shared();
+    const uint32_t before = grid.turns && this->warp_row() == 0 ? parts_before(step) : 0;
     ptx::sync_group(2, kWarpgroup);
     if (!leads()) return;
+    if (grid.turns) ptx::wait_count(turn_of(step), before);
     const BlockWork& work = tile().work;
     ptx::Coordinates at{0, work.head + step.head, work.tile.q_begin + step.tile * C::kM, work.batch_row,
                         static_cast<int32_t>(work.leading)};
@@ -110,6 +128,9 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       ptx::reduce_add_box(maps.dquery, ptx::shared_address(shared.dq) + block * Block::kBytes, at);
     }
     ptx::bulk_commit();
+    if (!grid.turns) return;
+    ptx::bulk_wait<0>();
+    ptx::raise_count(turn_of(step));
   }
 
   __device__ __forceinline__ void run() {

@@ -34,8 +34,35 @@ struct KeyGrid {
   int32_t query_tiles;  // of a head
 };
 
-// The score operands of the plain kernel.
+// How many key tiles add to dQ of a query tile before this one, in a deterministic call: those before it from
+// the first that the rows see. Where segments leave each key tile a range of queries, all lanes of the warp
+// count the ranges.
+template <class C, class Tile>
+__device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
+                                                int32_t query_tile) {
+  const BlockWork& work = tile.work;
+  const int32_t row = query_tile * C::kM, own = work.tile.row / C::kN,
+                first = tile.band.rows(row, row + C::kM).lo / C::kN;
+  if constexpr (C::Score::reads(Operand::kQSegmentIds)) {
+    if (grid.segments) {
+      const Interval* const of_tiles =
+          grid.segments + (work.leading * p.batch + work.batch_row) * grid.key_tiles;
+      int32_t before = 0;
+      for (int32_t n = first; n < own; n += 32) {
+        const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
+        const bool adds = other < own && tiles_of(of_tiles[other], C::kM).contains(query_tile);
+        before += __popc(__ballot_sync(~0u, adds));
+      }
+      return before;
+    }
+  }
+  return own - first;
+}
+
+// What a key tile's state has of the score's operands: the plain one has none.
 struct NoScoreOperands {};
+template <ScoreKind kKind>
+using ScoreOperandsOf = std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>;
 
 // What the roles know of a key tile. The scheduler's thread writes it.
 template <class T, int kConsumers, class Operands>
@@ -149,9 +176,7 @@ struct BackwardShared {
       1024) uint8_t dq[kConsumers][C::kOrdered ? C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes : 16];
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile =
-      KeyTileState<typename C::Element, kConsumers,
-                   std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
+  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
