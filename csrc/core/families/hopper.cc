@@ -127,7 +127,9 @@ class Backward final : public PassTraits {
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
     if (spec.has(Operand::kBias) || spec.has(Operand::kMask)) return false;
-    if (spec.deterministic && spec.has(Operand::kQSegmentIds) && row.cluster == 1) return false;
+    const Shapes& s = call.shapes;
+    const bool small = std::max(s.head_dim, s.value_dim) <= 128;
+    if (spec.deterministic && spec.has(Operand::kQSegmentIds) && small) return false;
     return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 

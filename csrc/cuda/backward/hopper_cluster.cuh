@@ -69,7 +69,8 @@ struct BackwardClusterSm90 {
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
     float* accumulator;
-    QuerySums sums;  // not used
+    int32_t turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles (hopper_cluster_dq.cuh)
+    QuerySums sums;      // not used
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
@@ -110,6 +111,17 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
 }
 
+// Four steps make a turn. Where sequences are short one tile does, as a key tile begins a turn after the one
+// before it, and there is no time for that.
+inline int32_t turn_shift(const Problem& p, int32_t block_m) {
+  constexpr int32_t kSteps = 2, kManyTiles = 64;  // as powers of two; of a sequence
+  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
+  int32_t shift = kSteps;
+  while (shift > 0 && ((p.heads / p.kv_heads) << shift > 1 << kSteps || rows < (kManyTiles * block_m) >> (kSteps - shift)))
+    --shift;
+  return shift;
+}
+
 template <class C>
 cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
   const int32_t batch = p.packed() ? 1 : p.batch, rows = C::kM / C::kCluster;
@@ -130,6 +142,7 @@ cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* a
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
   maps.accumulator = accumulator;
+  maps.turn_shift = turn_shift(p, C::kM);
   return cudaSuccess;
 }
 

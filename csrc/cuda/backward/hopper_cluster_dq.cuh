@@ -27,15 +27,48 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
 
-  // In a deterministic call key tiles add to a query tile in their order. The count says how many parts have
-  // been added to it: each CTA of a cluster has some, by TMA one, else one of each warp.
+  // In a deterministic call key tiles add to dQ in their order, all heads of a few query tiles in one turn,
+  // since a turn takes a wait for memory and a fence. The count of the first of them says how many parts have
+  // been added: each CTA of a cluster has one by TMA, else one of each warp.
   static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
-  __device__ __forceinline__ uint32_t* turn_of(const QueryStep& step) const {
-    return tile().turns + step.head * grid.query_tiles + step.tile;
+  uint32_t* turn = nullptr;  // the count of the turn that is over, but not passed on
+
+  __device__ __forceinline__ int32_t turn_of(const QueryStep& step) const {
+    return step.tile >> maps.turn_shift;
   }
-  // The parts of the key tiles before this one. All lanes of a warp call it.
-  __device__ __forceinline__ uint32_t parts_before(const QueryStep& step) const {
-    return kParts * tiles_before<C>(grid, p, tile(), step.tile);
+  // Whether a step is the first, the last of its turn: the walk goes backwards, with the heads at each tile.
+  __device__ __forceinline__ bool begins_turn(const QueryStep& step) const {
+    const bool first = turn_of(step) != (step.tile + 1) >> maps.turn_shift;
+    return step.head == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
+  }
+  __device__ __forceinline__ bool ends_turn(const QueryStep& step) const {
+    const bool last = turn_of(step) != (step.tile - 1) >> maps.turn_shift;
+    return step.head == uniform(tile().walk.heads) - 1 && (last || step.tile == uniform(tile().walk.tiles.lo));
+  }
+  __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
+    return tile().turns + (turn_of(step) << maps.turn_shift);
+  }
+  __device__ __forceinline__ void wait_turn(const QueryStep& step) const {
+    if (C::kDqByTma && this->warp_row() > 0) return;
+    const uint32_t before =
+        kParts * tiles_before<C>(grid, p, tile(), turn_of(step), C::kM << maps.turn_shift);
+    if constexpr (C::kDqByTma) {
+      if (leads()) ptx::wait_count(count_of(step), before);
+      __syncwarp();
+    } else {
+      ptx::wait_at_least(count_of(step), before);
+    }
+  }
+  // A step later, when the additions are done, so that no warp waits for them.
+  __device__ __forceinline__ void pass_turn() {
+    if (!turn) return;
+    if constexpr (!C::kDqByTma) {
+      ptx::raise_by_warp(turn);
+    } else if (leads()) {
+      ptx::bulk_wait<0>();
+      ptx::raise_count(turn);
+    }
+    turn = nullptr;
   }
 
   // Issues dQ (+)= dS K for the keys of one CTA, some of the columns.
@@ -54,6 +87,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number;
+    if (grid.turns && begins_turn(step)) wait_turn(step);
     if (leads()) ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
     shared.ds_pipe.wait_full(use);
 #pragma unroll
@@ -66,18 +100,17 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
                      ptx::shared_address(shared.k[this->rank()]) + panel);
       if (column == 0) shared.ds_other_pipe.wait_full(use);
       start_dq<false>(dq, ds + other, ptx::shared_address(shared.k_other) + panel);
+      if (column == 0) pass_turn();
       ptx::wgmma_wait<0>();
       ptx::hold(dq.x[0]);
       if (column + C::kDqColumns == KHalf::kColumns) shared.p_pipe.release_in_all(use, C::kCluster);
       if constexpr (C::kDqByTma) {
-        static_assert(C::kDqColumns == KHalf::kColumns);  // one part
         send(dq, step, column);
       } else {
-        if (column == 0 && grid.turns) ptx::wait_at_least(turn_of(step), parts_before(step));
         add(dq, step, column);
       }
     }
-    if (!C::kDqByTma && grid.turns) ptx::raise_by_warp(turn_of(step));
+    if (grid.turns && ends_turn(step)) turn = count_of(step);
   }
 
   // The first row of dQ in the accumulator.
@@ -115,10 +148,8 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::sync_group(2, kWarpgroup);
     store_blocks<Block>(dq, ptx::shared_address(shared.dq), this->warp_row(), lane);
     ptx::fence_async_shared();
-    const uint32_t before = grid.turns && this->warp_row() == 0 ? parts_before(step) : 0;
     ptx::sync_group(2, kWarpgroup);
     if (!leads()) return;
-    if (grid.turns) ptx::wait_count(turn_of(step), before);
     const BlockWork& work = tile().work;
     ptx::Coordinates at{0, work.head + step.head, work.tile.q_begin + step.tile * C::kM, work.batch_row,
                         static_cast<int32_t>(work.leading)};
@@ -128,9 +159,6 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       ptx::reduce_add_box(maps.dquery, ptx::shared_address(shared.dq) + block * Block::kBytes, at);
     }
     ptx::bulk_commit();
-    if (!grid.turns) return;
-    ptx::bulk_wait<0>();
-    ptx::raise_count(turn_of(step));
   }
 
   __device__ __forceinline__ void run() {
@@ -140,7 +168,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       rows = find_rows();
       shared.k_pipe.wait_full(tile_index);
       this->for_steps([&](const QueryStep& step) { run_step(step); },
-                      [&](const QueryStep& step) { run_step(step); }, [](uint32_t) {});
+                      [&](const QueryStep& step) { run_step(step); }, [this](uint32_t) { pass_turn(); });
       shared.k_pipe.release(tile_index);
       shared.state_pipe.release(tile_index);
     }

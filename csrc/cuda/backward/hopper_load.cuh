@@ -45,7 +45,7 @@ struct GradientProducer {
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
-    walk.heads_inner = all.back_and_forth;
+    walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.turns);
     walk.direction = grid.turns || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 

@@ -34,15 +34,15 @@ struct KeyGrid {
   int32_t query_tiles;  // of a head
 };
 
-// How many key tiles add to dQ of a query tile before this one, in a deterministic call: those before it from
-// the first that the rows see. Where segments leave each key tile a range of queries, all lanes of the warp
+// How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those before
+// it from the first that the rows see. Where segments leave each key tile a range of queries, all lanes of the warp
 // count the ranges.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
-                                                int32_t query_tile) {
+                                                int32_t query_tile, int32_t rows = C::kM) {
   const BlockWork& work = tile.work;
-  const int32_t row = query_tile * C::kM, own = work.tile.row / C::kN,
-                first = tile.band.rows(row, row + C::kM).lo / C::kN;
+  const int32_t row = query_tile * rows, own = work.tile.row / C::kN,
+                first = tile.band.rows(row, row + rows).lo / C::kN;
   if constexpr (C::Score::reads(Operand::kQSegmentIds)) {
     if (grid.segments) {
       const Interval* const of_tiles =
@@ -50,7 +50,7 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
       int32_t before = 0;
       for (int32_t n = first; n < own; n += 32) {
         const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
-        const bool adds = other < own && tiles_of(of_tiles[other], C::kM).contains(query_tile);
+        const bool adds = other < own && tiles_of(of_tiles[other], rows).contains(query_tile);
         before += __popc(__ballot_sync(~0u, adds));
       }
       return before;
