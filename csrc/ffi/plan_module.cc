@@ -138,6 +138,7 @@ Shapes shapes_of_options(Options& options) {
   s.q_rows = options.get<int64_t>("q_rows");
   s.k_rows = options.get<int64_t>("k_rows");
   s.page_size = options.get("page_size", int64_t{0});
+  s.draft_rows = options.get("draft_rows", int64_t{0});
   const auto bias = options.get("bias", std::array<int64_t, 4>{1, 1, 1, 1});
   std::copy(bias.begin(), bias.end(), s.bias);
   s.bias_in_tiles = options.get("bias_in_tiles", false);
@@ -222,8 +223,8 @@ nb::object bound_of(nb::kwargs given) {
   const Pass pass = by_name(kPasses, options.get<std::string>("pass_"));
   const AttentionSpec spec = spec_of(options);
   const auto size = [&](const char* name) { return to_dim(options.get<nb::object>(name)); };
-  const DimShapes shapes{size("leading"), size("batch"), size("heads"),  size("kv_heads"),
-                         size("d"),       size("dv"),    size("q_rows"), size("k_rows")};
+  const DimShapes shapes{size("leading"), size("batch"),  size("heads"),  size("kv_heads"),  size("d"),
+                         size("dv"),      size("q_rows"), size("k_rows"), size("draft_rows")};
   options.finish();
   return to_python(workspace_bound(pass, spec, shapes));
 }

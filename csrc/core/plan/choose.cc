@@ -21,7 +21,8 @@ ScoreKind only_option(const Call& call) {
       {spec.has(Operand::kDropout), true, ScoreKind::kDropout},
       {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-      {spec.has(Operand::kMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+      {spec.has(Operand::kMask) || spec.has(Operand::kDraftMask) || !(spec.scale > 0), false,
+       ScoreKind::kGeneral},
   };
   ScoreKind found = ScoreKind::kPlain;
   for (const auto& option : options) {

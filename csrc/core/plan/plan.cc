@@ -111,7 +111,8 @@ Shapes shapes_of(const Problem& p) {
           p.k_rows,
           p.page_size,
           {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
-          bias_in_tiles(p)};
+          bias_in_tiles(p),
+          p.draft_rows};
 }
 
 }  // namespace jax_flash
