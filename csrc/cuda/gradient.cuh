@@ -149,8 +149,8 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   score.drop_weights(s, tile);  // P ← drop(P)
 }
 
-// The same in two, where one warp has S and another dP. The first makes S → P, as above, and W = P ∘ score'(S),
-// with a minus where dropout drops it;
+// The same in two, where one warp has S and another dP. The first makes S → P, as above, and W = P ∘
+// score'(S), with a minus where dropout drops it;
 template <class Score, class Tile, class S, class Rows>
 __device__ __forceinline__ void tile_weights(Score& score, const Tile& tile, const Rows& rows, bool partial,
                                              S& s, S& w) {

@@ -120,8 +120,8 @@ class Forward final : public PassTraits {
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
 // repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask, which a lane of Sᵀ would read element by element; repeatable sums with segments, as the
-// order is the band's.
+// bias or a mask, which a lane of Sᵀ would read element by element; up to d 128 repeatable sums with
+// segments, as the order is the band's there.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
@@ -160,7 +160,8 @@ class Backward final : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
     return schedule_bound(spec, s, s.k_rows) + segments_bound(spec, s, s.k_rows) +
-           aligned(max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
+           aligned(
+               max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
            turns + aligned(kCounterBytes);
   }
 

@@ -13,7 +13,9 @@
 //                                    3: dQ = dS K, and accumulator += dQ  ◄─────┘
 //
 // A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
-// through stages of shared memory. docs/kernels/hopper-backward.md has the reasons and timings.
+// through stages of shared memory. With a score option W = Pᵀ ∘ score'(Sᵀ), with a minus where dropout drops
+// the element, goes from 1 to 2 in the place of Pᵀ. docs/kernels/hopper-backward.md has the reasons and
+// timings.
 #pragma once
 
 #include "core/families/hopper_layout.h"
@@ -69,8 +71,9 @@ struct BackwardClusterSm90 {
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
     float* accumulator;
-    int32_t turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles (hopper_cluster_dq.cuh)
-    QuerySums sums;      // not used
+    int32_t
+        turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles (hopper_cluster_dq.cuh)
+    QuerySums sums;  // not used
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
@@ -81,7 +84,8 @@ struct BackwardClusterSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_cluster_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                          const __grid_constant__ PersistentTiles tiles, const __grid_constant__ KeyGrid grid) {
+                          const __grid_constant__ PersistentTiles tiles,
+                          const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
@@ -117,7 +121,8 @@ inline int32_t turn_shift(const Problem& p, int32_t block_m) {
   constexpr int32_t kSteps = 2, kManyTiles = 64;  // as powers of two; of a sequence
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
   int32_t shift = kSteps;
-  while (shift > 0 && ((p.heads / p.kv_heads) << shift > 1 << kSteps || rows < (kManyTiles * block_m) >> (kSteps - shift)))
+  while (shift > 0 &&
+         ((p.heads / p.kv_heads) << shift > 1 << kSteps || rows < (kManyTiles * block_m) >> (kSteps - shift)))
     --shift;
   return shift;
 }

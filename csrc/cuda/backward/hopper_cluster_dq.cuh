@@ -43,7 +43,8 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   }
   __device__ __forceinline__ bool ends_turn(const QueryStep& step) const {
     const bool last = turn_of(step) != (step.tile - 1) >> maps.turn_shift;
-    return step.head == uniform(tile().walk.heads) - 1 && (last || step.tile == uniform(tile().walk.tiles.lo));
+    return step.head == uniform(tile().walk.heads) - 1 &&
+           (last || step.tile == uniform(tile().walk.tiles.lo));
   }
   __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
     return tile().turns + (turn_of(step) << maps.turn_shift);

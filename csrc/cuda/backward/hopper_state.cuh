@@ -34,9 +34,9 @@ struct KeyGrid {
   int32_t query_tiles;  // of a head
 };
 
-// How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those before
-// it from the first that the rows see. Where segments leave each key tile a range of queries, all lanes of the warp
-// count the ranges.
+// How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
+// before it from the first that the rows see. Where segments leave each key tile a range of queries, all
+// lanes of the warp count the ranges.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
                                                 int32_t query_tile, int32_t rows = C::kM) {

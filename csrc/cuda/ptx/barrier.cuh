@@ -102,8 +102,8 @@ __device__ __forceinline__ uint32_t lane_index() {
   return x;
 }
 
-// Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps. It is
-// an aligned one: all of them come to it at the same instruction.
+// Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps. It
+// is an aligned one: all of them come to it at the same instruction.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
