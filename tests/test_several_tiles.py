@@ -103,6 +103,9 @@ LARGE_HEAD_DIMS = [
         varlen(
             "packed, some keys", (130, 1, 0, 200, 64), kv_lengths=(149, 0, 3, 9, 64), **OTHER_KEYS, **PACKED
         ),
+        varlen(
+            "packed, options", (130, 1, 0, 200, 64), dropout_rate=0.2, softcap=5.0, **OTHER_KEYS, **PACKED
+        ),
     )
 ]
 

@@ -22,6 +22,7 @@
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/convert.cuh"
 #include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/backward/hopper_cluster_dk.cuh"
 #include "cuda/backward/hopper_cluster_dq.cuh"
 #include "cuda/backward/hopper_cluster_load.cuh"
 #include "cuda/backward/hopper_cluster_state.cuh"
