@@ -1,6 +1,6 @@
-// What the consumer warpgroups of cuda/backward/hopper_cluster.cuh have in common, and the one that makes P and
-// adds up dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the left
-// operands of dV and dK where they lie: in registers. A thread of the first two warpgroups has the same
+// What the consumer warpgroups of cuda/backward/hopper_cluster.cuh have in common, and the one that makes P
+// and adds up dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
+// left operands of dV and dK where they lie: in registers. A thread of the first two warpgroups has the same
 // elements of Sᵀ and of dPᵀ.
 #pragma once
 
