@@ -23,7 +23,7 @@ from .bars import Cell
 from .decode_cuda import Call, contiguous, paged, scattered
 from .peer_attention import timed
 
-CHAIN_OF_SHORT = 64  # calls of a few microseconds in one program
+CHAIN_OF_SHORT = 32  # calls of a few microseconds in one program
 ONE = (*((b, 32, 8, 128, keys) for b in (1, 8) for keys in (512, 1024, 4096)), (1, 32, 4, 128, 1024))
 MANY = (1024, 32, 8, 128, 512)
 KINDS = (64, 32, 8, 128, 8192)
