@@ -1,0 +1,152 @@
+// The bias gradient for sm_90a, where dbias has a row for each query and a column for each key: dS summed
+// over the batch entries and heads that share the bias.
+//
+// The grid is persistent. A CTA works on tiles [M, N] of dbias; a step is one of the batch entries and heads
+// that a tile sums over. No two CTAs write the same element, so sums have an order.
+//
+//   producer warpgroup                      consumer warpgroups, 64 query rows each
+//
+//   warp 0, a thread: tile numbers          sum = 0; for steps:
+//   warp 1, a thread: Q and K, dO and V       S = Q Kᵀ, dP = dO Vᵀ
+//     by TMA, kStages pairs                   P = exp(S + bias − lse), dS = P ∘ (dP − delta)
+//   warp 2: bias, once a tile; with             sum += dS
+//     other options operands, bias and      the sum is stored
+//     mask of each step
+//   warp 3: lse and delta
+#pragma once
+
+#include <algorithm>
+
+#include "core/families/hopper_layout.h"
+#include "core/plan/launch_plan.h"
+#include "cuda/bias_gradient/hopper_consumer.cuh"
+#include "cuda/bias_gradient/hopper_load.cuh"
+#include "cuda/hopper/pipeline.cuh"
+#include "cuda/hopper/roles.cuh"
+#include "cuda/launch.h"
+#include "cuda/leading_slices.h"
+#include "cuda/ptx/registers.cuh"
+#include "cuda/registry.h"
+#include "cuda/score/hopper_gradient.cuh"
+#include "cuda/tensor_map.h"
+
+namespace jax_flash {
+
+// A row of csrc/kernels.def.
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
+struct BiasGradientSm90 {
+  using Element = T;
+  static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // has a mask, too
+  static constexpr int kM = M, kN = N, kThreads = Warps * 32;
+  static constexpr int kConsumers = M / kConsumerRows, kNumbers = 2, kRowStages = 2;
+  static constexpr int kStages =
+      hopper::bias_gradient_stages(std::max(HeadDim, ValueDim), M, N, Stages, kGeneral);
+  using QTile = SharedTile<T, M, HeadDim>;
+  using KTile = SharedTile<T, N, HeadDim>;
+  using DoTile = SharedTile<T, M, ValueDim>;
+  using VTile = SharedTile<T, N, ValueDim>;
+  static constexpr int kPairBytes =
+      std::max<int>(QTile::kBytes + KTile::kBytes, DoTile::kBytes + VTile::kBytes);
+  using S = Accumulator<1, N / 8>;
+  using Score = GradientScore<Kind, S>;
+  using Tiles = GradientTiles<Kind, T, M, N, static_cast<int>(hopper::kMaxSharedBytes)>;
+  struct Maps {
+    CUtensorMap query, key, dout, value;
+  };
+  // Tiles of dbias.
+  struct Grid {
+    uint32_t count;
+    int32_t rows, columns;     // of a head
+    const Interval* segments;  // what they leave to each query tile of a batch entry, or null
+    uint32_t* counter;
+  };
+  struct Shared {
+    alignas(1024) uint8_t pairs[kStages][kPairBytes];  // Q over K, or dO over V
+    typename Tiles::Buffer score_tiles;
+    QueryStatistics<M> statistics[kRowStages];
+    ScoreOperands operands[kGeneral ? Tiles::kStages : 1];  // of a step, with which they come
+    uint32_t numbers[kNumbers];
+    Pipeline<kNumbers> number_pipe;
+    Pipeline<kStages> pair_pipe;
+    Pipeline<kRowStages> row_pipe;  // lse and delta
+    typename Tiles::Pipe score_pipe;
+
+    __device__ __forceinline__ void init() {
+      constexpr uint32_t kWarps = kConsumers * kConsumerWarps * ptx::kWarpArrivals;
+      number_pipe.init(kWarps + 2 * ptx::kWarpArrivals + 1);
+      pair_pipe.init(kWarps);
+      row_pipe.init(kWarps, ptx::kWarpArrivals);
+      score_pipe.init(kWarps);
+      ptx::fence_barriers();
+    }
+  };
+  // Each producer walks through batch entries and heads, for which the usual 40 registers are few.
+  static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
+  static_assert(kThreads == 3 * kWarpgroup && kConsumers == 2);
+  static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 65536 / kThreads / 8 * 8 * 3);
+  static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes && Tiles::kStages == 2);
+};
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    bias_gradient_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
+                       const __grid_constant__ typename C::Grid grid) {
+  auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
+  const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (warpgroup == 0) {
+    ptx::give_registers<C::kProducerRegisters>();
+    BiasProducer<C> producer{{p, shared, grid}, maps};
+    const bool leads = threadIdx.x % 32 == 0;
+    if (warp == 0 && leads) producer.number_tiles();
+    if (warp == 1 && leads) producer.load_pairs();
+    if (warp == 2) producer.load_bias();
+    if (warp == 3) producer.load_statistics();
+  } else {
+    ptx::take_registers<C::kConsumerRegisters>();
+    BiasConsumer<C>{{p, shared, grid}, warpgroup - 1}.run();
+  }
+}
+
+template <class C>
+cudaError_t launch_bias_gradient_sm90(const Problem& p, const LaunchPlan& plan, void* workspace,
+                                      cudaStream_t stream) {
+  typename C::Maps maps;
+  const struct {
+    CUtensorMap& map;
+    const View& view;
+    MapShape shape;
+  } all[] = {
+      {maps.query, p.query, {p.head_dim, p.heads, p.q_rows, p.batch, C::QTile::kPanel * 8, C::kM}},
+      {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, p.batch, C::DoTile::kPanel * 8, C::kM}},
+      {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, p.batch, C::KTile::kPanel * 8, C::kN}},
+      {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, p.batch, C::VTile::kPanel * 8, C::kN}},
+  };
+  for (const auto& [map, view, shape] : all) {
+    if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
+  }
+  auto* const counter = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.tile_counter);
+  if (cudaError_t e = cudaMemsetAsync(counter, 0, sizeof(uint32_t), stream); e != cudaSuccess) return e;
+  const auto rows = static_cast<int32_t>(plan.queries.tiles), columns = static_cast<int32_t>(plan.keys.tiles);
+  const typename C::Grid grid{static_cast<uint32_t>(plan.queries.blocks), rows, columns,
+                              segments_of(plan.queries, workspace), counter};
+  return launch(bias_gradient_sm90<C>, plan.persistent_ctas, C::kThreads, sizeof(typename C::Shared), stream,
+                p, maps, grid);
+}
+
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  LaunchPlan of_slice = plan;
+  of_slice.queries.blocks /= leading_slices(p);
+  return for_each_slice(p, [&](const Problem& slice) {
+    if (&slice != &p) {
+      if (cudaError_t e = launch_schedules(slice, of_slice, workspace, stream); e != cudaSuccess) return e;
+    }
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      using C = BiasGradientSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
+      return launch_bias_gradient_sm90<C>(slice, of_slice, workspace, stream);
+    });
+  });
+}
+
+}  // namespace jax_flash
