@@ -65,7 +65,7 @@ template <class C>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
-  constexpr int kAtOnce = C::kRows <= 16 ? 8 : C::WarpState::kScaled ? 2 : 4;  // as registers allow
+  constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // as registers allow
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
   for (int32_t row = warp; row < rows.count(); row += C::kWarps) {

@@ -179,8 +179,7 @@ class Call {
     copies_.add(t_, kTangents, [](View Tangents::* operand) { return !is_result(operand); });
     // Decode reads its counters before anybody has written them: what lacks their mark counts as none. The
     // pattern, which is no mark and a NaN as a number, keeps initcheck from reporting these loads.
-    if (plan.decode.memory >= 0)
-      check(cudaMemset(workspace_.data(), 0xFF, plan.workspace), "workspace");
+    if (plan.decode.memory >= 0) check(cudaMemset(workspace_.data(), 0xFF, plan.workspace), "workspace");
   }
 
   void launch(cudaStream_t stream) {
