@@ -82,3 +82,16 @@ class PagedOptions(Options, total=False):
     batch_invariant: bool
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
+    value_dim: int | None
+
+
+class AppendOptions(TypedDict, total=False):
+    """The options of `append_kv`."""
+
+    cu_seqlens: IndexLike | None
+    page_layout: PageLayout
+    rotary: tuple[ArrayLike, ArrayLike] | None
+    interleaved: bool
+    k_scale: ArrayLike | None
+    v_scale: ArrayLike | None
+    implementation: Implementation | None

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/families/hopper_layout.h"
+#include "core/families/latent.h"
 #include "core/plan/family.h"
 
 namespace jax_flash {
@@ -168,6 +169,14 @@ class Backward final : public PassTraits {
   }
 };
 
+// Over latent pools alone; elsewhere the portable decode runs.
+class Decode final : public latent::Decode {
+ public:
+  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+    return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+  }
+};
+
 }  // namespace
 
 namespace families {
@@ -175,7 +184,8 @@ namespace families {
 const Family& hopper() {
   static const Forward forward;
   static const Backward backward;
-  static const Family family{&forward, &backward};
+  static const Decode decode;
+  static const Family family{&forward, &backward, nullptr, &decode};
   return family;
 }
 

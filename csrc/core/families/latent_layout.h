@@ -1,0 +1,27 @@
+// Decode over latent pools (multi-head latent attention), whose V is the first columns of K: how query rows
+// are cut into chunks, and what lies in shared memory. The same numbers for plan and kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash::latent {
+
+// The query rows of a KV head are cut into chunks of at most `rows`: some heads of one token, or all heads of
+// a few tokens. An entry is one chunk of one sequence.
+struct Chunks {
+  int32_t tokens;  // of a chunk, at least 1
+  int32_t heads;   // chunks of a token's heads
+
+  constexpr Chunks(int64_t group, int32_t rows)
+      : tokens(group < rows ? static_cast<int32_t>(rows / group) : 1),
+        heads(static_cast<int32_t>((group + rows - 1) / rows)) {}
+};
+
+inline constexpr int64_t kStateBytes = 2048;  // barriers, segments and softmax states, at most
+
+// Q, `stages` tiles of K, and P.
+constexpr int64_t tile_bytes(int32_t head_dim, int32_t block_m, int32_t block_n, int32_t stages) {
+  return 2 * (int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{block_m} * block_n);
+}
+
+}  // namespace jax_flash::latent
