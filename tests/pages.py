@@ -177,6 +177,12 @@ def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.R
 
 
 def _to_pools(call: Paged, result: oracle.Result) -> oracle.Result:
+    if call.latent:
+        gradients = dict(result.gradients)
+        value = np.asarray(gradients.pop("value"), np.float64)
+        width = gradients["key"].shape[-1] - value.shape[-1]
+        gradients["key"] = gradients["key"] + np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, width)])
+        result = dataclasses.replace(result, gradients=gradients)
     moved = {
         name: call.pages.gradient(rows_of(call.case, np.asarray(x, np.float64)))
         if name in ("key", "value")

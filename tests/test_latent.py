@@ -166,19 +166,19 @@ def test_vmap_over_queries_and_tables(implementation):
                 np.testing.assert_allclose(x[i, j].astype("float32"), y.astype("float32"), rtol=2e-2, atol=1e-3)
 
 
-def test_query_heads_are_split_over_devices_without_communication(implementation):
+def test_query_heads_are_split_over_devices_without_communication(kernel):
     require_devices(8)
     case = ALL_HEADS.replace(dtype="bfloat16")
-    require(implementation, case)
+    require(kernel, case)
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
     call = latent(case, 16)
     by_heads, whole = NamedSharding(mesh, P(None, None, "heads")), NamedSharding(mesh, P())
     arrays = {n: jax.device_put(x, by_heads if n == "query" else whole) for n, x in call.arrays.items()}
-    program = jax.jit(call.call(implementation)).lower(arrays).compile()
+    program = jax.jit(call.call(kernel)).lower(arrays).compile()
     assert not collectives(program.as_text())
     out, lse = program(arrays)
     assert out.sharding.is_equivalent_to(by_heads, 4)
-    wanted, wanted_lse = call.call(implementation)({})
+    wanted, wanted_lse = call.call(kernel)({})
     np.testing.assert_allclose(out.astype("float32"), wanted.astype("float32"), rtol=2e-2, atol=2e-2)
     np.testing.assert_allclose(lse, wanted_lse, rtol=1e-5, atol=1e-5)
 
@@ -186,21 +186,15 @@ def test_query_heads_are_split_over_devices_without_communication(implementation
 def test_gradients_in_plain_jax():
     """The pool's gradient is that of its keys and, in the first columns, of its values."""
     call = latent(DRAFTED.replace(sk=40, kv_lengths=(37, 3, 12), hq=8), 8)
-    right, _ = pages.references(call, gradients=True)
-    key, value = right.gradients["key"], right.gradients.pop("value")
-    right.gradients["key"] = key + np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, key.shape[-1] - value.shape[-1])])
-    got = pages.run(call, "xla", gradients=True)
-    for name, x in right.gradients.items():
-        np.testing.assert_allclose(got.gradients[name], x, rtol=1e-4, atol=1e-4)
+    got = pages.check(call, "xla", gradients=True)
+    assert got.gradients.keys() == {"query", "key"}
 
 
 def test_gradients_of_small_head_dims(implementation):
     case = DRAFTED.replace(sk=40, kv_lengths=(37, 3, 12), hq=8, d=24, dv=16)
     require(implementation, case)
     call = latent(case, 8)
-    got, wanted = (pages.run(call, name, gradients=True) for name in (implementation, "xla"))
-    for name, x in wanted.gradients.items():
-        np.testing.assert_allclose(got.gradients[name], x, rtol=2e-4, atol=2e-4)
+    pages.check(call, implementation, gradients=True)
 
 
 def test_wide_head_dims_have_no_gradient_in_the_kernels(kernel):

@@ -13,7 +13,7 @@ namespace jax_flash::latent {
 
 inline constexpr int64_t kMostBlocks = 256;  // CTAs, one on an SM
 inline constexpr int64_t kMostRows = 64;     // of a chunk
-inline constexpr int64_t kLeastKeys = 32;    // of a key tile
+inline constexpr int64_t kLeastKeys = 16;    // of a key tile
 inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mode
 
 // O, the softmax and a counter of so many rows.
@@ -23,13 +23,23 @@ class Decode : public PassTraits {
  public:
   // Head dims above 256 are those of no other kernel, and smaller ones have kernels that suit them.
   static bool is_latent(const KernelRow& row) { return row.head_dim > kMaxHeadDim; }
+  static bool are_latent(const AttentionSpec& spec, const DimShapes& s) {
+    return spec.value_dim > 0 && s.head_dim.known() && s.head_dim.value() > kMaxHeadDim;
+  }
 
-  bool serves(const KernelRow&, const Call& call) const override {
+  bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
-    return call.spec.value_dim > 0 && s.head_dim > kMaxHeadDim && !call.float8_pools() && s.kv_heads > 0 &&
+    return is_latent(row) && call.spec.value_dim > 0 && s.head_dim > kMaxHeadDim && !call.float8_pools() && s.kv_heads > 0 &&
            s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
   }
-  bool takes_every_sequence() const override { return true; }
+  bool takes_every_sequence(const KernelRow&) const override { return true; }
+
+  // The chunks that hold as many of the rows as there are, and no larger ones.
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    const int64_t rows = call.rows_of_group();
+    if (a.block_m != b.block_m) return (a.block_m > b.block_m) == (rows > std::min(a.block_m, b.block_m));
+    return a.block_n > b.block_n;
+  }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace, LaunchPlan& plan) const override {
     const AttentionSpec& spec = call.spec;
@@ -54,7 +64,7 @@ class Decode : public PassTraits {
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    if (spec.value_dim == 0 || (s.head_dim.known() && s.head_dim.value() <= kMaxHeadDim)) return 0;
+    if (!are_latent(spec, s)) return 0;
     const Dim group = s.kv_heads.known() && s.kv_heads.value() == 0 ? Dim(0) : s.heads / s.kv_heads;
     // As many chunks as there are tokens, or more where a token has more than one; smaller chunks are more.
     const Dim tokens = spec.packed() ? s.q_rows + s.batch : s.batch * s.q_rows;
