@@ -130,7 +130,7 @@ class LatentConsumer {
   // This half of O, of all tiles of a segment.
   __device__ __forceinline__ void attend_second(const LatentSegment& segment, uint32_t number, uint32_t& use) {
     shared.q_pipe.release(number);
-    const RowsDescriptor<typename C::PTile> p(ptx::shared_address(shared.p));
+    const RowsDescriptor<typename C::PTile> p(ptx::shared_address(shared.p[0]));
 #pragma unroll 1
     for (int32_t tile = segment.tile, end = segment.tile_end; tile < end; ++tile, ++use) {
       shared.k_pipe.wait_full(use);
@@ -243,7 +243,7 @@ class LatentConsumer {
   __device__ __forceinline__ void store_weights(uint32_t use, const uint32_t (&p)[kPairs][4],
                                                 const float (&alpha)[S::kSlots]) const {
     shared.p_pipe.wait_empty(use);
-    const uint32_t tile = ptx::shared_address(shared.p);
+    const uint32_t tile = ptx::shared_address(shared.p[0]);
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int row = first_row() + S::row(slot);

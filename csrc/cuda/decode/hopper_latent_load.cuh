@@ -16,14 +16,14 @@ class LatentLoader {
  public:
   using T = typename C::Element;
   using Tile = typename C::KTile;
-  static_assert(Tile::kRows == C::QTile::kRows && Tile::kColumns == C::QTile::kColumns);
+  static_assert(Tile::kRows == 64 && Tile::kColumns == C::QTile::kColumns && Tile::kPanel == C::QTile::kPanel);
 
   __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
                                           const LatentColumn<C::kRows>& of_column, const Partition& of_ranges,
                                           const Range& range, int32_t range_number)
       : call(decode), shared(memory), column(of_column), partition(of_ranges), number(range_number), ahead(range) {
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-    warp = thread / 32, row = thread / 32 * kWarpRows + thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
+    warp = thread / 32, row = thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
   }
 
   __device__ __forceinline__ void run() {
@@ -53,6 +53,7 @@ class LatentLoader {
  private:
   static constexpr int kWarpRows = Tile::kRows / kConsumerWarps, kStep = 32 / Tile::kPanel;
   static constexpr int kRowsOfThread = kWarpRows / kStep, kPanels = Tile::kChunks / Tile::kPanel;
+  static constexpr int kWarpQueries = C::kRows / kConsumerWarps;
 
   // The copies that this thread has issued, and what its warp has stored, count on a full barrier.
   __device__ __forceinline__ void publish(uint32_t barrier) const {
@@ -65,7 +66,7 @@ class LatentLoader {
   __device__ __forceinline__ void look_up(int32_t tile) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const int64_t key = int64_t{tile} * C::kTile + row + i * kStep;
+      const int64_t key = int64_t{tile} * C::kTile + warp * kWarpRows + row + i * kStep;
       slot[i] = kUnused;
       if (key < keys.lo || key >= keys.hi) continue;
       const int32_t entry = call.page_size.quotient(static_cast<int32_t>(key));
@@ -74,14 +75,15 @@ class LatentLoader {
     }
   }
 
-  // Copies a row of 16-bit elements, of which `columns` are used; the others become zeros.
-  __device__ __forceinline__ void copy_row(uint32_t tile, int i, const T* from, bool used, int32_t columns) const {
-    const uint32_t to = tile + Tile::offset(row + i * kStep, chunk);
+  // Copies a row of a tile, of which `columns` are used; the others become zeros.
+  template <class To>
+  __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used, int32_t columns) const {
+    const uint32_t to = tile + To::offset(at, chunk);
     const T* const source = from + chunk * kChunk<T>;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
-      constexpr int kColumns = Tile::kPanel * kChunk<T>;
-      ptx::cp_async_16(to + Tile::panel_offset(panel * Tile::kPanel), source + panel * kColumns,
+      constexpr int kColumns = To::kPanel * kChunk<T>;
+      ptx::cp_async_16(to + To::panel_offset(panel * To::kPanel), source + panel * kColumns,
                        used && panel * kColumns + chunk * kChunk<T> < columns);
     }
   }
@@ -97,7 +99,7 @@ class LatentLoader {
 #pragma unroll
       for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
       const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
-      copy_row(tile, i, pool + offset, inside, call.head_dim);
+      copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside, call.head_dim);
     }
     if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = static_cast<uint16_t>(missing);
     publish(shared.k_pipe.full_barrier(use));
@@ -110,13 +112,13 @@ class LatentLoader {
     const ColumnRows rows = column.rows(entry);
     const uint32_t tile = ptx::shared_address(shared.q);
 #pragma unroll
-    for (int i = 0; i < kRowsOfThread; ++i) {
-      const int32_t own = row + i * kStep;
+    for (int i = 0; i < kWarpQueries / kStep; ++i) {
+      const int32_t own = warp * kWarpQueries + row + i * kStep;
       const bool used = own < rows.count();
       const int32_t at = used ? own : 0;
-      copy_row(tile, i,
-               call.query.at<const T>(work.leading, work.batch_row, rows.head(at), work.q_begin + rows.position(at)),
-               used, call.head_dim);
+      copy_row<typename C::QTile>(
+          tile, own, call.query.at<const T>(work.leading, work.batch_row, rows.head(at), work.q_begin + rows.position(at)),
+          used, call.head_dim);
     }
     if (threadIdx.x % kWarpgroup == 0) {
       shared.segments[segment % C::Shared::kSegments] = {
@@ -136,7 +138,7 @@ class LatentLoader {
   Interval keys;
   const T* pool;
   const int32_t* table;
-  int warp, row, chunk;  // row, chunk: the first ones of this thread in a tile
+  int warp, row, chunk;  // of this thread: row is its first one among those of its warp
   int32_t page[kRowsOfThread], slot[kRowsOfThread];
 };
 
