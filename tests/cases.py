@@ -83,7 +83,7 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
 
     def normal(shape: tuple[int, ...], dtype: Any = dtype) -> jax.Array:
         if on_device:
-            return jax.random.normal(jax.random.key(rng.integers(1 << 31)), shape, dtype)
+            return jax.random.normal(jax.random.key(rng.integers(1 << 31), impl="rbg"), shape, dtype)
         return jax.device_put(rng.standard_normal(shape).astype(dtype))
 
     rows, columns = token_dims(case)
