@@ -1,4 +1,4 @@
-"""Latent pools (multi-head latent attention): one pool, whose first columns are the values, against the dense oracle."""
+"""Latent pools (multi-head latent attention): one pool, whose first columns are the values, against the oracle."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,10 @@ OPTIONS = [
     DECODE.replace(name="several KV heads", hq=8, hk=2),
     DRAFTED.replace(name="more heads than a tile has rows", hq=72, sq=2),
     DRAFTED.replace(name="window", window=(70, 0)),
-    DRAFTED.replace(name="every option", window=(150, 0), softcap=3.0, sinks=True, alibi_slopes=(16,), scale=-0.1),
+    ALL_HEADS.replace(name="bounds that are raised from tile to tile", scale=1.0),
+    DRAFTED.replace(
+        name="every option", window=(150, 0), softcap=3.0, sinks=True, alibi_slopes=(16,), scale=-0.1
+    ),
     MIXED.replace(name="top left", align="top_left"),
     DECODE.replace(name="other head dims", d=320, dv=264),
     DECODE.replace(name="values as wide as keys", d=72, dv=72),
@@ -99,7 +102,9 @@ def test_a_page_outside_the_pool_makes_the_rows_that_see_it_nan(implementation, 
     case = DRAFTED.replace(sk=40, kv_lengths=(37, 40, 12), dtype="bfloat16", window=(4, 0))
     require(implementation, case)
     call = latent(case, 3)
-    bad = call.arrays["block_tables"].at[0, 11].set(page)  # keys 33 to 35, which rows 0 to 4, at 32 to 36, see
+    bad = (
+        call.arrays["block_tables"].at[0, 11].set(page)
+    )  # keys 33 to 35, which rows 0 to 4, at 32 to 36, see
     got, whole = call.call(implementation)({"block_tables": bad}), call.call(implementation)({})
     hit = np.zeros((3, 5), bool)
     hit[0, 1:] = True
@@ -124,7 +129,9 @@ def test_a_contiguous_cache_is_a_pool(implementation):
     tables, lengths = jnp.arange(3, dtype=jnp.int32)[:, None], jnp.asarray([200, 7, 129], jnp.int32)
 
     def run(pool, tables):
-        return paged_attention(query, pool, None, tables, lengths, value_dim=512, implementation=implementation)
+        return paged_attention(
+            query, pool, None, tables, lengths, value_dim=512, implementation=implementation
+        )
 
     paged = run(cache.reshape(3 * 25, 8, 1, 576), jnp.arange(75, dtype=jnp.int32).reshape(3, 25))
     np.testing.assert_array_equal(run(cache, tables), paged)
@@ -163,7 +170,9 @@ def test_vmap_over_queries_and_tables(implementation):
     for i in range(2):
         for j in range(2):
             for x, y in zip(mapped, one(queries[i], tables[j], lengths[j]), strict=True):
-                np.testing.assert_allclose(x[i, j].astype("float32"), y.astype("float32"), rtol=2e-2, atol=1e-3)
+                np.testing.assert_allclose(
+                    x[i, j].astype("float32"), y.astype("float32"), rtol=2e-2, atol=1e-3
+                )
 
 
 def test_query_heads_are_split_over_devices_without_communication(kernel):
@@ -199,9 +208,14 @@ def test_gradients_of_small_head_dims(implementation):
 
 def test_wide_head_dims_have_no_gradient_in_the_kernels(kernel):
     call = latent(DECODE.replace(dtype="bfloat16"), 16)
-    message = 'k_pages has head dim 576, and the kernels of derivatives have at most 256; implementation="xla"'
+    message = (
+        'k_pages has head dim 576, and the kernels of derivatives have at most 256; implementation="xla"'
+    )
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(jax.grad(lambda x: call.call(kernel)({"query": x})[0].sum().astype("float32")), call.arrays["query"])
+        jax.eval_shape(
+            jax.grad(lambda x: call.call(kernel)({"query": x})[0].sum().astype("float32")),
+            call.arrays["query"],
+        )
 
 
 def test_flop_counts_both_products():
@@ -226,7 +240,9 @@ def test_tokens_are_appended_to_the_one_pool(implementation, layout, d):
     lengths = jnp.asarray([6, 1], jnp.int32)
 
     def run(implementation):
-        return append_kv(pool, None, new, None, tables, lengths, page_layout=layout, implementation=implementation)
+        return append_kv(
+            pool, None, new, None, tables, lengths, page_layout=layout, implementation=implementation
+        )
 
     appended, values, after = run(implementation)
     assert values is None

@@ -115,11 +115,12 @@ def _value_dim(check: Checker, arguments: Arguments, operands: Operands) -> int:
             )
         return 0
     d = operands["key"].shape[-1]
-    if isinstance(columns, bool) or not isinstance(columns, numbers.Integral) or not 1 <= columns <= d:
+    whole = isinstance(columns, numbers.Integral) and not isinstance(columns, bool)
+    if not whole or not 1 <= int(columns) <= d:
         raise check.fail(
             f"value_dim must be an int from 1 to {d}, the columns of k_pages, with v_pages=None; got {columns!r}"
         )
-    if columns > MAX_LATENT_VALUE_DIM and arguments["implementation"] != "xla":
+    if int(columns) > MAX_LATENT_VALUE_DIM and arguments["implementation"] != "xla":
         raise check.fail(
             f'value_dim is {columns}, allowed are 1 to {MAX_LATENT_VALUE_DIM}; implementation="xla" takes any'
         )

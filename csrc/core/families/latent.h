@@ -14,6 +14,7 @@ namespace jax_flash::latent {
 inline constexpr int64_t kMostBlocks = 256;  // CTAs, one on an SM
 inline constexpr int64_t kMostRows = 64;     // of a chunk
 inline constexpr int64_t kLeastKeys = 16;    // of a key tile
+inline constexpr int64_t kLeastTiles = 8;    // of a CTA, as merging a part costs as much as some tiles
 inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mode
 
 // O, the softmax and a counter of so many rows.
@@ -29,8 +30,8 @@ class Decode : public PassTraits {
 
   bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
-    return is_latent(row) && call.spec.value_dim > 0 && s.head_dim > kMaxHeadDim && !call.float8_pools() && s.kv_heads > 0 &&
-           s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
+    return is_latent(row) && call.spec.value_dim > 0 && s.head_dim > kMaxHeadDim && !call.float8_pools() &&
+           s.kv_heads > 0 && s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
   }
   bool takes_every_sequence(const KernelRow&) const override { return true; }
 
@@ -41,15 +42,18 @@ class Decode : public PassTraits {
     return a.block_n > b.block_n;
   }
 
-  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace, LaunchPlan& plan) const override {
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     if (spec.packed()) plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
-    const int64_t all = entries(call, row.block_m), tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
+    const int64_t all = entries(call, row.block_m),
+                  tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
     DecodeGrid& grid = plan.decode;
     grid.columns = static_cast<int32_t>(s.kv_heads);
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
-    grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), all * tiles));
+    const int64_t most = ceil_div(all * tiles, kLeastTiles);
+    grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
     if (spec.packed()) grid.packed_rows = std::numeric_limits<int32_t>::max();
     if (spec.num_splits > 0) {
       grid.parts = std::min(spec.num_splits, kMaxSplits);
@@ -60,7 +64,8 @@ class Decode : public PassTraits {
     }
     grid.all_slots = grid.fixed_parts() ? all * grid.slots : 2 * int64_t{grid.ranges};
     if (grid.fixed_parts() ? grid.slots > 1 : grid.ranges > 1)
-      grid.memory = workspace.add(partial_bytes(grid.all_slots * s.kv_heads * row.block_m, s.value_dim).value());
+      grid.memory =
+          workspace.add(partial_bytes(grid.all_slots * s.kv_heads * row.block_m, s.value_dim).value());
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -69,9 +74,9 @@ class Decode : public PassTraits {
     // As many chunks as there are tokens, or more where a token has more than one; smaller chunks are more.
     const Dim tokens = spec.packed() ? s.q_rows + s.batch : s.batch * s.q_rows;
     const Dim rows = s.leading * tokens * (group / kMostRows + 1) * s.kv_heads * kMostRows;
-    const Dim slots = spec.num_splits > 0         ? Dim(std::min(spec.num_splits, kMaxSplits))
-                      : spec.batch_invariant      ? s.k_rows / kSplitKeys + 1
-                                                  : Dim(0);
+    const Dim slots = spec.num_splits > 0    ? Dim(std::min(spec.num_splits, kMaxSplits))
+                      : spec.batch_invariant ? s.k_rows / kSplitKeys + 1
+                                             : Dim(0);
     const bool fixed = spec.num_splits > 0 || spec.batch_invariant;
     const Dim split_rows =
         fixed ? rows * slots : min(kMostBlocks * kMostRows, rows * (s.k_rows / kLeastKeys + 1)) * 2;
@@ -86,9 +91,8 @@ class Decode : public PassTraits {
   static int64_t entries(const Call& call, int64_t rows) {
     const Shapes& s = call.shapes;
     const Chunks chunks(s.heads / s.kv_heads, static_cast<int32_t>(rows));
-    const int64_t of_tokens = call.spec.packed()
-                                  ? s.q_rows / chunks.tokens + s.batch
-                                  : s.batch * ceil_div(s.q_rows, chunks.tokens);
+    const int64_t of_tokens =
+        call.spec.packed() ? s.q_rows / chunks.tokens + s.batch : s.batch * ceil_div(s.q_rows, chunks.tokens);
     return s.q_rows == 0 ? 0 : s.leading * of_tokens * chunks.heads;
   }
 };

@@ -18,8 +18,8 @@
 namespace jax_flash {
 namespace decode {
 
-// A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile. kOptions: whether there are score
-// options.
+// A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile. kOptions: whether there are
+// score options.
 template <class T, RowColumns R, bool kOptions>
 struct LatentSm90 {
   using Element = T;
@@ -94,7 +94,8 @@ cudaError_t launch_latent(const Problem& p, const LaunchPlan& plan, void* worksp
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
     const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
-    const cudaError_t e = launch(latent_sm90<C>, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+    const cudaError_t e =
+        launch(latent_sm90<C>, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
@@ -111,7 +112,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
       return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
     }
   };
-  return p.spec.softcap > 0 || p.alibi_slopes ? run.template operator()<true>() : run.template operator()<false>();
+  return p.spec.softcap > 0 || p.alibi_slopes ? run.template operator()<true>()
+                                              : run.template operator()<false>();
 }
 
 }  // namespace jax_flash

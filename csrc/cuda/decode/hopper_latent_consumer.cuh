@@ -34,7 +34,9 @@ struct LatentTile {
   }
 
  private:
-  __device__ __forceinline__ int32_t row(int slot) const { return min(first_row + S::row(slot), rows.count() - 1); }
+  __device__ __forceinline__ int32_t row(int slot) const {
+    return min(first_row + S::row(slot), rows.count() - 1);
+  }
 };
 
 // kHalf: which columns of O this warpgroup has.
@@ -89,8 +91,7 @@ class LatentConsumer {
       seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
       m[slot] = -INFINITY, l[slot] = 0;
     }
-    const Interval common =
-        segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
+    const Interval common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
     for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
@@ -115,7 +116,7 @@ class LatentConsumer {
         for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
       }
       ptx::hold(p);
-      multiply_values(use, [&](int k) -> const uint32_t(&)[4] { return p[k]; });
+      multiply_values(use, [&](int k) -> const uint32_t (&)[4] { return p[k]; });
       shared.k_pipe.release(use);
     }
 #pragma unroll
@@ -128,7 +129,8 @@ class LatentConsumer {
   }
 
   // This half of O, of all tiles of a segment.
-  __device__ __forceinline__ void attend_second(const LatentSegment& segment, uint32_t number, uint32_t& use) {
+  __device__ __forceinline__ void attend_second(const LatentSegment& segment, uint32_t number,
+                                                uint32_t& use) {
     shared.q_pipe.release(number);
     const RowsDescriptor<typename C::PTile> p(ptx::shared_address(shared.p[0]));
 #pragma unroll 1
@@ -191,17 +193,18 @@ class LatentConsumer {
 
   // S of keys on pages outside the pool becomes NaN; their elements are zeros.
   __device__ __forceinline__ void set_missing(uint32_t use) {
-    const uint16_t(&missing)[kConsumerWarps] = shared.missing[use % C::kStages];
+    const uint16_t (&missing)[kConsumerWarps] = shared.missing[use % C::kStages];
     static_assert(kConsumerWarps == 4 && C::kTile == 64);
-    const uint64_t all = missing[0] | missing[1] << 16 | uint64_t{missing[2]} << 32 | uint64_t{missing[3]} << 48;
+    const uint64_t all =
+        missing[0] | missing[1] << 16 | uint64_t{missing[2]} << 32 | uint64_t{missing[3]} << 48;
     if (all == 0) return;
     for_each(s, [&](float& x, int, int n, int e) {
       if (all >> S::column(n, e) & 1) x = NAN;
     });
   }
 
-  // m ← the row's bound, raised where a score exceeds it by more than kSlack, by 1/α; S ← 2^(S − m); l ← α l +
-  // rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote tells
+  // m ← the row's bound, raised where a score exceeds it by more than kSlack, by 1/α; S ← 2^(S − m); l ← α l
+  // + rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote tells
   // whether any was raised.
   __device__ __forceinline__ bool update_softmax(float (&m)[S::kSlots], float (&l)[S::kSlots],
                                                  float (&alpha)[S::kSlots]) {
@@ -280,13 +283,17 @@ class LatentConsumer {
     sync_consumers();
     if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
   }
-  __device__ __forceinline__ static void sync_consumers() { ptx::sync_group(1, Shared::kConsumers * kWarpgroup); }
+  __device__ __forceinline__ static void sync_consumers() {
+    ptx::sync_group(1, Shared::kConsumers * kWarpgroup);
+  }
 
   // The features of this thread's pairs.
-  __device__ __forceinline__ int32_t feature(int n) const { return kHalf * (C::kValueDim / 2) + O::column(n); }
+  __device__ __forceinline__ int32_t feature(int n) const {
+    return kHalf * (C::kValueDim / 2) + O::column(n);
+  }
 
-  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row, int slot,
-                                            Softmax all) {
+  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                            int slot, Softmax all) {
     const int32_t head = rows.head(row), i = rows.position(row);
     const auto [factor, lse] = finish_row(call, work, head, i, all);
     T* const to = call.out.at<T>(work.leading, work.batch_row, head, work.q_begin + i);
@@ -294,14 +301,15 @@ class LatentConsumer {
     for (int n = 0; n < O::kColumnTiles; ++n) {
       if (feature(n) >= call.value_dim) continue;
       const bool zero = factor == 0;
-      ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor, zero ? 0 : o.at(slot, n, 1) * factor);
+      ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor,
+                      zero ? 0 : o.at(slot, n, 1) * factor);
     }
     if (kHalf == 0 && threadIdx.x % 4 == 0)
       *call.lse.at<float>(work.leading, work.batch_row, head, work.q_begin + i) = lse;
   }
 
-  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t row, int slot,
-                                                Softmax softmax) {
+  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t row,
+                                                int slot, Softmax softmax) {
     float* const to = partial.o + row * partial.width;
 #pragma unroll
     for (int n = 0; n < O::kColumnTiles; ++n) {

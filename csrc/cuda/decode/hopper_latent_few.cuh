@@ -1,9 +1,9 @@
-// The consumer warpgroups of cuda/decode/hopper.cuh where there are at most 16 query rows, so that loading the
-// keys takes longer than their products.
+// The consumer warpgroups of cuda/decode/hopper.cuh where there are at most 16 query rows, so that loading
+// the keys takes longer than their products.
 //
 // The products are transposed, Sᵀ = K Qᵀ [64, rows] and Oᵀ += Vᵀ Pᵀ [dv, rows]: the rows are the N of wgmma.
-// Each warpgroup has tiles of keys to itself, every other one, and O of them, which are merged where a segment
-// ends.
+// Each warpgroup has tiles of keys to itself, every other one, and O of them, which are merged where a
+// segment ends.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,8 @@ class LatentFewConsumer {
   using Shared = typename C::Shared;
   using S = TransposedAccumulator<1, C::kRows / 8>;  // of a warp's 16 keys
 
-  __device__ __forceinline__ LatentFewConsumer(const LatentCall& decode, Shared& memory, int32_t head, int number)
+  __device__ __forceinline__ LatentFewConsumer(const LatentCall& decode, Shared& memory, int32_t head,
+                                               int number)
       : call(decode), shared(memory), kv_head(head), warpgroup(number) {}
 
   __device__ __forceinline__ void run() {
@@ -42,7 +43,9 @@ class LatentFewConsumer {
   static constexpr float kSlack = 8;  // O is rescaled where a score exceeds the row's bound by more
 
   __device__ __forceinline__ static int warp() { return ptx::thread_index() % kWarpgroup / 32; }
-  __device__ __forceinline__ static int group() { return lane_id() / 4; }  // of the lane: its key, its feature
+  __device__ __forceinline__ static int group() {
+    return lane_id() / 4;
+  }  // of the lane: its key, its feature
   __device__ __forceinline__ void sync() const { ptx::sync_group(2 + warpgroup, kWarpgroup); }
   __device__ __forceinline__ static void sync_all() { ptx::sync_group(1, Shared::kConsumers * kWarpgroup); }
   __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment) const {
@@ -129,10 +132,10 @@ class LatentFewConsumer {
     });
   }
 
-  // m ← the row's bound, raised where a score exceeds it by more than kSlack; O ← α O, l ← α l. Each row decides
-  // for itself, so that its bits depend on no other row.
+  // m ← the row's bound, raised where a score exceeds it by more than kSlack; O ← α O, l ← α l. Each row
+  // decides for itself, so that its bits depend on no other row.
   __device__ __forceinline__ void raise_bounds() {
-    float(&maxima)[kConsumerWarps][C::kRows] = shared.maxima[warpgroup];
+    float (&maxima)[kConsumerWarps][C::kRows] = shared.maxima[warpgroup];
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const float top = column_max(fmaxf(s.at(slot, 0, 0), s.at(slot, 0, 1)));
@@ -168,15 +171,16 @@ class LatentFewConsumer {
     for_each(s, [&](float& x, int slot, int, int e) {
       x = ptx::exp2(x - (m[slot] == -INFINITY ? 0 : m[slot]));  // no key was seen yet: P must be 0, not NaN
       l[slot] += x;
-      const int offset = C::PTile::offset(S::row(slot), 2 * warp() + e) + group() * static_cast<int>(sizeof(T));
+      const int offset =
+          C::PTile::offset(S::row(slot), 2 * warp() + e) + group() * static_cast<int>(sizeof(T));
       *reinterpret_cast<T*>(p + offset) = T(x);
     });
     ptx::fence_async_shared();
     sync();
   }
 
-  // Merges the results of both warpgroups, and writes them, or merges them with those of the entry's other parts
-  // if this one is the last to be finished.
+  // Merges the results of both warpgroups, and writes them, or merges them with those of the entry's other
+  // parts if this one is the last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment) {
     const ColumnRows rows = rows_of(segment);
     const Parts parts = segment.parts;
@@ -187,14 +191,14 @@ class LatentFewConsumer {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot)
       factor[slot] = merge_weight(softmax_of(warpgroup, S::row(slot)), merged(S::row(slot)).m);
-    if (warpgroup == 1)
-      for_each_feature([&](float& to, float x, int slot) { to = x * factor[slot]; });
+    if (warpgroup == 1) for_each_feature([&](float& to, float x, int slot) { to = x * factor[slot]; });
     sync_all();
     if (warpgroup == 0)
       for_each_feature([&](float& to, float x, int slot) { to = fmaf(x, factor[slot], to); });
     sync_all();
     constexpr int kChunks = C::kValueDim / 4;
-    for (int at = static_cast<int>(threadIdx.x); at < rows.count() * kChunks; at += Shared::kConsumers * kWarpgroup) {
+    for (int at = static_cast<int>(threadIdx.x); at < rows.count() * kChunks;
+         at += Shared::kConsumers * kWarpgroup) {
       const int row = at / kChunks, feature = at % kChunks * 4;
       if (feature >= call.value_dim || !is_written(call, rows, segment.work, row)) continue;
       const float4 x = *reinterpret_cast<const float4*>(&shared.o[row][feature]);

@@ -1,5 +1,5 @@
-// The load warps of cuda/decode/hopper.cuh: Q, and K from its pages, by cp.async. Pages of any size and rows of
-// any stride are loaded alike, 16 bytes at a time.
+// The load warps of cuda/decode/hopper.cuh: Q, and K from its pages, by cp.async. Pages of any size and rows
+// of any stride are loaded alike, 16 bytes at a time.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,18 @@ class LatentLoader {
  public:
   using T = typename C::Element;
   using Tile = typename C::KTile;
-  static_assert(Tile::kRows == 64 && Tile::kColumns == C::QTile::kColumns && Tile::kPanel == C::QTile::kPanel);
+  static_assert(Tile::kRows == 64 && Tile::kColumns == C::QTile::kColumns &&
+                Tile::kPanel == C::QTile::kPanel);
 
   __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
                                           const LatentColumn<C::kRows>& of_column, const Partition& of_ranges,
                                           const Range& range, int32_t range_number)
-      : call(decode), shared(memory), column(of_column), partition(of_ranges), number(range_number), ahead(range) {
+      : call(decode),
+        shared(memory),
+        column(of_column),
+        partition(of_ranges),
+        number(range_number),
+        ahead(range) {
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     warp = thread / 32, row = thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
   }
@@ -77,7 +83,8 @@ class LatentLoader {
 
   // Copies a row of a tile, of which `columns` are used; the others become zeros.
   template <class To>
-  __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used, int32_t columns) const {
+  __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used,
+                                           int32_t columns) const {
     const uint32_t to = tile + To::offset(at, chunk);
     const T* const source = from + chunk * kChunk<T>;
 #pragma unroll
@@ -116,13 +123,19 @@ class LatentLoader {
       const int32_t own = warp * kWarpQueries + row + i * kStep;
       const bool used = own < rows.count();
       const int32_t at = used ? own : 0;
-      copy_row<typename C::QTile>(
-          tile, own, call.query.at<const T>(work.leading, work.batch_row, rows.head(at), work.q_begin + rows.position(at)),
-          used, call.head_dim);
+      copy_row<typename C::QTile>(tile, own,
+                                  call.query.at<const T>(work.leading, work.batch_row, rows.head(at),
+                                                         work.q_begin + rows.position(at)),
+                                  used, call.head_dim);
     }
     if (threadIdx.x % kWarpgroup == 0) {
-      shared.segments[segment % C::Shared::kSegments] = {
-          work, Parts::of(call.grid, partition, ahead, number), entry.first, entry.end, ahead.tile, ahead.tile_end, 0};
+      shared.segments[segment % C::Shared::kSegments] = {work,
+                                                         Parts::of(call.grid, partition, ahead, number),
+                                                         entry.first,
+                                                         entry.end,
+                                                         ahead.tile,
+                                                         ahead.tile_end,
+                                                         0};
     }
     publish(shared.q_pipe.full_barrier(segment));
   }

@@ -96,7 +96,8 @@ __device__ __forceinline__ void clear_outside(const LatentCall& call) {
     const int32_t before = starts[0], after = starts[batch];
     const int64_t rows = int64_t{before + call.q_rows - after} * heads;
 #pragma unroll 1
-    for (int64_t at = int64_t{blockIdx.x} * warps + threadIdx.x / 32; at < rows; at += int64_t{gridDim.x} * warps) {
+    for (int64_t at = int64_t{blockIdx.x} * warps + threadIdx.x / 32; at < rows;
+         at += int64_t{gridDim.x} * warps) {
       const int32_t outside = static_cast<int32_t>(at / heads), head = static_cast<int32_t>(at % heads);
       const int32_t token = outside < before ? outside : after + (outside - before);
       T* const to = call.out.at<T>(leading, 0, head, token);

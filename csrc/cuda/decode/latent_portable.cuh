@@ -1,4 +1,5 @@
-// Decode over latent pools on sm_80 and newer: the absorbed form of multi-head latent attention (DeepSeek-V2).
+// Decode over latent pools on sm_80 and newer: the absorbed form of multi-head latent attention
+// (DeepSeek-V2).
 //
 // All warps of a CTA work on one tile of keys, which is K and, in its first columns, V:
 //
@@ -32,7 +33,8 @@ struct LatentSm80 {
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, latent::kLeastTile>;  // of which kTile columns are used
   // The warps' shares of S, 16 × 16 each, and of the head dim.
-  static constexpr int kRowTiles = kRows / 16, kKeyTiles = kTile / 16, kSplits = kWarps / (kRowTiles * kKeyTiles);
+  static constexpr int kRowTiles = kRows / 16, kKeyTiles = kTile / 16,
+                       kSplits = kWarps / (kRowTiles * kKeyTiles);
   static constexpr latent::PortableLayout kLayout =
       latent::portable_layout(kHeadDim, kRows, kTile, kStages, kSplits);
   using O = Accumulator<kRowTiles, kValueDim / kWarps / 8>;
@@ -138,7 +140,8 @@ class LatentBlock {
   __device__ __forceinline__ void load_queries(const ColumnRows& rows) const {
     load_rows<typename C::QTile>(tiles, [&](int i) -> const T* {
       if (i >= rows.count()) return nullptr;
-      return call.query.at<const T>(work.leading, work.batch_row, rows.head(i), work.q_begin + rows.position(i));
+      return call.query.at<const T>(work.leading, work.batch_row, rows.head(i),
+                                    work.q_begin + rows.position(i));
     });
   }
   // One group of copies for each tile, an empty one past the end. The first has Q too.
@@ -207,7 +210,8 @@ class LatentBlock {
       const float alpha = ptx::exp2(before.m - bound), p = ptx::exp2(x - bound);
       const float l = fmaf(before.l, alpha, warp_sum(p));
       if (lane < C::kTile) {
-        const int offset = C::PTile::offset(row, lane / kChunk<T>) + lane % kChunk<T> * static_cast<int>(sizeof(T));
+        const int offset =
+            C::PTile::offset(row, lane / kChunk<T>) + lane % kChunk<T> * static_cast<int>(sizeof(T));
         *reinterpret_cast<T*>(weights + offset) = T(p);
       }
       if (lane == 0) state[row] = {m, l}, alphas[row] = alpha;
@@ -255,13 +259,14 @@ class LatentBlock {
 #pragma unroll
     for (int n = 0; n < C::O::kColumnTiles; ++n) {
       if (feature(n) < call.value_dim)
-        ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor, zero ? 0 : o.at(slot, n, 1) * factor);
+        ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor,
+                        zero ? 0 : o.at(slot, n, 1) * factor);
     }
     if (threadIdx.x < 32 && threadIdx.x % 4 == 0)
       *call.lse.at<float>(work.leading, work.batch_row, head, work.q_begin + i) = lse;
   }
-  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t to, int32_t row,
-                                                int slot) {
+  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t to,
+                                                int32_t row, int slot) {
 #pragma unroll
     for (int n = 0; n < C::O::kColumnTiles; ++n) {
       if (feature(n) < call.value_dim)
