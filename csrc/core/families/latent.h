@@ -37,7 +37,8 @@ class Decode : public PassTraits {
 
   // The chunks that hold as many of the rows as there are, and no larger ones.
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    const int64_t rows = call.rows_of_group();
+    const int64_t rows =
+        call.shapes.heads / call.shapes.kv_heads * (call.spec.packed() ? 1 : call.shapes.q_rows);
     if (a.block_m != b.block_m) return (a.block_m > b.block_m) == (rows > std::min(a.block_m, b.block_m));
     return a.block_n > b.block_n;
   }

@@ -112,8 +112,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
       return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
     }
   };
-  return p.spec.softcap > 0 || p.alibi_slopes ? run.template operator()<true>()
-                                              : run.template operator()<false>();
+  return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
+                                                              : run.template operator()<false>();
 }
 
 }  // namespace jax_flash

@@ -7,37 +7,13 @@
 
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/hopper_latent_state.cuh"
+#include "cuda/decode/warp_attention.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/score/decode.cuh"
 #include "cuda/tile/descriptor.cuh"
 
 namespace jax_flash::decode {
-
-// The tile of S [64, 64] of a segment's rows and the keys from `key` on, for its score variant. A warp has 16
-// of the rows.
-template <class S>
-struct LatentTile {
-  const DecodeCall& call;
-  const ColumnRows& rows;
-  const SequenceWork& work;
-  int32_t key, first_row;
-
-  __device__ __forceinline__ float scale() const { return call.scale; }
-  __device__ __forceinline__ float softcap() const { return call.softcap; }
-  __device__ __forceinline__ bool has_slopes() const { return bool(call.alibi_slopes); }
-  __device__ __forceinline__ float slope(int slot) const {
-    return *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row(slot)), 0);
-  }
-  __device__ __forceinline__ float distance(int slot) const {
-    return static_cast<float>(work.band.diagonal(rows.position(row(slot))) - key - S::column(0));
-  }
-
- private:
-  __device__ __forceinline__ int32_t row(int slot) const {
-    return min(first_row + S::row(slot), rows.count() - 1);
-  }
-};
 
 // kHalf: which columns of O this warpgroup has.
 template <class C, int kHalf>
@@ -101,7 +77,7 @@ class LatentConsumer {
       multiply_keys(use);
       if (tile + 1 == tile_end) shared.q_pipe.release(number);
       set_missing(use);
-      typename C::Score().apply(s, LatentTile<S>{call, rows, segment.work, key, first_row()});
+      typename C::Score().apply(s, DecodeTile<S>{call, rows, segment.work, key, call.scale, first_row()});
       if (key < common.lo || key + C::kTile > common.hi) {
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].lo; }, BeforeLimit{});
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].hi; }, FromLimit{});

@@ -74,7 +74,7 @@ class LatentFewConsumer {
       ptx::fence_async_shared();  // the copies were made by cp.async
       multiply_keys(use);
       set_missing(use);
-      typename C::Score().apply(s, LatentTile<S>{call, rows, segment.work, key, 0});
+      typename C::Score().apply(s, DecodeTile<S>{call, rows, segment.work, key, call.scale});
       if (key < common.lo || key + 16 > common.hi) {
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].lo; }, BeforeLimit{});
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].hi; }, FromLimit{});

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/draft.h"
 #include "core/families/latent_layout.h"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_call.cuh"
@@ -177,7 +178,7 @@ class LatentBlock {
           to[(row + s.row(slot)) * C::kLayout.pitch + key + s.column(j, e)] = s.at(slot, j, e);
   }
 
-  // The score of a key in powers of two: softcap, ALiBi, the band.
+  // The score of a key in powers of two: softcap, ALiBi, the band, the draft mask.
   __device__ __forceinline__ float score(const ColumnRows& rows, int32_t row, int32_t key, float x) const {
     const int32_t position = rows.position(row);
     if (!work.band.row(position).contains(key)) return -INFINITY;
@@ -186,6 +187,12 @@ class LatentBlock {
     if (call.alibi_slopes) {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
       x -= slope * fabsf(static_cast<float>(work.band.diagonal(position) - key));
+    }
+    const int32_t q_len = work.band.q_len;
+    if (call.draft_mask && has_drafts(q_len, call.draft_rows)) {
+      const DraftMask drafts{call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0),
+                             call.draft_mask.row, first_draft(q_len, work.band.k_len)};
+      if (drafts.hides(position, key)) return -INFINITY;
     }
     return x * kLog2e;
   }
