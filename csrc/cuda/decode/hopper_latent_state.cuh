@@ -62,7 +62,7 @@ struct LatentShared : LatentTiles<C> {
 template <class C>
 struct LatentFewShared : LatentTiles<C> {
   using Tiles = LatentTiles<C>;
-  float o[C::kRows][latent::few_pitch(C::kValueDim)];         // O of a segment, when it ends
+  alignas(16) float o[C::kRows][latent::few_pitch(C::kValueDim)];         // O of a segment, when it ends
   float maxima[Tiles::kConsumers][kConsumerWarps][C::kRows];  // of a warp's scores
   float bounds[Tiles::kConsumers][C::kRows];                  // m of a segment, when it ends,
   float sums[Tiles::kConsumers][kConsumerWarps][C::kRows];    // and l, of each warp's keys
