@@ -61,11 +61,10 @@ __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& part
 
 // C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The code is short, since it
 // runs once and comes from memory.
-template <class C>
+template <class C, int kAtOnce = 8>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
-  constexpr int kAtOnce = C::kRows <= 16 ? 8 : 4;  // as registers allow
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
 #pragma unroll 1
   for (int32_t row = warp; row < rows.count(); row += C::kWarps) {

@@ -11,6 +11,8 @@
 
 namespace jax_flash::decode {
 
+struct SequenceWork;
+
 // The query rows of a column. Row r is at position (first + r) / group, of query head
 // kv_head · group + (first + r) % group. Rows whose position is past the sequence's queries are padding.
 struct ColumnRows {
@@ -30,6 +32,7 @@ struct ColumnRows {
   }
   __device__ __forceinline__ int32_t first_position() const { return group.quotient(first); }
   __device__ __forceinline__ int32_t end_position() const { return group.quotient(end - 1) + 1; }
+  __device__ __forceinline__ SequenceWork sequence(const DecodeCall& call, int32_t number) const;
 };
 
 // One sequence of one leading entry, as the rows of a column see it.
@@ -70,6 +73,10 @@ struct SequenceWork {
     return min(rows.end_position(), band.q_len);
   }
 };
+
+__device__ __forceinline__ SequenceWork ColumnRows::sequence(const DecodeCall& call, int32_t number) const {
+  return {call, *this, number};
+}
 
 // The query of a row of the column. Padding rows repeat others: a row's result depends on no other row.
 template <class T>
@@ -132,12 +139,12 @@ __device__ __forceinline__ void begin_range(Range& range, int32_t index, int32_t
 }
 
 // find_range for at most 32 sequences, by each warp for itself: a barrier would take longer.
-template <int kTile>
-__device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, const ColumnRows& rows,
+template <int kTile, class Rows>
+__device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, const Rows& rows,
                                                         int32_t number, Range& range) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
   if (call.sequences == 1) {
-    const SequenceUnits<kTile> own = units_of<kTile>(call, SequenceWork(call, rows, 0));
+    const SequenceUnits<kTile> own = units_of<kTile>(call, rows.sequence(call, 0));
     const Partition partition(call.grid, 1, own.units, own.units);
     range.begin = partition.begin(number), range.end = partition.begin(number + 1);
     begin_range(range, 0, 0, own.parts, own.units);
@@ -145,7 +152,7 @@ __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, 
   }
   int32_t parts = 0, units = 0;
   if (lane < call.sequences) {
-    const SequenceUnits<kTile> own = units_of<kTile>(call, SequenceWork(call, rows, lane));
+    const SequenceUnits<kTile> own = units_of<kTile>(call, rows.sequence(call, lane));
     parts = own.parts, units = own.units;
   }
   int32_t through = units, largest = units;
@@ -167,9 +174,10 @@ __device__ __forceinline__ Partition find_range_by_warp(const DecodeCall& call, 
 
 // Computes the partition of a column, and range `number` of it. All threads of a block take part: each counts
 // the units of its share of the sequences, and a prefix sum joins them. The thread in whose share the range
-// begins then finds the sequence.
-template <int kTile, int kThreads>
-__device__ __forceinline__ Partition find_range(const DecodeCall& call, const ColumnRows& rows,
+// begins then finds the sequence. rows.sequence(call, number): the SequenceWork of a sequence as the column's
+// rows see it.
+template <int kTile, int kThreads, class Rows>
+__device__ __forceinline__ Partition find_range(const DecodeCall& call, const Rows& rows,
                                                 PartitionShared<kThreads>& shared, int32_t number,
                                                 Range& range) {
   if (call.same_lengths) {
@@ -190,7 +198,7 @@ __device__ __forceinline__ Partition find_range(const DecodeCall& call, const Co
     int32_t at = base, largest = 0;
 #pragma unroll 1
     for (int32_t i = first; i < last && (pass == 0 || at <= range.begin); ++i) {
-      const SequenceUnits<kTile> units = units_of<kTile>(call, SequenceWork(call, rows, i));
+      const SequenceUnits<kTile> units = units_of<kTile>(call, rows.sequence(call, i));
       if (pass > 0 && range.begin < at + units.units)
         shared.index = i, shared.base = at, shared.parts = units.parts, shared.units = units.units;
       at += units.units, largest = max(largest, units.units);
@@ -226,10 +234,11 @@ struct WorkIterator {
   __device__ __forceinline__ bool covers_sequence() const { return parts == all; }
 
   // Opens the segment at `unit` and returns its sequence.
-  __device__ __forceinline__ SequenceWork open(const DecodeCall& call, const ColumnRows& rows) {
+  template <class Rows>
+  __device__ __forceinline__ SequenceWork open(const DecodeCall& call, const Rows& rows) {
 #pragma unroll 1
     for (;; ++index) {
-      const SequenceWork work(call, rows, index);
+      const SequenceWork work = rows.sequence(call, index);
       const SequenceUnits<kTile> sequence = units_of<kTile>(call, work);
       if (sequence.units == 0) continue;
       const int32_t before = unit - base;
