@@ -59,9 +59,38 @@ __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& part
   return all;
 }
 
-// C: DecodeSm80. Each warp takes a row, each lane four features of it at a time. The code is short, since it
-// runs once and comes from memory.
-template <class C, int kAtOnce = 8>
+// The same in the fewest registers: the weights of 32 parts come before the parts.
+template <int kRows, class RowOf>
+__device__ __forceinline__ Softmax merge_parts_in_turn(const PartialResults<kRows>& partial, int32_t parts,
+                                                       int32_t feature, RowOf row_of, float4& o) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  Softmax all{-INFINITY, 0};
+  o = make_float4(0, 0, 0, 0);
+#pragma unroll 1
+  for (int32_t first = 0; first < parts; first += 32) {
+    const int32_t count = min(32, parts - first);
+    float2 own = make_float2(-INFINITY, 0);
+    if (lane < count)
+      own =
+          ptx::load_shared_by_blocks(reinterpret_cast<const float2*>(partial.softmax + row_of(first + lane)));
+    const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
+    const float weight = merge_weight({own.x, own.y}, m);  // 2^(m_i − m)
+    all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
+    o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
+#pragma unroll 8
+    for (int32_t i = 0; i < count; ++i) {
+      const float w = __shfl_sync(~0u, weight, i);
+      const float4 x = ptx::load_shared_by_blocks(
+          reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
+      o.x = fmaf(x.x, w, o.x), o.y = fmaf(x.y, w, o.y), o.z = fmaf(x.z, w, o.z), o.w = fmaf(x.w, w, o.w);
+    }
+  }
+  return all;
+}
+
+// C: DecodeSm80 or a kernel of latent pools. kAtOnce: parts; 0: in turn. Each warp takes a row, each lane
+// four features of it at a time. The code is short, since it runs once and comes from memory.
+template <class C, int kAtOnce = 0>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
@@ -78,7 +107,12 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
     for (int32_t first_feature = 0; first_feature < call.value_dim; first_feature += 128) {
       const int32_t feature = min(first_feature + 4 * lane, call.value_dim - 4);
       float4 o;
-      const Softmax all = merge_parts<kAtOnce>(partial, parts.count, feature, row_of, o);
+      Softmax all;
+      if constexpr (kAtOnce > 0) {
+        all = merge_parts<kAtOnce>(partial, parts.count, feature, row_of, o);
+      } else {
+        all = merge_parts_in_turn(partial, parts.count, feature, row_of, o);
+      }
       if (first_feature + 4 * lane < call.value_dim)
         store_result<typename C::Element>(call, rows, work, row, feature, o, all);
     }
