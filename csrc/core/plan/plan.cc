@@ -53,7 +53,9 @@ LaunchPlan plan(const Call& call, std::span<const KernelRow> built) {
   result.error = refusal(call);
   if (!result.error.empty()) return result;
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
-  const KernelRow* row = decode && !call.spec.packed() ? decode : choose(call.pass, call, built);
+  const KernelRow* row = choose(call.pass, call, built);
+  if (decode && !call.spec.packed() && !(row && traits_of(*row).beats_decode(*row, call))) row = decode;
+  if (row != decode && !call.spec.packed()) decode = nullptr;
   if (!row) {
     result.error = no_kernel(call, built);
     return result;

@@ -104,7 +104,7 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kBiasGradient:
       return Variant::kGeneral;
     case Pass::kDecode:
-      if (p.spec.softcap > 0 || p.alibi_slopes)
+      if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask)
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
