@@ -244,8 +244,9 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
         )
     if pass_ == "bias_gradient":
         arguments["bias"] = (n.b, n.hq, n.sq, n.sk)
-    elif options.bias:  # as plan.cc's bias_in_tiles has it
+    if options.bias:  # as plan.cc's bias_in_tiles has it
         arguments["bias_in_tiles"] = n.sk % 8 == 0 and options.dtype != "float32"
+    arguments["mask_in_chunks"] = bool(options.mask) and n.sk % 8 == 0
     return arguments
 
 

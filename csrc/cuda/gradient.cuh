@@ -29,6 +29,12 @@ __device__ __forceinline__ void settle_coarse(float& x, float row_lse) {
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
+// lse, in powers of two, and delta of a query tile, in shared memory.
+template <int M>
+struct QueryStatistics {
+  float lse[M], delta[M];
+};
+
 // lse and delta of a thread's rows, in registers.
 template <class S>
 struct RowStatistics {

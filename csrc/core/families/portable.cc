@@ -79,11 +79,8 @@ class BiasGradient final : public PassTraits {
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    const Shapes& s = call.shapes;
-    plan.queries.block = row.block_m, plan.queries.tiles = ceil_div(s.bias[2], row.block_m);
-    plan.keys.block = row.block_n, plan.keys.tiles = ceil_div(s.bias[3], row.block_n);
-    plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
-    add_segments(call, s.q_rows, plan.queries, workspace);
+    plan_bias_tiles(row, call, plan);
+    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {

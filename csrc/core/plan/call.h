@@ -29,6 +29,8 @@ struct Shapes {
   int64_t bias[4];             // the bias gradient's only: dbias' sizes, 1 where it is reduced
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
   int64_t draft_rows = 0;      // rows of the draft mask of a sequence; 0: there is none
+  // The bias is of query's 16-bit dtype and can be copied 8 keys at a time; the mask can.
+  bool bias_in_chunks = false, mask_in_chunks = false;
 };
 
 Shapes shapes_of(const Problem& problem);

@@ -210,30 +210,50 @@ struct GradientProducer {
   __device__ __forceinline__ uint32_t* turn_of(const Tile& tile, const QueryStep& step) const {
     return tile.turns + step.head * grid.query_tiles + step.tile;
   }
-  // Waits until the key tiles before have added to a step's dQ: those from the first that the rows see.
-  __device__ __forceinline__ void wait_turn(const Tile& tile, const QueryStep& step) const {
-    const int32_t row = step.tile * C::kM, first = tile.band.rows(row, row + C::kM).lo / C::kN;
-    ptx::wait_count(turn_of(tile, step), tile.work.tile.row / C::kN - first);
+
+  // Adds a step's dQ to the accumulator, after the `before` key tiles whose turn is earlier.
+  __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, int32_t before) const {
+    if (grid.turns) ptx::wait_count(turn_of(tile, step), before);
+    start_dq_sum(tile, step, 0);
+    start_dq_sum(tile, step, 1);
+    ptx::bulk_wait_read<1>();
+    shared.dq_pipe[0].release_by_thread(step.number);
+    ptx::bulk_wait_read<0>();
+    shared.dq_pipe[1].release_by_thread(step.number);
+    if (grid.turns) {
+      ptx::bulk_wait<0>();
+      ptx::raise_count(turn_of(tile, step));
+    }
   }
 
-  // One thread, where sums are ordered: adds dQ to the accumulator.
+  // One thread, where sums are ordered: adds dQ to the accumulator. With segments it is the warp's first, and
+  // the others help to find its turn.
+  static constexpr bool kWarpAddsDq = C::Score::reads(Operand::kQSegmentIds);
   __device__ __forceinline__ void add_dq() {
+    const bool leads = !kWarpAddsDq || threadIdx.x % 32 == 0;
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
-          if (grid.turns) wait_turn(tile, step);
-          start_dq_sum(tile, step, 0);
-          start_dq_sum(tile, step, 1);
-          ptx::bulk_wait_read<1>();
-          shared.dq_pipe[0].release_by_thread(step.number);
-          ptx::bulk_wait_read<0>();
-          shared.dq_pipe[1].release_by_thread(step.number);
-          if (grid.turns) {
-            ptx::bulk_wait<0>();
-            ptx::raise_count(turn_of(tile, step));
-          }
+          const int32_t before = grid.turns ? tiles_before<C>(grid, p, tile, step.tile) : 0;
+          if (leads) add_step(tile, step, before);
         },
-        [&](const Tile&) { shared.state_pipe.release_by_thread(tile_index); });
-    ptx::bulk_wait<0>();
+        [&](const Tile&) {
+          if constexpr (kWarpAddsDq) __syncwarp();
+          if (leads) shared.state_pipe.release_by_thread(tile_index);
+        });
+    if (leads) ptx::bulk_wait<0>();
+  }
+
+  // One warp: bias and mask of every step.
+  __device__ __forceinline__ void load_score_tiles() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          if (!p.bias && !p.mask) return;
+          const ScoreOperands operands =
+              tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
+          shared.score_pipe.wait_empty(step.number);
+          C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, tile.work.tile.row, step.number);
+        },
+        [&](const Tile&) { shared.state_pipe.release(tile_index); });
   }
 };
 
