@@ -36,7 +36,7 @@ STEPS |= {f"tree of {n} / {n} tokens": 1.05 for n in steps_cuda.TOKENS}
 
 def judge(cells: list[Cell]) -> list[Bar]:
     """All bars whose cells are there."""
-    return [*_matmul(cells), *plain_bars(cells, OF_PLAIN), *_decode(cells), *_steps(cells)]
+    return [*_matmul(cells), *plain_bars(cells, OF_PLAIN), *_decode(cells), *of_steps(cells)]
 
 
 def rate_of_matmul(cell: Cell) -> float:
@@ -79,7 +79,8 @@ def _decode(cells: list[Cell]) -> Iterator[Bar]:
         yield from least(f"decode {dtype}, {LONG_CACHE:,} keys and more / copy", values, limit)
 
 
-def _steps(cells: list[Cell]) -> Iterator[Bar]:
+def of_steps(cells: list[Cell]) -> Iterator[Bar]:
+    """Calls of several tokens beside those of one, and mixed batches."""
     for name, limit in STEPS.items():
         of = [c for kind in ("tokens", "mixed") for c in chosen(cells, kind) if name in steps_cuda.ratios(c)]
         yield from most(name, [(steps_cuda.ratios(c)[name], c["name"]) for c in of], limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import flop
+from . import flop, steps_cuda
 from .bars import (
     Bar,
     Cell,
@@ -19,7 +19,7 @@ from .bars import (
     relative_cost,
     speedup,
 )
-from .bars_cuda import lead_over_best
+from .bars_cuda import lead_over_best, of_steps
 from .peers import PEERS
 
 BACKWARD_MEAN, FORWARD_MEAN, EACH = 1.28, 1.2, 0.97  # × cuDNN; × the best peer, each cell
@@ -41,8 +41,8 @@ OF_PLAIN_BANDWIDTH = {
     "window 1,024": 0.9,
     "window 128, sinks, d64": 0.9,
 }
-OF_PLAIN_TIME = {"4 queries": 1.05, "8 queries": 1.12, "16 queries": 1.3, "batch invariant": INVARIANT}
-FLOAT8, MIXED = 1.75, 1.1
+FLOAT8 = 1.75
+LATENT_READ, LATENT_PRODUCT = 0.8, 0.6
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
@@ -55,6 +55,7 @@ def judge(cells: list[Cell]) -> list[Bar]:
         *_steps(cells),
         *_long_decode(cells),
         *_other_decode(cells),
+        *of_steps(cells),
     ]
 
 
@@ -190,18 +191,25 @@ def _other_decode(cells: list[Cell]) -> Iterator[Bar]:
             if ran(cell, name):
                 share = ratio(cell, "plain", name) * cell["bytes_read"][name] / cell["bytes_read"]["plain"]
                 yield Bar(f"decode, {name}, of the plain bandwidth", share, True, limit, cell["name"])
-        for name, limit in OF_PLAIN_TIME.items():
-            if ran(cell, name):
-                yield Bar(
-                    f"decode, {name}, time / plain", ratio(cell, name, "plain"), False, limit, cell["name"]
-                )
+        if ran(cell, "batch invariant"):
+            cost = ratio(cell, "batch invariant", "plain")
+            yield Bar("decode, batch invariant, time / plain", cost, False, INVARIANT, cell["name"])
         if ran(cell, "float8"):
             yield Bar("decode, float8 × plain", ratio(cell, "plain", "float8"), True, FLOAT8, cell["name"])
-    for cell in chosen(cells, "bandwidth", of="mixed"):
-        if all(ran(cell, name) for name in ("both", "prompts", "decodes")):
-            apart = sum(cell["times"][name]["median"] for name in ("prompts", "decodes"))
-            value = cell["times"]["both"]["median"] / apart
-            yield Bar("prompts and decodes in one call, time / apart", value, False, MIXED, cell["name"])
+    for cell in chosen(cells, "bandwidth", of="latent"):
+        if ran(cell, "16 heads") and ran(cell, "read"):
+            yield Bar(
+                "latent decode, 16 heads / read",
+                ratio(cell, "read", "16 heads"),
+                True,
+                LATENT_READ,
+                cell["name"],
+            )
+        for device in chosen(cells, "device"):
+            if ran(cell, "128 heads"):
+                rate = cell["work"]["128 heads"] / cell["times"]["128 heads"]["median"]
+                share = rate / device["flop"] * device["times"]["matmul"]["median"]
+                yield Bar("latent decode, 128 heads / matmul", share, True, LATENT_PRODUCT, cell["name"])
 
 
 # --- a cell in words --------------------------------------------------------------------------------------------------
@@ -228,6 +236,8 @@ def verdict(cell: Cell) -> str:
             return "microseconds: " + ", ".join(f"{name} {t * 1e6:.1f}" for name, t in timed.items())
         case "bandwidth":
             return ", ".join(_bandwidth(cell, name, t) for name, t in timed.items())
+        case "tokens" | "mixed":
+            return steps_cuda.verdict(cell)
         case "step":
             return "thousand tokens/s: " + ", ".join(
                 f"{n} {cell['tokens'] / t / 1e3:.1f}" for n, t in timed.items()

@@ -18,7 +18,7 @@ from jax import lax
 
 import jax_flash
 
-from . import cases, decode_cuda, flop, measure, peers
+from . import cases, decode_cuda, flop, measure, peers, steps_cuda
 from .bars import Cell
 from .decode_cuda import Call, contiguous, paged, scattered
 from .peer_attention import timed
@@ -31,6 +31,11 @@ RAGGED = (64, 32, 8, 128, 65536)
 LONG = 65536  # keys from which sequences are split over the whole card: bits that do not depend on the batch cost most
 SHORTEST = 16  # keys of ragged batches
 WINDOW, NARROW = 1024, 128
+LATENT, LATENT_DIM, LATENT_VALUES = (
+    (64, 8192, 64),
+    576,
+    512,
+)  # sequences, keys, page size; columns of K, and of V
 READ_ROW = 4096  # words
 SLOTS = 16  # tokens in the pages of a small pool
 
@@ -109,17 +114,16 @@ def flash_attn3(shape: Shape, size: int | None) -> Call:
 
 
 def streaming_read(shape: Shape) -> Call:
-    """The largest word of the keys and of the values: a read of all of them, which waits for the one before."""
-    q, k, v = decode_cuda.draw(shape)
+    return _read, decode_cuda.draw(shape)
 
-    def call(q: Any, *arrays: Any) -> Any:
-        before = q.ravel()[0].astype(jnp.int32)
-        for x in arrays:
-            words = lax.bitcast_convert_type(x.reshape(-1, READ_ROW, 2), jnp.int32)
-            q = q + (words + before).max(1).max().astype(q.dtype) * 0
-        return q
 
-    return call, (q, k, v)
+def _read(q: Any, *arrays: Any) -> Any:
+    """The largest word of each array: a read of all of them, which waits for the one before."""
+    before = q.ravel()[0].astype(jnp.int32)
+    for x in arrays:
+        words = lax.bitcast_convert_type(x.reshape(-1, READ_ROW, 2), jnp.int32)
+        q = q + (words + before).max(1).max().astype(q.dtype) * 0
+    return q
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -201,8 +205,6 @@ def kind_cells() -> Iterator[Cell]:
         "batch invariant": functools.partial(paged, jax_flash, shape, 64, batch_invariant=True),
         "packed": functools.partial(decode_cuda.packed, jax_flash, shape),
     }
-    for count in (4, 8, 16):
-        made[f"{count} queries"] = functools.partial(decode_cuda.several_queries, jax_flash, shape, count)
     sizes = {
         "": kv_bytes(shape),
         "ragged to 8,192": kv_bytes(shape, short[1]),
@@ -212,23 +214,6 @@ def kind_cells() -> Iterator[Cell]:
         "float8": kv_bytes(shape, itemsize=1),
     }
     yield cell(f"{cases.decode_name(shape)}, kinds", made, sizes, of="kinds", shape=shape)
-
-
-def mixed(prompts: int, decodes: int, keys: int = 8192, chunk: int = 2048) -> Call:
-    """Chunks of prompts, and sequences that decode, packed in one call; heads 32/8, d 128, pages of 64."""
-    count = max(prompts + decodes, 1)
-    q, k, v = decode_cuda.draw((count, 32, 8, 128, keys))
-    offsets = np.concatenate([np.arange(prompts + 1) * chunk, prompts * chunk + 1 + np.arange(decodes)])
-    arrays = scattered(k, v, 64)
-    packed = jnp.broadcast_to(q[:1, 0], (int(offsets[-1]), *q.shape[2:]))
-    starts = jnp.asarray(offsets, jnp.int32)
-    return lambda *x: jax_flash.paged_attention(*x, cu_seqlens_q=starts, causal=True), (packed, *arrays)
-
-
-def mixed_cells() -> Iterator[Cell]:
-    parts = {"both": (4, 60), "prompts": (4, 0), "decodes": (0, 60)}
-    made = {name: functools.partial(mixed, *counts) for name, counts in parts.items()}
-    yield cell("4 chunks of 2,048 and 60 decodes", made, {}, of="mixed")
 
 
 def append(tokens: int, fused: bool) -> Call:
@@ -258,6 +243,37 @@ def append_cells() -> Iterator[Cell]:
     yield cell("append_kv, 8 heads, d128", made, sizes, 32, of="append")
 
 
+def latent(heads: int) -> Call:
+    """DeepSeek's absorbed decode: one latent KV head of 576 columns, stored once, whose first 512 are the values."""
+    b, keys, size = LATENT
+    k = jax.random.normal(
+        jax.random.key(0, impl="rbg"), (b * keys // size, size, 1, LATENT_DIM), jnp.bfloat16
+    )
+    q = jax.random.normal(jax.random.key(1, impl="rbg"), (b, 1, heads, LATENT_DIM), jnp.bfloat16)
+    order = np.random.default_rng(0).permutation(len(k)).astype(np.int32).reshape(b, -1)
+
+    def call(q: Any, pool: Any, tables: Any, lengths: Any) -> Any:
+        options: dict[str, Any] = {"value_dim": LATENT_VALUES, "scale": 192**-0.5}
+        out = jax_flash.paged_attention(q, pool, None, tables, lengths, **options)
+        return jnp.concatenate([out, q[..., LATENT_VALUES:]], -1)  # the next call's query
+
+    return call, (q, k, jnp.asarray(order), jnp.full(b, keys, jnp.int32))
+
+
+def latent_read() -> Call:
+    q, pool, *_ = latent(1)[1]
+    return _read, (q, pool)
+
+
+def latent_cells() -> Iterator[Cell]:
+    b, keys, _ = LATENT
+    made: Made = {f"{heads} heads": functools.partial(latent, heads) for heads in (16, 128)}
+    made["read"] = latent_read
+    sizes = {"": float(b * keys * LATENT_DIM * 2)}
+    work = {f"{heads} heads": 2.0 * b * heads * keys * (LATENT_DIM + LATENT_VALUES) for heads in (16, 128)}
+    yield cell(f"decode b{b}, latent head of 576, kv{keys}", made, sizes, of="latent", work=work)
+
+
 def flash_attn3_cells() -> Iterator[Cell]:
     for shape in (cases.DECODE[3], cases.DECODE[5], ONE[0]):
         made = {"contiguous": functools.partial(contiguous, jax_flash, shape)}
@@ -277,7 +293,9 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "decode": long_cells,
     "one sequence": one_cells,
     "kinds of decode": kind_cells,
-    "mixed": mixed_cells,
+    "latent decode": latent_cells,
+    "tokens": steps_cuda.token_cells,
+    "mixed": steps_cuda.mixed_cells,
     "append": append_cells,
     "prefill": decode_cuda.prefill_cells,
     "decode, flash-attn3-jax": flash_attn3_cells,

@@ -38,14 +38,14 @@ class Sizes:
     hidden: int = 14336
     vocabulary: int = 32768
     sequences: int = 64
-    keys: int = 4096  # in the cache of each sequence, with room for one page more
+    keys: int = 4096  # of each sequence, the new one included
     page: int = 16
     dtype: str = "bfloat16"
 
     @property
     def pages(self) -> int:
-        """Pages of a sequence: a multiple of the 16 parts that Pallas cuts it into."""
-        return (self.keys // self.page // 16 + 1) * 16
+        """Pages of a sequence."""
+        return -(-self.keys // self.page)
 
 
 State = tuple[list[tuple[Any, Any]], Any, Any]  # pools of each layer, the tokens, the lengths
@@ -93,7 +93,7 @@ def norm(x: Any) -> Any:
 def step_of(sizes: Sizes, way: str) -> Callable[..., tuple[State, Any]]:
     """(state, weights, block tables) → the state after one token of each sequence, and these tokens."""
     s = sizes
-    angles = np.arange(s.keys + 1)[:, None] * 10_000.0 ** (-np.arange(s.head_dim // 2) / (s.head_dim // 2))
+    angles = np.arange(s.keys)[:, None] * 10_000.0 ** (-np.arange(s.head_dim // 2) / (s.head_dim // 2))
     rotary = tuple(jnp.asarray(f(angles), jnp.float32) for f in (np.cos, np.sin))
     attend = {"jax_flash": ours, "no attention": nothing, "pallas": pallas}[way]
 

@@ -210,7 +210,7 @@ def small_decode(small):
     return small
 
 
-@pytest.mark.parametrize("name", ["decode", "kinds of decode", "append"])
+@pytest.mark.parametrize("name", ["decode", "append"])
 def test_decode_sections_run(small_decode, name):
     found = list(suite_peers.SECTIONS[name]())
     assert all(c["kind"] == "bandwidth" for c in found), found

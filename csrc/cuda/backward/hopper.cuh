@@ -204,13 +204,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
     keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    KeyGrid key_grid;
+    if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
     constexpr size_t kShared = sizeof(typename C::Shared);
     if constexpr (C::kCluster > 1) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
-                          stream, p, maps, tiles);
+                          stream, p, maps, tiles, key_grid);
     } else {
-      KeyGrid key_grid;
-      if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
       e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
                  key_grid);
     }
@@ -226,8 +226,11 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
 template <class T, RowColumns R>
 cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if constexpr (R.cluster > 1) {
-    using C = BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
-    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      using C =
+          BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
+      return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+    });
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       const auto run = [&]<bool kOrdered>() {

@@ -45,7 +45,7 @@ struct GradientProducer {
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
-    walk.heads_inner = all.back_and_forth;
+    walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.turns);
     walk.direction = grid.turns || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 
@@ -55,10 +55,9 @@ struct GradientProducer {
     using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
     Scheduler scheduler{all, mailbox};
     // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken
-    // by a CTA that runs. Clusters have no turns.
-    const bool in_order = C::kCluster == 1 && grid.turns;
-    const auto take = [&] { return atomicAdd(all.counter, 1u); };
-    uint32_t number = in_order ? take() : Scheduler::first(0);
+    // by a CTA, or a cluster, that runs.
+    const bool in_order = grid.turns;
+    uint32_t number = in_order ? scheduler.take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
@@ -66,7 +65,7 @@ struct GradientProducer {
       set_order(tile.walk, all, number);
       if (tile.template prepare<C>(reload(p), grid, maps.sums)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
-      number = in_order ? take() : scheduler.next(number);
+      number = in_order ? scheduler.take() : scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
     shared.tiles[tile_index % kKeyTileStates].done = 1;
@@ -127,18 +126,26 @@ struct GradientProducer {
     shared.key_pipe.arrive(tile_index);
   }
 
-  // Q ← 0 and dO ← 0 in rows that are not in use: of the plain score those outside `clean`, of others, which
-  // may hide all keys of a row, those whose P is 0. `some`: whether there are any of these.
-  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
-    const uint32_t stage = step.number % C::kStages;
+  // Calls clear(is_clean) if rows of a step's Q and dO are not in use and may hold NaN: of the plain score
+  // those outside `clean`, of others, which may hide all keys of a row, those whose P is 0. `some`: whether
+  // there are any of these.
+  template <class Clear>
+  __device__ __forceinline__ void if_unclean(const Tile& tile, const QueryStep& step, bool some,
+                                             Clear clear) const {
     if constexpr (C::kKind == ScoreKind::kPlain) {
+      reload_shared();  // found where it is needed, as registers are few
       const Interval clean{tile.clean.lo - step.tile * C::kM, tile.clean.hi - step.tile * C::kM};
-      if (clean.lo > 0 || clean.hi < C::kM) clear_rows_unless(step, [&](int i) { return clean.contains(i); });
+      if (clean.lo > 0 || clean.hi < C::kM) clear([=](int i) { return clean.contains(i); });
     } else if (some) {
-      const float* const lse = shared.statistics[stage].lse;
+      const float* const lse = shared.statistics[step.number % C::kStages].lse;
       __syncwarp();  // every lane has stored its own
-      clear_rows_unless(step, [&](int i) { return lse[i] != INFINITY; });
+      clear([=](int i) { return lse[i] != INFINITY; });
     }
+  }
+
+  // Q ← 0 and dO ← 0 in rows that are not in use.
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
+    if_unclean(tile, step, some, [&](auto is_clean) { clear_rows_unless(step, is_clean); });
   }
 
   template <class IsClean>

@@ -42,15 +42,15 @@ struct KeyGrid {
   int32_t query_tiles;  // of a head
 };
 
-// How many key tiles add to dQ of a query tile before this one, in a deterministic call: those before it from
-// the first that the rows see. Where segments leave each key tile a range of queries, all lanes of the warp
-// count the ranges.
+// How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
+// before it from the first that the rows see. Where segments leave each key tile a range of queries, all
+// lanes of the warp count the ranges.
 template <class C, class Tile>
 __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
-                                                int32_t query_tile) {
+                                                int32_t query_tile, int32_t rows = C::kM) {
   const BlockWork& work = tile.work;
-  const int32_t row = query_tile * C::kM, own = work.tile.row / C::kN,
-                first = tile.band.rows(row, row + C::kM).lo / C::kN;
+  const int32_t row = query_tile * rows, own = work.tile.row / C::kN,
+                first = tile.band.rows(row, row + rows).lo / C::kN;
   if constexpr (C::Score::reads(Operand::kQSegmentIds)) {
     if (grid.segments) {
       const Interval* const of_tiles =
@@ -58,7 +58,7 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
       int32_t before = 0;
       for (int32_t n = first; n < own; n += 32) {
         const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
-        const bool adds = other < own && tiles_of(of_tiles[other], C::kM).contains(query_tile);
+        const bool adds = other < own && tiles_of(of_tiles[other], rows).contains(query_tile);
         before += __popc(__ballot_sync(~0u, adds));
       }
       return before;
@@ -67,8 +67,10 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
   return own - first;
 }
 
-// The score operands of the plain kernel.
+// What a key tile's state has of the score's operands: the plain one has none.
 struct NoScoreOperands {};
+template <ScoreKind kKind>
+using ScoreOperandsOf = std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>;
 
 // What the roles know of a key tile. The scheduler's thread writes it.
 template <class T, int kConsumers, class Operands>
@@ -179,9 +181,7 @@ struct BackwardShared {
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile =
-      KeyTileState<typename C::Element, kConsumers,
-                   std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
+  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile

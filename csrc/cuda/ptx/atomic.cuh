@@ -25,11 +25,9 @@ __device__ __forceinline__ unsigned long long add_ordered(unsigned long long* to
   return before;
 }
 
-// Counts that other blocks wait for. A warp raises one after its own additions to global memory: each lane's
-// fence orders its own before.
+// Counts that other blocks wait for. A warp raises one after its own additions to global memory.
 __device__ __forceinline__ void raise_by_warp(uint32_t* count) {
-  __threadfence();
-  __syncwarp();
+  __syncwarp();  // the other lanes' additions precede the release, too
   if (threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 __device__ __forceinline__ void wait_at_least(const uint32_t* count, uint32_t least) {
