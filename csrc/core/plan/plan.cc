@@ -64,9 +64,13 @@ LaunchPlan plan(const Call& call, std::span<const KernelRow> built) {
   result.error = refusal(call);
   if (!result.error.empty()) return result;
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
+  const bool alone = decode && (!call.spec.packed() || traits_of(*decode).takes_every_sequence(*decode));
   const KernelRow* row = choose(call.pass, call, built);
-  if (decode && !call.spec.packed() && !(row && traits_of(*row).beats_decode(*row, call))) row = decode;
-  if (row != decode && !call.spec.packed()) decode = nullptr;
+  if (alone && row && traits_of(*row).beats_decode(*row, call)) {
+    decode = nullptr;
+  } else if (alone) {
+    row = decode;
+  }
   if (!row) {
     result.error = no_kernel(call, built);
     return result;
