@@ -124,12 +124,20 @@ struct NoWait {
 };
 
 // S → P and dP → dS, in place, of a Score variant's object that has prefetched what it needs. P has dropout
-// applied, but not its factor 1 / (1 − rate). `partial`: the band hides some of the tile. wait_dp() is called
-// before dP is read.
+// applied, but not its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale. `partial`: the band
+// hides some of the tile. wait_dp() is called before dP is read.
 template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows,
           class Wait = NoWait>
 __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, const Rows& rows, bool partial,
                                               S& s, S& dp, Wait wait_dp = {}) {
+  if constexpr (Score::kFusesGradient) {
+    wait_dp();
+    score.fuse_gradient(s, dp, tile, rows);
+    if (!partial) return;
+    mask_transposed(s, tile.band(), tile.row(), tile.key, 0);
+    mask_transposed(dp, tile.band(), tile.row(), tile.key, 0);
+    return;
+  }
   if constexpr (Score::kScalesGradient) {
     wait_dp();
     score.drop_gradient(dp, tile);  // dP ← dP ∘ mask / (1 − rate)

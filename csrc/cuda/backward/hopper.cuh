@@ -223,11 +223,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
                                kOrdered>;
         return launch_backward_sm90<C, T>(p, plan, workspace, stream);
       };
-      // Only the plain kernel is compiled for both ways to add dQ up.
-      if constexpr (kKind == ScoreKind::kPlain) {
-        if (plan.dq_turns < 0) return run.template operator()<false>();
-      }
-      return run.template operator()<true>();
+      return plan.dq_turns < 0 ? run.template operator()<false>() : run.template operator()<true>();
     });
   }
 }
