@@ -5,6 +5,7 @@ python -m benchmarks --cases causal --peers xla,torch --repeats 9 --out out/benc
 python -m benchmarks --suite cpu              # what the CPU kernels promise, with limits that a run has to reach
 python -m benchmarks --suite cuda             # the same for the CUDA kernels, and for the sm_90a forward: hopper
 python -m benchmarks --suite scaling          # several GPUs of one host beside one of them
+python -m benchmarks --suite peers --limit 270    # the CUDA kernels beside every JAX peer, what matters most first
 python -m benchmarks --compare ../before      # this checkout beside another one: times, and results bit by bit
 python -m benchmarks.tune --help              # candidates for rows of csrc/kernels.def, one library for each
 
@@ -65,9 +66,15 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     )
     suites = parser.add_argument_group("suites")
     suites.add_argument(
-        "--suite", choices=["cpu", "cuda", "hopper", "scaling"], help="the cells and limits of one suite"
+        "--suite",
+        choices=["cpu", "cuda", "hopper", "scaling", "peers"],
+        help="the cells and limits of one suite",
     )
     suites.add_argument("--sections", default="", help="of the suite, separated by commas; default all")
+    suites.add_argument("--limit", type=float, metavar="SECONDS", help="after which no further cell is begun")
+    suites.add_argument(
+        "--report-only", action="store_true", help="write the report of what --out holds; measure nothing"
+    )
     before = parser.add_argument_group("before and after")
     before.add_argument(
         "--compare",
@@ -86,6 +93,8 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
 
 def main(arguments: list[str]) -> int:
     parser, options = parse(arguments)
+    if options.suite and options.report_only:
+        return sections.report_only(suite_of(options), options.out)
     require_library()
     if options.compare:
         repeats = options.repeats or measure.REPEATS
@@ -95,15 +104,20 @@ def main(arguments: list[str]) -> int:
     return run_cases(parser, options, arguments)
 
 
+def suite_of(options: argparse.Namespace) -> sections.Suite:
+    suite: sections.Suite = importlib.import_module(f".suite_{options.suite}", __package__).SUITE
+    return suite
+
+
 def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    suite = importlib.import_module(f".suite_{options.suite}", __package__).SUITE
+    suite = suite_of(options)
     chosen = options.sections.split(",") if options.sections else list(suite.sections)
     unknown = [name for name in chosen if name not in suite.sections]
     if unknown:
         parser.error(f"--sections: {', '.join(unknown)}; there are {', '.join(suite.sections)}")
     if jax.default_backend() != suite.platform:
         parser.error(f"--suite: {options.suite} runs on {suite.platform}, this is {jax.default_backend()}")
-    return sections.run(suite, chosen, options.out)
+    return sections.run(suite, chosen, options.out, options.limit)
 
 
 def run_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]) -> int:

@@ -7,6 +7,8 @@ for more than the want of an option (peers.Peer says which options it has).
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -30,6 +32,23 @@ def ours(case: Case, package: ModuleType = jax_flash, **options: Any) -> Attend:
     if case.layout == "varlen":
         return lambda q, k, v, arrays: package.flash_attention_varlen(q, k, v, **arrays, **options)
     return lambda q, k, v, arrays: package.flash_attention(q, k, v, **arrays, **options)
+
+
+def ours_by_segments(case: Case) -> Attend:
+    """This library on packed documents, as one row with the ids of its segments."""
+    if case.layout != "varlen" or case.k_sequences is not None:
+        raise Refused("for packed documents")
+
+    def attend(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
+        ids = document_ids(arrays["cu_seqlens_q"], q.shape[0])[None]
+        return jax_flash.flash_attention(q[None], k[None], v[None], segment_ids=ids, **case.options)[0]
+
+    return attend
+
+
+def document_ids(offsets: Any, tokens: int) -> Any:
+    """The number of each token's document."""
+    return jnp.searchsorted(offsets, jnp.arange(tokens), side="right").astype(jnp.int32)
 
 
 def jax_nn(implementation: str, module_name: str = "jax.nn") -> Callable[[Case], Attend]:
@@ -58,7 +77,7 @@ def jax_nn(implementation: str, module_name: str = "jax.nn") -> Callable[[Case],
         def packed(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
             """One row of all tokens under a block-diagonal mask: this interface has no packed sequences."""
             rows, columns = (
-                jnp.searchsorted(arrays[name], jnp.arange(x.shape[0]), side="right")
+                document_ids(arrays[name], x.shape[0])
                 for name, x in (("cu_seqlens_q", q), ("cu_seqlens_k", k))
             )
             mask = (rows[:, None] == columns[None, :])[None, None]
@@ -67,6 +86,18 @@ def jax_nn(implementation: str, module_name: str = "jax.nn") -> Callable[[Case],
         return attend
 
     return make
+
+
+def tokamax(case: Case) -> Attend:
+    """tokamax 0.0.17: its Pallas Mosaic kernels, behind the signature of jax.nn.dot_product_attention.
+
+    It imports xprof, for benchmarks of its own; an empty module stands in where that is not installed.
+    """
+    if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
+        for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
+            sys.modules.setdefault(name, ModuleType(name))
+        sys.modules["xprof.cli.tools"].get_kernel_stats_tool = None  # type: ignore[attr-defined]
+    return jax_nn("mosaic", "tokamax")(case)
 
 
 def pallas(case: Case) -> Attend:
@@ -131,8 +162,7 @@ def jla(backward: str) -> Callable[[Case], Attend]:
 
         def attend(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
             if case.layout == "varlen":
-                ids = jnp.searchsorted(arrays["cu_seqlens_q"], jnp.arange(q.shape[0]), side="right")
-                ids = ids.astype(jnp.int32)[None]
+                ids = document_ids(arrays["cu_seqlens_q"], q.shape[0])[None]
                 return module.flash_attention(q[None], k[None], v[None], segment_ids=ids, **options)[0]
             others = {"sinks": arrays["sinks"]} if "sinks" in arrays else {}
             if "segment_ids" in arrays:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import flop, reference_ratios
-from .bars import Bar, Cell, chosen, geometric_mean, least, ran, ratio, relative_cost, speedup
+from . import flop, reference_ratios, steps_cuda
+from .bars import Bar, Cell, chosen, geometric_mean, least, most, ran, ratio, relative_cost, speedup
 
 # (pass, d, causal) → the least share of the matrix product's rate, s ≥ 4096.
 OF_MATMUL = {
@@ -29,11 +29,14 @@ OF_PLAIN = {
 }
 OF_COPY = {"bfloat16": 0.7, "float16": 0.7, "float8_e4m3fn": 0.7, "float32": 0.7}
 LONG_CACHE = 8192  # keys
+# The time of a paged call over that of what it is compared with, at most.
+STEPS = {"4 tokens / 1": 1.05, "8 tokens / 1": 1.12, "16 tokens / 1": 1.3, "together / apart": 1.1}
+STEPS |= {f"tree of {n} / {n} tokens": 1.05 for n in steps_cuda.TOKENS}
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
     """All bars whose cells are there."""
-    return [*_matmul(cells), *plain_bars(cells, OF_PLAIN), *_decode(cells)]
+    return [*_matmul(cells), *plain_bars(cells, OF_PLAIN), *_decode(cells), *of_steps(cells)]
 
 
 def rate_of_matmul(cell: Cell) -> float:
@@ -74,6 +77,13 @@ def _decode(cells: list[Cell]) -> Iterator[Bar]:
         long = [c for c in chosen(cells, "decode", dtype=dtype) if c["keys"] >= LONG_CACHE]
         values = [(x, f"{c['name']} {n}") for c in long for n, x in shares_of_copy(c).items() if n != "cudnn"]
         yield from least(f"decode {dtype}, {LONG_CACHE:,} keys and more / copy", values, limit)
+
+
+def of_steps(cells: list[Cell]) -> Iterator[Bar]:
+    """Calls of several tokens beside those of one, and mixed batches."""
+    for name, limit in STEPS.items():
+        of = [c for kind in ("tokens", "mixed") for c in chosen(cells, kind) if name in steps_cuda.ratios(c)]
+        yield from most(name, [(steps_cuda.ratios(c)[name], c["name"]) for c in of], limit)
 
 
 def lead(cell: Cell) -> float | None:

@@ -34,7 +34,8 @@ def draw(shape: tuple[int, ...], dtype: str = "bfloat16") -> tuple[jax.Array, ja
     b, hq, hk, d, keys = shape
     wide = "bfloat16" if dtype.startswith("float8") else dtype
     dims = ((b, 1, hq, d), (b, keys, hk, d), (b, keys, hk, d))
-    q, k, v = (jax.random.normal(jax.random.key(seed), x, wide) for seed, x in enumerate(dims))
+    keys_of = (jax.random.key(seed, impl="rbg") for seed in range(3))  # the caches may fill gigabytes
+    q, k, v = (jax.random.normal(key, x, wide) for key, x in zip(keys_of, dims, strict=True))
     return q, k.astype(dtype), v.astype(dtype)
 
 
@@ -101,9 +102,9 @@ def kinds(package: ModuleType, shape: tuple[int, ...]) -> dict[str, Callable[[],
     return made
 
 
-def chained(call: Call) -> tuple[measure.Call, list[Any]]:
+def chained(call: Call, count: int = CHAIN) -> tuple[measure.Call, list[Any]]:
     function, arguments = call
-    return measure.chained(function, CHAIN), [arguments]
+    return measure.chained(function, count), [arguments]
 
 
 def _cell(

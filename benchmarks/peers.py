@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +19,10 @@ import jax
 from . import adapters
 from .adapters import Attend, Refused
 from .cases import Case, Inputs, make_inputs
-from .measure import Calls, copies_for
+from .measure import copies_for
 
 JAX_NN = {"GQA", "window", "lengths", "mask", "bias", "scale"}
+DIFFERENTIATED = ("bias", "sinks")  # beside query, key and value
 FLASH_ATTN = {"GQA", "window", "packed", "scale", "bottom-right"}
 
 
@@ -52,12 +54,16 @@ PEERS = {
     "flash-attn3-jax": Peer(FLASH_ATTN, ("gpu",), adapters.flash_attn3_jax, "flash_attn3_jax"),
     "jla": Peer({"GQA", "window", "packed", "scale", "dv", "sinks"}, ("gpu",), adapters.jla("ranged"), "jla"),
     "jla fused": Peer({"GQA", "window", "packed", "scale", "sinks"}, ("gpu",), adapters.jla("fused"), "jla"),
-    "tokamax": Peer(
-        JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), adapters.jax_nn("mosaic", "tokamax"), "tokamax"
-    ),
+    "tokamax": Peer(JAX_NN | {"dv", "softcap", "float32"}, ("gpu",), adapters.tokamax, "tokamax"),
     "pallas": Peer({"float32"}, ("gpu",), adapters.pallas),
     "mosaic": Peer({"GQA"}, ("gpu",), adapters.mosaic),
     "torch": Peer({"GQA", "float32"}, ("cpu",), adapters.torch, "torch"),
+}
+
+# This library in another form, for cells that say so.
+VARIANTS = {
+    "deterministic": Peer(None, ("cpu", "gpu"), partial(adapters.ours, deterministic=True), "jax_flash"),
+    "segment ids": Peer(None, ("cpu", "gpu"), adapters.ours_by_segments, "jax_flash"),
 }
 
 
@@ -83,12 +89,17 @@ def needs(case: Case) -> set[str]:
     return {name for name, want in wanted.items() if want}
 
 
-def prepare(what: dict[str, tuple[str, Case, str]]) -> tuple[Calls, dict[str, Any]]:
-    """name → (peer, case, pass), compiled side by side; and those that do not run, with their reasons.
+def prepare(
+    what: dict[Any, tuple[str, Case, str]], raise_own: bool = True
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """key → (peer, case, pass), compiled side by side; and those that do not run, with their reasons.
 
-    What the first call of a peer raises is its reason. This library's own errors are raised.
+    What the first call of a peer raises is its reason. This library's own errors are raised, if `raise_own`.
     """
-    drawn = {case.name: draw_inputs(case) for case in {x[1].name: x[1] for x in what.values()}.values()}
+    each = {case.name: case for _, case, _ in what.values()}
+    workers = None if jax.default_backend() == "gpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        drawn = dict(zip(each, pool.map(draw_inputs, each.values()), strict=True))
 
     def first_call(item: tuple[str, Case, str]) -> Any:
         peer, case, pass_ = item
@@ -97,11 +108,10 @@ def prepare(what: dict[str, tuple[str, Case, str]]) -> tuple[Calls, dict[str, An
             jax.block_until_ready(call(*arguments[0]))
             return call, arguments
         except Exception as error:  # each library has errors of its own
-            if peer == "jax_flash":
+            if (peer == "jax_flash" or peer in VARIANTS) and raise_own:
                 raise
             return {"refused": why(error)}
 
-    workers = None if jax.default_backend() == "gpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         made = dict(zip(what, pool.map(first_call, what.values()), strict=True))
     return (
@@ -127,7 +137,7 @@ def draw_inputs(case: Case) -> list[Inputs]:
 
 def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
     """The call of one pass of a peer, compiled, and the arguments that it goes through."""
-    attend = PEERS[name].attend(case)
+    attend = (PEERS | VARIANTS)[name].attend(case)
     if name == "torch":
         return _torch_calls(attend, pass_, inputs)
     if name == "mosaic" and case.dtype == "bfloat16":
@@ -139,8 +149,9 @@ def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Atte
 def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
     """The call of one pass, and its arguments.
 
-    The backward call starts from the forward's own residuals, so that it is the gradient's cost alone;
-    "both" is a training step's cost: out and the gradients of query, key and value. "jvp" is out and its tangent.
+    The backward call starts from the forward's own residuals, so that it is the gradient's cost alone, that of a bias
+    and of sinks included; "both" is a training step's cost: out and the gradients of query, key and value. "jvp" is out
+    and its tangent.
     """
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
     if pass_ == "forward":
@@ -162,7 +173,8 @@ def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend
 
     @jax.jit
     def pull(q: Any, k: Any, v: Any, arrays: Any) -> Any:
-        return jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)[1]
+        moving = {name: arrays[name] for name in DIFFERENTIATED if name in arrays}
+        return jax.vjp(lambda q, k, v, x: attend(q, k, v, arrays | x), q, k, v, moving)[1]
 
     backward = jax.jit(lambda residuals, dout: residuals(dout))
     first = pull(*arguments[0]), inputs[0].dout

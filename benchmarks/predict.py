@@ -30,7 +30,7 @@ class Rates:
     both: float = 560e12
     dense: float = 600e12  # FLOP of the other products of a training step
     memory: float = 4.0e12  # bytes read and written
-    link: float = 319e9  # bytes a direction between two devices of a host
+    link: float = 348e9  # bytes a direction between two devices of a host
     network: float = 45e9  # between devices of two hosts, one 400 Gbit/s adapter for each
 
     def between(self, devices: int) -> float:

@@ -1,7 +1,8 @@
 """A suite: sections of cells, measured one after the other into one report.
 
-The sections of a run replace those of the same name in <out>/report.json and leave the others; the report is then
-written from all of them.
+The sections of a run replace those of the same name in <out>/report.json and leave the others. That file is written
+after every cell, so that a run which is stopped keeps what it measured; the report follows at the end, from all
+sections.
 """
 
 from __future__ import annotations
@@ -102,8 +103,7 @@ def markdown(suite: Suite, sections: Sections) -> str:
 
 def write(suite: Suite, sections: Sections, folder: Path) -> None:
     """report.md, report.json and the figures."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    save(sections, folder)
     text = markdown(suite, sections)
     for name in _plots(suite, cells_of(sections), folder):
         text += f"\n![{name}]({name}.png)\n"
@@ -163,20 +163,61 @@ def draw_bars(suite: Suite, cells: list[Cell], plt: Any) -> Any:
     return figure
 
 
-def run(suite: Suite, chosen: list[str], folder: Path) -> int:
-    """Measures the sections, merges them into the folder's report and prints it."""
-    path = folder / "report.json"
-    sections = json.loads(path.read_text())["sections"] if path.exists() else {}
-    for name in chosen:
-        start, cells = time.monotonic(), []
-        for cell in suite.sections[name]():
-            cells.append(cell)
-            print(line(suite, cell), file=sys.stderr, flush=True)
-        seconds = time.monotonic() - start
-        header = report.header(["--suite", suite.name, "--sections", name])
-        sections[name] = {"header": header, "seconds": seconds, "cells": cells}
-        print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
-        ordered = {name: sections[name] for name in suite.sections if name in sections}
-        write(suite, ordered, folder)
-    print(bar_table(suite, ordered))
+def run(suite: Suite, chosen: list[str], folder: Path, limit: float | None = None) -> int:
+    """Measures the sections, merges them into the folder's report and prints it.
+
+    After `limit` seconds no further cell is begun; the sections that are left out then are named.
+    """
+    start, sections = time.monotonic(), _read(folder)
+    for number, name in enumerate(chosen):
+        late = _measure(suite, name, sections, folder, None if limit is None else start + limit)
+        if late:
+            left = ", ".join(chosen[number:])
+            print(f"{limit:.0f} s are over; not measured, or in part: {left}", file=sys.stderr, flush=True)
+            break
+    return report_only(suite, folder)
+
+
+def report_only(suite: Suite, folder: Path) -> int:
+    """Writes the report of what was measured, and prints its bars."""
+    sections = _in_order(suite, _read(folder))
+    if not sections:
+        sys.exit(f"python -m benchmarks: {folder} has no cell")
+    write(suite, sections, folder)
+    print(bar_table(suite, sections))
     return 0
+
+
+def _read(folder: Path) -> Sections:
+    path = folder / "report.json"
+    return json.loads(path.read_text())["sections"] if path.exists() else {}
+
+
+def _in_order(suite: Suite, sections: Sections) -> Sections:
+    return {name: sections[name] for name in suite.sections if sections.get(name, {}).get("cells")}
+
+
+def _measure(suite: Suite, name: str, sections: Sections, folder: Path, deadline: float | None) -> bool:
+    """Measures one section, cell by cell; whether the deadline came before its end."""
+    start, cells = time.monotonic(), []
+    header = report.header(["--suite", suite.name, "--sections", name])
+    found = suite.sections[name]()
+    while deadline is None or time.monotonic() < deadline:
+        cell = next(found, None)
+        seconds = time.monotonic() - start
+        if cell is None:
+            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+            return False
+        cells.append(cell)
+        print(line(suite, cell), file=sys.stderr, flush=True)
+        sections[name] = {"header": header, "seconds": seconds, "cells": cells}
+        save(sections, folder)
+    return True
+
+
+def save(sections: Sections, folder: Path) -> None:
+    """report.json, whole at any time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / "report.json.part"
+    part.write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    part.replace(folder / "report.json")

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import bars_cuda, cases, decode_cuda, flop, measure, peers, published, small_cuda
+from . import bars_cuda, cases, decode_cuda, flop, measure, peers, published, small_cuda, steps_cuda
 from .bars import Cell, chosen, ran, relative_cost, speedup
 from .cases import Case, gpu_case
 from .sections import Suite, draw_rates, time_calls
@@ -115,6 +115,8 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "decode": decode_cuda.decode_cells,
     "decode dtypes": decode_cuda.dtype_cells,
     "prefill": decode_cuda.prefill_cells,
+    "tokens": steps_cuda.token_cells,
+    "mixed": steps_cuda.mixed_cells,
     "published": published_cells,
 }
 
@@ -131,6 +133,8 @@ def verdict(cell: Cell) -> str:
             return f"{1 / relative_cost(cell):.3f} of the rate of the plain call"
         case "small" | "host":
             return small_cuda.verdict(cell)
+        case "tokens" | "mixed":
+            return steps_cuda.verdict(cell)
         case "decode":
             shares = (f"{name} {x:.2f}" for name, x in bars_cuda.shares_of_copy(cell).items())
             return f"of a copy at {bars_cuda.copy_rate(cell):.0f} GB/s: {', '.join(shares)}"

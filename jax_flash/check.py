@@ -19,7 +19,7 @@ _RANKS = dict.fromkeys(_OFFSETS + _LENGTHS, 1) | {"block_tables": 2}
 _INDEX = (*_RANKS, "segment_ids", "positions")
 _OPERANDS = (
     *("query", "key", "value", "k_pages", "v_pages", "k_scale", "v_scale", "mask", "bias", "alibi_slopes"),
-    *("sinks", "dropout_key", "rotary", "x", "cos", "sin"),
+    *("sinks", "dropout_key", "rotary", "x", "cos", "sin", "draft_mask"),
 )
 
 

@@ -72,7 +72,7 @@ def _by_row(bias: jax.Array) -> bool:
 def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     """Gathers the pages of the pools and of their tangents; rows that need a page outside the pool are NaN."""
     by_row, by_lse = _missing_rows(spec, operands)
-    dense_spec, dense = gather.contiguous(spec, operands)
+    dense_spec, dense = gather.differentiable(spec, operands)
     dtype = dense["query"].dtype
     dense["out"] = jnp.where(by_row, 0, operands["out"]).astype(dtype)
     dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
@@ -120,7 +120,7 @@ def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Ope
     Rows that need a page outside the pool are left out: their dquery is NaN and the pools get nothing from them.
     """
     by_row, by_lse = _missing_rows(spec, operands)
-    dense_spec, dense = gather.contiguous(spec, operands)
+    dense_spec, dense = gather.differentiable(spec, operands)
     dense["out"] = jnp.where(by_row, 0, operands["out"])
     dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
     if "dout" in operands:

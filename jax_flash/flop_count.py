@@ -42,14 +42,14 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
 
     Counted are the matrix products over visible pairs of a query and a key: 2·(d + dv) for each pair and query head in
     the forward pass, 2·(3d + 2dv) in the backward and in the tangent pass (`jax.jvp`). What causal, window, lengths,
-    segments, mask or a bias of −inf hide counts for nothing, and neither do softmax, dropout and the like.
+    segments, mask, draft_mask or a bias of −inf hide counts for nothing, and neither do softmax, dropout and the like.
 
     Args:
       function: `flash_attention`, `flash_attention_varlen`, `paged_attention` or `dot_product_attention`.
       *arguments, **options: those of the call. Any array may be a `jax.ShapeDtypeStruct`. The values of lengths,
-        offsets, segment_ids, mask and bias count where they are known: on the host, or in arrays of JAX that are not
+        offsets, segment_ids, masks and bias count where they are known: on the host, or in arrays of JAX that are not
         traced, which are copied from their device. Where only the shape is known, lengths are full, packed tokens are
-        divided evenly among the sequences, and segment_ids, mask and bias hide nothing.
+        divided evenly among the sequences, and segment_ids, masks and bias hide nothing.
       of: `"forward"`, `"backward"` (without the forward pass before it) or `"tangent"`.
 
     Returns:
@@ -85,6 +85,9 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     """The pairs (query, key) over which attention is computed, of all batch entries and query heads."""
     heads = shapes["query"][-2]
     sizes = _sizes(spec, shapes, values)
+    if "draft_mask" in values:
+        masks = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
+        return heads * sum(_in_band(spec, *x) - _in_drafts(spec, x, ~m) for x, m in zip(sizes, masks))
     if not values.keys() & {"mask", "bias", "q_segment_ids"}:
         return heads * sum(times * _in_band(spec, *size) for size, times in Counter(sizes).items())
     if "mask" not in values and "bias" not in values:
@@ -115,7 +118,8 @@ def _host_integers(x: Any) -> bool:
 
 def _known_values(given: Mapping[str, Any], shapes: Shapes) -> Values:
     """The values of the operands that decide which pairs are visible, as far as they are known, by name."""
-    found = {name: given.get(name) for name in ("q_lengths", "kv_lengths", "cu_seqlens_q", "mask", "bias")}
+    names = ("q_lengths", "kv_lengths", "cu_seqlens_q", "mask", "bias", "draft_mask")
+    found = {name: given.get(name) for name in names}
     for name, of_jax_nn in (("q_lengths", "query_seq_lengths"), ("kv_lengths", "key_value_seq_lengths")):
         found[name] = given.get(of_jax_nn, found[name])
     if "cu_seqlens_k" in shapes:
@@ -187,6 +191,17 @@ def _in_band(spec: AttentionSpec, rows: int, keys: int) -> int:
         return rows * keys
     first, past = _rows(spec, (rows, keys))
     return int((past - first).sum())
+
+
+def _in_drafts(spec: AttentionSpec, size: tuple[int, int], hidden: np.ndarray) -> int:
+    """The pairs of the band that a draft mask hides from a sequence."""
+    rows, keys = size
+    if rows > len(hidden):
+        return 0
+    first, past = _rows(spec, size)
+    token = np.arange(keys - rows, keys)
+    in_band = (token >= first[:, None]) & (token < past[:, None])
+    return int((in_band & hidden[:rows, :rows]).sum())
 
 
 def _segments(values: Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:

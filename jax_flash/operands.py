@@ -54,6 +54,7 @@ _PAGED = {
     "k_scale": ("hk",),
     "v_scale": ("hk",),
     "position": ("position",),
+    "draft_mask": ("n*", "draft_row", "draft_column"),
 }
 _PAGED_VARLEN = _PAGED | {
     "query": ("tq", "hq", "d"),
@@ -122,6 +123,7 @@ OPTIONAL = (
     "v_scale",
     "position",
     "tbias",
+    "draft_mask",
 )
 # The operand `dropout` is uint32 [6]: two key words, then the shard's global offsets of batch, query head, row, column.
 DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4

@@ -82,3 +82,4 @@ class PagedOptions(Options, total=False):
     batch_invariant: bool
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
+    draft_mask: ArrayLike | None

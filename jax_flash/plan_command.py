@@ -46,7 +46,7 @@ KNOWN = {
     "b200": Gpu("NVIDIA B200", 100, 148),
 }
 # Each is an option of the command. A bias is [batch, heads, seqlen, kv-seqlen], of the call's dtype.
-OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths")
+OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths", "draft_mask")
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
 
 
@@ -134,6 +134,7 @@ class _Sizes:
     hk: int
     d: int
     dv: int
+    draft: int  # rows of a sequence's draft mask, for packed sequences of average length; 0: there is none
 
     @staticmethod
     def of(options: argparse.Namespace) -> _Sizes:
@@ -142,7 +143,9 @@ class _Sizes:
 
         sq, hq, d = options.seqlen, options.heads, options.head_dim
         sk, hk = given(options.kv_seqlen, sq), given(options.kv_heads, hq)
-        return _Sizes(options.batch, sq, sk, hq, hk, d, given(options.value_dim, d))
+        tokens = -(-sq // max(options.batch, 1)) if options.varlen else sq
+        draft = tokens if options.draft_mask else 0
+        return _Sizes(options.batch, sq, sk, hq, hk, d, given(options.value_dim, d), draft)
 
 
 def abstract_call(options: argparse.Namespace) -> tuple[Any, ...]:
@@ -190,6 +193,7 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
         "sinks": _array((n.hq,), "float32"),
         "q_segment_ids": (_array((n.b, n.sq), "int32"), _array((n.b, n.sk), "int32")),
         "kv_lengths": _array((n.b,), "int32"),
+        "draft_mask": _array((n.b, n.draft, n.draft), "bool"),
     }
     named = {name: arrays[name] for name in OPERANDS if getattr(options, name)}
     if "q_segment_ids" in named:
@@ -236,11 +240,13 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
             float8=options.float8,
             num_splits=options.num_splits or 0,
             batch_invariant=options.batch_invariant,
+            draft_rows=n.draft,
         )
     if pass_ == "bias_gradient":
         arguments["bias"] = (n.b, n.hq, n.sq, n.sk)
-    elif options.bias:  # as plan.cc's bias_in_tiles has it
+    if options.bias:  # as plan.cc's bias_in_tiles has it
         arguments["bias_in_tiles"] = n.sk % 8 == 0 and options.dtype != "float32"
+    arguments["mask_in_chunks"] = bool(options.mask) and n.sk % 8 == 0
     return arguments
 
 

@@ -31,6 +31,8 @@ class _Place:
     column: Array  # [b, sk]  j
     diagonal: Array  # [b, sq]  c(i)
     row_used: Array  # [b, sq]  i < nq
+    rows: Array  # [b, sq | 1]  nq
+    new: Array  # [b, sq | 1]  nk − nq, the first of the sequence's new tokens among its keys
     column_used: Array  # [b, sk]  j < nk
     segments: tuple[Array, Array] | None  # [b, sq], [b, sk]  a row sees keys of its own segment only
 
@@ -93,6 +95,8 @@ def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
         column=column,
         diagonal=_diagonal(spec, operands, row, nq, nk),
         row_used=row < nq,
+        rows=nq,
+        new=nk - nq,
         column_used=column < nk,
         segments=segments,
     )
@@ -112,6 +116,8 @@ def _place_varlen(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
         column=column[None],
         diagonal=_diagonal(spec, operands, row, nq[z_q], nk[z_q])[None],
         row_used=(z_q < outside)[None],
+        rows=nq[z_q][None],
+        new=(nk - nq)[z_q][None],
         column_used=(column < nk[z_k])[None],
         segments=(z_q[None], z_k[None]),
     )
@@ -163,9 +169,29 @@ def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> 
         visible &= q_segment[:, None, :, None] == k_segment[:, None, None, :]
     if "mask" in operands:
         visible &= operands["mask"]
+    if "draft_mask" in operands:
+        visible &= _drafts(spec, operands["draft_mask"], operands, place)
     if "bias" in operands:
         visible &= operands["bias"] != -_INF
     return visible
+
+
+def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place: _Place) -> Array:
+    """What the draft mask leaves to the rows, `[b, 1, sq, sk]`: new token a sees new token b, key new + b, if it says
+    so. A sequence with more rows than the mask has is not concerned."""
+    size = mask.shape[-1]
+    n = operands["query"].shape[0] if spec.layout == "fixed" else operands["cu_seqlens_q"].shape[0] - 1
+    mask = jnp.pad(jnp.broadcast_to(mask, (n, size, size)), ((0, 1), (0, 0), (0, 0)))
+    of_rows = mask[place.sequence, jnp.clip(place.row, 0, size - 1)]  # [b, sq, size]
+    token = place.column[:, None, :] - place.new[..., None]  # [b, sq | 1, sk]
+    token = jnp.broadcast_to(token, (*of_rows.shape[:2], token.shape[2]))
+    seen = jnp.take_along_axis(of_rows, jnp.clip(token, 0, size - 1), axis=2)
+    return (seen | (token < 0) | (place.rows > size)[..., None])[:, None]
+
+
+def draft_mask(spec: AttentionSpec, operands: dict[str, Array]) -> Array:
+    """The draft mask of a fixed call as a mask, `[b, 1, sq, sk]`."""
+    return _drafts(spec, operands["draft_mask"], operands, _place_fixed(spec, operands))
 
 
 def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visible: Array, s: Array) -> Array:

@@ -1,8 +1,9 @@
 """Partitions a pass over devices along batch, heads, leading dimensions and the sequence; all else is gathered.
 
 The sharding rule tells XLA's propagation which dimensions correspond. `partition` then decides from the sharding of the
-pass's guide, which is query or k_pages; other operands only add axes of leading dimensions. A sequence that query, key
-and value are split over alike stays split: each shard runs the pass in a ring (sequence/passes.py).
+pass's guide, which is query or k_pages; other operands only add axes of leading dimensions. A sequence, or a row of
+packed ones, that query, key and value are split over alike stays split: each shard runs the pass in a ring
+(sequence/passes.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import _jax
 from ._jax import Region
 from .batching import over_leading
 from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
-from .sequence import passes
+from .sequence import packed, passes
 from .spec import AttentionSpec, Ring, Spec
 
 Axes = tuple[str, ...]
@@ -110,10 +111,25 @@ class _Rules:
         hk = shapes["key"][self.axis("key", "hk")]
         return (shapes["query"][self.axis("query", "hq")] if "query" in shapes else hk), hk
 
-    def may_be_ring(self, shapes: dict[str, Sequence[int]]) -> bool:
-        """Whether a sequence may stay split: it is the same dimension of queries and keys."""
-        fixed = isinstance(self.spec, AttentionSpec) and self.spec.layout == "fixed"
-        return fixed and _jax.same_dim(shapes["query"][-3], shapes["key"][-3])
+    def sequence_dims(self, shapes: dict[str, Sequence[int]]) -> tuple[str, ...]:
+        """The dimensions of queries and of keys over which a sequence may stay split; none where it may not."""
+        if not isinstance(self.spec, AttentionSpec):
+            return ()
+        if self.spec.layout == "fixed":
+            return "sq", "sk"
+        return ("tq", "tk") if packed.may_be_ring(self.spec, shapes) else ()
+
+    def sequence_factors(self, shapes: dict[str, Sequence[int]]) -> tuple[dict[str, str], dict[str, int]]:
+        """The factor "s" that queries and keys have in common, by dimension; what is left of either, with its size."""
+        dims = self.sequence_dims(shapes)
+        lengths = [shapes[name][-3] for name, _ in zip(("query", "key"), dims)]
+        if not dims or _jax.same_dim(*lengths):
+            return dict.fromkeys(dims, "s"), {}
+        if any(map(_jax.is_symbolic, lengths)) or (common := math.gcd(*lengths)) == 1:
+            return {}, {}
+        rest = {dim: size // common for dim, size in zip(dims, lengths) if size != common}
+        shared = {"s": common} if len(rest) == len(dims) else {}  # elsewhere a whole dimension tells its size
+        return {dim: f"(s {dim})" if dim in rest else "s" for dim in dims}, rest | shared
 
     # --- propagation ---------------------------------------------------------------------------------------------
 
@@ -133,7 +149,9 @@ class _Rules:
             sizes["g"] = hq // hk
         else:
             heads = {}
-        factor_of = heads | ({"sq": "s", "sk": "s"} if self.may_be_ring(shapes) else {})
+        tokens, rest = self.sequence_factors(shapes)
+        factor_of = heads | tokens
+        sizes |= rest
         free = 0
         factors: list[list[str]] = []
         for name, shape in arrays:
@@ -145,7 +163,9 @@ class _Rules:
         replicated: list[str] = []
         for row in factors:
             for factor in row:
-                splittable = factor in ("b", "s", "h", "(h g)", "hq", "hk") or factor[0] in "lu"
+                splittable = (
+                    factor in ("b", "s", "h", "(h g)", "hq", "hk") or factor[0] in "lu" or factor[:2] == "(s"
+                )
                 if not splittable and factor not in replicated:
                     replicated.append(factor)
         text = [" ".join(row) for row in factors]
@@ -196,7 +216,8 @@ class _Rules:
         found = _split_heads(mesh, axes, head_axes, hq, hk, used)
         ring = self.ring(mesh, found, named)
         if ring:
-            found = replace(found, axes=found.axes | {"sq": ring.axes, "sk": ring.axes}, ring=ring)
+            tokens = self.sequence_dims({name: x.shape for name, x in named.items()})
+            found = replace(found, axes=found.axes | dict.fromkeys(tokens, ring.axes), ring=ring)
         if "bias" not in named:
             return found
         own = self.dims("bias", named["bias"].shape)
@@ -205,7 +226,7 @@ class _Rules:
 
     def ring(self, mesh: Any, split: Split, named: dict[str, Any]) -> Ring | None:
         """The ring over which query, key and value are split alike, if they are."""
-        if not self.may_be_ring({name: x.shape for name, x in named.items()}):
+        if not self.sequence_dims({name: x.shape for name, x in named.items()}):
             return None
         axes, *others = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
         taken = {axis for entry in split.axes.values() for axis in entry}
@@ -214,7 +235,7 @@ class _Rules:
             size == 1
             or any(x != axes for x in others)
             or taken & set(axes)
-            or named["query"].shape[-3] % size
+            or any(named[name].shape[-3] % size for name in ("query", "key"))
         ):
             return None
         return Ring(axes, size)
@@ -234,14 +255,17 @@ class _Rules:
 
     def in_ring(self, ring: Ring, named: dict[str, jax.Array]) -> Sequence[jax.Array]:
         """The pass over this shard's part of the sequence."""
-        spec = replace(cast("AttentionSpec", self.spec), ring=ring)
+        whole = cast("AttentionSpec", self.spec)
 
         def call(pass_: Pass, spec: AttentionSpec, part: dict[str, jax.Array]) -> Sequence[jax.Array]:
             return self.body(*(part[name] for name in (*pass_.operands, *spec.operands)), spec=spec)
 
-        results: Sequence[jax.Array] = over_leading(
-            lambda operands: passes.run(self.pass_, spec, operands, call), spec, named
-        )
+        def run(operands: dict[str, jax.Array]) -> list[jax.Array]:
+            if whole.layout == "varlen":
+                return packed.run(self.pass_, whole, ring, operands, call)
+            return passes.run(self.pass_, replace(whole, ring=ring), operands, call)
+
+        results: Sequence[jax.Array] = over_leading(run, whole, named)
         return results
 
     def with_offsets(self, split: Split, dropout: jax.Array, query_shape: Sequence[int]) -> jax.Array:

@@ -35,12 +35,12 @@ class Ring:
 class AttentionSpec:
     """The static options of one attention call.
 
-    `left` and `right` are the numbers of keys visible before and after the diagonal, or UNLIMITED; causal is
-    `right = 0`. `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays in call order. The
-    four fields from `page_layout` on are for the paged layouts; with `num_splits` 0 the plan chooses the number of
-    splits. Where `value_dim` is not 0, V is the first `value_dim` columns of K, stored once, and the operand `value` is
-    `key` again. With a `ring`, every operand with a row or key per token is the local shard of a sequence; columns of
-    mask and bias, and lengths, are those of the whole.
+    `left` and `right` are the numbers of keys visible before and after the diagonal, or UNLIMITED; causal is `right =
+    0`. `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays in call order. The four fields
+    from `page_layout` on are for the paged layouts; with `num_splits` 0 the plan chooses the number of splits. Where
+    `value_dim` is not 0, V is the first `value_dim` columns of K, stored once, and the operand `value` is `key` again.
+    With `same_offsets`, packed queries and keys have the same array of offsets. With a `ring`, every operand with a row
+    or key per token is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
     """
 
     layout: Layout
@@ -57,6 +57,7 @@ class AttentionSpec:
     num_splits: int = 0
     batch_invariant: bool = False
     value_dim: int = 0
+    same_offsets: bool = False
     ring: Ring | None = None
 
     @property

@@ -382,4 +382,6 @@ def varlen(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     if arguments["kv_lengths"] is not None:
         operands["kv_lengths"] = check.lengths("kv_lengths", arguments["kv_lengths"], n, "n")
     score_operands(check, operands, arguments, n, "n")
-    return static_spec(check, "varlen", operands, arguments), operands
+    same = arguments["cu_seqlens_k"] is None or arguments["cu_seqlens_k"] is arguments["cu_seqlens_q"]
+    spec = static_spec(check, "varlen", operands, arguments)
+    return replace(spec, same_offsets=same and same_dim(tq, tk)), operands

@@ -55,6 +55,7 @@ def _sizes(spec: AttentionSpec, shapes: dict[str, tuple[Any, ...]]) -> dict[str,
         "kv_heads": named["hk"],
         "d": named["d"],
         "dv": spec.value_dim or named["dv"],
+        "draft_rows": shapes["draft_mask"][-1] if "draft_mask" in shapes else 0,
     }
 
 

@@ -52,6 +52,7 @@ class Case:
     bias_dtype: str = "float32"
     alibi_slopes: tuple[int, ...] | None = None
     sinks: bool = False
+    draft_mask: tuple[int, ...] | None = None  # the shape; of paged calls
 
     def replace(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)
@@ -83,7 +84,7 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
 
     def normal(shape: tuple[int, ...], dtype: Any = dtype) -> jax.Array:
         if on_device:
-            return jax.random.normal(jax.random.key(rng.integers(1 << 31)), shape, dtype)
+            return jax.random.normal(jax.random.key(rng.integers(1 << 31), impl="rbg"), shape, dtype)
         return jax.device_put(rng.standard_normal(shape).astype(dtype))
 
     rows, columns = token_dims(case)
@@ -106,6 +107,8 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
         )
     if case.mask is not None:
         keywords["mask"] = jnp.asarray(rng.random(case.mask) < 0.7)
+    if case.draft_mask is not None:
+        keywords["draft_mask"] = jnp.asarray(rng.random(case.draft_mask) < 0.5)
     if case.bias is not None:
         keywords["bias"] = normal(case.bias, jnp.dtype(case.bias_dtype))
     if case.alibi_slopes is not None:

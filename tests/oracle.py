@@ -299,6 +299,8 @@ def _row(
             continue
         if "bias" in x and _at(x["bias"], z, h, i, j) == -np.inf:
             continue
+        if "draft_mask" in x and _draft_hides(x["draft_mask"], z, i, j - (nk - nq), nq):
+            continue
         s, slope = spec.scale * float(q @ k[j]), 1.0
         if spec.softcap:
             s = spec.softcap * np.tanh(s / spec.softcap)
@@ -311,6 +313,11 @@ def _row(
         scores.append(s)
         slopes.append(slope)
     return np.array(columns, int), np.array(scores, float), np.array(slopes, float)
+
+
+def _draft_hides(mask: np.ndarray, z: int, a: int, b: int, tokens: int) -> bool:
+    """Whether new token a of so many does not see new token b; b < 0 are keys before the new tokens."""
+    return b >= 0 and tokens <= mask.shape[-1] and not _at(mask, z, a, b)
 
 
 def visible_pairs(spec: AttentionSpec, operands: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ import pytest
 from cases import BY_NAME, Case
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from meshes import arrays_of, place
 from programs import (
     assert_same,
     attention,
@@ -15,7 +16,6 @@ from programs import (
     shard_shapes,
     with_gradients,
 )
-from test_sharding import arrays_of, place
 
 import jax_flash
 

@@ -1,22 +1,16 @@
 """benchmarks/: in which order calls are timed, what is counted as FLOP, and how two checkouts share a process."""
 
 import itertools
-import sys
 from pathlib import Path
 
+import checkout  # noqa: F401
 import jax
 import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").exists():
-    pytest.skip("only the tests are here, not the benchmarks", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-import jax_flash  # noqa: E402
-from benchmarks import (  # noqa: E402
+import jax_flash
+from benchmarks import (
     bars,
     cases,
     compare,
@@ -28,7 +22,7 @@ from benchmarks import (  # noqa: E402
     reference_ratios,
     tune,
 )
-from benchmarks.cases import Case, varlen  # noqa: E402
+from benchmarks.cases import Case, varlen
 
 
 class Clock:

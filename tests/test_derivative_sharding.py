@@ -5,10 +5,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from oracle import split
-from programs import assert_same, attention, collectives, custom_calls, shard_shapes, weights
-from test_manual_sharding import full, typed
-from test_sharding import (
+from meshes import (
     BATCH_HEADS,
     EVERYTHING,
     FEW,
@@ -22,6 +19,9 @@ from test_sharding import (
     place,
     qkv,
 )
+from oracle import split
+from programs import assert_same, attention, collectives, custom_calls, shard_shapes, weights
+from test_manual_sharding import full, typed
 
 
 @pytest.fixture

@@ -106,6 +106,8 @@ PAGED = [
     Case("decode", b=4, sq=1, sk=30, kv_lengths=(13, 0, 1, 30)),
     Case("chunk", b=3, sq=4, sk=30, kv_lengths=(25, 4, 2), causal=True),
     varlen("mixed", (1, 7, 0, 12, 1), k_sequences=(20, 7, 5, 9, 1), padding=(3, 0), window=(3, 2)),
+    Case("tree", b=3, sq=4, sk=30, kv_lengths=(25, 4, 2), window=(5, 1), draft_mask=(3, 4, 4)),
+    varlen("trees", (1, 7, 0, 12, 1), k_sequences=(20, 7, 5, 9, 1), causal=True, draft_mask=(1, 8, 8)),
 ]
 
 

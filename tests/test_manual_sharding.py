@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from programs import assert_same, attention, collectives, shard_shapes, with_gradients
-from test_sharding import (
+from meshes import (
     BATCH_HEADS,
     EVERYTHING,
     GQA,
@@ -21,6 +20,7 @@ from test_sharding import (
     qkv,
     stack,
 )
+from programs import assert_same, attention, collectives, shard_shapes, with_gradients
 
 OUT_LSE = (BATCH_HEADS, P("data", "model"))
 

@@ -24,8 +24,6 @@ def by_name(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
-# Options.
-
 OPTIONS = [
     DECODE,
     CHUNK,

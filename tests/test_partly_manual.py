@@ -8,16 +8,7 @@ import pytest
 from jax.export import DisabledSafetyCheck, deserialize, export
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import (
-    assert_same,
-    attention,
-    collectives,
-    custom_calls,
-    require_devices,
-    shard_shapes,
-    with_gradients,
-)
-from test_sharding import (
+from meshes import (
     BATCH_HEADS,
     EVERYTHING,
     GQA,
@@ -30,6 +21,15 @@ from test_sharding import (
     place,
     qkv,
     stack,
+)
+from programs import (
+    assert_same,
+    attention,
+    collectives,
+    custom_calls,
+    require_devices,
+    shard_shapes,
+    with_gradients,
 )
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit

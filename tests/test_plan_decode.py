@@ -68,6 +68,26 @@ def test_packed_sequences_of_few_rows_decode_beside_the_others():
     assert plan(varlen=True, q_rows=0)["decode"]["packed_rows"] == 0
 
 
+def test_the_draft_mask_says_how_many_tokens_packed_sequences_have():
+    drafts = dict(varlen=True, q_rows=3000, operands=operand_bits(("draft_mask",)))
+    for tokens, rows in ((1, 8), (3, 16), (8, 32), (16, 64), (17, 8)):  # of four heads; 17 take the forward
+        assert plan(**drafts, draft_rows=tokens)["decode"]["packed_rows"] == rows
+    chosen = plan(**drafts, draft_rows=4)
+    assert chosen["score"] == "general"
+    assert chosen["decode_row"]["block_m"] == 16
+
+
+@pytest.mark.parametrize(("q_rows", "decodes"), [(4, True), (16, True), (17, False)])
+def test_a_draft_mask_changes_neither_the_kernel_nor_the_grid(q_rows, decodes):
+    with_mask = plan(q_rows=q_rows, operands=operand_bits(("draft_mask",)), draft_rows=q_rows)
+    without = plan(q_rows=q_rows)
+    assert (with_mask["row"]["pass"] == "decode") == decodes
+    if decodes:
+        assert with_mask["row"] == without["row"]
+    assert with_mask["decode"] == without["decode"]
+    assert with_mask["general"]
+
+
 def test_contiguous_keys_decode_as_well():
     assert plan(paged=False)["row"]["pass"] == "decode"
     assert plan(paged=False, q_rows=5)["row"]["pass"] == "forward"
@@ -108,16 +128,20 @@ def test_the_workspace_stays_within_its_bound(seed):
     )
     splits, invariant = (splits, invariant) if paged else (0, False)
     packed = paged and bool(rng.integers(2))
+    draft = int(draw(0, 1, 5, 16, 70)) if packed else 0
     layout = "paged_varlen" if packed else "paged" if paged else "fixed"
-    spec = AttentionSpec(layout, num_splits=splits, batch_invariant=invariant)
+    names = ("draft_mask",) if draft else ()
+    spec = AttentionSpec(layout, num_splits=splits, batch_invariant=invariant, operands=names)
     keys = (leading, 7, size, hk, d) if paged else (leading, b, entries * size, hk, d)
     shapes = {"query": (leading, b, sq, group * hk, d), "key": keys, "value": keys}
     shapes |= {"query": (leading, sq, group * hk, d), "cu_seqlens_q": (1, b + 1)} if packed else {}
     shapes |= {"block_tables": (leading, b, entries)} if paged else {}
+    shapes |= {"draft_mask": (1, 1, draft, draft)} if draft else {}
     for device in (H200, A10):
         chosen = plan(
             device, leading=leading, batch=b, q_rows=sq, k_rows=entries * size, heads=group * hk, kv_heads=hk,
             d=d, dv=d, num_splits=splits, batch_invariant=invariant, paged=paged, varlen=packed,
+            operands=operand_bits(names), draft_rows=draft,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"]
         assert chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)

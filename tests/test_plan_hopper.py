@@ -11,6 +11,8 @@ from plans import A100, H100, HEAD_DIMS, plan, tile
 from jax_flash.operands import operand_bits, padded_head_dim
 
 SEGMENTS = operand_bits(("q_segment_ids", "kv_segment_ids"))
+BIAS: dict[str, Any] = {"operands": operand_bits(("bias",)), "bias_in_chunks": True}
+MASK: dict[str, Any] = {"operands": operand_bits(("mask",)), "mask_in_chunks": True}
 
 
 def arch(**options: Any) -> str:
@@ -56,12 +58,17 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
         ("alibi", {"operands": operand_bits(("alibi_slopes",))}),
         ("dropout", {"operands": operand_bits(("dropout",))}),
         ("segments", {"operands": SEGMENTS}),
+        ("bias", BIAS),
+        ("mask", MASK),
         ("general", {"operands": operand_bits(("alibi_slopes", "dropout"))}),
         ("general", {"operands": SEGMENTS, "softcap": 3.0}),
+        ("general", BIAS | MASK | {"operands": operand_bits(("bias", "mask"))}),
+        ("general", MASK | {"operands": operand_bits(("mask", "dropout"))}),
+        ("general", {"scale": -1.0}),
     ],
 )
 def test_hoppers_backward_has_kernels_for_options(d, kind, options):
-    for deterministic in {False, not options.get("operands", 0) & SEGMENTS}:
+    for deterministic in (False, True):
         text = plan("backward", d=d, dv=d, deterministic=deterministic, **options)["text"]
         assert text.startswith(f"sm90 backward dense {kind} d={d} dv={d} tile ")
     assert arch(pass_="backward", d=32, dv=32, **options) == "sm90"
@@ -70,9 +77,10 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"deterministic": True, "operands": SEGMENTS},
-        {"operands": operand_bits(("bias",))},
-        {"operands": operand_bits(("mask", "dropout"))},
+        BIAS | {"bias_in_chunks": False},
+        MASK | {"mask_in_chunks": False},
+        BIAS | {"operands": operand_bits(("bias", "mask"))},
+        BIAS | {"d": 256, "dv": 256},
         {"dtype": "float32"},
         {"q_rows": 0},
         {"d": 256, "dv": 256, "deterministic": True},
@@ -81,6 +89,30 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
 )
 def test_other_backwards_run_the_portable_rows(options):
     assert arch(pass_="backward", **options) == "sm80"
+
+
+def test_several_leading_dimensions_run_hoppers_backward():
+    assert arch(leading=6, leading_rank=2) == "sm80"  # the forward's tensor maps have room for one
+    one, two = (plan("backward", leading=6, leading_rank=rank) for rank in (1, 2))
+    assert one["text"] == two["text"]
+    assert one["workspace"] == two["workspace"]
+
+
+@pytest.mark.parametrize("d", [24, 64, 72, 128])
+def test_the_gradient_of_a_bias_for_queries_and_keys_runs_on_hopper(d):
+    def row(bias: tuple[int, ...], **options: Any) -> str:
+        chosen = plan("bias_gradient", d=d, dv=d, bias=bias, **BIAS | options)
+        return f"{chosen['row']['arch']} {chosen['score']}"
+
+    for bias in ((1, 1, 1000, 1500), (2, 8, 1000, 1500), (1, 8, 1000, 1500)):
+        assert row(bias) == row(bias, leading=6, leading_rank=2) == row(bias, right=0) == "sm90 bias"
+        assert row(bias, bias_in_chunks=False) == "sm80 general"
+        for also in ("dropout", "q_segment_ids", "alibi_slopes"):
+            assert row(bias, operands=operand_bits(("bias", also))) == "sm90 general"
+        both = operand_bits(("bias", "mask"))
+        assert row(bias, operands=both) == "sm80 general"
+        assert row(bias, operands=both, mask_in_chunks=True) == "sm90 general"
+    assert row((1, 8, 1, 1500)) == row((1, 8, 1000, 1)) == "sm80 general"  # sums over queries or keys
 
 
 def test_hoppers_backward_adds_dq_up_in_the_workspace():
@@ -102,21 +134,6 @@ def test_hoppers_backward_shares_key_tiles_out():
     assert few["keys"]["blocks"] == few["persistent_ctas"] == 12 * 2 * 2
     assert many["keys"]["blocks"] == 12 * 2 * 16
     assert many["persistent_ctas"] == 132
-
-
-def test_hopper_takes_more_keys_at_a_time_where_a_row_sees_many():
-    sizes = {"d": 128, "dv": 128, "q_rows": 4096, "k_rows": 4096}
-    assert (
-        tile(plan(**sizes))
-        == tile(plan(right=0, **sizes))
-        == tile(plan(left=2048, right=0, **sizes))
-        == (128, 160)
-    )
-    assert tile(plan(d=128, dv=128, q_rows=4096, k_rows=1024)) == (128, 128)
-    assert tile(plan(left=1024, right=0, **sizes)) == (128, 128)
-    assert tile(plan(softcap=3.0, **sizes)) == (128, 128)  # no registers are left for an option
-    assert tile(plan(varlen=True, batch=2, **sizes)) == (128, 160)
-    assert tile(plan(varlen=True, batch=4, **sizes)) == (128, 128)  # sequences of 1,024 on average
 
 
 def test_hopper_takes_fewer_queries_at_a_time_where_they_are_few():
@@ -200,7 +217,7 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
             reached.add(of)
             if chosen["queries"]["blocks"] > parallel:  # one at least has a tile after another
                 reached.add((*of, "by a counter" if chosen["workspace"] else "in turn"))
-    assert reached >= {(64, 64, 128), (128, 64, 128), (128, 128, 160), (256, 128, 80)}
+    assert reached >= {(64, 64, 128), (128, 64, 128), (128, 128, 128), (256, 128, 80)}
     assert reached >= {(64, 128, 64, how) for how in ("by a counter", "in turn")}  # of teams
     assert reached >= {
         (64, 192, 128, "in turn"),
@@ -210,15 +227,15 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
 
 
 def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
-    def pairs(rows: int, keys: int, d: int = 128, **options: Any) -> bool:
+    def pairs(rows: int, keys: int, d: int = 256, **options: Any) -> bool:
         return "in 2-CTA clusters" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
 
-    assert pairs(8192, 8192)
-    assert pairs(8192, 8192, right=0)
-    assert pairs(4096, 4096, d=256)
-    assert not pairs(4096, 4096)
-    assert not pairs(8192, 8192, left=4096, right=0)
-    assert not pairs(8192, 8192, d=192)  # has no such kernel
+    assert pairs(4096, 4096)
+    assert pairs(4096, 4096, right=0)
+    assert not pairs(2048, 2048)
+    assert not pairs(4096, 4096, left=2048, right=0)
+    assert not pairs(8192, 8192, d=128)  # have no such kernel
+    assert not pairs(8192, 8192, d=192)
     assert not pairs(8192, 8192, softcap=3.0)
     assert not pairs(8192, 8192, varlen=True)
     assert not pairs(300, 8192)
@@ -227,7 +244,7 @@ def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
         "on 16 persistent CTAs in 2-CTA clusters"
         in plan(d=256, dv=256, batch=1, q_rows=256, k_rows=8192)["text"]
     )
-    odd = plan(device=H100 | {"sm_count": 133}, d=128, dv=128, q_rows=8192, k_rows=8192)
+    odd = plan(device=H100 | {"sm_count": 133}, d=256, dv=256, q_rows=8192, k_rows=8192)
     assert "on 132 persistent CTAs in 2-CTA clusters" in odd["text"]
 
 

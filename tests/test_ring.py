@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from cases import Case, make_inputs
+from cases import BY_NAME, Case, make_inputs
 from checks import references
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -47,23 +47,15 @@ CASES = (
     PLAIN.replace(name="bias of keys", bias=(2, 1, 1, 16), hk=1),
     CAUSAL.replace(name="alibi", alibi_slopes=(2, 4), sk=32),
     CAUSAL.replace(name="dropout", dropout_rate=0.3),
-    Case(
-        "everything",
+    BY_NAME["everything"].replace(
         sq=16,
         sk=32,
         d=8,
         dv=16,
-        causal=True,
-        window=(11, None),
-        softcap=4.0,
         mask=(1, 4, 1, 32),
         bias=(2, 1, 16, 32),
-        segments=2,
         q_lengths=(16, 14),
         kv_lengths=(20, 32),
-        alibi_slopes=(2, 4),
-        sinks=True,
-        dropout_rate=0.2,
     ),
 )
 

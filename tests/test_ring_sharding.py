@@ -3,9 +3,12 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import pytest
+from cases import varlen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import EVERYTHING, GQA, arrays_of, check, forward, make_mesh, place, qkv, stack
 from programs import (
     assert_same,
     attention,
@@ -18,7 +21,6 @@ from programs import (
 from test_derivative_sharding import jvp_of
 from test_manual_sharding import check_explicit, full, typed
 from test_partly_manual import manual_over
-from test_sharding import EVERYTHING, GQA, arrays_of, check, forward, make_mesh, place, qkv, stack
 
 SEQUENCE = P("data", "model")
 CAUSAL = GQA.replace(sq=16, sk=16)
@@ -62,6 +64,19 @@ def test_a_sequence_split_alike_runs_in_a_ring(kernel, mesh, case, visits):
         assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, 4, 8, 8)}
     for x in (got["results"][0], *got["gradients"].values()):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, SEQUENCE), 4)
+
+
+@pytest.mark.parametrize(("sq", "sk", "visits"), [(16, 32, 4), (32, 16, 4), (24, 16, 4), (4, 64, 4)], ids=str)
+def test_queries_and_keys_of_different_lengths(kernel, mesh, sq, sk, visits):
+    """Bottom right: the last query sees every key, so that shards of more keys are further ahead."""
+    case = FULL.replace(sq=sq, sk=sk)
+    text, got = check(attention(case, kernel), mesh, arrays_of(case), qkv(SEQUENCE))
+    assert_ring(text, visits, visits)
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(2, sq // 4, 8, 8)}
+    for x in (got["results"][0], *got["gradients"].values()):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, SEQUENCE), 4)
+    text, _ = check(attention(case.replace(causal=True), kernel), mesh, arrays_of(case), qkv(SEQUENCE))
+    assert set(collectives(text)) == {"collective-permute"}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +183,86 @@ def test_an_automatic_axis_of_a_partly_manual_region(kernel, mesh):
     assert_ring(compiled.as_text(), 4, 4)
 
 
+# packed tokens
+
+
+PACKED = varlen("packed", (9, 0, 14, 5), padding=(4, 4), hq=8, hk=4, d=8, dv=8, causal=True)
+TOKENS = P("model")
+
+
+def packed(case, kernel, **options):
+    """The call with one array of offsets, for queries and keys."""
+    call = attention(case, kernel, **options)
+    return lambda arrays: call(arrays | {"cu_seqlens_k": None})
+
+
+def assert_packed_ring(text, visits, sums=0):
+    """A forward and a backward: beside K with V and dK with dV, the documents' numbers travel, which are integers."""
+    assert collectives(text) == {"collective-permute": 5 * (visits - 1)} | (
+        {"all-reduce": sums} if sums else {}
+    )
+    assert custom_calls(text) == {"forward": visits, "backward": visits}
+
+
+@pytest.mark.parametrize(
+    ("changes", "visits"),
+    [
+        ({}, 4),
+        ({"causal": False}, 4),
+        ({"window": (5, 0)}, 2),
+        ({"alibi_slopes": (8,), "softcap": 2.0, "sinks": True}, 4),
+    ],
+    ids=["causal", "full", "window", "scores"],
+)
+def test_packed_tokens_run_in_a_ring(kernel, mesh, changes, visits):
+    """Documents cross shards; the padding after them is not read, and its rows are 0."""
+    case = PACKED.replace(**changes)
+    text, got = check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
+    assert_packed_ring(text, visits, sums=int(case.sinks))  # of the sinks' gradient
+    for x in (got["results"][0], *(got["gradients"][name] for name in ("query", "key", "value"))):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 3)
+
+
+def test_packed_tokens_and_heads(kernel, mesh):
+    text, _ = check(packed(PACKED, kernel), mesh, arrays_of(PACKED), qkv(P("data", "model")))
+    assert_packed_ring(text, 2)
+    assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(1, 16, 2, 8)}
+
+
+def test_padding_before_and_after_packed_tokens_is_not_read(kernel, mesh):
+    arrays = arrays_of(PACKED)
+    offsets = jnp.array([3, 9, 9, 21, 27], jnp.int32)
+    read = (jnp.arange(32) >= 3) & (jnp.arange(32) < 27)
+    poisoned = {
+        name: jnp.where(read[:, None, None], arrays[name], jnp.nan) for name in ("query", "key", "value")
+    }
+    text, got = check(packed(PACKED, kernel), mesh, poisoned | {"cu_seqlens_q": offsets}, qkv(TOKENS))
+    assert_packed_ring(text, 4)
+    out, lse = got["results"]
+    assert not out[~read].any()
+    assert (lse[:, ~read] == -jnp.inf).all()
+
+
+def test_rows_of_packed_tokens_under_vmap(kernel, mesh):
+    """Each row has its own documents; rows are split as well."""
+    arrays = stack(PACKED, 2) | {
+        "cu_seqlens_q": jnp.array([[0, 9, 9, 23, 28], [0, 16, 20, 30, 32]], jnp.int32)
+    }
+    del arrays["cu_seqlens_k"]
+    specs = qkv(P("data", "model"))
+    text, _ = check(jax.vmap(packed(PACKED, kernel)), mesh, arrays, specs)
+    assert_packed_ring(text, 4)
+
+
+def test_forward_mode_of_packed_tokens(kernel, mesh):
+    arrays = arrays_of(PACKED)
+    placed = place(mesh, arrays, qkv(TOKENS))
+    run = jax.jit(jvp_of(packed(PACKED, kernel)))
+    compiled = run.lower(placed).compile()
+    assert_same(compiled(placed), run(arrays), tolerance=1e-4)
+    assert set(collectives(compiled.as_text())) == {"collective-permute"}
+
+
 # what is gathered
 
 
@@ -175,7 +270,7 @@ OTHERS = {
     "queries alone": (CAUSAL, qkv(SEQUENCE, P("data"))),
     "keys alone": (CAUSAL, qkv(P("data"), SEQUENCE)),
     "different axes": (CAUSAL, qkv(P(None, "model"), P(None, "data"))),
-    "different lengths": (CAUSAL.replace(sk=32), qkv(SEQUENCE)),
+    "lengths without a common factor": (CAUSAL.replace(sq=16, sk=15), qkv(SEQUENCE, P("data"))),
     "head dim": (CAUSAL, qkv(P("data", None, None, "model"))),
 }
 
@@ -184,6 +279,23 @@ OTHERS = {
 def test_other_shardings_are_right(kernel, mesh, name):
     case, specs = OTHERS[name]
     check(attention(case, kernel), mesh, arrays_of(case), specs)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        PACKED.replace(kv_lengths=(9, 0, 8, 5)),
+        PACKED.replace(dropout_rate=0.3),
+        PACKED.replace(alibi_slopes=(4, 8)),
+    ],
+    ids=["lengths", "dropout", "slopes of each sequence"],
+)
+def test_what_goes_by_the_position_in_each_packed_sequence_is_gathered(kernel, mesh, case):
+    check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
+
+
+def test_packed_keys_with_offsets_of_their_own_are_gathered(kernel, mesh):
+    check(attention(PACKED, kernel), mesh, arrays_of(PACKED), qkv(TOKENS))
 
 
 def test_lengths_that_the_axis_does_not_divide_are_gathered(kernel, mesh):

@@ -2,20 +2,13 @@
 
 import math
 import re
-import sys
-from pathlib import Path
 
+import checkout  # noqa: F401
 import jax
 import pytest
 from programs import require_devices
 
-ROOT = Path(__file__).resolve().parent.parent
-if not (ROOT / "benchmarks").exists():
-    pytest.skip("only the tests are here, not the benchmarks", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     bars_scaling,
     measure,
     overlap,

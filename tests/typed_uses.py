@@ -66,6 +66,7 @@ flash_attention(h, h, h, q_lengths=[3, 5], kv_lengths=7, segment_ids=np.zeros((2
 flash_attention(h, h, h, segment_ids=([[0, 0], [0, 1]], np.zeros((2, 8))))
 flash_attention_varlen(h[0], h[0], h[0], [0, 3, 8], np.cumsum([0, 3, 5]), kv_lengths=[3, 5])
 paged_attention(h, h, h, [[0, 1], [2, 3]], [3, 5], page_layout="hnd", num_splits=2, k_scale=np.ones(4))
+paged_attention(h, h, h, [[0, 1], [2, 3]], 5, draft_mask=np.ones((2, 8, 8), bool))
 append_kv(h, h, h, h, [[0], [1]], 3, rotary=(np.ones((9, 32)), np.ones((9, 32))), page_layout="hnd")
 
 # Options are checked by name and by value.

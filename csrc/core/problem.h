@@ -18,6 +18,7 @@ struct Problem {
   int32_t head_dim, value_dim;  // d, dv
   int32_t q_rows, k_rows;       // s_q, s_k (fixed); total tokens (packed); keys of a full table row (paged)
   int32_t page_size, pages, table;  // paged: slots per page, pages of the pool, entries per table row
+  int32_t draft_rows;               // rows and columns of the draft mask of a sequence
 
   View query, key, value;                                       // [b, s, h, d]; pools: [page, slot, h, d]
   View out, lse;                                                // lse, delta: [b, h, s] float32
@@ -33,6 +34,7 @@ struct Problem {
   View block_tables;                                            // [b, table] along batch and column
   View k_scale, v_scale;                                        // [h] of KV heads
   View position;                                                // [2] along column: first query, first key
+  View draft_mask;                                              // [b, row, column]
   int32_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;  // sizes of dbias, 1 where broadcast
 
   JF_HD int32_t kv_head(int32_t head) const { return head / (heads / kv_heads); }

@@ -44,6 +44,7 @@ enum class Operand : int32_t {
   kVScale,
   kPosition,
   kTbias,  // of the tangent pass alone
+  kDraftMask,
   kCount,
 };
 

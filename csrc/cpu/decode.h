@@ -225,7 +225,7 @@ class DecodeLoop {
       key.start(j0, keys.hi);
       multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
       BlockColumns block;
-      block.used = {0, n}, block.mixed = static_cast<bool>(p.q_segment_ids);
+      block.used = {0, n}, block.mixed = p.q_segment_ids || head_.draft.reaches(range.keys.hi);
       SoftmaxShift shifts;
       const auto row = [&](int32_t r) { return Row{tile_.position(r), tile_.head_of(r)}; };
       for (int32_t r = 0; r < rows_; ++r) {

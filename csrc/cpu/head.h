@@ -5,6 +5,7 @@
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
 #include "../core/band.h"
+#include "../core/draft.h"
 #include "../core/dropout.h"
 #include "../core/problem.h"
 #include "../core/score.h"
@@ -50,6 +51,7 @@ struct Head {
   bool has_options;
   bool has_dropout;
   Dropout dropout;
+  DraftMask draft;
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
@@ -62,6 +64,7 @@ struct Head {
     softmax_scale = softmax_scale_of(p);
     has_dropout = p.spec.dropout_rate > 0;
     if (has_dropout) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
+    draft = draft_mask_of(p, leading, s);
   }
 
   // The rows of a per-token operand or gradient from sequence row `begin` at head h (a query head or a KV
@@ -101,12 +104,13 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // Whether S is not yet what the softmax takes. `mixed`: some visible keys are of another segment.
+  // Whether S is not yet what the softmax takes. `mixed`: segments or the draft mask may hide some of the
+  // keys.
   JF_HD bool must_finish(bool mixed) const { return has_options || mixed; }
 
   // Defined in scores.h. Overwrites S[c], the score of key j0 + c, with the final score on the whole
-  // vectors around `visible`, -inf where masked. Without `mixed`, segments hide none of these keys.
-  // Stores the derivative of the softcap, if there is one, to `slopes` unless that is null. Returns the
+  // vectors around `visible`, -inf where masked. Without `mixed`, segments and draft mask hide none of these
+  // keys. Stores the derivative of the softcap, if there is one, to `slopes` unless that is null. Returns the
   // maximum, lane by lane.
   Float finish_scores(Row row, int32_t j0, Columns visible, bool mixed, float* s, float* slopes) const;
 

@@ -68,7 +68,8 @@ enum ScoreOption {
   kConstant = 8,
   kMask = 16,
   kSegments = 32,
-  kAnyOptions = 63
+  kDraft = 64,
+  kAnyOptions = 127
 };
 
 // The score options of one row; pointers are those of column 0. The final score is that of core/score.h for
@@ -88,8 +89,10 @@ struct ScoreRow {
   const uint8_t* mask = nullptr;
   const int32_t* ids = nullptr;
   int32_t id = 0;
+  const uint8_t* draft = nullptr;  // of the row's first new token,
+  int32_t first_draft = 0;         // which is in this column
 
-  // Without `mixed`, segments hide nothing.
+  // Without `mixed`, segments and draft mask hide nothing.
   ScoreRow(const Head& head, Row row, int32_t j0, bool mixed) {
     const Problem& p = head.problem;
     const int32_t sequence = head.sequence.index, i = row.position;
@@ -131,6 +134,11 @@ struct ScoreRow {
       options |= kSegments;
       ids = reinterpret_cast<const int32_t*>(element(head, k, k.offset(sequence, 0, j0), 4));
     }
+    if (head.draft.seen && mixed) {
+      draft = head.draft.seen + i * head.draft.row;
+      first_draft = head.draft.first - j0;
+      options |= kDraft;
+    }
     if (constant != 0.0f) options |= kConstant;
   }
 
@@ -169,6 +177,11 @@ struct ScoreRow {
       x = reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys.data))) == id
               ? x
               : broadcast(kNegInf);
+    }
+    if (has<kOptions, kDraft>()) {
+      const Columns drafts{max(visible.lo, first_draft), visible.hi};
+      const ColumnVector<false, 1> flags(draft - first_draft, c, drafts);
+      x = (load_bytes(flags.data) != 0) | (column < first_draft) ? x : broadcast(kNegInf);
     }
     if constexpr (!inner) x = (column >= visible.lo) & (column < visible.hi) ? x : broadcast(kNegInf);
     return x;
@@ -228,6 +241,8 @@ inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, bool mixe
       return finish_row<kMask>(options, visible, s, slopes);
     case kSegments:
       return finish_row<kSegments>(options, visible, s, slopes);
+    case kDraft:
+      return finish_row<kDraft>(options, visible, s, slopes);
     default:
       return finish_row<kAnyOptions>(options, visible, s, slopes);
   }

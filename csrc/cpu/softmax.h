@@ -23,8 +23,8 @@ struct Softmax {
 };
 
 // A block of rows in a tile of keys: `used` are the columns that any of the rows may see, `unmasked` the
-// panels that every row sees entirely, segments aside. `mixed`: the used ones are not all of the rows'
-// segment.
+// panels that every row sees entirely, segments and draft mask aside. `mixed`: these may hide some of the
+// used ones.
 struct BlockColumns {
   Columns used{0, 0}, unmasked{0, 0};
   bool mixed = false;
@@ -60,7 +60,7 @@ JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32
     if (keys.empty()) continue;
     any = true;
     columns[b].used = {keys.lo - j0, keys.hi - j0};
-    columns[b].mixed = segments.differ_from(keys);
+    columns[b].mixed = segments.differ_from(keys) || head.draft.reaches(keys.hi);
     const Interval all = intersect(band.common(first, end), keys);
     columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
     const int32_t lo = columns[b].panels().lo;

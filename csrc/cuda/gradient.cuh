@@ -29,6 +29,12 @@ __device__ __forceinline__ void settle_coarse(float& x, float row_lse) {
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
+// lse, in powers of two, and delta of a query tile, in shared memory.
+template <int M>
+struct QueryStatistics {
+  float lse[M], delta[M];
+};
+
 // lse and delta of a thread's rows, in registers.
 template <class S>
 struct RowStatistics {
@@ -131,8 +137,7 @@ template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class 
 __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, const Rows& rows, bool partial,
                                               S& s, S& dp, Wait wait_dp = {}) {
   if constexpr (Score::kFusesGradient) {
-    wait_dp();
-    score.fuse_gradient(s, dp, tile, rows);
+    score.fuse_gradient(s, dp, tile, rows, wait_dp);
     if (!partial) return;
     mask_transposed(s, tile.band(), tile.row(), tile.key, 0);
     mask_transposed(dp, tile.band(), tile.row(), tile.key, 0);

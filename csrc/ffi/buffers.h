@@ -32,6 +32,7 @@ enum class Size : int32_t {
   kTable,
   kPositions,
   kRotated,
+  kDraftRows,
   kCount
 };
 

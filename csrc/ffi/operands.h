@@ -75,6 +75,7 @@ class OperandDecoder {
     p.page_size = buffers_.size(Size::kPageSize);
     p.pages = buffers_.size(Size::kPages);
     p.table = buffers_.size(Size::kTable);
+    p.draft_rows = buffers_.size(Size::kDraftRows);
     p.k_rows = p.paged() ? table_capacity(p.table, p.page_size) : buffers_.size(Size::kKRows);
     if (pass_ == Pass::kBiasGradient) read_dbias(rets);
     return check();
@@ -129,6 +130,9 @@ class OperandDecoder {
     const std::vector<Axis> k_rows{{Size::kBatch, &View::batch}, {Size::kKRows, &View::row}};
     const std::vector<Axis> slopes{{Size::kBatch, &View::batch, true}, {Size::kHeads, &View::head}};
     const std::vector<Axis> scales{{Size::kKvHeads, &View::head}};
+    const std::vector<Axis> drafts{{Size::kBatch, &View::batch, true},
+                                   {Size::kDraftRows, &View::row},
+                                   {Size::kDraftRows, &View::column}};
     const OperandRow optional[] = {
         // in the order of enum class Operand
         {"cu_seqlens_q", &p.cu_seqlens_q, Element::kInt32, starts},
@@ -147,6 +151,7 @@ class OperandDecoder {
         {"v_scale", &p.v_scale, Element::kFloat32, scales},
         {"position", &p.position, Element::kInt32, {{Size::kPosition, &View::column}}},
         {"tbias", &t.tbias, Element::kBias, score_axes()},
+        {"draft_mask", &p.draft_mask, Element::kBool, drafts},
     };
     static_assert(std::size(optional) == static_cast<size_t>(Operand::kCount));
     for (size_t i = 0; i < std::size(optional); ++i) {
@@ -198,6 +203,9 @@ class OperandDecoder {
     }
     if (p.paged() && p.kv_dtype != p.dtype && !is_float8(p.kv_dtype)) {
       return operand_error("key has a dtype that is neither query's nor float8");
+    }
+    if (p.draft_mask && (!p.paged() || (!p.packed() && p.draft_rows != p.q_rows))) {
+      return operand_error("draft_mask is for pages, with a row and a column for each query");
     }
     if (p.spec.value_dim > 0 && (!p.paged() || p.spec.value_dim > p.head_dim)) {
       return operand_error("value_dim is for pages, whose head dim is at least as large");

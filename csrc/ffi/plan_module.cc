@@ -24,7 +24,7 @@ constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
 constexpr Loader kLoaders[] = {Loader::kDense, Loader::kPaged};
 constexpr ScoreKind kScores[] = {ScoreKind::kPlain,   ScoreKind::kGeneral,  ScoreKind::kGeneralDropout,
                                  ScoreKind::kDropout, ScoreKind::kSegments, ScoreKind::kAlibi,
-                                 ScoreKind::kSoftcap, ScoreKind::kBias};
+                                 ScoreKind::kSoftcap, ScoreKind::kBias,     ScoreKind::kMask};
 
 template <class Enum, size_t kCount>
 nb::tuple names_of(const Enum (&values)[kCount], uint32_t set) {
@@ -129,7 +129,7 @@ Shapes shapes_of_options(Options& options) {
   s.dtype = by_name(kDTypes, options.get<std::string>("dtype"));
   s.kv_dtype = options.get("float8", false) ? DType::kF8E4M3 : s.dtype;
   s.leading = options.get("leading", int64_t{1});
-  s.leading_rank = s.leading > 1;
+  s.leading_rank = options.get("leading_rank", int32_t{s.leading > 1});
   s.batch = options.get<int64_t>("batch");
   s.heads = options.get<int64_t>("heads");
   s.kv_heads = options.get<int64_t>("kv_heads");
@@ -138,9 +138,12 @@ Shapes shapes_of_options(Options& options) {
   s.q_rows = options.get<int64_t>("q_rows");
   s.k_rows = options.get<int64_t>("k_rows");
   s.page_size = options.get("page_size", int64_t{0});
+  s.draft_rows = options.get("draft_rows", int64_t{0});
   const auto bias = options.get("bias", std::array<int64_t, 4>{1, 1, 1, 1});
   std::copy(bias.begin(), bias.end(), s.bias);
   s.bias_in_tiles = options.get("bias_in_tiles", false);
+  s.bias_in_chunks = options.get("bias_in_chunks", s.bias_in_tiles);
+  s.mask_in_chunks = options.get("mask_in_chunks", false);
   return s;
 }
 
@@ -222,8 +225,8 @@ nb::object bound_of(nb::kwargs given) {
   const Pass pass = by_name(kPasses, options.get<std::string>("pass_"));
   const AttentionSpec spec = spec_of(options);
   const auto size = [&](const char* name) { return to_dim(options.get<nb::object>(name)); };
-  const DimShapes shapes{size("leading"), size("batch"), size("heads"),  size("kv_heads"),
-                         size("d"),       size("dv"),    size("q_rows"), size("k_rows")};
+  const DimShapes shapes{size("leading"), size("batch"),  size("heads"),  size("kv_heads"),  size("d"),
+                         size("dv"),      size("q_rows"), size("k_rows"), size("draft_rows")};
   options.finish();
   return to_python(workspace_bound(pass, spec, shapes));
 }

@@ -72,6 +72,7 @@ def paged_attention(
     batch_invariant: bool = False,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    draft_mask: ArrayLike | None = None,
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
@@ -102,6 +103,13 @@ def paged_attention(
         the library.
       batch_invariant: makes a sequence's result bit-identical whatever else is in the batch.
       k_scale, v_scale: float32 `[hk]`, only for float8 pools, where value = stored · scale; 1 by default.
+      draft_mask: boolean `[n, sq, sq]`, or `[1, sq, sq]` for all sequences, for the token trees of speculative
+        decoding (Medusa, EAGLE): whether new token a, query row a, sees new token b, key `kv_lengths[i] − sq + b`. The
+        keys before the new tokens are visible as without it. It hides and never uncovers: with causal=True a token sees
+        none after it either, which changes nothing for a tree that lists parents before their children. Causal, window
+        and ALiBi count tokens in the order in which they are given, not by their depth in a tree. With cu_seqlens_q it
+        is `[n, s, s]`, of which a sequence of t ≤ s tokens uses the first t rows and columns; one of more than s
+        tokens, such as a chunk of a prompt, is attended to as without it. Needs align="bottom_right".
       causal, window, align, scale, softcap, sinks, return_lse, deterministic, implementation: as in
         `flash_attention`.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
@@ -109,16 +117,19 @@ def paged_attention(
     Returns:
       `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
       `[hq, tq]`.
-      Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools.
+      Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools; with
+      cu_seqlens_q and draft_mask only by `implementation="xla"`.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
-    Source: Kwon et al., PagedAttention (2023).
+    Source: Kwon et al., PagedAttention (2023); Cai et al., Medusa (2024).
 
     Example:
       >>> k_pages, v_pages, lengths = append_kv(k_pages, v_pages, k, v, tables, lengths)
       >>> out = paged_attention(q, k_pages, v_pages, tables, lengths, causal=True)
+      >>> tree = jnp.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], bool)  # a root with two children
+      >>> out = paged_attention(q, k_pages, v_pages, tables, lengths, draft_mask=tree)
     """
     spec, operands = validate.attention("paged_attention", locals())
     out, lse = attend(spec, operands)

@@ -69,6 +69,21 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     ), dense
 
 
+def differentiable(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
+    """`contiguous`, for the custom calls of derivatives, which have masks but no draft masks."""
+    spec, dense = contiguous(spec, operands)
+    if "draft_mask" not in dense:
+        return spec, dense
+    if spec.layout == "varlen":
+        raise NotImplementedError(
+            "paged_attention: draft_mask with cu_seqlens_q has no derivative in the custom calls; "
+            'implementation="xla" has it, and so has query [n, sq, hq, d]'
+        )
+    dense["mask"] = reference.draft_mask(spec, dense)
+    del dense["draft_mask"]
+    return replace(spec, operands=tuple(name for name in OPTIONAL if name in dense)), dense
+
+
 def scatter_gradient(
     spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array
 ) -> jax.Array:
@@ -93,12 +108,33 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     nk = jnp.pad(nk, (0, 1))[sequence]  # padded, because there may be no sequence at all
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     diagonal = diagonal + reference.first_offset(operands)
+    new = nk - nq  # the first new token, from which on a draft mask hides keys
     first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
     last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
     first = jnp.maximum(first, 0)
-    seen = (row >= 0) & (row < nq) & (first <= last)
+    used = (row >= 0) & (row < nq)
+    if "draft_mask" not in operands:
+        return used & _any_missing(before, sequence, first, last, page_size)
+    mask = operands["draft_mask"]
+    size = mask.shape[-1]
+    token = jnp.arange(size, dtype=jnp.int32)
+    key = new[..., None] + token  # [n, 1, size] or [tq, size]
+    in_band = (first[..., None] <= key) & (key <= last[..., None])
+    entry = jnp.clip(key // page_size, 0, tables.shape[1])
+    missing = jnp.pad(outside, ((0, 1), (0, 1)))[sequence[..., None], entry]
+    mask = jnp.pad(jnp.broadcast_to(mask, (tables.shape[0], size, size)), ((0, 1), (0, 0), (0, 0)))
+    drafted = (mask[sequence, jnp.clip(row, 0, size - 1)] & missing & in_band).any(-1)
+    masked = nq <= size
+    last = jnp.where(masked, jnp.minimum(last, new - 1), last)
+    return used & (_any_missing(before, sequence, first, last, page_size) | (masked & drafted))
+
+
+def _any_missing(
+    before: jax.Array, sequence: jax.Array, first: jax.Array, last: jax.Array, page_size: Any
+) -> jax.Array:
+    """Whether one of the keys from `first` to `last` is on a page outside the pool; `before` counts such pages."""
     count = before[sequence, last // page_size + 1] - before[sequence, first // page_size]
-    return seen & (count > 0)
+    return (first <= last) & (count > 0)
 
 
 def _query_rows(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:

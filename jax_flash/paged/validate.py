@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .._jax import same_dim
 from ..rotary import rotary_tables
@@ -38,6 +40,8 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         operands["cu_seqlens_q"] = check.int32("cu_seqlens_q", cu_seqlens)
         check.shape("cu_seqlens_q", operands["cu_seqlens_q"], (n + 1,), "n+1")
     score_operands(check, operands, arguments, n, "n")
+    if arguments["draft_mask"] is not None:
+        operands["draft_mask"] = _draft_mask(check, arguments, n, q.shape[1] if cu_seqlens is None else None)
     splits = arguments["num_splits"]
     if splits is not None and (
         isinstance(splits, bool) or not isinstance(splits, numbers.Integral) or splits < 1
@@ -52,6 +56,34 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         num_splits=int(splits or 0),
         batch_invariant=check.flag("batch_invariant", arguments["batch_invariant"]),
     ), operands
+
+
+def _draft_mask(check: Checker, arguments: Arguments, n: Any, rows: Any) -> jax.Array:
+    """[n | 1, rows, rows]; with packed queries, for which rows is None, of any size."""
+    mask = check.array("draft_mask", arguments["draft_mask"])
+    if mask.dtype != jnp.bool_:
+        raise check.fail(
+            f"draft_mask must be boolean (True = sees the new token), got {mask.dtype}; "
+            "cast it with .astype(bool)",
+            TypeError,
+        )
+    dims = "n sq sq" if rows is not None else "n s s"
+    check.rank("draft_mask", mask, dims)
+    entries, *size = mask.shape
+    wanted = size[0] if rows is None else rows
+    if not (same_dim(entries, n) or same_dim(entries, 1)) or not all(same_dim(x, wanted) for x in size):
+        raise check.fail(
+            f"draft_mask must have shape [{dims.replace(' ', ', ')}] with n = {n} or 1"
+            f"{'' if rows is None else f', sq = {rows}'}, got {mask.shape}"
+        )
+    if rows is None and same_dim(wanted, 0):
+        raise check.fail(f"draft_mask must have at least one row, got shape {mask.shape}; leave it None")
+    if arguments["align"] != "bottom_right":
+        raise check.fail(
+            f"align must be 'bottom_right' with draft_mask, whose tokens are the last keys, got "
+            f"{arguments['align']!r}"
+        )
+    return mask
 
 
 def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:

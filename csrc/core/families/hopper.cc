@@ -38,8 +38,6 @@ class TileChoice {
     return !call_.spec.packed() && few_waves();  // of packed sequences only a bound of the tiles is known
   }
 
-  bool wants_more_keys() const { return visible_keys_ >= 1536; }
-
  private:
   // Waves of query tiles of so many rows, one tile per SM at a time.
   int64_t waves(int64_t rows) const {
@@ -85,8 +83,7 @@ class Forward final : public PassTraits {
     const TileChoice choice(call);
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
     if (a_small != b_small) return a_small == choice.wants_one_consumer();
-    if ((a.teams > 1) != (b.teams > 1)) return (a.teams > 1) == choice.wants_teams();
-    return a.block_n != b.block_n && (a.block_n > b.block_n) == choice.wants_more_keys();
+    return (a.teams > 1) != (b.teams > 1) && (a.teams > 1) == choice.wants_teams();
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -120,15 +117,15 @@ class Forward final : public PassTraits {
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
 // repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask, which a lane of Sᵀ would read element by element; repeatable sums with segments, as the
-// order is the band's.
+// bias or a mask that cannot be copied 8 keys at a time.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
-    if (spec.has(Operand::kBias) || spec.has(Operand::kMask)) return false;
-    if (spec.deterministic && (spec.has(Operand::kQSegmentIds) || row.cluster > 1)) return false;
-    return call.shapes.leading_rank <= 1 && call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
+    if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
+    if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
+    if (spec.deterministic && row.cluster > 1) return false;
+    return call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
@@ -168,6 +165,30 @@ class Backward final : public PassTraits {
   }
 };
 
+// dbias by its tiles, where it is summed over batch entries and heads alone.
+class BiasGradient final : public PassTraits {
+ public:
+  bool serves(const KernelRow&, const Call& call) const override {
+    const Shapes& s = call.shapes;
+    if (call.spec.has(Operand::kMask) && !s.mask_in_chunks) return false;
+    return s.bias_in_chunks && s.bias[2] == s.q_rows && s.bias[3] == s.k_rows && s.q_rows > 0;
+  }
+
+  int64_t shared_bytes(const KernelRow&, const Call&) const override { return hopper::kMaxSharedBytes; }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    plan_bias_tiles(row, call, plan);
+    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
+    share_tiles(plan.queries.blocks, false, row.teams, call, workspace, plan);
+    plan.tile_counter = workspace.add(kCounterBytes);
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+  }
+};
+
 }  // namespace
 
 namespace families {
@@ -175,7 +196,8 @@ namespace families {
 const Family& hopper() {
   static const Forward forward;
   static const Backward backward;
-  static const Family family{&forward, &backward};
+  static const BiasGradient bias_gradient;
+  static const Family family{&forward, &backward, &bias_gradient};
   return family;
 }
 

@@ -35,6 +35,17 @@ constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int
          static_cast<int64_t>(sizeof(float)) * (dq + statistics) + kKeyTileStateBytes;
 }
 
+// The bias gradient: two tiles of the bias, and perhaps the mask, with what else a step needs, and a ring of
+// pairs of tiles, Q and K or dO and V, in the rest: `stages` at most.
+inline constexpr int64_t kBiasStateBytes = 3072;
+constexpr int32_t bias_gradient_stages(int32_t width, int32_t block_m, int32_t block_n, int32_t stages,
+                                       bool mask) {
+  const int64_t tiles = 2 * int64_t{block_m} * block_n * (kElementBytes + (mask ? 1 : 0));
+  const int64_t pair = kElementBytes * (int64_t{block_m} + block_n) * width;
+  const auto fit = static_cast<int32_t>((kMaxSharedBytes - kBiasStateBytes - tiles) / pair);
+  return stages < fit ? stages : fit;
+}
+
 // The backward in 2-CTA clusters: a CTA has K and V of half of the tile's keys, half of the columns of the
 // other keys' K, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps its
 // part of dQ in float32.

@@ -79,11 +79,8 @@ class BiasGradient final : public PassTraits {
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    const Shapes& s = call.shapes;
-    plan.queries.block = row.block_m, plan.queries.tiles = ceil_div(s.bias[2], row.block_m);
-    plan.keys.block = row.block_n, plan.keys.tiles = ceil_div(s.bias[3], row.block_n);
-    plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
-    add_segments(call, s.q_rows, plan.queries, workspace);
+    plan_bias_tiles(row, call, plan);
+    add_segments(call, call.shapes.q_rows, plan.queries, workspace);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -136,7 +133,7 @@ class Decode final : public PassTraits {
       if (spec.has(operand)) return false;
     }
     if (spec.layout == Layout::kVarlen || (call.float8_pools() && !serves_float8(row, s))) return false;
-    const int64_t rows = call.rows_of_group(), entries = call.entries();
+    const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
     // A larger tile than is needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;
     return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kMostRows : kMostRowsDense) && 0 < entries &&
@@ -157,7 +154,7 @@ class Decode final : public PassTraits {
     const Shapes& s = call.shapes;
     DecodeGrid& grid = plan.decode;
     const int64_t tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
-    const int64_t chunks = ceil_div(call.rows_of_group(), row.block_m);
+    const int64_t chunks = ceil_div(call.rows_of_group(kMostRows), row.block_m);
     grid.columns = static_cast<int32_t>(s.kv_heads * chunks);
     if (spec.packed()) grid.packed_rows = static_cast<int32_t>(chunks * row.block_m);
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
@@ -180,9 +177,11 @@ class Decode final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     if (spec.layout == Layout::kVarlen) return 0;
-    Dim rows = spec.packed() ? Dim(1) : s.q_rows;
-    if (!s.kv_heads.known() || s.kv_heads.value() > 0) rows = rows * (s.heads / s.kv_heads);
-    if (rows.known() && rows.value() > kMostRows) return 0;
+    Dim group = 1;
+    if (!s.kv_heads.known() || s.kv_heads.value() > 0) group = s.heads / s.kv_heads;
+    const Dim rows = group * (spec.packed() ? max(s.draft_rows, 1) : s.q_rows);
+    const Dim& least = spec.packed() ? group : rows;
+    if (least.known() && least.value() > kMostRows) return 0;
     const Dim column_rows = s.kv_heads * (min(rows, kMostRows) + (kMostTile - 1));
     const Dim entries = s.leading * s.batch;
     Dim split_rows = 0;

@@ -28,6 +28,9 @@ struct Shapes {
   int64_t page_size;           // 0: no pages
   int64_t bias[4];             // the bias gradient's only: dbias' sizes, 1 where it is reduced
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
+  int64_t draft_rows = 0;      // rows of the draft mask of a sequence; 0: there is none
+  // The bias is of query's 16-bit dtype and can be copied 8 keys at a time; the mask can.
+  bool bias_in_chunks = false, mask_in_chunks = false;
 };
 
 Shapes shapes_of(const Problem& problem);
@@ -44,10 +47,13 @@ struct Call {
   // The batch entries, or sequences, of all leading entries.
   int64_t entries() const { return shapes.leading * shapes.batch; }
 
-  // Query rows that read one KV head: of a whole sequence, or of one token where sequences are packed.
-  int64_t rows_of_group() const {
+  // Query rows that read one KV head: of a whole sequence. Where sequences are packed, of one with as many
+  // tokens as the draft mask has rows, unless these are more than `most`; else of one token.
+  int64_t rows_of_group(int64_t most) const {
     if (shapes.kv_heads == 0) return 0;
-    return shapes.heads / shapes.kv_heads * (spec.packed() ? 1 : shapes.q_rows);
+    const int64_t group = shapes.heads / shapes.kv_heads, drafted = group * shapes.draft_rows;
+    if (!spec.packed()) return group * shapes.q_rows;
+    return 0 < drafted && drafted <= most ? drafted : group;
   }
 
   // Keys that a query row sees: an upper bound, with packed sequences for sequences of average length.

@@ -17,11 +17,14 @@ ScoreKind only_option(const Call& call) {
   } const options[] = {
       {spec.has(Operand::kQSegmentIds), true, ScoreKind::kSegments},
       {spec.has(Operand::kAlibiSlopes), true, ScoreKind::kAlibi},
-      {spec.has(Operand::kBias), call.shapes.bias_in_tiles, ScoreKind::kBias},
+      {spec.has(Operand::kBias),
+       call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks,
+       ScoreKind::kBias},
+      {spec.has(Operand::kMask), call.shapes.mask_in_chunks, ScoreKind::kMask},
       {spec.has(Operand::kDropout), true, ScoreKind::kDropout},
       {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-      {spec.has(Operand::kMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+      {spec.has(Operand::kDraftMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
   };
   ScoreKind found = ScoreKind::kPlain;
   for (const auto& option : options) {

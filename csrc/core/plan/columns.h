@@ -20,7 +20,8 @@ inline constexpr uint32_t dense = bit(Loader::kDense), paged = bit(Loader::kPage
 inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,
                           single = bit(DType::kF32), float32 = single;
 inline constexpr uint32_t segments = bit(ScoreKind::kSegments), alibi = bit(ScoreKind::kAlibi),
-                          softcap = bit(ScoreKind::kSoftcap), bias = bit(ScoreKind::kBias);
+                          softcap = bit(ScoreKind::kSoftcap), bias = bit(ScoreKind::kBias),
+                          mask = bit(ScoreKind::kMask);
 inline constexpr uint32_t plain = bit(ScoreKind::kPlain), general = bit(ScoreKind::kGeneral),
                           general_dropout = bit(ScoreKind::kGeneralDropout),
                           dropout = bit(ScoreKind::kDropout),

@@ -56,7 +56,7 @@ class Dim {
 
 // The sizes that a workspace bound depends on; of Shapes, the fields of these names.
 struct DimShapes {
-  Dim leading, batch, heads, kv_heads, head_dim, value_dim, q_rows, k_rows;
+  Dim leading, batch, heads, kv_heads, head_dim, value_dim, q_rows, k_rows, draft_rows;
 };
 
 }  // namespace jax_flash

@@ -22,13 +22,24 @@ std::string refusal(const Call& call) {
   return {};
 }
 
-// TMA copies boxes of 16-bit elements that lie side by side, from rows that begin at multiples of 16 bytes.
+// Whether the keys of a bias or a mask lie side by side, in rows that begin at multiples of 8 keys, so that
+// cp.async can copy 8 of them.
+bool in_chunks(const View& view, const Leading& leading, int64_t element_bytes) {
+  constexpr int64_t kChunk = 8;
+  bool whole = view && view.column == 1 && view.row % kChunk == 0 && view.head % kChunk == 0 &&
+               view.batch % kChunk == 0 &&
+               reinterpret_cast<uintptr_t>(view.data) % (kChunk * element_bytes) == 0;
+  for (int i = 0; i < leading.rank; ++i) whole = whole && view.leading[i] % kChunk == 0;
+  return whole;
+}
+
+bool bias_in_chunks(const Problem& p) {
+  return p.bias_dtype == p.dtype && p.dtype != DType::kF32 && in_chunks(p.bias, p.leading, 2);
+}
+
+// TMA copies boxes of rows, and has room for one leading dimension.
 bool bias_in_tiles(const Problem& p) {
-  const View& bias = p.bias;
-  const auto whole = [](int64_t stride) { return stride % 8 == 0; };
-  return bias && p.bias_dtype == p.dtype && p.dtype != DType::kF32 && bias.column == 1 &&
-         p.leading.rank <= 1 && (bias.row != 0 || p.q_rows == 1) && whole(bias.row) && whole(bias.head) &&
-         whole(bias.batch) && whole(bias.leading[0]) && reinterpret_cast<uintptr_t>(bias.data) % 16 == 0;
+  return bias_in_chunks(p) && p.leading.rank <= 1 && (p.bias.row != 0 || p.q_rows == 1);
 }
 
 // The largest bound of all families that have the pass.
@@ -111,7 +122,10 @@ Shapes shapes_of(const Problem& p) {
           p.k_rows,
           p.page_size,
           {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
-          bias_in_tiles(p)};
+          bias_in_tiles(p),
+          p.draft_rows,
+          bias_in_chunks(p),
+          in_chunks(p.mask, p.leading, 1)};
 }
 
 }  // namespace jax_flash

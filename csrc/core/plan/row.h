@@ -35,6 +35,7 @@ enum class ScoreKind : int32_t {
   kAlibi,
   kSoftcap,
   kBias,
+  kMask,
 };
 
 // The columns of a built row, as a template argument.
@@ -47,7 +48,7 @@ struct RowColumns {
   constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
 };
 
-inline constexpr int32_t kScoreKinds = 8;
+inline constexpr int32_t kScoreKinds = 9;
 
 struct KernelRow {
   const Arch* arch;

@@ -18,8 +18,8 @@ const char* name_of(DType dtype) {
 }
 
 const char* name_of(ScoreKind kind) {
-  constexpr const char* kNames[] = {"plain",    "general", "general", "dropout",
-                                    "segments", "alibi",   "softcap", "bias"};
+  constexpr const char* kNames[] = {"plain", "general", "general", "dropout", "segments",
+                                    "alibi", "softcap", "bias",    "mask"};
   return kNames[static_cast<int>(kind)];
 }
 

@@ -77,11 +77,19 @@ inline Dim dq_turns_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t
 }
 
 inline DimShapes dims_of(const Shapes& s) {
-  return {s.leading, s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.q_rows, s.k_rows};
+  return {s.leading, s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.q_rows, s.k_rows, s.draft_rows};
 }
 
 // A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
 TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);
+
+// The tiles of dbias, whose CTAs are counted in plan.queries.
+inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& plan) {
+  const Shapes& s = call.shapes;
+  plan.queries.block = row.block_m, plan.queries.tiles = ceil_div(s.bias[2], row.block_m);
+  plan.keys.block = row.block_n, plan.keys.tiles = ceil_div(s.bias[3], row.block_n);
+  plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
+}
 
 // Takes the workspace for what segments leave to the tiles of a grid over so many rows.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace) {

@@ -34,9 +34,10 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
+#include "cuda/leading_slices.h"
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
-#include "cuda/score/hopper_variants.cuh"
+#include "cuda/score/hopper_gradient.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 
@@ -53,7 +54,7 @@ struct BackwardSm90 {
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = Ordered;
   static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = Warps * 32;
-  static constexpr int kM = M, kN = N, kStages = Stages, kDsStages = hopper::kScoreGradientStages;
+  static constexpr int kM = M, kN = N, kStages = Stages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
   using KTile = SharedTile<T, N, HeadDim>;
@@ -64,7 +65,15 @@ struct BackwardSm90 {
   static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
-  using Score = HopperScore<Kind, S>;
+  using Score = GradientScore<Kind, S>;
+  // Bias and mask lie where dQ does in kernels with ordered sums. A bias of 128 queries takes the third stage
+  // of dS as well.
+  static constexpr bool kSpareDs =
+      (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
+  static constexpr int kDsStages = hopper::kScoreGradientStages - (kSpareDs ? 1 : 0);
+  static constexpr int kTilesBytes =
+      M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
+  using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DK = Accumulator<1, HeadDim / 8>;
   using DV = Accumulator<1, ValueDim / 8>;
@@ -98,11 +107,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (warp == 1 && leads) producer.load_tiles();
     if (warp == 2) producer.load_statistics();
     if constexpr (C::kOrdered) {
-      if (warp == 3 && leads) producer.add_dq();
+      if (warp == 3 && (leads || GradientProducer<C>::kWarpAddsDq)) producer.add_dq();
+    }
+    if constexpr (kStagesTiles<C>) {
+      if (warp == 3) producer.load_score_tiles();
     }
   } else {
     ptx::take_registers<consumer_registers(C::kConsumers)>();
-    GradientConsumer<C>(p, shared, warpgroup - 1).run();
+    GradientConsumer<C>(p, shared, grid, warpgroup - 1).run();
   }
 }
 
@@ -192,13 +204,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
                           static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
     keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
+    KeyGrid key_grid;
+    if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
     constexpr size_t kShared = sizeof(typename C::Shared);
     if constexpr (C::kCluster > 1) {
       e = launch_clusters(backward_cluster_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads, kShared,
-                          stream, p, maps, tiles);
+                          stream, p, maps, tiles, key_grid);
     } else {
-      KeyGrid key_grid;
-      if (e = make_key_grid(key_grid, p, plan, workspace, C::kM, stream); e != cudaSuccess) return e;
       e = launch(backward_sm90<C>, plan.persistent_ctas, C::kThreads, kShared, stream, p, maps, tiles,
                  key_grid);
     }
@@ -212,10 +224,13 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
 }
 
 template <class T, RowColumns R>
-cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if constexpr (R.cluster > 1) {
-    using C = BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps>;
-    return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      using C =
+          BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
+      return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+    });
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       const auto run = [&]<bool kOrdered>() {
@@ -223,9 +238,25 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
                                kOrdered>;
         return launch_backward_sm90<C, T>(p, plan, workspace, stream);
       };
-      return plan.dq_turns < 0 ? run.template operator()<false>() : run.template operator()<true>();
+      // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
+      // turns.
+      return plan.dq_turns < 0 ? run.template operator()<false>()
+                               : run.template operator()<!stages_tiles(kKind)>();
     });
   }
+}
+
+// The slices take turns in the workspace, where each makes its own schedule.
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  LaunchPlan of_slice = plan;
+  of_slice.keys.blocks /= leading_slices(p);
+  return for_each_slice(p, [&](const Problem& slice) {
+    if (&slice != &p) {
+      if (cudaError_t e = launch_schedules(slice, of_slice, workspace, stream); e != cudaSuccess) return e;
+    }
+    return launch_slice<T, R>(slice, of_slice, workspace, stream);
+  });
 }
 
 }  // namespace jax_flash

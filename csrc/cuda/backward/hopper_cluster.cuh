@@ -13,19 +13,23 @@
 //                                    3: dQ = dS K, and accumulator += dQ  ◄─────┘
 //
 // A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
-// through stages of shared memory. docs/kernels/hopper-backward.md has the reasons and timings.
+// through stages of shared memory. With a score option W = Pᵀ ∘ score'(Sᵀ), with a minus where dropout drops
+// the element, goes from 1 to 2 in the place of Pᵀ. docs/kernels/hopper-backward.md has the reasons and
+// timings.
 #pragma once
 
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/convert.cuh"
 #include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/backward/hopper_cluster_dk.cuh"
 #include "cuda/backward/hopper_cluster_dq.cuh"
 #include "cuda/backward/hopper_cluster_load.cuh"
 #include "cuda/backward/hopper_cluster_state.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/ptx/registers.cuh"
+#include "cuda/score/hopper_variants.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 
@@ -34,11 +38,11 @@ namespace jax_flash {
 // A row of csrc/kernels.def. Tiles of K, Q, V and dO consist of two halves of their columns: ptxas allows a
 // wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and halves are what
 // a CTA's dQ needs of K.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps>
+template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
 struct BackwardClusterSm90 {
   using Element = T;
-  static constexpr ScoreKind kKind = ScoreKind::kPlain;
-  static constexpr bool kOrdered = true;  // the accumulator has rows of all heads, though in any order
+  static constexpr ScoreKind kKind = Kind;
+  static constexpr bool kOrdered = true;  // the accumulator has rows of all heads
   static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages;
   static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
@@ -53,22 +57,27 @@ struct BackwardClusterSm90 {
   using DsTile = SharedTile<T, N, M>;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
+  using Score = HopperScore<Kind, S>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DKHalf = Accumulator<1, HeadDim / 16>;
   using DVHalf = Accumulator<1, ValueDim / 16>;
   using DQ = Accumulator<1, kDqColumns / 8>;
-  // Registers of a thread of the producers, of the warpgroups that add up dV and dK, and of dQ's.
+  // Registers of a thread of the producers and of the warpgroups that add up dV, dK and dQ. With the first of
+  // these is the score's derivative.
   static constexpr bool kWide = HeadDim > 192;
-  static constexpr int kProducerRegisters = kWide ? 32 : 40, kSumRegisters = kWide ? 208 : 184,
-                       kDqRegisters = kWide ? 64 : 96;
+  static constexpr int kProducerRegisters = Score::kScalesGradient ? 40 : 48,
+                       kDvRegisters = (kWide ? 256 : 240) - kProducerRegisters,
+                       kDkRegisters = kWide ? 192 : 176, kDqRegisters = kWide ? 64 : 96;
   using Shared = BackwardClusterShared<BackwardClusterSm90>;
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
     float* accumulator;
+    int32_t
+        turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles (hopper_cluster_dq.cuh)
     QuerySums sums;  // not used
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
-  static_assert(kWarpgroup * (kProducerRegisters + 2 * kSumRegisters + kDqRegisters) <= 65536);
+  static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
   static_assert(sizeof(Shared) <=
                 hopper::backward_cluster_shared_bytes(HeadDim, ValueDim, M, N, Stages, kHas));
 };
@@ -76,7 +85,8 @@ struct BackwardClusterSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     backward_cluster_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                          const __grid_constant__ PersistentTiles tiles) {
+                          const __grid_constant__ PersistentTiles tiles,
+                          const __grid_constant__ KeyGrid grid) {
   using Shared = typename C::Shared;
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024());
   const int warpgroup = warpgroup_index(), warp = static_cast<int>(threadIdx.x) / 32;
@@ -85,26 +95,37 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster();
   if (warpgroup == 0) {
     ptx::give_registers<C::kProducerRegisters>();
-    constexpr KeyGrid kNoGrid{};  // neither segments nor an order of dQ's sums
-    ClusterGradientProducer<C> producer{{p, maps, shared, kNoGrid}};
+    ClusterGradientProducer<C> producer{{p, maps, shared, grid}};
     const bool leads = threadIdx.x % 32 == 0;
     if (warp == 0 && leads) producer.schedule(tiles, shared.mailbox);
     if (warp == 1 && leads) producer.load_queries();
     if (warp == 2) producer.load_statistics();
     if (warp == 3 && leads) producer.load_douts();
   } else if (warpgroup == 1) {
-    ptx::take_registers<C::kSumRegisters>();
+    ptx::take_registers<C::kDvRegisters>();
     ScoreConsumer<C>(p, shared).run();
   } else if (warpgroup == 2) {
-    ptx::take_registers<C::kSumRegisters>();
+    ptx::take_registers<C::kDkRegisters>();
     ScoreGradientConsumer<C>(p, shared).run();
   } else {
     ptx::give_registers<C::kDqRegisters>();
-    QueryGradientConsumer<C>(p, maps, shared).run();
+    QueryGradientConsumer<C>(p, maps, shared, grid).run();
   }
   __syncwarp();
   ptx::sync_any_group(0, C::kThreads);
   ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
+}
+
+// Four steps make a turn. Where sequences are short one tile does, as a key tile begins a turn after the one
+// before it, and there is no time for that.
+inline int32_t turn_shift(const Problem& p, int32_t block_m) {
+  constexpr int32_t kSteps = 2, kManyTiles = 64;  // as powers of two; of a sequence
+  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
+  int32_t shift = kSteps;
+  while (shift > 0 &&
+         ((p.heads / p.kv_heads) << shift > 1 << kSteps || rows < (kManyTiles * block_m) >> (kSteps - shift)))
+    --shift;
+  return shift;
 }
 
 template <class C>
@@ -127,6 +148,7 @@ cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* a
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
   maps.accumulator = accumulator;
+  maps.turn_shift = turn_shift(p, C::kM);
   return cudaSuccess;
 }
 

@@ -1,6 +1,7 @@
-// The consumer warpgroups of cuda/backward/hopper_cluster.cuh that make P and dS. Scores are transposed, with
-// a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the left operands of dV and dK where they lie:
-// in registers. A thread of the first two has the same elements of Sᵀ and of dPᵀ.
+// What the consumer warpgroups of cuda/backward/hopper_cluster.cuh have in common, and the one that makes P
+// and adds up dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
+// left operands of dV and dK where they lie: in registers. A thread of the first two warpgroups has the same
+// elements of Sᵀ and of dPᵀ.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,6 @@
 #include "cuda/backward/query_step.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
-#include "cuda/ptx/ldmatrix.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/descriptor.cuh"
@@ -20,6 +20,7 @@ namespace jax_flash {
 // What the three have in common.
 template <class C>
 struct ClusterConsumer {
+  using Config = C;
   using T = typename C::Element;
   using S = typename C::S;
   using KHalf = typename C::KHalf;
@@ -88,7 +89,8 @@ struct ClusterConsumer {
     for (int k = 0; k < C::kM / 16; ++k) rounded.load(to.x[0][k], 0, k);
   }
 
-  // K ← 0 and V ← 0 in rows that are not in use: all three warpgroups together.
+  // K ← 0 and V ← 0 in rows that are not in use: all three warpgroups together, each in its own copy of this
+  // code.
   __device__ __forceinline__ void clear_keys() const {
     const int32_t clean = uniform(tile().clean_keys);
     if (clean >= C::kN) return;
@@ -138,6 +140,9 @@ struct ScoreConsumer : ClusterConsumer<C> {
   typename C::Fragments pt;  // Pᵀ, rounded
   typename C::DVHalf dv[2];  // dV [64, dv]
 
+  // Whether Pᵀ, as dV wants it, is what dSᵀ is made of, too.
+  static constexpr bool kSharesP = !C::Score::kScalesGradient && !C::Score::kDropout;
+
   __device__ __forceinline__ void start_scores(uint32_t use) {
     const auto& q = shared.q[use % C::kStages];
     shared.lse_pipe.wait_full(use);
@@ -171,24 +176,58 @@ struct ScoreConsumer : ClusterConsumer<C> {
     shared.delta_pipe.release(use);
   }
 
-  // Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse)
-  __device__ __forceinline__ void exponentiate(const QueryStep& step) {
-    const uint32_t use = step.number, stage = use % C::kStages;
-    if (!uniform(tile().whole[this->rank()]).contains(step.tile))
-      mask(s, tile().band, step.tile * C::kM, this->key());
-    probabilities_of_keys(s, shared.lse[stage], shared.coarse[stage], p.spec.scale * kLog2e);
-    shared.lse_pipe.release(use);
+  // Waits for Sᵀ, while the products of the step before are in flight.
+  template <int kPending>
+  __device__ __forceinline__ void wait_scores(uint32_t use) {
+    ptx::wgmma_wait<kPending>();
+    ptx::hold(s.x[0]);
+    shared.q_pipe.release_in_all(use, C::kCluster);
   }
 
-  // Pᵀ, rounded, to the warpgroup that makes dSᵀ.
-  __device__ __forceinline__ void share_p(uint32_t use) {
-    this->round(pt, s);
+  // Sᵀ → Pᵀ, rounded, and what dSᵀ is made of to the warpgroup that does so. finish() waits for the kPending
+  // products of the step before, dV += Pᵀ dO.
+  template <int kPending, class Finish>
+  __device__ __forceinline__ void finish_scores(const QueryStep& step, Finish finish) {
+    const uint32_t use = step.number, stage = use % C::kStages;
+    const auto partial = [&] { return !uniform(tile().whole[this->rank()]).contains(step.tile); };
+    if constexpr (C::kKind == ScoreKind::kPlain) {
+      wait_scores<kPending>(use);
+      if (partial()) mask(s, tile().band, step.tile * C::kM, this->key());
+      probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
+      shared.lse_pipe.release(use);
+      finish();
+      this->round(pt, s);
+      share(pt, use);
+    } else {
+      using Tile = StepTile<ScoreConsumer>;
+      typename C::Score score;
+      score.prefetch_gradient(Tile{*this, step});
+      wait_scores<kPending>(use);
+      if constexpr (!kSharesP) finish();  // for its registers
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      S w;
+      tile_weights(score, Tile{*this, step}, rows, partial(), s, w);
+      shared.lse_pipe.release(use);
+      if constexpr (kSharesP) {
+        finish();
+      } else {
+        typename C::Fragments marked;
+        this->round(marked, w);
+        share(marked, use);
+      }
+      this->round(pt, s);
+      if constexpr (kSharesP) share(pt, use);
+    }
+    ptx::hold(pt.x[0]);
+  }
+
+  // To the warpgroup that makes dSᵀ.
+  __device__ __forceinline__ void share(const typename C::Fragments& x, uint32_t use) const {
     shared.p_pipe.wait_empty(use);
     const auto to = this->ds_address(use);
 #pragma unroll
-    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), pt.x[0][k]);
+    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), x.x[0][k]);
     ptx::barrier_arrive_by_warp(shared.p_pipe.full_barrier(use));
-    ptx::hold(pt.x[0]);
   }
 
   __device__ __forceinline__ void run_tile() {
@@ -196,23 +235,14 @@ struct ScoreConsumer : ClusterConsumer<C> {
         [&](const QueryStep& step) {
           shared.k_pipe.wait_full(tile_index);
           start_scores(step.number);
-          ptx::wgmma_wait<0>();
-          ptx::hold(s.x[0]);
-          shared.q_pipe.release_in_all(step.number, C::kCluster);
-          exponentiate(step);
-          share_p(step.number);
+          finish_scores<0>(step, [] {});
         },
         [&](const QueryStep& step) {
           start_scores(step.number);
           ptx::hold(dv[0].x[0]);
           ptx::hold(dv[1].x[0]);
           start_dv(step.number - 1);
-          ptx::wgmma_wait<2>();
-          ptx::hold(s.x[0]);
-          shared.q_pipe.release_in_all(step.number, C::kCluster);
-          exponentiate(step);
-          finish_dv(step.number - 1);
-          share_p(step.number);
+          finish_scores<2>(step, [&] { finish_dv(step.number - 1); });
         },
         [&](uint32_t use) {
           shared.k_pipe.release(tile_index);
@@ -233,139 +263,14 @@ struct ScoreConsumer : ClusterConsumer<C> {
         shared.k_pipe.wait_full(tile_index);
         shared.k_pipe.release(tile_index);
       }
+      if constexpr (C::Score::kDropout) {  // dV ← dV / (1 − rate)
+        const float factor = dropout_scale(p.spec);
+        for (auto& half : dv) for_each(half, [&](float& x, int, int, int) { x *= factor; });
+      }
       auto to = tile().dvalue;
       store_rows_from_registers(dv[0], to, this->key(), tile().work.tile.end);
       to.data += DoHalf::kColumns, to.columns -= DoHalf::kColumns;
       store_rows_from_registers(dv[1], to, this->key(), tile().work.tile.end);
-      shared.state_pipe.release(tile_index);
-    }
-  }
-};
-
-// dPᵀ, dSᵀ and dK.
-template <class C>
-struct ScoreGradientConsumer : ClusterConsumer<C> {
-  using Base = ClusterConsumer<C>;
-  using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
-  using typename Base::DoHalf, typename Base::QHalf, typename Base::S, typename Base::T, typename Base::VHalf;
-
-  S dp;                      // dPᵀ, then dSᵀ  [64, M]
-  typename C::Fragments ds;  // dSᵀ, rounded
-  typename C::DKHalf dk[2];  // dK [64, d]
-
-  __device__ __forceinline__ void start_dp(uint32_t use) {
-    shared.delta_pipe.wait_full(use);
-    shared.do_pipe.wait_full(this->do_use(use, 0));
-    shared.do_pipe.wait_full(this->do_use(use, 1));
-    ptx::wgmma_fence();
-    this->template start_product<true, VHalf, DoHalf>(dp, shared.v[0], this->d_out(use, 0));
-    this->template start_product<false, VHalf, DoHalf>(dp, shared.v[1], this->d_out(use, 1));
-    ptx::wgmma_commit();
-  }
-
-  __device__ __forceinline__ void start_dk(uint32_t use) {
-    ptx::wgmma_fence();
-    this->template start_sum<QHalf>(dk[0], ds, shared.q[use % C::kStages][0]);
-    this->template start_sum<QHalf>(dk[1], ds, shared.q[use % C::kStages][1]);
-    ptx::wgmma_commit();
-  }
-
-  __device__ __forceinline__ void release_dout(uint32_t use) {
-    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kCluster);
-    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
-  }
-
-  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), which goes to both CTAs.
-  __device__ __forceinline__ void differentiate(uint32_t use) {
-    const uint32_t stage = use % C::kStages;
-    const auto at = this->ds_address(use);
-    shared.p_pipe.wait_full(use);
-    const auto* delta = reinterpret_cast<const float2*>(shared.delta[stage]) + ptx::lane_index() % 4;
-#pragma unroll
-    for (int k = 0; k < C::kM / 16; ++k) {
-      uint32_t pt[4];
-      ptx::ldmatrix_x4(pt, at.at(0, 2 * k));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int slot = 2 * (2 * k + i);
-        const float2 d = delta[2 * slot];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float2 x = ptx::unpack<T>(pt[2 * i + e]);
-          dp.at(slot, 0, e) = x.x * (dp.at(slot, 0, e) - d.x);
-          dp.at(slot + 1, 0, e) = x.y * (dp.at(slot + 1, 0, e) - d.y);
-        }
-      }
-    }
-    shared.delta_pipe.release(use);
-    this->round(ds, dp);
-    __syncwarp();
-#pragma unroll
-    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(at.at(0, 2 * k), ds.x[0][k]);
-    ptx::fence_async_shared();
-    ptx::barrier_arrive_by_warp(shared.ds_pipe.full_barrier(use));
-    if (ptx::lane_index() == 0)
-      ptx::copy_bytes_in(ptx::shared_address(shared.ds[use % C::kDsStages]) +
-                             (this->rank() * kConsumerRows + this->warp_row()) * C::DsTile::kPitch,
-                         16 * C::DsTile::kPitch, shared.ds_other_pipe.full_barrier(use), 1 - this->rank());
-    ptx::hold(ds.x[0]);
-  }
-
-  __device__ __forceinline__ void run_tile() {
-    this->for_steps(
-        [&](const QueryStep& step) {
-          shared.v_pipe.wait_full(tile_index);
-          start_dp(step.number);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dp.x[0]);
-          release_dout(step.number);
-          differentiate(step.number);
-        },
-        [&](const QueryStep& step) {
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          start_dk(step.number - 1);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          ptx::hold(ds.x[0]);
-          shared.q_pipe.release_in_all(step.number - 1, C::kCluster);
-          start_dp(step.number);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dp.x[0]);
-          release_dout(step.number);
-          differentiate(step.number);
-        },
-        [&](uint32_t use) {
-          shared.v_pipe.release(tile_index);
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          start_dk(use);
-          ptx::wgmma_wait<0>();
-          ptx::hold(dk[0].x[0]);
-          ptx::hold(dk[1].x[0]);
-          ptx::hold(ds.x[0]);
-          shared.q_pipe.release_in_all(use, C::kCluster);
-        });
-  }
-
-  __device__ __forceinline__ void run() {
-    for (;; ++tile_index) {
-      shared.state_pipe.wait_full(tile_index);
-      if (uniform(tile().done)) return;
-      dk[0].clear(), dk[1].clear();
-      run_tile();
-      if (uniform(tile().walk.tiles).empty()) {
-        shared.v_pipe.wait_full(tile_index);
-        shared.v_pipe.release(tile_index);
-      }
-      auto to = tile().dkey;
-#pragma unroll
-      for (auto& half : dk) {
-        for_each(half, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
-        store_rows_from_registers(half, to, this->key(), tile().work.tile.end);
-        to.data += QHalf::kColumns, to.columns -= QHalf::kColumns;
-      }
       shared.state_pipe.release(tile_index);
     }
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/reduce.cuh"
 #include "cuda/ptx/tma.cuh"
 
@@ -17,13 +18,59 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   using typename Base::DsTile, typename Base::KHalf, typename Base::T;
 
   const typename C::Maps& maps;
+  const KeyGrid& grid;
   float* rows;  // of the first head's dQ in the accumulator
 
   __device__ __forceinline__ QueryGradientConsumer(const Problem& problem, const typename C::Maps& all,
-                                                   typename C::Shared& memory)
-      : Base(problem, memory), maps(all) {}
+                                                   typename C::Shared& memory, const KeyGrid& key_grid)
+      : Base(problem, memory), maps(all), grid(key_grid) {}
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
+
+  // In a deterministic call key tiles add to dQ in their order, all heads of a few query tiles in one turn,
+  // since a turn takes a wait for memory and a fence. The count of the first of them says how many parts have
+  // been added: each CTA of a cluster has one by TMA, else one of each warp.
+  static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
+  uint32_t* turn = nullptr;  // the count of the turn that is over, but not passed on
+
+  __device__ __forceinline__ int32_t turn_of(const QueryStep& step) const {
+    return step.tile >> maps.turn_shift;
+  }
+  // Whether a step is the first, the last of its turn: the walk goes backwards, with the heads at each tile.
+  __device__ __forceinline__ bool begins_turn(const QueryStep& step) const {
+    const bool first = turn_of(step) != (step.tile + 1) >> maps.turn_shift;
+    return step.head == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
+  }
+  __device__ __forceinline__ bool ends_turn(const QueryStep& step) const {
+    const bool last = turn_of(step) != (step.tile - 1) >> maps.turn_shift;
+    return step.head == uniform(tile().walk.heads) - 1 &&
+           (last || step.tile == uniform(tile().walk.tiles.lo));
+  }
+  __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
+    return tile().turns + (turn_of(step) << maps.turn_shift);
+  }
+  __device__ __forceinline__ void wait_turn(const QueryStep& step) const {
+    if (C::kDqByTma && this->warp_row() > 0) return;
+    const uint32_t before =
+        kParts * tiles_before<C>(grid, p, tile(), turn_of(step), C::kM << maps.turn_shift);
+    if constexpr (C::kDqByTma) {
+      if (leads()) ptx::wait_count(count_of(step), before);
+      __syncwarp();
+    } else {
+      ptx::wait_at_least(count_of(step), before);
+    }
+  }
+  // A step later, when the additions are done, so that no warp waits for them.
+  __device__ __forceinline__ void pass_turn() {
+    if (!turn) return;
+    if constexpr (!C::kDqByTma) {
+      ptx::raise_by_warp(turn);
+    } else if (leads()) {
+      ptx::bulk_wait<0>();
+      ptx::raise_count(turn);
+    }
+    turn = nullptr;
+  }
 
   // Issues dQ (+)= dS K for the keys of one CTA, some of the columns.
   template <bool kFirst>
@@ -41,6 +88,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number;
+    if (grid.turns && begins_turn(step)) wait_turn(step);
     if (leads()) ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
     shared.ds_pipe.wait_full(use);
 #pragma unroll
@@ -53,6 +101,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
                      ptx::shared_address(shared.k[this->rank()]) + panel);
       if (column == 0) shared.ds_other_pipe.wait_full(use);
       start_dq<false>(dq, ds + other, ptx::shared_address(shared.k_other) + panel);
+      if (column == 0) pass_turn();
       ptx::wgmma_wait<0>();
       ptx::hold(dq.x[0]);
       if (column + C::kDqColumns == KHalf::kColumns) shared.p_pipe.release_in_all(use, C::kCluster);
@@ -62,6 +111,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
         add(dq, step, column);
       }
     }
+    if (grid.turns && ends_turn(step)) turn = count_of(step);
   }
 
   // The first row of dQ in the accumulator.
@@ -119,7 +169,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       rows = find_rows();
       shared.k_pipe.wait_full(tile_index);
       this->for_steps([&](const QueryStep& step) { run_step(step); },
-                      [&](const QueryStep& step) { run_step(step); }, [](uint32_t) {});
+                      [&](const QueryStep& step) { run_step(step); }, [this](uint32_t) { pass_turn(); });
       shared.k_pipe.release(tile_index);
       shared.state_pipe.release(tile_index);
     }

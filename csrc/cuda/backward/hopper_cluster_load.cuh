@@ -127,40 +127,29 @@ struct ClusterGradientProducer : GradientProducer<C> {
     load_half<VHalf>(shared.v[1], maps.value, full, at, 1);
   }
 
-  // The step's rows of Q and dO that are in use, or zeros already. It is found where it is needed, as
-  // registers are few.
-  __device__ __forceinline__ static Interval clean_rows(const Tile& tile, const QueryStep& step) {
-    reload_shared();
-    const int32_t row = step.tile * C::kM;
-    return {tile.clean.lo - row, tile.clean.hi - row};
-  }
-  __device__ __forceinline__ static bool all_clean(Interval rows) { return rows.lo <= 0 && C::kM <= rows.hi; }
-
   __device__ __forceinline__ static int lane() { return static_cast<int>(ptx::lane_index()); }
 
   // Q ← 0 in rows that are not in use.
-  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step) const {
-    const Interval rows = clean_rows(tile, step);
-    if (all_clean(rows)) return;
-    shared.q_pipe.wait_full(step.number);
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
+    this->if_unclean(tile, step, some, [&](auto is_clean) {
+      shared.q_pipe.wait_full(step.number);
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half)
-      clear_rows<QHalf>(
-          shared.q[step.number % C::kStages][half], [=](int i) { return rows.contains(i); }, lane(), 32);
-    ptx::fence_async_shared();
+      for (int half = 0; half < 2; ++half)
+        clear_rows<QHalf>(shared.q[step.number % C::kStages][half], is_clean, lane(), 32);
+      ptx::fence_async_shared();
+    });
   }
   // dO ← 0 in rows that are not in use.
-  __device__ __forceinline__ void clear_douts(const Tile& tile, const QueryStep& step) const {
-    const Interval rows = clean_rows(tile, step);
-    if (all_clean(rows)) return;
+  __device__ __forceinline__ void clear_douts(const Tile& tile, const QueryStep& step, bool some) const {
+    this->if_unclean(tile, step, some, [&](auto is_clean) {
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
-      shared.do_pipe.wait_full(use);
-      clear_rows<DoHalf>(
-          shared.d_out[use % C::kDoStages], [=](int i) { return rows.contains(i); }, lane(), 32);
-    }
-    ptx::fence_async_shared();
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t use = 2 * static_cast<uint32_t>(step.number) + half;
+        shared.do_pipe.wait_full(use);
+        clear_rows<DoHalf>(shared.d_out[use % C::kDoStages], is_clean, lane(), 32);
+      }
+      ptx::fence_async_shared();
+    });
   }
 
   // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
@@ -177,16 +166,16 @@ struct ClusterGradientProducer : GradientProducer<C> {
           const float2 first = fetch(row), second = fetch(row + 32);
           shared.lse_pipe.wait_empty(use);
           const bool coarse = rounds_coarsely(row_lse(first.x)) || rounds_coarsely(row_lse(second.x));
-          shared.lse[stage][lane()] = row_lse(first.x);
-          shared.lse[stage][lane() + 32] = row_lse(second.x);
+          auto& [lse, delta] = shared.statistics[stage];
+          lse[lane()] = row_lse(first.x), lse[lane() + 32] = row_lse(second.x);
           const bool any_coarse = __any_sync(~0u, coarse);
           if (lane() == 0) shared.coarse[stage] = any_coarse;
-          clear_queries(tile, step);
+          const bool unseen = __any_sync(~0u, first.x == -INFINITY || second.x == -INFINITY);
+          clear_queries(tile, step, unseen);
           ptx::barrier_arrive_by_warp(shared.lse_pipe.full_barrier(use));
           shared.delta_pipe.wait_empty(use);
-          shared.delta[stage][lane()] = row_delta(first.x, first.y);
-          shared.delta[stage][lane() + 32] = row_delta(second.x, second.y);
-          clear_douts(tile, step);
+          delta[lane()] = row_delta(first.x, first.y), delta[lane() + 32] = row_delta(second.x, second.y);
+          clear_douts(tile, step, unseen);
           ptx::barrier_arrive_by_warp(shared.delta_pipe.full_barrier(use));
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });

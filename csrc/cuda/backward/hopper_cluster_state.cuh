@@ -20,9 +20,9 @@ struct BackwardClusterShared {
   // dSᵀ of both CTAs' keys. Pᵀ of this CTA's keys lies there before it.
   alignas(1024) uint8_t ds[kDsStages][C::DsTile::kBytes];
   alignas(1024) uint8_t dq[C::kDqByTma ? C::DqBlock::kBytes * C::kDqColumns / kAccumulatorBlock : 0];
-  float lse[kStages][C::kM], delta[kStages][C::kM];
+  QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile = KeyTileState<typename C::Element, C::kCluster, NoScoreOperands>;
+  using Tile = KeyTileState<typename C::Element, C::kCluster, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   TileMailbox mailbox;
   Pipeline<kKeyTileStates> state_pipe;

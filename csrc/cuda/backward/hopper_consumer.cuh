@@ -10,6 +10,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/mask.cuh"
+#include "cuda/ptx/atomic.cuh"
 #include "cuda/ptx/stmatrix.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/descriptor.cuh"
@@ -44,6 +45,15 @@ struct StepTile {
   }
   __device__ __forceinline__ const Band& band() const { return of.tile().band; }
   __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
+  // Bias and mask (score/score_tiles.cuh).
+  template <class S, class Add>
+    requires(kStagesTiles<typename Consumer::Config>)
+  __device__ __forceinline__ void apply_tiles(S& s, Add add) const {
+    const int column = static_cast<int>(of.consumer * kConsumerRows + Consumer::warp_row());
+    of.shared.score_pipe.wait_full(step.number);
+    Consumer::Config::Tiles::apply(s, of.shared, p, 0, column, step.number, add);
+    of.shared.score_pipe.release(step.number);
+  }
 };
 
 // Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
@@ -93,6 +103,7 @@ struct GradientConsumer {
 
   const Problem& p;
   typename C::Shared& shared;
+  const KeyGrid& grid;
   const int consumer;
   uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far
   S s, dp;                                // Sᵀ, then Pᵀ, and dPᵀ, then dSᵀ  [64, M]
@@ -101,8 +112,9 @@ struct GradientConsumer {
   typename C::DV dv;                      // dV [64, dv]
   typename C::DQ dq;                      // dQ: 64 rows of all keys' sum, or half of the columns
 
-  __device__ __forceinline__ GradientConsumer(const Problem& problem, typename C::Shared& memory, int index)
-      : p(problem), shared(memory), consumer(index) {}
+  __device__ __forceinline__ GradientConsumer(const Problem& problem, typename C::Shared& memory,
+                                              const KeyGrid& key_grid, int index)
+      : p(problem), shared(memory), grid(key_grid), consumer(index) {}
 
   // Unsigned, as the remainder of a signed number takes more instructions.
   __device__ __forceinline__ static uint32_t lane() {
@@ -231,9 +243,21 @@ struct GradientConsumer {
     shared.ds_pipe[1 - consumer].release(use);
     if constexpr (C::kOrdered) {
       send_dq(use);
+    } else if (kStagesTiles<C> && grid.turns) {
+      add_dq_in_turn(sum);
     } else {
       add_dq(sum);
     }
+  }
+
+  // Adds dQ after the key tiles whose turn is earlier, of which each warp has raised the count.
+  __device__ __forceinline__ void add_dq_in_turn(int32_t sum) {
+    constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
+    uint32_t* const turn = tile().turns + sum;
+    const int32_t before = tiles_before<C>(grid, p, tile(), sum % tile().sum_tiles);
+    ptx::wait_at_least(turn, before * kWarps);
+    add_dq(sum);
+    ptx::raise_by_warp(turn);
   }
 
   // Whether the band hides some of a step's scores.

@@ -45,7 +45,7 @@ struct GradientProducer {
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
-    walk.heads_inner = all.back_and_forth;
+    walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.turns);
     walk.direction = grid.turns || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 
@@ -55,10 +55,9 @@ struct GradientProducer {
     using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
     Scheduler scheduler{all, mailbox};
     // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken
-    // by a CTA that runs. Clusters have no turns.
-    const bool in_order = C::kCluster == 1 && grid.turns;
-    const auto take = [&] { return atomicAdd(all.counter, 1u); };
-    uint32_t number = in_order ? take() : Scheduler::first(0);
+    // by a CTA, or a cluster, that runs.
+    const bool in_order = grid.turns;
+    uint32_t number = in_order ? scheduler.take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
@@ -66,7 +65,7 @@ struct GradientProducer {
       set_order(tile.walk, all, number);
       if (tile.template prepare<C>(reload(p), grid, maps.sums)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
-      number = in_order ? take() : scheduler.next(number);
+      number = in_order ? scheduler.take() : scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
     shared.tiles[tile_index % kKeyTileStates].done = 1;
@@ -127,18 +126,26 @@ struct GradientProducer {
     shared.key_pipe.arrive(tile_index);
   }
 
-  // Q ← 0 and dO ← 0 in rows that are not in use: of the plain score those outside `clean`, of others, which
-  // may hide all keys of a row, those whose P is 0. `some`: whether there are any of these.
-  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
-    const uint32_t stage = step.number % C::kStages;
+  // Calls clear(is_clean) if rows of a step's Q and dO are not in use and may hold NaN: of the plain score
+  // those outside `clean`, of others, which may hide all keys of a row, those whose P is 0. `some`: whether
+  // there are any of these.
+  template <class Clear>
+  __device__ __forceinline__ void if_unclean(const Tile& tile, const QueryStep& step, bool some,
+                                             Clear clear) const {
     if constexpr (C::kKind == ScoreKind::kPlain) {
+      reload_shared();  // found where it is needed, as registers are few
       const Interval clean{tile.clean.lo - step.tile * C::kM, tile.clean.hi - step.tile * C::kM};
-      if (clean.lo > 0 || clean.hi < C::kM) clear_rows_unless(step, [&](int i) { return clean.contains(i); });
+      if (clean.lo > 0 || clean.hi < C::kM) clear([=](int i) { return clean.contains(i); });
     } else if (some) {
-      const float* const lse = shared.statistics[stage].lse;
+      const float* const lse = shared.statistics[step.number % C::kStages].lse;
       __syncwarp();  // every lane has stored its own
-      clear_rows_unless(step, [&](int i) { return lse[i] != INFINITY; });
+      clear([=](int i) { return lse[i] != INFINITY; });
     }
+  }
+
+  // Q ← 0 and dO ← 0 in rows that are not in use.
+  __device__ __forceinline__ void clear_queries(const Tile& tile, const QueryStep& step, bool some) const {
+    if_unclean(tile, step, some, [&](auto is_clean) { clear_rows_unless(step, is_clean); });
   }
 
   template <class IsClean>
@@ -210,30 +217,50 @@ struct GradientProducer {
   __device__ __forceinline__ uint32_t* turn_of(const Tile& tile, const QueryStep& step) const {
     return tile.turns + step.head * grid.query_tiles + step.tile;
   }
-  // Waits until the key tiles before have added to a step's dQ: those from the first that the rows see.
-  __device__ __forceinline__ void wait_turn(const Tile& tile, const QueryStep& step) const {
-    const int32_t row = step.tile * C::kM, first = tile.band.rows(row, row + C::kM).lo / C::kN;
-    ptx::wait_count(turn_of(tile, step), tile.work.tile.row / C::kN - first);
+
+  // Adds a step's dQ to the accumulator, after the `before` key tiles whose turn is earlier.
+  __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, int32_t before) const {
+    if (grid.turns) ptx::wait_count(turn_of(tile, step), before);
+    start_dq_sum(tile, step, 0);
+    start_dq_sum(tile, step, 1);
+    ptx::bulk_wait_read<1>();
+    shared.dq_pipe[0].release_by_thread(step.number);
+    ptx::bulk_wait_read<0>();
+    shared.dq_pipe[1].release_by_thread(step.number);
+    if (grid.turns) {
+      ptx::bulk_wait<0>();
+      ptx::raise_count(turn_of(tile, step));
+    }
   }
 
-  // One thread, where sums are ordered: adds dQ to the accumulator.
+  // One thread, where sums are ordered: adds dQ to the accumulator. With segments it is the warp's first, and
+  // the others help to find its turn.
+  static constexpr bool kWarpAddsDq = C::Score::reads(Operand::kQSegmentIds);
   __device__ __forceinline__ void add_dq() {
+    const bool leads = !kWarpAddsDq || threadIdx.x % 32 == 0;
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
-          if (grid.turns) wait_turn(tile, step);
-          start_dq_sum(tile, step, 0);
-          start_dq_sum(tile, step, 1);
-          ptx::bulk_wait_read<1>();
-          shared.dq_pipe[0].release_by_thread(step.number);
-          ptx::bulk_wait_read<0>();
-          shared.dq_pipe[1].release_by_thread(step.number);
-          if (grid.turns) {
-            ptx::bulk_wait<0>();
-            ptx::raise_count(turn_of(tile, step));
-          }
+          const int32_t before = grid.turns ? tiles_before<C>(grid, p, tile, step.tile) : 0;
+          if (leads) add_step(tile, step, before);
         },
-        [&](const Tile&) { shared.state_pipe.release_by_thread(tile_index); });
-    ptx::bulk_wait<0>();
+        [&](const Tile&) {
+          if constexpr (kWarpAddsDq) __syncwarp();
+          if (leads) shared.state_pipe.release_by_thread(tile_index);
+        });
+    if (leads) ptx::bulk_wait<0>();
+  }
+
+  // One warp: bias and mask of every step.
+  __device__ __forceinline__ void load_score_tiles() {
+    for_steps(
+        [&](const Tile& tile, const QueryStep& step) {
+          if (!p.bias && !p.mask) return;
+          const ScoreOperands operands =
+              tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
+          shared.score_pipe.wait_empty(step.number);
+          C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, tile.work.tile.row, step.number);
+        },
+        [&](const Tile&) { shared.state_pipe.release(tile_index); });
   }
 };
 

@@ -9,6 +9,7 @@
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/backward/query_sums.cuh"
+#include "cuda/gradient.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
@@ -25,6 +26,13 @@ __device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
+// Whether a kernel stages tiles of bias or mask.
+template <class C>
+inline constexpr bool kStagesTiles = [] {
+  if constexpr (requires { typename C::Tiles; }) return C::Tiles::kStaged;
+  return false;
+}();
+
 // What lies in the workspace for key tiles.
 struct KeyGrid {
   const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
@@ -34,8 +42,35 @@ struct KeyGrid {
   int32_t query_tiles;  // of a head
 };
 
-// The score operands of the plain kernel.
+// How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
+// before it from the first that the rows see. Where segments leave each key tile a range of queries, all
+// lanes of the warp count the ranges.
+template <class C, class Tile>
+__device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Problem& p, const Tile& tile,
+                                                int32_t query_tile, int32_t rows = C::kM) {
+  const BlockWork& work = tile.work;
+  const int32_t row = query_tile * rows, own = work.tile.row / C::kN,
+                first = tile.band.rows(row, row + rows).lo / C::kN;
+  if constexpr (C::Score::reads(Operand::kQSegmentIds)) {
+    if (grid.segments) {
+      const Interval* const of_tiles =
+          grid.segments + (work.leading * p.batch + work.batch_row) * grid.key_tiles;
+      int32_t before = 0;
+      for (int32_t n = first; n < own; n += 32) {
+        const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
+        const bool adds = other < own && tiles_of(of_tiles[other], rows).contains(query_tile);
+        before += __popc(__ballot_sync(~0u, adds));
+      }
+      return before;
+    }
+  }
+  return own - first;
+}
+
+// What a key tile's state has of the score's operands: the plain one has none.
 struct NoScoreOperands {};
+template <ScoreKind kKind>
+using ScoreOperandsOf = std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>;
 
 // What the roles know of a key tile. The scheduler's thread writes it.
 template <class T, int kConsumers, class Operands>
@@ -88,9 +123,10 @@ struct KeyTileState {
     find_rows(p);
     reload_shared();
     const int64_t first = p.packed() ? first_slot(tile.q_begin, C::kM, tile.index) : 0;
-    if constexpr (C::kOrdered) {
+    if constexpr (C::kOrdered || kStagesTiles<C>) {
       if (grid.turns) turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
-    } else {
+    }
+    if constexpr (!C::kOrdered) {
       sum_tiles = all_sums.tiles;
       sums = all_sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
     }
@@ -119,12 +155,6 @@ struct KeyTileState {
   }
 };
 
-// lse, in powers of two, and delta of a query tile.
-template <int M>
-struct QueryStatistics {
-  float lse[M], delta[M];
-};
-
 // Zeros the rows of a tile that are not is_clean(row): they may hold NaN, and 0 · NaN is NaN. The share of
 // one of `threads`.
 template <class Tile, class IsClean>
@@ -145,13 +175,13 @@ struct BackwardShared {
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
-  alignas(
-      1024) uint8_t dq[kConsumers][C::kOrdered ? C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes : 16];
+  alignas(1024) uint8_t dq[kConsumers][C::kOrdered ? C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes
+                                       : kStagesTiles<C> ? 0
+                                                         : 16];
+  [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
-  using Tile =
-      KeyTileState<typename C::Element, kConsumers,
-                   std::conditional_t<C::kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>>;
+  using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
@@ -160,11 +190,12 @@ struct BackwardShared {
   Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
   Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
   Pipeline<1> dq_pipe[kConsumers];
+  [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
-    state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals +
-                    (C::kOrdered ? 2 : 1));  // and the other producers
+    state_pipe.init(kConsumers * kConsumer + ptx::kWarpArrivals + (C::kOrdered ? 2 : 1) +
+                    (kStagesTiles<C> ? ptx::kWarpArrivals : 0));  // and the other producers
     ending_pipe.init(1);
     key_pipe.init(kConsumers * kConsumer);
     q_pipe.init(kConsumers * kConsumer);
@@ -172,6 +203,7 @@ struct BackwardShared {
     ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);
     for (auto& pipe : ds_pipe) pipe.init(kConsumer, kConsumer);
     for (auto& pipe : dq_pipe) pipe.init(1, kConsumer);
+    score_pipe.init(kConsumers * kConsumer);
     ptx::fence_barriers();
   }
 };

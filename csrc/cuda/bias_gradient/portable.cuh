@@ -5,6 +5,7 @@
 
 #include "core/families/portable_layout.h"
 #include "core/plan/launch_plan.h"
+#include "cuda/bias_gradient/bias_tile.cuh"
 #include "cuda/gradient.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
@@ -36,33 +37,6 @@ struct BiasGradientSm80 {
   static_assert(kM == 16 * kWarps && R.stages <= 1);
   static_assert(kLayout.sum + kM * kN * int32_t{sizeof(float)} <= kLayout.bytes);
   static_assert(sizeof(ScoreOperands) <= kBlockStateBytes);
-};
-
-// A block's tile of dbias, and the batch entries, heads, query tiles and key tiles that it sums over.
-struct BiasTile {
-  int64_t leading;
-  Interval batch, heads, row_tiles, key_tiles;
-  int32_t b, h, row, column;  // where the tile begins in dbias
-
-  __device__ __forceinline__ BiasTile(const Problem& p, int32_t rows, int32_t columns, int32_t block_m,
-                                      int32_t block_n) {
-    uint32_t rest = blockIdx.x;
-    column = static_cast<int32_t>(rest % columns) * block_n, rest /= columns;
-    row = static_cast<int32_t>(rest % rows) * block_m, rest /= rows;
-    h = static_cast<int32_t>(rest % p.dbias_heads), rest /= p.dbias_heads;
-    b = static_cast<int32_t>(rest % p.dbias_batch), leading = rest / p.dbias_batch;
-    batch = p.dbias_batch == 1 ? Interval{0, p.batch} : Interval{b, b + 1};
-    heads = p.dbias_heads == 1 ? Interval{0, p.heads} : Interval{h, h + 1};
-    row_tiles = tiles(p.dbias_rows, p.q_rows, row, block_m);
-    key_tiles = tiles(p.dbias_columns, p.k_rows, column, block_n);
-  }
-
-  // A dimension of dbias with size 1 is summed over all `count` rows, any other only over the block's own
-  // tile.
-  __device__ __forceinline__ static Interval tiles(int32_t size, int32_t count, int32_t at, int32_t block) {
-    if (size > 1) return {at / block, at / block + 1};
-    return {0, static_cast<int32_t>(ceil_div(count, block))};
-  }
 };
 
 // One batch entry and head, of which a tile of dS is computed.
@@ -171,7 +145,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     bias_gradient_sm80(const __grid_constant__ Problem p, const Interval* segments, int32_t rows,
                        int32_t columns) {
   uint8_t* const shared = ptx::dynamic_shared();
-  const BiasTile own(p, rows, columns, C::kM, C::kN);
+  const BiasTile own(p, blockIdx.x, rows, columns, C::kM, C::kN);
   typename C::S sum;
   sum.clear();
   sum_tiles<C>(p, own, segments, ptx::shared_address(shared), sum);

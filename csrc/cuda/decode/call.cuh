@@ -33,13 +33,14 @@ struct DecodeCall {
   DecodeView q_lengths, kv_lengths, block_tables;
   DecodeView position;  // row: from the first query to the first key
   DecodeView alibi_slopes, sinks, k_scale, v_scale;
+  DecodeView draft_mask;
   const int32_t* starts;  // packed sequences: first rows [n + 1] of each leading entry, 2 · (n + 2) apart
   DecodeGrid grid;
   int32_t sequences;  // of all leading entries
   Divisor batch, columns, chunks, group, page_size;
   int32_t rows;       // query rows of a KV head
   int32_t end_tiles;  // that a sequence's end counts as, unless the call fixes the splits
-  int32_t q_rows, k_rows, head_dim, value_dim, pages;
+  int32_t q_rows, k_rows, head_dim, value_dim, pages, draft_rows;
   bool paged;
   bool same_lengths;    // of all sequences, which the host knows:
   Partition partition;  // then the partition of every column,
@@ -82,6 +83,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.block_tables = words(p.block_tables);
   call.position = view(p.position, 4, p.position.column);
   call.k_scale = words(p.k_scale), call.v_scale = words(p.v_scale);
+  call.draft_mask = view(p.draft_mask, 1, p.draft_mask.row), call.draft_rows = p.draft_rows;
   call.starts = starts ? starts + outer * inner * 2 * (p.batch + 2) : nullptr;
   call.grid = grid;
   call.sequences = static_cast<int32_t>(inner * p.batch);

@@ -133,7 +133,7 @@ inline namespace JF_ARCH_NAMESPACE {
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
-    if (p.spec.softcap > 0 || p.alibi_slopes)
+    if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask)
       return decode::launch<decode::DecodeSm80<T, Stored, R, true>>(p, plan, workspace, stream);
     return decode::launch<decode::DecodeSm80<T, Stored, R, false>>(p, plan, workspace, stream);
   };

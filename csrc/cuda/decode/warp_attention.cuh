@@ -53,6 +53,14 @@ struct DecodeTile {
   __device__ __forceinline__ float distance(int slot) const {
     return static_cast<float>(work.band.diagonal(rows.position(row(slot))) - key - S::column(0));
   }
+  __device__ __forceinline__ const Band& band() const { return work.band; }
+  __device__ __forceinline__ int32_t position(int slot) const { return rows.position(row(slot)); }
+  __device__ __forceinline__ DraftMask draft_mask() const {
+    const int32_t q_len = work.band.q_len;
+    if (!call.draft_mask || !has_drafts(q_len, call.draft_rows)) return {};
+    return {call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0), call.draft_mask.row,
+            first_draft(q_len, work.band.k_len)};
+  }
 
  private:
   __device__ __forceinline__ int32_t row(int slot) const { return min(S::row(slot), rows.count() - 1); }
@@ -116,7 +124,7 @@ struct WarpAttention {
     S s;
     multiply_keys(s.x[0], k, call.kv_dtype);  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
-    Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi
+    Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];

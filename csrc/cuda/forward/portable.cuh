@@ -50,7 +50,7 @@ struct ForwardSm80 {
   using S = std::conditional_t<kPermuted, PermutedAccumulator<kWarpRows / 16, kN / 8>,
                                Accumulator<kWarpRows / 16, kN / 8>>;
   using O = Accumulator<kWarpRows / 16, kValueDim / 8>;
-  using Score = PortableScore<Kind, S>;
+  using Score = PortableScore<Kind, S, State::kPaged>;
   using Softmax = typename Score::template Softmax<T, volatile float>;
   using Ring = TileRing<R.stages, kThreads, KTile, VTile, typename State::Source>;
   // Q's fragments stay in registers if 32 registers hold all of them; with two stages and 16 rows per warp,

@@ -24,6 +24,15 @@ struct NanRows {
 static __device__ const NanRows kNan{};
 
 template <class C>
+class PagedLoader;
+
+// Whether a kernel's loader is the one of this file.
+template <template <class> class Loader>
+inline constexpr bool kInPages = false;
+template <>
+inline constexpr bool kInPages<PagedLoader> = true;
+
+template <class C>
 class PagedLoader {
  public:
   static constexpr int kWarps = 3, kLanes = 32;

@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 namespace jax_flash::ptx {
 
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* from) {
@@ -21,6 +23,18 @@ __device__ __forceinline__ unsigned long long add_ordered(unsigned long long* to
   unsigned long long before;
   asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(to), "l"(x) : "memory");
   return before;
+}
+
+// Counts that other blocks wait for. A warp raises one after its own additions to global memory.
+__device__ __forceinline__ void raise_by_warp(uint32_t* count) {
+  __syncwarp();  // the other lanes' additions precede the release, too
+  if (threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
+}
+__device__ __forceinline__ void wait_at_least(const uint32_t* count, uint32_t least) {
+  uint32_t x;
+  do {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
+  } while (x < least);
 }
 
 // Loads that see what other blocks of this kernel have written.

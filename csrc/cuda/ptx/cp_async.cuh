@@ -55,4 +55,17 @@ __device__ __forceinline__ void cp_async_wait() {}
 
 #endif
 
+// Copies the first `used` of kBytes, 8 or 16, and zeros for the rest (sm_80 and newer).
+template <int kBytes>
+__device__ __forceinline__ void cp_async_part(uint32_t shared, const void* global, int used) {
+  static_assert(kBytes == 8 || kBytes == 16);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(used)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(used)
+                 : "memory");
+  }
+}
+
 }  // namespace jax_flash::ptx

@@ -71,7 +71,8 @@ __device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& o
 template <class S>
 struct GeneralScore : ScoreVariant<S> {
   static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
-  // A lane of a transposed S has no neighbouring keys, so that it would read these element by element.
+  // A lane of a transposed S has no neighbouring keys, so that it would read these element by element. The
+  // tile may stage them: Tile::apply_tiles().
   static constexpr bool kBiasAndMask = !S::kTransposed;
   static constexpr bool reads(Operand operand) {
     return operand != Operand::kDropout &&
@@ -155,12 +156,18 @@ struct GeneralScore : ScoreVariant<S> {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
-    if (kBiasAndMask && p.bias) GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
+    const auto add = [factor](float& x, float b) { x = fmaf(b, factor, x); };
+    constexpr bool kStaged = requires { tile.apply_tiles(s, add); };
+    if constexpr (kStaged) {
+      if (p.bias || p.mask) tile.apply_tiles(s, add);
+    } else if (kBiasAndMask && p.bias) {
+      GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
+    }
     if (p.alibi_slopes) subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
-    if (kBiasAndMask && p.mask) {
+    if (!kStaged && kBiasAndMask && p.mask) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key, [](float& x, uint8_t seen) {
         if (!seen) x = -INFINITY;
       });

@@ -5,6 +5,7 @@
 
 #include "core/plan/launch_plan.h"
 #include "cuda/score/alibi.cuh"
+#include "cuda/score/draft.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/hopper_bias.cuh"
 #include "cuda/score/hopper_general.cuh"
@@ -33,7 +34,10 @@ struct HopperScoreOf<ScoreKind::kSoftcap, S> : std::type_identity<SoftcapScore<S
 template <class S>
 struct HopperScoreOf<ScoreKind::kBias, S> : std::type_identity<BiasScore<S>> {};
 
-template <ScoreKind kKind, class S>
-using HopperScore = typename HopperScoreOf<kKind, S>::type;
+// Only calls over pages have a draft mask, and the general kernel serves them.
+template <ScoreKind kKind, class S, bool kPaged = false>
+using HopperScore =
+    std::conditional_t<kPaged && kKind == ScoreKind::kGeneral, WithDraftMask<HopperGeneralScore<S>>,
+                       typename HopperScoreOf<kKind, S>::type>;
 
 }  // namespace jax_flash

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/band.h"
+#include "core/draft.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
 #include "cuda/score/dropout.cuh"
@@ -22,7 +23,7 @@ __device__ __forceinline__ float alibi_slope(const View& slopes, int64_t leading
 // The operands of one head's scores: pointers to its part, and scalars by value.
 struct ScoreOperands {
   const void* bias = nullptr;
-  const uint8_t* mask = nullptr;
+  const uint8_t *mask = nullptr, *draft = nullptr;
   const int32_t *q_segments = nullptr, *kv_segments = nullptr;
   float slope = 0;
   uint32_t batch = 0, head = 0;  // in dropout's counter
@@ -36,6 +37,12 @@ struct ScoreOperands {
     if (Score::reads(Operand::kBias) && p.bias)
       bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
     if (Score::reads(Operand::kMask) && p.mask) mask = p.mask.as<const uint8_t>() + offset(p.mask);
+    if constexpr (Score::reads(Operand::kDraftMask)) {
+      draft = nullptr;  // of the tile before, which may be of another sequence
+      if (p.draft_mask && has_drafts(work.tile.q_len, p.draft_rows))
+        draft = p.draft_mask.as<const uint8_t>() + p.draft_mask.leading_offset(p.leading, work.leading) +
+                p.draft_mask.offset(work.tile.index, 0, 0);
+    }
     if (Score::reads(Operand::kQSegmentIds) && p.q_segment_ids)
       q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
     if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids)

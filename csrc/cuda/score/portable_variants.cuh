@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/plan/launch_plan.h"
+#include "cuda/score/draft.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/general.cuh"
 #include "cuda/score/variant.cuh"
@@ -21,8 +22,11 @@ struct PortableScoreOf<ScoreKind::kGeneralDropout, S> : std::type_identity<Gener
 template <class S>
 struct PortableScoreOf<ScoreKind::kDropout, S> : std::type_identity<DropoutScore<S>> {};
 
-template <ScoreKind kKind, class S>
-using PortableScore = typename PortableScoreOf<kKind, S>::type;
+// Only calls over pages have a draft mask, and the general kernel serves them.
+template <ScoreKind kKind, class S, bool kPaged = false>
+using PortableScore =
+    std::conditional_t<kPaged && kKind == ScoreKind::kGeneral, WithDraftMask<GeneralScore<S>>,
+                       typename PortableScoreOf<kKind, S>::type>;
 
 // Whether a kind takes any combination of options, so that each thread of its kernels holds adjacent keys.
 constexpr bool is_general(ScoreKind kind) {

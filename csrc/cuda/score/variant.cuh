@@ -101,9 +101,9 @@ struct ScoreVariant {
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S&, S&, const Tile&) {}
   // With kFusesGradient instead of these: S → kWeightScale · P and dP → dS, without the band's mask. `rows`:
-  // lse(slot) and delta(slot).
-  template <class Tile, class Rows>
-  __device__ __forceinline__ void fuse_gradient(S&, S&, const Tile&, const Rows&) const {}
+  // lse(slot) and delta(slot); wait_dp() is called before dP is read.
+  template <class Tile, class Rows, class Wait>
+  __device__ __forceinline__ void fuse_gradient(S&, S&, const Tile&, const Rows&, Wait) const {}
   // P ← drop(P), less the factor 1 / (1 − rate), once dS = P ∘ dP is made of it.
   template <class Tile>
   __device__ __forceinline__ void drop_weights(S&, const Tile&) const {}

@@ -28,7 +28,8 @@ enum class Variant {
   kSegments,  // alone, as those that follow
   kAlibi,
   kSoftcap,
-  kBias,  // in tiles that TMA can load
+  kBias,  // in tiles that TMA can load, or in chunks
+  kMask,  // in chunks
   kDeterministic,
   kGeneralDeterministic,
   kFloat8,
@@ -53,7 +54,7 @@ struct Aim {
   }
   bool alone() const {
     return variant == Variant::kSegments || variant == Variant::kAlibi || variant == Variant::kSoftcap ||
-           variant == Variant::kBias;
+           variant == Variant::kBias || variant == Variant::kMask;
   }
   bool dropout() const { return variant == Variant::kDropout || variant == Variant::kAll; }
   bool float8() const {

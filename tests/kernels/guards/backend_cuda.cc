@@ -41,7 +41,8 @@ constexpr View Problem::* kOperands[] = {&Problem::query,
                                          &Problem::block_tables,
                                          &Problem::k_scale,
                                          &Problem::v_scale,
-                                         &Problem::position};
+                                         &Problem::position,
+                                         &Problem::draft_mask};
 
 constexpr View Tangents::* kTangents[] = {&Tangents::tquery, &Tangents::tkey, &Tangents::tvalue,
                                           &Tangents::tbias,  &Tangents::tout, &Tangents::tlse};

@@ -105,20 +105,34 @@ class Case : RandomCase {
   void aim_sizes() {
     p_.dtype = aim_->dtype;
     const bool bias = aim_->variant == backend::Variant::kBias;
-    if (aim_->pass == Pass::kBiasGradient || bias || aim_->variant == backend::Variant::kSegments ||
+    // sm_90's kernels take no bias or mask that cannot be copied 8 keys at a time.
+    const bool gradient = aim_->pass == Pass::kBackward || aim_->pass == Pass::kBiasGradient;
+    chunks_ = bias || aim_->variant == backend::Variant::kMask || (gradient && !aim_->plain() && chance(0.5));
+    if (aim_->pass == Pass::kBiasGradient || chunks_ || aim_->variant == backend::Variant::kSegments ||
         aim_->variant == backend::Variant::kCluster)
       p_.spec.layout = Layout::kFixed;
     p_.batch = std::max(p_.batch, 1);
     if (aim_->pass == Pass::kForward) p_.heads = 6 * p_.kv_heads;  // more tiles than CTAs
     p_.q_rows = std::max(p_.q_rows, 1);
     p_.k_rows = std::max(p_.k_rows, 1);
+    if (chunks_) make_chunks();
     p_.head_dim = width_within(aim_->head_dim);
     p_.value_dim = width_within(aim_->value_dim);
-    if (bias) {
-      p_.bias_dtype = p_.dtype;
-      p_.k_rows = (p_.k_rows + 7) / 8 * 8;
-      p_.leading.rank = std::min(p_.leading.rank, 1);
-    }
+    if (bias && aim_->pass == Pass::kForward) p_.leading.rank = std::min(p_.leading.rank, 1);
+  }
+
+  void make_chunks() {
+    chunks_ = true;
+    p_.bias_dtype = p_.dtype, p_.k_rows = (p_.k_rows + 7) / 8 * 8;
+  }
+
+  // Whether the targeted kernel runs the call, whose bias and mask have no memory yet.
+  bool is_taken() const {
+    Problem call = p_;
+    alignas(16) static uint8_t any[16];
+    if (chunks_) call.bias.data = call.mask.data = any, call.bias.column = call.mask.column = 1;
+    call.dbias_rows = call.q_rows, call.dbias_columns = call.k_rows;
+    return backend::takes(*aim_, call);
   }
 
   void aim_options() {
@@ -136,10 +150,6 @@ class Case : RandomCase {
       if (aim_->pass == Pass::kForward)
         s.operands |= bit(Operand::kAlibiSlopes);  // one alone has its own kernel
     }
-    if (aim_->deterministic()) {  // what no family's deterministic kernels leave to others
-      for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias})
-        s.operands &= ~bit(other);
-    }
     if (aim_->plain() || aim_->pass == Pass::kForward) s.operands &= ~bit(Operand::kDropout);
     if (aim_->dropout()) s.operands |= bit(Operand::kDropout);
     if (aim_->variant == backend::Variant::kSegments)
@@ -148,11 +158,16 @@ class Case : RandomCase {
     if (aim_->variant == backend::Variant::kSoftcap) s.softcap = 3.0f;
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     if (aim_->pass == Pass::kBiasGradient) s.operands |= bit(Operand::kBias);
+    if (aim_->variant == backend::Variant::kMask) s.operands |= bit(Operand::kMask);
     if (aim_->variant == backend::Variant::kBias) {
       s.operands |= bit(Operand::kBias);
-    } else if (!backend::takes(*aim_, p_)) {  // a bias and several leading dimensions are not for all
-      s.operands &= ~bit(Operand::kBias);
+    } else if (!is_taken()) {  // a bias, a mask, segments and several leading dimensions are not for all
+      for (Operand other : {Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kMask, Operand::kBias})
+        if (other != Operand::kBias || aim_->pass != Pass::kBiasGradient) s.operands &= ~bit(other);
       p_.leading = {};
+      if (aim_->variant == backend::Variant::kSegments)
+        s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
+      if (!is_taken()) make_chunks();
     }
   }
 
@@ -215,7 +230,7 @@ class Case : RandomCase {
     const int32_t sizes[] = {p_.batch, p_.heads, p_.q_rows, p_.k_rows};
     int64_t View::* strides[] = {&View::batch, &View::head, &View::row, &View::column};
     for (int i = 0; i < 4; ++i) {
-      const bool whole = i >= 2 && aim_ && aim_->variant == backend::Variant::kBias;
+      const bool whole = i >= 2 && aim_ && chunks_;
       const bool one = sizes[i] == 1 || (chance(0.4) && !whole);
       dims.push_back({one ? 1 : sizes[i], one ? nullptr : strides[i]});
     }
@@ -386,6 +401,7 @@ class Case : RandomCase {
   }
 
   std::optional<backend::Aim> aim_;
+  bool chunks_ = false;  // bias and mask can be copied 8 keys at a time
   Problem p_{};
   Tangents t_{};
   std::vector<bool> q_used_, k_used_;

@@ -18,7 +18,7 @@ inline ViewNames names_of(const Problem& of) {
           JF_NAMED(cu_seqlens_k), JF_NAMED(q_lengths), JF_NAMED(kv_lengths),     JF_NAMED(q_segment_ids),
           JF_NAMED(mask),         JF_NAMED(bias),      JF_NAMED(kv_segment_ids), JF_NAMED(alibi_slopes),
           JF_NAMED(sinks),        JF_NAMED(dropout),   JF_NAMED(block_tables),   JF_NAMED(k_scale),
-          JF_NAMED(v_scale),      JF_NAMED(position)};
+          JF_NAMED(v_scale),      JF_NAMED(position),  JF_NAMED(draft_mask)};
 }
 
 inline ViewNames names_of(const Tangents& of) {

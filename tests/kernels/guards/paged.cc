@@ -129,6 +129,7 @@ class AttentionCase : PoolCase {
       add(Operand::kAlibiSlopes);
       fill(make(p_.alibi_slopes, 4, {{batch_, &View::batch}, {p_.heads, &View::head}}, true), DType::kF32);
     }
+    if (chance(0.3) && !(aim_ && aim_->plain())) make_draft_mask();
     if (chance(0.3)) {
       add(Operand::kSinks);
       fill(make(p_.sinks, 4, {{p_.heads, &View::head}}, true), DType::kF32);
@@ -147,6 +148,23 @@ class AttentionCase : PoolCase {
     }
     make(p_.out, size_of(dtype_), out, false);
     make(p_.lse, 4, lse, false);
+  }
+
+  // Of packed queries it may have fewer rows than some sequences.
+  void make_draft_mask() {
+    p_.spec.operands |= 1 << static_cast<int32_t>(Operand::kDraftMask);
+    p_.draft_rows = p_.packed() ? static_cast<int32_t>(integer(1, 9)) : p_.q_rows;
+    p_.spec.align = Align::kBottomRight;
+    std::vector<Dim> dims{{p_.draft_rows, &View::row}, {p_.draft_rows, &View::column}};
+    if (chance(0.7)) dims.insert(dims.begin(), {batch_, &View::batch});
+    const Guarded& m = make(p_.draft_mask, 1, dims, true);
+    for (size_t i = 0; i < m.bytes(); ++i) m.data()[i] = chance(0.5);
+    m.make_read_only();
+  }
+  bool draft_hides(int64_t leading, int32_t z, int64_t row, int64_t token, int64_t rows) const {
+    const View& view = p_.draft_mask;
+    if (!view || token < 0 || rows > p_.draft_rows) return false;
+    return !view.as<const uint8_t>()[view.leading_offset(leading_, leading) + view.offset(z, 0, row, token)];
   }
 
   int64_t length(int64_t leading, int32_t z) const {
@@ -191,6 +209,7 @@ class AttentionCase : PoolCase {
           bool missing = false, any = false;
           for (int64_t j = 0; j < nk; ++j) {
             if ((s.left >= 0 && j < diagonal - s.left) || (s.right >= 0 && j > diagonal + s.right)) continue;
+            if (draft_hides(l, z, i, j - (nk - nq), nq)) continue;
             any = true;
             missing |= page(l, z, j) < 0;
           }

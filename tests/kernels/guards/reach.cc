@@ -6,25 +6,15 @@
 namespace jax_flash::backend {
 namespace {
 
-constexpr const char* kVariantNames[] = {"plain",
-                                         "clusters",
-                                         "general",
-                                         "dropout",
-                                         "all",
-                                         "segments",
-                                         "alibi",
-                                         "softcap",
-                                         "bias",
-                                         "deterministic",
-                                         "general deterministic",
-                                         "float8",
-                                         "split",
-                                         "float8 split",
-                                         "float8 general"};
+constexpr const char* kVariantNames[] = {"plain",  "clusters", "general",       "dropout",
+                                         "all",    "segments", "alibi",         "softcap",
+                                         "bias",   "mask",     "deterministic", "general deterministic",
+                                         "float8", "split",    "float8 split",  "float8 general"};
 
 // The forward's kernels, by the plan's ScoreKind.
-constexpr Variant kVariants[] = {Variant::kPlain,    Variant::kGeneral, Variant::kAll,     Variant::kDropout,
-                                 Variant::kSegments, Variant::kAlibi,   Variant::kSoftcap, Variant::kBias};
+constexpr Variant kVariants[] = {Variant::kPlain,   Variant::kGeneral,  Variant::kAll,
+                                 Variant::kDropout, Variant::kSegments, Variant::kAlibi,
+                                 Variant::kSoftcap, Variant::kBias,     Variant::kMask};
 
 std::vector<Variant> variants_of(Pass pass, Loader loader) {
   switch (pass) {
@@ -35,11 +25,12 @@ std::vector<Variant> variants_of(Pass pass, Loader loader) {
       return all;
     }
     case Pass::kBackward:
-      return {Variant::kPlain, Variant::kGeneral, Variant::kDeterministic, Variant::kGeneralDeterministic};
+      return {Variant::kPlain, Variant::kGeneral,       Variant::kBias,
+              Variant::kMask,  Variant::kDeterministic, Variant::kGeneralDeterministic};
     case Pass::kTangent:
       return {Variant::kPlain, Variant::kGeneral};
     case Pass::kBiasGradient:
-      return {Variant::kGeneral};
+      return {Variant::kGeneral, Variant::kBias};
     case Pass::kDecode:
       return {Variant::kSplit, Variant::kGeneral, Variant::kFloat8Split, Variant::kFloat8General};
   }
@@ -66,18 +57,19 @@ Problem example(const KernelRow& row, Variant variant) {
   if (!aim.plain()) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
+  if (variant == Variant::kMask) add(Operand::kMask);
   if (variant == Variant::kSegments) add(Operand::kQSegmentIds);
   if (variant == Variant::kAlibi) add(Operand::kAlibiSlopes);
   if (variant == Variant::kSoftcap) s.softcap = 3;
   alignas(16) static uint16_t any_bias;
-  p.bias.data = &any_bias, p.bias.column = 1, p.bias_dtype = aim.dtype;
+  p.bias.data = p.mask.data = &any_bias, p.bias.column = p.mask.column = 1, p.bias_dtype = aim.dtype;
   p.dtype = p.kv_dtype = aim.dtype;
   if (aim.float8()) p.kv_dtype = DType::kF8E4M3;
   p.batch = p.kv_heads = 1;
   p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
   p.q_rows = 1, p.k_rows = 256;
-  p.dbias_batch = p.dbias_heads = p.dbias_rows = p.dbias_columns = 1;
+  p.dbias_batch = p.dbias_heads = p.dbias_rows = 1, p.dbias_columns = p.k_rows;
   if (row.takes(Loader::kPaged)) {
     s.layout = Layout::kPaged;
     p.page_size = 64, p.pages = p.table = 4;
@@ -96,13 +88,15 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (p.kv_dtype != p.dtype) return Variant::kFloat8;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBackward:
+      if (plan.score == ScoreKind::kBias) return Variant::kBias;
+      if (plan.score == ScoreKind::kMask) return Variant::kMask;
       if (p.spec.deterministic)
         return plan.general() ? Variant::kGeneralDeterministic : Variant::kDeterministic;
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kTangent:
       return plan.general() ? Variant::kGeneral : Variant::kPlain;
     case Pass::kBiasGradient:
-      return Variant::kGeneral;
+      return plan.score == ScoreKind::kBias ? Variant::kBias : Variant::kGeneral;
     case Pass::kDecode:
       if (p.spec.softcap > 0 || p.alibi_slopes)
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
@@ -110,6 +104,11 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
   }
   return Variant::kPlain;
+}
+
+// Whether the plan's score tells that a kernel is this one.
+bool by_score(Pass pass, Variant variant) {
+  return pass == Pass::kForward || variant == Variant::kBias || variant == Variant::kMask;
 }
 
 // Whether a library with only this row would take that call.
@@ -120,7 +119,7 @@ bool exists(const KernelRow& row, Variant variant, Device device) {
   const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
   const Shapes shapes = shapes_of(p);
   const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
-  return found.kernel == 0 && (row.pass != Pass::kForward || variant_of(row.pass, found, p) == variant);
+  return found.kernel == 0 && (!by_score(row.pass, variant) || variant_of(row.pass, found, p) == variant);
 }
 
 }  // namespace

@@ -1,0 +1,273 @@
+"""What training, decode and whole steps have to reach beside their peers on one H200, judged from a run's cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from . import flop, steps_cuda
+from .bars import (
+    Bar,
+    Cell,
+    Values,
+    chosen,
+    geometric_mean,
+    least,
+    mean,
+    most,
+    ran,
+    ratio,
+    relative_cost,
+    speedup,
+)
+from .bars_cuda import lead_over_best, of_steps
+from .peers import PEERS
+
+BACKWARD_MEAN, FORWARD_MEAN, EACH = 1.28, 1.2, 0.97  # × cuDNN; × the best peer, each cell
+LARGE_HEADS = 1.3  # backward at head dim 256, × cuDNN
+LATENT_OF_PRODUCT = 0.59  # head dims 192/128, backward: of the matrix product's rate
+WINDOWS = {"window 128": 1.7, "window 1024": 1.25, "window 4096": 1.25}  # backward, × cuDNN
+OF_FIXED, SEGMENTS_OF_PACKED = 0.92, 1 / 1.15
+OF_PLAIN = {"sinks": 0.97, "softcap": 0.75, "alibi": 0.8, "dropout": 0.6, "bias": 0.45}
+DETERMINISTIC = {64: 1.12, 128: 1.12, 256: 1.2}  # its time over the plain backward's
+ODD_LENGTHS = 0.85
+TRAINING_STEP = {"1 × 32,768": 1.18, "2 × 8,192": 1.08}  # × cuDNN
+
+DECODE_MEAN, DECODE_EACH, OF_READ, READ_FROM = 1.02, 0.98, 0.95, 5e8  # bytes of keys and values
+OF_CONTIGUOUS = {"pages of 64": 0.98, "pages of 16": 0.98, "pages of 1": 0.94}
+OVER_PALLAS, MANY_OF_READ, PAGED_ONE, INVARIANT = 2.2, 0.9, 1.08, 1.06
+OF_PLAIN_BANDWIDTH = {
+    "ragged to 8,192": 0.9,
+    "ragged to 65,536": 0.95,
+    "window 1,024": 0.9,
+    "window 128, sinks, d64": 0.9,
+}
+FLOAT8 = 1.75
+LATENT_READ, LATENT_PRODUCT = 0.8, 0.6
+
+
+def judge(cells: list[Cell]) -> list[Bar]:
+    """All bars whose cells are there."""
+    return [
+        *_matrix(cells),
+        *_models(cells),
+        *_options(cells),
+        *_short(cells),
+        *_steps(cells),
+        *_long_decode(cells),
+        *_other_decode(cells),
+        *of_steps(cells),
+    ]
+
+
+def best_here(cell: Cell) -> float | None:
+    """The time of the fastest peer of this run over ours."""
+    found = [speedup(cell, name) for name in PEERS if name != "jax_flash" and ran(cell, name)]
+    return min(found) if found and ran(cell, "jax_flash") else None
+
+
+def over_best(cell: Cell) -> float | None:
+    """The least of the ratios to the peers of this run, and of that to the best of the earlier run, by cuDNN."""
+    found = [best_here(cell), lead_over_best(cell) if ran(cell, "jax_flash") else None]
+    return min((x for x in found if x is not None), default=None)
+
+
+def _over(cells: list[Cell], peer: str) -> Values:
+    return [(speedup(c, peer), c["name"]) for c in cells if ran(c, peer) and ran(c, "jax_flash")]
+
+
+def _best(cells: list[Cell]) -> Values:
+    return [(x, c["name"]) for c in cells if (x := over_best(c)) is not None]
+
+
+def _matrix(cells: list[Cell]) -> Iterator[Bar]:
+    for pass_, limit in (("backward", BACKWARD_MEAN), ("forward", FORWARD_MEAN)):
+        here = chosen(cells, "peer", of="matrix", **{"pass": pass_})
+        yield from mean(f"{pass_} × cuDNN", _over(here, "cudnn"), limit)
+        yield from least(f"{pass_} × best peer (in part leads), each shape", _best(here), EACH)
+        if pass_ == "backward":
+            large = [c for c in here if c["d"] == 256]
+            yield from least("backward d256 × cuDNN, each shape", _over(large, "cudnn"), LARGE_HEADS)
+
+
+def _models(cells: list[Cell]) -> Iterator[Bar]:
+    for cell in chosen(cells, "peer", of="models", **{"pass": "backward"}):
+        if ran(cell, "jax_flash") and ran(cell, "matmul"):
+            share = cell["flop"] / flop.matmul("gpu") * ratio(cell, "matmul", "jax_flash")
+            yield Bar("backward 192/128 / matmul", share, True, LATENT_OF_PRODUCT, cell["name"])
+    for what, limit in WINDOWS.items():
+        here = [
+            c for c in chosen(cells, "peer", of="windows", **{"pass": "backward"}) if c["case"].endswith(what)
+        ]
+        yield from least(f"backward {what} × cuDNN", _over(here, "cudnn"), limit)
+        yield from least(f"backward {what} × best peer (in part leads)", _best(here), 1.0)
+    for cell in chosen(cells, "documents"):
+        if ran(cell, "jax_flash") and ran(cell, "fixed"):
+            rate = ratio(cell, "fixed", "jax_flash") * cell["work"]["packed"] / cell["work"]["fixed"]
+            yield Bar(f"{cell['name']} / fixed", rate, True, OF_FIXED, cell["name"])
+        if ran(cell, "jax_flash") and ran(cell, "segment ids"):
+            share = ratio(cell, "jax_flash", "segment ids")
+            yield Bar(f"{cell['name']}, segment ids / packed", share, True, SEGMENTS_OF_PACKED, cell["name"])
+
+
+def _options(cells: list[Cell]) -> Iterator[Bar]:
+    here = chosen(cells, "options", **{"pass": "backward"})
+    for d in DETERMINISTIC:
+        timed = [c for c in here if c["d"] == d and ran(c, "plain")]
+        for what, limit in OF_PLAIN.items():
+            values = [(ratio(c, "plain", what), c["name"]) for c in timed if ran(c, what)]
+            yield from least(f"backward {what} d{d} / plain", values, limit)
+        values = [(ratio(c, "deterministic", "plain"), c["name"]) for c in timed if ran(c, "deterministic")]
+        yield from most(f"backward deterministic d{d}, time / plain", values, DETERMINISTIC[d])
+    odd = [
+        c for c in chosen(cells, "ratio") if c["what"].startswith("s ") and ran(c, "this") and ran(c, "plain")
+    ]
+    for d in (64, 128):
+        values = [(1 / relative_cost(c), c["name"]) for c in odd if c["d"] == d]
+        yield from least(f"backward of odd lengths d{d} / plain", values, ODD_LENGTHS)
+
+
+def _short(cells: list[Cell]) -> Iterator[Bar]:
+    for how in ("one by one", "device"):
+        here = [c for c in chosen(cells, "small") if c["name"].endswith(how)]
+        yield from least(f"short backward × cuDNN, {how}", _over(here, "cudnn"), 1.0)
+
+
+def _steps(cells: list[Cell]) -> Iterator[Bar]:
+    for cell in chosen(cells, "step"):
+        if cell["name"] in TRAINING_STEP and ran(cell, "cudnn") and ran(cell, "jax_flash"):
+            limit = TRAINING_STEP[cell["name"]]
+            yield Bar(
+                f"training step {cell['name']} × cuDNN", speedup(cell, "cudnn"), True, limit, cell["name"]
+            )
+
+
+def _long_decode(cells: list[Cell]) -> Iterator[Bar]:
+    every = [c for c in chosen(cells, "bandwidth", of="long") if ran(c, "contiguous")]
+    many = [c for c in every if c["shape"][0] > 512]
+    here = [c for c in every if c not in many]
+    over = [(ratio(c, "cudnn", "contiguous"), c["name"]) for c in here if ran(c, "cudnn")]
+    yield from mean("decode, contiguous × cuDNN", over, DECODE_MEAN)
+    yield from least("decode, contiguous × cuDNN, each shape", over, DECODE_EACH)
+    large = [c for c in here if c["bytes_read"]["contiguous"] > READ_FROM and ran(c, "read")]
+    shares = [(ratio(c, "read", "contiguous"), c["name"]) for c in large]
+    yield from least("decode, contiguous / streaming read", shares, OF_READ)
+    for name, limit in OF_CONTIGUOUS.items():
+        values = [(ratio(c, "contiguous", name), c["name"]) for c in here if ran(c, name)]
+        yield from least(f"decode, {name} / contiguous", values, limit)
+    pallas = [(x, c["name"]) for c in here if (x := over_pallas(c)) is not None]
+    yield from least("decode, pages × Pallas", pallas, OVER_PALLAS)
+    values = [(ratio(c, "read", "contiguous"), c["name"]) for c in many if ran(c, "read")]
+    yield from least("1,024 sequences / streaming read", values, MANY_OF_READ)
+    costs = [
+        (ratio(c, "batch invariant", "pages of 64"), c["name"])
+        for c in here
+        if ran(c, "batch invariant") and ran(c, "pages of 64")
+    ]
+    yield from most("decode, batch invariant, time / plain", costs, INVARIANT)
+
+
+def over_pallas(cell: Cell) -> float | None:
+    """Pallas' time over ours, each at its better page size."""
+    theirs, own = (
+        min(
+            (t["median"] for name, t in cell["times"].items() if name.startswith(start) and "median" in t),
+            default=0,
+        )
+        for start in ("pallas", "pages of")
+    )
+    return theirs / own if theirs and own else None
+
+
+def _other_decode(cells: list[Cell]) -> Iterator[Bar]:
+    one = [c for c in chosen(cells, "bandwidth", of="one") if ran(c, "contiguous")]
+    values = [(ratio(c, "cudnn", "contiguous"), c["name"]) for c in one if ran(c, "cudnn")]
+    yield from least("short decode × cuDNN", values, 1.0)
+    costs = [(ratio(c, "pages of 64", "contiguous"), c["name"]) for c in one if ran(c, "pages of 64")]
+    yield from most("short decode, pages of 64, time / contiguous", costs, PAGED_ONE)
+    for cell in chosen(cells, "bandwidth", of="kinds"):
+        if not ran(cell, "plain"):
+            continue
+        for name, limit in OF_PLAIN_BANDWIDTH.items():
+            if ran(cell, name):
+                share = ratio(cell, "plain", name) * cell["bytes_read"][name] / cell["bytes_read"]["plain"]
+                yield Bar(f"decode, {name}, of the plain bandwidth", share, True, limit, cell["name"])
+        if ran(cell, "batch invariant"):
+            cost = ratio(cell, "batch invariant", "plain")
+            yield Bar("decode, batch invariant, time / plain", cost, False, INVARIANT, cell["name"])
+        if ran(cell, "float8"):
+            yield Bar("decode, float8 × plain", ratio(cell, "plain", "float8"), True, FLOAT8, cell["name"])
+    for cell in chosen(cells, "bandwidth", of="latent"):
+        if ran(cell, "16 heads") and ran(cell, "read"):
+            yield Bar(
+                "latent decode, 16 heads / read",
+                ratio(cell, "read", "16 heads"),
+                True,
+                LATENT_READ,
+                cell["name"],
+            )
+        for device in chosen(cells, "device"):
+            if ran(cell, "128 heads"):
+                rate = cell["work"]["128 heads"] / cell["times"]["128 heads"]["median"]
+                share = rate / device["flop"] * device["times"]["matmul"]["median"]
+                yield Bar("latent decode, 128 heads / matmul", share, True, LATENT_PRODUCT, cell["name"])
+
+
+# --- a cell in words --------------------------------------------------------------------------------------------------
+
+
+def verdict(cell: Cell) -> str:
+    timed = {name: t["median"] for name, t in cell.get("times", {}).items() if "median" in t}
+    match cell["kind"]:
+        case "failed":
+            return str(cell["error"])
+        case "peer" | "documents" if "jax_flash" in timed:
+            rate = cell["flop"] / timed["jax_flash"] / 1e12
+            over = (
+                f"× {name} {t / timed['jax_flash']:.2f}" for name, t in timed.items() if name != "jax_flash"
+            )
+            return ", ".join([f"{rate:.0f} TFLOP/s", *over])
+        case "options" if "plain" in timed:
+            return ", ".join(
+                f"{name} {timed['plain'] / t:.2f}" for name, t in timed.items() if name != "plain"
+            )
+        case "ratio" if len(timed) == 2:
+            return f"{1 / relative_cost(cell):.3f} of the rate of the plain call"
+        case "small":
+            return "microseconds: " + ", ".join(f"{name} {t * 1e6:.1f}" for name, t in timed.items())
+        case "bandwidth":
+            return ", ".join(_bandwidth(cell, name, t) for name, t in timed.items())
+        case "tokens" | "mixed":
+            return steps_cuda.verdict(cell)
+        case "step":
+            return "thousand tokens/s: " + ", ".join(
+                f"{n} {cell['tokens'] / t / 1e3:.1f}" for n, t in timed.items()
+            )
+        case "serving":
+            return _serving(cell, timed)
+    return ", ".join(f"{name} {t * 1e3:.3f}" for name, t in timed.items()) or "–"
+
+
+def _bandwidth(cell: Cell, name: str, seconds: float) -> str:
+    size = cell["bytes_read"][name]
+    return f"{name} {seconds * 1e6:.1f} µs" + (f" {size / seconds / 1e9:.0f} GB/s" if size else "")
+
+
+def _serving(cell: Cell, timed: dict[str, float]) -> str:
+    said = [f"{name} {cell['sequences'] / t:,.0f} tokens/s" for name, t in timed.items()]
+    if {"jax_flash", "no attention"} <= set(timed):
+        said.append(f"attention's share {1 - timed['no attention'] / timed['jax_flash']:.0%}")
+    return ", ".join([*said, f"thunks {cell['captured']}"])
+
+
+def means(cells: list[Cell]) -> list[str]:
+    """A table of geometric means: this library's speed over each peer's, by pass."""
+    lines = ["## Speed over each peer, geometric means", "", "| pass | " + " | ".join(PEERS) + " |"]
+    lines.append("|---" * (len(PEERS) + 1) + "|")
+    for pass_ in ("forward", "backward"):
+        here = chosen(cells, "peer", **{"pass": pass_})
+        shown = []
+        for name in PEERS:
+            values = [x for x, _ in _over(here, name)] if name != "jax_flash" else []
+            shown.append(f"{geometric_mean(values):.2f} ({len(values)})" if values else "–")
+        lines.append(f"| {pass_} | {' | '.join(shown)} |")
+    return [*lines, ""]

@@ -1,0 +1,219 @@
+"""Forward and backward cells of the peers' suite: every implementation in turns, compiled some cells at a time.
+
+Compiling takes longer than timing here, so the programs of several cells are compiled side by side before their turns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from . import cases, flop, measure, peers
+from .bars import Cell
+from .cases import Case, gpu_case
+
+WAVE = 6  # cells whose programs are compiled side by side; their inputs and residuals lie in memory together
+REPEATS, BURST = 4, 0.02
+RUN = ("cudnn", "flash-attn3-jax", "jla")  # installed without trouble, and known to run
+OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # not run before, or slow to compile: last
+PASSES = ("backward", "forward")
+SMALL_CHAIN = 16
+
+Request = tuple[str, Case, str]  # implementation, case, pass
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cell before it is measured: name → what is called, and the cell's tags."""
+
+    calls: dict[str, Request]
+    tags: Cell = field(default_factory=dict)
+
+
+def timed(calls: measure.Calls) -> dict[str, Any]:
+    return measure.in_turns(calls, REPEATS, BURST)
+
+
+def measured(wanted: Iterable[Wanted]) -> Iterator[Cell]:
+    """The cells, compiled in waves. What fails, this library's calls included, is a note in its cell."""
+    waiting = list(wanted)
+    while waiting:
+        wave, waiting = waiting[:WAVE], waiting[WAVE:]
+        requests = {request: request for cell in wave for request in cell.calls.values()}
+        calls, refused = peers.prepare(requests, raise_own=False)
+        for number, cell in enumerate(wave):
+            there = {name: calls[request] for name, request in cell.calls.items() if request in calls}
+            notes = {name: refused[request] for name, request in cell.calls.items() if request in refused}
+            yield cell.tags | {"times": timed(there) | notes}
+            later = {request for other in wave[number + 1 :] for request in other.calls.values()}
+            for request in [request for request in calls if request not in later]:
+                del calls[request]
+
+
+def beside_peers(
+    chosen: Iterable[Case], pass_: str, of: str, names: tuple[str, ...] = RUN, product: bool = False
+) -> Iterator[Cell]:
+    """Cells of kind "peer": TFLOP/s of this library and its peers; `product`: and of the matrix product
+    right after."""
+    wanted = []
+    for case in chosen:
+        tags = {"case": case.name, "pass": pass_, "d": case.d, "s": case.sq, "causal": case.causal, "of": of}
+        tags |= {"kind": "peer", "name": f"{case.name} {pass_}", "flop": flop.attention(case, pass_)}
+        every = ("jax_flash", *names)
+        if case.layout == "varlen":
+            every = ("jax_flash", "segment ids", *names)
+        wanted.append(Wanted({name: (name, case, pass_) for name in every}, tags))
+    for cell in measured(wanted):
+        if product:
+            product_call = measure.matmul_call("gpu", "bfloat16")
+            cell["times"]["matmul"] = timed({"matmul": product_call})["matmul"]
+        yield cell
+
+
+def matrix(pass_: str) -> Iterator[Cell]:
+    """The 18 shapes and models' heads, those of head dim 128 and the models first."""
+    first = [case for case in cases.MATRIX if case.d == 128]
+    rest = [case for case in cases.MATRIX if case.d != 128]
+    yield from beside_peers((*first, *cases.GQA, *rest), pass_, "matrix")
+
+
+def latent(pass_: str) -> Iterator[Cell]:
+    """DeepSeek-V3's heads, which cuDNN does not take, and the matrix product."""
+    yield from beside_peers((cases.MLA,), pass_, "models", ("jla",), product=True)
+
+
+def windows(pass_: str) -> Iterator[Cell]:
+    yield from beside_peers(cases.WINDOWS, pass_, "windows")
+
+
+def documents(pass_: str) -> Iterator[Cell]:
+    """Packed documents, as varlen and by segment ids; beside them fixed sequences of 4,096 tokens."""
+    packed = [cases.gpu_documents(d, causal=True) for d in cases.HEAD_DIMS]
+    fixed = [gpu_case(case.d, 4096, causal=True) for case in packed]
+    wanted = []
+    for case, plain in zip(packed, fixed, strict=True):
+        calls = {name: (name, case, pass_) for name in ("jax_flash", "segment ids", "flash-attn3-jax", "jla")}
+        work = {"fixed": flop.attention(plain, pass_), "packed": flop.attention(case, pass_)}
+        tags = {"kind": "documents", "name": f"{case.name} {pass_}", "pass": pass_, "d": case.d, "work": work}
+        calls["fixed"] = ("jax_flash", plain, pass_)
+        wanted.append(Wanted(calls, tags | {"flop": work["packed"]}))
+    yield from measured(wanted)
+
+
+def options(d: int, pass_: str, chosen: tuple[str, ...] = ()) -> Iterator[Cell]:
+    """Each option beside the plain call, s 4096, full; and the deterministic backward."""
+    plain = gpu_case(d, 4096)
+    there = cases.gpu_options(d)
+    calls = {"plain": ("jax_flash", plain, pass_)}
+    if pass_ == "backward":
+        calls["deterministic"] = ("deterministic", plain, pass_)
+    names = chosen or tuple(name for name in there if name != "bias of each head")
+    calls |= {name: ("jax_flash", there[name], pass_) for name in names}
+    tags = {"kind": "options", "name": f"d{d} s4096 options {pass_}", "d": d, "pass": pass_}
+    yield from measured([Wanted(calls, tags)])
+
+
+def deterministic() -> Iterator[Cell]:
+    """The sums in order beside those in any order, in long and causal calls."""
+    wanted = []
+    for case in (gpu_case(d, s, True) for d in cases.HEAD_DIMS for s in (4096, 16384)):
+        calls = {
+            name: (peer, case, "backward") for name, peer in (("plain", "jax_flash"), ("deterministic",) * 2)
+        }
+        tags = {
+            "kind": "options",
+            "name": f"{case.name} deterministic backward",
+            "d": case.d,
+            "pass": "backward",
+        }
+        wanted.append(Wanted(calls, tags))
+    yield from measured(wanted)
+
+
+def odd_lengths(pass_: str) -> Iterator[Cell]:
+    """Lengths that are no multiple of a tile, beside the next one that is."""
+    wanted = []
+    for d in (64, 128):
+        for s, ragged in ((4096, 4001), (1024, 1000), (768, 777)):
+            plain = gpu_case(d, s, b=cases.TOKENS // s)
+            this = plain.replace(name=f"d{d} s{ragged}", sq=ragged, sk=ragged)
+            work = {name: flop.attention(case, pass_) for name, case in (("plain", plain), ("this", this))}
+            tags = {
+                "kind": "ratio",
+                "what": f"s {ragged}",
+                "d": d,
+                "name": f"{this.name} {pass_}",
+                "flop": work,
+            }
+            calls = {"plain": ("jax_flash", plain, pass_), "this": ("jax_flash", this, pass_)}
+            wanted.append(Wanted(calls, tags | {"pass": pass_}))
+    yield from measured(wanted)
+
+
+# --- one short sequence -----------------------------------------------------------------------------------------------
+
+
+def small(pass_: str = "backward") -> Iterator[Cell]:
+    """One sequence of 512 or 1,024 tokens: the device's time in a program of several calls, and that of calls one by
+    one, the host's included."""
+    for size in cases.SMALL:
+        case = cases.small_case(*size)
+        requests = {name: (name, case, pass_) for name in ("jax_flash", "cudnn", "flash-attn3-jax")}
+        calls, refused = peers.prepare(requests, raise_own=False)
+        tags = {"d": case.d, "s": case.sq, "causal": case.causal, "pass": pass_}
+        yield tags | {
+            "kind": "small",
+            "name": f"{case.name} {pass_}, one by one",
+            "times": timed(calls) | refused,
+        }
+        chains = {name: in_one_program(*call) for name, call in calls.items()}
+        times = measure.of_one(timed(chains), SMALL_CHAIN)
+        yield tags | {"kind": "small", "name": f"{case.name} {pass_}, device", "times": times | refused}
+
+
+def in_one_program(backward: Callable[..., Any], arguments: list[Any]) -> tuple[measure.Call, list[Any]]:
+    """SMALL_CHAIN backward calls in one program, each fed by the one before: dq is the next cotangent. All gradients
+    are results, so that none is left out."""
+    (residuals, dout), *_ = arguments
+
+    @jax.jit
+    def chain(residuals: Any, dout: Any) -> Any:
+        others = []
+        for _ in range(SMALL_CHAIN):
+            dq, dk, dv, *_ = jax.tree.leaves(backward(residuals, dout))
+            others.append((dk, dv))
+            dout = dq
+        return dout, others
+
+    return chain, [(residuals, dout)]
+
+
+# --- those that have not run before -----------------------------------------------------------------------------------
+
+
+def other_peers() -> Iterator[Cell]:
+    """fa4-jax, tokamax and Pallas in the cells of the first page's plot."""
+    some = [gpu_case(d, s, causal) for d in (128, 64) for s in (4096, 16384) for causal in (True, False)]
+    for pass_ in PASSES:
+        yield from beside_peers(some, pass_, "others", OTHERS)
+    for pass_ in PASSES:
+        yield from beside_peers((cases.GQA[0], gpu_case(256, 4096, True)), pass_, "others", OTHERS)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
+    "backward": functools.partial(matrix, "backward"),
+    "latent": lambda: (cell for pass_ in PASSES for cell in latent(pass_)),
+    "windows": lambda: (cell for pass_ in PASSES for cell in windows(pass_)),
+    "documents": lambda: (cell for pass_ in PASSES for cell in documents(pass_)),
+    "options": lambda: (cell for d in (128, 64) for cell in options(d, "backward")),
+    "options d256": lambda: options(256, "backward"),
+    "deterministic": deterministic,
+    "odd lengths": functools.partial(odd_lengths, "backward"),
+    "short": small,
+    "forward": functools.partial(matrix, "forward"),
+    "other peers": other_peers,
+}

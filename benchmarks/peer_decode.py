@@ -1,0 +1,302 @@
+"""Decode cells of the peers' suite: GB/s of keys and values, each layout and kind beside cuDNN, Pallas and a read.
+
+The calls of a cell are chained in one program, so that a cell's times are the device's. The caches of one short
+sequence then lie in the L2 cache, for every implementation alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import jax_flash
+
+from . import cases, decode_cuda, flop, measure, peers, steps_cuda
+from .bars import Cell
+from .decode_cuda import Call, contiguous, paged, scattered
+from .peer_attention import timed
+
+CHAIN_OF_SHORT = 64  # calls of a few microseconds in one program
+ONE = (*((b, 32, 8, 128, keys) for b in (1, 8) for keys in (512, 1024, 4096)), (1, 32, 4, 128, 1024))
+MANY = (1024, 32, 8, 128, 512)
+KINDS = (64, 32, 8, 128, 8192)
+RAGGED = (64, 32, 8, 128, 65536)
+LONG = 65536  # keys from which sequences are split over the whole card: bits that do not depend on the batch cost most
+SHORTEST = 16  # keys of ragged batches
+WINDOW, NARROW = 1024, 128
+LATENT, LATENT_DIM, LATENT_VALUES = (
+    (64, 8192, 64),
+    576,
+    512,
+)  # sequences, keys, page size; columns of K, and of V
+READ_ROW = 4096  # words
+SLOTS = 16  # tokens in the pages of a small pool
+
+Shape = tuple[int, ...]
+Made = dict[str, Callable[[], Call]]
+
+
+def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
+    """The calls, chained and compiled side by side; and the reasons of those that do not run."""
+
+    def first_call(make: Callable[[], Call]) -> Any:
+        try:
+            call, arguments = decode_cuda.chained(make(), chain)
+            jax.block_until_ready(call(*arguments[0]))
+            return call, arguments
+        except Exception as error:  # each implementation has errors of its own
+            return {"refused": peers.why(error)}
+
+    workers = None if jax.default_backend() == "gpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        found = dict(zip(made, pool.map(first_call, made.values()), strict=True))
+    refused = {name: x for name, x in found.items() if isinstance(x, dict)}
+    return {name: x for name, x in found.items() if name not in refused}, refused
+
+
+def cell(name: str, made: Made, sizes: dict[str, float], chain: int = decode_cuda.CHAIN, **tags: Any) -> Cell:
+    """One cell; `sizes` are the bytes that each call has to read, by name, or for all of them by ""."""
+    if "shape" in tags:
+        decode_cuda.draw(tags["shape"])  # kept: calls are made side by side
+    calls, refused = prepared(made, chain)
+    times = measure.of_one(timed(calls), chain) | refused
+    bytes_read = {each: sizes.get(each, sizes.get("", 0.0)) for each in made}
+    return {"kind": "bandwidth", "name": name, "bytes_read": bytes_read, "times": times} | tags
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def cudnn(shape: Shape) -> Call:
+    def call(q: Any, k: Any, v: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+    return call, decode_cuda.draw(shape)
+
+
+def pallas_paged(shape: Shape, size: int) -> Call:
+    """JAX's own example kernel for Triton, whose pools have the heads first: blocks of 128 keys."""
+    from jax.experimental.pallas.ops.gpu import paged_attention as module
+
+    q, k, v = decode_cuda.draw(shape)
+    k_pages, v_pages, tables, lengths = scattered(k, v, size)
+    pools = (jnp.moveaxis(x, 2, 0) for x in (k_pages, v_pages))
+    options = {"pages_per_compute_block": max(1, 128 // size)}
+
+    def call(q: Any, *arrays: Any) -> Any:  # it has no scale: softmax(q kᵀ) v
+        return module.paged_attention(q[:, 0], *arrays, **options)[:, None]
+
+    return call, (q, *pools, tables, lengths)
+
+
+def flash_attn3(shape: Shape, size: int | None) -> Call:
+    """flash-attn3-jax over a cache, in pages of so many tokens or contiguous; in as many parts as fill the card."""
+    from flash_attn3_jax import flash_mha_with_kvcache
+
+    b, _, hk, _, _ = shape
+    splits = max(1, min(16, 132 // (b * hk)))
+    q, k, v = decode_cuda.draw(shape)
+    if size is None:
+        return lambda q, k, v: flash_mha_with_kvcache(q, k, v, num_splits=splits), (q, k, v)
+
+    def call(q: Any, k: Any, v: Any, tables: Any, lengths: Any) -> Any:
+        options = {"page_table": tables, "cache_seqlens": lengths, "num_splits": splits}
+        return flash_mha_with_kvcache(q, k, v, **options)
+
+    return call, (q, *scattered(k, v, size))
+
+
+def streaming_read(shape: Shape) -> Call:
+    return _read, decode_cuda.draw(shape)
+
+
+def _read(q: Any, *arrays: Any) -> Any:
+    """The largest word of each array: a read of all of them, which waits for the one before."""
+    before = q.ravel()[0].astype(jnp.int32)
+    for x in arrays:
+        words = lax.bitcast_convert_type(x.reshape(-1, READ_ROW, 2), jnp.int32)
+        q = q + (words + before).max(1).max().astype(q.dtype) * 0
+    return q
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def kv_bytes(shape: Shape, keys: float | None = None, itemsize: int = 2) -> float:
+    b, _, hk, d, longest = shape
+    return flop.kv_bytes(b, hk, d, longest if keys is None else keys, itemsize)
+
+
+def layouts(shape: Shape, page_of_one: bool = False) -> Made:
+    sizes = (64, 16, 1) if page_of_one else (64, 16)
+    made: Made = {"contiguous": functools.partial(contiguous, jax_flash, shape)}
+    return made | {f"pages of {size}": functools.partial(paged, jax_flash, shape, size) for size in sizes}
+
+
+def long_cells() -> Iterator[Cell]:
+    """One query token and long caches: every layout, cuDNN, Pallas' paged kernel, and a read of the same bytes."""
+    for shape in (*cases.DECODE[:-1], MANY):
+        made = layouts(shape, page_of_one=shape[4] == 8192)
+        made["cudnn"] = functools.partial(cudnn, shape)
+        made |= {
+            f"pallas, pages of {size}": functools.partial(pallas_paged, shape, size) for size in (16, 64)
+        }
+        made["read"] = functools.partial(streaming_read, shape)
+        if shape[4] >= LONG:
+            made["batch invariant"] = functools.partial(paged, jax_flash, shape, 64, batch_invariant=True)
+        yield cell(cases.decode_name(shape), made, {"": kv_bytes(shape)}, of="long", shape=shape)
+
+
+def one_cells() -> Iterator[Cell]:
+    """One sequence, and eight, of few keys: microseconds."""
+    for shape in ONE:
+        made = layouts(shape)
+        made["cudnn"] = functools.partial(cudnn, shape)
+        made["pallas, pages of 16"] = functools.partial(pallas_paged, shape, 16)
+        yield cell(
+            cases.decode_name(shape), made, {"": kv_bytes(shape)}, CHAIN_OF_SHORT, of="one", shape=shape
+        )
+
+
+def ragged(shape: Shape) -> tuple[Call, float]:
+    """Lengths from 16 to all keys, log-uniform, in scattered pages of 64; and the keys of a sequence on average."""
+    b, hq, hk, d, longest = shape
+    size, rng = 64, np.random.default_rng(1)
+    lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(longest), b)).astype(np.int32)
+    counts = -(-lengths // size)
+    tables = np.zeros((b, longest // size), np.int32)
+    order = iter(rng.permutation(int(counts.sum())))
+    for row, count in zip(tables, counts, strict=True):
+        row[:count] = [next(order) for _ in range(count)]
+    pools = (int(counts.sum()), size, hk, d)
+    keys = (jax.random.key(seed, impl="rbg") for seed in range(3))
+    q, k, v = (
+        jax.random.normal(key, x, jnp.bfloat16)
+        for key, x in zip(keys, ((b, 1, hq, d), pools, pools), strict=True)
+    )
+    return (jax_flash.paged_attention, (q, k, v, jnp.asarray(tables), jnp.asarray(lengths))), float(
+        lengths.mean()
+    )
+
+
+def with_sinks(shape: Shape, window: int) -> Call:
+    call, arguments = paged(jax_flash, shape, 64, window=(window - 1, 0), sinks=jnp.ones(shape[1]))
+    return call, arguments
+
+
+def kind_cells() -> Iterator[Cell]:
+    """Every kind of call beside the plain one, over pages of 64."""
+    shape, narrow = KINDS, (64, 64, 8, 64, 8192)
+    short, long = (ragged(x) for x in (KINDS, RAGGED))
+    made: Made = {
+        "plain": functools.partial(paged, jax_flash, shape, 64),
+        "ragged to 8,192": lambda: short[0],
+        "ragged to 65,536": lambda: long[0],
+        "window 1,024": functools.partial(paged, jax_flash, shape, 64, window=(WINDOW - 1, 0)),
+        "window 128, sinks, d64": functools.partial(with_sinks, narrow, NARROW),
+        "float8": functools.partial(decode_cuda.float8, jax_flash, shape),
+        "batch invariant": functools.partial(paged, jax_flash, shape, 64, batch_invariant=True),
+        "packed": functools.partial(decode_cuda.packed, jax_flash, shape),
+    }
+    sizes = {
+        "": kv_bytes(shape),
+        "ragged to 8,192": kv_bytes(shape, short[1]),
+        "ragged to 65,536": kv_bytes(shape, long[1]),
+        "window 1,024": kv_bytes(shape, WINDOW),
+        "window 128, sinks, d64": kv_bytes(narrow, NARROW),
+        "float8": kv_bytes(shape, itemsize=1),
+    }
+    yield cell(f"{cases.decode_name(shape)}, kinds", made, sizes, of="kinds", shape=shape)
+
+
+def append(tokens: int, fused: bool) -> Call:
+    """New keys written in place, rotated; a pool so small that copying it once for the chain costs nothing."""
+    h, d, pages = 8, 128, 1
+    keys = (jax.random.key(seed, impl="rbg") for seed in range(2))
+    k, v = (jax.random.normal(key, (tokens, 1, h, d), jnp.bfloat16) for key in keys)
+    pools = tuple(jnp.zeros((tokens * pages, SLOTS, h, d), jnp.bfloat16) for _ in range(2))
+    tables = jnp.arange(tokens * pages, dtype=jnp.int32).reshape(tokens, pages)
+    lengths = jnp.full(tokens, 7, jnp.int32)
+    angles = jnp.arange(64)[:, None] * 10_000.0 ** (-jnp.arange(d // 2) / (d // 2))
+    rotary = {"rotary": (jnp.cos(angles), jnp.sin(angles))} if fused else {}
+
+    def call(pools: Any, k: Any, v: Any) -> Any:
+        return jax_flash.append_kv(*pools, k, v, tables, lengths, **rotary)[:2]
+
+    return call, (pools, k, v)
+
+
+def append_cells() -> Iterator[Cell]:
+    made = {
+        f"{n} tokens{how}": functools.partial(append, n, bool(how))
+        for n in (64, 1024)
+        for how in ("", ", rotary")
+    }
+    sizes = {name: float(int(name.split()[0]) * 8 * 128 * 2 * 2 * 2) for name in made}  # read and written
+    yield cell("append_kv, 8 heads, d128", made, sizes, 32, of="append")
+
+
+def latent(heads: int) -> Call:
+    """DeepSeek's absorbed decode: one latent KV head of 576 columns, stored once, whose first 512 are the values."""
+    b, keys, size = LATENT
+    k = jax.random.normal(
+        jax.random.key(0, impl="rbg"), (b * keys // size, size, 1, LATENT_DIM), jnp.bfloat16
+    )
+    q = jax.random.normal(jax.random.key(1, impl="rbg"), (b, 1, heads, LATENT_DIM), jnp.bfloat16)
+    order = np.random.default_rng(0).permutation(len(k)).astype(np.int32).reshape(b, -1)
+
+    def call(q: Any, pool: Any, tables: Any, lengths: Any) -> Any:
+        options: dict[str, Any] = {"value_dim": LATENT_VALUES, "scale": 192**-0.5}
+        out = jax_flash.paged_attention(q, pool, None, tables, lengths, **options)
+        return jnp.concatenate([out, q[..., LATENT_VALUES:]], -1)  # the next call's query
+
+    return call, (q, k, jnp.asarray(order), jnp.full(b, keys, jnp.int32))
+
+
+def latent_read() -> Call:
+    q, pool, *_ = latent(1)[1]
+    return _read, (q, pool)
+
+
+def latent_cells() -> Iterator[Cell]:
+    b, keys, _ = LATENT
+    made: Made = {f"{heads} heads": functools.partial(latent, heads) for heads in (16, 128)}
+    made["read"] = latent_read
+    sizes = {"": float(b * keys * LATENT_DIM * 2)}
+    work = {f"{heads} heads": 2.0 * b * heads * keys * (LATENT_DIM + LATENT_VALUES) for heads in (16, 128)}
+    yield cell(f"decode b{b}, latent head of 576, kv{keys}", made, sizes, of="latent", work=work)
+
+
+def flash_attn3_cells() -> Iterator[Cell]:
+    for shape in (cases.DECODE[3], cases.DECODE[5], ONE[0]):
+        made = {"contiguous": functools.partial(contiguous, jax_flash, shape)}
+        made["pages of 64"] = functools.partial(paged, jax_flash, shape, 64)
+        made["flash-attn3-jax"] = functools.partial(flash_attn3, shape, None)
+        made["flash-attn3-jax, pages of 64"] = functools.partial(flash_attn3, shape, 64)
+        yield cell(
+            f"{cases.decode_name(shape)}, flash-attn3-jax",
+            made,
+            {"": kv_bytes(shape)},
+            of="others",
+            shape=shape,
+        )
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
+    "decode": long_cells,
+    "one sequence": one_cells,
+    "kinds of decode": kind_cells,
+    "latent decode": latent_cells,
+    "tokens": steps_cuda.token_cells,
+    "mixed": steps_cuda.mixed_cells,
+    "append": append_cells,
+    "prefill": decode_cuda.prefill_cells,
+    "decode, flash-attn3-jax": flash_attn3_cells,
+}

@@ -1,0 +1,116 @@
+"""The peers' suite: training, decode and whole steps beside every JAX peer, in one run within a time limit.
+
+python -m benchmarks --suite peers --limit 270 --out out/peers       # what matters most first
+python -m benchmarks --suite peers --sections "backward,decode"      # these, into the report that is there
+python -m benchmarks --suite peers --report-only --out out/peers     # the report of a run that was stopped
+
+With XLA_FLAGS=--xla_gpu_autotune_level=0 programs compile several times faster; the custom calls and kernels that are
+compared here are the same, and the whole steps' products are tuned all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import (
+    bars_peers,
+    flop,
+    measure,
+    peer_attention,
+    peer_decode,
+    peer_figures,
+    step_serving,
+    step_training,
+)
+from .bars import Cell, chosen, ran
+from .peers import PEERS, why
+from .sections import Suite
+
+
+def device_cells() -> Iterator[Cell]:
+    """What the device does by itself: the matrix product, and a copy."""
+    product = measure.matmul_call("gpu", "bfloat16")
+    copy, arguments, size = measure.copy_call("gpu")
+    times = peer_attention.timed({"matmul": product, "copy": (copy, arguments)})
+    yield {"kind": "device", "name": "device", "times": times, "flop": flop.matmul("gpu"), "copied": size}
+
+
+def kept(make: Callable[[], Iterator[Cell]], name: str) -> Callable[[], Iterator[Cell]]:
+    """A section whose error is a cell, so that the sections after it run."""
+
+    def cells() -> Iterator[Cell]:
+        try:
+            yield from make()
+        except Exception as error:  # a peer's, or of a call that this library refuses
+            yield {"kind": "failed", "name": name, "error": why(error), "times": {}}
+
+    return cells
+
+
+_ALL: dict[str, Callable[[], Iterator[Cell]]] = {
+    "device": device_cells,
+    **peer_attention.SECTIONS,
+    **peer_decode.SECTIONS,
+    **step_training.SECTIONS,
+    **step_serving.SECTIONS,
+}
+# What matters most first: a run may end at its limit.
+ORDER = (
+    "device",
+    "backward",
+    "decode",
+    "training step",
+    "windows",
+    "one sequence",
+    "kinds of decode",
+    "tokens",
+    "documents",
+    "options",
+    "serving step",
+    "forward",
+    "latent",
+    "latent decode",
+    "short",
+    "deterministic",
+    "odd lengths",
+    "options d256",
+    "mixed",
+    "append",
+    "gpt-oss step",
+    "other peers",
+    "decode, flash-attn3-jax",
+    "prefill",
+)
+SECTIONS = {name: kept(_ALL[name], name) for name in ORDER}
+
+
+def rates(cells: list[Cell]) -> list[str]:
+    """What the device did by itself; which peers did not run, and why."""
+    lines = []
+    for cell in chosen(cells, "device"):
+        times = {name: t["median"] for name, t in cell["times"].items()}
+        lines.append(f"8192³ product: {cell['flop'] / times['matmul'] / 1e12:.0f} TFLOP/s")
+        lines.append(f"copy, read and written: {cell['copied'] / times['copy'] / 1e9:.0f} GB/s")
+    refusals = {
+        (name, t["refused"]) for c in cells for name, t in c.get("times", {}).items() if not ran(c, name)
+    }
+    return lines + [f"{name} did not run some cells: {reason}" for name, reason in sorted(refusals)]
+
+
+def tables(cells: list[Cell]) -> list[str]:
+    return bars_peers.means(cells) if any(ran(c, name) for c in cells for name in PEERS) else []
+
+
+def verdict(cell: Cell) -> str:
+    if cell["kind"] == "device":
+        return "; ".join(rates([cell]))
+    return bars_peers.verdict(cell)
+
+
+FIGURES: dict[str, Callable[[list[Cell], Any], Any]] = {
+    "peers": peer_figures.first_page,
+    "training": peer_figures.training,
+    "decode": peer_figures.decode,
+}
+SUITE = Suite("peers", "gpu", SECTIONS, bars_peers.judge, verdict, rates, tables, FIGURES)

@@ -1,0 +1,36 @@
+// The draft mask: which of a sequence's new tokens, which are its last keys, each of its query rows sees. The
+// keys before them are left to the band.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+#include "sequence.h"
+
+namespace jax_flash {
+
+struct DraftMask {
+  const uint8_t* seen = nullptr;  // [row, key - first]; null: hides nothing
+  int64_t row = 0;                // elements from one row to the next
+  int32_t first = INT32_MAX;      // key of column 0; negative: more rows than keys
+
+  // Whether some of the keys before `end` are new tokens.
+  JF_HD bool reaches(int32_t end) const { return end > first; }
+  // Row and key must be in use.
+  JF_HD bool hides(int32_t i, int32_t j) const { return j >= first && !seen[i * row + (j - first)]; }
+};
+
+// Whether the call's draft mask is about a sequence: one of more rows than the mask has is seen through the
+// band alone.
+JF_HD bool has_drafts(int32_t q_len, int32_t draft_rows) { return q_len <= draft_rows; }
+
+JF_HD int32_t first_draft(int32_t q_len, int32_t k_len) { return k_len - q_len; }
+
+JF_HD DraftMask draft_mask_of(const Problem& p, int64_t leading, const Sequence& s) {
+  const View& view = p.draft_mask;
+  if (!view || !has_drafts(s.q_len, p.draft_rows)) return {};
+  const int64_t offset = view.leading_offset(p.leading, leading) + view.offset(s.index, 0, 0);
+  return {view.as<const uint8_t>() + offset, view.row, first_draft(s.q_len, s.k_len)};
+}
+
+}  // namespace jax_flash

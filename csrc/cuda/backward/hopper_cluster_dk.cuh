@@ -1,0 +1,145 @@
+// The consumer warpgroup of cuda/backward/hopper_cluster.cuh that makes dS and adds up dK.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward/hopper_cluster_consumer.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+
+namespace jax_flash {
+
+// dPᵀ, dSᵀ and dK.
+template <class C>
+struct ScoreGradientConsumer : ClusterConsumer<C> {
+  using Base = ClusterConsumer<C>;
+  using Base::Base, Base::p, Base::shared, Base::tile, Base::tile_index;
+  using typename Base::DoHalf, typename Base::QHalf, typename Base::S, typename Base::T, typename Base::VHalf;
+
+  S dp;                      // dPᵀ, then dSᵀ  [64, M]
+  typename C::Fragments ds;  // dSᵀ, rounded
+  typename C::DKHalf dk[2];  // dK [64, d]
+
+  __device__ __forceinline__ void start_dp(uint32_t use) {
+    shared.delta_pipe.wait_full(use);
+    shared.do_pipe.wait_full(this->do_use(use, 0));
+    shared.do_pipe.wait_full(this->do_use(use, 1));
+    ptx::wgmma_fence();
+    this->template start_product<true, VHalf, DoHalf>(dp, shared.v[0], this->d_out(use, 0));
+    this->template start_product<false, VHalf, DoHalf>(dp, shared.v[1], this->d_out(use, 1));
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void start_dk(uint32_t use) {
+    ptx::wgmma_fence();
+    this->template start_sum<QHalf>(dk[0], ds, shared.q[use % C::kStages][0]);
+    this->template start_sum<QHalf>(dk[1], ds, shared.q[use % C::kStages][1]);
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release_dout(uint32_t use) {
+    shared.do_pipe.release_in_all(this->do_use(use, 0), C::kCluster);
+    shared.do_pipe.release_in_all(this->do_use(use, 1), C::kCluster);
+  }
+
+  // dSᵀ = Pᵀ ∘ (dPᵀ − delta), with the score's own derivative, which goes to both CTAs.
+  __device__ __forceinline__ void differentiate(uint32_t use) {
+    const uint32_t stage = use % C::kStages;
+    const auto at = this->ds_address(use);
+    shared.p_pipe.wait_full(use);
+    const auto* delta =
+        reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::lane_index() % 4;
+    const float factor = C::Score::kDropout ? dropout_scale(p.spec) : 1;
+    const auto gradient = [factor](float w, float dp, float delta) {
+      return score_gradient<typename C::Score>(w, dp, delta, factor);
+    };
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) {
+      uint32_t w[4];
+      ptx::ldmatrix_x4(w, at.at(0, 2 * k));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int slot = 2 * (2 * k + i);
+        const float2 d = delta[2 * slot];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float2 x = ptx::unpack<T>(w[2 * i + e]);
+          dp.at(slot, 0, e) = gradient(x.x, dp.at(slot, 0, e), d.x);
+          dp.at(slot + 1, 0, e) = gradient(x.y, dp.at(slot + 1, 0, e), d.y);
+        }
+      }
+    }
+    shared.delta_pipe.release(use);
+    this->round(ds, dp);
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(at.at(0, 2 * k), ds.x[0][k]);
+    ptx::fence_async_shared();
+    ptx::barrier_arrive_by_warp(shared.ds_pipe.full_barrier(use));
+    if (ptx::lane_index() == 0)
+      ptx::copy_bytes_in(ptx::shared_address(shared.ds[use % C::kDsStages]) +
+                             (this->rank() * kConsumerRows + this->warp_row()) * C::DsTile::kPitch,
+                         16 * C::DsTile::kPitch, shared.ds_other_pipe.full_barrier(use), 1 - this->rank());
+    ptx::hold(ds.x[0]);
+  }
+
+  __device__ __forceinline__ void run_tile() {
+    this->for_steps(
+        [&](const QueryStep& step) {
+          shared.v_pipe.wait_full(tile_index);
+          start_dp(step.number);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dp.x[0]);
+          release_dout(step.number);
+          differentiate(step.number);
+        },
+        [&](const QueryStep& step) {
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          start_dk(step.number - 1);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          ptx::hold(ds.x[0]);
+          shared.q_pipe.release_in_all(step.number - 1, C::kCluster);
+          start_dp(step.number);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dp.x[0]);
+          release_dout(step.number);
+          differentiate(step.number);
+        },
+        [&](uint32_t use) {
+          shared.v_pipe.release(tile_index);
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          start_dk(use);
+          ptx::wgmma_wait<0>();
+          ptx::hold(dk[0].x[0]);
+          ptx::hold(dk[1].x[0]);
+          ptx::hold(ds.x[0]);
+          shared.q_pipe.release_in_all(use, C::kCluster);
+        });
+  }
+
+  __device__ __forceinline__ void run() {
+    for (;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      if (uniform(tile().done)) return;
+      dk[0].clear(), dk[1].clear();
+      run_tile();
+      if (uniform(tile().walk.tiles).empty()) {
+        shared.v_pipe.wait_full(tile_index);
+        shared.v_pipe.release(tile_index);
+      }
+      auto to = tile().dkey;
+#pragma unroll
+      for (auto& half : dk) {
+        for_each(half, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dK ← scale · dK
+        store_rows_from_registers(half, to, this->key(), tile().work.tile.end);
+        to.data += QHalf::kColumns, to.columns -= QHalf::kColumns;
+      }
+      shared.state_pipe.release(tile_index);
+    }
+  }
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,127 @@
+"""Bias, mask and segments in the backward, alone and together, repeatable or not: tiles of 128 keys, several of them.
+
+On Hopper these run in the loop of csrc/cuda/backward/hopper.cuh, where a warp stages bias and mask 8 keys at a time;
+rows that begin elsewhere are the portable kernels'.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs, poisoned
+from conftest import IMPLEMENTATION
+from programs import assert_same, attention, with_gradients
+
+if IMPLEMENTATION != "cuda":
+    pytest.skip("these are sizes for a GPU's kernels", allow_module_level=True)
+
+HALF = ("bfloat16", "float16")
+SQ, SK = 300, 520
+SIZES = {"b": 2, "sq": SQ, "sk": SK, "hq": 4, "hk": 2}
+SHORTER = {"q_lengths": (SQ - 7, 64), "kv_lengths": (SK - 20, 130), "causal": True}
+
+OPTIONS = {
+    "bias of heads": {"bias": (1, 4, SQ, SK)},
+    "bias of entries, causal": {"bias": (2, 1, SQ, SK), "causal": True},
+    "bias of all, window": {"bias": (2, 4, SQ, SK), "window": (100, 30)},
+    "bias for all, shorter": {"bias": (1, 1, SQ, SK), **SHORTER},
+    "bias of keys": {"bias": (2, 1, 1, SK)},
+    "bias of rows": {"bias": (1, 4, SQ, 1)},
+    "bias of 519 keys": {"bias": (1, 4, SQ, 519), "sk": 519, "causal": True},
+    "mask of heads": {"mask": (2, 4, SQ, SK)},
+    "mask of entries, causal": {"mask": (2, 1, SQ, SK), "causal": True},
+    "mask of keys, shorter": {"mask": (2, 1, 1, SK), **SHORTER},
+    "mask of rows": {"mask": (2, 1, SQ, 1)},
+    "mask of 519 keys": {"mask": (2, 1, SQ, 519), "sk": 519},
+    "bias and mask": {"bias": (1, 4, SQ, SK), "mask": (2, 1, 1, SK), "sinks": True},
+    "bias and dropout": {"bias": (1, 4, SQ, SK), "dropout_rate": 0.3, "causal": True},
+    "bias and softcap": {"bias": (2, 1, SQ, SK), "softcap": 9.0},
+    "mask, alibi, dropout": {"mask": (1, 1, SQ, SK), "alibi_slopes": (4,), "dropout_rate": 0.2},
+    "everything, shorter": {
+        "bias": (1, 4, SQ, SK), "mask": (2, 1, SQ, SK), "segments": 4, "softcap": 7.0, "dropout_rate": 0.2,
+        "alibi_slopes": (4,), **SHORTER,
+    },
+    "segments": {"segments": 5},
+    "segments, causal": {"segments": 9, "causal": True},
+    "segments and dropout, window": {"segments": 4, "window": (200, 20), "dropout_rate": 0.2},
+    "segments and bias": {"segments": 4, "bias": (1, 4, SQ, SK)},
+    "negative scale, mask": {"mask": (2, 1, SQ, SK), "scale": -0.2},
+}  # fmt: skip
+CASES = [
+    Case(f"{name} d{d}", dtype=HALF[(i + j) % 2], **SIZES | {"d": d, "dv": d} | options)
+    for i, (name, options) in enumerate(OPTIONS.items())
+    for j, d in enumerate((64, 128, 24))
+    if d > 24 or i % 3 == 0
+]
+
+
+@functools.cache
+def references(case):
+    return checks.references(case)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}, {case.dtype}")
+def test_an_options_gradients(case, deterministic):
+    """With NaN in all that is never read; a deterministic backward has the same bits again."""
+    if case.bias is not None:
+        case = case.replace(bias_dtype=case.dtype)
+    inputs = poisoned(case, make_inputs(case))
+
+    def run():
+        return checks.run(case, inputs, IMPLEMENTATION, at_once=True, deterministic=deterministic)
+
+    reason = checks.why_no_gradients(case, IMPLEMENTATION)
+    right, low = references(case)
+    if reason:
+        right, low = (oracle.Result(x.out, x.lse) for x in (right, low))
+    got = run()
+    oracle.assert_result(got, right, low, case)
+    if deterministic:
+        checks.assert_same(run(), got)
+
+
+LEADING = Case("several leading dimensions", b=2, sq=140, sk=264, hq=4, hk=2, d=64, dv=64, causal=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": (1, 4, 140, 264)},
+        {"mask": (2, 1, 140, 264), "window": (90, 10)},
+        {"bias": (2, 1, 140, 264), "dropout_rate": 0.2},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.parametrize("d", [64, 128])
+def test_leading_dimensions_that_do_not_merge(d, options, kernel):
+    """The outer vmap maps query and mask, the inner one key, value and bias: each pair of entries is its own call."""
+    case = LEADING.replace(dtype="bfloat16", bias_dtype="bfloat16", d=d, dv=d, **options)
+    checks.require(kernel, "forward", "backward", "bias_gradient", dtype="bfloat16", d=d, dv=d)
+    each = [make_inputs(case, seed) for seed in range(3)]
+    each = [x.positional | x.keywords for x in each]
+    outer, inner = ("query", "mask"), ("key", "value", "bias")
+
+    def axes(names):
+        return {name: 0 if name in names else None for name in each[0]}
+
+    def pick(i, j):
+        return {name: each[i if name in outer else j if name in inner else 0][name] for name in each[0]}
+
+    stacked = {
+        name: jnp.stack([x[name] for x in each]) if name in outer + inner else array
+        for name, array in each[0].items()
+    }
+    one = with_gradients(attention(case, kernel, deterministic=True))
+    got = jax.jit(jax.vmap(jax.vmap(one, (axes(inner),)), (axes(outer),)))(stacked)
+    alone = jax.jit(one)
+    for i, j in np.ndindex(3, 3):
+        entry = jax.tree.map(lambda x: x[i, j], got)  # noqa: B023
+        assert_same(entry, alone(pick(i, j)), tolerance=2e-2)
