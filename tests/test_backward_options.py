@@ -1,7 +1,7 @@
 """Bias, mask and segments in the backward, alone and together, repeatable or not: tiles of 128 keys, several of them.
 
 On Hopper these run in the loop of csrc/cuda/backward/hopper.cuh, where a warp stages bias and mask 8 keys at a time;
-rows that begin elsewhere are the portable kernels'.
+rows that begin elsewhere are the portable kernels'. Above head dim 128 hopper_cluster.cuh runs those without either.
 """
 
 from __future__ import annotations
@@ -60,6 +60,25 @@ CASES = [
     if d > 24 or i % 3 == 0
 ]
 
+WITHOUT_BIAS = {
+    **{name: options for name, options in OPTIONS.items() if not {"bias", "mask"} & set(options)},
+    "softcap, shorter": {"softcap": 7.0, **SHORTER},
+    "alibi, causal": {"alibi_slopes": (4,), "causal": True},
+    "dropout, shorter": {"dropout_rate": 0.3, **SHORTER},
+    "softcap and dropout, window": {"softcap": 7.0, "dropout_rate": 0.2, "window": (200, 20)},
+    "everything, sinks": {
+        "segments": 4, "softcap": 7.0, "dropout_rate": 0.2, "alibi_slopes": (4,), "sinks": True, **SHORTER,
+    },
+    "many queries": {"b": 1, "sq": 4200, "hq": 2, "causal": True},
+    "many queries, segments": {"b": 1, "sq": 4200, "sk": 4200, "hq": 1, "hk": 1, "segments": 30, "window": (300, 3)},
+}  # fmt: skip
+CASES += [
+    Case(f"{name} d{d}/{dv}", dtype=HALF[(i + j) % 2], **SIZES | {"d": d, "dv": dv} | options)
+    for i, (name, options) in enumerate(WITHOUT_BIAS.items())
+    for j, (d, dv) in enumerate(((256, 256), (192, 128), (160, 136)))
+    if d > 160 or i % 3 == 0
+]
+
 
 @functools.cache
 def references(case):
@@ -100,7 +119,7 @@ LEADING = Case("several leading dimensions", b=2, sq=140, sk=264, hq=4, hk=2, d=
     ],
     ids=lambda options: ", ".join(options) or "plain",
 )
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_leading_dimensions_that_do_not_merge(d, options, kernel):
     """The outer vmap maps query and mask, the inner one key, value and bias: each pair of entries is its own call."""
     case = LEADING.replace(dtype="bfloat16", bias_dtype="bfloat16", d=d, dv=d, **options)

@@ -49,7 +49,7 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
     assert "clusters" not in plan("backward", d=128, dv=128)["text"]
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 192, 256])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -68,6 +68,9 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
     ],
 )
 def test_hoppers_backward_has_kernels_for_options(d, kind, options):
+    if d > 128 and options.get("operands", 0) & operand_bits(("bias", "mask")):
+        assert arch(pass_="backward", d=d, dv=d, **options) == "sm80"
+        return
     for deterministic in (False, True):
         text = plan("backward", d=d, dv=d, deterministic=deterministic, **options)["text"]
         assert text.startswith(f"sm90 backward dense {kind} d={d} dv={d} tile ")
@@ -80,10 +83,8 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
         BIAS | {"bias_in_chunks": False},
         MASK | {"mask_in_chunks": False},
         BIAS | {"operands": operand_bits(("bias", "mask"))},
-        BIAS | {"d": 256, "dv": 256},
         {"dtype": "float32"},
         {"q_rows": 0},
-        {"d": 256, "dv": 256, "deterministic": True},
         {"device": A100},
     ],
 )
@@ -120,6 +121,7 @@ def test_hoppers_backward_adds_dq_up_in_the_workspace():
     assert plan("backward")["workspace"] == dq(1024)  # whole query tiles
     assert plan("backward", device=A100)["workspace"] == dq(1000)
     assert plan("backward", right=0, batch=16)["workspace"] == 8 * dq(1024) + 256  # and a counter of tiles
+    assert plan("backward", d=256, dv=256)["workspace"] == 4 * dq(1000)  # rows of all heads
 
 
 def test_hoppers_repeatable_backward_counts_the_turns_of_key_tiles():
@@ -127,6 +129,9 @@ def test_hoppers_repeatable_backward_counts_the_turns_of_key_tiles():
     assert repeatable["queries"]["blocks"] == 0
     turns = 2 * 8 * 8 * 4  # batch × heads × query tiles of 128
     assert repeatable["workspace"] == fast["workspace"] + turns + 256  # and a counter of tiles
+    fast, repeatable = (plan("backward", d=256, dv=256, deterministic=x) for x in (False, True))
+    turns = 2 * 8 * 16 * 4  # both CTAs of a cluster raise the count of a query tile
+    assert repeatable["workspace"] == fast["workspace"] + turns + 256
 
 
 def test_hoppers_backward_shares_key_tiles_out():

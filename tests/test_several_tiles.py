@@ -103,6 +103,9 @@ LARGE_HEAD_DIMS = [
         varlen(
             "packed, some keys", (130, 1, 0, 200, 64), kv_lengths=(149, 0, 3, 9, 64), **OTHER_KEYS, **PACKED
         ),
+        varlen(
+            "packed, options", (130, 1, 0, 200, 64), dropout_rate=0.2, softcap=5.0, **OTHER_KEYS, **PACKED
+        ),
     )
 ]
 
@@ -164,9 +167,10 @@ def test_each_option_alone(case):
 
 
 @pytest.mark.skipif(EMULATED, reason="the emulator has none of Hopper's kernels")
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", in_dtypes(LARGE_HEAD_DIMS, HALF), ids=lambda case: case.name)
-def test_large_head_dims(case):
-    check(case, deterministic=False)
+def test_large_head_dims(case, deterministic):
+    check(case, deterministic)
 
 
 @pytest.mark.parametrize(

@@ -162,4 +162,30 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   score.drop_weights(s, tile);  // P ← drop(P)
 }
 
+// The same in two, where one warp has S and another dP. The first makes S → P, as above, and W = P ∘
+// score'(S), with a minus where dropout drops it;
+template <class Score, class Tile, class S, class Rows>
+__device__ __forceinline__ void tile_weights(Score& score, const Tile& tile, const Rows& rows, bool partial,
+                                             S& s, S& w) {
+  if constexpr (Score::kScalesGradient) for_each(w, [](float& x, int, int, int) { x = 1; });
+  score.template differentiate<GradientOf::kProduct>(s, w, tile);  // S ← score(S); W ← score'(S)
+  if (partial) mask(s, tile.band(), tile.row(), tile.key);
+  probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
+  for_each(s, [&](float x, int slot, int n, int e) {
+    float& to = w.at(slot, n, e);
+    to = Score::kScalesGradient ? to * x : x;
+  });
+  score.mark_dropped(w, tile);
+  score.drop_weights(s, tile);  // P ← drop(P)
+}
+// and the second dS = |W| (drop(dP) − delta). `factor`: dropout_scale().
+template <class Score>
+__device__ __forceinline__ float score_gradient(float w, float dp, float delta, float factor) {
+  if constexpr (Score::kDropout) {
+    return fabsf(w) * (w < 0 ? -delta : fmaf(dp, factor, -delta));
+  } else {
+    return w * (dp - delta);
+  }
+}
+
 }  // namespace jax_flash

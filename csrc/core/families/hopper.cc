@@ -117,14 +117,14 @@ class Forward final : public PassTraits {
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
 // repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask that cannot be copied 8 keys at a time.
+// bias or a mask that cannot be copied 8 keys at a time, and any in clusters.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
+    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
-    if (spec.deterministic && row.cluster > 1) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
@@ -142,7 +142,7 @@ class Backward final : public PassTraits {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     add_segments(call, s.k_rows, plan.keys, workspace);
-    plan.accumulator = workspace.add(sums_of_dq(call.spec, dims_of(s), row.block_m).value());
+    plan.accumulator = workspace.add(sums_of_dq(row, call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     plan.cluster_size = row.cluster;  // whose CTAs work on one key tile together
     share_tiles(plan.keys.blocks * row.cluster, unequal, row.teams, call, workspace, plan);
@@ -155,13 +155,16 @@ class Backward final : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
     return schedule_bound(spec, s, s.k_rows) + segments_bound(spec, s, s.k_rows) +
-           aligned(sums_of_dq(spec, s, hopper::kMostQueryRows)) + turns + aligned(kCounterBytes);
+           aligned(
+               max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
+           turns + aligned(kCounterBytes);
   }
 
  private:
-  // By rows or by tiles, as the kernel wants it.
-  static Dim sums_of_dq(const AttentionSpec& spec, const DimShapes& s, int64_t block_m) {
-    return max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, block_m));
+  // By rows of all heads in clusters, else by rows or by tiles, as the kernel of the score wants it.
+  static Dim sums_of_dq(const KernelRow& row, const AttentionSpec& spec, const DimShapes& s) {
+    const Dim by_rows = accumulator_bytes(spec, s);
+    return row.cluster > 1 ? by_rows : max(by_rows, tiled_accumulator_bytes(spec, s, row.block_m));
   }
 };
 

@@ -84,16 +84,19 @@ struct TileScheduler {
   static __device__ __forceinline__ uint32_t first(int team) {
     return blockIdx.x / kCluster + team * gridDim.x;
   }
+  // The next number of the counter, in a cluster the same for all CTAs.
+  __device__ __forceinline__ uint32_t take() {
+    const uint32_t message = messages++;
+    if constexpr (kCluster > 1)
+      if (ptx::cluster_rank() > 0) return mailbox.receive(message);
+    const uint32_t number = atomicAdd(tiles.counter, 1u);
+    if constexpr (kCluster > 1) mailbox.send(message, number);
+    return number;
+  }
   // The worker's tile after `number`. It should be asked for late: a tile that is taken early by a worker
   // with a long one in progress ends when others have none left.
   __device__ __forceinline__ uint32_t next(uint32_t number) {
-    const uint32_t message = messages++;
-    if constexpr (kCluster > 1)
-      if (tiles.counter && ptx::cluster_rank() > 0) return mailbox.receive(message);
-    if (!tiles.counter) return number + workers();
-    number = workers() + atomicAdd(tiles.counter, 1u);
-    if constexpr (kCluster > 1) mailbox.send(message, number);
-    return number;
+    return tiles.counter ? workers() + take() : number + workers();
   }
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number) const {
     return find_work<over>(p, tiles.schedule, tiles.tiles_per_head, kCluster * kRows, {number, tiles.count},

@@ -102,12 +102,14 @@ __device__ __forceinline__ uint32_t lane_index() {
   return x;
 }
 
-// Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps.
+// Named barrier `number` (1 to 15; 0 is __syncthreads) for `threads` threads of the block, in whole warps. It
+// is an aligned one: all of them come to it at the same instruction.
 __device__ __forceinline__ void sync_group(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// The same, also __syncthreads as number 0, for warps whose lanes need not have converged.
+// The same, also __syncthreads as number 0, for warps of several roles, each of which comes to it at an
+// instruction of its own, and whose lanes need not have converged.
 __device__ __forceinline__ void sync_any_group(int number, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }

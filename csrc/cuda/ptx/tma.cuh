@@ -96,7 +96,7 @@ __device__ __forceinline__ void wait_count(const uint32_t* count, uint32_t wante
   uint32_t x;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(count) : "memory");
-  } while (x != wanted);
+  } while (x < wanted);
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 

@@ -315,6 +315,11 @@ struct WithDropout : Score {
   __device__ __forceinline__ void drop_weights(S& s, const Tile& tile) const {
     if (tile.p.dropout) kept_elements.drop(s, 0, S::kColumnTiles);
   }
+  template <class Tile>
+  __device__ __forceinline__ void mark_dropped(S& x, const Tile& tile) const {
+    if (!tile.p.dropout) return;
+    for_each(x, [&](float& w, int slot, int n, int e) { w = kept_elements.at(slot, n, e) ? w : -w; });
+  }
 };
 
 // Dropout alone.

@@ -107,6 +107,9 @@ struct ScoreVariant {
   // P ← drop(P), less the factor 1 / (1 − rate), once dS = P ∘ dP is made of it.
   template <class Tile>
   __device__ __forceinline__ void drop_weights(S&, const Tile&) const {}
+  // x ← −x where dropout drops it: what is done before drop_weights() where another warp has dP.
+  template <class Tile>
+  __device__ __forceinline__ void mark_dropped(S&, const Tile&) const {}
 };
 
 template <class S>
