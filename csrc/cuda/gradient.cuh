@@ -151,6 +151,10 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   score.template differentiate<kOf>(s, dp, tile);  // S ← score(S); dP ← score'(S) ∘ dP
   if (partial) mask(s, tile.band(), tile.row(), tile.key);
   probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
+  if constexpr (Score::kDropout && !Score::kScalesGradient && S::kTransposed) {
+    wait_dp();
+    return score.drop_all(s, dp, tile, rows);
+  }
   if constexpr (!Score::kScalesGradient) {
     wait_dp();
     score.drop_gradient(dp, tile);
