@@ -25,6 +25,8 @@ Calls = dict[str, tuple[Call, Sequence[tuple[Any, ...]]]]  # name → (function,
 
 ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}  # bytes: several times the largest L2 or L3 in use today
 REPEATS, BURST = 6, 0.03  # seconds of one burst
+# Products by cuBLAS's fastest algorithm, also where the process runs with --xla_gpu_autotune_level=0.
+PRODUCTS = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
 CALLS_AT_MOST = 200  # of one burst, however short they are
 
 
@@ -148,7 +150,7 @@ def matmul_call(platform: str, dtype: str) -> tuple[Call, list[tuple[Any, ...]]]
     """A square product in `dtype` at the device's own pace."""
     n = flop.MATMUL_SIZE[platform]
     a, b = (jax.random.normal(key, (n, n), dtype) for key in jax.random.split(jax.random.key(0)))
-    return jax.jit(jnp.matmul), [(a, b)]
+    return jax.jit(jnp.matmul, compiler_options=PRODUCTS if platform == "gpu" else None), [(a, b)]
 
 
 def copy_call(platform: str) -> tuple[Call, list[tuple[Any, ...]], float]:

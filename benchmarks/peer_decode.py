@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from .bars import Cell
 from .decode_cuda import Call, contiguous, paged, scattered
 from .peer_attention import timed
 
-CHAIN_OF_SHORT = 64  # calls of a few microseconds in one program
+CHAIN_OF_SHORT = 32  # calls of a few microseconds in one program
 ONE = (*((b, 32, 8, 128, keys) for b in (1, 8) for keys in (512, 1024, 4096)), (1, 32, 4, 128, 1024))
 MANY = (1024, 32, 8, 128, 512)
 KINDS = (64, 32, 8, 128, 8192)
@@ -46,19 +45,12 @@ Made = dict[str, Callable[[], Call]]
 def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
     """The calls, chained and compiled side by side; and the reasons of those that do not run."""
 
-    def first_call(make: Callable[[], Call]) -> Any:
-        try:
-            call, arguments = decode_cuda.chained(make(), chain)
-            jax.block_until_ready(call(*arguments[0]))
-            return call, arguments
-        except Exception as error:  # each implementation has errors of its own
-            return {"refused": peers.why(error)}
+    def compile_one(make: Callable[[], Call]) -> peers.Finish:
+        call, arguments = decode_cuda.chained(make(), chain)
+        call.lower(*arguments[0]).compile()
+        return lambda: (call, arguments)
 
-    workers = None if jax.default_backend() == "gpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(made, pool.map(first_call, made.values()), strict=True))
-    refused = {name: x for name, x in found.items() if isinstance(x, dict)}
-    return {name: x for name, x in found.items() if name not in refused}, refused
+    return peers.compiled_side_by_side({n: functools.partial(compile_one, make) for n, make in made.items()})
 
 
 def cell(name: str, made: Made, sizes: dict[str, float], chain: int = decode_cuda.CHAIN, **tags: Any) -> Cell:

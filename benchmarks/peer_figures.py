@@ -75,7 +75,7 @@ def bars(axes: Any, rows: list[Row], title: str, label: str) -> None:
     axes.invert_yaxis()
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(label, fontsize=8)
-    axes.legend(fontsize=6)
+    axes.margins(y=0.01)
 
 
 def panels(shown: list[tuple[str, str, list[Row]]], plt: Any) -> Any:
@@ -88,6 +88,12 @@ def panels(shown: list[tuple[str, str, list[Row]]], plt: Any) -> Any:
     figure, every = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
     for axes, (title, label, rows) in zip(every[0], shown, strict=True):
         bars(axes, rows, title, label)
+    drawn = {
+        label: bar for axes in every[0] for bar, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        drawn.values(), drawn.keys(), loc="outside lower center", ncols=8, fontsize=7, frameon=False
+    )
     return figure
 
 

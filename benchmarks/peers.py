@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from .cases import Case, Inputs, make_inputs
 from .measure import copies_for
 
 JAX_NN = {"GQA", "window", "lengths", "mask", "bias", "scale"}
+Finish = Callable[[], tuple[Any, list[Any]]]  # gives a call that is compiled, and its argument tuples
 DIFFERENTIATED = ("bias", "sinks")  # beside query, key and value
 FLASH_ATTN = {"GQA", "window", "packed", "scale", "bottom-right"}
 
@@ -97,27 +98,55 @@ def prepare(
     What the first call of a peer raises is its reason. This library's own errors are raised, if `raise_own`.
     """
     each = {case.name: case for _, case, _ in what.values()}
-    workers = None if jax.default_backend() == "gpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(_workers()) as pool:
         drawn = dict(zip(each, pool.map(draw_inputs, each.values()), strict=True))
 
-    def first_call(item: tuple[str, Case, str]) -> Any:
-        peer, case, pass_ = item
-        try:
-            call, arguments = calls(peer, case, pass_, drawn[case.name])
-            jax.block_until_ready(call(*arguments[0]))
-            return call, arguments
-        except Exception as error:  # each library has errors of its own
-            if (peer == "jax_flash" or peer in VARIANTS) and raise_own:
-                raise
-            return {"refused": why(error)}
+    def compile_one(name: str, case: Case, pass_: str) -> Finish:
+        compile_it, finish = _in_two_steps(name, case, pass_, drawn[case.name])
+        compile_it()
+        return finish
 
-    with ThreadPoolExecutor(workers) as pool:
-        made = dict(zip(what, pool.map(first_call, what.values()), strict=True))
-    return (
-        {name: call for name, call in made.items() if isinstance(call, tuple)},
-        {name: reason for name, reason in made.items() if isinstance(reason, dict)},
-    )
+    own = {
+        key for key, (name, _, _) in what.items() if raise_own and (name == "jax_flash" or name in VARIANTS)
+    }
+    return compiled_side_by_side({key: partial(compile_one, *request) for key, request in what.items()}, own)
+
+
+def _workers() -> int | None:
+    return None if jax.default_backend() == "gpu" else 1
+
+
+def compiled_side_by_side(
+    jobs: dict[Any, Callable[[], Finish]], raised: Container[Any] = ()
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """The calls of jobs, each of which compiles and returns what gives the call; and the reasons of those that fail.
+
+    All are compiled before the first is called, one by one: a call may be captured as a CUDA graph, which fails where
+    another thread uses the device meanwhile. The errors of the jobs in `raised` are raised.
+    """
+
+    def begin(job: Callable[[], Finish]) -> Finish | Exception:
+        try:
+            return job()
+        except Exception as error:  # each library has errors of its own
+            return error
+
+    with ThreadPoolExecutor(_workers()) as pool:
+        begun = dict(zip(jobs, pool.map(begin, jobs.values()), strict=True))
+    calls: dict[Any, Any] = {}
+    refused: dict[Any, Any] = {}
+    for key, finish in begun.items():
+        try:
+            if isinstance(finish, Exception):
+                raise finish
+            call, arguments = finish()
+            jax.block_until_ready(call(*arguments[0]))
+            calls[key] = call, arguments
+        except Exception as error:
+            if key in raised:
+                raise
+            refused[key] = {"refused": why(error)}
+    return calls, refused
 
 
 def why(error: Exception) -> str:
@@ -136,51 +165,79 @@ def draw_inputs(case: Case) -> list[Inputs]:
 
 
 def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
-    """The call of one pass of a peer, compiled, and the arguments that it goes through."""
+    """The call of one pass of a peer, and the arguments that it goes through."""
+    return _in_two_steps(name, case, pass_, inputs)[1]()
+
+
+def _in_two_steps(
+    name: str, case: Case, pass_: str, inputs: list[Inputs]
+) -> tuple[Callable[[], None], Finish]:
+    """What compiles the call of one pass of a peer, and what gives the call."""
     attend = (PEERS | VARIANTS)[name].attend(case)
     if name == "torch":
-        return _torch_calls(attend, pass_, inputs)
+        return lambda: None, lambda: _torch_calls(attend, pass_, inputs)
     if name == "mosaic" and case.dtype == "bfloat16":
         inputs = jax.tree.map(lambda x: x.astype("float16"), [vars(x) for x in inputs])
         inputs = [Inputs(**x) for x in inputs]
-    return pass_calls(attend, pass_, inputs)
+    return _pass_in_two_steps(attend, pass_, inputs)
 
 
 def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
-    """The call of one pass, and its arguments.
+    """The call of one pass, and its arguments."""
+    return _pass_in_two_steps(attend, pass_, inputs)[1]()
+
+
+def _pass_in_two_steps(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Callable[[], None], Finish]:
+    """What compiles the call of one pass, and what gives the call with its arguments.
 
     The backward call starts from the forward's own residuals, so that it is the gradient's cost alone, that of a bias
     and of sinks included; "both" is a training step's cost: out and the gradients of query, key and value. "jvp" is out
     and its tangent.
     """
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
-    if pass_ == "forward":
-        return jax.jit(attend), arguments
+    if pass_ == "backward":
+        return _backward_in_two_steps(attend, inputs, arguments)
+    call: Any = jax.jit(attend)
     if pass_ == "both":
 
         def both(q: Any, k: Any, v: Any, arrays: Any, dout: Any) -> Any:
             out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, arrays), q, k, v)
             return out, pull(dout)
 
-        return jax.jit(both), [(*a, x.dout) for a, x in zip(arguments, inputs, strict=True)]
+        call = jax.jit(both)
+        arguments = [(*a, x.dout) for a, x in zip(arguments, inputs, strict=True)]
 
     if pass_ == "jvp":
 
         def jvp(qkv: Any, arrays: Any, tangents: Any) -> Any:
             return jax.jvp(lambda q, k, v: attend(q, k, v, arrays), qkv, tangents)
 
-        return jax.jit(jvp), [(_qkv(x), _others(x), _tangents(x)) for x in inputs]
+        call, arguments = jax.jit(jvp), [(_qkv(x), _others(x), _tangents(x)) for x in inputs]
 
+    return lambda: call.lower(*arguments[0]).compile(), lambda: (call, arguments)
+
+
+def _backward_in_two_steps(
+    attend: Attend, inputs: list[Inputs], arguments: list[Any]
+) -> tuple[Callable[[], None], Finish]:
     @jax.jit
     def pull(q: Any, k: Any, v: Any, arrays: Any) -> Any:
         moving = {name: arrays[name] for name in DIFFERENTIATED if name in arrays}
         return jax.vjp(lambda q, k, v, x: attend(q, k, v, arrays | x), q, k, v, moving)[1]
 
     backward = jax.jit(lambda residuals, dout: residuals(dout))
-    first = pull(*arguments[0]), inputs[0].dout
-    copies = copies_for(first, jax.default_backend())  # residuals may be far larger than the inputs
-    rest = zip(arguments[1:copies], inputs[1:copies], strict=True)
-    return backward, [first, *((pull(*argument), x.dout) for argument, x in rest)]
+
+    def compile_it() -> None:
+        pull.lower(*arguments[0]).compile()
+        backward.lower(jax.eval_shape(pull, *arguments[0]), inputs[0].dout).compile()
+
+    def finish() -> tuple[Attend, list[Any]]:
+        first = pull(*arguments[0]), inputs[0].dout
+        copies = copies_for(first, jax.default_backend())  # residuals may be far larger than the inputs
+        rest = zip(arguments[1:copies], inputs[1:copies], strict=True)
+        return backward, [first, *((pull(*argument), x.dout) for argument, x in rest)]
+
+    return compile_it, finish
 
 
 def _qkv(inputs: Inputs) -> tuple[jax.Array, ...]:

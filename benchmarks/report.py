@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -51,6 +52,7 @@ def header(arguments: list[str]) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit(folder: Path) -> str | None:
     """The commit of a checkout; None where the folder is in none."""
     return _output("git", "-C", str(folder), "rev-parse", "--short", "HEAD")
@@ -63,6 +65,7 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
+@functools.cache
 def _driver() -> str | None:
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import jax_flash
 
 from . import measure, peers
 from .bars import Cell
-from .step_training import PRODUCTS
 
 REPEATS, BURST = 4, 0.1
 WAYS = ("jax_flash", "no attention", "pallas")
@@ -144,26 +143,19 @@ def serving_cells(sizes: Sizes = Sizes()) -> Iterator[Cell]:
     """Milliseconds of a step, and of one in which nothing attends."""
     weights, tables = weights_of(sizes), tables_of(sizes)
 
-    def made(way: str) -> Any:
-        try:
-            state = first_state(sizes, way == "pallas")
-            lowered = jax.jit(step_of(sizes, way), donate_argnums=0).lower(state, weights, tables)
-            program, captured = compiled(lowered)
-            call = stepping(program, state, weights, tables)
-            jax.block_until_ready(call())
-            return call, captured
-        except Exception as error:
-            return {"refused": peers.why(error)}
+    captured: dict[str, Any] = {}
 
-    workers = None if jax.default_backend() == "gpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(WAYS, pool.map(made, WAYS), strict=True))
-    refused = {name: x for name, x in found.items() if isinstance(x, dict)}
-    there = {name: x for name, x in found.items() if name not in refused}
-    times = measure.in_turns({name: (call, [()]) for name, (call, _) in there.items()}, REPEATS, BURST)
+    def compile_one(way: str) -> peers.Finish:
+        state = first_state(sizes, way == "pallas")
+        lowered = jax.jit(step_of(sizes, way), donate_argnums=0).lower(state, weights, tables)
+        program, captured[way] = compiled(lowered)
+        return lambda: (stepping(program, state, weights, tables), [()])
+
+    calls, refused = peers.compiled_side_by_side({way: partial(compile_one, way) for way in WAYS})
+    times = measure.in_turns(calls, REPEATS, BURST)
     name = f"decode step, {sizes.sequences} sequences of {sizes.keys:,} keys"
     cell = {"kind": "serving", "name": name, "sequences": sizes.sequences, "times": times | refused}
-    yield cell | {"captured": {name: captured for name, (_, captured) in there.items()}}
+    yield cell | {"captured": captured}
 
 
 def stepping(program: Any, state: State, weights: Any, tables: Any) -> Callable[[], Any]:
@@ -181,7 +173,7 @@ def compiled(lowered: Any) -> tuple[Any, dict[str, int] | None]:
         return lowered.compile(), None
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        program = lowered.compile(compiler_options=PRODUCTS | options)
+        program = lowered.compile(compiler_options=measure.PRODUCTS | options)
         found = list(Path(folder).glob("*serving_step*thunk_sequence_after_thunk_passes.txt"))
         return program, captured_calls(found[0].read_text()) if found else None
 

@@ -7,7 +7,6 @@ that are recomputed in the backward pass (remat), bytes as its vocabulary, AdamW
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,8 +22,6 @@ from .bars import Cell
 
 REPEATS, BURST = 3, 0.25
 DOCUMENT = 1500  # tokens of a document on average
-# Products by cuBLAS's fastest algorithm, also where the process runs with --xla_gpu_autotune_level=0.
-PRODUCTS = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
 KEEP = ("flash_out", "flash_lse")
 
 Attend = Callable[..., Any]  # (q, k, v, offsets of documents, sinks, window) → out
@@ -185,25 +182,16 @@ def steps(
 ) -> tuple[measure.Calls, dict[str, Any]]:
     """name → a call that makes one step from the state of the one before; and what does not run, with its reason."""
 
-    def made(way: str) -> Any:
-        try:
-            lowered, create, batch = lowered_step(sizes, way, rows, length)
-            program = compiled(lowered)
-            call = stepping(program, create(), batch)
-            jax.block_until_ready(call())
-            return call, [()]
-        except Exception as error:
-            return {"refused": peers.why(error)}
+    def compile_one(way: str) -> peers.Finish:
+        lowered, create, batch = lowered_step(sizes, way, rows, length)
+        program, first_state = compiled(lowered), create.lower().compile()
+        return lambda: (stepping(program, first_state(), batch), [()])
 
-    workers = None if jax.default_backend() == "gpu" else 1
-    with ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(ways, pool.map(made, ways), strict=True))
-    refused = {name: x for name, x in found.items() if isinstance(x, dict)}
-    return {name: x for name, x in found.items() if name not in refused}, refused
+    return peers.compiled_side_by_side({way: partial(compile_one, way) for way in ways})
 
 
 def compiled(lowered: Any) -> Any:
-    return lowered.compile(compiler_options=PRODUCTS if jax.default_backend() == "gpu" else None)
+    return lowered.compile(compiler_options=measure.PRODUCTS if jax.default_backend() == "gpu" else None)
 
 
 def stepping(program: Any, state: Any, batch: Any) -> Callable[[], Any]:

@@ -17,6 +17,7 @@ from .operands import BACKWARD, BIAS_GRADIENT, TANGENT, TANGENTS
 from .paged import gather
 from .primitives import bind
 from .spec import AttentionSpec
+from .validate import MAX_HEAD_DIM
 
 Operands = dict[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]
@@ -28,6 +29,7 @@ Gradients = dict[str, jax.Array]
 def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     """(tout, tlse) from the call's operands, its results out and lse, and those tangents that are not zero."""
     if spec.paged:
+        _check_head_dim(operands)
         return _paged_tangents(spec, operands)
     moving = {name for name in TANGENTS if name in operands}
     by_score = moving & {"tquery", "tkey", "tvalue"}
@@ -57,6 +59,16 @@ def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> 
         wide = tout.astype(jnp.float32) - jnp.swapaxes(through, -1, -2)[..., None] * out.astype(jnp.float32)
         tout = wide.astype(tout.dtype)
     return tout, tlse
+
+
+def _check_head_dim(operands: Operands) -> None:
+    """Only the forward has kernels for the head dims of latent pools."""
+    d = operands["key"].shape[-1]
+    if d > MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"paged_attention: k_pages has head dim {d}, and the kernels of derivatives have at most {MAX_HEAD_DIM}; "
+            'implementation="xla" differentiates it'
+        )
 
 
 def _zeros(x: jax.Array) -> jax.Array:
@@ -91,6 +103,7 @@ def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
 def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) -> Gradients:
     """The gradients of the operands `wanted`, for the cotangents dout and dlse among `operands`; a missing one is 0."""
     if spec.paged:
+        _check_head_dim(operands)
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")

@@ -83,3 +83,16 @@ class PagedOptions(Options, total=False):
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
     draft_mask: ArrayLike | None
+    value_dim: int | None
+
+
+class AppendOptions(TypedDict, total=False):
+    """The options of `append_kv`."""
+
+    cu_seqlens: IndexLike | None
+    page_layout: PageLayout
+    rotary: tuple[ArrayLike, ArrayLike] | None
+    interleaved: bool
+    k_scale: ArrayLike | None
+    v_scale: ArrayLike | None
+    implementation: Implementation | None

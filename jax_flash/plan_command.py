@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--paged", action="store_true", help="keys and values in pages: paged_attention, decode included")
     add("--page-size", type=_size, default=64, help="(default: 64)")
     add("--float8", action="store_true", help="float8 page pools")
+    add("--latent", action="store_true", help="with --paged: values are the first DV columns of k_pages")
     add("--num-splits", type=_size, help="of paged_attention")
     add("--batch-invariant", action="store_true", help="of paged_attention")
     add("--causal", action="store_true")
@@ -158,6 +159,7 @@ def abstract_call(options: argparse.Namespace) -> tuple[Any, ...]:
         given["dropout_rate"] = 0.1
     if options.paged:
         given |= {"num_splits": options.num_splits, "batch_invariant": options.batch_invariant}
+        given["value_dim"] = _Sizes.of(options).dv if options.latent else None
     function: Callable[..., Any] = (
         paged_attention if options.paged else flash_attention_varlen if options.varlen else flash_attention
     )
@@ -178,7 +180,9 @@ def _positional(options: argparse.Namespace, n: _Sizes) -> list[Any]:
     if options.paged:
         pages = -(-n.sk // options.page_size) if options.page_size else 0
         pool = "float8_e4m3fn" if options.float8 else options.dtype
-        pools = (_array((n.b * pages, options.page_size, n.hk, width), pool) for width in (n.d, n.dv))
+        pools = [_array((n.b * pages, options.page_size, n.hk, width), pool) for width in (n.d, n.dv)]
+        if options.latent:
+            pools[1] = None
         return [query, *pools, _array((n.b, pages), "int32"), _array((n.b,), "int32")]
     keys = (_array((*batch, n.sk, n.hk, width), options.dtype) for width in (n.d, n.dv))
     return [query, *keys, *((starts, starts) if options.varlen else ())]
@@ -202,7 +206,8 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
         named["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
     if options.paged:
         named.pop("kv_lengths", None)  # which is positional
-        named |= {x: _array((n.hk,), "float32") for x in ("k_scale", "v_scale") if options.float8}
+        scales = ("k_scale",) if options.latent else ("k_scale", "v_scale")
+        named |= {x: _array((n.hk,), "float32") for x in scales if options.float8}
         named |= {"cu_seqlens_q": _array((n.b + 1,), "int32")} if options.varlen else {}
     return named
 
@@ -240,6 +245,7 @@ def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
             float8=options.float8,
             num_splits=options.num_splits or 0,
             batch_invariant=options.batch_invariant,
+            value_dim=n.dv if options.latent else 0,
             draft_rows=n.draft,
         )
     if pass_ == "bias_gradient":

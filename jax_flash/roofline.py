@@ -22,7 +22,10 @@ from .spec import AttentionSpec, Spec
 def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
     """Of one call: FLOP by the shapes, as `flops` counts where values are unknown; every operand is read once."""
     operands = dict(zip(operand_names(pass_, spec), shapes))
-    moved = [x.bytes for name, x in operands.items() if name not in pass_.operands[: pass_.in_place]]
+    unread = pass_.operands[: pass_.in_place]
+    if isinstance(spec, AttentionSpec) and spec.value_dim:  # V is a part of K
+        unread += ("value",)
+    moved = [x.bytes for name, x in operands.items() if name not in unread]
     if pass_.in_place:  # which writes no more than it is given
         moved += [operands[name].bytes for name in ("key", "value")]
     else:

@@ -22,6 +22,7 @@ from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_HEAD_DIM = 256
+MAX_LATENT_DIM, MAX_LATENT_VALUE_DIM = 576, 512  # of pages whose first columns are V
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
 _INT32_MAX = 2**31 - 1

@@ -67,5 +67,6 @@ def _options(spec: AttentionSpec) -> dict[str, Any]:
         "deterministic": spec.deterministic,
         "num_splits": spec.num_splits,
         "batch_invariant": spec.batch_invariant,
+        "value_dim": spec.value_dim,
         "operands": operand_bits(spec.operands),
     }

@@ -19,6 +19,7 @@ from cases import Case, Inputs, make_inputs, operands, spec
 
 import jax_flash
 from jax_flash import reference
+from jax_flash.validate import MAX_HEAD_DIM
 
 GARBAGE = (-(2**31), 2**31 - 1, -1, 10**6)
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
@@ -80,15 +81,21 @@ class Paged:
     pages: Pages
     arrays: dict[str, jax.Array]
 
+    @property
+    def latent(self) -> bool:
+        """Whether V is the first columns of K."""
+        return "value" not in self.arrays
+
     def call(self, implementation: str | None, **options: Any) -> Any:
         """arrays → (out, lse)"""
 
         def run(arrays: dict[str, jax.Array]) -> Any:
             arrays = self.arrays | arrays
             positional = [
-                arrays.pop(name) for name in ("query", "key", "value", "block_tables", "kv_lengths")
+                arrays.pop(name, None) for name in ("query", "key", "value", "block_tables", "kv_lengths")
             ]
             static = {name: value for name, value in self.case.options.items() if name != "dropout_rate"}
+            static["value_dim"] = self.case.dv if self.latent else None
             return jax_flash.paged_attention(
                 *positional, **arrays, **static | options, page_layout=self.pages.layout, return_lse=True,
                 implementation=implementation,
@@ -121,6 +128,15 @@ def paged(
     arrays["block_tables"] = jnp.asarray(pages.tables)
     arrays["kv_lengths"] = jnp.asarray(lengths, jnp.int32)
     return Paged(case, inputs, pages, arrays)
+
+
+def latent(case: Case, *arguments: Any, **named: Any) -> Paged:
+    """paged(), with the first dv columns of the keys as values, which have no pool of their own."""
+    call = paged(case, *arguments, **named)
+    call.inputs.positional["value"] = call.inputs.positional["key"][..., : case.dv]
+    for name in ("value", "v_scale"):
+        call.arrays.pop(name, None)
+    return call
 
 
 def sequence_lengths(case: Case) -> tuple[int, ...]:
@@ -161,6 +177,12 @@ def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.R
 
 
 def _to_pools(call: Paged, result: oracle.Result) -> oracle.Result:
+    if call.latent:
+        gradients = dict(result.gradients)
+        value = np.asarray(gradients.pop("value"), np.float64)
+        width = gradients["key"].shape[-1] - value.shape[-1]
+        gradients["key"] = gradients["key"] + np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, width)])
+        result = dataclasses.replace(result, gradients=gradients)
     moved = {
         name: call.pages.gradient(rows_of(call.case, np.asarray(x, np.float64)))
         if name in ("key", "value")
@@ -193,7 +215,9 @@ def check(call: Paged, implementation: str, *, gradients: bool = False, **option
 def require(implementation: str, case: Case | None = None) -> None:
     """Skips the test where the library has no paged kernels: they come with the append pass."""
     case = case or Case("any")
-    checks.require(implementation, "forward", "append", dtype=case.dtype, d=case.d, dv=case.dv)
+    forward = "forward" if case.d <= MAX_HEAD_DIM else "decode"  # which has the kernels of latent pools
+    passes = ("append",) if implementation != "cuda" and forward == "decode" else (forward, "append")
+    checks.require(implementation, *passes, dtype=case.dtype, d=case.d, dv=case.dv)
 
 
 # What a test says of rows: which ones, in words.

@@ -145,3 +145,47 @@ def test_the_workspace_stays_within_its_bound(seed):
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"]
         assert chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)
+
+
+LATENT = {"heads": 128, "kv_heads": 1, "d": 576, "dv": 512, "value_dim": 512}
+A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
+
+
+def test_latent_pools_have_kernels_of_their_own():
+    assert (plan(**LATENT)["row"]["arch"], plan(**LATENT)["row"]["block_m"]) == ("sm90", 64)
+    for device, heads, tile in ((A100, 128, (64, 32)), (A100, 16, (16, 32)), (A10, 128, (16, 16))):
+        row = plan(device, **LATENT | {"heads": heads})["row"]
+        assert (row["arch"], row["pass"], row["block_m"], row["block_n"]) == ("sm80", "decode", *tile)
+    assert plan(**LATENT | {"d": 192, "dv": 128, "value_dim": 128, "heads": 8})["row"]["d"] == 192
+
+
+def test_latent_pools_are_decoded_however_many_rows_there_are():
+    for options in ({"q_rows": 300}, {"q_rows": 700, "varlen": True}):
+        chosen = plan(**LATENT | options)
+        assert chosen["row"]["pass"] == "decode"
+        assert "decode_row" not in chosen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "float32"}, {"float8": True}, {"capability": 75, "dtype": "float16"}, {"value_dim": 0}],
+    ids=str,
+)
+def test_what_latent_pools_lack_is_an_error_that_names_plain_jax(options):
+    with pytest.raises(RuntimeError, match=r'd=576, dv=512 on sm_.*implementation="xla" runs it'):
+        plan(**LATENT | options)
+
+
+def test_the_workspace_of_latent_pools_stays_within_its_bound():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        options = LATENT | {
+            "kv_heads": int(rng.integers(1, 4)), "batch": int(rng.integers(1, 300)), "leading": int(rng.integers(1, 3)),
+            "q_rows": int(rng.integers(1, 200)), "k_rows": int(rng.integers(0, 20000)),
+            "varlen": bool(rng.random() < 0.5), "num_splits": int(rng.choice([0, 0, 3, 500])),
+            "batch_invariant": bool(rng.random() < 0.3),
+        }  # fmt: skip
+        options["heads"] = options["kv_heads"] * int(rng.choice([1, 16, 24, 64, 72, 128]))
+        device = (H200, A100, A10)[rng.integers(3)]
+        chosen = plan(device, **options)
+        assert chosen["workspace"] <= chosen["workspace_bound"], options

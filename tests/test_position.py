@@ -174,7 +174,7 @@ def test_pages_split_by_keys_make_the_whole(rows, implementation):
     tables = jnp.arange(B * pages, dtype=jnp.int32).reshape(B, pages)
     options = DEFAULTS | {
         "window": (50, 0), "page_layout": "nhd", "num_splits": None, "batch_invariant": False, "k_scale": None,
-        "v_scale": None, "cu_seqlens_q": None, "alibi_slopes": np.full(HQ, 0.1, np.float32),
+        "v_scale": None, "cu_seqlens_q": None, "value_dim": None, "alibi_slopes": np.full(HQ, 0.1, np.float32),
         "implementation": implementation,
     }  # fmt: skip
 
@@ -201,7 +201,7 @@ def test_a_value_may_be_the_first_columns_of_its_key(rows, implementation):
     lengths = jnp.asarray([size * pages, 37], jnp.int32)
     options = DEFAULTS | {
         "causal": True, "align": "bottom_right", "page_layout": "nhd", "num_splits": None, "batch_invariant": False,
-        "k_scale": None, "v_scale": None, "cu_seqlens_q": None, "implementation": implementation,
+        "k_scale": None, "v_scale": None, "cu_seqlens_q": None, "value_dim": None, "implementation": implementation,
     }  # fmt: skip
 
     def shared(q, pool):

@@ -55,6 +55,8 @@ assert_type(dot_product_attention(q, k, v, is_causal=True), Array)
 assert_type(dot_product_attention(q, k, v, return_residual=True), tuple[Array, Array])
 assert_type(dot_product_attention(q, k, v, return_residual=with_lse), Array | tuple[Array, Array])
 assert_type(append_kv(pool, pool, k, v, tables, lengths), tuple[Array, Array, Array])
+assert_type(append_kv(pool, None, k, None, tables, lengths), tuple[Array, None, Array])
+assert_type(paged_attention(q, pool, None, tables, lengths, value_dim=32), Array)
 assert_type(apply_rotary(q, [0, 1], np.ones((9, 32)), np.ones((9, 32))), Array)
 assert_type(merge_attention([q, np.ones(3)], [q, q]), tuple[Array, Array])
 assert_type(jax_flash.backends(), list[jax_flash.Backend])
@@ -79,7 +81,7 @@ flash_attention(q, k, v, window=128)  # type: ignore[call-overload]
 flash_attention(q, k, v, None)  # type: ignore[call-overload]
 flash_attention_varlen(packed, packed, packed, lengths, mask=q)  # type: ignore[call-overload]
 paged_attention(q, pool, pool, tables, lengths, page_layout="dhn")  # type: ignore[call-overload]
-append_kv(pool, pool, k, v, tables, lengths, page_layout="dhn")  # type: ignore[arg-type]
+append_kv(pool, pool, k, v, tables, lengths, page_layout="dhn")  # type: ignore[call-overload]
 dot_product_attention(q, k, v, causal=True)  # type: ignore[call-overload]
 
 # flash_attn's functions.

@@ -76,7 +76,7 @@ struct AppendHeads {
 
   JF_HD void convert(const AppendStream& s, const char* from, char* to, int32_t position, bool rotates,
                      float scale) const {
-    alignas(64) float x[kMaxHeadDim];
+    alignas(64) float x[kMaxLatentDim];
     load_row(p.dtype, from, s.width, 1.0f, x, round_up(s.width, kLanes));
     if (rotates) {
       rotate_row(position, x);
@@ -91,7 +91,7 @@ struct AppendHeads {
   // Rounds a rotated key to the keys' dtype before it is quantised, as apply_rotary followed by append_kv
   // would.
   JF_HD void round_row(int32_t width, float* x) const {
-    alignas(64) char rounded[kMaxHeadDim * 4];
+    alignas(64) char rounded[kMaxLatentDim * 4];
     store_row(p.dtype, rounded, width, x, 1.0f);
     load_row(p.dtype, rounded, width, 1.0f, x, round_up(width, kLanes));
   }

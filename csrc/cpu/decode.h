@@ -140,7 +140,7 @@ struct DecodeStream {
 
   // Addresses of keys r and r + 1 of the tile's n at KV head x; rows of zeros from key n on.
   JF_HD void addresses(int32_t r, int32_t n, int32_t x, const char** to) const {
-    alignas(64) static constexpr char kZeros[kMaxHeadDim * 4] = {};
+    alignas(64) static constexpr char kZeros[kMaxLatentDim * 4] = {};
 #pragma GCC unroll 8
     for (int32_t i = 0; i < kStepKeys; ++i) {
       to[i] = r + i >= n ? kZeros : at[r + i] ? at[r + i] + x * head_bytes : missing;
@@ -183,7 +183,7 @@ struct Prefetcher {
 // The rows that stand for a page outside the pool. Keys have all bits set, which is NaN in every dtype;
 // values are 0 and leave that NaN as it is.
 struct MissingRows {
-  char key[kMaxHeadDim * 4], value[kMaxHeadDim * 4];
+  char key[kMaxLatentDim * 4], value[kMaxLatentDim * 4];
 
   constexpr MissingRows() : key(), value() {
     for (char& c : key) c = '\xFF';
@@ -299,7 +299,7 @@ class DecodeLoop {
     const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;
     const int32_t lines = (kStepKeys * stream.key_lines + stream.heads - 1) / stream.heads;
     constexpr DType from = widened ? DType::kF32 : dtype;
-    alignas(64) float wide[widened ? kStepKeys * kMaxHeadDim : 1];
+    alignas(64) float wide[widened ? kStepKeys * kMaxLatentDim : 1];
     Prefetcher ahead{stream, cold ? 0 : stream.ahead, min(stream.addressed, kDecodeKeys + stream.ahead)};
     if (cold) ahead.run(stream.ahead * stream.key_lines);
     for (int32_t r = 0; r < n; r += kStepKeys) {

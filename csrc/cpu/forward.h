@@ -7,10 +7,13 @@
 
 namespace jax_flash::JF_ISA {
 
-// Scratch at the largest head dim: packed K and V, S, and for every query tile Q, O and the softmax state.
-static_assert((2 * kTileN * kMaxHeadDim + kTileM * (kTileN + kLanes) +
-               kMaxQueryTiles * (2 * kTileM * kMaxHeadDim + static_cast<int64_t>(sizeof(Softmax) / 4) +
-                                 kLanes)) <= kScratchFloats);
+// Scratch, in floats: packed K and V, S, and for every query tile Q, O and the softmax state.
+constexpr int64_t forward_floats(int64_t d, int64_t dv) {
+  return kTileN * (d + dv) + kTileM * (kTileN + kLanes) +
+         kMaxQueryTiles * (kTileM * (d + dv) + static_cast<int64_t>(sizeof(Softmax) / 4) + kLanes);
+}
+static_assert(forward_floats(kMaxHeadDim, kMaxHeadDim) <= kScratchFloats);
+static_assert(forward_floats(kMaxLatentDim, kMaxLatentValueDim) <= kScratchFloats);
 
 // A tile of keys, packed as operand B of both products. Column 0 is key range.begin.
 struct PackedKeys {

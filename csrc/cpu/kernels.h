@@ -11,7 +11,7 @@ namespace jax_flash {
 
 // Floats of scratch that a kernel may use. Pages that a call does not touch are never faulted in and cost
 // nothing.
-inline constexpr int64_t kScratchFloats = 3 << 19;
+inline constexpr int64_t kScratchFloats = 3 << 20;
 
 // Query tiles that one call of Kernels::forward takes at most.
 inline constexpr int32_t kMaxQueryTiles = 32;

@@ -15,12 +15,14 @@ inline constexpr int32_t kTangentN = 256, kTangentRow = kTangentN + kLanes;
 constexpr int64_t tangent_floats(int64_t d, int64_t dv, int64_t tiles) {
   return 2 * kTangentN * (d + dv) + 2 * kTileM * kTangentRow + tiles * kTileM * (2 * d + dv + kLanes);
 }
-static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 24) <= kScratchFloats);
+inline constexpr int64_t kTangentFloats = 3 << 19;  // at most: more would not stay in the cache
+static_assert(kTangentFloats <= kScratchFloats);
+static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 24) <= kTangentFloats);
 
 // Query tiles that run together, and so have every tile of keys packed for them once.
 static int32_t tangent_tiles(const Problem& p) {
   int32_t tiles = kMaxQueryTiles;
-  while (tangent_floats(padded(p.head_dim), padded(p.value_dim), tiles) > kScratchFloats) --tiles;
+  while (tangent_floats(padded(p.head_dim), padded(p.value_dim), tiles) > kTangentFloats) --tiles;
   return tiles;
 }
 

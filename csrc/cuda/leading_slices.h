@@ -22,8 +22,9 @@ inline int64_t leading_slices(const Problem& p) {
 inline Problem leading_slice(const Problem& p, int64_t index) {
   const int64_t activation = element_bytes(p.dtype), key = element_bytes(p.kv_dtype),
                 bias = element_bytes(p.bias_dtype);
+  using Member = View Problem::*;
   const struct {
-    View Problem::* view;
+    Member view;
     int64_t bytes;
   } views[] = {
       {&Problem::query, activation},  {&Problem::out, activation}, {&Problem::dout, activation},

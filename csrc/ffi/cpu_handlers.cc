@@ -16,13 +16,20 @@ namespace {
 
 using Compute = void (*)(const Problem&, const ThreadPool&);
 
+struct HeadDims {
+  int32_t key, value;
+
+  bool within(HeadDims most) const { return key <= most.key && value <= most.value; }
+};
+constexpr HeadDims kLargest{kMaxHeadDim, kMaxHeadDim}, kLargestLatent{kMaxLatentDim, kMaxLatentValueDim};
+
 // Calls run(pool) and turns what it throws into an error.
 template <class Run>
-ffi::Error guarded(ffi::ThreadPool& threads, int32_t head_dim, int32_t value_dim, Run run) {
-  if (head_dim > kMaxHeadDim || value_dim > kMaxHeadDim) {
-    return ffi::Error::InvalidArgument("jax_flash: head dims " + std::to_string(head_dim) + " and " +
-                                       std::to_string(value_dim) + " exceed the CPU kernels' " +
-                                       std::to_string(kMaxHeadDim));
+ffi::Error guarded(ffi::ThreadPool& threads, HeadDims dims, HeadDims most, Run run) {
+  if (!dims.within(kLargest) && !dims.within(most)) {
+    return ffi::Error::InvalidArgument("jax_flash: head dims " + std::to_string(dims.key) + " and " +
+                                       std::to_string(dims.value) + " exceed the CPU kernels' " +
+                                       std::to_string(most.key) + " and " + std::to_string(most.value));
   }
   try {
     run({threads.num_threads(), [&](std::function<void()> task) { threads.Schedule(std::move(task)); }});
@@ -48,7 +55,8 @@ ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArg
   Problem problem;
   if (ffi::Error error = decode_operands(pass, spec, args, rets, problem); error.failure()) return error;
   prefer_large_results(rets);
-  return guarded(threads, problem.head_dim, problem.value_dim,
+  return guarded(threads, {problem.head_dim, problem.value_dim},
+                 spec.value_dim > 0 ? kLargestLatent : kLargest,
                  [&](const ThreadPool& pool) { compute(problem, pool); });
 }
 
@@ -58,7 +66,7 @@ ffi::Error handle_tangent(ffi::ThreadPool threads, AttentionSpec spec, ffi::Rema
   Tangents tangents;
   if (ffi::Error e = decode_tangents(spec, args, rets, problem, tangents); e.failure()) return e;
   prefer_large_results(rets);
-  return guarded(threads, problem.head_dim, problem.value_dim,
+  return guarded(threads, {problem.head_dim, problem.value_dim}, kLargest,
                  [&](const ThreadPool& pool) { cpu_tangent(problem, tangents, pool); });
 }
 
@@ -74,7 +82,7 @@ ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::Remainin
       std::memcpy(after.untyped_data(), before.untyped_data(), before.size_bytes());
     }
   }
-  return guarded(threads, problem.head_dim, problem.value_dim,
+  return guarded(threads, {problem.head_dim, problem.value_dim}, kLargestLatent,
                  [&](const ThreadPool& pool) { cpu_append(problem, pool); });
 }
 

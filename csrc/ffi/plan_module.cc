@@ -121,6 +121,7 @@ AttentionSpec spec_of(Options& options) {
   spec.operands = options.get("operands", 0);
   spec.num_splits = options.get("num_splits", 0);
   spec.batch_invariant = options.get("batch_invariant", false);
+  spec.value_dim = options.get("value_dim", 0);
   return spec;
 }
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 
 from ..operands import APPEND
-from ..options import ArrayLike, Implementation, IndexLike, LengthsLike, PageLayout
+from ..options import AppendOptions, ArrayLike, Implementation, IndexLike, LengthsLike, PageLayout
 from ..primitives import bind, equally_varying
 from ..rotary import apply_rotary
 from ..spec import AppendSpec
@@ -17,11 +17,35 @@ from . import gather, validate
 Operands = dict[str, jax.Array]
 
 
+@overload
 def append_kv(
     k_pages: ArrayLike,
     v_pages: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    **options: Unpack[AppendOptions],
+) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+
+
+@overload
+def append_kv(
+    k_pages: ArrayLike,
+    v_pages: None,
+    key: ArrayLike,
+    value: None,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    **options: Unpack[AppendOptions],
+) -> tuple[jax.Array, None, jax.Array]: ...
+
+
+def append_kv(
+    k_pages: ArrayLike,
+    v_pages: ArrayLike | None,
+    key: ArrayLike,
+    value: ArrayLike | None,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
     *,
@@ -32,7 +56,7 @@ def append_kv(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
     """Appends new tokens to each sequence's pages, in place if the pools are donated or not used afterwards.
 
     Token t of sequence i is written to position `kv_lengths[i] + t`. Writes to pages outside the pool and writes past
@@ -40,7 +64,8 @@ def append_kv(
 
     Args:
       k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
-        key's dtype, float8_e4m3fn or float8_e5m2.
+        key's dtype, float8_e4m3fn or float8_e5m2. v_pages is None, and value too, where values are the first columns of
+        k_pages (value_dim of `paged_attention`).
       key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
       block_tables: int32 `[n, pages]`, the pages of each sequence.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call, or one number for all.
@@ -53,7 +78,7 @@ def append_kv(
       implementation: as in `flash_attention`.
 
     Returns:
-      `(k_pages, v_pages, kv_lengths)` after the call.
+      `(k_pages, v_pages, kv_lengths)` after the call; v_pages is None if it was.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no derivative, in
@@ -66,7 +91,8 @@ def append_kv(
       >>> k_pages, v_pages, lengths = append(k_pages, v_pages, k, v, tables, lengths)
     """
     spec, operands = validate.append("append_kv", locals())
-    return _scatter(spec, operands) if spec.implementation == "xla" else _call(spec, operands)
+    keys, values, lengths = (_scatter if spec.implementation == "xla" else _call)(spec, operands)
+    return keys, None if v_pages is None else values, lengths
 
 
 def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:

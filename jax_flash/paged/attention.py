@@ -24,7 +24,7 @@ from . import validate
 def paged_attention(
     query: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
     *,
@@ -37,7 +37,7 @@ def paged_attention(
 def paged_attention(
     query: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
     *,
@@ -50,7 +50,7 @@ def paged_attention(
 def paged_attention(
     query: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
     *,
@@ -62,7 +62,7 @@ def paged_attention(
 def paged_attention(
     query: ArrayLike,
     k_pages: ArrayLike,
-    v_pages: ArrayLike,
+    v_pages: ArrayLike | None,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
     *,
@@ -73,6 +73,7 @@ def paged_attention(
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
     draft_mask: ArrayLike | None = None,
+    value_dim: int | None = None,
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
@@ -94,7 +95,7 @@ def paged_attention(
       query: `[n, sq, hq, d]`, or packed `[tq, hq, d]` with cu_seqlens_q; float16, bfloat16 or float32.
       k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype,
         float8_e4m3fn or float8_e5m2.
-      v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype.
+      v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype; None with value_dim.
       block_tables: int32 `[n, pages]`; sequences may share pages.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them; or
         one number for all.
@@ -110,6 +111,8 @@ def paged_attention(
         and ALiBi count tokens in the order in which they are given, not by their depth in a tree. With cu_seqlens_q it
         is `[n, s, s]`, of which a sequence of t ≤ s tokens uses the first t rows and columns; one of more than s
         tokens, such as a chunk of a prompt, is attended to as without it. Needs align="bottom_right".
+      value_dim: with `v_pages=None`, values are the first value_dim columns of k_pages, stored once, as in multi-head
+        latent attention. d may then be up to 576, and value_dim up to 512; k_scale is the scale of both.
       causal, window, align, scale, softcap, sinks, return_lse, deterministic, implementation: as in
         `flash_attention`.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
@@ -118,18 +121,19 @@ def paged_attention(
       `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
       `[hq, tq]`.
       Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools; with
-      cu_seqlens_q and draft_mask only by `implementation="xla"`.
+      cu_seqlens_q and draft_mask, and with head dims above 256, only by `implementation="xla"`.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
 
-    Source: Kwon et al., PagedAttention (2023); Cai et al., Medusa (2024).
+    Source: Kwon et al., PagedAttention (2023); Cai et al., Medusa (2024); DeepSeek-AI, DeepSeek-V2 (2024).
 
     Example:
       >>> k_pages, v_pages, lengths = append_kv(k_pages, v_pages, k, v, tables, lengths)
       >>> out = paged_attention(q, k_pages, v_pages, tables, lengths, causal=True)
       >>> tree = jnp.array([[[1, 0, 0], [1, 1, 0], [1, 0, 1]]], bool)  # a root with two children
       >>> out = paged_attention(q, k_pages, v_pages, tables, lengths, draft_mask=tree)
+      >>> latent = paged_attention(q_576, pool, None, tables, lengths, value_dim=512, scale=192**-0.5)
     """
     spec, operands = validate.attention("paged_attention", locals())
     out, lse = attend(spec, operands)

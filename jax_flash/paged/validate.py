@@ -12,6 +12,8 @@ from .._jax import same_dim
 from ..rotary import rotary_tables
 from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
 from ..validate import (
+    MAX_LATENT_DIM,
+    MAX_LATENT_VALUE_DIM,
     Arguments,
     Checker,
     Operands,
@@ -31,6 +33,7 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     check.rank("query", q, "n sq hq d" if cu_seqlens is None else "tq hq d")
     check.dtype("query", q)
     operands = {"query": q} | _pools(check, arguments, ("key", "value"), "query", q)
+    value_dim = _value_dim(check, arguments, operands)
     check_heads(check, q.shape[-2], operands["key"].shape[_head_axis(arguments)], "k_pages")
     operands |= _tables(check, arguments)
     n = operands["block_tables"].shape[0]
@@ -55,6 +58,7 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         page_layout=arguments["page_layout"],
         num_splits=int(splits or 0),
         batch_invariant=check.flag("batch_invariant", arguments["batch_invariant"]),
+        value_dim=value_dim,
     ), operands
 
 
@@ -89,10 +93,11 @@ def _draft_mask(check: Checker, arguments: Arguments, n: Any, rows: Any) -> jax.
 def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:
     """The spec and operands of an append_kv call."""
     check = Checker(op)
-    k, v = check.array("key", arguments["key"]), check.array("value", arguments["value"])
+    k = check.array("key", arguments["key"])
     cu_seqlens = arguments["cu_seqlens"]
     check.rank("key", k, "n s hk d" if cu_seqlens is None else "t hk d")
     check.dtype("key", k)
+    v = _appended_values(check, arguments, k)
     if v.dtype != k.dtype:
         raise check.fail(f"value has dtype {v.dtype}, which differs from key's {k.dtype}", TypeError)
     if v.ndim != k.ndim or not all(map(same_dim, v.shape[:-1], k.shape[:-1])):
@@ -121,6 +126,43 @@ def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:
     return spec, operands
 
 
+def _appended_values(check: Checker, arguments: Arguments, k: jax.Array) -> jax.Array:
+    """The argument value; where values are a part of the keys, an array without columns."""
+    if arguments["v_pages"] is not None:
+        return check.array("value", arguments["value"])
+    for name in ("value", "v_scale"):
+        if arguments[name] is not None:
+            raise check.fail(f"{name} must be None with v_pages=None, where values are a part of key")
+    return k[..., :0]
+
+
+def _value_dim(check: Checker, arguments: Arguments, operands: Operands) -> int:
+    """The columns of K that are V, where V has no pages of its own; else 0. Adds V's scale, which is K's."""
+    columns = arguments["value_dim"]
+    if arguments["v_pages"] is not None:
+        if columns is not None:
+            raise check.fail(
+                f"value_dim is {columns!r}, but v_pages is given; it belongs to v_pages=None, where values are the "
+                "first columns of k_pages"
+            )
+        return 0
+    d = operands["key"].shape[-1]
+    whole = isinstance(columns, numbers.Integral) and not isinstance(columns, bool)
+    if not whole or not 1 <= int(columns) <= d:
+        raise check.fail(
+            f"value_dim must be an int from 1 to {d}, the columns of k_pages, with v_pages=None; got {columns!r}"
+        )
+    if int(columns) > MAX_LATENT_VALUE_DIM and arguments["implementation"] != "xla":
+        raise check.fail(
+            f'value_dim is {columns}, allowed are 1 to {MAX_LATENT_VALUE_DIM}; implementation="xla" takes any'
+        )
+    if arguments["v_scale"] is not None:
+        raise check.fail("v_scale must be None with v_pages=None, where k_scale is the scale of values too")
+    if "k_scale" in operands:
+        operands["v_scale"] = operands["k_scale"]
+    return int(columns)
+
+
 def _head_axis(arguments: Arguments) -> int:
     """The axis of the KV heads in a pool."""
     return -2 if arguments["page_layout"] == "nhd" else -3
@@ -134,8 +176,10 @@ def _pools(
     if layout not in PAGE_LAYOUTS:
         raise check.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
     dims = "p ps hk {}" if layout == "nhd" else "p hk ps {}"
-    k, v = check.array("k_pages", arguments["k_pages"]), check.array("v_pages", arguments["v_pages"])
+    k = check.array("k_pages", arguments["k_pages"])
     check.rank("k_pages", k, dims.format("d"))
+    latent = arguments["v_pages"] is None
+    v = k if latent else check.array("v_pages", arguments["v_pages"])
     check.rank("v_pages", v, dims.format("dv"))
     if k.dtype not in (like.dtype, *FLOAT8):
         raise check.fail(
@@ -152,9 +196,8 @@ def _pools(
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
     check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], owner)
     implementation = implementation_name(check, arguments["implementation"])
-    check.head_dim("k_pages", k, implementation)
-    check.head_dim("v_pages", v, implementation)
-    found = dict(zip(names, (k, v)))
+    _check_head_dims(check, k, v, latent, implementation)
+    found = dict(zip(names, (k, k[..., :0] if latent and owner == "key" else v)))
     hk = k.shape[_head_axis(arguments)]
     for name in ("k_scale", "v_scale"):
         if arguments[name] is not None:
@@ -165,6 +208,18 @@ def _pools(
             found[name] = check.float32(name, arguments[name])
             check.shape(name, found[name], (hk,), "hk")
     return found
+
+
+def _check_head_dims(
+    check: Checker, k: jax.Array, v: jax.Array, latent: bool, implementation: str | None
+) -> None:
+    for name, x in (("k_pages", k), ("v_pages", v)):
+        check.head_dim(name, x, "xla" if latent else implementation)
+    if latent and k.shape[-1] > MAX_LATENT_DIM and implementation != "xla":
+        raise check.fail(
+            f"k_pages has head dim {k.shape[-1]}, allowed are 1 to {MAX_LATENT_DIM} with v_pages=None; "
+            'implementation="xla" takes any'
+        )
 
 
 def _tables(check: Checker, arguments: Arguments) -> Operands:

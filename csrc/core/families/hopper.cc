@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/families/hopper_layout.h"
+#include "core/families/latent.h"
 #include "core/plan/family.h"
 
 namespace jax_flash {
@@ -192,6 +193,18 @@ class BiasGradient final : public PassTraits {
   }
 };
 
+// Over latent pools alone; elsewhere the portable decode runs.
+class Decode final : public latent::Decode {
+ public:
+  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+    const bool few = row.block_m < kConsumerRows;
+    const int64_t tiles =
+        few ? latent::few_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages)
+            : latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages);
+    return tiles + latent::kStateBytes;
+  }
+};
+
 }  // namespace
 
 namespace families {
@@ -200,7 +213,8 @@ const Family& hopper() {
   static const Forward forward;
   static const Backward backward;
   static const BiasGradient bias_gradient;
-  static const Family family{&forward, &backward, &bias_gradient};
+  static const Decode decode;
+  static const Family family{&forward, &backward, &bias_gradient, &decode};
   return family;
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/families/latent.h"
 #include "core/families/portable_layout.h"
 #include "core/plan/family.h"
 #include "core/split.h"
@@ -95,6 +96,15 @@ class Tangent final : public ByQueryTiles {
   }
 };
 
+class LatentDecode final : public latent::Decode {
+ public:
+  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+    const int32_t splits = latent::portable_splits(row.block_m, row.block_n, row.warps);
+    return latent::portable_layout(row.head_dim, row.block_m, row.block_n, row.stages, splits).bytes +
+           kBlockStateBytes;
+  }
+};
+
 // Bounds of what rows of csrc/kernels.def and the schedule take.
 constexpr int64_t kMostRows = 64;       // query rows of a KV head over pages; beyond, products bound the call
 constexpr int64_t kMostTile = 32;       // of these rows in a column
@@ -123,10 +133,12 @@ Dim partial_bytes(const Dim& rows, const Dim& value_dim) {
   return rows * (value_dim * 4 + (kSoftmax + kCounter));
 }
 
-// Few query rows for each KV head: the bytes of the keys, not the products, bound the call.
+// Few query rows for each KV head: the bytes of the keys, not the products, bound the call. Rows of latent
+// pools are another kernel's.
 class Decode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
+    if (LatentDecode::is_latent(row)) return latent_.serves(row, call);
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
@@ -140,16 +152,21 @@ class Decode final : public PassTraits {
            entries <= std::numeric_limits<int32_t>::max();
   }
 
+  bool takes_every_sequence(const KernelRow& row) const override { return LatentDecode::is_latent(row); }
+
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    if (LatentDecode::is_latent(row)) return latent_.shared_bytes(row, call);
     return decode_shared_bytes(shape_of(row, call), element_size(call));
   }
 
-  bool better(const KernelRow& a, const KernelRow& b, const Call&) const override {
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    if (LatentDecode::is_latent(a)) return latent_.better(a, b, call);
     return a.block_m > b.block_m;
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
+    if (LatentDecode::is_latent(row)) return latent_.plan_grid(row, call, workspace, plan);
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     DecodeGrid& grid = plan.decode;
@@ -177,6 +194,7 @@ class Decode final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     if (spec.layout == Layout::kVarlen) return 0;
+    if (LatentDecode::are_latent(spec, s)) return latent_.workspace_bound(spec, s);
     Dim group = 1;
     if (!s.kv_heads.known() || s.kv_heads.value() > 0) group = s.heads / s.kv_heads;
     const Dim rows = group * (spec.packed() ? max(s.draft_rows, 1) : s.q_rows);
@@ -196,6 +214,8 @@ class Decode final : public PassTraits {
   }
 
  private:
+  LatentDecode latent_;
+
   // Rows of float8 are copied 16 bytes, and multiplied 64 features, at a time.
   static bool serves_float8(const KernelRow& row, const Shapes& s) {
     return s.dtype != DType::kF32 && s.head_dim % 16 == 0 && s.value_dim % 16 == 0 &&

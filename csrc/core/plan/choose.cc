@@ -98,7 +98,8 @@ std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
   const Shapes& s = call.shapes;
   std::string rows, last;
   for (const KernelRow& row : built) {
-    if (row.pass != call.pass || !row.takes(s.dtype) || !row.takes(call.loader())) continue;
+    const bool latent = call.spec.value_dim > 0 && row.pass == Pass::kDecode;  // of which there is no forward
+    if ((row.pass != call.pass && !latent) || !row.takes(s.dtype) || !row.takes(call.loader())) continue;
     std::string name = std::string(row.arch->name) + " d=" + std::to_string(row.head_dim);
     if (row.value_dim != row.head_dim) name += " dv=" + std::to_string(row.value_dim);
     if (name == last) continue;

@@ -64,7 +64,8 @@ LaunchPlan plan(const Call& call, std::span<const KernelRow> built) {
   result.error = refusal(call);
   if (!result.error.empty()) return result;
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
-  const KernelRow* row = decode && !call.spec.packed() ? decode : choose(call.pass, call, built);
+  const bool alone = decode && (!call.spec.packed() || traits_of(*decode).takes_every_sequence(*decode));
+  const KernelRow* row = alone ? decode : choose(call.pass, call, built);
   if (!row) {
     result.error = no_kernel(call, built);
     return result;

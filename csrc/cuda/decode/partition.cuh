@@ -11,6 +11,8 @@
 
 namespace jax_flash::decode {
 
+struct SequenceWork;
+
 // The query rows of a column. Row r is at position (first + r) / group, of query head
 // kv_head · group + (first + r) % group. Rows whose position is past the sequence's queries are padding.
 struct ColumnRows {
@@ -30,6 +32,7 @@ struct ColumnRows {
   }
   __device__ __forceinline__ int32_t first_position() const { return group.quotient(first); }
   __device__ __forceinline__ int32_t end_position() const { return group.quotient(end - 1) + 1; }
+  __device__ __forceinline__ SequenceWork sequence(const DecodeCall& call, int32_t number) const;
 };
 
 // One sequence of one leading entry, as the rows of a column see it.
@@ -70,6 +73,10 @@ struct SequenceWork {
     return min(rows.end_position(), band.q_len);
   }
 };
+
+__device__ __forceinline__ SequenceWork ColumnRows::sequence(const DecodeCall& call, int32_t number) const {
+  return {call, *this, number};
+}
 
 template <int kTile>
 __device__ __forceinline__ SequenceUnits<kTile> units_of(const DecodeCall& call, const SequenceWork& work) {
@@ -115,9 +122,10 @@ __device__ __forceinline__ int32_t scan_block(PartitionShared<kThreads>& shared,
 
 // Computes the partition of a column, and range `number` of it. All threads of a block take part: each counts
 // the units of its share of the sequences, and a prefix sum joins them. The second pass finds the sequence
-// that the range begins in.
-template <int kTile, int kThreads>
-__device__ __forceinline__ Partition find_range(const DecodeCall& call, const ColumnRows& rows,
+// that the range begins in. rows.sequence(call, number): the SequenceWork of a sequence as the column's rows
+// see it.
+template <int kTile, int kThreads, class Rows>
+__device__ __forceinline__ Partition find_range(const DecodeCall& call, const Rows& rows,
                                                 PartitionShared<kThreads>& shared, int32_t number,
                                                 Range& range) {
   if (call.same_lengths) {
@@ -140,7 +148,7 @@ __device__ __forceinline__ Partition find_range(const DecodeCall& call, const Co
     int32_t sum = 0, largest = 0;
 #pragma unroll 1
     for (int32_t i = first; i < last; ++i) {
-      const SequenceUnits<kTile> units = units_of<kTile>(call, SequenceWork(call, rows, i));
+      const SequenceUnits<kTile> units = units_of<kTile>(call, rows.sequence(call, i));
       const int32_t at = base + sum;
       if (pass > 0 && at <= range.begin && range.begin < at + units.units) {
         const bool past = range.begin - at >= units.parts;  // in what counts for the sequence's end
@@ -178,10 +186,11 @@ struct WorkIterator {
   __device__ __forceinline__ bool covers_sequence() const { return parts == all; }
 
   // Opens the segment at `unit` and returns its sequence.
-  __device__ __forceinline__ SequenceWork open(const DecodeCall& call, const ColumnRows& rows) {
+  template <class Rows>
+  __device__ __forceinline__ SequenceWork open(const DecodeCall& call, const Rows& rows) {
 #pragma unroll 1
     for (;; ++index) {
-      const SequenceWork work(call, rows, index);
+      const SequenceWork work = rows.sequence(call, index);
       const SequenceUnits<kTile> sequence = units_of<kTile>(call, work);
       if (sequence.units == 0) continue;
       const int32_t before = unit - base;

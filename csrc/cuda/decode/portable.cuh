@@ -7,6 +7,7 @@
 
 #include "core/families/portable_layout.h"
 #include "cuda/decode/combine.cuh"
+#include "cuda/decode/latent_portable.cuh"
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/results.cuh"
 #include "cuda/decode/ring.cuh"
@@ -131,7 +132,7 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
 inline namespace JF_ARCH_NAMESPACE {
 
 template <class T, RowColumns R>
-cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
     if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask)
       return decode::launch<decode::DecodeSm80<T, Stored, R, true>>(p, plan, workspace, stream);
@@ -142,6 +143,15 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
     return run.template operator()<uint8_t>();
   } else {
     return cudaErrorInvalidValue;  // plan() never chooses this row for float8
+  }
+}
+
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  if constexpr (R.head_dim > kMaxHeadDim) {
+    return decode::launch_latent<decode::LatentSm80<T, R>>(p, plan, workspace, stream);
+  } else {
+    return launch_decode<T, R>(p, plan, workspace, stream);
   }
 }
 

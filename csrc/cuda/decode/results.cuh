@@ -33,23 +33,31 @@ __device__ __forceinline__ bool is_written(const DecodeCall& call, const ColumnR
   return !call.starts || rows.position(row) < work.band.q_len;
 }
 
+// What a row's O is multiplied by to give o, and its lse.
+struct RowResult {
+  float factor, lse;
+};
+
+// `all`: over all keys. `i`: the row's position.
+__device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const SequenceWork& work,
+                                                int32_t head, int32_t i, Softmax all) {
+  float sink = -INFINITY;  // its logit in powers of two
+  if (call.sinks) sink = *call.sinks.at<const float>(work.leading, 0, head, 0) * kLog2e;
+  const float largest = fmaxf(all.m, sink);
+  // A row whose only scores are NaN has no maximum either, but l is NaN then, and so must be the result.
+  if (i >= work.band.q_len || (largest == -INFINITY && all.l == 0)) return {0, -INFINITY};
+  const float alpha = ptx::exp2(all.m - largest);
+  const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
+  return {alpha * ptx::reciprocal(total), (largest + ptx::log2(total)) * kLn2};
+}
+
 // Writes four adjacent features of o = O / l and, with feature 0, lse. o, all: over all keys.
 template <class T>
 __device__ __forceinline__ void store_result(const DecodeCall& call, const ColumnRows& rows,
                                              const SequenceWork& work, int32_t row, int32_t feature, float4 o,
                                              Softmax all) {
   const int32_t head = rows.head(row), i = rows.position(row), token = work.q_begin + i;
-  float sink = -INFINITY;  // its logit in powers of two
-  if (call.sinks) sink = *call.sinks.at<const float>(work.leading, 0, head, 0) * kLog2e;
-  float factor = 0, lse = -INFINITY;
-  const float largest = fmaxf(all.m, sink);
-  // A row whose only scores are NaN has no maximum either, but l is NaN then, and so must be the result.
-  if (i < work.band.q_len && (largest != -INFINITY || all.l != 0)) {
-    const float alpha = ptx::exp2(all.m - largest);
-    const float total = fmaf(all.l, alpha, ptx::exp2(sink - largest));
-    factor = alpha * ptx::reciprocal(total);
-    lse = (largest + ptx::log2(total)) * kLn2;
-  }
+  const auto [factor, lse] = finish_row(call, work, head, i, all);
   if (factor == 0) o = make_float4(0, 0, 0, 0);
   T* const to = call.out.at<T>(work.leading, work.batch_row, head, token) + feature;
   ptx::store_pair(to, o.x * factor, o.y * factor);

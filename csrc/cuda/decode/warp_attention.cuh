@@ -35,7 +35,7 @@ __device__ __forceinline__ float column_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
-// The tile of S of a column's rows and the keys from `key` on, for its score variant.
+// The tile of S of a column's rows, from `first_row` on, and the keys from `key` on, for its score variant.
 template <class S>
 struct DecodeTile {
   const DecodeCall& call;
@@ -43,6 +43,7 @@ struct DecodeTile {
   const SequenceWork& work;
   int32_t key;
   float key_scale;
+  int32_t first_row = 0;
 
   __device__ __forceinline__ float scale() const { return key_scale; }
   __device__ __forceinline__ float softcap() const { return call.softcap; }
@@ -63,7 +64,9 @@ struct DecodeTile {
   }
 
  private:
-  __device__ __forceinline__ int32_t row(int slot) const { return min(S::row(slot), rows.count() - 1); }
+  __device__ __forceinline__ int32_t row(int slot) const {
+    return min(first_row + S::row(slot), rows.count() - 1);
+  }
 };
 
 // The warp's state. A lane holds the query rows S::row(2 n + e) = 8 n + 2 (lane % 4) + e, for n < kTiles and

@@ -47,6 +47,9 @@ struct Pipeline {
     ptx::barrier_wait(full_barrier(use), phase(use) ^ 1);
   }
   __device__ __forceinline__ void arrive(uint32_t use) const { ptx::barrier_arrive(full_barrier(use)); }
+  __device__ __forceinline__ void arrive_by_warp(uint32_t use) const {
+    ptx::barrier_arrive_by_warp(full_barrier(use));
+  }
   // This warp has read the stage; one thread alone has.
   __device__ __forceinline__ void release(uint32_t use) const {
     ptx::barrier_arrive_by_warp(empty_barrier(use));

@@ -60,7 +60,7 @@ struct GradientTilesOf {
   static constexpr bool kBias = kKind == ScoreKind::kBias || kKind == ScoreKind::kGeneralDropout,
                         kMask = kKind == ScoreKind::kMask || kKind == ScoreKind::kGeneralDropout;
   static constexpr int kTile = M * N * ((kBias ? static_cast<int>(sizeof(T)) : 0) + (kMask ? 1 : 0)),
-                       kStages = kTile > 0 && bytes / kTile >= 2 ? 2 : 1;
+                       kStages = 2 * kTile <= bytes ? 2 : 1;
   using type = std::conditional_t<kBias || kMask, ScoreTiles<T, M, N, kStages, kBias, kMask>, NoScoreTiles>;
 };
 

@@ -17,7 +17,9 @@ class AttentionCase : PoolCase {
         aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), Loader::kPaged,
                           {Pass::kForward, Pass::kDecode})) {
     names_ = names_of(p_);
+    latent_ = aim_ ? aim_->head_dim > kMaxHeadDim : chance(0.1);
     if (aim_) aim_sizes();
+    if (latent_) value_dim_ = std::min(value_dim_, head_dim_);
     choose_options();
     if (aim_) aim_options();
     make_operands();
@@ -28,11 +30,11 @@ class AttentionCase : PoolCase {
     std::snprintf(
         line, sizeof line,
         "attention layout=%d/%d dtype=%d/%d leading=%d batch=%d heads=%d/%d d=%d dv=%d rows=%d pages=%d of "
-        "%d, table=%d left=%d right=%d align=%d softcap=%g splits=%d invariant=%d operands=%#x",
+        "%d, table=%d left=%d right=%d align=%d softcap=%g splits=%d invariant=%d latent=%d operands=%#x",
         static_cast<int>(s.layout), static_cast<int>(layout_), static_cast<int>(dtype_),
         static_cast<int>(pool_dtype_), leading_.rank, batch_, p_.heads, kv_heads_, head_dim_, value_dim_,
         p_.q_rows, pages_, page_size_, table_, s.left, s.right, static_cast<int>(s.align), s.softcap,
-        s.num_splits, s.batch_invariant, s.operands);
+        s.num_splits, s.batch_invariant, latent_, s.operands);
     return line;
   }
 
@@ -62,6 +64,7 @@ class AttentionCase : PoolCase {
     s.softcap = chance(0.7) ? 0.0f : 3.0f;
     s.num_splits = static_cast<int32_t>(chance(0.6) ? 0 : chance(0.1) ? INT_MAX : integer(1, 9));
     s.batch_invariant = chance(0.3);
+    s.value_dim = latent_ ? value_dim_ : 0;
     p_.dtype = dtype_;
     p_.kv_dtype = pool_dtype_;
     p_.leading = leading_;
@@ -84,6 +87,7 @@ class AttentionCase : PoolCase {
     batch_ = std::max(batch_, 1);
     head_dim_ = width_within(aim_->head_dim);
     value_dim_ = width_within(aim_->value_dim);
+    if (latent_) head_dim_ = aim_->head_dim - 8 * static_cast<int32_t>(integer(0, chance(0.5) ? 0 : 39));
     if (aim_->pass == Pass::kDecode) {  // keys of two tiles
       page_size_ = std::max(page_size_, 40);
       table_ = std::max(table_, aim_->block_m > 16 ? 4 : 2);
@@ -103,12 +107,14 @@ class AttentionCase : PoolCase {
       const int32_t rows = aim_->block_m;  // more than the next smaller tile has
       p_.q_rows = std::min(p_.q_rows, rows > 16 ? 2 : 4);
       p_.heads = kv_heads_ * static_cast<int32_t>(integer(rows > 8 ? rows / 2 + 1 : 1, rows));
+      if (latent_ && chance(0.3)) p_.heads *= 2;  // rows of several tiles
     }
     if (!backend::takes(*aim_,
                         p_)) {  // several leading dimensions, pages and head dims of any size are not for all
       p_.leading = leading_ = {};
       p_.head_dim = head_dim_ = aim_->head_dim;
       p_.value_dim = value_dim_ = aim_->value_dim;
+      if (latent_) s.value_dim = value_dim_;
       p_.page_size = page_size_ = (page_size_ + 7) / 8 * 8;
       p_.k_rows = capacity();
     }
@@ -137,9 +143,14 @@ class AttentionCase : PoolCase {
     if (pool_dtype_ != dtype_ && chance(0.7)) {
       add(Operand::kKScale), add(Operand::kVScale);
       make_scales(p_.k_scale), make_scales(p_.v_scale);
+      if (latent_) p_.v_scale = p_.k_scale;
     }
     make_filled_pool(p_.key, head_dim_);
-    make_filled_pool(p_.value, value_dim_);
+    if (latent_) {
+      p_.value = p_.key;  // of which V is the first columns
+    } else {
+      make_filled_pool(p_.value, value_dim_);
+    }
     std::vector<Dim> out{{p_.q_rows, &View::row}, {p_.heads, &View::head}, {value_dim_, &View::column}};
     std::vector<Dim> lse{{p_.heads, &View::head}, {p_.q_rows, &View::row}};
     if (!packed) {
@@ -241,6 +252,7 @@ class AttentionCase : PoolCase {
   }
 
   std::optional<backend::Aim> aim_;
+  bool latent_;
   Problem p_{};
 };
 

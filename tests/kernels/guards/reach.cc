@@ -68,6 +68,7 @@ Problem example(const KernelRow& row, Variant variant) {
   p.batch = p.kv_heads = 1;
   p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
+  if (row.head_dim > kMaxHeadDim) s.value_dim = row.value_dim;
   p.q_rows = 1, p.k_rows = 256;
   p.dbias_batch = p.dbias_heads = p.dbias_rows = 1, p.dbias_columns = p.k_rows;
   if (row.takes(Loader::kPaged)) {

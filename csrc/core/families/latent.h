@@ -1,0 +1,101 @@
+// Decode over latent pools on the host, for the families that have a kernel of it (latent_layout.h).
+#pragma once
+
+#include <algorithm>
+#include <limits>
+
+#include "core/families/latent_layout.h"
+#include "core/plan/family.h"
+#include "core/sequence.h"
+#include "core/split.h"
+
+namespace jax_flash::latent {
+
+inline constexpr int64_t kMostBlocks = 256;  // CTAs, one on an SM
+inline constexpr int64_t kMostRows = 64;     // of a chunk
+inline constexpr int64_t kLeastKeys = 16;    // of a key tile
+inline constexpr int64_t kLeastTiles = 8;    // of a CTA, as merging a part costs as much as some tiles
+inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mode
+
+// O, the softmax and a counter of so many rows.
+inline Dim partial_bytes(const Dim& rows, const Dim& value_dim) { return rows * (value_dim * 4 + 16); }
+
+class Decode : public PassTraits {
+ public:
+  // Head dims above 256 are those of no other kernel, and smaller ones have kernels that suit them.
+  static bool is_latent(const KernelRow& row) { return row.head_dim > kMaxHeadDim; }
+  static bool are_latent(const AttentionSpec& spec, const DimShapes& s) {
+    return spec.value_dim > 0 && s.head_dim.known() && s.head_dim.value() > kMaxHeadDim;
+  }
+
+  bool serves(const KernelRow& row, const Call& call) const override {
+    const Shapes& s = call.shapes;
+    return is_latent(row) && call.spec.value_dim > 0 && s.head_dim > kMaxHeadDim && !call.float8_pools() &&
+           s.kv_heads > 0 && s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
+  }
+  bool takes_every_sequence(const KernelRow&) const override { return true; }
+
+  // The chunks that hold as many of the rows as there are, and no larger ones.
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    const int64_t rows =
+        call.shapes.heads / call.shapes.kv_heads * (call.spec.packed() ? 1 : call.shapes.q_rows);
+    if (a.block_m != b.block_m) return (a.block_m > b.block_m) == (rows > std::min(a.block_m, b.block_m));
+    return a.block_n > b.block_n;
+  }
+
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    const AttentionSpec& spec = call.spec;
+    const Shapes& s = call.shapes;
+    if (spec.packed()) plan.queries = tile_grid(call, s.q_rows, s.heads, row.block_m, workspace);
+    const int64_t all = entries(call, row.block_m),
+                  tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
+    DecodeGrid& grid = plan.decode;
+    grid.columns = static_cast<int32_t>(s.kv_heads);
+    const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
+    const int64_t most = ceil_div(all * tiles, kLeastTiles);
+    grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
+    if (spec.packed()) grid.packed_rows = std::numeric_limits<int32_t>::max();
+    if (spec.num_splits > 0) {
+      grid.parts = std::min(spec.num_splits, kMaxSplits);
+      grid.slots = static_cast<int32_t>(std::min<int64_t>(grid.parts, tiles));
+    } else if (spec.batch_invariant) {
+      grid.part_tiles = static_cast<int32_t>(kSplitKeys / row.block_n);
+      grid.slots = static_cast<int32_t>(ceil_div(tiles, grid.part_tiles));
+    }
+    grid.all_slots = grid.fixed_parts() ? all * grid.slots : 2 * int64_t{grid.ranges};
+    if (grid.fixed_parts() ? grid.slots > 1 : grid.ranges > 1)
+      grid.memory =
+          workspace.add(partial_bytes(grid.all_slots * s.kv_heads * row.block_m, s.value_dim).value());
+  }
+
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    if (!are_latent(spec, s)) return 0;
+    const Dim group = s.kv_heads.known() && s.kv_heads.value() == 0 ? Dim(0) : s.heads / s.kv_heads;
+    // As many chunks as there are tokens, or more where a token has more than one; smaller chunks are more.
+    const Dim tokens = spec.packed() ? s.q_rows + s.batch : s.batch * s.q_rows;
+    const Dim rows = s.leading * tokens * (group / kMostRows + 1) * s.kv_heads * kMostRows;
+    const Dim slots = spec.num_splits > 0    ? Dim(std::min(spec.num_splits, kMaxSplits))
+                      : spec.batch_invariant ? s.k_rows / kSplitKeys + 1
+                                             : Dim(0);
+    const bool fixed = spec.num_splits > 0 || spec.batch_invariant;
+    const Dim split_rows =
+        fixed ? rows * slots : min(kMostBlocks * kMostRows, rows * (s.k_rows / kLeastKeys + 1)) * 2;
+    return aligned(partial_bytes(split_rows, s.value_dim)) + schedule_bound(spec, s, s.q_rows);
+  }
+
+ protected:
+  ~Decode() = default;
+
+ private:
+  // Chunks of `rows` query rows of all sequences, of one KV head.
+  static int64_t entries(const Call& call, int64_t rows) {
+    const Shapes& s = call.shapes;
+    const Chunks chunks(s.heads / s.kv_heads, static_cast<int32_t>(rows));
+    const int64_t of_tokens =
+        call.spec.packed() ? s.q_rows / chunks.tokens + s.batch : s.batch * ceil_div(s.q_rows, chunks.tokens);
+    return s.q_rows == 0 ? 0 : s.leading * of_tokens * chunks.heads;
+  }
+};
+
+}  // namespace jax_flash::latent

@@ -1,0 +1,188 @@
+// A consumer warpgroup of cuda/bias_gradient/hopper.cuh: 64 query rows of a tile of dbias.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/bias_gradient/hopper_load.cuh"
+#include "cuda/ptx/stmatrix.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/descriptor.cuh"
+#include "cuda/tile/operands.cuh"
+
+namespace jax_flash {
+
+// lse and delta of a lane's rows.
+template <class S>
+struct StagedRows {
+  float lses[S::kSlots], deltas[S::kSlots];
+
+  // row: the warp's first.
+  template <int M>
+  __device__ __forceinline__ StagedRows(const QueryStatistics<M>& from, int row) {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      lses[slot] = from.lse[row + S::row(slot)];
+      deltas[slot] = from.delta[row + S::row(slot)];
+    }
+  }
+  __device__ __forceinline__ float lse(int slot) const { return lses[slot]; }
+  __device__ __forceinline__ float delta(int slot) const { return deltas[slot]; }
+};
+
+template <class C>
+struct BiasConsumer : BiasRole<C> {
+  using T = typename C::Element;
+  using S = typename C::S;
+  const int consumer;
+  uint32_t bias_use = 0;  // of what comes through score_pipe
+  bool waited = false;    // for the bias of this tile
+  bool partial = false;   // the band hides some of the warp's scores
+  S s, dp, sum;
+
+  // What a score variant is told of a step.
+  struct Tile {
+    const BiasConsumer& of;
+    const Problem& p;
+    const Band& visible;
+    int32_t first_row, key;
+
+    __device__ __forceinline__ const ScoreOperands& operands() const {
+      return of.shared.operands[of.bias_use % C::Tiles::kStages];
+    }
+    __device__ __forceinline__ const Band& band() const { return visible; }
+    __device__ __forceinline__ int32_t row() const { return first_row; }
+    template <class Add>
+    __device__ __forceinline__ void apply_tiles(S& x, Add add) const {
+      C::Tiles::apply(x, of.shared, p, of.tile_row(), 0, of.bias_use, add);
+    }
+  };
+
+  // The warp's first row in the tile.
+  __device__ __forceinline__ int32_t tile_row() const {
+    return consumer * kConsumerRows + uniform(ptx::thread_index()) % kWarpgroup / 32 * 16;
+  }
+
+  // Issues S = Q Kᵀ or dP = dO Vᵀ  [64, N]
+  template <class Rows, class Keys>
+  __device__ __forceinline__ void start_scores(S& to, uint32_t use) const {
+    const uint32_t pair = ptx::here(ptx::shared_address(this->shared.pairs[use % C::kStages]));
+    const RowsDescriptor<Rows> a(pair + consumer * kConsumerRows * Rows::kPitch);
+    const RowsDescriptor<Keys> b(pair + Rows::kBytes);
+    this->shared.pair_pipe.wait_full(use);
+    ptx::wgmma_fence();
+    ptx::Wgmma<T, C::kN>::template multiply<true>(to.x[0], a.at(0), b.at(0));
+#pragma unroll
+    for (int k = 1; k < Rows::kChunks / 2; ++k)
+      ptx::Wgmma<T, C::kN>::template multiply<false>(to.x[0], a.at(k), b.at(k));
+    ptx::wgmma_commit();
+  }
+
+  // sum += dS
+  __device__ __forceinline__ void add_step(const BiasTile& tile, const BiasStep& step) {
+    const Problem& p = this->p;
+    const auto& pipe = this->shared.pair_pipe;
+    const uint32_t use = 2 * this->step_use;
+    const BlockWork& work = step.work;
+    const int32_t row = tile.row + tile_row();
+    start_scores<typename C::QTile, typename C::KTile>(s, use);
+    start_scores<typename C::DoTile, typename C::VTile>(dp, use + 1);
+    if (!waited) this->shared.score_pipe.wait_full(bias_use);
+    waited = true;
+    this->shared.row_pipe.wait_full(this->step_use);
+    const StagedRows<S> rows(this->shared.statistics[this->step_use % C::kRowStages], tile_row());
+    this->shared.row_pipe.release(this->step_use);
+    ptx::wgmma_wait<1>();
+    ptx::hold(s.x[0]);
+    pipe.release(use);
+    const int32_t keys = work.tile.k_len - tile.column;
+    const auto wait_dp = [&] {
+      ptx::wgmma_wait<0>();
+      ptx::hold(dp.x[0]);
+      pipe.release(use + 1);
+      if (keys < C::kN) hide(dp, 0, 0, [&](int) { return keys; }, FromLimit{});  // V may hold NaN there
+    };
+    if (step.fresh) {
+      const Interval all = step.band.common(row, row + S::kRows);
+      partial = !(all.lo <= tile.column && tile.column + C::kN <= all.hi);
+    }
+    typename C::Score score;
+    const Tile at{*this, p, step.band, row, tile.column};
+    score.prefetch_gradient(at);
+    tile_gradient<GradientOf::kBias>(score, at, rows, partial, s, dp, wait_dp);  // dS = P ∘ (dP − delta)
+    if constexpr (C::kGeneral) release_score();
+    for_each(sum, [&](float& x, int slot, int n, int e) {  // rows that see no key may hold NaN
+      if (rows.lse(slot) != INFINITY) x += dp.at(slot, n, e);
+    });
+  }
+
+  __device__ __forceinline__ void release_score() {
+    this->shared.score_pipe.release(bias_use++);
+    waited = false;
+  }
+
+  // Stores the warp's rows of the sum by 16 bytes, through its rows of the tile of the bias, which are its
+  // own until it releases them; zeros where the tile had no step.
+  __device__ __forceinline__ void store_chunks(T* to, const BiasTile& tile) {
+    using Sums = typename C::Tiles::BiasTile;
+    uint8_t* const rows = this->shared.score_tiles.stages[bias_use % C::Tiles::kStages];
+    const LaneAddress<Sums> own(ptx::shared_address(rows), tile_row() + lane_id() % 16, lane_id() / 16);
+    const RegistersA<T, S> rounded{sum};
+    if (waited) {
+#pragma unroll
+      for (int k = 0; k < C::kN / 16; ++k) {
+        uint32_t block[4];
+        rounded.load(block, 0, k);
+        ptx::stmatrix_x4(own.at(0, 2 * k), block);
+      }
+      __syncwarp();
+    }
+    const View& view = this->p.dbias;
+    const int first = tile_row() + lane_id() / 16, chunk = lane_id() % 16;
+    const bool used = tile.column + 8 * chunk < this->p.dbias_columns;
+#pragma unroll
+    for (int i = 0; i < 16; i += 2) {
+      const int32_t row = tile.row + first + i;
+      uint4 x{};  // no step
+      if (waited) x = *reinterpret_cast<const uint4*>(rows + Sums::offset(first + i, chunk));
+      if (used && row < this->p.dbias_rows) *reinterpret_cast<uint4*>(to + row * view.row + 8 * chunk) = x;
+    }
+  }
+
+  __device__ __forceinline__ void store(const BiasTile& tile) {
+    const View& view = this->p.dbias;
+    T* const to = view.as<T>() + tile.leading * view.leading[0] + view.offset(tile.b, tile.h, 0, tile.column);
+    if (!C::kGeneral && view.row % 8 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0)
+      return store_chunks(to, tile);
+    const bool pairs = view.row % 2 == 0;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t row = tile.row + tile_row() + S::row(slot);
+      if (row >= this->p.dbias_rows) continue;
+      T* const out = to + row * view.row + S::column(0);
+      const int32_t left = this->p.dbias_columns - tile.column - S::column(0);
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+        const int step = S::column_step(n);
+        if (pairs && step + 1 < left) {
+          ptx::store_pair(out + step, sum.at(slot, n, 0), sum.at(slot, n, 1));
+        } else {
+          if (step < left) out[step] = T(sum.at(slot, n, 0));
+          if (step + 1 < left) out[step + 1] = T(sum.at(slot, n, 1));
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    sum.clear();
+    this->for_steps([&](const BiasTile& tile, const BiasStep& step) { add_step(tile, step); },
+                    [&](const BiasTile& tile) {
+                      this->shared.number_pipe.release(this->tile_index);
+                      store(tile);
+                      if (waited) release_score();
+                      sum.clear();
+                    });
+  }
+};
+
+}  // namespace jax_flash

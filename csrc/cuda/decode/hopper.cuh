@@ -1,0 +1,119 @@
+// Decode over latent pools on sm_90a: the absorbed form of multi-head latent attention (DeepSeek-V2), after
+// FlashMLA. A KV head has 576 columns, of which the first 512 are V, and many query heads.
+//
+//   warpgroup 2   loads Q, and K page by page (hopper_latent_load.cuh)
+//   warpgroup 0   S = Q Kᵀ [64, 64], P, O ← O + P V, the left half of the columns
+//   warpgroup 1                      O ← O + P V, the right half
+//
+// A tile of K is also V, so it is loaded once. Products and loads of the next tile overlap; the softmax of
+// warpgroup 0 overlaps with the products of warpgroup 1 only.
+#pragma once
+
+#include "cuda/decode/hopper_latent_consumer.cuh"
+#include "cuda/decode/hopper_latent_few.cuh"
+#include "cuda/decode/hopper_latent_load.cuh"
+#include "cuda/launch.h"
+#include "cuda/registry.h"
+
+namespace jax_flash {
+namespace decode {
+
+// A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile. kOptions: whether there are
+// score options.
+template <class T, RowColumns R, bool kOptions>
+struct LatentSm90 {
+  using Element = T;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
+  static constexpr int kStages = R.stages, kThreads = R.warps * 32;
+  static constexpr int kWarps = 8;  // that combine the parts of an entry
+  using QTile = SharedTile<T, kRows, kHeadDim>;
+  using KTile = SharedTile<T, kTile, kHeadDim>;
+  static constexpr int kWeightTiles = 1;
+  using PTile = SharedTile<T, kRows, kTile>;
+  using Score = DecodeScore<Accumulator<1, kTile / 8>, kOptions>;
+  using Shared = LatentShared<LatentSm90>;
+  static_assert(kRows == kConsumerRows && kThreads == 3 * kWarpgroup);
+  static_assert(sizeof(Shared) <= latent::tile_bytes(kHeadDim, kRows, kTile, kStages) + latent::kStateBytes);
+};
+
+// The same for at most 16 rows.
+template <class T, RowColumns R, bool kOptions>
+struct LatentFewSm90 {
+  using Element = T;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
+  static constexpr int kStages = R.stages, kThreads = R.warps * 32;
+  static constexpr int kWarps = 8;  // that combine the parts of an entry
+  using QTile = SharedTile<T, kRows, kHeadDim>;
+  using KTile = SharedTile<T, kTile, kHeadDim>;
+  static constexpr int kWeightTiles = 2;
+  using PTile = SharedTile<T, kRows, kTile>;
+  using Score = DecodeScore<TransposedAccumulator<1, kRows / 8>, kOptions>;
+  using Shared = LatentFewShared<LatentFewSm90>;
+  static_assert(kRows == 16 && kTile == 64 && kStages == 2 && kThreads == 3 * kWarpgroup);
+  static_assert(sizeof(Shared) <=
+                latent::few_bytes(kHeadDim, kValueDim, kRows, kTile, kStages) + latent::kStateBytes);
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_constant__ LatentCall call) {
+  auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  clear_outside<typename C::Element>(call);
+  const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
+  const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
+  Range range;
+  auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
+  const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
+  if (range.begin >= range.end) return;
+  __syncthreads();  // all have read what was found
+  constexpr int kConsumers = C::Shared::kConsumers;
+  constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
+  static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
+  const int warpgroup = warpgroup_index();
+  if (warpgroup == kConsumers) {
+    ptx::give_registers<kProducerRegisters>();
+    LatentLoader<C>(call, shared, column, partition, range, number).run();
+  } else {
+    ptx::take_registers<kConsumerRegisters>();
+    if constexpr (C::kRows < kConsumerRows) {
+      LatentFewConsumer<C>(call, shared, column.kv_head, warpgroup).run();
+    } else if (warpgroup == 0) {
+      LatentConsumer<C, 0>(call, shared, column.kv_head).run();
+    } else {
+      LatentConsumer<C, 1>(call, shared, column.kv_head).run();
+    }
+  }
+}
+
+template <class C>
+cudaError_t launch_latent(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const DecodeGrid& grid = plan.decode;
+  const int64_t blocks = int64_t{grid.columns} * grid.ranges;
+  if (blocks == 0) return cudaSuccess;
+  const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
+  for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
+    const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
+    const cudaError_t e =
+        launch(latent_sm90<C>, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace decode
+
+template <class T, RowColumns R>
+cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const auto run = [&]<bool kOptions>() {
+    if constexpr (R.block_m < kConsumerRows) {
+      return decode::launch_latent<decode::LatentFewSm90<T, R, kOptions>>(p, plan, workspace, stream);
+    } else {
+      return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
+    }
+  };
+  return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
+                                                              : run.template operator()<false>();
+}
+
+}  // namespace jax_flash

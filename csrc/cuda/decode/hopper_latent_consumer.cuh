@@ -1,0 +1,305 @@
+// The consumer warpgroups of cuda/decode/hopper.cuh: each has half of O's columns; the first one computes S
+// and P for both.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cuda/decode/combine.cuh"
+#include "cuda/decode/hopper_latent_state.cuh"
+#include "cuda/decode/warp_attention.cuh"
+#include "cuda/mask.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/score/decode.cuh"
+#include "cuda/tile/descriptor.cuh"
+
+namespace jax_flash::decode {
+
+// kHalf: which columns of O this warpgroup has.
+template <class C, int kHalf>
+class LatentConsumer {
+ public:
+  using T = typename C::Element;
+  using Shared = typename C::Shared;
+  using S = Accumulator<1, C::kTile / 8>;
+  using O = Accumulator<1, C::kValueDim / 16>;
+
+  __device__ __forceinline__ LatentConsumer(const LatentCall& decode, Shared& memory, int32_t head)
+      : call(decode), shared(memory), kv_head(head) {}
+
+  __device__ __forceinline__ void run() {
+    uint32_t use = 0;
+#pragma unroll 1
+    for (uint32_t number = 0;; ++number) {
+      shared.q_pipe.wait_full(number);
+      const LatentSegment& segment = shared.segments[number % Shared::kSegments];
+      if (uniform(segment.done)) return;
+      o.clear();
+      if constexpr (kHalf == 0) {
+        attend_first(segment, number, use);
+      } else {
+        attend_second(segment, number, use);
+      }
+      finish(segment, shared.softmax[number % Shared::kSegments]);
+    }
+  }
+
+ private:
+  static constexpr int kPairs = C::kTile / 16;  // k steps of P V
+  static constexpr float kSlack = 8;            // O is rescaled where a score exceeds the row's bound by more
+
+  // The warp's first row of the 64.
+  __device__ __forceinline__ static int32_t first_row() { return ptx::thread_index() % kWarpgroup / 32 * 16; }
+  __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment) const {
+    return {call.group, kv_head, segment.first_row, segment.end_row};
+  }
+
+  // S, P and this half of O, of all tiles of a segment.
+  __device__ __forceinline__ void attend_first(const LatentSegment& segment, uint32_t number, uint32_t& use) {
+    const ColumnRows rows = rows_of(segment);
+    if (threadIdx.x == 0 && segment.parts.count > 1)
+      prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
+    Interval seen[S::kSlots];  // the keys that a row sees
+    float m[S::kSlots], l[S::kSlots];
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t row = first_row() + S::row(slot);
+      seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
+      m[slot] = -INFINITY, l[slot] = 0;
+    }
+    const Interval common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
+    const int32_t tile_end = segment.tile_end;
+#pragma unroll 1
+    for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
+      const int32_t key = tile * C::kTile;
+      shared.k_pipe.wait_full(use);
+      ptx::fence_async_shared();  // the copies were made by cp.async
+      multiply_keys(use);
+      if (tile + 1 == tile_end) shared.q_pipe.release(number);
+      set_missing(use);
+      typename C::Score().apply(s, DecodeTile<S>{call, rows, segment.work, key, call.scale, first_row()});
+      if (key < common.lo || key + C::kTile > common.hi) {
+        hide(s, key, -INFINITY, [&](int slot) { return seen[slot].lo; }, BeforeLimit{});
+        hide(s, key, -INFINITY, [&](int slot) { return seen[slot].hi; }, FromLimit{});
+      }
+      float alpha[S::kSlots];
+      const bool rescales = update_softmax(m, l, alpha);
+      uint32_t p[kPairs][4];
+      round(p);
+      store_weights(use, p, alpha);
+      if (rescales) {
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
+      }
+      ptx::hold(p);
+      multiply_values(use, [&](int k) -> const uint32_t (&)[4] { return p[k]; });
+      shared.k_pipe.release(use);
+    }
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      l[slot] += __shfl_xor_sync(~0u, l[slot], 1);
+      l[slot] += __shfl_xor_sync(~0u, l[slot], 2);
+      if (threadIdx.x % 4 == 0)
+        shared.softmax[number % Shared::kSegments][first_row() + S::row(slot)] = {m[slot], l[slot]};
+    }
+  }
+
+  // This half of O, of all tiles of a segment.
+  __device__ __forceinline__ void attend_second(const LatentSegment& segment, uint32_t number,
+                                                uint32_t& use) {
+    shared.q_pipe.release(number);
+    const RowsDescriptor<typename C::PTile> p(ptx::shared_address(shared.p[0]));
+#pragma unroll 1
+    for (int32_t tile = segment.tile, end = segment.tile_end; tile < end; ++tile, ++use) {
+      shared.k_pipe.wait_full(use);
+      shared.p_pipe.wait_full(use);
+      ptx::fence_async_shared();
+      float alpha[S::kSlots];
+      bool rescales = false;
+#pragma unroll
+      for (int slot = 0; slot < S::kSlots; ++slot) {
+        alpha[slot] = shared.alpha[first_row() + S::row(slot)];
+        rescales |= alpha[slot] != 1;
+      }
+      if (__any_sync(~0u, rescales)) {
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);
+      }
+      multiply_values(use, [&](int k) { return p.at(k); });
+      shared.p_pipe.release(use);
+      shared.k_pipe.release(use);
+    }
+  }
+
+  // S = Q Kᵀ
+  __device__ __forceinline__ void multiply_keys(uint32_t use) {
+    using Product = ptx::Wgmma<T, C::kTile>;
+    const RowsDescriptor<typename C::QTile> q(ptx::here(ptx::shared_address(shared.q)));
+    const RowsDescriptor<typename C::KTile> k(ptx::here(ptx::shared_address(shared.k[use % C::kStages])));
+    ptx::wgmma_fence();
+    Product::template multiply<true>(s.x[0], q.at(0), k.at(0));
+#pragma unroll
+    for (int step = 1; step < C::kHeadDim / 16; ++step)
+      Product::template multiply<false>(s.x[0], q.at(step), k.at(step));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::hold(s.x[0]);
+  }
+
+  // O ← O + P V of this half's columns.
+  template <class P>
+  __device__ __forceinline__ void multiply_values(uint32_t use, P p) {
+    using VTile = SharedTile<T, C::kTile, C::kValueDim / 2>;
+    const uint32_t k = ptx::here(ptx::shared_address(shared.k[use % C::kStages]));
+    const ColumnsDescriptor<VTile> v(k + kHalf * C::KTile::panel_offset(C::kValueDim / 2 / kChunk<T>));
+    ptx::hold(o.x[0]);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kPairs; ++step) multiply(p(step), v.at(step));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<0>();
+    ptx::hold(o.x[0]);
+  }
+  __device__ __forceinline__ void multiply(const uint32_t (&p)[4], uint64_t v) {
+    ptx::Wgmma<T, C::kValueDim / 2>::template multiply<false, 1>(o.x[0], p, v);
+  }
+  __device__ __forceinline__ void multiply(uint64_t p, uint64_t v) {
+    ptx::Wgmma<T, C::kValueDim / 2>::template multiply<false, 0, 1>(o.x[0], p, v);
+  }
+
+  // S of keys on pages outside the pool becomes NaN; their elements are zeros.
+  __device__ __forceinline__ void set_missing(uint32_t use) {
+    const uint16_t (&missing)[kConsumerWarps] = shared.missing[use % C::kStages];
+    static_assert(kConsumerWarps == 4 && C::kTile == 64);
+    const uint64_t all =
+        missing[0] | missing[1] << 16 | uint64_t{missing[2]} << 32 | uint64_t{missing[3]} << 48;
+    if (all == 0) return;
+    for_each(s, [&](float& x, int, int n, int e) {
+      if (all >> S::column(n, e) & 1) x = NAN;
+    });
+  }
+
+  // m ← the row's bound, raised where a score exceeds it by more than kSlack, by 1/α; S ← 2^(S − m); l ← α l
+  // + rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote tells
+  // whether any was raised.
+  __device__ __forceinline__ bool update_softmax(float (&m)[S::kSlots], float (&l)[S::kSlots],
+                                                 float (&alpha)[S::kSlots]) {
+    bool raised = false;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      float top = s.at(slot, 0, 0);
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) top = fmaxf(top, fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      alpha[slot] = 1;
+      if (top > m[slot] + kSlack) {
+        alpha[slot] = ptx::exp2(m[slot] - top);
+        m[slot] = top, raised = true;
+        l[slot] *= alpha[slot];
+      }
+      const float bound = m[slot] == -INFINITY ? 0 : m[slot];  // no key was seen yet: P must be 0, not NaN
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& x = s.at(slot, n, e);
+          x = ptx::exp2(x - bound);
+          l[slot] += x;
+        }
+    }
+    return __any_sync(~0u, raised);
+  }
+
+  // P: mma's C layout is its A layout.
+  __device__ __forceinline__ void round(uint32_t (&p)[kPairs][4]) const {
+    const RegistersA<T, S> rounded{s};
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) rounded.load(p[k], 0, k);
+  }
+
+  // Hands P and alpha to the second warpgroup.
+  __device__ __forceinline__ void store_weights(uint32_t use, const uint32_t (&p)[kPairs][4],
+                                                const float (&alpha)[S::kSlots]) const {
+    shared.p_pipe.wait_empty(use);
+    const uint32_t tile = ptx::shared_address(shared.p[0]);
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int row = first_row() + S::row(slot);
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n)
+        ptx::store_shared(tile + C::PTile::offset(row, n) + threadIdx.x % 4 * 4, p[n / 2][n % 2 * 2 + slot]);
+      if (threadIdx.x % 4 == 0) shared.alpha[row] = alpha[slot];
+    }
+    ptx::fence_async_shared();
+    shared.p_pipe.arrive_by_warp(use);
+  }
+
+  // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
+  // last to be finished.
+  __device__ __forceinline__ void finish(const LatentSegment& segment, const Softmax (&softmax)[C::kRows]) {
+    sync_consumers();  // the softmax is stored
+    const ColumnRows rows = rows_of(segment);
+    const Parts parts = segment.parts;
+    const PartialResults<C::kRows> partial(call);
+    const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t row = first_row() + S::row(slot);
+      if (row >= rows.count() || !is_written(call, rows, segment.work, row)) continue;
+      if (parts.count == 1) {
+        store_row(segment.work, rows, row, slot, softmax[row]);
+      } else {
+        store_partial(partial, first + row, slot, softmax[row]);
+      }
+    }
+    if (parts.count == 1) return;
+    sync_consumers();
+    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
+    sync_consumers();
+    if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
+  }
+  __device__ __forceinline__ static void sync_consumers() {
+    ptx::sync_group(1, Shared::kConsumers * kWarpgroup);
+  }
+
+  // The features of this thread's pairs.
+  __device__ __forceinline__ int32_t feature(int n) const {
+    return kHalf * (C::kValueDim / 2) + O::column(n);
+  }
+
+  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                            int slot, Softmax all) {
+    const int32_t head = rows.head(row), i = rows.position(row);
+    const auto [factor, lse] = finish_row(call, work, head, i, all);
+    T* const to = call.out.at<T>(work.leading, work.batch_row, head, work.q_begin + i);
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; ++n) {
+      if (feature(n) >= call.value_dim) continue;
+      const bool zero = factor == 0;
+      ptx::store_pair(to + feature(n), zero ? 0 : o.at(slot, n, 0) * factor,
+                      zero ? 0 : o.at(slot, n, 1) * factor);
+    }
+    if (kHalf == 0 && threadIdx.x % 4 == 0)
+      *call.lse.at<float>(work.leading, work.batch_row, head, work.q_begin + i) = lse;
+  }
+
+  __device__ __forceinline__ void store_partial(const PartialResults<C::kRows>& partial, int64_t row,
+                                                int slot, Softmax softmax) {
+    float* const to = partial.o + row * partial.width;
+#pragma unroll
+    for (int n = 0; n < O::kColumnTiles; ++n) {
+      if (feature(n) < call.value_dim)
+        *reinterpret_cast<float2*>(to + feature(n)) = make_float2(o.at(slot, n, 0), o.at(slot, n, 1));
+    }
+    if (kHalf == 0 && threadIdx.x % 4 == 0) partial.softmax[row] = softmax;
+  }
+
+  const LatentCall& call;
+  Shared& shared;
+  int32_t kv_head;
+  S s;
+  O o;
+};
+
+}  // namespace jax_flash::decode

@@ -1,0 +1,158 @@
+// The load warps of cuda/decode/hopper.cuh: Q, and K from its pages, by cp.async. Pages of any size and rows
+// of any stride are loaded alike, 16 bytes at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "core/paging.h"
+#include "cuda/decode/hopper_latent_state.cuh"
+#include "cuda/ptx/cp_async.cuh"
+
+namespace jax_flash::decode {
+
+// A warpgroup. Of a tile of 64 rows each of its warps loads 16; in one instruction 128 bytes of 4 rows.
+template <class C>
+class LatentLoader {
+ public:
+  using T = typename C::Element;
+  using Tile = typename C::KTile;
+  static_assert(Tile::kRows == 64 && Tile::kColumns == C::QTile::kColumns &&
+                Tile::kPanel == C::QTile::kPanel);
+
+  __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
+                                          const LatentColumn<C::kRows>& of_column, const Partition& of_ranges,
+                                          const Range& range, int32_t range_number)
+      : call(decode),
+        shared(memory),
+        column(of_column),
+        partition(of_ranges),
+        number(range_number),
+        ahead(range) {
+    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    warp = thread / 32, row = thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
+  }
+
+  __device__ __forceinline__ void run() {
+    uint32_t segment = 0, use = 0;
+#pragma unroll 1
+    for (; !ahead.done(); ++segment) {
+      const SequenceWork work = ahead.open(call, column);
+      keys = work.keys;
+      pool = call.key.at<const T>(work.leading, 0, column.kv_head, 0);
+      table = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0);
+      const int32_t tile = ahead.tile, tile_end = ahead.tile_end;
+      look_up(tile);
+#pragma unroll 1
+      for (int32_t n = tile; n < tile_end; ++n, ++use) {
+        shared.k_pipe.wait_empty(use);
+        load_keys(use);
+        if (n + 1 < tile_end) look_up(n + 1);
+        if (n == tile) load_segment(work, segment);
+      }
+      ahead.advance();
+    }
+    shared.q_pipe.wait_empty(segment);
+    if (threadIdx.x % kWarpgroup == 0) shared.segments[segment % C::Shared::kSegments].done = 1;
+    publish(shared.q_pipe.full_barrier(segment));
+  }
+
+ private:
+  static constexpr int kWarpRows = Tile::kRows / kConsumerWarps, kStep = 32 / Tile::kPanel;
+  static constexpr int kRowsOfThread = kWarpRows / kStep, kPanels = Tile::kChunks / Tile::kPanel;
+  static constexpr int kWarpQueries = C::kRows / kConsumerWarps;
+
+  // The copies that this thread has issued, and what its warp has stored, count on a full barrier.
+  __device__ __forceinline__ void publish(uint32_t barrier) const {
+    ptx::barrier_arrive_after_copies(barrier);
+    ptx::barrier_arrive_by_warp(barrier);
+  }
+
+  // Starts to look up the pages of this thread's keys of a tile. What the table holds is checked by
+  // load_keys(), so that nobody waits for it here.
+  __device__ __forceinline__ void look_up(int32_t tile) {
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const int64_t key = int64_t{tile} * C::kTile + warp * kWarpRows + row + i * kStep;
+      slot[i] = kUnused;
+      if (key < keys.lo || key >= keys.hi) continue;
+      const int32_t entry = call.page_size.quotient(static_cast<int32_t>(key));
+      slot[i] = static_cast<int32_t>(key) - entry * call.page_size.value;
+      page[i] = table[entry];
+    }
+  }
+
+  // Copies a row of a tile, of which `columns` are used; the others become zeros.
+  template <class To>
+  __device__ __forceinline__ void copy_row(uint32_t tile, int at, const T* from, bool used,
+                                           int32_t columns) const {
+    const uint32_t to = tile + To::offset(at, chunk);
+    const T* const source = from + chunk * kChunk<T>;
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel) {
+      constexpr int kColumns = To::kPanel * kChunk<T>;
+      ptx::cp_async_16(to + To::panel_offset(panel * To::kPanel), source + panel * kColumns,
+                       used && panel * kColumns + chunk * kChunk<T> < columns);
+    }
+  }
+
+  __device__ __forceinline__ void load_keys(uint32_t use) const {
+    const uint32_t tile = ptx::shared_address(shared.k[use % C::kStages]);
+    uint32_t missing = 0;  // of the warp's 16 rows
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      const bool exists = slot[i] != kUnused;
+      const bool inside = exists && static_cast<uint32_t>(page[i]) < static_cast<uint32_t>(call.pages);
+      const uint32_t votes = __ballot_sync(~0u, exists && !inside && chunk == 0);  // lanes 0, 8, 16, 24
+#pragma unroll
+      for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
+      const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
+      copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside, call.head_dim);
+    }
+    if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = static_cast<uint16_t>(missing);
+    publish(shared.k_pipe.full_barrier(use));
+  }
+
+  // Loads Q and stores the segment, whose first keys are on their way.
+  __device__ __forceinline__ void load_segment(const SequenceWork& work, uint32_t segment) {
+    shared.q_pipe.wait_empty(segment);
+    const auto entry = column.entry(ahead.index);
+    const ColumnRows rows = column.rows(entry);
+    const uint32_t tile = ptx::shared_address(shared.q);
+#pragma unroll
+    for (int i = 0; i < kWarpQueries / kStep; ++i) {
+      const int32_t own = warp * kWarpQueries + row + i * kStep;
+      const bool used = own < rows.count();
+      const int32_t at = used ? own : 0;
+      copy_row<typename C::QTile>(tile, own,
+                                  call.query.at<const T>(work.leading, work.batch_row, rows.head(at),
+                                                         work.q_begin + rows.position(at)),
+                                  used, call.head_dim);
+    }
+    if (threadIdx.x % kWarpgroup == 0) {
+      shared.segments[segment % C::Shared::kSegments] = {work,
+                                                         Parts::of(call.grid, partition, ahead, number),
+                                                         entry.first,
+                                                         entry.end,
+                                                         ahead.tile,
+                                                         ahead.tile_end,
+                                                         0};
+    }
+    publish(shared.q_pipe.full_barrier(segment));
+  }
+
+  static constexpr int32_t kUnused = -1;
+
+  const LatentCall& call;
+  typename C::Shared& shared;
+  const LatentColumn<C::kRows>& column;
+  const Partition& partition;
+  int32_t number;  // of the CTA's range
+  WorkIterator<C::kTile> ahead;
+  Interval keys;
+  const T* pool;
+  const int32_t* table;
+  int warp, row, chunk;  // of this thread: row is its first one among those of its warp
+  int32_t page[kRowsOfThread], slot[kRowsOfThread];
+};
+
+}  // namespace jax_flash::decode

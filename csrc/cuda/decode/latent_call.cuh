@@ -1,0 +1,111 @@
+// Decode over latent pools (multi-head latent attention): what its kernels are told of a call, and which rows
+// they work on.
+//
+// Many query heads read one KV head, so that the query rows of a sequence fill several tiles. What takes the
+// place of a sequence in the partition is an entry: a chunk of the rows of one sequence. All rows of a
+// sequence are attended here, however many.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/families/latent_layout.h"
+#include "cuda/decode/partition.cuh"
+#include "cuda/ptx/math.cuh"
+
+namespace jax_flash::decode {
+
+struct LatentCall : DecodeCall {  // `sequences`: entries of all leading entries
+  Divisor entries;                // of a leading entry
+  Divisor head_chunks;            // of a token
+  Divisor token_chunks;           // of a sequence, unless packed
+  int32_t chunk_tokens;
+};
+
+// The call of outer entry `outer`, for chunks of at most `rows` query rows.
+template <int kTile>
+LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t rows, int64_t outer,
+                            const int32_t* starts, void* workspace) {
+  LatentCall call{make_call<kTile>(p, grid, rows, outer, starts, workspace), {}, {}, {}, 0};
+  const latent::Chunks chunks(p.heads / p.kv_heads, rows);
+  const int64_t of_sequence = ceil_div(p.q_rows, chunks.tokens);
+  const int64_t entries =
+      (p.packed() ? slot_count(p.q_rows, chunks.tokens, p.batch) : p.batch * of_sequence) * chunks.heads;
+  const int64_t leading = p.leading.rank > 0 ? p.leading.size[p.leading.rank - 1] : 1;
+  call.sequences = static_cast<int32_t>(leading * entries);
+  call.end_tiles = end_tiles(grid, call.sequences);
+  call.entries = Divisor(std::max<int64_t>(1, entries));
+  call.head_chunks = Divisor(chunks.heads);
+  call.token_chunks = Divisor(of_sequence);
+  call.chunk_tokens = chunks.tokens;
+  return call;
+}
+
+// The entries of one KV head, as Rows of partition.cuh.
+template <int kRows>
+struct LatentColumn {
+  const LatentCall& call;
+  int32_t kv_head;
+
+  // The rows of an entry, those of a KV head of its sequence counted from 0, and the sequence's number.
+  struct Entry {
+    int32_t sequence, first, end;
+  };
+  __device__ __forceinline__ Entry entry(int32_t number) const {
+    const int32_t leading = call.entries.quotient(number);
+    const int32_t rest = number - leading * call.entries.value;
+    const int32_t chunk = call.head_chunks.quotient(rest);
+    const int32_t part = rest - chunk * call.head_chunks.value;
+    int32_t index, token, tokens = call.q_rows;
+    if (call.starts) {
+      const int32_t* const starts = call.starts + leading * 2 * (call.batch.value + 2);
+      index = sequence_of_slot(starts, call.batch.value, call.chunk_tokens, chunk);
+      token = static_cast<int32_t>(chunk - first_slot(starts[index], call.chunk_tokens, index)) *
+              call.chunk_tokens;
+      tokens = starts[index + 1] - starts[index];
+      if (token < 0 || token >= tokens) return {leading * call.batch.value + index, 0, 0};
+    } else {
+      index = call.token_chunks.quotient(chunk);
+      token = (chunk - index * call.token_chunks.value) * call.chunk_tokens;
+    }
+    const int32_t first = token * call.group.value + part * kRows;
+    const int32_t all = min(tokens, token + call.chunk_tokens) * call.group.value;
+    return {leading * call.batch.value + index, first, min(all, first + kRows)};
+  }
+  __device__ __forceinline__ ColumnRows rows(const Entry& entry) const {
+    return {call.group, kv_head, entry.first, entry.end};
+  }
+  __device__ __forceinline__ SequenceWork sequence(const DecodeCall&, int32_t number) const {
+    const Entry found = entry(number);
+    if (found.first < found.end) return {call, rows(found), found.sequence};
+    SequenceWork none{};
+    return none;  // not served
+  }
+};
+
+// Writes o = 0 and lse = −∞ to the packed tokens outside every sequence. All CTAs of the grid take part.
+template <class T>
+__device__ __forceinline__ void clear_outside(const LatentCall& call) {
+  if (!call.starts) return;
+  const int32_t heads = call.columns.value * call.group.value, batch = call.batch.value;
+  const int32_t warps = static_cast<int32_t>(blockDim.x / 32), lane = static_cast<int32_t>(threadIdx.x % 32);
+  const int32_t leading_entries = max(1, call.sequences / call.entries.value);
+#pragma unroll 1
+  for (int32_t leading = 0; leading < leading_entries; ++leading) {
+    const int32_t* const starts = call.starts + leading * 2 * (batch + 2);
+    const int32_t before = starts[0], after = starts[batch];
+    const int64_t rows = int64_t{before + call.q_rows - after} * heads;
+#pragma unroll 1
+    for (int64_t at = int64_t{blockIdx.x} * warps + threadIdx.x / 32; at < rows;
+         at += int64_t{gridDim.x} * warps) {
+      const int32_t outside = static_cast<int32_t>(at / heads), head = static_cast<int32_t>(at % heads);
+      const int32_t token = outside < before ? outside : after + (outside - before);
+      T* const to = call.out.at<T>(leading, 0, head, token);
+      for (int32_t feature = 2 * lane; feature < call.value_dim; feature += 64)
+        ptx::store_pair(to + feature, 0.0f, 0.0f);
+      if (lane == 0) *call.lse.at<float>(leading, 0, head, token) = -INFINITY;
+    }
+  }
+}
+
+}  // namespace jax_flash::decode
