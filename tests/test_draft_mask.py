@@ -150,6 +150,18 @@ def test_every_head_dim(d, dv):
     pages.check(paged(mixed, 16), IMPLEMENTATION)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"draft_mask": (33, 9, 9)}, {"draft_mask": (1, 9, 9), "causal": True}],
+    ids=str,
+)
+def test_trees_of_many_sequences(options):
+    """36 rows of a KV head, in whole waves of tiles: on Hopper the forward packs the heads; rows that see nothing."""
+    lengths = tuple({3: 0, 7: 5, 9: 9}.get(i, 9 + i * 23 % 70) for i in range(33))
+    case = Case("many", b=33, sq=9, sk=80, kv_lengths=lengths, hq=32, hk=8, d=128, dv=128, dtype="bfloat16")
+    pages.check(paged(case.replace(**options), 16), IMPLEMENTATION)
+
+
 @pytest.mark.parametrize("float8", FLOAT8)
 def test_float8_pools(float8):
     case = FEW.replace(d=64, dv=64, hq=8, hk=2, sk=200, kv_lengths=(200, 70, 4, 131), dtype="bfloat16")

@@ -24,7 +24,7 @@ def plan(device: dict[str, int] = H200, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("q_rows", "heads", "block"),
-    [(1, 32, 8), (1, 64, 8), (1, 128, 16), (4, 32, 16), (8, 32, 32), (8, 64, 32)],
+    [(1, 32, 8), (1, 64, 8), (1, 128, 16), (4, 32, 16), (8, 32, 32)],
 )
 def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
     chosen = plan(q_rows=q_rows, heads=heads)
@@ -47,6 +47,46 @@ def test_what_decode_lacks_takes_the_forward_over_pages(options):
     row = plan(**options)["row"]
     assert row["pass"] == "forward"
     assert "paged" in row["loaders"]
+
+
+@pytest.mark.parametrize(("q_rows", "heads", "tiles"), [(16, 32, 1), (8, 64, 1), (17, 32, 2), (16, 128, 4)])
+def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q_rows, heads, tiles):
+    chosen = plan(q_rows=q_rows, heads=heads)
+    assert (chosen["row"]["pass"], chosen["row"]["block_m"], chosen["row"]["block_n"]) == ("forward", 64, 128)
+    assert chosen["queries"] == {"block": 64, "tiles": tiles, "blocks": 64 * 8 * tiles}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 8},  # too few tiles: the keys have to be split
+        {"batch": 24},  # 192 tiles, two waves of 132
+        {"leading": 2},
+        {"left": 100},
+        {"softcap": 30.0},
+        {"scale": -1.0},
+        {"num_splits": 2},
+        {"batch_invariant": True},
+        {"page_size": 12},
+        {"dtype": "float32"},
+        {"operands": operand_bits(("sinks",))},
+        {"operands": operand_bits(("alibi_slopes",))},
+    ],
+    ids=str,
+)
+def test_what_the_packed_forward_lacks_decodes(options):
+    assert plan(q_rows=16, **options)["row"]["pass"] == "decode"
+
+
+def test_rows_of_a_group_that_tiles_do_not_hold_whole_decode():
+    assert plan(q_rows=8, heads=48)["row"]["pass"] == "decode"  # six heads
+    assert plan(q_rows=32, heads=72)["row"]["block_m"] == 128
+
+
+def test_small_pages_take_more_keys_per_tile():
+    for size, keys in ((16, 160), (32, 160), (64, 128), (128, 128)):
+        assert plan(q_rows=2000, page_size=size)["row"]["block_n"] == keys
+    assert plan(q_rows=2000, page_size=16, k_rows=1000)["row"]["block_n"] == 128
 
 
 def test_other_pools_decode_as_well():
@@ -77,14 +117,14 @@ def test_the_draft_mask_says_how_many_tokens_packed_sequences_have():
     assert chosen["decode_row"]["block_m"] == 16
 
 
-@pytest.mark.parametrize(("q_rows", "decodes"), [(4, True), (16, True), (17, False)])
-def test_a_draft_mask_changes_neither_the_kernel_nor_the_grid(q_rows, decodes):
+@pytest.mark.parametrize(("q_rows", "name"), [(4, "decode"), (8, "decode"), (16, "forward")])
+def test_a_draft_mask_changes_neither_the_row_nor_the_grid(q_rows, name):
     with_mask = plan(q_rows=q_rows, operands=operand_bits(("draft_mask",)), draft_rows=q_rows)
-    without = plan(q_rows=q_rows)
-    assert (with_mask["row"]["pass"] == "decode") == decodes
-    if decodes:
-        assert with_mask["row"] == without["row"]
+    without = plan(q_rows=q_rows, right=0)
+    assert with_mask["row"] == without["row"]
+    assert with_mask["row"]["pass"] == name
     assert with_mask["decode"] == without["decode"]
+    assert with_mask["queries"] == without["queries"]
     assert with_mask["general"]
 
 

@@ -7,6 +7,14 @@
 
 namespace jax_flash {
 
+// Kernels that pack heads have a row for each query of a token at each query head of a KV head: row r is of
+// token r >> shift and of head r % 2^shift. To them `heads` are KV heads, and the views' heads are of their
+// first query heads.
+struct HeadPacking {
+  int32_t shift = 0, tokens = 0;
+  int32_t right = kUnlimited;  // AttentionSpec::right, which counts tokens
+};
+
 struct Problem {
   AttentionSpec spec;
   DType dtype;       // dtype of query, out and their gradients
@@ -20,21 +28,22 @@ struct Problem {
   int32_t page_size, pages, table;  // paged: slots per page, pages of the pool, entries per table row
   int32_t draft_rows;               // rows and columns of the draft mask of a sequence
 
-  View query, key, value;                                       // [b, s, h, d]; pools: [page, slot, h, d]
-  View out, lse;                                                // lse, delta: [b, h, s] float32
-  View dout, delta;                                             //
-  View dquery, dkey, dvalue, dbias;                             //
-  View cu_seqlens_q, cu_seqlens_k;                              // [n + 1] along batch
-  View q_lengths, kv_lengths;                                   // [b]
-  View q_segment_ids, kv_segment_ids;                           // [b, s]
-  View mask, bias;                                              // [b, h, s_q, s_k]
-  View alibi_slopes;                                            // [b, h]
-  View sinks;                                                   // [h]
-  View dropout;                                                 // [6] along column
-  View block_tables;                                            // [b, table] along batch and column
-  View k_scale, v_scale;                                        // [h] of KV heads
-  View position;                                                // [2] along column: first query, first key
-  View draft_mask;                                              // [b, row, column]
+  View query, key, value;              // [b, s, h, d]; pools: [page, slot, h, d]
+  View out, lse;                       // lse, delta: [b, h, s] float32
+  View dout, delta;                    //
+  View dquery, dkey, dvalue, dbias;    //
+  View cu_seqlens_q, cu_seqlens_k;     // [n + 1] along batch
+  View q_lengths, kv_lengths;          // [b]
+  View q_segment_ids, kv_segment_ids;  // [b, s]
+  View mask, bias;                     // [b, h, s_q, s_k]
+  View alibi_slopes;                   // [b, h]
+  View sinks;                          // [h]
+  View dropout;                        // [6] along column
+  View block_tables;                   // [b, table] along batch and column
+  View k_scale, v_scale;               // [h] of KV heads
+  View position;                       // [2] along column: first query, first key
+  View draft_mask;                     // [b, row, column]
+  HeadPacking packing;
   int32_t dbias_batch, dbias_heads, dbias_rows, dbias_columns;  // sizes of dbias, 1 where broadcast
 
   JF_HD int32_t kv_head(int32_t head) const { return head / (heads / kv_heads); }

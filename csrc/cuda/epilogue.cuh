@@ -27,19 +27,31 @@ struct LseRows {
   }
 };
 
+// Where a row lies, in elements from row 0.
+struct StridedRows {
+  int64_t stride;
+  __device__ __forceinline__ int64_t operator()(int32_t row) const { return row * stride; }
+};
+
 // lse ← (m + log Σ P) of the rows [row, end), −inf from q_len on; factor ← dropout_scale / Σ P, for O.
-template <int kSlots, class Softmax>
+template <int kSlots, class Softmax, class Rows>
 __device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
-                                               const LseRows& lse, const TileWork& tile, int32_t row,
-                                               float dropout_scale) {
+                                               const LseRows& lse, const Rows& offset, const TileWork& tile,
+                                               int32_t row, float dropout_scale) {
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + Accumulator<kSlots / 2, 1>::row(slot);
     auto last = softmax.finish(slot, lse.sink);
     if (i >= tile.q_len) last = {0, -INFINITY};
-    ptx::store_global(lse.data + i * lse.stride, last.lse, i < tile.end && threadIdx.x % 4 == 0);
+    ptx::store_global(lse.data + offset(i), last.lse, i < tile.end && threadIdx.x % 4 == 0);
     factor[slot] = last.factor * dropout_scale;
   }
+}
+template <int kSlots, class Softmax>
+__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
+                                               const LseRows& lse, const TileWork& tile, int32_t row,
+                                               float dropout_scale) {
+  finish_softmax(factor, softmax, lse, StridedRows{lse.stride}, tile, row, dropout_scale);
 }
 
 // O ← factor · O. Rows with factor 0 may hold NaN, and become 0.
@@ -87,13 +99,13 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
 }
 
 // Stores a warp's rows without shared memory: lanes exchange pairs, so that each stores 16 bytes of a row.
-template <class T, class O>
-__device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T> out, int32_t row,
-                                                          int32_t end) {
+template <class T, class O, class Rows>
+__device__ __forceinline__ void store_rows_from_registers(const O& o, T* data, int32_t columns,
+                                                          const Rows& offset, int32_t row, int32_t end) {
 #pragma unroll
   for (int slot = 0; slot < O::kSlots; ++slot) {
     const int32_t i = row + O::row(slot);
-    T* const to = out.data + int64_t{i} * out.stride;
+    T* const to = data + offset(i);
 #pragma unroll
     for (int n = 0; n < O::kColumnTiles; n += 4) {
       uint32_t x[4];
@@ -101,9 +113,14 @@ __device__ __forceinline__ void store_rows_from_registers(const O& o, const Glob
       for (int c = 0; c < 4; ++c) x[c] = ptx::pack<T>(o.at(slot, n + c, 0), o.at(slot, n + c, 1));
       transpose_quad(x);
       const int32_t column = n * 8 + threadIdx.x % 4 * 8;
-      ptx::store_global(to + column, make_uint4(x[0], x[1], x[2], x[3]), i < end && column < out.columns);
+      ptx::store_global(to + column, make_uint4(x[0], x[1], x[2], x[3]), i < end && column < columns);
     }
   }
+}
+template <class T, class O>
+__device__ __forceinline__ void store_rows_from_registers(const O& o, const GlobalRows<T> out, int32_t row,
+                                                          int32_t end) {
+  store_rows_from_registers(o, out.data, out.columns, StridedRows{out.stride}, row, end);
 }
 
 // Adds an accumulator atomically to rows [0, end) of `to`, whose blocks of 16 columns have the order of

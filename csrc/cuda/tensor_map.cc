@@ -39,7 +39,8 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
     dims[i + 1] = used ? static_cast<cuuint64_t>(sizes[i]) : 1;
     bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * element_bytes : kUnusedStride;
   }
-  const cuuint32_t box[kRank] = {static_cast<cuuint32_t>(shape.box_columns), 1,
+  const cuuint32_t box[kRank] = {static_cast<cuuint32_t>(shape.box_columns),
+                                 static_cast<cuuint32_t>(shape.box_heads),
                                  static_cast<cuuint32_t>(shape.box_rows), 1, 1};
   const cuuint32_t steps[kRank] = {1, 1, 1, 1, 1};
   const auto type = shape.single             ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32

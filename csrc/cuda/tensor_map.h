@@ -9,11 +9,12 @@
 namespace jax_flash {
 
 // An operand [leading, batch, row, head, column] of 16-bit elements or of float32. A box is [box_rows,
-// box_columns] of one head, one panel of a SharedTile with its swizzle.
+// box_heads, box_columns], one panel of a SharedTile with its swizzle.
 struct MapShape {
   int32_t columns, heads, rows, batch;
   int32_t box_columns, box_rows;
   bool single = false;  // float32
+  int32_t box_heads = 1;
 };
 
 // Encodes the map of `view`, whose strides it takes. A dimension with stride 0 gets size 1. There is at most

@@ -71,9 +71,11 @@ class Forward final : public PassTraits {
  public:
   // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page,
   // and TMA cannot widen float8.
-  bool serves(const KernelRow&, const Call& call) const override {
-    return call.shapes.leading_rank <= 1 && call.shapes.page_size % 8 == 0 && !call.float8_pools();
+  bool serves(const KernelRow& row, const Call& call) const override {
+    if (call.shapes.page_size % 8 || call.float8_pools()) return false;
+    return hopper::packs_heads(row) ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
   }
+  bool beats_decode(const KernelRow& row, const Call&) const override { return hopper::packs_heads(row); }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return hopper::forward_shared_bytes(
@@ -82,8 +84,14 @@ class Forward final : public PassTraits {
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    if (call.spec.paged()) return false;  // the table's order
     const TileChoice choice(call);
+    if (call.spec.paged()) {
+      // Small pages are loaded by many boxes, which more keys per tile leave more time for.
+      constexpr int64_t kSmallPage = 64;
+      if (hopper::packs_heads(a) != hopper::packs_heads(b)) return hopper::packs_heads(a);
+      const bool more_keys = call.shapes.page_size < kSmallPage && choice.wants_more_keys();
+      return a.block_n != b.block_n && (a.block_n > b.block_n) == more_keys;
+    }
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
     if (a_small != b_small) return a_small == choice.wants_one_consumer();
     if ((a.teams > 1) != (b.teams > 1)) return (a.teams > 1) == choice.wants_teams();
@@ -92,9 +100,12 @@ class Forward final : public PassTraits {
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
+    const Shapes& s = call.shapes;
+    const bool packs = hopper::packs_heads(row);
+    plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
+                             packs ? s.kv_heads : s.heads, row.block_m, workspace);
     plan.cluster_size = uses_clusters(row, call, plan) ? row.cluster : 1;
-    const bool unequal = call.tiles_differ() || call.shapes.q_rows % row.block_m;
+    const bool unequal = call.tiles_differ() || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
@@ -107,6 +118,27 @@ class Forward final : public PassTraits {
   }
 
  private:
+  // A few tokens of each sequence, where decode would read keys more than once, and whose tiles fill whole
+  // waves: keys are not split. The rows of a tile are of one KV head.
+  static bool serves_packed_heads(const KernelRow& row, const Call& call) {
+    constexpr int64_t kDecodeRows = 32, kMostRows = 256;
+    constexpr double kFilled = 0.85;
+    const AttentionSpec& spec = call.spec;
+    const Shapes& s = call.shapes;
+    if (spec.packed() || s.leading_rank > 0 || s.kv_heads == 0 || spec.num_splits > 0 || spec.batch_invariant)
+      return false;
+    for (Operand operand : {Operand::kAlibiSlopes, Operand::kSinks, Operand::kPosition})
+      if (spec.has(operand)) return false;
+    const bool counts_tokens = spec.right >= 0 && spec.align != Align::kBottomRight;
+    if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
+    const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
+    if (row.block_m % group || rows <= kDecodeRows || rows > kMostRows) return false;
+    const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m);
+    const int64_t sms = std::max(1, call.device.sm_count);
+    return tiles >= sms &&
+           static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
+  }
+
   // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
   // of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {

@@ -3,12 +3,20 @@
 
 #include <cstdint>
 
+#include "core/plan/row.h"
+
 namespace jax_flash::hopper {
 
 inline constexpr int32_t kConsumerRows = 64;         // query rows of a consumer warpgroup: M of wgmma
 inline constexpr int64_t kStateBytes = 2048;         // barriers and tile states of a team, at most
 inline constexpr int64_t kMaxSharedBytes = 232'448;  // that a CTA may use
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
+
+// Whether a forward's row has the query heads of a KV head in one tile (core/problem.h, HeadPacking).
+template <class Row>
+constexpr bool packs_heads(const Row& row) {
+  return row.loaders == 1u << static_cast<int32_t>(Loader::kPaged) && row.block_m == kConsumerRows;
+}
 
 // Q of one tile, and `stages` tiles of K and of V; of each team.
 constexpr int64_t forward_tile_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m, int32_t block_n,

@@ -20,6 +20,8 @@ class PassTraits {
   virtual int64_t shared_bytes(const KernelRow& row, const Call& call) const = 0;
   // Whether `a` suits the call better than `b`, of two rows that run it with as much padding.
   virtual bool better(const KernelRow&, const KernelRow&, const Call&) const { return false; }
+  // Whether a forward's row suits a call better than decode, which serves it too.
+  virtual bool beats_decode(const KernelRow&, const Call&) const { return false; }
   // Fills the plan's grids and takes the workspace that they need.
   virtual void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                          LaunchPlan& plan) const = 0;

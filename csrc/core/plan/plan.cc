@@ -65,7 +65,12 @@ LaunchPlan plan(const Call& call, std::span<const KernelRow> built) {
   if (!result.error.empty()) return result;
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
   const bool alone = decode && (!call.spec.packed() || traits_of(*decode).takes_every_sequence(*decode));
-  const KernelRow* row = alone ? decode : choose(call.pass, call, built);
+  const KernelRow* row = choose(call.pass, call, built);
+  if (alone && row && traits_of(*row).beats_decode(*row, call)) {
+    decode = nullptr;
+  } else if (alone) {
+    row = decode;
+  }
   if (!row) {
     result.error = no_kernel(call, built);
     return result;

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
-  clear_outside<typename C::Element>(call);
+  clear_outside<typename C::Element, C::kThreads>(call);
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
   Range range;

@@ -84,11 +84,13 @@ struct LatentColumn {
 };
 
 // Writes o = 0 and lse = −∞ to the packed tokens outside every sequence. All CTAs of the grid take part.
-template <class T>
+template <class T, int kThreads>
 __device__ __forceinline__ void clear_outside(const LatentCall& call) {
   if (!call.starts) return;
   const int32_t heads = call.columns.value * call.group.value, batch = call.batch.value;
-  const int32_t warps = static_cast<int32_t>(blockDim.x / 32), lane = static_cast<int32_t>(threadIdx.x % 32);
+  constexpr int64_t kWarps = kThreads / 32;
+  const int64_t blocks = int64_t{call.columns.value} * call.grid.ranges;
+  const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
   const int32_t leading_entries = max(1, call.sequences / call.entries.value);
 #pragma unroll 1
   for (int32_t leading = 0; leading < leading_entries; ++leading) {
@@ -96,8 +98,7 @@ __device__ __forceinline__ void clear_outside(const LatentCall& call) {
     const int32_t before = starts[0], after = starts[batch];
     const int64_t rows = int64_t{before + call.q_rows - after} * heads;
 #pragma unroll 1
-    for (int64_t at = int64_t{blockIdx.x} * warps + threadIdx.x / 32; at < rows;
-         at += int64_t{gridDim.x} * warps) {
+    for (int64_t at = blockIdx.x * kWarps + threadIdx.x / 32; at < rows; at += blocks * kWarps) {
       const int32_t outside = static_cast<int32_t>(at / heads), head = static_cast<int32_t>(at % heads);
       const int32_t token = outside < before ? outside : after + (outside - before);
       T* const to = call.out.at<T>(leading, 0, head, token);

@@ -300,7 +300,7 @@ class LatentBlock {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm80(const __grid_constant__ LatentCall call) {
   __shared__ PartitionShared<C::kThreads> found;
-  clear_outside<typename C::Element>(call);
+  clear_outside<typename C::Element, C::kThreads>(call);
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
   Range range;

@@ -26,6 +26,7 @@
 #include "core/families/hopper_layout.h"
 #include "core/plan/launch_plan.h"
 #include "cuda/forward/hopper_consumer.cuh"
+#include "cuda/forward/hopper_heads.cuh"
 #include "cuda/forward/hopper_load.cuh"
 #include "cuda/forward/hopper_scheduler.cuh"
 #include "cuda/forward/hopper_state.cuh"
@@ -46,11 +47,12 @@ namespace jax_flash {
 // own, so that one team's prologue and epilogue overlap another's loop. Each CTA of a Cluster has a query
 // tile of its own; K and V are multicast to all.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Teams, ScoreKind Kind,
-          template <class> class KeyLoader = DenseLoader, int Cluster = 1>
+          template <class> class KeyLoader = DenseLoader, int Cluster = 1, bool PacksHeads = false>
 struct ForwardSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
   static constexpr int kCluster = Cluster, kTeams = Teams;
+  static constexpr bool kPacksHeads = PacksHeads;
   static constexpr int kConsumers = M / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   static constexpr int kThreads = Warps * 32;
   static constexpr int kM = M, kStages = Stages;
@@ -81,7 +83,8 @@ struct ForwardSm90 {
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
-  using Score = HopperScore<Kind, S, kInPages<KeyLoader>>;
+  using Score =
+      std::conditional_t<PacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
@@ -150,11 +153,12 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
   if (grid.blocks == 0) return cudaSuccess;
   typename C::Maps maps;
   const int32_t batch = p.packed() ? 1 : p.batch;
-  if (cudaError_t e =
-          make_tensor_map(maps.query, p, p.query,
-                          {p.head_dim, p.heads, p.q_rows, batch, C::QTile::kPanel * 8, kConsumerRows});
-      e != cudaSuccess)
-    return e;
+  constexpr int32_t kPanel = C::QTile::kPanel * 8;
+  const cudaError_t e_query =
+      C::kPacksHeads ? make_packed_query_map(maps.query, p, kPanel, kConsumerRows)
+                     : make_tensor_map(maps.query, p, p.query,
+                                       {p.head_dim, p.heads, p.q_rows, batch, kPanel, kConsumerRows});
+  if (e_query != cudaSuccess) return e_query;
   if (cudaError_t e = C::Loader::make_maps(maps.keys, p); e != cudaSuccess) return e;
   if (cudaError_t e = C::Input::make_map(maps.input, p); e != cudaSuccess) return e;
   const int64_t heads = grid.blocks / grid.tiles, cluster_tiles = ceil_div(grid.tiles, C::kCluster);
@@ -176,13 +180,19 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   if constexpr (R.cluster > 1) {
     if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.cluster>();
   }
-  return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-    if constexpr (R.is_paged()) {
-      return run.template operator()<kKind, PagedLoader, 1>();
-    } else {
-      return run.template operator()<kKind, DenseLoader, 1>();
-    }
-  });
+  if constexpr (hopper::packs_heads(R)) {
+    using C = ForwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.teams,
+                          ScoreKind::kPlain, PagedLoader, 1, true>;
+    return launch_forward_sm90<C>(pack_heads(p), plan, workspace, stream);
+  } else {
+    return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
+      if constexpr (R.is_paged()) {
+        return run.template operator()<kKind, PagedLoader, 1>();
+      } else {
+        return run.template operator()<kKind, DenseLoader, 1>();
+      }
+    });
+  }
 }
 
 }  // namespace jax_flash

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cuda/epilogue.cuh"
+#include "cuda/forward/hopper_heads.cuh"
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
@@ -37,6 +38,7 @@ struct ConsumerTile {
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
+  __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };
 
 // What a consumer has in registers. It works on one query tile after the other, and on a query tile's key
@@ -326,14 +328,24 @@ struct Consumer {
   __device__ __forceinline__ void finish_softmax() {
     wait_part(shared.epilogue_pipe);
     if constexpr (C::Softmax::kBounded) softmax.mark_empty_rows();
-    jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
-                              Score::kDropout ? dropout_scale(p.spec) : 1.0f);
+    if constexpr (C::kPacksHeads) {
+      jax_flash::finish_softmax(alpha, softmax, tile->lse, PackedRows(p, p.lse), tile->work.tile, row(),
+                                1.0f);
+    } else {
+      jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
+                                Score::kDropout ? dropout_scale(p.spec) : 1.0f);
+    }
   }
 
   // o ← α O
   __device__ __forceinline__ void write_rows() {
     normalise_rows(o, alpha);
-    store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
+    if constexpr (C::kPacksHeads) {
+      store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),
+                                tile->work.tile.end);
+    } else {
+      store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
+    }
   }
 
   __device__ __forceinline__ void run() {

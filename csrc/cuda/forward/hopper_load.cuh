@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cuda/forward/hopper_heads.cuh"
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tma.cuh"
@@ -48,8 +49,13 @@ struct LoadWarp {
     if (!used) return ptx::barrier_arrive(full);
     const int32_t row = work.tile.q_begin + work.tile.row + consumer * kConsumerRows;
     ptx::barrier_expect(full, Tile::kBytes);
-    load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full,
-                    coordinates_of(p.query, work, work.head, row));
+    ptx::Coordinates at;
+    if constexpr (C::kPacksHeads) {
+      at = packed_coordinates(p, work, row);
+    } else {
+      at = coordinates_of(p.query, work, work.head, row);
+    }
+    load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
   }
 
   // K, Q, then K, V, K, V … V: the order in which consumers wait for them. A thread that loads nothing into a

@@ -8,24 +8,35 @@
 
 namespace jax_flash {
 
-// S [rows row_of(slot), keys from `key`] ← −inf where the draft mask of a sequence hides the key.
-// row_of(slot) must be below band.q_len, or the row is not in use and its scores may be anything.
+// S [rows row_of(slot), keys from `key`] ← −inf where hidden(row, key), asked of rows and keys in use. It is
+// asked in a loop, which few tiles run: unrolled, its loads would take registers from all others.
+template <class S, class Row, class Hidden>
+__device__ __forceinline__ void hide_where(S& s, const Band& band, int32_t key, Row row_of, Hidden hidden) {
+  static_assert(2 * S::kColumnTiles <= 32);
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int32_t i = row_of(slot), end = i < band.q_len ? band.k_len : 0;
+    uint32_t found = 0;  // bit 2 n + e
+#pragma unroll 1
+    for (int at = 0; at < 2 * S::kColumnTiles; ++at) {
+      const int32_t j = key + S::column(at / 2, at % 2);
+      if (j < end && hidden(i, j)) found |= 1u << at;
+    }
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (found >> (2 * n + e) & 1) s.at(slot, n, e) = -INFINITY;
+    }
+  }
+}
+
+// S ← −inf where the draft mask of a sequence hides the key.
 template <class S, class Row>
 __device__ __forceinline__ void hide_drafts(S& s, const DraftMask& draft, const Band& band, int32_t key,
                                             Row row_of) {
   if (!draft.reaches(key + S::kColumns)) return;
-#pragma unroll
-  for (int slot = 0; slot < S::kSlots; ++slot) {
-    const int32_t i = row_of(slot), end = i < band.q_len ? band.k_len : 0;
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int32_t j = key + S::column(n, e);
-        if (j < end && draft.hides(i, j)) s.at(slot, n, e) = -INFINITY;
-      }
-    }
-  }
+  hide_where(s, band, key, row_of, [&](int32_t i, int32_t j) { return draft.hides(i, j); });
 }
 
 // A score variant, and the draft mask of calls over pages.

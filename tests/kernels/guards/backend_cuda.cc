@@ -103,7 +103,7 @@ LaunchPlan plan_call(Pass pass, const Problem& p) {
     rows.push_back(built[i]), index.push_back(i);
   }
   LaunchPlan chosen = plan({pass, p.spec, shapes, device}, rows);
-  if (chosen.persistent_ctas > 0) {
+  if (chosen.persistent_ctas > 0 || chosen.kernel < 0) {  // some rows want their tiles to fill whole waves
     device.sm_count = kFewSms;
     chosen = plan({pass, p.spec, shapes, device}, rows);
   }

@@ -118,6 +118,18 @@ class AttentionCase : PoolCase {
       p_.page_size = page_size_ = (page_size_ + 7) / 8 * 8;
       p_.k_rows = capacity();
     }
+    if (aim_->pass == Pass::kForward && aim_->plain() && !backend::takes(*aim_, p_)) aim_at_packed_heads();
+  }
+
+  // Several tokens of each sequence, whose query heads share tiles, two of a KV head.
+  void aim_at_packed_heads() {
+    AttentionSpec& s = p_.spec;
+    s.layout = Layout::kPaged, s.align = Align::kBottomRight, s.left = kUnlimited;
+    s.softcap = 0, s.scale = 0.3f, s.num_splits = 0, s.batch_invariant = false;
+    const auto group = 1 << integer(0, 3);
+    p_.heads = kv_heads_ * group;
+    p_.q_rows = 64 / group + static_cast<int32_t>(integer(1, 64 / group));
+    packs_heads_ = true;
   }
 
   void make_operands() {
@@ -135,8 +147,8 @@ class AttentionCase : PoolCase {
       add(Operand::kAlibiSlopes);
       fill(make(p_.alibi_slopes, 4, {{batch_, &View::batch}, {p_.heads, &View::head}}, true), DType::kF32);
     }
-    if (chance(0.3) && !(aim_ && aim_->plain())) make_draft_mask();
-    if (chance(0.3)) {
+    if (chance(0.3) && (packs_heads_ || !(aim_ && aim_->plain()))) make_draft_mask();
+    if (chance(0.3) && !packs_heads_) {
       add(Operand::kSinks);
       fill(make(p_.sinks, 4, {{p_.heads, &View::head}}, true), DType::kF32);
     }
@@ -252,6 +264,7 @@ class AttentionCase : PoolCase {
   }
 
   std::optional<backend::Aim> aim_;
+  bool packs_heads_ = false;
   bool latent_;
   Problem p_{};
 };

@@ -45,8 +45,9 @@ Aim aim_at(const KernelRow& row, Variant variant) {
   return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
 }
 
-// A call that runs this kernel of the row, if there is one.
-Problem example(const KernelRow& row, Variant variant) {
+// A call that runs this kernel of the row, if there is one: with several tokens of many sequences, whose
+// heads share tiles, or with one.
+Problem example(const KernelRow& row, Variant variant, bool several) {
   Problem p{};
   AttentionSpec& s = p.spec;
   const auto add = [&](Operand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
@@ -75,6 +76,7 @@ Problem example(const KernelRow& row, Variant variant) {
     s.layout = Layout::kPaged;
     p.page_size = 64, p.pages = p.table = 4;
   }
+  if (several) p.heads = 4, p.q_rows = 16, p.batch = 1 << 12;
   return p;
 }
 
@@ -99,7 +101,7 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kBiasGradient:
       return plan.score == ScoreKind::kBias ? Variant::kBias : Variant::kGeneral;
     case Pass::kDecode:
-      if (p.spec.softcap > 0 || p.alibi_slopes)
+      if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask)
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
@@ -116,11 +118,14 @@ bool by_score(Pass pass, Variant variant) {
 bool exists(const KernelRow& row, Variant variant, Device device) {
   device.capability = row.arch->oldest;
   device.always_cluster = variant == Variant::kCluster;
-  const Problem p = example(row, variant);
-  const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
-  const Shapes shapes = shapes_of(p);
-  const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
-  return found.kernel == 0 && (!by_score(row.pass, variant) || variant_of(row.pass, found, p) == variant);
+  const auto runs = [&](bool several) {
+    const Problem p = example(row, variant, several);
+    const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
+    const Shapes shapes = shapes_of(p);
+    const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
+    return found.kernel == 0 && (!by_score(row.pass, variant) || variant_of(row.pass, found, p) == variant);
+  };
+  return runs(false) || (row.pass == Pass::kForward && row.takes(Loader::kPaged) && runs(true));
 }
 
 }  // namespace
