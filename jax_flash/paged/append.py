@@ -142,7 +142,9 @@ def append_kv(
     """
     spec, operands = validate.append("append_kv", locals())
     results = (_scatter if spec.implementation == "xla" else _call)(spec, operands)
-    return results if v_pages is not None else tuple(None if i in (1, 4) else x for i, x in enumerate(results))
+    return (
+        results if v_pages is not None else tuple(None if i in (1, 4) else x for i, x in enumerate(results))
+    )
 
 
 def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
