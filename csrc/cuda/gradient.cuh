@@ -130,12 +130,19 @@ struct NoWait {
 };
 
 // S → P and dP → dS, in place, of a Score variant's object that has prefetched what it needs. P has dropout
-// applied, but not its factor 1 / (1 − rate). `partial`: the band hides some of the tile. wait_dp() is called
-// before dP is read.
+// applied, but not its factor 1 / (1 − rate), and is multiplied by Score::kWeightScale. `partial`: the band
+// hides some of the tile. wait_dp() is called before dP is read.
 template <GradientOf kOf = GradientOf::kProduct, class Score, class Tile, class S, class Rows,
           class Wait = NoWait>
 __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, const Rows& rows, bool partial,
                                               S& s, S& dp, Wait wait_dp = {}) {
+  if constexpr (Score::kFusesGradient) {
+    score.fuse_gradient(s, dp, tile, rows, wait_dp);
+    if (!partial) return;
+    mask_transposed(s, tile.band(), tile.row(), tile.key, 0);
+    mask_transposed(dp, tile.band(), tile.row(), tile.key, 0);
+    return;
+  }
   if constexpr (Score::kScalesGradient) {
     wait_dp();
     score.drop_gradient(dp, tile);  // dP ← dP ∘ mask / (1 − rate)
@@ -144,6 +151,10 @@ __device__ __forceinline__ void tile_gradient(Score& score, const Tile& tile, co
   score.template differentiate<kOf>(s, dp, tile);  // S ← score(S); dP ← score'(S) ∘ dP
   if (partial) mask(s, tile.band(), tile.row(), tile.key);
   probabilities(s, rows, Score::power_scale(tile.p.spec));  // P = exp(S − lse)
+  if constexpr (Score::kDropout && !Score::kScalesGradient && S::kTransposed) {
+    wait_dp();
+    return score.drop_all(s, dp, tile, rows);
+  }
   if constexpr (!Score::kScalesGradient) {
     wait_dp();
     score.drop_gradient(dp, tile);

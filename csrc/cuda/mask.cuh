@@ -32,9 +32,10 @@ struct FromLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column >= limit; }
 };
 
-// S ← −inf outside the band, of a transposed S: the band of a key limits the rows, as a lane has fewer keys.
+// S ← value outside the band, of a transposed S: the band of a key limits the rows, as a lane has fewer keys.
 template <class S>
-__device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t row, int32_t key) {
+__device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t row, int32_t key,
+                                                float value = -INFINITY) {
   const auto hide_rows = [&](auto bound, auto hidden) {
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -43,7 +44,7 @@ __device__ __forceinline__ void mask_transposed(S& s, const Band& band, int32_t 
         const int32_t j = key + S::column(n, e), limit = bound(band.queries(j, j + 1)) - row - S::row(0);
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot)
-          if (hidden(S::row_step(slot), limit)) s.at(slot, n, e) = -INFINITY;
+          if (hidden(S::row_step(slot), limit)) s.at(slot, n, e) = value;
       }
     }
   };

@@ -94,8 +94,7 @@ class Forward final : public PassTraits {
     }
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
     if (a_small != b_small) return a_small == choice.wants_one_consumer();
-    if ((a.teams > 1) != (b.teams > 1)) return (a.teams > 1) == choice.wants_teams();
-    return a.block_n != b.block_n && (a.block_n > b.block_n) == choice.wants_more_keys();
+    return (a.teams > 1) != (b.teams > 1) && (a.teams > 1) == choice.wants_teams();
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,

@@ -238,12 +238,10 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
                                kOrdered>;
         return launch_backward_sm90<C, T>(p, plan, workspace, stream);
       };
-      // Only the plain kernel is compiled for both ways to add dQ up. Where bias or mask take the room that
-      // the ordered one needs, consumers wait for their turns.
-      if constexpr (kKind == ScoreKind::kPlain) {
-        if (plan.dq_turns < 0) return run.template operator()<false>();
-      }
-      return run.template operator()<!stages_tiles(kKind)>();
+      // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
+      // turns.
+      return plan.dq_turns < 0 ? run.template operator()<false>()
+                               : run.template operator()<!stages_tiles(kKind)>();
     });
   }
 }

@@ -364,8 +364,8 @@ struct GradientConsumer {
       shared.key_pipe.wait_full(tile_index);
       differentiate_tile();
       shared.key_pipe.release(tile_index);
-      if constexpr (C::Score::kDropout) {  // dV ← dV / (1 − rate)
-        const float factor = dropout_scale(p.spec);
+      if constexpr (C::Score::kDropout || C::Score::kWeightScale != 1) {  // dV ← dV / (1 − rate)
+        const float factor = (C::Score::kDropout ? dropout_scale(p.spec) : 1.0f) / C::Score::kWeightScale;
         for_each(dv, [&](float& x, int, int, int) { x *= factor; });
       }
       store_rows_from_registers(dv, tile().dvalue, key(), tile().work.tile.end);

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "core/families/portable_layout.h"
+#include "cuda/decode/key_scales.cuh"
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
@@ -98,6 +99,7 @@ struct WarpAttention {
   Interval common;                                    // the keys that all rows in use see
   float scale;                                        // S = scale · stored keys · Q
   float value_scale = 1;                              // V = value_scale · stored values
+  KeyScales<S, kScaled && Score::kGeneral> of_keys;   // by which S and P are multiplied besides
   float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, of the rows of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
@@ -112,7 +114,7 @@ struct WarpAttention {
       for_each_row([&](int n, int e) { keys[2 * n + e] = keys_of(rows, work, row_of(n, e)); });
     scale = call.scale;
     if constexpr (kScaled) {
-      if (call.k_scale) scale *= *call.k_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
+      scale *= scale_of_all_pages(call.k_scale, rows, work);
     }
   }
   // Begins the segment's results.
@@ -121,7 +123,7 @@ struct WarpAttention {
     for_each_row([&](int n, int e) { m[n][e] = -INFINITY, l[n][e] = 0; });
     clear_fragments(o);
     if constexpr (kScaled) {
-      if (call.v_scale) value_scale = *call.v_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
+      value_scale = scale_of_all_pages(call.v_scale, rows, work);
     }
   }
 
@@ -131,6 +133,7 @@ struct WarpAttention {
     S s;
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
+    of_keys.scale_keys(s);
     Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
@@ -156,6 +159,12 @@ struct WarpAttention {
     } else {
       f.template operator()<DType::kF8E4M3>();
     }
+  }
+
+  // 1 where pages have scales of their own.
+  __device__ __forceinline__ static float scale_of_all_pages(const DecodeView& of, const ColumnRows& rows,
+                                                             const SequenceWork& work) {
+    return of && of.batch == 0 ? *of.at<const float>(work.leading, 0, rows.kv_head, 0) : 1;
   }
 
   __device__ __forceinline__ static Interval keys_of(const ColumnRows& rows, const SequenceWork& work,
@@ -305,10 +314,10 @@ struct WarpAttention {
     float largest[kTiles][2];
     bool above = false;
     for_each_row([&](int n, int e) {
-      largest[n][e] = s.at(2 * n + e, 0, 0);
+      largest[n][e] = of_keys.bounded(s.at(2 * n + e, 0, 0), 0, 0);
 #pragma unroll
       for (int i = 1; i < 2 * S::kColumnTiles; ++i)
-        largest[n][e] = fmaxf(largest[n][e], s.at(2 * n + e, i / 2, i % 2));
+        largest[n][e] = fmaxf(largest[n][e], of_keys.bounded(s.at(2 * n + e, i / 2, i % 2), i / 2, i % 2));
       above |= largest[n][e] > m[n][e] + (kSlack + kLead);
     });
     if (!__any_sync(~0u, above)) return;
@@ -325,11 +334,12 @@ struct WarpAttention {
 
   // S → P, which is rounded and transposed to mma's B.
   __device__ __forceinline__ void exponentiate(S& s, uint32_t (&b)[kTiles][kKeySteps][2]) {
-    for_each(s, [&](float& x, int slot, int, int) {
+    for_each(s, [&](float& x, int slot, int key_tile, int key) {
       const int n = slot / 2, e = slot % 2;
       // A row that has seen no key yet has m = −inf: P must be 0, not NaN.
       x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));
       l[n][e] += x;
+      x = of_keys.scale_value(x, key_tile, key);
     });
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)

@@ -12,6 +12,9 @@
 
 namespace jax_flash {
 
+// x in both halves of a word.
+__device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
+
 // Which elements of an accumulator dropout keeps.
 template <class S>
 struct KeptElements {
@@ -19,8 +22,11 @@ struct KeptElements {
   static constexpr int kWords = (kCount + 31) / 32;
   uint32_t bits[kWords] = {};
 
+  // Of a transposed S two neighbouring rows are 16 bits apart.
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
-    return (slot * S::kColumnTiles + n) * 2 + e;
+    if constexpr (!S::kTransposed) return (slot * S::kColumnTiles + n) * 2 + e;
+    const int rows = (slot / 2 * S::kColumnTiles + n) * 2 + e;
+    return rows / 16 * 32 + rows % 16 + slot % 2 * 16;
   }
   // P ← 0 where dropped, in column tiles [begin, end). The factor 1 / (1 − rate) is left to the epilogue.
   __device__ __forceinline__ void drop(S& s, int begin, int end) const {
@@ -35,6 +41,10 @@ struct KeptElements {
   __device__ __forceinline__ void set_group(int slot, int n, uint32_t kept) {
     bits[index(slot, n, 0) / 32] |= kept << index(slot, n, 0) % 32;
   }
+  // The bits of two neighbouring rows of a transposed S, from masks of 16 bits each.
+  __device__ __forceinline__ void set_rows(int slot, int n, int e, uint32_t masks) {
+    bits[index(slot, n, e) / 32] |= masks & pair_of(1u << index(slot, n, e) % 32);
+  }
   __device__ __forceinline__ void set(int slot, int n, int e, bool kept) {
     bits[index(slot, n, e) / 32] |= uint32_t{kept} << index(slot, n, e) % 32;
   }
@@ -42,9 +52,6 @@ struct KeptElements {
     return bits[index(slot, n, e) / 32] >> index(slot, n, e) % 32 & 1;
   }
 };
-
-// x in both halves of a word.
-__device__ __forceinline__ constexpr uint32_t pair_of(uint32_t x) { return x * 0x10001u; }
 
 // Dropout's numbers for an accumulator that is not permuted, or for kTiles of its column tiles at a time. A
 // word holds the numbers of two neighbouring columns in a row and, turned by a byte, those of the row 8
@@ -194,7 +201,7 @@ struct TileDropout {
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements_of_transposed_blocks() const {
     const uint32_t lane = static_cast<uint32_t>(ptx::thread_index()) % 32, odd = lane / 4 % 2;
-    const uint32_t threshold = dropout.threshold << 17;
+    const uint32_t threshold = pair_of(dropout.threshold);
     KeptElements<S> result;
 #pragma unroll
     for (int n = 0; n < S::kColumnTiles; ++n) {
@@ -209,13 +216,13 @@ struct TileDropout {
         for (int e = 0; e < 2; ++e) {
           const uint32_t own = upper ? block.word[2 + e] : block.word[e];
           const uint32_t other = __shfl_xor_sync(~0u, own, 4);
-          const uint32_t words[2] = {odd ? other : own, odd ? own : other};  // of the even row, the odd one
-          // A number's 15 bits are compared at the upper end of a word.
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const uint32_t word = words[k % 2], turn = 17 - 16 * odd - k / 2 * 8;
-            result.set(slot + k, n, e, (word << turn % 32 | word >> (32 - turn) % 32) >= threshold);
-          }
+          // The even row's half in the lower one, the odd row's in the upper: `own` is of the lane's row.
+          const auto masks = [&](uint32_t halves) {
+            const uint32_t numbers = __byte_perm(own, other, halves) & pair_of(kDropoutNumbers - 1);
+            return ptx::not_below(numbers, threshold);
+          };
+          result.set_rows(slot, n, e, masks(odd ? 0x3276 : 0x5410));
+          result.set_rows(slot + 2, n, e, masks(odd ? 0x0347 : 0x6521));  // of the words turned by a byte
         }
       }
     }
@@ -230,8 +237,11 @@ struct TileDropout {
       const int first = static_cast<int>(&word - result.bits) * 32;
 #pragma unroll 1
       for (int bit = 0; bit < min(32, KeptElements<S>::kCount - first); ++bit) {
-        const int at = first + bit, n = at / 2 % S::kColumnTiles, slot = at / (2 * S::kColumnTiles);
-        const bool kept = dropout.keep(batch, head, row + S::row(slot), key + S::column(n, at % 2));
+        const int at = S::kTransposed ? first / 2 + bit % 16 : first + bit;
+        const int of_row =
+            S::kTransposed ? at / (2 * S::kColumnTiles) * 2 + bit / 16 : at / (2 * S::kColumnTiles);
+        const int n = at / 2 % S::kColumnTiles;
+        const bool kept = dropout.keep(batch, head, row + S::row(of_row), key + S::column(n, at % 2));
         word |= uint32_t{kept} << bit;
       }
     }
@@ -310,6 +320,17 @@ struct WithDropout : Score {
     const float factor = dropout_scale(tile.p.spec);
     for_each(dp,
              [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });
+  }
+  // Of a transposed S both at once, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
+  template <class Tile, class Rows>
+  __device__ __forceinline__ void drop_all(S& s, S& dp, const Tile& tile, const Rows& rows) const {
+    const float factor = tile.operands().dropout.scale;
+    for_each(s, [&](float& x, int slot, int n, int e) {
+      float& ds = dp.at(slot, n, e);
+      const bool kept = kept_elements.at(slot, n, e);
+      ds = x * ((kept ? ds : 0) * factor - rows.delta(slot));
+      x = kept ? x : 0;
+    });
   }
   template <class Tile>
   __device__ __forceinline__ void drop_weights(S& s, const Tile& tile) const {

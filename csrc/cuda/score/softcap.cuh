@@ -138,6 +138,37 @@ struct Softcap {
     }
   }
 
+  // S → 4 P and dP → dS of a transposed S, whose |S| ≤ c makes no lse coarse. wait_dp() is called before dP
+  // is read. A warp's instructions bound the backward, so these are as few as bfloat16's and float16's
+  // rounding of P and dS allow.
+  template <class S, class Rows, class Wait>
+  __device__ __forceinline__ void fuse_gradient(S& s, S& dp, const Rows& rows, Wait wait_dp) const {
+    const auto each = [&](auto f) {
+      for_each(s, [&](float& x, int slot, int n, int e) {
+        float& ds = dp.at(slot, n, e);
+        const auto [power, quarter] = f(x);  // log2 P, a quarter of softcap's derivative
+        x = ptx::exp2(power + (2.0f - rows.lse(slot)));
+        ds = (ds - rows.delta(slot)) * quarter * x;
+      });
+    };
+    const bool small = __all_sync(~0u, largest(s) <= 0.15f);
+    wait_dp();
+    if (small) {  // tanh to 8e-6 of its size, its derivative to 4e-5
+      const float a = 9.9999168e-1f * both, b = -3.3036041e-1f * both * (inner * inner),
+                  c = 0.25f * 9.9995861e-1f, d = -0.25f * 9.8518903e-1f * (inner * inner);
+      each([=](float x) {
+        const float square = x * x;
+        return float2{x * fmaf(b, square, a), fmaf(d, square, c)};
+      });
+    } else {  // with r = 1 / (1 + e^2x) tanh is 1 − 2 r, to 3e-7, and its derivative 4 (r − r²)
+      const float twice = 2 * kLog2e * inner;
+      each([=, *this](float x) {
+        const float r = ptx::reciprocal(1.0f + ptx::exp2(x * twice));
+        return float2{fmaf(-2 * outer, r, outer), fmaf(-r, r, r)};
+      });
+    }
+  }
+
  private:
   // The lane's largest |s · scale / c|, or NaN. The bits of floats that are not negative are in the floats'
   // order, and sm_90 compares three integers in one instruction.
@@ -176,6 +207,8 @@ struct SoftcapScore : ScoreVariant<S> {
   static constexpr bool kPositional = true;
   // |S| ≤ c: where P has float32's range no maximum is needed.
   static constexpr bool kScalesGradient = true;
+  static constexpr bool kFusesGradient = S::kTransposed;
+  static constexpr float kWeightScale = kFusesGradient ? 4 : 1;
   template <class T, class M = float>
   using Softmax = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, BoundedSoftmax<S::kSlots>,
                                      OnlineSoftmax<S::kSlots>>;
@@ -194,6 +227,11 @@ struct SoftcapScore : ScoreVariant<S> {
     Softcap(tile.p.spec).differentiate(s, [&](float gradient, int slot, int n, int e) {
       if constexpr (kOf == GradientOf::kProduct) dp.at(slot, n, e) *= gradient;
     });
+  }
+  template <class Tile, class Rows, class Wait>
+  __device__ __forceinline__ void fuse_gradient(S& s, S& dp, const Tile& tile, const Rows& rows,
+                                                Wait wait_dp) const {
+    Softcap(tile.p.spec).fuse_gradient(s, dp, rows, wait_dp);
   }
 };
 

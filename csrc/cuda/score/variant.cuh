@@ -48,6 +48,8 @@ struct ScoreVariant {
   static constexpr bool kDropout = false;
   static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn while P is computed
   static constexpr bool kScalesGradient = false;    // differentiate() changes dP
+  static constexpr bool kFusesGradient = false;     // P and dS are left to fuse_gradient()
+  static constexpr float kWeightScale = 1;          // what fuse_gradient() multiplies P by
   static constexpr bool reads(Operand) { return false; }
   template <class T, int N, int kStages, int kConsumers>
   using Input = NoScoreInput;
@@ -98,6 +100,10 @@ struct ScoreVariant {
   // been subtracted;
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S&, S&, const Tile&) {}
+  // With kFusesGradient instead of these: S → kWeightScale · P and dP → dS, without the band's mask. `rows`:
+  // lse(slot) and delta(slot); wait_dp() is called before dP is read.
+  template <class Tile, class Rows, class Wait>
+  __device__ __forceinline__ void fuse_gradient(S&, S&, const Tile&, const Rows&, Wait) const {}
   // P ← drop(P), less the factor 1 / (1 − rate), once dS = P ∘ dP is made of it.
   template <class Tile>
   __device__ __forceinline__ void drop_weights(S&, const Tile&) const {}
