@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 
-from .operands import APPEND, PASSES
+from .operands import PASSES
 
 CUDA_LIBRARY = "libjax_flash_cuda.so"
 CUDA_MAJORS = (13, 12)
@@ -65,7 +65,8 @@ class Backend:
       library: the file it was loaded from; None where there is none (always for "xla").
       problem: why it is not installed, with the way out; None where it is.
       archs: "cpu": the instruction set chosen on this machine; "cuda": the archs built, such as "sm90".
-      passes: the passes built: "forward", "backward", "bias_gradient", "tangent", "append"; "cuda": "decode" too.
+      passes: the passes built: "forward", "backward", "bias_gradient", "tangent", "append", "append_dynamic"; "cuda":
+        "decode" too.
       dtypes: the input dtypes built.
       head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
       devices: the local devices it runs on.
@@ -124,7 +125,8 @@ def _cuda_backend() -> Backend:
 
 def _without_rows(library: CudaLibrary | None) -> set[str]:
     """The passes that need no row of the kernel table."""
-    return {APPEND.name} if library and f"jax_flash_{APPEND.name}" in library.handlers else set()
+    handlers = library.handlers if library else {}
+    return {pass_.name for pass_ in PASSES if pass_.in_place and f"jax_flash_{pass_.name}" in handlers}
 
 
 @cache

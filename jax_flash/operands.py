@@ -51,8 +51,8 @@ _PAGED = {
     "alibi_slopes": ("n*", "hq"),
     "sinks": ("hq",),
     "block_tables": ("n", "pages"),
-    "k_scale": ("hk",),
-    "v_scale": ("hk",),
+    "k_scale": ("p*", "hk"),
+    "v_scale": ("p*", "hk"),
     "position": ("position",),
     "draft_mask": ("n*", "draft_row", "draft_column"),
 }
@@ -71,8 +71,8 @@ _APPEND = {
     "kv_lengths": ("n",),
     "cos": ("positions", "rotated"),
     "sin": ("positions", "rotated"),
-    "k_scale": ("hk",),
-    "v_scale": ("hk",),
+    "k_scale": ("p*", "hk"),
+    "v_scale": ("p*", "hk"),
 }
 _APPEND_VARLEN = _APPEND | {"key": ("t", "hk", "d"), "value": ("t", "hk", "dv"), "cu_seqlens": ("n1",)}
 DIMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -160,7 +160,15 @@ APPEND = Pass(
     guide="k_pages",
     in_place=2,
 )
-PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT, APPEND)
+# Appends to float8 pools and keeps the scales of the pages that it writes to.
+APPEND_DYNAMIC = Pass(
+    "append_dynamic",
+    ("k_pages", "v_pages", "k_scale", "v_scale", "key", "value", "block_tables", "kv_lengths"),
+    ("k_pages", "v_pages", "k_scale", "v_scale"),
+    guide="k_pages",
+    in_place=4,
+)
+PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT, APPEND, APPEND_DYNAMIC)
 
 # Operands with a derivative. A call's differential is not a custom call: it is the operation, linear in the tangents
 # that stand among its optional operands, that runs the tangent pass and whose transpose runs the backward passes.

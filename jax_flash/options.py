@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Align = Literal["bottom_right", "top_left"]
 Implementation = Literal["cpu", "cuda", "xla"]
 PageLayout = Literal["nhd", "hnd"]
+Scaling = Literal["static", "dynamic"]
 Order = Literal["contiguous", "zigzag"]
 RingMode = Literal["ring", "all_to_all"]
 Window = tuple[int | None, int | None]
@@ -87,7 +88,7 @@ class PagedOptions(Options, total=False):
 
 
 class AppendOptions(TypedDict, total=False):
-    """The options of `append_kv`."""
+    """The options of `append_kv` but `scale`, by which its overloads differ."""
 
     cu_seqlens: IndexLike | None
     page_layout: PageLayout

@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, over_leading
-from .operands import APPEND, PASSES, Pass, like, padded_head_dim
+from .operands import PASSES, Pass, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
@@ -242,7 +242,7 @@ def declare(name: str, pass_: Pass) -> Primitive:
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
     primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
-    message = no_derivative.APPEND if pass_ is APPEND else no_derivative.SECOND
+    message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
     ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
     return primitive
 
@@ -279,5 +279,5 @@ def _ring(pass_: Pass) -> Primitive:
 LOCAL = {pass_: _local(pass_) for pass_ in PASSES}
 PARTITIONED = {pass_: _partitioned(pass_) for pass_ in PASSES}
 PARTLY_MANUAL = {pass_: _partly_manual(pass_) for pass_ in PASSES}
-RING = {pass_: _ring(pass_) for pass_ in PASSES if pass_ is not APPEND}
+RING = {pass_: _ring(pass_) for pass_ in PASSES if not pass_.in_place}
 KINDS = (LOCAL, PARTITIONED, PARTLY_MANUAL, RING)

@@ -14,6 +14,7 @@ from .operands import dims_of, operand_bits
 Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
 LAYOUTS = ("fixed", "varlen", "paged", "paged_varlen")
 PAGE_LAYOUTS = ("nhd", "hnd")
+SCALINGS = ("static", "dynamic")
 ALIGNMENTS = ("bottom_right", "top_left")
 ORDERS = ("contiguous", "zigzag")
 UNLIMITED = -1
@@ -104,13 +105,17 @@ APPEND_OPTIONAL = ("cu_seqlens", "cos", "sin", "k_scale", "v_scale")
 
 @dataclass(frozen=True)
 class AppendSpec:
-    """The static options of one append_kv call; layout "append" or "append_varlen"."""
+    """The static options of one append_kv call; layout "append" or "append_varlen".
+
+    With `dynamic`, k_scale and v_scale are overwritten like the pools, and are not among the optional `operands`.
+    """
 
     layout: str
     page_layout: str = "nhd"
     interleaved: bool = False
     operands: tuple[str, ...] = ()
     implementation: str | None = None
+    dynamic: bool = False
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:

@@ -105,9 +105,12 @@ class Paged:
 
 
 def paged(
-    case: Case, size: int = 8, layout: str = "nhd", pool_dtype: str | None = None, seed: int = 0
-) -> Paged:
-    """The keys of a fixed case (up to its kv_lengths) or of a varlen one (packed queries) in pages."""
+    case: Case, size: int = 8, layout: str = "nhd", pool_dtype: str | None = None, seed: int = 0, by_page: bool = False
+) -> Paged:  # fmt: skip
+    """The keys of a fixed case (up to its kv_lengths) or of a varlen one (packed queries) in pages.
+
+    by_page: float8 pools have scales [p, hk], NaN for pages that hold no key; else [hk].
+    """
     inputs = make_inputs(case, seed)
     arrays = dict(inputs.positional | inputs.keywords)
     lengths = sequence_lengths(case)
@@ -119,9 +122,12 @@ def paged(
         dense = arrays[name]
         if pool_dtype in FLOAT8:  # powers of two: what is stored times its scale is exact in every dtype
             scales[scale] = 2.0 ** jnp.arange(-1, case.hk - 1, dtype=jnp.float32)
-            by_head = scales[scale][:, None].astype(dense.dtype)
-            stored = (dense / by_head).astype(pool_dtype)
-            inputs.positional[name] = stored.astype(dense.dtype) * by_head
+            factor = jnp.broadcast_to(scales[scale][:, None], (*dense.shape[:-1], 1))
+            if by_page:
+                scales[scale], factor = random_scales(case, pages, factor.shape, seed + (name == "value"))
+            factor = factor.astype(dense.dtype)
+            stored = (dense / factor).astype(pool_dtype)
+            inputs.positional[name] = stored.astype(dense.dtype) * factor
             dense = stored
         arrays[name] = pages.pool(rows_of(case, np.asarray(dense, np.float32)), pool_dtype or case.dtype)
     arrays |= scales
@@ -137,6 +143,16 @@ def latent(case: Case, *arguments: Any, **named: Any) -> Paged:
     for name in ("value", "v_scale"):
         call.arrays.pop(name, None)
     return call
+
+
+def random_scales(case: Case, pages: Pages, shape: tuple[int, ...], seed: int) -> tuple[jax.Array, jax.Array]:
+    """Scales [p, hk] from 1/4 to 4, NaN where a page holds no key, and those of the dense keys, of this shape."""
+    chosen = 2.0 ** np.random.default_rng(seed).integers(-2, 3, (pages.count, case.hk)).astype(np.float32)
+    scales, of_keys = np.full_like(chosen, np.nan), np.ones(shape, np.float32)
+    rows = rows_of(case, of_keys)
+    for z, j, page, _ in pages.slots():
+        scales[page], rows[z][j] = chosen[page], chosen[page][:, None]
+    return jnp.asarray(scales), jnp.asarray(of_keys)
 
 
 def sequence_lengths(case: Case) -> tuple[int, ...]:

@@ -66,7 +66,8 @@ def by_token(call):
                 key = rotated(key, position, *map(np.asarray, x["rotary"]), x["interleaved"])
             for pool, row, scale in zip(pools, (key, value), ("k_scale", "v_scale"), strict=True):
                 slot = (page, slice(None), position % size) if heads_first else (page, position % size)
-                pool[slot] = quantised(row, x.get(scale), pool.dtype) if pool.dtype in FLOAT8 else row
+                by_head = x.get(scale) if np.ndim(x.get(scale)) < 2 else x[scale][page]
+                pool[slot] = quantised(row, by_head, pool.dtype) if pool.dtype in FLOAT8 else row
         after.append(length + written)
     return *pools, np.asarray(after, np.int32)
 

@@ -57,6 +57,10 @@ assert_type(dot_product_attention(q, k, v, return_residual=with_lse), Array | tu
 assert_type(append_kv(pool, pool, k, v, tables, lengths), tuple[Array, Array, Array])
 assert_type(append_kv(pool, None, k, None, tables, lengths), tuple[Array, None, Array])
 assert_type(paged_attention(q, pool, None, tables, lengths, value_dim=32), Array)
+assert_type(
+    append_kv(pool, pool, k, v, tables, lengths, k_scale=q, v_scale=q, scale="dynamic"),
+    tuple[Array, Array, Array, Array, Array],
+)
 assert_type(apply_rotary(q, [0, 1], np.ones((9, 32)), np.ones((9, 32))), Array)
 assert_type(merge_attention([q, np.ones(3)], [q, q]), tuple[Array, Array])
 assert_type(jax_flash.backends(), list[jax_flash.Backend])
@@ -82,6 +86,7 @@ flash_attention(q, k, v, None)  # type: ignore[call-overload]
 flash_attention_varlen(packed, packed, packed, lengths, mask=q)  # type: ignore[call-overload]
 paged_attention(q, pool, pool, tables, lengths, page_layout="dhn")  # type: ignore[call-overload]
 append_kv(pool, pool, k, v, tables, lengths, page_layout="dhn")  # type: ignore[call-overload]
+append_kv(pool, pool, k, v, tables, lengths, scale="by page")  # type: ignore[call-overload]
 dot_product_attention(q, k, v, causal=True)  # type: ignore[call-overload]
 
 # flash_attn's functions.

@@ -23,6 +23,7 @@ HANDLERS = {
     "bias_gradient": "JaxFlashBiasGradientCuda",
     "tangent": "JaxFlashTangentCuda",
     "append": "JaxFlashAppendCuda",
+    "append_dynamic": "JaxFlashAppendDynamicCuda",
 }
 
 

@@ -76,6 +76,32 @@ JF_HD uint8_t float_to_float8(float x) {
   return static_cast<uint8_t>(y | sign);
 }
 
+// Of append_kv with dynamic scales, which are powers of two (jax_flash/paged/quantise.py). A page without a
+// finite number but zeros has the smallest.
+inline constexpr int32_t kSmallestScale = -100;  // its exponent
+
+// The smallest scale with largest ≤ scale · the largest number of the format, which is 1.75 · 2^…
+JF_HD float page_scale(float largest, DType format) {
+  const int32_t largest_exponent = format == DType::kF8E5M2 ? 15 : 8;
+  const auto rounded_up = static_cast<int32_t>((float_bits(largest) + 0x1FFFFFu) >> 23);
+  const int32_t exponent = rounded_up - largest_exponent, least = 127 + kSmallestScale;
+  return float_of_bits(static_cast<uint32_t>(exponent < least ? least : exponent) << 23);
+}
+
+// What a page's scale becomes when elements up to `largest` are written from slot `first` on: at slot 0 the
+// page begins, after it the scale only grows. `before`: 0 where nothing stored is kept.
+struct PageScale {
+  float before, after;
+  JF_HD PageScale(float stored, int32_t first, float largest, DType format) {
+    const bool kept = first > 0 && stored > 0 && float_bits(stored) < 0x7F800000u;
+    const float needed = page_scale(largest, format);
+    before = kept ? stored : 0;
+    after = before > needed ? before : needed;
+  }
+  // Of the elements that are stored, in slots before the first one.
+  JF_HD float factor() const { return before / after; }
+};
+
 JF_HD float float8_to_float(uint8_t x, DType format) {
   return format == DType::kF8E5M2 ? float8_to_float<DType::kF8E5M2>(x) : float8_to_float<DType::kF8E4M3>(x);
 }

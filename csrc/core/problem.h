@@ -40,7 +40,7 @@ struct Problem {
   View sinks;                          // [h]
   View dropout;                        // [6] along column
   View block_tables;                   // [b, table] along batch and column
-  View k_scale, v_scale;               // [h] of KV heads
+  View k_scale, v_scale;               // [page, h]; batch 0: the same on all pages
   View position;                       // [2] along column: first query, first key
   View draft_mask;                     // [b, row, column]
   HeadPacking packing;
@@ -66,6 +66,7 @@ struct AppendProblem {
   AppendSpec spec;
   DType dtype;       // key, value
   DType pool_dtype;  // `dtype`, or float8
+  bool dynamic;      // k_scale and v_scale are kept: overwritten like the pools
   Leading leading;
   int32_t batch, kv_heads, head_dim, value_dim;
   int32_t rows;                     // new tokens of each sequence, or of all together (packed)
@@ -76,7 +77,7 @@ struct AppendProblem {
   View block_tables, kv_lengths;    // [b, table] along batch and column; [b]
   View cu_seqlens;                  // [n + 1] along batch
   View cos, sin;                    // [positions, rotated] along row and column
-  View k_scale, v_scale;            // [h]
+  View k_scale, v_scale;            // [page, h]; batch 0: the same on all pages; `dynamic`: overwritten
 
   JF_HD bool packed() const { return spec.has(AppendOperand::kCuSeqlens); }
 };

@@ -20,8 +20,8 @@ struct AppendStream {
   char* to;          // slot 0 of page 0
   const View *rows, *pool;
   int32_t width;
-  const float* scales;  // float8: stored = value / scale
-  int64_t scale_stride;
+  float* scales;  // float8: stored = value / scale; of page 0
+  int64_t scale_stride, scale_page;
 };
 
 struct AppendHeads {
@@ -38,8 +38,9 @@ struct AppendHeads {
             &rows,
             &pool,
             width,
-            scale ? scale.as<const float>() + at : nullptr,
-            scale.head};
+            scale ? scale.as<float>() + at : nullptr,
+            scale.head,
+            scale.batch};
   }
 
   // Applies the rotary embedding to the first 2 · rotated features of x, in place.
@@ -69,7 +70,8 @@ struct AppendHeads {
       if (copy) {
         __builtin_memcpy(slot, row, s.width * size_of(p.dtype));
       } else {
-        convert(s, row, slot, position, rotates, s.scales ? s.scales[h * s.scale_stride] : 1.0f);
+        const float* scale = s.scales ? s.scales + at.page * s.scale_page + h * s.scale_stride : nullptr;
+        convert(s, row, slot, position, rotates, scale ? *scale : 1.0f);
       }
     }
   }
@@ -77,15 +79,20 @@ struct AppendHeads {
   JF_HD void convert(const AppendStream& s, const char* from, char* to, int32_t position, bool rotates,
                      float scale) const {
     alignas(64) float x[kMaxLatentDim];
-    load_row(p.dtype, from, s.width, 1.0f, x, round_up(s.width, kLanes));
-    if (rotates) {
-      rotate_row(position, x);
-      if (p.dtype != p.pool_dtype) round_row(s.width, x);
-    }
+    load_new(s, from, position, rotates, x);
     if (p.dtype != p.pool_dtype) {
       for (int32_t c = 0; c < s.width; ++c) x[c] /= scale;
     }
     store_row(p.pool_dtype, to, s.width, x, 1.0f);
+  }
+
+  // A new key or value, rotated.
+  JF_HD void load_new(const AppendStream& s, const char* from, int32_t position, bool rotates,
+                      float* x) const {
+    load_row(p.dtype, from, s.width, 1.0f, x, round_up(s.width, kLanes));
+    if (!rotates) return;
+    rotate_row(position, x);
+    if (p.dtype != p.pool_dtype) round_row(s.width, x);
   }
 
   // Rounds a rotated key to the keys' dtype before it is quantised, as apply_rotary followed by append_kv
@@ -94,6 +101,45 @@ struct AppendHeads {
     alignas(64) char rounded[kMaxLatentDim * 4];
     store_row(p.dtype, rounded, width, x, 1.0f);
     load_row(p.dtype, rounded, width, 1.0f, x, round_up(width, kLanes));
+  }
+
+  // Writes `count` rows from `from` on to a page of a pool with dynamic scales.
+  JF_HD void write_page(const AppendStream& s, int64_t from, int32_t count, PageSlot at, int32_t position,
+                        bool rotates) const {
+    for (int32_t h = 0; h < heads; ++h) {
+      const char* row = s.from + (from + h * s.rows->head) * size_of(p.dtype);
+      const int64_t row_bytes = s.rows->row * size_of(p.dtype), slot_bytes = s.pool->row;
+      char* page = s.to + at.page * s.pool->batch + h * s.pool->head;
+      float& scale = s.scales[at.page * s.scale_page + h * s.scale_stride];
+      float largest = 0;
+      for (int32_t t = 0; t < count; ++t) {
+        const float of_row = largest_of(s, row + t * row_bytes, position + t, rotates);
+        largest = of_row > largest ? of_row : largest;
+      }
+      const PageScale found(scale, at.slot, largest, p.pool_dtype);
+      for (int32_t slot = 0; slot < at.slot && found.before != found.after; ++slot) {
+        alignas(64) float x[kMaxLatentDim];
+        char* const stored = page + slot * slot_bytes;
+        load_row(p.pool_dtype, stored, s.width, found.factor(), x, round_up(s.width, kLanes));
+        store_row(p.pool_dtype, stored, s.width, x, 1.0f);
+      }
+      scale = found.after;
+      for (int32_t t = 0; t < count; ++t) {
+        convert(s, row + t * row_bytes, page + (at.slot + t) * slot_bytes, position + t, rotates, scale);
+      }
+    }
+  }
+
+  // The largest finite magnitude of a new key or value.
+  JF_HD float largest_of(const AppendStream& s, const char* from, int32_t position, bool rotates) const {
+    alignas(64) float x[kMaxLatentDim];
+    load_new(s, from, position, rotates, x);
+    uint32_t largest = 0;
+    for (int32_t c = 0; c < s.width; ++c) {
+      const uint32_t bits = float_bits(x[c]) & 0x7FFFFFFFu;
+      largest = bits < 0x7F800000u && bits > largest ? bits : largest;
+    }
+    return float_of_bits(largest);
   }
 };
 
@@ -119,9 +165,19 @@ static void append(const AppendProblem& p, int64_t leading, int32_t head, int32_
     const PageTable table = page_table(p.block_tables, p.leading, leading, z, p.page_size, p.pages);
     for (int32_t t = 0; t < min(count, capacity - length); ++t) {
       const PageSlot at = table.at(length + t);
-      if (!table.in_pool(at.page)) continue;
-      h.write(key, z * p.key.batch + (start + t) * p.key.row, at, length + t, p.rotated > 0);
-      h.write(value, z * p.value.batch + (start + t) * p.value.row, at, length + t, false);
+      const int64_t key_row = z * p.key.batch + (start + t) * p.key.row;
+      const int64_t value_row = z * p.value.batch + (start + t) * p.value.row;
+      if (p.dynamic) {  // all tokens of a page at once
+        const int32_t of_page = min(min(count, capacity - length) - t, p.page_size - at.slot);
+        if (table.in_pool(at.page)) {
+          h.write_page(key, key_row, of_page, at, length + t, p.rotated > 0);
+          h.write_page(value, value_row, of_page, at, length + t, false);
+        }
+        t += of_page - 1;
+      } else if (table.in_pool(at.page)) {
+        h.write(key, key_row, at, length + t, p.rotated > 0);
+        h.write(value, value_row, at, length + t, false);
+      }
     }
     if (cu) start += count;
   }

@@ -27,9 +27,10 @@ JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...
   return x[0];
 }
 
-// S[g][0, 2) = factor q[g] · k[0, 2) for kRows query rows; the rows of S are kDecodeKeys apart.
+// S[g][0, 2) = factor q[g] · k[0, 2) for kRows query rows; the rows of S are kDecodeKeys apart. The factors
+// of the two keys alternate.
 template <class E, DType dtype, int kRows>
-JF_INLINE void score_step(const char* const* at, float factor, const Word* q, int32_t width, float* s) {
+JF_INLINE void score_step(const char* const* at, Float factor, const Word* q, int32_t width, float* s) {
   const char* const k[kStepKeys] = {at[0], at[1]};
   const int32_t ld = row_words<E>(width);
   Float sums[kLanes] = {};
@@ -90,7 +91,7 @@ enum class Step { kScores, kValues };
 // All query rows of one KV head; x is q or P, and y is S or O. kStepKeys keys and kRows rows make as many
 // sums as one vector has lanes.
 template <class E, Step step, DType dtype, int kRows = kLanes / kStepKeys>
-JF_INLINE void rows_step(const char* const* at, float factor, int32_t rows, const Word* x, int32_t width,
+JF_INLINE void rows_step(const char* const* at, Float factor, int32_t rows, const Word* x, int32_t width,
                          float* y) {
   const int32_t x_ld = step == Step::kScores ? row_words<E>(width) : kDecodeKeys;
   const int32_t y_ld = step == Step::kScores ? kDecodeKeys : padded(width);
@@ -203,6 +204,7 @@ class DecodeLoop {
     q_ = reinterpret_cast<Word*>(scratch.take(kTileM * row_words<E>(p.head_dim)));
     s_ = scratch.take(kTileM * kDecodeKeys);
     o_ = scratch.take(kTileM * padded(p.value_dim));
+    factors_ = scratch.take(kTileM * kDecodeKeys);
     const char* at[kTileM] = {};
     query_addresses(head_, tile_, head_.query, head_.problem.query.head, at);
     pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_, row_words<E>(p.head_dim));
@@ -223,6 +225,7 @@ class DecodeLoop {
       const int32_t n = range.keys.size();
       const bool cold = j0 == keys.lo;  // no earlier tile has prefetched these keys
       key.start(j0, keys.hi);
+      load_factors(head_.key, p.k_scale, j0, n);
       multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
       BlockColumns block;
       block.used = {0, n}, block.mixed = p.q_segment_ids || head_.draft.reaches(range.keys.hi);
@@ -233,15 +236,17 @@ class DecodeLoop {
                         r);
       }
       softmax_rescale<E>(rows_, shifts, state_);
+      load_factors(head_.value, p.v_scale, j0, n);
       for (int32_t r = 0; r < rows_; ++r) {
-        softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, shifts.shift[r], state_, r);
+        const float* const weights = head_.value.page_factors ? factors_of(kv_head_of(r)) : nullptr;
+        softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, shifts.shift[r], state_, r, weights);
         rescale(r, state_.alpha[r]);
       }
       value.start(j0, keys.hi);
       multiply<Step::kValues>(value, cold, n);  // O ← O + P V
     }
-    for (int32_t r = 0; p.v_scale && r < rows_; ++r) {
-      rescale(r, scale_of(p.v_scale, tile_.head_of(r) / group_ - p.kv_head(tile_.head)));
+    for (int32_t r = 0; p.v_scale && !head_.value.page_factors && r < rows_; ++r) {
+      rescale(r, scale_of(p.v_scale, kv_head_of(r)));
     }
   }
 
@@ -257,9 +262,31 @@ class DecodeLoop {
     for (int32_t c = r * ld; c < (r + 1) * ld; c += kLanes) store(o_ + c, load(o_ + c) * alpha);
   }
 
-  // The scale of float8 keys or values at the tile's KV head x (value = stored · scale).
+  // The tile's KV head that row r reads.
+  int32_t kv_head_of(int32_t r) const { return tile_.head_of(r) / group_ - problem_.kv_head(tile_.head); }
+
+  // The scale of float8 keys or values at the tile's KV head x (value = stored · scale), where it is the same
+  // on all pages.
   float scale_of(const View& scale, int32_t x) const {
     return scale ? head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head) : 1.0f;
+  }
+
+  // Where scales differ between pages: those of the tile's n keys (or values) at KV head x, then ones.
+  float* factors_of(int32_t x) const { return factors_ + x * kDecodeKeys; }
+  void load_factors(const Rows& rows, const View& scale, int32_t j0, int32_t n) {
+    for (int32_t x = 0; rows.page_factors && x < tile_.heads / group_; ++x) {
+      Rows of_head = rows;
+      of_head.page_factors += x * scale.head;
+      of_head.factors(j0, n, factors_of(x));
+      for (int32_t r = n; r < kDecodeKeys; ++r) factors_of(x)[r] = 1.0f;
+    }
+  }
+
+  // The factors of S of keys r and r + 1 at KV head x, which alternate.
+  Float key_factors(int32_t r, int32_t x) const {
+    if (!head_.key.page_factors) return broadcast(scale_of(problem_.k_scale, x));
+    const float* const two = factors_of(x) + r;
+    return lane_indices() % 2 == 0 ? broadcast(two[0]) : broadcast(two[1]);
   }
 
   template <Step step>
@@ -307,7 +334,7 @@ class DecodeLoop {
         const char* at[kStepKeys];
         ahead.run(lines);
         stream.addresses(r, n, x, at);
-        const float factor = step == Step::kScores ? scale_of(problem_.k_scale, x) : 1.0f;
+        const Float factor = step == Step::kScores ? key_factors(r, x) : Float{};
         if constexpr (widened) {
           for (int32_t i = 0; i < kStepKeys; ++i) {
             load_row(dtype, at[i], stream.rows.width, 1.0f, wide + i * ld, ld);
@@ -331,8 +358,9 @@ class DecodeLoop {
   Head head_;
   const RowTile& tile_;
   int32_t rows_, group_;
-  Word* q_;        // [kTileM, row_words(d)]
-  float *s_, *o_;  // [kTileM, kDecodeKeys], [kTileM, padded(dv)]
+  Word* q_;         // [kTileM, row_words(d)]
+  float *s_, *o_;   // [kTileM, kDecodeKeys], [kTileM, padded(dv)]
+  float* factors_;  // [KV heads, kDecodeKeys], of keys, then of values
   Softmax state_;
 };
 

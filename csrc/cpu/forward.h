@@ -187,10 +187,12 @@ class ForwardLoop {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size();
     const char* at[kTileN];
+    float factors[kTileN];
     head_.key.addresses(begin, n, at);
-    pack_transposed<E>(at, n, head_.key, keys_.k, panel_words<E>(problem_.head_dim));
+    pack_transposed<E>(at, n, head_.key.with_row_factors(begin, n, factors), keys_.k,
+                       panel_words<E>(problem_.head_dim));
     head_.value.addresses(begin, n, at);
-    pack_columns<E>(at, n, head_.value, keys_.v);
+    pack_columns<E>(at, n, head_.value.with_row_factors(begin, n, factors), keys_.v);
   }
 
   const Problem& problem_;

@@ -84,7 +84,12 @@ struct Head {
     if (!p.paged()) return rows(view, width, sequence.k_begin, h);
     const int64_t size = size_of(p.kv_dtype), start = view.leading_offset(p.leading, leading) + h * view.head;
     Rows found{view.as<char>() + start * size, view.row * size, p.kv_dtype, width};
-    if (scale) found.factor = at(scale, h * scale.head);
+    if (scale && scale.batch == 0) found.factor = at(scale, h * scale.head);
+    if (scale && scale.batch != 0) {
+      found.page_factors =
+          scale.as<const float>() + scale.leading_offset(p.leading, leading) + h * scale.head;
+      found.page_factor_stride = scale.batch;
+    }
     found.missing = missing;
     found.table = page_table(p.block_tables, p.leading, leading, sequence.index, p.page_size, p.pages);
     found.page_stride = view.batch * size;

@@ -188,9 +188,14 @@ struct RowReader {
   const char* const* at;
   int32_t width;
   float factor, missing;
+  const float* row_factors;  // of float8 pools with scales by page, or null
 
   RowReader(const char* const* at_, const Rows& rows, float factor_)
-      : at(at_), width(rows.width), factor(factor_ * rows.factor), missing(rows.missing) {}
+      : at(at_),
+        width(rows.width),
+        factor(factor_ * rows.factor),
+        missing(rows.missing),
+        row_factors(rows.row_factors) {}
 
   static constexpr int32_t kFeatures = kLanes * E::kPair;  // features per vector of words
   static constexpr int64_t kSize = size_of(dtype);
@@ -201,13 +206,18 @@ struct RowReader {
     return E::kPair == 1 ? x : (x >> 16) | (x & 0xFFFF0000u);
   }
 
+  JF_HD float factor_of(int32_t j) const {
+    if constexpr (is_float8(dtype)) return row_factors ? factor * row_factors[j] : factor;
+    return factor;
+  }
+
   // Words [c, c + kLanes) of row j. `whole` states that the row has all of them.
   template <bool whole>
   JF_HD UInt words(int32_t j, int32_t c) const {
     if (!at[j]) return filler();
-    if constexpr (whole) return E::template load_row<dtype>(at[j], c, factor);
+    if constexpr (whole) return E::template load_row<dtype>(at[j], c, factor_of(j));
     const RowTail tail(at[j], int64_t{c} * E::kPair * kSize, width * kSize);
-    return E::template load_row<dtype>(tail.bytes, 0, factor);
+    return E::template load_row<dtype>(tail.bytes, 0, factor_of(j));
   }
 
   // Columns [c, c + kPanel) of the row of words that rows j ... j + kPair - 1 make in B. Rows from n on are
@@ -215,7 +225,7 @@ struct RowReader {
   JF_HD void panel(int32_t j, int32_t n, int32_t c, UInt (&words)[2]) const {
     const char *even = at[j], *odd = E::kPair > 1 && j + 1 < n ? at[j + 1] : nullptr;
     if (even && (odd || E::kPair == 1) && c + kPanel <= width) {
-      return E::template load_panel<dtype>(even, odd, c, factor, words);
+      return E::template load_panel<dtype>(even, odd, c, factor_of(j), words);
     }
     if (!even && !odd) {
       words[0] = words[1] = filler();
@@ -223,7 +233,7 @@ struct RowReader {
     }
     const int64_t begin = c * kSize, end = width * kSize;
     const RowTail first(even, begin, even ? end : 0), second(odd, begin, odd ? end : 0);
-    E::template load_panel<dtype>(first.bytes, second.bytes, 0, factor, words);
+    E::template load_panel<dtype>(first.bytes, second.bytes, 0, factor_of(j), words);
   }
 
   // Prefetches rows [begin, end): the hardware prefetcher does not follow rows that are far apart.

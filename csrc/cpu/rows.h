@@ -9,8 +9,8 @@
 namespace jax_flash::JF_ISA {
 
 // Rows of a per-token operand at one head. Without a page table, position j of the sequence is at base + j
-// * stride bytes; with one it is in its page's slot. Values are multiplied by `factor`; a page outside the
-// pool reads as `missing`.
+// * stride bytes; with one it is in its page's slot. Values are multiplied by `factor` or, where they are
+// set, by the factors of their pages; a page outside the pool reads as `missing`.
 struct Rows {
   char* base;
   int64_t stride;
@@ -19,6 +19,9 @@ struct Rows {
   float factor = 1.0f, missing = 0.0f;
   PageTable table = {};  // no pages if `entries` is null
   int64_t page_stride = 0;
+  const float* page_factors = nullptr;  // of page 0
+  int64_t page_factor_stride = 0;
+  const float* row_factors = nullptr;  // of the rows that are read next, from with_row_factors()
 
   JF_HD char* at(int32_t j) const { return base + j * stride; }
 
@@ -28,12 +31,38 @@ struct Rows {
       for (int32_t r = 0; r < n; ++r) at[r] = base + (begin + r) * stride;
       return;
     }
-    for (int32_t r = 0; r < n;) {
-      const PageSlot first = table.at(begin + r);
-      const int32_t end = r + min(n - r, table.page_size - first.slot);
+    for_each_page(begin, n, [&](int32_t r, int32_t end, PageSlot first) {
       const bool found = table.in_pool(first.page);
       const char* row = base + (found ? first.page * page_stride + first.slot * stride : 0);
       for (; r < end; ++r, row += stride) at[r] = found ? row : nullptr;
+    });
+  }
+
+  // Sets to[0, n) to the factors of rows [begin, begin + n), whose pages have them.
+  JF_HD void factors(int32_t begin, int32_t n, float* to) const {
+    for_each_page(begin, n, [&](int32_t r, int32_t end, PageSlot first) {
+      const float x = table.in_pool(first.page) ? page_factors[first.page * page_factor_stride] : 1.0f;
+      for (; r < end; ++r) to[r] = x;
+    });
+  }
+
+  // The rows [begin, begin + n) with their factors, which lie in `memory`.
+  JF_HD Rows with_row_factors(int32_t begin, int32_t n, float* memory) const {
+    Rows rows = *this;
+    if (page_factors) factors(begin, n, memory), rows.row_factors = memory;
+    return rows;
+  }
+
+ private:
+  // Calls f(r, end, slot) for each page of rows [begin, begin + n): it holds rows [r, end) of them from its
+  // slot on.
+  template <class F>
+  JF_HD void for_each_page(int32_t begin, int32_t n, F f) const {
+    for (int32_t r = 0; r < n;) {
+      const PageSlot first = table.at(begin + r);
+      const int32_t end = r + min(n - r, table.page_size - first.slot);
+      f(r, end, first);
+      r = end;
     }
   }
 };

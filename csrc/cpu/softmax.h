@@ -144,10 +144,11 @@ JF_INLINE void softmax_rescale(int32_t rows, const SoftmaxShift& shifts, Softmax
   }
 }
 
-// P = exp(softmax_scale (S − m)) for one row of a block, l ← αl + ΣP. P replaces S, as words of E.
+// P = exp(softmax_scale (S − m)) for one row of a block, l ← αl + ΣP. P replaces S, as words of E, multiplied
+// by `weights` unless that is null: the scales of the columns' values.
 template <class E>
 JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockColumns& block, float* s,
-                           float shift, Softmax& state, int32_t r) {
+                           float shift, Softmax& state, int32_t r, const float* weights = nullptr) {
   const Columns all = block.panels();
   const float scale_log2 = head.softmax_scale * kLog2e;
   Float sum = state.l[r] * state.alpha[r];
@@ -157,12 +158,12 @@ JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockCol
     sum += x;
     return x;
   };
-  if (head.has_dropout) {
-    RowBuffer keep;
-    head.dropout_row(row, j0, all, keep.value);
+  RowBuffer keep;
+  if (head.has_dropout) head.dropout_row(row, j0, all, keep.value), weights = keep.value;
+  if (weights) {
     for (int32_t c = all.lo; c < all.hi; c += kPanel) {
       const Float x = exponentials(c), y = exponentials(c + kLanes);
-      E::store_columns(p, c, x * load(keep.value + c), y * load(keep.value + c + kLanes));
+      E::store_columns(p, c, x * load(weights + c), y * load(weights + c + kLanes));
     }
   } else {
 #pragma GCC unroll 2

@@ -71,11 +71,12 @@ ffi::Error handle_tangent(ffi::ThreadPool threads, AttentionSpec spec, ffi::Rema
 }
 
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
+template <bool dynamic>
 ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::RemainingArgs args,
                          ffi::RemainingRets rets) {
   AppendProblem problem;
-  if (ffi::Error error = decode_append(spec, args, rets, problem); error.failure()) return error;
-  for (size_t i = 0; i < 2; ++i) {
+  if (ffi::Error error = decode_append(spec, dynamic, args, rets, problem); error.failure()) return error;
+  for (size_t i = 0; i < overwritten(dynamic); ++i) {
     const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
     if (ffi::Error error = same_bytes(before, after); error.failure()) return error;
     if (before.untyped_data() != after.untyped_data()) {
@@ -106,5 +107,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     jax_flash::binding<jax_flash::AttentionSpec>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashTangentCpu, jax_flash::handle_tangent,
                               jax_flash::binding<jax_flash::AttentionSpec>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendCpu, jax_flash::handle_append,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendCpu, jax_flash::handle_append<false>,
+                              jax_flash::binding<jax_flash::AppendSpec>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendDynamicCpu, jax_flash::handle_append<true>,
                               jax_flash::binding<jax_flash::AppendSpec>());

@@ -9,4 +9,5 @@ XLA_FFI_Error* JaxFlashBackwardCpu(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxFlashBiasGradientCpu(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxFlashTangentCpu(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* JaxFlashAppendCpu(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* JaxFlashAppendDynamicCpu(XLA_FFI_CallFrame* frame);
 }

@@ -79,11 +79,12 @@ ffi::Error run_tangent(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remain
 }
 
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
+template <bool dynamic>
 ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                       AppendSpec spec) {
   AppendProblem p;
-  if (ffi::Error e = decode_append(spec, args, rets, p); e.failure()) return e;
-  for (size_t i = 0; i < 2; ++i) {
+  if (ffi::Error e = decode_append(spec, dynamic, args, rets, p); e.failure()) return e;
+  for (size_t i = 0; i < overwritten(dynamic); ++i) {
     const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
     if (ffi::Error e = same_bytes(before, after); e.failure()) return e;
     if (before.untyped_data() == after.untyped_data() || before.size_bytes() == 0) continue;
@@ -117,7 +118,8 @@ JF_HANDLER(JaxFlashForwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::k
 JF_HANDLER(JaxFlashBackwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBackward, 3>);
 JF_HANDLER(JaxFlashBiasGradientCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBiasGradient, 1>);
 JF_HANDLER(JaxFlashTangentCuda, AttentionSpec, jax_flash::run_tangent);
-JF_HANDLER(JaxFlashAppendCuda, AppendSpec, jax_flash::run_append);
+JF_HANDLER(JaxFlashAppendCuda, AppendSpec, jax_flash::run_append<false>);
+JF_HANDLER(JaxFlashAppendDynamicCuda, AppendSpec, jax_flash::run_append<true>);
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }
 

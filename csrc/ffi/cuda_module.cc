@@ -24,7 +24,8 @@ constexpr Handler kHandlers[] = {{"jax_flash_forward", "JaxFlashForwardCuda"},
                                  {"jax_flash_backward", "JaxFlashBackwardCuda"},
                                  {"jax_flash_bias_gradient", "JaxFlashBiasGradientCuda"},
                                  {"jax_flash_tangent", "JaxFlashTangentCuda"},
-                                 {"jax_flash_append", "JaxFlashAppendCuda"}};
+                                 {"jax_flash_append", "JaxFlashAppendCuda"},
+                                 {"jax_flash_append_dynamic", "JaxFlashAppendDynamicCuda"}};
 
 std::vector<KernelRow>& built_kernels() {
   static std::vector<KernelRow> rows;

@@ -17,6 +17,7 @@ nb::dict registrations() {
   handlers["jax_flash_bias_gradient"] = nb::capsule(reinterpret_cast<void*>(JaxFlashBiasGradientCpu));
   handlers["jax_flash_tangent"] = nb::capsule(reinterpret_cast<void*>(JaxFlashTangentCpu));
   handlers["jax_flash_append"] = nb::capsule(reinterpret_cast<void*>(JaxFlashAppendCpu));
+  handlers["jax_flash_append_dynamic"] = nb::capsule(reinterpret_cast<void*>(JaxFlashAppendDynamicCpu));
   return handlers;
 }
 

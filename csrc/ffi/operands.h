@@ -40,6 +40,11 @@ inline std::vector<Axis> pool_axes(PageLayout layout, Size width) {
   return {{Size::kPages, &View::batch}, nhd ? slot : head, nhd ? head : slot, {width, &View::column}};
 }
 
+// The axes of a float8 pool's scales, [p, hk] or [1, hk].
+inline std::vector<Axis> scale_axes() {
+  return {{Size::kPages, &View::batch, true}, {Size::kKvHeads, &View::head}};
+}
+
 inline std::vector<Axis> table_axes() {
   return {{Size::kBatch, &View::batch}, {Size::kTable, &View::column}};
 }
@@ -129,7 +134,6 @@ class OperandDecoder {
     const std::vector<Axis> q_rows{{Size::kBatch, &View::batch}, {Size::kQRows, &View::row}};
     const std::vector<Axis> k_rows{{Size::kBatch, &View::batch}, {Size::kKRows, &View::row}};
     const std::vector<Axis> slopes{{Size::kBatch, &View::batch, true}, {Size::kHeads, &View::head}};
-    const std::vector<Axis> scales{{Size::kKvHeads, &View::head}};
     const std::vector<Axis> drafts{{Size::kBatch, &View::batch, true},
                                    {Size::kDraftRows, &View::row},
                                    {Size::kDraftRows, &View::column}};
@@ -147,8 +151,8 @@ class OperandDecoder {
         {"sinks", &p.sinks, Element::kFloat32, {{Size::kHeads, &View::head}}},
         {"dropout", &p.dropout, Element::kUInt32, {{Size::kDropout, &View::column}}},
         {"block_tables", &p.block_tables, Element::kInt32, table_axes()},
-        {"k_scale", &p.k_scale, Element::kFloat32, scales},
-        {"v_scale", &p.v_scale, Element::kFloat32, scales},
+        {"k_scale", &p.k_scale, Element::kFloat32, scale_axes()},
+        {"v_scale", &p.v_scale, Element::kFloat32, scale_axes()},
         {"position", &p.position, Element::kInt32, {{Size::kPosition, &View::column}}},
         {"tbias", &t.tbias, Element::kBias, score_axes()},
         {"draft_mask", &p.draft_mask, Element::kBool, drafts},
@@ -242,38 +246,47 @@ inline ffi::Error same_bytes(ffi::AnyBuffer before, ffi::AnyBuffer after) {
                        " bytes, its result " + std::to_string(after.size_bytes()));
 }
 
-// The views of the pools are those of the results, which may be the operands' own memory.
-inline ffi::Error decode_append(const AppendSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                                AppendProblem& p) {
+// Operands that append_kv overwrites: the pools and, if it keeps them, their scales. They come first.
+inline size_t overwritten(bool dynamic) { return dynamic ? 4 : 2; }
+
+// The views of what is overwritten are those of the results, which may be the operands' own memory.
+inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::RemainingArgs args,
+                                ffi::RemainingRets rets, AppendProblem& p) {
   p = AppendProblem{};
   p.spec = spec;
-  const auto k_pool = pool_axes(spec.page_layout, Size::kHeadDim);
-  const auto v_pool = pool_axes(spec.page_layout, Size::kValueDim);
+  p.dynamic = dynamic;
   const std::vector<Axis> angles{{Size::kPositions, &View::row}, {Size::kRotated, &View::column}};
-  const std::vector<Axis> lengths{{Size::kBatch, &View::batch}}, scales{{Size::kKvHeads, &View::head}};
-  View k_before, v_before;
-  std::vector<OperandRow> inputs{{"k_pages", &k_before, Element::kPool, k_pool},
-                                 {"v_pages", &v_before, Element::kPool, v_pool},
-                                 {"key", &p.key, Element::kActivation,
-                                  token_axes(p.packed(), Size::kQRows, Size::kKvHeads, Size::kHeadDim)},
-                                 {"value", &p.value, Element::kActivation,
-                                  token_axes(p.packed(), Size::kQRows, Size::kKvHeads, Size::kValueDim)},
-                                 {"block_tables", &p.block_tables, Element::kInt32, table_axes()},
-                                 {"kv_lengths", &p.kv_lengths, Element::kInt32, lengths}};
+  const std::vector<Axis> by_page{{Size::kPages, &View::batch}, {Size::kKvHeads, &View::head}};
+  std::vector<OperandRow> outputs{
+      {"k_pages", &p.k_pages, Element::kPool, pool_axes(spec.page_layout, Size::kHeadDim)},
+      {"v_pages", &p.v_pages, Element::kPool, pool_axes(spec.page_layout, Size::kValueDim)}};
+  if (dynamic) {
+    outputs.push_back({"k_scale", &p.k_scale, Element::kFloat32, by_page});
+    outputs.push_back({"v_scale", &p.v_scale, Element::kFloat32, by_page});
+  }
+  View before[4];
+  std::vector<OperandRow> inputs = outputs;
+  for (size_t i = 0; i < inputs.size(); ++i) inputs[i].view = &before[i];
+  const OperandRow required[] = {
+      {"key", &p.key, Element::kActivation,
+       token_axes(p.packed(), Size::kQRows, Size::kKvHeads, Size::kHeadDim)},
+      {"value", &p.value, Element::kActivation,
+       token_axes(p.packed(), Size::kQRows, Size::kKvHeads, Size::kValueDim)},
+      {"block_tables", &p.block_tables, Element::kInt32, table_axes()},
+      {"kv_lengths", &p.kv_lengths, Element::kInt32, {{Size::kBatch, &View::batch}}}};
+  inputs.insert(inputs.end(), std::begin(required), std::end(required));
   const OperandRow optional[] = {
       // in the order of enum class AppendOperand
       {"cu_seqlens", &p.cu_seqlens, Element::kInt32, {{Size::kStarts, &View::batch}}},
       {"cos", &p.cos, Element::kFloat32, angles},
       {"sin", &p.sin, Element::kFloat32, angles},
-      {"k_scale", &p.k_scale, Element::kFloat32, scales},
-      {"v_scale", &p.v_scale, Element::kFloat32, scales},
+      {"k_scale", &p.k_scale, Element::kFloat32, scale_axes()},
+      {"v_scale", &p.v_scale, Element::kFloat32, scale_axes()},
   };
   static_assert(std::size(optional) == static_cast<size_t>(AppendOperand::kCount));
   for (size_t i = 0; i < std::size(optional); ++i) {
     if (spec.has(static_cast<AppendOperand>(i))) inputs.push_back(optional[i]);
   }
-  const std::vector<OperandRow> outputs{{"k_pages", &p.k_pages, Element::kPool, k_pool},
-                                        {"v_pages", &p.v_pages, Element::kPool, v_pool}};
   BufferDecoder buffers;
   if (ffi::Error e = buffers.decode(inputs, outputs, args, rets, p.leading); e.failure()) return e;
   p.dtype = buffers.dtype(Element::kActivation);
@@ -290,6 +303,10 @@ inline ffi::Error decode_append(const AppendSpec& spec, ffi::RemainingArgs args,
   p.rotated = buffers.size(Size::kRotated);
   if (p.pool_dtype != p.dtype && !is_float8(p.pool_dtype)) {
     return operand_error("k_pages has a dtype that is neither key's nor float8");
+  }
+  if (dynamic &&
+      (!is_float8(p.pool_dtype) || spec.has(AppendOperand::kKScale) || spec.has(AppendOperand::kVScale))) {
+    return operand_error("dynamic scales are overwritten, and belong to float8 pools");
   }
   if (p.spec.has(AppendOperand::kCos) != p.spec.has(AppendOperand::kSin) ||
       2 * int64_t{p.rotated} > p.head_dim || (p.rotated > 0 && p.positions == 0)) {

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Unpack, overload
+from typing import Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from ..operands import APPEND
-from ..options import AppendOptions, ArrayLike, Implementation, IndexLike, LengthsLike, PageLayout
+from ..operands import APPEND, APPEND_DYNAMIC
+from ..options import (
+    AppendOptions,
+    ArrayLike,
+    Implementation,
+    IndexLike,
+    LengthsLike,
+    PageLayout,
+    Scaling,
+)
 from ..primitives import bind, equally_varying
 from ..rotary import apply_rotary
 from ..spec import AppendSpec
-from . import gather, validate
+from . import gather, quantise, validate
 
 Operands = dict[str, jax.Array]
 
@@ -25,8 +34,24 @@ def append_kv(
     value: ArrayLike,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
+    *,
+    scale: Literal["static"] = ...,
     **options: Unpack[AppendOptions],
-) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+) -> tuple[Array, Array, Array]: ...
+
+
+@overload
+def append_kv(
+    k_pages: ArrayLike,
+    v_pages: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    *,
+    scale: Literal["dynamic"],
+    **options: Unpack[AppendOptions],
+) -> tuple[Array, Array, Array, Array, Array]: ...
 
 
 @overload
@@ -37,8 +62,24 @@ def append_kv(
     value: None,
     block_tables: IndexLike,
     kv_lengths: LengthsLike,
+    *,
+    scale: Literal["static"] = ...,
     **options: Unpack[AppendOptions],
-) -> tuple[jax.Array, None, jax.Array]: ...
+) -> tuple[Array, None, Array]: ...
+
+
+@overload
+def append_kv(
+    k_pages: ArrayLike,
+    v_pages: None,
+    key: ArrayLike,
+    value: None,
+    block_tables: IndexLike,
+    kv_lengths: LengthsLike,
+    *,
+    scale: Literal["dynamic"],
+    **options: Unpack[AppendOptions],
+) -> tuple[Array, None, Array, Array, None]: ...
 
 
 def append_kv(
@@ -55,8 +96,9 @@ def append_kv(
     interleaved: bool = False,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    scale: Scaling = "static",
     implementation: Implementation | None = None,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+) -> tuple[Array | None, ...]:
     """Appends new tokens to each sequence's pages, in place if the pools are donated or not used afterwards.
 
     Token t of sequence i is written to position `kv_lengths[i] + t`. Writes to pages outside the pool and writes past
@@ -73,12 +115,20 @@ def append_kv(
       rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
         by `apply_rotary`, before they are written.
       interleaved: as in `apply_rotary`.
-      k_scale, v_scale: float32 `[hk]`, only for float8 pools, where stored = value / scale, rounded to nearest and
-        saturated at the largest number of the dtype, infinities too; 1 by default.
+      k_scale, v_scale: float32 `[hk]` or, by page, `[p, hk]`, only for float8 pools, where stored = value / scale,
+        rounded to nearest and saturated at the largest number of the dtype, infinities too; 1 by default.
+      scale: `"static"` takes k_scale and v_scale as they are. `"dynamic"`, for float8 pools, keeps them: `[p, hk]`,
+        those of the pages that are written to are overwritten, in place like the pools. A page's scale is the smallest
+        power of two with which its largest finite element does not saturate. A page begins with the token at its first
+        slot, whatever scale and elements it had before. When a later token is larger than its scale allows, the page's
+        earlier tokens are requantised in the same call, which changes none of them but those that become subnormal: a
+        finite x is stored with an error of at most `|x| / 16 + scale / 512` (float8_e4m3fn) or `|x| / 8 + scale /
+        65536` (float8_e5m2), however often its page's scale has grown. No two sequences may then write to one page.
       implementation: as in `flash_attention`.
 
     Returns:
-      `(k_pages, v_pages, kv_lengths)` after the call; v_pages is None if it was.
+      `(k_pages, v_pages, kv_lengths)` after the call, followed by `(k_scale, v_scale)` with `scale="dynamic"`;
+      v_pages and v_scale are None if v_pages was.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `paged_attention`. There is no derivative, in
@@ -91,43 +141,40 @@ def append_kv(
       >>> k_pages, v_pages, lengths = append(k_pages, v_pages, k, v, tables, lengths)
     """
     spec, operands = validate.append("append_kv", locals())
-    keys, values, lengths = (_scatter if spec.implementation == "xla" else _call)(spec, operands)
-    return keys, None if v_pages is None else values, lengths
+    results = (_scatter if spec.implementation == "xla" else _call)(spec, operands)
+    return (
+        results if v_pages is not None else tuple(None if i in (1, 4) else x for i, x in enumerate(results))
+    )
 
 
-def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The pools from the custom call, and the lengths from plain JAX."""
+def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
+    """The pools and scales from the custom call, and the lengths from plain JAX."""
     operands = equally_varying(operands)
-    k_pages, v_pages = bind(APPEND, spec, operands)
-    return k_pages, v_pages, _lengths_after(operands, _slots(spec, operands))
+    k_pages, v_pages, *scales = bind(APPEND_DYNAMIC if spec.dynamic else APPEND, spec, operands)
+    return k_pages, v_pages, _lengths_after(operands, _slots(spec, operands)), *scales
 
 
-def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The pools and lengths in plain JAX."""
+def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
+    """All results in plain JAX."""
     slots = _slots(spec, operands)
     key = operands["key"]
     if "cos" in operands:
         key = apply_rotary(
             key, slots.position, operands["cos"], operands["sin"], interleaved=spec.interleaved
         )
-    pools = []
+    pools, scales = [], []
     for name, new, scale in (("k_pages", key, "k_scale"), ("v_pages", operands["value"], "v_scale")):
         pool = gather.tokens_first(operands[name], spec.page_layout)
-        rows = quantise(new, operands.get(scale), pool.dtype)
-        page = jnp.where(slots.written, slots.page, pool.shape[0])
-        written = pool.at[page, slots.position % pool.shape[1]].set(rows, mode="drop")
-        pools.append(gather.tokens_first(written, spec.page_layout))
-    return pools[0], pools[1], _lengths_after(operands, slots)
-
-
-def quantise(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """x [..., hk, d] in the pool's dtype; float8 pools store x / scale, saturated."""
-    if dtype not in gather.FLOAT8:
-        return x
-    wide = x.astype(jnp.float32)
-    if scale is not None:
-        wide = wide / scale[:, None]
-    return jnp.clip(wide, -gather.FLOAT8[dtype], gather.FLOAT8[dtype]).astype(dtype)
+        page, slot = jnp.where(slots.written, slots.page, pool.shape[0]), slots.position % pool.shape[1]
+        if spec.dynamic:
+            rows = new.reshape(-1, *new.shape[-2:])
+            pool, after = quantise.append(pool, operands[scale], rows, page.reshape(-1), slot.reshape(-1))
+            scales.append(after)
+        else:
+            by_row = gather.scale_of_pages(operands[scale], page) if scale in operands else None
+            pool = pool.at[page, slot].set(quantise.stored(new, by_row, pool.dtype), mode="drop")
+        pools.append(gather.tokens_first(pool, spec.page_layout))
+    return pools[0], pools[1], _lengths_after(operands, slots), *scales
 
 
 class _Slots(NamedTuple):

@@ -103,7 +103,8 @@ def paged_attention(
       num_splits: number of parts that a sequence's keys are split into for parallelism; None leaves the choice to
         the library.
       batch_invariant: makes a sequence's result bit-identical whatever else is in the batch.
-      k_scale, v_scale: float32 `[hk]`, only for float8 pools, where value = stored · scale; 1 by default.
+      k_scale, v_scale: float32 `[hk]` or, by page, `[p, hk]`, only for float8 pools, where value = stored · scale;
+        1 by default. Scales of pages that are not read may hold anything.
       draft_mask: boolean `[n, sq, sq]`, or `[1, sq, sq]` for all sequences, for the token trees of speculative
         decoding (Medusa, EAGLE): whether new token a, query row a, sees new token b, key `kv_lengths[i] − sq + b`. The
         keys before the new tokens are visible as without it. It hides and never uncovers: with causal=True a token sees

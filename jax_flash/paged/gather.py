@@ -42,11 +42,7 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     n = operands["block_tables"].shape[0]
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
-        dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout)
-        if dense[name].dtype in FLOAT8:
-            dense[name] = (
-                dense[name].astype(jnp.float32) * operands.get(scale, jnp.ones(1, jnp.float32))[:, None]
-            )
+        dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout, operands.get(scale))
     if spec.value_dim:
         dense["value"] = dense["value"][..., : spec.value_dim]
     dense["query"] = operands["query"].astype(dense["key"].dtype)
@@ -158,15 +154,30 @@ def locate(cu_seqlens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, ja
     return sequence, jnp.where(inside, token - cu[sequence], -1), length
 
 
-def _gather(pool: jax.Array, tables: jax.Array, layout: str) -> jax.Array:
-    """The keys or values of every sequence, [n, pages · ps, hk, d], with zeros for pages outside the pool."""
+def _gather(pool: jax.Array, tables: jax.Array, layout: str, scale: jax.Array | None) -> jax.Array:
+    """The keys or values of every sequence, [n, pages · ps, hk, d], with zeros for pages outside the pool.
+
+    Those of a float8 pool are multiplied by their scale.
+    """
     by_token = tokens_first(pool, layout)
     pages = _pages_or_none(tables, pool.shape[0])
     if same_dim(pool.shape[0], 0):
         by_token = jnp.zeros((1, *by_token.shape[1:]), pool.dtype)
         pages = jnp.ones_like(pages)
+        scale = None
     rows = by_token.at[pages].get(mode="fill", fill_value=0)
+    if pool.dtype in FLOAT8:
+        rows = rows.astype(jnp.float32)
+        if scale is not None:
+            rows = rows * scale_of_pages(scale, pages)[:, :, None, :, None]
     return rows.reshape(tables.shape[0], tables.shape[1] * rows.shape[2], *rows.shape[3:])
+
+
+def scale_of_pages(scale: jax.Array, pages: jax.Array) -> jax.Array:
+    """The scales `[1, hk]` or `[p, hk]` of these pages, […, hk]; 1 for a page past the pool."""
+    if same_dim(scale.shape[0], 1):
+        pages = jnp.zeros_like(pages)
+    return scale.at[pages].get(mode="fill", fill_value=1)
 
 
 def _pages_or_none(tables: jax.Array, pages: int) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._jax import same_dim
 from ..rotary import rotary_tables
-from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, AppendSpec, AttentionSpec
+from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
 from ..validate import (
     MAX_LATENT_DIM,
     MAX_LATENT_VALUE_DIM,
@@ -23,6 +23,8 @@ from ..validate import (
     static_spec,
 )
 from .gather import FLOAT8
+
+SCALES = ("k_scale", "v_scale")
 
 
 def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
@@ -116,12 +118,16 @@ def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:
         check.shape("cu_seqlens", operands["cu_seqlens"], (n + 1,), "n+1")
     if arguments["rotary"] is not None:
         operands["cos"], operands["sin"] = rotary_tables(check, arguments["rotary"], k.shape[-1])
+    dynamic = _dynamic(check, arguments, operands)
     spec = AppendSpec(
         layout="append" if cu_seqlens is None else "append_varlen",
         page_layout=arguments["page_layout"],
         interleaved=check.flag("interleaved", arguments["interleaved"]),
-        operands=tuple(name for name in APPEND_OPTIONAL if name in operands),
+        operands=tuple(
+            name for name in APPEND_OPTIONAL if name in operands and not (dynamic and name in SCALES)
+        ),
         implementation=implementation_name(check, arguments["implementation"]),
+        dynamic=dynamic,
     )
     return spec, operands
 
@@ -163,6 +169,29 @@ def _value_dim(check: Checker, arguments: Arguments, operands: Operands) -> int:
     return int(columns)
 
 
+def _dynamic(check: Checker, arguments: Arguments, operands: Operands) -> bool:
+    """Whether append_kv keeps the scales of the pages itself; it then needs both."""
+    if arguments["scale"] not in SCALINGS:
+        raise check.fail(f"scale must be one of {SCALINGS}, got {arguments['scale']!r}")
+    if arguments["scale"] == "static":
+        return False
+    pool = operands["k_pages"]
+    if pool.dtype not in FLOAT8:
+        raise check.fail(
+            f'scale="dynamic" is for float8 pools, got k_pages of dtype {pool.dtype}; use scale="static"'
+        )
+    wanted = pool.shape[0], pool.shape[_head_axis(arguments)]
+    for name in SCALES[:1] if arguments["v_pages"] is None else SCALES:
+        given = arguments[name]
+        if given is None or jnp.ndim(given) != 2:
+            got = "None" if given is None else f"shape {jnp.shape(given)}"
+            raise check.fail(
+                f'scale="dynamic" updates {name} [p, hk] = {wanted}, got {got}; start with jnp.ones'
+            )
+    operands.setdefault("v_scale", operands["k_scale"])  # of values without columns
+    return True
+
+
 def _head_axis(arguments: Arguments) -> int:
     """The axis of the KV heads in a pool."""
     return -2 if arguments["page_layout"] == "nhd" else -3
@@ -199,14 +228,13 @@ def _pools(
     _check_head_dims(check, k, v, latent, implementation)
     found = dict(zip(names, (k, k[..., :0] if latent and owner == "key" else v)))
     hk = k.shape[_head_axis(arguments)]
-    for name in ("k_scale", "v_scale"):
+    for name in SCALES:
         if arguments[name] is not None:
             if k.dtype not in FLOAT8:
                 raise check.fail(
                     f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8"
                 )
-            found[name] = check.float32(name, arguments[name])
-            check.shape(name, found[name], (hk,), "hk")
+            found[name] = _scales(check, name, arguments[name], (k.shape[0], hk))
     return found
 
 
@@ -220,6 +248,17 @@ def _check_head_dims(
             f"k_pages has head dim {k.shape[-1]}, allowed are 1 to {MAX_LATENT_DIM} with v_pages=None; "
             'implementation="xla" takes any'
         )
+
+
+def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> jax.Array:
+    """Scales as `[p, hk]`, or `[1, hk]` where a KV head has the same on all pages."""
+    scale = check.float32(name, given)
+    wanted = by_page if scale.ndim == 2 else by_page[1:]
+    if scale.ndim not in (1, 2) or not all(map(same_dim, scale.shape, wanted)):
+        raise check.fail(
+            f"{name} must have shape [hk] = {by_page[1:]} or [p, hk] = {by_page}, got {scale.shape}"
+        )
+    return scale if scale.ndim == 2 else jnp.expand_dims(scale, 0)
 
 
 def _tables(check: Checker, arguments: Arguments) -> Operands:

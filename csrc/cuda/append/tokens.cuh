@@ -1,129 +1,175 @@
-// Which slots the new tokens of append_kv go to, and which thread block writes them.
-//
-// A block table with repeated pages may send two tokens to one slot, where the last must win. Therefore each
-// slot is owned by one block, by a hash, and a block writes its tokens in order.
+// Where the new tokens of append_kv go: the slot of each token, and the runs of tokens that go to one page.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
-#include "core/paging.h"
-#include "core/problem.h"
-#include "core/sequence.h"
+#include "cuda/append/call.cuh"
 
 namespace jax_flash::append {
 
-inline constexpr int kThreads = 256;
+inline constexpr int kThreads = 256, kWarps = kThreads / 32;
+inline constexpr int32_t kNowhere = -1;  // instead of a page: nothing is written
 
-// A new token and its slot.
-struct Token {
-  int64_t row;                 // in key and value, counted through all sequences
-  int32_t sequence, position;  // position: of the token within its sequence
-  PageSlot at;
+// Where a token goes. Its position is that within its sequence.
+struct Slot {
+  int32_t page, slot, position, sequence;
 };
 
-// Shared by the block's threads, in shared memory.
-struct State {
-  int64_t starts[kThreads];       // the first rows of the current sequences, and the end of the last
-  int32_t counts[kThreads / 32];  // tokens that each warp has found
-  Token tokens[kThreads];
+// Tokens of a sequence that go to adjacent slots of a page, entry `index` of its row of the block tables.
+struct Run {
+  int32_t page, slot, position, sequence, index;  // slot, position, row: of the first token
+  int32_t row, count;
 };
 
-// Inclusive scan: the maximum of `before` and the x of all threads up to this one.
-__device__ inline int64_t running_maximum(int64_t x, int64_t before, int64_t* scan) {
-  scan[threadIdx.x] = max(x, before);
+// Packed sequences, in shared memory: the first row of each and the end of the last, and the first of its
+// runs and the end of the last's. Unused where all sequences have the same number of tokens.
+struct Starts {
+  int32_t *rows, *runs;  // [sequences + 1]
+
+  static constexpr int64_t bytes(int64_t sequences) { return 2 * (sequences + 1) * int64_t{sizeof(int32_t)}; }
+};
+
+// The most runs that `count` tokens of a sequence make.
+__device__ __forceinline__ int32_t runs_of(const AppendCall& call, int32_t count) {
+  if (count == 0) return 0;
+  const int32_t whole = call.page_size.quotient(count - 1);  // ⌈(count − 1) / page size⌉ + 1
+  return whole + (whole * call.page_size.value < count - 1) + 1;
+}
+
+__device__ __forceinline__ int32_t all_runs(const AppendCall& call, const Starts& starts) {
+  return call.packed ? starts.runs[call.sequences] : call.sequences * call.runs.value;
+}
+
+// Replaces x by op over all threads before this one and `first`, and returns op over all of them.
+template <class Op>
+__device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t* shared, Op op) {
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  int32_t through = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(~0u, through, step);
+    if (lane >= step) through = op(through, other);
+  }
+  const int32_t before = __shfl_up_sync(~0u, through, 1);
+  __syncthreads();  // `shared` is not read any more
+  if (lane == 31) shared[warp] = through;
   __syncthreads();
-  for (int step = 1; step < kThreads; step *= 2) {
-    const int64_t other = static_cast<int>(threadIdx.x) >= step ? scan[threadIdx.x - step] : before;
-    __syncthreads();
-    scan[threadIdx.x] = max(scan[threadIdx.x], other);
-    __syncthreads();
+  int32_t all = first;
+  x = first;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    all = op(all, shared[w]);
+    if (w < warp) x = op(x, shared[w]);
   }
-  return scan[threadIdx.x];
+  if (lane > 0) x = op(x, before);
+  return all;
 }
 
-// state.starts[i] ← the first row of sequence z + i, for i in [0, count]. `before`: a lower bound of the
-// first one.
-__device__ inline void find_starts(const AppendProblem& p, int64_t leading, int32_t z, int32_t count,
-                                   int64_t before, State& state) {
-  const int32_t i = static_cast<int32_t>(threadIdx.x);
-  if (!p.packed()) {
-    if (i <= count) state.starts[i] = (int64_t{z} + i) * p.rows;
-    __syncthreads();
-    return;
+// Finds the starts of packed sequences: rows are the running maximum of cu_seqlens. `shared`: [kWarps].
+// Called by all threads, which may read the starts after it.
+__device__ inline void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
+                                   int32_t* shared) {
+  const auto maximum = [](int32_t a, int32_t b) { return max(a, b); };
+  const auto start_of = [&](int32_t z) {
+    return clamp_index(*call.cu_seqlens.at<const int32_t>(entry, z, 0, 0), call.tokens);
+  };
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  int32_t before = 0;
+  if (call.earlier > 0) {  // sequences of an earlier launch
+    int32_t x = 0;
+    for (int32_t z = thread - call.earlier; z < 0; z += kThreads) x = max(x, start_of(z));
+    before = scan_block(x, 0, shared, maximum);
   }
-  const View& cu = p.cu_seqlens;
-  const int32_t* starts = cu.as<const int32_t>() + cu.leading_offset(p.leading, leading);
-  running_maximum(i <= count ? clamp_index(starts[(int64_t{z} + i) * cu.batch], p.rows) : 0, before,
-                  state.starts);
+  const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
+  const int32_t begin = thread * share, end = min(begin + share, call.sequences + 1);
+  int32_t x = 0;
+  for (int32_t z = begin; z < end; ++z) starts.rows[z] = x = max(x, start_of(z));
+  scan_block(x, before, shared, maximum);
+  for (int32_t z = begin; z < end; ++z) starts.rows[z] = max(starts.rows[z], x);
+  __syncthreads();
+  const auto runs = [&](int32_t z) {
+    return z < call.sequences ? runs_of(call, starts.rows[z + 1] - starts.rows[z]) : 0;
+  };
+  int32_t sum = 0;
+  for (int32_t z = begin; z < end; ++z) sum += runs(z);
+  scan_block(sum, 0, shared, [](int32_t a, int32_t b) { return a + b; });
+  for (int32_t z = begin; z < end; ++z) starts.runs[z] = sum, sum += runs(z);
+  __syncthreads();
 }
 
-// Finds the sequence, position and slot of token.row among sequences [z, z + count). Returns false if the
-// token has no slot: the table is full, or its entry lies outside the pool.
-__device__ inline bool find_slot(const AppendProblem& p, int64_t leading, int32_t z, int32_t count,
-                                 const int64_t* starts, Token& token) {
-  int32_t lo = 0, hi = count - 1;  // binary search for the last sequence that begins at or before the row
+// The last of `count` starts, which never decrease, that is at most x.
+__device__ __forceinline__ int32_t last_at_most(const int32_t* starts, int32_t count, int32_t x) {
+  int32_t lo = 0, hi = count - 1;
   while (lo < hi) {
     const int32_t middle = hi - (hi - lo) / 2;
-    if (starts[middle] <= token.row) {
+    if (starts[middle] <= x) {
       lo = middle;
     } else {
       hi = middle - 1;
     }
   }
-  token.sequence = z + lo;
-  const int32_t capacity = table_capacity(p.table, p.page_size);
-  const int64_t lengths = p.kv_lengths.leading_offset(p.leading, leading);
+  return lo;
+}
+
+__device__ __forceinline__ bool in_sequences(const AppendCall& call, const Starts& starts, int32_t row) {
+  return call.packed ? row >= starts.rows[0] && row < starts.rows[call.sequences] : row < call.tokens;
+}
+
+// The sequence of a row that is in one.
+__device__ __forceinline__ int32_t sequence_of(const AppendCall& call, const Starts& starts, int32_t row) {
+  return call.packed ? last_at_most(starts.rows, call.sequences, row) : call.rows.quotient(row);
+}
+
+__device__ __forceinline__ int32_t first_row(const AppendCall& call, const Starts& starts, int32_t sequence) {
+  return call.packed ? starts.rows[sequence] : sequence * call.rows.value;
+}
+
+__device__ __forceinline__ int32_t length_before(const AppendCall& call, int32_t entry, int32_t sequence) {
+  return clamp_index(*call.kv_lengths.at<const int32_t>(entry, sequence, 0, 0), call.capacity);
+}
+
+__device__ __forceinline__ int32_t page_at(const AppendCall& call, int32_t entry, int32_t sequence,
+                                           int32_t index) {
+  const int32_t page = call.block_tables.at<const int32_t>(entry, sequence, 0, 0)[index];
+  return static_cast<uint32_t>(page) < static_cast<uint32_t>(call.pages) ? page : kNowhere;
+}
+
+// The slot of a token: kNowhere if it is in no sequence, the table is full, or its entry lies outside the
+// pool.
+__device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const Starts& starts, int32_t row) {
+  constexpr Slot kNone{kNowhere, 0, 0, 0};
+  if (!in_sequences(call, starts, row)) return kNone;
+  const int32_t sequence = sequence_of(call, starts, row);
   const int64_t position =
-      length_at(p.kv_lengths, lengths, token.sequence, capacity) + (token.row - starts[lo]);
-  if (position >= capacity) return false;
-  const PageTable table =
-      page_table(p.block_tables, p.leading, leading, token.sequence, p.page_size, p.pages);
-  token.position = static_cast<int32_t>(position);
-  token.at = table.at(token.position);
-  return table.in_pool(token.at.page);
+      int64_t{length_before(call, entry, sequence)} + (row - first_row(call, starts, sequence));
+  if (position >= call.capacity) return kNone;
+  const auto at = static_cast<int32_t>(position);
+  const int32_t index = call.page_size.quotient(at);
+  return {page_at(call, entry, sequence, index), at - index * call.page_size.value, at, sequence};
 }
 
-__device__ inline bool owns(PageSlot at, int32_t owner, int32_t owners) {
-  constexpr uint32_t kMultiplier = 0x9E3779B1u;  // a prime near 2³² / golden ratio: spreads the pages
-  return (static_cast<uint32_t>(at.page) * kMultiplier + static_cast<uint32_t>(at.slot)) % owners ==
-         static_cast<uint32_t>(owner);
-}
-
-// Compacts the tokens of the threads that have one into state.tokens, in order, and returns their number.
-__device__ inline int32_t gather(bool has, const Token& token, State& state) {
-  const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-  const uint32_t votes = __ballot_sync(~0u, has);
-  if (lane == 0) state.counts[warp] = __popc(votes);
-  __syncthreads();
-  int32_t before = 0, total = 0;
-  for (int i = 0; i < kThreads / 32; ++i) {
-    if (i < warp) before += state.counts[i];
-    total += state.counts[i];
-  }
-  if (has) state.tokens[before + __popc(votes & ((1u << lane) - 1))] = token;
-  __syncthreads();
-  return total;
-}
-
-// Calls write(token) by all threads, in order, for every token whose slot block `owner` of `owners` owns.
-template <class Write>
-__device__ inline void for_each_token(const AppendProblem& p, int64_t leading, int32_t owner, int32_t owners,
-                                      State& state, Write write) {
-  constexpr int32_t kSequences = kThreads - 1;
-  int64_t before = 0;
-  for (int32_t z = 0; z < p.batch; z += kSequences) {
-    const int32_t count = min(kSequences, p.batch - z);
-    find_starts(p, leading, z, count, before, state);
-    before = state.starts[count];
-    for (int64_t row = state.starts[0]; row < before; row += kThreads) {
-      Token token{row + static_cast<int64_t>(threadIdx.x), 0, 0, {0, 0}};
-      const bool has = token.row < before && find_slot(p, leading, z, count, state.starts, token) &&
-                       owns(token.at, owner, owners);
-      const int32_t found = gather(has, token, state);
-      for (int32_t i = 0; i < found; ++i) write(state.tokens[i]);
-    }
-    __syncthreads();
-  }
+// A run by its number below all_runs(); kNowhere if there is no such run, or nothing of it is written.
+__device__ inline Run find_run(const AppendCall& call, int32_t entry, const Starts& starts, int32_t number) {
+  constexpr Run kNone{kNowhere, 0, 0, 0, 0, 0, 0};
+  const int32_t sequence =
+      call.packed ? last_at_most(starts.runs, call.sequences, number) : call.runs.quotient(number);
+  const int32_t first = call.packed ? starts.runs[sequence] : sequence * call.runs.value;
+  const int32_t row = first_row(call, starts, sequence);
+  const int64_t length = length_before(call, entry, sequence), size = call.page_size.value;
+  const int64_t end = min(length + (first_row(call, starts, sequence + 1) - row), int64_t{call.capacity});
+  const int64_t index = call.page_size.quotient(static_cast<int32_t>(length)) + int64_t{number - first};
+  const int64_t position = max(length, index * size);
+  if (position >= end) return kNone;
+  const auto count = static_cast<int32_t>(min(end, (index + 1) * size) - position);
+  const auto at = static_cast<int32_t>(index);
+  return {page_at(call, entry, sequence, at),
+          static_cast<int32_t>(position - index * size),
+          static_cast<int32_t>(position),
+          sequence,
+          at,
+          row + static_cast<int32_t>(position - length),
+          count};
 }
 
 }  // namespace jax_flash::append

@@ -42,6 +42,7 @@ struct DecodeCall {
   int32_t end_tiles;  // that a sequence's end counts as, unless the call fixes the splits
   int32_t q_rows, k_rows, head_dim, value_dim, pages, draft_rows;
   bool paged;
+  bool scaled_by_page;  // float8: pages have scales of their own
   bool same_lengths;    // of all sequences, which the host knows:
   Partition partition;  // then the partition of every column,
   Divisor units;        // and the units of every sequence
@@ -58,6 +59,9 @@ inline int64_t outer_entries(const Leading& leading) {
   for (int i = 0; i + 1 < leading.rank; ++i) n *= leading.size[i];
   return n;
 }
+
+// Whether the pages of a float8 pool have scales of their own, which are score options to the kernel.
+inline bool scaled_by_page(const Problem& p) { return p.k_scale.batch != 0 || p.v_scale.batch != 0; }
 
 // The call of outer entry `outer`. block_rows: query rows of a column.
 template <int kTile>
@@ -84,6 +88,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.position = view(p.position, 4, p.position.column);
   call.k_scale = words(p.k_scale), call.v_scale = words(p.v_scale);
   call.draft_mask = view(p.draft_mask, 1, p.draft_mask.row), call.draft_rows = p.draft_rows;
+  call.scaled_by_page = scaled_by_page(p);
   call.starts = starts ? starts + outer * inner * 2 * (p.batch + 2) : nullptr;
   call.grid = grid;
   call.sequences = static_cast<int32_t>(inner * p.batch);

@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
       if (threadIdx.x == 0 && segment->parts.count > 1)
         prepare_counter(PartialResults<C::kRows>(call).counter(segment->parts, column));
     }
-    const uint32_t k = ring.wait();
     const int32_t key = tile * C::kTile + warp * Ring::kKeys;
+    state.of_keys.load(call, rows, segment->work, key);
+    const uint32_t k = ring.wait();
     if (key < keys.hi && key + Ring::kKeys > keys.lo)
       state.step(call, rows, segment->work, key, k, k + Ring::KTile::kBytes);
     __syncwarp();
@@ -134,7 +135,7 @@ inline namespace JF_ARCH_NAMESPACE {
 template <class T, RowColumns R>
 cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
-    if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask)
+    if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || decode::scaled_by_page(p))
       return decode::launch<decode::DecodeSm80<T, Stored, R, true>>(p, plan, workspace, stream);
     return decode::launch<decode::DecodeSm80<T, Stored, R, false>>(p, plan, workspace, stream);
   };

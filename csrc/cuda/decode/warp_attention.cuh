@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/decode/key_scales.cuh"
 #include "cuda/decode/partition.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
@@ -98,6 +99,7 @@ struct WarpAttention {
   Interval common;                   // the keys that all rows in use see
   float scale;                       // S = scale · stored keys · Q
   float value_scale = 1;             // V = value_scale · stored values
+  KeyScales<S, kScaled && Score::kGeneral> of_keys;   // by which S and P are multiplied besides
   float query_scale[kSharedQueries ? 1 : kTiles][2];  // kRescaled: Q = query_scale · q, of the rows of S
 
   __device__ __forceinline__ static int row_of(int n, int e) { return S::row(2 * n + e); }
@@ -115,8 +117,10 @@ struct WarpAttention {
     });
     scale = call.scale;
     if constexpr (kScaled) {
-      if (call.k_scale) scale *= *call.k_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
-      if (call.v_scale) value_scale = *call.v_scale.at<const float>(work.leading, 0, rows.kv_head, 0);
+      const auto of_all_pages = [&](const DecodeView& of) {
+        return of && of.batch == 0 ? *of.at<const float>(work.leading, 0, rows.kv_head, 0) : 1;
+      };
+      scale *= of_all_pages(call.k_scale), value_scale = of_all_pages(call.v_scale);
     }
     clear_fragments(o);
   }
@@ -127,6 +131,7 @@ struct WarpAttention {
     S s;
     multiply_keys(s.x[0], k, call.kv_dtype);  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
+    of_keys.scale_keys(s);
     Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
@@ -282,7 +287,10 @@ struct WarpAttention {
     float largest[kTiles][2];
     bool above = false;
     for_each_row([&](int n, int e) {
-      largest[n][e] = fmaxf(s.at(2 * n + e, 0, 0), s.at(2 * n + e, 0, 1));
+      largest[n][e] = of_keys.bounded(s.at(2 * n + e, 0, 0), 0, 0);
+#pragma unroll
+      for (int i = 1; i < 2 * S::kColumnTiles; ++i)
+        largest[n][e] = fmaxf(largest[n][e], of_keys.bounded(s.at(2 * n + e, i / 2, i % 2), i / 2, i % 2));
       above |= largest[n][e] > m[n][e] + (kSlack + kLead);
     });
     if (!__any_sync(~0u, above)) return;
@@ -299,11 +307,12 @@ struct WarpAttention {
 
   // S → P, which is rounded and transposed to mma's B.
   __device__ __forceinline__ void exponentiate(S& s, uint32_t (&b)[kTiles][kKeySteps][2]) {
-    for_each(s, [&](float& x, int slot, int, int) {
+    for_each(s, [&](float& x, int slot, int key_tile, int key) {
       const int n = slot / 2, e = slot % 2;
       // A row that has seen no key yet has m = −inf: P must be 0, not NaN.
       x = ptx::exp2(x - (m[n][e] == -INFINITY ? 0 : m[n][e]));
       l[n][e] += x;
+      x = of_keys.scale_value(x, key_tile, key);
     });
     const auto& x = s.x[0];
 #pragma unroll

@@ -36,7 +36,8 @@ struct PagedState : BlockState<T> {
   static constexpr bool kScaled = sizeof(Pool) == 1;  // K = k_scale · stored, V = v_scale · stored
   GlobalPages<Pool> key, value;
   PageTable table;
-  float key_scale, value_scale;
+  float key_scale, value_scale;  // 1 where pages have scales of their own
+  PageScales key_scales, value_scales;
   mutable typename Source::Addresses addresses;
 
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
@@ -48,9 +49,11 @@ struct PagedState : BlockState<T> {
     table = page_table(p.block_tables, p.leading, work.leading, work.tile.index, p.page_size, p.pages);
     key_scale = scale_of_pool(p, p.k_scale, work.leading, kv_head);
     value_scale = scale_of_pool(p, p.v_scale, work.leading, kv_head);
+    key_scales = page_scales_of(p, p.k_scale, work.leading, kv_head);
+    value_scales = page_scales_of(p, p.v_scale, work.leading, kv_head);
   }
   __device__ __forceinline__ Source source() const {
-    return {key, value, table, this->work.tile.k_len, addresses};
+    return {key, value, key_scales, value_scales, table, this->work.tile.k_len, addresses};
   }
 };
 

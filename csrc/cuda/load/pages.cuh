@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/families/portable_layout.h"
 #include "core/float8.h"
@@ -45,11 +46,28 @@ __device__ __forceinline__ GlobalPages<Pool> pages_of(const Problem& p, const Vi
   return {pool.as<const Pool>() + first, pool.batch, pool.row, columns, p.kv_dtype};
 }
 
-// The dequantisation scale of a float8 pool at one KV head, 1 without one.
+// The dequantisation scale of a float8 pool at one KV head, 1 without one, and 1 where pages have their own.
 __device__ __forceinline__ float scale_of_pool(const Problem& p, const View& scale, int64_t leading,
                                                int32_t kv_head) {
-  if (!scale) return 1;
+  if (!scale || scale.batch != 0) return 1;
   return scale.as<const float>()[scale.leading_offset(p.leading, leading) + kv_head * scale.head];
+}
+
+// The scales of a float8 pool's pages at one KV head; null where all pages have the same.
+struct PageScales {
+  const float* data = nullptr;  // of page 0
+  int64_t page = 0;             // stride
+
+  __device__ __forceinline__ float of(int32_t page_index) const {
+    return data && page_index >= 0 ? data[page_index * page] : 1;
+  }
+};
+
+__device__ __forceinline__ PageScales page_scales_of(const Problem& p, const View& scale, int64_t leading,
+                                                     int32_t kv_head) {
+  if (!scale || scale.batch == 0) return {};
+  return {scale.as<const float>() + scale.leading_offset(p.leading, leading) + kv_head * scale.head,
+          scale.batch};
 }
 
 // The contents of keys on a missing page: these bytes are NaN in every dtype.
@@ -71,6 +89,13 @@ struct KeyAddress {
 };
 static_assert(sizeof(KeyAddress) == kKeyAddressBytes);
 inline constexpr uint64_t kUnread = uint64_t{1} << 63;
+
+// The same for float8 pools: a key's slot, and the scales of its page.
+struct Float8Address {
+  PageSlot at;
+  float key_scale, value_scale;
+};
+static_assert(sizeof(Float8Address) == kKeyAddressBytes);
 
 __device__ __forceinline__ bool is_read(uint64_t address) { return static_cast<int64_t>(address) >= 0; }
 
@@ -122,13 +147,24 @@ struct Float8Chunk {
       return {at(0), at(1), at(2), at(3)};
     }
   }
+  // A chunk of T times a scale, rounded to T.
+  __device__ __forceinline__ static uint4 scaled(uint4 x, float scale) {
+    const auto times = [&](uint32_t word) {
+      if constexpr (sizeof(T) == 4) return __float_as_uint(__uint_as_float(word) * scale);
+      const float2 two = ptx::unpack<T>(word);
+      return ptx::pack<T>(two.x * scale, two.y * scale);
+    };
+    return {times(x.x), times(x.y), times(x.z), times(x.w)};
+  }
 };
 
 // load_pages for a float8 pool, which is widened in registers. cp.async cannot convert, so the loads of as
-// many chunks as registers allow are issued first, and their stores follow.
+// many chunks as registers allow are issued first, and their stores follow. Keys on a missing page become
+// NaN, values there zeros. Where pages have scales of their own, these are multiplied by here.
 template <class Tile, int kThreads>
 __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<uint8_t>& from,
-                                           const KeyAddress* addresses, uint64_t KeyAddress::* which) {
+                                           const Float8Address* addresses, float Float8Address::* scale,
+                                           bool nan_if_missing, bool scaled) {
   using T = typename Tile::Element;
   using Chunk = Float8Chunk<T>;
   constexpr int kTotal = Tile::kRows * Tile::kChunks, kSteps = (kTotal + kThreads - 1) / kThreads;
@@ -140,18 +176,20 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
     for (int i = 0; i < kInFlight; ++i) {
       const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
       const int row = at / Tile::kChunks, column = at % Tile::kChunks * kChunk<T>;
-      const uint64_t address = at < kTotal ? addresses[row].*which : kUnread;
-      chunks[i].fill(0);
-      if (is_read(address) && column < from.columns)
-        chunks[i].read(reinterpret_cast<const uint8_t*>(address) + column);
+      const PageSlot slot = at < kTotal ? addresses[row].at : PageSlot{kNoPage, 0};
+      const bool used = column < from.columns;
+      chunks[i].fill(used && nan_if_missing && slot.page == kMissingPage ? 0x7F7F7F7Fu : 0);
+      if (used && slot.page >= 0) chunks[i].read(from.data + from.offset(slot) + column);
     }
     ptx::with_format(from.format, [&]<DType kFormat>() {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         const int at = (first + i) * kThreads + static_cast<int>(threadIdx.x);
         const int row = at / Tile::kChunks, chunk = at % Tile::kChunks;
-        if (at < kTotal)
-          ptx::store_shared(shared + Tile::offset(row, chunk), chunks[i].template wide<kFormat>());
+        if (at >= kTotal) continue;
+        uint4 x = chunks[i].template wide<kFormat>();
+        if (scaled) x = Chunk::scaled(x, addresses[row].*scale);
+        ptx::store_shared(shared + Tile::offset(row, chunk), x);
       }
     });
   }
@@ -160,10 +198,13 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ui
 // TileRing's source for pages. The references point to shared memory.
 template <class T, class Pool, int kRows, int kStages>
 struct PageSource {
-  using Addresses = KeyAddress[kStages + 1][kRows];  // tile n has row n % (kStages + 1)
+  static constexpr bool kFloat8 = sizeof(Pool) == 1;
+  using Address = std::conditional_t<kFloat8, Float8Address, KeyAddress>;
+  using Addresses = Address[kStages + 1][kRows];  // tile n has row n % (kStages + 1)
   static_assert(sizeof(Addresses) == page_address_bytes(kRows, kStages));
 
   const GlobalPages<Pool>&key, &value;
+  const PageScales &key_scales, &value_scales;
   const PageTable& table;
   const int32_t& end;  // the sequence's number of keys
   Addresses& addresses;
@@ -172,11 +213,23 @@ struct PageSource {
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_first(uint32_t shared, int32_t n) const {
     static_assert(Tile::kRows == kRows);
-    load_pages<Tile, kThreads>(shared, key, addresses[n % (kStages + 1)], &KeyAddress::key);
+    const Address* const rows = addresses[n % (kStages + 1)];
+    if constexpr (kFloat8) {
+      load_pages<Tile, kThreads>(shared, key, rows, &Float8Address::key_scale, true,
+                                 key_scales.data != nullptr);
+    } else {
+      load_pages<Tile, kThreads>(shared, key, rows, &KeyAddress::key);
+    }
   }
   template <class Tile, int kThreads>
   __device__ __forceinline__ void load_second(uint32_t shared, int32_t n) const {
-    load_pages<Tile, kThreads>(shared, value, addresses[n % (kStages + 1)], &KeyAddress::value);
+    const Address* const rows = addresses[n % (kStages + 1)];
+    if constexpr (kFloat8) {
+      load_pages<Tile, kThreads>(shared, value, rows, &Float8Address::value_scale, false,
+                                 value_scales.data != nullptr);
+    } else {
+      load_pages<Tile, kThreads>(shared, value, rows, &KeyAddress::value);
+    }
   }
 
   // Called by all threads before tiles [n, n + kStages) are loaded.
@@ -194,8 +247,13 @@ struct PageSource {
 
  private:
   __device__ __forceinline__ void store_addresses(int32_t n, PageSlot slot) const {
-    if (threadIdx.x < kRows)
-      addresses[n % (kStages + 1)][threadIdx.x] = {key.address(slot, true), value.address(slot, false)};
+    if (threadIdx.x >= kRows) return;
+    Address& to = addresses[n % (kStages + 1)][threadIdx.x];
+    if constexpr (kFloat8) {
+      to = {slot, key_scales.of(slot.page), value_scales.of(slot.page)};
+    } else {
+      to = {key.address(slot, true), value.address(slot, false)};
+    }
   }
   // Where this thread's key of tile n lies.
   __device__ __forceinline__ PageSlot find(int32_t n) const {

@@ -45,6 +45,22 @@ __device__ __forceinline__ uint32_t widen_float8(uint32_t two) {
   }
 }
 
+// Rounds two values to float8 as float_to_float8 does; `low` goes to the lower byte.
+template <DType kFormat>
+__device__ __forceinline__ uint16_t narrow_float8(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  uint16_t two;
+  if constexpr (kFormat == DType::kF8E5M2) {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(two) : "f"(high), "f"(low));
+  }
+  return two;
+#else
+  return static_cast<uint16_t>(float_to_float8<kFormat>(low) | float_to_float8<kFormat>(high) << 8);
+#endif
+}
+
 // Calls f.operator()<format>(). All threads have the same format, so this is one branch around all that f
 // widens.
 template <class F>

@@ -42,7 +42,7 @@ class AppendCase : PoolCase {
     }
     if (pool_dtype_ != dtype_ && chance(0.7)) {
       add(AppendOperand::kKScale), add(AppendOperand::kVScale);
-      make_scales(p_.k_scale), make_scales(p_.v_scale);
+      make_scales(p_.k_scale, chance(0.5)), make_scales(p_.v_scale, chance(0.5));
     }
     make_pool(p_.k_pages, head_dim_, false);
     make_pool(p_.v_pages, value_dim_, false);

@@ -154,7 +154,7 @@ class AttentionCase : PoolCase {
     }
     if (pool_dtype_ != dtype_ && chance(0.7)) {
       add(Operand::kKScale), add(Operand::kVScale);
-      make_scales(p_.k_scale), make_scales(p_.v_scale);
+      make_scales(p_.k_scale, chance(0.5)), make_scales(p_.v_scale, chance(0.5));
       if (latent_) p_.v_scale = p_.k_scale;
     }
     make_filled_pool(p_.key, head_dim_);

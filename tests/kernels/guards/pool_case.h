@@ -51,8 +51,11 @@ class PoolCase : protected RandomCase {
     m.make_read_only();
   }
 
-  void make_scales(View& view) {
-    Guarded& m = make(view, 4, {{kv_heads_, &View::head}}, true);
+  // By KV head, or by page and KV head.
+  void make_scales(View& view, bool by_page) {
+    std::vector<Dim> dims{{kv_heads_, &View::head}};
+    if (by_page && pages_ > 1) dims.insert(dims.begin(), {pages_, &View::batch});
+    Guarded& m = make(view, 4, dims, true);
     for (size_t i = 0; i < m.bytes(); i += 4)
       set_value(DType::kF32, m.data() + i, 0.5f + std::fabs(normal()));
     m.make_read_only();

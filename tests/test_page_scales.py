@@ -1,0 +1,213 @@
+"""Scales of float8 pools by page and KV head, [p, hk]: every page's elements are worth stored · its scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pages
+import pytest
+from cases import Case, varlen
+from conftest import IMPLEMENTATION
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from pages import FLOAT8, paged, require
+from programs import collectives, require_devices, shard_shapes
+from test_append import arguments, check
+
+from jax_flash import append_kv, paged_attention
+
+DECODE = Case("decode", b=4, sq=1, sk=30, kv_lengths=(13, 0, 1, 30), hq=4, hk=2)
+CHUNK = Case("chunk", b=2, sq=2, sk=12, kv_lengths=(12, 5), causal=True)
+MIXED = varlen("mixed", (1, 7, 0, 12, 1), k_sequences=(20, 7, 5, 9, 1), padding=(3, 0), causal=True)
+LONG = Case("long", b=2, sq=1, sk=300, kv_lengths=(300, 129), hq=8, hk=2)
+
+
+@pytest.mark.parametrize("pool_dtype", FLOAT8)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("size", "layout"), [(1, "hnd"), (5, "nhd"), (64, "hnd")])
+def test_prefill_and_decode_in_one_call(size, layout, dtype, pool_dtype):
+    pages.check(paged(MIXED.replace(dtype=dtype), size, layout, pool_dtype, by_page=True), IMPLEMENTATION)
+
+
+def test_in_plain_jax():
+    pages.check(paged(MIXED, 5, "hnd", FLOAT8[0], by_page=True), "xla")
+
+
+@pytest.mark.parametrize("d", [32, 40, 64, 128])
+@pytest.mark.parametrize("size", [4, 16, 48])
+def test_few_rows_over_several_tiles_of_keys(size, d):
+    """Tiles of one page, of several, and of parts of two."""
+    for dtype, sq, hq in (("bfloat16", 1, 8), ("float16", 3, 8), ("bfloat16", 8, 8), ("float32", 1, 2)):
+        case = LONG.replace(d=d, dv=d, dtype=dtype, sq=sq, hq=hq, causal=True)
+        pages.check(paged(case, size, pool_dtype=FLOAT8[0], by_page=True), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(window=(9, 0)), dict(softcap=2.0), dict(sinks=True), dict(alibi_slopes=(2, 8))], ids=str
+)
+@pytest.mark.parametrize("sq", [1, 40])
+def test_with_score_options(sq, options):
+    case = LONG.replace(
+        sk=90, kv_lengths=(90, 41), sq=sq, d=64, dv=64, dtype="bfloat16", causal=True, **options
+    )
+    pages.check(paged(case, 8, pool_dtype=FLOAT8[1], by_page=True), IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("given", ["k_scale", "v_scale"])
+def test_each_scale_alone_and_beside_one_by_head(implementation, given, dtype):
+    """Against float32 pools; the other scale is 1, or [hk]. The numbers are no powers of two."""
+    require(implementation)
+    call = paged(DECODE.replace(dtype=dtype, d=64, dv=64), 8, pool_dtype=FLOAT8[0])
+    count = call.arrays["key"].shape[0]
+    rng = np.random.default_rng(1)
+    by_page = jnp.asarray(rng.uniform(0.1, 1.5, (count, 2)), jnp.float32)
+    other = {"k_scale": "v_scale", "v_scale": "k_scale"}[given]
+    for beside in (None, jnp.asarray([0.3, 1.7], jnp.float32)):
+        scales = {given: by_page, other: beside}
+        wide = {
+            name: call.arrays[name].astype(jnp.float32) * _of_pages(scales[scale], count)
+            for name, scale in (("key", "k_scale"), ("value", "v_scale"))
+        }
+        query = {"query": call.arrays["query"].astype(jnp.float32)}
+        wanted = call.call("xla")(query | wide | dict.fromkeys(scales))
+        got = call.call(implementation)(scales)
+        error = {"float32": 2e-5, "bfloat16": 2e-2}[dtype]
+        np.testing.assert_allclose(np.asarray(got[0], np.float32), wanted[0], rtol=error, atol=error)
+
+
+def _of_pages(scale, count):
+    """As a factor of pools in the layout "nhd"."""
+    if scale is None:
+        return jnp.ones((1, 1, 1, 1))
+    return jnp.broadcast_to(scale, (count, scale.shape[-1]))[:, None, :, None]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("sq", [1, 40])
+def test_pages_of_any_magnitude(implementation, dtype, sq):
+    """Scales of values 2^60 and 2^−60, each alone in a sequence, and both where all attention is on the small one."""
+    require(implementation)
+    d, size = 64, 16
+    rng = np.random.default_rng(0)
+    stored = jnp.asarray(rng.standard_normal((4, size, 1, d)), FLOAT8[0])
+    keys = jnp.zeros((4, size, 1, d)).at[2].set(1).astype(FLOAT8[0])
+    v_scale = jnp.asarray([[2.0**60], [2.0**-60], [2.0**-30], [1.0]], jnp.float32)
+    tables = jnp.asarray([[0, 0], [1, 1], [2, 3], [3, 2]], jnp.int32)
+    lengths = jnp.asarray([size, size, 2 * size, 2 * size], jnp.int32)
+    query = jnp.full((4, sq, 4, d), 1.0, dtype)  # a score of 60 for the keys of page 2
+    out, _ = paged_attention(
+        query, keys, stored, tables, lengths, scale=60 / d, v_scale=v_scale, return_lse=True,
+        implementation=implementation,
+    )  # fmt: skip
+    mean = np.asarray(stored, np.float64)[:, :, 0].mean(1)  # [page, d]
+    wanted = mean[[0, 1, 2, 2]] * np.asarray(v_scale, np.float64)[[0, 1, 2, 2]]
+    got = np.asarray(out, np.float64)
+    for z in range(4):
+        largest = np.abs(wanted[z]).max()
+        error = np.abs(got[z] - wanted[z]).max() / largest
+        assert error < {"bfloat16": 2e-2, "float32": 1e-4}[dtype], f"sequence {z}: {error}"
+
+
+def test_a_scale_of_zero_makes_values_zero(implementation):
+    require(implementation)
+    call = paged(DECODE.replace(dtype="bfloat16", d=64, dv=64), 8, pool_dtype=FLOAT8[0])
+    count = call.arrays["key"].shape[0]
+    out, lse = call.call(implementation)({"v_scale": jnp.zeros((count, 2), jnp.float32)})
+    _, wanted = call.call(implementation)({})
+    assert not np.asarray(out, np.float32).any()
+    np.testing.assert_allclose(lse, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sq", [1, 20])
+def test_a_page_outside_the_pool_is_nan_and_its_scale_is_not_read(implementation, sq):
+    require(implementation)
+    case = Case("missing", b=2, sq=sq, sk=40, kv_lengths=(40, 40), d=64, dv=64, dtype="bfloat16")
+    call = paged(case, 8, pool_dtype=FLOAT8[0], by_page=True)
+    for page in (-1, 2**31 - 1, call.pages.count):
+        tables = call.arrays["block_tables"].at[1, 2].set(page)
+        out, lse = call.call(implementation)({"block_tables": tables})
+        hit = np.zeros((2, sq), bool)
+        hit[1] = True
+        pages.assert_nan_where(hit, out, lse)
+
+
+def test_gradients_of_the_query_and_its_tangents():
+    call = paged(CHUNK.replace(d=64, dv=64, hq=4, hk=2), 4, pool_dtype=FLOAT8[0], by_page=True)
+    pages.check(call, IMPLEMENTATION, gradients=True)
+    query, moved = call.arrays["query"], jnp.ones_like(call.arrays["query"])
+
+    def tangent(implementation):
+        run = call.call(implementation)
+        return jax.jvp(lambda q: run({"query": q})[0], (query,), (moved,))[1]
+
+    np.testing.assert_allclose(tangent(IMPLEMENTATION), tangent("xla"), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mapped", [("k_scale",), ("k_scale", "v_scale", "query"), ("block_tables",)], ids="-".join
+)
+def test_vmap(kernel, mapped):
+    require(kernel)
+    call = paged(CHUNK.replace(d=64, dv=64), 4, pool_dtype=FLOAT8[0], by_page=True)
+    turned = {n: jnp.stack([call.arrays[n], call.arrays[n][::-1]]) for n in mapped}
+    run = call.call(kernel)
+    got = jax.vmap(run)(turned)
+    for i in range(2):
+        for x, y in zip(got, run({n: x[i] for n, x in turned.items()}), strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_devices_take_the_scales_of_their_heads(kernel, kv_heads):
+    """Split with the KV heads; where these are fewer than devices, each takes its own."""
+    require(kernel)
+    require_devices(8)
+    call = paged(CHUNK.replace(hq=16, hk=kv_heads), 4, pool_dtype=FLOAT8[0], by_page=True)
+    mesh = jax.make_mesh((8,), ("model",))
+    specs = {"query": P(None, None, "model")}
+    if kv_heads == 8:
+        specs |= dict.fromkeys(("key", "value"), P(None, None, "model"))
+        specs |= dict.fromkeys(("k_scale", "v_scale"), P(None, "model"))
+    arrays = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in call.arrays.items()}
+    run = jax.jit(call.call(kernel)).lower(arrays).compile()
+    program = run.as_text()
+    assert not collectives(program)
+    assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
+    for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+# append_kv with the scales that it is given.
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+def test_append_divides_by_the_scale_of_the_page(implementation, layout):
+    require(implementation)
+    call = arguments(pool_dtype=FLOAT8[0], layout=layout, new=(3, 0, 6), dtype="bfloat16")
+    count = call["k_pages"].shape[0]
+    call |= {
+        name: 2.0 ** jax.random.randint(jax.random.key(i), (count, 2), -3, 4).astype(jnp.float32)
+        for i, name in enumerate(("k_scale", "v_scale"))
+    }
+    check(call, implementation)
+
+
+def test_append_and_attention_agree(implementation):
+    """What was written with scales by page is read with them."""
+    require(implementation)
+    rng = np.random.default_rng(0)
+    key, value = (jnp.asarray(rng.standard_normal((2, 13, 2, 64)), jnp.bfloat16) for _ in range(2))
+    tables = jnp.asarray([[5, 1, 7, 0], [2, 3, 6, 4]], jnp.int32)
+    scales = {
+        n: 2.0 ** jnp.asarray(rng.integers(-6, -2, (8, 2)), jnp.float32) for n in ("k_scale", "v_scale")
+    }
+    pools = [jnp.zeros((8, 4, 2, 64), FLOAT8[0])] * 2
+    k_pages, v_pages, lengths = append_kv(
+        *pools, key, value, tables, jnp.zeros(2, jnp.int32), **scales, implementation=implementation
+    )
+    query = jnp.asarray(rng.standard_normal((2, 1, 4, 64)), jnp.bfloat16)
+    out = paged_attention(query, k_pages, v_pages, tables, lengths, **scales, implementation=implementation)
+    wide = [jnp.zeros((8, 4, 2, 64), jnp.bfloat16)] * 2
+    wide = append_kv(*wide, key, value, tables, jnp.zeros(2, jnp.int32), implementation=implementation)
+    wanted = paged_attention(query, *wide[:2], tables, lengths, implementation=implementation)
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(wanted, np.float32), atol=0.08)
