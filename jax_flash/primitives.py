@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -177,6 +178,8 @@ def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[
     names = operand_names(pass_, spec)
     padded = {name: pad(name, x) for name, x in zip(names, arrays)}
     sizes = {"d": arrays[1].shape[-1], "dv": _value_dim(spec, arrays[2].shape[-1])}
+    if isinstance(spec, AttentionSpec) and spec.value_dim:
+        spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
     results = LOCAL[pass_].bind(*padded.values(), spec=spec)
     return [x[..., : sizes.get(dims[name][-1], x.shape[-1])] for name, x in zip(pass_.results, results)]
 
