@@ -118,6 +118,14 @@ T __shfl_up_sync(uint32_t, T x, int distance) {
   return emulated_shuffle<T, 2>(x, distance);
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+// Byte i of the result is the byte of y:x that hex digit i of `selector` selects; no digit asks for a sign.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(bytes >> (selector >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
+  return result;
+}
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   struct Argument {
     bool vote;
