@@ -213,6 +213,14 @@ def test_sizes_of_zero(implementation, empty):
     check(call, implementation)
 
 
+def test_packed_tokens_of_no_sequence_are_not_written(implementation):
+    require(implementation)
+    call = arguments(new=2)
+    packed = {name: call[name].reshape(-1, *call[name].shape[2:]) for name in ("key", "value")}
+    offsets = jnp.zeros(len(call["kv_lengths"]) + 1, jnp.int32)
+    check(call | packed | {"cu_seqlens": offsets}, implementation)
+
+
 def test_the_pools_given_are_left_alone_unless_donated(implementation):
     require(implementation)
     call = arguments()

@@ -78,7 +78,7 @@ def varlen(q: Any, k: Any, v: Any, starts: Any, options: dict[str, Any]) -> Call
 def paged(q: Any, pools: Any, tables: Any, lengths: Any, options: dict[str, Any]) -> Call:
     """The checked paged_attention call."""
     index = {"block_tables": tables, "kv_lengths": lengths}
-    pages = dict(zip(("k_pages", "v_pages"), pools))
+    pages = dict(zip(("k_pages", "v_pages"), pools)) | {"draft_mask": None}
     return paged_validate.attention("paged", options | {"query": q} | pages | index)
 
 

@@ -96,25 +96,26 @@ __device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, 
   if (thread < own.count) slot = find_slot(call, entry, starts, own.first + thread);
   const int32_t all = all_runs(call, starts);
   bool meets = false;
+  int32_t number = thread;
 #pragma unroll 1
-  for (int32_t number = thread, is_first = 1; number - thread < all; number += kAtOnce * kThreads) {
+  do {  // once even where no sequence has a token
     Run runs[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       runs[i].page = kNowhere;
       if (number + i * kThreads < all) runs[i] = find_run(call, entry, starts, number + i * kThreads);
     }
-    if (is_first) {
+    if (number == thread) {
       if (thread < own.count) {
         shared.own[thread] = slot, shared.overwritten[thread] = false;
         if (own.filtered && slot.page != kNowhere) shared.filter[hash(slot.page)] = true;
       }
       __syncthreads();
-      is_first = 0;
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) meets |= meets_own(call, own, runs[i], shared);
-  }
+    number += kAtOnce * kThreads;
+  } while (number - thread < all);
   if (__syncthreads_or(meets)) find_overwritten(call, entry, starts, own, shared);
 }
 
