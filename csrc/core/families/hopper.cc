@@ -231,11 +231,7 @@ class BiasGradient final : public PassTraits {
 class Decode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    const bool few = row.block_m < kConsumerRows;
-    const int64_t tiles =
-        few ? latent::few_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages)
-            : latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages);
-    return tiles + latent::kStateBytes;
+    return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
 };
 

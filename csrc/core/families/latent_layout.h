@@ -24,14 +24,6 @@ constexpr int64_t tile_bytes(int32_t head_dim, int32_t block_m, int32_t block_n,
   return 2 * (int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{block_m} * block_n);
 }
 
-// The Hopper kernel of few rows: Q, `stages` tiles of K, P of both warpgroups, and O in float32.
-constexpr int32_t few_pitch(int32_t value_dim) { return value_dim + 4; }
-constexpr int64_t few_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m, int32_t block_n,
-                            int32_t stages) {
-  return 2 * (int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + 2 * int64_t{block_m} * block_n) +
-         int64_t{block_m} * few_pitch(value_dim) * 4;
-}
-
 // The portable kernel. Offsets and sizes are in bytes; Q lies at 0.
 struct PortableLayout {
   int32_t keys;      // stages of K [N, d]

@@ -10,7 +10,6 @@
 #pragma once
 
 #include "cuda/decode/hopper_latent_consumer.cuh"
-#include "cuda/decode/hopper_latent_few.cuh"
 #include "cuda/decode/hopper_latent_load.cuh"
 #include "cuda/launch.h"
 #include "cuda/registry.h"
@@ -28,30 +27,11 @@ struct LatentSm90 {
   static constexpr int kWarps = 8;  // that combine the parts of an entry
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
-  static constexpr int kWeightTiles = 1;
   using PTile = SharedTile<T, kRows, kTile>;
   using Score = DecodeScore<Accumulator<1, kTile / 8>, kOptions>;
   using Shared = LatentShared<LatentSm90>;
   static_assert(kRows == kConsumerRows && kThreads == 3 * kWarpgroup);
   static_assert(sizeof(Shared) <= latent::tile_bytes(kHeadDim, kRows, kTile, kStages) + latent::kStateBytes);
-};
-
-// The same for at most 16 rows.
-template <class T, RowColumns R, bool kOptions>
-struct LatentFewSm90 {
-  using Element = T;
-  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
-  static constexpr int kStages = R.stages, kThreads = R.warps * 32;
-  static constexpr int kWarps = 8;  // that combine the parts of an entry
-  using QTile = SharedTile<T, kRows, kHeadDim>;
-  using KTile = SharedTile<T, kTile, kHeadDim>;
-  static constexpr int kWeightTiles = 2;
-  using PTile = SharedTile<T, kRows, kTile>;
-  using Score = DecodeScore<TransposedAccumulator<1, kRows / 8>, kOptions>;
-  using Shared = LatentFewShared<LatentFewSm90>;
-  static_assert(kRows == 16 && kTile == 64 && kStages == 2 && kThreads == 3 * kWarpgroup);
-  static_assert(sizeof(Shared) <=
-                latent::few_bytes(kHeadDim, kValueDim, kRows, kTile, kStages) + latent::kStateBytes);
 };
 
 template <class C>
@@ -76,9 +56,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
     LatentLoader<C>(call, shared, column, partition, range, number).run();
   } else {
     ptx::take_registers<kConsumerRegisters>();
-    if constexpr (C::kRows < kConsumerRows) {
-      LatentFewConsumer<C>(call, shared, column.kv_head, warpgroup).run();
-    } else if (warpgroup == 0) {
+    if (warpgroup == 0) {
       LatentConsumer<C, 0>(call, shared, column.kv_head).run();
     } else {
       LatentConsumer<C, 1>(call, shared, column.kv_head).run();
@@ -106,11 +84,7 @@ cudaError_t launch_latent(const Problem& p, const LaunchPlan& plan, void* worksp
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<bool kOptions>() {
-    if constexpr (R.block_m < kConsumerRows) {
-      return decode::launch_latent<decode::LatentFewSm90<T, R, kOptions>>(p, plan, workspace, stream);
-    } else {
-      return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
-    }
+    return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
   };
   return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
                                                               : run.template operator()<false>();

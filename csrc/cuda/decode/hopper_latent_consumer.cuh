@@ -108,7 +108,7 @@ class LatentConsumer {
   __device__ __forceinline__ void attend_second(const LatentSegment& segment, uint32_t number,
                                                 uint32_t& use) {
     shared.q_pipe.release(number);
-    const RowsDescriptor<typename C::PTile> p(ptx::shared_address(shared.p[0]));
+    const RowsDescriptor<typename C::PTile> p(ptx::shared_address(shared.p));
 #pragma unroll 1
     for (int32_t tile = segment.tile, end = segment.tile_end; tile < end; ++tile, ++use) {
       shared.k_pipe.wait_full(use);
@@ -222,7 +222,7 @@ class LatentConsumer {
   __device__ __forceinline__ void store_weights(uint32_t use, const uint32_t (&p)[kPairs][4],
                                                 const float (&alpha)[S::kSlots]) const {
     shared.p_pipe.wait_empty(use);
-    const uint32_t tile = ptx::shared_address(shared.p[0]);
+    const uint32_t tile = ptx::shared_address(shared.p);
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {
       const int row = first_row() + S::row(slot);
