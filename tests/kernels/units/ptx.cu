@@ -378,7 +378,6 @@ void test_ptx() {
   expect("barrier", run(Ring<false>{}, 64, x, 160), mirrored);
   expect("barrier after copies", run(Ring<true>{}, 64, x, 160), mirrored);
   expect("sync_group", run(Groups{}, 128, x, 128), [&](int i) { return x[i / 64 * 64 + 63 - i % 64]; });
-
   expect("counter", run(Counter{}, 32, {}, 34), [](int i) { return i == 0 ? 132 : i > 1; });
   expect("load_shared_by_blocks", run(SharedByBlocks{}, 2, x, 12), [&](int i) { return x[i]; });
   for (int64_t d : {1, 2, 3, 5, 7, 8, 12, 64, 100, 1000, 65'537, 1 << 30, (1 << 30) + 1, 0x7FFFFFFF})
