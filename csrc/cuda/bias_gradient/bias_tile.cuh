@@ -1,6 +1,8 @@
 // A tile of dbias, and what is summed up in it.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 
 #include "core/band.h"
