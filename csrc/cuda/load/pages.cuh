@@ -150,9 +150,12 @@ struct Float8Chunk {
   // A chunk of T times a scale, rounded to T.
   __device__ __forceinline__ static uint4 scaled(uint4 x, float scale) {
     const auto times = [&](uint32_t word) {
-      if constexpr (sizeof(T) == 4) return __float_as_uint(__uint_as_float(word) * scale);
-      const float2 two = ptx::unpack<T>(word);
-      return ptx::pack<T>(two.x * scale, two.y * scale);
+      if constexpr (sizeof(T) == 4) {
+        return __float_as_uint(__uint_as_float(word) * scale);
+      } else {
+        const float2 two = ptx::unpack<T>(word);
+        return ptx::pack<T>(two.x * scale, two.y * scale);
+      }
     };
     return {times(x.x), times(x.y), times(x.z), times(x.w)};
   }
