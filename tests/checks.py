@@ -154,10 +154,11 @@ def check(case: Case, implementation: str, seed: int = 0, **options: Any) -> Non
 
 
 def in_some_dtypes(cases: tuple[Case, ...], implementation: str) -> tuple[Case, ...]:
-    """Sizes made for the tiles of CUDA kernels: there in every dtype, elsewhere each in one dtype, in turn."""
+    """Sizes made for the tiles of CUDA kernels: there in every dtype, elsewhere each in one dtype, in turn, and of
+    two heads, since only grids depend on their number."""
     every = implementation == "cuda"
     return tuple(
-        case.replace(dtype=dtype, name=f"{case.name}, {dtype}")
+        (case if every else case.replace(hq=2, hk=1)).replace(dtype=dtype, name=f"{case.name}, {dtype}")
         for number, case in enumerate(cases)
         for dtype in (DTYPES if every else DTYPES[number % 3 :][:1])
     )

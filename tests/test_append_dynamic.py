@@ -9,6 +9,7 @@ from conftest import IMPLEMENTATION
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, require
+from pairwise import pairwise
 from programs import collectives, custom_calls, require_devices, shard_shapes
 from test_append import EMPTY, arguments, by_token, rotated, run, without
 from test_paged_programs import assert_vmap_is_a_loop, copies
@@ -84,18 +85,19 @@ def after(call, results, **new):
     return call | dict(zip(names, results, strict=True)) | new
 
 
-@pytest.mark.parametrize("layout", ["nhd", "hnd"])
-@pytest.mark.parametrize("float8", FLOAT8)
-@pytest.mark.parametrize("new", [6, (1, 0, 9)], ids=str)
-@pytest.mark.parametrize("size", [1, 4, 64])
-def test_new_pages(implementation, size, new, float8, layout):
+NEW_PAGES = pairwise(
+    {"size": [1, 4, 64], "new": [6, (1, 0, 9)], "float8": list(FLOAT8), "layout": ["nhd", "hnd"]}
+)
+
+
+@pytest.mark.parametrize("options", NEW_PAGES, ids=lambda options: "-".join(map(str, options.values())))
+def test_new_pages(implementation, options):
     require(implementation)
-    call = dynamic(
-        float8, size=size, entries=12 // size + 1, layout=layout, new=new, lengths=(0, 0, 0), dtype="bfloat16"
-    )
+    entries, new = 12 // options["size"] + 1, options["new"]
+    call = dynamic(**options, entries=entries, lengths=(0, 0, 0), dtype="bfloat16")
     results = run(call, implementation)
     assert_holds(results, [call], implementation)
-    assert results[2].tolist() == [new] * 3 if isinstance(new, int) else list(new)
+    assert results[2].tolist() == ([new] * 3 if isinstance(new, int) else list(new))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
