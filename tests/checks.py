@@ -76,15 +76,18 @@ def why_no_gradients(case: Case, implementation: str) -> str | None:
 
 
 def run(
-    case: Case, inputs: Inputs, implementation: str, *, at_once: bool = False, **options: Any
+    case: Case, inputs: Inputs, implementation: str, *, at_once: bool | None = None, **options: Any
 ) -> oracle.Result:
-    """Out, lse and, where they are built, the gradients. `at_once` makes one program, for rare shapes."""
+    """Out, lse and, where they are built, the gradients. `at_once` makes one program, for rare shapes:
+    by default of plain JAX."""
     require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     call = function(case, inputs, implementation, **options)
     if why_no_gradients(case, implementation):
         return oracle.Result(*map(np.asarray, call(moving)))
-    if at_once or (implementation == "xla" and not _usual(case)):
+    if at_once is None:
+        at_once = implementation == "xla" and not _usual(case)
+    if at_once:
         return oracle.differentiate(call, moving, inputs.dout, inputs.dlse)
     return differentiate(call, moving, inputs)
 
