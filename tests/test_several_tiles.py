@@ -7,6 +7,8 @@ The CPU kernels have tests of their own (test_cpu_forward.py, test_cpu_backward.
 import sys
 
 import checks
+import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
 from cases import CASES, DTYPES, Case, make_inputs, poisoned, varlen
@@ -180,3 +182,26 @@ def test_large_head_dims(case, deterministic):
 )
 def test_the_named_cases(case):
     check(case)
+
+
+@pytest.mark.parametrize("option", ["mask", "segments"])
+def test_rows_that_an_option_hides_from_every_key_are_not_multiplied(option):
+    """Stronger than the contract: NaN in such a query, and in its cotangents, reaches no gradient of another."""
+    d = 64 if EMULATED else 128
+    case = Case("hidden rows", **SIZES | {"b": 2, "d": d, "dv": d, "dtype": "bfloat16"})
+    hidden = np.arange(SQ) % 7 == 3
+    options = {"mask": jnp.asarray(~hidden)[:, None]}
+    if option == "segments":
+        options = {
+            "segment_ids": tuple(
+                jnp.broadcast_to(x, (2, len(x))) for x in (hidden.astype(int), np.zeros(SK, int))
+            )
+        }
+    inputs = checks.with_arrays(make_inputs(case), **options)
+    spoiled = {
+        name: jnp.where(hidden[:, None, None], jnp.nan, x).astype(case.dtype)
+        for name, x in (("query", inputs.positional["query"]), ("dout", inputs.dout))
+    }
+    dirty = checks.with_arrays(inputs, **spoiled)
+    wanted, got = (checks.run(case, x, IMPLEMENTATION, deterministic=True) for x in (inputs, dirty))
+    checks.assert_same(got, wanted)
