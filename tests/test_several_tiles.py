@@ -184,20 +184,22 @@ def test_the_named_cases(case):
     check(case)
 
 
-@pytest.mark.parametrize("option", ["mask", "segments"])
-def test_rows_that_an_option_hides_from_every_key_are_not_multiplied(option):
-    """Stronger than the contract: NaN in such a query, and in its cotangents, reaches no gradient of another."""
+def hidden_rows(option):
+    """A case, its inputs and which of its rows a mask or their segment hides from every key."""
     d = 64 if EMULATED else 128
     case = Case("hidden rows", **SIZES | {"b": 2, "d": d, "dv": d, "dtype": "bfloat16"})
     hidden = np.arange(SQ) % 7 == 3
     options = {"mask": jnp.asarray(~hidden)[:, None]}
     if option == "segments":
-        options = {
-            "segment_ids": tuple(
-                jnp.broadcast_to(x, (2, len(x))) for x in (hidden.astype(int), np.zeros(SK, int))
-            )
-        }
-    inputs = checks.with_arrays(make_inputs(case), **options)
+        segments = (hidden.astype(np.int32), np.zeros(SK, np.int32))
+        options = {"segment_ids": tuple(jnp.broadcast_to(x, (2, len(x))) for x in segments)}
+    return case, checks.with_arrays(make_inputs(case), **options), hidden
+
+
+@pytest.mark.parametrize("option", ["mask", "segments"])
+def test_rows_that_an_option_hides_from_every_key_are_not_multiplied(option):
+    """Stronger than the contract: NaN in such a query, and in its cotangents, reaches no gradient of another."""
+    case, inputs, hidden = hidden_rows(option)
     spoiled = {
         name: jnp.where(hidden[:, None, None], jnp.nan, x).astype(case.dtype)
         for name, x in (("query", inputs.positional["query"]), ("dout", inputs.dout))
@@ -205,3 +207,13 @@ def test_rows_that_an_option_hides_from_every_key_are_not_multiplied(option):
     dirty = checks.with_arrays(inputs, **spoiled)
     wanted, got = (checks.run(case, x, IMPLEMENTATION, deterministic=True) for x in (inputs, dirty))
     checks.assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("option", ["mask", "segments"])
+def test_rows_that_see_nothing_are_zero_whatever_values_others_see(option):
+    case, inputs, hidden = hidden_rows(option)
+    value = inputs.positional["value"].at[:, 5].set(jnp.nan)
+    got = checks.run(case, checks.with_arrays(inputs, value=value), IMPLEMENTATION)
+    assert np.isnan(np.asarray(got.out, np.float32)[:, ~hidden]).all()
+    assert (np.asarray(got.out, np.float32)[:, hidden] == 0).all()
+    assert (np.asarray(got.lse)[:, :, hidden] == -np.inf).all()
