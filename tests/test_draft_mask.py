@@ -167,7 +167,7 @@ def test_packed_sequences_with_and_without_a_draft_fill_waves_of_tiles():
     tokens = tuple(12 + i * 7 % 13 for i in range(48 if IMPLEMENTATION == "cuda" else 6))
     keys = tuple(n + i * 11 % 30 for i, n in enumerate(tokens))
     case = varlen(
-        "waves", tokens, k_sequences=keys, draft_mask=(len(tokens), 16, 16), hq=16, hk=4, d=64, dv=64
+        "waves", tokens, k_sequences=keys, draft_mask=(len(tokens), 18, 18), hq=16, hk=4, d=64, dv=64
     )
     pages.check(paged(case.replace(dtype="bfloat16"), 16), IMPLEMENTATION)
 
