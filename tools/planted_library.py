@@ -99,7 +99,9 @@ class Library:
         link = jobs[NAME].replace(f"-o {NAME} ", f"-o {to / NAME} ")
         for i, output in enumerate(changed):
             new = str(to / f"{i}.o")
-            command = jobs[output].replace(output, new).replace(" -Werror ", " ")  # a bug may leave names unused
+            command = (
+                jobs[output].replace(output, new).replace(" -Werror ", " ")
+            )  # a bug may leave names unused
             for source in (f"{self.root}/{EMULATOR}/../../../csrc", f"{self.root}/csrc"):
                 command = command.replace(source, f"{to}/csrc")
             _run("bash", "-c", command, folder=self.folder)
