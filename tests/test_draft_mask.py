@@ -162,6 +162,16 @@ def test_trees_of_many_sequences(options):
     pages.check(paged(case.replace(**options), 16), IMPLEMENTATION)
 
 
+def test_packed_sequences_with_and_without_a_draft_fill_waves_of_tiles():
+    """More than three tiles for each CTA of Hopper's forward, which keeps the states of three."""
+    tokens = tuple(12 + i * 7 % 13 for i in range(48 if IMPLEMENTATION == "cuda" else 6))
+    keys = tuple(n + i * 11 % 30 for i, n in enumerate(tokens))
+    case = varlen(
+        "waves", tokens, k_sequences=keys, draft_mask=(len(tokens), 18, 18), hq=16, hk=4, d=64, dv=64
+    )
+    pages.check(paged(case.replace(dtype="bfloat16"), 16), IMPLEMENTATION)
+
+
 @pytest.mark.parametrize("float8", FLOAT8)
 def test_float8_pools(float8):
     case = FEW.replace(d=64, dv=64, hq=8, hk=2, sk=200, kv_lengths=(200, 70, 4, 131), dtype="bfloat16")
