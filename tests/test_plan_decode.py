@@ -154,6 +154,7 @@ def test_a_wave_of_blocks_or_a_few():
         (2, {"batch": 8, "k_rows": 1024}),
         (2, {"batch": 8, "k_rows": 65_536, "paged": False}),
         (1, {"k_rows": 1024}),
+        (1, {"left": 127, "right": 0, "d": 64, "dv": 64, "heads": 64, "operands": operand_bits(("sinks",))}),
         (1, {"left": 1023, "right": 0}),
         (1, {"batch": 1024, "k_rows": 512}),
         (1, {"batch": 128, "heads": 64, "k_rows": 4096, "paged": False}),
@@ -182,7 +183,6 @@ def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
         {"paged": True, "float8": True},
         {"paged": True, "varlen": True},
         {"dtype": "float32"},
-        {"d": 64, "dv": 64},
         {"d": 96, "dv": 96},
         {"heads": 256},  # more rows than a tile's
     ],
