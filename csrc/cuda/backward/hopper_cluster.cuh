@@ -116,14 +116,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
 }
 
-// Four steps make a turn. Where sequences are short one tile does, as a key tile begins a turn after the one
-// before it, and there is no time for that.
+// Query tiles of a turn, as a power of two. Where sequences are short it is one, as a key tile begins a turn
+// after the one before it, and there is no time for that.
 inline int32_t turn_shift(const Problem& p, int32_t block_m) {
-  constexpr int32_t kSteps = 2, kManyTiles = 64;  // as powers of two; of a sequence
-  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
-  int32_t shift = kSteps;
+  constexpr int64_t kManyTiles = 64;  // of a sequence
+  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;
+  int32_t shift = kTurnSteps;
   while (shift > 0 &&
-         ((p.heads / p.kv_heads) << shift > 1 << kSteps || rows < (kManyTiles * block_m) >> (kSteps - shift)))
+         (heads << shift > 1 << kTurnSteps || rows << kTurnSteps < (kManyTiles * block_m) << shift))
     --shift;
   return shift;
 }
