@@ -86,11 +86,11 @@ def test_many_sequences_of_other_lengths():
     pages.check(latent(case, 64), IMPLEMENTATION)
 
 
-def test_a_batch_invariant_sequence_keeps_its_bits(implementation):
-    require(implementation, DECODE.replace(dtype="bfloat16"))
+def test_a_batch_invariant_sequence_keeps_its_bits(kernel):
+    require(kernel, DECODE.replace(dtype="bfloat16"))
     case = DECODE.replace(sk=4500, kv_lengths=(4500, 2100, 77), dtype="bfloat16", hq=80)
     call = latent(case, 64)
-    run = call.call(implementation, batch_invariant=True)
+    run = call.call(kernel, batch_invariant=True)
     out, lse = run({})
     alone = {name: call.arrays[name][1:2] for name in ("query", "block_tables", "kv_lengths")}
     for x, y in zip(run(alone), (out[1:2], lse[1:2]), strict=True):
