@@ -104,9 +104,7 @@ struct BiasConsumer : BiasRole<C> {
     const BlockWork& work = step.work;
     const int32_t row = tile.row + tile_row();
     start_scores<typename C::QTile, typename C::KTile>(s, use);
-    const auto start_dp = [&] {
-      start_scores<typename C::DoTile, typename C::VTile>(dp, use + C::kParts);
-    };
+    const auto start_dp = [&] { start_scores<typename C::DoTile, typename C::VTile>(dp, use + C::kParts); };
     if constexpr (!kLateDp) start_dp();
     if (!waited) this->shared.score_pipe.wait_full(bias_use);
     waited = true;

@@ -82,8 +82,8 @@ struct BiasProducer : BiasRole<C> {
   template <class Rows, class Keys>
   __device__ __forceinline__ void load_pair(uint32_t use, const CUtensorMap& rows, const View& of_rows,
                                             const CUtensorMap& keys, const View& of_keys,
-                                            const BiasTile& tile, const BlockWork& work,
-                                            int32_t kv_head, int part) const {
+                                            const BiasTile& tile, const BlockWork& work, int32_t kv_head,
+                                            int part) const {
     const auto& pipe = this->shared.pair_pipe;
     const uint32_t full = pipe.full_barrier(use),
                    to = ptx::shared_address(this->shared.pairs[use % C::kStages]);
