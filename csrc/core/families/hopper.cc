@@ -3,6 +3,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/families/latent.h"
+#include "core/plan/choose.h"
 #include "core/plan/family.h"
 
 namespace jax_flash {
@@ -152,22 +153,27 @@ class Forward final : public PassTraits {
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
 // repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask that cannot be copied 8 keys at a time, and any in clusters.
+// bias or a mask that cannot be copied 8 keys at a time, and in clusters one with other options.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
-    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) return false;
+    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) {
+      ScoreKind score;
+      if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
+        return false;
+    }
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
-  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     if (row.cluster == 1)
       return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    if (call.spec.has(Operand::kBias) || call.spec.has(Operand::kMask)) return hopper::kMaxSharedBytes;
     const auto has =
-        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, 0);
     return hopper::backward_cluster_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n,
                                                  row.stages, has);
   }
