@@ -7,6 +7,7 @@ import os
 from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, in the oracle: pytest's workers share the cores
 IMPLEMENTATION = os.environ.get("JAX_FLASH_TEST_IMPLEMENTATION", "cpu")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if IMPLEMENTATION == "cuda":
