@@ -234,14 +234,14 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
     }
 
 
-def test_hoppers_blocks_work_in_pairs_where_a_head_has_many_keys():
+def test_hoppers_blocks_work_in_pairs_where_all_rows_see_many_keys():
     def pairs(rows: int, keys: int, d: int = 256, **options: Any) -> bool:
         return "in 2-CTA clusters" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
 
-    assert pairs(4096, 4096)
-    assert pairs(4096, 4096, right=0)
-    assert not pairs(2048, 2048)
-    assert not pairs(4096, 4096, left=2048, right=0)
+    assert pairs(8192, 8192)
+    assert not pairs(8192, 8192, right=0)
+    assert not pairs(4096, 4096)
+    assert not pairs(8192, 8192, left=4096, right=4096)
     assert not pairs(8192, 8192, d=128)  # have no such kernel
     assert not pairs(8192, 8192, d=192)
     assert not pairs(8192, 8192, softcap=3.0)
@@ -293,6 +293,14 @@ def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kern
     assert plan(d=128, dv=128, **options)["text"].split()[3] == kernel
     others = kernel if kernel in ("plain", "dropout") else "general"
     assert plan(d=128, dv=128, device=A100, **options)["text"].split()[3] == others
+
+
+def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
+    sizes = {"d": 128, "dv": 128, "batch": 3, "leading": 5}
+    segments = plan(**sizes, operands=operand_bits(("q_segment_ids", "kv_segment_ids")))
+    without = plan(**sizes, operands=operand_bits(("mask",)))
+    tiles = segments["queries"]["blocks"] // 8  # of all heads
+    assert segments["workspace"] - without["workspace"] == -(-12 * tiles // 256) * 256 > 0
 
 
 def test_blocks_that_stay_count_tiles_of_unequal_length():

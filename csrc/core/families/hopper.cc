@@ -110,11 +110,12 @@ class Forward final : public PassTraits {
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+    add_segments(call, s.q_rows, plan.queries, workspace);
     share_tiles(blocks, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
   }
 
  private:
@@ -139,13 +140,14 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
-  // of tiles leaves one CTA of the last cluster idle.
+  // Multicast halves the loads of K and V, which pays where rows see many keys (K of 4 MB), and all equally
+  // many: two CTAs that take tiles of different lengths together leave more of the card idle at the end. An
+  // odd number of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.cluster == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
-    constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
-    const bool many = call.visible_keys() * row.head_dim >= kManyElements;
+    constexpr int64_t kManyElements = 1 << 21, kManyTiles = 16;
+    const bool many = !call.tiles_differ() && call.visible_keys() * row.head_dim >= kManyElements;
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
   }
