@@ -14,6 +14,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import DTYPES, Case, Inputs, make_inputs
+from programs import attention
 
 import jax_flash
 from jax_flash.backends import compute_capability
@@ -76,17 +77,35 @@ def why_no_gradients(case: Case, implementation: str) -> str | None:
 
 
 def run(
-    case: Case, inputs: Inputs, implementation: str, *, at_once: bool = False, **options: Any
+    case: Case, inputs: Inputs, implementation: str, *, at_once: bool | None = None, **options: Any
 ) -> oracle.Result:
-    """Out, lse and, where they are built, the gradients. `at_once` makes one program, for rare shapes."""
+    """Out, lse and, where they are built, the gradients. `at_once` makes one program, for rare shapes:
+    by default of plain JAX."""
     require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     call = function(case, inputs, implementation, **options)
     if why_no_gradients(case, implementation):
         return oracle.Result(*map(np.asarray, call(moving)))
-    if at_once or (implementation == "xla" and not _usual(case)):
-        return oracle.differentiate(call, moving, inputs.dout, inputs.dlse)
+    if at_once is None:
+        at_once = implementation == "xla" and not _usual(case)
+    if at_once:
+        program = _program(case, implementation, tuple(options.items()))
+        results = program(inputs.positional | inputs.keywords, inputs.dout, inputs.dlse)
+        return oracle.Result(*jax.tree.map(np.asarray, results))
     return differentiate(call, moving, inputs)
+
+
+@lru_cache(maxsize=32)
+def _program(case: Case, implementation: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    """(arrays, dout, dlse) → (out, lse, gradients), compiled once for whatever the arrays hold."""
+    call = attention(case, implementation, **dict(options))
+
+    def run(arrays: dict[str, Any], dout: Any, dlse: Any) -> Any:
+        moving, fixed = oracle.split(arrays)
+        (out, lse), pullback = jax.vjp(lambda moving: call(moving | fixed), moving)
+        return out, lse, pullback((dout.astype(out.dtype), dlse))[0]
+
+    return jax.jit(run)
 
 
 def _usual(case: Case) -> bool:

@@ -241,7 +241,8 @@ def attention(
 def tangents(
     spec: AttentionSpec, operands: Arrays, moved: Arrays, *, dtype: Any = np.float64, round_to: Any = None
 ) -> tuple[Array, Array]:
-    """The tangents of out and lse; `moved` has those of every moving operand. Rounded as in attention()."""
+    """The tangents of out and lse; `moved` has those of query, key and value and, if they move, of
+    bias and sinks. Rounded as in attention()."""
     x, t = numbers(operands, dtype), numbers(moved, dtype)
     tout = np.zeros((*x["query"].shape[:-1], x["value"].shape[-1]), dtype)
     tlse = np.zeros((*x["query"].shape[:-1], 1), dtype)
@@ -253,11 +254,11 @@ def tangents(
             for name, of in (("query", group.of_queries), ("key", group.of_keys), ("value", group.of_keys))
         )
         ts = spec.scale * (tq @ k.T + q @ tk.T) * part.slope
-        if "bias" in x:
+        if "bias" in t:
             ts += group.of_scores(t["bias"])
         ts = rounded(ts)
         of_lse = (part.p * ts).sum(1, keepdims=True)
-        if "sinks" in x:
+        if "sinks" in t:
             of_lse += part.of_sink * rounded(group.of_heads(t["sinks"]))
         group.set_queries(tlse, of_lse)
         group.set_queries(tout, drop(rounded(part.p * (ts - of_lse))) @ v + drop(rounded(part.p)) @ tv)

@@ -100,13 +100,13 @@ def check(
     both = jax.jit(lambda *x: jax.jvp(call, x[:1], x[1:]))
     results, got = (both if implementation == "xla" else both.__wrapped__)(moving, tangents)
     right = equations.tangents(spec(case, inputs), arrays, clean)
-    assert_near(case, got, right, low(case, arrays, inputs, clean))
+    assert_near(case, got, right, rounded_tangents(case, arrays, inputs, clean))
     if implementation == IMPLEMENTATION:
         for x, y in zip(results, call(moving)):
             np.testing.assert_array_equal(x, y)
 
 
-def low(case: Case, arrays: Arrays, inputs: Inputs, moved: Arrays) -> Any:
+def rounded_tangents(case: Case, arrays: Arrays, inputs: Inputs, moved: Arrays) -> Any:
     """The equations with S and P, and so their tangents, rounded to 16 bits; None for float32."""
     if case.dtype == "float32":
         return None
@@ -213,7 +213,7 @@ def test_tangents_through_pages(case, layout, implementation):
     got, dense = paged_tangents(call, implementation, names)
     arrays = operands(call.inputs)
     right = equations.tangents(spec(case, call.inputs), arrays, dense)
-    assert_near(case, got, right, low(case, arrays, call.inputs, dense))
+    assert_near(case, got, right, rounded_tangents(case, arrays, call.inputs, dense))
 
 
 @pytest.mark.parametrize("float8", FLOAT8)

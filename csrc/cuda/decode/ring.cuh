@@ -25,6 +25,10 @@ struct KeySource {
   const int32_t* table;
   int32_t page;  // the one page of a dense sequence
   Interval used;
+  ptx::L2Policy policy;
+
+  __device__ __forceinline__ explicit KeySource(const DecodeCall& call)
+      : policy(ptx::l2_policy(call.evicts_first)) {}
 
   __device__ __forceinline__ void open(const DecodeCall& call, const ColumnRows& rows,
                                        const SequenceWork& work) {
@@ -70,7 +74,7 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Store
       const int row = (i * kLanes + lane) / Tile::kChunks, chunk = (i * kLanes + lane) % Tile::kChunks;
       const int64_t offset = __shfl_sync(~0u, own, row);
       const Stored* const source = pages.data + offset + chunk * kChunk<Stored>;
-      if (!checked) return ptx::cp_async_16(to + Tile::offset(row, chunk), source);
+      if (!checked) return ptx::cp_async_16(to + Tile::offset(row, chunk), source, from.policy);
       const bool missing = nan_if_missing && offset == kMissingPage;
       ptx::cp_async_16(to + Tile::offset(row, chunk),
                        offset >= 0 ? static_cast<const void*>(source) : &kNanChunk,
@@ -125,7 +129,8 @@ class WarpRing {
         memory(shared),
         number(range_number),
         segments(queue),
-        ahead(range) {}
+        ahead(range),
+        keys(decode) {}
 
   // Starts the copy of this warp's keys of the next tile, and looks for those of the tile after it. The first
   // call, and those past the last tile, copy nothing.
