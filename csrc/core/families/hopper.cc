@@ -80,9 +80,12 @@ class Forward final : public PassTraits {
   bool beats_decode(const KernelRow& row, const Call&) const override { return hopper::packs_heads(row); }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return hopper::forward_shared_bytes(
-        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages),
-        row.teams);
+    const int64_t tiles =
+        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    const int64_t output = row.takes(Loader::kDense)
+                               ? hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m)
+                               : 0;
+    return hopper::forward_shared_bytes(tiles + output, row.teams);
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
