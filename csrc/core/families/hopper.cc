@@ -1,8 +1,10 @@
 // The Hopper family (sm90): wgmma, TMA and mbarrier pipelines.
 #include <algorithm>
 
+#include "core/families/decode_clusters.h"
 #include "core/families/hopper_layout.h"
 #include "core/families/latent.h"
+#include "core/plan/choose.h"
 #include "core/plan/family.h"
 
 namespace jax_flash {
@@ -78,9 +80,12 @@ class Forward final : public PassTraits {
   bool beats_decode(const KernelRow& row, const Call&) const override { return hopper::packs_heads(row); }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return hopper::forward_shared_bytes(
-        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages),
-        row.teams);
+    const int64_t tiles =
+        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    const int64_t output = row.takes(Loader::kDense)
+                               ? hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m)
+                               : 0;
+    return hopper::forward_shared_bytes(tiles + output, row.teams);
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
@@ -109,11 +114,12 @@ class Forward final : public PassTraits {
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+    add_segments(call, s.q_rows, plan.queries, workspace);
     share_tiles(blocks, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
   }
 
  private:
@@ -138,13 +144,14 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
-  // of tiles leaves one CTA of the last cluster idle.
+  // Multicast halves the loads of K and V, which pays where rows see many keys (K of 4 MB), and all equally
+  // many: two CTAs that take tiles of different lengths together leave more of the card idle at the end. An
+  // odd number of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.cluster == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
-    constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
-    const bool many = call.visible_keys() * row.head_dim >= kManyElements;
+    constexpr int64_t kManyElements = 1 << 21, kManyTiles = 16;
+    const bool many = !call.tiles_differ() && call.visible_keys() * row.head_dim >= kManyElements;
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
   }
@@ -152,22 +159,27 @@ class Forward final : public PassTraits {
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
 // repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask that cannot be copied 8 keys at a time, and any in clusters.
+// bias or a mask that cannot be copied 8 keys at a time, and in clusters one with other options.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
-    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) return false;
+    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) {
+      ScoreKind score;
+      if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
+        return false;
+    }
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
-  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     if (row.cluster == 1)
       return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    if (call.spec.has(Operand::kBias) || call.spec.has(Operand::kMask)) return hopper::kMaxSharedBytes;
     const auto has =
-        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, 0);
     return hopper::backward_cluster_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n,
                                                  row.stages, has);
   }
@@ -227,12 +239,39 @@ class BiasGradient final : public PassTraits {
   }
 };
 
-// Over latent pools alone; elsewhere the portable decode runs.
-class Decode final : public latent::Decode {
+class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
+};
+
+// Over latent pools, and short calls in clusters; elsewhere the portable decode runs.
+class Decode final : public PassTraits {
+ public:
+  bool serves(const KernelRow& row, const Call& call) const override {
+    return LatentDecode::is_latent(row) ? latent_.serves(row, call) : clusters::serves(row, call);
+  }
+  bool takes_every_sequence(const KernelRow& row) const override { return LatentDecode::is_latent(row); }
+
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return LatentDecode::is_latent(row) ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row);
+  }
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    return LatentDecode::is_latent(a) && latent_.better(a, b, call);
+  }
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    if (LatentDecode::is_latent(row)) return latent_.plan_grid(row, call, workspace, plan);
+    plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
+    plan.decode.ranges = plan.cluster_size = clusters::Choice(row, call).size();
+  }
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return latent_.workspace_bound(spec, s);
+  }
+
+ private:
+  LatentDecode latent_;
 };
 
 }  // namespace

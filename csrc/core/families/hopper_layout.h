@@ -24,12 +24,21 @@ constexpr int64_t forward_tile_bytes(int32_t head_dim, int32_t value_dim, int32_
   return kElementBytes * (int64_t{block_m} * head_dim + int64_t{block_n} * stages * (head_dim + value_dim));
 }
 
+// Whether dense forwards of such tiles, without options that need the room, store o from shared memory, by
+// TMA: where that was measured to be faster.
+constexpr bool forward_stores_by_tma(int32_t head_dim, int32_t value_dim, int32_t block_m) {
+  return head_dim == 128 && value_dim == 128 && block_m == 2 * kConsumerRows;
+}
+constexpr int64_t forward_output_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m) {
+  return forward_stores_by_tma(head_dim, value_dim, block_m) ? kElementBytes * block_m * value_dim : 0;
+}
+
 constexpr int64_t forward_shared_bytes(int64_t tile_bytes, int32_t teams) {
   return teams * (tile_bytes + kStateBytes);
 }
 
-// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few of dS, and dQ in
-// float32.
+// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, and a few of dS, with
+// dQ in float32 or one more.
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int32_t kMostQueryRows = 128;       // of a query tile
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state of the key tile, at most
@@ -37,10 +46,11 @@ inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state o
 constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m, int32_t block_n,
                                         int32_t stages) {
   const int64_t rows = block_n + int64_t{stages} * block_m;
-  const int64_t ds = int64_t{kScoreGradientStages} * block_m * block_n, dq = int64_t{block_m} * head_dim;
+  const int64_t ds = kElementBytes * block_m * block_n,
+                dq = static_cast<int64_t>(sizeof(float)) * block_m * head_dim;
   const int64_t statistics = 2 * int64_t{stages} * block_m;
-  return kElementBytes * (rows * (head_dim + value_dim) + ds) +
-         static_cast<int64_t>(sizeof(float)) * (dq + statistics) + kKeyTileStateBytes;
+  return kElementBytes * rows * (head_dim + value_dim) + kScoreGradientStages * ds + (ds > dq ? ds : dq) +
+         static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
 }
 
 // The bias gradient: two tiles of the bias, and perhaps the mask, with what else a step needs, and a ring of
@@ -56,7 +66,7 @@ constexpr int32_t bias_gradient_stages(int32_t width, int32_t block_m, int32_t b
 
 // The backward in 2-CTA clusters: a CTA has K and V of half of the tile's keys, half of the columns of the
 // other keys' K, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps its
-// part of dQ in float32.
+// part of dQ in float32. `score_bytes` hold bias and mask of its keys.
 struct BackwardClusterStages {
   int32_t dout_halves, ds;
   bool dq;
@@ -72,13 +82,23 @@ constexpr int64_t backward_cluster_shared_bytes(int32_t head_dim, int32_t value_
          kStateBytes;
 }
 
-// Two of each, or, where there is no room for that, one and a half of dO and none of dQ.
+// Room for bias and mask.
+constexpr int64_t backward_cluster_score_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m,
+                                               int32_t block_n, int32_t stages, BackwardClusterStages has) {
+  return kMaxSharedBytes - backward_cluster_shared_bytes(head_dim, value_dim, block_m, block_n, stages, has);
+}
+
+// Two of each. Where there is no room for that and `score_bytes`, dQ is not staged, then there are one and a
+// half of dO, then one of dS.
 constexpr BackwardClusterStages backward_cluster_stages(int32_t head_dim, int32_t value_dim, int32_t block_m,
-                                                        int32_t block_n, int32_t stages) {
-  constexpr BackwardClusterStages kAll{4, 2, true}, kFew{3, 2, false};
-  const bool fits =
-      backward_cluster_shared_bytes(head_dim, value_dim, block_m, block_n, stages, kAll) <= kMaxSharedBytes;
-  return fits ? kAll : kFew;
+                                                        int32_t block_n, int32_t stages,
+                                                        int64_t score_bytes) {
+  constexpr BackwardClusterStages kFewest{3, 1, false};
+  for (const BackwardClusterStages has : {BackwardClusterStages{4, 2, true}, {4, 2, false}, {3, 2, false}}) {
+    if (backward_cluster_score_bytes(head_dim, value_dim, block_m, block_n, stages, has) >= score_bytes)
+      return has;
+  }
+  return kFewest;
 }
 
 }  // namespace jax_flash::hopper
