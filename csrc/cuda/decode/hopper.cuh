@@ -9,6 +9,7 @@
 // warpgroup 0 overlaps with the products of warpgroup 1 only.
 #pragma once
 
+#include "cuda/decode/hopper_cluster.cuh"
 #include "cuda/decode/hopper_latent_consumer.cuh"
 #include "cuda/decode/hopper_latent_load.cuh"
 #include "cuda/launch.h"
@@ -83,11 +84,15 @@ cudaError_t launch_latent(const Problem& p, const LaunchPlan& plan, void* worksp
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const auto run = [&]<bool kOptions>() {
-    return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
-  };
-  return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
-                                                              : run.template operator()<false>();
+  if constexpr (R.head_dim > kMaxHeadDim) {
+    const auto run = [&]<bool kOptions>() {
+      return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
+    };
+    return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
+                                                                : run.template operator()<false>();
+  } else {
+    return decode::launch_in_clusters<decode::DecodeSm90<T, R>>(p, plan, workspace, stream);
+  }
 }
 
 }  // namespace jax_flash
