@@ -40,7 +40,7 @@ class LatentConsumer {
       } else {
         attend_second(segment, number, use);
       }
-      finish(segment, shared.softmax[number % Shared::kSegments]);
+      finish(segment, shared.softmax[number % Shared::kEnds]);
     }
   }
 
@@ -59,14 +59,9 @@ class LatentConsumer {
     const ColumnRows rows = rows_of(segment);
     if (threadIdx.x == 0 && segment.parts.count > 1)
       prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
-    Interval seen[S::kSlots];  // the keys that a row sees
     float m[S::kSlots], l[S::kSlots];
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-      const int32_t row = first_row() + S::row(slot);
-      seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
-      m[slot] = -INFINITY, l[slot] = 0;
-    }
+    for (int slot = 0; slot < S::kSlots; ++slot) m[slot] = -INFINITY, l[slot] = 0;
     const Interval common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
@@ -79,6 +74,12 @@ class LatentConsumer {
       set_missing(use);
       typename C::Score().apply(s, DecodeTile<S>{call, rows, segment.work, key, call.scale, first_row()});
       if (key < common.lo || key + C::kTile > common.hi) {
+        Interval seen[S::kSlots];  // the keys that a row sees
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+          const int32_t row = first_row() + S::row(slot);
+          seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
+        }
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].lo; }, BeforeLimit{});
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].hi; }, FromLimit{});
       }
@@ -100,7 +101,7 @@ class LatentConsumer {
       l[slot] += __shfl_xor_sync(~0u, l[slot], 1);
       l[slot] += __shfl_xor_sync(~0u, l[slot], 2);
       if (threadIdx.x % 4 == 0)
-        shared.softmax[number % Shared::kSegments][first_row() + S::row(slot)] = {m[slot], l[slot]};
+        shared.softmax[number % Shared::kEnds][first_row() + S::row(slot)] = {m[slot], l[slot]};
     }
   }
 
@@ -169,10 +170,9 @@ class LatentConsumer {
 
   // S of keys on pages outside the pool becomes NaN; their elements are zeros.
   __device__ __forceinline__ void set_missing(uint32_t use) {
-    const uint16_t (&missing)[kConsumerWarps] = shared.missing[use % C::kStages];
-    static_assert(kConsumerWarps == 4 && C::kTile == 64);
-    const uint64_t all =
-        missing[0] | missing[1] << 16 | uint64_t{missing[2]} << 32 | uint64_t{missing[3]} << 48;
+    const uint32_t (&missing)[C::kLoadWarps] = shared.missing[use % C::kStages];
+    static_assert(C::kLoadWarps == 4 && C::kTile == 64);
+    const uint64_t all = missing[0] | missing[1] << 16 | uint64_t{missing[2] | missing[3] << 16} << 32;
     if (all == 0) return;
     for_each(s, [&](float& x, int, int n, int e) {
       if (all >> S::column(n, e) & 1) x = NAN;
