@@ -186,7 +186,7 @@ def used(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def _poison(x: jax.Array, where: np.ndarray) -> jax.Array:
     where = where.reshape(where.shape[where.ndim - x.ndim :]) if where.ndim > x.ndim else where
-    return jnp.where(where, jnp.asarray(jnp.nan, x.dtype), x)
+    return jnp.asarray(np.where(where, np.asarray(np.nan, x.dtype), np.asarray(x)))
 
 
 def spec(case: Case, inputs: Inputs) -> AttentionSpec:

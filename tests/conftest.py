@@ -3,10 +3,12 @@
 JAX_FLASH_TEST_IMPLEMENTATION (default "cpu") names the custom call that the whole suite runs against.
 """
 
+import gc
 import os
 from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, in the oracle: pytest's workers share the cores
 IMPLEMENTATION = os.environ.get("JAX_FLASH_TEST_IMPLEMENTATION", "cpu")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
 if IMPLEMENTATION == "cuda":
@@ -55,6 +57,12 @@ def lowers_for_cuda():
     """Skips where a CUDA library is installed but not under test: lowering asks it for head dims that it may lack."""
     if IMPLEMENTATION != "cuda" and cuda_library() is not None:
         pytest.skip("the CUDA library of this machine may lack the head dims")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, and is not looked at again: collections took 4% of the time."""
+    gc.freeze()
+    gc.set_threshold(5000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -9,9 +9,10 @@ from conftest import IMPLEMENTATION
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, require
+from pairwise import pairwise
 from programs import collectives, custom_calls, require_devices, shard_shapes
-from test_append import arguments, by_token, rotated
-from test_paged_programs import copies
+from test_append import EMPTY, arguments, by_token, rotated, run, without
+from test_paged_programs import assert_vmap_is_a_loop, copies
 
 from jax_flash import append_kv, paged_attention
 
@@ -25,8 +26,8 @@ def dynamic(float8=FLOAT8[0], **options):
     call = arguments(pool_dtype=float8, **options)
     count = call["k_pages"].shape[0]
     for i, name in enumerate(("k_pages", "v_pages")):
-        bits = jax.random.randint(jax.random.key(i), call[name].shape, 0, 256).astype(jnp.uint8)
-        call[name] = bits.view(float8)
+        bits = np.random.default_rng(i).integers(0, 256, call[name].shape, np.uint8)
+        call[name] = jnp.asarray(bits.view(float8))
     garbage = np.resize(np.asarray([np.nan, 1e30, 0, -1, np.inf, 1e-38], np.float32), (count, HK))
     return call | {"k_scale": jnp.asarray(garbage), "v_scale": jnp.asarray(garbage), "scale": "dynamic"}
 
@@ -78,28 +79,25 @@ def tokens(call, name):
             yield z, position, row.astype(np.float64)
 
 
-def run(call, implementation):
-    return append_kv(**call, implementation=implementation)
-
-
 def after(call, results, **new):
     """The next call: on what the last one left."""
     names = ("k_pages", "v_pages", "kv_lengths", "k_scale", "v_scale")
     return call | dict(zip(names, results, strict=True)) | new
 
 
-@pytest.mark.parametrize("layout", ["nhd", "hnd"])
-@pytest.mark.parametrize("float8", FLOAT8)
-@pytest.mark.parametrize("new", [6, (1, 0, 9)], ids=str)
-@pytest.mark.parametrize("size", [1, 4, 64])
-def test_new_pages(implementation, size, new, float8, layout):
+NEW_PAGES = pairwise(
+    {"size": [1, 4, 64], "new": [6, (1, 0, 9)], "float8": list(FLOAT8), "layout": ["nhd", "hnd"]}
+)
+
+
+@pytest.mark.parametrize("options", NEW_PAGES, ids=lambda options: "-".join(map(str, options.values())))
+def test_new_pages(implementation, options):
     require(implementation)
-    call = dynamic(
-        float8, size=size, entries=12 // size + 1, layout=layout, new=new, lengths=(0, 0, 0), dtype="bfloat16"
-    )
+    entries, new = 12 // options["size"] + 1, options["new"]
+    call = dynamic(**options, entries=entries, lengths=(0, 0, 0), dtype="bfloat16")
     results = run(call, implementation)
     assert_holds(results, [call], implementation)
-    assert results[2].tolist() == [new] * 3 if isinstance(new, int) else list(new)
+    assert results[2].tolist() == ([new] * 3 if isinstance(new, int) else list(new))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -218,18 +216,10 @@ def test_the_scale_is_the_smallest_power_of_two(implementation, largest):
     assert scale == max(2.0 ** np.ceil(np.log2(x / 448)), 2.0**-100)
 
 
-@pytest.mark.parametrize("empty", ["sequences", "tokens", "entries", "pages"])
+@pytest.mark.parametrize("empty", EMPTY)
 def test_sizes_of_zero(implementation, empty):
     require(implementation)
-    call = dynamic(new=2)
-    if empty == "sequences":
-        call |= {name: call[name][:0] for name in ("key", "value", "block_tables", "kv_lengths")}
-    elif empty == "tokens":
-        call |= {name: call[name][:, :0] for name in ("key", "value")}
-    elif empty == "entries":
-        call["block_tables"] = call["block_tables"][:, :0]
-    else:
-        call |= {name: call[name][:0] for name in ("k_pages", "v_pages", "k_scale", "v_scale")}
+    call = without(empty, dynamic(new=2))
     results = run(call, implementation)
     for name, x in zip(("k_pages", "v_pages"), results, strict=False):
         assert np.asarray(x).tobytes() == np.asarray(call[name]).tobytes()
@@ -330,16 +320,9 @@ def test_sharded_by_heads_it_needs_no_communication(kernel):
 )
 def test_vmap(kernel, mapped):
     require(kernel)
-    calls = [dynamic(seed=seed, new=2, lengths=(seed, 3, 0)) for seed in range(3)]
-    fixed = {n: x for n, x in calls[0].items() if n not in mapped}
-
-    def call(moving):
-        return append_kv(**fixed, **moving, implementation=kernel)
-
-    got = jax.vmap(call)({n: jnp.stack([c[n] for c in calls]) for n in mapped})
-    for i in range(3):
-        for x, y in zip(got, call({n: calls[i][n] for n in mapped}), strict=True):
-            assert np.asarray(x[i]).tobytes() == np.asarray(y).tobytes()
+    assert_vmap_is_a_loop(
+        [dynamic(seed=seed, new=2, lengths=(seed, 3, 0)) for seed in range(3)], mapped, kernel
+    )
 
 
 def test_it_has_no_derivative(kernel):

@@ -80,6 +80,10 @@ CASES += [
 ]
 
 
+MANY = {"hq": 8, "bias": (2, 8, SQ, SK), "dtype": "bfloat16"}
+CASES += [Case(f"bias of more tiles than CTAs d{d}", **SIZES | MANY | {"d": d, "dv": d}) for d in (64, 128)]
+
+
 @functools.cache
 def references(case):
     return checks.references(case)

@@ -1,21 +1,20 @@
-"""The CPU tangent pass, called directly: (tout, tlse) beside JAX's own forward mode of the equations in float64."""
+"""The CPU tangent pass, called directly: (tout, tlse) beside the equations in float64."""
 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from typing import Any
 
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from cases import DTYPES, FIXED, VARLEN, Case, Inputs, make_inputs, operands, poisoned, spec, used, varlen
 from conftest import IMPLEMENTATION
 from programs import assert_same_bits_on_one_thread_and_on_all
+from test_forward_mode import assert_near, rounded_tangents
 
-from jax_flash import reference
 from jax_flash.operands import FORWARD, OPTIONAL, TANGENT
 from jax_flash.primitives import bind
 
@@ -96,33 +95,11 @@ def tangent(case: Case, arrays: Arrays, moving: Arrays, static: Any) -> list[jax
     return bind(TANGENT, static, arrays)
 
 
-@partial(jax.jit, static_argnames=("static", "round_to"))
-def equations(static: Any, round_to: Any, fixed: Arrays, primals: Arrays, moving: Arrays) -> list[jax.Array]:
-    def attend(x: Arrays) -> Any:
-        return reference.attention(static, fixed | x, round_to=round_to)
-
-    return list(jax.jvp(attend, (primals,), (moving,))[1])
-
-
-def right(case: Case, inputs: Inputs, moving: Arrays, round_to: Any = None) -> list[np.ndarray]:
-    """The same by reference.py: in float64, or in float32 with S and P rounded."""
-    fixed = operands(inputs)
-    with jax.enable_x64(True):
-        primals = {name: fixed.pop(name) for name in moving}
-        if round_to is None:
-            primals, moving = ({n: x.astype(jnp.float64) for n, x in y.items()} for y in (primals, moving))
-        return [np.asarray(x) for x in equations(spec(case, inputs), round_to, fixed, primals, moving)]
-
-
 def check(case: Case) -> None:
     inputs = make_inputs(case)
-    moving = tangents(case, inputs)
-    got = tangent(case, operands(inputs), moving, spec(case, inputs))
-    wanted = right(case, inputs, moving)
-    half = case.dtype != "float32"
-    low = right(case, inputs, moving, jnp.dtype(case.dtype)) if half else wanted
-    for name, x, ref, near in zip(("tout", "tlse"), got, wanted, low):
-        oracle.assert_gradient(name, np.asarray(x), ref, near, half=half)
+    moving, arrays, static = tangents(case, inputs), operands(inputs), spec(case, inputs)
+    got, right = tangent(case, arrays, moving, static), equations.tangents(static, arrays, moving)
+    assert_near(case, got, right, rounded_tangents(case, arrays, inputs, moving))
 
 
 @pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)

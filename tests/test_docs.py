@@ -24,6 +24,10 @@ def test_the_serving_guide_runs_in_order():
     assert run("serving.md")["message"]
 
 
+def test_the_guide_to_other_caches_runs_in_order():
+    run("cache-formats.md")
+
+
 def test_the_training_guide_runs_in_order():
     run("training.md")
 

@@ -7,11 +7,11 @@ import pages
 import pytest
 from cases import DTYPES, Case, varlen
 from conftest import IMPLEMENTATION
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
 from programs import collectives, require_devices, shard_shapes
 from test_paged import by_name
+from test_paged_programs import sharded_attention
 
 from jax_flash import paged_attention
 
@@ -162,6 +162,16 @@ def test_trees_of_many_sequences(options):
     pages.check(paged(case.replace(**options), 16), IMPLEMENTATION)
 
 
+def test_packed_sequences_with_and_without_a_draft_fill_waves_of_tiles():
+    """More than three tiles for each CTA of Hopper's forward, which keeps the states of three."""
+    tokens = tuple(12 + i * 7 % 13 for i in range(48 if IMPLEMENTATION == "cuda" else 6))
+    keys = tuple(n + i * 11 % 30 for i, n in enumerate(tokens))
+    case = varlen(
+        "waves", tokens, k_sequences=keys, draft_mask=(len(tokens), 18, 18), hq=16, hk=4, d=64, dv=64
+    )
+    pages.check(paged(case.replace(dtype="bfloat16"), 16), IMPLEMENTATION)
+
+
 @pytest.mark.parametrize("float8", FLOAT8)
 def test_float8_pools(float8):
     case = FEW.replace(d=64, dv=64, hq=8, hk=2, sk=200, kv_lengths=(200, 70, 4, 131), dtype="bfloat16")
@@ -275,25 +285,15 @@ def test_sharded_heads_need_no_communication(kernel):
     require(kernel)
     require_devices(8)
     call = paged(FEW.replace(hq=16, hk=8), 4)
-    by_head = NamedSharding(jax.make_mesh((8,), ("model",)), P(None, None, "model"))
-    whole = NamedSharding(by_head.mesh, P())
-    arrays = {
-        n: jax.device_put(x, by_head if n in ("query", "key", "value") else whole)
-        for n, x in call.arrays.items()
-    }
-    run = jax.jit(call.call(kernel)).lower(arrays).compile()
-    assert not collectives(run.as_text())
-    assert shard_shapes(run.as_text(), "forward") == {(4, 4, 2, 16)}
-    for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    program = sharded_attention(
+        call, dict.fromkeys(("query", "key", "value"), P(None, None, "model")), kernel
+    )
+    assert not collectives(program)
+    assert shard_shapes(program, "forward") == {(4, 4, 2, 16)}
 
 
 def test_a_sharded_mask_is_gathered(kernel):
     require(kernel)
     require_devices(4)
     call = paged(FEW, 4)
-    mesh = jax.make_mesh((4,), ("data",))
-    arrays = {n: jax.device_put(x, NamedSharding(mesh, P())) for n, x in call.arrays.items()}
-    arrays["draft_mask"] = jax.device_put(arrays["draft_mask"], NamedSharding(mesh, P("data")))
-    for x, y in zip(jax.jit(call.call(kernel))(arrays), call.call("xla")({}), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    sharded_attention(call, {"draft_mask": P("model")}, kernel, devices=4)

@@ -1,9 +1,9 @@
 """Dropout: Philox4x32-7's published answers, and which weights fall for which key, everywhere the same."""
 
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 
 from jax_flash import flash_attention, flash_attention_varlen, philox
@@ -61,14 +61,14 @@ def weights(implementation, key, rate, b=2, hq=2, sq=5, sk=21):
 def test_philox_gives_the_published_answers(key, counter, answer):
     got = philox.philox4x32(words(key), words(counter))
     assert tuple(map(int, got)) == answer
-    assert oracle.philox(key, counter) == answer
+    assert equations.philox(key, counter) == answer
 
 
 def test_an_element_is_decided_by_its_half_word():
     dropout, rate = [3, 1 << 31, 5, 7, 11, 13], 0.4
     got = kept(dropout, rate, 2, 2, 3, 19)
     for z, h, i, j in np.ndindex(got.shape):
-        assert got[z, h, i, j] == (oracle.dropout_number(dropout, z, h, i, j) >= round(rate * 32768))
+        assert got[z, h, i, j] == (equations.dropout_number(dropout, z, h, i, j) >= round(rate * 32768))
 
 
 def test_offsets_name_the_place_of_a_shard_in_the_whole():

@@ -3,10 +3,10 @@
 import functools
 import re
 
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pages
 import pytest
 from cases import FIXED, VARLEN, Case, make_inputs, operands, spec, varlen
@@ -39,7 +39,7 @@ def forward(case, pairs):
 @by_name
 def test_pairs_are_those_that_the_oracle_sees(case):
     inputs = make_inputs(case)
-    assert count(case, inputs) == forward(case, oracle.visible_pairs(spec(case, inputs), operands(inputs)))
+    assert count(case, inputs) == forward(case, equations.visible_pairs(spec(case, inputs), operands(inputs)))
 
 
 @by_name
@@ -88,7 +88,7 @@ def test_segments_in_any_order(seed):
     inputs = make_inputs(case)
     ids = tuple(jnp.asarray(rng.integers(-2, 3, size), jnp.int32) for size in ((3, 11), (3, 14)))
     inputs.keywords["segment_ids"] = ids
-    pairs = oracle.visible_pairs(spec(case, inputs), operands(inputs))
+    pairs = equations.visible_pairs(spec(case, inputs), operands(inputs))
     assert count(case, inputs) == forward(case, pairs)
     inputs.keywords["segment_ids"] = tuple(x.tolist() for x in ids)
     assert count(case, inputs) == forward(case, pairs)
@@ -99,7 +99,7 @@ def test_a_bias_of_minus_infinity_hides_its_pairs():
     inputs = make_inputs(case)
     hidden = np.random.default_rng(1).random((4, 12, 12)) < 0.4
     inputs.keywords["bias"] = jnp.where(hidden, -jnp.inf, inputs.keywords["bias"])
-    assert count(case, inputs) == forward(case, oracle.visible_pairs(spec(case, inputs), operands(inputs)))
+    assert count(case, inputs) == forward(case, equations.visible_pairs(spec(case, inputs), operands(inputs)))
 
 
 PAGED = [
@@ -120,7 +120,7 @@ def test_keys_in_pages_count_as_the_same_keys_elsewhere(case, layout):
     options = {name: value for name, value in case.options.items() if name != "dropout_rate"}
     got = flops(paged_attention, *positional, **arrays, **options, page_layout=layout)
     dense = operands(call.inputs)
-    assert got == forward(case, oracle.visible_pairs(spec(case, call.inputs), dense))
+    assert got == forward(case, equations.visible_pairs(spec(case, call.inputs), dense))
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 4, 16), (12, 4, 16)])

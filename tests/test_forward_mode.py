@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import checks
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,6 @@ from cases import BY_NAME, Case, Inputs, make_inputs, operands, poisoned, spec, 
 from conftest import IMPLEMENTATION
 from pages import FLOAT8, paged
 from test_paged import CHUNK, MIXED
-
-from jax_flash import reference
 
 Arrays = dict[str, Any]
 
@@ -100,24 +99,20 @@ def check(
     tangents = {n: (tangents or clean)[n].reshape(x.shape) for n, x in moving.items()}
     both = jax.jit(lambda *x: jax.jvp(call, x[:1], x[1:]))
     results, got = (both if implementation == "xla" else both.__wrapped__)(moving, tangents)
-    right = oracle.tangents_by_rows(spec(case, inputs), arrays, clean)
-    assert_near(case, got, right, low(case, arrays, inputs, clean))
+    right = equations.tangents(spec(case, inputs), arrays, clean)
+    assert_near(case, got, right, rounded_tangents(case, arrays, inputs, clean))
     if implementation == IMPLEMENTATION:
         for x, y in zip(results, call(moving)):
             np.testing.assert_array_equal(x, y)
 
 
-@oracle.on_cpu
-def low(case: Case, arrays: Arrays, inputs: Inputs, tangents: Arrays) -> Any:
+def rounded_tangents(case: Case, arrays: Arrays, inputs: Inputs, moved: Arrays) -> Any:
     """The equations with S and P, and so their tangents, rounded to 16 bits; None for float32."""
     if case.dtype == "float32":
         return None
-    moving, fixed = oracle.split(arrays)
-
-    def run(moving: Arrays) -> Any:
-        return reference.attention(spec(case, inputs), moving | fixed, round_to=jnp.dtype(case.dtype))
-
-    return jax.jit(lambda *x: jax.jvp(run, x[:1], x[1:]))(moving, tangents)[1]
+    dtype = jnp.dtype(case.dtype)
+    tout, tlse = equations.tangents(spec(case, inputs), arrays, moved, dtype=np.float32, round_to=dtype)
+    return tout.astype(dtype), tlse
 
 
 def assert_near(case: Case, got: Any, right: Any, low: Any) -> None:
@@ -217,8 +212,8 @@ def test_tangents_through_pages(case, layout, implementation):
     names = tuple(n for n in oracle.DIFFERENTIABLE if n in call.arrays)
     got, dense = paged_tangents(call, implementation, names)
     arrays = operands(call.inputs)
-    right = oracle.tangents_by_rows(spec(case, call.inputs), arrays, dense)
-    assert_near(case, got, right, low(case, arrays, call.inputs, dense))
+    right = equations.tangents(spec(case, call.inputs), arrays, dense)
+    assert_near(case, got, right, rounded_tangents(case, arrays, call.inputs, dense))
 
 
 @pytest.mark.parametrize("float8", FLOAT8)
@@ -227,7 +222,7 @@ def test_float8_pools_are_constants_and_the_query_has_a_tangent(implementation, 
     pages.require(implementation, case)
     call = paged(case, 4, "nhd", float8)
     got, dense = paged_tangents(call, implementation, ("query",))
-    right = oracle.tangents_by_rows(spec(case, call.inputs), operands(call.inputs), dense)
+    right = equations.tangents(spec(case, call.inputs), operands(call.inputs), dense)
     assert_near(case, got, right, None)
 
 

@@ -81,16 +81,17 @@ def test_fixed_splits(case, options):
 
 def test_many_sequences_of_other_lengths():
     """More entries than a GPU has CTAs, and some that many CTAs share."""
-    lengths = np.random.default_rng(0).choice([0, 1, 63, 64, 65, 300, 3000], 60)
-    case = ALL_HEADS.replace(b=60, sk=3000, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=80)
+    longest = 3000 if IMPLEMENTATION == "cuda" else 301  # elsewhere nothing depends on it
+    lengths = np.random.default_rng(0).choice([0, 1, 63, 64, 65, 300, longest], 60)
+    case = ALL_HEADS.replace(b=60, sk=longest, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=80)
     pages.check(latent(case, 64), IMPLEMENTATION)
 
 
-def test_a_batch_invariant_sequence_keeps_its_bits(implementation):
-    require(implementation, DECODE.replace(dtype="bfloat16"))
+def test_a_batch_invariant_sequence_keeps_its_bits(kernel):
+    require(kernel, DECODE.replace(dtype="bfloat16"))
     case = DECODE.replace(sk=4500, kv_lengths=(4500, 2100, 77), dtype="bfloat16", hq=80)
     call = latent(case, 64)
-    run = call.call(implementation, batch_invariant=True)
+    run = call.call(kernel, batch_invariant=True)
     out, lse = run({})
     alone = {name: call.arrays[name][1:2] for name in ("query", "block_tables", "kv_lengths")}
     for x, y in zip(run(alone), (out[1:2], lse[1:2]), strict=True):

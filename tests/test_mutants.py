@@ -40,6 +40,33 @@ def test_each_has_a_name_of_its_own_a_promise_and_tests_that_exist(tool):
             assert not function or f"def {function.partition('[')[0]}(" in text, f"{x.name}: no {test}"
 
 
+def test_none_is_stale(tool):
+    assert [f"{x.group}: {x.name}: {reason}" for x, reason in tool.stale(tool.load())] == []
+
+
+def test_a_gpus_bugs_are_in_kernels_of_the_library_that_their_tests_load(tool):
+    lines = (ROOT / "csrc" / "kernels.def").read_text().splitlines()
+    table = tool.planted_library.table(lines, tool.gpu_rows())
+    rows = [line.split("(")[1].replace(" ", "").split(",") for line in table if line.startswith("JF_KERNEL")]
+    assert len(rows) == len(tool.gpu_rows())
+    files = [f"{pass_}_{loader}_{arch}_d{d}_dv{dv}" for arch, pass_, loader, _, d, dv, *_ in rows]
+    for x in tool.load():
+        if x.runs == "gpu":
+            assert x.objects, x.name
+            assert all(any(part in file for file in files) for part in x.objects), x.name
+
+
+def test_a_row_that_the_table_lacks_is_told(tool):
+    lines = [
+        "JF_ARCH(sm90, hopper, 90, 99, 90a)",
+        "JF_KERNEL(sm90, forward, dense, half, 64, 64, 192, 2, plain | each_option)",
+    ]
+    chosen = tool.planted_library.table(lines, ("sm90 forward dense 64 64: alibi",))
+    assert chosen == [lines[0], "JF_KERNEL(sm90, forward, dense, half, 64, 64, 192, 2, alibi)"]
+    with pytest.raises(ValueError, match="has no row sm90 forward dense 64 64: general"):
+        tool.planted_library.table(lines, ("sm90 forward dense 64 64: general",))
+
+
 @pytest.mark.parametrize("text", ["", "x = 1\nx = 1\n"])
 def test_one_whose_text_is_gone_or_not_unique_is_stale(tool, text):
     bug = tool.Mutant("bug", "a.py", "x = 1", "x = 2", "a promise", ("tests",), "cpu", "python")

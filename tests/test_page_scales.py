@@ -9,12 +9,12 @@ import pages
 import pytest
 from cases import Case, varlen
 from conftest import IMPLEMENTATION
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
 from programs import collectives, require_devices, shard_shapes
 from test_append import arguments, check
 from test_append_dynamic import HK, wide
+from test_paged_programs import sharded_attention
 
 from jax_flash import append_kv, paged_attention
 
@@ -166,18 +166,13 @@ def test_devices_take_the_scales_of_their_heads(kernel, kv_heads):
     require(kernel)
     require_devices(8)
     call = paged(CHUNK.replace(hq=16, hk=kv_heads), 4, pool_dtype=FLOAT8[0], by_page=True)
-    mesh = jax.make_mesh((8,), ("model",))
     specs = {"query": P(None, None, "model")}
     if kv_heads == 8:
         specs |= dict.fromkeys(("key", "value"), P(None, None, "model"))
         specs |= dict.fromkeys(("k_scale", "v_scale"), P(None, "model"))
-    arrays = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in call.arrays.items()}
-    run = jax.jit(call.call(kernel)).lower(arrays).compile()
-    program = run.as_text()
+    program = sharded_attention(call, specs, kernel)
     assert not collectives(program)
     assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
-    for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
 # append_kv with the scales that it is given.

@@ -120,17 +120,22 @@ def test_attention_over_sharded_heads_needs_no_communication(kernel, layout, poo
     require(kernel)
     require_devices(8)
     call = paged(CHUNK.replace(sinks=True, hq=16, hk=8), 4, layout, pool_dtype)
-    mesh = jax.make_mesh((8,), ("model",))
     pools = P(None, None, "model") if layout == "nhd" else P(None, "model")
     specs = {"query": P(None, None, "model"), "key": pools, "value": pools}
     specs |= dict.fromkeys(("sinks", "k_scale", "v_scale"), P("model"))
-    arrays = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in call.arrays.items()}
-    run = jax.jit(call.call(kernel)).lower(arrays).compile()
-    program = run.as_text()
+    program = sharded_attention(call, specs, kernel)
     assert not collectives(program)
     assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
+
+
+def sharded_attention(call, specs, implementation, devices=8):
+    """The program of a call whose arrays are split over devices ("model"); it gives what plain JAX gives on one."""
+    mesh = jax.make_mesh((devices,), ("model",))
+    arrays = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in call.arrays.items()}
+    run = jax.jit(call.call(implementation)).lower(arrays).compile()
     for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    return run.as_text()
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
@@ -139,14 +144,8 @@ def test_fewer_kv_heads_than_devices_keep_their_own_scales(kernel, kv_heads):
     require(kernel)
     require_devices(8)
     call = paged(CHUNK.replace(hq=8, hk=kv_heads), 4, pool_dtype=FLOAT8[1])
-    by_head, whole = (
-        NamedSharding(jax.make_mesh((8,), ("model",)), spec) for spec in (P(None, None, "model"), P())
-    )
-    arrays = {n: jax.device_put(x, by_head if n == "query" else whole) for n, x in call.arrays.items()}
-    run = jax.jit(call.call(kernel)).lower(arrays).compile()
-    assert shard_shapes(run.as_text(), "forward") == {(2, 2, 1, 16)}
-    for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
-        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+    program = sharded_attention(call, {"query": P(None, None, "model")}, kernel)
+    assert shard_shapes(program, "forward") == {(2, 2, 1, 16)}
 
 
 # vmap.
@@ -198,15 +197,20 @@ def test_gradients_under_vmap(kernel):
 def test_vmap_of_append(kernel, mapped):
     require(kernel)
     calls = [arguments(seed=seed, new=2, lengths=(seed, 3, 0), positions=9) for seed in range(3)]
+    assert_vmap_is_a_loop(calls, mapped, kernel)
+
+
+def assert_vmap_is_a_loop(calls, mapped, implementation):
+    """append_kv mapped over these arguments of several calls gives the bits of the calls one by one."""
     fixed = {n: x for n, x in calls[0].items() if n not in mapped}
 
     def call(moving):
-        return append_kv(**fixed, **moving, implementation=kernel)
+        return append_kv(**fixed, **moving, implementation=implementation)
 
     got = jax.vmap(call)({n: jnp.stack([c[n] for c in calls]) for n in mapped})
-    for i in range(3):
-        for x, y in zip(got, call({n: calls[i][n] for n in mapped}), strict=True):
-            assert np.array_equal(x[i], y)
+    for i, one in enumerate(calls):
+        for x, y in zip(got, call({n: one[n] for n in mapped}), strict=True):
+            assert np.asarray(x[i]).tobytes() == np.asarray(y).tobytes()
 
 
 # Export.

@@ -143,6 +143,14 @@ def test_a_wave_of_blocks_or_a_few():
     assert plan(batch=1, k_rows=100)["decode"]["ranges"] == 2  # tiles of 64
 
 
+def test_each_range_has_room_for_two_partial_results():
+    """That of the sequence that began before it, and that of the one that it begins and does not end."""
+    chosen = plan()
+    grid, row = chosen["decode"], chosen["row"]
+    rows = 2 * grid["ranges"] * grid["columns"] * row["block_m"]
+    assert chosen["workspace"] >= rows * 4 * (row["dv"] + 2)  # o, m and l in float32
+
+
 def test_every_row_fits_a_small_card():
     for d, dv in ((32, 32), (64, 64), (96, 96), (128, 128)):
         assert plan(A10, d=d, dv=dv)["row"]["pass"] == "decode"

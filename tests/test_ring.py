@@ -27,6 +27,7 @@ from programs import (
 )
 
 from jax_flash import ring_attention
+from jax_flash.sequence import schedule, shard
 from jax_flash.spec import ORDERS
 
 PLAIN = Case("plain", sq=16, sk=16, d=8, dv=8)
@@ -121,6 +122,17 @@ def test_a_ring_of_four_is_the_whole(kernel, case, order):
     check(case, order, 4, kernel)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "name", ["plain", "causal", "causal, more keys", "segments", "alibi", "dropout", "mask and bias"]
+)
+def test_long_shards(kernel, name, order, monkeypatch):
+    """A device's own keys take two calls: K and V arrive under either, and a backward begins and ends with them."""
+    monkeypatch.setattr(schedule, "HALVED", 2)
+    monkeypatch.setattr(shard, "COPIED", 0)
+    check(next(case for case in CASES if case.name == name), order, 2, kernel)
+
+
 @pytest.mark.parametrize(("name", "devices"), [("everything", 2), ("causal", 2), ("causal", 8)])
 def test_rings_of_two_and_eight(kernel, name, devices):
     check(next(case for case in CASES if case.name == name), "zigzag", devices, kernel)
@@ -169,7 +181,7 @@ def test_under_vmap_and_in_a_scan_that_saves_out_and_lse(kernel):
     run = jax.jit(with_gradients(partial(layers, call)))
     compiled = run.lower(arrays).compile()
     assert_same(compiled(arrays), jax.jit(with_gradients(partial(layers, attention(CAUSAL, kernel))))(arrays))
-    calls = 3 + 3 * 2  # of pairs of chunks: on the device's own keys, and at each of 3 distances
+    calls = 1 + 3 * 2  # on the device's own keys, and of pairs of chunks at each of 3 distances
     assert custom_calls(compiled.as_text()) == {"forward": calls, "backward": calls}
 
 

@@ -5,29 +5,45 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jax_flash.sequence import schedule as rules
 from jax_flash.sequence.schedule import Visit, chunks, visits
 from jax_flash.spec import ORDERS, UNLIMITED, AttentionSpec, Ring
 
 N, SHARD = 4, 16  # devices, and tokens on each
 
 
-def schedule(order: str, left: int = UNLIMITED, right: int = UNLIMITED, shard: int = SHARD) -> list[Visit]:
-    spec, ring = AttentionSpec("fixed", left, right), Ring(("ring",), N, order)
+def schedule(
+    order: str,
+    left: int = UNLIMITED,
+    right: int = UNLIMITED,
+    shard: int = SHARD,
+    operands: tuple[str, ...] = (),
+    halves: bool = False,
+) -> list[Visit]:
+    spec, ring = AttentionSpec("fixed", left, right, operands=operands), Ring(("ring",), N, order)
     parts = chunks(spec, ring, shard)
-    return visits(spec, ring, parts, parts, (0, 0))
+    return visits(spec, ring, parts, parts, (0, 0), halves)
 
 
 def products(found: list[Visit], order: str, shard: int = SHARD, **band: int) -> np.ndarray:
     """How often each device's calls multiply each pair (query, key) of the sequence, `[N, tokens, tokens]`."""
     parts = chunks(AttentionSpec("fixed", **band), Ring(("ring",), N, order), shard)
+    positions = [
+        np.concatenate([part.position(i) + np.arange(part.size) for part in parts]) for i in range(N)
+    ]
     counts = np.zeros((N, N * shard, N * shard), int)
     for visit in found:
         for work in visit.work:
             for i in range(N):
-                row = parts[work.queries.chunk[i]].position(i) + work.queries.start
-                column = parts[work.keys.chunk[i]].position((i - visit.distance) % N) + work.keys.start
-                counts[i, row : row + work.queries.size, column : column + work.keys.size] += 1
+                rows = positions[i][work.queries.starts()[i] :][: work.queries.size]
+                columns = positions[(i - visit.distance) % N][work.keys.starts()[i] :][: work.keys.size]
+                counts[i][np.ix_(rows, columns)] += 1
     return counts
+
+
+@pytest.fixture
+def small_shards_are_halved(monkeypatch):
+    monkeypatch.setattr(rules, "HALVED", 2)
 
 
 BANDS = {
@@ -39,6 +55,7 @@ BANDS = {
 }
 
 
+@pytest.mark.usefixtures("small_shards_are_halved")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", BANDS)
 def test_every_visible_pair_is_multiplied_once(name, order):
@@ -46,16 +63,17 @@ def test_every_visible_pair_is_multiplied_once(name, order):
     row, column = np.indices((N * SHARD, N * SHARD))
     left, right = band.get("left", N * SHARD), band.get("right", N * SHARD)
     seen = (row - left <= column) & (column <= row + right)
-    counts = products(schedule(order, **band), order, **band).sum(0)
-    assert (counts[seen] == 1).all()
-    assert (counts <= 1).all()
+    for options in ({}, {"operands": ("bias",)}, {"halves": True}):
+        counts = products(schedule(order, **band, **options), order, **band).sum(0)
+        assert (counts[seen] == 1).all()
+        assert (counts <= 1).all()
 
 
 def test_a_call_is_whole_only_where_every_row_sees_every_key_on_every_device():
     zigzag, contiguous = (schedule(order, right=0) for order in ("zigzag", "contiguous"))
-    assert [[work.whole for work in visit.work] for visit in zigzag] == [[False, True, False]] + [
-        [True] * 2
-    ] * 3
+    assert [[work.whole for work in visit.work] for visit in zigzag] == [[False]] + [[True] * 2] * 3
+    by_position = schedule("zigzag", right=0, operands=("dropout",))
+    assert [work.whole for work in by_position[0].work] == [False, True, False]
     assert not any(work.whole for visit in contiguous for work in visit.work)
     assert all(work.whole for visit in schedule("contiguous") for work in visit.work)
 
@@ -79,3 +97,18 @@ def test_a_window_reaches_into_one_neighbour_and_takes_the_end_of_its_shard():
 def test_cuts_are_whole_tiles_where_shards_are():
     _, neighbour = schedule("contiguous", left=100, right=0, shard=256)
     assert (neighbour.start, neighbour.size) == (128, 128)
+
+
+def test_a_backward_begins_and_ends_with_halves_of_a_devices_own_keys():
+    """The first half hides the first keys' arrival, the second one the last gradients' return."""
+    shard = 2 * rules.HALVED
+    for band, keys in (({}, (shard, shard)), ({"right": 0}, (rules.HALVED, shard))):
+        own, *_ = schedule("contiguous", shard=shard, halves=True, **band)
+        assert [(work.queries.starts()[0], work.queries.size) for work in own.work] == [
+            (0, rules.HALVED),
+            (rules.HALVED, rules.HALVED),
+        ]
+        assert tuple(work.keys.size for work in own.work) == keys
+    for options in ({"shard": rules.HALVED - 1}, {"left": 5, "right": 0}):  # short shards; little travels
+        own, *_ = schedule("contiguous", halves=True, **({"shard": shard} | options))
+        assert len(own.work) == 1

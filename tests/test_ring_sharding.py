@@ -57,7 +57,9 @@ def assert_ring(text, visits, backward=None):
 def test_a_sequence_split_alike_runs_in_a_ring(kernel, mesh, case, visits):
     """Shards beyond a window are no part of the program."""
     specs = qkv(SEQUENCE)
-    assert_ring(forward(attention(case, kernel), mesh, arrays_of(case), specs), visits)
+    text = forward(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert_ring(text, visits)
+    assert "dynamic-slice(" not in text  # calls take shards and parts of them where they lie
     text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert_ring(text, visits, visits)
     if not case.window:  # with one, only rows that it reaches are multiplied by the neighbour's keys
@@ -223,6 +225,30 @@ def test_packed_tokens_run_in_a_ring(kernel, mesh, changes, visits):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 3)
 
 
+LENGTHS = (4, 3, 20, 0)  # of documents of 9, 0, 14 and 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"causal": False}, {"align": "top_left"}, {"align": "top_left", "window": (3, 1)}],
+    ids=["full", "causal", "window"],
+)
+def test_packed_tokens_with_lengths_of_keys(kernel, mesh, changes):
+    """Lengths that move no diagonal: without a band, or from the top left."""
+    case = PACKED.replace(kv_lengths=LENGTHS, **changes)
+    text, _ = check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
+    assert set(collectives(text)) == {"collective-permute"}
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
+def test_packed_keys_with_offsets_of_their_own(kernel, mesh, lengths):
+    """Without a band it does not matter where in a document its keys lie."""
+    case = PACKED.replace(causal=False, k_sequences=(20, 8, 3, 29))
+    case = case.replace(kv_lengths=lengths, softcap=2.0)
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
+    assert set(collectives(text)) == {"collective-permute"}
+
+
 def test_packed_tokens_and_heads(kernel, mesh):
     text, _ = check(packed(PACKED, kernel), mesh, arrays_of(PACKED), qkv(P("data", "model")))
     assert_packed_ring(text, 2)
@@ -294,7 +320,7 @@ def test_what_goes_by_the_position_in_each_packed_sequence_is_gathered(kernel, m
     check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
 
 
-def test_packed_keys_with_offsets_of_their_own_are_gathered(kernel, mesh):
+def test_packed_keys_with_offsets_of_their_own_and_a_band_are_gathered(kernel, mesh):
     check(attention(PACKED, kernel), mesh, arrays_of(PACKED), qkv(TOKENS))
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import checks
+import equations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +19,7 @@ import oracle
 import pytest
 from cases import DTYPES, Case, Inputs, make_inputs, operands, spec
 from conftest import IMPLEMENTATION
-from test_forward_mode import assert_near, tangents_of
-
-from jax_flash import reference
-from jax_flash.spec import AttentionSpec
+from test_forward_mode import assert_near, rounded_tangents, tangents_of
 
 Arrays = dict[str, Any]
 
@@ -82,34 +79,6 @@ def numbered(case: Case, seed: int = 0) -> Inputs:
     return checks.with_arrays(inputs, segment_ids=ids)
 
 
-def results(
-    static: AttentionSpec, fixed: Arrays, moving: Arrays, tangents: Arrays, cotangents: Any, **how: Any
-) -> Any:
-    """Plain JAX's results, gradients and tangents."""
-
-    def attend(moving: Arrays) -> Any:
-        return reference.attention(static, fixed | moving, **how)
-
-    (out, lse), pullback = jax.vjp(attend, moving)
-    gradients = pullback(tuple(x.astype(y.dtype) for x, y in zip(cotangents, (out, lse))))[0]
-    return (out, lse, gradients), jax.jvp(attend, (moving,), (tangents,))[1]
-
-
-@oracle.on_cpu
-def right(case: Case, inputs: Inputs, tangents: Arrays, round_to: Any = None) -> Any:
-    """In float64, or with S and P rounded."""
-    moving, fixed = oracle.split(operands(inputs))
-    cotangents = (inputs.dout, inputs.dlse)
-    with jax.enable_x64(True):
-        if round_to is None:
-            moving, tangents, cotangents = jax.tree.map(
-                lambda x: x.astype(jnp.float64), (moving, tangents, cotangents)
-            )
-        run = jax.jit(partial(results, spec(case, inputs), round_to=round_to))
-        plain, tangent = jax.tree.map(np.asarray, run(fixed, moving, tangents, cotangents))
-    return oracle.Result(*plain), tangent
-
-
 @pytest.mark.parametrize(
     "case",
     [case.replace(dtype=DTYPES[i % 3]) for i, case in enumerate(CASES)],
@@ -125,12 +94,10 @@ def test_any_numbering(case: Case) -> None:
     call = checks.function(case, inputs, IMPLEMENTATION)
     got = oracle.differentiate(call, moving, inputs.dout, inputs.dlse)
     tangent = jax.jit(lambda *x: jax.jvp(call, x[:1], x[1:])[1])(moving, tangents)
-    exact, exact_tangent = right(case, inputs, tangents)
-    low, low_tangent = exact, exact_tangent
-    if case.dtype != "float32":
-        low, low_tangent = right(case, inputs, tangents, jnp.dtype(case.dtype))
-    oracle.assert_result(got, exact, low, case)
-    assert_near(case, tangent, exact_tangent, low_tangent)
+    oracle.assert_result(got, *oracle.references(case, inputs), case)
+    arrays = operands(inputs)
+    exact = equations.tangents(spec(case, inputs), arrays, tangents)
+    assert_near(case, tangent, exact, rounded_tangents(case, arrays, inputs, tangents))
 
 
 # Rows. No tile of rows holds two documents, and a tile of keys that does ends before the middle of either.

@@ -7,6 +7,8 @@ The CPU kernels have tests of their own (test_cpu_forward.py, test_cpu_backward.
 import sys
 
 import checks
+import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
 from cases import CASES, DTYPES, Case, make_inputs, poisoned, varlen
@@ -180,3 +182,40 @@ def test_large_head_dims(case, deterministic):
 )
 def test_the_named_cases(case):
     check(case)
+
+
+def hidden_rows(option):
+    """A case, its inputs and which of its rows a mask or their segment hides from every key."""
+    b, d = (1, 64) if EMULATED else (2, 128)
+    case = Case("hidden rows", **SIZES | {"b": b, "d": d, "dv": d, "dtype": "bfloat16"})
+    hidden = np.arange(SQ) % 7 == 3
+    options = {"mask": jnp.asarray(~hidden)[:, None]}
+    if option == "segments":
+        segments = (hidden.astype(np.int32), np.zeros(SK, np.int32))
+        options = {"segment_ids": tuple(jnp.broadcast_to(x, (b, len(x))) for x in segments)}
+    return case, checks.with_arrays(make_inputs(case), **options), hidden
+
+
+@pytest.mark.parametrize("option", ["mask", "segments"])
+def test_rows_that_an_option_hides_from_every_key_are_not_multiplied(option):
+    """Stronger than the contract: NaN in such a query, and in its cotangents, reaches no gradient of another."""
+    case, inputs, hidden = hidden_rows(option)
+    spoiled = {
+        name: jnp.where(hidden[:, None, None], jnp.nan, x).astype(case.dtype)
+        for name, x in (("query", inputs.positional["query"]), ("dout", inputs.dout))
+    }
+    dirty = checks.with_arrays(inputs, **spoiled)
+    wanted, got = (checks.run(case, x, IMPLEMENTATION, deterministic=True) for x in (inputs, dirty))
+    checks.assert_same(got, wanted)
+
+
+@pytest.mark.parametrize("option", ["mask", "segments"])
+def test_rows_that_see_nothing_are_zero_whatever_values_others_see(option):
+    case, inputs, hidden = hidden_rows(option)
+    value = jnp.asarray(inputs.positional["value"]).at[:, 5].set(jnp.nan)
+    moving, _ = oracle.split(inputs.positional | inputs.keywords | {"value": value})
+    out, lse = checks.function(case, inputs, IMPLEMENTATION)(moving)
+    out = np.asarray(out, np.float32)
+    assert np.isnan(out[:, ~hidden]).all()
+    assert (out[:, hidden] == 0).all()
+    assert (np.asarray(lse)[:, :, hidden] == -np.inf).all()

@@ -23,6 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import cuda_library
+import planted_library
+
 ROOT = Path(__file__).resolve().parent.parent
 LISTS = ROOT / "tests" / "mutants"
 WORK = ROOT / "build" / "mutants"
@@ -48,6 +52,7 @@ class Mutant:
     `breaks` is the promise that it breaks; `tests` are pytest's arguments for those nearest to it. `runs` says where:
     "cpu" (this machine, Python and the CPU kernels), "emulated" (CUDA kernels on tests/kernels/emulator), "guards" (the
     drivers of tests/kernels/guards, which `tests` then names) or "gpu". `isa`: the instruction set whose code it is in.
+    `objects`: of CUDA's kernels, those in files whose name contains one of these get the bug; none: all.
     """
 
     name: str
@@ -59,6 +64,7 @@ class Mutant:
     runs: str
     group: str
     isa: str = ""
+    objects: tuple[str, ...] = ()
 
     def planted(self, text: str) -> str:
         count = text.count(self.old)
@@ -74,8 +80,15 @@ def load(folder: Path = LISTS) -> list[Mutant]:
         content = tomllib.loads(path.read_text())
         for entry in content["mutant"]:
             known = {"runs": content["runs"], "group": path.stem} | entry
-            found.append(Mutant(**known | {"tests": tuple(known["tests"])}))
+            lists = {name: tuple(known.get(name, ())) for name in ("tests", "objects")}
+            found.append(Mutant(**known | lists))
     return sorted(found, key=lambda x: (RUNS.index(x.runs), x.file.startswith("csrc"), x.isa, x.file))
+
+
+def gpu_rows(folder: Path = LISTS) -> tuple[str, ...]:
+    """The rows of csrc/kernels.def that the tests of a GPU's mutants run (planted_library.table)."""
+    lists = [tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml"))]
+    return tuple(row for content in lists for row in content.get("rows", ()))
 
 
 # --- where a mutant runs ------------------------------------------------------------------------------------------
@@ -100,10 +113,10 @@ def why_not(runs: str, gpu: bool) -> str | None:
     """Why mutants of this kind cannot run here."""
     if runs == "gpu" and not gpu:
         return "of a GPU (GPU=1 runs them)"
-    if runs == "gpu" and not shutil.which("nvidia-smi"):
-        return "of a GPU, and there is none"
-    if runs != "guards" and not shutil.which("cmake"):
-        return "to be built, and there is no cmake"
+    if runs == "gpu" and not (shutil.which("nvidia-smi") and shutil.which("nvcc")):
+        return "of a GPU, and there is none, or no nvcc"
+    if runs != "guards" and not (shutil.which("cmake") and shutil.which("ninja")):
+        return "to be built, and cmake or ninja is missing"
     return None
 
 
@@ -156,8 +169,6 @@ class Copy:
         named |= {"JAX_FLASH_WERROR": "OFF", "JAX_FLASH_CPU_ISAS": isa or machine_isa()}
         named |= {"JAX_FLASH_CUDA": "OFF", "PYTHONDONTWRITEBYTECODE": "1"}
         if runs == "gpu":
-            named |= {"JAX_FLASH_CUDA": "ON", "JAX_FLASH_CUDA_ARCHS": "90a-real", "JAX_FLASH_BUDGET": "OFF"}
-            named |= {"JAX_FLASH_HEAD_DIMS": "64;128", "JAX_FLASH_DTYPES": "bfloat16"}
             named |= {"JAX_FLASH_TEST_IMPLEMENTATION": "cuda"}
         return {**os.environ, **named, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
@@ -168,9 +179,6 @@ class Copy:
             return
         env = self.environment(runs, isa)
         commands: list[list[Any]] = [["tools/build_inplace.sh"]]
-        if runs == "emulated":
-            python = [sys.executable, "tools/cuda_library.py", "--emulated", "--head-dims", "64"]
-            commands.append([*python, "--archs", "90-real", "--parallel", self.workers])
         if runs == "guards":
             one = f"ISAS={isa or machine_isa()}"
             targets = [f"../../../build/memory/{driver}" for driver in ("dense", "paged")]
@@ -183,7 +191,17 @@ class Copy:
             if done.returncode:
                 said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
                 raise Broken("\n".join(said[:5]) or done.stderr[-2000:])
+        if runs in ("emulated", "gpu"):
+            self.library(runs).build(runs, gpu_rows(self.root / "tests" / "mutants"))
         self.built = kind
+
+    def library(self, runs: str) -> planted_library.Library:
+        """The CUDA library that tests of this kind load."""
+        places = {"emulated": "build/emulated", "gpu": "jax_flash"}  # the emulator plugin, and the package
+        place = self.root / places[runs] / planted_library.NAME
+        return planted_library.Library(
+            self.root, self.root / "build" / f"planted-{runs}", place, self.workers
+        )
 
     def check_import(self) -> None:
         """The copy, and no other jax_flash, is what the tests import."""
@@ -264,9 +282,15 @@ def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -
     """What becomes of a mutant, and by which test."""
     file = copy.root / mutant.file
     whole = file.read_text()
-    copy.write(mutant.file, mutant.planted(whole))
     try:
-        copy.build(mutant.runs, mutant.isa)
+        if mutant.runs in ("emulated", "gpu"):
+            library = copy.library(mutant.runs)
+            copy.build(mutant.runs, "")
+            bad = library.plant(mutant.file, mutant.planted(whole), mutant.objects, WORK / "planted")
+            shutil.copyfile(bad, library.place)
+        else:
+            copy.write(mutant.file, mutant.planted(whole))
+            copy.build(mutant.runs, mutant.isa)
         outcome = run_tests(copy, mutant.runs, mutant.isa, mutant.tests, 120 + 5 * seconds)
         if outcome.failed:
             return "killed", outcome.by
@@ -275,10 +299,13 @@ def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -
             if outcome.failed:
                 return "killed", f"{outcome.by}, far from it"
         return "SURVIVED", mutant.breaks
-    except Broken as error:
+    except (Broken, cuda_library.BuildError) as error:
         return "BROKEN", f"does not compile: {error}"
     finally:
-        copy.write(mutant.file, whole)
+        if mutant.runs in ("emulated", "gpu"):
+            library.restore()
+        else:
+            copy.write(mutant.file, whole)
 
 
 def stale(mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
@@ -332,7 +359,7 @@ def main() -> int:
         copy.build("cpu", "")
         copy.check_import()
         seconds = {} if options.trusting else passes_without(copy, mutants)
-    except Broken as error:
+    except (Broken, cuda_library.BuildError) as error:
         print(error)
         return 2
     for mutant in mutants:

@@ -1,7 +1,7 @@
 """Packed sequences over devices: a ring of one row whose documents are told apart by segment ids.
 
-Queries and keys have the same offsets, so that a document's diagonal is the row's. Tokens outside every sequence see
-nothing and are not seen.
+A document's diagonal is the row's, where queries and keys have the same offsets; without a band it does not matter.
+Tokens outside every sequence see nothing and are not seen.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ from ..spec import AttentionSpec, Ring
 from . import passes
 from .shard import Call, Operands
 
-_OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
-_BY_SEQUENCE = ("kv_lengths", "dropout")  # lengths and bits go by the position in each sequence
+_OF_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths")
 _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a row of packed sequences may stay split."""
-    if (
-        spec.layout != "varlen"
-        or not spec.same_offsets
-        or any(name in spec.operands for name in _BY_SEQUENCE)
-    ):
+    """Whether a row of packed sequences may stay split: not where bits, slopes or the diagonal go by the position in
+    each sequence."""
+    if spec.layout != "varlen" or "dropout" in spec.operands:
         return False
-    return "alibi_slopes" not in spec.operands or shapes["alibi_slopes"][-2] == 1
+    if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
+        return False
+    if not spec.limited and "alibi_slopes" not in spec.operands:
+        return True
+    return spec.same_offsets and ("kv_lengths" not in spec.operands or spec.align == "top_left")
 
 
 def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: Call) -> list[Array]:
     """As `passes.run`, of a pass over packed sequences."""
-    tokens = operands["query"].shape[0]
-    position = lax.axis_index(ring.axes) * tokens + jnp.arange(tokens, dtype=jnp.int32)
-    offsets = lax.cummax(jnp.clip(operands["cu_seqlens_q"], 0, tokens * ring.size))
-    document = jnp.searchsorted(offsets, position, side="right").astype(jnp.int32)  # 0: before the first
-    used = (document > 0) & (document < offsets.shape[0])
+    queries, used, _ = _documents(operands["cu_seqlens_q"], operands["query"].shape[0], ring)
+    keys, seen, place = _documents(operands["cu_seqlens_k"], operands["key"].shape[0], ring)
+    if "kv_lengths" in operands:
+        seen &= place < operands["kv_lengths"][keys - 1]
+    in_use = {"tq": used, "tk": seen}
     made: Operands = {}
     for name, x in operands.items():
         dims = spec.dims[name]
-        if dims[0] in ("tq", "tk"):
-            made[name] = jnp.where(used[:, None, None], x, 0)[None]
+        if dims[0] in in_use:
+            made[name] = jnp.where(in_use[dims[0]][:, None, None], x, 0)[None]
         elif name == "lse":
             made[name] = jnp.where(used, x, -jnp.inf)[None]
         elif dims[-1] == "tq":
             made[name] = jnp.where(used, x, 0)[None]
-        elif name not in _OFFSETS:
+        elif name not in _OF_SEQUENCES:
             made[name] = x
-    for name, unseen in zip(("q_segment_ids", "kv_segment_ids"), _UNSEEN):
-        made[name] = jnp.where(used, document, unseen)[None]
+    made["q_segment_ids"] = jnp.where(used, queries, _UNSEEN[0])[None]
+    made["kv_segment_ids"] = jnp.where(seen, keys, _UNSEEN[1])[None]
     names = tuple(name for name in OPTIONAL if name in made)
     row = replace(spec, layout="fixed", align="top_left", same_offsets=False, operands=names, ring=ring)
     results = [x[0] for x in passes.run(pass_, row, made, call)]
@@ -61,3 +61,11 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
         out, lse = results
         results = [out, jnp.where(used, lse, -jnp.inf)]
     return results
+
+
+def _documents(offsets: Array, tokens: int, ring: Ring) -> tuple[Array, Array, Array]:
+    """Of this device's tokens: the number of the sequence, whether there is one, and the place in it."""
+    position = lax.axis_index(ring.axes) * tokens + jnp.arange(tokens, dtype=jnp.int32)
+    starts = lax.cummax(jnp.clip(offsets, 0, tokens * ring.size))
+    document = jnp.searchsorted(starts, position, side="right").astype(jnp.int32)  # 0: before the first
+    return document, (document > 0) & (document < starts.shape[0]), position - starts[document - 1]

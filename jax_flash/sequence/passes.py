@@ -7,14 +7,14 @@ go straight back. There are no leading dimensions here (vmap adds them).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from jax import Array, lax
 
 from ..operands import BACKWARD, FORWARD, TANGENT, Pass
 from ..spec import AttentionSpec
-from .schedule import Chunk, Range, Visit
-from .shard import Call, Operands, Shard
+from .schedule import Range, Visit, Work
+from .shard import Block, Call, Operands, Shard
 from .sums import GRADIENTS, MERGED, PAIRS, TANGENTS, Arrays, Total, wide
 
 
@@ -32,26 +32,39 @@ def _by_rows(shard: Shard, call: Call) -> list[Array]:
     """out and lse, or their tangents."""
     query = shard.operands["query"]
     total = Total(MERGED if shard.pass_ is FORWARD else TANGENTS, query.shape[1])
-    for visit, block in _visits(shard, total):
-        for work in visit.work:
-            _add(shard, total, work.queries, shard.queries, tuple(shard.compute(call, visit, work, block)))
+    for visit, work, block in _calls(shard, total):
+        _add(shard, total, work.queries, tuple(shard.compute(call, visit, work, block)))
     out, lse = total.result()
-    return [out.astype(query.dtype), lse]
+    # A barrier, or XLA writes the result in float32 for what it fuses with a reader of it, such as delta.
+    joined: list[Array] = lax.optimization_barrier([out.astype(query.dtype), lse])
+    return joined
 
 
 def _backward(shard: Shard, call: Call) -> list[Array]:
+    """dquery, dkey, dvalue.
+
+    The first call on a device's own keys comes before all others, while the next keys arrive, and the rest of them at
+    the end, while the last gradients return.
+    """
     query, key, value = (shard.operands[name] for name in ("query", "key", "value"))
     dquery, dkv = Total(GRADIENTS, query.shape[1]), Total(PAIRS, key.shape[1])
-    for visit, block in _visits(shard, dquery):
-        found = dkv if visit.distance == 0 else Total(PAIRS, visit.size)
-        for work in visit.work:
-            dq, *rest = shard.compute(call, visit, work, block)
-            _add(shard, dquery, work.queries, shard.queries, (dq,))
-            _add(shard, found, work.keys, shard.keys, tuple(rest), visit.start)
-        if visit.distance:
+
+    def add(visit: Visit, work: Work, block: Block, found: Total) -> None:
+        dq, *rest = shard.compute(call, visit, work, block)
+        _add(shard, dquery, work.queries, (dq,))
+        _add(shard, found, work.keys, tuple(rest), visit.start)
+
+    for visit, work, block in _calls(shard, dquery):
+        if visit.distance == 0:
+            add(visit, work, block, dkv)
+            continue
+        if work is visit.work[0]:
+            found = Total(PAIRS, visit.size)
+        add(visit, work, block, found)
+        if work is visit.work[-1]:
             dk, dv = found.result()
             away = {"key": dk.astype(key.dtype), "value": dv.astype(value.dtype)}
-            home = shard.send(away, [(there, here) for here, there in visit.route])
+            home = shard.take(shard.send(away, [(there, here) for here, there in visit.route]))
             if len(dkv.parts) > 2:
                 dkv.settle()
             dkv.add(visit.start, (home["key"], home["value"]))
@@ -62,38 +75,40 @@ def _backward(shard: Shard, call: Call) -> list[Array]:
 def _bias_gradient(shard: Shard, call: Call) -> list[Array]:
     """The gradient of a bias, whose rows are this device's and whose columns are all keys of the sequence."""
     total, bias = None, shard.operands["bias"]
-    for visit, block in _visits(shard, Total(GRADIENTS, 0)):
-        for work in visit.work:
-            (dbias,) = shard.compute(call, visit, work, block)
-            total = shard.place(total, wide(dbias), visit, work)
+    for visit, work, block in _calls(shard, Total(GRADIENTS, 0)):
+        (dbias,) = shard.compute(call, visit, work, block)
+        total = shard.place(total, wide(dbias), visit, work)
     assert total is not None
     return [total.astype(bias.dtype)]
 
 
-def _visits(shard: Shard, total: Total) -> Iterator[tuple[Visit, Operands]]:
-    """The visits with their keys.
+def _calls(shard: Shard, total: Total) -> Iterator[tuple[Visit, Work, Block]]:
+    """The calls, with their keys.
 
     The keys of the next visit are under way meanwhile, and no others, so that memory does not grow with the number of
-    devices: they leave when the `total` of the visits before is there.
+    devices: the next ones leave, and those that have arrived are used, when the `total` of a visit is there. A forward
+    of several calls fetches K under the first and V under the second, so that they need not be joined.
     """
     own = block = shard.block
     for n, visit in enumerate(shard.visits):
-        following = shard.visits[n + 1 : n + 2]
-        if n and following:
-            own, parts = lax.optimization_barrier((own, [arrays for _, arrays in total.parts]))
-            total.parts = [(start, arrays) for (start, _), arrays in zip(total.parts, parts, strict=True)]
-        coming = [shard.fetch(own, after) for after in following]
-        yield visit, block
-        if n and following:
+        following = next(iter(shard.visits[n + 1 :]), None)
+        first, later = shard.halves(own) if shard.pass_ is FORWARD and len(visit.work) > 1 else (own, {})
+        coming = shard.fetch(first, following) if following else {}
+        for i, work in enumerate(visit.work):
+            if i == 1 and later and following:
+                coming, later = total.before((coming, later))
+                coming |= shard.fetch(later, following)
+            yield visit, work, block
+        if following and following.distance and n:
             total.settle()
-        block = coming[0] if coming else block
+        if following and (n or shard.in_order):
+            own, coming = total.before((own, coming))
+        block = coming
 
 
-def _add(
-    shard: Shard, total: Total, part: Range, chunks: Sequence[Chunk], arrays: Arrays, begin: int = 0
-) -> None:
+def _add(shard: Shard, total: Total, part: Range, arrays: Arrays, begin: int = 0) -> None:
     """Adds what a call gave for a part of a shard, whose tokens the total has from `begin` on."""
-    starts = [chunks[c].offset + part.start - begin for c in part.chunk]
+    starts = part.starts(begin)
     for start in sorted(set(starts)):
         here = None if len(set(starts)) == 1 else shard.entry([int(x == start) for x in starts]) == 1
         total.add(start, arrays, here)

@@ -17,8 +17,7 @@ from ..spec import UNLIMITED, AttentionSpec, Ring
 
 _PLACED = ("q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout")  # what goes by positions
 _ALIGNMENT = 64  # of cuts: kernels load whole tiles
-
-Table = tuple[int, ...]  # one number for each device
+HALVED = 4096  # queries of a shard from which on half of them take longer than a transfer is started
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,28 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Range:
-    """A part of one chunk: on each device of the chunk that the table names."""
+    """A part of one chunk, each device's own."""
 
-    chunk: Table
+    chunks: tuple[Chunk, ...]  # one for each device
     start: int  # in the chunk
     size: int
+
+    def starts(self, begin: int = 0) -> list[int]:
+        """Where the part begins on each device, in an array that has the shard's tokens from `begin` on."""
+        return [chunk.offset + self.start - begin for chunk in self.chunks]
 
 
 @dataclass(frozen=True)
 class Work:
     """One call of each device: a part of its queries by a part of the keys that it has at this distance.
 
-    Where `whole`, every row sees every key, on all devices.
+    Where `whole`, every row sees every key, on all devices. One call of each row is its `first`.
     """
 
     queries: Range
     keys: Range
     whole: bool
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,33 +77,75 @@ class Visit:
 def chunks(spec: AttentionSpec, ring: Ring, size: int) -> tuple[Chunk, ...]:
     """The chunks of a shard of `size` tokens: two in zigzag order, i and 2n − 1 − i; one where the order is contiguous
     or does not matter."""
-    placed = spec.limited or any(name in spec.operands for name in _PLACED)
-    if ring.order == "contiguous" or not placed:
+    if ring.order == "contiguous" or not (spec.limited or _is_placed(spec)):
         return (Chunk(0, size, 0, size),)
     half = size // 2
     return Chunk(0, half, 0, half), Chunk(half, half, (2 * ring.size - 1) * half, -half)
 
 
 def visits(
-    spec: AttentionSpec, ring: Ring, queries: Sequence[Chunk], keys: Sequence[Chunk], shifts: tuple[int, int]
+    spec: AttentionSpec,
+    ring: Ring,
+    queries: Sequence[Chunk],
+    keys: Sequence[Chunk],
+    shifts: tuple[int, int],
+    halves: bool = False,
 ) -> list[Visit]:
     """The visits, beginning with a device's own keys. `shifts` are the least and the largest possible key on the
-    diagonal of the sequence's first query."""
+    diagonal of the sequence's first query. With `halves` the first visit has two calls, where shards are large and most
+    of their keys travel."""
     found = []
     for distance in range(ring.size):
+        run = distance == 0 and _is_run(spec, queries, keys, shifts)
         pairs = {
             (q, k): _Pair(spec, ring, distance, query, key, shifts)
-            for q, query in enumerate(queries)
-            for k, key in enumerate(keys)
+            for q, query in enumerate([_run(queries)] if run else queries)
+            for k, key in enumerate([_run(keys)] if run else keys)
         }
         needed = {qk: pair for qk, pair in pairs.items() if pair.seen.any()}
         if distance == 0:  # where each query begins, whether it sees a key or not
-            work = [pairs[qk].whole_work(*qk) for qk in pairs if qk in needed or qk[0] == qk[1]]
+            work = [pairs[q, k].whole_work(first=q == k) for q, k in pairs if (q, k) in needed or q == k]
         else:
-            work = _balanced(needed, ring.size) or [pair.work(*qk) for qk, pair in needed.items()]
+            work = _balanced(needed, ring.size) or [pair.work() for pair in needed.values()]
         if work:
             found.append(_visit(distance, ring, keys, needed, work))
+    own, *others = found
+    if halves and len(own.work) == 1 and others and 2 * others[-1].size > own.size:
+        found[0] = replace(own, work=_halved(spec, ring, own.work[0], shifts) or own.work)
     return found
+
+
+def _is_run(
+    spec: AttentionSpec, queries: Sequence[Chunk], keys: Sequence[Chunk], shifts: tuple[int, int]
+) -> bool:
+    """Whether what a device's queries see of its own keys is a causal mask of the shard, although chunks of others lie
+    in between."""
+    causal = spec.left == UNLIMITED and spec.right == 0 and shifts == (0, 0)
+    return causal and tuple(queries) == tuple(keys) and not _is_placed(spec)
+
+
+def _run(parts: Sequence[Chunk]) -> Chunk:
+    """Chunks of a shard as one; only its distance to itself has a meaning."""
+    size = sum(part.size for part in parts)
+    return Chunk(0, size, 0, size)
+
+
+def _halved(spec: AttentionSpec, ring: Ring, work: Work, shifts: tuple[int, int]) -> tuple[Work, ...]:
+    """A call on a device's own keys as two, each of half of the queries; none where these are few or see nothing."""
+    query, key = work.queries.chunks[0], work.keys.chunks[0]
+    half = _to_tile(query.size // 2, query.size)
+    parts = [
+        replace(query, offset=query.offset + start, size=size, first=query.first + start)
+        for start, size in ((0, half), (half, query.size - half))
+    ]
+    pairs = [_Pair(spec, ring, 0, part, key, shifts) for part in parts]
+    few = query.size < HALVED or not all(pair.seen.all() for pair in pairs)
+    return () if few else tuple(pair.work() for pair in pairs)
+
+
+def _is_placed(spec: AttentionSpec) -> bool:
+    """Whether an operand goes by the position in the sequence."""
+    return any(name in spec.operands for name in _PLACED)
 
 
 @dataclass(frozen=True)
@@ -143,18 +189,15 @@ class _Pair:
             full &= self.query.size - 1 + largest - self.spec.left <= 0
         return full
 
-    def whole_work(self, q: int, k: int) -> Work:
+    def whole_work(self, first: bool = False) -> Work:
         """All queries by all keys."""
-        devices = self.ring.size
-        queries, keys = (
-            Range((c,) * devices, 0, chunk.size) for c, chunk in ((q, self.query), (k, self.key))
-        )
-        return Work(queries, keys, bool(self.full.all()))
+        queries, keys = (Range((part,) * self.ring.size, 0, part.size) for part in (self.query, self.key))
+        return Work(queries, keys, bool(self.full.all()), first)
 
-    def work(self, q: int, k: int) -> Work:
+    def work(self) -> Work:
         """The queries and the keys that the band reaches on any device."""
         least, largest = (x[self.seen] for x in self.offsets)
-        work = self.whole_work(q, k)
+        work = self.whole_work()
         rows, columns = [0, self.query.size], [0, self.key.size]
         if self.spec.right != UNLIMITED:
             rows[0] = int(-(largest.max() + self.spec.right))
@@ -167,9 +210,14 @@ class _Pair:
 
 def _cut(whole: Range, start: int, stop: int) -> Range:
     """The part of a range from start to stop, as far as there is; whole tiles where the range is of whole tiles."""
-    step = 1 if whole.size % _ALIGNMENT else _ALIGNMENT
-    start, stop = max(0, start) // step * step, min(whole.size, -(-stop // step) * step)
+    start, stop = _to_tile(max(0, start), whole.size), min(whole.size, -_to_tile(-stop, whole.size))
     return replace(whole, start=start, size=stop - start)
+
+
+def _to_tile(x: int, size: int) -> int:
+    """The last beginning of a tile up to x, where the whole is of whole tiles."""
+    step = 1 if size % _ALIGNMENT else _ALIGNMENT
+    return x // step * step
 
 
 def _balanced(needed: dict[tuple[int, int], _Pair], devices: int) -> list[Work]:
@@ -188,8 +236,8 @@ def _balanced(needed: dict[tuple[int, int], _Pair], devices: int) -> list[Work]:
         pairs.sort(key=lambda qk: qk not in common)
     return [
         Work(
-            Range(tuple(q for q, _ in call), 0, some.query.size),
-            Range(tuple(k for _, k in call), 0, some.key.size),
+            Range(tuple(needed[qk].query for qk in call), 0, some.query.size),
+            Range(tuple(needed[qk].key for qk in call), 0, some.key.size),
             True,
         )
         for call in zip(*chosen)
@@ -203,11 +251,8 @@ def _visit(
     needed: dict[tuple[int, int], _Pair],
     work: Sequence[Work],
 ) -> Visit:
-    begins = [keys[c].offset + call.keys.start for call in work for c in call.keys.chunk]
-    ends = [
-        begin + call.keys.size
-        for begin, call in zip(begins, (call for call in work for _ in call.keys.chunk))
-    ]
+    begins = [begin for call in work for begin in call.keys.starts()]
+    ends = [begin + call.keys.size for call in work for begin in call.keys.starts()]
     receives = (
         np.any([pair.seen for pair in needed.values()], axis=0) if needed else np.zeros(ring.size, bool)
     )

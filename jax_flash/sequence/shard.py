@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ..operands import DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
+from ..operands import BACKWARD, DROPOUT_BATCH, DROPOUT_ROW, FORWARD, OPTIONAL, Pass
 from ..spec import UNLIMITED, AttentionSpec, Ring
 from .schedule import Chunk, Range, Visit, Work, chunks, visits
 
+COPIED = 16 << 20  # elements from which on copies are faster than one concatenation
+
 Operands = dict[str, Array]
+Block = dict[tuple[str, ...], Array]  # the keys at a distance: arrays that travelled as one, by their names
 Call = Callable[[Pass, AttentionSpec, Operands], Sequence[Array]]
 
 
@@ -47,49 +50,86 @@ class Shard:
 
     @cached_property
     def visits(self) -> list[Visit]:
-        return visits(self.spec, self.ring, self.queries, self.keys, self._shifts())
+        """The visits in order. A backward keeps all but one of the calls on its own keys for the end."""
+        splits = self.pass_ is FORWARD or self.pass_ is BACKWARD
+        found = visits(self.spec, self.ring, self.queries, self.keys, self._shifts(), halves=splits)
+        own = found[0]
+        if self.pass_ is not BACKWARD or len(found) == 1 or len(own.work) == 1:
+            return found
+        return [replace(own, work=own.work[:1]), *found[1:], replace(own, work=own.work[1:])]
 
     @property
-    def block(self) -> Operands:
+    def in_order(self) -> bool:
+        """Whether keys that arrive wait for the first call, which takes longer than they do; else XLA may take those
+        of a neighbour first, which it sends results back to."""
+        return len(self.visits[0].work) > 1 or self.visits[-1].distance == 0
+
+    @property
+    def block(self) -> Block:
         """This device's own keys, with all that there is one of for each key."""
-        return {name: x for name, x in self.operands.items() if "sk" in self.spec.dims[name]}
+        return {(name,): x for name, x in self.operands.items() if "sk" in self.spec.dims[name]}
 
     # --- transfers -----------------------------------------------------------------------------------------------
 
-    def fetch(self, block: Operands, visit: Visit) -> Operands:
-        """The keys of a visit, from the devices that own them; zeros where this device sees none."""
+    def halves(self, block: Block) -> tuple[Block, Block]:
+        """This device's keys, and their values."""
+        values: Block = {names: x for names, x in block.items() if names == ("value",)}
+        return {names: x for names, x in block.items() if names not in values}, values
+
+    def fetch(self, block: Block, visit: Visit) -> Block:
+        """This device's own keys for those that visit them, and those that it visits from their owners; zeros where it
+        sees none."""
+        if visit.distance == 0:
+            return block
         return self.send(
-            {n: lax.slice_in_dim(x, visit.start, visit.start + visit.size, axis=1) for n, x in block.items()},
+            {
+                name: lax.slice_in_dim(x, visit.start, visit.start + visit.size, axis=1)
+                for (name,), x in block.items()
+            },
             visit.route,
         )
 
-    def send(self, arrays: Operands, route: Sequence[tuple[int, int]]) -> Operands:
+    def send(self, arrays: Operands, route: Sequence[tuple[int, int]]) -> Block:
         """Arrays of one dtype travel as one: XLA has one transfer under way at a time, and a call hides only one.
 
-        They are joined along the head dim, or along a new one, so that heads may lie on automatic mesh axes.
+        Those of one shape are joined along a new dimension, others along the head dim, so that heads may lie on
+        automatic mesh axes.
         """
-        arrived: Operands = {}
+        arrived: Block = {}
         for dtype in dict.fromkeys(x.dtype for x in arrays.values()):
-            names = [name for name, x in arrays.items() if x.dtype == dtype]
-            joined = [arrays[name] for name in names]
-            equal = len({x.shape for x in joined}) == 1
-            packed = lax.ppermute(
-                jnp.stack(joined) if equal else jnp.concatenate(joined, -1), self.ring.axes, route
-            )
-            ends = list(accumulate(x.shape[-1] for x in joined))
-            arrived |= zip(names, packed if equal else jnp.split(packed, ends[:-1], -1))
+            names = tuple(name for name, x in arrays.items() if x.dtype == dtype)
+            several = [arrays[name] for name in names]
+            equal = len({x.shape for x in several}) == 1
+            joined = _stacked(several) if equal else jnp.concatenate(several, -1)
+            arrived[names] = lax.ppermute(joined, self.ring.axes, route)
         return arrived
+
+    def take(self, block: Block, part: Range | None = None, begin: int = 0) -> Operands:
+        """The arrays of a block, or of a part of the keys, which it has from `begin` on.
+
+        A call reads them where they lie in what has arrived, as long as only slices, and then a reshape, come between.
+        """
+        found: Operands = {}
+        for names, joined in block.items():
+            dims = len(self.spec.dims[names[0]])
+            stacked = joined.ndim > dims
+            if part is not None:
+                joined = self._slice(joined, joined.ndim - dims + 1, part, begin)
+            if stacked:
+                for i, name in enumerate(names):
+                    found[name] = lax.reshape(lax.slice_in_dim(joined, i, i + 1), joined.shape[1:])
+            else:
+                ends = list(accumulate(self.operands[name].shape[-1] for name in names))
+                found |= zip(names, jnp.split(joined, ends[:-1], -1) if len(names) > 1 else [joined])
+        return found
 
     # --- one part ------------------------------------------------------------------------------------------------
 
-    def compute(self, call: Call, visit: Visit, work: Work, block: Operands) -> list[Array]:
+    def compute(self, call: Call, visit: Visit, work: Work, block: Block) -> list[Array]:
         """The pass's results on a part of the queries and of the keys that the visit brought."""
         queries, keys = work.queries, work.keys
         row, column = self.row(work), self.column(visit, work)
-        made = {
-            name: self._slice(x, 1, keys, self.keys, visit.start) if name in self.block else x
-            for name, x in block.items()
-        }
+        made = self.take(block, keys, visit.start)
         for name, x in self.operands.items():
             if name == "dropout":
                 made[name] = x.at[DROPOUT_ROW:].add(jnp.stack([row, column]).astype(jnp.uint32))
@@ -98,11 +138,11 @@ class Shard:
             elif name == "kv_lengths":
                 made[name] = jnp.clip(x - column, 0, keys.size)
             elif name == "sinks":
-                if self.pass_ is FORWARD and visit.distance == 0 and queries.chunk == keys.chunk:
+                if self.pass_ is FORWARD and work.first:
                     made[name] = x  # each row sums over its sink once
-            elif name not in block:
+            elif name not in made:
                 axis = self._rows(name)
-                made[name] = x if axis is None else self._slice(x, axis, queries, self.queries)
+                made[name] = x if axis is None else self._slice(x, axis, queries)
                 if self.has_columns(name):
                     made[name] = lax.dynamic_slice_in_dim(made[name], column, keys.size, -1)
         spec = replace(self.spec, ring=None, align="top_left")
@@ -120,15 +160,21 @@ class Shard:
 
     def row(self, work: Work) -> Array:
         """The position of a call's first query in the sequence."""
-        own = zip(work.queries.chunk, range(self.ring.size))
-        return self.entry([self.queries[c].position(i) + work.queries.start for c, i in own])
+        return self._position(work.queries, 0)
 
     def column(self, visit: Visit, work: Work) -> Array:
         """The position of a call's first key in the sequence."""
-        owners = ((i - visit.distance) % self.ring.size for i in range(self.ring.size))
-        return self.entry(
-            [self.keys[c].position(i) + work.keys.start for c, i in zip(work.keys.chunk, owners)]
-        )
+        return self._position(work.keys, visit.distance)
+
+    def _position(self, part: Range, distance: int) -> Array:
+        """Where a part begins of what the device at this distance owns."""
+        n = self.ring.size
+        if len(set(part.chunks)) == 1:
+            owner = lax.rem(self.device + (n - distance), n) if distance else self.device
+            position: Array = part.chunks[0].position(owner) + part.start
+            return position
+        starts = [chunk.position((i - distance) % n) + part.start for i, chunk in enumerate(part.chunks)]
+        return self.entry(starts)
 
     def has_columns(self, name: str) -> bool:
         """Whether a mask or bias has a column for each key of the whole sequence, so that parts take some of them."""
@@ -139,7 +185,7 @@ class Shard:
         bias = self.operands["bias"]
         if total is None:
             total = jnp.zeros(bias.shape, dbias.dtype)
-        starts = [self.queries[c].offset + work.queries.start for c in work.queries.chunk]
+        starts = work.queries.starts()
         row = self.entry(starts if bias.shape[2] != 1 else [0] * self.ring.size)
         start = (0, 0, row, self.column(visit, work))
         added = lax.dynamic_slice(total, start, dbias.shape) + dbias
@@ -150,9 +196,9 @@ class Shard:
         mine: Array = lax.dynamic_index_in_dim(jnp.asarray(table, jnp.int32), self.device, keepdims=False)
         return mine
 
-    def _slice(self, x: Array, axis: int, part: Range, whole: Sequence[Chunk], begin: int = 0) -> Array:
+    def _slice(self, x: Array, axis: int, part: Range, begin: int = 0) -> Array:
         """A part of an array along the tokens of a shard, of which it has those from `begin` on."""
-        starts = [whole[c].offset + part.start - begin for c in part.chunk]
+        starts = part.starts(begin)
         if len(set(starts)) == 1:
             return lax.slice_in_dim(x, starts[0], starts[0] + part.size, axis=axis)
         return lax.dynamic_slice_in_dim(x, self.entry(starts), part.size, axis)
@@ -211,3 +257,14 @@ class Shard:
             for name, size in zip(("q_lengths", "kv_lengths"), self._sizes)
         )
         return nk - nq
+
+
+def _stacked(arrays: Sequence[Array]) -> Array:
+    """Arrays of one shape along a new leading dimension. XLA on GPUs concatenates at a third of the rate of a copy, but
+    begins each copy later."""
+    if len(arrays) == 1 or arrays[0].size < COPIED:
+        return jnp.stack(arrays)
+    stacked: Array = lax.empty((len(arrays), *arrays[0].shape), arrays[0].dtype)
+    for i, x in enumerate(arrays):
+        stacked = lax.dynamic_update_index_in_dim(stacked, x, i, 0)
+    return stacked

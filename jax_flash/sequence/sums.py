@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -47,47 +48,59 @@ GRADIENTS = Kind((1,), (0.0,), _sum)  # dquery
 PAIRS = Kind((1, 1), (0.0, 0.0), _sum)  # dkey and dvalue
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a call gave for the tokens from `start` on; where `here` is given, only on devices where it is true."""
+
+    start: int
+    arrays: Arrays
+    here: Array | None = None
+
+
 @dataclass
 class Total:
-    """The parts of `size` tokens so far, each with its first token."""
+    """The parts of `size` tokens so far."""
 
     kind: Kind
     size: int
-    parts: list[tuple[int, Arrays]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
 
     def add(self, start: int, arrays: Arrays, here: Array | None = None) -> None:
-        """One more part; where `here` is given, only on devices where it is true."""
-        if here is not None:
-            arrays = tuple(jnp.where(here, x, fill) for x, fill in zip(arrays, self.kind.fills, strict=True))
-        self.parts.append((start, arrays))
+        self.parts.append(Part(start, arrays, here))
+
+    def before(self, arrays: Any) -> Any:
+        """The same arrays, for what XLA may begin only when the parts so far are there."""
+        arrays, parts = lax.optimization_barrier((arrays, [part.arrays for part in self.parts]))
+        self.parts = [replace(part, arrays=x) for part, x in zip(self.parts, parts, strict=True)]
+        return arrays
 
     def settle(self) -> None:
         """Joins all parts, in float32."""
         if len(self.parts) > 1:
-            self.parts = [(0, self.kind.join([self._padded(*part) for part in self.parts]))]
+            self.parts = [Part(0, self.kind.join([self._padded(part) for part in self.parts]))]
 
     def result(self) -> Arrays:
         """All parts joined; the caller rounds."""
-        some = [part for part in self.parts if not self._is_whole(part[1])]
-        if len(self.parts) - len(some) == 1 and len({(start, self._rows(x)) for start, x in some}) == 1:
-            return self._within(next(x for _, x in self.parts if self._is_whole(x)), some)
+        some = [part for part in self.parts if not self._is_whole(part)]
+        if len(self.parts) - len(some) == 1 and len({(x.start, self._rows(x)) for x in some}) == 1:
+            return self._within(next(x for x in self.parts if self._is_whole(x)).arrays, some)
         self.settle()
-        return self._padded(*self.parts[0])
+        return self._padded(self.parts[0])
 
-    def _within(self, whole: Arrays, some: list[tuple[int, Arrays]]) -> Arrays:
+    def _within(self, whole: Arrays, some: list[Part]) -> Arrays:
         """The join of a whole part with others of some rows: all other rows stay as they are.
 
-        They are concatenated, not updated in place: XLA on GPUs (jax 0.11) pulls an update of a call's result into one
-        fusion with the call, though the update needs the call's lse, and fails with "a cycle is detected".
+        They are concatenated, not updated in place: XLA on GPUs (jax 0.11) updates one element per thread, which takes
+        longer than to copy all.
         """
-        start, first = some[0]
-        stop = start + self._rows(first)
+        start = some[0].start
+        stop = start + self._rows(some[0])
 
         def rows(x: Array, axis: int, begin: int, end: int) -> Array:
             return lax.slice_in_dim(x, begin, end, axis=axis)
 
         here = tuple(rows(x, axis, start, stop) for x, axis in zip(whole, self.kind.axes))
-        joined = self.kind.join([here, *(arrays for _, arrays in some)])
+        joined = self.kind.join([here, *map(self._here, some)])
         return tuple(
             lax.concatenate(
                 [rows(x, axis, 0, start), y.astype(x.dtype), rows(x, axis, stop, self.size)], axis
@@ -95,20 +108,28 @@ class Total:
             for x, y, axis in zip(whole, joined, self.kind.axes, strict=True)
         )
 
-    def _padded(self, start: int, arrays: Arrays) -> Arrays:
+    def _here(self, part: Part) -> Arrays:
+        """A part's arrays, or nothing on devices where it is not."""
+        if part.here is None:
+            return part.arrays
+        pairs = zip(part.arrays, self.kind.fills, strict=True)
+        return tuple(jnp.where(part.here, x, fill) for x, fill in pairs)
+
+    def _padded(self, part: Part) -> Arrays:
         """A part with all tokens."""
-        if self._is_whole(arrays):
-            return arrays
-        after = self.size - start - self._rows(arrays)
+        before, after = part.start, self.size - part.start - self._rows(part)
 
         def pad(x: Array, fill: float, axis: int) -> Array:
-            config = [(start, after, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+            config = [(before, after, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
             return lax.pad(x, jnp.asarray(fill, x.dtype), config)
 
+        arrays = self._here(part)
+        if self._is_whole(part):
+            return arrays
         return tuple(pad(*each) for each in zip(arrays, self.kind.fills, self.kind.axes, strict=True))
 
-    def _rows(self, arrays: Arrays) -> int:
-        return arrays[0].shape[self.kind.axes[0]]
+    def _rows(self, part: Part) -> int:
+        return part.arrays[0].shape[self.kind.axes[0]]
 
-    def _is_whole(self, arrays: Arrays) -> bool:
-        return self._rows(arrays) == self.size
+    def _is_whole(self, part: Part) -> bool:
+        return self._rows(part) == self.size
