@@ -11,7 +11,6 @@
 
 #include "cuda/decode/hopper_latent_consumer.cuh"
 #include "cuda/decode/latent_load.cuh"
-#include "cuda/decode/latent_portable.cuh"
 #include "cuda/registry.h"
 
 namespace jax_flash {
@@ -71,16 +70,12 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   const auto run = [&]<class C>(void (*kernel)(decode::LatentCall)) {
     return decode::launch_latent<C>(kernel, p, plan, workspace, stream);
   };
-  if constexpr (R.block_m < kConsumerRows) {
-    using C = decode::LatentSm80<T, R>;
-    return run.template operator()<C>(decode::latent_sm80<C>);
-  } else if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask) {
+  if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask) {
     using C = decode::LatentSm90<T, R, true>;
     return run.template operator()<C>(decode::latent_sm90<C>);
-  } else {
-    using C = decode::LatentSm90<T, R, false>;
-    return run.template operator()<C>(decode::latent_sm90<C>);
   }
+  using C = decode::LatentSm90<T, R, false>;
+  return run.template operator()<C>(decode::latent_sm90<C>);
 }
 
 }  // namespace jax_flash

@@ -59,9 +59,14 @@ class LatentConsumer {
     const ColumnRows rows = rows_of(segment);
     if (threadIdx.x == 0 && segment.parts.count > 1)
       prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
+    Interval seen[S::kSlots];  // the keys that a row sees
     float m[S::kSlots], l[S::kSlots];
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) m[slot] = -INFINITY, l[slot] = 0;
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const int32_t row = first_row() + S::row(slot);
+      seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
+      m[slot] = -INFINITY, l[slot] = 0;
+    }
     const Interval common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
@@ -74,12 +79,6 @@ class LatentConsumer {
       set_missing(use);
       typename C::Score().apply(s, DecodeTile<S>{call, rows, segment.work, key, call.scale, first_row()});
       if (key < common.lo || key + C::kTile > common.hi) {
-        Interval seen[S::kSlots];  // the keys that a row sees
-#pragma unroll
-        for (int slot = 0; slot < S::kSlots; ++slot) {
-          const int32_t row = first_row() + S::row(slot);
-          seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
-        }
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].lo; }, BeforeLimit{});
         hide(s, key, -INFINITY, [&](int slot) { return seen[slot].hi; }, FromLimit{});
       }
