@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, over_leading
-from .operands import PASSES, Pass, like, padded_head_dim
+from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
@@ -136,8 +137,19 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     rule = jax.ffi.ffi_lowering(
         f"jax_flash_{pass_.name}", operand_output_aliases={i: i for i in range(pass_.in_place)}
     )
-    results = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
-    return results[: len(pass_.results)]
+    computed = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
+    results = computed[: len(pass_.results)]
+    return _computed_once(results) if platform == "cuda" and pass_ is FORWARD else results
+
+
+def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
+    """The results of a custom call that runs once where they are used and stored in a slice of a larger array, too.
+
+    This is what a scan over layers does with the `out` and `lse` that a remat policy saves. XLA's dynamic-slice fusion
+    for GPUs would make a second call that writes to the slice (seen in jaxlib 0.11.2); it does not look past a barrier.
+    """
+    barrier: Sequence[Any] = stablehlo.OptimizationBarrierOp(results).results
+    return barrier
 
 
 def _latent_dim(spec: Spec, d: int) -> bool:

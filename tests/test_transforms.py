@@ -363,6 +363,28 @@ def test_checkpoint_policies_decide_how_often_the_forward_runs(kernel, name):
     assert_same(jax.jit(run)(arrays), jax.jit(with_gradients(block))(arrays))
 
 
+def saved_in_a_scan(x):
+    """The gradient of a scan over two layers that saves attention's results."""
+    policy = jax.checkpoint_policies.save_only_these_names("flash_out", "flash_lse")
+    layer = jax.checkpoint(lambda x, _: (flash_attention(x, x, x) + x, None), policy=policy)
+    return jax.grad(lambda x: jax.lax.scan(layer, x, length=2)[0].sum())(x)
+
+
+def test_what_a_scan_saves_is_computed_once(kernel):
+    program = jax.jit(saved_in_a_scan).lower(jnp.ones((1, 128, 2, 64), jnp.bfloat16)).compile()
+    assert program.as_text().count('custom_call_target="jax_flash_forward"') == 1
+
+
+def test_xlas_slice_fusions_for_gpus_do_not_see_the_forward(lowers_for_cuda):
+    """On a machine without a GPU: they would call it a second time, to write to what a scan saves."""
+    traced = jax.jit(saved_in_a_scan).trace(jnp.ones((1, 128, 2, 64), jnp.bfloat16))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    call, rest = text.split(":3 = stablehlo.custom_call @jax_flash_forward")
+    call = call.split()[-1]
+    (use,) = (line for line in rest.split("func.func")[0].splitlines() if f"{call}#" in line)
+    assert f"stablehlo.optimization_barrier {call}#0, {call}#1" in use
+
+
 def test_dropout_is_the_same_when_recomputed(kernel):
     case = varlen("dropout", (5, 9), dropout_rate=0.5)
     call = attention(case, kernel)

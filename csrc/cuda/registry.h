@@ -66,6 +66,12 @@ inline const Interval* segments_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
 }
 
+inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, const void* workspace) {
+  const Interval* keys = segments_of(grid, workspace);
+  if (!keys) return {};
+  return {keys, reinterpret_cast<const int32_t*>(keys + p.leading.count() * p.batch * grid.tiles)};
+}
+
 inline GridTiles grid_tiles(const TileGrid& grid, const void* workspace) {
   return {schedule_of(grid, workspace), segments_of(grid, workspace), static_cast<int32_t>(grid.tiles)};
 }

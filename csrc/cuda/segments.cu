@@ -17,27 +17,35 @@ __device__ __forceinline__ SegmentSet from_lane(const SegmentSet& set, int apart
           __shfl_xor_sync(~0u, set.bits, apart)};
 }
 
-// The smallest interval that holds both.
-__device__ __forceinline__ Interval hull(Interval a, Interval b) {
-  return {min(a.lo, b.lo), max(a.hi, b.hi)};
-}
+// Rows of the other side: the smallest interval that holds them, and how many they are.
+struct Rows {
+  Interval hull{INT32_MAX, 0};
+  int32_t count = 0;
 
-// The hull of all threads' intervals, of which an empty one is {INT32_MAX, 0}; for thread 0.
-__device__ Interval hull_of_block(Interval x) {
-  __shared__ Interval of_warp[kWarps];
+  __device__ __forceinline__ void add(const Rows& other) {
+    hull = {min(hull.lo, other.hull.lo), max(hull.hi, other.hull.hi)};
+    count += other.count;
+  }
+};
+
+// The rows of all threads; for thread 0.
+__device__ Rows rows_of_block(Rows x) {
+  __shared__ int4 of_warp[kWarps];
   for (int apart = 1; apart < 32; apart *= 2)
-    x = hull(x, {__shfl_xor_sync(~0u, x.lo, apart), __shfl_xor_sync(~0u, x.hi, apart)});
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
+    x.add({{__shfl_xor_sync(~0u, x.hull.lo, apart), __shfl_xor_sync(~0u, x.hull.hi, apart)},
+           __shfl_xor_sync(~0u, x.count, apart)});
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = {x.hull.lo, x.hull.hi, x.count, 0};
   __syncthreads();
   if (threadIdx.x > 0) return x;
-  for (const Interval& other : of_warp) x = hull(x, other);
+  for (int i = 1; i < kWarps; ++i) x.add({{of_warp[i].x, of_warp[i].y}, of_warp[i].z});
   return x;
 }
 
-// One CTA per tile of a batch entry. to: [L, batch, tiles].
+// One CTA per tile of a batch entry. to, one_segment: [L, batch, tiles].
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
-    find_segments(const __grid_constant__ Problem p, Interval* to, int32_t tiles, int32_t block) {
+    find_segments(const __grid_constant__ Problem p, Interval* to, int32_t* one_segment, int32_t tiles,
+                  int32_t block) {
   constexpr bool kQueries = over == Over::kQueries;
   const int64_t entry = blockIdx.x / tiles, leading = entry / p.batch;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
@@ -53,21 +61,24 @@ __global__ void __launch_bounds__(kThreads)
   for (int32_t i = begin + static_cast<int32_t>(threadIdx.x % 32); i < end; i += 32) set.add(own[i]);
   for (int apart = 1; apart < 32; apart *= 2) set.add(from_lane(set, apart));
   const Interval seen = kQueries ? band.rows(begin, end) : band.queries(begin, end);
-  Interval left{INT32_MAX, 0};
+  Rows left;
 #pragma unroll 8
   for (int32_t j = seen.lo + static_cast<int32_t>(threadIdx.x); j < seen.hi; j += kThreads) {
-    if (set.may_have(others[j])) left = hull(left, {j, j + 1});
+    if (set.may_have(others[j])) left.add({{j, j + 1}, 1});
   }
-  left = hull_of_block(left);
-  if (threadIdx.x == 0) to[blockIdx.x] = left.empty() ? Interval{0, 0} : left;
+  left = rows_of_block(left);
+  if (threadIdx.x > 0) return;
+  to[blockIdx.x] = left.count == 0 ? Interval{0, 0} : left.hull;
+  one_segment[blockIdx.x] = set.lo == set.hi && left.count == left.hull.size();
 }
 
 template <Over over>
 cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
   if (grid.segments < 0) return cudaSuccess;
   const int64_t tiles = ceil_div(over == Over::kQueries ? p.q_rows : p.k_rows, grid.block);
+  const int64_t all = p.leading.count() * p.batch * tiles;
   auto* to = reinterpret_cast<Interval*>(static_cast<char*>(workspace) + grid.segments);
-  return launch(find_segments<over>, p.leading.count() * p.batch * tiles, kThreads, 0, stream, p, to,
+  return launch(find_segments<over>, all, kThreads, 0, stream, p, to, reinterpret_cast<int32_t*>(to + all),
                 static_cast<int32_t>(tiles), grid.block);
 }
 

@@ -21,4 +21,17 @@ struct MapShape {
 // one leading dimension.
 cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view, const MapShape& shape);
 
+// Pages [leading, page, row, head, column] of 16-bit elements. A box is [box_rows / 8, panels, 8, 64
+// columns]: all panels of a head's rows, as a GroupedTile has them.
+struct PageMap : CUtensorMap {
+  // Panels, and groups of 8 rows, from head to head and from page to page.
+  int32_t head_panels, head_groups, page_groups;
+};
+
+// Whether heads of `columns` columns can be loaded by such boxes: all rows of the pool, or of a head and then
+// of all pages, lie at equal distances.
+bool has_page_map(const Problem& p, const View& view, int32_t columns);
+cudaError_t make_page_map(PageMap& map, const Problem& p, const View& view, int32_t columns,
+                          int32_t box_rows);
+
 }  // namespace jax_flash

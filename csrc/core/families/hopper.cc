@@ -3,6 +3,7 @@
 
 #include "core/families/hopper_layout.h"
 #include "core/families/latent.h"
+#include "core/plan/choose.h"
 #include "core/plan/family.h"
 
 namespace jax_flash {
@@ -109,11 +110,12 @@ class Forward final : public PassTraits {
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+    add_segments(call, s.q_rows, plan.queries, workspace);
     share_tiles(blocks, unequal, row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
   }
 
  private:
@@ -138,13 +140,14 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V, which pays where a head has many keys (K of 2 MB); an odd number
-  // of tiles leaves one CTA of the last cluster idle.
+  // Multicast halves the loads of K and V, which pays where rows see many keys (K of 4 MB), and all equally
+  // many: two CTAs that take tiles of different lengths together leave more of the card idle at the end. An
+  // odd number of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.cluster == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
-    constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
-    const bool many = call.visible_keys() * row.head_dim >= kManyElements;
+    constexpr int64_t kManyElements = 1 << 21, kManyTiles = 16;
+    const bool many = !call.tiles_differ() && call.visible_keys() * row.head_dim >= kManyElements;
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
   }
@@ -152,22 +155,27 @@ class Forward final : public PassTraits {
 
 // dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
 // repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask that cannot be copied 8 keys at a time, and any in clusters.
+// bias or a mask that cannot be copied 8 keys at a time, and in clusters one with other options.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
-    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) return false;
+    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) {
+      ScoreKind score;
+      if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
+        return false;
+    }
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
   }
 
-  int64_t shared_bytes(const KernelRow& row, const Call&) const override {
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     if (row.cluster == 1)
       return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    if (call.spec.has(Operand::kBias) || call.spec.has(Operand::kMask)) return hopper::kMaxSharedBytes;
     const auto has =
-        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, 0);
     return hopper::backward_cluster_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n,
                                                  row.stages, has);
   }

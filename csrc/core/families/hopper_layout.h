@@ -56,7 +56,7 @@ constexpr int32_t bias_gradient_stages(int32_t width, int32_t block_m, int32_t b
 
 // The backward in 2-CTA clusters: a CTA has K and V of half of the tile's keys, half of the columns of the
 // other keys' K, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps its
-// part of dQ in float32.
+// part of dQ in float32. `score_bytes` hold bias and mask of its keys.
 struct BackwardClusterStages {
   int32_t dout_halves, ds;
   bool dq;
@@ -72,13 +72,23 @@ constexpr int64_t backward_cluster_shared_bytes(int32_t head_dim, int32_t value_
          kStateBytes;
 }
 
-// Two of each, or, where there is no room for that, one and a half of dO and none of dQ.
+// Room for bias and mask.
+constexpr int64_t backward_cluster_score_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m,
+                                               int32_t block_n, int32_t stages, BackwardClusterStages has) {
+  return kMaxSharedBytes - backward_cluster_shared_bytes(head_dim, value_dim, block_m, block_n, stages, has);
+}
+
+// Two of each. Where there is no room for that and `score_bytes`, dQ is not staged, then there are one and a
+// half of dO, then one of dS.
 constexpr BackwardClusterStages backward_cluster_stages(int32_t head_dim, int32_t value_dim, int32_t block_m,
-                                                        int32_t block_n, int32_t stages) {
-  constexpr BackwardClusterStages kAll{4, 2, true}, kFew{3, 2, false};
-  const bool fits =
-      backward_cluster_shared_bytes(head_dim, value_dim, block_m, block_n, stages, kAll) <= kMaxSharedBytes;
-  return fits ? kAll : kFew;
+                                                        int32_t block_n, int32_t stages,
+                                                        int64_t score_bytes) {
+  constexpr BackwardClusterStages kFewest{3, 1, false};
+  for (const BackwardClusterStages has : {BackwardClusterStages{4, 2, true}, {4, 2, false}, {3, 2, false}}) {
+    if (backward_cluster_score_bytes(head_dim, value_dim, block_m, block_n, stages, has) >= score_bytes)
+      return has;
+  }
+  return kFewest;
 }
 
 }  // namespace jax_flash::hopper

@@ -88,6 +88,13 @@ struct GridTiles {
   int32_t count;             // of one head
 };
 
+// What segments leave to each query tile of a batch entry: its keys, and whether they and its rows are of one
+// segment; null where there are no segments.
+struct TileSegments {
+  const Interval* keys = nullptr;
+  const int32_t* one_segment = nullptr;
+};
+
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace
 inline constexpr int64_t kSmallestTile = 16;         // rows, in csrc/kernels.def: bounds the number of tiles
 

@@ -41,9 +41,9 @@ inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
 }
 
-// An interval for each tile of each batch entry.
+// For each tile of each batch entry an interval, and whether it and the tile are of one segment.
 inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles) {
-  return leading * batch * tiles * int64_t{sizeof(Interval)};
+  return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
 }
 
 // What segments leave to the tiles of so many rows, whatever the row of csrc/kernels.def.

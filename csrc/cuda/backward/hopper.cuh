@@ -192,7 +192,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
     typename C::Maps maps;
-    maps.sums = sums;
+    if constexpr (C::kCluster == 1) maps.sums = sums;
     cudaError_t e = cudaSuccess;
     if constexpr (C::kCluster > 1) {
       e = make_cluster_maps<C>(maps, p, accumulator);

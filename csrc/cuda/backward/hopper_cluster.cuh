@@ -8,7 +8,7 @@
 //   warp 0, a thread: scheduler      1: Sᵀ = K Qᵀ, Pᵀ = exp(Sᵀ − lse)    2: dK += dSᵀ Q of step i − 1
 //   warp 1, a thread: K, Q by TMA       Pᵀ to shared memory ── p_pipe ──►   dPᵀ = V dOᵀ
 //   warp 2: statistics                  dV += Pᵀ dO of step i − 1           dSᵀ = Pᵀ ∘ (dPᵀ − delta)
-//     lse, delta                                                            dSᵀ to shared memory of both CTAs
+//     lse, delta, bias, mask                                                dSᵀ to shared memory of both CTAs
 //   warp 3, a thread: V, dO by TMA                                              │ ds_pipe, ds_other_pipe
 //                                    3: dQ = dS K, and accumulator += dQ  ◄─────┘
 //
@@ -29,7 +29,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/ptx/registers.cuh"
-#include "cuda/score/hopper_variants.cuh"
+#include "cuda/score/hopper_gradient.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 
@@ -45,7 +45,10 @@ struct BackwardClusterSm90 {
   static constexpr bool kOrdered = true;  // the accumulator has rows of all heads
   static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
   static constexpr int kM = M, kN = N, kStages = Stages;
-  static constexpr auto kHas = hopper::backward_cluster_stages(HeadDim, ValueDim, M, N, Stages);
+  // Bias or mask alone come in tiles; with other options there are no registers for that.
+  static constexpr ScoreKind kTilesOf = Kind == ScoreKind::kGeneralDropout ? ScoreKind::kPlain : Kind;
+  static constexpr auto kHas = hopper::backward_cluster_stages(
+      HeadDim, ValueDim, M, N, Stages, 2 * score_tile_bytes(kTilesOf, M, kConsumerRows));
   static constexpr int kDoStages = kHas.dout_halves, kDsStages = kHas.ds;
   static constexpr bool kDqByTma = kHas.dq;
   // Columns of dQ at a time.
@@ -57,7 +60,10 @@ struct BackwardClusterSm90 {
   using DsTile = SharedTile<T, N, M>;
   using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
-  using Score = HopperScore<Kind, S>;
+  using Score = typename std::conditional_t<stages_tiles(kTilesOf), GradientScoreOf<Kind, S>,
+                                            HopperScoreOf<Kind, S>>::type;
+  using Tiles = GradientTiles<kTilesOf, T, M, kConsumerRows,
+                              hopper::backward_cluster_score_bytes(HeadDim, ValueDim, M, N, Stages, kHas)>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DKHalf = Accumulator<1, HeadDim / 16>;
   using DVHalf = Accumulator<1, ValueDim / 16>;
@@ -72,14 +78,13 @@ struct BackwardClusterSm90 {
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
     float* accumulator;
-    int32_t
-        turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles (hopper_cluster_dq.cuh)
-    QuerySums sums;  // not used
+    int32_t turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
-  static_assert(sizeof(Shared) <=
+  static_assert(sizeof(Shared) - sizeof(typename Tiles::Buffer) <=
                 hopper::backward_cluster_shared_bytes(HeadDim, ValueDim, M, N, Stages, kHas));
+  static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 
 template <class C>
@@ -116,14 +121,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
 }
 
-// Four steps make a turn. Where sequences are short one tile does, as a key tile begins a turn after the one
-// before it, and there is no time for that.
+// Query tiles of a turn, as a power of two. Where sequences are short it is one, as a key tile begins a turn
+// after the one before it, and there is no time for that.
 inline int32_t turn_shift(const Problem& p, int32_t block_m) {
-  constexpr int32_t kSteps = 2, kManyTiles = 64;  // as powers of two; of a sequence
-  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
-  int32_t shift = kSteps;
+  constexpr int64_t kManyTiles = 64;  // of a sequence
+  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;
+  int32_t shift = kTurnSteps;
   while (shift > 0 &&
-         ((p.heads / p.kv_heads) << shift > 1 << kSteps || rows < (kManyTiles * block_m) >> (kSteps - shift)))
+         (heads << shift > 1 << kTurnSteps || rows << kTurnSteps < (kManyTiles * block_m) << shift))
     --shift;
   return shift;
 }

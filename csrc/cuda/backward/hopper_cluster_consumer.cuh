@@ -30,6 +30,8 @@ struct ClusterConsumer {
   using DsTile = typename C::DsTile;
   using Fragments = typename C::Fragments;
 
+  static constexpr int consumer = 0;  // of the CTA's keys
+
   const Problem& p;
   typename C::Shared& shared;
   uint32_t tile_index = 0, step_use = 0;  // key tiles and steps so far

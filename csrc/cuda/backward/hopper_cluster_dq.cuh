@@ -10,6 +10,8 @@
 
 namespace jax_flash {
 
+inline constexpr int32_t kTurnSteps = 2;  // of a turn below, at most, as a power of two
+
 // dQ = dS K, half of the columns, of both CTAs' keys.
 template <class C>
 struct QueryGradientConsumer : ClusterConsumer<C> {
@@ -27,9 +29,10 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
 
-  // In a deterministic call key tiles add to dQ in their order, all heads of a few query tiles in one turn,
-  // since a turn takes a wait for memory and a fence. The count of the first of them says how many parts have
-  // been added: each CTA of a cluster has one by TMA, else one of each warp.
+  // In a deterministic call key tiles add to dQ in their order, a few query tiles or heads in one turn, since
+  // a turn takes a wait for memory and a fence. The count of the first of them says how many parts have been
+  // added: each CTA of a cluster has one by TMA, else one of each warp.
+  static constexpr int32_t kTurnHeads = 1 << kTurnSteps;
   static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
   uint32_t* turn = nullptr;  // the count of the turn that is over, but not passed on
 
@@ -39,15 +42,16 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
   // Whether a step is the first, the last of its turn: the walk goes backwards, with the heads at each tile.
   __device__ __forceinline__ bool begins_turn(const QueryStep& step) const {
     const bool first = turn_of(step) != (step.tile + 1) >> maps.turn_shift;
-    return step.head == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
+    return step.head % kTurnHeads == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
   }
   __device__ __forceinline__ bool ends_turn(const QueryStep& step) const {
     const bool last = turn_of(step) != (step.tile - 1) >> maps.turn_shift;
-    return step.head == uniform(tile().walk.heads) - 1 &&
-           (last || step.tile == uniform(tile().walk.tiles.lo));
+    const bool last_head = (step.head + 1) % kTurnHeads == 0 || step.head == uniform(tile().walk.heads) - 1;
+    return last_head && (last || step.tile == uniform(tile().walk.tiles.lo));
   }
   __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
-    return tile().turns + (turn_of(step) << maps.turn_shift);
+    const int32_t head = step.head / kTurnHeads * kTurnHeads;
+    return tile().turns + head * grid.query_tiles + (turn_of(step) << maps.turn_shift);
   }
   __device__ __forceinline__ void wait_turn(const QueryStep& step) const {
     if (C::kDqByTma && this->warp_row() > 0) return;

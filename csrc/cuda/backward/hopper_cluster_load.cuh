@@ -152,10 +152,13 @@ struct ClusterGradientProducer : GradientProducer<C> {
     });
   }
 
-  // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
+  // One warp: bias, mask, lse and delta. Rows that see no key get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() {
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
+          if constexpr (C::Tiles::kStaged)
+            this->load_score_tile(
+                tile, step, tile.work.tile.row + static_cast<int32_t>(ptx::cluster_rank()) * kConsumerRows);
           const uint32_t use = step.number, stage = use % C::kStages;
           const auto fetch = [&](int32_t i) {
             const bool used = tile.seen.contains(i);

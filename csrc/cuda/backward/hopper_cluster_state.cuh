@@ -20,6 +20,7 @@ struct BackwardClusterShared {
   // dSᵀ of both CTAs' keys. Pᵀ of this CTA's keys lies there before it.
   alignas(1024) uint8_t ds[kDsStages][C::DsTile::kBytes];
   alignas(1024) uint8_t dq[C::kDqByTma ? C::DqBlock::kBytes * C::kDqColumns / kAccumulatorBlock : 0];
+  [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask of this CTA's keys
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
   using Tile = KeyTileState<typename C::Element, C::kCluster, ScoreOperandsOf<C::kKind>>;
@@ -35,6 +36,7 @@ struct BackwardClusterShared {
   Pipeline<kDsStages> p_pipe;         // Pᵀ; empty when both CTAs have multiplied the dSᵀ that took its place
   Pipeline<kDsStages> ds_pipe;        // dSᵀ of this CTA's keys
   Pipeline<kDsStages> ds_other_pipe;  // of the other's
+  [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
@@ -50,6 +52,7 @@ struct BackwardClusterShared {
     p_pipe.init(C::kCluster * kConsumer, kConsumer);
     ds_pipe.init(1, kConsumer);
     ds_other_pipe.init(1);
+    score_pipe.init(kConsumer);
     ptx::fence_barriers();
   }
 };

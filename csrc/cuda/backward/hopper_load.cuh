@@ -63,7 +63,7 @@ struct GradientProducer {
       Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       tile.work = scheduler.work(reload(p), number);
       set_order(tile.walk, all, number);
-      if (tile.template prepare<C>(reload(p), grid, maps.sums)) shared.state_pipe.arrive(tile_index++);
+      if (tile.template prepare<C>(reload(p), grid, maps)) shared.state_pipe.arrive(tile_index++);
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = in_order ? scheduler.take() : scheduler.next(number);
     }
@@ -250,16 +250,19 @@ struct GradientProducer {
     if (leads) ptx::bulk_wait<0>();
   }
 
-  // One warp: bias and mask of every step.
+  // One warp: bias and mask of a step, for the keys from `key` on.
+  __device__ __forceinline__ void load_score_tile(const Tile& tile, const QueryStep& step,
+                                                  int32_t key) const {
+    if (!p.bias && !p.mask) return;
+    const ScoreOperands operands = tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
+    shared.score_pipe.wait_empty(step.number);
+    C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, key, step.number);
+  }
+
+  // One warp: those of every step.
   __device__ __forceinline__ void load_score_tiles() {
     for_steps(
-        [&](const Tile& tile, const QueryStep& step) {
-          if (!p.bias && !p.mask) return;
-          const ScoreOperands operands =
-              tile.score.template of_head<typename C::Score>(p, tile.work, step.head);
-          shared.score_pipe.wait_empty(step.number);
-          C::Tiles::load(shared, p, operands, tile.band, step.tile * C::kM, tile.work.tile.row, step.number);
-        },
+        [&](const Tile& tile, const QueryStep& step) { load_score_tile(tile, step, tile.work.tile.row); },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });
   }
 };

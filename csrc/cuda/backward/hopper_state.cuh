@@ -95,7 +95,8 @@ struct KeyTileState {
   // Finds all the rest from `work`, a part at a time, as the thread has few registers. False: the tile has no
   // rows.
   template <class C>
-  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid, const QuerySums& all_sums) {
+  __device__ __forceinline__ bool prepare(const Problem& p, const KeyGrid& grid,
+                                          const typename C::Maps& maps) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     done = 0;
@@ -127,8 +128,8 @@ struct KeyTileState {
       if (grid.turns) turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
     }
     if constexpr (!C::kOrdered) {
-      sum_tiles = all_sums.tiles;
-      sums = all_sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
+      sum_tiles = maps.sums.tiles;
+      sums = maps.sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
     }
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);

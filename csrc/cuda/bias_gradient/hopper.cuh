@@ -8,7 +8,8 @@
 //
 //   warp 0, a thread: tile numbers          sum = 0; for steps:
 //   warp 1, a thread: Q and K, dO and V       S = Q Kᵀ, dP = dO Vᵀ
-//     by TMA, kStages pairs                   P = exp(S + bias − lse), dS = P ∘ (dP − delta)
+//     by TMA, kStages pairs (of half          P = exp(S + bias − lse), dS = P ∘ (dP − delta)
+//     of the columns above d 128)
 //   warp 2: bias, once a tile; with             sum += dS
 //     other options operands, bias and      the sum is stored
 //     mask of each step
@@ -39,12 +40,13 @@ struct BiasGradientSm90 {
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // has a mask, too
   static constexpr int kM = M, kN = N, kThreads = Warps * 32;
   static constexpr int kConsumers = M / kConsumerRows, kNumbers = 2, kRowStages = 2;
+  static constexpr int kParts = HeadDim > 128 ? 2 : 1;  // of the columns
   static constexpr int kStages =
-      hopper::bias_gradient_stages(std::max(HeadDim, ValueDim), M, N, Stages, kGeneral);
-  using QTile = SharedTile<T, M, HeadDim>;
-  using KTile = SharedTile<T, N, HeadDim>;
-  using DoTile = SharedTile<T, M, ValueDim>;
-  using VTile = SharedTile<T, N, ValueDim>;
+      hopper::bias_gradient_stages(std::max(HeadDim, ValueDim) / kParts, M, N, Stages, kGeneral);
+  using QTile = SharedTile<T, M, HeadDim / kParts>;
+  using KTile = SharedTile<T, N, HeadDim / kParts>;
+  using DoTile = SharedTile<T, M, ValueDim / kParts>;
+  using VTile = SharedTile<T, N, ValueDim / kParts>;
   static constexpr int kPairBytes =
       std::max<int>(QTile::kBytes + KTile::kBytes, DoTile::kBytes + VTile::kBytes);
   using S = Accumulator<1, N / 8>;
@@ -61,7 +63,7 @@ struct BiasGradientSm90 {
     uint32_t* counter;
   };
   struct Shared {
-    alignas(1024) uint8_t pairs[kStages][kPairBytes];  // Q over K, or dO over V
+    alignas(1024) uint8_t pairs[kStages][kPairBytes];  // a part of Q over K's, or of dO over V's
     typename Tiles::Buffer score_tiles;
     QueryStatistics<M> statistics[kRowStages];
     ScoreOperands operands[kGeneral ? Tiles::kStages : 1];  // of a step, with which they come

@@ -38,6 +38,8 @@ struct BiasConsumer : BiasRole<C> {
   bool waited = false;    // for the bias of this tile
   bool partial = false;   // the band hides some of the warp's scores
   S s, dp, sum;
+  // Whether there are too few stages to load dP's operands before S is done with its own.
+  static constexpr bool kLateDp = C::kStages < 2 * C::kParts;
 
   // What a score variant is told of a step.
   struct Tile {
@@ -62,43 +64,58 @@ struct BiasConsumer : BiasRole<C> {
     return consumer * kConsumerRows + uniform(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
 
-  // Issues S = Q Kᵀ or dP = dO Vᵀ  [64, N]
-  template <class Rows, class Keys>
-  __device__ __forceinline__ void start_scores(S& to, uint32_t use) const {
+  // Issues S = Q Kᵀ or dP = dO Vᵀ  [64, N], or adds another part of their columns.
+  template <class Rows, class Keys, bool kFirst = true>
+  __device__ __forceinline__ void start_part(S& to, uint32_t use) const {
     const uint32_t pair = ptx::here(ptx::shared_address(this->shared.pairs[use % C::kStages]));
     const RowsDescriptor<Rows> a(pair + consumer * kConsumerRows * Rows::kPitch);
     const RowsDescriptor<Keys> b(pair + Rows::kBytes);
     this->shared.pair_pipe.wait_full(use);
     ptx::wgmma_fence();
-    ptx::Wgmma<T, C::kN>::template multiply<true>(to.x[0], a.at(0), b.at(0));
+    ptx::Wgmma<T, C::kN>::template multiply<kFirst>(to.x[0], a.at(0), b.at(0));
 #pragma unroll
     for (int k = 1; k < Rows::kChunks / 2; ++k)
       ptx::Wgmma<T, C::kN>::template multiply<false>(to.x[0], a.at(k), b.at(k));
     ptx::wgmma_commit();
   }
+  template <class Rows, class Keys>
+  __device__ __forceinline__ void start_scores(S& to, uint32_t use) const {
+    start_part<Rows, Keys>(to, use);
+    if constexpr (C::kParts > 1) start_part<Rows, Keys, false>(to, use + 1);
+  }
+
+  // Waits for a product, behind which kPending others are in flight.
+  template <int kPending>
+  __device__ __forceinline__ void finish_scores(S& to, uint32_t use) const {
+    const auto& pipe = this->shared.pair_pipe;
+    if constexpr (C::kParts > 1) {
+      ptx::wgmma_wait<kPending + 1>();
+      pipe.release(use++);
+    }
+    ptx::wgmma_wait<kPending>();
+    ptx::hold(to.x[0]);
+    pipe.release(use);
+  }
 
   // sum += dS
   __device__ __forceinline__ void add_step(const BiasTile& tile, const BiasStep& step) {
     const Problem& p = this->p;
-    const auto& pipe = this->shared.pair_pipe;
-    const uint32_t use = 2 * this->step_use;
+    const uint32_t use = 2 * C::kParts * this->step_use;
     const BlockWork& work = step.work;
     const int32_t row = tile.row + tile_row();
     start_scores<typename C::QTile, typename C::KTile>(s, use);
-    start_scores<typename C::DoTile, typename C::VTile>(dp, use + 1);
+    const auto start_dp = [&] { start_scores<typename C::DoTile, typename C::VTile>(dp, use + C::kParts); };
+    if constexpr (!kLateDp) start_dp();
     if (!waited) this->shared.score_pipe.wait_full(bias_use);
     waited = true;
     this->shared.row_pipe.wait_full(this->step_use);
     const StagedRows<S> rows(this->shared.statistics[this->step_use % C::kRowStages], tile_row());
     this->shared.row_pipe.release(this->step_use);
-    ptx::wgmma_wait<1>();
-    ptx::hold(s.x[0]);
-    pipe.release(use);
+    finish_scores<kLateDp ? 0 : 1>(s, use);
     const int32_t keys = work.tile.k_len - tile.column;
     const auto wait_dp = [&] {
-      ptx::wgmma_wait<0>();
-      ptx::hold(dp.x[0]);
-      pipe.release(use + 1);
+      if constexpr (kLateDp) start_dp();
+      finish_scores<0>(dp, use + C::kParts);
       if (keys < C::kN) hide(dp, 0, 0, [&](int) { return keys; }, FromLimit{});  // V may hold NaN there
     };
     if (step.fresh) {

@@ -78,19 +78,22 @@ struct BiasProducer : BiasRole<C> {
     }
   }
 
-  // Loads a tile of query rows, and below it one of keys.
+  // Loads a part of the columns of a tile of query rows, and below it that of one of keys.
   template <class Rows, class Keys>
   __device__ __forceinline__ void load_pair(uint32_t use, const CUtensorMap& rows, const View& of_rows,
                                             const CUtensorMap& keys, const View& of_keys,
-                                            const BiasTile& tile, const BlockWork& work,
-                                            int32_t kv_head) const {
+                                            const BiasTile& tile, const BlockWork& work, int32_t kv_head,
+                                            int part) const {
     const auto& pipe = this->shared.pair_pipe;
     const uint32_t full = pipe.full_barrier(use),
                    to = ptx::shared_address(this->shared.pairs[use % C::kStages]);
     pipe.wait_empty(use);
     ptx::barrier_expect(full, Rows::kBytes + Keys::kBytes);
-    load_rows<Rows>(to, 0, rows, full, coordinates_of(of_rows, work, work.head, tile.row));
-    load_rows<Keys>(to + Rows::kBytes, 0, keys, full, coordinates_of(of_keys, work, kv_head, tile.column));
+    ptx::Coordinates row = coordinates_of(of_rows, work, work.head, tile.row),
+                     key = coordinates_of(of_keys, work, kv_head, tile.column);
+    row.column = key.column = part * Rows::kColumns;
+    load_rows<Rows>(to, 0, rows, full, row);
+    load_rows<Keys>(to + Rows::kBytes, 0, keys, full, key);
   }
 
   // One thread.
@@ -98,12 +101,15 @@ struct BiasProducer : BiasRole<C> {
     const Problem& p = this->p;
     this->for_steps(
         [&](const BiasTile& tile, const BiasStep& step) {
-          const uint32_t use = 2 * this->step_use;
+          const uint32_t use = 2 * C::kParts * this->step_use;
           const int32_t kv_head = p.kv_head(step.work.head);
-          load_pair<typename C::QTile, typename C::KTile>(use, maps.query, p.query, maps.key, p.key, tile,
-                                                          step.work, kv_head);
-          load_pair<typename C::DoTile, typename C::VTile>(use + 1, maps.dout, p.dout, maps.value, p.value,
-                                                           tile, step.work, kv_head);
+          for (int part = 0; part < C::kParts; ++part)
+            load_pair<typename C::QTile, typename C::KTile>(use + part, maps.query, p.query, maps.key, p.key,
+                                                            tile, step.work, kv_head, part);
+          for (int part = 0; part < C::kParts; ++part)
+            load_pair<typename C::DoTile, typename C::VTile>(use + C::kParts + part, maps.dout, p.dout,
+                                                             maps.value, p.value, tile, step.work, kv_head,
+                                                             part);
         },
         [&](const BiasTile&) { this->shared.number_pipe.release_by_thread(this->tile_index); });
   }

@@ -13,7 +13,7 @@
 //     K, Q, K, V, K, V … by TMA  ── K, V: kStages ──►    O ← O + P V_first, o and lse are stored
 //     (pages: 3 warps)           ── Q of each       ──►  release Q, tile state
 //
-//   warp 2, where the score has an input of its own: its warp (segments; a further one trims the key range)
+//   warp 2, where the score has an input of its own: its warp (segments)
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
 // empty one. Consumers issue products in turns (ping-pong). docs/kernels/hopper-forward.md has the reasons
@@ -72,14 +72,17 @@ struct ForwardSm90 {
                                             : kAllConsumers > 2                   ? 0
                                                                                   : kN * 3 / 64;
   // Q is read from shared memory once per query tile instead of at every step: 2 % where power is the limit.
-  static constexpr bool kQueryInRegisters =
-      Kind == ScoreKind::kPlain && HeadDim == 128 && kAllConsumers <= 2 && N <= 128;
+  static constexpr bool kQueryInRegisters = (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) &&
+                                            HeadDim == 128 && kAllConsumers <= 2 && N <= 128;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
-  static constexpr int kTailKeys = Kind == ScoreKind::kPlain ? 32 : 0;
+  static constexpr int kTailKeys = Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ? 32 : 0;
   static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
   using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
-  using KTile = SharedTile<T, kN, HeadDim>;
-  using VTile = SharedTile<T, kN, ValueDim>;
+  template <int kColumns>
+  using KeyTile =
+      std::conditional_t<kGroupsRows<KeyLoader>, GroupedTile<T, kN, kColumns>, SharedTile<T, kN, kColumns>>;
+  using KTile = KeyTile<HeadDim>;
+  using VTile = KeyTile<ValueDim>;
   using S = Accumulator<1, kN / 8>;
   using O = Accumulator<1, ValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
@@ -91,13 +94,12 @@ struct ForwardSm90 {
   // The load warp starts before the scheduler has prepared what the consumers need, which saves 2,000 cycles
   // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
   // registers differently, nor with clusters, which run too long for it to show.
-  static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1 && !Input::kTrimsKeyRange;
+  static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1;
   using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Input, kCluster>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
       Input::kWarps * ptx::kWarpArrivals;
-  static constexpr uint32_t kStateArrivals = Input::kTrimsKeyRange ? ptx::kWarpArrivals : 1;
   struct Maps {
     CUtensorMap query;
     typename Loader::Maps keys;
@@ -116,25 +118,24 @@ struct ForwardSm90 {
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     forward_sm90(const __grid_constant__ Problem p, const __grid_constant__ typename C::Maps maps,
-                 const __grid_constant__ PersistentTiles tiles) {
+                 const __grid_constant__ PersistentTiles tiles,
+                 const __grid_constant__ TileSegments segments) {
   using Shared = typename C::Shared;
   const int warpgroup = warpgroup_index();
   const int thread = static_cast<int>(threadIdx.x) % kTeamProducers<C::kTeams>, warp = thread / 32;
   const int team = team_of<C::kTeams, C::kConsumers>(warpgroup);
   // In bytes, as to nvcc 13.0 the elements of an array of these are larger than sizeof.
   auto& shared = *reinterpret_cast<Shared*>(ptx::dynamic_shared_1024() + team * sizeof(Shared));
-  if (warpgroup == 0 && thread == 0) shared.init(C::kStateReleases, C::kStateArrivals);
+  if (warpgroup == 0 && thread == 0) shared.init(C::kStateReleases);
   __syncthreads();
   if constexpr (C::kCluster > 1) ptx::sync_cluster();
   if (warpgroup == 0) {
     ptx::give_registers<producer_registers(C::kAllConsumers)>();
-    if (thread == 0) SchedulerThread<C>{p, tiles, shared}.run(team);
+    if (thread == 0) SchedulerThread<C>{p, tiles, segments, shared}.run(team);
     if (1 <= warp && warp <= C::Loader::kWarps && thread % 32 < C::Loader::kLanes)
       LoadWarp<C>{p, maps, shared}.run();
     if constexpr (C::Input::kWarps > 0)
       if (warp == 1 + C::Loader::kWarps) typename C::Input::template SegmentWarp<Shared>{p, shared}.run();
-    if constexpr (C::Input::kTrimsKeyRange)
-      if (warp == 2 + C::Loader::kWarps) typename C::Input::template KeyRangeTrimmer<Shared>{p, shared}.run();
   } else if (warpgroup <= C::kAllConsumers) {
     ptx::take_registers<consumer_registers(C::kAllConsumers)>();
     Consumer<C>(p, shared, consumer_index<C::kConsumers>(warpgroup), team).run();
@@ -167,7 +168,8 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
                         heads_together(p, static_cast<uint32_t>(heads))};
   if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
   return launch_clusters(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles);
+                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
+                         tile_segments(p, grid, workspace));
 }
 
 template <class T, RowColumns R>
@@ -187,6 +189,11 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (R.is_paged()) {
+        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64) {
+          const bool exact = p.head_dim == R.head_dim && p.value_dim == R.value_dim;
+          if (exact && has_page_map(p, p.key, p.head_dim) && has_page_map(p, p.value, p.value_dim))
+            return run.template operator()<kKind, PagedRowsLoader, 1>();
+        }
         return run.template operator()<kKind, PagedLoader, 1>();
       } else {
         return run.template operator()<kKind, DenseLoader, 1>();

@@ -58,6 +58,8 @@ struct Consumer {
   const int consumer, team;               // its number in the team, the team's in the CTA
   const typename C::Shared::Tile* tile;   // the query tile
   uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
+  uint32_t without_input = 0;             // key tiles so far for which the score's input has no stage
+  bool has_input = true;                  // whether it has for those of this query tile
   Interval whole;                         // key tiles that all its rows see whole
   S s;                                    // S [64, N]
   typename C::O o;                        // O [64, dv]
@@ -74,8 +76,8 @@ struct Consumer {
   __device__ __forceinline__ int32_t row() const {
     return uniform(tile->work.tile.row) + consumer * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
   }
-  __device__ __forceinline__ ConsumerTile<Consumer> score_tile(uint32_t input_use) const {
-    return {*this, input_use};
+  __device__ __forceinline__ ConsumerTile<Consumer> score_tile(uint32_t kv_use) const {
+    return {*this, kv_use - without_input};
   }
 
   // Ping-pong scheduling: consumers issue their products in turns, so that one's softmax overlaps another's
@@ -141,15 +143,15 @@ struct Consumer {
     ptx::wgmma_commit();
   }
 
-  // S → P, of which the exponentials of some column tiles are left to finish_exponentials(). `input_use`: of
-  // the input's pipeline, for tile n.
-  template <bool kMasked, bool kScalarDropout, class Scores>
-  __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t input_use, Score& score) {
+  // S → P, of which the exponentials of some column tiles are left to finish_exponentials(). `kv_use`: of
+  // K's pipeline, for tile n.
+  template <bool kMasked, bool kScalarDropout, bool kInput, class Scores>
+  __device__ __forceinline__ void start_softmax(Scores& s, int32_t n, uint32_t kv_use, Score& score) {
     const int32_t key = n * C::kN;
-    auto of = score_tile(input_use);
+    auto of = score_tile(kv_use);
     if constexpr (Score::kPositional)
-      of.key = key;               // elsewhere the compiler sinks key into the masked branch
-    score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
+      of.key = key;  // elsewhere the compiler sinks key into the masked branch
+    if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
@@ -211,10 +213,11 @@ struct Consumer {
   }
 
   // The visible tail of the last key tile.
+  template <bool kInput>
   __device__ __forceinline__ void tail_step(int32_t n) {
     auto& tail = columns<C::kTailKeys>();
     Score score = multiply_scores<C::kTailKeys, false>(n);
-    start_softmax<true, false>(tail, n, kv_index, score);
+    start_softmax<true, false, kInput>(tail, n, kv_index, score);
     finish_exponentials(tail);
     round_weights(tail, score);
     if (n == uniform(tile->tiles.hi) - 1 && tile->last_values < C::kTailKeys) clear_values(C::kTailKeys);
@@ -222,10 +225,10 @@ struct Consumer {
   }
 
   // The first whole key tile, whose P V is left to the next step.
-  template <bool kScalarDropout>
+  template <bool kScalarDropout, bool kInput>
   __device__ __forceinline__ void first_step(int32_t n, bool after_tail) {
     Score score = multiply_scores<C::kN, kScalarDropout>(n);
-    start_softmax<true, kScalarDropout>(s, n, kv_index, score);
+    start_softmax<true, kScalarDropout, kInput>(s, n, kv_index, score);
     finish_exponentials(s);
     if (C::kTailKeys > 0 && after_tail) rescale();
     round_weights(s, score);
@@ -233,7 +236,7 @@ struct Consumer {
   }
 
   // S of tile n while O ← O + P V of tile n + 1 is multiplied.
-  template <bool kMasked, bool kScalarDropout>
+  template <bool kMasked, bool kScalarDropout, bool kInput>
   __device__ __forceinline__ void step(int32_t n) {
     const uint32_t next = kv_index + 1;
     shared.k_pipe.wait_full(next);
@@ -248,7 +251,7 @@ struct Consumer {
     ptx::wgmma_wait<1>();
     ptx::hold(s.x[0]);
     release_key(next);
-    start_softmax<kMasked, kScalarDropout>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
+    start_softmax<kMasked, kScalarDropout, kInput>(s, n, next, score);  // S ← score(S); m, α; P = 2^(S − m)
     if constexpr (C::kHoldsExponentials && C::kEarlyExponentials > 0)
       ptx::make_before(softmax.l[0] + softmax.l[1]);
     // The fragments of P are written only where no product is in flight: otherwise the compiler serialises
@@ -285,33 +288,35 @@ struct Consumer {
       shared.v_pipe.wait_full(kv_index);
       release_value(kv_index);
       if constexpr (C::Input::kStages > 0) {
-        shared.input_pipe.wait_full(kv_index);
-        shared.input_pipe.release(kv_index);
+        if (!has_input) continue;
+        shared.input_pipe.wait_full(kv_index - without_input);
+        shared.input_pipe.release(kv_index - without_input);
       }
     }
   }
 
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
   // whole, masked ones at the band's beginning.
-  template <bool kScalarDropout = false>
+  // kInput: whether the score's input has stages for them.
+  template <bool kScalarDropout = false, bool kInput = true>
   __device__ __forceinline__ void attend(const Interval& tiles) {
     whole = uniform(tile->keys[consumer].whole);
     if constexpr (C::kQueryInRegisters) load_query();
     int32_t n = tiles.hi - 1;
     bool has_tail = false;
-    if constexpr (C::kTailKeys > 0) {
+    if constexpr (C::kTailKeys > 0 && kInput == (C::Input::kStages == 0)) {
       has_tail = n > tiles.lo && uniform(tile->keys[consumer].end) - n * C::kN <= C::kTailKeys;
-      if (has_tail) tail_step(n--);
+      if (has_tail) tail_step<kInput>(n--);
     }
-    first_step<kScalarDropout>(n--, has_tail);
+    first_step<kScalarDropout, kInput>(n--, has_tail);
     if constexpr (Score::kGeneral || kScalarDropout) {  // one loop, as the code of a step is long
-      for (; n >= tiles.lo; --n) step<true, kScalarDropout>(n);
+      for (; n >= tiles.lo; --n) step<true, kScalarDropout, kInput>(n);
     } else {
       const int32_t lo = max(tiles.lo, whole.lo);
 #pragma unroll 1
       for (int32_t end = max(tiles.lo, whole.hi); n >= tiles.lo; end = tiles.lo) {
-        for (; n >= end; --n) step<true, false>(n);
-        for (; n >= lo; --n) step<false, false>(n);
+        for (; n >= end; --n) step<true, false, kInput>(n);
+        for (; n >= lo; --n) step<false, false, kInput>(n);
       }
     }
     if constexpr (!C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
@@ -358,16 +363,20 @@ struct Consumer {
       softmax = typename C::Softmax(Score::template start<typename C::Softmax>(p));
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
+      if constexpr (C::Input::kLeavesOut) has_input = !uniform(tile->one_segment);
       skip(tiles.hi - own.hi);
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);
         finish_softmax();
       } else if (Score::kDropoutInSoftmax && uniform(tile->score.dropout.odd())) {
         if constexpr (Score::kDropoutInSoftmax) attend<true>(own);
+      } else if (C::Input::kLeavesOut && !has_input) {
+        if constexpr (C::Input::kLeavesOut) attend<false, false>(own);
       } else {
         attend(own);
       }
       skip(own.lo - tiles.lo);
+      if (C::Input::kLeavesOut && !has_input) without_input += tiles.size();
       write_rows();
       shared.state_pipe.release(tile_index);
     }

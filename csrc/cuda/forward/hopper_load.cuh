@@ -58,6 +58,11 @@ struct LoadWarp {
     load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
   }
 
+  // Key tiles that are left to load when the tile scheduler takes the next query tile: few, since a tile that
+  // is taken long before it begins may end after other CTAs have none left. Three consumers work too fast for
+  // that: their next tile would not be prepared in time.
+  static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
+
   // K, Q, then K, V, K, V … V: the order in which consumers wait for them. A thread that loads nothing into a
   // stage must not wait for it either, as the stage may be filled and released twice before it looks.
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
@@ -65,7 +70,10 @@ struct LoadWarp {
     if (loads) load_key(tiles.hi - 1, kv_index);
     for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
     if (used) load_input(work, tiles.hi - 1, kv_index);
+    const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
+    if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
+      if (n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
       if (loads && n > tiles.lo) load_key(n - 1, kv_index + 1);
       if (loads) load_value(n, kv_index);
       if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
@@ -81,7 +89,6 @@ struct LoadWarp {
     for (uint32_t tile_index = 0;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
       const auto& tile = shared.tiles[tile_index % kTileStates];
-      if (leads()) shared.started_pipe.arrive(tile_index);
       load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, tile_index);
       if (tile.done) return;
       loader.release(shared.state_pipe, tile_index);

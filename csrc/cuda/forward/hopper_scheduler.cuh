@@ -16,10 +16,11 @@ struct SchedulerThread {
   using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox)>;
   const Problem& p;
   const PersistentTiles& all;
+  const TileSegments& segments;
   Shared& shared;
 
-  // Publishes the tile whose begin() is done: to everybody when all of it is; with kEarlyLoad each part as
-  // soon as it is; or to the warp that trims its key range, which then publishes it.
+  // Publishes the tile whose begin() is done: to everybody when all of it is, or with kEarlyLoad each part as
+  // soon as it is.
   __device__ __forceinline__ void publish(Tile& tile, uint32_t tile_index) const {
     if constexpr (C::kEarlyLoad) shared.state_pipe.arrive(tile_index);
     if (!tile.done) tile.template prepare<C>(reload(p));
@@ -27,8 +28,6 @@ struct SchedulerThread {
     if (!tile.done) tile.prepare_outputs(reload(p));
     if constexpr (C::kEarlyLoad) {
       shared.epilogue_pipe.arrive(tile_index);
-    } else if constexpr (C::Input::kTrimsKeyRange) {
-      shared.input_pipe.scheduled.arrive(tile_index);
     } else {
       shared.state_pipe.arrive(tile_index);
     }
@@ -42,9 +41,9 @@ struct SchedulerThread {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kTileStates];
       tile.work = scheduler.work(reload(p), number);
-      if (tile.template begin<C>(reload(p))) publish(tile, tile_index++);
-      // A tile's number is taken no sooner than the load warp has started with the tile before it.
-      if (tile_index > 0) shared.started_pipe.wait_full(tile_index - 1);
+      if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
+      // A tile is taken from the counter no sooner than the load warp comes to the end of the one before.
+      if (all.counter && tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);

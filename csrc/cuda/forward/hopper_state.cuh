@@ -33,17 +33,19 @@ struct TileState {
   GlobalRows<T> out;
   LseRows lse;
   int32_t last_values;  // rows of V's last tile to read, where other tokens follow them in the operand
+  int32_t one_segment;  // only what the band leaves of `tiles` is visible, and all of it
   int32_t done;         // all query tiles are taken, and this is none
 
   // Finds what the load warp needs, from `work`. False: the tile has no rows.
   template <class C>
-  __device__ __forceinline__ bool begin(const Problem& p) {
+  __device__ __forceinline__ bool begin(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
     if (tile.row >= tile.end) return false;
     band = work.band_inline(p);
     reload_shared();
-    tiles = key_tiles<C>(tile.row, tile.used_queries());
+    tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();
+    if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
     if constexpr (C::kCluster > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
@@ -61,7 +63,7 @@ struct TileState {
     for (int i = 0; i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
-      const Interval own = key_tiles<C>(first, last);
+      const Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
       keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
       reload_shared();
       keys[i].end = band.rows(first, last).hi;
@@ -89,27 +91,31 @@ struct TileState {
     if (p.sinks) lse.sink = p.sinks.as<const float>()[offset(p.sinks)];
   }
 
-  // Restricts the tile to some of its key tiles.
-  __device__ __forceinline__ void trim(Interval some) {
-    if (some.hi < tiles.hi) last_values = INT32_MAX;
-    tiles = some;
-#pragma unroll 1
-    for (int i = 0; i < kConsumers; ++i) {
-      const Interval own = intersect(keys[i].tiles, some);
-      keys[i].tiles = own.empty() ? Interval{some.lo, some.lo} : own;
-    }
-  }
-
  private:
+  // Restricts the tile to the keys that segments leave to it. Keys of the rows' own segment alone become a
+  // sequence of their own, in which the band hides what is hidden, where the score does not ask for
+  // positions.
+  template <class C>
+  __device__ __forceinline__ void trim(const Problem& p, const TileSegments& segments) {
+    one_segment = false;
+    if (!segments.keys) return;
+    const auto tiles_of_entry = static_cast<int32_t>(ceil_div(p.q_rows, C::kM));
+    const int64_t at = (work.leading * p.batch + work.batch_row) * tiles_of_entry + work.tile.row / C::kM;
+    Interval seen = segments.keys[at];
+    if constexpr (C::kKind == ScoreKind::kSegments) {
+      if (segments.one_segment[at]) {
+        one_segment = true;
+        work.tile.k_begin += seen.lo, work.tile.k_len -= seen.lo;
+        band.shift -= seen.lo, band.k_len = seen.size();
+        seen = {0, seen.size()};
+      }
+    }
+    tiles = tiles_of(seen, C::kN);
+    reload_shared();
+  }
   // The offset of the sequence's first row. There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view) const {
     return work.leading * view.leading[0] + view.offset(work.batch_row, work.head, work.tile.q_begin);
-  }
-  // Key tiles that any of the rows [first, last) sees.
-  template <class C>
-  __device__ __forceinline__ Interval key_tiles(int32_t first, int32_t last) const {
-    const Interval seen = band.rows(first, last);
-    return seen.empty() ? Interval{0, 0} : Interval{seen.lo / C::kN, (seen.hi - 1) / C::kN + 1};
   }
 };
 
@@ -125,19 +131,19 @@ struct ForwardShared : Input::Buffer {
   Pipeline<kTileStates> state_pipe;     // tile states; full: all of it, or with kEarlyLoad begin()'s part
   Pipeline<kTileStates> consumer_pipe;  // with kEarlyLoad: full when prepare() is done
   Pipeline<kTileStates> epilogue_pipe;  // with kEarlyLoad: full when prepare_outputs() is done
-  Pipeline<1> started_pipe;             // full when the load warp has started a query tile
+  Pipeline<1> ending_pipe;              // full when the load warp comes to the end of a query tile
   Pipeline<1> q_pipe[kConsumers];
   Pipeline<kStages> k_pipe, v_pipe;
   typename Input::Pipe input_pipe;
   [[no_unique_address]] std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox> mailbox;
 
-  // `state_releases`, `state_arrivals`: the producers' at a tile state.
-  __device__ __forceinline__ void init(uint32_t state_releases, uint32_t state_arrivals) {
+  // `state_releases`: the producers' at a tile state.
+  __device__ __forceinline__ void init(uint32_t state_releases) {
     constexpr uint32_t kConsumer = kConsumerWarps * ptx::kWarpArrivals;
-    state_pipe.init(kConsumers * kConsumer + state_releases, state_arrivals);
+    state_pipe.init(kConsumers * kConsumer + state_releases);
     consumer_pipe.init(1);
     epilogue_pipe.init(1);
-    started_pipe.init(1);
+    ending_pipe.init(1);
     for (auto& pipe : q_pipe) pipe.init(kConsumer);
     k_pipe.init(kConsumers * kConsumer * kCluster);
     v_pipe.init(kConsumers * kConsumer * kCluster);

@@ -25,8 +25,7 @@ __device__ __forceinline__ void load_rows(uint32_t tile, int32_t first, const CU
                                           uint32_t barrier, ptx::Coordinates at) {
   constexpr int kColumns = Tile::kPanel * 8;
 #pragma unroll
-  for (int column = 0; column < Tile::kColumns; column += kColumns) {
-    at.column = column;
+  for (int column = 0; column < Tile::kColumns; column += kColumns, at.column += kColumns) {
     const uint32_t to = tile + Tile::panel_offset(column / 8) + first * Tile::kPitch;
     if constexpr (kCluster == 1) {
       ptx::copy_box(to, map, barrier, at);

@@ -1,8 +1,8 @@
 // The loader of keys and values in the pages of a pool, for the sm_90a kernels; see load/hopper_dense.cuh.
 //
-// A tile is loaded in boxes: rows that lie in one page and in one tile. Each lane of three warps has one box
-// of every tile, whose page it looks up a tile before it loads it, so that the block table's latency is
-// hidden.
+// A tile is loaded in boxes: rows that lie in one page and in one tile. Each lane of three warps has the
+// boxes of some rows of every tile, whose page it looks up a tile before it loads it, so that the block
+// table's latency is hidden.
 #pragma once
 
 #include <cstdint>
@@ -16,48 +16,77 @@ namespace jax_flash {
 // Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN, 16 bytes apart.
 inline constexpr int kNanRows = 160, kNanStep = 8;
 struct NanRows {
-  uint16_t x[kNanRows * kNanStep + kMaxHeadDim];
+  uint16_t x[kNanRows * kNanStep + 2 * kMaxHeadDim];
   constexpr NanRows() : x() {
     for (uint16_t& e : x) e = 0x7FFF;
   }
 };
 static __device__ const NanRows kNan{};
 
-template <class C>
-class PagedLoader;
+// The rows of a page from `slot` on, in one of its leading entry's heads.
+struct PageRows {
+  int32_t head, slot, page, leading;
+};
 
-// Whether a kernel's loader is the one of this file.
-template <template <class> class Loader>
-inline constexpr bool kInPages = false;
-template <>
-inline constexpr bool kInPages<PagedLoader> = true;
+// A box for each panel of 64 columns: serves every layout and head dim.
+struct PanelBoxes {
+  using Map = CUtensorMap;
 
-template <class C>
-class PagedLoader {
+  static cudaError_t make(Map& map, const Problem& p, const View& view, int32_t columns, int32_t rows) {
+    constexpr int kPanel = 64;
+    return make_tensor_map(map, p, view, {columns, p.kv_heads, p.page_size, p.pages, kPanel, rows});
+  }
+  template <class Tile>
+  __device__ __forceinline__ static void load(uint32_t tile, int32_t first, const Map& map, uint32_t barrier,
+                                              const PageRows& at) {
+    load_rows<Tile>(tile, first, map, barrier, {0, at.head, at.slot, at.page, at.leading});
+  }
+};
+
+// A box with all panels, into a GroupedTile: where has_page_map().
+struct WholeRowBoxes {
+  using Map = PageMap;
+
+  static cudaError_t make(Map& map, const Problem& p, const View& view, int32_t columns, int32_t rows) {
+    return make_page_map(map, p, view, columns, rows);
+  }
+  template <class Tile>
+  __device__ __forceinline__ static void load(uint32_t tile, int32_t first, const Map& map, uint32_t barrier,
+                                              const PageRows& at) {
+    const int32_t group = at.page * map.page_groups + at.head * map.head_groups + at.slot / 8;
+    ptx::copy_box(tile + first / 8 * Tile::kGroup, map, barrier,
+                  {0, 0, at.head * map.head_panels, group, at.leading});
+  }
+};
+
+template <class C, class Boxes>
+class PageLoader {
  public:
   static constexpr int kWarps = 3, kLanes = 32;
   static constexpr int kAtom = 8;  // rows of the swizzle's pattern: boxes have a multiple of them
   static_assert(C::kN / kAtom <= kWarps * kLanes && C::kN <= kNanRows);
   struct Maps {
-    CUtensorMap key, value, missing;
+    typename Boxes::Map key, value, missing;
     int32_t box;  // rows
   };
+  static_assert(C::KTile::kPanel == 8 && C::VTile::kPanel == 8);
   static cudaError_t make_maps(Maps& maps, const Problem& p) {
-    constexpr int kPanels[] = {C::KTile::kPanel * 8, C::VTile::kPanel * 8};
     maps.box = std::gcd(p.page_size, C::kN);
+    Problem missing = p;  // a page of NaN
+    missing.kv_heads = missing.pages = 1, missing.page_size = maps.box;
     View nan{};
-    nan.row = kNanStep;
+    nan.row = kNanStep, nan.batch = nan.row * maps.box;
     cudaError_t e = cudaGetSymbolAddress(&nan.data, kNan);
-    const auto make = [&](CUtensorMap& map, const View& view, const MapShape& shape) {
-      if (e == cudaSuccess) e = make_tensor_map(map, p, view, shape);
+    const auto make = [&](auto& map, const Problem& of, const View& view, int32_t columns) {
+      if (e == cudaSuccess) e = Boxes::make(map, of, view, columns, maps.box);
     };
-    make(maps.key, p.key, {p.head_dim, p.kv_heads, p.page_size, p.pages, kPanels[0], maps.box});
-    make(maps.value, p.value, {p.value_dim, p.kv_heads, p.page_size, p.pages, kPanels[1], maps.box});
-    make(maps.missing, nan, {p.head_dim, 1, maps.box, 1, kPanels[0], maps.box});
+    make(maps.key, p, p.key, p.head_dim);
+    make(maps.value, p, p.value, p.value_dim);
+    make(maps.missing, missing, nan, p.head_dim);
     return e;
   }
 
-  __device__ __forceinline__ explicit PagedLoader(const Problem& problem) : p(problem) {}
+  __device__ __forceinline__ explicit PageLoader(const Problem& problem) : p(problem) {}
 
   __device__ __forceinline__ bool begin(const Maps& maps, const BlockWork& of_tile, const Interval& tiles) {
     if (row(maps) >= C::kN) return false;
@@ -101,14 +130,15 @@ class PagedLoader {
   // page behind the pool.
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                       const CUtensorMap& map, const View& view, PageSlot slot) const {
+                                       const typename Boxes::Map& map, const View& view,
+                                       PageSlot slot) const {
     if (threadIdx.x == 32) ptx::barrier_expect(barrier, Tile::kBytes);
     if (kNanIfMissing && slot.page == kMissingPage) {
-      load_rows<Tile>(tile, row(maps), maps.missing, barrier, {});
+      Boxes::template load<Tile>(tile, row(maps), maps.missing, barrier, {});
     } else {
       const int32_t page = slot.page < 0 ? p.pages : slot.page;
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      load_rows<Tile>(tile, row(maps), map, barrier, {0, head, slot.slot, page, leading});
+      Boxes::template load<Tile>(tile, row(maps), map, barrier, {head, slot.slot, page, leading});
     }
   }
 
@@ -118,5 +148,26 @@ class PagedLoader {
   int32_t head;               // of K and V
   PageSlot value, key, next;  // boxes: of the next value tile, the last key tile, the next key tile
 };
+
+template <class C>
+struct PagedLoader : PageLoader<C, PanelBoxes> {
+  using PageLoader<C, PanelBoxes>::PageLoader;
+};
+template <class C>
+struct PagedRowsLoader : PageLoader<C, WholeRowBoxes> {
+  using PageLoader<C, WholeRowBoxes>::PageLoader;
+};
+
+// Whether a kernel's loader is one of these; whether its tiles are GroupedTile.
+template <template <class> class Loader>
+inline constexpr bool kInPages = false;
+template <>
+inline constexpr bool kInPages<PagedLoader> = true;
+template <>
+inline constexpr bool kInPages<PagedRowsLoader> = true;
+template <template <class> class Loader>
+inline constexpr bool kGroupsRows = false;
+template <>
+inline constexpr bool kGroupsRows<PagedRowsLoader> = true;
 
 }  // namespace jax_flash

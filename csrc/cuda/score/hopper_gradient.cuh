@@ -49,19 +49,27 @@ struct GradientScoreOf<ScoreKind::kGeneralDropout, S> : std::type_identity<Stage
 template <ScoreKind kKind, class S>
 using GradientScore = typename GradientScoreOf<kKind, S>::type;
 
-// Whether a kind stages tiles of bias or mask.
-constexpr bool stages_tiles(ScoreKind kind) {
-  return kind == ScoreKind::kBias || kind == ScoreKind::kMask || kind == ScoreKind::kGeneralDropout;
+// What of bias and mask a kind stages in tiles.
+constexpr bool stages_bias(ScoreKind kind) {
+  return kind == ScoreKind::kBias || kind == ScoreKind::kGeneralDropout;
+}
+constexpr bool stages_mask(ScoreKind kind) {
+  return kind == ScoreKind::kMask || kind == ScoreKind::kGeneralDropout;
+}
+constexpr bool stages_tiles(ScoreKind kind) { return stages_bias(kind) || stages_mask(kind); }
+
+// Bytes of a tile [M, N] of a 16-bit bias and of the mask.
+constexpr int score_tile_bytes(ScoreKind kind, int block_m, int block_n) {
+  return block_m * block_n * ((stages_bias(kind) ? 2 : 0) + (stages_mask(kind) ? 1 : 0));
 }
 
 // What a kind stages: tiles [M, N], as many as `bytes` hold, two at most.
 template <ScoreKind kKind, class T, int M, int N, int bytes>
 struct GradientTilesOf {
-  static constexpr bool kBias = kKind == ScoreKind::kBias || kKind == ScoreKind::kGeneralDropout,
-                        kMask = kKind == ScoreKind::kMask || kKind == ScoreKind::kGeneralDropout;
-  static constexpr int kTile = M * N * ((kBias ? static_cast<int>(sizeof(T)) : 0) + (kMask ? 1 : 0)),
-                       kStages = 2 * kTile <= bytes ? 2 : 1;
-  using type = std::conditional_t<kBias || kMask, ScoreTiles<T, M, N, kStages, kBias, kMask>, NoScoreTiles>;
+  static constexpr int kStages = 2 * score_tile_bytes(kKind, M, N) <= bytes ? 2 : 1;
+  using type =
+      std::conditional_t<stages_tiles(kKind),
+                         ScoreTiles<T, M, N, kStages, stages_bias(kKind), stages_mask(kKind)>, NoScoreTiles>;
 };
 
 template <ScoreKind kKind, class T, int M, int N, int bytes>

@@ -15,9 +15,8 @@ namespace jax_flash {
 
 // The keys' segments, and for each consumer warp whether its 16 rows have to compare them with their own.
 //
-// Two producer warps make it. KeyRangeTrimmer takes each query tile from the tile scheduler, leaves out key
-// tiles at both ends that share no segment with its rows, and only then publishes it. SegmentWarp scans the
-// segments of the key tiles that are left, ahead of the consumers.
+// A producer warp makes it, ahead of the consumers. Query tiles with keys of one segment, their own, have
+// none.
 template <int N, int kConsumers>
 struct SegmentInput {
   static constexpr int kRowBlocks = kConsumerWarps * kConsumers;
@@ -28,16 +27,12 @@ struct SegmentInput {
   };
   static constexpr int kStages = 2, kBytes = 1024;  // at most, and the end is aligned
   static constexpr int kWarps = 1;
-  static constexpr bool kLoaded = false, kTrimsKeyRange = true;
+  static constexpr bool kLoaded = false, kLeavesOut = true;
   struct Buffer {};
   struct Pipe : Pipeline<kStages> {
     Tile tiles[kStages];
-    Pipeline<kTileStates> scheduled;  // query tiles, from the tile scheduler to the trimmer
 
-    __device__ __forceinline__ void init(uint32_t releases) {
-      Pipeline<kStages>::init(releases, 32);
-      scheduled.init(1);
-    }
+    __device__ __forceinline__ void init(uint32_t releases) { Pipeline<kStages>::init(releases, 32); }
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
 
@@ -65,71 +60,6 @@ struct SegmentInput {
     }
     shared.input_pipe.release(use);
   }
-
-  // The warp that trims a query tile's key range at both ends, to the first and the last key tile that may
-  // share a segment with its rows.
-  template <class Shared>
-  struct KeyRangeTrimmer {
-    static constexpr int kLanes = 8, kAtOnce = 32 / kLanes;  // lanes for a key tile
-    const Problem& p;
-    Shared& shared;
-
-    // A bit for each lane: whether its key tile, n + lane / kLanes, may share a segment with `rows`.
-    __device__ __forceinline__ static uint32_t may_see(const int32_t* key_segments, int32_t k_len, int32_t n,
-                                                       const SegmentRange& rows) {
-      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
-      const int32_t first = (n + lane / kLanes) * N + lane % kLanes;
-      SegmentRange keys{INT32_MAX, INT32_MIN};
-#pragma unroll
-      for (int32_t j = 0; j < N; j += kLanes) {
-        const int32_t segment = key_segments[max(0, min(first + j, k_len - 1))];
-        keys.lo = min(keys.lo, segment), keys.hi = max(keys.hi, segment);
-      }
-#pragma unroll
-      for (int apart = 1; apart < kLanes; apart *= 2) {
-        keys.lo = min(keys.lo, __shfl_xor_sync(~0u, keys.lo, apart));
-        keys.hi = max(keys.hi, __shfl_xor_sync(~0u, keys.hi, apart));
-      }
-      return __ballot_sync(~0u, rows.lo <= keys.hi && keys.lo <= rows.hi);
-    }
-
-    __device__ __forceinline__ static Interval trim(const int32_t* key_segments, int32_t k_len,
-                                                    Interval tiles, const SegmentRange& rows) {
-      for (; tiles.lo < tiles.hi; tiles.lo += kAtOnce) {
-        if (const uint32_t lanes = may_see(key_segments, k_len, tiles.lo, rows)) {
-          tiles.lo += (__ffs(lanes) - 1) / kLanes;
-          break;
-        }
-      }
-      for (; tiles.lo < tiles.hi; tiles.hi -= kAtOnce) {
-        if (const uint32_t lanes = may_see(key_segments, k_len, tiles.hi - kAtOnce, rows)) {
-          tiles.hi -= __clz(lanes) / kLanes;
-          break;
-        }
-      }
-      return tiles.lo < tiles.hi ? tiles : Interval{0, 0};
-    }
-
-    __device__ __forceinline__ void run() {
-      for (uint32_t tile_index = 0;; ++tile_index) {
-        shared.input_pipe.scheduled.wait_full(tile_index);
-        auto& tile = shared.tiles[tile_index % kTileStates];
-        const bool done = tile.done;
-        if (!done && !tile.tiles.empty()) {
-          const TileWork& queries = tile.work.tile;
-          const int32_t* const key_segments =
-              p.kv_segment_ids.as<const int32_t>() + tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
-          const auto rows = SegmentRange::of<16 * kRowBlocks>(tile.score.q_segments + queries.row,
-                                                              queries.used_queries() - queries.row);
-          const Interval tiles = trim(key_segments, tile.band.k_len, tile.tiles, rows);
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) tile.trim(tiles);
-        }
-        ptx::barrier_arrive_by_warp(shared.state_pipe.full_barrier(tile_index));
-        if (done) return;
-      }
-    }
-  };
 
   // The warp that scans the keys' segments.
   template <class Shared>
@@ -173,19 +103,25 @@ struct SegmentInput {
       ++use;
     }
 
+    // The key tiles of a query tile.
+    __device__ __forceinline__ void scan(const BlockWork& work, const Band& band, const Interval& tiles) {
+      const auto segments_of = [&](const View& view) {
+        return view.as<const int32_t>() + work.offset(p, view, work.head, 0);
+      };
+      const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+      const int32_t row = work.tile.row + 16 * lane;
+      const bool used = lane < kRowBlocks && row < band.q_len;
+      const int32_t* const key_segments = segments_of(p.kv_segment_ids);
+      const SegmentRange rows = row_range(segments_of(p.q_segment_ids), row, used ? band.q_len : 0);
+      for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n) scan(key_segments, band.k_len, n, rows, used);
+    }
+
     __device__ __forceinline__ void run() {
       for (uint32_t tile_index = 0;; ++tile_index) {
         shared.state_pipe.wait_full(tile_index);
         const auto& tile = shared.tiles[tile_index % kTileStates];
         if (tile.done) return;
-        const int32_t row = tile.work.tile.row + 16 * static_cast<int32_t>(threadIdx.x % 32),
-                      q_len = tile.band.q_len;
-        const bool used = static_cast<int>(threadIdx.x % 32) < kRowBlocks && row < q_len;
-        const int32_t* const key_segments =
-            p.kv_segment_ids.as<const int32_t>() + tile.work.offset(p, p.kv_segment_ids, tile.work.head, 0);
-        const SegmentRange rows = row_range(tile.score.q_segments, row, used ? q_len : 0);
-        for (int32_t n = tile.tiles.hi - 1; n >= tile.tiles.lo; --n)
-          scan(key_segments, tile.band.k_len, n, rows, used);
+        if (!tile.one_segment) scan(tile.work, tile.band, tile.tiles);
         shared.state_pipe.release(tile_index);
       }
     }

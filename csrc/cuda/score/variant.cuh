@@ -24,12 +24,12 @@ namespace jax_flash {
 // A score input: what a variant stages in shared memory per key tile. Here nothing.
 struct NoScoreInput {
   static constexpr int kStages = 0, kBytes = 0;
-  static constexpr int kWarps = 0;               // producer warps that fill it
-  static constexpr bool kLoaded = false;         // whether the load warp does
-  static constexpr bool kTrimsKeyRange = false;  // whether one more warp leaves out key tiles
-  struct Map {};                                 // its tensor map
-  struct Buffer {};                              // its tiles
-  struct Pipe {                                  // its pipeline; init() takes the consumers' releases
+  static constexpr int kWarps = 0;           // producer warps that fill it
+  static constexpr bool kLoaded = false;     // whether the load warp does
+  static constexpr bool kLeavesOut = false;  // whether query tiles of one segment have none
+  struct Map {};                             // its tensor map
+  struct Buffer {};                          // its tiles
+  struct Pipe {                              // its pipeline; init() takes the consumers' releases
     __device__ __forceinline__ void init(int) {}
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }

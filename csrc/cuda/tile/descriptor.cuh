@@ -12,7 +12,7 @@ namespace jax_flash {
 // 62–63 hold the swizzle: 1 for 128 bytes, 2 for 64 bytes.
 template <class Tile>
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading) {
-  constexpr uint64_t kSwizzle = Tile::kPanel == 8 ? 1 : 2, kStride = 8 * Tile::kPitch / 16;
+  constexpr uint64_t kSwizzle = Tile::kPanel == 8 ? 1 : 2, kStride = Tile::kGroup / 16;
   return uint64_t{(address & 0x3FFFF) >> 4} | uint64_t{leading >> 4} << 16 | kStride << 32 | kSwizzle << 62;
 }
 
@@ -32,8 +32,8 @@ template <class Tile>
 struct ColumnsDescriptor {
   uint64_t first;
   __device__ __forceinline__ explicit ColumnsDescriptor(uint32_t tile)
-      : first(descriptor<Tile>(tile, Tile::kRows * Tile::kPitch)) {}
-  __device__ __forceinline__ uint64_t at(int k) const { return first + 16 * k * Tile::kPitch / 16; }
+      : first(descriptor<Tile>(tile, Tile::kPanelBytes)) {}
+  __device__ __forceinline__ uint64_t at(int k) const { return first + 2 * k * Tile::kGroup / 16; }
 };
 
 }  // namespace jax_flash

@@ -33,6 +33,8 @@ struct SharedTile {
   static constexpr int kPanel = kChunks % 8 == 0 ? 8 : 4;  // chunks per row within a panel
   static constexpr int kPitch = kPanel * 16;               // bytes from row to row
   static constexpr int kBytes = Rows * kChunks * 16;
+  static constexpr int kGroup = 8 * kPitch;          // bytes from 8 rows to the next 8
+  static constexpr int kPanelBytes = Rows * kPitch;  // from panel to panel
   static_assert(Rows % (Permuted ? 32 : 8) == 0 && kChunks % 4 == 0);
 
   // The tile's row that mma sees as row `index`. row_of(8n + i) = row_of(8n) + row_of(i) for i < 8.
@@ -43,7 +45,7 @@ struct SharedTile {
     if (Permuted) return kPanel == 8 ? (row & 1) | (row >> 3 & 3) << 1 : row >> 3 & 3;
     return kPanel == 8 ? row & 7 : row >> 1 & 3;
   }
-  static constexpr int panel_offset(int chunk) { return chunk / kPanel * Rows * kPitch; }
+  static constexpr int panel_offset(int chunk) { return chunk / kPanel * kPanelBytes; }
 
   // The byte offset of a chunk.
   static constexpr int offset(int row, int chunk) {
@@ -60,6 +62,22 @@ struct SharedTile {
       }
     }
     return true;
+  }
+};
+
+// A tile in which all panels of 8 rows lie together, before those of the next 8: what one TMA box of
+// [rows / 8, panels, 8, 64 columns] writes.
+template <class T, int Rows, int Columns>
+struct GroupedTile : SharedTile<T, Rows, Columns> {
+  using Base = SharedTile<T, Rows, Columns>;
+  using Base::kPanel, Base::kPitch;
+  static constexpr int kPanelBytes = 8 * kPitch, kGroup = Columns / 64 * kPanelBytes;
+  static_assert(kPanel == 8);
+
+  static constexpr int panel_offset(int chunk) { return chunk / kPanel * kPanelBytes; }
+  static constexpr int offset(int row, int chunk) {
+    return panel_offset(chunk) + row / 8 * kGroup + row % 8 * kPitch +
+           ((chunk % kPanel ^ Base::swizzle(row)) << 4);
   }
 };
 

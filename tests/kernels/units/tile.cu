@@ -241,6 +241,7 @@ void test_tiles() {
   test_offsets<SharedTile<float16, 64, 64>>("16-bit, 64 columns");
   test_offsets<SharedTile<float16, 64, 96>>("16-bit, 96 columns");
   test_offsets<SharedTile<float16, 32, 160>>("16-bit, 160 columns");
+  test_offsets<GroupedTile<float16, 64, 128>>("16-bit, 128 columns, grouped");
   test_offsets<SharedTile<float16, 64, 128, true>>("16-bit, 128 columns, permuted");
   test_offsets<SharedTile<float, 32, 96>>("float32, 96 columns");
   test_dtype<float16>("float16");
