@@ -24,6 +24,8 @@ from .measure import Calls
 
 AXIS = "sequence"
 SHARD = P(None, AXIS)
+COPY_ENGINES = "copy engines"  # instead of NCCL's kernels, whose SMs the calls lack
+OPTIONS = {COPY_ENGINES: {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}}  # --… in XLA_FLAGS
 Prepared = tuple[Callable[..., Any], tuple[Any, ...]]  # a function to compile, and its arguments
 _COLLECTIVE = re.compile(
     r"\b(all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
@@ -77,21 +79,21 @@ def compiled(jobs: dict[str, Prepared]) -> Calls:
 
 
 def compiled_or_refused(jobs: dict[str, Prepared]) -> tuple[Calls, dict[str, Any]]:
-    """The programs that compile, and the reasons of those that do not.
+    """The programs that compile, and the reasons of those that do not. What follows a comma in a name are `OPTIONS`.
 
     They are compiled side by side and run one by one, since the collectives of two programs may wait for each other.
     """
     workers = None if jax.default_backend() == "gpu" else 1
     lowered = {name: call.lower(*arguments) for name, (call, arguments) in jobs.items()}
 
-    def compile_one(program: Any) -> Any:
+    def compile_one(name: str) -> Any:
         try:
-            return program.compile()
+            return lowered[name].compile(compiler_options=OPTIONS.get(name.rpartition(", ")[2]))
         except jax.errors.JaxRuntimeError as error:
             return {"refused": peers.why(error)}
 
     with ThreadPoolExecutor(workers) as pool:
-        found = dict(zip(jobs, pool.map(compile_one, lowered.values()), strict=True))
+        found = dict(zip(jobs, pool.map(compile_one, jobs), strict=True))
     refused = {name: x for name, x in found.items() if isinstance(x, dict)}
     return {name: (x, [jobs[name][1]]) for name, x in found.items() if name not in refused}, refused
 
@@ -115,7 +117,13 @@ def sequence_jobs(case: Case, pass_: str, count: int, drawn: dict[int, Inputs]) 
         elif pass_ == "both":
             ways["jit"] = whole(case)
     jobs = {"one device": prepare(whole(case), pass_, drawn[1])}
-    return jobs | {name: prepare(attend, pass_, drawn[count]) for name, attend in ways.items()}
+    jobs |= {name: prepare(attend, pass_, drawn[count]) for name, attend in ways.items()}
+    rings = [
+        name for name in ways if name in ("zigzag", "jit") or (name == "contiguous" and "zigzag" not in ways)
+    ]
+    if jax.default_backend() == "gpu":
+        jobs |= {f"{name}, {COPY_ENGINES}": jobs[name] for name in rings}
+    return jobs
 
 
 def sharded_jobs(case: Case, pass_: str, count: int) -> dict[str, Prepared]:

@@ -11,12 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from .scaling import COPY_ENGINES, OPTIONS
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCALED = {"layers": 8, "width": 2048, "heads": 16, "head_dim": 128, "hidden": 8192, "dtype": "bfloat16"}
-HIDING, OVERLAP = (
-    "latency hiding",
-    {"xla_gpu_enable_latency_hiding_scheduler": True},
-)  # --xla_gpu_… in XLA_FLAGS
 TOKENS = 65536  # of a scaled-up step
 
 
@@ -53,8 +51,8 @@ def scaled(
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Steps and their compiled programs, by name: one on each mesh; and the FLOP of a step.
 
-    On a GPU the steps that exchange activations are compiled once more with XLA's latency hiding scheduler. As many
-    rows as devices, two at least, each one document of random bytes, so that every mesh has the same work.
+    On a GPU the step over the sequence is compiled once more, to send by copy engines. As many rows as devices, two at
+    least, each one document of random bytes, so that every mesh has the same work.
     """
     sys.path.insert(0, str(EXAMPLES))
     from settings import Settings
@@ -73,9 +71,9 @@ def scaled(
 
     trainers = {name: Trainer(s, make_mesh(s.mesh_axes)) for name, s in every.items()}
     lowered = {name: trainer.lower_step(batch) for name, trainer in trainers.items()}
-    jobs = {name: (name, {}) for name in trainers}
-    if jax.default_backend() == "gpu":
-        jobs |= {f"{name}, {HIDING}": (name, OVERLAP) for name in ("heads", "sequence") if name in trainers}
+    jobs: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in trainers}
+    if jax.default_backend() == "gpu" and "sequence" in trainers:
+        jobs[f"sequence, {COPY_ENGINES}"] = "sequence", OPTIONS[COPY_ENGINES]
     with ThreadPoolExecutor(None if jax.default_backend() == "gpu" else 1) as pool:
         compiled = pool.map(
             lambda job: lowered[job[0]].compile(compiler_options=job[1] or None), jobs.values()

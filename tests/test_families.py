@@ -44,7 +44,7 @@ def planner(tmp_path_factory):
     table = (ROOT / "csrc" / "kernels.def").read_text()
     moved, count = re.subn(r"JF_ARCH\(sm90, +hopper,", "JF_ARCH(sm90, next_hopper,", table)
     assert count == 1
-    moved = re.sub(r"JF_KERNEL\(sm90, backward.*\n", "", moved)  # the new rows take their place
+    moved = re.sub(r"JF_KERNEL\(sm90, (backward|decode), .*\n", "", moved)  # the new rows take their place
     (folder / "kernels.def").write_text(moved + NEW_ROWS + "\n")
     sources = [path for part in (".", "plan", "families") for path in sorted((CORE / part).glob("*.cc"))]
     sources += sorted((ROOT / "tests" / "kernels" / "families").glob("*.cc"))

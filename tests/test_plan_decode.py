@@ -143,6 +143,57 @@ def test_a_wave_of_blocks_or_a_few():
     assert plan(batch=1, k_rows=100)["decode"]["ranges"] == 2  # tiles of 64
 
 
+@pytest.mark.parametrize(
+    ("size", "call"),
+    [
+        (8, {"batch": 1, "k_rows": 512}),
+        (8, {"batch": 1, "k_rows": 1024}),  # 16 tiles: CTAs of 16 would have one each
+        (16, {"batch": 1, "k_rows": 4096}),
+        (16, {"batch": 1, "k_rows": 16_384, "paged": False}),
+        (4, {"batch": 4, "k_rows": 4096}),  # 128 CTAs: larger clusters would not all run at once
+        (2, {"batch": 8, "k_rows": 1024}),
+        (2, {"batch": 8, "k_rows": 65_536, "paged": False}),
+        (1, {"k_rows": 1024}),
+        (1, {"left": 127, "right": 0, "d": 64, "dv": 64, "heads": 64, "operands": operand_bits(("sinks",))}),
+        (1, {"left": 1023, "right": 0}),
+        (1, {"batch": 1024, "k_rows": 512}),
+        (1, {"batch": 128, "heads": 64, "k_rows": 4096, "paged": False}),
+        (2, {"d": 256, "dv": 256, "heads": 8, "kv_heads": 1, "paged": False}),
+    ],
+    ids=str,
+)
+def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
+    chosen = plan(**call)
+    assert (chosen["row"]["arch"], chosen["decode"]["ranges"]) == ("sm90", size)
+    assert chosen["text"].count(f"in {size}-CTA clusters") == (size > 1)
+    assert chosen["workspace"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 8, "k_rows": 4096, "paged": True},  # that many keys, of lengths that may differ
+        {"batch": 8, "k_rows": 4096, "operands": operand_bits(("kv_lengths",))},
+        {"batch": 1, "k_rows": 131_072},
+        {"batch": 24, "heads": 24, "kv_heads": 24},  # 2.2 waves
+        {"softcap": 30.0},
+        {"operands": operand_bits(("alibi_slopes",))},
+        {"paged": True, "batch_invariant": True},
+        {"paged": True, "num_splits": 2},
+        {"paged": True, "float8": True},
+        {"paged": True, "varlen": True},
+        {"dtype": "float32"},
+        {"d": 96, "dv": 96},
+        {"heads": 256},  # more rows than a tile's
+    ],
+    ids=str,
+)
+def test_other_decodes_take_equal_shares(options):
+    chosen = plan(**{"batch": 64, "k_rows": 1024, "paged": False} | options)
+    row = chosen.get("decode_row") or chosen["row"]
+    assert (row["arch"], row["pass"]) != ("sm90", "decode")
+
+
 def test_each_range_has_room_for_two_partial_results():
     """That of the sequence that began before it, and that of the one that it begins and does not end."""
     chosen = plan()

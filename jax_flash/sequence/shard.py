@@ -51,12 +51,24 @@ class Shard:
     @cached_property
     def visits(self) -> list[Visit]:
         """The visits in order. A backward keeps all but one of the calls on its own keys for the end."""
-        splits = self.pass_ is FORWARD or self.pass_ is BACKWARD
-        found = visits(self.spec, self.ring, self.queries, self.keys, self._shifts(), halves=splits)
+        found = visits(self.spec, self.ring, self.queries, self.keys, self._shifts(), halves=self._splits)
         own = found[0]
         if self.pass_ is not BACKWARD or len(found) == 1 or len(own.work) == 1:
             return found
         return [replace(own, work=own.work[:1]), *found[1:], replace(own, work=own.work[1:])]
+
+    @property
+    def _splits(self) -> bool:
+        """Whether several calls are to hide several transfers: with a band, whose tiles kernels take from a counter.
+
+        Equal tiles have a fixed order: a CTA that NCCL's kernel delays keeps its own, so that every transfer delays a
+        call.
+        """
+        return self.spec.limited and self.pass_ in (FORWARD, BACKWARD)
+
+    def in_turns(self, visit: Visit) -> bool:
+        """Whether K and V arrive under two calls of a visit, and need not be joined."""
+        return self._splits and self.pass_ is FORWARD and len(visit.work) > 1
 
     @property
     def in_order(self) -> bool:

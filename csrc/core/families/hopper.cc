@@ -1,6 +1,7 @@
 // The Hopper family (sm90): wgmma, TMA and mbarrier pipelines.
 #include <algorithm>
 
+#include "core/families/decode_clusters.h"
 #include "core/families/hopper_layout.h"
 #include "core/families/latent.h"
 #include "core/plan/choose.h"
@@ -79,9 +80,12 @@ class Forward final : public PassTraits {
   bool beats_decode(const KernelRow& row, const Call&) const override { return hopper::packs_heads(row); }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return hopper::forward_shared_bytes(
-        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages),
-        row.teams);
+    const int64_t tiles =
+        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    const int64_t output = row.takes(Loader::kDense)
+                               ? hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m)
+                               : 0;
+    return hopper::forward_shared_bytes(tiles + output, row.teams);
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
@@ -235,12 +239,39 @@ class BiasGradient final : public PassTraits {
   }
 };
 
-// Over latent pools alone; elsewhere the portable decode runs.
-class Decode final : public latent::Decode {
+class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
+};
+
+// Over latent pools, and short calls in clusters; elsewhere the portable decode runs.
+class Decode final : public PassTraits {
+ public:
+  bool serves(const KernelRow& row, const Call& call) const override {
+    return LatentDecode::is_latent(row) ? latent_.serves(row, call) : clusters::serves(row, call);
+  }
+  bool takes_every_sequence(const KernelRow& row) const override { return LatentDecode::is_latent(row); }
+
+  int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
+    return LatentDecode::is_latent(row) ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row);
+  }
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    return LatentDecode::is_latent(a) && latent_.better(a, b, call);
+  }
+  void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
+                 LaunchPlan& plan) const override {
+    if (LatentDecode::is_latent(row)) return latent_.plan_grid(row, call, workspace, plan);
+    plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
+    plan.decode.ranges = plan.cluster_size = clusters::Choice(row, call).size();
+  }
+  Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
+    return latent_.workspace_bound(spec, s);
+  }
+
+ private:
+  LatentDecode latent_;
 };
 
 }  // namespace

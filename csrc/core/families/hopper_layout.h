@@ -24,6 +24,15 @@ constexpr int64_t forward_tile_bytes(int32_t head_dim, int32_t value_dim, int32_
   return kElementBytes * (int64_t{block_m} * head_dim + int64_t{block_n} * stages * (head_dim + value_dim));
 }
 
+// Whether dense forwards of such tiles, without options that need the room, store o from shared memory, by
+// TMA: where that was measured to be faster.
+constexpr bool forward_stores_by_tma(int32_t head_dim, int32_t value_dim, int32_t block_m) {
+  return head_dim == 128 && value_dim == 128 && block_m == 2 * kConsumerRows;
+}
+constexpr int64_t forward_output_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m) {
+  return forward_stores_by_tma(head_dim, value_dim, block_m) ? kElementBytes * block_m * value_dim : 0;
+}
+
 constexpr int64_t forward_shared_bytes(int64_t tile_bytes, int32_t teams) {
   return teams * (tile_bytes + kStateBytes);
 }

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 
@@ -43,6 +44,7 @@ struct DecodeCall {
   int32_t q_rows, k_rows, head_dim, value_dim, pages, draft_rows;
   bool paged;
   bool scaled_by_page;  // float8: pages have scales of their own
+  bool evicts_first;    // from L2, which the keys exceed
   bool same_lengths;    // of all sequences, which the host knows:
   Partition partition;  // then the partition of every column,
   Divisor units;        // and the units of every sequence
@@ -62,6 +64,15 @@ inline int64_t outer_entries(const Leading& leading) {
 
 // Whether the pages of a float8 pool have scales of their own, which are score options to the kernel.
 inline bool scaled_by_page(const Problem& p) { return p.k_scale.batch != 0 || p.v_scale.batch != 0; }
+
+// Whether the keys and values that a call may see exceed L2: then they are better not kept there.
+inline bool exceeds_l2(const Problem& p) {
+  constexpr double kL2 = 64e6;  // bytes
+  const int64_t keys =
+      p.spec.left < 0 ? p.k_rows : std::min<int64_t>(p.k_rows, int64_t{p.spec.left} + p.q_rows);
+  const int64_t row = int64_t{p.kv_heads} * (p.head_dim + p.value_dim) * size_of(p.kv_dtype);
+  return static_cast<double>(keys) * static_cast<double>(p.batch) * static_cast<double>(row) > kL2;
+}
 
 // The call of outer entry `outer`. block_rows: query rows of a column.
 template <int kTile>
@@ -99,6 +110,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.page_size = Divisor(p.paged() ? p.page_size : 1);
   call.q_rows = p.q_rows, call.k_rows = p.k_rows, call.head_dim = p.head_dim, call.value_dim = p.value_dim;
   call.pages = p.paged() ? p.pages : std::numeric_limits<int32_t>::max(), call.paged = p.paged();
+  call.evicts_first = exceeds_l2(p);
   call.same_lengths = !p.q_lengths && !p.kv_lengths && !p.position && !starts && call.chunks.value == 1;
   call.bottom_right = p.spec.align == Align::kBottomRight;
   call.left = p.spec.left < 0 ? kUnbounded : p.spec.left;

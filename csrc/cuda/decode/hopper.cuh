@@ -9,6 +9,7 @@
 // warpgroup 0 overlaps with the products of warpgroup 1 only.
 #pragma once
 
+#include "cuda/decode/hopper_cluster.cuh"
 #include "cuda/decode/hopper_latent_consumer.cuh"
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/registry.h"
@@ -67,15 +68,16 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const auto run = [&]<class C>(void (*kernel)(decode::LatentCall)) {
-    return decode::launch_latent<C>(kernel, p, plan, workspace, stream);
-  };
-  if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask) {
-    using C = decode::LatentSm90<T, R, true>;
-    return run.template operator()<C>(decode::latent_sm90<C>);
+  if constexpr (R.head_dim > kMaxHeadDim) {
+    const auto run = [&]<bool kOptions>() {
+      using C = decode::LatentSm90<T, R, kOptions>;
+      return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);
+    };
+    return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
+                                                                : run.template operator()<false>();
+  } else {
+    return decode::launch_in_clusters<decode::DecodeSm90<T, R>>(p, plan, workspace, stream);
   }
-  using C = decode::LatentSm90<T, R, false>;
-  return run.template operator()<C>(decode::latent_sm90<C>);
 }
 
 }  // namespace jax_flash

@@ -8,6 +8,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/hopper_heads.cuh"
 #include "cuda/forward/hopper_state.cuh"
+#include "cuda/forward/hopper_store.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
@@ -348,6 +349,15 @@ struct Consumer {
     if constexpr (C::kPacksHeads) {
       store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),
                                 tile->work.tile.end);
+    } else if constexpr (C::kStoresByTma) {
+      shared.out_pipe.of[consumer].wait_empty(tile_index);
+      const TileWork& work = tile->work.tile;
+      if (stores_by_tma(p, work, uniform(work.row) + consumer * kConsumerRows)) {
+        stage_rows<T, typename C::OTile>(o, shared.o.of[consumer], ptx::thread_index() % 128 / 32 * 16);
+      } else {
+        store_rows_from_registers(o, tile->out, row(), work.end);
+      }
+      shared.out_pipe.of[consumer].arrive_by_warp(tile_index);
     } else {
       store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
     }

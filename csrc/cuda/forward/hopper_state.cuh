@@ -121,11 +121,12 @@ struct TileState {
 
 // A team's shared memory. Input: what the score variant stages per key tile.
 template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Input,
-          int kCluster>
+          int kCluster, class Output>
 struct ForwardShared : Input::Buffer {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
+  [[no_unique_address]] typename Output::Tiles o;
   using Tile = TileState<T, kConsumers>;
   Tile tiles[kTileStates];
   Pipeline<kTileStates> state_pipe;     // tile states; full: all of it, or with kEarlyLoad begin()'s part
@@ -135,6 +136,7 @@ struct ForwardShared : Input::Buffer {
   Pipeline<1> q_pipe[kConsumers];
   Pipeline<kStages> k_pipe, v_pipe;
   typename Input::Pipe input_pipe;
+  [[no_unique_address]] typename Output::Pipes out_pipe;
   [[no_unique_address]] std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox> mailbox;
 
   // `state_releases`: the producers' at a tile state.
@@ -148,6 +150,7 @@ struct ForwardShared : Input::Buffer {
     k_pipe.init(kConsumers * kConsumer * kCluster);
     v_pipe.init(kConsumers * kConsumer * kCluster);
     input_pipe.init(kConsumers * kConsumer);
+    out_pipe.init(kConsumer);
     mailbox.init();
     ptx::fence_barriers();
   }

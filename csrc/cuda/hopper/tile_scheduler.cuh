@@ -42,8 +42,10 @@ inline cudaError_t clear_tile_counter(PersistentTiles& tiles, const LaunchPlan& 
 // for the last tiles to be short ones.
 inline uint32_t heads_together(const Problem& p, uint32_t heads) {
   constexpr int64_t kElements = 1 << 24, kFewest = 8;
-  const int64_t fit = kElements / std::max<int64_t>(1, int64_t{p.k_rows} * (p.head_dim + p.value_dim));
-  return static_cast<uint32_t>(std::max<int64_t>(kFewest, std::min<int64_t>(fit, heads)));
+  const int64_t all = int64_t{heads} * p.k_rows * (p.head_dim + p.value_dim);
+  const int64_t groups =
+      std::max<int64_t>(1, (all + kElements / 2) / kElements);  // alike, so that none is small
+  return static_cast<uint32_t>(std::max<int64_t>(kFewest, (heads + groups - 1) / groups));
 }
 
 // The tile numbers that the first CTA of a cluster sends to the second.

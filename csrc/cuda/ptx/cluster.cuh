@@ -46,6 +46,21 @@ __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32
                : "memory");
 }
 
+// The same, of 16 and of 8 bytes.
+__device__ __forceinline__ void store_in(uint32_t shared, const float4& x, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address_in(shared, rank)),
+      "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(address_in(barrier, rank))
+      : "memory");
+}
+__device__ __forceinline__ void store_in(uint32_t shared, const float2& x, uint32_t barrier, uint32_t rank) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   address_in(shared, rank)),
+               "f"(x.x), "f"(x.y), "r"(address_in(barrier, rank))
+               : "memory");
+}
+
 // Starts the copy of bytes of this CTA's shared memory to the same place in that of CTA `rank`, whose barrier
 // counts them. Their number and the address are multiples of 16.
 __device__ __forceinline__ void copy_bytes_in(uint32_t shared, uint32_t bytes, uint32_t barrier,
@@ -65,7 +80,15 @@ __device__ __forceinline__ void sync_cluster() {
           : "memory");
 }
 
-// The same, for warps whose lanes need not have converged.
+// Its two halves, which order nothing but barriers that fence_barriers() has made visible.
+__device__ __forceinline__ void arrive_at_cluster() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// sync_cluster, for warps whose lanes need not have converged.
 __device__ __forceinline__ void sync_cluster_of_any_lanes() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"

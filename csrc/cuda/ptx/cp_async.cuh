@@ -8,6 +8,11 @@
 
 namespace jax_flash::ptx {
 
+// Which lines of L2 make room for others first.
+struct L2Policy {
+  uint64_t bits = 0;
+};
+
 #if __CUDA_ARCH__ >= 800
 
 // Copies 16 bytes. When !valid nothing is read and zeros are written.
@@ -18,6 +23,22 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
 
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+// These, or as ever.
+__device__ __forceinline__ L2Policy l2_policy(bool evict_first) {
+  L2Policy policy;
+  if (evict_first) {
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy.bits));
+  } else {
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy.bits));
+  }
+  return policy;
+}
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, L2Policy policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "l"(policy.bits)
+               : "memory");
 }
 
 // Copies 4 bytes, likewise.
@@ -41,6 +62,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
 }
 
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
+  cp_async_16(shared, global, true);
+}
+
+__device__ __forceinline__ L2Policy l2_policy(bool) { return {}; }
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, L2Policy) {
   cp_async_16(shared, global, true);
 }
 

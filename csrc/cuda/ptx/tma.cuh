@@ -71,6 +71,16 @@ __device__ __forceinline__ void reduce_add_box(const CUtensorMap& map, uint32_t 
       : "memory");
 }
 
+// Stores a box from shared memory; elements outside the tensor are left out. Part of the thread's current
+// bulk group.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t shared, const Coordinates& at) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5, %6}], "
+      "[%1];" ::"l"(&map),
+      "r"(shared), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading)
+      : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until at most `kPending` of this thread's newest bulk groups are in flight: all of their work; their

@@ -9,6 +9,9 @@ inline void cp_async_16(uint32_t shared, const void* global, bool valid) {
   emulator::copy_later(emulator::shared + shared, global, 16, valid ? 16 : 0);
 }
 inline void cp_async_16(uint32_t shared, const void* global) { cp_async_16(shared, global, true); }
+struct L2Policy {};
+inline L2Policy l2_policy(bool) { return {}; }
+inline void cp_async_16(uint32_t shared, const void* global, L2Policy) { cp_async_16(shared, global, true); }
 inline void cp_async_4(uint32_t shared, const void* global, bool valid) {
   emulator::copy_later(emulator::shared + shared, global, 4, valid ? 4 : 0);
 }

@@ -1,0 +1,104 @@
+// Decode of few and short sequences on sm_90a, whose columns are clusters of CTAs (cuda/decode/
+// hopper_cluster.cuh): the shared memory of a CTA, the same for plan and kernel, and what it serves.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/families/portable_layout.h"
+#include "core/plan/call.h"
+#include "core/plan/row.h"
+
+namespace jax_flash::clusters {
+
+inline constexpr int32_t kMostCtas = 16;  // of a cluster
+
+// Where a CTA finds what. O of its warps is merged where its tiles were.
+struct Layout {
+  int32_t warp_ring, merge_o, merge_softmax;
+  int32_t parts, softmax;  // what the n CTAs send: O [items of this CTA, n] float4; m and l [M, n]
+  int32_t barrier;         // that counts its bytes
+  int32_t bytes;
+};
+
+constexpr Layout layout(const RowShape& r, int32_t element_size) {
+  constexpr int32_t kSoftmax = 2 * int32_t{sizeof(float)};
+  Layout at{};
+  at.warp_ring = r.stages * (r.block_n / r.warps) * (r.head_dim + r.value_dim) * element_size;
+  at.merge_softmax = r.warps * at.warp_ring;
+  at.parts = at.merge_softmax + r.warps * r.block_m * kSoftmax;
+  at.softmax = at.parts + r.block_m * r.value_dim * int32_t{sizeof(float)};
+  at.barrier = at.softmax + r.block_m * kMostCtas * kSoftmax;
+  at.bytes = at.barrier + kMbarrierBytes;
+  return at;
+}
+
+inline int64_t shared_bytes(const KernelRow& row) {
+  return layout({row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, row.warps, true}, 2)
+      .bytes;
+}
+
+// A row for a call: columns are those of all sequences, a cluster each.
+class Choice {
+ public:
+  Choice(const KernelRow& row, const Call& call)
+      : call_(call),
+        columns_(call.entries() * call.shapes.kv_heads),
+        tiles_(ceil_div(std::max<int64_t>(call.visible_keys(), 1), row.block_n)),
+        wave_(int64_t{call.device.sm_count} * row.blocks) {}
+
+  // CTAs of a cluster: a power of two. All clusters run at once, of which larger ones do not fill every group
+  // of SMs; a CTA has a tile, and one of 16 two.
+  int32_t size() const {
+    int32_t ctas = 1;
+    while (ctas < kMostCtas) {
+      const int32_t larger = 2 * ctas;
+      if (columns_ * larger > (larger > 2 ? wave_ / 2 : wave_) || larger * (larger > 8 ? 2 : 1) > tiles_)
+        break;
+      ctas = larger;
+    }
+    return ctas;
+  }
+
+  // The limits were measured on one H200 (docs/experiments/decode.md). Where lengths are the device's, long
+  // sequences are left to equal shares of all keys, which do not wait for the longest.
+  bool is_faster() const {
+    constexpr int64_t kFewTiles = 8, kManyTiles = 16;  // of a CTA
+    constexpr double kFilled = 0.9;                    // of the SMs, or of the last wave
+    if (columns_ == 0 || tiles_ == 0) return false;
+    const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
+    if (tiles > kManyTiles && (ctas > 2 || !knows_lengths())) return false;
+    if (columns_ > wave_) return fills(columns_, ceil_div(columns_, wave_) * wave_, kFilled);
+    return tiles <= kFewTiles || fills(columns_ * ctas, sms, kFilled);
+  }
+
+ private:
+  static bool fills(int64_t part, int64_t whole, double least) {
+    return static_cast<double>(part) >= least * static_cast<double>(whole);
+  }
+  bool knows_lengths() const {
+    bool known = !call_.spec.paged();
+    for (Operand operand : {Operand::kQLengths, Operand::kKvLengths, Operand::kPosition})
+      known &= !call_.spec.has(operand);
+    return known;
+  }
+
+  const Call& call_;
+  int64_t columns_, tiles_, wave_;
+};
+
+// Whether a row runs a call, and better than the portable decode does.
+inline bool serves(const KernelRow& row, const Call& call) {
+  constexpr int64_t kPadding = 32;  // of a head dim
+  const AttentionSpec& spec = call.spec;
+  const Shapes& s = call.shapes;
+  for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
+    if (spec.has(operand)) return false;
+  }
+  if (spec.packed() || call.float8_pools() || spec.num_splits > 0 || spec.batch_invariant) return false;
+  if (s.head_dim + kPadding <= row.head_dim || s.value_dim + kPadding <= row.value_dim) return false;
+  const int64_t rows = call.rows_of_group(row.block_m), least = row.block_m > 8 ? row.block_m / 2 : 0;
+  return least < rows && rows <= row.block_m && Choice(row, call).is_faster();
+}
+
+}  // namespace jax_flash::clusters

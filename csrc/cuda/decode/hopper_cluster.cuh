@@ -1,0 +1,230 @@
+// Decode of few sequences on sm_90a. A column of a sequence is one cluster of n CTAs, which merge their
+// results through distributed shared memory, where the portable kernel writes them to global memory, counts
+// them and reads them again. Nothing is shared out, so the code before the first copy is short.
+//
+//   tiles rank, rank + n, … of the sequence, each warp alone, as in portable.cuh
+//   the warps' results are merged, and sent item by item to the n CTAs in turn (st.async)
+//   each CTA waits for the n parts of its items, merges them and writes o and lse
+#pragma once
+
+#include "core/families/decode_clusters.h"
+#include "cuda/decode/partition.cuh"
+#include "cuda/decode/results.cuh"
+#include "cuda/decode/ring.cuh"
+#include "cuda/decode/warp_attention.cuh"
+#include "cuda/decode/warp_merge.cuh"
+#include "cuda/launch.h"
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/shared.cuh"
+
+namespace jax_flash::decode {
+
+// A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of a CTA.
+template <class T, RowColumns R>
+struct DecodeSm90 {
+  using Element = T;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
+  static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = R.blocks;
+  static constexpr int kTile = R.block_n, kKeys = kTile / kWarps, kStages = R.stages;
+  using KTile = StoredTile<T, kKeys, kHeadDim>;
+  using VTile = StoredTile<T, kKeys, kValueDim>;
+  static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
+  using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, false>;
+  using WarpState = WarpAttention<T, T, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
+  static constexpr clusters::Layout kLayout =
+      clusters::layout({kHeadDim, kValueDim, kRows, kTile, kStages, kWarps, true}, sizeof(T));
+  static constexpr int kMergeColumns = kValueDim, kMergePitch = kMergeColumns + 4;
+  static constexpr int kSharedBytes = kLayout.bytes, kChunks = kValueDim / 4;
+  static_assert(kWarps * kRows * kMergePitch * 4 <= kWarps * kLayout.warp_ring);
+  static_assert(!WarpState::kSharedQueries && kChunks >= clusters::kMostCtas);
+};
+
+// The copies of a warp's keys of every n-th tile of a sequence.
+template <class C>
+class ClusterRing {
+ public:
+  // The first key's page, as it is where a sequence is seen from its first key on, is looked up while the
+  // lengths are.
+  __device__ __forceinline__ ClusterRing(uint8_t* shared, const DecodeCall& decode, const ColumnRows& rows,
+                                         int32_t number, int32_t rank, int32_t ctas)
+      : call(decode),
+        keys(decode),
+        memory(ptx::shared_address(shared) + warp() * C::kLayout.warp_ring),
+        step(ctas) {
+    const int32_t key = rank * C::kTile + key_in_tile(), entry = call.page_size.quotient(key);
+    int32_t page = 0;
+    if (call.paged && key < call.k_rows) {
+      const int32_t leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
+      const int32_t index = number - leading * call.batch.value;
+      page = call.block_tables.at<const int32_t>(leading, index, 0, 0)[entry];
+    }
+    work = rows.sequence(call, number);
+    keys.open(call, rows, work);
+    const Interval tiles = tiles_of(work.keys, C::kTile);
+    tile = tiles.lo + rank, end = tiles.hi;
+    if (call.paged && tiles.lo == 0 && work.keys.contains(key)) {
+      next = {page, key - entry * call.page_size.value};
+    } else {
+      find();
+    }
+  }
+
+  __device__ __forceinline__ static int32_t warp() { return static_cast<int32_t>(threadIdx.x) / 32; }
+  __device__ __forceinline__ void fill() {
+    if (tile < end) {
+      copy_rows<typename C::KTile, typename C::VTile>(memory + filled * C::kStageBytes, keys,
+                                                      keys.check(call, next));
+      tile += step;
+      if (tile < end) find();
+    }
+    if (++filled == C::kStages) filled = 0;
+    ptx::cp_async_commit();
+  }
+  // Waits for the oldest of kStages copies, and returns the address of the keys and their values.
+  __device__ __forceinline__ uint32_t wait() const {
+    ptx::cp_async_wait<C::kStages - 1>();
+    __syncwarp();
+    return memory + filled * C::kStageBytes;
+  }
+
+  SequenceWork work;
+  int32_t tile, end;  // the tile that is copied next, and the end of the tiles
+
+ private:
+  __device__ __forceinline__ static int32_t key_in_tile() {
+    return warp() * C::kKeys + static_cast<int32_t>(threadIdx.x) % C::kKeys;
+  }
+  __device__ __forceinline__ void find() {
+    next = keys.look_up(call, int64_t{tile} * C::kTile + key_in_tile());
+  }
+
+  const DecodeCall& call;
+  KeySource<typename C::Element, true> keys;
+  uint32_t memory;
+  int32_t step;
+  PageSlot next;  // of this lane's key in that tile, to be checked
+  int filled = 0;
+};
+
+// The exchange of parts between the n CTAs of a cluster, a power of two. Item i, four features of a row, is
+// merged by CTA i % n.
+template <class C>
+struct Exchange {
+  uint8_t* shared;
+  uint32_t rank, ctas;
+  int log_ctas;
+
+  __device__ __forceinline__ uint32_t address(int32_t offset) const {
+    return ptx::shared_address(shared) + offset;
+  }
+  // By all threads; before send(), wait_for_cluster().
+  __device__ __forceinline__ void start(int32_t rows) const {
+    if (threadIdx.x == 0) {
+      const uint32_t bytes = rows * (C::kChunks * 16 + ctas * 8);
+      ptx::barrier_init(address(C::kLayout.barrier), 1);
+      ptx::fence_barriers();
+      ptx::barrier_expect(address(C::kLayout.barrier), bytes);
+    }
+    __syncwarp();
+    ptx::arrive_at_cluster();
+  }
+  __device__ __forceinline__ void send(int32_t row, int32_t feature, const float4& o, Softmax softmax) const {
+    const uint32_t chunk = feature / 4, item = row * C::kChunks + chunk, to = item & (ctas - 1);
+    const uint32_t barrier = address(C::kLayout.barrier);
+    ptx::store_in(address(C::kLayout.parts) + (item - to + rank) * 16, o, barrier, to);
+    if (chunk < ctas)
+      ptx::store_in(address(C::kLayout.softmax) + ((row << log_ctas) + rank) * 8,
+                    make_float2(softmax.m, softmax.l), barrier, chunk);
+  }
+  // write(row, feature, O of four features, softmax of the row) of this CTA's items.
+  template <class Write>
+  __device__ __forceinline__ void receive(int32_t rows, Write write) const {
+    ptx::barrier_wait(address(C::kLayout.barrier), 0);
+    const auto* const parts = reinterpret_cast<const float4*>(shared + C::kLayout.parts);
+    const auto* const softmax = reinterpret_cast<const Softmax*>(shared + C::kLayout.softmax);
+    const int32_t all_parts = rows * C::kChunks;
+#pragma unroll 1
+    for (int32_t first = 0; first < all_parts; first += C::kThreads) {
+      const int32_t at = min(first + static_cast<int32_t>(threadIdx.x), all_parts - 1);
+      const uint32_t part = at & (ctas - 1), item = at - part + rank;
+      const int32_t row = item / C::kChunks, feature = item % C::kChunks * 4;
+      const Softmax own = softmax[(row << log_ctas) + part];
+      float4 o = parts[at];
+      Softmax all = own;
+      for (uint32_t step = 1; step < ctas; step *= 2) all.m = fmaxf(all.m, __shfl_xor_sync(~0u, all.m, step));
+      const float weight = merge_weight(own, all.m);
+      all.l *= weight, o.x *= weight, o.y *= weight, o.z *= weight, o.w *= weight;
+      for (uint32_t step = 1; step < ctas; step *= 2) {
+        all.l += __shfl_xor_sync(~0u, all.l, step);
+        o.x += __shfl_xor_sync(~0u, o.x, step), o.y += __shfl_xor_sync(~0u, o.y, step);
+        o.z += __shfl_xor_sync(~0u, o.z, step), o.w += __shfl_xor_sync(~0u, o.w, step);
+      }
+      if (part == 0 && first + static_cast<int32_t>(threadIdx.x) < all_parts) write(row, feature, o, all);
+    }
+  }
+};
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kBlocks)
+    decode_sm90(const __grid_constant__ DecodeCall call, int log_ctas) {
+  uint8_t* const shared = ptx::dynamic_shared();
+  const int32_t ctas = 1 << log_ctas, rank = static_cast<int32_t>(blockIdx.x) & (ctas - 1);
+  const int32_t unit = static_cast<int32_t>(blockIdx.x) >> log_ctas;
+  const int32_t number = call.columns.quotient(unit), column = unit - number * call.columns.value;
+  const ColumnRows rows = ColumnRows::of_column<C::kRows>(call, column);
+  const Exchange<C> exchange{shared, static_cast<uint32_t>(rank), static_cast<uint32_t>(ctas), log_ctas};
+  ClusterRing<C> ring(shared, call, rows, number, rank, ctas);
+  const SequenceWork& work = ring.work;
+  typename C::WarpState state;
+  int32_t tile = ring.tile;
+#pragma unroll 1  // and fill() is called in one place: a kernel's first instructions are fetched from memory
+  for (int ahead = -C::kStages;;) {
+    ring.fill();
+    if (++ahead < 0) continue;
+    if (ahead == 0) {
+      if (ctas > 1) exchange.start(rows.count());
+      state.load(call, rows, work);
+      state.begin(call, rows, work);
+    }
+    if (tile >= ring.end) break;
+    const int32_t key = tile * C::kTile + ring.warp() * C::kKeys;
+    const uint32_t k = ring.wait();
+    if (key < work.keys.hi && key + C::kKeys > work.keys.lo)
+      state.step(call, rows, work, key, k, k + C::KTile::kBytes);
+    __syncwarp();
+    tile += ctas;
+  }
+  const auto write = [&](int32_t row, int32_t feature, const float4& o, Softmax softmax) {
+    if (feature < call.value_dim && is_written(call, rows, work, row))
+      store_result<typename C::Element>(call, rows, work, row, feature, o, softmax);
+  };
+  if (ctas > 1) ptx::wait_for_cluster();
+  WarpMerge<C>(shared).run(state, rows.count(), [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
+    if (ctas == 1) return write(row, feature, o, softmax);
+    exchange.send(row, feature, o, softmax);
+  });
+  if (ctas > 1) exchange.receive(rows.count(), write);
+}
+
+template <class C>
+cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* workspace,
+                               cudaStream_t stream) {
+  const int32_t ctas = plan.cluster_size;
+  int log_ctas = 0;
+  while (1 << log_ctas < ctas) ++log_ctas;
+  if (ctas > 8) {
+    const cudaError_t e =
+        cudaFuncSetAttribute(decode_sm90<C>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (e != cudaSuccess) return e;
+  }
+  for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
+    const DecodeCall call = make_call<C::kTile>(p, plan.decode, C::kRows, outer, nullptr, workspace);
+    const int64_t blocks = int64_t{call.sequences} * plan.decode.columns * ctas;
+    const cudaError_t e = launch_clusters(decode_sm90<C>, static_cast<uint32_t>(ctas), blocks, C::kThreads,
+                                          C::kSharedBytes, stream, call, log_ctas);
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jax_flash::decode
