@@ -42,8 +42,8 @@ struct SchedulerThread {
       Tile& tile = shared.tiles[tile_index % kTileStates];
       tile.work = scheduler.work(reload(p), number);
       if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
-      // A tile is taken from the counter no sooner than the load warp comes to the end of the one before.
-      if (all.counter && tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
+      // A tile is taken no sooner than the load warp comes to the end of the one before.
+      if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = scheduler.next(number);
     }
     shared.state_pipe.wait_empty(tile_index);
