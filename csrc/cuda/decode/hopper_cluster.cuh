@@ -99,7 +99,7 @@ class ClusterRing {
   }
 
   const DecodeCall& call;
-  KeySource<typename C::Element> keys;
+  KeySource<typename C::Element, true> keys;
   uint32_t memory;
   int32_t step;
   PageSlot next;  // of this lane's key in that tile, to be checked

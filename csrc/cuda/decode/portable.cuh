@@ -34,7 +34,7 @@ struct DecodeSm80 {
       sizeof(Stored) < sizeof(T) && R.block_n / R.warps < 32 && kRows <= 16 ? 2 : 1;
   static constexpr int kTile = kRowTiles * R.block_n, kKeys = kTile / kWarps;
   static constexpr int kStages = R.stages * (sizeof(T) / sizeof(Stored)) / kRowTiles;
-  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile>;
+  using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16>;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, kOptions>;
   using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
   static constexpr RowShape kShape{kHeadDim, kValueDim, kRows, R.block_n, R.stages, kWarps, true};
@@ -165,7 +165,8 @@ cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* worksp
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if constexpr (R.head_dim > kMaxHeadDim) {
-    return decode::launch_latent<decode::LatentSm80<T, R>>(p, plan, workspace, stream);
+    using C = decode::LatentSm80<T, R>;
+    return decode::launch_latent<C>(decode::latent_sm80<C>, p, plan, workspace, stream);
   } else {
     return launch_decode<T, R>(p, plan, workspace, stream);
   }

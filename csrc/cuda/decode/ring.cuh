@@ -19,7 +19,8 @@
 namespace jax_flash::decode {
 
 // Where the keys and values of a sequence lie: in pages, or contiguously, which is treated as one long page.
-template <class Stored>
+// kPolicy: copies say what L2 may evict first, which takes two registers.
+template <class Stored, bool kPolicy>
 struct KeySource {
   GlobalPages<Stored> key, value;
   const int32_t* table;
@@ -63,8 +64,9 @@ struct KeySource {
 };
 
 // Starts the copies of the keys and values of kRows slots by one warp. `slot` is that of key lane % kRows.
-template <class KTile, class VTile, class Stored>
-__device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Stored>& from, PageSlot slot) {
+template <class KTile, class VTile, class Stored, bool kPolicy>
+__device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Stored, kPolicy>& from,
+                                          PageSlot slot) {
   constexpr int kLanes = 32, kRows = KTile::kRows;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const auto copy = [&]<class Tile>(uint32_t to, const GlobalPages<Stored>& pages, bool nan_if_missing,
@@ -74,7 +76,10 @@ __device__ __forceinline__ void copy_rows(uint32_t shared, const KeySource<Store
       const int row = (i * kLanes + lane) / Tile::kChunks, chunk = (i * kLanes + lane) % Tile::kChunks;
       const int64_t offset = __shfl_sync(~0u, own, row);
       const Stored* const source = pages.data + offset + chunk * kChunk<Stored>;
-      if (!checked) return ptx::cp_async_16(to + Tile::offset(row, chunk), source, from.policy);
+      if (!checked) {
+        if constexpr (kPolicy) return ptx::cp_async_16(to + Tile::offset(row, chunk), source, from.policy);
+        return ptx::cp_async_16(to + Tile::offset(row, chunk), source);
+      }
       const bool missing = nan_if_missing && offset == kMissingPage;
       ptx::cp_async_16(to + Tile::offset(row, chunk),
                        offset >= 0 ? static_cast<const void*>(source) : &kNanChunk,
@@ -109,7 +114,7 @@ struct Segment {
 static_assert(sizeof(Segment) <= kDecodeSegmentBytes);
 
 // kTile: keys of a tile of the whole block, of which each warp takes kKeys.
-template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile>
+template <class Stored, int HeadDim, int ValueDim, int kStageCount, int kKeyCount, int kTile, bool kPolicy>
 class WarpRing {
  public:
   static constexpr int kKeys = kKeyCount, kStages = kStageCount;
@@ -185,11 +190,11 @@ class WarpRing {
   uint32_t memory;
   int32_t number;  // of the block's range
   Segment* segments;
-  WorkIterator<kTile> ahead;  // at the tile that is copied next
-  KeySource<Stored> keys;     // of that tile's sequence
-  PageSlot next;              // of this lane's key in that tile, to be checked
-  int filled = 0;             // the stage that is filled next
-  int opened = 0, taken = 0;  // the segments that are opened and taken next
+  WorkIterator<kTile> ahead;        // at the tile that is copied next
+  KeySource<Stored, kPolicy> keys;  // of that tile's sequence
+  PageSlot next;                    // of this lane's key in that tile, to be checked
+  int filled = 0;                   // the stage that is filled next
+  int opened = 0, taken = 0;        // the segments that are opened and taken next
 };
 
 }  // namespace jax_flash::decode
