@@ -98,7 +98,8 @@ CUDA_ROWS ?= sample
 cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (needs cmake, no GPU)
 	$(BIN)/python tools/cuda_library.py --emulated
 	cmake --build build/emulated --target cuda_units && build/emulated/cuda_units
-	PYTHONPATH=tools:tests/kernels/emulator $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) -k "not xla" \
+	PYTHONPATH=tools:tests/kernels/emulator $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) \
+	  -k "not xla and not on_the_host and not refused" \
 	  $(EMULATED_TESTS)
 EMULATED_TESTS = tests/test_several_tiles.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_paged.py \
   tests/test_paged_gradients.py tests/test_transforms.py::test_nested_vmaps_map_different_arguments \

@@ -251,10 +251,12 @@ A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
 
 
 def test_latent_pools_have_kernels_of_their_own():
-    assert (plan(**LATENT)["row"]["arch"], plan(**LATENT)["row"]["block_m"]) == ("sm90", 64)
-    for device, heads, tile in ((A100, 128, (64, 32)), (A100, 16, (16, 32)), (A10, 128, (16, 16))):
+    for device, heads, arch, tile in (
+        (H200, 128, "sm90", (64, 64)), (H200, 16, "sm90", (64, 64)),
+        (A100, 128, "sm80", (64, 32)), (A100, 16, "sm80", (16, 32)), (A10, 128, "sm80", (16, 16)),
+    ):  # fmt: skip
         row = plan(device, **LATENT | {"heads": heads})["row"]
-        assert (row["arch"], row["pass"], row["block_m"], row["block_n"]) == ("sm80", "decode", *tile)
+        assert (row["arch"], row["pass"], row["block_m"], row["block_n"]) == (arch, "decode", *tile)
     assert plan(**LATENT | {"d": 192, "dv": 128, "value_dim": 128, "heads": 8})["row"]["d"] == 192
 
 

@@ -190,7 +190,7 @@ class Copy:
             )
             if done.returncode:
                 said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
-                raise Broken("\n".join(said[:5]) or done.stderr[-2000:])
+                raise Broken("\n".join(said[:5]) or (done.stdout + done.stderr)[-2000:])
         if runs in ("emulated", "gpu"):
             self.library(runs).build(runs, gpu_rows(self.root / "tests" / "mutants"))
         self.built = kind

@@ -113,7 +113,8 @@ def paged_attention(
         is `[n, s, s]`, of which a sequence of t ≤ s tokens uses the first t rows and columns; one of more than s
         tokens, such as a chunk of a prompt, is attended to as without it. Needs align="bottom_right".
       value_dim: with `v_pages=None`, values are the first value_dim columns of k_pages, stored once, as in multi-head
-        latent attention. d may then be up to 576, and value_dim up to 512; k_scale is the scale of both.
+        latent attention. d may then be up to 576, and value_dim up to 512, above 256 on GPUs of sm_80 and newer in 16
+        bits, float8 pools excluded; k_scale is the scale of both.
       causal, window, align, scale, softcap, sinks, return_lse, deterministic, implementation: as in
         `flash_attention`.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.

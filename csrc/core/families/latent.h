@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/families/decode_parts.h"
 #include "core/families/latent_layout.h"
 #include "core/plan/family.h"
 #include "core/sequence.h"
-#include "core/split.h"
 
 namespace jax_flash::latent {
 
@@ -16,9 +16,6 @@ inline constexpr int64_t kMostRows = 64;     // of a chunk
 inline constexpr int64_t kLeastKeys = 16;    // of a key tile
 inline constexpr int64_t kLeastTiles = 8;    // of a CTA, as merging a part costs as much as some tiles
 inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mode
-
-// O, the softmax and a counter of so many rows.
-inline Dim partial_bytes(const Dim& rows, const Dim& value_dim) { return rows * (value_dim * 4 + 16); }
 
 class Decode : public PassTraits {
  public:
@@ -56,17 +53,7 @@ class Decode : public PassTraits {
     const int64_t most = ceil_div(all * tiles, kLeastTiles);
     grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
     if (spec.packed()) grid.packed_rows = std::numeric_limits<int32_t>::max();
-    if (spec.num_splits > 0) {
-      grid.parts = std::min(spec.num_splits, kMaxSplits);
-      grid.slots = static_cast<int32_t>(std::min<int64_t>(grid.parts, tiles));
-    } else if (spec.batch_invariant) {
-      grid.part_tiles = static_cast<int32_t>(kSplitKeys / row.block_n);
-      grid.slots = static_cast<int32_t>(ceil_div(tiles, grid.part_tiles));
-    }
-    grid.all_slots = grid.fixed_parts() ? all * grid.slots : 2 * int64_t{grid.ranges};
-    if (grid.fixed_parts() ? grid.slots > 1 : grid.ranges > 1)
-      grid.memory =
-          workspace.add(partial_bytes(grid.all_slots * s.kv_heads * row.block_m, s.value_dim).value());
+    plan_parts(row, call, all, kSplitKeys, workspace, grid);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/families/decode_parts.h"
 #include "core/families/latent.h"
 #include "core/families/portable_layout.h"
 #include "core/plan/family.h"
@@ -99,9 +100,7 @@ class Tangent final : public ByQueryTiles {
 class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    const int32_t splits = latent::portable_splits(row.block_m, row.block_n, row.warps);
-    return latent::portable_layout(row.head_dim, row.block_m, row.block_n, row.stages, splits).bytes +
-           kBlockStateBytes;
+    return latent::portable_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
 };
 
@@ -125,12 +124,6 @@ int32_t ranges_of_column(int64_t columns, int64_t wave) {
     if (efficiency(ranges) > efficiency(best) * kGain) best = ranges;
   }
   return static_cast<int32_t>(best);
-}
-
-// O and the softmax of the rows of all splits, and the counters of what is split, of which there are fewer.
-Dim partial_bytes(const Dim& rows, const Dim& value_dim) {
-  constexpr int64_t kSoftmax = 8, kCounter = 8;  // bytes: m and l; a counter
-  return rows * (value_dim * 4 + (kSoftmax + kCounter));
 }
 
 // Few query rows for each KV head: the bytes of the keys, not the products, bound the call. Rows of latent
@@ -177,19 +170,7 @@ class Decode final : public PassTraits {
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
     grid.ranges =
         static_cast<int32_t>(std::min<int64_t>(ranges_of_column(grid.columns, wave), call.entries() * tiles));
-    if (spec.num_splits > 0) {
-      grid.parts = std::min(spec.num_splits, kMaxSplits);
-      grid.slots = static_cast<int32_t>(std::min<int64_t>(grid.parts, tiles));
-    } else if (spec.batch_invariant) {
-      grid.part_tiles = static_cast<int32_t>(kSplitKeys / row.block_n);
-      grid.slots = static_cast<int32_t>(ceil_div(tiles, grid.part_tiles));
-    }
-    grid.all_slots = grid.fixed_parts() ? call.entries() * grid.slots : 2 * int64_t{grid.ranges};
-    const bool splits = grid.fixed_parts() ? grid.slots > 1 : grid.ranges > 1;
-    if (splits) {
-      const int64_t rows = grid.all_slots * grid.columns * row.block_m;
-      grid.memory = workspace.add(partial_bytes(rows, s.value_dim).value());
-    }
+    plan_parts(row, call, call.entries(), kSplitKeys, workspace, grid);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {

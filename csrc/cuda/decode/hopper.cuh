@@ -1,7 +1,7 @@
 // Decode over latent pools on sm_90a: the absorbed form of multi-head latent attention (DeepSeek-V2), after
 // FlashMLA. A KV head has 576 columns, of which the first 512 are V, and many query heads.
 //
-//   warpgroup 2   loads Q, and K page by page (hopper_latent_load.cuh)
+//   warpgroup 2   loads Q, and K page by page (latent_load.cuh)
 //   warpgroup 0   S = Q Kᵀ [64, 64], P, O ← O + P V, the left half of the columns
 //   warpgroup 1                      O ← O + P V, the right half
 //
@@ -11,8 +11,7 @@
 
 #include "cuda/decode/hopper_cluster.cuh"
 #include "cuda/decode/hopper_latent_consumer.cuh"
-#include "cuda/decode/hopper_latent_load.cuh"
-#include "cuda/launch.h"
+#include "cuda/decode/latent_load.cuh"
 #include "cuda/registry.h"
 
 namespace jax_flash {
@@ -25,7 +24,7 @@ struct LatentSm90 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
-  static constexpr int kWarps = 8;  // that combine the parts of an entry
+  static constexpr int kWarps = 8, kLoadWarps = 4;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;
@@ -49,7 +48,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
   if (range.begin >= range.end) return;
   __syncthreads();  // all have read what was found
   constexpr int kConsumers = C::Shared::kConsumers;
-  constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
+  constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
   static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <= 3 * 168);
   const int warpgroup = warpgroup_index();
   if (warpgroup == kConsumers) {
@@ -65,28 +64,14 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
   }
 }
 
-template <class C>
-cudaError_t launch_latent(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const DecodeGrid& grid = plan.decode;
-  const int64_t blocks = int64_t{grid.columns} * grid.ranges;
-  if (blocks == 0) return cudaSuccess;
-  const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
-  for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
-    const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
-    const cudaError_t e =
-        launch(latent_sm90<C>, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
-    if (e != cudaSuccess) return e;
-  }
-  return cudaSuccess;
-}
-
 }  // namespace decode
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if constexpr (R.head_dim > kMaxHeadDim) {
     const auto run = [&]<bool kOptions>() {
-      return decode::launch_latent<decode::LatentSm90<T, R, kOptions>>(p, plan, workspace, stream);
+      using C = decode::LatentSm90<T, R, kOptions>;
+      return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);
     };
     return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
                                                                 : run.template operator()<false>();

@@ -40,7 +40,7 @@ class LatentConsumer {
       } else {
         attend_second(segment, number, use);
       }
-      finish(segment, shared.softmax[number % Shared::kSegments]);
+      finish(segment, shared.softmax[number % Shared::kEnds]);
     }
   }
 
@@ -100,7 +100,7 @@ class LatentConsumer {
       l[slot] += __shfl_xor_sync(~0u, l[slot], 1);
       l[slot] += __shfl_xor_sync(~0u, l[slot], 2);
       if (threadIdx.x % 4 == 0)
-        shared.softmax[number % Shared::kSegments][first_row() + S::row(slot)] = {m[slot], l[slot]};
+        shared.softmax[number % Shared::kEnds][first_row() + S::row(slot)] = {m[slot], l[slot]};
     }
   }
 
@@ -169,10 +169,9 @@ class LatentConsumer {
 
   // S of keys on pages outside the pool becomes NaN; their elements are zeros.
   __device__ __forceinline__ void set_missing(uint32_t use) {
-    const uint16_t (&missing)[kConsumerWarps] = shared.missing[use % C::kStages];
-    static_assert(kConsumerWarps == 4 && C::kTile == 64);
-    const uint64_t all =
-        missing[0] | missing[1] << 16 | uint64_t{missing[2]} << 32 | uint64_t{missing[3]} << 48;
+    const uint32_t (&missing)[C::kLoadWarps] = shared.missing[use % C::kStages];
+    static_assert(C::kLoadWarps == 4 && C::kTile == 64);
+    const uint64_t all = missing[0] | missing[1] << 16 | uint64_t{missing[2] | missing[3] << 16} << 32;
     if (all == 0) return;
     for_each(s, [&](float& x, int, int n, int e) {
       if (all >> S::column(n, e) & 1) x = NAN;

@@ -1,13 +1,14 @@
-// Decode over latent pools on sm_80 and newer: the absorbed form of multi-head latent attention
-// (DeepSeek-V2).
+// Decode over latent pools by mma.sync: the absorbed form of multi-head latent attention (DeepSeek-V2).
 //
-// All warps of a CTA work on one tile of keys, which is K and, in its first columns, V:
+// A tile of keys is K and, in its first columns, V. Some warps load tiles ahead (latent_load.cuh); eight
+// warps work on one tile together, so that a stage is theirs for a short time:
 //
 //   S = Q Kᵀ       the warps share out row tiles, key tiles and, where these are few, the head dim
-//   P = 2^(S − m)  a warp takes a row
+//   P = 2^(S − m)  a warp has every eighth row, a lane one key
 //   O ← α O + P V  a warp has 64 of O's columns
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -15,175 +16,240 @@
 #include "core/families/latent_layout.h"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_call.cuh"
+#include "cuda/decode/latent_load.cuh"
+#include "cuda/decode/latent_state.cuh"
 #include "cuda/decode/results.cuh"
-#include "cuda/launch.h"
-#include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash::decode::inline JF_ARCH_NAMESPACE {
 
+template <class C>
+struct LatentWarpsShared;
+
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile.
 template <class T, RowColumns R>
 struct LatentSm80 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
-  static constexpr int kStages = R.stages, kWarps = R.warps, kThreads = kWarps * 32;
+  static constexpr int kStages = R.stages, kThreads = R.warps * 32;
+  static constexpr int kWarps = latent::kProductWarps, kLoadWarps = R.warps - kWarps;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, latent::kLeastTile>;  // of which kTile columns are used
   // The warps' shares of S, 16 × 16 each, and of the head dim.
   static constexpr int kRowTiles = kRows / 16, kKeyTiles = kTile / 16,
-                       kSplits = kWarps / (kRowTiles * kKeyTiles);
-  static constexpr latent::PortableLayout kLayout =
-      latent::portable_layout(kHeadDim, kRows, kTile, kStages, kSplits);
+                       kSplits = latent::portable_splits(kRows, kTile);
+  static constexpr bool kHoldsQ = kRows == 16;  // this warp's share of Q stays in registers
   using O = Accumulator<kRowTiles, kValueDim / kWarps / 8>;
+  using Shared = LatentWarpsShared<LatentSm80>;
   static_assert(kSplits * kRowTiles * kKeyTiles == kWarps && kValueDim / kWarps == 64 && kTile <= 32);
-  static_assert(sizeof(PartitionShared<kThreads>) <= kBlockStateBytes);
+  static_assert(sizeof(PartitionShared<kThreads>) <= QTile::kBytes);
 };
 
 template <class C>
-class LatentBlock {
+struct LatentWarpsShared : LatentTiles<C> {
+  static constexpr int kPitch = latent::score_pitch(C::kTile);
+  alignas(16) float scores[C::kSplits][C::kRows][kPitch];
+  float alpha[C::kRows];      // what the rows of O are multiplied by before P V is added
+  Softmax softmax[C::kRows];  // of a segment, when it ends
+
+  __device__ __forceinline__ void init() { this->init_tiles(); }
+};
+
+// The warps of the products.
+template <class C>
+class LatentWarps {
  public:
   using T = typename C::Element;
+  using Shared = typename C::Shared;
 
-  __device__ __forceinline__ LatentBlock(const LatentCall& decode, const LatentColumn<C::kRows>& of_column,
-                                         const Partition& of_ranges, int32_t range_number)
-      : call(decode), column(of_column), partition(of_ranges), number(range_number) {
-    uint8_t* const shared = ptx::dynamic_shared();
-    tiles = ptx::shared_address(shared);
-    scores = reinterpret_cast<float*>(shared + C::kLayout.scores);
-    weights = shared + C::kLayout.weights;
-    state = reinterpret_cast<Softmax*>(shared + C::kLayout.softmax);
-    alphas = reinterpret_cast<float*>(shared + C::kLayout.alpha);
-    rows_of_keys = reinterpret_cast<KeyRow*>(shared + C::kLayout.key_rows);
+  __device__ __forceinline__ LatentWarps(const LatentCall& decode, Shared& memory, int32_t head)
+      : call(decode), shared(memory), kv_head(head) {
+    static_assert(sizeof(Shared) <=
+                  latent::portable_bytes(C::kHeadDim, C::kRows, C::kTile, C::kStages) + latent::kStateBytes);
   }
 
-  __device__ __forceinline__ void run(const Range& range) {
-    WorkIterator<C::kTile> segment(range);
+  __device__ __forceinline__ void run() {
+    uint32_t use = 0;
 #pragma unroll 1
-    while (!segment.done()) {
-      work = segment.open(call, column);
-      const auto entry = column.entry(segment.index);
-      const ColumnRows rows = column.rows(entry);
-      const Parts parts = Parts::of(call.grid, partition, segment, number);
-      if (threadIdx.x == 0 && parts.count > 1)
-        prepare_counter(PartialResults<C::kRows>(call).counter(parts, column.kv_head));
-      attend(rows, segment.tile, segment.tile_end);
-      finish(rows, parts);
-      segment.advance();
+    for (uint32_t number = 0;; ++number) {
+      shared.q_pipe.wait_full(number);
+      const LatentSegment& segment = shared.segments[number % Shared::kSegments];
+      if (segment.done) return;
+      attend(segment, number, use);
+      finish(segment);
     }
   }
 
  private:
-  // Where a key lies: an offset in the pool; negative: it is not read.
-  using KeyRow = int64_t;
-  static constexpr KeyRow kMissing = -2, kUnused = -1;
+  static constexpr int kOwnRows = C::kRows / C::kWarps;  // of P
+  static constexpr float kSlack = 8;  // O is rescaled where a score exceeds the row's bound by more
 
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
-  __device__ __forceinline__ uint32_t key_tile(int32_t n) const {
-    return tiles + C::kLayout.keys + n % C::kStages * C::KTile::kBytes;
+  __device__ __forceinline__ static void sync() { ptx::sync_group(1, C::kWarps * 32); }
+  __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment) const {
+    return {call.group, kv_head, segment.first_row, segment.end_row};
   }
 
-  __device__ __forceinline__ void attend(const ColumnRows& rows, int32_t begin, int32_t end) {
+  // O, m and l of a segment.
+  __device__ __forceinline__ void attend(const LatentSegment& segment, uint32_t number, uint32_t& use) {
+    const ColumnRows rows = rows_of(segment);
+    if (threadIdx.x == 0 && segment.parts.count > 1)
+      prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
+    const SplitProduct product(ptx::shared_address(shared.q));
+    if constexpr (C::kHoldsQ) {
+      queries.read(product);
+      shared.q_pipe.release(number);
+    }
     o.clear();
-    if (threadIdx.x < C::kRows) state[threadIdx.x] = {-INFINITY, 0};
-    load_queries(rows);
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) m[i] = -INFINITY, l[i] = 0;
+    const Interval common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
+    const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
-    for (int32_t n = begin; n < begin + C::kStages - 1; ++n) {
-      find_keys(n, end);
-      __syncthreads();
-      load_keys(n, end);
+    for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
+      const int32_t key = tile * C::kTile;
+      const uint32_t k = ptx::shared_address(shared.k[use % C::kStages]);
+      shared.k_pipe.wait_full(use);
+      multiply_keys(product, k);
+      sync();
+      if (!C::kHoldsQ && tile + 1 == tile_end) shared.q_pipe.release(number);
+      exponentiate(segment.work, rows, key, key >= common.lo && key + C::kTile <= common.hi, use);
+      sync();
+      multiply_values(k);
+      shared.k_pipe.release(use);
     }
-    find_keys(begin + C::kStages - 1, end);
-#pragma unroll 1
-    for (int32_t n = begin; n < end; ++n) {
-      ptx::cp_async_wait<C::kStages - 2>();
-      __syncthreads();  // the tile is there; the one before is used up
-      load_keys(n + C::kStages - 1, end);
-      multiply_keys(n);
-      __syncthreads();
-      find_keys(n + C::kStages, end);
-      exponentiate(rows, n);
-      __syncthreads();
-      multiply_values(n);
+#pragma unroll
+    for (int i = 0; i < kOwnRows; ++i) {
+      const float sum = warp_sum(l[i]);
+      if (lane_id() == 0) shared.softmax[row_of(i)] = {m[i], sum};
     }
-    ptx::cp_async_wait<0>();
   }
 
-  // Finds where this thread's key of tile n lies.
-  __device__ __forceinline__ void find_keys(int32_t n, int32_t end) const {
-    if (threadIdx.x >= C::kTile || n >= end) return;
-    const int64_t key = int64_t{n} * C::kTile + threadIdx.x;
-    KeyRow at = kUnused;
-    if (work.keys.lo <= key && key < work.keys.hi) {
-      const int32_t entry = call.page_size.quotient(static_cast<int32_t>(key));
-      const int32_t slot = static_cast<int32_t>(key) - entry * call.page_size.value;
-      const int32_t page = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0)[entry];
-      const bool inside = static_cast<uint32_t>(page) < static_cast<uint32_t>(call.pages);
-      at = inside ? page * call.key.batch + slot * call.key.row : kMissing;
-    }
-    rows_of_keys[n % (C::kStages + 1) * C::kTile + threadIdx.x] = at;
-  }
+  // This warp's share of S = Q Kᵀ: a tile of 16 rows and 16 keys, and of each panel of the head dim some
+  // steps, or all steps of some panels.
+  struct SplitProduct {
+    static constexpr int kSteps = 4, kPanels = C::kHeadDim / 64;
+    static constexpr int kPerPanel = std::max(1, kSteps / C::kSplits);
+    static constexpr int kApart = std::max(1, C::kSplits / kSteps);  // panels
+    static constexpr int kOwnPanels = (kPanels + kApart - 1) / kApart;
+    int split, row, key;
+    RowsA<typename C::QTile> q;
 
-  // Copies rows of a tile; row(i): the address of the i-th, null where it is not read.
-  template <class Tile, class Row>
-  __device__ __forceinline__ void load_rows(uint32_t tile, Row row) const {
-#pragma unroll 1
-    for (int at = static_cast<int>(threadIdx.x); at < Tile::kRows * Tile::kChunks; at += C::kThreads) {
-      const int i = at / Tile::kChunks, chunk = at % Tile::kChunks;
-      const T* const from = row(i);
-      ptx::cp_async_16(tile + Tile::offset(i, chunk), from + chunk * kChunk<T>,
-                       from && chunk * kChunk<T> < call.head_dim);
+    __device__ __forceinline__ explicit SplitProduct(uint32_t queries) {
+      const int tile = warp() % (C::kRowTiles * C::kKeyTiles);
+      split = warp() / (C::kRowTiles * C::kKeyTiles);
+      row = tile / C::kKeyTiles * 16, key = tile % C::kKeyTiles * 16;
+      q = RowsA<typename C::QTile>(queries, row);
+      move_to_share<typename C::QTile>(q.lane);
     }
-  }
-  __device__ __forceinline__ void load_queries(const ColumnRows& rows) const {
-    load_rows<typename C::QTile>(tiles, [&](int i) -> const T* {
-      if (i >= rows.count()) return nullptr;
-      return call.query.at<const T>(work.leading, work.batch_row, rows.head(i),
-                                    work.q_begin + rows.position(i));
-    });
-  }
-  // One group of copies for each tile, an empty one past the end. The first has Q too.
-  __device__ __forceinline__ void load_keys(int32_t n, int32_t end) const {
-    if (n < end) {
-      const T* const pool = call.key.at<const T>(work.leading, 0, column.kv_head, 0);
-      const KeyRow* const found = rows_of_keys + n % (C::kStages + 1) * C::kTile;
-      load_rows<typename C::KTile>(key_tile(n),
-                                   [&](int i) { return found[i] < 0 ? nullptr : pool + found[i]; });
+    // The steps that follow are counted from this warp's first one.
+    template <class Tile>
+    __device__ __forceinline__ void move_to_share(LaneAddress<Tile>& lane) const {
+      lane.swizzle ^= 2 * (split * kPerPanel % kSteps) << 4;
+      lane.base += split / kSteps * Tile::offset(0, 2 * kSteps);
     }
-    ptx::cp_async_commit();
-  }
+    __device__ __forceinline__ bool has(int i) const {
+      return kPanels % kApart == 0 || i + 1 < kOwnPanels || split / kSteps < kPanels % kApart;
+    }
+    static constexpr int step(int i, int j) { return i * kApart * kSteps + j; }
+  };
 
-  // S = Q Kᵀ, in as many summands as the head dim is split into.
-  __device__ __forceinline__ void multiply_keys(int32_t n) const {
-    constexpr int kSteps = C::kHeadDim / 16;
-    const int split = warp() / (C::kRowTiles * C::kKeyTiles), tile = warp() % (C::kRowTiles * C::kKeyTiles);
-    const int row = tile / C::kKeyTiles * 16, key = tile % C::kKeyTiles * 16;
-    Accumulator<1, 2> s;
-    s.clear();
-    const RowsA<typename C::QTile> q(tiles, row);
-    const RowsB<typename C::KTile> k(key_tile(n), key);
-#pragma unroll 4
-    for (int step = split * kSteps / C::kSplits; step < (split + 1) * kSteps / C::kSplits; ++step)
-      multiply_add_step<T>(s, q, k, step);
-    float* const to = scores + split * C::kRows * C::kLayout.pitch;
+  // The share of Q, as fragments.
+  struct Queries {
+    uint32_t x[SplitProduct::kOwnPanels][SplitProduct::kPerPanel][4];
+    __device__ __forceinline__ void read(const SplitProduct& product) {
+#pragma unroll
+      for (int i = 0; i < SplitProduct::kOwnPanels; ++i)
+#pragma unroll
+        for (int j = 0; j < SplitProduct::kPerPanel; ++j)
+          if (product.has(i)) product.q.load(x[i][j], 0, SplitProduct::step(i, j));
+    }
+  };
+
+  // Two sums take turns, since each product waits for the one before of its sum.
+  __device__ __forceinline__ void multiply_keys(const SplitProduct& product, uint32_t tile) {
+    using Tile = typename C::KTile;
+    RowsB<Tile> k(tile, product.key);
+    product.template move_to_share<Tile>(k.lane);
+    Accumulator<1, 2> s[2];
+    s[0].clear(), s[1].clear();
+#pragma unroll
+    for (int i = 0; i < SplitProduct::kOwnPanels; ++i) {
+      if (!product.has(i)) continue;
+#pragma unroll
+      for (int j = 0; j < SplitProduct::kPerPanel; ++j) {
+        const int step = SplitProduct::step(i, j), sum = (i * SplitProduct::kPerPanel + j) % 2;
+        uint32_t a[4], b[4];
+        k.load(b, 0, step);
+        if constexpr (C::kHoldsQ) {
+#pragma unroll
+          for (int r = 0; r < 4; ++r) a[r] = queries.x[i][j][r];
+        } else {
+          product.q.load(a, 0, step);
+        }
+        ptx::mma<T>(s[sum].x[0][0], a, b[0], b[1]);
+        ptx::mma<T>(s[sum].x[0][1], a, b[2], b[3]);
+      }
+    }
 #pragma unroll
     for (int slot = 0; slot < 2; ++slot)
 #pragma unroll
       for (int j = 0; j < 2; ++j)
+        *reinterpret_cast<float2*>(
+            &shared.scores[product.split][product.row + s[0].row(slot)][product.key + s[0].column(j)]) =
+            make_float2(s[0].at(slot, j, 0) + s[1].at(slot, j, 0), s[0].at(slot, j, 1) + s[1].at(slot, j, 1));
+  }
+
+  __device__ __forceinline__ static int row_of(int own) { return warp() + own * C::kWarps; }
+
+  // m ← the row's bound, raised where a score exceeds it by more than kSlack, by 1/α; P = 2^(S − m);
+  // l ← α l + this lane's P. A lane has one key of the tile. `whole`: all rows see all of its keys.
+  __device__ __forceinline__ void exponentiate(const SequenceWork& work, const ColumnRows& rows, int32_t key,
+                                               bool whole, uint32_t use) {
+    constexpr int kWarpKeys = Shared::kWarpKeys;
+    const int lane = lane_id(), column = C::kTile == 32 ? lane : min(lane, C::kTile - 1);
+    const bool used = C::kTile == 32 || lane < C::kTile;
+    const bool missing = shared.missing[use % C::kStages][column / kWarpKeys] >> column % kWarpKeys & 1;
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          to[(row + s.row(slot)) * C::kLayout.pitch + key + s.column(j, e)] = s.at(slot, j, e);
+    for (int i = 0; i < kOwnRows; ++i) {
+      const int row = row_of(i);
+      float x = 0;
+#pragma unroll
+      for (int split = 0; split < C::kSplits; ++split) x += shared.scores[split][row][column];
+      if (missing) x = NAN;
+      x = used && row < rows.count() ? score(work, rows, row, key + lane, x, whole) : -INFINITY;
+      const float top = warp_max(x);
+      float alpha = 1;
+      if (top > m[i] + kSlack) {
+        alpha = ptx::exp2(m[i] - top);
+        m[i] = top, l[i] *= alpha;
+      }
+      const float p = ptx::exp2(x - (m[i] == -INFINITY ? 0 : m[i]));  // 0 where no key was seen yet
+      l[i] += p;
+      if (used) {
+        const int offset =
+            C::PTile::offset(row, lane / kChunk<T>) + lane % kChunk<T> * static_cast<int>(sizeof(T));
+        *reinterpret_cast<T*>(shared.p + offset) = T(p);
+      }
+      if (lane == 0) shared.alpha[row] = alpha;
+    }
   }
 
   // The score of a key in powers of two: softcap, ALiBi, the band, the draft mask.
-  __device__ __forceinline__ float score(const ColumnRows& rows, int32_t row, int32_t key, float x) const {
-    const int32_t position = rows.position(row);
-    if (!work.band.row(position).contains(key)) return -INFINITY;
+  __device__ __forceinline__ float score(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                         int32_t key, float x, bool whole) const {
     x *= call.scale;
     if (call.softcap > 0) x = call.softcap * tanhf(x / call.softcap);
+    if (call.alibi_slopes || call.draft_mask || !whole) x = option(work, rows, row, key, x);
+    return x * kLog2e;
+  }
+  __device__ __forceinline__ float option(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                          int32_t key, float x) const {
+    const int32_t position = rows.position(row);
+    if (!work.band.row(position).contains(key)) return -INFINITY;
     if (call.alibi_slopes) {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
       x -= slope * fabsf(static_cast<float>(work.band.diagonal(position) - key));
@@ -194,73 +260,50 @@ class LatentBlock {
                              call.draft_mask.row, first_draft(q_len, work.band.k_len)};
       if (drafts.hides(position, key)) return -INFINITY;
     }
-    return x * kLog2e;
-  }
-
-  // m ← max(m, rowmax S); P = 2^(S − m); l ← α l + rowsum P. A lane has one key of the tile.
-  __device__ __forceinline__ void exponentiate(const ColumnRows& rows, int32_t n) {
-    const int lane = lane_id();
-    const KeyRow* const found = rows_of_keys + n % (C::kStages + 1) * C::kTile;
-    const bool missing = lane < C::kTile && found[lane] == kMissing;
-#pragma unroll 1
-    for (int row = warp(); row < C::kRows; row += C::kWarps) {
-      float x = -INFINITY;
-      if (lane < C::kTile && row < rows.count()) {
-        x = missing ? NAN : 0;
-#pragma unroll
-        for (int split = 0; split < C::kSplits; ++split)
-          x += scores[(split * C::kRows + row) * C::kLayout.pitch + lane];
-        x = score(rows, row, n * C::kTile + lane, x);
-      }
-      const Softmax before = state[row];
-      const float m = fmaxf(before.m, warp_max(x)), bound = m == -INFINITY ? 0 : m;
-      const float alpha = ptx::exp2(before.m - bound), p = ptx::exp2(x - bound);
-      const float l = fmaf(before.l, alpha, warp_sum(p));
-      if (lane < C::kTile) {
-        const int offset =
-            C::PTile::offset(row, lane / kChunk<T>) + lane % kChunk<T> * static_cast<int>(sizeof(T));
-        *reinterpret_cast<T*>(weights + offset) = T(p);
-      }
-      if (lane == 0) state[row] = {m, l}, alphas[row] = alpha;
-    }
+    return x;
   }
 
   // O ← α O + P V
-  __device__ __forceinline__ void multiply_values(int32_t n) {
+  __device__ __forceinline__ void multiply_values(uint32_t tile) {
 #pragma unroll
-    for (int slot = 0; slot < C::O::kSlots; ++slot) o.scale_row(slot, alphas[C::O::row(slot)]);
-    multiply_add<T, C::kTile / 16>(o, RowsA<typename C::PTile>(tiles + C::kLayout.weights, 0),
-                                   ColumnsB<typename C::KTile, 16>(key_tile(n), 64 * warp()));
+    for (int slot = 0; slot < C::O::kSlots; ++slot) {
+      const float alpha = shared.alpha[C::O::row(slot)];
+      if (alpha != 1) o.scale_row(slot, alpha);
+    }
+    multiply_add<T, C::kTile / 16>(o, RowsA<typename C::PTile>(ptx::shared_address(shared.p), 0),
+                                   ColumnsB<typename C::KTile, 16>(tile, 64 * warp()));
   }
 
   // Writes the results of a segment, or merges them with those of the entry's other parts if this one is the
   // last to be finished.
-  __device__ __forceinline__ void finish(const ColumnRows& rows, const Parts& parts) {
-    __shared__ bool is_last;
+  __device__ __forceinline__ void finish(const LatentSegment& segment) {
+    sync();  // the softmax is stored
+    const ColumnRows rows = rows_of(segment);
+    const Parts parts = segment.parts;
     const PartialResults<C::kRows> partial(call);
-    const int64_t first =
-        parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), column.kv_head, 0);
+    const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);
 #pragma unroll
     for (int slot = 0; slot < C::O::kSlots; ++slot) {
       const int32_t row = C::O::row(slot);
-      if (row >= rows.count() || !is_written(call, rows, work, row)) continue;
+      if (row >= rows.count() || !is_written(call, rows, segment.work, row)) continue;
       if (parts.count == 1) {
-        store_row(rows, row, slot);
+        store_row(segment.work, rows, row, slot);
       } else {
         store_partial(partial, first + row, row, slot);
       }
     }
-    __syncthreads();  // all of the segment's shared memory is read, and its results are stored
+    sync();  // the softmax is read, and results are stored
     if (parts.count == 1) return;
-    if (threadIdx.x == 0) is_last = count_part(partial.counter(parts, column.kv_head), parts.count);
-    __syncthreads();
-    if (is_last) combine<C>(call, rows, work, partial, parts, column.kv_head);
+    if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
+    sync();
+    if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static int32_t feature(int n) { return 64 * warp() + C::O::column(n); }
 
-  __device__ __forceinline__ void store_row(const ColumnRows& rows, int32_t row, int slot) {
+  __device__ __forceinline__ void store_row(const SequenceWork& work, const ColumnRows& rows, int32_t row,
+                                            int slot) {
     const int32_t head = rows.head(row), i = rows.position(row);
-    const auto [factor, lse] = finish_row(call, work, head, i, state[row]);
+    const auto [factor, lse] = finish_row(call, work, head, i, shared.softmax[row]);
     T* const to = call.out.at<T>(work.leading, work.batch_row, head, work.q_begin + i);
     const bool zero = factor == 0;
 #pragma unroll
@@ -280,47 +323,34 @@ class LatentBlock {
         *reinterpret_cast<float2*>(partial.o + to * partial.width + feature(n)) =
             make_float2(o.at(slot, n, 0), o.at(slot, n, 1));
     }
-    if (threadIdx.x < 32 && threadIdx.x % 4 == 0) partial.softmax[to] = state[row];
+    if (threadIdx.x < 32 && threadIdx.x % 4 == 0) partial.softmax[to] = shared.softmax[row];
   }
 
   const LatentCall& call;
-  const LatentColumn<C::kRows>& column;
-  const Partition& partition;
-  int32_t number;  // of the CTA's range
-  SequenceWork work;
-  uint32_t tiles;  // Q, and the ring of keys
-  float* scores;
-  uint8_t* weights;
-  Softmax* state;
-  float* alphas;
-  KeyRow* rows_of_keys;  // of the tiles in the ring and of the tile that comes next
+  Shared& shared;
+  int32_t kv_head;
   typename C::O o;
+  Queries queries;
+  float m[kOwnRows], l[kOwnRows];  // the bound on a row's scores, and this lane's share of Σ P
 };
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, 1) latent_sm80(const __grid_constant__ LatentCall call) {
-  __shared__ PartitionShared<C::kThreads> found;
+  auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
+  if (threadIdx.x == 0) shared.init();
   clear_outside<typename C::Element, C::kThreads>(call);
   const int32_t number = call.columns.quotient(static_cast<int32_t>(blockIdx.x));
   const LatentColumn<C::kRows> column{call, static_cast<int32_t>(blockIdx.x) - number * call.columns.value};
   Range range;
+  auto& found = *reinterpret_cast<PartitionShared<C::kThreads>*>(shared.q);
   const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
-  if (range.begin < range.end) LatentBlock<C>(call, column, partition, number).run(range);
-}
-
-template <class C>
-cudaError_t launch_latent(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  const DecodeGrid& grid = plan.decode;
-  const int64_t blocks = int64_t{grid.columns} * grid.ranges;
-  if (blocks == 0) return cudaSuccess;
-  const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
-  for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
-    const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
-    const cudaError_t e =
-        jax_flash::launch(latent_sm80<C>, blocks, C::kThreads, C::kLayout.bytes, stream, call);
-    if (e != cudaSuccess) return e;
+  if (range.begin >= range.end) return;
+  __syncthreads();  // all have read what was found, and the barriers are there
+  if (static_cast<int>(threadIdx.x) >= C::kWarps * 32) {
+    LatentLoader<C>(call, shared, column, partition, range, number).run();
+  } else {
+    LatentWarps<C>(call, shared, column.kv_head).run();
   }
-  return cudaSuccess;
 }
 
 }  // namespace jax_flash::decode::inline JF_ARCH_NAMESPACE

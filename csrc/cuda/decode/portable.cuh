@@ -165,7 +165,8 @@ cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* worksp
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if constexpr (R.head_dim > kMaxHeadDim) {
-    return decode::launch_latent<decode::LatentSm80<T, R>>(p, plan, workspace, stream);
+    using C = decode::LatentSm80<T, R>;
+    return decode::launch_latent<C>(decode::latent_sm80<C>, p, plan, workspace, stream);
   } else {
     return launch_decode<T, R>(p, plan, workspace, stream);
   }

@@ -1,62 +1,19 @@
-// A pipeline of shared-memory stages between producer and consumer warps of an sm_90a kernel.
-//
-//   producer   wait_empty(use)    its copies count on full_barrier(use), or arrive(use)
-//   consumer   wait_full(use)     reads the stage     release(use)
-//
-// Uses are counted from 0: use i has stage i % kStages, in phase i / kStages of its barriers.
+// The pipelines of the sm_90a kernels: those of a thread block (cuda/pipeline.cuh), and what a cluster adds.
 #pragma once
 
 #include <cstdint>
 
-#include "cuda/ptx/barrier.cuh"
+#include "cuda/pipeline.cuh"
 #include "cuda/ptx/cluster.cuh"
-#include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
 
 namespace jax_flash {
 
+// The caller runs ptx::fence_barriers() after init() of all of its pipelines.
 template <int kStages>
-struct Pipeline {
-  uint64_t full[kStages], empty[kStages];
-
-  // A stage is empty after `releases`, and full after `arrivals` and the bytes that were expected. The caller
-  // runs ptx::fence_barriers() after all of its pipelines.
-  __device__ __forceinline__ void init(uint32_t releases, uint32_t arrivals = 1) {
-    for (int i = 0; i < kStages; ++i) {
-      ptx::barrier_init(ptx::shared_address(&full[i]), arrivals);
-      ptx::barrier_init(ptx::shared_address(&empty[i]), releases);
-    }
-  }
-  __device__ __forceinline__ uint32_t full_barrier(uint32_t use) const {
-    return ptx::shared_address(&full[use % kStages]);
-  }
-  __device__ __forceinline__ uint32_t empty_barrier(uint32_t use) const {
-    return ptx::shared_address(&empty[use % kStages]);
-  }
-  __device__ __forceinline__ uint32_t phase(uint32_t use) const { return use / kStages & 1; }
-
-  __device__ __forceinline__ void wait_full(uint32_t use) const {
-    ptx::barrier_wait(full_barrier(use), phase(use));
-  }
-  // Waits for the release of the stage's previous use, if it had one.
-  __device__ __forceinline__ void wait_empty(uint32_t use) const {
-    ptx::barrier_wait(empty_barrier(use), phase(use) ^ 1);
-  }
-  // Waits until the stage's previous use was full.
-  __device__ __forceinline__ void wait_previous_full(uint32_t use) const {
-    ptx::barrier_wait(full_barrier(use), phase(use) ^ 1);
-  }
-  __device__ __forceinline__ void arrive(uint32_t use) const { ptx::barrier_arrive(full_barrier(use)); }
-  __device__ __forceinline__ void arrive_by_warp(uint32_t use) const {
-    ptx::barrier_arrive_by_warp(full_barrier(use));
-  }
-  // This warp has read the stage; one thread alone has.
-  __device__ __forceinline__ void release(uint32_t use) const {
-    ptx::barrier_arrive_by_warp(empty_barrier(use));
-  }
-  __device__ __forceinline__ void release_by_thread(uint32_t use) const {
-    ptx::barrier_arrive(empty_barrier(use));
-  }
+struct Pipeline : BlockPipeline<kStages> {
+  using Block = BlockPipeline<kStages>;
+  using Block::empty_barrier, Block::release, Block::wait_empty, Block::wait_previous_full;
 
   // This warp has read the stage, which all CTAs of a cluster load together.
   __device__ __forceinline__ void release_in_all(uint32_t use, int cluster) const {

@@ -13,7 +13,7 @@ dim3 threadIdx, blockIdx, gridDim;
 
 namespace emulator {
 
-alignas(128) uint8_t shared[kSharedBytes];
+alignas(1024) uint8_t shared[kSharedBytes];
 
 namespace {
 

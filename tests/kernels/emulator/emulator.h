@@ -30,6 +30,11 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
+struct int4 {
+  int32_t x, y, z, w;
+};
+inline int4 make_int4(int32_t x, int32_t y, int32_t z, int32_t w) { return {x, y, z, w}; }
+
 struct uint2 {
   uint32_t x, y;
 };

@@ -27,6 +27,11 @@ inline void barrier_arrive_after_copies(uint32_t barrier) {
   emulator::wait_copies(0);
   barrier_arrive(barrier);
 }
+inline constexpr uint32_t kWarpArrivals = 1;
+inline void barrier_arrive_by_warp(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
 inline void barrier_wait(uint32_t barrier, uint32_t phase) {
   const EmulatedBarrier& b = emulated_barrier(barrier);
   emulator::wait_until([&] { return (b.phase & 1) != (phase & 1); });

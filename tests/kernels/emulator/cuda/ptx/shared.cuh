@@ -6,6 +6,7 @@
 namespace jax_flash::ptx {
 
 inline uint8_t* dynamic_shared() { return emulator::shared; }
+inline uint8_t* dynamic_shared_1024() { return emulator::shared; }
 inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const uint8_t*>(pointer) - emulator::shared);
 }

@@ -1,23 +1,23 @@
-// The load warps of cuda/decode/hopper.cuh: Q, and K from its pages, by cp.async. Pages of any size and rows
-// of any stride are loaded alike, 16 bytes at a time.
+// The load warps of the kernels of latent pools: Q, and K from its pages, by cp.async. Pages of any size and
+// rows of any stride are loaded alike, 16 bytes at a time.
 #pragma once
 
 #include <cstdint>
 
 #include "core/paging.h"
-#include "cuda/decode/hopper_latent_state.cuh"
+#include "cuda/decode/latent_state.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
 namespace jax_flash::decode {
 
-// A warpgroup. Of a tile of 64 rows each of its warps loads 16; in one instruction 128 bytes of 4 rows.
+// C::kLoadWarps warps, the last of the CTA, each of which loads an equal share of a tile's rows; in one
+// instruction 128 bytes of 4 rows.
 template <class C>
 class LatentLoader {
  public:
   using T = typename C::Element;
   using Tile = typename C::KTile;
-  static_assert(Tile::kRows == 64 && Tile::kColumns == C::QTile::kColumns &&
-                Tile::kPanel == C::QTile::kPanel);
+  static_assert(Tile::kColumns == C::QTile::kColumns && Tile::kPanel == C::QTile::kPanel);
 
   __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
                                           const LatentColumn<C::kRows>& of_column, const Partition& of_ranges,
@@ -28,7 +28,7 @@ class LatentLoader {
         partition(of_ranges),
         number(range_number),
         ahead(range) {
-    const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+    const int thread = static_cast<int>(threadIdx.x) - (C::kThreads - C::kLoadWarps * 32);
     warp = thread / 32, row = thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
   }
 
@@ -36,10 +36,7 @@ class LatentLoader {
     uint32_t segment = 0, use = 0;
 #pragma unroll 1
     for (; !ahead.done(); ++segment) {
-      const SequenceWork work = ahead.open(call, column);
-      keys = work.keys;
-      pool = call.key.at<const T>(work.leading, 0, column.kv_head, 0);
-      table = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0);
+      const Queries queries = open(segment);
       const int32_t tile = ahead.tile, tile_end = ahead.tile_end;
       look_up(tile);
 #pragma unroll 1
@@ -47,24 +44,53 @@ class LatentLoader {
         shared.k_pipe.wait_empty(use);
         load_keys(use);
         if (n + 1 < tile_end) look_up(n + 1);
-        if (n == tile) load_segment(work, segment);
+        if (n == tile) load_queries(queries, segment);
       }
       ahead.advance();
     }
     shared.q_pipe.wait_empty(segment);
-    if (threadIdx.x % kWarpgroup == 0) shared.segments[segment % C::Shared::kSegments].done = 1;
+    if (is_first()) shared.segments[segment % C::Shared::kSegments].done = 1;
     publish(shared.q_pipe.full_barrier(segment));
   }
 
  private:
-  static constexpr int kWarpRows = Tile::kRows / kConsumerWarps, kStep = 32 / Tile::kPanel;
+  static constexpr int kWarpRows = C::Shared::kWarpKeys, kStep = 32 / Tile::kPanel;
   static constexpr int kRowsOfThread = kWarpRows / kStep, kPanels = Tile::kChunks / Tile::kPanel;
-  static constexpr int kWarpQueries = C::kRows / kConsumerWarps;
+  static constexpr int kWarpQueries = C::kRows / C::kLoadWarps;
+  static_assert(kRowsOfThread * kStep == kWarpRows && kWarpQueries % kStep == 0);
+
+  __device__ __forceinline__ bool is_first() const { return warp == 0 && threadIdx.x % 32 == 0; }
 
   // The copies that this thread has issued, and what its warp has stored, count on a full barrier.
   __device__ __forceinline__ void publish(uint32_t barrier) const {
     ptx::barrier_arrive_after_copies(barrier);
     ptx::barrier_arrive_by_warp(barrier);
+  }
+
+  // What the loop over key tiles keeps of a segment.
+  struct Queries {
+    ColumnRows rows;
+    int32_t leading, batch_row, q_begin;
+  };
+
+  // Opens the next segment and stores it. Its place was that of the third one before it, with which the
+  // consumers are done: this thread has waited until they had taken the one after that.
+  __device__ __forceinline__ Queries open(uint32_t segment) {
+    const SequenceWork work = ahead.open(call, column);
+    const auto entry = column.entry(ahead.index);
+    keys = work.keys;
+    pool = call.key.at<const T>(work.leading, 0, column.kv_head, 0);
+    table = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0);
+    if (is_first()) {
+      shared.segments[segment % C::Shared::kSegments] = {work,
+                                                         Parts::of(call.grid, partition, ahead, number),
+                                                         entry.first,
+                                                         entry.end,
+                                                         ahead.tile,
+                                                         ahead.tile_end,
+                                                         0};
+    }
+    return {column.rows(entry), work.leading, work.batch_row, work.q_begin};
   }
 
   // Starts to look up the pages of this thread's keys of a tile. What the table holds is checked by
@@ -97,7 +123,7 @@ class LatentLoader {
 
   __device__ __forceinline__ void load_keys(uint32_t use) const {
     const uint32_t tile = ptx::shared_address(shared.k[use % C::kStages]);
-    uint32_t missing = 0;  // of the warp's 16 rows
+    uint32_t missing = 0;  // of the warp's rows
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const bool exists = slot[i] != kUnused;
@@ -108,15 +134,14 @@ class LatentLoader {
       const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
       copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside, call.head_dim);
     }
-    if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = static_cast<uint16_t>(missing);
+    if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = missing;
     publish(shared.k_pipe.full_barrier(use));
   }
 
-  // Loads Q and stores the segment, whose first keys are on their way.
-  __device__ __forceinline__ void load_segment(const SequenceWork& work, uint32_t segment) {
+  // Loads Q of a segment whose first keys are on their way.
+  __device__ __forceinline__ void load_queries(const Queries& queries, uint32_t segment) {
     shared.q_pipe.wait_empty(segment);
-    const auto entry = column.entry(ahead.index);
-    const ColumnRows rows = column.rows(entry);
+    const ColumnRows& rows = queries.rows;
     const uint32_t tile = ptx::shared_address(shared.q);
 #pragma unroll
     for (int i = 0; i < kWarpQueries / kStep; ++i) {
@@ -124,18 +149,9 @@ class LatentLoader {
       const bool used = own < rows.count();
       const int32_t at = used ? own : 0;
       copy_row<typename C::QTile>(tile, own,
-                                  call.query.at<const T>(work.leading, work.batch_row, rows.head(at),
-                                                         work.q_begin + rows.position(at)),
+                                  call.query.at<const T>(queries.leading, queries.batch_row, rows.head(at),
+                                                         queries.q_begin + rows.position(at)),
                                   used, call.head_dim);
-    }
-    if (threadIdx.x % kWarpgroup == 0) {
-      shared.segments[segment % C::Shared::kSegments] = {work,
-                                                         Parts::of(call.grid, partition, ahead, number),
-                                                         entry.first,
-                                                         entry.end,
-                                                         ahead.tile,
-                                                         ahead.tile_end,
-                                                         0};
     }
     publish(shared.q_pipe.full_barrier(segment));
   }

@@ -1,0 +1,64 @@
+// What the warps of a kernel of latent pools share: tiles of Q, K and P, segments, pipelines.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/decode/latent_call.cuh"
+#include "cuda/decode/results.cuh"
+#include "cuda/launch.h"
+#include "cuda/pipeline.cuh"
+#include "cuda/registry.h"
+#include "cuda/tile/shared_tile.cuh"
+
+namespace jax_flash::decode {
+
+// A segment: the part of an entry that a CTA attends to.
+struct LatentSegment {
+  SequenceWork work;
+  Parts parts;
+  int32_t first_row, end_row;  // of ColumnRows
+  int32_t tile, tile_end;
+  int32_t done;  // there is no further segment, and this is none
+};
+
+// C: LatentSm90 or LatentSm80. What the load warps share with the others.
+template <class C>
+struct LatentTiles {
+  static constexpr int kSegments = 3, kWarpKeys = C::kTile / C::kLoadWarps;
+  static constexpr uint32_t kWarps = C::kWarps * ptx::kWarpArrivals;
+
+  alignas(1024) uint8_t q[C::QTile::kBytes];
+  alignas(1024) uint8_t k[C::kStages][C::KTile::kBytes];
+  alignas(1024) uint8_t p[C::PTile::kBytes];
+  LatentSegment segments[kSegments];
+  uint32_t missing[C::kStages][C::kLoadWarps];  // a bit for each key that is on a page outside the pool
+  BlockPipeline<C::kStages> k_pipe;
+  BlockPipeline<1> q_pipe;  // Q and its segment
+  bool is_last;
+  static_assert(kWarpKeys <= 32);
+
+  // Copies are counted by thread. `missing` and `segments` are stored, and so are counted apart from them.
+  __device__ __forceinline__ void init_tiles() {
+    constexpr uint32_t kArrivals = C::kLoadWarps * (32 + ptx::kWarpArrivals);
+    k_pipe.init(kWarps, kArrivals);
+    q_pipe.init(kWarps, kArrivals);
+  }
+};
+
+// Launches `kernel`, of C, for each outer leading entry.
+template <class C>
+cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
+                          void* workspace, cudaStream_t stream) {
+  const DecodeGrid& grid = plan.decode;
+  const int64_t blocks = int64_t{grid.columns} * grid.ranges;
+  const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
+  for (int64_t outer = 0; blocks > 0 && outer < outer_entries(p.leading); ++outer) {
+    const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
+    const cudaError_t e =
+        jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jax_flash::decode
