@@ -277,6 +277,11 @@ def test_what_latent_pools_lack_is_an_error_that_names_plain_jax(options):
         plan(**LATENT | options)
 
 
+def test_the_error_of_latent_float8_pools_says_what_they_are():
+    with pytest.raises(RuntimeError, match="paged forward of bfloat16 over float8 pools with d=576"):
+        plan(**LATENT | {"float8": True})
+
+
 def test_the_workspace_of_latent_pools_stays_within_its_bound():
     rng = np.random.default_rng(0)
     for _ in range(300):

@@ -107,9 +107,9 @@ std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
     last = name;
   }
   return std::string("jax_flash: no CUDA kernel was built for the ") + name_of(call.loader()) + " " +
-         name_of(call.pass) + " of " + name_of(s.dtype) + " with d=" + std::to_string(s.head_dim) +
-         ", dv=" + std::to_string(s.value_dim) + " on sm_" + std::to_string(call.device.capability) +
-         " with " + std::to_string(call.device.shared_memory) +
+         name_of(call.pass) + " of " + name_of(s.dtype) + (call.float8_pools() ? " over float8 pools" : "") +
+         " with d=" + std::to_string(s.head_dim) + ", dv=" + std::to_string(s.value_dim) + " on sm_" +
+         std::to_string(call.device.capability) + " with " + std::to_string(call.device.shared_memory) +
          " bytes of shared memory (built: " + (rows.empty() ? "none" : rows) +
          "); implementation=\"xla\" runs it";
 }
