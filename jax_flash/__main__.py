@@ -66,7 +66,7 @@ def _describe(backend: Backend) -> list[str]:
         f"      built for  {', '.join(backend.archs)}",
         f"      passes     {', '.join(backend.passes)}",
         f"      dtypes     {', '.join(backend.dtypes)}",
-        f"      head dims  {dims or 'any, up to 256'}",
+        f"      head dims  {dims or 'any, up to 256; of latent pools up to 576/512'}",
     ]
 
 

@@ -143,6 +143,10 @@ def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
             "use sow_weights=False, or flax's own dot_product_attention to look at them",
             NotImplementedError,
         )
+    if "causal" in unknown:
+        raise _CHECK.fail(
+            "unknown argument causal; Flax's name is is_causal, as in layer(x, is_causal=True)", TypeError
+        )
     given = [name for name, argument in {**unsupported, **unknown}.items() if argument is not None]
     if given:
         raise _CHECK.fail(

@@ -174,14 +174,14 @@ def _tokens(check: Checker, arguments: Arguments, layout: str) -> Operands:
     return {"query": q, "key": k, "value": v}
 
 
-def check_heads(check: Checker, hq: Any, hk: Any, key: str = "key") -> None:
-    """Checks that hq is a multiple of hk; `key` is the name of the argument with hk heads."""
+def check_heads(check: Checker, hq: Any, hk: Any, key: str = "key", hint: str = "") -> None:
+    """Checks that hq is a multiple of hk; `key` is the name of the argument with hk heads, `hint` ends the error."""
     if is_symbolic(hq) or is_symbolic(hk):
         raise check.fail(f"the numbers of heads must be static, got query {hq}, {key} {hk}")
     if hk < 1 or hq < 1:
         raise check.fail(f"query and {key} must have at least one head, got {hq} and {hk}")
     if hq % hk:
-        raise check.fail(f"{key} has {hk} heads, which does not divide query's {hq}")
+        raise check.fail(f"{key} has {hk} heads, which does not divide query's {hq}{hint}")
 
 
 def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
@@ -189,7 +189,12 @@ def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
     left = right = UNLIMITED
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise check.fail(f"window must be None or a pair (left, right), got {window!r}", TypeError)
+            pair = (
+                f"; ({window}, 0) looks back"
+                if isinstance(window, int) and not isinstance(window, bool)
+                else ""
+            )
+            raise check.fail(f"window must be None or a pair (left, right), got {window!r}{pair}", TypeError)
         left, right = (_window_side(check, side, x) for side, x in zip(("left", "right"), window))
     if check.flag("causal", causal):
         right = 0

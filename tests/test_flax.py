@@ -163,6 +163,7 @@ UNSUPPORTED = {
         {"einsum_dot_general": jax.lax.dot_general},
         "einsum_dot_general cannot change a fused",
     ),
+    "causal": ({"causal": True}, "unknown argument causal; Flax's name is is_causal"),
     "qk einsum": ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum cannot change"),
     "weights einsum": ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum cannot change"),
     "positions": ({"input_positions": jnp.arange(5)}, "input_positions cannot change"),

@@ -56,7 +56,7 @@ OF_ATTENTION = [
     (pool(7, SIZE, HK, D, dtype="bfloat16"), TypeError,
      "k_pages has dtype bfloat16, allowed are query's float32, float8_e4m3fn and float8_e5m2"),
     (pool(7, SIZE, HK, 16), ValueError, "k_pages has head dim 16"),
-    (pool(7, SIZE, 3, D), ValueError, "k_pages has 3 heads, which does not divide query's 4"),
+    (pool(7, SIZE, 3, D), ValueError, "which does not divide query's 4; page_layout='nhd' means [p, ps, hk, d], got"),
     (dict(block_tables=ints(3, PAGES), kv_lengths=ints(3)), ValueError, "block_tables has number of sequences 3"),
     (dict(query=floats(5, HQ, D), cu_seqlens_q=ints(4)), ValueError,
      "cu_seqlens_q must have shape [n+1] = (3,), got (4,)"),

@@ -36,7 +36,10 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     check.dtype("query", q)
     operands = {"query": q} | _pools(check, arguments, ("key", "value"), "query", q)
     value_dim = _value_dim(check, arguments, operands)
-    check_heads(check, q.shape[-2], operands["key"].shape[_head_axis(arguments)], "k_pages")
+    pool = operands["key"].shape
+    axes = "[p, ps, hk, d]" if arguments["page_layout"] == "nhd" else "[p, hk, ps, d]"
+    hint = f"; page_layout={arguments['page_layout']!r} means {axes}, got shape {pool}"
+    check_heads(check, q.shape[-2], pool[_head_axis(arguments)], "k_pages", hint)
     operands |= _tables(check, arguments)
     n = operands["block_tables"].shape[0]
     if cu_seqlens is None:
