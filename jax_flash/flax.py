@@ -145,7 +145,8 @@ def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
         )
     if "causal" in unknown:
         raise _CHECK.fail(
-            "unknown argument causal; Flax's name is is_causal, as in layer(x, is_causal=True)", TypeError
+            "unknown argument causal; Flax's name is is_causal, as in layer(x, is_causal=True)",
+            NotImplementedError,
         )
     given = [name for name, argument in {**unsupported, **unknown}.items() if argument is not None]
     if given:
