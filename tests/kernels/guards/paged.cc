@@ -104,6 +104,7 @@ class AttentionCase : PoolCase {
     if (aim_->pass == Pass::kDecode) {
       s.batch_invariant = false;
       if (s.num_splits == 1) s.num_splits = 2;
+      if (variant == backend::Variant::kPlain) s.num_splits = 0;
       const int32_t rows = aim_->block_m;  // more than the next smaller tile has
       p_.q_rows = std::min(p_.q_rows, rows > 16 ? 2 : 4);
       p_.heads = kv_heads_ * static_cast<int32_t>(integer(rows > 8 ? rows / 2 + 1 : 1, rows));
@@ -118,7 +119,10 @@ class AttentionCase : PoolCase {
       p_.page_size = page_size_ = (page_size_ + 7) / 8 * 8;
       p_.k_rows = capacity();
     }
-    if (aim_->pass == Pass::kForward && aim_->plain() && !backend::takes(*aim_, p_)) aim_at_packed_heads();
+    constexpr int kTries = 8;  // not every number of rows is for every card
+    for (int i = 0; i < kTries && aim_->pass == Pass::kForward && !backend::takes(*aim_, p_); ++i) {
+      if (aim_->plain()) aim_at_packed_heads();
+    }
   }
 
   // Several tokens of each sequence, whose query heads share tiles, two of a KV head.

@@ -16,8 +16,9 @@ constexpr Variant kVariants[] = {Variant::kPlain,   Variant::kGeneral,  Variant:
                                  Variant::kDropout, Variant::kSegments, Variant::kAlibi,
                                  Variant::kSoftcap, Variant::kBias,     Variant::kMask};
 
-std::vector<Variant> variants_of(Pass pass, Loader loader) {
-  switch (pass) {
+std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
+  if (row.pass == Pass::kDecode && row.cluster > 1) return {Variant::kPlain};  // a sequence is never split
+  switch (row.pass) {
     case Pass::kForward: {
       if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
       std::vector<Variant> all{std::begin(kVariants), std::end(kVariants)};
@@ -136,7 +137,7 @@ std::optional<Aim> Reach::aim(int64_t turn, Loader loader, std::initializer_list
       for (Pass pass : passes) {
         if (rows_[i].pass != pass || !rows_[i].takes(loader)) continue;
         if (rows_[i].arch->oldest > device_.capability) continue;
-        for (Variant variant : variants_of(pass, loader)) {
+        for (Variant variant : variants_of(rows_[i], loader)) {
           if (exists(rows_[i], variant, device_)) kernels_.emplace_back(i, variant);
         }
       }
