@@ -23,7 +23,7 @@ from .measure import copies_for
 
 JAX_NN = {"GQA", "window", "lengths", "mask", "bias", "scale"}
 Finish = Callable[[], tuple[Any, list[Any]]]  # gives a call that is compiled, and its argument tuples
-DIFFERENTIATED = ("bias", "sinks")  # beside query, key and value
+DIFFERENTIATED = ("bias", "sinks")  # whose gradients are timed besides those of query, key and value
 FLASH_ATTN = {"GQA", "window", "packed", "scale", "bottom-right"}
 
 

@@ -76,9 +76,9 @@ JF_HD uint8_t float_to_float8(float x) {
   return static_cast<uint8_t>(y | sign);
 }
 
-// Of append_kv with dynamic scales, which are powers of two (jax_flash/paged/quantise.py). A page without a
-// finite number but zeros has the smallest.
-inline constexpr int32_t kSmallestScale = -100;  // its exponent
+// The dynamic scales of append_kv are powers of two (jax_flash/paged/quantise.py). A page that holds no finite
+// number but zeros has the smallest, 2^kSmallestScale.
+inline constexpr int32_t kSmallestScale = -100;
 
 // The smallest scale with largest ≤ scale · the largest number of the format, which is 1.75 · 2^…
 JF_HD float page_scale(float largest, DType format) {
@@ -98,7 +98,7 @@ struct PageScale {
     before = kept ? stored : 0;
     after = before > needed ? before : needed;
   }
-  // Of the elements that are stored, in slots before the first one.
+  // What the elements that are stored, in slots before the first one, are multiplied by.
   JF_HD float factor() const { return before / after; }
 };
 

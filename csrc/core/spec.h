@@ -56,7 +56,7 @@ inline constexpr int32_t kUnlimited = -1;
 // The largest d and dv of the CPU kernels and of CUDA's page loaders; CUDA's other limits are the rows of the
 // table.
 inline constexpr int32_t kMaxHeadDim = 256;
-// The same of pages whose first columns are V, as in multi-head latent attention.
+// The largest d and dv of pages whose first columns are V, as in multi-head latent attention.
 inline constexpr int32_t kMaxLatentDim = 576, kMaxLatentValueDim = 512;
 
 struct AttentionSpec {

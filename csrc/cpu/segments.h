@@ -15,7 +15,7 @@ struct RowSegments {
 
   RowSegments() = default;
 
-  // Of rows [i0, i1), as far as they are in use.
+  // The segments of rows [i0, i1), as far as they are in use.
   RowSegments(const Head& head, int32_t i0, int32_t i1) {
     const View &q = head.problem.q_segment_ids, &k = head.problem.kv_segment_ids;
     if (!q) return;

@@ -25,7 +25,7 @@ class PassTraits {
   // Fills the plan's grids and takes the workspace that they need.
   virtual void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                          LaunchPlan& plan) const = 0;
-  // Of decode: whether packed sequences of any length are attended, so that no forward follows.
+  // Whether a decode row attends to packed sequences of any length, so that no forward follows.
   virtual bool takes_every_sequence(const KernelRow&) const { return false; }
   // Bytes of workspace that are enough on every device.
   virtual Dim workspace_bound(const AttentionSpec& spec, const DimShapes& shapes) const = 0;

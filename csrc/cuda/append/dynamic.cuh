@@ -117,7 +117,7 @@ template <class T>
 cudaError_t launch_dynamic(const AppendProblem& p, cudaStream_t stream) {
   return with_words<T>(p, 1, [&]<int kWord>(const Units& units) {
     return for_each_launch(p, [&](const AppendCall& call, int64_t entries) {
-      // Of packed tokens the number of runs is known on the device alone.
+      // How many runs packed tokens have is known on the device alone.
       const int64_t most = int64_t{call.sequences} * 2 + call.tokens / call.page_size.value;
       const int64_t runs =
           call.packed ? std::min<int64_t>(most, call.tokens) : int64_t{call.sequences} * call.runs.value;

@@ -177,7 +177,7 @@ class AttentionCase : PoolCase {
     make(p_.lse, 4, lse, false);
   }
 
-  // Of packed queries it may have fewer rows than some sequences.
+  // Where queries are packed, the mask may have fewer rows than some sequences.
   void make_draft_mask() {
     p_.spec.operands |= 1 << static_cast<int32_t>(Operand::kDraftMask);
     p_.draft_rows = p_.packed() ? static_cast<int32_t>(integer(1, 9)) : p_.q_rows;
