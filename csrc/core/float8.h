@@ -76,8 +76,8 @@ JF_HD uint8_t float_to_float8(float x) {
   return static_cast<uint8_t>(y | sign);
 }
 
-// The dynamic scales of append_kv are powers of two (jax_flash/paged/quantise.py). A page that holds no finite
-// number but zeros has the smallest, 2^kSmallestScale.
+// The dynamic scales of append_kv are powers of two (jax_flash/paged/quantise.py). A page that holds no
+// finite number but zeros has the smallest, 2^kSmallestScale.
 inline constexpr int32_t kSmallestScale = -100;
 
 // The smallest scale with largest ≤ scale · the largest number of the format, which is 1.75 · 2^…
