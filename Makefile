@@ -102,7 +102,7 @@ cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (nee
 	  -k "not xla and not on_the_host and not refused" \
 	  $(EMULATED_TESTS)
 EMULATED_TESTS = tests/test_several_tiles.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_paged.py \
-  tests/test_paged_gradients.py tests/test_transforms.py::test_nested_vmaps_map_different_arguments \
+  tests/test_paged_splits.py tests/test_paged_gradients.py tests/test_transforms.py::test_nested_vmaps_map_different_arguments \
   tests/test_transforms.py::test_scan_is_the_loop 'tests/test_attention.py::test_a_call_repeated_gives_the_same_bits[True]'
 
 .PHONY: bench

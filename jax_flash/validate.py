@@ -189,11 +189,7 @@ def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
     left = right = UNLIMITED
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
-            pair = (
-                f"; ({window}, 0) looks back"
-                if isinstance(window, int) and not isinstance(window, bool)
-                else ""
-            )
+            pair = f"; ({window}, 0) looks back" if type(window) is int else ""
             raise check.fail(f"window must be None or a pair (left, right), got {window!r}{pair}", TypeError)
         left, right = (_window_side(check, side, x) for side, x in zip(("left", "right"), window))
     if check.flag("causal", causal):

@@ -46,17 +46,13 @@ class LatentConsumer {
 
  private:
   static constexpr int kPairs = C::kTile / 16;  // k steps of P V
-  static constexpr float kSlack = 8;            // O is rescaled where a score exceeds the row's bound by more
 
   // The warp's first row of the 64.
   __device__ __forceinline__ static int32_t first_row() { return ptx::thread_index() % kWarpgroup / 32 * 16; }
-  __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment) const {
-    return {call.group, kv_head, segment.first_row, segment.end_row};
-  }
 
   // S, P and this half of O, of all tiles of a segment.
   __device__ __forceinline__ void attend_first(const LatentSegment& segment, uint32_t number, uint32_t& use) {
-    const ColumnRows rows = rows_of(segment);
+    const ColumnRows rows = rows_of(segment, call.group, kv_head);
     if (threadIdx.x == 0 && segment.parts.count > 1)
       prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
     Interval seen[S::kSlots];  // the keys that a row sees
@@ -178,9 +174,9 @@ class LatentConsumer {
     });
   }
 
-  // m ← the row's bound, raised where a score exceeds it by more than kSlack, by 1/α; S ← 2^(S − m); l ← α l
-  // + rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote tells
-  // whether any was raised.
+  // m ← the row's bound, raised where a score exceeds it by more than kLatentSlack, by 1/α; S ← 2^(S − m);
+  // l ← α l + rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote
+  // tells whether any was raised.
   __device__ __forceinline__ bool update_softmax(float (&m)[S::kSlots], float (&l)[S::kSlots],
                                                  float (&alpha)[S::kSlots]) {
     bool raised = false;
@@ -192,7 +188,7 @@ class LatentConsumer {
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
       top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
       alpha[slot] = 1;
-      if (top > m[slot] + kSlack) {
+      if (top > m[slot] + kLatentSlack) {
         alpha[slot] = ptx::exp2(m[slot] - top);
         m[slot] = top, raised = true;
         l[slot] *= alpha[slot];
@@ -238,7 +234,7 @@ class LatentConsumer {
   // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment, const Softmax (&softmax)[C::kRows]) {
     sync_consumers();  // the softmax is stored
-    const ColumnRows rows = rows_of(segment);
+    const ColumnRows rows = rows_of(segment, call.group, kv_head);
     const Parts parts = segment.parts;
     const PartialResults<C::kRows> partial(call);
     const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);

@@ -85,17 +85,13 @@ class LatentWarps {
 
  private:
   static constexpr int kOwnRows = C::kRows / C::kWarps;  // of P
-  static constexpr float kSlack = 8;  // O is rescaled where a score exceeds the row's bound by more
 
   __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x / 32); }
   __device__ __forceinline__ static void sync() { ptx::sync_group(1, C::kWarps * 32); }
-  __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment) const {
-    return {call.group, kv_head, segment.first_row, segment.end_row};
-  }
 
   // O, m and l of a segment.
   __device__ __forceinline__ void attend(const LatentSegment& segment, uint32_t number, uint32_t& use) {
-    const ColumnRows rows = rows_of(segment);
+    const ColumnRows rows = rows_of(segment, call.group, kv_head);
     if (threadIdx.x == 0 && segment.parts.count > 1)
       prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
     const SplitProduct product(ptx::shared_address(shared.q));
@@ -205,7 +201,7 @@ class LatentWarps {
 
   __device__ __forceinline__ static int row_of(int own) { return warp() + own * C::kWarps; }
 
-  // m ← the row's bound, raised where a score exceeds it by more than kSlack, by 1/α; P = 2^(S − m);
+  // m ← the row's bound, raised where a score exceeds it by more than kLatentSlack, by 1/α; P = 2^(S − m);
   // l ← α l + this lane's P. A lane has one key of the tile. `whole`: all rows see all of its keys.
   __device__ __forceinline__ void exponentiate(const SequenceWork& work, const ColumnRows& rows, int32_t key,
                                                bool whole, uint32_t use) {
@@ -223,7 +219,7 @@ class LatentWarps {
       x = used && row < rows.count() ? score(work, rows, row, key + lane, x, whole) : -INFINITY;
       const float top = warp_max(x);
       float alpha = 1;
-      if (top > m[i] + kSlack) {
+      if (top > m[i] + kLatentSlack) {
         alpha = ptx::exp2(m[i] - top);
         m[i] = top, l[i] *= alpha;
       }
@@ -278,7 +274,7 @@ class LatentWarps {
   // last to be finished.
   __device__ __forceinline__ void finish(const LatentSegment& segment) {
     sync();  // the softmax is stored
-    const ColumnRows rows = rows_of(segment);
+    const ColumnRows rows = rows_of(segment, call.group, kv_head);
     const Parts parts = segment.parts;
     const PartialResults<C::kRows> partial(call);
     const int64_t first = parts.count == 1 ? 0 : partial.row(parts.slot(call.grid, parts.own), kv_head, 0);

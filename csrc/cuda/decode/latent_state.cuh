@@ -21,6 +21,14 @@ struct LatentSegment {
   int32_t done;  // there is no further segment, and this is none
 };
 
+// O is rescaled where a score exceeds the row's bound by more.
+inline constexpr float kLatentSlack = 8;
+
+__device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment, const Divisor& group,
+                                              int32_t kv_head) {
+  return {group, kv_head, segment.first_row, segment.end_row};
+}
+
 // C: LatentSm90 or LatentSm80. What the load warps share with the others.
 template <class C>
 struct LatentTiles {

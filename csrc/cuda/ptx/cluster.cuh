@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_in(uint32_t shared, uint32_t value, uint32
                : "memory");
 }
 
-// The same, of 16 and of 8 bytes.
+// The same for 16 bytes and for 8.
 __device__ __forceinline__ void store_in(uint32_t shared, const float4& x, uint32_t barrier, uint32_t rank) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
