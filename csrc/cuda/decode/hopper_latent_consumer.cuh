@@ -255,7 +255,7 @@ class LatentConsumer {
     if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static void sync_consumers() {
-    ptx::sync_group(1, Shared::kConsumers * kWarpgroup);
+    ptx::sync_any_group(1, Shared::kConsumers * kWarpgroup);  // each half at an instruction of its own
   }
 
   // The features of this thread's pairs.
