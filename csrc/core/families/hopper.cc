@@ -242,9 +242,7 @@ class BiasGradient final : public PassTraits {
 class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    const bool few = row.block_m < kConsumerRows;  // rows, for which there is the portable kernel
-    const auto bytes = few ? latent::portable_bytes : latent::tile_bytes;
-    return bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+    return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
 };
 

@@ -22,25 +22,23 @@ namespace jax_flash {
 namespace append {
 namespace {
 
-constexpr int kThreads = 384;
-constexpr int kBlocksPerMultiprocessor = 2;  // of the grid, at most: one wave
-constexpr int kTokens = 2;                   // that a thread loads together
+constexpr int kBlocksPerMultiprocessor = 3;  // of the grid, at most: one wave
 constexpr int kAtOnce = 2;                   // runs that a thread looks up together
 constexpr int32_t kFew = 8;  // own tokens: more are compared only where a filter has their page
 constexpr int32_t kFilterBits = 10;
 
 // The parts of a call: a block has `tokens` tokens of one leading entry, and the units [slice · units, …) of
-// each. A thread has the same unit of every `apart`-th token: `lanes` threads have those of one token.
+// each.
 struct Parts {
-  Divisor chunks, slices, lanes;
-  int32_t tokens, units, apart;
+  Divisor chunks, slices, units;
+  int32_t tokens;
 };
 
 struct Shared {
   Slot own[kThreads];
   bool overwritten[kThreads];
   bool filter[1 << kFilterBits];  // whether an own token is on a page with this hash
-  int32_t scan[kThreads / 32];
+  int32_t scan[kWarps];
 };
 
 __device__ __forceinline__ uint32_t hash(int32_t page) {
@@ -93,7 +91,7 @@ __device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, 
     for (int32_t i = thread; i < 1 << kFilterBits; i += kThreads) shared.filter[i] = false;
     __syncthreads();
   }
-  if (call.packed) find_starts<kThreads>(call, entry, starts, shared.scan);
+  if (call.packed) find_starts(call, entry, starts, shared.scan);
   Slot slot{kNowhere, 0, 0, 0};
   if (thread < own.count) slot = find_slot(call, entry, starts, own.first + thread);
   const int32_t all = all_runs(call, starts);
@@ -131,69 +129,53 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int32_t entry = parts.chunks.quotient(part);
   const int32_t first = (part - entry * parts.chunks.value) * parts.tokens;
   const int32_t count = min(parts.tokens, call.tokens - first);
-  const int32_t first_token = parts.lanes.quotient(static_cast<int32_t>(threadIdx.x));
-  const int32_t end = min(units.all, (slice + 1) * parts.units);
-  int32_t number = slice * parts.units + static_cast<int32_t>(threadIdx.x) - first_token * parts.lanes.value;
-  if (first_token >= parts.apart) number = end;  // this thread has none
+  const int32_t first_unit = slice * parts.units.value;
+  const int32_t items = count * parts.units.value;  // those past the last unit do nothing
+  const auto used = [&](int32_t item) {
+    return item < items && first_unit + parts.units.remainder(item) < units.all;
+  };
+  int32_t item = static_cast<int32_t>(threadIdx.x), token = 0;
   Unit<T, Pool, kWord> unit;
-  UnitWords<T, kWord> data[kTokens];
-  const auto load = [&](int32_t token) {
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i)
-      if (token + i * parts.apart < count) unit.load(call, first + token + i * parts.apart, data[i]);
+  const auto load = [&] {
+    token = parts.units.quotient(item);
+    unit = Unit<T, Pool, kWord>(call, units, first_unit + item - token * parts.units.value);
+    unit.load(call, entry, first + token);
   };
 
   // What does not depend on the slots is asked for before they are looked up.
   const bool early = !call.packed && call.rotated > 0;
-  if (number < end) {
-    unit = Unit<T, Pool, kWord>(call, units, entry, number);
-    load(first_token);
-    if (early && first_token < count) {
-      const int32_t sequence = call.rows.quotient(first + first_token);
-      const int64_t own = first + first_token - sequence * call.rows.value;
-      const int64_t position = length_before(call, entry, sequence) + own;
-      unit.load_angles(call, static_cast<int32_t>(min(position, int64_t{call.capacity})), data[0]);
+  if (used(item)) {
+    load();
+    if (early) {
+      const int32_t sequence = call.rows.quotient(first + token);
+      const int64_t number = first + token - sequence * call.rows.value;
+      const int64_t position = length_before(call, entry, sequence) + number;
+      unit.load_angles(call, entry, static_cast<int32_t>(min(position, int64_t{call.capacity})));
     }
   }
   find_own(call, entry, {first, count, count > kFew}, reinterpret_cast<int32_t*>(ptx::dynamic_shared()),
            shared);
-  bool is_first = true;
-#pragma unroll 1
-  for (; number < end; number += parts.lanes.value) {
-    if (!is_first) unit = Unit<T, Pool, kWord>(call, units, entry, number);
-#pragma unroll 1
-    for (int32_t token = first_token; token < count; token += kTokens * parts.apart, is_first = false) {
-      if (!is_first) load(token);
-      Slot to[kTokens];
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        const int32_t own = token + i * parts.apart;
-        to[i].page = kNowhere;
-        if (own < count && !shared.overwritten[own]) to[i] = shared.own[own];
-        if (to[i].page != kNowhere && !(i == 0 && is_first && early))
-          unit.load_angles(call, to[i].position, data[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (to[i].page == kNowhere) continue;
-        unit.rotate(call, data[i]);
-        unit.store(call, to[i], data[i], sizeof(Pool) == 1 ? unit.scale_of(call, entry, to[i].page) : 1);
-      }
-    }
+  for (bool is_first = true; item < items; item += kThreads, is_first = false) {
+    if (!used(item)) continue;
+    if (!is_first) load();
+    const Slot to = shared.own[token];
+    if (to.page == kNowhere || shared.overwritten[token]) continue;
+    if (!(is_first && early)) unit.load_angles(call, entry, to.position);
+    unit.rotate(call);
+    unit.store(call, entry, to, sizeof(Pool) == 1 ? unit.scale_of(call, entry, to.page) : 1);
   }
 }
 
 // kThreads units or fewer of a token for each block where the device has room for so many blocks; else all
 // units, of as many tokens as leave so many blocks.
-Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int64_t most) {
+Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int32_t sm_count) {
+  const int64_t most = int64_t{kBlocksPerMultiprocessor} * sm_count;
   const int64_t tokens = entries * call.tokens, wanted = ceil_div(units.all, kThreads);
   const int64_t slices = std::max<int64_t>(tokens * wanted <= most ? wanted : 1, 1);
   Parts parts{};
   parts.tokens = static_cast<int32_t>(std::clamp<int64_t>(ceil_div(tokens * slices, most), 1, kThreads));
   parts.chunks = Divisor(ceil_div(call.tokens, parts.tokens)), parts.slices = Divisor(slices);
-  parts.units = static_cast<int32_t>(ceil_div(units.all, slices));
-  parts.lanes = Divisor(std::clamp(parts.units, 1, kThreads));
-  parts.apart = kThreads / parts.lanes.value;
+  parts.units = Divisor(std::max<int64_t>(ceil_div(units.all, slices), 1));
   return parts;
 }
 
@@ -201,7 +183,7 @@ template <class T, class Pool>
 cudaError_t launch_for(const AppendProblem& p, int32_t sm_count, cudaStream_t stream) {
   return with_words<T>(p, p.kv_heads, [&]<int kWord>(const Units& units) {
     return for_each_launch(p, [&](const AppendCall& call, int64_t entries) {
-      const Parts parts = parts_of(call, units, entries, int64_t{kBlocksPerMultiprocessor} * sm_count);
+      const Parts parts = parts_of(call, units, entries, sm_count);
       const size_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
       const int64_t blocks = entries * parts.chunks.value * parts.slices.value;
       return launch(append_tokens<T, Pool, kWord>, blocks, kThreads, starts, stream, call, units, parts);

@@ -13,10 +13,8 @@
 
 namespace jax_flash::append {
 
-inline constexpr int kDynamicThreads = 256, kDynamicWarps = kDynamicThreads / 32;
-
 struct DynamicParts {
-  Divisor runs, groups;  // of a leading entry; groups of kDynamicWarps heads
+  Divisor runs, groups;  // of a leading entry; groups of kWarps heads
 };
 
 // The maximum over a warp of a number's bits.
@@ -38,77 +36,61 @@ __device__ __forceinline__ void requantise(const AppendCall& call, const AppendS
   }
 }
 
-// Calls f(unit, token, data) with each unit of each token of a run at one KV head that this lane has, loaded
-// and rotated. `units`: of one head.
-template <class T, int kWord, class F>
-__device__ __forceinline__ void for_each_unit(const AppendCall& call, const Units& units, int32_t entry,
-                                              int32_t head, const Run& run, F f) {
-  constexpr int kTokens = 4;  // that are loaded together
-  const int32_t lanes = min(units.all, 32), apart = 32 / lanes;
-  const int32_t lane = static_cast<int32_t>(threadIdx.x % 32), first_token = lane / lanes;
-  if (first_token >= apart) return;
-#pragma unroll 1
-  for (int32_t number = lane - first_token * lanes; number < units.all; number += lanes) {
-    const Unit<T, uint8_t, kWord> unit(call, units, entry, number, head);
-#pragma unroll 1
-    for (int32_t token = first_token; token < run.count; token += kTokens * apart) {
-      UnitWords<T, kWord> data[kTokens];
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (token + i * apart >= run.count) break;
-        unit.load(call, run.row + token + i * apart, data[i]);
-        unit.load_angles(call, run.position + token + i * apart, data[i]);
-      }
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (token + i * apart >= run.count) break;
-        unit.rotate(call, data[i]);
-        f(unit, token + i * apart, data[i]);
-      }
-    }
-  }
-}
-
 // Writes a run at one KV head, by one warp. `units`: of one head.
 template <class T, int kWord>
 __device__ __forceinline__ void write_run(const AppendCall& call, const Units& units, int32_t entry,
                                           int32_t head, const Run& run) {
+  const auto unit_at = [&](int32_t i, int32_t& token) {
+    token = units.of_token.quotient(i);
+    Unit<T, uint8_t, kWord> unit(call, units, i - token * units.all);
+    unit.head = head;
+    unit.load(call, entry, run.row + token);
+    unit.load_angles(call, entry, run.position + token);
+    return unit;
+  };
   const auto lane = static_cast<int32_t>(threadIdx.x % 32);
   float* const of_key = call.key.scale.at<float>(entry, run.page, head, 0);
   float* const of_value = call.value.scale.at<float>(entry, run.page, head, 0);
   const float key_before = *of_key, value_before = *of_value;
   uint32_t largest[2] = {0, 0};
-  for_each_unit<T, kWord>(call, units, entry, head, run, [&](const auto& unit, int32_t, const auto& data) {
-    const uint32_t x = unit.largest(data);
+#pragma unroll 2
+  for (int32_t i = lane; i < run.count * units.all; i += 32) {
+    int32_t token;
+    auto unit = unit_at(i, token);
+    unit.rotate(call);
+    const uint32_t x = unit.largest();
     largest[0] = max(largest[0], unit.of_value ? 0u : x),
     largest[1] = max(largest[1], unit.of_value ? x : 0u);
-  });
+  }
   const PageScale key(key_before, run.slot, float_of_bits(warp_maximum(largest[0])), call.stored);
   const PageScale value(value_before, run.slot, float_of_bits(warp_maximum(largest[1])), call.stored);
   __syncwarp();  // all lanes have read the scales
   if (lane == 0) *of_key = key.after, *of_value = value.after;
   requantise(call, call.key, entry, run.page, head, run.slot, key);
   requantise(call, call.value, entry, run.page, head, run.slot, value);
-  for_each_unit<T, kWord>(
-      call, units, entry, head, run, [&](const auto& unit, int32_t token, const auto& data) {
-        unit.store(call, {run.page, run.slot + token, 0, 0}, data, unit.of_value ? value.after : key.after);
-      });
+#pragma unroll 1
+  for (int32_t i = lane; i < run.count * units.all; i += 32) {
+    int32_t token;
+    auto unit = unit_at(i, token);
+    unit.rotate(call);
+    unit.store(call, entry, {run.page, run.slot + token, 0, 0}, unit.of_value ? value.after : key.after);
+  }
   __syncwarp();  // the next run may be on the same page
 }
 
 template <class T, int kWord>
-__global__ void __launch_bounds__(kDynamicThreads)
+__global__ void __launch_bounds__(kThreads)
     append_dynamic(const __grid_constant__ AppendCall call, const __grid_constant__ Units units,
                    const __grid_constant__ DynamicParts parts) {
-  __shared__ int32_t scan[kDynamicWarps], found[kDynamicThreads];
+  __shared__ int32_t scan[kWarps], found[kThreads];
   int32_t* const memory = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const Starts starts{memory, memory + call.sequences + 1};
   const int32_t part = parts.groups.quotient(static_cast<int32_t>(blockIdx.x));
   const int32_t group = static_cast<int32_t>(blockIdx.x) - part * parts.groups.value;
   const int32_t entry = parts.runs.quotient(part), own = part - entry * parts.runs.value;
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const int32_t head = group * kDynamicWarps + thread / 32;
-  if (call.packed) find_starts<kDynamicThreads>(call, entry, starts, scan);
+  const int32_t head = group * kWarps + thread / 32;
+  if (call.packed) find_starts(call, entry, starts, scan);
   const int32_t all = all_runs(call, starts);
   if (own >= all) return;
   const Run first = find_run(call, entry, starts, own);
@@ -117,13 +99,13 @@ __global__ void __launch_bounds__(kDynamicThreads)
     return number < all && find_run(call, entry, starts, number).page == first.page;
   };
   bool taken = false;  // by the block of an earlier run
-  for (int32_t number = thread; number < own; number += kDynamicThreads) taken |= same(number);
+  for (int32_t number = thread; number < own; number += kThreads) taken |= same(number);
   if (__syncthreads_or(taken)) return;
   if (head < call.heads) write_run<T, kWord>(call, units, entry, head, first);
-  for (int32_t base = own + 1; base < all; base += kDynamicThreads) {
+  for (int32_t base = own + 1; base < all; base += kThreads) {
     found[thread] = same(base + thread);
     if (!__syncthreads_or(found[thread])) continue;
-    for (int32_t i = 0; i < kDynamicThreads; ++i) {
+    for (int32_t i = 0; i < kThreads; ++i) {
       if (found[i] && head < call.heads)
         write_run<T, kWord>(call, units, entry, head, find_run(call, entry, starts, base + i));
     }
@@ -139,10 +121,10 @@ cudaError_t launch_dynamic(const AppendProblem& p, cudaStream_t stream) {
       const int64_t most = int64_t{call.sequences} * 2 + call.tokens / call.page_size.value;
       const int64_t runs =
           call.packed ? std::min<int64_t>(most, call.tokens) : int64_t{call.sequences} * call.runs.value;
-      const DynamicParts parts{Divisor(runs), Divisor(ceil_div(p.kv_heads, kDynamicWarps))};
+      const DynamicParts parts{Divisor(runs), Divisor(ceil_div(p.kv_heads, kWarps))};
       const size_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
-      return launch(append_dynamic<T, kWord>, entries * runs * parts.groups.value, kDynamicThreads, starts,
-                    stream, call, units, parts);
+      return launch(append_dynamic<T, kWord>, entries * runs * parts.groups.value, kThreads, starts, stream,
+                    call, units, parts);
     });
   });
 }

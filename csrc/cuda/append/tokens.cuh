@@ -8,6 +8,7 @@
 
 namespace jax_flash::append {
 
+inline constexpr int kThreads = 256, kWarps = kThreads / 32;
 inline constexpr int32_t kNowhere = -1;  // instead of a page: nothing is written
 
 // Where a token goes. Its position is that within its sequence.
@@ -41,7 +42,7 @@ __device__ __forceinline__ int32_t all_runs(const AppendCall& call, const Starts
 }
 
 // Replaces x by op over all threads before this one and `first`, and returns op over all of them.
-template <int kWarps, class Op>
+template <class Op>
 __device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t* shared, Op op) {
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
   int32_t through = x;
@@ -65,12 +66,10 @@ __device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t
   return all;
 }
 
-// Finds the starts of packed sequences: rows are the running maximum of cu_seqlens. `shared`: a number of
-// each warp. Called by all threads, which may read the starts after it.
-template <int kThreads>
+// Finds the starts of packed sequences: rows are the running maximum of cu_seqlens. `shared`: [kWarps].
+// Called by all threads, which may read the starts after it.
 __device__ inline void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
                                    int32_t* shared) {
-  constexpr int kWarps = kThreads / 32;
   const auto maximum = [](int32_t a, int32_t b) { return max(a, b); };
   const auto start_of = [&](int32_t z) {
     return clamp_index(*call.cu_seqlens.at<const int32_t>(entry, z, 0, 0), call.tokens);
@@ -80,13 +79,13 @@ __device__ inline void find_starts(const AppendCall& call, int32_t entry, const 
   if (call.earlier > 0) {  // sequences of an earlier launch
     int32_t x = 0;
     for (int32_t z = thread - call.earlier; z < 0; z += kThreads) x = max(x, start_of(z));
-    before = scan_block<kWarps>(x, 0, shared, maximum);
+    before = scan_block(x, 0, shared, maximum);
   }
   const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
   const int32_t begin = thread * share, end = min(begin + share, call.sequences + 1);
   int32_t x = 0;
   for (int32_t z = begin; z < end; ++z) starts.rows[z] = x = max(x, start_of(z));
-  scan_block<kWarps>(x, before, shared, maximum);
+  scan_block(x, before, shared, maximum);
   for (int32_t z = begin; z < end; ++z) starts.rows[z] = max(starts.rows[z], x);
   __syncthreads();
   const auto runs = [&](int32_t z) {
@@ -94,7 +93,7 @@ __device__ inline void find_starts(const AppendCall& call, int32_t entry, const 
   };
   int32_t sum = 0;
   for (int32_t z = begin; z < end; ++z) sum += runs(z);
-  scan_block<kWarps>(sum, 0, shared, [](int32_t a, int32_t b) { return a + b; });
+  scan_block(sum, 0, shared, [](int32_t a, int32_t b) { return a + b; });
   for (int32_t z = begin; z < end; ++z) starts.runs[z] = sum, sum += runs(z);
   __syncthreads();
 }

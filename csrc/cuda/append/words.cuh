@@ -9,45 +9,13 @@
 #include "cuda/append/call.cuh"
 #include "cuda/append/tokens.cuh"
 #include "cuda/ptx/float8.cuh"
-#include "cuda/ptx/math.cuh"
 
 namespace jax_flash::append {
 
-// kWord adjacent features. Those of 16 bits lie two in a register: the compiler would give each its own.
 template <class T, int kWord>
 struct alignas(std::min<size_t>(16, sizeof(T) * kWord)) Words {
   T x[kWord];
-
-  __device__ __forceinline__ void unpack(float (&to)[kWord]) const {
-#pragma unroll
-    for (int i = 0; i < kWord; ++i) to[i] = static_cast<float>(x[i]);
-  }
-  __device__ __forceinline__ void pack(const float (&from)[kWord]) {
-#pragma unroll
-    for (int i = 0; i < kWord; ++i) x[i] = T(from[i]);
-  }
 };
-
-template <class T>
-struct alignas(16) PairWords {
-  uint32_t x[4];
-
-  __device__ __forceinline__ void unpack(float (&to)[8]) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 two = ptx::unpack<T>(x[i]);
-      to[2 * i] = two.x, to[2 * i + 1] = two.y;
-    }
-  }
-  __device__ __forceinline__ void pack(const float (&from)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = ptx::pack<T>(from[2 * i], from[2 * i + 1]);
-  }
-};
-template <>
-struct Words<__half, 8> : PairWords<__half> {};
-template <>
-struct Words<__nv_bfloat16, 8> : PairWords<__nv_bfloat16> {};
 
 // The units of a token: of its key at all heads, pairs of words that are rotated and words that are not, then
 // words of its value.
@@ -66,36 +34,24 @@ struct Units {
         all(heads * (of_pairs + of_rest + of_value)) {}
 };
 
-// What a unit is of one token.
-template <class T, int kWord>
-struct UnitWords {
-  Words<T, kWord> a, b;
-  Words<float, kWord> cos, sin;
-};
-
-// A unit of all tokens of a leading entry. Of a rotated pair of words the features (a[i], b[i]) turn by angle
-// i; where pairs are interleaved, a and b are adjacent words and their features (2 i, 2 i + 1) do.
+// A unit of a new token. Of a rotated pair of words the features (a[i], b[i]) turn by angle i; where pairs
+// are interleaved, a and b are adjacent words and their features (2 i, 2 i + 1) do.
 template <class T, class Pool, int kWord>
 struct Unit {
-  using Data = UnitWords<T, kWord>;
   bool of_value;
-  int32_t head, second;          // second: from the first word of a pair to the other; 0: a single word
-  const T* rows;                 // of token 0
-  Pool* pool;                    // slot 0 of page 0
-  const float *cosines, *sines;  // of position 0
+  int32_t head, first, second, angle;  // features; second: −1 for a single word
+  Words<T, kWord> a, b;
+  Words<float, kWord> cos, sin;
 
   Unit() = default;
-  // first_head: is added to the head that the unit's number says.
-  __device__ __forceinline__ Unit(const AppendCall& call, const Units& units, int32_t entry, int32_t unit,
-                                  int32_t first_head = 0) {
+  __device__ __forceinline__ Unit(const AppendCall& call, const Units& units, int32_t unit) {
     of_value = unit >= units.key_pairs + units.key_words;
-    second = 0;
-    int32_t first, angle = 0;
+    second = -1;
     if (unit < units.key_pairs) {
       head = units.pairs.quotient(unit);
       angle = (unit - head * units.pairs.value) * kWord;
       first = call.interleaved ? 2 * angle : angle;
-      second = call.interleaved ? kWord : call.rotated;
+      second = call.interleaved ? first + kWord : first + call.rotated;
     } else if (of_value) {
       unit -= units.key_pairs + units.key_words;
       head = units.value.quotient(unit);
@@ -105,98 +61,85 @@ struct Unit {
       head = units.rest.quotient(unit);
       first = (unit - head * units.rest.value) * kWord + 2 * call.rotated;
     }
-    head += first_head;
-    rows = stream(call).rows.template at<const T>(entry, 0, head, 0) + first;
-    pool = stream(call).pool.template at<Pool>(entry, 0, head, 0) + first;
-    cosines = call.cos.at<const float>(entry, 0, 0, 0) + angle;
-    sines = call.sin.at<const float>(entry, 0, 0, 0) + angle;
   }
 
-  __device__ __forceinline__ void load(const AppendCall& call, int32_t row, Data& data) const {
-    const T* const from = rows + row * stream(call).rows.row;
-    data.a = *reinterpret_cast<const Words<T, kWord>*>(from);
-    if (second > 0) data.b = *reinterpret_cast<const Words<T, kWord>*>(from + second);
+  __device__ __forceinline__ void load(const AppendCall& call, int32_t entry, int32_t row) {
+    const T* const from = of_value ? call.value.rows.at<const T>(entry, 0, head, row)
+                                   : call.key.rows.at<const T>(entry, 0, head, row);
+    a = *reinterpret_cast<const Words<T, kWord>*>(from + first);
+    if (second >= 0) b = *reinterpret_cast<const Words<T, kWord>*>(from + second);
   }
-  __device__ __forceinline__ void load_angles(const AppendCall& call, int32_t position, Data& data) const {
-    if (second == 0) return;
+  __device__ __forceinline__ void load_angles(const AppendCall& call, int32_t entry, int32_t position) {
+    if (second < 0) return;
     const int32_t row = rotary_row(position, call.positions);
-    data.cos = *reinterpret_cast<const Words<float, kWord>*>(cosines + row * call.cos.row);
-    data.sin = *reinterpret_cast<const Words<float, kWord>*>(sines + row * call.sin.row);
+    cos = *reinterpret_cast<const Words<float, kWord>*>(call.cos.at<const float>(entry, 0, 0, row) + angle);
+    sin = *reinterpret_cast<const Words<float, kWord>*>(call.sin.at<const float>(entry, 0, 0, row) + angle);
   }
 
   // Rotates, and rounds to T as if the key had come that way from the caller.
-  __device__ __forceinline__ void rotate(const AppendCall& call, Data& data) const {
-    if (second == 0) return;
-    float x[2 * kWord];
-    unpack(data, x);
+  __device__ __forceinline__ void rotate(const AppendCall& call) {
+    if (second < 0) return;
+    const auto turn = [&](T& x, T& y, int i) {
+      float turned_x = static_cast<float>(x), turned_y = static_cast<float>(y);
+      jax_flash::rotate(turned_x, turned_y, cos.x[i], sin.x[i]);
+      x = T(turned_x), y = T(turned_y);
+    };
+    if (call.interleaved) {
 #pragma unroll
-    for (int i = 0; i < kWord; ++i) {
-      if (call.interleaved) {
-        jax_flash::rotate(x[2 * i], x[2 * i + 1], data.cos.x[i], data.sin.x[i]);
-      } else {
-        jax_flash::rotate(x[i], x[i + kWord], data.cos.x[i], data.sin.x[i]);
-      }
+      for (int i = 0; i < kWord; ++i) turn(feature(2 * i), feature(2 * i + 1), i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWord; ++i) turn(a.x[i], b.x[i], i);
     }
-    data.a.pack(reinterpret_cast<const float (&)[kWord]>(x[0]));
-    data.b.pack(reinterpret_cast<const float (&)[kWord]>(x[kWord]));
   }
 
   // The largest finite magnitude, as bits.
-  __device__ __forceinline__ uint32_t largest(const Data& data) const {
-    float x[2 * kWord];
-    unpack(data, x);
+  __device__ __forceinline__ uint32_t largest() const {
     uint32_t most = 0;
 #pragma unroll
-    for (int i = 0; i < 2 * kWord; ++i) {
-      const uint32_t bits = float_bits(x[i]) & 0x7FFFFFFFu;
-      if (bits < 0x7F800000u && (i < kWord || second > 0)) most = max(most, bits);
+    for (int i = 0; i < kWord; ++i) {
+      const uint32_t x = float_bits(static_cast<float>(a.x[i])) & 0x7FFFFFFFu;
+      const uint32_t y = second < 0 ? 0u : float_bits(static_cast<float>(b.x[i])) & 0x7FFFFFFFu;
+      most = max(most, max(x < 0x7F800000u ? x : 0u, y < 0x7F800000u ? y : 0u));
     }
     return most;
   }
 
   // float8 stores x / scale.
-  __device__ __forceinline__ void store(const AppendCall& call, const Slot& slot, const Data& data,
-                                        float scale) const {
-    const AppendView& strides = stream(call).pool;
-    Pool* const to = pool + (slot.page * strides.batch + slot.slot * strides.row);
-    store_word(to, data.a, call.stored, scale);
-    if (second > 0) store_word(to + second, data.b, call.stored, scale);
+  __device__ __forceinline__ void store(const AppendCall& call, int32_t entry, Slot to, float scale) const {
+    Pool* const row = of_value ? call.value.pool.at<Pool>(entry, to.page, head, to.slot)
+                               : call.key.pool.at<Pool>(entry, to.page, head, to.slot);
+    store_word(row + first, a, call.stored, scale);
+    if (second >= 0) store_word(row + second, b, call.stored, scale);
   }
   // The scale that the caller gave to the page.
   __device__ __forceinline__ float scale_of(const AppendCall& call, int32_t entry, int32_t page) const {
-    const AppendView& scale = stream(call).scale;
+    const AppendView& scale = of_value ? call.value.scale : call.key.scale;
     return scale ? *scale.at<const float>(entry, page, head, 0) : 1;
   }
 
  private:
-  __device__ __forceinline__ const AppendStream& stream(const AppendCall& call) const {
-    return of_value ? call.value : call.key;
-  }
-  // Both words.
-  __device__ __forceinline__ static void unpack(const Data& data, float (&x)[2 * kWord]) {
-    data.a.unpack(reinterpret_cast<float (&)[kWord]>(x[0]));
-    data.b.unpack(reinterpret_cast<float (&)[kWord]>(x[kWord]));
-  }
+  __device__ __forceinline__ T& feature(int i) { return i < kWord ? a.x[i] : b.x[i - kWord]; }
 
   __device__ __forceinline__ static void store_word(Pool* to, const Words<T, kWord>& from, DType stored,
                                                     float scale) {
+    Words<Pool, kWord> word;
     if constexpr (sizeof(Pool) == 1) {
-      Words<Pool, kWord> word;
-      float x[kWord];
-      from.unpack(x);
       ptx::with_format(stored, [&]<DType kFormat>() {
 #pragma unroll
         for (int i = 0; i < kWord; i += 2) {
-          const float low = x[i] / scale, high = i + 1 < kWord ? x[min(i + 1, kWord - 1)] / scale : 0;
+          const float low = static_cast<float>(from.x[i]) / scale;
+          const float high = i + 1 < kWord ? static_cast<float>(from.x[min(i + 1, kWord - 1)]) / scale : 0;
           const uint16_t two = ptx::narrow_float8<kFormat>(low, high);
           word.x[i] = static_cast<Pool>(two);
           if (i + 1 < kWord) word.x[min(i + 1, kWord - 1)] = static_cast<Pool>(two >> 8);
         }
       });
-      *reinterpret_cast<Words<Pool, kWord>*>(to) = word;
     } else {
-      *reinterpret_cast<Words<T, kWord>*>(to) = from;
+#pragma unroll
+      for (int i = 0; i < kWord; ++i) word.x[i] = from.x[i];
     }
+    *reinterpret_cast<Words<Pool, kWord>*>(to) = word;
   }
 };
 

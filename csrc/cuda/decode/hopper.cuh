@@ -12,7 +12,6 @@
 #include "cuda/decode/hopper_cluster.cuh"
 #include "cuda/decode/hopper_latent_consumer.cuh"
 #include "cuda/decode/latent_load.cuh"
-#include "cuda/decode/latent_portable.cuh"
 #include "cuda/registry.h"
 
 namespace jax_flash {
@@ -69,10 +68,7 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
 
 template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  if constexpr (R.head_dim > kMaxHeadDim && R.block_m < kConsumerRows) {
-    using C = decode::LatentSm80<T, R>;
-    return decode::launch_latent<C>(decode::latent_sm80<C>, p, plan, workspace, stream);
-  } else if constexpr (R.head_dim > kMaxHeadDim) {
+  if constexpr (R.head_dim > kMaxHeadDim) {
     const auto run = [&]<bool kOptions>() {
       using C = decode::LatentSm90<T, R, kOptions>;
       return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);

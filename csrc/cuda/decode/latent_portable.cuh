@@ -1,6 +1,4 @@
-// Decode over latent pools by mma.sync: the absorbed form of multi-head latent attention (DeepSeek-V2). The
-// kernel of sm_80, and on sm_90a that of few query rows, where loading the keys takes longer than their
-// products.
+// Decode over latent pools by mma.sync: the absorbed form of multi-head latent attention (DeepSeek-V2).
 //
 // A tile of keys is K and, in its first columns, V. Some warps load tiles ahead (latent_load.cuh); eight
 // warps work on one tile together, so that a stage is theirs for a short time:
@@ -294,8 +292,7 @@ class LatentWarps {
     if (parts.count == 1) return;
     if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
     sync();
-    if (shared.is_last)
-      combine<C, kPartsAtOnce, C::kValueDim / 128>(call, rows, segment.work, partial, parts, kv_head);
+    if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static int32_t feature(int n) { return 64 * warp() + C::O::column(n); }
 

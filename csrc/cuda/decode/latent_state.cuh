@@ -12,8 +12,6 @@
 
 namespace jax_flash::decode {
 
-inline constexpr int kPartsAtOnce = 2;  // that are loaded together when parts are merged
-
 // A segment: the part of an entry that a CTA attends to.
 struct LatentSegment {
   SequenceWork work;
