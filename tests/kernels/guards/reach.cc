@@ -202,7 +202,7 @@ void Reach::note(const LaunchPlan& plan, int32_t kernel, const Problem& problem)
 
 std::string Reach::aimed() const {
   if (!aimed_) return "no kernel";
-  return rows_[aimed_->first].to_string() + ": " + kVariantNames[static_cast<int>(aimed_->second)];
+  return text_of(rows_[aimed_->first]) + ": " + kVariantNames[static_cast<int>(aimed_->second)];
 }
 
 std::string Reach::report() const {
