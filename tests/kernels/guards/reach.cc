@@ -3,6 +3,8 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "core/plan/text.h"
+
 namespace jax_flash::backend {
 namespace {
 
@@ -168,11 +170,11 @@ std::string Reach::report() const {
       counts += std::string(counts.empty() ? "" : ", ") + kVariantNames[static_cast<int>(at->first.second)] +
                 " " + std::to_string(at->second);
     }
-    if (!counts.empty()) text += "  " + rows_[i].to_string() + ": " + counts + "\n";
+    if (!counts.empty()) text += "  " + text_of(rows_[i]) + ": " + counts + "\n";
   }
   for (const auto& [kernel, variant] : had_turn_) {
     if (launches_.contains({kernel, variant})) continue;
-    missing += "\n  " + rows_[kernel].to_string() + ": " + kVariantNames[static_cast<int>(variant)];
+    missing += "\n  " + text_of(rows_[kernel]) + ": " + kVariantNames[static_cast<int>(variant)];
   }
   if (!missing.empty()) throw std::runtime_error(text + "kernels not reached in their turn:" + missing);
   return text + std::to_string(had_turn_.size()) + " of the " + std::to_string(kernels_.size()) +
