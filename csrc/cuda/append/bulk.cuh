@@ -171,8 +171,9 @@ struct BulkWarp {
 
 template <class T, int kWord>
 __global__ void __launch_bounds__(kThreads, kBulkBlocks)
-    append_bulk(const __grid_constant__ AppendCall call, const __grid_constant__ Units units,
-                const __grid_constant__ BulkParts parts) {
+    append_bulk([[maybe_unused]] const __grid_constant__ AppendCall call,
+                [[maybe_unused]] const __grid_constant__ Units units,
+                [[maybe_unused]] const __grid_constant__ BulkParts parts) {
 #if __CUDA_ARCH__ >= 900
   __shared__ Shared shared;
   __shared__ uint64_t full[kWarps][kMostStages];
