@@ -23,7 +23,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"jax_flash {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="plan")
     summary = "tells which CUDA kernel a call of given sizes runs, its tiles and its workspace; needs no GPU"
-    plan_command.add_arguments(commands.add_parser("plan", description=plan_command.__doc__, help=summary))
+    plan = commands.add_parser(
+        "plan",
+        description=plan_command.__doc__,
+        help=summary,
+        epilog=plan_command.LEGEND,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan_command.add_arguments(plan)
     options = parser.parse_args(arguments)
     if options.command == "plan":
         return plan_command.run(options)

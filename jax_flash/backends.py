@@ -251,8 +251,9 @@ def _find_cuda(package: Path, version: str) -> tuple[Path | None, str | None]:
     wheel = f"jax-flash-cuda{major}"
     spec = importlib.util.find_spec(wheel.replace("-", "_"))
     if spec is None or spec.origin is None:
-        source = "in a clone of its repository JAX_FLASH_CUDA=ON pip install . where nvcc is"
-        return None, f'not installed: pip install "jax-flash[cuda{major}]", or {source}'
+        source = "in a clone of the repository JAX_FLASH_CUDA=ON pip install . where nvcc is"
+        built = f'pip install "jax-flash[cuda{major}]" where an index or --find-links has its wheel'
+        return None, f"not installed: {source}, or {built}"
     try:
         found = importlib.metadata.version(wheel)
     except (

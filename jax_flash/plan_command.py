@@ -48,6 +48,20 @@ KNOWN = {
 # Each is an option of the command. A bias is [batch, heads, seqlen, kv-seqlen], of the call's dtype.
 OPERANDS = ("bias", "mask", "alibi_slopes", "sinks", "q_segment_ids", "kv_lengths", "draft_mask")
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
+DEFAULT_PAGE_SIZE = 64
+OF_PAGES = ("page_size", "float8", "latent", "num_splits", "batch_invariant", "draft_mask")
+LEGEND = """
+A line says, for a pass of the call:
+  sm80, sm90         the generation of the kernel: portable (Ampere and newer), Hopper's own
+  dense, paged       where its keys and values come from: arrays, pages of a pool; dense|paged: one kernel for both
+  plain, softcap, …  the score options that it was compiled for; general: any combination of them
+  d, dv              the head dims that its tiles hold; smaller ones are padded inside the tiles
+  tile 128x64        queries x keys that a CTA (thread block) multiplies at a time
+  query, key tiles   how many of them there are; persistent CTAs share them out, one CTA for each SM or fewer
+  decode splits      (few queries) CTAs that share the keys of each column, that is of a KV head or some of its rows
+  shared memory      of a CTA; workspace: global memory that XLA allocates for the call, besides operands and
+                     results, and its bound for other lengths and GPUs
+"""
 
 
 def _size(text: str) -> int:
@@ -72,11 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--value-dim", type=_size, metavar="DV", help="(default: D)")
     add("--varlen", action="store_true", help="packed sequences")
     add("--paged", action="store_true", help="keys and values in pages: paged_attention, decode included")
-    add("--page-size", type=_size, default=64, help="(default: 64)")
-    add("--float8", action="store_true", help="float8 page pools")
+    add("--page-size", type=_size, help=f"with --paged: tokens of a page (default: {DEFAULT_PAGE_SIZE})")
+    add("--float8", action="store_true", help="with --paged: float8 page pools")
     add("--latent", action="store_true", help="with --paged: values are the first DV columns of k_pages")
-    add("--num-splits", type=_size, help="of paged_attention")
-    add("--batch-invariant", action="store_true", help="of paged_attention")
+    add("--num-splits", type=_size, help="with --paged")
+    add("--batch-invariant", action="store_true", help="with --paged")
     add("--causal", action="store_true")
     add(
         "--window",
@@ -98,6 +112,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints a line per pass; returns 1 where a pass has no kernel, 2 where the API refuses the call."""
+    of_pages = [name for name in OF_PAGES if not any(getattr(options, name) is x for x in (None, False))]
+    if of_pages and not options.paged:
+        print(f"--{of_pages[0].replace('_', '-')} is an option of paged calls: add --paged")
+        return 2
+    if options.page_size is None:
+        options.page_size = DEFAULT_PAGE_SIZE
     core, problem = extension()
     if core is None:
         print(f"the plan is made by the extension, which is {problem}")
@@ -121,6 +141,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"{chosen['text']} (of at most {chosen['workspace_bound']}){built}")
     if options.paged:
         print("backward: the pages are gathered, and the dense backward runs on what was gathered")
+    print("plan --help explains the words")
     return int(failed)
 
 

@@ -43,7 +43,10 @@ class Checker:
     def array(self, name: str, x: Any) -> jax.Array:
         if x is None or isinstance(x, (str, bytes)):
             raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
-        return jnp.asarray(x)
+        try:
+            return jnp.asarray(x)
+        except TypeError:
+            raise self.fail(f"{name} must be an array, got {type(x).__name__}", TypeError) from None
 
     def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
         if x.dtype.name not in allowed:
@@ -213,6 +216,12 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
         return None
     if key is None:
         raise check.fail(f"dropout_rate is {rate}, which needs a dropout_key (jax.random.key)")
+    if callable(key):  # nnx.Rngs and its streams
+        raise check.fail(
+            f"dropout_key must be one jax.random.key, got {type(key).__name__}, which makes keys: "
+            "pass rngs.dropout() or rngs()",
+            TypeError,
+        )
     key = check.array("dropout_key", key)
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     if words.dtype != jnp.uint32 or words.shape not in ((2,), (4,)):

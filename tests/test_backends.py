@@ -135,8 +135,10 @@ def test_a_missing_cuda_library_names_the_extra_that_matches_the_installed_plugi
     (tmp_path / f"jax_cuda{major}_plugin").mkdir()
     monkeypatch.setattr(backends.importlib.util, "find_spec", only_in(tmp_path))
     problem = named("cuda").problem
-    assert problem.startswith(f'not installed: pip install "jax-flash[cuda{major}]", or ')
-    assert "JAX_FLASH_CUDA=ON pip install ." in problem
+    assert problem == (
+        "not installed: in a clone of the repository JAX_FLASH_CUDA=ON pip install . where nvcc is, "
+        f'or pip install "jax-flash[cuda{major}]" where an index or --find-links has its wheel'
+    )
 
 
 def only_in(folder: Path):

@@ -231,7 +231,8 @@ COMMAND = ["plan", "--batch", "2", "--seqlen", "4096", "--heads", "16", "--head-
 
 def test_the_command_prints_a_line_per_pass(capsys):
     assert main([*COMMAND, "--gpu", "a100", "--bias", "--softcap", "30"]) == 0
-    gpu, *lines = capsys.readouterr().out.splitlines()
+    gpu, *lines, legend = capsys.readouterr().out.splitlines()
+    assert legend == "plan --help explains the words"
     assert gpu == "NVIDIA A100: sm_80, 108 SMs, 166912 bytes of shared memory"
     assert [(line.split()[1], line.split()[3]) for line in lines] == [(name, "general") for name in PASSES]
     forward = plan(device=A100, batch=2, q_rows=4096, k_rows=4096, heads=16, kv_heads=16, d=128, dv=128)
@@ -251,6 +252,9 @@ def test_the_command_says_why_nothing_runs_and_fails(capsys):
         (["--head-dim", "512"], "flash_attention: query has head dim 512, allowed are 1 to 256"),
         (["--window", "-3", "0"], "flash_attention: window"),
         (["--paged", "--page-size", "0"], "paged_attention: "),
+        (["--page-size", "16"], "--page-size is an option of paged calls: add --paged"),
+        (["--num-splits", "0"], "--num-splits is an option of paged calls: add --paged"),
+        (["--draft-mask"], "--draft-mask is an option of paged calls: add --paged"),
     ],
 )
 def test_the_command_refuses_what_the_function_refuses(arguments, message, capsys):

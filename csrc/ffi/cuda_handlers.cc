@@ -4,6 +4,7 @@
 #include <map>
 
 #include "core/plan/plan.h"
+#include "core/plan/text.h"
 #include "cuda/append/append.h"
 #include "cuda/device.h"
 #include "cuda/registry.h"
@@ -45,7 +46,7 @@ ffi::Error launch_planned(const Problem& p, const Tangents* tangents, ffi::Remai
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
   const Shapes shapes = shapes_of(p);
-  const LaunchPlan chosen = plan({pass, p.spec, shapes, device}, built_kernels());
+  const PlannedCall chosen = plan({pass, p.spec, shapes, device}, built_kernels());
   if (chosen.kernel < 0) return ffi::Error::InvalidArgument(chosen.error);
   if (static_cast<int64_t>((*workspace)->size_bytes()) < chosen.workspace) {
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
@@ -57,7 +58,7 @@ ffi::Error launch_planned(const Problem& p, const Tangents* tangents, ffi::Remai
   for (int32_t kernel : {chosen.decode_kernel, chosen.kernel}) {
     if (kernel < 0) continue;
     if (cudaError_t e = launch_of(kernel)(p, tangents, chosen, memory, stream); e != cudaSuccess) {
-      return cuda_error(chosen.to_string(built_kernels()[kernel]).c_str(), e);
+      return cuda_error(text_of(chosen, built_kernels()[kernel]).c_str(), e);
     }
   }
   return ffi::Error::Success();

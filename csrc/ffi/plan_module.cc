@@ -10,6 +10,7 @@
 #include <string>
 
 #include "core/plan/plan.h"
+#include "core/plan/text.h"
 #include "core/plan/workspace.h"
 #include "core/table.h"
 #include "cuda_module.h"
@@ -201,7 +202,7 @@ nb::dict plan_of(nb::kwargs given) {
                       options.get<int32_t>("shared_memory")};
   options.finish();
   const auto rows = kernel_table();
-  const LaunchPlan chosen = plan({pass, spec, shapes, device}, rows);
+  const PlannedCall chosen = plan({pass, spec, shapes, device}, rows);
   if (chosen.kernel < 0) throw std::runtime_error(chosen.error);
   nb::dict result;
   result["row"] = entry_of(rows[chosen.kernel]);
@@ -215,7 +216,7 @@ nb::dict plan_of(nb::kwargs given) {
   result["shared"] = chosen.shared;
   result["workspace"] = chosen.workspace;
   result["workspace_bound"] = to_python(workspace_bound(pass, spec, dims_of(shapes)));
-  result["text"] = chosen.to_string(rows[chosen.kernel]);
+  result["text"] = text_of(chosen, rows[chosen.kernel]);
   if (chosen.decode_kernel >= 0) result["decode_row"] = entry_of(rows[chosen.decode_kernel]);
   return result;
 }

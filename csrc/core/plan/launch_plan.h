@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "core/band.h"
 #include "core/plan/row.h"
@@ -45,7 +44,7 @@ struct DecodeGrid {
 // where dQ has to be repeatable, leaves it to a second kernel over query tiles. The bias gradient runs over
 // the tiles of dbias, whose CTAs are counted in `queries`.
 struct LaunchPlan {
-  int32_t kernel = -1;         // index into the built rows; -1: none runs, and `error` says why
+  int32_t kernel = -1;         // index into the built rows; -1: none runs
   int32_t decode_kernel = -1;  // with packed sequences: runs first, for those of few rows; -1: none
   ScoreKind score = ScoreKind::kPlain;
   TileGrid queries, keys;
@@ -59,10 +58,8 @@ struct LaunchPlan {
   int64_t dq_turns = -1;        // where the counts begin that order the additions to dQ; -1: they have none
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
-  std::string error = {};
 
   bool general() const { return score != ScoreKind::kPlain; }
-  std::string to_string(const KernelRow& row) const;
 };
 
 inline constexpr int32_t kNoSequence = -1;

@@ -59,8 +59,8 @@ Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
 
 // A call of few query rows is decode's alone. Of packed sequences decode takes those of few rows, and the
 // forward, which runs after it, the others.
-LaunchPlan plan(const Call& call, std::span<const KernelRow> built) {
-  LaunchPlan result;
+PlannedCall plan(const Call& call, std::span<const KernelRow> built) {
+  PlannedCall result;
   result.error = refusal(call);
   if (!result.error.empty()) return result;
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <span>
+#include <string>
 
 #include "core/plan/call.h"
 #include "core/plan/dim.h"
@@ -9,7 +10,13 @@
 
 namespace jax_flash {
 
-LaunchPlan plan(const Call& call, std::span<const KernelRow> built);
+// A plan, or why no kernel runs the call. The error is not in LaunchPlan, as every kernel's source would
+// include <string>, which costs its compiler half a second.
+struct PlannedCall : LaunchPlan {
+  std::string error;
+};
+
+PlannedCall plan(const Call& call, std::span<const KernelRow> built);
 
 // Bytes of workspace that are enough for a call on every device, whichever row runs it. A program asks for
 // them when it is lowered, before its device is known.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 
 #include "core/spec.h"
 
@@ -66,7 +65,6 @@ struct KernelRow {
   bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
   bool takes(Loader loader) const { return loaders >> static_cast<int32_t>(loader) & 1; }
   bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
-  std::string to_string() const;
 };
 
 const char* name_of(Pass pass);

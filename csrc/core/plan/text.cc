@@ -1,7 +1,5 @@
 // Rows and plans in words: what `python -m jax_flash plan` prints and errors name.
-#include <string>
-
-#include "core/plan/launch_plan.h"
+#include "core/plan/text.h"
 
 namespace jax_flash {
 
@@ -42,30 +40,30 @@ std::string count(int64_t n, const char* what) { return std::to_string(n) + " " 
 
 }  // namespace
 
-std::string KernelRow::to_string() const {
-  std::string text = std::string(arch->name) + " " + name_of(pass) + " " + loaders_of(*this);
+std::string text_of(const KernelRow& row) {
+  std::string text = std::string(row.arch->name) + " " + name_of(row.pass) + " " + loaders_of(row);
   for (DType dtype : {DType::kF16, DType::kBF16, DType::kF32}) {
-    if (takes(dtype)) text += std::string(" ") + name_of(dtype);
+    if (row.takes(dtype)) text += std::string(" ") + name_of(dtype);
   }
-  return text + " " + shape_of(*this) + " stages " + std::to_string(stages) + " warps " +
-         std::to_string(warps) + " teams " + std::to_string(teams);
+  return text + " " + shape_of(row) + " stages " + std::to_string(row.stages) + " warps " +
+         std::to_string(row.warps) + " teams " + std::to_string(row.teams);
 }
 
-std::string LaunchPlan::to_string(const KernelRow& row) const {
+std::string text_of(const LaunchPlan& plan, const KernelRow& row) {
   std::string text = std::string(row.arch->name) + " " + name_of(row.pass) + " " + loaders_of(row) + " " +
-                     name_of(score) + " " + shape_of(row);
-  if (decode.columns) {
-    text += std::string(", decode splits ") + count(decode.columns, "columns") + " over " +
-            count(decode.ranges, "CTAs each");
-    if (decode.packed_rows) text += " (sequences of at most " + count(decode.packed_rows, "rows)");
+                     name_of(plan.score) + " " + shape_of(row);
+  if (plan.decode.columns) {
+    text += std::string(", decode splits ") + count(plan.decode.columns, "columns") + " over " +
+            count(plan.decode.ranges, "CTAs each");
+    if (plan.decode.packed_rows) text += " (sequences of at most " + count(plan.decode.packed_rows, "rows)");
   }
-  if (queries.blocks) text += ", " + count(queries.blocks, "query tiles");
-  if (persistent_ctas) text += " on " + count(persistent_ctas, "persistent CTAs");
-  if (cluster_size > 1) text += " in " + std::to_string(cluster_size) + "-CTA clusters";
+  if (plan.queries.blocks) text += ", " + count(plan.queries.blocks, "query tiles");
+  if (plan.persistent_ctas) text += " on " + count(plan.persistent_ctas, "persistent CTAs");
+  if (plan.cluster_size > 1) text += " in " + std::to_string(plan.cluster_size) + "-CTA clusters";
   if (row.teams > 1) text += " of " + count(row.teams, "teams");
-  if (keys.blocks) text += ", " + count(keys.blocks, "key tiles");
-  return text + ", " + count(shared, "bytes of shared memory") + ", " +
-         count(workspace, "bytes of workspace");
+  if (plan.keys.blocks) text += ", " + count(plan.keys.blocks, "key tiles");
+  return text + ", " + count(plan.shared, "bytes of shared memory") + ", " +
+         count(plan.workspace, "bytes of workspace");
 }
 
 }  // namespace jax_flash

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/plan/plan.h"
+#include "core/plan/text.h"
 #include "core/plan/workspace.h"
 #include "core/table.h"
 
@@ -39,9 +40,9 @@ int main() {
     const Device device{static_cast<int32_t>(get("capability", 90)), 132,
                         static_cast<int32_t>(get("shared_memory", 232'448))};
     const Pass pass = static_cast<Pass>(get("pass", 0));
-    const LaunchPlan chosen = plan({pass, spec, s, device}, kernel_table());
+    const PlannedCall chosen = plan({pass, spec, s, device}, kernel_table());
     const int64_t bound = workspace_bound(pass, spec, dims_of(s)).value();
-    std::cout << (chosen.kernel < 0 ? chosen.error : chosen.to_string(kernel_table()[chosen.kernel]))
+    std::cout << (chosen.kernel < 0 ? chosen.error : text_of(chosen, kernel_table()[chosen.kernel]))
               << ", bound " << bound << "\n";
   }
 }
