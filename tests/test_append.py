@@ -156,7 +156,7 @@ def test_tokens_go_to_the_slots_after_their_length(size, new, layout):
 
 # On CUDA warps of sm_90 copy tokens of 2 KB and more, more than once in a place.
 WIDE = dict(heads=24, d=128, dv=64, size=16, entries=60)
-MANY = (200, 900, 700) if IMPLEMENTATION == "cuda" else (2, 9, 7)
+MANY = (500, 940, 900) if IMPLEMENTATION == "cuda" else (2, 9, 7)
 
 
 @pytest.mark.parametrize("layout", ["nhd", "hnd"])
@@ -166,6 +166,14 @@ def test_many_tokens_of_many_bytes(new, dtype, layout):
     require(IMPLEMENTATION)
     heads = 12 if dtype == "float32" else 24
     check(arguments(**WIDE | {"heads": heads}, dtype=dtype, new=new, layout=layout), IMPLEMENTATION)
+
+
+def test_many_tokens_of_a_latent_pool():
+    require(IMPLEMENTATION)
+    call = arguments(heads=4, d=576, size=16, entries=60, dtype="bfloat16", new=MANY)
+    wanted, _, _ = by_token(call)
+    got, _, _ = run(call | {"v_pages": None, "value": None}, IMPLEMENTATION)
+    assert np.asarray(got).tobytes() == wanted.tobytes()
 
 
 @pytest.mark.parametrize("new", [MANY[0], MANY], ids=["of equal numbers", "packed"])

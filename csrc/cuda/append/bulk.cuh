@@ -79,6 +79,7 @@ struct BulkWarp {
   // one after the other, else for each by a lane of its own.
   template <class Copy>
   __device__ __forceinline__ void for_each_row(const AppendView& view, int32_t width, Copy copy) const {
+    if (width == 0) return;  // latent pools have no values
     const auto bytes = static_cast<uint32_t>(width) * static_cast<uint32_t>(sizeof(T));
     if (view.head == width) {
       if (lane() == 0) copy(0u, 0, bytes * static_cast<uint32_t>(call.heads));
