@@ -43,8 +43,8 @@ constexpr int64_t forward_shared_bytes(int64_t tile_bytes, int32_t teams) {
   return teams * (tile_bytes + kStateBytes);
 }
 
-// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few of dS, and dQ in
-// float32.
+// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, and a few of dS, with
+// dQ in float32 or one more.
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int32_t kMostQueryRows = 128;       // of a query tile
 inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state of the key tile, at most
@@ -52,10 +52,11 @@ inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state o
 constexpr int64_t backward_shared_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m, int32_t block_n,
                                         int32_t stages) {
   const int64_t rows = block_n + int64_t{stages} * block_m;
-  const int64_t ds = int64_t{kScoreGradientStages} * block_m * block_n, dq = int64_t{block_m} * head_dim;
+  const int64_t ds = kElementBytes * block_m * block_n,
+                dq = static_cast<int64_t>(sizeof(float)) * block_m * head_dim;
   const int64_t statistics = 2 * int64_t{stages} * block_m;
-  return kElementBytes * (rows * (head_dim + value_dim) + ds) +
-         static_cast<int64_t>(sizeof(float)) * (dq + statistics) + kKeyTileStateBytes;
+  return kElementBytes * rows * (head_dim + value_dim) + kScoreGradientStages * ds + (ds > dq ? ds : dq) +
+         static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
 }
 
 // The bias gradient: two tiles of the bias, and perhaps the mask, with what else a step needs, and a ring of

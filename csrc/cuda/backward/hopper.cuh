@@ -12,7 +12,7 @@
 //   warp 1, a thread: load   ── Q, dO: kStages ──►   dQ = dS K of step i − 1, dV += Pᵀ dO, dK += dSᵀ Q
 //     K, V, Q, dO by TMA     ◄── release ─────────   accumulator += dQ
 //   warp 2: statistics                             scale · dK and dV are stored
-//     lse, delta             ── ready_pipe ──────►
+//     lse, delta; Q and dO there ── ready_pipe ──►
 //
 // Where sums are ordered, the consumers leave dQ in shared memory for a thread of warp 3 (dq_pipe), which
 // adds it by TMA.
@@ -45,8 +45,8 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def.
 //
-// Ordered: one thread adds dQ to an accumulator by rows (convert.cuh), so that it can wait for its turn.
-// Otherwise each consumer adds its part from its registers to an accumulator by tiles (query_sums.cuh).
+// Ordered: one thread adds dQ to the accumulator (query_sums.cuh), so that it can wait for its turn.
+// Otherwise each consumer adds its part from its registers.
 template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind,
           bool Ordered>
 struct BackwardSm90 {
@@ -63,14 +63,19 @@ struct BackwardSm90 {
   using DoTile = SharedTile<T, M, ValueDim>;
   using DsTile = SharedTile<T, N, M>;
   static constexpr int kDqColumns = kDqByRows ? HeadDim : HeadDim / 2;
-  using DqBlock = SharedTile<float, kConsumerRows, kAccumulatorBlock>;  // in the order of ptx::quad_position
   using S = TransposedAccumulator<1, M / 8>;
   using Score = GradientScore<Kind, S>;
   // Bias and mask lie where dQ does in kernels with ordered sums. A bias of 128 queries takes the third stage
   // of dS as well.
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
-  static constexpr int kDsStages = hopper::kScoreGradientStages - (kSpareDs ? 1 : 0);
+  // Whether consumers issue their products in turns.
+  static constexpr bool kAlternates = M == kConsumerRows;
+  // With four tiles of dS none is released: a consumer that writes one has waited for the other's dS of two
+  // steps before, which came after the other's dQ of four steps before.
+  static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
+  static constexpr int kDsStages =
+      kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0) : hopper::kScoreGradientStages + 1;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -80,7 +85,7 @@ struct BackwardSm90 {
   using DQ = Accumulator<1, kDqColumns / 8>;
   using Shared = BackwardShared<BackwardSm90>;
   struct Maps {
-    CUtensorMap query, dout, key, value, dquery;  // dquery: where sums are ordered
+    CUtensorMap query, dout, key, value;
     QuerySums sums;
   };
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
@@ -119,9 +124,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 }
 
 template <class C>
-cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulator) {
-  const int32_t batch = p.packed() ? 1 : p.batch, columns = accumulator_columns(p.head_dim);
-  const View dquery = accumulator_view(p, accumulator);
+cudaError_t make_maps(typename C::Maps& maps, const Problem& p) {
+  const int32_t batch = p.packed() ? 1 : p.batch;
   const struct {
     CUtensorMap& map;
     const View& view;
@@ -131,10 +135,8 @@ cudaError_t make_maps(typename C::Maps& maps, const Problem& p, float* accumulat
       {maps.dout, p.dout, {p.value_dim, p.heads, p.q_rows, batch, C::DoTile::kPanel * 8, C::kM}},
       {maps.key, p.key, {p.head_dim, p.kv_heads, p.k_rows, batch, C::KTile::kPanel * 8, C::kN}},
       {maps.value, p.value, {p.value_dim, p.kv_heads, p.k_rows, batch, C::VTile::kPanel * 8, C::kN}},
-      {maps.dquery, dquery, {columns, p.heads, p.q_rows, batch, kAccumulatorBlock, kConsumerRows, true}},
   };
   for (const auto& [map, view, shape] : all) {
-    if (&map == &maps.dquery && !C::kOrdered) continue;
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
   return cudaSuccess;
@@ -149,12 +151,12 @@ inline int64_t head_bytes(const Problem& p) {
 // KV heads whose tiles are worked on together: as many as have 32 MB of Q, dO and sums of dQ, which stay in
 // L2, but no more than 16, and with a band, where tiles differ, enough for the last ones to be short.
 //
-// In a deterministic call 16, or 8 without a band: the fewer tiles of a head run at a time, the less they
-// wait for each other.
-inline uint32_t backward_heads_together(const Problem& p) {
+// In a deterministic call 32, or 16 without a band; of clusters half as many: the fewer tiles of a head run
+// at a time, the less they wait for each other.
+inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
   const bool band = p.spec.left >= 0 || p.spec.right >= 0;
-  if (p.spec.deterministic) return band ? kMost : kFewestOfBand;
+  if (p.spec.deterministic) return (band ? 2 * kMost : kMost) / cluster_size;
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
 }
 
@@ -170,11 +172,22 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
   tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
 }
 
+// As powers of two: the query tiles of a turn are those of 256 rows, but no more than a sixteenth of a
+// sequence, as a key tile begins a turn after the one before it.
+inline int32_t query_turn_shift(const Problem& p, int32_t block_m) {
+  constexpr int64_t kRows = 256, kTurns = 16;
+  const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
+  int32_t shift = 0;
+  while (block_m << (shift + 1) <= std::min(kRows, rows / kTurns)) ++shift;
+  return shift;
+}
+
 // Finds what a plan says of key tiles in the workspace, and clears the counts among it.
 inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPlan& plan, void* workspace,
                                  int32_t block_m, cudaStream_t stream) {
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), nullptr,
-          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value())};
+          static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value()),
+          query_turn_shift(p, block_m)};
   if (plan.dq_turns < 0) return cudaSuccess;
   grid.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_turns);
   const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;
@@ -187,7 +200,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   auto* accumulator = reinterpret_cast<float*>(static_cast<char*>(workspace) + plan.accumulator);
   const QuerySums sums = query_sums<C::kM>(p, accumulator);
   const cudaError_t cleared =
-      C::kOrdered ? clear_accumulator(p, accumulator, stream) : clear_sums<C::kM>(p, sums, stream);
+      C::kCluster > 1 ? clear_accumulator(p, accumulator, stream) : clear_sums<C::kM>(p, sums, stream);
   if (cleared != cudaSuccess) return cleared;
   const TileGrid& grid = plan.keys;
   if (grid.blocks > 0) {
@@ -197,11 +210,12 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     if constexpr (C::kCluster > 1) {
       e = make_cluster_maps<C>(maps, p, accumulator);
     } else {
-      e = make_maps<C>(maps, p, accumulator);
+      e = make_maps<C>(maps, p);
     }
     if (e != cudaSuccess) return e;
     PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(grid.tiles),
-                          static_cast<uint32_t>(grid.blocks), nullptr, backward_heads_together(p)};
+                          static_cast<uint32_t>(grid.blocks), nullptr,
+                          backward_heads_together(p, C::kCluster)};
     keep_in_step(tiles, p, plan.persistent_ctas / C::kCluster);
     if (e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
     KeyGrid key_grid;
@@ -216,7 +230,7 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
     }
     if (e != cudaSuccess) return e;
   }
-  if constexpr (C::kOrdered) {
+  if constexpr (C::kCluster > 1) {
     return convert_accumulator<T>(p, accumulator, stream);
   } else {
     return convert_sums<T, C::kM>(p, sums, grid, workspace, stream);

@@ -12,6 +12,19 @@ namespace jax_flash {
 
 inline constexpr int32_t kTurnSteps = 2;  // of a turn below, at most, as a power of two
 
+// Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
+template <class Block, class DQ>
+__device__ __forceinline__ void store_blocks(const DQ& dq, uint32_t blocks, uint32_t row, uint32_t lane) {
+  const uint32_t to = blocks + Block::offset(row + lane / 4, static_cast<int>(lane % 4));
+#pragma unroll
+  for (int n = 0; n < DQ::kColumnTiles; n += 2)
+#pragma unroll
+    for (int slot = 0; slot < DQ::kSlots; ++slot)
+      ptx::store_shared(
+          to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
+          make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
+}
+
 // dQ = dS K, half of the columns, of both CTAs' keys.
 template <class C>
 struct QueryGradientConsumer : ClusterConsumer<C> {

@@ -45,6 +45,15 @@ struct StepTile {
   }
   __device__ __forceinline__ const Band& band() const { return of.tile().band; }
   __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
+  // What the statistics warp found of the rows is compared with this warp's keys.
+  __device__ __forceinline__ InSegment in_segment() const
+    requires(kStagesSegments<typename Consumer::Config>)
+  {
+    if (!p.q_segment_ids || key >= band().k_len) return InSegment::kAll;
+    const auto& segments = of.shared.segments;
+    return compare_ranges(segments.rows[step.number % Consumer::Config::kStages],
+                          segments.keys[of.warp_index()]);
+  }
   // Bias and mask (score/score_tiles.cuh).
   template <class S, class Add>
     requires(kStagesTiles<typename Consumer::Config>)
@@ -55,19 +64,6 @@ struct StepTile {
     of.shared.score_pipe.release(step.number);
   }
 };
-
-// Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
-template <class Block, class DQ>
-__device__ __forceinline__ void store_blocks(const DQ& dq, uint32_t blocks, uint32_t row, uint32_t lane) {
-  const uint32_t to = blocks + Block::offset(row + lane / 4, static_cast<int>(lane % 4));
-#pragma unroll
-  for (int n = 0; n < DQ::kColumnTiles; n += 2)
-#pragma unroll
-    for (int slot = 0; slot < DQ::kSlots; ++slot)
-      ptx::store_shared(
-          to + n / 2 * Block::kBytes + 8 * slot * Block::kPitch,
-          make_float4(dq.at(slot, n, 0), dq.at(slot, n, 1), dq.at(slot, n + 1, 0), dq.at(slot, n + 1, 1)));
-}
 
 // Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
 // lse is coarse.
@@ -123,6 +119,10 @@ struct GradientConsumer {
   __device__ __forceinline__ static uint32_t warp_row() {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
+  // Of all consumer warps.
+  __device__ __forceinline__ int warp_index() const {
+    return consumer * kConsumerWarps + static_cast<int>(warp_row() / 16);
+  }
   // The key tile.
   __device__ __forceinline__ const typename C::Shared::Tile& tile() const {
     return shared.tiles[tile_index % kKeyTileStates];
@@ -160,8 +160,7 @@ struct GradientConsumer {
 
   // Issues dQ = dS K, with the dS of both consumers.
   __device__ __forceinline__ void start_dq(uint32_t use) {
-    shared.ds_pipe[0].wait_full(use);
-    shared.ds_pipe[1].wait_full(use);
+    shared.ds_pipe.wait_full(use);
     const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])),
                    k = ptx::here(ptx::shared_address(shared.k));
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
@@ -178,15 +177,12 @@ struct GradientConsumer {
 
   // Adds dQ to the accumulator. `sum`: the number of the query tile there.
   __device__ __forceinline__ void add_dq(int32_t sum) {
-    constexpr int kRowBlocks = C::kM / kSumRows;
-    const int block = (C::kDqByRows ? consumer * kConsumerWarps : 0) + warp_row() / kSumRows;
-    const int column = C::kDqByRows ? 0 : consumer * C::kDqColumns / kSumColumns;
-    const int columns = p.head_dim / kSumColumns - column;
-    float* const to = tile().sums + int64_t{sum} * (C::kM * p.head_dim) +
-                      (column * kRowBlocks + block) * kSumBlock + lane() * 4;
+    const SumPart part = sum_part<C>(p.head_dim, consumer);
+    float* const to = tile().sums + int64_t{sum} * (C::kM * p.head_dim) + part.first +
+                      warp_row() / kSumRows * kSumBlock + lane() * 4;
 #pragma unroll
     for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
-      if (n < columns) ptx::add_float4(to + n * kRowBlocks * kSumBlock, dq.x[0][n]);
+      if (n < part.columns) ptx::add_float4(to + n * kSumColumn, dq.x[0][n]);
     }
   }
 
@@ -194,7 +190,13 @@ struct GradientConsumer {
   __device__ __forceinline__ void send_dq(uint32_t use) {
     const auto& pipe = shared.dq_pipe[consumer];
     pipe.wait_empty(use);
-    store_blocks<typename C::DqBlock>(dq, ptx::shared_address(shared.dq[consumer]), warp_row(), lane());
+    const uint32_t to =
+        ptx::shared_address(shared.dq[consumer] + warp_row() / kSumRows * kSumBlock + lane() * 4);
+#pragma unroll
+    for (int n = 0; n < C::DQ::kColumnTiles; ++n) {
+      const auto& x = dq.x[0][n];
+      ptx::store_shared(to + n * kSumColumn * sizeof(float), make_float4(x[0], x[1], x[2], x[3]));
+    }
     ptx::fence_async_shared();
     ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
   }
@@ -227,20 +229,19 @@ struct GradientConsumer {
 
   // dSᵀ to shared memory, for both consumers' dQ.
   __device__ __forceinline__ void share_ds(uint32_t use) {
-    const auto& pipe = shared.ds_pipe[consumer];
-    pipe.wait_empty(use);
+    if constexpr (C::kReleasesDs) shared.ds_pipe.wait_empty(use);
     const LaneAddress<DsTile> to(ptx::shared_address(shared.ds[use % C::kDsStages]),
                                  consumer * kConsumerRows + warp_row() + lane() % 16, lane() / 16);
 #pragma unroll
     for (int k = 0; k < C::kM / 16; ++k) ptx::stmatrix_x4(to.at(0, 2 * k), dst.x[0][k]);
     ptx::fence_async_shared();
-    ptx::barrier_arrive_by_warp(pipe.full_barrier(use));
+    shared.ds_pipe.arrive_by_warp(use);
   }
 
   // Takes a step's dQ out of the registers. `sum`: the number of its query tile in an accumulator by tiles.
   __device__ __forceinline__ void finish_dq(uint32_t use, int32_t sum) {
     ptx::hold(dq.x[0]);
-    shared.ds_pipe[1 - consumer].release(use);
+    if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
     if constexpr (C::kOrdered) {
       send_dq(use);
     } else if (kStagesTiles<C> && grid.turns) {
@@ -265,14 +266,18 @@ struct GradientConsumer {
     return !uniform(tile().whole[consumer]).contains(step.tile);
   }
 
+  // Lets a consumer issue its sums. They alternate, so that one's exponentials overlap the other's products.
+  static constexpr int kTurn = 2;  // the first of their named barriers
+  __device__ __forceinline__ static void pass_turn(int to) {
+    if constexpr (C::kAlternates) ptx::arrive_group(kTurn + to, C::kConsumers * kWarpgroup);
+  }
+
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
   template <bool kFirst>
   __device__ __forceinline__ void run_step(const QueryStep& step, int32_t sum_before) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
-    shared.q_pipe.wait_full(use);
-    start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
-    shared.do_pipe.wait_full(use);
+    start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);        // Sᵀ = K Qᵀ  [64, M]
     start_scores<VTile, DoTile>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ  [64, M]
     const auto wait_dp = [this] {
       ptx::wgmma_wait<0>();
@@ -302,10 +307,12 @@ struct GradientConsumer {
     ptx::hold(dst.x[0]);
     ptx::hold(dv.x[0]);
     ptx::hold(dk.x[0]);
+    if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
     if constexpr (!kFirst) start_dq(use - 1);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
+    pass_turn(1 - consumer);
     if constexpr (!kFirst) {
       ptx::wgmma_wait<2>();
       finish_dq(use - 1, sum_before);
@@ -332,12 +339,22 @@ struct GradientConsumer {
     ptx::sync_group(1, kThreads);
   }
 
+  // Finds the segments of the warp's keys.
+  __device__ __forceinline__ void find_segments() {
+    const int32_t count = tile().band.k_len - key();
+    if (!p.q_segment_ids || count <= 0) return;
+    const auto keys = SegmentRange::of<16>(tile().score.kv_segments + key(), count);
+    if (lane() == 0) shared.segments.keys[warp_index()] = keys;
+    __syncwarp();
+  }
+
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
     const QueryWalk walk = uniform(tile().walk);
     if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys(clean_keys);
+    if constexpr (kStagesSegments<C>) find_segments();
     QueryStep step = QueryStep::first(walk, step_use);
     const int32_t end = step.number + walk.steps();
     const auto sum_of = [&] { return step.head * tile().sum_tiles + step.tile; };
@@ -356,6 +373,7 @@ struct GradientConsumer {
   }
 
   __device__ __forceinline__ void run() {
+    if (consumer == 1) pass_turn(0);
     for (;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
       if (uniform(tile().done)) return;

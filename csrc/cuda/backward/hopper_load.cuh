@@ -159,7 +159,19 @@ struct GradientProducer {
     ptx::fence_async_shared();
   }
 
-  // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0.
+  // The segments of a step's rows, where the kernel compares them.
+  __device__ __forceinline__ SegmentRange row_segments(const Tile& tile, const QueryStep& step) const {
+    if constexpr (kStagesSegments<C>) {
+      const int32_t row = step.tile * C::kM;
+      // Not the pointer: that of a call without segments is never set.
+      if (p.q_segment_ids && row < tile.band.q_len)
+        return SegmentRange::of<C::kM>(tile.score.q_segments + row, tile.band.q_len - row);
+    }
+    return {};
+  }
+
+  // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0. Without
+  // a cluster it waits for Q and dO, too, so that consumers have one barrier to wait for.
   __device__ __forceinline__ void load_statistics() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for_steps(
@@ -182,7 +194,11 @@ struct GradientProducer {
           };
           // As many as there are registers for are on their way before the stage is empty.
           const float2 first = fetch(lane), second = fetch(lane + 32);
+          const SegmentRange segments = row_segments(tile, step);
           shared.ready_pipe.wait_empty(use);
+          if constexpr (kStagesSegments<C>) {
+            if (lane == 0) shared.segments.rows[stage] = segments;
+          }
           store(lane, first);
           store(lane + 32, second);
           if constexpr (C::kM > 64) {
@@ -193,6 +209,10 @@ struct GradientProducer {
           coarse = __any_sync(~0u, coarse);
           if (lane == 0) shared.coarse[stage] = coarse;
           clear_queries(tile, step, __any_sync(~0u, unseen));
+          if constexpr (C::kCluster == 1) {
+            shared.q_pipe.wait_full(use);
+            shared.do_pipe.wait_full(use);
+          }
           ptx::barrier_arrive_by_warp(shared.ready_pipe.full_barrier(use));
         },
         [&](const Tile&) { shared.state_pipe.release(tile_index); });
@@ -200,36 +220,45 @@ struct GradientProducer {
 
   // Issues accumulator += dQ, a consumer's part of a step's.
   __device__ __forceinline__ void start_dq_sum(const Tile& tile, const QueryStep& step, int consumer) const {
-    const BlockWork& work = tile.work;
-    const uint32_t dq = ptx::shared_address(shared.dq[consumer]);
-    const int32_t row = work.tile.q_begin + step.tile * C::kM + (C::kDqByRows ? consumer * kConsumerRows : 0);
-    ptx::Coordinates at{0, work.head + step.head, row, work.batch_row, static_cast<int32_t>(work.leading)};
+    const SumPart part = sum_part<C>(p.head_dim, consumer);
+    float* const sum = tile.sums + int64_t{step.head * tile.sum_tiles + step.tile} * (C::kM * p.head_dim);
     shared.dq_pipe[consumer].wait_full(step.number);
-#pragma unroll
-    for (int block = 0; block < C::kDqColumns / kAccumulatorBlock; ++block) {
-      at.column = (C::kDqByRows ? 0 : consumer * C::kDqColumns) + block * kAccumulatorBlock;
-      ptx::reduce_add_box(maps.dquery, dq + block * C::DqBlock::kBytes, at);
-    }
+    if (part.columns > 0)
+      ptx::reduce_add_floats(sum + part.first, ptx::shared_address(shared.dq[consumer]),
+                             part.columns * kSumColumn * sizeof(float));
     ptx::bulk_commit();
   }
 
-  // The count of a query tile.
-  __device__ __forceinline__ uint32_t* turn_of(const Tile& tile, const QueryStep& step) const {
-    return tile.turns + step.head * grid.query_tiles + step.tile;
+  // A turn of a deterministic call has 2^turn_shift query tiles of a head, since each takes a wait for memory
+  // and a fence. Its count lies in the place of the first of them.
+  __device__ __forceinline__ int32_t turn_of(const QueryStep& step) const {
+    return step.tile >> grid.turn_shift;
+  }
+  __device__ __forceinline__ uint32_t* count_of(const Tile& tile, const QueryStep& step) const {
+    return tile.turns + step.head * grid.query_tiles + (turn_of(step) << grid.turn_shift);
+  }
+  // Whether a step is the first, the last of its turn: the walk goes backwards.
+  __device__ __forceinline__ bool begins_turn(const Tile& tile, const QueryStep& step) const {
+    return turn_of(step) != (step.tile + 1) >> grid.turn_shift || step.tile == tile.walk.tiles.hi - 1;
+  }
+  __device__ __forceinline__ bool ends_turn(const Tile& tile, const QueryStep& step) const {
+    return turn_of(step) != (step.tile - 1) >> grid.turn_shift || step.tile == tile.walk.tiles.lo;
   }
 
-  // Adds a step's dQ to the accumulator, after the `before` key tiles whose turn is earlier.
-  __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, int32_t before) const {
-    if (grid.turns) ptx::wait_count(turn_of(tile, step), before);
+  // Adds a step's dQ to the accumulator, at the beginning of a turn after the `before` key tiles whose turn
+  // is earlier.
+  __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, bool begins,
+                                           int32_t before) const {
+    if (begins) ptx::wait_count(count_of(tile, step), before);
     start_dq_sum(tile, step, 0);
     start_dq_sum(tile, step, 1);
     ptx::bulk_wait_read<1>();
     shared.dq_pipe[0].release_by_thread(step.number);
     ptx::bulk_wait_read<0>();
     shared.dq_pipe[1].release_by_thread(step.number);
-    if (grid.turns) {
+    if (ends_turn(tile, step)) {
       ptx::bulk_wait<0>();
-      ptx::raise_count(turn_of(tile, step));
+      ptx::raise_count(count_of(tile, step));
     }
   }
 
@@ -240,14 +269,15 @@ struct GradientProducer {
     const bool leads = !kWarpAddsDq || threadIdx.x % 32 == 0;
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
-          const int32_t before = grid.turns ? tiles_before<C>(grid, p, tile, step.tile) : 0;
-          if (leads) add_step(tile, step, before);
+          const bool begins = begins_turn(tile, step);
+          const int32_t before =
+              begins ? tiles_before<C>(grid, p, tile, turn_of(step), C::kM << grid.turn_shift) : 0;
+          if (leads) add_step(tile, step, begins, before);
         },
         [&](const Tile&) {
           if constexpr (kWarpAddsDq) __syncwarp();
           if (leads) shared.state_pipe.release_by_thread(tile_index);
         });
-    if (leads) ptx::bulk_wait<0>();
   }
 
   // One warp: bias and mask of a step, for the keys from `key` on.

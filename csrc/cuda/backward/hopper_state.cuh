@@ -13,6 +13,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
+#include "cuda/score/segments.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -40,6 +41,7 @@ struct KeyGrid {
   // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
   uint32_t* turns;      // [entries, h, query_tiles]; nullptr: in any order
   int32_t query_tiles;  // of a head
+  int32_t turn_shift;   // where a thread adds dQ, 2^turn_shift query tiles make a turn
 };
 
 // How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
@@ -127,7 +129,7 @@ struct KeyTileState {
     if constexpr (C::kOrdered || kStagesTiles<C>) {
       if (grid.turns) turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
     }
-    if constexpr (!C::kOrdered) {
+    if constexpr (C::kCluster == 1) {
       sum_tiles = maps.sums.tiles;
       sums = maps.sums.data + ((entry(p) * p.heads + work.head) * sum_tiles + first) * C::kM * p.head_dim;
     }
@@ -168,6 +170,17 @@ __device__ __forceinline__ void clear_rows(uint8_t* tile, IsClean is_clean, int 
   }
 }
 
+// The segments of each step's rows, and of each consumer warp's keys.
+template <int kStages, int kWarps>
+struct StepSegments {
+  SegmentRange rows[kStages], keys[kWarps];
+};
+struct NoSegments {};
+
+// Whether a kernel has them.
+template <class C>
+inline constexpr bool kStagesSegments = C::kCluster == 1 && C::Score::reads(Operand::kQSegmentIds);
+
 template <class C>
 struct BackwardShared {
   static constexpr int kConsumers = C::kConsumers, kStages = C::kStages;
@@ -176,20 +189,21 @@ struct BackwardShared {
   alignas(1024) uint8_t q[kStages][C::QTile::kBytes];
   alignas(1024) uint8_t d_out[kStages][C::DoTile::kBytes];
   alignas(1024) uint8_t ds[C::kDsStages][C::DsTile::kBytes];  // dSᵀ
-  alignas(1024) uint8_t dq[kConsumers][C::kOrdered ? C::kDqColumns / kAccumulatorBlock * C::DqBlock::kBytes
-                                       : kStagesTiles<C> ? 0
-                                                         : 16];
+  alignas(1024) float dq[kConsumers][C::kOrdered ? kConsumerRows * C::kDqColumns : kStagesTiles<C> ? 0 : 4];
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t coarse[kStages];  // whether the rounding of some lse would show in P
+  using Segments =
+      std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
+  [[no_unique_address]] Segments segments;
   using Tile = KeyTileState<typename C::Element, kConsumers, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   Pipeline<kKeyTileStates> state_pipe;
   Pipeline<1> ending_pipe;  // full when the load thread is about to end a key tile
   Pipeline<1> key_pipe;     // K and V
   Pipeline<kStages> q_pipe, do_pipe;
-  Pipeline<kStages> ready_pipe;                // full when lse and delta are stored, and Q and dO clean
-  Pipeline<C::kDsStages> ds_pipe[kConsumers];  // a consumer's keys of dSᵀ; the other consumer releases them
+  Pipeline<kStages> ready_pipe;    // full when Q and dO are loaded and clean, and lse and delta stored
+  Pipeline<C::kDsStages> ds_pipe;  // dSᵀ of both consumers, who release it where kReleasesDs
   Pipeline<1> dq_pipe[kConsumers];
   [[no_unique_address]] typename C::Tiles::Pipe score_pipe;
 
@@ -202,7 +216,7 @@ struct BackwardShared {
     q_pipe.init(kConsumers * kConsumer);
     do_pipe.init(kConsumers * kConsumer);
     ready_pipe.init(kConsumers * kConsumer, ptx::kWarpArrivals);
-    for (auto& pipe : ds_pipe) pipe.init(kConsumer, kConsumer);
+    ds_pipe.init(kConsumers * kConsumer, kConsumers * kConsumer);
     for (auto& pipe : dq_pipe) pipe.init(1, kConsumer);
     score_pipe.init(kConsumers * kConsumer);
     ptx::fence_barriers();

@@ -1,13 +1,14 @@
-// The float32 accumulator of dQ by tiles: [entries, h, query tiles, d / 8, M / 16, 128], where an entry is a
-// leading one, and of fixed layouts a batch entry of it. A block of 128 is 16 rows × 8 columns in the order
+// The float32 accumulator of dQ by tiles: [entries, h, query tiles, M / 64, d / 8, 4, 128], where an entry is
+// a leading one, and of fixed layouts a batch entry of it. A block of 128 is 16 rows × 8 columns in the order
 // in which wgmma leaves them in a warp's registers: lane l adds the 16 bytes from 4 l on, so that one
-// instruction of a warp adds 512 bytes that lie one after the other. Packed sequences begin with a tile
-// (first_slot).
+// instruction of a warp adds 512 bytes that lie one after the other, and a consumer's part of a tile is one
+// piece. Packed sequences begin with a tile (first_slot).
 #pragma once
 
 #include "core/plan/workspace.h"
 #include "core/problem.h"
 #include "core/sequence.h"
+#include "cuda/hopper/roles.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/math.cuh"
 #include "cuda/registry.h"
@@ -15,7 +16,8 @@
 
 namespace jax_flash {
 
-inline constexpr int kSumRows = 16, kSumColumns = 8, kSumBlock = kSumRows * kSumColumns;
+inline constexpr int kSumRows = 16, kSumColumns = 8, kSumBlock = kSumRows * kSumColumns,
+                     kSumBlocks = kConsumerRows / kSumRows, kSumColumn = kSumBlocks * kSumBlock;
 
 struct QuerySums {
   float* data;
@@ -23,6 +25,18 @@ struct QuerySums {
 };
 
 inline int64_t sum_entries(const Problem& p) { return p.leading.count() * (p.packed() ? 1 : p.batch); }
+
+// A consumer's part of dQ in its tile: where it begins, and its columns / 8.
+struct SumPart {
+  int32_t first, columns;
+};
+
+template <class C>
+__device__ __forceinline__ SumPart sum_part(int32_t head_dim, int32_t consumer) {
+  if (C::kDqByRows) return {consumer * kConsumerRows * head_dim, head_dim / kSumColumns};
+  const int32_t column = consumer * C::kDqColumns / kSumColumns;
+  return {column * kSumColumn, min(head_dim / kSumColumns - column, C::kDqColumns / kSumColumns)};
+}
 
 template <int kM>
 QuerySums query_sums(const Problem& p, float* data) {
@@ -93,8 +107,9 @@ __global__ void __launch_bounds__(kSumThreads) convert_tiles(const __grid_consta
     const int r = unit % 8, column = unit / 8 % columns, block = unit / 8 / columns;
     const int64_t i = row + block * kSumRows + r;
     if (i >= end) continue;
-    const auto* const quads =
-        reinterpret_cast<const float4*>(from + (column * (kM / kSumRows) + block) * kSumBlock + r * 16);
+    const int half = block / kSumBlocks;  // of a tile of 128 rows
+    const auto* const quads = reinterpret_cast<const float4*>(
+        from + ((half * columns + column) * kSumBlocks + block % kSumBlocks) * kSumBlock + r * 16);
     alignas(16) T upper[kSumColumns], lower[kSumColumns];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {

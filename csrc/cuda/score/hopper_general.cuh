@@ -30,7 +30,7 @@ struct HopperGeneralScore : GeneralScore<S> {
   }
   template <class Tile>
   __device__ __forceinline__ void prefetch_gradient(const Tile& tile) {
-    in_segment = jax_flash::in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), tile.key);
+    in_segment = in_segment_of<S>(tile);
   }
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S& dp, const Tile& tile) {

@@ -27,7 +27,13 @@ struct SegmentRange {
   }
 };
 
-// What is known of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of
+// What is known of the tile of S of these rows and keys.
+__device__ __forceinline__ InSegment compare_ranges(const SegmentRange& rows, const SegmentRange& keys) {
+  if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
+  return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
+}
+
+// The same of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of
 // the warp call it.
 template <class S>
 __device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOperands& operands,
@@ -35,8 +41,17 @@ __device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOpe
   if (!p.q_segment_ids || row >= band.q_len || key >= band.k_len) return InSegment::kAll;
   const auto rows = SegmentRange::of<S::kRows>(operands.q_segments + row, band.q_len - row);
   const auto keys = SegmentRange::of<S::kColumns>(operands.kv_segments + key, band.k_len - key);
-  if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
-  return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
+  return compare_ranges(rows, keys);
+}
+
+// The same for a score variant: what the kernel has found before, if it has.
+template <class S, class Tile>
+__device__ __forceinline__ InSegment in_segment_of(const Tile& tile) {
+  if constexpr (requires { tile.in_segment(); }) {
+    return tile.in_segment();
+  } else {
+    return in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), tile.key);
+  }
 }
 
 }  // namespace jax_flash
