@@ -86,9 +86,7 @@ class Forward final : public PassTraits {
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     const int64_t tiles =
         hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
-    const int64_t output = row.takes(Loader::kDense)
-                               ? hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m)
-                               : 0;
+    const int64_t output = hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m);
     return hopper::forward_shared_bytes(tiles + output, row.teams);
   }
 
