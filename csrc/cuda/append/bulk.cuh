@@ -19,6 +19,7 @@ namespace jax_flash::append {
 inline constexpr int kBulkBlocks = 2;  // per SM
 inline constexpr int kMostStages = 4;
 inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is worth while
+inline constexpr int kLeastTokens = 3;    // of a block: fewer wait for their slots rather than for memory
 
 // A block has `tokens` tokens of one leading entry, and each of its warps `stages` stages. A stage: a token's
 // keys at all heads, its values, its cosines, its sines.
@@ -50,7 +51,8 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   constexpr int64_t kReserved = 1024;  // of each CTA
   const int64_t room =
       shared_memory / kBulkBlocks - static_cast<int64_t>(sizeof(Shared)) - kReserved - starts;
-  const int64_t stages = parts.row_bytes() < kLeastBytes ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
+  const bool is_small = parts.row_bytes() < kLeastBytes || tokens < kLeastTokens;
+  const int64_t stages = is_small ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
   parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
   return parts;
 }
