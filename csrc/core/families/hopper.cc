@@ -246,6 +246,11 @@ class LatentDecode final : public latent::Decode {
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
+  // Few rows wait for keys rather than for products: smaller tiles of keys, of which more are on their way.
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    constexpr int64_t kFewRows = 32;
+    return (a.block_n < b.block_n) == (rows_of(call) <= kFewRows);
+  }
 };
 
 // Over latent pools, and short calls in clusters; elsewhere the portable decode runs.

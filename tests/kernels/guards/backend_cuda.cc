@@ -183,7 +183,7 @@ class AppendCall {
   explicit AppendCall(const AppendProblem& problem)
       : p_(problem), copies_(p_, kAppendOperands, [](auto) { return true; }) {}
 
-  void launch(cudaStream_t stream) { check(launch_append(p_, gpu().sm_count, stream), "launch"); }
+  void launch(cudaStream_t stream) { check(launch_append(p_, gpu(), stream), "launch"); }
   void check_bands() const { copies_.check_bands(); }
   const Copies& copies() const { return copies_; }
 
