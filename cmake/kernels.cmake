@@ -1,5 +1,6 @@
-# csrc/kernels.def → a .cu for the rows of a pass and head dim, and the list of what this build holds, all in the build
-# directory. What lies in one file shares the front end's time, and dtypes compress to little more than one of them.
+# csrc/kernels.def → a .cu for the rows of a pass and head dim, portable ones of two, and the list of what this build
+# holds, all in the build directory. What lies in one file shares the front end's time (1.5 s), and dtypes compress to
+# little more than one of them.
 # JAX_FLASH_KERNELS names another table, for experiments.
 
 set(JF_DTYPES_half float16 bfloat16)
@@ -41,6 +42,20 @@ function(jf_head_dim_wanted d dv result)
   else()
     set(${result} FALSE PARENT_SCOPE)
   endif()
+endfunction()
+
+# The file of a row without its suffix. A head dim of the portable family compiles in 5 to 30 s: two share a file.
+function(jf_file_of pass loader group family d dv result)
+  set(dims "d${d}_dv${dv}")
+  if(family STREQUAL "portable")
+    foreach(largest 64 128 192 256)
+      if(d LESS_EQUAL largest)
+        set(dims "d${largest}")
+        break()
+      endif()
+    endforeach()
+  endif()
+  set(${result} "${pass}_${loader}_${group}_${dims}" PARENT_SCOPE)
 endfunction()
 
 # The table of registers, spills and shared memory, made before `target`, and installed beside it. The build fails
@@ -112,7 +127,7 @@ function(jf_add_kernels target)
       continue()
     endif()
     foreach(kernel_loader IN LISTS JF_LOADERS_${loader})
-      set(file "${pass}_${kernel_loader}_${group}_d${d}_dv${dv}")
+      jf_file_of(${pass} ${kernel_loader} ${group} ${JF_FAMILY_${arch}} ${d} ${dv} file)
       foreach(dtype IN LISTS JF_DTYPES_${dtypes})
         if(dtype IN_LIST JAX_FLASH_DTYPES)
           set(launch "launch_${pass}_${kernel_loader}_${arch}_${shape}_${dtype}")

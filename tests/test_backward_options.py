@@ -26,6 +26,11 @@ SQ, SK = 300, 520
 SIZES = {"b": 2, "sq": SQ, "sk": SK, "hq": 4, "hk": 2}
 SHORTER = {"q_lengths": (SQ - 7, 64), "kv_lengths": (SK - 20, 130), "causal": True}
 
+# dsinks is judged by plain attention's largest error over the heads, which is small by chance where they are few. Over
+# 48 seeds the backward's error is 0.4 of plain attention's; still the largest of 4 heads is more than three times plain
+# attention's in 1 % of draws, the largest of 12 in 0.02 %.
+HEADS_OF_SINKS = {"hq": 12}
+
 OPTIONS = {
     "bias of heads": {"bias": (1, 4, SQ, SK)},
     "bias of entries, causal": {"bias": (2, 1, SQ, SK), "causal": True},
@@ -39,7 +44,7 @@ OPTIONS = {
     "mask of keys, shorter": {"mask": (2, 1, 1, SK), **SHORTER},
     "mask of rows": {"mask": (2, 1, SQ, 1)},
     "mask of 519 keys": {"mask": (2, 1, SQ, 519), "sk": 519},
-    "bias and mask": {"bias": (1, 4, SQ, SK), "mask": (2, 1, 1, SK), "sinks": True},
+    "bias and mask": {"bias": (1, 12, SQ, SK), "mask": (2, 1, 1, SK), "sinks": True, **HEADS_OF_SINKS},
     "bias and dropout": {"bias": (1, 4, SQ, SK), "dropout_rate": 0.3, "causal": True},
     "bias and softcap": {"bias": (2, 1, SQ, SK), "softcap": 9.0},
     "mask, alibi, dropout": {"mask": (1, 1, SQ, SK), "alibi_slopes": (4,), "dropout_rate": 0.2},

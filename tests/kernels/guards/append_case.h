@@ -63,7 +63,7 @@ class AppendCase : PoolCase {
   void run() {
     const Guarded &k = memory_of(&p_.k_pages), &v = memory_of(&p_.v_pages);
     k.poison(), v.poison();
-    backend::append(p_, ThreadPool{});
+    if (!backend::append(p_, ThreadPool{})) return;
     check(p_.k_pages, p_.key, head_dim_, p_.rotated == 0);
     check(p_.v_pages, p_.value, value_dim_, true);
     const std::string first(k.data(), k.bytes()), first_v(v.data(), v.bytes());

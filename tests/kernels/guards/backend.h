@@ -1,4 +1,5 @@
 // Runs the passes for the drivers: backend_cpu.cc in place, backend_cuda.cc on copies in the GPU's memory.
+// backend_plan.cc only plans them, for a GPU that need not be there.
 #pragma once
 
 #include <initializer_list>
@@ -71,7 +72,14 @@ struct Aim {
 std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes);
 
 // Whether the targeted kernel runs a call. Everything about the call is known except the operands' memory.
-bool takes(const Aim& aim, const Problem& problem);
+bool takes(const Problem& problem);
+
+// Sizes and options with which it does, and its name.
+Problem example();
+std::string aimed();
+
+// Whether run() leaves results; else calls are only planned.
+bool computes();
 
 // `tangents`: of the tangent pass. False where no kernel was built for the call. With helpers in the `pool` a
 // GPU runs the call twice concurrently, from two threads, each with its own stream.

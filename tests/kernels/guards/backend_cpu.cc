@@ -14,7 +14,13 @@ bool repeatable(const AttentionSpec&, Pass) { return true; }
 
 std::optional<Aim> aim(int64_t, Loader, std::initializer_list<Pass>) { return std::nullopt; }
 
-bool takes(const Aim&, const Problem&) { return true; }
+bool takes(const Problem&) { return true; }
+
+Problem example() { return {}; }
+
+std::string aimed() { return {}; }
+
+bool computes() { return true; }
 
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool, const Tangents* tangents) {
   if (pass == Pass::kTangent) return cpu_tangent(problem, *tangents, pool), true;

@@ -7,6 +7,8 @@
 #include <vector>
 
 #include "backend.h"
+#include "core/families/hopper_layout.h"
+#include "core/table.h"
 #include "cuda/append/append.h"
 #include "cuda/device.h"
 #include "cuda/registry.h"
@@ -80,39 +82,6 @@ Reach& reach() {
 }
 int64_t not_built = 0, together = 0, overlapped = 0;
 
-// SMs of a plan with persistent CTAs: few enough for each team of a CTA to have more than one query tile, and
-// enough for a 2-CTA cluster.
-constexpr int32_t kFewSms = 2;
-
-// The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
-// of built_kernels(). The rows that would take the call from the one aimed at are left out.
-LaunchPlan plan_call(Pass pass, const Problem& p) {
-  const auto built = built_kernels();
-  Device device = gpu();
-  const int32_t aimed = reach().aimed();
-  const Shapes shapes = shapes_of(p);
-  if (aimed < 0) return plan({pass, p.spec, shapes, device}, built);
-  const KernelRow& wanted = built[aimed];
-  device.capability = wanted.arch->oldest;
-  device.always_cluster = reach().wants_clusters();
-  std::vector<KernelRow> rows;
-  std::vector<int32_t> index;
-  for (int32_t i = 0; i < static_cast<int32_t>(built.size()); ++i) {
-    const bool takes_few = built[i].pass == Pass::kDecode && wanted.pass != Pass::kDecode;
-    if (i != aimed && (built[i].pass == wanted.pass || takes_few)) continue;
-    rows.push_back(built[i]), index.push_back(i);
-  }
-  LaunchPlan chosen = plan({pass, p.spec, shapes, device}, rows);
-  if (chosen.persistent_ctas > 0 || chosen.kernel < 0) {  // some rows want their tiles to fill whole waves
-    device.sm_count = kFewSms;
-    chosen = plan({pass, p.spec, shapes, device}, rows);
-  }
-  for (int32_t* kernel : {&chosen.kernel, &chosen.decode_kernel}) {
-    if (*kernel >= 0) *kernel = index[*kernel];
-  }
-  return chosen;
-}
-
 // A stream, and when its work began and ended.
 class Stream {
  public:
@@ -167,6 +136,13 @@ void run_together(const std::function<void(cudaStream_t)>& one,
   ++together, overlapped += Stream::overlap(streams[0], streams[1]);
 }
 
+// initcheck does not see what TMA stores, which is o of some rows: it takes all of it for unwritten.
+bool stores_by_tma(const LaunchPlan& plan) {
+  const KernelRow& row = built_kernels()[plan.kernel];
+  return row.pass == Pass::kForward && row.arch->family == &families::hopper &&
+         hopper::forward_stores_by_tma(row.head_dim, row.value_dim, row.block_m);
+}
+
 // A call with its own copies of the operands and its own workspace.
 class Call {
  public:
@@ -177,6 +153,8 @@ class Call {
         copies_(p_, kOperands, [&](View Problem::* operand) { return !is_result(pass, operand); }),
         workspace_(plan.workspace) {
     copies_.add(t_, kTangents, [](View Tangents::* operand) { return !is_result(operand); });
+    // There the driver itself finds what is not written: it stays NaN.
+    if (stores_by_tma(plan)) copies_.poison(problem.out.data);
     // Decode reads its counters before anybody has written them: what lacks their mark counts as none. The
     // pattern, which is no mark and a NaN as a number, keeps initcheck from reporting these loads.
     if (plan.decode.memory >= 0) check(cudaMemset(workspace_.data(), 0xFF, plan.workspace), "workspace");
@@ -205,7 +183,7 @@ class AppendCall {
   explicit AppendCall(const AppendProblem& problem)
       : p_(problem), copies_(p_, kAppendOperands, [](auto) { return true; }) {}
 
-  void launch(cudaStream_t stream) { check(launch_append(p_, gpu().sm_count, stream), "launch"); }
+  void launch(cudaStream_t stream) { check(launch_append(p_, gpu(), stream), "launch"); }
   void check_bands() const { copies_.check_bands(); }
   const Copies& copies() const { return copies_; }
 
@@ -252,13 +230,16 @@ std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> 
   return reach().aim(turn, loader, passes);
 }
 
-bool takes(const Aim& aim, const Problem& problem) {
-  const LaunchPlan plan = plan_call(problem.paged() ? Pass::kForward : aim.pass, problem);
-  return plan.kernel == reach().aimed() || plan.decode_kernel == reach().aimed();
-}
+bool takes(const Problem& problem) { return reach().takes(problem); }
+
+Problem example() { return reach().example(); }
+
+std::string aimed() { return reach().aimed(); }
+
+bool computes() { return true; }
 
 bool run(Pass pass, const Problem& problem, const ThreadPool& pool, const Tangents* tangents) {
-  const LaunchPlan plan = plan_call(pass, problem);
+  const LaunchPlan plan = reach().plan(pass, problem);
   if (plan.kernel < 0) return ++not_built, false;
   for (int32_t kernel : {plan.decode_kernel, plan.kernel}) {
     if (kernel >= 0) reach().note(plan, kernel, problem);

@@ -23,6 +23,7 @@ class DenseCase : protected RandomCase {
     make_tensors();
     make_indices();
     make_score_operands();
+    if (!backend::computes()) return;
     find_rows_in_use();
     poison_unused_rows();
   }
@@ -127,9 +128,27 @@ class DenseCase : protected RandomCase {
   bool is_taken() const {
     Problem call = p_;
     alignas(16) static uint8_t any[16];
-    if (chunks_) call.bias.data = call.mask.data = any, call.bias.column = call.mask.column = 1;
-    call.dbias_rows = call.q_rows, call.dbias_columns = call.k_rows;
-    return backend::takes(*aim_, call);
+    if (chunks_) {
+      call.bias.data = call.mask.data = any, call.bias.column = call.mask.column = 1;
+      call.bias.row = call.mask.row = call.k_rows;
+    }
+    call.dbias_batch = call.dbias_heads = 1, call.dbias_rows = call.q_rows, call.dbias_columns = call.k_rows;
+    return backend::takes(call);
+  }
+
+  // What the targeted kernel's example has.
+  void take_example() {
+    const Problem sure = backend::example();
+    AttentionSpec spec = sure.spec;
+    spec.scale = 0.3f, spec.dropout_rate = spec.has(Operand::kDropout) ? 0.4f : 0.0f;
+    p_ = {};
+    p_.spec = spec;
+    p_.dtype = p_.kv_dtype = sure.dtype, p_.bias_dtype = sure.bias_dtype;
+    p_.batch = sure.batch, p_.heads = sure.heads, p_.kv_heads = sure.kv_heads;
+    p_.head_dim = sure.head_dim, p_.value_dim = sure.value_dim;
+    p_.q_rows = sure.q_rows, p_.k_rows = sure.k_rows;
+    chunks_ = true;
+    if (!is_taken()) fail("its own example is not taken by " + backend::aimed());
   }
 
   void aim_options() {
@@ -166,6 +185,7 @@ class DenseCase : protected RandomCase {
         s.operands |= bit(Operand::kQSegmentIds) | bit(Operand::kKvSegmentIds);
       if (!is_taken()) make_chunks();
     }
+    if (!is_taken()) take_example();
   }
 
   Guarded& make(View& view, size_t element, std::vector<Dim> dims, bool broadcast) {

@@ -46,6 +46,8 @@ class DeviceMemory {
   ~DeviceMemory() { cudaFree(base_); }
 
   char* data() const { return static_cast<char*>(base_) + band_; }
+  // NaN in each of f16, bf16 and f32.
+  void poison() { check(cudaMemset(data(), 0xFF, bytes_), "cudaMemset"); }
   void read_from(const void* host) {
     check(cudaMemcpy(data(), host, bytes_, cudaMemcpyHostToDevice), "copy to the GPU");
   }
@@ -102,6 +104,10 @@ class Copies {
   }
   void check_bands() const {
     for (const auto& [host, copy] : by_host_) copy.check_bands();
+  }
+  void poison(const void* host) {
+    const auto at = by_host_.find(host);
+    if (at != by_host_.end()) at->second.poison();
   }
   void write_back(void* host) const {
     const auto at = by_host_.find(host);

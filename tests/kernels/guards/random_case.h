@@ -105,6 +105,7 @@ class RandomCase {
   }
 
   void fill(const Guarded& m, DType dtype) {
+    if (!backend::computes()) return;
     for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) set_value(dtype, m.data() + i, normal());
   }
 
@@ -150,8 +151,10 @@ int drive(int argc, char** argv, long usual_count) {
     return 0;
   }
   for (long i = seed; i < seed + count; ++i) {
+    current_call = std::to_string(i);
     Case one(static_cast<uint64_t>(i));
     current_call = std::to_string(i) + " " + one.text();
+    if (std::getenv("JAX_FLASH_GUARD_VERBOSE")) std::printf("%s\n", current_call.c_str());
     try {
       one.run();
     } catch (const std::exception& e) {

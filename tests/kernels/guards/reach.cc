@@ -40,37 +40,56 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
   return {};
 }
 
+// SMs of a plan with persistent CTAs: few enough for each team of a CTA to have more than one query tile, and
+// enough for a 2-CTA cluster.
+constexpr int32_t kFewSms = 2;
+constexpr int32_t kTokens = 16;  // of an example with several
+
 DType dtype_of(const KernelRow& row) {
   return row.takes(DType::kF16) ? DType::kF16 : row.takes(DType::kBF16) ? DType::kBF16 : DType::kF32;
 }
 
-Aim aim_at(const KernelRow& row, Variant variant) {
-  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
+// Query rows that a kernel's tile is for: over latent pools small tiles of keys are for few.
+int32_t rows_of(const KernelRow& row) {
+  return row.head_dim > kMaxHeadDim && row.block_n < row.block_m ? row.block_m / 2 : row.block_m;
 }
 
-// A call that runs this kernel of the row, if there is one: with several tokens of many sequences, whose
-// heads share tiles, or with one.
-Problem example(const KernelRow& row, Variant variant, bool several) {
+Aim aim_at(const KernelRow& row, Variant variant) {
+  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, rows_of(row), variant};
+}
+
+// What examples differ in: one token, or several whose query heads share tiles; with the usual options or,
+// as these tiles know no others, a draft mask.
+struct Style {
+  bool several, drafted;
+};
+constexpr Style kStyles[] = {{false, false}, {true, false}, {true, true}};
+
+// A call for this kernel of the row.
+Problem example_of(const KernelRow& row, Variant variant, Style style) {
   Problem p{};
   AttentionSpec& s = p.spec;
   const auto add = [&](Operand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
   const Aim aim = aim_at(row, variant);
   s.left = s.right = kUnlimited;
+  s.align = Align::kBottomRight;
   s.scale = 1;
   s.deterministic = aim.deterministic();
-  if (!aim.plain()) s.softcap = 3, add(Operand::kAlibiSlopes);
+  if (!aim.plain() && style.drafted) add(Operand::kDraftMask), p.draft_rows = kTokens;
+  if (!aim.plain() && !style.drafted) s.softcap = 3, add(Operand::kAlibiSlopes);
   if (aim.dropout()) add(Operand::kDropout);
   if (row.pass == Pass::kBiasGradient || variant == Variant::kBias) add(Operand::kBias);
   if (variant == Variant::kMask) add(Operand::kMask);
-  if (variant == Variant::kSegments) add(Operand::kQSegmentIds);
+  if (variant == Variant::kSegments) add(Operand::kQSegmentIds), add(Operand::kKvSegmentIds);
   if (variant == Variant::kAlibi) add(Operand::kAlibiSlopes);
   if (variant == Variant::kSoftcap) s.softcap = 3;
+  if (variant == Variant::kSplit || variant == Variant::kFloat8Split) s.num_splits = 2;
   alignas(16) static uint16_t any_bias;
   p.bias.data = p.mask.data = &any_bias, p.bias.column = p.mask.column = 1, p.bias_dtype = aim.dtype;
   p.dtype = p.kv_dtype = aim.dtype;
   if (aim.float8()) p.kv_dtype = DType::kF8E4M3;
   p.batch = p.kv_heads = 1;
-  p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
+  p.heads = row.pass == Pass::kDecode ? rows_of(row) : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
   if (row.head_dim > kMaxHeadDim) s.value_dim = row.value_dim;
   p.q_rows = 1, p.k_rows = 256;
@@ -79,7 +98,7 @@ Problem example(const KernelRow& row, Variant variant, bool several) {
     s.layout = Layout::kPaged;
     p.page_size = 64, p.pages = p.table = 4;
   }
-  if (several) p.heads = 4, p.q_rows = 16, p.batch = 1 << 12;
+  if (style.several) p.heads = 4, p.q_rows = kTokens, p.batch = kFewSms;
   return p;
 }
 
@@ -104,7 +123,7 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kBiasGradient:
       return plan.score == ScoreKind::kBias ? Variant::kBias : Variant::kGeneral;
     case Pass::kDecode:
-      if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask)
+      if (p.spec.softcap > 0 || p.spec.has(Operand::kAlibiSlopes) || p.spec.has(Operand::kDraftMask))
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
@@ -112,23 +131,11 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
   return Variant::kPlain;
 }
 
-// Whether the plan's score tells that a kernel is this one.
-bool by_score(Pass pass, Variant variant) {
-  return pass == Pass::kForward || variant == Variant::kBias || variant == Variant::kMask;
-}
-
-// Whether a library with only this row would take that call.
-bool exists(const KernelRow& row, Variant variant, Device device) {
-  device.capability = row.arch->oldest;
-  device.always_cluster = variant == Variant::kCluster;
-  const auto runs = [&](bool several) {
-    const Problem p = example(row, variant, several);
-    const Pass pass = row.pass == Pass::kDecode ? Pass::kForward : row.pass;
-    const Shapes shapes = shapes_of(p);
-    const LaunchPlan found = plan({pass, p.spec, shapes, device}, {&row, 1});
-    return found.kernel == 0 && (!by_score(row.pass, variant) || variant_of(row.pass, found, p) == variant);
-  };
-  return runs(false) || (row.pass == Pass::kForward && row.takes(Loader::kPaged) && runs(true));
+// CTAs of a plan's kernel.
+int64_t blocks_of(Pass pass, const LaunchPlan& plan) {
+  return pass == Pass::kDecode     ? int64_t{plan.decode.columns} * plan.decode.ranges
+         : pass == Pass::kBackward ? plan.keys.blocks
+                                   : plan.queries.blocks;
 }
 
 }  // namespace
@@ -140,25 +147,67 @@ std::optional<Aim> Reach::aim(int64_t turn, Loader loader, std::initializer_list
         if (rows_[i].pass != pass || !rows_[i].takes(loader)) continue;
         if (rows_[i].arch->oldest > device_.capability) continue;
         for (Variant variant : variants_of(rows_[i], loader)) {
-          if (exists(rows_[i], variant, device_)) kernels_.emplace_back(i, variant);
+          if (example(Kernel{i, variant})) kernels_.emplace_back(i, variant);
         }
       }
     }
   }
-  aimed_ = -1;
+  aimed_.reset();
   if (turn % 4 == 3 || kernels_.empty()) return std::nullopt;
-  const auto [kernel, variant] = kernels_[static_cast<size_t>(turn - (turn + 1) / 4) % kernels_.size()];
-  had_turn_.emplace(kernel, variant);
-  aimed_ = kernel, variant_ = variant;
-  return aim_at(rows_[kernel], variant);
+  aimed_ = kernels_[static_cast<size_t>(turn - (turn + 1) / 4) % kernels_.size()];
+  had_turn_.insert(*aimed_);
+  return aim_at(rows_[aimed_->first], aimed_->second);
+}
+
+// The rows that would take the call from the one aimed at are left out.
+LaunchPlan Reach::plan(const std::optional<Kernel>& aimed, Pass pass, const Problem& p) const {
+  Device device = device_;
+  const Shapes shapes = shapes_of(p);
+  if (!aimed) return jax_flash::plan({pass, p.spec, shapes, device}, rows_);
+  const KernelRow& wanted = rows_[aimed->first];
+  device.capability = wanted.arch->oldest;
+  device.always_cluster = aimed->second == Variant::kCluster;
+  std::vector<KernelRow> rows;
+  std::vector<int32_t> index;
+  for (int32_t i = 0; i < static_cast<int32_t>(rows_.size()); ++i) {
+    const bool takes_few = rows_[i].pass == Pass::kDecode && wanted.pass != Pass::kDecode;
+    if (i != aimed->first && (rows_[i].pass == wanted.pass || takes_few)) continue;
+    rows.push_back(rows_[i]), index.push_back(i);
+  }
+  LaunchPlan chosen = jax_flash::plan({pass, p.spec, shapes, device}, rows);
+  if (chosen.persistent_ctas > 0 || chosen.kernel < 0) {  // some rows want their tiles to fill whole waves
+    device.sm_count = kFewSms;
+    chosen = jax_flash::plan({pass, p.spec, shapes, device}, rows);
+  }
+  for (int32_t* kernel : {&chosen.kernel, &chosen.decode_kernel}) {
+    if (*kernel >= 0) *kernel = index[*kernel];
+  }
+  return chosen;
+}
+
+bool Reach::takes(const std::optional<Kernel>& aimed, const Problem& p) const {
+  const Pass pass = rows_[aimed->first].pass;
+  const LaunchPlan found = plan(aimed, pass == Pass::kDecode ? Pass::kForward : pass, p);
+  return (found.kernel == aimed->first || found.decode_kernel == aimed->first) &&
+         blocks_of(pass, found) > 0 && variant_of(pass, found, p) == aimed->second;
+}
+
+std::optional<Problem> Reach::example(const std::optional<Kernel>& aimed) const {
+  for (Style style : kStyles) {
+    const Problem p = example_of(rows_[aimed->first], aimed->second, style);
+    if (takes(aimed, p)) return p;
+  }
+  return std::nullopt;
 }
 
 void Reach::note(const LaunchPlan& plan, int32_t kernel, const Problem& problem) {
   const Pass pass = rows_[kernel].pass;
-  const int64_t blocks = pass == Pass::kDecode     ? int64_t{plan.decode.columns} * plan.decode.ranges
-                         : pass == Pass::kBackward ? plan.keys.blocks
-                                                   : plan.queries.blocks;
-  if (blocks > 0) ++launches_[{kernel, variant_of(pass, plan, problem)}];
+  if (blocks_of(pass, plan) > 0) ++launches_[{kernel, variant_of(pass, plan, problem)}];
+}
+
+std::string Reach::aimed() const {
+  if (!aimed_) return "no kernel";
+  return text_of(rows_[aimed_->first]) + ": " + kVariantNames[static_cast<int>(aimed_->second)];
 }
 
 std::string Reach::report() const {

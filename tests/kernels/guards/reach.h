@@ -20,9 +20,14 @@ class Reach {
 
   std::optional<Aim> aim(int64_t turn, Loader loader, std::initializer_list<Pass> passes);
 
-  // The row that calls must take; -1: the plan chooses.
-  int32_t aimed() const { return aimed_; }
-  bool wants_clusters() const { return variant_ == Variant::kCluster; }
+  // The plan with the row whose turn it is, for a card of its family, or the usual one; its indices are those
+  // of the rows.
+  LaunchPlan plan(Pass pass, const Problem& problem) const { return plan(aimed_, pass, problem); }
+
+  // Whether the kernel whose turn it is runs a call, and sizes and options with which it does.
+  bool takes(const Problem& problem) const { return takes(aimed_, problem); }
+  Problem example() const { return *example(aimed_); }
+  std::string aimed() const;
 
   // Counts a launch of plan.kernel or plan.decode_kernel.
   void note(const LaunchPlan& plan, int32_t kernel, const Problem& problem);
@@ -30,15 +35,19 @@ class Reach {
   // Prints a line for every row with the launches of each of its kernels; throws where a kernel had its turn
   // but was not reached.
   std::string report() const;
+  bool had_all_turns() const { return had_turn_.size() == kernels_.size(); }
 
  private:
   using Kernel = std::pair<int32_t, Variant>;  // a row, and which of its kernels
 
+  LaunchPlan plan(const std::optional<Kernel>& aimed, Pass pass, const Problem& problem) const;
+  bool takes(const std::optional<Kernel>& aimed, const Problem& problem) const;
+  std::optional<Problem> example(const std::optional<Kernel>& aimed) const;
+
   std::span<const KernelRow> rows_;
   Device device_;
-  int32_t aimed_ = -1;
-  Variant variant_ = Variant::kPlain;  // of the row aimed at
-  std::vector<Kernel> kernels_;        // of the driver's passes, by their turns
+  std::optional<Kernel> aimed_;  // none: the plan chooses
+  std::vector<Kernel> kernels_;  // of the driver's passes, by their turns
   std::set<Kernel> had_turn_;
   std::map<Kernel, int64_t> launches_;
 };
