@@ -2,7 +2,8 @@
 
 Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: with a mesh they are
 split over its axis "heads", and XLA partitions everything else accordingly. Where tokens are split over its axis
-"sequence", attention is `jax_flash.ring_attention`; all else works token by token.
+"sequence", attention is `jax_flash.ring_attention`; all else works token by token. Groups of rows take turns in each
+block, so that what one of them waits for travels while another is computed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names("flash_out", "fla
 class ModelConfig:
     """Sizes and options of a `Transformer`; `attention` is the `implementation` of `flash_attention_varlen`.
 
-    With more than one of `sequence_devices`, tokens and positions come in zigzag order, sharded over the axis
-    "sequence" of the mesh in use (`jax.set_mesh`).
+    With more than one of `sequence_devices`, tokens and positions come sharded over the axis "sequence" of the mesh in
+    use (`jax.set_mesh`), in zigzag order unless `sequence_mode` is "all_to_all". With `split_stream` the residual
+    stream's tokens are split over the axis "heads" as well (Korthikanti et al. 2022). `row_groups` divides the rows.
     """
 
     layers: int = 4
@@ -38,6 +40,9 @@ class ModelConfig:
     remat: bool = False
     attention: str | None = None
     sequence_devices: int = 1
+    sequence_mode: str = "ring"
+    split_stream: bool = False
+    row_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
@@ -47,6 +52,31 @@ class ModelConfig:
 def sharded(init: nnx.Initializer, *axes: str | None) -> nnx.Initializer:
     """`init` for a weight whose dimensions are split over these mesh axes."""
     return nnx.with_partitioning(init, axes)
+
+
+def split_as(config: ModelConfig, x: jax.Array, *axes: str | None) -> jax.Array:
+    """With `split_stream`, x [rows, tokens, …] with whole rows, and the dimensions after them split over `axes`."""
+    if not config.split_stream:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", "sequence", *axes))
+
+
+def spread(config: ModelConfig, x: jax.Array) -> jax.Array:
+    """With `split_stream`, x [rows, tokens, width] with its tokens split over the axis "heads" too."""
+    if not config.split_stream:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", ("sequence", "heads")))
+
+
+def in_groups(x: jax.Array, count: int) -> list[jax.Array]:
+    """The rows in `count` groups, each of which has a share of every device's rows."""
+    grouped = x.reshape(x.shape[0] // count, count, *x.shape[1:])
+    return [grouped[:, i] for i in range(count)]
+
+
+def out_of_groups(groups: list[jax.Array]) -> jax.Array:
+    """The rows that `in_groups` divided."""
+    return jnp.stack(groups, 1).reshape(-1, *groups[0].shape[1:])
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -83,33 +113,39 @@ class Attention(nnx.Module):
             kernel_init=sharded(init_out, "heads", None, None),
             rngs=rngs,
         )
-        self.implementation = config.attention
-        self.sequence_devices = config.sequence_devices
+        self.config = config
 
     def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)  # each [r, t, h, d]
+        qkv = split_as(self.config, self.qkv(x), None, "heads", None)  # [r, t, 3, h, d]
+        q, k, v = jnp.moveaxis(qkv, -3, 0)
         q, k = rotate(q, positions), rotate(k, positions)
-        attend = self.packed if self.sequence_devices == 1 else self.ring
-        return self.out(attend(q, k, v, cu_seqlens))
+        attend = self.packed if self.config.sequence_devices == 1 else self.ring
+        return self.out(split_as(self.config, attend(q, k, v, cu_seqlens), "heads", None))
 
     def packed(self, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
         """A row of packed documents is one varlen call."""
 
         def attend(*row: jax.Array) -> jax.Array:
-            return flash_attention_varlen(*row, causal=True, implementation=self.implementation)
+            return flash_attention_varlen(*row, causal=True, implementation=self.config.attention)
 
         return jax.vmap(attend)(q, k, v, cu_seqlens)
 
     def ring(self, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        """Each device has two parts of each row, in zigzag order; documents are told apart by segment ids.
+        """Each device has two parts of each row, in zigzag order, or one; documents are told apart by segment ids.
 
         Rows of one document each need none: under the causal mask it sees nothing of the padding after it.
         """
-        options = dict(axis_name="sequence", order="zigzag", causal=True, implementation=self.implementation)
+        mode, implementation = self.config.sequence_mode, self.config.attention
+        order = "zigzag" if mode == "ring" else "contiguous"
+        options = dict(
+            axis_name="sequence", mode=mode, order=order, causal=True, implementation=implementation
+        )
         shard = PartitionSpec(None, "sequence")
         operands = (q, k, v)
         if cu_seqlens.shape[1] > 2:
-            tokens = zigzag_positions(q.shape[1], self.sequence_devices)
+            count = q.shape[1]
+            zigzag = mode == "ring"
+            tokens = zigzag_positions(count, self.config.sequence_devices) if zigzag else jnp.arange(count)
             operands += ((cu_seqlens[:, 1:, None] <= tokens).sum(1, dtype=jnp.int32),)  # [r, t]
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, documents: jax.Array | None = None) -> jax.Array:
@@ -143,9 +179,10 @@ class MLP(nnx.Module):
             kernel_init=sharded(init_down, "heads", None),
             rngs=rngs,
         )
+        self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jnp.square(nnx.relu(self.up(x))))
+        return self.down(jnp.square(nnx.relu(split_as(self.config, self.up(x), "heads"))))
 
 
 class Block(nnx.Module):
@@ -156,10 +193,13 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
+        self.config = config
 
     def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens)
-        return x + self.mlp(self.mlp_norm(x))
+        whole = split_as(self.config, self.attention_norm(x), None)
+        x = spread(self.config, x + self.attention(whole, positions, cu_seqlens))
+        whole = split_as(self.config, self.mlp_norm(x), None)
+        return spread(self.config, x + self.mlp(whole))
 
 
 class Transformer(nnx.Module):
@@ -180,11 +220,13 @@ class Transformer(nnx.Module):
             kernel_init=sharded(nnx.initializers.normal(config.width**-0.5), None, None),
             rngs=rngs,
         )
-        self.remat = config.remat
+        self.config = config
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        run = nnx.remat(Block.__call__, policy=KEEP_ATTENTION) if self.remat else Block.__call__
-        x = self.embed(tokens)
+        run = nnx.remat(Block.__call__, policy=KEEP_ATTENTION) if self.config.remat else Block.__call__
+        x = spread(self.config, self.embed(tokens))
+        groups = [in_groups(each, self.config.row_groups) for each in (x, positions, cu_seqlens)]
+        xs, *others = groups
         for block in self.blocks:
-            x = run(block, x, positions, cu_seqlens)
-        return self.head(self.norm(x)).astype(jnp.float32)
+            xs = [run(block, *group) for group in zip(xs, *others)]
+        return self.head(self.norm(out_of_groups(xs))).astype(jnp.float32)

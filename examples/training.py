@@ -88,6 +88,9 @@ def model_config(settings: Settings) -> ModelConfig:
         remat=settings.remat,
         attention=None if settings.attention == "auto" else settings.attention,
         sequence_devices=settings.mesh_axes["sequence"],
+        sequence_mode=settings.sequence_mode,
+        split_stream=settings.split_stream,
+        row_groups=settings.groups,
     )
 
 
@@ -154,12 +157,13 @@ class Trainer:
         return float(total / count)
 
     def place(self, batch: Batch) -> Batch:
-        """The batch on the devices: rows split over the mesh axis "data", tokens, in zigzag order, over "sequence"."""
+        """The batch on the devices: rows split over the mesh axis "data", tokens over "sequence", for a ring
+        in zigzag order."""
         devices = self.mesh.shape["sequence"]
         rows, tokens = (
             NamedSharding(self.mesh, PartitionSpec("data", *axis)) for axis in ((), ("sequence",))
         )
-        if devices > 1:
+        if devices > 1 and self.settings.sequence_mode == "ring":
             order = np.asarray(zigzag_positions(batch.tokens.shape[1], devices))
             batch = Batch(*(x[:, order] for x in batch[:3]), batch.cu_seqlens)
         return jax.device_put(batch, Batch(tokens, tokens, tokens, rows))

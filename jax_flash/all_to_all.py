@@ -128,13 +128,20 @@ class _Exchange:
             at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
             return at_once
         n, own, size = self.devices, self.device, x.shape[split] // self.devices
-        pieces = []
+        received = None
         for ahead in range(n):
             piece = lax.dynamic_slice_in_dim(x, (own + ahead) % n * size, size, split)
             pairs = [(device, (device + ahead) % n) for device in range(n)]
-            pieces.append(lax.ppermute(piece, self.ring.axes, pairs) if ahead else piece)
-        received = jnp.take(jnp.stack(pieces, concat), (own - jnp.arange(n)) % n, concat)  # by device
-        return received.reshape(*pieces[0].shape[:concat], -1, *pieces[0].shape[concat + 1 :])
+            piece = lax.ppermute(piece, self.ring.axes, pairs) if ahead else piece
+            if received is None:
+                shape = tuple(
+                    n * extent if axis == concat else extent for axis, extent in enumerate(piece.shape)
+                )
+                received = lax.empty(shape, piece.dtype)
+            place = (own - ahead) % n * piece.shape[concat]
+            received = lax.dynamic_update_slice_in_dim(received, piece, place, concat)
+        assert received is not None
+        return received
 
     def cut(self, x: jax.Array, heads: int, devices: int | None = None) -> tuple[jax.Array, int]:
         """x with its dimension `heads` in three, one of which is the device, and the number of that one."""

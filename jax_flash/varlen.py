@@ -84,7 +84,8 @@ def flash_attention_varlen(
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in query; sequences may be empty. The kernels read the
         running maximum of these values clamped to [0, tq]; `check_inputs` raises if that changes any of them.
       cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None means cu_seqlens_q. With None, or the same array
-        again, tokens that are sharded over devices stay so under jit.
+        again, tokens that are sharded over devices stay so under jit; with dropout, or slopes of each sequence, they
+        are gathered, since bits and distances count from the first token of each sequence.
       kv_lengths: int32 `[n]`, keys in use of each sequence, or one number for all; by default every key.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
       causal, window, align, scale, softcap, sinks, dropout_rate, dropout_key, deterministic, implementation:

@@ -3,6 +3,7 @@
 That the tests catch them is shown by `make mutants`, which takes hours.
 """
 
+import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
@@ -54,6 +55,18 @@ def test_a_gpus_bugs_are_in_kernels_of_the_library_that_their_tests_load(tool):
         if x.runs == "gpu":
             assert x.objects, x.name
             assert all(any(part in file for file in files) for part in x.objects), x.name
+
+
+def test_a_gpus_library_has_the_rows_of_the_head_dims_that_bugs_are_in(tool):
+    rows = (
+        "sm90 forward dense 64 64 192: plain",
+        "sm90 backward dense 64 64: plain",
+        "sm90 forward dense 96 96: plain",
+    )
+    bug = tool.Mutant("", "", "", "", "", (), "gpu", "", objects=("backward_dense_sm90_d64",))
+    assert tool.rows_for([bug], rows) == rows[:2]
+    assert tool.rows_for([dataclasses.replace(bug, objects=())], rows) == rows
+    assert tool.rows_for([], rows) == ()
 
 
 def test_a_row_that_the_table_lacks_is_told(tool):

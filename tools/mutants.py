@@ -91,6 +91,21 @@ def gpu_rows(folder: Path = LISTS) -> tuple[str, ...]:
     return tuple(row for content in lists for row in content.get("rows", ()))
 
 
+def rows_for(mutants: list[Mutant], rows: tuple[str, ...]) -> tuple[str, ...]:
+    """Of `rows` those of the head dims of the kernels that these mutants are in: their tests run no others."""
+    objects = [x for mutant in mutants for x in mutant.objects or ("",)]
+
+    def head_dims(row: str) -> tuple[str, ...]:
+        return tuple(row.partition(":")[0].split()[3:5])
+
+    def file(row: str) -> str:
+        arch, pass_, loader, d, dv = row.partition(":")[0].split()[:5]
+        return f"{pass_}_{loader}_{arch}_d{d}_dv{dv}"
+
+    wanted = {head_dims(row) for row in rows if any(x in file(row) for x in objects)}
+    return tuple(row for row in rows if head_dims(row) in wanted)
+
+
 # --- where a mutant runs ------------------------------------------------------------------------------------------
 
 RUNS = ("cpu", "guards", "emulated", "gpu")
@@ -136,6 +151,7 @@ class Copy:
     """A copy of the tree, with what is built of it. Nothing outside build/mutants is ever written."""
 
     workers: int
+    gpu_rows: tuple[str, ...] = ()  # of the library for a GPU
     root: Path = WORK / "tree"
     built: str = ""  # the kind and instruction set whose build is that of the files as they are
 
@@ -192,7 +208,7 @@ class Copy:
                 said = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
                 raise Broken("\n".join(said[:5]) or (done.stdout + done.stderr)[-2000:])
         if runs in ("emulated", "gpu"):
-            self.library(runs).build(runs, gpu_rows(self.root / "tests" / "mutants"))
+            self.library(runs).build(runs, self.gpu_rows)
         self.built = kind
 
     def library(self, runs: str) -> planted_library.Library:
@@ -353,7 +369,8 @@ def main() -> int:
             print(f"{x.group}: {x.name} ({x.file})\n    breaks: {x.breaks}")
         return int(counts["STALE"] > 0)
     WORK.mkdir(parents=True, exist_ok=True)
-    copy = Copy(options.workers)
+    copy = Copy(options.workers, rows_for([x for x in mutants if x.runs == "gpu"], gpu_rows()))
+    print(f"{len(mutants)} mutants to try", flush=True)
     try:
         copy.sync()
         copy.build("cpu", "")

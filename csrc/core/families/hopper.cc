@@ -15,12 +15,16 @@ using hopper::kConsumerRows;
 constexpr int64_t kCounterBytes = 4;
 
 // Persistent CTAs, as many as fit, share out the tiles of a grid, which `blocks` CTAs would have one of each.
-// A counter in memory hands out tiles of unequal length.
-void share_tiles(int64_t blocks, bool unequal, int32_t teams, const Call& call, Workspace& workspace,
-                 LaunchPlan& plan) {
+// A counter in memory hands out tiles of unequal length, and tiles that go through many rows (`steps`): it
+// costs them nothing, and where another kernel holds some SMs, as NCCL's do beside a ring, CTAs that begin
+// late leave their tiles to the others (docs/experiments/ring.md).
+void share_tiles(int64_t blocks, bool unequal, int64_t steps, int32_t teams, const Call& call,
+                 Workspace& workspace, LaunchPlan& plan) {
+  constexpr int64_t kLongTile = 4096;
   const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
   plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
-  if (unequal && blocks > most * teams) plan.tile_counter = workspace.add(kCounterBytes);
+  if ((unequal || steps >= kLongTile) && blocks > most * teams)
+    plan.tile_counter = workspace.add(kCounterBytes);
 }
 
 // Which tiles suit a call of the forward. The limits were measured on one H200 (docs/experiments).
@@ -82,9 +86,7 @@ class Forward final : public PassTraits {
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     const int64_t tiles =
         hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
-    const int64_t output = row.takes(Loader::kDense)
-                               ? hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m)
-                               : 0;
+    const int64_t output = hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m);
     return hopper::forward_shared_bytes(tiles + output, row.teams);
   }
 
@@ -115,7 +117,7 @@ class Forward final : public PassTraits {
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
     add_segments(call, s.q_rows, plan.queries, workspace);
-    share_tiles(blocks, unequal, row.teams, call, workspace, plan);
+    share_tiles(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -192,7 +194,7 @@ class Backward final : public PassTraits {
     plan.accumulator = workspace.add(sums_of_dq(row, call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     plan.cluster_size = row.cluster;  // whose CTAs work on one key tile together
-    share_tiles(plan.keys.blocks * row.cluster, unequal, row.teams, call, workspace, plan);
+    share_tiles(plan.keys.blocks * row.cluster, unequal, s.q_rows, row.teams, call, workspace, plan);
     if (call.spec.deterministic) {
       plan.dq_turns = workspace.add(dq_turns_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
@@ -230,7 +232,7 @@ class BiasGradient final : public PassTraits {
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, plan);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
-    share_tiles(plan.queries.blocks, false, row.teams, call, workspace, plan);
+    share_tiles(plan.queries.blocks, false, 0, row.teams, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 
@@ -243,6 +245,11 @@ class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
     return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+  }
+  // Few rows wait for keys rather than for products: smaller tiles of keys, of which more are on their way.
+  bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    constexpr int64_t kFewRows = 32;
+    return (a.block_n < b.block_n) == (rows_of(call) <= kFewRows);
   }
 };
 

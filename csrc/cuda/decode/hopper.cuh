@@ -2,7 +2,7 @@
 // FlashMLA. A KV head has 576 columns, of which the first 512 are V, and many query heads.
 //
 //   warpgroup 2   loads Q, and K page by page (latent_load.cuh)
-//   warpgroup 0   S = Q Kᵀ [64, 64], P, O ← O + P V, the left half of the columns
+//   warpgroup 0   S = Q Kᵀ [64, N], P,  O ← O + P V, the left half of the columns
 //   warpgroup 1                      O ← O + P V, the right half
 //
 // A tile of K is also V, so it is loaded once. Products and loads of the next tile overlap; the softmax of
@@ -25,6 +25,9 @@ struct LatentSm90 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kWarps = 8, kLoadWarps = 4;
+  // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
+  static constexpr bool kWide = kTile == 64;
+  static constexpr int kPartsAtOnce = 2 - kWide - kOptions, kBlocksAtOnce = kWide && kOptions ? 1 : 2;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;

@@ -10,7 +10,8 @@
 
 namespace jax_flash {
 
-// Run by the first Loader::kLanes of Loader::kWarps warps, from the team's second warp on.
+// Run by the first Loader::kLanes of Loader::kWarps warps, from the team's second warp on. Of two warps the
+// first loads K and what is not K or V, the second V.
 template <class C>
 struct LoadWarp {
   using Loader = typename C::Loader;
@@ -22,6 +23,10 @@ struct LoadWarp {
 
   // The thread that loads what is not K and V.
   static __device__ __forceinline__ bool leads() { return threadIdx.x % kTeamProducers<C::kTeams> == 32; }
+
+  static __device__ __forceinline__ bool is_warp(int number) {
+    return Loader::kWarps == 1 || static_cast<int>(threadIdx.x % kTeamProducers<C::kTeams>) / 32 == number;
+  }
 
   __device__ __forceinline__ void load_key(int32_t n, uint32_t use) {
     shared.k_pipe.template wait_empty<C::kCluster>(use, kKeyLoader);
@@ -67,15 +72,16 @@ struct LoadWarp {
   // stage must not wait for it either, as the stage may be filled and released twice before it looks.
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
     const bool used = !tiles.empty(), loads = used && loader.begin(maps.keys, work, tiles);
-    if (loads) load_key(tiles.hi - 1, kv_index);
+    const bool loads_keys = loads && is_warp(1), loads_values = loads && is_warp(2);
+    if (loads_keys) load_key(tiles.hi - 1, kv_index);
     for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
     if (used) load_input(work, tiles.hi - 1, kv_index);
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
     if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
       if (n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
-      if (loads && n > tiles.lo) load_key(n - 1, kv_index + 1);
-      if (loads) load_value(n, kv_index);
+      if (loads_keys && n > tiles.lo) load_key(n - 1, kv_index + 1);
+      if (loads_values) load_value(n, kv_index);
       if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
     }
   }

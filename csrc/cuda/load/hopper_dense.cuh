@@ -15,7 +15,9 @@ namespace jax_flash {
 template <class C>
 class DenseLoader {
  public:
-  static constexpr int kWarps = 1, kLanes = 1;  // the first kLanes of each of kWarps warps load
+  // The first kLanes of each of kWarps warps load. V has a warp of its own where its stages are released
+  // late.
+  static constexpr int kWarps = C::kStoresFromValues ? 2 : 1, kLanes = 1;
   struct Maps {
     CUtensorMap key, value;
   };

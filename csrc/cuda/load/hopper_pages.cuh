@@ -1,13 +1,14 @@
 // The loader of keys and values in the pages of a pool, for the sm_90a kernels; see load/hopper_dense.cuh.
 //
-// A tile is loaded in boxes: rows that lie in one page and in one tile. Each lane of three warps has the
-// boxes of some rows of every tile, whose page it looks up a tile before it loads it, so that the block
-// table's latency is hidden.
+// A tile is loaded in boxes: rows that lie in one page and in one tile. One warp loads K, another one V, so
+// that neither waits for the other's stages. A lane has the same rows of every tile, whose page it looks up a
+// tile before it loads it, so that the block table's latency is hidden.
 #pragma once
 
 #include <cstdint>
 #include <numeric>
 
+#include "core/divisor.h"
 #include "core/paging.h"
 #include "cuda/hopper/tma.cuh"
 
@@ -62,16 +63,18 @@ struct WholeRowBoxes {
 template <class C, class Boxes>
 class PageLoader {
  public:
-  static constexpr int kWarps = 3, kLanes = 32;
+  static constexpr int kWarps = 2, kLanes = 32;
   static constexpr int kAtom = 8;  // rows of the swizzle's pattern: boxes have a multiple of them
-  static_assert(C::kN / kAtom <= kWarps * kLanes && C::kN <= kNanRows);
+  static_assert(C::kN / kAtom <= kLanes && C::kN <= kNanRows && C::kTeams == 1);
   struct Maps {
     typename Boxes::Map key, value, missing;
     int32_t box;  // rows
+    Divisor page_size;
   };
   static_assert(C::KTile::kPanel == 8 && C::VTile::kPanel == 8);
   static cudaError_t make_maps(Maps& maps, const Problem& p) {
     maps.box = std::gcd(p.page_size, C::kN);
+    maps.page_size = Divisor(p.page_size);
     Problem missing = p;  // a page of NaN
     missing.kv_heads = missing.pages = 1, missing.page_size = maps.box;
     View nan{};
@@ -94,7 +97,7 @@ class PageLoader {
     entries =
         page_table(p.block_tables, p.leading, work->leading, work->tile.index, p.page_size, p.pages).entries;
     head = p.kv_head(work->head);
-    value = next = find(maps, tiles.hi - 1);
+    next = find(maps, tiles.hi - 1);
     return true;
   }
   template <class Pipe>
@@ -103,50 +106,49 @@ class PageLoader {
   }
 
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
-    key = next;
-    next = find(maps, n - 1);
-    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, key);
+    load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, n);
   }
-  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t) {
-    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value, value);
-    value = key;
+  __device__ __forceinline__ void load_value(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
+    load<typename C::VTile, false>(maps, tile, barrier, maps.value, p.value, n);
   }
 
  private:
-  // The first row of this lane's box in a tile. Neighbouring boxes belong to different warps, which issue
-  // them at the same time.
+  // The first row of this lane's box in a tile.
   __device__ __forceinline__ static int32_t row(const Maps& maps) {
-    const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32 - 1;
-    return (warp + thread % 32 * kWarps) * maps.box;
+    return static_cast<int32_t>(threadIdx.x % 32) * maps.box;
   }
 
-  // This lane's box of tile n.
+  // This lane's box of tile n. The page is checked when the box is loaded, so that nothing waits for it here.
   __device__ __forceinline__ PageSlot find(const Maps& maps, int32_t n) const {
-    const PageTable table{entries, p.page_size, p.pages};
-    return table.find(n * C::kN + row(maps), 0, work->tile.k_len);
+    const int32_t position = n * C::kN + row(maps);
+    if (position < 0 || position >= work->tile.k_len) return {0, kNoSlot};
+    const int32_t entry = maps.page_size.quotient(position);
+    return {entries[entry], position - entry * p.page_size};
   }
 
   // Keys outside the pool become NaN; values there, and rows past the keys, zeros, with which TMA fills the
   // page behind the pool.
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
-                                       const typename Boxes::Map& map, const View& view,
-                                       PageSlot slot) const {
-    if (threadIdx.x == 32) ptx::barrier_expect(barrier, Tile::kBytes);
-    if (kNanIfMissing && slot.page == kMissingPage) {
+                                       const typename Boxes::Map& map, const View& view, int32_t n) {
+    if (threadIdx.x % 32 == 0) ptx::barrier_expect(barrier, Tile::kBytes);
+    const bool none = next.slot == kNoSlot, in_pool = 0 <= next.page && next.page < p.pages;
+    if (kNanIfMissing && !none && !in_pool) {
       Boxes::template load<Tile>(tile, row(maps), maps.missing, barrier, {});
     } else {
-      const int32_t page = slot.page < 0 ? p.pages : slot.page;
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      Boxes::template load<Tile>(tile, row(maps), map, barrier, {head, slot.slot, page, leading});
+      const PageSlot at = none || !in_pool ? PageSlot{p.pages, 0} : next;
+      Boxes::template load<Tile>(tile, row(maps), map, barrier, {head, at.slot, at.page, leading});
     }
+    next = find(maps, n - 1);
   }
 
+  static constexpr int32_t kNoSlot = -1;  // of a box past the keys
   const Problem& p;
   const BlockWork* work;
-  const int32_t* entries;     // of the block table's row
-  int32_t head;               // of K and V
-  PageSlot value, key, next;  // boxes: of the next value tile, the last key tile, the next key tile
+  const int32_t* entries;  // of the block table's row
+  int32_t head;            // of K and V
+  PageSlot next;           // this lane's box of the next tile
 };
 
 template <class C>

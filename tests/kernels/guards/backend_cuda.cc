@@ -137,10 +137,10 @@ void run_together(const std::function<void(cudaStream_t)>& one,
 }
 
 // initcheck does not see what TMA stores, which is o of some rows: it takes all of it for unwritten.
-bool stores_by_tma(Pass pass, const LaunchPlan& plan) {
+bool stores_by_tma(const LaunchPlan& plan) {
   const KernelRow& row = built_kernels()[plan.kernel];
-  return pass == Pass::kForward && row.arch->family == &families::hopper && row.takes(Loader::kDense) &&
-         hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m) > 0;
+  return row.pass == Pass::kForward && row.arch->family == &families::hopper &&
+         hopper::forward_stores_by_tma(row.head_dim, row.value_dim, row.block_m);
 }
 
 // A call with its own copies of the operands and its own workspace.
@@ -154,7 +154,7 @@ class Call {
         workspace_(plan.workspace) {
     copies_.add(t_, kTangents, [](View Tangents::* operand) { return !is_result(operand); });
     // There the driver itself finds what is not written: it stays NaN.
-    if (stores_by_tma(pass, plan)) copies_.poison(problem.out.data);
+    if (stores_by_tma(plan)) copies_.poison(problem.out.data);
     // Decode reads its counters before anybody has written them: what lacks their mark counts as none. The
     // pattern, which is no mark and a NaN as a number, keeps initcheck from reporting these loads.
     if (plan.decode.memory >= 0) check(cudaMemset(workspace_.data(), 0xFF, plan.workspace), "workspace");
@@ -183,7 +183,7 @@ class AppendCall {
   explicit AppendCall(const AppendProblem& problem)
       : p_(problem), copies_(p_, kAppendOperands, [](auto) { return true; }) {}
 
-  void launch(cudaStream_t stream) { check(launch_append(p_, gpu().sm_count, stream), "launch"); }
+  void launch(cudaStream_t stream) { check(launch_append(p_, gpu(), stream), "launch"); }
   void check_bands() const { copies_.check_bands(); }
   const Copies& copies() const { return copies_; }
 

@@ -49,8 +49,13 @@ DType dtype_of(const KernelRow& row) {
   return row.takes(DType::kF16) ? DType::kF16 : row.takes(DType::kBF16) ? DType::kBF16 : DType::kF32;
 }
 
+// Query rows that a kernel's tile is for: over latent pools small tiles of keys are for few.
+int32_t rows_of(const KernelRow& row) {
+  return row.head_dim > kMaxHeadDim && row.block_n < row.block_m ? row.block_m / 2 : row.block_m;
+}
+
 Aim aim_at(const KernelRow& row, Variant variant) {
-  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
+  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, rows_of(row), variant};
 }
 
 // What examples differ in: one token, or several whose query heads share tiles; with the usual options or,
@@ -84,7 +89,7 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
   p.dtype = p.kv_dtype = aim.dtype;
   if (aim.float8()) p.kv_dtype = DType::kF8E4M3;
   p.batch = p.kv_heads = 1;
-  p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
+  p.heads = row.pass == Pass::kDecode ? rows_of(row) : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
   if (row.head_dim > kMaxHeadDim) s.value_dim = row.value_dim;
   p.q_rows = 1, p.k_rows = 256;
