@@ -128,7 +128,7 @@ class _Exchange:
             at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
             return at_once
         n, own, size = self.devices, self.device, x.shape[split] // self.devices
-        received = None
+        received: jax.Array | None = None
         for ahead in range(n):
             piece = lax.dynamic_slice_in_dim(x, (own + ahead) % n * size, size, split)
             pairs = [(device, (device + ahead) % n) for device in range(n)]

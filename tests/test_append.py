@@ -16,7 +16,7 @@ N, HK, D, DV = 3, 2, 16, 8
 
 def arguments(
     *, size=4, entries=5, layout="nhd", dtype="float32", pool_dtype=None, lengths=(3, 0, 11), new=4, positions=None,
-    interleaved=False, rotated=D, seed=0,
+    interleaved=False, rotated=None, seed=0, heads=HK, d=D, dv=DV,
 ):  # fmt: skip
     """A random call. `new`: tokens of every sequence, or a tuple of each (packed, with two tokens of padding)."""
     rng = np.random.default_rng(seed)
@@ -27,18 +27,18 @@ def arguments(
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     def pool(width):
-        shape = (pages, size, HK, width) if layout == "nhd" else (pages, HK, size, width)
+        shape = (pages, size, heads, width) if layout == "nhd" else (pages, heads, size, width)
         return normal(*shape, dtype=pool_dtype or dtype)
 
     made = dict(
-        k_pages=pool(D), v_pages=pool(DV), key=normal(*rows, HK, D), value=normal(*rows, HK, DV),
+        k_pages=pool(d), v_pages=pool(dv), key=normal(*rows, heads, d), value=normal(*rows, heads, dv),
         block_tables=jnp.asarray(rng.permutation(pages)[: N * entries].reshape(N, entries), jnp.int32),
         kv_lengths=jnp.asarray(lengths, jnp.int32), page_layout=layout,
     )  # fmt: skip
     if not isinstance(new, int):
         made["cu_seqlens"] = cu_seqlens(new)
     if positions:
-        angles = rng.uniform(0, 6, (positions, rotated // 2))
+        angles = rng.uniform(0, 6, (positions, (rotated or d) // 2))
         made["rotary"] = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
         made["interleaved"] = interleaved
     return made
@@ -152,6 +152,55 @@ def test_tokens_go_to_the_slots_after_their_length(size, new, layout):
         arguments(size=size, entries=-(-10 // size) + 2, layout=layout, new=new, lengths=lengths),
         IMPLEMENTATION,
     )
+
+
+# On CUDA warps of sm_90 copy tokens of 2 KB and more, more than once in a place.
+WIDE = dict(heads=24, d=128, dv=64, size=16, entries=60)
+MANY = (500, 940, 900) if IMPLEMENTATION == "cuda" else (2, 9, 7)
+
+
+@pytest.mark.parametrize("layout", ["nhd", "hnd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("new", [MANY[1], MANY], ids=["of equal numbers", "packed"])
+def test_many_tokens_of_many_bytes(new, dtype, layout):
+    require(IMPLEMENTATION)
+    heads = 12 if dtype == "float32" else 24
+    check(arguments(**WIDE | {"heads": heads}, dtype=dtype, new=new, layout=layout), IMPLEMENTATION)
+
+
+def test_many_tokens_of_a_latent_pool():
+    require(IMPLEMENTATION)
+    call = arguments(heads=4, d=576, size=16, entries=60, dtype="bfloat16", new=MANY)
+    wanted, _, _ = by_token(call)
+    got, _, _ = run(call | {"v_pages": None, "value": None}, IMPLEMENTATION)
+    assert np.asarray(got).tobytes() == wanted.tobytes()
+
+
+@pytest.mark.parametrize("new", [MANY[0], MANY], ids=["of equal numbers", "packed"])
+def test_of_many_bytes_the_last_token_of_a_slot_stays(new):
+    require(IMPLEMENTATION)
+    call = arguments(**WIDE, dtype="bfloat16", new=new, lengths=(3, 3, 19))
+    table = call["block_tables"]
+    check(call | {"block_tables": table.at[1].set(table[0]).at[2, 4].set(-1)}, IMPLEMENTATION)
+
+
+@pytest.mark.parametrize("turned", [128, 48])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dtype", "heads"), [("bfloat16", 24), ("float16", 8), ("float32", 8)])
+def test_keys_of_many_bytes_are_rotated(dtype, heads, interleaved, turned):
+    require(IMPLEMENTATION)
+    call = arguments(
+        **WIDE | {"heads": heads},
+        dtype=dtype,
+        new=MANY,
+        positions=400,
+        rotated=turned,
+        interleaved=interleaved,
+    )
+    unit = {"float32": 2e-6, "bfloat16": 2**-7, "float16": 2**-10}[dtype]
+    for x, y in zip(run(call, IMPLEMENTATION), by_token(call), strict=True):
+        wanted = np.asarray(y, np.float64)
+        np.testing.assert_allclose(np.asarray(x, np.float64), wanted, rtol=unit, atol=unit * 2**-2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

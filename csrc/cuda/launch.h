@@ -15,8 +15,8 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, int
                             size_t shared, cudaStream_t stream,
                             std::type_identity_t<Parameters>... arguments) {
   if (blocks == 0) return cudaSuccess;
-  // 48 KB of shared memory need no opt-in; 4 KB of them are left for what a kernel declares statically.
-  constexpr size_t kDefaultShared = 44 << 10;
+  // 48 KB of shared memory need no opt-in; 8 KB of them are left for what a kernel declares statically.
+  constexpr size_t kDefaultShared = 40 << 10;
   if (shared > kDefaultShared) {
     const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
     const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared));

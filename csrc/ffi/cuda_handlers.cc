@@ -95,7 +95,7 @@ ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaini
   }
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
-  if (cudaError_t e = launch_append(p, device.sm_count, stream); e != cudaSuccess) {
+  if (cudaError_t e = launch_append(p, device, stream); e != cudaSuccess) {
     return cuda_error("append_kv", e);
   }
   return ffi::Error::Success();

@@ -25,18 +25,13 @@ constexpr int64_t forward_tile_bytes(int32_t head_dim, int32_t value_dim, int32_
   return kElementBytes * (int64_t{block_m} * head_dim + int64_t{block_n} * stages * (head_dim + value_dim));
 }
 
-// Whether forwards of such tiles, without options, store o from shared memory, by TMA: where that was
-// measured to be faster. At d 256 it has no room of its own but lies in V's last stages.
+// Whether dense forwards of such tiles, without options that need the room, store o from shared memory, by
+// TMA: where that was measured to be faster.
 constexpr bool forward_stores_by_tma(int32_t head_dim, int32_t value_dim, int32_t block_m) {
-  return head_dim == value_dim && (value_dim == 128 || value_dim == 256) && block_m == 2 * kConsumerRows;
-}
-constexpr bool forward_stores_from_values(int32_t head_dim, int32_t value_dim, int32_t block_m) {
-  return forward_stores_by_tma(head_dim, value_dim, block_m) && value_dim == 256;
+  return head_dim == 128 && value_dim == 128 && block_m == 2 * kConsumerRows;
 }
 constexpr int64_t forward_output_bytes(int32_t head_dim, int32_t value_dim, int32_t block_m) {
-  const bool own = forward_stores_by_tma(head_dim, value_dim, block_m) &&
-                   !forward_stores_from_values(head_dim, value_dim, block_m);
-  return own ? kElementBytes * block_m * value_dim : 0;
+  return forward_stores_by_tma(head_dim, value_dim, block_m) ? kElementBytes * block_m * value_dim : 0;
 }
 
 constexpr int64_t forward_shared_bytes(int64_t tile_bytes, int32_t teams) {

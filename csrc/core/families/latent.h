@@ -34,9 +34,8 @@ class Decode : public PassTraits {
 
   // The chunks that hold as many of the rows as there are, and no larger ones.
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    const int64_t rows =
-        call.shapes.heads / call.shapes.kv_heads * (call.spec.packed() ? 1 : call.shapes.q_rows);
-    if (a.block_m != b.block_m) return (a.block_m > b.block_m) == (rows > std::min(a.block_m, b.block_m));
+    if (a.block_m != b.block_m)
+      return (a.block_m > b.block_m) == (rows_of(call) > std::min(a.block_m, b.block_m));
     return a.block_n > b.block_n;
   }
 
@@ -73,6 +72,11 @@ class Decode : public PassTraits {
 
  protected:
   ~Decode() = default;
+
+  // Query rows of a KV head that a chunk may hold together.
+  static int64_t rows_of(const Call& call) {
+    return call.shapes.heads / call.shapes.kv_heads * (call.spec.packed() ? 1 : call.shapes.q_rows);
+  }
 
  private:
   // Chunks of `rows` query rows of all sequences, of one KV head.

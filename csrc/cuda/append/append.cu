@@ -1,10 +1,8 @@
 // append_kv: writes new keys and values into the slots of a page pool. Keys are rotated, and both are
 // quantised where the pool is float8.
 //
-// Every block has a range of tokens. Two tokens may be sent to one slot, and then the later one must win.
-// That takes a page that stands twice in what the tables are read for: a block looks all pages up, and only
-// where one of its own comes again, it looks up the slots of all later tokens and leaves out those of its own
-// that one of them overwrites. So every slot has one writer, and no block waits for another.
+// Every block has a range of tokens (own.cuh). A thread has words of a token; where bulk copies suit a call,
+// a warp has all of it (bulk.cuh).
 #include "cuda/append/append.h"
 
 #include <cuda_bf16.h>
@@ -12,7 +10,9 @@
 
 #include <limits>
 
+#include "cuda/append/bulk.cuh"
 #include "cuda/append/dynamic.cuh"
+#include "cuda/append/own.cuh"
 #include "cuda/append/tokens.cuh"
 #include "cuda/append/words.cuh"
 #include "cuda/launch.h"
@@ -23,9 +23,6 @@ namespace append {
 namespace {
 
 constexpr int kBlocksPerMultiprocessor = 3;  // of the grid, at most: one wave
-constexpr int kAtOnce = 2;                   // runs that a thread looks up together
-constexpr int32_t kFew = 8;  // own tokens: more are compared only where a filter has their page
-constexpr int32_t kFilterBits = 10;
 
 // The parts of a call: a block has `tokens` tokens of one leading entry, and the units [slice · units, …) of
 // each.
@@ -33,91 +30,6 @@ struct Parts {
   Divisor chunks, slices, units;
   int32_t tokens;
 };
-
-struct Shared {
-  Slot own[kThreads];
-  bool overwritten[kThreads];
-  bool filter[1 << kFilterBits];  // whether an own token is on a page with this hash
-  int32_t scan[kWarps];
-};
-
-__device__ __forceinline__ uint32_t hash(int32_t page) {
-  constexpr uint32_t kMultiplier = 0x9E3779B1u;  // a prime near 2³² / golden ratio
-  return static_cast<uint32_t>(page) * kMultiplier >> (32 - kFilterBits);
-}
-
-// The tokens [first, first + count) of a block, and whether the filter is used.
-struct Own {
-  int32_t first, count;
-  bool filtered;
-
-  __device__ __forceinline__ bool may_hold(int32_t page, const Shared& shared) const {
-    return page != kNowhere && (!filtered || shared.filter[hash(page)]);
-  }
-};
-
-// Whether a run of other tokens goes to the page of an own one.
-__device__ __forceinline__ bool meets_own(const AppendCall& call, const Own& own, const Run& run,
-                                          const Shared& shared) {
-  bool meets = false;
-  for (int32_t i = 0; own.may_hold(run.page, shared) && i < own.count; ++i) {
-    const Slot& to = shared.own[i];
-    meets |= to.page == run.page &&
-             (to.sequence != run.sequence || call.page_size.quotient(to.position) != run.index);
-  }
-  return meets;
-}
-
-// Marks the own tokens that a later one overwrites.
-__device__ __noinline__ void find_overwritten(const AppendCall& call, int32_t entry, Starts starts, Own own,
-                                              Shared& shared) {
-  for (int32_t row = own.first + static_cast<int32_t>(threadIdx.x); row < call.tokens; row += kThreads) {
-    const Slot slot = find_slot(call, entry, starts, row);
-    if (!own.may_hold(slot.page, shared)) continue;
-    for (int32_t i = 0; i < min(own.count, row - own.first); ++i) {
-      const Slot& to = shared.own[i];
-      if (to.page == slot.page && to.slot == slot.slot) shared.overwritten[i] = true;
-    }
-  }
-  __syncthreads();
-}
-
-// The slots of the own tokens, and which of them a later token overwrites.
-__device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, const Own& own,
-                                         int32_t* memory, Shared& shared) {
-  const auto thread = static_cast<int32_t>(threadIdx.x);
-  const Starts starts{memory, memory + call.sequences + 1};
-  if (own.filtered) {
-    for (int32_t i = thread; i < 1 << kFilterBits; i += kThreads) shared.filter[i] = false;
-    __syncthreads();
-  }
-  if (call.packed) find_starts(call, entry, starts, shared.scan);
-  Slot slot{kNowhere, 0, 0, 0};
-  if (thread < own.count) slot = find_slot(call, entry, starts, own.first + thread);
-  const int32_t all = all_runs(call, starts);
-  bool meets = false;
-  int32_t number = thread;
-#pragma unroll 1
-  do {  // once even where no sequence has a token
-    Run runs[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      runs[i].page = kNowhere;
-      if (number + i * kThreads < all) runs[i] = find_run(call, entry, starts, number + i * kThreads);
-    }
-    if (number == thread) {
-      if (thread < own.count) {
-        shared.own[thread] = slot, shared.overwritten[thread] = false;
-        if (own.filtered && slot.page != kNowhere) shared.filter[hash(slot.page)] = true;
-      }
-      __syncthreads();
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) meets |= meets_own(call, own, runs[i], shared);
-    number += kAtOnce * kThreads;
-  } while (number - thread < all);
-  if (__syncthreads_or(meets)) find_overwritten(call, entry, starts, own, shared);
-}
 
 template <class T, class Pool, int kWord>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
@@ -179,11 +91,37 @@ Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int3
   return parts;
 }
 
+// Whether the code of this device has bulk copies.
+template <class Kernel>
+bool has_bulk_copies(Kernel kernel, const Device& device) {
+  cudaFuncAttributes attributes{};
+  return device.capability >= 90 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+         attributes.ptxVersion >= 90;
+}
+
+// Launches a part of a call by bulk copies, if they suit it.
+template <class T, int kWord>
+bool launch_bulk(const AppendCall& call, const Units& units, int64_t entries, const Device& device,
+                 cudaStream_t stream, cudaError_t& error) {
+  const auto kernel = append_bulk<T, kWord>;
+  const int64_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
+  const BulkParts parts = bulk_parts<T>(call, entries, device.sm_count, device.shared_memory, starts);
+  if (parts.stages == 0 || !has_bulk_copies(kernel, device)) return false;
+  const int64_t bytes = int64_t{kWarps} * parts.stages * parts.stage_bytes() + starts;
+  error = launch(kernel, entries * parts.chunks.value, kThreads, static_cast<size_t>(bytes), stream, call,
+                 units, parts);
+  return true;
+}
+
 template <class T, class Pool>
-cudaError_t launch_for(const AppendProblem& p, int32_t sm_count, cudaStream_t stream) {
+cudaError_t launch_for(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   return with_words<T>(p, p.kv_heads, [&]<int kWord>(const Units& units) {
     return for_each_launch(p, [&](const AppendCall& call, int64_t entries) {
-      const Parts parts = parts_of(call, units, entries, sm_count);
+      if constexpr (sizeof(Pool) > 1 && kWord > 1) {
+        cudaError_t e;
+        if (launch_bulk<T, kWord>(call, units, entries, device, stream, e)) return e;
+      }
+      const Parts parts = parts_of(call, units, entries, device.sm_count);
       const size_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
       const int64_t blocks = entries * parts.chunks.value * parts.slices.value;
       return launch(append_tokens<T, Pool, kWord>, blocks, kThreads, starts, stream, call, units, parts);
@@ -192,22 +130,22 @@ cudaError_t launch_for(const AppendProblem& p, int32_t sm_count, cudaStream_t st
 }
 
 template <class T>
-cudaError_t launch_for(const AppendProblem& p, int32_t sm_count, cudaStream_t stream) {
+cudaError_t launch_for(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   if (p.dynamic) return launch_dynamic<T>(p, stream);
-  if (is_float8(p.pool_dtype)) return launch_for<T, uint8_t>(p, sm_count, stream);
-  return launch_for<T, T>(p, sm_count, stream);
+  if (is_float8(p.pool_dtype)) return launch_for<T, uint8_t>(p, device, stream);
+  return launch_for<T, T>(p, device, stream);
 }
 
 }  // namespace
 }  // namespace append
 
-cudaError_t launch_append(const AppendProblem& p, int32_t sm_count, cudaStream_t stream) {
+cudaError_t launch_append(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   const int64_t tokens = int64_t{p.rows} * (p.packed() ? 1 : p.batch);
   if (tokens == 0 || p.batch == 0 || p.pages == 0 || p.kv_heads == 0) return cudaSuccess;
   if (tokens > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidValue;
-  if (p.dtype == DType::kF16) return append::launch_for<__half>(p, sm_count, stream);
-  if (p.dtype == DType::kBF16) return append::launch_for<__nv_bfloat16>(p, sm_count, stream);
-  return append::launch_for<float>(p, sm_count, stream);
+  if (p.dtype == DType::kF16) return append::launch_for<__half>(p, device, stream);
+  if (p.dtype == DType::kBF16) return append::launch_for<__nv_bfloat16>(p, device, stream);
+  return append::launch_for<float>(p, device, stream);
 }
 
 }  // namespace jax_flash

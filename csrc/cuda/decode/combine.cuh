@@ -19,16 +19,27 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Merges parts of a row, as one of the lanes that share it: `o`, four of its features, and the softmax of
-// all. row_of(part): the index of its row in partial.softmax. The lanes hold the weights of 32 parts at a
-// time, which are computed while the first kAtOnce parts are loaded.
-template <int kAtOnce, int kRows, class RowOf>
+// x · factor, and x · factor + y
+__device__ __forceinline__ void scale(float4& x, float factor) {
+  x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
+}
+__device__ __forceinline__ float4 fma(const float4& x, float factor, const float4& y) {
+  return make_float4(fmaf(x.x, factor, y.x), fmaf(x.y, factor, y.y), fmaf(x.z, factor, y.z),
+                     fmaf(x.w, factor, y.w));
+}
+
+// Merges parts of a row, as one of the lanes that share it: `o`, four features at each of `features`, and the
+// softmax of all. row_of(part): the index of its row in partial.softmax. The lanes hold the weights of 32
+// parts at a time, which are computed while the first kAtOnce parts are loaded.
+template <int kAtOnce, int kBlocks, int kRows, class RowOf>
 __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& partial, int32_t parts,
-                                               int32_t feature, RowOf row_of, float4& o) {
+                                               const int32_t (&features)[kBlocks], RowOf row_of,
+                                               float4 (&o)[kBlocks]) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   Softmax all{-INFINITY, 0};
   float weight = 0;  // 2^(m_i − m) of part i, in lane i % 32
-  o = make_float4(0, 0, 0, 0);
+#pragma unroll
+  for (int b = 0; b < kBlocks; ++b) o[b] = make_float4(0, 0, 0, 0);
 #pragma unroll 1
   for (int32_t first = 0; first < parts; first += kAtOnce) {
     const int32_t count = parts - first;
@@ -36,30 +47,34 @@ __device__ __forceinline__ Softmax merge_parts(const PartialResults<kRows>& part
     if (first % 32 == 0 && lane < count)
       own =
           ptx::load_shared_by_blocks(reinterpret_cast<const float2*>(partial.softmax + row_of(first + lane)));
-    float4 x[kAtOnce];
+    float4 x[kAtOnce][kBlocks];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
-      if (i < count)
-        x[i] = ptx::load_shared_by_blocks(
-            reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (i >= count) continue;
+      const float* const from = partial.o + row_of(first + i) * partial.width;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        x[i][b] = ptx::load_shared_by_blocks(reinterpret_cast<const float4*>(from + features[b]));
+    }
     if (first % 32 == 0) {
       const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
       weight = merge_weight({own.x, own.y}, m);
       all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
-      o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) scale(o[b], alpha);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const float w = __shfl_sync(~0u, weight, first + i);
-      if (i < count)
-        o.x = fmaf(x[i].x, w, o.x), o.y = fmaf(x[i].y, w, o.y), o.z = fmaf(x[i].z, w, o.z),
-        o.w = fmaf(x[i].w, w, o.w);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        if (i < count) o[b] = fma(x[i][b], w, o[b]);
     }
   }
   return all;
 }
 
-// The same in the fewest registers: the weights of 32 parts come before the parts.
+// The same of four features, in the fewest registers: the weights of 32 parts come before the parts.
 template <int kRows, class RowOf>
 __device__ __forceinline__ Softmax merge_parts_in_turn(const PartialResults<kRows>& partial, int32_t parts,
                                                        int32_t feature, RowOf row_of, float4& o) {
@@ -76,21 +91,22 @@ __device__ __forceinline__ Softmax merge_parts_in_turn(const PartialResults<kRow
     const float m = fmaxf(all.m, warp_max(own.x)), alpha = merge_weight(all, m);
     const float weight = merge_weight({own.x, own.y}, m);  // 2^(m_i − m)
     all = {m, fmaf(all.l, alpha, warp_sum(own.y * weight))};
-    o.x *= alpha, o.y *= alpha, o.z *= alpha, o.w *= alpha;
+    scale(o, alpha);
 #pragma unroll 8
     for (int32_t i = 0; i < count; ++i) {
       const float w = __shfl_sync(~0u, weight, i);
       const float4 x = ptx::load_shared_by_blocks(
           reinterpret_cast<const float4*>(partial.o + row_of(first + i) * partial.width + feature));
-      o.x = fmaf(x.x, w, o.x), o.y = fmaf(x.y, w, o.y), o.z = fmaf(x.z, w, o.z), o.w = fmaf(x.w, w, o.w);
+      o = fma(x, w, o);
     }
   }
   return all;
 }
 
 // C: DecodeSm80 or a kernel of latent pools. kAtOnce: parts; 0: in turn. Each warp takes a row, each lane
-// four features of it at a time. The code is short, since it runs once and comes from memory.
-template <class C, int kAtOnce = 0>
+// four features in each of kBlocks blocks of 128 at a time. The code is short, since it runs once and comes
+// from memory.
+template <class C, int kAtOnce = 0, int kBlocks = 1>
 __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows& rows,
                                         const SequenceWork& work, const PartialResults<C::kRows>& partial,
                                         const Parts& parts, int32_t column) {
@@ -104,17 +120,22 @@ __device__ __forceinline__ void combine(const DecodeCall& call, const ColumnRows
     const int64_t row_1 = partial.row(parts.slot(call.grid, 1), column, row) - apart;
     const auto row_of = [&](int32_t part) { return part == 0 ? row_0 : row_1 + part * apart; };
 #pragma unroll 1
-    for (int32_t first_feature = 0; first_feature < call.value_dim; first_feature += 128) {
-      const int32_t feature = min(first_feature + 4 * lane, call.value_dim - 4);
-      float4 o;
+    for (int32_t first_feature = 0; first_feature < call.value_dim; first_feature += 128 * kBlocks) {
+      int32_t features[kBlocks];
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        features[b] = min(first_feature + 128 * b + 4 * lane, call.value_dim - 4);
+      float4 o[kBlocks];
       Softmax all;
       if constexpr (kAtOnce > 0) {
-        all = merge_parts<kAtOnce>(partial, parts.count, feature, row_of, o);
+        all = merge_parts<kAtOnce>(partial, parts.count, features, row_of, o);
       } else {
-        all = merge_parts_in_turn(partial, parts.count, feature, row_of, o);
+        all = merge_parts_in_turn(partial, parts.count, features[0], row_of, o[0]);
       }
-      if (first_feature + 4 * lane < call.value_dim)
-        store_result<typename C::Element>(call, rows, work, row, feature, o, all);
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        if (first_feature + 128 * b + 4 * lane < call.value_dim)
+          store_result<typename C::Element>(call, rows, work, row, features[b], o[b], all);
     }
   }
 }

@@ -25,6 +25,8 @@ struct LatentSm90 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kWarps = 8, kLoadWarps = 4;
+  // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
+  static constexpr int kPartsAtOnce = kOptions ? 0 : 1, kBlocksAtOnce = kOptions ? 1 : 2;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;

@@ -166,8 +166,9 @@ class LatentConsumer {
   // S of keys on pages outside the pool becomes NaN; their elements are zeros.
   __device__ __forceinline__ void set_missing(uint32_t use) {
     const uint32_t (&missing)[C::kLoadWarps] = shared.missing[use % C::kStages];
-    static_assert(C::kLoadWarps == 4 && C::kTile == 64);
-    const uint64_t all = missing[0] | missing[1] << 16 | uint64_t{missing[2] | missing[3] << 16} << 32;
+    uint64_t all = 0;
+#pragma unroll
+    for (int i = 0; i < C::kLoadWarps; ++i) all |= uint64_t{missing[i]} << i * Shared::kWarpKeys;
     if (all == 0) return;
     for_each(s, [&](float& x, int, int n, int e) {
       if (all >> S::column(n, e) & 1) x = NAN;
@@ -252,10 +253,11 @@ class LatentConsumer {
     sync_consumers();
     if (threadIdx.x == 0) shared.is_last = count_part(partial.counter(parts, kv_head), parts.count);
     sync_consumers();
-    if (shared.is_last) combine<C>(call, rows, segment.work, partial, parts, kv_head);
+    if (shared.is_last)
+      combine<C, C::kPartsAtOnce, C::kBlocksAtOnce>(call, rows, segment.work, partial, parts, kv_head);
   }
   __device__ __forceinline__ static void sync_consumers() {
-    ptx::sync_group(1, Shared::kConsumers * kWarpgroup);
+    ptx::sync_any_group(1, Shared::kConsumers * kWarpgroup);  // each half at an instruction of its own
   }
 
   // The features of this thread's pairs.

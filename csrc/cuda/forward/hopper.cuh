@@ -11,7 +11,7 @@
 //        ▼                                      ├────      release K_n  P = 2^(S − m), O ← α O
 //   warp 1: load warp             ◄── release ──┘          release V_n+1
 //     K, Q, K, V, K, V … by TMA  ── K, V: kStages ──►    O ← O + P V_first, o and lse are stored
-//     (pages, d 256: V by another) Q of each       ──►  release Q, tile state
+//     (pages: V by one more)     ── Q of each       ──►  release Q, tile state
 //
 //   warp 2, where the score has an input of its own: its warp (segments)
 //   the warp after these, where o is stored by TMA: the store warp, from shared memory
@@ -91,12 +91,8 @@ struct ForwardSm90 {
   // A warp of its own stores o: 1 to 2 % faster than consumers do from registers.
   static constexpr bool kStoresByTma = Kind == ScoreKind::kPlain && Cluster == 1 && Teams == 1 &&
                                        hopper::forward_stores_by_tma(HeadDim, ValueDim, M);
-  static constexpr bool kStoresFromValues =
-      kStoresByTma && hopper::forward_stores_from_values(HeadDim, ValueDim, M);
   using OTile = SharedTile<T, kConsumerRows, ValueDim>;
-  using Output =
-      std::conditional_t<kStoresFromValues, OutputInValues,
-                         std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>>;
+  using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using Score =
       std::conditional_t<PacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   using Softmax = typename Score::template Softmax<T>;
@@ -124,7 +120,7 @@ struct ForwardSm90 {
   // plan() takes the shared memory of the row's plain kernel for that of all its kernels.
   static_assert(sizeof(Shared) <= hopper::forward_tile_bytes(HeadDim, ValueDim, M, kN, Stages) +
                                       Input::kBytes + hopper::kStateBytes +
-                                      hopper::forward_output_bytes(HeadDim, ValueDim, M));
+                                      (kStoresByTma ? kConsumers * OTile::kBytes : 0));
   static_assert(kTeams * sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 

@@ -60,7 +60,6 @@ struct Consumer {
   const typename C::Shared::Tile* tile;   // the query tile
   uint32_t tile_index = 0, kv_index = 0;  // query tiles and key tiles so far
   uint32_t without_input = 0;             // key tiles so far for which the score's input has no stage
-  uint32_t output_use = 0;                // with kStoresFromValues: of V, whose stage takes o
   bool has_input = true;                  // whether it has for those of this query tile
   Interval whole;                         // key tiles that all its rows see whole
   S s;                                    // S [64, N]
@@ -96,11 +95,7 @@ struct Consumer {
     shared.k_pipe.template release<C::kCluster>(use, kKeyLoader);
   }
   __device__ __forceinline__ void release_value(uint32_t use) const {
-    if constexpr (C::kStoresFromValues) {
-      shared.out_pipe.release_value(shared.v_pipe, use, output_use, consumer, tile_index);
-    } else {
-      shared.v_pipe.template release<C::kCluster>(use, kValueLoader);
-    }
+    shared.v_pipe.template release<C::kCluster>(use, kValueLoader);
   }
 
   __device__ __forceinline__ void load_query() {
@@ -355,7 +350,14 @@ struct Consumer {
       store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),
                                 tile->work.tile.end);
     } else if constexpr (C::kStoresByTma) {
-      leave_output(*this, output_use);
+      shared.out_pipe.of[consumer].wait_empty(tile_index);
+      const TileWork& work = tile->work.tile;
+      if (stores_by_tma(p, work, uniform(work.row) + consumer * kConsumerRows)) {
+        stage_rows<T, typename C::OTile>(o, shared.o.of[consumer], ptx::thread_index() % 128 / 32 * 16);
+      } else {
+        store_rows_from_registers(o, tile->out, row(), work.end);
+      }
+      shared.out_pipe.of[consumer].arrive_by_warp(tile_index);
     } else {
       store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
     }
@@ -372,8 +374,6 @@ struct Consumer {
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kLeavesOut) has_input = !uniform(tile->one_segment);
-      if constexpr (C::kStoresFromValues)
-        output_use = OutputInValues::use(kv_index + tiles.size(), tiles.size(), consumer);
       skip(tiles.hi - own.hi);
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);

@@ -15,9 +15,7 @@ namespace jax_flash {
 template <class C>
 class DenseLoader {
  public:
-  // The first kLanes of each of kWarps warps load. V has a warp of its own where its stages are released
-  // late.
-  static constexpr int kWarps = C::kStoresFromValues ? 2 : 1, kLanes = 1;
+  static constexpr int kWarps = 1, kLanes = 1;  // the first kLanes of each of kWarps warps load
   struct Maps {
     CUtensorMap key, value;
   };

@@ -52,6 +52,13 @@ __device__ __forceinline__ void copy_bytes(uint32_t shared, const void* from, ui
       : "memory");
 }
 
+// Stores bytes that lie one after the other, likewise. Part of the thread's current bulk group.
+__device__ __forceinline__ void store_bytes(void* to, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+
 // Adds float32 in shared memory to those at `to`; multiples of 16 bytes as above. Part of the thread's
 // current bulk group.
 __device__ __forceinline__ void reduce_add_floats(float* to, uint32_t shared, uint32_t bytes) {

@@ -17,6 +17,12 @@ class AppendCase : PoolCase {
     s.interleaved = chance(0.5);
     const auto add = [&](AppendOperand operand) { s.operands |= 1 << static_cast<int32_t>(operand); };
     if (chance(0.5)) add(AppendOperand::kCuSeqlens);
+    const bool many_bytes = chance(0.3);  // of a token: bulk copies
+    if (many_bytes) {
+      kv_heads_ = 3;
+      head_dim_ = backend::width(static_cast<int32_t>(integer(180, 256)));
+      value_dim_ = chance(0.8) ? head_dim_ : value_dim_;
+    }
     p_.dtype = dtype_;
     p_.pool_dtype = pool_dtype_;
     p_.leading = leading_;
@@ -24,7 +30,7 @@ class AppendCase : PoolCase {
     p_.kv_heads = kv_heads_;
     p_.head_dim = head_dim_;
     p_.value_dim = value_dim_;
-    p_.rows = static_cast<int32_t>(integer(0, 12));
+    p_.rows = static_cast<int32_t>(integer(0, many_bytes && chance(0.5) ? 60 : 12));
     p_.page_size = page_size_;
     p_.pages = pages_;
     p_.table = table_;

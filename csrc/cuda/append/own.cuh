@@ -1,0 +1,104 @@
+// The tokens that a block writes: their slots, and which of them a later token overwrites.
+//
+// Two tokens may be sent to one slot, and then the later one must win. That takes a page that stands twice in
+// what the tables are read for: a block looks all pages up, and only where one of its own comes again, it
+// looks up the slots of all later tokens and leaves out those of its own that one of them overwrites. So
+// every slot has one writer, and no block waits for another.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/append/tokens.cuh"
+
+namespace jax_flash::append {
+
+inline constexpr int kAtOnce = 2;   // runs that a thread looks up together
+inline constexpr int32_t kFew = 8;  // own tokens: more are compared only where a filter has their page
+inline constexpr int32_t kFilterBits = 10;
+
+struct Shared {
+  Slot own[kThreads];
+  bool overwritten[kThreads];
+  bool filter[1 << kFilterBits];  // whether an own token is on a page with this hash
+  int32_t scan[kWarps];
+};
+
+__device__ __forceinline__ uint32_t hash(int32_t page) {
+  constexpr uint32_t kMultiplier = 0x9E3779B1u;  // a prime near 2³² / golden ratio
+  return static_cast<uint32_t>(page) * kMultiplier >> (32 - kFilterBits);
+}
+
+// The tokens [first, first + count) of a block, and whether the filter is used.
+struct Own {
+  int32_t first, count;
+  bool filtered;
+
+  __device__ __forceinline__ bool may_hold(int32_t page, const Shared& shared) const {
+    return page != kNowhere && (!filtered || shared.filter[hash(page)]);
+  }
+};
+
+// Whether a run of other tokens goes to the page of an own one.
+__device__ __forceinline__ bool meets_own(const AppendCall& call, const Own& own, const Run& run,
+                                          const Shared& shared) {
+  bool meets = false;
+  for (int32_t i = 0; own.may_hold(run.page, shared) && i < own.count; ++i) {
+    const Slot& to = shared.own[i];
+    meets |= to.page == run.page &&
+             (to.sequence != run.sequence || call.page_size.quotient(to.position) != run.index);
+  }
+  return meets;
+}
+
+// Marks the own tokens that a later one overwrites.
+__device__ __noinline__ void find_overwritten(const AppendCall& call, int32_t entry, Starts starts, Own own,
+                                              Shared& shared) {
+  for (int32_t row = own.first + static_cast<int32_t>(threadIdx.x); row < call.tokens; row += kThreads) {
+    const Slot slot = find_slot(call, entry, starts, row);
+    if (!own.may_hold(slot.page, shared)) continue;
+    for (int32_t i = 0; i < min(own.count, row - own.first); ++i) {
+      const Slot& to = shared.own[i];
+      if (to.page == slot.page && to.slot == slot.slot) shared.overwritten[i] = true;
+    }
+  }
+  __syncthreads();
+}
+
+// The slots of the own tokens, and which of them a later token overwrites.
+__device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, const Own& own,
+                                         int32_t* memory, Shared& shared) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const Starts starts{memory, memory + call.sequences + 1};
+  if (own.filtered) {
+    for (int32_t i = thread; i < 1 << kFilterBits; i += kThreads) shared.filter[i] = false;
+    __syncthreads();
+  }
+  if (call.packed) find_starts(call, entry, starts, shared.scan);
+  Slot slot{kNowhere, 0, 0, 0};
+  if (thread < own.count) slot = find_slot(call, entry, starts, own.first + thread);
+  const int32_t all = all_runs(call, starts);
+  bool meets = false;
+  int32_t number = thread;
+#pragma unroll 1
+  do {  // once even where no sequence has a token
+    Run runs[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      runs[i].page = kNowhere;
+      if (number + i * kThreads < all) runs[i] = find_run(call, entry, starts, number + i * kThreads);
+    }
+    if (number == thread) {
+      if (thread < own.count) {
+        shared.own[thread] = slot, shared.overwritten[thread] = false;
+        if (own.filtered && slot.page != kNowhere) shared.filter[hash(slot.page)] = true;
+      }
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) meets |= meets_own(call, own, runs[i], shared);
+    number += kAtOnce * kThreads;
+  } while (number - thread < all);
+  if (__syncthreads_or(meets)) find_overwritten(call, entry, starts, own, shared);
+}
+
+}  // namespace jax_flash::append
