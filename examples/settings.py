@@ -52,10 +52,7 @@ class Settings:
         "ring", "how attention sees a split row", curve=False, choices=("ring", "all_to_all")
     )
     row_groups: int = option(
-        0, "groups of rows that take turns in a block; 0: 2 where heads are split and rows allow", curve=False
-    )
-    split_stream: bool = option(
-        False, "splits the residual stream's tokens over the mesh axis heads as well", curve=False
+        1, "groups of rows that take turns in a block, so that transfers hide under kernels", curve=False
     )
     out: str = option("out/train_lm", "directory for checkpoint, plot and JSON", curve=False)
     resume: bool = option(False, "continue from the checkpoint in --out", curve=False)
@@ -78,12 +75,6 @@ class Settings:
                 )
             axes[axis] = int(size)
         return axes
-
-    @property
-    def groups(self) -> int:
-        """How many groups of rows take turns: `row_groups`, or what suits the mesh."""
-        axes = self.mesh_axes
-        return self.row_groups or (2 if axes["heads"] > 1 and self.rows // axes["data"] % 2 == 0 else 1)
 
     @property
     def device_count(self) -> int:
@@ -126,8 +117,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 
 def _problem(s: Settings) -> str | None:
-    counts = "steps rows row_length layers width heads head_dim hidden warmup evaluate_every checkpoint_every"
-    for name in counts.split():
+    counts = "steps rows row_length row_groups layers width heads head_dim hidden warmup"
+    for name in (*counts.split(), "evaluate_every", "checkpoint_every"):
         if getattr(s, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be at least 1"
     if s.head_dim % 2:
@@ -139,10 +130,8 @@ def _problem(s: Settings) -> str | None:
     for count, axis in (("rows", "data"), ("heads", "heads"), ("hidden", "heads")):
         if getattr(s, count) % axes[axis]:
             return f"--{count} is {getattr(s, count)}, which --mesh {axis}={axes[axis]} does not divide"
-    if s.row_groups < 0 or s.rows // axes["data"] % s.groups:
-        return f"--row-groups is {s.row_groups}; it must divide the {s.rows // axes['data']} rows of a device, or be 0"
-    if s.split_stream and s.row_length % (axes["sequence"] * axes["heads"]):
-        return f"--row-length is {s.row_length}; --split-stream splits it over sequence and heads of --mesh"
+    if s.rows // axes["data"] % s.row_groups:
+        return f"--row-groups is {s.row_groups}; it must divide the {s.rows // axes['data']} rows of a device"
     if axes["sequence"] > 1 and s.row_length % (2 * axes["sequence"]):
         return f"--row-length is {s.row_length}; --mesh sequence=N cuts rows into 2·N equal parts"
     return None
