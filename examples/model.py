@@ -2,8 +2,7 @@
 
 Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: with a mesh they are
 split over its axis "heads", and XLA partitions everything else accordingly. Where tokens are split over its axis
-"sequence", attention is `jax_flash.ring_attention`; all else works token by token. Groups of rows take turns in each
-block, so that what one of them waits for travels while another is computed.
+"sequence", attention is `jax_flash.ring_attention`; all else works token by token.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class ModelConfig:
     """Sizes and options of a `Transformer`; `attention` is the `implementation` of `flash_attention_varlen`.
 
     With more than one of `sequence_devices`, tokens and positions come sharded over the axis "sequence" of the mesh in
-    use (`jax.set_mesh`), in zigzag order unless `sequence_mode` is "all_to_all". Rows come in `row_groups`.
+    use (`jax.set_mesh`), in zigzag order unless `sequence_mode` is "all_to_all".
     """
 
     layers: int = 4
@@ -40,7 +39,6 @@ class ModelConfig:
     attention: str | None = None
     sequence_devices: int = 1
     sequence_mode: str = "ring"
-    row_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
@@ -50,17 +48,6 @@ class ModelConfig:
 def sharded(init: nnx.Initializer, *axes: str | None) -> nnx.Initializer:
     """`init` for a weight whose dimensions are split over these mesh axes."""
     return nnx.with_partitioning(init, axes)
-
-
-def in_groups(x: jax.Array, count: int) -> list[jax.Array]:
-    """The rows in `count` groups, each of which has a share of every device's rows."""
-    grouped = x.reshape(x.shape[0] // count, count, *x.shape[1:])
-    return [grouped[:, i] for i in range(count)]
-
-
-def out_of_groups(groups: list[jax.Array]) -> jax.Array:
-    """The rows that `in_groups` divided."""
-    return jnp.stack(groups, 1).reshape(-1, *groups[0].shape[1:])
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -204,8 +191,6 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
         run = nnx.remat(Block.__call__, policy=KEEP_ATTENTION) if self.config.remat else Block.__call__
         x = self.embed(tokens)
-        groups = [in_groups(each, self.config.row_groups) for each in (x, positions, cu_seqlens)]
-        xs, *others = groups
         for block in self.blocks:
-            xs = [run(block, *group) for group in zip(xs, *others)]
-        return self.head(self.norm(out_of_groups(xs))).astype(jnp.float32)
+            x = run(block, x, positions, cu_seqlens)
+        return self.head(self.norm(x)).astype(jnp.float32)

@@ -51,9 +51,6 @@ class Settings:
     sequence_mode: str = option(
         "ring", "how attention sees a split row", curve=False, choices=("ring", "all_to_all")
     )
-    row_groups: int = option(
-        1, "groups of rows that take turns in a block, so that transfers hide under kernels", curve=False
-    )
     out: str = option("out/train_lm", "directory for checkpoint, plot and JSON", curve=False)
     resume: bool = option(False, "continue from the checkpoint in --out", curve=False)
     seconds: float = option(280.0, "time limit after which the run ends early, with all results", curve=False)
@@ -117,8 +114,8 @@ def parse_settings(argv: list[str] | None = None) -> Settings:
 
 
 def _problem(s: Settings) -> str | None:
-    counts = "steps rows row_length row_groups layers width heads head_dim hidden warmup"
-    for name in (*counts.split(), "evaluate_every", "checkpoint_every"):
+    counts = "steps rows row_length layers width heads head_dim hidden warmup evaluate_every checkpoint_every"
+    for name in counts.split():
         if getattr(s, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be at least 1"
     if s.head_dim % 2:
@@ -130,8 +127,6 @@ def _problem(s: Settings) -> str | None:
     for count, axis in (("rows", "data"), ("heads", "heads"), ("hidden", "heads")):
         if getattr(s, count) % axes[axis]:
             return f"--{count} is {getattr(s, count)}, which --mesh {axis}={axes[axis]} does not divide"
-    if s.rows // axes["data"] % s.row_groups:
-        return f"--row-groups is {s.row_groups}; it must divide the {s.rows // axes['data']} rows of a device"
     if axes["sequence"] > 1 and s.row_length % (2 * axes["sequence"]):
         return f"--row-length is {s.row_length}; --mesh sequence=N cuts rows into 2·N equal parts"
     return None

@@ -113,8 +113,7 @@ def test_a_mesh_gives_the_same_curve_as_one_device(uninterrupted, tmp_path):
     [
         "--mesh sequence=2",
         "--mesh data=2,heads=2,sequence=2",
-        "--mesh sequence=2 --sequence-mode all_to_all --row-groups 2",
-        "--mesh heads=2 --row-groups 2",
+        "--mesh sequence=2 --sequence-mode all_to_all",
     ],
 )
 def test_rows_and_heads_split_over_devices_give_the_same_curve(uninterrupted, tmp_path, options):
@@ -232,7 +231,6 @@ def test_only_a_default_run_is_judged_by_its_target():
         ("--mesh data=0", "--mesh is 'data=0'; it must be data=N,heads=M,sequence=L"),
         ("--mesh rows=2", "--mesh is 'rows=2'"),
         ("--mesh heads=3", "--heads is 4, which --mesh heads=3 does not divide"),
-        ("--row-groups 3", "--row-groups is 3; it must divide the 2 rows of a device"),
         ("--mesh sequence=3", "--row-length is 1024; --mesh sequence=N cuts rows into 2·N equal parts"),
         ("--head-dim 33", "--head-dim is 33; rotary positions need an even number"),
         ("--steps 0", "--steps is 0; it must be at least 1"),
