@@ -2,8 +2,7 @@
 
 Weights that belong to attention heads or to the MLP's hidden units carry sharding annotations: with a mesh they are
 split over its axis "heads", and XLA partitions everything else accordingly. Where tokens are split over its axis
-"sequence", attention is `jax_flash.ring_attention`; all else works token by token. Groups of rows take turns in each
-block, so that what one of them waits for travels while another is computed.
+"sequence", attention is `jax_flash.ring_attention`; all else works token by token.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ class ModelConfig:
     """Sizes and options of a `Transformer`; `attention` is the `implementation` of `flash_attention_varlen`.
 
     With more than one of `sequence_devices`, tokens and positions come sharded over the axis "sequence" of the mesh in
-    use (`jax.set_mesh`), in zigzag order unless `sequence_mode` is "all_to_all". With `split_stream` the residual
-    stream's tokens are split over the axis "heads" as well (Korthikanti et al. 2022). `row_groups` divides the rows.
+    use (`jax.set_mesh`), in zigzag order unless `sequence_mode` is "all_to_all".
     """
 
     layers: int = 4
@@ -41,8 +39,6 @@ class ModelConfig:
     attention: str | None = None
     sequence_devices: int = 1
     sequence_mode: str = "ring"
-    split_stream: bool = False
-    row_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.head_dim % 2:
@@ -52,31 +48,6 @@ class ModelConfig:
 def sharded(init: nnx.Initializer, *axes: str | None) -> nnx.Initializer:
     """`init` for a weight whose dimensions are split over these mesh axes."""
     return nnx.with_partitioning(init, axes)
-
-
-def split_as(config: ModelConfig, x: jax.Array, *axes: str | None) -> jax.Array:
-    """With `split_stream`, x [rows, tokens, …] with whole rows, and the dimensions after them split over `axes`."""
-    if not config.split_stream:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", "sequence", *axes))
-
-
-def spread(config: ModelConfig, x: jax.Array) -> jax.Array:
-    """With `split_stream`, x [rows, tokens, width] with its tokens split over the axis "heads" too."""
-    if not config.split_stream:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec("data", ("sequence", "heads")))
-
-
-def in_groups(x: jax.Array, count: int) -> list[jax.Array]:
-    """The rows in `count` groups, each of which has a share of every device's rows."""
-    grouped = x.reshape(x.shape[0] // count, count, *x.shape[1:])
-    return [grouped[:, i] for i in range(count)]
-
-
-def out_of_groups(groups: list[jax.Array]) -> jax.Array:
-    """The rows that `in_groups` divided."""
-    return jnp.stack(groups, 1).reshape(-1, *groups[0].shape[1:])
 
 
 def rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -116,11 +87,10 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        qkv = split_as(self.config, self.qkv(x), None, "heads", None)  # [r, t, 3, h, d]
-        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)  # each [r, t, h, d]
         q, k = rotate(q, positions), rotate(k, positions)
         attend = self.packed if self.config.sequence_devices == 1 else self.ring
-        return self.out(split_as(self.config, attend(q, k, v, cu_seqlens), "heads", None))
+        return self.out(attend(q, k, v, cu_seqlens))
 
     def packed(self, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
         """A row of packed documents is one varlen call."""
@@ -179,10 +149,9 @@ class MLP(nnx.Module):
             kernel_init=sharded(init_down, "heads", None),
             rngs=rngs,
         )
-        self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jnp.square(nnx.relu(split_as(self.config, self.up(x), "heads"))))
+        return self.down(jnp.square(nnx.relu(self.up(x))))
 
 
 class Block(nnx.Module):
@@ -193,13 +162,10 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(config.width, dtype=config.dtype, rngs=rngs)
         self.mlp = MLP(config, rngs=rngs)
-        self.config = config
 
     def __call__(self, x: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        whole = split_as(self.config, self.attention_norm(x), None)
-        x = spread(self.config, x + self.attention(whole, positions, cu_seqlens))
-        whole = split_as(self.config, self.mlp_norm(x), None)
-        return spread(self.config, x + self.mlp(whole))
+        x = x + self.attention(self.attention_norm(x), positions, cu_seqlens)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nnx.Module):
@@ -224,9 +190,7 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: jax.Array, positions: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
         run = nnx.remat(Block.__call__, policy=KEEP_ATTENTION) if self.config.remat else Block.__call__
-        x = spread(self.config, self.embed(tokens))
-        groups = [in_groups(each, self.config.row_groups) for each in (x, positions, cu_seqlens)]
-        xs, *others = groups
+        x = self.embed(tokens)
         for block in self.blocks:
-            xs = [run(block, *group) for group in zip(xs, *others)]
-        return self.head(self.norm(out_of_groups(xs))).astype(jnp.float32)
+            x = run(block, x, positions, cu_seqlens)
+        return self.head(self.norm(x)).astype(jnp.float32)

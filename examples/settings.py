@@ -51,12 +51,6 @@ class Settings:
     sequence_mode: str = option(
         "ring", "how attention sees a split row", curve=False, choices=("ring", "all_to_all")
     )
-    row_groups: int = option(
-        0, "groups of rows that take turns in a block; 0: 2 where heads are split and rows allow", curve=False
-    )
-    split_stream: bool = option(
-        False, "splits the residual stream's tokens over the mesh axis heads as well", curve=False
-    )
     out: str = option("out/train_lm", "directory for checkpoint, plot and JSON", curve=False)
     resume: bool = option(False, "continue from the checkpoint in --out", curve=False)
     seconds: float = option(280.0, "time limit after which the run ends early, with all results", curve=False)
@@ -78,12 +72,6 @@ class Settings:
                 )
             axes[axis] = int(size)
         return axes
-
-    @property
-    def groups(self) -> int:
-        """How many groups of rows take turns: `row_groups`, or what suits the mesh."""
-        axes = self.mesh_axes
-        return self.row_groups or (2 if axes["heads"] > 1 and self.rows // axes["data"] % 2 == 0 else 1)
 
     @property
     def device_count(self) -> int:
@@ -139,10 +127,6 @@ def _problem(s: Settings) -> str | None:
     for count, axis in (("rows", "data"), ("heads", "heads"), ("hidden", "heads")):
         if getattr(s, count) % axes[axis]:
             return f"--{count} is {getattr(s, count)}, which --mesh {axis}={axes[axis]} does not divide"
-    if s.row_groups < 0 or s.rows // axes["data"] % s.groups:
-        return f"--row-groups is {s.row_groups}; it must divide the {s.rows // axes['data']} rows of a device, or be 0"
-    if s.split_stream and s.row_length % (axes["sequence"] * axes["heads"]):
-        return f"--row-length is {s.row_length}; --split-stream splits it over sequence and heads of --mesh"
     if axes["sequence"] > 1 and s.row_length % (2 * axes["sequence"]):
         return f"--row-length is {s.row_length}; --mesh sequence=N cuts rows into 2·N equal parts"
     return None

@@ -89,8 +89,6 @@ def model_config(settings: Settings) -> ModelConfig:
         attention=None if settings.attention == "auto" else settings.attention,
         sequence_devices=settings.mesh_axes["sequence"],
         sequence_mode=settings.sequence_mode,
-        split_stream=settings.split_stream,
-        row_groups=settings.groups,
     )
 
 

@@ -327,3 +327,14 @@ def test_a_call_repeated_gives_the_same_bits(kernel, deterministic):
     first = run()
     for _ in range(3):
         checks.assert_same(run(), first)
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_a_deterministic_backward_adds_many_key_tiles_in_one_order(d, kernel):
+    """Two tiles of sixteen that change places change the rounding of some ten in a million sums."""
+    checks.require(kernel, "forward", "backward", d=d, dv=d)
+    case = Case("many key tiles", b=1, sq=2048, sk=2048, hq=2, hk=2, d=d, dv=d, dtype="bfloat16")
+    inputs = make_inputs(case)
+    first, *others = (checks.run(case, inputs, kernel, deterministic=True) for _ in range(4))
+    for other in others:
+        checks.assert_same(other, first)

@@ -112,9 +112,8 @@ def test_a_mesh_gives_the_same_curve_as_one_device(uninterrupted, tmp_path):
     "options",
     [
         "--mesh sequence=2",
-        "--mesh data=2,heads=2,sequence=2 --split-stream",
-        "--mesh sequence=2 --sequence-mode all_to_all --row-groups 2",
-        "--mesh heads=2 --split-stream",
+        "--mesh data=2,heads=2,sequence=2",
+        "--mesh sequence=2 --sequence-mode all_to_all",
     ],
 )
 def test_rows_and_heads_split_over_devices_give_the_same_curve(uninterrupted, tmp_path, options):
@@ -217,12 +216,6 @@ def test_the_bigram_model_is_a_distribution_and_learns_pairs():
     assert text.bigram_loss([b"ab" * 500] * 2, [b"ab" * 500]) < 0.05
 
 
-def test_rows_take_turns_where_heads_are_split_and_a_device_has_several():
-    meshes = {"data=1": 1, "heads=2": 2, "data=2,heads=2": 1, "sequence=2": 1}
-    assert {mesh: Settings(mesh=mesh, rows=2).groups for mesh in meshes} == meshes
-    assert Settings(mesh="sequence=2", row_groups=2).groups == 2
-
-
 def test_only_a_default_run_is_judged_by_its_target():
     assert Settings().is_default_run()
     assert parse_settings(["--attention", "xla", "--mesh", "data=2", "--seconds", "900"]).is_default_run()
@@ -238,11 +231,6 @@ def test_only_a_default_run_is_judged_by_its_target():
         ("--mesh data=0", "--mesh is 'data=0'; it must be data=N,heads=M,sequence=L"),
         ("--mesh rows=2", "--mesh is 'rows=2'"),
         ("--mesh heads=3", "--heads is 4, which --mesh heads=3 does not divide"),
-        ("--row-groups 3", "--row-groups is 3; it must divide the 2 rows of a device"),
-        (
-            "--mesh heads=2 --split-stream --row-length 1023",
-            "--row-length is 1023; --split-stream splits it over sequence",
-        ),
         ("--mesh sequence=3", "--row-length is 1024; --mesh sequence=N cuts rows into 2·N equal parts"),
         ("--head-dim 33", "--head-dim is 33; rotary positions need an even number"),
         ("--steps 0", "--steps is 0; it must be at least 1"),
