@@ -319,3 +319,11 @@ def test_bars_and_plots_of_a_run():
         assert figure is not None
         plt.close(figure)
     assert peer_figures.first_page([], plt) is None
+
+
+def test_the_plot_keeps_the_ratio_of_a_peer_from_another_cell():
+    cell = {"kind": "peer", "case": "d64 s1024", "pass": "forward", "flop": 1e12}
+    first = {"jax_flash": summary(1.0), "cudnn": summary(2.0)}
+    later = {"jax_flash": summary(0.8), "cudnn": summary(2.0), "fa4-jax": summary(1.6)}
+    found = peer_figures.peer_rows([cell | {"times": first}, cell | {"times": later}], "forward")
+    assert found == [("d64 s1024", {"jax_flash": 1.0, "cudnn": 0.5, "fa4-jax": 0.5})]
