@@ -2,9 +2,11 @@
 
 How calls are timed. All implementations of a cell take turns in one process, in an order that turns round between
 repeats. A turn is a burst of n calls back to back that fill some 30 ms, right after n equal calls of the same
-implementation that are not timed: a GPU is bound by power, and a burst would otherwise pay for, or profit from,
-what ran before it (seen: 8% of cuDNN's rate). The device is drained before and after each burst. What is reported
-is the median of the repeats. Inputs are rotated through more bytes than the largest cache holds.
+implementation that are not timed, or after `SETTLED` seconds of them where products bind it: a GPU is bound by power,
+and a burst would otherwise pay for, or profit from, what ran before it (seen: 8% of cuDNN's rate; after 20 ms of the
+same call still 10% between a turn after slow kernels and one after fast ones, after 0.3 s 1%). The device is drained
+before and after each burst. What is reported is the median of the repeats. Inputs are rotated through more bytes than
+the largest cache holds.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ Calls = dict[str, tuple[Call, Sequence[tuple[Any, ...]]]]  # name → (function,
 
 ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}  # bytes: several times the largest L2 or L3 in use today
 REPEATS, BURST = 6, 0.03  # seconds of one burst
+SETTLED = (
+    0.25  # seconds of one call until a power-bound H200 runs at its own clock for it (1,980 → 1,650 MHz)
+)
 # Products by cuBLAS's fastest algorithm, also where the process runs with --xla_gpu_autotune_level=0.
 PRODUCTS = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
 CALLS_AT_MOST = 200  # of one burst, however short they are
@@ -80,9 +85,12 @@ def interleaved(
     return times
 
 
-def in_turns(calls: Calls, repeats: int = REPEATS, seconds: float = BURST) -> dict[str, Any]:
+def in_turns(
+    calls: Calls, repeats: int = REPEATS, seconds: float = BURST, settle: float | None = None
+) -> dict[str, Any]:
     """The summaries of calls timed as the head of this file says."""
-    return {name: summary(times) for name, times in interleaved(calls, repeats, seconds).items()}
+    times = interleaved(calls, repeats, seconds, settle=settle)
+    return {name: summary(each) for name, each in times.items()}
 
 
 def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int:

@@ -34,8 +34,8 @@ class Wanted:
     tags: Cell = field(default_factory=dict)
 
 
-def timed(calls: measure.Calls) -> dict[str, Any]:
-    return measure.in_turns(calls, REPEATS, BURST)
+def timed(calls: measure.Calls, settle: float | None = None) -> dict[str, Any]:
+    return measure.in_turns(calls, REPEATS, BURST, settle)
 
 
 def measured(wanted: Iterable[Wanted]) -> Iterator[Cell]:
@@ -48,7 +48,7 @@ def measured(wanted: Iterable[Wanted]) -> Iterator[Cell]:
         for number, cell in enumerate(wave):
             there = {name: calls[request] for name, request in cell.calls.items() if request in calls}
             notes = {name: refused[request] for name, request in cell.calls.items() if request in refused}
-            yield cell.tags | {"times": timed(there) | notes}
+            yield cell.tags | {"times": timed(there, measure.SETTLED) | notes}
             later = {request for other in wave[number + 1 :] for request in other.calls.values()}
             for request in [request for request in calls if request not in later]:
                 del calls[request]
@@ -70,7 +70,7 @@ def beside_peers(
     for cell in measured(wanted):
         if product:
             product_call = measure.matmul_call("gpu", "bfloat16")
-            cell["times"]["matmul"] = timed({"matmul": product_call})["matmul"]
+            cell["times"]["matmul"] = timed({"matmul": product_call}, measure.SETTLED)["matmul"]
         yield cell
 
 
