@@ -14,11 +14,12 @@ namespace jax_flash::append {
 
 inline constexpr int kAtOnce = 2;   // runs that a thread looks up together
 inline constexpr int32_t kFew = 8;  // own tokens: more are compared only where a filter has their page
+inline constexpr int32_t kMostTokens = 128;  // of a block
 inline constexpr int32_t kFilterBits = 10;
 
 struct Shared {
-  Slot own[kThreads];
-  bool overwritten[kThreads];
+  Slot own[kMostTokens];
+  bool overwritten[kMostTokens];
   bool filter[1 << kFilterBits];  // whether an own token is on a page with this hash
   int32_t scan[kWarps];
 };
@@ -64,16 +65,15 @@ __device__ __noinline__ void find_overwritten(const AppendCall& call, int32_t en
   __syncthreads();
 }
 
-// The slots of the own tokens, and which of them a later token overwrites.
+// The slots of the own tokens, and which of them a later token overwrites. By all threads, after starts are
+// found.
 __device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, const Own& own,
-                                         int32_t* memory, Shared& shared) {
+                                         const Starts& starts, Shared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const Starts starts{memory, memory + call.sequences + 1};
   if (own.filtered) {
     for (int32_t i = thread; i < 1 << kFilterBits; i += kThreads) shared.filter[i] = false;
     __syncthreads();
   }
-  if (call.packed) find_starts(call, entry, starts, shared.scan);
   Slot slot{kNowhere, 0, 0, 0};
   if (thread < own.count) slot = find_slot(call, entry, starts, own.first + thread);
   const int32_t all = all_runs(call, starts);

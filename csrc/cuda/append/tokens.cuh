@@ -135,18 +135,28 @@ __device__ __forceinline__ int32_t page_at(const AppendCall& call, int32_t entry
   return static_cast<uint32_t>(page) < static_cast<uint32_t>(call.pages) ? page : kNowhere;
 }
 
-// The slot of a token: kNowhere if it is in no sequence, the table is full, or its entry lies outside the
-// pool.
-__device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const Starts& starts, int32_t row) {
-  constexpr Slot kNone{kNowhere, 0, 0, 0};
-  if (!in_sequences(call, starts, row)) return kNone;
+// The place of a token, whose page is not looked up: −1 as its position if it is in no sequence, or the table
+// is full.
+struct Place {
+  int32_t sequence, position, index;
+};
+__device__ __forceinline__ Place find_place(const AppendCall& call, int32_t entry, const Starts& starts,
+                                            int32_t row) {
+  if (!in_sequences(call, starts, row)) return {0, -1, 0};
   const int32_t sequence = sequence_of(call, starts, row);
   const int64_t position =
       int64_t{length_before(call, entry, sequence)} + (row - first_row(call, starts, sequence));
-  if (position >= call.capacity) return kNone;
+  if (position >= call.capacity) return {0, -1, 0};
   const auto at = static_cast<int32_t>(position);
-  const int32_t index = call.page_size.quotient(at);
-  return {page_at(call, entry, sequence, index), at - index * call.page_size.value, at, sequence};
+  return {sequence, at, call.page_size.quotient(at)};
+}
+
+// Its slot: kNowhere if there is none, or its entry lies outside the pool.
+__device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const Starts& starts, int32_t row) {
+  const Place to = find_place(call, entry, starts, row);
+  if (to.position < 0) return {kNowhere, 0, 0, 0};
+  return {page_at(call, entry, to.sequence, to.index), to.position - to.index * call.page_size.value,
+          to.position, to.sequence};
 }
 
 // A run by its number below all_runs(); kNowhere if there is no such run, or nothing of it is written.

@@ -29,7 +29,7 @@ __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment, cons
   return {group, kv_head, segment.first_row, segment.end_row};
 }
 
-// C: LatentSm90 or LatentSm80. What the load warps share with the others.
+// C: LatentSm90, LatentFewSm90 or LatentSm80. What the load warps share with the others.
 template <class C>
 struct LatentTiles {
   static constexpr int kSegments = 3, kWarpKeys = C::kTile / C::kLoadWarps;
@@ -46,24 +46,25 @@ struct LatentTiles {
   static_assert(kWarpKeys <= 32);
 
   // Copies are counted by thread. `missing` and `segments` are stored, and so are counted apart from them.
-  __device__ __forceinline__ void init_tiles() {
+  // readers: arrivals of the warps that read a tile of K.
+  __device__ __forceinline__ void init_tiles(uint32_t readers = kWarps) {
     constexpr uint32_t kArrivals = C::kLoadWarps * (32 + ptx::kWarpArrivals);
-    k_pipe.init(kWarps, kArrivals);
+    k_pipe.init(readers, kArrivals);
     q_pipe.init(kWarps, kArrivals);
   }
 };
 
-// Launches `kernel`, of C, for each outer leading entry.
-template <class C>
-cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
-                          void* workspace, cudaStream_t stream) {
+// Launches `kernel`, of C, for each outer leading entry. more: what it is told besides.
+template <class C, class... More>
+cudaError_t launch_latent(void (*kernel)(LatentCall, More...), const Problem& p, const LaunchPlan& plan,
+                          void* workspace, cudaStream_t stream, const More&... more) {
   const DecodeGrid& grid = plan.decode;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   for (int64_t outer = 0; blocks > 0 && outer < outer_entries(p.leading); ++outer) {
     const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
     const cudaError_t e =
-        jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
+        jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call, more...);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
