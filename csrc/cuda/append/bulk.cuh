@@ -21,8 +21,14 @@ namespace jax_flash::append {
 inline constexpr int kBulkBlocks = 2;  // per SM
 inline constexpr int kMostStages = 4;
 inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is worth while
-inline constexpr int kRunsAtOnce = 4;     // that a lane looks up together
-inline constexpr int kRunsOfWarp = 512;   // more are looked up by the block
+#ifndef RUNS_AT_ONCE
+#define RUNS_AT_ONCE 5
+#endif
+#ifndef RUNS_OF_WARP
+#define RUNS_OF_WARP 160
+#endif
+inline constexpr int kRunsAtOnce = RUNS_AT_ONCE;  // that a lane looks up together
+inline constexpr int kRunsOfWarp = RUNS_OF_WARP;  // more are looked up by the block
 
 // A block has `tokens` tokens of one leading entry, and each of its warps `stages` stages. A stage: a token's
 // keys at all heads, its values, its cosines, its sines.
@@ -54,7 +60,10 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   constexpr int64_t kReserved = 1024;  // of each CTA
   const int64_t room =
       shared_memory / kBulkBlocks - static_cast<int64_t>(sizeof(Shared)) - kReserved - starts;
-  const bool is_small = parts.row_bytes() < kLeastBytes;
+#ifndef LEAST_TOKENS
+#define LEAST_TOKENS 1
+#endif
+  const bool is_small = parts.row_bytes() < kLeastBytes || tokens < LEAST_TOKENS;
   const int64_t stages = is_small ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
   parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
   return parts;
@@ -86,150 +95,159 @@ struct BulkWarp {
   const Units& units;
   const BulkParts& parts;
   int32_t entry, first, count;  // first: the warp's first token; count: of the warp, at most 32
-  uint8_t* memory;              // its stages
-  uint64_t* full;
-  Slot to{kNowhere, 0, 0, 0};  // lane i: of token i
-  uint32_t overwritten = 0;    // a bit for each token that a later one overwrites
+  uint32_t memory, full;        // its stages, and their barriers
+  Slot to{kNowhere, 0, 0, 0};   // lane i: of token i
+  uint32_t overwritten = 0;     // a bit for each token that a later one overwrites
 
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
-  __device__ __forceinline__ uint8_t* stage(int32_t i) const {
-    return memory + i % parts.stages * parts.stage_bytes();
+  __device__ __forceinline__ uint32_t barrier(int32_t of_stage) const {
+    return full + of_stage * static_cast<uint32_t>(sizeof(uint64_t));
   }
-  __device__ __forceinline__ uint32_t barrier(int32_t i) const {
-    return ptx::shared_address(&full[i % parts.stages]);
-  }
+  // The warp's token i.
+  __device__ __forceinline__ int32_t row(int32_t i) const { return first + i * kWarps; }
 
-  // Calls copy(offset in bytes, head, bytes) for one stream of a token: for all heads at once where they lie
-  // one after the other, else for each by a lane of its own.
-  template <class Copy>
-  __device__ __forceinline__ void for_each_row(const AppendView& view, int32_t width, Copy copy) const {
-    if (width == 0) return;  // latent pools have no values
-    const auto bytes = static_cast<uint32_t>(width) * static_cast<uint32_t>(sizeof(T));
-    if (view.head == width) {
-      if (lane() == 0) copy(0u, 0, bytes * static_cast<uint32_t>(call.heads));
-    } else {
-      for (int32_t head = lane(); head < call.heads; head += 32) copy(head * bytes, head, bytes);
+  // Calls copy(stream, head, offset in the stage, bytes) for the rows of a token: all heads at once, by lane
+  // 0 and 1, where they lie one after the other (of `views`), else each by a lane of its own.
+  template <class View, class Copy>
+  __device__ __forceinline__ void for_each_row(View view, Copy copy) const {
+    const AppendStream& own = lane() == 0 ? call.key : call.value;
+    const bool whole = view(call.key).head == call.key.width &&
+                       (call.value.width == 0 || view(call.value).head == call.value.width);
+    if (whole) {
+      if (lane() < 2 && own.width > 0)  // latent pools have no values
+        copy(own, 0, lane() == 0 ? 0 : parts.key_bytes, lane() == 0 ? parts.key_bytes : parts.value_bytes);
+      return;
+    }
+    for (int32_t i = lane(); i < 2 * call.heads; i += 32) {
+      const bool of_value = i >= call.heads;
+      const AppendStream& stream = of_value ? call.value : call.key;
+      const int32_t head = of_value ? i - call.heads : i;
+      const auto bytes = stream.width * static_cast<int32_t>(sizeof(T));
+      if (bytes > 0) copy(stream, head, (of_value ? parts.key_bytes : 0) + head * bytes, bytes);
     }
   }
 
-  // Starts to load the rows of the warp's token i.
-  __device__ __forceinline__ void load_rows(int32_t i) const {
-    if (lane() == 0) ptx::barrier_expect(barrier(i), static_cast<uint32_t>(parts.stage_bytes()));
+  // Starts to load the rows of a token into a stage.
+  __device__ __forceinline__ void load_rows(int32_t i, int32_t of_stage) const {
+    if (lane() == 0) ptx::barrier_expect(barrier(of_stage), static_cast<uint32_t>(parts.stage_bytes()));
     __syncwarp();
-    const uint32_t memory_of = ptx::shared_address(stage(i));
-    const int32_t from = row(i);
-    const auto load = [&](const AppendStream& stream, uint32_t at) {
-      for_each_row(stream.rows, stream.width, [&](uint32_t offset, int32_t head, uint32_t bytes) {
-        ptx::copy_bytes(at + offset, stream.rows.template at<const T>(entry, 0, head, from), bytes,
-                        barrier(i));
-      });
-    };
-    load(call.key, memory_of);
-    load(call.value, memory_of + parts.key_bytes);
+    const uint32_t at = memory + of_stage * parts.stage_bytes();
+    for_each_row([](const AppendStream& stream) -> const AppendView& { return stream.rows; },
+                 [&](const AppendStream& stream, int32_t head, int32_t offset, int32_t bytes) {
+                   ptx::copy_bytes(at + offset, stream.rows.template at<const T>(entry, 0, head, row(i)),
+                                   static_cast<uint32_t>(bytes), barrier(of_stage));
+                 });
   }
   // Its angles, which its position decides.
-  __device__ __forceinline__ void load_angles(int32_t i) const {
+  __device__ __forceinline__ void load_angles(int32_t i, int32_t of_stage) const {
     const int32_t position = max(__shfl_sync(~0u, to.position, i), 0);
     if (parts.angle_bytes == 0 || lane() > 1) return;
     const AppendView& table = lane() == 0 ? call.cos : call.sin;
-    const uint32_t at = ptx::shared_address(stage(i)) + parts.row_bytes() + lane() * parts.angle_bytes;
+    const uint32_t at =
+        memory + of_stage * parts.stage_bytes() + parts.row_bytes() + lane() * parts.angle_bytes;
     ptx::copy_bytes(at, table.at<const float>(entry, 0, 0, rotary_row(position, call.positions)),
-                    static_cast<uint32_t>(parts.angle_bytes), barrier(i));
+                    static_cast<uint32_t>(parts.angle_bytes), barrier(of_stage));
   }
 
-  __device__ __forceinline__ void rotate(int32_t i) const {
-    uint8_t* const rows = stage(i);
+  // Rotates the key of a stage. A lane has every 32nd pair of words.
+  __device__ __forceinline__ void rotate(int32_t of_stage) const {
+    uint8_t* const rows = ptx::dynamic_shared() + (memory + of_stage * parts.stage_bytes() -
+                                                   ptx::shared_address(ptx::dynamic_shared()));
     const auto* const cos = reinterpret_cast<const float*>(rows + parts.row_bytes());
-    const float* const sin = cos + call.rotated;
+    const int32_t pairs = units.pairs.value;
+    int32_t head = units.pairs.quotient(lane()), pair = lane() - head * pairs;
+    const int32_t heads = units.pairs.quotient(32), others = 32 - heads * pairs;  // from one to the next
     for (int32_t number = lane(); number < units.key_pairs; number += 32) {
-      Unit<T, T, kWord> unit(call, units, number);
-      T* const key = reinterpret_cast<T*>(rows) + unit.head * call.key.width;
-      auto* const a = reinterpret_cast<Words<T, kWord>*>(key + unit.first);
-      auto* const b = reinterpret_cast<Words<T, kWord>*>(key + unit.second);
+      Unit<T, T, kWord> unit;
+      unit.second = 0;
+      T* const key = reinterpret_cast<T*>(rows) + head * call.key.width;
+      const int32_t angle = pair * kWord;
+      auto* const a = reinterpret_cast<Words<T, kWord>*>(key + (call.interleaved ? 2 * angle : angle));
+      auto* const b = reinterpret_cast<Words<T, kWord>*>(
+          key + (call.interleaved ? 2 * angle + kWord : angle + call.rotated));
       unit.a = *a, unit.b = *b;
-      unit.cos = *reinterpret_cast<const Words<float, kWord>*>(cos + unit.angle);
-      unit.sin = *reinterpret_cast<const Words<float, kWord>*>(sin + unit.angle);
+      unit.cos = *reinterpret_cast<const Words<float, kWord>*>(cos + angle);
+      unit.sin = *reinterpret_cast<const Words<float, kWord>*>(cos + call.rotated + angle);
       unit.rotate(call);
       *a = unit.a, *b = unit.b;
+      head += heads, pair += others;
+      if (pair >= pairs) pair -= pairs, ++head;
     }
   }
 
-  // Stores what the warp's token i has become.
-  __device__ __forceinline__ void store(int32_t i, int32_t page, int32_t slot) const {
+  // Stores what a stage has become.
+  __device__ __forceinline__ void store(int32_t of_stage, int32_t page, int32_t slot) const {
     ptx::fence_async_shared();
     __syncwarp();
-    const uint32_t from = ptx::shared_address(stage(i));
-    const auto store_stream = [&](const AppendStream& stream, uint32_t at) {
-      for_each_row(stream.pool, stream.width, [&](uint32_t offset, int32_t head, uint32_t bytes) {
-        ptx::store_bytes(stream.pool.template at<T>(entry, page, head, slot), at + offset, bytes);
-      });
-    };
-    store_stream(call.key, from);
-    store_stream(call.value, from + parts.key_bytes);
+    const uint32_t from = memory + of_stage * parts.stage_bytes();
+    for_each_row([](const AppendStream& stream) -> const AppendView& { return stream.pool; },
+                 [&](const AppendStream& stream, int32_t head, int32_t offset, int32_t bytes) {
+                   ptx::store_bytes(stream.pool.template at<T>(entry, page, head, slot), from + offset,
+                                    static_cast<uint32_t>(bytes));
+                 });
     ptx::bulk_commit();
   }
 
-  // Lane i: the place of the warp's token i. Angles of the first tokens are asked for before the pages are
-  // looked up.
-  __device__ __forceinline__ void find(const Starts& starts, Shared& shared, bool by_block) {
-    const int32_t own_row = row(min(lane(), count - 1));
-    const Place place = lane() < count ? find_place(call, entry, starts, own_row) : Place{0, -1, 0};
+  // Finds where the warp's tokens go. Angles of the first tokens are asked for before the pages are looked
+  // up.
+  __device__ __forceinline__ void find(const Starts& starts) {
+    const Place place = lane() < count ? find_place(call, entry, starts, row(lane())) : Place{0, -1, 0};
     to = {kNowhere, place.position - place.index * call.page_size.value, place.position, place.sequence};
     if (place.position >= 0) to.page = page_at(call, entry, place.sequence, place.index);
-    for (int32_t i = 0; i < min(count, parts.stages); ++i) load_angles(i);
-    if (by_block) {
-      overwritten =
-          __ballot_sync(~0u, lane() < count && shared.overwritten[min(own(lane()), kMostTokens - 1)]);
-    } else if (meets(starts, place)) {
+    for (int32_t i = 0; i < min(count, parts.stages); ++i) load_angles(i, i);
+    if (count > 0 && all_runs(call, starts) <= kRunsOfWarp && meets(starts, place))
       overwritten = find_overwritten(call, entry, starts, first, count, to.page, to.slot);
-    }
   }
 
   __device__ __forceinline__ void run() const {
+    int32_t of_stage = 0;
+    uint32_t phase = 0;
     for (int32_t i = 0; i < count; ++i) {
-      ptx::barrier_wait(barrier(i), static_cast<uint32_t>(i / parts.stages));
+      ptx::barrier_wait(barrier(of_stage), phase);
       const int32_t page = __shfl_sync(~0u, to.page, i), slot = __shfl_sync(~0u, to.slot, i);
       if (page != kNowhere && !(overwritten >> i & 1)) {
-        rotate(i);
-        store(i, page, slot);
+        rotate(of_stage);
+        store(of_stage, page, slot);
       }
       const int32_t next = i + parts.stages;
-      if (next >= count) continue;
-      ptx::bulk_wait_read<0>();  // the stores have read the stage
-      __syncwarp();
-      load_rows(next);
-      load_angles(next);
+      if (next < count) {
+        ptx::bulk_wait_read<0>();  // the stores have read the stage
+        __syncwarp();
+        load_rows(next, of_stage);
+        load_angles(next, of_stage);
+      }
+      if (++of_stage == parts.stages) of_stage = 0, phase ^= 1;
     }
     ptx::bulk_wait_read<0>();
   }
 
  private:
-  // The warp's token i: its number in the block, and its row.
-  __device__ __forceinline__ static int32_t own(int32_t i) {
-    return static_cast<int32_t>(threadIdx.x / 32) + i * kWarps;
-  }
-  __device__ __forceinline__ int32_t row(int32_t i) const { return first + i * kWarps; }
-
-  // Whether another run goes to the page of one of the warp's tokens.
+  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kRunsAtOnce
+  // together.
   __device__ __forceinline__ bool meets(const Starts& starts, const Place& place) const {
     const int32_t all = all_runs(call, starts);
     bool found = false;
 #pragma unroll 1
-    for (int32_t base = 0; base < all; base += 32 * kRunsAtOnce) {
+    for (int32_t base = lane(); base - lane() < all; base += 32 * kRunsAtOnce) {
+      int32_t sequence[kRunsAtOnce], length[kRunsAtOnce];
       Run runs[kRunsAtOnce];
 #pragma unroll
       for (int j = 0; j < kRunsAtOnce; ++j) {
-        const int32_t number = base + 32 * j + lane();
-        runs[j].page = kNowhere;
-        if (number < all) runs[j] = find_run(call, entry, starts, number);
+        sequence[j] = sequence_of_run(call, starts, min(base + 32 * j, all - 1));
+        length[j] = length_before(call, entry, sequence[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kRunsAtOnce; ++j) {
+        runs[j] = place_run(call, starts, min(base + 32 * j, all - 1), sequence[j], length[j]);
+        if (runs[j].count > 0) runs[j].page = page_at(call, entry, sequence[j], runs[j].index);
       }
 #pragma unroll 1
       for (int32_t i = 0; i < count; ++i) {
-        const int32_t page = __shfl_sync(~0u, to.page, i), sequence = __shfl_sync(~0u, place.sequence, i),
+        const int32_t page = __shfl_sync(~0u, to.page, i), own = __shfl_sync(~0u, place.sequence, i),
                       index = __shfl_sync(~0u, place.index, i);
 #pragma unroll
         for (const Run& run : runs)
-          found |= page != kNowhere && run.page == page && (run.sequence != sequence || run.index != index);
+          found |= page != kNowhere && run.page == page && (run.sequence != own || run.index != index);
       }
     }
     return __any_sync(~0u, found);
@@ -258,21 +276,23 @@ __global__ void __launch_bounds__(kThreads, kBulkBlocks)
                          entry,
                          first + warp,
                          count > warp ? (count - warp - 1) / kWarps + 1 : 0,
-                         memory + warp * warp_bytes,
-                         full[warp]};
+                         ptx::shared_address(memory + warp * warp_bytes),
+                         ptx::shared_address(full[warp])};
   if (threadIdx.x % 32 == 0) {
     for (int i = 0; i < kMostStages; ++i) ptx::barrier_init(ptx::shared_address(&full[warp][i]), 1);
     ptx::fence_barriers();
   }
   __syncwarp();
-  for (int32_t i = 0; i < min(own.count, parts.stages); ++i) own.load_rows(i);
+  for (int32_t i = 0; i < min(own.count, parts.stages); ++i) own.load_rows(i, i);
   auto* const of_starts = reinterpret_cast<int32_t*>(memory + kWarps * warp_bytes);
   const Starts starts{of_starts, of_starts + call.sequences + 1};
   if (call.packed) find_starts(call, entry, starts, shared.scan);
-  const bool by_block = all_runs(call, starts) > kRunsOfWarp;
-  if (by_block) find_own(call, entry, {first, count, count > kFew}, starts, shared);
-  if (own.count == 0) return;
-  own.find(starts, shared, by_block);
+  own.find(starts);
+  if (all_runs(call, starts) > kRunsOfWarp) {
+    find_own(call, entry, {first, count, count > kFew}, starts, shared);
+    const int32_t token = warp + own.lane() * kWarps;
+    own.overwritten = __ballot_sync(~0u, token < count && shared.overwritten[min(token, kMostTokens - 1)]);
+  }
   own.run();
 #endif
 }

@@ -159,27 +159,39 @@ __device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const St
           to.position, to.sequence};
 }
 
-// A run by its number below all_runs(); kNowhere if there is no such run, or nothing of it is written.
-__device__ inline Run find_run(const AppendCall& call, int32_t entry, const Starts& starts, int32_t number) {
-  constexpr Run kNone{kNowhere, 0, 0, 0, 0, 0, 0};
-  const int32_t sequence =
-      call.packed ? last_at_most(starts.runs, call.sequences, number) : call.runs.quotient(number);
+// The sequence of a run, by its number below all_runs().
+__device__ __forceinline__ int32_t sequence_of_run(const AppendCall& call, const Starts& starts,
+                                                   int32_t number) {
+  return call.packed ? last_at_most(starts.runs, call.sequences, number) : call.runs.quotient(number);
+}
+
+// A run but for its page, which is not looked up; no tokens if there is no such run, or nothing of it is
+// written. length: of its sequence, before.
+__device__ __forceinline__ Run place_run(const AppendCall& call, const Starts& starts, int32_t number,
+                                         int32_t sequence, int64_t length) {
   const int32_t first = call.packed ? starts.runs[sequence] : sequence * call.runs.value;
   const int32_t row = first_row(call, starts, sequence);
-  const int64_t length = length_before(call, entry, sequence), size = call.page_size.value;
+  const int64_t size = call.page_size.value;
   const int64_t end = min(length + (first_row(call, starts, sequence + 1) - row), int64_t{call.capacity});
   const int64_t index = call.page_size.quotient(static_cast<int32_t>(length)) + int64_t{number - first};
   const int64_t position = max(length, index * size);
-  if (position >= end) return kNone;
+  if (position >= end) return {kNowhere, 0, 0, 0, 0, 0, 0};
   const auto count = static_cast<int32_t>(min(end, (index + 1) * size) - position);
-  const auto at = static_cast<int32_t>(index);
-  return {page_at(call, entry, sequence, at),
+  return {kNowhere,
           static_cast<int32_t>(position - index * size),
           static_cast<int32_t>(position),
           sequence,
-          at,
+          static_cast<int32_t>(index),
           row + static_cast<int32_t>(position - length),
           count};
+}
+
+// A run; kNowhere as its page if it has no tokens, or its entry lies outside the pool.
+__device__ inline Run find_run(const AppendCall& call, int32_t entry, const Starts& starts, int32_t number) {
+  const int32_t sequence = sequence_of_run(call, starts, number);
+  Run run = place_run(call, starts, number, sequence, length_before(call, entry, sequence));
+  if (run.count > 0) run.page = page_at(call, entry, sequence, run.index);
+  return run;
 }
 
 }  // namespace jax_flash::append

@@ -28,7 +28,6 @@ struct LatentSm90 {
   static constexpr int kWarps = 8, kLoadWarps = 4;
   // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
   static constexpr int kPartsAtOnce = kOptions ? 0 : 1, kBlocksAtOnce = kOptions ? 1 : 2;
-  using Boxes = NoBoxes;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;
@@ -75,7 +74,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   if constexpr (R.head_dim > kMaxHeadDim) {
     const auto run = [&]<bool kOptions>() {
       if constexpr (R.block_m == latent::kFewRows) {
-        return decode::launch_latent_few<decode::LatentFewSm90<T, R, kOptions>>(p, plan, workspace, stream);
+        using C = decode::LatentFewSm90<T, R, kOptions>;
+        return decode::launch_latent<C>(decode::latent_few_sm90<C>, p, plan, workspace, stream);
       } else {
         using C = decode::LatentSm90<T, R, kOptions>;
         return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);

@@ -12,7 +12,6 @@
 #include <cstdint>
 
 #include "cuda/decode/combine.cuh"
-#include "cuda/decode/hopper_latent_boxes.cuh"
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/decode/latent_softmax.cuh"
 #include "cuda/hopper/pipeline.cuh"
@@ -53,7 +52,6 @@ struct LatentFewSm90 {
   static constexpr int kLoadWarps = R.warps - kWarps;
   // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
   static constexpr int kPartsAtOnce = 1, kBlocksAtOnce = 4;
-  using Boxes = KeyBoxes;
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = LatentSums<kWarps, kTile / 8>;
@@ -61,6 +59,8 @@ struct LatentFewSm90 {
   using O = Accumulator<1, kValueDim / kGroupWarps / 8>;
   using Score = DecodeScore<S, kOptions>;
   using Shared = LatentFewShared<LatentFewSm90>;
+  // A stage is one group's, as a barrier's phases must be waited for one by one.
+  static_assert(kStages % kGroups == 0);
   static_assert(kRows == 16 && kTile == 32 && kHeadDim % 64 == 0 && kThreads == 3 * kWarpgroup);
   static_assert(sizeof(Shared) <= latent::few_bytes(kHeadDim, kRows, kTile, kStages) + latent::kStateBytes);
 };
@@ -291,8 +291,7 @@ class LatentGroup {
 };
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, 1)
-    latent_few_sm90(const __grid_constant__ LatentCall call, const __grid_constant__ KeyBoxes keys) {
+__global__ void __launch_bounds__(C::kThreads, 1) latent_few_sm90(const __grid_constant__ LatentCall call) {
   auto& shared = *reinterpret_cast<typename C::Shared*>(ptx::dynamic_shared_1024());
   if (threadIdx.x == 0) shared.init();
   clear_outside<typename C::Element, C::kThreads>(call);
@@ -303,24 +302,16 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const Partition partition = find_range<C::kTile, C::kThreads>(call, column, found, number, range);
   if (range.begin >= range.end) return;
   __syncthreads();  // all have read what was found, and the barriers are there
-  constexpr int kConsumerRegisters = 200, kProducerRegisters = 104;
+  constexpr int kConsumerRegisters = 208, kProducerRegisters = 88;
   static_assert(C::kGroups * kConsumerRegisters + kProducerRegisters <= 3 * 168);
   const int warpgroup = warpgroup_index();
   if (warpgroup == C::kGroups) {
     ptx::give_registers<kProducerRegisters>();
-    LatentLoader<C>(call, shared, column, partition, range, number, &keys).run();
+    LatentLoader<C>(call, shared, column, partition, range, number).run();
   } else {
     ptx::take_registers<kConsumerRegisters>();
     LatentGroup<C>(call, shared, column.kv_head, warpgroup).run();
   }
-}
-
-template <class C>
-cudaError_t launch_latent_few(const Problem& p, const LaunchPlan& plan, void* workspace,
-                              cudaStream_t stream) {
-  KeyBoxes boxes{};
-  const cudaError_t e = boxes.make<typename C::KTile>(p);
-  return e == cudaSuccess ? launch_latent<C>(latent_few_sm90<C>, p, plan, workspace, stream, boxes) : e;
 }
 
 }  // namespace jax_flash::decode

@@ -1,6 +1,6 @@
 // The load warps of the kernels of latent pools: Q, and K from its pages, by cp.async. Pages of any size and
-// rows of any stride are loaded alike, 16 bytes at a time. Where a kernel has boxes of the pool, whole tiles
-// of K come by TMA instead.
+// rows of any stride are loaded alike, 16 bytes at a time. Pools that exceed L2 are the first that it gives
+// up, without which a read of them takes a sixth longer.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,6 @@
 #include "cuda/ptx/cp_async.cuh"
 
 namespace jax_flash::decode {
-
-// The boxes of a kernel that has none (hopper_latent_boxes.cuh).
-struct NoBoxes {
-  static constexpr bool kAny = false;
-};
 
 // C::kLoadWarps warps, the last of the CTA, each of which loads an equal share of a tile's rows; in one
 // instruction 128 bytes of 4 rows.
@@ -27,14 +22,13 @@ class LatentLoader {
 
   __device__ __forceinline__ LatentLoader(const LatentCall& decode, typename C::Shared& memory,
                                           const LatentColumn<C::kRows>& of_column, const Partition& of_ranges,
-                                          const Range& range, int32_t range_number,
-                                          const typename C::Boxes* of_keys = nullptr)
+                                          const Range& range, int32_t range_number)
       : call(decode),
         shared(memory),
         column(of_column),
         partition(of_ranges),
         number(range_number),
-        boxes(of_keys),
+        policy(ptx::l2_policy(decode.evicts_first)),
         ahead(range) {
     const int thread = static_cast<int>(threadIdx.x) - (C::kThreads - C::kLoadWarps * 32);
     warp = thread / 32, row = thread % 32 / Tile::kPanel, chunk = thread % Tile::kPanel;
@@ -50,7 +44,7 @@ class LatentLoader {
 #pragma unroll 1
       for (int32_t n = tile; n < tile_end; ++n, ++use) {
         shared.k_pipe.wait_empty(use);
-        load_keys(use, n);
+        load_keys(use);
         if (n + 1 < tile_end) look_up(n + 1);
         if (n == tile) load_queries(queries, segment);
       }
@@ -89,7 +83,6 @@ class LatentLoader {
     keys = work.keys;
     pool = call.key.at<const T>(work.leading, 0, column.kv_head, 0);
     table = call.block_tables.at<const int32_t>(work.leading, work.index, 0, 0);
-    leading = work.leading;
     if (is_first()) {
       shared.segments[segment % C::Shared::kSegments] = {work,
                                                          Parts::of(call.grid, partition, ahead, number),
@@ -126,17 +119,12 @@ class LatentLoader {
     for (int panel = 0; panel < kPanels; ++panel) {
       constexpr int kColumns = To::kPanel * kChunk<T>;
       ptx::cp_async_16(to + To::panel_offset(panel * To::kPanel), source + panel * kColumns,
-                       used && panel * kColumns + chunk * kChunk<T> < columns);
+                       used && panel * kColumns + chunk * kChunk<T> < columns, policy);
     }
   }
 
-  __device__ __forceinline__ void load_keys(uint32_t use, int32_t number_of_tile) const {
+  __device__ __forceinline__ void load_keys(uint32_t use) const {
     const uint32_t tile = ptx::shared_address(shared.k[use % C::kStages]);
-    bool boxed = false;  // the tile is whole
-    if constexpr (C::Boxes::kAny) {
-      const int64_t first = int64_t{number_of_tile} * C::kTile;
-      boxed = boxes->rows > 0 && first >= keys.lo && first + C::kTile <= keys.hi;
-    }
     uint32_t missing = 0;  // of the warp's rows
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
@@ -145,15 +133,8 @@ class LatentLoader {
       const uint32_t votes = __ballot_sync(~0u, exists && !inside && chunk == 0);  // lanes 0, 8, 16, 24
 #pragma unroll
       for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
-      if (boxed) continue;
       const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
       copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside, call.head_dim);
-    }
-    if constexpr (C::Boxes::kAny) {
-      if (boxed)
-        boxes->template load<Tile>(
-            call, tile, warp * kWarpRows, shared.k_pipe.full_barrier(use),
-            {0, column.kv_head, __shfl_sync(~0u, slot[0], 0), __shfl_sync(~0u, page[0], 0), leading});
     }
     if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = missing;
     publish(shared.k_pipe.full_barrier(use));
@@ -184,12 +165,11 @@ class LatentLoader {
   const LatentColumn<C::kRows>& column;
   const Partition& partition;
   int32_t number;  // of the CTA's range
-  const typename C::Boxes* boxes;
+  ptx::L2Policy policy;
   WorkIterator<C::kTile> ahead;
   Interval keys;
   const T* pool;
   const int32_t* table;
-  int32_t leading;
   int warp, row, chunk;  // of this thread: row is its first one among those of its warp
   int32_t page[kRowsOfThread], slot[kRowsOfThread];
 };

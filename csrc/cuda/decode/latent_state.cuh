@@ -54,17 +54,17 @@ struct LatentTiles {
   }
 };
 
-// Launches `kernel`, of C, for each outer leading entry. more: what it is told besides.
-template <class C, class... More>
-cudaError_t launch_latent(void (*kernel)(LatentCall, More...), const Problem& p, const LaunchPlan& plan,
-                          void* workspace, cudaStream_t stream, const More&... more) {
+// Launches `kernel`, of C, for each outer leading entry.
+template <class C>
+cudaError_t launch_latent(void (*kernel)(LatentCall), const Problem& p, const LaunchPlan& plan,
+                          void* workspace, cudaStream_t stream) {
   const DecodeGrid& grid = plan.decode;
   const int64_t blocks = int64_t{grid.columns} * grid.ranges;
   const int32_t* starts = p.packed() ? query_starts(p, plan.queries, workspace) : nullptr;
   for (int64_t outer = 0; blocks > 0 && outer < outer_entries(p.leading); ++outer) {
     const LatentCall call = make_latent_call<C::kTile>(p, grid, C::kRows, outer, starts, workspace);
     const cudaError_t e =
-        jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call, more...);
+        jax_flash::launch(kernel, blocks, C::kThreads, sizeof(typename C::Shared), stream, call);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;

@@ -6,19 +6,11 @@
 
 #include <cstdint>
 
-#include "cuda/ptx/cp_async.cuh"
-
 namespace jax_flash::ptx {
 
 // arrive.expect_tx: this thread arrives, and the phase also waits for `bytes` bytes of copies.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
-}
-
-// expect_tx without an arrival, before the thread's own.
-__device__ __forceinline__ void barrier_expect_more(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
@@ -48,17 +40,6 @@ __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map
       "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], "
       "[%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(shared),
       "l"(&map), "r"(barrier), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading)
-      : "memory");
-}
-
-// The same, with a policy for L2.
-__device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap& map, uint32_t barrier,
-                                         const Coordinates& at, L2Policy policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
-      "[%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(shared),
-      "l"(&map), "r"(barrier), "r"(at.column), "r"(at.head), "r"(at.row), "r"(at.batch), "r"(at.leading),
-      "l"(policy.bits)
       : "memory");
 }
 
