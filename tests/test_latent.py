@@ -38,7 +38,6 @@ OPTIONS = [
     DRAFTED.replace(name="more heads than a tile has rows", hq=72, sq=2),
     DRAFTED.replace(name="window", window=(70, 0)),
     ALL_HEADS.replace(name="bounds that are raised from tile to tile", scale=1.0),
-    DECODE.replace(name="bounds of few rows that are raised from tile to tile", scale=1.0),
     DRAFTED.replace(
         name="every option", window=(150, 0), softcap=3.0, sinks=True, alibi_slopes=(16,), scale=-0.1
     ),
@@ -46,6 +45,7 @@ OPTIONS = [
     DECODE.replace(name="other head dims", d=320, dv=264),
     DECODE.replace(name="values as wide as keys", d=72, dv=72),
     DECODE.replace(name="small and odd head dims", d=45, dv=31, hq=6, hk=2),
+    DECODE.replace(name="bounds of few rows that are raised from tile to tile", scale=1.0),
 ]
 
 

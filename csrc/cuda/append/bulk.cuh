@@ -30,9 +30,21 @@ inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is 
 inline constexpr int kRunsAtOnce = RUNS_AT_ONCE;  // that a lane looks up together
 inline constexpr int kRunsOfWarp = RUNS_OF_WARP;  // more are looked up by the block
 
+// What a lane of a warp copies of each token, in bytes: its key, its value, its cosines or its sines, in
+// pieces of adjacent bytes: all heads together where they lie so, else one each.
+struct BulkLane {
+  const uint8_t* from;
+  uint8_t* to;  // the pool; null for angles
+  int64_t entry_from, row, piece_from;
+  int64_t entry_to, page, slot, piece_to;
+  int32_t at, bytes, pieces;  // at: where in a stage
+};
+inline constexpr int kBulkLanes = 4, kAngleLane = 2;  // the first of the angles
+
 // A block has `tokens` tokens of one leading entry, and each of its warps `stages` stages. A stage: a token's
 // keys at all heads, its values, its cosines, its sines.
 struct BulkParts {
+  BulkLane lanes[kBulkLanes];
   Divisor chunks;
   int32_t tokens, stages;
   int32_t key_bytes, value_bytes, angle_bytes;
@@ -40,6 +52,35 @@ struct BulkParts {
   __host__ __device__ int32_t row_bytes() const { return key_bytes + value_bytes; }
   __host__ __device__ int32_t stage_bytes() const { return row_bytes() + 2 * angle_bytes; }
 };
+
+template <class T>
+BulkLane row_lane(const AppendCall& call, const AppendStream& stream, int32_t at) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+  const AppendView &rows = stream.rows, &pool = stream.pool;
+  const bool whole = rows.head == stream.width && pool.head == stream.width;
+  return {static_cast<const uint8_t*>(rows.data),
+          static_cast<uint8_t*>(pool.data),
+          rows.leading * kSize,
+          rows.row * kSize,
+          rows.head * kSize,
+          pool.leading * kSize,
+          pool.batch * kSize,
+          pool.row * kSize,
+          pool.head * kSize,
+          at,
+          static_cast<int32_t>(stream.width * (whole ? call.heads : 1) * kSize),
+          stream.width == 0 ? 0
+          : whole           ? 1
+                            : call.heads};  // latent pools have no values
+}
+inline BulkLane angle_lane(const AppendView& table, int32_t at, int32_t bytes) {
+  constexpr int64_t kSize = sizeof(float);
+  BulkLane lane{};
+  lane.from = static_cast<const uint8_t*>(table.data);
+  lane.entry_from = table.leading * kSize, lane.row = table.row * kSize;
+  lane.at = at, lane.bytes = bytes, lane.pieces = bytes > 0 ? 1 : 0;
+  return lane;
+}
 
 // The parts of a call on a device whose CTAs may have `shared_memory` bytes, of which `starts` go to packed
 // sequences; no stages: the call is better off without bulk copies.
@@ -66,6 +107,10 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   const bool is_small = parts.row_bytes() < kLeastBytes || tokens < LEAST_TOKENS;
   const int64_t stages = is_small ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
   parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
+  parts.lanes[0] = row_lane<T>(call, call.key, 0);
+  parts.lanes[1] = row_lane<T>(call, call.value, parts.key_bytes);
+  parts.lanes[2] = angle_lane(call.cos, parts.row_bytes(), parts.angle_bytes);
+  parts.lanes[3] = angle_lane(call.sin, parts.row_bytes() + parts.angle_bytes, parts.angle_bytes);
   return parts;
 }
 
@@ -88,6 +133,12 @@ __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_
   return __reduce_or_sync(~0u, marks);
 }
 
+// find_own, as code that most calls do not fetch.
+__device__ __noinline__ void find_own_apart(const AppendCall& call, int32_t entry, Own own, Starts starts,
+                                            Shared& shared) {
+  find_own(call, entry, own, starts, shared);
+}
+
 // A warp of append_bulk, and its tokens: those of the block from its number on, kWarps apart.
 template <class T, int kWord>
 struct BulkWarp {
@@ -96,63 +147,46 @@ struct BulkWarp {
   const BulkParts& parts;
   int32_t entry, first, count;  // first: the warp's first token; count: of the warp, at most 32
   uint32_t memory, full;        // its stages, and their barriers
+  BulkLane own;                 // no pieces in lanes that copy nothing
   Slot to{kNowhere, 0, 0, 0};   // lane i: of token i
   uint32_t overwritten = 0;     // a bit for each token that a later one overwrites
 
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
-  __device__ __forceinline__ uint32_t barrier(int32_t of_stage) const {
-    return full + of_stage * static_cast<uint32_t>(sizeof(uint64_t));
+  __device__ __forceinline__ uint32_t barrier(int32_t stage) const {
+    return full + stage * static_cast<uint32_t>(sizeof(uint64_t));
   }
   // The warp's token i.
   __device__ __forceinline__ int32_t row(int32_t i) const { return first + i * kWarps; }
 
-  // Calls copy(stream, head, offset in the stage, bytes) for the rows of a token: all heads at once, by lane
-  // 0 and 1, where they lie one after the other (of `views`), else each by a lane of its own.
-  template <class View, class Copy>
-  __device__ __forceinline__ void for_each_row(View view, Copy copy) const {
-    const AppendStream& own = lane() == 0 ? call.key : call.value;
-    const bool whole = view(call.key).head == call.key.width &&
-                       (call.value.width == 0 || view(call.value).head == call.value.width);
-    if (whole) {
-      if (lane() < 2 && own.width > 0)  // latent pools have no values
-        copy(own, 0, lane() == 0 ? 0 : parts.key_bytes, lane() == 0 ? parts.key_bytes : parts.value_bytes);
-      return;
-    }
-    for (int32_t i = lane(); i < 2 * call.heads; i += 32) {
-      const bool of_value = i >= call.heads;
-      const AppendStream& stream = of_value ? call.value : call.key;
-      const int32_t head = of_value ? i - call.heads : i;
-      const auto bytes = stream.width * static_cast<int32_t>(sizeof(T));
-      if (bytes > 0) copy(stream, head, (of_value ? parts.key_bytes : 0) + head * bytes, bytes);
-    }
+  __device__ __forceinline__ void begin() {
+    own = parts.lanes[min(lane(), kBulkLanes - 1)];
+    if (lane() >= kBulkLanes) own.pieces = 0;
+    own.from += entry * own.entry_from, own.to += entry * own.entry_to;
   }
 
-  // Starts to load the rows of a token into a stage.
-  __device__ __forceinline__ void load_rows(int32_t i, int32_t of_stage) const {
-    if (lane() == 0) ptx::barrier_expect(barrier(of_stage), static_cast<uint32_t>(parts.stage_bytes()));
-    __syncwarp();
-    const uint32_t at = memory + of_stage * parts.stage_bytes();
-    for_each_row([](const AppendStream& stream) -> const AppendView& { return stream.rows; },
-                 [&](const AppendStream& stream, int32_t head, int32_t offset, int32_t bytes) {
-                   ptx::copy_bytes(at + offset, stream.rows.template at<const T>(entry, 0, head, row(i)),
-                                   static_cast<uint32_t>(bytes), barrier(of_stage));
-                 });
+  // Starts to load a row of this lane's into a stage.
+  __device__ __forceinline__ void load(int32_t of_row, int32_t stage) const {
+    const uint32_t at = memory + stage * parts.stage_bytes() + own.at;
+    const uint8_t* const from = own.from + of_row * own.row;
+#pragma unroll 1
+    for (int32_t piece = 0; piece < own.pieces; ++piece)
+      ptx::copy_bytes(at + piece * own.bytes, from + piece * own.piece_from, static_cast<uint32_t>(own.bytes),
+                      barrier(stage));
   }
-  // Its angles, which its position decides.
-  __device__ __forceinline__ void load_angles(int32_t i, int32_t of_stage) const {
-    const int32_t position = max(__shfl_sync(~0u, to.position, i), 0);
-    if (parts.angle_bytes == 0 || lane() > 1) return;
-    const AppendView& table = lane() == 0 ? call.cos : call.sin;
-    const uint32_t at =
-        memory + of_stage * parts.stage_bytes() + parts.row_bytes() + lane() * parts.angle_bytes;
-    ptx::copy_bytes(at, table.at<const float>(entry, 0, 0, rotary_row(position, call.positions)),
-                    static_cast<uint32_t>(parts.angle_bytes), barrier(of_stage));
+  // The rows of a token, and its angles, which its position decides.
+  __device__ __forceinline__ void load_rows(int32_t i, int32_t stage) const {
+    if (lane() == 0) ptx::barrier_expect(barrier(stage), static_cast<uint32_t>(parts.stage_bytes()));
+    __syncwarp();
+    if (lane() < kAngleLane) load(row(i), stage);
+  }
+  __device__ __forceinline__ int32_t angle_row(int32_t i) const {
+    return rotary_row(max(__shfl_sync(~0u, to.position, i), 0), call.positions);
   }
 
   // Rotates the key of a stage. A lane has every 32nd pair of words.
-  __device__ __forceinline__ void rotate(int32_t of_stage) const {
-    uint8_t* const rows = ptx::dynamic_shared() + (memory + of_stage * parts.stage_bytes() -
-                                                   ptx::shared_address(ptx::dynamic_shared()));
+  __device__ __forceinline__ void rotate(int32_t stage) const {
+    uint8_t* const rows = ptx::dynamic_shared() +
+                          (memory + stage * parts.stage_bytes() - ptx::shared_address(ptx::dynamic_shared()));
     const auto* const cos = reinterpret_cast<const float*>(rows + parts.row_bytes());
     const int32_t pairs = units.pairs.value;
     int32_t head = units.pairs.quotient(lane()), pair = lane() - head * pairs;
@@ -176,15 +210,15 @@ struct BulkWarp {
   }
 
   // Stores what a stage has become.
-  __device__ __forceinline__ void store(int32_t of_stage, int32_t page, int32_t slot) const {
+  __device__ __forceinline__ void store(int32_t stage, int32_t page, int32_t slot) const {
     ptx::fence_async_shared();
     __syncwarp();
-    const uint32_t from = memory + of_stage * parts.stage_bytes();
-    for_each_row([](const AppendStream& stream) -> const AppendView& { return stream.pool; },
-                 [&](const AppendStream& stream, int32_t head, int32_t offset, int32_t bytes) {
-                   ptx::store_bytes(stream.pool.template at<T>(entry, page, head, slot), from + offset,
-                                    static_cast<uint32_t>(bytes));
-                 });
+    if (lane() >= kAngleLane) return;
+    const uint32_t from = memory + stage * parts.stage_bytes() + own.at;
+    uint8_t* const at = own.to + (page * own.page + slot * own.slot);
+#pragma unroll 1
+    for (int32_t piece = 0; piece < own.pieces; ++piece)
+      ptx::store_bytes(at + piece * own.piece_to, from + piece * own.bytes, static_cast<uint32_t>(own.bytes));
     ptx::bulk_commit();
   }
 
@@ -194,50 +228,58 @@ struct BulkWarp {
     const Place place = lane() < count ? find_place(call, entry, starts, row(lane())) : Place{0, -1, 0};
     to = {kNowhere, place.position - place.index * call.page_size.value, place.position, place.sequence};
     if (place.position >= 0) to.page = page_at(call, entry, place.sequence, place.index);
-    for (int32_t i = 0; i < min(count, parts.stages); ++i) load_angles(i, i);
-    if (count > 0 && all_runs(call, starts) <= kRunsOfWarp && meets(starts, place))
+#pragma unroll 1
+    for (int32_t i = 0; i < min(count, parts.stages); ++i) {
+      const int32_t of_row = angle_row(i);
+      if (lane() >= kAngleLane) load(of_row, i);
+    }
+    const int32_t all = all_runs(call, starts);
+    if (count == 0 || all > kRunsOfWarp) return;
+    if (all <= 64 ? meets<2>(starts, place, all) : meets<kRunsAtOnce>(starts, place, all))
       overwritten = find_overwritten(call, entry, starts, first, count, to.page, to.slot);
   }
 
   __device__ __forceinline__ void run() const {
-    int32_t of_stage = 0;
+    int32_t stage = 0;
     uint32_t phase = 0;
+#pragma unroll 1
     for (int32_t i = 0; i < count; ++i) {
-      ptx::barrier_wait(barrier(of_stage), phase);
       const int32_t page = __shfl_sync(~0u, to.page, i), slot = __shfl_sync(~0u, to.slot, i);
+      ptx::barrier_wait(barrier(stage), phase);
       if (page != kNowhere && !(overwritten >> i & 1)) {
-        rotate(of_stage);
-        store(of_stage, page, slot);
+        rotate(stage);
+        store(stage, page, slot);
       }
       const int32_t next = i + parts.stages;
       if (next < count) {
+        const int32_t of_angles = angle_row(next), of_row = lane() < kAngleLane ? row(next) : of_angles;
         ptx::bulk_wait_read<0>();  // the stores have read the stage
+        if (lane() == 0) ptx::barrier_expect(barrier(stage), static_cast<uint32_t>(parts.stage_bytes()));
         __syncwarp();
-        load_rows(next, of_stage);
-        load_angles(next, of_stage);
+        load(of_row, stage);
       }
-      if (++of_stage == parts.stages) of_stage = 0, phase ^= 1;
+      if (++stage == parts.stages) stage = 0, phase ^= 1;
     }
     ptx::bulk_wait_read<0>();
   }
 
  private:
-  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kRunsAtOnce
+  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kAtOnce
   // together.
-  __device__ __forceinline__ bool meets(const Starts& starts, const Place& place) const {
-    const int32_t all = all_runs(call, starts);
+  template <int kAtOnce>
+  __device__ __forceinline__ bool meets(const Starts& starts, const Place& place, int32_t all) const {
     bool found = false;
 #pragma unroll 1
-    for (int32_t base = lane(); base - lane() < all; base += 32 * kRunsAtOnce) {
-      int32_t sequence[kRunsAtOnce], length[kRunsAtOnce];
-      Run runs[kRunsAtOnce];
+    for (int32_t base = lane(); base - lane() < all; base += 32 * kAtOnce) {
+      int32_t sequence[kAtOnce], length[kAtOnce];
+      Run runs[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kRunsAtOnce; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
         sequence[j] = sequence_of_run(call, starts, min(base + 32 * j, all - 1));
         length[j] = length_before(call, entry, sequence[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kRunsAtOnce; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
         runs[j] = place_run(call, starts, min(base + 32 * j, all - 1), sequence[j], length[j]);
         if (runs[j].count > 0) runs[j].page = page_at(call, entry, sequence[j], runs[j].index);
       }
@@ -277,19 +319,23 @@ __global__ void __launch_bounds__(kThreads, kBulkBlocks)
                          first + warp,
                          count > warp ? (count - warp - 1) / kWarps + 1 : 0,
                          ptx::shared_address(memory + warp * warp_bytes),
-                         ptx::shared_address(full[warp])};
+                         ptx::shared_address(full[warp]),
+                         {}};
   if (threadIdx.x % 32 == 0) {
-    for (int i = 0; i < kMostStages; ++i) ptx::barrier_init(ptx::shared_address(&full[warp][i]), 1);
+#pragma unroll 1
+    for (int i = 0; i < parts.stages; ++i) ptx::barrier_init(ptx::shared_address(&full[warp][i]), 1);
     ptx::fence_barriers();
   }
   __syncwarp();
+  own.begin();
+#pragma unroll 1
   for (int32_t i = 0; i < min(own.count, parts.stages); ++i) own.load_rows(i, i);
   auto* const of_starts = reinterpret_cast<int32_t*>(memory + kWarps * warp_bytes);
   const Starts starts{of_starts, of_starts + call.sequences + 1};
   if (call.packed) find_starts(call, entry, starts, shared.scan);
   own.find(starts);
   if (all_runs(call, starts) > kRunsOfWarp) {
-    find_own(call, entry, {first, count, count > kFew}, starts, shared);
+    find_own_apart(call, entry, {first, count, count > kFew}, starts, shared);
     const int32_t token = warp + own.lane() * kWarps;
     own.overwritten = __ballot_sync(~0u, token < count && shared.overwritten[min(token, kMostTokens - 1)]);
   }

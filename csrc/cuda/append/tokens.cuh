@@ -144,9 +144,9 @@ __device__ __forceinline__ Place find_place(const AppendCall& call, int32_t entr
                                             int32_t row) {
   if (!in_sequences(call, starts, row)) return {0, -1, 0};
   const int32_t sequence = sequence_of(call, starts, row);
-  const int64_t position =
-      int64_t{length_before(call, entry, sequence)} + (row - first_row(call, starts, sequence));
-  if (position >= call.capacity) return {0, -1, 0};
+  const auto position = static_cast<uint32_t>(length_before(call, entry, sequence)) +
+                        static_cast<uint32_t>(row - first_row(call, starts, sequence));
+  if (position >= static_cast<uint32_t>(call.capacity)) return {0, -1, 0};
   const auto at = static_cast<int32_t>(position);
   return {sequence, at, call.page_size.quotient(at)};
 }
@@ -168,22 +168,23 @@ __device__ __forceinline__ int32_t sequence_of_run(const AppendCall& call, const
 // A run but for its page, which is not looked up; no tokens if there is no such run, or nothing of it is
 // written. length: of its sequence, before.
 __device__ __forceinline__ Run place_run(const AppendCall& call, const Starts& starts, int32_t number,
-                                         int32_t sequence, int64_t length) {
+                                         int32_t sequence, int32_t length) {
   const int32_t first = call.packed ? starts.runs[sequence] : sequence * call.runs.value;
   const int32_t row = first_row(call, starts, sequence);
-  const int64_t size = call.page_size.value;
-  const int64_t end = min(length + (first_row(call, starts, sequence + 1) - row), int64_t{call.capacity});
-  const int64_t index = call.page_size.quotient(static_cast<int32_t>(length)) + int64_t{number - first};
-  const int64_t position = max(length, index * size);
-  if (position >= end) return {kNowhere, 0, 0, 0, 0, 0, 0};
-  const auto count = static_cast<int32_t>(min(end, (index + 1) * size) - position);
+  const auto begin = static_cast<uint32_t>(length), size = static_cast<uint32_t>(call.page_size.value);
+  const uint32_t end = min(begin + static_cast<uint32_t>(first_row(call, starts, sequence + 1) - row),
+                           static_cast<uint32_t>(call.capacity));
+  const int32_t index = call.page_size.quotient(length) + (number - first);
+  if (begin >= end || index > call.page_size.quotient(static_cast<int32_t>(end - 1)))
+    return {kNowhere, 0, 0, 0, 0, 0, 0};
+  const uint32_t page_begin = static_cast<uint32_t>(index) * size, position = max(begin, page_begin);
   return {kNowhere,
-          static_cast<int32_t>(position - index * size),
+          static_cast<int32_t>(position - page_begin),
           static_cast<int32_t>(position),
           sequence,
-          static_cast<int32_t>(index),
-          row + static_cast<int32_t>(position - length),
-          count};
+          index,
+          row + static_cast<int32_t>(position - begin),
+          static_cast<int32_t>(min(end - page_begin, size) - (position - page_begin))};
 }
 
 // A run; kNowhere as its page if it has no tokens, or its entry lies outside the pool.
