@@ -4,7 +4,7 @@ How calls are timed. All implementations of a cell take turns in one process, in
 repeats. A turn is a burst of n calls back to back that fill some 30 ms, right after n equal calls of the same
 implementation that are not timed, or after `SETTLED` seconds of them where products bind it: a GPU is bound by power,
 and a burst would otherwise pay for, or profit from, what ran before it (seen: 8% of cuDNN's rate; after 20 ms of the
-same call still 10% between a turn after slow kernels and one after fast ones, after 0.3 s 1%). The device is drained
+same call still 10% between a turn after slow kernels and one after fast ones, after 0.3 s 1%, after 0.2 s 2%). The device is drained
 before and after each burst. What is reported is the median of the repeats. Inputs are rotated through more bytes than
 the largest cache holds.
 """
