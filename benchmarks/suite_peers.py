@@ -81,6 +81,8 @@ ORDER = (
     "other peers",
     "decode, flash-attn3-jax",
     "prefill",
+    "settled backward",
+    "settled forward",
 )
 SECTIONS = {name: kept(_ALL[name], name) for name in ORDER}
 

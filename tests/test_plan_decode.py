@@ -83,10 +83,9 @@ def test_rows_of_a_group_that_tiles_do_not_hold_whole_decode():
     assert plan(q_rows=32, heads=72)["row"]["block_m"] == 128
 
 
-def test_small_pages_take_more_keys_per_tile():
-    for size, keys in ((16, 160), (32, 160), (64, 128), (128, 128)):
-        assert plan(q_rows=2000, page_size=size)["row"]["block_n"] == keys
-    assert plan(q_rows=2000, page_size=16, k_rows=1000)["row"]["block_n"] == 128
+def test_prefill_takes_tiles_of_128_keys_whatever_the_page_size():
+    for size in (8, 16, 24, 32, 64, 128):
+        assert plan(q_rows=2000, page_size=size)["row"]["block_n"] == 128
 
 
 def test_other_pools_decode_as_well():

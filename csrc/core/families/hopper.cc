@@ -45,8 +45,6 @@ class TileChoice {
     return !call_.spec.packed() && few_waves();  // of packed sequences only a bound of the tiles is known
   }
 
-  bool wants_more_keys() const { return visible_keys_ >= 1536; }
-
  private:
   // Waves of query tiles of so many rows, one tile per SM at a time.
   int64_t waves(int64_t rows) const {
@@ -91,14 +89,8 @@ class Forward final : public PassTraits {
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
+    if (call.spec.paged()) return hopper::packs_heads(a) && !hopper::packs_heads(b);
     const TileChoice choice(call);
-    if (call.spec.paged()) {
-      // Small pages are loaded by many boxes, which more keys per tile leave more time for.
-      constexpr int64_t kSmallPage = 64;
-      if (hopper::packs_heads(a) != hopper::packs_heads(b)) return hopper::packs_heads(a);
-      const bool more_keys = call.shapes.page_size < kSmallPage && choice.wants_more_keys();
-      return a.block_n != b.block_n && (a.block_n > b.block_n) == more_keys;
-    }
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
     if (a_small != b_small) return a_small == choice.wants_one_consumer();
     return (a.teams > 1) != (b.teams > 1) && (a.teams > 1) == choice.wants_teams();

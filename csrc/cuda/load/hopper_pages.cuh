@@ -15,7 +15,7 @@
 namespace jax_flash {
 
 // Keys whose page lies outside the pool are loaded from here: overlapping rows of NaN, 16 bytes apart.
-inline constexpr int kNanRows = 160, kNanStep = 8;
+inline constexpr int kNanRows = 128, kNanStep = 8;
 struct NanRows {
   uint16_t x[kNanRows * kNanStep + 2 * kMaxHeadDim];
   constexpr NanRows() : x() {
