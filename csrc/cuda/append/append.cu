@@ -67,8 +67,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
   auto* const memory = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const Starts starts{memory, memory + call.sequences + 1};
-  if (call.packed) find_starts(call, entry, starts, shared.scan);
-  find_own(call, entry, {first, count, count > kFew}, starts, shared);
+  if (call.packed) find_first_rows(call, entry, starts, shared.scan);
+  if (call.tokens <= kThreads) {
+    find_own_of_few(call, entry, {first, count, false}, starts, shared);
+  } else {
+    if (call.packed) find_first_runs(call, starts, shared.scan);
+    find_own(call, entry, {first, count, count > kFew}, starts, shared);
+  }
   for (bool is_first = true; item < items; item += kThreads, is_first = false) {
     if (!used(item)) continue;
     if (!is_first) load();

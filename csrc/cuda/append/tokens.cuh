@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/band.h"
 #include "cuda/append/call.cuh"
 
 namespace jax_flash::append {
@@ -66,10 +67,17 @@ __device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t
   return all;
 }
 
-// Finds the starts of packed sequences: rows are the running maximum of cu_seqlens. `shared`: [kWarps].
-// Called by all threads, which may read the starts after it.
-__device__ inline void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
-                                   int32_t* shared) {
+// The entries of Starts that a thread finds.
+__device__ __forceinline__ Interval own_starts(const AppendCall& call) {
+  const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
+  const int32_t begin = static_cast<int32_t>(threadIdx.x) * share;
+  return {begin, min(begin + share, call.sequences + 1)};
+}
+
+// Finds the first rows of packed sequences, the running maximum of cu_seqlens. `shared`: [kWarps]. Called by
+// all threads, which may read the rows after it.
+__device__ inline void find_first_rows(const AppendCall& call, int32_t entry, const Starts& starts,
+                                       int32_t* shared) {
   const auto maximum = [](int32_t a, int32_t b) { return max(a, b); };
   const auto start_of = [&](int32_t z) {
     return clamp_index(*call.cu_seqlens.at<const int32_t>(entry, z, 0, 0), call.tokens);
@@ -81,21 +89,32 @@ __device__ inline void find_starts(const AppendCall& call, int32_t entry, const 
     for (int32_t z = thread - call.earlier; z < 0; z += kThreads) x = max(x, start_of(z));
     before = scan_block(x, 0, shared, maximum);
   }
-  const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
-  const int32_t begin = thread * share, end = min(begin + share, call.sequences + 1);
+  const Interval own = own_starts(call);
   int32_t x = 0;
-  for (int32_t z = begin; z < end; ++z) starts.rows[z] = x = max(x, start_of(z));
+  for (int32_t z = own.lo; z < own.hi; ++z) starts.rows[z] = x = max(x, start_of(z));
   scan_block(x, before, shared, maximum);
-  for (int32_t z = begin; z < end; ++z) starts.rows[z] = max(starts.rows[z], x);
+  for (int32_t z = own.lo; z < own.hi; ++z) starts.rows[z] = max(starts.rows[z], x);
   __syncthreads();
+}
+
+// Their first runs, likewise.
+__device__ inline void find_first_runs(const AppendCall& call, const Starts& starts, int32_t* shared) {
+  const Interval own = own_starts(call);
   const auto runs = [&](int32_t z) {
     return z < call.sequences ? runs_of(call, starts.rows[z + 1] - starts.rows[z]) : 0;
   };
   int32_t sum = 0;
-  for (int32_t z = begin; z < end; ++z) sum += runs(z);
+  for (int32_t z = own.lo; z < own.hi; ++z) sum += runs(z);
   scan_block(sum, 0, shared, [](int32_t a, int32_t b) { return a + b; });
-  for (int32_t z = begin; z < end; ++z) starts.runs[z] = sum, sum += runs(z);
+  for (int32_t z = own.lo; z < own.hi; ++z) starts.runs[z] = sum, sum += runs(z);
   __syncthreads();
+}
+
+// Finds all starts, likewise.
+__device__ __forceinline__ void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
+                                            int32_t* shared) {
+  find_first_rows(call, entry, starts, shared);
+  find_first_runs(call, starts, shared);
 }
 
 // The last of `count` starts, which never decrease, that is at most x.
