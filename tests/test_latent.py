@@ -85,7 +85,9 @@ def test_many_sequences_of_other_lengths(heads):
     """More entries than a GPU has CTAs, and some that many CTAs share."""
     longest = 3000 if IMPLEMENTATION == "cuda" else 301  # elsewhere nothing depends on it
     lengths = np.random.default_rng(0).choice([0, 1, 63, 64, 65, 300, longest], 60)
-    case = ALL_HEADS.replace(b=60, sk=longest, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=heads)
+    case = ALL_HEADS.replace(
+        b=60, sk=longest, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=heads
+    )
     pages.check(latent(case, 64), IMPLEMENTATION)
 
 

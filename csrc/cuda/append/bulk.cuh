@@ -21,14 +21,9 @@ namespace jax_flash::append {
 inline constexpr int kBulkBlocks = 2;  // per SM
 inline constexpr int kMostStages = 4;
 inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is worth while
-#ifndef RUNS_AT_ONCE
-#define RUNS_AT_ONCE 5
-#endif
-#ifndef RUNS_OF_WARP
-#define RUNS_OF_WARP 160
-#endif
-inline constexpr int kRunsAtOnce = RUNS_AT_ONCE;  // that a lane looks up together
-inline constexpr int kRunsOfWarp = RUNS_OF_WARP;  // more are looked up by the block
+inline constexpr int kLeastTokens = 3;    // of a block: fewer wait for their slots rather than for memory
+inline constexpr int kRunsAtOnce = 5;     // that a lane looks up together
+inline constexpr int kRunsOfWarp = 160;   // more are looked up by the block
 
 // What a lane of a warp copies of each token, in bytes: its key, its value, its cosines or its sines, in
 // pieces of adjacent bytes: all heads together where they lie so, else one each.
@@ -101,10 +96,7 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   constexpr int64_t kReserved = 1024;  // of each CTA
   const int64_t room =
       shared_memory / kBulkBlocks - static_cast<int64_t>(sizeof(Shared)) - kReserved - starts;
-#ifndef LEAST_TOKENS
-#define LEAST_TOKENS 1
-#endif
-  const bool is_small = parts.row_bytes() < kLeastBytes || tokens < LEAST_TOKENS;
+  const bool is_small = parts.row_bytes() < kLeastBytes || tokens < kLeastTokens;
   const int64_t stages = is_small ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
   parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
   parts.lanes[0] = row_lane<T>(call, call.key, 0);
@@ -131,12 +123,6 @@ __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_
     }
   }
   return __reduce_or_sync(~0u, marks);
-}
-
-// find_own, as code that most calls do not fetch.
-__device__ __noinline__ void find_own_apart(const AppendCall& call, int32_t entry, Own own, Starts starts,
-                                            Shared& shared) {
-  find_own(call, entry, own, starts, shared);
 }
 
 // A warp of append_bulk, and its tokens: those of the block from its number on, kWarps apart.
@@ -235,7 +221,7 @@ struct BulkWarp {
     }
     const int32_t all = all_runs(call, starts);
     if (count == 0 || all > kRunsOfWarp) return;
-    if (all <= 64 ? meets<2>(starts, place, all) : meets<kRunsAtOnce>(starts, place, all))
+    if (meets(starts, place, all))
       overwritten = find_overwritten(call, entry, starts, first, count, to.page, to.slot);
   }
 
@@ -264,22 +250,21 @@ struct BulkWarp {
   }
 
  private:
-  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kAtOnce
+  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kRunsAtOnce
   // together.
-  template <int kAtOnce>
   __device__ __forceinline__ bool meets(const Starts& starts, const Place& place, int32_t all) const {
     bool found = false;
 #pragma unroll 1
-    for (int32_t base = lane(); base - lane() < all; base += 32 * kAtOnce) {
-      int32_t sequence[kAtOnce], length[kAtOnce];
-      Run runs[kAtOnce];
+    for (int32_t base = lane(); base - lane() < all; base += 32 * kRunsAtOnce) {
+      int32_t sequence[kRunsAtOnce], length[kRunsAtOnce];
+      Run runs[kRunsAtOnce];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int j = 0; j < kRunsAtOnce; ++j) {
         sequence[j] = sequence_of_run(call, starts, min(base + 32 * j, all - 1));
         length[j] = length_before(call, entry, sequence[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int j = 0; j < kRunsAtOnce; ++j) {
         runs[j] = place_run(call, starts, min(base + 32 * j, all - 1), sequence[j], length[j]);
         if (runs[j].count > 0) runs[j].page = page_at(call, entry, sequence[j], runs[j].index);
       }
@@ -335,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, kBulkBlocks)
   if (call.packed) find_starts(call, entry, starts, shared.scan);
   own.find(starts);
   if (all_runs(call, starts) > kRunsOfWarp) {
-    find_own_apart(call, entry, {first, count, count > kFew}, starts, shared);
+    find_own(call, entry, {first, count, count > kFew}, starts, shared);
     const int32_t token = warp + own.lane() * kWarps;
     own.overwritten = __ballot_sync(~0u, token < count && shared.overwritten[min(token, kMostTokens - 1)]);
   }

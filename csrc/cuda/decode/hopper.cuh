@@ -28,7 +28,6 @@ struct LatentSm90 {
   static constexpr int kWarps = 8, kLoadWarps = 4;
   // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
   static constexpr int kPartsAtOnce = kOptions ? 0 : 1, kBlocksAtOnce = kOptions ? 1 : 2;
-  static constexpr int kLookAhead = 1;  // tiles whose pages are looked up
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, kTile>;

@@ -52,7 +52,6 @@ struct LatentFewSm90 {
   static constexpr int kLoadWarps = R.warps - kWarps;
   // When parts are merged, as many of them and blocks of 128 features together as spill nothing.
   static constexpr int kPartsAtOnce = 2, kBlocksAtOnce = 4;
-  static constexpr int kLookAhead = 2;  // tiles whose pages are looked up
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = LatentSums<kWarps, kTile / 8>;

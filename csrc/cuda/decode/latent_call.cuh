@@ -33,9 +33,7 @@ LatentCall make_latent_call(const Problem& p, const DecodeGrid& grid, int32_t ro
       (p.packed() ? slot_count(p.q_rows, chunks.tokens, p.batch) : p.batch * of_sequence) * chunks.heads;
   const int64_t leading = p.leading.rank > 0 ? p.leading.size[p.leading.rank - 1] : 1;
   call.sequences = static_cast<int32_t>(leading * entries);
-  // Where every entry has a whole number of CTAs, ends that count would make their parts unequal.
-  call.end_tiles =
-      call.sequences > 0 && grid.ranges % call.sequences == 0 ? 0 : end_tiles(grid, call.sequences);
+  call.end_tiles = end_tiles(grid, call.sequences);
   call.entries = Divisor(std::max<int64_t>(1, entries));
   call.head_chunks = Divisor(chunks.heads);
   call.token_chunks = Divisor(of_sequence);

@@ -40,15 +40,12 @@ class LatentLoader {
     for (; !ahead.done(); ++segment) {
       const Queries queries = open(segment);
       const int32_t tile = ahead.tile, tile_end = ahead.tile_end;
-#pragma unroll
-      for (int ahead_of = 0; ahead_of < C::kLookAhead; ++ahead_of)
-        if (tile + ahead_of < tile_end) look_up(tile + ahead_of, ahead_of);
+      look_up(tile);
 #pragma unroll 1
       for (int32_t n = tile; n < tile_end; ++n, ++use) {
         shared.k_pipe.wait_empty(use);
         load_keys(use);
-        next_pages();
-        if (n + C::kLookAhead < tile_end) look_up(n + C::kLookAhead, C::kLookAhead - 1);
+        if (n + 1 < tile_end) look_up(n + 1);
         if (n == tile) load_queries(queries, segment);
       }
       ahead.advance();
@@ -98,25 +95,18 @@ class LatentLoader {
     return {column.rows(entry), work.leading, work.batch_row, work.q_begin};
   }
 
-  // Starts to look up the pages of this thread's keys of a tile, one of C::kLookAhead. What the table holds
-  // is checked by load_keys(), so that nobody waits for it here.
-  __device__ __forceinline__ void look_up(int32_t tile, int place) {
+  // Starts to look up the pages of this thread's keys of a tile. What the table holds is checked by
+  // load_keys(), so that nobody waits for it here.
+  __device__ __forceinline__ void look_up(int32_t tile) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
       const int64_t key = int64_t{tile} * C::kTile + warp * kWarpRows + row + i * kStep;
-      slot[place][i] = kUnused;
+      slot[i] = kUnused;
       if (key < keys.lo || key >= keys.hi) continue;
       const int32_t entry = call.page_size.quotient(static_cast<int32_t>(key));
-      slot[place][i] = static_cast<int32_t>(key) - entry * call.page_size.value;
-      page[place][i] = table[entry];
+      slot[i] = static_cast<int32_t>(key) - entry * call.page_size.value;
+      page[i] = table[entry];
     }
-  }
-  __device__ __forceinline__ void next_pages() {
-#pragma unroll
-    for (int place = 0; place + 1 < C::kLookAhead; ++place)
-#pragma unroll
-      for (int i = 0; i < kRowsOfThread; ++i)
-        page[place][i] = page[place + 1][i], slot[place][i] = slot[place + 1][i];
   }
 
   // Copies a row of a tile, of which `columns` are used; the others become zeros.
@@ -138,12 +128,12 @@ class LatentLoader {
     uint32_t missing = 0;  // of the warp's rows
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {
-      const bool exists = slot[0][i] != kUnused;
-      const bool inside = exists && static_cast<uint32_t>(page[0][i]) < static_cast<uint32_t>(call.pages);
+      const bool exists = slot[i] != kUnused;
+      const bool inside = exists && static_cast<uint32_t>(page[i]) < static_cast<uint32_t>(call.pages);
       const uint32_t votes = __ballot_sync(~0u, exists && !inside && chunk == 0);  // lanes 0, 8, 16, 24
 #pragma unroll
       for (int r = 0; r < kStep; ++r) missing |= (votes >> r * Tile::kPanel & 1) << (i * kStep + r);
-      const int64_t offset = inside ? page[0][i] * call.key.batch + slot[0][i] * call.key.row : 0;
+      const int64_t offset = inside ? page[i] * call.key.batch + slot[i] * call.key.row : 0;
       copy_row<Tile>(tile, warp * kWarpRows + row + i * kStep, pool + offset, inside, call.head_dim);
     }
     if (threadIdx.x % 32 == 0) shared.missing[use % C::kStages][warp] = missing;
@@ -181,7 +171,7 @@ class LatentLoader {
   const T* pool;
   const int32_t* table;
   int warp, row, chunk;  // of this thread: row is its first one among those of its warp
-  int32_t page[C::kLookAhead][kRowsOfThread], slot[C::kLookAhead][kRowsOfThread];
+  int32_t page[kRowsOfThread], slot[kRowsOfThread];
 };
 
 }  // namespace jax_flash::decode

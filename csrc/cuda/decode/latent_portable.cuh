@@ -35,7 +35,6 @@ struct LatentSm80 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kWarps = latent::kProductWarps, kLoadWarps = R.warps - kWarps;
-  static constexpr int kLookAhead = 1;  // tiles whose pages are looked up
   using QTile = SharedTile<T, kRows, kHeadDim>;
   using KTile = SharedTile<T, kTile, kHeadDim>;
   using PTile = SharedTile<T, kRows, latent::kLeastTile>;  // of which kTile columns are used
