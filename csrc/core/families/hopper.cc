@@ -11,6 +11,7 @@ namespace jax_flash {
 namespace {
 
 using hopper::kConsumerRows;
+static_assert(kConsumerRows == kSegmentPart);
 
 constexpr int64_t kCounterBytes = 4;
 
@@ -108,7 +109,7 @@ class Forward final : public PassTraits {
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
-    add_segments(call, s.q_rows, plan.queries, workspace);
+    add_segments(call, s.q_rows, plan.queries, workspace, true);
     share_tiles(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
   }
 
