@@ -237,7 +237,8 @@ class BiasGradient final : public PassTraits {
 class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+    const auto bytes = row.block_m == latent::kFewRows ? latent::few_bytes : latent::tile_bytes;
+    return bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
 };
 
