@@ -118,7 +118,8 @@ __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_
     Slot other{kNowhere, 0, 0, 0};
     if (row < call.tokens) other = find_slot(call, entry, starts, row);
     for (int32_t i = 0; i < count; ++i) {
-      const bool same = __shfl_sync(~0u, page, i) == other.page && __shfl_sync(~0u, slot, i) == other.slot;
+      const int32_t own_page = __shfl_sync(~0u, page, i), own_slot = __shfl_sync(~0u, slot, i);
+      const bool same = own_page == other.page && own_slot == other.slot;
       if (same && other.page != kNowhere && row > first + i * kWarps) marks |= 1u << i;
     }
   }
