@@ -219,7 +219,7 @@ def verdict(cell: Cell) -> str:
     match cell["kind"]:
         case "failed":
             return str(cell["error"])
-        case "peer" | "documents" if "jax_flash" in timed:
+        case "peer" | "settled" | "documents" if "jax_flash" in timed:
             rate = cell["flop"] / timed["jax_flash"] / 1e12
             over = (
                 f"× {name} {t / timed['jax_flash']:.2f}" for name, t in timed.items() if name != "jax_flash"

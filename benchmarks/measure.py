@@ -2,11 +2,13 @@
 
 How calls are timed. All implementations of a cell take turns in one process, in an order that turns round between
 repeats. A turn is a burst of n calls back to back that fill some 30 ms, right after n equal calls of the same
-implementation that are not timed, or after `SETTLED` seconds of them where products bind it: a GPU is bound by power,
-and a burst would otherwise pay for, or profit from, what ran before it (seen: 8% of cuDNN's rate; after 20 ms of the
-same call still 10% between a turn after slow kernels and one after fast ones, after 0.3 s 1%). The device is drained
-before and after each burst. What is reported is the median of the repeats. Inputs are rotated through more bytes than
-the largest cache holds.
+implementation that are not timed: a GPU is bound by power, and a burst would otherwise pay for, or profit from,
+what ran before it (seen: 8% of cuDNN's rate). The device is drained before and after each burst. What is reported
+is the median of the repeats. Inputs are rotated through more bytes than the largest cache holds.
+
+That leaves what the turns before have done to the card's power: products of the same kernel were up to 10% faster
+after slow kernels than after fast ones. Where `settle` is `SETTLED` seconds of untimed calls, repeats agree to 1%, and
+all rates are those of a card that has run at its limit of power for long: some 6% lower.
 """
 
 from __future__ import annotations
@@ -27,9 +29,7 @@ Calls = dict[str, tuple[Call, Sequence[tuple[Any, ...]]]]  # name → (function,
 
 ROTATION = {"gpu": 512 << 20, "cpu": 256 << 20}  # bytes: several times the largest L2 or L3 in use today
 REPEATS, BURST = 6, 0.03  # seconds of one burst
-SETTLED = (
-    0.25  # seconds of one call until a power-bound H200 runs at its own clock for it (1,980 → 1,650 MHz)
-)
+SETTLED = 0.2  # seconds until an H200 bound by power runs at a call's own clock (1,980 → 1,650 MHz)
 # Products by cuBLAS's fastest algorithm, also where the process runs with --xla_gpu_autotune_level=0.
 PRODUCTS = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
 CALLS_AT_MOST = 200  # of one burst, however short they are

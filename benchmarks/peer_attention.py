@@ -17,7 +17,6 @@ from .bars import Cell
 from .cases import Case, gpu_case
 
 WAVE = 6  # cells whose programs are compiled side by side; their inputs and residuals lie in memory together
-REPEATS, BURST = 4, 0.02
 RUN = ("cudnn", "flash-attn3-jax", "jla")  # installed without trouble, and known to run
 OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # not run before, or slow to compile: last
 PASSES = ("backward", "forward")
@@ -35,11 +34,15 @@ class Wanted:
 
 
 def timed(calls: measure.Calls, settle: float | None = None) -> dict[str, Any]:
-    return measure.in_turns(calls, REPEATS, BURST, settle)
+    return measure.in_turns(calls, settle=settle)
 
 
-def measured(wanted: Iterable[Wanted]) -> Iterator[Cell]:
-    """The cells, compiled in waves. What fails, this library's calls included, is a note in its cell."""
+def measured(wanted: Iterable[Wanted], settle: float | None = measure.SETTLED) -> Iterator[Cell]:
+    """The cells, compiled in waves. What fails, this library's calls included, is a note in its cell.
+
+    `settle`: seconds of untimed calls before each burst; None: as many calls as are timed, as peers were for the
+    figures that their bars are made of.
+    """
     waiting = list(wanted)
     while waiting:
         wave, waiting = waiting[:WAVE], waiting[WAVE:]
@@ -48,17 +51,22 @@ def measured(wanted: Iterable[Wanted]) -> Iterator[Cell]:
         for number, cell in enumerate(wave):
             there = {name: calls[request] for name, request in cell.calls.items() if request in calls}
             notes = {name: refused[request] for name, request in cell.calls.items() if request in refused}
-            yield cell.tags | {"times": timed(there, measure.SETTLED) | notes}
+            yield cell.tags | {"times": timed(there, settle) | notes}
             later = {request for other in wave[number + 1 :] for request in other.calls.values()}
             for request in [request for request in calls if request not in later]:
                 del calls[request]
 
 
 def beside_peers(
-    chosen: Iterable[Case], pass_: str, of: str, names: tuple[str, ...] = RUN, product: bool = False
+    chosen: Iterable[Case],
+    pass_: str,
+    of: str,
+    names: tuple[str, ...] = RUN,
+    product: bool = False,
+    settle: float | None = None,
 ) -> Iterator[Cell]:
     """Cells of kind "peer": TFLOP/s of this library and its peers; `product`: and of the matrix product
-    right after."""
+    right after; `settle`: as measured() has it."""
     wanted = []
     for case in chosen:
         tags = {"case": case.name, "pass": pass_, "d": case.d, "s": case.sq, "causal": case.causal, "of": of}
@@ -67,18 +75,24 @@ def beside_peers(
         if case.layout == "varlen":
             every = ("jax_flash", "segment ids", *names)
         wanted.append(Wanted({name: (name, case, pass_) for name in every}, tags))
-    for cell in measured(wanted):
+    for cell in measured(wanted, settle):
         if product:
             product_call = measure.matmul_call("gpu", "bfloat16")
-            cell["times"]["matmul"] = timed({"matmul": product_call}, measure.SETTLED)["matmul"]
+            cell["times"]["matmul"] = timed({"matmul": product_call}, settle)["matmul"]
         yield cell
 
 
-def matrix(pass_: str) -> Iterator[Cell]:
+def matrix(pass_: str, settle: float | None = None) -> Iterator[Cell]:
     """The 18 shapes and models' heads, those of head dim 128 and the models first."""
     first = [case for case in cases.MATRIX if case.d == 128]
     rest = [case for case in cases.MATRIX if case.d != 128]
-    yield from beside_peers((*first, *cases.GQA, *rest), pass_, "matrix")
+    yield from beside_peers((*first, *cases.GQA, *rest), pass_, "matrix", settle=settle)
+
+
+def settled(pass_: str) -> Iterator[Cell]:
+    """The same when power has settled, which no bar is about."""
+    for cell in matrix(pass_, measure.SETTLED):
+        yield cell | {"kind": "settled"}
 
 
 def latent(pass_: str) -> Iterator[Cell]:
@@ -221,4 +235,6 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "short": small,
     "forward": functools.partial(matrix, "forward"),
     "other peers": other_peers,
+    "settled backward": functools.partial(settled, "backward"),
+    "settled forward": functools.partial(settled, "forward"),
 }

@@ -32,7 +32,7 @@ def device_cells() -> Iterator[Cell]:
     """What the device does by itself: the matrix product, and a copy."""
     product = measure.matmul_call("gpu", "bfloat16")
     copy, arguments, size = measure.copy_call("gpu")
-    times = peer_attention.timed({"matmul": product, "copy": (copy, arguments)}, measure.SETTLED)
+    times = peer_attention.timed({"matmul": product, "copy": (copy, arguments)})
     yield {"kind": "device", "name": "device", "times": times, "flop": flop.matmul("gpu"), "copied": size}
 
 
@@ -81,6 +81,8 @@ ORDER = (
     "other peers",
     "decode, flash-attn3-jax",
     "prefill",
+    "settled backward",
+    "settled forward",
 )
 SECTIONS = {name: kept(_ALL[name], name) for name in ORDER}
 
