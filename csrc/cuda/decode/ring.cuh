@@ -42,11 +42,16 @@ struct KeySource {
   // Starts to look a key up. What the table holds is not looked at before check(), so that nobody waits for
   // it.
   __device__ __forceinline__ PageSlot look_up(const DecodeCall& call, int64_t position) const {
+    return locate(call, position, [&](int32_t entry) { return table[entry]; });
+  }
+  // page_of(entry of the table): the page.
+  template <class PageOf>
+  __device__ __forceinline__ PageSlot locate(const DecodeCall& call, int64_t position, PageOf page_of) const {
     if (position < used.lo || position >= used.hi) return {kNoPage, kUnused};
     const int32_t key_index = static_cast<int32_t>(position);
     if (!call.paged) return {page, key_index};
     const int32_t entry = call.page_size.quotient(key_index);
-    return {table[entry], key_index - entry * call.page_size.value};
+    return {page_of(entry), key_index - entry * call.page_size.value};
   }
   __device__ __forceinline__ static PageSlot check(const DecodeCall& call, PageSlot found) {
     if (found.slot == kUnused) return {kNoPage, 0};
