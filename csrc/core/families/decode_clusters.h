@@ -18,7 +18,6 @@ struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
   int32_t parts, softmax;  // what the n CTAs send: O [items of this CTA, n] float4; m and l [M, n]
   int32_t barrier;         // that counts its bytes
-  int32_t pages;           // int32 [warps, stages, keys of a warp]: of the keys that take a stage next
   int32_t bytes;
 };
 
@@ -30,8 +29,7 @@ constexpr Layout layout(const RowShape& r, int32_t element_size) {
   at.parts = at.merge_softmax + r.warps * r.block_m * kSoftmax;
   at.softmax = at.parts + r.block_m * r.value_dim * int32_t{sizeof(float)};
   at.barrier = at.softmax + r.block_m * kMostCtas * kSoftmax;
-  at.pages = at.barrier + kMbarrierBytes;
-  at.bytes = at.pages + r.stages * r.block_n * int32_t{sizeof(int32_t)};
+  at.bytes = at.barrier + kMbarrierBytes;
   return at;
 }
 

@@ -43,8 +43,6 @@ struct DecodeSm90 {
 template <class C>
 class ClusterRing {
  public:
-  using Pages = PageRing<C::kStages, C::kKeys>;
-
   // The first key's page, as it is where a sequence is seen from its first key on, is looked up while the
   // lengths are.
   __device__ __forceinline__ ClusterRing(uint8_t* shared, const DecodeCall& decode, const ColumnRows& rows,
@@ -52,8 +50,7 @@ class ClusterRing {
       : call(decode),
         keys(decode),
         memory(ptx::shared_address(shared) + warp() * C::kLayout.warp_ring),
-        step(ctas),
-        pages(ptx::shared_address(shared) + C::kLayout.pages + warp() * Pages::kBytes) {
+        step(ctas) {
     const int32_t key = rank * C::kTile + key_in_tile(), entry = call.page_size.quotient(key);
     int32_t page = 0;
     if (call.paged && key < call.k_rows) {
@@ -65,16 +62,20 @@ class ClusterRing {
     keys.open(call, rows, work);
     const Interval tiles = tiles_of(work.keys, C::kTile);
     tile = tiles.lo + rank, end = tiles.hi;
-    pages.begin(tiles.lo == 0 ? page : keys.page_of(call, position(0)));
+    if (call.paged && tiles.lo == 0 && work.keys.contains(key)) {
+      next = {page, key - entry * call.page_size.value};
+    } else {
+      find();
+    }
   }
 
   __device__ __forceinline__ static int32_t warp() { return static_cast<int32_t>(threadIdx.x) / 32; }
   __device__ __forceinline__ void fill() {
     if (tile < end) {
       copy_rows<typename C::KTile, typename C::VTile>(memory + filled * C::kStageBytes, keys,
-                                                      keys.slot_of(call, position(0), pages.take(filled)));
-      pages.advance(call, keys, filled, position(1), position(C::kStages));
+                                                      keys.check(call, next));
       tile += step;
+      if (tile < end) find();
     }
     if (++filled == C::kStages) filled = 0;
     ptx::cp_async_commit();
@@ -93,16 +94,15 @@ class ClusterRing {
   __device__ __forceinline__ static int32_t key_in_tile() {
     return warp() * C::kKeys + static_cast<int32_t>(threadIdx.x) % C::kKeys;
   }
-  // Of this lane's key in the i-th tile from the next one on.
-  __device__ __forceinline__ int64_t position(int i) const {
-    return (int64_t{tile} + i * step) * C::kTile + key_in_tile();
+  __device__ __forceinline__ void find() {
+    next = keys.look_up(call, int64_t{tile} * C::kTile + key_in_tile());
   }
 
   const DecodeCall& call;
   KeySource<typename C::Element, true> keys;
   uint32_t memory;
   int32_t step;
-  Pages pages;  // of this lane's keys in that tile and those after it
+  PageSlot next;  // of this lane's key in that tile, to be checked
   int filled = 0;
 };
 

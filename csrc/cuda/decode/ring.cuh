@@ -1,10 +1,11 @@
 // A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it:
 // copies and products need no barrier across the thread block.
 //
-// A stage holds kKeys keys and their values. The page slots of the next stage's keys are looked up while the
-// last copy runs, also where it belongs to the next segment, which hides the latency of the block table.
-// Before the first tile is waited for, kStages of them are asked for by the loop that waits: a kernel's first
-// instructions are fetched from memory, so that code is kept short.
+// A stage holds kKeys keys and their values. Under load the block table answers later than a stage's copy
+// takes, so in a long segment the entries of the tile that has a stage next are copied with the one that has
+// it now. Other tiles are looked up one tile ahead, a segment's first one while the last copy of the one
+// before runs. Before the first tile is waited for, kStages of them are asked for by the loop that waits: a
+// kernel's first instructions are fetched from memory, so that code is kept short.
 #pragma once
 
 #include <cstdint>
@@ -39,67 +40,33 @@ struct KeySource {
     used = work.keys;
     if (call.paged) table = call.block_tables.at<const int32_t>(work.leading, page, 0, 0);
   }
-  // Whether the table says where a key lies.
-  __device__ __forceinline__ bool is_looked_up(const DecodeCall& call, int64_t position) const {
-    return call.paged && position >= used.lo && position < used.hi;
+  // Starts to look a key up. What the table holds is not looked at before check(), so that nobody waits for
+  // it.
+  __device__ __forceinline__ PageSlot look_up(const DecodeCall& call, int64_t position) const {
+    return locate(call, position, [&](int32_t entry) { return table[entry]; });
   }
-  __device__ __forceinline__ const int32_t* entry_of(const DecodeCall& call, int64_t position) const {
-    return table + call.page_size.quotient(static_cast<int32_t>(position));
-  }
-  // Starts to look the page of a key up. What the table holds is not looked at before slot_of(), so that
-  // nobody waits for it.
-  __device__ __forceinline__ int32_t page_of(const DecodeCall& call, int64_t position) const {
-    return is_looked_up(call, position) ? *entry_of(call, position) : page;
-  }
-  // Where a key lies whose page was found.
-  __device__ __forceinline__ PageSlot slot_of(const DecodeCall& call, int64_t position, int32_t found) const {
-    if (position < used.lo || position >= used.hi) return {kNoPage, 0};
-    const auto key_index = static_cast<int32_t>(position);
+  // page_of(entry of the table): the page.
+  template <class PageOf>
+  __device__ __forceinline__ PageSlot locate(const DecodeCall& call, int64_t position, PageOf page_of) const {
+    if (position < used.lo || position >= used.hi) return {kNoPage, kUnused};
+    const int32_t key_index = static_cast<int32_t>(position);
     if (!call.paged) return {page, key_index};
-    if (static_cast<uint32_t>(found) >= static_cast<uint32_t>(call.pages)) return {kMissingPage, 0};
-    return {found, call.page_size.remainder(key_index)};
+    const int32_t entry = call.page_size.quotient(key_index);
+    return {page_of(entry), key_index - entry * call.page_size.value};
+  }
+  __device__ __forceinline__ static PageSlot check(const DecodeCall& call, PageSlot found) {
+    if (found.slot == kUnused) return {kNoPage, 0};
+    if (static_cast<uint32_t>(found.page) >= static_cast<uint32_t>(call.pages)) return {kMissingPage, 0};
+    return found;
   }
 
  private:
+  static constexpr int32_t kUnused = -1;
   __device__ __forceinline__ static GlobalPages<Stored> pages_of(const DecodeCall& call,
                                                                  const DecodeView& pool, int32_t kv_head,
                                                                  int32_t leading, int32_t columns) {
     return {pool.at<const Stored>(leading, 0, kv_head, 0), pool.batch, pool.row, columns, call.kv_dtype};
   }
-};
-
-// The pages of one lane's keys in the tiles of a ring of kStages. Under load the table answers later than a
-// tile takes, so the page of a tile is copied to shared memory with the tile that has its stage before it.
-// The first kStages tiles of a segment are looked up one tile ahead.
-template <int kStages, int kKeys>
-class PageRing {
- public:
-  static constexpr int32_t kPitch = kKeys * 4, kBytes = kStages * kPitch;
-
-  // `shared`: of a warp, int32 [kStages, kKeys].
-  __device__ __forceinline__ explicit PageRing(uint32_t shared)
-      : memory_(shared + threadIdx.x % 32 % kKeys * 4) {}
-
-  // Begins a segment; page: of the first tile's key.
-  __device__ __forceinline__ void begin(int32_t page) { next_ = page, tiles_ = 0; }
-  // The page of the tile that takes `stage` now.
-  __device__ __forceinline__ int32_t take(int stage) const {
-    return tiles_ < kStages ? next_ : static_cast<int32_t>(ptx::load_shared(memory_ + stage * kPitch));
-  }
-  // After take(), with the copies of that tile. next, later: the positions of this lane's key in the tile
-  // after it and in the one that takes its stage next.
-  template <class Keys>
-  __device__ __forceinline__ void advance(const DecodeCall& call, const Keys& keys, int stage, int64_t next,
-                                          int64_t later) {
-    if (threadIdx.x % 32 < kKeys && keys.is_looked_up(call, later))
-      ptx::cp_async_4(memory_ + stage * kPitch, keys.entry_of(call, later), true);
-    if (++tiles_ < kStages) next_ = keys.page_of(call, next);
-  }
-
- private:
-  uint32_t memory_;
-  int32_t next_;   // the page of the next tile, of the first kStages
-  int32_t tiles_;  // of the segment that are copied
 };
 
 // Starts the copies of the keys and values of kRows slots by one warp. `slot` is that of key lane % kRows.
@@ -161,11 +128,11 @@ class WarpRing {
       kStages + 2;  // that may be open: the last one, those of the stages, the next
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
-  using Pages = PageRing<kStages, kKeys>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
+  static constexpr int kEntryBytes = kStages * kKeys * 4;
+  static constexpr int kFarTiles = 32;  // of a segment that is looked up kStages tiles ahead
 
-  // `queue`: this warp's segments [kSegments].
-  // page_memory: of this warp, [kStages, kKeys].
+  // Of this warp: `queue`, segments [kSegments]; page_memory, int32 [kStages, kKeys].
   __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
                                       const DecodeCall& decode, const ColumnRows& column_rows,
                                       const Partition& of_column, const Range& range, int32_t range_number)
@@ -173,22 +140,26 @@ class WarpRing {
         rows(column_rows),
         partition(of_column),
         memory(shared),
+        entries(page_memory + threadIdx.x % 32 % kKeys * 4),
         number(range_number),
         segments(queue),
         ahead(range),
-        keys(decode),
-        pages(page_memory) {}
+        keys(decode) {}
 
   // Starts the copy of this warp's keys of the next tile, and looks for those of the tile after it. The first
   // call, and those past the last tile, copy nothing.
   __device__ __forceinline__ void fill() {
     if (ahead.tile < ahead.tile_end) {
-      copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys,
-                              keys.slot_of(call, position(0), pages.take(filled)));
-      pages.advance(call, keys, filled, position(1), position(kStages));
-      ++ahead.tile;
+      if (far && copied >= kStages)
+        next = keys.locate(call, position(0),
+                           [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
+      copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
+      if (far) copy_entry();
+      ++ahead.tile, ++copied;
     }
-    if (ahead.tile == ahead.tile_end && !ahead.done()) {
+    if (ahead.tile < ahead.tile_end) {
+      if (!far || copied < kStages) find();
+    } else if (!ahead.done()) {
       ahead.advance();
       if (!ahead.done()) open();
     }
@@ -214,7 +185,8 @@ class WarpRing {
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
-    pages.begin(keys.page_of(call, position(0)));
+    far = call.paged && ahead.tile_end - ahead.tile >= kFarTiles, copied = 0;
+    find();
     __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
       segments[opened] = {work, Parts::of(call.grid, partition, ahead, number), ahead.tile, ahead.tile_end};
@@ -226,16 +198,28 @@ class WarpRing {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     return int64_t{ahead.tile + i} * kTile + warp * kKeys + lane % kKeys;
   }
+  __device__ __forceinline__ void find() { next = keys.look_up(call, position(0)); }
+  __device__ __forceinline__ uint32_t entry_of(int stage) const { return entries + stage * kKeys * 4; }
+  // Starts the copy of the entry of the tile that has this stage next.
+  __device__ __forceinline__ void copy_entry() const {
+    if (threadIdx.x % 32 >= kKeys) return;
+    (void)keys.locate(call, position(kStages), [&](int32_t entry) {
+      ptx::cp_async_4(entry_of(filled), keys.table + entry, true);
+      return 0;
+    });
+  }
 
   const DecodeCall& call;
   const ColumnRows& rows;
   const Partition& partition;
-  uint32_t memory;
-  int32_t number;  // of the block's range
+  uint32_t memory, entries;  // entries: of this lane's key in stage 0
+  int32_t number;            // of the block's range
   Segment* segments;
   WorkIterator<kTile> ahead;        // at the tile that is copied next
   KeySource<Stored, kPolicy> keys;  // of that tile's sequence
-  Pages pages;                      // of this lane's keys in that tile and those after it
+  PageSlot next;                    // of this lane's key in that tile, to be checked
+  bool far = false;                 // whether the segment's table entries are copied kStages tiles ahead
+  int32_t copied = 0;               // tiles of the segment
   int filled = 0;                   // the stage that is filled next
   int opened = 0, taken = 0;        // the segments that are opened and taken next
 };
