@@ -176,7 +176,9 @@ def test_many_tokens_of_a_latent_pool():
     assert np.asarray(got).tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("new", [MANY[0], MANY], ids=["of equal numbers", "packed"])
+@pytest.mark.parametrize(
+    "new", [1, MANY[0], MANY, (1, 0, 2)], ids=["one", "of equal numbers", "packed", "few"]
+)
 def test_of_many_bytes_the_last_token_of_a_slot_stays(new):
     require(IMPLEMENTATION)
     call = arguments(**WIDE, dtype="bfloat16", new=new, lengths=(3, 3, 19))

@@ -45,6 +45,7 @@ OPTIONS = [
     DECODE.replace(name="other head dims", d=320, dv=264),
     DECODE.replace(name="values as wide as keys", d=72, dv=72),
     DECODE.replace(name="small and odd head dims", d=45, dv=31, hq=6, hk=2),
+    DECODE.replace(name="bounds of few rows that are raised from tile to tile", scale=1.0),
 ]
 
 
@@ -79,17 +80,21 @@ def test_fixed_splits(case, options):
     pages.check(latent(case.replace(dtype="bfloat16"), 64), IMPLEMENTATION, **options)
 
 
-def test_many_sequences_of_other_lengths():
+@pytest.mark.parametrize("heads", [16, 80])
+def test_many_sequences_of_other_lengths(heads):
     """More entries than a GPU has CTAs, and some that many CTAs share."""
     longest = 3000 if IMPLEMENTATION == "cuda" else 301  # elsewhere nothing depends on it
     lengths = np.random.default_rng(0).choice([0, 1, 63, 64, 65, 300, longest], 60)
-    case = ALL_HEADS.replace(b=60, sk=longest, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=80)
+    case = ALL_HEADS.replace(
+        b=60, sk=longest, kv_lengths=tuple(map(int, lengths)), dtype="bfloat16", hq=heads
+    )
     pages.check(latent(case, 64), IMPLEMENTATION)
 
 
-def test_a_batch_invariant_sequence_keeps_its_bits(kernel):
+@pytest.mark.parametrize("heads", [16, 80])
+def test_a_batch_invariant_sequence_keeps_its_bits(kernel, heads):
     require(kernel, DECODE.replace(dtype="bfloat16"))
-    case = DECODE.replace(sk=4500, kv_lengths=(4500, 2100, 77), dtype="bfloat16", hq=80)
+    case = DECODE.replace(sk=4500, kv_lengths=(4500, 2100, 77), dtype="bfloat16", hq=heads)
     call = latent(case, 64)
     run = call.call(kernel, batch_invariant=True)
     out, lse = run({})

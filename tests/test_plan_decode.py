@@ -251,7 +251,7 @@ A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
 
 def test_latent_pools_have_kernels_of_their_own():
     for device, heads, arch, tile in (
-        (H200, 128, "sm90", (64, 64)), (H200, 16, "sm90", (64, 64)),
+        (H200, 128, "sm90", (64, 64)), (H200, 17, "sm90", (64, 64)), (H200, 16, "sm90", (16, 32)),
         (A100, 128, "sm80", (64, 32)), (A100, 16, "sm80", (16, 32)), (A10, 128, "sm80", (16, 16)),
     ):  # fmt: skip
         row = plan(device, **LATENT | {"heads": heads})["row"]

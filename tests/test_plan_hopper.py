@@ -318,7 +318,9 @@ def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
     segments = plan(**sizes, operands=operand_bits(("q_segment_ids", "kv_segment_ids")))
     without = plan(**sizes, operands=operand_bits(("mask",)))
     tiles = segments["queries"]["blocks"] // 8  # of all heads
-    assert segments["workspace"] - without["workspace"] == -(-12 * tiles // 256) * 256 > 0
+    assert segments["queries"]["block"] == 128
+    both = tiles + 2 * tiles  # for each consumer's 64 rows too
+    assert segments["workspace"] - without["workspace"] == -(-12 * both // 256) * 256 > 0
 
 
 def test_blocks_that_stay_count_tiles_of_unequal_length():

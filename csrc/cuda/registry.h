@@ -69,7 +69,10 @@ inline const Interval* segments_of(const TileGrid& grid, const void* workspace) 
 inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, const void* workspace) {
   const Interval* keys = segments_of(grid, workspace);
   if (!keys) return {};
-  return {keys, reinterpret_cast<const int32_t*>(keys + p.leading.count() * p.batch * grid.tiles)};
+  const int64_t all = p.leading.count() * p.batch * grid.tiles;
+  const auto* one_segment = reinterpret_cast<const int32_t*>(keys + all);
+  if (!grid.segment_parts) return {keys, one_segment, nullptr};
+  return {keys, one_segment, reinterpret_cast<const Interval*>(one_segment + all)};
 }
 
 inline GridTiles grid_tiles(const TileGrid& grid, const void* workspace) {

@@ -41,17 +41,27 @@ __device__ Rows rows_of_block(Rows x) {
   return x;
 }
 
-// One CTA per tile of a batch entry. to, one_segment: [L, batch, tiles].
+// The tiles of a grid, or parts of them. to, one_segment: [L, batch, tiles].
+struct FoundSegments {
+  Interval* to;
+  int32_t* one_segment;
+  int32_t tiles, block;  // of a batch entry, rows of one
+};
+
+// One CTA per tile of a batch entry, and one per part after these.
 template <Over over>
 __global__ void __launch_bounds__(kThreads)
-    find_segments(const __grid_constant__ Problem p, Interval* to, int32_t* one_segment, int32_t tiles,
-                  int32_t block) {
+    find_segments(const __grid_constant__ Problem p, const FoundSegments tiles, const FoundSegments parts,
+                  uint32_t first_part) {
   constexpr bool kQueries = over == Over::kQueries;
-  const int64_t entry = blockIdx.x / tiles, leading = entry / p.batch;
+  const bool part = blockIdx.x >= first_part;
+  const FoundSegments& found = part ? parts : tiles;
+  const uint32_t number = blockIdx.x - (part ? first_part : 0);
+  const int64_t entry = number / found.tiles, leading = entry / p.batch;
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
   const Band band = make_band(p, leading, s);
-  const int32_t begin = static_cast<int32_t>(blockIdx.x % tiles) * block,
-                end = min(begin + block, kQueries ? s.q_len : s.k_len);
+  const int32_t begin = static_cast<int32_t>(number % found.tiles) * found.block,
+                end = min(begin + found.block, kQueries ? s.q_len : s.k_len);
   const auto segments_of = [&](const View& view) {
     return view.as<const int32_t>() + view.leading_offset(p.leading, leading) + s.index * view.batch;
   };
@@ -68,18 +78,26 @@ __global__ void __launch_bounds__(kThreads)
   }
   left = rows_of_block(left);
   if (threadIdx.x > 0) return;
-  to[blockIdx.x] = left.count == 0 ? Interval{0, 0} : left.hull;
-  one_segment[blockIdx.x] = set.lo == set.hi && left.count == left.hull.size();
+  found.to[number] = left.count == 0 ? Interval{0, 0} : left.hull;
+  found.one_segment[number] = set.lo == set.hi && left.count == left.hull.size();
 }
 
 template <Over over>
 cudaError_t trim_grid(const Problem& p, const TileGrid& grid, void* workspace, cudaStream_t stream) {
   if (grid.segments < 0) return cudaSuccess;
-  const int64_t tiles = ceil_div(over == Over::kQueries ? p.q_rows : p.k_rows, grid.block);
-  const int64_t all = p.leading.count() * p.batch * tiles;
-  auto* to = reinterpret_cast<Interval*>(static_cast<char*>(workspace) + grid.segments);
-  return launch(find_segments<over>, all, kThreads, 0, stream, p, to, reinterpret_cast<int32_t*>(to + all),
-                static_cast<int32_t>(tiles), grid.block);
+  const int64_t rows = over == Over::kQueries ? p.q_rows : p.k_rows, entries = p.leading.count() * p.batch;
+  char* free = static_cast<char*>(workspace) + grid.segments;
+  const auto take = [&](int32_t block) {
+    const int64_t tiles = ceil_div(rows, block), all = entries * tiles;
+    auto* to = reinterpret_cast<Interval*>(free);
+    auto* one_segment = reinterpret_cast<int32_t*>(to + all);
+    free = reinterpret_cast<char*>(one_segment + all);
+    return FoundSegments{to, one_segment, static_cast<int32_t>(tiles), block};
+  };
+  const FoundSegments tiles = take(grid.block), parts = take(kSegmentPart);
+  const int64_t all = entries * tiles.tiles, all_parts = grid.segment_parts ? entries * parts.tiles : 0;
+  return launch(find_segments<over>, all + all_parts, kThreads, 0, stream, p, tiles, parts,
+                static_cast<uint32_t>(all));
 }
 
 }  // namespace

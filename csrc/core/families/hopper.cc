@@ -11,6 +11,7 @@ namespace jax_flash {
 namespace {
 
 using hopper::kConsumerRows;
+static_assert(kConsumerRows == kSegmentPart);
 
 constexpr int64_t kCounterBytes = 4;
 
@@ -108,7 +109,7 @@ class Forward final : public PassTraits {
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
-    add_segments(call, s.q_rows, plan.queries, workspace);
+    add_segments(call, s.q_rows, plan.queries, workspace, true);
     share_tiles(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
   }
 
@@ -236,7 +237,8 @@ class BiasGradient final : public PassTraits {
 class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return latent::tile_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+    const auto bytes = row.block_m == latent::kFewRows ? latent::few_bytes : latent::tile_bytes;
+    return bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
   }
 };
 

@@ -51,6 +51,11 @@ class Decode : public PassTraits {
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
     const int64_t most = ceil_div(all * tiles, kLeastTiles);
     grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
+    // Equally long entries are then cut into equal parts, the same number of each.
+    constexpr int64_t kMostLost = 16;  // one CTA of so many
+    const int64_t whole = all > 0 ? grid.ranges / all * all : 0;
+    if (whole > 0 && (grid.ranges - whole) * kMostLost <= grid.ranges)
+      grid.ranges = static_cast<int32_t>(whole);
     if (spec.packed()) grid.packed_rows = std::numeric_limits<int32_t>::max();
     plan_parts(row, call, all, kSplitKeys, workspace, grid);
   }

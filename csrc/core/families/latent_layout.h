@@ -24,6 +24,12 @@ constexpr int64_t tile_bytes(int32_t head_dim, int32_t block_m, int32_t block_n,
   return 2 * (int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{block_m} * block_n);
 }
 
+// The sm_90a kernel of few rows: Q, `stages` tiles of K, and S of eight warps in float32.
+inline constexpr int32_t kFewRows = 16;
+constexpr int64_t few_bytes(int32_t head_dim, int32_t block_m, int32_t block_n, int32_t stages) {
+  return 2 * int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{8} * 4 * block_m * block_n;
+}
+
 // The portable kernel, of whose warps kProductWarps multiply and the others load.
 inline constexpr int32_t kProductWarps = 8;
 inline constexpr int32_t kLeastTile = 32;  // columns of P's tile, at least

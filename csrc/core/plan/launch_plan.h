@@ -10,9 +10,10 @@ namespace jax_flash {
 
 // The tiles of query rows or of key rows that a kernel's grid covers.
 struct TileGrid {
-  int32_t block = 0;      // rows of a tile
-  int64_t tiles = 0;      // tiles of one head of one leading entry (fixed layouts: of one batch entry)
-  int64_t blocks = 0;     // CTAs where each takes one tile
+  int32_t block = 0;           // rows of a tile
+  bool segment_parts = false;  // what segments leave is found for parts of kSegmentPart rows as well
+  int64_t tiles = 0;           // tiles of one head of one leading entry (fixed layouts: of one batch entry)
+  int64_t blocks = 0;          // CTAs where each takes one tile
   int64_t schedule = -1;  // where the varlen schedule begins in the workspace; -1: blockIdx tells the tile
   int64_t segments = -1;  // where what segments leave to each tile begins there; -1: they hide nothing
 };
@@ -90,9 +91,11 @@ struct GridTiles {
 struct TileSegments {
   const Interval* keys = nullptr;
   const int32_t* one_segment = nullptr;
+  const Interval* part_keys = nullptr;  // of parts of kSegmentPart rows; null where the plan has none
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace
+inline constexpr int32_t kSegmentPart = 64;          // rows: a consumer warpgroup's
 inline constexpr int64_t kSmallestTile = 16;         // rows, in csrc/kernels.def: bounds the number of tiles
 
 // Columns of a head in the float32 accumulator of dQ: whole blocks of 16.

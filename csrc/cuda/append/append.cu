@@ -65,8 +65,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       unit.load_angles(call, entry, static_cast<int32_t>(min(position, int64_t{call.capacity})));
     }
   }
-  find_own(call, entry, {first, count, count > kFew}, reinterpret_cast<int32_t*>(ptx::dynamic_shared()),
-           shared);
+  auto* const memory = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
+  const Starts starts{memory, memory + call.sequences + 1};
+  if (call.packed) find_first_rows(call, entry, starts, shared.scan);
+  if (call.tokens <= kThreads) {
+    find_own_of_few(call, entry, {first, count, false}, starts, shared);
+  } else {
+    if (call.packed) find_first_runs(call, starts, shared.scan);
+    find_own(call, entry, {first, count, count > kFew}, starts, shared);
+  }
   for (bool is_first = true; item < items; item += kThreads, is_first = false) {
     if (!used(item)) continue;
     if (!is_first) load();
@@ -85,7 +92,7 @@ Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int3
   const int64_t tokens = entries * call.tokens, wanted = ceil_div(units.all, kThreads);
   const int64_t slices = std::max<int64_t>(tokens * wanted <= most ? wanted : 1, 1);
   Parts parts{};
-  parts.tokens = static_cast<int32_t>(std::clamp<int64_t>(ceil_div(tokens * slices, most), 1, kThreads));
+  parts.tokens = static_cast<int32_t>(std::clamp<int64_t>(ceil_div(tokens * slices, most), 1, kMostTokens));
   parts.chunks = Divisor(ceil_div(call.tokens, parts.tokens)), parts.slices = Divisor(slices);
   parts.units = Divisor(std::max<int64_t>(ceil_div(units.all, slices), 1));
   return parts;

@@ -1,5 +1,7 @@
 // append_kv by bulk copies (sm_90 and newer), where a pool holds what the caller has: a warp has a token at a
 // time. Its rows come to shared memory, are rotated there and leave for the pool; V never passes a register.
+// While the first rows and angles are on their way, every warp looks up for itself which of its slots a later
+// token overwrites (own.cuh), as no barrier is needed then.
 #pragma once
 
 #include <algorithm>
@@ -20,10 +22,24 @@ inline constexpr int kBulkBlocks = 2;  // per SM
 inline constexpr int kMostStages = 4;
 inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is worth while
 inline constexpr int kLeastTokens = 3;    // of a block: fewer wait for their slots rather than for memory
+inline constexpr int kRunsAtOnce = 5;     // that a lane looks up together
+inline constexpr int kRunsOfWarp = 160;   // more are looked up by the block
+
+// What a lane of a warp copies of each token, in bytes: its key, its value, its cosines or its sines, in
+// pieces of adjacent bytes: all heads together where they lie so, else one each.
+struct BulkLane {
+  const uint8_t* from;
+  uint8_t* to;  // the pool; null for angles
+  int64_t entry_from, row, piece_from;
+  int64_t entry_to, page, slot, piece_to;
+  int32_t at, bytes, pieces;  // at: where in a stage
+};
+inline constexpr int kBulkLanes = 4, kAngleLane = 2;  // the first of the angles
 
 // A block has `tokens` tokens of one leading entry, and each of its warps `stages` stages. A stage: a token's
 // keys at all heads, its values, its cosines, its sines.
 struct BulkParts {
+  BulkLane lanes[kBulkLanes];
   Divisor chunks;
   int32_t tokens, stages;
   int32_t key_bytes, value_bytes, angle_bytes;
@@ -31,6 +47,35 @@ struct BulkParts {
   __host__ __device__ int32_t row_bytes() const { return key_bytes + value_bytes; }
   __host__ __device__ int32_t stage_bytes() const { return row_bytes() + 2 * angle_bytes; }
 };
+
+template <class T>
+BulkLane row_lane(const AppendCall& call, const AppendStream& stream, int32_t at) {
+  constexpr auto kSize = static_cast<int64_t>(sizeof(T));
+  const AppendView &rows = stream.rows, &pool = stream.pool;
+  const bool whole = rows.head == stream.width && pool.head == stream.width;
+  return {static_cast<const uint8_t*>(rows.data),
+          static_cast<uint8_t*>(pool.data),
+          rows.leading * kSize,
+          rows.row * kSize,
+          rows.head * kSize,
+          pool.leading * kSize,
+          pool.batch * kSize,
+          pool.row * kSize,
+          pool.head * kSize,
+          at,
+          static_cast<int32_t>(stream.width * (whole ? call.heads : 1) * kSize),
+          stream.width == 0 ? 0
+          : whole           ? 1
+                            : call.heads};  // latent pools have no values
+}
+inline BulkLane angle_lane(const AppendView& table, int32_t at, int32_t bytes) {
+  constexpr int64_t kSize = sizeof(float);
+  BulkLane lane{};
+  lane.from = static_cast<const uint8_t*>(table.data);
+  lane.entry_from = table.leading * kSize, lane.row = table.row * kSize;
+  lane.at = at, lane.bytes = bytes, lane.pieces = bytes > 0 ? 1 : 0;
+  return lane;
+}
 
 // The parts of a call on a device whose CTAs may have `shared_memory` bytes, of which `starts` go to packed
 // sequences; no stages: the call is better off without bulk copies.
@@ -46,7 +91,7 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   parts.value_bytes = bytes(int64_t{call.heads} * call.value.width, sizeof(T));
   parts.angle_bytes = bytes(call.rotated, sizeof(float));
   const int64_t tokens = ceil_div(entries * call.tokens, most);
-  parts.tokens = static_cast<int32_t>(std::clamp<int64_t>(tokens, 1, kThreads));
+  parts.tokens = static_cast<int32_t>(std::clamp<int64_t>(tokens, 1, kMostTokens));
   parts.chunks = Divisor(ceil_div(call.tokens, parts.tokens));
   constexpr int64_t kReserved = 1024;  // of each CTA
   const int64_t room =
@@ -54,10 +99,32 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   const bool is_small = parts.row_bytes() < kLeastBytes || tokens < kLeastTokens;
   const int64_t stages = is_small ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
   parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
+  parts.lanes[0] = row_lane<T>(call, call.key, 0);
+  parts.lanes[1] = row_lane<T>(call, call.value, parts.key_bytes);
+  parts.lanes[2] = angle_lane(call.cos, parts.row_bytes(), parts.angle_bytes);
+  parts.lanes[3] = angle_lane(call.sin, parts.row_bytes() + parts.angle_bytes, parts.angle_bytes);
   return parts;
 }
 
 #if __CUDA_ARCH__ >= 900
+
+// Which of a warp's tokens, `first` and every kWarps-th after it, a later one overwrites. Lane i has the page
+// and slot of token i.
+__device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_t entry, Starts starts,
+                                                  int32_t first, int32_t count, int32_t page, int32_t slot) {
+  uint32_t marks = 0;
+  for (int32_t base = first; base < call.tokens; base += 32) {
+    const int32_t row = base + static_cast<int32_t>(threadIdx.x % 32);
+    Slot other{kNowhere, 0, 0, 0};
+    if (row < call.tokens) other = find_slot(call, entry, starts, row);
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t own_page = __shfl_sync(~0u, page, i), own_slot = __shfl_sync(~0u, slot, i);
+      const bool same = own_page == other.page && own_slot == other.slot;
+      if (same && other.page != kNowhere && row > first + i * kWarps) marks |= 1u << i;
+    }
+  }
+  return __reduce_or_sync(~0u, marks);
+}
 
 // A warp of append_bulk, and its tokens: those of the block from its number on, kWarps apart.
 template <class T, int kWord>
@@ -65,108 +132,153 @@ struct BulkWarp {
   const AppendCall& call;
   const Units& units;
   const BulkParts& parts;
-  int32_t entry, first, count;  // first: the warp's first token; count: of the warp
-  uint8_t* memory;              // its stages
-  uint64_t* full;
+  int32_t entry, first, count;  // first: the warp's first token; count: of the warp, at most 32
+  uint32_t memory, full;        // its stages, and their barriers
+  BulkLane own;                 // no pieces in lanes that copy nothing
+  Slot to{kNowhere, 0, 0, 0};   // lane i: of token i
+  uint32_t overwritten = 0;     // a bit for each token that a later one overwrites
 
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
-  __device__ __forceinline__ uint8_t* stage(int32_t i) const {
-    return memory + i % parts.stages * parts.stage_bytes();
+  __device__ __forceinline__ uint32_t barrier(int32_t stage) const {
+    return full + stage * static_cast<uint32_t>(sizeof(uint64_t));
   }
-  __device__ __forceinline__ uint32_t barrier(int32_t i) const {
-    return ptx::shared_address(&full[i % parts.stages]);
+  // The warp's token i.
+  __device__ __forceinline__ int32_t row(int32_t i) const { return first + i * kWarps; }
+
+  __device__ __forceinline__ void begin() {
+    own = parts.lanes[min(lane(), kBulkLanes - 1)];
+    if (lane() >= kBulkLanes) own.pieces = 0;
+    own.from += entry * own.entry_from, own.to += entry * own.entry_to;
   }
 
-  // Calls copy(offset in bytes, head, bytes) for one stream of a token: for all heads at once where they lie
-  // one after the other, else for each by a lane of its own.
-  template <class Copy>
-  __device__ __forceinline__ void for_each_row(const AppendView& view, int32_t width, Copy copy) const {
-    if (width == 0) return;  // latent pools have no values
-    const auto bytes = static_cast<uint32_t>(width) * static_cast<uint32_t>(sizeof(T));
-    if (view.head == width) {
-      if (lane() == 0) copy(0u, 0, bytes * static_cast<uint32_t>(call.heads));
-    } else {
-      for (int32_t head = lane(); head < call.heads; head += 32) copy(head * bytes, head, bytes);
-    }
+  // Starts to load a row of this lane's into a stage.
+  __device__ __forceinline__ void load(int32_t of_row, int32_t stage) const {
+    const uint32_t at = memory + stage * parts.stage_bytes() + own.at;
+    const uint8_t* const from = own.from + of_row * own.row;
+#pragma unroll 1
+    for (int32_t piece = 0; piece < own.pieces; ++piece)
+      ptx::copy_bytes(at + piece * own.bytes, from + piece * own.piece_from, static_cast<uint32_t>(own.bytes),
+                      barrier(stage));
   }
-
-  // Starts to load the rows of the warp's token i.
-  __device__ __forceinline__ void load_rows(int32_t i) const {
-    if (lane() == 0) ptx::barrier_expect(barrier(i), static_cast<uint32_t>(parts.stage_bytes()));
+  // The rows of a token, and its angles, which its position decides.
+  __device__ __forceinline__ void load_rows(int32_t i, int32_t stage) const {
+    if (lane() == 0) ptx::barrier_expect(barrier(stage), static_cast<uint32_t>(parts.stage_bytes()));
     __syncwarp();
-    const uint32_t to = ptx::shared_address(stage(i));
-    const int32_t row = first + i * kWarps;
-    const auto load = [&](const AppendStream& stream, uint32_t at) {
-      for_each_row(stream.rows, stream.width, [&](uint32_t offset, int32_t head, uint32_t bytes) {
-        ptx::copy_bytes(at + offset, stream.rows.template at<const T>(entry, 0, head, row), bytes,
-                        barrier(i));
-      });
-    };
-    load(call.key, to);
-    load(call.value, to + parts.key_bytes);
+    if (lane() < kAngleLane) load(row(i), stage);
   }
-  // Its angles, which its position decides.
-  __device__ __forceinline__ void load_angles(int32_t i, int32_t position) const {
-    if (parts.angle_bytes == 0 || lane() > 1) return;
-    const AppendView& table = lane() == 0 ? call.cos : call.sin;
-    const uint32_t to = ptx::shared_address(stage(i)) + parts.row_bytes() + lane() * parts.angle_bytes;
-    ptx::copy_bytes(to, table.at<const float>(entry, 0, 0, rotary_row(position, call.positions)),
-                    static_cast<uint32_t>(parts.angle_bytes), barrier(i));
+  __device__ __forceinline__ int32_t angle_row(int32_t i) const {
+    return rotary_row(max(__shfl_sync(~0u, to.position, i), 0), call.positions);
   }
 
-  __device__ __forceinline__ void rotate(int32_t i) const {
-    uint8_t* const rows = stage(i);
+  // Rotates the key of a stage. A lane has every 32nd pair of words.
+  __device__ __forceinline__ void rotate(int32_t stage) const {
+    uint8_t* const rows = ptx::dynamic_shared() +
+                          (memory + stage * parts.stage_bytes() - ptx::shared_address(ptx::dynamic_shared()));
     const auto* const cos = reinterpret_cast<const float*>(rows + parts.row_bytes());
-    const float* const sin = cos + call.rotated;
+    const int32_t pairs = units.pairs.value;
+    int32_t head = units.pairs.quotient(lane()), pair = lane() - head * pairs;
+    const int32_t heads = units.pairs.quotient(32), others = 32 - heads * pairs;  // from one to the next
     for (int32_t number = lane(); number < units.key_pairs; number += 32) {
-      Unit<T, T, kWord> unit(call, units, number);
-      T* const key = reinterpret_cast<T*>(rows) + unit.head * call.key.width;
-      auto* const a = reinterpret_cast<Words<T, kWord>*>(key + unit.first);
-      auto* const b = reinterpret_cast<Words<T, kWord>*>(key + unit.second);
+      Unit<T, T, kWord> unit;
+      unit.second = 0;
+      T* const key = reinterpret_cast<T*>(rows) + head * call.key.width;
+      const int32_t angle = pair * kWord;
+      auto* const a = reinterpret_cast<Words<T, kWord>*>(key + (call.interleaved ? 2 * angle : angle));
+      auto* const b = reinterpret_cast<Words<T, kWord>*>(
+          key + (call.interleaved ? 2 * angle + kWord : angle + call.rotated));
       unit.a = *a, unit.b = *b;
-      unit.cos = *reinterpret_cast<const Words<float, kWord>*>(cos + unit.angle);
-      unit.sin = *reinterpret_cast<const Words<float, kWord>*>(sin + unit.angle);
+      unit.cos = *reinterpret_cast<const Words<float, kWord>*>(cos + angle);
+      unit.sin = *reinterpret_cast<const Words<float, kWord>*>(cos + call.rotated + angle);
       unit.rotate(call);
       *a = unit.a, *b = unit.b;
+      head += heads, pair += others;
+      if (pair >= pairs) pair -= pairs, ++head;
     }
   }
 
-  // Stores what the warp's token i has become.
-  __device__ __forceinline__ void store(int32_t i, const Slot& to) const {
+  // Stores what a stage has become.
+  __device__ __forceinline__ void store(int32_t stage, int32_t page, int32_t slot) const {
     ptx::fence_async_shared();
     __syncwarp();
-    const uint32_t from = ptx::shared_address(stage(i));
-    const auto store_stream = [&](const AppendStream& stream, uint32_t at) {
-      for_each_row(stream.pool, stream.width, [&](uint32_t offset, int32_t head, uint32_t bytes) {
-        ptx::store_bytes(stream.pool.template at<T>(entry, to.page, head, to.slot), at + offset, bytes);
-      });
-    };
-    store_stream(call.key, from);
-    store_stream(call.value, from + parts.key_bytes);
+    if (lane() >= kAngleLane) return;
+    const uint32_t from = memory + stage * parts.stage_bytes() + own.at;
+    uint8_t* const at = own.to + (page * own.page + slot * own.slot);
+#pragma unroll 1
+    for (int32_t piece = 0; piece < own.pieces; ++piece)
+      ptx::store_bytes(at + piece * own.piece_to, from + piece * own.bytes, static_cast<uint32_t>(own.bytes));
     ptx::bulk_commit();
   }
 
-  __device__ __forceinline__ void run(const Shared& shared) const {
-    for (int32_t i = 0; i < min(count, parts.stages); ++i) load_angles(i, shared.own[own(i)].position);
+  // Finds where the warp's tokens go. Angles of the first tokens are asked for before the pages are looked
+  // up.
+  __device__ __forceinline__ void find(const Starts& starts) {
+    const Place place = lane() < count ? find_place(call, entry, starts, row(lane())) : Place{0, -1, 0};
+    to = {kNowhere, place.position - place.index * call.page_size.value, place.position, place.sequence};
+    if (place.position >= 0) to.page = page_at(call, entry, place.sequence, place.index);
+#pragma unroll 1
+    for (int32_t i = 0; i < min(count, parts.stages); ++i) {
+      const int32_t of_row = angle_row(i);
+      if (lane() >= kAngleLane) load(of_row, i);
+    }
+    const int32_t all = all_runs(call, starts);
+    if (count == 0 || all > kRunsOfWarp) return;
+    if (meets(starts, place, all))
+      overwritten = find_overwritten(call, entry, starts, first, count, to.page, to.slot);
+  }
+
+  __device__ __forceinline__ void run() const {
+    int32_t stage = 0;
+    uint32_t phase = 0;
+#pragma unroll 1
     for (int32_t i = 0; i < count; ++i) {
-      ptx::barrier_wait(barrier(i), static_cast<uint32_t>(i / parts.stages));
-      const Slot to = shared.own[own(i)];
-      if (to.page != kNowhere && !shared.overwritten[own(i)]) {
-        rotate(i);
-        store(i, to);
+      const int32_t page = __shfl_sync(~0u, to.page, i), slot = __shfl_sync(~0u, to.slot, i);
+      ptx::barrier_wait(barrier(stage), phase);
+      if (page != kNowhere && !(overwritten >> i & 1)) {
+        rotate(stage);
+        store(stage, page, slot);
       }
       const int32_t next = i + parts.stages;
-      if (next >= count) continue;
-      ptx::bulk_wait_read<0>();  // the stores have read the stage
-      __syncwarp();
-      load_rows(next);
-      load_angles(next, shared.own[own(next)].position);
+      if (next < count) {
+        const int32_t of_angles = angle_row(next), of_row = lane() < kAngleLane ? row(next) : of_angles;
+        ptx::bulk_wait_read<0>();  // the stores have read the stage
+        if (lane() == 0) ptx::barrier_expect(barrier(stage), static_cast<uint32_t>(parts.stage_bytes()));
+        __syncwarp();
+        load(of_row, stage);
+      }
+      if (++stage == parts.stages) stage = 0, phase ^= 1;
     }
     ptx::bulk_wait_read<0>();
   }
-  // The number of the warp's token i in the block.
-  __device__ __forceinline__ static int32_t own(int32_t i) {
-    return static_cast<int32_t>(threadIdx.x / 32) + i * kWarps;
+
+ private:
+  // Whether another run goes to the page of one of the warp's tokens. Every lane looks runs up, kRunsAtOnce
+  // together.
+  __device__ __forceinline__ bool meets(const Starts& starts, const Place& place, int32_t all) const {
+    bool found = false;
+#pragma unroll 1
+    for (int32_t base = lane(); base - lane() < all; base += 32 * kRunsAtOnce) {
+      int32_t sequence[kRunsAtOnce], length[kRunsAtOnce];
+      Run runs[kRunsAtOnce];
+#pragma unroll
+      for (int j = 0; j < kRunsAtOnce; ++j) {
+        sequence[j] = sequence_of_run(call, starts, min(base + 32 * j, all - 1));
+        length[j] = length_before(call, entry, sequence[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kRunsAtOnce; ++j) {
+        runs[j] = place_run(call, starts, min(base + 32 * j, all - 1), sequence[j], length[j]);
+        if (runs[j].count > 0) runs[j].page = page_at(call, entry, sequence[j], runs[j].index);
+      }
+#pragma unroll 1
+      for (int32_t i = 0; i < count; ++i) {
+        const int32_t page = __shfl_sync(~0u, to.page, i), own = __shfl_sync(~0u, place.sequence, i),
+                      index = __shfl_sync(~0u, place.index, i);
+#pragma unroll
+        for (const Run& run : runs)
+          found |= page != kNowhere && run.page == page && (run.sequence != own || run.index != index);
+      }
+    }
+    return __any_sync(~0u, found);
   }
 };
 
@@ -186,23 +298,34 @@ __global__ void __launch_bounds__(kThreads, kBulkBlocks)
   const int32_t count = min(parts.tokens, call.tokens - first);
   uint8_t* const memory = ptx::dynamic_shared();
   const int32_t warp_bytes = parts.stages * parts.stage_bytes();
-  const BulkWarp<T, kWord> own{call,
-                               units,
-                               parts,
-                               entry,
-                               first + warp,
-                               count > warp ? (count - warp - 1) / kWarps + 1 : 0,
-                               memory + warp * warp_bytes,
-                               full[warp]};
+  BulkWarp<T, kWord> own{call,
+                         units,
+                         parts,
+                         entry,
+                         first + warp,
+                         count > warp ? (count - warp - 1) / kWarps + 1 : 0,
+                         ptx::shared_address(memory + warp * warp_bytes),
+                         ptx::shared_address(full[warp]),
+                         {}};
   if (threadIdx.x % 32 == 0) {
-    for (int i = 0; i < kMostStages; ++i) ptx::barrier_init(ptx::shared_address(&full[warp][i]), 1);
+#pragma unroll 1
+    for (int i = 0; i < parts.stages; ++i) ptx::barrier_init(ptx::shared_address(&full[warp][i]), 1);
     ptx::fence_barriers();
   }
   __syncwarp();
-  for (int32_t i = 0; i < min(own.count, parts.stages); ++i) own.load_rows(i);
-  find_own(call, entry, {first, count, count > kFew},
-           reinterpret_cast<int32_t*>(memory + kWarps * warp_bytes), shared);
-  own.run(shared);
+  own.begin();
+#pragma unroll 1
+  for (int32_t i = 0; i < min(own.count, parts.stages); ++i) own.load_rows(i, i);
+  auto* const of_starts = reinterpret_cast<int32_t*>(memory + kWarps * warp_bytes);
+  const Starts starts{of_starts, of_starts + call.sequences + 1};
+  if (call.packed) find_starts(call, entry, starts, shared.scan);
+  own.find(starts);
+  if (all_runs(call, starts) > kRunsOfWarp) {
+    find_own(call, entry, {first, count, count > kFew}, starts, shared);
+    const int32_t token = warp + own.lane() * kWarps;
+    own.overwritten = __ballot_sync(~0u, token < count && shared.overwritten[min(token, kMostTokens - 1)]);
+  }
+  own.run();
 #endif
 }
 

@@ -14,11 +14,12 @@ namespace jax_flash::append {
 
 inline constexpr int kAtOnce = 2;   // runs that a thread looks up together
 inline constexpr int32_t kFew = 8;  // own tokens: more are compared only where a filter has their page
+inline constexpr int32_t kMostTokens = 128;  // of a block
 inline constexpr int32_t kFilterBits = 10;
 
 struct Shared {
-  Slot own[kThreads];
-  bool overwritten[kThreads];
+  Slot own[kMostTokens];
+  bool overwritten[kMostTokens];
   bool filter[1 << kFilterBits];  // whether an own token is on a page with this hash
   int32_t scan[kWarps];
 };
@@ -50,30 +51,47 @@ __device__ __forceinline__ bool meets_own(const AppendCall& call, const Own& own
   return meets;
 }
 
+// Marks the own tokens that `row`, a later one, overwrites.
+__device__ __forceinline__ void mark_overwritten(const Own& own, int32_t row, const Slot& slot,
+                                                 Shared& shared) {
+  for (int32_t i = 0; i < min(own.count, row - own.first); ++i) {
+    const Slot& to = shared.own[i];
+    if (to.page == slot.page && to.slot == slot.slot) shared.overwritten[i] = true;
+  }
+}
+
 // Marks the own tokens that a later one overwrites.
 __device__ __noinline__ void find_overwritten(const AppendCall& call, int32_t entry, Starts starts, Own own,
                                               Shared& shared) {
   for (int32_t row = own.first + static_cast<int32_t>(threadIdx.x); row < call.tokens; row += kThreads) {
     const Slot slot = find_slot(call, entry, starts, row);
-    if (!own.may_hold(slot.page, shared)) continue;
-    for (int32_t i = 0; i < min(own.count, row - own.first); ++i) {
-      const Slot& to = shared.own[i];
-      if (to.page == slot.page && to.slot == slot.slot) shared.overwritten[i] = true;
-    }
+    if (own.may_hold(slot.page, shared)) mark_overwritten(own, row, slot, shared);
   }
   __syncthreads();
 }
 
-// The slots of the own tokens, and which of them a later token overwrites.
+// find_own where every token has a thread, which looks up where it goes.
+__device__ __forceinline__ void find_own_of_few(const AppendCall& call, int32_t entry, const Own& own,
+                                                const Starts& starts, Shared& shared) {
+  const auto row = static_cast<int32_t>(threadIdx.x);
+  Slot slot{kNowhere, 0, 0, 0};
+  if (row < call.tokens) slot = find_slot(call, entry, starts, row);
+  const int32_t number = row - own.first;
+  if (number >= 0 && number < own.count) shared.own[number] = slot, shared.overwritten[number] = false;
+  __syncthreads();
+  if (slot.page != kNowhere) mark_overwritten(own, row, slot, shared);
+  __syncthreads();
+}
+
+// The slots of the own tokens, and which of them a later token overwrites. By all threads, after starts are
+// found.
 __device__ __forceinline__ void find_own(const AppendCall& call, int32_t entry, const Own& own,
-                                         int32_t* memory, Shared& shared) {
+                                         const Starts& starts, Shared& shared) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const Starts starts{memory, memory + call.sequences + 1};
   if (own.filtered) {
     for (int32_t i = thread; i < 1 << kFilterBits; i += kThreads) shared.filter[i] = false;
     __syncthreads();
   }
-  if (call.packed) find_starts(call, entry, starts, shared.scan);
   Slot slot{kNowhere, 0, 0, 0};
   if (thread < own.count) slot = find_slot(call, entry, starts, own.first + thread);
   const int32_t all = all_runs(call, starts);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/band.h"
 #include "cuda/append/call.cuh"
 
 namespace jax_flash::append {
@@ -66,10 +67,17 @@ __device__ __forceinline__ int32_t scan_block(int32_t& x, int32_t first, int32_t
   return all;
 }
 
-// Finds the starts of packed sequences: rows are the running maximum of cu_seqlens. `shared`: [kWarps].
-// Called by all threads, which may read the starts after it.
-__device__ inline void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
-                                   int32_t* shared) {
+// The entries of Starts that a thread finds.
+__device__ __forceinline__ Interval own_starts(const AppendCall& call) {
+  const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
+  const int32_t begin = static_cast<int32_t>(threadIdx.x) * share;
+  return {begin, min(begin + share, call.sequences + 1)};
+}
+
+// Finds the first rows of packed sequences, the running maximum of cu_seqlens. `shared`: [kWarps]. Called by
+// all threads, which may read the rows after it.
+__device__ inline void find_first_rows(const AppendCall& call, int32_t entry, const Starts& starts,
+                                       int32_t* shared) {
   const auto maximum = [](int32_t a, int32_t b) { return max(a, b); };
   const auto start_of = [&](int32_t z) {
     return clamp_index(*call.cu_seqlens.at<const int32_t>(entry, z, 0, 0), call.tokens);
@@ -81,21 +89,32 @@ __device__ inline void find_starts(const AppendCall& call, int32_t entry, const 
     for (int32_t z = thread - call.earlier; z < 0; z += kThreads) x = max(x, start_of(z));
     before = scan_block(x, 0, shared, maximum);
   }
-  const int32_t share = (call.sequences + kThreads) / kThreads;  // of sequences + 1
-  const int32_t begin = thread * share, end = min(begin + share, call.sequences + 1);
+  const Interval own = own_starts(call);
   int32_t x = 0;
-  for (int32_t z = begin; z < end; ++z) starts.rows[z] = x = max(x, start_of(z));
+  for (int32_t z = own.lo; z < own.hi; ++z) starts.rows[z] = x = max(x, start_of(z));
   scan_block(x, before, shared, maximum);
-  for (int32_t z = begin; z < end; ++z) starts.rows[z] = max(starts.rows[z], x);
+  for (int32_t z = own.lo; z < own.hi; ++z) starts.rows[z] = max(starts.rows[z], x);
   __syncthreads();
+}
+
+// Their first runs, likewise.
+__device__ inline void find_first_runs(const AppendCall& call, const Starts& starts, int32_t* shared) {
+  const Interval own = own_starts(call);
   const auto runs = [&](int32_t z) {
     return z < call.sequences ? runs_of(call, starts.rows[z + 1] - starts.rows[z]) : 0;
   };
   int32_t sum = 0;
-  for (int32_t z = begin; z < end; ++z) sum += runs(z);
+  for (int32_t z = own.lo; z < own.hi; ++z) sum += runs(z);
   scan_block(sum, 0, shared, [](int32_t a, int32_t b) { return a + b; });
-  for (int32_t z = begin; z < end; ++z) starts.runs[z] = sum, sum += runs(z);
+  for (int32_t z = own.lo; z < own.hi; ++z) starts.runs[z] = sum, sum += runs(z);
   __syncthreads();
+}
+
+// Finds all starts, likewise.
+__device__ __forceinline__ void find_starts(const AppendCall& call, int32_t entry, const Starts& starts,
+                                            int32_t* shared) {
+  find_first_rows(call, entry, starts, shared);
+  find_first_runs(call, starts, shared);
 }
 
 // The last of `count` starts, which never decrease, that is at most x.
@@ -135,41 +154,64 @@ __device__ __forceinline__ int32_t page_at(const AppendCall& call, int32_t entry
   return static_cast<uint32_t>(page) < static_cast<uint32_t>(call.pages) ? page : kNowhere;
 }
 
-// The slot of a token: kNowhere if it is in no sequence, the table is full, or its entry lies outside the
-// pool.
-__device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const Starts& starts, int32_t row) {
-  constexpr Slot kNone{kNowhere, 0, 0, 0};
-  if (!in_sequences(call, starts, row)) return kNone;
+// The place of a token, whose page is not looked up: −1 as its position if it is in no sequence, or the table
+// is full.
+struct Place {
+  int32_t sequence, position, index;
+};
+__device__ __forceinline__ Place find_place(const AppendCall& call, int32_t entry, const Starts& starts,
+                                            int32_t row) {
+  if (!in_sequences(call, starts, row)) return {0, -1, 0};
   const int32_t sequence = sequence_of(call, starts, row);
-  const int64_t position =
-      int64_t{length_before(call, entry, sequence)} + (row - first_row(call, starts, sequence));
-  if (position >= call.capacity) return kNone;
+  const auto position = static_cast<uint32_t>(length_before(call, entry, sequence)) +
+                        static_cast<uint32_t>(row - first_row(call, starts, sequence));
+  if (position >= static_cast<uint32_t>(call.capacity)) return {0, -1, 0};
   const auto at = static_cast<int32_t>(position);
-  const int32_t index = call.page_size.quotient(at);
-  return {page_at(call, entry, sequence, index), at - index * call.page_size.value, at, sequence};
+  return {sequence, at, call.page_size.quotient(at)};
 }
 
-// A run by its number below all_runs(); kNowhere if there is no such run, or nothing of it is written.
-__device__ inline Run find_run(const AppendCall& call, int32_t entry, const Starts& starts, int32_t number) {
-  constexpr Run kNone{kNowhere, 0, 0, 0, 0, 0, 0};
-  const int32_t sequence =
-      call.packed ? last_at_most(starts.runs, call.sequences, number) : call.runs.quotient(number);
+// Its slot: kNowhere if there is none, or its entry lies outside the pool.
+__device__ inline Slot find_slot(const AppendCall& call, int32_t entry, const Starts& starts, int32_t row) {
+  const Place to = find_place(call, entry, starts, row);
+  if (to.position < 0) return {kNowhere, 0, 0, 0};
+  return {page_at(call, entry, to.sequence, to.index), to.position - to.index * call.page_size.value,
+          to.position, to.sequence};
+}
+
+// The sequence of a run, by its number below all_runs().
+__device__ __forceinline__ int32_t sequence_of_run(const AppendCall& call, const Starts& starts,
+                                                   int32_t number) {
+  return call.packed ? last_at_most(starts.runs, call.sequences, number) : call.runs.quotient(number);
+}
+
+// A run but for its page, which is not looked up; no tokens if there is no such run, or nothing of it is
+// written. length: of its sequence, before.
+__device__ __forceinline__ Run place_run(const AppendCall& call, const Starts& starts, int32_t number,
+                                         int32_t sequence, int32_t length) {
   const int32_t first = call.packed ? starts.runs[sequence] : sequence * call.runs.value;
   const int32_t row = first_row(call, starts, sequence);
-  const int64_t length = length_before(call, entry, sequence), size = call.page_size.value;
-  const int64_t end = min(length + (first_row(call, starts, sequence + 1) - row), int64_t{call.capacity});
-  const int64_t index = call.page_size.quotient(static_cast<int32_t>(length)) + int64_t{number - first};
-  const int64_t position = max(length, index * size);
-  if (position >= end) return kNone;
-  const auto count = static_cast<int32_t>(min(end, (index + 1) * size) - position);
-  const auto at = static_cast<int32_t>(index);
-  return {page_at(call, entry, sequence, at),
-          static_cast<int32_t>(position - index * size),
+  const auto begin = static_cast<uint32_t>(length), size = static_cast<uint32_t>(call.page_size.value);
+  const uint32_t end = min(begin + static_cast<uint32_t>(first_row(call, starts, sequence + 1) - row),
+                           static_cast<uint32_t>(call.capacity));
+  const int32_t index = call.page_size.quotient(length) + (number - first);
+  if (begin >= end || index > call.page_size.quotient(static_cast<int32_t>(end - 1)))
+    return {kNowhere, 0, 0, 0, 0, 0, 0};
+  const uint32_t page_begin = static_cast<uint32_t>(index) * size, position = max(begin, page_begin);
+  return {kNowhere,
+          static_cast<int32_t>(position - page_begin),
           static_cast<int32_t>(position),
           sequence,
-          at,
-          row + static_cast<int32_t>(position - length),
-          count};
+          index,
+          row + static_cast<int32_t>(position - begin),
+          static_cast<int32_t>(min(end - page_begin, size) - (position - page_begin))};
+}
+
+// A run; kNowhere as its page if it has no tokens, or its entry lies outside the pool.
+__device__ inline Run find_run(const AppendCall& call, int32_t entry, const Starts& starts, int32_t number) {
+  const int32_t sequence = sequence_of_run(call, starts, number);
+  Run run = place_run(call, starts, number, sequence, length_before(call, entry, sequence));
+  if (run.count > 0) run.page = page_at(call, entry, sequence, run.index);
+  return run;
 }
 
 }  // namespace jax_flash::append

@@ -9,6 +9,7 @@
 #include "cuda/append/call.cuh"
 #include "cuda/append/tokens.cuh"
 #include "cuda/ptx/float8.cuh"
+#include "cuda/ptx/math.cuh"
 
 namespace jax_flash::append {
 
@@ -79,12 +80,19 @@ struct Unit {
   // Rotates, and rounds to T as if the key had come that way from the caller.
   __device__ __forceinline__ void rotate(const AppendCall& call) {
     if (second < 0) return;
-    const auto turn = [&](T& x, T& y, int i) {
-      float turned_x = static_cast<float>(x), turned_y = static_cast<float>(y);
-      jax_flash::rotate(turned_x, turned_y, cos.x[i], sin.x[i]);
-      x = T(turned_x), y = T(turned_y);
-    };
-    if (call.interleaved) {
+    if constexpr (sizeof(T) == 2 && kWord > 1) {
+#pragma unroll
+      for (int i = 0; i < kWord; i += 2) {
+        if (call.interleaved) {
+          turn_neighbours(&feature(2 * i), i), turn_neighbours(&feature(2 * i + 2), i + 1);
+        } else {
+          float2 x = ptx::load_pair(a.x + i), y = ptx::load_pair(b.x + i);
+          jax_flash::rotate(x.x, y.x, cos.x[i], sin.x[i]),
+              jax_flash::rotate(x.y, y.y, cos.x[i + 1], sin.x[i + 1]);
+          ptx::store_pair(a.x + i, x.x, x.y), ptx::store_pair(b.x + i, y.x, y.y);
+        }
+      }
+    } else if (call.interleaved) {
 #pragma unroll
       for (int i = 0; i < kWord; ++i) turn(feature(2 * i), feature(2 * i + 1), i);
     } else {
@@ -119,6 +127,16 @@ struct Unit {
   }
 
  private:
+  __device__ __forceinline__ void turn(T& x, T& y, int i) const {
+    float turned_x = static_cast<float>(x), turned_y = static_cast<float>(y);
+    jax_flash::rotate(turned_x, turned_y, cos.x[i], sin.x[i]);
+    x = T(turned_x), y = T(turned_y);
+  }
+  __device__ __forceinline__ void turn_neighbours(T* at, int i) const {
+    float2 x = ptx::load_pair(at);
+    jax_flash::rotate(x.x, x.y, cos.x[i], sin.x[i]);
+    ptx::store_pair(at, x.x, x.y);
+  }
   __device__ __forceinline__ T& feature(int i) { return i < kWord ? a.x[i] : b.x[i - kWord]; }
 
   __device__ __forceinline__ static void store_word(Pool* to, const Words<T, kWord>& from, DType stored,

@@ -11,6 +11,7 @@
 
 #include "cuda/decode/hopper_cluster.cuh"
 #include "cuda/decode/hopper_latent_consumer.cuh"
+#include "cuda/decode/hopper_latent_few.cuh"
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/registry.h"
 
@@ -72,8 +73,13 @@ template <class T, RowColumns R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   if constexpr (R.head_dim > kMaxHeadDim) {
     const auto run = [&]<bool kOptions>() {
-      using C = decode::LatentSm90<T, R, kOptions>;
-      return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);
+      if constexpr (R.block_m == latent::kFewRows) {
+        using C = decode::LatentFewSm90<T, R, kOptions>;
+        return decode::launch_latent<C>(decode::latent_few_sm90<C>, p, plan, workspace, stream);
+      } else {
+        using C = decode::LatentSm90<T, R, kOptions>;
+        return decode::launch_latent<C>(decode::latent_sm90<C>, p, plan, workspace, stream);
+      }
     };
     return p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask ? run.template operator()<true>()
                                                                 : run.template operator()<false>();

@@ -2,15 +2,12 @@
 // and P for both.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/hopper_latent_state.cuh"
-#include "cuda/decode/warp_attention.cuh"
-#include "cuda/mask.cuh"
+#include "cuda/decode/latent_softmax.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/score/decode.cuh"
 #include "cuda/tile/descriptor.cuh"
 
 namespace jax_flash::decode {
@@ -55,31 +52,18 @@ class LatentConsumer {
     const ColumnRows rows = rows_of(segment, call.group, kv_head);
     if (threadIdx.x == 0 && segment.parts.count > 1)
       prepare_counter(PartialResults<C::kRows>(call).counter(segment.parts, kv_head));
-    Interval seen[S::kSlots];  // the keys that a row sees
-    float m[S::kSlots], l[S::kSlots];
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-      const int32_t row = first_row() + S::row(slot);
-      seen[slot] = row < rows.count() ? segment.work.band.row(rows.position(row)) : Interval{0, 0};
-      m[slot] = -INFINITY, l[slot] = 0;
-    }
-    const Interval common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
+    LatentSoftmax<C, S> softmax(segment, rows, first_row());
     const int32_t tile_end = segment.tile_end;
 #pragma unroll 1
     for (int32_t tile = segment.tile; tile < tile_end; ++tile, ++use) {
-      const int32_t key = tile * C::kTile;
       shared.k_pipe.wait_full(use);
       ptx::fence_async_shared();  // the copies were made by cp.async
       multiply_keys(use);
       if (tile + 1 == tile_end) shared.q_pipe.release(number);
-      set_missing(use);
-      typename C::Score().apply(s, DecodeTile<S>{call, rows, segment.work, key, call.scale, first_row()});
-      if (key < common.lo || key + C::kTile > common.hi) {
-        hide(s, key, -INFINITY, [&](int slot) { return seen[slot].lo; }, BeforeLimit{});
-        hide(s, key, -INFINITY, [&](int slot) { return seen[slot].hi; }, FromLimit{});
-      }
+      softmax.score(s, DecodeTile<S>{call, rows, segment.work, tile * C::kTile, call.scale, first_row()},
+                    shared.missing[use % C::kStages]);
       float alpha[S::kSlots];
-      const bool rescales = update_softmax(m, l, alpha);
+      const bool rescales = softmax.update(s, alpha);
       uint32_t p[kPairs][4];
       round(p);
       store_weights(use, p, alpha);
@@ -91,13 +75,11 @@ class LatentConsumer {
       multiply_values(use, [&](int k) -> const uint32_t (&)[4] { return p[k]; });
       shared.k_pipe.release(use);
     }
+    softmax.sum();
+    if (threadIdx.x % 4 != 0) return;
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-      l[slot] += __shfl_xor_sync(~0u, l[slot], 1);
-      l[slot] += __shfl_xor_sync(~0u, l[slot], 2);
-      if (threadIdx.x % 4 == 0)
-        shared.softmax[number % Shared::kEnds][first_row() + S::row(slot)] = {m[slot], l[slot]};
-    }
+    for (int slot = 0; slot < S::kSlots; ++slot)
+      shared.softmax[number % Shared::kEnds][first_row() + S::row(slot)] = {softmax.m[slot], softmax.l[slot]};
   }
 
   // This half of O, of all tiles of a segment.
@@ -161,50 +143,6 @@ class LatentConsumer {
   }
   __device__ __forceinline__ void multiply(uint64_t p, uint64_t v) {
     ptx::Wgmma<T, C::kValueDim / 2>::template multiply<false, 0, 1>(o.x[0], p, v);
-  }
-
-  // S of keys on pages outside the pool becomes NaN; their elements are zeros.
-  __device__ __forceinline__ void set_missing(uint32_t use) {
-    const uint32_t (&missing)[C::kLoadWarps] = shared.missing[use % C::kStages];
-    uint64_t all = 0;
-#pragma unroll
-    for (int i = 0; i < C::kLoadWarps; ++i) all |= uint64_t{missing[i]} << i * Shared::kWarpKeys;
-    if (all == 0) return;
-    for_each(s, [&](float& x, int, int n, int e) {
-      if (all >> S::column(n, e) & 1) x = NAN;
-    });
-  }
-
-  // m ← the row's bound, raised where a score exceeds it by more than kLatentSlack, by 1/α; S ← 2^(S − m);
-  // l ← α l + rowsum S. Each row decides for itself, so that its bits depend on no other row; the warp's vote
-  // tells whether any was raised.
-  __device__ __forceinline__ bool update_softmax(float (&m)[S::kSlots], float (&l)[S::kSlots],
-                                                 float (&alpha)[S::kSlots]) {
-    bool raised = false;
-#pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) {
-      float top = s.at(slot, 0, 0);
-#pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n) top = fmaxf(top, fmaxf(s.at(slot, n, 0), s.at(slot, n, 1)));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      alpha[slot] = 1;
-      if (top > m[slot] + kLatentSlack) {
-        alpha[slot] = ptx::exp2(m[slot] - top);
-        m[slot] = top, raised = true;
-        l[slot] *= alpha[slot];
-      }
-      const float bound = m[slot] == -INFINITY ? 0 : m[slot];  // no key was seen yet: P must be 0, not NaN
-#pragma unroll
-      for (int n = 0; n < S::kColumnTiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = s.at(slot, n, e);
-          x = ptx::exp2(x - bound);
-          l[slot] += x;
-        }
-    }
-    return __any_sync(~0u, raised);
   }
 
   // P: mma's C layout is its A layout.

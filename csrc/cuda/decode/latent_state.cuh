@@ -29,7 +29,7 @@ __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment, cons
   return {group, kv_head, segment.first_row, segment.end_row};
 }
 
-// C: LatentSm90 or LatentSm80. What the load warps share with the others.
+// C: LatentSm90, LatentFewSm90 or LatentSm80. What the load warps share with the others.
 template <class C>
 struct LatentTiles {
   static constexpr int kSegments = 3, kWarpKeys = C::kTile / C::kLoadWarps;
@@ -46,9 +46,10 @@ struct LatentTiles {
   static_assert(kWarpKeys <= 32);
 
   // Copies are counted by thread. `missing` and `segments` are stored, and so are counted apart from them.
-  __device__ __forceinline__ void init_tiles() {
+  // readers: arrivals of the warps that read a tile of K.
+  __device__ __forceinline__ void init_tiles(uint32_t readers = kWarps) {
     constexpr uint32_t kArrivals = C::kLoadWarps * (32 + ptx::kWarpArrivals);
-    k_pipe.init(kWarps, kArrivals);
+    k_pipe.init(readers, kArrivals);
     q_pipe.init(kWarps, kArrivals);
   }
 };

@@ -11,7 +11,7 @@
 //        ▼                                      ├────      release K_n  P = 2^(S − m), O ← α O
 //   warp 1: load warp             ◄── release ──┘          release V_n+1
 //     K, Q, K, V, K, V … by TMA  ── K, V: kStages ──►    O ← O + P V_first, o and lse are stored
-//     (pages: V by one more)     ── Q of each       ──►  release Q, tile state
+//     (pages: Q, V by one more)  ── Q of each       ──►  release Q, tile state
 //
 //   warp 2, where the score has an input of its own: its warp (segments)
 //   the warp after these, where o is stored by TMA: the store warp, from shared memory

@@ -11,7 +11,7 @@
 namespace jax_flash {
 
 // Run by the first Loader::kLanes of Loader::kWarps warps, from the team's second warp on. Of two warps the
-// first loads K and what is not K or V, the second V.
+// first loads K, the second what is not K or V, and V, which consumers ask for last.
 template <class C>
 struct LoadWarp {
   using Loader = typename C::Loader;
@@ -22,19 +22,19 @@ struct LoadWarp {
   uint32_t kv_index = 0;  // key tiles so far
 
   // The thread that loads what is not K and V.
-  static __device__ __forceinline__ bool leads() { return threadIdx.x % kTeamProducers<C::kTeams> == 32; }
-
-  static __device__ __forceinline__ bool is_warp(int number) {
-    return Loader::kWarps == 1 || static_cast<int>(threadIdx.x % kTeamProducers<C::kTeams>) / 32 == number;
+  static __device__ __forceinline__ bool leads() {
+    return threadIdx.x % kTeamProducers<C::kTeams> == 32 * Loader::kWarps;
   }
 
   __device__ __forceinline__ void load_key(int32_t n, uint32_t use) {
+    loader.check();
     shared.k_pipe.template wait_empty<C::kCluster>(use, kKeyLoader);
     loader.load_key(maps.keys, ptx::shared_address(shared.k[use % C::kStages]),
                     shared.k_pipe.full_barrier(use), n);
   }
 
   __device__ __forceinline__ void load_value(int32_t n, uint32_t use) {
+    loader.check();
     shared.v_pipe.template wait_empty<C::kCluster>(use, kValueLoader);
     loader.load_value(maps.keys, ptx::shared_address(shared.v[use % C::kStages]),
                       shared.v_pipe.full_barrier(use), n);
@@ -68,21 +68,36 @@ struct LoadWarp {
   // that: their next tile would not be prepared in time.
   static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
 
-  // K, Q, then K, V, K, V … V: the order in which consumers wait for them. A thread that loads nothing into a
-  // stage must not wait for it either, as the stage may be filled and released twice before it looks.
+  // K, Q, then K, V, K, V … V: the order in which consumers wait for them.
+  template <bool kKeys, bool kValues>
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
-    const bool used = !tiles.empty(), loads = used && loader.begin(maps.keys, work, tiles);
-    const bool loads_keys = loads && is_warp(1), loads_values = loads && is_warp(2);
-    if (loads_keys) load_key(tiles.hi - 1, kv_index);
-    for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
-    if (used) load_input(work, tiles.hi - 1, kv_index);
+    const bool used = !tiles.empty();
+    if (used) loader.begin(maps.keys, work, tiles);
+    if (kKeys && used) load_key(tiles.hi - 1, kv_index);
+    if constexpr (kValues) {
+      for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
+      if (used) load_input(work, tiles.hi - 1, kv_index);
+      if (!used && leads()) shared.ending_pipe.arrive(tile_index);
+    }
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
-    if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
-      if (n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
-      if (loads_keys && n > tiles.lo) load_key(n - 1, kv_index + 1);
-      if (loads_values) load_value(n, kv_index);
-      if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
+      if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
+      if (kKeys && n > tiles.lo) load_key(n - 1, kv_index + 1);
+      if constexpr (kValues) {
+        load_value(n, kv_index);
+        if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
+      }
+    }
+  }
+
+  template <bool kKeys, bool kValues>
+  __device__ __forceinline__ void run() {
+    for (uint32_t tile_index = 0;; ++tile_index) {
+      shared.state_pipe.wait_full(tile_index);
+      const auto& tile = shared.tiles[tile_index % kTileStates];
+      load<kKeys, kValues>(tile.work, tile.done ? Interval{0, 0} : tile.tiles, tile_index);
+      if (tile.done) return;
+      loader.release(shared.state_pipe, tile_index);
     }
   }
 
@@ -92,12 +107,12 @@ struct LoadWarp {
       ptx::prefetch_map(maps.query);
       ptx::prefetch_map(maps.keys.value);
     }
-    for (uint32_t tile_index = 0;; ++tile_index) {
-      shared.state_pipe.wait_full(tile_index);
-      const auto& tile = shared.tiles[tile_index % kTileStates];
-      load(tile.work, tile.done ? Interval{0, 0} : tile.tiles, tile_index);
-      if (tile.done) return;
-      loader.release(shared.state_pipe, tile_index);
+    if constexpr (Loader::kWarps == 1) {
+      run<true, true>();
+    } else if (threadIdx.x / 32 == 1) {
+      run<true, false>();
+    } else {
+      run<false, true>();
     }
   }
 };

@@ -23,7 +23,7 @@ struct SchedulerThread {
   // soon as it is.
   __device__ __forceinline__ void publish(Tile& tile, uint32_t tile_index) const {
     if constexpr (C::kEarlyLoad) shared.state_pipe.arrive(tile_index);
-    if (!tile.done) tile.template prepare<C>(reload(p));
+    if (!tile.done) tile.template prepare<C>(reload(p), segments);
     if constexpr (C::kEarlyLoad) shared.consumer_pipe.arrive(tile_index);
     if (!tile.done) tile.prepare_outputs(reload(p));
     if constexpr (C::kEarlyLoad) {

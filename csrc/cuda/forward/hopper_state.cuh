@@ -57,13 +57,16 @@ struct TileState {
 
   // Finds what the consumers need.
   template <class C>
-  __device__ __forceinline__ void prepare(const Problem& p) {
+  __device__ __forceinline__ void prepare(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
 #pragma unroll 1
     for (int i = 0; i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
-      const Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
+      Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
+      if constexpr (C::Score::reads(Operand::kQSegmentIds))
+        if (segments.part_keys && !one_segment && first < last)
+          own = intersect(own, tiles_of(keys_of_part(p, segments, first), C::kN));
       keys[i].tiles = own.empty() ? Interval{tiles.lo, tiles.lo} : own;
       reload_shared();
       keys[i].end = band.rows(first, last).hi;
@@ -112,6 +115,12 @@ struct TileState {
     }
     tiles = tiles_of(seen, C::kN);
     reload_shared();
+  }
+  // What segments leave to kSegmentPart rows.
+  __device__ __forceinline__ Interval keys_of_part(const Problem& p, const TileSegments& segments,
+                                                   int32_t row) const {
+    const auto parts = static_cast<int32_t>(ceil_div(p.q_rows, kSegmentPart));
+    return segments.part_keys[(work.leading * p.batch + work.batch_row) * parts + row / kSegmentPart];
   }
   // The offset of the sequence's first row. There is at most one leading dimension.
   __device__ __forceinline__ int64_t offset(const View& view) const {

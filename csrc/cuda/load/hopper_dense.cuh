@@ -33,18 +33,18 @@ class DenseLoader {
   __device__ __forceinline__ explicit DenseLoader(const Problem& problem) : p(problem) {}
 
   // Starts the key tiles [tiles.lo, tiles.hi) of a query tile, which are loaded from the last to the first.
-  // False: this thread has nothing to load.
-  __device__ __forceinline__ bool begin(const Maps&, const BlockWork& work, const Interval&) {
+  __device__ __forceinline__ void begin(const Maps&, const BlockWork& work, const Interval&) {
     const int32_t kv_head = p.kv_head(work.head);
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
-    return true;
   }
   // This thread has read the work that begin() was given.
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release_by_thread(use);
   }
+  // Before the wait for the stage of the next load_key() or load_value().
+  __device__ __forceinline__ void check() const {}
   // Keys, values [n · kN, (n + 1) · kN), which `barrier` counts. K of a tile is loaded before V of the tile
   // that was loaded before it.
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier,

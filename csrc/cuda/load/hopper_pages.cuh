@@ -1,15 +1,14 @@
 // The loader of keys and values in the pages of a pool, for the sm_90a kernels; see load/hopper_dense.cuh.
 //
 // A tile is loaded in boxes: rows that lie in one page and in one tile. One warp loads K, another one V, so
-// that neither waits for the other's stages. A lane has the same rows of every tile, whose page it looks up a
-// tile before it loads it, so that the block table's latency is hidden.
+// that neither waits for the other's stages. A lane has the same rows of every tile, whose page it looks up
+// a tile before it loads it, and checks before it waits for the stage.
 #pragma once
 
 #include <cstdint>
 #include <numeric>
 
 #include "core/divisor.h"
-#include "core/paging.h"
 #include "cuda/hopper/tma.cuh"
 
 namespace jax_flash {
@@ -68,13 +67,13 @@ class PageLoader {
   static_assert(C::kN / kAtom <= kLanes && C::kN <= kNanRows && C::kTeams == 1);
   struct Maps {
     typename Boxes::Map key, value, missing;
-    int32_t box;  // rows
-    Divisor page_size;
+    int32_t box, boxes;  // rows of one, boxes of a tile
+    Divisor page_size, group;
   };
   static_assert(C::KTile::kPanel == 8 && C::VTile::kPanel == 8);
   static cudaError_t make_maps(Maps& maps, const Problem& p) {
-    maps.box = std::gcd(p.page_size, C::kN);
-    maps.page_size = Divisor(p.page_size);
+    maps.box = std::gcd(p.page_size, C::kN), maps.boxes = C::kN / maps.box;
+    maps.page_size = Divisor(p.page_size), maps.group = Divisor(p.heads / p.kv_heads);
     Problem missing = p;  // a page of NaN
     missing.kv_heads = missing.pages = 1, missing.page_size = maps.box;
     View nan{};
@@ -91,20 +90,26 @@ class PageLoader {
 
   __device__ __forceinline__ explicit PageLoader(const Problem& problem) : p(problem) {}
 
-  __device__ __forceinline__ bool begin(const Maps& maps, const BlockWork& of_tile, const Interval& tiles) {
-    if (row(maps) >= C::kN) return false;
+  __device__ __forceinline__ void begin(const Maps& maps, const BlockWork& of_tile, const Interval& tiles) {
     work = &of_tile;
+    const View& tables = p.block_tables;  // there is at most one leading dimension
     entries =
-        page_table(p.block_tables, p.leading, work->leading, work->tile.index, p.page_size, p.pages).entries;
-    head = p.kv_head(work->head);
-    next = find(maps, tiles.hi - 1);
-    return true;
+        tables.as<const int32_t>() + work->leading * tables.leading[0] + work->tile.index * tables.batch;
+    find(maps, tiles.hi - 1);
+    head = maps.group.quotient(work->head);
   }
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release(use);
   }
 
+  // Keys outside the pool become NaN; values there, and rows past the keys, zeros, with which TMA fills the
+  // page behind the pool.
+  __device__ __forceinline__ void check() {
+    const bool in_pool = 0 <= page && page < p.pages;
+    missing = slot != kNoSlot && !in_pool;
+    if (slot == kNoSlot || !in_pool) page = p.pages, slot = 0;
+  }
   __device__ __forceinline__ void load_key(const Maps& maps, uint32_t tile, uint32_t barrier, int32_t n) {
     load<typename C::KTile, true>(maps, tile, barrier, maps.key, p.key, n);
   }
@@ -113,34 +118,29 @@ class PageLoader {
   }
 
  private:
-  // The first row of this lane's box in a tile.
-  __device__ __forceinline__ static int32_t row(const Maps& maps) {
-    return static_cast<int32_t>(threadIdx.x % 32) * maps.box;
-  }
-
-  // This lane's box of tile n. The page is checked when the box is loaded, so that nothing waits for it here.
-  __device__ __forceinline__ PageSlot find(const Maps& maps, int32_t n) const {
-    const int32_t position = n * C::kN + row(maps);
-    if (position < 0 || position >= work->tile.k_len) return {0, kNoSlot};
+  // Looks up this lane's box of tile n. Nothing waits for its page before check().
+  __device__ __forceinline__ void find(const Maps& maps, int32_t n) {
+    const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+    const int32_t position = n * C::kN + lane * maps.box;
+    slot = kNoSlot;
+    if (lane >= maps.boxes || position < 0 || position >= work->tile.k_len) return;
     const int32_t entry = maps.page_size.quotient(position);
-    return {entries[entry], position - entry * p.page_size};
+    page = entries[entry], slot = position - entry * p.page_size;
   }
 
-  // Keys outside the pool become NaN; values there, and rows past the keys, zeros, with which TMA fills the
-  // page behind the pool.
   template <class Tile, bool kNanIfMissing>
   __device__ __forceinline__ void load(const Maps& maps, uint32_t tile, uint32_t barrier,
                                        const typename Boxes::Map& map, const View& view, int32_t n) {
-    if (threadIdx.x % 32 == 0) ptx::barrier_expect(barrier, Tile::kBytes);
-    const bool none = next.slot == kNoSlot, in_pool = 0 <= next.page && next.page < p.pages;
-    if (kNanIfMissing && !none && !in_pool) {
-      Boxes::template load<Tile>(tile, row(maps), maps.missing, barrier, {});
-    } else {
+    const auto lane = static_cast<int32_t>(threadIdx.x % 32);
+    __syncwarp();  // every lane saw the stage empty, which may be filled and released twice before a late one
+    if (lane == 0) ptx::barrier_expect(barrier, Tile::kBytes);
+    if (kNanIfMissing && missing) {
+      Boxes::template load<Tile>(tile, lane * maps.box, maps.missing, barrier, {});
+    } else if (lane < maps.boxes) {
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      const PageSlot at = none || !in_pool ? PageSlot{p.pages, 0} : next;
-      Boxes::template load<Tile>(tile, row(maps), map, barrier, {head, at.slot, at.page, leading});
+      Boxes::template load<Tile>(tile, lane * maps.box, map, barrier, {head, slot, page, leading});
     }
-    next = find(maps, n - 1);
+    find(maps, n - 1);
   }
 
   static constexpr int32_t kNoSlot = -1;  // of a box past the keys
@@ -148,7 +148,8 @@ class PageLoader {
   const BlockWork* work;
   const int32_t* entries;  // of the block table's row
   int32_t head;            // of K and V
-  PageSlot next;           // this lane's box of the next tile
+  int32_t page = 0, slot;  // this lane's box of the next tile
+  bool missing;            // its page lies outside the pool
 };
 
 template <class C>

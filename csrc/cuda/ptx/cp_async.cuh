@@ -41,6 +41,14 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// The same where `valid`, else zeros.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid,
+                                            L2Policy policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+               "r"(valid ? 16 : 0), "l"(policy.bits)
+               : "memory");
+}
+
 // Copies 4 bytes, likewise.
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
@@ -68,6 +76,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
 __device__ __forceinline__ L2Policy l2_policy(bool) { return {}; }
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, L2Policy) {
   cp_async_16(shared, global, true);
+}
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, bool valid, L2Policy) {
+  cp_async_16(shared, global, valid);
 }
 
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, bool valid) {

@@ -74,27 +74,38 @@ struct SegmentInput {
       SegmentRange range{0, 0};
       if (row >= q_len) return range;
       range.lo = range.hi = segments[row];
-      for (int32_t i = row + 1; i < min(row + 16, q_len); ++i) {
-        const int32_t segment = segments[i];
+#pragma unroll
+      for (int32_t i = 1; i < 16; ++i) {  // all loads in flight at once
+        const int32_t segment = segments[min(row + i, q_len - 1)];
         range.lo = min(range.lo, segment), range.hi = max(range.hi, segment);
       }
       return range;
     }
 
-    // Key tile n. `rows`: this lane's row block, if it is used.
-    __device__ __forceinline__ void scan(const int32_t* key_segments, int32_t k_len, int32_t n,
-                                         const SegmentRange& rows, bool used) {
+    // This lane's keys of tile n, or of the first one.
+    static constexpr int kKeys = (N + 31) / 32;
+    __device__ __forceinline__ static void read(int32_t (&segments)[kKeys], const int32_t* key_segments,
+                                                int32_t k_len, int32_t n) {
+      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32), last = k_len - 1;
+#pragma unroll
+      for (int32_t j = 0; j < kKeys; ++j)
+        segments[j] = key_segments[min(max(n, 0) * N + 32 * j + lane, last)];
+    }
+
+    // Key tile n, whose segments are `read`. `rows`: this lane's row block, if it is used.
+    __device__ __forceinline__ void scan(int32_t (&segments)[kKeys], const int32_t* key_segments,
+                                         int32_t k_len, int32_t n, const SegmentRange& rows, bool used) {
       shared.input_pipe.wait_empty(use);
       Tile& tile = shared.input_pipe.tiles[use % kStages];
-      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32), last = k_len - 1;
+      const auto lane = static_cast<int32_t>(threadIdx.x % 32);
       SegmentRange keys{INT32_MAX, INT32_MIN};
 #pragma unroll
-      for (int32_t j = 0; j < N; j += 32) {
-        if (N % 32 != 0 && j + lane >= N) break;
-        const int32_t segment = key_segments[min(n * N + j + lane, last)];
-        tile.key_segments[j + lane] = segment;
-        keys.lo = min(keys.lo, segment), keys.hi = max(keys.hi, segment);
+      for (int32_t j = 0; j < kKeys; ++j) {
+        if (N % 32 != 0 && 32 * j + lane >= N) break;
+        tile.key_segments[32 * j + lane] = segments[j];
+        keys.lo = min(keys.lo, segments[j]), keys.hi = max(keys.hi, segments[j]);
       }
+      read(segments, key_segments, k_len, n - 1);
       keys = {__reduce_min_sync(~0u, keys.lo), __reduce_max_sync(~0u, keys.hi)};
       const bool equal = rows.lo == rows.hi && keys.lo == keys.hi && rows.lo == keys.lo;
       const uint32_t mixed = __ballot_sync(~0u, used && !equal);
@@ -113,7 +124,11 @@ struct SegmentInput {
       const bool used = lane < kRowBlocks && row < band.q_len;
       const int32_t* const key_segments = segments_of(p.kv_segment_ids);
       const SegmentRange rows = row_range(segments_of(p.q_segment_ids), row, used ? band.q_len : 0);
-      for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n) scan(key_segments, band.k_len, n, rows, used);
+      if (tiles.empty()) return;
+      int32_t segments[kKeys];
+      read(segments, key_segments, band.k_len, tiles.hi - 1);
+      for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n)
+        scan(segments, key_segments, band.k_len, n, rows, used);
     }
 
     __device__ __forceinline__ void run() {
