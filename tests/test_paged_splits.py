@@ -16,6 +16,26 @@ from jax_flash import merge_attention, paged_attention
 LONG = Case("long", b=3, sq=1, sk=900, kv_lengths=(900, 10, 3), hq=4, hk=2)
 
 
+# Long enough, and enough of them, for sm_90a to attend them in clusters of CTAs where it finds them about equal.
+MANY = Case(
+    "equal", b=15, sq=1, sk=2304, kv_lengths=(2304,) * 15, hq=8, hk=4, d=128, dv=128, dtype="bfloat16"
+)
+
+
+@pytest.mark.parametrize("size", [1, 16, 64])
+@by_name(
+    [
+        MANY,
+        MANY.replace(name="nearly equal", kv_lengths=tuple(range(2290, 2305)), sinks=True),
+        MANY.replace(name="unequal", kv_lengths=(2304, 0, 1, 700, *(2304,) * 11)),
+        MANY.replace(name="one shorter", kv_lengths=(*(2304,) * 14, 2000)),
+        MANY.replace(name="equal in a window", window=(2200, 0), hq=64),
+    ]
+)
+def test_many_long_sequences_of_equal_lengths_or_not(case, size):
+    pages.check(paged(case, size), IMPLEMENTATION)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3, 4, 5, 6, 7, 10**6])
 @by_name([LONG.replace(sinks=True, window=(700, 0)), MIXED.replace(causal=True, softcap=2.0)])
 def test_any_number_of_splits_is_right(case, splits):

@@ -171,8 +171,8 @@ def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
 @pytest.mark.parametrize(
     "options",
     [
-        {"batch": 8, "k_rows": 4096, "paged": True},  # that many keys, of lengths that may differ
-        {"batch": 8, "k_rows": 4096, "operands": operand_bits(("kv_lengths",))},
+        {"k_rows": 8192, "paged": True},  # that many keys of 512 columns, whose lengths may differ
+        {"batch": 8, "k_rows": 65_536, "paged": True},
         {"batch": 1, "k_rows": 131_072},
         {"batch": 24, "heads": 24, "kv_heads": 24},  # 2.2 waves
         {"softcap": 30.0},
@@ -191,6 +191,26 @@ def test_other_decodes_take_equal_shares(options):
     chosen = plan(**{"batch": 64, "k_rows": 1024, "paged": False} | options)
     row = chosen.get("decode_row") or chosen["row"]
     assert (row["arch"], row["pass"]) != ("sm90", "decode")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch": 8, "k_rows": 4096},
+        {"batch": 8, "k_rows": 4096, "paged": False, "operands": operand_bits(("kv_lengths",))},
+        {"batch": 16, "k_rows": 8192},
+        {"d": 256, "dv": 256, "heads": 8, "kv_heads": 1},
+        {"d": 64, "dv": 64, "batch": 16},
+    ],
+    ids=str,
+)
+def test_long_sequences_are_clusters_where_the_device_finds_them_equal(options):
+    """Otherwise they are equal shares, planned as where the portable kernel runs them."""
+    chosen, shares = plan(**options), plan(**options, capability=80)
+    assert (chosen["row"]["arch"], shares["row"]["arch"]) == ("sm90", "sm80")
+    assert "in 2-CTA clusters" in chosen["text"]
+    assert chosen["decode"] == shares["decode"]
+    assert 0 < chosen["workspace"] == shares["workspace"]
 
 
 def test_each_range_has_room_for_two_partial_results():

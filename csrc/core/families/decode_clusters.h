@@ -18,6 +18,7 @@ struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
   int32_t parts, softmax;  // what the n CTAs send: O [items of this CTA, n] float4; m and l [M, n]
   int32_t barrier;         // that counts its bytes
+  int32_t entries;         // of the block table: of each thread's keys of the tiles in the ring
   int32_t bytes;
 };
 
@@ -29,13 +30,9 @@ constexpr Layout layout(const RowShape& r, int32_t element_size) {
   at.parts = at.merge_softmax + r.warps * r.block_m * kSoftmax;
   at.softmax = at.parts + r.block_m * r.value_dim * int32_t{sizeof(float)};
   at.barrier = at.softmax + r.block_m * kMostCtas * kSoftmax;
-  at.bytes = at.barrier + kMbarrierBytes;
+  at.entries = at.barrier + kMbarrierBytes;
+  at.bytes = at.entries + r.stages * r.warps * 32 * int32_t{sizeof(int32_t)};
   return at;
-}
-
-inline int64_t shared_bytes(const KernelRow& row) {
-  return layout({row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, row.warps, true}, 2)
-      .bytes;
 }
 
 // A row for a call: columns are those of all sequences, a cluster each.
@@ -60,19 +57,26 @@ class Choice {
     return ctas;
   }
 
-  // The limits were measured on one H200 (docs/experiments/decode.md). Where lengths are the device's, long
-  // sequences are left to equal shares of all keys, which do not wait for the longest.
+  // Long sequences, of lengths that the device knows, are attended in clusters where it finds them about
+  // equal. Otherwise they are left to equal shares of all keys, which do not wait for the longest.
+  bool asks_for_lengths() const {
+    return !knows_lengths() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
+  }
+
   bool is_faster() const {
-    constexpr int64_t kFewTiles = 8, kManyTiles = 16;  // of a CTA
+    constexpr int64_t kFewTiles = 8, kMostTiles = 64;  // of a CTA
     constexpr double kFilled = 0.9;                    // of the SMs, or of the last wave
     if (columns_ == 0 || tiles_ == 0) return false;
     const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
-    if (tiles > kManyTiles && (ctas > 2 || !knows_lengths())) return false;
+    if (call_.device.always_cluster) return true;
+    if (tiles > kManyTiles && (knows_lengths() ? ctas > 2 : ctas != 2 || tiles > kMostTiles)) return false;
     if (columns_ > wave_) return fills(columns_, ceil_div(columns_, wave_) * wave_, kFilled);
     return tiles <= kFewTiles || fills(columns_ * ctas, sms, kFilled);
   }
 
  private:
+  static constexpr int64_t kManyTiles = 16;  // of a CTA
+
   static bool fills(int64_t part, int64_t whole, double least) {
     return static_cast<double>(part) >= least * static_cast<double>(whole);
   }
@@ -86,6 +90,14 @@ class Choice {
   const Call& call_;
   int64_t columns_, tiles_, wave_;
 };
+
+// With asks_for_lengths() the two ways of the kernel take turns in one place.
+inline int64_t shared_bytes(const KernelRow& row, const Call& call) {
+  const RowShape shape{row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, row.warps, true};
+  const int64_t in_clusters = layout(shape, 2).bytes;
+  if (!Choice(row, call).asks_for_lengths()) return in_clusters;
+  return std::max<int64_t>(in_clusters, decode_layout(shape, 2).bytes) + kBlockStateBytes;
+}
 
 // Whether a row runs a call, and better than the portable decode does.
 inline bool serves(const KernelRow& row, const Call& call) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "core/families/decode_clusters.h"
+#include "core/families/decode_parts.h"
 #include "core/families/hopper_layout.h"
 #include "core/families/latent.h"
 #include "core/plan/choose.h"
@@ -251,7 +252,7 @@ class Decode final : public PassTraits {
   bool takes_every_sequence(const KernelRow& row) const override { return LatentDecode::is_latent(row); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return LatentDecode::is_latent(row) ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row);
+    return LatentDecode::is_latent(row) ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row, call);
   }
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
     return LatentDecode::is_latent(a) && latent_.better(a, b, call);
@@ -260,7 +261,9 @@ class Decode final : public PassTraits {
                  LaunchPlan& plan) const override {
     if (LatentDecode::is_latent(row)) return latent_.plan_grid(row, call, workspace, plan);
     plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
-    plan.decode.ranges = plan.cluster_size = clusters::Choice(row, call).size();
+    const clusters::Choice choice(row, call);
+    plan.decode.ranges = plan.cluster_size = choice.size();
+    if (choice.asks_for_lengths()) plan_shares(row, call, 0, workspace, plan.decode);
   }
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     return latent_.workspace_bound(spec, s);

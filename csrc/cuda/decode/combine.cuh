@@ -103,7 +103,7 @@ __device__ __forceinline__ Softmax merge_parts_in_turn(const PartialResults<kRow
   return all;
 }
 
-// C: DecodeSm80 or a kernel of latent pools. kAtOnce: parts; 0: in turn. Each warp takes a row, each lane
+// C: DecodeShares or a kernel of latent pools. kAtOnce: parts; 0: in turn. Each warp takes a row, each lane
 // four features in each of kBlocks blocks of 128 at a time. The code is short, since it runs once and comes
 // from memory.
 template <class C, int kAtOnce = 0, int kBlocks = 1>

@@ -8,14 +8,9 @@
 #pragma once
 
 #include "core/families/decode_clusters.h"
-#include "cuda/decode/partition.cuh"
-#include "cuda/decode/results.cuh"
-#include "cuda/decode/ring.cuh"
-#include "cuda/decode/warp_attention.cuh"
-#include "cuda/decode/warp_merge.cuh"
+#include "cuda/decode/shares.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/cluster.cuh"
-#include "cuda/ptx/shared.cuh"
 
 namespace jax_flash::decode {
 
@@ -34,36 +29,58 @@ struct DecodeSm90 {
   static constexpr clusters::Layout kLayout =
       clusters::layout({kHeadDim, kValueDim, kRows, kTile, kStages, kWarps, true}, sizeof(T));
   static constexpr int kMergeColumns = kValueDim, kMergePitch = kMergeColumns + 4;
+  using Shares = DecodeShares<T, T, R, false>;
   static constexpr int kSharedBytes = kLayout.bytes, kChunks = kValueDim / 4;
   static_assert(kWarps * kRows * kMergePitch * 4 <= kWarps * kLayout.warp_ring);
   static_assert(!WarpState::kSharedQueries && kChunks >= clusters::kMostCtas);
 };
 
-// The copies of a warp's keys of every n-th tile of a sequence.
-template <class C>
+// The copies of a warp's keys of every n-th tile of a sequence. kAhead, where there are many tiles: each lane
+// also copies the table's entry of its key kStages tiles before the key, so that nobody waits for it. A
+// lookup takes longer than a tile does where an SM has one CTA.
+template <class C, bool kAhead>
 class ClusterRing {
  public:
-  // The first key's page, as it is where a sequence is seen from its first key on, is looked up while the
+  // The pages of the first keys, where a sequence is seen from its first key on: they are looked up while the
   // lengths are.
-  __device__ __forceinline__ ClusterRing(uint8_t* shared, const DecodeCall& decode, const ColumnRows& rows,
-                                         int32_t number, int32_t rank, int32_t ctas)
-      : call(decode),
-        keys(decode),
-        memory(ptx::shared_address(shared) + warp() * C::kLayout.warp_ring),
-        step(ctas) {
-    const int32_t key = rank * C::kTile + key_in_tile(), entry = call.page_size.quotient(key);
-    int32_t page = 0;
-    if (call.paged && key < call.k_rows) {
+  struct Pages {
+    int32_t first = 0;
+
+    __device__ __forceinline__ Pages(uint8_t* shared, const DecodeCall& call, int32_t number, int32_t rank,
+                                     int32_t ctas) {
+      if (!call.paged) return;
       const int32_t leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
       const int32_t index = number - leading * call.batch.value;
-      page = call.block_tables.at<const int32_t>(leading, index, 0, 0)[entry];
+      const auto* const table = call.block_tables.at<const int32_t>(leading, index, 0, 0);
+#pragma unroll
+      for (int i = 0; i < (kAhead ? C::kStages : 1); ++i) {
+        const int32_t key = (rank + i * ctas) * C::kTile + key_in_tile();
+        if (key >= call.k_rows) break;
+        const int32_t* const entry = table + call.page_size.quotient(key);
+        if constexpr (kAhead) {
+          ptx::cp_async_4(ptx::shared_address(shared) + place(i), entry, true);
+        } else {
+          first = *entry;
+        }
+      }
     }
+  };
+
+  __device__ __forceinline__ ClusterRing(uint8_t* shared, const DecodeCall& decode, const ColumnRows& rows,
+                                         int32_t number, int32_t rank, int32_t ctas, Pages pages)
+      : call(decode), keys(decode), memory(ptx::shared_address(shared)), step(ctas) {
     work = rows.sequence(call, number);
     keys.open(call, rows, work);
     const Interval tiles = tiles_of(work.keys, C::kTile);
     tile = tiles.lo + rank, end = tiles.hi;
-    if (call.paged && tiles.lo == 0 && work.keys.contains(key)) {
-      next = {page, key - entry * call.page_size.value};
+    if constexpr (kAhead) {  // and the first entries have been waited for
+      if (call.paged && tiles.lo > 0) {
+        for (int i = 0; i < C::kStages; ++i) ask(tile + i * step, i);
+        ptx::cp_async_commit();
+        ptx::cp_async_wait<0>();
+      }
+    } else if (call.paged && tiles.lo == 0) {
+      next = keys.locate(call, key_of(tile), [&](int32_t) { return pages.first; });
     } else {
       find();
     }
@@ -72,10 +89,15 @@ class ClusterRing {
   __device__ __forceinline__ static int32_t warp() { return static_cast<int32_t>(threadIdx.x) / 32; }
   __device__ __forceinline__ void fill() {
     if (tile < end) {
-      copy_rows<typename C::KTile, typename C::VTile>(memory + filled * C::kStageBytes, keys,
-                                                      keys.check(call, next));
+      if constexpr (kAhead)
+        next = keys.locate(call, key_of(tile), [&](int32_t) {
+          return static_cast<int32_t>(ptx::load_shared(memory + place(filled)));
+        });
+      copy_rows<typename C::KTile, typename C::VTile>(
+          memory + warp() * C::kLayout.warp_ring + filled * C::kStageBytes, keys, keys.check(call, next));
+      if constexpr (kAhead) ask(tile + C::kStages * step, filled);
       tile += step;
-      if (tile < end) find();
+      if (!kAhead && tile < end) find();
     }
     if (++filled == C::kStages) filled = 0;
     ptx::cp_async_commit();
@@ -84,7 +106,7 @@ class ClusterRing {
   __device__ __forceinline__ uint32_t wait() const {
     ptx::cp_async_wait<C::kStages - 1>();
     __syncwarp();
-    return memory + filled * C::kStageBytes;
+    return memory + warp() * C::kLayout.warp_ring + filled * C::kStageBytes;
   }
 
   SequenceWork work;
@@ -94,8 +116,19 @@ class ClusterRing {
   __device__ __forceinline__ static int32_t key_in_tile() {
     return warp() * C::kKeys + static_cast<int32_t>(threadIdx.x) % C::kKeys;
   }
-  __device__ __forceinline__ void find() {
-    next = keys.look_up(call, int64_t{tile} * C::kTile + key_in_tile());
+  __device__ __forceinline__ static int64_t key_of(int32_t of_tile) {
+    return int64_t{of_tile} * C::kTile + key_in_tile();
+  }
+  // Where this lane's entry of a stage lies in shared memory.
+  __device__ __forceinline__ static uint32_t place(int stage) {
+    return C::kLayout.entries + (stage * C::kThreads + threadIdx.x) * 4;
+  }
+  __device__ __forceinline__ void find() { next = keys.look_up(call, key_of(tile)); }
+  __device__ __forceinline__ void ask(int32_t of_tile, int stage) const {
+    const int64_t key = key_of(of_tile);
+    if (call.paged && key < keys.used.hi)
+      ptx::cp_async_4(memory + place(stage), keys.table + call.page_size.quotient(static_cast<int32_t>(key)),
+                      true);
   }
 
   const DecodeCall& call;
@@ -117,16 +150,19 @@ struct Exchange {
   __device__ __forceinline__ uint32_t address(int32_t offset) const {
     return ptx::shared_address(shared) + offset;
   }
-  // By all threads; before send(), wait_for_cluster().
-  __device__ __forceinline__ void start(int32_t rows) const {
+  // By all threads; before send(), wait().
+  __device__ __forceinline__ void start() const {
     if (threadIdx.x == 0) {
-      const uint32_t bytes = rows * (C::kChunks * 16 + ctas * 8);
       ptx::barrier_init(address(C::kLayout.barrier), 1);
       ptx::fence_barriers();
-      ptx::barrier_expect(address(C::kLayout.barrier), bytes);
     }
     __syncwarp();
     ptx::arrive_at_cluster();
+  }
+  __device__ __forceinline__ void wait(int32_t rows) const {
+    ptx::wait_for_cluster();
+    if (threadIdx.x == 0)
+      ptx::barrier_expect(address(C::kLayout.barrier), rows * (C::kChunks * 16 + ctas * 8));
   }
   __device__ __forceinline__ void send(int32_t row, int32_t feature, const float4& o, Softmax softmax) const {
     const uint32_t chunk = feature / 4, item = row * C::kChunks + chunk, to = item & (ctas - 1);
@@ -164,16 +200,45 @@ struct Exchange {
   }
 };
 
+// Whether the sequences have about as many keys as the first one, by all threads of a CTA. It is asked of the
+// lengths alone, since code that runs once comes from memory.
 template <class C>
+__device__ __forceinline__ bool are_even(const DecodeCall& call) {
+  constexpr int32_t kPart = 32;  // of the first one's keys, that others may have more or fewer
+  const auto length_of = [&](int32_t number) {
+    const int32_t leading = call.sequences == call.batch.value ? 0 : call.batch.quotient(number);
+    const int32_t index = number - leading * call.batch.value;
+    return clamp_index(*call.kv_lengths.at<const int32_t>(leading, index, 0, 0), call.k_rows);
+  };
+  const int32_t sequences = call.kv_lengths ? call.sequences : 0, first = sequences > 0 ? length_of(0) : 0;
+  bool even = true;
+#pragma unroll 1
+  for (auto i = static_cast<int32_t>(threadIdx.x); i < sequences; i += C::kThreads)
+    even &= abs(length_of(i) - first) <= first / kPart;
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();                          // equal shares use the entries' memory
+  return __all_sync(~0u, __syncthreads_and(even));  // the compiler knows only this to be uniform
+}
+
+// kShares: the lengths are the device's. Where they differ, the CTAs take equal shares of all keys, of which
+// there may be more than clusters.
+template <class C, bool kShares>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm90(const __grid_constant__ DecodeCall call, int log_ctas) {
   uint8_t* const shared = ptx::dynamic_shared();
   const int32_t ctas = 1 << log_ctas, rank = static_cast<int32_t>(blockIdx.x) & (ctas - 1);
   const int32_t unit = static_cast<int32_t>(blockIdx.x) >> log_ctas;
-  const int32_t number = call.columns.quotient(unit), column = unit - number * call.columns.value;
+  const int32_t own = call.columns.quotient(unit), column = unit - own * call.columns.value;
   const ColumnRows rows = ColumnRows::of_column<C::kRows>(call, column);
   const Exchange<C> exchange{shared, static_cast<uint32_t>(rank), static_cast<uint32_t>(ctas), log_ctas};
-  ClusterRing<C> ring(shared, call, rows, number, rank, ctas);
+  const int32_t number = kShares ? min(own, call.sequences - 1) : own;
+  using Ring = ClusterRing<C, kShares>;
+  const typename Ring::Pages pages(shared, call, number, rank, ctas);
+  if constexpr (kShares) {
+    if (!are_even<C>(call)) return attend_share<typename C::Shares>(call);
+    if (own != number) return;
+  }
+  Ring ring(shared, call, rows, number, rank, ctas, pages);
   const SequenceWork& work = ring.work;
   typename C::WarpState state;
   int32_t tile = ring.tile;
@@ -182,7 +247,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     ring.fill();
     if (++ahead < 0) continue;
     if (ahead == 0) {
-      if (ctas > 1) exchange.start(rows.count());
+      if (ctas > 1) exchange.start();
       state.load(call, rows, work);
       state.begin(call, rows, work);
     }
@@ -198,7 +263,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     if (feature < call.value_dim && is_written(call, rows, work, row))
       store_result<typename C::Element>(call, rows, work, row, feature, o, softmax);
   };
-  if (ctas > 1) ptx::wait_for_cluster();
+  if (ctas > 1) exchange.wait(rows.count());
   WarpMerge<C>(shared).run(state, rows.count(), [&](int32_t row, int32_t feature, float4 o, Softmax softmax) {
     if (ctas == 1) return write(row, feature, o, softmax);
     exchange.send(row, feature, o, softmax);
@@ -210,18 +275,24 @@ template <class C>
 cudaError_t launch_in_clusters(const Problem& p, const LaunchPlan& plan, void* workspace,
                                cudaStream_t stream) {
   const int32_t ctas = plan.cluster_size;
+  const bool shares = plan.decode.memory >= 0;
+  const auto kernel = shares ? decode_sm90<C, true> : decode_sm90<C, false>;
   int log_ctas = 0;
   while (1 << log_ctas < ctas) ++log_ctas;
   if (ctas > 8) {
-    const cudaError_t e =
-        cudaFuncSetAttribute(decode_sm90<C>, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (e != cudaSuccess) return e;
   }
   for (int64_t outer = 0; outer < outer_entries(p.leading); ++outer) {
     const DecodeCall call = make_call<C::kTile>(p, plan.decode, C::kRows, outer, nullptr, workspace);
-    const int64_t blocks = int64_t{call.sequences} * plan.decode.columns * ctas;
-    const cudaError_t e = launch_clusters(decode_sm90<C>, static_cast<uint32_t>(ctas), blocks, C::kThreads,
-                                          C::kSharedBytes, stream, call, log_ctas);
+    int64_t blocks = int64_t{call.sequences} * plan.decode.columns * ctas;
+    if (shares) {
+      const int64_t most = std::max(blocks, int64_t{plan.decode.ranges} * plan.decode.columns);
+      blocks = ceil_div(most, ctas) * ctas;
+    }
+    const int32_t bytes = shares ? std::max(C::kSharedBytes, C::Shares::kSharedBytes) : C::kSharedBytes;
+    const cudaError_t e = launch_clusters(kernel, static_cast<uint32_t>(ctas), blocks, C::kThreads, bytes,
+                                          stream, call, log_ctas);
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;

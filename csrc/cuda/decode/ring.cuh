@@ -130,7 +130,9 @@ class WarpRing {
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
   static constexpr int kEntryBytes = kStages * kKeys * 4;
-  static constexpr int kFarTiles = 32;  // of a segment that is looked up kStages tiles ahead
+  // Segments of at least kFarTiles are looked up kStages tiles ahead by the kernels that have the registers.
+  static constexpr int kFarTiles = 32;
+  static constexpr bool kLooksFar = kPolicy && HeadDim <= 128;
 
   // Of this warp: `queue`, segments [kSegments]; page_memory, int32 [kStages, kKeys].
   __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
@@ -150,15 +152,15 @@ class WarpRing {
   // call, and those past the last tile, copy nothing.
   __device__ __forceinline__ void fill() {
     if (ahead.tile < ahead.tile_end) {
-      if (far && copied >= kStages)
+      if (kLooksFar && far && copied >= kStages)
         next = keys.locate(call, position(0),
                            [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
       copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
-      if (far) copy_entry();
+      if (kLooksFar && far) copy_entry();
       ++ahead.tile, ++copied;
     }
     if (ahead.tile < ahead.tile_end) {
-      if (!far || copied < kStages) find();
+      if (!kLooksFar || !far || copied < kStages) find();
     } else if (!ahead.done()) {
       ahead.advance();
       if (!ahead.done()) open();
@@ -185,7 +187,7 @@ class WarpRing {
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
-    far = call.paged && ahead.tile_end - ahead.tile >= kFarTiles, copied = 0;
+    far = kLooksFar && call.paged && ahead.tile_end - ahead.tile >= kFarTiles, copied = 0;
     find();
     __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
@@ -218,7 +220,7 @@ class WarpRing {
   WorkIterator<kTile> ahead;        // at the tile that is copied next
   KeySource<Stored, kPolicy> keys;  // of that tile's sequence
   PageSlot next;                    // of this lane's key in that tile, to be checked
-  bool far = false;                 // whether the segment's table entries are copied kStages tiles ahead
+  bool far = false;                 // whether the segment is looked up kStages tiles ahead
   int32_t copied = 0;               // tiles of the segment
   int filled = 0;                   // the stage that is filled next
   int opened = 0, taken = 0;        // the segments that are opened and taken next

@@ -9,7 +9,7 @@
 
 namespace jax_flash::decode {
 
-// C: DecodeSm80. O goes through shared memory a few columns at a time (DecodeLayout), twice as many where
+// C: DecodeShares. O goes through shared memory a few columns at a time (DecodeLayout), twice as many where
 // half of the rows are in use.
 template <class C>
 class WarpMerge {

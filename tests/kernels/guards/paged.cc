@@ -118,11 +118,12 @@ class AttentionCase : PoolCase {
     if (aim_->pass == Pass::kDecode) {
       s.batch_invariant = false;
       if (s.num_splits == 1) s.num_splits = 2;
-      if (variant == backend::Variant::kPlain) s.num_splits = 0, s.layout = Layout::kPaged;
+      const bool fits =  // the tokens' rows together do
+          variant == backend::Variant::kPlain || variant == backend::Variant::kCluster;
+      if (fits) s.num_splits = 0, s.layout = Layout::kPaged;
       const int32_t rows = aim_->block_m;  // more than the next smaller tile has
       p_.q_rows = std::min(p_.q_rows, rows > 16 ? 2 : 4);
       const int64_t least = rows > 8 ? rows / 2 + 1 : 1, tokens = p_.packed() ? 1 : p_.q_rows;
-      const bool fits = variant == backend::Variant::kPlain;  // the tokens' rows together do
       p_.heads = kv_heads_ * static_cast<int32_t>(fits ? integer(ceil_div(least, tokens), rows / tokens)
                                                        : integer(least, rows));
       if (latent_ && chance(0.3)) p_.heads *= 2;  // rows of several tiles

@@ -19,7 +19,10 @@ constexpr Variant kVariants[] = {Variant::kPlain,   Variant::kGeneral,  Variant:
                                  Variant::kSoftcap, Variant::kBias,     Variant::kMask};
 
 std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
-  if (row.pass == Pass::kDecode && row.cluster > 1) return {Variant::kPlain};  // a sequence is never split
+  if (row.pass == Pass::kDecode && row.cluster > 1) {  // a sequence is split by unequal lengths alone
+    if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kCluster};
+    return {Variant::kPlain};
+  }
   switch (row.pass) {
     case Pass::kForward: {
       if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
@@ -120,6 +123,7 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
     case Pass::kDecode:
       if (p.spec.softcap > 0 || p.spec.has(Operand::kAlibiSlopes) || p.spec.has(Operand::kDraftMask))
         return p.kv_dtype != p.dtype ? Variant::kFloat8General : Variant::kGeneral;
+      if (plan.decode.memory >= 0 && plan.cluster_size > 1) return Variant::kCluster;
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
   }
