@@ -172,6 +172,7 @@ struct DecodeLayout {
   int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys, until O is merged
   int32_t merge_softmax;  // m and l [warps, M], two float32
   int32_t segments;       // [warps, stages + 2]: those that the stages' keys are of, one before and one after
+  int32_t pages;          // int32 [warps, stages, keys of a warp]: the pages of the keys that have a stage next
   int32_t bytes;
 };
 
@@ -188,8 +189,9 @@ constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
   const int32_t merge_softmax = merge_o + larger(o_bytes, query_bytes);
   const int32_t segments = merge_softmax + rows * 2 * int32_t{sizeof(float)};
   const int32_t stages = element_size == 2 ? 2 * r.stages : r.stages;
-  const int32_t bytes = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
-  return {warp_ring, merge_o, merge_o, merge_softmax, segments, bytes};
+  const int32_t pages = segments + r.warps * (stages + 2) * kDecodeSegmentBytes;
+  const int32_t bytes = pages + r.warps * stages * warp_keys * int32_t{sizeof(int32_t)};
+  return {warp_ring, merge_o, merge_o, merge_softmax, segments, pages, bytes};
 }
 
 constexpr int64_t decode_shared_bytes(const RowShape& r, int32_t element_size) {

@@ -1,10 +1,11 @@
 // A ring of key and value tiles in shared memory that belongs to one warp, which both fills and reads it:
 // copies and products need no barrier across the thread block.
 //
-// A stage holds kKeys keys and their values. The page slots of the next stage's keys are looked up while the
-// last copy runs, also where it belongs to the next segment, which hides the latency of the block table.
-// Before the first tile is waited for, kStages of them are asked for by the loop that waits: a kernel's first
-// instructions are fetched from memory, so that code is kept short.
+// A stage holds kKeys keys and their values. Under load the block table answers later than a stage's copy
+// takes, so in a long segment the entries of the tile that has a stage next are copied with the one that has
+// it now. Other tiles are looked up one tile ahead, a segment's first one while the last copy of the one
+// before runs. Before the first tile is waited for, kStages of them are asked for by the loop that waits: a
+// kernel's first instructions are fetched from memory, so that code is kept short.
 #pragma once
 
 #include <cstdint>
@@ -128,15 +129,20 @@ class WarpRing {
   using KTile = StoredTile<Stored, kKeys, HeadDim>;
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
+  static constexpr int kEntryBytes = kStages * kKeys * 4;
+  // Segments of at least kFarTiles are looked up kStages tiles ahead by the kernels that have the registers.
+  static constexpr int kFarTiles = 32;
+  static constexpr bool kLooksFar = kPolicy && HeadDim <= 128;
 
-  // `queue`: this warp's segments [kSegments].
-  __device__ __forceinline__ WarpRing(uint32_t shared, Segment* queue, const DecodeCall& decode,
-                                      const ColumnRows& column_rows, const Partition& of_column,
-                                      const Range& range, int32_t range_number)
+  // Of this warp: `queue`, segments [kSegments]; page_memory, int32 [kStages, kKeys].
+  __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
+                                      const DecodeCall& decode, const ColumnRows& column_rows,
+                                      const Partition& of_column, const Range& range, int32_t range_number)
       : call(decode),
         rows(column_rows),
         partition(of_column),
         memory(shared),
+        entries(page_memory + threadIdx.x % 32 % kKeys * 4),
         number(range_number),
         segments(queue),
         ahead(range),
@@ -146,11 +152,15 @@ class WarpRing {
   // call, and those past the last tile, copy nothing.
   __device__ __forceinline__ void fill() {
     if (ahead.tile < ahead.tile_end) {
+      if (kLooksFar && far && copied >= kStages)
+        next = keys.locate(call, position(0),
+                           [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
       copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
-      ++ahead.tile;
+      if (kLooksFar && far) copy_entry();
+      ++ahead.tile, ++copied;
     }
     if (ahead.tile < ahead.tile_end) {
-      find();
+      if (!kLooksFar || !far || copied < kStages) find();
     } else if (!ahead.done()) {
       ahead.advance();
       if (!ahead.done()) open();
@@ -177,6 +187,7 @@ class WarpRing {
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
+    far = kLooksFar && call.paged && ahead.tile_end - ahead.tile >= kFarTiles, copied = 0;
     find();
     __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
@@ -184,20 +195,33 @@ class WarpRing {
     if (++opened == kSegments) opened = 0;
     __syncwarp();
   }
-  __device__ __forceinline__ void find() {
+  // Of this lane's key in the i-th tile from the next one on.
+  __device__ __forceinline__ int64_t position(int i) const {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
-    next = keys.look_up(call, int64_t{ahead.tile} * kTile + warp * kKeys + lane % kKeys);
+    return int64_t{ahead.tile + i} * kTile + warp * kKeys + lane % kKeys;
+  }
+  __device__ __forceinline__ void find() { next = keys.look_up(call, position(0)); }
+  __device__ __forceinline__ uint32_t entry_of(int stage) const { return entries + stage * kKeys * 4; }
+  // Starts the copy of the entry of the tile that has this stage next.
+  __device__ __forceinline__ void copy_entry() const {
+    if (threadIdx.x % 32 >= kKeys) return;
+    (void)keys.locate(call, position(kStages), [&](int32_t entry) {
+      ptx::cp_async_4(entry_of(filled), keys.table + entry, true);
+      return 0;
+    });
   }
 
   const DecodeCall& call;
   const ColumnRows& rows;
   const Partition& partition;
-  uint32_t memory;
-  int32_t number;  // of the block's range
+  uint32_t memory, entries;  // entries: of this lane's key in stage 0
+  int32_t number;            // of the block's range
   Segment* segments;
   WorkIterator<kTile> ahead;        // at the tile that is copied next
   KeySource<Stored, kPolicy> keys;  // of that tile's sequence
   PageSlot next;                    // of this lane's key in that tile, to be checked
+  bool far = false;                 // whether the segment is looked up kStages tiles ahead
+  int32_t copied = 0;               // tiles of the segment
   int filled = 0;                   // the stage that is filled next
   int opened = 0, taken = 0;        // the segments that are opened and taken next
 };

@@ -80,8 +80,9 @@ __device__ __forceinline__ void attend_share(const DecodeCall& call) {
   if (range.begin >= range.end) return;
 
   Segment* const queue = reinterpret_cast<Segment*>(shared + C::kLayout.segments) + warp * Ring::kSegments;
-  Ring ring(ptx::shared_address(shared) + warp * C::kLayout.warp_ring, queue, call, rows, partition, range,
-            number);
+  const uint32_t memory = ptx::shared_address(shared);
+  Ring ring(memory + warp * C::kLayout.warp_ring, memory + C::kLayout.pages + warp * Ring::kEntryBytes, queue,
+            call, rows, partition, range, number);
   typename C::WarpState state;
   if constexpr (C::WarpState::kSharedQueries)
     state.shared_q = reinterpret_cast<uint2*>(shared + C::kLayout.queries);
