@@ -35,30 +35,4 @@ inline void plan_parts(const KernelRow& row, const Call& call, int64_t entries, 
   }
 }
 
-inline constexpr int64_t kMostShares = 1024;  // CTAs, where they split sequences
-
-// CTAs of a column: one wave of them, or a few where one wave would leave SMs idle.
-inline int32_t ranges_of_column(int64_t columns, int64_t wave) {
-  const auto efficiency = [&](int64_t ranges) {
-    const int64_t blocks = columns * ranges;
-    return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, wave) * wave);
-  };
-  constexpr double kGain = 1.05;  // that is worth more CTAs
-  int64_t best = std::max<int64_t>(1, wave / columns);
-  for (int64_t ranges = best + 1; ranges * columns <= kMostShares && ranges <= 4 * wave / columns; ++ranges) {
-    if (efficiency(ranges) > efficiency(best) * kGain) best = ranges;
-  }
-  return static_cast<int32_t>(best);
-}
-
-// Plans the equal shares of a grid that has its columns.
-inline void plan_shares(const KernelRow& row, const Call& call, int64_t split_keys, Workspace& workspace,
-                        DecodeGrid& grid) {
-  const int64_t tiles = ceil_div(std::max<int64_t>(call.shapes.k_rows, 1), row.block_n);
-  const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostShares);
-  grid.ranges =
-      static_cast<int32_t>(std::min<int64_t>(ranges_of_column(grid.columns, wave), call.entries() * tiles));
-  plan_parts(row, call, call.entries(), split_keys, workspace, grid);
-}
-
 }  // namespace jax_flash

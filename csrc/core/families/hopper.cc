@@ -263,7 +263,9 @@ class Decode final : public PassTraits {
     plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
     const clusters::Choice choice(row, call);
     plan.decode.ranges = plan.cluster_size = choice.size();
-    if (choice.asks_for_lengths()) plan_shares(row, call, 0, workspace, plan.decode);
+    if (!choice.asks_for_lengths()) return;
+    plan.decode.ranges *= static_cast<int32_t>(call.entries());  // shares for as many CTAs
+    plan_parts(row, call, call.entries(), 0, workspace, plan.decode);
   }
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     return latent_.workspace_bound(spec, s);

@@ -108,8 +108,23 @@ class LatentDecode final : public latent::Decode {
 constexpr int64_t kMostRows = 64;       // query rows of a KV head over pages; beyond, products bound the call
 constexpr int64_t kMostTile = 32;       // of these rows in a column
 constexpr int64_t kLeastKeys = 64;      // of a key tile
+constexpr int64_t kMostBlocks = 1024;   // CTAs, where they split sequences
 constexpr int64_t kSplitKeys = 2048;    // of a split in batch-invariant mode
 constexpr int64_t kMostRowsDense = 16;  // query rows of a KV head without pages
+
+// CTAs of a column: one wave of them, or a few where one wave would leave SMs idle.
+int32_t ranges_of_column(int64_t columns, int64_t wave) {
+  const auto efficiency = [&](int64_t ranges) {
+    const int64_t blocks = columns * ranges;
+    return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, wave) * wave);
+  };
+  constexpr double kGain = 1.05;  // that is worth more CTAs
+  int64_t best = std::max<int64_t>(1, wave / columns);
+  for (int64_t ranges = best + 1; ranges * columns <= kMostBlocks && ranges <= 4 * wave / columns; ++ranges) {
+    if (efficiency(ranges) > efficiency(best) * kGain) best = ranges;
+  }
+  return static_cast<int32_t>(best);
+}
 
 // Few query rows for each KV head: the bytes of the keys, not the products, bound the call. Rows of latent
 // pools are another kernel's.
@@ -148,10 +163,14 @@ class Decode final : public PassTraits {
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     DecodeGrid& grid = plan.decode;
+    const int64_t tiles = ceil_div(std::max<int64_t>(s.k_rows, 1), row.block_n);
     const int64_t chunks = ceil_div(call.rows_of_group(kMostRows), row.block_m);
     grid.columns = static_cast<int32_t>(s.kv_heads * chunks);
     if (spec.packed()) grid.packed_rows = static_cast<int32_t>(chunks * row.block_m);
-    plan_shares(row, call, kSplitKeys, workspace, grid);
+    const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
+    grid.ranges =
+        static_cast<int32_t>(std::min<int64_t>(ranges_of_column(grid.columns, wave), call.entries() * tiles));
+    plan_parts(row, call, call.entries(), kSplitKeys, workspace, grid);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -170,7 +189,7 @@ class Decode final : public PassTraits {
     } else if (spec.batch_invariant) {
       split_rows = entries * column_rows * (s.k_rows / kSplitKeys + 1);
     } else {
-      split_rows = min(kMostShares * kMostTile, entries * (s.k_rows / kLeastKeys + 1) * column_rows) * 2;
+      split_rows = min(kMostBlocks * kMostTile, entries * (s.k_rows / kLeastKeys + 1) * column_rows) * 2;
     }
     return aligned(partial_bytes(split_rows, s.value_dim));
   }
