@@ -256,10 +256,12 @@ def test_hoppers_blocks_work_in_pairs_where_all_rows_see_many_keys():
     def pairs(rows: int, keys: int, d: int = 256, **options: Any) -> bool:
         return "in 2-CTA clusters" in plan(d=d, dv=d, q_rows=rows, k_rows=keys, **options)["text"]
 
-    assert pairs(8192, 8192)
-    assert not pairs(8192, 8192, right=0)
-    assert not pairs(4096, 4096)
+    assert pairs(4096, 4096)
+    assert pairs(4096, 4096, right=0)
+    assert not pairs(2048, 2048)
     assert not pairs(8192, 8192, left=4096, right=4096)
+    assert not pairs(8192, 8192, left=8192, right=0)
+    assert not pairs(8192, 8192, operands=operand_bits(("kv_lengths",)))
     assert not pairs(8192, 8192, d=128)  # have no such kernel
     assert not pairs(8192, 8192, d=192)
     assert not pairs(8192, 8192, softcap=3.0)

@@ -140,14 +140,17 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V, which pays where rows see many keys (K of 4 MB), and all equally
-  // many: two CTAs that take tiles of different lengths together leave more of the card idle at the end. An
-  // odd number of tiles leaves one CTA of the last cluster idle.
+  // Multicast halves the loads of K and V, which pays at settled power where rows see many keys (K of 2 MB):
+  // all of them, or those before them. In a window and with lengths two CTAs that take tiles of different
+  // lengths together leave more of the card idle at the end. An odd number of tiles leaves one CTA of the
+  // last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.cluster == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
-    constexpr int64_t kManyElements = 1 << 21, kManyTiles = 16;
-    const bool many = !call.tiles_differ() && call.visible_keys() * row.head_dim >= kManyElements;
+    constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
+    const bool whole =
+        call.spec.left < 0 && !call.spec.has(Operand::kQLengths) && !call.spec.has(Operand::kKvLengths);
+    const bool many = whole && call.visible_keys() * row.head_dim >= kManyElements;
     return call.device.always_cluster ||
            (many && (plan.queries.tiles % 2 == 0 || plan.queries.tiles > kManyTiles));
   }
