@@ -42,6 +42,25 @@ def test_any_number_of_splits_is_right(case, splits):
     pages.check(paged(case, 16), IMPLEMENTATION, num_splits=splits)
 
 
+# In one part, these have as many tiles as CUDA's decode looks the table up further ahead for.
+WHOLE = Case(
+    "whole", b=3, sq=1, sk=2500, kv_lengths=(2500, 40, 2100), hq=4, hk=2, d=128, dv=128, dtype="float16"
+)
+
+
+@pytest.mark.parametrize("size", [1, 16, 48])
+@by_name(
+    [
+        WHOLE,
+        WHOLE.replace(name="whole in a window", window=(2200, 0), sinks=True),
+        WHOLE.replace(name="whole, d 64", sk=4300, kv_lengths=(4300, 0, 4097), d=64, dv=64),
+        WHOLE.replace(name="whole, softcap", softcap=5.0, hq=24),
+    ]
+)
+def test_long_sequences_in_one_part(case, size):
+    pages.check(paged(case, size), IMPLEMENTATION, num_splits=1)
+
+
 def test_splits_combine_scores_of_any_size(implementation):
     """Scores of ±10,000: the parts are joined by their maxima, not by sums that overflow."""
     require(implementation)

@@ -172,7 +172,7 @@ struct DecodeLayout {
   int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys, until O is merged
   int32_t merge_softmax;  // m and l [warps, M], two float32
   int32_t segments;       // [warps, stages + 2]: those that the stages' keys are of, one before and one after
-  int32_t pages;          // int32 [warps, stages, keys of a warp]: the pages of the keys that have a stage next
+  int32_t pages;  // int32 [warps, stages, keys of a warp]: the pages of the keys that have a stage next
   int32_t bytes;
 };
 
