@@ -12,6 +12,9 @@ inline void cp_async_16(uint32_t shared, const void* global) { cp_async_16(share
 struct L2Policy {};
 inline L2Policy l2_policy(bool) { return {}; }
 inline void cp_async_16(uint32_t shared, const void* global, L2Policy) { cp_async_16(shared, global, true); }
+inline void cp_async_16(uint32_t shared, const void* global, bool valid, L2Policy) {
+  cp_async_16(shared, global, valid);
+}
 inline void cp_async_4(uint32_t shared, const void* global, bool valid) {
   emulator::copy_later(emulator::shared + shared, global, 4, valid ? 4 : 0);
 }
