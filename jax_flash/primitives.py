@@ -25,11 +25,11 @@ from jax.interpreters import ad, batching, mlir
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, over_leading
+from .checker import MAX_HEAD_DIM
 from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
-from .validate import MAX_HEAD_DIM
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
