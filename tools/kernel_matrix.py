@@ -1,6 +1,6 @@
 """Writes the tables of docs/matrix.md, which say what kernel runs a call, by asking `python -m jax_flash plan`.
 
-python tools/kernel_matrix.py            # rewrites the tables in place; tests/test_kernel_matrix.py fails where they are stale
+python tools/kernel_matrix.py            # rewrites the tables in place; tests/test_kernel_matrix.py tells stale ones
 """
 
 from __future__ import annotations
