@@ -25,7 +25,7 @@ from jax.interpreters import ad, batching, mlir
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, over_leading
-from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
+from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
@@ -87,7 +87,7 @@ def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
     results = []
     for name, shape in zip(pass_.results, shapes):
         source = named[like(name)]
-        dtype = np.dtype("float32") if name in ("lse", "tlse") else source.dtype
+        dtype = np.dtype("float32") if is_float32(name) else source.dtype
         sharding = source.sharding
         if not sharding.mesh.empty:
             sharding = sharding.update(spec=_result_spec(name, spec, named))
