@@ -24,7 +24,7 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
-from .batching import batch, leading, over_leading
+from .batching import batch, leading, named_sizes, over_leading
 from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
@@ -72,9 +72,7 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     dims = spec.dims
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
-    sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
-        sizes["dv"] = spec.value_dim
+    sizes = named_sizes(spec, {name: shapes[name] for name in pass_.operands})
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results

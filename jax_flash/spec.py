@@ -94,6 +94,10 @@ class AttentionSpec:
             "value_dim": np.int32(self.value_dim),
         }
 
+    def plain_attributes(self) -> dict[str, Any]:
+        """The attributes as Python's own numbers, which the extension takes."""
+        return {name: value.item() for name, value in self.ffi_attributes().items()}
+
     def digest(self) -> str:
         """A short hash, stable across processes, that names this spec in compiled programs."""
         return _digest(self)

@@ -40,12 +40,19 @@ constexpr bool same_word(const char* a, const char* b) {
   return ends(*a) && ends(*b);
 }
 
+// By name, because nvcc writes parentheses around a pointer to a member that GCC warns of.
+using SizeOf = int64_t Sizes<int64_t>::*;
+using StrideOf = int64_t View::*;
+using ViewOf = View Problem::*;
+using TangentOf = View Tangents::*;
+using AppendViewOf = View AppendProblem::*;
+
 // One dimension of an array.
 struct Axis {
   const char* name = nullptr;
-  int64_t Sizes<int64_t>::* size = nullptr;  // null: always `more`
-  int32_t more = 0;                          // what the dimension has more than the size
-  int64_t View::* stride = nullptr;
+  SizeOf size = nullptr;  // null: always `more`
+  int32_t more = 0;       // what the dimension has more than the size
+  StrideOf stride = nullptr;
   bool may_be_one = false;
 };
 
@@ -86,8 +93,8 @@ struct Array {
   const char* name;
   Element element;
   Dims dims[4];  // by Layout
-  View Problem::* view = nullptr;
-  View Tangents::* tangent = nullptr;
+  ViewOf view = nullptr;
+  TangentOf tangent = nullptr;
 };
 
 inline constexpr Array kOwn[] = {
@@ -106,7 +113,7 @@ constexpr const Array& find(const Array (&arrays)[kCount], const char* name) {
   throw "csrc/results.def: no such array";
 }
 
-constexpr Array like(const char* name, const char* other, View Problem::* view, View Tangents::* tangent) {
+constexpr Array like(const char* name, const char* other, ViewOf view, TangentOf tangent) {
   Array array = find(kOwn, other);
   array.name = name, array.view = view, array.tangent = tangent;
   return array;
@@ -140,7 +147,7 @@ struct AppendArray {
   const char* name;
   Element element;
   Dims dims[2];  // without and with cu_seqlens
-  View AppendProblem::* view;
+  AppendViewOf view;
 };
 
 inline constexpr AppendArray kAppendRequired[] = {
