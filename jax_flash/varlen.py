@@ -8,7 +8,7 @@ from jax import Array
 
 from . import validate
 from .autodiff import attend
-from .options import Align, ArrayLike, Implementation, IndexLike, LengthsLike, VarlenOptions, Window
+from .options import Align, ArrayLike, Implementation, IndexLike, LengthsLike, Number, VarlenOptions, Window
 
 
 @overload
@@ -61,11 +61,11 @@ def flash_attention_varlen(
     window: Window | None = None,
     align: Align = "bottom_right",
     kv_lengths: LengthsLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,

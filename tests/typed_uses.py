@@ -77,6 +77,9 @@ append_kv(h, h, h, h, [[0], [1]], 3, rotary=(np.ones((9, 32)), np.ones((9, 32)))
 
 # Options are checked by name and by value.
 flash_attention(q, k, v, window=(128, 0), align="top_left", implementation="xla", scale=1, softcap=30)
+flash_attention(q, k, v, scale=np.float32(2), softcap=jnp.float32(30), dropout_rate=np.array(0.1))
+dot_product_attention(q, k, v, scale=jnp.float32(2))
+flash_attn_func(q, k, v, softmax_scale=np.float32(2), softcap=np.int32(30))
 flash_attention(q, k, v, align="bottom")  # type: ignore[call-overload]
 flash_attention(q, k, v, implementation="cudnn")  # type: ignore[call-overload]
 flash_attention(q, k, v, return_lse="no")  # type: ignore[call-overload]

@@ -55,7 +55,8 @@ ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArg
   if (ffi::Error e = decode_operands(pass, spec, args, rets, problem, tangents); e.failure()) return e;
   prefer_large_results(rets);
   return guarded(threads, {problem.head_dim, problem.value_dim},
-                 spec.value_dim > 0 ? kLargestLatent : kLargest, [&](const ThreadPool& pool) {
+                 pass == Pass::kForward && spec.value_dim > 0 ? kLargestLatent : kLargest,
+                 [&](const ThreadPool& pool) {
                    if constexpr (pass == Pass::kTangent) {
                      compute(problem, tangents, pool);
                    } else {

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..attention import flash_attention
-from ..options import ArrayLike, Implementation, IndexLike
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, IndexLike, Number
 from ..paged.attention import paged_attention
-from ..validate import Checker
 from ..varlen import flash_attention_varlen
 from . import arguments
 from .options import FlashAttnOptions, FlashAttnVarlenOptions, WindowSize
@@ -49,10 +49,10 @@ def flash_attn_func(
     k: ArrayLike,
     v: ArrayLike,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -157,10 +157,10 @@ def flash_attn_varlen_func(
     max_seqlen_q: Any,
     max_seqlen_k: Any,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,

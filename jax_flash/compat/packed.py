@@ -11,8 +11,8 @@ import jax
 from jax import Array
 
 from .._jax import same_dim
-from ..options import ArrayLike, Implementation, IndexLike
-from ..validate import Checker
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, IndexLike, Number
 from .arguments import ranked
 from .attention import flash_attn_func, flash_attn_varlen_func
 from .options import FlashAttnOptions, WindowSize
@@ -43,10 +43,10 @@ def flash_attn_qkvpacked_func(
 def flash_attn_qkvpacked_func(
     qkv: ArrayLike,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -108,10 +108,10 @@ def flash_attn_kvpacked_func(
     q: ArrayLike,
     kv: ArrayLike,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -178,10 +178,10 @@ def flash_attn_varlen_qkvpacked_func(
     cu_seqlens: IndexLike,
     max_seqlen: Any,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -263,10 +263,10 @@ def flash_attn_varlen_kvpacked_func(
     max_seqlen_q: Any,
     max_seqlen_k: Any,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
