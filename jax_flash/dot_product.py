@@ -60,7 +60,11 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def dot_product_attention(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def dot_product_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,

@@ -24,8 +24,8 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
-from .batching import batch, leading, over_leading
-from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
+from .batching import batch, leading, named_sizes, over_leading
+from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
@@ -71,9 +71,7 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     dims = spec.dims
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
-    sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
-        sizes["dv"] = spec.value_dim
+    sizes = named_sizes(spec, {name: shapes[name] for name in pass_.operands})
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
@@ -86,7 +84,7 @@ def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
     results = []
     for name, shape in zip(pass_.results, shapes):
         source = named[like(name)]
-        dtype = np.dtype("float32") if name in ("lse", "tlse") else source.dtype
+        dtype = np.dtype("float32") if is_float32(name) else source.dtype
         sharding = source.sharding
         if not sharding.mesh.empty:
             sharding = sharding.update(spec=_result_spec(name, spec, named))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
@@ -50,7 +50,11 @@ def flash_attention_varlen(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def flash_attention_varlen(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attention_varlen(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,

@@ -20,6 +20,7 @@ from jax_flash import (
     flash_attention_varlen,
     merge_attention,
     paged_attention,
+    ring_attention,
 )
 from jax_flash.compat.flash_attn import (
     flash_attn_func,
@@ -30,6 +31,7 @@ from jax_flash.compat.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from jax_flash.options import FixedOptions
 
 q = k = v = jnp.ones((2, 8, 4, 64))
 packed = jnp.ones((16, 4, 64))
@@ -91,6 +93,28 @@ paged_attention(q, pool, pool, tables, lengths, page_layout="dhn")  # type: igno
 append_kv(pool, pool, k, v, tables, lengths, page_layout="dhn")  # type: ignore[call-overload]
 append_kv(pool, pool, k, v, tables, lengths, scale="by page")  # type: ignore[call-overload]
 dot_product_attention(q, k, v, causal=True)  # type: ignore[call-overload]
+
+# Options from a dict: a TypedDict is checked, of other dicts mypy knows one type for all values.
+of_one_type, of_several = {"causal": True}, {"causal": True, "window": (128, 0), "scale": 0.5}
+of_any_type: dict[str, Any] = {"return_lse": True}
+typed: FixedOptions = {"causal": True, "window": (128, 0)}
+assert_type(flash_attention(q, k, v, **of_one_type), Any)
+assert_type(flash_attention(q, k, v, deterministic=True, **of_several), Any)
+assert_type(flash_attention(q, k, v, **of_any_type), Any)
+assert_type(flash_attention(q, k, v, **typed), Array)
+assert_type(flash_attention(q, k, v, return_lse=True, **typed), tuple[Array, Array])
+flash_attention_varlen(packed, packed, packed, lengths, **of_several)
+ring_attention(q, k, v, axis_name="sequence", **of_several)
+paged_attention(q, pool, pool, tables, lengths, **of_several)
+append_kv(pool, pool, k, v, tables, lengths, **{"interleaved": True})
+dot_product_attention(q, k, v, **{"is_causal": True, "local_window_size": (3, 0)})
+flash_attn_func(q, k, v, **of_one_type)
+flash_attn_varlen_func(packed, packed, packed, lengths, lengths, 7, 7, **of_one_type)
+flash_attn_qkvpacked_func(packed, **of_one_type)
+flash_attn_kvpacked_func(q, h, **of_one_type)
+flash_attn_varlen_qkvpacked_func(packed, [0, 16], 16, **of_one_type)
+flash_attn_varlen_kvpacked_func(packed, packed, [0, 16], [0, 16], 16, 16, **of_one_type)
+flash_attn_with_kvcache(q, k, v, **of_one_type)
 
 # flash_attn's functions.
 assert_type(flash_attn_func(q, k, v, causal=True), Array)

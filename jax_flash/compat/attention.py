@@ -44,7 +44,11 @@ def flash_attn_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
@@ -148,7 +152,11 @@ def flash_attn_varlen_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_varlen_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_varlen_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_varlen_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,

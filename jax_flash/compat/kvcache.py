@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 from jax import Array
@@ -44,7 +44,11 @@ def flash_attn_with_kvcache(
     return_softmax_lse: Literal[True],
     **options: Unpack[KVCacheOptions],
 ) -> tuple[Array, Array, Array, Array]: ...
-def flash_attn_with_kvcache(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_with_kvcache(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_with_kvcache(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     k_cache: ArrayLike,
     v_cache: ArrayLike,

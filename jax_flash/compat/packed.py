@@ -40,7 +40,11 @@ def flash_attn_qkvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_qkvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     qkv: ArrayLike,
     dropout_p: float = 0.0,
     softmax_scale: Number | None = None,
@@ -104,7 +108,11 @@ def flash_attn_kvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_kvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     kv: ArrayLike,
     dropout_p: float = 0.0,
@@ -173,7 +181,11 @@ def flash_attn_varlen_qkvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_varlen_qkvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_varlen_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     qkv: ArrayLike,
     cu_seqlens: IndexLike,
     max_seqlen: Any,
@@ -255,7 +267,11 @@ def flash_attn_varlen_kvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_varlen_kvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_varlen_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     kv: ArrayLike,
     cu_seqlens_q: IndexLike,

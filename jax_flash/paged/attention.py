@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
@@ -60,7 +60,11 @@ def paged_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def paged_attention(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def paged_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     k_pages: ArrayLike,
     v_pages: ArrayLike | None,

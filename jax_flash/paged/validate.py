@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from .._jax import same_dim
 from ..checker import Checker
+from ..operands import APPEND_OPTIONAL
 from ..rotary import rotary_tables
-from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
+from ..spec import PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
 from ..validate import (
     MAX_LATENT_DIM,
     MAX_LATENT_VALUE_DIM,
