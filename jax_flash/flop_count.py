@@ -68,10 +68,9 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
         raise TypeError(f"flops: function is {function!r}; allowed are {names}")
     if of not in ("forward", "backward", "tangent"):
         raise ValueError(f'flops: of is {of!r}; allowed are "forward", "backward" and "tangent"')
-    given = inspect.signature(function).bind(*arguments, **options)
-    given.apply_defaults()
-    spec, shapes = _spec_and_shapes(function, given.arguments)
-    return count(of, spec, shapes, _known_values(given.arguments, shapes))
+    given = _given(function, *arguments, **options)
+    spec, shapes = _spec_and_shapes(function, given)
+    return count(of, spec, shapes, _known_values(given, shapes))
 
 
 def count(pass_: str, spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
@@ -93,6 +92,20 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     if "mask" not in values and "bias" not in values:
         return heads * sum(_in_segments(spec, size, *ids) for size, ids in zip(sizes, _segments(values)))
     return sum(_in_mask(spec, size, heads, entry, values) for entry, size in enumerate(sizes))
+
+
+def spec_and_shapes(
+    function: Callable[..., Any], *arguments: Any, **options: Any
+) -> tuple[AttentionSpec, Shapes]:
+    """The spec and the operands' shapes of a call, checked as in the call; arrays may be `jax.ShapeDtypeStruct`s."""
+    return _spec_and_shapes(function, _given(function, *arguments, **options))
+
+
+def _given(function: Callable[..., Any], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """The arguments of a call by name, with the defaults."""
+    given = inspect.signature(function).bind(*arguments, **options)
+    given.apply_defaults()
+    return given.arguments
 
 
 def _spec_and_shapes(function: Callable[..., Any], given: Mapping[str, Any]) -> tuple[AttentionSpec, Shapes]:
