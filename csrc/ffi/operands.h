@@ -180,6 +180,8 @@ class OperandDecoder {
       case Pass::kTangent:
         return {{"tout", &tangents_.tout, Element::kActivation, query_axes(Size::kValueDim)},
                 {"tlse", &tangents_.tlse, Element::kFloat32, row_axes()}};
+      case Pass::kAppend:  // has operands of its own
+        break;
     }
     return {};
   }
