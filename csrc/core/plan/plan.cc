@@ -42,13 +42,13 @@ bool bias_in_tiles(const Problem& p) {
   return bias_in_chunks(p) && p.leading.rank <= 1 && (p.bias.row != 0 || p.q_rows == 1);
 }
 
-// The largest bound of all families that have the pass.
+// The largest bound of all families that have rows of the pass.
 Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
   Dim bound = 0;
   const Family* last = nullptr;
-  for (const Arch* arch : arch_table()) {
-    const Family& family = arch->family();
-    if (&family == last) continue;  // arches of one family stand side by side
+  for (const KernelRow& row : kernel_table()) {
+    const Family& family = row.arch->family();
+    if (row.pass != pass || &family == last) continue;  // rows of one family stand side by side
     last = &family;
     if (const PassTraits* traits = family.of(pass)) bound = max(bound, traits->workspace_bound(spec, shapes));
   }
@@ -115,23 +115,9 @@ TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, 
 }
 
 Shapes shapes_of(const Problem& p) {
-  return {p.dtype,
-          p.kv_dtype,
-          p.leading.count(),
-          p.leading.rank,
-          p.batch,
-          p.heads,
-          p.kv_heads,
-          p.head_dim,
-          p.value_dim,
-          p.q_rows,
-          p.k_rows,
-          p.page_size,
-          {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
-          bias_in_tiles(p),
-          p.draft_rows,
-          bias_in_chunks(p),
-          in_chunks(p.mask, p.leading, 1)};
+  return {p.as<int64_t>(),   p.dtype,           p.kv_dtype,
+          p.leading.count(), p.leading.rank,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
+          bias_in_tiles(p),  bias_in_chunks(p), in_chunks(p.mask, p.leading, 1)};
 }
 
 }  // namespace jax_flash

@@ -16,7 +16,7 @@ bool runs(const KernelRow& row, const AppendProblem& p, const Device& device) {
 
 // The rows of the newest arch come first, then the table's order decides; a row may leave a call to the next.
 cudaError_t launch_append(const AppendProblem& p, const Device& device, cudaStream_t stream) {
-  const int64_t tokens = int64_t{p.rows} * (p.packed() ? 1 : p.batch);
+  const int64_t tokens = int64_t{p.q_rows} * (p.packed() ? 1 : p.batch);
   if (tokens == 0 || p.batch == 0 || p.pages == 0 || p.kv_heads == 0) return cudaSuccess;
   if (tokens > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidValue;
   const std::span<const KernelRow> rows = built_kernels();
