@@ -223,6 +223,18 @@ def test_only_what_is_needed_travels(kernel, heads):
     assert not any("{0,6}" in x or "{6,0}" in x for x in pairs)  # the first device sees nothing of the last
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("empty", ["b", "s"])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, order):
+    x = jnp.zeros((0, 8, 2, 8) if empty == "b" else (2, 0, 2, 8))
+    call = partial(ring_attention, causal=True, order=order, implementation=implementation)
+    mapped = split_over(mesh_of(4), call, P(None, "ring"))
+    arrays = dict.fromkeys(("query", "key", "value"), x)
+    for run in (mapped, jax.jit(mapped), jax.grad(lambda x: mapped(x).sum()), jax.jit(with_gradients(mapped))):
+        assert {leaf.shape for leaf in jax.tree.leaves(run(arrays)) if leaf.ndim} == {x.shape}
+
+
 def test_outside_shard_map_is_refused():
     with pytest.raises(ValueError, match="axis_name must name axes"):
         ring_attention(*make_inputs(PLAIN).positional.values(), axis_name="ring")
