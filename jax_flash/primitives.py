@@ -8,11 +8,10 @@ fourth is the pass over a sequence that is split over manual axes, which runs on
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,20 +27,16 @@ from .batching import batch, leading, named_sizes, over_leading
 from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
-from .spec import AttentionSpec, Spec
+from .spec import AttentionSpec, Spec, operand_names
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
 
 
-def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
-    return pass_.operands + spec.operands
-
-
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
-    if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
-        importlib.import_module(".roofline", __package__)
+    if "jax.experimental.roofline" in sys.modules:
+        _register_roofline()
     ring = spec.ring if isinstance(spec, AttentionSpec) else None
     named = {name: operands[name] for name in operand_names(pass_, spec)}
     used = equally_varying(named, ring.axes if ring else ())
@@ -49,6 +44,13 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     primitives = RING if ring else LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
+
+
+@cache
+def _register_roofline() -> None:
+    from . import roofline
+
+    roofline.register((pass_, primitive) for kind in KINDS for pass_, primitive in kind.items())
 
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:

@@ -13,6 +13,7 @@ import oracle
 import pytest
 from cases import BY_NAME, Case, make_inputs
 from checks import references
+from conftest import IMPLEMENTATIONS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import (
@@ -231,7 +232,12 @@ def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, or
     call = partial(ring_attention, causal=True, order=order, implementation=implementation)
     mapped = split_over(mesh_of(4), call, P(None, "ring"))
     arrays = dict.fromkeys(("query", "key", "value"), x)
-    for run in (mapped, jax.jit(mapped), jax.grad(lambda x: mapped(x).sum()), jax.jit(with_gradients(mapped))):
+    for run in (
+        mapped,
+        jax.jit(mapped),
+        jax.grad(lambda x: mapped(x).sum()),
+        jax.jit(with_gradients(mapped)),
+    ):
         assert {leaf.shape for leaf in jax.tree.leaves(run(arrays)) if leaf.ndim} == {x.shape}
 
 
