@@ -62,7 +62,7 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 def _empty(spec: AttentionSpec, operands: Operands) -> Pair:
-    """Results without elements; XLA cannot compile the derivatives of such a ring in plain JAX (jaxlib 0.10 to 0.12)."""
+    """Results without elements: XLA does not compile the gradient of such a ring in plain JAX (jaxlib 0.10 to 0.12)."""
     query = operands["query"]
     shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
     made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(FORWARD.results, shapes)}
