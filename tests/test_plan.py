@@ -280,6 +280,13 @@ def test_the_command_refuses_negative_sizes(capsys):
     assert "-1 is negative" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--batch", "--num-splits", "--page-size"])
+def test_the_command_names_a_size_that_is_no_number(option, capsys):
+    with pytest.raises(SystemExit):
+        main([*COMMAND, option, "x"])
+    assert f"argument {option}: 'x' is not a whole number" in capsys.readouterr().err
+
+
 def test_the_command_describes_paged_calls(capsys):
     paged = [*COMMAND, "--gpu", "h200", "--paged", "--kv-seqlen", "8192"]
     assert main(paged) == 0
