@@ -1,21 +1,21 @@
-"""The peers' suite: training, decode and whole steps beside every JAX peer, in one run within a time limit.
+"""The peers' suite: training, decode and whole steps against every JAX peer, in one run within a time limit.
 
-python -m benchmarks --suite peers --limit 270 --out out/peers       # what matters most first
+python -m benchmarks --suite peers --limit 270 --out out/peers       # the most important first
 python -m benchmarks --suite peers --sections "backward,decode"      # these, into the report that is there
 python -m benchmarks --suite peers --report-only --out out/peers     # the report of a run that was stopped
 
 With XLA_FLAGS=--xla_gpu_autotune_level=0 programs compile several times faster; the custom calls and kernels that are
-compared here are the same, and the whole steps' products are tuned all the same.
+compared here are the same, and the products of whole steps are still tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from . import (
     bars_peers,
     flop,
+    host_time,
     measure,
     peer_attention,
     peer_decode,
@@ -23,13 +23,14 @@ from . import (
     step_serving,
     step_training,
 )
-from .bars import Cell, chosen, ran
+from .bars import Cell, chosen
 from .peers import PEERS, why
-from .sections import Suite
+from .report import means, refusals
+from .suite import Figure, Suite
 
 
 def device_cells() -> Iterator[Cell]:
-    """What the device does by itself: the matrix product, and a copy."""
+    """The rates of the device itself: a matrix product and a copy."""
     product = measure.matmul_call("gpu", "bfloat16")
     copy, arguments, size = measure.copy_call("gpu")
     times = peer_attention.timed({"matmul": product, "copy": (copy, arguments)})
@@ -37,12 +38,12 @@ def device_cells() -> Iterator[Cell]:
 
 
 def kept(make: Callable[[], Iterator[Cell]], name: str) -> Callable[[], Iterator[Cell]]:
-    """A section whose error is a cell, so that the sections after it run."""
+    """The cells of a section; an error is a cell too, so that the sections after it run."""
 
     def cells() -> Iterator[Cell]:
         try:
             yield from make()
-        except Exception as error:  # a peer's, or of a call that this library refuses
+        except Exception as error:  # of a peer, or of a call that this library refuses
             yield {"kind": "failed", "name": name, "error": why(error), "times": {}}
 
     return cells
@@ -52,10 +53,11 @@ _ALL: dict[str, Callable[[], Iterator[Cell]]] = {
     "device": device_cells,
     **peer_attention.SECTIONS,
     **peer_decode.SECTIONS,
+    **host_time.SECTIONS,
     **step_training.SECTIONS,
     **step_serving.SECTIONS,
 }
-# What matters most first: a run may end at its limit.
+# The most important first, because a run may end at its limit.
 ORDER = (
     "device",
     "backward",
@@ -73,12 +75,16 @@ ORDER = (
     "latent decode",
     "short",
     "deterministic",
-    "odd lengths",
+    "pairs",
     "options d256",
+    "short forward",
+    "options forward",
     "mixed",
     "append",
     "gpt-oss step",
+    "host",
     "other peers",
+    "fa4-jax",
     "decode, flash-attn3-jax",
     "prefill",
     "settled backward",
@@ -88,20 +94,17 @@ SECTIONS = {name: kept(_ALL[name], name) for name in ORDER}
 
 
 def rates(cells: list[Cell]) -> list[str]:
-    """What the device did by itself; which peers did not run, and why."""
+    """The rates of the device itself, and the peers that did not run, with their reasons."""
     lines = []
     for cell in chosen(cells, "device"):
         times = {name: t["median"] for name, t in cell["times"].items()}
         lines.append(f"8192³ product: {cell['flop'] / times['matmul'] / 1e12:.0f} TFLOP/s")
         lines.append(f"copy, read and written: {cell['copied'] / times['copy'] / 1e9:.0f} GB/s")
-    refusals = {
-        (name, t["refused"]) for c in cells for name, t in c.get("times", {}).items() if not ran(c, name)
-    }
-    return lines + [f"{name} did not run some cells: {reason}" for name, reason in sorted(refusals)]
+    return lines + refusals(cells)
 
 
 def tables(cells: list[Cell]) -> list[str]:
-    return bars_peers.means(cells) if any(ran(c, name) for c in cells for name in PEERS) else []
+    return means(cells, tuple(PEERS))
 
 
 def verdict(cell: Cell) -> str:
@@ -110,9 +113,19 @@ def verdict(cell: Cell) -> str:
     return bars_peers.verdict(cell)
 
 
-FIGURES: dict[str, Callable[[list[Cell], Any], Any]] = {
+FIGURES: dict[str, Figure] = {
     "peers": peer_figures.first_page,
     "training": peer_figures.training,
     "decode": peer_figures.decode,
 }
-SUITE = Suite("peers", "gpu", SECTIONS, bars_peers.judge, verdict, rates, tables, FIGURES)
+SUITE = Suite(
+    "peers",
+    "gpu",
+    SECTIONS,
+    bars_peers.judge,
+    verdict,
+    rates,
+    tables,
+    FIGURES,
+    command=("--suite", "peers"),
+)

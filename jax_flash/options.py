@@ -1,12 +1,15 @@
-"""The types of the public functions' arguments, and their options as type checkers see them in the overloads.
+"""The types of the public functions' arguments.
 
-The functions' own signatures repeat the options with their defaults, for `help` and `inspect`, and their docstrings say
-what each means; tests/test_typing.py holds both to the same names and types.
+The typed dictionaries are the options as type checkers see them in the overloads. The dataclasses are the arguments of
+a call in one frozen value, which the functions fill and the checks read. The functions' own signatures repeat the
+options, for `help` and `inspect`, and their docstrings say what each means; tests/test_typing.py holds all three to the
+same names, types and defaults.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -99,3 +102,95 @@ class AppendOptions(TypedDict, total=False):
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
     implementation: Implementation | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What every attention call is given."""
+
+    query: ArrayLike
+    causal: bool = False
+    window: Window | None = None
+    align: Align = "bottom_right"
+    scale: Number | None = None
+    softcap: Number | None = None
+    alibi_slopes: ArrayLike | None = None
+    sinks: ArrayLike | None = None
+    return_lse: bool = False
+    deterministic: bool = False
+    implementation: Implementation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseArguments(Arguments):
+    """What calls are given whose keys are arrays of their own."""
+
+    key: ArrayLike
+    value: ArrayLike
+    kv_lengths: LengthsLike | None = None
+    dropout_rate: Number = 0.0
+    dropout_key: ArrayLike | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarlenArguments(DenseArguments):
+    """What `flash_attention_varlen` is given."""
+
+    cu_seqlens_q: IndexLike
+    cu_seqlens_k: IndexLike | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedArguments(DenseArguments):
+    """What `flash_attention` is given."""
+
+    mask: ArrayLike | None = None
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None
+    q_lengths: LengthsLike | None = None
+    bias: ArrayLike | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingArguments(FixedArguments):
+    """What `ring_attention` is given."""
+
+    axis_name: str | tuple[str, ...]
+    order: Order = "contiguous"
+    mode: RingMode = "ring"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pools:
+    """The page pools of a call, and where the sequences lie in them."""
+
+    k_pages: ArrayLike
+    v_pages: ArrayLike | None
+    block_tables: IndexLike
+    kv_lengths: LengthsLike
+    page_layout: PageLayout = "nhd"
+    k_scale: ArrayLike | None = None
+    v_scale: ArrayLike | None = None
+    implementation: Implementation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedArguments(Pools, Arguments):
+    """What `paged_attention` is given."""
+
+    cu_seqlens_q: IndexLike | None = None
+    num_splits: int | None = None
+    batch_invariant: bool = False
+    draft_mask: ArrayLike | None = None
+    value_dim: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendArguments(Pools):
+    """What `append_kv` is given."""
+
+    key: ArrayLike
+    value: ArrayLike | None
+    cu_seqlens: IndexLike | None = None
+    rotary: tuple[ArrayLike, ArrayLike] | None = None
+    interleaved: bool = False
+    scale: Scaling = "static"

@@ -8,11 +8,10 @@ fourth is the pass over a sequence that is split over manual axes, which runs on
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,20 +27,16 @@ from .batching import batch, leading, named_sizes, over_leading
 from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
-from .spec import AttentionSpec, Spec
+from .spec import AttentionSpec, Spec, operand_names
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
 
 
-def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
-    return pass_.operands + spec.operands
-
-
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
-    if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
-        importlib.import_module(".roofline", __package__)
+    if "jax.experimental.roofline" in sys.modules:
+        _register_roofline()
     ring = spec.ring if isinstance(spec, AttentionSpec) else None
     named = {name: operands[name] for name in operand_names(pass_, spec)}
     used = equally_varying(named, ring.axes if ring else ())
@@ -49,6 +44,13 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     primitives = RING if ring else LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
+
+
+@cache
+def _register_roofline() -> None:
+    from . import roofline
+
+    roofline.register((pass_, primitive) for kind in KINDS for pass_, primitive in kind.items())
 
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
@@ -72,10 +74,15 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     sizes = named_sizes(spec, {name: shapes[name] for name in pass_.operands})
-    return [
-        lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
-        for result in pass_.results
-    ]
+
+    def shape(result: str) -> tuple[Any, ...]:
+        if result == "dbias":
+            return shapes["bias"][count:]
+        return tuple(
+            sizes[dim.removesuffix("*")] for dim in dims[result]
+        )  # scales that are overwritten are whole
+
+    return [lead + shape(result) for result in pass_.results]
 
 
 def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
@@ -199,10 +206,18 @@ def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spe
     )
 
 
+def _lower_whole(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec) -> Any:
+    """The custom call; JAX chooses among the local primitive's where a program is lowered for several platforms."""
+    platform, *others = ctx.module_context.platforms
+    if platform in ("cpu", "cuda") and not others:
+        return _lower_local(ctx, *values, pass_=pass_, spec=spec, platform=platform)
+    return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+
+
 def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
     """One device: the custom call. Several: the same, partitioned by sharding.py."""
     if _jax.device_count(ctx) == 1:
-        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+        return _lower_whole(ctx, values, pass_, spec)
     if _jax.exporting(ctx):
         raise NotImplementedError(
             "jax_flash: a program for several devices can be exported only with attention inside jax.shard_map; "
@@ -221,7 +236,7 @@ def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pas
     here = not _jax.exporting(ctx) and _jax.uses_shardy()
     region = _jax.partly_manual_region(ctx) if here else None
     if region is None:
-        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+        return _lower_whole(ctx, values, pass_, spec)
     typed = [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(values, ctx.avals_in)]
     return _partition(_jax.within(ctx, region), typed, pass_, spec, region)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ._version import __version__
-from .operands import APPEND_OPTIONAL, ATTENTION_LAYOUTS, dims_of, operand_bits
+from .operands import APPEND_OPTIONAL, ATTENTION_LAYOUTS, Pass, dims_of, operand_bits
 
 Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
 PAGE_LAYOUTS = ("nhd", "hnd")
@@ -134,6 +134,11 @@ class AppendSpec:
 
 
 Spec = AttentionSpec | AppendSpec
+
+
+def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
+    """The operands of a call of the pass, in its order."""
+    return pass_.operands + spec.operands
 
 
 def _digest(spec: Spec) -> str:
