@@ -35,7 +35,12 @@ from jax_flash import flash_attention
 
 
 @pytest.fixture
-def mesh():
+def mesh(axis_type):
+    return make_mesh(axis_type, axis_type)
+
+
+@pytest.fixture
+def automatic():
     return make_mesh(AxisType.Auto, AxisType.Auto)
 
 
@@ -92,6 +97,7 @@ def test_fewer_kv_heads_than_devices_cost_one_reduction_of_their_gradients(kerne
 def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
     """8 query heads over 2 × 4 devices, 2 KV heads over the first 2."""
     specs = qkv(P(None, None, ("data", "model")), P(None, None, "data"))
+    specs["bias"] = P(None, ("data", "model"))
     case = FEW.replace(bias=(4, 8, 6, 6), dropout_rate=0.3)
     text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert collectives(text) == {"all-reduce": 1}
@@ -268,18 +274,18 @@ def test_empty_arrays_are_split_too(kernel, mesh, case):
     ],
     ids=["12 heads, 3 KV heads", "6 heads", "batch of 3", "12 heads, 6 KV heads"],
 )
-def test_heads_and_batches_that_do_not_divide_are_right(kernel, mesh, case, spec):
+def test_heads_and_batches_that_do_not_divide_are_right(kernel, automatic, case, spec):
     """Over 2 × 4 devices, asked of XLA by a constraint: arguments themselves must divide."""
     call = attention(case, kernel)
 
     def constrained(arrays):
-        wanted = NamedSharding(mesh, P("data", None, "model"))
+        wanted = NamedSharding(automatic, P("data", None, "model"))
         qkv = {name: jax.lax.with_sharding_constraint(x, wanted) for name, x in arrays.items()}
         return call(qkv)
 
-    placed = place(mesh, arrays_of(case), spec)
+    placed = place(automatic, arrays_of(case), spec)
     assert_same(jax.jit(with_gradients(constrained))(placed), jax.jit(with_gradients(call))(arrays_of(case)))
-    check(call, mesh, arrays_of(case), spec)
+    check(call, automatic, arrays_of(case), spec)
 
 
 # vmap and scan

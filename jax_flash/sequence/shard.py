@@ -182,7 +182,7 @@ class Shard:
         """Where a part begins of what the device at this distance owns."""
         n = self.ring.size
         if len(set(part.chunks)) == 1:
-            owner = lax.rem(self.device + (n - distance), n) if distance else self.device
+            owner = lax.rem(self.device + (n - distance), jnp.int32(n)) if distance else self.device
             position: Array = part.chunks[0].position(owner) + part.start
             return position
         starts = [chunk.position((i - distance) % n) + part.start for i, chunk in enumerate(part.chunks)]
@@ -199,7 +199,8 @@ class Shard:
             total = jnp.zeros(bias.shape, dbias.dtype)
         starts = work.queries.starts()
         row = self.entry(starts if bias.shape[2] != 1 else [0] * self.ring.size)
-        start = (0, 0, row, self.column(visit, work))
+        none = jnp.int32(0)  # as the others, which JAX wants of one type
+        start = (none, none, row, self.column(visit, work))
         added = lax.dynamic_slice(total, start, dbias.shape) + dbias
         return lax.dynamic_update_slice(total, added, start)
 
