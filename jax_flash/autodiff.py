@@ -148,7 +148,8 @@ def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: Atten
         if not spec.paged:
             return list(over_leading(run, spec, operands))
         shardings = [x.sharding for x in ctx.avals_out]
-        return _jax.in_automatic_axes(lambda x: list(over_leading(run, spec, x)), operands, shardings)
+        results = _jax.in_automatic_axes(lambda x: list(over_leading(run, spec, x)), operands, shardings)
+        return list(results)
 
     return mlir.lower_fun(differential, multiple_results=True)(ctx, *values)
 

@@ -48,7 +48,7 @@ def kernel():
 
 @pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def axis_type(request):
-    """Each type that the axes of a mesh may have where XLA splits a call: jax.make_mesh makes explicit ones by default."""
+    """Both types of mesh axes over which XLA splits a call; jax.make_mesh makes explicit ones by default."""
     return request.param
 
 

@@ -53,7 +53,8 @@ def fixed(rng, implementation):
     hq, hk = HEADS[rng.integers(len(HEADS))]
     case = Case(
         "fixed", b=b, sq=sq, sk=sk if rng.random() < 0.5 else sq, hq=hq, hk=hk, d=8, dv=8,
-        causal=bool(rng.random() < 0.6), sinks=bool(rng.random() < 0.3), dropout_rate=float(rng.choice([0.0, 0.0, 0.4])),
+        causal=bool(rng.random() < 0.6), sinks=bool(rng.random() < 0.3),
+        dropout_rate=float(rng.choice([0.0, 0.0, 0.4])),
     )  # fmt: skip
     if rng.random() < 0.3:
         case = case.replace(bias=tuple(int(rng.choice([1, size])) for size in (b, hq, sq, case.sk)))

@@ -135,9 +135,9 @@ def test_attention_over_sharded_heads_needs_no_communication(kernel, axis_type, 
     assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
 
 
-def sharded_attention(call, specs, implementation, axis_type):
-    """The program of a call whose arrays are split over 8 devices; it gives what plain JAX gives on one."""
-    mesh = make_mesh(8, axis_type)
+def sharded_attention(call, specs, implementation, axis_type, devices=8):
+    """The program of a call whose arrays are split over devices ("model"); it gives what plain JAX gives on one."""
+    mesh = make_mesh(devices, axis_type)
     arrays = place(mesh, call.arrays, specs)
     with within(mesh):
         run = jax.jit(call.call(implementation)).lower(arrays).compile()

@@ -324,9 +324,20 @@ def test_packed_keys_with_offsets_of_their_own_and_a_band_are_gathered(kernel, m
     check(attention(PACKED, kernel), mesh, arrays_of(PACKED), qkv(TOKENS))
 
 
-def test_lengths_that_the_axis_does_not_divide_are_gathered(kernel, automatic):
+def test_keys_with_the_offsets_of_fewer_queries_and_a_band_are_gathered(kernel, mesh):
+    """The last document ends with the queries, and with the keys: its diagonal is not the row's."""
+    case = varlen("packed", (10, 6), k_sequences=(10, 22), hq=8, hk=4, d=8, dv=8, causal=True)
+    call = attention(case, kernel)
+    arrays = arrays_of(case) | {"cu_seqlens_q": jnp.asarray([0, 10, 40], jnp.int32)}
+    del arrays["cu_seqlens_k"]
+    run = lambda arrays: call(arrays | {"cu_seqlens_k": arrays["cu_seqlens_q"]})  # noqa: E731
+    check(run, mesh, arrays, qkv(TOKENS))
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(18, 18), (16, 18), (18, 16)], ids=str)
+def test_lengths_that_the_axis_does_not_divide_are_gathered(kernel, automatic, sq, sk):
     """Asked of XLA by a constraint: arguments themselves must divide. Pad them, with kv_lengths, to keep them split."""
-    case = CAUSAL.replace(sq=18, sk=18)
+    case = CAUSAL.replace(sq=sq, sk=sk)
     call = attention(case, kernel)
 
     def constrained(arrays):

@@ -155,4 +155,4 @@ def flash_attn_with_kvcache(
 
 
 def _rows(x: ArrayLike) -> Array:
-    return jnp.arange(jnp.shape(x)[1], dtype=jnp.int32)
+    return jnp.arange(jnp.shape(x)[1], dtype=jnp.int32)[None]

@@ -146,9 +146,9 @@ class Shard:
             if name == "dropout":
                 made[name] = x.at[DROPOUT_ROW:].add(jnp.stack([row, column]).astype(jnp.uint32))
             elif name == "q_lengths":
-                made[name] = jnp.clip(x - row, 0, queries.size)
+                made[name] = _within(x, row, queries.size)
             elif name == "kv_lengths":
-                made[name] = jnp.clip(x - column, 0, keys.size)
+                made[name] = _within(x, column, keys.size)
             elif name == "sinks":
                 if self.pass_ is FORWARD and work.first:
                     made[name] = x  # each row sums over its sink once
@@ -270,6 +270,11 @@ class Shard:
             for name, size in zip(("q_lengths", "kv_lengths"), self._sizes)
         )
         return nk - nq
+
+
+def _within(lengths: Array, start: Array, size: int) -> Array:
+    """How many rows of a part are in use; a negative length is 0 before the subtraction, which could wrap around."""
+    return jnp.clip(jnp.maximum(lengths, 0) - start, 0, size)
 
 
 def _stacked(arrays: Sequence[Array]) -> Array:
