@@ -8,11 +8,10 @@ fourth is the pass over a sequence that is split over manual axes, which runs on
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -24,25 +23,20 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
-from .batching import batch, leading, over_leading
-from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
+from .batching import batch, leading, named_sizes, over_leading
+from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
-from .spec import AttentionSpec, Spec
-from .validate import MAX_HEAD_DIM
+from .spec import AttentionSpec, Spec, operand_names
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
 
 
-def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
-    return pass_.operands + spec.operands
-
-
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
-    if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
-        importlib.import_module(".roofline", __package__)
+    if "jax.experimental.roofline" in sys.modules:
+        _register_roofline()
     ring = spec.ring if isinstance(spec, AttentionSpec) else None
     named = {name: operands[name] for name in operand_names(pass_, spec)}
     used = equally_varying(named, ring.axes if ring else ())
@@ -50,6 +44,13 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     primitives = RING if ring else LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
+
+
+@cache
+def _register_roofline() -> None:
+    from . import roofline
+
+    roofline.register((pass_, primitive) for kind in KINDS for pass_, primitive in kind.items())
 
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
@@ -72,9 +73,7 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     dims = spec.dims
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
-    sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
-        sizes["dv"] = spec.value_dim
+    sizes = named_sizes(spec, {name: shapes[name] for name in pass_.operands})
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
@@ -87,7 +86,7 @@ def result_types(pass_: Pass, spec: Spec, named: dict[str, Any]) -> list[Any]:
     results = []
     for name, shape in zip(pass_.results, shapes):
         source = named[like(name)]
-        dtype = np.dtype("float32") if name in ("lse", "tlse") else source.dtype
+        dtype = np.dtype("float32") if is_float32(name) else source.dtype
         sharding = source.sharding
         if not sharding.mesh.empty:
             sharding = sharding.update(spec=_result_spec(name, spec, named))
@@ -152,11 +151,6 @@ def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
     return barrier
 
 
-def _latent_dim(spec: Spec, d: int) -> bool:
-    """Whether decode's kernels for latent pools run a call, however many rows it has."""
-    return isinstance(spec, AttentionSpec) and spec.value_dim > 0 and d > MAX_HEAD_DIM
-
-
 def _value_dim(spec: Spec, columns: int) -> int:
     """The head dim of V, whose operand has so many columns."""
     return (isinstance(spec, AttentionSpec) and spec.value_dim) or columns
@@ -169,8 +163,12 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
     if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return
     loader = "paged" if isinstance(spec, AttentionSpec) and spec.paged else "dense"
-    passes = (pass_.name, "decode") if _latent_dim(spec, d) else (pass_.name,)
-    rows = [row for row in library.kernels if row.pass_ in passes and loader in row.loaders]
+    latent = isinstance(spec, AttentionSpec) and spec.value_dim > 0
+    rows = [
+        row
+        for row in library.kernels
+        if loader in row.loaders and (row.pass_ == pass_.name or (latent and row.latent))
+    ]
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
         built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
         raise NotImplementedError(

@@ -11,12 +11,11 @@ import pytest
 from plans import A100, H100, HEAD_DIMS, RTX4090, T4, plan, tile
 
 from jax_flash.__main__ import main
-from jax_flash.operands import operand_bits
 from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
 
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
-SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "cluster", "blocks")
+SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "multicast", "blocks")
 
 
 @pytest.mark.parametrize(
@@ -73,13 +72,15 @@ def test_a_card_like_sm_90_runs_no_fallback():
     if not table.exists():
         pytest.skip("the table lies in the source tree only")
     found = re.findall(
-        r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(\w+), *(.*), *[a-z_| ]+\)", table.read_text(), re.MULTILINE
+        r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(\w+), *([\w |]+), *([\d, ]+), *[a-z_| ]+\)",
+        table.read_text(),
+        re.MULTILINE,
     )
     loaders = {"dense": ("dense",), "paged": ("paged",)}
-    loaders |= dict.fromkeys(("both", "either"), ("dense", "paged"))
+    loaders |= dict.fromkeys(("both", "runtime"), ("dense", "paged"))
     fallbacks = {
-        (arch, pass_, loaders[loader], dtypes, *map(int, numbers.split(",")))
-        for arch, pass_, loader, dtypes, numbers in found
+        (arch, pass_, design, loaders[loader], element.split()[0], *map(int, numbers.split(",")))
+        for arch, pass_, design, loader, element, numbers in found
     }
     assert fallbacks
     calls = [{"pass_": name} for name in PASSES]
@@ -89,7 +90,14 @@ def test_a_card_like_sm_90_runs_no_fallback():
             for d, dv in HEAD_DIMS:
                 row = plan(**call, dtype=dtype, d=d, dv=dv)["row"]
                 sizes = (row[name] for name in SHAPE)
-                assert (row["arch"], row["pass"], row["loaders"], group, *sizes) not in fallbacks
+                assert (
+                    row["arch"],
+                    row["pass"],
+                    row["design"],
+                    row["loaders"],
+                    group,
+                    *sizes,
+                ) not in fallbacks
 
 
 def test_newer_cards_leave_turings_rows_alone():
@@ -104,6 +112,10 @@ def test_newer_cards_leave_turings_rows_alone():
         (
             {"d": 512},
             "no CUDA kernel .*forward of bfloat16 with d=512.* on sm_90.*built: sm80 d=32, .*sm80 d=192 dv=128.*xla",
+        ),
+        *(
+            ({"pass_": name, "d": 576, "dv": 512}, f"no CUDA kernel .*{name} of bfloat16 with d=576, dv=512")
+            for name in ("backward", "bias_gradient", "tangent")  # of a latent pool's gathered keys
         ),
         (
             {"capability": 75},
@@ -147,9 +159,9 @@ def test_a_block_per_tile_of_the_bias():
 
 def test_options_that_change_scores_take_the_general_kernel():
     assert not plan()["general"]
-    assert not plan(operands=operand_bits(("q_lengths", "kv_lengths", "sinks")))["general"]
+    assert not plan(operands=("q_lengths", "kv_lengths", "sinks"))["general"]
     for name in ("mask", "bias", "alibi_slopes", "dropout", "q_segment_ids"):
-        assert plan(operands=operand_bits((name,)))["general"]
+        assert plan(operands=(name,))["general"]
     assert plan(softcap=3.0)["general"]
     assert plan(scale=-1.0)["general"]
 
@@ -171,8 +183,8 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent"])
 def test_segments_take_an_interval_and_a_flag_for_each_tile_of_a_batch_entry(pass_, deterministic):
     sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
-    without = plan(pass_, operands=operand_bits(("mask",)), **sizes)
-    chosen = plan(pass_, operands=operand_bits(("q_segment_ids", "kv_segment_ids")), **sizes)
+    without = plan(pass_, operands=("mask",), **sizes)
+    chosen = plan(pass_, operands=("q_segment_ids", "kv_segment_ids"), **sizes)
     tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]  # of all heads, 8 and 2
     aligned = sum(-(-12 * n // 256) * 256 for n in tiles)
     assert chosen["workspace"] - without["workspace"] == aligned > 0
@@ -198,7 +210,7 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     for device in (H100, A100, RTX4090):
         chosen = plan(
             pass_, device, varlen=packed, deterministic=deterministic, leading=math.prod(leading), batch=b,
-            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=operand_bits(present),
+            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=present,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
 
