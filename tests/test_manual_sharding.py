@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 from meshes import (
     BATCH_HEADS,
     EVERYTHING,
+    FEW,
     GQA,
     MHA,
     MQA,
@@ -292,8 +293,14 @@ def test_explicit_sequences_of_keys_and_head_dims_are_gathered_and_right(kernel,
 
 @pytest.mark.parametrize(
     ("case", "specs"),
-    [(EVERYTHING, qkv(BATCH_HEADS) | OPTIONS), (PACKED, qkv(P(None, "model")))],
-    ids=["fixed", "varlen"],
+    [
+        (EVERYTHING, qkv(BATCH_HEADS) | OPTIONS),
+        (MHA.replace(sq=8, sk=8), qkv(P("data", "model"))),
+        (FEW, qkv(BATCH_HEADS, P("data"))),
+        (PACKED, qkv(P(None, "model"))),
+        (PACKED, qkv(P("model"))),
+    ],
+    ids=["fixed", "sequence", "few KV heads", "varlen", "tokens"],
 )
 def test_plain_jax_takes_explicit_types_too(explicit, case, specs):
     run = with_gradients(attention(case, "xla"))
