@@ -30,6 +30,7 @@ from .primitives import (
     bind,
     declare,
     equally_varying,
+    result_shapes,
     result_types,
 )
 from .sequence import passes
@@ -53,6 +54,8 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
     if spec.ring is not None:
         operands = equally_varying(operands, spec.ring.axes)
+        if any(_jax.same_dim(size, 0) for size in operands["query"].shape):
+            return _empty(spec, operands)
         return passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
     equations = partial(gather.attention if spec.paged else reference.attention, spec)
     if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
@@ -60,6 +63,15 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array
     types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
     found: Pair = _jax.in_automatic_axes(equations, operands, tuple(x.sharding for x in types))
     return found
+
+
+def _empty(spec: AttentionSpec, operands: Operands) -> Pair:
+    """Results without elements: XLA does not compile the gradient of such a ring in plain JAX (jaxlib 0.10 to 0.12)."""
+    query = operands["query"]
+    shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
+    made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(FORWARD.results, shapes)}
+    varying = equally_varying({"query": query} | made)
+    return varying["out"], varying["lse"].astype(jnp.promote_types(query.dtype, jnp.float32))
 
 
 def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:
