@@ -3,7 +3,7 @@
 python -m benchmarks.tune "sm80, forward, both, half, 128, 128, 128, 64, 1, 4, 1, 1, 1, plain" "sm80, forward, …"
 
 A candidate is the arguments of a JF_KERNEL; several rows of one candidate are separated by ";". In its library it
-stands in the place of all rows, of any arch, of its pass, loader, dtypes and head dims; "table" is the library of the
+stands in the place of all rows, of any arch, of its pass, loader, element and head dims; "table" is the library of the
 table as it is. The cells are those of --compare (benchmarks/compare_cells.py) whose names fit the pass and the head
 dim. Needs this checkout built in place (tools/build_inplace.sh), nvcc and, unless --build-only, a GPU.
 """
@@ -56,7 +56,7 @@ def parse_rows(text: str, names: list[str]) -> list[Row]:
 
 def replaces(new: Row, old: Row) -> bool:
     """Whether a candidate's row stands in the place of a row of the table."""
-    same = all(new[column] == old[column] for column in ("pass", "dtypes", "d", "dv"))
+    same = all(new[column].split()[0] == old[column].split()[0] for column in ("pass", "element", "d", "dv"))
     loaders = [{row["loader"]} if row["loader"] in BOTH else BOTH for row in (new, old)]
     return same and bool(loaders[0] & loaders[1])
 
@@ -83,7 +83,7 @@ def build(name: str, candidate: list[Row], like: Row, archs: str, parallel: int)
     defines = {
         "JAX_FLASH_KERNELS": table,
         "JAX_FLASH_HEAD_DIMS": head_dims,
-        "JAX_FLASH_DTYPES": DTYPES[like["dtypes"]],
+        "JAX_FLASH_DTYPES": DTYPES[like["element"].split(" ")[0]],
     }
     try:
         library = cuda_library.build(archs, folder, defines, parallel)

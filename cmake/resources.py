@@ -19,7 +19,7 @@ from typing import NamedTuple
 # Bytes that a kernel may spill, by the first pattern that its arch and name match: none in the kernels without
 # bias, masks and the like of the common rows, 16-bit with d and dv of 32, 64, 128 or 256; next to none of these on
 # cards newer than those that the rows were chosen on, and few in the tangent pass, which uses every register.
-_ROWS = r"(__half|__nv_bfloat16), (RowColumns\{\d+u, )?(32, 32|64, 64|128, 128|256, 256), "
+_ROWS = r"(__half|__nv_bfloat16), Row\{\(Pass\)\d+, \(Design\)\d+, \d+u, \d+u, (32, 32|64, 64|128, 128|256, 256), "
 _COMMON = (
     rf"((forward_sm[89]0<ForwardSm[89]0|(backward|tangent)_\w+<(Backward|Tangent)\w+)<{_ROWS}.*Kind\)0"
     r"(?!, PagedState)"  # over dense rows alone

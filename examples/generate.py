@@ -224,7 +224,7 @@ def printable(text: str) -> str:
 
 def describe(options: argparse.Namespace, settings: Settings, server: Server, seconds: float) -> str:
     """Two lines about the model and the cache, printed before serving."""
-    size = sum(pool.nbytes for pair in server.cache for pool in pair) / 2**20
+    size = sum(pool.nbytes for pool in server.cache) / 2**20
     return (
         f"{settings.out}: {settings.layers} × {settings.width}, {settings.dtype}, attention {settings.attention}, "
         f"{settings.mesh}; loaded and compiled in {seconds:.1f} s\n"

@@ -2,6 +2,10 @@
 
 The step takes the packed tokens of many requests, writes their keys and values into the cache's pages, attends,
 and samples one token for each request. The cache is donated to the step, which writes its pages in place.
+
+All layers share one pool for keys and one for values: layer l of a model has the pages from l · pages on, so that its
+block tables are those of the first layer plus l · pages. A pool of this kind can also be the carry of a scan over
+layers. Pools with a dimension for layers, which a scan takes and returns layer by layer, would be copied.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from scheduler import Batch, Chunk, Request, Scheduler, ServingConfig
 
 from jax_flash import append_kv, apply_rotary, paged_attention
 
-Cache = list[tuple[jax.Array, jax.Array]]  # per layer: keys and values, [pages, page_size, h, d]
+Cache = tuple[jax.Array, jax.Array]  # keys and values of all layers, each [layers · pages, page_size, h, d]
 
 
 @dataclass
@@ -53,17 +57,19 @@ def next_logits(
 
     Returns logits [s, 256] for the token after each request's last one, and the cache with the new keys and values.
     """
-    rotary = rotary_tables(cache[0][0].shape[-1], max_length)
+    k_pages, v_pages = cache
+    rotary = rotary_tables(k_pages.shape[-1], max_length)
+    pages = k_pages.shape[0] // len(model.blocks)
     x = model.embed(batch.tokens)
-    new_cache = []
-    for block, (k_pages, v_pages) in zip(model.blocks, cache):
+    for layer, block in enumerate(model.blocks):
+        tables = batch.block_tables + layer * pages  # unused entries name a page, too, but are never read
         q, k, v = jnp.moveaxis(block.attention.qkv(block.attention_norm(x)), -3, 0)  # each [t, h, d]
         k_pages, v_pages, lengths = append_kv(
             k_pages,
             v_pages,
             k,
             v,
-            batch.block_tables,
+            tables,
             batch.cached,
             cu_seqlens=batch.cu_seqlens,
             rotary=rotary,
@@ -73,7 +79,7 @@ def next_logits(
             apply_rotary(q, batch.positions, *rotary),
             k_pages,
             v_pages,
-            batch.block_tables,
+            tables,
             lengths,
             cu_seqlens_q=batch.cu_seqlens,
             causal=True,
@@ -81,9 +87,8 @@ def next_logits(
         )
         x = x + block.attention.out(out)
         x = x + block.mlp(block.mlp_norm(x))
-        new_cache.append((k_pages, v_pages))
     last = x[batch.cu_seqlens[1:] - 1]
-    return model.head(model.norm(last)).astype(jnp.float32), new_cache
+    return model.head(model.norm(last)).astype(jnp.float32), (k_pages, v_pages)
 
 
 def sample(logits: jax.Array, temperature: float, seed: int, batch: Batch) -> jax.Array:
@@ -113,9 +118,9 @@ class Server:
         self.serving, self.mesh, self.usage = serving, mesh, Usage()
         self.graph, self.weights = nnx.split(model)
         by_heads = NamedSharding(mesh, PartitionSpec(None, None, "heads"))
-        shape = (serving.pages, serving.page_size, config.heads, config.head_dim)
+        shape = (config.layers * serving.pages, serving.page_size, config.heads, config.head_dim)
         make_pool = partial(jnp.zeros, shape, config.dtype, device=by_heads)
-        self.cache: Cache = [(make_pool(), make_pool()) for _ in range(config.layers)]
+        self.cache: Cache = make_pool(), make_pool()
         self._everywhere = NamedSharding(mesh, PartitionSpec())
 
         def step(weights: nnx.State, cache: Cache, batch: Batch) -> tuple[jax.Array, jax.Array, Cache]:

@@ -37,6 +37,7 @@ class Kernel:
       d, dv: the head dims that its tiles hold.
       dtypes: the input dtypes.
       loaders: where keys and values come from, "dense" rows or "paged" pools.
+      design: the algorithm, by its name in csrc/kernels.def.
     """
 
     arch: str
@@ -45,6 +46,12 @@ class Kernel:
     dv: int
     dtypes: tuple[str, ...]
     loaders: tuple[str, ...] = ("dense",)
+    design: str = "tiles"
+
+    @property
+    def latent(self) -> bool:
+        """Whether V is the first columns of K."""
+        return self.design.startswith("latent")
 
 
 @dataclass(frozen=True)
@@ -209,6 +216,12 @@ def why_not_on(device: jax.Device) -> str | None:
 def compute_capability(device: jax.Device) -> int:
     """90 for "9.0"."""
     return int(str(getattr(device, "compute_capability", "0.0")).replace(".", ""))
+
+
+def max_head_dim() -> int:
+    """The largest head dim of a row of csrc/kernels.def whose V is no part of K; 0 without the extension."""
+    core, _ = _load_core()
+    return 0 if core is None else int(core.max_head_dim())
 
 
 @cache

@@ -29,7 +29,6 @@ from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
 from .spec import AttentionSpec, Spec
-from .validate import MAX_HEAD_DIM
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
@@ -152,11 +151,6 @@ def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
     return barrier
 
 
-def _latent_dim(spec: Spec, d: int) -> bool:
-    """Whether decode's kernels for latent pools run a call, however many rows it has."""
-    return isinstance(spec, AttentionSpec) and spec.value_dim > 0 and d > MAX_HEAD_DIM
-
-
 def _value_dim(spec: Spec, columns: int) -> int:
     """The head dim of V, whose operand has so many columns."""
     return (isinstance(spec, AttentionSpec) and spec.value_dim) or columns
@@ -169,8 +163,12 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
     if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return
     loader = "paged" if isinstance(spec, AttentionSpec) and spec.paged else "dense"
-    passes = (pass_.name, "decode") if _latent_dim(spec, d) else (pass_.name,)
-    rows = [row for row in library.kernels if row.pass_ in passes and loader in row.loaders]
+    latent = isinstance(spec, AttentionSpec) and spec.value_dim > 0
+    rows = [
+        row
+        for row in library.kernels
+        if loader in row.loaders and (row.pass_ == pass_.name or (latent and row.latent))
+    ]
     if not any(dtype in row.dtypes and row.d >= d and row.dv >= dv for row in rows):
         built = sorted({(row.d, row.dv, name) for row in rows for name in row.dtypes})
         raise NotImplementedError(

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._jax import is_symbolic, same_dim
+from .backends import max_head_dim
 from .operands import OPTIONAL
 from .options import Implementation, RingMode
 from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 DTYPES = ("float16", "bfloat16", "float32")
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # of the CPU kernels
 MAX_LATENT_DIM, MAX_LATENT_VALUE_DIM = 576, 512  # of pages whose first columns are V
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
@@ -105,9 +106,10 @@ class Checker:
         d = x.shape[-1]
         if is_symbolic(d) or d < 1:
             raise self.fail(f"{name} must have a static head dim of at least 1, got {d}")
-        if d > MAX_HEAD_DIM and implementation != "xla":
+        largest = max(MAX_HEAD_DIM, max_head_dim())
+        if d > largest and implementation != "xla":
             raise self.fail(
-                f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
+                f'{name} has head dim {d}, allowed are 1 to {largest}; implementation="xla" takes any'
             )
 
     def float32(self, name: str, x: Any) -> jax.Array:

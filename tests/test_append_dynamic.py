@@ -203,6 +203,27 @@ def test_zeros_infinities_and_nan(implementation):
     assert np.isfinite(page[:2]).sum() == page[:2].size - 1
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.0, -1.0, np.inf, -np.inf, np.nan])
+def test_a_page_whose_scale_cannot_be_one_keeps_nothing(implementation, scale):
+    """Tokens that a page goes on with decide its scale alone, and what it held before becomes zeros."""
+    require(implementation)
+    call = dynamic(size=4, new=2, lengths=(1, 2, 2))
+    names = {"k_pages": "key", "v_pages": "value"}
+    held = {name: jnp.ones_like(call[name]) for name in names}
+    scales = {name: jnp.full_like(call[name], scale) for name in ("k_scale", "v_scale")}
+    k_pages, v_pages, _, k_scale, v_scale = run(call | held | scales, implementation)
+    for name, pool, found in (("key", k_pages, k_scale), ("value", v_pages, v_scale)):
+        for z, page in enumerate(np.asarray(call["block_tables"])[:, 0]):
+            before = int(call["kv_lengths"][z])
+            new = np.asarray(call[name], np.float64)[z]  # [2, hk, d]
+            wanted = 2.0 ** np.ceil(np.log2(np.abs(new).max((0, 2)) / 448))
+            np.testing.assert_array_equal(np.asarray(found)[page], wanted)
+            here = wide(pool, found, "nhd")[page]
+            assert (here[:before] == 0).all(), name
+            error = np.abs(here[before : before + 2] - new)
+            assert (error <= np.abs(new) / 16 + wanted[:, None] / 512).all(), name
+
+
 @pytest.mark.parametrize(
     "largest", [448.0, 448.0 * (1 + 2**-22), 447.9, 2.0**-95, 3e38, 1e-45, 1.0, 1.75, 1.76]
 )
@@ -280,6 +301,7 @@ def test_a_donated_loop_copies_no_pool(kernel):
     text = program.as_text()
     assert custom_calls(text) == {"append_dynamic": 1, "forward": 1}
     assert not copies(text, POOL)
+    assert not copies(text, (11, 8))  # the scales, f32[p, hk]
     state = initial()
     before = [x.unsafe_buffer_pointer() for x in state[:4]]
     got, outs = program(*state)

@@ -51,8 +51,8 @@ def core(monkeypatch, tmp_path):
         load_cuda=lambda path: {"jax_flash_forward": object()},
         covers=lambda arch, capability: True,
         cuda_kernels=lambda: [
-            ("sm80", "forward", 128, 128, ("float16", "bfloat16"), ("dense", "paged")),
-            ("sm80", "forward", 192, 128, ("bfloat16",), ("dense",)),
+            ("sm80", "forward", 128, 128, ("float16", "bfloat16"), ("dense", "paged"), "tiles"),
+            ("sm80", "forward", 192, 128, ("bfloat16",), ("dense",), "tiles"),
         ],
     )
     monkeypatch.setattr(backends, "_load_core", lambda: (fake, None))

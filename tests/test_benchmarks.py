@@ -132,7 +132,7 @@ def test_a_peer_that_cannot_run_a_case_says_why():
 
 
 TABLE = """\
-// JF_KERNEL(arch, pass, loader, dtypes, d, dv, block_m)
+// JF_KERNEL(arch, pass, loader, element, d, dv, block_m)
 JF_KERNEL(sm80, forward,  both,  half,   64,  64,  128)
 JF_FALLBACK(sm80, forward, both, half,   64,  64,  64)
 JF_KERNEL(sm90, forward,  paged, half,   64,  64,  192)

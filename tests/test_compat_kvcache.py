@@ -110,6 +110,18 @@ def test_an_end_past_the_cache_is_the_caches_end(left, implementation):
     assert np.array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("rows", [None, i32(2, 0, 1)], ids=["rows in order", "rows"])
+def test_a_start_before_the_cache_is_the_caches_start(rows, implementation):
+    """No row of the cache but its own is read."""
+    (q, k_cache, v_cache), options = cache_inputs(), dict(cache_seqlens=ENDS, cache_batch_idx=rows)
+    call = partial(flash_attn_with_kvcache, implementation=implementation, return_softmax_lse=True, **options)
+    got = call(q, k_cache, v_cache, cache_leftpad=i32(-3, -(2**31), -1))
+    for x, y in zip(got, call(q, k_cache, v_cache, cache_leftpad=i32(0, 0, 0)), strict=True):
+        assert np.array_equal(x, y)
+    for x, y in zip(got, with_kvcache(q, k_cache, v_cache, **options), strict=True):
+        assert_close(x, y)
+
+
 def test_cache_seqlens_may_be_a_traced_int(implementation):
     arrays, options = CACHES["new keys at an int"]
     rest = {name: x for name, x in options.items() if name != "cache_seqlens"}

@@ -24,12 +24,13 @@ NEW_ROWS = "\n".join(
     [
         "JF_ARCH(sm199, imagined, 190, 199, 199a)",
         *(
-            f"JF_KERNEL(sm90, backward, dense, half, {d}, {dv}, 64, 128, 2, 12, 1, 1, 1, plain | general_dropout)"
+            f"JF_KERNEL(sm90, backward, tiles, dense, half, {d}, {dv}, 64, 128, 2, 12, 1, 1, 1, "
+            "plain | general_dropout)"
             for d, dv in HEAD_DIMS
         ),
-        "JF_KERNEL(sm90, decode, either, half, 128, 128, 16, 64, 4, 8, 1, 1, 1, plain | general)",
-        "JF_KERNEL(sm199, forward, dense, half, 128, 128, 128, 128, 2, 16, 1, 2, 1, plain | general)",
-        "JF_KERNEL(sm199, forward, dense, half, 128, 128, 256, 128, 2, 16, 1, 2, 1, plain)",
+        "JF_KERNEL(sm90, decode, split_keys, runtime, half, 128, 128, 16, 64, 4, 8, 1, 1, 1, plain | general)",
+        "JF_KERNEL(sm199, forward, tiles, dense, half, 128, 128, 128, 128, 2, 16, 1, 2, 1, plain | general)",
+        "JF_KERNEL(sm199, forward, tiles, dense, half, 128, 128, 256, 128, 2, 16, 1, 2, 1, plain)",
     ]
 )
 
@@ -44,7 +45,7 @@ def planner(tmp_path_factory):
     table = (ROOT / "csrc" / "kernels.def").read_text()
     moved, count = re.subn(r"JF_ARCH\(sm90, +hopper,", "JF_ARCH(sm90, next_hopper,", table)
     assert count == 1
-    moved = re.sub(r"JF_KERNEL\(sm90, (backward|decode), .*\n", "", moved)  # the new rows take their place
+    moved = re.sub(r"JF_KERNEL\(sm90, +(backward|decode), .*\n", "", moved)  # the new rows take their place
     (folder / "kernels.def").write_text(moved + NEW_ROWS + "\n")
     sources = [path for part in (".", "plan", "families") for path in sorted((CORE / part).glob("*.cc"))]
     sources += sorted((ROOT / "tests" / "kernels" / "families").glob("*.cc"))

@@ -19,6 +19,14 @@ def test_is_causal_with_more_keys_than_queries_is_top_left_as_in_flax():
     close(ours(*qkv(B), is_causal=True), nnx.dot_product_attention(*qkv(B), is_causal=True))
 
 
+def test_is_causal_for_one_query_without_a_mask_leaves_the_first_key():
+    """A decode step has a mask; a single query without one is the first of its keys."""
+    q, k, v = qkv(B, sq=1)
+    out = ours(q, k, v, is_causal=True)
+    close(out, v[:, :1])
+    close(out, nnx.dot_product_attention(q, k, v, is_causal=True))
+
+
 def test_grouped_heads():
     q, k, v = qkv(B, kv_heads=2)
     close(ours(q, k, v), nnx.dot_product_attention(q, k, v))
@@ -79,6 +87,12 @@ def test_biases_of_any_number_type():
     q, k, v = qkv(B)
     for bias in (np.arange(6), jnp.arange(6, dtype=jnp.bfloat16)):
         close(ours(q, k, v, bias), linen.dot_product_attention(q, k, v, bias))
+    with jax.enable_x64(True):
+        bias = np.random.default_rng(0).standard_normal(6)
+        assert jnp.asarray(bias).dtype == jnp.float64
+        out = ours(q, k, v, bias)
+    assert out.dtype == jnp.float32
+    close(out, linen.dot_product_attention(q, k, v, bias.astype(np.float32)))
 
 
 def test_fully_masked_queries_are_zero_which_flax_makes_a_mean():

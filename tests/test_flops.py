@@ -94,6 +94,30 @@ def test_segments_in_any_order(seed):
     assert count(case, inputs) == forward(case, pairs)
 
 
+@pytest.mark.parametrize("paged", [False, True], ids=["packed", "pages"])
+def test_offsets_out_of_order_are_their_running_maximum_within_the_tokens(paged):
+    """As the call itself reads them: [-4, 5, 3, 8, 2, 99] of 10 tokens is [0, 5, 5, 8, 8, 10]."""
+    x, pool, tables = jnp.zeros((10, 4, 8)), jnp.zeros((9, 4, 2, 8)), np.zeros((5, 3), int)
+    wild, tame = np.array([[-4, 5, 3, 8, 2, 99], [0, 5, 5, 8, 8, 10]], np.int32)
+
+    def count(offsets, **options):
+        if paged:
+            lengths = np.array([12, 3, 9, 5, 2], np.int32)
+            options |= {"cu_seqlens_q": offsets}
+            return flops(paged_attention, x, pool, pool, tables, lengths, causal=True, **options)
+        return flops(flash_attention_varlen, x, x, x, offsets, causal=True, **options)
+
+    assert count(wild) == count(tame)
+    pairs = (15, 6, 3) if not paged else (12 * 5 - 10, 9 * 3 - 3, 2 + 1)
+    assert count(wild) == 2 * (8 + 8) * 4 * sum(pairs)
+    if not paged:
+        keys = np.array([0, 99, 3, 3, 7, -1], np.int32)  # [0, 10, 10, 10, 10, 10]
+        got = flops(flash_attention_varlen, x, x, x, tame, keys)
+        assert got == flops(
+            flash_attention_varlen, x, x, x, tame, np.array([0, 10, 10, 10, 10, 10], np.int32)
+        )
+
+
 def test_a_bias_of_minus_infinity_hides_its_pairs():
     case = Case("", bias=(4, 12, 12), mask=(2, 1, 1, 12), causal=True)
     inputs = make_inputs(case)

@@ -180,6 +180,28 @@ def test_a_hidden_key_adds_nothing_whatever_it_and_its_tangent_hold(hidden, kern
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_bias_of_minus_infinity_for_a_whole_row_has_no_tangent_beside_sinks(value, implementation):
+    """One column of bias hides some rows; only the sinks are left to their softmax, so lse is the sink and stays it."""
+    case = Case("hidden rows", b=2, sq=5, sk=7, hq=2, hk=1, bias=(2, 2, 5, 1), sinks=True)
+    checks.require(implementation, "tangent")
+    inputs = make_inputs(case)
+    hidden = np.random.default_rng(0).random((2, 2, 5, 1)) < 0.4
+    inputs.keywords["bias"] = jnp.where(hidden, -jnp.inf, inputs.keywords["bias"])
+    clean = tangents_of(operands(inputs))
+    clean["bias"] = jnp.where(hidden, 0, clean["bias"])
+    spoilt = clean | {"bias": jnp.where(hidden, value, clean["bias"])}
+    call = checks.function(case, inputs, implementation)
+    moving, _ = oracle.split(inputs.positional | inputs.keywords)
+
+    def run(tangents: Arrays) -> Any:
+        return jax.jvp(call, (moving,), ({n: tangents[n].reshape(x.shape) for n, x in moving.items()},))[1]
+
+    right = equations.tangents(spec(case, inputs), operands(inputs), clean)
+    assert_near(case, run(clean), right, None)
+    assert_near(case, run(spoilt), right, None)
+
+
 # Pages.
 
 

@@ -76,7 +76,7 @@ def poison(cache, pages):
 def poison_free_pages(server):
     allocator = server.scheduler.allocator
     free = np.array([not allocator.owners(page) for page in range(allocator.pages)])
-    server.cache = poison(server.cache, free)
+    server.cache = poison(server.cache, np.tile(free, SIZES["layers"]))
 
 
 def serve(server, requests, gap=0.0, seed=0):
@@ -157,7 +157,7 @@ def test_a_mesh_serves_the_same_text_as_one_device():
     server = cached_server(model_axis=2)
     serve(server, sharded)
     assert [r.generated for r in sharded] == [r.generated for r in alone]
-    assert {shard.data.shape for shard in server.cache[0][0].addressable_shards} == {(24, 4, 1, 16)}
+    assert {shard.data.shape for shard in server.cache[0].addressable_shards} == {(48, 4, 1, 16)}
 
 
 def test_sampled_text_does_not_depend_on_what_else_is_served():
@@ -181,7 +181,7 @@ def test_another_seed_samples_another_text():
 
 def copies_of_a_pool(program, model_axis):
     """The instructions of a compiled program's text that copy a pool of the cache."""
-    pool = f"f32[24,4,{2 // model_axis},16]"
+    pool = f"f32[48,4,{2 // model_axis},16]"
     assert pool in program
     lines = (line.split(", metadata=")[0] for line in program.splitlines())
     return [line for line in lines if pool in line and re.search(r" copy(-start)?\(", line)]
@@ -190,7 +190,7 @@ def copies_of_a_pool(program, model_axis):
 @pytest.mark.parametrize("model_axis", [1, 2])
 def test_the_step_writes_the_donated_cache_in_place(model_axis):
     server = make_server(model_axis=model_axis)
-    pools = 2 * SIZES["layers"]
+    pools = 2  # of keys and of values, for all layers
     for program in (program.as_text() for program in server.programs.values()):
         assert not copies_of_a_pool(program, model_axis)
         aliases = program.split("\n", 1)[0]
@@ -203,6 +203,28 @@ def test_the_step_writes_the_donated_cache_in_place(model_axis):
     batch = server._place(server.scheduler.batch([], SERVING.chunk))
     kept = jax.jit(server._step.__wrapped__).lower(server.weights, server.cache, batch).compile()
     assert len(copies_of_a_pool(kept.as_text(), model_axis)) >= pools  # what donation saves
+
+
+def test_the_step_needs_no_memory_as_large_as_a_layers_pages(kernel):
+    """The pools of all layers are updated in place, and a layer's part of them is never a temporary array."""
+    serving = replace(SERVING, pages=4096)
+    server = make_server(serving)
+    of_a_layer = serving.pages * serving.page_size * SIZES["heads"] * SIZES["head_dim"] * 4
+    for program in server.programs.values():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes == 2 * SIZES["layers"] * of_a_layer
+        assert memory.temp_size_in_bytes < of_a_layer
+
+
+def test_layers_do_not_share_pages():
+    """Each layer writes to its own part of the pools, and the same pages of it."""
+    server = make_server()
+    server.submit(Request(0, [1, 2, 3, 4, 5], max_tokens=1))
+    server.step()
+    written = [np.flatnonzero(np.asarray(pool).any((1, 2, 3))) for pool in server.cache]
+    for pages in written:
+        of_layers = pages.reshape(SIZES["layers"], 2)
+        assert (of_layers == of_layers[0] + SERVING.pages * np.arange(SIZES["layers"])[:, None]).all()
 
 
 def test_on_a_mesh_each_device_writes_and_reads_its_own_heads_and_only_sums_are_exchanged(kernel):

@@ -13,6 +13,9 @@ from pages import FLOAT8, latent, require
 from programs import collectives, require_devices
 
 from jax_flash import append_kv, flops, merge_attention, paged_attention
+from jax_flash.operands import BACKWARD, BIAS_GRADIENT, FORWARD, TANGENT
+from jax_flash.primitives import bind
+from jax_flash.spec import AttentionSpec
 
 # As in DeepSeek-V2 and V3: 128 query heads over one KV head of 576 columns, of which the first 512 are values.
 WIDE = dict(hk=1, d=576, dv=512)
@@ -225,16 +228,36 @@ def test_gradients_of_small_head_dims(implementation):
     pages.check(call, implementation, gradients=True)
 
 
-def test_wide_head_dims_have_no_gradient_in_the_kernels(kernel):
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_wide_head_dims_have_no_derivative_in_the_kernels(kernel, mode):
     call = latent(DECODE.replace(dtype="bfloat16"), 16)
+    query = call.arrays["query"]
+
+    def out(x):
+        return call.call(kernel)({"query": x})[0].astype("float32").sum()
+
+    derivative = jax.grad(out) if mode == "reverse" else lambda x: jax.jvp(out, (x,), (x,))
     message = (
         'k_pages has head dim 576, and the kernels of derivatives have at most 256; implementation="xla"'
     )
     with pytest.raises(NotImplementedError, match=message):
-        jax.eval_shape(
-            jax.grad(lambda x: call.call(kernel)({"query": x})[0].sum().astype("float32")),
-            call.arrays["query"],
-        )
+        jax.jit(derivative).lower(query)
+
+
+@pytest.mark.parametrize("dims", [(264, 64), (64, 264), (576, 512)], ids=str)
+@pytest.mark.parametrize("pass_", [FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT], ids=lambda pass_: pass_.name)
+def test_the_cpu_kernels_refuse_head_dims_past_their_buffers(pass_, dims):
+    """The handlers themselves, whatever Python has checked before them."""
+    if IMPLEMENTATION != "cpu":
+        pytest.skip("CUDA plans each call, and a plan needs a kernel of the head dims (test_plan.py)")
+    sizes = dict(b=1, sq=2, sk=3, hq=2, hk=1, d=dims[0], dv=dims[1])
+    spec = AttentionSpec("fixed", operands=("bias",))
+    arrays = {
+        name: jnp.zeros([sizes[x.strip("*")] for x in spec.dims[name]]) for name in (*pass_.operands, "bias")
+    }
+    message = f"head dims {dims[0]} and {dims[1]} exceed the CPU kernels' 256 and 256"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(bind(pass_, spec, arrays))
 
 
 def test_flop_counts_both_products():

@@ -91,6 +91,20 @@ def test_packed_parts_merge(implementation):
     close(lse, whole_lse)
 
 
+def test_parts_in_float64_merge_in_float64():
+    """With numbers that float32 does not have: the parts, their lse and the result."""
+    random = np.random.default_rng(0)
+    q, k, v = (random.standard_normal((2, n, 4, 16)) for n in (7, 13, 13))
+    options = {"implementation": "xla", "return_lse": True}
+    with jax.enable_x64(True):
+        parts = [flash_attention(q, k[:, own], v[:, own], **options) for own in (np.s_[:5], np.s_[5:])]
+        out, lse = merge_attention(*zip(*parts, strict=True))
+        whole, whole_lse = flash_attention(q, k, v, **options)
+    assert out.dtype == lse.dtype == np.float64
+    close(out, whole, 1e-13)
+    close(lse, whole_lse, 1e-13)
+
+
 def test_gradients_flow_through_the_merge(implementation):
     q, k, v = qkv()
     mask = jnp.arange(13) < jnp.array([0, 2, 5, 6, 9, 12, 13])[:, None]

@@ -50,7 +50,7 @@ def test_a_gpus_bugs_are_in_kernels_of_the_library_that_their_tests_load(tool):
     table = tool.planted_library.table(lines, tool.gpu_rows())
     rows = [line.split("(")[1].replace(" ", "").split(",") for line in table if line.startswith("JF_KERNEL")]
     assert len(rows) == len(tool.gpu_rows())
-    files = [f"{pass_}_{loader}_{arch}_d{d}_dv{dv}" for arch, pass_, loader, _, d, dv, *_ in rows]
+    files = [f"{pass_}_{loader}_{arch}_d{d}_dv{dv}" for arch, pass_, _, loader, _, d, dv, *_ in rows]
     for x in tool.load():
         if x.runs == "gpu":
             assert x.objects, x.name
@@ -72,10 +72,10 @@ def test_a_gpus_library_has_the_rows_of_the_head_dims_that_bugs_are_in(tool):
 def test_a_row_that_the_table_lacks_is_told(tool):
     lines = [
         "JF_ARCH(sm90, hopper, 90, 99, 90a)",
-        "JF_KERNEL(sm90, forward, dense, half, 64, 64, 192, 2, plain | each_option)",
+        "JF_KERNEL(sm90, forward, tiles, dense, half, 64, 64, 192, 2, plain | each_option)",
     ]
     chosen = tool.planted_library.table(lines, ("sm90 forward dense 64 64: alibi",))
-    assert chosen == [lines[0], "JF_KERNEL(sm90, forward, dense, half, 64, 64, 192, 2, alibi)"]
+    assert chosen == [lines[0], "JF_KERNEL(sm90, forward, tiles, dense, half, 64, 64, 192, 2, alibi)"]
     with pytest.raises(ValueError, match="has no row sm90 forward dense 64 64: general"):
         tool.planted_library.table(lines, ("sm90 forward dense 64 64: general",))
 

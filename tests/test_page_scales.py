@@ -12,7 +12,7 @@ from conftest import IMPLEMENTATION
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
 from programs import collectives, require_devices, shard_shapes
-from test_append import arguments, check
+from test_append import arguments, by_token, check, run
 from test_append_dynamic import HK, wide
 from test_paged_programs import sharded_attention
 
@@ -188,6 +188,40 @@ def test_append_divides_by_the_scale_of_the_page(implementation, layout):
         for i, name in enumerate(("k_scale", "v_scale"))
     }
     check(call, implementation)
+
+
+@pytest.mark.parametrize("by_page", [False, True], ids=["hk", "p, hk"])
+@pytest.mark.parametrize("float8", FLOAT8)
+def test_append_divides_by_any_scale(implementation, float8, by_page):
+    """By 0, −1, infinity and NaN, too: stored = value / scale, saturated, where 0 / 0 is NaN."""
+    require(implementation)
+    call = arguments(pool_dtype=float8, new=(3, 0, 6), dtype="float32")
+    count, heads = call["k_pages"].shape[0], call["k_pages"].shape[2]
+    call["key"] = call["key"].at[..., 0].set(0).at[..., 1].set(-jnp.inf)
+    strange = np.array([0, -0.0, -1, np.inf, -np.inf, np.nan, 0.3], np.float32)
+    for shift in range(0, len(strange), 3):
+        scale = np.resize(np.roll(strange, -shift), (count, heads) if by_page else heads)
+        scaled = call | dict.fromkeys(("k_scale", "v_scale"), jnp.asarray(scale))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            wanted = by_token(scaled)
+        for x, y in zip(run(scaled, implementation), wanted, strict=True):
+            np.testing.assert_array_equal(np.asarray(x).astype(np.float32), np.asarray(y).astype(np.float32))
+
+
+@pytest.mark.parametrize("factor", [-1.0, 0.0])
+def test_attention_multiplies_by_scales_that_are_not_positive(implementation, factor):
+    require(implementation)
+    call = paged(DECODE.replace(d=64, dv=64), 8, pool_dtype=FLOAT8[0], by_page=True)
+    call_of = call.call(implementation)
+    scales = {name: factor * call.arrays[name] for name in ("k_scale", "v_scale")}
+    pools = {
+        name: call.arrays[name].astype(jnp.float32)
+        * _of_pages(factor * call.arrays[scale], call.arrays["key"].shape[0])
+        for name, scale in (("key", "k_scale"), ("value", "v_scale"))
+    }
+    wanted = call.call("xla")(pools | dict.fromkeys(scales))
+    for x, y in zip(call_of(scales), wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
 
 
 def test_append_and_attention_agree(implementation):

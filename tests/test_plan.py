@@ -16,7 +16,7 @@ from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
 
 PASSES = ("forward", "backward", "tangent", "bias_gradient")
-SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "cluster", "blocks")
+SHAPE = ("d", "dv", "block_m", "block_n", "stages", "warps", "teams", "multicast", "blocks")
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,15 @@ def test_a_card_like_sm_90_runs_no_fallback():
     if not table.exists():
         pytest.skip("the table lies in the source tree only")
     found = re.findall(
-        r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(\w+), *(.*), *[a-z_| ]+\)", table.read_text(), re.MULTILINE
+        r"^JF_FALLBACK\((\w+), *(\w+), *(\w+), *(\w+), *([\w |]+), *([\d, ]+), *[a-z_| ]+\)",
+        table.read_text(),
+        re.MULTILINE,
     )
     loaders = {"dense": ("dense",), "paged": ("paged",)}
-    loaders |= dict.fromkeys(("both", "either"), ("dense", "paged"))
+    loaders |= dict.fromkeys(("both", "runtime"), ("dense", "paged"))
     fallbacks = {
-        (arch, pass_, loaders[loader], dtypes, *map(int, numbers.split(",")))
-        for arch, pass_, loader, dtypes, numbers in found
+        (arch, pass_, design, loaders[loader], element.split()[0], *map(int, numbers.split(",")))
+        for arch, pass_, design, loader, element, numbers in found
     }
     assert fallbacks
     calls = [{"pass_": name} for name in PASSES]
@@ -89,7 +91,14 @@ def test_a_card_like_sm_90_runs_no_fallback():
             for d, dv in HEAD_DIMS:
                 row = plan(**call, dtype=dtype, d=d, dv=dv)["row"]
                 sizes = (row[name] for name in SHAPE)
-                assert (row["arch"], row["pass"], row["loaders"], group, *sizes) not in fallbacks
+                assert (
+                    row["arch"],
+                    row["pass"],
+                    row["design"],
+                    row["loaders"],
+                    group,
+                    *sizes,
+                ) not in fallbacks
 
 
 def test_newer_cards_leave_turings_rows_alone():
@@ -104,6 +113,10 @@ def test_newer_cards_leave_turings_rows_alone():
         (
             {"d": 512},
             "no CUDA kernel .*forward of bfloat16 with d=512.* on sm_90.*built: sm80 d=32, .*sm80 d=192 dv=128.*xla",
+        ),
+        *(
+            ({"pass_": name, "d": 576, "dv": 512}, f"no CUDA kernel .*{name} of bfloat16 with d=576, dv=512")
+            for name in ("backward", "bias_gradient", "tangent")  # of a latent pool's gathered keys
         ),
         (
             {"capability": 75},

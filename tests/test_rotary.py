@@ -212,6 +212,25 @@ def test_append_kv_rounds_what_it_rotates_to_the_keys_dtype_before_it_quantises(
     assert set(got[..., : D // 2].ravel()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(jnp.float16, 2.0**-12), (jnp.bfloat16, 2.0**-10)])
+def test_dynamic_scales_are_those_of_rotated_keys_in_the_keys_dtype(dtype, step, implementation):
+    """1.75 + step is 1.75 in the keys' dtype, for which a scale of 1 / 256 is enough, as float8's 448 / 256 is 1.75;
+    1.75 + step itself needs the next power of two."""
+    key = jnp.ones((2, 3, 2, D), dtype).at[..., : D // 2].set(1.75)
+    cos, sin = np.ones((12, D // 2), np.float32), np.full((12, D // 2), -step, np.float32)
+    scales = {name: jnp.ones((6, 2), jnp.float32) for name in ("k_scale", "v_scale")}
+    call = (
+        dict(block_tables=PAGES, kv_lengths=BEFORE, scale="dynamic", implementation=implementation) | scales
+    )
+    cache = pools(dtype=jnp.float8_e4m3fn)
+    got = append_kv(*cache, key, key, rotary=(cos, sin), **call)
+    at = BEFORE[:, None] + np.arange(3, dtype=np.int32)
+    wanted = append_kv(*cache, apply_rotary(key, at, cos, sin), key, **call)
+    for x, y in zip(got, wanted, strict=True):
+        assert np.array_equal(np.asarray(x).astype(np.float32), np.asarray(y).astype(np.float32))
+    assert (np.asarray(got[3])[PAGES[1, 0]] == 1 / 256).all()  # the page that begins
+
+
 # Errors.
 
 X, AT = normal(0, 2, 5, 3, D), np.arange(5, dtype=np.int32)

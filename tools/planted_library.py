@@ -21,8 +21,8 @@ ROW = re.compile(r"JF_KERNEL\((.*)\)")
 def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
     """Of csrc/kernels.def the architectures and these rows, each with some of its scores.
 
-    A row is named by its first columns but the dtypes: "sm90 forward dense 64 64: plain | segments" is the first one
-    of these with those scores.
+    A row is named by its first columns but the design and the element: "sm90 forward dense 64 64: plain | segments" is
+    the first one of these with those scores.
     """
     chosen: dict[int, str] = {}
     for row in rows:
@@ -33,7 +33,7 @@ def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
             kinds = {x.strip() for x in columns[-1].split("|")} if columns else set()
             if "each_option" in kinds:
                 kinds |= {"segments", "alibi", "softcap", "bias", "dropout"}
-            if wanted <= kinds and " ".join(columns[:3] + columns[4:]).startswith(f"{name} "):
+            if wanted <= kinds and " ".join(columns[:2] + columns[3:4] + columns[5:]).startswith(f"{name} "):
                 chosen[i] = f"JF_KERNEL({', '.join([*columns[:-1], scores])})"
                 break
         else:

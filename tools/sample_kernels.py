@@ -1,4 +1,4 @@
-"""Prints a kernel table with the rows of csrc/kernels.def of one head dim for each arch, pass, loader and dtypes.
+"""Prints a kernel table with rows of csrc/kernels.def: one head dim for each arch, pass, design, loader and element.
 
     python tools/sample_kernels.py >build/sample.def      then cmake -DJAX_FLASH_KERNELS=build/sample.def
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 TABLE = Path(__file__).resolve().parents[1] / "csrc" / "kernels.def"
-ROW = re.compile(r"JF_(?:KERNEL|FALLBACK)\((\w+), *(\w+), *(\w+), *(\w+), *(\d+), *(\d+),")
+ROW = re.compile(r"JF_(?:KERNEL|FALLBACK)\((\w+), *(\w+), *(\w+), *(\w+), *([\w |]+), *(\d+), *(\d+),")
 # Registers are scarcest in the backward and the paged forward at 128; elsewhere 64 has the most kinds of tiles.
 HEAD_DIMS = {("backward", "dense"): 128, ("forward", "paged"): 128}
 OTHERS = 64
@@ -24,11 +24,11 @@ def sample(lines: list[str]) -> list[str]:
     groups: dict[tuple[str, ...], list[tuple[tuple[int, int], str]]] = {}
     for line in lines:
         if row := ROW.match(line):
-            arch, pass_, loader, dtypes, d, dv = row.groups()
+            arch, pass_, design, loader, element, d, dv = row.groups()
             for one in ("dense", "paged") if loader == "both" else (loader,):
-                groups.setdefault((arch, pass_, one, dtypes), []).append(((int(d), int(dv)), line))
+                groups.setdefault((arch, pass_, design, one, element), []).append(((int(d), int(dv)), line))
     chosen = {line for line in lines if line.startswith("JF_ARCH(")}
-    for (_, pass_, loader, _), rows in groups.items():
+    for (_, pass_, _, loader, _), rows in groups.items():
         wanted = (HEAD_DIMS.get((pass_, loader), OTHERS),) * 2
         pairs = [pair for pair, _ in rows]
         pair = wanted if wanted in pairs else min(pairs)

@@ -17,7 +17,7 @@ constexpr const Arch* kArches[] = {
 
 constexpr KernelRow kTable[] = {
 #define JF_ARCH(...)
-#define JF_KERNEL(arch, ...) {&arches::arch, __VA_ARGS__},
+#define JF_KERNEL(arch, ...) {{__VA_ARGS__}, &arches::arch},
 #define JF_FALLBACK JF_KERNEL
 #include "kernels.def"
 #undef JF_FALLBACK

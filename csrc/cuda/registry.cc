@@ -4,9 +4,7 @@
 
 namespace jax_flash {
 
-#define JF_BUILT(arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores, \
-                 launch)                                                                                \
-  Launch launch;
+#define JF_BUILT(launch, arch, ...) Launch launch;
 #include "built_kernels.def"
 #undef JF_BUILT
 
@@ -15,17 +13,13 @@ namespace {
 using namespace columns;
 
 constexpr KernelRow kRows[] = {
-#define JF_BUILT(arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores, \
-                 launch)                                                                                \
-  {&arches::arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores},
+#define JF_BUILT(launch, arch, ...) {{__VA_ARGS__}, &arches::arch},
 #include "built_kernels.def"
 #undef JF_BUILT
 };
 
 constexpr Launch* kLaunches[] = {
-#define JF_BUILT(arch, pass, loader, dtype, d, dv, m, n, stages, warps, teams, cluster, blocks, scores, \
-                 launch)                                                                                \
-  launch,
+#define JF_BUILT(launch, arch, ...) launch,
 #include "built_kernels.def"
 #undef JF_BUILT
 };

@@ -34,7 +34,7 @@ cudaError_t call_launch_row(const Problem& p, const Tangents* tangents, const La
 }
 
 // Calls launch.operator()<kind>() with the plan's score variant, which is one of the row's.
-template <RowColumns kRow, class LaunchKind>
+template <Row kRow, class LaunchKind>
 cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   cudaError_t status = cudaErrorNotSupported;
   const auto launch_one = [&]<int32_t kIndex>() {
@@ -89,10 +89,10 @@ inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const
 
 // The launch function of a built row: the files that cmake/kernels.cmake writes use it once per row and
 // dtype, after including the family's pass, which defines launch_row.
-#define JF_DEFINE_LAUNCH(name, loaders, dtype, ...)                                                     \
+#define JF_DEFINE_LAUNCH(name, dtype, ...)                                                              \
   namespace jax_flash {                                                                                 \
   namespace columns {                                                                                   \
-  inline constexpr RowColumns name{loaders, __VA_ARGS__};                                               \
+  inline constexpr Row name{__VA_ARGS__};                                                               \
   }                                                                                                     \
   cudaError_t name(const Problem& p, const Tangents* tangents, const LaunchPlan& plan, void* workspace, \
                    cudaStream_t stream) {                                                               \

@@ -59,11 +59,12 @@ nb::dict load_cuda(const std::string& path) {
 
 // Whether two rows compute the same thing; their tiles may differ.
 bool same_kernel(const KernelRow& a, const KernelRow& b) {
-  return std::strcmp(a.arch->name, b.arch->name) == 0 && a.pass == b.pass && a.head_dim == b.head_dim &&
-         a.value_dim == b.value_dim;
+  return std::strcmp(a.arch->name, b.arch->name) == 0 && a.pass == b.pass && a.design == b.design &&
+         a.head_dim == b.head_dim && a.value_dim == b.value_dim;
 }
 
-// The rows built, as (arch, pass, d, dv, dtypes, loaders): tile shapes and dtypes of one kernel merged.
+// The rows built, as (arch, pass, d, dv, dtypes, loaders, design): tile shapes and dtypes of one kernel
+// merged.
 nb::list cuda_kernels() {
   std::vector<KernelRow> merged;
   for (const KernelRow& row : built_kernels()) {
@@ -72,14 +73,15 @@ nb::list cuda_kernels() {
     if (at == merged.end()) {
       merged.push_back(row);
     } else {
-      at->dtypes |= row.dtypes;
+      at->elements |= row.elements;
       at->loaders |= row.loaders;
     }
   }
   nb::list result;
   for (const KernelRow& row : merged) {
     result.append(nb::make_tuple(row.arch->name, name_of(row.pass), row.head_dim, row.value_dim,
-                                 names_of_dtypes(row.dtypes), names_of_loaders(row.loaders)));
+                                 names_of_dtypes(row.elements), names_of_loaders(row.loaders),
+                                 name_of(row.design)));
   }
   return result;
 }
@@ -91,7 +93,7 @@ uint32_t built_dtypes(const KernelRow& row) {
   for (const KernelRow& other : built_kernels()) {
     if (same_kernel(row, other) && (row.loaders & other.loaders) && row.block_m == other.block_m &&
         row.block_n == other.block_n && row.stages == other.stages) {
-      dtypes |= other.dtypes & row.dtypes;
+      dtypes |= other.elements & row.elements;
     }
   }
   return dtypes;

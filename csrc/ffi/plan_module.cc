@@ -4,6 +4,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
 #include <array>
 #include <set>
 #include <stdexcept>
@@ -154,8 +155,9 @@ nb::dict entry_of(const KernelRow& row) {
   nb::dict entry;
   entry["arch"] = row.arch->name;
   entry["pass"] = name_of(row.pass);
+  entry["design"] = name_of(row.design);
   entry["loaders"] = names_of_loaders(row.loaders);
-  entry["dtypes"] = names_of_dtypes(row.dtypes);
+  entry["dtypes"] = names_of_dtypes(row.elements);
   entry["d"] = row.head_dim;
   entry["dv"] = row.value_dim;
   entry["block_m"] = row.block_m;
@@ -163,7 +165,7 @@ nb::dict entry_of(const KernelRow& row) {
   entry["stages"] = row.stages;
   entry["warps"] = row.warps;
   entry["teams"] = row.teams;
-  entry["cluster"] = row.cluster;
+  entry["multicast"] = row.multicast;
   entry["blocks"] = row.blocks;
   entry["scores"] = names_of_scores(row.scores);
   entry["built"] = names_of_dtypes(built_dtypes(row));
@@ -241,6 +243,15 @@ bool covers(const std::string& name, int32_t capability) {
   return false;
 }
 
+// The largest head dim of a row whose V is no part of K.
+int32_t max_head_dim() {
+  int32_t largest = 0;
+  for (const KernelRow& row : kernel_table()) {
+    if (!row.is_latent()) largest = std::max(largest, row.head_dim);
+  }
+  return largest;
+}
+
 }  // namespace
 
 nb::tuple names_of_dtypes(uint32_t dtypes) { return names_of(kDTypes, dtypes); }
@@ -248,6 +259,7 @@ nb::tuple names_of_loaders(uint32_t loaders) { return names_of(kLoaders, loaders
 nb::tuple names_of_scores(uint32_t scores) { return names_of(kScores, scores); }
 
 void bind_plan(nb::module_& module) {
+  module.def("max_head_dim", &max_head_dim);
   module.def("kernel_table", &table);
   module.def("plan", &plan_of);
   module.def("workspace_bound", &bound_of);

@@ -22,7 +22,7 @@ struct Layout {
   int32_t bytes;
 };
 
-constexpr Layout layout(const RowShape& r, int32_t element_size) {
+constexpr Layout layout(const Row& r, int32_t element_size) {
   constexpr int32_t kSoftmax = 2 * int32_t{sizeof(float)};
   Layout at{};
   at.warp_ring = r.stages * (r.block_n / r.warps) * (r.head_dim + r.value_dim) * element_size;
@@ -93,10 +93,9 @@ class Choice {
 
 // With asks_for_lengths() the two ways of the kernel take turns in one place.
 inline int64_t shared_bytes(const KernelRow& row, const Call& call) {
-  const RowShape shape{row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, row.warps, true};
-  const int64_t in_clusters = layout(shape, 2).bytes;
+  const int64_t in_clusters = layout(row, 2).bytes;
   if (!Choice(row, call).asks_for_lengths()) return in_clusters;
-  return std::max<int64_t>(in_clusters, decode_layout(shape, 2).bytes) + kBlockStateBytes;
+  return std::max<int64_t>(in_clusters, decode_layout(row, 2).bytes) + kBlockStateBytes;
 }
 
 // Whether a row runs a call, and better than the portable decode does.
@@ -107,7 +106,7 @@ inline bool serves(const KernelRow& row, const Call& call) {
   for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
     if (spec.has(operand)) return false;
   }
-  if (spec.packed() || call.float8_pools() || spec.num_splits > 0 || spec.batch_invariant) return false;
+  if (spec.packed() || spec.num_splits > 0 || spec.batch_invariant) return false;
   if (s.head_dim + kPadding <= row.head_dim || s.value_dim + kPadding <= row.value_dim) return false;
   const int64_t rows = call.rows_of_group(row.block_m), least = row.block_m > 8 ? row.block_m / 2 : 0;
   return least < rows && rows <= row.block_m && Choice(row, call).is_faster();

@@ -75,23 +75,19 @@ class TileChoice {
 
 class Forward final : public PassTraits {
  public:
-  // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page,
-  // and TMA cannot widen float8.
+  // Tensor maps have room for one leading dimension. Over pages a TMA box is a multiple of 8 rows of a page.
   bool serves(const KernelRow& row, const Call& call) const override {
-    if (call.shapes.page_size % 8 || call.float8_pools()) return false;
-    return hopper::packs_heads(row) ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
+    if (call.shapes.page_size % 8) return false;
+    return packs_heads(row) ? serves_packed_heads(row, call) : call.shapes.leading_rank <= 1;
   }
-  bool beats_decode(const KernelRow& row, const Call&) const override { return hopper::packs_heads(row); }
+  bool beats_decode(const KernelRow& row, const Call&) const override { return packs_heads(row); }
 
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    const int64_t tiles =
-        hopper::forward_tile_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
-    const int64_t output = hopper::forward_output_bytes(row.head_dim, row.value_dim, row.block_m);
-    return hopper::forward_shared_bytes(tiles + output, row.teams);
+    return hopper::forward_shared_bytes(row);
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    if (call.spec.paged()) return hopper::packs_heads(a) && !hopper::packs_heads(b);
+    if (call.spec.paged()) return packs_heads(a) && !packs_heads(b);
     const TileChoice choice(call);
     const bool a_small = a.block_m == kConsumerRows, b_small = b.block_m == kConsumerRows;
     if (a_small != b_small) return a_small == choice.wants_one_consumer();
@@ -101,10 +97,10 @@ class Forward final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
-    const bool packs = hopper::packs_heads(row);
+    const bool packs = packs_heads(row);
     plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
                              packs ? s.kv_heads : s.heads, row.block_m, workspace);
-    plan.cluster_size = uses_clusters(row, call, plan) ? row.cluster : 1;
+    plan.cluster_size = uses_clusters(row, call, plan) ? row.multicast : 1;
     const bool unequal = call.tiles_differ() || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
     const int64_t cluster = plan.cluster_size;
@@ -119,6 +115,8 @@ class Forward final : public PassTraits {
   }
 
  private:
+  static bool packs_heads(const KernelRow& row) { return row.design == Design::kPackedHeads; }
+
   // A few tokens of each sequence, where decode would read keys more than once, and whose tiles fill whole
   // waves: keys are not split. The rows of a tile are of one KV head.
   static bool serves_packed_heads(const KernelRow& row, const Call& call) {
@@ -145,7 +143,7 @@ class Forward final : public PassTraits {
   // lengths together leave more of the card idle at the end. An odd number of tiles leaves one CTA of the
   // last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
-    if (row.cluster == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
+    if (row.multicast == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
     constexpr int64_t kManyElements = 1 << 20, kManyTiles = 16;
     const bool whole =
@@ -163,24 +161,20 @@ class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     const AttentionSpec& spec = call.spec;
-    if (row.cluster > 1 && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) {
+    if (row.design == Design::kCluster && (spec.has(Operand::kBias) || spec.has(Operand::kMask))) {
       ScoreKind score;
       if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
         return false;
     }
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
-    return call.shapes.q_rows > 0 && call.device.sm_count >= row.cluster;
+    return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
   }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    if (row.cluster == 1)
-      return hopper::backward_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages);
+    if (row.design != Design::kCluster) return hopper::backward_shared_bytes(row);
     if (call.spec.has(Operand::kBias) || call.spec.has(Operand::kMask)) return hopper::kMaxSharedBytes;
-    const auto has =
-        hopper::backward_cluster_stages(row.head_dim, row.value_dim, row.block_m, row.block_n, row.stages, 0);
-    return hopper::backward_cluster_shared_bytes(row.head_dim, row.value_dim, row.block_m, row.block_n,
-                                                 row.stages, has);
+    return hopper::backward_cluster_shared_bytes(row, hopper::backward_cluster_stages(row, 0));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -190,8 +184,8 @@ class Backward final : public PassTraits {
     add_segments(call, s.k_rows, plan.keys, workspace);
     plan.accumulator = workspace.add(sums_of_dq(row, call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
-    plan.cluster_size = row.cluster;  // whose CTAs work on one key tile together
-    share_tiles(plan.keys.blocks * row.cluster, unequal, s.q_rows, row.teams, call, workspace, plan);
+    plan.cluster_size = cluster_of(row);
+    share_tiles(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row.teams, call, workspace, plan);
     if (call.spec.deterministic) {
       plan.dq_turns = workspace.add(dq_turns_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
@@ -207,10 +201,17 @@ class Backward final : public PassTraits {
   }
 
  private:
-  // By rows of all heads in clusters, else by rows or by tiles, as the kernel of the score wants it.
+  // CTAs that work on one key tile together.
+  static int32_t cluster_of(const KernelRow& row) {
+    return row.design == Design::kCluster ? hopper::kBackwardCtas : 1;
+  }
+
+  // Bytes of the dQ accumulator: row-major for cluster kernels; else row-major or tiled, as the score's
+  // kernel needs it.
   static Dim sums_of_dq(const KernelRow& row, const AttentionSpec& spec, const DimShapes& s) {
     const Dim by_rows = accumulator_bytes(spec, s);
-    return row.cluster > 1 ? by_rows : max(by_rows, tiled_accumulator_bytes(spec, s, row.block_m));
+    return row.design == Design::kCluster ? by_rows
+                                          : max(by_rows, tiled_accumulator_bytes(spec, s, row.block_m));
   }
 };
 
@@ -241,8 +242,8 @@ class BiasGradient final : public PassTraits {
 class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    const auto bytes = row.block_m == latent::kFewRows ? latent::few_bytes : latent::tile_bytes;
-    return bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+    return (row.design == Design::kLatentFew ? latent::few_bytes(row) : latent::tile_bytes(row)) +
+           latent::kStateBytes;
   }
 };
 
@@ -250,19 +251,19 @@ class LatentDecode final : public latent::Decode {
 class Decode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
-    return LatentDecode::is_latent(row) ? latent_.serves(row, call) : clusters::serves(row, call);
+    return row.is_latent() ? latent_.serves(row, call) : clusters::serves(row, call);
   }
-  bool takes_every_sequence(const KernelRow& row) const override { return LatentDecode::is_latent(row); }
+  bool takes_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return LatentDecode::is_latent(row) ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row, call);
+    return row.is_latent() ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row, call);
   }
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    return LatentDecode::is_latent(a) && latent_.better(a, b, call);
+    return a.is_latent() && latent_.better(a, b, call);
   }
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    if (LatentDecode::is_latent(row)) return latent_.plan_grid(row, call, workspace, plan);
+    if (row.is_latent()) return latent_.plan_grid(row, call, workspace, plan);
     plan.decode.columns = static_cast<int32_t>(call.shapes.kv_heads);
     const clusters::Choice choice(row, call);
     plan.decode.ranges = plan.cluster_size = choice.size();

@@ -19,16 +19,15 @@ inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mo
 
 class Decode : public PassTraits {
  public:
-  // Head dims above 256 are those of no other kernel, and smaller ones have kernels that suit them.
-  static bool is_latent(const KernelRow& row) { return row.head_dim > kMaxHeadDim; }
+  // Whether calls over such pools run the latent kernels, if there are any.
   static bool are_latent(const AttentionSpec& spec, const DimShapes& s) {
-    return spec.value_dim > 0 && s.head_dim.known() && s.head_dim.value() > kMaxHeadDim;
+    return spec.value_dim > 0 && s.head_dim.known() && s.head_dim.value() >= kFewestColumns;
   }
 
   bool serves(const KernelRow& row, const Call& call) const override {
     const Shapes& s = call.shapes;
-    return is_latent(row) && call.spec.value_dim > 0 && s.head_dim > kMaxHeadDim && !call.float8_pools() &&
-           s.kv_heads > 0 && s.batch > 0 && entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
+    return row.is_latent() && are_latent(call.spec, dims_of(s)) && s.kv_heads > 0 && s.batch > 0 &&
+           entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
   }
   bool takes_every_sequence(const KernelRow&) const override { return true; }
 

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/plan/row.h"
+
 namespace jax_flash::latent {
 
 // The query rows of a KV head are cut into chunks of at most `rows`: some heads of one token, or all heads of
@@ -17,17 +19,21 @@ struct Chunks {
         heads(static_cast<int32_t>((group + rows - 1) / rows)) {}
 };
 
+// Of a pool: with fewer, calls run faster through the kernels whose V is no part of K.
+inline constexpr int64_t kFewestColumns = 257;
+
 inline constexpr int64_t kStateBytes = 2048;  // barriers, segments and softmax states, at most
 
 // Q, `stages` tiles of K, and P.
-constexpr int64_t tile_bytes(int32_t head_dim, int32_t block_m, int32_t block_n, int32_t stages) {
-  return 2 * (int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{block_m} * block_n);
+constexpr int64_t tile_bytes(const Row& r) {
+  return 2 *
+         (int64_t{r.head_dim} * (r.block_m + int64_t{r.stages} * r.block_n) + int64_t{r.block_m} * r.block_n);
 }
 
 // The sm_90a kernel of few rows: Q, `stages` tiles of K, and S of eight warps in float32.
-inline constexpr int32_t kFewRows = 16;
-constexpr int64_t few_bytes(int32_t head_dim, int32_t block_m, int32_t block_n, int32_t stages) {
-  return 2 * int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{8} * 4 * block_m * block_n;
+constexpr int64_t few_bytes(const Row& r) {
+  return 2 * int64_t{r.head_dim} * (r.block_m + int64_t{r.stages} * r.block_n) +
+         int64_t{8} * 4 * r.block_m * r.block_n;
 }
 
 // The portable kernel, of whose warps kProductWarps multiply and the others load.
@@ -43,9 +49,10 @@ constexpr int32_t portable_splits(int32_t block_m, int32_t block_n) {
 constexpr int32_t score_pitch(int32_t block_n) { return block_n + 8; }
 
 // Q, `stages` tiles of K, P, and S of all splits in float32.
-constexpr int64_t portable_bytes(int32_t head_dim, int32_t block_m, int32_t block_n, int32_t stages) {
-  return 2 * (int64_t{head_dim} * (block_m + int64_t{stages} * block_n) + int64_t{block_m} * kLeastTile) +
-         int64_t{4} * portable_splits(block_m, block_n) * block_m * score_pitch(block_n);
+constexpr int64_t portable_bytes(const Row& r) {
+  return 2 * (int64_t{r.head_dim} * (r.block_m + int64_t{r.stages} * r.block_n) +
+              int64_t{r.block_m} * kLeastTile) +
+         int64_t{4} * portable_splits(r.block_m, r.block_n) * r.block_m * score_pitch(r.block_n);
 }
 
 }  // namespace jax_flash::latent

@@ -13,16 +13,6 @@ namespace {
 
 int32_t element_size(const Call& call) { return call.shapes.dtype == DType::kF32 ? 4 : 2; }
 
-RowShape shape_of(const KernelRow& row, const Call& call) {
-  return {row.head_dim,
-          row.value_dim,
-          row.block_m,
-          row.block_n,
-          row.stages,
-          row.warps,
-          call.loader() == Loader::kPaged};
-}
-
 // A pass with a CTA for each query tile and head.
 class ByQueryTiles : public PassTraits {
  public:
@@ -40,7 +30,7 @@ class ByQueryTiles : public PassTraits {
 class Forward final : public ByQueryTiles {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return forward_shared_bytes(shape_of(row, call), element_size(call));
+    return forward_shared_bytes(row, element_size(call), call.spec.paged());
   }
 };
 
@@ -49,7 +39,7 @@ class Forward final : public ByQueryTiles {
 class Backward final : public PassTraits {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return backward_shared_bytes(shape_of(row, call), element_size(call));
+    return backward_shared_bytes(row, element_size(call));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -76,7 +66,7 @@ class Backward final : public PassTraits {
 class BiasGradient final : public PassTraits {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return bias_gradient_shared_bytes(shape_of(row, call), element_size(call));
+    return bias_gradient_shared_bytes(row, element_size(call));
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
@@ -93,14 +83,14 @@ class BiasGradient final : public PassTraits {
 class Tangent final : public ByQueryTiles {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    return tangent_shared_bytes(shape_of(row, call), element_size(call));
+    return tangent_shared_bytes(row, element_size(call));
   }
 };
 
 class LatentDecode final : public latent::Decode {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call&) const override {
-    return latent::portable_bytes(row.head_dim, row.block_m, row.block_n, row.stages) + latent::kStateBytes;
+    return latent::portable_bytes(row) + latent::kStateBytes;
   }
 };
 
@@ -131,13 +121,15 @@ int32_t ranges_of_column(int64_t columns, int64_t wave) {
 class Decode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
-    if (LatentDecode::is_latent(row)) return latent_.serves(row, call);
+    if (row.is_latent()) return latent_.serves(row, call);
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {
       if (spec.has(operand)) return false;
     }
-    if (spec.layout == Layout::kVarlen || (call.float8_pools() && !serves_float8(row, s))) return false;
+    if (spec.layout == Layout::kVarlen) return false;
+    // Rows of float8 are copied 16 bytes at a time.
+    if (call.float8_pools() && (s.head_dim % 16 != 0 || s.value_dim % 16 != 0)) return false;
     const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
     // A larger tile than is needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;
@@ -145,21 +137,21 @@ class Decode final : public PassTraits {
            entries <= std::numeric_limits<int32_t>::max();
   }
 
-  bool takes_every_sequence(const KernelRow& row) const override { return LatentDecode::is_latent(row); }
+  bool takes_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
-    if (LatentDecode::is_latent(row)) return latent_.shared_bytes(row, call);
-    return decode_shared_bytes(shape_of(row, call), element_size(call));
+    if (row.is_latent()) return latent_.shared_bytes(row, call);
+    return decode_shared_bytes(row, element_size(call));
   }
 
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
-    if (LatentDecode::is_latent(a)) return latent_.better(a, b, call);
+    if (a.is_latent()) return latent_.better(a, b, call);
     return a.block_m > b.block_m;
   }
 
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
-    if (LatentDecode::is_latent(row)) return latent_.plan_grid(row, call, workspace, plan);
+    if (row.is_latent()) return latent_.plan_grid(row, call, workspace, plan);
     const AttentionSpec& spec = call.spec;
     const Shapes& s = call.shapes;
     DecodeGrid& grid = plan.decode;
@@ -196,12 +188,6 @@ class Decode final : public PassTraits {
 
  private:
   LatentDecode latent_;
-
-  // Rows of float8 are copied 16 bytes, and multiplied 64 features, at a time.
-  static bool serves_float8(const KernelRow& row, const Shapes& s) {
-    return s.dtype != DType::kF32 && s.head_dim % 16 == 0 && s.value_dim % 16 == 0 &&
-           row.head_dim % 64 == 0 && row.value_dim % 64 == 0;
-  }
 };
 
 }  // namespace

@@ -7,19 +7,13 @@
 
 #include <cstdint>
 
+#include "core/plan/row.h"
+
 namespace jax_flash {
 
 // The most that a kernel declares statically, apart from the page loader's addresses: its block state and
 // barriers.
 inline constexpr int64_t kBlockStateBytes = 512;
-
-// The columns of csrc/kernels.def that decide about shared memory.
-struct RowShape {
-  int32_t head_dim, value_dim;
-  int32_t block_m, block_n;
-  int32_t stages, warps;
-  bool paged;  // K and V lie in pages
-};
 
 constexpr int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
@@ -41,7 +35,7 @@ struct ForwardLayout {
   int32_t bytes;
 };
 
-constexpr ForwardLayout forward_layout(const RowShape& r, int32_t element_size) {
+constexpr ForwardLayout forward_layout(const Row& r, int32_t element_size) {
   const int32_t q_bytes = r.block_m * r.head_dim * element_size;
   const int32_t k_bytes = r.block_n * r.head_dim * element_size;
   const int32_t v_bytes = r.block_n * r.value_dim * element_size;
@@ -49,13 +43,13 @@ constexpr ForwardLayout forward_layout(const RowShape& r, int32_t element_size) 
 }
 
 // The block state of the forward, which is declared statically: for pages it has the row addresses too.
-constexpr int64_t forward_state_bytes(const RowShape& r) {
-  return kBlockStateBytes + (r.paged ? page_address_bytes(r.block_n, r.stages) : 0);
+constexpr int64_t forward_state_bytes(const Row& r, bool paged) {
+  return kBlockStateBytes + (paged ? page_address_bytes(r.block_n, r.stages) : 0);
 }
 
 // All shared memory of a thread block: dynamic and static.
-constexpr int64_t forward_shared_bytes(const RowShape& r, int32_t element_size) {
-  return forward_layout(r, element_size).bytes + forward_state_bytes(r);
+constexpr int64_t forward_shared_bytes(const Row& r, int32_t element_size, bool paged) {
+  return forward_layout(r, element_size).bytes + forward_state_bytes(r, paged);
 }
 
 // The backward's kernel over key tiles.
@@ -72,7 +66,7 @@ struct BackwardLayout {
 
 inline constexpr int32_t kMbarrierBytes = 8;
 
-constexpr BackwardLayout backward_layout(const RowShape& r, int32_t element_size) {
+constexpr BackwardLayout backward_layout(const Row& r, int32_t element_size) {
   const int32_t q_bytes = r.block_m * r.head_dim * element_size;
   const int32_t d_out_bytes = r.block_m * r.value_dim * element_size;
   const int32_t p_bytes = r.block_m * r.block_n * element_size;
@@ -93,7 +87,7 @@ constexpr BackwardLayout backward_layout(const RowShape& r, int32_t element_size
 }
 
 // The barriers are counted in kBlockStateBytes.
-constexpr int64_t backward_shared_bytes(const RowShape& r, int32_t element_size) {
+constexpr int64_t backward_shared_bytes(const Row& r, int32_t element_size) {
   return backward_layout(r, element_size).barriers + kBlockStateBytes;
 }
 
@@ -104,7 +98,7 @@ struct BackwardQueriesLayout {
   int32_t bytes;
 };
 
-constexpr BackwardQueriesLayout backward_queries_layout(const RowShape& r, int32_t element_size) {
+constexpr BackwardQueriesLayout backward_queries_layout(const Row& r, int32_t element_size) {
   const int32_t ring = r.block_m * (r.head_dim + r.value_dim) * element_size;
   const int32_t k_bytes = r.block_n * r.head_dim * element_size;
   const int32_t v_bytes = r.block_n * r.value_dim * element_size;
@@ -120,7 +114,7 @@ struct TangentLayout {
 };
 
 // Without a stage the four tiles take turns in one buffer.
-constexpr TangentLayout tangent_layout(const RowShape& r, int32_t element_size) {
+constexpr TangentLayout tangent_layout(const Row& r, int32_t element_size) {
   const int32_t q_bytes = r.block_m * r.head_dim * element_size;
   const int32_t k_bytes = r.block_n * r.head_dim * element_size;
   const int32_t v_bytes = r.block_n * r.value_dim * element_size;
@@ -128,7 +122,7 @@ constexpr TangentLayout tangent_layout(const RowShape& r, int32_t element_size) 
   return {0, q_bytes, 2 * q_bytes, 2 * q_bytes + ring};
 }
 
-constexpr int64_t tangent_shared_bytes(const RowShape& r, int32_t element_size) {
+constexpr int64_t tangent_shared_bytes(const Row& r, int32_t element_size) {
   return tangent_layout(r, element_size).bytes + kBlockStateBytes;
 }
 
@@ -138,7 +132,7 @@ struct BiasGradientLayout {
   int32_t bytes;
 };
 
-constexpr BiasGradientLayout bias_gradient_layout(const RowShape& r, int32_t element_size) {
+constexpr BiasGradientLayout bias_gradient_layout(const Row& r, int32_t element_size) {
   const int32_t qk_bytes = (r.block_m + r.block_n) * r.head_dim * element_size;
   const int32_t dov_bytes = (r.block_m + r.block_n) * r.value_dim * element_size;
   const int32_t d_out = r.stages == 0 ? 0 : qk_bytes;
@@ -150,15 +144,15 @@ constexpr BiasGradientLayout bias_gradient_layout(const RowShape& r, int32_t ele
   return at;
 }
 
-constexpr int64_t bias_gradient_shared_bytes(const RowShape& r, int32_t element_size) {
+constexpr int64_t bias_gradient_shared_bytes(const Row& r, int32_t element_size) {
   return bias_gradient_layout(r, element_size).bytes + kBlockStateBytes;
 }
 
 // Decode merges its warps' O a few columns at a time; a padded pitch avoids bank conflicts.
-constexpr int32_t decode_merge_columns(const RowShape& r) {
+constexpr int32_t decode_merge_columns(const Row& r) {
   return r.block_m > 16 ? 16 : r.block_m == 8 && r.value_dim % 64 == 0 ? 64 : 32;
 }
-constexpr int32_t decode_merge_pitch(const RowShape& r) { return decode_merge_columns(r) + 4; }
+constexpr int32_t decode_merge_pitch(const Row& r) { return decode_merge_columns(r) + 4; }
 
 // Whether Q lies in shared memory, since it would leave too few registers.
 constexpr bool decode_shares_queries(int32_t block_m, int32_t head_dim) { return block_m * head_dim > 2048; }
@@ -177,7 +171,7 @@ struct DecodeLayout {
 };
 
 // A stage of a float8 pool has half the bytes or twice the keys, so its rings have the same bytes.
-constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
+constexpr DecodeLayout decode_layout(const Row& r, int32_t element_size) {
   const int32_t warp_keys = r.block_n / r.warps;
   const int32_t warp_ring =
       ring_bytes(r.stages, warp_keys * r.head_dim * element_size, warp_keys * r.value_dim * element_size);
@@ -194,7 +188,7 @@ constexpr DecodeLayout decode_layout(const RowShape& r, int32_t element_size) {
   return {warp_ring, merge_o, merge_o, merge_softmax, segments, pages, bytes};
 }
 
-constexpr int64_t decode_shared_bytes(const RowShape& r, int32_t element_size) {
+constexpr int64_t decode_shared_bytes(const Row& r, int32_t element_size) {
   return decode_layout(r, element_size).bytes + kBlockStateBytes;
 }
 

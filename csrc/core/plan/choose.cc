@@ -57,7 +57,7 @@ struct Candidates {
 bool runs(const KernelRow& row, const Call& call) {
   const Shapes& s = call.shapes;
   return row.arch->family().of(row.pass) && row.takes(call.loader()) && row.takes(s.dtype) &&
-         row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
+         row.takes(s.kv_dtype) && row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
          row.arch->covers(call.device.capability) && traits_of(row).serves(row, call) &&
          traits_of(row).shared_bytes(row, call) <= call.device.shared_memory;
 }
@@ -98,7 +98,7 @@ std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
   const Shapes& s = call.shapes;
   std::string rows, last;
   for (const KernelRow& row : built) {
-    const bool latent = call.spec.value_dim > 0 && row.pass == Pass::kDecode;  // of which there is no forward
+    const bool latent = call.spec.value_dim > 0 && row.is_latent();  // the pools have no forward of their own
     if ((row.pass != call.pass && !latent) || !row.takes(s.dtype) || !row.takes(call.loader())) continue;
     std::string name = std::string(row.arch->name) + " d=" + std::to_string(row.head_dim);
     if (row.value_dim != row.head_dim) name += " dv=" + std::to_string(row.value_dim);

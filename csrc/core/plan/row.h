@@ -1,4 +1,4 @@
-// A row of csrc/kernels.def as data: one kernel, by what it computes, its tile and its variants.
+// A row of csrc/kernels.def: one kernel, by what it computes, its design, its tile and its variants.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,11 @@ struct Arch {
   bool covers(int32_t capability) const { return oldest <= capability && capability <= newest; }
 };
 
-// Where a kernel's keys and values come from; the value is the bit in KernelRow::loaders.
+// Where a kernel's keys and values come from; the value is the bit in Row::loaders.
 enum class Loader : int32_t { kDense = 0, kPaged = 1 };
 
 // The score options that a kernel computes, after the scale and the band; the value is the bit in
-// KernelRow::scores.
+// Row::scores.
 enum class ScoreKind : int32_t {
   kPlain,           // nothing
   kGeneral,         // any combination of options, without dropout
@@ -37,36 +37,44 @@ enum class ScoreKind : int32_t {
   kMask,
 };
 
-// The columns of a built row, as a template argument.
-struct RowColumns {
-  uint32_t loaders;
-  int32_t head_dim, value_dim, block_m, block_n, stages, warps, teams, cluster, blocks;
-  uint32_t scores;
-
-  constexpr bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
-  constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
-};
-
 inline constexpr int32_t kScoreKinds = 9;
 
-struct KernelRow {
-  const Arch* arch;
+// The algorithm of a kernel, one of its family's for the pass. csrc/kernels.def says what each is.
+enum class Design : int32_t { kTiles, kPackedHeads, kSplitKeys, kCluster, kLatent, kLatentFew };
+
+// The columns of csrc/kernels.def but the arch: data for the plan, and a template argument of the kernel.
+struct Row {
   Pass pass;
-  uint32_t loaders;  // bit set of Loader; a built kernel has one, decode's both
-  uint32_t dtypes;   // bit set of DType; a built kernel has one
+  Design design;
+  uint32_t loaders;   // bit set of Loader; a built kernel has one, or chooses at run time
+  uint32_t elements;  // bit set of DType: of query, of which a built kernel has one, and float8 of pages
   int32_t head_dim, value_dim;
   int32_t block_m, block_n;  // rows of queries and of keys in a tile
   int32_t stages, warps;
-  int32_t teams;    // of consumer warpgroups in a CTA, each with query tiles of its own
-  int32_t cluster;  // 2: the plain kernel is also built for 2-CTA clusters; a backward: for those alone
-  int32_t blocks;   // CTAs per SM that the registers must allow
-  uint32_t scores;  // bit set of ScoreKind
+  int32_t teams;      // of consumer warpgroups in a CTA, each with query tiles of its own
+  int32_t multicast;  // 2: the plain kernel is also built for clusters of 2 CTAs that share loads of K and V
+  int32_t blocks;     // CTAs per SM that the registers must allow
+  uint32_t scores;    // bit set of ScoreKind
 
-  bool takes(DType dtype) const { return dtypes >> static_cast<int32_t>(dtype) & 1; }
-  bool takes(Loader loader) const { return loaders >> static_cast<int32_t>(loader) & 1; }
-  bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
+  constexpr bool takes(DType dtype) const { return elements >> static_cast<int32_t>(dtype) & 1; }
+  constexpr bool takes(Loader loader) const { return loaders >> static_cast<int32_t>(loader) & 1; }
+  constexpr bool takes(ScoreKind kind) const { return scores >> static_cast<int32_t>(kind) & 1; }
+  constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
+  constexpr bool is_latent() const { return design == Design::kLatent || design == Design::kLatentFew; }
+
+  // The row with tiles of another shape: a kernel for score options may have smaller ones.
+  constexpr Row with_tile(int32_t m, int32_t n) const {
+    Row row = *this;
+    row.block_m = m, row.block_n = n;
+    return row;
+  }
 };
 
+struct KernelRow : Row {
+  const Arch* arch;
+};
+
+const char* name_of(Design design);
 const char* name_of(Pass pass);
 const char* name_of(Loader loader);
 const char* name_of(ScoreKind kind);

@@ -21,6 +21,11 @@ const char* name_of(ScoreKind kind) {
   return kNames[static_cast<int>(kind)];
 }
 
+const char* name_of(Design design) {
+  constexpr const char* kNames[] = {"tiles", "packed_heads", "split_keys", "cluster", "latent", "latent_few"};
+  return kNames[static_cast<int>(design)];
+}
+
 namespace {
 
 std::string loaders_of(const KernelRow& row) {

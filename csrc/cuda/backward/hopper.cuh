@@ -47,14 +47,14 @@ namespace jax_flash {
 //
 // Ordered: one thread adds dQ to the accumulator (query_sums.cuh), so that it can wait for its turn.
 // Otherwise each consumer adds its part from its registers.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind,
-          bool Ordered>
+template <class T, Row R, ScoreKind Kind, bool Ordered>
 struct BackwardSm90 {
   using Element = T;
+  static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = Ordered;
-  static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = Warps * 32;
-  static constexpr int kM = M, kN = N, kStages = Stages;
+  static constexpr int kCluster = 1, kConsumers = N / kConsumerRows, kThreads = R.warps * 32;
+  static constexpr int kM = M, kN = N, kStages = R.stages;
   // A consumer's part of dQ [M, d]: 64 of the rows, or half of the columns.
   static constexpr bool kDqByRows = M == 2 * kConsumerRows;
   using KTile = SharedTile<T, N, HeadDim>;
@@ -91,7 +91,7 @@ struct BackwardSm90 {
   static_assert(kConsumers == 2 && kThreads == 3 * kWarpgroup && registers_suffice(kThreads, kConsumers));
   static_assert(M == kConsumerRows || kDqByRows);
   static_assert(kDqByRows || kDqColumns % (KTile::kPanel * 8) == 0);  // whole panels
-  static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(HeadDim, ValueDim, M, N, Stages));
+  static_assert(sizeof(Shared) <= hopper::backward_shared_bytes(R));
 };
 
 template <class C>
@@ -237,20 +237,16 @@ cudaError_t launch_backward_sm90(const Problem& p, const LaunchPlan& plan, void*
   }
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  if constexpr (R.cluster > 1) {
+  if constexpr (R.design == Design::kCluster) {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      using C =
-          BackwardClusterSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
-      return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+      return launch_backward_sm90<BackwardClusterSm90<T, R, kKind>, T>(p, plan, workspace, stream);
     });
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       const auto run = [&]<bool kOrdered>() {
-        using C = BackwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind,
-                               kOrdered>;
-        return launch_backward_sm90<C, T>(p, plan, workspace, stream);
+        return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
       // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
       // turns.
@@ -261,7 +257,7 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
 }
 
 // The slices take turns in the workspace, where each makes its own schedule.
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   LaunchPlan of_slice = plan;
   of_slice.keys.blocks /= leading_slices(p);

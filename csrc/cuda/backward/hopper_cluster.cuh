@@ -38,17 +38,18 @@ namespace jax_flash {
 // A row of csrc/kernels.def. Tiles of K, Q, V and dO consist of two halves of their columns: ptxas allows a
 // wgmma no more columns than a quarter of the registers of a thread of four warpgroups, and halves are what
 // a CTA's dQ needs of K.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
+template <class T, Row R, ScoreKind Kind>
 struct BackwardClusterSm90 {
   using Element = T;
+  static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = true;  // the accumulator has rows of all heads
-  static constexpr int kCluster = 2, kConsumers = 3, kThreads = Warps * 32;
-  static constexpr int kM = M, kN = N, kStages = Stages;
+  static constexpr int kCluster = hopper::kBackwardCtas, kConsumers = 3, kThreads = R.warps * 32;
+  static constexpr int kM = M, kN = N, kStages = R.stages;
   // Bias or mask alone come in tiles; with other options there are no registers for that.
   static constexpr ScoreKind kTilesOf = Kind == ScoreKind::kGeneralDropout ? ScoreKind::kPlain : Kind;
-  static constexpr auto kHas = hopper::backward_cluster_stages(
-      HeadDim, ValueDim, M, N, Stages, 2 * score_tile_bytes(kTilesOf, M, kConsumerRows));
+  static constexpr auto kHas =
+      hopper::backward_cluster_stages(R, 2 * score_tile_bytes(kTilesOf, M, kConsumerRows));
   static constexpr int kDoStages = kHas.dout_halves, kDsStages = kHas.ds;
   static constexpr bool kDqByTma = kHas.dq;
   // Columns of dQ at a time.
@@ -62,8 +63,7 @@ struct BackwardClusterSm90 {
   using S = TransposedAccumulator<1, M / 8>;
   using Score = typename std::conditional_t<stages_tiles(kTilesOf), GradientScoreOf<Kind, S>,
                                             HopperScoreOf<Kind, S>>::type;
-  using Tiles = GradientTiles<kTilesOf, T, M, kConsumerRows,
-                              hopper::backward_cluster_score_bytes(HeadDim, ValueDim, M, N, Stages, kHas)>;
+  using Tiles = GradientTiles<kTilesOf, T, M, kConsumerRows, hopper::backward_cluster_score_bytes(R, kHas)>;
   using Fragments = FragmentsA<T, 1, M / 16>;
   using DKHalf = Accumulator<1, HeadDim / 16>;
   using DVHalf = Accumulator<1, ValueDim / 16>;
@@ -83,7 +83,7 @@ struct BackwardClusterSm90 {
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
   static_assert(sizeof(Shared) - sizeof(typename Tiles::Buffer) <=
-                hopper::backward_cluster_shared_bytes(HeadDim, ValueDim, M, N, Stages, kHas));
+                hopper::backward_cluster_shared_bytes(R, kHas));
   static_assert(sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 

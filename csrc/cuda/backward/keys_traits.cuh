@@ -18,7 +18,7 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 // its warps share the columns. The same group computes S and dP of its keys, so that dK and dV wait for no
 // other group's P and dS. Where S has fewer 16 × 16 blocks than there are warps, only the first warps of a
 // group compute it.
-template <class T, RowColumns R, ScoreKind Kind>
+template <class T, Row R, ScoreKind Kind>
 struct BackwardKeysSm80 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kN = R.block_n;
@@ -47,8 +47,7 @@ struct BackwardKeysSm80 {
   using DV = Accumulator<kGroupKeys / 16, kValueDim / kGroupWarps / 8>;
   using DQ = Accumulator<kM / kDqRows / 16, kHeadDim / kDqColumns / 8>;
   static constexpr bool kSingleBuffer = kStages == 0;  // Q and dO take turns in one buffer
-  static constexpr BackwardLayout kLayout =
-      backward_layout({kHeadDim, kValueDim, kM, kN, kStages, kWarps, false}, sizeof(T));
+  static constexpr BackwardLayout kLayout = backward_layout(R.with_tile(kM, kN), sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.v == KTile::kBytes && kLayout.queries == KTile::kBytes + VTile::kBytes &&
                 kLayout.ds - kLayout.p == PTile::kBytes && kLayout.barriers - kLayout.ds == PTile::kBytes &&

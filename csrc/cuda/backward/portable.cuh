@@ -11,7 +11,7 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32
 // accumulator, or from a kernel over query tiles where it has to be deterministic.
-template <class T, RowColumns R, ScoreKind Kind>
+template <class T, Row R, ScoreKind Kind>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {
   using Plain = BackwardKeysSm80<T, R, ScoreKind::kPlain>;
@@ -32,7 +32,7 @@ cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void*
   return launch_backward_queries<Queries>(p, plan.queries, workspace, stream);
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
     return launch_backward_sm80<T, R, kKind>(p, plan, workspace, stream);

@@ -17,7 +17,7 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
-template <class T, RowColumns R, ScoreKind Kind>
+template <class T, Row R, ScoreKind Kind>
 struct BackwardQueriesSm80 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m;
@@ -32,8 +32,7 @@ struct BackwardQueriesSm80 {
   using DQ = Accumulator<1, kHeadDim / 8>;
   // V comes first, because only dP = dO Vᵀ needs it, while dQ still needs K after S.
   using Ring = TileRing<R.stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
-  static constexpr BackwardQueriesLayout kLayout =
-      backward_queries_layout({kHeadDim, kValueDim, kM, kN, R.stages, kM / 16, false}, sizeof(T));
+  static constexpr BackwardQueriesLayout kLayout = backward_queries_layout(R.with_tile(kM, kN), sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.d_out == QTile::kBytes && kLayout.ring == QTile::kBytes + DoTile::kBytes &&
                 kLayout.bytes - kLayout.ring == Ring::kBytes);

@@ -34,24 +34,25 @@
 namespace jax_flash {
 
 // A row of csrc/kernels.def.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, ScoreKind Kind>
+template <class T, Row R, ScoreKind Kind>
 struct BiasGradientSm90 {
   using Element = T;
   static constexpr bool kGeneral = Kind == ScoreKind::kGeneralDropout;  // has a mask, too
-  static constexpr int kM = M, kN = N, kThreads = Warps * 32;
-  static constexpr int kConsumers = M / kConsumerRows, kNumbers = 2, kRowStages = 2;
-  static constexpr int kParts = HeadDim > 128 ? 2 : 1;  // of the columns
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim;
+  static constexpr int kM = R.block_m, kN = R.block_n, kThreads = R.warps * 32;
+  static constexpr int kConsumers = kM / kConsumerRows, kNumbers = 2, kRowStages = 2;
+  static constexpr int kParts = kHeadDim > 128 ? 2 : 1;  // of the columns
   static constexpr int kStages =
-      hopper::bias_gradient_stages(std::max(HeadDim, ValueDim) / kParts, M, N, Stages, kGeneral);
-  using QTile = SharedTile<T, M, HeadDim / kParts>;
-  using KTile = SharedTile<T, N, HeadDim / kParts>;
-  using DoTile = SharedTile<T, M, ValueDim / kParts>;
-  using VTile = SharedTile<T, N, ValueDim / kParts>;
+      hopper::bias_gradient_stages(R, std::max(kHeadDim, kValueDim) / kParts, kGeneral);
+  using QTile = SharedTile<T, kM, kHeadDim / kParts>;
+  using KTile = SharedTile<T, kN, kHeadDim / kParts>;
+  using DoTile = SharedTile<T, kM, kValueDim / kParts>;
+  using VTile = SharedTile<T, kN, kValueDim / kParts>;
   static constexpr int kPairBytes =
       std::max<int>(QTile::kBytes + KTile::kBytes, DoTile::kBytes + VTile::kBytes);
-  using S = Accumulator<1, N / 8>;
+  using S = Accumulator<1, kN / 8>;
   using Score = GradientScore<Kind, S>;
-  using Tiles = GradientTiles<Kind, T, M, N, static_cast<int>(hopper::kMaxSharedBytes)>;
+  using Tiles = GradientTiles<Kind, T, kM, kN, static_cast<int>(hopper::kMaxSharedBytes)>;
   struct Maps {
     CUtensorMap query, key, dout, value;
   };
@@ -65,7 +66,7 @@ struct BiasGradientSm90 {
   struct Shared {
     alignas(1024) uint8_t pairs[kStages][kPairBytes];  // a part of Q over K's, or of dO over V's
     typename Tiles::Buffer score_tiles;
-    QueryStatistics<M> statistics[kRowStages];
+    QueryStatistics<kM> statistics[kRowStages];
     ScoreOperands operands[kGeneral ? Tiles::kStages : 1];  // of a step, with which they come
     uint32_t numbers[kNumbers];
     Pipeline<kNumbers> number_pipe;
@@ -136,7 +137,7 @@ cudaError_t launch_bias_gradient_sm90(const Problem& p, const LaunchPlan& plan, 
                 p, maps, grid);
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   LaunchPlan of_slice = plan;
   of_slice.queries.blocks /= leading_slices(p);
@@ -145,8 +146,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
       if (cudaError_t e = launch_schedules(slice, of_slice, workspace, stream); e != cudaSuccess) return e;
     }
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
-      using C = BiasGradientSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, kKind>;
-      return launch_bias_gradient_sm90<C>(slice, of_slice, workspace, stream);
+      return launch_bias_gradient_sm90<BiasGradientSm90<T, R, kKind>>(slice, of_slice, workspace, stream);
     });
   });
 }

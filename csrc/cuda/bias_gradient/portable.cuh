@@ -17,7 +17,7 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 query rows.
-template <class T, RowColumns R>
+template <class T, Row R>
 struct BiasGradientSm80 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m, kN = R.block_n;
@@ -29,8 +29,7 @@ struct BiasGradientSm80 {
   using S = Accumulator<1, kN / 8>;
   using Score = GeneralDropoutScore<S>;
   static constexpr bool kSingleBuffer = R.stages == 0;  // dO and V replace Q and K
-  static constexpr BiasGradientLayout kLayout =
-      bias_gradient_layout({kHeadDim, kValueDim, kM, kN, R.stages, kWarps, false}, sizeof(T));
+  static constexpr BiasGradientLayout kLayout = bias_gradient_layout(R, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.k == QTile::kBytes && kLayout.v - kLayout.d_out == DoTile::kBytes &&
                 kLayout.v + VTile::kBytes <= kLayout.bytes && kLayout.k + KTile::kBytes <= kLayout.bytes);
@@ -174,7 +173,7 @@ cudaError_t launch_bias_gradient_sm80(const Problem& p, const LaunchPlan& plan, 
                 static_cast<int32_t>(plan.keys.tiles));
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   return launch_bias_gradient_sm80<BiasGradientSm80<T, R>>(p, plan, workspace, stream);
 }

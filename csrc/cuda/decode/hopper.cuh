@@ -20,7 +20,7 @@ namespace decode {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile. kOptions: whether there are
 // score options.
-template <class T, RowColumns R, bool kOptions>
+template <class T, Row R, bool kOptions>
 struct LatentSm90 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
@@ -34,7 +34,7 @@ struct LatentSm90 {
   using Score = DecodeScore<Accumulator<1, kTile / 8>, kOptions>;
   using Shared = LatentShared<LatentSm90>;
   static_assert(kRows == kConsumerRows && kThreads == 3 * kWarpgroup);
-  static_assert(sizeof(Shared) <= latent::tile_bytes(kHeadDim, kRows, kTile, kStages) + latent::kStateBytes);
+  static_assert(sizeof(Shared) <= latent::tile_bytes(R) + latent::kStateBytes);
 };
 
 template <class C>
@@ -69,11 +69,11 @@ __global__ void __launch_bounds__(C::kThreads, 1) latent_sm90(const __grid_const
 
 }  // namespace decode
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  if constexpr (R.head_dim > kMaxHeadDim) {
+  if constexpr (R.is_latent()) {
     const auto run = [&]<bool kOptions>() {
-      if constexpr (R.block_m == latent::kFewRows) {
+      if constexpr (R.design == Design::kLatentFew) {
         using C = decode::LatentFewSm90<T, R, kOptions>;
         return decode::launch_latent<C>(decode::latent_few_sm90<C>, p, plan, workspace, stream);
       } else {

@@ -15,7 +15,7 @@
 namespace jax_flash::decode {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of a CTA.
-template <class T, RowColumns R>
+template <class T, Row R>
 struct DecodeSm90 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
@@ -26,8 +26,7 @@ struct DecodeSm90 {
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, false>;
   using WarpState = WarpAttention<T, T, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
-  static constexpr clusters::Layout kLayout =
-      clusters::layout({kHeadDim, kValueDim, kRows, kTile, kStages, kWarps, true}, sizeof(T));
+  static constexpr clusters::Layout kLayout = clusters::layout(R, sizeof(T));
   static constexpr int kMergeColumns = kValueDim, kMergePitch = kMergeColumns + 4;
   using Shares = DecodeShares<T, T, R, false>;
   static constexpr int kSharedBytes = kLayout.bytes, kChunks = kValueDim / 4;

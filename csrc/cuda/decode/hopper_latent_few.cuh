@@ -43,7 +43,7 @@ struct LatentFewShared : LatentTiles<C> {
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile. kOptions: whether there are
 // score options.
-template <class T, RowColumns R, bool kOptions>
+template <class T, Row R, bool kOptions>
 struct LatentFewSm90 {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
@@ -62,7 +62,7 @@ struct LatentFewSm90 {
   // A stage is one group's, as a barrier's phases must be waited for one by one.
   static_assert(kStages % kGroups == 0);
   static_assert(kRows == 16 && kTile == 32 && kHeadDim % 64 == 0 && kThreads == 3 * kWarpgroup);
-  static_assert(sizeof(Shared) <= latent::few_bytes(kHeadDim, kRows, kTile, kStages) + latent::kStateBytes);
+  static_assert(sizeof(Shared) <= latent::few_bytes(R) + latent::kStateBytes);
 };
 
 // The four warps of a group.

@@ -29,9 +29,10 @@ template <class C>
 struct LatentWarpsShared;
 
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile.
-template <class T, RowColumns R>
+template <class T, Row R>
 struct LatentSm80 {
   using Element = T;
+  static constexpr Row kRow = R;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m, kTile = R.block_n;
   static constexpr int kStages = R.stages, kThreads = R.warps * 32;
   static constexpr int kWarps = latent::kProductWarps, kLoadWarps = R.warps - kWarps;
@@ -67,8 +68,7 @@ class LatentWarps {
 
   __device__ __forceinline__ LatentWarps(const LatentCall& decode, Shared& memory, int32_t head)
       : call(decode), shared(memory), kv_head(head) {
-    static_assert(sizeof(Shared) <=
-                  latent::portable_bytes(C::kHeadDim, C::kRows, C::kTile, C::kStages) + latent::kStateBytes);
+    static_assert(sizeof(Shared) <= latent::portable_bytes(C::kRow) + latent::kStateBytes);
   }
 
   __device__ __forceinline__ void run() {

@@ -11,10 +11,6 @@
 namespace jax_flash {
 namespace decode::inline JF_ARCH_NAMESPACE {
 
-// float8 is copied and multiplied 64 features at a time.
-template <class T, int HeadDim, int ValueDim, int...>
-inline constexpr bool supports_float8 = sizeof(T) == 2 && HeadDim % 64 == 0 && ValueDim % 64 == 0;
-
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     decode_sm80(const __grid_constant__ DecodeCall call) {
@@ -40,7 +36,7 @@ cudaError_t launch(const Problem& p, const LaunchPlan& plan, void* workspace, cu
 
 inline namespace JF_ARCH_NAMESPACE {
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
     if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || decode::scaled_by_page(p))
@@ -48,16 +44,16 @@ cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* worksp
     return decode::launch<decode::DecodeShares<T, Stored, R, false>>(p, plan, workspace, stream);
   };
   if (!is_float8(p.kv_dtype)) return run.template operator()<T>();
-  if constexpr (decode::supports_float8<T, R.head_dim, R.value_dim>) {
+  if constexpr (R.takes(DType::kF8E4M3)) {
     return run.template operator()<uint8_t>();
   } else {
     return cudaErrorInvalidValue;  // plan() never chooses this row for float8
   }
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
-  if constexpr (R.head_dim > kMaxHeadDim) {
+  if constexpr (R.is_latent()) {
     using C = decode::LatentSm80<T, R>;
     return decode::launch_latent<C>(decode::latent_sm80<C>, p, plan, workspace, stream);
   } else {

@@ -17,7 +17,7 @@ namespace jax_flash::decode {
 // A row of csrc/kernels.def: M query rows of a KV head, and N keys per tile of the whole block. Stored: T, or
 // uint8_t for float8, whose rings have twice as many stages in the same memory. kOptions: whether there are
 // score options.
-template <class T, class Stored, RowColumns R, bool kOptions>
+template <class T, class Stored, Row R, bool kOptions>
 struct DecodeShares {
   using Element = T;
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kRows = R.block_m;
@@ -31,9 +31,8 @@ struct DecodeShares {
   using Ring = WarpRing<Stored, kHeadDim, kValueDim, kStages, kKeys, kTile, kRows <= 16>;
   using Score = DecodeScore<TransposedAccumulator<kKeys / 16, kRows / 8>, kOptions>;
   using WarpState = WarpAttention<T, Stored, kHeadDim, kValueDim, kKeys, kRows / 8, kWarps, Score>;
-  static constexpr RowShape kShape{kHeadDim, kValueDim, kRows, R.block_n, R.stages, kWarps, true};
-  static constexpr DecodeLayout kLayout = decode_layout(kShape, sizeof(T));
-  static constexpr int kMergeColumns = decode_merge_columns(kShape), kMergePitch = decode_merge_pitch(kShape);
+  static constexpr DecodeLayout kLayout = decode_layout(R, sizeof(T));
+  static constexpr int kMergeColumns = decode_merge_columns(R), kMergePitch = decode_merge_pitch(R);
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.warp_ring == Ring::kBytes && sizeof(Softmax) == 2 * sizeof(float));
   static_assert(sizeof(PartitionShared<kThreads>) + sizeof(bool) <= kBlockStateBytes);

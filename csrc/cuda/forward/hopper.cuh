@@ -48,53 +48,54 @@ namespace jax_flash {
 // one consumer a warpgroup idles, as its registers go to the others. Each team works on query tiles of its
 // own, so that one team's prologue and epilogue overlap another's loop. Each CTA of a Cluster has a query
 // tile of its own; K and V are multicast to all.
-template <class T, int HeadDim, int ValueDim, int M, int N, int Stages, int Warps, int Teams, ScoreKind Kind,
-          template <class> class KeyLoader = DenseLoader, int Cluster = 1, bool PacksHeads = false>
+template <class T, Row R, ScoreKind Kind, template <class> class KeyLoader = DenseLoader, int Cluster = 1>
 struct ForwardSm90 {
   using Element = T;
   static constexpr ScoreKind kKind = Kind;
-  static constexpr int kCluster = Cluster, kTeams = Teams;
-  static constexpr bool kPacksHeads = PacksHeads;
-  static constexpr int kConsumers = M / kConsumerRows, kAllConsumers = kTeams * kConsumers;
-  static constexpr int kThreads = Warps * 32;
-  static constexpr int kM = M, kStages = Stages;
+  static constexpr int kCluster = Cluster, kTeams = R.teams;
+  static constexpr bool kPacksHeads = R.design == Design::kPackedHeads;
+  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m, kStages = R.stages;
+  static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
+  static constexpr int kThreads = R.warps * 32;
   // Shared memory has to hold a bias' tiles beside Q, K and V, in one or two stages: where it does not, key
   // tiles are smaller. Dropout needs whole Philox blocks.
-  static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(HeadDim, ValueDim, M, N, Stages);
+  static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
   static constexpr int kBiasStages =
-      std::min<int>(2, (hopper::kMaxSharedBytes - hopper::kStateBytes - kTileBytes) / (2 * M * N));
-  static constexpr bool kSmallKeyTile = Kind == ScoreKind::kBias && (N % 32 != 0 || kBiasStages < 1);
+      std::min<int>(2, (hopper::kMaxSharedBytes - hopper::kStateBytes - kTileBytes) / (2 * kM * R.block_n));
+  static constexpr bool kSmallKeyTile = Kind == ScoreKind::kBias && (R.block_n % 32 != 0 || kBiasStages < 1);
   static constexpr bool kDropout = Kind == ScoreKind::kGeneralDropout || Kind == ScoreKind::kDropout;
-  static constexpr int kN = kSmallKeyTile ? 64 : kDropout ? N / kDropoutColumns * kDropoutColumns : N;
+  static constexpr int kN = kSmallKeyTile ? 64
+                            : kDropout    ? R.block_n / kDropoutColumns * kDropoutColumns
+                                          : R.block_n;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
   static constexpr bool kHoldsExponentials =
-      Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && ValueDim <= 128);
-  static constexpr int kEarlyExponentials = !kHoldsExponentials || ValueDim > 128 ? kN / 8
-                                            : kAllConsumers > 2                   ? 0
-                                                                                  : kN * 3 / 64;
+      Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && kValueDim <= 128);
+  static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
+                                            : kAllConsumers > 2                    ? 0
+                                                                                   : kN * 3 / 64;
   // Q is read from shared memory once per query tile instead of at every step: 2 % where power is the limit.
   static constexpr bool kQueryInRegisters = (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) &&
-                                            HeadDim == 128 && kAllConsumers <= 2 && N <= 128;
+                                            kHeadDim == 128 && kAllConsumers <= 2 && R.block_n <= 128;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys = Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ? 32 : 0;
-  static constexpr int kHeadSteps = HeadDim / 16, kKeySteps = kN / 16;
-  using QTile = SharedTile<T, kConsumerRows, HeadDim>;  // of a consumer
+  static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
+  using QTile = SharedTile<T, kConsumerRows, kHeadDim>;  // of a consumer
   template <int kColumns>
   using KeyTile =
       std::conditional_t<kGroupsRows<KeyLoader>, GroupedTile<T, kN, kColumns>, SharedTile<T, kN, kColumns>>;
-  using KTile = KeyTile<HeadDim>;
-  using VTile = KeyTile<ValueDim>;
+  using KTile = KeyTile<kHeadDim>;
+  using VTile = KeyTile<kValueDim>;
   using S = Accumulator<1, kN / 8>;
-  using O = Accumulator<1, ValueDim / 8>;
+  using O = Accumulator<1, kValueDim / 8>;
   using P = FragmentsA<T, 1, kKeySteps>;
   // A warp of its own stores o: 1 to 2 % faster than consumers do from registers.
-  static constexpr bool kStoresByTma = Kind == ScoreKind::kPlain && Cluster == 1 && Teams == 1 &&
-                                       hopper::forward_stores_by_tma(HeadDim, ValueDim, M);
-  using OTile = SharedTile<T, kConsumerRows, ValueDim>;
+  static constexpr bool kStoresByTma =
+      Kind == ScoreKind::kPlain && Cluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
+  using OTile = SharedTile<T, kConsumerRows, kValueDim>;
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using Score =
-      std::conditional_t<PacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
+      std::conditional_t<kPacksHeads, PackedHeadsScore<S>, HopperScore<Kind, S, kInPages<KeyLoader>>>;
   using Softmax = typename Score::template Softmax<T>;
   using Input = typename Score::template Input<T, kN, kSmallKeyTile ? 2 : kBiasStages, kConsumers>;
   using Loader = KeyLoader<ForwardSm90>;
@@ -102,7 +103,7 @@ struct ForwardSm90 {
   // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
   // registers differently, nor with clusters, which run too long for it to show.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, Stages, kConsumers, Input, kCluster, Output>;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, kStages, kConsumers, Input, kCluster, Output>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
@@ -114,13 +115,12 @@ struct ForwardSm90 {
     typename Input::Map input;
   };
   static_assert(registers_suffice(kThreads, kAllConsumers));
-  static_assert(M == kConsumers * kConsumerRows && kAllConsumers < Warps / 4 && kN % 16 == 0);
+  static_assert(kM == kConsumers * kConsumerRows && kAllConsumers < R.warps / 4 && kN % 16 == 0);
   static_assert(32 * (1 + Loader::kWarps + Input::kWarps + kStoresByTma) <= kTeamProducers<kTeams> &&
                 (kTeams == 1 || kCluster == 1));
   // plan() takes the shared memory of the row's plain kernel for that of all its kernels.
-  static_assert(sizeof(Shared) <= hopper::forward_tile_bytes(HeadDim, ValueDim, M, kN, Stages) +
-                                      Input::kBytes + hopper::kStateBytes +
-                                      (kStoresByTma ? kConsumers * OTile::kBytes : 0));
+  static_assert(sizeof(Shared) <= hopper::forward_tile_bytes(R.with_tile(kM, kN)) + Input::kBytes +
+                                      hopper::kStateBytes + (kStoresByTma ? kConsumers * OTile::kBytes : 0));
   static_assert(kTeams * sizeof(Shared) <= hopper::kMaxSharedBytes);
 };
 
@@ -187,19 +187,16 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
                          tile_segments(p, grid, workspace));
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<ScoreKind kKind, template <class> class Loader, int kCluster>() {
-    return launch_forward_sm90<ForwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages,
-                                           R.warps, R.teams, kKind, Loader, kCluster>>(p, plan, workspace,
-                                                                                       stream);
+    return launch_forward_sm90<ForwardSm90<T, R, kKind, Loader, kCluster>>(p, plan, workspace, stream);
   };
-  if constexpr (R.cluster > 1) {
-    if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.cluster>();
+  if constexpr (R.multicast > 1) {
+    if (plan.cluster_size > 1) return run.template operator()<ScoreKind::kPlain, DenseLoader, R.multicast>();
   }
-  if constexpr (hopper::packs_heads(R)) {
-    using C = ForwardSm90<T, R.head_dim, R.value_dim, R.block_m, R.block_n, R.stages, R.warps, R.teams,
-                          ScoreKind::kPlain, PagedLoader, 1, true>;
+  if constexpr (R.design == Design::kPackedHeads) {
+    using C = ForwardSm90<T, R, ScoreKind::kPlain, PagedLoader>;
     return launch_forward_sm90<C>(pack_heads(p), plan, workspace, stream);
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {

@@ -21,18 +21,18 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // Keys per tile. A warp that owns 32 query rows has registers for fewer keys where its scores are not plain.
-constexpr int forward_keys(const RowColumns& row, ScoreKind kind) {
+constexpr int forward_keys(const Row& row, ScoreKind kind) {
   if (kind == ScoreKind::kPlain || row.block_m / row.warps == 16) return row.block_n;
   return row.block_n < 64 || row.head_dim > 64 ? 32 : 64;
 }
 
 // Whether the dense loader keeps its next addresses in registers (RowSource's kRunning).
-constexpr bool keeps_addresses(const RowColumns& row, ScoreKind kind) {
+constexpr bool keeps_addresses(const Row& row, ScoreKind kind) {
   return kind != ScoreKind::kPlain || (row.block_m / row.warps == 16 && row.stages == 2);
 }
 
 // A row of csrc/kernels.def. Each warp owns 16 or 32 query rows. State_: DenseState or PagedState.
-template <class T, RowColumns R, ScoreKind Kind, class State_ = DenseState<T, keeps_addresses(R, Kind)>>
+template <class T, Row R, ScoreKind Kind, class State_ = DenseState<T, keeps_addresses(R, Kind)>>
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
@@ -61,12 +61,13 @@ struct ForwardSm80 {
                                  : kQPartly        ? kHeadSteps * 32 / kQRegisters
                                                    : 0;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
-  static constexpr RowShape kShape{kHeadDim, kValueDim, kM, kN, R.stages, kWarps, State::kPaged};
-  static constexpr ForwardLayout kLayout = forward_layout(kShape, sizeof(T));
+  static constexpr Row kTile = R.with_tile(kM, kN);
+  static constexpr ForwardLayout kLayout = forward_layout(kTile, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.ring - kLayout.q == QTile::kBytes && kLayout.bytes - kLayout.ring == Ring::kBytes);
-  static_assert(sizeof(State) <= forward_state_bytes(kShape));
+  static_assert(sizeof(State) <= forward_state_bytes(kTile, State::kPaged));
   static_assert(kWarpRows % 16 == 0 && kN % 32 == 0);
+  static_assert(!State::kPaged || kHeadDim <= kMaxHeadDim);  // kNanRow
   // Each warp stores its rows of O over its own rows of Q, so no barrier is needed.
   static_assert(kValueDim <= kHeadDim && QTile::kPitch == OTile::kPitch);
 };
@@ -198,10 +199,10 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
 }
 
 // A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.
-template <class T, class Pool, RowColumns R, ScoreKind Kind>
+template <class T, class Pool, Row R, ScoreKind Kind>
 using PagedForwardSm80 = ForwardSm80<T, R, Kind, PagedState<T, Pool, forward_keys(R, Kind), R.stages>>;
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class C>(std::type_identity<C>) {
     return launch_forward_sm80<C>(p, plan, workspace, stream);

@@ -20,7 +20,7 @@
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
 // A row of csrc/kernels.def. Each warp owns 16 or 32 query rows; with score options it has registers for 16.
-template <class T, RowColumns R, ScoreKind Kind>
+template <class T, Row R, ScoreKind Kind>
 struct TangentSm80 {
   using Element = T;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
@@ -40,8 +40,7 @@ struct TangentSm80 {
   static constexpr bool kQInRegisters = kPlain && sizeof(T) == 2 && kWarpRows == 16;
   static constexpr int kQSteps = !kQInRegisters ? 0 : kHeadSteps < 4 ? kHeadSteps : 4;
   using Q = LeadingFragmentsA<T, kWarpRows / 16, kHeadSteps, kQSteps, QTile>;
-  static constexpr TangentLayout kLayout =
-      tangent_layout({kHeadDim, kValueDim, kM, kN, R.stages, kWarps, false}, sizeof(T));
+  static constexpr TangentLayout kLayout = tangent_layout(R, sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.tq == QTile::kBytes && kLayout.ring == 2 * QTile::kBytes &&
                 kLayout.bytes - kLayout.ring == Ring::kBytes);
@@ -278,7 +277,7 @@ cudaError_t launch_tangent_sm80(const Problem& p, const Tangents& t, const Launc
                 grid_tiles(grid, workspace));
 }
 
-template <class T, RowColumns R>
+template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const Tangents& t, const LaunchPlan& plan, void* workspace,
                        cudaStream_t stream) {
   return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {

@@ -61,7 +61,7 @@ class ImaginedForward final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
-    plan.cluster_size = row.cluster;
+    plan.cluster_size = row.multicast;
   }
   Dim workspace_bound(const AttentionSpec&, const DimShapes&) const override { return 0; }
 };

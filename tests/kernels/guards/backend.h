@@ -45,6 +45,7 @@ struct Aim {
   DType dtype;
   int32_t head_dim, value_dim;  // at most
   int32_t block_m;
+  bool latent;  // V is the first columns of K
   Variant variant;
 
   // The only score option allowed is the kernel's own.

@@ -140,7 +140,7 @@ void run_together(const std::function<void(cudaStream_t)>& one,
 bool stores_by_tma(const LaunchPlan& plan) {
   const KernelRow& row = built_kernels()[plan.kernel];
   return row.pass == Pass::kForward && row.arch->family == &families::hopper &&
-         hopper::forward_stores_by_tma(row.head_dim, row.value_dim, row.block_m);
+         hopper::forward_stores_by_tma(row);
 }
 
 // A call with its own copies of the operands and its own workspace.

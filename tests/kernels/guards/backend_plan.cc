@@ -24,13 +24,15 @@ Device card() {
 
 // As cmake/kernels.cmake builds them: one for each dtype and, but for decode, each loader.
 std::vector<KernelRow> built_rows() {
+  using columns::float32, columns::half;
+  constexpr uint32_t kQueryElements = half | float32;
   std::vector<KernelRow> rows;
   for (const KernelRow& row : kernel_table()) {
     if (!row.arch->covers(card().capability)) continue;
     for (DType dtype : {DType::kF16, DType::kBF16, DType::kF32}) {
       for (Loader loader : {Loader::kDense, Loader::kPaged}) {
         KernelRow one = row;
-        one.dtypes = 1u << static_cast<int32_t>(dtype);
+        one.elements = (row.elements & ~kQueryElements) | 1u << static_cast<int32_t>(dtype);
         if (row.pass != Pass::kDecode) one.loaders = 1u << static_cast<int32_t>(loader);
         const bool first = row.pass != Pass::kDecode || loader == Loader::kDense;
         if (row.takes(dtype) && (row.takes(loader) || row.pass == Pass::kDecode) && first)

@@ -18,7 +18,7 @@ class AttentionCase : PoolCase {
         aim_(backend::aim(static_cast<int64_t>(seed - seed / 3 - 1), Loader::kPaged,
                           {Pass::kForward, Pass::kDecode})) {
     names_ = names_of(p_);
-    latent_ = aim_ ? aim_->head_dim > kMaxHeadDim : chance(0.1);
+    latent_ = aim_ ? aim_->latent : chance(0.1);
     if (aim_) aim_sizes();
     if (latent_) value_dim_ = std::min(value_dim_, head_dim_);
     choose_call();

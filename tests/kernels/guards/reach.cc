@@ -19,7 +19,8 @@ constexpr Variant kVariants[] = {Variant::kPlain,   Variant::kGeneral,  Variant:
                                  Variant::kSoftcap, Variant::kBias,     Variant::kMask};
 
 std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
-  if (row.pass == Pass::kDecode && row.cluster > 1) {  // a sequence is split by unequal lengths alone
+  if (row.pass == Pass::kDecode &&
+      row.design == Design::kCluster) {  // a sequence is split by unequal lengths alone
     if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kCluster};
     return {Variant::kPlain};
   }
@@ -53,7 +54,7 @@ DType dtype_of(const KernelRow& row) {
 }
 
 Aim aim_at(const KernelRow& row, Variant variant) {
-  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, variant};
+  return {row.pass, dtype_of(row), row.head_dim, row.value_dim, row.block_m, row.is_latent(), variant};
 }
 
 // What examples differ in: one token, or several whose query heads share tiles; with the usual options or,
@@ -89,7 +90,7 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
   p.batch = p.kv_heads = 1;
   p.heads = row.pass == Pass::kDecode ? row.block_m : 1;
   p.head_dim = row.head_dim, p.value_dim = row.value_dim;
-  if (row.head_dim > kMaxHeadDim) s.value_dim = row.value_dim;
+  if (row.is_latent()) s.value_dim = row.value_dim;
   p.q_rows = 1, p.k_rows = 256;
   p.dbias_batch = p.dbias_heads = p.dbias_rows = 1, p.dbias_columns = p.k_rows;
   if (row.takes(Loader::kPaged)) {
