@@ -27,7 +27,7 @@ CASES = (
     Case("causal", causal=True, sq=33, sk=33),
     Case("causal top left", causal=True, align="top_left", sq=40, sk=33, sinks=True),
     Case("window", window=(4, 2), sq=33, sk=33),
-    Case("window of few rows", window=(4, 0), sq=2, sk=33),
+    Case("window of few rows", window=(2, 0), sq=2, sk=33),
     Case("mask", mask=(2, 4, 20, 33), sq=20, sk=33),
     Case("mask of keys", mask=(2, 1, 1, 33), sk=33),
     Case("bias", bias=(2, 4, 20, 33), sq=20, sk=33),
@@ -55,13 +55,16 @@ HALF = tuple(
 
 
 def hiding(case: Case) -> Inputs:
-    """The inputs of a case, with −inf in a third of a bias."""
+    """The inputs of a case, with −inf in a third of a bias. What all rows share hides every poisoned key."""
     inputs = make_inputs(case)
-    if "bias" in inputs.keywords:
-        bias = inputs.keywords["bias"]
-        bias = jnp.where(bias < -0.4, jnp.asarray(-np.inf, bias.dtype), bias)
-        inputs = dataclasses.replace(inputs, keywords=inputs.keywords | {"bias": bias})
-    return inputs
+    keywords = dict(inputs.keywords)
+    for name in {"mask", "bias"} & set(keywords):
+        x = keywords[name]
+        hidden = x < -0.4 if name == "bias" else ~x
+        if x.shape[-2] == 1:
+            hidden = hidden.at[..., np.array(POISONED)].set(True)
+        keywords[name] = jnp.where(hidden, jnp.asarray(-np.inf if name == "bias" else False, x.dtype), x)
+    return dataclasses.replace(inputs, keywords=keywords)
 
 
 def poisoned(inputs: Inputs, name: str, value: float) -> Inputs:
@@ -102,7 +105,10 @@ def by_row(case: Case, lse: np.ndarray) -> np.ndarray:
 def assert_untouched(got: oracle.Result, clean: oracle.Result, may_reach: Reached, case: Case) -> None:
     """What no poisoned key may reach has the same bits; keys that no row sees have no gradient."""
     rows, keys = ~may_reach.rows, ~may_reach.keys
-    places = {"out": (got.out, clean.out, rows), "lse": (by_row(case, got.lse), by_row(case, clean.lse), rows)}
+    places = {
+        "out": (got.out, clean.out, rows),
+        "lse": (by_row(case, got.lse), by_row(case, clean.lse), rows),
+    }
     for name, where in (("query", rows), ("key", keys), ("value", keys)):
         if name in got.gradients:
             places["d" + name] = (got.gradients[name], clean.gradients[name], where)
@@ -119,15 +125,18 @@ def check(case: Case, implementation: str, name: str, poison: float) -> None:
     got = checks.run(case, poisoned(inputs, name, poison), implementation)
     may_reach = reached(case, inputs)
     assert_untouched(got, clean, may_reach, case)
-    assert may_reach.rows.any()
     assert not may_reach.rows.all()
     if name == "value" or np.isnan(poison):  # an infinite key may have a score of −inf
-        assert not np.isfinite(got.out[may_reach.rows].astype(np.float32)).any(), "a visible key's NaN is lost"
+        assert not np.isfinite(got.out[may_reach.rows].astype(np.float32)).any(), (
+            "a visible key's NaN is lost"
+        )
 
 
 def require_any_tile(implementation: str) -> None:
     if implementation == "cuda":
-        pytest.skip("a kernel of tensor cores multiplies hidden keys by zeros (docs/architecture.md, numerics)")
+        pytest.skip(
+            "a kernel of tensor cores multiplies hidden keys by zeros (docs/architecture.md, numerics)"
+        )
 
 
 @pytest.mark.parametrize("poison", POISONS)
@@ -149,7 +158,7 @@ def test_a_hidden_key_reaches_no_row_in_16_bit(case, name, implementation):
 
 
 @pytest.mark.parametrize("name", ["value", "key"])
-@pytest.mark.parametrize("case", (*CASES, HALF[0], HALF[2]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, HALF[0], HALF[2]], ids=lambda case: case.name)
 def test_a_hidden_key_reaches_no_tangent(case, name, implementation):
     require_any_tile(implementation)
     inputs = hiding(case)
@@ -157,13 +166,17 @@ def test_a_hidden_key_reaches_no_tangent(case, name, implementation):
     rng = np.random.default_rng(7)
     tangents = {n: jnp.asarray(rng.standard_normal(x.shape), x.dtype) for n, x in moving.items()}
     call = checks.function(case, inputs, implementation)
-    _, kept = oracle.split(inputs.positional | inputs.keywords)
 
     def run(value: float) -> Any:
         """In plain JAX the tangent of a hidden value has to be finite: P·tV is linear in it."""
         of_tangent = 0.0 if (implementation, name) == ("xla", "value") else value
         given, moved = (
-            {n: poisoned(dataclasses.replace(inputs, positional=inputs.positional | x), name, y).positional[n] for n in moving}
+            {
+                n: poisoned(
+                    dataclasses.replace(inputs, positional=inputs.positional | x), name, y
+                ).positional[n]
+                for n in moving
+            }
             for x, y in ((moving, value), (tangents, of_tangent))
         )
         bias = {n: x for n, x in inputs.keywords.items() if n == "bias"}
@@ -171,7 +184,10 @@ def test_a_hidden_key_reaches_no_tangent(case, name, implementation):
 
     (_, clean), (_, got) = run(0.0), run(np.nan)
     assert_untouched(
-        oracle.Result(*map(np.asarray, got)), oracle.Result(*map(np.asarray, clean)), reached(case, inputs), case
+        oracle.Result(*map(np.asarray, got)),
+        oracle.Result(*map(np.asarray, clean)),
+        reached(case, inputs),
+        case,
     )
 
 
@@ -188,7 +204,9 @@ class OverPages:
 
 PAGED = (
     OverPages(varlen("causal prefill", (33, 9), k_sequences=(33, 31), causal=True)),
-    OverPages(varlen("causal prefill, 16-bit", (333, 9), k_sequences=(333, 31), causal=True, dtype="bfloat16")),
+    OverPages(
+        varlen("causal prefill, 16-bit", (333, 9), k_sequences=(333, 31), causal=True, dtype="bfloat16")
+    ),
     OverPages(Case("new tokens", sq=30, sk=33, causal=True, hq=4)),
     OverPages(Case("new tokens, decode", sq=6, sk=33, causal=True, window=(18, 0))),
     OverPages(Case("new tokens, decode in 16-bit", sq=6, sk=200, window=(170, 0), dtype="bfloat16")),
@@ -230,7 +248,8 @@ def test_a_hidden_key_on_a_page_reaches_no_row(over, name, implementation):
                 dirty[call.pages.tables[z, j // size], j % size] = np.nan
     run = call.call(implementation)
     clean, got = (
-        oracle.Result(*map(np.asarray, run({name: jnp.asarray(x, call.arrays[name].dtype)}))) for x in (pool, dirty)
+        oracle.Result(*map(np.asarray, run({name: jnp.asarray(x, call.arrays[name].dtype)})))
+        for x in (pool, dirty)
     )
     may_reach = reached(over.case, call.inputs)
     assert_untouched(got, clean, may_reach, over.case)
