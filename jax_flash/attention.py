@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
 from . import validate
 from .autodiff import attend
-from .options import Align, ArrayLike, FixedOptions, Implementation, IndexLike, LengthsLike, Window
+from .options import Align, ArrayLike, FixedOptions, Implementation, IndexLike, LengthsLike, Number, Window
 
 
 @overload
@@ -44,7 +44,11 @@ def flash_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def flash_attention(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -56,12 +60,12 @@ def flash_attention(
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
     q_lengths: LengthsLike | None = None,
     kv_lengths: LengthsLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -81,20 +85,20 @@ def flash_attention(
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
         use, and key i with `"top_left"`.
-      mask: boolean, broadcastable to `[b, hq, sq, sk]`; True where a query may attend.
+      mask: boolean of rank 2 or 4, broadcastable to `[b, hq, sq, sk]`; True where a query may attend.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. A query
         attends only to keys of its own segment.
       q_lengths: int32 `[b]`, rows in use of each batch entry, or one number for all.
       kv_lengths: int32 `[b]`, keys in use of each batch entry, or one number for all.
-      scale: factor of q·kᵀ, 1/√d by default.
-      softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes.
+      scale: factor of q·kᵀ, 1/√d by default; a number that is known while tracing. By a traced one, multiply query.
+      softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes; 0 for none.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|distance to the diagonal|. No gradient.
       sinks: float32 `[hq]`, logits that take part in the softmax sum only. Differentiable.
-      dropout_rate: probability that an attention weight is dropped, in [0, 1).
-      dropout_key: `jax.random.key`, required if dropout_rate > 0. The same key drops the same weights on every
-        platform and with every sharding under jit. In a `shard_map` of your own, batch entries and heads count from
-        the shard's first: where a manual axis splits them, fold the shard's index into the key
+      dropout_rate: probability that an attention weight is dropped, in [0, 1), rounded to a multiple of 1/32768.
+      dropout_key: `jax.random.key` of any implementation, required if dropout_rate > 0. The same key drops the same
+        weights on every platform and with every sharding under jit. In a `shard_map` of your own, batch entries and
+        heads count from the shard's first: where a manual axis splits them, fold the shard's index into the key
         (`jax.random.fold_in(key, jax.lax.axis_index("data"))`), or all shards drop alike. What is dropped then differs
         from one device's. A sequence needs no folding: `ring_attention` drops what one device would.
       return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq]`; differentiable.

@@ -30,10 +30,9 @@ from .primitives import (
     bind,
     declare,
     equally_varying,
-    operand_names,
 )
 from .sequence import passes
-from .spec import AttentionSpec
+from .spec import AttentionSpec, operand_names
 
 Operands = dict[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]

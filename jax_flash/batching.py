@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 
 from . import _jax
-from .spec import Spec
+from .spec import AttentionSpec, Spec
 
 
 def batch(
@@ -30,6 +30,19 @@ def batch(
 def leading(spec: Spec, name: str, ndim: int) -> int:
     """How many leading batch dimensions an operand of this rank carries."""
     return ndim - len(spec.dims[name])
+
+
+def named_sizes(spec: Spec, shapes: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The sizes of the dimensions that arrays have whole, by the names of csrc/operands.def."""
+    found = {
+        dim: size
+        for name, shape in shapes.items()
+        for dim, size in zip(spec.dims[name], shape[leading(spec, name, len(shape)) :])
+        if not dim.endswith("*")
+    }
+    if isinstance(spec, AttentionSpec) and spec.value_dim:
+        found["dv"] = spec.value_dim
+    return found
 
 
 def over_leading(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .validate import Checker
+from .checker import Checker
 
 _CHECK = Checker("check_inputs")
 

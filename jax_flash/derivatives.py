@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from . import _jax
+from .checker import MAX_HEAD_DIM
 from .operands import BACKWARD, BIAS_GRADIENT, TANGENT, TANGENTS
 from .paged import gather
 from .primitives import bind
 from .spec import AttentionSpec
-from .validate import MAX_HEAD_DIM
 
 Operands = dict[str, jax.Array]
 Pair = tuple[jax.Array, jax.Array]

@@ -14,10 +14,11 @@ from jax.typing import ArrayLike
 from . import validate
 from ._jax import same_dim
 from .autodiff import attend
-from .options import DotProductOptions, Implementation, IndexLike
+from .checker import Checker
+from .options import DotProductOptions, Implementation, IndexLike, Number
 from .spec import AttentionSpec
 
-_CHECK = validate.Checker("dot_product_attention")
+_CHECK = Checker("dot_product_attention")
 
 
 @overload
@@ -59,14 +60,18 @@ def dot_product_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def dot_product_attention(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def dot_product_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
     bias: ArrayLike | None = None,
     mask: ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: Number | None = None,
     is_causal: bool = False,
     query_seq_lengths: IndexLike | None = None,
     key_value_seq_lengths: IndexLike | None = None,
@@ -129,7 +134,9 @@ def spec_and_operands(op: str, given: validate.Arguments) -> tuple[AttentionSpec
         "causal": _CHECK.flag("is_causal", given["is_causal"]),
         "window": _window(given["local_window_size"]),
         "align": "top_left",
-        "mask": None if given["mask"] is None else _mask(given["mask"]),
+        "mask": None
+        if given["mask"] is None
+        else _mask(given["mask"], (batch, q.shape[2], q.shape[1], k.shape[1])),
         "segment_ids": None,
         "q_lengths": _lengths("query_seq_lengths", given["query_seq_lengths"], batch),
         "kv_lengths": _lengths("key_value_seq_lengths", given["key_value_seq_lengths"], batch),
@@ -161,11 +168,11 @@ def _check_operands(query: Array, key: Array, value: Array) -> None:
         raise _CHECK.fail(f"value has shape {value.shape}, which differs from key's {key.shape}")
 
 
-def _mask(mask: ArrayLike) -> Array:
+def _mask(mask: ArrayLike, scores: tuple[Any, ...]) -> Array:
     mask = jnp.asarray(mask)
     if mask.dtype != jnp.bool_:
         raise _CHECK.fail(f"mask has dtype {mask.dtype}, allowed is bool; pass an additive mask as bias")
-    return mask
+    return _CHECK.broadcastable("mask", mask, scores, "b hq sq sk")
 
 
 def _bias(bias: ArrayLike, dtype: Any) -> Array:

@@ -14,8 +14,8 @@ from jax import Array
 
 from ._jax import same_dim
 from .attention import flash_attention
-from .options import ArrayLike, Implementation, Window
-from .validate import Checker
+from .checker import Checker
+from .options import ArrayLike, Implementation, IndexLike, Number, Window
 
 _CHECK = Checker("attention_fn")
 _SCORES = "batch... heads q_length kv_length"
@@ -42,9 +42,11 @@ def attention_fn(
     is_causal: bool = False,
     *,
     window: Window | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     alibi_slopes: ArrayLike | None = None,
+    sinks: ArrayLike | None = None,
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
     deterministic_backward: bool = False,
     implementation: Implementation | None = None,
     **unknown: Any,
@@ -71,8 +73,10 @@ def attention_fn(
       is_causal: query i attends to keys 0 … i. It is ignored for a single query with a mask, which is a decode
         step: there the mask says which cached keys exist, but some versions of nnx pass `is_causal` too,
         which would leave only key 0 visible.
-      window, scale, softcap, alibi_slopes, implementation: as in `flash_attention`, and
-        `deterministic_backward` is its `deterministic`. Flax does not pass these; bind them with
+      segment_ids: int32 `(q_ids [batch..., q_length], kv_ids [batch..., kv_length])`, or one array for both; a query
+        attends only to keys of its own segment.
+      window, scale, softcap, alibi_slopes, sinks, implementation: as in `flash_attention`, and
+        `deterministic_backward` is its `deterministic`. Flax passes neither these nor segment_ids; bind them with
         `attention_fn=functools.partial(jax_flash.flax.attention_fn, window=(256, 0))`.
 
     Raises:
@@ -107,6 +111,7 @@ def attention_fn(
     decode_step = mask is not None and same_dim(query.shape[-3], 1)
 
     def attend(query: Array, key: Array, value: Array, **arrays: Any) -> Array:
+        ids = (arrays.pop("q_ids"), arrays.pop("kv_ids")) if "q_ids" in arrays else None
         out: Array = flash_attention(
             query,
             key,
@@ -117,6 +122,8 @@ def attention_fn(
             scale=scale,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            segment_ids=ids,
             dropout_rate=dropout_rate if dropout else 0.0,
             deterministic=deterministic_backward,
             implementation=implementation,
@@ -130,6 +137,8 @@ def attention_fn(
         arrays["bias"] = _CHECK.broadcastable("bias", _as_bias(bias), scores, _SCORES)
     if mask is not None:
         arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
+    if segment_ids is not None:
+        arrays["q_ids"], arrays["kv_ids"] = _segments(segment_ids, query, key)
     if dropout and dropout_rng is not None:
         arrays["dropout_key"] = dropout_rng
     return _over_batch_dims(attend, query, key, value, arrays)
@@ -148,7 +157,9 @@ def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
             "unknown argument causal; Flax's name is is_causal, as in layer(x, is_causal=True)",
             NotImplementedError,
         )
-    given = [name for name, argument in {**unsupported, **unknown}.items() if argument is not None]
+    if unknown:
+        raise _CHECK.fail(f"unknown argument {next(iter(unknown))}", NotImplementedError)
+    given = [name for name, argument in unsupported.items() if argument is not None]
     if given:
         raise _CHECK.fail(
             f"{given[0]} cannot change a fused kernel; leave it out, or use flax's own dot_product_attention",
@@ -186,6 +197,18 @@ def _as_bias(bias: Array) -> Array:
     return bias if bias.dtype in (jnp.float16, jnp.bfloat16) else bias.astype(jnp.float32)
 
 
+def _segments(given: Any, query: Array, key: Array) -> Sequence[Array]:
+    """The segment ids of queries, `[batch..., q_length]`, and of keys."""
+    pair = given if isinstance(given, (tuple, list)) else (given, given)
+    if len(pair) != 2:
+        raise _CHECK.fail(f"segment_ids must be one array or a pair (q_ids, kv_ids), got {len(pair)} items")
+    found = []
+    for ids, x, dims in zip(pair, (query, key), ("batch... q_length", "batch... kv_length")):
+        checked = _CHECK.broadcastable("segment_ids", _CHECK.int32("segment_ids", ids), x.shape[:-2], dims)
+        found.append(jnp.broadcast_to(checked, x.shape[:-2]))
+    return found
+
+
 def _check_batch_dims(query: Array, key: Array, value: Array) -> None:
     if not query.ndim == key.ndim == value.ndim >= 3:
         raise _CHECK.fail(
@@ -207,7 +230,8 @@ def _over_batch_dims(
     A reshape instead of vmap would lose the sharding of an inner batch dim.
     """
     if query.ndim == 3:
-        return attend(query[None], key[None], value[None], **arrays)[0]
+        one = {name: x if name == "dropout_key" else x[None] for name, x in arrays.items()}
+        return attend(query[None], key[None], value[None], **one)[0]
     if query.ndim == 4:
         return attend(query, key, value, **arrays)
 

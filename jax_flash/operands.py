@@ -1,187 +1,162 @@
-"""The table of operands: their dimensions, and their order in the custom calls.
+"""The tables of operands and results: csrc/operands.def and csrc/results.def, which C++ includes, as Python reads them.
 
-Abstract evaluation, batching, sharding rules and the operand bits of the FFI are all derived from it.
-`csrc/core/spec.h` holds the same order as `enum class Operand`.
+Abstract evaluation, batching, sharding rules and the operand bits of the FFI are all derived from them.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
-# Dimension names per layout. A trailing "*" marks a dimension that may also be 1 (broadcast).
-_FIXED = {
-    "query": ("b", "sq", "hq", "d"),
-    "key": ("b", "sk", "hk", "d"),
-    "value": ("b", "sk", "hk", "dv"),
-    "out": ("b", "sq", "hq", "dv"),
-    "lse": ("b", "hq", "sq"),
-    "q_lengths": ("b",),
-    "kv_lengths": ("b",),
-    "q_segment_ids": ("b", "sq"),
-    "kv_segment_ids": ("b", "sk"),
-    "mask": ("b*", "hq*", "sq*", "sk*"),
-    "bias": ("b*", "hq*", "sq*", "sk*"),
-    "alibi_slopes": ("b*", "hq"),
-    "sinks": ("hq",),
-    "dropout": ("dropout",),
-    "position": ("position",),
-}
-_VARLEN = {
-    "query": ("tq", "hq", "d"),
-    "key": ("tk", "hk", "d"),
-    "value": ("tk", "hk", "dv"),
-    "out": ("tq", "hq", "dv"),
-    "lse": ("hq", "tq"),
-    "cu_seqlens_q": ("n1",),
-    "cu_seqlens_k": ("n1",),
-    "kv_lengths": ("n",),
-    "alibi_slopes": ("n*", "hq"),
-    "sinks": ("hq",),
-    "dropout": ("dropout",),
-    "position": ("position",),
-}
-_PAGED = {
-    "query": ("n", "sq", "hq", "d"),
-    "key": ("p", "ps", "hk", "d"),
-    "value": ("p", "ps", "hk", "dv"),
-    "out": ("n", "sq", "hq", "dv"),
-    "lse": ("n", "hq", "sq"),
-    "kv_lengths": ("n",),
-    "alibi_slopes": ("n*", "hq"),
-    "sinks": ("hq",),
-    "block_tables": ("n", "pages"),
-    "k_scale": ("p*", "hk"),
-    "v_scale": ("p*", "hk"),
-    "position": ("position",),
-    "draft_mask": ("n*", "draft_row", "draft_column"),
-}
-_PAGED_VARLEN = _PAGED | {
-    "query": ("tq", "hq", "d"),
-    "out": ("tq", "hq", "dv"),
-    "lse": ("hq", "tq"),
-    "cu_seqlens_q": ("n1",),
-}
-_APPEND = {
-    "k_pages": ("p", "ps", "hk", "d"),
-    "v_pages": ("p", "ps", "hk", "dv"),
-    "key": ("n", "s", "hk", "d"),
-    "value": ("n", "s", "hk", "dv"),
-    "block_tables": ("n", "pages"),
-    "kv_lengths": ("n",),
-    "cos": ("positions", "rotated"),
-    "sin": ("positions", "rotated"),
-    "k_scale": ("p*", "hk"),
-    "v_scale": ("p*", "hk"),
-}
-_APPEND_VARLEN = _APPEND | {"key": ("t", "hk", "d"), "value": ("t", "hk", "dv"), "cu_seqlens": ("n1",)}
-DIMS: dict[str, dict[str, tuple[str, ...]]] = {
-    "fixed": _FIXED,
-    "varlen": _VARLEN,
-    "paged": _PAGED,
-    "paged_varlen": _PAGED_VARLEN,
-    "append": _APPEND,
-    "append_varlen": _APPEND_VARLEN,
-}
-for _table in DIMS.values():
-    if "out" in _table:
-        _table["dout"] = _table["out"]
-        _table["delta"] = _table["lse"]
-    for _name in ("query", "key", "value", "bias"):
-        if _name in _table:
-            _table["d" + _name] = _table[_name]
-    for _name in ("query", "key", "value", "bias", "sinks", "out", "lse"):
-        if _name in _table:
-            _table["t" + _name] = _table[_name]
+Dims = tuple[str, ...]  # names of dimensions; a trailing "*" marks one that may also be 1 (broadcast)
+
+ATTENTION_LAYOUTS = ("fixed", "varlen", "paged", "paged_varlen")
+APPEND_LAYOUTS = ("append", "append_varlen")
+_ROW = re.compile(r"JF_(\w+)\((.*)\)")
+_CELL = re.compile(r'"([^"]*)"|(\w+)')
 
 
-@cache
-def dims_of(layout: str, page_layout: str) -> dict[str, tuple[str, ...]]:
-    """The dimension names of every operand and result."""
-
-    def ordered(dims: tuple[str, ...]) -> tuple[str, ...]:
-        return ("p", "hk", "ps", dims[-1]) if dims[0] == "p" and page_layout == "hnd" else dims
-
-    return {name: ordered(dims) for name, dims in DIMS[layout].items()}
-
-
-# Optional operands, in the order of the custom call; the index is the operand's bit in the spec.
-OPTIONAL = (
-    "cu_seqlens_q",
-    "cu_seqlens_k",
-    "q_lengths",
-    "kv_lengths",
-    "q_segment_ids",
-    "kv_segment_ids",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "sinks",
-    "dropout",
-    "block_tables",
-    "k_scale",
-    "v_scale",
-    "position",
-    "tbias",
-    "draft_mask",
-)
-# The operand `dropout` is uint32 [6]: two key words, then the shard's global offsets of batch, query head, row, column.
-DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4
-# `position` is int32 [2]: where the first query and the first key of a call lie in the sequence that it is a part of.
+def _rows(table: str) -> Iterator[tuple[str, list[str]]]:
+    """The rows of csrc/<table>.def: the kind of each, and its arguments. Wheels have the file in this package."""
+    here = Path(__file__).resolve().parent
+    own, source = here / f"{table}.def", here.parent / "csrc" / f"{table}.def"
+    for line in (own if own.exists() else source).read_text().splitlines():
+        if row := _ROW.match(line):
+            yield row[1], [text or word for text, word in _CELL.findall(row[2])]
 
 
 @dataclass(frozen=True)
 class Pass:
     """A pass of the library: its required operands, which the optional ones follow, and its results.
 
-    The sharding of the operand `guide` decides how the pass is partitioned. The first `in_place` operands are
+    The sharding of its first operand, the guide, decides how the pass is partitioned. The first `in_place` operands are
     overwritten by the results of the same name.
     """
 
     name: str
     operands: tuple[str, ...]
     results: tuple[str, ...]
-    guide: str = "query"
     in_place: int = 0
 
+    @property
+    def guide(self) -> str:
+        return self.operands[0]
 
-FORWARD = Pass("forward", ("query", "key", "value"), ("out", "lse"))
-BACKWARD = Pass("backward", ("query", "key", "value", "dout", "lse", "delta"), ("dquery", "dkey", "dvalue"))
-BIAS_GRADIENT = Pass("bias_gradient", BACKWARD.operands, ("dbias",))
-TANGENT = Pass(
-    "tangent",
-    ("query", "key", "value", "out", "lse", "tquery", "tkey", "tvalue"),
-    ("tout", "tlse"),
+
+class _Tables:
+    """What the two files say, by name."""
+
+    def __init__(self) -> None:
+        self.dims: dict[str, dict[str, Dims]] = {layout: {} for layout in ATTENTION_LAYOUTS + APPEND_LAYOUTS}
+        self.optional: list[str] = []
+        self.append_optional: list[str] = []
+        self.differentiable: list[str] = []
+        self.like: dict[str, str] = {}
+        self.elements: dict[str, str] = {}
+        self.results: list[str] = []
+        self.passes: dict[str, Pass] = {}
+        for table in ("operands", "results"):
+            for kind, cells in _rows(table):
+                add = getattr(self, f"_add_{kind.lower()}", None)
+                if add:
+                    add(*cells)
+        for name in (*self.differentiable, *self.results):
+            self.like["t" + name] = name
+        for name, other in self.like.items():
+            self.elements[name] = self.elements[other]
+            for layout in ATTENTION_LAYOUTS:
+                if other in self.dims[layout]:
+                    self.dims[layout][name] = self.dims[layout][other]
+
+    def _add_array(self, layouts: Dims, name: str, element: str, dims: tuple[str, ...]) -> None:
+        self.elements[name] = element
+        for layout, names in zip(layouts, dims, strict=True):
+            if names:
+                self.dims[layout][name] = tuple(names.split())
+
+    def _add_required(self, name: str, element: str, derivative: str, *dims: str) -> None:
+        self._add_array(ATTENTION_LAYOUTS, name, element, dims)
+        if derivative == "yes":
+            self.differentiable.append(name)
+
+    def _add_optional(self, _: str, name: str, *cells: str) -> None:
+        self._add_required(name, *cells)
+        self.optional.append(name)
+
+    def _add_optional_tangent(self, _: str, name: str, other: str) -> None:
+        self.like[name] = other
+        self.optional.append(name)
+
+    def _add_append_required(self, name: str, element: str, *dims: str) -> None:
+        self._add_array(APPEND_LAYOUTS, name, self.elements.get(name, element), dims)
+
+    def _add_append_optional(self, _: str, name: str, element: str, *dims: str) -> None:
+        self._add_append_required(name, element, *dims)
+        self.append_optional.append(name)
+
+    def _add_result(self, name: str, element: str, *dims: str) -> None:
+        self._add_array(ATTENTION_LAYOUTS, name, element, dims)
+        self.results.append(name)
+
+    def _add_like(self, name: str, other: str) -> None:
+        self.like[name] = other
+
+    def _add_pass(self, _: str, name: str, operands: str, results: str) -> None:
+        self.passes[name] = Pass(name, tuple(operands.split()), tuple(results.split()))
+
+    def _add_append_pass(self, _: str, name: str, operands: str, results: str) -> None:
+        names = tuple(results.split())
+        self.passes[name] = Pass(name, tuple(operands.split()), names, in_place=len(names))
+
+
+_TABLES = _Tables()
+# Dimension names of every operand and result, per layout, and their element types.
+DIMS = _TABLES.dims
+ELEMENTS = _TABLES.elements
+# Optional operands, in the order of the custom call; the index is the operand's bit in the spec.
+OPTIONAL = tuple(_TABLES.optional)
+APPEND_OPTIONAL = tuple(_TABLES.append_optional)
+PASSES = tuple(_TABLES.passes.values())
+FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT = (
+    _TABLES.passes[name] for name in ("forward", "backward", "bias_gradient", "tangent")
 )
-APPEND = Pass(
-    "append",
-    ("k_pages", "v_pages", "key", "value", "block_tables", "kv_lengths"),
-    ("k_pages", "v_pages"),
-    guide="k_pages",
-    in_place=2,
-)
+APPEND = _TABLES.passes["append"]
 # Appends to float8 pools and keeps the scales of the pages that it writes to.
-APPEND_DYNAMIC = Pass(
-    "append_dynamic",
-    ("k_pages", "v_pages", "k_scale", "v_scale", "key", "value", "block_tables", "kv_lengths"),
-    ("k_pages", "v_pages", "k_scale", "v_scale"),
-    guide="k_pages",
-    in_place=4,
-)
-PASSES = (FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT, APPEND, APPEND_DYNAMIC)
-
+APPEND_DYNAMIC = _TABLES.passes["append_dynamic"]
 # Operands with a derivative. A call's differential is not a custom call: it is the operation, linear in the tangents
 # that stand among its optional operands, that runs the tangent pass and whose transpose runs the backward passes.
-DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks")
+DIFFERENTIABLE = tuple(_TABLES.differentiable)
 TANGENTS = tuple("t" + name for name in DIFFERENTIABLE)
-DIFFERENTIAL = Pass("differential", ("query", "key", "value", "out", "lse"), ("tout", "tlse"))
+DIFFERENTIAL = Pass("differential", FORWARD.operands + FORWARD.results, TANGENT.results)
+
+
+@cache
+def dims_of(layout: str, page_layout: str) -> dict[str, Dims]:
+    """The dimension names of every operand and result."""
+
+    def ordered(dims: Dims) -> Dims:
+        return ("p", "hk", "ps", dims[-1]) if dims[0] == "p" and page_layout == "hnd" else dims
+
+    return {name: ordered(dims) for name, dims in DIMS[layout].items()}
+
+
+# The operand `dropout` is uint32 [6]: two key words, then the shard's global offsets of batch, query head, row, column.
+DROPOUT_BATCH, DROPOUT_HEAD, DROPOUT_ROW = 2, 3, 4
+# `position` is int32 [2]: where the first query and the first key of a call lie in the sequence that it is a part of.
 
 
 def like(result: str) -> str:
     """The operand whose dtype and sharding a result takes."""
-    if result in ("out", "lse", "tout", "tlse"):
-        return "query"
-    return result.removeprefix("d") if result.startswith("d") else result
+    source = _TABLES.like.get(result, result)
+    return FORWARD.guide if source in FORWARD.results else source
+
+
+def is_float32(result: str) -> bool:
+    """Whether a result is float32 whatever the dtype of the operand that it is like."""
+    return ELEMENTS[result] == "float32"
 
 
 def operand_bits(names: tuple[str, ...]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
+import numpy as np
 from numpy.typing import NDArray
 
 Align = Literal["bottom_right", "top_left"]
@@ -20,6 +21,7 @@ Order = Literal["contiguous", "zigzag"]
 RingMode = Literal["ring", "all_to_all"]
 Window = tuple[int | None, int | None]
 ArrayLike = jax.Array | NDArray[Any]
+Number = float | np.floating[Any] | np.integer[Any] | ArrayLike  # of a known value, which is compiled in
 # int32 arrays of JAX, or integers on the host, of any type, whose values int32 holds.
 IndexLike = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
 LengthsLike = ArrayLike | Sequence[int] | int  # one number is the length of all
@@ -31,8 +33,8 @@ class Options(TypedDict, total=False):
     causal: bool
     window: Window | None
     align: Align
-    scale: float | None
-    softcap: float | None
+    scale: Number | None
+    softcap: Number | None
     alibi_slopes: ArrayLike | None
     sinks: ArrayLike | None
     deterministic: bool
@@ -43,7 +45,7 @@ class VarlenOptions(Options, total=False):
     """The options of `flash_attention_varlen`."""
 
     kv_lengths: LengthsLike | None
-    dropout_rate: float
+    dropout_rate: Number
     dropout_key: ArrayLike | None
 
 
@@ -66,7 +68,7 @@ class RingOptions(FixedOptions, total=False):
 class DotProductOptions(TypedDict, total=False):
     """The options of `dot_product_attention` but `return_residual`, by which its overloads differ."""
 
-    scale: float | None
+    scale: Number | None
     is_causal: bool
     query_seq_lengths: IndexLike | None
     key_value_seq_lengths: IndexLike | None

@@ -5,10 +5,13 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 
 from __future__ import annotations
 
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.random import threefry_2x32
 
 ROUNDS = 7  # the fewest that pass every test of the paper
 # A tile of this size takes 32 Philox blocks of four 32-bit words. Each block decides the elements that one thread holds
@@ -40,6 +43,19 @@ def philox4x32(key: tuple[Array, Array], counter: Words) -> Words:
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + _WEYL[0], k1 + _WEYL[1]
     return c0, c1, c2, c3
+
+
+def key_words(words: Array) -> Array:
+    """The two words of Philox's key, uint32 `[2]`, from the words of a JAX key of any implementation.
+
+    A key of two words, as threefry has them, is taken as it is. Of more words, each pair is encrypted with what came
+    before it as the key (Threefry-2x32), so that every word counts. The two halves of an rbg key are equal after a
+    seed, a split and a fold, which rules out to add or to XOR them.
+    """
+    padded = jnp.pad(words.ravel(), (0, words.size % 2))
+    first, *others = padded.reshape(-1, 2)
+    folded: Array = reduce(lambda key, pair: threefry_2x32((key[0], key[1]), pair), others, first)
+    return folded
 
 
 def threshold(rate: float) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from .attention import flash_attention
 from .backends import DTYPES, compute_capability, extension, local_devices
-from .operands import operand_bits, padded_head_dim
+from .batching import named_sizes
+from .flop_count import spec_and_shapes
+from .operands import padded_head_dim
 from .paged.attention import paged_attention
 from .spec import UNLIMITED
 from .varlen import flash_attention_varlen
@@ -122,17 +124,17 @@ def run(options: argparse.Namespace) -> int:
     if core is None:
         print(f"the plan is made by the extension, which is {problem}")
         return 1
+    gpu = KNOWN[options.gpu] if options.gpu else found_gpu() or KNOWN["h200"]
     try:
-        jax.eval_shape(*abstract_call(options))
+        described(options, gpu, "forward")
     except (ValueError, TypeError, NotImplementedError) as error:
         print(error)
         return 2
-    gpu = KNOWN[options.gpu] if options.gpu else found_gpu() or KNOWN["h200"]
     print(f"{gpu.name}: sm_{gpu.capability}, {gpu.sm_count} SMs, {gpu.shared_memory} bytes of shared memory")
     failed = False
     for pass_ in ("forward",) if options.paged else PASSES if options.bias else PASSES[:3]:
         try:
-            chosen = core.plan(pass_=pass_, **call(options, gpu, pass_))
+            chosen = core.plan(pass_=pass_, **described(options, gpu, pass_))
         except RuntimeError as error:
             failed = True
             print(f"{pass_}: {error}")
@@ -170,25 +172,22 @@ class _Sizes:
         return _Sizes(options.batch, sq, sk, hq, hk, d, given(options.value_dim, d), draft)
 
 
-def abstract_call(options: argparse.Namespace) -> tuple[Any, ...]:
-    """The public function that the options describe, with its options set, and its arrays as shapes and dtypes."""
-    given: dict[str, Any] = {"causal": options.causal, "softcap": options.softcap}
-    given["deterministic"] = options.deterministic
+def abstract_call(options: argparse.Namespace) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
+    """The public function that the options describe, and its arguments, with shapes and dtypes for arrays."""
+    n = _Sizes.of(options)
+    named: dict[str, Any] = {"causal": options.causal, "softcap": options.softcap}
+    named["deterministic"] = options.deterministic
     if options.window:
-        given["window"] = tuple(None if side == UNLIMITED else side for side in options.window)
+        named["window"] = tuple(None if side == UNLIMITED else side for side in options.window)
     if options.dropout:
-        given["dropout_rate"] = 0.1
+        named["dropout_rate"] = 0.1
     if options.paged:
-        given |= {"num_splits": options.num_splits, "batch_invariant": options.batch_invariant}
-        given["value_dim"] = _Sizes.of(options).dv if options.latent else None
+        named |= {"num_splits": options.num_splits, "batch_invariant": options.batch_invariant}
+        named["value_dim"] = n.dv if options.latent else None
     function: Callable[..., Any] = (
         paged_attention if options.paged else flash_attention_varlen if options.varlen else flash_attention
     )
-    return (
-        lambda positional, named: function(*positional, **named, **given),
-        _positional(options, _Sizes.of(options)),
-        _named(options, _Sizes.of(options)),
-    )
+    return function, _positional(options, n), named | _named(options, n)
 
 
 _array: Any = jax.ShapeDtypeStruct
@@ -233,47 +232,30 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     return named
 
 
-def call(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
-    """The keyword arguments of `_core.plan`."""
-    present = [name for name in OPERANDS if getattr(options, name)]
-    present += ["kv_segment_ids"] if options.q_segment_ids else []
-    present += ["dropout"] if options.dropout else []
-    n = _Sizes.of(options)
+def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
+    """The keyword arguments of `_core.plan`, from the spec and the shapes that the call has."""
+    function, positional, named = abstract_call(options)
+    spec, shapes = spec_and_shapes(function, *positional, **named)
+    sizes = named_sizes(spec, shapes)
+    sizes |= {name: padded_head_dim(sizes[name]) for name in ("d", "dv")}
+    if spec.value_dim:
+        spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
     arguments: dict[str, Any] = dict(
+        spec=spec.plain_attributes(),
+        sizes=sizes,
         dtype=options.dtype,
-        operands=operand_bits(tuple(present)),
-        batch=n.b,
-        q_rows=n.sq,
-        k_rows=n.sk,
-        heads=n.hq,
-        kv_heads=n.hk,
-        d=padded_head_dim(n.d),
-        dv=padded_head_dim(n.dv),
-        varlen=options.varlen,
-        softcap=options.softcap or 0.0,
-        deterministic=options.deterministic,
+        float8=options.float8,
         capability=gpu.capability,
         sm_count=gpu.sm_count,
         shared_memory=gpu.shared_memory,
     )
-    left, right = options.window or (UNLIMITED, UNLIMITED)
-    arguments |= dict(left=left, right=0 if options.causal else right)
-    if options.paged:
-        arguments |= dict(
-            paged=True,
-            page_size=options.page_size,
-            k_rows=-(-n.sk // options.page_size) * options.page_size,
-            float8=options.float8,
-            num_splits=options.num_splits or 0,
-            batch_invariant=options.batch_invariant,
-            value_dim=n.dv if options.latent else 0,
-            draft_rows=n.draft,
-        )
     if pass_ == "bias_gradient":
-        arguments["bias"] = (n.b, n.hq, n.sq, n.sk)
-    if options.bias:  # as plan.cc's bias_in_tiles has it
-        arguments["bias_in_tiles"] = n.sk % 8 == 0 and options.dtype != "float32"
-    arguments["mask_in_chunks"] = bool(options.mask) and n.sk % 8 == 0
+        arguments["bias"] = shapes["bias"]
+    for name, wanted, whole in (
+        ("bias", "bias_in_tiles", options.dtype != "float32"),
+        ("mask", "mask_in_chunks", True),
+    ):  # as plan.cc has it of contiguous arrays
+        arguments[wanted] = name in shapes and whole and shapes[name][-1] % 8 == 0
     return arguments
 
 

@@ -8,11 +8,10 @@ fourth is the pass over a sequence that is split over manual axes, which runs on
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -24,24 +23,20 @@ from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
-from .batching import batch, leading, over_leading
-from .operands import FORWARD, PASSES, Pass, like, padded_head_dim
+from .batching import batch, leading, named_sizes, over_leading
+from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
-from .spec import AttentionSpec, Spec
+from .spec import AttentionSpec, Spec, operand_names
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
 
 
-def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
-    return pass_.operands + spec.operands
-
-
 def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Array]:
     """Run one pass on named operands."""
-    if "jax.experimental.roofline" in sys.modules:  # importing it takes 20 ms and more, and few want it
-        importlib.import_module(".roofline", __package__)
+    if "jax.experimental.roofline" in sys.modules:
+        _register_roofline()
     ring = spec.ring if isinstance(spec, AttentionSpec) else None
     named = {name: operands[name] for name in operand_names(pass_, spec)}
     used = equally_varying(named, ring.axes if ring else ())
@@ -49,6 +44,13 @@ def bind(pass_: Pass, spec: Spec, operands: dict[str, jax.Array]) -> list[jax.Ar
     primitives = RING if ring else LOCAL if all_manual else PARTLY_MANUAL if any_manual else PARTITIONED
     results: list[jax.Array] = primitives[pass_].bind(*used.values(), spec=spec)
     return results
+
+
+@cache
+def _register_roofline() -> None:
+    from . import roofline
+
+    roofline.register((pass_, primitive) for kind in KINDS for pass_, primitive in kind.items())
 
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
@@ -71,9 +73,7 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     dims = spec.dims
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
-    sizes = {dim: size for name in pass_.operands for dim, size in zip(dims[name], shapes[name][count:])}
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
-        sizes["dv"] = spec.value_dim
+    sizes = named_sizes(spec, {name: shapes[name] for name in pass_.operands})
     return [
         lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
         for result in pass_.results
@@ -86,7 +86,7 @@ def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
     results = []
     for name, shape in zip(pass_.results, shapes):
         source = named[like(name)]
-        dtype = np.dtype("float32") if name in ("lse", "tlse") else source.dtype
+        dtype = np.dtype("float32") if is_float32(name) else source.dtype
         sharding = source.sharding
         if not sharding.mesh.empty:
             sharding = sharding.update(spec=_result_spec(name, spec, named))

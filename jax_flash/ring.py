@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
@@ -15,6 +15,7 @@ from .options import (
     Implementation,
     IndexLike,
     LengthsLike,
+    Number,
     Order,
     RingMode,
     RingOptions,
@@ -58,7 +59,11 @@ def ring_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def ring_attention(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def ring_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -73,12 +78,12 @@ def ring_attention(
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
     q_lengths: LengthsLike | None = None,
     kv_lengths: LengthsLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     bias: ArrayLike | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -101,14 +106,14 @@ def ring_attention(
         of 2n, one after the other, which gives all devices the same work under a causal mask.
       mode: `"ring"`, or `"all_to_all"`: every device gets all tokens of a part of the heads, and sends results back.
       causal, window, align: as in `flash_attention`, by positions in the whole sequence.
-      mask: boolean, broadcastable to `[b, hq, sq / n, sk]`: local rows, and the columns of all keys, which are in the
-        sequence's own order whatever `order` is.
+      mask: boolean of rank 2 or 4, broadcastable to `[b, hq, sq / n, sk]`: local rows, and the columns of all keys,
+        which are in the sequence's own order whatever `order` is.
       segment_ids: int32 `(q_ids [b, sq / n], kv_ids [b, sk / n])`, local shards, or one array when sq = sk. Documents
         that are packed one after the other may cross shards: give each its own id.
       q_lengths, kv_lengths: int32 `[b]`, rows and keys in use of the whole sequence, or one number for all.
       bias: like mask, added to S; differentiable.
       scale, softcap, alibi_slopes, sinks, deterministic, implementation: as in `flash_attention`.
-      dropout_rate: probability that an attention weight is dropped, in [0, 1).
+      dropout_rate: as in `flash_attention`.
       dropout_key: the same `jax.random.key` on all devices of the axis. Rows and columns count by their position in the
         whole sequence, so that one device would drop the same weights. Batch entries and heads count within the shard:
         where the mesh splits them too, fold the index on those axes into the key.

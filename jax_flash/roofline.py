@@ -1,22 +1,23 @@
 """Tells `jax.experimental.roofline` what the passes of this library compute and move.
 
-`bind` imports this module where jax's roofline has been imported, which `import jax_flash` leaves to those who use it.
+primitives.py imports this module where jax's roofline has been imported, which takes 20 ms and more.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from jax.experimental import roofline
+from jax.extend.core import Primitive
 
 from . import _jax
 from .batching import leading
-from .flop_count import count
 from .operands import DIFFERENTIAL, TANGENT, Pass
-from .primitives import KINDS, operand_names
-from .spec import AttentionSpec, Spec
+from .spec import AttentionSpec, Spec, operand_names
+from .visible_pairs import count
 
 
 def _rule(context: Any, *shapes: Any, pass_: Pass, spec: Spec, **_: Any) -> Any:
@@ -53,6 +54,7 @@ def _flops(pass_: Pass, spec: Spec, shapes: dict[str, tuple[int, ...]]) -> int:
     return calls * count(name_of_work, spec, core, {}) // devices
 
 
-for _primitives in KINDS:
-    for _pass, _primitive in _primitives.items():
-        roofline.register_roofline(_primitive)(partial(_rule, pass_=_pass))
+def register(primitives: Iterable[tuple[Pass, Primitive]]) -> None:
+    """The rules of these primitives, each of one pass."""
+    for pass_, primitive in primitives:
+        roofline.register_roofline(primitive)(partial(_rule, pass_=pass_))

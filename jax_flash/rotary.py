@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .checker import Checker
 from .options import ArrayLike, IndexLike
-from .validate import Checker
 
 
 def apply_rotary(

@@ -97,8 +97,6 @@ class _Rules:
         lead = [f"l{i}" for i in range(len(shape) - len(core))]
         named = [dim.rstrip("*") for dim in (*lead, *core)]
         may_be_one = [True] * len(lead) + [dim.endswith("*") for dim in core]
-        if core[-2:] == ("sq*", "sk*"):
-            named[-1] = "columns"  # of a mask or bias: whole, whatever keys are split over
         return ["" if size == 1 and free else dim for dim, size, free in zip(named, shape, may_be_one)]
 
     def axis(self, name: str, dim: str) -> int:

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ._version import __version__
-from .operands import dims_of, operand_bits
+from .operands import APPEND_OPTIONAL, ATTENTION_LAYOUTS, Pass, dims_of, operand_bits
 
 Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
-LAYOUTS = ("fixed", "varlen", "paged", "paged_varlen")
 PAGE_LAYOUTS = ("nhd", "hnd")
 SCALINGS = ("static", "dynamic")
 ALIGNMENTS = ("bottom_right", "top_left")
@@ -80,7 +79,7 @@ class AttentionSpec:
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call; this is the only place where Python values get their C++ types."""
         return {
-            "layout": np.int32(LAYOUTS.index(self.layout)),
+            "layout": np.int32(ATTENTION_LAYOUTS.index(self.layout)),
             "align": np.int32(ALIGNMENTS.index(self.align)),
             "left": np.int32(self.left),
             "right": np.int32(self.right),
@@ -95,12 +94,13 @@ class AttentionSpec:
             "value_dim": np.int32(self.value_dim),
         }
 
+    def plain_attributes(self) -> dict[str, Any]:
+        """The attributes as Python's own numbers, which the extension takes."""
+        return {name: value.item() for name, value in self.ffi_attributes().items()}
+
     def digest(self) -> str:
         """A short hash, stable across processes, that names this spec in compiled programs."""
         return _digest(self)
-
-
-APPEND_OPTIONAL = ("cu_seqlens", "cos", "sin", "k_scale", "v_scale")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ class AppendSpec:
 
 
 Spec = AttentionSpec | AppendSpec
+
+
+def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
+    """The operands of a call of the pass, in its order."""
+    return pass_.operands + spec.operands
 
 
 def _digest(spec: Spec) -> str:

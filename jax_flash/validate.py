@@ -15,140 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import philox
 from ._jax import is_symbolic, same_dim
-from .backends import max_head_dim
+from .checker import DTYPES, INT32_MAX, Checker
 from .operands import OPTIONAL
 from .options import Implementation, RingMode
 from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
-DTYPES = ("float16", "bfloat16", "float32")
-MAX_HEAD_DIM = 256  # of the CPU kernels
 MAX_LATENT_DIM, MAX_LATENT_VALUE_DIM = 576, 512  # of pages whose first columns are V
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
-_INT32_MAX = 2**31 - 1
+SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # by which the kernels divide
 
 Arguments = dict[str, Any]  # of a public function, by name
 Operands = dict[str, jax.Array]
-
-
-class Checker:
-    """Checks of single arguments; every message begins with the name of the public function."""
-
-    def __init__(self, op: str):
-        self.op = op
-
-    def fail(self, message: str, error: type[Exception] = ValueError) -> Exception:
-        return error(f"{self.op}: {message}")
-
-    def array(self, name: str, x: Any) -> jax.Array:
-        if x is None or isinstance(x, (str, bytes)):
-            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
-        try:
-            return jnp.asarray(x)
-        except TypeError:
-            raise self.fail(f"{name} must be an array, got {type(x).__name__}", TypeError) from None
-
-    def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
-        if x.dtype.name not in allowed:
-            raise self.fail(f"{name} has dtype {x.dtype}, allowed are {', '.join(allowed)}{hint}", TypeError)
-
-    def rank(self, name: str, x: jax.Array, dims: str) -> None:
-        wanted = len(dims.split())
-        if x.ndim != wanted:
-            raise self.fail(f"{name} must have rank {wanted} [{dims}], got shape {x.shape}")
-
-    def dim(self, name: str, axis: str, got: Any, wanted: Any, owner: str) -> None:
-        if not same_dim(got, wanted):
-            raise self.fail(f"{name} has {axis} {got}, which differs from {owner}'s {wanted}")
-
-    def shape(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> None:
-        if x.ndim != len(wanted) or not all(map(same_dim, x.shape, wanted)):
-            raise self.fail(f"{name} must have shape [{dims}] = {wanted}, got {x.shape}")
-
-    def int32(self, name: str, x: Any) -> jax.Array:
-        """An index array: int32 if it is JAX's; on the host, integers of any type whose values int32 holds."""
-        if x is None or isinstance(x, (str, bytes)):
-            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
-        if not _holds_jax_arrays(x):
-            return jnp.asarray(self.host_int32(name, x))
-        array = jnp.asarray(x)
-        if array.dtype != jnp.int32:
-            raise self.fail(
-                f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError
-            )
-        return array
-
-    def host_int32(self, name: str, x: Any) -> np.ndarray:
-        """The int32 values of integers on the host: a number, a list or a NumPy array."""
-        try:
-            array = np.asarray(x)
-        except ValueError:
-            raise self.fail(f"{name} must be an array, got lists of different lengths") from None
-        if array.dtype.kind not in "iu" and (array.size or hasattr(x, "dtype")):  # an empty list is float64
-            raise self.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
-        outside = array[(array < -_INT32_MAX - 1) | (array > _INT32_MAX)]
-        if outside.size:
-            raise self.fail(
-                f"{name} holds {outside[0]}, allowed are the values of int32, at most {_INT32_MAX}"
-            )
-        return array.astype(np.int32)
-
-    def lengths(self, name: str, x: Any, count: Any, dim: str) -> jax.Array:
-        """int32 `[count]`, from as many lengths or from one number for all."""
-        lengths = self.int32(name, x)
-        if lengths.ndim == 0:
-            return jnp.broadcast_to(lengths, (count,))
-        self.shape(name, lengths, (count,), dim)
-        return lengths
-
-    def head_dim(self, name: str, x: jax.Array, implementation: str | None) -> None:
-        d = x.shape[-1]
-        if is_symbolic(d) or d < 1:
-            raise self.fail(f"{name} must have a static head dim of at least 1, got {d}")
-        largest = max(MAX_HEAD_DIM, max_head_dim())
-        if d > largest and implementation != "xla":
-            raise self.fail(
-                f'{name} has head dim {d}, allowed are 1 to {largest}; implementation="xla" takes any'
-            )
-
-    def float32(self, name: str, x: Any) -> jax.Array:
-        array = self.array(name, x)
-        if array.dtype != jnp.float32:
-            raise self.fail(
-                f"{name} must be float32, got {array.dtype}; cast it with .astype('float32')", TypeError
-            )
-        return array
-
-    def number(self, name: str, x: Any) -> float:
-        if isinstance(x, bool) or not isinstance(x, numbers.Real):
-            raise self.fail(
-                f"{name} must be a Python number (it is compiled in), got {type(x).__name__}", TypeError
-            )
-        if not np.isfinite(float(x)):
-            raise self.fail(f"{name} must be finite, got {x}")
-        return float(x)
-
-    def flag(self, name: str, x: Any) -> bool:
-        if not isinstance(x, (bool, np.bool_)):
-            raise self.fail(f"{name} must be True or False, got {x!r}", TypeError)
-        return bool(x)
-
-    def broadcastable(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> jax.Array:
-        """x, with leading dimensions of 1 up to the wanted rank; each dimension must be 1 or the wanted one."""
-        full = (1,) * (len(wanted) - x.ndim) + x.shape
-        if x.ndim > len(wanted) or not all(
-            same_dim(got, 1) or same_dim(got, want) for got, want in zip(full, wanted)
-        ):
-            raise self.fail(f"{name} must broadcast to [{dims}] = {wanted}, got shape {x.shape}")
-        return x.reshape(full) if x.ndim < len(wanted) else x
-
-
-def _holds_jax_arrays(x: Any) -> bool:
-    """Whether x is an array of JAX, traced ones included, or a list with such among its numbers."""
-    if isinstance(x, (list, tuple)):
-        return any(map(_holds_jax_arrays, x))
-    return isinstance(x, jax.Array) or hasattr(x, "__jax_array__")
 
 
 def _tokens(check: Checker, arguments: Arguments, layout: str) -> Operands:
@@ -174,8 +54,8 @@ def _tokens(check: Checker, arguments: Arguments, layout: str) -> Operands:
     check.head_dim("query", q, implementation)
     check.head_dim("value", v, implementation)
     for name, x in (("query", q), ("key", k)):
-        if not is_symbolic(x.shape[-3]) and x.shape[-3] > _INT32_MAX:
-            raise check.fail(f"{name} has length {x.shape[-3]}, allowed are at most {_INT32_MAX}")
+        if not is_symbolic(x.shape[-3]) and x.shape[-3] > INT32_MAX:
+            raise check.fail(f"{name} has length {x.shape[-3]}, allowed are at most {INT32_MAX}")
     return {"query": q, "key": k, "value": v}
 
 
@@ -194,12 +74,24 @@ def _band(check: Checker, causal: Any, window: Any) -> tuple[int, int]:
     left = right = UNLIMITED
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
-            pair = f"; ({window}, 0) looks back" if type(window) is int else ""
-            raise check.fail(f"window must be None or a pair (left, right), got {window!r}{pair}", TypeError)
+            raise check.fail(
+                f"window must be None or a pair (left, right), got {window!r}{_window_hint(window)}",
+                TypeError,
+            )
         left, right = (_window_side(check, side, x) for side, x in zip(("left", "right"), window))
     if check.flag("causal", causal):
         right = 0
     return left, right
+
+
+def _window_hint(window: Any) -> str:
+    """What a window of one number may have meant."""
+    if isinstance(window, bool) or not isinstance(window, numbers.Integral) or window < 1:
+        return ""
+    return (
+        f"; a query and the {window - 1} keys before it (Gemma, Hugging Face, MaxText) are ({window - 1}, 0), "
+        f"a query and the {window} keys before it (flash_attn) are ({window}, 0)"
+    )
 
 
 def _window_side(check: Checker, side: str, x: Any) -> int:
@@ -209,7 +101,7 @@ def _window_side(check: Checker, side: str, x: Any) -> int:
         raise check.fail(f"window's {side} must be an int ≥ 0 or None, got {x!r}", TypeError)
     if x < 0:
         raise check.fail(f"window's {side} must be ≥ 0, or None for unlimited, got {x}")
-    return int(x) if x < _INT32_MAX else UNLIMITED
+    return int(x) if x < INT32_MAX else UNLIMITED
 
 
 def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
@@ -226,13 +118,32 @@ def dropout_operand(check: Checker, rate: float, key: Any) -> jax.Array | None:
         )
     key = check.array("dropout_key", key)
     words = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    if words.dtype != jnp.uint32 or words.shape not in ((2,), (4,)):
+    raw = words is key
+    if words.dtype != jnp.uint32 or (words.shape not in ((2,), (4,)) if raw else key.shape != ()):
         raise check.fail(
             f"dropout_key must be one jax.random.key, got dtype {key.dtype} and shape {key.shape}", TypeError
         )
-    if words.shape == (4,):
-        words = words[:2] ^ words[2:]
-    return jnp.concatenate([words, jnp.zeros(4, jnp.uint32)])
+    return jnp.concatenate([philox.key_words(words), jnp.zeros(4, jnp.uint32)])
+
+
+def _dropout_rate(check: Checker, given: Any) -> float:
+    rate = check.number("dropout_rate", given)
+    if not 0 <= rate < 1:
+        raise check.fail(f"dropout_rate must be in [0, 1), got {rate}")
+    if philox.threshold(rate) == philox.NUMBERS:
+        raise check.fail(
+            f"dropout_rate must be below 1 when rounded to a multiple of 1/{philox.NUMBERS}, got {rate}"
+        )
+    return rate
+
+
+def _softcap(check: Checker, given: Any) -> float:
+    """The softcap, 0 for none."""
+    softcap = 0.0 if given is None else check.number("softcap", given)
+    if softcap and softcap < SMALLEST_SOFTCAP:
+        least = "positive" if softcap < 0 else f"at least {SMALLEST_SOFTCAP:.2g}, as float32 needs it"
+        raise check.fail(f"softcap must be {least}, or None or 0 for none, got {softcap}")
+    return softcap
 
 
 def static_spec(
@@ -244,15 +155,10 @@ def static_spec(
     if arguments["align"] not in ALIGNMENTS:
         raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments['align']!r}")
     d = operands["query"].shape[-1]
-    scale = d**-0.5 if arguments["scale"] is None else check.number("scale", arguments["scale"])
-    softcap = 0.0
-    if arguments["softcap"] is not None:
-        softcap = check.number("softcap", arguments["softcap"])
-        if softcap <= 0:
-            raise check.fail(f"softcap must be positive, or None for none, got {softcap}")
-    rate = check.number("dropout_rate", arguments.get("dropout_rate", 0.0))
-    if not 0 <= rate < 1:
-        raise check.fail(f"dropout_rate must be in [0, 1), got {rate}")
+    scale = d**-0.5
+    if arguments["scale"] is not None:
+        scale = check.number("scale", arguments["scale"], "multiply query by it and pass scale=1.0")
+    rate = _dropout_rate(check, arguments.get("dropout_rate", 0.0))
     dropout = dropout_operand(check, rate, arguments.get("dropout_key"))
     if dropout is not None:
         operands["dropout"] = dropout
@@ -262,7 +168,7 @@ def static_spec(
         right=right,
         align=arguments["align"],
         scale=scale,
-        softcap=softcap,
+        softcap=_softcap(check, arguments["softcap"]),
         dropout_rate=rate,
         deterministic=check.flag("deterministic", arguments["deterministic"]),
         operands=tuple(name for name in OPTIONAL if name in operands),
@@ -317,6 +223,12 @@ def fixed(op: str, arguments: Arguments, shards: int = 1) -> tuple[AttentionSpec
                 f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
                 TypeError,
             )
+        if mask.ndim not in (2, 4):
+            hint = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
+            raise check.fail(
+                f"mask must have rank 2 [sq sk] or 4 [b hq sq sk], got shape {mask.shape}"
+                f"{hint if mask.ndim == 3 else ''}"
+            )
         operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, columns), "b hq sq sk")
     if arguments["bias"] is not None:
         bias = check.array("bias", arguments["bias"])
@@ -347,8 +259,8 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         length = operands[name].shape[1]
         if is_symbolic(length):
             raise check.fail(f"{name} must have a static length, got {length}")
-        if length * size > _INT32_MAX:
-            raise check.fail(f"{name} has {length * size} tokens on {size} devices, allowed are {_INT32_MAX}")
+        if length * size > INT32_MAX:
+            raise check.fail(f"{name} has {length * size} tokens on {size} devices, allowed are {INT32_MAX}")
         if order == "zigzag" and length % 2:
             raise check.fail(
                 f'{name} has {length} tokens on each device; order="zigzag" needs an even number'

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
 from . import validate
 from .autodiff import attend
-from .options import Align, ArrayLike, Implementation, IndexLike, LengthsLike, VarlenOptions, Window
+from .options import Align, ArrayLike, Implementation, IndexLike, LengthsLike, Number, VarlenOptions, Window
 
 
 @overload
@@ -50,7 +50,11 @@ def flash_attention_varlen(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def flash_attention_varlen(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attention_varlen(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
@@ -61,11 +65,11 @@ def flash_attention_varlen(
     window: Window | None = None,
     align: Align = "bottom_right",
     kv_lengths: LengthsLike | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
-    dropout_rate: float = 0.0,
+    dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
     deterministic: bool = False,

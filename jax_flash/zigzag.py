@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .checker import Checker
 from .options import ArrayLike
-from .validate import Checker
 
 
 def zigzag_permute(x: ArrayLike, devices: int, axis: int = 1) -> jax.Array:

@@ -225,7 +225,7 @@ FIXED = (
     Case("window that misses", window=(2, 0), align="top_left", sq=21, sk=9),
     Case("boolean mask", mask=(2, 4, 12, 12)),
     Case("mask of keys", mask=(2, 1, 1, 12)),
-    Case("mask per head", mask=(4, 1, 1)),
+    Case("mask per head", mask=(1, 4, 1, 1)),
     Case("segments", segments=3, sk=17),
     Case("lengths", q_lengths=(12, 5), kv_lengths=(7, 0)),
     Case("causal lengths", causal=True, q_lengths=(9, 5), kv_lengths=(4, 11)),

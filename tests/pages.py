@@ -18,7 +18,7 @@ import oracle
 from cases import Case, Inputs, make_inputs
 
 import jax_flash
-from jax_flash.validate import MAX_HEAD_DIM
+from jax_flash.checker import MAX_HEAD_DIM
 
 GARBAGE = (-(2**31), 2**31 - 1, -1, 10**6)
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")

@@ -1,10 +1,13 @@
-"""plan() of a described GPU, for test_plan and test_plan_hopper."""
+"""plan() of a described GPU, for test_plan, test_plan_hopper and test_plan_decode."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+
+from jax_flash.spec import AttentionSpec
 
 core = pytest.importorskip("jax_flash._core")
 
@@ -15,9 +18,22 @@ RTX4090 = {"capability": 89, "sm_count": 128, "shared_memory": 101_376}
 HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
+# The sizes of a call by their names in these tests, and the dimensions of csrc/operands.def that have them.
+SIZES = {"batch": "b", "q_rows": "sq", "k_rows": "sk", "heads": "hq", "kv_heads": "hk", "d": "d", "dv": "dv"}
+SIZES |= {"page_size": "ps", "draft_rows": "draft_row"}
+STATIC = {field.name for field in dataclasses.fields(AttentionSpec)} - {"operands"}
+
+
 def plan(pass_: str = "forward", device: dict[str, int] = H100, **options: Any) -> dict[str, Any]:
+    """The plan of a call with these sizes and static options; `operands` are the names of the optional ones."""
     defaults = {"dtype": "bfloat16", "batch": 2, "q_rows": 1000, "k_rows": 1500, "heads": 8, "kv_heads": 2}
-    return core.plan(pass_=pass_, **defaults | {"d": 64, "dv": 64} | device | options)
+    given = defaults | {"d": 64, "dv": 64} | device | options
+    paged, varlen = given.pop("paged", False), given.pop("varlen", False)
+    layout = ("paged_varlen" if varlen else "paged") if paged else "varlen" if varlen else "fixed"
+    sizes = {SIZES[name]: given.pop(name) for name in list(given) if name in SIZES}
+    static = {name: given.pop(name) for name in list(given) if name in STATIC}
+    spec = AttentionSpec(layout, operands=given.pop("operands", ()), **static)
+    return core.plan(pass_=pass_, spec=spec.plain_attributes(), sizes=sizes, **given)
 
 
 def tile(chosen: dict[str, Any]) -> tuple[int, int]:

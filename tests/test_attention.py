@@ -197,7 +197,9 @@ def test_gradient_of_one_bias_per_row_in_16_bit(dtype):
     checks.check(Case("rows", b=1, hq=1, hk=1, dv=64, bias=(12, 1), dtype=dtype), IMPLEMENTATION)
 
 
-@pytest.mark.parametrize("shape", [(), (13,), (12, 1), (4, 1, 13), (2, 1, 1, 13), (1, 4, 12, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(12, 13), (1, 13), (12, 1), (1, 4, 1, 13), (2, 1, 1, 13), (1, 4, 12, 1)], ids=str
+)
 def test_mask_broadcast_over_any_dimensions(shape):
     case = Case("mask", sk=13, mask=shape, dtype=checks.usual_dtype(IMPLEMENTATION))
     checks.check(case, IMPLEMENTATION)

@@ -33,4 +33,13 @@ def test_the_training_guide_runs_in_order():
 
 
 def test_the_guide_to_splitting_attention_runs_in_order():
-    assert run("sequence-parallelism.md")["devices"] >= 1
+    assert run("sharding.md")["devices"] >= 1
+
+
+def test_the_guide_from_another_library_runs_in_order():
+    pytest.importorskip("flax")
+    run("from-another-library.md")
+
+
+def test_the_page_of_troubles_runs():
+    run("trouble.md")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax import ShapeDtypeStruct as Array
@@ -20,7 +19,7 @@ from jax import export
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 import jax_flash
-from jax_flash import validate
+from jax_flash import checker, validate
 
 B, SQ, SK, HQ, HK, D, DV = 2, 5, 7, 4, 2, 8, 16
 
@@ -40,6 +39,14 @@ PACKED = dict(
 )  # fmt: skip
 FULL = "[b hq sq sk] = (2, 4, 5, 7)"
 
+WINDOW_OF_3 = (
+    "; a query and the 2 keys before it (Gemma, Hugging Face, MaxText) are (2, 0), "
+    "a query and the 3 keys before it (flash_attn) are (3, 0)"
+)
+IN_FLOAT32 = "must be within ±2e+38, as float32 needs it, got "
+TRACED = "must be a Python number (it is compiled in), got a traced value"
+TINY = "softcap must be at least 1.2e-38, as float32 needs it, or None or 0 for none, got 1e-40"
+
 BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions with their own name in front
     (dict(query=None), TypeError, "query must be an array, got None"),
     (dict(value="v"), TypeError, "value must be an array, got 'v'"),
@@ -47,7 +54,7 @@ BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions
     (dict(causal="yes"), TypeError, "causal must be True or False, got 'yes'"),
     (dict(deterministic=None), TypeError, "deterministic must be True or False, got None"),
     (dict(return_lse="no"), TypeError, "return_lse must be True or False, got 'no'"),
-    (dict(window=3), TypeError, "window must be None or a pair (left, right), got 3; (3, 0) looks back"),
+    (dict(window=3), TypeError, "window must be None or a pair (left, right), got 3" + WINDOW_OF_3),
     (dict(window=(1, 2, 3)), TypeError, "window must be None or a pair (left, right), got (1, 2, 3)"),
     (dict(window=(1.0, 0)), TypeError, "window's left must be an int ≥ 0 or None, got 1.0"),
     (dict(window=(0, True)), TypeError, "window's right must be an int ≥ 0 or None, got True"),
@@ -57,10 +64,19 @@ BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions
     (dict(scale=True), TypeError, "scale must be a Python number (it is compiled in), got bool"),
     (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
     (dict(scale=float("inf")), ValueError, "scale must be finite, got inf"),
-    (dict(softcap=0), ValueError, "softcap must be positive, or None for none, got 0.0"),
-    (dict(softcap=-2.5), ValueError, "softcap must be positive, or None for none, got -2.5"),
+    (dict(scale=-1e60), ValueError, f"scale {IN_FLOAT32}-1e+60"),
+    (dict(scale=floats()), TypeError, f"scale {TRACED}; multiply query by it and pass scale=1.0"),
+    (dict(softcap=floats()), TypeError, f"softcap {TRACED}"),
+    (dict(softcap=1e60), ValueError, f"softcap {IN_FLOAT32}1e+60"),
+    (dict(softcap=-2.5), ValueError, "softcap must be positive, or None or 0 for none, got -2.5"),
+    (dict(softcap=1e-40), ValueError, TINY),
     (dict(softcap=[3.0]), TypeError, "softcap must be a Python number (it is compiled in), got list"),
     (dict(dropout_rate=1.0), ValueError, "dropout_rate must be in [0, 1), got 1.0"),
+    (
+        dict(dropout_rate=0.99999),
+        ValueError,
+        "dropout_rate must be below 1 when rounded to a multiple of 1/32768, got 0.99999",
+    ),
     (dict(dropout_rate=-0.1), ValueError, "dropout_rate must be in [0, 1), got -0.1"),
     (dict(dropout_rate=0.5), ValueError, "dropout_rate is 0.5, which needs a dropout_key (jax.random.key)"),
     (
@@ -119,6 +135,8 @@ BOTH = [  # (what is wrong, exception, sentence), raised alike by both functions
     ),
 ]
 
+RANK = "mask must have rank 2 [sq sk] or 4 [b hq sq sk], got shape"
+RANK_3 = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
 ONLY_FIXED = [
     (dict(query=floats(SQ, HQ, D)), ValueError, "query must have rank 4 [b sq hq d], got shape (5, 4, 8)"),
     (dict(key=floats(SK, D)), ValueError, "key must have rank 4 [b sk hk d], got shape (7, 8)"),
@@ -200,12 +218,10 @@ ONLY_FIXED = [
         TypeError,
         "mask must be boolean (True = may attend), got float32; use bias for additive",
     ),
-    (dict(mask=Array((6,), bool)), ValueError, f"mask must broadcast to {FULL}, got shape (6,)"),
-    (
-        dict(mask=Array((1, B, HQ, SQ, SK), bool)),
-        ValueError,
-        f"mask must broadcast to {FULL}, got shape (1, 2, 4, 5, 7)",
-    ),
+    (dict(mask=Array((6, SK), bool)), ValueError, f"mask must broadcast to {FULL}, got shape (6, 7)"),
+    (dict(mask=Array((SK,), bool)), ValueError, f"{RANK} (7,)"),
+    (dict(mask=Array((B, SQ, SK), bool)), ValueError, f"{RANK} (2, 5, 7)" + RANK_3),
+    (dict(mask=Array((1, B, HQ, SQ, SK), bool)), ValueError, f"{RANK} (1, 2, 4, 5, 7)"),
     (dict(bias=ints(SQ, SK)), TypeError, "bias must be float16, bfloat16, float32, got int32"),
     (dict(bias=floats(HK, SQ, SK)), ValueError, f"bias must broadcast to {FULL}, got shape (2, 5, 7)"),
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [b hq] = (2, 4), got shape (3, 4)"),
@@ -306,28 +322,25 @@ def test_the_table_starts_from_right_arguments(function, arguments):
     assert lse.shape == (*out.shape[:-3], HQ, SQ)
 
 
-def test_every_raise_of_validate_is_in_the_table():
-    """No message without a test: each `raise` line of validate.py is where some call of this file fails."""
-    tree = ast.parse(inspect.getsource(validate))
-    lines = {line for node in ast.walk(tree) if isinstance(node, ast.Raise) for line in [node.lineno]}
+def test_every_raise_of_the_checks_is_in_the_table():
+    """No message without a test: each `raise` line of these modules is where some call of this file fails."""
     reached = set()
     for function, defaults, wrong, _, _ in TABLE:
         reached |= raising_lines(lambda f=function, a=defaults | wrong: trace(f, a))
     for symbolic in (symbolic_heads, symbolic_head_dim, symbolic_shard):
         reached |= raising_lines(symbolic)
-    missing = {
-        line: inspect.getsource(validate).splitlines()[line - 1].strip() for line in sorted(lines - reached)
-    }
-    assert not missing
+    for module in (checker, validate):
+        source = inspect.getsource(module)
+        lines = {node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)}
+        missing = [source.splitlines()[n - 1] for n in lines if (module.__file__, n) not in reached]
+        assert not missing
 
 
 def raising_lines(call):
     try:
         call()
     except Exception as error:
-        return {
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == validate.__file__
-        }
+        return {(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)}
     return set()
 
 
@@ -360,7 +373,7 @@ def test_symbolic_heads_and_head_dims_are_refused():
 def test_the_largest_head_dim_is_that_of_the_kernels():
     header = Path(__file__).parent.parent / "csrc" / "core" / "spec.h"
     (largest,) = re.findall(r"kMaxHeadDim = (\d+);", header.read_text())
-    assert int(largest) == validate.MAX_HEAD_DIM
+    assert int(largest) == checker.MAX_HEAD_DIM
 
 
 def test_float64_is_refused_except_in_plain_jax():
@@ -375,26 +388,3 @@ def test_float64_is_refused_except_in_plain_jax():
 def test_int64_index_arrays_are_refused_in_x64_mode():
     with jax.enable_x64(True), pytest.raises(TypeError, match="cu_seqlens_q must be int32, got int64"):
         trace(jax_flash.flash_attention_varlen, PACKED | {"cu_seqlens_q": Array((3,), jnp.int64)})
-
-
-def test_traced_numbers_are_refused():
-    with pytest.raises(TypeError, match=r"scale must be a Python number \(it is compiled in\), got .*Tracer"):
-        trace(
-            lambda s: jax_flash.flash_attention(*np.zeros((3, 1, 2, 1, 8), np.float32), scale=s),
-            {"s": floats()},
-        )
-
-
-@pytest.mark.parametrize("function", [jax_flash.flash_attention, jax_flash.flash_attention_varlen])
-def test_options_are_keywords_and_unknown_ones_are_refused(function):
-    x = jnp.zeros((2, 3, 1, 8))
-    with pytest.raises(TypeError, match="positional argument"):
-        function(x, x, x, None, None, True)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_seqlen'"):
-        function(x, x, x, max_seqlen=3)
-
-
-@pytest.mark.parametrize("name", ["mask", "segment_ids", "q_lengths", "bias"])
-def test_fixed_only_arguments_do_not_exist_for_packed_sequences(name):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        jax_flash.flash_attention_varlen(*[jnp.zeros((2, 1, 8))] * 3, jnp.zeros(2, jnp.int32), **{name: None})

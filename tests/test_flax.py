@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax_inputs import B, close, linen, nnx, normal, ours, qkv
 
+import jax_flash
+
 pytestmark = pytest.mark.usefixtures("exact_products")
 
 # Heads, batch dims, bias, mask, dtypes
@@ -93,6 +95,41 @@ def test_biases_of_any_number_type():
         out = ours(q, k, v, bias)
     assert out.dtype == jnp.float32
     close(out, linen.dot_product_attention(q, k, v, bias.astype(np.float32)))
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
+def test_segment_ids_and_sinks_are_those_of_flash_attention(batch):
+    q, k, v = qkv(*batch)
+    sinks = jnp.array([0.5, -1, 2, 0], jnp.float32)
+    q_ids, kv_ids = (jax.random.randint(jax.random.key(n), (*batch, s), 0, 2) for n, s in ((7, 5), (8, 6)))
+    flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
+    ids = q_ids.reshape(-1, 5), kv_ids.reshape(-1, 6)
+    wanted = jax_flash.flash_attention(*flat, align="top_left", causal=True, segment_ids=ids, sinks=sinks)
+    got = ours(q, k, v, is_causal=True, segment_ids=(q_ids, kv_ids), sinks=sinks)
+    np.testing.assert_array_equal(got, wanted.reshape(got.shape))
+
+
+def test_one_array_of_segment_ids_is_that_of_queries_and_keys():
+    q, k, v = qkv(B)
+    ids = np.array([0, 0, 1, 1, 2])
+    mask = ids[:, None] == ids
+    close(ours(q, k[:, :5], v[:, :5], segment_ids=ids), ours(q, k[:, :5], v[:, :5], mask=mask))
+
+
+def test_segment_ids_and_sinks_bound_to_a_layer_train_as_a_mask_does():
+    """Bound with partial; Flax itself passes neither."""
+    ids = jnp.array([[0, 0, 1, 1, 1]])
+    x = normal(9, 1, 5, 32)
+
+    def trained(fn, **call):
+        layer = linen.MultiHeadAttention(4, attention_fn=fn)
+        params = layer.init(jax.random.key(0), x)
+        return jax.value_and_grad(lambda p: (layer.apply(p, x, **call) ** 2).sum())(params)
+
+    got = trained(functools.partial(ours, segment_ids=ids, sinks=jnp.full(4, -jnp.inf)))
+    close(
+        got, trained(linen.dot_product_attention, mask=linen.make_attention_mask(ids, ids, jnp.equal)), 1e-4
+    )
 
 
 def test_fully_masked_queries_are_zero_which_flax_makes_a_mean():
@@ -180,7 +217,7 @@ UNSUPPORTED = {
     "causal": ({"causal": True}, "unknown argument causal; Flax's name is is_causal"),
     "qk einsum": ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum cannot change"),
     "weights einsum": ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum cannot change"),
-    "positions": ({"input_positions": jnp.arange(5)}, "input_positions cannot change"),
+    "positions": ({"input_positions": jnp.arange(5)}, "unknown argument input_positions"),
     "algorithm": (
         {"precision": "TF32_TF32_F32"},
         "precision is 'TF32_TF32_F32'; allowed are None and jax.lax.Precision",
@@ -230,6 +267,25 @@ def test_shapes_that_do_not_fit_raise(name):
     change, message = MISFITS[name]
     with pytest.raises(ValueError, match="^attention_fn: .*" + message):
         ours(*change(*qkv(B)))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (
+            jnp.zeros((B, 6), jnp.int32),
+            r"segment_ids must broadcast to \[batch... q_length\] = \(2, 5\), got",
+        ),
+        (
+            jnp.zeros((B, 5), jnp.int32),
+            r"segment_ids must broadcast to \[batch... kv_length\] = \(2, 6\), got",
+        ),
+        ([np.zeros(5, int)] * 3, r"segment_ids must be one array or a pair \(q_ids, kv_ids\), got 3 items"),
+    ],
+)
+def test_segment_ids_that_do_not_fit_raise(ids, message):
+    with pytest.raises(ValueError, match="^attention_fn: " + message):
+        ours(*qkv(B), segment_ids=ids)
 
 
 def test_the_adapter_imports_without_flax():

@@ -50,10 +50,10 @@ def scores(draw, rows, hq):
 def fixed_cases(draw, dtypes):
     b, (hq, hk), sq, sk = draw(st.integers(1, 3)), draw(HEADS), draw(LENGTH), draw(LENGTH)
 
-    def broadcast():
-        """The shape with any of its dimensions 1, and any number of leading ones left out."""
+    def broadcast(*ranks):
+        """The shape with any of its dimensions 1, and leading ones left out down to one of these ranks."""
         shape = [draw(st.sampled_from([1, size])) for size in (b, hq, sq, sk)]
-        first = draw(st.integers(0, 4))
+        first = 4 - draw(st.sampled_from(ranks))
         assume(all(size == 1 for size in shape[:first]))
         return tuple(shape[first:])
 
@@ -61,8 +61,8 @@ def fixed_cases(draw, dtypes):
     return Case(
         "fuzz", b=b, sq=sq, sk=sk, hq=hq, hk=hk,
         d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
-        mask=broadcast() if draw(st.booleans()) else None,
-        bias=broadcast() if draw(st.booleans()) else None,
+        mask=broadcast(4, 2) if draw(st.booleans()) else None,
+        bias=broadcast(4, 3, 2, 1, 0) if draw(st.booleans()) else None,
         bias_dtype="float32",
         segments=draw(st.sampled_from([0, 0, 1, 4])),
         q_lengths=draw(maybe(lengths)), kv_lengths=draw(maybe(lengths)),

@@ -250,7 +250,7 @@ def test_the_cpu_kernels_refuse_head_dims_past_their_buffers(pass_, dims):
     """The handlers themselves, whatever Python has checked before them."""
     if IMPLEMENTATION != "cpu":
         pytest.skip("CUDA plans each call, and a plan needs a kernel of the head dims (test_plan.py)")
-    sizes = dict(b=1, sq=2, sk=3, hq=2, hk=1, d=dims[0], dv=dims[1])
+    sizes = dict(b=1, sq=2, sk=3, columns=3, hq=2, hk=1, d=dims[0], dv=dims[1])
     spec = AttentionSpec("fixed", operands=("bias",))
     arrays = {
         name: jnp.zeros([sizes[x.strip("*")] for x in spec.dims[name]]) for name in (*pass_.operands, "bias")

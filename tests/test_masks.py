@@ -164,7 +164,7 @@ def test_mask(picture):
 
 
 def test_mask_and_causal_both_hold(picture):
-    mask = jnp.array([True, False, True])
+    mask = jnp.array([[True, False, True]])
     assert picture(mask=mask, causal=True, s_q=3, s_k=3) == ["#..", "#..", "#.#"]
 
 
@@ -174,7 +174,7 @@ def test_mask_of_queries(picture):
 
 
 def test_mask_of_one_head(picture):
-    mask = jnp.array([True, False])[:, None, None]
+    mask = jnp.array([True, False])[None, :, None, None]
     assert picture(mask=mask, heads=2, head=0, s_q=2, s_k=2) == ["##", "##"]
     assert picture(mask=mask, heads=2, head=1, s_q=2, s_k=2) == ["..", ".."]
 

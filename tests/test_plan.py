@@ -11,7 +11,6 @@ import pytest
 from plans import A100, H100, HEAD_DIMS, RTX4090, T4, plan, tile
 
 from jax_flash.__main__ import main
-from jax_flash.operands import operand_bits
 from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
 
@@ -160,9 +159,9 @@ def test_a_block_per_tile_of_the_bias():
 
 def test_options_that_change_scores_take_the_general_kernel():
     assert not plan()["general"]
-    assert not plan(operands=operand_bits(("q_lengths", "kv_lengths", "sinks")))["general"]
+    assert not plan(operands=("q_lengths", "kv_lengths", "sinks"))["general"]
     for name in ("mask", "bias", "alibi_slopes", "dropout", "q_segment_ids"):
-        assert plan(operands=operand_bits((name,)))["general"]
+        assert plan(operands=(name,))["general"]
     assert plan(softcap=3.0)["general"]
     assert plan(scale=-1.0)["general"]
 
@@ -184,8 +183,8 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent"])
 def test_segments_take_an_interval_and_a_flag_for_each_tile_of_a_batch_entry(pass_, deterministic):
     sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
-    without = plan(pass_, operands=operand_bits(("mask",)), **sizes)
-    chosen = plan(pass_, operands=operand_bits(("q_segment_ids", "kv_segment_ids")), **sizes)
+    without = plan(pass_, operands=("mask",), **sizes)
+    chosen = plan(pass_, operands=("q_segment_ids", "kv_segment_ids"), **sizes)
     tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]  # of all heads, 8 and 2
     aligned = sum(-(-12 * n // 256) * 256 for n in tiles)
     assert chosen["workspace"] - without["workspace"] == aligned > 0
@@ -211,7 +210,7 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     for device in (H100, A100, RTX4090):
         chosen = plan(
             pass_, device, varlen=packed, deterministic=deterministic, leading=math.prod(leading), batch=b,
-            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=operand_bits(present),
+            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=present,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
 

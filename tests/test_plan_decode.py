@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import plans
 import pytest
 
-from jax_flash.operands import operand_bits
 from jax_flash.spec import AttentionSpec
 from jax_flash.workspace import workspace_bound
-
-core = pytest.importorskip("jax_flash._core")
 
 H200 = {"capability": 90, "sm_count": 132, "shared_memory": 232_448}
 A10 = {"capability": 86, "sm_count": 72, "shared_memory": 101_376}
@@ -19,7 +17,7 @@ A10 = {"capability": 86, "sm_count": 72, "shared_memory": 101_376}
 
 def plan(device: dict[str, int] = H200, **options: Any) -> dict[str, Any]:
     defaults = {"dtype": "bfloat16", "batch": 64, "q_rows": 1, "k_rows": 8192, "heads": 32, "kv_heads": 8}
-    return core.plan(pass_="forward", **defaults | {"d": 128, "dv": 128, "paged": True} | device | options)
+    return plans.plan("forward", **defaults | {"d": 128, "dv": 128, "paged": True} | device | options)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def test_few_rows_of_a_kv_head_decode(q_rows, heads, block):
         {"dtype": "float32", "float8": True},
         {"float8": True, "d": 72, "dv": 72},
         {"varlen": True},
-        {"operands": operand_bits(("bias",))},
+        {"operands": ("bias",)},
     ],
     ids=str,
 )
@@ -69,8 +67,8 @@ def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q
         {"batch_invariant": True},
         {"page_size": 12},
         {"dtype": "float32"},
-        {"operands": operand_bits(("sinks",))},
-        {"operands": operand_bits(("alibi_slopes",))},
+        {"operands": ("sinks",)},
+        {"operands": ("alibi_slopes",)},
     ],
     ids=str,
 )
@@ -108,7 +106,7 @@ def test_packed_sequences_of_few_rows_decode_beside_the_others():
 
 
 def test_the_draft_mask_says_how_many_tokens_packed_sequences_have():
-    drafts = dict(varlen=True, q_rows=3000, operands=operand_bits(("draft_mask",)))
+    drafts = dict(varlen=True, q_rows=3000, operands=("draft_mask",))
     for tokens, rows in ((1, 8), (3, 16), (8, 32), (16, 64), (17, 8)):  # of four heads; 17 take the forward
         assert plan(**drafts, draft_rows=tokens)["decode"]["packed_rows"] == rows
     chosen = plan(**drafts, draft_rows=4)
@@ -118,7 +116,7 @@ def test_the_draft_mask_says_how_many_tokens_packed_sequences_have():
 
 @pytest.mark.parametrize(("q_rows", "name"), [(4, "decode"), (8, "decode"), (16, "forward")])
 def test_a_draft_mask_changes_neither_the_row_nor_the_grid(q_rows, name):
-    with_mask = plan(q_rows=q_rows, operands=operand_bits(("draft_mask",)), draft_rows=q_rows)
+    with_mask = plan(q_rows=q_rows, operands=("draft_mask",), draft_rows=q_rows)
     without = plan(q_rows=q_rows, right=0)
     assert with_mask["row"] == without["row"]
     assert with_mask["row"]["pass"] == name
@@ -153,7 +151,7 @@ def test_a_wave_of_blocks_or_a_few():
         (2, {"batch": 8, "k_rows": 1024}),
         (2, {"batch": 8, "k_rows": 65_536, "paged": False}),
         (1, {"k_rows": 1024}),
-        (1, {"left": 127, "right": 0, "d": 64, "dv": 64, "heads": 64, "operands": operand_bits(("sinks",))}),
+        (1, {"left": 127, "right": 0, "d": 64, "dv": 64, "heads": 64, "operands": ("sinks",)}),
         (1, {"left": 1023, "right": 0}),
         (1, {"batch": 1024, "k_rows": 512}),
         (1, {"batch": 128, "heads": 64, "k_rows": 4096, "paged": False}),
@@ -176,7 +174,7 @@ def test_short_sequences_and_equal_ones_decode_in_clusters(size, call):
         {"batch": 1, "k_rows": 131_072},
         {"batch": 24, "heads": 24, "kv_heads": 24},  # 2.2 waves
         {"softcap": 30.0},
-        {"operands": operand_bits(("alibi_slopes",))},
+        {"operands": ("alibi_slopes",)},
         {"paged": True, "batch_invariant": True},
         {"paged": True, "num_splits": 2},
         {"paged": True, "float8": True},
@@ -217,7 +215,7 @@ def test_batch_invariant_kernels_are_the_same_whatever_the_batch_and_the_tables(
     "options",
     [
         {"batch": 8, "k_rows": 4096},
-        {"batch": 8, "k_rows": 4096, "paged": False, "operands": operand_bits(("kv_lengths",))},
+        {"batch": 8, "k_rows": 4096, "paged": False, "operands": ("kv_lengths",)},
         {"batch": 16, "k_rows": 8192},
         {"d": 256, "dv": 256, "heads": 8, "kv_heads": 1},
         {"d": 64, "dv": 64, "batch": 16},
@@ -280,7 +278,7 @@ def test_the_workspace_stays_within_its_bound(seed):
         chosen = plan(
             device, leading=leading, batch=b, q_rows=sq, k_rows=entries * size, heads=group * hk, kv_heads=hk,
             d=d, dv=d, num_splits=splits, batch_invariant=invariant, paged=paged, varlen=packed,
-            operands=operand_bits(names), draft_rows=draft,
+            operands=names, draft_rows=draft,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"]
         assert chosen["workspace_bound"] == workspace_bound("forward", spec, shapes)

@@ -8,11 +8,11 @@ import pytest
 from cases import CASES, make_inputs, spec
 from plans import A100, H100, HEAD_DIMS, plan, tile
 
-from jax_flash.operands import operand_bits, padded_head_dim
+from jax_flash.operands import padded_head_dim
 
-SEGMENTS = operand_bits(("q_segment_ids", "kv_segment_ids"))
-BIAS: dict[str, Any] = {"operands": operand_bits(("bias",)), "bias_in_chunks": True}
-MASK: dict[str, Any] = {"operands": operand_bits(("mask",)), "mask_in_chunks": True}
+SEGMENTS = ("q_segment_ids", "kv_segment_ids")
+BIAS: dict[str, Any] = {"operands": ("bias",), "bias_in_chunks": True}
+MASK: dict[str, Any] = {"operands": ("mask",), "mask_in_chunks": True}
 
 
 def arch(**options: Any) -> str:
@@ -23,7 +23,7 @@ def test_hopper_has_a_forward_of_its_own():
     for d, dv in HEAD_DIMS:
         assert arch(d=d, dv=dv) == arch(d=d, dv=dv, dtype="float16", varlen=True, leading=3) == "sm90"
         for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids"):
-            assert arch(d=d, dv=dv, operands=operand_bits((name,))) == "sm90"
+            assert arch(d=d, dv=dv, operands=(name,)) == "sm90"
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
 
 
@@ -32,7 +32,7 @@ def test_hopper_has_a_backward():
         for options in ({}, {"right": 0}, {"left": 100, "right": 5}, {"varlen": True, "leading": 3}):
             assert arch(pass_="backward", d=d, dv=d, dtype="float16", **options) == "sm90"
         for name in ("sinks", "kv_lengths", "position"):
-            assert arch(pass_="backward", d=d, dv=d, operands=operand_bits((name,))) == "sm90"
+            assert arch(pass_="backward", d=d, dv=d, operands=(name,)) == "sm90"
     assert tile(plan("backward")) == (128, 128)
     for d, dv in ((128, 128), (64, 128), (192, 128), (192, 192), (256, 256)):
         assert tile(plan("backward", d=d, dv=dv)) == (64, 128)
@@ -55,20 +55,20 @@ def test_two_ctas_share_each_key_tile_of_large_head_dims():
     [
         ("plain", {}),
         ("softcap", {"softcap": 3.0}),
-        ("alibi", {"operands": operand_bits(("alibi_slopes",))}),
-        ("dropout", {"operands": operand_bits(("dropout",))}),
+        ("alibi", {"operands": ("alibi_slopes",)}),
+        ("dropout", {"operands": ("dropout",)}),
         ("segments", {"operands": SEGMENTS}),
         ("bias", BIAS),
         ("mask", MASK),
-        ("general", {"operands": operand_bits(("alibi_slopes", "dropout"))}),
+        ("general", {"operands": ("alibi_slopes", "dropout")}),
         ("general", {"operands": SEGMENTS, "softcap": 3.0}),
-        ("general", BIAS | MASK | {"operands": operand_bits(("bias", "mask"))}),
-        ("general", MASK | {"operands": operand_bits(("mask", "dropout"))}),
+        ("general", BIAS | MASK | {"operands": ("bias", "mask")}),
+        ("general", MASK | {"operands": ("mask", "dropout")}),
         ("general", {"scale": -1.0}),
     ],
 )
 def test_hoppers_backward_has_kernels_for_options(d, kind, options):
-    staged = options.get("operands", 0) & operand_bits(("bias", "mask"))
+    staged = {"bias", "mask"} & set(options.get("operands", ()))
     if d > 128 and kind == "general" and staged:  # the clusters' kernels take one of them alone
         assert arch(pass_="backward", d=d, dv=d, **options) == "sm80"
         return
@@ -84,7 +84,7 @@ def test_hoppers_backward_has_kernels_for_options(d, kind, options):
     [
         BIAS | {"bias_in_chunks": False},
         MASK | {"mask_in_chunks": False},
-        BIAS | {"operands": operand_bits(("bias", "mask"))},
+        BIAS | {"operands": ("bias", "mask")},
         {"dtype": "float32"},
         {"q_rows": 0},
         {"device": A100},
@@ -112,8 +112,8 @@ def test_the_gradient_of_a_bias_for_queries_and_keys_runs_on_hopper(d):
         assert row(bias) == row(bias, leading=6, leading_rank=2) == row(bias, right=0) == "sm90 bias"
         assert row(bias, bias_in_chunks=False) == "sm80 general"
         for also in ("dropout", "q_segment_ids", "alibi_slopes"):
-            assert row(bias, operands=operand_bits(("bias", also))) == f"{with_others} general"
-        both = operand_bits(("bias", "mask"))
+            assert row(bias, operands=("bias", also)) == f"{with_others} general"
+        both = ("bias", "mask")
         assert row(bias, operands=both) == "sm80 general"
         assert row(bias, operands=both, mask_in_chunks=True) == f"{with_others} general"
     assert row((1, 8, 1, 1500)) == row((1, 8, 1000, 1)) == "sm80 general"  # sums over queries or keys
@@ -186,8 +186,8 @@ def test_hopper_has_teams_where_large_tiles_leave_more_of_the_last_round_idle():
     assert not teams(768, 4)  # 384, or 256
     assert teams(1024, 10)  # 8 rounds of large tiles
     assert not teams(1024, 12)  # 9
-    assert not teams(512, 8, operands=operand_bits(("kv_lengths",)))  # tiles are not as long as each other
-    assert teams(1024, 2, operands=operand_bits(("kv_lengths",)))  # but all have a team at once
+    assert not teams(512, 8, operands=("kv_lengths",))  # tiles are not as long as each other
+    assert teams(1024, 2, operands=("kv_lengths",))  # but all have a team at once
     assert teams(2048, 1, right=0)
     assert not teams(2048, 2, right=0)
     assert not teams(8192, 8, varlen=True)
@@ -235,7 +235,7 @@ def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
             varlen=packed, batch=len(case.q_sequences) if packed else case.b, q_rows=query.shape[-3],
             k_rows=key.shape[-3], heads=case.hq, kv_heads=case.hk, d=padded_head_dim(case.d),
             dv=padded_head_dim(case.dv), left=of_case.left, right=of_case.right, softcap=of_case.softcap,
-            operands=operand_bits(of_case.operands),
+            operands=of_case.operands,
         )  # fmt: skip
         if "sm90 forward dense plain" in chosen["text"]:
             of = chosen["row"]["d"], *tile(chosen)
@@ -261,7 +261,7 @@ def test_hoppers_blocks_work_in_pairs_where_all_rows_see_many_keys():
     assert not pairs(2048, 2048)
     assert not pairs(8192, 8192, left=4096, right=4096)
     assert not pairs(8192, 8192, left=8192, right=0)
-    assert not pairs(8192, 8192, operands=operand_bits(("kv_lengths",)))
+    assert not pairs(8192, 8192, operands=("kv_lengths",))
     assert not pairs(8192, 8192, d=128)  # have no such kernel
     assert not pairs(8192, 8192, d=192)
     assert not pairs(8192, 8192, softcap=3.0)
@@ -288,11 +288,11 @@ def test_hopper_copies_pages_by_groups_of_eight_rows():
 def test_three_consumers_have_registers_for_one_option_of_the_score():
     assert tile(plan(d=64, dv=64, batch=64))[0] == 192  # rounds of tiles are many
     for names in (("alibi_slopes",), ("q_segment_ids", "kv_segment_ids"), ("dropout",)):
-        assert tile(plan(d=64, dv=64, operands=operand_bits(names)))[0] == 192
+        assert tile(plan(d=64, dv=64, operands=names))[0] == 192
     assert tile(plan(d=64, dv=64, softcap=3.0))[0] == 192
-    assert tile(plan(d=64, dv=64, softcap=3.0, operands=operand_bits(("alibi_slopes",))))[0] == 128
-    assert tile(plan(d=64, dv=64, operands=operand_bits(("alibi_slopes", "dropout"))))[0] == 128
-    assert tile(plan(d=64, dv=64, operands=operand_bits(("mask",))))[0] == 128
+    assert tile(plan(d=64, dv=64, softcap=3.0, operands=("alibi_slopes",)))[0] == 128
+    assert tile(plan(d=64, dv=64, operands=("alibi_slopes", "dropout")))[0] == 128
+    assert tile(plan(d=64, dv=64, operands=("mask",)))[0] == 128
     assert tile(plan(d=64, dv=64, scale=-1.0))[0] == 128
 
 
@@ -300,13 +300,13 @@ def test_three_consumers_have_registers_for_one_option_of_the_score():
     ("options", "kernel"),
     [
         ({}, "plain"),
-        ({"operands": operand_bits(("alibi_slopes",))}, "alibi"),
-        ({"operands": operand_bits(("q_segment_ids", "kv_segment_ids"))}, "segments"),
-        ({"operands": operand_bits(("dropout",))}, "dropout"),
+        ({"operands": ("alibi_slopes",)}, "alibi"),
+        ({"operands": ("q_segment_ids", "kv_segment_ids")}, "segments"),
+        ({"operands": ("dropout",)}, "dropout"),
         ({"softcap": 30.0}, "softcap"),
         ({"softcap": 1e4}, "general"),  # its powers of e are not float32's
-        ({"softcap": 30.0, "operands": operand_bits(("dropout",))}, "general"),
-        ({"operands": operand_bits(("mask",))}, "general"),
+        ({"softcap": 30.0, "operands": ("dropout",)}, "general"),
+        ({"operands": ("mask",)}, "general"),
     ],
 )
 def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kernel):
@@ -317,8 +317,8 @@ def test_one_option_of_the_score_has_a_kernel_of_its_own_on_hopper(options, kern
 
 def test_what_segments_leave_to_query_tiles_is_found_before_the_forward_runs():
     sizes = {"d": 128, "dv": 128, "batch": 3, "leading": 5}
-    segments = plan(**sizes, operands=operand_bits(("q_segment_ids", "kv_segment_ids")))
-    without = plan(**sizes, operands=operand_bits(("mask",)))
+    segments = plan(**sizes, operands=("q_segment_ids", "kv_segment_ids"))
+    without = plan(**sizes, operands=("mask",))
     tiles = segments["queries"]["blocks"] // 8  # of all heads
     assert segments["queries"]["block"] == 128
     both = tiles + 2 * tiles  # for each consumer's 64 rows too

@@ -45,9 +45,9 @@ def test_the_cuda_12_wheel_asks_for_the_runtime_it_was_linked_with():
     ]
 
 
-def test_the_first_page_names_the_architectures_of_the_wheels():
+def test_the_page_on_installing_names_the_architectures_of_the_wheels():
     (sentence,) = re.findall(
-        r"The CUDA wheels hold\s+machine code for ([^;]*);", (ROOT / "README.md").read_text()
+        r"The CUDA wheels hold\s+machine code for ([^;]*);", (ROOT / "docs" / "install.md").read_text()
     )
     named = re.sub(r"\([^)]*\)", "", sentence)  # what runs another's machine code stands in parentheses
     assert re.findall(r"sm_(\d+)", named) == [re.match(r"\d+", arch)[0] for arch in RELEASE["archs"]]

@@ -20,6 +20,7 @@ from jax_flash import (
     flash_attention_varlen,
     merge_attention,
     paged_attention,
+    ring_attention,
 )
 from jax_flash.compat.flash_attn import (
     flash_attn_func,
@@ -30,6 +31,7 @@ from jax_flash.compat.flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from jax_flash.options import FixedOptions
 
 q = k = v = jnp.ones((2, 8, 4, 64))
 packed = jnp.ones((16, 4, 64))
@@ -77,6 +79,9 @@ append_kv(h, h, h, h, [[0], [1]], 3, rotary=(np.ones((9, 32)), np.ones((9, 32)))
 
 # Options are checked by name and by value.
 flash_attention(q, k, v, window=(128, 0), align="top_left", implementation="xla", scale=1, softcap=30)
+flash_attention(q, k, v, scale=np.float32(2), softcap=jnp.float32(30), dropout_rate=np.array(0.1))
+dot_product_attention(q, k, v, scale=jnp.float32(2))
+flash_attn_func(q, k, v, softmax_scale=np.float32(2), softcap=np.int32(30))
 flash_attention(q, k, v, align="bottom")  # type: ignore[call-overload]
 flash_attention(q, k, v, implementation="cudnn")  # type: ignore[call-overload]
 flash_attention(q, k, v, return_lse="no")  # type: ignore[call-overload]
@@ -88,6 +93,28 @@ paged_attention(q, pool, pool, tables, lengths, page_layout="dhn")  # type: igno
 append_kv(pool, pool, k, v, tables, lengths, page_layout="dhn")  # type: ignore[call-overload]
 append_kv(pool, pool, k, v, tables, lengths, scale="by page")  # type: ignore[call-overload]
 dot_product_attention(q, k, v, causal=True)  # type: ignore[call-overload]
+
+# Options from a dict: a TypedDict is checked, of other dicts mypy knows one type for all values.
+of_one_type, of_several = {"causal": True}, {"causal": True, "window": (128, 0), "scale": 0.5}
+of_any_type: dict[str, Any] = {"return_lse": True}
+typed: FixedOptions = {"causal": True, "window": (128, 0)}
+assert_type(flash_attention(q, k, v, **of_one_type), Any)
+assert_type(flash_attention(q, k, v, deterministic=True, **of_several), Any)
+assert_type(flash_attention(q, k, v, **of_any_type), Any)
+assert_type(flash_attention(q, k, v, **typed), Array)
+assert_type(flash_attention(q, k, v, return_lse=True, **typed), tuple[Array, Array])
+flash_attention_varlen(packed, packed, packed, lengths, **of_several)
+ring_attention(q, k, v, axis_name="sequence", **of_several)
+paged_attention(q, pool, pool, tables, lengths, **of_several)
+append_kv(pool, pool, k, v, tables, lengths, **{"interleaved": True})
+dot_product_attention(q, k, v, **{"is_causal": True, "local_window_size": (3, 0)})
+flash_attn_func(q, k, v, **of_one_type)
+flash_attn_varlen_func(packed, packed, packed, lengths, lengths, 7, 7, **of_one_type)
+flash_attn_qkvpacked_func(packed, **of_one_type)
+flash_attn_kvpacked_func(q, h, **of_one_type)
+flash_attn_varlen_qkvpacked_func(packed, [0, 16], 16, **of_one_type)
+flash_attn_varlen_kvpacked_func(packed, packed, [0, 16], [0, 16], 16, 16, **of_one_type)
+flash_attn_with_kvcache(q, k, v, **of_one_type)
 
 # flash_attn's functions.
 assert_type(flash_attn_func(q, k, v, causal=True), Array)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,14 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 EMULATOR = ROOT / "tests" / "kernels" / "emulator"
 EMULATED = ROOT / "build" / "emulated" / "libjax_flash_cuda.so"
-HANDLERS = {
-    "forward": "JaxFlashForwardCuda",
-    "backward": "JaxFlashBackwardCuda",
-    "bias_gradient": "JaxFlashBiasGradientCuda",
-    "tangent": "JaxFlashTangentCuda",
-    "append": "JaxFlashAppendCuda",
-    "append_dynamic": "JaxFlashAppendDynamicCuda",
-}
+PASSES = re.findall(r"JF_(?:APPEND_)?PASS\((\w+), *(\w+),", (ROOT / "csrc" / "results.def").read_text())
+HANDLERS = {name: f"JaxFlash{id_}Cuda" for id_, name in PASSES}
 
 
 class BuildError(Exception):

@@ -1,5 +1,4 @@
-// The static options of one attention call and its optional operands. Mirrors jax_flash/spec.py and
-// operands.py.
+// The static options of one attention call and its optional operands. Mirrors jax_flash/spec.py.
 #pragma once
 
 #include <cstdint>
@@ -28,28 +27,18 @@ enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDec
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
 enum class Operand : int32_t {
-  kCuSeqlensQ = 0,
-  kCuSeqlensK,
-  kQLengths,
-  kKvLengths,
-  kQSegmentIds,
-  kKvSegmentIds,
-  kMask,
-  kBias,
-  kAlibiSlopes,
-  kSinks,
-  kDropout,
-  kBlockTables,
-  kKScale,
-  kVScale,
-  kPosition,
-  kTbias,  // of the tangent pass alone
-  kDraftMask,
+#define JF_OPTIONAL(id, ...) k##id,
+#define JF_OPTIONAL_TANGENT(id, ...) k##id,
+#include "../operands.def"
   kCount,
 };
 
 // Optional operands of append_kv in call order, bits of AppendSpec::operands.
-enum class AppendOperand : int32_t { kCuSeqlens = 0, kCos, kSin, kKScale, kVScale, kCount };
+enum class AppendOperand : int32_t {
+#define JF_APPEND_OPTIONAL(id, ...) k##id,
+#include "../operands.def"
+  kCount,
+};
 
 inline constexpr int32_t kUnlimited = -1;
 

@@ -154,11 +154,11 @@ static void append(const AppendProblem& p, int64_t leading, int32_t head, int32_
   const int32_t* cu = p.packed()
                           ? p.cu_seqlens.as<const int32_t>() + p.cu_seqlens.leading_offset(p.leading, leading)
                           : nullptr;
-  int32_t start = cu ? clamp_index(cu[0], p.rows) : 0;
+  int32_t start = cu ? clamp_index(cu[0], p.q_rows) : 0;
   for (int32_t z = 0; z < p.batch; ++z) {
-    int32_t count = p.rows;
+    int32_t count = p.q_rows;
     if (cu) {
-      const int32_t end = max(start, clamp_index(cu[(z + 1) * p.cu_seqlens.batch], p.rows));
+      const int32_t end = max(start, clamp_index(cu[(z + 1) * p.cu_seqlens.batch], p.q_rows));
       count = end - start;
     }
     const int32_t length = length_at(p.kv_lengths, lengths, z, capacity);

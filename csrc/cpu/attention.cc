@@ -382,7 +382,7 @@ void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
 }
 
 void cpu_append(const AppendProblem& p, const ThreadPool& pool) {
-  const double copied = double(p.leading.count()) * p.kv_heads * p.rows * (p.packed() ? 1 : p.batch) *
+  const double copied = double(p.leading.count()) * p.kv_heads * p.q_rows * (p.packed() ? 1 : p.batch) *
                         (p.head_dim + p.value_dim);
   // How heads are grouped into items does not change what is written.
   const int64_t workers = workers_for(copied * kCostOfCopying);

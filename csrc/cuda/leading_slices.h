@@ -5,13 +5,9 @@
 
 #include <cstdint>
 
-#include "core/problem.h"
+#include "core/schema.h"
 
 namespace jax_flash {
-
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::kF32 ? 4 : dtype == DType::kF16 || dtype == DType::kBF16 ? 2 : 1;
-}
 
 // How many slices a call has: all leading dimensions but the last.
 inline int64_t leading_slices(const Problem& p) {
@@ -20,33 +16,20 @@ inline int64_t leading_slices(const Problem& p) {
 
 // Slice `index`: the entries of the last leading dimension.
 inline Problem leading_slice(const Problem& p, int64_t index) {
-  const int64_t activation = element_bytes(p.dtype), key = element_bytes(p.kv_dtype),
-                bias = element_bytes(p.bias_dtype);
-  using Member = View Problem::*;
-  const struct {
-    Member view;
-    int64_t bytes;
-  } views[] = {
-      {&Problem::query, activation},  {&Problem::out, activation}, {&Problem::dout, activation},
-      {&Problem::dquery, activation}, {&Problem::key, key},        {&Problem::value, key},
-      {&Problem::dkey, key},          {&Problem::dvalue, key},     {&Problem::bias, bias},
-      {&Problem::dbias, bias},        {&Problem::mask, 1},         {&Problem::lse, 4},
-      {&Problem::delta, 4},           {&Problem::cu_seqlens_q, 4}, {&Problem::cu_seqlens_k, 4},
-      {&Problem::q_lengths, 4},       {&Problem::kv_lengths, 4},   {&Problem::q_segment_ids, 4},
-      {&Problem::kv_segment_ids, 4},  {&Problem::alibi_slopes, 4}, {&Problem::sinks, 4},
-      {&Problem::dropout, 4},         {&Problem::block_tables, 4}, {&Problem::k_scale, 4},
-      {&Problem::v_scale, 4},         {&Problem::position, 4},
-  };
   const int last = p.leading.rank - 1;
   Leading others = p.leading;
   others.rank = last;
   Problem slice = p;
   slice.leading = {1, {p.leading.size[last]}};
-  for (const auto& [member, bytes] : views) {
-    View& view = slice.*member;
+  const auto cut = [&](const schema::Array& array) {
+    if (!array.view) return;  // of the tangent pass, which has no tensor maps
+    View& view = slice.*array.view;
+    const int64_t bytes = element_bytes(p, array.element);
     if (view) view.data = view.as<uint8_t>() + view.leading_offset(others, index) * bytes;
     view.leading[0] = view.leading[last];
-  }
+  };
+  for (const schema::Array& array : schema::kOwn) cut(array);
+  for (const schema::Array& array : schema::kLike) cut(array);
   return slice;
 }
 

@@ -14,7 +14,7 @@
 
 namespace jax_flash {
 
-// `tangents`: of the tangent pass; null for every other.
+// `tangents`: filled for the tangent pass alone.
 using Launch = cudaError_t(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,
                            void* workspace, cudaStream_t stream);
 

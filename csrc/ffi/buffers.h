@@ -2,55 +2,24 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <limits>
 #include <string>
 #include <vector>
 
-#include "../core/views.h"
+#include "../core/schema.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_flash {
 
 namespace ffi = ::xla::ffi;
 
-// The sizes that the dimensions of a table have to agree on.
-enum class Size : int32_t {
-  kBatch,
-  kHeads,
-  kKvHeads,
-  kQRows,
-  kKRows,
-  kHeadDim,
-  kValueDim,
-  kStarts,
-  kDropout,
-  kPosition,
-  kPages,
-  kPageSize,
-  kTable,
-  kPositions,
-  kRotated,
-  kDraftRows,
-  kCount
-};
-
-struct Axis {
-  Size size;
-  int64_t View::* stride;
-  bool may_be_one = false;
-};
-
-// The first three have each one dtype in a call, which the first operand of the kind decides.
-enum class Element { kActivation, kBias, kPool, kFloat32, kInt32, kUInt32, kBool };
-
-// A row of an operand table.
-struct OperandRow {
-  const char* name;
+// One buffer of a call: where its view goes, and what its row of the table says of it.
+struct Buffer {
   View* view;
+  const char* name;
   Element element;
-  std::vector<Axis> axes;
+  schema::Dims dims;
 };
 
 inline ffi::Error operand_error(const std::string& message) {
@@ -65,10 +34,8 @@ inline std::string shape_text(ffi::AnyBuffer::Dimensions dims) {
 
 class BufferDecoder {
  public:
-  BufferDecoder() { sizes_.fill(-1); }
-
   // Fills the views. Results past those of the table (a workspace) are left to the caller.
-  ffi::Error decode(const std::vector<OperandRow>& inputs, const std::vector<OperandRow>& outputs,
+  ffi::Error decode(const std::vector<Buffer>& inputs, const std::vector<Buffer>& outputs,
                     ffi::RemainingArgs args, ffi::RemainingRets rets, Leading& leading) {
     if (args.size() != inputs.size() || rets.size() < outputs.size()) {
       return operand_error("the call has " + std::to_string(args.size()) + " operands and " +
@@ -77,7 +44,7 @@ class BufferDecoder {
     }
     auto full = rets.get<ffi::AnyBuffer>(0);
     if (!full) return full.error();
-    const size_t inner = outputs[0].axes.size();
+    const size_t inner = outputs[0].dims.rank;
     const auto dims = (*full)->dimensions();
     if (dims.size() < inner)
       return operand_error(std::string(outputs[0].name) + " has rank " + std::to_string(dims.size()));
@@ -95,20 +62,18 @@ class BufferDecoder {
     return merge_leading(leading);
   }
 
-  void set(Size size, int64_t n) { sizes_[static_cast<int>(size)] = n; }
+  void set_value_dim(int64_t n) { decide(&Sizes<int64_t>::value_dim, n); }
 
   // 0 where no operand has the dimension.
-  int32_t size(Size size) const {
-    return static_cast<int32_t>(std::max<int64_t>(sizes_[static_cast<int>(size)], 0));
-  }
+  Sizes<int32_t> sizes() const { return sizes_.as<int32_t>(); }
 
   // kF16 where the call has no such operand.
   DType dtype(Element element) const { return dtypes_[static_cast<int>(element)]; }
 
  private:
-  ffi::Error read(const OperandRow& row, ffi::AnyBuffer buffer, bool result) {
+  ffi::Error read(const Buffer& row, ffi::AnyBuffer buffer, bool result) {
     const auto dims = buffer.dimensions();
-    const size_t rank = leading_.size() + row.axes.size();
+    const size_t rank = leading_.size() + row.dims.rank;
     const auto error = [&](const std::string& what) { return operand_error(row.name + what); };
     if (dims.size() != rank) {
       return error(" has shape " + shape_text(dims) + ", its rank must be " + std::to_string(rank));
@@ -119,8 +84,8 @@ class BufferDecoder {
     View& view = *row.view;
     view.data = buffer.untyped_data();
     int64_t stride = 1;
-    for (size_t i = row.axes.size(); i-- > 0;) {
-      const Axis& axis = row.axes[i];
+    for (size_t i = row.dims.rank; i-- > 0;) {
+      const schema::Axis& axis = row.dims.axes[i];
       const int64_t n = dims[leading_.size() + i];
       if (!agree(axis, n)) return error(" has shape " + shape_text(dims) + ", unlike the others");
       view.*axis.stride = axis.may_be_one && n == 1 ? 0 : stride;
@@ -139,17 +104,19 @@ class BufferDecoder {
   }
 
   // The first operand to name a size decides it.
-  bool agree(const Axis& axis, int64_t n) {
+  bool agree(const schema::Axis& axis, int64_t n) {
     if (axis.may_be_one && n == 1) return true;
-    if (n > std::numeric_limits<int32_t>::max()) return false;
-    if (axis.size == Size::kStarts && (n < 1 || !decide(Size::kBatch, n - 1))) return false;
-    return decide(axis.size, n);
+    if (!axis.size) return n == axis.more;
+    return axis.more <= n && n <= std::numeric_limits<int32_t>::max() && decide(axis.size, n - axis.more);
   }
 
-  bool decide(Size which, int64_t n) {
-    int64_t& size = sizes_[static_cast<int>(which)];
-    if (size < 0) size = n;
-    return size == n;
+  bool decide(int64_t Sizes<int64_t>::* size, int64_t n) {
+    const bool is_new = std::find(decided_.begin(), decided_.end(), size) == decided_.end();
+    if (is_new) {
+      decided_.push_back(size);
+      sizes_.*size = n;
+    }
+    return sizes_.*size == n;
   }
 
   bool check_element(Element element, ffi::DataType type) {
@@ -160,7 +127,7 @@ class BufferDecoder {
         return type == ffi::S32;
       case Element::kUInt32:
         return type == ffi::U32;
-      case Element::kBool:
+      case Element::kBoolean:
         return type == ffi::PRED;
       default:
         break;
@@ -220,7 +187,8 @@ class BufferDecoder {
     return ffi::Error::Success();
   }
 
-  std::array<int64_t, static_cast<size_t>(Size::kCount)> sizes_;
+  Sizes<int64_t> sizes_;
+  std::vector<int64_t Sizes<int64_t>::*> decided_;
   DType dtypes_[3] = {};
   bool known_[3] = {};
   std::vector<int64_t> leading_;

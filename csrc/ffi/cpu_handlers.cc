@@ -14,8 +14,6 @@
 namespace jax_flash {
 namespace {
 
-using Compute = void (*)(const Problem&, const ThreadPool&);
-
 struct HeadDims {
   int32_t key, value;
 
@@ -49,25 +47,22 @@ void prefer_large_results(ffi::RemainingRets rets) {
   }
 }
 
-template <Pass pass, Compute compute>
+template <Pass pass, auto compute>
 ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
                   ffi::RemainingRets rets) {
   Problem problem;
-  if (ffi::Error error = decode_operands(pass, spec, args, rets, problem); error.failure()) return error;
+  Tangents tangents;
+  if (ffi::Error e = decode_operands(pass, spec, args, rets, problem, tangents); e.failure()) return e;
   prefer_large_results(rets);
   return guarded(threads, {problem.head_dim, problem.value_dim},
-                 spec.value_dim > 0 ? kLargestLatent : kLargest,
-                 [&](const ThreadPool& pool) { compute(problem, pool); });
-}
-
-ffi::Error handle_tangent(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArgs args,
-                          ffi::RemainingRets rets) {
-  Problem problem;
-  Tangents tangents;
-  if (ffi::Error e = decode_tangents(spec, args, rets, problem, tangents); e.failure()) return e;
-  prefer_large_results(rets);
-  return guarded(threads, {problem.head_dim, problem.value_dim}, kLargest,
-                 [&](const ThreadPool& pool) { cpu_tangent(problem, tangents, pool); });
+                 pass == Pass::kForward && spec.value_dim > 0 ? kLargestLatent : kLargest,
+                 [&](const ThreadPool& pool) {
+                   if constexpr (pass == Pass::kTangent) {
+                     compute(problem, tangents, pool);
+                   } else {
+                     compute(problem, pool);
+                   }
+                 });
 }
 
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
@@ -76,7 +71,7 @@ ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::Remainin
                          ffi::RemainingRets rets) {
   AppendProblem problem;
   if (ffi::Error error = decode_append(spec, dynamic, args, rets, problem); error.failure()) return error;
-  for (size_t i = 0; i < overwritten(dynamic); ++i) {
+  for (int32_t i = 0; i < overwritten(dynamic); ++i) {
     const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
     if (ffi::Error error = same_bytes(before, after); error.failure()) return error;
     if (before.untyped_data() != after.untyped_data()) {
@@ -95,19 +90,12 @@ auto binding() {
 }  // namespace
 }  // namespace jax_flash
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashForwardCpu,
-                              (jax_flash::handle<jax_flash::Pass::kForward, jax_flash::cpu_forward>),
-                              jax_flash::binding<jax_flash::AttentionSpec>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashBackwardCpu,
-                              (jax_flash::handle<jax_flash::Pass::kBackward, jax_flash::cpu_backward>),
-                              jax_flash::binding<jax_flash::AttentionSpec>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxFlashBiasGradientCpu,
-    (jax_flash::handle<jax_flash::Pass::kBiasGradient, jax_flash::cpu_bias_gradient>),
-    jax_flash::binding<jax_flash::AttentionSpec>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashTangentCpu, jax_flash::handle_tangent,
-                              jax_flash::binding<jax_flash::AttentionSpec>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendCpu, jax_flash::handle_append<false>,
-                              jax_flash::binding<jax_flash::AppendSpec>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlashAppendDynamicCpu, jax_flash::handle_append<true>,
-                              jax_flash::binding<jax_flash::AppendSpec>());
+#define JF_PASS(id, name, ...)                                                                      \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlash##id##Cpu,                                                  \
+                                (jax_flash::handle<jax_flash::Pass::k##id, jax_flash::cpu_##name>), \
+                                jax_flash::binding<jax_flash::AttentionSpec>());
+#define JF_APPEND_PASS(id, name, ...)                                                                        \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxFlash##id##Cpu,                                                           \
+                                jax_flash::handle_append<jax_flash::keeps_scales(jax_flash::schema::k##id)>, \
+                                jax_flash::binding<jax_flash::AppendSpec>());
+#include "../results.def"

@@ -4,10 +4,7 @@
 #include "xla/ffi/api/c_api.h"
 
 extern "C" {
-XLA_FFI_Error* JaxFlashForwardCpu(XLA_FFI_CallFrame* frame);
-XLA_FFI_Error* JaxFlashBackwardCpu(XLA_FFI_CallFrame* frame);
-XLA_FFI_Error* JaxFlashBiasGradientCpu(XLA_FFI_CallFrame* frame);
-XLA_FFI_Error* JaxFlashTangentCpu(XLA_FFI_CallFrame* frame);
-XLA_FFI_Error* JaxFlashAppendCpu(XLA_FFI_CallFrame* frame);
-XLA_FFI_Error* JaxFlashAppendDynamicCpu(XLA_FFI_CallFrame* frame);
+#define JF_PASS(id, ...) XLA_FFI_Error* JaxFlash##id##Cpu(XLA_FFI_CallFrame* frame);
+#define JF_APPEND_PASS(id, ...) XLA_FFI_Error* JaxFlash##id##Cpu(XLA_FFI_CallFrame* frame);
+#include "../results.def"
 }

@@ -36,12 +36,13 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
-// Plans a call and launches its kernels. `kResults`: of the pass; the workspace follows them. `tangents`:
-// null unless the pass has them.
-template <Pass pass, size_t kResults>
-ffi::Error launch_planned(const Problem& p, const Tangents* tangents, ffi::RemainingRets rets,
-                          cudaStream_t stream) {
-  auto workspace = rets.get<ffi::AnyBuffer>(kResults);
+// Plans a call and launches its kernels. The workspace is the result after those of the pass.
+template <Pass pass>
+ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
+  Problem p;
+  Tangents tangents;
+  if (ffi::Error e = decode_operands(pass, spec, args, rets, p, tangents); e.failure()) return e;
+  auto workspace = rets.get<ffi::AnyBuffer>(schema::arrays_of(pass).result_count);
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
@@ -57,26 +58,11 @@ ffi::Error launch_planned(const Problem& p, const Tangents* tangents, ffi::Remai
   }
   for (int32_t kernel : {chosen.decode_kernel, chosen.kernel}) {
     if (kernel < 0) continue;
-    if (cudaError_t e = launch_of(kernel)(p, tangents, chosen, memory, stream); e != cudaSuccess) {
+    if (cudaError_t e = launch_of(kernel)(p, &tangents, chosen, memory, stream); e != cudaSuccess) {
       return cuda_error(text_of(chosen, built_kernels()[kernel]).c_str(), e);
     }
   }
   return ffi::Error::Success();
-}
-
-template <Pass pass, size_t kResults>
-ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
-  Problem p;
-  if (ffi::Error e = decode_operands(pass, spec, args, rets, p); e.failure()) return e;
-  return launch_planned<pass, kResults>(p, nullptr, rets, stream);
-}
-
-ffi::Error run_tangent(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                       AttentionSpec spec) {
-  Problem p;
-  Tangents t;
-  if (ffi::Error e = decode_tangents(spec, args, rets, p, t); e.failure()) return e;
-  return launch_planned<Pass::kTangent, 2>(p, &t, rets, stream);
 }
 
 // The results are the operands' own memory unless XLA kept those; then they start as copies.
@@ -85,7 +71,7 @@ ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaini
                       AppendSpec spec) {
   AppendProblem p;
   if (ffi::Error e = decode_append(spec, dynamic, args, rets, p); e.failure()) return e;
-  for (size_t i = 0; i < overwritten(dynamic); ++i) {
+  for (int32_t i = 0; i < overwritten(dynamic); ++i) {
     const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>(i), after = **rets.get<ffi::AnyBuffer>(i);
     if (ffi::Error e = same_bytes(before, after); e.failure()) return e;
     if (before.untyped_data() == after.untyped_data() || before.size_bytes() == 0) continue;
@@ -115,12 +101,12 @@ auto binding() {
   XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, (__VA_ARGS__), jax_flash::binding<jax_flash::Spec>(), \
                                 {xla::ffi::Traits::kCmdBufferCompatible})
 
-JF_HANDLER(JaxFlashForwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kForward, 2>);
-JF_HANDLER(JaxFlashBackwardCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBackward, 3>);
-JF_HANDLER(JaxFlashBiasGradientCuda, AttentionSpec, jax_flash::run<jax_flash::Pass::kBiasGradient, 1>);
-JF_HANDLER(JaxFlashTangentCuda, AttentionSpec, jax_flash::run_tangent);
-JF_HANDLER(JaxFlashAppendCuda, AppendSpec, jax_flash::run_append<false>);
-JF_HANDLER(JaxFlashAppendDynamicCuda, AppendSpec, jax_flash::run_append<true>);
+#define JF_PASS(id, ...) \
+  JF_HANDLER(JaxFlash##id##Cuda, AttentionSpec, jax_flash::run<jax_flash::Pass::k##id>);
+#define JF_APPEND_PASS(id, ...)              \
+  JF_HANDLER(JaxFlash##id##Cuda, AppendSpec, \
+             jax_flash::run_append<jax_flash::keeps_scales(jax_flash::schema::k##id)>);
+#include "results.def"
 
 JF_EXPORT const char* jax_flash_version() { return JAX_FLASH_VERSION; }
 

@@ -20,12 +20,11 @@ struct Handler {
   const char* target;  // the custom call's name
   const char* symbol;  // its name in the library
 };
-constexpr Handler kHandlers[] = {{"jax_flash_forward", "JaxFlashForwardCuda"},
-                                 {"jax_flash_backward", "JaxFlashBackwardCuda"},
-                                 {"jax_flash_bias_gradient", "JaxFlashBiasGradientCuda"},
-                                 {"jax_flash_tangent", "JaxFlashTangentCuda"},
-                                 {"jax_flash_append", "JaxFlashAppendCuda"},
-                                 {"jax_flash_append_dynamic", "JaxFlashAppendDynamicCuda"}};
+constexpr Handler kHandlers[] = {
+#define JF_PASS(id, name, ...) {"jax_flash_" #name, "JaxFlash" #id "Cuda"},
+#define JF_APPEND_PASS(id, name, ...) {"jax_flash_" #name, "JaxFlash" #id "Cuda"},
+#include "../results.def"
+};
 
 std::vector<KernelRow>& built_kernels() {
   static std::vector<KernelRow> rows;

@@ -12,12 +12,11 @@ namespace {
 // The handlers of platform "cpu" by custom-call name, as capsules for jax.ffi.register_ffi_target.
 nb::dict registrations() {
   nb::dict handlers;
-  handlers["jax_flash_forward"] = nb::capsule(reinterpret_cast<void*>(JaxFlashForwardCpu));
-  handlers["jax_flash_backward"] = nb::capsule(reinterpret_cast<void*>(JaxFlashBackwardCpu));
-  handlers["jax_flash_bias_gradient"] = nb::capsule(reinterpret_cast<void*>(JaxFlashBiasGradientCpu));
-  handlers["jax_flash_tangent"] = nb::capsule(reinterpret_cast<void*>(JaxFlashTangentCpu));
-  handlers["jax_flash_append"] = nb::capsule(reinterpret_cast<void*>(JaxFlashAppendCpu));
-  handlers["jax_flash_append_dynamic"] = nb::capsule(reinterpret_cast<void*>(JaxFlashAppendDynamicCpu));
+#define JF_PASS(id, name, ...) \
+  handlers["jax_flash_" #name] = nb::capsule(reinterpret_cast<void*>(JaxFlash##id##Cpu));
+#define JF_APPEND_PASS(id, name, ...) \
+  handlers["jax_flash_" #name] = nb::capsule(reinterpret_cast<void*>(JaxFlash##id##Cpu));
+#include "../results.def"
   return handlers;
 }
 

@@ -1,8 +1,9 @@
-// The operand tables of the custom calls, and their attributes: the C++ side of jax_flash/operands.py and
-// spec.py.
+// Decodes the operands, results and attributes of the custom calls: the C++ side of jax_flash/operands.py
+// and spec.py.
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../core/paging.h"
@@ -26,27 +27,10 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_flash::AppendSpec,
 
 namespace jax_flash {
 
-// The axes of a per-token operand [b, s, h, width], or [t, h, width] when packed.
-inline std::vector<Axis> token_axes(bool packed, Size rows, Size heads, Size width) {
-  std::vector<Axis> axes{{rows, &View::row}, {heads, &View::head}, {width, &View::column}};
-  if (!packed) axes.insert(axes.begin(), {Size::kBatch, &View::batch});
-  return axes;
-}
-
-// The axes of a pool, [p, ps, hk, width] or [p, hk, ps, width].
-inline std::vector<Axis> pool_axes(PageLayout layout, Size width) {
-  const Axis slot{Size::kPageSize, &View::row}, head{Size::kKvHeads, &View::head};
-  const bool nhd = layout == PageLayout::kNhd;
-  return {{Size::kPages, &View::batch}, nhd ? slot : head, nhd ? head : slot, {width, &View::column}};
-}
-
-// The axes of a float8 pool's scales, [p, hk] or [1, hk].
-inline std::vector<Axis> scale_axes() {
-  return {{Size::kPages, &View::batch, true}, {Size::kKvHeads, &View::head}};
-}
-
-inline std::vector<Axis> table_axes() {
-  return {{Size::kBatch, &View::batch}, {Size::kTable, &View::column}};
+// The dimensions of a pool as they lie in its page layout.
+inline schema::Dims in_layout(schema::Dims dims, PageLayout layout) {
+  if (dims.of_pool() && layout == PageLayout::kHnd) std::swap(dims.axes[1], dims.axes[2]);
+  return dims;
 }
 
 class OperandDecoder {
@@ -56,9 +40,7 @@ class OperandDecoder {
     problem_ = Problem{};
     tangents_ = Tangents{};
     problem_.spec = spec;
-    buffers_.set(Size::kDropout, 6);
-    buffers_.set(Size::kPosition, 2);
-    if (spec.value_dim > 0) buffers_.set(Size::kValueDim, spec.value_dim);
+    if (spec.value_dim > 0) buffers_.set_value_dim(spec.value_dim);
   }
 
   ffi::Error decode(ffi::RemainingArgs args, ffi::RemainingRets rets) {
@@ -66,122 +48,36 @@ class OperandDecoder {
     if (p.paged() && pass_ != Pass::kForward) {
       return operand_error("the derivatives of a paged layout are those of its gathered keys");
     }
-    ffi::Error e = buffers_.decode(input_rows(), output_rows(), args, rets, p.leading);
+    if (ffi::Error e = check_layout(); e.failure()) return e;
+    std::vector<Buffer> inputs, outputs;
+    const auto& arrays = schema::arrays_of(pass_);
+    for (int32_t i = 0; i < arrays.operand_count; ++i) inputs.push_back(buffer_of(*arrays.operands[i]));
+    for (int32_t i = 0; i < static_cast<int32_t>(Operand::kCount); ++i) {
+      if (p.spec.has(static_cast<Operand>(i))) inputs.push_back(buffer_of(*schema::kOptional[i]));
+    }
+    for (int32_t i = 0; i < arrays.result_count; ++i) outputs.push_back(buffer_of(*arrays.results[i]));
+    ffi::Error e = buffers_.decode(inputs, outputs, args, rets, p.leading);
     if (e.failure()) return e;
     p.dtype = buffers_.dtype(Element::kActivation);
     p.bias_dtype = buffers_.dtype(Element::kBias);
     p.kv_dtype = p.paged() ? buffers_.dtype(Element::kPool) : p.dtype;
-    p.batch = buffers_.size(Size::kBatch);
-    p.heads = buffers_.size(Size::kHeads);
-    p.kv_heads = buffers_.size(Size::kKvHeads);
-    p.head_dim = buffers_.size(Size::kHeadDim);
-    p.value_dim = buffers_.size(Size::kValueDim);
-    p.q_rows = buffers_.size(Size::kQRows);
-    p.page_size = buffers_.size(Size::kPageSize);
-    p.pages = buffers_.size(Size::kPages);
-    p.table = buffers_.size(Size::kTable);
-    p.draft_rows = buffers_.size(Size::kDraftRows);
-    p.k_rows = p.paged() ? table_capacity(p.table, p.page_size) : buffers_.size(Size::kKRows);
+    static_cast<Sizes<int32_t>&>(p) = buffers_.sizes();
+    if (p.paged()) p.k_rows = table_capacity(p.table, p.page_size);
     if (pass_ == Pass::kBiasGradient) read_dbias(rets);
     return check();
   }
 
  private:
-  bool packed() const { return problem_.packed(); }
-
-  std::vector<Axis> row_axes() const {
-    std::vector<Axis> axes{{Size::kHeads, &View::head}, {Size::kQRows, &View::row}};
-    if (!packed()) axes.insert(axes.begin(), {Size::kBatch, &View::batch});
-    return axes;
-  }
-
-  std::vector<Axis> key_axes(Size width) const {
-    if (problem_.paged()) return pool_axes(problem_.spec.page_layout, width);
-    return token_axes(packed(), Size::kKRows, Size::kKvHeads, width);
-  }
-
-  std::vector<Axis> query_axes(Size width) const {
-    return token_axes(packed(), Size::kQRows, Size::kHeads, width);
-  }
-
-  static std::vector<Axis> score_axes() {
-    return {{Size::kBatch, &View::batch, true},
-            {Size::kHeads, &View::head, true},
-            {Size::kQRows, &View::row, true},
-            {Size::kKRows, &View::column, true}};
-  }
-
-  std::vector<OperandRow> input_rows() {
-    Problem& p = problem_;
-    const Size value_width = p.spec.value_dim > 0 ? Size::kHeadDim : Size::kValueDim;
-    const Element key_element = p.paged() ? Element::kPool : Element::kActivation;
-    std::vector<OperandRow> rows{{"query", &p.query, Element::kActivation, query_axes(Size::kHeadDim)},
-                                 {"key", &p.key, key_element, key_axes(Size::kHeadDim)},
-                                 {"value", &p.value, key_element, key_axes(value_width)}};
-    Tangents& t = tangents_;
-    if (pass_ == Pass::kTangent) {
-      rows.push_back({"out", &p.out, Element::kActivation, query_axes(Size::kValueDim)});
-      rows.push_back({"lse", &p.lse, Element::kFloat32, row_axes()});
-      rows.push_back({"tquery", &t.tquery, Element::kActivation, query_axes(Size::kHeadDim)});
-      rows.push_back({"tkey", &t.tkey, Element::kActivation, key_axes(Size::kHeadDim)});
-      rows.push_back({"tvalue", &t.tvalue, Element::kActivation, key_axes(Size::kValueDim)});
-    } else if (pass_ != Pass::kForward) {
-      rows.push_back({"dout", &p.dout, Element::kActivation, query_axes(Size::kValueDim)});
-      rows.push_back({"lse", &p.lse, Element::kFloat32, row_axes()});
-      rows.push_back({"delta", &p.delta, Element::kFloat32, row_axes()});
-    }
-    const std::vector<Axis> starts{{Size::kStarts, &View::batch}}, lengths{{Size::kBatch, &View::batch}};
-    const std::vector<Axis> q_rows{{Size::kBatch, &View::batch}, {Size::kQRows, &View::row}};
-    const std::vector<Axis> k_rows{{Size::kBatch, &View::batch}, {Size::kKRows, &View::row}};
-    const std::vector<Axis> slopes{{Size::kBatch, &View::batch, true}, {Size::kHeads, &View::head}};
-    const std::vector<Axis> drafts{{Size::kBatch, &View::batch, true},
-                                   {Size::kDraftRows, &View::row},
-                                   {Size::kDraftRows, &View::column}};
-    const OperandRow optional[] = {
-        // in the order of enum class Operand
-        {"cu_seqlens_q", &p.cu_seqlens_q, Element::kInt32, starts},
-        {"cu_seqlens_k", &p.cu_seqlens_k, Element::kInt32, starts},
-        {"q_lengths", &p.q_lengths, Element::kInt32, lengths},
-        {"kv_lengths", &p.kv_lengths, Element::kInt32, lengths},
-        {"q_segment_ids", &p.q_segment_ids, Element::kInt32, q_rows},
-        {"kv_segment_ids", &p.kv_segment_ids, Element::kInt32, k_rows},
-        {"mask", &p.mask, Element::kBool, score_axes()},
-        {"bias", &p.bias, Element::kBias, score_axes()},
-        {"alibi_slopes", &p.alibi_slopes, Element::kFloat32, slopes},
-        {"sinks", &p.sinks, Element::kFloat32, {{Size::kHeads, &View::head}}},
-        {"dropout", &p.dropout, Element::kUInt32, {{Size::kDropout, &View::column}}},
-        {"block_tables", &p.block_tables, Element::kInt32, table_axes()},
-        {"k_scale", &p.k_scale, Element::kFloat32, scale_axes()},
-        {"v_scale", &p.v_scale, Element::kFloat32, scale_axes()},
-        {"position", &p.position, Element::kInt32, {{Size::kPosition, &View::column}}},
-        {"tbias", &t.tbias, Element::kBias, score_axes()},
-        {"draft_mask", &p.draft_mask, Element::kBool, drafts},
-    };
-    static_assert(std::size(optional) == static_cast<size_t>(Operand::kCount));
-    for (size_t i = 0; i < std::size(optional); ++i) {
-      if (p.spec.has(static_cast<Operand>(i))) rows.push_back(optional[i]);
-    }
-    return rows;
-  }
-
-  std::vector<OperandRow> output_rows() {
-    Problem& p = problem_;
-    switch (pass_) {
-      case Pass::kForward:
-      case Pass::kDecode:
-        return {{"out", &p.out, Element::kActivation, query_axes(Size::kValueDim)},
-                {"lse", &p.lse, Element::kFloat32, row_axes()}};
-      case Pass::kBackward:
-        return {{"dquery", &p.dquery, Element::kActivation, query_axes(Size::kHeadDim)},
-                {"dkey", &p.dkey, Element::kActivation, key_axes(Size::kHeadDim)},
-                {"dvalue", &p.dvalue, Element::kActivation, key_axes(Size::kValueDim)}};
-      case Pass::kBiasGradient:
-        return {{"dbias", &p.dbias, Element::kBias, score_axes()}};
-      case Pass::kTangent:
-        return {{"tout", &tangents_.tout, Element::kActivation, query_axes(Size::kValueDim)},
-                {"tlse", &tangents_.tlse, Element::kFloat32, row_axes()}};
-    }
-    return {};
+  Buffer buffer_of(const schema::Array& array) {
+    const AttentionSpec& spec = problem_.spec;
+    View& view = array.view ? problem_.*array.view : tangents_.*array.tangent;
+    schema::Dims dims = array.dims[static_cast<int32_t>(spec.layout)];
+    const bool within_key = spec.value_dim > 0 && array.view == &Problem::value;  // V is stored within K
+    constexpr const schema::Array& kKey = schema::array_of("key");
+    if (within_key) dims = kKey.dims[static_cast<int32_t>(spec.layout)];
+    const bool pool = array.element == Element::kPool && problem_.paged();
+    const Element element = array.element == Element::kPool && !pool ? Element::kActivation : array.element;
+    return {&view, array.name, element, in_layout(dims, spec.page_layout)};
   }
 
   void read_dbias(ffi::RemainingRets rets) {
@@ -189,6 +85,18 @@ class OperandDecoder {
     int32_t* own[] = {&problem_.dbias_batch, &problem_.dbias_heads, &problem_.dbias_rows,
                       &problem_.dbias_columns};
     for (size_t i = 0; i < 4; ++i) *own[i] = static_cast<int32_t>(dims[dims.size() - 4 + i]);
+  }
+
+  // Whether the layout has every operand that the spec names.
+  ffi::Error check_layout() const {
+    const AttentionSpec& spec = problem_.spec;
+    for (int32_t i = 0; i < static_cast<int32_t>(Operand::kCount); ++i) {
+      const schema::Array& array = *schema::kOptional[i];
+      if (spec.has(static_cast<Operand>(i)) && array.dims[static_cast<int32_t>(spec.layout)].rank == 0) {
+        return operand_error(std::string(array.name) + " is no operand of this layout");
+      }
+    }
+    return ffi::Error::Success();
   }
 
   ffi::Error check() const {
@@ -228,15 +136,10 @@ class OperandDecoder {
   BufferDecoder buffers_;
 };
 
+// `tangents` are filled by the tangent pass alone.
 inline ffi::Error decode_operands(Pass pass, const AttentionSpec& spec, ffi::RemainingArgs args,
-                                  ffi::RemainingRets rets, Problem& problem) {
-  Tangents none;
-  return OperandDecoder(pass, spec, problem, none).decode(args, rets);
-}
-
-inline ffi::Error decode_tangents(const AttentionSpec& spec, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                                  Problem& problem, Tangents& tangents) {
-  return OperandDecoder(Pass::kTangent, spec, problem, tangents).decode(args, rets);
+                                  ffi::RemainingRets rets, Problem& problem, Tangents& tangents) {
+  return OperandDecoder(pass, spec, problem, tangents).decode(args, rets);
 }
 
 // A pool before and after append_kv.
@@ -247,7 +150,13 @@ inline ffi::Error same_bytes(ffi::AnyBuffer before, ffi::AnyBuffer after) {
 }
 
 // Operands that append_kv overwrites: the pools and, if it keeps them, their scales. They come first.
-inline size_t overwritten(bool dynamic) { return dynamic ? 4 : 2; }
+inline constexpr const schema::CallArrays<schema::AppendArray>& append_arrays(bool dynamic) {
+  return dynamic ? schema::kAppendDynamic : schema::kAppend;
+}
+inline constexpr bool keeps_scales(const schema::CallArrays<schema::AppendArray>& arrays) {
+  return &arrays == &schema::kAppendDynamic;
+}
+inline int32_t overwritten(bool dynamic) { return append_arrays(dynamic).result_count; }
 
 // The views of what is overwritten are those of the results, which may be the operands' own memory.
 inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::RemainingArgs args,
@@ -255,52 +164,29 @@ inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::Remai
   p = AppendProblem{};
   p.spec = spec;
   p.dynamic = dynamic;
-  const std::vector<Axis> angles{{Size::kPositions, &View::row}, {Size::kRotated, &View::column}};
-  const std::vector<Axis> by_page{{Size::kPages, &View::batch}, {Size::kKvHeads, &View::head}};
-  std::vector<OperandRow> outputs{
-      {"k_pages", &p.k_pages, Element::kPool, pool_axes(spec.page_layout, Size::kHeadDim)},
-      {"v_pages", &p.v_pages, Element::kPool, pool_axes(spec.page_layout, Size::kValueDim)}};
-  if (dynamic) {
-    outputs.push_back({"k_scale", &p.k_scale, Element::kFloat32, by_page});
-    outputs.push_back({"v_scale", &p.v_scale, Element::kFloat32, by_page});
-  }
-  View before[4];
-  std::vector<OperandRow> inputs = outputs;
-  for (size_t i = 0; i < inputs.size(); ++i) inputs[i].view = &before[i];
-  const OperandRow required[] = {
-      {"key", &p.key, Element::kActivation,
-       token_axes(p.packed(), Size::kQRows, Size::kKvHeads, Size::kHeadDim)},
-      {"value", &p.value, Element::kActivation,
-       token_axes(p.packed(), Size::kQRows, Size::kKvHeads, Size::kValueDim)},
-      {"block_tables", &p.block_tables, Element::kInt32, table_axes()},
-      {"kv_lengths", &p.kv_lengths, Element::kInt32, {{Size::kBatch, &View::batch}}}};
-  inputs.insert(inputs.end(), std::begin(required), std::end(required));
-  const OperandRow optional[] = {
-      // in the order of enum class AppendOperand
-      {"cu_seqlens", &p.cu_seqlens, Element::kInt32, {{Size::kStarts, &View::batch}}},
-      {"cos", &p.cos, Element::kFloat32, angles},
-      {"sin", &p.sin, Element::kFloat32, angles},
-      {"k_scale", &p.k_scale, Element::kFloat32, scale_axes()},
-      {"v_scale", &p.v_scale, Element::kFloat32, scale_axes()},
+  const auto buffer_of = [&](const schema::AppendArray& array) -> Buffer {
+    return {&(p.*array.view), array.name, array.element, in_layout(array.dims[p.packed()], spec.page_layout)};
   };
-  static_assert(std::size(optional) == static_cast<size_t>(AppendOperand::kCount));
-  for (size_t i = 0; i < std::size(optional); ++i) {
-    if (spec.has(static_cast<AppendOperand>(i))) inputs.push_back(optional[i]);
+  const auto& arrays = append_arrays(dynamic);
+  std::vector<Buffer> inputs, outputs;
+  View before[schema::kAppendDynamic.result_count];
+  for (int32_t i = 0; i < arrays.result_count; ++i) {
+    Buffer& result = outputs.emplace_back(buffer_of(*arrays.results[i]));
+    for (schema::Axis& axis : result.dims.axes) axis.may_be_one = false;  // of scales, as all are written
+    inputs.push_back(result);
+    inputs.back().view = &before[i];
+  }
+  for (int32_t i = arrays.result_count; i < arrays.operand_count; ++i) {
+    inputs.push_back(buffer_of(*arrays.operands[i]));
+  }
+  for (int32_t i = 0; i < static_cast<int32_t>(AppendOperand::kCount); ++i) {
+    if (spec.has(static_cast<AppendOperand>(i))) inputs.push_back(buffer_of(schema::kAppendOptional[i]));
   }
   BufferDecoder buffers;
   if (ffi::Error e = buffers.decode(inputs, outputs, args, rets, p.leading); e.failure()) return e;
   p.dtype = buffers.dtype(Element::kActivation);
   p.pool_dtype = buffers.dtype(Element::kPool);
-  p.batch = buffers.size(Size::kBatch);
-  p.kv_heads = buffers.size(Size::kKvHeads);
-  p.head_dim = buffers.size(Size::kHeadDim);
-  p.value_dim = buffers.size(Size::kValueDim);
-  p.rows = buffers.size(Size::kQRows);
-  p.page_size = buffers.size(Size::kPageSize);
-  p.pages = buffers.size(Size::kPages);
-  p.table = buffers.size(Size::kTable);
-  p.positions = buffers.size(Size::kPositions);
-  p.rotated = buffers.size(Size::kRotated);
+  static_cast<Sizes<int32_t>&>(p) = buffers.sizes();
   if (p.pool_dtype != p.dtype && !is_float8(p.pool_dtype)) {
     return operand_error("k_pages has a dtype that is neither key's nor float8");
   }

@@ -9,6 +9,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "core/plan/plan.h"
 #include "core/plan/text.h"
@@ -84,7 +85,7 @@ Dim PythonSymbol::apply(Dim::Op op, const Dim& left, const Dim& right) const {
 // Keyword arguments, each of which must be read once all are asked for.
 class Options {
  public:
-  Options(const char* function, nb::kwargs given) : function_(function), given_(std::move(given)) {}
+  Options(const char* function, nb::dict given) : function_(function), given_(std::move(given)) {}
 
   template <class T>
   T get(const char* name) {
@@ -106,42 +107,59 @@ class Options {
 
  private:
   std::string function_;
-  nb::kwargs given_;
+  nb::dict given_;
   std::set<std::string> known_;
 };
 
-AttentionSpec spec_of(Options& options) {
-  const bool varlen = options.get("varlen", false), paged = options.get("paged", false);
+// The attributes of the custom call, as jax_flash/spec.py's ffi_attributes has them.
+AttentionSpec spec_of(const nb::dict& given) {
+  Options options("spec", given);
   AttentionSpec spec{};
-  spec.layout =
-      paged ? (varlen ? Layout::kPagedVarlen : Layout::kPaged) : (varlen ? Layout::kVarlen : Layout::kFixed);
-  spec.left = options.get("left", kUnlimited);
-  spec.right = options.get("right", kUnlimited);
-  spec.scale = options.get("scale", 1.0f);
-  spec.softcap = options.get("softcap", 0.0f);
-  spec.deterministic = options.get("deterministic", false);
-  spec.operands = options.get("operands", 0);
-  spec.num_splits = options.get("num_splits", 0);
-  spec.batch_invariant = options.get("batch_invariant", false);
-  spec.value_dim = options.get("value_dim", 0);
+  spec.layout = static_cast<Layout>(options.get<int32_t>("layout"));
+  spec.align = static_cast<Align>(options.get<int32_t>("align"));
+  spec.left = options.get<int32_t>("left");
+  spec.right = options.get<int32_t>("right");
+  spec.scale = options.get<float>("scale");
+  spec.softcap = options.get<float>("softcap");
+  spec.dropout_rate = options.get<float>("dropout_rate");
+  spec.deterministic = options.get<bool>("deterministic");
+  spec.operands = options.get<int32_t>("operands");
+  spec.page_layout = static_cast<PageLayout>(options.get<int32_t>("page_layout"));
+  spec.num_splits = options.get<int32_t>("num_splits");
+  spec.batch_invariant = options.get<bool>("batch_invariant");
+  spec.value_dim = options.get<int32_t>("value_dim");
+  options.finish();
   return spec;
 }
 
-Shapes shapes_of_options(Options& options) {
+template <class T>
+T size_as(nb::object value) {
+  if constexpr (std::is_same_v<T, Dim>) {
+    return to_dim(std::move(value));
+  } else {
+    return nb::cast<T>(value);
+  }
+}
+
+// Sizes from the names of dimensions in csrc/operands.def.
+template <class T>
+Sizes<T> sizes_of(const AttentionSpec& spec, const nb::dict& given) {
+  Sizes<T> sizes;
+#define JF_DIM(name, size, more, stride) \
+  if (given.contains(#name)) sizes.size = size_as<T>(given[#name]) + T(-(more));
+#include "../operands.def"
+  if (spec.value_dim > 0) sizes.value_dim = T(spec.value_dim);
+  if (spec.paged() && given.contains("pages")) sizes.k_rows = sizes.table * sizes.page_size;
+  return sizes;
+}
+
+Shapes shapes_of_options(const AttentionSpec& spec, Options& options) {
   Shapes s{};
+  static_cast<Sizes<int64_t>&>(s) = sizes_of<int64_t>(spec, options.get<nb::dict>("sizes"));
   s.dtype = by_name(kDTypes, options.get<std::string>("dtype"));
   s.kv_dtype = options.get("float8", false) ? DType::kF8E4M3 : s.dtype;
   s.leading = options.get("leading", int64_t{1});
   s.leading_rank = options.get("leading_rank", int32_t{s.leading > 1});
-  s.batch = options.get<int64_t>("batch");
-  s.heads = options.get<int64_t>("heads");
-  s.kv_heads = options.get<int64_t>("kv_heads");
-  s.head_dim = options.get<int64_t>("d");
-  s.value_dim = options.get<int64_t>("dv");
-  s.q_rows = options.get<int64_t>("q_rows");
-  s.k_rows = options.get<int64_t>("k_rows");
-  s.page_size = options.get("page_size", int64_t{0});
-  s.draft_rows = options.get("draft_rows", int64_t{0});
   const auto bias = options.get("bias", std::array<int64_t, 4>{1, 1, 1, 1});
   std::copy(bias.begin(), bias.end(), s.bias);
   s.bias_in_tiles = options.get("bias_in_tiles", false);
@@ -198,8 +216,8 @@ nb::dict decode_of(const DecodeGrid& grid) {
 nb::dict plan_of(nb::kwargs given) {
   Options options("plan", given);
   const Pass pass = by_name(kPasses, options.get<std::string>("pass_"));
-  const AttentionSpec spec = spec_of(options);
-  const Shapes shapes = shapes_of_options(options);
+  const AttentionSpec spec = spec_of(options.get<nb::dict>("spec"));
+  const Shapes shapes = shapes_of_options(spec, options);
   const Device device{options.get<int32_t>("capability"), options.get<int32_t>("sm_count"),
                       options.get<int32_t>("shared_memory")};
   options.finish();
@@ -224,15 +242,11 @@ nb::dict plan_of(nb::kwargs given) {
 }
 
 // Bytes of workspace; sizes may be symbolic.
-nb::object bound_of(nb::kwargs given) {
-  Options options("workspace_bound", given);
-  const Pass pass = by_name(kPasses, options.get<std::string>("pass_"));
-  const AttentionSpec spec = spec_of(options);
-  const auto size = [&](const char* name) { return to_dim(options.get<nb::object>(name)); };
-  const DimShapes shapes{size("leading"), size("batch"),  size("heads"),  size("kv_heads"),  size("d"),
-                         size("dv"),      size("q_rows"), size("k_rows"), size("draft_rows")};
-  options.finish();
-  return to_python(workspace_bound(pass, spec, shapes));
+nb::object bound_of(const std::string& pass, const nb::dict& attributes, const nb::dict& sizes,
+                    nb::object leading) {
+  const AttentionSpec spec = spec_of(attributes);
+  const DimShapes shapes{sizes_of<Dim>(spec, sizes), to_dim(std::move(leading))};
+  return to_python(workspace_bound(by_name(kPasses, pass), spec, shapes));
 }
 
 // Whether an arch's code runs on a device of a compute capability.
@@ -262,7 +276,8 @@ void bind_plan(nb::module_& module) {
   module.def("max_head_dim", &max_head_dim);
   module.def("kernel_table", &table);
   module.def("plan", &plan_of);
-  module.def("workspace_bound", &bound_of);
+  module.def("workspace_bound", &bound_of, nb::arg("pass_"), nb::arg("spec"), nb::arg("sizes"),
+             nb::arg("leading"));
   module.def("covers", &covers, nb::arg("arch"), nb::arg("capability"));
 }
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import is_symbolic
-from ..validate import Checker
+from ..checker import Checker
 
 
 @dataclass(frozen=True)

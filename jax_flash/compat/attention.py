@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..attention import flash_attention
-from ..options import ArrayLike, Implementation, IndexLike
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, IndexLike, Number
 from ..paged.attention import paged_attention
-from ..validate import Checker
 from ..varlen import flash_attention_varlen
 from . import arguments
 from .options import FlashAttnOptions, FlashAttnVarlenOptions, WindowSize
@@ -44,15 +44,19 @@ def flash_attn_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -148,7 +152,11 @@ def flash_attn_varlen_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_varlen_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_varlen_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_varlen_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
@@ -157,10 +165,10 @@ def flash_attn_varlen_func(
     max_seqlen_q: Any,
     max_seqlen_k: Any,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,

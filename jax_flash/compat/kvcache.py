@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax.numpy as jnp
 from jax import Array
 
-from ..options import ArrayLike, Implementation, IndexLike, LengthsLike
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, IndexLike, LengthsLike, Number
 from ..paged.append import append_kv
 from ..paged.attention import paged_attention
 from ..rotary import apply_rotary
-from ..validate import Checker
 from . import arguments
 from .options import KVCacheOptions, WindowSize
 
@@ -44,7 +44,11 @@ def flash_attn_with_kvcache(
     return_softmax_lse: Literal[True],
     **options: Unpack[KVCacheOptions],
 ) -> tuple[Array, Array, Array, Array]: ...
-def flash_attn_with_kvcache(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_with_kvcache(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_with_kvcache(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     k_cache: ArrayLike,
     v_cache: ArrayLike,
@@ -56,10 +60,10 @@ def flash_attn_with_kvcache(
     cache_batch_idx: IndexLike | None = None,
     cache_leftpad: IndexLike | None = None,
     block_table: IndexLike | None = None,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: ArrayLike | None = None,
     num_splits: int = 0,

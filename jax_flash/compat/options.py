@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypedDict
 
-from ..options import ArrayLike, Implementation, IndexLike, LengthsLike
+from ..options import ArrayLike, Implementation, IndexLike, LengthsLike, Number
 
 WindowSize = tuple[int, int]
 
@@ -13,10 +13,10 @@ class FlashAttnOptions(TypedDict, total=False):
     """The options of `flash_attn_func` and the packed forms but `return_attn_probs`."""
 
     dropout_p: float
-    softmax_scale: float | None
+    softmax_scale: Number | None
     causal: bool
     window_size: WindowSize
-    softcap: float
+    softcap: Number
     alibi_slopes: ArrayLike | None
     deterministic: bool
     dropout_key: ArrayLike | None
@@ -36,10 +36,10 @@ class KVCacheOptions(TypedDict, total=False):
     cache_batch_idx: IndexLike | None
     cache_leftpad: IndexLike | None
     block_table: IndexLike | None
-    softmax_scale: float | None
+    softmax_scale: Number | None
     causal: bool
     window_size: WindowSize
-    softcap: float
+    softcap: Number
     rotary_interleaved: bool
     alibi_slopes: ArrayLike | None
     num_splits: int

@@ -11,8 +11,8 @@ import jax
 from jax import Array
 
 from .._jax import same_dim
-from ..options import ArrayLike, Implementation, IndexLike
-from ..validate import Checker
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, IndexLike, Number
 from .arguments import ranked
 from .attention import flash_attn_func, flash_attn_varlen_func
 from .options import FlashAttnOptions, WindowSize
@@ -40,13 +40,17 @@ def flash_attn_qkvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_qkvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     qkv: ArrayLike,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -104,14 +108,18 @@ def flash_attn_kvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_kvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     kv: ArrayLike,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -173,15 +181,19 @@ def flash_attn_varlen_qkvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_varlen_qkvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_varlen_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     qkv: ArrayLike,
     cu_seqlens: IndexLike,
     max_seqlen: Any,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -255,7 +267,11 @@ def flash_attn_varlen_kvpacked_func(
     *options: Any,
     **named: Any,
 ) -> Any: ...
-def flash_attn_varlen_kvpacked_func(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def flash_attn_varlen_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     q: ArrayLike,
     kv: ArrayLike,
     cu_seqlens_q: IndexLike,
@@ -263,10 +279,10 @@ def flash_attn_varlen_kvpacked_func(
     max_seqlen_q: Any,
     max_seqlen_k: Any,
     dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
+    softmax_scale: Number | None = None,
     causal: bool = False,
     window_size: WindowSize = (-1, -1),
-    softcap: float = 0.0,
+    softcap: Number = 0.0,
     alibi_slopes: ArrayLike | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Unpack, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,11 @@ def append_kv(
 ) -> tuple[Array, None, Array, Array, None]: ...
 
 
-def append_kv(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def append_kv(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def append_kv(  # type: ignore[misc]  # which has no `unpacked`
     k_pages: ArrayLike,
     v_pages: ArrayLike | None,
     key: ArrayLike,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
@@ -13,6 +13,7 @@ from ..options import (
     Implementation,
     IndexLike,
     LengthsLike,
+    Number,
     PagedOptions,
     PageLayout,
     Window,
@@ -59,7 +60,11 @@ def paged_attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-def paged_attention(
+@overload  # with options from a dict, whose types mypy does not know one by one
+def paged_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
+
+
+def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     k_pages: ArrayLike,
     v_pages: ArrayLike | None,
@@ -77,8 +82,8 @@ def paged_attention(
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
-    scale: float | None = None,
-    softcap: float | None = None,
+    scale: Number | None = None,
+    softcap: Number | None = None,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_lse: bool = False,

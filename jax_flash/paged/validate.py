@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from .._jax import same_dim
+from ..checker import Checker
+from ..operands import APPEND_OPTIONAL
 from ..rotary import rotary_tables
-from ..spec import APPEND_OPTIONAL, PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
+from ..spec import PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
 from ..validate import (
     MAX_LATENT_DIM,
     MAX_LATENT_VALUE_DIM,
     Arguments,
-    Checker,
     Operands,
     check_heads,
     implementation_name,
@@ -40,11 +41,9 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
     axes = "[p, ps, hk, d]" if arguments["page_layout"] == "nhd" else "[p, hk, ps, d]"
     hint = f"; page_layout={arguments['page_layout']!r} means {axes}, got shape {pool}"
     check_heads(check, q.shape[-2], pool[_head_axis(arguments)], "k_pages", hint)
-    operands |= _tables(check, arguments)
+    operands |= _tables(check, arguments, None if cu_seqlens is not None else ("query", q))
     n = operands["block_tables"].shape[0]
-    if cu_seqlens is None:
-        check.dim("block_tables", "number of sequences", n, q.shape[0], "query")
-    else:
+    if cu_seqlens is not None:
         operands["cu_seqlens_q"] = check.int32("cu_seqlens_q", cu_seqlens)
         check.shape("cu_seqlens_q", operands["cu_seqlens_q"], (n + 1,), "n+1")
     score_operands(check, operands, arguments, n, "n")
@@ -119,11 +118,11 @@ def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:
     operands = _pools(check, arguments, ("k_pages", "v_pages"), "key", k)
     check.dim("v_pages", "head dim", operands["v_pages"].shape[-1], v.shape[-1], "value")
     check.dim("key", "head count", k.shape[-2], operands["k_pages"].shape[_head_axis(arguments)], "k_pages")
-    operands |= {"key": k, "value": v} | _tables(check, arguments)
+    operands |= {"key": k, "value": v} | _tables(
+        check, arguments, None if cu_seqlens is not None else ("key", k)
+    )
     n = operands["block_tables"].shape[0]
-    if cu_seqlens is None:
-        check.dim("block_tables", "number of sequences", n, k.shape[0], "key")
-    else:
+    if cu_seqlens is not None:
         operands["cu_seqlens"] = check.int32("cu_seqlens", cu_seqlens)
         check.shape("cu_seqlens", operands["cu_seqlens"], (n + 1,), "n+1")
     if arguments["rotary"] is not None:
@@ -271,9 +270,12 @@ def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> 
     return scale if scale.ndim == 2 else jnp.expand_dims(scale, 0)
 
 
-def _tables(check: Checker, arguments: Arguments) -> Operands:
-    """block_tables [n, pages] and kv_lengths [n]."""
+def _tables(check: Checker, arguments: Arguments, batch: tuple[str, jax.Array] | None) -> Operands:
+    """block_tables [n, pages] and kv_lengths [n]; `batch` is the name of the tokens [n, …], if they are not packed."""
     tables = check.int32("block_tables", arguments["block_tables"])
     check.rank("block_tables", tables, "n pages")
+    if batch is not None:
+        owner, tokens = batch
+        check.dim("block_tables", "number of sequences", tables.shape[0], tokens.shape[0], owner)
     lengths = check.lengths("kv_lengths", arguments["kv_lengths"], tables.shape[0], "n")
     return {"block_tables": tables, "kv_lengths": lengths}

@@ -16,19 +16,14 @@ struct Device {
   bool always_cluster = false;  // for tests: clusters wherever a row has a kernel for them
 };
 
-// The sizes of a Problem that a plan depends on.
-struct Shapes {
+// What a plan depends on of a Problem.
+struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 where there are none
   DType dtype;
   DType kv_dtype;   // dtype, or float8
   int64_t leading;  // product of the leading dimensions
   int32_t leading_rank;
-  int64_t batch;  // batch entries, or sequences
-  int64_t heads, kv_heads, head_dim, value_dim;
-  int64_t q_rows, k_rows;      // s_q and s_k, or total tokens
-  int64_t page_size;           // 0: no pages
   int64_t bias[4];             // the bias gradient's only: dbias' sizes, 1 where it is reduced
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
-  int64_t draft_rows = 0;      // rows of the draft mask of a sequence; 0: there is none
   // The bias is of query's 16-bit dtype and can be copied 8 keys at a time; the mask can.
   bool bias_in_chunks = false, mask_in_chunks = false;
 };

@@ -6,6 +6,8 @@
 #include <memory>
 #include <utility>
 
+#include "core/sizes.h"
+
 namespace jax_flash {
 
 class Dim {
@@ -54,9 +56,9 @@ class Dim {
   std::shared_ptr<const Symbol> symbol_;
 };
 
-// The sizes that a workspace bound depends on; of Shapes, the fields of these names.
-struct DimShapes {
-  Dim leading, batch, heads, kv_heads, head_dim, value_dim, q_rows, k_rows, draft_rows;
+// What a workspace bound depends on.
+struct DimShapes : Sizes<Dim> {
+  Dim leading;  // product of the leading dimensions
 };
 
 }  // namespace jax_flash

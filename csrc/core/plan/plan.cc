@@ -115,23 +115,9 @@ TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, 
 }
 
 Shapes shapes_of(const Problem& p) {
-  return {p.dtype,
-          p.kv_dtype,
-          p.leading.count(),
-          p.leading.rank,
-          p.batch,
-          p.heads,
-          p.kv_heads,
-          p.head_dim,
-          p.value_dim,
-          p.q_rows,
-          p.k_rows,
-          p.page_size,
-          {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
-          bias_in_tiles(p),
-          p.draft_rows,
-          bias_in_chunks(p),
-          in_chunks(p.mask, p.leading, 1)};
+  return {p.as<int64_t>(),   p.dtype,           p.kv_dtype,
+          p.leading.count(), p.leading.rank,    {p.dbias_batch, p.dbias_heads, p.dbias_rows, p.dbias_columns},
+          bias_in_tiles(p),  bias_in_chunks(p), in_chunks(p.mask, p.leading, 1)};
 }
 
 }  // namespace jax_flash

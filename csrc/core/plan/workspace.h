@@ -77,9 +77,7 @@ inline Dim dq_turns_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t
          4;
 }
 
-inline DimShapes dims_of(const Shapes& s) {
-  return {s.leading, s.batch, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.q_rows, s.k_rows, s.draft_rows};
-}
+inline DimShapes dims_of(const Shapes& s) { return {s.as<Dim>(), s.leading}; }
 
 // A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
 TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);

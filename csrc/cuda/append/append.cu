@@ -147,7 +147,7 @@ cudaError_t launch_for(const AppendProblem& p, const Device& device, cudaStream_
 }  // namespace append
 
 cudaError_t launch_append(const AppendProblem& p, const Device& device, cudaStream_t stream) {
-  const int64_t tokens = int64_t{p.rows} * (p.packed() ? 1 : p.batch);
+  const int64_t tokens = int64_t{p.q_rows} * (p.packed() ? 1 : p.batch);
   if (tokens == 0 || p.batch == 0 || p.pages == 0 || p.kv_heads == 0) return cudaSuccess;
   if (tokens > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidValue;
   if (p.dtype == DType::kF16) return append::launch_for<__half>(p, device, stream);

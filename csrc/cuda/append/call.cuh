@@ -67,12 +67,12 @@ inline AppendCall make_call(const AppendProblem& p, int64_t outer, int32_t first
   call.value = {view(p.value, p.dtype), view(p.v_pages, p.pool_dtype), words(p.v_scale), p.value_dim};
   call.block_tables = by_sequence(p.block_tables), call.kv_lengths = by_sequence(p.kv_lengths);
   call.cu_seqlens = by_sequence(p.cu_seqlens), call.cos = words(p.cos), call.sin = words(p.sin);
-  call.rows = Divisor(p.rows), call.page_size = Divisor(p.page_size);
-  call.runs = Divisor((int64_t{p.rows} + p.page_size - 2) / p.page_size + 1);
+  call.rows = Divisor(p.q_rows), call.page_size = Divisor(p.page_size);
+  call.runs = Divisor((int64_t{p.q_rows} + p.page_size - 2) / p.page_size + 1);
   call.packed = p.packed();
   call.sequences = call.packed ? std::min(p.batch - first, kMostSequences) : p.batch;
   call.earlier = first;
-  call.tokens = p.rows * (call.packed ? 1 : p.batch), call.heads = p.kv_heads;
+  call.tokens = p.q_rows * (call.packed ? 1 : p.batch), call.heads = p.kv_heads;
   call.capacity = table_capacity(p.table, p.page_size), call.pages = p.pages;
   call.positions = p.positions, call.rotated = p.rotated;
   call.interleaved = p.spec.interleaved, call.stored = p.pool_dtype;

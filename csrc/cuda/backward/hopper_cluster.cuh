@@ -14,7 +14,7 @@
 //
 // A warpgroup for each of the sums has as many registers as it needs, and the three wait for each other only
 // through stages of shared memory. With a score option W = Pᵀ ∘ score'(Sᵀ), with a minus where dropout drops
-// the element, goes from 1 to 2 in the place of Pᵀ. docs/kernels/hopper-backward-clusters.md has the reasons
+// the element, goes from 1 to 2 in the place of Pᵀ. docs/kernels/hopper-backward.md has the reasons
 // and timings.
 #pragma once
 

@@ -30,15 +30,15 @@ class AppendCase : PoolCase {
     p_.kv_heads = kv_heads_;
     p_.head_dim = head_dim_;
     p_.value_dim = value_dim_;
-    p_.rows = static_cast<int32_t>(integer(0, many_bytes && chance(0.5) ? 60 : 12));
+    p_.q_rows = static_cast<int32_t>(integer(0, many_bytes && chance(0.5) ? 60 : 12));
     p_.page_size = page_size_;
     p_.pages = pages_;
     p_.table = table_;
     make_tables(p_.block_tables, p_.kv_lengths);
-    make_tokens(p_.key, p_.packed(), p_.rows, kv_heads_, head_dim_);
-    make_tokens(p_.value, p_.packed(), p_.rows, kv_heads_, value_dim_);
+    make_tokens(p_.key, p_.packed(), p_.q_rows, kv_heads_, head_dim_);
+    make_tokens(p_.value, p_.packed(), p_.q_rows, kv_heads_, value_dim_);
     if (p_.packed())
-      make_index(p_.cu_seqlens, {{batch_ + 1, &View::batch}}, p_.rows, one_of({0.0, 0.5}), true);
+      make_index(p_.cu_seqlens, {{batch_ + 1, &View::batch}}, p_.q_rows, one_of({0.0, 0.5}), true);
     if (chance(0.5)) {
       add(AppendOperand::kCos), add(AppendOperand::kSin);
       p_.positions = static_cast<int32_t>(integer(1, 9));
@@ -61,7 +61,7 @@ class AppendCase : PoolCase {
         "append layout=%d dtype=%d/%d leading=%d batch=%d heads=%d d=%d dv=%d rows=%d packed=%d pages=%d of "
         "%d, table=%d rotated=%d operands=%#x",
         static_cast<int>(layout_), static_cast<int>(dtype_), static_cast<int>(pool_dtype_), leading_.rank,
-        batch_, kv_heads_, head_dim_, value_dim_, p_.rows, p_.packed(), pages_, page_size_, table_,
+        batch_, kv_heads_, head_dim_, value_dim_, p_.q_rows, p_.packed(), pages_, page_size_, table_,
         p_.rotated, p_.spec.operands);
     return line;
   }
@@ -87,7 +87,7 @@ class AppendCase : PoolCase {
       std::map<std::pair<int64_t, int64_t>, int64_t> last;  // (page, slot) -> offset of the row, at head 0
       for (int32_t z = 0; z < batch_; ++z) {
         const auto [begin, end] =
-            p_.packed() ? rows_of(p_.cu_seqlens, l, z, p_.rows) : std::pair<int64_t, int64_t>{0, p_.rows};
+            p_.packed() ? rows_of(p_.cu_seqlens, l, z, p_.q_rows) : std::pair<int64_t, int64_t>{0, p_.q_rows};
         int64_t position = clamp(index(p_.kv_lengths, l, z), capacity());
         for (int64_t t = begin; t < end && position < capacity(); ++t, ++position) {
           const int64_t page = index(p_.block_tables, l, z, position / page_size_);

@@ -1,6 +1,7 @@
 // Runs the CUDA kernels on copies of the operands (device_memory.h).
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <functional>
 #include <stdexcept>
 #include <thread>
@@ -8,6 +9,7 @@
 
 #include "backend.h"
 #include "core/families/hopper_layout.h"
+#include "core/schema.h"
 #include "core/table.h"
 #include "cuda/append/append.h"
 #include "cuda/device.h"
@@ -18,57 +20,43 @@
 namespace jax_flash::backend {
 namespace {
 
-constexpr View Problem::* kOperands[] = {&Problem::query,
-                                         &Problem::key,
-                                         &Problem::value,
-                                         &Problem::out,
-                                         &Problem::lse,
-                                         &Problem::dout,
-                                         &Problem::delta,
-                                         &Problem::dquery,
-                                         &Problem::dkey,
-                                         &Problem::dvalue,
-                                         &Problem::dbias,
-                                         &Problem::cu_seqlens_q,
-                                         &Problem::cu_seqlens_k,
-                                         &Problem::q_lengths,
-                                         &Problem::kv_lengths,
-                                         &Problem::q_segment_ids,
-                                         &Problem::kv_segment_ids,
-                                         &Problem::mask,
-                                         &Problem::bias,
-                                         &Problem::alibi_slopes,
-                                         &Problem::sinks,
-                                         &Problem::dropout,
-                                         &Problem::block_tables,
-                                         &Problem::k_scale,
-                                         &Problem::v_scale,
-                                         &Problem::position,
-                                         &Problem::draft_mask};
+constexpr View Problem::* kOperands[] = {
+#define JF_REQUIRED(name, ...) &Problem::name,
+#define JF_OPTIONAL(id, name, ...) &Problem::name,
+#include "operands.def"
+#define JF_RESULT(name, ...) &Problem::name,
+#define JF_LIKE(name, ...) &Problem::name,
+#include "results.def"
+};
 
-constexpr View Tangents::* kTangents[] = {&Tangents::tquery, &Tangents::tkey, &Tangents::tvalue,
-                                          &Tangents::tbias,  &Tangents::tout, &Tangents::tlse};
+constexpr View Tangents::* kTangents[] = {
+#define JF_OPTIONAL_TANGENT(id, name, ...) &Tangents::name,
+#include "operands.def"
+#define JF_TANGENT(name, ...) &Tangents::name,
+#include "results.def"
+};
 
 constexpr View AppendProblem::* kAppendOperands[] = {
-    &AppendProblem::k_pages,    &AppendProblem::v_pages,      &AppendProblem::key,
-    &AppendProblem::value,      &AppendProblem::block_tables, &AppendProblem::kv_lengths,
-    &AppendProblem::cu_seqlens, &AppendProblem::cos,          &AppendProblem::sin,
-    &AppendProblem::k_scale,    &AppendProblem::v_scale};
+#define JF_APPEND_REQUIRED(name, ...) &AppendProblem::name,
+#define JF_APPEND_OPTIONAL(id, name, ...) &AppendProblem::name,
+#include "operands.def"
+};
 
-bool is_result(Pass pass, View Problem::* operand) {
-  switch (pass) {
-    case Pass::kForward:
-      return operand == &Problem::out || operand == &Problem::lse;
-    case Pass::kBackward:
-      return operand == &Problem::dquery || operand == &Problem::dkey || operand == &Problem::dvalue;
-    case Pass::kTangent:
-      return false;  // all of its results are tangents
-    default:
-      return operand == &Problem::dbias;
-  }
+// Whether the pass has a result whose row of the table satisfies `is`.
+template <class Is>
+bool any_result(Pass pass, Is is) {
+  const auto& arrays = schema::arrays_of(pass);
+  return std::any_of(arrays.results, arrays.results + arrays.result_count,
+                     [&](const schema::Array* array) { return is(*array); });
 }
 
-bool is_result(View Tangents::* operand) { return operand == &Tangents::tout || operand == &Tangents::tlse; }
+bool is_result(Pass pass, View Problem::* operand) {
+  return any_result(pass, [&](const schema::Array& array) { return array.view == operand; });
+}
+
+bool is_result(View Tangents::* operand) {
+  return any_result(Pass::kTangent, [&](const schema::Array& array) { return array.tangent == operand; });
+}
 
 Device gpu() {
   Device found{};
@@ -186,7 +174,7 @@ class AppendCall {
   // Half of the calls have one SM, where warps have several tokens.
   void launch(cudaStream_t stream) {
     Device device = gpu();
-    if (p_.rows % 2) device.sm_count = 1;
+    if (p_.q_rows % 2) device.sm_count = 1;
     check(launch_append(p_, device, stream), "launch");
   }
   void check_bands() const { copies_.check_bands(); }

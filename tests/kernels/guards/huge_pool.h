@@ -18,7 +18,7 @@ inline bool use_a_huge_pool() {
   a.spec.page_layout = PageLayout::kNhd;
   a.dtype = DType::kF32;
   a.pool_dtype = DType::kF8E4M3;
-  a.batch = a.table = a.rows = 1;
+  a.batch = a.table = a.q_rows = 1;
   a.kv_heads = kHeads;
   a.head_dim = a.value_dim = kWidth;
   a.page_size = kSlots;

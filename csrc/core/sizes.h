@@ -1,0 +1,24 @@
+// The sizes of a call, of csrc/operands.def: int32_t in the kernels, int64_t in plans, and Dim where a
+// program is exported for sizes that are not known yet.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash {
+
+template <class T>
+struct Sizes {
+#define JF_SIZE(name) T name{};
+#include "../operands.def"
+
+  // The same sizes in another type.
+  template <class U>
+  Sizes<U> as() const {
+    Sizes<U> sizes;
+#define JF_SIZE(name) sizes.name = static_cast<U>(name);
+#include "../operands.def"
+    return sizes;
+  }
+};
+
+}  // namespace jax_flash

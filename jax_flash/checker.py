@@ -1,0 +1,162 @@
+"""Checks of single arguments: arrays, shapes, index arrays, numbers and flags, each with its message."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._jax import is_symbolic, same_dim
+from .backends import max_head_dim
+
+DTYPES = ("float16", "bfloat16", "float32")
+MAX_HEAD_DIM = 256  # of the CPU kernels
+INT32_MAX = 2**31 - 1
+MAX_NUMBER = 2e38  # the kernels multiply by log2(e), in float32
+
+
+class Checker:
+    """Checks of single arguments; every message begins with the name of the public function."""
+
+    def __init__(self, op: str):
+        self.op = op
+
+    def fail(self, message: str, error: type[Exception] = ValueError) -> Exception:
+        return error(f"{self.op}: {message}")
+
+    def array(self, name: str, x: Any) -> jax.Array:
+        if x is None or isinstance(x, (str, bytes)):
+            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
+        try:
+            return jnp.asarray(x)
+        except TypeError:
+            raise self._not_of_jax(name, x) from None
+
+    def _not_of_jax(self, name: str, x: Any) -> Exception:
+        dtype = getattr(x, "dtype", None)
+        if dtype is None:
+            return self.fail(f"{name} must be an array, got {type(x).__name__}", TypeError)
+        native = getattr(dtype, "isnative", True)
+        hint = "" if native else f"; cast it with .astype({dtype.newbyteorder('=').name!r})"
+        return self.fail(f"{name} has dtype {dtype}, which JAX does not have{hint}", TypeError)
+
+    def dtype(self, name: str, x: jax.Array, allowed: tuple[str, ...] = DTYPES, hint: str = "") -> None:
+        if x.dtype.name not in allowed:
+            raise self.fail(f"{name} has dtype {x.dtype}, allowed are {', '.join(allowed)}{hint}", TypeError)
+
+    def rank(self, name: str, x: jax.Array, dims: str) -> None:
+        wanted = len(dims.split())
+        if x.ndim != wanted:
+            raise self.fail(f"{name} must have rank {wanted} [{dims}], got shape {x.shape}")
+
+    def dim(self, name: str, axis: str, got: Any, wanted: Any, owner: str) -> None:
+        if not same_dim(got, wanted):
+            raise self.fail(f"{name} has {axis} {got}, which differs from {owner}'s {wanted}")
+
+    def shape(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> None:
+        if x.ndim != len(wanted) or not all(map(same_dim, x.shape, wanted)):
+            raise self.fail(f"{name} must have shape [{dims}] = {wanted}, got {x.shape}")
+
+    def int32(self, name: str, x: Any) -> jax.Array:
+        """An index array: int32 if it is JAX's; on the host, integers of any type whose values int32 holds."""
+        if x is None or isinstance(x, (str, bytes)):
+            raise self.fail(f"{name} must be an array, got {x!r}", TypeError)
+        if not _holds_jax_arrays(x):
+            return jnp.asarray(self.host_int32(name, x))
+        array = jnp.asarray(x)
+        if array.dtype != jnp.int32:
+            raise self.fail(
+                f"{name} must be int32, got {array.dtype}; cast it with .astype('int32')", TypeError
+            )
+        return array
+
+    def host_int32(self, name: str, x: Any) -> np.ndarray:
+        """The int32 values of integers on the host: a number, a list or a NumPy array."""
+        try:
+            array = np.asarray(x)
+        except ValueError:
+            raise self.fail(f"{name} must be an array, got lists of different lengths") from None
+        integers = array.dtype.kind in "iu" or (array.dtype.kind == "O" and all(map(_is_integer, array.flat)))
+        if not integers and (array.size or hasattr(x, "dtype")):  # an empty list is float64
+            raise self.fail(f"{name} must hold integers, got {array.dtype}", TypeError)
+        outside = array[(array < -INT32_MAX - 1) | (array > INT32_MAX)]
+        if outside.size:
+            raise self.fail(
+                f"{name} holds {outside[0]}, allowed are the values of int32, at most {INT32_MAX}"
+            )
+        return array.astype(np.int32)
+
+    def lengths(self, name: str, x: Any, count: Any, dim: str) -> jax.Array:
+        """int32 `[count]`, from as many lengths or from one number for all."""
+        lengths = self.int32(name, x)
+        if lengths.ndim == 0:
+            return jnp.broadcast_to(lengths, (count,))
+        self.shape(name, lengths, (count,), dim)
+        return lengths
+
+    def head_dim(self, name: str, x: jax.Array, implementation: str | None) -> None:
+        d = x.shape[-1]
+        if is_symbolic(d) or d < 1:
+            raise self.fail(f"{name} must have a static head dim of at least 1, got {d}")
+        largest = max(MAX_HEAD_DIM, max_head_dim())
+        if d > largest and implementation != "xla":
+            raise self.fail(
+                f'{name} has head dim {d}, allowed are 1 to {largest}; implementation="xla" takes any'
+            )
+
+    def float32(self, name: str, x: Any) -> jax.Array:
+        array = self.array(name, x)
+        if array.dtype != jnp.float32:
+            raise self.fail(
+                f"{name} must be float32, got {array.dtype}; cast it with .astype('float32')", TypeError
+            )
+        return array
+
+    def number(self, name: str, x: Any, instead: str = "") -> float:
+        """A number, or a known array without dimensions; `instead` tells what to do with a traced one."""
+        if isinstance(x, jax.core.Tracer):
+            hint = f"; {instead}" if instead else ""
+            raise self.fail(
+                f"{name} must be a Python number (it is compiled in), got a traced value{hint}", TypeError
+            )
+        value = x.item() if isinstance(x, (jax.Array, np.ndarray)) and x.ndim == 0 else x
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise self.fail(
+                f"{name} must be a Python number (it is compiled in), got {type(x).__name__}", TypeError
+            )
+        try:
+            value = float(value)
+        except OverflowError:
+            value = float("inf")
+        if not abs(value) <= MAX_NUMBER:
+            allowed = f"within ±{MAX_NUMBER}, as float32 needs it" if np.isfinite(value) else "finite"
+            raise self.fail(f"{name} must be {allowed}, got {x}")
+        return value
+
+    def flag(self, name: str, x: Any) -> bool:
+        if not isinstance(x, (bool, np.bool_)):
+            raise self.fail(f"{name} must be True or False, got {x!r}", TypeError)
+        return bool(x)
+
+    def broadcastable(self, name: str, x: jax.Array, wanted: tuple[Any, ...], dims: str) -> jax.Array:
+        """x, with leading dimensions of 1 up to the wanted rank; each dimension must be 1 or the wanted one."""
+        full = (1,) * (len(wanted) - x.ndim) + x.shape
+        if x.ndim > len(wanted) or not all(
+            same_dim(got, 1) or same_dim(got, want) for got, want in zip(full, wanted)
+        ):
+            raise self.fail(f"{name} must broadcast to [{dims}] = {wanted}, got shape {x.shape}")
+        return x.reshape(full) if x.ndim < len(wanted) else x
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _holds_jax_arrays(x: Any) -> bool:
+    """Whether x is an array of JAX, traced ones included, or a list with such among its numbers."""
+    if isinstance(x, (list, tuple)):
+        return any(map(_holds_jax_arrays, x))
+    return isinstance(x, jax.Array) or hasattr(x, "__jax_array__")

@@ -1,0 +1,92 @@
+"""csrc/operands.def and csrc/results.def as C++ and Python read them, and what C++ derives from them. No GPU needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jax_flash import operands
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "tests" / "kernels"
+BYTES = {
+    "activation": 2,
+    "pool": 1,
+    "bias": 4,
+    "boolean": 1,
+}  # in the driver's call; 4 for every other element
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """The lines of tests/kernels/schema, by their first word."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None or not (ROOT / "csrc").exists():
+        pytest.skip("needs a C++ compiler and the sources")
+    program = tmp_path_factory.mktemp("schema") / "schema"
+    options = [
+        "-std=c++20",
+        "-O0",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-I",
+        ROOT / "csrc",
+        "-I",
+        KERNELS / "emulator",
+    ]
+    subprocess.run([compiler, *options, KERNELS / "schema" / "main.cc", "-o", program], check=True)
+    done = subprocess.run([program], text=True, capture_output=True, check=True)
+    lines: dict[str, list[str]] = {}
+    for line in done.stdout.splitlines():
+        kind, rest = line.split(" ", 1)
+        lines.setdefault(kind, []).append(rest)
+    return lines
+
+
+def test_both_languages_read_the_same_dimensions(printed):
+    found = {layout: {} for layout in operands.DIMS}
+    for line in printed["array"]:
+        name, *dims = (part.strip() for part in line.split("|"))
+        layouts = operands.ATTENTION_LAYOUTS if len(dims) == 4 else operands.APPEND_LAYOUTS
+        for layout, names in zip(layouts, dims, strict=True):
+            if names:
+                found[layout][name] = tuple(names.split())
+    without_kernels = {"tsinks"}  # JAX makes this tangent of others
+    wanted = {
+        layout: {name: dims for name, dims in table.items() if name not in without_kernels}
+        for layout, table in operands.DIMS.items()
+    }
+    assert found == wanted
+
+
+def test_both_languages_read_the_same_passes(printed):
+    wanted = [f"{p.name} | {' '.join(p.operands)} | {' '.join(p.results)}" for p in operands.PASSES]
+    assert printed["pass"] == wanted
+
+
+def test_each_view_of_a_call_is_cut_into_slices_of_leading_dimensions(printed):
+    """A kernel with tensor maps has room for one leading dimension, so that a call with two runs slice by slice."""
+    found = {name: float(size) for name, size, step in map(str.split, printed["slice"]) if step == "7"}
+    elements = operands.ELEMENTS
+    arrays = set().union(*(operands.DIMS[layout] for layout in operands.ATTENTION_LAYOUTS))
+    arrays -= {
+        "t" + name for name in operands.DIFFERENTIABLE + operands.FORWARD.results
+    }  # beside the Problem
+    assert "draft_mask" in arrays
+    assert found == {name: BYTES.get(elements[name], 4) for name in arrays}
+
+
+def test_every_required_operand_and_result_has_dimensions_in_each_layout():
+    for layout in operands.ATTENTION_LAYOUTS:
+        for pass_ in (operands.FORWARD, operands.BACKWARD, operands.TANGENT):
+            assert set(pass_.operands + pass_.results) <= operands.DIMS[layout].keys()
+
+
+@pytest.mark.parametrize("name", operands.OPTIONAL)
+def test_an_optional_operand_belongs_to_some_layout(name):
+    assert any(name in operands.DIMS[layout] for layout in operands.ATTENTION_LAYOUTS)
