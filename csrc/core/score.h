@@ -11,7 +11,7 @@ namespace jax_flash {
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
-// `sum`, of a score and a bias. A bias of −∞ hides the key, whatever the score is, NaN and +∞ included.
-JF_HD float biased(float sum, float bias) { return bias == -INFINITY ? -INFINITY : sum; }
+// The score that a bias is added to. A bias of −∞ hides the key, whatever the score is, NaN and +∞ included.
+JF_HD float under_bias(float score, float bias) { return bias == -INFINITY ? 0.0f : score; }
 
 }  // namespace jax_flash

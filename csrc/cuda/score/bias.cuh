@@ -84,8 +84,8 @@ class GlobalBias {
 #pragma unroll
           for (int n = 0; n < S::kColumnTiles; ++n) {
             const float2 bias = ptx::unpack<T>(chunks.pair(slot, n));
-            s.at(slot, n, 0) = biased(fmaf(bias.x, factor, s.at(slot, n, 0)), bias.x);
-            s.at(slot, n, 1) = biased(fmaf(bias.y, factor, s.at(slot, n, 1)), bias.y);
+            s.at(slot, n, 0) = fmaf(bias.x, factor, under_bias(s.at(slot, n, 0), bias.x));
+            s.at(slot, n, 1) = fmaf(bias.y, factor, under_bias(s.at(slot, n, 1), bias.y));
           }
         }
         return;
@@ -96,7 +96,7 @@ class GlobalBias {
     }
     for_each_used<T>(s, operands.bias, p.bias, band, row, key, [=](float& x, T element) {
       const auto bias = static_cast<float>(element);
-      x = biased(fmaf(bias, factor, x), bias);
+      x = fmaf(bias, factor, under_bias(x, bias));
     });
   }
 
@@ -110,8 +110,8 @@ class GlobalBias {
       for (int n = 0; n < S::kColumnTiles; ++n) {
         const int step = S::column_step(n);
         const float2 bias = ptx::unpack<T>(step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0);
-        s.at(slot, n, 0) = biased(fmaf(bias.x, factor, s.at(slot, n, 0)), bias.x);
-        s.at(slot, n, 1) = biased(fmaf(bias.y, factor, s.at(slot, n, 1)), bias.y);
+        s.at(slot, n, 0) = fmaf(bias.x, factor, under_bias(s.at(slot, n, 0), bias.x));
+        s.at(slot, n, 1) = fmaf(bias.y, factor, under_bias(s.at(slot, n, 1), bias.y));
       }
     }
   }

@@ -70,8 +70,8 @@ struct BiasInput {
       for (int i = 0; i < 4; ++i) {
         const float2 bias = ptx::unpack<T>(pairs[i]);
         float &even = s.at(i % 2, 2 * k + i / 2, 0), &odd = s.at(i % 2, 2 * k + i / 2, 1);
-        even = biased(fmaf(even, scale, bias.x), bias.x);
-        odd = biased(fmaf(odd, scale, bias.y), bias.y);
+        even = fmaf(under_bias(even, bias.x), scale, bias.x);
+        odd = fmaf(under_bias(odd, bias.y), scale, bias.y);
       }
     }
     shared.input_pipe.release(use);
