@@ -3,7 +3,6 @@
 python -m benchmarks                          # the platform's cases, every peer that is installed
 python -m benchmarks --cases causal --peers xla,torch --repeats 9 --out out/bench
 python -m benchmarks --suite cpu              # what the CPU kernels promise, with limits that a run has to reach
-python -m benchmarks --suite cuda             # the same for the CUDA kernels, and for the sm_90a forward: hopper
 python -m benchmarks --suite scaling          # several GPUs of one host beside one of them
 python -m benchmarks --suite peers --limit 270    # the CUDA kernels beside every JAX peer, what matters most first
 python -m benchmarks --compare ../before      # this checkout beside another one: times, and results bit by bit
@@ -18,13 +17,13 @@ import argparse
 import importlib
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jax_flash import backends
 
-from . import cases, compare, flop, measure, peers, report, sections
+from . import cases, compare, measure, peers, sections, suite_cases
+from .suite import Suite
 
 PASSES = ("forward", "backward", "both", "jvp")
 OUT = Path("out/bench")
@@ -67,7 +66,7 @@ def parse(arguments: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     suites = parser.add_argument_group("suites")
     suites.add_argument(
         "--suite",
-        choices=["cpu", "cuda", "hopper", "scaling", "peers"],
+        choices=["cpu", "scaling", "peers"],
         help="the cells and limits of one suite",
     )
     suites.add_argument("--sections", default="", help="of the suite, separated by commas; default all")
@@ -104,8 +103,8 @@ def main(arguments: list[str]) -> int:
     return run_cases(parser, options, arguments)
 
 
-def suite_of(options: argparse.Namespace) -> sections.Suite:
-    suite: sections.Suite = importlib.import_module(f".suite_{options.suite}", __package__).SUITE
+def suite_of(options: argparse.Namespace) -> Suite:
+    suite: Suite = importlib.import_module(f".suite_{options.suite}", __package__).SUITE
     return suite
 
 
@@ -122,9 +121,8 @@ def run_suite(parser: argparse.ArgumentParser, options: argparse.Namespace) -> i
 
 def run_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, arguments: list[str]) -> int:
     platform = jax.default_backend()
-    wanted = options.cases.split("|")
     known = cases.GPU if platform == "gpu" else cases.CPU
-    chosen = [c for c in known if any(text in c.name for text in wanted)]
+    chosen = [c for c in known if compare.selected(c.name, options.cases)]
     if not chosen:
         parser.error(f"--cases: no case's name holds {options.cases!r}")
     there = [name for name, peer in peers.PEERS.items() if platform in peer.platforms]
@@ -133,70 +131,8 @@ def run_cases(parser: argparse.ArgumentParser, options: argparse.Namespace, argu
     unknown = (set(names) - set(peers.PEERS)) | (set(passes) - set(PASSES))
     if unknown:
         parser.error(f"not known: {', '.join(sorted(unknown))}")
-    run: dict[str, Any] = {
-        "header": report.header(arguments),
-        "device": device_rates(platform, sorted({c.dtype for c in chosen}), options),
-        "passes": passes,
-        "peers": names,
-        "cases": [],
-    }
-    for case in chosen:
-        run["cases"].append(run_case(case, names, passes, options))
-        print(f"{case.name}: {summary(run['cases'][-1])}", file=sys.stderr, flush=True)
-    there = [name for name in names[1:] if any(_ran(result, name) for result in run["cases"])]
-    run["peers"] = [names[0], *there]
-    run["absent"] = {name: _reason(run["cases"][0], name) for name in names[1:] if name not in there}
-    report.write(run, options.out)
-    print(report.markdown(run))
-    return 0
-
-
-def device_rates(platform: str, dtypes: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """What the device does by itself: products in each dtype, and copies."""
-    rates: dict[str, Any] = {}
-    for dtype in dtypes:
-        product = measure.matmul_call(platform, dtype)
-        rates[f"matmul {dtype}"] = {"flop": flop.matmul(platform), **timed({"": product}, options)[""]}
-    call, arguments, size = measure.copy_call(platform)
-    rates["copy"] = {"bytes": size, **timed({"": (call, arguments)}, options)[""]}
-    return rates
-
-
-def timed(calls: measure.Calls, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    return measure.in_turns(calls, options.repeats or measure.REPEATS, options.seconds)
-
-
-def run_case(
-    case: cases.Case, names: list[str], passes: list[str], options: argparse.Namespace
-) -> dict[str, Any]:
-    """Every pass of every implementation that takes the case; the others' reasons."""
-    results = {}
-    for pass_ in passes:
-        try:
-            calls, refused = peers.prepare({name: (name, case, pass_) for name in names})
-        except NotImplementedError as error:  # this library was built without a kernel for the case
-            calls, refused = {}, {name: {"refused": peers.why(error)} for name in names}
-        results[pass_] = refused | timed(calls, options)
-    work = {pass_: flop.attention(case, pass_) for pass_ in passes}
-    needs = sorted(peers.needs(case))
-    return {"name": case.name, "dtype": case.dtype, "needs": needs, "flop": work, "results": results}
-
-
-def _ran(result: dict[str, Any], name: str) -> bool:
-    return any("median" in by_name[name] for by_name in result["results"].values())
-
-
-def _reason(result: dict[str, Any], name: str) -> str:
-    return str(next(iter(result["results"].values()))[name]["refused"])
-
-
-def summary(result: dict[str, Any]) -> str:
-    """One line while it runs: milliseconds of each implementation."""
-    parts = []
-    for pass_, by_name in result["results"].items():
-        times = (f"{name} {r['median'] * 1e3:.3f}" for name, r in by_name.items() if "median" in r)
-        parts.append(f"{pass_} ms: {', '.join(times)}")
-    return "; ".join(parts)
+    run = suite_cases.Run(platform, chosen, names, options.repeats or measure.REPEATS, options.seconds)
+    return sections.run(suite_cases.suite_of(run, PASSES, arguments), passes, options.out, options.limit)
 
 
 if __name__ == "__main__":

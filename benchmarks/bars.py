@@ -1,4 +1,4 @@
-"""A bar: a figure of a run, and the limit that it has to reach. What the suites' own bars share."""
+"""Bars: figures of a run, each with the limit that it has to reach; and the arithmetic that all suites share."""
 
 from __future__ import annotations
 
@@ -68,6 +68,23 @@ def ratio(cell: Cell, above: str, below: str) -> float:
 def speedup(cell: Cell, peer: str) -> float:
     """A peer's time over this library's."""
     return ratio(cell, peer, "jax_flash")
+
+
+def share_of_product(cell: Cell) -> float:
+    """FLOP/s over those of the matrix product, which has `product` FLOP and was timed in the same turns."""
+    return float(cell["flop"] / cell["product"]) * ratio(cell, "matmul", "jax_flash")
+
+
+def peer_verdict(cell: Cell) -> str:
+    """This library's rate, its share of the matrix product's, and the others' times over its own."""
+    if not ran(cell, "jax_flash"):
+        return "–"
+    rate = cell["flop"] / cell["times"]["jax_flash"]["median"]
+    said = [f"{rate / 1e12:.0f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"]
+    if ran(cell, "matmul"):
+        said.append(f"{share_of_product(cell):.2f} of the product")
+    others = (name for name in cell["times"] if name not in ("jax_flash", "matmul") and ran(cell, name))
+    return ", ".join([*said, *(f"× {name} {speedup(cell, name):.2f}" for name in others)])
 
 
 def relative_cost(cell: Cell) -> float:

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import flop
-from .bars import Bar, Cell, chosen, least, mean, most, ran, ratio, relative_cost, speedup
+from .bars import (
+    Bar,
+    Cell,
+    chosen,
+    least,
+    mean,
+    most,
+    peer_verdict,
+    ran,
+    ratio,
+    relative_cost,
+    share_of_product,
+    speedup,
+)
 
 # (pass, peer) → the mean over all cells, and each cell: the peer's time over ours.
 OVER_PEERS = {
@@ -35,11 +47,6 @@ def judge(cells: list[Cell]) -> list[Bar]:
     ]
 
 
-def rate_of_matmul(cell: Cell) -> float:
-    """FLOP/s over that of XLA's float32 product, timed in the same turns."""
-    return float(cell["flop"] / flop.matmul("cpu")) * ratio(cell, "matmul", "jax_flash")
-
-
 def _peers(cells: list[Cell]) -> Iterator[Bar]:
     for (pass_, peer), (limit, each) in OVER_PEERS.items():
         timed = [c for c in chosen(cells, "peer", **{"pass": pass_}) if ran(c, peer)]
@@ -51,7 +58,7 @@ def _peers(cells: list[Cell]) -> Iterator[Bar]:
 def _matmul(cells: list[Cell]) -> Iterator[Bar]:
     for dtype, limit in OF_MATMUL.items():
         forward = chosen(cells, "peer", dtype=dtype, **{"pass": "forward"})
-        long = [(rate_of_matmul(c), c["name"]) for c in forward if c["rows"] >= 2048]
+        long = [(share_of_product(c), c["name"]) for c in forward if c["rows"] >= 2048]
         yield from least(f"forward {dtype} / XLA's float32 matmul rate", long, limit)
 
 
@@ -89,3 +96,26 @@ def _others(cells: list[Cell]) -> Iterator[Bar]:
     yield from least("small calls × xla", small, OVER_XLA_SMALL)
     memory = [(c["bytes"] / 2**20, c["name"]) for c in chosen(cells, "memory")]
     yield from most("extra memory, MB", memory, MEGABYTES)
+
+
+def verdict(cell: Cell) -> str:
+    match cell["kind"]:
+        case "peer":
+            return peer_verdict(cell)
+        case "shape":
+            return f"{cell['what']} / plain {ratio(cell, 'this', 'plain'):.3f}"
+        case "option":
+            return f"cost {relative_cost(cell):.2f}"
+        case "scaling":
+            return f"× {ratio(cell, '1 thread', '2 threads'):.2f}"
+        case "decode":
+            rate = cell["bytes"] / cell["times"]["read"]["median"] / 1e9
+            return f"{ratio(cell, 'read', 'jax_flash'):.2f} of a read at {rate:.1f} GB/s"
+        case "tangent":
+            over_forward = ratio(cell, "jax_flash", "forward")
+            return f"{over_forward:.2f} of the forward, × xla {speedup(cell, 'xla'):.2f}"
+        case "small":
+            return f"× xla {speedup(cell, 'xla'):.2f}"
+        case "training":
+            return f"× xla {ratio(cell, 'xla', 'cpu'):.2f}"
+    return f"{cell['bytes'] / 2**20:.1f} MB"

@@ -1,35 +1,43 @@
-"""What training, decode and whole steps have to reach beside their peers on one H200, judged from a run's cells."""
+"""The limits of the peers' suite on one H200: training, decode and whole steps, judged from the cells of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import flop, steps_cuda
+from . import paged_steps
 from .bars import (
     Bar,
     Cell,
     Values,
     chosen,
-    geometric_mean,
     least,
     mean,
     most,
+    peer_verdict,
     ran,
     ratio,
     relative_cost,
+    share_of_product,
     speedup,
 )
-from .bars_cuda import lead_over_best, of_steps
 from .peers import PEERS
 
 BACKWARD_MEAN, FORWARD_MEAN, EACH = 1.28, 1.2, 0.97  # × cuDNN; × the best peer, each cell
 LARGE_HEADS = 1.3  # backward at head dim 256, × cuDNN
+OF_PRODUCT = {(128, False): 0.95, (128, True): 0.92, (256, False): 1.0, (256, True): 0.97}  # forward, at LONG
+LONG = 16384
 LATENT_OF_PRODUCT = 0.59  # head dims 192/128, backward: of the matrix product's rate
 WINDOWS = {"window 128": 1.7, "window 1024": 1.25, "window 4096": 1.25}  # backward, × cuDNN
 OF_FIXED, SEGMENTS_OF_PACKED = 0.92, 1 / 1.15
-OF_PLAIN = {"sinks": 0.97, "softcap": 0.75, "alibi": 0.8, "dropout": 0.6, "bias": 0.45}
+OF_PLAIN = {  # an option's rate over the plain call's
+    "forward": {"sinks": 0.98, "softcap": 0.75, "alibi": 0.8, "dropout": 0.6, "bias": 0.6, "segments": 0.9},
+    "backward": {"sinks": 0.97, "softcap": 0.75, "alibi": 0.8, "dropout": 0.6, "bias": 0.45},
+}
+OF_PAIR = {  # the rate of a shape over that of the plain call it is compared with
+    "forward": {"GQA 8:1": 0.98, "window 1024": 0.8, "s 4001": 0.85, "s 1000": 0.85, "s 777": 0.85},
+    "backward": {"s 4001": 0.85, "s 1000": 0.85, "s 777": 0.85},
+}
 DETERMINISTIC = {64: 1.12, 128: 1.12, 256: 1.2}  # its time over the plain backward's
-ODD_LENGTHS = 0.85
 TRAINING_STEP = {"1 × 32,768": 1.18, "2 × 8,192": 1.08}  # × cuDNN, attention's results kept under remat
 
 DECODE_MEAN, DECODE_EACH, OF_READ, READ_FROM = 1.02, 0.98, 0.95, 5e8  # bytes of keys and values
@@ -43,32 +51,31 @@ OF_PLAIN_BANDWIDTH = {
 }
 FLOAT8 = 1.75
 LATENT_READ, LATENT_PRODUCT = 0.8, 0.6
+PREFILL = {"pages of 64": 0.9, "pages of 16": 0.8}  # of the contiguous call's rate
+# The time of a paged call over that of the call it is compared with, at most.
+STEPS = {"4 tokens / 1": 1.05, "8 tokens / 1": 1.12, "16 tokens / 1": 1.3, "together / apart": 1.1}
+STEPS |= {f"tree of {n} / {n} tokens": 1.05 for n in paged_steps.TOKENS}
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
     """All bars whose cells are there."""
     return [
         *_matrix(cells),
+        *_product(cells),
         *_models(cells),
         *_options(cells),
         *_short(cells),
         *_steps(cells),
         *_long_decode(cells),
         *_other_decode(cells),
-        *of_steps(cells),
+        *_paged_steps(cells),
     ]
 
 
-def best_here(cell: Cell) -> float | None:
-    """The time of the fastest peer of this run over ours."""
+def over_best(cell: Cell) -> float | None:
+    """The time of the fastest peer over ours."""
     found = [speedup(cell, name) for name in PEERS if name != "jax_flash" and ran(cell, name)]
     return min(found) if found and ran(cell, "jax_flash") else None
-
-
-def over_best(cell: Cell) -> float | None:
-    """The least of the ratios to the peers of this run, and of that to the best of the earlier run, by cuDNN."""
-    found = [best_here(cell), lead_over_best(cell) if ran(cell, "jax_flash") else None]
-    return min((x for x in found if x is not None), default=None)
 
 
 def _over(cells: list[Cell], peer: str) -> Values:
@@ -83,23 +90,44 @@ def _matrix(cells: list[Cell]) -> Iterator[Bar]:
     for pass_, limit in (("backward", BACKWARD_MEAN), ("forward", FORWARD_MEAN)):
         here = chosen(cells, "peer", of="matrix", **{"pass": pass_})
         yield from mean(f"{pass_} × cuDNN", _over(here, "cudnn"), limit)
-        yield from least(f"{pass_} × best peer (in part leads), each shape", _best(here), EACH)
+        yield from least(f"{pass_} × best peer, each shape", _best([*here, *_others(cells, pass_)]), EACH)
         if pass_ == "backward":
             large = [c for c in here if c["d"] == 256]
             yield from least("backward d256 × cuDNN, each shape", _over(large, "cudnn"), LARGE_HEADS)
 
 
+def _others(cells: list[Cell], pass_: str, window: str = "") -> list[Cell]:
+    """The cells of peers that are slow to compile: of one window, or of the matrix."""
+    others = chosen(cells, "peer", of="others", **{"pass": pass_})
+    return [c for c in others if (c["case"].endswith(window) if window else "window" not in c["case"])]
+
+
+def _product(cells: list[Cell]) -> Iterator[Bar]:
+    """Long forwards over the matrix product of the run."""
+    for device in chosen(cells, "device"):
+        product = device["flop"] / device["times"]["matmul"]["median"]
+        for (d, causal), limit in OF_PRODUCT.items():
+            tags = {"of": "matrix", "pass": "forward", "d": d, "s": LONG, "causal": causal}
+            timed = [
+                c for c in chosen(cells, "peer", **tags) if ran(c, "jax_flash") and "heads" not in c["case"]
+            ]
+            values = [(c["flop"] / c["times"]["jax_flash"]["median"] / product, c["name"]) for c in timed]
+            how = "causal" if causal else "full"
+            yield from least(f"forward d{d} s{LONG} {how} / matmul", values, limit)
+
+
 def _models(cells: list[Cell]) -> Iterator[Bar]:
     for cell in chosen(cells, "peer", of="models", **{"pass": "backward"}):
         if ran(cell, "jax_flash") and ran(cell, "matmul"):
-            share = cell["flop"] / flop.matmul("gpu") * ratio(cell, "matmul", "jax_flash")
+            share = share_of_product(cell)
             yield Bar("backward 192/128 / matmul", share, True, LATENT_OF_PRODUCT, cell["name"])
     for what, limit in WINDOWS.items():
         here = [
             c for c in chosen(cells, "peer", of="windows", **{"pass": "backward"}) if c["case"].endswith(what)
         ]
         yield from least(f"backward {what} × cuDNN", _over(here, "cudnn"), limit)
-        yield from least(f"backward {what} × best peer (in part leads)", _best(here), 1.0)
+        here += _others(cells, "backward", what)
+        yield from least(f"backward {what} × best peer", _best(here), 1.0)
     for cell in chosen(cells, "documents"):
         if ran(cell, "jax_flash") and ran(cell, "fixed"):
             rate = ratio(cell, "fixed", "jax_flash") * cell["work"]["packed"] / cell["work"]["fixed"]
@@ -110,26 +138,31 @@ def _models(cells: list[Cell]) -> Iterator[Bar]:
 
 
 def _options(cells: list[Cell]) -> Iterator[Bar]:
-    here = chosen(cells, "options", **{"pass": "backward"})
-    for d in DETERMINISTIC:
-        timed = [c for c in here if c["d"] == d and ran(c, "plain")]
-        for what, limit in OF_PLAIN.items():
-            values = [(ratio(c, "plain", what), c["name"]) for c in timed if ran(c, what)]
-            yield from least(f"backward {what} d{d} / plain", values, limit)
-        values = [(ratio(c, "deterministic", "plain"), c["name"]) for c in timed if ran(c, "deterministic")]
-        yield from most(f"backward deterministic d{d}, time / plain", values, DETERMINISTIC[d])
-    odd = [
-        c for c in chosen(cells, "ratio") if c["what"].startswith("s ") and ran(c, "this") and ran(c, "plain")
-    ]
-    for d in (64, 128):
-        values = [(1 / relative_cost(c), c["name"]) for c in odd if c["d"] == d]
-        yield from least(f"backward of odd lengths d{d} / plain", values, ODD_LENGTHS)
+    every = [c for c in chosen(cells, "options") if ran(c, "plain")]
+    for pass_, limits in OF_PLAIN.items():
+        for d in DETERMINISTIC:
+            timed = [c for c in every if c["d"] == d and c["pass"] == pass_]
+            for what, limit in limits.items():
+                values = [(ratio(c, "plain", what), c["name"]) for c in timed if ran(c, what)]
+                yield from least(f"{pass_} {what} d{d} / plain", values, limit)
+    for d, limit in DETERMINISTIC.items():
+        timed = [c for c in every if c["d"] == d and ran(c, "deterministic")]
+        values = [(ratio(c, "deterministic", "plain"), c["name"]) for c in timed]
+        yield from most(f"backward deterministic d{d}, time / plain", values, limit)
+    for pass_, limits in OF_PAIR.items():
+        two = [c for c in chosen(cells, "ratio", **{"pass": pass_}) if ran(c, "this") and ran(c, "plain")]
+        for what, limit in limits.items():
+            values = [(1 / relative_cost(c), c["name"]) for c in two if c["what"] == what]
+            yield from least(f"{pass_} {what} / plain", values, limit)
 
 
 def _short(cells: list[Cell]) -> Iterator[Bar]:
-    for how in ("one by one", "device"):
-        here = [c for c in chosen(cells, "small") if c["name"].endswith(how)]
-        yield from least(f"short backward × cuDNN, {how}", _over(here, "cudnn"), 1.0)
+    for pass_ in ("backward", "forward"):
+        for how in ("one by one", "device"):
+            here = [c for c in chosen(cells, "small", **{"pass": pass_}) if c["name"].endswith(how)]
+            yield from least(f"short {pass_} × cuDNN, {how}", _over(here, "cudnn"), 1.0)
+    for cell in chosen(cells, "host"):
+        yield from least(f"{cell['name']}, × cuDNN", _over([cell], "cudnn"), 1.0)
 
 
 def _steps(cells: list[Cell]) -> Iterator[Bar]:
@@ -138,6 +171,16 @@ def _steps(cells: list[Cell]) -> Iterator[Bar]:
         if cell["name"] in TRAINING_STEP and ran(cell, "cudnn") and ran(cell, kept):
             limit, found = TRAINING_STEP[cell["name"]], ratio(cell, "cudnn", kept)
             yield Bar(f"training step {cell['name']}, kept × cuDNN", found, True, limit, cell["name"])
+
+
+def _paged_steps(cells: list[Cell]) -> Iterator[Bar]:
+    """Calls of several tokens over those of one, mixed batches over their parts, and prompts over pages."""
+    for name, limit in STEPS.items():
+        of = [c for kind in ("tokens", "mixed") for c in chosen(cells, kind) if name in paged_steps.ratios(c)]
+        yield from most(name, [(paged_steps.ratios(c)[name], c["name"]) for c in of], limit)
+    for name, limit in PREFILL.items():
+        values = [(ratio(c, "contiguous", name), c["name"]) for c in chosen(cells, "prefill")]
+        yield from least(f"prefill, {name} / contiguous", values, limit)
 
 
 def _long_decode(cells: list[Cell]) -> Iterator[Bar]:
@@ -220,23 +263,19 @@ def verdict(cell: Cell) -> str:
         case "failed":
             return str(cell["error"])
         case "peer" | "settled" | "documents" if "jax_flash" in timed:
-            rate = cell["flop"] / timed["jax_flash"] / 1e12
-            over = (
-                f"× {name} {t / timed['jax_flash']:.2f}" for name, t in timed.items() if name != "jax_flash"
-            )
-            return ", ".join([f"{rate:.0f} TFLOP/s", *over])
+            return peer_verdict(cell)
         case "options" if "plain" in timed:
             return ", ".join(
                 f"{name} {timed['plain'] / t:.2f}" for name, t in timed.items() if name != "plain"
             )
         case "ratio" if len(timed) == 2:
             return f"{1 / relative_cost(cell):.3f} of the rate of the plain call"
-        case "small":
+        case "small" | "host":
             return "microseconds: " + ", ".join(f"{name} {t * 1e6:.1f}" for name, t in timed.items())
         case "bandwidth":
             return ", ".join(_bandwidth(cell, name, t) for name, t in timed.items())
         case "tokens" | "mixed":
-            return steps_cuda.verdict(cell)
+            return paged_steps.verdict(cell)
         case "step":
             return "thousand tokens/s: " + ", ".join(
                 f"{n} {cell['tokens'] / t / 1e3:.1f}" for n, t in timed.items()
@@ -256,17 +295,3 @@ def _serving(cell: Cell, timed: dict[str, float]) -> str:
     if {"jax_flash", "no attention"} <= set(timed):
         said.append(f"attention's share {1 - timed['no attention'] / timed['jax_flash']:.0%}")
     return ", ".join([*said, f"thunks {cell['captured']}"])
-
-
-def means(cells: list[Cell]) -> list[str]:
-    """A table of geometric means: this library's speed over each peer's, by pass."""
-    lines = ["## Speed over each peer, geometric means", "", "| pass | " + " | ".join(PEERS) + " |"]
-    lines.append("|---" * (len(PEERS) + 1) + "|")
-    for pass_ in ("forward", "backward"):
-        here = chosen(cells, "peer", **{"pass": pass_})
-        shown = []
-        for name in PEERS:
-            values = [x for x, _ in _over(here, name)] if name != "jax_flash" else []
-            shown.append(f"{geometric_mean(values):.2f} ({len(values)})" if values else "–")
-        lines.append(f"| {pass_} | {' | '.join(shown)} |")
-    return [*lines, ""]

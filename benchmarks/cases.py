@@ -81,7 +81,6 @@ DECODE = (
     (64, 64, 8, 64, 8192),
     (1, 32, 8, 128, 512),
 )
-DECODE_BETWEEN = tuple((24, 24, 24, 128, keys) for keys in (512, 2048, 4096))  # for a table of published.py
 
 
 def decode_name(shape: tuple[int, ...]) -> str:

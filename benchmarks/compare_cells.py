@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from . import adapters, cases, decode_cuda, measure, peers, small_cuda, suite_cpu
+from . import adapters, cases, decode_calls, measure, peers, suite_cpu
 from .cases import Case, gpu_case
 
 Prepared = tuple[measure.Call, list[Any]]  # a compiled function, and the argument tuples that it goes through
@@ -54,6 +54,7 @@ def _attention(case: Case, pass_: str, **options: Any) -> Cell:
 
 # --- GPU ------------------------------------------------------------------------------------------------------------
 
+SMALL_CHAIN = 30  # small calls in one program
 EVERY_KIND = (64, 32, 8, 128, 8192)  # the shape at which the rarer kinds of decode are timed
 PAGES_OF_ONE = (EVERY_KIND, (24, 24, 24, 128, 8192), (64, 8, 1, 256, 8192))
 
@@ -86,37 +87,47 @@ def _other_rows() -> Iterator[Case]:
 def _gpu_decode() -> Iterator[Cell]:
     for shape in cases.DECODE:
         name = cases.decode_name(shape)
-        yield _decode(f"{name} contiguous", functools.partial(decode_cuda.contiguous, shape=shape))
+        yield _decode(f"{name} contiguous", functools.partial(decode_calls.contiguous, shape=shape))
         for size in (16, 64, 1) if shape in PAGES_OF_ONE else (16, 64):
             yield _decode(
-                f"{name} pages of {size}", functools.partial(decode_cuda.paged, shape=shape, size=size)
+                f"{name} pages of {size}", functools.partial(decode_calls.paged, shape=shape, size=size)
             )
     name = cases.decode_name(EVERY_KIND)
-    kinds: dict[str, Callable[..., decode_cuda.Call]] = {
-        "packed": decode_cuda.packed,
-        "ragged": decode_cuda.ragged,
-        "float8": decode_cuda.float8,
-        "4 queries": decode_cuda.several_queries,
-        "batch invariant": functools.partial(decode_cuda.paged, size=64, batch_invariant=True),
+    kinds: dict[str, Callable[..., decode_calls.Call]] = {
+        "packed": decode_calls.packed,
+        "ragged": lambda package, shape: decode_calls.ragged(package, shape)[0],
+        "float8": decode_calls.float8,
+        "4 queries": decode_calls.several_queries,
+        "batch invariant": functools.partial(decode_calls.paged, size=64, batch_invariant=True),
     }
     for kind, make in kinds.items():
         yield _decode(f"{name} {kind}", functools.partial(make, shape=EVERY_KIND))
 
 
-def _decode(name: str, make: Callable[[ModuleType], decode_cuda.Call]) -> Cell:
-    return Cell(name, lambda package: decode_cuda.chained(make(package)), calls=decode_cuda.CHAIN)
+def _decode(name: str, make: Callable[[ModuleType], decode_calls.Call]) -> Cell:
+    return Cell(name, lambda package: decode_calls.chained(make(package)), calls=decode_calls.CHAIN)
 
 
 def _gpu_prefill(h: int, d: int) -> Iterator[Cell]:
     sizes = {"b": 2, "sq": 4096, "sk": 4096, "hq": h, "hk": h, "d": d, "dv": d}
     case = Case(f"prefill b2 s4096 h{h} d{d} causal", causal=True, dtype="bfloat16", **sizes)
     for size in (16, 64):
-        prepare = functools.partial(decode_cuda.prefill, case=case, size=size)
+        prepare = functools.partial(decode_calls.prefill, case=case, size=size)
         yield Cell(f"{case.name} pages of {size}", prepare)
 
 
 def _small(case: Case) -> Cell:
-    return Cell(f"small {case.name}", functools.partial(small_cuda.chain, case=case), calls=small_cuda.CHAIN)
+    """Calls of microseconds, many in one program."""
+
+    def prepare(package: ModuleType) -> Prepared:
+        attend = adapters.ours(case, package)
+        return measure.chained(lambda *qkv: attend(*qkv, {}), SMALL_CHAIN), [_qkv(_inputs(case)[0])]
+
+    return Cell(f"small {case.name}", prepare, calls=SMALL_CHAIN)
+
+
+def _qkv(inputs: cases.Inputs) -> tuple[jax.Array, ...]:
+    return tuple(inputs.positional[name] for name in ("query", "key", "value"))
 
 
 def _gpu_backward() -> Iterator[Cell]:

@@ -18,8 +18,13 @@ from .cases import Case, gpu_case
 
 WAVE = 6  # cells whose programs are compiled side by side; their inputs and residuals lie in memory together
 RUN = ("cudnn", "flash-attn3-jax", "jla")  # installed without trouble, and known to run
-OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # not run before, or slow to compile: last
+OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # slow to compile: last
 PASSES = ("backward", "forward")
+PLOTTED = (
+    *(gpu_case(d, s, causal) for d in (128, 64) for s in (4096, 16384) for causal in (True, False)),
+    cases.GQA[0],
+    gpu_case(256, 4096, True),
+)
 SMALL_CHAIN = 16
 
 Request = tuple[str, Case, str]  # implementation, case, pass
@@ -57,7 +62,7 @@ def measured(wanted: Iterable[Wanted], settle: float | None = measure.SETTLED) -
                 del calls[request]
 
 
-def beside_peers(
+def against_peers(
     chosen: Iterable[Case],
     pass_: str,
     of: str,
@@ -77,8 +82,8 @@ def beside_peers(
         wanted.append(Wanted({name: (name, case, pass_) for name in every}, tags))
     for cell in measured(wanted, settle):
         if product:
-            product_call = measure.matmul_call("gpu", "bfloat16")
-            cell["times"]["matmul"] = timed({"matmul": product_call}, settle)["matmul"]
+            cell["product"] = flop.matmul("gpu")
+            cell["times"] |= timed({"matmul": measure.matmul_call("gpu", "bfloat16")}, settle)
         yield cell
 
 
@@ -86,7 +91,7 @@ def matrix(pass_: str, settle: float | None = None) -> Iterator[Cell]:
     """The 18 shapes and models' heads, those of head dim 128 and the models first."""
     first = [case for case in cases.MATRIX if case.d == 128]
     rest = [case for case in cases.MATRIX if case.d != 128]
-    yield from beside_peers((*first, *cases.GQA, *rest), pass_, "matrix", settle=settle)
+    yield from against_peers((*first, *cases.GQA, *rest), pass_, "matrix", settle=settle)
 
 
 def settled(pass_: str) -> Iterator[Cell]:
@@ -97,11 +102,11 @@ def settled(pass_: str) -> Iterator[Cell]:
 
 def latent(pass_: str) -> Iterator[Cell]:
     """DeepSeek-V3's heads, which cuDNN does not take, and the matrix product."""
-    yield from beside_peers((cases.MLA,), pass_, "models", ("jla",), product=True)
+    yield from against_peers((cases.MLA,), pass_, "models", ("jla",), product=True)
 
 
 def windows(pass_: str) -> Iterator[Cell]:
-    yield from beside_peers(cases.WINDOWS, pass_, "windows")
+    yield from against_peers(cases.WINDOWS, pass_, "windows")
 
 
 def documents(pass_: str) -> Iterator[Cell]:
@@ -148,30 +153,30 @@ def deterministic() -> Iterator[Cell]:
     yield from measured(wanted)
 
 
-def odd_lengths(pass_: str) -> Iterator[Cell]:
-    """Lengths that are no multiple of a tile, beside the next one that is."""
+def pairs(pass_: str) -> Iterator[Cell]:
+    """Shapes and the plain call of as many tokens that each is compared with: grouped heads, a window, and lengths that
+    are no multiple of a tile."""
     wanted = []
     for d in (64, 128):
+        plain, long = gpu_case(d, 4096), gpu_case(d, 16384, causal=True)
+        of_group = max(1, plain.hq // 8)
+        two = [("GQA 8:1", plain, plain.replace(name=f"{plain.name} hk{of_group}", hk=of_group))]
+        two.append(("window 1024", long, long.replace(name=f"{long.name} window", window=(1023, 0))))
         for s, ragged in ((4096, 4001), (1024, 1000), (768, 777)):
-            plain = gpu_case(d, s, b=cases.TOKENS // s)
-            this = plain.replace(name=f"d{d} s{ragged}", sq=ragged, sk=ragged)
-            work = {name: flop.attention(case, pass_) for name, case in (("plain", plain), ("this", this))}
-            tags = {
-                "kind": "ratio",
-                "what": f"s {ragged}",
-                "d": d,
-                "name": f"{this.name} {pass_}",
-                "flop": work,
-            }
-            calls = {"plain": ("jax_flash", plain, pass_), "this": ("jax_flash", this, pass_)}
-            wanted.append(Wanted(calls, tags | {"pass": pass_}))
+            whole = gpu_case(d, s, b=cases.TOKENS // s)
+            two.append((f"s {ragged}", whole, whole.replace(name=f"d{d} s{ragged}", sq=ragged, sk=ragged)))
+        for what, one, this in two:
+            work = {name: flop.attention(case, pass_) for name, case in (("plain", one), ("this", this))}
+            tags = {"kind": "ratio", "what": what, "d": d, "pass": pass_, "name": f"{this.name} {pass_}"}
+            calls = {"plain": ("jax_flash", one, pass_), "this": ("jax_flash", this, pass_)}
+            wanted.append(Wanted(calls, tags | {"flop": work}))
     yield from measured(wanted)
 
 
 # --- one short sequence -----------------------------------------------------------------------------------------------
 
 
-def small(pass_: str = "backward") -> Iterator[Cell]:
+def small(pass_: str) -> Iterator[Cell]:
     """One sequence of 512 or 1,024 tokens: the device's time in a program of several calls, and that of calls one by
     one, the host's included."""
     sizes = [cases.small_case(*size) for size in cases.SMALL]
@@ -179,7 +184,7 @@ def small(pass_: str = "backward") -> Iterator[Cell]:
     requests = {(case, name): (name, case, pass_) for case in sizes for name in names}
     calls, refused = peers.prepare(requests, raise_own=False)
     chains, failed = peers.compiled_side_by_side(
-        {key: functools.partial(in_one_program, *call) for key, call in calls.items()}
+        {key: functools.partial(in_one_program, pass_, *call) for key, call in calls.items()}
     )
     for case in sizes:
         tags = {"kind": "small", "d": case.d, "s": case.sq, "causal": case.causal, "pass": pass_}
@@ -193,34 +198,38 @@ def small(pass_: str = "backward") -> Iterator[Cell]:
             yield tags | {"name": f"{case.name} {pass_}, {how}", "times": times}
 
 
-def in_one_program(backward: Callable[..., Any], arguments: list[Any]) -> peers.Finish:
-    """SMALL_CHAIN backward calls in one program, each fed by the one before: dq is the next cotangent. All gradients
-    are results, so that none is left out."""
-    (residuals, dout), *_ = arguments
+def in_one_program(pass_: str, call: Callable[..., Any], arguments: list[Any]) -> peers.Finish:
+    """SMALL_CHAIN calls in one program, each fed by the one before: out is the next query, dq the next cotangent. All
+    gradients are results, so that XLA removes none of them."""
+    first = arguments[0]
 
     @jax.jit
-    def chain(residuals: Any, dout: Any) -> Any:
+    def chain(*given: Any) -> Any:
         others = []
         for _ in range(SMALL_CHAIN):
-            dq, dk, dv, *_ = jax.tree.leaves(backward(residuals, dout))
-            others.append((dk, dv))
-            dout = dq
-        return dout, others
+            fed, *rest = jax.tree.leaves(call(*given))
+            others.append(rest)
+            given = (fed, *given[1:]) if pass_ == "forward" else (*given[:-1], fed)
+        return fed, others
 
-    chain.lower(residuals, dout).compile()
-    return lambda: (chain, [(residuals, dout)])
+    chain.lower(*first).compile()
+    return lambda: (chain, [first])
 
 
-# --- those that have not run before -----------------------------------------------------------------------------------
+# --- peers that are slow to compile -----------------------------------------------------------------------------------
 
 
 def other_peers() -> Iterator[Cell]:
     """fa4-jax, tokamax and Pallas in the cells of the first page's plot."""
-    some = [gpu_case(d, s, causal) for d in (128, 64) for s in (4096, 16384) for causal in (True, False)]
-    for pass_ in PASSES:
-        yield from beside_peers(some, pass_, "others", OTHERS)
-    for pass_ in PASSES:
-        yield from beside_peers((cases.GQA[0], gpu_case(256, 4096, True)), pass_, "others", OTHERS)
+    for some in (PLOTTED[:8], PLOTTED[8:]):
+        for pass_ in PASSES:
+            yield from against_peers(some, pass_, "others", OTHERS)
+
+
+def fa4_jax(pass_: str) -> Iterator[Cell]:
+    """fa4-jax in the cells of `matrix` and in the windows that `other_peers` leaves to it."""
+    rest = [case for case in (*cases.MATRIX, *cases.GQA, *cases.WINDOWS) if case not in PLOTTED]
+    yield from against_peers(rest, pass_, "others", ("cudnn", "fa4-jax"))
 
 
 SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
@@ -231,10 +240,13 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "options": lambda: (cell for d in (128, 64) for cell in options(d, "backward")),
     "options d256": lambda: options(256, "backward"),
     "deterministic": deterministic,
-    "odd lengths": functools.partial(odd_lengths, "backward"),
-    "short": small,
+    "options forward": lambda: (cell for d in cases.HEAD_DIMS for cell in options(d, "forward")),
+    "pairs": lambda: (cell for pass_ in PASSES for cell in pairs(pass_)),
+    "short": functools.partial(small, "backward"),
+    "short forward": functools.partial(small, "forward"),
     "forward": functools.partial(matrix, "forward"),
     "other peers": other_peers,
+    "fa4-jax": lambda: (cell for pass_ in PASSES for cell in fa4_jax(pass_)),
     "settled backward": functools.partial(settled, "backward"),
     "settled forward": functools.partial(settled, "forward"),
 }

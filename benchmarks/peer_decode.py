@@ -17,9 +17,10 @@ from jax import lax
 
 import jax_flash
 
-from . import cases, decode_cuda, flop, measure, peers, steps_cuda
+from . import cases, decode_calls, flop, measure, paged_steps, peers
 from .bars import Cell
-from .decode_cuda import Call, contiguous, paged, scattered
+from .cases import Case
+from .decode_calls import Call, contiguous, paged, ragged, scattered
 from .peer_attention import timed
 
 CHAIN_OF_SHORT = 32  # calls of a few microseconds in one program
@@ -28,7 +29,6 @@ MANY = (1024, 32, 8, 128, 512)
 KINDS = (64, 32, 8, 128, 8192)
 RAGGED = (64, 32, 8, 128, 65536)
 LONG = 65536  # keys from which sequences are split over the whole card: bits that do not depend on the batch cost most
-SHORTEST = 16  # keys of ragged batches
 WINDOW, NARROW = 1024, 128
 LATENT, LATENT_DIM, LATENT_VALUES = (
     (64, 8192, 64),
@@ -46,17 +46,19 @@ def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
     """The calls, chained and compiled side by side; and the reasons of those that do not run."""
 
     def compile_one(make: Callable[[], Call]) -> peers.Finish:
-        call, arguments = decode_cuda.chained(make(), chain)
+        call, arguments = decode_calls.chained(make(), chain)
         call.lower(*arguments[0]).compile()
         return lambda: (call, arguments)
 
     return peers.compiled_side_by_side({n: functools.partial(compile_one, make) for n, make in made.items()})
 
 
-def cell(name: str, made: Made, sizes: dict[str, float], chain: int = decode_cuda.CHAIN, **tags: Any) -> Cell:
+def cell(
+    name: str, made: Made, sizes: dict[str, float], chain: int = decode_calls.CHAIN, **tags: Any
+) -> Cell:
     """One cell; `sizes` are the bytes that each call has to read, by name, or for all of them by ""."""
     if "shape" in tags:
-        decode_cuda.draw(tags["shape"])  # kept: calls are made side by side
+        decode_calls.draw(tags["shape"])  # kept: calls are made side by side
     calls, refused = prepared(made, chain)
     times = measure.of_one(timed(calls), chain) | refused
     bytes_read = {each: sizes.get(each, sizes.get("", 0.0)) for each in made}
@@ -70,14 +72,14 @@ def cudnn(shape: Shape) -> Call:
     def call(q: Any, k: Any, v: Any) -> Any:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
-    return call, decode_cuda.draw(shape)
+    return call, decode_calls.draw(shape)
 
 
 def pallas_paged(shape: Shape, size: int) -> Call:
     """JAX's own example kernel for Triton, whose pools have the heads first: blocks of 128 keys."""
     from jax.experimental.pallas.ops.gpu import paged_attention as module
 
-    q, k, v = decode_cuda.draw(shape)
+    q, k, v = decode_calls.draw(shape)
     k_pages, v_pages, tables, lengths = scattered(k, v, size)
     pools = (jnp.moveaxis(x, 2, 0) for x in (k_pages, v_pages))
     options = {"pages_per_compute_block": max(1, 128 // size)}
@@ -94,7 +96,7 @@ def flash_attn3(shape: Shape, size: int | None) -> Call:
 
     b, _, hk, _, _ = shape
     splits = max(1, min(16, 132 // (b * hk)))
-    q, k, v = decode_cuda.draw(shape)
+    q, k, v = decode_calls.draw(shape)
     if size is None:
         return lambda q, k, v: flash_mha_with_kvcache(q, k, v, num_splits=splits), (q, k, v)
 
@@ -106,7 +108,7 @@ def flash_attn3(shape: Shape, size: int | None) -> Call:
 
 
 def streaming_read(shape: Shape) -> Call:
-    return _read, decode_cuda.draw(shape)
+    return _read, decode_calls.draw(shape)
 
 
 def _read(q: Any, *arrays: Any) -> Any:
@@ -157,27 +159,6 @@ def one_cells() -> Iterator[Cell]:
         )
 
 
-def ragged(shape: Shape) -> tuple[Call, float]:
-    """Lengths from 16 to all keys, log-uniform, in scattered pages of 64; and the keys of a sequence on average."""
-    b, hq, hk, d, longest = shape
-    size, rng = 64, np.random.default_rng(1)
-    lengths = np.exp(rng.uniform(np.log(SHORTEST), np.log(longest), b)).astype(np.int32)
-    counts = -(-lengths // size)
-    tables = np.zeros((b, longest // size), np.int32)
-    order = iter(rng.permutation(int(counts.sum())))
-    for row, count in zip(tables, counts, strict=True):
-        row[:count] = [next(order) for _ in range(count)]
-    pools = (int(counts.sum()), size, hk, d)
-    keys = (jax.random.key(seed, impl="rbg") for seed in range(3))
-    q, k, v = (
-        jax.random.normal(key, x, jnp.bfloat16)
-        for key, x in zip(keys, ((b, 1, hq, d), pools, pools), strict=True)
-    )
-    return (jax_flash.paged_attention, (q, k, v, jnp.asarray(tables), jnp.asarray(lengths))), float(
-        lengths.mean()
-    )
-
-
 def with_sinks(shape: Shape, window: int) -> Call:
     call, arguments = paged(jax_flash, shape, 64, window=(window - 1, 0), sinks=jnp.ones(shape[1]))
     return call, arguments
@@ -186,16 +167,18 @@ def with_sinks(shape: Shape, window: int) -> Call:
 def kind_cells() -> Iterator[Cell]:
     """Every kind of call beside the plain one, over pages of 64."""
     shape, narrow = KINDS, (64, 64, 8, 64, 8192)
-    short, long = (ragged(x) for x in (KINDS, RAGGED))
+    short, long = (ragged(jax_flash, x) for x in (KINDS, RAGGED))
     made: Made = {
         "plain": functools.partial(paged, jax_flash, shape, 64),
         "ragged to 8,192": lambda: short[0],
         "ragged to 65,536": lambda: long[0],
         "window 1,024": functools.partial(paged, jax_flash, shape, 64, window=(WINDOW - 1, 0)),
         "window 128, sinks, d64": functools.partial(with_sinks, narrow, NARROW),
-        "float8": functools.partial(decode_cuda.float8, jax_flash, shape),
+        "float8": functools.partial(decode_calls.float8, jax_flash, shape),
+        "float32": functools.partial(paged, jax_flash, shape, 64, "float32"),
+        "float16": functools.partial(paged, jax_flash, shape, 64, "float16"),
         "batch invariant": functools.partial(paged, jax_flash, shape, 64, batch_invariant=True),
-        "packed": functools.partial(decode_cuda.packed, jax_flash, shape),
+        "packed": functools.partial(decode_calls.packed, jax_flash, shape),
     }
     sizes = {
         "": kv_bytes(shape),
@@ -204,6 +187,7 @@ def kind_cells() -> Iterator[Cell]:
         "window 1,024": kv_bytes(shape, WINDOW),
         "window 128, sinks, d64": kv_bytes(narrow, NARROW),
         "float8": kv_bytes(shape, itemsize=1),
+        "float32": kv_bytes(shape, itemsize=4),
     }
     yield cell(f"{cases.decode_name(shape)}, kinds", made, sizes, of="kinds", shape=shape)
 
@@ -281,14 +265,27 @@ def flash_attn3_cells() -> Iterator[Cell]:
         )
 
 
+def prefill_cells() -> Iterator[Cell]:
+    """Prompts of 4,096 tokens over pages: grouped heads, and each head dim of the matrix, full and causal."""
+    shapes = [(2, 16, 16, 128, True), (2, 32, 8, 128, True)]
+    shapes += [(4, cases.WIDTH // d, cases.WIDTH // d, d, c) for d in cases.HEAD_DIMS for c in (False, True)]
+    for b, hq, hk, d, causal in shapes:
+        name = f"prefill b{b} s4096 {hq}/{hk} d{d}{' causal' if causal else ''}"
+        sizes = {"b": b, "sq": 4096, "sk": 4096, "hq": hq, "hk": hk, "d": d, "dv": d, "causal": causal}
+        case = Case(name, dtype="bfloat16", **sizes)
+        layouts = {"contiguous": None, "pages of 16": 16, "pages of 64": 64}
+        calls = {what: decode_calls.prefill(jax_flash, case, size) for what, size in layouts.items()}
+        yield {"kind": "prefill", "name": name, "d": d, "times": timed(calls)}
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "decode": long_cells,
     "one sequence": one_cells,
     "kinds of decode": kind_cells,
     "latent decode": latent_cells,
-    "tokens": steps_cuda.token_cells,
-    "mixed": steps_cuda.mixed_cells,
+    "tokens": paged_steps.token_cells,
+    "mixed": paged_steps.mixed_cells,
     "append": append_cells,
-    "prefill": decode_cuda.prefill_cells,
+    "prefill": prefill_cells,
     "decode, flash-attn3-jax": flash_attn3_cells,
 }

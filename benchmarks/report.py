@@ -1,4 +1,4 @@
-"""A run's results as a table, as JSON and as bars."""
+"""The report of a run: what identifies it, its bars, tables and cells, as Markdown, as JSON and as plots."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import jax
 
 import jax_flash
 
-from .bars import geometric_mean
+from .bars import Cell, chosen, geometric_mean, ran, speedup
+from .suite import Sections, Suite, cells_of
 
 PACKAGES = (
     "jax",
@@ -33,8 +35,8 @@ PACKAGES = (
 )
 
 
-def header(arguments: list[str]) -> dict[str, Any]:
-    """What a reader needs to judge or repeat the run."""
+def header(arguments: Sequence[str]) -> dict[str, Any]:
+    """Device, versions, commit and command: a reader needs them to judge the run, or to repeat it."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version(), "jax_flash": jax_flash.__version__}
     for name in PACKAGES:
@@ -77,102 +79,140 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def markdown(run: dict[str, Any]) -> str:
-    """The whole report: header, what the device does by itself, one table per pass, ratios to each peer."""
-    head = run["header"]
-    lines = [f"# {head['device']}", ""]
-    lines += [
-        f"- {name}: {value}" for name, value in head.items() if value and name not in ("device", "versions")
-    ]
-    lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
-    lines += ["- in this run: " + ", ".join(f"{name} {_rate(r)}" for name, r in run["device"].items()), ""]
-    lines[-1:] = [*(f"- without {peer}: {reason}" for peer, reason in run["absent"].items()), ""]
-    for pass_ in run["passes"]:
-        lines += [f"## {pass_.capitalize()}", "", *_table(run, pass_), ""]
+# --- a suite's report -------------------------------------------------------------------------------------------------
+
+
+def line(suite: Suite, cell: Cell) -> str:
+    """One cell while it runs: milliseconds, and the figure that matters."""
+    times = ", ".join(
+        f"{name} {r['median'] * 1e3:.3f} ±{r['spread']:.0%}" if "median" in r else f"{name} –"
+        for name, r in cell.get("times", {}).items()
+    )
+    return f"{cell['name']}: {times or '–'} | {suite.verdict(cell)}"
+
+
+def bar_table(suite: Suite, sections: Sections) -> str:
+    bars = suite.judge(cells_of(sections))
+    if not bars:
+        return ""
+    lines = ["| bar | measured | asked | | decided by |", "|---|---|---|---|---|"]
+    for bar in bars:
+        asked = f"{'≥' if bar.at_least else '≤'} {bar.limit:g}"
+        met = "met" if bar.met else "**missed**"
+        lines.append(f"| {bar.name} | {bar.value:.4g} | {asked} | {met} | {bar.where} |")
     return "\n".join(lines)
 
 
-def _rate(result: dict[str, Any]) -> str:
-    if "bytes" in result:
-        return f"{result['bytes'] / result['median'] / 1e9:.0f} GB/s"
-    return f"{result['flop'] / result['median'] / 1e9:,.0f} GFLOP/s"
+def means(cells: list[Cell], names: Sequence[str]) -> list[str]:
+    """A table of geometric means: each peer's time over this library's, by pass."""
+    there = [name for name in names if name != "jax_flash" and any(ran(c, name) for c in cells)]
+    lines = ["## Speed over each peer, geometric means", "", "| pass | " + " | ".join(there) + " |"]
+    lines.append("|---" * (len(there) + 1) + "|")
+    peer_cells = [c for c in chosen(cells, "peer") if ran(c, "jax_flash")]
+    for pass_ in dict.fromkeys(c["pass"] for c in peer_cells):
+        shown = []
+        for name in there:
+            values = [speedup(c, name) for c in peer_cells if c["pass"] == pass_ and ran(c, name)]
+            shown.append(f"{geometric_mean(values):.2f} ({len(values)})" if values else "–")
+        lines.append(f"| {pass_} | {' | '.join(shown)} |")
+    return [*lines, ""] if there else []
 
 
-def _table(run: dict[str, Any], pass_: str) -> list[str]:
-    peers = run["peers"]
-    columns = [f"{peers[0]} ms", "GFLOP/s", "of matmul", "±"] + [f"× {peer}" for peer in peers[1:]]
-    lines = ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for case in run["cases"]:
-        own = case["results"][pass_][peers[0]]
-        if "refused" in own:
-            lines.append(f"| {case['name']} | {own['refused']} |" + " |" * (len(columns) - 1))
-            continue
-        rate = case["flop"][pass_] / own["median"]
-        matmul = run["device"][f"matmul {case['dtype']}"]
-        cells = [
-            f"{own['median'] * 1e3:.3f}",
-            f"{rate / 1e9:,.0f}",
-            f"{rate / (matmul['flop'] / matmul['median']):.2f}",
-            f"{own['spread']:.0%}",
-        ]
-        for peer in peers[1:]:
-            theirs = case["results"][pass_][peer]
-            cells.append("–" if "refused" in theirs else f"{theirs['median'] / own['median']:.2f}")
-        lines.append(f"| {case['name']} | " + " | ".join(cells) + " |")
-    means = [_geometric_mean(run, pass_, peer) for peer in peers[1:]]
-    lines.append("| geometric mean | | | | | " + " | ".join(means) + " |")
-    reasons = {
-        f"- {peer} did not run some cases: {case['results'][pass_][peer]['refused']}"
-        for case in run["cases"]
-        for peer in peers[1:]
-        if "refused" in case["results"][pass_][peer]
+def refusals(cells: list[Cell]) -> list[str]:
+    """The implementations that did not run some cells, each with its reasons."""
+    found = {
+        (name, t["refused"]) for c in cells for name, t in c.get("times", {}).items() if not ran(c, name)
     }
-    return [*lines, "", *sorted(reasons)]
+    return [f"{name} did not run some cells: {reason}" for name, reason in sorted(found)]
 
 
-def _geometric_mean(run: dict[str, Any], pass_: str, peer: str) -> str:
-    ratios = []
-    for case in run["cases"]:
-        own, theirs = (case["results"][pass_][name] for name in (run["peers"][0], peer))
-        if "refused" not in own and "refused" not in theirs:
-            ratios.append(theirs["median"] / own["median"])
-    return f"{geometric_mean(ratios):.2f}" if ratios else "–"
+def markdown(suite: Suite, sections: Sections) -> str:
+    head = next(iter(sections.values()))["header"]
+    lines = [f"# {head['device']}, {head['cores']} cores", ""]
+    lines += [f"- commits: {', '.join(dict.fromkeys(str(s['header']['commit']) for s in sections.values()))}"]
+    if head["driver"]:
+        lines += [f"- driver {head['driver']}"]
+    lines += [f"- versions: {', '.join(f'{k} {v}' for k, v in head['versions'].items())}"]
+    lines += [f"- command: `{shlex.join(['python', '-m', 'benchmarks', *suite.command])}`"]
+    lines += [f"- {rate}" for rate in suite.rates(cells_of(sections))]
+    if table := bar_table(suite, sections):
+        lines += ["", "## Bars", "", table]
+    lines += ["", *suite.tables(cells_of(sections)), "## Cells", ""]
+    for name, section in sections.items():
+        lines += [f"### {name}", "", "| cell | milliseconds | |", "|---|---|---|"]
+        for cell in section["cells"]:
+            what, _, rest = line(suite, cell).partition(": ")
+            times, _, result = rest.partition(" | ")
+            lines.append(f"| {what} | {times} | {result} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
-def write(run: dict[str, Any], folder: Path) -> None:
-    """report.md, report.json and one PNG per pass."""
+def save(sections: Sections, folder: Path) -> None:
+    """report.json, whole at any time."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(run, indent=1) + "\n")
-    text = markdown(run)
-    for pass_ in run["passes"]:
-        if _plot(run, pass_, folder / f"{pass_}.png"):
-            text += f"\n![{pass_}]({pass_}.png)\n"
+    part = folder / "report.json.part"
+    part.write_text(json.dumps({"sections": sections}, indent=1) + "\n")
+    part.replace(folder / "report.json")
+
+
+def write(suite: Suite, sections: Sections, folder: Path) -> None:
+    """report.md, report.json and the figures."""
+    save(sections, folder)
+    text = markdown(suite, sections)
+    for name in _plots(suite, cells_of(sections), folder):
+        text += f"\n![{name}]({name}.png)\n"
     (folder / "report.md").write_text(text)
 
 
-def _plot(run: dict[str, Any], pass_: str, path: Path) -> bool:
+def _plots(suite: Suite, cells: list[Cell], folder: Path) -> list[str]:
     try:
         import matplotlib
     except ImportError:
         print("benchmarks: matplotlib is not installed, no plots", file=sys.stderr)
-        return False
+        return []
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases, peers = run["cases"], run["peers"]
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.16 * len(cases) * len(peers)), layout="constrained")
-    height = 0.85 / len(peers)
-    for index, peer in enumerate(peers):
-        rates = []
-        for case in cases:
-            result = case["results"][pass_][peer]
-            rates.append(0 if "refused" in result else case["flop"][pass_] / result["median"] / 1e9)
-        axes.barh([row + index * height for row in range(len(cases))], rates, height, label=peer)
-    axes.set_yticks([row + 0.4 for row in range(len(cases))], [case["name"] for case in cases], fontsize=7)
+    drawn = []
+    figures = {**suite.figures, "bars": lambda cells, plt: draw_bars(suite, cells, plt)}
+    for name, draw in figures.items():
+        figure = draw(cells, plt)
+        if figure is not None:
+            figure.savefig(folder / f"{name}.png", dpi=110)
+            plt.close(figure)
+            drawn.append(name)
+    return drawn
+
+
+def draw_rates(cells: list[Cell], names: Sequence[str], plt: Any, unit: float, label: str) -> Any:
+    """FLOP/s of each implementation, cell by cell."""
+    if not cells:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.14 * len(names) * len(cells)), layout="constrained")
+    height = 0.84 / len(names)
+    for index, name in enumerate(names):
+        rates = [c["flop"] / c["times"].get(name, {}).get("median", float("inf")) / unit for c in cells]
+        axes.barh([row + index * height for row in range(len(cells))], rates, height, label=name)
+    axes.set_yticks([row + 0.28 for row in range(len(cells))], [c["name"] for c in cells], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xlabel("GFLOP/s, visible pairs only")
-    axes.set_title(f"{pass_}, {run['header']['device']}")
+    axes.set_xlabel(label)
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return True
+    return figure
+
+
+def draw_bars(suite: Suite, cells: list[Cell], plt: Any) -> Any:
+    """How each bar is met: 1 is just met, more is better."""
+    bars = [b for b in suite.judge(cells) if b.value > 0 and b.limit > 0]  # a ratio to nothing has no bar
+    if not bars:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")
+    margins = [b.value / b.limit if b.at_least else b.limit / b.value for b in bars]
+    colours = ["tab:green" if b.met else "tab:red" for b in bars]
+    axes.barh(range(len(bars)), margins, color=colours)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(bars)), [b.name for b in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("measured over asked (right of 1: met)")
+    return figure

@@ -15,17 +15,35 @@ import jax.numpy as jnp
 
 import jax_flash
 
-from . import cases, flop, measure, peers, report_cpu
-from .bars import Cell
-from .bars_cpu import TEXT, judge
+from . import cases, flop, measure, peers
+from .bars import Cell, chosen
+from .bars_cpu import TEXT, judge, verdict
 from .cases import Case, make_inputs
 from .child import Child
-from .sections import Suite, time_calls
+from .report import draw_rates
 from .stream import reader
+from .suite import Suite
 from .training_step import training_calls
 
+PAUSE = 0.01  # seconds, in which the threads of a library called before stop spinning
+SETTLE = 0.001  # seconds of untimed calls after it
+BURST, TURNS_AT_LEAST, TURNS_AT_MOST = 0.05, 3, 15
 PEER_SETTLE = 0.2  # seconds: XLA frees up to gigabytes, and whatever allocates after that is slow for a while
 PASSES = ("forward", "both")
+
+
+def time_calls(calls: measure.Calls, budget: float = 3.0, settle: float = SETTLE) -> dict[str, Any]:
+    """Summaries of calls that alternate, within about `budget` seconds.
+
+    A CPU's calls may last seconds, and are not bound by power: few of them are left untimed (`settle`, seconds), and
+    each burst follows a rest.
+    """
+    once = sum(min(measure.interleaved({name: call}, 1, 0.0, settle=0)[name]) for name, call in calls.items())
+    burst = min(BURST, budget / TURNS_AT_MOST / len(calls))
+    turn = max(once, settle * len(calls)) + max(once, burst * len(calls))
+    turns = max(TURNS_AT_LEAST, min(TURNS_AT_MOST, int(budget / turn)))
+    times = measure.interleaved(calls, turns, burst, PAUSE, settle)
+    return {name: measure.summary(t) for name, t in times.items()}
 
 
 def ours(case: Case, pass_: str) -> tuple[measure.Call, list[Any]]:
@@ -52,6 +70,7 @@ def peer_cells(shape: str, dtype: str, pass_: str, causal: bool) -> Iterator[Cel
         "causal": causal,
         "rows": case.sq,
         "flop": flop.attention(case, pass_),
+        "product": flop.matmul("cpu"),
         "times": times | refused,
     }
     if causal and case.sq >= 2048:
@@ -194,4 +213,28 @@ SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {
     "memory": memory_cells,
     "training": training_cells,
 }
-SUITE = Suite("cpu", "cpu", SECTIONS, judge, report_cpu.verdict, report_cpu.rates, figures=report_cpu.FIGURES)
+
+
+def rates(cells: list[Cell]) -> list[str]:
+    matmul = [c["product"] / c["times"]["matmul"]["median"] / 1e9 for c in chosen(cells, "peer")]
+    if not matmul:
+        return []
+    return [f"XLA's float32 product in the cells' turns: {min(matmul):.0f} to {max(matmul):.0f} GFLOP/s"]
+
+
+def _peers(cells: list[Cell], plt: Any) -> Any:
+    return draw_rates(
+        chosen(cells, "peer"), ("jax_flash", "torch", "xla"), plt, 1e9, "GFLOP/s, visible pairs only"
+    )
+
+
+SUITE = Suite(
+    "cpu",
+    "cpu",
+    SECTIONS,
+    judge,
+    verdict,
+    rates,
+    figures={"peers": _peers},
+    command=("--suite", "cpu"),
+)

@@ -11,11 +11,11 @@ compared here are the same, and the whole steps' products are tuned all the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from . import (
     bars_peers,
     flop,
+    host_time,
     measure,
     peer_attention,
     peer_decode,
@@ -23,9 +23,10 @@ from . import (
     step_serving,
     step_training,
 )
-from .bars import Cell, chosen, ran
+from .bars import Cell, chosen
 from .peers import PEERS, why
-from .sections import Suite
+from .report import means, refusals
+from .suite import Figure, Suite
 
 
 def device_cells() -> Iterator[Cell]:
@@ -52,6 +53,7 @@ _ALL: dict[str, Callable[[], Iterator[Cell]]] = {
     "device": device_cells,
     **peer_attention.SECTIONS,
     **peer_decode.SECTIONS,
+    **host_time.SECTIONS,
     **step_training.SECTIONS,
     **step_serving.SECTIONS,
 }
@@ -73,12 +75,16 @@ ORDER = (
     "latent decode",
     "short",
     "deterministic",
-    "odd lengths",
+    "pairs",
     "options d256",
+    "short forward",
+    "options forward",
     "mixed",
     "append",
     "gpt-oss step",
+    "host",
     "other peers",
+    "fa4-jax",
     "decode, flash-attn3-jax",
     "prefill",
     "settled backward",
@@ -94,14 +100,11 @@ def rates(cells: list[Cell]) -> list[str]:
         times = {name: t["median"] for name, t in cell["times"].items()}
         lines.append(f"8192³ product: {cell['flop'] / times['matmul'] / 1e12:.0f} TFLOP/s")
         lines.append(f"copy, read and written: {cell['copied'] / times['copy'] / 1e9:.0f} GB/s")
-    refusals = {
-        (name, t["refused"]) for c in cells for name, t in c.get("times", {}).items() if not ran(c, name)
-    }
-    return lines + [f"{name} did not run some cells: {reason}" for name, reason in sorted(refusals)]
+    return lines + refusals(cells)
 
 
 def tables(cells: list[Cell]) -> list[str]:
-    return bars_peers.means(cells) if any(ran(c, name) for c in cells for name in PEERS) else []
+    return means(cells, tuple(PEERS))
 
 
 def verdict(cell: Cell) -> str:
@@ -110,9 +113,19 @@ def verdict(cell: Cell) -> str:
     return bars_peers.verdict(cell)
 
 
-FIGURES: dict[str, Callable[[list[Cell], Any], Any]] = {
+FIGURES: dict[str, Figure] = {
     "peers": peer_figures.first_page,
     "training": peer_figures.training,
     "decode": peer_figures.decode,
 }
-SUITE = Suite("peers", "gpu", SECTIONS, bars_peers.judge, verdict, rates, tables, FIGURES)
+SUITE = Suite(
+    "peers",
+    "gpu",
+    SECTIONS,
+    bars_peers.judge,
+    verdict,
+    rates,
+    tables,
+    FIGURES,
+    command=("--suite", "peers"),
+)

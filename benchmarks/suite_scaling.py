@@ -17,7 +17,7 @@ import jax
 from . import bars_scaling, flop, measure, overlap, predict, scaling, training_step
 from .bars import Cell, chosen
 from .cases import Case
-from .sections import Suite
+from .suite import Suite
 
 PASSES = ("forward", "both")
 LENGTHS = (32768, 131072)
@@ -162,4 +162,5 @@ SUITE = Suite(
     bars_scaling.verdict,
     rates,
     figures={"timeline": timeline},
+    command=("--suite", "scaling"),
 )

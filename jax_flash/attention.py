@@ -8,42 +8,36 @@ from jax import Array
 
 from . import validate
 from .autodiff import attend
-from .options import Align, ArrayLike, FixedOptions, Implementation, IndexLike, LengthsLike, Number, Window
+from .options import (
+    Align,
+    ArrayLike,
+    FixedArguments,
+    FixedOptions,
+    Implementation,
+    IndexLike,
+    LengthsLike,
+    Number,
+    Window,
+)
 
 
+# fmt: off
 @overload
 def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[FixedOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    *, return_lse: Literal[False] = ..., **options: Unpack[FixedOptions],
 ) -> Array: ...
-
-
 @overload
 def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[FixedOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    *, return_lse: Literal[True], **options: Unpack[FixedOptions],
 ) -> tuple[Array, Array]: ...
-
-
 @overload
 def flash_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    return_lse: bool,
-    **options: Unpack[FixedOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    *, return_lse: bool, **options: Unpack[FixedOptions],
 ) -> Array | tuple[Array, Array]: ...
-
-
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -119,6 +113,28 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     Example:
       >>> out = flash_attention(q, k, v, causal=True, window=(1024, 0))
     """
-    spec, operands = validate.fixed("flash_attention", locals())
+    arguments = FixedArguments(
+        query=query,
+        key=key,
+        value=value,
+        causal=causal,
+        window=window,
+        align=align,
+        mask=mask,
+        segment_ids=segment_ids,
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    spec, operands = validate.fixed("flash_attention", arguments)
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

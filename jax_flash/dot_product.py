@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -15,51 +16,47 @@ from . import validate
 from ._jax import same_dim
 from .autodiff import attend
 from .checker import Checker
-from .options import DotProductOptions, Implementation, IndexLike, Number
+from .options import DotProductOptions, FixedArguments, Implementation, IndexLike, Number
 from .spec import AttentionSpec
 
 _CHECK = Checker("dot_product_attention")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DotProductArguments:
+    """What `dot_product_attention` is given."""
+
+    query: ArrayLike
+    key: ArrayLike
+    value: ArrayLike
+    bias: ArrayLike | None
+    mask: ArrayLike | None
+    scale: Number | None
+    is_causal: bool
+    query_seq_lengths: IndexLike | None
+    key_value_seq_lengths: IndexLike | None
+    local_window_size: int | tuple[int, int] | None
+    implementation: Implementation | None
+    return_residual: bool
+
+
+# fmt: off
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    return_residual: Literal[False] = ...,
-    **options: Unpack[DotProductOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    *, return_residual: Literal[False] = ..., **options: Unpack[DotProductOptions],
 ) -> Array: ...
-
-
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    return_residual: Literal[True],
-    **options: Unpack[DotProductOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    *, return_residual: Literal[True], **options: Unpack[DotProductOptions],
 ) -> tuple[Array, Array]: ...
-
-
 @overload
 def dot_product_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
-    *,
-    return_residual: bool,
-    **options: Unpack[DotProductOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    *, return_residual: bool, **options: Unpack[DotProductOptions],
 ) -> Array | tuple[Array, Array]: ...
-
-
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def dot_product_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -113,7 +110,21 @@ def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
     Example:
       >>> out = dot_product_attention(q, k, v, is_causal=True, local_window_size=(128, 0))
     """
-    out, lse = attend(*spec_and_operands(_CHECK.op, locals()))
+    arguments = DotProductArguments(
+        query=query,
+        key=key,
+        value=value,
+        bias=bias,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        implementation=implementation,
+        return_residual=return_residual,
+    )
+    out, lse = attend(*spec_and_operands(_CHECK.op, arguments))
     shape = jnp.shape(query)
     out = out.reshape(shape)
     if not return_residual:
@@ -122,33 +133,34 @@ def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
     return out, residual.astype(out.dtype)
 
 
-def spec_and_operands(op: str, given: validate.Arguments) -> tuple[AttentionSpec, validate.Operands]:
+def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpec, validate.Operands]:
     """The spec and operands of the flash_attention call that a dot_product_attention call is."""
-    q, k, v = (_rank4(name, given[name]) for name in ("query", "key", "value"))
+    q, k, v = _rank4("query", given.query), _rank4("key", given.key), _rank4("value", given.value)
     _check_operands(q, k, v)
     batch = q.shape[0]
-    arguments = {
-        "query": q,
-        "key": k,
-        "value": v,
-        "causal": _CHECK.flag("is_causal", given["is_causal"]),
-        "window": _window(given["local_window_size"]),
-        "align": "top_left",
-        "mask": None
-        if given["mask"] is None
-        else _mask(given["mask"], (batch, q.shape[2], q.shape[1], k.shape[1])),
-        "segment_ids": None,
-        "q_lengths": _lengths("query_seq_lengths", given["query_seq_lengths"], batch),
-        "kv_lengths": _lengths("key_value_seq_lengths", given["key_value_seq_lengths"], batch),
-        "scale": given["scale"],
-        "softcap": None,
-        "bias": None if given["bias"] is None else _bias(given["bias"], q.dtype),
-        "alibi_slopes": None,
-        "sinks": None,
-        "return_lse": _CHECK.flag("return_residual", given["return_residual"]),
-        "deterministic": False,
-        "implementation": _implementation(given["implementation"], q.dtype),
-    }
+    scores = (batch, q.shape[2], q.shape[1], k.shape[1])
+    arguments = FixedArguments(
+        query=q,
+        key=k,
+        value=v,
+        causal=_CHECK.flag("is_causal", given.is_causal),
+        window=_window(given.local_window_size),
+        align="top_left",
+        mask=None if given.mask is None else _mask(given.mask, scores),
+        segment_ids=None,
+        q_lengths=_lengths("query_seq_lengths", given.query_seq_lengths, batch),
+        kv_lengths=_lengths("key_value_seq_lengths", given.key_value_seq_lengths, batch),
+        scale=given.scale,
+        softcap=None,
+        bias=None if given.bias is None else _bias(given.bias, q.dtype),
+        alibi_slopes=None,
+        sinks=None,
+        dropout_rate=0.0,
+        dropout_key=None,
+        return_lse=_CHECK.flag("return_residual", given.return_residual),
+        deterministic=False,
+        implementation=_implementation(given.implementation, q.dtype),
+    )
     return validate.fixed(op, arguments)
 
 
@@ -204,7 +216,7 @@ def _window(size: Any) -> tuple[int, int] | None:
     return left, right
 
 
-def _implementation(implementation: str | None, dtype: Any) -> str | None:
+def _implementation(implementation: str | None, dtype: Any) -> Implementation | None:
     if implementation == "cudnn":
         raise _CHECK.fail(
             'implementation is "cudnn"; allowed are None, "cuda", "cpu" and "xla" '

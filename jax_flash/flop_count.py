@@ -11,7 +11,8 @@ import numpy as np
 
 from . import dot_product, validate
 from .attention import flash_attention
-from .dot_product import dot_product_attention
+from .dot_product import DotProductArguments, dot_product_attention
+from .options import FixedArguments, PagedArguments, VarlenArguments
 from .paged import validate as paged_validate
 from .paged.attention import paged_attention
 from .spec import AttentionSpec
@@ -20,11 +21,12 @@ from .visible_pairs import Shapes, Values, count
 
 Pass = Literal["forward", "backward", "tangent"]
 
-_SPEC_OF: dict[Callable[..., Any], Callable[..., tuple[AttentionSpec, Any]]] = {
-    flash_attention: validate.fixed,
-    flash_attention_varlen: validate.varlen,
-    paged_attention: paged_validate.attention,
-    dot_product_attention: dot_product.spec_and_operands,
+# The checks of each function, and the value of its arguments that they take.
+_CHECKS: dict[Callable[..., Any], tuple[Callable[..., tuple[AttentionSpec, Any]], Callable[..., Any]]] = {
+    flash_attention: (validate.fixed, FixedArguments),
+    flash_attention_varlen: (validate.varlen, VarlenArguments),
+    paged_attention: (paged_validate.attention, PagedArguments),
+    dot_product_attention: (dot_product.spec_and_operands, DotProductArguments),
 }
 
 
@@ -54,8 +56,8 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
       >>> flops(flash_attention, x, x, x, causal=True)
       549890031616
     """
-    if function not in _SPEC_OF:
-        names = ", ".join(known.__name__ for known in _SPEC_OF)
+    if function not in _CHECKS:
+        names = ", ".join(known.__name__ for known in _CHECKS)
         raise TypeError(f"flops: function is {function!r}; allowed are {names}")
     if of not in ("forward", "backward", "tangent"):
         raise ValueError(f'flops: of is {of!r}; allowed are "forward", "backward" and "tangent"')
@@ -86,7 +88,8 @@ def _spec_and_shapes(function: Callable[..., Any], given: Mapping[str, Any]) -> 
 
     def run(arrays: dict[int, Any]) -> Any:
         arguments = jax.tree.unflatten(structure, [arrays.get(n, x) for n, x in enumerate(leaves)])
-        spec, operands = _SPEC_OF[function](function.__name__, arguments)
+        check, value = _CHECKS[function]
+        spec, operands = check(function.__name__, value(**arguments))
         specs.append(spec)
         return operands
 

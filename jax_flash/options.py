@@ -1,12 +1,15 @@
-"""The types of the public functions' arguments, and their options as type checkers see them in the overloads.
+"""The types of the public functions' arguments.
 
-The functions' own signatures repeat the options with their defaults, for `help` and `inspect`, and their docstrings say
-what each means; tests/test_typing.py holds both to the same names and types.
+The typed dictionaries are the options as type checkers see them in the overloads. The dataclasses are the arguments of
+a call in one frozen value, which the functions fill and the checks read. The functions' own signatures repeat the
+options with their defaults, for `help` and `inspect`, and their docstrings say what each means; tests/test_typing.py
+holds all three to the same names and types.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -99,3 +102,95 @@ class AppendOptions(TypedDict, total=False):
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
     implementation: Implementation | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What every attention call is given."""
+
+    query: ArrayLike
+    causal: bool
+    window: Window | None
+    align: Align
+    scale: Number | None
+    softcap: Number | None
+    alibi_slopes: ArrayLike | None
+    sinks: ArrayLike | None
+    return_lse: bool
+    deterministic: bool
+    implementation: Implementation | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseArguments(Arguments):
+    """What calls are given whose keys are arrays of their own."""
+
+    key: ArrayLike
+    value: ArrayLike
+    kv_lengths: LengthsLike | None
+    dropout_rate: Number
+    dropout_key: ArrayLike | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VarlenArguments(DenseArguments):
+    """What `flash_attention_varlen` is given."""
+
+    cu_seqlens_q: IndexLike
+    cu_seqlens_k: IndexLike | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedArguments(DenseArguments):
+    """What `flash_attention` is given."""
+
+    mask: ArrayLike | None
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
+    q_lengths: LengthsLike | None
+    bias: ArrayLike | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingArguments(FixedArguments):
+    """What `ring_attention` is given."""
+
+    axis_name: str | tuple[str, ...]
+    order: Order
+    mode: RingMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pools:
+    """The page pools of a call, and where the sequences lie in them."""
+
+    k_pages: ArrayLike
+    v_pages: ArrayLike | None
+    block_tables: IndexLike
+    kv_lengths: LengthsLike
+    page_layout: PageLayout
+    k_scale: ArrayLike | None
+    v_scale: ArrayLike | None
+    implementation: Implementation | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedArguments(Pools, Arguments):
+    """What `paged_attention` is given."""
+
+    cu_seqlens_q: IndexLike | None
+    num_splits: int | None
+    batch_invariant: bool
+    draft_mask: ArrayLike | None
+    value_dim: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendArguments(Pools):
+    """What `append_kv` is given."""
+
+    key: ArrayLike
+    value: ArrayLike | None
+    cu_seqlens: IndexLike | None
+    rotary: tuple[ArrayLike, ArrayLike] | None
+    interleaved: bool
+    scale: Scaling

@@ -74,10 +74,15 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     count = leading(spec, pass_.guide, len(shapes[pass_.guide]))
     lead = tuple(_jax.full_dim(shape[axis] for shape in shapes.values()) for axis in range(count))
     sizes = named_sizes(spec, {name: shapes[name] for name in pass_.operands})
-    return [
-        lead + (shapes["bias"][count:] if result == "dbias" else tuple(sizes[dim] for dim in dims[result]))
-        for result in pass_.results
-    ]
+
+    def shape(result: str) -> tuple[Any, ...]:
+        if result == "dbias":
+            return shapes["bias"][count:]
+        return tuple(
+            sizes[dim.removesuffix("*")] for dim in dims[result]
+        )  # scales that are overwritten are whole
+
+    return [lead + shape(result) for result in pass_.results]
 
 
 def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:

@@ -47,7 +47,7 @@ def attention(
 
     Args:
       spec: the static options.
-      operands: the arrays of `docs/architecture.md`'s table, without leading dimensions (vmap adds them).
+      operands: the arrays of `csrc/operands.def`, without leading dimensions (vmap adds them).
       round_to: the dtype that S and P are rounded to, by default none. Tests use it to measure the error of a
         kernel of that precision.
 

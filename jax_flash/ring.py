@@ -17,48 +17,30 @@ from .options import (
     LengthsLike,
     Number,
     Order,
+    RingArguments,
     RingMode,
     RingOptions,
     Window,
 )
 
 
+# fmt: off
 @overload
 def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    axis_name: str | tuple[str, ...],
-    return_lse: Literal[False] = ...,
-    **options: Unpack[RingOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    *, axis_name: str | tuple[str, ...], return_lse: Literal[False] = ..., **options: Unpack[RingOptions],
 ) -> Array: ...
-
-
 @overload
 def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    axis_name: str | tuple[str, ...],
-    return_lse: Literal[True],
-    **options: Unpack[RingOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    *, axis_name: str | tuple[str, ...], return_lse: Literal[True], **options: Unpack[RingOptions],
 ) -> tuple[Array, Array]: ...
-
-
 @overload
 def ring_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    *,
-    axis_name: str | tuple[str, ...],
-    return_lse: bool,
-    **options: Unpack[RingOptions],
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    *, axis_name: str | tuple[str, ...], return_lse: bool, **options: Unpack[RingOptions],
 ) -> Array | tuple[Array, Array]: ...
-
-
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def ring_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -134,6 +116,31 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
       >>> attend = partial(ring_attention, axis_name="sequence", causal=True)
       >>> out = jax.shard_map(attend, mesh=mesh, in_specs=(shard, shard, shard), out_specs=shard)(q, k, v)
     """
-    spec, operands = validate.ring("ring_attention", locals())
+    arguments = RingArguments(
+        query=query,
+        key=key,
+        value=value,
+        axis_name=axis_name,
+        order=order,
+        mode=mode,
+        causal=causal,
+        window=window,
+        align=align,
+        mask=mask,
+        segment_ids=segment_ids,
+        q_lengths=q_lengths,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    spec, operands = validate.ring("ring_attention", arguments)
     out, lse = attend(spec, operands) if mode == "ring" else all_to_all_attention(spec, operands)
     return (out, lse) if return_lse else out

@@ -19,7 +19,15 @@ from . import philox
 from ._jax import is_symbolic, same_dim
 from .checker import DTYPES, INT32_MAX, Checker
 from .operands import OPTIONAL
-from .options import Implementation, RingMode
+from .options import (
+    Arguments,
+    DenseArguments,
+    FixedArguments,
+    Implementation,
+    RingArguments,
+    RingMode,
+    VarlenArguments,
+)
 from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
 MAX_LATENT_DIM, MAX_LATENT_VALUE_DIM = 576, 512  # of pages whose first columns are V
@@ -27,14 +35,14 @@ IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
 SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # by which the kernels divide
 
-Arguments = dict[str, Any]  # of a public function, by name
 Operands = dict[str, jax.Array]
 
 
-def _tokens(check: Checker, arguments: Arguments, layout: str) -> Operands:
+def _tokens(check: Checker, arguments: DenseArguments, layout: str) -> Operands:
     """query, key and value, with shapes and dtypes checked; `layout` names the dims before the heads, 'b s' or 't'."""
-    implementation = implementation_name(check, arguments["implementation"])
-    q, k, v = (check.array(name, arguments[name]) for name in ("query", "key", "value"))
+    implementation = implementation_name(check, arguments.implementation)
+    q = check.array("query", arguments.query)
+    k, v = check.array("key", arguments.key), check.array("value", arguments.value)
     allowed = DTYPES + (("float64",) if implementation == "xla" else ())
     hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
     check.dtype("query", q, allowed, hint)
@@ -146,34 +154,33 @@ def _softcap(check: Checker, given: Any) -> float:
     return softcap
 
 
-def static_spec(
-    check: Checker, layout: Layout, operands: Operands, arguments: Arguments, **paged: Any
-) -> AttentionSpec:
+def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: Arguments) -> AttentionSpec:
     """The AttentionSpec from the static options that all layouts share; adds the dropout operand to `operands`."""
-    check.flag("return_lse", arguments["return_lse"])
-    left, right = _band(check, arguments["causal"], arguments["window"])
-    if arguments["align"] not in ALIGNMENTS:
-        raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments['align']!r}")
+    check.flag("return_lse", arguments.return_lse)
+    left, right = _band(check, arguments.causal, arguments.window)
+    if arguments.align not in ALIGNMENTS:
+        raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments.align!r}")
     d = operands["query"].shape[-1]
     scale = d**-0.5
-    if arguments["scale"] is not None:
-        scale = check.number("scale", arguments["scale"], "multiply query by it and pass scale=1.0")
-    rate = _dropout_rate(check, arguments.get("dropout_rate", 0.0))
-    dropout = dropout_operand(check, rate, arguments.get("dropout_key"))
-    if dropout is not None:
-        operands["dropout"] = dropout
+    if arguments.scale is not None:
+        scale = check.number("scale", arguments.scale, "multiply query by it and pass scale=1.0")
+    rate = 0.0
+    if isinstance(arguments, DenseArguments):
+        rate = _dropout_rate(check, arguments.dropout_rate)
+        dropout = dropout_operand(check, rate, arguments.dropout_key)
+        if dropout is not None:
+            operands["dropout"] = dropout
     return AttentionSpec(
         layout=layout,
         left=left,
         right=right,
-        align=arguments["align"],
+        align=arguments.align,
         scale=scale,
-        softcap=_softcap(check, arguments["softcap"]),
+        softcap=_softcap(check, arguments.softcap),
         dropout_rate=rate,
-        deterministic=check.flag("deterministic", arguments["deterministic"]),
+        deterministic=check.flag("deterministic", arguments.deterministic),
         operands=tuple(name for name in OPTIONAL if name in operands),
-        implementation=implementation_name(check, arguments["implementation"]),
-        **paged,
+        implementation=implementation_name(check, arguments.implementation),
     )
 
 
@@ -188,36 +195,37 @@ def score_operands(
 ) -> None:
     """Adds alibi_slopes, [hq] or [sequences, hq], and sinks, [hq], to `operands`."""
     hq = operands["query"].shape[-2]
-    if arguments["alibi_slopes"] is not None:
-        given = check.float32("alibi_slopes", arguments["alibi_slopes"])
+    if arguments.alibi_slopes is not None:
+        given = check.float32("alibi_slopes", arguments.alibi_slopes)
         slopes = check.broadcastable("alibi_slopes", given, (sequences, hq), f"{dim} hq")
         if slopes.shape[-1] != hq:
             raise check.fail(
                 f"alibi_slopes must have one slope for each of query's {hq} heads, got {given.shape}"
             )
         operands["alibi_slopes"] = slopes
-    if arguments["sinks"] is not None:
-        operands["sinks"] = check.float32("sinks", arguments["sinks"])
+    if arguments.sinks is not None:
+        operands["sinks"] = check.float32("sinks", arguments.sinks)
         check.shape("sinks", operands["sinks"], (hq,), "hq")
 
 
-def fixed(op: str, arguments: Arguments, shards: int = 1) -> tuple[AttentionSpec, Operands]:
+def fixed(op: str, arguments: FixedArguments, shards: int = 1) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a flash_attention call, or of one on a shard out of so many of a sequence."""
     check = Checker(op)
     operands = _tokens(check, arguments, "b s")
     b, sq, hq, _ = operands["query"].shape
     sk = operands["key"].shape[1]
     columns = sk * shards
-    for name in ("q_lengths", "kv_lengths"):
-        if arguments[name] is not None:
-            operands[name] = check.lengths(name, arguments[name], b, "b")
-    if arguments["segment_ids"] is not None:
-        ids = _segment_pair(check, arguments["segment_ids"], sq, sk)
+    if arguments.q_lengths is not None:
+        operands["q_lengths"] = check.lengths("q_lengths", arguments.q_lengths, b, "b")
+    if arguments.kv_lengths is not None:
+        operands["kv_lengths"] = check.lengths("kv_lengths", arguments.kv_lengths, b, "b")
+    if arguments.segment_ids is not None:
+        ids = _segment_pair(check, arguments.segment_ids, sq, sk)
         for name, part, s, dims in zip(("q_segment_ids", "kv_segment_ids"), ids, (sq, sk), ("b sq", "b sk")):
             operands[name] = check.int32("segment_ids", part)
             check.shape("segment_ids", operands[name], (b, s), dims)
-    if arguments["mask"] is not None:
-        mask = check.array("mask", arguments["mask"])
+    if arguments.mask is not None:
+        mask = check.array("mask", arguments.mask)
         if mask.dtype != jnp.bool_:
             raise check.fail(
                 f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
@@ -230,8 +238,8 @@ def fixed(op: str, arguments: Arguments, shards: int = 1) -> tuple[AttentionSpec
                 f"{hint if mask.ndim == 3 else ''}"
             )
         operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, columns), "b hq sq sk")
-    if arguments["bias"] is not None:
-        bias = check.array("bias", arguments["bias"])
+    if arguments.bias is not None:
+        bias = check.array("bias", arguments.bias)
         if bias.dtype.name not in DTYPES and bias.dtype != operands["query"].dtype:
             raise check.fail(f"bias must be {', '.join(DTYPES)}, got {bias.dtype}", TypeError)
         operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, columns), "b hq sq sk")
@@ -239,10 +247,10 @@ def fixed(op: str, arguments: Arguments, shards: int = 1) -> tuple[AttentionSpec
     return static_spec(check, "fixed", operands, arguments), operands
 
 
-def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
+def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a ring_attention call: those of a flash_attention call on a shard, and the ring."""
     check = Checker(op)
-    given, order = arguments["axis_name"], arguments["order"]
+    given, order = arguments.axis_name, arguments.order
     axes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not axes or len(set(axes)) < len(axes) or not all(axis in manual for axis in axes):
@@ -251,8 +259,8 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         )
     if order not in ORDERS:
         raise check.fail(f"order must be one of {ORDERS}, got {order!r}")
-    if arguments["mode"] not in MODES:
-        raise check.fail(f"mode must be one of {MODES}, got {arguments['mode']!r}")
+    if arguments.mode not in MODES:
+        raise check.fail(f"mode must be one of {MODES}, got {arguments.mode!r}")
     size = jax.lax.axis_size(axes)
     spec, operands = fixed(op, arguments, size)
     for name in ("query", "key"):
@@ -266,7 +274,7 @@ def ring(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
                 f'{name} has {length} tokens on each device; order="zigzag" needs an even number'
             )
     hq = operands["query"].shape[2]
-    if arguments["mode"] == "all_to_all" and hq % size:
+    if arguments.mode == "all_to_all" and hq % size:
         raise check.fail(
             f'mode="all_to_all" gives each of the {size} devices along {given!r} as many heads, and query has {hq}; '
             f'mode="ring" takes any number'
@@ -286,27 +294,27 @@ def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:
     return ids, ids
 
 
-def varlen(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
+def varlen(op: str, arguments: VarlenArguments) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a flash_attention_varlen call."""
     check = Checker(op)
     operands = _tokens(check, arguments, "t")
     tq, tk = operands["query"].shape[0], operands["key"].shape[0]
-    cu_q = check.int32("cu_seqlens_q", arguments["cu_seqlens_q"])
+    cu_q = check.int32("cu_seqlens_q", arguments.cu_seqlens_q)
     check.rank("cu_seqlens_q", cu_q, "n+1")
     if same_dim(cu_q.shape[0], 0):
         raise check.fail("cu_seqlens_q must have n + 1 ≥ 1 offsets, got 0")
-    if arguments["cu_seqlens_k"] is None:
+    if arguments.cu_seqlens_k is None:
         if not same_dim(tq, tk):
             raise check.fail(f"cu_seqlens_k is needed when key has {tk} tokens and query {tq}")
         cu_k = cu_q
     else:
-        cu_k = check.int32("cu_seqlens_k", arguments["cu_seqlens_k"])
+        cu_k = check.int32("cu_seqlens_k", arguments.cu_seqlens_k)
         check.shape("cu_seqlens_k", cu_k, cu_q.shape, "n+1")
     operands |= {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     n = cu_q.shape[0] - 1
-    if arguments["kv_lengths"] is not None:
-        operands["kv_lengths"] = check.lengths("kv_lengths", arguments["kv_lengths"], n, "n")
+    if arguments.kv_lengths is not None:
+        operands["kv_lengths"] = check.lengths("kv_lengths", arguments.kv_lengths, n, "n")
     score_operands(check, operands, arguments, n, "n")
-    same = arguments["cu_seqlens_k"] is None or arguments["cu_seqlens_k"] is arguments["cu_seqlens_q"]
+    same = arguments.cu_seqlens_k is None or arguments.cu_seqlens_k is arguments.cu_seqlens_q
     spec = static_spec(check, "varlen", operands, arguments)
     return replace(spec, same_offsets=same and same_dim(tq, tk)), operands

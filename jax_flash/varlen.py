@@ -8,48 +8,39 @@ from jax import Array
 
 from . import validate
 from .autodiff import attend
-from .options import Align, ArrayLike, Implementation, IndexLike, LengthsLike, Number, VarlenOptions, Window
+from .options import (
+    Align,
+    ArrayLike,
+    Implementation,
+    IndexLike,
+    LengthsLike,
+    Number,
+    VarlenArguments,
+    VarlenOptions,
+    Window,
+)
 
 
+# fmt: off
 @overload
 def flash_attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: IndexLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[VarlenOptions],
+    *, return_lse: Literal[False] = ..., **options: Unpack[VarlenOptions],
 ) -> Array: ...
-
-
 @overload
 def flash_attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: IndexLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[VarlenOptions],
+    *, return_lse: Literal[True], **options: Unpack[VarlenOptions],
 ) -> tuple[Array, Array]: ...
-
-
 @overload
 def flash_attention_varlen(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    cu_seqlens_q: IndexLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
-    *,
-    return_lse: bool,
-    **options: Unpack[VarlenOptions],
+    *, return_lse: bool, **options: Unpack[VarlenOptions],
 ) -> Array | tuple[Array, Array]: ...
-
-
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attention_varlen(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -108,6 +99,26 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
       >>> cu_seqlens = jnp.array([0, 3, 10], jnp.int32)  # two documents, of 3 and 7 tokens
       >>> out = flash_attention_varlen(q, k, v, cu_seqlens, causal=True)
     """
-    spec, operands = validate.varlen("flash_attention_varlen", locals())
+    arguments = VarlenArguments(
+        query=query,
+        key=key,
+        value=value,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        causal=causal,
+        window=window,
+        align=align,
+        kv_lengths=kv_lengths,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    spec, operands = validate.varlen("flash_attention_varlen", arguments)
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

@@ -134,7 +134,7 @@ def cu_seqlens(lengths: tuple[int, ...]) -> jax.Array:
 
 
 def operands(inputs: Inputs) -> dict[str, jax.Array]:
-    """The operands of docs/architecture.md's table, made without the library's own validation."""
+    """The operands of csrc/operands.def, made without the library's own validation."""
     made = dict(inputs.positional)
     for name, x in inputs.keywords.items():
         if name == "segment_ids":

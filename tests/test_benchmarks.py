@@ -11,15 +11,12 @@ from conftest import IMPLEMENTATION
 
 import jax_flash
 from benchmarks import (
-    bars,
-    cases,
     compare,
     compare_cells,
     flop,
     measure,
     other_checkout,
     peers,
-    reference_ratios,
     tune,
 )
 from benchmarks.cases import Case, varlen
@@ -101,19 +98,6 @@ def test_flop_are_four_b_h_s_s_d_and_the_backward_two_and_a_half_times_that():
     assert (
         flop.kv_bytes(sequences=2, kv_heads=8, head_dim=128, keys=10, itemsize=2) == 2 * 2 * 8 * 128 * 10 * 2
     )
-
-
-def test_reference_ratios_have_a_row_for_every_case_and_the_means_of_the_notes():
-    chosen = [case.name for case in (*cases.MATRIX, *cases.GQA)]
-    means = {"forward": (1.17, 1.17), "backward": (1.24, 1.25)}
-    for pass_, (third, best) in means.items():
-        assert {*chosen, *(case.name for case in cases.WINDOWS)} == set(reference_ratios.RATES[pass_])
-        ratios = [reference_ratios.flash_attention_3(pass_, name) for name in chosen]
-        assert bars.geometric_mean(ratios) == pytest.approx(third, abs=0.005)
-        ratios = [reference_ratios.best_peer(pass_, name)[0] for name in chosen]
-        assert bars.geometric_mean(ratios) == pytest.approx(best, abs=0.005)
-    assert reference_ratios.best_peer("forward", "d64 s4096") == (486 / 428, "fa4")
-    assert reference_ratios.flash_attention_3("forward", "32/8 d128 s16384 window 4096") is None
 
 
 def test_a_peer_that_cannot_run_a_case_says_why():

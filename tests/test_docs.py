@@ -21,7 +21,7 @@ def run(page: str) -> dict[str, object]:
 
 def test_the_serving_guide_runs_in_order():
     pytest.importorskip("flax")
-    assert run("serving.md")["message"]
+    run("serving.md")
 
 
 def test_the_guide_to_other_caches_runs_in_order():
@@ -42,4 +42,4 @@ def test_the_guide_from_another_library_runs_in_order():
 
 
 def test_the_page_of_troubles_runs():
-    run("trouble.md")
+    assert run("trouble.md")["message"]

@@ -16,10 +16,12 @@ if str(ROOT) not in sys.path:
 
 import jax_flash  # noqa: E402
 from benchmarks import (  # noqa: E402
+    __main__,
     adapters,
     bars_peers,
     cases,
-    decode_cuda,
+    decode_calls,
+    host_time,
     measure,
     peer_attention,
     peer_decode,
@@ -30,6 +32,7 @@ from benchmarks import (  # noqa: E402
     step_training,
     suite_peers,
 )
+from benchmarks.suite import Suite  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     IMPLEMENTATION != "cpu", reason="the suite itself runs on GPUs, at its own sizes"
@@ -62,9 +65,10 @@ def small(monkeypatch):
     if not any(b.implementation == "cpu" and not b.problem for b in jax_flash.backends()):
         pytest.skip("no library is built here")
     monkeypatch.setattr(measure, "in_turns", once)
+    monkeypatch.setattr(measure, "matmul_call", lambda *_: (lambda x: x, [(1.0,)]))
     monkeypatch.setattr(peer_attention, "SMALL_CHAIN", 2)
     monkeypatch.setattr(peer_decode, "CHAIN_OF_SHORT", 2)
-    monkeypatch.setattr(decode_cuda, "CHAIN", 2)
+    monkeypatch.setattr(decode_calls, "CHAIN", 2)
     prepare = peers.prepare
 
     def prepare_tiny(what, **options):
@@ -80,7 +84,7 @@ def small(monkeypatch):
 
 
 def suite_of(**found):
-    return sections.Suite(
+    return Suite(
         "peers", "cpu", found, bars_peers.judge, suite_peers.verdict, suite_peers.rates, suite_peers.tables
     )
 
@@ -146,10 +150,36 @@ def test_the_order_has_every_section_once():
     assert len(suite_peers.ORDER) == len(set(suite_peers.ORDER)) == len(suite_peers._ALL)
 
 
+def test_the_plain_run_writes_a_section_for_each_pass_and_keeps_those_of_earlier_runs(
+    small, tmp_path, capsys
+):
+    options = [
+        "--cases",
+        "2 packed|b1 s2048 h8/2 d128 float32 causal",
+        "--peers",
+        "xla,torch",
+        "--out",
+        str(tmp_path),
+    ]
+    assert __main__.main([*options, "--passes", "forward"]) == 0
+    assert __main__.main([*options, "--passes", "jvp"]) == 0
+    kept = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert list(kept) == ["forward", "jvp"]
+    assert [len(section["cells"]) for section in kept.values()] == [1, 1]
+    text = (tmp_path / "report.md").read_text()
+    assert "| forward | " in text
+    assert "of the product, × xla " in text
+    assert "## Bars" not in text
+    assert "--passes jvp" in text
+
+
 # --- cells ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["backward", "documents", "options d256", "short"])
+@pytest.mark.parametrize(
+    "name",
+    ["backward", "documents", "options d256", "options forward", "pairs", "short", "short forward", "latent"],
+)
 def test_attention_sections_run(small, name):
     """One section of each kind."""
     small.setattr(peer_attention, "PASSES", ("backward",))
@@ -165,8 +195,10 @@ def test_attention_sections_run(small, name):
         assert suite_peers.verdict(c)
     peer = [c for c in found if c["kind"] == "peer"]
     assert all("median" in c["times"]["jax_flash"] for c in peer)
-    assert all("refused" in c["times"]["cudnn"] for c in peer)  # on a CPU
-    bars_peers.judge(found)
+    assert all("refused" in c["times"][name] for c in peer for name in ("cudnn", "jla") if name in c["times"])
+    judged = {bar.name for bar in bars_peers.judge(found)}
+    wanted = {"options forward": "forward bias d64 / plain", "pairs": "backward s 777 / plain"}
+    assert wanted.get(name) in {None, *judged}
 
 
 def test_programs_are_compiled_in_waves_and_freed_with_their_last_cell(small):
@@ -192,6 +224,20 @@ def test_gradients_of_sinks_and_of_a_bias_are_part_of_the_backward():
     call, arguments = peers.calls("jax_flash", case, "backward", peers.draw_inputs(case)[:1])
     *_, others = call(*arguments[0])
     assert set(others) == {"sinks"}
+
+
+def test_the_hosts_time_is_measured_for_each_implementation_that_runs(small):
+    case = tiny(cases.small_case(128, 512, False))
+    small.setattr(cases, "small_case", lambda *size: case)
+    small.setattr(host_time, "CHAIN", 2)
+    small.setattr(host_time, "NO_GRAPHS", {})
+    small.setattr(host_time, "_busy", lambda: None)
+    small.setattr(host_time, "_host_time", lambda busy, call, arguments: {"host": 2e-6, "issue": 1e-6})
+    found = list(suite_peers.SECTIONS["host"]())
+    assert [c["name"] for c in found] == ["host time, launched one by one", "host time, in command buffers"]
+    for c in found:
+        assert {name for name, t in c["times"].items() if "median" in t} == {"jax_flash"}
+        assert suite_peers.verdict(c) == "microseconds: jax_flash 2.0"
 
 
 TINY_DECODE = (2, 4, 2, 16, 128)
@@ -226,7 +272,7 @@ def test_decode_sections_run(small_decode, name):
 
 
 def test_ragged_pages_hold_each_sequence_once():
-    (_, (_, k, _, tables, lengths)), mean = peer_decode.ragged((4, 4, 2, 16, 512))
+    (_, (_, k, _, tables, lengths)), mean = decode_calls.ragged(jax_flash, (4, 4, 2, 16, 512))
     used = [page for row, n in zip(tables, lengths, strict=True) for page in row[: -(-int(n) // 64)].tolist()]
     assert sorted(used) == list(range(k.shape[0]))
     assert mean == pytest.approx(float(lengths.mean()))

@@ -19,6 +19,7 @@ import jax_flash
 from jax_flash import validate
 from jax_flash.autodiff import attend
 from jax_flash.operands import OPTIONAL
+from jax_flash.options import FixedArguments, PagedArguments, VarlenArguments
 from jax_flash.paged import validate as paged_validate
 from jax_flash.spec import AttentionSpec
 
@@ -37,8 +38,10 @@ DEFAULTS = dict.fromkeys(
         "segment_ids",
         "scale",
         "softcap",
+        "dropout_key",
     )
 ) | {
+    "dropout_rate": 0.0,
     "causal": False, "align": "top_left", "deterministic": False, "return_lse": True, "implementation": None,
 }  # fmt: skip
 OPTIONS = {
@@ -64,22 +67,29 @@ def options_of(name: str, implementation: str) -> dict[str, Any]:
     return DEFAULTS | given | {"implementation": implementation}
 
 
+def filled(arguments: type[Any], options: dict[str, Any]) -> Any:
+    """The arguments of a call from those of the options that it has."""
+    return arguments(**{field.name: options[field.name] for field in dataclasses.fields(arguments)})
+
+
 def fixed(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Call:
     """The checked flash_attention call."""
-    return validate.fixed("fixed", options | {"query": q, "key": k, "value": v})
+    return validate.fixed("fixed", filled(FixedArguments, options | {"query": q, "key": k, "value": v}))
 
 
 def varlen(q: Any, k: Any, v: Any, starts: Any, options: dict[str, Any]) -> Call:
     """The checked flash_attention_varlen call."""
     offsets = {"cu_seqlens_q": starts, "cu_seqlens_k": None}
-    return validate.varlen("varlen", options | {"query": q, "key": k, "value": v} | offsets)
+    return validate.varlen(
+        "varlen", filled(VarlenArguments, options | {"query": q, "key": k, "value": v} | offsets)
+    )
 
 
 def paged(q: Any, pools: Any, tables: Any, lengths: Any, options: dict[str, Any]) -> Call:
     """The checked paged_attention call."""
     index = {"block_tables": tables, "kv_lengths": lengths}
     pages = dict(zip(("k_pages", "v_pages"), pools)) | {"draft_mask": None}
-    return paged_validate.attention("paged", options | {"query": q} | pages | index)
+    return paged_validate.attention("paged", filled(PagedArguments, options | {"query": q} | pages | index))
 
 
 def part_of(call: Call, position: Any) -> Call:

@@ -13,8 +13,8 @@ from benchmarks import (
     measure,
     overlap,
     predict,
+    report,
     scaling,
-    sections,
     suite_scaling,
     training_step,
 )
@@ -68,9 +68,7 @@ def test_batch_and_heads_are_timed_and_their_programs_have_no_collective(two_dev
     bars = {bar.name: bar for bar in bars_scaling.judge(cells)}
     assert bars["batch and heads, collectives"].met
     assert "batch and heads both, of linear" in bars
-    sections.draw_bars(
-        suite_scaling.SUITE, cells, pytest.importorskip("matplotlib.pyplot")
-    )  # a limit of 0 too
+    report.draw_bars(suite_scaling.SUITE, cells, pytest.importorskip("matplotlib.pyplot"))  # a limit of 0 too
 
 
 def test_links_are_timed_with_the_bytes_that_they_move(two_devices):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import jax_flash
-from jax_flash import options, spec, validate
+from jax_flash import dot_product, options, spec, validate
 from jax_flash.compat import flash_attn
 from jax_flash.compat import options as compat_options
 
@@ -62,6 +62,23 @@ def test_the_overloads_have_the_options_of_the_signature_with_the_same_types(fun
             assert differs in parameters
             assert not parameters & set(listed)
     assert {name: written[name] for name in listed} == listed
+
+
+ARGUMENTS = {
+    jax_flash.flash_attention: options.FixedArguments,
+    jax_flash.flash_attention_varlen: options.VarlenArguments,
+    jax_flash.paged_attention: options.PagedArguments,
+    jax_flash.ring_attention: options.RingArguments,
+    jax_flash.append_kv: options.AppendArguments,
+    jax_flash.dot_product_attention: dot_product.DotProductArguments,
+}
+
+
+@pytest.mark.parametrize("function", ARGUMENTS, ids=lambda f: f.__name__)
+def test_a_calls_arguments_are_those_of_the_signature_with_the_same_types(function):
+    """mypy holds the function to fill all of them."""
+    written = {name: x for name, x in typing.get_type_hints(function).items() if name != "return"}
+    assert typing.get_type_hints(ARGUMENTS[function]) == written
 
 
 @each_function

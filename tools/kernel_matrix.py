@@ -83,7 +83,6 @@ def render(text: str) -> str:
     tables = {
         "training": table("H100, H200", OPTIONS, f"--gpu h200 {TRAINING}", DIMS, ["forward", "backward"]),
         "pages": table("H100, H200", PAGED, f"--gpu h200 {PAGES}", wide, ["forward"]),
-        "ampere": table("A100", PAGED, f"--gpu a100 {PAGES}", wide, ["forward"]),
     }
     for mark, made in tables.items():
         pattern = f"(<!-- {mark}: [^\n]*\n).*?(?=\n<!-- end -->)"

@@ -16,34 +16,23 @@ from . import arguments
 from .options import FlashAttnOptions, FlashAttnVarlenOptions, WindowSize
 
 
+# fmt: off
 @overload
 def flash_attn_func(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    *,
-    return_attn_probs: Literal[False] = ...,
-    **options: Unpack[FlashAttnOptions],
+    q: ArrayLike, k: ArrayLike, v: ArrayLike,
+    *, return_attn_probs: Literal[False] = ..., **options: Unpack[FlashAttnOptions],
 ) -> Array: ...
 @overload
 def flash_attn_func(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    *,
-    return_attn_probs: Literal[True],
-    **options: Unpack[FlashAttnOptions],
+    q: ArrayLike, k: ArrayLike, v: ArrayLike,
+    *, return_attn_probs: Literal[True], **options: Unpack[FlashAttnOptions],
 ) -> tuple[Array, Array, None]: ...
 @overload  # with options by position
 def flash_attn_func(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    dropout_p: float,
-    /,
-    *options: Any,
-    **named: Any,
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, dropout_p: float, /,
+    *options: Any, **named: Any,
 ) -> Any: ...
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -112,46 +101,26 @@ def flash_attn_func(  # type: ignore[misc]  # which has no `unpacked`
     return (out, lse, None) if return_attn_probs else out
 
 
+# fmt: off
 @overload
 def flash_attn_varlen_func(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
     max_seqlen_k: Any,
-    *,
-    return_attn_probs: Literal[False] = ...,
-    **options: Unpack[FlashAttnVarlenOptions],
+    *, return_attn_probs: Literal[False] = ..., **options: Unpack[FlashAttnVarlenOptions],
 ) -> Array: ...
 @overload
 def flash_attn_varlen_func(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
     max_seqlen_k: Any,
-    *,
-    return_attn_probs: Literal[True],
-    **options: Unpack[FlashAttnVarlenOptions],
+    *, return_attn_probs: Literal[True], **options: Unpack[FlashAttnVarlenOptions],
 ) -> tuple[Array, Array, None]: ...
 @overload  # with options by position
 def flash_attn_varlen_func(
-    q: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    dropout_p: float,
-    /,
-    *options: Any,
-    **named: Any,
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
+    max_seqlen_k: Any, dropout_p: float, /,
+    *options: Any, **named: Any,
 ) -> Any: ...
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_varlen_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 

@@ -18,32 +18,20 @@ from . import arguments
 from .options import KVCacheOptions, WindowSize
 
 
+# fmt: off
 @overload
 def flash_attn_with_kvcache(
-    q: ArrayLike,
-    k_cache: ArrayLike,
-    v_cache: ArrayLike,
-    k: ArrayLike | None = None,
-    v: ArrayLike | None = None,
-    rotary_cos: ArrayLike | None = None,
-    rotary_sin: ArrayLike | None = None,
-    *,
-    return_softmax_lse: Literal[False] = ...,
-    **options: Unpack[KVCacheOptions],
+    q: ArrayLike, k_cache: ArrayLike, v_cache: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None,
+    rotary_cos: ArrayLike | None = None, rotary_sin: ArrayLike | None = None,
+    *, return_softmax_lse: Literal[False] = ..., **options: Unpack[KVCacheOptions],
 ) -> tuple[Array, Array, Array]: ...
 @overload
 def flash_attn_with_kvcache(
-    q: ArrayLike,
-    k_cache: ArrayLike,
-    v_cache: ArrayLike,
-    k: ArrayLike | None = None,
-    v: ArrayLike | None = None,
-    rotary_cos: ArrayLike | None = None,
-    rotary_sin: ArrayLike | None = None,
-    *,
-    return_softmax_lse: Literal[True],
-    **options: Unpack[KVCacheOptions],
+    q: ArrayLike, k_cache: ArrayLike, v_cache: ArrayLike, k: ArrayLike | None = None, v: ArrayLike | None = None,
+    rotary_cos: ArrayLike | None = None, rotary_sin: ArrayLike | None = None,
+    *, return_softmax_lse: Literal[True], **options: Unpack[KVCacheOptions],
 ) -> tuple[Array, Array, Array, Array]: ...
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_with_kvcache(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 

@@ -18,46 +18,31 @@ from .attention import flash_attn_func, flash_attn_varlen_func
 from .options import FlashAttnOptions, WindowSize
 
 
+# fmt: off
 @overload
 def flash_attn_qkvpacked_func(
     qkv: ArrayLike,
-    *,
-    return_attn_probs: Literal[False] = ...,
-    **options: Unpack[FlashAttnOptions],
+    *, return_attn_probs: Literal[False] = ..., **options: Unpack[FlashAttnOptions],
 ) -> Array: ...
 @overload
 def flash_attn_qkvpacked_func(
     qkv: ArrayLike,
-    *,
-    return_attn_probs: Literal[True],
-    **options: Unpack[FlashAttnOptions],
+    *, return_attn_probs: Literal[True], **options: Unpack[FlashAttnOptions],
 ) -> tuple[Array, Array, None]: ...
 @overload  # with options by position
 def flash_attn_qkvpacked_func(
-    qkv: ArrayLike,
-    dropout_p: float,
-    /,
-    *options: Any,
-    **named: Any,
+    qkv: ArrayLike, dropout_p: float, /,
+    *options: Any, **named: Any,
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-
-
 def flash_attn_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
-    qkv: ArrayLike,
-    dropout_p: float = 0.0,
-    softmax_scale: Number | None = None,
-    causal: bool = False,
-    window_size: WindowSize = (-1, -1),
-    softcap: Number = 0.0,
-    alibi_slopes: ArrayLike | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    dropout_key: ArrayLike | None = None,
-    implementation: Implementation | None = None,
+    qkv: ArrayLike, dropout_p: float = 0.0, softmax_scale: Number | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+    *, dropout_key: ArrayLike | None = None, implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array, None]:
+    # fmt: on
     """`flash_attn_func` of queries, keys and values in one array.
 
     Args:
@@ -77,56 +62,39 @@ def flash_attn_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     Example:
       >>> out = flash_attn_qkvpacked_func(jnp.stack([q, k, v], axis=2), causal=True)
     """
-    options = dict(locals())
-    q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", options.pop("qkv"), "b s 3 h d")
-    result: Array | tuple[Array, Array, None] = flash_attn_func(q, k, v, **options)
+    q, k, v = _parts("flash_attn_qkvpacked_func", "qkv", qkv, "b s 3 h d")
+    result: Array | tuple[Array, Array, None] = flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, dropout_key=dropout_key, implementation=implementation,
+    )  # fmt: skip
     return result
 
 
+# fmt: off
 @overload
 def flash_attn_kvpacked_func(
-    q: ArrayLike,
-    kv: ArrayLike,
-    *,
-    return_attn_probs: Literal[False] = ...,
-    **options: Unpack[FlashAttnOptions],
+    q: ArrayLike, kv: ArrayLike,
+    *, return_attn_probs: Literal[False] = ..., **options: Unpack[FlashAttnOptions],
 ) -> Array: ...
 @overload
 def flash_attn_kvpacked_func(
-    q: ArrayLike,
-    kv: ArrayLike,
-    *,
-    return_attn_probs: Literal[True],
-    **options: Unpack[FlashAttnOptions],
+    q: ArrayLike, kv: ArrayLike,
+    *, return_attn_probs: Literal[True], **options: Unpack[FlashAttnOptions],
 ) -> tuple[Array, Array, None]: ...
 @overload  # with options by position
 def flash_attn_kvpacked_func(
-    q: ArrayLike,
-    kv: ArrayLike,
-    dropout_p: float,
-    /,
-    *options: Any,
-    **named: Any,
+    q: ArrayLike, kv: ArrayLike, dropout_p: float, /,
+    *options: Any, **named: Any,
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-
-
 def flash_attn_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
-    q: ArrayLike,
-    kv: ArrayLike,
-    dropout_p: float = 0.0,
-    softmax_scale: Number | None = None,
-    causal: bool = False,
-    window_size: WindowSize = (-1, -1),
-    softcap: Number = 0.0,
-    alibi_slopes: ArrayLike | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    dropout_key: ArrayLike | None = None,
-    implementation: Implementation | None = None,
+    q: ArrayLike, kv: ArrayLike, dropout_p: float = 0.0, softmax_scale: Number | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+    *, dropout_key: ArrayLike | None = None, implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array, None]:
+    # fmt: on
     """`flash_attn_func` of keys and values in one array.
 
     Args:
@@ -147,60 +115,40 @@ def flash_attn_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
     Example:
       >>> out = flash_attn_kvpacked_func(q, jnp.stack([k, v], axis=2), causal=True)
     """
-    options = dict(locals())
-    k, v = _parts("flash_attn_kvpacked_func", "kv", options.pop("kv"), "b sk 2 hk d")
-    result: Array | tuple[Array, Array, None] = flash_attn_func(k=k, v=v, **options)
+    k, v = _parts("flash_attn_kvpacked_func", "kv", kv, "b sk 2 hk d")
+    result: Array | tuple[Array, Array, None] = flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, dropout_key=dropout_key, implementation=implementation,
+    )  # fmt: skip
     return result
 
 
+# fmt: off
 @overload
 def flash_attn_varlen_qkvpacked_func(
-    qkv: ArrayLike,
-    cu_seqlens: IndexLike,
-    max_seqlen: Any,
-    *,
-    return_attn_probs: Literal[False] = ...,
-    **options: Unpack[FlashAttnOptions],
+    qkv: ArrayLike, cu_seqlens: IndexLike, max_seqlen: Any,
+    *, return_attn_probs: Literal[False] = ..., **options: Unpack[FlashAttnOptions],
 ) -> Array: ...
 @overload
 def flash_attn_varlen_qkvpacked_func(
-    qkv: ArrayLike,
-    cu_seqlens: IndexLike,
-    max_seqlen: Any,
-    *,
-    return_attn_probs: Literal[True],
-    **options: Unpack[FlashAttnOptions],
+    qkv: ArrayLike, cu_seqlens: IndexLike, max_seqlen: Any,
+    *, return_attn_probs: Literal[True], **options: Unpack[FlashAttnOptions],
 ) -> tuple[Array, Array, None]: ...
 @overload  # with options by position
 def flash_attn_varlen_qkvpacked_func(
-    qkv: ArrayLike,
-    cu_seqlens: IndexLike,
-    max_seqlen: Any,
-    dropout_p: float,
-    /,
-    *options: Any,
-    **named: Any,
+    qkv: ArrayLike, cu_seqlens: IndexLike, max_seqlen: Any, dropout_p: float, /,
+    *options: Any, **named: Any,
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_varlen_qkvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-
-
 def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
-    qkv: ArrayLike,
-    cu_seqlens: IndexLike,
-    max_seqlen: Any,
-    dropout_p: float = 0.0,
-    softmax_scale: Number | None = None,
-    causal: bool = False,
-    window_size: WindowSize = (-1, -1),
-    softcap: Number = 0.0,
-    alibi_slopes: ArrayLike | None = None,
-    deterministic: bool = False,
+    qkv: ArrayLike, cu_seqlens: IndexLike, max_seqlen: Any, dropout_p: float = 0.0,
+    softmax_scale: Number | None = None, causal: bool = False, window_size: WindowSize = (-1, -1),
+    softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None, deterministic: bool = False,
     return_attn_probs: bool = False,
-    *,
-    dropout_key: ArrayLike | None = None,
-    implementation: Implementation | None = None,
+    *, dropout_key: ArrayLike | None = None, implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array, None]:
+    # fmt: on
     """`flash_attn_varlen_func` of queries, keys and values in one array.
 
     Args:
@@ -223,73 +171,44 @@ def flash_attn_varlen_qkvpacked_func(  # type: ignore[misc]  # which has no `unp
       >>> cu_seqlens = jnp.array([0, 3, 10], jnp.int32)
       >>> out = flash_attn_varlen_qkvpacked_func(jnp.stack([q, k, v], axis=1), cu_seqlens, 7, causal=True)
     """
-    options = dict(locals())
-    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", options.pop("qkv"), "t 3 h d")
-    offsets, longest = (options.pop("cu_seqlens"),) * 2, (options.pop("max_seqlen"),) * 2
-    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(q, k, v, *offsets, *longest, **options)
+    q, k, v = _parts("flash_attn_varlen_qkvpacked_func", "qkv", qkv, "t 3 h d")
+    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, dropout_key=dropout_key, implementation=implementation,
+    )  # fmt: skip
     return result
 
 
+# fmt: off
 @overload
 def flash_attn_varlen_kvpacked_func(
-    q: ArrayLike,
-    kv: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
+    q: ArrayLike, kv: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
     max_seqlen_k: Any,
-    *,
-    return_attn_probs: Literal[False] = ...,
-    **options: Unpack[FlashAttnOptions],
+    *, return_attn_probs: Literal[False] = ..., **options: Unpack[FlashAttnOptions],
 ) -> Array: ...
 @overload
 def flash_attn_varlen_kvpacked_func(
-    q: ArrayLike,
-    kv: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
+    q: ArrayLike, kv: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
     max_seqlen_k: Any,
-    *,
-    return_attn_probs: Literal[True],
-    **options: Unpack[FlashAttnOptions],
+    *, return_attn_probs: Literal[True], **options: Unpack[FlashAttnOptions],
 ) -> tuple[Array, Array, None]: ...
 @overload  # with options by position
 def flash_attn_varlen_kvpacked_func(
-    q: ArrayLike,
-    kv: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    dropout_p: float,
-    /,
-    *options: Any,
-    **named: Any,
+    q: ArrayLike, kv: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
+    max_seqlen_k: Any, dropout_p: float, /,
+    *options: Any, **named: Any,
 ) -> Any: ...
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attn_varlen_kvpacked_func(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
-
-
 def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # which has no `unpacked`
-    q: ArrayLike,
-    kv: ArrayLike,
-    cu_seqlens_q: IndexLike,
-    cu_seqlens_k: IndexLike,
-    max_seqlen_q: Any,
-    max_seqlen_k: Any,
-    dropout_p: float = 0.0,
-    softmax_scale: Number | None = None,
-    causal: bool = False,
-    window_size: WindowSize = (-1, -1),
-    softcap: Number = 0.0,
-    alibi_slopes: ArrayLike | None = None,
-    deterministic: bool = False,
-    return_attn_probs: bool = False,
-    *,
-    dropout_key: ArrayLike | None = None,
-    implementation: Implementation | None = None,
+    q: ArrayLike, kv: ArrayLike, cu_seqlens_q: IndexLike, cu_seqlens_k: IndexLike, max_seqlen_q: Any,
+    max_seqlen_k: Any, dropout_p: float = 0.0, softmax_scale: Number | None = None, causal: bool = False,
+    window_size: WindowSize = (-1, -1), softcap: Number = 0.0, alibi_slopes: ArrayLike | None = None,
+    deterministic: bool = False, return_attn_probs: bool = False,
+    *, dropout_key: ArrayLike | None = None, implementation: Implementation | None = None,
 ) -> Array | tuple[Array, Array, None]:
+    # fmt: on
     """`flash_attn_varlen_func` of keys and values in one array.
 
     Args:
@@ -313,9 +232,12 @@ def flash_attn_varlen_kvpacked_func(  # type: ignore[misc]  # which has no `unpa
       >>> cu_seqlens = jnp.array([0, 3, 10], jnp.int32)
       >>> out = flash_attn_varlen_kvpacked_func(q, jnp.stack([k, v], axis=1), cu_seqlens, cu_seqlens, 7, 7)
     """
-    options = dict(locals())
-    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", options.pop("kv"), "tk 2 hk d")
-    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(k=k, v=v, **options)
+    k, v = _parts("flash_attn_varlen_kvpacked_func", "kv", kv, "tk 2 hk d")
+    result: Array | tuple[Array, Array, None] = flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+        return_attn_probs, dropout_key=dropout_key, implementation=implementation,
+    )  # fmt: skip
     return result
 
 

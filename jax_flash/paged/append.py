@@ -10,6 +10,7 @@ from jax import Array
 
 from ..operands import APPEND, APPEND_DYNAMIC
 from ..options import (
+    AppendArguments,
     AppendOptions,
     ArrayLike,
     Implementation,
@@ -26,62 +27,30 @@ from . import gather, quantise, validate
 Operands = dict[str, jax.Array]
 
 
+# fmt: off
 @overload
 def append_kv(
-    k_pages: ArrayLike,
-    v_pages: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    block_tables: IndexLike,
+    k_pages: ArrayLike, v_pages: ArrayLike, key: ArrayLike, value: ArrayLike, block_tables: IndexLike,
     kv_lengths: LengthsLike,
-    *,
-    scale: Literal["static"] = ...,
-    **options: Unpack[AppendOptions],
+    *, scale: Literal["static"] = ..., **options: Unpack[AppendOptions],
 ) -> tuple[Array, Array, Array]: ...
-
-
 @overload
 def append_kv(
-    k_pages: ArrayLike,
-    v_pages: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    block_tables: IndexLike,
+    k_pages: ArrayLike, v_pages: ArrayLike, key: ArrayLike, value: ArrayLike, block_tables: IndexLike,
     kv_lengths: LengthsLike,
-    *,
-    scale: Literal["dynamic"],
-    **options: Unpack[AppendOptions],
+    *, scale: Literal["dynamic"], **options: Unpack[AppendOptions],
 ) -> tuple[Array, Array, Array, Array, Array]: ...
-
-
 @overload
 def append_kv(
-    k_pages: ArrayLike,
-    v_pages: None,
-    key: ArrayLike,
-    value: None,
-    block_tables: IndexLike,
-    kv_lengths: LengthsLike,
-    *,
-    scale: Literal["static"] = ...,
-    **options: Unpack[AppendOptions],
+    k_pages: ArrayLike, v_pages: None, key: ArrayLike, value: None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, scale: Literal["static"] = ..., **options: Unpack[AppendOptions],
 ) -> tuple[Array, None, Array]: ...
-
-
 @overload
 def append_kv(
-    k_pages: ArrayLike,
-    v_pages: None,
-    key: ArrayLike,
-    value: None,
-    block_tables: IndexLike,
-    kv_lengths: LengthsLike,
-    *,
-    scale: Literal["dynamic"],
-    **options: Unpack[AppendOptions],
+    k_pages: ArrayLike, v_pages: None, key: ArrayLike, value: None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, scale: Literal["dynamic"], **options: Unpack[AppendOptions],
 ) -> tuple[Array, None, Array, Array, None]: ...
-
-
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def append_kv(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -144,7 +113,23 @@ def append_kv(  # type: ignore[misc]  # which has no `unpacked`
       >>> append = jax.jit(append_kv, donate_argnames=("k_pages", "v_pages"))
       >>> k_pages, v_pages, lengths = append(k_pages, v_pages, k, v, tables, lengths)
     """
-    spec, operands = validate.append("append_kv", locals())
+    arguments = AppendArguments(
+        k_pages=k_pages,
+        v_pages=v_pages,
+        key=key,
+        value=value,
+        block_tables=block_tables,
+        kv_lengths=kv_lengths,
+        cu_seqlens=cu_seqlens,
+        page_layout=page_layout,
+        rotary=rotary,
+        interleaved=interleaved,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        scale=scale,
+        implementation=implementation,
+    )
+    spec, operands = validate.append("append_kv", arguments)
     results = (_scatter if spec.implementation == "xla" else _call)(spec, operands)
     return (
         results if v_pages is not None else tuple(None if i in (1, 4) else x for i, x in enumerate(results))

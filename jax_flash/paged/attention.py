@@ -14,6 +14,7 @@ from ..options import (
     IndexLike,
     LengthsLike,
     Number,
+    PagedArguments,
     PagedOptions,
     PageLayout,
     Window,
@@ -21,45 +22,23 @@ from ..options import (
 from . import validate
 
 
+# fmt: off
 @overload
 def paged_attention(
-    query: ArrayLike,
-    k_pages: ArrayLike,
-    v_pages: ArrayLike | None,
-    block_tables: IndexLike,
-    kv_lengths: LengthsLike,
-    *,
-    return_lse: Literal[False] = ...,
-    **options: Unpack[PagedOptions],
+    query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, return_lse: Literal[False] = ..., **options: Unpack[PagedOptions],
 ) -> Array: ...
-
-
 @overload
 def paged_attention(
-    query: ArrayLike,
-    k_pages: ArrayLike,
-    v_pages: ArrayLike | None,
-    block_tables: IndexLike,
-    kv_lengths: LengthsLike,
-    *,
-    return_lse: Literal[True],
-    **options: Unpack[PagedOptions],
+    query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, return_lse: Literal[True], **options: Unpack[PagedOptions],
 ) -> tuple[Array, Array]: ...
-
-
 @overload
 def paged_attention(
-    query: ArrayLike,
-    k_pages: ArrayLike,
-    v_pages: ArrayLike | None,
-    block_tables: IndexLike,
-    kv_lengths: LengthsLike,
-    *,
-    return_lse: bool,
-    **options: Unpack[PagedOptions],
+    query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, return_lse: bool, **options: Unpack[PagedOptions],
 ) -> Array | tuple[Array, Array]: ...
-
-
+# fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def paged_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 
@@ -142,6 +121,31 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
       >>> out = paged_attention(q, k_pages, v_pages, tables, lengths, draft_mask=tree)
       >>> latent = paged_attention(q_576, pool, None, tables, lengths, value_dim=512, scale=192**-0.5)
     """
-    spec, operands = validate.attention("paged_attention", locals())
+    arguments = PagedArguments(
+        query=query,
+        k_pages=k_pages,
+        v_pages=v_pages,
+        block_tables=block_tables,
+        kv_lengths=kv_lengths,
+        cu_seqlens_q=cu_seqlens_q,
+        page_layout=page_layout,
+        num_splits=num_splits,
+        batch_invariant=batch_invariant,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        draft_mask=draft_mask,
+        value_dim=value_dim,
+        causal=causal,
+        window=window,
+        align=align,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        return_lse=return_lse,
+        deterministic=deterministic,
+        implementation=implementation,
+    )
+    spec, operands = validate.attention("paged_attention", arguments)
     out, lse = attend(spec, operands)
     return (out, lse) if return_lse else out

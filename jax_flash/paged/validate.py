@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,12 +12,12 @@ import jax.numpy as jnp
 from .._jax import same_dim
 from ..checker import Checker
 from ..operands import APPEND_OPTIONAL
+from ..options import AppendArguments, PagedArguments, Pools
 from ..rotary import rotary_tables
 from ..spec import PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
 from ..validate import (
     MAX_LATENT_DIM,
     MAX_LATENT_VALUE_DIM,
-    Arguments,
     Operands,
     check_heads,
     implementation_name,
@@ -28,18 +29,18 @@ from .gather import FLOAT8
 SCALES = ("k_scale", "v_scale")
 
 
-def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
+def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a paged_attention call."""
     check = Checker(op)
-    q = check.array("query", arguments["query"])
-    cu_seqlens = arguments["cu_seqlens_q"]
+    q = check.array("query", arguments.query)
+    cu_seqlens = arguments.cu_seqlens_q
     check.rank("query", q, "n sq hq d" if cu_seqlens is None else "tq hq d")
     check.dtype("query", q)
     operands = {"query": q} | _pools(check, arguments, ("key", "value"), "query", q)
     value_dim = _value_dim(check, arguments, operands)
     pool = operands["key"].shape
-    axes = "[p, ps, hk, d]" if arguments["page_layout"] == "nhd" else "[p, hk, ps, d]"
-    hint = f"; page_layout={arguments['page_layout']!r} means {axes}, got shape {pool}"
+    axes = "[p, ps, hk, d]" if arguments.page_layout == "nhd" else "[p, hk, ps, d]"
+    hint = f"; page_layout={arguments.page_layout!r} means {axes}, got shape {pool}"
     check_heads(check, q.shape[-2], pool[_head_axis(arguments)], "k_pages", hint)
     operands |= _tables(check, arguments, None if cu_seqlens is not None else ("query", q))
     n = operands["block_tables"].shape[0]
@@ -47,35 +48,33 @@ def attention(op: str, arguments: Arguments) -> tuple[AttentionSpec, Operands]:
         operands["cu_seqlens_q"] = check.int32("cu_seqlens_q", cu_seqlens)
         check.shape("cu_seqlens_q", operands["cu_seqlens_q"], (n + 1,), "n+1")
     score_operands(check, operands, arguments, n, "n")
-    if arguments["draft_mask"] is not None:
+    if arguments.draft_mask is not None:
         operands["draft_mask"] = _draft_mask(check, arguments, n, q.shape[1] if cu_seqlens is None else None)
-    splits = arguments["num_splits"]
+    splits = arguments.num_splits
     if splits is not None and (
         isinstance(splits, bool) or not isinstance(splits, numbers.Integral) or splits < 1
     ):
         raise check.fail(f"num_splits must be an int ≥ 1 or None, got {splits!r}")
-    invariant = check.flag("batch_invariant", arguments["batch_invariant"])
-    if invariant and arguments["implementation"] == "xla":
+    invariant = check.flag("batch_invariant", arguments.batch_invariant)
+    if invariant and arguments.implementation == "xla":
         raise check.fail(
             'batch_invariant is True with implementation="xla", whose compiler orders sums by the shapes of the '
             'whole call; "cpu" and "cuda" have it',
             NotImplementedError,
         )
-    return static_spec(
-        check,
-        "paged" if cu_seqlens is None else "paged_varlen",
-        operands,
-        arguments,
-        page_layout=arguments["page_layout"],
+    spec = replace(
+        static_spec(check, "paged" if cu_seqlens is None else "paged_varlen", operands, arguments),
+        page_layout=arguments.page_layout,
         num_splits=int(splits or 0),
         batch_invariant=invariant,
         value_dim=value_dim,
-    ), operands
+    )
+    return spec, operands
 
 
-def _draft_mask(check: Checker, arguments: Arguments, n: Any, rows: Any) -> jax.Array:
+def _draft_mask(check: Checker, arguments: PagedArguments, n: Any, rows: Any) -> jax.Array:
     """[n | 1, rows, rows]; with packed queries, for which rows is None, of any size."""
-    mask = check.array("draft_mask", arguments["draft_mask"])
+    mask = check.array("draft_mask", arguments.draft_mask)
     if mask.dtype != jnp.bool_:
         raise check.fail(
             f"draft_mask must be boolean (True = sees the new token), got {mask.dtype}; "
@@ -93,19 +92,19 @@ def _draft_mask(check: Checker, arguments: Arguments, n: Any, rows: Any) -> jax.
         )
     if rows is None and same_dim(wanted, 0):
         raise check.fail(f"draft_mask must have at least one row, got shape {mask.shape}; leave it None")
-    if arguments["align"] != "bottom_right":
+    if arguments.align != "bottom_right":
         raise check.fail(
             f"align must be 'bottom_right' with draft_mask, whose tokens are the last keys, got "
-            f"{arguments['align']!r}"
+            f"{arguments.align!r}"
         )
     return mask
 
 
-def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:
+def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
     """The spec and operands of an append_kv call."""
     check = Checker(op)
-    k = check.array("key", arguments["key"])
-    cu_seqlens = arguments["cu_seqlens"]
+    k = check.array("key", arguments.key)
+    cu_seqlens = arguments.cu_seqlens
     check.rank("key", k, "n s hk d" if cu_seqlens is None else "t hk d")
     check.dtype("key", k)
     v = _appended_values(check, arguments, k)
@@ -125,36 +124,36 @@ def append(op: str, arguments: Arguments) -> tuple[AppendSpec, Operands]:
     if cu_seqlens is not None:
         operands["cu_seqlens"] = check.int32("cu_seqlens", cu_seqlens)
         check.shape("cu_seqlens", operands["cu_seqlens"], (n + 1,), "n+1")
-    if arguments["rotary"] is not None:
-        operands["cos"], operands["sin"] = rotary_tables(check, arguments["rotary"], k.shape[-1])
+    if arguments.rotary is not None:
+        operands["cos"], operands["sin"] = rotary_tables(check, arguments.rotary, k.shape[-1])
     dynamic = _dynamic(check, arguments, operands)
     spec = AppendSpec(
         layout="append" if cu_seqlens is None else "append_varlen",
-        page_layout=arguments["page_layout"],
-        interleaved=check.flag("interleaved", arguments["interleaved"]),
+        page_layout=arguments.page_layout,
+        interleaved=check.flag("interleaved", arguments.interleaved),
         operands=tuple(
             name for name in APPEND_OPTIONAL if name in operands and not (dynamic and name in SCALES)
         ),
-        implementation=implementation_name(check, arguments["implementation"]),
+        implementation=implementation_name(check, arguments.implementation),
         dynamic=dynamic,
     )
     return spec, operands
 
 
-def _appended_values(check: Checker, arguments: Arguments, k: jax.Array) -> jax.Array:
+def _appended_values(check: Checker, arguments: AppendArguments, k: jax.Array) -> jax.Array:
     """The argument value; where values are a part of the keys, an array without columns."""
-    if arguments["v_pages"] is not None:
-        return check.array("value", arguments["value"])
+    if arguments.v_pages is not None:
+        return check.array("value", arguments.value)
     for name in ("value", "v_scale"):
-        if arguments[name] is not None:
+        if getattr(arguments, name) is not None:
             raise check.fail(f"{name} must be None with v_pages=None, where values are a part of key")
     return k[..., :0]
 
 
-def _value_dim(check: Checker, arguments: Arguments, operands: Operands) -> int:
+def _value_dim(check: Checker, arguments: PagedArguments, operands: Operands) -> int:
     """The columns of K that are V, where V has no pages of its own; else 0. Adds V's scale, which is K's."""
-    columns = arguments["value_dim"]
-    if arguments["v_pages"] is not None:
+    columns = arguments.value_dim
+    if arguments.v_pages is not None:
         if columns is not None:
             raise check.fail(
                 f"value_dim is {columns!r}, but v_pages is given; it belongs to v_pages=None, where values are the "
@@ -163,26 +162,26 @@ def _value_dim(check: Checker, arguments: Arguments, operands: Operands) -> int:
         return 0
     d = operands["key"].shape[-1]
     whole = isinstance(columns, numbers.Integral) and not isinstance(columns, bool)
-    if not whole or not 1 <= int(columns) <= d:
+    if columns is None or not whole or not 1 <= int(columns) <= d:
         raise check.fail(
             f"value_dim must be an int from 1 to {d}, the columns of k_pages, with v_pages=None; got {columns!r}"
         )
-    if int(columns) > MAX_LATENT_VALUE_DIM and arguments["implementation"] != "xla":
+    if int(columns) > MAX_LATENT_VALUE_DIM and arguments.implementation != "xla":
         raise check.fail(
             f'value_dim is {columns}, allowed are 1 to {MAX_LATENT_VALUE_DIM}; implementation="xla" takes any'
         )
-    if arguments["v_scale"] is not None:
+    if arguments.v_scale is not None:
         raise check.fail("v_scale must be None with v_pages=None, where k_scale is the scale of values too")
     if "k_scale" in operands:
         operands["v_scale"] = operands["k_scale"]
     return int(columns)
 
 
-def _dynamic(check: Checker, arguments: Arguments, operands: Operands) -> bool:
+def _dynamic(check: Checker, arguments: AppendArguments, operands: Operands) -> bool:
     """Whether append_kv keeps the scales of the pages itself; it then needs both."""
-    if arguments["scale"] not in SCALINGS:
-        raise check.fail(f"scale must be one of {SCALINGS}, got {arguments['scale']!r}")
-    if arguments["scale"] == "static":
+    if arguments.scale not in SCALINGS:
+        raise check.fail(f"scale must be one of {SCALINGS}, got {arguments.scale!r}")
+    if arguments.scale == "static":
         return False
     pool = operands["k_pages"]
     if pool.dtype not in FLOAT8:
@@ -190,8 +189,8 @@ def _dynamic(check: Checker, arguments: Arguments, operands: Operands) -> bool:
             f'scale="dynamic" is for float8 pools, got k_pages of dtype {pool.dtype}; use scale="static"'
         )
     wanted = pool.shape[0], pool.shape[_head_axis(arguments)]
-    for name in SCALES[:1] if arguments["v_pages"] is None else SCALES:
-        given = arguments[name]
+    for name in SCALES[:1] if arguments.v_pages is None else SCALES:
+        given = getattr(arguments, name)
         if given is None or jnp.ndim(given) != 2:
             got = "None" if given is None else f"shape {jnp.shape(given)}"
             raise check.fail(
@@ -201,23 +200,21 @@ def _dynamic(check: Checker, arguments: Arguments, operands: Operands) -> bool:
     return True
 
 
-def _head_axis(arguments: Arguments) -> int:
+def _head_axis(arguments: Pools) -> int:
     """The axis of the KV heads in a pool."""
-    return -2 if arguments["page_layout"] == "nhd" else -3
+    return -2 if arguments.page_layout == "nhd" else -3
 
 
-def _pools(
-    check: Checker, arguments: Arguments, names: tuple[str, str], owner: str, like: jax.Array
-) -> Operands:
+def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str, like: jax.Array) -> Operands:
     """The two pools, by the operands' names, and their scales, checked against the argument `owner`, `like`."""
-    layout = arguments["page_layout"]
+    layout = arguments.page_layout
     if layout not in PAGE_LAYOUTS:
         raise check.fail(f"page_layout must be one of {PAGE_LAYOUTS}, got {layout!r}")
     dims = "p ps hk {}" if layout == "nhd" else "p hk ps {}"
-    k = check.array("k_pages", arguments["k_pages"])
+    k = check.array("k_pages", arguments.k_pages)
     check.rank("k_pages", k, dims.format("d"))
-    latent = arguments["v_pages"] is None
-    v = k if latent else check.array("v_pages", arguments["v_pages"])
+    latent = arguments.v_pages is None
+    v = k if latent else check.array("v_pages", arguments.v_pages)
     check.rank("v_pages", v, dims.format("dv"))
     if k.dtype not in (like.dtype, *FLOAT8):
         raise check.fail(
@@ -233,17 +230,17 @@ def _pools(
     if same_dim(k.shape[2 if layout == "hnd" else 1], 0):
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
     check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], owner)
-    implementation = implementation_name(check, arguments["implementation"])
+    implementation = implementation_name(check, arguments.implementation)
     _check_head_dims(check, k, v, latent, implementation)
     found = dict(zip(names, (k, k[..., :0] if latent and owner == "key" else v)))
     hk = k.shape[_head_axis(arguments)]
-    for name in SCALES:
-        if arguments[name] is not None:
+    for name, scale in zip(SCALES, (arguments.k_scale, arguments.v_scale)):
+        if scale is not None:
             if k.dtype not in FLOAT8:
                 raise check.fail(
                     f"{name} must be None with pools of dtype {k.dtype}; scales belong to float8"
                 )
-            found[name] = _scales(check, name, arguments[name], (k.shape[0], hk))
+            found[name] = _scales(check, name, scale, (k.shape[0], hk))
     return found
 
 
@@ -270,12 +267,12 @@ def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> 
     return scale if scale.ndim == 2 else jnp.expand_dims(scale, 0)
 
 
-def _tables(check: Checker, arguments: Arguments, batch: tuple[str, jax.Array] | None) -> Operands:
+def _tables(check: Checker, arguments: Pools, batch: tuple[str, jax.Array] | None) -> Operands:
     """block_tables [n, pages] and kv_lengths [n]; `batch` is the name of the tokens [n, …], if they are not packed."""
-    tables = check.int32("block_tables", arguments["block_tables"])
+    tables = check.int32("block_tables", arguments.block_tables)
     check.rank("block_tables", tables, "n pages")
     if batch is not None:
         owner, tokens = batch
         check.dim("block_tables", "number of sequences", tables.shape[0], tokens.shape[0], owner)
-    lengths = check.lengths("kv_lengths", arguments["kv_lengths"], tables.shape[0], "n")
+    lengths = check.lengths("kv_lengths", arguments.kv_lengths, tables.shape[0], "n")
     return {"block_tables": tables, "kv_lengths": lengths}

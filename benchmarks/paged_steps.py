@@ -1,6 +1,6 @@
 """Paged calls of more than a token: speculative decoding, with and without a tree's draft mask, and mixed batches.
 
-A cell's "times" are those of one call. Bars: bars_cuda.py.
+The "times" of a cell are those of one call.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import numpy as np
 
 import jax_flash
 
-from . import decode_cuda, measure
+from . import decode_calls, measure
 from .bars import Cell
-from .sections import time_calls
 
 SHAPE = (64, 32, 8, 128, 8192)  # sequences, query and KV heads, head dim, keys
 TOKENS = (1, 4, 8, 16)
@@ -38,20 +37,20 @@ def tree(tokens: int, sequences: int) -> jax.Array:
 
 def token_cells() -> Iterator[Cell]:
     """Several new tokens of each sequence, causal and as a tree."""
-    q, k, v = decode_cuda.draw(SHAPE)
-    arrays = decode_cuda.scattered(k, v, PAGE)
+    q, k, v = decode_calls.draw(SHAPE)
+    arrays = decode_calls.scattered(k, v, PAGE)
     calls: measure.Calls = {}
     for tokens in TOKENS:
         queries = jnp.repeat(q, tokens, axis=1)
         calls[f"{tokens}"] = _chain(causal=True), [(queries, *arrays)]
         calls[f"{tokens}, tree"] = _chain(draft_mask=tree(tokens, SHAPE[0])), [(queries, *arrays)]
-    times = measure.of_one(time_calls(calls), decode_cuda.CHAIN)
+    times = measure.of_one(measure.in_turns(calls), decode_calls.CHAIN)
     b, hq, hk, d, keys = SHAPE
     yield {"kind": "tokens", "name": f"tokens b{b} {hq}/{hk} d{d} kv{keys}", "times": times}
 
 
 def _chain(**options: Any) -> measure.Call:
-    return measure.chained(lambda *x: jax_flash.paged_attention(*x, **options), decode_cuda.CHAIN)
+    return measure.chained(lambda *x: jax_flash.paged_attention(*x, **options), decode_calls.CHAIN)
 
 
 def mixed_cells() -> Iterator[Cell]:
@@ -73,7 +72,7 @@ def mixed_cells() -> Iterator[Cell]:
                 starts[CHUNKS:] - tokens,
             ),
         }
-        times = time_calls({name: (_packed_call, [x]) for name, x in arguments.items()})
+        times = measure.in_turns({name: (_packed_call, [x]) for name, x in arguments.items()})
         name = f"mixed {CHUNKS} × {CHUNK} and {DECODES} × 1, {heads[0]}/{heads[1]} d{dim} kv{keys}"
         yield {"kind": "mixed", "name": name, "d": dim, "times": times}
 
@@ -90,7 +89,7 @@ def _packed(tokens: tuple[int, ...], heads: tuple[int, int], d: int, keys: int) 
     k, v = (jax.random.normal(jax.random.key(i), (len(tokens), keys, hk, d), "bfloat16") for i in range(2))
     starts = jnp.asarray(np.cumsum([0, *tokens]), jnp.int32)
     query = jax.random.normal(jax.random.key(2), (sum(tokens), hq, d), "bfloat16")
-    return (query, *decode_cuda.scattered(k, v, PAGE), starts)
+    return (query, *decode_calls.scattered(k, v, PAGE), starts)
 
 
 def verdict(cell: Cell) -> str:

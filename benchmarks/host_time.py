@@ -1,22 +1,20 @@
-"""Small problems: the device's time of a call, and the host's, beside cuDNN's."""
+"""The host's time of a small call, of this library and of its peers: how long launching it keeps the CPU busy."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import jax
 
-import jax_flash
-
-from . import cases, measure
-from .bars import Cell, speedup
+from . import cases, measure, peers
+from .bars import Cell
 from .cases import Case
-from .sections import time_calls
 
+NAMES = ("jax_flash", "cudnn", "flash-attn3-jax")
 CHAIN = 30  # calls in one program
 WARM, LAUNCHED, REPEATS, ATTEMPTS = 3, 8, 9, 5
 BUSY = 0.04  # seconds of other work on the device: longer than the host takes to launch its programs
@@ -24,45 +22,25 @@ REST = 0.002  # seconds in which the host does nothing more: then all programs a
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 
-def chain(package: ModuleType, case: Case, **compiler_options: Any) -> tuple[measure.Call, list[Any]]:
-    """CHAIN calls of this library, or of the package that stands for it, in one program."""
+def calls_of(case: Case, names: tuple[str, ...], **compiler_options: Any) -> tuple[measure.Calls, Any]:
+    """CHAIN calls of each implementation in one program; and the reasons of those that do not run."""
+    inputs = peers.draw_inputs(case)[:1]
 
-    def call(q: Any, k: Any, v: Any) -> Any:
-        return package.flash_attention(q, k, v, causal=case.causal)
+    def compile_one(name: str) -> peers.Finish:
+        call, (arguments,) = peers.calls(name, case, "forward", inputs)
+        program = measure.chained(call, CHAIN, **compiler_options)
+        program.lower(*arguments).compile()
+        return lambda: (program, [arguments])
 
-    return measure.chained(call, CHAIN, **compiler_options), [_draw(case)]
-
-
-def _draw(case: Case) -> tuple[jax.Array, ...]:
-    keys = jax.random.split(jax.random.key(0), 3)
-    return tuple(jax.random.normal(key, (case.b, case.sq, case.hq, case.d), case.dtype) for key in keys)
-
-
-def _calls(case: Case, **compiler_options: Any) -> measure.Calls:
-    def cudnn(q: Any, k: Any, v: Any) -> Any:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, implementation="cudnn")
-
-    return {
-        "jax_flash": chain(jax_flash, case, **compiler_options),
-        "cudnn": (measure.chained(cudnn, CHAIN, **compiler_options), [_draw(case)]),
-    }
-
-
-def small_cells() -> Iterator[Cell]:
-    """The device's time."""
-    for size in cases.SMALL:
-        case = cases.small_case(*size)
-        times = measure.of_one(time_calls(_calls(case)), CHAIN)
-        tags = {"d": case.d, "s": case.sq, "causal": case.causal}
-        yield {"kind": "small", "name": case.name, **tags, "times": times}
+    return peers.compiled_side_by_side({name: functools.partial(compile_one, name) for name in names})
 
 
 def host_cells() -> Iterator[Cell]:
     """What a call adds to the host's work, launched by itself and as a part of a command buffer."""
     busy = _busy()
     for how, options in (("launched one by one", NO_GRAPHS), ("in command buffers", {})):
-        times: dict[str, Any] = {}
-        for name, t in _measure(_calls(cases.small_case(128, 512, False), **options), busy).items():
+        calls, times = calls_of(cases.small_case(128, 512, False), NAMES, **options)
+        for name, t in _measure(calls, busy).items():
             times[name] = measure.summary([m["host"] for m in t])
             times[name]["issue"] = measure.median([m["issue"] for m in t])
         yield {"kind": "host", "name": f"host time, {how}", "times": times}
@@ -112,6 +90,4 @@ def _host_time(busy: Callable[[], Any], call: Any, arguments: Any) -> dict[str, 
     raise RuntimeError(f"the device was done with {BUSY} s of other work while programs were launched")
 
 
-def verdict(cell: Cell) -> str:
-    shown = (f"{name} {t['median'] * 1e6:.1f}" for name, t in cell["times"].items())
-    return f"microseconds: {', '.join(shown)}; × cudnn {speedup(cell, 'cudnn'):.2f}"
+SECTIONS: dict[str, Callable[[], Iterator[Cell]]] = {"host": host_cells}
