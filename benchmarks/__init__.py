@@ -1,1 +1,1 @@
-"""`python -m benchmarks`: this library beside its peers and beside other commits of itself; see README.md here."""
+"""`python -m benchmarks`: compares this library with its peers and with other commits of itself; see README.md."""

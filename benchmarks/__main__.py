@@ -1,14 +1,14 @@
-"""This library beside other implementations, in one process: tables, JSON and plots.
+"""Times this library and other implementations in one process; writes tables, JSON and plots.
 
 python -m benchmarks                          # the platform's cases, every peer that is installed
 python -m benchmarks --cases causal --peers xla,torch --repeats 9 --out out/bench
-python -m benchmarks --suite cpu              # what the CPU kernels promise, with limits that a run has to reach
-python -m benchmarks --suite scaling          # several GPUs of one host beside one of them
-python -m benchmarks --suite peers --limit 270    # the CUDA kernels beside every JAX peer, what matters most first
-python -m benchmarks --compare ../before      # this checkout beside another one: times, and results bit by bit
+python -m benchmarks --suite cpu              # the CPU kernels, with the limits that a run has to reach
+python -m benchmarks --suite scaling          # several GPUs of one host against one of them
+python -m benchmarks --suite peers --limit 270    # the CUDA kernels against every JAX peer, the most important first
+python -m benchmarks --compare ../before      # this checkout against another one: times, and results bit by bit
 python -m benchmarks.tune --help              # candidates for rows of csrc/kernels.def, one library for each
 
-How calls are timed: benchmarks/measure.py. How to have the peers on a machine without a network: benchmarks/README.md.
+benchmarks/measure.py says how calls are timed, benchmarks/README.md how to install the peers without a network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OUT = Path("out/bench")
 
 
 def require_library() -> None:
-    """Stops where there would be only peers to measure."""
+    """Exits if this library cannot run here, since there would be only peers to measure."""
     name = {"cpu": "cpu", "gpu": "cuda"}.get(jax.default_backend())
     for backend in backends():
         if backend.implementation == name and backend.problem:

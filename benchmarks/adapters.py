@@ -1,7 +1,7 @@
 """How each implementation is called: Case → a function of query, key, value and the other arrays by name.
 
-An adapter imports its library itself, and raises Refused with the reason where that library cannot compute a case
-for more than the want of an option (peers.Peer says which options it has).
+An adapter imports its library itself. It raises Refused, with the reason, if that library cannot compute a case
+although it has the options (peers.Peer lists these).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Attend = Callable[..., Any]  # (query, key, value, other arrays by name) → out
 
 
 class Refused(Exception):
-    """The implementation cannot run the case, or is not there."""
+    """The implementation cannot run the case, or is not installed."""
 
 
 def ours(case: Case, package: ModuleType = jax_flash, **options: Any) -> Attend:
@@ -35,7 +35,7 @@ def ours(case: Case, package: ModuleType = jax_flash, **options: Any) -> Attend:
 
 
 def ours_by_segments(case: Case) -> Attend:
-    """This library on packed documents, as one row with the ids of its segments."""
+    """This library on packed documents, given as one row with segment ids."""
     if case.layout != "varlen" or case.k_sequences is not None:
         raise Refused("for packed documents")
 
@@ -47,7 +47,7 @@ def ours_by_segments(case: Case) -> Attend:
 
 
 def document_ids(offsets: Any, tokens: int) -> Any:
-    """The number of each token's document."""
+    """The index of each token's document."""
     return jnp.searchsorted(offsets, jnp.arange(tokens), side="right").astype(jnp.int32)
 
 
@@ -75,7 +75,8 @@ def jax_nn(implementation: str, module_name: str = "jax.nn") -> Callable[[Case],
             )
 
         def packed(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> Any:
-            """One row of all tokens under a block-diagonal mask: this interface has no packed sequences."""
+            """Packs all tokens into one row under a block-diagonal mask, because this interface has no packed
+            sequences."""
             rows, columns = (
                 document_ids(arrays[name], x.shape[0])
                 for name, x in (("cu_seqlens_q", q), ("cu_seqlens_k", k))
@@ -91,7 +92,7 @@ def jax_nn(implementation: str, module_name: str = "jax.nn") -> Callable[[Case],
 def tokamax(case: Case) -> Attend:
     """tokamax 0.0.17: its Pallas Mosaic kernels, behind the signature of jax.nn.dot_product_attention.
 
-    It imports xprof, for benchmarks of its own; an empty module stands in where that is not installed.
+    It imports xprof for its own benchmarks; if that is not installed, an empty module replaces it.
     """
     if "xprof" not in sys.modules and importlib.util.find_spec("xprof") is None:
         for name in ("xprof", "xprof.cli", "xprof.cli.tools"):
@@ -108,7 +109,7 @@ def pallas(case: Case) -> Attend:
 
 
 def mosaic(case: Case) -> Attend:
-    """JAX's own example kernel for Hopper: float16 alone, and without a scale: it computes softmax(q kᵀ) v."""
+    """JAX's own example kernel for Hopper: float16 only, and without a scale, so it computes softmax(q kᵀ) v."""
     module: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.attention_mgpu")
     keys = 64 if case.d > 128 else 128
     tiles = module.TuningConfig(block_q=64, block_kv=keys, max_concurrent_steps=2, causal=case.causal)
@@ -145,7 +146,7 @@ def flash_attn3_jax(case: Case) -> Attend:
 
 
 def jla(backward: str) -> Callable[[Case], Attend]:
-    """jax-linear-attention 0.1.0: Pallas kernels for Hopper, causal alone, with one of its two backward passes."""
+    """jax-linear-attention 0.1.0: Pallas kernels for Hopper, causal only, with one of its two backward passes."""
 
     def make(case: Case) -> Attend:
         if (case.d, case.dv) not in ((64, 64), (128, 128), (192, 128)):

@@ -1,4 +1,4 @@
-"""Bars: figures of a run, each with the limit that it has to reach; and the arithmetic that all suites share."""
+"""Bars: figures of a run, each with its limit, and the arithmetic that all suites share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Cell = dict[str, Any]  # "kind", "name", what was measured ("times", by implementation), and tags
+Cell = dict[str, Any]  # "kind", "name", "times" by implementation, and tags
 Values = Sequence[tuple[float, str]]  # figures, each with the cell that it is from
 
 
 @dataclass(frozen=True)
 class Bar:
-    """`value` has to be at least (or at most) `limit`; `where` names the cell that decided it."""
+    """`value` has to be at least (or at most) `limit`; `where` names the cell that has this value."""
 
     name: str
     value: float
@@ -27,21 +27,21 @@ class Bar:
 
 
 def least(name: str, values: Values, limit: float) -> Iterator[Bar]:
-    """Every value has to be at least `limit`; no bar where there is none."""
+    """A bar for the least value; none if there are no values."""
     if values:
         value, where = min(values)
         yield Bar(name, value, True, limit, where)
 
 
 def most(name: str, values: Values, limit: float) -> Iterator[Bar]:
-    """Every value has to be at most `limit`."""
+    """A bar for the largest value."""
     if values:
         value, where = max(values)
         yield Bar(name, value, False, limit, where)
 
 
 def mean(name: str, values: Values, limit: float) -> Iterator[Bar]:
-    """The geometric mean of the values has to be at least `limit`."""
+    """A bar for the geometric mean of the values."""
     if values:
         where = f"geometric mean of {len(values)}"
         yield Bar(name, geometric_mean([value for value, _ in values]), True, limit, where)

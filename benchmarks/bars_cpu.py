@@ -1,4 +1,4 @@
-"""What the CPU kernels have to reach, judged from a run's cells."""
+"""The limits of the CPU suite, judged from the cells of a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXT = {"forward": "forward", "both": "forward + backward", "jvp": "forward + ta
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
-    """All bars whose cells are there."""
+    """The bars whose cells were measured."""
     return [
         *_peers(cells),
         *_matmul(cells),

@@ -58,7 +58,7 @@ STEPS |= {f"tree of {n} / {n} tokens": 1.05 for n in paged_steps.TOKENS}
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
-    """All bars whose cells are there."""
+    """The bars whose cells were measured."""
     return [
         *_matrix(cells),
         *_product(cells),
@@ -209,7 +209,7 @@ def _long_decode(cells: list[Cell]) -> Iterator[Bar]:
 
 
 def over_pallas(cell: Cell) -> float | None:
-    """Pallas' time over ours, each at its better page size."""
+    """The time of Pallas over ours, each at its faster page size."""
     theirs, own = (
         min(
             (t["median"] for name, t in cell["times"].items() if name.startswith(start) and "median" in t),

@@ -1,4 +1,4 @@
-"""What several GPUs have to reach beside one, judged from a run's cells."""
+"""The limits of several GPUs against one, judged from the cells of a run."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 from .bars import Bar, Cell, chosen, least, most, ran
 
-RING = {131072: 0.95, 32768: 0.9}  # length → of linear, full and zigzag causal
-CONTIGUOUS, WINDOW = 0.9, 0.9  # of its own bound; of linear
-SHARDED, TRAINING = 0.97, 0.93  # of linear
+RING = {131072: 0.95, 32768: 0.9}  # length → share of linear speed-up, full and zigzag causal
+CONTIGUOUS, WINDOW = 0.9, 0.9  # share of its own bound; share of linear
+SHARDED, TRAINING = 0.97, 0.93  # shares of linear
 
 
 def judge(cells: list[Cell]) -> list[Bar]:
-    """All bars whose cells are there."""
+    """The bars whose cells were measured."""
     return [*_sequence(cells), *_sharded(cells), *_training(cells)]
 
 
@@ -23,7 +23,8 @@ def of_linear(cell: Cell, way: str) -> float:
 
 
 def contiguous_bound(devices: int) -> float:
-    """Of linear, under a causal mask in contiguous order: the last device computes n − 1/2 blocks of n/2 on average."""
+    """The largest share of linear speed-up in contiguous causal order, where the last device computes n − 1/2 blocks
+    and the mean device n/2."""
     return devices / (2 * devices - 1)
 
 

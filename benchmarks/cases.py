@@ -1,4 +1,4 @@
-"""The shapes that are timed, for every runner of this folder: the tests' Case at sizes where speed matters."""
+"""The shapes that are timed: the tests' Case, at sizes where speed matters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def gpu_case(d: int, s: int, causal: bool = False, **options: Any) -> Case:
 
 
 def heads_case(name: str, b: int, s: int, hq: int, hk: int, d: int, **options: Any) -> Case:
-    """A model's heads; causal."""
+    """The heads of a model, under a causal mask."""
     sizes = {"b": b, "sq": s, "sk": s, "hq": hq, "hk": hk, "d": d, "dv": d, "causal": True}
     return Case(name, **({"dtype": "bfloat16"} | sizes | options))
 
@@ -93,7 +93,7 @@ SMALL = tuple((d, s, causal) for d in (64, 128) for s in (512, 1024) for causal 
 
 
 def small_case(d: int, s: int, causal: bool) -> Case:
-    """One sequence: a call of microseconds."""
+    """One short sequence, whose call takes microseconds."""
     sizes = {"b": 1, "sq": s, "sk": s, "hq": SMALL_HEADS, "hk": SMALL_HEADS, "d": d, "dv": d}
     name = f"b1 h{SMALL_HEADS} d{d} s{s}{' causal' if causal else ''}"
     return Case(name, causal=causal, dtype="bfloat16", **sizes)
@@ -115,7 +115,7 @@ def cpu_case(shape: str, dtype: str, **options: Any) -> Case:
 
 
 def cpu_options(dtype: str) -> dict[str, tuple[Case, Case]]:
-    """Each option alone: the call without it, and with it."""
+    """For each option, the call without it and the call with it."""
     plain = cpu_case("s2048", dtype)
     s, h = plain.sq, plain.hq
     batch = plain.replace(b=2, sq=s // 2, sk=s // 2)
@@ -134,7 +134,7 @@ def cpu_options(dtype: str) -> dict[str, tuple[Case, Case]]:
 
 
 def cpu_pairs(dtype: str) -> dict[str, tuple[Case, Case]]:
-    """Shapes whose time is bounded by that of another: that other, and the shape."""
+    """Pairs of shapes; the time of the second is bounded by that of the first."""
     heads = cpu_case("s2048", dtype)
     sizes = {"hq": 4, "hk": 4, "d": 64, "dv": 64, "dtype": dtype, "causal": True}
     batched = Case(f"b8 s512 h4 d64 {dtype}", b=8, sq=512, sk=512, **sizes)
@@ -147,7 +147,7 @@ def cpu_pairs(dtype: str) -> dict[str, tuple[Case, Case]]:
 
 
 def cpu_small(dtype: str) -> Case:
-    """A call so small that what surrounds the arithmetic counts."""
+    """A call so small that its overhead counts."""
     return Case(f"b1 s64 h4 d64 {dtype}", b=1, sq=64, sk=64, hq=4, hk=4, d=64, dv=64, dtype=dtype)
 
 
@@ -155,14 +155,14 @@ def cpu_small(dtype: str) -> Case:
 
 
 def _both(b: int, s: int, hq: int, hk: int, d: int, dtype: str) -> list[Case]:
-    """A shape, full and causal."""
+    """The shape without a mask and with a causal one."""
     name = f"b{b} s{s} h{hq}/{hk} d{d} {dtype}"
     full = Case(name, b=b, sq=s, sk=s, hq=hq, hk=hk, d=d, dv=d, dtype=dtype)
     return [full, full.replace(name=f"{name} causal", causal=True)]
 
 
 def _each_option(base: Case) -> list[Case]:
-    """What each option costs, one at a time, on one causal shape."""
+    """One causal shape with each option."""
     b, s, h = base.b, base.sq, base.hq
     return [
         base.replace(name=f"{base.name} window", window=(256, 0)),

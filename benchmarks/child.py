@@ -1,4 +1,4 @@
-"""A process of its own, bound to some cores, for what depends on them: scaling over threads, memory."""
+"""A child process that is bound to some cores, to measure scaling over threads and memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cases import Case
 
-SETTLE, BURST = 0.05, 0.2  # seconds of calls, untimed and timed: the process slept while another one ran
+SETTLE, BURST = (
+    0.05,
+    0.2,
+)  # seconds of calls, untimed and timed, because the process slept while another one ran
 
 
 class Child:
-    """`with Child(cores=1) as child: child.call(case, pass_)()` → seconds per call, there."""
+    """`with Child(cores=1) as child: child.call(case, pass_)()` gives the seconds of a call in the child."""
 
     def __init__(self, cores: int):
         context = multiprocessing.get_context("spawn")  # XLA sizes its thread pool when it is loaded
@@ -34,12 +37,12 @@ class Child:
         self._process.join()
 
     def call(self, case: Case, pass_: str) -> Callable[[], float]:
-        """Prepares the call there; each call of the result is the mean of one burst."""
+        """Prepares the call in the child; the result runs one burst and returns the mean of its calls."""
         self._ask("prepare", case, pass_)
         return lambda: self._ask("burst", case, pass_)
 
     def growth(self, case: Case) -> int:
-        """Bytes that the process grows by at most while it computes forward and backward once."""
+        """The most bytes that the process grows by while it computes forward and backward once."""
         return int(self._ask("growth", case, "both"))
 
     def _ask(self, *request: Any) -> Any:

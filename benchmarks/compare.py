@@ -1,15 +1,15 @@
-"""Two checkouts of this repository in one process and in turns: is anything slower, does anything compute otherwise?
+"""Compares two checkouts of this repository in one process: times, and results bit by bit.
 
 python -m benchmarks --compare ../before                  # all cells of this platform
 python -m benchmarks --compare ../before --filter "backward|decode" --out out/compare
 
 DIR is a checkout of another commit, whose jax_flash/ holds its own _core*.so (tools/build_inplace.sh there) and, for
-a GPU, its own libjax_flash_cuda.so. Each cell is timed as measure.py says, and what both compute on the same arrays is
+a GPU, its own libjax_flash_cuda.so. Each cell is timed as measure.py says, and the results on the same arrays are
 compared bit by bit. The ratio is the time before over the time after: below 1, this checkout is slower. A cell whose
 ratio is below EACH is timed once more, longer, and the repeats of both times count together.
 
-Cells that an earlier run left in <out>/compare.json stay there, unless a cell of that name runs again: a comparison
-may be made in several parts.
+Cells of earlier runs stay in <out>/compare.json unless a cell of the same name runs again, so a comparison may be made
+in several parts.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from . import compare_cells, measure, other_checkout, report
 from .bars import geometric_mean
 from .compare_cells import Cell
 
-MEAN, EACH = 0.995, 0.97  # what the geometric mean, and what every cell, has to reach
+MEAN, EACH = 0.995, 0.97  # the least geometric mean, and the least ratio of a cell
 LONGER = 3  # times the repeats, for a cell below EACH
 BURST = {"gpu": measure.BURST, "cpu": 0.05}
 PAUSE = {"gpu": 0.0, "cpu": 0.01}  # seconds, in which the threads of the other checkout stop spinning
 
 
 def run(checkout: Path, wanted: str, repeats: int, folder: Path) -> int:
-    """Prints a line for each cell and the summary, writes compare.json; 0 where nothing is slower or differs."""
+    """Prints a line for each cell and the summary, and writes compare.json; returns 0 if nothing is slower or
+    differs."""
     before = other_checkout.load(checkout)
     require_same_backends(before)
     cells = [c for c in compare_cells.of_platform(jax.default_backend()) if selected(c.name, wanted)]
@@ -63,7 +64,7 @@ def selected(name: str, wanted: str) -> bool:
 
 
 def require_same_backends(before: ModuleType) -> None:
-    """Stops where the other checkout has no library for this platform."""
+    """Exits if the other checkout has no library for this platform."""
     name = {"cpu": "cpu", "gpu": "cuda"}[jax.default_backend()]
     for backend in before.backends():
         if backend.implementation == name and backend.problem:
@@ -133,7 +134,7 @@ def line(name: str, result: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What decides: the geometric mean, the worst cell, cells that differ, cells that did not run."""
+    """The geometric mean, the worst cell, the cells that differ, and those that did not run."""
     ratios = {name: r["ratio"] for name, r in results.items() if "ratio" in r}
     worst = min(ratios, key=ratios.__getitem__, default=None)
     found = {

@@ -1,6 +1,6 @@
-"""The cells of a comparison of two checkouts: what is called, and on which arrays.
+"""The cells of a comparison of two checkouts: their calls and arrays.
 
-A cell is prepared for one package at a time, jax_flash of either checkout; both get the same arrays.
+A cell is prepared for the package of each checkout in turn, and both get the same arrays.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _gpu_forward() -> Iterator[Cell]:
 
 
 def _other_rows() -> Iterator[Case]:
-    """Head dims and dtypes that the matrix of shapes leaves out."""
+    """Head dims and dtypes that are not in the matrix of shapes."""
     for d in (32, 96, 192):
         yield gpu_case(d, 4096, causal=True, hq=16, hk=16)
     for dtype in ("float16", "float32"):

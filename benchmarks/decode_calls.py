@@ -1,6 +1,6 @@
 """Calls of decode and of prefill over pages, for the peers' suite and for comparisons of two checkouts.
 
-Each is made for a package: jax_flash, or the jax_flash of another checkout.
+Each function takes the package that it calls: jax_flash of this checkout or of another one.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def ragged(package: ModuleType, shape: tuple[int, ...]) -> tuple[Call, float]:
 
 
 def packed(package: ModuleType, shape: tuple[int, ...]) -> Call:
-    """The query tokens as packed sequences of one token each."""
+    """The query tokens, as packed sequences of one token each."""
     starts = jnp.arange(shape[0] + 1, dtype=jnp.int32)
 
     def call(q: jax.Array, *arrays: Any) -> Any:
@@ -99,7 +99,7 @@ def chained(call: Call, count: int = CHAIN) -> tuple[measure.Call, list[Any]]:
 
 
 def prefill(package: ModuleType, case: Case, size: int | None) -> tuple[measure.Call, list[Any]]:
-    """Whole sequences over pages of some size; None: contiguous."""
+    """Whole sequences over pages of this size, or over contiguous keys if it is None."""
     dims = ((case.b, case.sq, case.hq, case.d), *[(case.b, case.sk, case.hk, case.d)] * 2)
     q, k, v = (jax.random.normal(jax.random.key(i), x, case.dtype) for i, x in enumerate(dims))
     call = package.flash_attention if size is None else package.paged_attention

@@ -1,8 +1,8 @@
-"""The arithmetic and the bytes that a call takes: the only place where rates get their numerators.
+"""The FLOP and bytes of calls: the numerators of all rates.
 
-FLOP are those of `jax_flash.flops`, of the visible pairs of a query and a key: what a causal mask, a window, a length
-or a sequence boundary hides counts for nothing. Boolean masks, biases and segment ids are left out of the call and so
-take no pair away, since kernels multiply those as well.
+FLOP are counted by `jax_flash.flops`, over visible pairs of a query and a key: pairs that a causal mask, a window, a
+length or a sequence boundary hides do not count. Pairs that boolean masks, biases or segment ids hide do count, because
+kernels multiply them too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import jax_flash
 from tests.cases import Case, token_dims
 
-MATMUL_SIZE = {"gpu": 8192, "cpu": 2048}  # of the square product that calls are held against
+MATMUL_SIZE = {"gpu": 8192, "cpu": 2048}  # size of the square product that calls are compared with
 
 
 def matmul(platform: str) -> float:

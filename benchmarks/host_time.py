@@ -1,4 +1,4 @@
-"""The host's time of a small call, of this library and of its peers: how long launching it keeps the CPU busy."""
+"""The host's time of a small call: how long launching it keeps the CPU busy, for this library and its peers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NAMES = ("jax_flash", "cudnn", "flash-attn3-jax")
 CHAIN = 30  # calls in one program
 WARM, LAUNCHED, REPEATS, ATTEMPTS = 3, 8, 9, 5
 BUSY = 0.04  # seconds of other work on the device: longer than the host takes to launch its programs
-REST = 0.002  # seconds in which the host does nothing more: then all programs are launched
+REST = 0.002  # seconds without work of the host, after which all programs have been launched
 NO_GRAPHS = {"xla_gpu_graph_min_graph_size": 1 << 20}
 
 
 def calls_of(case: Case, names: tuple[str, ...], **compiler_options: Any) -> tuple[measure.Calls, Any]:
-    """CHAIN calls of each implementation in one program; and the reasons of those that do not run."""
+    """Programs of CHAIN calls, by implementation, and the reasons of those that do not run."""
     inputs = peers.draw_inputs(case)[:1]
 
     def compile_one(name: str) -> peers.Finish:
@@ -36,7 +36,7 @@ def calls_of(case: Case, names: tuple[str, ...], **compiler_options: Any) -> tup
 
 
 def host_cells() -> Iterator[Cell]:
-    """What a call adds to the host's work, launched by itself and as a part of a command buffer."""
+    """The host's time of a call that is launched by itself, and of one in a command buffer."""
     busy = _busy()
     for how, options in (("launched one by one", NO_GRAPHS), ("in command buffers", {})):
         calls, times = calls_of(cases.small_case(128, 512, False), NAMES, **options)
@@ -56,7 +56,7 @@ def _busy() -> Callable[[], Any]:
 
 
 def _measure(calls: measure.Calls, busy: Callable[[], Any]) -> dict[str, list[dict[str, float]]]:
-    """name → what each repeat took, seconds of one call; in turns."""
+    """name → the seconds of one call in each repeat; the implementations alternate."""
     for call, arguments in calls.values():
         for _ in range(WARM):
             jax.block_until_ready(call(*arguments[0]))
@@ -69,10 +69,10 @@ def _measure(calls: measure.Calls, busy: Callable[[], Any]) -> dict[str, list[di
 
 
 def _host_time(busy: Callable[[], Any], call: Any, arguments: Any) -> dict[str, float]:
-    """Programs launched while the device has other work, so that the host never waits for the device.
+    """Launches programs while the device has other work, so that the host never waits for the device.
 
-    Returns seconds of one call: "host": of all threads of the process until they rest; "issue": until the programs'
-    calls have returned.
+    Returns seconds of one call: "host" is the CPU time of all threads until they rest, "issue" the time until the
+    calls of the programs have returned.
     """
     for _ in range(ATTEMPTS):
         other = busy()

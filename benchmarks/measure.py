@@ -1,14 +1,14 @@
-"""Timing: the one function that times calls, and what a device does by itself.
+"""The function that times calls, and the calls that measure the device itself.
 
-How calls are timed. All implementations of a cell take turns in one process, in an order that turns round between
-repeats. A turn is a burst of n calls back to back that fill some 30 ms, right after n equal calls of the same
-implementation that are not timed: a GPU is bound by power, and a burst would otherwise pay for, or profit from,
-what ran before it (seen: 8% of cuDNN's rate). The device is drained before and after each burst. What is reported
-is the median of the repeats. Inputs are rotated through more bytes than the largest cache holds.
+All implementations of a cell alternate in one process, in an order that changes between repeats. Each runs a burst of
+n calls back to back that fill some 30 ms, right after n untimed calls of its own: a GPU is bound by power, and a
+burst would otherwise pay for, or profit from, the calls before it (this changed cuDNN's rate by 8%). The device is
+drained before and after each burst. Reports show the median of the repeats. Inputs are rotated through more bytes
+than the largest cache holds.
 
-That leaves what the turns before have done to the card's power: products of the same kernel were up to 10% faster
-after slow kernels than after fast ones. Where `settle` is `SETTLED` seconds of untimed calls, repeats agree to 1%, and
-all rates are those of a card that has run at its limit of power for long: some 6% lower.
+The bursts of other implementations still affect the card's power: products of the same kernel were up to 10% faster
+after slow kernels than after fast ones. If `settle` is `SETTLED` seconds of untimed calls, repeats agree to 1%, and
+all rates are those of a card that has run at its power limit for long, some 6% lower.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REPEATS, BURST = 6, 0.03  # seconds of one burst
 SETTLED = 0.2  # seconds until an H200 bound by power runs at a call's own clock (1,980 → 1,650 MHz)
 # Products by cuBLAS's fastest algorithm, also where the process runs with --xla_gpu_autotune_level=0.
 PRODUCTS = {"xla_gpu_autotune_level": 4, "xla_gpu_enable_triton_gemm": False}
-CALLS_AT_MOST = 200  # of one burst, however short they are
+CALLS_AT_MOST = 200  # in one burst
 
 
 def copies_for(arguments: Any, platform: str) -> int:
@@ -42,9 +42,9 @@ def copies_for(arguments: Any, platform: str) -> int:
 
 
 def order(names: Sequence[str], repeat: int) -> list[str]:
-    """The turns of one repeat: rotated by one place after every two repeats, and reversed in each second.
+    """The order of one repeat: rotated by one place after every two repeats, and reversed in every second repeat.
 
-    So every implementation has every place, and runs before each other one as often as after it.
+    Every implementation thus has every place, and runs before each other one as often as after it.
     """
     first = repeat // 2 % len(names) if names else 0
     turned = [*names[first:], *names[:first]]
@@ -62,12 +62,12 @@ def interleaved(
     """Seconds per call of each implementation, repeat by repeat.
 
     Args:
-      calls: name → (function, the argument tuples that it goes through in turn).
-      repeats: how many bursts are timed of each.
-      seconds: how long a burst is to last; at least one call.
-      pause: seconds of rest before a turn, in which the threads of a CPU library called before stop spinning.
-      settle: seconds of untimed calls before a burst, one call at least if it is not 0; None: as many as are timed.
-      most: calls of a burst, however short they are.
+      calls: name → (function, the argument tuples that it cycles through).
+      repeats: the number of timed bursts of each.
+      seconds: the length of a burst, which has at least one call.
+      pause: seconds of rest before a burst, in which the threads of the CPU library called before stop spinning.
+      settle: seconds of untimed calls before a burst, at least one call unless it is 0; None: as many as are timed.
+      most: the largest number of calls in a burst.
     """
     counts, untimed, rotations = {}, {}, {}
     for name, (call, arguments) in calls.items():
@@ -88,13 +88,13 @@ def interleaved(
 def in_turns(
     calls: Calls, repeats: int = REPEATS, seconds: float = BURST, settle: float | None = None
 ) -> dict[str, Any]:
-    """The summaries of calls timed as the head of this file says."""
+    """Times calls as the head of this file says; their summaries."""
     times = interleaved(calls, repeats, seconds, settle=settle)
     return {name: summary(each) for name, each in times.items()}
 
 
 def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int:
-    """How many calls back to back fill `seconds`, found by bursts that grow.
+    """The number of calls back to back that fill `seconds`, found by growing bursts.
 
     One call alone includes the host's latency, and the first calls include making a CUDA graph of the program.
     """
@@ -106,7 +106,7 @@ def fill(call: Call, arguments: Iterator[Any], seconds: float, most: int) -> int
 
 
 def burst(call: Call, arguments: Iterator[Any], count: int) -> float:
-    """Mean seconds of `count` calls back to back, the device idle before and after them."""
+    """Mean seconds of `count` calls back to back; the device is idle before and after them."""
     prepared = [next(arguments) for _ in range(count)]
     one_by_one = jax.default_backend() == "cpu"  # the CPU client may overlap calls; a GPU's stream never does
     start = time.perf_counter()
@@ -119,7 +119,8 @@ def burst(call: Call, arguments: Iterator[Any], count: int) -> float:
 
 
 def chained(call: Call, count: int, **compiler_options: Any) -> Call:
-    """`count` calls in one program, each fed by the one before: launching one may take longer than it runs."""
+    """`count` calls in one program, each fed by the one before, because launching a call may take longer than it
+    runs."""
 
     def chain(query: Any, *others: Any) -> Any:
         for _ in range(count):
@@ -130,7 +131,7 @@ def chained(call: Call, count: int, **compiler_options: Any) -> Call:
 
 
 def of_one(times: dict[str, Any], count: int) -> dict[str, Any]:
-    """The summaries of programs of `count` calls → those of one call."""
+    """Summaries of one call, from those of programs of `count` calls."""
     return {
         name: t | {"median": t["median"] / count, "times": [x / count for x in t["times"]]}
         for name, t in times.items()
@@ -150,12 +151,12 @@ def spread(times: Sequence[float]) -> float:
 
 
 def summary(times: Sequence[float]) -> dict[str, Any]:
-    """The times of one implementation, as cells keep them."""
+    """The times of one implementation, in the form that cells keep."""
     return {"median": median(times), "spread": spread(times), "times": list(times)}
 
 
 def matmul_call(platform: str, dtype: str) -> tuple[Call, list[tuple[Any, ...]]]:
-    """A square product in `dtype` at the device's own pace."""
+    """A square matrix product in `dtype`."""
     n = flop.MATMUL_SIZE[platform]
     a, b = (jax.random.normal(key, (n, n), dtype) for key in jax.random.split(jax.random.key(0)))
     return jax.jit(jnp.matmul, compiler_options=PRODUCTS if platform == "gpu" else None), [(a, b)]

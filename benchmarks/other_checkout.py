@@ -1,10 +1,10 @@
-"""Imports jax_flash from another checkout beside this one's, so that both can be timed in one process.
+"""Imports jax_flash from another checkout as a second package, so that both can be timed in one process.
 
-JAX and XLA keep what a package registers under names that hold for the whole process: custom-call targets. The
-other package's code says `jax.ffi.register_ffi_target(name, …)` and `jax.ffi.ffi_lowering(name, …)`; its modules are
-given a stand-in for `jax`, whose `ffi` puts a prefix before those names; while they are imported, which registers
-what is installed, `jax.ffi.register_ffi_target` itself does so. Nothing in the other checkout is changed.
-Primitives, lowering rules and the like JAX keeps by object, not by name, so two packages may have the same.
+JAX and XLA register custom-call targets under names that hold for the whole process. The other package calls
+`jax.ffi.register_ffi_target(name, …)` and `jax.ffi.ffi_lowering(name, …)`, so its modules get a replacement of `jax`
+whose `ffi` puts a prefix before those names. Importing them registers the libraries, and meanwhile
+`jax.ffi.register_ffi_target` itself adds the prefix. Nothing in the other checkout is changed. JAX keeps primitives
+and lowering rules by object, not by name, so both packages may have equal names there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FfiWithPrefix:
 
 
 class JaxWithPrefix:
-    """`jax`, but for `jax.ffi`."""
+    """`jax`, except for `jax.ffi`."""
 
     def __init__(self, prefix: str):
         self.ffi = FfiWithPrefix(prefix)

@@ -1,4 +1,4 @@
-"""What a profile says about transfers: how long they are, and how much of that time kernels run beside them."""
+"""Reads a profile: the time of transfers between devices, and the part of it in which kernels run too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = 200  # events of a device that the timeline shows
 
 
 def profiled(call: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    """Profiles one call, after one that is not profiled; its devices' transfers and kernels."""
+    """Profiles one call, after one that is not profiled; the transfers and kernels of each device."""
     jax.block_until_ready(call(*arguments))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -25,7 +25,7 @@ def profiled(call: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, 
 
 
 def read(path: Path) -> dict[str, list[tuple[str, str, float, float]]]:
-    """Device → its streams' events: (stream, name, start, end), from the first one on."""
+    """Device → the events of its streams: (stream, name, start, end); the first starts at 0."""
     devices = {}
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         if "/device:GPU" not in plane.name:
@@ -46,7 +46,7 @@ def read(path: Path) -> dict[str, list[tuple[str, str, float, float]]]:
 
 
 def summary(devices: dict[str, list[tuple[str, str, float, float]]]) -> dict[str, Any]:
-    """Per device: seconds of transfers, of those beside which a kernel runs, and of kernels; and the timeline."""
+    """By device: seconds of transfers, of transfers during which a kernel runs, and of kernels; and the timeline."""
     found = {}
     for name, events in devices.items():
         moving = union((start, end) for _, what, start, end in events if is_transfer(what))

@@ -1,4 +1,4 @@
-"""Paged calls of more than a token: speculative decoding, with and without a tree's draft mask, and mixed batches.
+"""Paged calls of several tokens: speculative decoding with and without a tree's draft mask, and mixed batches.
 
 The "times" of a cell are those of one call.
 """
@@ -19,12 +19,16 @@ from .bars import Cell
 
 SHAPE = (64, 32, 8, 128, 8192)  # sequences, query and KV heads, head dim, keys
 TOKENS = (1, 4, 8, 16)
-CHUNKS, CHUNK, DECODES = 4, 2048, 60  # of a mixed batch: prompts' chunks, their tokens, and single tokens
+CHUNKS, CHUNK, DECODES = (
+    4,
+    2048,
+    60,
+)  # of a mixed batch: chunks of prompts, the tokens of each, and single tokens
 PAGE = 64
 
 
 def tree(tokens: int, sequences: int) -> jax.Array:
-    """A draft of a random tree for each sequence, parents before children."""
+    """The draft mask of a random tree for each sequence, parents before children."""
     rng = np.random.default_rng(tokens)
     mask = np.zeros((sequences, tokens, tokens), bool)
     for of_sequence in mask:
@@ -54,7 +58,7 @@ def _chain(**options: Any) -> measure.Call:
 
 
 def mixed_cells() -> Iterator[Cell]:
-    """Chunks of prompts and single tokens packed into one call, beside a call for either."""
+    """Chunks of prompts and single tokens packed into one call, and a call for each of the two."""
     _, hq, hk, d, keys = SHAPE
     for heads, dim in (((hq, hk), d), ((hq, hk), 64), ((16, 8), 256)):
         whole = _packed((CHUNK,) * CHUNKS + (1,) * DECODES, heads, dim, keys)
@@ -84,7 +88,7 @@ def _packed_call(query: jax.Array, *arrays: jax.Array) -> jax.Array:
 
 
 def _packed(tokens: tuple[int, ...], heads: tuple[int, int], d: int, keys: int) -> tuple[jax.Array, ...]:
-    """Query, pools, tables, lengths and offsets of sequences with so many new tokens and keys."""
+    """Query, pools, tables, lengths and offsets of sequences with these new tokens and keys."""
     hq, hk = heads
     k, v = (jax.random.normal(jax.random.key(i), (len(tokens), keys, hk, d), "bfloat16") for i in range(2))
     starts = jnp.asarray(np.cumsum([0, *tokens]), jnp.int32)
@@ -97,7 +101,7 @@ def verdict(cell: Cell) -> str:
 
 
 def ratios(cell: Cell) -> dict[str, float]:
-    """A mixed batch over its parts; several tokens over one, and a tree over a chain of as many."""
+    """The time of a mixed batch over its parts, of several tokens over one, and of a tree over a chain of as many."""
     time = {name: times["median"] for name, times in cell["times"].items()}
     if cell["kind"] == "mixed":
         return {"together / apart": time["together"] / (time["chunks"] + time["tokens"])}

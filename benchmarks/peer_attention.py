@@ -1,6 +1,7 @@
-"""Forward and backward cells of the peers' suite: every implementation in turns, compiled some cells at a time.
+"""Forward and backward cells of the peers' suite.
 
-Compiling takes longer than timing here, so the programs of several cells are compiled side by side before their turns.
+Compiling takes longer than timing here, so the programs of several cells are compiled in parallel before they are
+timed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from . import cases, flop, measure, peers
 from .bars import Cell
 from .cases import Case, gpu_case
 
-WAVE = 6  # cells whose programs are compiled side by side; their inputs and residuals lie in memory together
+WAVE = 6  # cells whose programs are compiled in parallel; their inputs and residuals are in memory together
 RUN = ("cudnn", "flash-attn3-jax", "jla")  # installed without trouble, and known to run
 OTHERS = ("cudnn", "fa4-jax", "tokamax", "pallas")  # slow to compile: last
 PASSES = ("backward", "forward")
@@ -32,7 +33,7 @@ Request = tuple[str, Case, str]  # implementation, case, pass
 
 @dataclass(frozen=True)
 class Wanted:
-    """A cell before it is measured: name → what is called, and the cell's tags."""
+    """A cell before it is measured: its calls by name, and its tags."""
 
     calls: dict[str, Request]
     tags: Cell = field(default_factory=dict)
@@ -43,10 +44,10 @@ def timed(calls: measure.Calls, settle: float | None = None) -> dict[str, Any]:
 
 
 def measured(wanted: Iterable[Wanted], settle: float | None = measure.SETTLED) -> Iterator[Cell]:
-    """The cells, compiled in waves. What fails, this library's calls included, is a note in its cell.
+    """The cells, compiled in waves. A call that fails, of this library too, is a note in its cell.
 
-    `settle`: seconds of untimed calls before each burst; None: as many calls as are timed, as peers were for the
-    figures that their bars are made of.
+    `settle`: seconds of untimed calls before each burst; None: as many calls as are timed, as for the figures that
+    the bars against peers come from.
     """
     waiting = list(wanted)
     while waiting:
@@ -70,8 +71,8 @@ def against_peers(
     product: bool = False,
     settle: float | None = None,
 ) -> Iterator[Cell]:
-    """Cells of kind "peer": TFLOP/s of this library and its peers; `product`: and of the matrix product
-    right after; `settle`: as measured() has it."""
+    """Cells of kind "peer": this library and its peers. `product` also times the matrix product right after;
+    `settle` is that of measured()."""
     wanted = []
     for case in chosen:
         tags = {"case": case.name, "pass": pass_, "d": case.d, "s": case.sq, "causal": case.causal, "of": of}
@@ -88,14 +89,14 @@ def against_peers(
 
 
 def matrix(pass_: str, settle: float | None = None) -> Iterator[Cell]:
-    """The 18 shapes and models' heads, those of head dim 128 and the models first."""
+    """The 18 shapes and the heads of models, with head dim 128 and the models first."""
     first = [case for case in cases.MATRIX if case.d == 128]
     rest = [case for case in cases.MATRIX if case.d != 128]
     yield from against_peers((*first, *cases.GQA, *rest), pass_, "matrix", settle=settle)
 
 
 def settled(pass_: str) -> Iterator[Cell]:
-    """The same when power has settled, which no bar is about."""
+    """The cells of `matrix` at settled power, which have no bars."""
     for cell in matrix(pass_, measure.SETTLED):
         yield cell | {"kind": "settled"}
 
@@ -110,7 +111,7 @@ def windows(pass_: str) -> Iterator[Cell]:
 
 
 def documents(pass_: str) -> Iterator[Cell]:
-    """Packed documents, as varlen and by segment ids; beside them fixed sequences of 4,096 tokens."""
+    """Packed documents, as varlen and by segment ids, compared with fixed sequences of 4,096 tokens."""
     packed = [cases.gpu_documents(d, causal=True) for d in cases.HEAD_DIMS]
     fixed = [gpu_case(case.d, 4096, causal=True) for case in packed]
     wanted = []
@@ -124,7 +125,7 @@ def documents(pass_: str) -> Iterator[Cell]:
 
 
 def options(d: int, pass_: str, chosen: tuple[str, ...] = ()) -> Iterator[Cell]:
-    """Each option beside the plain call, s 4096, full; and the deterministic backward."""
+    """The plain call, the deterministic backward, and each option, at s 4096 without a mask."""
     plain = gpu_case(d, 4096)
     there = cases.gpu_options(d)
     calls = {"plain": ("jax_flash", plain, pass_)}
@@ -137,7 +138,7 @@ def options(d: int, pass_: str, chosen: tuple[str, ...] = ()) -> Iterator[Cell]:
 
 
 def deterministic() -> Iterator[Cell]:
-    """The sums in order beside those in any order, in long and causal calls."""
+    """The plain and the deterministic backward of long and causal calls."""
     wanted = []
     for case in (gpu_case(d, s, True) for d in cases.HEAD_DIMS for s in (4096, 16384)):
         calls = {
@@ -154,8 +155,7 @@ def deterministic() -> Iterator[Cell]:
 
 
 def pairs(pass_: str) -> Iterator[Cell]:
-    """Shapes and the plain call of as many tokens that each is compared with: grouped heads, a window, and lengths that
-    are no multiple of a tile."""
+    """Pairs of a plain call and another shape: grouped heads, a window, and lengths that are no multiple of a tile."""
     wanted = []
     for d in (64, 128):
         plain, long = gpu_case(d, 4096), gpu_case(d, 16384, causal=True)
@@ -177,8 +177,8 @@ def pairs(pass_: str) -> Iterator[Cell]:
 
 
 def small(pass_: str) -> Iterator[Cell]:
-    """One sequence of 512 or 1,024 tokens: the device's time in a program of several calls, and that of calls one by
-    one, the host's included."""
+    """One sequence of 512 or 1,024 tokens: the device's time, in a program of several calls, and the time of calls
+    one by one, which includes the host's."""
     sizes = [cases.small_case(*size) for size in cases.SMALL]
     names = ("jax_flash", "cudnn", "flash-attn3-jax")
     requests = {(case, name): (name, case, pass_) for case in sizes for name in names}
@@ -227,7 +227,7 @@ def other_peers() -> Iterator[Cell]:
 
 
 def fa4_jax(pass_: str) -> Iterator[Cell]:
-    """fa4-jax in the cells of `matrix` and in the windows that `other_peers` leaves to it."""
+    """fa4-jax in the windows and in the cells of `matrix` that `other_peers` does not have."""
     rest = [case for case in (*cases.MATRIX, *cases.GQA, *cases.WINDOWS) if case not in PLOTTED]
     yield from against_peers(rest, pass_, "others", ("cudnn", "fa4-jax"))
 

@@ -1,7 +1,7 @@
-"""Decode cells of the peers' suite: GB/s of keys and values, each layout and kind beside cuDNN, Pallas and a read.
+"""Decode cells of the peers' suite: GB/s of keys and values of this library, cuDNN, Pallas and a streaming read.
 
-The calls of a cell are chained in one program, so that a cell's times are the device's. The caches of one short
-sequence then lie in the L2 cache, for every implementation alike.
+The calls of a cell are chained in one program, so that its times are the device's. The caches of one short sequence
+then stay in the L2 cache, for every implementation alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ONE = (*((b, 32, 8, 128, keys) for b in (1, 8) for keys in (512, 1024, 4096)), (
 MANY = (1024, 32, 8, 128, 512)
 KINDS = (64, 32, 8, 128, 8192)
 RAGGED = (64, 32, 8, 128, 65536)
-LONG = 65536  # keys from which sequences are split over the whole card: bits that do not depend on the batch cost most
+LONG = 65536  # keys from which a sequence is split over the whole card, where batch_invariant costs most
 WINDOW, NARROW = 1024, 128
 LATENT, LATENT_DIM, LATENT_VALUES = (
     (64, 8192, 64),
@@ -43,7 +43,7 @@ Made = dict[str, Callable[[], Call]]
 
 
 def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
-    """The calls, chained and compiled side by side; and the reasons of those that do not run."""
+    """The calls, chained and compiled in parallel, and the reasons of those that do not run."""
 
     def compile_one(make: Callable[[], Call]) -> peers.Finish:
         call, arguments = decode_calls.chained(make(), chain)
@@ -56,9 +56,9 @@ def prepared(made: Made, chain: int) -> tuple[measure.Calls, dict[str, Any]]:
 def cell(
     name: str, made: Made, sizes: dict[str, float], chain: int = decode_calls.CHAIN, **tags: Any
 ) -> Cell:
-    """One cell; `sizes` are the bytes that each call has to read, by name, or for all of them by ""."""
+    """One cell; `sizes` has the bytes that each call has to read by its name, or those of all others by ""."""
     if "shape" in tags:
-        decode_calls.draw(tags["shape"])  # kept: calls are made side by side
+        decode_calls.draw(tags["shape"])  # cached, because calls are made in parallel
     calls, refused = prepared(made, chain)
     times = measure.of_one(timed(calls), chain) | refused
     bytes_read = {each: sizes.get(each, sizes.get("", 0.0)) for each in made}
@@ -91,7 +91,7 @@ def pallas_paged(shape: Shape, size: int) -> Call:
 
 
 def flash_attn3(shape: Shape, size: int | None) -> Call:
-    """flash-attn3-jax over a cache, in pages of so many tokens or contiguous; in as many parts as fill the card."""
+    """flash-attn3-jax over a cache, contiguous or in pages of `size` tokens, with splits that fill the card."""
     from flash_attn3_jax import flash_mha_with_kvcache
 
     b, _, hk, _, _ = shape
@@ -112,7 +112,7 @@ def streaming_read(shape: Shape) -> Call:
 
 
 def _read(q: Any, *arrays: Any) -> Any:
-    """The largest word of each array: a read of all of them, which waits for the one before."""
+    """Reads all arrays for the largest word of each; the read depends on the result of the call before."""
     before = q.ravel()[0].astype(jnp.int32)
     for x in arrays:
         words = lax.bitcast_convert_type(x.reshape(-1, READ_ROW, 2), jnp.int32)
@@ -135,7 +135,8 @@ def layouts(shape: Shape, page_of_one: bool = False) -> Made:
 
 
 def long_cells() -> Iterator[Cell]:
-    """One query token and long caches: every layout, cuDNN, Pallas' paged kernel, and a read of the same bytes."""
+    """One query token and long caches: every layout, cuDNN, the paged kernel of Pallas, and a read of the same
+    bytes."""
     for shape in (*cases.DECODE[:-1], MANY):
         made = layouts(shape, page_of_one=shape[4] == 8192)
         made["cudnn"] = functools.partial(cudnn, shape)
@@ -149,7 +150,7 @@ def long_cells() -> Iterator[Cell]:
 
 
 def one_cells() -> Iterator[Cell]:
-    """One sequence, and eight, of few keys: microseconds."""
+    """One and eight sequences of few keys, whose calls take microseconds."""
     for shape in ONE:
         made = layouts(shape)
         made["cudnn"] = functools.partial(cudnn, shape)
@@ -165,7 +166,7 @@ def with_sinks(shape: Shape, window: int) -> Call:
 
 
 def kind_cells() -> Iterator[Cell]:
-    """Every kind of call beside the plain one, over pages of 64."""
+    """The plain call and every other kind of call, over pages of 64."""
     shape, narrow = KINDS, (64, 64, 8, 64, 8192)
     short, long = (ragged(jax_flash, x) for x in (KINDS, RAGGED))
     made: Made = {
@@ -193,7 +194,8 @@ def kind_cells() -> Iterator[Cell]:
 
 
 def append(tokens: int, fused: bool) -> Call:
-    """New keys written in place, rotated; a pool so small that copying it once for the chain costs nothing."""
+    """Writes new keys in place, rotated or not; the pool is so small that copying it once for the chain costs
+    nothing."""
     h, d, pages = 8, 128, 1
     keys = (jax.random.key(seed, impl="rbg") for seed in range(2))
     k, v = (jax.random.normal(key, (tokens, 1, h, d), jnp.bfloat16) for key in keys)

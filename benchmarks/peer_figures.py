@@ -1,4 +1,4 @@
-"""Plots of the peers' suite: the first page's, and those of the results pages."""
+"""Plots of the peers' suite, for the first page and for the results pages."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Row = tuple[str, dict[str, float]]  # a cell's name, and each implementation's r
 
 
 def peer_rows(cells: list[Cell], pass_: str, names: Sequence[str] | None = None) -> list[Row]:
-    """TFLOP/s by case. A peer that was timed in a later cell of the case keeps its ratio to this library there.
+    """TFLOP/s by case. A peer that was timed in another cell of the case keeps its ratio to this library in that cell.
 
-    Two cells of one case have differed by 16%, so rates of different cells do not compare.
+    Two cells of one case have differed by 16%, so rates of different cells cannot be compared.
     """
     rows: dict[str, dict[str, float]] = {}
     for cell in chosen(cells, "peer", **{"pass": pass_}):
@@ -50,7 +50,7 @@ def peer_rows(cells: list[Cell], pass_: str, names: Sequence[str] | None = None)
 
 
 def decode_rows(cells: list[Cell]) -> list[Row]:
-    """GB/s of keys and values: pages and Pallas at their better page size."""
+    """GB/s of keys and values, with pages and Pallas at their faster page size."""
     rows = []
     for cell in chosen(cells, "bandwidth", of="long"):
         found = {}
@@ -92,7 +92,7 @@ def bars(axes: Any, rows: list[Row], title: str, label: str) -> None:
 
 
 def panels(shown: list[tuple[str, str, list[Row]]], plt: Any) -> Any:
-    """One panel for each list of rows that has any."""
+    """A panel for each list that has rows."""
     shown = [panel for panel in shown if panel[2]]
     if not shown:
         return None

@@ -1,7 +1,7 @@
 """The implementations compared: what each can compute, and its calls.
 
-A peer gets the same arrays and computes the same thing. A case that needs an option which a peer lacks is not run on
-it, and the report says which.
+A peer gets the same arrays and computes the same results. If it lacks an option of a case, it does not run the case,
+and the report names the option.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .cases import Case, Inputs, make_inputs
 from .measure import copies_for
 
 JAX_NN = {"GQA", "window", "lengths", "mask", "bias", "scale"}
-Finish = Callable[[], tuple[Any, list[Any]]]  # gives a call that is compiled, and its argument tuples
-DIFFERENTIATED = ("bias", "sinks")  # whose gradients are timed besides those of query, key and value
+Finish = Callable[[], tuple[Any, list[Any]]]  # returns a compiled call and its argument tuples
+DIFFERENTIATED = ("bias", "sinks")  # their gradients are timed together with those of query, key and value
 FLASH_ATTN = {"GQA", "window", "packed", "scale", "bottom-right"}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation: what it has, where it runs, the module that it needs, and how it is called."""
+    """An implementation: its options, its platforms, the module that it needs, and how it is called."""
 
-    has: set[str] | None  # of what needs() names; None: everything
+    has: set[str] | None  # options as needs() names them; None: all
     platforms: tuple[str, ...]
     make: Callable[[Case], Attend]
     module: str = "jax"
@@ -61,7 +61,7 @@ PEERS = {
     "torch": Peer({"GQA", "float32"}, ("cpu",), adapters.torch, "torch"),
 }
 
-# This library in another form, for cells that say so.
+# Other forms of this library, for the cells that name them.
 VARIANTS = {
     "deterministic": Peer(None, ("cpu", "gpu"), partial(adapters.ours, deterministic=True), "jax_flash"),
     "segment ids": Peer(None, ("cpu", "gpu"), adapters.ours_by_segments, "jax_flash"),
@@ -69,7 +69,7 @@ VARIANTS = {
 
 
 def needs(case: Case) -> set[str]:
-    """What an implementation must have to compute the case."""
+    """The options that an implementation must have to compute the case."""
     wanted = {
         "packed": case.layout == "varlen",
         "GQA": case.hq != case.hk,
@@ -93,9 +93,9 @@ def needs(case: Case) -> set[str]:
 def prepare(
     what: dict[Any, tuple[str, Case, str]], raise_own: bool = True
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """key → (peer, case, pass), compiled side by side; and those that do not run, with their reasons.
+    """Compiles key → (peer, case, pass) in parallel; returns the calls, and the reasons of those that do not run.
 
-    What the first call of a peer raises is its reason. This library's own errors are raised, if `raise_own`.
+    The reason is the error of the first call. Errors of this library are raised if `raise_own`.
     """
     each = {case.name: case for _, case, _ in what.values()}
     with ThreadPoolExecutor(_workers()) as pool:
@@ -119,10 +119,10 @@ def _workers() -> int | None:
 def compiled_side_by_side(
     jobs: dict[Any, Callable[[], Finish]], raised: Container[Any] = ()
 ) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """The calls of jobs, each of which compiles and returns what gives the call; and the reasons of those that fail.
+    """The calls of jobs, each of which compiles a program and returns its Finish, and the reasons of those that fail.
 
-    All are compiled before the first is called, one by one: a call may be captured as a CUDA graph, which fails where
-    another thread uses the device meanwhile. The errors of the jobs in `raised` are raised.
+    All are compiled before the first call, and called one by one: a call may be captured as a CUDA graph, which fails
+    if another thread uses the device meanwhile. Errors of the jobs in `raised` are raised.
     """
 
     def begin(job: Callable[[], Finish]) -> Finish | Exception:
@@ -150,7 +150,7 @@ def compiled_side_by_side(
 
 
 def why(error: Exception) -> str:
-    """The reason that a report gives: what a peer lacks, or the error of its first call."""
+    """The reason in the report: the option that a peer lacks, or the error of its first call."""
     text = (str(error).strip() or repr(error)).splitlines()[0][:200]
     return text if isinstance(error, Refused) else f"{type(error).__name__}: {text}"
 
@@ -165,14 +165,14 @@ def draw_inputs(case: Case) -> list[Inputs]:
 
 
 def calls(name: str, case: Case, pass_: str, inputs: list[Inputs]) -> tuple[Attend, list[Any]]:
-    """The call of one pass of a peer, and the arguments that it goes through."""
+    """The call of one pass of a peer, and the arguments that it cycles through."""
     return _in_two_steps(name, case, pass_, inputs)[1]()
 
 
 def _in_two_steps(
     name: str, case: Case, pass_: str, inputs: list[Inputs]
 ) -> tuple[Callable[[], None], Finish]:
-    """What compiles the call of one pass of a peer, and what gives the call."""
+    """A function that compiles the call of one pass of a peer, and one that returns the call."""
     attend = (PEERS | VARIANTS)[name].attend(case)
     if name == "torch":
         return lambda: None, lambda: _torch_calls(attend, pass_, inputs)
@@ -188,11 +188,11 @@ def pass_calls(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Attend
 
 
 def _pass_in_two_steps(attend: Attend, pass_: str, inputs: list[Inputs]) -> tuple[Callable[[], None], Finish]:
-    """What compiles the call of one pass, and what gives the call with its arguments.
+    """A function that compiles the call of one pass, and one that returns it with its arguments.
 
-    The backward call starts from the forward's own residuals, so that it is the gradient's cost alone, that of a bias
-    and of sinks included; "both" is a training step's cost: out and the gradients of query, key and value. "jvp" is out
-    and its tangent.
+    The backward call starts from the residuals of the forward, so its time is that of the gradients alone, including
+    those of a bias and of sinks. "both" computes out and the gradients of query, key and value, as a training step
+    does; "jvp" computes out and its tangent.
     """
     arguments = [(*_qkv(x), _others(x)) for x in inputs]
     if pass_ == "backward":

@@ -1,11 +1,11 @@
 """Step times and memory on many devices, from the rates of one kernel and one link.
 
 python -m benchmarks.predict                           # 8, 64 and 512 devices, from the rates written below
-python -m benchmarks.predict out/bench/report.json     # also beside what a run of the scaling suite measured
+python -m benchmarks.predict out/bench/report.json     # also compared with a run of the scaling suite
 
-The formulas follow jax_flash/sequence and jax_flash/all_to_all.py. A device computes its queries against one shard of
-keys after the other; while it multiplies one, the next one arrives, and only the longer of the two counts. All-to-all
-is not hidden: nothing can be multiplied before it, or sent before the end.
+The formulas follow jax_flash/sequence and jax_flash/all_to_all.py. A device multiplies its queries with one shard of
+keys after the other. The next shard arrives meanwhile, so only the longer of the two times counts. All-to-all is not
+hidden, because no product can start before it and nothing can be sent before the end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PER_HOST = 8  # devices
 
 @dataclass(frozen=True)
 class Rates:
-    """What was measured on one device and one link, per second. `forward` and `both` are FLOP of attention."""
+    """Measured rates of one device and one link, per second. `forward` and `both` are FLOP of attention."""
 
     forward: float = 640e12
     both: float = 560e12
@@ -53,7 +53,7 @@ def itemsize(case: Case) -> int:
 
 
 def ring_seconds(case: Case, pass_: str, devices: int, rates: Rates, order: str = "contiguous") -> float:
-    """One pass of ring attention: the visits of the device that has the most to do."""
+    """Seconds of one pass of ring attention: the visits of the device with the most work."""
     if pass_ == "both":
         forward = _ring(case, "forward", devices, rates, order)
         return forward + _ring(case, "backward", devices, rates, order)
@@ -61,7 +61,7 @@ def ring_seconds(case: Case, pass_: str, devices: int, rates: Rates, order: str 
 
 
 def _ring(case: Case, pass_: str, devices: int, rates: Rates, order: str) -> float:
-    """`max` of multiplying a visit's keys and receiving the next one's, visit by visit."""
+    """Sums over visits the longer of multiplying the keys and receiving those of the next visit."""
     backward = pass_ == "backward"
     work = flop.attention(case, pass_) / _rate(case, pass_, rates)
     shares = visit_shares(case, devices, order)
@@ -85,7 +85,8 @@ def _rate(case: Case, pass_: str, rates: Rates) -> float:
 
 
 def visit_shares(case: Case, devices: int, order: str) -> list[float]:
-    """What part of the whole call's FLOP the busiest device has in each visit; windows are shorter than a shard."""
+    """The part of the FLOP of the whole call that the busiest device has in each visit; windows are shorter than a
+    shard."""
     n = devices
     if case.window is not None:
         left, chunk = min(case.window[0] or 0, case.sk - 1), case.sk / n
@@ -100,12 +101,12 @@ def visit_shares(case: Case, devices: int, order: str) -> list[float]:
 
 
 def reach(case: Case, devices: int) -> float:
-    """What part of a shard of keys is sent: under a window, the keys that the next shard's queries see."""
+    """The part of a shard of keys that is sent: under a window, the keys that queries of the next shard see."""
     return 1.0 if case.window is None else min(1.0, (case.window[0] or 0) / (case.sk / devices))
 
 
 def all_to_all_seconds(case: Case, pass_: str, devices: int, rates: Rates) -> float:
-    """The ordinary call on its share of the heads; q, k, v and out travel, and in the backward their gradients."""
+    """Seconds of the ordinary call on a share of the heads, with transfers of q, k, v and out or of their gradients."""
     share = flop.attention(case, pass_) / devices
     seconds = share / (rates.forward if pass_ == "forward" else rates.both)
     heads = 2 * case.hq + 2 * max(case.hk, min(case.hq, devices))
@@ -140,7 +141,7 @@ def step_seconds(
     """A training step on one sequence that is split over all devices, in zigzag order: its parts, and their sum.
 
     Weights are sharded over the devices: they are gathered for each layer and direction in bfloat16 and their
-    gradients are scattered, under the products of another layer. What is longer counts.
+    gradients are scattered, during the products of another layer; the longer of the two counts.
     """
     case = model.case(length)
     attend = all_to_all_seconds if mode == "all_to_all" else lambda *x: ring_seconds(*x, order="zigzag")
@@ -208,9 +209,9 @@ def measured_rates(cells: list[dict[str, Any]], rates: Rates = H200) -> Rates:
 
 
 def check(cells: list[dict[str, Any]], rates: Rates) -> list[str]:
-    """Predicted beside measured, for every way to split a sequence that a run timed.
+    """Predicted and measured times, for every way to split a sequence that a run timed.
 
-    The time of one device is the measured one, case by case: what is predicted is what splitting adds.
+    The time of one device is the measured one, case by case, so the cost of splitting alone is predicted.
     """
     from .suite_scaling import ring_case
 

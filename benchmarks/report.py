@@ -1,4 +1,4 @@
-"""The report of a run: what identifies it, its bars, tables and cells, as Markdown, as JSON and as plots."""
+"""The report of a run as Markdown, JSON and plots: its machine and versions, bars, tables and cells."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def header(arguments: Sequence[str]) -> dict[str, Any]:
 
 @functools.cache
 def commit(folder: Path) -> str | None:
-    """The commit of a checkout; None where the folder is in none."""
+    """The commit of a checkout; None if the folder is in none."""
     return _output("git", "-C", str(folder), "rev-parse", "--short", "HEAD")
 
 
@@ -149,7 +149,7 @@ def markdown(suite: Suite, sections: Sections) -> str:
 
 
 def save(sections: Sections, folder: Path) -> None:
-    """report.json, whole at any time."""
+    """Writes report.json, which is whole at any time."""
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / "report.json.part"
     part.write_text(json.dumps({"sections": sections}, indent=1) + "\n")
@@ -157,7 +157,7 @@ def save(sections: Sections, folder: Path) -> None:
 
 
 def write(suite: Suite, sections: Sections, folder: Path) -> None:
-    """report.md, report.json and the figures."""
+    """Writes report.md, report.json and the figures."""
     save(sections, folder)
     text = markdown(suite, sections)
     for name in _plots(suite, cells_of(sections), folder):
@@ -203,7 +203,7 @@ def draw_rates(cells: list[Cell], names: Sequence[str], plt: Any, unit: float, l
 
 def draw_bars(suite: Suite, cells: list[Cell], plt: Any) -> Any:
     """How each bar is met: 1 is just met, more is better."""
-    bars = [b for b in suite.judge(cells) if b.value > 0 and b.limit > 0]  # a ratio to nothing has no bar
+    bars = [b for b in suite.judge(cells) if b.value > 0 and b.limit > 0]  # the scale is logarithmic
     if not bars:
         return None
     figure, axes = plt.subplots(figsize=(9, 1 + 0.3 * len(bars)), layout="constrained")

@@ -1,4 +1,4 @@
-"""One device beside several: the calls that the scaling suite times, compiled side by side and run one by one."""
+"""The calls of the scaling suite, on one device and on several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .measure import Calls
 
 AXIS = "sequence"
 SHARD = P(None, AXIS)
-COPY_ENGINES = "copy engines"  # instead of NCCL's kernels, whose SMs the calls lack
+COPY_ENGINES = "copy engines"  # used instead of the kernels of NCCL, which occupy SMs
 OPTIONS = {COPY_ENGINES: {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}}  # --… in XLA_FLAGS
 Prepared = tuple[Callable[..., Any], tuple[Any, ...]]  # a function to compile, and its arguments
 _COLLECTIVE = re.compile(
@@ -33,7 +33,7 @@ _COLLECTIVE = re.compile(
 
 
 def mesh_of(count: int, *axes: tuple[str, int]) -> Mesh:
-    """A mesh of the first `count` devices, one axis of all of them unless told."""
+    """A mesh of the first `count` devices, by default with one axis."""
     names, sizes = zip(*(axes or ((AXIS, count),)))
     return jax.make_mesh(sizes, names, (AxisType.Auto,) * len(sizes), devices=jax.devices()[:count])
 
@@ -55,7 +55,7 @@ def ring(case: Case, mesh: Mesh, **how: Any) -> Attend:
 
 
 def draw(case: Case, mesh: Mesh, spec: P) -> Inputs:
-    """Random operands, made on the devices where they stay."""
+    """Random operands, made on the devices of the mesh."""
     shapes = [(case.b, case.sq, case.hq, case.d)] + 2 * [(case.b, case.sk, case.hk, case.d)]
     keys = jax.random.split(jax.random.key(0), 4)
     sharding = NamedSharding(mesh, spec)
@@ -79,9 +79,10 @@ def compiled(jobs: dict[str, Prepared]) -> Calls:
 
 
 def compiled_or_refused(jobs: dict[str, Prepared]) -> tuple[Calls, dict[str, Any]]:
-    """The programs that compile, and the reasons of those that do not. What follows a comma in a name are `OPTIONS`.
+    """The programs that compile, and the reasons of those that do not. A name may end with a comma and a key of
+    `OPTIONS`.
 
-    They are compiled side by side and run one by one, since the collectives of two programs may wait for each other.
+    They are compiled in parallel and run one by one, because the collectives of two programs may wait for each other.
     """
     workers = None if jax.default_backend() == "gpu" else 1
     lowered = {name: call.lower(*arguments) for name, (call, arguments) in jobs.items()}
@@ -127,7 +128,7 @@ def sequence_jobs(case: Case, pass_: str, count: int, drawn: dict[int, Inputs]) 
 
 
 def sharded_jobs(case: Case, pass_: str, count: int) -> dict[str, Prepared]:
-    """Batch and heads split by XLA: half of the devices for each where there are four or more, one of them else."""
+    """Batch, heads, or with four devices or more half of the devices for each of the two, split by XLA."""
     specs = {"batch": P("data"), "heads": P(None, None, "heads")}
     meshes = {"batch": mesh_of(count, ("data", count)), "heads": mesh_of(count, ("heads", count))}
     if count % 4 == 0:
@@ -140,7 +141,7 @@ def sharded_jobs(case: Case, pass_: str, count: int) -> dict[str, Prepared]:
 
 
 def link_jobs(count: int, sizes: tuple[int, ...]) -> dict[str, Prepared]:
-    """Each device sends so many bytes to the next one, or its parts to all of them."""
+    """Each device sends an array to the next one, or a part of it to each of the others."""
     mesh, jobs = mesh_of(count), {}
     pairs = [(device, (device + 1) % count) for device in range(count)]
     calls = {
@@ -188,7 +189,7 @@ def layer_job(case: Case, count: int) -> Prepared:
 
 
 def program_bytes(program: Any) -> dict[str, int]:
-    """What a compiled program needs on each device, by XLA's own account."""
+    """The memory that a compiled program needs on each device, as XLA reports it."""
     found = program.memory_analysis()
     parts = {
         "arguments": found.argument_size_in_bytes - found.alias_size_in_bytes,

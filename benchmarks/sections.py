@@ -1,8 +1,7 @@
 """Runs a suite: its sections, measured one after the other into one report.
 
-The sections of a run replace those of the same name in <out>/report.json and leave the others. That file is written
-after every cell, so that a run which is stopped keeps what it measured; the report follows at the end, from all
-sections.
+The sections of a run replace those of the same name in <out>/report.json and keep the others. That file is written
+after every cell, so that a run which is stopped keeps its cells; the report is made at the end, from all sections.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from .suite import Sections, Suite
 def run(suite: Suite, chosen: Sequence[str], folder: Path, limit: float | None = None) -> int:
     """Measures the sections, merges them into the folder's report and prints it.
 
-    After `limit` seconds no further cell is begun; the sections that are left out then are named.
+    After `limit` seconds no further cell begins, and the sections that were not measured are named.
     """
     start, sections = time.monotonic(), _read(folder)
     for number, name in enumerate(chosen):
@@ -33,7 +32,7 @@ def run(suite: Suite, chosen: Sequence[str], folder: Path, limit: float | None =
 
 
 def report_only(suite: Suite, folder: Path) -> int:
-    """Writes the report of what was measured, and prints its bars."""
+    """Writes the report of the cells that were measured, and prints its bars."""
     sections = _in_order(suite, _read(folder))
     if not sections:
         sys.exit(f"python -m benchmarks: {folder} has no cell")
@@ -52,7 +51,7 @@ def _in_order(suite: Suite, sections: Sections) -> Sections:
 
 
 def _measure(suite: Suite, name: str, sections: Sections, folder: Path, deadline: float | None) -> bool:
-    """Measures one section, cell by cell; whether the deadline came before its end."""
+    """Measures one section, cell by cell; returns whether the deadline came before its end."""
     start, cells = time.monotonic(), []
     header = report.header(suite.command)
     found = suite.sections[name]()

@@ -1,4 +1,5 @@
-"""One decode step of a served model, every sequence one token: this library's pages beside Pallas' paged attention.
+"""One decode step of a served model, one token for each sequence, with this library and with the paged kernel of
+Pallas.
 
 The step of examples/serving.py, scaled up, with random weights: 16 layers of width 4,096, 32 query heads of size 128
 over 8 KV heads, gated MLPs of 14,336 hidden units, 64 sequences of 4,096 keys in scattered pages. One program: it
@@ -51,7 +52,7 @@ State = tuple[list[tuple[Any, Any]], Any, Any]  # pools of each layer, the token
 
 
 def weights_of(sizes: Sizes) -> dict[str, Any]:
-    """One layer's weights, which every layer has a copy of, and the embedding."""
+    """The weights of all layers, which are copies of those of one, and the embedding."""
     s, d = sizes, sizes.head_dim
     shapes = {
         "q": (s.width, s.heads * d),
@@ -110,7 +111,7 @@ def step_of(sizes: Sizes, way: str) -> Callable[..., tuple[State, Any]]:
             gate, up = jnp.split(norm(x) @ layer["up"], 2, -1)
             x = x + (jax.nn.silu(gate) * up) @ layer["down"]
         chosen = jnp.argmax(norm(x) @ weights["embed"].T, -1).astype(jnp.int32)
-        return (after, chosen, lengths), chosen  # the next call writes the same slots: all steps are alike
+        return (after, chosen, lengths), chosen  # the next call writes the same slots, so all steps are equal
 
     return serving_step
 
@@ -121,7 +122,7 @@ def ours(pool: Any, q: Any, k: Any, v: Any, tables: Any, lengths: Any, rotary: A
 
 
 def nothing(pool: Any, q: Any, k: Any, v: Any, tables: Any, lengths: Any, rotary: Any) -> tuple[Any, Any]:
-    """New keys are written, nothing attends: what the rest of the step costs."""
+    """Writes new keys without attending to them, which gives the time of the rest of the step."""
     *pool, _ = jax_flash.append_kv(*pool, k, v, tables, lengths, rotary=rotary)
     return tuple(pool), q
 
@@ -140,7 +141,7 @@ def pallas(pool: Any, q: Any, k: Any, v: Any, tables: Any, lengths: Any, rotary:
 
 
 def serving_cells(sizes: Sizes = Sizes()) -> Iterator[Cell]:
-    """Milliseconds of a step, and of one in which nothing attends."""
+    """A step, and one without attention."""
     weights, tables = weights_of(sizes), tables_of(sizes)
 
     captured: dict[str, Any] = {}
@@ -168,7 +169,7 @@ def stepping(program: Any, state: State, weights: Any, tables: Any) -> Callable[
 
 
 def compiled(lowered: Any) -> tuple[Any, dict[str, int] | None]:
-    """The program; and how many of its custom calls lie inside and outside of command buffers, by XLA's own account."""
+    """The program, and the numbers of its thunks inside and outside of command buffers, as XLA reports them."""
     if jax.default_backend() != "gpu":
         return lowered.compile(), None
     with tempfile.TemporaryDirectory() as folder:

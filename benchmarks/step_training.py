@@ -1,4 +1,4 @@
-"""Training steps of Flax decoders that differ in their attention alone: this library beside cuDNN and plain JAX.
+"""Training steps of Flax decoders that differ only in their attention: this library, cuDNN and plain JAX.
 
 The model: RMSNorm, rotary positions, grouped heads, a squared ReLU between the MLP's two products, one scan over layers
 that are recomputed in the backward pass (remat), bytes as its vocabulary, AdamW on float32 weights.
@@ -29,7 +29,7 @@ Attend = Callable[..., Any]  # (q, k, v, offsets of documents, sinks, window) �
 
 @dataclass(frozen=True)
 class Sizes:
-    """A decoder; `windows` are those of its layers, in turn, None for a layer that sees everything before it."""
+    """A decoder; layers cycle through `windows`, where None is a layer that sees all tokens before it."""
 
     width: int = 2048
     heads: int = 16
@@ -55,7 +55,7 @@ def ours(q: Any, k: Any, v: Any, offsets: Any, sinks: Any, window: Any, **option
 
 
 def ours_packed(q: Any, k: Any, v: Any, offsets: Any, sinks: Any, window: Any) -> Any:
-    """All rows as one, of documents that attend to themselves alone."""
+    """All rows as one packed row of documents, each of which attends only to itself."""
     band = None if window is None else (window - 1, 0)
     rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     out = jax_flash.flash_attention_varlen(*rows, offsets, causal=True, window=band, sinks=sinks)
@@ -105,7 +105,7 @@ def make_model(sizes: Sizes, attend: Attend, keep: bool) -> Any:
     recomputed = nn.remat(Layer, policy=policy, prevent_cse=False)
 
     class Group(nn.Module):
-        """One layer for each of the windows."""
+        """A layer for each of the windows."""
 
         @nn.compact
         def __call__(self, x: Any, offsets: Any) -> Any:
@@ -144,7 +144,7 @@ def rotate(x: Any) -> Any:
 
 
 def batch_of(rows: int, length: int, vocabulary: int) -> tuple[Any, Any]:
-    """Random tokens [r, t + 1], and the offsets of documents in all rows, which end where a row does."""
+    """Random tokens [r, t + 1], and the offsets of documents; the last document of a row ends with it."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary, (rows, length + 1), dtype=np.int32)
     cuts = rng.choice(rows * length, max(1, rows * length // DOCUMENT), replace=False)
@@ -153,7 +153,7 @@ def batch_of(rows: int, length: int, vocabulary: int) -> tuple[Any, Any]:
 
 
 def lowered_step(sizes: Sizes, way: str, rows: int, length: int) -> tuple[Any, Callable[[], Any], Any]:
-    """The lowered step, what makes its first state, and its batch."""
+    """The lowered step, a function that makes its first state, and its batch."""
     import optax
 
     model, optimizer = make_model(sizes, *WAYS[way]), optax.adamw(1e-3, b2=0.98)
@@ -180,7 +180,7 @@ def lowered_step(sizes: Sizes, way: str, rows: int, length: int) -> tuple[Any, C
 def steps(
     sizes: Sizes, ways: tuple[str, ...], rows: int, length: int
 ) -> tuple[measure.Calls, dict[str, Any]]:
-    """name → a call that makes one step from the state of the one before; and what does not run, with its reason."""
+    """name → a call that makes one step from the last state; and the reasons of those that do not run."""
 
     def compile_one(way: str) -> peers.Finish:
         lowered, create, batch = lowered_step(sizes, way, rows, length)
@@ -210,15 +210,15 @@ def step_cell(name: str, sizes: Sizes, ways: tuple[str, ...], rows: int, length:
 
 
 def decoder_cells(sizes: Sizes = DECODER, short: int = 8192, long: int = 32768) -> Iterator[Cell]:
-    """16 query heads of size 128 over 4 KV heads, as long as cuDNN's mask is plain causal."""
+    """16 query heads of size 128 over 4 KV heads, with a causal mask; documents are packed by this library only."""
     ways = ("jax_flash", "cudnn", "jax_flash, results kept")
     yield step_cell(f"1 × {long:,}", sizes, ways, 1, long, of="decoder")
     yield step_cell(f"2 × {short:,}", sizes, (*ways, "jax_flash, documents"), 2, short, of="decoder")
 
 
 def gpt_oss_cells(sizes: Sizes = GPT_OSS, short: int = 4096, long: int = 8192) -> Iterator[Cell]:
-    """64 query heads of size 64 over 8 KV heads, sinks, windows of 128 keys and full layers in turn; plain JAX where
-    its scores fit."""
+    """64 query heads of size 64 over 8 KV heads, sinks, alternating layers with a window of 128 keys and without one;
+    plain JAX where its scores fit."""
     yield step_cell(f"gpt-oss-like, 1 × {short:,}", sizes, ("jax_flash", "xla"), 1, short, of="gpt-oss")
     yield step_cell(f"gpt-oss-like, 2 × {long:,}", sizes, ("jax_flash",), 2, long, of="gpt-oss")
 

@@ -1,4 +1,4 @@
-"""What memory gives: a streaming read by as many threads as there are cores."""
+"""A streaming read of memory by as many threads as there are cores."""
 
 from __future__ import annotations
 

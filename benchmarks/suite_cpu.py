@@ -1,4 +1,4 @@
-"""The CPU suite: every promise about CPU speed, each beside what it is compared with.
+"""The CPU suite: the speed of the CPU kernels against PyTorch, XLA, a matrix product and a read of memory.
 
 python -m benchmarks --suite cpu                                 # all sections, one after the other
 python -m benchmarks --suite cpu --sections decode,small --out out/cpu    # these, into the report of out/cpu
@@ -28,7 +28,7 @@ from .training_step import training_calls
 PAUSE = 0.01  # seconds, in which the threads of a library called before stop spinning
 SETTLE = 0.001  # seconds of untimed calls after it
 BURST, TURNS_AT_LEAST, TURNS_AT_MOST = 0.05, 3, 15
-PEER_SETTLE = 0.2  # seconds: XLA frees up to gigabytes, and whatever allocates after that is slow for a while
+PEER_SETTLE = 0.2  # seconds, because allocations are slow for a while after XLA has freed gigabytes
 PASSES = ("forward", "both")
 
 
@@ -51,7 +51,7 @@ def ours(case: Case, pass_: str) -> tuple[measure.Call, list[Any]]:
 
 
 def peer_cells(shape: str, dtype: str, pass_: str, causal: bool) -> Iterator[Cell]:
-    """This library, PyTorch, XLA and XLA's float32 product; with causal, beside the full call as well."""
+    """This library, PyTorch, XLA and the float32 product of XLA; with causal, the call without a mask as well."""
     case = cases.cpu_case(shape, dtype, causal=causal)
     calls: measure.Calls = {}
     refused = {}
@@ -92,7 +92,7 @@ def shape_cells() -> Iterator[Cell]:
 
 
 def option_cells(dtype: str) -> Iterator[Cell]:
-    """Each option alone beside the plain call."""
+    """The plain call and the call with one option."""
     for what, (plain, this) in cases.cpu_options(dtype).items():
         for pass_ in PASSES:
             times = time_calls({"plain": ours(plain, pass_), "this": ours(this, pass_)}, 2.0)
@@ -102,7 +102,7 @@ def option_cells(dtype: str) -> Iterator[Cell]:
 
 
 def tangent_cells(shape: str, dtype: str) -> Iterator[Cell]:
-    """Out and its tangent in forward mode, beside the forward alone and XLA's of the same."""
+    """Out and its tangent in forward mode, the forward alone, and out and its tangent in XLA."""
     for causal in (False, True):
         case = cases.cpu_case(shape, dtype, causal=causal)
         calls: measure.Calls = {
@@ -130,7 +130,7 @@ def scaling_cells() -> Iterator[Cell]:
 
 
 def decode_cells() -> Iterator[Cell]:
-    """One query token over long caches: contiguous, and in scattered pages, beside a streaming read."""
+    """One query token over long caches, contiguous and in scattered pages, and a streaming read."""
     read = reader()
     for dtype in cases.CPU_DECODE_DTYPES:
         for layout in ("contiguous", "paged"):
@@ -176,7 +176,7 @@ def small_cells() -> Iterator[Cell]:
 
 
 def memory_cells() -> Iterator[Cell]:
-    """Forward and backward at s = 32,768: what the process grows by, without operands and results."""
+    """The bytes that the process grows by in forward and backward at s = 32,768, without operands and results."""
     for dtype in cases.CPU_DTYPES:
         s, d = 32768, 64
         case = Case(f"b1 s{s} h1 d{d} {dtype}", b=1, sq=s, sk=s, hq=1, hk=1, d=d, dv=d, dtype=dtype)
@@ -185,7 +185,7 @@ def memory_cells() -> Iterator[Cell]:
 
 
 def training_cells() -> Iterator[Cell]:
-    """A step of the example's training, by whose attention it uses."""
+    """A training step of the example, by implementation of its attention."""
     times = time_calls(training_calls(("cpu", "xla")), 8.0)
     yield {"kind": "training", "name": "examples/train_lm.py, one step", "times": times}
 

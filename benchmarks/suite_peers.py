@@ -1,11 +1,11 @@
-"""The peers' suite: training, decode and whole steps beside every JAX peer, in one run within a time limit.
+"""The peers' suite: training, decode and whole steps against every JAX peer, in one run within a time limit.
 
-python -m benchmarks --suite peers --limit 270 --out out/peers       # what matters most first
+python -m benchmarks --suite peers --limit 270 --out out/peers       # the most important first
 python -m benchmarks --suite peers --sections "backward,decode"      # these, into the report that is there
 python -m benchmarks --suite peers --report-only --out out/peers     # the report of a run that was stopped
 
 With XLA_FLAGS=--xla_gpu_autotune_level=0 programs compile several times faster; the custom calls and kernels that are
-compared here are the same, and the whole steps' products are tuned all the same.
+compared here are the same, and the products of whole steps are still tuned.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .suite import Figure, Suite
 
 
 def device_cells() -> Iterator[Cell]:
-    """What the device does by itself: the matrix product, and a copy."""
+    """The rates of the device itself: a matrix product and a copy."""
     product = measure.matmul_call("gpu", "bfloat16")
     copy, arguments, size = measure.copy_call("gpu")
     times = peer_attention.timed({"matmul": product, "copy": (copy, arguments)})
@@ -38,12 +38,12 @@ def device_cells() -> Iterator[Cell]:
 
 
 def kept(make: Callable[[], Iterator[Cell]], name: str) -> Callable[[], Iterator[Cell]]:
-    """A section whose error is a cell, so that the sections after it run."""
+    """The cells of a section; an error is a cell too, so that the sections after it run."""
 
     def cells() -> Iterator[Cell]:
         try:
             yield from make()
-        except Exception as error:  # a peer's, or of a call that this library refuses
+        except Exception as error:  # of a peer, or of a call that this library refuses
             yield {"kind": "failed", "name": name, "error": why(error), "times": {}}
 
     return cells
@@ -57,7 +57,7 @@ _ALL: dict[str, Callable[[], Iterator[Cell]]] = {
     **step_training.SECTIONS,
     **step_serving.SECTIONS,
 }
-# What matters most first: a run may end at its limit.
+# The most important first, because a run may end at its limit.
 ORDER = (
     "device",
     "backward",
@@ -94,7 +94,7 @@ SECTIONS = {name: kept(_ALL[name], name) for name in ORDER}
 
 
 def rates(cells: list[Cell]) -> list[str]:
-    """What the device did by itself; which peers did not run, and why."""
+    """The rates of the device itself, and the peers that did not run, with their reasons."""
     lines = []
     for cell in chosen(cells, "device"):
         times = {name: t["median"] for name, t in cell["times"].items()}

@@ -1,4 +1,4 @@
-"""The scaling suite: several GPUs of one host beside one of them, in one process.
+"""The scaling suite: several GPUs of one host against one of them, in one process.
 
 python -m benchmarks --suite scaling                                     # all sections, on all devices
 python -m benchmarks --suite scaling --sections "link,ring 32768"        # these, into the report that is there
@@ -23,8 +23,8 @@ PASSES = ("forward", "both")
 LENGTHS = (32768, 131072)
 TRAINED = ("data", "heads", "sequence")  # axes of the training step's mesh
 LINK_SIZES = tuple(size << 20 for size in (1, 16, 64, 512))
-BUDGET = 1.0  # seconds of the timed bursts of one device, beside as many that are not timed
-SLOW = 500e12  # FLOP/s of one device, by which the seconds of a call are guessed
+BUDGET = 1.0  # seconds of the timed bursts of one device; as many are not timed
+SLOW = 500e12  # FLOP/s of one device, an estimate for the seconds of a call
 
 
 def device_count() -> int:
@@ -42,7 +42,7 @@ def ring_case(s: int, what: str, h: int = 16, d: int = 128) -> Case:
 
 
 def timed(calls: measure.Calls, work: float = 0.0) -> dict[str, Any]:
-    """As measure.py says; calls of so much work (FLOP) that they take long are repeated less often."""
+    """Times calls as measure.py says; calls with much work (FLOP) have fewer repeats."""
     longest = work / SLOW
     return measure.in_turns(calls, int(max(2, min(measure.REPEATS, BUDGET / max(longest, measure.BURST)))))
 
@@ -92,7 +92,7 @@ def link_cells(sizes: tuple[int, ...] = LINK_SIZES) -> Iterator[Cell]:
 
 
 def training_cells(axes: tuple[str, ...] = TRAINED, **sizes: Any) -> Iterator[Cell]:
-    """One step of examples/train_lm.py, scaled up, on one device and on all along each of the axes."""
+    """One step of examples/train_lm.py, scaled up, on one device and on all devices along each of the axes."""
     count = device_count()
     meshes = {"one device": ""} | {axis: f"{axis}={count}" for axis in axes}
     steps, programs, work = training_step.scaled(meshes, count, **sizes)
@@ -103,7 +103,7 @@ def training_cells(axes: tuple[str, ...] = TRAINED, **sizes: Any) -> Iterator[Ce
 
 
 def memory_cells(s: int = 1 << 20, h: int = 8, d: int = 128) -> Iterator[Cell]:
-    """One layer, forward and backward, once: its time, and its memory beside the formula."""
+    """The time of one layer, forward and backward, and its memory, measured and by the formula."""
     count = device_count()
     case = ring_case(s, "causal", h, d)
     ((program, (arguments,)),) = scaling.compiled({"": scaling.layer_job(case, count)}).values()

@@ -1,4 +1,4 @@
-"""One step of the example's training (examples/train_lm.py): for each implementation of attention, and on each mesh."""
+"""One training step of examples/train_lm.py, for each implementation of attention and on each mesh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS = 65536  # of a scaled-up step
 
 
 def training_calls(implementations: Sequence[str]) -> dict[str, tuple[Any, list[Any]]]:
-    """name → (a call that makes one step from the state of the one before, its arguments)."""
+    """name → (a call that makes one step from the last state, its arguments)."""
     sys.path.insert(0, str(EXAMPLES))
     from settings import Settings
     from text import Packer, load_documents
@@ -51,8 +51,8 @@ def scaled(
 ) -> tuple[dict[str, Any], dict[str, Any], float]:
     """Steps and their compiled programs, by name: one on each mesh; and the FLOP of a step.
 
-    On a GPU the step over the sequence is compiled once more, to send by copy engines. As many rows as devices, two at
-    least, each one document of random bytes, so that every mesh has the same work.
+    On a GPU the step over the sequence is also compiled to send by copy engines. The batch has as many rows as devices,
+    at least two, each of them a document of random bytes, so that every mesh has the same work.
     """
     sys.path.insert(0, str(EXAMPLES))
     from settings import Settings

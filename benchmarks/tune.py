@@ -1,4 +1,4 @@
-"""Candidates for rows of csrc/kernels.def, timed in one process and in turns: one CUDA library for each.
+"""Times candidates for rows of csrc/kernels.def in one process, each in a CUDA library of its own.
 
 python -m benchmarks.tune "sm80, forward, both, half, 128, 128, 128, 64, 1, 4, 1, 1, 1, plain" "sm80, forward, …"
 

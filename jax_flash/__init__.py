@@ -6,6 +6,7 @@ from .backends import Backend, backends
 from .backends import register as _register
 from .check import check_inputs
 from .dot_product import dot_product_attention
+from .exporting import export_checks
 from .flop_count import flops
 from .merge import merge_attention
 from .paged.append import append_kv
@@ -23,6 +24,7 @@ __all__ = [
     "backends",
     "check_inputs",
     "dot_product_attention",
+    "export_checks",
     "flash_attention",
     "flash_attention_varlen",
     "flops",

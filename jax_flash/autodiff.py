@@ -30,6 +30,7 @@ from .primitives import (
     bind,
     declare,
     equally_varying,
+    result_shapes,
 )
 from .sequence import passes
 from .spec import AttentionSpec, operand_names
@@ -52,10 +53,21 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Pair:
     if spec.ring is not None:
         operands = equally_varying(operands, spec.ring.axes)
+        if any(_jax.same_dim(size, 0) for size in operands["query"].shape):
+            return _empty(spec, operands)
         out, lse = passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
         return out, lse
     out, lse = reference.attention(spec, operands)
     return out, lse
+
+
+def _empty(spec: AttentionSpec, operands: Operands) -> Pair:
+    """Results without elements: XLA does not compile the gradient of such a ring in plain JAX (jaxlib 0.10 to 0.12)."""
+    query = operands["query"]
+    shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
+    made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(FORWARD.results, shapes)}
+    varying = equally_varying({"query": query} | made)
+    return varying["out"], varying["lse"].astype(jnp.promote_types(query.dtype, jnp.float32))
 
 
 def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:

@@ -9,18 +9,22 @@ import jax
 import numpy as np
 
 from .checker import Checker
+from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL
 
 _CHECK = Checker("check_inputs")
 
 # The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
-_OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
-_LENGTHS = ("q_lengths", "kv_lengths", "query_seq_lengths", "key_value_seq_lengths")
-_RANKS = dict.fromkeys(_OFFSETS + _LENGTHS, 1) | {"block_tables": 2}
+_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias")  # than the arguments
+_DIMS = {name: dims for table in DIMS.values() for name, dims in table.items()}
+_INT32 = [name for name in _DIMS if ELEMENTS[name] == "int32" and name not in _OTHERWISE_NAMED]
+_OFFSETS = tuple(name for name in _INT32 if _DIMS[name] == ("n1",))
+_OF_JAX_NN = ("query_seq_lengths", "key_value_seq_lengths")
+_LENGTHS = (*(name for name in _INT32 if _DIMS[name] in (("b",), ("n",))), *_OF_JAX_NN)
+_RANKS = {name: len(_DIMS[name]) for name in _INT32} | dict.fromkeys(_OF_JAX_NN, 1)
+_SCALES = ("k_scale", "v_scale")
 _INDEX = (*_RANKS, "segment_ids", "positions")
-_OPERANDS = (
-    *("query", "key", "value", "k_pages", "v_pages", "k_scale", "v_scale", "mask", "bias", "alibi_slopes"),
-    *("sinks", "dropout_key", "rotary", "x", "cos", "sin", "draft_mask"),
-)
+_OPERANDS = {*FORWARD.operands, *OPTIONAL, *APPEND.operands, *APPEND_OPTIONAL} - {*_OTHERWISE_NAMED}
+_OPERANDS |= {"dropout_key", "rotary", "x"}
 
 
 def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
@@ -42,6 +46,7 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
       block_tables: int32 `[n, pages]`. Entries that hold keys must be pages of `k_pages`, and no two sequences may
         append to the same slot.
       positions: int32, within the rows of `cos`.
+      k_scale, v_scale: `[hk]` or `[p, hk]` of the pools; those of the pages in use must be finite and above 0.
       query, key, value, k_pages, v_pages, rotary, cos, …: the other operands, of which only the shapes are used.
       page_layout: `"nhd"` (`k_pages [p, ps, hk, d]`) or `"hnd"` (`[p, hk, ps, d]`).
 
@@ -71,20 +76,24 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
     _check_segments(call)
     if "block_tables" in call.index and "kv_lengths" in call.index:
         _check_pages(call)
+    for name in _SCALES:
+        if name in call.shapes:
+            _check_scale(call, name)
     if "positions" in call.index and "cos" in call.shapes:
         _check_below(call, "positions", call.shapes["cos"][0], "cos")
 
 
 @dataclass
 class _Call:
-    """The index arrays, as int64 so that sums cannot overflow, and the shapes of all other operands."""
+    """The index arrays, as int64 so that sums cannot overflow, the scales, and the shapes of all other operands."""
 
     hnd: bool
     index: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    scales: dict[str, np.ndarray] = field(default_factory=dict)  # as far as they are known
 
     def add(self, name: str, x: Any) -> None:
-        if name not in _INDEX + _OPERANDS:
+        if name not in _INDEX and name not in _OPERANDS:
             raise _CHECK.fail(
                 f"{name!r} is no operand of this library; the index arrays are {', '.join(_INDEX)}", TypeError
             )
@@ -104,6 +113,8 @@ class _Call:
                 )
         else:
             self.shapes[name] = np.shape(x[0] if name == "rotary" else x)
+            if name in _SCALES and not isinstance(x, (jax.core.Tracer, jax.ShapeDtypeStruct)):
+                self.scales[name] = np.asarray(x)
 
     def sequence_counts(self) -> dict[str, int]:
         """The number of sequences or batch entries, as each array that has one entry for each tells it."""
@@ -135,6 +146,11 @@ class _Call:
     @property
     def pages(self) -> int:
         return self.shapes.get("k_pages", self.shapes.get("v_pages", (0,)))[0]
+
+    @property
+    def kv_heads(self) -> int | None:
+        pages = self.shapes.get("k_pages", self.shapes.get("v_pages"))
+        return None if pages is None else pages[1 if self.hnd else 2]
 
     def appended(self) -> np.ndarray | None:
         """The number of keys that append_kv adds to each sequence, `[n]`; None for any other call."""
@@ -279,3 +295,23 @@ def _check_appended_slots(tables: np.ndarray, lengths: np.ndarray, new: np.ndarr
             f"block_tables rows {row[one]} and {row[other]} both append to "
             f"page {page[one]}, slot {slot[one]}; sequences may share only pages that they do not write to"
         )
+
+
+def _check_scale(call: _Call, name: str) -> None:
+    """A float8 scale must fit the pool, and be a factor by which one can divide on every page that holds keys."""
+    by_head, by_page = (call.kv_heads,), (call.pages, call.kv_heads)
+    if call.kv_heads is not None and call.shapes[name] not in (by_head, by_page):
+        raise _CHECK.fail(
+            f"{name} must have shape [hk] = {by_head} or [p, hk] = {by_page}, got {call.shapes[name]}"
+        )
+    scale = call.scales.get(name)
+    if scale is None:
+        return
+    wrong = ~(np.isfinite(scale) & (scale > 0))
+    if call.page_size and scale.ndim == 2 and {"block_tables", "kv_lengths"} <= call.index.keys():
+        tables, lengths = call.index["block_tables"], call.index["kv_lengths"]
+        used = tables[np.arange(tables.shape[1]) * call.page_size < lengths[:, None]]
+        wrong &= np.isin(np.arange(len(scale)), used)[:, None]
+    at = _first(wrong)
+    if at is not None:
+        raise _CHECK.fail(f"{_item(name, scale, at)}; a scale must be finite and more than 0")

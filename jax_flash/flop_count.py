@@ -10,16 +10,29 @@ import jax
 import numpy as np
 
 from . import dot_product, validate
+from ._jax import manual_axes
 from .attention import flash_attention
+from .checker import Checker
 from .dot_product import DotProductArguments, dot_product_attention
-from .options import FixedArguments, PagedArguments, VarlenArguments
+from .options import FixedArguments, PagedArguments, RingArguments, VarlenArguments
 from .paged import validate as paged_validate
 from .paged.attention import paged_attention
+from .ring import ring_attention
 from .spec import AttentionSpec
 from .varlen import flash_attention_varlen
 from .visible_pairs import Shapes, Values, count
 
 Pass = Literal["forward", "backward", "tangent"]
+
+
+def _whole_ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Any]:
+    """The flash_attention call that all devices of a ring compute together."""
+    check = Checker(op)
+    validate.ring_names(check, arguments)
+    if manual_axes()[0]:
+        raise check.fail("its whole sequence is not known inside jax.shard_map; count its operations outside")
+    return validate.fixed(op, arguments)
+
 
 # The checks of each function, and the value of its arguments that they take.
 _CHECKS: dict[Callable[..., Any], tuple[Callable[..., tuple[AttentionSpec, Any]], Callable[..., Any]]] = {
@@ -27,6 +40,7 @@ _CHECKS: dict[Callable[..., Any], tuple[Callable[..., tuple[AttentionSpec, Any]]
     flash_attention_varlen: (validate.varlen, VarlenArguments),
     paged_attention: (paged_validate.attention, PagedArguments),
     dot_product_attention: (dot_product.spec_and_operands, DotProductArguments),
+    ring_attention: (_whole_ring, RingArguments),
 }
 
 
@@ -38,7 +52,9 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
     segments, mask, draft_mask or a bias of −inf hide counts for nothing, and neither do softmax, dropout and the like.
 
     Args:
-      function: `flash_attention`, `flash_attention_varlen`, `paged_attention` or `dot_product_attention`.
+      function: `flash_attention`, `flash_attention_varlen`, `paged_attention`, `dot_product_attention`, or
+        `ring_attention`, of which all devices together count: pass the whole sequence in its own order, and call this
+        outside `jax.shard_map`.
       *arguments, **options: those of the call. Any array may be a `jax.ShapeDtypeStruct`. The values of lengths,
         offsets, segment_ids, masks and bias count where they are known: on the host, or in arrays of JAX that are not
         traced, which are copied from their device. Where only the shape is known, lengths are full, packed tokens are

@@ -28,6 +28,7 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
       out in the shape and dtype of `outs[0]`, and lse `[..., h, s]` in float32.
 
     Raises:
+      TypeError: for a bare array instead of a list.
       ValueError: if the lists are empty or of different lengths, or if shapes do not match.
 
     Source: Dao et al., FlashAttention (2022), the combination of two blocks.
@@ -37,6 +38,12 @@ def merge_attention(outs: Sequence[ArrayLike], lses: Sequence[ArrayLike]) -> tup
       >>> rest = flash_attention(q, k[:, n:], v[:, n:], return_lse=True)
       >>> out, lse = merge_attention(*zip(first, rest))
     """
+    for name, given in (("outs", outs), ("lses", lses)):
+        if hasattr(given, "shape"):
+            raise TypeError(
+                f"merge_attention: {name} must be a list or a tuple with one array for each part, got one array of "
+                f"shape {jnp.shape(given)}; if its first dimension is the parts, pass list({name})"
+            )
     parts, part_lses = [jnp.asarray(out) for out in outs], [jnp.asarray(lse) for lse in lses]
     _check(parts, part_lses)
     merged, lse = combine(parts, part_lses)

@@ -250,6 +250,7 @@ def fixed(op: str, arguments: FixedArguments, shards: int = 1) -> tuple[Attentio
 def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
     """The spec and operands of a ring_attention call: those of a flash_attention call on a shard, and the ring."""
     check = Checker(op)
+    ring_names(check, arguments)
     given, order = arguments.axis_name, arguments.order
     axes = tuple(given) if isinstance(given, (tuple, list)) else (given,)
     manual = jax.sharding.get_abstract_mesh().manual_axes
@@ -257,10 +258,6 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
         raise check.fail(
             f"axis_name must name axes that are manual in the jax.shard_map around the call, {manual}, got {given!r}"
         )
-    if order not in ORDERS:
-        raise check.fail(f"order must be one of {ORDERS}, got {order!r}")
-    if arguments.mode not in MODES:
-        raise check.fail(f"mode must be one of {MODES}, got {arguments.mode!r}")
     size = jax.lax.axis_size(axes)
     spec, operands = fixed(op, arguments, size)
     for name in ("query", "key"):
@@ -280,6 +277,12 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
             f'mode="ring" takes any number'
         )
     return replace(spec, ring=Ring(axes, size, order)), operands
+
+
+def ring_names(check: Checker, arguments: RingArguments) -> None:
+    for name, given, allowed in (("order", arguments.order, ORDERS), ("mode", arguments.mode, MODES)):
+        if given not in allowed:
+            raise check.fail(f"{name} must be one of {allowed}, got {given!r}")
 
 
 def _segment_pair(check: Checker, ids: Any, sq: Any, sk: Any) -> Sequence[Any]:

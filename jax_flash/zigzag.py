@@ -6,6 +6,7 @@ too little of the keys, the other one sees too much.
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def zigzag_unpermute(x: ArrayLike, devices: int, axis: int = 1) -> jax.Array:
       >>> logits = zigzag_unpermute(logits, 8)
     """
     chunks, at = _chunks("zigzag_unpermute", x, devices, axis)
-    pairs = chunks.reshape(*chunks.shape[:at], devices, 2, *chunks.shape[at + 1 :])
+    pairs = chunks.reshape(*chunks.shape[:at], -1, 2, *chunks.shape[at + 1 :])
     first, second = (jnp.take(pairs, i, at + 1) for i in (0, 1))
     return jnp.concatenate([first, jnp.flip(second, at)], at).reshape(np.shape(x))
 
@@ -67,7 +68,10 @@ def zigzag_positions(length: int, devices: int) -> jax.Array:
       >>> positions = zigzag_positions(q.shape[1], 8)
       >>> q = apply_rotary(q, positions, cos, sin)
     """
-    return _permuted("zigzag_positions", np.arange(length, dtype=np.int32), devices, 0)
+    check = Checker("zigzag_positions")
+    if _whole(check, "length", length) < 0:
+        raise check.fail(f"length must be at least 0, got {length}")
+    return _permuted(check.op, np.arange(length, dtype=np.int32), devices, 0)
 
 
 def _permuted(op: str, x: Any, devices: int, axis: int) -> jax.Array:
@@ -76,10 +80,17 @@ def _permuted(op: str, x: Any, devices: int, axis: int) -> jax.Array:
     return jnp.stack([first, jnp.flip(second, at)], at + 1).reshape(np.shape(x))
 
 
+def _whole(check: Checker, name: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, numbers.Integral):
+        raise check.fail(f"{name} must be an int, got {x!r}", TypeError)
+    return int(x)
+
+
 def _chunks(op: str, x: Any, devices: int, axis: int) -> tuple[jax.Array, int]:
     """x with its dimension `axis` cut into [2·devices, chunk], and where that is, counted from the front."""
     check = Checker(op)
     array = check.array("x", x)
+    axis, devices = _whole(check, "axis", axis), _whole(check, "devices", devices)
     if not -array.ndim <= axis < array.ndim:
         raise check.fail(f"axis is {axis}, which an array of shape {array.shape} does not have")
     axis %= array.ndim

@@ -18,6 +18,11 @@ def zeros(*shape):
     return jnp.zeros(shape, jnp.bfloat16)
 
 
+def scales_of_pages(known):
+    """[6, 2], NaN on the other pages."""
+    return np.float32([[known.get(page, np.nan)] * 2 for page in range(6)])
+
+
 FIXED = {"query": zeros(2, 8, 4, 16), "key": zeros(2, 12, 2, 16), "value": zeros(2, 12, 2, 16)}
 PACKED = {"query": zeros(30, 4, 16), "key": zeros(40, 2, 16), "value": zeros(40, 2, 16)}
 POOL = {"k_pages": zeros(6, 4, 2, 16), "v_pages": zeros(6, 4, 2, 16)}
@@ -63,6 +68,11 @@ VALID = {
         kv_lengths=i32(6, 0, 1),
         rotary=(jnp.zeros((8, 8)), jnp.zeros((8, 8))),
     ),
+    "scales of heads and of pages": dict(POOL, k_scale=np.ones(2, np.float32), v_scale=jnp.ones((6, 2))),
+    "scales, garbage on pages that hold no keys": dict(
+        POOL, block_tables=i32([5, 0], [1, 9]), kv_lengths=i32(4, 3), k_scale=scales_of_pages({5: 2, 1: 3})
+    ),
+    "scales of one layer's shapes": dict(k_scale=jax.ShapeDtypeStruct((2,), jnp.float32), **POOL),
     "positions": {"x": zeros(2, 3, 4, 16), "positions": i32([0, 1, 2], [7, 6, 5]), "cos": jnp.zeros((8, 8))},
 }
 
@@ -158,6 +168,30 @@ WRONG = {
     "positions": (
         {"positions": i32([0, 8]), "cos": jnp.zeros((8, 8))},
         "positions[0, 1] = 8 is outside the 8 rows of cos; allowed are 0 to 7",
+    ),
+    "scale of other heads": (
+        dict(POOL, k_scale=jnp.ones(3)),
+        "k_scale must have shape [hk] = (2,) or [p, hk] = (6, 2), got (3,)",
+    ),
+    "scale of other pages": (
+        dict(POOL, v_scale=jnp.ones((5, 2))),
+        "v_scale must have shape [hk] = (2,) or [p, hk] = (6, 2), got (5, 2)",
+    ),
+    "scale of pages in the other layout": (
+        dict(POOL, page_layout="hnd", k_scale=jnp.ones(2)),
+        "k_scale must have shape [hk] = (4,) or [p, hk] = (6, 4), got (2,)",
+    ),
+    "a scale of 0": (
+        dict(POOL, k_scale=np.float32([1, 0])),
+        "k_scale[1] = 0.0; a scale must be finite and more",
+    ),
+    "a negative scale": (
+        dict(k_scale=np.float32([-1, 1])),
+        "k_scale[0] = -1.0; a scale must be finite and more",
+    ),
+    "a scale that is NaN on a page in use": (
+        dict(POOL, block_tables=i32([5, 0]), kv_lengths=i32(5), k_scale=scales_of_pages({5: 2})),
+        "k_scale[0, 0] = nan; a scale must be finite and more than 0",
     ),
     "page_layout": ({"page_layout": "dhn"}, 'page_layout is \'dhn\'; allowed are "nhd" and "hnd"'),
 }

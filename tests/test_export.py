@@ -6,17 +6,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import BY_NAME, Case, make_inputs, varlen
-from jax.export import DisabledSafetyCheck, deserialize, export
+from jax.export import deserialize, export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import assert_same, attention, require_devices, with_gradients
 
-from jax_flash import flash_attention
+from jax_flash import append_kv, export_checks, flash_attention
+from jax_flash.backends import extension
 
 PLAIN = Case("plain", b=2, sq=5, sk=7, hq=4, hk=2, d=16, dv=16, causal=True, dtype="bfloat16")
 EVERYTHING = BY_NAME["everything"].replace(dtype="bfloat16", d=16, dv=16)
 PASSES = ("forward", "backward", "bias_gradient")
-CHECKS = [DisabledSafetyCheck.custom_call(f"jax_flash_{name}") for name in PASSES]
+CHECKS = export_checks()
 
 
 def arrays_of(case, seed=0):
@@ -28,6 +29,26 @@ def exported(call, arrays, *platforms):
     """call exported, serialized and read back."""
     made = export(jax.jit(call), platforms=platforms, disabled_checks=CHECKS)(arrays)
     return deserialize(made.serialize(vjp_order=0))
+
+
+def test_the_checks_name_every_custom_call_of_the_extension():
+    core, _ = extension()
+    assert core is not None
+    assert {check.is_custom_call() for check in export_checks()} == set(core.registrations())
+
+
+def test_a_step_of_serving_and_its_tangent_export_with_the_same_checks(kernel):
+    """Writes to a cache, and forward mode: the calls that training does not have."""
+    x, pool = jnp.ones((2, 3, 2, 8)), jnp.ones((4, 4, 2, 8))
+
+    def step(x, pool):
+        pools = append_kv(pool, pool, x, x, [[0], [1]], 0, implementation=kernel)[:2]
+        return pools, jax.jvp(lambda q: flash_attention(q, x, x, implementation=kernel), (x,), (x,))
+
+    with pytest.raises(ValueError, match="custom call"):
+        export(jax.jit(step))(x, pool)
+    made = export(jax.jit(step), disabled_checks=export_checks())(x, pool)
+    assert_same(deserialize(made.serialize()).call(x, pool), jax.jit(step)(x, pool))
 
 
 # for a platform that is not here

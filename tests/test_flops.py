@@ -18,6 +18,7 @@ from jax_flash import (
     flash_attention_varlen,
     flops,
     paged_attention,
+    ring_attention,
 )
 
 by_name = pytest.mark.parametrize("case", FIXED + VARLEN, ids=lambda case: case.name)
@@ -239,6 +240,27 @@ def test_jax_roofline_counts_packed_sequences_pages_and_scans():
     assert estimate(layers, Q).flops == flops(flash_attention, Q, Q, Q)  # JAX counts a scan's body once
 
 
+def test_a_ring_counts_as_the_whole_sequence_on_all_devices():
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, Q.shape[:2]))
+    options = dict(causal=True, window=(5, None), segment_ids=ids, kv_lengths=[9, 12])
+    ring = dict(axis_name="sequence", order="zigzag", mode="all_to_all")
+    for of in ("forward", "backward", "tangent"):
+        wanted = flops(flash_attention, Q, Q, Q, of=of, **options)
+        assert flops(ring_attention, Q, Q, Q, of=of, **options, **ring) == wanted
+    mesh = jax.make_mesh((1,), ("sequence",), (jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec(None, "sequence")
+    inside = jax.shard_map(
+        lambda x: x + flops(ring_attention, x, x, x, axis_name="sequence"),
+        mesh=mesh,
+        in_specs=spec,
+        out_specs=spec,
+    )
+    with pytest.raises(
+        ValueError, match=r"ring_attention: its whole sequence is not known inside jax.shard_map"
+    ):
+        inside(Q)
+
+
 # Errors.
 
 
@@ -248,7 +270,12 @@ def test_jax_roofline_counts_packed_sequences_pages_and_scans():
         (
             lambda: flops(jax.nn.dot_product_attention, Q, Q, Q),
             TypeError,
-            "allowed are flash_attention, flash_attention_varlen, paged_attention, dot_product_attention",
+            "flash_attention, flash_attention_varlen, paged_attention, dot_product_attention, ring_attention",
+        ),
+        (
+            lambda: flops(ring_attention, Q, Q, Q, axis_name="x", order="striped"),
+            ValueError,
+            "ring_attention: order must be one of ('contiguous', 'zigzag'), got 'striped'",
         ),
         (
             lambda: flops(flash_attention, Q, Q, Q, of="both"),

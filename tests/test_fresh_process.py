@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import BY_NAME, make_inputs
 from jax.experimental.serialize_executable import serialize
-from jax.export import DisabledSafetyCheck, export
+from jax.export import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import attention, report, require_devices, start_python, with_gradients
@@ -16,10 +16,7 @@ from programs import attention, report, require_devices, start_python, with_grad
 import jax_flash
 
 CASE = BY_NAME["everything"].replace(b=2, hq=4, hk=2, d=16, dv=16, alibi_slopes=(2, 4))
-CHECKS = [
-    DisabledSafetyCheck.custom_call(f"jax_flash_{name}")
-    for name in ("forward", "backward", "bias_gradient", "append")
-]
+CHECKS = jax_flash.export_checks()
 
 # Reads a program with its arguments and the results wanted, and tells how far its own results are from them.
 READER = """

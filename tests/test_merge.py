@@ -157,6 +157,15 @@ def test_it_works_under_strict_promotion_and_x64():
         assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
 
 
+@pytest.mark.parametrize(("outs", "lses"), [(0, 1), (1, 0), (0, 0)], ids=["outs", "lses", "both"])
+def test_a_bare_array_is_refused_since_its_batch_would_be_taken_for_parts(outs, lses):
+    out, lse = part()
+    with pytest.raises(
+        TypeError, match=r"merge_attention: (outs|lses) must be a list or a tuple with one array"
+    ):
+        merge_attention(([out], out)[outs == 0], ([lse], lse)[lses == 0])
+
+
 def part(out=(2, 3, 4, 8), lse=(2, 4, 3)):
     return jnp.zeros(out), jnp.zeros(lse)
 

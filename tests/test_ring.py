@@ -13,6 +13,7 @@ import oracle
 import pytest
 from cases import BY_NAME, Case, make_inputs
 from checks import references
+from conftest import IMPLEMENTATIONS
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import (
@@ -221,6 +222,23 @@ def test_only_what_is_needed_travels(kernel, heads):
     pairs = re.findall(r"source_target_pairs=\{(.*?\})\}", text)
     assert len(pairs) == collectives(text)["collective-permute"]
     assert not any("{0,6}" in x or "{6,0}" in x for x in pairs)  # the first device sees nothing of the last
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("empty", ["b", "s"])
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, order):
+    x = jnp.zeros((0, 8, 2, 8) if empty == "b" else (2, 0, 2, 8))
+    call = partial(ring_attention, causal=True, order=order, implementation=implementation)
+    mapped = split_over(mesh_of(4), call, P(None, "ring"))
+    arrays = dict.fromkeys(("query", "key", "value"), x)
+    for run in (
+        mapped,
+        jax.jit(mapped),
+        jax.grad(lambda x: mapped(x).sum()),
+        jax.jit(with_gradients(mapped)),
+    ):
+        assert {leaf.shape for leaf in jax.tree.leaves(run(arrays)) if leaf.ndim} == {x.shape}
 
 
 def test_outside_shard_map_is_refused():

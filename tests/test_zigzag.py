@@ -49,9 +49,30 @@ def test_dtypes_stay_and_both_modes_of_differentiation_and_vmap_run():
     np.testing.assert_array_equal(mapped, zigzag_permute(batch, 2))
 
 
+@pytest.mark.parametrize("wrong", [2.0, "2", True, None])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("zigzag_permute: devices", lambda x: zigzag_permute(np.ones((1, 8)), x)),
+        ("zigzag_unpermute: devices", lambda x: zigzag_unpermute(np.ones((1, 8)), x)),
+        ("zigzag_permute: axis", lambda x: zigzag_permute(np.ones((1, 8)), 2, x)),
+        ("zigzag_positions: length", lambda x: zigzag_positions(x, 2)),
+        ("zigzag_positions: devices", lambda x: zigzag_positions(8, x)),
+    ],
+)
+def test_numbers_that_are_no_ints_are_refused(name, call, wrong):
+    with pytest.raises(TypeError, match=f"^{name} must be an int, got {wrong!r}$"):
+        call(wrong)
+
+
+def test_ints_of_numpy_are_taken():
+    np.testing.assert_array_equal(zigzag_positions(np.int64(8), np.int32(2)), zigzag_positions(8, 2))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: zigzag_positions(-8, 2), "zigzag_positions: length must be at least 0, got -8"),
         (lambda: zigzag_permute(np.ones((1, 12)), 4), r"zigzag_permute: x has length 12 .* 2 · 4 devices"),
         (lambda: zigzag_unpermute(np.ones(6), 2, 0), "zigzag_unpermute: x has length 6 along axis 0"),
         (lambda: zigzag_positions(6, 2), "zigzag_positions: x has length 6"),
