@@ -85,8 +85,8 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     return [lead + shape(result) for result in pass_.results]
 
 
-def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
-    named = dict(zip(operand_names(pass_, spec), avals))
+def result_types(pass_: Pass, spec: Spec, named: dict[str, Any]) -> list[Any]:
+    """The types of a pass's results from those of its operands, by name."""
     shapes = result_shapes(pass_, spec, {name: aval.shape for name, aval in named.items()})
     results = []
     for name, shape in zip(pass_.results, shapes):
@@ -263,7 +263,9 @@ def declare(name: str, pass_: Pass) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
+    primitive.def_abstract_eval(
+        lambda *types, spec: result_types(pass_, spec, dict(zip(operand_names(pass_, spec), types)))
+    )
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
     message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
     ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)
