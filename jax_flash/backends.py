@@ -123,15 +123,15 @@ def _cuda_backend() -> Backend:
         library=library.path if library else None,
         problem=problem,
         archs=tuple(sorted({row.arch for row in rows})),
-        passes=tuple(sorted({row.pass_ for row in rows} | _without_rows(library))),
+        passes=tuple(sorted({row.pass_ for row in rows} | _appends(library))),
         dtypes=tuple(name for name in DTYPES if any(name in row.dtypes for row in rows)),
-        head_dims=tuple(sorted({(row.d, row.dv) for row in rows})),
+        head_dims=tuple(sorted({(row.d, row.dv) for row in rows if row.d})),
         devices=tuple(d for d in local_devices("cuda") if rows and why_not_on(d) is None),
     )
 
 
-def _without_rows(library: CudaLibrary | None) -> set[str]:
-    """The passes that need no row of the kernel table."""
+def _appends(library: CudaLibrary | None) -> set[str]:
+    """The passes of append_kv, whose rows all have one name."""
     handlers = library.handlers if library else {}
     return {pass_.name for pass_ in PASSES if pass_.in_place and f"jax_flash_{pass_.name}" in handlers}
 

@@ -49,6 +49,7 @@ def test_a_gpus_bugs_are_in_kernels_of_the_library_that_their_tests_load(tool):
     lines = (ROOT / "csrc" / "kernels.def").read_text().splitlines()
     table = tool.planted_library.table(lines, tool.gpu_rows())
     rows = [line.split("(")[1].replace(" ", "").split(",") for line in table if line.startswith("JF_KERNEL")]
+    rows = [row for row in rows if row[1] != "append"]
     assert len(rows) == len(tool.gpu_rows())
     files = [f"{pass_}_{loader}_{arch}_d{d}_dv{dv}" for arch, pass_, _, loader, _, d, dv, *_ in rows]
     for x in tool.load():

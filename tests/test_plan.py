@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plans import A100, H100, HEAD_DIMS, RTX4090, T4, plan, tile
+from plans import A100, H100, HEAD_DIMS, RTX4090, T4, core, plan, tile
 
 from jax_flash.__main__ import main
 from jax_flash.spec import AttentionSpec
@@ -342,3 +342,11 @@ def test_the_command_packs_sequences(capsys):
         dv=128,
     )
     assert f"{chosen['workspace']} bytes of workspace (of at most {chosen['workspace_bound']})" in text
+
+
+@pytest.mark.parametrize("capability", [75, 80, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_append_has_rows_for_every_card_and_dtype(dtype, capability):
+    rows = [row for row in core.kernel_table() if row["pass"] == "append" and dtype in row["dtypes"]]
+    designs = {row["design"] for row in rows if core.covers(row["arch"], capability)}
+    assert designs == {"tokens", "dynamic"} | ({"bulk"} if capability >= 90 else set())

@@ -19,7 +19,7 @@ ROW = re.compile(r"JF_KERNEL\((.*)\)")
 
 
 def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
-    """Of csrc/kernels.def the architectures and these rows, each with some of its scores.
+    """Of csrc/kernels.def the architectures, append's rows and these, each with some of its scores.
 
     A row is named by its first columns but the design and the element: "sm90 forward dense 64 64: plain | segments" is
     the first one of these with those scores.
@@ -38,7 +38,8 @@ def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
                 break
         else:
             raise ValueError(f"csrc/kernels.def has no row {row}")
-    return [chosen.get(i, x) for i, x in enumerate(lines) if i in chosen or x.startswith("JF_ARCH(")]
+    always = re.compile(r"JF_ARCH\(|JF_KERNEL\(\w+, +append,")
+    return [chosen.get(i, x) for i, x in enumerate(lines) if i in chosen or always.match(x)]
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ struct CallArrays {
   inline constexpr CallArrays<Array> k##id{operands, results, array_of};
 #include "../results.def"
 
-// A decode is no custom call: its kernels run within the forward.
+// A decode is no custom call, as its kernels run within the forward, and append's have arrays of their own.
 constexpr const CallArrays<Array>& arrays_of(Pass pass) {
   switch (pass) {
 #define JF_PASS(id, ...) \
@@ -198,6 +198,7 @@ constexpr const CallArrays<Array>& arrays_of(Pass pass) {
     return k##id;
 #include "../results.def"
     case Pass::kDecode:
+    case Pass::kAppend:
       break;
   }
   return kForward;

@@ -23,7 +23,15 @@ JF_HD constexpr bool is_float8(DType dtype) { return dtype == DType::kF8E4M3 || 
 JF_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : is_float8(dtype) ? 1 : 2; }
 
 // kDecode is a pass of csrc/kernels.def but not a custom call of its own: forward uses it for few query rows.
-enum class Pass : int32_t { kForward = 0, kBackward = 1, kBiasGradient = 2, kDecode = 3, kTangent = 4 };
+// kAppend is append_kv's, whose custom calls have an AppendProblem.
+enum class Pass : int32_t {
+  kForward = 0,
+  kBackward = 1,
+  kBiasGradient = 2,
+  kDecode = 3,
+  kTangent = 4,
+  kAppend = 5
+};
 
 // Optional operands in call order; the value is the bit in AttentionSpec::operands.
 enum class Operand : int32_t {

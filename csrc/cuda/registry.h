@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "core/band.h"
+#include "core/plan/call.h"
 #include "core/plan/columns.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
@@ -18,8 +19,12 @@ namespace jax_flash {
 using Launch = cudaError_t(const Problem& p, const Tangents* tangents, const LaunchPlan& plan,
                            void* workspace, cudaStream_t stream);
 
+// cudaErrorNotSupported: another row has to run the call.
+using AppendLaunch = cudaError_t(const AppendProblem& p, const Device& device, cudaStream_t stream);
+
 std::span<const KernelRow> built_kernels();
-Launch* launch_of(int32_t kernel);  // an index into built_kernels()
+Launch* launch_of(int32_t kernel);  // an index into built_kernels(), of a row of any pass but append
+AppendLaunch* append_launch_of(int32_t kernel);
 
 // A pass's launch_row, which takes the tangents only where they are its operands.
 template <auto kLaunchRow>
@@ -98,4 +103,15 @@ inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const
                    cudaStream_t stream) {                                                               \
     return call_launch_row<launch_row<dtype, columns::name>>(p, tangents, plan, workspace, stream);     \
   }                                                                                                     \
+  }
+
+// The same for a row of append.
+#define JF_DEFINE_APPEND_LAUNCH(name, dtype, ...)                                       \
+  namespace jax_flash {                                                                 \
+  namespace columns {                                                                   \
+  inline constexpr Row name{__VA_ARGS__};                                               \
+  }                                                                                     \
+  cudaError_t name(const AppendProblem& p, const Device& device, cudaStream_t stream) { \
+    return append::launch_row<dtype, columns::name>(p, device, stream);                 \
+  }                                                                                     \
   }

@@ -8,6 +8,18 @@ namespace {
 // Up to this cap float32 holds the powers of e that the softcap kernel makes.
 constexpr float kLargestSoftcap = 50;
 
+template <class... Operands>
+constexpr int32_t bits_of(Operands... operands) {
+  return ((1 << static_cast<int32_t>(operands)) | ...);
+}
+
+// Operands that every kernel reads, and those of the options below. Any other needs the general kernel.
+constexpr int32_t kOfEveryKernel = bits_of(
+    Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
+    Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
+constexpr int32_t kOfOptions = bits_of(Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kAlibiSlopes,
+                                       Operand::kBias, Operand::kMask, Operand::kDropout);
+
 // What a call does to scores, if it is one thing that may have a kernel of its own; else kGeneral.
 ScoreKind only_option(const Call& call) {
   const AttentionSpec& spec = call.spec;
@@ -24,7 +36,7 @@ ScoreKind only_option(const Call& call) {
       {spec.has(Operand::kDropout), true, ScoreKind::kDropout},
       {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-      {spec.has(Operand::kDraftMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+      {(spec.operands & ~(kOfEveryKernel | kOfOptions)) || !(spec.scale > 0), false, ScoreKind::kGeneral},
   };
   ScoreKind found = ScoreKind::kPlain;
   for (const auto& option : options) {

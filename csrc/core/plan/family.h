@@ -53,6 +53,8 @@ struct Family {
         return decode;
       case Pass::kTangent:
         return tangent;
+      case Pass::kAppend:  // chosen by csrc/cuda/append/append.cc
+        return nullptr;
     }
     return nullptr;
   }

@@ -42,13 +42,13 @@ bool bias_in_tiles(const Problem& p) {
   return bias_in_chunks(p) && p.leading.rank <= 1 && (p.bias.row != 0 || p.q_rows == 1);
 }
 
-// The largest bound of all families that have the pass.
+// The largest bound of all families that have rows of the pass.
 Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
   Dim bound = 0;
   const Family* last = nullptr;
-  for (const Arch* arch : arch_table()) {
-    const Family& family = arch->family();
-    if (&family == last) continue;  // arches of one family stand side by side
+  for (const KernelRow& row : kernel_table()) {
+    const Family& family = row.arch->family();
+    if (row.pass != pass || &family == last) continue;  // rows of one family stand side by side
     last = &family;
     if (const PassTraits* traits = family.of(pass)) bound = max(bound, traits->workspace_bound(spec, shapes));
   }

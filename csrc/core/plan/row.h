@@ -40,7 +40,17 @@ enum class ScoreKind : int32_t {
 inline constexpr int32_t kScoreKinds = 9;
 
 // The algorithm of a kernel, one of its family's for the pass. csrc/kernels.def says what each is.
-enum class Design : int32_t { kTiles, kPackedHeads, kSplitKeys, kCluster, kLatent, kLatentFew };
+enum class Design : int32_t {
+  kTiles,
+  kPackedHeads,
+  kSplitKeys,
+  kCluster,
+  kLatent,
+  kLatentFew,
+  kTokens,
+  kBulk,
+  kDynamic
+};
 
 // The columns of csrc/kernels.def but the arch: data for the plan, and a template argument of the kernel.
 struct Row {
@@ -48,8 +58,8 @@ struct Row {
   Design design;
   uint32_t loaders;   // bit set of Loader; a built kernel has one, or chooses at run time
   uint32_t elements;  // bit set of DType: of query, of which a built kernel has one, and float8 of pages
-  int32_t head_dim, value_dim;
-  int32_t block_m, block_n;  // rows of queries and of keys in a tile
+  int32_t head_dim, value_dim;  // 0: any
+  int32_t block_m, block_n;     // rows of queries and of keys in a tile
   int32_t stages, warps;
   int32_t teams;      // of consumer warpgroups in a CTA, each with query tiles of its own
   int32_t multicast;  // 2: the plain kernel is also built for clusters of 2 CTAs that share loads of K and V

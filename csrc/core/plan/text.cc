@@ -4,7 +4,7 @@
 namespace jax_flash {
 
 const char* name_of(Pass pass) {
-  constexpr const char* kNames[] = {"forward", "backward", "bias_gradient", "decode", "tangent"};
+  constexpr const char* kNames[] = {"forward", "backward", "bias_gradient", "decode", "tangent", "append"};
   return kNames[static_cast<int>(pass)];
 }
 
@@ -22,7 +22,8 @@ const char* name_of(ScoreKind kind) {
 }
 
 const char* name_of(Design design) {
-  constexpr const char* kNames[] = {"tiles", "packed_heads", "split_keys", "cluster", "latent", "latent_few"};
+  constexpr const char* kNames[] = {"tiles",      "packed_heads", "split_keys", "cluster", "latent",
+                                    "latent_few", "tokens",       "bulk",       "dynamic"};
   return kNames[static_cast<int>(design)];
 }
 

@@ -11,7 +11,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
 
-namespace jax_flash::append {
+namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
 struct DynamicParts {
   Divisor runs, groups;  // of a leading entry; groups of kWarps heads
@@ -129,4 +129,4 @@ cudaError_t launch_dynamic(const AppendProblem& p, cudaStream_t stream) {
   });
 }
 
-}  // namespace jax_flash::append
+}  // namespace jax_flash::append::inline JF_ARCH_NAMESPACE

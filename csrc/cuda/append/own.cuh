@@ -61,8 +61,8 @@ __device__ __forceinline__ void mark_overwritten(const Own& own, int32_t row, co
 }
 
 // Marks the own tokens that a later one overwrites.
-__device__ __noinline__ void find_overwritten(const AppendCall& call, int32_t entry, Starts starts, Own own,
-                                              Shared& shared) {
+static __device__ __noinline__ void find_overwritten(const AppendCall& call, int32_t entry, Starts starts,
+                                                     Own own, Shared& shared) {
   for (int32_t row = own.first + static_cast<int32_t>(threadIdx.x); row < call.tokens; row += kThreads) {
     const Slot slot = find_slot(call, entry, starts, row);
     if (own.may_hold(slot.page, shared)) mark_overwritten(own, row, slot, shared);

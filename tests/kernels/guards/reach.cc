@@ -40,6 +40,8 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
       return {Variant::kGeneral, Variant::kBias};
     case Pass::kDecode:
       return {Variant::kSplit, Variant::kGeneral, Variant::kFloat8Split, Variant::kFloat8General};
+    case Pass::kAppend:  // has a driver of its own
+      return {};
   }
   return {};
 }
@@ -127,6 +129,8 @@ Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
       if (plan.decode.memory >= 0 && plan.cluster_size > 1) return Variant::kCluster;
       if (plan.decode.memory < 0) return p.kv_dtype != p.dtype ? Variant::kFloat8 : Variant::kPlain;
       return p.kv_dtype != p.dtype ? Variant::kFloat8Split : Variant::kSplit;
+    case Pass::kAppend:
+      break;
   }
   return Variant::kPlain;
 }

@@ -1,28 +1,21 @@
-// append_kv: writes new keys and values into the slots of a page pool. Keys are rotated, and both are
-// quantised where the pool is float8.
+// append_kv on every card: writes new keys and values into the slots of a page pool. Keys are rotated, and
+// both are quantised where the pool is float8, in dynamic.cuh with scales that follow the pages.
 //
-// Every block has a range of tokens (own.cuh). A thread has words of a token; where bulk copies suit a call,
-// a warp has all of it (bulk.cuh).
-#include "cuda/append/append.h"
+// Every block has a range of tokens (own.cuh), and a thread words of a token.
+#pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <limits>
-
-#include "cuda/append/bulk.cuh"
 #include "cuda/append/dynamic.cuh"
 #include "cuda/append/own.cuh"
 #include "cuda/append/tokens.cuh"
 #include "cuda/append/words.cuh"
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/registry.h"
 
-namespace jax_flash {
-namespace append {
-namespace {
-
-constexpr int kBlocksPerMultiprocessor = 3;  // of the grid, at most: one wave
+namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
 // The parts of a call: a block has `tokens` tokens of one leading entry, and the units [slice · units, …) of
 // each.
@@ -31,8 +24,8 @@ struct Parts {
   int32_t tokens;
 };
 
-template <class T, class Pool, int kWord>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+template <class T, class Pool, int kWord, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
     append_tokens(const __grid_constant__ AppendCall call, const __grid_constant__ Units units,
                   const __grid_constant__ Parts parts) {
   __shared__ Shared shared;
@@ -85,10 +78,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// kThreads units or fewer of a token for each block where the device has room for so many blocks; else all
-// units, of as many tokens as leave so many blocks.
-Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int32_t sm_count) {
-  const int64_t most = int64_t{kBlocksPerMultiprocessor} * sm_count;
+// At most kThreads units of a token for each block where the device has room for so many blocks, in one wave
+// of `most`; else all units, of as many tokens as leave so many blocks.
+inline Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int64_t most) {
   const int64_t tokens = entries * call.tokens, wanted = ceil_div(units.all, kThreads);
   const int64_t slices = std::max<int64_t>(tokens * wanted <= most ? wanted : 1, 1);
   Parts parts{};
@@ -98,61 +90,28 @@ Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int3
   return parts;
 }
 
-// Whether the code of this device has bulk copies.
-template <class Kernel>
-bool has_bulk_copies(Kernel kernel, const Device& device) {
-  cudaFuncAttributes attributes{};
-  return device.capability >= 90 && cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-         attributes.ptxVersion >= 90;
-}
-
-// Launches a part of a call by bulk copies, if they suit it.
-template <class T, int kWord>
-bool launch_bulk(const AppendCall& call, const Units& units, int64_t entries, const Device& device,
-                 cudaStream_t stream, cudaError_t& error) {
-  const auto kernel = append_bulk<T, kWord>;
-  const int64_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
-  const BulkParts parts = bulk_parts<T>(call, entries, device.sm_count, device.shared_memory, starts);
-  if (parts.stages == 0 || !has_bulk_copies(kernel, device)) return false;
-  const int64_t bytes = int64_t{kWarps} * parts.stages * parts.stage_bytes() + starts;
-  error = launch(kernel, entries * parts.chunks.value, kThreads, static_cast<size_t>(bytes), stream, call,
-                 units, parts);
-  return true;
-}
-
-template <class T, class Pool>
-cudaError_t launch_for(const AppendProblem& p, const Device& device, cudaStream_t stream) {
+template <class T, class Pool, Row R>
+cudaError_t launch_tokens(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   return with_words<T>(p, p.kv_heads, [&]<int kWord>(const Units& units) {
     return for_each_launch(p, [&](const AppendCall& call, int64_t entries) {
-      if constexpr (sizeof(Pool) > 1 && kWord > 1) {
-        cudaError_t e;
-        if (launch_bulk<T, kWord>(call, units, entries, device, stream, e)) return e;
-      }
-      const Parts parts = parts_of(call, units, entries, device.sm_count);
+      const Parts parts = parts_of(call, units, entries, int64_t{R.blocks} * device.sm_count);
       const size_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
       const int64_t blocks = entries * parts.chunks.value * parts.slices.value;
-      return launch(append_tokens<T, Pool, kWord>, blocks, kThreads, starts, stream, call, units, parts);
+      return launch(append_tokens<T, Pool, kWord, R.blocks>, blocks, kThreads, starts, stream, call, units,
+                    parts);
     });
   });
 }
 
-template <class T>
-cudaError_t launch_for(const AppendProblem& p, const Device& device, cudaStream_t stream) {
-  if (p.dynamic) return launch_dynamic<T>(p, stream);
-  if (is_float8(p.pool_dtype)) return launch_for<T, uint8_t>(p, device, stream);
-  return launch_for<T, T>(p, device, stream);
+template <class T, Row R>
+cudaError_t launch_row(const AppendProblem& p, const Device& device, cudaStream_t stream) {
+  static_assert(R.warps == kWarps);
+  if constexpr (R.design == Design::kDynamic) {
+    return launch_dynamic<T>(p, stream);
+  } else {
+    return is_float8(p.pool_dtype) ? launch_tokens<T, uint8_t, R>(p, device, stream)
+                                   : launch_tokens<T, T, R>(p, device, stream);
+  }
 }
 
-}  // namespace
-}  // namespace append
-
-cudaError_t launch_append(const AppendProblem& p, const Device& device, cudaStream_t stream) {
-  const int64_t tokens = int64_t{p.q_rows} * (p.packed() ? 1 : p.batch);
-  if (tokens == 0 || p.batch == 0 || p.pages == 0 || p.kv_heads == 0) return cudaSuccess;
-  if (tokens > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidValue;
-  if (p.dtype == DType::kF16) return append::launch_for<__half>(p, device, stream);
-  if (p.dtype == DType::kBF16) return append::launch_for<__nv_bfloat16>(p, device, stream);
-  return append::launch_for<float>(p, device, stream);
-}
-
-}  // namespace jax_flash
+}  // namespace jax_flash::append::inline JF_ARCH_NAMESPACE

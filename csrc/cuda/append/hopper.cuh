@@ -1,4 +1,4 @@
-// append_kv by bulk copies (sm_90 and newer), where a pool holds what the caller has: a warp has a token at a
+// append_kv by bulk copies (sm_90 and newer), where the pool has the caller's dtype: a warp has a token at a
 // time. Its rows come to shared memory, are rotated there and leave for the pool; V never passes a register.
 // While the first rows and angles are on their way, every warp looks up for itself which of its slots a later
 // token overwrites (own.cuh), as no barrier is needed then.
@@ -10,16 +10,14 @@
 #include "core/rotary.h"
 #include "cuda/append/own.cuh"
 #include "cuda/append/words.cuh"
+#include "cuda/launch.h"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/shared.cuh"
-#if __CUDA_ARCH__ >= 900
 #include "cuda/ptx/tma.cuh"
-#endif
+#include "cuda/registry.h"
 
-namespace jax_flash::append {
+namespace jax_flash::append::inline JF_ARCH_NAMESPACE {
 
-inline constexpr int kBulkBlocks = 2;  // per SM
-inline constexpr int kMostStages = 4;
 inline constexpr int kLeastBytes = 2048;  // of a token: a warp's work on it is worth while
 inline constexpr int kLeastTokens = 3;    // of a block: fewer wait for their slots rather than for memory
 inline constexpr int kRunsAtOnce = 5;     // that a lane looks up together
@@ -79,12 +77,12 @@ inline BulkLane angle_lane(const AppendView& table, int32_t at, int32_t bytes) {
 
 // The parts of a call on a device whose CTAs may have `shared_memory` bytes, of which `starts` go to packed
 // sequences; no stages: the call is better off without bulk copies.
-template <class T>
-BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, int32_t shared_memory,
-                     int64_t starts) {
-  const int64_t most = int64_t{kBulkBlocks} * sm_count;
+template <class T, Row R>
+BulkParts bulk_parts(const AppendCall& call, int64_t entries, const Device& device, int64_t starts) {
+  const int64_t most = int64_t{R.blocks} * device.sm_count;
   const auto bytes = [&](int64_t elements, size_t size) {
-    return static_cast<int32_t>(std::min<int64_t>(elements * static_cast<int64_t>(size), shared_memory));
+    return static_cast<int32_t>(
+        std::min<int64_t>(elements * static_cast<int64_t>(size), device.shared_memory));
   };
   BulkParts parts{};
   parts.key_bytes = bytes(int64_t{call.heads} * call.key.width, sizeof(T));
@@ -95,10 +93,10 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   parts.chunks = Divisor(ceil_div(call.tokens, parts.tokens));
   constexpr int64_t kReserved = 1024;  // of each CTA
   const int64_t room =
-      shared_memory / kBulkBlocks - static_cast<int64_t>(sizeof(Shared)) - kReserved - starts;
+      device.shared_memory / R.blocks - static_cast<int64_t>(sizeof(Shared)) - kReserved - starts;
   const bool is_small = parts.row_bytes() < kLeastBytes || tokens < kLeastTokens;
   const int64_t stages = is_small ? 0 : room / (int64_t{kWarps} * parts.stage_bytes());
-  parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
+  parts.stages = static_cast<int32_t>(std::clamp<int64_t>(stages, 0, R.stages));
   parts.lanes[0] = row_lane<T>(call, call.key, 0);
   parts.lanes[1] = row_lane<T>(call, call.value, parts.key_bytes);
   parts.lanes[2] = angle_lane(call.cos, parts.row_bytes(), parts.angle_bytes);
@@ -106,12 +104,11 @@ BulkParts bulk_parts(const AppendCall& call, int64_t entries, int32_t sm_count, 
   return parts;
 }
 
-#if __CUDA_ARCH__ >= 900
-
 // Which of a warp's tokens, `first` and every kWarps-th after it, a later one overwrites. Lane i has the page
 // and slot of token i.
-__device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_t entry, Starts starts,
-                                                  int32_t first, int32_t count, int32_t page, int32_t slot) {
+static __device__ __noinline__ uint32_t find_overwritten(const AppendCall& call, int32_t entry, Starts starts,
+                                                         int32_t first, int32_t count, int32_t page,
+                                                         int32_t slot) {
   uint32_t marks = 0;
   for (int32_t base = first; base < call.tokens; base += 32) {
     const int32_t row = base + static_cast<int32_t>(threadIdx.x % 32);
@@ -282,14 +279,10 @@ struct BulkWarp {
   }
 };
 
-#endif
-
-template <class T, int kWord>
-__global__ void __launch_bounds__(kThreads, kBulkBlocks)
-    append_bulk([[maybe_unused]] const __grid_constant__ AppendCall call,
-                [[maybe_unused]] const __grid_constant__ Units units,
-                [[maybe_unused]] const __grid_constant__ BulkParts parts) {
-#if __CUDA_ARCH__ >= 900
+template <class T, int kWord, int kMostStages, int kBlocks>
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    append_bulk(const __grid_constant__ AppendCall call, const __grid_constant__ Units units,
+                const __grid_constant__ BulkParts parts) {
   __shared__ Shared shared;
   __shared__ uint64_t full[kWarps][kMostStages];
   const auto warp = static_cast<int32_t>(threadIdx.x / 32);
@@ -326,7 +319,38 @@ __global__ void __launch_bounds__(kThreads, kBulkBlocks)
     own.overwritten = __ballot_sync(~0u, token < count && shared.overwritten[min(token, kMostTokens - 1)]);
   }
   own.run();
-#endif
 }
 
-}  // namespace jax_flash::append
+// Whether the build has the kernel's code for this device; it may be built for other cards alone.
+template <class Kernel>
+bool has_code(Kernel kernel) {
+  cudaFuncAttributes attributes{};
+  if (cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess) return true;
+  cudaGetLastError();  // which the next launch would return
+  return false;
+}
+
+// Features that are copied one by one, few tokens and small ones are left to the kernel of words. Where that
+// is found after some launches it writes their tokens again.
+template <class T, Row R>
+cudaError_t launch_row(const AppendProblem& p, const Device& device, cudaStream_t stream) {
+  static_assert(R.warps == kWarps);
+  return with_words<T>(p, p.kv_heads, [&]<int kWord>(const Units& units) {
+    if constexpr (kWord > 1) {
+      const auto kernel = append_bulk<T, kWord, R.stages, R.blocks>;
+      if (!has_code(kernel)) return cudaErrorNotSupported;
+      return for_each_launch(p, [&](const AppendCall& call, int64_t entries) {
+        const int64_t starts = call.packed ? Starts::bytes(call.sequences) : 0;
+        const BulkParts parts = bulk_parts<T, R>(call, entries, device, starts);
+        if (parts.stages == 0) return cudaErrorNotSupported;
+        const int64_t bytes = int64_t{kWarps} * parts.stages * parts.stage_bytes() + starts;
+        return launch(kernel, entries * parts.chunks.value, kThreads, static_cast<size_t>(bytes), stream,
+                      call, units, parts);
+      });
+    } else {
+      return cudaErrorNotSupported;
+    }
+  });
+}
+
+}  // namespace jax_flash::append::inline JF_ARCH_NAMESPACE

@@ -1,0 +1,37 @@
+#include "cuda/append/append.h"
+
+#include <limits>
+
+#include "cuda/registry.h"
+
+namespace jax_flash {
+namespace {
+
+bool runs(const KernelRow& row, const AppendProblem& p, const Device& device) {
+  return row.pass == Pass::kAppend && row.arch->covers(device.capability) && row.takes(p.dtype) &&
+         row.takes(p.pool_dtype) && (row.design == Design::kDynamic) == p.dynamic;
+}
+
+}  // namespace
+
+// The rows of the newest arch come first, then the table's order decides; a row may leave a call to the next.
+cudaError_t launch_append(const AppendProblem& p, const Device& device, cudaStream_t stream) {
+  const int64_t tokens = int64_t{p.q_rows} * (p.packed() ? 1 : p.batch);
+  if (tokens == 0 || p.batch == 0 || p.pages == 0 || p.kv_heads == 0) return cudaSuccess;
+  if (tokens > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidValue;
+  const std::span<const KernelRow> rows = built_kernels();
+  for (int32_t newest = std::numeric_limits<int32_t>::max(); newest > 0;) {
+    int32_t next = 0;  // the newest arch among those older than `newest`
+    for (const KernelRow& row : rows)
+      if (runs(row, p, device) && row.arch->oldest < newest) next = std::max(next, row.arch->oldest);
+    for (int32_t i = 0; i < static_cast<int32_t>(rows.size()); ++i) {
+      if (!runs(rows[i], p, device) || rows[i].arch->oldest != next) continue;
+      const cudaError_t e = append_launch_of(i)(p, device, stream);
+      if (e != cudaErrorNotSupported) return e;
+    }
+    newest = next;
+  }
+  return cudaErrorNotSupported;
+}
+
+}  // namespace jax_flash
