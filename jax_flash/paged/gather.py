@@ -109,9 +109,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
     last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
     seen = [(first, last)]
     if "ranges" in operands:
-        limits = jnp.moveaxis(
-            jnp.maximum(operands["ranges"], 0), -3, -2
-        )  # […, sq, h, 2 | 4] or [tq, h, 2 | 4]
+        limits = jnp.moveaxis(jnp.maximum(operands["ranges"], 0), -3, -2)  # […, sq, h, 2|4], [tq, h, 2|4]
         seen = [
             (jnp.maximum(first, limits[..., i]), jnp.minimum(last, limits[..., i + 1] - 1))
             for i in range(0, limits.shape[-1], 2)
@@ -141,7 +139,8 @@ def _drafts_missing(
     """
     sequence, row, new = rows
     size, n = mask.shape[-1], outside.shape[0]
-    key = new[..., None] + jnp.arange(size, dtype=jnp.int32)  # [n, 1, 1, size] or [tq, 1, size]
+    token = jnp.arange(size, dtype=jnp.int32).reshape((1,) * new.ndim + (size,))
+    key = new[..., None] + token  # [n, 1, 1, size] or [tq, 1, size]
     inside = (seen[0][..., None] <= key) & (key <= seen[1][..., None])
     entry = jnp.clip(key // page_size, 0, outside.shape[1])
     missing = jnp.pad(outside, ((0, 1), (0, 1)))[sequence[..., None], entry]
