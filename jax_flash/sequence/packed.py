@@ -23,9 +23,9 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a row of packed sequences may stay split: not where bits, slopes or the diagonal go by the position in
-    each sequence."""
-    if spec.layout != "varlen" or "dropout" in spec.operands:
+    """Whether a row of packed sequences may stay split: not where bits, slopes, ranges or the diagonal go by the
+    position in each sequence."""
+    if spec.layout != "varlen" or {"dropout", "ranges"} & {*spec.operands}:
         return False
     if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
         return False
