@@ -58,8 +58,7 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
     row = replace(spec, layout="fixed", align="top_left", same_offsets=False, operands=names, ring=ring)
     results = [x[0] for x in passes.run(pass_, row, made, call)]
     if pass_ is FORWARD and "sinks" in operands:  # which rows of a sequence see, and others do not
-        out, lse = results
-        results = [out, jnp.where(used, lse, -jnp.inf)]
+        results[1] = jnp.where(used, results[1], -jnp.inf)
     return results
 
 
