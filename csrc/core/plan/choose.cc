@@ -8,21 +8,20 @@ namespace {
 // Up to this cap float32 holds the powers of e that the softcap kernel makes.
 constexpr float kLargestSoftcap = 50;
 
-// What a call does to scores, if it is one thing that may have a kernel of its own; else kGeneral.
+// TMA loads tiles of the bias in the forward, cp.async 8 keys at a time in gradients.
+bool bias_is_served(const Call& call) {
+  return call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks;
+}
+
+// The kind of the call's only option, if that kind has kernels for it; kGeneral with several options.
 ScoreKind only_option(const Call& call) {
   const AttentionSpec& spec = call.spec;
   struct {
     bool wanted, served;
     ScoreKind kind;
   } const options[] = {
-      {spec.has(Operand::kQSegmentIds), true, ScoreKind::kSegments},
-      {spec.has(Operand::kAlibiSlopes), true, ScoreKind::kAlibi},
-      {spec.has(Operand::kBias),
-       call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks,
-       ScoreKind::kBias},
-      {spec.has(Operand::kMask), call.shapes.mask_in_chunks, ScoreKind::kMask},
-      {spec.has(Operand::kDropout), true, ScoreKind::kDropout},
-      {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
+#define JF_SCORE(kind, name, printed, wanted, served, ...) {wanted, served, ScoreKind::k##kind},
+#include "../../scores.def"
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
       {spec.has(Operand::kDraftMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
   };
