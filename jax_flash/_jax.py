@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from jax._src.interpreters import mlir as _mlir
 # parse_flatten_op_sharding reads the shardings that XLA shows while it partitions.
 from jax._src.sharding_impls import parse_flatten_op_sharding as _parse_op_sharding
 from jax.interpreters import mlir
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 apply_primitive = _dispatch.apply_primitive
 
@@ -70,6 +70,21 @@ def sharded_like(x: jax.Array, other: jax.Array) -> jax.Array:
         return x
     moved: jax.Array = jax.sharding.reshard(x, wanted)
     return moved
+
+
+def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) -> Any:
+    """run(operands), where explicit mesh axes are automatic inside; `shardings` are those of the results' types.
+
+    Under explicit axes JAX refuses gathers, scatters and padding whose result it does not know how to shard.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in jax.tree.leaves(operands)]
+    mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+    if mesh is None:
+        return run(operands)
+    whole = NamedSharding(mesh, PartitionSpec())  # of what is like an array that was made outside the mesh
+    on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(operands)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from .primitives import (
     declare,
     equally_varying,
     result_shapes,
+    result_types,
 )
 from .sequence import passes
 from .spec import AttentionSpec, operand_names
@@ -44,21 +45,24 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
     if "position" in operands and "dropout" in operands:  # bits go by the position in the larger sequence
         first = operands["position"].astype(jnp.uint32)
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
-    if spec.implementation == "xla":
-        return gather.attention(spec, operands) if spec.paged else _in_plain_jax(spec, operands)
-    out, lse = bind(FORWARD, spec, operands)
+    out, lse = (
+        _in_plain_jax(spec, operands) if spec.implementation == "xla" else bind(FORWARD, spec, operands)
+    )
     return out, lse
 
 
-def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Pair:
+def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
     if spec.ring is not None:
         operands = equally_varying(operands, spec.ring.axes)
         if any(_jax.same_dim(size, 0) for size in operands["query"].shape):
             return _empty(spec, operands)
-        out, lse = passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
-        return out, lse
-    out, lse = reference.attention(spec, operands)
-    return out, lse
+        return passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
+    equations = partial(gather.attention if spec.paged else reference.attention, spec)
+    if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
+        return equations(operands)
+    types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
+    found: Pair = _jax.in_automatic_axes(equations, operands, tuple(x.sharding for x in types))
+    return found
 
 
 def _empty(spec: AttentionSpec, operands: Operands) -> Pair:
@@ -128,9 +132,14 @@ def _transpose_differential(cotangents: Any, *arrays: Any, spec: AttentionSpec) 
     operands = given | {n: x for n, x in (("dout", dout), ("dlse", dlse)) if x is not None}
     wanted = tuple(name.removeprefix("t") for name in linear)
     run = partial(derivatives.gradients, _without_tangents(spec), wanted)
-    found = over_leading(run, spec, operands)
-    gradients = {"t" + name: _sum_leading(x, linear["t" + name]) for name, x in found.items()}
-    return [gradients.get(name) for name in names]
+
+    def gradients(operands: Operands) -> Operands:
+        found = over_leading(run, spec, operands)
+        return {"t" + name: _sum_leading(x, linear["t" + name]) for name, x in found.items()}
+
+    shardings = {name: x.sharding for name, x in linear.items()}
+    found = _jax.in_automatic_axes(gradients, operands, shardings) if spec.paged else gradients(operands)
+    return [found.get(name) for name in names]
 
 
 def _sum_leading(gradient: jax.Array, aval: Any) -> jax.Array:
@@ -148,7 +157,12 @@ def _lower_differential(ctx: mlir.LoweringRuleContext, *values: Any, spec: Atten
     run = partial(derivatives.tangents, _without_tangents(spec))
 
     def differential(*arrays: jax.Array) -> list[jax.Array]:
-        return list(over_leading(run, spec, dict(zip(names, arrays))))
+        operands = dict(zip(names, arrays))
+        if not spec.paged:
+            return list(over_leading(run, spec, operands))
+        shardings = [x.sharding for x in ctx.avals_out]
+        results = _jax.in_automatic_axes(lambda x: list(over_leading(run, spec, x)), operands, shardings)
+        return list(results)
 
     return mlir.lower_fun(differential, multiple_results=True)(ctx, *values)
 

@@ -9,19 +9,22 @@ import jax
 import numpy as np
 
 from .checker import Checker
+from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL
 
 _CHECK = Checker("check_inputs")
 
 # The index arrays and their ranks; _check_* below hold the bounds that depend on other operands.
-_OFFSETS = ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k")
-_LENGTHS = ("q_lengths", "kv_lengths", "query_seq_lengths", "key_value_seq_lengths")
+_OTHERWISE_NAMED = ("q_segment_ids", "kv_segment_ids", "position", "dropout", "tbias")  # than the arguments
+_DIMS = {name: dims for table in DIMS.values() for name, dims in table.items()}
+_INT32 = [name for name in _DIMS if ELEMENTS[name] == "int32" and name not in _OTHERWISE_NAMED]
+_OFFSETS = tuple(name for name in _INT32 if _DIMS[name] == ("n1",))
+_OF_JAX_NN = ("query_seq_lengths", "key_value_seq_lengths")
+_LENGTHS = (*(name for name in _INT32 if _DIMS[name] in (("b",), ("n",))), *_OF_JAX_NN)
+_RANKS = {name: len(_DIMS[name]) for name in _INT32} | dict.fromkeys(_OF_JAX_NN, 1)
 _SCALES = ("k_scale", "v_scale")
-_RANKS = dict.fromkeys(_OFFSETS + _LENGTHS, 1) | {"block_tables": 2}
 _INDEX = (*_RANKS, "segment_ids", "positions")
-_OPERANDS = (
-    *("query", "key", "value", "k_pages", "v_pages", "k_scale", "v_scale", "mask", "bias", "alibi_slopes"),
-    *("sinks", "dropout_key", "rotary", "x", "cos", "sin", "draft_mask"),
-)
+_OPERANDS = {*FORWARD.operands, *OPTIONAL, *APPEND.operands, *APPEND_OPTIONAL} - {*_OTHERWISE_NAMED}
+_OPERANDS |= {"dropout_key", "rotary", "x"}
 
 
 def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
@@ -90,7 +93,7 @@ class _Call:
     scales: dict[str, np.ndarray] = field(default_factory=dict)  # as far as they are known
 
     def add(self, name: str, x: Any) -> None:
-        if name not in _INDEX + _OPERANDS:
+        if name not in _INDEX and name not in _OPERANDS:
             raise _CHECK.fail(
                 f"{name!r} is no operand of this library; the index arrays are {', '.join(_INDEX)}", TypeError
             )

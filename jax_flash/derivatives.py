@@ -53,7 +53,7 @@ def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> 
         moved = jnp.where(seen, operands["tbias"].astype(jnp.float32), 0)[..., 0]
     tlse += moved
     if "sinks" in operands:
-        tsinks = operands["tsinks"][:, None] if "tsinks" in operands else 0
+        tsinks = _by_head(operands["tsinks"], lse) if "tsinks" in operands else 0
         through = _through_sinks(operands["sinks"], lse, tsinks - moved)
         tlse += through
         wide = tout.astype(jnp.float32) - jnp.swapaxes(through, -1, -2)[..., None] * out.astype(jnp.float32)
@@ -173,9 +173,13 @@ def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
     """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
     used = lse > -jnp.inf
-    others = [axis for axis in range(lse.ndim) if axis != lse.ndim - 2]
-    weight = jnp.exp(jnp.where(used, jnp.expand_dims(sinks, others) - lse, -jnp.inf))
+    weight = jnp.exp(jnp.where(used, _by_head(sinks, lse) - lse, -jnp.inf))
     return jnp.where(used, weight * x, 0)
+
+
+def _by_head(x: jax.Array, lse: jax.Array) -> jax.Array:
+    """[h] as it broadcasts to lse, […, h, s]."""
+    return jnp.expand_dims(x, [axis for axis in range(lse.ndim) if axis != lse.ndim - 2])
 
 
 def _sum_to_heads(x: jax.Array) -> jax.Array:

@@ -29,15 +29,15 @@ class DotProductArguments:
     query: ArrayLike
     key: ArrayLike
     value: ArrayLike
-    bias: ArrayLike | None
-    mask: ArrayLike | None
-    scale: Number | None
-    is_causal: bool
-    query_seq_lengths: IndexLike | None
-    key_value_seq_lengths: IndexLike | None
-    local_window_size: int | tuple[int, int] | None
-    implementation: Implementation | None
-    return_residual: bool
+    bias: ArrayLike | None = None
+    mask: ArrayLike | None = None
+    scale: Number | None = None
+    is_causal: bool = False
+    query_seq_lengths: IndexLike | None = None
+    key_value_seq_lengths: IndexLike | None = None
+    local_window_size: int | tuple[int, int] | None = None
+    implementation: Implementation | None = None
+    return_residual: bool = False
 
 
 # fmt: off
@@ -147,18 +147,11 @@ def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpe
         window=_window(given.local_window_size),
         align="top_left",
         mask=None if given.mask is None else _mask(given.mask, scores),
-        segment_ids=None,
         q_lengths=_lengths("query_seq_lengths", given.query_seq_lengths, batch),
         kv_lengths=_lengths("key_value_seq_lengths", given.key_value_seq_lengths, batch),
         scale=given.scale,
-        softcap=None,
         bias=None if given.bias is None else _bias(given.bias, q.dtype),
-        alibi_slopes=None,
-        sinks=None,
-        dropout_rate=0.0,
-        dropout_key=None,
         return_lse=_CHECK.flag("return_residual", given.return_residual),
-        deterministic=False,
         implementation=_implementation(given.implementation, q.dtype),
     )
     return validate.fixed(op, arguments)

@@ -2,8 +2,8 @@
 
 The typed dictionaries are the options as type checkers see them in the overloads. The dataclasses are the arguments of
 a call in one frozen value, which the functions fill and the checks read. The functions' own signatures repeat the
-options with their defaults, for `help` and `inspect`, and their docstrings say what each means; tests/test_typing.py
-holds all three to the same names and types.
+options, for `help` and `inspect`, and their docstrings say what each means; tests/test_typing.py holds all three to the
+same names, types and defaults.
 """
 
 from __future__ import annotations
@@ -109,16 +109,16 @@ class Arguments:
     """What every attention call is given."""
 
     query: ArrayLike
-    causal: bool
-    window: Window | None
-    align: Align
-    scale: Number | None
-    softcap: Number | None
-    alibi_slopes: ArrayLike | None
-    sinks: ArrayLike | None
-    return_lse: bool
-    deterministic: bool
-    implementation: Implementation | None
+    causal: bool = False
+    window: Window | None = None
+    align: Align = "bottom_right"
+    scale: Number | None = None
+    softcap: Number | None = None
+    alibi_slopes: ArrayLike | None = None
+    sinks: ArrayLike | None = None
+    return_lse: bool = False
+    deterministic: bool = False
+    implementation: Implementation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +127,9 @@ class DenseArguments(Arguments):
 
     key: ArrayLike
     value: ArrayLike
-    kv_lengths: LengthsLike | None
-    dropout_rate: Number
-    dropout_key: ArrayLike | None
+    kv_lengths: LengthsLike | None = None
+    dropout_rate: Number = 0.0
+    dropout_key: ArrayLike | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +137,17 @@ class VarlenArguments(DenseArguments):
     """What `flash_attention_varlen` is given."""
 
     cu_seqlens_q: IndexLike
-    cu_seqlens_k: IndexLike | None
+    cu_seqlens_k: IndexLike | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedArguments(DenseArguments):
     """What `flash_attention` is given."""
 
-    mask: ArrayLike | None
-    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
-    q_lengths: LengthsLike | None
-    bias: ArrayLike | None
+    mask: ArrayLike | None = None
+    segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None
+    q_lengths: LengthsLike | None = None
+    bias: ArrayLike | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +155,8 @@ class RingArguments(FixedArguments):
     """What `ring_attention` is given."""
 
     axis_name: str | tuple[str, ...]
-    order: Order
-    mode: RingMode
+    order: Order = "contiguous"
+    mode: RingMode = "ring"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,21 +167,21 @@ class Pools:
     v_pages: ArrayLike | None
     block_tables: IndexLike
     kv_lengths: LengthsLike
-    page_layout: PageLayout
-    k_scale: ArrayLike | None
-    v_scale: ArrayLike | None
-    implementation: Implementation | None
+    page_layout: PageLayout = "nhd"
+    k_scale: ArrayLike | None = None
+    v_scale: ArrayLike | None = None
+    implementation: Implementation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PagedArguments(Pools, Arguments):
     """What `paged_attention` is given."""
 
-    cu_seqlens_q: IndexLike | None
-    num_splits: int | None
-    batch_invariant: bool
-    draft_mask: ArrayLike | None
-    value_dim: int | None
+    cu_seqlens_q: IndexLike | None = None
+    num_splits: int | None = None
+    batch_invariant: bool = False
+    draft_mask: ArrayLike | None = None
+    value_dim: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class AppendArguments(Pools):
 
     key: ArrayLike
     value: ArrayLike | None
-    cu_seqlens: IndexLike | None
-    rotary: tuple[ArrayLike, ArrayLike] | None
-    interleaved: bool
-    scale: Scaling
+    cu_seqlens: IndexLike | None = None
+    rotary: tuple[ArrayLike, ArrayLike] | None = None
+    interleaved: bool = False
+    scale: Scaling = "static"

@@ -85,8 +85,8 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
     return [lead + shape(result) for result in pass_.results]
 
 
-def _abstract_eval(*avals: Any, pass_: Pass, spec: Spec) -> list[Any]:
-    named = dict(zip(operand_names(pass_, spec), avals))
+def result_types(pass_: Pass, spec: Spec, named: dict[str, Any]) -> list[Any]:
+    """The types of a pass's results from those of its operands, by name."""
     shapes = result_shapes(pass_, spec, {name: aval.shape for name, aval in named.items()})
     results = []
     for name, shape in zip(pass_.results, shapes):
@@ -206,10 +206,18 @@ def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spe
     )
 
 
+def _lower_whole(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec) -> Any:
+    """The custom call; JAX chooses among the local primitive's where a program is lowered for several platforms."""
+    platform, *others = ctx.module_context.platforms
+    if platform in ("cpu", "cuda") and not others:
+        return _lower_local(ctx, *values, pass_=pass_, spec=spec, platform=platform)
+    return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+
+
 def _lower_partitioned(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:
     """One device: the custom call. Several: the same, partitioned by sharding.py."""
     if _jax.device_count(ctx) == 1:
-        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+        return _lower_whole(ctx, values, pass_, spec)
     if _jax.exporting(ctx):
         raise NotImplementedError(
             "jax_flash: a program for several devices can be exported only with attention inside jax.shard_map; "
@@ -228,7 +236,7 @@ def _lower_partly_manual(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pas
     here = not _jax.exporting(ctx) and _jax.uses_shardy()
     region = _jax.partly_manual_region(ctx) if here else None
     if region is None:
-        return mlir.lower_fun(partial(LOCAL[pass_].bind, spec=spec), multiple_results=True)(ctx, *values)
+        return _lower_whole(ctx, values, pass_, spec)
     typed = [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(values, ctx.avals_in)]
     return _partition(_jax.within(ctx, region), typed, pass_, spec, region)
 
@@ -255,7 +263,9 @@ def declare(name: str, pass_: Pass) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(partial(_jax.apply_primitive, primitive))
-    primitive.def_abstract_eval(partial(_abstract_eval, pass_=pass_))
+    primitive.def_abstract_eval(
+        lambda *types, spec: result_types(pass_, spec, dict(zip(operand_names(pass_, spec), types)))
+    )
     batching.primitive_batchers[primitive] = partial(batch, primitive, pass_.in_place)
     message = no_derivative.APPEND if pass_.in_place else no_derivative.SECOND
     ad.primitive_jvps[primitive] = partial(no_derivative.jvp, primitive, message)

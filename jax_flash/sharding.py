@@ -142,8 +142,8 @@ class _Rules:
         sizes: dict[str, int] = {}
         if hq == hk:
             heads = {"hq": "h", "hk": "h"}
-        elif all(hk % size == 0 for size in mesh.shape.values() if hq % size == 0):
-            heads = {"hq": "(h g)", "hk": "h"}
+        elif hk > 1 and all(hk % size == 0 for size in mesh.shape.values() if hq % size == 0):
+            heads = {"hq": "(h g)", "hk": "h"}  # no factor of a compound may have size 1
             sizes["g"] = hq // hk
         else:
             heads = {}

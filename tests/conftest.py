@@ -25,6 +25,7 @@ os.environ["XLA_FLAGS"] = " ".join([*_FLAGS, os.environ.get("XLA_FLAGS", "")]).s
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.sharding import AxisType  # noqa: E402
 
 from jax_flash.backends import cuda_library  # noqa: E402
 
@@ -43,6 +44,26 @@ def kernel():
     if IMPLEMENTATION == "xla":
         pytest.skip("plain JAX has no custom call")
     return IMPLEMENTATION
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def axis_type(request):
+    """Both types of mesh axes over which XLA splits a call; jax.make_mesh makes explicit ones by default."""
+    return request.param
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of explicit axes the first case of a test is enough: what they change is how JAX traces it."""
+    first, others = {}, []
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case and case.params.get("axis_type") is AxisType.Explicit:
+            test = item.nodeid.partition("[")[0]
+            if first.setdefault(test, item) is not item:
+                others.append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from meshes import (
     OPTIONS,
     PACKED,
     arrays_of,
+    check_run,
     make_mesh,
     place,
     qkv,
@@ -25,7 +26,12 @@ from test_manual_sharding import full, typed
 
 
 @pytest.fixture
-def mesh():
+def mesh(axis_type):
+    return make_mesh(axis_type, axis_type)
+
+
+@pytest.fixture
+def automatic():
     return make_mesh(AxisType.Auto, AxisType.Auto)
 
 
@@ -52,11 +58,7 @@ def jvp_of(call):
 
 def check(call, mesh, arrays, specs):
     """The text of the program on sharded arrays, whose results are one device's."""
-    run = jax.jit(jvp_of(call))
-    placed = place(mesh, arrays, specs)
-    compiled = run.lower(placed).compile()
-    assert_same(compiled(placed), run(arrays), tolerance=1e-4)
-    return compiled.as_text()
+    return check_run(jvp_of(call), mesh, arrays, specs, tolerance=1e-4)[0]
 
 
 @pytest.mark.parametrize("case", [MHA, GQA], ids=lambda case: case.name)
@@ -83,22 +85,22 @@ def test_packed_heads_and_every_option(kernel, mesh):
     assert not collectives(text)
 
 
-def test_shard_map_checks_varying_types(kernel, mesh):
+def test_shard_map_checks_varying_types(kernel, automatic):
     """jvp outside and inside; keys that do not vary over an axis, nor do their tangents."""
     specs = qkv(BATCH_HEADS, P("data"))
     call, arrays = attention(MQA, kernel), arrays_of(MQA)
     out_specs = (BATCH_HEADS, P("data", "model"))
-    mapped = jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=out_specs, check_vma=True)
-    assert not collectives(check(mapped, mesh, arrays, specs))
+    mapped = jax.shard_map(call, mesh=automatic, in_specs=(specs,), out_specs=out_specs, check_vma=True)
+    assert not collectives(check(mapped, automatic, arrays, specs))
 
     def inside(arrays, tangents):
         return jax.jvp(call, (arrays,), (tangents,))
 
     inner = jax.shard_map(
-        inside, mesh=mesh, in_specs=(specs, specs), out_specs=(out_specs,) * 2, check_vma=True
+        inside, mesh=automatic, in_specs=(specs, specs), out_specs=(out_specs,) * 2, check_vma=True
     )
     tangents = jax.tree.map(weights, arrays)
-    got = jax.jit(inner)(place(mesh, arrays, specs), place(mesh, tangents, specs))
+    got = jax.jit(inner)(place(automatic, arrays, specs), place(automatic, tangents, specs))
     assert_same(got, jax.jit(inside)(arrays, tangents), tolerance=1e-4)
 
 

@@ -9,7 +9,7 @@ from cases import DTYPES, Case, varlen
 from conftest import IMPLEMENTATION
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
-from programs import collectives, require_devices, shard_shapes
+from programs import collectives, shard_shapes
 from test_paged import by_name
 from test_paged_programs import sharded_attention
 
@@ -281,19 +281,16 @@ def test_vmap_over_masks(kernel, case):
             np.testing.assert_allclose(x[i], y, rtol=2e-5, atol=2e-5)
 
 
-def test_sharded_heads_need_no_communication(kernel):
+def test_sharded_heads_need_no_communication(kernel, axis_type):
     require(kernel)
-    require_devices(8)
     call = paged(FEW.replace(hq=16, hk=8), 4)
-    program = sharded_attention(
-        call, dict.fromkeys(("query", "key", "value"), P(None, None, "model")), kernel
-    )
+    specs = dict.fromkeys(("query", "key", "value"), P(None, None, "model"))
+    program = sharded_attention(call, specs, kernel, axis_type)
     assert not collectives(program)
     assert shard_shapes(program, "forward") == {(4, 4, 2, 16)}
 
 
-def test_a_sharded_mask_is_gathered(kernel):
+def test_a_sharded_mask_is_gathered(kernel, axis_type):
     require(kernel)
-    require_devices(4)
     call = paged(FEW, 4)
-    sharded_attention(call, {"draft_mask": P("model")}, kernel, devices=4)
+    sharded_attention(call, {"draft_mask": P("model")}, kernel, axis_type, devices=4)

@@ -4,6 +4,7 @@ cu_seqlens is read as its running maximum clamped to [0, t], lengths are clamped
 taken as indices at all.
 """
 
+import functools
 import re
 
 import checks
@@ -12,6 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, make_inputs, varlen
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from meshes import place, qkv
+from programs import assert_same, attention, require_devices, with_gradients
 
 from jax_flash import (
     append_kv,
@@ -138,6 +143,63 @@ def test_segment_ids_are_compared_whatever_they_hold(implementation):
     wild = tuple(jnp.asarray(values[np.asarray(ids)]) for ids in inputs.keywords["segment_ids"])
     got = checks.run(case, checks.with_arrays(inputs, segment_ids=wild), implementation)
     checks.assert_same(got, checks.run(case, inputs, implementation))
+
+
+# A sequence that is split over devices, each of which reads the arrays for itself.
+
+
+def assert_split_equals_clamped(case, implementation, spec, garbage, sane):
+    """What four devices make of garbage is what one makes of the clamped values."""
+    run, arrays = split_run(case, implementation)
+    mesh = make_mesh(4)
+    placed = place(mesh, arrays | {name: i32(x) for name, x in garbage.items()}, qkv(spec))
+    wanted = run(arrays | {name: i32(x) for name, x in sane.items()})
+    assert_same(run(placed), wanted, tolerance=2e-2 if case.dtype != "float32" else 1e-5)
+
+
+@functools.cache
+def split_run(case, implementation):
+    inputs = make_inputs(case)
+    arrays, call = inputs.positional | inputs.keywords, attention(case, implementation)
+    if not case.causal or case.layout == "fixed":
+        return jax.jit(with_gradients(call)), arrays
+    del arrays["cu_seqlens_k"]  # one array of both, without which packed tokens with a band are gathered
+    return jax.jit(with_gradients(lambda arrays: call(arrays | {"cu_seqlens_k": None}))), arrays
+
+
+@functools.cache
+def make_mesh(devices):
+    require_devices(devices)
+    return jax.make_mesh((devices,), ("x",), (AxisType.Auto,), devices=jax.devices()[:devices])
+
+
+SPLIT_PACKED = {
+    "a band": varlen("split", (5, 5, 5, 5), causal=True),
+    "lengths": varlen("split", (5, 5, 5, 5), kv_lengths=(5,) * 4),
+}
+
+
+@pytest.mark.parametrize("kind", SPLIT_PACKED)
+@pytest.mark.parametrize("name", CU_SEQLENS)
+def test_cu_seqlens_of_tokens_that_are_split(name, kind, kernel):
+    case = SPLIT_PACKED[kind].replace(dtype=checks.usual_dtype(kernel))
+    garbage, sane = CU_SEQLENS[name], clamped(CU_SEQLENS[name])
+    lengths = {"kv_lengths": (3, 2, INT_MIN, INT_MAX)} if kind == "lengths" else {}
+    clipped = {n: np.clip(x, 0, np.diff(sane)) for n, x in lengths.items()}
+    names = ("cu_seqlens_q",) if case.causal else ("cu_seqlens_q", "cu_seqlens_k")
+    assert_split_equals_clamped(
+        case, kernel, P("x"), dict.fromkeys(names, garbage) | lengths, dict.fromkeys(names, sane) | clipped
+    )
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_lengths_of_sequences_that_are_split(name, kernel):
+    """The diagonal moves by the clamped lengths, with which the last key in use stands beside the last query."""
+    case = Case("split", b=4, sk=16, q_lengths=(1,) * 4, kv_lengths=(1,) * 4, causal=True)
+    garbage = {"q_lengths": LENGTHS[name], "kv_lengths": LENGTHS[name][::-1]}
+    sane = {n: np.clip(x, 0, size) for (n, x), size in zip(garbage.items(), (12, 16))}
+    case = case.replace(dtype=checks.usual_dtype(kernel))
+    assert_split_equals_clamped(case, kernel, P(None, "x"), garbage, sane)
 
 
 # Which arrays are taken: int32 from JAX, and integers of any type on the host.

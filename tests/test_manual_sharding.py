@@ -8,17 +8,18 @@ from jax.sharding import PartitionSpec as P
 from meshes import (
     BATCH_HEADS,
     EVERYTHING,
+    FEW,
     GQA,
     MHA,
     MQA,
     OPTIONS,
     PACKED,
     arrays_of,
-    forward,
     make_mesh,
     place,
     qkv,
     stack,
+    within,
 )
 from programs import assert_same, attention, collectives, shard_shapes, with_gradients
 
@@ -26,8 +27,8 @@ OUT_LSE = (BATCH_HEADS, P("data", "model"))
 
 
 @pytest.fixture
-def mesh():
-    return make_mesh(AxisType.Auto, AxisType.Auto)
+def mesh(axis_type):
+    return make_mesh(axis_type, axis_type)
 
 
 @pytest.fixture
@@ -53,9 +54,10 @@ def check_against(mapped, call, mesh, arrays, specs):
     """The mapped function's results and gradients on sharded arrays are those of call on one device."""
     run = jax.jit(with_gradients(mapped))
     placed = place(mesh, arrays, specs)
-    compiled = run.lower(placed).compile()
-    got = compiled(placed)
-    assert_same(got, jax.jit(with_gradients(call))(arrays))
+    with within(mesh):
+        compiled = run.lower(placed).compile()
+        got = compiled(placed)
+    assert_same(jax.device_get(got), jax.device_get(jax.jit(with_gradients(call))(arrays)))
     return compiled.as_text(), got
 
 
@@ -69,7 +71,9 @@ def test_gradients_taken_inside_shard_map(kernel, mesh):
     specs = qkv(BATCH_HEADS)
     mapped = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=True)
     arrays = arrays_of(GQA)
-    assert_same(jax.jit(mapped)(place(mesh, arrays, specs)), jax.jit(jax.grad(loss))(arrays))
+    with within(mesh):
+        got = jax.jit(mapped)(place(mesh, arrays, specs))
+    assert_same(jax.device_get(got), jax.device_get(jax.jit(jax.grad(loss))(arrays)))
 
 
 def test_keys_that_do_not_vary_get_the_sum_of_their_gradients(kernel, mesh):
@@ -77,7 +81,9 @@ def test_keys_that_do_not_vary_get_the_sum_of_their_gradients(kernel, mesh):
     specs = qkv(BATCH_HEADS, P("data"))
     call = attention(MQA, kernel)
     mapped = jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=OUT_LSE, check_vma=True)
-    assert not collectives(forward(mapped, mesh, arrays_of(MQA), specs))
+    with within(mesh):
+        program = jax.jit(mapped).lower(place(mesh, arrays_of(MQA), specs)).compile().as_text()
+    assert not collectives(program)
     text, _ = check_against(mapped, call, mesh, arrays_of(MQA), specs)
     assert set(collectives(text)) == {"all-reduce"}
     assert collectives(text)["all-reduce"] <= 2
@@ -287,8 +293,14 @@ def test_explicit_sequences_of_keys_and_head_dims_are_gathered_and_right(kernel,
 
 @pytest.mark.parametrize(
     ("case", "specs"),
-    [(EVERYTHING, qkv(BATCH_HEADS) | OPTIONS), (PACKED, qkv(P(None, "model")))],
-    ids=["fixed", "varlen"],
+    [
+        (EVERYTHING, qkv(BATCH_HEADS) | OPTIONS),
+        (MHA.replace(sq=8, sk=8), qkv(P("data", "model"))),
+        (FEW, qkv(BATCH_HEADS, P("data"))),
+        (PACKED, qkv(P(None, "model"))),
+        (PACKED, qkv(P("model"))),
+    ],
+    ids=["fixed", "sequence", "few KV heads", "varlen", "tokens"],
 )
 def test_plain_jax_takes_explicit_types_too(explicit, case, specs):
     run = with_gradients(attention(case, "xla"))

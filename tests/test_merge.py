@@ -44,7 +44,7 @@ def test_parts_of_the_keys_merge_to_the_whole(cuts, implementation):
 
 def test_parts_that_a_row_does_not_see_add_nothing(implementation):
     q, k, v = qkv()
-    mask = jnp.arange(13) < jnp.array([0, 2, 5, 6, 9, 12, 13])[:, None]
+    mask = jnp.arange(13)[None] < jnp.array([0, 2, 5, 6, 9, 12, 13])[:, None]
     options = {"implementation": implementation}
     per_part = [{"mask": mask[:, :6]}, {"mask": mask[:, 6:]}]
     out, lse = in_parts(q, k, v, [6], options, per_part)
@@ -107,7 +107,7 @@ def test_parts_in_float64_merge_in_float64():
 
 def test_gradients_flow_through_the_merge(implementation):
     q, k, v = qkv()
-    mask = jnp.arange(13) < jnp.array([0, 2, 5, 6, 9, 12, 13])[:, None]
+    mask = jnp.arange(13)[None] < jnp.array([0, 2, 5, 6, 9, 12, 13])[:, None]
     options = {"implementation": implementation}
     weight, lse_weight = random(2, 7, 4, 8, seed=5), random(2, 4, 7, seed=6)
 

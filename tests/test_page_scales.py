@@ -11,7 +11,7 @@ from cases import Case, varlen
 from conftest import IMPLEMENTATION
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, paged, require
-from programs import collectives, require_devices, shard_shapes
+from programs import collectives, shard_shapes
 from test_append import arguments, by_token, check, run
 from test_append_dynamic import HK, wide
 from test_paged_programs import sharded_attention
@@ -161,16 +161,15 @@ def test_vmap(kernel, mapped):
 
 
 @pytest.mark.parametrize("kv_heads", [8, 2])
-def test_devices_take_the_scales_of_their_heads(kernel, kv_heads):
+def test_devices_take_the_scales_of_their_heads(kernel, axis_type, kv_heads):
     """Split with the KV heads; where these are fewer than devices, each takes its own."""
     require(kernel)
-    require_devices(8)
     call = paged(CHUNK.replace(hq=16, hk=kv_heads), 4, pool_dtype=FLOAT8[0], by_page=True)
     specs = {"query": P(None, None, "model")}
     if kv_heads == 8:
         specs |= dict.fromkeys(("key", "value"), P(None, None, "model"))
         specs |= dict.fromkeys(("k_scale", "v_scale"), P(None, "model"))
-    program = sharded_attention(call, specs, kernel)
+    program = sharded_attention(call, specs, kernel, axis_type)
     assert not collectives(program)
     assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from cases import Case, varlen
 from jax.export import DisabledSafetyCheck, export
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import check, check_run, place, within
 from pages import FLOAT8, paged, require
 from programs import collectives, custom_calls, require_devices, shard_shapes
 from test_append import arguments
+from test_manual_sharding import full, typed
 
 from jax_flash import append_kv, paged_attention
 
@@ -34,11 +36,11 @@ def decode_loop(kind, implementation):
         k_pages, v_pages, lengths = append_kv(
             k_pages, v_pages, x, -x, TABLES, lengths, implementation=implementation
         )
-        query = jnp.repeat(x, HQ // HK, 2)
+        query = jnp.stack([x] * (HQ // HK), 3).reshape(N, 1, HQ, D)
         out = paged_attention(
             query, k_pages, v_pages, TABLES, lengths, causal=True, implementation=implementation
         )
-        return k_pages, v_pages, lengths, out[:, :, :: HQ // HK]
+        return k_pages, v_pages, lengths, out.reshape(N, 1, HK, HQ // HK, D)[:, :, :, 0]
 
     def run(k_pages, v_pages, lengths, x):
         state = k_pages, v_pages, lengths, x
@@ -92,14 +94,15 @@ def test_an_undonated_pool_is_copied_once(kernel):
     assert len(copies(program, POOL)) == 2  # of keys and of values
 
 
-def test_a_donated_decode_loop_sharded_by_heads(kernel):
+def test_a_donated_decode_loop_sharded_by_heads(kernel, axis_type):
     """Eight devices with a KV head each: nothing is exchanged, nothing copied."""
     require(kernel)
     require_devices(8)
-    mesh = jax.make_mesh((8,), ("model",))
+    mesh = make_mesh(8, axis_type)
     by_head, whole = NamedSharding(mesh, P(None, None, "model")), NamedSharding(mesh, P())
     state = [jax.device_put(x, s) for x, s in zip(initial(), (by_head, by_head, whole, by_head), strict=True)]
-    run = jax.jit(decode_loop("fori_loop", kernel), donate_argnums=(0, 1)).lower(*state).compile()
+    with within(mesh):
+        run = jax.jit(decode_loop("fori_loop", kernel), donate_argnums=(0, 1)).lower(*state).compile()
     program = run.as_text()
     shard = (PAGES, SIZE, 1, D)
     assert not collectives(program)
@@ -114,38 +117,101 @@ def test_a_donated_decode_loop_sharded_by_heads(kernel):
 # Sharding.
 
 
+def make_mesh(devices, axis_type):
+    require_devices(devices)
+    return jax.make_mesh((devices,), ("model",), (axis_type,), devices=jax.devices()[:devices])
+
+
 @pytest.mark.parametrize(("layout", "pool_dtype"), [("nhd", "float32"), ("hnd", FLOAT8[0])])
-def test_attention_over_sharded_heads_needs_no_communication(kernel, layout, pool_dtype):
+def test_attention_over_sharded_heads_needs_no_communication(kernel, axis_type, layout, pool_dtype):
     """Every operand that has heads along with them: pools in both layouts, scales, sinks."""
     require(kernel)
-    require_devices(8)
     call = paged(CHUNK.replace(sinks=True, hq=16, hk=8), 4, layout, pool_dtype)
     pools = P(None, None, "model") if layout == "nhd" else P(None, "model")
     specs = {"query": P(None, None, "model"), "key": pools, "value": pools}
     specs |= dict.fromkeys(("sinks", "k_scale", "v_scale"), P("model"))
-    program = sharded_attention(call, specs, kernel)
+    program = sharded_attention(call, specs, kernel, axis_type)
     assert not collectives(program)
     assert shard_shapes(program, "forward") == {(2, 2, 2, 16)}
 
 
-def sharded_attention(call, specs, implementation, devices=8):
+def sharded_attention(call, specs, implementation, axis_type, devices=8):
     """The program of a call whose arrays are split over devices ("model"); it gives what plain JAX gives on one."""
-    mesh = jax.make_mesh((devices,), ("model",))
-    arrays = {n: jax.device_put(x, NamedSharding(mesh, specs.get(n, P()))) for n, x in call.arrays.items()}
-    run = jax.jit(call.call(implementation)).lower(arrays).compile()
+    mesh = make_mesh(devices, axis_type)
+    arrays = place(mesh, call.arrays, specs)
+    with within(mesh):
+        run = jax.jit(call.call(implementation)).lower(arrays).compile()
     for x, y in zip(run(arrays), call.call("xla")({}), strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
     return run.as_text()
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_fewer_kv_heads_than_devices_keep_their_own_scales(kernel, kv_heads):
+def test_fewer_kv_heads_than_devices_keep_their_own_scales(kernel, axis_type, kv_heads):
     """Query heads are split further than KV heads: each device takes the pages and the scales of its one KV head."""
     require(kernel)
-    require_devices(8)
     call = paged(CHUNK.replace(hq=8, hk=kv_heads), 4, pool_dtype=FLOAT8[1])
-    program = sharded_attention(call, {"query": P(None, None, "model")}, kernel)
+    program = sharded_attention(call, {"query": P(None, None, "model")}, kernel, axis_type)
     assert shard_shapes(program, "forward") == {(2, 2, 1, 16)}
+
+
+HEADS, REQUESTS = P(None, None, "model"), P("model")
+SPLITS = {
+    "heads": {"query": HEADS, "key": HEADS, "value": HEADS},
+    "requests": {"query": REQUESTS, "block_tables": REQUESTS, "kv_lengths": REQUESTS},
+    "query alone": {"query": HEADS},
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("explicit", [False, True])
+def test_gradients_of_sharded_queries_and_pools(implementation, split, explicit):
+    """They have the shardings of their arguments, as the result has that of the query."""
+    require(implementation)
+    mesh = make_mesh(4, AxisType.Explicit if explicit else AxisType.Auto)
+    rng = np.random.default_rng(0)
+    made = {"query": (4, 2, 8, 8), "key": (9, 4, 4, 8), "value": (9, 4, 4, 8)}
+    arrays = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in made.items()}
+    arrays["block_tables"] = jnp.asarray(rng.integers(0, 9, (4, 3)), jnp.int32)
+    arrays["kv_lengths"] = jnp.asarray([12, 3, 0, 7], jnp.int32)
+
+    def call(arrays):
+        operands = [arrays[name] for name in NAMES]
+        return paged_attention(*operands, causal=True, return_lse=True, implementation=implementation)
+
+    _, got = check(call, mesh, arrays, SPLITS[split])
+    if explicit:
+        wanted = {name: full(4, *SPLITS[split].get(name, P())) for name in made}
+        assert typed(got["gradients"]) == wanted
+        assert typed(got["results"])[0] == wanted["query"]
+
+
+@pytest.mark.parametrize("scale", ["static", "dynamic"])
+@pytest.mark.parametrize("new", [2, (3, 0, 1)], ids=["each", "packed"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_append_with_sharded_requests_and_heads(implementation, explicit, new, scale):
+    """Requests come from their devices; pools, split over heads, stay as they are."""
+    require(implementation)
+    require_devices(6)
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    mesh = jax.make_mesh((3, 2), ("data", "model"), (kind,) * 2, devices=jax.devices()[:6])
+    dynamic = scale == "dynamic"
+    arrays = arguments(new=new, lengths=(1, 5, 0), positions=25, pool_dtype=FLOAT8[0] if dynamic else None)
+    layout = arrays.pop("page_layout")
+    options = {"interleaved": arrays.pop("interleaved"), "page_layout": layout, "scale": scale}
+    heads = dict.fromkeys(("k_pages", "v_pages"), P(None, None, "model"))
+    new_rows = P("data", None, "model") if new == 2 else P(None, "model")
+    specs = heads | {"key": new_rows, "value": new_rows, "block_tables": P("data"), "kv_lengths": P("data")}
+    if dynamic:
+        arrays |= dict.fromkeys(
+            ("k_scale", "v_scale"), jnp.ones((arrays["k_pages"].shape[0], 2), jnp.float32)
+        )
+        specs |= dict.fromkeys(("k_scale", "v_scale"), P(None, "model"))
+    _, got = check_run(
+        lambda arrays: append_kv(**arrays, **options, implementation=implementation), mesh, arrays, specs
+    )
+    if explicit:
+        assert typed(got[:3]) == (full(4, None, None, "model"),) * 2 + (P("data"),)
 
 
 # vmap.

@@ -38,10 +38,8 @@ DEFAULTS = dict.fromkeys(
         "segment_ids",
         "scale",
         "softcap",
-        "dropout_key",
     )
 ) | {
-    "dropout_rate": 0.0,
     "causal": False, "align": "top_left", "deterministic": False, "return_lse": True, "implementation": None,
 }  # fmt: skip
 OPTIONS = {
@@ -69,7 +67,8 @@ def options_of(name: str, implementation: str) -> dict[str, Any]:
 
 def filled(arguments: type[Any], options: dict[str, Any]) -> Any:
     """The arguments of a call from those of the options that it has."""
-    return arguments(**{field.name: options[field.name] for field in dataclasses.fields(arguments)})
+    names = [field.name for field in dataclasses.fields(arguments) if field.name in options]
+    return arguments(**{name: options[name] for name in names})
 
 
 def fixed(q: Any, k: Any, v: Any, options: dict[str, Any]) -> Call:

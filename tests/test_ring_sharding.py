@@ -8,7 +8,7 @@ import pytest
 from cases import varlen
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import EVERYTHING, GQA, arrays_of, check, forward, make_mesh, place, qkv, stack
+from meshes import EVERYTHING, GQA, arrays_of, check, check_run, forward, make_mesh, place, qkv, stack
 from programs import (
     assert_same,
     attention,
@@ -28,14 +28,19 @@ FULL = CAUSAL.replace(causal=False)
 
 
 @pytest.fixture
-def mesh():
+def mesh(axis_type):
+    return make_mesh(axis_type, axis_type)
+
+
+@pytest.fixture
+def automatic():
     return make_mesh(AxisType.Auto, AxisType.Auto)
 
 
 @pytest.fixture
-def cube():
+def cube(axis_type):
     require_devices(8)
-    return jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (AxisType.Auto,) * 3)
+    return jax.make_mesh((2, 2, 2), ("data", "ring", "model"), (axis_type,) * 3)
 
 
 def assert_ring(text, visits, backward=None):
@@ -135,11 +140,9 @@ def test_dropout_drops_the_same_weights(kernel, cube):
 def test_forward_mode(kernel, mesh):
     case = ALL.replace(q_lengths=None, kv_lengths=None, alibi_slopes=None, dropout_rate=0.0)
     specs = qkv(SEQUENCE) | {"bias": P("data", None, "model"), "segment_ids": P("data", "model")}
-    placed = place(mesh, arrays_of(case), specs)
-    run = jax.jit(jvp_of(attention(case, kernel)))
-    compiled = run.lower(placed).compile()
-    assert_same(compiled(placed), run(arrays_of(case)), tolerance=1e-4)
-    assert set(collectives(compiled.as_text())) == {"collective-permute"}
+    run = jvp_of(attention(case, kernel))
+    text, _ = check_run(run, mesh, arrays_of(case), specs, tolerance=1e-4)
+    assert set(collectives(text)) == {"collective-permute"}
 
 
 def test_explicit_types(kernel):
@@ -175,11 +178,11 @@ def test_scan_over_layers_with_saved_residuals(kernel, mesh):
     assert_ring(text, 4, 4)
 
 
-def test_an_automatic_axis_of_a_partly_manual_region(kernel, mesh):
+def test_an_automatic_axis_of_a_partly_manual_region(kernel, automatic):
     call, specs = attention(CAUSAL, kernel), qkv(SEQUENCE)
     results = (SEQUENCE, P("data", None, "model"))
-    mapped = manual_over({"data"}, call, specs, results, mesh=mesh)
-    placed = place(mesh, arrays_of(CAUSAL), specs)
+    mapped = manual_over({"data"}, call, specs, results, mesh=automatic)
+    placed = place(automatic, arrays_of(CAUSAL), specs)
     compiled = jax.jit(with_gradients(mapped)).lower(placed).compile()
     assert_same(compiled(placed), jax.jit(with_gradients(call))(arrays_of(CAUSAL)))
     assert_ring(compiled.as_text(), 4, 4)
@@ -264,7 +267,7 @@ def test_padding_before_and_after_packed_tokens_is_not_read(kernel, mesh):
     }
     text, got = check(packed(PACKED, kernel), mesh, poisoned | {"cu_seqlens_q": offsets}, qkv(TOKENS))
     assert_packed_ring(text, 4)
-    out, lse = got["results"]
+    out, lse = jax.device_get(got["results"])
     assert not out[~read].any()
     assert (lse[:, ~read] == -jnp.inf).all()
 
@@ -275,18 +278,15 @@ def test_rows_of_packed_tokens_under_vmap(kernel, mesh):
         "cu_seqlens_q": jnp.array([[0, 9, 9, 23, 28], [0, 16, 20, 30, 32]], jnp.int32)
     }
     del arrays["cu_seqlens_k"]
-    specs = qkv(P("data", "model"))
+    specs = qkv(P("data", "model")) | {"cu_seqlens_q": P("data")}
     text, _ = check(jax.vmap(packed(PACKED, kernel)), mesh, arrays, specs)
     assert_packed_ring(text, 4)
 
 
 def test_forward_mode_of_packed_tokens(kernel, mesh):
-    arrays = arrays_of(PACKED)
-    placed = place(mesh, arrays, qkv(TOKENS))
-    run = jax.jit(jvp_of(packed(PACKED, kernel)))
-    compiled = run.lower(placed).compile()
-    assert_same(compiled(placed), run(arrays), tolerance=1e-4)
-    assert set(collectives(compiled.as_text())) == {"collective-permute"}
+    run = jvp_of(packed(PACKED, kernel))
+    text, _ = check_run(run, mesh, arrays_of(PACKED), qkv(TOKENS), tolerance=1e-4)
+    assert set(collectives(text)) == {"collective-permute"}
 
 
 # what is gathered
@@ -324,14 +324,25 @@ def test_packed_keys_with_offsets_of_their_own_and_a_band_are_gathered(kernel, m
     check(attention(PACKED, kernel), mesh, arrays_of(PACKED), qkv(TOKENS))
 
 
-def test_lengths_that_the_axis_does_not_divide_are_gathered(kernel, mesh):
+def test_keys_with_the_offsets_of_fewer_queries_and_a_band_are_gathered(kernel, mesh):
+    """The last document ends with the queries, and with the keys: its diagonal is not the row's."""
+    case = varlen("packed", (10, 6), k_sequences=(10, 22), hq=8, hk=4, d=8, dv=8, causal=True)
+    call = attention(case, kernel)
+    arrays = arrays_of(case) | {"cu_seqlens_q": jnp.asarray([0, 10, 40], jnp.int32)}
+    del arrays["cu_seqlens_k"]
+    run = lambda arrays: call(arrays | {"cu_seqlens_k": arrays["cu_seqlens_q"]})  # noqa: E731
+    check(run, mesh, arrays, qkv(TOKENS))
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(18, 18), (16, 18), (18, 16)], ids=str)
+def test_lengths_that_the_axis_does_not_divide_are_gathered(kernel, automatic, sq, sk):
     """Asked of XLA by a constraint: arguments themselves must divide. Pad them, with kv_lengths, to keep them split."""
-    case = CAUSAL.replace(sq=18, sk=18)
+    case = CAUSAL.replace(sq=sq, sk=sk)
     call = attention(case, kernel)
 
     def constrained(arrays):
-        wanted = NamedSharding(mesh, P("data", "model"))
+        wanted = NamedSharding(automatic, P("data", "model"))
         return call({name: jax.lax.with_sharding_constraint(x, wanted) for name, x in arrays.items()})
 
-    placed = place(mesh, arrays_of(case), qkv(P("data")))
+    placed = place(automatic, arrays_of(case), qkv(P("data")))
     assert_same(jax.jit(with_gradients(constrained))(placed), jax.jit(with_gradients(call))(arrays_of(case)))

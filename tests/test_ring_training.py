@@ -82,7 +82,7 @@ def run_on(axes, attend):
     types = (AxisType.Auto,) * len(axes)
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=jax.devices()[:count])
     weights, step = trained(attend)
-    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH))
+    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH), jnp.float32)
     rows = P("data" if "data" in axes else None, "sequence")
     with jax.set_mesh(mesh):
         placed = jax.device_put(x, NamedSharding(mesh, rows))
@@ -105,7 +105,7 @@ def by_heads(mesh, weights):
 def alone():
     """The step on one device, in plain JAX."""
     weights, step = trained(partial(attention_fn, implementation="xla"), policy=None)
-    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH))
+    x = jax.random.normal(jax.random.key(1), (BATCH, LENGTH, WIDTH), jnp.float32)
     return jax.jit(step)(weights, x)
 
 

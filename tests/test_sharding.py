@@ -20,7 +20,6 @@ from meshes import (
     make_mesh,
     place,
     qkv,
-    stack,
 )
 from programs import (
     assert_same,
@@ -35,7 +34,12 @@ from jax_flash import flash_attention
 
 
 @pytest.fixture
-def mesh():
+def mesh(axis_type):
+    return make_mesh(axis_type, axis_type)
+
+
+@pytest.fixture
+def automatic():
     return make_mesh(AxisType.Auto, AxisType.Auto)
 
 
@@ -92,11 +96,21 @@ def test_fewer_kv_heads_than_devices_cost_one_reduction_of_their_gradients(kerne
 def test_kv_heads_are_split_as_far_as_they_go(kernel, mesh):
     """8 query heads over 2 × 4 devices, 2 KV heads over the first 2."""
     specs = qkv(P(None, None, ("data", "model")), P(None, None, "data"))
+    specs["bias"] = P(None, ("data", "model"))
     case = FEW.replace(bias=(4, 8, 6, 6), dropout_rate=0.3)
     text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert collectives(text) == {"all-reduce": 1}
     assert shard_shapes(text, "forward") == {(4, 6, 1, 8)}
     assert got["gradients"]["key"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, None, "data")), 4)
+
+
+@pytest.mark.parametrize(("hq", "spec"), [(71, P("data")), (5, P()), (9, P("data", "model"))], ids=str)
+def test_one_kv_head_where_no_axis_divides_the_query_heads(kernel, mesh, hq, spec):
+    """Falcon-7B has 71 heads: batch and sequence are split all the same."""
+    case = MHA.replace(sq=8, sk=8, hq=hq, hk=1)
+    text, _ = check(attention(case, kernel), mesh, arrays_of(case), qkv(spec))
+    assert "all-gather" not in collectives(text)
+    assert shard_shapes(text, "forward") == {(4 if spec == P() else 2, 2 if len(spec) > 1 else 8, hq, 8)}
 
 
 UNEVEN = {
@@ -268,47 +282,21 @@ def test_empty_arrays_are_split_too(kernel, mesh, case):
     ],
     ids=["12 heads, 3 KV heads", "6 heads", "batch of 3", "12 heads, 6 KV heads"],
 )
-def test_heads_and_batches_that_do_not_divide_are_right(kernel, mesh, case, spec):
+def test_heads_and_batches_that_do_not_divide_are_right(kernel, automatic, case, spec):
     """Over 2 × 4 devices, asked of XLA by a constraint: arguments themselves must divide."""
     call = attention(case, kernel)
 
     def constrained(arrays):
-        wanted = NamedSharding(mesh, P("data", None, "model"))
+        wanted = NamedSharding(automatic, P("data", None, "model"))
         qkv = {name: jax.lax.with_sharding_constraint(x, wanted) for name, x in arrays.items()}
         return call(qkv)
 
-    placed = place(mesh, arrays_of(case), spec)
+    placed = place(automatic, arrays_of(case), spec)
     assert_same(jax.jit(with_gradients(constrained))(placed), jax.jit(with_gradients(call))(arrays_of(case)))
-    check(call, mesh, arrays_of(case), spec)
+    check(call, automatic, arrays_of(case), spec)
 
 
-# vmap and scan
-
-
-VMAPPED = {
-    "inner axes": (P(None, "data", None, "model"), (4, 2, 6, 2, 8)),
-    "mapped axis": (P("data"), (2, 4, 6, 8, 8)),
-    "mapped axis and heads": (P("data", None, None, "model"), (2, 4, 6, 2, 8)),
-    "mapped axis and batch": (P("data", "model"), (2, 1, 6, 8, 8)),
-}
-
-
-@pytest.mark.parametrize("name", VMAPPED)
-def test_under_vmap(kernel, mesh, name):
-    spec, shard = VMAPPED[name]
-    text, _ = check(jax.vmap(attention(GQA, kernel)), mesh, stack(GQA, 4), qkv(spec))
-    assert not collectives(text)
-    assert shard_shapes(text, "forward") == {shard}
-
-
-def test_under_vmap_with_shared_keys(kernel, mesh):
-    """The mapped axis is sharded, the keys are not mapped: their gradient is summed over it."""
-    arrays = arrays_of(GQA) | {"query": stack(GQA, 4)["query"]}
-    call = jax.vmap(attention(GQA, kernel), in_axes=({"query": 0, "key": None, "value": None},))
-    specs = qkv(P("data", None, None, "model"), P(None, None, "model"))
-    assert not collectives(forward(call, mesh, arrays, specs))
-    text, _ = check(call, mesh, arrays, specs)
-    assert set(collectives(text)) == {"all-reduce"}
+# scan
 
 
 def test_under_scan(kernel, mesh):
@@ -336,17 +324,6 @@ def test_varlen_is_split_over_heads(kernel, mesh):
     text, _ = check(attention(case, kernel), mesh, arrays_of(case), specs)
     assert not collectives(text)
     assert shard_shapes(text, "forward") == shard_shapes(text, "backward") == {(16, 2, 8)}
-
-
-def test_vmapped_rows_of_packed_documents_are_split_over_rows_and_heads(kernel, mesh):
-    arrays = stack(PACKED, 4)
-    arrays["cu_seqlens_q"] = arrays["cu_seqlens_k"] = jnp.array(
-        [[0, 3, 9], [0, 0, 14], [0, 16, 16], [0, 5, 12]], jnp.int32
-    )
-    specs = qkv(P("data", None, "model")) | {"cu_seqlens_q": P("data"), "cu_seqlens_k": P("data")}
-    text, _ = check(jax.vmap(attention(PACKED, kernel)), mesh, arrays, specs)
-    assert not collectives(text)
-    assert shard_shapes(text, "forward") == {(2, 16, 2, 8)}
 
 
 def test_packed_tokens_are_gathered(kernel, mesh):

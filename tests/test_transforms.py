@@ -262,7 +262,7 @@ def test_vmap_is_one_custom_call_and_copies_no_shared_keys(kernel):
 
 
 def test_vmap_over_no_entries_is_empty(kernel):
-    arrays = {name: jnp.zeros((0, *x.shape)) for name, x in arrays_of(PLAIN).items()}
+    arrays = {name: jnp.zeros((0, *x.shape), x.dtype) for name, x in arrays_of(PLAIN).items()}
     got = jax.jit(jax.vmap(with_gradients(attention(PLAIN, kernel))))(arrays)
     assert got["results"][0].shape == (0, 2, 5, 4, 8)
     assert got["gradients"]["key"].shape == (0, 2, 7, 2, 8)
@@ -273,7 +273,7 @@ def test_vmap_over_no_entries_is_empty(kernel):
 
 def layers(arrays, attend, loop):
     """Attention applied four times: query carried, key and value closed over, scale by step scanned over."""
-    xs = jnp.arange(1.0, 5.0)
+    xs = jnp.arange(1.0, 5.0, dtype=jnp.float32)
 
     def body(query, x):
         out, lse = attend({"query": query * x, "key": arrays["key"], "value": arrays["value"]})
@@ -302,7 +302,7 @@ def test_scan_is_the_loop(kernel):
 def test_scan_under_vmap_and_cond_under_scan(kernel):
     def loop(body, carry, xs):
         def sometimes(carry, x):
-            return jax.lax.cond(x > 2, body, lambda c, _: (c, jnp.zeros((2, 4, 5))), carry, x)
+            return jax.lax.cond(x > 2, body, lambda c, _: (c, jnp.zeros((2, 4, 5), jnp.float32)), carry, x)
 
         return jax.lax.scan(sometimes, carry, xs)
 

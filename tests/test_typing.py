@@ -1,5 +1,6 @@
 """What type checkers and `help` show of the public functions, and that both come from the same options."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax_flash
 from jax_flash import dot_product, options, spec, validate
 from jax_flash.compat import flash_attn
 from jax_flash.compat import options as compat_options
+from jax_flash.paged import validate as paged_validate
 
 ROOT = Path(__file__).parent.parent
 FUNCTIONS = {  # the options of the overloads, and the one by which they differ
@@ -64,21 +66,43 @@ def test_the_overloads_have_the_options_of_the_signature_with_the_same_types(fun
     assert {name: written[name] for name in listed} == listed
 
 
-ARGUMENTS = {
-    jax_flash.flash_attention: options.FixedArguments,
-    jax_flash.flash_attention_varlen: options.VarlenArguments,
-    jax_flash.paged_attention: options.PagedArguments,
-    jax_flash.ring_attention: options.RingArguments,
-    jax_flash.append_kv: options.AppendArguments,
-    jax_flash.dot_product_attention: dot_product.DotProductArguments,
+ARGUMENTS = {  # the value that a function fills, and the checks that it passes it to
+    jax_flash.flash_attention: (options.FixedArguments, validate, "fixed"),
+    jax_flash.flash_attention_varlen: (options.VarlenArguments, validate, "varlen"),
+    jax_flash.ring_attention: (options.RingArguments, validate, "ring"),
+    jax_flash.paged_attention: (options.PagedArguments, paged_validate, "attention"),
+    jax_flash.append_kv: (options.AppendArguments, paged_validate, "append"),
+    jax_flash.dot_product_attention: (dot_product.DotProductArguments, dot_product, "spec_and_operands"),
 }
+each_value = pytest.mark.parametrize("function", ARGUMENTS, ids=lambda f: f.__name__)
 
 
-@pytest.mark.parametrize("function", ARGUMENTS, ids=lambda f: f.__name__)
-def test_a_calls_arguments_are_those_of_the_signature_with_the_same_types(function):
-    """mypy holds the function to fill all of them."""
+@each_value
+def test_a_calls_arguments_are_those_of_the_signature_with_the_same_types_and_defaults(function):
+    value = ARGUMENTS[function][0]
     written = {name: x for name, x in typing.get_type_hints(function).items() if name != "return"}
-    assert typing.get_type_hints(ARGUMENTS[function]) == written
+    assert typing.get_type_hints(value) == written
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    for name, parameter in inspect.signature(function).parameters.items():
+        none = parameter.default is parameter.empty
+        assert defaults[name] == (dataclasses.MISSING if none else parameter.default), name
+
+
+@each_value
+def test_a_function_passes_on_each_of_its_arguments(function, monkeypatch):
+    class Passed(Exception):
+        pass
+
+    def check(op, arguments):
+        assert op == function.__name__
+        raise Passed(vars(arguments))
+
+    _, module, name = ARGUMENTS[function]
+    monkeypatch.setattr(module, name, check)
+    given = {name: object() for name in inspect.signature(function).parameters}
+    with pytest.raises(Passed) as passed:
+        function(**given)
+    assert passed.value.args[0] == given
 
 
 @each_function

@@ -69,9 +69,8 @@ class Cache:
         if self.start is None:
             return self
         rows, s_max = self.k_pages.shape[:2]
-        slot = self.start[:, None] + jnp.arange(
-            s_max, dtype=jnp.int32
-        )  # a page of one key may begin anywhere
+        token = jnp.arange(s_max, dtype=jnp.int32)[None]
+        slot = self.start[:, None] + token  # a page of one key may begin anywhere
         inside = (self.tables >= 0) & (
             self.tables < rows
         )  # entries past a row are past its sequence's length

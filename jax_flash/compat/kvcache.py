@@ -147,4 +147,4 @@ def flash_attn_with_kvcache(  # type: ignore[misc]  # which has no `unpacked`
 
 
 def _rows(x: ArrayLike) -> Array:
-    return jnp.arange(jnp.shape(x)[1], dtype=jnp.int32)
+    return jnp.arange(jnp.shape(x)[1], dtype=jnp.int32)[None]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .._jax import in_automatic_axes
 from ..operands import APPEND, APPEND_DYNAMIC
 from ..options import (
     AppendArguments,
@@ -130,7 +132,7 @@ def append_kv(  # type: ignore[misc]  # which has no `unpacked`
         implementation=implementation,
     )
     spec, operands = validate.append("append_kv", arguments)
-    results = (_scatter if spec.implementation == "xla" else _call)(spec, operands)
+    results = (_in_plain_jax if spec.implementation == "xla" else _call)(spec, operands)
     return (
         results if v_pages is not None else tuple(None if i in (1, 4) else x for i, x in enumerate(results))
     )
@@ -140,7 +142,16 @@ def _call(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
     """The pools and scales from the custom call, and the lengths from plain JAX."""
     operands = equally_varying(operands)
     k_pages, v_pages, *scales = bind(APPEND_DYNAMIC if spec.dynamic else APPEND, spec, operands)
-    return k_pages, v_pages, _lengths_after(operands, _slots(spec, operands)), *scales
+    before = jax.typeof(operands["kv_lengths"]).sharding
+    lengths = in_automatic_axes(lambda x: _lengths_after(x, _slots(spec, x)), operands, before)
+    return k_pages, v_pages, lengths, *scales
+
+
+def _in_plain_jax(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
+    names = ("k_pages", "v_pages", "kv_lengths", *(("k_scale", "v_scale") if spec.dynamic else ()))
+    shardings = tuple(jax.typeof(operands[name]).sharding for name in names)
+    results: tuple[jax.Array, ...] = in_automatic_axes(partial(_scatter, spec), operands, shardings)
+    return results
 
 
 def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:

@@ -113,7 +113,7 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
         return used & _any_missing(before, sequence, first, last, page_size)
     mask = operands["draft_mask"]
     size = mask.shape[-1]
-    token = jnp.arange(size, dtype=jnp.int32)
+    token = jnp.arange(size, dtype=jnp.int32).reshape((1,) * new.ndim + (size,))
     key = new[..., None] + token  # [n, 1, size] or [tq, size]
     in_band = (first[..., None] <= key) & (key <= last[..., None])
     entry = jnp.clip(key // page_size, 0, tables.shape[1])

@@ -146,9 +146,9 @@ class Shard:
             if name == "dropout":
                 made[name] = x.at[DROPOUT_ROW:].add(jnp.stack([row, column]).astype(jnp.uint32))
             elif name == "q_lengths":
-                made[name] = jnp.clip(x - row, 0, queries.size)
+                made[name] = _within(x, row, queries.size)
             elif name == "kv_lengths":
-                made[name] = jnp.clip(x - column, 0, keys.size)
+                made[name] = _within(x, column, keys.size)
             elif name == "sinks":
                 if self.pass_ is FORWARD and work.first:
                     made[name] = x  # each row sums over its sink once
@@ -182,7 +182,7 @@ class Shard:
         """Where a part begins of what the device at this distance owns."""
         n = self.ring.size
         if len(set(part.chunks)) == 1:
-            owner = lax.rem(self.device + (n - distance), n) if distance else self.device
+            owner = lax.rem(self.device + (n - distance), jnp.int32(n)) if distance else self.device
             position: Array = part.chunks[0].position(owner) + part.start
             return position
         starts = [chunk.position((i - distance) % n) + part.start for i, chunk in enumerate(part.chunks)]
@@ -199,7 +199,8 @@ class Shard:
             total = jnp.zeros(bias.shape, dbias.dtype)
         starts = work.queries.starts()
         row = self.entry(starts if bias.shape[2] != 1 else [0] * self.ring.size)
-        start = (0, 0, row, self.column(visit, work))
+        none = jnp.int32(0)  # as the others, which JAX wants of one type
+        start = (none, none, row, self.column(visit, work))
         added = lax.dynamic_slice(total, start, dbias.shape) + dbias
         return lax.dynamic_update_slice(total, added, start)
 
@@ -269,6 +270,11 @@ class Shard:
             for name, size in zip(("q_lengths", "kv_lengths"), self._sizes)
         )
         return nk - nq
+
+
+def _within(lengths: Array, start: Array, size: int) -> Array:
+    """How many rows of a part are in use; a negative length is 0 before the subtraction, which could wrap around."""
+    return jnp.clip(jnp.maximum(lengths, 0) - start, 0, size)
 
 
 def _stacked(arrays: Sequence[Array]) -> Array:

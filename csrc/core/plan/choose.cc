@@ -8,6 +8,20 @@ namespace {
 // Up to this cap float32 holds the powers of e that the softcap kernel makes.
 constexpr float kLargestSoftcap = 50;
 
+template <class... Operands>
+constexpr int32_t bits_of(Operands... operands) {
+  return ((1 << static_cast<int32_t>(operands)) | ...);
+}
+
+// Operands that every kernel reads, and the inputs of kinds of scores. Any other needs the general kernel.
+constexpr int32_t kOfEveryKernel = bits_of(
+    Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
+    Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
+constexpr int32_t kOfScores = 0
+#define JF_SCORE(kind, name, printed, inputs, ...) | (inputs)
+#include "../../scores.def"
+    ;
+
 // TMA loads tiles of the bias in the forward, cp.async 8 keys at a time in gradients.
 bool bias_is_served(const Call& call) {
   return call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks;
@@ -20,10 +34,11 @@ ScoreKind only_option(const Call& call) {
     bool wanted, served;
     ScoreKind kind;
   } const options[] = {
-#define JF_SCORE(kind, name, printed, wanted, served, ...) {wanted, served, ScoreKind::k##kind},
+#define JF_SCORE(kind, name, printed, inputs, option, served, ...) \
+  {(spec.operands & (inputs)) != 0 || (option), served, ScoreKind::k##kind},
 #include "../../scores.def"
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-      {spec.has(Operand::kDraftMask) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+      {(spec.operands & ~(kOfEveryKernel | kOfScores)) || !(spec.scale > 0), false, ScoreKind::kGeneral},
   };
   ScoreKind found = ScoreKind::kPlain;
   for (const auto& option : options) {

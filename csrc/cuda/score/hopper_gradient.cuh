@@ -17,7 +17,7 @@ struct StagedBiasScore : ScoreVariant<S> {
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
     const float scale = tile.p.spec.scale;
-    tile.apply_tiles(s, [scale](float& x, float bias) { x = fmaf(x, scale, bias); });
+    tile.apply_tiles(s, [scale](float& x, float bias) { x = fmaf(under_bias(x, bias), scale, bias); });
   }
 };
 
@@ -39,8 +39,8 @@ struct StagedGeneralScore : HopperGeneralDropoutScore<S> {
 
 template <ScoreKind kKind, class S>
 struct GradientScoreOf;
-#define JF_SCORE(kind, name, printed, wanted, served, portable, hopper, gradient, ...) \
-  template <class S>                                                                   \
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, ...) \
+  template <class S>                                                                           \
   struct GradientScoreOf<ScoreKind::k##kind, S> : std::type_identity<gradient<S>> {};
 #include "scores.def"
 
@@ -50,7 +50,7 @@ using GradientScore = typename GradientScoreOf<kKind, S>::type;
 // Whether a kind stages bias or mask in tiles.
 enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2 };
 inline constexpr int kScoreTileSets[] = {
-#define JF_SCORE(kind, name, printed, wanted, served, portable, hopper, gradient, tiles) tiles,
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, tiles) tiles,
 #include "scores.def"
 };
 constexpr bool stages_bias(ScoreKind kind) { return kScoreTileSets[static_cast<int>(kind)] & kBiasTiles; }

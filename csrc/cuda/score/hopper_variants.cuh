@@ -17,8 +17,8 @@ namespace jax_flash {
 
 template <ScoreKind kKind, class S>
 struct HopperScoreOf;
-#define JF_SCORE(kind, name, printed, wanted, served, portable, hopper, ...) \
-  template <class S>                                                         \
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, ...) \
+  template <class S>                                                                 \
   struct HopperScoreOf<ScoreKind::k##kind, S> : std::type_identity<hopper<S>> {};
 #include "scores.def"
 

@@ -13,8 +13,8 @@ namespace jax_flash {
 
 template <ScoreKind kKind, class S>
 struct PortableScoreOf;
-#define JF_SCORE(kind, name, printed, wanted, served, portable, ...) \
-  template <class S>                                                 \
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, ...) \
+  template <class S>                                                         \
   struct PortableScoreOf<ScoreKind::k##kind, S> : std::type_identity<portable<S>> {};
 #include "scores.def"
 
