@@ -3,7 +3,9 @@
 Every visible pair of a query row i and a key column j has a score s; p = softmax(s), o = P·V. A packed
 (varlen) batch is one batch entry whose sequences are segments. Rows without a visible key and keys that no row
 sees (those past a length included) are replaced by zeros before the products, and the results of such rows by
-constants after them, so that NaN there reaches neither results nor gradients.
+constants after them, so that NaN there reaches neither results nor gradients. A key that other rows see may be NaN
+or infinite too: what its score would be is not used where it is hidden, derivatives take its elements that are not
+finite as zeros, and so does P·V, whose rows that see one are NaN.
 """
 
 from __future__ import annotations
@@ -72,11 +74,16 @@ def _attend(
     k = jnp.where(column_read, operands["key"].astype(wide), 0)
     v = jnp.where(column_read, operands["value"].astype(wide), 0)
 
-    s = _score(spec, operands, place, visible, spec.scale * _query_key(q, k))  # [b, hq, sq, sk]
+    s = jnp.where(visible, spec.scale * _query_key(q, k), 0)
+    s = _score(spec, operands, place, visible, s)  # [b, hq, sq, sk]
     s = jnp.where(visible, _round(s, round_to), -_INF)
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
+    p = jnp.where(visible, p, 0)  # where the row's maximum is NaN too
     p = _drop(spec, operands, place, _round(p, round_to))
-    o = jnp.where(row_read, _probability_value(p, v), 0)  # [b, sq, hq, dv]
+    odd = ~jnp.isfinite(v).all(3)  # [b, sk, hk]
+    odd = jnp.repeat(jnp.swapaxes(odd, 1, 2), p.shape[1] // v.shape[2], axis=1)  # [b, hq, sk]
+    sees_odd = jnp.swapaxes((visible & odd[:, :, None]).any(3), 1, 2)[..., None]  # [b, sq, hq, 1]
+    o = jnp.where(row_read, _probability_value(p, v, sees_odd), 0)  # [b, sq, hq, dv]
     return o.astype(dtype), lse
 
 
@@ -250,7 +257,40 @@ def _drop(spec: AttentionSpec, operands: dict[str, Array], place: _Place, p: Arr
     return jnp.where(kept, p / (1 - spec.dropout_rate), 0)
 
 
+@jax.custom_jvp
 def _query_key(q: Array, k: Array) -> Array:
+    """Q·Kᵀ `[b, hq, sq, sk]`. Its derivative takes elements of K that are not finite as zeros: a hidden key has dS = 0,
+    and 0 · NaN is NaN. Where the key is seen, dS is NaN."""
+    return _product_of_keys(q, k)
+
+
+@_query_key.defjvp
+def _query_key_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (q, k), (tq, tk) = primals, tangents
+    return _query_key(q, k), _product_of_keys(tq, _finite(k)) + _product_of_keys(q, tk)
+
+
+@jax.custom_jvp
+def _probability_value(p: Array, v: Array, sees_odd: Array) -> Array:
+    """P·V `[b, sq, hq, dv]` of the finite elements of V, and NaN in the rows that see others."""
+    return jnp.where(sees_odd, jnp.nan, _product_of_values(p, _finite(v)))
+
+
+@_probability_value.defjvp
+def _probability_value_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Array, Array]:
+    (p, v, sees_odd), (tp, tv, _) = primals, tangents
+    of_p = _product_of_values(tp, _finite(v)) * jnp.where(sees_odd, jnp.nan, 1).astype(p.dtype)
+    return _probability_value(p, v, sees_odd), of_p + _product_of_values(p, tv)
+
+
+def _finite(x: Array) -> Array:
+    """x with zeros for what is not finite."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def _product_of_keys(q: Array, k: Array) -> Array:
     """Q·Kᵀ `[b, hq, sq, sk]`; query head h·g + r reads KV head h."""
     b, sq, hq, d = q.shape
     hk = k.shape[2]
@@ -259,7 +299,7 @@ def _query_key(q: Array, k: Array) -> Array:
     return s.reshape(b, hq, sq, k.shape[1])
 
 
-def _probability_value(p: Array, v: Array) -> Array:
+def _product_of_values(p: Array, v: Array) -> Array:
     """P·V `[b, sq, hq, dv]`."""
     b, hq, sq, sk = p.shape
     hk, dv = v.shape[2:]

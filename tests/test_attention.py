@@ -219,10 +219,7 @@ def test_a_bias_of_minus_infinity_masks(implementation):
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
-def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, implementation, request):
-    if implementation == "cuda":
-        reason = "the CUDA kernels add the bias to the score (docs/architecture.md, known deviations)"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, implementation):
     case = Case("bias", bias=(1, 1, 1, 12), dtype=checks.usual_dtype(implementation))
     inputs = make_inputs(case)
     bias = inputs.keywords["bias"].at[..., 5].set(-jnp.inf)

@@ -66,6 +66,8 @@ OF_ATTENTION = [
     (dict(num_splits=True), ValueError, "num_splits must be an int ≥ 1 or None, got True"),
     (dict(num_splits=2.0), ValueError, "num_splits must be an int ≥ 1 or None, got 2.0"),
     (dict(batch_invariant=1), TypeError, "batch_invariant must be True or False, got 1"),
+    (dict(batch_invariant=True, implementation="xla"), NotImplementedError,
+     'batch_invariant is True with implementation="xla", whose compiler orders sums by the shapes'),
     (dict(window=(-1, 0)), ValueError, "window's left must be ≥ 0"),
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [n hq] = (2, 4), got shape (3, 4)"),
     (dict(sinks=floats(HK)), ValueError, "sinks must have shape"),

@@ -191,6 +191,26 @@ def test_other_decodes_take_equal_shares(options):
     assert (row["arch"], row["pass"]) != ("sm90", "decode")
 
 
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("device", [H200, A10], ids=["H200", "A10"])
+@pytest.mark.parametrize(("q_rows", "packed"), [(1, False), (7, False), (70, False), (3000, True)])
+def test_batch_invariant_kernels_are_the_same_whatever_the_batch_and_the_tables(
+    q_rows, packed, device, float8
+):
+    """A part has 2,048 keys of the kernel's tiles, so that a sequence's sums are those of its kernels."""
+    found = []
+    for batch in (1, 8, 24, 500):
+        for k_rows in (16, 100, 4096, 100_000):
+            for page_size in (8, 16, 64):
+                chosen = plan(
+                    batch=batch, k_rows=k_rows, page_size=page_size, q_rows=q_rows, varlen=packed, float8=float8,
+                    batch_invariant=True, device=device,
+                )  # fmt: skip
+                rows = {name: chosen.get("decode", {}).get(name) for name in ("columns", "packed_rows")}
+                found.append((chosen["row"], chosen.get("decode_row"), rows))
+    assert all(x == found[0] for x in found)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,9 +2,16 @@
 // kernels compute log2(e) · s, and P as powers of two.
 #pragma once
 
+#include <cmath>
+
+#include "spec.h"
+
 namespace jax_flash {
 
 inline constexpr float kLog2e = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
+
+// The score that a bias is added to. A bias of −∞ hides the key, whatever the score is, NaN and +∞ included.
+JF_HD float under_bias(float score, float bias) { return bias == -INFINITY ? 0.0f : score; }
 
 }  // namespace jax_flash

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "gradient.h"
+#include "hidden.h"
 #include "kernels.h"
 
 namespace jax_flash::JF_ISA {
@@ -182,7 +183,13 @@ static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
     head.key.addresses(keys.begin, keys.n, at);
     Rows key = head.key;
     key.missing = 0.0f;
-    pack_columns<E>(at, round_up(keys.n, kPanel), key, keys.k_columns);
+    const int32_t n = round_up(keys.n, kPanel);
+    pack_columns<E>(at, n, key, keys.k_columns);
+    // Keys that are not finite add nothing to dQ: where they are seen, dS is NaN anyway.
+    if (has_non_finite<E>(keys.k_columns, int64_t{n} / E::kPair * ld)) {
+      OddKeys().find(1, [&](int32_t) { return key; }, keys.begin, keys.n, at);
+      pack_columns<E>(at, n, key, keys.k_columns);
+    }
   }
   return keys;
 }

@@ -2,6 +2,7 @@
 // token together, in the order in which they lie in memory.
 #pragma once
 
+#include "hidden.h"
 #include "product.h"
 #include "softmax.h"
 
@@ -214,7 +215,20 @@ class DecodeLoop {
 
   // The softmax state and O over keys [keys.lo, keys.hi).
   void attend(Interval keys) {
+    attend_once(keys, false);
+    if (has_nan(o_, rows_ * padded(problem_.value_dim))) attend_once(keys, true);
+  }
+
+  const Head& head() const { return head_; }
+  float* o(int32_t = 0) { return o_; }
+  Softmax& state(int32_t = 0) { return state_; }
+
+ private:
+  // leaves_out_odd: hidden values may be NaN.
+  void attend_once(Interval keys, bool leaves_out_odd) {
     const Problem& p = problem_;
+    const auto values_at = [&](int32_t x) { return values_of(x); };
+    odd_.count = 0;
     state_.reset();
     fill(o_, rows_ * padded(p.value_dim), 0.0f);
     const int32_t kv_heads = tile_.heads / group_;
@@ -237,24 +251,26 @@ class DecodeLoop {
       }
       softmax_rescale<E>(rows_, shifts, state_);
       load_factors(head_.value, p.v_scale, j0, n);
+      value.start(j0, keys.hi);
+      if (leaves_out_odd) odd_.find(kv_heads, values_at, j0, n, value.at);
+      for (int32_t k = 0; head_.value.page_factors && k < odd_.count; ++k) {
+        for (int32_t x = 0; x < kv_heads; ++x) factors_of(x)[odd_.column[k]] = 1.0f;
+      }
       for (int32_t r = 0; r < rows_; ++r) {
         const float* const weights = head_.value.page_factors ? factors_of(kv_head_of(r)) : nullptr;
         softmax_row<E>(head_, row(r), j0, block, s_ + r * kDecodeKeys, shifts.shift[r], state_, r, weights);
         rescale(r, state_.alpha[r]);
       }
-      value.start(j0, keys.hi);
       multiply<Step::kValues>(value, cold, n);  // O ← O + P V
+      add_odd_keys<E>(
+          head_, odd_, j0, rows_, row, [&](int32_t r) { return values_of(kv_head_of(r)); }, s_, kDecodeKeys,
+          o_, padded(p.value_dim));
     }
     for (int32_t r = 0; p.v_scale && !head_.value.page_factors && r < rows_; ++r) {
       rescale(r, scale_of(p.v_scale, kv_head_of(r)));
     }
   }
 
-  const Head& head() const { return head_; }
-  float* o(int32_t = 0) { return o_; }
-  Softmax& state(int32_t = 0) { return state_; }
-
- private:
   // O ← αO
   void rescale(int32_t r, float alpha) {
     if (alpha == 1.0f) return;
@@ -269,6 +285,15 @@ class DecodeLoop {
   // on all pages.
   float scale_of(const View& scale, int32_t x) const {
     return scale ? head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head) : 1.0f;
+  }
+
+  // The values at the tile's KV head x. Where the scale is the same on all pages, O is multiplied by it.
+  Rows values_of(int32_t x) const {
+    Rows values = head_.value;
+    values.base += x * problem_.value.head * size_of(values.dtype);
+    values.factor = 1.0f;
+    if (values.page_factors) values.page_factors += x * problem_.v_scale.head;
+    return values;
   }
 
   // Where scales differ between pages: those of the tile's n keys (or values) at KV head x, then ones.
@@ -361,6 +386,7 @@ class DecodeLoop {
   Word* q_;         // [kTileM, row_words(d)]
   float *s_, *o_;   // [kTileM, kDecodeKeys], [kTileM, padded(dv)]
   float* factors_;  // [KV heads, kDecodeKeys], of keys, then of values
+  OddKeys odd_;
   Softmax state_;
 };
 

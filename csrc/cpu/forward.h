@@ -3,6 +3,7 @@
 #pragma once
 
 #include "decode.h"
+#include "hidden.h"
 #include "softmax.h"
 
 namespace jax_flash::JF_ISA {
@@ -19,6 +20,7 @@ static_assert(forward_floats(kMaxLatentDim, kMaxLatentValueDim) <= kScratchFloat
 struct PackedKeys {
   KeyRange range;
   Word *k, *v;
+  OddKeys odd;
 
   JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
@@ -126,6 +128,10 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   });
   multiply_values<E, Start::kRescale>({s, kScoreRow, keys.v, keys.size()}, t.blocks, columns, p.value_dim,
                                       t.o, t.state->alpha);
+  add_odd_keys<E>(
+      head, keys.odd, keys.range.begin, t.rows,
+      [&](int32_t r) { return Row{t.tile->position(r), t.tile->head_of(r)}; },
+      [&](int32_t) { return head.value; }, s, kScoreRow, t.o, padded(p.value_dim));
 }
 
 // Runs up to kMaxQueryTiles query tiles of one KV head together over the keys, so that every tile of keys
@@ -158,18 +164,11 @@ class ForwardLoop {
 
   // Computes the softmax states and O of all tiles over keys [keys.lo, keys.hi).
   void attend(Interval keys) {
-    for (int32_t i = 0; i < count_; ++i) {
-      tiles_[i].state->reset();
-      fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
-    }
-    // Tiles of keys begin at multiples of kTileN, whichever query tiles run together: that grouping must
-    // not change any bit of the result.
-    for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
-      const Interval tile = intersect(keys, {j0, j0 + kTileN});
-      if (!trim_to_segments(tiles_, count_, tile)) continue;
-      pack(tile);
-      for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
-    }
+    attend_once(keys, false);
+    bool nan = false;
+    for (int32_t i = 0; i < count_; ++i)
+      nan |= has_nan(tiles_[i].o, tiles_[i].rows * padded(problem_.value_dim));
+    if (nan) attend_once(keys, true);
   }
 
   Interval visible() const { return visible_; }
@@ -179,11 +178,28 @@ class ForwardLoop {
   Softmax& state(int32_t i = 0) { return *tiles_[i].state; }
 
  private:
+  // leaves_out_odd: hidden values may be NaN.
+  void attend_once(Interval keys, bool leaves_out_odd) {
+    keys_.odd.count = 0;
+    for (int32_t i = 0; i < count_; ++i) {
+      tiles_[i].state->reset();
+      fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
+    }
+    // Tiles of keys begin at multiples of kTileN, whichever query tiles run together: that grouping must
+    // not change any bit of the result.
+    for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
+      const Interval tile = intersect(keys, {j0, j0 + kTileN});
+      if (!trim_to_segments(tiles_, count_, tile)) continue;
+      pack(tile, leaves_out_odd);
+      for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
+    }
+  }
+
   static Word* words(Scratch& scratch, int32_t rows, int32_t width) {
     return reinterpret_cast<Word*>(scratch.take(int64_t{rows} * row_words<E>(width)));
   }
 
-  void pack(Interval keys) {
+  void pack(Interval keys, bool leaves_out_odd) {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size();
     const char* at[kTileN];
@@ -192,6 +208,7 @@ class ForwardLoop {
     pack_transposed<E>(at, n, head_.key.with_row_factors(begin, n, factors), keys_.k,
                        panel_words<E>(problem_.head_dim));
     head_.value.addresses(begin, n, at);
+    if (leaves_out_odd) keys_.odd.find(1, [&](int32_t) { return head_.value; }, begin, n, at);
     pack_columns<E>(at, n, head_.value.with_row_factors(begin, n, factors), keys_.v);
   }
 
@@ -232,7 +249,8 @@ template <class Use>
 JF_INLINE void with_loop([[maybe_unused]] const Problem& p, const RowTile& tile, Use use) {
   const bool decode = is_decode(p, tile);
 #if defined(__AVX512BF16__)
-  if (uses_bf16_pairs(p)) {
+  // Over pages the sequence's own length counts, since k_rows is the width of its table.
+  if (uses_bf16_pairs(p, p.paged() ? tile.sequence.k_len : p.k_rows)) {
     if (!decode && p.kv_dtype == DType::kBF16) return use(LoopType<ForwardLoop<BF16>>());
     if (decode && p.head_dim % kPanel == 0 && p.value_dim % kPanel == 0)
       return use(LoopType<DecodeLoop<BF16>>());

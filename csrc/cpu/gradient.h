@@ -146,6 +146,10 @@ JF_INLINE Gradient gradient(const GradientRow& row, float softmax_scale, int32_t
     g.p = inside ? g.p : Float{};
     g.ds = inside ? g.ds : Float{};
   }
+  if constexpr (kGeneral) {  // lse and dP may be NaN where the score is hidden
+    g.p = s == kNegInf ? Float{} : g.p;
+    g.ds = s == kNegInf ? Float{} : g.ds;
+  }
   return g;
 }
 
@@ -248,7 +252,7 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
       rows[k].keep = keep[k].value;
     }
   }
-  if (head.has_dropout || capped) {
+  if (head.has_dropout || head.must_finish(used.mixed)) {
     if (masked) return store_gradient_rows<kPair, true, true>(rows, head.softmax_scale, r, used, t);
     return store_gradient_rows<kPair, false, true>(rows, head.softmax_scale, r, used, t);
   }

@@ -34,9 +34,10 @@ JF_INLINE float softmax_scale_of(const Problem& p) {
 // bf16 problems use the bf16 dot instruction, except for those with few keys: the rounding errors of P and
 // dS to bf16 do not average out over few keys, and float32 takes no longer there.
 inline constexpr int32_t kMinKeysForPairs = 128;  // keys
-JF_INLINE bool uses_bf16_pairs(const Problem& p) {
-  return p.dtype == DType::kBF16 && p.k_rows >= kMinKeysForPairs;
+JF_INLINE bool uses_bf16_pairs(const Problem& p, int32_t keys) {
+  return p.dtype == DType::kBF16 && keys >= kMinKeysForPairs;
 }
+JF_INLINE bool uses_bf16_pairs(const Problem& p) { return uses_bf16_pairs(p, p.k_rows); }
 
 struct Head {
   const Problem& problem;

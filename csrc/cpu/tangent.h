@@ -32,6 +32,7 @@ static int32_t tangent_tiles(const Problem& p) {
 struct TangentKeys {
   KeyRange range;
   Word *k, *v, *tv;
+  OddKeys odd, todd;  // of v and tv
 
   JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
@@ -119,19 +120,34 @@ class TangentLoop {
   }
 
   void run() {
+    attend_once(false);
+    bool nan = false;
+    for (int32_t i = 0; i < count_; ++i)
+      nan |= has_nan(tiles_[i].sum, tiles_[i].rows * padded(problem_.value_dim));
+    if (nan) attend_once(true);
+    for (int32_t i = 0; i < count_; ++i) store_results(tiles_[i]);
+  }
+
+ private:
+  // The sums of all tiles. leaves_out_odd: hidden values may be NaN.
+  void attend_once(bool leaves_out_odd) {
+    keys_.odd.count = keys_.todd.count = 0;
+    for (int32_t i = 0; i < count_; ++i) {
+      const TangentTile& x = tiles_[i];
+      fill(x.sum, x.blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
+      fill(reinterpret_cast<float*>(x.r), x.rows * kLanes, 0.0f);
+    }
     const RowTile &first = *tiles_[0].tile, &last = *tiles_[count_ - 1].tile;
     const Interval keys = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
     // Tiles of keys begin at multiples of kTangentN, whichever query tiles run together.
     for (int32_t j0 = round_down(keys.lo, kTangentN); j0 < keys.hi; j0 += kTangentN) {
       const Interval tile = intersect(keys, {j0, j0 + kTangentN});
       if (!trim_to_segments(tiles_, count_, tile)) continue;
-      pack(tile);
+      pack(tile, leaves_out_odd);
       for (int32_t i = 0; i < count_; ++i) attend(tiles_[i]);
     }
-    for (int32_t i = 0; i < count_; ++i) store_results(tiles_[i]);
   }
 
- private:
   TangentTile rows_of(const RowTile& tile, Scratch& scratch) const {
     const Problem& p = problem_;
     TangentTile x;
@@ -150,12 +166,10 @@ class TangentLoop {
     };
     pack_half(tquery, tangents_.tquery, x.q);
     pack_half(head_.query, p.query, x.q + half_);
-    fill(x.sum, x.blocks * kBlockRows * padded(p.value_dim), 0.0f);
-    fill(reinterpret_cast<float*>(x.r), x.rows * kLanes, 0.0f);
     return x;
   }
 
-  void pack(Interval keys) {
+  void pack(Interval keys, bool leaves_out_odd) {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size(), h = problem_.kv_head(head_.head);
     const auto rows = [&](const View& view, int32_t width) {
@@ -168,12 +182,13 @@ class TangentLoop {
     };
     pack_half(head_.key, keys_.k);
     pack_half(rows(tangents_.tkey, problem_.head_dim), keys_.k + half_ * kPanel);
-    const auto pack_values = [&](const Rows& x, Word* to) {
+    const auto pack_values = [&](const Rows& x, OddKeys& odd, Word* to) {
       x.addresses(begin, n, at);
+      if (leaves_out_odd) odd.find(1, [&](int32_t) { return x; }, begin, n, at);
       pack_columns<E>(at, n, x, to);
     };
-    pack_values(head_.value, keys_.v);
-    pack_values(rows(tangents_.tvalue, problem_.value_dim), keys_.tv);
+    pack_values(head_.value, keys_.odd, keys_.v);
+    pack_values(tvalue(), keys_.todd, keys_.tv);
   }
 
   // A tile of queries attends to the tile of keys.
@@ -199,6 +214,19 @@ class TangentLoop {
                                            x.sum, nullptr);
     multiply_values<E, Start::kAccumulate>({t_, kTangentRow, keys_.v, keys_.size()}, x.blocks, columns, dv,
                                            x.sum, nullptr);
+    const auto add_odd = [&](const OddKeys& odd, const Rows& values, const float* weights) {
+      add_odd_keys<E>(
+          head_, odd, keys_.range.begin, x.rows,
+          [&](int32_t r) { return Row{x.tile->position(r), x.tile->head_of(r)}; },
+          [&](int32_t) { return values; }, weights, kTangentRow, x.sum, padded(dv));
+    };
+    add_odd(keys_.todd, tvalue(), s_);
+    add_odd(keys_.odd, head_.value, t_);
+  }
+
+  Rows tvalue() const {
+    return head_.rows(tangents_.tvalue, problem_.value_dim, head_.sequence.k_begin,
+                      problem_.kv_head(head_.head));
   }
 
   // S and T of row r become D∘P and D∘P∘dS. Returns Σ P∘dS.

@@ -55,11 +55,18 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
         isinstance(splits, bool) or not isinstance(splits, numbers.Integral) or splits < 1
     ):
         raise check.fail(f"num_splits must be an int ≥ 1 or None, got {splits!r}")
+    invariant = check.flag("batch_invariant", arguments.batch_invariant)
+    if invariant and arguments.implementation == "xla":
+        raise check.fail(
+            'batch_invariant is True with implementation="xla", whose compiler orders sums by the shapes of the '
+            'whole call; "cpu" and "cuda" have it',
+            NotImplementedError,
+        )
     spec = replace(
         static_spec(check, "paged" if cu_seqlens is None else "paged_varlen", operands, arguments),
         page_layout=arguments.page_layout,
         num_splits=int(splits or 0),
-        batch_invariant=check.flag("batch_invariant", arguments.batch_invariant),
+        batch_invariant=invariant,
         value_dim=value_dim,
     )
     return spec, operands

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "core/band.h"
+#include "core/score.h"
 #include "cuda/ptx/math.cuh"
 #include "cuda/score/operands.cuh"
 
@@ -83,8 +84,8 @@ class GlobalBias {
 #pragma unroll
           for (int n = 0; n < S::kColumnTiles; ++n) {
             const float2 bias = ptx::unpack<T>(chunks.pair(slot, n));
-            s.at(slot, n, 0) = fmaf(bias.x, factor, s.at(slot, n, 0));
-            s.at(slot, n, 1) = fmaf(bias.y, factor, s.at(slot, n, 1));
+            s.at(slot, n, 0) = fmaf(bias.x, factor, under_bias(s.at(slot, n, 0), bias.x));
+            s.at(slot, n, 1) = fmaf(bias.y, factor, under_bias(s.at(slot, n, 1), bias.y));
           }
         }
         return;
@@ -93,8 +94,10 @@ class GlobalBias {
     if constexpr (sizeof(T) == 2 && S::kPairs && !S::kPermuted) {
       if (operands.bias_in_pairs(p)) return add_bias_pairs<T>(s, row, key, factor);
     }
-    for_each_used<T>(s, operands.bias, p.bias, band, row, key,
-                     [=](float& x, T bias) { x = fmaf(static_cast<float>(bias), factor, x); });
+    for_each_used<T>(s, operands.bias, p.bias, band, row, key, [=](float& x, T element) {
+      const auto bias = static_cast<float>(element);
+      x = fmaf(bias, factor, under_bias(x, bias));
+    });
   }
 
   // Elements out of use have a bias of 0.
@@ -107,8 +110,8 @@ class GlobalBias {
       for (int n = 0; n < S::kColumnTiles; ++n) {
         const int step = S::column_step(n);
         const float2 bias = ptx::unpack<T>(step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0);
-        s.at(slot, n, 0) = fmaf(bias.x, factor, s.at(slot, n, 0));
-        s.at(slot, n, 1) = fmaf(bias.y, factor, s.at(slot, n, 1));
+        s.at(slot, n, 0) = fmaf(bias.x, factor, under_bias(s.at(slot, n, 0), bias.x));
+        s.at(slot, n, 1) = fmaf(bias.y, factor, under_bias(s.at(slot, n, 1), bias.y));
       }
     }
   }

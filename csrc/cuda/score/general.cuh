@@ -156,7 +156,7 @@ struct GeneralScore : ScoreVariant<S> {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
-    const auto add = [factor](float& x, float b) { x = fmaf(b, factor, x); };
+    const auto add = [factor](float& x, float b) { x = fmaf(b, factor, under_bias(x, b)); };
     constexpr bool kStaged = requires { tile.apply_tiles(s, add); };
     if constexpr (kStaged) {
       if (p.bias || p.mask) tile.apply_tiles(s, add);

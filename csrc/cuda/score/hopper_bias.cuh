@@ -70,8 +70,8 @@ struct BiasInput {
       for (int i = 0; i < 4; ++i) {
         const float2 bias = ptx::unpack<T>(pairs[i]);
         float &even = s.at(i % 2, 2 * k + i / 2, 0), &odd = s.at(i % 2, 2 * k + i / 2, 1);
-        even = fmaf(even, scale, bias.x);
-        odd = fmaf(odd, scale, bias.y);
+        even = fmaf(under_bias(even, bias.x), scale, bias.x);
+        odd = fmaf(under_bias(odd, bias.y), scale, bias.y);
       }
     }
     shared.input_pipe.release(use);

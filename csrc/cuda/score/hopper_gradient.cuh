@@ -17,7 +17,7 @@ struct StagedBiasScore : ScoreVariant<S> {
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
     const float scale = tile.p.spec.scale;
-    tile.apply_tiles(s, [scale](float& x, float bias) { x = fmaf(x, scale, bias); });
+    tile.apply_tiles(s, [scale](float& x, float bias) { x = fmaf(under_bias(x, bias), scale, bias); });
   }
 };
 
