@@ -52,9 +52,9 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 # What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
-JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all backends compilation_cache derivatives derivative_sharding distributed \
+JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all any_mesh backends compilation_cache derivatives derivative_sharding distributed \
   dot_product export flax flax_layers fresh_process lowering_errors manual_sharding mean_flow modes paged_programs \
-  partly_manual ring_training sharding transforms)
+  partly_manual ring_training sharded_vmap sharding transforms)
 
 .PHONY: test-newest-jax
 test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
