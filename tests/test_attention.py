@@ -51,7 +51,7 @@ SHAPES = [
     dict(sq=70, sk=9, hq=6, hk=2, d=7, dv=1),
 ]
 # 16-bit limits are maxima over an array, so every array here has more than a few numbers. Where causal rows see one or
-# two keys and drop some, dbias may still exceed its limit (docs/architecture.md, known deviations).
+# two keys and drop some, dbias may still exceed its limit (docs/numerics.md, known deviations).
 OPTIONS = {
     "shape": SHAPES,
     "dtype": list(DTYPES),
