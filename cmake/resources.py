@@ -16,19 +16,22 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+SCORES = Path(__file__).resolve().parent.parent / "csrc" / "scores.def"
+KINDS = re.findall(r"^JF_SCORE\(\w+, *(\w+)", SCORES.read_text(), re.MULTILINE)  # by ScoreKind's value
+
 # Bytes that a kernel may spill, by the first pattern that its arch and name match: none in the kernels without
 # bias, masks and the like of the common rows, 16-bit with d and dv of 32, 64, 128 or 256; next to none of these on
 # cards newer than those that the rows were chosen on, and few in the tangent pass, which uses every register.
 _ROWS = r"(__half|__nv_bfloat16), Row\{\(Pass\)\d+, \(Design\)\d+, \d+u, \d+u, (32, 32|64, 64|128, 128|256, 256), "
 _COMMON = (
-    rf"((forward_sm[89]0<ForwardSm[89]0|(backward|tangent)_\w+<(Backward|Tangent)\w+)<{_ROWS}.*Kind\)0"
+    rf"((forward_sm[89]0<ForwardSm[89]0|(backward|tangent)_\w+<(Backward|Tangent)\w+)<{_ROWS}.*, plain\b"
     r"(?!, PagedState)"  # over dense rows alone
-    rf"|backward_sm90<BackwardSm90<{_ROWS}.*Kind\)0)"
+    rf"|backward_sm90<BackwardSm90<{_ROWS}.*, plain\b)"
 )
 BUDGET: tuple[tuple[str, int], ...] = (
-    (rf"^sm_1\d\d\w? tangent_\w+<TangentSm80<{_ROWS}.*Kind\)0", 128),
+    (rf"^sm_1\d\d\w? tangent_\w+<TangentSm80<{_ROWS}.*, plain\b", 128),
     (rf"^sm_1\d\d\w? {_COMMON}", 8),
-    (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*Kind\)4", 16),  # segments: four scalars
+    (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*, segments\b", 16),  # four scalars
     (rf"^\w+ {_COMMON}", 0),
     ("", 1 << 30),
 )
@@ -73,13 +76,14 @@ def slowed(log: str) -> list[str]:
 
 
 def demangled(kernels: list[Kernel]) -> list[Kernel]:
-    """With readable names, less the parameters."""
+    """With readable names, less the parameters: `segments` is written for `(ScoreKind)4`."""
     names = "\n".join(kernel.name for kernel in kernels)
     answer = subprocess.run(["c++filt"], input=names, capture_output=True, text=True, check=True).stdout
     short = [
         re.sub(r"^void |\(jax_flash::Problem.*$|jax_flash::|\bsm80::", "", name)
         for name in answer.splitlines()
     ]
+    short = [re.sub(r"\(ScoreKind\)(\d+)", lambda found: KINDS[int(found[1])], name) for name in short]
     return [kernel._replace(name=name) for kernel, name in zip(kernels, short, strict=True)]
 
 

@@ -56,6 +56,12 @@ def test_the_table_names_kernels_readably(resources, objects, tmp_path):
     ]
 
 
+def test_kinds_of_scores_have_their_names(resources):
+    mangled = "_Z5plainIN9jax_flash1CILNS0_9ScoreKindE4EEEEvv"
+    (kernel,) = resources.demangled([resources.Kernel(mangled, "sm_90", 1, 0, 0, 0)])
+    assert kernel.name == "plain<C<segments> >()"
+
+
 @pytest.mark.parametrize(("allowed", "status"), [(4, 0), (3, 1)])
 def test_the_build_fails_over_budget(resources, objects, tmp_path, monkeypatch, capsys, allowed, status):
     table = tmp_path / "table.tsv"
@@ -82,22 +88,22 @@ def test_the_compiler_speaks_as_before(resources, tmp_path, capfd):
     assert resources.parse((tmp_path / "b.o.ptxas").read_text())[0].name == PLAIN
 
 
-def named(kernel: str, element: str, row: str, kind: int) -> str:
-    """As c++filt writes a kernel's name: a Row begins with pass, design, loaders and elements."""
-    return f"{kernel}<{element}, Row{{(Pass)0, (Design)0, 1u, 6u, {row}}}, (ScoreKind){kind}, X> >"
+def named(kernel: str, element: str, row: str, kind: str) -> str:
+    """A kernel's name in the table: a Row begins with pass, design, loaders and elements."""
+    return f"{kernel}<{element}, Row{{(Pass)0, (Design)0, 1u, 6u, {row}}}, {kind}, X> >"
 
 
 @pytest.mark.parametrize(
     ("name", "common"),
     [
-        (named("forward_sm80<ForwardSm80", "__half", "128, 128, 128, 64, 2, 4", 0), True),
-        (named("forward_sm80<ForwardSm80", "__nv_bfloat16", "64, 64, 128, 64, 2, 4", 1), False),
-        (named("forward_sm80<ForwardSm80", "float", "128, 128, 64, 64, 1, 4", 0), False),
-        (named("forward_sm90<ForwardSm90", "__half", "64, 64, 192, 128, 2, 16, 1", 0), True),
-        (named("backward_sm90<BackwardSm90", "__half", "128, 128, 64, 128, 2, 12, 1", 0), True),
-        (named("backward_sm90<BackwardSm90", "__half", "192, 128, 64, 128, 2, 16, 1", 0), False),
-        (named("tangent_sm80<TangentSm80", "__half", "64, 64, 128, 64, 2, 4", 0), True),
-        (named("tangent_sm80<TangentSm80", "__half", "64, 64, 128, 64, 2, 4", 2), False),
+        (named("forward_sm80<ForwardSm80", "__half", "128, 128, 128, 64, 2, 4", "plain"), True),
+        (named("forward_sm80<ForwardSm80", "__nv_bfloat16", "64, 64, 128, 64, 2, 4", "general"), False),
+        (named("forward_sm80<ForwardSm80", "float", "128, 128, 64, 64, 1, 4", "plain"), False),
+        (named("forward_sm90<ForwardSm90", "__half", "64, 64, 192, 128, 2, 16, 1", "plain"), True),
+        (named("backward_sm90<BackwardSm90", "__half", "128, 128, 64, 128, 2, 12, 1", "plain"), True),
+        (named("backward_sm90<BackwardSm90", "__half", "192, 128, 64, 128, 2, 16, 1", "plain"), False),
+        (named("tangent_sm80<TangentSm80", "__half", "64, 64, 128, 64, 2, 4", "plain"), True),
+        (named("tangent_sm80<TangentSm80", "__half", "64, 64, 128, 64, 2, 4", "general_dropout"), False),
     ],
 )
 def test_common_kernels_may_not_spill(resources, name, common):

@@ -16,6 +16,12 @@ import cuda_library
 EMULATOR = "tests/kernels/emulator"
 NAME = "libjax_flash_cuda.so"
 ROW = re.compile(r"JF_KERNEL\((.*)\)")
+SCORES = (Path(__file__).resolve().parents[1] / "csrc" / "scores.def").read_text()
+# Words for several kinds of scores.
+SEVERAL = {
+    name: set(kinds.split(" | "))
+    for name, kinds in re.findall(r"^JF_SCORES\((\w+), (.*)\)$", SCORES, re.MULTILINE)
+}
 
 
 def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
@@ -31,8 +37,8 @@ def table(lines: list[str], rows: tuple[str, ...]) -> list[str]:
         for i, line in enumerate(lines):
             columns = [x.strip() for x in match[1].split(",")] if (match := ROW.match(line)) else []
             kinds = {x.strip() for x in columns[-1].split("|")} if columns else set()
-            if "each_option" in kinds:
-                kinds |= {"segments", "alibi", "softcap", "bias", "dropout"}
+            for word in kinds & SEVERAL.keys():
+                kinds |= SEVERAL[word]
             if wanted <= kinds and " ".join(columns[:2] + columns[3:4] + columns[5:]).startswith(f"{name} "):
                 chosen[i] = f"JF_KERNEL({', '.join([*columns[:-1], scores])})"
                 break

@@ -25,9 +25,10 @@ namespace {
 constexpr Pass kPasses[] = {Pass::kForward, Pass::kBackward, Pass::kBiasGradient, Pass::kTangent};
 constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
 constexpr Loader kLoaders[] = {Loader::kDense, Loader::kPaged};
-constexpr ScoreKind kScores[] = {ScoreKind::kPlain,   ScoreKind::kGeneral,  ScoreKind::kGeneralDropout,
-                                 ScoreKind::kDropout, ScoreKind::kSegments, ScoreKind::kAlibi,
-                                 ScoreKind::kSoftcap, ScoreKind::kBias,     ScoreKind::kMask};
+constexpr ScoreKind kScores[] = {
+#define JF_SCORE(kind, ...) ScoreKind::k##kind,
+#include "../scores.def"
+};
 
 template <class Enum, size_t kCount>
 nb::tuple names_of(const Enum (&values)[kCount], uint32_t set) {

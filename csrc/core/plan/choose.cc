@@ -13,30 +13,32 @@ constexpr int32_t bits_of(Operands... operands) {
   return ((1 << static_cast<int32_t>(operands)) | ...);
 }
 
-// Operands that every kernel reads, and those of the options below. Any other needs the general kernel.
+// Operands that every kernel reads, and the inputs of kinds of scores. Any other needs the general kernel.
 constexpr int32_t kOfEveryKernel = bits_of(
     Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
     Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
-constexpr int32_t kOfOptions = bits_of(Operand::kQSegmentIds, Operand::kKvSegmentIds, Operand::kAlibiSlopes,
-                                       Operand::kBias, Operand::kMask, Operand::kDropout);
+constexpr int32_t kOfScores = 0
+#define JF_SCORE(kind, name, printed, inputs, ...) | (inputs)
+#include "../../scores.def"
+    ;
 
-// What a call does to scores, if it is one thing that may have a kernel of its own; else kGeneral.
+// TMA loads tiles of the bias in the forward, cp.async 8 keys at a time in gradients.
+bool bias_is_served(const Call& call) {
+  return call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks;
+}
+
+// The kind of the call's only option, if that kind has kernels for it; kGeneral with several options.
 ScoreKind only_option(const Call& call) {
   const AttentionSpec& spec = call.spec;
   struct {
     bool wanted, served;
     ScoreKind kind;
   } const options[] = {
-      {spec.has(Operand::kQSegmentIds), true, ScoreKind::kSegments},
-      {spec.has(Operand::kAlibiSlopes), true, ScoreKind::kAlibi},
-      {spec.has(Operand::kBias),
-       call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks,
-       ScoreKind::kBias},
-      {spec.has(Operand::kMask), call.shapes.mask_in_chunks, ScoreKind::kMask},
-      {spec.has(Operand::kDropout), true, ScoreKind::kDropout},
-      {spec.softcap > 0, spec.softcap <= kLargestSoftcap, ScoreKind::kSoftcap},
+#define JF_SCORE(kind, name, printed, inputs, option, served, ...) \
+  {(spec.operands & (inputs)) != 0 || (option), served, ScoreKind::k##kind},
+#include "../../scores.def"
       // The plain kernel takes the row maximum before it scales, which needs a positive scale.
-      {(spec.operands & ~(kOfEveryKernel | kOfOptions)) || !(spec.scale > 0), false, ScoreKind::kGeneral},
+      {(spec.operands & ~(kOfEveryKernel | kOfScores)) || !(spec.scale > 0), false, ScoreKind::kGeneral},
   };
   ScoreKind found = ScoreKind::kPlain;
   for (const auto& option : options) {
@@ -68,6 +70,7 @@ struct Candidates {
 
 bool runs(const KernelRow& row, const Call& call) {
   const Shapes& s = call.shapes;
+  if (call.spec.has(Operand::kRanges)) return false;  // the CPU kernels alone read ranges
   return row.arch->family().of(row.pass) && row.takes(call.loader()) && row.takes(s.dtype) &&
          row.takes(s.kv_dtype) && row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
          row.arch->covers(call.device.capability) && traits_of(row).serves(row, call) &&

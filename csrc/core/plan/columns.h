@@ -25,13 +25,9 @@ inline constexpr Design tiles = Design::kTiles, packed_heads = Design::kPackedHe
 inline constexpr uint32_t float16 = bit(DType::kF16), bfloat16 = bit(DType::kBF16), half = float16 | bfloat16,
                           single = bit(DType::kF32), float32 = single,
                           float8 = bit(DType::kF8E4M3) | bit(DType::kF8E5M2);
-inline constexpr uint32_t segments = bit(ScoreKind::kSegments), alibi = bit(ScoreKind::kAlibi),
-                          softcap = bit(ScoreKind::kSoftcap), bias = bit(ScoreKind::kBias),
-                          mask = bit(ScoreKind::kMask);
-inline constexpr uint32_t plain = bit(ScoreKind::kPlain), general = bit(ScoreKind::kGeneral),
-                          general_dropout = bit(ScoreKind::kGeneralDropout),
-                          dropout = bit(ScoreKind::kDropout),
-                          each_option = dropout | segments | alibi | softcap | bias;
+#define JF_SCORE(kind, name, ...) inline constexpr uint32_t name = bit(ScoreKind::k##kind);
+#define JF_SCORES(name, kinds) inline constexpr uint32_t name = kinds;
+#include "../../scores.def"
 inline constexpr int32_t any = std::numeric_limits<int32_t>::max();
 
 }  // namespace jax_flash::columns

@@ -23,21 +23,16 @@ struct Arch {
 // Where a kernel's keys and values come from; the value is the bit in Row::loaders.
 enum class Loader : int32_t { kDense = 0, kPaged = 1 };
 
-// The score options that a kernel computes, after the scale and the band; the value is the bit in
-// Row::scores.
+// What a kernel computes from scores (csrc/scores.def); the value is the bit in Row::scores.
 enum class ScoreKind : int32_t {
-  kPlain,           // nothing
-  kGeneral,         // any combination of options, without dropout
-  kGeneralDropout,  // any combination of options, dropout too
-  kDropout,         // dropout and no other option; likewise the next ones
-  kSegments,
-  kAlibi,
-  kSoftcap,
-  kBias,
-  kMask,
+#define JF_SCORE(kind, ...) k##kind,
+#include "../../scores.def"
 };
 
-inline constexpr int32_t kScoreKinds = 9;
+inline constexpr int32_t kScoreKinds = 0
+#define JF_SCORE(...) +1
+#include "../../scores.def"
+    ;
 
 // The algorithm of a kernel, one of its family's for the pass. csrc/kernels.def says what each is.
 enum class Design : int32_t {

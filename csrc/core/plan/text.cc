@@ -16,8 +16,10 @@ const char* name_of(DType dtype) {
 }
 
 const char* name_of(ScoreKind kind) {
-  constexpr const char* kNames[] = {"plain", "general", "general", "dropout", "segments",
-                                    "alibi", "softcap", "bias",    "mask"};
+  constexpr const char* kNames[] = {
+#define JF_SCORE(kind, name, printed, ...) #printed,
+#include "../../scores.def"
+  };
   return kNames[static_cast<int>(kind)];
 }
 

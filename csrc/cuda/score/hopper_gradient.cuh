@@ -38,24 +38,23 @@ struct StagedGeneralScore : HopperGeneralDropoutScore<S> {
 };
 
 template <ScoreKind kKind, class S>
-struct GradientScoreOf : HopperScoreOf<kKind, S> {};
-template <class S>
-struct GradientScoreOf<ScoreKind::kBias, S> : std::type_identity<StagedBiasScore<S>> {};
-template <class S>
-struct GradientScoreOf<ScoreKind::kMask, S> : std::type_identity<StagedMaskScore<S>> {};
-template <class S>
-struct GradientScoreOf<ScoreKind::kGeneralDropout, S> : std::type_identity<StagedGeneralScore<S>> {};
+struct GradientScoreOf;
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, ...) \
+  template <class S>                                                                           \
+  struct GradientScoreOf<ScoreKind::k##kind, S> : std::type_identity<gradient<S>> {};
+#include "scores.def"
 
 template <ScoreKind kKind, class S>
 using GradientScore = typename GradientScoreOf<kKind, S>::type;
 
-// What of bias and mask a kind stages in tiles.
-constexpr bool stages_bias(ScoreKind kind) {
-  return kind == ScoreKind::kBias || kind == ScoreKind::kGeneralDropout;
-}
-constexpr bool stages_mask(ScoreKind kind) {
-  return kind == ScoreKind::kMask || kind == ScoreKind::kGeneralDropout;
-}
+// Whether a kind stages bias or mask in tiles.
+enum ScoreTileSet { kBiasTiles = 1, kMaskTiles = 2 };
+inline constexpr int kScoreTileSets[] = {
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, gradient, tiles) tiles,
+#include "scores.def"
+};
+constexpr bool stages_bias(ScoreKind kind) { return kScoreTileSets[static_cast<int>(kind)] & kBiasTiles; }
+constexpr bool stages_mask(ScoreKind kind) { return kScoreTileSets[static_cast<int>(kind)] & kMaskTiles; }
 constexpr bool stages_tiles(ScoreKind kind) { return stages_bias(kind) || stages_mask(kind); }
 
 // Bytes of a tile [M, N] of a 16-bit bias and of the mask.

@@ -17,22 +17,10 @@ namespace jax_flash {
 
 template <ScoreKind kKind, class S>
 struct HopperScoreOf;
-template <class S>
-struct HopperScoreOf<ScoreKind::kPlain, S> : std::type_identity<PlainScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kGeneral, S> : std::type_identity<HopperGeneralScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kGeneralDropout, S> : std::type_identity<HopperGeneralDropoutScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kDropout, S> : std::type_identity<DropoutScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kSegments, S> : std::type_identity<SegmentScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kAlibi, S> : std::type_identity<AlibiScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kSoftcap, S> : std::type_identity<SoftcapScore<S>> {};
-template <class S>
-struct HopperScoreOf<ScoreKind::kBias, S> : std::type_identity<BiasScore<S>> {};
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, hopper, ...) \
+  template <class S>                                                                 \
+  struct HopperScoreOf<ScoreKind::k##kind, S> : std::type_identity<hopper<S>> {};
+#include "scores.def"
 
 // Only calls over pages have a draft mask, and the general kernel serves them.
 template <ScoreKind kKind, class S, bool kPaged = false>

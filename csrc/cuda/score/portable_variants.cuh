@@ -13,14 +13,10 @@ namespace jax_flash {
 
 template <ScoreKind kKind, class S>
 struct PortableScoreOf;
-template <class S>
-struct PortableScoreOf<ScoreKind::kPlain, S> : std::type_identity<PlainScore<S>> {};
-template <class S>
-struct PortableScoreOf<ScoreKind::kGeneral, S> : std::type_identity<GeneralScore<S>> {};
-template <class S>
-struct PortableScoreOf<ScoreKind::kGeneralDropout, S> : std::type_identity<GeneralDropoutScore<S>> {};
-template <class S>
-struct PortableScoreOf<ScoreKind::kDropout, S> : std::type_identity<DropoutScore<S>> {};
+#define JF_SCORE(kind, name, printed, inputs, option, served, portable, ...) \
+  template <class S>                                                         \
+  struct PortableScoreOf<ScoreKind::k##kind, S> : std::type_identity<portable<S>> {};
+#include "scores.def"
 
 // Only calls over pages have a draft mask, and the general kernel serves them.
 template <ScoreKind kKind, class S, bool kPaged = false>

@@ -1,15 +1,14 @@
-// A score variant: the policy of one kind of score (core/plan/row.h's ScoreKind), which says
+// A score variant: the policy of one kind of score (csrc/scores.def), which says
 //   its inputs           reads() from global memory; Input: what is staged in shared memory per key tile
 //   what it does to S    apply(), after prefetch(), which runs while S is being multiplied
 //   its softmax          Softmax, start(), exponentiate(), drop()
 //   its gradient         differentiate(), drop_gradient(), drop_weights()
 // What the kind leaves out costs nothing at run time.
 //
-// ScoreVariant is the plain score, and the others derive from it; score/portable_variants.cuh and
-// score/hopper_variants.cuh map the kinds to them. S is the accumulator of a whole key tile, of a consumer's
-// or a warp's rows; a TransposedAccumulator will do as well. One object lives as long as a key tile. `Tile`
-// says where S lies, as ScoreTile does (score/operands.cuh): p, operands(), band(), row(), and key where
-// kPositional.
+// ScoreVariant is the plain score, and the others derive from it; csrc/scores.def maps the kinds to them. S
+// is the accumulator of a whole key tile, of a consumer's or a warp's rows; a TransposedAccumulator will do
+// as well. One object lives as long as a key tile. `Tile` says where S lies, as ScoreTile does
+// (score/operands.cuh): p, operands(), band(), row(), and key where kPositional.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -114,5 +113,9 @@ struct ScoreVariant {
 
 template <class S>
 using PlainScore = ScoreVariant<S>;
+
+// The score type of kinds that a family has no kernels for.
+template <class S>
+struct none;
 
 }  // namespace jax_flash

@@ -2,7 +2,9 @@
 // backend_plan.cc only plans them, for a GPU that need not be there.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
+#include <iterator>
 #include <optional>
 #include <string>
 
@@ -21,16 +23,9 @@ bool repeatable(const AttentionSpec& spec, Pass pass);  // the same bits at ever
 
 // The kernels behind one row of csrc/kernels.def.
 enum class Variant {
-  kPlain,
+#define JF_SCORE(kind, ...) k##kind,
+#include "scores.def"
   kCluster,  // plain, in 2-CTA clusters
-  kGeneral,
-  kDropout,   // alone
-  kAll,       // general, with dropout
-  kSegments,  // alone, as those that follow
-  kAlibi,
-  kSoftcap,
-  kBias,  // in tiles that TMA can load, or in chunks
-  kMask,  // in chunks
   kDeterministic,
   kGeneralDeterministic,
   kFloat8,
@@ -55,10 +50,11 @@ struct Aim {
            variant == Variant::kFloat8Split || alone();
   }
   bool alone() const {
-    return variant == Variant::kSegments || variant == Variant::kAlibi || variant == Variant::kSoftcap ||
-           variant == Variant::kBias || variant == Variant::kMask;
+    constexpr Variant kNone[] = {Variant::kPlain, Variant::kGeneral, Variant::kGeneralDropout,
+                                 Variant::kDropout};
+    return variant < Variant::kCluster && std::ranges::find(kNone, variant) == std::end(kNone);
   }
-  bool dropout() const { return variant == Variant::kDropout || variant == Variant::kAll; }
+  bool dropout() const { return variant == Variant::kDropout || variant == Variant::kGeneralDropout; }
   bool float8() const {
     return variant == Variant::kFloat8 || variant == Variant::kFloat8Split ||
            variant == Variant::kFloat8General;

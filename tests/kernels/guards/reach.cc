@@ -8,15 +8,11 @@
 namespace jax_flash::backend {
 namespace {
 
-constexpr const char* kVariantNames[] = {"plain",  "clusters", "general",       "dropout",
-                                         "all",    "segments", "alibi",         "softcap",
-                                         "bias",   "mask",     "deterministic", "general deterministic",
-                                         "float8", "split",    "float8 split",  "float8 general"};
-
-// The forward's kernels, by the plan's ScoreKind.
-constexpr Variant kVariants[] = {Variant::kPlain,   Variant::kGeneral,  Variant::kAll,
-                                 Variant::kDropout, Variant::kSegments, Variant::kAlibi,
-                                 Variant::kSoftcap, Variant::kBias,     Variant::kMask};
+constexpr const char* kVariantNames[] = {
+#define JF_SCORE(kind, name, ...) #name,
+#include "scores.def"
+    "clusters", "deterministic", "general deterministic", "float8",
+    "split",    "float8 split",  "float8 general"};
 
 std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
   if (row.pass == Pass::kDecode &&
@@ -27,8 +23,8 @@ std::vector<Variant> variants_of(const KernelRow& row, Loader loader) {
   switch (row.pass) {
     case Pass::kForward: {
       if (loader == Loader::kPaged) return {Variant::kPlain, Variant::kGeneral, Variant::kFloat8};
-      std::vector<Variant> all{std::begin(kVariants), std::end(kVariants)};
-      all.push_back(Variant::kCluster);
+      std::vector<Variant> all{Variant::kCluster};
+      for (int32_t kind = 0; kind < kScoreKinds; ++kind) all.push_back(static_cast<Variant>(kind));
       return all;
     }
     case Pass::kBackward:
@@ -104,7 +100,7 @@ Problem example_of(const KernelRow& row, Variant variant, Style style) {
 }
 
 Variant forward_variant(const LaunchPlan& plan) {
-  return plan.cluster_size > 1 ? Variant::kCluster : kVariants[static_cast<int>(plan.score)];
+  return plan.cluster_size > 1 ? Variant::kCluster : static_cast<Variant>(plan.score);
 }
 
 Variant variant_of(Pass pass, const LaunchPlan& plan, const Problem& p) {
