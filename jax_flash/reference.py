@@ -16,6 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from . import philox
 from .spec import UNLIMITED, AttentionSpec
@@ -237,7 +238,7 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
     return slopes.T[None, :, :, None]
 
 
-def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array:
+def _sink(operands: dict[str, Array], place: _Place, dtype: DTypeLike) -> Array:
     """The logit of each row's sink, one more column of S without a value, `[b|1, hq|1, sq, 1]`."""
     if "sinks" not in operands:
         return jnp.full((1, 1, 1, 1), -_INF, dtype)

@@ -60,7 +60,7 @@ OPTIONS = {
     "align": ["bottom_right", "top_left"],
     "scale": [None, -0.4],
     "softcap": [None, 3.0],
-    "mask": [None, "b hq sq sk", "b 1 1 sk", "hq sq 1"],
+    "mask": [None, "b hq sq sk", "b 1 1 sk", "1 hq sq 1"],
     "bias": [None, "b hq sq sk", "1 1 sq sk", "b hq sq 1", "hq 1 sk"],
     "bias_dtype": ["float32", "float16", "bfloat16"],
     "segments": [0, 3],

@@ -10,7 +10,7 @@ import pytest
 from jax_flash import flash_attention, flash_attention_varlen
 
 PAGE = (Path(__file__).parent.parent / "docs" / "trouble.md").read_text()
-QUOTED = [quote.removesuffix(" …") for quote in re.findall(r"^\| `([^`]*)` \|", PAGE, re.MULTILINE)]
+QUOTED = [quote.removesuffix(" …") for quote in re.findall(r"^- `([^`]*)`:", PAGE, re.MULTILINE)]
 X = jnp.ones((1, 8, 2, 8))
 
 
