@@ -4,7 +4,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/general.cuh"
-#include "cuda/score/segments.cuh"
+#include "cuda/score/segment_ranges.cuh"
 
 namespace jax_flash {
 

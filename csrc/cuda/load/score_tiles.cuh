@@ -8,6 +8,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/score/mask.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/operands.cuh"
 #include "cuda/tile/shared_tile.cuh"
@@ -148,7 +149,7 @@ struct ScoreTiles {
           const int key = S::column_step(n, e);
           const uint32_t seen = ptx::load_shared_byte(
               from[own].at(S::row_step(slot) - S::row_step(own), key / 16) + key % 16 + first);
-          if (!seen) s.at(slot, n, e) = -INFINITY;
+          hide_unless(s.at(slot, n, e), seen);
         }
       }
     }
