@@ -251,7 +251,8 @@ class LatentWarps {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
       x = subtract_distance(x, slope, static_cast<float>(work.band.diagonal(position) - key));
     }
-    return draft_mask_of(call, work).hides(position, key) ? -INFINITY : x;
+    if (call.draft_mask && draft_mask_of(call, work).hides(position, key)) return -INFINITY;
+    return x;
   }
 
   // O ← α O + P V

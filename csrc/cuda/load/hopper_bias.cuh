@@ -19,7 +19,7 @@ struct BiasInput {
   static constexpr int kStages = Stages, kTileBytes = kConsumers * Tile::kBytes,
                        kBytes = kStages * kTileBytes;
   static constexpr int kWarps = 0;
-  static constexpr bool kLoaded = true, kLeavesOut = false;
+  static constexpr bool kLoaded = true, kSkipsUniformTiles = false;
   static constexpr int kPanel = Tile::kPanel * 8;
 
   struct Map {

@@ -26,7 +26,7 @@ struct SegmentInput {
   };
   static constexpr int kStages = 2, kBytes = 1024;  // at most, and the end is aligned
   static constexpr int kWarps = 1;
-  static constexpr bool kLoaded = false, kLeavesOut = true;
+  static constexpr bool kLoaded = false, kSkipsUniformTiles = true;
   struct Buffer {};
   struct Pipe : Pipeline<kStages> {
     Tile tiles[kStages];

@@ -1,6 +1,6 @@
 // Bias and mask of a tile of scores [M, N] in shared memory, for the sm_90a kernels that compute gradients: a
-// producer warp copies them there by cp.async, 8 keys at a time. What is out of use may hold NaN, and zeros
-// are written instead.
+// producer warp copies them there by cp.async, 8 keys at a time. Elements outside the sequence may hold NaN
+// and are replaced by zeros.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 
 namespace jax_flash {
 
-// Where a variant stages nothing.
+// For variants that stage nothing.
 struct NoScoreTiles {
   static constexpr bool kStaged = false;
   struct Buffer {};

@@ -7,12 +7,12 @@
 
 namespace jax_flash {
 
-// Of scores in units of 1 / factor.
+// Adds to scores in units of 1 / factor.
 __device__ __forceinline__ void add_bias(float& x, float bias, float factor) {
   x = fmaf(bias, factor, under_bias(x, bias));
 }
 
-// Of products: S ← scale · S + bias.
+// S ← scale · S + bias
 __device__ __forceinline__ void scale_and_add_bias(float& x, float scale, float bias) {
   x = fmaf(under_bias(x, bias), scale, bias);
 }

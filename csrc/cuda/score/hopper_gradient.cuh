@@ -41,7 +41,7 @@ constexpr int score_tile_bytes(ScoreKind kind, int block_m, int block_n) {
   return block_m * block_n * ((stages_bias(kind) ? 2 : 0) + (stages_mask(kind) ? 1 : 0));
 }
 
-// What a kind stages: tiles [M, N], as many as `bytes` hold, two at most.
+// The tiles [M, N] that a kind stages: as many as fit into `bytes`, two at most.
 template <ScoreKind kKind, class T, int M, int N, int bytes>
 struct GradientTilesOf {
   static constexpr int kStages = 2 * score_tile_bytes(kKind, M, N) <= bytes ? 2 : 1;

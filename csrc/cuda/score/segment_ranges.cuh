@@ -27,7 +27,7 @@ struct SegmentRange {
   }
 };
 
-// What is known of the tile of S of these rows and keys.
+// Whether the rows and keys of a tile of S have one segment, none in common, or some.
 __device__ __forceinline__ InSegment compare_ranges(const SegmentRange& rows, const SegmentRange& keys) {
   if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
   return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
