@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,9 @@ import numpy as np
 # definitely_equal compares symbolic dimensions without raising.
 from jax._src import core as _core
 
+# _sharding_callbacks has what XLA's partitioner calls, by the name that the program gives it.
+from jax._src import custom_partitioning as _partitioning
+
 # apply_primitive runs a primitive eagerly; prim_requires_devices_during_lowering is for multi-process programs.
 from jax._src import dispatch as _dispatch
 
@@ -21,6 +24,7 @@ from jax._src.interpreters import mlir as _mlir
 
 # parse_flatten_op_sharding reads the shardings that XLA shows while it partitions.
 from jax._src.sharding_impls import parse_flatten_op_sharding as _parse_op_sharding
+from jax.extend.mlir import ir
 from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -163,14 +167,39 @@ class _Kept:
         return _Kept, ()
 
 
-@contextmanager
-def serialisable(ctx: mlir.LoweringRuleContext) -> Iterator[None]:
-    """Around a lowering that partitions: what JAX keeps alive for XLA's partitioner cannot be pickled, which
-    `jax.experimental.serialize_executable` does with all that a compiled program keeps alive."""
+def lower_partitioned(ctx: mlir.LoweringRuleContext, run: Any, values: Any, identity: str) -> Any:
+    """Lowers a jitted function that is one custom partitioning of which `identity` says all but mesh and platforms.
+
+    What JAX keeps alive for XLA's partitioner cannot be pickled, which `jax.experimental.serialize_executable` does
+    with all that a compiled program keeps alive.
+    """
     kept = ctx.module_context.keepalives
     count = len(kept)
-    yield
-    kept[count:] = map(_Kept, kept[count:])
+    results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    kept[count:] = [_Kept(x) for x in (*kept[count:], *_with_stable_keys(ctx, results, identity))]
+    return results
+
+
+def _with_stable_keys(ctx: mlir.LoweringRuleContext, results: Any, identity: str) -> list[Any]:
+    """Gives the partitioner in the function that made these results a name which is the same in every process.
+
+    JAX names it by an address, which would be part of the compilation cache's key: no later process would find the
+    program. Equal names mean equal partitioners here, so all programs of a process share the first. Returns what they
+    must keep alive, since JAX's table does not.
+    """
+    shared = []
+    function = ctx.module_context.symbol_table[results[0].owner.attributes["callee"].value]
+    for op in function.regions[0].blocks[0].operations:
+        if op.operation.name != "stablehlo.custom_call":
+            continue
+        table, address = _partitioning._sharding_callbacks, op.attributes["backend_config"].value
+        callbacks = table[address.encode()]
+        mesh, platforms = callbacks.mesh, tuple(ctx.module_context.platforms)
+        known = repr((identity, tuple(mesh.shape.items()), tuple(map(str, mesh.axis_types)), platforms))
+        name = f"jax_flash_{hashlib.sha256(known.encode()).hexdigest()}"
+        shared.append(table.setdefault(name.encode(), callbacks))
+        op.attributes["backend_config"] = ir.StringAttr.get(name)
+    return shared
 
 
 def with_declared_sharding(ctx: mlir.LoweringRuleContext, value: Any, aval: Any) -> Any:

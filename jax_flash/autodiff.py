@@ -45,7 +45,7 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
     if "position" in operands and "dropout" in operands:  # bits go by the position in the larger sequence
         first = operands["position"].astype(jnp.uint32)
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
-    out, lse = (
+    out, lse, *_ = (
         _in_plain_jax(spec, operands) if spec.implementation == "xla" else bind(FORWARD, spec, operands)
     )
     return out, lse
@@ -85,8 +85,10 @@ def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Att
     }
     if not moving:
         return results, no_derivative.zeros(results)
-    out, lse = checkpoint_name(results[0], "flash_out"), checkpoint_name(results[1], "flash_lse")
-    return (out, lse), _bind_differential(spec, operands | {"out": out, "lse": lse}, moving)
+    out, lse, *others = results
+    out, lse = checkpoint_name(out, "flash_out"), checkpoint_name(lse, "flash_lse")
+    differential = _bind_differential(spec, operands | {"out": out, "lse": lse}, moving)
+    return [out, lse, *others], [*differential, *no_derivative.zeros(others)]
 
 
 def _has_derivative(name: str, x: jax.Array) -> bool:

@@ -153,7 +153,7 @@ def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Ope
 def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
     """Whether a row needs a page outside the pool, in the shapes of out's rows and of lse."""
     missing = gather.rows_missing_pages(spec, operands)
-    return missing[..., None, None], missing[..., None, :]
+    return missing[..., None], jnp.swapaxes(missing, -1, -2)
 
 
 @partial(jax.jit, inline=True)  # outside jit, platform_dependent is traced anew each time

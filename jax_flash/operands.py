@@ -130,7 +130,8 @@ APPEND_DYNAMIC = _TABLES.passes["append_dynamic"]
 # that stand among its optional operands, that runs the tangent pass and whose transpose runs the backward passes.
 DIFFERENTIABLE = tuple(_TABLES.differentiable)
 TANGENTS = tuple("t" + name for name in DIFFERENTIABLE)
-DIFFERENTIAL = Pass("differential", FORWARD.operands + FORWARD.results, TANGENT.results)
+_MOVING = tuple(name for name in FORWARD.results if "t" + name in TANGENT.results)
+DIFFERENTIAL = Pass("differential", FORWARD.operands + _MOVING, TANGENT.results)
 
 
 @cache

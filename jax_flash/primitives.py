@@ -8,6 +8,7 @@ fourth is the pass over a sequence that is split over manual axes, which runs on
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 
 from . import _jax, no_derivative
+from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
 from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
@@ -128,6 +130,11 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     if platform == "cuda" and any(d != padded_head_dim(d) for d in head_dims) and not pass_.in_place:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
+        )
+    if platform == "cuda" and "ranges" in spec.operands:
+        raise NotImplementedError(
+            f"jax_flash {pass_.name}: the CUDA kernels take no jax_flash.masks values yet; "
+            'implementation="xla" and "cpu" do'
         )
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
@@ -251,10 +258,18 @@ def _lower_ring(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: 
     return mlir.lower_fun(ring, multiple_results=True)(ctx, *values)
 
 
+@cache
+def _kernels_digest() -> str:
+    """The CUDA library's kernels, by which a shard's workspace is sized."""
+    library = cuda_library()
+    return hashlib.sha256(repr(library and library.kernels).encode()).hexdigest()
+
+
 def _partition(ctx: mlir.LoweringRuleContext, values: Any, pass_: Pass, spec: Spec, region: Any) -> Any:
     run = partitioned(pass_, spec, operand_names(pass_, spec), LOCAL[pass_].bind, region)
-    with _jax.serialisable(ctx):
-        results = mlir.lower_fun(run, multiple_results=True)(ctx, *values)
+    axes = region and (tuple(region.mesh.shape.items()), tuple(region.free.shape.items()))
+    identity = repr((__version__, _kernels_digest(), pass_.name, spec, axes))
+    results = _jax.lower_partitioned(ctx, run, values, identity)
     return [_jax.with_declared_sharding(ctx, x, aval) for x, aval in zip(results, ctx.avals_out)]
 
 

@@ -16,6 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from . import philox
 from .spec import UNLIMITED, AttentionSpec
@@ -176,11 +177,25 @@ def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> 
         visible &= q_segment[:, None, :, None] == k_segment[:, None, None, :]
     if "mask" in operands:
         visible &= operands["mask"]
+    if "ranges" in operands:
+        visible &= _in_ranges(operands["ranges"], place)
     if "draft_mask" in operands:
         visible &= _drafts(spec, operands["draft_mask"], operands, place)
     if "bias" in operands:
         visible &= operands["bias"] != -_INF
     return visible
+
+
+def _in_ranges(ranges: Array, place: _Place) -> Array:
+    """Whether key j lies in one of the ranges of row i, `[b|1, hq|1, sq, sk]`; ranges: `[b|1, hq|1, sq, 2|4]`, packed
+    `[hq|1, tq, 2|4]`."""
+    if ranges.ndim == 3:
+        ranges = ranges[None]
+    column = place.column[:, None, None, :]
+    lo, hi = ranges[..., 0::2, None], ranges[..., 1::2, None]
+    return ((lo[..., 0, :] <= column) & (column < hi[..., 0, :])) | (
+        (lo[..., -1, :] <= column) & (column < hi[..., -1, :])
+    )
 
 
 def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place: _Place) -> Array:
@@ -223,7 +238,7 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
     return slopes.T[None, :, :, None]
 
 
-def _sink(operands: dict[str, Array], place: _Place, dtype: jnp.dtype) -> Array:
+def _sink(operands: dict[str, Array], place: _Place, dtype: DTypeLike) -> Array:
     """The logit of each row's sink, one more column of S without a value, `[b|1, hq|1, sq, 1]`."""
     if "sinks" not in operands:
         return jnp.full((1, 1, 1, 1), -_INF, dtype)

@@ -36,9 +36,10 @@ _NO_MESH = AbstractMesh((), ())
 def partitioned(
     pass_: Pass, spec: Spec, names: tuple[str, ...], body: Body, region: Region | None
 ) -> Callable[..., Any]:
-    """The pass as one partitionable function; compilation cache keys contain its name, which identifies the spec.
+    """The pass as one partitionable function, whose name identifies the spec.
 
-    In a partially manual region XLA partitions over the region's free axes.
+    Where a user lets JAX remove the partitioners' names from the keys of the compilation cache, this name alone tells
+    specs apart there. In a partially manual region XLA partitions over the region's free axes.
     """
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:

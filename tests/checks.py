@@ -139,7 +139,7 @@ def compare(
 ) -> str | None:
     """Asserts out, lse and every gradient at the contract's tolerance; returns why there are no gradients, if so.
 
-    `may_deviate` allows large scores in float32 the known deviation of docs/architecture.md.
+    `may_deviate` allows large scores in float32 the known deviation of docs/numerics.md.
     """
     inputs = make_inputs(case, seed)
     got = run(case, inputs, implementation, **options)

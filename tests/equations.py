@@ -73,6 +73,14 @@ class Group:
         part = np.broadcast_to(part[:, : self.queries, : self.keys], shape)
         return part.reshape(self.heads * self.queries, self.keys)
 
+    def in_ranges(self, x: Array, j: Array) -> Array:
+        """Whether the rows see the keys j by their ranges, [b | 1, hq | 1, sq, 2 | 4] or packed [hq | 1, tq, 2 | 4]."""
+        own = x[:, self.tokens] if x.ndim == 3 else x[self.z if x.shape[0] > 1 else 0][:, : self.queries]
+        own = own[self.head_slice] if x.shape[-3] > 1 else np.repeat(own, self.heads, 0)
+        own = own.reshape(self.heads * self.queries, own.shape[-1]).astype(np.int64)
+        inside = [(own[:, i, None] <= j) & (j < own[:, i + 1, None]) for i in range(0, own.shape[1], 2)]
+        return np.any(inside, 0)
+
     def place(self) -> tuple[Array, Array]:
         """The positions of rows and columns in the sequence, i and j."""
         return np.tile(np.arange(self.queries), self.heads)[:, None], np.arange(self.keys)[None]
@@ -127,6 +135,8 @@ def visible(spec: AttentionSpec, x: dict[str, Array], group: Group) -> Array:
         seen &= x["q_segment_ids"][z, i] == x["kv_segment_ids"][z, j]
     if "mask" in x:
         seen &= group.of_scores(x["mask"])
+    if "ranges" in x:
+        seen &= group.in_ranges(x["ranges"], j)
     if "bias" in x:
         seen &= group.of_scores(x["bias"]) != -np.inf
     if "draft_mask" in x and group.queries <= x["draft_mask"].shape[-1]:

@@ -134,7 +134,7 @@ def assert_gradient(
 
 
 def assert_near_plain(got: Result, exact: Result, plain: Result) -> None:
-    """A known deviation from the contract (docs/architecture.md): large float32 scores round by as much as its limits.
+    """A known deviation from the contract (docs/numerics.md): large float32 scores round by as much as its limits.
 
     As for 16 bits, the limit is widened by 2 times the error of plain float32 (3 times for gradients).
     """

@@ -51,7 +51,7 @@ SHAPES = [
     dict(sq=70, sk=9, hq=6, hk=2, d=7, dv=1),
 ]
 # 16-bit limits are maxima over an array, so every array here has more than a few numbers. Where causal rows see one or
-# two keys and drop some, dbias may still exceed its limit (docs/architecture.md, known deviations).
+# two keys and drop some, dbias may still exceed its limit (docs/numerics.md, known deviations).
 OPTIONS = {
     "shape": SHAPES,
     "dtype": list(DTYPES),
@@ -60,7 +60,7 @@ OPTIONS = {
     "align": ["bottom_right", "top_left"],
     "scale": [None, -0.4],
     "softcap": [None, 3.0],
-    "mask": [None, "b hq sq sk", "b 1 1 sk", "hq sq 1"],
+    "mask": [None, "b hq sq sk", "b 1 1 sk", "1 hq sq 1"],
     "bias": [None, "b hq sq sk", "1 1 sq sk", "b hq sq 1", "hq 1 sk"],
     "bias_dtype": ["float32", "float16", "bfloat16"],
     "segments": [0, 3],

@@ -20,7 +20,6 @@ def run(page: str) -> dict[str, object]:
 
 
 def test_the_serving_guide_runs_in_order():
-    pytest.importorskip("flax")
     run("serving.md")
 
 

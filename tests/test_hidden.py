@@ -136,7 +136,7 @@ def check(case: Case, implementation: str, name: str, poison: float) -> None:
 
 
 def skip_what_shares_a_tile(implementation: str, name: str = "value") -> None:
-    """A CUDA kernel multiplies hidden values of a tile by zeros (docs/architecture.md); hidden keys are −inf."""
+    """A CUDA kernel multiplies hidden values of a tile by zeros (docs/numerics.md); hidden keys are −inf."""
     if implementation == "cuda" and name == "value":
         pytest.skip("values that share a tile with what a row sees have to be finite")
 

@@ -36,10 +36,8 @@ PAGED = {
     "8 tokens, `draft_mask`": "--seqlen 8 --draft-mask",
     "16 tokens": "--seqlen 16",
     "1 token, float8 pool": "--seqlen 1 --float8",
-    "1 token, float32": "--seqlen 1 --dtype float32",
     "1 token, softcap": "--seqlen 1 --softcap 30",
     "a prompt of 2,048": "--seqlen 2048",
-    "a prompt of 2,048, float8 pool": "--seqlen 2048 --float8",
 }
 
 

@@ -119,6 +119,9 @@ class OperandDecoder {
     if (p.draft_mask && (!p.paged() || (!p.packed() && p.draft_rows != p.q_rows))) {
       return operand_error("draft_mask is for pages, with a row and a column for each query");
     }
+    if (p.ranges && p.limits != 2 && p.limits != 4) {
+      return operand_error("ranges has " + std::to_string(p.limits) + " limits a row, allowed are 2 and 4");
+    }
     if (p.spec.value_dim > 0 && (!p.paged() || p.spec.value_dim > p.head_dim)) {
       return operand_error("value_dim is for pages, whose head dim is at least as large");
     }

@@ -86,7 +86,8 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in a packed query.
       num_splits: number of parts that a sequence's keys are split into for parallelism; None leaves the choice to
         the library.
-      batch_invariant: makes a sequence's result bit-identical whatever else is in the batch.
+      batch_invariant: makes a sequence's result bit-identical whatever else is in the batch and however wide the tables
+        are; not with `implementation="xla"`.
       k_scale, v_scale: float32 `[hk]` or, by page, `[p, hk]`, only for float8 pools, where value = stored · scale;
         1 by default. Scales of pages that are not read may hold anything.
       draft_mask: boolean `[n, sq, sq]`, or `[1, sq, sq]` for all sequences, for the token trees of speculative

@@ -23,10 +23,10 @@ def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.A
     """The equations over gathered keys. Rows that need a page outside the pool are NaN, and so is their dquery."""
     dense_spec, dense = contiguous(spec, operands)
     out, lse = reference.attention(dense_spec, dense)
-    missing = rows_missing_pages(spec, operands)[..., None, None]
+    missing = rows_missing_pages(spec, operands)[..., None]
     query = jnp.where(missing, operands["query"], 0).astype(lse.dtype)
     # NaN has a derivative, which is NaN too; no NaN is made for other rows, where jax_debug_nans would report it.
-    nothing = query.sum((-2, -1), keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., 1, 1]
+    nothing = query.sum(-1, keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., hq, 1]
     out = jnp.where(missing, nothing.astype(out.dtype), out)
     by_lse, nothing_by_lse = (jnp.swapaxes(x[..., 0], -1, -2) for x in (missing, nothing))
     lse = jnp.where(by_lse, nothing_by_lse, lse)
@@ -94,35 +94,59 @@ def scatter_gradient(
 
 
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
-    """Whether a query row sees a key on a page outside the pool, `[n, sq]` or `[tq]`."""
+    """Whether a query row sees a key on a page outside the pool, `[n, sq, h]` or `[tq, h]`; h is 1 where all heads see
+    the same keys."""
     tables = operands["block_tables"]
     page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
     outside = (tables < 0) | (tables >= operands["key"].shape[0])
     before = jnp.pad(jnp.cumsum(outside, axis=1, dtype=jnp.int32), ((0, 1), (1, 0)))  # [n + 1, pages + 1]
-    sequence, row, nq = _query_rows(spec, operands)
+    sequence, row, nq = (x[..., None] for x in _query_rows(spec, operands))
     nk = jnp.clip(operands["kv_lengths"], 0, table_capacity(tables, page_size))
     nk = jnp.pad(nk, (0, 1))[sequence]  # padded, because there may be no sequence at all
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     diagonal = diagonal + reference.first_offset(operands)
-    new = nk - nq  # the first new token, from which on a draft mask hides keys
-    first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else diagonal - spec.left
+    first = jnp.zeros_like(diagonal) if spec.left == UNLIMITED else jnp.maximum(diagonal - spec.left, 0)
     last = nk - 1 if spec.right == UNLIMITED else jnp.minimum(diagonal + spec.right, nk - 1)
-    first = jnp.maximum(first, 0)
-    used = (row >= 0) & (row < nq)
-    if "draft_mask" not in operands:
-        return used & _any_missing(before, sequence, first, last, page_size)
-    mask = operands["draft_mask"]
-    size = mask.shape[-1]
+    seen = [(first, last)]
+    if "ranges" in operands:
+        limits = jnp.moveaxis(jnp.maximum(operands["ranges"], 0), -3, -2)  # […, sq, h, 2|4], [tq, h, 2|4]
+        seen = [
+            (jnp.maximum(first, limits[..., i]), jnp.minimum(last, limits[..., i + 1] - 1))
+            for i in range(0, limits.shape[-1], 2)
+        ]
+    missing = jnp.zeros((), bool)
+    for first, last in seen:
+        if "draft_mask" in operands:
+            mask, new = operands["draft_mask"], nk - nq
+            masked = nq <= mask.shape[-1]
+            missing |= masked & _drafts_missing(mask, outside, page_size, (sequence, row, new), (first, last))
+            last = jnp.where(masked, jnp.minimum(last, new - 1), last)
+        missing |= _any_missing(before, sequence, first, last, page_size)
+    return (row >= 0) & (row < nq) & missing
+
+
+def _drafts_missing(
+    mask: jax.Array,
+    outside: jax.Array,
+    page_size: Any,
+    rows: tuple[jax.Array, jax.Array, jax.Array],
+    seen: tuple[jax.Array, jax.Array],
+) -> jax.Array:
+    """Whether a row sees a new token on a page outside the pool, as its draft mask tells.
+
+    rows: the sequence of each, its position there, and the sequence's first new token; seen: the first and the last key
+    that the band and the ranges leave.
+    """
+    sequence, row, new = rows
+    size, n = mask.shape[-1], outside.shape[0]
     token = jnp.arange(size, dtype=jnp.int32).reshape((1,) * new.ndim + (size,))
-    key = new[..., None] + token  # [n, 1, size] or [tq, size]
-    in_band = (first[..., None] <= key) & (key <= last[..., None])
-    entry = jnp.clip(key // page_size, 0, tables.shape[1])
+    key = new[..., None] + token  # [n, 1, 1, size] or [tq, 1, size]
+    inside = (seen[0][..., None] <= key) & (key <= seen[1][..., None])
+    entry = jnp.clip(key // page_size, 0, outside.shape[1])
     missing = jnp.pad(outside, ((0, 1), (0, 1)))[sequence[..., None], entry]
-    mask = jnp.pad(jnp.broadcast_to(mask, (tables.shape[0], size, size)), ((0, 1), (0, 0), (0, 0)))
-    drafted = (mask[sequence, jnp.clip(row, 0, size - 1)] & missing & in_band).any(-1)
-    masked = nq <= size
-    last = jnp.where(masked, jnp.minimum(last, new - 1), last)
-    return used & (_any_missing(before, sequence, first, last, page_size) | (masked & drafted))
+    mask = jnp.pad(jnp.broadcast_to(mask, (n, size, size)), ((0, 1), (0, 0), (0, 0)))
+    rows_of_mask = mask[sequence, jnp.clip(row, 0, size - 1)]
+    return (rows_of_mask & missing & inside).any(-1)
 
 
 def _any_missing(

@@ -23,9 +23,9 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a row of packed sequences may stay split: not where bits, slopes or the diagonal go by the position in
-    each sequence."""
-    if spec.layout != "varlen" or "dropout" in spec.operands:
+    """Whether a row of packed sequences may stay split: not where bits, slopes, ranges or the diagonal go by the
+    position in each sequence."""
+    if spec.layout != "varlen" or {"dropout", "ranges"} & {*spec.operands}:
         return False
     if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
         return False
@@ -58,8 +58,7 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
     row = replace(spec, layout="fixed", align="top_left", same_offsets=False, operands=names, ring=ring)
     results = [x[0] for x in passes.run(pass_, row, made, call)]
     if pass_ is FORWARD and "sinks" in operands:  # which rows of a sequence see, and others do not
-        out, lse = results
-        results = [out, jnp.where(used, lse, -jnp.inf)]
+        results[1] = jnp.where(used, results[1], -jnp.inf)
     return results
 
 

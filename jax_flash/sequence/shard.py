@@ -155,6 +155,8 @@ class Shard:
             elif name not in made:
                 axis = self._rows(name)
                 made[name] = x if axis is None else self._slice(x, axis, queries)
+                if name == "ranges":
+                    made[name] = jnp.maximum(made[name], 0) - column
                 if self.has_columns(name):
                     made[name] = lax.dynamic_slice_in_dim(made[name], column, keys.size, -1)
         spec = replace(self.spec, ring=None, align="top_left")

@@ -1,0 +1,359 @@
+"""The forms that a mask is written in, and what each leaves to a query row: ranges of keys, segments, blocks or bits.
+
+A mask is a conjunction of forms. `resolve` turns it, for the rows of one call, into a `Visible`: at most two ranges of
+keys for each row, and whatever cannot be ranges beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
+Data = int | Array  # a number, or one for each batch entry, int32 [b]
+MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The query rows of one call; a packed batch is one batch entry.
+
+    index: the position of each row in its sequence, int32 [1, s].
+    lengths: the rows of its batch entry or sequence, int32 [b|1, s|1], and `keys` the keys.
+    sequence: for a packed batch the sequence of each row, int32 [s].
+    """
+
+    index: Array
+    lengths: Array
+    keys: Array
+    sequence: Array | None = None
+
+    @staticmethod
+    def fixed(sq: int, sk: int) -> Rows:
+        """The rows of a batch of equal lengths."""
+        whole = partial(jnp.full, (1, 1), dtype=jnp.int32)
+        return Rows(jnp.arange(sq, dtype=jnp.int32)[None], whole(fill_value=sq), whole(fill_value=sk))
+
+    @property
+    def i(self) -> Array:
+        """The position of each row, [1, 1, s]."""
+        return self.index[:, None]
+
+    def each(self, data: Data) -> Array:
+        """What the batch entry or sequence of each row has, [b|1, 1, s|1]."""
+        x = jnp.asarray(data, jnp.int32)
+        if x.ndim == 0:
+            return x[None, None, None]
+        if self.sequence is None:
+            return x[:, None, None]
+        return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
+
+
+def between(lo: Array | int, hi: Array | int) -> Pair:
+    """The pair of int32 arrays."""
+    return jnp.asarray(lo, jnp.int32), jnp.asarray(hi, jnp.int32)
+
+
+def _form(*arrays: str) -> Callable[[type], type]:
+    """Makes a frozen dataclass a pytree whose leaves are in the fields of these names."""
+
+    def register(cls: type) -> type:
+        fields = dataclasses.fields(cls)
+        static = [field.name for field in fields if field.name not in arrays]
+        return jax.tree_util.register_dataclass(cls, data_fields=list(arrays), meta_fields=static)
+
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """One condition on row and key."""
+
+    def pairs(self, rows: Rows) -> list[Pair] | None:
+        """The one or two ranges that the rows see; None for a form that is not made of ranges."""
+        return None
+
+
+@_form("left", "right", "offset")
+@dataclass(frozen=True, eq=False)
+class Band(Form):
+    """Keys i + offset − left ≤ j ≤ i + offset + right; a side that is None is unlimited."""
+
+    left: Data | None = None
+    right: Data | None = 0
+    offset: Data = 0
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        diagonal = rows.i + rows.each(self.offset)
+        lo = 0 if self.left is None else diagonal - rows.each(self.left)
+        hi = MOST if self.right is None else diagonal + rows.each(self.right) + 1
+        return [between(lo, hi)]
+
+
+@_form("limits")
+@dataclass(frozen=True, eq=False)
+class Ranges(Form):
+    """The keys of one or two ranges a row, as arrays."""
+
+    limits: tuple[Pair, ...]
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        return [between(lo, hi) for lo, hi in self.limits]
+
+
+@_form("lengths")
+@dataclass(frozen=True, eq=False)
+class Prefix(Form):
+    """Causal, and the first `lengths` keys."""
+
+    lengths: Data
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        return [between(0, jnp.maximum(rows.i + 1, rows.each(self.lengths)))]
+
+
+@_form("ids")
+@dataclass(frozen=True, eq=False)
+class Spans(Form):
+    """Causal, and both ways within a run of equal ids that are not negative."""
+
+    ids: Array  # [b, s], or [tq] packed
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        ids = jnp.atleast_2d(jnp.asarray(self.ids, jnp.int32))
+        ends = ids[:, 1:] != ids[:, :-1]
+        if rows.sequence is not None:
+            ends |= (rows.sequence[1:] != rows.sequence[:-1])[None]
+        ends = jnp.pad(ends, ((0, 0), (0, 1)), constant_values=True)
+        following = jnp.where(ends, rows.index + 1, MOST)
+        end = lax.cummin(following, axis=1, reverse=True)  # one past the last key of the row's run
+        if rows.sequence is not None:
+            end = self._within(ends, rows)
+        return [between(0, jnp.where(ids >= 0, end, rows.index + 1)[:, None])]
+
+    @staticmethod
+    def _within(ends: Array, rows: Rows) -> Array:
+        """Positions of the ends of runs in a packed batch, where they start again in each sequence."""
+        token = jnp.arange(ends.shape[1], dtype=jnp.int32)[None]
+        last = lax.cummin(jnp.where(ends, token, MOST), axis=1, reverse=True)
+        return rows.index + (last - token) + 1
+
+
+@_form()
+@dataclass(frozen=True, eq=False)
+class Chunks(Form):
+    """Causal within chunks of `size` keys."""
+
+    size: int
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        return [between(rows.i // self.size * self.size, rows.i + 1)]
+
+
+@_form("first", "left")
+@dataclass(frozen=True, eq=False)
+class FirstAndWindow(Form):
+    """Causal: the first keys and the nearest `left` beside the row's own."""
+
+    first: Data
+    left: Data
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        end = rows.i + 1
+        return [
+            between(0, jnp.minimum(rows.each(self.first), end)),
+            between(rows.i - rows.each(self.left), end),
+        ]
+
+
+@_form()
+@dataclass(frozen=True, eq=False)
+class Diffusion(Form):
+    """Block diffusion over n noised tokens and then the n clean ones."""
+
+    block: int
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        n = (rows.keys // 2)[:, None]
+        noised = rows.i < n
+        start = jnp.where(noised, rows.i, rows.i - n) // self.block * self.block
+        own = jnp.where(noised, jnp.minimum(start + self.block, n), start)
+        clean = jnp.where(noised, n + start, n + jnp.minimum(start + self.block, n))
+        return [between(start, own), between(n, clean)]
+
+
+@_form("q_positions", "kv_positions", "left", "right")
+@dataclass(frozen=True, eq=False)
+class Positions(Form):
+    """Keys whose position lies in [p − left, p + right] around the row's position p; kv_positions do not decrease."""
+
+    q_positions: Array  # [b, sq]
+    kv_positions: Array  # [b, sk]
+    left: Data | None
+    right: Data | None
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        q = jnp.asarray(self.q_positions, jnp.int32)
+        keys = jnp.broadcast_to(
+            jnp.asarray(self.kv_positions, jnp.int32), (q.shape[0], self.kv_positions.shape[-1])
+        )
+        find = jax.vmap(partial(jnp.searchsorted, side="left", method="scan_unrolled"))
+        lo: Array | int = 0
+        hi: Array | int = MOST
+        if self.left is not None:
+            lo = find(keys, q - rows.each(self.left)[:, 0])[:, None]
+        if self.right is not None:
+            hi = find(keys, q + rows.each(self.right)[:, 0] + 1)[:, None]
+        return [between(lo, hi)]
+
+
+@_form("q_ids", "kv_ids")
+@dataclass(frozen=True, eq=False)
+class Segments(Form):
+    """Keys of the row's own segment."""
+
+    q_ids: Array
+    kv_ids: Array
+
+
+@_form("chosen")
+@dataclass(frozen=True, eq=False)
+class Blocks(Form):
+    """Blocks of keys chosen for each block of queries."""
+
+    chosen: Array  # [b|1, hk|hq|1, ⌈sq/bq⌉, n]
+    block: tuple[int, int]
+
+
+@_form("seen")
+@dataclass(frozen=True, eq=False)
+class Dense(Form):
+    """A boolean for each row and key."""
+
+    seen: Array  # [b|1, hq|1, sq|1, sk|1]
+
+
+@_form("a", "b")
+@dataclass(frozen=True, eq=False)
+class Either(Form):
+    """The keys that either of two masks shows."""
+
+    a: tuple[Form, ...]
+    b: tuple[Form, ...]
+
+    def pairs(self, rows: Rows) -> list[Pair]:
+        return union(_all(self.a, rows), _all(self.b, rows))
+
+
+def _all(forms: Sequence[Form], rows: Rows) -> list[Pair]:
+    """The ranges of a conjunction of forms, each of which is made of ranges."""
+    found = [between(0, MOST)]
+    for each in forms:
+        pairs = each.pairs(rows)
+        assert pairs is not None  # `|` refuses other forms
+        found = intersection(found, pairs)
+    return found
+
+
+def most_pairs(forms: Sequence[Form]) -> int | None:
+    """How many ranges a row of this conjunction may have; None where a form is not made of ranges."""
+    total = 1
+    for each in forms:
+        if isinstance(each, (Segments, Blocks, Dense)):
+            return None
+        if isinstance(each, Ranges):
+            count = len(each.limits)
+        elif isinstance(each, Either):
+            count = (most_pairs(each.a) or 1) + (most_pairs(each.b) or 1)
+        else:
+            count = 2 if isinstance(each, (FirstAndWindow, Diffusion)) else 1
+        total += count - 1
+    return total
+
+
+def intersection(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
+    """The keys in both of two unions of ranges; one of them is a single range."""
+    return [(jnp.maximum(x[0], y[0]), jnp.minimum(x[1], y[1])) for x in a for y in b]
+
+
+def union(a: Sequence[Pair], b: Sequence[Pair]) -> list[Pair]:
+    """The keys in either of two single ranges: as one range where they touch, else in order."""
+    (lo, hi), (begin, end) = a[0], b[0]
+    return ordered([(lo, hi), (begin, end)])
+
+
+def ordered(pairs: Sequence[Pair]) -> list[Pair]:
+    """At most two ranges in ascending order, disjoint, and the second empty where one range holds all keys."""
+    if len(pairs) < 2:
+        return list(pairs)
+    (a, b), (c, d) = pairs
+    a, b, c, d = jnp.broadcast_arrays(a, b, c, d)
+    # An empty range stands at the end of the other, where it changes nothing.
+    a, b = jnp.where(a < b, a, d), jnp.where(a < b, b, d)
+    c, d = jnp.where(c < d, c, b), jnp.where(c < d, d, b)
+    swap = c < a
+    a, b, c, d = jnp.where(swap, c, a), jnp.where(swap, d, b), jnp.where(swap, a, c), jnp.where(swap, b, d)
+    touch = c <= b
+    end = jnp.maximum(b, d)
+    return [(a, jnp.where(touch, end, b)), (jnp.where(touch, end, c), jnp.where(touch, end, d))]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What a mask leaves to the rows of a call: the keys in one of `pairs`, of the row's segment, in its blocks and
+    where `dense` is true."""
+
+    pairs: tuple[Pair, ...] = ()  # one or two, ascending and disjoint; none: all keys
+    segments: Segments | None = None
+    blocks: Blocks | None = None
+    dense: Array | None = None
+
+
+def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
+    """What a conjunction of forms leaves to the rows."""
+    found = Visible()
+    for each in forms:
+        pairs = each.pairs(rows)
+        if pairs is not None:
+            both = intersection(found.pairs, pairs) if found.pairs else pairs
+            found = replace(found, pairs=tuple(both))
+        elif isinstance(each, Segments):
+            found = replace(found, segments=each)
+        elif isinstance(each, Blocks):
+            found = replace(found, blocks=each)
+        elif isinstance(each, Dense):
+            found = replace(found, dense=each.seen if found.dense is None else found.dense & each.seen)
+    limit = rows.keys[:, None]
+    clipped = [(jnp.clip(lo, 0, limit), jnp.clip(hi, 0, limit)) for lo, hi in found.pairs]
+    return replace(found, pairs=tuple(ordered(clipped)))
+
+
+def seen(visible: Visible, rows: int, column: Array) -> Array:
+    """Whether each of the rows sees the key at each column, boolean `[b|1, h|1, rows, sk]`; column: int32 [b|1, sk]."""
+    j = column[:, None, None, :]
+    result = jnp.ones((1, 1, rows, column.shape[-1]), bool)
+    if visible.pairs:
+        inside = [(lo[..., None] <= j) & (j < hi[..., None]) for lo, hi in visible.pairs]
+        result = result & (inside[0] if len(inside) == 1 else inside[0] | inside[1])
+    if visible.segments is not None:
+        q, k = visible.segments.q_ids, visible.segments.kv_ids
+        result = result & (q[:, None, :, None] == k[:, None, None, :])
+    if visible.blocks is not None:
+        result = result & _in_blocks(visible.blocks, rows, column.shape[-1])
+    if visible.dense is not None:
+        result = result & visible.dense
+    return result
+
+
+def _in_blocks(blocks: Blocks, sq: int, sk: int) -> Array:
+    """`[b|1, h|1, sq, sk]`: whether the key's block is one of those chosen for the row's."""
+    bq, bk = blocks.block
+    number = jnp.arange(-(-sk // bk), dtype=jnp.int32)
+    chosen = (blocks.chosen[..., None] == number).any(-2)  # [b, h, query blocks, key blocks]
+    return jnp.repeat(jnp.repeat(chosen, bq, 2)[:, :, :sq], bk, 3)[..., :sk]

@@ -1,0 +1,365 @@
+"""Masks as values: which keys each query row sees, as data by which kernels skip what is hidden.
+
+A `Mask` is a pytree. It can be made once, passed through jit, scanned over, sharded and vmapped, and it combines with
+others: `a & b` shows what both show, `a | b` what either shows. Key indices count from the first key of the batch entry
+or sequence. Every mask holds arrays of at most O(rows) or O(blocks) elements, except `dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from . import mask_forms as forms
+from .mask_forms import Form, Pair, Rows
+
+ArrayLike = Any
+_DRAWN = 16  # rows and keys of a picture, at most
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Which keys each query row sees: a conjunction of conditions. Make one by the functions of this module."""
+
+    conditions: tuple[Form, ...]
+
+    def __and__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        together = _merged((*self.conditions, *other.conditions))
+        ranged = [x for x in together if forms.most_pairs((x,)) is not None]
+        if (forms.most_pairs(ranged) or 1) > 2:
+            raise ValueError(
+                f"masks: {self!s} & {other!s} may leave a row three ranges of keys, allowed are two; "
+                "masks.from_function(…) or masks.dense(…) takes any"
+            )
+        return Mask(together)
+
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        a, b = self.conditions, other.conditions
+        if all(isinstance(x, forms.Dense) for x in (*a, *b)):
+            return Mask((forms.Dense(_all_seen(a) | _all_seen(b)),))
+        counts = forms.most_pairs(a), forms.most_pairs(b)
+        if None in counts or counts[0] + counts[1] > 2:  # type: ignore[operator]
+            raise ValueError(
+                f"masks: {self!s} | {other!s} cannot be written as two ranges of keys a row; "
+                "masks.from_function(…) or masks.dense(…) takes any"
+            )
+        return Mask((forms.Either(a, b),))
+
+    def picture(self, sq: int, sk: int | None = None, *, entry: int = 0, head: int = 0) -> list[str]:
+        """A line of text for each of `sq` query rows, `#` where it sees the key, for one batch entry and head."""
+        sk = sq if sk is None else sk
+        visible = forms.resolve(self.conditions, Rows.fixed(sq, sk))
+        seen = np.asarray(forms.seen(visible, sq, jnp.arange(sk, dtype=jnp.int32)[None]))
+        seen = np.broadcast_to(seen, (*seen.shape[:2], sq, sk))
+        chosen = seen[min(entry, len(seen) - 1), min(head, seen.shape[1] - 1)]
+        return ["".join(".#"[int(x)] for x in row) for row in chosen]
+
+    def __str__(self) -> str:
+        return " & ".join(_name(x) for x in self.conditions) or "everything"
+
+    def __repr__(self) -> str:
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return f"Mask({self!s})"
+        sq, sk = _sizes(self.conditions)
+        return "\n".join((f"Mask({self!s})", *self.picture(min(sq, _DRAWN), min(sk, _DRAWN))))
+
+
+def causal(offset: int | ArrayLike = 0) -> Mask:
+    """Keys at or before the diagonal, j ≤ i + offset.
+
+    Args:
+      offset: an int, or int32 `[b]`: a diagonal that is data.
+    """
+    return Mask((forms.Band(None, 0, _data("causal", "offset", offset)),))
+
+
+def window(
+    left: int | ArrayLike | None, right: int | ArrayLike | None = None, offset: int | ArrayLike = 0
+) -> Mask:
+    """Keys i + offset − left ≤ j ≤ i + offset + right; a side that is None is unlimited.
+
+    Args:
+      left, right, offset: ints, or int32 scalars or `[b]`, so that a scan over layers may have windows of its own.
+    """
+    sides = [
+        None if x is None else _data("window", name, x) for name, x in (("left", left), ("right", right))
+    ]
+    return Mask((forms.Band(sides[0], sides[1], _data("window", "offset", offset)),))
+
+
+def segments(q_ids: ArrayLike, kv_ids: ArrayLike | None = None) -> Mask:
+    """Keys of the row's own segment.
+
+    Args:
+      q_ids: int32 `[b, sq]`.
+      kv_ids: int32 `[b, sk]`, by default q_ids.
+    """
+    q = _int32("segments", "q_ids", q_ids, (2,))
+    return Mask((forms.Segments(q, q if kv_ids is None else _int32("segments", "kv_ids", kv_ids, (2,))),))
+
+
+def ranges(lo: ArrayLike, hi: ArrayLike) -> Mask:
+    """Keys lo ≤ j < hi. `ranges(…) | ranges(…)` gives two of them to a row.
+
+    Args:
+      lo, hi: int32, broadcastable to `[b, h, sq]`; packed to `[h, tq]`.
+    """
+    pair: Pair = (_int32("ranges", "lo", lo), _int32("ranges", "hi", hi))
+    return Mask((forms.Ranges((pair,)),))
+
+
+def by_position(
+    q_positions: ArrayLike,
+    kv_positions: ArrayLike,
+    *,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+) -> Mask:
+    """Causal and window by positions that are not indices (padding, packing, caches).
+
+    Args:
+      q_positions: int32 `[b, sq]`.
+      kv_positions: int32 `[b, sk]`, which does not decrease along a row.
+      causal: keys at or before the row's position.
+      window: `(left, right)` around it, each an int ≥ 0 or None for unlimited.
+    """
+    left, right = (None, None) if window is None else window
+    return Mask(
+        (
+            forms.Positions(
+                _int32("by_position", "q_positions", q_positions, (2,)),
+                _int32("by_position", "kv_positions", kv_positions, (2,)),
+                left,
+                0 if causal else right,
+            ),
+        )
+    )
+
+
+def prefix_lm(lengths: int | ArrayLike) -> Mask:
+    """Causal, and everything before `lengths` (int32 `[b]`, or one int)."""
+    return Mask((forms.Prefix(_data("prefix_lm", "lengths", lengths)),))
+
+
+def bidirectional_spans(ids: ArrayLike) -> Mask:
+    """Causal, and both ways within a span, as images in a text have it.
+
+    Args:
+      ids: int32 `[b, s]`: neighbours with the same id ≥ 0 are one span, a negative id is none.
+    """
+    return Mask((forms.Spans(_int32("bidirectional_spans", "ids", ids, (1, 2))),))
+
+
+def chunked(size: int) -> Mask:
+    """Causal within chunks of `size` keys (Llama 4)."""
+    return Mask((forms.Chunks(_positive("chunked", "size", size)),))
+
+
+def first_and_window(first: int | ArrayLike, left: int | ArrayLike) -> Mask:
+    """Causal: the first keys, and a window of `left` keys before the row's own (StreamingLLM)."""
+    name = "first_and_window"
+    return Mask((forms.FirstAndWindow(_data(name, "first", first), _data(name, "left", left)),))
+
+
+def block_diffusion(block: int) -> Mask:
+    """Block diffusion's training mask. A row is n noised tokens, then the n clean ones, in blocks of `block`.
+
+    A noised query of block b sees the noised keys of b and the clean keys of blocks before b; a clean one sees the
+    clean keys of blocks up to b.
+    """
+    return Mask((forms.Diffusion(_positive("block_diffusion", "block", block)),))
+
+
+def blocks(chosen: ArrayLike, block: tuple[int, int]) -> Mask:
+    """Blocks of keys chosen for each block of queries.
+
+    Args:
+      chosen: int32 `[b|1, hk|hq|1, ⌈sq/bq⌉, n]`: indices of visible key blocks in any order, −1 for none. An index that
+        occurs twice counts once.
+      block: `(bq, bk)`, multiples of 16 from 16 to 256.
+    """
+    for size in block:
+        if _positive("blocks", "block", size) % 16 or size > 256:
+            raise ValueError(f"masks.blocks: block has {size}, allowed are multiples of 16 from 16 to 256")
+    return Mask((forms.Blocks(_int32("blocks", "chosen", chosen, (4,)), (int(block[0]), int(block[1]))),))
+
+
+def dense(array: ArrayLike) -> Mask:
+    """A boolean `[b|1, hq|1, sq|1, sk|1]`, True where a row sees a key."""
+    x = jnp.asarray(array)
+    if x.dtype != jnp.bool_ or x.ndim != 4:
+        raise TypeError(f"masks.dense: array must be boolean of rank 4, got {x.dtype} of shape {x.shape}")
+    return Mask((forms.Dense(x),))
+
+
+def from_function(f: Callable[..., Any], sq: int, sk: int, *, batch: int = 1, heads: int = 1) -> Mask:
+    """The mask that a function of indices tells, evaluated once here: ranges where a row has at most two, else dense.
+
+    Args:
+      f: takes `(b, h, i, j)`, integer arrays of NumPy that broadcast against each other, and returns booleans.
+      sq, sk, batch, heads: the sizes for which it is evaluated.
+    """
+    grid = np.ogrid[:batch, :heads, :sq, :sk]
+    seen = np.broadcast_to(np.asarray(f(*grid), bool), (batch, heads, sq, sk))
+    found = _ranges_of(seen)
+    return dense(seen) if found is None else Mask((forms.Ranges(found),))
+
+
+def _ranges_of(seen: np.ndarray) -> tuple[Pair, ...] | None:
+    """The one or two ranges of each row, if no row has more."""
+    edges = np.diff(seen.astype(np.int8), axis=-1, prepend=0, append=0)
+    starts, ends = edges == 1, edges == -1
+    most = int(starts.sum(-1).max(initial=0))
+    if most > 2:
+        return None
+    pairs = []
+    for k in range(max(most, 1)):
+        has = starts.sum(-1) > k
+        limits = [np.where(has, (np.cumsum(x, -1) == k + 1).argmax(-1), 0) for x in (starts, ends)]
+        pairs.append(tuple(jnp.asarray(x, jnp.int32) for x in limits))
+    return tuple(pairs)  # type: ignore[arg-type]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _int32(function: str, name: str, x: ArrayLike, ranks: Sequence[int] | None = None) -> Array:
+    """An index array: int32, or integers on the host whose values int32 holds."""
+    if not isinstance(x, jax.Array):
+        host = np.asarray(x)
+        if host.dtype.kind not in "iu":
+            raise TypeError(f"masks.{function}: {name} must hold integers, got {host.dtype}")
+        if host.size and not -(2**31) <= host.min() <= host.max() < 2**31:
+            raise ValueError(f"masks.{function}: {name} holds values that int32 does not")
+        x = jnp.asarray(host, jnp.int32)
+    if x.dtype != jnp.int32:
+        raise TypeError(
+            f"masks.{function}: {name} must be int32, got {x.dtype}; cast it with .astype('int32')"
+        )
+    if ranks is not None and x.ndim not in ranks:
+        raise ValueError(
+            f"masks.{function}: {name} must have rank {' or '.join(map(str, ranks))}, got shape {x.shape}"
+        )
+    array: Array = x
+    return array
+
+
+def _data(function: str, name: str, x: int | ArrayLike) -> int | Array:
+    """A number, or one for each batch entry."""
+    if isinstance(x, int) and not isinstance(x, bool):
+        return x
+    return _int32(function, name, x, (0, 1))
+
+
+def _positive(function: str, name: str, x: Any) -> int:
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)) or x < 1:
+        raise ValueError(f"masks.{function}: {name} must be an int of at least 1, got {x!r}")
+    return int(x)
+
+
+# --- parts of a conjunction ------------------------------------------------------------------------------------------
+
+
+def _merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
+    """A conjunction with at most one condition on segments, one on blocks and one dense array."""
+    rest = [x for x in conditions if not isinstance(x, (forms.Segments, forms.Blocks, forms.Dense))]
+    by_segment = [x for x in conditions if isinstance(x, forms.Segments)]
+    by_block = [x for x in conditions if isinstance(x, forms.Blocks)]
+    arrays = [x for x in conditions if isinstance(x, forms.Dense)]
+    if len(by_block) > 1:
+        raise ValueError(
+            "masks: blocks(…) & blocks(…) has no form of its own; choose the blocks that both have"
+        )
+    while len(by_segment) > 1:
+        by_segment = [_both_segments(*by_segment[:2]), *by_segment[2:]]
+    if len(arrays) > 1:
+        arrays = [forms.Dense(_all_seen(arrays))]
+    return (*rest, *by_segment, *by_block, *arrays)
+
+
+def _all_seen(arrays: Sequence[Any]) -> Array:
+    seen: Array = arrays[0].seen
+    for x in arrays[1:]:
+        seen = seen & x.seen
+    return seen
+
+
+def _both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
+    """Ids that are equal where the ids of both are: the ranks of pairs of ranks."""
+
+    def ranks(q: Array, k: Array) -> tuple[Array, Array]:
+        both = jnp.concatenate([q, k], 1)
+        rank = jax.vmap(lambda x: jnp.searchsorted(jnp.sort(x), x, side="left"))(both).astype(jnp.int32)
+        return rank[:, : q.shape[1]], rank[:, q.shape[1] :]
+
+    def pair(x: Array, y: Array) -> Array:
+        return jnp.stack(jnp.broadcast_arrays(x, y), -1)
+
+    (qa, ka), (qb, kb) = ranks(a.q_ids, a.kv_ids), ranks(b.q_ids, b.kv_ids)
+    rows, keys = pair(qa, qb), pair(ka, kb)
+    both = jnp.concatenate([rows, keys], 1)
+
+    def number(x: Array) -> Array:
+        order = jnp.lexsort((x[:, 1], x[:, 0]))
+        sorted_ = x[order]
+        new = jnp.concatenate([jnp.zeros(1, bool), (sorted_[1:] != sorted_[:-1]).any(-1)])
+        return jnp.zeros(x.shape[0], jnp.int32).at[order].set(jnp.cumsum(new, dtype=jnp.int32))
+
+    numbers = jax.vmap(number)(both)
+    return forms.Segments(numbers[:, : rows.shape[1]], numbers[:, rows.shape[1] :])
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+_NAMES = {
+    forms.Band: "window",
+    forms.Ranges: "ranges",
+    forms.Prefix: "prefix_lm",
+    forms.Spans: "bidirectional_spans",
+    forms.Chunks: "chunked",
+    forms.FirstAndWindow: "first_and_window",
+    forms.Diffusion: "block_diffusion",
+    forms.Positions: "by_position",
+    forms.Segments: "segments",
+    forms.Blocks: "blocks",
+    forms.Dense: "dense",
+}
+
+
+def _name(x: Form) -> str:
+    if isinstance(x, forms.Either):
+        return f"({Mask(x.a)!s} | {Mask(x.b)!s})"
+    if isinstance(x, forms.Band) and x.left is None and isinstance(x.right, int) and x.right == 0:
+        return "causal"
+    return _NAMES[type(x)]
+
+
+def _sizes(conditions: Sequence[Form]) -> tuple[int, int]:
+    """Rows and keys that the arrays of a mask speak of; 8 where they do not tell."""
+    sq = sk = 8
+    for x in conditions:
+        if isinstance(x, forms.Ranges):
+            sq = sk = max(
+                jnp.broadcast_shapes(*(limit.shape for pair in x.limits for limit in pair))[-1:] or (8,)
+            )
+        elif isinstance(x, forms.Spans):
+            sq = sk = x.ids.shape[-1]
+        elif isinstance(x, (forms.Segments, forms.Positions)):
+            q, k = (x.q_ids, x.kv_ids) if isinstance(x, forms.Segments) else (x.q_positions, x.kv_positions)
+            sq, sk = q.shape[-1], k.shape[-1]
+        elif isinstance(x, forms.Blocks):
+            sq = sk = x.chosen.shape[2] * x.block[0]
+        elif isinstance(x, forms.Dense):
+            sq, sk = x.seen.shape[-2:]
+    return sq, sk

@@ -1,0 +1,150 @@
+"""The operand `ranges`: what rows see by it in every layout, whatever it holds, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import checks
+import equations
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs, operands, spec, varlen
+from pages import paged
+
+from jax_flash.autodiff import attend
+from jax_flash.operands import OPTIONAL
+
+SPAN = 2**31 - 1
+
+
+@pytest.fixture
+def implementation():
+    return "xla"  # the CPU kernels do not read it yet
+
+
+SIZES = [
+    Case("small"),
+    Case("causal window", causal=True, window=(7, None), sq=19, sk=14),
+    Case("lengths", q_lengths=(12, 5), kv_lengths=(7, 0)),
+    Case("segments, mask and bias", segments=3, mask=(2, 1, 12, 12), bias=(1, 4, 12, 12)),
+    Case("tiles", b=1, sq=150, sk=300, hq=2, hk=1),
+    Case("tiles, causal", b=1, sq=300, sk=300, hq=3, hk=1, causal=True),
+    Case("many keys", b=1, sq=70, sk=1300, hq=1, hk=1),
+    Case("bfloat16", b=1, sq=150, sk=300, hq=2, hk=1, dtype="bfloat16", window=(200, 5)),
+    Case("softcap, dropout, sinks", sq=40, sk=60, softcap=3.0, dropout_rate=0.3, sinks=True),
+    Case("decode", sq=2, sk=200, hq=4, hk=1, causal=True),
+    Case("decode, split", b=1, sq=1, sk=3000, hq=4, hk=1),
+    varlen("packed", (5, 0, 9, 40), k_sequences=(7, 3, 9, 60), padding=(3, 2)),
+    varlen("packed causal", (150, 1, 70), causal=True, kv_lengths=(90, 5, 70), hq=2),
+]
+
+
+def random_ranges(rng, shape, keys, count):
+    """Limits near and far, a few of them anywhere in int32, in any order."""
+    found = rng.integers(-3, keys + 4, (*shape, 2 * count))
+    near = np.sort(found, -1)
+    found = np.where(rng.random((*shape, 1)) < 0.8, near, found)
+    wild = rng.integers(-SPAN - 1, SPAN, found.shape, endpoint=True)
+    return jnp.asarray(np.where(rng.random(found.shape) < 0.03, wild, found), jnp.int32)
+
+
+def with_ranges(case, seed, count, heads=1, entries=None):
+    """The operands of a case and ranges, which make the keys of neighbouring rows similar in one half of the rows."""
+    inputs = make_inputs(case, seed)
+    arrays = operands(inputs)
+    rng = np.random.default_rng(seed)
+    packed = case.layout == "varlen"
+    rows = arrays["query"].shape[0 if packed else 1]
+    keys = max(case.k_sequences or case.q_sequences) if packed else case.sk
+    lead = (heads,) if packed else (case.b if entries is None else entries, heads)
+    ranges = random_ranges(rng, (*lead, rows), keys, count)
+    smooth = random_ranges(rng, (*lead, -(-rows // 32)), keys, count).repeat(32, -2)[..., :rows, :]
+    return inputs, arrays | {"ranges": jnp.where(jnp.arange(rows)[:, None] < rows // 2, smooth, ranges)}
+
+
+def static_of(case, inputs, arrays):
+    return replace(spec(case, inputs), operands=tuple(name for name in OPTIONAL if name in arrays))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
+def test_a_row_sees_the_keys_of_its_ranges(case, count, implementation):
+    checks.require(implementation, dtype=case.dtype)
+    inputs, arrays = with_ranges(case, 3, count, heads=case.hq if count == 1 else 1)
+    static = static_of(case, inputs, arrays)
+    moving, fixed = oracle.split(arrays)
+    run = replace(static, implementation=implementation)
+    got = oracle.differentiate(lambda x: attend(run, x | fixed), moving, inputs.dout, inputs.dlse)
+    right = equations.attention(static, arrays, inputs.dout, inputs.dlse)
+    low = right
+    if case.dtype != "float32":
+        low = equations.attention(
+            static, arrays, inputs.dout, inputs.dlse, dtype=np.float32, round_to=jnp.dtype(case.dtype)
+        )
+        gradients = {name: x.astype(arrays[name].dtype) for name, x in low.gradients.items()}
+        low = equations.Result(low.out.astype(case.dtype), low.lse, gradients)
+    oracle.assert_result(got, right, low, case)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", ["small", "decode", "packed", "packed causal"])
+def test_forward_mode_sees_the_same(name, count, implementation):
+    case = next(x for x in SIZES if x.name == name)
+    inputs, arrays = with_ranges(case, 5, count, entries=1)
+    static = static_of(case, inputs, arrays)
+    moving, fixed = oracle.split(arrays)
+    tangents = jax.tree.map(lambda x: jnp.cos(7 * x), moving)
+
+    def tangent(implementation):
+        run = replace(static, implementation=implementation)
+        return jax.jvp(lambda x: attend(run, x | fixed), (moving,), (tangents,))[1]
+
+    for got, wanted in zip(tangent(implementation), tangent("xla")):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_paged_rows_see_the_keys_of_their_ranges(tokens, packed, count, implementation):
+    sequences = (tokens, 1, tokens + 2)
+    case = Case("pages", b=3, sq=tokens, sk=90, kv_lengths=(90, 3, 41), causal=True)
+    if packed:
+        case = varlen("pages", sequences, k_sequences=(90, 3, 41), causal=True)
+    inputs, dense = with_ranges(case, 8, count, heads=case.hq)
+    call = paged(case, seed=8)
+    static = static_of(case, inputs, dense)
+    pages = replace(
+        static,
+        layout="paged_varlen" if packed else "paged",
+        operands=tuple(n for n in OPTIONAL if n in call.arrays or n == "ranges"),
+        implementation=implementation,
+    )
+    moving = {name: call.arrays[name] for name in ("query", "key", "value")}
+    others = {name: x for name, x in call.arrays.items() if name not in moving} | {"ranges": dense["ranges"]}
+    got = oracle.differentiate(lambda x: attend(pages, x | others), moving, inputs.dout, inputs.dlse)
+    right = equations.attention(static, dense, inputs.dout, inputs.dlse)
+    oracle.assert_out(got.out, right.out, right.out)
+    oracle.assert_lse(got.lse, right.lse)
+    oracle.assert_gradient("query", got.gradients["query"], *[right.gradients["query"]] * 2)
+    for name in ("key", "value"):
+        wanted = right.gradients[name]
+        assert np.isfinite(got.gradients[name]).all()
+        np.testing.assert_allclose(np.abs(got.gradients[name]).sum(), np.abs(wanted).sum(), rtol=1e-3)
+
+
+def test_only_pages_that_ranges_show_need_to_exist(implementation):
+    case = Case("pages", b=1, sq=2, sk=32, kv_lengths=(32,), hq=2, hk=2)
+    call = paged(case, size=8)
+    arrays = call.arrays | {"block_tables": call.arrays["block_tables"].at[0, 1].set(10**6)}
+    ranges = jnp.array([[[[0, 8, 16, 32], [0, 8, 16, 32]], [[0, 8, 16, 32], [0, 9, 16, 32]]]], jnp.int32)
+    static = replace(
+        spec(case, call.inputs), layout="paged", operands=tuple(n for n in OPTIONAL if n in arrays or n == "ranges"),
+        implementation=implementation,
+    )  # fmt: skip
+    out, lse = attend(static, arrays | {"ranges": ranges})
+    assert np.isnan(out).all(-1).tolist() == [[[False, False], [False, True]]]
+    assert np.isnan(lse).tolist() == [[[False, False], [False, True]]]
