@@ -6,7 +6,6 @@
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/draft.h"
 #include "core/split.h"
 #include "cuda/decode/call.cuh"
 
@@ -74,13 +73,6 @@ struct SequenceWork {
     return min(rows.end_position(), band.q_len);
   }
 };
-
-__device__ __forceinline__ DraftMask draft_mask_of(const DecodeCall& call, const SequenceWork& work) {
-  const int32_t q_len = work.band.q_len;
-  if (!call.draft_mask || !has_drafts(q_len, call.draft_rows)) return {};
-  return {call.draft_mask.at<const uint8_t>(work.leading, work.index, 0, 0), call.draft_mask.row,
-          first_draft(q_len, work.band.k_len)};
-}
 
 __device__ __forceinline__ SequenceWork ColumnRows::sequence(const DecodeCall& call, int32_t number) const {
   return {call, *this, number};

@@ -54,7 +54,7 @@ struct SegmentInput {
             static_cast<int32_t>(ptx::load_shared(key_segments + 4 * (S::column_step(j / 2) + j % 2)));
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot)
-          hide_other_segment(s.at(slot, j / 2, j % 2), row_segments[slot], segment);
+          hide_other_segment(s.at(slot, j / 2, j % 2), segment, row_segments[slot]);
       }
     }
     shared.input_pipe.release(use);

@@ -9,8 +9,9 @@
 
 namespace jax_flash {
 
-__device__ __forceinline__ void hide_other_segment(float& x, int32_t of_row, int32_t of_key) {
-  if (of_row != of_key) x = -INFINITY;
+// a, b: the segments of the row and the key.
+__device__ __forceinline__ void hide_other_segment(float& x, int32_t a, int32_t b) {
+  if (a != b) x = -INFINITY;
 }
 
 // The same of a transposed S. A lane has few keys, and the
