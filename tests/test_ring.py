@@ -239,10 +239,11 @@ def test_only_what_is_needed_travels(kernel, heads):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("empty", ["b", "s"])
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, order):
-    x = jnp.zeros((0, 8, 2, 8) if empty == "b" else (2, 0, 2, 8), jnp.float32)
-    call = partial(ring_attention, causal=True, order=order, implementation=implementation)
+def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, mode, order):
+    x = jnp.zeros((0, 8, 4, 8) if empty == "b" else (2, 0, 4, 8), jnp.float32)
+    call = partial(ring_attention, causal=True, mode=mode, order=order, implementation=implementation)
     mapped = split_over(mesh_of(4), call, P(None, "ring"))
     arrays = dict.fromkeys(("query", "key", "value"), x)
     for run in (

@@ -76,6 +76,11 @@ struct BackwardSm90 {
   static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
   static constexpr int kDsStages =
       kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0) : hopper::kScoreGradientStages + 1;
+  // The plain kernel's order with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is added
+  // to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which now
+  // comes after the other's dQ of three steps before. With 128 rows registers do not suffice.
+  static constexpr bool kSharesDsLate = Kind == ScoreKind::kPlain && !Ordered && M == kConsumerRows;
+  static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;

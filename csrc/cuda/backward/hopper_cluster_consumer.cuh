@@ -1,5 +1,5 @@
-// What the consumer warpgroups of cuda/backward/hopper_cluster.cuh have in common, and the one that makes P
-// and adds up dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
+// The base of the consumer warpgroups of cuda/backward/hopper_cluster.cuh, and the warpgroup that computes P
+// and dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
 // left operands of dV and dK where they lie: in registers. A thread of the first two warpgroups has the same
 // elements of Sᵀ and of dPᵀ.
 #pragma once
@@ -17,7 +17,7 @@
 
 namespace jax_flash {
 
-// What the three have in common.
+// The base of the three warpgroups.
 template <class C>
 struct ClusterConsumer {
   using Config = C;

@@ -188,7 +188,8 @@ struct GradientProducer {
           };
           const auto store = [&](int i, float2 x) {
             shared.statistics[stage].lse[i] = row_lse(x.x);
-            shared.statistics[stage].delta[i] = row_delta(x.x, x.y);
+            const float delta = row_delta(x.x, x.y);
+            shared.statistics[stage].delta[i] = C::kStartsFromDelta ? -delta : delta;
             coarse |= rounds_coarsely(row_lse(x.x));
             unseen |= x.x == -INFINITY;
           };

@@ -13,7 +13,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
-#include "cuda/score/segments.cuh"
+#include "cuda/score/segment_ranges.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
