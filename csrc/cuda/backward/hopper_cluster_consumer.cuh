@@ -195,7 +195,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
     if constexpr (C::kKind == ScoreKind::kPlain) {
       wait_scores<kPending>(use);
       if (partial()) mask(s, tile().band, step.tile * C::kM, this->key());
-      probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
+      probabilities_of_keys(s, shared.statistics[stage].lse, shared.large_lse[stage], p.spec.scale * kLog2e);
       shared.lse_pipe.release(use);
       finish();
       this->round(pt, s);
@@ -206,7 +206,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       score.prefetch_gradient(Tile{*this, step});
       wait_scores<kPending>(use);
       if constexpr (!kSharesP) finish();  // for its registers
-      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
       S w;
       tile_weights(score, Tile{*this, step}, rows, partial(), s, w);
       shared.lse_pipe.release(use);

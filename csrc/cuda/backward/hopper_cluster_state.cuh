@@ -22,7 +22,7 @@ struct BackwardClusterShared {
   alignas(1024) uint8_t dq[C::kDqByTma ? C::DqBlock::kBytes * C::kDqColumns / kAccumulatorBlock : 0];
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask of this CTA's keys
   QueryStatistics<C::kM> statistics[kStages];
-  int32_t coarse[kStages];  // whether the rounding of some lse would show in P
+  int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
   using Tile = KeyTileState<typename C::Element, C::kCluster, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   TileMailbox mailbox;

@@ -19,7 +19,7 @@
 
 namespace jax_flash {
 
-// What a consumer has in registers.
+// A consumer warpgroup and its registers.
 template <class C>
 struct GradientConsumer {
   using Config = C;
@@ -53,7 +53,7 @@ struct GradientConsumer {
   __device__ __forceinline__ static uint32_t warp_row() {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
-  // Of all consumer warps.
+  // Counts all consumer warps.
   __device__ __forceinline__ int warp_index() const {
     return consumer * kConsumerWarps + static_cast<int>(warp_row() / 16);
   }
@@ -137,7 +137,7 @@ struct GradientConsumer {
 
   // Pᵀ = exp(Sᵀ − lse)
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
+    probabilities_of_keys(s, shared.statistics[stage].lse, shared.large_lse[stage], p.spec.scale * kLog2e);
   }
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
@@ -238,7 +238,7 @@ struct GradientConsumer {
       score.prefetch_gradient(Tile{*this, step});
       ptx::wgmma_wait<1>();
       ptx::hold(s.x[0]);
-      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
       tile_gradient(score, Tile{*this, step}, rows, is_partial(step), s, dp, wait_dp);
     }
     shared.ready_pipe.release(use);

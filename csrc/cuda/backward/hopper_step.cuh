@@ -18,16 +18,16 @@ namespace jax_flash {
 template <class S, int M>
 struct StepRows {
   const float* first;  // lse of the lane's first query
-  int32_t some_coarse;
+  int32_t has_large_lse_;
 
-  __device__ __forceinline__ StepRows(const QueryStatistics<M>& statistics, int32_t coarse)
-      : first(statistics.lse + ptx::lane_index() % 4 * 2), some_coarse(coarse) {}
+  __device__ __forceinline__ StepRows(const QueryStatistics<M>& statistics, int32_t large_lse)
+      : first(statistics.lse + ptx::lane_index() % 4 * 2), has_large_lse_(large_lse) {}
   __device__ __forceinline__ float lse(int slot) const { return first[S::row_step(slot)]; }
   __device__ __forceinline__ float delta(int slot) const { return first[M + S::row_step(slot)]; }
-  __device__ __forceinline__ bool coarse() const { return uniform(some_coarse); }
+  __device__ __forceinline__ bool has_large_lse() const { return uniform(has_large_lse_); }
 };
 
-// What a score variant is told of a step.
+// The tile of S of a step, for its score variant.
 template <class Consumer>
 struct StepTile {
   using Score = typename Consumer::Config::Score;
@@ -41,7 +41,7 @@ struct StepTile {
   }
   __device__ __forceinline__ const Band& band() const { return of.tile().band; }
   __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
-  // What the statistics warp found of the rows is compared with this warp's keys.
+  // Compares the rows' segments, found by the statistics warp, with those of this warp's keys.
   __device__ __forceinline__ InSegment in_segment() const
     requires(kStagesSegments<typename Consumer::Config>)
   {
@@ -50,7 +50,7 @@ struct StepTile {
     return compare_ranges(segments.rows[step.number % Consumer::Config::kStages],
                           segments.keys[of.warp_index()]);
   }
-  // Bias and mask (score/score_tiles.cuh).
+  // Bias and mask (load/score_tiles.cuh).
   template <class S, class Add>
     requires(kStagesTiles<typename Consumer::Config>)
   __device__ __forceinline__ void apply_tiles(S& s, Add add) const {
@@ -62,9 +62,9 @@ struct StepTile {
 };
 
 // Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
-// lse is coarse.
+// lse is too large.
 template <class S>
-__device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& coarse,
+__device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& large_lse,
                                                       float scale) {
   const auto* pairs = reinterpret_cast<const float2*>(lse) + ptx::lane_index() % 4;
 #pragma unroll
@@ -76,8 +76,8 @@ __device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, co
       s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
     }
   }
-  if (__builtin_expect(uniform(coarse), false))
-    for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, lse[S::row(slot)]); });
+  if (__builtin_expect(uniform(large_lse), false))
+    for_each(s, [&](float& x, int slot, int, int) { clamp_for_large_lse(x, lse[S::row(slot)]); });
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }
 
