@@ -133,8 +133,8 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         )
     if platform == "cuda" and "ranges" in spec.operands:
         raise NotImplementedError(
-            f"jax_flash {pass_.name}: the CUDA kernels take no jax_flash.masks values yet; "
-            'implementation="xla" and "cpu" do'
+            f"jax_flash {pass_.name}: no CUDA kernel was built that reads the ranges of a mask of jax_flash.masks; "
+            'implementation="xla" and "cpu" do, and a boolean array runs everywhere'
         )
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
