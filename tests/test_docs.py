@@ -40,5 +40,9 @@ def test_the_guide_from_another_library_runs_in_order():
     run("from-another-library.md")
 
 
+def test_the_guide_to_masks_runs_in_order():
+    run("masks.md")
+
+
 def test_the_page_of_troubles_runs():
     assert run("trouble.md")["message"]

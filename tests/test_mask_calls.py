@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FORMS, VARLEN, Case, varlen
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import paged
 from test_masks import draw, draw_packed
@@ -72,6 +72,12 @@ def test_packed_sequences_count_from_their_own_first_key(implementation):
     ]  # fmt: skip
     spans = masks.bidirectional_spans([5, 5, 5, 5, 5, -1, -1])
     assert picture(mask=spans)[2:5] == ["###....", "...##..", "...##.."]
+
+
+def test_spans_end_with_the_rows_of_their_sequence(implementation):
+    spans = masks.bidirectional_spans([5, 5, 5, 5])
+    drawn = draw_packed(implementation, q=[0, 2, 4], k=[0, 4, 8], mask=spans)
+    assert drawn == ["##......", "##......", "....##..", "....##.."]
 
 
 @pytest.mark.parametrize("form", ["causal", "band", "window", "ranges", "prefix", "spans", "first", "either"])
@@ -139,6 +145,23 @@ def test_ranges_are_split_with_the_rows_that_they_belong_to(name, implementation
     got, wanted = run(*arrays, mask), run(*X, mask)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_explicit_axes_take_masks(implementation):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    mask = masks.prefix_lm(jnp.array([30, 7], jnp.int32)) & masks.chunked(20)
+    wanted = jax.grad(loss)(*X, mask, implementation)
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(x, NamedSharding(mesh, P("x", None, "y"))) for x in X]
+        got = jax.jit(partial(jax.grad(loss), implementation=implementation))(*arrays, mask)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_with_a_mask_is_exported(kernel):
+    run = jax.jit(partial(loss, implementation=kernel))
+    mask = masks.first_and_window(3, 11)
+    exported = jax.export.export(run, disabled_checks=jax_flash.export_checks())(*X, mask)
+    np.testing.assert_allclose(exported.call(*X, mask), run(*X, mask), rtol=1e-6)
 
 
 RINGED = {

@@ -15,15 +15,8 @@ import numpy as np
 
 from ..spec import UNLIMITED, AttentionSpec, Ring
 
-_PLACED = (
-    "q_lengths",
-    "kv_lengths",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "dropout",
-    "ranges",
-)  # what goes by positions
+# What goes by the position in the sequence.
+_PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges"}
 _ALIGNMENT = 64  # of cuts: kernels load whole tiles
 HALVED = 4096  # queries of a shard from which on half of them take longer than a transfer is started
 
@@ -153,7 +146,7 @@ def _halved(spec: AttentionSpec, ring: Ring, work: Work, shifts: tuple[int, int]
 
 def _is_placed(spec: AttentionSpec) -> bool:
     """Whether an operand goes by the position in the sequence."""
-    return any(name in spec.operands for name in _PLACED)
+    return not _PLACED.isdisjoint(spec.operands)
 
 
 @dataclass(frozen=True)

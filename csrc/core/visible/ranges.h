@@ -14,8 +14,9 @@ struct SeenKeys {
   JF_HD bool contains(int32_t j) const { return hull.contains(j) && !hole.contains(j); }
 };
 
+// From the first to the last of two intervals; {0, 0} where both are empty, whatever their limits are.
 JF_HD Interval hull_of(Interval a, Interval b) {
-  if (a.empty()) return b;
+  if (a.empty()) return b.empty() ? Interval{0, 0} : b;
   if (b.empty()) return a;
   return {a.lo < b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
 }
@@ -28,11 +29,12 @@ struct RowRanges {
 
   JF_HD explicit operator bool() const { return limits != nullptr; }
 
+  // Rows past the sequence's length, of which the band leaves no keys, have no limits to read.
   JF_HD SeenKeys seen(int32_t h, int32_t i, Interval keys) const {
-    if (!limits) return {keys, {0, 0}};
+    if (!limits || keys.empty()) return {keys, {0, 0}};
     const int32_t* x = limits + h * head + i * row;
     const Interval first = intersect({x[0], x[1]}, keys);
-    if (!two) return {first, {0, 0}};
+    if (!two) return {hull_of(first, {0, 0}), {0, 0}};
     const Interval second = intersect({x[2], x[3]}, keys);
     if (first.empty() || second.empty()) return {hull_of(first, second), {0, 0}};
     return {hull_of(first, second),

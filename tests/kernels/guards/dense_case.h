@@ -87,6 +87,8 @@ class DenseCase : protected RandomCase {
     add(Operand::kSinks, 0.2);
     add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
+    // The CUDA kernels do not read ranges.
+    if (!aim_ && backend::computes() && !backend::sparing()) add(Operand::kRanges, 0.3);
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     s.deterministic = chance(0.5);
     if (p_.varlen()) {
@@ -254,8 +256,26 @@ class DenseCase : protected RandomCase {
     return dims;
   }
 
+  // Plausible or arbitrary limits; rows of a tile often have the same.
+  void make_ranges() {
+    p_.limits = one_of({2, 4});
+    std::vector<Dim> dims = score_dims();
+    if (p_.varlen()) dims.erase(dims.begin());
+    dims[dims.size() - 2] = {p_.q_rows, &View::row}, dims.back() = {p_.limits, &View::column};
+    const Guarded& m = make(p_.ranges, 4, dims, true);
+    int32_t* x = reinterpret_cast<int32_t*>(m.data());
+    const int64_t repeat = p_.limits * one_of<int64_t>({1, 1, 20, 1000});
+    const bool wild = chance(0.3);
+    for (size_t i = 0; i < m.bytes() / 4; ++i) {
+      x[i] = wild ? garbage(p_.k_rows) : static_cast<int32_t>(integer(0, p_.k_rows));
+      if (static_cast<int64_t>(i) % repeat >= p_.limits) x[i] = x[i - p_.limits];
+    }
+    m.make_read_only();
+  }
+
   void make_score_operands() {
     const AttentionSpec& s = p_.spec;
+    if (s.has(Operand::kRanges)) make_ranges();
     if (s.has(Operand::kMask)) {
       const Guarded& m = make(p_.mask, 1, score_dims(), true);
       for (size_t i = 0; i < m.bytes(); ++i) m.data()[i] = chance(0.7);
