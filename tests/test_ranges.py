@@ -20,11 +20,6 @@ from jax_flash.operands import OPTIONAL
 SPAN = 2**31 - 1
 
 
-@pytest.fixture
-def implementation():
-    return "xla"  # the CPU kernels do not read it yet
-
-
 SIZES = [
     Case("small"),
     Case("causal window", causal=True, window=(7, None), sq=19, sk=14),

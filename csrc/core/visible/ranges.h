@@ -1,0 +1,91 @@
+// The operand `ranges`: one or two ranges of keys for each row, as data. A row sees what its ranges, the band
+// and the lengths all leave to it.
+#pragma once
+
+#include "../band.h"
+
+namespace jax_flash {
+
+// What a row sees of an interval of keys: those of `hull` that are not in `hole`, the keys between its two
+// ranges.
+struct SeenKeys {
+  Interval hull, hole;
+
+  JF_HD bool contains(int32_t j) const { return hull.contains(j) && !hole.contains(j); }
+};
+
+JF_HD Interval hull_of(Interval a, Interval b) {
+  if (a.empty()) return b;
+  if (b.empty()) return a;
+  return {a.lo < b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
+}
+
+// The ranges of the rows of one sequence, at a first head and those after it. Limits may hold anything.
+struct RowRanges {
+  const int32_t* limits = nullptr;  // lo and hi of each range; null: every row sees all keys
+  int64_t head = 0, row = 0;        // elements from one to the next
+  bool two = false;                 // ranges a row
+
+  JF_HD explicit operator bool() const { return limits != nullptr; }
+
+  JF_HD SeenKeys seen(int32_t h, int32_t i, Interval keys) const {
+    if (!limits) return {keys, {0, 0}};
+    const int32_t* x = limits + h * head + i * row;
+    const Interval first = intersect({x[0], x[1]}, keys);
+    if (!two) return {first, {0, 0}};
+    const Interval second = intersect({x[2], x[3]}, keys);
+    if (first.empty() || second.empty()) return {hull_of(first, second), {0, 0}};
+    return {hull_of(first, second),
+            {first.hi < second.hi ? first.hi : second.hi, first.lo > second.lo ? first.lo : second.lo}};
+  }
+};
+
+// The ranges at `heads` query heads from `first` on.
+JF_HD RowRanges row_ranges(const Problem& p, int64_t leading, const Sequence& s, int32_t first) {
+  const View& view = p.ranges;
+  if (!view) return {};
+  const int64_t offset = view.leading_offset(p.leading, leading) + view.offset(s.batch_row, first, s.q_begin);
+  return {view.as<const int32_t>() + offset, view.head, view.row, p.limits == 4};
+}
+
+// Query rows [begin, end) of a sequence, at `heads` query heads from the first of their ranges on.
+struct QueryRange {
+  int32_t begin, end;
+  int32_t heads = 1;
+};
+
+// What some rows see of an interval of keys: no key outside of `any`, and all keys in `all`. `holes`: a row
+// does not see some of the keys between two that it sees.
+struct SeenByRows {
+  Interval any{0, 0}, all{0, 0};
+  bool holes = false;
+};
+
+JF_HD SeenByRows seen_by_rows(const Band& band, const RowRanges& ranges, QueryRange rows, Interval keys) {
+  SeenByRows found;
+  found.any = intersect(band.rows(rows.begin, rows.end), keys);
+  found.all = intersect(band.common(rows.begin, rows.end), keys);
+  if (!ranges || found.any.empty()) return found;
+  const Interval in_band = found.any;
+  const int32_t heads = ranges.head != 0 ? rows.heads : 1;
+  const int32_t end = rows.end < band.q_len ? rows.end : band.q_len;
+  found.any = {0, 0};
+  for (int32_t h = 0; h < heads; ++h) {
+    for (int32_t i = rows.begin; i < end; ++i) {
+      const SeenKeys own = ranges.seen(h, i, intersect(band.row(i), in_band));
+      found.any = hull_of(found.any, own.hull);
+      found.all = intersect(found.all, own.hull);
+      found.holes |= !own.hole.empty();
+    }
+  }
+  if (found.holes) found.all = {0, 0};
+  return found;
+}
+
+// The interval of `keys` outside of which the rows see none.
+JF_HD Interval seen_by_any(const Band& band, const RowRanges& ranges, QueryRange rows, Interval keys) {
+  if (!ranges) return intersect(band.rows(rows.begin, rows.end), keys);
+  return seen_by_rows(band, ranges, rows, keys).any;
+}
+
+}  // namespace jax_flash
