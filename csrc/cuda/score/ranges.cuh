@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "core/visible/ranges.h"
-#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/barrier.cuh"
 
 namespace jax_flash {
 
@@ -52,7 +52,6 @@ __device__ __forceinline__ uint32_t bits_of_keys(const Interval& keys, int32_t k
 template <class S>
 __device__ __forceinline__ void hide_unseen_transposed(S& s, const RowRanges& ranges, const Band& band,
                                                        int32_t row, int32_t key) {
-  static_assert(S::kColumns < 32);
   constexpr uint32_t kAll = (1u << S::kColumns) - 1;
   const int32_t lane = ptx::thread_index() % 32;
   uint32_t of_row[(S::kRows + 31) / 32];
@@ -86,7 +85,7 @@ __device__ __forceinline__ void hide_unseen_transposed(S& s, const RowRanges& ra
 template <class S>
 __device__ __forceinline__ void hide_outside_ranges(S& s, const RowRanges& ranges, const Band& band,
                                                     int32_t row, int32_t key) {
-  if constexpr (S::kTransposed) {
+  if constexpr (S::kTransposed && S::kColumns < 32) {
     hide_unseen_transposed(s, ranges, band, row, key);
   } else {
     hide_unseen(s, key, [&](int slot) {
