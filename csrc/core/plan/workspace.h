@@ -46,10 +46,16 @@ inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles
   return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
 }
 
-// What segments leave to the tiles of so many rows, whatever the row of csrc/kernels.def, and to parts of
-// them.
+// Whether what a tile sees of the other side is found before the kernel: what segments and ranges leave. Of
+// packed sequences kernels read all that the band leaves, and mask it.
+inline bool trims_tiles(const AttentionSpec& spec) {
+  return spec.has(Operand::kQSegmentIds) || (spec.has(Operand::kRanges) && !spec.packed());
+}
+
+// What segments and ranges leave to the tiles of so many rows, whatever the row of csrc/kernels.def, and to
+// parts of them.
 inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
-  if (!spec.has(Operand::kQSegmentIds)) return 0;
+  if (!trims_tiles(spec)) return 0;
   return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
 }
 
@@ -90,12 +96,12 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& 
   plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
 }
 
-// Takes the workspace for what segments leave to the tiles of a grid over so many rows, and to parts of
-// them where a kernel asks for that.
+// Takes the workspace for what segments and ranges leave to the tiles of a grid over so many rows, and to
+// parts of them where a kernel asks for that.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
   const Shapes& s = call.shapes;
-  if (!call.spec.has(Operand::kQSegmentIds) || grid.blocks == 0) return;
+  if (!trims_tiles(call.spec) || grid.blocks == 0) return;
   const int64_t tiles = ceil_div(rows, grid.block) + (parts ? ceil_div(rows, kSegmentPart) : 0);
   grid.segments = workspace.add(segments_bytes(s.leading, s.batch, tiles).value());
   grid.segment_parts = parts;
