@@ -52,13 +52,29 @@ test-newest:  ## the suite on Python 3.12 with the newest jax (PYTHON312=…)
 # What a newer jax or Python can break: tracing, JAX's transformations, lowering, sharding and modes, the libraries
 # beside jax, and the equations in jax.numpy. The kernels are the same there: the extension is built from the same
 # source against the same FFI headers (pyproject.toml pins the jaxlib that they come from).
-JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all backends compilation_cache derivatives derivative_sharding distributed \
+JAX_TESTS = $(patsubst %,tests/test_%.py,all_to_all any_mesh backends compilation_cache derivatives derivative_sharding distributed \
   dot_product export flax flax_layers fresh_process lowering_errors manual_sharding mean_flow modes paged_programs \
-  partly_manual ring_training sharding transforms)
+  partly_manual ring_training sharded_vmap sharding transforms)
 
 .PHONY: test-newest-jax
 test-newest-jax:  ## of test-newest the files that test JAX's part in the work rather than the kernels' numbers
 	$(MAKE) test-newest TESTS="$(JAX_TESTS)"
+
+# JAX's global modes that change how a call is traced: Python's integers beside lax.axis_index are int64 with x64, and
+# arrays of different rank may not meet where ranks are not promoted. About one case of each promise.
+X64_TESTS = $(patsubst %,tests/test_%,ring.py ring_sharding.py sharding.py sharded_vmap.py index_arrays.py paged_programs.py \
+  transforms.py all_to_all.py::test_every_option_at_once)
+RANK_TESTS = $(patsubst %,tests/test_%,draft_mask.py::test_each_option_in_plain_jax \
+  draft_mask.py::test_a_missing_page_counts_for_the_rows_that_see_a_key_there draft_mask.py::test_tangents \
+  append_dynamic.py::test_with_rotary append_dynamic.py::test_a_page_that_grows_keeps_its_earlier_tokens \
+  compat_kvcache.py::test_with_kvcache forward_mode.py::test_tangents_of_every_option \
+  paged_gradients.py::test_gradients_in_plain_jax merge.py::test_gradients_flow_through_the_merge \
+  ring.py::test_forward_mode ring_sharding.py::test_packed_tokens_with_lengths_of_keys)
+
+.PHONY: test-modes
+test-modes: $(INSTALLED)  ## rings, sharding and vmap with JAX_ENABLE_X64; what plain JAX does with JAX_NUMPY_RANK_PROMOTION=raise
+	JAX_ENABLE_X64=1 $(MAKE) test TESTS="$(X64_TESTS)" PYTEST_ARGS='-k "explicit or zigzag or nested or split"'
+	JAX_NUMPY_RANK_PROMOTION=raise $(MAKE) test TESTS="$(RANK_TESTS)"
 
 .PHONY: print-python312
 print-python312:

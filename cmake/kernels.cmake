@@ -1,4 +1,4 @@
-# csrc/kernels.def → a .cu for the rows of a pass and head dim, portable ones of two, and the list of what this build
+# csrc/kernels.def → a .cu for the rows of a pass and one or two head dims, and the list of what this build
 # holds, all in the build directory. What lies in one file shares the front end's time (1.5 s), and dtypes compress to
 # little more than one of them.
 # JAX_FLASH_KERNELS names another table, for experiments.

@@ -188,7 +188,10 @@ def _with_stable_keys(ctx: mlir.LoweringRuleContext, results: Any, identity: str
     must keep alive, since JAX's table does not.
     """
     shared = []
-    function = ctx.module_context.symbol_table[results[0].owner.attributes["callee"].value]
+    call = results[0].owner
+    while "callee" not in call.attributes:  # jax 0.12 constrains a call's results under explicit axes
+        call = call.operands[0].owner
+    function = ctx.module_context.symbol_table[call.attributes["callee"].value]
     for op in function.regions[0].blocks[0].operations:
         if op.operation.name != "stablehlo.custom_call":
             continue

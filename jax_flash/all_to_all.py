@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _jax
-from .autodiff import Operands, Pair, attend
+from .autodiff import Operands, Pair, attend, is_empty, without_elements
 from .operands import DROPOUT_HEAD
 from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_permute, zigzag_unpermute
@@ -31,6 +31,8 @@ def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
     in the order of the sequence; lengths are of the whole sequence, and slopes, sinks and dropout of all heads.
     """
     assert spec.ring is not None
+    if is_empty(operands):
+        return without_elements(spec, operands)
     hq, hk = operands["query"].shape[2], operands["key"].shape[2]
     exchange = _Exchange(spec.ring, "dropout" in operands, hq, hk)
     rows = operands["query"].shape[1]

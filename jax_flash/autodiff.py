@@ -52,10 +52,10 @@ def attend(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
+    if _jax.manual_axes()[0] and is_empty(operands):
+        return without_elements(spec, operands)
     if spec.ring is not None:
         operands = equally_varying(operands, spec.ring.axes)
-        if any(_jax.same_dim(size, 0) for size in operands["query"].shape):
-            return _empty(spec, operands)
         return passes.run(FORWARD, spec, operands, lambda _, *part: reference.attention(*part))
     equations = partial(gather.attention if spec.paged else reference.attention, spec)
     if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
@@ -65,12 +65,16 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array
     return found
 
 
-def _empty(spec: AttentionSpec, operands: Operands) -> Pair:
-    """Results without elements: XLA does not compile the gradient of such a ring in plain JAX (jaxlib 0.10 to 0.12)."""
+def is_empty(operands: Operands) -> bool:
+    return any(_jax.same_dim(size, 0) for size in operands["query"].shape)
+
+
+def without_elements(spec: AttentionSpec, operands: Operands) -> Pair:
+    """Results without elements: XLA does not compile the gradient of such a shard (jaxlib 0.10 to 0.12)."""
     query = operands["query"]
     shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
     made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(FORWARD.results, shapes)}
-    varying = equally_varying({"query": query} | made)
+    varying = equally_varying(operands | made, spec.ring.axes if spec.ring else ())
     return varying["out"], varying["lse"].astype(jnp.promote_types(query.dtype, jnp.float32))
 
 

@@ -13,7 +13,7 @@ from .attention import flash_attention
 from .backends import DTYPES, compute_capability, extension, local_devices
 from .batching import named_sizes
 from .flop_count import spec_and_shapes
-from .operands import padded_head_dim
+from .operands import DIMS, ELEMENTS, padded_head_dim
 from .paged.attention import paged_attention
 from .spec import UNLIMITED
 from .varlen import flash_attention_varlen
@@ -212,19 +212,17 @@ def _positional(options: argparse.Namespace, n: _Sizes) -> list[Any]:
 
 
 def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
-    scores = (n.b, n.hq, n.sq, n.sk)
-    arrays: dict[str, Any] = {
-        "bias": _array(scores, options.dtype),
-        "mask": _array(scores, "bool"),
-        "alibi_slopes": _array((n.hq,), "float32"),
-        "sinks": _array((n.hq,), "float32"),
-        "q_segment_ids": (_array((n.b, n.sq), "int32"), _array((n.b, n.sk), "int32")),
-        "kv_lengths": _array((n.b,), "int32"),
-        "draft_mask": _array((n.b, n.draft, n.draft), "bool"),
-    }
-    named = {name: arrays[name] for name in OPERANDS if getattr(options, name)}
+    layout = "paged" if options.paged else "varlen" if options.varlen else "fixed"
+    sizes = {"b": n.b, "n": n.b, "hq": n.hq, "sq": n.sq, "columns": n.sk}
+    sizes |= {"draft_row": n.draft, "draft_column": n.draft}
+    named: dict[str, Any] = {}
+    for name in (name for name in OPERANDS if getattr(options, name)):
+        # The function refuses an operand that its layout does not have.
+        dims = next(table[name] for table in (DIMS[layout], *DIMS.values()) if name in table)
+        dtype = {"bias": options.dtype, "boolean": "bool"}.get(ELEMENTS[name], ELEMENTS[name])
+        named[name] = _array(tuple(sizes[dim.rstrip("*")] for dim in dims), dtype)
     if "q_segment_ids" in named:
-        named["segment_ids"] = named.pop("q_segment_ids")
+        named["segment_ids"] = named.pop("q_segment_ids"), _array((n.b, n.sk), "int32")
     if options.dropout:
         named["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
     if options.paged:

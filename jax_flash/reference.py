@@ -81,8 +81,10 @@ def _attend(
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
     p = jnp.where(visible, p, 0)  # where the row's maximum is NaN too
     p = _drop(spec, operands, place, _round(p, round_to))
-    odd = ~jnp.isfinite(v).all(3)  # [b, sk, hk]
-    odd = jnp.repeat(jnp.swapaxes(odd, 1, 2), p.shape[1] // v.shape[2], axis=1)  # [b, hq, sk]
+    odd = jnp.swapaxes(~jnp.isfinite(v).all(3), 1, 2)  # [b, hk, sk]
+    group = p.shape[1] // v.shape[2]
+    by_query_head = jnp.broadcast_to(odd[:, :, None], (*odd.shape[:2], group, odd.shape[2]))
+    odd = by_query_head.reshape(*p.shape[:2], v.shape[1])  # [b, hq, sk]
     sees_odd = jnp.swapaxes((visible & odd[:, :, None]).any(3), 1, 2)[..., None]  # [b, sq, hq, 1]
     o = jnp.where(row_read, _probability_value(p, v, sees_odd), 0)  # [b, sq, hq, dv]
     return o.astype(dtype), lse

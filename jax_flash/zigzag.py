@@ -51,7 +51,7 @@ def zigzag_unpermute(x: ArrayLike, devices: int, axis: int = 1) -> jax.Array:
       >>> logits = zigzag_unpermute(logits, 8)
     """
     chunks, at = _chunks("zigzag_unpermute", x, devices, axis)
-    pairs = chunks.reshape(*chunks.shape[:at], -1, 2, *chunks.shape[at + 1 :])
+    pairs = chunks.reshape(*chunks.shape[:at], int(devices), 2, *chunks.shape[at + 1 :])
     first, second = (jnp.take(pairs, i, at + 1) for i in (0, 1))
     return jnp.concatenate([first, jnp.flip(second, at)], at).reshape(np.shape(x))
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import IMPLEMENTATION
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import within
 from pages import FLOAT8, require
 from pairwise import pairwise
 from programs import collectives, custom_calls, require_devices, shard_shapes
@@ -276,8 +277,8 @@ def decode_loop(implementation, steps=6):
             implementation=implementation,
         )  # fmt: skip
         out = paged_attention(
-            jnp.repeat(x, 2, 2), k_pages, v_pages, TABLES, lengths, k_scale=k_scale, v_scale=v_scale,
-            implementation=implementation,
+            jnp.stack([x, x], 3).reshape(2, 1, 16, 16), k_pages, v_pages, TABLES, lengths,
+            k_scale=k_scale, v_scale=v_scale, implementation=implementation,
         )  # fmt: skip
         return (k_pages, v_pages, k_scale, v_scale, lengths, x), out
 
@@ -320,14 +321,15 @@ def test_what_is_given_is_left_alone_unless_donated(implementation):
     assert before == {n: np.asarray(call[n]).tobytes() for n in before}
 
 
-def test_sharded_by_heads_it_needs_no_communication(kernel):
+def test_sharded_by_heads_it_needs_no_communication(kernel, axis_type):
     require(kernel)
     require_devices(8)
-    mesh = jax.make_mesh((8,), ("model",))
+    mesh = jax.make_mesh((8,), ("model",), (axis_type,))
     heads, by_page, whole = (NamedSharding(mesh, s) for s in (P(None, None, "model"), P(None, "model"), P()))
     where = heads, heads, by_page, by_page, whole, heads
     state = [jax.device_put(x, s) for x, s in zip(initial(), where, strict=True)]
-    program = jax.jit(decode_loop(kernel), donate_argnums=(0, 1, 2, 3)).lower(*state).compile()
+    with within(mesh):
+        program = jax.jit(decode_loop(kernel), donate_argnums=(0, 1, 2, 3)).lower(*state).compile()
     text = program.as_text()
     assert not collectives(text)
     assert shard_shapes(text, "append_dynamic") == {(11, 4, 1, 16)}

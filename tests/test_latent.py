@@ -7,7 +7,7 @@ import pages
 import pytest
 from cases import Case, varlen
 from conftest import IMPLEMENTATION
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import FLOAT8, latent, require
 from programs import collectives, require_devices
@@ -197,11 +197,11 @@ def test_vmap_over_queries_and_tables(implementation):
                 )
 
 
-def test_query_heads_are_split_over_devices_without_communication(kernel):
+def test_query_heads_are_split_over_devices_without_communication(kernel, axis_type):
     require_devices(8)
     case = ALL_HEADS.replace(dtype="bfloat16")
     require(kernel, case)
-    mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((8,), ("heads",), axis_types=(axis_type,))
     call = latent(case, 16)
     by_heads, whole = NamedSharding(mesh, P(None, None, "heads")), NamedSharding(mesh, P())
     arrays = {n: jax.device_put(x, by_heads if n == "query" else whole) for n, x in call.arrays.items()}

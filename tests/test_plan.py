@@ -320,7 +320,7 @@ def test_the_command_pads_head_dims_as_a_call_does(capsys):
     [("4096", "bfloat16", "bias"), ("4097", "bfloat16", "general"), ("4096", "float32", None)],
 )
 def test_the_command_names_the_kernel_of_a_bias_alone_on_hopper(keys, dtype, kind, capsys):
-    """One whose rows the copy engine can bring has a kernel of its own."""
+    """A bias whose rows TMA can load has a kernel of its own."""
     main([*COMMAND, "--gpu", "h200", "--bias", "--kv-seqlen", keys, "--dtype", dtype])
     line = capsys.readouterr().out.splitlines()[1]
     arch, _, _, score = line.split()[:4]

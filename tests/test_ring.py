@@ -203,6 +203,19 @@ def test_without_checks_of_varying_types_and_outside_jit(kernel):
     assert_same(jax.jit(with_gradients(mapped))(arrays), jax.jit(with_gradients(wanted))(arrays))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_over_an_explicit_axis(kernel, order):
+    require_devices(4)
+    mesh = jax.make_mesh((4,), ("ring",), (AxisType.Explicit,), devices=jax.devices()[:4])
+    mapped = split_over(mesh, partial(ring_attention, order=order, implementation=kernel), P(None, "ring"))
+    arrays = make_inputs(PLAIN).positional
+    placed = jax.device_put(arrays, NamedSharding(mesh, P(None, "ring")))
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(mapped))(placed)
+    wanted = jax.jit(with_gradients(attention(PLAIN, kernel, return_lse=False)))(arrays)
+    assert_same(jax.device_get(got), jax.device_get(wanted))
+
+
 @pytest.mark.parametrize("heads", [None, "heads"], ids=["one axis", "heads on an automatic axis"])
 def test_only_what_is_needed_travels(kernel, heads):
     """A window of 3 keys needs one neighbour: K and V come from it, dK and dV return, and nothing is gathered."""
@@ -226,10 +239,11 @@ def test_only_what_is_needed_travels(kernel, heads):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("empty", ["b", "s"])
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, order):
-    x = jnp.zeros((0, 8, 2, 8) if empty == "b" else (2, 0, 2, 8))
-    call = partial(ring_attention, causal=True, order=order, implementation=implementation)
+def test_an_empty_batch_or_sequence_in_and_outside_jit(implementation, empty, mode, order):
+    x = jnp.zeros((0, 8, 4, 8) if empty == "b" else (2, 0, 4, 8), jnp.float32)
+    call = partial(ring_attention, causal=True, mode=mode, order=order, implementation=implementation)
     mapped = split_over(mesh_of(4), call, P(None, "ring"))
     arrays = dict.fromkeys(("query", "key", "value"), x)
     for run in (

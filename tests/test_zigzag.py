@@ -65,6 +65,11 @@ def test_numbers_that_are_no_ints_are_refused(name, call, wrong):
         call(wrong)
 
 
+def test_nothing_is_permuted_to_nothing():
+    for x in (np.ones((2, 0, 3)), np.ones((0, 8, 3))):
+        assert zigzag_permute(x, 2).shape == zigzag_unpermute(x, 2).shape == x.shape
+
+
 def test_ints_of_numpy_are_taken():
     np.testing.assert_array_equal(zigzag_positions(np.int64(8), np.int32(2)), zigzag_positions(8, 2))
 

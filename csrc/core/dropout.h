@@ -26,9 +26,9 @@ struct Dropout {
   uint32_t threshold = 0;                             // keep where number >= threshold
   float scale = 1.0f;                                 // factor of kept elements, 1 / (1 - rate)
 
-  // True if the shard begins inside a block, or if the threshold lies beyond the numbers that float16
-  // orders: such calls need the general path.
-  JF_HD bool odd() const {
+  // Whether numbers have to be drawn one by one: if the shard begins inside a block, or if the threshold lies
+  // beyond the numbers that float16 orders.
+  JF_HD bool needs_scalar_path() const {
     return column % kDropoutColumns != 0 || row % kDropoutRows != 0 || threshold > kDropoutInfinity;
   }
 

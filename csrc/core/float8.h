@@ -88,8 +88,8 @@ JF_HD float page_scale(float largest, DType format) {
   return float_of_bits(static_cast<uint32_t>(exponent < least ? least : exponent) << 23);
 }
 
-// What a page's scale becomes when elements up to `largest` are written from slot `first` on: at slot 0 the
-// page begins, after it the scale only grows. `before`: 0 where nothing stored is kept.
+// The scale of a page when elements up to `largest` are written from slot `first` on. A page begins at slot
+// 0; afterwards its scale only grows. `before`: 0 where nothing stored is kept.
 struct PageScale {
   float before, after;
   JF_HD PageScale(float stored, int32_t first, float largest, DType format) {
@@ -98,7 +98,7 @@ struct PageScale {
     before = kept ? stored : 0;
     after = before > needed ? before : needed;
   }
-  // What the elements that are stored, in slots before the first one, are multiplied by.
+  // The factor for elements that are already stored, in slots before the first one.
   JF_HD float factor() const { return before / after; }
 };
 

@@ -171,7 +171,7 @@ constexpr void for_each_word(const char* names, Use use) {
   }
 }
 
-// What a custom call is given, without its optional operands, and what it returns.
+// The required operands and the results of a custom call.
 template <class Row>
 struct CallArrays {
   static constexpr int32_t kMost = 8;

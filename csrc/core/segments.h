@@ -7,8 +7,8 @@
 namespace jax_flash {
 
 // The segments of some rows, or a few more: those from lo to hi whose bit is set. Documents that are numbered
-// in order are told apart by lo and hi. Where a tile holds the last document and padding with a number of its
-// own, the bits leave out the documents between these two.
+// in order have disjoint [lo, hi]. A tile with the last document and padding, which has a number of its
+// own, has no bit for the documents between these two.
 struct SegmentSet {
   int32_t lo = INT32_MAX, hi = INT32_MIN;
   uint64_t bits = 0;  // bit s % 64 of segment s

@@ -70,7 +70,7 @@ struct AttentionSpec {
   PageLayout page_layout = PageLayout::kNhd;
   int32_t num_splits = 0;  // parts of each sequence's keys; 0: chosen by the plan
   bool batch_invariant = false;
-  int32_t value_dim = 0;  // V is the first so many columns of K; 0: it has pages of its own
+  int32_t value_dim = 0;  // V is the first value_dim columns of K; 0: V has pages of its own
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
   JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }

@@ -18,14 +18,14 @@ namespace jax_flash {
 // lse in powers of two, and delta. A row that sees no key has lse = −inf; +inf instead makes its P = 0.
 __device__ __forceinline__ float row_lse(float lse) { return lse == -INFINITY ? INFINITY : lse * kLog2e; }
 // True where |lse| is so large that its rounding error would show in P.
-__device__ __forceinline__ bool rounds_coarsely(float row_lse) {
+__device__ __forceinline__ bool lse_too_large(float row_lse) {
   return kLargeShift <= fabsf(row_lse) && fabsf(row_lse) < INFINITY;
 }
 // x = scale · S − lse, before P = 2^x. An lse of large magnitude is rounded so coarsely that P could be
 // infinite. In such a row a score that exceeds lse, or differs from it by less than that rounding, counts as
 // equal to it: P = 1.
-__device__ __forceinline__ void settle_coarse(float& x, float row_lse) {
-  if (rounds_coarsely(row_lse) && (x > 0 || fabsf(x) < fabsf(row_lse) / kLargeShift)) x = 0;
+__device__ __forceinline__ void clamp_for_large_lse(float& x, float row_lse) {
+  if (lse_too_large(row_lse) && (x > 0 || fabsf(x) < fabsf(row_lse) / kLargeShift)) x = 0;
 }
 __device__ __forceinline__ float row_delta(float lse, float delta) { return lse == -INFINITY ? 0 : delta; }
 
@@ -94,26 +94,26 @@ struct GradientBlock {
   }
 };
 
-// Whether some lse of a warp's rows is coarse: what the rows know, or a vote on lse(slot).
+// Whether lse_too_large() for some of a warp's rows: the rows' own flag, or a vote on lse(slot).
 template <class S, class Rows>
-__device__ __forceinline__ bool some_coarse(const Rows& rows) {
-  if constexpr (requires { rows.coarse(); }) {
-    return rows.coarse();
+__device__ __forceinline__ bool some_lse_too_large(const Rows& rows) {
+  if constexpr (requires { rows.has_large_lse(); }) {
+    return rows.has_large_lse();
   } else {
-    bool coarse = false;
+    bool large_lse = false;
 #pragma unroll
-    for (int slot = 0; slot < S::kSlots; ++slot) coarse |= rounds_coarsely(rows.lse(slot));
-    return __any_sync(~0u, coarse);
+    for (int slot = 0; slot < S::kSlots; ++slot) large_lse |= lse_too_large(rows.lse(slot));
+    return __any_sync(~0u, large_lse);
   }
 }
 
-// S ← scale · S − lse, with coarse rows settled. `rows`: lse(slot).
+// S ← scale · S − lse, clamped in rows of a large lse. `rows`: lse(slot).
 template <class S, class Rows>
 __device__ __forceinline__ void subtract_lse(S& s, const Rows& rows, float scale) {
-  const bool coarse = some_coarse<S>(rows);
+  const bool large_lse = some_lse_too_large<S>(rows);
   for_each(s, [&](float& x, int slot, int, int) { x = fmaf(x, scale, -rows.lse(slot)); });
-  if (__builtin_expect(coarse, false)) {
-    for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, rows.lse(slot)); });
+  if (__builtin_expect(large_lse, false)) {
+    for_each(s, [&](float& x, int slot, int, int) { clamp_for_large_lse(x, rows.lse(slot)); });
   }
 }
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ void hide(S& s, int32_t key, float value, Bound bound
   }
 }
 
-// What is hidden: the columns before the limit; the columns from the limit on.
+// Which columns are hidden: those before the limit, or those from the limit on.
 struct BeforeLimit {
   __device__ __forceinline__ bool operator()(int32_t column, int32_t limit) const { return column < limit; }
 };

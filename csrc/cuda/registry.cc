@@ -22,7 +22,7 @@ constexpr KernelRow kRows[] = {
 #undef JF_BUILT
 };
 
-// Of a row, the one for its pass.
+// The launch function of a row, by its pass.
 struct AnyLaunch {
   Launch* attention;
   AppendLaunch* append;

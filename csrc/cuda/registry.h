@@ -54,18 +54,17 @@ cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   return status;
 }
 
-// Prepares in the workspace what a plan's kernels read there of the tiles of their grids: schedules, and
-// what segments leave to each tile.
+// Writes a plan's schedules, and the intervals that segments give each tile, to the workspace.
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 
-// Where the schedule of a grid lies; null where it has none.
+// The schedule of a grid; null if it has none.
 inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
   if (grid.schedule < 0) return nullptr;
   return reinterpret_cast<const TileWork*>(static_cast<const char*>(workspace) + grid.schedule);
 }
 
-// Where what segments leave to the tiles of a grid lies; null where there are none.
+// The intervals that segments give the tiles of a grid; null without segments.
 inline const Interval* segments_of(const TileGrid& grid, const void* workspace) {
   if (grid.segments < 0) return nullptr;
   return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
@@ -84,8 +83,8 @@ inline GridTiles grid_tiles(const TileGrid& grid, const void* workspace) {
   return {schedule_of(grid, workspace), segments_of(grid, workspace), static_cast<int32_t>(grid.tiles)};
 }
 
-// Where the sequences of packed queries begin, [n + 1] each 2 · (n + 2) apart: beside the schedule of the
-// queries.
+// The starts of packed sequences of queries: [n + 1] for each leading entry, 2 · (n + 2) apart, after the
+// schedule of the queries.
 inline const int32_t* query_starts(const Problem& p, const TileGrid& grid, const void* workspace) {
   return reinterpret_cast<const int32_t*>(schedule_of(grid, workspace) + p.leading.count() * grid.tiles) + 1;
 }

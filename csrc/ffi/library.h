@@ -1,4 +1,4 @@
-// What libjax_flash_cuda.so exports beside its FFI handlers; the module that opens it looks these up by name.
+// Exports of libjax_flash_cuda.so other than its FFI handlers; the module that opens it finds them by name.
 #pragma once
 
 #include <cstdint>

@@ -13,12 +13,12 @@ namespace jax_flash::clusters {
 
 inline constexpr int32_t kMostCtas = 16;  // of a cluster
 
-// Where a CTA finds what. O of its warps is merged where its tiles were.
+// Shared-memory offsets; the merge buffer aliases the ring.
 struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
-  int32_t parts, softmax;  // what the n CTAs send: O [items of this CTA, n] float4; m and l [M, n]
-  int32_t barrier;         // that counts its bytes
-  int32_t entries;         // of the block table: of each thread's keys of the tiles in the ring
+  int32_t parts, softmax;  // from the n CTAs: O [items of this CTA, n] float4; m and l [M, n]
+  int32_t barrier;         // counts the bytes of these
+  int32_t entries;         // block-table entries of each thread's keys in the ring
   int32_t bytes;
 };
 
@@ -35,7 +35,7 @@ constexpr Layout layout(const Row& r, int32_t element_size) {
   return at;
 }
 
-// A row for a call: columns are those of all sequences, a cluster each.
+// How a row would run a call. Every KV head of every sequence has a cluster.
 class Choice {
  public:
   Choice(const KernelRow& row, const Call& call)
@@ -44,8 +44,8 @@ class Choice {
         tiles_(ceil_div(std::max<int64_t>(call.visible_keys(), 1), row.block_n)),
         wave_(int64_t{call.device.sm_count} * row.blocks) {}
 
-  // CTAs of a cluster: a power of two. All clusters run at once, of which larger ones do not fill every group
-  // of SMs; a CTA has a tile, and one of 16 two.
+  // CTAs of a cluster, a power of two. All clusters must be co-resident; those of more than 2 CTAs reach only
+  // half of the SMs. Each CTA has at least one tile, in clusters of 16 two.
   int32_t size() const {
     int32_t ctas = 1;
     while (ctas < kMostCtas) {
@@ -57,8 +57,8 @@ class Choice {
     return ctas;
   }
 
-  // Long sequences, of lengths that the device knows, are attended in clusters where it finds them about
-  // equal. Otherwise they are left to equal shares of all keys, which do not wait for the longest.
+  // If only the device knows the lengths of long sequences, it decides: clusters if they are about equal,
+  // else equal ranges of all keys, which do not wait for the longest sequence.
   bool asks_for_lengths() const {
     return !knows_lengths() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
   }
@@ -91,7 +91,7 @@ class Choice {
   int64_t columns_, tiles_, wave_;
 };
 
-// With asks_for_lengths() the two ways of the kernel take turns in one place.
+// With asks_for_lengths() both code paths share one buffer, sized for the larger.
 inline int64_t shared_bytes(const KernelRow& row, const Call& call) {
   const int64_t in_clusters = layout(row, 2).bytes;
   if (!Choice(row, call).asks_for_lengths()) return in_clusters;

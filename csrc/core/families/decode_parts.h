@@ -1,5 +1,4 @@
-// How decode's sequences are split, and the memory of their parts' results, on the host: for the families'
-// decode kernels.
+// Host side of split-KV decode, for all families: how sequences are split, and the memory of partial results.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +8,14 @@
 
 namespace jax_flash {
 
-// O, the softmax and a counter of so many rows: m and l; there are fewer counters than rows.
+// Bytes of partial results: O, m and l of each row, and a counter. There are fewer counters than rows.
 inline Dim partial_bytes(const Dim& rows, const Dim& value_dim) {
   constexpr int64_t kSoftmax = 8, kCounter = 8;
   return rows * (value_dim * 4 + (kSoftmax + kCounter));
 }
 
-// Plans the parts of `entries` sequences, or what takes their place, whose grid has columns and ranges.
-// split_keys: of a split in batch-invariant mode.
+// Plans the splits of `entries` sequences, or chunks of sequences; the grid has columns and ranges already.
+// split_keys: keys of a split in batch-invariant mode.
 inline void plan_parts(const KernelRow& row, const Call& call, int64_t entries, int64_t split_keys,
                        Workspace& workspace, DecodeGrid& grid) {
   const int64_t tiles = ceil_div(std::max<int64_t>(call.shapes.k_rows, 1), row.block_n);

@@ -16,12 +16,12 @@ static_assert(kConsumerRows == kSegmentPart);
 
 constexpr int64_t kCounterBytes = 4;
 
-// Persistent CTAs, as many as fit, share out the tiles of a grid, which `blocks` CTAs would have one of each.
-// A counter in memory hands out tiles of unequal length, and tiles that go through many rows (`steps`): it
-// costs them nothing, and where another kernel holds some SMs, as NCCL's do beside a ring, CTAs that begin
-// late leave their tiles to the others (docs/experiments/ring.md).
-void share_tiles(int64_t blocks, bool unequal, int64_t steps, int32_t teams, const Call& call,
-                 Workspace& workspace, LaunchPlan& plan) {
+// Plans persistent CTAs, as many as fit, for the tiles of `blocks` CTAs with one tile each. Tiles of unequal
+// length and long tiles (`steps`) come from a counter in memory, which costs such tiles nothing. If another
+// kernel occupies some SMs, as NCCL's do in a ring, CTAs that start late then take fewer tiles
+// (docs/experiments/ring.md).
+void plan_persistent(int64_t blocks, bool unequal, int64_t steps, int32_t teams, const Call& call,
+                     Workspace& workspace, LaunchPlan& plan) {
   constexpr int64_t kLongTile = 4096;
   const int64_t cluster = plan.cluster_size, most = int64_t{call.device.sm_count} / cluster * cluster;
   plan.persistent_ctas = static_cast<int32_t>(std::min(blocks, most));
@@ -48,7 +48,7 @@ class TileChoice {
   }
 
  private:
-  // Waves of query tiles of so many rows, one tile per SM at a time.
+  // Waves of query tiles with `rows` rows, one tile per SM at a time.
   int64_t waves(int64_t rows) const {
     const Shapes& s = call_.shapes;
     const int64_t sequences = call_.spec.packed() ? 1 : s.batch;
@@ -56,10 +56,9 @@ class TileChoice {
                     std::max(1, call_.device.sm_count));
   }
 
-  // The last wave of large tiles would leave more of the card idle than that of teams' smaller ones. The cost
-  // of a wave, in rows of large tiles, is measured at d = 64, the only head dim that has teams. Tiles of
-  // unequal length fill the last wave up by themselves: there teams pay only where all their tiles run at
-  // once.
+  // Whether the last wave of large tiles would leave more SMs idle than the last wave of the teams' smaller
+  // tiles. The cost of a wave, in rows of large tiles, was measured at d = 64, the only head dim with teams.
+  // Tiles of unequal length fill the last wave anyway: then teams pay only if all their tiles run at once.
   bool few_waves() const {
     constexpr int64_t kLargeTile = 192, kTeamTile = 128;             // rows
     constexpr int64_t kCostOfOneTeam = 164, kCostOfBothTeams = 280;  // rows
@@ -107,7 +106,7 @@ class Forward final : public PassTraits {
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
     add_segments(call, s.q_rows, plan.queries, workspace, true);
-    share_tiles(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
+    plan_persistent(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
@@ -117,8 +116,8 @@ class Forward final : public PassTraits {
  private:
   static bool packs_heads(const KernelRow& row) { return row.design == Design::kPackedHeads; }
 
-  // A few tokens of each sequence, where decode would read keys more than once, and whose tiles fill whole
-  // waves: keys are not split. The rows of a tile are of one KV head.
+  // Calls with a few tokens per sequence, for which decode would read keys more than once. Keys are not
+  // split, so the tiles must fill whole waves. All rows of a tile belong to one KV head.
   static bool serves_packed_heads(const KernelRow& row, const Call& call) {
     constexpr int64_t kDecodeRows = 32, kMostRows = 256;
     constexpr double kFilled = 0.85;
@@ -138,10 +137,10 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V, which pays at settled power where rows see many keys (K of 2 MB):
-  // all of them, or those before them. In a window and with lengths two CTAs that take tiles of different
-  // lengths together leave more of the card idle at the end. An odd number of tiles leaves one CTA of the
-  // last cluster idle.
+  // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 2 MB), all
+  // of them or all before the row. With a window or lengths, the two CTAs of a cluster have tiles of
+  // different lengths, and more SMs idle at the end. An odd number of tiles leaves one CTA of the last
+  // cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.multicast == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
@@ -154,9 +153,10 @@ class Forward final : public PassTraits {
   }
 };
 
-// dK and dV by key tiles; dQ added up in a float32 accumulator, key tile after key tile where it has to be
-// repeatable. Left to the portable rows: calls without a query, which have nothing to make a tensor map of; a
-// bias or a mask that cannot be copied 8 keys at a time, and in clusters one with other options.
+// CTAs own key tiles, compute their dK and dV, and add dQ to a float32 accumulator, in key-tile order if the
+// call is deterministic. The portable rows run calls without queries, of which no tensor map can be made,
+// calls whose bias or mask cannot be copied 8 keys at a time, and, instead of cluster kernels, calls with
+// bias or mask and other options.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
@@ -185,7 +185,8 @@ class Backward final : public PassTraits {
     plan.accumulator = workspace.add(sums_of_dq(row, call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
-    share_tiles(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row.teams, call, workspace, plan);
+    plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row.teams, call, workspace,
+                    plan);
     if (call.spec.deterministic) {
       plan.dq_turns = workspace.add(dq_turns_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
@@ -215,7 +216,7 @@ class Backward final : public PassTraits {
   }
 };
 
-// dbias by its tiles, where it is summed over batch entries and heads alone.
+// CTAs own tiles of dbias; only biases that broadcast over batch entries and heads alone.
 class BiasGradient final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call& call) const override {
@@ -230,7 +231,7 @@ class BiasGradient final : public PassTraits {
                  LaunchPlan& plan) const override {
     plan_bias_tiles(row, call, plan);
     add_segments(call, call.shapes.q_rows, plan.queries, workspace);
-    share_tiles(plan.queries.blocks, false, 0, row.teams, call, workspace, plan);
+    plan_persistent(plan.queries.blocks, false, 0, row.teams, call, workspace, plan);
     plan.tile_counter = workspace.add(kCounterBytes);
   }
 
@@ -247,13 +248,13 @@ class LatentDecode final : public latent::Decode {
   }
 };
 
-// Over latent pools, and short calls in clusters; elsewhere the portable decode runs.
+// Latent pools, and short calls in clusters; the portable decode runs all others.
 class Decode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
     return row.is_latent() ? latent_.serves(row, call) : clusters::serves(row, call);
   }
-  bool takes_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
+  bool runs_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return row.is_latent() ? latent_.shared_bytes(row, call) : clusters::shared_bytes(row, call);

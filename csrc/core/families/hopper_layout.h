@@ -1,4 +1,4 @@
-// What lies in the shared memory of a CTA of the Hopper family: the same numbers for plan and kernel.
+// Shared memory of the Hopper family's CTAs, in bytes, for plan and kernels.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +19,8 @@ constexpr int64_t forward_tile_bytes(const Row& r) {
          (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.value_dim));
 }
 
-// Whether dense forwards of such tiles, without options that need the room, store o from shared memory, by
-// TMA: where that was measured to be faster.
+// Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured
+// to be faster.
 constexpr bool forward_stores_by_tma(const Row& r) {
   return r.head_dim == 128 && r.value_dim == 128 && r.block_m == 2 * kConsumerRows;
 }

@@ -29,7 +29,7 @@ class Decode : public PassTraits {
     return row.is_latent() && are_latent(call.spec, dims_of(s)) && s.kv_heads > 0 && s.batch > 0 &&
            entries(call, kMostRows) <= std::numeric_limits<int32_t>::max();
   }
-  bool takes_every_sequence(const KernelRow&) const override { return true; }
+  bool runs_every_sequence(const KernelRow&) const override { return true; }
 
   // The chunks that hold as many of the rows as there are, and no larger ones.
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
@@ -51,7 +51,7 @@ class Decode : public PassTraits {
     const int64_t most = ceil_div(all * tiles, kLeastTiles);
     grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
     // Equally long entries are then cut into equal parts, the same number of each.
-    constexpr int64_t kMostLost = 16;  // one CTA of so many
+    constexpr int64_t kMostLost = 16;  // 1 / the share of CTAs that may idle
     const int64_t whole = all > 0 ? grid.ranges / all * all : 0;
     if (whole > 0 && (grid.ranges - whole) * kMostLost <= grid.ranges)
       grid.ranges = static_cast<int32_t>(whole);
@@ -62,7 +62,7 @@ class Decode : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     if (!are_latent(spec, s)) return 0;
     const Dim group = s.kv_heads.known() && s.kv_heads.value() == 0 ? Dim(0) : s.heads / s.kv_heads;
-    // As many chunks as there are tokens, or more where a token has more than one; smaller chunks are more.
+    // Upper bound: at least one chunk per token, of the smallest size.
     const Dim tokens = spec.packed() ? s.q_rows + s.batch : s.batch * s.q_rows;
     const Dim rows = s.leading * tokens * (group / kMostRows + 1) * s.kv_heads * kMostRows;
     const Dim slots = spec.num_splits > 0    ? Dim(std::min(spec.num_splits, kMaxSplits))

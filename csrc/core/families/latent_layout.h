@@ -19,7 +19,7 @@ struct Chunks {
         heads(static_cast<int32_t>((group + rows - 1) / rows)) {}
 };
 
-// Of a pool: with fewer, calls run faster through the kernels whose V is no part of K.
+// The fewest columns of a pool that the latent kernels read; other kernels are faster for fewer.
 inline constexpr int64_t kFewestColumns = 257;
 
 inline constexpr int64_t kStateBytes = 2048;  // barriers, segments and softmax states, at most

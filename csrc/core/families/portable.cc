@@ -34,8 +34,8 @@ class Forward final : public ByQueryTiles {
   }
 };
 
-// dK and dV by key tiles; dQ added up in a float32 accumulator or, where it has to be repeatable, by query
-// tiles.
+// CTAs own key tiles and compute their dK and dV. dQ is added to a float32 accumulator; deterministic calls
+// compute it in a second kernel, over query tiles.
 class Backward final : public PassTraits {
  public:
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
@@ -94,15 +94,15 @@ class LatentDecode final : public latent::Decode {
   }
 };
 
-// Bounds of what rows of csrc/kernels.def and the schedule take.
-constexpr int64_t kMostRows = 64;       // query rows of a KV head over pages; beyond, products bound the call
-constexpr int64_t kMostTile = 32;       // of these rows in a column
+// Limits that the rows of csrc/kernels.def keep, and of the grid.
+constexpr int64_t kMostRows = 64;  // query rows of a KV head over pages; with more, the call is compute-bound
+constexpr int64_t kMostTile = 32;  // of these rows in a column
 constexpr int64_t kLeastKeys = 64;      // of a key tile
 constexpr int64_t kMostBlocks = 1024;   // CTAs, where they split sequences
 constexpr int64_t kSplitKeys = 2048;    // of a split in batch-invariant mode
 constexpr int64_t kMostRowsDense = 16;  // query rows of a KV head without pages
 
-// CTAs of a column: one wave of them, or a few where one wave would leave SMs idle.
+// CTAs of a column: one wave, or a few waves if one would leave SMs idle.
 int32_t ranges_of_column(int64_t columns, int64_t wave) {
   const auto efficiency = [&](int64_t ranges) {
     const int64_t blocks = columns * ranges;
@@ -116,8 +116,8 @@ int32_t ranges_of_column(int64_t columns, int64_t wave) {
   return static_cast<int32_t>(best);
 }
 
-// Few query rows for each KV head: the bytes of the keys, not the products, bound the call. Rows of latent
-// pools are another kernel's.
+// Calls with few query rows per KV head are memory-bound: every key is read once. Latent rows run another
+// kernel.
 class Decode final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
@@ -137,7 +137,7 @@ class Decode final : public PassTraits {
            entries <= std::numeric_limits<int32_t>::max();
   }
 
-  bool takes_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
+  bool runs_every_sequence(const KernelRow& row) const override { return row.is_latent(); }
 
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     if (row.is_latent()) return latent_.shared_bytes(row, call);

@@ -1,6 +1,6 @@
-// The shared memory of the portable kernels (archs sm75 and sm80), described once for both sides: a kernel
-// takes its offsets and its dynamic size from a layout, and the host takes what a row of csrc/kernels.def
-// needs from the *_shared_bytes functions, which include the static part.
+// The shared memory of the portable kernels (archs sm75 and sm80), for host and device: a kernel takes its
+// offsets and its dynamic size from a layout, and the plan takes a row's bytes from the *_shared_bytes
+// functions, which include static shared memory.
 //
 // Offsets and sizes are in bytes. Tiles are dense: a swizzle permutes chunks within a tile and pads nothing.
 #pragma once
@@ -17,7 +17,7 @@ inline constexpr int64_t kBlockStateBytes = 512;
 
 constexpr int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
 
-// A ring of tile pairs. Without a stage the two tiles of a pair take turns in one buffer.
+// A ring of tile pairs. Without stages both tiles of a pair share one buffer.
 constexpr int32_t ring_bytes(int32_t stages, int32_t first, int32_t second) {
   return stages == 0 ? larger(first, second) : stages * (first + second);
 }
@@ -57,7 +57,7 @@ struct BackwardLayout {
   int32_t k, v;     // K [N, d] and V [N, dv]; dK and dV at the end
   int32_t queries;  // the stages, each of stage_bytes and with Q [M, d] at offset 0
   int32_t stage_bytes;
-  int32_t d_out;       // offset in a stage of dO [M, dv]; 0 where Q and dO take turns in one buffer
+  int32_t d_out;       // offset in a stage of dO [M, dv]; 0 if Q and dO share one buffer
   int32_t lse, delta;  // offsets in a stage of lse and delta [M] float32
   int32_t p, ds;       // P and dS [M, N]
   int32_t barriers;    // P and dS full, P and dS empty, and one for each stage
@@ -113,7 +113,7 @@ struct TangentLayout {
   int32_t bytes;
 };
 
-// Without a stage the four tiles take turns in one buffer.
+// Without stages the four tiles share one buffer.
 constexpr TangentLayout tangent_layout(const Row& r, int32_t element_size) {
   const int32_t q_bytes = r.block_m * r.head_dim * element_size;
   const int32_t k_bytes = r.block_n * r.head_dim * element_size;
@@ -165,8 +165,8 @@ struct DecodeLayout {
   int32_t merge_o;        // O [warps, M, merge pitch] float32
   int32_t queries;        // decode_shares_queries: Q, its scale and the range of its keys, until O is merged
   int32_t merge_softmax;  // m and l [warps, M], two float32
-  int32_t segments;       // [warps, stages + 2]: those that the stages' keys are of, one before and one after
-  int32_t pages;  // int32 [warps, stages, keys of a warp]: the pages of the keys that have a stage next
+  int32_t segments;       // [warps, stages + 2]: of the keys in the stages, one before and one after
+  int32_t pages;          // int32 [warps, stages, keys of a warp]: pages of the keys that are loaded next
   int32_t bytes;
 };
 

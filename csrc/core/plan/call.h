@@ -1,4 +1,4 @@
-// What a plan depends on: a call's options and sizes, and the device.
+// Input of the plan: a call's options and sizes, and the device.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@ struct Device {
   bool always_cluster = false;  // for tests: clusters wherever a row has a kernel for them
 };
 
-// What a plan depends on of a Problem.
+// The part of a Problem that a plan depends on.
 struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 where there are none
   DType dtype;
   DType kv_dtype;   // dtype, or float8
@@ -42,8 +42,8 @@ struct Call {
   // The batch entries, or sequences, of all leading entries.
   int64_t entries() const { return shapes.leading * shapes.batch; }
 
-  // Query rows that read one KV head: of a whole sequence. Where sequences are packed, of one with as many
-  // tokens as the draft mask has rows, unless these are more than `most`; else of one token.
+  // Query rows that read one KV head: all rows of a sequence. In packed batches, the rows of a sequence with
+  // as many tokens as the draft mask has rows, if they are at most `most`; else the rows of one token.
   int64_t rows_of_group(int64_t most) const {
     if (shapes.kv_heads == 0) return 0;
     const int64_t group = shapes.heads / shapes.kv_heads, drafted = group * shapes.draft_rows;

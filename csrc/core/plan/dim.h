@@ -56,7 +56,7 @@ class Dim {
   std::shared_ptr<const Symbol> symbol_;
 };
 
-// What a workspace bound depends on.
+// Input of a workspace bound.
 struct DimShapes : Sizes<Dim> {
   Dim leading;  // product of the leading dimensions
 };

@@ -1,5 +1,5 @@
-// A code family: what the host knows of the kernels that one loop per pass is written for. Each is defined in
-// a file of its own in csrc/core/families, and nothing about it stands anywhere else.
+// A code family: the host side of kernels that share one loop per pass. Each is defined in a file of its own
+// in csrc/core/families, and nowhere else.
 #pragma once
 
 #include "core/plan/call.h"
@@ -13,21 +13,21 @@ namespace jax_flash {
 // One pass of a family.
 class PassTraits {
  public:
-  // Whether a row runs a call, as far as its arch, query's dtype, head dims, loader, score variants and
-  // shared memory leave that open.
+  // Whether a row runs a call. The plan checks arch, dtypes, head dims, loader, score kinds and shared memory
+  // itself.
   virtual bool serves(const KernelRow&, const Call&) const { return true; }
   // Bytes of shared memory of a CTA, from the constexpr layout that the kernel is built with.
   virtual int64_t shared_bytes(const KernelRow& row, const Call& call) const = 0;
-  // Whether `a` suits the call better than `b`, of two rows that run it with as much padding.
+  // Whether `a` suits the call better than `b`; both run it with the same padding.
   virtual bool better(const KernelRow&, const KernelRow&, const Call&) const { return false; }
-  // Whether a forward's row suits a call better than decode, which serves it too.
+  // Whether a forward row suits a call better than the decode row that also runs it.
   virtual bool beats_decode(const KernelRow&, const Call&) const { return false; }
   // Fills the plan's grids and takes the workspace that they need.
   virtual void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                          LaunchPlan& plan) const = 0;
-  // Whether a decode row attends to packed sequences of any length, so that no forward follows.
-  virtual bool takes_every_sequence(const KernelRow&) const { return false; }
-  // Bytes of workspace that are enough on every device.
+  // Whether a decode row runs packed sequences of any length, so that no forward follows.
+  virtual bool runs_every_sequence(const KernelRow&) const { return false; }
+  // Upper bound of the workspace on every device.
   virtual Dim workspace_bound(const AttentionSpec& spec, const DimShapes& shapes) const = 0;
 
  protected:

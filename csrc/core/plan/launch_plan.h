@@ -11,16 +11,15 @@ namespace jax_flash {
 // The tiles of query rows or of key rows that a kernel's grid covers.
 struct TileGrid {
   int32_t block = 0;           // rows of a tile
-  bool segment_parts = false;  // what segments leave is found for parts of kSegmentPart rows as well
+  bool segment_parts = false;  // the intervals of segments are computed for parts of kSegmentPart rows, too
   int64_t tiles = 0;           // tiles of one head of one leading entry (fixed layouts: of one batch entry)
   int64_t blocks = 0;          // CTAs where each takes one tile
-  int64_t schedule = -1;  // where the varlen schedule begins in the workspace; -1: blockIdx tells the tile
-  int64_t segments = -1;  // where what segments leave to each tile begins there; -1: they hide nothing
+  int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx tells the tile
+  int64_t segments = -1;  // offset of the intervals that segments give each tile; -1: there are no segments
 };
 
-// How decode splits the keys. A column is a KV head, or a chunk of its query rows where they are many. The
-// CTAs of a column take equal ranges of the key tiles of all sequences, or whole splits of a size that is
-// given.
+// How decode splits the keys. A column is a KV head, or a chunk of its query rows if they are many. The CTAs
+// of a column work on equal ranges of the key tiles of all sequences, or on whole splits of a given size.
 struct DecodeGrid {
   int32_t columns = 0;      // neighbouring CTAs take neighbouring columns
   int32_t ranges = 0;       // CTAs of a column
@@ -52,10 +51,10 @@ struct LaunchPlan {
   DecodeGrid decode;
   int32_t cluster_size = 1;  // 2: 2-CTA clusters with multicast K/V, each CTA with one of two adjacent tiles;
                              // in the backward with multicast Q/dO, each CTA with half of a key tile
-  int32_t persistent_ctas = 0;  // CTAs that share the query tiles out; 0: one CTA per tile
-  int64_t tile_counter = -1;    // where the tile counter (4 bytes, cleared by the launch) lies in the
-                                // workspace; -1: tiles are taken in turn
-  int64_t accumulator = -1;     // where dQ in float32 begins in the workspace; -1: none
+  int32_t persistent_ctas = 0;  // CTAs among which the tiles are distributed; 0: one CTA per tile
+  int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the
+                                // workspace; -1: CTA i takes tiles i, i + CTAs, …
+  int64_t accumulator = -1;     // offset of dQ in float32; -1: none
   int64_t dq_turns = -1;        // where the counts begin that order the additions to dQ; -1: they have none
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
@@ -82,12 +81,12 @@ static_assert(sizeof(TileWork) == 32);
 // The tiles of a grid, as its kernel finds them.
 struct GridTiles {
   const TileWork* schedule;  // of packed sequences, else null
-  const Interval* segments;  // what segments leave to each tile of a batch entry; null where there are none
+  const Interval* segments;  // visible rows or keys of each tile of a batch entry; null without segments
   int32_t count;             // of one head
 };
 
-// What segments leave to each query tile of a batch entry: its keys, and whether they and its rows are of one
-// segment; null where there are no segments.
+// The keys that segments let each query tile of a batch entry see, and whether these and the tile's rows are
+// of one segment; null without segments.
 struct TileSegments {
   const Interval* keys = nullptr;
   const int32_t* one_segment = nullptr;

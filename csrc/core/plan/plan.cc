@@ -57,14 +57,14 @@ Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
 
 }  // namespace
 
-// A call of few query rows is decode's alone. Of packed sequences decode takes those of few rows, and the
-// forward, which runs after it, the others.
+// Calls with few query rows run the decode kernels; in packed batches these run the short sequences first,
+// and the forward the others.
 PlannedCall plan(const Call& call, std::span<const KernelRow> built) {
   PlannedCall result;
   result.error = refusal(call);
   if (!result.error.empty()) return result;
   const KernelRow* decode = call.pass == Pass::kForward ? choose(Pass::kDecode, call, built) : nullptr;
-  const bool alone = decode && (!call.spec.packed() || traits_of(*decode).takes_every_sequence(*decode));
+  const bool alone = decode && (!call.spec.packed() || traits_of(*decode).runs_every_sequence(*decode));
   const KernelRow* row = choose(call.pass, call, built);
   if (alone && row && traits_of(*row).beats_decode(*row, call)) {
     decode = nullptr;

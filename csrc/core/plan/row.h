@@ -23,7 +23,7 @@ struct Arch {
 // Where a kernel's keys and values come from; the value is the bit in Row::loaders.
 enum class Loader : int32_t { kDense = 0, kPaged = 1 };
 
-// What a kernel computes from scores (csrc/scores.def); the value is the bit in Row::scores.
+// The kinds of scores that kernels compute (csrc/scores.def); the value is the bit in Row::scores.
 enum class ScoreKind : int32_t {
 #define JF_SCORE(kind, ...) k##kind,
 #include "../../scores.def"

@@ -1,4 +1,4 @@
-// The parts of a call's workspace, one after the other, and how large they are: in a plan, and as a bound.
+// The consecutive parts of a call's workspace, and their sizes: exact in a plan, or as an upper bound.
 #pragma once
 
 #include "core/band.h"
@@ -23,29 +23,29 @@ inline Dim aligned(const Dim& part) {
   return (part + (kWorkspaceAlignment - 1)) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
-// Tiles that one packed leading entry can need: those of its sequences, and of the tokens before and after
-// them.
+// Upper bound of the tiles of one packed leading entry: of its sequences, and of the tokens outside them.
 inline Dim varlen_tiles(const Dim& rows, const Dim& sequences, int64_t tile) {
   return rows / tile + sequences + 2;
 }
 
-// A schedule of so many tiles, then where sequences begin: [n + 3] of the rows in question, with the tokens
-// before and after them, and [n + 1] of the others, int32.
+// Bytes of a schedule of `tiles` tiles, followed by the starts of sequences, int32: [n + 3] of the scheduled
+// rows, with the tokens before and after the sequences, and [n + 1] of the others.
 inline Dim schedule_bytes(const Dim& leading, const Dim& sequences, const Dim& tiles) {
   return leading * (tiles * int64_t{sizeof(TileWork)} + (sequences + 2) * 8);
 }
 
-// The schedule of packed rows, whatever the row of csrc/kernels.def; 0 for the fixed layouts.
+// Upper bound of a schedule over all kernels; 0 for the fixed layouts.
 inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
   if (!spec.packed()) return 0;
   return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
 }
 
-// For each tile of each batch entry an interval, and whether it and the tile are of one segment.
+// Bytes for each tile of each batch entry: an interval, and whether it and the tile are of one segment.
 inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles) {
   return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
 }
 
+<<<<<<< HEAD
 // Whether what a tile sees of the other side is found before the kernel: what segments and ranges leave. Of
 // packed sequences kernels read all that the band leaves, and mask it.
 inline bool trims_tiles(const AttentionSpec& spec) {
@@ -54,6 +54,9 @@ inline bool trims_tiles(const AttentionSpec& spec) {
 
 // What segments and ranges leave to the tiles of so many rows, whatever the row of csrc/kernels.def, and to
 // parts of them.
+=======
+// Upper bound over all kernels of the visible intervals that segments give tiles and parts of tiles.
+>>>>>>> main
 inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
   if (!trims_tiles(spec)) return 0;
   return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
@@ -65,13 +68,13 @@ inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
 }
 
-// Query tiles of a head that dQ is added up or counted by: of a batch entry, or the slots of all packed
-// sequences (slot_count in core/sequence.h).
+// Query tiles of a head in the tiled accumulator and in the counts: of a batch entry, or the slots of all
+// packed sequences (slot_count in core/sequence.h).
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
   return spec.packed() ? rows / tile + sequences : (rows + (tile - 1)) / tile;
 }
 
-// The float32 accumulator of dQ by tiles of so many query rows, each of which lies in one piece.
+// The float32 accumulator of dQ in tiles of `tile` query rows, each contiguous.
 inline Dim tiled_accumulator_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
   const Dim tiles = dq_tiles(spec, s.q_rows, s.batch, tile);
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * tiles * tile * s.head_dim * 4;
@@ -96,8 +99,13 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& 
   plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
 }
 
+<<<<<<< HEAD
 // Takes the workspace for what segments and ranges leave to the tiles of a grid over so many rows, and to
 // parts of them where a kernel asks for that.
+=======
+// Adds the workspace for the visible intervals that segments give the tiles of a grid over `rows` rows, and
+// parts of tiles if `parts`.
+>>>>>>> main
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
   const Shapes& s = call.shapes;

@@ -1,5 +1,5 @@
-// What the append kernels are told of a call. A kernel's parameters are fetched from memory when it starts,
-// which is much of a short call's time: there are few of them, and divisions are products.
+// Kernel parameters of append_kv. A kernel fetches its parameters from memory when it starts, which is much
+// of a short call's time; so there are few of them, and divisions are products.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -23,8 +23,8 @@ inline constexpr int kLeastTokens = 3;    // of a block: fewer wait for their sl
 inline constexpr int kRunsAtOnce = 5;     // that a lane looks up together
 inline constexpr int kRunsOfWarp = 160;   // more are looked up by the block
 
-// What a lane of a warp copies of each token, in bytes: its key, its value, its cosines or its sines, in
-// pieces of adjacent bytes: all heads together where they lie so, else one each.
+// The copies of a lane, in bytes: the key, the value, the cosines or the sines of each token, in pieces of
+// adjacent bytes. Heads that are adjacent make one piece, others one each.
 struct BulkLane {
   const uint8_t* from;
   uint8_t* to;  // the pool; null for angles
@@ -330,8 +330,8 @@ bool has_code(Kernel kernel) {
   return false;
 }
 
-// Features that are copied one by one, few tokens and small ones are left to the kernel of words. Where that
-// is found after some launches it writes their tokens again.
+// Returns cudaErrorNotSupported for features that can only be copied one by one, and for few or small tokens.
+// If earlier launches of the call have written tokens by then, the next row's kernel writes them again.
 template <class T, Row R>
 cudaError_t launch_row(const AppendProblem& p, const Device& device, cudaStream_t stream) {
   static_assert(R.warps == kWarps);

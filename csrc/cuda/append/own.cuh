@@ -1,8 +1,8 @@
 // The tokens that a block writes: their slots, and which of them a later token overwrites.
 //
 // Two tokens may be sent to one slot, and then the later one must win. That takes a page that stands twice in
-// what the tables are read for: a block looks all pages up, and only where one of its own comes again, it
-// looks up the slots of all later tokens and leaves out those of its own that one of them overwrites. So
+// what the tables are read for: a block looks all pages up. Only if one of its own pages occurs again, it
+// looks up the slots of all later tokens and skips its own tokens that one of them overwrites. So
 // every slot has one writer, and no block waits for another.
 #pragma once
 

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     unit.load(call, entry, first + token);
   };
 
-  // What does not depend on the slots is asked for before they are looked up.
+  // Loads that do not depend on the slots are issued before the slots are looked up.
   const bool early = !call.packed && call.rotated > 0;
   if (used(item)) {
     load();
@@ -78,8 +78,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// At most kThreads units of a token for each block where the device has room for so many blocks, in one wave
-// of `most`; else all units, of as many tokens as leave so many blocks.
+// Each block has at most kThreads units of one token if these blocks fit in one wave of `most`. Otherwise a
+// block has all units of several tokens, so that the blocks make one wave.
 inline Parts parts_of(const AppendCall& call, const Units& units, int64_t entries, int64_t most) {
   const int64_t tokens = entries * call.tokens, wanted = ceil_div(units.all, kThreads);
   const int64_t slices = std::max<int64_t>(tokens * wanted <= most ? wanted : 1, 1);

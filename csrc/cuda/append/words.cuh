@@ -35,8 +35,8 @@ struct Units {
         all(heads * (of_pairs + of_rest + of_value)) {}
 };
 
-// A unit of a new token. Of a rotated pair of words the features (a[i], b[i]) turn by angle i; where pairs
-// are interleaved, a and b are adjacent words and their features (2 i, 2 i + 1) do.
+// A unit of a new token. In a rotated pair of words the features (a[i], b[i]) are rotated by angle i. If
+// pairs are interleaved, a and b are adjacent words whose features (2 i, 2 i + 1) are.
 template <class T, class Pool, int kWord>
 struct Unit {
   bool of_value;

@@ -69,13 +69,18 @@ struct BackwardSm90 {
   // of dS as well.
   static constexpr bool kSpareDs =
       (Kind == ScoreKind::kBias || Kind == ScoreKind::kGeneralDropout) && M > kConsumerRows;
-  // Whether consumers issue their products in turns.
+  // Whether consumers alternate in issuing products (ping-pong).
   static constexpr bool kAlternates = M == kConsumerRows;
   // With four tiles of dS none is released: a consumer that writes one has waited for the other's dS of two
   // steps before, which came after the other's dQ of four steps before.
   static constexpr bool kReleasesDs = Ordered || stages_tiles(Kind);
   static constexpr int kDsStages =
       kReleasesDs ? hopper::kScoreGradientStages - (kSpareDs ? 1 : 0) : hopper::kScoreGradientStages + 1;
+  // The plain kernel's order with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is added
+  // to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which now
+  // comes after the other's dQ of three steps before. With 128 rows registers do not suffice.
+  static constexpr bool kSharesDsLate = Kind == ScoreKind::kPlain && !Ordered && M == kConsumerRows;
+  static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
   using Tiles = GradientTiles<Kind, T, M, N, kTilesBytes>;
@@ -160,8 +165,8 @@ inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size)
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
 }
 
-// Long causal sequences with GQA: key tiles see different numbers of queries, and so CTAs would come to work
-// on different query heads, more than L2 holds. As many KV heads as there are CTAs for go back and forth
+// Long causal sequences with GQA: key tiles see different numbers of queries, so CTAs would drift to
+// different query heads, more than L2 holds. Instead, as many KV heads as the CTAs cover go back and forth
 // through the query tiles together, each time with all query heads of a group.
 inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas) {
   constexpr int64_t kManyBytes = 16 << 20;
@@ -172,8 +177,8 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
   tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
 }
 
-// As powers of two: the query tiles of a turn are those of 256 rows, but no more than a sixteenth of a
-// sequence, as a key tile begins a turn after the one before it.
+// log2 of the query tiles of a turn: tiles of 256 rows, but at most a sixteenth of a sequence, because a key
+// tile begins a turn after the key tile before it.
 inline int32_t query_turn_shift(const Problem& p, int32_t block_m) {
   constexpr int64_t kRows = 256, kTurns = 16;
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;

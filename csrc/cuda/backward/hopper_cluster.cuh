@@ -44,6 +44,7 @@ struct BackwardClusterSm90 {
   static constexpr int HeadDim = R.head_dim, ValueDim = R.value_dim, M = R.block_m, N = R.block_n;
   static constexpr ScoreKind kKind = Kind;
   static constexpr bool kOrdered = true;  // the accumulator has rows of all heads
+  static constexpr bool kStartsFromDelta = false;
   static constexpr int kCluster = hopper::kBackwardCtas, kConsumers = 3, kThreads = R.warps * 32;
   static constexpr int kM = M, kN = N, kStages = R.stages;
   // Bias or mask alone come in tiles; with other options there are no registers for that.

@@ -1,5 +1,5 @@
-// What the consumer warpgroups of cuda/backward/hopper_cluster.cuh have in common, and the one that makes P
-// and adds up dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
+// The base of the consumer warpgroups of cuda/backward/hopper_cluster.cuh, and the warpgroup that computes P
+// and dV. Scores are transposed, with a row for each of the CTA's 64 keys, so that Pᵀ and dSᵀ are the
 // left operands of dV and dK where they lie: in registers. A thread of the first two warpgroups has the same
 // elements of Sᵀ and of dPᵀ.
 #pragma once
@@ -17,7 +17,7 @@
 
 namespace jax_flash {
 
-// What the three have in common.
+// The base of the three warpgroups.
 template <class C>
 struct ClusterConsumer {
   using Config = C;
@@ -195,7 +195,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
     if constexpr (C::kKind == ScoreKind::kPlain) {
       wait_scores<kPending>(use);
       if (partial()) mask(s, tile().band, step.tile * C::kM, this->key());
-      probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
+      probabilities_of_keys(s, shared.statistics[stage].lse, shared.large_lse[stage], p.spec.scale * kLog2e);
       shared.lse_pipe.release(use);
       finish();
       this->round(pt, s);
@@ -206,7 +206,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
       score.prefetch_gradient(Tile{*this, step});
       wait_scores<kPending>(use);
       if constexpr (!kSharesP) finish();  // for its registers
-      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
       S w;
       tile_weights(score, Tile{*this, step}, rows, partial(), s, w);
       shared.lse_pipe.release(use);

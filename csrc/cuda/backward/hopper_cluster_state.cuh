@@ -1,4 +1,4 @@
-// What the warps of cuda/backward/hopper_cluster.cuh share.
+// Shared memory of cuda/backward/hopper_cluster.cuh.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@ struct BackwardClusterShared {
   alignas(1024) uint8_t v[2][C::VHalf::kBytes];
   alignas(1024) uint8_t q[kStages][2][C::QHalf::kBytes];
   alignas(1024) uint8_t d_out[kDoStages][C::DoHalf::kBytes];
-  // dSᵀ of both CTAs' keys. Pᵀ of this CTA's keys lies there before it.
+  // Pᵀ of this CTA's keys, then dSᵀ of both CTAs' keys.
   alignas(1024) uint8_t ds[kDsStages][C::DsTile::kBytes];
   alignas(1024) uint8_t dq[C::kDqByTma ? C::DqBlock::kBytes * C::kDqColumns / kAccumulatorBlock : 0];
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask of this CTA's keys
   QueryStatistics<C::kM> statistics[kStages];
-  int32_t coarse[kStages];  // whether the rounding of some lse would show in P
+  int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
   using Tile = KeyTileState<typename C::Element, C::kCluster, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   TileMailbox mailbox;

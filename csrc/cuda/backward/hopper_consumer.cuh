@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/backward/hopper_state.cuh"
+#include "cuda/backward/hopper_step.cuh"
 #include "cuda/backward/query_step.cuh"
 #include "cuda/backward/query_sums.cuh"
 #include "cuda/epilogue.cuh"
@@ -18,74 +19,7 @@
 
 namespace jax_flash {
 
-// lse and delta of a step's queries, from shared memory.
-template <class S, int M>
-struct StepRows {
-  const float* first;  // lse of the lane's first query
-  int32_t some_coarse;
-
-  __device__ __forceinline__ StepRows(const QueryStatistics<M>& statistics, int32_t coarse)
-      : first(statistics.lse + ptx::lane_index() % 4 * 2), some_coarse(coarse) {}
-  __device__ __forceinline__ float lse(int slot) const { return first[S::row_step(slot)]; }
-  __device__ __forceinline__ float delta(int slot) const { return first[M + S::row_step(slot)]; }
-  __device__ __forceinline__ bool coarse() const { return uniform(some_coarse); }
-};
-
-// What a score variant is told of a step.
-template <class Consumer>
-struct StepTile {
-  using Score = typename Consumer::Config::Score;
-  const Consumer& of;
-  const QueryStep& step;
-  const Problem& p = of.p;
-  const int32_t key = of.key();
-
-  __device__ __forceinline__ ScoreOperands operands() const {
-    return of.tile().score.template of_head<Score>(p, of.tile().work, step.head);
-  }
-  __device__ __forceinline__ const Band& band() const { return of.tile().band; }
-  __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
-  // What the statistics warp found of the rows is compared with this warp's keys.
-  __device__ __forceinline__ InSegment in_segment() const
-    requires(kStagesSegments<typename Consumer::Config>)
-  {
-    if (!p.q_segment_ids || key >= band().k_len) return InSegment::kAll;
-    const auto& segments = of.shared.segments;
-    return compare_ranges(segments.rows[step.number % Consumer::Config::kStages],
-                          segments.keys[of.warp_index()]);
-  }
-  // Bias and mask (score/score_tiles.cuh).
-  template <class S, class Add>
-    requires(kStagesTiles<typename Consumer::Config>)
-  __device__ __forceinline__ void apply_tiles(S& s, Add add) const {
-    const int column = static_cast<int>(of.consumer * kConsumerRows + Consumer::warp_row());
-    of.shared.score_pipe.wait_full(step.number);
-    Consumer::Config::Tiles::apply(s, of.shared, p, 0, column, step.number, add);
-    of.shared.score_pipe.release(step.number);
-  }
-};
-
-// Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
-// lse is coarse.
-template <class S>
-__device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& coarse,
-                                                      float scale) {
-  const auto* pairs = reinterpret_cast<const float2*>(lse) + ptx::lane_index() % 4;
-#pragma unroll
-  for (int slot = 0; slot < S::kSlots; slot += 2) {
-    const float2 l = pairs[2 * slot];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      s.at(slot, 0, e) = fmaf(s.at(slot, 0, e), scale, -l.x);
-      s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
-    }
-  }
-  if (__builtin_expect(uniform(coarse), false))
-    for_each(s, [&](float& x, int slot, int, int) { settle_coarse(x, lse[S::row(slot)]); });
-  for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
-}
-
-// What a consumer has in registers.
+// A consumer warpgroup and its registers.
 template <class C>
 struct GradientConsumer {
   using Config = C;
@@ -119,7 +53,7 @@ struct GradientConsumer {
   __device__ __forceinline__ static uint32_t warp_row() {
     return static_cast<uint32_t>(ptx::thread_index()) % kWarpgroup / 32 * 16;
   }
-  // Of all consumer warps.
+  // Counts all consumer warps.
   __device__ __forceinline__ int warp_index() const {
     return consumer * kConsumerWarps + static_cast<int>(warp_row() / 16);
   }
@@ -133,15 +67,15 @@ struct GradientConsumer {
     return uniform(tile().work.tile.row) + consumer * kConsumerRows + warp * 16;
   }
 
-  // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M]
-  template <class RowTile, class ColumnTile>
+  // Issues Sᵀ = K Qᵀ or dPᵀ = V dOᵀ  [64, M], or adds it to what is there.
+  template <class RowTile, class ColumnTile, bool kAdds = false>
   __device__ __forceinline__ void start_scores(S& to, const uint8_t* rows, const uint8_t* columns) {
     const RowsDescriptor<RowTile> a(
         ptx::here(ptx::shared_address(rows) + consumer * kConsumerRows * RowTile::kPitch));
     const RowsDescriptor<ColumnTile> b(ptx::here(ptx::shared_address(columns)));
     using Product = ptx::Wgmma<T, C::kM>;
     ptx::wgmma_fence();
-    Product::template multiply<true>(to.x[0], a.at(0), b.at(0));
+    Product::template multiply<!kAdds>(to.x[0], a.at(0), b.at(0));
 #pragma unroll
     for (int step = 1; step < RowTile::kChunks / 2; ++step)
       Product::template multiply<false>(to.x[0], a.at(step), b.at(step));
@@ -203,11 +137,15 @@ struct GradientConsumer {
 
   // Pᵀ = exp(Sᵀ − lse)
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    probabilities_of_keys(s, shared.statistics[stage].lse, shared.coarse[stage], p.spec.scale * kLog2e);
+    probabilities_of_keys(s, shared.statistics[stage].lse, shared.large_lse[stage], p.spec.scale * kLog2e);
   }
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
   __device__ __forceinline__ void differentiate(uint32_t stage) {
+    if constexpr (C::kStartsFromDelta) {
+      for_each(dp, [&](float& x, int slot, int n, int e) { x *= s.at(slot, n, e); });
+      return;
+    }
     const auto* delta =
         reinterpret_cast<const float2*>(shared.statistics[stage].delta) + ptx::lane_index() % 4;
 #pragma unroll
@@ -277,8 +215,12 @@ struct GradientConsumer {
   __device__ __forceinline__ void run_step(const QueryStep& step, int32_t sum_before) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
-    start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);        // Sᵀ = K Qᵀ  [64, M]
-    start_scores<VTile, DoTile>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ  [64, M]
+    if constexpr (C::kStartsFromDelta) {
+      start_from_delta(dp, shared.statistics[stage].delta);
+      ptx::hold(dp.x[0]);
+    }
+    start_scores<KTile, QTile>(s, shared.k, shared.q[stage]);  // Sᵀ = K Qᵀ  [64, M]
+    start_scores<VTile, DoTile, C::kStartsFromDelta>(dp, shared.v, shared.d_out[stage]);  // dPᵀ = V dOᵀ
     const auto wait_dp = [this] {
       ptx::wgmma_wait<0>();
       ptx::hold(dp.x[0]);
@@ -296,13 +238,13 @@ struct GradientConsumer {
       score.prefetch_gradient(Tile{*this, step});
       ptx::wgmma_wait<1>();
       ptx::hold(s.x[0]);
-      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.coarse[stage]);
+      const StepRows<S, C::kM> rows(shared.statistics[stage], shared.large_lse[stage]);
       tile_gradient(score, Tile{*this, step}, rows, is_partial(step), s, dp, wait_dp);
     }
     shared.ready_pipe.release(use);
     round(pt, s);
     round(dst, dp);
-    share_ds(use);
+    if constexpr (!C::kSharesDsLate) share_ds(use);
     ptx::hold(pt.x[0]);
     ptx::hold(dst.x[0]);
     ptx::hold(dv.x[0]);
@@ -311,6 +253,7 @@ struct GradientConsumer {
     if constexpr (!kFirst) start_dq(use - 1);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
+    if constexpr (C::kSharesDsLate) share_ds(use);   // beside the products
     start_sum<QTile>(dk, dst, shared.q[stage]);      // dK += dSᵀ Q
     pass_turn(1 - consumer);
     if constexpr (!kFirst) {

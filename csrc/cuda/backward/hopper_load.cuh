@@ -180,7 +180,7 @@ struct GradientProducer {
           const Interval seen = tile.seen;
           const float* const lse = tile.lse + step.head * p.lse.head;
           const float* const delta = tile.delta + step.head * p.delta.head;
-          bool coarse = false, unseen = false;
+          bool large_lse = false, unseen = false;
           const auto fetch = [&](int i) {
             const int32_t row = step.tile * C::kM + i;
             const bool used = seen.contains(row);
@@ -188,11 +188,12 @@ struct GradientProducer {
           };
           const auto store = [&](int i, float2 x) {
             shared.statistics[stage].lse[i] = row_lse(x.x);
-            shared.statistics[stage].delta[i] = row_delta(x.x, x.y);
-            coarse |= rounds_coarsely(row_lse(x.x));
+            const float delta = row_delta(x.x, x.y);
+            shared.statistics[stage].delta[i] = C::kStartsFromDelta ? -delta : delta;
+            large_lse |= lse_too_large(row_lse(x.x));
             unseen |= x.x == -INFINITY;
           };
-          // As many as there are registers for are on their way before the stage is empty.
+          // Loads are issued before the stage is empty, as many as registers allow.
           const float2 first = fetch(lane), second = fetch(lane + 32);
           const SegmentRange segments = row_segments(tile, step);
           shared.ready_pipe.wait_empty(use);
@@ -206,8 +207,8 @@ struct GradientProducer {
             store(lane + 64, third);
             store(lane + 96, fourth);
           }
-          coarse = __any_sync(~0u, coarse);
-          if (lane == 0) shared.coarse[stage] = coarse;
+          large_lse = __any_sync(~0u, large_lse);
+          if (lane == 0) shared.large_lse[stage] = large_lse;
           clear_queries(tile, step, __any_sync(~0u, unseen));
           if constexpr (C::kCluster == 1) {
             shared.q_pipe.wait_full(use);

@@ -1,4 +1,4 @@
-// What the warps of cuda/backward/hopper.cuh share: the key tile's state, tiles of the operands, pipelines.
+// Shared memory of cuda/backward/hopper.cuh: the key tile's state, tiles of the operands, pipelines.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/score/operands.cuh"
-#include "cuda/score/segments.cuh"
+#include "cuda/score/segment_ranges.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -69,12 +69,12 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
   return own - first;
 }
 
-// What a key tile's state has of the score's operands: the plain one has none.
+// The score's operands in a key tile's state; none for the plain score.
 struct NoScoreOperands {};
 template <ScoreKind kKind>
 using ScoreOperandsOf = std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>;
 
-// What the roles know of a key tile. The scheduler's thread writes it.
+// State of a key tile, written by the scheduler's thread for all roles.
 template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
@@ -192,7 +192,7 @@ struct BackwardShared {
   alignas(1024) float dq[kConsumers][C::kOrdered ? kConsumerRows * C::kDqColumns : kStagesTiles<C> ? 0 : 4];
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
-  int32_t coarse[kStages];  // whether the rounding of some lse would show in P
+  int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
   using Segments =
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
   [[no_unique_address]] Segments segments;

@@ -104,8 +104,8 @@ __device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockState<ty
   block.score.template prepare<typename C::Score>(p, block.work, block.work.head + head);
 }
 
-// What a kernel for score options does between a step's copies and its products: zeros unseen rows and, with
-// a new head, prepares its score.
+// For kernels with score options, between a step's copies and its products: zeros unseen rows and, if the
+// head changes, prepares its score.
 template <class C>
 __device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typename C::Element>& block,
                                              const QueryStep& step, uint8_t* q, const float* statistics) {

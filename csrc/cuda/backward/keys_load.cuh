@@ -1,5 +1,5 @@
-// What a thread block of the backward over key tiles reads: its state, its steps over query tiles, the copies
-// of Q, dO, lse and delta, and the barriers between them and the products.
+// Loads of the backward over key tiles: a block's state, its steps over query tiles, the copies of Q, dO, lse
+// and delta, and the barriers between copies and products.
 #pragma once
 
 #include "core/plan/launch_plan.h"

@@ -41,7 +41,7 @@ struct BiasConsumer : BiasRole<C> {
   // Whether there are too few stages to load dP's operands before S is done with its own.
   static constexpr bool kLateDp = C::kStages < 2 * C::kParts;
 
-  // What a score variant is told of a step.
+  // The tile of S of a step, for its score variant.
   struct Tile {
     const BiasConsumer& of;
     const Problem& p;

@@ -1,4 +1,4 @@
-// What a decode kernel is told of a call. A kernel's parameters and its code are fetched from memory when it
+// Kernel parameters of decode. A kernel's parameters and its code are fetched from memory when it
 // starts, which is much of a short call's time: there are few of them, and divisions are products.
 #pragma once
 
@@ -28,7 +28,7 @@ struct DecodeView {
   }
 };
 
-// What is told of a call.
+// Kernel parameters.
 struct DecodeCall {
   DecodeView query, key, value, out, lse;
   DecodeView q_lengths, kv_lengths, block_tables;

@@ -1,4 +1,4 @@
-// What the warps of cuda/decode/hopper.cuh share.
+// Shared memory of cuda/decode/hopper.cuh.
 #pragma once
 
 #include <cstdint>

@@ -10,13 +10,13 @@
 
 namespace jax_flash::decode {
 
-// Those of a lane's keys of a tile, S::column(n, e): 1 where all pages have the same scale. kOn false:
-// nothing.
+// The scales of a lane's keys of a tile, S::column(n, e): 1 if all pages have the same scale. Empty unless
+// kOn.
 template <class S, bool kOn>
 struct KeyScales {
   float key[S::kColumnTiles][2], value[S::kColumnTiles][2];
 
-  // Of the tile of keys from `first` on, before the wait for it, which takes longer.
+  // Loads the scales of the tile of keys from `first` on, before the wait for the tile, which takes longer.
   __device__ __forceinline__ void load(const DecodeCall& call, const ColumnRows& rows,
                                        const SequenceWork& work, int32_t first) {
 #pragma unroll

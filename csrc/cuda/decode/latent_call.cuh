@@ -1,5 +1,5 @@
-// Decode over latent pools (multi-head latent attention): what its kernels are told of a call, and which rows
-// they work on.
+// Decode over latent pools (multi-head latent attention): the parameters of its kernels, and which rows they
+// work on.
 //
 // Many query heads read one KV head, so that the query rows of a sequence fill several tiles. What takes the
 // place of a sequence in the partition is an entry: a chunk of the rows of one sequence. All rows of a

@@ -69,7 +69,7 @@ class LatentLoader {
     ptx::barrier_arrive_by_warp(barrier);
   }
 
-  // What the loop over key tiles keeps of a segment.
+  // The queries of a segment, kept during its loop over key tiles.
   struct Queries {
     ColumnRows rows;
     int32_t leading, batch_row, q_begin;
@@ -95,8 +95,8 @@ class LatentLoader {
     return {column.rows(entry), work.leading, work.batch_row, work.q_begin};
   }
 
-  // Starts to look up the pages of this thread's keys of a tile. What the table holds is checked by
-  // load_keys(), so that nobody waits for it here.
+  // Issues the lookup of the pages of this thread's keys of a tile. load_keys() checks the entries, so that
+  // nobody waits for them here.
   __device__ __forceinline__ void look_up(int32_t tile) {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i) {

@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "core/draft.h"
 #include "core/families/latent_layout.h"
 #include "cuda/decode/combine.cuh"
 #include "cuda/decode/latent_call.cuh"
@@ -21,6 +20,8 @@
 #include "cuda/decode/results.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
+#include "cuda/score/alibi.cuh"
+#include "cuda/score/softcap.cuh"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash::decode::inline JF_ARCH_NAMESPACE {
@@ -238,8 +239,13 @@ class LatentWarps {
   __device__ __forceinline__ float score(const SequenceWork& work, const ColumnRows& rows, int32_t row,
                                          int32_t key, float x, bool whole) const {
     x *= call.scale;
+<<<<<<< HEAD
     if (call.softcap > 0) x = call.softcap * tanhf(x / call.softcap);
     if (call.alibi_slopes || call.draft_mask || call.ranges || !whole) x = option(work, rows, row, key, x);
+=======
+    if (call.softcap > 0) x = cap_exactly(x, call.softcap);
+    if (call.alibi_slopes || call.draft_mask || !whole) x = option(work, rows, row, key, x);
+>>>>>>> main
     return x * kLog2e;
   }
   __device__ __forceinline__ float option(const SequenceWork& work, const ColumnRows& rows, int32_t row,
@@ -249,7 +255,7 @@ class LatentWarps {
     if (call.ranges && !seen_by_ranges(call, rows, work, row, {key, key + 1}).contains(key)) return -INFINITY;
     if (call.alibi_slopes) {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
-      x -= slope * fabsf(static_cast<float>(work.band.diagonal(position) - key));
+      x = subtract_distance(x, slope, static_cast<float>(work.band.diagonal(position) - key));
     }
     const int32_t q_len = work.band.q_len;
     if (call.draft_mask && has_drafts(q_len, call.draft_rows)) {

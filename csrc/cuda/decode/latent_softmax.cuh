@@ -31,8 +31,8 @@ struct LatentSoftmax {
     common = segment.work.band.common(rows.first_position(), segment.work.end_position(rows));
   }
 
-  // What the scores are of Q Kᵀ: options, and the keys that a row does not see. S of keys on pages outside
-  // the pool becomes NaN; their elements are zeros.
+  // S ← the scores of Q Kᵀ: applies options and hides keys that a row does not see. S of keys on pages
+  // outside the pool, whose elements are loaded as zeros, becomes NaN.
   __device__ __forceinline__ void score(S& s, const DecodeTile<S>& tile,
                                         const uint32_t (&missing)[C::kLoadWarps]) const {
     uint64_t all = 0;
@@ -81,7 +81,7 @@ struct LatentSoftmax {
     return __any_sync(~0u, raised);
   }
 
-  // Of all threads that share the rows.
+  // Sums l over all threads that share the rows.
   __device__ __forceinline__ void sum() {
 #pragma unroll
     for (int slot = 0; slot < S::kSlots; ++slot) {

@@ -1,4 +1,4 @@
-// What the warps of a kernel of latent pools share: tiles of Q, K and P, segments, pipelines.
+// Shared memory of the latent kernels: tiles of Q, K and P, segments, pipelines.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ __device__ __forceinline__ ColumnRows rows_of(const LatentSegment& segment, cons
   return {group, kv_head, segment.first_row, segment.end_row};
 }
 
-// C: LatentSm90, LatentFewSm90 or LatentSm80. What the load warps share with the others.
+// Shared between the load warps and the others. C: LatentSm90, LatentFewSm90 or LatentSm80.
 template <class C>
 struct LatentTiles {
   static constexpr int kSegments = 3, kWarpKeys = C::kTile / C::kLoadWarps;

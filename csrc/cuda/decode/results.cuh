@@ -33,7 +33,7 @@ __device__ __forceinline__ bool is_written(const DecodeCall& call, const ColumnR
   return !call.starts || rows.position(row) < work.band.q_len;
 }
 
-// What a row's O is multiplied by to give o, and its lse.
+// The factor from a row's O to o, and its lse.
 struct RowResult {
   float factor, lse;
 };

@@ -40,8 +40,7 @@ struct KeySource {
     used = work.keys;
     if (call.paged) table = call.block_tables.at<const int32_t>(work.leading, page, 0, 0);
   }
-  // Starts to look a key up. What the table holds is not looked at before check(), so that nobody waits for
-  // it.
+  // Issues the lookup of a key's page. check() looks at the entry later, so that nobody waits for it here.
   __device__ __forceinline__ PageSlot look_up(const DecodeCall& call, int64_t position) const {
     return locate(call, position, [&](int32_t entry) { return table[entry]; });
   }
@@ -130,11 +129,12 @@ class WarpRing {
   using VTile = StoredTile<Stored, kKeys, ValueDim>;
   static constexpr int kStageBytes = KTile::kBytes + VTile::kBytes, kBytes = kStages * kStageBytes;
   static constexpr int kEntryBytes = kStages * kKeys * 4;
-  // Segments of at least kFarTiles are looked up kStages tiles ahead by the kernels that have the registers.
-  static constexpr int kFarTiles = 32;
-  static constexpr bool kLooksFar = kPolicy && HeadDim <= 128;
+  // Kernels with enough registers prefetch the table's entries of segments with at least kPrefetchedTiles,
+  // kStages tiles ahead.
+  static constexpr int kPrefetchedTiles = 32;
+  static constexpr bool kPrefetchesTable = kPolicy && HeadDim <= 128;
 
-  // Of this warp: `queue`, segments [kSegments]; page_memory, int32 [kStages, kKeys].
+  // This warp's shared memory: `queue`, segments [kSegments]; page_memory, int32 [kStages, kKeys].
   __device__ __forceinline__ WarpRing(uint32_t shared, uint32_t page_memory, Segment* queue,
                                       const DecodeCall& decode, const ColumnRows& column_rows,
                                       const Partition& of_column, const Range& range, int32_t range_number)
@@ -148,19 +148,19 @@ class WarpRing {
         ahead(range),
         keys(decode) {}
 
-  // Starts the copy of this warp's keys of the next tile, and looks for those of the tile after it. The first
-  // call, and those past the last tile, copy nothing.
+  // Starts the copy of this warp's keys of the next tile, and looks up the pages of the tile after it. The
+  // first call, and calls past the last tile, copy nothing.
   __device__ __forceinline__ void fill() {
     if (ahead.tile < ahead.tile_end) {
-      if (kLooksFar && far && copied >= kStages)
+      if (kPrefetchesTable && prefetches && copied >= kStages)
         next = keys.locate(call, position(0),
                            [&](int32_t) { return static_cast<int32_t>(ptx::load_shared(entry_of(filled))); });
       copy_rows<KTile, VTile>(memory + filled * kStageBytes, keys, keys.check(call, next));
-      if (kLooksFar && far) copy_entry();
+      if (kPrefetchesTable && prefetches) copy_entry();
       ++ahead.tile, ++copied;
     }
     if (ahead.tile < ahead.tile_end) {
-      if (!kLooksFar || !far || copied < kStages) find();
+      if (!kPrefetchesTable || !prefetches || copied < kStages) find();
     } else if (!ahead.done()) {
       ahead.advance();
       if (!ahead.done()) open();
@@ -174,8 +174,8 @@ class WarpRing {
     __syncwarp();
     return memory + filled * kStageBytes;
   }
-  // The next segment. All copies of the one before have been waited for, and the first of this one has been
-  // started.
+  // The next segment. The caller has waited for all copies of the segment before; the first copy of this one
+  // has been started.
   __device__ __forceinline__ const Segment& next_segment() {
     const Segment& segment = segments[taken];
     if (++taken == kSegments) taken = 0;
@@ -187,7 +187,8 @@ class WarpRing {
   __device__ __forceinline__ void open() {
     const SequenceWork work = ahead.open(call, rows);
     keys.open(call, rows, work);
-    far = kLooksFar && call.paged && ahead.tile_end - ahead.tile >= kFarTiles, copied = 0;
+    prefetches = kPrefetchesTable && call.paged && ahead.tile_end - ahead.tile >= kPrefetchedTiles,
+    copied = 0;
     find();
     __syncwarp();  // all lanes are done with the segment that had this place
     if (threadIdx.x % 32 == 0)
@@ -195,7 +196,7 @@ class WarpRing {
     if (++opened == kSegments) opened = 0;
     __syncwarp();
   }
-  // Of this lane's key in the i-th tile from the next one on.
+  // The position of this lane's key in the i-th tile from the next one on.
   __device__ __forceinline__ int64_t position(int i) const {
     const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
     return int64_t{ahead.tile + i} * kTile + warp * kKeys + lane % kKeys;
@@ -220,7 +221,7 @@ class WarpRing {
   WorkIterator<kTile> ahead;        // at the tile that is copied next
   KeySource<Stored, kPolicy> keys;  // of that tile's sequence
   PageSlot next;                    // of this lane's key in that tile, to be checked
-  bool far = false;                 // whether the segment is looked up kStages tiles ahead
+  bool prefetches = false;          // whether the segment is looked up kStages tiles ahead
   int32_t copied = 0;               // tiles of the segment
   int filled = 0;                   // the stage that is filled next
   int opened = 0, taken = 0;        // the segments that are opened and taken next

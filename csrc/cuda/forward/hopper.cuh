@@ -17,8 +17,8 @@
 //   the warp after these, where o is stored by TMA: the store warp, from shared memory
 //
 // An arrow is a Pipeline (hopper/pipeline.cuh): its reader waits for the full barrier, its writer for the
-// empty one. Consumers issue products in turns (ping-pong). docs/kernels/hopper-forward.md has the reasons
-// and timings.
+// empty one. Consumers alternate in issuing products (ping-pong). docs/kernels/hopper-forward.md has the
+// reasons and timings.
 #pragma once
 
 #include <algorithm>
@@ -57,8 +57,8 @@ struct ForwardSm90 {
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m, kStages = R.stages;
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   static constexpr int kThreads = R.warps * 32;
-  // Shared memory has to hold a bias' tiles beside Q, K and V, in one or two stages: where it does not, key
-  // tiles are smaller. Dropout needs whole Philox blocks.
+  // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
+  // not fit. Dropout needs whole Philox blocks.
   static constexpr int64_t kTileBytes = hopper::forward_tile_bytes(R);
   static constexpr int kBiasStages =
       std::min<int>(2, (hopper::kMaxSharedBytes - hopper::kStateBytes - kTileBytes) / (2 * kM * R.block_n));

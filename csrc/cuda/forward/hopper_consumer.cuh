@@ -42,8 +42,8 @@ struct ConsumerTile {
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };
 
-// What a consumer has in registers. It works on one query tile after the other, and on a query tile's key
-// tiles from the last to the first.
+// A consumer warpgroup and its registers. It works on one query tile after the other, and on the key tiles of
+// a query tile from the last to the first.
 template <class C>
 struct Consumer {
   using Config = C;
@@ -81,8 +81,8 @@ struct Consumer {
     return {*this, kv_use - without_input};
   }
 
-  // Ping-pong scheduling: consumers issue their products in turns, so that one's softmax overlaps another's
-  // products. Teams fall out of step by themselves.
+  // Ping-pong scheduling: consumers alternate in issuing products, so that one's softmax overlaps another's
+  // products. Teams get out of step by themselves.
   static constexpr bool kPingPong = C::kConsumers > 1 && C::kTeams == 1;
   __device__ __forceinline__ void wait_turn() const {
     if constexpr (kPingPong) ptx::sync_group(1 + consumer, 256);
@@ -373,20 +373,20 @@ struct Consumer {
       softmax = typename C::Softmax(Score::template start<typename C::Softmax>(p));
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
-      if constexpr (C::Input::kLeavesOut) has_input = !uniform(tile->one_segment);
+      if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
       skip(tiles.hi - own.hi);
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);
         finish_softmax();
-      } else if (Score::kDropoutInSoftmax && uniform(tile->score.dropout.odd())) {
+      } else if (Score::kDropoutInSoftmax && uniform(tile->score.dropout.needs_scalar_path())) {
         if constexpr (Score::kDropoutInSoftmax) attend<true>(own);
-      } else if (C::Input::kLeavesOut && !has_input) {
-        if constexpr (C::Input::kLeavesOut) attend<false, false>(own);
+      } else if (C::Input::kSkipsUniformTiles && !has_input) {
+        if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
       } else {
         attend(own);
       }
       skip(own.lo - tiles.lo);
-      if (C::Input::kLeavesOut && !has_input) without_input += tiles.size();
+      if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
       write_rows();
       shared.state_pipe.release(tile_index);
     }

@@ -68,16 +68,17 @@ struct PackedHeadsScore : PlainScore<S> {
     const Band& band = tile.band();
     const int32_t first = first_draft(p.packing.tokens, band.k_len);
     if (tile.key + Scores::kColumns <= first || (p.packing.right < 0 && !p.draft_mask)) return;
-    const uint8_t* const seen =
-        p.draft_mask ? p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch
-                     : nullptr;
+    DraftMask drafts;
+    if (p.draft_mask)
+      drafts = {p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
+                p.draft_mask.row, first};
     // A token sees no more tokens after it than there are.
     const int32_t right = p.packing.right < 0 ? p.packing.tokens : min(p.packing.right, p.packing.tokens);
     hide_where(
         s, band, tile.key, [row = tile.row()](int slot) { return row + S::row(slot); },
         [&](int32_t i, int32_t j) {
-          const int32_t token = i >> p.packing.shift, key = j - first;
-          return key > token + right || (seen && key >= 0 && !seen[token * p.draft_mask.row + key]);
+          const int32_t token = i >> p.packing.shift;
+          return j - first > token + right || drafts.hides(token, j);
         });
   }
 };

@@ -10,8 +10,8 @@
 
 namespace jax_flash {
 
-// Run by the first Loader::kLanes of Loader::kWarps warps, from the team's second warp on. Of two warps the
-// first loads K, the second what is not K or V, and V, which consumers ask for last.
+// Run by the first Loader::kLanes lanes of Loader::kWarps warps, from the team's second warp on. If there are
+// two warps, the first loads K, and the second the score inputs and then V, which consumers need last.
 template <class C>
 struct LoadWarp {
   using Loader = typename C::Loader;

@@ -1,4 +1,4 @@
-// What the warps of cuda/forward/hopper.cuh share: the states of query tiles, tiles of Q, K and V, pipelines.
+// Shared memory of cuda/forward/hopper.cuh: the states of query tiles, tiles of Q, K and V, pipelines.
 #pragma once
 
 #include <cstdint>

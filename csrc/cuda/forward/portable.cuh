@@ -107,7 +107,7 @@ __device__ __forceinline__ void add_values(typename C::O& o, typename C::S& s, c
   if constexpr (C::Score::kDropout && !C::Score::kDropoutInSoftmax) {
     drop_first();
   } else {
-    if (C::Score::kDropout && at.operands().dropout.odd()) return drop_first();
+    if (C::Score::kDropout && at.operands().dropout.needs_scalar_path()) return drop_first();
 #pragma unroll
     for (int k_step = 0; k_step < C::kKeySteps; ++k_step) {
       const int tile = k_step * kTiles;

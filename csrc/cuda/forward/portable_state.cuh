@@ -1,4 +1,4 @@
-// What the threads of a block share in the portable forward: BlockState with the operands of a loader. A
+// Shared memory of the portable forward: BlockState with the operands of a loader. A
 // loader is a pair of such a state and the Source that its source() returns, which fills the tile ring.
 #pragma once
 

@@ -120,7 +120,7 @@ __device__ __forceinline__ void load_pages(uint32_t shared, const GlobalPages<ty
   });
 }
 
-// As many float8 elements as a 16-byte chunk holds elements of T.
+// float8 elements for a 16-byte chunk of T.
 template <class T>
 struct Float8Chunk {
   static constexpr int kWords = kChunk<T> / 4;

@@ -12,6 +12,10 @@
 
 namespace jax_flash {
 
+__device__ __forceinline__ float subtract_distance(float x, float slope, float distance) {
+  return fmaf(-slope, fabsf(distance), x);
+}
+
 // S ← term(S) − slope · |distance|, where slope(slot) is that of a slot's row, and distance(slot) the row's
 // diagonal less the lane's first column.
 template <class S, class Slope, class Distance, class Term>
@@ -24,7 +28,7 @@ __device__ __forceinline__ void subtract_distances(S& s, Slope slope, Distance d
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s.at(slot, n, e);
-        x = fmaf(-factor, fabsf(first - static_cast<float>(S::column_step(n, e))), term(x));
+        x = subtract_distance(term(x), factor, first - static_cast<float>(S::column_step(n, e)));
       }
     }
   }

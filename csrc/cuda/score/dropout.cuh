@@ -22,7 +22,7 @@ struct KeptElements {
   static constexpr int kWords = (kCount + 31) / 32;
   uint32_t bits[kWords] = {};
 
-  // Of a transposed S two neighbouring rows are 16 bits apart.
+  // Two neighbouring rows of a transposed S are 16 bits apart.
   __device__ __forceinline__ static constexpr int index(int slot, int n, int e) {
     if constexpr (!S::kTransposed) return (slot * S::kColumnTiles + n) * 2 + e;
     const int rows = (slot / 2 * S::kColumnTiles + n) * 2 + e;
@@ -96,14 +96,14 @@ struct TileDropout {
   template <class S>
   __device__ __forceinline__ KeptElements<S> elements() const {
     if constexpr (S::kTransposed && S::kSlots % 4 == 0) {
-      if (!dropout.odd()) return elements_of_transposed_blocks<S>();
+      if (!dropout.needs_scalar_path()) return elements_of_transposed_blocks<S>();
     } else if constexpr (S::kPairs && S::kColumnTiles % 4 == 0) {
-      if (!dropout.odd()) return elements_of_blocks<S>();
+      if (!dropout.needs_scalar_path()) return elements_of_blocks<S>();
     }
     return elements_one_by_one<S>();
   }
 
-  // The numbers of column tiles n to n + 3, where the dropout is not odd().
+  // The numbers of column tiles n to n + 3, unless needs_scalar_path().
   template <class S>
   __device__ __forceinline__ void draw(KeptNumbers<S>& numbers, int n) const {
 #pragma unroll
@@ -111,7 +111,7 @@ struct TileDropout {
     numbers.threshold = pair_of(dropout.threshold);
   }
 
-  // The numbers of all column tiles, where the dropout is not odd().
+  // The numbers of all column tiles, unless needs_scalar_path().
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers() const {
     static_assert(S::kSlots == 2 && S::kColumnTiles % 4 == 0);
@@ -132,7 +132,7 @@ struct TileDropout {
     return kept;
   }
 
-  // Where the dropout is odd(), one element after the other: numbers that are below or above another
+  // With needs_scalar_path(), one element after the other: numbers that are below or above another
   // threshold.
   template <class S>
   __device__ __forceinline__ KeptTile<S> numbers_one_by_one() const {
@@ -195,7 +195,7 @@ struct TileDropout {
     return result;
   }
 
-  // Of the 16 numbers of a block a lane of a transposed S holds four: two rows, 8 apart, and two keys, of
+  // A lane of a transposed S holds four of the 16 numbers of a block: two rows, 8 apart, and two keys, of
   // which the lane 4 further has the odd (even) neighbours. The two lanes need the blocks of two neighbouring
   // rows: each draws one of them.
   template <class S>
@@ -321,7 +321,7 @@ struct WithDropout : Score {
     for_each(dp,
              [&](float& x, int slot, int n, int e) { x = kept_elements.at(slot, n, e) ? x * factor : 0; });
   }
-  // Of a transposed S both at once, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
+  // Both at once for a transposed S, with dS = P ∘ (drop(dP) − delta), which takes fewer registers.
   template <class Tile, class Rows>
   __device__ __forceinline__ void drop_all(S& s, S& dp, const Tile& tile, const Rows& rows) const {
     const float factor = tile.operands().dropout.scale;

@@ -6,67 +6,19 @@
 
 #include "core/band.h"
 #include "core/score.h"
+#include "cuda/load/global_bias.cuh"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/bias.cuh"
 #include "cuda/score/dropout.cuh"
+#include "cuda/score/mask.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/score/ranges.cuh"
+#include "cuda/score/segments.cuh"
 #include "cuda/score/softcap.cuh"
 #include "cuda/score/variant.cuh"
 #include "cuda/tile/accumulator.cuh"
 
 namespace jax_flash {
-
-// S ← −inf where the key is of another segment than the row, of a transposed S. A lane has few keys, and the
-// warp's lanes share out the rows' segments: as many as S has rows would not fit a lane's registers.
-template <class S>
-__device__ __forceinline__ void hide_other_segments_transposed(S& s, const ScoreOperands& operands,
-                                                               const Band& band, int32_t row, int32_t key) {
-  const int32_t lane = ptx::thread_index() % 32;
-  int32_t of_key[S::kColumnTiles][2], of_row[(S::kRows + 31) / 32];
-#pragma unroll
-  for (int n = 0; n < S::kColumnTiles; ++n)
-#pragma unroll
-    for (int e = 0; e < 2; ++e)
-      of_key[n][e] = operands.kv_segments[min(key + S::column(n, e), band.k_len - 1)];
-#pragma unroll
-  for (int i = 0; i < S::kRows; i += 32)
-    of_row[i / 32] = operands.q_segments[min(row + i + lane, band.q_len - 1)];
-#pragma unroll
-  for (int slot = 0; slot < S::kSlots; ++slot) {
-    const int i = S::row_step(slot);
-    const int32_t segment = __shfl_sync(~0u, of_row[i / 32], i % 32 + lane % 4 * 2);
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (segment != of_key[n][e]) s.at(slot, n, e) = -INFINITY;
-  }
-}
-
-// S ← −inf where the key is of another segment than the row.
-template <class S>
-__device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
-                                                    int32_t row, int32_t key) {
-  if constexpr (S::kTransposed) {
-    hide_other_segments_transposed(s, operands, band, row, key);
-  } else {
-#pragma unroll
-    for (int n = 0; n < S::kColumnTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int32_t j = key + S::column(n, e);
-        const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
-#pragma unroll
-        for (int slot = 0; slot < S::kSlots; ++slot) {
-          const int32_t i = row + S::row(slot);
-          if (i < band.q_len && j < band.k_len && operands.q_segments[i] != segment)
-            s.at(slot, n, e) = -INFINITY;
-        }
-      }
-    }
-  }
-}
 
 // Any options but dropout. Operands are read only where row and key are in use.
 template <class S>
@@ -157,7 +109,7 @@ struct GeneralScore : ScoreVariant<S> {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
-    const auto add = [factor](float& x, float b) { x = fmaf(b, factor, under_bias(x, b)); };
+    const auto add = [factor](float& x, float b) { add_bias(x, b, factor); };
     constexpr bool kStaged = requires { tile.apply_tiles(s, add); };
     if constexpr (kStaged) {
       if (p.bias || p.mask) tile.apply_tiles(s, add);
@@ -170,9 +122,8 @@ struct GeneralScore : ScoreVariant<S> {
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
     if (!kStaged && kBiasAndMask && p.mask) {
-      for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key, [](float& x, uint8_t seen) {
-        if (!seen) x = -INFINITY;
-      });
+      for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
+                             [](float& x, uint8_t seen) { hide_unless(x, seen); });
     }
   }
 };

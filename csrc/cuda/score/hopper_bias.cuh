@@ -1,83 +1,13 @@
-// The sm_90a variant of the score with a 16-bit bias alone: S ← scale · S + bias.
+// A 16-bit bias alone on sm_90a.
 #pragma once
 
-#include <cstdint>
-
-#include "cuda/hopper/pipeline.cuh"
-#include "cuda/hopper/roles.cuh"
+#include "cuda/load/hopper_bias.cuh"
+#include "cuda/score/bias.cuh"
 #include "cuda/score/variant.cuh"
-#include "cuda/tensor_map.h"
-#include "cuda/tile/operands.cuh"
-#include "cuda/work.cuh"
 
 namespace jax_flash {
 
-// A 16-bit bias: a tile [64, N] for each consumer, which the load warp copies by TMA.
-template <class T, int N, int Stages, int kConsumers>
-struct BiasInput {
-  using Tile = SharedTile<T, kConsumerRows, N>;
-  static constexpr int kStages = Stages, kTileBytes = kConsumers * Tile::kBytes,
-                       kBytes = kStages * kTileBytes;
-  static constexpr int kWarps = 0;
-  static constexpr bool kLoaded = true, kLeavesOut = false;
-  static constexpr int kPanel = Tile::kPanel * 8;
-
-  struct Map {
-    CUtensorMap bias;
-  };
-  struct Buffer {
-    alignas(1024) uint8_t bias[kStages][kConsumers][Tile::kBytes];
-  };
-  using Pipe = Pipeline<kStages>;
-
-  static cudaError_t make_map(Map& map, const Problem& p) {
-    return make_tensor_map(map.bias, p, p.bias,
-                           {p.k_rows, p.heads, p.q_rows, p.batch, kPanel, kConsumerRows});
-  }
-
-  // The tiles of key tile n.
-  template <class Shared>
-  __device__ __forceinline__ static void load(Shared& shared, const Map& map, const Problem& p,
-                                              const BlockWork& work, int32_t n, uint32_t use) {
-    shared.input_pipe.wait_empty(use);
-    const uint32_t full = shared.input_pipe.full_barrier(use);
-    ptx::barrier_expect(full, kTileBytes);
-    const View& view = p.bias;
-    ptx::Coordinates at{0, view.head ? work.head : 0, work.tile.row, view.batch ? work.batch_row : 0,
-                        view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
-    for (int consumer = 0; consumer < kConsumers; ++consumer, at.row += kConsumerRows) {
-      const uint32_t tile = ptx::shared_address(shared.bias[use % kStages][consumer]);
-#pragma unroll
-      for (int column = 0; column < N; column += kPanel) {
-        at.column = n * N + column;
-        ptx::copy_box(tile + Tile::panel_offset(column / 8), map.bias, full, at);
-      }
-    }
-  }
-
-  // S ← scale · S + bias
-  template <class S, class Shared>
-  __device__ __forceinline__ static void add(S& s, const Shared& shared, float scale, int consumer,
-                                             uint32_t use) {
-    shared.input_pipe.wait_full(use);
-    const RowsA<Tile> rows(ptx::shared_address(shared.bias[use % kStages][consumer]),
-                           static_cast<int>(threadIdx.x) % 128 / 32 * 16);
-#pragma unroll
-    for (int k = 0; k < N / 16; ++k) {
-      uint32_t pairs[4];
-      rows.load(pairs, 0, k);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 bias = ptx::unpack<T>(pairs[i]);
-        float &even = s.at(i % 2, 2 * k + i / 2, 0), &odd = s.at(i % 2, 2 * k + i / 2, 1);
-        even = fmaf(under_bias(even, bias.x), scale, bias.x);
-        odd = fmaf(under_bias(odd, bias.y), scale, bias.y);
-      }
-    }
-    shared.input_pipe.release(use);
-  }
-};
-
+// In the forward, with tiles by TMA.
 template <class S>
 struct BiasScore : ScoreVariant<S> {
   template <class T, int N, int kStages, int kConsumers>
@@ -91,6 +21,18 @@ struct BiasScore : ScoreVariant<S> {
   template <class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void apply(Scores& s, const Tile& tile, const Softmax&) {
     Tile::Input::add(s, tile.shared, tile.p.spec.scale, tile.consumer, tile.input_use);
+  }
+};
+
+// In kernels that compute gradients, with tiles of any origin (load/score_tiles.cuh).
+template <class S>
+struct StagedBiasScore : ScoreVariant<S> {
+  static constexpr bool reads(Operand operand) { return operand == Operand::kBias; }
+  __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return kLog2e; }
+  template <GradientOf kOf, class Tile>
+  __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
+    const float scale = tile.p.spec.scale;
+    tile.apply_tiles(s, [scale](float& x, float bias) { scale_and_add_bias(x, scale, bias); });
   }
 };
 

@@ -4,7 +4,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/general.cuh"
-#include "cuda/score/segments.cuh"
+#include "cuda/score/segment_ranges.cuh"
 
 namespace jax_flash {
 
@@ -44,7 +44,7 @@ struct HopperGeneralDropoutScore : WithDropout<HopperGeneralScore<S>, S> {
   template <bool kScalarDropout, class Tile>
   __device__ __forceinline__ void prefetch(const Tile& tile, int32_t key) {
     HopperGeneralScore<S>::template prefetch<kScalarDropout>(tile, key);
-    if (kScalarDropout || tile.operands().dropout.odd()) {
+    if (kScalarDropout || tile.operands().dropout.needs_scalar_path()) {
       this->draw_one_by_one(tile, key);
     } else {
       this->draw(tile, key);

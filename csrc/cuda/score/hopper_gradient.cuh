@@ -1,35 +1,14 @@
 // The score variants of the sm_90a kernels that compute gradients, by kind. Bias and mask come to them in
-// tiles that a producer warp stages (score/score_tiles.cuh): Tile::apply_tiles().
+// tiles that a producer warp stages (load/score_tiles.cuh): Tile::apply_tiles().
 #pragma once
 
 #include <type_traits>
 
+#include "cuda/load/score_tiles.cuh"
 #include "cuda/score/hopper_variants.cuh"
-#include "cuda/score/score_tiles.cuh"
+#include "cuda/score/mask.cuh"
 
 namespace jax_flash {
-
-// S ← scale · S + bias.
-template <class S>
-struct StagedBiasScore : ScoreVariant<S> {
-  static constexpr bool reads(Operand operand) { return operand == Operand::kBias; }
-  __device__ __forceinline__ static float power_scale(const AttentionSpec&) { return kLog2e; }
-  template <GradientOf kOf, class Tile>
-  __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
-    const float scale = tile.p.spec.scale;
-    tile.apply_tiles(s, [scale](float& x, float bias) { x = fmaf(under_bias(x, bias), scale, bias); });
-  }
-};
-
-// S ← −inf where the mask hides the key.
-template <class S>
-struct StagedMaskScore : ScoreVariant<S> {
-  static constexpr bool reads(Operand operand) { return operand == Operand::kMask; }
-  template <GradientOf kOf, class Tile>
-  __device__ __forceinline__ void differentiate(S& s, S&, const Tile& tile) {
-    tile.apply_tiles(s, [](float&, float) {});
-  }
-};
 
 // Any options, and dropout.
 template <class S>
@@ -62,7 +41,7 @@ constexpr int score_tile_bytes(ScoreKind kind, int block_m, int block_n) {
   return block_m * block_n * ((stages_bias(kind) ? 2 : 0) + (stages_mask(kind) ? 1 : 0));
 }
 
-// What a kind stages: tiles [M, N], as many as `bytes` hold, two at most.
+// The tiles [M, N] that a kind stages: as many as fit into `bytes`, two at most.
 template <ScoreKind kKind, class T, int M, int N, int bytes>
 struct GradientTilesOf {
   static constexpr int kStages = 2 * score_tile_bytes(kKind, M, N) <= bytes ? 2 : 1;

@@ -61,7 +61,7 @@ struct ScoreOperands {
     }
   }
 
-  // Those of the `further`-th head after, where there is at most one leading dimension.
+  // The operands of the `further`-th head after this one, with at most one leading dimension.
   template <class Score>
   __device__ __forceinline__ ScoreOperands of_head(const Problem& p, const BlockWork& work,
                                                    int32_t further) const {
@@ -99,8 +99,8 @@ struct ScoreOperands {
   }
 };
 
-// The tile of S whose warp begins at query first_row and key `key`, within the sequence: what a score variant
-// is told of it, where all rows are of one head.
+// The Tile of a score variant, if all rows are of one head: the warp's part of S begins at query first_row
+// and key `key`, within the sequence.
 struct ScoreTile {
   const Problem& p;
   const ScoreOperands& score;

@@ -1,56 +1,66 @@
-// Segments of whole tiles: whether all keys are of the rows' own (sm_80 and newer).
+// Segments: S ← −inf where the key is of another segment than the row.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/band.h"
-#include "core/problem.h"
 #include "cuda/score/operands.cuh"
 
 namespace jax_flash {
 
-// The smallest and the largest segment of some rows or keys.
-struct SegmentRange {
-  int32_t lo, hi;
-
-  // The range of x[0, count), 0 < count ≤ kMost. All lanes of the warp call it.
-  template <int kMost>
-  __device__ __forceinline__ static SegmentRange of(const int32_t* x, int32_t count) {
-    const int32_t lane = threadIdx.x % 32;
-    SegmentRange range{x[0], x[0]};
-#pragma unroll
-    for (int i = 0; i < kMost; i += 32) {
-      const int32_t segment = x[min(i + lane, count - 1)];
-      range.lo = min(range.lo, segment), range.hi = max(range.hi, segment);
-    }
-    return {__reduce_min_sync(~0u, range.lo), __reduce_max_sync(~0u, range.hi)};
-  }
-};
-
-// What is known of the tile of S of these rows and keys.
-__device__ __forceinline__ InSegment compare_ranges(const SegmentRange& rows, const SegmentRange& keys) {
-  if (rows.hi < keys.lo || keys.hi < rows.lo) return InSegment::kNone;
-  return rows.lo == rows.hi && keys.lo == keys.hi ? InSegment::kAll : InSegment::kSome;
+// a, b: the segments of the row and the key.
+__device__ __forceinline__ void hide_other_segment(float& x, int32_t a, int32_t b) {
+  if (a != b) x = -INFINITY;
 }
 
-// The same of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of
-// the warp call it.
+// The same of a transposed S. A lane has few keys, and the
+// warp's lanes share out the rows' segments: as many as S has rows would not fit a lane's registers.
 template <class S>
-__device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOperands& operands,
-                                                const Band& band, int32_t row, int32_t key) {
-  if (!p.q_segment_ids || row >= band.q_len || key >= band.k_len) return InSegment::kAll;
-  const auto rows = SegmentRange::of<S::kRows>(operands.q_segments + row, band.q_len - row);
-  const auto keys = SegmentRange::of<S::kColumns>(operands.kv_segments + key, band.k_len - key);
-  return compare_ranges(rows, keys);
+__device__ __forceinline__ void hide_other_segments_transposed(S& s, const ScoreOperands& operands,
+                                                               const Band& band, int32_t row, int32_t key) {
+  const int32_t lane = ptx::thread_index() % 32;
+  int32_t of_key[S::kColumnTiles][2], of_row[(S::kRows + 31) / 32];
+#pragma unroll
+  for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e)
+      of_key[n][e] = operands.kv_segments[min(key + S::column(n, e), band.k_len - 1)];
+#pragma unroll
+  for (int i = 0; i < S::kRows; i += 32)
+    of_row[i / 32] = operands.q_segments[min(row + i + lane, band.q_len - 1)];
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int i = S::row_step(slot);
+    const int32_t segment = __shfl_sync(~0u, of_row[i / 32], i % 32 + lane % 4 * 2);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) hide_other_segment(s.at(slot, n, e), segment, of_key[n][e]);
+  }
 }
 
-// The same for a score variant: what the kernel has found before, if it has.
-template <class S, class Tile>
-__device__ __forceinline__ InSegment in_segment_of(const Tile& tile) {
-  if constexpr (requires { tile.in_segment(); }) {
-    return tile.in_segment();
+// The segments come from global memory.
+template <class S>
+__device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
+                                                    int32_t row, int32_t key) {
+  if constexpr (S::kTransposed) {
+    hide_other_segments_transposed(s, operands, band, row, key);
   } else {
-    return in_segment<S>(tile.p, tile.operands(), tile.band(), tile.row(), tile.key);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int32_t j = key + S::column(n, e);
+        const int32_t segment = j < band.k_len ? operands.kv_segments[j] : 0;
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+          const int32_t i = row + S::row(slot);
+          if (i < band.q_len && j < band.k_len)
+            hide_other_segment(s.at(slot, n, e), operands.q_segments[i], segment);
+        }
+      }
+    }
   }
 }
 

@@ -3,7 +3,7 @@
 //   what it does to S    apply(), after prefetch(), which runs while S is being multiplied
 //   its softmax          Softmax, start(), exponentiate(), drop()
 //   its gradient         differentiate(), drop_gradient(), drop_weights()
-// What the kind leaves out costs nothing at run time.
+// Steps that a kind does not define cost nothing at run time.
 //
 // ScoreVariant is the plain score, and the others derive from it; csrc/scores.def maps the kinds to them. S
 // is the accumulator of a whole key tile, of a consumer's or a warp's rows; a TransposedAccumulator will do
@@ -23,12 +23,12 @@ namespace jax_flash {
 // A score input: what a variant stages in shared memory per key tile. Here nothing.
 struct NoScoreInput {
   static constexpr int kStages = 0, kBytes = 0;
-  static constexpr int kWarps = 0;           // producer warps that fill it
-  static constexpr bool kLoaded = false;     // whether the load warp does
-  static constexpr bool kLeavesOut = false;  // whether query tiles of one segment have none
-  struct Map {};                             // its tensor map
-  struct Buffer {};                          // its tiles
-  struct Pipe {                              // its pipeline; init() takes the consumers' releases
+  static constexpr int kWarps = 0;                   // producer warps that fill it
+  static constexpr bool kLoaded = false;             // whether the load warp does
+  static constexpr bool kSkipsUniformTiles = false;  // query tiles of one segment have none
+  struct Map {};                                     // its tensor map
+  struct Buffer {};                                  // its tiles
+  struct Pipe {                                      // its pipeline; init() takes the consumers' releases
     __device__ __forceinline__ void init(int) {}
   };
   static cudaError_t make_map(Map&, const Problem&) { return cudaSuccess; }
@@ -42,7 +42,7 @@ enum class GradientOf {
 
 template <class S>
 struct ScoreVariant {
-  static constexpr bool kGeneral = false;     // which options there are is asked for at run time
+  static constexpr bool kGeneral = false;     // options are tested at run time
   static constexpr bool kPositional = false;  // apply() or exponentiate() needs Tile::key
   static constexpr bool kDropout = false;
   static constexpr bool kDropoutInSoftmax = false;  // dropout's numbers are drawn while P is computed
@@ -61,14 +61,14 @@ struct ScoreVariant {
     return spec.scale * kLog2e;
   }
 
-  // What the softmax of a query tile is constructed with: its scale, or the bound of a BoundedSoftmax.
+  // The constructor argument of a query tile's softmax: its scale, or the bound of a BoundedSoftmax.
   template <class Softmax>
   __device__ __forceinline__ static float start(const Problem& p) {
     return p.spec.scale * kLog2e;
   }
 
   // Runs while S is being multiplied: what can be computed without it. `key`: the tile's first.
-  // kScalarDropout: dropout's numbers are computed one by one, as Dropout::odd() asks for.
+  // kScalarDropout: dropout's numbers are drawn one by one (Dropout::needs_scalar_path()).
   template <bool kScalarDropout = false, class Tile>
   __device__ __forceinline__ void prefetch(const Tile&, int32_t) {}
 

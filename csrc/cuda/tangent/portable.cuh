@@ -58,7 +58,7 @@ struct TangentTile {
   const TangentState<typename C::Element>& block;
   int32_t key;  // where it begins in the sequence
 
-  // What a unit of dS is: the variants with options leave it in that of the scores.
+  // The unit of dS: variants with options compute dS in the unit of the scores.
   __device__ __forceinline__ float unit() const { return C::kPlain ? p.spec.scale : 1.0f; }
   __device__ __forceinline__ const ScoreOperands& operands() const { return block.score; }
   __device__ __forceinline__ const Band& band() const { return block.band; }

@@ -1,4 +1,4 @@
-// What the threads of a CTA share in the portable tangent pass, and how its tiles come into shared memory: K,
+// Shared memory of the portable tangent pass, and how its tiles are loaded: K,
 // tK, V and tV of each key tile.
 #pragma once
 

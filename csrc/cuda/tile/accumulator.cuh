@@ -19,7 +19,7 @@ __device__ __forceinline__ void clear_fragments(float (&x)[kRowTiles][kColumnTil
       for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
 }
 
-// [16 · kRowTiles, 8 · kColumnTiles] float32 of one warp. Of every 16 × 8 tile lane l holds rows l / 4 and
+// [16 · kRowTiles, 8 · kColumnTiles] float32 of one warp. In every 16 × 8 tile lane l holds rows l / 4 and
 // l / 4 + 8, and in each of them columns 2 · (l % 4) and 2 · (l % 4) + 1. A thread's rows are numbered by
 // slot = 2 · row tile + half.
 template <int RowTiles, int ColumnTiles>

@@ -44,7 +44,7 @@ struct RowsB {
   }
 };
 
-// float32 has no transposing ldmatrix, so its MN-major operands are loaded word by word. Of each step lane t
+// float32 has no transposing ldmatrix, so its MN-major operands are loaded word by word. In each step lane t
 // holds k = 2t and 2t + 1 (kPairs) where the other operand comes from registers or is MN-major too, and
 // k = t and t + 4 where it is K-major: both operands must agree on the order of k.
 template <class Tile, bool kPairs>

@@ -40,7 +40,7 @@ struct SharedTile {
   // The tile's row that mma sees as row `index`. row_of(8n + i) = row_of(8n) + row_of(i) for i < 8.
   static constexpr int row_of(int index) { return Permuted ? permuted(index) : index; }
 
-  // What the chunk numbers of a row are XORed with.
+  // The XOR mask of a row's chunk numbers.
   static constexpr int swizzle(int row) {
     if (Permuted) return kPanel == 8 ? (row & 1) | (row >> 3 & 3) << 1 : row >> 3 & 3;
     return kPanel == 8 ? row & 7 : row >> 1 & 3;

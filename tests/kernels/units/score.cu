@@ -37,7 +37,7 @@ struct Kept : Tile<kTiles> {
     using S = typename Kept::S;
     const uint32_t batch = 3, head = 5;
     const TileDropout tile{dropout, batch, head, kRow, 8 * kTiles};
-    const auto kept = dropout.odd() ? tile.numbers_one_by_one<S>() : tile.numbers<S>();
+    const auto kept = dropout.needs_scalar_path() ? tile.numbers_one_by_one<S>() : tile.numbers<S>();
     this->write(out, [&](int slot, int n, int e) {
       const uint32_t half = kept.mask(slot, n) >> 16 * e & 0xFFFFu;
       return half == 0 ? 0.0f : half == 0xFFFFu ? 1.0f : 2.0f;

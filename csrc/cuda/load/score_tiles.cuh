@@ -1,6 +1,6 @@
 // Bias and mask of a tile of scores [M, N] in shared memory, for the sm_90a kernels that compute gradients: a
-// producer warp copies them there by cp.async, 8 keys at a time. What is out of use may hold NaN, and zeros
-// are written instead.
+// producer warp copies them there by cp.async, 8 keys at a time. Elements outside the sequence may hold NaN
+// and are replaced by zeros.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,14 @@
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/score/mask.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/operands.cuh"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash {
 
-// Where a variant stages nothing.
+// For variants that stage nothing.
 struct NoScoreTiles {
   static constexpr bool kStaged = false;
   struct Buffer {};
@@ -148,7 +149,7 @@ struct ScoreTiles {
           const int key = S::column_step(n, e);
           const uint32_t seen = ptx::load_shared_byte(
               from[own].at(S::row_step(slot) - S::row_step(own), key / 16) + key % 16 + first);
-          if (!seen) s.at(slot, n, e) = -INFINITY;
+          hide_unless(s.at(slot, n, e), seen);
         }
       }
     }

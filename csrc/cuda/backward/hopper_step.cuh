@@ -1,0 +1,96 @@
+// A step of a consumer of cuda/backward/hopper.cuh: its queries' lse and delta, what a score variant is told
+// of it, and P.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/backward/hopper_state.cuh"
+#include "cuda/backward/query_step.cuh"
+#include "cuda/gradient.cuh"
+#include "cuda/mask.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/tile/accumulator.cuh"
+
+namespace jax_flash {
+
+// lse and delta of a step's queries, from shared memory.
+template <class S, int M>
+struct StepRows {
+  const float* first;  // lse of the lane's first query
+  int32_t has_large_lse_;
+
+  __device__ __forceinline__ StepRows(const QueryStatistics<M>& statistics, int32_t large_lse)
+      : first(statistics.lse + ptx::lane_index() % 4 * 2), has_large_lse_(large_lse) {}
+  __device__ __forceinline__ float lse(int slot) const { return first[S::row_step(slot)]; }
+  __device__ __forceinline__ float delta(int slot) const { return first[M + S::row_step(slot)]; }
+  __device__ __forceinline__ bool has_large_lse() const { return uniform(has_large_lse_); }
+};
+
+// The tile of S of a step, for its score variant.
+template <class Consumer>
+struct StepTile {
+  using Score = typename Consumer::Config::Score;
+  const Consumer& of;
+  const QueryStep& step;
+  const Problem& p = of.p;
+  const int32_t key = of.key();
+
+  __device__ __forceinline__ ScoreOperands operands() const {
+    return of.tile().score.template of_head<Score>(p, of.tile().work, step.head);
+  }
+  __device__ __forceinline__ const Band& band() const { return of.tile().band; }
+  __device__ __forceinline__ int32_t row() const { return step.tile * Consumer::Config::kM; }
+  // Compares the rows' segments, found by the statistics warp, with those of this warp's keys.
+  __device__ __forceinline__ InSegment in_segment() const
+    requires(kStagesSegments<typename Consumer::Config>)
+  {
+    if (!p.q_segment_ids || key >= band().k_len) return InSegment::kAll;
+    const auto& segments = of.shared.segments;
+    return compare_ranges(segments.rows[step.number % Consumer::Config::kStages],
+                          segments.keys[of.warp_index()]);
+  }
+  // Bias and mask (load/score_tiles.cuh).
+  template <class S, class Add>
+    requires(kStagesTiles<typename Consumer::Config>)
+  __device__ __forceinline__ void apply_tiles(S& s, Add add) const {
+    const int column = static_cast<int>(of.consumer * kConsumerRows + Consumer::warp_row());
+    of.shared.score_pipe.wait_full(step.number);
+    Consumer::Config::Tiles::apply(s, of.shared, p, 0, column, step.number, add);
+    of.shared.score_pipe.release(step.number);
+  }
+};
+
+// Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
+// lse is too large.
+template <class S>
+__device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& large_lse,
+                                                      float scale) {
+  const auto* pairs = reinterpret_cast<const float2*>(lse) + ptx::lane_index() % 4;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; slot += 2) {
+    const float2 l = pairs[2 * slot];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      s.at(slot, 0, e) = fmaf(s.at(slot, 0, e), scale, -l.x);
+      s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
+    }
+  }
+  if (__builtin_expect(uniform(large_lse), false))
+    for_each(s, [&](float& x, int slot, int, int) { clamp_for_large_lse(x, lse[S::row(slot)]); });
+  for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
+}
+
+// dPᵀ − delta, before dPᵀ is added to it: the step's delta with a minus, from shared memory.
+template <class S>
+__device__ __forceinline__ void start_from_delta(S& dp, const float* negative_delta) {
+  const auto* pairs = reinterpret_cast<const float2*>(negative_delta) + ptx::lane_index() % 4;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; slot += 2) {
+    const float2 d = pairs[2 * slot];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) dp.at(slot, 0, e) = d.x, dp.at(slot + 1, 0, e) = d.y;
+  }
+}
+
+}  // namespace jax_flash

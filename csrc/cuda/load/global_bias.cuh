@@ -1,0 +1,122 @@
+// An additive bias of any dtype and strides, loaded from global memory.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/band.h"
+#include "cuda/ptx/math.cuh"
+#include "cuda/score/bias.cuh"
+#include "cuda/score/operands.cuh"
+
+namespace jax_flash {
+
+// A thread's part of a tile of a 16-bit bias where it holds 8 neighbouring columns of every 32: one load of
+// 16 bytes for each 32 columns.
+template <class S>
+struct BiasChunks {
+  uint4 x[S::kSlots][S::kColumnTiles / 4];
+
+  // The two elements of column tile n.
+  __device__ __forceinline__ uint32_t pair(int slot, int n) const {
+    const uint4& chunk = x[slot][n / 4];
+    return n % 4 == 0 ? chunk.x : n % 4 == 1 ? chunk.y : n % 4 == 2 ? chunk.z : chunk.w;
+  }
+};
+
+// The bias of the tile of S whose warp begins at query `row` and whose keys begin at `key`, within the
+// sequence.
+class GlobalBias {
+ public:
+  __device__ __forceinline__ GlobalBias(const Problem& problem, const ScoreOperands& score_operands,
+                                        const Band& visible)
+      : p(problem), operands(score_operands), band(visible) {}
+
+  // Loads what add() will add, while S is being multiplied.
+  template <class S>
+  __device__ __forceinline__ void fetch(BiasChunks<S>& bias, int32_t row, int32_t key) const {
+    if (!p.bias || !operands.bias_in_chunks(p)) return;
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const auto [from, left] = bias_row<S>(slot, row, key);
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; n += 4) {
+        bias.x[slot][n / 4] = uint4{};
+        if (8 * n < left) bias.x[slot][n / 4] = *reinterpret_cast<const uint4*>(from + 8 * n);
+      }
+    }
+  }
+
+  // S ← S + factor · bias. `chunks`: what fetch() loaded, where S is permuted.
+  template <class S, class Chunks>
+  __device__ __forceinline__ void add(S& s, int32_t row, int32_t key, float factor,
+                                      const Chunks& chunks) const {
+    if (p.bias_dtype == DType::kF32) {
+      add_elements<float>(s, row, key, factor, chunks);
+    } else if (p.bias_dtype == DType::kF16) {
+      add_elements<__half>(s, row, key, factor, chunks);
+    } else {
+      add_elements<__nv_bfloat16>(s, row, key, factor, chunks);
+    }
+  }
+
+ private:
+  // A row of a 16-bit bias whose columns are neighbours: from the lane's first column on, of which `left` are
+  // in use.
+  struct BiasRow {
+    const uint16_t* from;
+    int32_t left;
+  };
+  template <class S>
+  __device__ __forceinline__ BiasRow bias_row(int slot, int32_t row, int32_t key) const {
+    const int32_t i = row + S::row(slot), column = key + S::column(0);
+    return {static_cast<const uint16_t*>(operands.bias) + i * p.bias.row + column,
+            i < band.q_len ? band.k_len - column : 0};
+  }
+
+  template <class T, class S, class Chunks>
+  __device__ __forceinline__ void add_elements(S& s, int32_t row, int32_t key, float factor,
+                                               const Chunks& chunks) const {
+    if constexpr (sizeof(T) == 2 && S::kPermuted) {
+      if (operands.bias_in_chunks(p)) {
+#pragma unroll
+        for (int slot = 0; slot < S::kSlots; ++slot) {
+#pragma unroll
+          for (int n = 0; n < S::kColumnTiles; ++n) {
+            const float2 bias = ptx::unpack<T>(chunks.pair(slot, n));
+            add_bias(s.at(slot, n, 0), bias.x, factor);
+            add_bias(s.at(slot, n, 1), bias.y, factor);
+          }
+        }
+        return;
+      }
+    }
+    if constexpr (sizeof(T) == 2 && S::kPairs && !S::kPermuted) {
+      if (operands.bias_in_pairs(p)) return add_pairs<T>(s, row, key, factor);
+    }
+    for_each_used<T>(s, operands.bias, p.bias, band, row, key,
+                     [=](float& x, T bias) { add_bias(x, static_cast<float>(bias), factor); });
+  }
+
+  // Elements out of use have a bias of 0.
+  template <class T, class S>
+  __device__ __forceinline__ void add_pairs(S& s, int32_t row, int32_t key, float factor) const {
+#pragma unroll
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      const auto [from, left] = bias_row<S>(slot, row, key);
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+        const int step = S::column_step(n);
+        const float2 bias = ptx::unpack<T>(step < left ? *reinterpret_cast<const uint32_t*>(from + step) : 0);
+        add_bias(s.at(slot, n, 0), bias.x, factor);
+        add_bias(s.at(slot, n, 1), bias.y, factor);
+      }
+    }
+  }
+
+  const Problem& p;
+  const ScoreOperands& operands;
+  const Band& band;
+};
+
+}  // namespace jax_flash
