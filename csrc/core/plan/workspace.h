@@ -45,18 +45,14 @@ inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles
   return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
 }
 
-<<<<<<< HEAD
-// Whether what a tile sees of the other side is found before the kernel: what segments and ranges leave. Of
-// packed sequences kernels read all that the band leaves, and mask it.
+// Whether a kernel before the call's own finds the visible interval of each tile: what segments and ranges
+// leave. Kernels of packed sequences visit all tiles in the band.
 inline bool trims_tiles(const AttentionSpec& spec) {
   return spec.has(Operand::kQSegmentIds) || (spec.has(Operand::kRanges) && !spec.packed());
 }
 
-// What segments and ranges leave to the tiles of so many rows, whatever the row of csrc/kernels.def, and to
-// parts of them.
-=======
-// Upper bound over all kernels of the visible intervals that segments give tiles and parts of tiles.
->>>>>>> main
+// Upper bound over all kernels of the visible intervals that segments and ranges give tiles and parts of
+// tiles.
 inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
   if (!trims_tiles(spec)) return 0;
   return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
@@ -99,13 +95,8 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& 
   plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
 }
 
-<<<<<<< HEAD
-// Takes the workspace for what segments and ranges leave to the tiles of a grid over so many rows, and to
-// parts of them where a kernel asks for that.
-=======
-// Adds the workspace for the visible intervals that segments give the tiles of a grid over `rows` rows, and
-// parts of tiles if `parts`.
->>>>>>> main
+// Adds the workspace for the visible intervals that segments and ranges give the tiles of a grid over `rows`
+// rows, and parts of tiles if `parts`.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
   const Shapes& s = call.shapes;

@@ -239,13 +239,8 @@ class LatentWarps {
   __device__ __forceinline__ float score(const SequenceWork& work, const ColumnRows& rows, int32_t row,
                                          int32_t key, float x, bool whole) const {
     x *= call.scale;
-<<<<<<< HEAD
-    if (call.softcap > 0) x = call.softcap * tanhf(x / call.softcap);
-    if (call.alibi_slopes || call.draft_mask || call.ranges || !whole) x = option(work, rows, row, key, x);
-=======
     if (call.softcap > 0) x = cap_exactly(x, call.softcap);
-    if (call.alibi_slopes || call.draft_mask || !whole) x = option(work, rows, row, key, x);
->>>>>>> main
+    if (call.alibi_slopes || call.draft_mask || call.ranges || !whole) x = option(work, rows, row, key, x);
     return x * kLog2e;
   }
   __device__ __forceinline__ float option(const SequenceWork& work, const ColumnRows& rows, int32_t row,
