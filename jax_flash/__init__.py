@@ -1,5 +1,6 @@
 """jax_flash: exact attention for JAX as custom calls, on NVIDIA GPUs and on CPUs."""
 
+from . import masks
 from ._version import __version__
 from .attention import flash_attention
 from .backends import Backend, backends
@@ -28,6 +29,7 @@ __all__ = [
     "flash_attention",
     "flash_attention_varlen",
     "flops",
+    "masks",
     "merge_attention",
     "paged_attention",
     "ring_attention",

@@ -87,6 +87,7 @@ class _Exchange:
             "kv_segment_ids": lambda: self.all_tokens(x, 1),
             "mask": lambda: self.scores(x, rows),
             "bias": lambda: self.scores(x, rows),
+            "ranges": lambda: self.scores(x, rows),
             "alibi_slopes": lambda: self.own_heads(x, 1),
             "sinks": lambda: self.own_heads(x, 0),
             "dropout": lambda: x.at[DROPOUT_HEAD].add(self.first_head()),
@@ -100,7 +101,8 @@ class _Exchange:
         return jnp.repeat(x.astype(jnp.float32), self.times, 2).astype(x.dtype)
 
     def scores(self, x: jax.Array, rows: int) -> jax.Array:
-        """A mask or bias [b|1, hq|1, rows|1, sk|1], whose columns are all keys in the order of the sequence."""
+        """A mask or bias [b|1, hq|1, rows|1, sk|1], whose columns are all keys in the order of the sequence, or ranges
+        of such keys."""
         by_head, by_row = x.shape[1] == self.hq, x.shape[2] == rows
         if by_head and by_row:
             return self.to_heads(x, 2, 1)

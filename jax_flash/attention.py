@@ -8,6 +8,7 @@ from jax import Array
 
 from . import validate
 from .autodiff import attend
+from .masks import Mask
 from .options import (
     Align,
     ArrayLike,
@@ -50,7 +51,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
     q_lengths: LengthsLike | None = None,
     kv_lengths: LengthsLike | None = None,
@@ -79,7 +80,8 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
         use, and key i with `"top_left"`.
-      mask: boolean of rank 2 or 4, broadcastable to `[b, hq, sq, sk]`; True where a query may attend.
+      mask: boolean of rank 2 or 4, broadcastable to `[b, hq, sq, sk]`, True where a query may attend; or a value of
+        `jax_flash.masks`, by which kernels skip what it hides.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. A query
         attends only to keys of its own segment.
       q_lengths: int32 `[b]`, rows in use of each batch entry, or one number for all.

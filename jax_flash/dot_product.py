@@ -16,6 +16,7 @@ from . import validate
 from ._jax import same_dim
 from .autodiff import attend
 from .checker import Checker
+from .masks import Mask
 from .options import DotProductOptions, FixedArguments, Implementation, IndexLike, Number
 from .spec import AttentionSpec
 
@@ -30,7 +31,7 @@ class DotProductArguments:
     key: ArrayLike
     value: ArrayLike
     bias: ArrayLike | None = None
-    mask: ArrayLike | None = None
+    mask: ArrayLike | Mask | None = None
     scale: Number | None = None
     is_causal: bool = False
     query_seq_lengths: IndexLike | None = None
@@ -43,17 +44,20 @@ class DotProductArguments:
 # fmt: off
 @overload
 def dot_product_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    bias: ArrayLike | None = None, mask: ArrayLike | Mask | None = None,
     *, return_residual: Literal[False] = ..., **options: Unpack[DotProductOptions],
 ) -> Array: ...
 @overload
 def dot_product_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    bias: ArrayLike | None = None, mask: ArrayLike | Mask | None = None,
     *, return_residual: Literal[True], **options: Unpack[DotProductOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def dot_product_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, bias: ArrayLike | None = None, mask: ArrayLike | None = None,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    bias: ArrayLike | None = None, mask: ArrayLike | Mask | None = None,
     *, return_residual: bool, **options: Unpack[DotProductOptions],
 ) -> Array | tuple[Array, Array]: ...
 # fmt: on
@@ -66,7 +70,7 @@ def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
     key: ArrayLike,
     value: ArrayLike,
     bias: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     *,
     scale: Number | None = None,
     is_causal: bool = False,
@@ -84,7 +88,7 @@ def dot_product_attention(  # type: ignore[misc]  # which has no `unpacked`
       query: `[B, T, N, H]` or `[T, N, H]`; float16, bfloat16 or float32 (and float64, see `implementation`).
       key, value: `[B, S, K, H]` or `[S, K, H]`, in query's dtype.
       bias: added to the logits, broadcastable to `[B, N, T, S]`. Differentiable.
-      mask: boolean, broadcastable to `[B, N, T, S]`; True where a query may attend.
+      mask: boolean, broadcastable to `[B, N, T, S]`, True where a query may attend; or a value of `jax_flash.masks`.
       scale: a Python number, the factor of q·kᵀ; None is 1/√H.
       is_causal: query i attends to keys 0 … i, whatever the lengths (`align="top_left"`).
       query_seq_lengths, key_value_seq_lengths: int32 `[B]`, the valid prefix of each row; queries
@@ -146,7 +150,7 @@ def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpe
         causal=_CHECK.flag("is_causal", given.is_causal),
         window=_window(given.local_window_size),
         align="top_left",
-        mask=None if given.mask is None else _mask(given.mask, scores),
+        mask=given.mask if given.mask is None or isinstance(given.mask, Mask) else _mask(given.mask, scores),
         q_lengths=_lengths("query_seq_lengths", given.query_seq_lengths, batch),
         kv_lengths=_lengths("key_value_seq_lengths", given.key_value_seq_lengths, batch),
         scale=given.scale,

@@ -6,6 +6,7 @@ This module does not import Flax, so that `import jax_flash.flax` works without 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jax import Array
 from ._jax import same_dim
 from .attention import flash_attention
 from .checker import Checker
+from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
 
 _CHECK = Checker("attention_fn")
@@ -26,7 +28,7 @@ def attention_fn(
     key: Array,
     value: Array,
     bias: Array | None = None,
-    mask: Array | None = None,
+    mask: Array | Mask | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: Array | None = None,
     dropout_rate: float = 0.0,
@@ -59,7 +61,8 @@ def attention_fn(
 
     Args:
       bias: added to the scores, broadcastable to `[batch..., heads, q_length, kv_length]`; differentiable.
-      mask: broadcastable to the same shape; True or nonzero where a query may attend, as Flax makes them.
+      mask: broadcastable to the same shape; True or nonzero where a query may attend, as Flax makes them. Or a value of
+        `jax_flash.masks`, with one batch dim.
       broadcast_dropout: has no effect. With True, Flax shares one dropout mask among all batch entries and
         heads; here every element has its own random bits in either case. Both drop each weight with probability
         `dropout_rate`, so that only the correlation between batch entries and heads differs.
@@ -108,7 +111,7 @@ def attention_fn(
         )
     query, key, value = (promote_dtype or _promote)((query, key, value), dtype=dtype)
     _check_batch_dims(query, key, value)
-    decode_step = mask is not None and same_dim(query.shape[-3], 1)
+    decode_step = mask is not None and not isinstance(mask, Mask) and same_dim(query.shape[-3], 1)
 
     def attend(query: Array, key: Array, value: Array, **arrays: Any) -> Array:
         ids = (arrays.pop("q_ids"), arrays.pop("kv_ids")) if "q_ids" in arrays else None
@@ -135,7 +138,13 @@ def attention_fn(
     arrays: dict[str, Array] = {}
     if bias is not None:
         arrays["bias"] = _CHECK.broadcastable("bias", _as_bias(bias), scores, _SCORES)
-    if mask is not None:
+    if isinstance(mask, Mask):
+        if query.ndim != 4:
+            raise _CHECK.fail(
+                f"a mask of jax_flash.masks needs one batch dim, got query of shape {query.shape}"
+            )
+        attend = partial(attend, mask=mask)
+    elif mask is not None:
         arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
     if segment_ids is not None:
         arrays["q_ids"], arrays["kv_ids"] = _segments(segment_ids, query, key)

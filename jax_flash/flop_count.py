@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from . import dot_product, validate
+from . import dot_product, mask_operands, validate
 from ._jax import manual_axes
 from .attention import flash_attention
 from .checker import Checker
 from .dot_product import DotProductArguments, dot_product_attention
+from .masks import Mask
 from .options import FixedArguments, PagedArguments, RingArguments, VarlenArguments
 from .paged import validate as paged_validate
 from .paged.attention import paged_attention
@@ -22,6 +24,7 @@ from .spec import AttentionSpec
 from .varlen import flash_attention_varlen
 from .visible_pairs import Shapes, Values, count
 
+_CHECK = Checker("flops")
 Pass = Literal["forward", "backward", "tangent"]
 
 
@@ -79,7 +82,7 @@ def flops(function: Callable[..., Any], /, *arguments: Any, of: Pass = "forward"
         raise ValueError(f'flops: of is {of!r}; allowed are "forward", "backward" and "tangent"')
     given = _given(function, *arguments, **options)
     spec, shapes = _spec_and_shapes(function, given)
-    return count(of, spec, shapes, _known_values(given, shapes))
+    return count(of, spec, shapes, _known_values(spec, given, shapes))
 
 
 def spec_and_shapes(
@@ -118,7 +121,7 @@ def _host_integers(x: Any) -> bool:
     return isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "iu"
 
 
-def _known_values(given: Mapping[str, Any], shapes: Shapes) -> Values:
+def _known_values(spec: AttentionSpec, given: Mapping[str, Any], shapes: Shapes) -> Values:
     """The values of the operands that decide which pairs are visible, as far as they are known, by name."""
     names = ("q_lengths", "kv_lengths", "cu_seqlens_q", "mask", "bias", "draft_mask")
     found = {name: given.get(name) for name in names}
@@ -133,10 +136,25 @@ def _known_values(given: Mapping[str, Any], shapes: Shapes) -> Values:
         found |= zip(("q_segment_ids", "kv_segment_ids"), pair)
     values = {}
     for name, x in found.items():
-        if _is_known(x):
+        if _is_known(x) and not isinstance(x, Mask):
             array = np.asarray(x)
             values[name] = array.reshape((1,) * (len(shapes[name]) - array.ndim) + array.shape)
-    return values
+    mask = given.get("mask")
+    return _with_mask(mask, spec, shapes, values) if isinstance(mask, Mask) else values
+
+
+def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str, np.ndarray]) -> Values:
+    """The values with those of the operands that a mask makes, where all that it depends on is known."""
+    index = {"kv_lengths", "cu_seqlens_q", "cu_seqlens_k"} & shapes.keys()
+    if not index <= values.keys() or not all(map(_is_known, jax.tree.leaves(mask))):
+        return values
+    made = ("ranges", "mask", "q_segment_ids", "kv_segment_ids")
+    operands: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items() if name not in made
+    }
+    operands |= {name: jnp.asarray(np.broadcast_to(x, shapes[name])) for name, x in values.items()}
+    mask_operands.apply(_CHECK, mask, spec, operands)
+    return values | {name: np.asarray(operands[name]) for name in made if name in operands}
 
 
 def _is_known(x: Any) -> bool:

@@ -27,12 +27,14 @@ class Rows:
     index: the position of each row in its sequence, int32 [1, s].
     lengths: the rows of its batch entry or sequence, int32 [b|1, s|1], and `keys` the keys.
     sequence: for a packed batch the sequence of each row, int32 [s].
+    whole: where the rows are one device's of a split sequence, gives an array […, s] of all devices.
     """
 
     index: Array
     lengths: Array
     keys: Array
     sequence: Array | None = None
+    whole: Callable[[Array], Array] | None = None
 
     @staticmethod
     def fixed(sq: int, sk: int) -> Rows:
@@ -126,16 +128,22 @@ class Spans(Form):
     ids: Array  # [b, s], or [tq] packed
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        ids = jnp.atleast_2d(jnp.asarray(self.ids, jnp.int32))
+        own = ids = jnp.atleast_2d(jnp.asarray(self.ids, jnp.int32))
+        index = rows.index
+        if rows.whole is not None:
+            ids = rows.whole(own)
+            index = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
         ends = ids[:, 1:] != ids[:, :-1]
         if rows.sequence is not None:
             ends |= (rows.sequence[1:] != rows.sequence[:-1])[None]
         ends = jnp.pad(ends, ((0, 0), (0, 1)), constant_values=True)
-        following = jnp.where(ends, rows.index + 1, MOST)
+        following = jnp.where(ends, index + 1, MOST)
         end = lax.cummin(following, axis=1, reverse=True)  # one past the last key of the row's run
         if rows.sequence is not None:
             end = self._within(ends, rows)
-        return [between(0, jnp.where(ids >= 0, end, rows.index + 1)[:, None])]
+        if rows.whole is not None:
+            end = end[:, rows.index[0]]
+        return [between(0, jnp.where(own >= 0, end, rows.index + 1)[:, None])]
 
     @staticmethod
     def _within(ends: Array, rows: Rows) -> Array:
@@ -200,9 +208,10 @@ class Positions(Form):
 
     def pairs(self, rows: Rows) -> list[Pair]:
         q = jnp.asarray(self.q_positions, jnp.int32)
-        keys = jnp.broadcast_to(
-            jnp.asarray(self.kv_positions, jnp.int32), (q.shape[0], self.kv_positions.shape[-1])
-        )
+        keys = jnp.asarray(self.kv_positions, jnp.int32)
+        keys = keys if rows.whole is None else rows.whole(keys)
+        entries = max(q.shape[0], keys.shape[0])
+        q, keys = (jnp.broadcast_to(x, (entries, x.shape[-1])) for x in (q, keys))
         find = jax.vmap(partial(jnp.searchsorted, side="left", method="scan_unrolled"))
         lo: Array | int = 0
         hi: Array | int = MOST

@@ -34,8 +34,8 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         together = _merged((*self.conditions, *other.conditions))
-        ranged = [x for x in together if forms.most_pairs((x,)) is not None]
-        if (forms.most_pairs(ranged) or 1) > 2:
+        of_ranges = [x for x in together if forms.most_pairs((x,)) is not None]
+        if (forms.most_pairs(of_ranges) or 1) > 2:
             raise ValueError(
                 f"masks: {self!s} & {other!s} may leave a row three ranges of keys, allowed are two; "
                 "masks.from_function(…) or masks.dense(…) takes any"
@@ -282,7 +282,7 @@ def _merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
             "masks: blocks(…) & blocks(…) has no form of its own; choose the blocks that both have"
         )
     while len(by_segment) > 1:
-        by_segment = [_both_segments(*by_segment[:2]), *by_segment[2:]]
+        by_segment = [both_segments(*by_segment[:2]), *by_segment[2:]]
     if len(arrays) > 1:
         arrays = [forms.Dense(_all_seen(arrays))]
     return (*rest, *by_segment, *by_block, *arrays)
@@ -295,7 +295,7 @@ def _all_seen(arrays: Sequence[Any]) -> Array:
     return seen
 
 
-def _both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
+def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:
     """Ids that are equal where the ids of both are: the ranks of pairs of ranks."""
 
     def ranks(q: Array, k: Array) -> tuple[Array, Array]:

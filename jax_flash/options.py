@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
+from .masks import Mask
+
 Align = Literal["bottom_right", "top_left"]
 Implementation = Literal["cpu", "cuda", "xla"]
 PageLayout = Literal["nhd", "hnd"]
@@ -44,18 +46,24 @@ class Options(TypedDict, total=False):
     implementation: Implementation | None
 
 
-class VarlenOptions(Options, total=False):
-    """The options of `flash_attention_varlen`."""
+class DenseOptions(Options, total=False):
+    """The options of calls whose keys are arrays of their own."""
 
     kv_lengths: LengthsLike | None
     dropout_rate: Number
     dropout_key: ArrayLike | None
 
 
-class FixedOptions(VarlenOptions, total=False):
+class VarlenOptions(DenseOptions, total=False):
+    """The options of `flash_attention_varlen`."""
+
+    mask: Mask | None
+
+
+class FixedOptions(DenseOptions, total=False):
     """The options of `flash_attention`."""
 
-    mask: ArrayLike | None
+    mask: ArrayLike | Mask | None
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
     q_lengths: LengthsLike | None
     bias: ArrayLike | None
@@ -88,6 +96,7 @@ class PagedOptions(Options, total=False):
     batch_invariant: bool
     k_scale: ArrayLike | None
     v_scale: ArrayLike | None
+    mask: Mask | None
     draft_mask: ArrayLike | None
     value_dim: int | None
 
@@ -138,13 +147,14 @@ class VarlenArguments(DenseArguments):
 
     cu_seqlens_q: IndexLike
     cu_seqlens_k: IndexLike | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixedArguments(DenseArguments):
     """What `flash_attention` is given."""
 
-    mask: ArrayLike | None = None
+    mask: ArrayLike | Mask | None = None
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None
     q_lengths: LengthsLike | None = None
     bias: ArrayLike | None = None
@@ -180,6 +190,7 @@ class PagedArguments(Pools, Arguments):
     cu_seqlens_q: IndexLike | None = None
     num_splits: int | None = None
     batch_invariant: bool = False
+    mask: Mask | None = None
     draft_mask: ArrayLike | None = None
     value_dim: int | None = None
 

@@ -9,6 +9,7 @@ from jax import Array
 from . import validate
 from .all_to_all import all_to_all_attention
 from .autodiff import attend
+from .masks import Mask
 from .options import (
     Align,
     ArrayLike,
@@ -56,7 +57,7 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
-    mask: ArrayLike | None = None,
+    mask: ArrayLike | Mask | None = None,
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None,
     q_lengths: LengthsLike | None = None,
     kv_lengths: LengthsLike | None = None,
@@ -89,7 +90,8 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
       mode: `"ring"`, or `"all_to_all"`: every device gets all tokens of a part of the heads, and sends results back.
       causal, window, align: as in `flash_attention`, by positions in the whole sequence.
       mask: boolean of rank 2 or 4, broadcastable to `[b, hq, sq / n, sk]`: local rows, and the columns of all keys,
-        which are in the sequence's own order whatever `order` is.
+        which are in the sequence's own order whatever `order` is. Or a value of `jax_flash.masks` whose arrays are of
+        the local rows, and whose keys count from the first of the sequence.
       segment_ids: int32 `(q_ids [b, sq / n], kv_ids [b, sk / n])`, local shards, or one array when sq = sk. Documents
         that are packed one after the other may cross shards: give each its own id.
       q_lengths, kv_lengths: int32 `[b]`, rows and keys in use of the whole sequence, or one number for all.

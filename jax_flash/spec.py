@@ -65,6 +65,11 @@ class AttentionSpec:
         return self.layout.startswith("paged")
 
     @property
+    def packed(self) -> bool:
+        """Whether the query rows of all sequences share one dimension."""
+        return self.layout.endswith("varlen")
+
+    @property
     def limited(self) -> bool:
         """Whether a row sees keys only up to some distance from its diagonal."""
         return self.left != UNLIMITED or self.right != UNLIMITED

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import philox
+from . import mask_operands, philox
 from ._jax import is_symbolic, same_dim
 from .checker import DTYPES, INT32_MAX, Checker
+from .masks import Mask
 from .operands import OPTIONAL
 from .options import (
     Arguments,
@@ -208,13 +209,13 @@ def score_operands(
         check.shape("sinks", operands["sinks"], (hq,), "hq")
 
 
-def fixed(op: str, arguments: FixedArguments, shards: int = 1) -> tuple[AttentionSpec, Operands]:
-    """The spec and operands of a flash_attention call, or of one on a shard out of so many of a sequence."""
+def fixed(op: str, arguments: FixedArguments, ring: Ring | None = None) -> tuple[AttentionSpec, Operands]:
+    """The spec and operands of a flash_attention call, or of one on a shard of a sequence."""
     check = Checker(op)
     operands = _tokens(check, arguments, "b s")
     b, sq, hq, _ = operands["query"].shape
     sk = operands["key"].shape[1]
-    columns = sk * shards
+    columns = sk if ring is None else sk * ring.size
     if arguments.q_lengths is not None:
         operands["q_lengths"] = check.lengths("q_lengths", arguments.q_lengths, b, "b")
     if arguments.kv_lengths is not None:
@@ -224,27 +225,35 @@ def fixed(op: str, arguments: FixedArguments, shards: int = 1) -> tuple[Attentio
         for name, part, s, dims in zip(("q_segment_ids", "kv_segment_ids"), ids, (sq, sk), ("b sq", "b sk")):
             operands[name] = check.int32("segment_ids", part)
             check.shape("segment_ids", operands[name], (b, s), dims)
-    if arguments.mask is not None:
-        mask = check.array("mask", arguments.mask)
-        if mask.dtype != jnp.bool_:
-            raise check.fail(
-                f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
-                TypeError,
-            )
-        if mask.ndim not in (2, 4):
-            hint = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
-            raise check.fail(
-                f"mask must have rank 2 [sq sk] or 4 [b hq sq sk], got shape {mask.shape}"
-                f"{hint if mask.ndim == 3 else ''}"
-            )
-        operands["mask"] = check.broadcastable("mask", mask, (b, hq, sq, columns), "b hq sq sk")
+    if arguments.mask is not None and not isinstance(arguments.mask, Mask):
+        operands["mask"] = _boolean_mask(check, arguments.mask, (b, hq, sq, columns))
     if arguments.bias is not None:
         bias = check.array("bias", arguments.bias)
         if bias.dtype.name not in DTYPES and bias.dtype != operands["query"].dtype:
             raise check.fail(f"bias must be {', '.join(DTYPES)}, got {bias.dtype}", TypeError)
         operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, columns), "b hq sq sk")
     score_operands(check, operands, arguments, b, "b")
-    return static_spec(check, "fixed", operands, arguments), operands
+    spec = static_spec(check, "fixed", operands, arguments)
+    if isinstance(arguments.mask, Mask):
+        spec = mask_operands.apply(check, arguments.mask, spec, operands, ring)
+    return spec, operands
+
+
+def _boolean_mask(check: Checker, given: Any, scores: tuple[Any, ...]) -> jax.Array:
+    """A boolean array, `[b|1, hq|1, sq|1, sk|1]`."""
+    mask = check.array("mask", given)
+    if mask.dtype != jnp.bool_:
+        raise check.fail(
+            f"mask must be boolean (True = may attend), got {mask.dtype}; use bias for additive",
+            TypeError,
+        )
+    if mask.ndim not in (2, 4):
+        hint = ": [:, None] makes [b, 1, sq, sk] of it, [None] makes [1, hq, sq, sk]"
+        raise check.fail(
+            f"mask must have rank 2 [sq sk] or 4 [b hq sq sk], got shape {mask.shape}"
+            f"{hint if mask.ndim == 3 else ''}"
+        )
+    return check.broadcastable("mask", mask, scores, "b hq sq sk")
 
 
 def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
@@ -259,7 +268,8 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
             f"axis_name must name axes that are manual in the jax.shard_map around the call, {manual}, got {given!r}"
         )
     size = jax.lax.axis_size(axes)
-    spec, operands = fixed(op, arguments, size)
+    ring = Ring(axes, size, order)
+    spec, operands = fixed(op, arguments, ring)
     for name in ("query", "key"):
         length = operands[name].shape[1]
         if is_symbolic(length):
@@ -276,7 +286,7 @@ def ring(op: str, arguments: RingArguments) -> tuple[AttentionSpec, Operands]:
             f'mode="all_to_all" gives each of the {size} devices along {given!r} as many heads, and query has {hq}; '
             f'mode="ring" takes any number'
         )
-    return replace(spec, ring=Ring(axes, size, order)), operands
+    return replace(spec, ring=ring), operands
 
 
 def ring_names(check: Checker, arguments: RingArguments) -> None:
@@ -320,4 +330,7 @@ def varlen(op: str, arguments: VarlenArguments) -> tuple[AttentionSpec, Operands
     score_operands(check, operands, arguments, n, "n")
     same = arguments.cu_seqlens_k is None or arguments.cu_seqlens_k is arguments.cu_seqlens_q
     spec = static_spec(check, "varlen", operands, arguments)
+    if arguments.mask is not None:
+        mask = mask_operands.require_mask(check, arguments.mask)
+        spec = mask_operands.apply(check, mask, spec, operands)
     return replace(spec, same_offsets=same and same_dim(tq, tk)), operands

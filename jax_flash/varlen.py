@@ -8,6 +8,7 @@ from jax import Array
 
 from . import validate
 from .autodiff import attend
+from .masks import Mask
 from .options import (
     Align,
     ArrayLike,
@@ -55,6 +56,7 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
+    mask: Mask | None = None,
     kv_lengths: LengthsLike | None = None,
     scale: Number | None = None,
     softcap: Number | None = None,
@@ -81,6 +83,8 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
       cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None means cu_seqlens_q. With None, or the same array
         again, tokens that are sharded over devices stay so under jit; with dropout, or slopes of each sequence, they
         are gathered, since bits and distances count from the first token of each sequence.
+      mask: a value of `jax_flash.masks`, whose rows and keys count from the first of each sequence; arrays are
+        `[hq | 1, tq]`, and `[n]` where there is one number for each sequence.
       kv_lengths: int32 `[n]`, keys in use of each sequence, or one number for all; by default every key.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
       causal, window, align, scale, softcap, sinks, dropout_rate, dropout_key, deterministic, implementation:
@@ -108,6 +112,7 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
         causal=causal,
         window=window,
         align=align,
+        mask=mask,
         kv_lengths=kv_lengths,
         scale=scale,
         softcap=softcap,

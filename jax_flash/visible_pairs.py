@@ -32,14 +32,36 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     """The pairs (query, key) over which attention is computed, of all batch entries and query heads."""
     heads = shapes["query"][-2]
     sizes = _sizes(spec, shapes, values)
-    if "draft_mask" in values:
-        masks = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
-        return heads * sum(_in_band(spec, *x) - _in_drafts(spec, x, ~m) for x, m in zip(sizes, masks))
-    if not values.keys() & {"mask", "bias", "q_segment_ids"}:
+    limits = _ranges(sizes, shapes, values)
+    if "draft_mask" in values and "ranges" not in values:
+        drafts = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
+        return heads * sum(_in_band(spec, *x) - _in_drafts(spec, x, ~m) for x, m in zip(sizes, drafts))
+    others = values.keys() & {"mask", "bias", "q_segment_ids", "draft_mask"}
+    if "ranges" in values and not others:
+        return sum(_in_ranges(spec, size, x) * (heads // len(x)) for size, x in zip(sizes, limits))
+    if not others:
         return heads * sum(times * _in_band(spec, *size) for size, times in Counter(sizes).items())
-    if "mask" not in values and "bias" not in values:
+    if others == {"q_segment_ids"} and "ranges" not in values:
         return heads * sum(_in_segments(spec, size, *ids) for size, ids in zip(sizes, _segments(values)))
-    return sum(_in_mask(spec, size, heads, entry, values) for entry, size in enumerate(sizes))
+    return sum(_in_mask(spec, size, heads, entry, values, limits) for entry, size in enumerate(sizes))
+
+
+def _ranges(sizes: list[tuple[int, int]], shapes: Shapes, values: Values) -> list[np.ndarray]:
+    """The limits of each batch entry or sequence, [h, rows, 2 | 4]."""
+    if "ranges" not in values:
+        return []
+    x = values["ranges"].astype(np.int64)
+    if x.ndim == 4:
+        return [x[z if len(x) > 1 else 0][:, :rows] for z, (rows, _) in enumerate(sizes)]
+    ends = np.cumsum([rows for rows, _ in sizes]) + int(np.clip(values["cu_seqlens_q"][0], 0, x.shape[1]))
+    return [x[:, end - rows : end] for end, (rows, _) in zip(ends, sizes)]
+
+
+def _in_ranges(spec: AttentionSpec, size: tuple[int, int], limits: np.ndarray) -> int:
+    """The visible pairs of the heads that have ranges of their own; these are disjoint."""
+    first, past = _rows(spec, size)
+    lo, hi = np.maximum(limits[..., 0::2], first[:, None]), np.minimum(limits[..., 1::2], past[:, None])
+    return int(np.maximum(hi - lo, 0).sum())
 
 
 def _sizes(spec: AttentionSpec, shapes: Shapes, values: Values) -> list[tuple[int, int]]:
@@ -105,6 +127,16 @@ def _in_drafts(spec: AttentionSpec, size: tuple[int, int], hidden: np.ndarray) -
     return int((in_band & hidden[:rows, :rows]).sum())
 
 
+def _hidden_drafts(size: tuple[int, int], hidden: np.ndarray) -> np.ndarray:
+    """Which pairs of a sequence its draft mask hides, [rows, keys]."""
+    rows, keys = size
+    found = np.zeros(size, bool)
+    if rows <= len(hidden):
+        known = min(rows, keys)
+        found[:, keys - known :] = hidden[:rows, rows - known : rows]
+    return found
+
+
 def _segments(values: Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return zip(values["q_segment_ids"], values["kv_segment_ids"])
 
@@ -121,7 +153,14 @@ def _in_segments(spec: AttentionSpec, size: tuple[int, int], q_ids: np.ndarray, 
     return int((past - first)[exists].sum())
 
 
-def _in_mask(spec: AttentionSpec, size: tuple[int, int], heads: int, entry: int, values: Values) -> int:
+def _in_mask(
+    spec: AttentionSpec,
+    size: tuple[int, int],
+    heads: int,
+    entry: int,
+    values: Values,
+    limits: list[np.ndarray],
+) -> int:
     """The visible pairs of a batch entry and all heads, from the whole picture of one head after another."""
     rows, keys = size
     first, past = _rows(spec, size)
@@ -130,12 +169,22 @@ def _in_mask(spec: AttentionSpec, size: tuple[int, int], heads: int, entry: int,
     if "q_segment_ids" in values:
         q_ids, kv_ids = values["q_segment_ids"][entry], values["kv_segment_ids"][entry]
         picture &= q_ids[:rows, None] == kv_ids[:keys]
+    if "draft_mask" in values:
+        drafts = values["draft_mask"]
+        picture &= ~_hidden_drafts(size, ~drafts[entry if len(drafts) > 1 else 0])
     hides = [values["mask"]] if "mask" in values else []
     hides += [values["bias"] != -np.inf] if "bias" in values else []
-    different = heads if any(x.shape[1] > 1 for x in hides) else 1
+    own_ranges = len(limits) > 0 and len(limits[entry]) > 1
+    different = heads if own_ranges or any(x.shape[1] > 1 for x in hides) else 1
     total = 0
     for head in range(different):
         seen = picture
+        if limits:
+            x = limits[entry][head if own_ranges else 0]
+            inside = [
+                (x[:, i, None] <= column) & (column < x[:, i + 1, None]) for i in range(0, x.shape[1], 2)
+            ]
+            seen = seen & np.any(inside, 0)
         for x in hides:
             x = x[entry if x.shape[0] > 1 else 0, head if x.shape[1] > 1 else 0]
             seen = seen & x[: rows if x.shape[0] > 1 else 1, : keys if x.shape[1] > 1 else 1]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import forms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +49,8 @@ class Case:
     kv_lengths: tuple[int, ...] | None = None
     segments: int = 0
     mask: tuple[int, ...] | None = None
+    forms: tuple[str, ...] = ()  # of tests/forms.py: the mask is a value, which all of these leave
+    form_seed: int = 0
     bias: tuple[int, ...] | None = None
     bias_dtype: str = "float32"
     alibi_slopes: tuple[int, ...] | None = None
@@ -75,6 +78,7 @@ class Inputs:
     keywords: dict[str, Any]
     dout: jax.Array
     dlse: jax.Array  # finite everywhere, also where lse is −inf
+    mask: dict[str, Any] = field(default_factory=dict)  # what a mask that is a value shows, as an operand
 
 
 def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
@@ -107,6 +111,9 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
         )
     if case.mask is not None:
         keywords["mask"] = jnp.asarray(rng.random(case.mask) < 0.7)
+    shown: dict[str, Any] = {}
+    if case.forms:
+        keywords["mask"], shown = forms.of_case(case)
     if case.draft_mask is not None:
         keywords["draft_mask"] = jnp.asarray(rng.random(case.draft_mask) < 0.5)
     if case.bias is not None:
@@ -118,7 +125,9 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
     if case.dropout_rate:
         keywords["dropout_key"] = jax.random.key(seed + 1)
     lse_shape = (*rows[:-1], case.hq, rows[-1])
-    return Inputs(positional, keywords, normal((*rows, case.hq, case.dv)), normal(lse_shape, jnp.float32))
+    return Inputs(
+        positional, keywords, normal((*rows, case.hq, case.dv)), normal(lse_shape, jnp.float32), shown
+    )
 
 
 def token_dims(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -141,6 +150,8 @@ def operands(inputs: Inputs) -> dict[str, jax.Array]:
             made["q_segment_ids"], made["kv_segment_ids"] = x
         elif name == "dropout_key":
             made["dropout"] = jnp.concatenate([jax.random.key_data(x), jnp.zeros(4, jnp.uint32)])
+        elif name == "mask" and inputs.mask:
+            made |= inputs.mask
         elif name in ("mask", "bias", "alibi_slopes"):
             rank = 2 if name == "alibi_slopes" else 4
             made[name] = x.reshape((1,) * (rank - x.ndim) + x.shape)
@@ -164,7 +175,7 @@ def poisoned(case: Case, inputs: Inputs) -> Inputs:
         keywords["bias"] = _poison(keywords["bias"], unread)
     lse_unused = ~np.expand_dims(row_used, -2)
     dout = _poison(inputs.dout, ~row_used[..., None, None])
-    return Inputs(positional, keywords, dout, _poison(inputs.dlse, lse_unused))
+    return Inputs(positional, keywords, dout, _poison(inputs.dlse, lse_unused), inputs.mask)
 
 
 def used(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -261,6 +272,19 @@ FIXED = (
     ),
 )
 
+_PAIRS = (("spans", "segments"), ("band", "ranges"), ("causal", "dense"))
+FORMS = (
+    *(
+        Case(f"masks: {', '.join(names)}", forms=names, form_seed=7 * number, sq=40, sk=50)
+        for number, names in enumerate([*((name,) for name in forms.FORMS), *_PAIRS])
+    ),
+    Case("masks with everything", sq=18, sk=27, causal=True, window=(11, None), softcap=4.0, bias=(2, 1, 18, 27),
+         segments=2, q_lengths=(18, 14), kv_lengths=(20, 27), alibi_slopes=(2, 4), sinks=True, dropout_rate=0.2,
+         forms=("prefix", "first", "segments")),
+    Case("masks, tiles", b=1, sq=300, sk=700, hq=2, hk=1, forms=("first", "window"), form_seed=3),
+    Case("masks, decode", sq=2, sk=300, forms=("ranges",)),
+)  # fmt: skip
+
 VARLEN = (
     varlen("packed", (5, 9, 1)),
     varlen("packed, one sequence", (13,)),
@@ -279,6 +303,8 @@ VARLEN = (
     varlen("packed alibi per sequence", (5, 9), alibi_slopes=(2, 4)),
     varlen("packed sinks", (5, 9), sinks=True, kv_lengths=(0, 6), padding=(2, 2)),
     varlen("packed dropout", (5, 19), dropout_rate=0.3),
+    varlen("packed masks", (9, 0, 40), k_sequences=(12, 2, 60), padding=(3, 1), forms=("spans", "window")),
+    varlen("packed ranges", (9, 0, 40), k_sequences=(12, 2, 60), causal=True, forms=("ranges",), sinks=True),
     varlen(
         "packed everything",
         (9, 0, 14),
@@ -340,5 +366,5 @@ VARLEN_TILES = (
     varlen("packed, more tiles than teams", (270, 390), causal=True, d=64, dv=64, hq=40, hk=2),
 )
 
-CASES = FIXED + VARLEN + FIXED_TILES + VARLEN_TILES
+CASES = FIXED + FORMS + VARLEN + FIXED_TILES + VARLEN_TILES
 BY_NAME = {case.name: case for case in CASES}

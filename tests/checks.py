@@ -197,4 +197,4 @@ def with_arrays(inputs: Inputs, **arrays: Any) -> Inputs:
     """`inputs` with some arrays replaced; dout and dlse may be among them."""
     cotangents = {name: jnp.asarray(arrays.pop(name, getattr(inputs, name))) for name in ("dout", "dlse")}
     positional = {name: arrays.pop(name, x) for name, x in inputs.positional.items()}
-    return Inputs(positional, inputs.keywords | arrays, **cotangents)
+    return Inputs(positional, inputs.keywords | arrays, **cotangents, mask=inputs.mask)

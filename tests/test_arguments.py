@@ -141,7 +141,7 @@ def test_options_are_keywords_and_unknown_ones_are_refused(function):
         function(x, x, x, max_seqlen=3)
 
 
-@pytest.mark.parametrize("name", ["mask", "segment_ids", "q_lengths", "bias"])
+@pytest.mark.parametrize("name", ["segment_ids", "q_lengths", "bias"])
 def test_fixed_only_arguments_do_not_exist_for_packed_sequences(name):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
         jax_flash.flash_attention_varlen(*[jnp.zeros((2, 1, 8))] * 3, jnp.zeros(2, jnp.int32), **{name: None})

@@ -1,6 +1,7 @@
 """Random shapes and options, forward and backward, against the oracle: the same examples in every run."""
 
 import os
+from itertools import permutations
 
 import checks
 import numpy as np
@@ -8,6 +9,7 @@ import oracle
 import pytest
 from cases import DTYPES, Case, make_inputs, varlen
 from conftest import IMPLEMENTATION
+from forms import FIXED_ONLY, FORMS, TWO_RANGES
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
 from hypothesis import strategies as st
 
@@ -47,6 +49,14 @@ def scores(draw, rows, hq):
 
 
 @st.composite
+def mask_values(draw, names):
+    """Fields of a case with a mask of one or two forms, or without."""
+    chosen = draw(st.sampled_from([(), (), *((name,) for name in names), *permutations(names, 2)]))
+    assume(len(TWO_RANGES & {*chosen}) < 2)
+    return dict(forms=chosen, form_seed=draw(st.integers(0, 999)))
+
+
+@st.composite
 def fixed_cases(draw, dtypes):
     b, (hq, hk), sq, sk = draw(st.integers(1, 3)), draw(HEADS), draw(LENGTH), draw(LENGTH)
 
@@ -58,15 +68,16 @@ def fixed_cases(draw, dtypes):
         return tuple(shape[first:])
 
     lengths = st.lists(st.integers(-2, 70), min_size=b, max_size=b).map(tuple)
+    value = draw(mask_values(sorted(FORMS)))
     return Case(
         "fuzz", b=b, sq=sq, sk=sk, hq=hq, hk=hk,
         d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
-        mask=broadcast(4, 2) if draw(st.booleans()) else None,
+        mask=broadcast(4, 2) if not value["forms"] and draw(st.booleans()) else None,
         bias=broadcast(4, 3, 2, 1, 0) if draw(st.booleans()) else None,
         bias_dtype="float32",
         segments=draw(st.sampled_from([0, 0, 1, 4])),
         q_lengths=draw(maybe(lengths)), kv_lengths=draw(maybe(lengths)),
-        **draw(scores(b, hq)),
+        **draw(scores(b, hq)), **value,
     )  # fmt: skip
 
 
@@ -81,7 +92,7 @@ def varlen_cases(draw, dtypes):
         padding=(draw(st.integers(0, 5)), draw(st.integers(0, 5))),
         d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
         kv_lengths=draw(maybe(st.lists(st.integers(-2, 70), min_size=n, max_size=n).map(tuple))),
-        **draw(scores(n, hq)),
+        **draw(scores(n, hq)), **draw(mask_values(sorted({*FORMS} - FIXED_ONLY))),
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& key
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t j = keys.begin + b * kBlockRows;
     Interval seen = intersect(head.band.queries(j, j + kBlockRows), {q.begin, q.begin + q.count});
-    if (p.q_segment_ids) seen = intersect(seen, rows_that_use(q, used, b * kBlockRows));
+    if (p.q_segment_ids || head.ranges) seen = intersect(seen, rows_that_use(q, used, b * kBlockRows));
     rows[b] = {(seen.lo - q.begin) / E::kPair, (seen.hi - q.begin + E::kPair - 1) / E::kPair};
     if (seen.empty()) rows[b] = {0, 0};
   }
@@ -88,7 +88,8 @@ static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& 
 
 // Loops over the query tiles in descending order: with causal every tile of keys then starts at the same
 // query tile, and the next tile of keys follows one query tile behind. The progress of a query tile is 1
-// once it is packed, and 2 + k once its k-th tile of keys has added to dQ.
+// once it is packed, and 2 + k once its k-th tile of keys has added to dQ. All tiles of keys from the first
+// to the last that a query tile sees take their turn, those that it sees nothing of too.
 template <class E>
 static void walk_queries(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
   const Problem& p = head.problem;
@@ -98,8 +99,9 @@ static void walk_queries(const Head& head, const KeyTile& keys, const SharedGrad
   const Progress& progress = shared.query_progress;
   for (int32_t tile = (rows.hi - 1) / kGradientM; tile >= rows.lo / kGradientM; --tile) {
     const int32_t i0 = tile * kGradientM, i1 = min(i0 + kGradientM, head.band.q_len);
-    const Interval seen = head.band.rows(i0, i1);
-    const int32_t first = seen.lo / kGradientN, last = (seen.hi - 1) / kGradientN, order = keys.index - first;
+    const Interval seen = head.seen_by_any({i0, i1}), turns = tiles_of(seen, kGradientN);
+    if (!turns.contains(keys.index)) continue;
+    const int32_t order = keys.index - turns.lo;
     const QueryTile q = query_tile<E>(head, i0, i1, shared.queries + tile * floats_of_query_tile<E>(p));
     if (order == 0) {
       pack_queries<E>(head, q, true);
@@ -116,7 +118,7 @@ static void walk_queries(const Head& head, const KeyTile& keys, const SharedGrad
     }
     progress.wait(tile, 1 + order);
     if (any) add_to_queries<E>(head, q, keys, used);
-    if (keys.index == last) store_gradient(dquery, i0, i1, i1, q.dq, p.spec.scale);
+    if (keys.index + 1 == turns.hi) store_gradient(dquery, i0, i1, i1, q.dq, p.spec.scale);
     progress.signal(tile, 2 + order);
   }
 }
@@ -128,7 +130,7 @@ static void zero_queries(const Head& head) {
   const int32_t end = head.band.q_len;
   for (int32_t i = 0; i < end; i += kGradientM) {
     const int32_t i1 = min(i + kGradientM, end);
-    if (head.band.rows(i, i1).empty()) store_gradient(dquery, i, i1, i, nullptr, 1.0f);
+    if (head.seen_by_any({i, i1}).empty()) store_gradient(dquery, i, i1, i, nullptr, 1.0f);
   }
   if (!p.packed()) store_gradient(dquery, end, p.q_rows, end, nullptr, 1.0f);
 }
@@ -177,7 +179,7 @@ static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
   keys.gradient.ds_rows = as_words(scratch.take(kGradientM * kGradientRow / 2));
   fill(keys.dk, kGradientN * ld, 0.0f);
   fill(keys.dv, kGradientN * ldv, 0.0f);
-  if (!head.band.queries(keys.begin, keys.begin + keys.n).empty()) {
+  if (!head.seen_by_any({0, head.band.q_len}, {keys.begin, keys.begin + keys.n}).empty()) {
     pack_keys<E>(head, keys.begin, keys.n, keys.k_panels, keys.v_panels);
     const char* at[kGradientN] = {};
     head.key.addresses(keys.begin, keys.n, at);

@@ -211,7 +211,7 @@ class DecodeLoop {
     pack_rows<E>(at, rows_, rows_, head_.query, head_.query_sign, q_, row_words<E>(p.head_dim));
   }
 
-  Interval visible() const { return head_.band.rows(tile_.begin, tile_.end); }
+  Interval visible() const { return head_.seen_by_any({tile_.begin, tile_.end, tile_.heads}); }
 
   // The softmax state and O over keys [keys.lo, keys.hi).
   void attend(Interval keys) {
@@ -234,15 +234,21 @@ class DecodeLoop {
     const int32_t kv_heads = tile_.heads / group_;
     DecodeStream key(head_.key, p.key.head, kv_heads, kMissingRows.key);
     DecodeStream value(head_.value, p.value.head, kv_heads, kMissingRows.value);
+    bool cold = true;  // no earlier tile has prefetched these keys
     for (int32_t j0 = keys.lo; j0 < keys.hi; j0 += kDecodeKeys) {
       const KeyRange range{intersect(keys, {j0, j0 + kDecodeKeys}), j0};
       const int32_t n = range.keys.size();
-      const bool cold = j0 == keys.lo;  // no earlier tile has prefetched these keys
+      const SeenByRows seen = head_.seen(QueryRange{tile_.begin, tile_.end, tile_.heads}, range.keys);
+      if (seen.any.empty()) {
+        cold = true;
+        continue;
+      }
       key.start(j0, keys.hi);
       load_factors(head_.key, p.k_scale, j0, n);
       multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
       BlockColumns block;
-      block.used = {0, n}, block.mixed = p.q_segment_ids || head_.draft.reaches(range.keys.hi);
+      block.used = {0, n};
+      block.mixed = p.q_segment_ids || head_.draft.reaches(range.keys.hi) || seen.holes;
       SoftmaxShift shifts;
       const auto row = [&](int32_t r) { return Row{tile_.position(r), tile_.head_of(r)}; };
       for (int32_t r = 0; r < rows_; ++r) {
@@ -262,6 +268,7 @@ class DecodeLoop {
         rescale(r, state_.alpha[r]);
       }
       multiply<Step::kValues>(value, cold, n);  // O ← O + P V
+      cold = false;
       add_odd_keys<E>(
           head_, odd_, j0, rows_, row, [&](int32_t r) { return values_of(kv_head_of(r)); }, s_, kDecodeKeys,
           o_, padded(p.value_dim));

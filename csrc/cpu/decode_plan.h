@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../core/band.h"
 #include "../core/split.h"
+#include "../core/visible/ranges.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -103,7 +103,9 @@ class DecodePlan {
   }
 
   Interval keys_of(const RowTile& tile) const {
-    return make_band(problem_, tile.leading, tile.sequence).rows(tile.begin, tile.end);
+    return seen_by_any(make_band(problem_, tile.leading, tile.sequence),
+                       row_ranges(problem_, tile.leading, tile.sequence, tile.head),
+                       {tile.begin, tile.end, tile.heads}, {0, tile.sequence.k_len});
   }
 
   const Problem& problem_;

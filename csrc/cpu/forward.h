@@ -29,7 +29,7 @@ struct PackedKeys {
 struct QueryRows {
   const RowTile* tile;
   RowSegments segments;
-  Interval keys;  // of the tile of keys, what segments leave
+  Interval keys;  // of the tile of keys, what segments and ranges leave
   int32_t rows, blocks;
   Word* q;
   float* o;
@@ -142,7 +142,7 @@ class ForwardLoop {
   ForwardLoop(const Problem& p, const RowTile* tiles, int32_t count, float* memory)
       : problem_(p), head_(p, tiles[0].leading, tiles[0].sequence, tiles[0].head), count_(count) {
     const RowTile &first = tiles[0], &last = tiles[count - 1];
-    visible_ = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
+    visible_ = head_.seen_by_any({min(first.begin, last.begin), max(first.end, last.end), first.heads});
     Scratch scratch{memory};
     keys_.k = words(scratch, kTileN, p.head_dim);
     keys_.v = words(scratch, kTileN, p.value_dim);
@@ -188,8 +188,8 @@ class ForwardLoop {
     // Tiles of keys begin at multiples of kTileN, whichever query tiles run together: that grouping must
     // not change any bit of the result.
     for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
-      const Interval tile = intersect(keys, {j0, j0 + kTileN});
-      if (!trim_to_segments(tiles_, count_, tile)) continue;
+      const Interval tile = trim_to_seen(head_, tiles_, count_, intersect(keys, {j0, j0 + kTileN}));
+      if (tile.empty()) continue;
       pack(tile, leaves_out_odd);
       for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
     }

@@ -194,14 +194,14 @@ static void store_gradient_rows(const GradientRow* rows, float softmax_scale, in
   }
 }
 
-// The columns of the tile of keys [j0, j0 + n) that rows [i0, i1) see.
-JF_INLINE Columns seen_columns(const Band& band, int32_t i0, int32_t i1, int32_t j0, int32_t n) {
-  const Interval keys = intersect(band.rows(i0, i1), {j0, j0 + n});
+// From the first to the last column of the tile of keys [j0, j0 + n) that a row sees.
+JF_INLINE Columns seen_columns(const Head& head, Row row, int32_t j0, int32_t n) {
+  const Interval keys = head.seen(row, {j0, j0 + n}).hull;
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
 // The columns of a block of rows that products use, and of these the ones that some row may see. `mixed`:
-// they are not all of the rows' segment.
+// they are not all of the rows' segment, or a row has a hole among them.
 struct UsedColumns : Columns {
   Columns seen{0, 0};
   bool mixed = false;
@@ -214,15 +214,17 @@ JF_INLINE bool used_panels(const Head& head, const QueryTile& q, int32_t j0, int
   const Interval keys = RowSegments(head, q.begin, q.begin + q.count).trim({j0, j0 + n});
   for (int32_t b = 0; b < q.blocks; ++b) {
     const int32_t i = q.begin + b * kBlockRows, end = i + kBlockRows;
-    const RowSegments segments(head, i, end);
-    const Interval seen = segments.trim(intersect(head.band.rows(i, end), keys));
     used[b] = {};
+    const SeenByRows by_rows = head.seen(QueryRange{i, end}, keys);
+    if (by_rows.any.empty()) continue;
+    const RowSegments segments(head, i, end);
+    const Interval seen = segments.trim(by_rows.any);
     if (seen.empty()) continue;
     const Columns c{seen.lo - j0, seen.hi - j0};
     used[b] = {
         {round_down(round_down(c.lo, kBlockRows), kPanel), round_up(round_up(c.hi, kBlockRows), kPanel)},
         c,
-        segments.differ_from(seen)};
+        segments.differ_from(seen) || by_rows.holes};
     any = true;
   }
   return any;
@@ -237,7 +239,7 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   bool masked = false;
   for (int32_t k = 0; k < kPair; ++k) {
     const Row row{q.begin + r + k, head.head};
-    Columns visible = seen_columns(head.band, row.position, row.position + 1, j0, n);
+    Columns visible = seen_columns(head, row, j0, n);
     visible = {max(visible.lo, used.seen.lo), min(visible.hi, used.seen.hi)};
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
@@ -261,7 +263,7 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
 }
 
 // P ← 0 and dS ← 0 in the columns of row r that its block does not use. Products that sum over rows read them
-// where there are segments: these may leave keys to rows before and after a block, but not to it.
+// where there are segments or ranges: these may leave keys to rows before and after a block, but not to it.
 JF_INLINE void clear_unused(int32_t n, int32_t r, Columns used, const GradientTile& t) {
   const int32_t end = round_up(round_up(n, kBlockRows), kPanel);
   const auto clear = [&](float* row) {
@@ -297,7 +299,7 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
   for (int32_t r = 0; r < q.count; r += kPair) {
     const UsedColumns block = used[r / kBlockRows];
     if (!block.empty()) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
-    if (head.problem.q_segment_ids) clear_unused(n, r, block, t);
+    if (head.problem.q_segment_ids || head.ranges) clear_unused(n, r, block, t);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "../core/dropout.h"
 #include "../core/problem.h"
 #include "../core/score.h"
+#include "../core/visible/ranges.h"
 #include "convert.h"
 #include "product.h"
 
@@ -43,7 +44,8 @@ struct Head {
   const Problem& problem;
   Sequence sequence;
   Band band;
-  int32_t head;  // the first query head
+  RowRanges ranges;  // of the first query head and those after it
+  int32_t head;      // the first query head
   Rows query, key, value;
   // S = query_sign q·k. Without score options the score is softmax_scale · S; with them it is what
   // finish_scores makes of S. The scale stays out of S and its maximum, so that a large scale does not
@@ -56,7 +58,12 @@ struct Head {
   int64_t leading;
 
   Head(const Problem& p, int64_t leading_, const Sequence& s, int32_t head_)
-      : problem(p), sequence(s), band(make_band(p, leading_, s)), head(head_), leading(leading_) {
+      : problem(p),
+        sequence(s),
+        band(make_band(p, leading_, s)),
+        ranges(row_ranges(p, leading_, s, head_)),
+        head(head_),
+        leading(leading_) {
     query = rows(p.query, p.head_dim, s.q_begin, head);
     key = keys(p.key, p.head_dim, p.k_scale, __builtin_nanf(""));
     value = keys(p.value, p.value_dim, p.v_scale, 0.0f);
@@ -102,6 +109,20 @@ struct Head {
     return view.as<const float>()[view.leading_offset(problem.leading, leading) + offset];
   }
 
+  // What a row sees of an interval of keys, segments, masks and bias aside.
+  JF_HD SeenKeys seen(Row row, Interval keys) const {
+    return ranges.seen(row.head - head, row.position, intersect(band.row(row.position), keys));
+  }
+
+  // The same of rows [begin, end) at `heads` query heads.
+  JF_HD SeenByRows seen(QueryRange rows, Interval keys) const {
+    return seen_by_rows(band, ranges, rows, keys);
+  }
+  JF_HD Interval seen_by_any(QueryRange rows, Interval keys) const {
+    return jax_flash::seen_by_any(band, ranges, rows, keys);
+  }
+  JF_HD Interval seen_by_any(QueryRange rows) const { return seen_by_any(rows, {0, band.k_len}); }
+
   // lse or delta of the head, from row 0 of the sequence.
   JF_HD float* row_statistic(const View& view) const {
     return view.as<float>() + view.leading_offset(problem.leading, leading) +
@@ -110,12 +131,12 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // Whether S is not yet what the softmax takes. `mixed`: segments or the draft mask may hide some of the
-  // keys.
+  // Whether S is not yet what the softmax takes. `mixed`: segments, the draft mask or
+  // a hole between two ranges may hide some of the keys.
   JF_HD bool must_finish(bool mixed) const { return has_options || mixed; }
 
   // Defined in scores.h. Overwrites S[c], the score of key j0 + c, with the final score on the whole
-  // vectors around `visible`, -inf where masked. Without `mixed`, segments and draft mask hide none of these
+  // vectors around `visible`, -inf where masked. Without `mixed`, nothing of that kind hides any of these
   // keys. Stores the derivative of the softcap, if there is one, to `slopes` unless that is null. Returns the
   // maximum, lane by lane.
   Float finish_scores(Row row, int32_t j0, Columns visible, bool mixed, float* s, float* slopes) const;

@@ -50,7 +50,7 @@ static bool sees(const Head& head, Row row, int32_t j) {
   const auto segment = [&](const View& ids, int32_t at) {
     return *reinterpret_cast<const int32_t*>(element(head, ids, ids.offset(z, 0, at), 4));
   };
-  if (!head.band.row(i).contains(j)) return false;
+  if (!head.seen(row, {0, head.band.k_len}).contains(j)) return false;
   if (p.q_segment_ids && segment(p.q_segment_ids, i) != segment(p.kv_segment_ids, j)) return false;
   if (p.mask && !*element(head, p.mask, p.mask.offset(z, row.head, i, j), 1)) return false;
   if (p.bias) {

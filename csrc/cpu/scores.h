@@ -69,7 +69,8 @@ enum ScoreOption {
   kMask = 16,
   kSegments = 32,
   kDraft = 64,
-  kAnyOptions = 127
+  kHole = 128,
+  kAnyOptions = 255
 };
 
 // The score options of one row; pointers are those of column 0. The final score is that of core/score.h for
@@ -91,8 +92,9 @@ struct ScoreRow {
   int32_t id = 0;
   const uint8_t* draft = nullptr;  // of the row's first new token,
   int32_t first_draft = 0;         // which is in this column
+  Columns hole{0, 0};  // between the row's two ranges
 
-  // Without `mixed`, segments and draft mask hide nothing.
+  // Without `mixed`, segments, draft mask and holes hide nothing.
   ScoreRow(const Head& head, Row row, int32_t j0, bool mixed) {
     const Problem& p = head.problem;
     const int32_t sequence = head.sequence.index, i = row.position;
@@ -139,6 +141,11 @@ struct ScoreRow {
       first_draft = head.draft.first - j0;
       options |= kDraft;
     }
+    if (head.ranges.two && mixed) {
+      const Interval keys = head.seen(row, {0, head.band.k_len}).hole;
+      hole = {keys.lo - j0, keys.hi - j0};
+      if (!hole.empty()) options |= kHole;
+    }
     if (constant != 0.0f) options |= kConstant;
   }
 
@@ -183,6 +190,7 @@ struct ScoreRow {
       const ColumnVector<false, 1> flags(draft - first_draft, c, drafts);
       x = (load_bytes(flags.data) != 0) | (column < first_draft) ? x : broadcast(kNegInf);
     }
+    if (has<kOptions, kHole>()) x = (column < hole.lo) | (column >= hole.hi) ? x : broadcast(kNegInf);
     if constexpr (!inner) x = (column >= visible.lo) & (column < visible.hi) ? x : broadcast(kNegInf);
     return x;
   }
@@ -243,6 +251,8 @@ inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, bool mixe
       return finish_row<kSegments>(options, visible, s, slopes);
     case kDraft:
       return finish_row<kDraft>(options, visible, s, slopes);
+    case kHole:
+      return finish_row<kHole>(options, visible, s, slopes);
     default:
       return finish_row<kAnyOptions>(options, visible, s, slopes);
   }

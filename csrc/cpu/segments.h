@@ -68,16 +68,19 @@ struct RowSegments {
   }
 };
 
-// Sets what segments leave of a tile of keys to each of `count` tiles of queries. Returns whether any is
-// left.
+// Sets what segments and ranges leave of a tile of keys to each of `count` tiles of queries. Returns the keys
+// that any of them may see; without segments and ranges these are all.
 template <class QueryRows>
-JF_INLINE bool trim_to_segments(QueryRows* tiles, int32_t count, Interval keys) {
-  bool any = false;
+JF_INLINE Interval trim_to_seen(const Head& head, QueryRows* tiles, int32_t count, Interval keys) {
+  Interval any{0, 0};
   for (int32_t i = 0; i < count; ++i) {
-    tiles[i].keys = tiles[i].segments.trim(keys);
-    any |= !tiles[i].keys.empty();
+    const RowTile& tile = *tiles[i].tile;
+    tiles[i].keys = keys;
+    if (head.ranges) tiles[i].keys = head.seen_by_any({tile.begin, tile.end, tile.heads}, keys);
+    tiles[i].keys = tiles[i].segments.trim(tiles[i].keys);
+    any = hull_of(any, tiles[i].keys);
   }
-  return any;
+  return head.ranges || any.empty() ? any : keys;
 }
 
 }  // namespace jax_flash::JF_ISA

@@ -23,8 +23,8 @@ struct Softmax {
 };
 
 // A block of rows in a tile of keys: `used` are the columns that any of the rows may see, `unmasked` the
-// panels that every row sees entirely, segments and draft mask aside. `mixed`: these may hide some of the
-// used ones.
+// panels that every row sees entirely, segments and draft mask aside. `mixed`: these, or holes between two
+// ranges, may hide some of the used ones.
 struct BlockColumns {
   Columns used{0, 0}, unmasked{0, 0};
   bool mixed = false;
@@ -38,9 +38,9 @@ struct KeyRange {
   int32_t begin;
 };
 
-// The columns of a block's `used` that its row at position i sees; column 0 is key j0.
-JF_INLINE Columns visible_columns(const Band& band, int32_t i, int32_t j0, const BlockColumns& block) {
-  const Interval keys = intersect(band.row(i), {j0 + block.used.lo, j0 + block.used.hi});
+// From the first to the last of a block's `used` columns that one of its rows sees; column 0 is key j0.
+JF_INLINE Columns visible_columns(const Head& head, Row row, int32_t j0, const BlockColumns& block) {
+  const Interval keys = head.seen(row, {j0 + block.used.lo, j0 + block.used.hi}).hull;
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
@@ -48,20 +48,20 @@ JF_INLINE Columns visible_columns(const Band& band, int32_t i, int32_t j0, const
 // whether any block sees a key.
 JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32_t heads, KeyRange range,
                              BlockColumns* columns) {
-  const Band& band = head.band;
   const int32_t j0 = range.begin;
   bool any = false;
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t first = i0 + b * kBlockRows / heads, end = i0 + ((b + 1) * kBlockRows + heads - 1) / heads;
-    const Interval in_band = intersect(band.rows(first, end), range.keys);
-    const RowSegments segments(head, first, end);
-    const Interval keys = segments.trim(in_band);
     columns[b] = {};
+    const SeenByRows seen = head.seen(QueryRange{first, end, heads}, range.keys);
+    if (seen.any.empty()) continue;
+    const RowSegments segments(head, first, end);
+    const Interval keys = segments.trim(seen.any);
     if (keys.empty()) continue;
     any = true;
     columns[b].used = {keys.lo - j0, keys.hi - j0};
-    columns[b].mixed = segments.differ_from(keys) || head.draft.reaches(keys.hi);
-    const Interval all = intersect(band.common(first, end), keys);
+    columns[b].mixed = segments.differ_from(keys) || head.draft.reaches(keys.hi) || seen.holes;
+    const Interval all = intersect(seen.all, keys);
     columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
     const int32_t lo = columns[b].panels().lo;
     if (all.empty() || columns[b].unmasked.empty()) columns[b].unmasked = {lo, lo};
@@ -112,7 +112,7 @@ struct SoftmaxShift {
 JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const BlockColumns& block, float* s,
                                Float lane_max, Softmax& state, SoftmaxShift& shifts, int32_t r) {
   const int32_t j0 = range.begin;
-  const Columns visible = visible_columns(head.band, row.position, j0, block), all = block.panels();
+  const Columns visible = visible_columns(head, row, j0, block), all = block.panels();
   if (head.must_finish(block.mixed)) {
     const Columns whole = visible.empty() ? Columns{all.hi, all.hi} : vectors(visible);
     fill(s + all.lo, whole.lo - all.lo, kNegInf);

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../core/band.h"
 #include "../core/split.h"
+#include "../core/visible/ranges.h"
 #include "plan.h"
 
 namespace jax_flash {
@@ -83,7 +83,9 @@ class Splits {
   }
   int64_t per_entry() const { return grid_.slots() * grid_.heads(); }
   Interval keys_of(const RowTile& tile) const {
-    return make_band(problem_, tile.leading, tile.sequence).rows(tile.begin, tile.end);
+    return seen_by_any(make_band(problem_, tile.leading, tile.sequence),
+                       row_ranges(problem_, tile.leading, tile.sequence, tile.head),
+                       {tile.begin, tile.end, tile.heads}, {0, tile.sequence.k_len});
   }
   static double cost_of_key(const RowTile& tile) { return kCostOfLoading + tile.rows(); }
   static double cost(const RowTile& tile, Interval keys) { return cost_of_key(tile) * keys.size(); }

@@ -42,7 +42,7 @@ struct TangentKeys {
 struct TangentTile {
   const RowTile* tile;
   RowSegments segments;
-  Interval keys;  // of the tile of keys, what segments leave
+  Interval keys;  // of the tile of keys, what segments and ranges leave
   int32_t rows, blocks;
   Word* q;
   float* sum;
@@ -138,11 +138,12 @@ class TangentLoop {
       fill(reinterpret_cast<float*>(x.r), x.rows * kLanes, 0.0f);
     }
     const RowTile &first = *tiles_[0].tile, &last = *tiles_[count_ - 1].tile;
-    const Interval keys = head_.band.rows(min(first.begin, last.begin), max(first.end, last.end));
+    const Interval keys =
+        head_.seen_by_any({min(first.begin, last.begin), max(first.end, last.end), first.heads});
     // Tiles of keys begin at multiples of kTangentN, whichever query tiles run together.
     for (int32_t j0 = round_down(keys.lo, kTangentN); j0 < keys.hi; j0 += kTangentN) {
-      const Interval tile = intersect(keys, {j0, j0 + kTangentN});
-      if (!trim_to_segments(tiles_, count_, tile)) continue;
+      const Interval tile = trim_to_seen(head_, tiles_, count_, intersect(keys, {j0, j0 + kTangentN}));
+      if (tile.empty()) continue;
       pack(tile, leaves_out_odd);
       for (int32_t i = 0; i < count_; ++i) attend(tiles_[i]);
     }
@@ -237,7 +238,7 @@ class TangentLoop {
     const int32_t j0 = keys_.range.begin;
     float *s = s_ + r * kTangentRow, *t = t_ + r * kTangentRow;
     RowBuffer slopes, tbias, keep;
-    TangentRow own{visible_columns(head_.band, row.position, j0, block),
+    TangentRow own{visible_columns(head_, row, j0, block),
                    lse_of(row),
                    __builtin_fabsf(p.spec.scale),
                    nullptr,

@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack, overload
 from jax import Array
 
 from ..autodiff import attend
+from ..masks import Mask
 from ..options import (
     Align,
     ArrayLike,
@@ -56,6 +57,7 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
     batch_invariant: bool = False,
     k_scale: ArrayLike | None = None,
     v_scale: ArrayLike | None = None,
+    mask: Mask | None = None,
     draft_mask: ArrayLike | None = None,
     value_dim: int | None = None,
     causal: bool = False,
@@ -90,6 +92,9 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         are; not with `implementation="xla"`.
       k_scale, v_scale: float32 `[hk]` or, by page, `[p, hk]`, only for float8 pools, where value = stored · scale;
         1 by default. Scales of pages that are not read may hold anything.
+      mask: a value of `jax_flash.masks`. Row 0 is the first of the call's queries, whatever the cache holds: a diagonal
+        that moves with it is `masks.window(left, 0, offset=kv_lengths - sq)`. Arrays are `[n, hq | 1, sq]`, or
+        `[hq | 1, tq]` with cu_seqlens_q.
       draft_mask: boolean `[n, sq, sq]`, or `[1, sq, sq]` for all sequences, for the token trees of speculative
         decoding (Medusa, EAGLE): whether new token a, query row a, sees new token b, key `kv_lengths[i] − sq + b`. The
         keys before the new tokens are visible as without it. It hides and never uncovers: with causal=True a token sees
@@ -134,6 +139,7 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         batch_invariant=batch_invariant,
         k_scale=k_scale,
         v_scale=v_scale,
+        mask=mask,
         draft_mask=draft_mask,
         value_dim=value_dim,
         causal=causal,

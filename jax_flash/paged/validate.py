@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .. import mask_operands
 from .._jax import same_dim
 from ..checker import Checker
 from ..operands import APPEND_OPTIONAL
@@ -69,6 +70,9 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
         batch_invariant=invariant,
         value_dim=value_dim,
     )
+    if arguments.mask is not None:
+        mask = mask_operands.require_mask(check, arguments.mask)
+        spec = mask_operands.apply(check, mask, spec, operands)
     return spec, operands
 
 

@@ -15,7 +15,15 @@ import numpy as np
 
 from ..spec import UNLIMITED, AttentionSpec, Ring
 
-_PLACED = ("q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout")  # what goes by positions
+_PLACED = (
+    "q_lengths",
+    "kv_lengths",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "dropout",
+    "ranges",
+)  # what goes by positions
 _ALIGNMENT = 64  # of cuts: kernels load whole tiles
 HALVED = 4096  # queries of a shard from which on half of them take longer than a transfer is started
 

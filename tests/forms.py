@@ -1,0 +1,212 @@
+"""Every form of jax_flash.masks with random arrays, and what it shows by its definition, in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import masks
+
+Sees = Callable[
+    [int, Any, Any, Any], Any
+]  # (sequence, heads [h, 1, 1], rows [1, s, 1], keys [1, 1, s]) → booleans
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The rows and the keys of each batch entry or sequence, as far as lengths leave them; `rows` and `keys` are the
+    dimensions of the arrays, and `tokens` those of packed queries."""
+
+    lengths: tuple[tuple[int, int], ...]
+    heads: int
+    rows: int
+    keys: int
+    starts: tuple[int, ...] = ()  # of packed sequences
+    tokens: int = 0
+    packed: bool = False
+
+    def per_row(self, x: np.ndarray) -> np.ndarray:
+        """[n, …, rows] as a call takes it: packed, [h, tokens]."""
+        if not self.packed:
+            return x
+        made = np.zeros((*x.shape[1:-1], self.tokens), x.dtype)
+        for z, (start, (rows, _)) in enumerate(zip(self.starts, self.lengths)):
+            made[..., start : start + rows] = x[z, ..., :rows]
+        return made
+
+
+def _int32(x: Any) -> Any:
+    return jnp.asarray(x, jnp.int32)
+
+
+def _causal(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    offset = rng.integers(-3, 9, len(s.lengths))
+    return masks.causal(_int32(offset)), lambda z, h, i, j: j <= i + offset[z]
+
+
+def _band(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    left, right, offset = (int(rng.integers(*x)) for x in ((0, 30), (0, 9), (-4, 9)))
+    return masks.window(
+        left, right, offset
+    ), lambda z, h, i, j: (i + offset - left <= j) & (j <= i + offset + right)
+
+
+def _window(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    left, offset = rng.integers(0, 30, len(s.lengths)), rng.integers(0, 20, len(s.lengths))
+    mask = masks.window(_int32(left), None, _int32(offset))
+    return mask, lambda z, h, i, j: i + offset[z] - left[z] <= j
+
+
+def _ranges(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    heads = s.heads if rng.random() < 0.5 else 1
+    limits = rng.integers(-2, s.keys + 3, (4, len(s.lengths), heads, s.rows))
+    a, b, c, d = limits
+    if rng.random() < 0.5:  # the same for some rows
+        a, b, c, d = (np.repeat(x[..., ::16], 16, -1)[..., : s.rows] for x in limits)
+    lo, hi, begin, end = (_int32(s.per_row(x)) for x in (a, b, c, d))
+
+    def sees(z: int, h: Any, i: Any, j: Any) -> Any:
+        own = [x[z][np.minimum(h, heads - 1), i] for x in (a, b, c, d)]
+        return ((own[0] <= j) & (j < own[1])) | ((own[2] <= j) & (j < own[3]))
+
+    return masks.ranges(lo, hi) | masks.ranges(begin, end), sees
+
+
+def _prefix(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    lengths = rng.integers(0, s.keys + 3, len(s.lengths))
+    return masks.prefix_lm(_int32(lengths)), lambda z, h, i, j: (j <= i) | (j < lengths[z])
+
+
+def _spans(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    ids = np.repeat(rng.integers(-1, 3, (len(s.lengths), -(-s.rows // 5))), 5, -1)[:, : s.rows]
+
+    def sees(z: int, h: Any, i: Any, j: Any) -> Any:
+        run = np.cumsum(np.diff(ids[z], prepend=-9) != 0)  # the number of each row's run
+        known = s.lengths[z][0] if s.packed else s.rows
+        own = run[np.minimum(j, s.rows - 1)] == run[i]
+        return (j <= i) | ((ids[z][i] >= 0) & own & (j < known))
+
+    return masks.bidirectional_spans(_int32(s.per_row(ids))), sees
+
+
+def _chunked(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    size = int(rng.integers(1, 40))
+    return masks.chunked(size), lambda z, h, i, j: (j <= i) & (i // size == j // size)
+
+
+def _first(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    first, left = int(rng.integers(0, 9)), int(rng.integers(0, 20))
+    mask = masks.first_and_window(first, left)
+    return mask, lambda z, h, i, j: (j <= i) & ((j < first) | (j >= i - left))
+
+
+def _diffusion(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    block = int(rng.integers(1, 12))
+
+    def sees(z: int, h: Any, i: Any, j: Any) -> Any:
+        n = s.lengths[z][1] // 2
+        noised = np.where(j < n, i // block == j // block, (j - n) // block < i // block)
+        return np.where(
+            i < n, noised & (j < 2 * n), (j >= n) & ((j - n) // block <= (i - n) // block) & (j < 2 * n)
+        )
+
+    return masks.block_diffusion(block), sees
+
+
+def _either(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    (a, in_a), (b, in_b) = _chunked(rng, s), _prefix(rng, s)
+    return a | b, lambda z, h, i, j: in_a(z, h, i, j) | in_b(z, h, i, j)
+
+
+def _positions(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    n = len(s.lengths)
+    q, k = (
+        rng.integers(0, 2 * s.keys + 1, (n, s.rows)),
+        np.sort(rng.integers(0, 2 * s.keys + 1, (n, s.keys)), -1),
+    )
+    left = int(rng.integers(0, 2 * s.keys + 1))
+    mask = masks.by_position(_int32(q), _int32(k), window=(left, None))
+    return mask, lambda z, h, i, j: (k[z][j] <= q[z][i]) & (k[z][j] >= q[z][i] - left)
+
+
+def _segments(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    q, k = (rng.integers(0, 3, (len(s.lengths), size)) for size in (s.rows, s.keys))
+    return masks.segments(_int32(q), _int32(k)), lambda z, h, i, j: q[z][i] == k[z][j]
+
+
+def _dense(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    x = rng.random((len(s.lengths), 1, s.rows, s.keys)) < 0.7
+    return masks.dense(jnp.asarray(x)), lambda z, h, i, j: x[z][0][i, j]
+
+
+FORMS: dict[str, Callable[[Any, Sizes], tuple[masks.Mask, Sees]]] = {
+    "causal": _causal, "band": _band, "window": _window, "ranges": _ranges, "prefix": _prefix, "spans": _spans,
+    "chunked": _chunked, "first": _first, "diffusion": _diffusion, "either": _either, "positions": _positions,
+    "segments": _segments, "dense": _dense,
+}  # fmt: skip
+TWO_RANGES = {"ranges", "first", "diffusion", "either"}  # of which `&` takes one
+FIXED_ONLY = {"positions", "segments", "dense"}
+
+
+def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np.ndarray]]:
+    """The mask that all these forms leave, and for each sequence what it shows, [h, rows, keys] with its lengths."""
+    rng = np.random.default_rng(seed)
+    made = [FORMS[name](rng, s) for name in names]
+    mask = made[0][0]
+    for other, _ in made[1:]:
+        mask = mask & other
+    shown = []
+    for z, (rows, keys) in enumerate(s.lengths):
+        place = np.ogrid[: s.heads, :rows, :keys]
+        seen = np.ones((s.heads, rows, keys), bool)
+        for _, sees in made:
+            seen = seen & sees(z, *place)
+        shown.append(seen)
+    return mask, shown
+
+
+def as_ranges(seen: np.ndarray) -> np.ndarray:
+    """The limits […, rows, 4] of the two runs that each row has at most."""
+    edges = np.diff(seen.astype(np.int8), axis=-1, prepend=0, append=0)
+    found = np.zeros((*seen.shape[:-1], 4), np.int32)
+    for place in np.ndindex(*seen.shape[:-1]):
+        limits = np.flatnonzero(edges[place])
+        assert limits.size <= 4
+        found[(*place, slice(limits.size))] = limits
+    return found
+
+
+def of_case(case: Any) -> tuple[masks.Mask, dict[str, Any]]:
+    """The mask of a Case as a value, and as an operand of the oracle: an array of all pairs, or packed the limits of
+    ranges, made without the library."""
+    lengths = _sequence_lengths(case)
+    if case.layout == "fixed":
+        mask, shown = make(case.forms, Sizes(lengths, case.hq, case.sq, case.sk), case.form_seed)
+        array = np.zeros((case.b, case.hq, case.sq, case.sk), bool)
+        for z, (nq, nk) in enumerate(lengths):
+            array[z, :, :nq, :nk] = shown[z]
+        return mask, {"mask": jnp.asarray(array)}
+    rows, keys = zip(*lengths) if lengths else ((), ())
+    starts = tuple(int(x) for x in np.concatenate([[0], np.cumsum(rows)])[:-1])
+    tokens = sum(rows) + case.padding[0]
+    sizes = Sizes(lengths, case.hq, max(rows, default=0), max(keys, default=0), starts, tokens, packed=True)
+    mask, shown = make(case.forms, sizes, case.form_seed)
+    limits = np.zeros((case.hq, tokens, 4), np.int32)
+    for start, nq, seen in zip(starts, rows, shown):
+        limits[:, start : start + nq] = as_ranges(seen)
+    return mask, {"ranges": jnp.asarray(limits)}
+
+
+def _sequence_lengths(case: Any) -> tuple[tuple[int, int], ...]:
+    """The rows and the keys in use of each batch entry or sequence."""
+    if case.layout == "fixed":
+        pairs = ((case.q_lengths, case.sq), (case.kv_lengths, case.sk))
+        found = [[min(max(n, 0), size) for n in given or [size] * case.b] for given, size in pairs]
+        return tuple(zip(*found))
+    keys = case.q_sequences if case.k_sequences is None else case.k_sequences
+    used = keys if case.kv_lengths is None else (min(k, max(n, 0)) for k, n in zip(keys, case.kv_lengths))
+    return tuple(zip(case.q_sequences, used))

@@ -1,0 +1,266 @@
+"""Masks as values in calls: every form in every layout against the oracle, and drawn by attention itself."""
+
+from functools import partial
+
+import checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FORMS, VARLEN, Case, varlen
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from pages import paged
+from test_masks import draw, draw_packed
+
+import jax_flash
+from jax_flash import flash_attention, flash_attention_varlen, masks, validate
+from jax_flash.flax import attention_fn
+from jax_flash.options import FixedArguments
+
+OF_FORMS = FORMS + tuple(case for case in VARLEN if case.forms)
+
+
+@pytest.mark.parametrize("case", OF_FORMS, ids=lambda case: case.name)
+def test_a_mask_shows_what_its_definition_says(case, implementation):
+    checks.check(case, implementation)
+
+
+PICTURES = {
+    "causal with an offset": masks.causal(1),
+    "window": masks.window(2, 1),
+    "ranges": masks.ranges([0, 2, 1, 3, 0, 6, 2], [2, 5, 1, 4, 7, 9, 3]),
+    "two ranges": masks.ranges([0] * 7, [1, 2, 1, 2, 1, 2, 1]) | masks.ranges([3, 4, 5, 6, 2, 2, 1], [7] * 7),
+    "prefix": masks.prefix_lm(3),
+    "spans": masks.bidirectional_spans([[-1, 4, 4, 4, -1, 2, 2]]),
+    "chunks": masks.chunked(3),
+    "first and window": masks.first_and_window(1, 1),
+    "diffusion": masks.block_diffusion(2),
+    "segments": masks.segments([[0, 0, 1, 1, 1, 2, 2]]),
+    "segments in chunks": masks.chunked(4) & masks.segments([[0, 0, 1, 1, 1, 2, 2]]),
+    "positions": masks.by_position([[0, 0, 1, 2, 3, 4, 5]], [[0, 1, 1, 2, 4, 4, 5]]),
+    "a function": masks.from_function(lambda b, h, i, j: (i + j) % 3 > 0, 7, 7),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_attention_draws_the_mask(name, implementation):
+    assert draw(implementation, mask=PICTURES[name], s_q=7, s_k=7) == PICTURES[name].picture(7, 7)
+
+
+def test_a_mask_and_the_calls_own_options_both_hold(implementation):
+    picture = partial(draw, implementation, s_q=4, s_k=4)
+    assert picture(mask=masks.prefix_lm(3), window=(1, None)) == ["###.", "###.", ".##.", "..##"]
+    assert picture(mask=masks.prefix_lm(3), causal=True) == ["#...", "##..", "###.", "####"]
+    ids = jnp.array([[0, 1, 1, 0]])
+    assert picture(mask=masks.causal(), segment_ids=ids) == ["#...", ".#..", ".##.", "#..#"]
+    assert picture(mask=masks.segments(ids), segment_ids=jnp.array([[0, 0, 1, 1]])) == [
+        "#...",
+        ".#..",
+        "..#.",
+        "...#",
+    ]
+
+
+def test_packed_sequences_count_from_their_own_first_key(implementation):
+    picture = partial(draw_packed, implementation, q=[0, 3, 7])
+    assert picture(mask=masks.prefix_lm(jnp.array([2, 3], jnp.int32))) == [
+        "##.....", "##.....", "###....", "...###.", "...###.", "...###.", "...####",
+    ]  # fmt: skip
+    assert picture(mask=masks.chunked(2)) == [
+        "#......", "##.....", "..#....", "...#...", "...##..", ".....#.", ".....##",
+    ]  # fmt: skip
+    spans = masks.bidirectional_spans([5, 5, 5, 5, 5, -1, -1])
+    assert picture(mask=spans)[2:5] == ["###....", "...##..", "...##.."]
+
+
+@pytest.mark.parametrize("form", ["causal", "band", "window", "ranges", "prefix", "spans", "first", "either"])
+@pytest.mark.parametrize("tokens", [2, 24])
+def test_paged_calls_take_masks(form, tokens, implementation):
+    fixed = Case("pages", b=3, sq=tokens, sk=70, kv_lengths=(70, 3, 41), forms=(form,))
+    packed = varlen("pages", (tokens, 1, tokens), k_sequences=(70, 3, 41), forms=(form,), causal=True)
+    for case in (fixed, packed):
+        call = paged(case)
+        out, lse = call.call(implementation)({})
+        right, _ = checks.references(case)
+        checks.oracle.assert_out(np.asarray(out), right.out, right.out)
+        checks.oracle.assert_lse(np.asarray(lse), right.lse)
+
+
+# --- JAX -----------------------------------------------------------------------------------------------------------
+
+B, S, H, D = 2, 48, 4, 16
+X = [jax.random.normal(jax.random.key(n), (B, S, H if n == 0 else 2, D)) for n in range(3)]
+
+
+def loss(q, k, v, mask, implementation):
+    return (flash_attention(q, k, v, mask=mask, implementation=implementation) ** 2).sum()
+
+
+def test_a_scan_may_mix_local_and_global_layers(implementation):
+    lefts = jnp.array([3, 2**30, 7], jnp.int32)
+
+    def layer(x, left):
+        return x + flash_attention(x, *X[1:], mask=masks.window(left, 0), implementation=implementation), None
+
+    @jax.jit
+    def net(x):
+        return jax.lax.scan(jax.checkpoint(layer), x, lefts)[0]
+
+    x = X[0]
+    for left in (3, None, 7):
+        x = x + flash_attention(
+            x, *X[1:], causal=True, window=(left, None), align="top_left", implementation=implementation
+        )
+    np.testing.assert_allclose(net(X[0]), x, rtol=1e-5, atol=1e-5)
+    assert np.isfinite(jax.grad(lambda x: net(x).sum())(X[0])).all()
+
+
+def test_a_mask_is_vmapped_like_an_array(implementation):
+    lengths = jnp.array([[5, 20], [40, 1], [9, 9]], jnp.int32)
+    several = jax.vmap(lambda n: jax.grad(loss)(*X, masks.prefix_lm(n), implementation))(lengths)
+    as_values = jax.vmap(lambda m: jax.grad(loss)(*X, m, implementation))(jax.vmap(masks.prefix_lm)(lengths))
+    for n, one, other in zip(lengths, several, as_values):
+        wanted = jax.grad(loss)(*X, masks.prefix_lm(n), implementation)
+        np.testing.assert_allclose(one, wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(other, wanted, rtol=1e-5, atol=1e-5)
+
+
+MESHES = {"batch and heads": P("x", None, "y"), "sequence": P(None, "x"), "batch and sequence": P("y", "x")}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_ranges_are_split_with_the_rows_that_they_belong_to(name, implementation):
+    mesh = Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("x", "y"))
+    sharding = NamedSharding(mesh, MESHES[name])
+    arrays = [jax.device_put(x, sharding) for x in X]
+    mask = masks.prefix_lm(jnp.array([30, 7], jnp.int32)) & masks.first_and_window(3, 11)
+    run = jax.jit(jax.value_and_grad(partial(loss, implementation=implementation), (0, 1, 2)))
+    got, wanted = run(*arrays, mask), run(*X, mask)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+RINGED = {
+    "prefix": masks.prefix_lm(jnp.array([30, 7], jnp.int32)),
+    "band": masks.window(5, 2),
+    "chunks": masks.chunked(10),
+    "first": masks.first_and_window(3, 11),
+}
+
+
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
+@pytest.mark.parametrize("name", [*RINGED, "spans", "positions", "ranges"])
+def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
+    shard = P(None, "x")
+    ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)
+    position = jnp.asarray(np.arange(S)[None] // 2, jnp.int32)
+    rng = np.random.default_rng(0)
+    lo, hi = (jnp.asarray(rng.integers(0, S, (B, 1, S)), jnp.int32) for _ in range(2))
+    make, arrays, specs = {
+        "spans": (masks.bidirectional_spans, (ids,), (shard,)),
+        "positions": (masks.by_position, (position, position), (shard, shard)),
+        "ranges": (masks.ranges, (lo, hi), (P(None, None, "x"),) * 2),
+    }.get(name, (lambda: RINGED[name], (), ()))
+
+    def local(q, k, v, *arrays):
+        call = partial(jax_flash.ring_attention, axis_name="x", order=order, mode=mode)
+        return call(q, k, v, mask=make(*arrays), implementation=implementation)
+
+    ring = jax.shard_map(local, mesh=mesh, in_specs=(shard,) * 3 + specs, out_specs=shard)
+    permute = partial(jax_flash.zigzag_permute, devices=2) if order == "zigzag" else lambda x, axis=1: x
+    back = partial(jax_flash.zigzag_unpermute, devices=2) if order == "zigzag" else lambda x: x
+
+    def through_ring(q, k, v):
+        return back(ring(*map(permute, (q, k, v)), *(permute(x, axis=x.ndim - 1) for x in arrays)))
+
+    def whole(q, k, v):
+        return flash_attention(q, k, v, mask=make(*arrays), implementation="xla")
+
+    def with_gradients(run):
+        out, pullback = jax.vjp(run, *X)
+        return out, *pullback(jnp.cos(out))
+
+    for got, wanted in zip(jax.jit(lambda: with_gradients(through_ring))(), with_gradients(whole)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+# --- functions -----------------------------------------------------------------------------------------------------
+
+
+def test_other_interfaces_take_masks(implementation):
+    mask = masks.prefix_lm(jnp.array([30, 7], jnp.int32))
+    wanted = flash_attention(*X, mask=mask, implementation="xla")
+    for call in (jax_flash.dot_product_attention, attention_fn):
+        np.testing.assert_allclose(
+            call(*X, mask=mask, implementation=implementation), wanted, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("case", OF_FORMS, ids=lambda case: case.name)
+def test_flops_count_what_a_mask_shows(case):
+    inputs = checks.make_inputs(case)
+    call = flash_attention if case.layout == "fixed" else flash_attention_varlen
+    counted = jax_flash.flops(call, *inputs.positional.values(), **inputs.keywords, **case.options)
+    static = checks.oracle.spec(case, inputs)
+    pairs = checks.oracle.equations.visible_pairs(static, checks.oracle.operands(inputs))
+    assert counted == 2 * (case.d + case.dv) * pairs
+
+
+def spec_of(mask, **options):
+    arguments = FixedArguments(query=X[0], key=X[1], value=X[2], mask=mask, **options)
+    return validate.fixed("flash_attention", arguments)[0]
+
+
+def test_a_band_of_numbers_is_the_calls_own_band():
+    for mask, left, right in (
+        (masks.causal(), -1, 0),
+        (masks.causal(3), -1, 3),
+        (masks.window(5, 2, 1), 4, 3),
+        (masks.causal() & masks.window(4), 4, 0),
+    ):
+        spec = spec_of(mask)
+        assert (spec.left, spec.right, spec.align, spec.operands) == (left, right, "top_left", ())
+    assert spec_of(masks.causal(-1)).operands == ("ranges",)
+    assert spec_of(masks.causal(), window=(4, None)).operands == ("ranges",)
+    assert spec_of(masks.causal(), alibi_slopes=np.ones(H, np.float32)).operands == ("alibi_slopes", "ranges")
+    spec = spec_of(masks.causal(), window=(4, 2), align="top_left")
+    assert (spec.left, spec.right, spec.operands) == (4, 0, ())
+
+
+def test_cuda_says_what_it_lacks():
+    run = jax.jit(partial(loss, mask=masks.chunked(4), implementation=None))
+    with pytest.raises(NotImplementedError, match="no CUDA kernel was built that reads the ranges"):
+        run.trace(*X).lower(lowering_platforms=("cuda",))
+
+
+I = partial(np.zeros, dtype=np.int32)  # noqa: E741
+PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: flash_attention(*X, mask=masks.prefix_lm(I(3))), ValueError,
+         r"flash_attention: mask's lengths must broadcast to \[b\] = \(2,\), got shape \(3,\)"),
+        (lambda: flash_attention(*X, mask=masks.bidirectional_spans(I((1, 5)))), ValueError,
+         r"mask's span ids must broadcast to \[b sq\] = \(2, 48\), got shape \(1, 5\)"),
+        (lambda: flash_attention(*X, mask=masks.ranges(I((3, 48)), I(48))), ValueError,
+         r"mask's lo must broadcast to \[b hq sq\] = \(2, 4, 48\), got shape \(3, 48\)"),
+        (lambda: flash_attention(*X, mask=masks.by_position(I((1, 48)), I((1, 4)))), ValueError,
+         r"mask's kv_positions must broadcast to \[b sk\] = \(2, 48\)"),
+        (lambda: flash_attention(*X, mask=masks.dense(np.ones((1, 1, 1, 4), bool))), ValueError,
+         r"mask's dense array must broadcast to"),
+        (lambda: flash_attention(*X, mask=masks.blocks(I((1, 1, 3, 1)), (16, 16))), NotImplementedError,
+         r"masks\.blocks\(…\), which no implementation has yet; masks\.dense\(…\) takes any mask"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I((1, S)))), NotImplementedError,
+         r"flash_attention_varlen: mask has masks\.segments\(…\), which is for flash_attention"),
+        (lambda: flash_attention_varlen(*PACKED, mask=np.ones((S, S), bool)), TypeError,
+         r"mask must be a value of jax_flash\.masks, got ndarray"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_mask(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
