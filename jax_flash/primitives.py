@@ -131,11 +131,6 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
-    if platform == "cuda" and "ranges" in spec.operands:
-        raise NotImplementedError(
-            f"jax_flash {pass_.name}: no CUDA kernel was built that reads the ranges of a mask of jax_flash.masks; "
-            'implementation="xla" and "cpu" do, and a boolean array runs everywhere'
-        )
     if platform == "cpu":
         require_cpu(f"jax_flash {pass_.name}")
     else:

@@ -160,7 +160,7 @@ def test_a_block_per_tile_of_the_bias():
 def test_options_that_change_scores_take_the_general_kernel():
     assert not plan()["general"]
     assert not plan(operands=("q_lengths", "kv_lengths", "sinks"))["general"]
-    for name in ("mask", "bias", "alibi_slopes", "dropout", "q_segment_ids"):
+    for name in ("mask", "bias", "alibi_slopes", "dropout", "q_segment_ids", "ranges"):
         assert plan(operands=(name,))["general"]
     assert plan(softcap=3.0)["general"]
     assert plan(scale=-1.0)["general"]
@@ -181,14 +181,22 @@ def test_a_repeatable_backward_has_a_kernel_over_queries_instead_of_an_accumulat
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("pass_", ["forward", "backward", "tangent"])
-def test_segments_take_an_interval_and_a_flag_for_each_tile_of_a_batch_entry(pass_, deterministic):
+@pytest.mark.parametrize("names", [("q_segment_ids", "kv_segment_ids"), ("ranges",)])
+def test_segments_and_ranges_take_an_interval_and_a_flag_for_each_tile_of_a_batch_entry(
+    names, pass_, deterministic
+):
     sizes = {"device": A100, "batch": 3, "leading": 5, "deterministic": deterministic}
     without = plan(pass_, operands=("mask",), **sizes)
-    chosen = plan(pass_, operands=("q_segment_ids", "kv_segment_ids"), **sizes)
+    chosen = plan(pass_, operands=names, **sizes)
     tiles = [chosen["queries"]["blocks"] // 8, chosen["keys"]["blocks"] // 2]  # of all heads, 8 and 2
     aligned = sum(-(-12 * n // 256) * 256 for n in tiles)
     assert chosen["workspace"] - without["workspace"] == aligned > 0
     assert (tiles[1] > 0) == (pass_ == "backward")
+    packed = {"varlen": True} | sizes
+    assert (
+        plan(pass_, operands=("ranges",), **packed)["workspace"]
+        == plan(pass_, softcap=3.0, **packed)["workspace"]
+    )
 
 
 @pytest.mark.parametrize("pass_", PASSES)
@@ -200,7 +208,7 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), draw((1,), (3,), (2, 3))
     b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
     d, dv = draw(*HEAD_DIMS)
-    present = () if packed or rng.integers(2) else ("q_segment_ids", "kv_segment_ids")
+    present = draw((), ("ranges",), *(() if packed else (("q_segment_ids", "kv_segment_ids"),)))
     spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic, operands=present)
     rows = [(*leading, x) if packed else (*leading, b, x) for x in (sq, sk)]
     shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}

@@ -69,6 +69,7 @@ def test_more_rows_than_decode_reads_at_once_take_the_forward_that_packs_heads(q
         {"dtype": "float32"},
         {"operands": ("sinks",)},
         {"operands": ("alibi_slopes",)},
+        {"operands": ("ranges",)},
     ],
     ids=str,
 )

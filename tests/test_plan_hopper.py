@@ -22,7 +22,7 @@ def arch(**options: Any) -> str:
 def test_hopper_has_a_forward_of_its_own():
     for d, dv in HEAD_DIMS:
         assert arch(d=d, dv=dv) == arch(d=d, dv=dv, dtype="float16", varlen=True, leading=3) == "sm90"
-        for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids"):
+        for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids", "ranges"):
             assert arch(d=d, dv=dv, operands=(name,)) == "sm90"
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
 
@@ -31,7 +31,7 @@ def test_hopper_has_a_backward():
     for d in (24, 32, 64, 72, 96, 128, 160, 192, 224, 256):
         for options in ({}, {"right": 0}, {"left": 100, "right": 5}, {"varlen": True, "leading": 3}):
             assert arch(pass_="backward", d=d, dv=d, dtype="float16", **options) == "sm90"
-        for name in ("sinks", "kv_lengths", "position"):
+        for name in ("sinks", "kv_lengths", "position", "ranges"):
             assert arch(pass_="backward", d=d, dv=d, operands=(name,)) == "sm90"
     assert tile(plan("backward")) == (128, 128)
     for d, dv in ((128, 128), (64, 128), (192, 128), (192, 192), (256, 256)):

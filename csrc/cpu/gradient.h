@@ -194,9 +194,9 @@ static void store_gradient_rows(const GradientRow* rows, float softmax_scale, in
   }
 }
 
-// From the first to the last column of the tile of keys [j0, j0 + n) that a row sees.
-JF_INLINE Columns seen_columns(const Head& head, Row row, int32_t j0, int32_t n) {
-  const Interval keys = head.seen(row, {j0, j0 + n}).hull;
+// From the first to the last of these columns that a row sees; column 0 is key j0.
+JF_INLINE Columns seen_columns(const Head& head, Row row, int32_t j0, Columns columns) {
+  const Interval keys = head.seen(row, {j0 + columns.lo, j0 + columns.hi}).hull;
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
@@ -231,16 +231,15 @@ JF_INLINE bool used_panels(const Head& head, const QueryTile& q, int32_t j0, int
 }
 
 template <int kPair>
-static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t j0, int32_t n,
-                                  bool through_softcap, int32_t r, UsedColumns used, const GradientTile& t) {
+static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t j0, bool through_softcap,
+                                  int32_t r, UsedColumns used, const GradientTile& t) {
   GradientRow rows[kPair];
   RowBuffer slopes[kPair], keep[kPair];
   const bool capped = through_softcap && head.problem.spec.softcap > 0;
   bool masked = false;
   for (int32_t k = 0; k < kPair; ++k) {
     const Row row{q.begin + r + k, head.head};
-    Columns visible = seen_columns(head, row, j0, n);
-    visible = {max(visible.lo, used.seen.lo), min(visible.hi, used.seen.hi)};
+    const Columns visible = seen_columns(head, row, j0, used.seen);
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
     if (visible.hi <= visible.lo) continue;
@@ -298,7 +297,7 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
   }
   for (int32_t r = 0; r < q.count; r += kPair) {
     const UsedColumns block = used[r / kBlockRows];
-    if (!block.empty()) compute_gradient_rows<kPair>(head, q, j0, n, through_softcap, r, block, t);
+    if (!block.empty()) compute_gradient_rows<kPair>(head, q, j0, through_softcap, r, block, t);
     if (head.problem.q_segment_ids || head.ranges) clear_unused(n, r, block, t);
   }
 }

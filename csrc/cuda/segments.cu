@@ -1,7 +1,8 @@
-// What segments leave to each tile of a grid: the rows of the other side, within the band, from the first to
-// the last that may share a segment with the tile. It is found once for all heads, so that a kernel's CTA
-// only reads the interval of its tile.
+// What segments and ranges leave to each tile of a grid: the rows of the other side, within the band, from
+// the first to the last that may share a segment with the tile and that see, or are seen by, one of its rows
+// at some head. It is found once for all heads, so that a kernel's CTA only reads the interval of its tile.
 #include "core/segments.h"
+#include "core/visible/ranges.h"
 
 #include "cuda/launch.h"
 #include "cuda/registry.h"
@@ -41,6 +42,52 @@ __device__ Rows rows_of_block(Rows x) {
   return x;
 }
 
+// A tile's own rows or keys, and the ranges of all query rows of its batch entry.
+struct RangesOfTile {
+  const Band& band;
+  RowRanges ranges;
+  int32_t heads, begin, end;
+
+  // What query row i sees of `keys` at one of the heads.
+  __device__ Interval seen(int32_t i, const Interval& keys) const {
+    Interval all{0, 0};
+    for (int32_t h = 0; h < heads; ++h) all = hull_of(all, ranges.seen(h, i, keys).hull);
+    return all;
+  }
+
+  // From the first to the last key that one of the tile's rows sees; for all threads.
+  __device__ Interval keys_of_rows() const {
+    __shared__ Interval all;
+    Rows own;
+    for (int32_t i = begin + static_cast<int32_t>(threadIdx.x); i < end; i += kThreads) {
+      const Interval keys = seen(i, band.row(i));
+      if (!keys.empty()) own.add({keys, 1});
+    }
+    own = rows_of_block(own);
+    if (threadIdx.x == 0) all = own.count == 0 ? Interval{0, 0} : own.hull;
+    __syncthreads();
+    return all;
+  }
+
+  // Whether query row i sees one of the tile's keys.
+  __device__ bool sees_tile(int32_t i) const {
+    return !seen(i, intersect(band.row(i), {begin, end})).empty();
+  }
+};
+
+// The segments of a tile, and those of the other side.
+struct SegmentsOfTile {
+  SegmentSet set;  // in every warp
+  const int32_t* others = nullptr;
+
+  // Those of own[begin, end).
+  __device__ void add(const int32_t* own, int32_t begin, int32_t end) {
+    for (int32_t i = begin + static_cast<int32_t>(threadIdx.x % 32); i < end; i += 32) set.add(own[i]);
+    for (int apart = 1; apart < 32; apart *= 2) set.add(from_lane(set, apart));
+  }
+  __device__ bool may_share(int32_t j) const { return !others || set.may_have(others[j]); }
+};
+
 // The tiles of a grid, or parts of them. to, one_segment: [L, batch, tiles].
 struct FoundSegments {
   Interval* to;
@@ -65,21 +112,32 @@ __global__ void __launch_bounds__(kThreads)
   const auto segments_of = [&](const View& view) {
     return view.as<const int32_t>() + view.leading_offset(p.leading, leading) + s.index * view.batch;
   };
-  const int32_t* own = segments_of(kQueries ? p.q_segment_ids : p.kv_segment_ids);
-  const int32_t* others = segments_of(kQueries ? p.kv_segment_ids : p.q_segment_ids);
-  SegmentSet set;  // of the whole tile, in every warp
-  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x % 32); i < end; i += 32) set.add(own[i]);
-  for (int apart = 1; apart < 32; apart *= 2) set.add(from_lane(set, apart));
-  const Interval seen = kQueries ? band.rows(begin, end) : band.queries(begin, end);
+  SegmentsOfTile segments;
+  if (p.q_segment_ids) {
+    segments.add(segments_of(kQueries ? p.q_segment_ids : p.kv_segment_ids), begin, end);
+    segments.others = segments_of(kQueries ? p.kv_segment_ids : p.q_segment_ids);
+  }
+  const RowRanges of_rows = row_ranges(p, leading, s, 0);
+  const RangesOfTile ranges{band, of_rows, of_rows.head != 0 ? p.heads : 1, begin, end};
+  Interval seen = kQueries ? band.rows(begin, end) : band.queries(begin, end);
+  if (kQueries && of_rows) seen = ranges.keys_of_rows();
   Rows left;
+  const int32_t first = seen.lo + static_cast<int32_t>(threadIdx.x);
+  if (!kQueries && of_rows) {
+    for (int32_t j = first; j < seen.hi; j += kThreads)
+      if (segments.may_share(j) && ranges.sees_tile(j)) left.add({{j, j + 1}, 1});
+  } else if (!segments.others) {
+    if (threadIdx.x == 0 && !seen.empty()) left.add({seen, seen.size()});
+  } else {
 #pragma unroll 8
-  for (int32_t j = seen.lo + static_cast<int32_t>(threadIdx.x); j < seen.hi; j += kThreads) {
-    if (set.may_have(others[j])) left.add({{j, j + 1}, 1});
+    for (int32_t j = first; j < seen.hi; j += kThreads)
+      if (segments.set.may_have(segments.others[j])) left.add({{j, j + 1}, 1});
   }
   left = rows_of_block(left);
   if (threadIdx.x > 0) return;
   found.to[number] = left.count == 0 ? Interval{0, 0} : left.hull;
-  found.one_segment[number] = set.lo == set.hi && left.count == left.hull.size();
+  found.one_segment[number] =
+      !of_rows && segments.set.lo == segments.set.hi && left.count == left.hull.size();
 }
 
 template <Over over>

@@ -70,7 +70,6 @@ struct Candidates {
 
 bool runs(const KernelRow& row, const Call& call) {
   const Shapes& s = call.shapes;
-  if (call.spec.has(Operand::kRanges)) return false;  // the CPU kernels alone read ranges
   return row.arch->family().of(row.pass) && row.takes(call.loader()) && row.takes(s.dtype) &&
          row.takes(s.kv_dtype) && row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
          row.arch->covers(call.device.capability) && traits_of(row).serves(row, call) &&

@@ -45,9 +45,16 @@ inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles
   return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
 }
 
-// Upper bound over all kernels of the visible intervals that segments give tiles and parts of tiles.
+// Whether a kernel before the call's own finds the visible interval of each tile: what segments and ranges
+// leave. Kernels of packed sequences visit all tiles in the band.
+inline bool trims_tiles(const AttentionSpec& spec) {
+  return spec.has(Operand::kQSegmentIds) || (spec.has(Operand::kRanges) && !spec.packed());
+}
+
+// Upper bound over all kernels of the visible intervals that segments and ranges give tiles and parts of
+// tiles.
 inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
-  if (!spec.has(Operand::kQSegmentIds)) return 0;
+  if (!trims_tiles(spec)) return 0;
   return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
 }
 
@@ -88,12 +95,12 @@ inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& 
   plan.queries.blocks = s.leading * s.bias[0] * s.bias[1] * plan.queries.tiles * plan.keys.tiles;
 }
 
-// Adds the workspace for the visible intervals that segments give the tiles of a grid over `rows` rows, and
-// parts of tiles if `parts`.
+// Adds the workspace for the visible intervals that segments and ranges give the tiles of a grid over `rows`
+// rows, and parts of tiles if `parts`.
 inline void add_segments(const Call& call, int64_t rows, TileGrid& grid, Workspace& workspace,
                          bool parts = false) {
   const Shapes& s = call.shapes;
-  if (!call.spec.has(Operand::kQSegmentIds) || grid.blocks == 0) return;
+  if (!trims_tiles(call.spec) || grid.blocks == 0) return;
   const int64_t tiles = ceil_div(rows, grid.block) + (parts ? ceil_div(rows, kSegmentPart) : 0);
   grid.segments = workspace.add(segments_bytes(s.leading, s.batch, tiles).value());
   grid.segment_parts = parts;

@@ -53,6 +53,8 @@ struct DecodeCall {
   float scale, softcap;
   DType kv_dtype;
   void* workspace;
+  DecodeView ranges;
+  bool two_ranges;  // a row
 };
 
 // Leading dimensions beyond the last: each of their entries is a launch of its own.
@@ -118,6 +120,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.scale = p.spec.scale, call.softcap = p.spec.softcap;
   call.kv_dtype = p.kv_dtype;
   call.workspace = workspace;
+  call.ranges = words(p.ranges), call.two_ranges = p.limits == 4;
   if (call.same_lengths) {
     const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows}, 0);
     const int32_t units = SequenceUnits<kTile>(grid, call.end_tiles, band.rows(0, p.q_rows), true).units;

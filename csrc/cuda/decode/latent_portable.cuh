@@ -235,18 +235,19 @@ class LatentWarps {
     }
   }
 
-  // The score of a key in powers of two: softcap, ALiBi, the band, the draft mask.
+  // The score of a key in powers of two: softcap, ALiBi, the band, ranges, the draft mask.
   __device__ __forceinline__ float score(const SequenceWork& work, const ColumnRows& rows, int32_t row,
                                          int32_t key, float x, bool whole) const {
     x *= call.scale;
     if (call.softcap > 0) x = cap_exactly(x, call.softcap);
-    if (call.alibi_slopes || call.draft_mask || !whole) x = option(work, rows, row, key, x);
+    if (call.alibi_slopes || call.draft_mask || call.ranges || !whole) x = option(work, rows, row, key, x);
     return x * kLog2e;
   }
   __device__ __forceinline__ float option(const SequenceWork& work, const ColumnRows& rows, int32_t row,
                                           int32_t key, float x) const {
     const int32_t position = rows.position(row);
     if (!work.band.row(position).contains(key)) return -INFINITY;
+    if (call.ranges && !seen_by_ranges(call, rows, work, row, {key, key + 1}).contains(key)) return -INFINITY;
     if (call.alibi_slopes) {
       const float slope = *call.alibi_slopes.at<const float>(work.leading, work.index, rows.head(row), 0);
       x = subtract_distance(x, slope, static_cast<float>(work.band.diagonal(position) - key));

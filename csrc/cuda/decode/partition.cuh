@@ -7,6 +7,7 @@
 
 #include "core/band.h"
 #include "core/split.h"
+#include "core/visible/ranges.h"
 #include "cuda/decode/call.cuh"
 
 namespace jax_flash::decode {
@@ -85,6 +86,15 @@ __device__ __forceinline__ const T* query_at(const DecodeCall& call, const Colum
   row = min(row, rows.count() - 1);
   const int32_t position = call.starts ? min(rows.position(row), work.band.q_len - 1) : rows.position(row);
   return call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
+}
+
+// What a row of the column sees of `keys` by its ranges.
+__device__ __forceinline__ SeenKeys seen_by_ranges(const DecodeCall& call, const ColumnRows& rows,
+                                                   const SequenceWork& work, int32_t row, Interval keys) {
+  const int32_t position = min(rows.position(row), (call.starts ? work.band.q_len : call.q_rows) - 1);
+  const int32_t* const limits =
+      call.ranges.at<const int32_t>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
+  return RowRanges{limits, 0, 0, call.two_ranges}.seen(0, 0, keys);
 }
 
 template <int kTile>

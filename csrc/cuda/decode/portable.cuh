@@ -39,7 +39,7 @@ inline namespace JF_ARCH_NAMESPACE {
 template <class T, Row R>
 cudaError_t launch_decode(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const auto run = [&]<class Stored>() {
-    if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || decode::scaled_by_page(p))
+    if (p.spec.softcap > 0 || p.alibi_slopes || p.draft_mask || p.ranges || decode::scaled_by_page(p))
       return decode::launch<decode::DecodeShares<T, Stored, R, true>>(p, plan, workspace, stream);
     return decode::launch<decode::DecodeShares<T, Stored, R, false>>(p, plan, workspace, stream);
   };

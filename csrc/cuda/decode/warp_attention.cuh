@@ -58,6 +58,10 @@ struct DecodeTile {
   }
   __device__ __forceinline__ const Band& band() const { return work.band; }
   __device__ __forceinline__ int32_t position(int slot) const { return rows.position(row(slot)); }
+  __device__ __forceinline__ bool has_ranges() const { return bool(call.ranges); }
+  __device__ __forceinline__ SeenKeys seen(int slot) const {
+    return seen_by_ranges(call, rows, work, row(slot), {key, key + S::kColumns});
+  }
   __device__ __forceinline__ DraftMask draft_mask() const {
     const int32_t q_len = work.band.q_len;
     if (!call.draft_mask || !has_drafts(q_len, call.draft_rows)) return {};
@@ -134,7 +138,7 @@ struct WarpAttention {
     with_format(call.kv_dtype, [&]<DType kFormat>() { multiply_keys<kFormat>(s, k); });  // Sᵀ = K Qᵀ
     if constexpr (kRescaled) for_each(s, [&](float& x, int slot, int, int) { x *= scale_of_queries(slot); });
     of_keys.scale_keys(s);
-    Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, draft mask
+    Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, ranges, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];

@@ -1,27 +1,29 @@
-// The score of decode: softcap, ALiBi and the draft mask, of rows that are of one sequence but of several
-// heads.
+// The score of decode: softcap, ALiBi, ranges and the draft mask, of rows that are of one sequence but of
+// several heads.
 #pragma once
 
 #include "core/problem.h"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/draft.cuh"
+#include "cuda/score/ranges.cuh"
 #include "cuda/score/softcap.cuh"
 #include "cuda/score/variant.cuh"
 
 namespace jax_flash {
 
 // Tile has scale(), which is spec.scale times that of the pool, softcap(), and has_slopes(), slope(slot) and
-// distance(slot), the slot's diagonal less the lane's first key; draft_mask(), and position(slot), that of
-// the slot's row. kOptions: whether there may be any option.
+// distance(slot), the slot's diagonal less the lane's first key; has_ranges() and seen(slot),
+// what the slot's row sees of the keys; draft_mask(), and position(slot), that of the slot's row. kOptions:
+// whether there may be any option.
 template <class S, bool kOptions>
 struct DecodeScore : ScoreVariant<S> {
   static constexpr bool kGeneral = kOptions, kPositional = true;
   static constexpr bool reads(Operand operand) {
-    return operand == Operand::kAlibiSlopes || operand == Operand::kDraftMask;
+    return operand == Operand::kAlibiSlopes || operand == Operand::kDraftMask || operand == Operand::kRanges;
   }
 
-  // S ← log2(e) · (softcap(scale · S) − slope · distance), −inf where the draft mask hides the key, element
-  // by element, so that a row's bits depend on no other row.
+  // S ← log2(e) · (softcap(scale · S) − slope · distance), −inf where ranges or the draft mask hide the key,
+  // element by element, so that a row's bits depend on no other row.
   template <class Tile>
   __device__ __forceinline__ void apply(S& s, const Tile& tile) const {
     const float scale = tile.scale(), c = tile.softcap();
@@ -35,6 +37,7 @@ struct DecodeScore : ScoreVariant<S> {
           s, [&](int slot) { return tile.slope(slot) * kLog2e; },
           [&](int slot) { return tile.distance(slot); }, [](float x) { return x; });
     }
+    if (kOptions && tile.has_ranges()) hide_unseen(s, tile.key, [&](int slot) { return tile.seen(slot); });
     if constexpr (kOptions)
       hide_drafts(s, tile.draft_mask(), tile.band(), tile.key, [&](int slot) { return tile.position(slot); });
   }

@@ -1,5 +1,5 @@
-// The general score: scale, softcap, bias, ALiBi, segments and mask, one pass over the tile for each that the
-// call has. Which it has is the same for the whole grid.
+// The general score: scale, softcap, bias, ALiBi, segments, ranges and mask, one pass over the tile for each
+// that the call has. Which it has is the same for the whole grid.
 #pragma once
 
 #include <cmath>
@@ -12,6 +12,7 @@
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/mask.cuh"
 #include "cuda/score/operands.cuh"
+#include "cuda/score/ranges.cuh"
 #include "cuda/score/segments.cuh"
 #include "cuda/score/softcap.cuh"
 #include "cuda/score/variant.cuh"
@@ -46,8 +47,8 @@ struct GeneralScore : ScoreVariant<S> {
     if constexpr (S::kPermuted) GlobalBias(tile.p, tile.operands(), tile.band()).fetch(bias, tile.row(), key);
   }
 
-  // S ← (softcap(scale · S) + bias − slope · distance) · log2(e) / softmax.scale, −inf where segments or mask
-  // hide the key.
+  // S ← (softcap(scale · S) + bias − slope · distance) · log2(e) / softmax.scale, −inf where segments, ranges
+  // or mask hide the key.
   template <class Tile, class Softmax>
   __device__ __forceinline__ void apply(S& s, const Tile& tile, const Softmax& softmax) {
     const AttentionSpec& spec = tile.p.spec;
@@ -80,9 +81,9 @@ struct GeneralScore : ScoreVariant<S> {
     });
   }
 
-  // S ← log2(e) · (softcap(scale · S) + bias − slope · distance), −inf where segments or mask hide the key.
-  // `in_segment`: what is known of the tile. differentiate(softcap's derivative, slot, n, e) is called where
-  // there is a softcap.
+  // S ← log2(e) · (softcap(scale · S) + bias − slope · distance), −inf where segments, ranges or mask hide
+  // the key. `in_segment`: what is known of the tile. differentiate(softcap's derivative, slot, n, e) is
+  // called where there is a softcap.
   template <class Scores, class Tile, class F>
   __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
@@ -101,7 +102,7 @@ struct GeneralScore : ScoreVariant<S> {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
-  // S ← S + factor · (bias − slope · distance), −inf where segments or mask hide the key.
+  // S ← S + factor · (bias − slope · distance), −inf where segments, ranges or mask hide the key.
   template <class Scores, class Tile>
   __device__ __forceinline__ void add_and_hide(Scores& s, const Tile& tile, int32_t row, float factor,
                                                InSegment in_segment) {
@@ -119,6 +120,7 @@ struct GeneralScore : ScoreVariant<S> {
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
+    if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
     if (!kStaged && kBiasAndMask && p.mask) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
                              [](float& x, uint8_t seen) { hide_unless(x, seen); });

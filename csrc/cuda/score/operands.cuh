@@ -7,6 +7,7 @@
 #include "core/draft.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
+#include "core/visible/ranges.h"
 #include "cuda/score/dropout.cuh"
 #include "cuda/work.cuh"
 
@@ -25,6 +26,7 @@ struct ScoreOperands {
   const void* bias = nullptr;
   const uint8_t *mask = nullptr, *draft = nullptr;
   const int32_t *q_segments = nullptr, *kv_segments = nullptr;
+  const int32_t* ranges = nullptr;  // of the first row
   float slope = 0;
   uint32_t batch = 0, head = 0;  // in dropout's counter
   Dropout dropout;
@@ -47,6 +49,8 @@ struct ScoreOperands {
       q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
     if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids)
       kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
+    if (Score::reads(Operand::kRanges) && p.ranges)
+      ranges = p.ranges.as<const int32_t>() + work.offset(p, p.ranges, query_head, work.tile.q_begin);
     if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
       slope = alibi_slope(p.alibi_slopes, p.alibi_slopes.leading_offset(p.leading, work.leading), work,
                           query_head);
@@ -65,11 +69,17 @@ struct ScoreOperands {
     x.bias =
         static_cast<const uint8_t*>(bias) + further * p.bias.head * (p.bias_dtype == DType::kF32 ? 4 : 2);
     x.mask = mask + further * p.mask.head;
+    if (Score::reads(Operand::kRanges)) x.ranges = ranges + further * p.ranges.head;
     if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
       x.slope =
           alibi_slope(p.alibi_slopes, work.leading * p.alibi_slopes.leading[0], work, work.head + further);
     x.head = head + static_cast<uint32_t>(further);
     return x;
+  }
+
+  // What the rows see by their ranges.
+  __device__ __forceinline__ RowRanges row_ranges(const Problem& p) const {
+    return {ranges, 0, p.ranges.row, p.limits == 4};
   }
 
   __device__ __forceinline__ TileDropout dropout_at(int32_t row, int32_t key) const {

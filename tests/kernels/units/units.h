@@ -100,6 +100,7 @@ inline bool has_bfloat16() { return run(Built{}, 1, {}, 1)[0] == 1; }
 void test_ptx();
 void test_tiles();
 void test_scores();
+void test_ranges();
 void test_gradients();
 
 }  // namespace jax_flash::units

@@ -1,0 +1,99 @@
+// The operand `ranges`: S ← −inf where no range of the row holds the key.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/visible/ranges.h"
+#include "cuda/ptx/barrier.cuh"
+
+namespace jax_flash {
+
+// The keys from `key` on, of which seen(slot) says what a slot's row sees.
+template <class S, class Seen>
+__device__ __forceinline__ void hide_unseen(S& s, int32_t key, Seen seen) {
+  const int32_t first = key + S::column(0);
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const SeenKeys own = seen(slot);
+    const Interval hull = own.hull.empty() ? Interval{first, first} : own.hull;
+    if (hull.lo > key || hull.hi < key + S::kColumns) {
+      const int32_t lo = hull.lo - first, hi = hull.hi - first;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = S::column_step(n, e);
+          if (column < lo || column >= hi) s.at(slot, n, e) = -INFINITY;
+        }
+      }
+    }
+    if (!own.hole.empty()) {
+      const int32_t lo = own.hole.lo - first, hi = own.hole.hi - first;
+#pragma unroll
+      for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = S::column_step(n, e);
+          if (column >= lo && column < hi) s.at(slot, n, e) = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// Bit j for key + j, of keys from `key` on within a tile of fewer than 32.
+__device__ __forceinline__ uint32_t bits_of_keys(const Interval& keys, int32_t key) {
+  return keys.empty() ? 0 : (1u << (keys.hi - key)) - (1u << (keys.lo - key));
+}
+
+// hide_unseen() of a transposed S. The warp's lanes share out the rows, of which a lane has too many to read
+// them all: each finds what its rows see of the few keys, in bits.
+template <class S>
+__device__ __forceinline__ void hide_unseen_transposed(S& s, const RowRanges& ranges, const Band& band,
+                                                       int32_t row, int32_t key) {
+  constexpr uint32_t kAll = (1u << S::kColumns) - 1;
+  const int32_t lane = ptx::thread_index() % 32;
+  uint32_t of_row[(S::kRows + 31) / 32];
+  bool all = true;
+#pragma unroll
+  for (int i = 0; i < S::kRows; i += 32) {
+    const int32_t r = row + i + lane;
+    uint32_t& bits = of_row[i / 32];
+    bits = kAll;
+    if (r < band.q_len) {
+      const SeenKeys own = ranges.seen(0, r, {key, key + S::kColumns});
+      bits = bits_of_keys(own.hull, key) & ~bits_of_keys(own.hole, key);
+    }
+    all &= bits == kAll;
+  }
+  if (__all_sync(~0u, all)) return;
+#pragma unroll
+  for (int slot = 0; slot < S::kSlots; ++slot) {
+    const int i = S::row_step(slot);
+    const uint32_t seen = __shfl_sync(~0u, of_row[i / 32], i % 32 + lane % 4 * 2) >> S::column(0);
+#pragma unroll
+    for (int n = 0; n < S::kColumnTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (!(seen >> S::column_step(n, e) & 1)) s.at(slot, n, e) = -INFINITY;
+    }
+  }
+}
+
+// S [rows from `row`, keys from `key`] ← −inf where the ranges of a row in use do not hold the key.
+template <class S>
+__device__ __forceinline__ void hide_outside_ranges(S& s, const RowRanges& ranges, const Band& band,
+                                                    int32_t row, int32_t key) {
+  if constexpr (S::kTransposed && S::kColumns < 32) {
+    hide_unseen_transposed(s, ranges, band, row, key);
+  } else {
+    hide_unseen(s, key, [&](int slot) {
+      const int32_t i = row + S::row(slot);
+      const Interval keys{key, key + S::kColumns};
+      return i < band.q_len ? ranges.seen(0, i, keys) : SeenKeys{keys, {0, 0}};
+    });
+  }
+}
+
+}  // namespace jax_flash
