@@ -92,7 +92,7 @@ struct ScoreRow {
   int32_t id = 0;
   const uint8_t* draft = nullptr;  // of the row's first new token,
   int32_t first_draft = 0;         // which is in this column
-  Columns hole{0, 0};  // between the row's two ranges
+  Columns hole{0, 0};              // between the row's two ranges
 
   // Without `mixed`, segments, draft mask and holes hide nothing.
   ScoreRow(const Head& head, Row row, int32_t j0, bool mixed) {
