@@ -1,5 +1,5 @@
-// A step of a consumer of cuda/backward/hopper.cuh: its queries' lse and delta, what a score variant is told
-// of it, and P.
+// The parts of a consumer's step in cuda/backward/hopper.cuh: lse and delta of the queries, the tile of S
+// that a score variant works on, P, and −delta as the start of dP.
 #pragma once
 
 #include <cstdint>
