@@ -80,6 +80,12 @@ test-modes: $(INSTALLED)  ## rings, sharding and vmap with JAX_ENABLE_X64; what 
 print-python312:
 	@echo "$(PYTHON312)"
 
+.PHONY: models
+models:  ## examples/models against transformers on tiny random checkpoints, in an environment of its own (MODELS_WRITE=1: records)
+	$(if $(MODELS_WRITE),JAX_FLASH_WRITE_GOLDEN=1) $(MAKE) test VENV=.venv-models EXTRAS=test,models \
+	  TESTS=tests/test_models_transformers.py WORKERS=$(if $(MODELS_WRITE),0,$(WORKERS)) PYTEST_ARGS="-W ignore"
+MODELS_WRITE ?=
+
 .PHONY: memory-safety
 memory-safety:  ## the CPU kernels between guard pages, under address and undefined-behaviour sanitizers
 	$(MAKE) -C tests/kernels/guards -j$(WORKERS)
@@ -131,6 +137,13 @@ wheels:  ## the release's wheels into dist/, checked and tried; fetches the CUDA
 	$(PYTHON) tools/check_wheels.py dist --any-glibc $(if $(WHEELS),--partial)
 	$(PYTHON) tools/try_wheels.py dist $(if $(WHEELS),--partial)
 WHEELS ?=
+
+# By hand, weekly and before a release: it installs gigabytes, and other people's tests run for as long as they like.
+.PHONY: libraries
+libraries:  ## other libraries' own attention tests through our adapters, into docs/libraries.md (LIBRARIES="flax maxtext")
+	@test -n "$(PYTHON312)" || { echo "libraries: no python3.12 found; name one with PYTHON312=…" >&2; exit 1; }
+	$(PYTHON312) -m tools.libraries $(LIBRARIES)
+LIBRARIES ?=
 
 .PHONY: lint
 lint: $(INSTALLED)  ## ruff, clang-format, mypy, shellcheck and zizmor, from pinned wheels

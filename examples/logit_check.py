@@ -47,9 +47,13 @@ def check_logits(model: Transformer, config: ModelConfig, mesh: Mesh, requests: 
         exact = nnx.eval_shape(lambda: Transformer(exact_config, rngs=nnx.Rngs(0)))
     with jax.default_matmul_precision("highest"):  # by default a GPU rounds float32 operands to TF32, 11 bits
         reference = training_logits(nnx.merge(nnx.graphdef(exact), nnx.state(model)), requests)
+    return compare(requests, reference, training_logits(model, requests))
+
+
+def compare(requests: list[Request], reference: np.ndarray, trained: np.ndarray) -> LogitCheck:
+    """The distances of the logits recorded while serving, and of `trained` ones, from those in full float32."""
     largest = np.abs(reference).max()
     served = np.concatenate([request.logits for request in requests])
-    trained = training_logits(model, requests)
     return LogitCheck(*(float(np.abs(x - reference).max() / largest) for x in (served, trained)))
 
 

@@ -27,11 +27,12 @@ class Request:
     number: int  # also the seed of its random stream, so that its text does not depend on other requests
     prompt: list[int]
     max_tokens: int
+    stop: frozenset[int] = frozenset()  # tokens that end the text
     tokens: list[int] = field(init=False)  # the prompt, then the generated tokens
     cached: int = 0  # tokens whose keys are in the cache
     reused: int = 0  # cached tokens that another request had computed
     pages: list[int] = field(default_factory=list)
-    logits: list[np.ndarray] = field(default_factory=list)  # [256] per generated token
+    logits: list[np.ndarray] = field(default_factory=list)  # [vocabulary] per generated token
 
     def __post_init__(self) -> None:
         if not self.prompt or self.max_tokens < 1:
@@ -48,8 +49,10 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether all tokens have been generated."""
-        return len(self.tokens) == len(self.prompt) + self.max_tokens
+        """Whether all tokens have been generated, or one that ends the text."""
+        return len(self.tokens) == len(self.prompt) + self.max_tokens or (
+            len(self.tokens) > len(self.prompt) and self.tokens[-1] in self.stop
+        )
 
 
 @dataclass(frozen=True)

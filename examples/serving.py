@@ -1,4 +1,4 @@
-"""Serving a trained `Transformer` from a paged cache: one jitted step for prompts and for decoding.
+"""Serving a model from a paged cache: one jitted step for prompts and for decoding.
 
 The step takes the packed tokens of many requests, writes their keys and values into the cache's pages, attends,
 and samples one token for each request. The cache is donated to the step, which writes its pages in place.
@@ -11,8 +11,9 @@ layers. Pools with a dimension for layers, which a scan takes and returns layer 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from scheduler import Batch, Chunk, Request, Scheduler, ServingConfig
 
 from jax_flash import append_kv, apply_rotary, paged_attention
 
-Cache = tuple[jax.Array, jax.Array]  # keys and values of all layers, each [layers · pages, page_size, h, d]
+Cache = Any  # a pytree of pools
+Forward = Callable[[Any, Cache, Batch], tuple[jax.Array, Cache]]
+Pools = tuple[jax.Array, jax.Array]  # keys and values of all layers, each [layers · pages, page_size, h, d]
 
 
 @dataclass
@@ -50,16 +53,14 @@ def rotary_tables(head_dim: int, length: int) -> tuple[jax.Array, jax.Array]:
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def next_logits(
-    model: Transformer, cache: Cache, batch: Batch, max_length: int, implementation: str | None
-) -> tuple[jax.Array, Cache]:
-    """Runs the model on new tokens; the keys and values of earlier ones are in the cache.
+def next_logits(model: Transformer, cache: Pools, batch: Batch, max_length: int) -> tuple[jax.Array, Pools]:
+    """Runs train_lm.py's model on new tokens; the keys and values of earlier ones are in the cache.
 
     Returns logits [s, 256] for the token after each request's last one, and the cache with the new keys and values.
     """
     k_pages, v_pages = cache
     rotary = rotary_tables(k_pages.shape[-1], max_length)
-    pages = k_pages.shape[0] // len(model.blocks)
+    pages, implementation = k_pages.shape[0] // len(model.blocks), model.config.attention
     x = model.embed(batch.tokens)
     for layer, block in enumerate(model.blocks):
         tables = batch.block_tables + layer * pages  # unused entries name a page, too, but are never read
@@ -107,25 +108,31 @@ class Server:
     """Serves requests: `submit` some, then call `step` while there is something to do (`scheduler.busy`).
 
     Args:
-      model: weights placed on the mesh as they are annotated.
-      config: the sizes of the model.
+      model: its weights are placed on the mesh as they are to be used.
+      forward: `forward(model, cache, batch)` is (logits of the next token of each request, the cache with the new
+        keys and values).
+      make_cache: makes the cache in a sharding, which splits its heads.
       serving: the cache's sizes and the sampling.
       mesh: its axis "heads" splits the heads, those of the cache included.
     """
 
-    def __init__(self, model: Transformer, config: ModelConfig, serving: ServingConfig, mesh: Mesh):
+    def __init__(
+        self,
+        model: nnx.Module,
+        forward: Forward,
+        make_cache: Callable[[NamedSharding], Cache],
+        serving: ServingConfig,
+        mesh: Mesh,
+    ):
         self.scheduler = Scheduler(serving)
         self.serving, self.mesh, self.usage = serving, mesh, Usage()
         self.graph, self.weights = nnx.split(model)
         by_heads = NamedSharding(mesh, PartitionSpec(None, None, "heads"))
-        shape = (config.layers * serving.pages, serving.page_size, config.heads, config.head_dim)
-        make_pool = partial(jnp.zeros, shape, config.dtype, device=by_heads)
-        self.cache: Cache = make_pool(), make_pool()
+        self.cache = make_cache(by_heads)
         self._everywhere = NamedSharding(mesh, PartitionSpec())
 
         def step(weights: nnx.State, cache: Cache, batch: Batch) -> tuple[jax.Array, jax.Array, Cache]:
-            model = nnx.merge(self.graph, weights)
-            logits, cache = next_logits(model, cache, batch, serving.max_length, config.attention)
+            logits, cache = forward(nnx.merge(self.graph, weights), cache, batch)
             return sample(logits, serving.temperature, serving.seed, batch), logits, cache
 
         shardings = (self._everywhere, self._everywhere, jax.tree.map(lambda _: by_heads, self.cache))
@@ -177,3 +184,17 @@ class Server:
         )
         usage.peak_pages = max(usage.peak_pages, allocator.in_use)
         usage.peak_shared = max(usage.peak_shared, allocator.shared)
+
+
+def serve_transformer(model: Transformer, config: ModelConfig, serving: ServingConfig, mesh: Mesh) -> Server:
+    """A server of train_lm.py's model, whose weights are placed on the mesh as they are annotated."""
+
+    def forward(model: Transformer, cache: Pools, batch: Batch) -> tuple[jax.Array, Pools]:
+        return next_logits(model, cache, batch, serving.max_length)
+
+    def make_cache(by_heads: NamedSharding) -> Pools:
+        shape = (config.layers * serving.pages, serving.page_size, config.heads, config.head_dim)
+        keys, values = (jnp.zeros(shape, config.dtype, device=by_heads) for _ in "kv")
+        return keys, values
+
+    return Server(model, forward, make_cache, serving, mesh)

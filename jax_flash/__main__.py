@@ -10,6 +10,7 @@ import sys
 from . import plan_command
 from ._version import __version__
 from .backends import ALL_PASSES, DTYPES, Backend, backends, cuda_major, why_not_on
+from .operands import MAX_HEAD_DIM, MAX_LATENT_DIM
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,13 +68,14 @@ def _describe(backend: Backend) -> list[str]:
         return [f"{name} {backend.problem}"]
     if backend.implementation == "xla":
         return [f"{name} plain JAX: every option on every platform, memory quadratic in the length"]
+    any_dims = f"any, up to {MAX_HEAD_DIM}; of latent pools up to {MAX_LATENT_DIM}/{MAX_HEAD_DIM}"
     dims = ", ".join(f"{d}" if d == dv else f"{d}/{dv}" for d, dv in backend.head_dims)
     return [
         f"{name} {backend.library}",
         f"      built for  {', '.join(backend.archs)}",
         f"      passes     {', '.join(backend.passes)}",
         f"      dtypes     {', '.join(backend.dtypes)}",
-        f"      head dims  {dims or 'any, up to 256; of latent pools up to 576/512'}",
+        f"      head dims  {dims or any_dims}",
     ]
 
 

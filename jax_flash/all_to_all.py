@@ -27,8 +27,9 @@ from .zigzag import zigzag_permute, zigzag_unpermute
 def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
     """(out, lse) of this device's tokens, from the checked operands of a ring_attention call.
 
-    query, key, value and segment ids are this device's tokens; mask and bias have its rows and the columns of all keys,
-    in the order of the sequence; lengths are of the whole sequence, and slopes, sinks and dropout of all heads.
+    query, key, value, segment ids and sinks by token are this device's tokens; mask and bias have its rows and the
+    columns of all keys, in the order of the sequence; lengths are of the whole sequence, and slopes, sinks by head and
+    dropout of all heads.
     """
     assert spec.ring is not None
     if is_empty(operands):
@@ -36,7 +37,9 @@ def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
     hq, hk = operands["query"].shape[2], operands["key"].shape[2]
     exchange = _Exchange(spec.ring, "dropout" in operands, hq, hk)
     rows = operands["query"].shape[1]
-    whole = {name: exchange.by_heads(name, x, rows) for name, x in operands.items()}
+    shared = {"value"} if spec.shared_kv else set()
+    whole = {name: exchange.by_heads(name, x, rows) for name, x in operands.items() if name not in shared}
+    whole |= dict.fromkeys(shared, whole["key"])
     out, lse = attend(replace(spec, ring=None), whole)
     return exchange.to_tokens(out, 1, 2), exchange.to_tokens(lse, 2, 1)
 
@@ -88,8 +91,9 @@ class _Exchange:
             "mask": lambda: self.scores(x, rows),
             "bias": lambda: self.scores(x, rows),
             "ranges": lambda: self.scores(x, rows),
+            "block_mask": lambda: self.own_heads(x, 1) if x.shape[1] == self.hq else x,
             "alibi_slopes": lambda: self.own_heads(x, 1),
-            "sinks": lambda: self.own_heads(x, 0),
+            "sinks": lambda: self.to_heads(x, 1, 2) if x.shape[1] == rows else self.own_heads(x, 2),
             "dropout": lambda: x.at[DROPOUT_HEAD].add(self.first_head()),
         }
         return changes[name]() if name in changes else x

@@ -25,17 +25,17 @@ from .options import (
 # fmt: off
 @overload
 def flash_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
     *, return_lse: Literal[False] = ..., **options: Unpack[FixedOptions],
 ) -> Array: ...
 @overload
 def flash_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
     *, return_lse: Literal[True], **options: Unpack[FixedOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def flash_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
     *, return_lse: bool, **options: Unpack[FixedOptions],
 ) -> Array | tuple[Array, Array]: ...
 # fmt: on
@@ -46,7 +46,7 @@ def flash_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
-    value: ArrayLike,
+    value: ArrayLike | None,
     *,
     causal: bool = False,
     window: Window | None = None,
@@ -75,7 +75,8 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     Args:
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.
       key: `[b, sk, hk, d]`, query's dtype. `hk` divides `hq`, and query head i reads KV head `i // (hq // hk)`.
-      value: `[b, sk, hk, dv]`, query's dtype. d and dv are at most 256; with `implementation="xla"` they may be larger.
+      value: `[b, sk, hk, dv]`, query's dtype; None: V is K, and the gradient of key is that of both. d and dv
+        are at most 512, on GPUs 256; with `implementation="xla"` they may be larger.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in
@@ -90,7 +91,8 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
       softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes; 0 for none.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|distance to the diagonal|. No gradient.
-      sinks: float32 `[hq]`, logits that take part in the softmax sum only. Differentiable.
+      sinks: float32 `[hq]`, or for each token `[b, sq, hq]`: logits that take part in the softmax sum only.
+        Differentiable.
       dropout_rate: probability that an attention weight is dropped, in [0, 1), rounded to a multiple of 1/32768.
       dropout_key: `jax.random.key` of any implementation, required if dropout_rate > 0. The same key drops the same
         weights on every platform and with every sharding under jit. In a `shard_map` of your own, batch entries and

@@ -85,7 +85,7 @@ def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Att
     moving = {
         "t" + name: _jax.sharded_like(tangent, operands[name])
         for name, tangent in zip(names, tangents)
-        if no_derivative.is_moving(tangent) and _has_derivative(name, operands[name])
+        if no_derivative.is_moving(tangent) and _has_derivative(spec, name, operands[name])
     }
     if not moving:
         return results, no_derivative.zeros(results)
@@ -95,8 +95,11 @@ def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: Att
     return [out, lse, *others], [*differential, *no_derivative.zeros(others)]
 
 
-def _has_derivative(name: str, x: jax.Array) -> bool:
-    return name in DIFFERENTIABLE and x.dtype not in gather.FLOAT8  # such pools are constants
+def _has_derivative(spec: AttentionSpec, name: str, x: jax.Array) -> bool:
+    """Whether an operand's tangent counts: float8 pools are constants, and V moves with the K that it is a part of."""
+    return (
+        name in DIFFERENTIABLE and x.dtype not in gather.FLOAT8 and not (spec.shared_kv and name == "value")
+    )
 
 
 def _bind_differential(spec: AttentionSpec, operands: Operands, tangents: Operands) -> list[jax.Array]:

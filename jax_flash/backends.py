@@ -75,7 +75,7 @@ class Backend:
       passes: the passes built: "forward", "backward", "bias_gradient", "tangent", "append", "append_dynamic"; "cuda":
         "decode" too.
       dtypes: the input dtypes built.
-      head_dims: the `(d, dv)` rows built, ascending; empty: any up to 256.
+      head_dims: the `(d, dv)` rows built, ascending; empty: any up to 512.
       devices: the local devices it runs on.
     """
 
@@ -216,12 +216,6 @@ def why_not_on(device: jax.Device) -> str | None:
 def compute_capability(device: jax.Device) -> int:
     """90 for "9.0"."""
     return int(str(getattr(device, "compute_capability", "0.0")).replace(".", ""))
-
-
-def max_head_dim() -> int:
-    """The largest head dim of a row of csrc/kernels.def whose V is no part of K; 0 without the extension."""
-    core, _ = _load_core()
-    return 0 if core is None else int(core.max_head_dim())
 
 
 @cache

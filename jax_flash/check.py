@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from .check_masks import MaskChecker
 from .checker import Checker
+from .masks import Mask
 from .operands import APPEND, APPEND_OPTIONAL, DIMS, ELEMENTS, FORWARD, OPTIONAL
 
 _CHECK = Checker("check_inputs")
@@ -42,11 +44,14 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
         all, at least 0. They must not exceed the length of `query` or `key`; for varlen the keys of each sequence; for
         paged calls the capacity of a row of `block_tables`, minus the tokens of `key` for append_kv (`key` with
         `k_pages`).
+      mask: a value of `jax_flash.masks`. Ranges must lie within the keys, blocks of keys exist and be chosen once,
+        positions of keys not decrease, and the keys of a segment be neighbours in packed and paged calls.
       segment_ids: int32 `(q_ids [b, sq], kv_ids [b, sk])`, or one array when sq = sk. Any value is valid.
       block_tables: int32 `[n, pages]`. Entries that hold keys must be pages of `k_pages`, and no two sequences may
         append to the same slot.
       positions: int32, within the rows of `cos`.
-      k_scale, v_scale: `[hk]` or `[p, hk]` of the pools; those of the pages in use must be finite and above 0.
+      k_scale, v_scale: `[hk]`, `[p, hk]` or a number, of the pools; those of the pages in use must be finite and
+        above 0.
       query, key, value, k_pages, v_pages, rotary, cos, …: the other operands, of which only the shapes are used.
       page_layout: `"nhd"` (`k_pages [p, ps, hk, d]`) or `"hnd"` (`[p, hk, ps, d]`).
 
@@ -74,6 +79,8 @@ def check_inputs(*, page_layout: str = "nhd", **arrays: Any) -> None:
         if name in call.index:
             _check_lengths(call, name)
     _check_segments(call)
+    if call.mask is not None:
+        _mask_checker(call).run(call.mask)
     if "block_tables" in call.index and "kv_lengths" in call.index:
         _check_pages(call)
     for name in _SCALES:
@@ -91,6 +98,7 @@ class _Call:
     index: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     scales: dict[str, np.ndarray] = field(default_factory=dict)  # as far as they are known
+    mask: Mask | None = None
 
     def add(self, name: str, x: Any) -> None:
         if name not in _INDEX and name not in _OPERANDS:
@@ -99,7 +107,9 @@ class _Call:
             )
         if x is None:
             return
-        if name == "segment_ids":
+        if isinstance(x, Mask):
+            self.mask = x
+        elif name == "segment_ids":
             parts = x if isinstance(x, (tuple, list)) and len(x) == 2 else (x, x)
             for side, part in zip(("q", "kv"), parts, strict=True):
                 self.index[f"{side}_segment_ids"] = _host("segment_ids", part)
@@ -177,7 +187,7 @@ def _first(bad: np.ndarray) -> tuple[int, ...] | None:
 
 
 def _item(name: str, array: np.ndarray, at: tuple[int, ...]) -> str:
-    return f"{name}[{', '.join(map(str, at))}] = {array[at]}"
+    return f"{name}{list(at) if at else ''} = {array[at]}"
 
 
 def _check_below(call: _Call, name: str, size: int, owner: str) -> None:
@@ -265,6 +275,17 @@ def _check_segments(call: _Call) -> None:
             )
 
 
+def _mask_checker(call: _Call) -> MaskChecker:
+    paged = "block_tables" in call.index
+    keys = call.length("key", "value")
+    if paged:
+        keys = call.index["block_tables"].shape[1] * call.page_size if call.page_size else None
+    packed_q = call.index.get("cu_seqlens_q")
+    offsets = None if paged else call.index.get("cu_seqlens_k", packed_q)
+    neighbours = paged or packed_q is not None
+    return MaskChecker(_CHECK, _host, keys, call.index.get("kv_lengths"), offsets, neighbours)
+
+
 def _check_pages(call: _Call) -> None:
     tables, lengths, size = call.index["block_tables"], call.index["kv_lengths"], call.page_size
     if not size:
@@ -300,9 +321,9 @@ def _check_appended_slots(tables: np.ndarray, lengths: np.ndarray, new: np.ndarr
 def _check_scale(call: _Call, name: str) -> None:
     """A float8 scale must fit the pool, and be a factor by which one can divide on every page that holds keys."""
     by_head, by_page = (call.kv_heads,), (call.pages, call.kv_heads)
-    if call.kv_heads is not None and call.shapes[name] not in (by_head, by_page):
+    if call.kv_heads is not None and call.shapes[name] not in ((), by_head, by_page):
         raise _CHECK.fail(
-            f"{name} must have shape [hk] = {by_head} or [p, hk] = {by_page}, got {call.shapes[name]}"
+            f"{name} must be a number or have shape [hk] = {by_head} or [p, hk] = {by_page}, got {call.shapes[name]}"
         )
     scale = call.scales.get(name)
     if scale is None:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._jax import is_symbolic, same_dim
-from .backends import max_head_dim
+from .operands import MAX_HEAD_DIM
 
 DTYPES = ("float16", "bfloat16", "float32")
-MAX_HEAD_DIM = 256  # of the CPU kernels
 INT32_MAX = 2**31 - 1
 MAX_NUMBER = 2e38  # the kernels multiply by log2(e), in float32
 
@@ -101,10 +100,9 @@ class Checker:
         d = x.shape[-1]
         if is_symbolic(d) or d < 1:
             raise self.fail(f"{name} must have a static head dim of at least 1, got {d}")
-        largest = max(MAX_HEAD_DIM, max_head_dim())
-        if d > largest and implementation != "xla":
+        if d > MAX_HEAD_DIM and implementation != "xla":
             raise self.fail(
-                f'{name} has head dim {d}, allowed are 1 to {largest}; implementation="xla" takes any'
+                f'{name} has head dim {d}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
             )
 
     def float32(self, name: str, x: Any) -> jax.Array:

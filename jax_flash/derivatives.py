@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _jax
-from .checker import MAX_HEAD_DIM
-from .operands import BACKWARD, BIAS_GRADIENT, TANGENT, TANGENTS
+from .operands import BACKWARD, BIAS_GRADIENT, MAX_HEAD_DIM, TANGENT, TANGENTS
 from .paged import gather
 from .primitives import bind
 from .spec import AttentionSpec
@@ -29,7 +28,7 @@ Gradients = dict[str, jax.Array]
 def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     """(tout, tlse) from the call's operands, its results out and lse, and those tangents that are not zero."""
     if spec.paged:
-        _check_head_dim(operands)
+        _check_head_dim(spec, operands)
         return _paged_tangents(spec, operands)
     moving = {name for name in TANGENTS if name in operands}
     by_score = moving & {"tquery", "tkey", "tvalue"}
@@ -39,7 +38,10 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
         by_score.add("tbias")
     if by_score:
         zeros = {"t" + n: _zeros(operands[n]) for n in ("query", "key", "value")}
-        tout, tlse = bind(TANGENT, spec, zeros | operands)
+        made = zeros | operands
+        if spec.shared_kv:
+            made["tvalue"] = made["tkey"]
+        tout, tlse = bind(TANGENT, spec, made)
     return (tout, tlse) if by_score == moving else _with_row_tangents(operands, tout, tlse)
 
 
@@ -53,7 +55,7 @@ def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> 
         moved = jnp.where(seen, operands["tbias"].astype(jnp.float32), 0)[..., 0]
     tlse += moved
     if "sinks" in operands:
-        tsinks = _by_head(operands["tsinks"], lse) if "tsinks" in operands else 0
+        tsinks = _by_row_of_lse(operands["tsinks"]) if "tsinks" in operands else 0
         through = _through_sinks(operands["sinks"], lse, tsinks - moved)
         tlse += through
         wide = tout.astype(jnp.float32) - jnp.swapaxes(through, -1, -2)[..., None] * out.astype(jnp.float32)
@@ -61,12 +63,12 @@ def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> 
     return tout, tlse
 
 
-def _check_head_dim(operands: Operands) -> None:
+def _check_head_dim(spec: AttentionSpec, operands: Operands) -> None:
     """Only the forward has kernels for the head dims of latent pools."""
-    d = operands["key"].shape[-1]
+    d = max(operands["query"].shape[-1], spec.value_dim)
     if d > MAX_HEAD_DIM:
         raise NotImplementedError(
-            f"paged_attention: k_pages has head dim {d}, and the kernels of derivatives have at most {MAX_HEAD_DIM}; "
+            f"paged_attention: the head dim is {d}, and the kernels of derivatives have at most {MAX_HEAD_DIM}; "
             'implementation="xla" differentiates it'
         )
 
@@ -89,6 +91,8 @@ def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     dense["out"] = jnp.where(by_row, 0, operands["out"]).astype(dtype)
     dense["lse"] = jnp.where(by_lse, -jnp.inf, operands["lse"])
     named = {name: operands.get("t" + name) for name in ("query", "key", "value")}
+    if spec.shared_kv:
+        named["value"] = named["key"]
     zeros = {name: _zeros(operands[name]) for name, x in named.items() if x is None}
     _, moving = gather.contiguous(spec, operands | {n: x for n, x in named.items() if x is not None} | zeros)
     dense |= {"t" + name: moving[name] for name, x in named.items() if x is not None}
@@ -103,7 +107,7 @@ def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
 def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) -> Gradients:
     """The gradients of the operands `wanted`, for the cotangents dout and dlse among `operands`; a missing one is 0."""
     if spec.paged:
-        _check_head_dim(operands)
+        _check_head_dim(spec, operands)
         return _paged_gradients(spec, wanted, operands)
     out, lse = operands["out"], operands["lse"]
     dout, dlse = operands.get("dout"), operands.get("dlse")
@@ -120,7 +124,7 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
         (found["bias"],) = bind(BIAS_GRADIENT, spec, operands)
     through = _through_sinks(operands["sinks"], lse, delta) if "sinks" in operands else _zeros(lse)
     if "sinks" in wanted:
-        found["sinks"] = _jax.sharded_like(-_sum_to_heads(through), operands["sinks"])
+        found["sinks"] = _sinks_gradient(operands["sinks"], -through)
     if "bias" in wanted and _by_row(operands["bias"]):
         by_row = through if dlse is None else dlse + through
         found["bias"] = _row_bias_gradient(operands["bias"], lse, by_row)
@@ -140,7 +144,14 @@ def _paged_gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Ope
         dense["dout"] = jnp.where(by_row, 0, operands["dout"]).astype(dense["query"].dtype)
     if "dlse" in operands:
         dense["dlse"] = jnp.where(by_lse, 0, operands["dlse"])
-    found = gradients(dense_spec, wanted, dense)
+    apart = (
+        spec.shared_kv and not dense_spec.shared_kv and "key" in wanted
+    )  # V is other columns of the pool than K
+    found = gradients(dense_spec, (*wanted, "value") if apart else wanted, dense)
+    if apart:
+        columns = operands["key"].shape[-1]
+        of_values = gather.in_columns(found.pop("value"), columns, spec.value_start)
+        found["key"] = gather.in_columns(found["key"], columns) + of_values
     if "query" in wanted:
         found["query"] = jnp.where(by_row, jnp.nan, found["query"]).astype(operands["query"].dtype)
     for name in ("key", "value"):
@@ -173,23 +184,27 @@ def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
 def _through_sinks(sinks: jax.Array, lse: jax.Array, x: jax.Array) -> jax.Array:
     """exp(sink − lse)·x; 0 for rows not in use, whose lse is −inf."""
     used = lse > -jnp.inf
-    weight = jnp.exp(jnp.where(used, _by_head(sinks, lse) - lse, -jnp.inf))
+    weight = jnp.exp(jnp.where(used, _by_row_of_lse(sinks) - lse, -jnp.inf))
     return jnp.where(used, weight * x, 0)
 
 
-def _by_head(x: jax.Array, lse: jax.Array) -> jax.Array:
-    """[h] as it broadcasts to lse, […, h, s]."""
-    return jnp.expand_dims(x, [axis for axis in range(lse.ndim) if axis != lse.ndim - 2])
+def _by_row_of_lse(sinks: jax.Array) -> jax.Array:
+    """Sinks [b|1, s|1, h] or [t|1, h] as they broadcast to lse, [b, h, s] or [h, t]."""
+    return jnp.swapaxes(sinks, -1, -2)
 
 
-def _sum_to_heads(x: jax.Array) -> jax.Array:
-    """[b, h, s] or [h, s] → [h]."""
-    return x.sum([axis for axis in range(x.ndim) if axis != x.ndim - 2])
+def _sinks_gradient(sinks: jax.Array, by_row: jax.Array) -> jax.Array:
+    """The gradients by row, in lse's order, summed over the tokens that share a sink."""
+    return _jax.sharded_like(_sum_where_one(_by_row_of_lse(by_row), sinks), sinks)
+
+
+def _sum_where_one(x: jax.Array, of: jax.Array) -> jax.Array:
+    """The sum over the dimensions that an array has as 1."""
+    summed = [axis for axis in range(x.ndim) if of.shape[axis] == 1 != x.shape[axis]]
+    return x.sum(summed, keepdims=True)
 
 
 def _row_bias_gradient(bias: jax.Array, lse: jax.Array, by_row: jax.Array) -> jax.Array:
     """dbias of a bias [b|1, hq|1, sq|1, 1], the same for all keys of a row: it moves lse, and what the sinks take."""
     rows = jnp.where(lse > -jnp.inf, by_row, 0)[..., None]
-    summed = [axis for axis in range(rows.ndim) if bias.shape[axis] == 1 != rows.shape[axis]]
-    gradient = rows.sum(summed, keepdims=True).astype(bias.dtype)
-    return _jax.sharded_like(gradient, bias)
+    return _jax.sharded_like(_sum_where_one(rows, bias).astype(bias.dtype), bias)

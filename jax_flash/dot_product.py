@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack, overload
 
@@ -15,6 +13,7 @@ from jax.typing import ArrayLike
 from . import validate
 from ._jax import same_dim
 from .autodiff import attend
+from .batch_dims import as_bias, local_window
 from .checker import Checker
 from .masks import Mask
 from .options import DotProductOptions, FixedArguments, Implementation, IndexLike, Number
@@ -148,13 +147,13 @@ def spec_and_operands(op: str, given: DotProductArguments) -> tuple[AttentionSpe
         key=k,
         value=v,
         causal=_CHECK.flag("is_causal", given.is_causal),
-        window=_window(given.local_window_size),
+        window=local_window(_CHECK, given.local_window_size),
         align="top_left",
         mask=given.mask if given.mask is None or isinstance(given.mask, Mask) else _mask(given.mask, scores),
         q_lengths=_lengths("query_seq_lengths", given.query_seq_lengths, batch),
         kv_lengths=_lengths("key_value_seq_lengths", given.key_value_seq_lengths, batch),
         scale=given.scale,
-        bias=None if given.bias is None else _bias(given.bias, q.dtype),
+        bias=None if given.bias is None else as_bias(given.bias, q.dtype),
         return_lse=_CHECK.flag("return_residual", given.return_residual),
         implementation=_implementation(given.implementation, q.dtype),
     )
@@ -184,33 +183,12 @@ def _mask(mask: ArrayLike, scores: tuple[Any, ...]) -> Array:
     return _CHECK.broadcastable("mask", mask, scores, "b hq sq sk")
 
 
-def _bias(bias: ArrayLike, dtype: Any) -> Array:
-    """The bias in a dtype that the kernels support; jax.nn adds any number to its float32 logits."""
-    bias = jnp.asarray(bias)
-    return bias if bias.dtype in (jnp.float16, jnp.bfloat16, dtype) else bias.astype(jnp.float32)
-
-
 def _lengths(name: str, given: IndexLike | None, batch: Any) -> Array | None:
     if given is None:
         return None
     lengths = _CHECK.int32(name, given)
     _CHECK.shape(name, lengths, (batch,), "B")
     return lengths
-
-
-def _window(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    try:
-        left, right = size if isinstance(size, Sequence) else (size, size)
-        left, right = operator.index(left), operator.index(right)
-    except (TypeError, ValueError):
-        left = right = -1
-    if left < 0 or right < 0:
-        raise _CHECK.fail(
-            f"local_window_size is {size!r}; allowed are None, an int ≥ 0 and a pair (left, right) of such"
-        )
-    return left, right
 
 
 def _implementation(implementation: str | None, dtype: Any) -> Implementation | None:

@@ -15,6 +15,7 @@ from jax import Array
 
 from ._jax import same_dim
 from .attention import flash_attention
+from .batch_dims import as_bias, check_batch_dims, over_batch_dims
 from .checker import Checker
 from .masks import Mask
 from .options import ArrayLike, Implementation, IndexLike, Number, Window
@@ -57,7 +58,8 @@ def attention_fn(
 
     Shapes: query `[batch..., q_length, heads, depth]`, key and value `[batch..., kv_length, kv_heads, depth]`
     with any number of batch dims, also none; `heads` is a multiple of `kv_heads`. The result is
-    `[batch..., q_length, heads, v_depth]` in the promoted dtype, which must be float16, bfloat16 or float32.
+    `[batch..., q_length, heads, v_depth]` in the promoted dtype: float16, bfloat16, float32, or float64, which always
+    runs as plain JAX.
 
     Args:
       bias: added to the scores, broadcastable to `[batch..., heads, q_length, kv_length]`; differentiable.
@@ -71,22 +73,27 @@ def attention_fn(
       dtype: computation dtype; None promotes query, key and value together, as Flax does.
       precision: None or a `jax.lax.Precision` in any spelling. It allows float32 products to be rounded; here
         they are never rounded, which satisfies all of them.
-      force_fp32_for_softmax: has no effect, because the softmax is always float32.
+      module: a module of linen or nnx, which sows the attention weights before dropout, `[batch..., heads, q_length,
+        kv_length]`, as `attention_weights` (`sow_weights=True`). They are made in plain JAX beside the kernel's result
+        and cost its memory and more than its time: for looking at them, not for training.
+      force_fp32_for_softmax: the softmax is always float32; with True weights that are sown are float32 too.
       promote_dtype: a function that replaces the promotion, called with `(query, key, value)` and `dtype=`.
       is_causal: query i attends to keys 0 … i. It is ignored for a single query with a mask, which is a decode
         step: there the mask says which cached keys exist, but some versions of nnx pass `is_causal` too,
         which would leave only key 0 visible.
       segment_ids: int32 `(q_ids [batch..., q_length], kv_ids [batch..., kv_length])`, or one array for both; a query
         attends only to keys of its own segment.
-      window, scale, softcap, alibi_slopes, sinks, implementation: as in `flash_attention`, and
+      sinks: float32 `[heads]`, or for each token `[batch..., q_length, heads]`; differentiable.
+      window, scale, softcap, alibi_slopes, implementation: as in `flash_attention`, and
         `deterministic_backward` is its `deterministic`. Flax passes neither these nor segment_ids; bind them with
         `attention_fn=functools.partial(jax_flash.flax.attention_fn, window=(256, 0))`.
 
     Raises:
-      ValueError: for dropout without `dropout_rng`, and for shapes that do not match.
-      NotImplementedError: for what a fused kernel cannot do: `module` (sowing the attention weights, which are
-        never stored), einsum or dot_general replacements, a `precision` that names a dot algorithm, and any
-        argument that is not listed here.
+      ValueError: for dropout without `dropout_rng`, for shapes that do not match, and for combinations of einsums that
+        Flax refuses.
+      NotImplementedError: for what a fused kernel cannot do: einsum or dot_general replacements, a `precision` that
+        names a dot algorithm, and any argument that is not listed here.
+      TypeError: for complex numbers.
 
     One more deviation from Flax: a query whose keys are all masked gives 0 instead of the mean of the values.
 
@@ -98,22 +105,24 @@ def attention_fn(
     """
     _refuse(
         unknown,
-        module=module,
+        precision,
         einsum_dot_general=einsum_dot_general,
         qk_attn_weights_einsum=qk_attn_weights_einsum,
         attn_weights_value_einsum=attn_weights_value_einsum,
     )
     _check_precision(precision)
+    if not 0.0 <= dropout_rate < 1.0:
+        raise _CHECK.fail(f"dropout_rate must be in the range [0, 1), got {dropout_rate}")
     dropout = not deterministic and dropout_rate > 0.0
     if dropout and dropout_rng is None:
         raise _CHECK.fail(
-            f"dropout_rate is {dropout_rate} but dropout_rng is None; pass a key, or deterministic=True"
+            f"dropout_rng is required where dropout_rate is {dropout_rate}; pass a key, or deterministic=True"
         )
     query, key, value = (promote_dtype or _promote)((query, key, value), dtype=dtype)
-    _check_batch_dims(query, key, value)
+    _check_shapes(query, key, value)
     decode_step = mask is not None and not isinstance(mask, Mask) and same_dim(query.shape[-3], 1)
 
-    def attend(query: Array, key: Array, value: Array, **arrays: Any) -> Array:
+    def attend(query: Array, key: Array, value: Array, *, plain: bool = False, **arrays: Any) -> Array:
         ids = (arrays.pop("q_ids"), arrays.pop("kv_ids")) if "q_ids" in arrays else None
         out: Array = flash_attention(
             query,
@@ -125,11 +134,10 @@ def attention_fn(
             scale=scale,
             softcap=softcap,
             alibi_slopes=alibi_slopes,
-            sinks=sinks,
             segment_ids=ids,
-            dropout_rate=dropout_rate if dropout else 0.0,
+            dropout_rate=dropout_rate if "dropout_key" in arrays else 0.0,
             deterministic=deterministic_backward,
-            implementation=implementation,
+            implementation="xla" if plain else _implementation(implementation, query.dtype),
             **arrays,
         )
         return out
@@ -137,7 +145,7 @@ def attention_fn(
     scores = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
     arrays: dict[str, Array] = {}
     if bias is not None:
-        arrays["bias"] = _CHECK.broadcastable("bias", _as_bias(bias), scores, _SCORES)
+        arrays["bias"] = _CHECK.broadcastable("bias", as_bias(bias, query.dtype), scores, _SCORES)
     if isinstance(mask, Mask):
         if query.ndim != 4:
             raise _CHECK.fail(
@@ -148,18 +156,50 @@ def attention_fn(
         arrays["mask"] = _CHECK.broadcastable("mask", jnp.asarray(mask).astype(bool), scores, _SCORES)
     if segment_ids is not None:
         arrays["q_ids"], arrays["kv_ids"] = _segments(segment_ids, query, key)
+    if sinks is not None:
+        given = _CHECK.float32("sinks", sinks)
+        if given.ndim == 1:
+            attend = partial(attend, sinks=given)
+        else:
+            _CHECK.shape("sinks", given, query.shape[:-1], "batch... q_length heads")
+            arrays["sinks"] = given
+    if module:
+        wide = jnp.promote_types(query.dtype, jnp.float32) if force_fp32_for_softmax else query.dtype
+        # Attention over unit vectors gives the weights, with every option.
+        units = jnp.eye(key.shape[-3], dtype=wide)[:, None]
+        units = jnp.broadcast_to(units, (*key.shape[:-1], key.shape[-3]))
+        rows = over_batch_dims(
+            partial(attend, plain=True), query.astype(wide), key.astype(wide), units, arrays
+        )
+        _sow(module, jnp.moveaxis(rows, -2, -3))
     if dropout and dropout_rng is not None:
         arrays["dropout_key"] = dropout_rng
-    return _over_batch_dims(attend, query, key, value, arrays)
+    out: Array = over_batch_dims(attend, query, key, value, arrays)
+    return out
 
 
-def _refuse(unknown: dict[str, Any], **unsupported: Any) -> None:
+def _sow(module: Any, weights: Array) -> None:
+    """Stores the weights where Flax's own attention does."""
+    from flax import nnx
+
+    collection = nnx.Intermediate if isinstance(module, nnx.Module) else "intermediates"
+    module.sow(collection, "attention_weights", weights)
+
+
+def _implementation(implementation: Implementation | None, dtype: Any) -> Implementation | None:
+    return "xla" if implementation is None and dtype == jnp.float64 else implementation
+
+
+def _refuse(unknown: dict[str, Any], precision: Any, **unsupported: Any) -> None:
     """Raises for arguments that a fused kernel cannot support."""
-    if unsupported["module"] is not None:
+    einsums = [
+        unsupported[f"{name}_einsum"] is not None for name in ("qk_attn_weights", "attn_weights_value")
+    ]
+    if any(einsums) and not all(einsums):
+        raise _CHECK.fail("qk_attn_weights_einsum and attn_weights_value_einsum must be specified together")
+    if any(einsums) and (precision or unsupported["einsum_dot_general"]):
         raise _CHECK.fail(
-            "module was passed (sow_weights=True), but the attention weights never exist as an array; "
-            "use sow_weights=False, or flax's own dot_product_attention to look at them",
-            NotImplementedError,
+            "precision or einsum_dot_general, and qk_attn_weights_einsum exclude each other; pass one"
         )
     if "causal" in unknown:
         raise _CHECK.fail(
@@ -200,12 +240,6 @@ def _promote(arrays: Sequence[Array], *, dtype: Any = None) -> list[Array]:
     return [x.astype(dtype) for x in arrays]
 
 
-def _as_bias(bias: Array) -> Array:
-    """The bias in a dtype that the kernels support; Flax accepts any."""
-    bias = jnp.asarray(bias)
-    return bias if bias.dtype in (jnp.float16, jnp.bfloat16) else bias.astype(jnp.float32)
-
-
 def _segments(given: Any, query: Array, key: Array) -> Sequence[Array]:
     """The segment ids of queries, `[batch..., q_length]`, and of keys."""
     pair = given if isinstance(given, (tuple, list)) else (given, given)
@@ -218,43 +252,12 @@ def _segments(given: Any, query: Array, key: Array) -> Sequence[Array]:
     return found
 
 
-def _check_batch_dims(query: Array, key: Array, value: Array) -> None:
-    if not query.ndim == key.ndim == value.ndim >= 3:
-        raise _CHECK.fail(
-            "query, key and value must have the same rank, at least 3, "
-            f"but have {query.ndim}, {key.ndim} and {value.ndim}"
-        )
-    for name, x in (("key", key), ("value", value)):
-        if not all(map(same_dim, x.shape[:-3], query.shape[:-3])):
-            raise _CHECK.fail(
-                f"{name} has batch dims {x.shape[:-3]}, which differ from query's {query.shape[:-3]}"
-            )
-
-
-def _over_batch_dims(
-    attend: Callable[..., Array], query: Array, key: Array, value: Array, arrays: dict[str, Array]
-) -> Array:
-    """Calls `attend` with exactly one batch dim: adds one if there is none, and maps over further ones.
-
-    A reshape instead of vmap would lose the sharding of an inner batch dim.
-    """
-    if query.ndim == 3:
-        one = {name: x if name == "dropout_key" else x[None] for name, x in arrays.items()}
-        return attend(query[None], key[None], value[None], **one)[0]
-    if query.ndim == 4:
-        return attend(query, key, value, **arrays)
-
-    def inner(query: Array, key: Array, value: Array, arrays: dict[str, Array]) -> Array:
-        return _over_batch_dims(attend, query, key, value, arrays)
-
-    inner_arrays, axes = dict(arrays), dict[str, int | None](dict.fromkeys(arrays))
-    for name, array in arrays.items():
-        if (
-            name == "dropout_key"
-        ):  # One key per batch entry; with one key for all, they would drop the same weights.
-            inner_arrays[name], axes[name] = jax.random.split(array, query.shape[0]), 0
-        elif same_dim(array.shape[0], 1):
-            inner_arrays[name] = array[0]
-        else:
-            axes[name] = 0
-    return jax.vmap(inner, in_axes=(0, 0, 0, axes))(query, key, value, inner_arrays)
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+    check_batch_dims(_CHECK, query, key, value)
+    heads, kv_heads = query.shape[-2], key.shape[-2]
+    if not kv_heads or heads % kv_heads:
+        raise _CHECK.fail(f"query's {heads} heads must be a multiple of key's {kv_heads}")
+    if not same_dim(key.shape[-3], value.shape[-3]):
+        raise _CHECK.fail(f"key and value lengths must match, got {key.shape[-3]} and {value.shape[-3]}")
+    if not same_dim(query.shape[-1], key.shape[-1]):
+        raise _CHECK.fail(f"query and key depths must match, got {query.shape[-1]} and {key.shape[-1]}")

@@ -148,7 +148,7 @@ def _with_mask(mask: Mask, spec: AttentionSpec, shapes: Shapes, values: dict[str
     index = {"kv_lengths", "cu_seqlens_q", "cu_seqlens_k"} & shapes.keys()
     if not index <= values.keys() or not all(map(_is_known, jax.tree.leaves(mask))):
         return values
-    made = ("ranges", "mask", "q_segment_ids", "kv_segment_ids")
+    made = ("ranges", "mask", "block_mask", "q_segment_ids", "kv_segment_ids")
     operands: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items() if name not in made
     }

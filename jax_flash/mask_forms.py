@@ -9,52 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .mask_rows import MOST, Data, Rows, SortedKeys
+
 Pair = tuple[Array, Array]  # lo, hi, int32, broadcastable to [b, h, s]: the keys lo ≤ j < hi
-Data = int | Array  # a number, or one for each batch entry, int32 [b]
-MOST = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The query rows of one call; a packed batch is one batch entry.
-
-    index: the position of each row in its sequence, int32 [1, s].
-    lengths: the rows of its batch entry or sequence, int32 [b|1, s|1], and `keys` the keys.
-    sequence: for a packed batch the sequence of each row, int32 [s].
-    whole: where the rows are one device's of a split sequence, gives an array […, s] of all devices.
-    """
-
-    index: Array
-    lengths: Array
-    keys: Array
-    sequence: Array | None = None
-    whole: Callable[[Array], Array] | None = None
-
-    @staticmethod
-    def fixed(sq: int, sk: int) -> Rows:
-        """The rows of a batch of equal lengths."""
-        whole = partial(jnp.full, (1, 1), dtype=jnp.int32)
-        return Rows(jnp.arange(sq, dtype=jnp.int32)[None], whole(fill_value=sq), whole(fill_value=sk))
-
-    @property
-    def i(self) -> Array:
-        """The position of each row, [1, 1, s]."""
-        return self.index[:, None]
-
-    def each(self, data: Data) -> Array:
-        """What the batch entry or sequence of each row has, [b|1, 1, s|1]."""
-        x = jnp.asarray(data, jnp.int32)
-        if x.ndim == 0:
-            return x[None, None, None]
-        if self.sequence is None:
-            return x[:, None, None]
-        return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
 
 
 def between(lo: Array | int, hi: Array | int) -> Pair:
@@ -207,28 +170,36 @@ class Positions(Form):
     right: Data | None
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        q = jnp.asarray(self.q_positions, jnp.int32)
-        keys = jnp.asarray(self.kv_positions, jnp.int32)
-        keys = keys if rows.whole is None else rows.whole(keys)
-        entries = max(q.shape[0], keys.shape[0])
-        q, keys = (jnp.broadcast_to(x, (entries, x.shape[-1])) for x in (q, keys))
-        find = jax.vmap(partial(jnp.searchsorted, side="left", method="scan_unrolled"))
+        keys = rows.of_keys(self.kv_positions)
         lo: Array | int = 0
         hi: Array | int = MOST
         if self.left is not None:
-            lo = find(keys, q - rows.each(self.left)[:, 0])[:, None]
+            lo = keys.first_from(self.q_positions - rows.each(self.left)[:, 0])[:, None]
         if self.right is not None:
-            hi = find(keys, q + rows.each(self.right)[:, 0] + 1)[:, None]
+            hi = keys.first_from(self.q_positions + rows.each(self.right)[:, 0], above=True)[:, None]
         return [between(lo, hi)]
 
 
 @_form("q_ids", "kv_ids")
 @dataclass(frozen=True, eq=False)
 class Segments(Form):
-    """Keys of the row's own segment."""
+    """Keys of the row's own segment. Where keys are packed or in pages, a segment's keys are neighbours, and its rows
+    see a range."""
 
-    q_ids: Array
-    kv_ids: Array
+    q_ids: Array  # [b, sq], packed [1, tq]
+    kv_ids: Array  # [b, sk], packed [1, tk]
+
+    def pairs(self, rows: Rows) -> list[Pair] | None:
+        if rows.packed_keys is None:
+            return None
+        keys = rows.of_keys(self.kv_ids)
+        place = rows.packed_keys
+        order = jnp.lexsort((keys.elements, ~place.used, place.owner)).astype(jnp.int32)
+        ids = SortedKeys(keys.elements[order], keys.start, keys.count, keys.most)
+        first, past = ids.first_from(self.q_ids), ids.first_from(self.q_ids, above=True)
+        lo, hi = (order.at[ids.start + x].get(mode="clip") - ids.start for x in (first, past - 1))
+        none = first == past
+        return [between(jnp.where(none, 0, lo)[:, None], jnp.where(none, 0, hi + 1)[:, None])]
 
 
 @_form("chosen")
@@ -238,6 +209,15 @@ class Blocks(Form):
 
     chosen: Array  # [b|1, hk|hq|1, ⌈sq/bq⌉, n]
     block: tuple[int, int]
+
+    def shown(self, columns: Any) -> Array:
+        """Whether each block of rows sees each of so many blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
+
+        An index of no block is none, and one that occurs twice counts once."""
+        nothing = jnp.zeros((*self.chosen.shape[:-1], columns), bool)
+        index = jnp.where(self.chosen < 0, MOST, self.chosen)
+        at = tuple(jnp.indices(index.shape, sparse=True)[:-1])
+        return nothing.at[(*at, index)].set(True, mode="drop")
 
 
 @_form("seen")
@@ -257,16 +237,16 @@ class Either(Form):
     b: tuple[Form, ...]
 
     def pairs(self, rows: Rows) -> list[Pair]:
-        return union(_all(self.a, rows), _all(self.b, rows))
+        return union(pairs_of(self.a, rows), pairs_of(self.b, rows))
 
 
-def _all(forms: Sequence[Form], rows: Rows) -> list[Pair]:
-    """The ranges of a conjunction of forms, each of which is made of ranges."""
-    found = [between(0, MOST)]
+def pairs_of(forms: Sequence[Form], rows: Rows) -> list[Pair]:
+    """The ranges that all forms leave which are made of ranges; none if there is no such form."""
+    found: list[Pair] = []
     for each in forms:
         pairs = each.pairs(rows)
-        assert pairs is not None  # `|` refuses other forms
-        found = intersection(found, pairs)
+        if pairs is not None:
+            found = intersection(found, pairs) if found else pairs
     return found
 
 
@@ -326,21 +306,17 @@ class Visible:
 
 def resolve(forms: Sequence[Form], rows: Rows) -> Visible:
     """What a conjunction of forms leaves to the rows."""
-    found = Visible()
-    for each in forms:
-        pairs = each.pairs(rows)
-        if pairs is not None:
-            both = intersection(found.pairs, pairs) if found.pairs else pairs
-            found = replace(found, pairs=tuple(both))
-        elif isinstance(each, Segments):
+    limit = rows.keys[:, None]
+    clipped = [(jnp.clip(lo, 0, limit), jnp.clip(hi, 0, limit)) for lo, hi in pairs_of(forms, rows)]
+    found = Visible(tuple(ordered(clipped)))
+    for each in forms:  # of these kinds a mask has one each
+        if isinstance(each, Segments) and rows.packed_keys is None:
             found = replace(found, segments=each)
         elif isinstance(each, Blocks):
             found = replace(found, blocks=each)
         elif isinstance(each, Dense):
-            found = replace(found, dense=each.seen if found.dense is None else found.dense & each.seen)
-    limit = rows.keys[:, None]
-    clipped = [(jnp.clip(lo, 0, limit), jnp.clip(hi, 0, limit)) for lo, hi in found.pairs]
-    return replace(found, pairs=tuple(ordered(clipped)))
+            found = replace(found, dense=each.seen)
+    return found
 
 
 def seen(visible: Visible, rows: int, column: Array) -> Array:
@@ -363,6 +339,5 @@ def seen(visible: Visible, rows: int, column: Array) -> Array:
 def _in_blocks(blocks: Blocks, sq: int, sk: int) -> Array:
     """`[b|1, h|1, sq, sk]`: whether the key's block is one of those chosen for the row's."""
     bq, bk = blocks.block
-    number = jnp.arange(-(-sk // bk), dtype=jnp.int32)
-    chosen = (blocks.chosen[..., None] == number).any(-2)  # [b, h, query blocks, key blocks]
-    return jnp.repeat(jnp.repeat(chosen, bq, 2)[:, :, :sq], bk, 3)[..., :sk]
+    shown = blocks.shown(-(-sk // bk))
+    return jnp.repeat(jnp.repeat(shown, bq, 2)[:, :, :sq], bk, 3)[..., :sk]

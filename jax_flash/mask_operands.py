@@ -12,10 +12,12 @@ from jax import Array, lax
 from . import mask_forms as forms
 from ._jax import same_dim
 from .checker import Checker
-from .mask_forms import Form, Rows
+from .mask_forms import Form
+from .mask_rows import MOST, PackedKeys, Rows
 from .masks import Mask, both_segments
 from .operands import OPTIONAL
 from .paged import gather
+from .sequence.passes import takes_blocks
 from .spec import UNLIMITED, AttentionSpec, Ring
 from .zigzag import zigzag_unpermute
 
@@ -26,19 +28,23 @@ Operands = dict[str, Array]
 class Sizes:
     """The dimensions of a call that arrays of masks have.
 
-    Only calls whose keys are arrays of their own have `keys`; `columns` are those of all devices of a ring.
+    Only calls whose keys are arrays of their own have `keys`; `columns` are the keys that a sequence may have, those of
+    all devices of a ring.
     """
 
     batch: Any  # batch entries or sequences
-    heads: Any
+    heads: int
+    kv_heads: int
     rows: Any
+    columns: Any
     keys: Any = None
-    columns: Any = None
     packed: bool = False
+    pages: bool = False
+    chunk: Any = None  # in a ring: rows of a device that are consecutive in the sequence
 
     def shape(self, dims: str) -> tuple[Any, ...]:
         sizes = {"b": self.batch, "n": self.batch, "hq": self.heads, "sq": self.rows, "tq": self.rows}
-        sizes |= {"sk": self.keys, "columns": self.columns}
+        sizes |= {"sk": self.keys, "tk": self.columns, "columns": self.columns}
         return tuple(sizes[dim] for dim in dims.split())
 
 
@@ -47,22 +53,27 @@ def apply(
 ) -> AttentionSpec:
     """Adds what a mask says to the operands of a call, and returns its spec."""
     sizes = _sizes(spec, operands, ring)
-    for condition in _flat(mask.conditions):
+    for condition in flat(mask.conditions):
         _check(check, condition, sizes)
     mask, spec = _without_band(mask, spec)
-    _add(check, mask, operands, _rows(spec, operands, ring), sizes)
+    blocks = any(isinstance(x, forms.Blocks) for x in mask.conditions)
+    if blocks and "draft_mask" in operands:
+        raise check.fail(
+            "mask has masks.blocks(…), which no implementation has beside draft_mask", NotImplementedError
+        )
+    if blocks and ring is not None and not takes_blocks(spec, sizes.rows, sizes.keys):
+        raise check.fail(
+            "mask has masks.blocks(…), beside which causal, window and alibi_slopes need align='top_left' where "
+            "lengths may move the diagonal",
+            NotImplementedError,
+        )
+    if not (sizes.packed and same_dim(sizes.batch, 0)):  # else no row is of a sequence
+        spec = _add(mask, spec, operands, _rows(spec, operands, ring), sizes)
     return replace(spec, operands=tuple(name for name in OPTIONAL if name in operands))
 
 
-def _add(check: Checker, mask: Mask, operands: Operands, rows: Rows, sizes: Sizes) -> None:
-    if sizes.packed and same_dim(sizes.batch, 0):
-        return  # no row is of a sequence
+def _add(mask: Mask, spec: AttentionSpec, operands: Operands, rows: Rows, sizes: Sizes) -> AttentionSpec:
     visible = forms.resolve(mask.conditions, rows)
-    if visible.blocks is not None:
-        raise check.fail(
-            "mask has masks.blocks(…), which no implementation has yet; masks.dense(…) takes any mask",
-            NotImplementedError,
-        )
     if visible.pairs:
         whole = jnp.zeros((1, 1, sizes.rows), jnp.int32)
         limits = jnp.broadcast_arrays(whole, *(x for pair in visible.pairs for x in pair))
@@ -72,6 +83,15 @@ def _add(check: Checker, mask: Mask, operands: Operands, rows: Rows, sizes: Size
         _add_segments(operands, visible.segments, sizes)
     if visible.dense is not None:
         operands["mask"] = visible.dense
+    if visible.blocks is None:
+        return spec
+    shown = visible.blocks.shown(-(-sizes.columns // visible.blocks.block[1]))
+    if rows.whole is not None:  # a ring's calls find their blocks among all
+        shown = jnp.swapaxes(rows.whole(jnp.swapaxes(shown, 2, 3)), 2, 3)
+    if shown.shape[1] == sizes.kv_heads:
+        shown = jnp.repeat(shown, sizes.heads // sizes.kv_heads, 1)
+    operands["block_mask"] = shown
+    return replace(spec, block=visible.blocks.block)
 
 
 def _add_segments(operands: Operands, ids: forms.Segments, sizes: Sizes) -> None:
@@ -115,7 +135,7 @@ def _static_sides(condition: Form) -> tuple[int, int] | None:
     for side, toward in ((condition.left, -1), (condition.right, 1)):
         if side is None:
             found.append(UNLIMITED)
-        elif isinstance(side, int) and 0 <= side + toward * condition.offset < forms.MOST:
+        elif isinstance(side, int) and 0 <= side + toward * condition.offset < MOST:
             found.append(side + toward * condition.offset)
         else:
             return None
@@ -131,18 +151,30 @@ def _narrower(a: int, b: int) -> int:
 
 def _sizes(spec: AttentionSpec, operands: Operands, ring: Ring | None) -> Sizes:
     heads, tokens = operands["query"].shape[-2], operands["query"].shape[-3]
-    if spec.packed:
-        return Sizes(operands["cu_seqlens_q"].shape[0] - 1, heads, tokens, packed=True)
+    kv_heads = operands["key"].shape[spec.dims["key"].index("hk")]
     if spec.paged:
-        return Sizes(operands["query"].shape[0], heads, tokens)
-    keys = operands["key"].shape[1]
-    return Sizes(operands["query"].shape[0], heads, tokens, keys, keys if ring is None else keys * ring.size)
+        columns = _capacity(spec, operands)
+    else:
+        columns = operands["key"].shape[-3] * (1 if ring is None else ring.size)
+    if spec.packed:
+        n = operands["cu_seqlens_q"].shape[0] - 1
+        return Sizes(n, heads, kv_heads, tokens, columns, packed=True, pages=spec.paged)
+    keys = None if spec.paged else operands["key"].shape[1]
+    chunk = None if ring is None else tokens // 2 if ring.order == "zigzag" else tokens
+    return Sizes(
+        operands["query"].shape[0], heads, kv_heads, tokens, columns, keys, pages=spec.paged, chunk=chunk
+    )
+
+
+def _capacity(spec: AttentionSpec, operands: Operands) -> Any:
+    """Keys that the pages of a sequence can hold."""
+    page_size = operands["key"].shape[spec.dims["key"].index("ps")]
+    return gather.table_capacity(operands["block_tables"], page_size)
 
 
 def _rows(spec: AttentionSpec, operands: Operands, ring: Ring | None) -> Rows:
     if spec.paged:
-        page_size = operands["key"].shape[spec.dims["key"].index("ps")]
-        return _paged_rows(operands, gather.table_capacity(operands["block_tables"], page_size))
+        return _paged_rows(operands, _capacity(spec, operands))
     return _varlen_rows(operands) if spec.layout == "varlen" else _fixed_rows(operands, ring)
 
 
@@ -175,20 +207,33 @@ def _ring_rows(ring: Ring, sq: int, sk: int) -> Rows:
 
 def _varlen_rows(operands: Operands) -> Rows:
     """The rows of packed sequences whose keys are packed too."""
-    starts = lax.cummax(jnp.clip(operands["cu_seqlens_k"], 0, operands["key"].shape[0]))
+    tokens = operands["key"].shape[0]
+    starts = lax.cummax(jnp.clip(operands["cu_seqlens_k"], 0, tokens))
     keys = jnp.diff(starts)
     if "kv_lengths" in operands:
         keys = jnp.clip(operands["kv_lengths"], 0, keys)
-    return _packed_rows(operands, keys)
+    token = jnp.arange(tokens, dtype=jnp.int32)
+    owner = jnp.searchsorted(starts, token, side="right").astype(jnp.int32) - 1
+    place = token - starts[owner]
+    used = (owner >= 0) & (place < jnp.pad(keys, (0, 1))[owner])
+    rows = _packed_rows(operands, keys)
+    return replace(rows, packed_keys=PackedKeys(starts[rows.sequence][None], owner, used))
 
 
 def _paged_rows(operands: Operands, capacity: Any) -> Rows:
     """The rows of sequences whose keys are in pages, of which each has a `capacity`."""
     keys = jnp.clip(operands["kv_lengths"], 0, capacity)
+    owner = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None]
+    place = jnp.arange(capacity, dtype=jnp.int32)
+    used, owners = (place < keys[:, None]).reshape(-1), jnp.repeat(owner, capacity, 1).reshape(-1)
     if "cu_seqlens_q" in operands:
-        return _packed_rows(operands, keys)
-    sq = operands["query"].shape[1]
-    return replace(Rows.fixed(sq, 0), keys=keys[:, None])
+        rows = _packed_rows(operands, keys)
+        assert rows.sequence is not None
+        start = jnp.minimum(rows.sequence, keys.shape[0] - 1)[None] * capacity
+    else:
+        rows = replace(Rows.fixed(operands["query"].shape[1], 0), keys=keys[:, None])
+        start = owner * capacity
+    return replace(rows, packed_keys=PackedKeys(start, owners, used))
 
 
 def _packed_rows(operands: Operands, keys: Array) -> Rows:
@@ -211,11 +256,12 @@ def require_mask(check: Checker, mask: Any) -> Mask:
     )
 
 
-def _flat(conditions: tuple[Form, ...]) -> Iterator[Form]:
+def flat(conditions: tuple[Form, ...]) -> Iterator[Form]:
+    """The conditions of a mask, those of `a | b` one by one."""
     for x in conditions:
         if isinstance(x, forms.Either):
-            yield from _flat(x.a)
-            yield from _flat(x.b)
+            yield from flat(x.a)
+            yield from flat(x.b)
         else:
             yield x
 
@@ -234,21 +280,38 @@ def _check(check: Checker, x: Form, sizes: Sizes) -> None:
         for lo, hi in x.limits:
             fits("lo", lo, "hq tq" if sizes.packed else "b hq sq")
             fits("hi", hi, "hq tq" if sizes.packed else "b hq sq")
+    elif isinstance(x, forms.Blocks):
+        _check_blocks(check, x, sizes)
     elif isinstance(x, forms.Spans):
         ids = x.ids[0] if sizes.packed and x.ids.ndim == 2 else x.ids
         fits("span ids", ids, "tq" if sizes.packed else "b sq")
-    elif isinstance(x, (forms.Segments, forms.Positions, forms.Dense)) and sizes.keys is None:
-        kind = type(x).__name__.lower().replace("positions", "by_position")
+    elif isinstance(x, (forms.Segments, forms.Positions)):
+        if isinstance(x, forms.Segments):
+            arrays = {"segments of queries": x.q_ids, "segments of keys": x.kv_ids}
+        else:
+            arrays = {"q_positions": x.q_positions, "kv_positions": x.kv_positions}
+        of_keys = "b sk" if sizes.keys is not None else "n columns" if sizes.pages else "tk"
+        for (name, array), dims in zip(arrays.items(), ("tq" if sizes.packed else "b sq", of_keys)):
+            fits(name, array[0] if dims in ("tq", "tk") and array.shape[0] == 1 else array, dims)
+    elif isinstance(x, forms.Dense) and sizes.keys is None:
         raise check.fail(
-            f"mask has masks.{kind}(…), which is for flash_attention and ring_attention; ranges of keys "
-            "are for every function",
+            "mask has masks.dense(…), which is for flash_attention and ring_attention; ranges of keys and blocks are "
+            "for every function",
             NotImplementedError,
         )
-    elif isinstance(x, forms.Segments):
-        fits("segments of queries", x.q_ids, "b sq")
-        fits("segments of keys", x.kv_ids, "b sk")
-    elif isinstance(x, forms.Positions):
-        fits("q_positions", x.q_positions, "b sq")
-        fits("kv_positions", x.kv_positions, "b sk")
     elif isinstance(x, forms.Dense):
         fits("dense array", x.seen, "b hq sq columns")
+
+
+def _check_blocks(check: Checker, x: forms.Blocks, sizes: Sizes) -> None:
+    """Blocks of packed sequences count from the first row of each; rows past the last one see no key."""
+    b, h, blocks, _ = x.chosen.shape
+    rows = blocks if sizes.packed else -(-sizes.rows // x.block[0])
+    good = same_dim(b, 1) or same_dim(b, sizes.batch)
+    if not (good and h in (1, sizes.kv_heads, sizes.heads) and same_dim(blocks, rows)):
+        allowed = f"[{sizes.batch} or 1, {sizes.heads}, {sizes.kv_heads} or 1, {rows}, n]"
+        raise check.fail(f"mask's chosen blocks must have shape {allowed}, got {x.chosen.shape}")
+    if sizes.chunk is not None and sizes.chunk % x.block[0]:
+        raise check.fail(
+            f"mask's blocks of {x.block[0]} rows must divide the {sizes.chunk} consecutive rows of a device"
+        )

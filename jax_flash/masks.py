@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 from typing import Any
 
 import jax
@@ -17,10 +19,12 @@ import numpy as np
 from jax import Array
 
 from . import mask_forms as forms
-from .mask_forms import Form, Pair, Rows
+from .mask_forms import Form, Pair
+from .mask_rows import Rows
 
 ArrayLike = Any
-_DRAWN = 16  # rows and keys of a picture, at most
+_DRAWN = 16  # rows and keys of a picture, at most,
+_MOST_DRAWN = 1 << 20  # of a mask of so many pairs
 
 
 @jax.tree_util.register_dataclass
@@ -46,8 +50,8 @@ class Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         a, b = self.conditions, other.conditions
-        if all(isinstance(x, forms.Dense) for x in (*a, *b)):
-            return Mask((forms.Dense(_all_seen(a) | _all_seen(b)),))
+        if len(a) == len(b) == 1 and (joined := _joined(a[0], b[0])) is not None:
+            return Mask((joined,))
         counts = forms.most_pairs(a), forms.most_pairs(b)
         if None in counts or counts[0] + counts[1] > 2:  # type: ignore[operator]
             raise ValueError(
@@ -72,7 +76,9 @@ class Mask:
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
             return f"Mask({self!s})"
         sq, sk = _sizes(self.conditions)
-        return "\n".join((f"Mask({self!s})", *self.picture(min(sq, _DRAWN), min(sk, _DRAWN))))
+        if sq * sk > _MOST_DRAWN:
+            return f"Mask({self!s})"
+        return "\n".join((f"Mask({self!s})", *(row[:_DRAWN] for row in self.picture(sq, sk)[:_DRAWN])))
 
 
 def causal(offset: int | ArrayLike = 0) -> Mask:
@@ -102,11 +108,12 @@ def segments(q_ids: ArrayLike, kv_ids: ArrayLike | None = None) -> Mask:
     """Keys of the row's own segment.
 
     Args:
-      q_ids: int32 `[b, sq]`.
-      kv_ids: int32 `[b, sk]`, by default q_ids.
+      q_ids: int32 `[b, sq]`, packed `[tq]`.
+      kv_ids: int32 `[b, sk]`, packed `[tk]`, for pages `[n, keys]` with as many keys as a row of the tables holds; by
+        default q_ids. In packed and paged calls the keys of a segment must be neighbours (`check_inputs` tells).
     """
-    q = _int32("segments", "q_ids", q_ids, (2,))
-    return Mask((forms.Segments(q, q if kv_ids is None else _int32("segments", "kv_ids", kv_ids, (2,))),))
+    q = _per_token("segments", "q_ids", q_ids)
+    return Mask((forms.Segments(q, q if kv_ids is None else _per_token("segments", "kv_ids", kv_ids)),))
 
 
 def ranges(lo: ArrayLike, hi: ArrayLike) -> Mask:
@@ -129,8 +136,9 @@ def by_position(
     """Causal and window by positions that are not indices (padding, packing, caches).
 
     Args:
-      q_positions: int32 `[b, sq]`.
-      kv_positions: int32 `[b, sk]`, which does not decrease along a row.
+      q_positions: int32 `[b, sq]`, packed `[tq]`.
+      kv_positions: int32 `[b, sk]`, packed `[tk]`, for pages `[n, keys]` with as many keys as a row of the tables
+        holds; they do not decrease among the keys of a row or sequence.
       causal: keys at or before the row's position.
       window: `(left, right)` around it, each an int ≥ 0 or None for unlimited.
     """
@@ -138,8 +146,8 @@ def by_position(
     return Mask(
         (
             forms.Positions(
-                _int32("by_position", "q_positions", q_positions, (2,)),
-                _int32("by_position", "kv_positions", kv_positions, (2,)),
+                _per_token("by_position", "q_positions", q_positions),
+                _per_token("by_position", "kv_positions", kv_positions),
                 left,
                 0 if causal else right,
             ),
@@ -186,7 +194,8 @@ def blocks(chosen: ArrayLike, block: tuple[int, int]) -> Mask:
 
     Args:
       chosen: int32 `[b|1, hk|hq|1, ⌈sq/bq⌉, n]`: indices of visible key blocks in any order, −1 for none. An index that
-        occurs twice counts once.
+        occurs twice counts once. In packed calls b is the sequences, whose blocks count from their own first row, and
+        rows past the last block see no key.
       block: `(bq, bk)`, multiples of 16 from 16 to 256.
     """
     for size in block:
@@ -255,6 +264,11 @@ def _int32(function: str, name: str, x: ArrayLike, ranks: Sequence[int] | None =
     return array
 
 
+def _per_token(function: str, name: str, x: ArrayLike) -> Array:
+    """An index array of rank 2; what a packed batch has is one row."""
+    return jnp.atleast_2d(_int32(function, name, x, (1, 2)))
+
+
 def _data(function: str, name: str, x: int | ArrayLike) -> int | Array:
     """A number, or one for each batch entry."""
     if isinstance(x, int) and not isinstance(x, bool):
@@ -277,22 +291,35 @@ def _merged(conditions: Sequence[Form]) -> tuple[Form, ...]:
     by_segment = [x for x in conditions if isinstance(x, forms.Segments)]
     by_block = [x for x in conditions if isinstance(x, forms.Blocks)]
     arrays = [x for x in conditions if isinstance(x, forms.Dense)]
-    if len(by_block) > 1:
+    if by_segment:
+        rest.append(reduce(both_segments, by_segment))
+    if by_block:
+        rest.append(reduce(_both_blocks, by_block))
+    if arrays:
+        rest.append(forms.Dense(reduce(and_, (x.seen for x in arrays))))
+    return tuple(rest)
+
+
+def _joined(a: Form, b: Form) -> Form | None:
+    """What either of two shows, of a kind that is not made of ranges; None where there is no such form."""
+    if isinstance(a, forms.Dense) and isinstance(b, forms.Dense):
+        return forms.Dense(a.seen | b.seen)
+    if isinstance(a, forms.Blocks) and isinstance(b, forms.Blocks) and a.block == b.block:
+        lead = jnp.broadcast_shapes(a.chosen.shape[:-1], b.chosen.shape[:-1])
+        both = [jnp.broadcast_to(x.chosen, (*lead, x.chosen.shape[-1])) for x in (a, b)]
+        return forms.Blocks(jnp.concatenate(both, -1), a.block)
+    return None
+
+
+def _both_blocks(a: forms.Blocks, b: forms.Blocks) -> forms.Blocks:
+    """The blocks that both have."""
+    if a.block != b.block:
         raise ValueError(
-            "masks: blocks(…) & blocks(…) has no form of its own; choose the blocks that both have"
+            f"masks: blocks(…) & blocks(…) must have blocks of one size, got {a.block} and {b.block}; "
+            "masks.dense(…) takes any mask"
         )
-    while len(by_segment) > 1:
-        by_segment = [both_segments(*by_segment[:2]), *by_segment[2:]]
-    if len(arrays) > 1:
-        arrays = [forms.Dense(_all_seen(arrays))]
-    return (*rest, *by_segment, *by_block, *arrays)
-
-
-def _all_seen(arrays: Sequence[Any]) -> Array:
-    seen: Array = arrays[0].seen
-    for x in arrays[1:]:
-        seen = seen & x.seen
-    return seen
+    in_b = (a.chosen[..., :, None] == b.chosen[..., None, :]).any(-1)
+    return forms.Blocks(jnp.where(in_b, a.chosen, -1), a.block)
 
 
 def both_segments(a: forms.Segments, b: forms.Segments) -> forms.Segments:

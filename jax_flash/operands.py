@@ -58,6 +58,7 @@ class _Tables:
         self.elements: dict[str, str] = {}
         self.results: list[str] = []
         self.passes: dict[str, Pass] = {}
+        self.limits: dict[str, int] = {}
         for table in ("operands", "results"):
             for kind, cells in _rows(table):
                 add = getattr(self, f"_add_{kind.lower()}", None)
@@ -70,6 +71,9 @@ class _Tables:
             for layout in ATTENTION_LAYOUTS:
                 if other in self.dims[layout]:
                     self.dims[layout][name] = self.dims[layout][other]
+
+    def _add_limit(self, name: str, value: str) -> None:
+        self.limits[name] = int(value)
 
     def _add_array(self, layouts: Dims, name: str, element: str, dims: tuple[str, ...]) -> None:
         self.elements[name] = element
@@ -113,6 +117,10 @@ class _Tables:
 
 
 _TABLES = _Tables()
+# The largest d and dv; the largest d over a pool that K and V share, and its largest row that append_kv writes.
+MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS = (
+    _TABLES.limits[name] for name in ("MaxHeadDim", "MaxLatentDim", "MaxPoolColumns")
+)
 # Dimension names of every operand and result, per layout, and their element types.
 DIMS = _TABLES.dims
 ELEMENTS = _TABLES.elements

@@ -29,6 +29,7 @@ ArrayLike = jax.Array | NDArray[Any]
 Number = float | np.floating[Any] | np.integer[Any] | ArrayLike  # of a known value, which is compiled in
 # int32 arrays of JAX, or integers on the host, of any type, whose values int32 holds.
 IndexLike = ArrayLike | Sequence[int] | Sequence[Sequence[int]]
+Scale = ArrayLike | float  # of float8 pools: one number is the scale of all heads
 LengthsLike = ArrayLike | Sequence[int] | int  # one number is the length of all
 
 
@@ -94,11 +95,12 @@ class PagedOptions(Options, total=False):
     page_layout: PageLayout
     num_splits: int | None
     batch_invariant: bool
-    k_scale: ArrayLike | None
-    v_scale: ArrayLike | None
+    k_scale: Scale | None
+    v_scale: Scale | None
     mask: Mask | None
     draft_mask: ArrayLike | None
     value_dim: int | None
+    value_start: int
 
 
 class AppendOptions(TypedDict, total=False):
@@ -108,8 +110,8 @@ class AppendOptions(TypedDict, total=False):
     page_layout: PageLayout
     rotary: tuple[ArrayLike, ArrayLike] | None
     interleaved: bool
-    k_scale: ArrayLike | None
-    v_scale: ArrayLike | None
+    k_scale: Scale | None
+    v_scale: Scale | None
     implementation: Implementation | None
 
 
@@ -135,7 +137,7 @@ class DenseArguments(Arguments):
     """What calls are given whose keys are arrays of their own."""
 
     key: ArrayLike
-    value: ArrayLike
+    value: ArrayLike | None  # None: V is K
     kv_lengths: LengthsLike | None = None
     dropout_rate: Number = 0.0
     dropout_key: ArrayLike | None = None
@@ -178,8 +180,8 @@ class Pools:
     block_tables: IndexLike
     kv_lengths: LengthsLike
     page_layout: PageLayout = "nhd"
-    k_scale: ArrayLike | None = None
-    v_scale: ArrayLike | None = None
+    k_scale: Scale | None = None
+    v_scale: Scale | None = None
     implementation: Implementation | None = None
 
 
@@ -193,6 +195,7 @@ class PagedArguments(Pools, Arguments):
     mask: Mask | None = None
     draft_mask: ArrayLike | None = None
     value_dim: int | None = None
+    value_start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 
+from . import mask_forms as forms
 from .attention import flash_attention
 from .backends import DTYPES, compute_capability, extension, local_devices
 from .batching import named_sizes
 from .flop_count import spec_and_shapes
+from .masks import Mask
 from .operands import DIMS, ELEMENTS, padded_head_dim
 from .paged.attention import paged_attention
 from .spec import UNLIMITED
@@ -113,6 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action="store_true",
             help="the call has this operand, none of its dimensions broadcast",
         )
+    add(
+        "--ranges", type=int, choices=(1, 2), help="the call has a mask value of so many ranges of keys a row"
+    )
+    add("--blocks", type=_size, nargs=2, metavar=("BQ", "BK"), help="the call has masks.blocks of this size")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -212,8 +218,9 @@ def _positional(options: argparse.Namespace, n: _Sizes) -> list[Any]:
 
 
 def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
-    layout = "paged" if options.paged else "varlen" if options.varlen else "fixed"
-    sizes = {"b": n.b, "n": n.b, "hq": n.hq, "sq": n.sq, "columns": n.sk}
+    layouts = ("paged", "paged_varlen") if options.paged else ("fixed", "varlen")
+    layout = layouts[options.varlen]
+    sizes = {"b": n.b, "n": n.b, "hq": n.hq, "sq": n.sq, "tq": n.sq, "columns": n.sk}
     sizes |= {"draft_row": n.draft, "draft_column": n.draft}
     named: dict[str, Any] = {}
     for name in (name for name in OPERANDS if getattr(options, name)):
@@ -223,6 +230,8 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
         named[name] = _array(tuple(sizes[dim.rstrip("*")] for dim in dims), dtype)
     if "q_segment_ids" in named:
         named["segment_ids"] = named.pop("q_segment_ids"), _array((n.b, n.sk), "int32")
+    mask = _mask_value(options, n, named.get("mask"))
+    named |= {"mask": mask} if mask.conditions else {}
     if options.dropout:
         named["dropout_key"] = jax.eval_shape(lambda: jax.random.key(0))
     if options.paged:
@@ -233,12 +242,27 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
     return named
 
 
+def _mask_value(options: argparse.Namespace, n: _Sizes, array: Any) -> Mask:
+    """The conditions of the mask that the options tell, with shapes for arrays, beside a boolean array."""
+    conditions: list[forms.Form] = []
+    if options.ranges:
+        limits = _array((1, n.sq) if options.varlen else (1, 1, n.sq), "int32")
+        conditions.append(forms.Ranges(((limits, limits),) * options.ranges))
+    if options.blocks:
+        rows = -(-n.sq // max(options.blocks[0], 1))
+        conditions.append(forms.Blocks(_array((1, 1, rows, 1), "int32"), tuple(options.blocks)))
+    if conditions and array is not None:
+        conditions.append(forms.Dense(array))
+    return Mask(tuple(conditions))
+
+
 def described(options: argparse.Namespace, gpu: Gpu, pass_: str) -> dict[str, Any]:
     """The keyword arguments of `_core.plan`, from the spec and the shapes that the call has."""
     function, positional, named = abstract_call(options)
     spec, shapes = spec_and_shapes(function, *positional, **named)
     sizes = named_sizes(spec, shapes)
-    sizes |= {name: padded_head_dim(sizes[name]) for name in ("d", "dv")}
+    columns = ("d", "dv", "pool_columns")
+    sizes |= {name: padded_head_dim(sizes[name]) for name in columns if name in sizes}
     if spec.value_dim:
         spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
     arguments: dict[str, Any] = dict(

@@ -26,10 +26,10 @@ from . import _jax, no_derivative
 from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
-from .operands import FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
+from .operands import BACKWARD, FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
-from .spec import AttentionSpec, Spec, operand_names
+from .spec import AttentionSpec, Spec, operand_names, result_names
 from .workspace import workspace_bound
 
 Avals = Sequence[Any]
@@ -84,14 +84,14 @@ def result_shapes(pass_: Pass, spec: Spec, shapes: dict[str, tuple[Any, ...]]) -
             sizes[dim.removesuffix("*")] for dim in dims[result]
         )  # scales that are overwritten are whole
 
-    return [lead + shape(result) for result in pass_.results]
+    return [lead + shape(result) for result in result_names(pass_, spec)]
 
 
 def result_types(pass_: Pass, spec: Spec, named: dict[str, Any]) -> list[Any]:
     """The types of a pass's results from those of its operands, by name."""
     shapes = result_shapes(pass_, spec, {name: aval.shape for name, aval in named.items()})
     results = []
-    for name, shape in zip(pass_.results, shapes):
+    for name, shape in zip(result_names(pass_, spec), shapes):
         source = named[like(name)]
         dtype = np.dtype("float32") if is_float32(name) else source.dtype
         sharding = source.sharding
@@ -126,8 +126,10 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     names = operand_names(pass_, spec)
     avals: list[Any] = list(ctx.avals_in)
     shapes = {name: aval.shape for name, aval in zip(names, avals)}
-    head_dims = shapes["key"][-1], _value_dim(spec, shapes["value"][-1])
-    if platform == "cuda" and any(d != padded_head_dim(d) for d in head_dims) and not pass_.in_place:
+    head_dims = shapes[pass_.guide][-1], _value_dim(spec, shapes["value"][-1])
+    if platform == "cuda" and pass_ is not FORWARD and isinstance(spec, AttentionSpec) and spec.shared_kv:
+        return mlir.lower_fun(partial(_with_values_apart, pass_, spec), multiple_results=True)(ctx, *values)
+    if platform == "cuda" and not pass_.in_place and not _loads_rows(spec, shapes, head_dims):
         return mlir.lower_fun(partial(_with_padded_head_dims, pass_, spec), multiple_results=True)(
             ctx, *values
         )
@@ -144,7 +146,7 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
         f"jax_flash_{pass_.name}", operand_output_aliases={i: i for i in range(pass_.in_place)}
     )
     computed = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
-    results = computed[: len(pass_.results)]
+    results = computed[: len(result_names(pass_, spec))]
     return _computed_once(results) if platform == "cuda" and pass_ is FORWARD else results
 
 
@@ -161,6 +163,14 @@ def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
 def _value_dim(spec: Spec, columns: int) -> int:
     """The head dim of V, whose operand has so many columns."""
     return (isinstance(spec, AttentionSpec) and spec.value_dim) or columns
+
+
+def _loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[int, int]) -> bool:
+    """Whether CUDA loads the rows of a call, 16 bytes at a time, from where they lie."""
+    places: tuple[int, ...] = head_dims
+    if isinstance(spec, AttentionSpec) and spec.value_dim:
+        places = (*places, spec.value_start, shapes["key"][-1])
+    return all(x == padded_head_dim(x) for x in places)
 
 
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
@@ -184,21 +194,40 @@ def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -
         )
 
 
+def _with_values_apart(pass_: Pass, spec: AttentionSpec, *arrays: jax.Array) -> list[jax.Array]:
+    """CUDA's kernels of derivatives take V for an operand of its own, whose gradient, rounded, is then added to K's."""
+    results = LOCAL[pass_].bind(*arrays, spec=replace(spec, value_dim=0))
+    if pass_ is not BACKWARD:
+        return list(results)
+    dquery, *parts = results
+    return [dquery, sum(x.astype(jnp.float32) for x in parts).astype(arrays[1].dtype)]
+
+
 def _with_padded_head_dims(pass_: Pass, spec: Spec, *arrays: jax.Array) -> list[jax.Array]:
     """Head dims that CUDA does not load pay for a padded copy."""
+    named = dict(zip(operand_names(pass_, spec), arrays))
+    sizes = {"d": named["query"].shape[-1], "dv": _value_dim(spec, named["value"].shape[-1])}
+    if isinstance(spec, AttentionSpec) and spec.value_dim:
+        pool, end = named["key"], spec.value_start + spec.value_dim
+        named["key"] = named["value"] = pool[..., : sizes["d"]]
+        if spec.value_start or end > sizes["d"]:  # no values that begin with the keys
+            named["value"] = pool[..., spec.value_start : end]
+            spec = replace(spec, value_dim=0, value_start=0)
+        else:
+            spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
     dims = spec.dims
 
     def pad(name: str, x: jax.Array) -> jax.Array:
-        width = padded_head_dim(x.shape[-1]) - x.shape[-1] if dims[name][-1] in ("d", "dv") else 0
+        columns = dims[name][-1] in ("d", "dv", "pool_columns")
+        width = padded_head_dim(x.shape[-1]) - x.shape[-1] if columns else 0
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width)]) if width else x
 
-    names = operand_names(pass_, spec)
-    padded = {name: pad(name, x) for name, x in zip(names, arrays)}
-    sizes = {"d": arrays[1].shape[-1], "dv": _value_dim(spec, arrays[2].shape[-1])}
-    if isinstance(spec, AttentionSpec) and spec.value_dim:
-        spec = replace(spec, value_dim=padded_head_dim(spec.value_dim))
+    padded = {name: pad(name, x) for name, x in named.items()}
     results = LOCAL[pass_].bind(*padded.values(), spec=spec)
-    return [x[..., : sizes.get(dims[name][-1], x.shape[-1])] for name, x in zip(pass_.results, results)]
+    return [
+        x[..., : sizes.get(dims[name][-1], x.shape[-1])]
+        for name, x in zip(result_names(pass_, spec), results)
+    ]
 
 
 def _lower_nowhere(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec: Spec) -> Any:

@@ -73,7 +73,7 @@ def _attend(
     column_read = visible.any((1, 2))[..., None, None]  # [b|1, sk, 1, 1]
     q = jnp.where(row_read, operands["query"].astype(wide), 0)
     k = jnp.where(column_read, operands["key"].astype(wide), 0)
-    v = jnp.where(column_read, operands["value"].astype(wide), 0)
+    v = k if spec.shared_kv else jnp.where(column_read, operands["value"].astype(wide), 0)
 
     s = jnp.where(visible, spec.scale * _query_key(q, k), 0)
     s = _score(spec, operands, place, visible, s)  # [b, hq, sq, sk]
@@ -181,6 +181,8 @@ def _visible(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> 
         visible &= operands["mask"]
     if "ranges" in operands:
         visible &= _in_ranges(operands["ranges"], place)
+    if "block_mask" in operands:
+        visible &= _in_blocks(spec, operands, place)
     if "draft_mask" in operands:
         visible &= _drafts(spec, operands["draft_mask"], operands, place)
     if "bias" in operands:
@@ -198,6 +200,33 @@ def _in_ranges(ranges: Array, place: _Place) -> Array:
     return ((lo[..., 0, :] <= column) & (column < hi[..., 0, :])) | (
         (lo[..., -1, :] <= column) & (column < hi[..., -1, :])
     )
+
+
+def _in_blocks(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> Array:
+    """Whether key j lies in a block that the block of row i sees, `[b|1, hq|1, sq, sk]`."""
+    first_row, first_key = operands.get("position", (0, 0))
+    if spec.layout == "fixed":
+        return seen_blocks(
+            spec, operands["block_mask"], place.row[0] + first_row, place.column[0] + first_key
+        )
+    seen = seen_blocks(spec, operands["block_mask"], place.row[0], place.column[0], place.sequence[0])
+    return jnp.swapaxes(seen, 0, 1)[None]
+
+
+def seen_blocks(
+    spec: AttentionSpec, mask: Array, row: Array, column: Array, sequence: Array | None = None
+) -> Array:
+    """What a block mask `[b|1, h|1, blocks of rows, blocks of keys]` shows to rows, by their positions and those of
+    keys `[sk]`: `[b|1, h|1, sq, sk]`. Rows of several sequences, of shape `…`, get `[…, h|1, sk]`. Rows and keys past
+    the last block see nothing."""
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 1), (0, 1)))
+    rows = jnp.clip(row // spec.block[0], 0, mask.shape[2] - 1)
+    columns = jnp.minimum(column // spec.block[1], mask.shape[3] - 1)
+    if sequence is None:
+        of_rows = mask[:, :, rows]
+    else:
+        of_rows = jnp.swapaxes(mask, 1, 2)[jnp.clip(sequence, 0, mask.shape[0] - 1), rows]
+    return of_rows[..., columns]
 
 
 def _drafts(spec: AttentionSpec, mask: Array, operands: dict[str, Array], place: _Place) -> Array:
@@ -241,10 +270,11 @@ def _slopes(spec: AttentionSpec, operands: dict[str, Array], place: _Place) -> A
 
 
 def _sink(operands: dict[str, Array], place: _Place, dtype: DTypeLike) -> Array:
-    """The logit of each row's sink, one more column of S without a value, `[b|1, hq|1, sq, 1]`."""
+    """The logit of each row's sink, one more column of S without a value, `[b|1, hq|1, sq|1, 1]`."""
     if "sinks" not in operands:
         return jnp.full((1, 1, 1, 1), -_INF, dtype)
-    sinks = operands["sinks"].astype(dtype)[:, None, None]
+    sinks = operands["sinks"].astype(dtype)  # [b|1, sq|1, hq], packed [tq|1, hq]
+    sinks = jnp.swapaxes(sinks.reshape((1,) * (3 - sinks.ndim) + sinks.shape), 1, 2)[..., None]
     return jnp.where(place.row_used[:, None, :, None], sinks, -_INF)
 
 

@@ -28,17 +28,17 @@ from .options import (
 # fmt: off
 @overload
 def ring_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
     *, axis_name: str | tuple[str, ...], return_lse: Literal[False] = ..., **options: Unpack[RingOptions],
 ) -> Array: ...
 @overload
 def ring_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
     *, axis_name: str | tuple[str, ...], return_lse: Literal[True], **options: Unpack[RingOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def ring_attention(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
     *, axis_name: str | tuple[str, ...], return_lse: bool, **options: Unpack[RingOptions],
 ) -> Array | tuple[Array, Array]: ...
 # fmt: on
@@ -49,7 +49,7 @@ def ring_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
 def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
-    value: ArrayLike,
+    value: ArrayLike | None,
     *,
     axis_name: str | tuple[str, ...],
     order: Order = "contiguous",
@@ -82,7 +82,7 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
     Args:
       query: `[b, sq / n, hq, d]`, the local shard, float16, bfloat16 or float32.
       key: `[b, sk / n, hk, d]`, the local shard, query's dtype; `hk` divides `hq`.
-      value: `[b, sk / n, hk, dv]`, the local shard, query's dtype.
+      value: `[b, sk / n, hk, dv]`, the local shard, query's dtype; None: V is K, which alone is sent.
       axis_name: the mesh axis that the sequence is split over, or several, which count as one. Sequences of any other
         length are padded to a multiple of the axis's size, and `q_lengths` and `kv_lengths` say which rows are in use.
       order: `"contiguous"`: device i holds the i-th of n equal parts. `"zigzag"`: it holds the parts i and 2n − 1 − i
@@ -96,7 +96,8 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
         that are packed one after the other may cross shards: give each its own id.
       q_lengths, kv_lengths: int32 `[b]`, rows and keys in use of the whole sequence, or one number for all.
       bias: like mask, added to S; differentiable.
-      scale, softcap, alibi_slopes, sinks, deterministic, implementation: as in `flash_attention`.
+      scale, softcap, alibi_slopes, deterministic, implementation: as in `flash_attention`.
+      sinks: float32 `[hq]`, or for each token `[b, sq / n, hq]`, the local shard.
       dropout_rate: as in `flash_attention`.
       dropout_key: the same `jax.random.key` on all devices of the axis. Rows and columns count by their position in the
         whole sequence, so that one device would drop the same weights. Batch entries and heads count within the shard:

@@ -25,7 +25,7 @@ from ._jax import Region
 from .batching import over_leading
 from .operands import DROPOUT_BATCH, DROPOUT_HEAD, Pass
 from .sequence import packed, passes
-from .spec import AttentionSpec, Ring, Spec
+from .spec import AttentionSpec, Ring, Spec, result_names
 
 Axes = tuple[str, ...]
 Body = Callable[..., Sequence[jax.Array]]
@@ -92,6 +92,10 @@ class _Rules:
     body: Body
     region: Region | None
 
+    @property
+    def results(self) -> tuple[str, ...]:
+        return result_names(self.pass_, self.spec)
+
     def dims(self, name: str, shape: Sequence[int]) -> list[str]:
         """The names of an array's dimensions: l0, l1, … for leading ones, and none for broadcast ones of size 1."""
         core = self.spec.dims[name]
@@ -135,9 +139,7 @@ class _Rules:
     def sharding_rule(self, mesh: Any, operand_types: Sequence[Any], result_types: Sequence[Any]) -> Any:
         """The rule in Shardy's notation, e.g. 'b sq (h g) d, b sk h d, b sk h dv -> b sq (h g) dv, b (h g) sq'."""
         mesh = self.region.free if self.region else mesh
-        arrays = [
-            (n, t.shape) for n, t in zip((*self.names, *self.pass_.results), (*operand_types, *result_types))
-        ]
+        arrays = [(n, t.shape) for n, t in zip((*self.names, *self.results), (*operand_types, *result_types))]
         shapes = dict(arrays)
         hq, hk = self.heads(shapes)
         sizes: dict[str, int] = {}
@@ -184,7 +186,7 @@ class _Rules:
             return NamedSharding(free, PartitionSpec(*entries))
 
         operand_shardings = tuple(sharding(name, x.shape) for name, x in named.items())
-        result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.pass_.results, results))
+        result_shardings = tuple(sharding(name, x.shape) for name, x in zip(self.results, results))
 
         def shard(*arrays: jax.Array) -> tuple[jax.Array, ...]:
             with jax.sharding.use_abstract_mesh(_NO_MESH):  # explicit axes do not exist inside a shard
@@ -230,11 +232,13 @@ class _Rules:
         axes, *others = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
         taken = {axis for entry in split.axes.values() for axis in entry}
         size = _size(mesh, axes)
+        tokens = (named["query"].shape[-3], named["key"].shape[-3])
         if (
             size == 1
             or any(x != axes for x in others)
             or taken & set(axes)
             or any(named[name].shape[-3] % size for name in ("query", "key"))
+            or ("block_mask" in named and not passes.takes_blocks(cast("AttentionSpec", self.spec), *tokens))
         ):
             return None
         return Ring(axes, size)
@@ -250,7 +254,7 @@ class _Rules:
         results = (
             self.in_ring(split.ring, named) if split.ring else self.body(*named.values(), spec=self.spec)
         )
-        return tuple(self.finish(name, x, split, kv_heads) for name, x in zip(self.pass_.results, results))
+        return tuple(self.finish(name, x, split, kv_heads) for name, x in zip(self.results, results))
 
     def in_ring(self, ring: Ring, named: dict[str, jax.Array]) -> Sequence[jax.Array]:
         """The pass over this shard's part of the sequence."""

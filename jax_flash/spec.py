@@ -36,11 +36,13 @@ class AttentionSpec:
     """The static options of one attention call.
 
     `left` and `right` are the numbers of keys visible before and after the diagonal, or UNLIMITED; causal is `right =
-    0`. `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays in call order. The four fields
-    from `page_layout` on are for the paged layouts; with `num_splits` 0 the plan chooses the number of splits. Where
-    `value_dim` is not 0, V is the first `value_dim` columns of K, stored once, and the operand `value` is `key` again.
-    With `same_offsets`, packed queries and keys have the same array of offsets. With a `ring`, every operand with a row
-    or key per token is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
+    0`. `softcap` and `dropout_rate` are 0 when off. `operands` names the optional arrays in call order. `page_layout`,
+    `num_splits` (0: chosen by the plan) and `batch_invariant` are for the paged layouts. Where `value_dim` is not 0, K
+    and V share an array, and the operand `value` is `key` again: K is its first columns, as many as the query has, and
+    V the columns [`value_start`, `value_start + value_dim`), which may overlap them; where keys are no pages, V is K.
+    The gradient of `key` is then that of both. `block` is the rows and keys of a block of the operand `block_mask`. With
+    `same_offsets`, packed queries and keys have the same array of offsets. With a `ring`, every operand with a row or key per token is the local shard of a sequence; columns of mask
+    and bias, and lengths, are those of the whole.
     """
 
     layout: Layout
@@ -57,12 +59,19 @@ class AttentionSpec:
     num_splits: int = 0
     batch_invariant: bool = False
     value_dim: int = 0
+    value_start: int = 0
     same_offsets: bool = False
+    block: tuple[int, int] = (0, 0)
     ring: Ring | None = None
 
     @property
     def paged(self) -> bool:
         return self.layout.startswith("paged")
+
+    @property
+    def shared_kv(self) -> bool:
+        """Whether K and V are one array."""
+        return self.value_dim > 0
 
     @property
     def packed(self) -> bool:
@@ -78,8 +87,10 @@ class AttentionSpec:
     def dims(self) -> dict[str, tuple[str, ...]]:
         """The dimension names of every operand and result."""
         dims = dims_of(self.layout, self.page_layout)
-        as_keys = {x + "value": dims[x + "key"] for x in ("", "d", "t")}
-        return dims | as_keys if self.value_dim else dims
+        if not self.shared_kv:
+            return dims
+        pool = (*dims["key"][:-1], "pool_columns")
+        return dims | {x + name: pool for x in ("", "d", "t") for name in ("key", "value")}
 
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call; this is the only place where Python values get their C++ types."""
@@ -97,6 +108,9 @@ class AttentionSpec:
             "num_splits": np.int32(self.num_splits),
             "batch_invariant": np.bool_(self.batch_invariant),
             "value_dim": np.int32(self.value_dim),
+            "value_start": np.int32(self.value_start),
+            "block_rows": np.int32(self.block[0]),
+            "block_keys": np.int32(self.block[1]),
         }
 
     def plain_attributes(self) -> dict[str, Any]:
@@ -112,7 +126,8 @@ class AttentionSpec:
 class AppendSpec:
     """The static options of one append_kv call; layout "append" or "append_varlen".
 
-    With `dynamic`, k_scale and v_scale are overwritten like the pools, and are not among the optional `operands`.
+    With `dynamic`, k_scale and v_scale are overwritten like the pools, and are not among the optional `operands`. With
+    `split_columns` the last dimension of k_pages is stored as two.
     """
 
     layout: str
@@ -121,16 +136,19 @@ class AppendSpec:
     operands: tuple[str, ...] = ()
     implementation: str | None = None
     dynamic: bool = False
+    split_columns: bool = False
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
-        return dims_of(self.layout, self.page_layout)
+        dims = dims_of(self.layout, self.page_layout)
+        return dims | {"k_pages": (*dims["k_pages"][:-1], "parts", "part")} if self.split_columns else dims
 
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call."""
         return {
             "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
             "interleaved": np.bool_(self.interleaved),
+            "split_columns": np.bool_(self.split_columns),
             "operands": np.int32(sum(1 << APPEND_OPTIONAL.index(name) for name in self.operands)),
         }
 
@@ -144,6 +162,12 @@ Spec = AttentionSpec | AppendSpec
 def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
     """The operands of a call of the pass, in its order."""
     return pass_.operands + spec.operands
+
+
+def result_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
+    """The results of a call of the pass; where K and V are one array, dkey is the gradient of both."""
+    shared = isinstance(spec, AttentionSpec) and spec.shared_kv
+    return tuple(name for name in pass_.results if not (shared and name == "dvalue"))
 
 
 def _digest(spec: Spec) -> str:

@@ -31,7 +31,6 @@ from .options import (
 )
 from .spec import ALIGNMENTS, ORDERS, UNLIMITED, AttentionSpec, Layout, Ring
 
-MAX_LATENT_DIM, MAX_LATENT_VALUE_DIM = 576, 512  # of pages whose first columns are V
 IMPLEMENTATIONS = get_args(Implementation)
 MODES = get_args(RingMode)
 SMALLEST_SOFTCAP = float(np.finfo(np.float32).tiny)  # by which the kernels divide
@@ -43,7 +42,8 @@ def _tokens(check: Checker, arguments: DenseArguments, layout: str) -> Operands:
     """query, key and value, with shapes and dtypes checked; `layout` names the dims before the heads, 'b s' or 't'."""
     implementation = implementation_name(check, arguments.implementation)
     q = check.array("query", arguments.query)
-    k, v = check.array("key", arguments.key), check.array("value", arguments.value)
+    k = check.array("key", arguments.key)
+    v = k if arguments.value is None else check.array("value", arguments.value)
     allowed = DTYPES + (("float64",) if implementation == "xla" else ())
     hint = '; implementation="xla" takes float64' if q.dtype == jnp.float64 else ""
     check.dtype("query", q, allowed, hint)
@@ -165,8 +165,9 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
     scale = d**-0.5
     if arguments.scale is not None:
         scale = check.number("scale", arguments.scale, "multiply query by it and pass scale=1.0")
-    rate = 0.0
+    rate, value_dim = 0.0, 0
     if isinstance(arguments, DenseArguments):
+        value_dim = d if arguments.value is None else 0
         rate = _dropout_rate(check, arguments.dropout_rate)
         dropout = dropout_operand(check, rate, arguments.dropout_key)
         if dropout is not None:
@@ -182,6 +183,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
         deterministic=check.flag("deterministic", arguments.deterministic),
         operands=tuple(name for name in OPTIONAL if name in operands),
         implementation=implementation_name(check, arguments.implementation),
+        value_dim=value_dim,
     )
 
 
@@ -194,8 +196,8 @@ def implementation_name(check: Checker, x: Any) -> Implementation | None:
 def score_operands(
     check: Checker, operands: Operands, arguments: Arguments, sequences: Any, dim: str
 ) -> None:
-    """Adds alibi_slopes, [hq] or [sequences, hq], and sinks, [hq], to `operands`."""
-    hq = operands["query"].shape[-2]
+    """Adds alibi_slopes, [hq] or [sequences, hq], and sinks, [hq] or for each token, to `operands`."""
+    *tokens, hq, _ = operands["query"].shape
     if arguments.alibi_slopes is not None:
         given = check.float32("alibi_slopes", arguments.alibi_slopes)
         slopes = check.broadcastable("alibi_slopes", given, (sequences, hq), f"{dim} hq")
@@ -205,8 +207,15 @@ def score_operands(
             )
         operands["alibi_slopes"] = slopes
     if arguments.sinks is not None:
-        operands["sinks"] = check.float32("sinks", arguments.sinks)
-        check.shape("sinks", operands["sinks"], (hq,), "hq")
+        sinks = check.float32("sinks", arguments.sinks)
+        by_head, by_token = (hq,), (*tokens, hq)
+        wanted = by_head if sinks.ndim == 1 else by_token
+        if sinks.ndim != len(wanted) or not all(map(same_dim, sinks.shape, wanted)):
+            dims = f"{dim} sq hq" if len(tokens) == 2 else "tq hq"
+            raise check.fail(
+                f"sinks must have shape [hq] = {by_head} or [{dims}] = {by_token}, got {sinks.shape}"
+            )
+        operands["sinks"] = jnp.expand_dims(sinks, range(len(by_token) - sinks.ndim))
 
 
 def fixed(op: str, arguments: FixedArguments, ring: Ring | None = None) -> tuple[AttentionSpec, Operands]:

@@ -25,19 +25,19 @@ from .options import (
 # fmt: off
 @overload
 def flash_attention_varlen(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, cu_seqlens_q: IndexLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
     *, return_lse: Literal[False] = ..., **options: Unpack[VarlenOptions],
 ) -> Array: ...
 @overload
 def flash_attention_varlen(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, cu_seqlens_q: IndexLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
     *, return_lse: Literal[True], **options: Unpack[VarlenOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def flash_attention_varlen(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike, cu_seqlens_q: IndexLike,
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
     *, return_lse: bool, **options: Unpack[VarlenOptions],
 ) -> Array | tuple[Array, Array]: ...
@@ -49,7 +49,7 @@ def flash_attention_varlen(*arguments: Any, unpacked: Any, **options: Any) -> An
 def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
     query: ArrayLike,
     key: ArrayLike,
-    value: ArrayLike,
+    value: ArrayLike | None,
     cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
     *,
@@ -77,7 +77,7 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
     Args:
       query: `[tq, hq, d]`, float16, bfloat16 or float32.
       key: `[tk, hk, d]`, query's dtype; `hk` divides `hq`.
-      value: `[tk, hk, dv]`, query's dtype.
+      value: `[tk, hk, dv]`, query's dtype; None: V is K, as in `flash_attention`.
       cu_seqlens_q: int32 `[n + 1]`, offsets of the sequences in query; sequences may be empty. The kernels read the
         running maximum of these values clamped to [0, tq]; `check_inputs` raises if that changes any of them.
       cu_seqlens_k: int32 `[n + 1]`, offsets in key and value; None means cu_seqlens_q. With None, or the same array
@@ -87,8 +87,9 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
         `[hq | 1, tq]`, and `[n]` where there is one number for each sequence.
       kv_lengths: int32 `[n]`, keys in use of each sequence, or one number for all; by default every key.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
-      causal, window, align, scale, softcap, sinks, dropout_rate, dropout_key, deterministic, implementation:
-        as in `flash_attention`, with each sequence's own lengths.
+      sinks: float32 `[hq]`, or for each token `[tq, hq]`.
+      causal, window, align, scale, softcap, dropout_rate, dropout_key, deterministic, implementation: as in
+        `flash_attention`, with each sequence's own lengths.
       return_lse: also return lse = log Σ exp(S), float32 `[hq, tq]`; differentiable.
 
     Returns:

@@ -36,7 +36,7 @@ def visible_pairs(spec: AttentionSpec, shapes: Shapes, values: Values) -> int:
     if "draft_mask" in values and "ranges" not in values:
         drafts = np.broadcast_to(values["draft_mask"], (len(sizes), *values["draft_mask"].shape[1:]))
         return heads * sum(_in_band(spec, *x) - _in_drafts(spec, x, ~m) for x, m in zip(sizes, drafts))
-    others = values.keys() & {"mask", "bias", "q_segment_ids", "draft_mask"}
+    others = values.keys() & {"mask", "bias", "block_mask", "q_segment_ids", "draft_mask"}
     if "ranges" in values and not others:
         return sum(_in_ranges(spec, size, x) * (heads // len(x)) for size, x in zip(sizes, limits))
     if not others:
@@ -137,6 +137,12 @@ def _hidden_drafts(size: tuple[int, int], hidden: np.ndarray) -> np.ndarray:
     return found
 
 
+def _in_blocks(spec: AttentionSpec, size: tuple[int, int], mask: np.ndarray) -> np.ndarray:
+    """What a block mask shows of a sequence, [b | 1, h | 1, rows, keys]."""
+    seen = np.repeat(np.repeat(mask, spec.block[0], 2), spec.block[1], 3)[:, :, : size[0], : size[1]]
+    return np.pad(seen, [(0, 0), (0, 0), *((0, n - m) for n, m in zip(size, seen.shape[2:]))])
+
+
 def _segments(values: Values) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     return zip(values["q_segment_ids"], values["kv_segment_ids"])
 
@@ -174,6 +180,7 @@ def _in_mask(
         picture &= ~_hidden_drafts(size, ~drafts[entry if len(drafts) > 1 else 0])
     hides = [values["mask"]] if "mask" in values else []
     hides += [values["bias"] != -np.inf] if "bias" in values else []
+    hides += [_in_blocks(spec, size, values["block_mask"])] if "block_mask" in values else []
     own_ranges = len(limits) > 0 and len(limits[entry]) > 1
     different = heads if own_ranges or any(x.shape[1] > 1 for x in hides) else 1
     total = 0

@@ -54,8 +54,9 @@ class Case:
     bias: tuple[int, ...] | None = None
     bias_dtype: str = "float32"
     alibi_slopes: tuple[int, ...] | None = None
-    sinks: bool = False
+    sinks: bool | str = False  # True: one for each head; "token": for each head of each token
     draft_mask: tuple[int, ...] | None = None  # the shape; of paged calls
+    shared_kv: bool = False  # V is K: the argument value is None, and its gradient is a part of the key's
 
     def replace(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)
@@ -74,7 +75,7 @@ def varlen(name: str, q_sequences: tuple[int, ...], **options: Any) -> Case:
 class Inputs:
     """The arrays of a public call, and cotangents for its results."""
 
-    positional: dict[str, jax.Array]  # query key value [cu_seqlens_q cu_seqlens_k], in call order
+    positional: dict[str, Any]  # query key value [cu_seqlens_q cu_seqlens_k], in call order
     keywords: dict[str, Any]
     dout: jax.Array
     dlse: jax.Array  # finite everywhere, also where lse is −inf
@@ -95,7 +96,7 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
     positional = {
         "query": normal((*rows, case.hq, case.d)),
         "key": normal((*columns, case.hk, case.d)),
-        "value": normal((*columns, case.hk, case.dv)),
+        "value": None if case.shared_kv else normal((*columns, case.hk, case.dv)),
     }
     if case.layout == "varlen":
         k_sequences = case.q_sequences if case.k_sequences is None else case.k_sequences
@@ -121,7 +122,8 @@ def make_inputs(case: Case, seed: int = 0, on_device: bool = False) -> Inputs:
     if case.alibi_slopes is not None:
         keywords["alibi_slopes"] = jnp.asarray(rng.uniform(0.05, 0.5, case.alibi_slopes), jnp.float32)
     if case.sinks:
-        keywords["sinks"] = normal((case.hq,), jnp.float32)
+        tokens = rows if case.sinks == "token" else ()
+        keywords["sinks"] = normal((*tokens, case.hq), jnp.float32)
     if case.dropout_rate:
         keywords["dropout_key"] = jax.random.key(seed + 1)
     lse_shape = (*rows[:-1], case.hq, rows[-1])
@@ -145,6 +147,8 @@ def cu_seqlens(lengths: tuple[int, ...]) -> jax.Array:
 def operands(inputs: Inputs) -> dict[str, jax.Array]:
     """The operands of csrc/operands.def, made without the library's own validation."""
     made = dict(inputs.positional)
+    if made["value"] is None:
+        made["value"] = made["key"]
     for name, x in inputs.keywords.items():
         if name == "segment_ids":
             made["q_segment_ids"], made["kv_segment_ids"] = x
@@ -153,11 +157,16 @@ def operands(inputs: Inputs) -> dict[str, jax.Array]:
         elif name == "mask" and inputs.mask:
             made |= inputs.mask
         elif name in ("mask", "bias", "alibi_slopes"):
-            rank = 2 if name == "alibi_slopes" else 4
-            made[name] = x.reshape((1,) * (rank - x.ndim) + x.shape)
+            made[name] = _with_rank(x, 2 if name == "alibi_slopes" else 4)
+        elif name == "sinks":
+            made[name] = _with_rank(x, made["query"].ndim - 1)
         else:
             made[name] = x
     return made
+
+
+def _with_rank(x: jax.Array, rank: int) -> jax.Array:
+    return x.reshape((1,) * (rank - x.ndim) + x.shape)
 
 
 def poisoned(case: Case, inputs: Inputs) -> Inputs:
@@ -166,13 +175,16 @@ def poisoned(case: Case, inputs: Inputs) -> Inputs:
     positional = dict(inputs.positional)
     positional["query"] = _poison(positional["query"], ~row_used[..., None, None])
     positional["key"] = _poison(positional["key"], ~column_used[..., None, None])
-    positional["value"] = _poison(positional["value"], ~column_used[..., None, None])
+    if not case.shared_kv:
+        positional["value"] = _poison(positional["value"], ~column_used[..., None, None])
     keywords = dict(inputs.keywords)
     if "bias" in keywords:
         unread = ~(row_used[:, None, :, None] & column_used[:, None, None, :])
         for axis, size in enumerate((1,) * (4 - keywords["bias"].ndim) + keywords["bias"].shape):
             unread = unread.all(axis, keepdims=True) if size == 1 else unread
         keywords["bias"] = _poison(keywords["bias"], unread)
+    if case.sinks == "token":
+        keywords["sinks"] = _poison(keywords["sinks"], ~row_used[..., None])
     lse_unused = ~np.expand_dims(row_used, -2)
     dout = _poison(inputs.dout, ~row_used[..., None, None])
     return Inputs(positional, keywords, dout, _poison(inputs.dlse, lse_unused), inputs.mask)
@@ -212,6 +224,7 @@ def spec(case: Case, inputs: Inputs) -> AttentionSpec:
         softcap=case.softcap or 0.0,
         dropout_rate=case.dropout_rate,
         operands=tuple(name for name in OPTIONAL if name in operands(inputs)),
+        value_dim=case.d if case.shared_kv else 0,
     )
 
 
@@ -221,6 +234,26 @@ FIXED = (
     Case("one KV head", hq=4, hk=1),
     Case("dv differs", d=24, dv=8),
     Case("odd head dims", d=13, dv=7),
+    Case("head dim 512", d=512, dv=512, causal=True, window=(9, None), sk=17, kv_lengths=(17, 5), sinks=True),
+    Case("V is K", sq=19, causal=True, shared_kv=True, scale=-0.3),
+    Case(
+        "V is K, every option",
+        sq=19,
+        hk=1,
+        shared_kv=True,
+        softcap=2.0,
+        bias=(2, 1, 19, 12),
+        sinks=True,
+        dropout_rate=0.2,
+        q_lengths=(19, 7),
+        kv_lengths=(12, 9),
+        window=(9, 3),
+        d=40,
+        dv=40,
+    ),
+    Case(
+        "head dims 320 and 507", d=320, dv=507, bias=(2, 1, 12, 12), softcap=3.0, segments=2, dropout_rate=0.2
+    ),
     Case("ragged tiles", sq=33, sk=65),
     Case("causal", causal=True),
     Case("causal, more keys", causal=True, sk=19),
@@ -252,6 +285,7 @@ FIXED = (
     Case("alibi per entry", alibi_slopes=(2, 4), align="top_left", sq=17),
     Case("sinks", sinks=True, causal=True, sq=15),
     Case("sinks and lengths", sinks=True, q_lengths=(12, 5), kv_lengths=(7, 0)),
+    Case("sinks by token", sinks="token", q_lengths=(12, 5), kv_lengths=(7, 0)),
     Case("dropout", dropout_rate=0.3),
     Case("dropout, causal", dropout_rate=0.5, causal=True, sq=17, sk=35),
     Case(
@@ -283,6 +317,10 @@ FORMS = (
          forms=("prefix", "first", "segments")),
     Case("masks, tiles", b=1, sq=300, sk=700, hq=2, hk=1, forms=("first", "window"), form_seed=3),
     Case("masks, decode", sq=2, sk=300, forms=("ranges",)),
+    Case("blocks, tiles", b=1, sq=300, sk=700, hq=2, hk=1, forms=("blocks",), form_seed=1),
+    Case("blocks, decode", sq=2, sk=300, forms=("blocks",), causal=True),
+    Case("blocks and a bias, lengths", sq=70, sk=90, q_lengths=(70, 50), kv_lengths=(90, 40), bias=(1, 4, 70, 90),
+         forms=("blocks", "prefix"), form_seed=5, segments=2),
 )  # fmt: skip
 
 VARLEN = (
@@ -290,6 +328,17 @@ VARLEN = (
     varlen("packed, one sequence", (13,)),
     varlen("packed, empty sequences", (0, 5, 0, 0, 7, 0)),
     varlen("packed, padding", (5, 6), padding=(4, 2)),
+    varlen("packed, head dim 512", (5, 0, 6), d=512, dv=320, causal=True, padding=(1, 2), sinks=True),
+    varlen(
+        "packed, V is K",
+        (5, 0, 6),
+        k_sequences=(9, 3, 2),
+        d=13,
+        dv=13,
+        causal=True,
+        padding=(1, 2),
+        shared_kv=True,
+    ),
     varlen("packed, other keys", (5, 0, 6), k_sequences=(9, 3, 2)),
     varlen("packed, keys missing", (5, 3, 6), k_sequences=(9, 0, 2)),
     varlen("packed causal", (5, 9, 1), causal=True),
@@ -302,8 +351,20 @@ VARLEN = (
     varlen("packed alibi", (5, 9), k_sequences=(7, 12), alibi_slopes=(4,), causal=True),
     varlen("packed alibi per sequence", (5, 9), alibi_slopes=(2, 4)),
     varlen("packed sinks", (5, 9), sinks=True, kv_lengths=(0, 6), padding=(2, 2)),
+    varlen("packed sinks by token", (5, 3, 9), sinks="token", kv_lengths=(5, 0, 6), padding=(2, 2)),
     varlen("packed dropout", (5, 19), dropout_rate=0.3),
     varlen("packed masks", (9, 0, 40), k_sequences=(12, 2, 60), padding=(3, 1), forms=("spans", "window")),
+    varlen(
+        "packed blocks", (9, 0, 40, 70), k_sequences=(12, 2, 60, 90), causal=True, forms=("blocks",), hq=2
+    ),
+    varlen(
+        "packed positions",
+        (9, 0, 40),
+        k_sequences=(12, 2, 60),
+        padding=(3, 4),
+        forms=("positions", "segments"),
+        kv_lengths=(12, 2, 50),
+    ),
     varlen("packed ranges", (9, 0, 40), k_sequences=(12, 2, 60), causal=True, forms=("ranges",), sinks=True),
     varlen(
         "packed everything",
@@ -343,7 +404,7 @@ FIXED_TILES = (
     Case("more tiles than teams, window", window=(40, 40), sq=400, sk=400, d=64, dv=64, hq=68, hk=4, b=1),
     Case("few queries, many keys", sq=150, sk=1705, d=128, dv=128, hq=2, hk=1, b=1),
     Case("many keys", sq=70, sk=1705, d=128, dv=128, hq=68, hk=2, b=1),
-    Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks=True),
+    Case("many keys, causal", causal=True, sq=100, sk=1999, d=120, dv=104, hq=68, hk=4, b=1, sinks="token"),
     Case("many keys, two tiles of queries", sq=250, sk=4111, d=256, dv=248, hq=2, hk=1, b=1, causal=True),
     Case(
         "many keys, window",

@@ -66,6 +66,10 @@ class Group:
         """Numbers by query head, [hq], as a column."""
         return np.repeat(x[self.head_slice], self.queries)[:, None]
 
+    def of_sinks(self, x: Array) -> Array:
+        """Sinks, one for each head or for each head of each token, as a column."""
+        return self.of_heads(x.reshape(-1)) if _is_shared(x) else self.of_queries(x[..., None])
+
     def of_scores(self, x: Array) -> Array:
         """An array that broadcasts to [b, hq, sq, sk]."""
         part = x[self.z if x.shape[0] > 1 else 0, self.head_slice if x.shape[1] > 1 else slice(None)]
@@ -88,6 +92,11 @@ class Group:
     def diagonal(self, spec: AttentionSpec) -> Array:
         i, _ = self.place()
         return i + self.keys - self.queries if spec.align == "bottom_right" else i
+
+
+def _is_shared(sinks: Array) -> bool:
+    """Whether all tokens have the same sinks, [1, 1, hq] or packed [1, hq]."""
+    return sinks.size == sinks.shape[-1]
 
 
 def numbers(operands: Arrays, dtype: Any) -> dict[str, Array]:
@@ -189,7 +198,7 @@ def softmax(
     s = np.where(seen, rounded(s), -np.inf).astype(s.dtype)
     sink = np.full((s.shape[0], 1), -np.inf, s.dtype)
     if "sinks" in x:
-        sink = rounded(group.of_heads(x["sinks"]))
+        sink = rounded(group.of_sinks(x["sinks"]))
     largest = np.maximum(s.max(1, keepdims=True, initial=-np.inf), sink)
     nothing = np.isneginf(largest)
     largest = np.where(nothing, 0, largest).astype(s.dtype)
@@ -233,8 +242,12 @@ def attention(
         delta = (part.p * dp).sum(1, keepdims=True) - group.of_queries(dlse)
         ds = rounded(part.p * (dp - delta))
         if "sinks" in x:
-            by_head = rounded(-part.of_sink * delta).reshape(group.heads, group.queries).sum(1)
-            found["sinks"][group.head_slice] += by_head
+            by_row = rounded(-part.of_sink * delta)
+            if _is_shared(x["sinks"]):
+                by_head = by_row.reshape(group.heads, group.queries).sum(1)
+                found["sinks"][..., group.head_slice] += by_head
+            else:
+                group.set_queries(found["sinks"][..., None], by_row)
         if dbias is not None:
             square = ds.reshape(group.heads, group.queries, group.keys)
             dbias[group.z, group.head_slice, : group.queries, : group.keys] = square
@@ -269,7 +282,7 @@ def tangents(
         ts = rounded(ts)
         of_lse = (part.p * ts).sum(1, keepdims=True)
         if "sinks" in t:
-            of_lse += part.of_sink * rounded(group.of_heads(t["sinks"]))
+            of_lse += part.of_sink * rounded(group.of_sinks(t["sinks"]))
         group.set_queries(tlse, of_lse)
         group.set_queries(tout, drop(rounded(part.p * (ts - of_lse))) @ v + drop(rounded(part.p)) @ tv)
     return tout, np.swapaxes(tlse[..., 0], -1, -2)

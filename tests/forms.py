@@ -23,10 +23,13 @@ class Sizes:
 
     lengths: tuple[tuple[int, int], ...]
     heads: int
+    kv_heads: int
     rows: int
     keys: int
     starts: tuple[int, ...] = ()  # of packed sequences
     tokens: int = 0
+    key_starts: tuple[int, ...] = ()
+    key_tokens: int = 0
     packed: bool = False
 
     def per_row(self, x: np.ndarray) -> np.ndarray:
@@ -36,6 +39,15 @@ class Sizes:
         made = np.zeros((*x.shape[1:-1], self.tokens), x.dtype)
         for z, (start, (rows, _)) in enumerate(zip(self.starts, self.lengths)):
             made[..., start : start + rows] = x[z, ..., :rows]
+        return made
+
+    def per_key(self, x: np.ndarray) -> np.ndarray:
+        """[n, keys] as a call takes it: packed, [tokens of keys]; what is past the lengths is anything."""
+        if not self.packed:
+            return x
+        made = np.full(self.key_tokens, -7, x.dtype)
+        for z, (start, (_, keys)) in enumerate(zip(self.key_starts, self.lengths)):
+            made[start : start + keys] = x[z, :keys]
         return made
 
 
@@ -129,13 +141,16 @@ def _positions(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
         np.sort(rng.integers(0, 2 * s.keys + 1, (n, s.keys)), -1),
     )
     left = int(rng.integers(0, 2 * s.keys + 1))
-    mask = masks.by_position(_int32(q), _int32(k), window=(left, None))
+    mask = masks.by_position(_int32(s.per_row(q)), _int32(s.per_key(k)), window=(left, None))
     return mask, lambda z, h, i, j: (k[z][j] <= q[z][i]) & (k[z][j] >= q[z][i] - left)
 
 
 def _segments(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     q, k = (rng.integers(0, 3, (len(s.lengths), size)) for size in (s.rows, s.keys))
-    return masks.segments(_int32(q), _int32(k)), lambda z, h, i, j: q[z][i] == k[z][j]
+    if s.packed:  # neighbours, numbered in any order
+        k = rng.permutation(5)[np.sort(k, -1)]
+    mask = masks.segments(_int32(s.per_row(q)), _int32(s.per_key(k)))
+    return mask, lambda z, h, i, j: q[z][i] == k[z][j]
 
 
 def _dense(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
@@ -143,13 +158,30 @@ def _dense(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
     return masks.dense(jnp.asarray(x)), lambda z, h, i, j: x[z][0][i, j]
 
 
+def _blocks(rng: Any, s: Sizes) -> tuple[masks.Mask, Sees]:
+    (bq, bk), n = (16 * rng.integers(1, 4, 2)).tolist(), len(s.lengths)
+    heads = int(rng.choice([1, s.kv_heads, s.heads]))
+    columns = -(-s.keys // bk)
+    rows = -(-s.rows // bq) - int(s.packed and rng.random() < 0.5)  # rows past the last block see nothing
+    chosen = rng.integers(-1, columns + 1, (n, heads, rows, int(rng.integers(1, columns + 2))))
+    chosen[rng.random(chosen.shape) < 0.03] = rng.integers(-(2**31), 2**31)
+
+    def sees(z: int, h: Any, i: Any, j: Any) -> Any:
+        if rows == 0:
+            return np.zeros(np.broadcast_shapes(h.shape, i.shape, j.shape), bool)
+        own = chosen[z][h * heads // s.heads, np.minimum(i // bq, rows - 1)]  # [h, rows, 1, n]
+        return (own == (j // bk)[..., None]).any(-1) & (i // bq < rows)
+
+    return masks.blocks(_int32(chosen), (bq, bk)), sees
+
+
 FORMS: dict[str, Callable[[Any, Sizes], tuple[masks.Mask, Sees]]] = {
     "causal": _causal, "band": _band, "window": _window, "ranges": _ranges, "prefix": _prefix, "spans": _spans,
     "chunked": _chunked, "first": _first, "diffusion": _diffusion, "either": _either, "positions": _positions,
-    "segments": _segments, "dense": _dense,
+    "segments": _segments, "dense": _dense, "blocks": _blocks,
 }  # fmt: skip
 TWO_RANGES = {"ranges", "first", "diffusion", "either"}  # of which `&` takes one
-FIXED_ONLY = {"positions", "segments", "dense"}
+FIXED_ONLY = {"dense"}
 
 
 def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np.ndarray]]:
@@ -170,12 +202,11 @@ def make(names: Sequence[str], s: Sizes, seed: int) -> tuple[masks.Mask, list[np
 
 
 def as_ranges(seen: np.ndarray) -> np.ndarray:
-    """The limits […, rows, 4] of the two runs that each row has at most."""
+    """The limits […, rows, 2 · n] of the runs of each row, at most n."""
     edges = np.diff(seen.astype(np.int8), axis=-1, prepend=0, append=0)
-    found = np.zeros((*seen.shape[:-1], 4), np.int32)
+    found = np.zeros((*seen.shape[:-1], max(2, int((edges != 0).sum(-1).max(initial=0)))), np.int32)
     for place in np.ndindex(*seen.shape[:-1]):
         limits = np.flatnonzero(edges[place])
-        assert limits.size <= 4
         found[(*place, slice(limits.size))] = limits
     return found
 
@@ -185,7 +216,7 @@ def of_case(case: Any) -> tuple[masks.Mask, dict[str, Any]]:
     ranges, made without the library."""
     lengths = _sequence_lengths(case)
     if case.layout == "fixed":
-        mask, shown = make(case.forms, Sizes(lengths, case.hq, case.sq, case.sk), case.form_seed)
+        mask, shown = make(case.forms, Sizes(lengths, case.hq, case.hk, case.sq, case.sk), case.form_seed)
         array = np.zeros((case.b, case.hq, case.sq, case.sk), bool)
         for z, (nq, nk) in enumerate(lengths):
             array[z, :, :nq, :nk] = shown[z]
@@ -193,11 +224,17 @@ def of_case(case: Any) -> tuple[masks.Mask, dict[str, Any]]:
     rows, keys = zip(*lengths) if lengths else ((), ())
     starts = tuple(int(x) for x in np.concatenate([[0], np.cumsum(rows)])[:-1])
     tokens = sum(rows) + case.padding[0]
-    sizes = Sizes(lengths, case.hq, max(rows, default=0), max(keys, default=0), starts, tokens, packed=True)
+    given = case.q_sequences if case.k_sequences is None else case.k_sequences
+    key_starts = tuple(int(x) for x in np.concatenate([[0], np.cumsum(given)])[:-1])
+    sizes = Sizes(
+        lengths, case.hq, case.hk, max(rows, default=0), max(keys, default=0),
+        starts, tokens, key_starts, sum(given) + case.padding[1], packed=True,
+    )  # fmt: skip
     mask, shown = make(case.forms, sizes, case.form_seed)
-    limits = np.zeros((case.hq, tokens, 4), np.int32)
-    for start, nq, seen in zip(starts, rows, shown):
-        limits[:, start : start + nq] = as_ranges(seen)
+    runs = [as_ranges(seen) for seen in shown]
+    limits = np.zeros((case.hq, tokens, max((x.shape[-1] for x in runs), default=2)), np.int32)
+    for start, nq, x in zip(starts, rows, runs):
+        limits[:, start : start + nq, : x.shape[-1]] = x
     return mask, {"ranges": jnp.asarray(limits)}
 
 

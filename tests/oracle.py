@@ -45,19 +45,20 @@ def differentiate(function: Any, arrays: dict[str, jax.Array], dout: jax.Array, 
 
 def split(arrays: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays that have gradients, and the others."""
-    moving = {name: x for name, x in arrays.items() if name in DIFFERENTIABLE}
+    moving = {name: x for name, x in arrays.items() if name in DIFFERENTIABLE and x is not None}
     return moving, {name: x for name, x in arrays.items() if name not in moving}
 
 
 def plain(case: Case, inputs: Inputs, arrays: dict[str, jax.Array], round_to: Any = None) -> Result:
     """Results and gradients of reference.py for `arrays`, the operands of the case."""
-    moving, fixed = split(arrays)
     static = spec(case, inputs)
+    moving, fixed = split(arrays | {"value": None} if static.shared_kv else arrays)
+    fixed |= {name: arrays[name] for name in fixed}
 
     def run(moving: dict[str, jax.Array]) -> Any:
         return reference.attention(static, moving | fixed, round_to=round_to)
 
-    return differentiate(run, moving, inputs.dout, inputs.dlse)
+    return _of_given_sinks(differentiate(run, moving, inputs.dout, inputs.dlse), inputs)
 
 
 def ref(case: Case, inputs: Inputs) -> Result:
@@ -68,7 +69,17 @@ def ref(case: Case, inputs: Inputs) -> Result:
 
 def exact(case: Case, inputs: Inputs, **options: Any) -> Result:
     """The equations in float64, from the same inputs."""
-    return equations.attention(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse, **options)
+    found = equations.attention(spec(case, inputs), operands(inputs), inputs.dout, inputs.dlse, **options)
+    if case.shared_kv and found.gradients:
+        found.gradients["key"] = found.gradients["key"] + found.gradients.pop("value")
+    return _of_given_sinks(found, inputs)
+
+
+def _of_given_sinks(found: Result, inputs: Inputs) -> Result:
+    """The gradient of sinks in the shape of the public argument."""
+    if "sinks" in found.gradients:
+        found.gradients["sinks"] = found.gradients["sinks"].reshape(inputs.keywords["sinks"].shape)
+    return found
 
 
 def low(case: Case, inputs: Inputs, **options: Any) -> Result:

@@ -18,7 +18,7 @@ import oracle
 from cases import Case, Inputs, make_inputs
 
 import jax_flash
-from jax_flash.checker import MAX_HEAD_DIM
+from jax_flash.operands import MAX_HEAD_DIM
 
 GARBAGE = (-(2**31), 2**31 - 1, -1, 10**6)
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
@@ -79,10 +79,11 @@ class Paged:
     inputs: Inputs  # of the dense case
     pages: Pages
     arrays: dict[str, jax.Array]
+    start: int = 0  # the first column of V in a pool that K and V share
 
     @property
-    def latent(self) -> bool:
-        """Whether V is the first columns of K."""
+    def is_shared(self) -> bool:
+        """Whether K and V share a pool."""
         return "value" not in self.arrays
 
     def call(self, implementation: str | None, **options: Any) -> Any:
@@ -93,7 +94,11 @@ class Paged:
                 arrays.pop(name, None) for name in ("query", "key", "value", "block_tables", "kv_lengths")
             ]
             static = {name: value for name, value in self.case.options.items() if name != "dropout_rate"}
-            static["value_dim"] = self.case.dv if self.latent else None
+            if self.is_shared:
+                given = (
+                    None if self.start == 0 and self.case.dv == self.case.d else self.case.dv
+                )  # the default is d
+                static |= {"value_dim": given, "value_start": self.start}
             return jax_flash.paged_attention(
                 *positional, **arrays, **static | options, page_layout=self.pages.layout, return_lse=True,
                 implementation=implementation,
@@ -147,6 +152,20 @@ def latent(case: Case, *arguments: Any, **named: Any) -> Paged:
     return call
 
 
+def shared(
+    case: Case, *arguments: Any, start: int | None = None, columns: int | None = None, **named: Any
+) -> Paged:
+    """paged(), with keys and values in the columns of one pool, values from `start` on; NaN in columns of neither."""
+    call = paged(case, *arguments, **named)
+    start = case.d if start is None else start
+    assert start >= case.d
+    key, value = (np.asarray(call.arrays.pop(name)) for name in ("key", "value"))
+    pool = np.full((*key.shape[:-1], columns or start + case.dv), np.nan, key.dtype)
+    pool[..., : case.d], pool[..., start : start + case.dv] = key, value
+    call.arrays["key"] = jnp.asarray(pool)
+    return dataclasses.replace(call, start=start)
+
+
 def random_scales(
     case: Case, pages: Pages, shape: tuple[int, ...], seed: int
 ) -> tuple[jax.Array, np.ndarray]:
@@ -182,11 +201,15 @@ def references(call: Paged, *, gradients: bool) -> tuple[oracle.Result, oracle.R
 
 
 def _to_pools(call: Paged, result: oracle.Result) -> oracle.Result:
-    if call.latent:
+    if call.is_shared:
         gradients = dict(result.gradients)
-        value = np.asarray(gradients.pop("value"), np.float64)
-        width = gradients["key"].shape[-1] - value.shape[-1]
-        gradients["key"] = gradients["key"] + np.pad(value, [(0, 0)] * (value.ndim - 1) + [(0, width)])
+        width = call.arrays["key"].shape[-1]
+
+        def in_pool(name: str, start: int) -> np.ndarray:
+            x = np.asarray(gradients.pop(name), np.float64)
+            return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(start, width - start - x.shape[-1])])
+
+        gradients["key"] = in_pool("key", 0) + in_pool("value", call.start)
         result = dataclasses.replace(result, gradients=gradients)
     moved = {
         name: call.pages.gradient(rows_of(call.case, np.asarray(x, np.float64)))

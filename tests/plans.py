@@ -20,7 +20,7 @@ HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (
 
 # The sizes of a call by their names in these tests, and the dimensions of csrc/operands.def that have them.
 SIZES = {"batch": "b", "q_rows": "sq", "k_rows": "sk", "heads": "hq", "kv_heads": "hk", "d": "d", "dv": "dv"}
-SIZES |= {"page_size": "ps", "draft_rows": "draft_row"}
+SIZES |= {"page_size": "ps", "draft_rows": "draft_row", "pool_columns": "pool_columns"}
 STATIC = {field.name for field in dataclasses.fields(AttentionSpec)} - {"operands"}
 
 

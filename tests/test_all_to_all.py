@@ -40,7 +40,8 @@ def make_mesh(devices, **others):
 
 def token_dims(case):
     """The dimension of each array that goes by token: it is sharded, and permuted in zigzag order."""
-    dims = dict.fromkeys(("query", "key", "value", "segment_ids"), 1)
+    sinks = ("sinks",) if case.sinks == "token" else ()
+    dims = dict.fromkeys(("query", "key", "value", "segment_ids", *sinks), 1)
     return dims | {name: 2 for name in ("mask", "bias") if (getattr(case, name) or (1,) * 4)[2] > 1}
 
 
@@ -124,7 +125,7 @@ def test_a_broadcast_bias_and_mask(kernel, shape, order):
         {"window": (3, 2), "align": "top_left", "sk": 32},
         {"causal": True, "sk": 32},
         {"dropout_rate": 0.5, "causal": True},
-        {"segments": 3, "causal": True},
+        {"segments": 3, "causal": True, "sinks": "token"},
         {"dv": 16, "softcap": 3.0},
     ],
     ids=str,

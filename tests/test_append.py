@@ -311,6 +311,38 @@ def test_float8_pools_hold_the_value_over_its_scale(implementation, dtype, float
 
 
 @pytest.mark.parametrize("float8", FLOAT8)
+@pytest.mark.parametrize("new", [3, (3, 0, 4)])
+def test_float8_keys_and_values_are_stored_as_they_are(implementation, float8, new):
+    """Every byte is kept, the sign of zero included; plain JAX keeps NaN, but not which."""
+    call = arguments(pool_dtype=float8, new=new)
+    for name in ("key", "value", "k_pages", "v_pages"):
+        bits = np.random.default_rng(len(name)).integers(0, 256, call[name].shape, np.uint8)
+        call[name] = jnp.asarray(bits.view(float8))
+    got = append_kv(**call, implementation=implementation)
+    numbers = {n: call[n].view("uint8").astype("float32") for n in ("key", "value", "k_pages", "v_pages")}
+    wide = append_kv(**call | numbers, implementation="xla")
+    for x, y in zip(got[:2], wide[:2], strict=True):
+        wanted = np.asarray(y).astype("uint8")
+        same = np.asarray(x.view("uint8")) == wanted
+        if implementation == "xla":
+            same |= np.isnan(np.asarray(x, np.float32)) & np.isnan(wanted.view(float8).astype(np.float32))
+        assert same.all()
+    np.testing.assert_array_equal(got[2], wide[2])
+
+
+@pytest.mark.parametrize("float8", FLOAT8)
+def test_a_scale_may_be_one_number(implementation, float8):
+    call = arguments(pool_dtype=float8, new=3)
+    heads = call["key"].shape[-2]
+    of_heads = {"k_scale": jnp.full(heads, 0.5), "v_scale": jnp.full(heads, 2.0)}
+    wanted = append_kv(**call | of_heads, implementation=implementation)
+    for one in ({"k_scale": 0.5, "v_scale": 2}, {"k_scale": jnp.float32(0.5), "v_scale": np.float32(2)}):
+        got = append_kv(**call | one, implementation=implementation)
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+
+
+@pytest.mark.parametrize("float8", FLOAT8)
 def test_float8_rounds_to_even_saturates_and_keeps_nan(implementation, float8):
     """Every tie between neighbouring float8, the numbers next to it, and numbers past the largest."""
     require(implementation)

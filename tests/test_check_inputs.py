@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_flash import masks
 from jax_flash.check import check_inputs
 
 
@@ -33,6 +34,18 @@ VALID = {
     "jax.nn's names": dict(FIXED, query_seq_lengths=i32(0, 8), key_value_seq_lengths=i32(12, 0)),
     "one entry without batch": {"query": zeros(8, 4, 16), "query_seq_lengths": i32(8)},
     "absent arguments": dict(FIXED, q_lengths=None, segment_ids=None, mask=None, bias=None),
+    "a mask": dict(FIXED, mask=masks.ranges([[0]], [[12]]) & masks.blocks([[[[0, -1, -1]]]], (16, 16))),
+    "positions of keys in use": dict(
+        FIXED,
+        kv_lengths=i32(2, 3),
+        mask=masks.by_position(i32([0] * 8), i32([1, 1, 0, *[0] * 9], [0, 2, 4, *[1] * 9])),
+    ),
+    "packed segments": dict(
+        PACKED,
+        cu_seqlens_q=i32(0, 5, 30),
+        cu_seqlens_k=i32(0, 5, 40),
+        mask=masks.segments(i32(*[0] * 30), i32(*[5] * 5, *[2] * 35)),
+    ),
     "segments, any value": dict(
         FIXED, segment_ids=(jnp.full((2, 8), -7, jnp.int32), jnp.full((2, 12), 2**31 - 1, jnp.int32))
     ),
@@ -68,6 +81,7 @@ VALID = {
         kv_lengths=i32(6, 0, 1),
         rotary=(jnp.zeros((8, 8)), jnp.zeros((8, 8))),
     ),
+    "a scale of all heads": dict(POOL, k_scale=0.5, v_scale=np.float32(2)),
     "scales of heads and of pages": dict(POOL, k_scale=np.ones(2, np.float32), v_scale=jnp.ones((6, 2))),
     "scales, garbage on pages that hold no keys": dict(
         POOL, block_tables=i32([5, 0], [1, 9]), kv_lengths=i32(4, 3), k_scale=scales_of_pages({5: 2, 1: 3})
@@ -126,6 +140,34 @@ WRONG = {
         dict(PACKED, cu_seqlens_q=i32(0, 3, 9), kv_lengths=i32(3, 7)),
         "kv_lengths[1] = 7 is more than the keys of its sequence, 6",
     ),
+    "a range past the keys": (
+        dict(FIXED, mask=masks.ranges([0, 4], [12, 13])),
+        "mask's hi[1] = 13; a range lies within 0 and the 12 keys",
+    ),
+    "a range that ends before it begins": (
+        dict(FIXED, mask=masks.causal() & masks.ranges([3, 4], [3, 2])),
+        "mask's lo[1] = 4; a range begins at or before its end",
+    ),
+    "a block past the keys": (
+        dict(FIXED, mask=masks.blocks([[[[0, 1]]]], (16, 16))),
+        "mask's chosen[0, 0, 0, 1] = 1; 12 keys have 1 blocks of 16",
+    ),
+    "a block twice": (
+        {"mask": masks.blocks([[[[3, -1, 0, -1, 3]]]], (16, 16))},
+        "mask's chosen[0, 0, 0, 4] = 3; a block of keys is chosen once for a block of rows",
+    ),
+    "positions that fall": (
+        dict(
+            PACKED,
+            cu_seqlens_q=i32(0, 5, 9),
+            mask=masks.by_position(i32(*[0] * 9), i32(0, 1, 2, 3, 4, 0, 2, 1, 5)),
+        ),
+        "mask's kv_positions of row 1[2] = 1; the positions of keys must not decrease",
+    ),
+    "segments apart": (
+        dict(PACKED, cu_seqlens_q=i32(0, 4), mask=masks.segments(i32(0, 1, 0, 1))),
+        "mask's segments of keys[2] = 0; in packed and paged calls the keys of a segment are neighbours",
+    ),
     "rank": ({"cu_seqlens_q": i32([0, 3])}, "cu_seqlens_q must have rank 1, got shape (1, 2)"),
     "segments": (
         dict(FIXED, segment_ids=jnp.zeros((2, 8), jnp.int32)),
@@ -171,19 +213,23 @@ WRONG = {
     ),
     "scale of other heads": (
         dict(POOL, k_scale=jnp.ones(3)),
-        "k_scale must have shape [hk] = (2,) or [p, hk] = (6, 2), got (3,)",
+        "k_scale must be a number or have shape [hk] = (2,) or [p, hk] = (6, 2), got (3,)",
     ),
     "scale of other pages": (
         dict(POOL, v_scale=jnp.ones((5, 2))),
-        "v_scale must have shape [hk] = (2,) or [p, hk] = (6, 2), got (5, 2)",
+        "v_scale must be a number or have shape [hk] = (2,) or [p, hk] = (6, 2), got (5, 2)",
     ),
     "scale of pages in the other layout": (
         dict(POOL, page_layout="hnd", k_scale=jnp.ones(2)),
-        "k_scale must have shape [hk] = (4,) or [p, hk] = (6, 4), got (2,)",
+        "k_scale must be a number or have shape [hk] = (4,) or [p, hk] = (6, 4), got (2,)",
     ),
     "a scale of 0": (
         dict(POOL, k_scale=np.float32([1, 0])),
         "k_scale[1] = 0.0; a scale must be finite and more",
+    ),
+    "a scale of all heads": (
+        dict(POOL, k_scale=-1.0),
+        "k_scale = -1.0; a scale must be finite and more",
     ),
     "a negative scale": (
         dict(k_scale=np.float32([-1, 1])),

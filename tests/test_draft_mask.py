@@ -109,7 +109,7 @@ OPTIONS = [
     FEW.replace(name="negative scale", scale=-0.7, d=24, dv=40),
     MIXED,
     MIXED.replace(name="mixed, causal", causal=True, draft_mask=(1, 12, 12)),
-    MIXED.replace(name="mixed, window", window=(8, 0), hq=8, hk=1, sinks=True),
+    MIXED.replace(name="mixed, window", window=(8, 0), hq=8, hk=1, sinks="token"),
     MIXED.replace(name="mixed, softcap and alibi", softcap=3.0, alibi_slopes=(4,), causal=True),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from flax_inputs import B, close, linen, nnx, normal, ours, qkv
 
 import jax_flash
+from jax_flash.flax import attention_fn
 
 pytestmark = pytest.mark.usefixtures("exact_products")
 
@@ -97,14 +98,18 @@ def test_biases_of_any_number_type():
     close(out, linen.dot_product_attention(q, k, v, bias.astype(np.float32)))
 
 
+@pytest.mark.parametrize("by_token", [False, True])
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)], ids=str)
-def test_segment_ids_and_sinks_are_those_of_flash_attention(batch):
+def test_segment_ids_and_sinks_are_those_of_flash_attention(batch, by_token):
     q, k, v = qkv(*batch)
-    sinks = jnp.array([0.5, -1, 2, 0], jnp.float32)
+    sinks = normal(9, *q.shape[:-1]) if by_token else jnp.array([0.5, -1, 2, 0], jnp.float32)
+    flat_sinks = sinks.reshape(-1, *sinks.shape[-2:]) if by_token else sinks
     q_ids, kv_ids = (jax.random.randint(jax.random.key(n), (*batch, s), 0, 2) for n, s in ((7, 5), (8, 6)))
     flat = [x.reshape(-1, *x.shape[-3:]) for x in (q, k, v)]
     ids = q_ids.reshape(-1, 5), kv_ids.reshape(-1, 6)
-    wanted = jax_flash.flash_attention(*flat, align="top_left", causal=True, segment_ids=ids, sinks=sinks)
+    wanted = jax_flash.flash_attention(
+        *flat, align="top_left", causal=True, segment_ids=ids, sinks=flat_sinks
+    )
     got = ours(q, k, v, is_causal=True, segment_ids=(q_ids, kv_ids), sinks=sinks)
     np.testing.assert_array_equal(got, wanted.reshape(got.shape))
 
@@ -206,17 +211,15 @@ def test_dropout_gradients_use_the_weights_that_the_forward_pass_dropped():
 
 
 UNSUPPORTED = {
-    "module": (
-        {"module": object()},
-        r"module was passed \(sow_weights=True\), but the attention weights never exist",
-    ),
     "einsum_dot_general": (
         {"einsum_dot_general": jax.lax.dot_general},
         "einsum_dot_general cannot change a fused",
     ),
     "causal": ({"causal": True}, "unknown argument causal; Flax's name is is_causal"),
-    "qk einsum": ({"qk_attn_weights_einsum": jnp.einsum}, "qk_attn_weights_einsum cannot change"),
-    "weights einsum": ({"attn_weights_value_einsum": jnp.einsum}, "attn_weights_value_einsum cannot change"),
+    "einsums": (
+        {"qk_attn_weights_einsum": jnp.einsum, "attn_weights_value_einsum": jnp.einsum},
+        "qk_attn_weights_einsum cannot change",
+    ),
     "positions": ({"input_positions": jnp.arange(5)}, "unknown argument input_positions"),
     "algorithm": (
         {"precision": "TF32_TF32_F32"},
@@ -237,8 +240,36 @@ def test_what_a_fused_kernel_cannot_honour_raises(name):
 
 
 def test_dropout_without_a_key_raises():
-    with pytest.raises(ValueError, match=r"^attention_fn: dropout_rate is 0\.1 but dropout_rng is None"):
+    with pytest.raises(
+        ValueError, match=r"^attention_fn: dropout_rng is required where dropout_rate is 0\.1"
+    ):
         ours(*qkv(B), dropout_rate=0.1)
+
+
+@pytest.mark.parametrize("rate", [-0.5, 1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_dropout_rates_that_flax_refuses_raise(rate, deterministic):
+    with pytest.raises(ValueError, match=r"^attention_fn: dropout_rate must be in the range \[0, 1\), got"):
+        ours(*qkv(B), dropout_rate=rate, deterministic=deterministic, dropout_rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", ["qk_attn_weights_einsum", "attn_weights_value_einsum"])
+def test_einsums_that_flax_refuses_raise_as_there(name):
+    with pytest.raises(ValueError, match=r"^attention_fn: .* must be specified together"):
+        ours(*qkv(B), **{name: jnp.einsum})
+    both = {"qk_attn_weights_einsum": jnp.einsum, "attn_weights_value_einsum": jnp.einsum}
+    with pytest.raises(ValueError, match=r"^attention_fn: .* exclude each other"):
+        ours(*qkv(B), precision="highest", **both)
+
+
+def test_float64_runs_as_plain_jax():
+    with jax.enable_x64(True):
+        q, k, v = (np.asarray(x, np.float64) for x in qkv(B))
+        out = attention_fn(q, k, v, is_causal=True)
+        assert out.dtype == jnp.float64
+        close(out, nnx.dot_product_attention(q, k, v, is_causal=True), 1e-12)
+        with pytest.raises(TypeError, match="float64"):
+            attention_fn(q, k, v, implementation="cpu")
 
 
 MISFITS = {
@@ -251,6 +282,9 @@ MISFITS = {
         lambda q, k, v: (q[None], k[None], jnp.stack([v, v])),
         r"value has batch dims \(2, 2\), which differ from query's \(1, 2\)",
     ),
+    "heads": (lambda q, k, v: (q, k[:, :, :3], v), "query's 4 heads must be a multiple of key's 3"),
+    "lengths": (lambda q, k, v: (q, k, v[:, 1:]), "key and value lengths must match, got 6 and 5"),
+    "depths": (lambda q, k, v: (q, k[..., 1:], v), "query and key depths must match, got 8 and 7"),
     "bias": (
         lambda q, k, v: (q, k, v, jnp.zeros((1,) * 5)),
         r"bias must broadcast to \[batch... heads q_length kv_length\] = \(2, 4, 5, 6\), got",

@@ -9,6 +9,7 @@ import pytest
 from flax_inputs import (
     CAUSAL,
     FEATURES,
+    HEADS,
     MASKS,
     B,
     S,
@@ -101,12 +102,37 @@ def test_dropout_in_a_layer(layer):
     np.testing.assert_array_equal(run(1, deterministic=True), run(2, rate=0.0))
 
 
-def test_sowing_weights_raises_from_the_layers():
-    with pytest.raises(NotImplementedError, match="sow_weights"):
-        nnx_layer(ours)(X, sow_weights=True)
-    params = linen_layer(ours).init(jax.random.key(0), X)
-    with pytest.raises(NotImplementedError, match="sow_weights"):
-        linen_layer(ours).apply(params, X, sow_weights=True, mutable=["intermediates"])
+def linen_sown(fn):
+    layer = functools.partial(linen_layer, dropout_rate=0.5)
+    params = layer(fn).init(jax.random.key(0), X, deterministic=True)
+    call = dict(mask=MASKS["heads"], sow_weights=True, mutable=["intermediates"])
+    _, state = layer(fn).apply(params, X, deterministic=False, rngs={"dropout": jax.random.key(1)}, **call)
+    return state["intermediates"]["attention_weights"]
+
+
+def nnx_sown(fn):
+    layer = nnx_layer(fn, num_kv_heads=1)
+    out, state = nnx.capture(layer, nnx.Intermediate)(X, mask=MASKS["heads"], sow_weights=True)
+    close(out, nnx_layer(fn, num_kv_heads=1)(X, mask=MASKS["heads"]))
+    return nnx.to_pure_dict(state)["attention_weights"]
+
+
+@pytest.mark.parametrize("sown", [linen_sown, nnx_sown])
+def test_weights_are_sown_as_flax_sows_them_before_dropout(sown):
+    theirs = linen.dot_product_attention if sown is linen_sown else nnx.dot_product_attention
+    (want,) = sown(theirs)
+    (got,) = sown(ours)
+    assert got.shape == (B, HEADS, S, S)
+    close(got, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sown_weights_are_float32_where_the_softmax_is_forced_to_be(dtype):
+    layer = linen_layer(ours, dtype=dtype, force_fp32_for_softmax=True)
+    params = layer.init(jax.random.key(0), X)
+    out, state = layer.apply(params, X, sow_weights=True, mutable=["intermediates"])
+    (weights,) = state["intermediates"]["attention_weights"]
+    assert (out.dtype, weights.dtype) == (dtype, jnp.float32)
 
 
 # Decode

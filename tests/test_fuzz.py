@@ -24,13 +24,20 @@ in_parts = pytest.mark.parametrize("part", range(-(-EXAMPLES // PART)))
 
 # Few sizes on each axis: those at which tiles, vectors and groups end.
 HEADS = st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (8, 2), (6, 1)])
-HEAD_DIM = st.sampled_from([1, 2, 5, 8, 16, 17, 24, 32, 40, 64, 72, 104, 136, 256])
+HEAD_DIM = st.sampled_from([1, 2, 5, 8, 16, 17, 24, 32, 40, 64, 72, 104, 136, 256, 320, 509, 512])
 LENGTH = st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 130]))
 SIDE = st.one_of(st.none(), st.integers(0, 9), st.integers(0, 70))
 
 
 def maybe(strategy):
     return st.one_of(st.none(), strategy)
+
+
+@st.composite
+def head_dims(draw):
+    """d and dv, or V that is K."""
+    d, shared = draw(HEAD_DIM), draw(st.sampled_from([False, False, False, True]))
+    return dict(d=d, dv=d if shared else draw(HEAD_DIM), shared_kv=shared)
 
 
 @st.composite
@@ -43,7 +50,7 @@ def scores(draw, rows, hq):
         scale=draw(maybe(st.sampled_from([0.0, -0.3, 0.11, 1.5]))),
         softcap=draw(maybe(st.sampled_from([0.7, 5.0, 50.0]))),
         alibi_slopes=draw(maybe(st.sampled_from([(hq,), (rows, hq)]))),
-        sinks=draw(st.booleans()),
+        sinks=draw(st.sampled_from([False, False, True, "token"])),
         dropout_rate=draw(st.sampled_from([0.0, 0.0, 0.25, 0.9])),
     )
 
@@ -71,7 +78,7 @@ def fixed_cases(draw, dtypes):
     value = draw(mask_values(sorted(FORMS)))
     return Case(
         "fuzz", b=b, sq=sq, sk=sk, hq=hq, hk=hk,
-        d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
+        **draw(head_dims()), dtype=draw(st.sampled_from(dtypes)),
         mask=broadcast(4, 2) if not value["forms"] and draw(st.booleans()) else None,
         bias=broadcast(4, 3, 2, 1, 0) if draw(st.booleans()) else None,
         bias_dtype="float32",
@@ -90,7 +97,7 @@ def varlen_cases(draw, dtypes):
     return varlen(
         "fuzz", draw(lengths), k_sequences=draw(maybe(lengths)), hq=hq, hk=hk,
         padding=(draw(st.integers(0, 5)), draw(st.integers(0, 5))),
-        d=draw(HEAD_DIM), dv=draw(HEAD_DIM), dtype=draw(st.sampled_from(dtypes)),
+        **draw(head_dims()), dtype=draw(st.sampled_from(dtypes)),
         kv_lengths=draw(maybe(st.lists(st.integers(-2, 70), min_size=n, max_size=n).map(tuple))),
         **draw(scores(n, hq)), **draw(mask_values(sorted({*FORMS} - FIXED_ONLY))),
     )  # fmt: skip

@@ -21,7 +21,7 @@ import logit_check
 from logit_check import check_logits
 from model import ModelConfig, Transformer
 from scheduler import PrefixIndex, Request, Scheduler, ServingConfig
-from serving import Server
+from serving import serve_transformer
 from settings import Settings
 from training import Checkpoints, History, Trainer, make_mesh
 
@@ -48,7 +48,7 @@ def make_server(serving=SERVING, model_axis=1, dtype="float32"):
     model, config = make_model(mesh, dtype=dtype)
     weights = jax.device_put(nnx.state(model), nnx.get_named_sharding(nnx.state(model), mesh))
     nnx.update(model, weights)
-    return Server(model, config, serving, mesh)
+    return serve_transformer(model, config, serving, mesh)
 
 
 cached_server = lru_cache(make_server)  # a server without requests is like a new one

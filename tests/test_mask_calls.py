@@ -80,7 +80,9 @@ def test_spans_end_with_the_rows_of_their_sequence(implementation):
     assert drawn == ["##......", "##......", "....##..", "....##.."]
 
 
-@pytest.mark.parametrize("form", ["causal", "band", "window", "ranges", "prefix", "spans", "first", "either"])
+@pytest.mark.parametrize(
+    "form", ["causal", "band", "window", "ranges", "prefix", "spans", "first", "either", "blocks"]
+)
 @pytest.mark.parametrize("tokens", [2, 24])
 def test_paged_calls_take_masks(form, tokens, implementation):
     fixed = Case("pages", b=3, sq=tokens, sk=70, kv_lengths=(70, 3, 41), forms=(form,))
@@ -91,6 +93,30 @@ def test_paged_calls_take_masks(form, tokens, implementation):
         right, _ = checks.references(case)
         checks.oracle.assert_out(np.asarray(out), right.out, right.out)
         checks.oracle.assert_lse(np.asarray(lse), right.lse)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_keys_in_pages_have_positions_and_segments(packed, implementation):
+    rng, lengths = np.random.default_rng(0), np.array([[21], [3]])
+    tables = jnp.array([[2, 0, 3], [1, 9, 9]], jnp.int32)
+    pool = [jnp.asarray(rng.standard_normal((4, 8, 2, 16)), jnp.float32) for _ in range(2)]
+    q = jnp.asarray(rng.standard_normal((2, 5, 4, 16)), jnp.float32)
+    place = np.where(np.arange(24) < lengths, np.sort(rng.integers(0, 30, (2, 24))), -1)
+    document = np.where(np.arange(24) < lengths, np.arange(24) // 7 % 3 * 5 - 3, -3)
+    rows = rng.integers(0, 30, (2, 5)), rng.choice([-3, 2, 7], (2, 5))
+    seen = (place[:, None] <= rows[0][..., None]) & (document[:, None] == rows[1][..., None])
+    own = [x.reshape(-1) for x in rows] if packed else rows
+    mask = masks.by_position(own[0], place) & masks.segments(own[1], document)
+    offsets = jnp.array([0, 5, 10], jnp.int32) if packed else None
+    out = jax_flash.paged_attention(
+        q.reshape(10, 4, 16) if packed else q, *pool, tables, lengths[:, 0], cu_seqlens_q=offsets,
+        mask=mask, implementation=implementation,
+    )  # fmt: skip
+    keys, values = (x[jnp.minimum(tables, 3)].reshape(2, 24, 2, 16) for x in pool)
+    wanted = flash_attention(
+        q, keys, values, kv_lengths=lengths[:, 0], mask=jnp.asarray(seen)[:, None], implementation="xla"
+    )
+    np.testing.assert_allclose(out.reshape(q.shape), wanted, rtol=1e-5, atol=1e-5)
 
 
 # --- JAX -----------------------------------------------------------------------------------------------------------
@@ -135,12 +161,15 @@ def test_a_mask_is_vmapped_like_an_array(implementation):
 MESHES = {"batch and heads": P("x", None, "y"), "sequence": P(None, "x"), "batch and sequence": P("y", "x")}
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("name", MESHES)
-def test_ranges_are_split_with_the_rows_that_they_belong_to(name, implementation):
+def test_masks_are_split_with_the_rows_that_they_belong_to(name, blocks, implementation):
     mesh = Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("x", "y"))
     sharding = NamedSharding(mesh, MESHES[name])
     arrays = [jax.device_put(x, sharding) for x in X]
+    chosen = jnp.asarray(np.random.default_rng(1).integers(-1, 3, (1, H, 3, 2)), jnp.int32)
     mask = masks.prefix_lm(jnp.array([30, 7], jnp.int32)) & masks.first_and_window(3, 11)
+    mask = mask & masks.blocks(chosen, (16, 16)) if blocks else mask
     run = jax.jit(jax.value_and_grad(partial(loss, implementation=implementation), (0, 1, 2)))
     got, wanted = run(*arrays, mask), run(*X, mask)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)):
@@ -210,6 +239,39 @@ def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("order", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
+def test_a_ring_takes_the_blocks_of_its_rows(mode, order, implementation):
+    size, rng = 128, np.random.default_rng(0)
+    arrays = [jax.random.normal(jax.random.key(n), (B, size, H if n == 0 else 2, D)) for n in range(3)]
+    chosen = jnp.asarray(rng.integers(-1, 4, (B, H, size // 16, 2)), jnp.int32)
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
+    ring = partial(jax_flash.ring_attention, axis_name="x", order=order, mode=mode, causal=True)
+
+    def local(q, k, v, chosen):
+        return ring(q, k, v, mask=masks.blocks(chosen, (16, 32)), implementation=implementation)
+
+    shard = P(None, "x")
+    split = jax.shard_map(local, mesh=mesh, in_specs=(shard,) * 3 + (P(None, None, "x"),), out_specs=shard)
+    permute = partial(jax_flash.zigzag_permute, devices=2) if order == "zigzag" else lambda x, axis=1: x
+    back = partial(jax_flash.zigzag_unpermute, devices=2) if order == "zigzag" else lambda x: x
+
+    def through_ring(q, k, v):
+        return back(split(*map(permute, (q, k, v)), permute(chosen, axis=2)))
+
+    def whole(q, k, v):
+        return flash_attention(
+            q, k, v, causal=True, mask=masks.blocks(chosen, (16, 32)), implementation="xla"
+        )
+
+    def with_gradients(run):
+        out, pullback = jax.vjp(jax.jit(run), *arrays)
+        return out, *pullback(jnp.cos(out))
+
+    for got, wanted in zip(with_gradients(through_ring), with_gradients(whole)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 # --- functions -----------------------------------------------------------------------------------------------------
 
 
@@ -270,10 +332,13 @@ PACKED = [X[0][0], X[1][0], X[2][0], [0, S]]
          r"mask's kv_positions must broadcast to \[b sk\] = \(2, 48\)"),
         (lambda: flash_attention(*X, mask=masks.dense(np.ones((1, 1, 1, 4), bool))), ValueError,
          r"mask's dense array must broadcast to"),
-        (lambda: flash_attention(*X, mask=masks.blocks(I((1, 1, 3, 1)), (16, 16))), NotImplementedError,
-         r"masks\.blocks\(…\), which no implementation has yet; masks\.dense\(…\) takes any mask"),
-        (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I((1, S)))), NotImplementedError,
-         r"flash_attention_varlen: mask has masks\.segments\(…\), which is for flash_attention"),
+        (lambda: flash_attention(*X, mask=masks.blocks(I((1, 1, 2, 1)), (16, 16))), ValueError,
+         r"mask's chosen blocks must have shape \[2 or 1, 4, 2 or 1, 3, n\], got \(1, 1, 2, 1\)"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.dense(np.ones((1, 1, S, S), bool))),
+         NotImplementedError,
+         r"flash_attention_varlen: mask has masks\.dense\(…\), which is for flash_attention"),
+        (lambda: flash_attention_varlen(*PACKED, mask=masks.segments(I(S - 1))), ValueError,
+         r"mask's segments of queries must broadcast to \[tq\] = \(48,\), got shape \(47,\)"),
         (lambda: flash_attention_varlen(*PACKED, mask=np.ones((S, S), bool)), TypeError,
          r"mask must be a value of jax_flash\.masks, got ndarray"),
     ],

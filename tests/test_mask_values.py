@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jax_flash import mask_forms, masks
-from jax_flash.mask_forms import Rows
+from jax_flash.mask_rows import Rows
 
 
 def seen(mask, sq, sk):
@@ -229,6 +229,16 @@ def test_repr_draws_a_small_one():
     ]
 
 
+def test_repr_draws_the_corner_of_a_larger_one():
+    drawn = repr(masks.segments(jnp.arange(40)[None] // 3, jnp.arange(50)[None] // 2)).splitlines()
+    assert len(drawn) == 17
+    assert drawn[1:5] == ["##" + "." * 14] * 3 + ["..##" + "." * 12]
+    assert (
+        repr(masks.prefix_lm(3) & masks.dense(jnp.ones((1, 1, 2000, 2000), bool)))
+        == "Mask(prefix_lm & dense)"
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -241,7 +251,7 @@ def test_repr_draws_a_small_one():
         (lambda: masks.chunked(0), ValueError, "size must be an int of at least 1, got 0"),
         (lambda: masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), (16, 24)), ValueError, "block has 24"),
         (lambda: masks.dense(jnp.ones((1, 1, 2, 2))), TypeError, "boolean of rank 4"),
-        (lambda: masks.segments(jnp.zeros(3, jnp.int32)), ValueError, "q_ids must have rank 2"),
+        (lambda: masks.segments(jnp.zeros((1, 1, 3), jnp.int32)), ValueError, "q_ids must have rank 1 or 2"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):

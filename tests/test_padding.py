@@ -16,7 +16,7 @@ FIXED = [
     Case("lengths", q_lengths=(12, 5), kv_lengths=(7, 12)),
     Case("nothing in use", q_lengths=(0, 5), kv_lengths=(12, 0)),
     Case("garbage lengths", q_lengths=(-7, 11), kv_lengths=(3, -1)),
-    Case("causal", q_lengths=(9, 5), kv_lengths=(4, 11), causal=True, sinks=True),
+    Case("causal", q_lengths=(9, 5), kv_lengths=(4, 11), causal=True, sinks="token"),
     Case("window", q_lengths=(9, 12), kv_lengths=(4, 9), window=(2, 1), align="top_left", softcap=3.0),
     Case("bias", q_lengths=(9, 5), kv_lengths=(4, 11), bias=(2, 4, 12, 12), alibi_slopes=(4,)),
     Case("dropout", q_lengths=(9, 5), kv_lengths=(4, 11), dropout_rate=0.3, mask=(2, 4, 12, 12), segments=2),
@@ -29,7 +29,7 @@ VARLEN = [
     varlen("padding after the last", (5, 6), padding=(4, 2)),
     varlen("padding of keys alone", (5, 6), padding=(0, 9), causal=True),
     varlen("only padding", (0, 0), padding=(4, 5), sinks=True),
-    varlen("kv_lengths", (5, 9, 1), kv_lengths=(3, 0, 9), padding=(1, 3), causal=True, sinks=True),
+    varlen("kv_lengths", (5, 9, 1), kv_lengths=(3, 0, 9), padding=(1, 3), causal=True, sinks="token"),
     varlen(
         "kv_lengths, window", (5, 9), kv_lengths=(3, 5), window=(3, 0), align="top_left", alibi_slopes=(4,)
     ),

@@ -36,7 +36,7 @@ OPTIONS = [
     DECODE.replace(name="alibi", alibi_slopes=(4,), hq=4, hk=4),
     MIXED.replace(name="alibi by sequence", alibi_slopes=(5, 6), hq=6, hk=2, causal=True),
     DECODE.replace(name="sinks", sinks=True, hq=16, hk=2),
-    MIXED.replace(name="sinks and softcap", sinks=True, softcap=3.0, hq=8, hk=1, window=(5, 0)),
+    MIXED.replace(name="sinks by token and softcap", sinks="token", softcap=3.0, hq=8, hk=1, window=(5, 0)),
     CHUNK.replace(name="head dims", d=24, dv=40, causal=True),
     DECODE.replace(name="odd head dims", d=7, dv=100, hq=5, hk=1),
 ]
@@ -109,7 +109,9 @@ def test_many_query_heads_and_rows_of_one_kv_head(name, size):
 
 
 @pytest.mark.parametrize(
-    ("d", "dv"), [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)], ids=str
+    ("d", "dv"),
+    [(32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512), (320, 451)],
+    ids=str,
 )
 def test_few_and_many_rows_of_every_head_dim(d, dv):
     """Decode with 4, 12 and 32 rows of a KV head, and a mix with longer sequences, over several tiles of keys."""

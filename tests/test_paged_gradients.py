@@ -25,7 +25,7 @@ def test_gradients_of_query_pools_and_sinks(case):
 
 
 def test_gradients_in_plain_jax():
-    case = MIXED.replace(causal=True, softcap=2.0, sinks=True, hq=16, hk=2)
+    case = MIXED.replace(causal=True, softcap=2.0, sinks="token", hq=16, hk=2)
     pages.check(paged(case, 5, "hnd"), "xla", gradients=True)
 
 

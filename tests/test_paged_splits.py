@@ -39,7 +39,7 @@ def test_many_long_sequences_of_equal_lengths_or_not(case, size):
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 4, 5, 6, 7, 10**6])
-@by_name([LONG.replace(sinks=True, window=(700, 0)), MIXED.replace(causal=True, softcap=2.0)])
+@by_name([LONG.replace(sinks="token", window=(700, 0)), MIXED.replace(causal=True, softcap=2.0)])
 def test_any_number_of_splits_is_right(case, splits):
     pages.check(paged(case, 16), IMPLEMENTATION, num_splits=splits)
 
@@ -54,7 +54,7 @@ WHOLE = Case(
 @by_name(
     [
         WHOLE,
-        WHOLE.replace(name="whole in a window", window=(2200, 0), sinks=True),
+        WHOLE.replace(name="whole in a window", window=(2200, 0), sinks="token"),
         WHOLE.replace(name="whole, d 64", sk=4300, kv_lengths=(4300, 0, 4097), d=64, dv=64),
         WHOLE.replace(name="whole, softcap", softcap=5.0, hq=24),
     ]

@@ -260,6 +260,14 @@ def test_the_command_prints_a_line_per_pass(capsys):
     assert f"{forward['queries']['blocks']} query tiles" in lines[0]
 
 
+@pytest.mark.parametrize("layout", [[], ["--varlen"], ["--paged"]])
+def test_the_command_describes_calls_with_masks(layout, capsys):
+    assert main([*COMMAND, "--gpu", "h200", *layout, "--ranges", "2"]) == 0
+    assert " general" in capsys.readouterr().out
+    assert main([*COMMAND, "--gpu", "h200", *layout, "--blocks", "128", "64"]) == 1
+    assert "no CUDA kernel reads masks.blocks" in capsys.readouterr().out
+
+
 def test_the_command_says_why_nothing_runs_and_fails(capsys):
     assert main([*COMMAND, "--gpu", "t4"]) == 1
     assert capsys.readouterr().out.count("query is bfloat16, which sm_75 has no products of") == 3
@@ -269,7 +277,7 @@ def test_the_command_says_why_nothing_runs_and_fails(capsys):
     ("arguments", "message"),
     [
         (["--kv-heads", "3"], "flash_attention: key has 3 heads, which does not divide query's 16"),
-        (["--head-dim", "512"], "flash_attention: query has head dim 512, allowed are 1 to 256"),
+        (["--head-dim", "520"], "flash_attention: query has head dim 520, allowed are 1 to 512"),
         (["--window", "-3", "0"], "flash_attention: window"),
         (["--paged", "--page-size", "0"], "paged_attention: "),
         (["--page-size", "16"], "--page-size is an option of paged calls: add --paged"),

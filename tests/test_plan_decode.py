@@ -299,6 +299,21 @@ def test_latent_pools_have_kernels_of_their_own():
     assert plan(**LATENT | {"d": 192, "dv": 128, "value_dim": 128, "heads": 8})["row"]["d"] == 192
 
 
+def test_keys_and_values_beside_each_other_run_the_kernels_of_separate_pools():
+    shared = {"value_dim": 64, "value_start": 64, "pool_columns": 128}
+    for options in ({}, {"q_rows": 300}, {"float8": True}, {"capability": 80}):
+        assert plan(**shared | options)["row"] == plan(**options)["row"]
+    padded = plan(
+        **shared | {"float8": True, "pool_columns": 136}
+    )  # rows that bulk copies of 16 bytes cannot have
+    assert padded["row"]["pass"] == "forward"
+    for options in ({"value_start": 60}, {"pool_columns": 132}):
+        with pytest.raises(RuntimeError, match="CUDA takes multiples of 8"):
+            plan(**shared | options)
+    with pytest.raises(RuntimeError, match=r'd=576, dv=512 on sm_.*implementation="xla" runs it'):
+        plan(**LATENT | {"value_start": 64, "pool_columns": 576})
+
+
 def test_latent_pools_are_decoded_however_many_rows_there_are():
     for options in ({"q_rows": 300}, {"q_rows": 700, "varlen": True}):
         chosen = plan(**LATENT | options)

@@ -44,11 +44,12 @@ CASES = (
     PLAIN.replace(name="window that misses", sq=32, window=(2, 0), align="top_left", sinks=True),
     CAUSAL.replace(name="segments", segments=3),
     CAUSAL.replace(name="lengths", q_lengths=(13, 5), kv_lengths=(7, 11), alibi_slopes=(4,)),
-    PLAIN.replace(name="lengths, full", q_lengths=(16, 3), kv_lengths=(0, 9), sinks=True),
+    PLAIN.replace(name="lengths, full", q_lengths=(16, 3), kv_lengths=(0, 9), sinks="token"),
     PLAIN.replace(name="mask and bias", mask=(2, 1, 1, 16), bias=(1, 4, 16, 16)),
     PLAIN.replace(name="bias of keys", bias=(2, 1, 1, 16), hk=1),
     CAUSAL.replace(name="alibi", alibi_slopes=(2, 4), sk=32),
     CAUSAL.replace(name="dropout", dropout_rate=0.3),
+    CAUSAL.replace(name="V is K", shared_kv=True, sk=32, hk=1),
     BY_NAME["everything"].replace(
         sq=16,
         sk=32,
@@ -82,8 +83,11 @@ def in_ring(case: Case, order: str, devices: int, **options: Any) -> Any:
 
     def run(arrays: dict[str, Any]) -> Any:
         placed, specs = dict(arrays), {name: P() for name in arrays}
-        for name in ("query", "key", "value"):
-            placed[name] = placed[name][:, rows if name == "query" else columns]
+        by_token = ["query", "key", "value", *(["sinks"] if case.sinks == "token" else [])]
+        for name in by_token:
+            if placed[name] is None:
+                continue
+            placed[name] = placed[name][:, columns if name in ("key", "value") else rows]
             specs[name] = P(None, "ring")
         if "segment_ids" in arrays:
             ids = arrays["segment_ids"]
@@ -125,7 +129,8 @@ def test_a_ring_of_four_is_the_whole(kernel, case, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    "name", ["plain", "causal", "causal, more keys", "segments", "alibi", "dropout", "mask and bias"]
+    "name",
+    ["plain", "causal", "causal, more keys", "segments", "alibi", "dropout", "mask and bias", "V is K"],
 )
 def test_long_shards(kernel, name, order, monkeypatch):
     """A device's own keys take two calls: K and V arrive under either, and a backward begins and ends with them."""
@@ -154,7 +159,7 @@ def test_sixteen_bits_keep_the_tolerance(kernel, dtype, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_forward_mode(kernel, order):
-    case = CAUSAL.replace(sinks=True, bias=(1, 4, 16, 16), segments=2)
+    case = CAUSAL.replace(sinks="token", bias=(1, 4, 16, 16), segments=2)
     inputs = make_inputs(case)
     moving, fixed = oracle.split(inputs.positional | inputs.keywords)
     tangents = jax.tree.map(weights, moving)

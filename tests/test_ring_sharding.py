@@ -216,14 +216,15 @@ def assert_packed_ring(text, visits, sums=0):
         ({"causal": False}, 4),
         ({"window": (5, 0)}, 2),
         ({"alibi_slopes": (8,), "softcap": 2.0, "sinks": True}, 4),
+        ({"window": (5, 0), "sinks": "token"}, 2),
     ],
-    ids=["causal", "full", "window", "scores"],
+    ids=["causal", "full", "window", "scores", "sinks by token"],
 )
 def test_packed_tokens_run_in_a_ring(kernel, mesh, changes, visits):
     """Documents cross shards; the padding after them is not read, and its rows are 0."""
     case = PACKED.replace(**changes)
     text, got = check(packed(case, kernel), mesh, arrays_of(case), qkv(TOKENS))
-    assert_packed_ring(text, visits, sums=int(case.sinks))  # of the sinks' gradient
+    assert_packed_ring(text, visits, sums=int(case.sinks is True))  # of the sinks' gradient
     for x in (got["results"][0], *(got["gradients"][name] for name in ("query", "key", "value"))):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, TOKENS), 3)
 

@@ -69,7 +69,7 @@ EACH_MASK = [
     Case("segments", segments=5, **SIZES_64),
     Case("alibi", alibi_slopes=(2,), causal=True, **SIZES_64),
     Case("dropout", dropout_rate=0.4, **SIZES_64),
-    Case("scale 0", scale=0.0, sinks=True, **SIZES_64),
+    Case("scale 0", scale=0.0, sinks="token", **SIZES_64),
     Case("negative scale", scale=-0.3, **SIZES_64),
     Case("softcap", softcap=3.0, window=(90, None), **SIZES_64),
     varlen("packed", (130, 1, 0, 200, 64), **OTHER_KEYS, **PACKED),

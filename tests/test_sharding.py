@@ -187,6 +187,14 @@ def test_all_operands_are_split_along_and_only_sink_gradients_are_summed(kernel,
     assert got["gradients"]["bias"].sharding.is_equivalent_to(NamedSharding(mesh, P("data", "model")), 4)
 
 
+def test_sinks_by_token_are_split_with_their_tokens_and_nothing_is_summed(kernel, mesh):
+    case = MHA.replace(sinks="token", q_lengths=(6, 2, 5, 0))
+    specs = qkv(BATCH_HEADS) | OPTIONS | {"sinks": BATCH_HEADS}
+    text, got = check(attention(case, kernel), mesh, arrays_of(case), specs)
+    assert not collectives(text)
+    assert got["gradients"]["sinks"].sharding.is_equivalent_to(NamedSharding(mesh, BATCH_HEADS), 3)
+
+
 @pytest.mark.parametrize("bias", [(4, 1, 6, 10), (1, 8, 1, 10), (1, 1, 6, 1)], ids=str)
 def test_the_gradient_of_a_broadcast_bias_is_summed_over_the_shards_that_share_it(kernel, mesh, bias):
     case = EVERYTHING.replace(bias=bias, mask=bias, sinks=False, alibi_slopes=(8,))

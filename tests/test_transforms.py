@@ -15,7 +15,7 @@ PLAIN = Case("plain", b=2, sq=5, sk=7, hq=4, hk=2, d=8, dv=8, causal=True)
 BIASED = PLAIN.replace(bias=(1, 4, 5, 7), sinks=True)
 FIXED = BY_NAME["everything"].replace(sq=5, sk=9, d=8, dv=8, mask=(1, 4, 1, 9), bias=(2, 1, 5, 9), b=2)
 FIXED = FIXED.replace(q_lengths=(5, 3), kv_lengths=(6, 9))
-VARLEN = BY_NAME["packed everything"].replace(d=8, dv=8)
+VARLEN = BY_NAME["packed everything"].replace(d=8, dv=8, sinks="token")
 
 
 def arrays_of(case, seed=0):

@@ -50,11 +50,9 @@ enum class AppendOperand : int32_t {
 
 inline constexpr int32_t kUnlimited = -1;
 
-// The largest d and dv of the CPU kernels and of CUDA's page loaders; CUDA's other limits are the rows of the
-// table.
-inline constexpr int32_t kMaxHeadDim = 256;
-// The largest d and dv of pages whose first columns are V, as in multi-head latent attention.
-inline constexpr int32_t kMaxLatentDim = 576, kMaxLatentValueDim = 512;
+// The largest head dims and rows: kMaxHeadDim, kMaxLatentDim, kMaxPoolColumns.
+#define JF_LIMIT(id, value) inline constexpr int32_t k##id = value;
+#include "../operands.def"
 
 struct AttentionSpec {
   Layout layout;
@@ -66,13 +64,19 @@ struct AttentionSpec {
   float dropout_rate;  // 0: off
   bool deterministic;
   int32_t operands;  // bit set of Operand
-  // Used by the paged layouts only.
+  // The next three are the paged layouts'.
   PageLayout page_layout = PageLayout::kNhd;
   int32_t num_splits = 0;  // parts of each sequence's keys; 0: chosen by the plan
   bool batch_invariant = false;
-  int32_t value_dim = 0;  // V is the first value_dim columns of K; 0: V has pages of its own
+  // Not 0: K and V share an array. K is its first columns, V the columns [value_start, value_start +
+  // value_dim); where keys are no pages, V is K.
+  int32_t value_dim = 0, value_start = 0;
+  // Rows and keys of a block of block_mask; 0 without one.
+  int32_t block_rows = 0, block_keys = 0;
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
+  // Whether K and V are one array, whose gradient, dkey, is that of both.
+  JF_HD bool shared_kv() const { return value_dim > 0; }
   JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }
   // Whether the query rows of all sequences share one dimension.
   JF_HD bool packed() const { return layout == Layout::kVarlen || layout == Layout::kPagedVarlen; }
@@ -80,8 +84,9 @@ struct AttentionSpec {
 
 struct AppendSpec {
   PageLayout page_layout;
-  bool interleaved;  // rotary pairs are adjacent features
-  int32_t operands;  // bit set of AppendOperand
+  bool interleaved;    // rotary pairs are adjacent features
+  bool split_columns;  // the last dimension of k_pages is stored as two
+  int32_t operands;    // bit set of AppendOperand
 
   JF_HD bool has(AppendOperand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
 };

@@ -78,7 +78,7 @@ struct AppendHeads {
 
   JF_HD void convert(const AppendStream& s, const char* from, char* to, int32_t position, bool rotates,
                      float scale) const {
-    alignas(64) float x[kMaxLatentDim];
+    alignas(64) float x[kMaxPoolColumns];
     load_new(s, from, position, rotates, x);
     if (p.dtype != p.pool_dtype) {
       for (int32_t c = 0; c < s.width; ++c) x[c] /= scale;
@@ -98,7 +98,7 @@ struct AppendHeads {
   // Rounds a rotated key to the keys' dtype before it is quantised, as apply_rotary followed by append_kv
   // would.
   JF_HD void round_row(int32_t width, float* x) const {
-    alignas(64) char rounded[kMaxLatentDim * 4];
+    alignas(64) char rounded[kMaxPoolColumns * 4];
     store_row(p.dtype, rounded, width, x, 1.0f);
     load_row(p.dtype, rounded, width, 1.0f, x, round_up(width, kLanes));
   }
@@ -118,7 +118,7 @@ struct AppendHeads {
       }
       const PageScale found(scale, at.slot, largest, p.pool_dtype);
       for (int32_t slot = 0; slot < at.slot && found.before != found.after; ++slot) {
-        alignas(64) float x[kMaxLatentDim];
+        alignas(64) float x[kMaxPoolColumns];
         char* const stored = page + slot * slot_bytes;
         load_row(p.pool_dtype, stored, s.width, found.factor(), x, round_up(s.width, kLanes));
         store_row(p.pool_dtype, stored, s.width, x, 1.0f);
@@ -132,7 +132,7 @@ struct AppendHeads {
 
   // The largest finite magnitude of a new key or value.
   JF_HD float largest_of(const AppendStream& s, const char* from, int32_t position, bool rotates) const {
-    alignas(64) float x[kMaxLatentDim];
+    alignas(64) float x[kMaxPoolColumns];
     load_new(s, from, position, rotates, x);
     uint32_t largest = 0;
     for (int32_t c = 0; c < s.width; ++c) {

@@ -353,7 +353,7 @@ void cpu_backward(const Problem& p, const ThreadPool& pool) {
                     [&](int64_t l, int32_t begin, int32_t end) { zero_rows(p, p.dquery, l, begin, end); });
   outside_sequences(p, starts, Side::kKeys, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.dkey, l, begin, end);
-    zero_rows(p, p.dvalue, l, begin, end);
+    if (!p.spec.shared_kv()) zero_rows(p, p.dvalue, l, begin, end);
   });
 }
 

@@ -8,8 +8,7 @@ namespace jax_flash {
 
 // Each pass writes every element of its results, for any problem whose views are in bounds, whatever the
 // index arrays hold. Results do not depend on the number of threads. Only forward takes the paged layouts.
-// head_dim and value_dim are at most kMaxHeadDim; kMaxLatentDim and kMaxLatentValueDim where V is a part of
-// K.
+// head_dim and value_dim are at most kMaxHeadDim; where V is a part of K, head_dim is at most kMaxLatentDim.
 void cpu_forward(const Problem& problem, const ThreadPool& pool);
 void cpu_backward(const Problem& problem, const ThreadPool& pool);
 void cpu_bias_gradient(const Problem& problem, const ThreadPool& pool);

@@ -29,10 +29,12 @@ struct KeyTile {
   GradientTile gradient;
 };
 
-// From the first to the last row whose block uses column c.
+// From the first to the last row whose block uses some of columns [c, c + kBlockRows).
 JF_INLINE Interval rows_that_use(const QueryTile& q, const UsedColumns* used, int32_t c) {
   int32_t lo = 0, hi = q.blocks;
-  const auto unused = [&](int32_t b) { return c < used[b].lo || used[b].hi <= c; };
+  const auto unused = [&](int32_t b) {
+    return !used[b].has_panel(c) && !used[b].has_panel(c + kBlockRows - 1);
+  };
   while (lo < hi && unused(lo)) ++lo;
   while (lo < hi && unused(hi - 1)) --hi;
   return {q.begin + lo * kBlockRows, q.begin + hi * kBlockRows};
@@ -48,7 +50,7 @@ static void add_to_keys(const Head& head, const QueryTile& q, const KeyTile& key
   for (int32_t b = 0; b < blocks; ++b) {
     const int32_t j = keys.begin + b * kBlockRows;
     Interval seen = intersect(head.band.queries(j, j + kBlockRows), {q.begin, q.begin + q.count});
-    if (p.q_segment_ids || head.ranges) seen = intersect(seen, rows_that_use(q, used, b * kBlockRows));
+    if (head.is_sparse()) seen = intersect(seen, rows_that_use(q, used, b * kBlockRows));
     rows[b] = {(seen.lo - q.begin) / E::kPair, (seen.hi - q.begin + E::kPair - 1) / E::kPair};
     if (seen.empty()) rows[b] = {0, 0};
   }
@@ -163,14 +165,15 @@ static bool sum_over_heads(const Head& head, const KeyTile& keys, const SharedGr
 
 template <class E>
 static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
-  const int32_t ld = padded(head.problem.head_dim), ldv = padded(head.problem.value_dim);
+  const Problem& p = head.problem;
+  const int32_t ld = padded(p.head_dim), ldv = padded(p.value_dim);
   Scratch scratch{memory};
   KeyTile keys;
   keys.begin = tile.begin;
   keys.n = max(0, min(tile.end, head.band.k_len) - tile.begin);
   keys.index = tile.begin / kGradientN;
   keys.k_panels = as_words(scratch.take(kGradientN * ld));
-  keys.v_panels = as_words(scratch.take(kGradientN * ldv));
+  keys.v_panels = p.spec.shared_kv() ? keys.k_panels : as_words(scratch.take(kGradientN * ldv));
   keys.k_columns = as_words(scratch.take(kGradientN * ld));
   keys.dk = scratch.take(kGradientN * ld);
   keys.dv = scratch.take(kGradientN * ldv);
@@ -204,11 +207,20 @@ static void backward_as(const Problem& p, const RowTile& tile, const SharedGradi
   walk_queries<E>(head, keys, shared);
   if (!sum_over_heads(head, keys, shared)) return;
   const float factor = __builtin_fabsf(p.spec.scale);  // the packed queries carry the sign of the scale
-  const int32_t h = p.kv_head(tile.head);
-  store_gradient(head.rows(p.dkey, p.head_dim, tile.sequence.k_begin, h), tile.begin, tile.end,
-                 head.band.k_len, keys.dk, factor);
-  store_gradient(head.rows(p.dvalue, p.value_dim, tile.sequence.k_begin, h), tile.begin, tile.end,
-                 head.band.k_len, keys.dv, 1.0f);
+  const auto store_keys = [&](const View& view, int32_t width, const float* x, float times) {
+    const Rows rows = head.rows(view, width, tile.sequence.k_begin, p.kv_head(tile.head));
+    store_gradient(rows, tile.begin, tile.end, head.band.k_len, x, times);
+  };
+  if (!p.spec.shared_kv()) {
+    store_keys(p.dkey, p.head_dim, keys.dk, factor);
+    store_keys(p.dvalue, p.value_dim, keys.dv, 1.0f);
+    return;
+  }
+  // V is K: dK ← factor dK + dV, rounded once.
+  for (int32_t c = 0; c < keys.n * padded(p.head_dim); c += kLanes) {
+    store(keys.dv + c, load(keys.dk + c) * factor + load(keys.dv + c));
+  }
+  store_keys(p.dkey, p.head_dim, keys.dv, 1.0f);
 }
 
 static void backward(const Problem& p, const RowTile& tile, const SharedGradients& shared, float* memory) {

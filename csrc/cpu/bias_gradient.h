@@ -66,7 +66,7 @@ static void bias_gradient_as(const Problem& p, const BiasTile& tile, float* memo
   t.gradient.s = scratch.take(kGradientM * kGradientRow);
   t.gradient.dp = scratch.take(kGradientM * kGradientRow);
   t.k_panels = as_words(scratch.take(kGradientN * ld));
-  t.v_panels = as_words(scratch.take(kGradientN * ldv));
+  t.v_panels = p.spec.shared_kv() ? t.k_panels : as_words(scratch.take(kGradientN * ldv));
   const int32_t height = tile.row_end - tile.row_begin, width = tile.column_end - tile.column_begin;
   t.sum = scratch.take(round_up(height, kGradientM) * kGradientN);
   fill(t.sum, height * kGradientN, 0.0f);

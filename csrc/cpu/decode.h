@@ -13,6 +13,9 @@ inline constexpr int32_t kStepKeys = 2;           // keys per microkernel call; 
 inline constexpr int32_t kAheadBytes = 12 << 10;  // distance of the prefetch of every cache line
 inline constexpr int32_t kPageAheadBytes = 80 << 10;  // distance of the prefetch of one line per memory page
 inline constexpr int32_t kPageBytes = 4 << 10;
+// Widths from a key's head to the next, at most, between which it is prefetched too. A pool that K and V
+// share has 2.
+inline constexpr int32_t kMostApart = 4;
 static_assert(kDecodeKeys % kLanes == 0);
 
 // Lane i of the result is the sum of the lanes of x[i].
@@ -113,7 +116,7 @@ struct DecodeStream {
   Rows rows;  // at the first KV head
   int64_t head_bytes;
   int32_t heads, ahead, page_ahead;  // ahead, page_ahead: prefetch distances in keys
-  int32_t key_bytes, key_lines;      // of one key at all heads, which are contiguous
+  int32_t key_bytes, key_lines;      // of one key, from its first head to its last
   const char* missing;               // the row that stands for a key on a page outside the pool
   const char* at[3 * kDecodeKeys];   // addresses of the next keys of the sequence,
   int32_t addressed;                 // of which this many are set
@@ -121,7 +124,9 @@ struct DecodeStream {
   DecodeStream(const Rows& first, int64_t stride, int32_t count, const char* row)
       : rows(first), heads(count), missing(row) {
     head_bytes = stride * size_of(rows.dtype);
-    key_bytes = static_cast<int32_t>(count * rows.width * size_of(rows.dtype));
+    const int64_t own = rows.width * size_of(rows.dtype);
+    const bool apart = head_bytes > kMostApart * own;  // the heads of a page follow one another
+    key_bytes = static_cast<int32_t>((count - 1) * (apart ? own : head_bytes) + own);
     key_lines = (key_bytes + kLineBytes - 1) / kLineBytes;
     ahead = max(kStepKeys, min(kAheadBytes / key_bytes, kDecodeKeys));
     page_ahead = min(kPageAheadBytes / key_bytes, kDecodeKeys);
@@ -239,16 +244,17 @@ class DecodeLoop {
       const KeyRange range{intersect(keys, {j0, j0 + kDecodeKeys}), j0};
       const int32_t n = range.keys.size();
       const SeenByRows seen = head_.seen(QueryRange{tile_.begin, tile_.end, tile_.heads}, range.keys);
-      if (seen.any.empty()) {
+      const SeenPanels panels = seen_panels(head_, {tile_.begin, tile_.end, tile_.heads}, {0, n}, j0);
+      if (seen.any.empty() || panels.hull({0, n}).empty()) {
         cold = true;
         continue;
       }
       key.start(j0, keys.hi);
       load_factors(head_.key, p.k_scale, j0, n);
       multiply<Step::kScores>(key, cold, n);  // S = Q Kᵀ
-      BlockColumns block;
-      block.used = {0, n};
-      block.mixed = p.q_segment_ids || head_.draft.reaches(range.keys.hi) || seen.holes;
+      BlockColumns block{.used = {0, n}};
+      const bool others = p.q_segment_ids || head_.draft.reaches(range.keys.hi) || seen.holes;
+      if (others || panels.hides_some({0, n})) block.mixed = kAllPanels;
       SoftmaxShift shifts;
       const auto row = [&](int32_t r) { return Row{tile_.position(r), tile_.head_of(r)}; };
       for (int32_t r = 0; r < rows_; ++r) {

@@ -13,8 +13,7 @@ constexpr int64_t forward_floats(int64_t d, int64_t dv) {
   return kTileN * (d + dv) + kTileM * (kTileN + kLanes) +
          kMaxQueryTiles * (kTileM * (d + dv) + static_cast<int64_t>(sizeof(Softmax) / 4) + kLanes);
 }
-static_assert(forward_floats(kMaxHeadDim, kMaxHeadDim) <= kScratchFloats);
-static_assert(forward_floats(kMaxLatentDim, kMaxLatentValueDim) <= kScratchFloats);
+static_assert(forward_floats(kMaxLatentDim, kMaxHeadDim) <= kScratchFloats);
 
 // A tile of keys, packed as operand B of both products. Column 0 is key range.begin.
 struct PackedKeys {
@@ -29,7 +28,7 @@ struct PackedKeys {
 struct QueryRows {
   const RowTile* tile;
   RowSegments segments;
-  Interval keys;  // of the tile of keys, what segments and ranges leave
+  Interval keys;  // of the tile of keys, what segments, ranges and masks leave
   int32_t rows, blocks;
   Word* q;
   float* o;
@@ -57,10 +56,10 @@ static void multiply_score_panel(const ScoreOperands& x, int32_t j, int32_t bloc
                                  const BlockColumns* columns, float* c, int32_t ldc, Float* lane_max) {
   for (int32_t i = 0; i < blocks; ++i) {
     const BlockColumns& block = columns[i];
-    if (j + kPanel <= block.used.lo || j >= block.used.hi) continue;
+    if (j + kPanel <= block.used.lo || j >= block.used.hi || !block.sees(j)) continue;
     const Word *a = x.a + i * kBlockRows * x.lda, *b = x.b + j / kPanel * x.panel;
     float* to = c + i * kBlockRows * ldc + j;
-    if (lane_max && block.unmasked.lo <= j && j < block.unmasked.hi) {
+    if (lane_max && block.unmasked.lo <= j && j < block.unmasked.hi && !block.is_mixed(j)) {
       multiply_words<E, Start::kZero, false, true>(a, x.lda, b, x.depth, to, ldc,
                                                    {.lane_max = lane_max + i * kBlockRows});
     } else {
@@ -84,13 +83,20 @@ static void multiply_values(const ValueOperands& x, int32_t blocks, const BlockC
   const int32_t ld = padded(dv), depth = depth_words<E>(x.n);
   for (int32_t j = 0; j < ld; j += kPanel) {
     for (int32_t i = 0; i < blocks; ++i) {
-      const Columns used = columns[i].used;
-      if (used.empty()) continue;
-      const int32_t k = used.lo / E::kPair;
-      const Word* p = reinterpret_cast<const Word*>(x.p + i * kBlockRows * x.p_row) + k;
-      multiply_words<E, start>(p, x.p_row, x.v + (int64_t{j} * depth + k * kPanel),
-                               depth_words<E>(used.hi) - k, o + i * kBlockRows * ld + j, ld,
-                               {.alpha = start == Start::kRescale ? alpha + i * kBlockRows : nullptr});
+      const BlockColumns& block = columns[i];
+      if (block.used.empty()) continue;
+      const auto multiply = [&]<Start begin>(Columns used) {
+        const int32_t k = used.lo / E::kPair;
+        const Word* p = reinterpret_cast<const Word*>(x.p + i * kBlockRows * x.p_row) + k;
+        multiply_words<E, begin>(p, x.p_row, x.v + (int64_t{j} * depth + k * kPanel),
+                                 depth_words<E>(used.hi) - k, o + i * kBlockRows * ld + j, ld,
+                                 {.alpha = begin == Start::kRescale ? alpha + i * kBlockRows : nullptr});
+      };
+      const Columns first = next_run(block.panels(), block.seen, block.panels().lo);
+      multiply.template operator()<start>(within(first, block.used));
+      for (Columns run = first; run = next_run(block.panels(), block.seen, run.hi), !run.empty();) {
+        multiply.template operator()<Start::kAccumulate>(within(run, block.used));
+      }
     }
   }
 }

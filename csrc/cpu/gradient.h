@@ -95,12 +95,13 @@ static void pack_queries(const Head& head, const QueryTile& tile, bool columns) 
   pack_columns<E>(dout_at, tile.count, dout, tile.dout.columns);
 }
 
-// Packs Kᵀ and Vᵀ of keys [j0, j0 + n) as operand B.
+// Packs Kᵀ and Vᵀ of keys [j0, j0 + n) as operand B, once where V is K.
 template <class E>
 static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, Word* v_panels) {
   const char* at[kGradientN] = {};
   head.key.addresses(j0, n, at);
   pack_transposed<E>(at, n, head.key, k_panels, panel_words<E>(head.key.width));
+  if (v_panels == k_panels) return;
   head.value.addresses(j0, n, at);
   pack_transposed<E>(at, n, head.value, v_panels, panel_words<E>(head.value.width));
 }
@@ -200,11 +201,13 @@ JF_INLINE Columns seen_columns(const Head& head, Row row, int32_t j0, Columns co
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// The columns of a block of rows that products use, and of these the ones that some row may see. `mixed`:
-// they are not all of the rows' segment, or a row has a hole among them.
+// The columns of a block of rows that products use; of these, from the first to the last that some row may
+// see, and the panels that hold such columns. `mixed`: panels of which segments, masks or holes hide some.
 struct UsedColumns : Columns {
   Columns seen{0, 0};
-  bool mixed = false;
+  uint64_t panels = kAllPanels, mixed = 0;
+
+  JF_HD bool has_panel(int32_t c) const { return lo <= c && c < hi && (panels >> (c / kPanel) & 1) != 0; }
 };
 
 // The columns that each block of rows may see, widened to whole panels and whole blocks of keys, which is
@@ -218,13 +221,16 @@ JF_INLINE bool used_panels(const Head& head, const QueryTile& q, int32_t j0, int
     const SeenByRows by_rows = head.seen(QueryRange{i, end}, keys);
     if (by_rows.any.empty()) continue;
     const RowSegments segments(head, i, end);
-    const Interval seen = segments.trim(by_rows.any);
-    if (seen.empty()) continue;
-    const Columns c{seen.lo - j0, seen.hi - j0};
+    const Interval by_segment = segments.trim(by_rows.any);
+    const Columns all{by_segment.lo - j0, by_segment.hi - j0};
+    const SeenPanels panels = seen_panels(head, {i, end}, all, j0);
+    const Columns c = panels.hull(all);
+    if (by_segment.empty() || c.empty()) continue;
     used[b] = {
         {round_down(round_down(c.lo, kBlockRows), kPanel), round_up(round_up(c.hi, kBlockRows), kPanel)},
         c,
-        segments.differ_from(seen) || by_rows.holes};
+        panels.some,
+        segments.differ_from({j0 + c.lo, j0 + c.hi}) || by_rows.holes ? kAllPanels : panels.mixed()};
     any = true;
   }
   return any;
@@ -236,6 +242,7 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   GradientRow rows[kPair];
   RowBuffer slopes[kPair], keep[kPair];
   const bool capped = through_softcap && head.problem.spec.softcap > 0;
+  const uint64_t unfinished = head.unfinished(used.mixed);
   bool masked = false;
   for (int32_t k = 0; k < kPair; ++k) {
     const Row row{q.begin + r + k, head.head};
@@ -243,34 +250,43 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
     masked |= visible.lo > used.lo || visible.hi < used.hi;
     rows[k] = {visible, q.lse[r + k], q.delta[r + k], nullptr, nullptr};
     if (visible.hi <= visible.lo) continue;
-    if (head.must_finish(used.mixed)) {
-      head.finish_scores(row, j0, visible, used.mixed, t.s + (r + k) * kGradientRow,
+    for_each_run(used, used.panels & unfinished, [&](Columns run) {
+      const Columns own = within(run, visible);
+      if (own.empty()) return;
+      head.finish_scores(row, j0, own, used.mixed != 0, t.s + (r + k) * kGradientRow,
                          capped ? slopes[k].value : nullptr);
-      if (capped) rows[k].slopes = slopes[k].value;
-    }
+    });
+    if (capped) rows[k].slopes = slopes[k].value;
     if (head.has_dropout) {
       head.dropout_row(row, j0, visible, keep[k].value);
       rows[k].keep = keep[k].value;
     }
   }
-  if (head.has_dropout || head.must_finish(used.mixed)) {
-    if (masked) return store_gradient_rows<kPair, true, true>(rows, head.softmax_scale, r, used, t);
-    return store_gradient_rows<kPair, false, true>(rows, head.softmax_scale, r, used, t);
-  }
-  if (masked) return store_gradient_rows<kPair, true, false>(rows, head.softmax_scale, r, used, t);
-  return store_gradient_rows<kPair, false, false>(rows, head.softmax_scale, r, used, t);
+  const uint64_t general = head.has_dropout ? kAllPanels : unfinished;
+  for_each_run(used, used.panels & general, [&](Columns run) {
+    if (masked) return store_gradient_rows<kPair, true, true>(rows, head.softmax_scale, r, run, t);
+    return store_gradient_rows<kPair, false, true>(rows, head.softmax_scale, r, run, t);
+  });
+  for_each_run(used, used.panels & ~general, [&](Columns run) {
+    if (masked) return store_gradient_rows<kPair, true, false>(rows, head.softmax_scale, r, run, t);
+    return store_gradient_rows<kPair, false, false>(rows, head.softmax_scale, r, run, t);
+  });
 }
 
 // P ← 0 and dS ← 0 in the columns of row r that its block does not use. Products that sum over rows read them
-// where there are segments or ranges: these may leave keys to rows before and after a block, but not to it.
-JF_INLINE void clear_unused(int32_t n, int32_t r, Columns used, const GradientTile& t) {
+// where a call is_sparse(): keys may be left to rows before and after a block, but not to it. Those that sum
+// over keys read the panels between used ones.
+template <int kPair>
+static void clear_unused(int32_t n, int32_t r, const UsedColumns& used, const GradientTile& t) {
   const int32_t end = round_up(round_up(n, kBlockRows), kPanel);
-  const auto clear = [&](float* row) {
-    fill(row, used.lo, 0.0f);
-    fill(row + used.hi, end - used.hi, 0.0f);
-  };
-  clear(t.s + r * kGradientRow);
-  clear(t.dp + r * kGradientRow);
+  for (int32_t c = 0; c < end; c += kPanel) {
+    if (used.has_panel(c)) continue;
+    fill(t.s + r * kGradientRow + c, kPanel, 0.0f);
+    fill(t.dp + r * kGradientRow + c, kPanel, 0.0f);
+    for (int32_t k = 0; kPair > 1 && k < kPair; ++k) {
+      __builtin_memset(t.ds_rows + (r + k) * (kGradientRow / 2) + c / 2, 0, kPanel / 2 * sizeof(Word));
+    }
+  }
 }
 
 // S = Q Kᵀ and dP = dO Vᵀ over the visible panels, then P and dS row by row.
@@ -283,22 +299,22 @@ static void tile_gradient(const Head& head, const QueryTile& q, const Word* k_pa
   const int32_t d = depth_words<E>(p.head_dim), dv = depth_words<E>(p.value_dim);
   for (int32_t j = 0; j < n; j += kPanel) {
     for (int32_t b = 0; b < q.blocks; ++b) {
-      if (j < used[b].lo || used[b].hi <= j) continue;
+      if (!used[b].has_panel(j)) continue;
       const int32_t r = b * kBlockRows;
       multiply_words<E, Start::kZero, false>(q.q.rows + r * q.q.ld, q.q.ld, k_panels + j * ld, d,
                                              t.s + r * kGradientRow + j, kGradientRow, {});
     }
     for (int32_t b = 0; b < q.blocks; ++b) {
-      if (j < used[b].lo || used[b].hi <= j) continue;
+      if (!used[b].has_panel(j)) continue;
       const int32_t r = b * kBlockRows;
       multiply_words<E, Start::kZero, false>(q.dout.rows + r * q.dout.ld, q.dout.ld, v_panels + j * ldv, dv,
                                              t.dp + r * kGradientRow + j, kGradientRow, {});
     }
   }
   for (int32_t r = 0; r < q.count; r += kPair) {
-    const UsedColumns block = used[r / kBlockRows];
+    const UsedColumns& block = used[r / kBlockRows];
     if (!block.empty()) compute_gradient_rows<kPair>(head, q, j0, through_softcap, r, block, t);
-    if (head.problem.q_segment_ids || head.ranges) clear_unused(n, r, block, t);
+    if (head.is_sparse()) clear_unused<kPair>(n, r, block, t);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "../core/dropout.h"
 #include "../core/problem.h"
 #include "../core/score.h"
+#include "../core/visible/blocks.h"
 #include "../core/visible/ranges.h"
 #include "convert.h"
 #include "product.h"
@@ -20,10 +21,10 @@ struct Row {
   int32_t position, head;
 };
 
-// Whether a score needs more than scale, band, segments and dropout. A scale of 0 counts too: it would turn
-// masked scores, -inf, into NaN.
+// Whether a score needs more than scale, band, dropout and what hides keys. A scale of 0 counts too: it would
+// turn masked scores, -inf, into NaN.
 JF_INLINE bool has_score_options(const Problem& p) {
-  return p.spec.softcap > 0 || p.spec.scale == 0 || p.mask || p.bias || p.alibi_slopes;
+  return p.spec.softcap > 0 || p.spec.scale == 0 || p.bias || p.alibi_slopes;
 }
 
 // The factor of S in the exponent, exp(softmax_scale (S − m)). With score options the scale is part of S,
@@ -45,6 +46,7 @@ struct Head {
   Sequence sequence;
   Band band;
   RowRanges ranges;  // of the first query head and those after it
+  BlockMask blocks;  // the same
   int32_t head;      // the first query head
   Rows query, key, value;
   // S = query_sign q·k. Without score options the score is softmax_scale · S; with them it is what
@@ -52,6 +54,7 @@ struct Head {
   // magnify their rounding errors.
   float query_sign, softmax_scale;
   bool has_options;
+  bool hides_panels;  // a mask or a block mask may hide panels of keys
   bool has_dropout;
   Dropout dropout;
   DraftMask draft;
@@ -62,6 +65,7 @@ struct Head {
         sequence(s),
         band(make_band(p, leading_, s)),
         ranges(row_ranges(p, leading_, s, head_)),
+        blocks(block_mask_of(p, leading_, s, head_)),
         head(head_),
         leading(leading_) {
     query = rows(p.query, p.head_dim, s.q_begin, head);
@@ -69,6 +73,7 @@ struct Head {
     value = keys(p.value, p.value_dim, p.v_scale, 0.0f);
     query_sign = p.spec.scale < 0 ? -1.0f : 1.0f;
     has_options = has_score_options(p);
+    hides_panels = p.mask || blocks;
     softmax_scale = softmax_scale_of(p);
     has_dropout = p.spec.dropout_rate > 0;
     if (has_dropout) dropout = make_dropout(p.spec, p.dropout, p.dropout.leading_offset(p.leading, leading));
@@ -109,6 +114,9 @@ struct Head {
     return view.as<const float>()[view.leading_offset(problem.leading, leading) + offset];
   }
 
+  // Whether tiles may hold keys that some rows do not see, beyond the band.
+  JF_HD bool is_sparse() const { return problem.q_segment_ids || ranges || hides_panels; }
+
   // What a row sees of an interval of keys, segments, masks and bias aside.
   JF_HD SeenKeys seen(Row row, Interval keys) const {
     return ranges.seen(row.head - head, row.position, intersect(band.row(row.position), keys));
@@ -131,9 +139,9 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // Whether S is not yet what the softmax takes. `mixed`: segments, the draft mask or
-  // a hole between two ranges may hide some of the keys.
-  JF_HD bool must_finish(bool mixed) const { return has_options || mixed; }
+  // The panels whose S is not yet what the softmax takes. `mixed`: those of which segments, masks or a hole
+  // between two ranges may hide keys.
+  JF_HD uint64_t unfinished(uint64_t mixed) const { return has_options ? kAllPanels : mixed; }
 
   // Defined in scores.h. Overwrites S[c], the score of key j0 + c, with the final score on the whole
   // vectors around `visible`, -inf where masked. Without `mixed`, nothing of that kind hides any of these

@@ -394,4 +394,6 @@ struct Columns {
 
 inline constexpr int kMaxBlocks = kTileM / kBlockRows;
 
+inline constexpr uint64_t kAllPanels = ~uint64_t{0};  // a bit for each panel of a tile
+
 }  // namespace jax_flash::JF_ISA

@@ -70,7 +70,8 @@ enum ScoreOption {
   kSegments = 32,
   kDraft = 64,
   kHole = 128,
-  kAnyOptions = 255
+  kBlocks = 256,
+  kAnyOptions = 511
 };
 
 // The score options of one row; pointers are those of column 0. The final score is that of core/score.h for
@@ -90,11 +91,13 @@ struct ScoreRow {
   const uint8_t* mask = nullptr;
   const int32_t* ids = nullptr;
   int32_t id = 0;
-  const uint8_t* draft = nullptr;  // of the row's first new token,
-  int32_t first_draft = 0;         // which is in this column
-  Columns hole{0, 0};              // between the row's two ranges
+  const uint8_t* draft = nullptr;        // of the row's first new token,
+  int32_t first_draft = 0;               // which is in this column
+  Columns hole{0, 0};                    // between the row's two ranges
+  BlockMask blocks;                      // of the row's head
+  int32_t block_row = 0, first_key = 0;  // first_key: of column 0
 
-  // Without `mixed`, segments, draft mask and holes hide nothing.
+  // Without `mixed`, segments, masks and holes hide nothing.
   ScoreRow(const Head& head, Row row, int32_t j0, bool mixed) {
     const Problem& p = head.problem;
     const int32_t sequence = head.sequence.index, i = row.position;
@@ -120,7 +123,7 @@ struct ScoreRow {
       options |= kAlibi;
       distance = static_cast<float>(head.band.diagonal(i) - j0);
     }
-    if (p.mask) {
+    if (p.mask && mixed) {
       const char* at = element(head, p.mask, p.mask.offset(sequence, row.head, i, j0), 1);
       if (p.mask.column) {
         mask = reinterpret_cast<const uint8_t*>(at);
@@ -145,6 +148,12 @@ struct ScoreRow {
       const Interval keys = head.seen(row, {0, head.band.k_len}).hole;
       hole = {keys.lo - j0, keys.hi - j0};
       if (!hole.empty()) options |= kHole;
+    }
+    if (head.blocks && mixed) {
+      blocks = head.blocks;
+      blocks.seen += (row.head - head.head) * blocks.head;
+      block_row = (i + blocks.first_row) / blocks.block_rows, first_key = j0 + blocks.first_key;
+      options |= kBlocks;
     }
     if (constant != 0.0f) options |= kConstant;
   }
@@ -191,6 +200,14 @@ struct ScoreRow {
       x = (load_bytes(flags.data) != 0) | (column < first_draft) ? x : broadcast(kNegInf);
     }
     if (has<kOptions, kHole>()) x = (column < hole.lo) | (column >= hole.hi) ? x : broadcast(kNegInf);
+    if (has<kOptions, kBlocks>()) {
+      // Blocks are no smaller than a vector, which therefore lies in at most two.
+      const int32_t j = first_key + c, block = j / blocks.block_keys;
+      const int32_t next = (block + 1) * blocks.block_keys - j;
+      const Int seen = lane_indices() < next ? Int{} + blocks.sees_block(0, block_row, block)
+                                             : Int{} + blocks.sees_block(0, block_row, block + 1);
+      x = seen != 0 ? x : broadcast(kNegInf);
+    }
     if constexpr (!inner) x = (column >= visible.lo) & (column < visible.hi) ? x : broadcast(kNegInf);
     return x;
   }
@@ -253,6 +270,8 @@ inline Float Head::finish_scores(Row row, int32_t j0, Columns visible, bool mixe
       return finish_row<kDraft>(options, visible, s, slopes);
     case kHole:
       return finish_row<kHole>(options, visible, s, slopes);
+    case kBlocks:
+      return finish_row<kBlocks>(options, visible, s, slopes);
     default:
       return finish_row<kAnyOptions>(options, visible, s, slopes);
   }

@@ -4,6 +4,7 @@
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
 #include "../core/segments.h"
+#include "panels.h"
 #include "scores.h"
 
 namespace jax_flash::JF_ISA {
@@ -68,8 +69,8 @@ struct RowSegments {
   }
 };
 
-// Sets what segments and ranges leave of a tile of keys to each of `count` tiles of queries. Returns the keys
-// that any of them may see; without segments and ranges these are all.
+// Sets what segments, ranges and masks leave of a tile of keys to each of `count` tiles of queries. Returns
+// the keys that any of them may see; without ranges and masks these are all or none.
 template <class QueryRows>
 JF_INLINE Interval trim_to_seen(const Head& head, QueryRows* tiles, int32_t count, Interval keys) {
   Interval any{0, 0};
@@ -78,9 +79,15 @@ JF_INLINE Interval trim_to_seen(const Head& head, QueryRows* tiles, int32_t coun
     tiles[i].keys = keys;
     if (head.ranges) tiles[i].keys = head.seen_by_any({tile.begin, tile.end, tile.heads}, keys);
     tiles[i].keys = tiles[i].segments.trim(tiles[i].keys);
+    if (head.hides_panels && !tiles[i].keys.empty()) {
+      const int32_t j0 = round_down(tiles[i].keys.lo, kPanel);
+      const Columns own{tiles[i].keys.lo - j0, tiles[i].keys.hi - j0};
+      const Columns left = seen_panels(head, {tile.begin, tile.end, tile.heads}, own, j0).hull(own);
+      tiles[i].keys = {j0 + left.lo, j0 + left.hi};
+    }
     any = hull_of(any, tiles[i].keys);
   }
-  return head.ranges || any.empty() ? any : keys;
+  return head.ranges || head.hides_panels || any.empty() ? any : keys;
 }
 
 }  // namespace jax_flash::JF_ISA

@@ -22,14 +22,17 @@ struct Softmax {
   }
 };
 
-// A block of rows in a tile of keys: `used` are the columns that any of the rows may see, `unmasked` the
-// panels that every row sees entirely, segments and draft mask aside. `mixed`: these, or holes between two
-// ranges, may hide some of the used ones.
+// A block of rows in a tile of keys: `used` are the columns from the first to the last that any of the rows
+// may see, `seen` the panels among them that hold such columns, and `unmasked` the panels that every row sees
+// entirely, segments and masks aside. `mixed` are panels of which these, or holes between two ranges, may
+// hide columns.
 struct BlockColumns {
   Columns used{0, 0}, unmasked{0, 0};
-  bool mixed = false;
+  uint64_t seen = kAllPanels, mixed = 0;
 
   JF_HD Columns panels() const { return {round_down(used.lo, kPanel), round_up(used.hi, kPanel)}; }
+  JF_HD bool sees(int32_t c) const { return (seen >> (c / kPanel) & 1) != 0; }
+  JF_HD bool is_mixed(int32_t c) const { return (mixed >> (c / kPanel) & 1) != 0; }
 };
 
 // The keys of a tile, and the key of column 0: the multiple of kPanel at or before the first.
@@ -56,11 +59,17 @@ JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32
     const SeenByRows seen = head.seen(QueryRange{first, end, heads}, range.keys);
     if (seen.any.empty()) continue;
     const RowSegments segments(head, first, end);
-    const Interval keys = segments.trim(seen.any);
-    if (keys.empty()) continue;
+    const Interval by_segment = segments.trim(seen.any);
+    const Columns all_used{by_segment.lo - j0, by_segment.hi - j0};
+    const SeenPanels panels = seen_panels(head, {first, end, heads}, all_used, j0);
+    const Columns used = panels.hull(all_used);
+    if (by_segment.empty() || used.empty()) continue;
+    const Interval keys{used.lo + j0, used.hi + j0};
     any = true;
-    columns[b].used = {keys.lo - j0, keys.hi - j0};
-    columns[b].mixed = segments.differ_from(keys) || head.draft.reaches(keys.hi) || seen.holes;
+    columns[b].used = used;
+    columns[b].seen = panels.some;
+    const bool anywhere = segments.differ_from(keys) || head.draft.reaches(keys.hi) || seen.holes;
+    columns[b].mixed = anywhere ? kAllPanels : panels.mixed();
     const Interval all = intersect(seen.all, keys);
     columns[b].unmasked = {round_up(all.lo - j0, kPanel), round_down(all.hi - j0, kPanel)};
     const int32_t lo = columns[b].panels().lo;
@@ -113,16 +122,19 @@ JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const 
                                Float lane_max, Softmax& state, SoftmaxShift& shifts, int32_t r) {
   const int32_t j0 = range.begin;
   const Columns visible = visible_columns(head, row, j0, block), all = block.panels();
-  if (head.must_finish(block.mixed)) {
-    const Columns whole = visible.empty() ? Columns{all.hi, all.hi} : vectors(visible);
-    fill(s + all.lo, whole.lo - all.lo, kNegInf);
-    fill(s + whole.hi, all.hi - whole.hi, kNegInf);
-    lane_max =
-        visible.empty() ? broadcast(kNegInf) : head.finish_scores(row, j0, visible, block.mixed, s, nullptr);
-  } else {
-    lane_max = hide_edges(visible, all.lo, block.unmasked.lo, s, lane_max);
-    lane_max = hide_edges(visible, block.unmasked.hi, all.hi, s, lane_max);
-  }
+  const uint64_t unfinished = head.unfinished(block.mixed);
+  if (head.has_options) lane_max = broadcast(kNegInf);
+  for_each_run(all, block.seen & unfinished, [&](Columns run) {
+    const Columns own = within(visible, run), whole = own.empty() ? Columns{run.hi, run.hi} : vectors(own);
+    fill(s + run.lo, whole.lo - run.lo, kNegInf);
+    fill(s + whole.hi, run.hi - whole.hi, kNegInf);
+    if (own.empty()) return;
+    lane_max = max(head.finish_scores(row, j0, own, block.mixed != 0, s, nullptr), lane_max);
+  });
+  for_each_run(all, block.seen & ~unfinished, [&](Columns run) {
+    lane_max = hide_edges(visible, run.lo, min(run.hi, block.unmasked.lo), s, lane_max);
+    lane_max = hide_edges(visible, max(run.lo, block.unmasked.hi), run.hi, s, lane_max);
+  });
   const float scale_log2 = head.softmax_scale * kLog2e, highest = reduce_max(lane_max);
   const float m = highest > state.m[r] ? highest : state.m[r];
   shifts.shift[r] = m == kNegInf ? 0.0f : m * scale_log2;  // every key so far is masked
@@ -131,7 +143,9 @@ JF_INLINE void softmax_maximum(const Head& head, Row row, KeyRange range, const 
   if (__builtin_fabsf(shifts.shift[r]) >= kLargeShift) {
     shifts.change[r] = (state.m[r] - m) * scale_log2;
     shifts.shift[r] = 0.0f;
-    for (int32_t c = all.lo; c < all.hi; c += kLanes) store(s + c, load(s + c) - m);
+    for_each_run(all, block.seen, [&](Columns run) {
+      for (int32_t c = run.lo; c < run.hi; c += kLanes) store(s + c, load(s + c) - m);
+    });
   }
   state.m[r] = m;
 }
@@ -160,18 +174,20 @@ JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockCol
   };
   RowBuffer keep;
   if (head.has_dropout) head.dropout_row(row, j0, all, keep.value), weights = keep.value;
-  if (weights) {
-    for (int32_t c = all.lo; c < all.hi; c += kPanel) {
-      const Float x = exponentials(c), y = exponentials(c + kLanes);
-      E::store_columns(p, c, x * load(weights + c), y * load(weights + c + kLanes));
+  for_each_run(all, block.seen, [&](Columns run) {
+    if (weights) {
+      for (int32_t c = run.lo; c < run.hi; c += kPanel) {
+        const Float x = exponentials(c), y = exponentials(c + kLanes);
+        E::store_columns(p, c, x * load(weights + c), y * load(weights + c + kLanes));
+      }
+      return;
     }
-  } else {
 #pragma GCC unroll 2
-    for (int32_t c = all.lo; c < all.hi; c += kPanel) {
+    for (int32_t c = run.lo; c < run.hi; c += kPanel) {
       const Float x = exponentials(c);
       E::store_columns(p, c, x, exponentials(c + kLanes));
     }
-  }
+  });
   state.l[r] = sum;
 }
 
@@ -193,19 +209,21 @@ struct PartialOutput {
   }
 };
 
-// out = O / l and lse = softmax_scale m + log l, with the sink in the sum. Rows past the sequence's length
-// get out = 0, lse = -inf.
+// out = O / l and lse = softmax_scale m + log l, with the row's sink in the sum. Rows past the sequence's
+// length get out = 0, lse = -inf.
 static void store_output(const Head& head, const RowTile& tile, const PartialOutput& from) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, tile.head);
   float* lse = head.row_statistic(p.lse) + (tile.head - head.head) * p.lse.head;
+  const float* sinks =
+      p.sinks ? head.row_statistic(p.sinks) + (tile.head - head.head) * p.sinks.head : nullptr;
   for (int32_t r = 0; r < tile.rows(); ++r) {
     const int32_t i = tile.position(r), h = tile.head_of(r) - tile.head;
     float factor = 0.0f, statistic = kNegInf;
     if (i < head.band.q_len) {
       float m = from.m[r] * head.softmax_scale, l = from.l[r], alpha = 1.0f;
-      if (p.sinks) {
-        const SplitMerge merged = merge_splits(m, head.at(p.sinks, (tile.head + h) * p.sinks.head), 1.0f);
+      if (sinks) {
+        const SplitMerge merged = merge_splits(m, sinks[h * p.sinks.head + i * p.sinks.row], 1.0f);
         alpha = merged.first;
         l = l * alpha + merged.second;
         m = merged.m;

@@ -17,7 +17,7 @@ constexpr int64_t tangent_floats(int64_t d, int64_t dv, int64_t tiles) {
 }
 inline constexpr int64_t kTangentFloats = 3 << 19;  // at most: more would not stay in the cache
 static_assert(kTangentFloats <= kScratchFloats);
-static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 24) <= kTangentFloats);
+static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 8) <= kTangentFloats);
 
 // Query tiles that run together, and so have every tile of keys packed for them once.
 static int32_t tangent_tiles(const Problem& p) {
@@ -42,7 +42,7 @@ struct TangentKeys {
 struct TangentTile {
   const RowTile* tile;
   RowSegments segments;
-  Interval keys;  // of the tile of keys, what segments and ranges leave
+  Interval keys;  // of the tile of keys, what segments, ranges and masks leave
   int32_t rows, blocks;
   Word* q;
   float* sum;
@@ -246,13 +246,21 @@ class TangentLoop {
                    nullptr};
     if (own.lse == kNegInf) own.visible = {0, 0};  // mask, bias or segments hide every key
     const bool masked = own.visible.lo > panels.lo || own.visible.hi < panels.hi;
-    if (own.visible.empty() || !(head_.must_finish(block.mixed) || head_.has_dropout)) {
-      return masked ? tangent_columns<E, true, false>(own, head_.softmax_scale, panels, s, t)
-                    : tangent_columns<E, false, false>(own, head_.softmax_scale, panels, s, t);
-    }
-    if (head_.must_finish(block.mixed)) {
+    const bool general = !own.visible.empty() && (head_.unfinished(block.mixed) != 0 || head_.has_dropout);
+    const auto sum = [&] {
+      Float total{};
+      for_each_run(panels, block.seen, [&](Columns run) {
+        total += masked    ? general ? tangent_columns<E, true, true>(own, head_.softmax_scale, run, s, t)
+                                     : tangent_columns<E, true, false>(own, head_.softmax_scale, run, s, t)
+                 : general ? tangent_columns<E, false, true>(own, head_.softmax_scale, run, s, t)
+                           : tangent_columns<E, false, false>(own, head_.softmax_scale, run, s, t);
+      });
+      return total;
+    };
+    if (!general) return sum();
+    if (head_.unfinished(block.mixed) != 0) {
       const bool capped = p.spec.softcap > 0;
-      head_.finish_scores(row, j0, own.visible, block.mixed, s, capped ? slopes.value : nullptr);
+      head_.finish_scores(row, j0, own.visible, block.mixed != 0, s, capped ? slopes.value : nullptr);
       if (capped) own.slopes = slopes.value;
     }
     if (tangents_.tbias) {
@@ -263,8 +271,7 @@ class TangentLoop {
       head_.dropout_row(row, j0, panels, keep.value);
       own.keep = keep.value;
     }
-    return masked ? tangent_columns<E, true, true>(own, head_.softmax_scale, panels, s, t)
-                  : tangent_columns<E, false, true>(own, head_.softmax_scale, panels, s, t);
+    return sum();
   }
 
   // lse of a row; −inf past the sequence's length.

@@ -12,18 +12,21 @@
 
 namespace jax_flash {
 
-// Where the lse of a sequence's rows lie, and the head's sink logit.
+// Where the lse and the sinks of a sequence's rows lie.
 struct LseRows {
   float* data;
   int64_t stride;
-  float sink;
+  const float* sinks;  // null: none
 
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work) {
     data = p.lse.as<float>() + work.offset(p, p.lse, work.head, work.tile.q_begin);
     stride = p.lse.row;
-    sink = -INFINITY;
-    if (const View& sinks = p.sinks)
-      sink = sinks.as<const float>()[sinks.leading_offset(p.leading, work.leading) + work.head * sinks.head];
+    sinks = nullptr;
+    if (p.sinks) sinks = p.sinks.as<const float>() + work.offset(p, p.sinks, work.head, work.tile.q_begin);
+  }
+  // The logit of row i's sink, −inf for none.
+  __device__ __forceinline__ float sink(const Problem& p, int32_t i, const TileWork& tile) const {
+    return ptx::load_global(sinks + i * p.sinks.row, sinks && i < tile.q_len, -INFINITY);
   }
 };
 
@@ -35,23 +38,27 @@ struct StridedRows {
 
 // lse ← (m + log Σ P) of the rows [row, end), −inf from q_len on; factor ← dropout_scale / Σ P, for O.
 template <int kSlots, class Softmax, class Rows>
-__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
-                                               const LseRows& lse, const Rows& offset, const TileWork& tile,
-                                               int32_t row, float dropout_scale) {
+__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Problem& p,
+                                               const Softmax& softmax, const LseRows& lse, const Rows& offset,
+                                               const TileWork& tile, int32_t row, float dropout_scale) {
+  float sinks[kSlots];
+#pragma unroll
+  for (int slot = 0; slot < kSlots; ++slot)
+    sinks[slot] = lse.sink(p, row + Accumulator<kSlots / 2, 1>::row(slot), tile);
 #pragma unroll
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + Accumulator<kSlots / 2, 1>::row(slot);
-    auto last = softmax.finish(slot, lse.sink);
+    auto last = softmax.finish(slot, sinks[slot]);
     if (i >= tile.q_len) last = {0, -INFINITY};
     ptx::store_global(lse.data + offset(i), last.lse, i < tile.end && threadIdx.x % 4 == 0);
     factor[slot] = last.factor * dropout_scale;
   }
 }
 template <int kSlots, class Softmax>
-__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Softmax& softmax,
-                                               const LseRows& lse, const TileWork& tile, int32_t row,
-                                               float dropout_scale) {
-  finish_softmax(factor, softmax, lse, StridedRows{lse.stride}, tile, row, dropout_scale);
+__device__ __forceinline__ void finish_softmax(float (&factor)[kSlots], const Problem& p,
+                                               const Softmax& softmax, const LseRows& lse,
+                                               const TileWork& tile, int32_t row, float dropout_scale) {
+  finish_softmax(factor, p, softmax, lse, StridedRows{lse.stride}, tile, row, dropout_scale);
 }
 
 // O ← factor · O. Rows with factor 0 may hold NaN, and become 0.

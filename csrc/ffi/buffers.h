@@ -20,6 +20,9 @@ struct Buffer {
   const char* name;
   Element element;
   schema::Dims dims;
+  bool split_columns = false;  // the last of them is stored as two
+
+  size_t rank() const { return static_cast<size_t>(dims.rank) + split_columns; }
 };
 
 inline ffi::Error operand_error(const std::string& message) {
@@ -44,7 +47,7 @@ class BufferDecoder {
     }
     auto full = rets.get<ffi::AnyBuffer>(0);
     if (!full) return full.error();
-    const size_t inner = outputs[0].dims.rank;
+    const size_t inner = outputs[0].rank();
     const auto dims = (*full)->dimensions();
     if (dims.size() < inner)
       return operand_error(std::string(outputs[0].name) + " has rank " + std::to_string(dims.size()));
@@ -62,6 +65,9 @@ class BufferDecoder {
     return merge_leading(leading);
   }
 
+  // Rows of the activation's dtype may be float8 too.
+  void take_float8_rows() { takes_float8_rows_ = true; }
+
   void set_value_dim(int64_t n) { decide(&Sizes<int64_t>::value_dim, n); }
 
   // 0 where no operand has the dimension.
@@ -73,7 +79,7 @@ class BufferDecoder {
  private:
   ffi::Error read(const Buffer& row, ffi::AnyBuffer buffer, bool result) {
     const auto dims = buffer.dimensions();
-    const size_t rank = leading_.size() + row.dims.rank;
+    const size_t rank = leading_.size() + row.rank();
     const auto error = [&](const std::string& what) { return operand_error(row.name + what); };
     if (dims.size() != rank) {
       return error(" has shape " + shape_text(dims) + ", its rank must be " + std::to_string(rank));
@@ -86,7 +92,8 @@ class BufferDecoder {
     int64_t stride = 1;
     for (size_t i = row.dims.rank; i-- > 0;) {
       const schema::Axis& axis = row.dims.axes[i];
-      const int64_t n = dims[leading_.size() + i];
+      const int64_t last = i + 1 == static_cast<size_t>(row.dims.rank) && row.split_columns ? dims.back() : 1;
+      const int64_t n = dims[leading_.size() + i] * last;
       if (!agree(axis, n)) return error(" has shape " + shape_text(dims) + ", unlike the others");
       view.*axis.stride = axis.may_be_one && n == 1 ? 0 : stride;
       stride *= n;
@@ -145,7 +152,7 @@ class BufferDecoder {
         break;
       case ffi::F8E4M3FN:
       case ffi::F8E5M2:
-        if (element != Element::kPool) return false;
+        if (element != Element::kPool && !takes_float8_rows_) return false;
         got = type == ffi::F8E5M2 ? DType::kF8E5M2 : DType::kF8E4M3;
         break;
       default:
@@ -190,7 +197,7 @@ class BufferDecoder {
   Sizes<int64_t> sizes_;
   std::vector<int64_t Sizes<int64_t>::*> decided_;
   DType dtypes_[3] = {};
-  bool known_[3] = {};
+  bool known_[3] = {}, takes_float8_rows_ = false;
   std::vector<int64_t> leading_;
   std::vector<std::vector<int64_t>> strides_;  // leading strides of each of views_
   std::vector<View*> views_;

@@ -19,7 +19,8 @@ struct HeadDims {
 
   bool within(HeadDims most) const { return key <= most.key && value <= most.value; }
 };
-constexpr HeadDims kLargest{kMaxHeadDim, kMaxHeadDim}, kLargestLatent{kMaxLatentDim, kMaxLatentValueDim};
+constexpr HeadDims kLargest{kMaxHeadDim, kMaxHeadDim}, kLargestLatent{kMaxLatentDim, kMaxHeadDim},
+    kLargestRows{kMaxPoolColumns, kMaxHeadDim};
 
 // Calls run(pool) and turns what it throws into an error.
 template <class Run>
@@ -55,7 +56,7 @@ ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArg
   if (ffi::Error e = decode_operands(pass, spec, args, rets, problem, tangents); e.failure()) return e;
   prefer_large_results(rets);
   return guarded(threads, {problem.head_dim, problem.value_dim},
-                 pass == Pass::kForward && spec.value_dim > 0 ? kLargestLatent : kLargest,
+                 pass == Pass::kForward && spec.shared_kv() ? kLargestLatent : kLargest,
                  [&](const ThreadPool& pool) {
                    if constexpr (pass == Pass::kTangent) {
                      compute(problem, tangents, pool);
@@ -78,7 +79,7 @@ ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::Remainin
       std::memcpy(after.untyped_data(), before.untyped_data(), before.size_bytes());
     }
   }
-  return guarded(threads, {problem.head_dim, problem.value_dim}, kLargestLatent,
+  return guarded(threads, {problem.head_dim, problem.value_dim}, kLargestRows,
                  [&](const ThreadPool& pool) { cpu_append(problem, pool); });
 }
 

@@ -79,6 +79,10 @@ ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::Remaini
                                           cudaMemcpyDeviceToDevice, stream);
     if (e != cudaSuccess) return cuda_error("copy of a pool", e);
   }
+  if (is_float8(p.dtype) && (p.head_dim % 2 || p.value_dim % 2)) {
+    return operand_error("key of a float8 dtype has the head dims " + std::to_string(p.head_dim) + " and " +
+                         std::to_string(p.value_dim) + "; CUDA copies it in pairs, which needs even ones");
+  }
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
   if (cudaError_t e = launch_append(p, device, stream); e != cudaSuccess) {

@@ -8,6 +8,7 @@
 
 #include "../core/paging.h"
 #include "../core/problem.h"
+#include "../core/visible/blocks.h"
 #include "buffers.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -20,10 +21,13 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<float>("scale"), StructMember<float>("softcap"), StructMember<float>("dropout_rate"),
     StructMember<bool>("deterministic"), StructMember<int32_t>("operands"),
     StructMember<::jax_flash::PageLayout>("page_layout"), StructMember<int32_t>("num_splits"),
-    StructMember<bool>("batch_invariant"), StructMember<int32_t>("value_dim"));
+    StructMember<bool>("batch_invariant"), StructMember<int32_t>("value_dim"),
+    StructMember<int32_t>("value_start"), StructMember<int32_t>("block_rows"),
+    StructMember<int32_t>("block_keys"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_flash::AppendSpec,
                                       StructMember<::jax_flash::PageLayout>("page_layout"),
-                                      StructMember<bool>("interleaved"), StructMember<int32_t>("operands"));
+                                      StructMember<bool>("interleaved"), StructMember<bool>("split_columns"),
+                                      StructMember<int32_t>("operands"));
 
 namespace jax_flash {
 
@@ -40,7 +44,7 @@ class OperandDecoder {
     problem_ = Problem{};
     tangents_ = Tangents{};
     problem_.spec = spec;
-    if (spec.value_dim > 0) buffers_.set_value_dim(spec.value_dim);
+    if (spec.shared_kv()) buffers_.set_value_dim(spec.value_dim);
   }
 
   ffi::Error decode(ffi::RemainingArgs args, ffi::RemainingRets rets) {
@@ -55,7 +59,10 @@ class OperandDecoder {
     for (int32_t i = 0; i < static_cast<int32_t>(Operand::kCount); ++i) {
       if (p.spec.has(static_cast<Operand>(i))) inputs.push_back(buffer_of(*schema::kOptional[i]));
     }
-    for (int32_t i = 0; i < arrays.result_count; ++i) outputs.push_back(buffer_of(*arrays.results[i]));
+    for (int32_t i = 0; i < arrays.result_count; ++i) {
+      if (p.spec.shared_kv() && arrays.results[i]->view == &Problem::dvalue) continue;
+      outputs.push_back(buffer_of(*arrays.results[i]));
+    }
     ffi::Error e = buffers_.decode(inputs, outputs, args, rets, p.leading);
     if (e.failure()) return e;
     p.dtype = buffers_.dtype(Element::kActivation);
@@ -63,6 +70,8 @@ class OperandDecoder {
     p.kv_dtype = p.paged() ? buffers_.dtype(Element::kPool) : p.dtype;
     static_cast<Sizes<int32_t>&>(p) = buffers_.sizes();
     if (p.paged()) p.k_rows = table_capacity(p.table, p.page_size);
+    if (p.value.data && p.spec.value_start > 0)
+      p.value.data = p.value.as<char>() + p.spec.value_start * size_of(p.kv_dtype);
     if (pass_ == Pass::kBiasGradient) read_dbias(rets);
     return check();
   }
@@ -72,9 +81,9 @@ class OperandDecoder {
     const AttentionSpec& spec = problem_.spec;
     View& view = array.view ? problem_.*array.view : tangents_.*array.tangent;
     schema::Dims dims = array.dims[static_cast<int32_t>(spec.layout)];
-    const bool within_key = spec.value_dim > 0 && array.view == &Problem::value;  // V is stored within K
-    constexpr const schema::Array& kKey = schema::array_of("key");
-    if (within_key) dims = kKey.dims[static_cast<int32_t>(spec.layout)];
+    if (spec.shared_kv() && (array.view == &Problem::key || array.view == &Problem::value)) {
+      dims.axes[dims.rank - 1] = schema::axis_of("pool_columns");
+    }
     const bool pool = array.element == Element::kPool && problem_.paged();
     const Element element = array.element == Element::kPool && !pool ? Element::kActivation : array.element;
     return {&view, array.name, element, in_layout(dims, spec.page_layout)};
@@ -122,8 +131,18 @@ class OperandDecoder {
     if (p.ranges && p.limits != 2 && p.limits != 4) {
       return operand_error("ranges has " + std::to_string(p.limits) + " limits a row, allowed are 2 and 4");
     }
-    if (p.spec.value_dim > 0 && (!p.paged() || p.spec.value_dim > p.head_dim)) {
-      return operand_error("value_dim is for pages, whose head dim is at least as large");
+    if (p.block_mask && (p.spec.block_rows < kLeastBlock || p.spec.block_keys < kLeastBlock ||
+                         p.spec.block_rows % kLeastBlock != 0 || p.spec.block_keys % kLeastBlock != 0)) {
+      return operand_error("block_mask has blocks of " + std::to_string(p.spec.block_rows) + " x " +
+                           std::to_string(p.spec.block_keys) + ", allowed are multiples of 16");
+    }
+    const int64_t value_end = int64_t{p.spec.value_start} + p.spec.value_dim;
+    if (p.spec.shared_kv() &&
+        !(p.spec.value_start >= 0 && value_end <= p.pool_columns && p.head_dim <= p.pool_columns)) {
+      return operand_error("value_dim and value_start are of columns of the keys' array");
+    }
+    if (p.spec.shared_kv() && !p.paged() && !(p.value_dim == p.head_dim && p.head_dim == p.pool_columns)) {
+      return operand_error("where keys are no pages, V is K or an array of its own");
     }
     if (pass_ == Pass::kBiasGradient && !p.spec.has(Operand::kBias)) return operand_error("bias is missing");
     if (p.spec.has(Operand::kTbias) && !(pass_ == Pass::kTangent && p.spec.has(Operand::kBias))) {
@@ -168,7 +187,9 @@ inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::Remai
   p.spec = spec;
   p.dynamic = dynamic;
   const auto buffer_of = [&](const schema::AppendArray& array) -> Buffer {
-    return {&(p.*array.view), array.name, array.element, in_layout(array.dims[p.packed()], spec.page_layout)};
+    const bool split = spec.split_columns && array.view == &AppendProblem::k_pages;
+    return {&(p.*array.view), array.name, array.element, in_layout(array.dims[p.packed()], spec.page_layout),
+            split};
   };
   const auto& arrays = append_arrays(dynamic);
   std::vector<Buffer> inputs, outputs;
@@ -186,12 +207,20 @@ inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::Remai
     if (spec.has(static_cast<AppendOperand>(i))) inputs.push_back(buffer_of(schema::kAppendOptional[i]));
   }
   BufferDecoder buffers;
+  buffers.take_float8_rows();
   if (ffi::Error e = buffers.decode(inputs, outputs, args, rets, p.leading); e.failure()) return e;
   p.dtype = buffers.dtype(Element::kActivation);
   p.pool_dtype = buffers.dtype(Element::kPool);
   static_cast<Sizes<int32_t>&>(p) = buffers.sizes();
   if (p.pool_dtype != p.dtype && !is_float8(p.pool_dtype)) {
     return operand_error("k_pages has a dtype that is neither key's nor float8");
+  }
+  bool computes = dynamic;
+  for (AppendOperand x :
+       {AppendOperand::kCos, AppendOperand::kSin, AppendOperand::kKScale, AppendOperand::kVScale})
+    computes = computes || spec.has(x);
+  if (is_float8(p.dtype) && (p.pool_dtype != p.dtype || computes)) {
+    return operand_error("key of a float8 dtype is stored as it is, in a pool of that dtype");
   }
   if (dynamic &&
       (!is_float8(p.pool_dtype) || spec.has(AppendOperand::kKScale) || spec.has(AppendOperand::kVScale))) {

@@ -4,7 +4,6 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 
-#include <algorithm>
 #include <array>
 #include <set>
 #include <stdexcept>
@@ -129,6 +128,9 @@ AttentionSpec spec_of(const nb::dict& given) {
   spec.num_splits = options.get<int32_t>("num_splits");
   spec.batch_invariant = options.get<bool>("batch_invariant");
   spec.value_dim = options.get<int32_t>("value_dim");
+  spec.value_start = options.get<int32_t>("value_start");
+  spec.block_rows = options.get<int32_t>("block_rows");
+  spec.block_keys = options.get<int32_t>("block_keys");
   options.finish();
   return spec;
 }
@@ -149,7 +151,7 @@ Sizes<T> sizes_of(const AttentionSpec& spec, const nb::dict& given) {
 #define JF_DIM(name, size, more, stride) \
   if (given.contains(#name)) sizes.size = size_as<T>(given[#name]) + T(-(more));
 #include "../operands.def"
-  if (spec.value_dim > 0) sizes.value_dim = T(spec.value_dim);
+  if (spec.shared_kv()) sizes.value_dim = T(spec.value_dim);
   if (spec.paged() && given.contains("pages")) sizes.k_rows = sizes.table * sizes.page_size;
   return sizes;
 }
@@ -258,15 +260,6 @@ bool covers(const std::string& name, int32_t capability) {
   return false;
 }
 
-// The largest head dim of a row whose V is no part of K.
-int32_t max_head_dim() {
-  int32_t largest = 0;
-  for (const KernelRow& row : kernel_table()) {
-    if (!row.is_latent()) largest = std::max(largest, row.head_dim);
-  }
-  return largest;
-}
-
 }  // namespace
 
 nb::tuple names_of_dtypes(uint32_t dtypes) { return names_of(kDTypes, dtypes); }
@@ -274,7 +267,6 @@ nb::tuple names_of_loaders(uint32_t loaders) { return names_of(kLoaders, loaders
 nb::tuple names_of_scores(uint32_t scores) { return names_of(kScores, scores); }
 
 void bind_plan(nb::module_& module) {
-  module.def("max_head_dim", &max_head_dim);
   module.def("kernel_table", &table);
   module.def("plan", &plan_of);
   module.def("workspace_bound", &bound_of, nb::arg("pass_"), nb::arg("spec"), nb::arg("sizes"),

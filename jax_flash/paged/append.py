@@ -19,6 +19,7 @@ from ..options import (
     IndexLike,
     LengthsLike,
     PageLayout,
+    Scale,
     Scaling,
 )
 from ..primitives import bind, equally_varying
@@ -69,8 +70,8 @@ def append_kv(  # type: ignore[misc]  # which has no `unpacked`
     page_layout: PageLayout = "nhd",
     rotary: tuple[ArrayLike, ArrayLike] | None = None,
     interleaved: bool = False,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     scale: Scaling = "static",
     implementation: Implementation | None = None,
 ) -> tuple[Array | None, ...]:
@@ -81,17 +82,19 @@ def append_kv(  # type: ignore[misc]  # which has no `unpacked`
 
     Args:
       k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
-        key's dtype, float8_e4m3fn or float8_e5m2. v_pages is None, and value too, where values are the first columns of
-        k_pages (value_dim of `paged_attention`).
-      key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens.
+        key's dtype, float8_e4m3fn or float8_e5m2. v_pages is None, and value too, where values are columns of k_pages
+        (value_dim of `paged_attention`); k_pages may then be `[p, ps, hk, x, d / x]` too.
+      key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens. Those of a float8 pool may have its
+        dtype; they are then stored as they are, without scales and rotary.
       block_tables: int32 `[n, pages]`, the pages of each sequence.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call, or one number for all.
       cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.
       rotary: `(cos, sin)`, each float32 `[positions, d_rot / 2]`. Keys are rotated by the angles of their position, as
         by `apply_rotary`, before they are written.
       interleaved: as in `apply_rotary`.
-      k_scale, v_scale: float32 `[hk]` or, by page, `[p, hk]`, only for float8 pools, where stored = value / scale,
-        rounded to nearest and saturated at the largest number of the dtype, infinities too; 1 by default.
+      k_scale, v_scale: float32 `[hk]`, `[p, hk]` (by page), or a number, only for float8 pools, where stored =
+        value / scale, rounded to nearest and saturated at the largest number of the dtype, infinities too; 1 by
+        default.
       scale: `"static"` takes k_scale and v_scale as they are. `"dynamic"`, for float8 pools, keeps them: `[p, hk]`,
         those of the pages that are written to are overwritten, in place like the pools. A page's scale is the smallest
         power of two with which its largest finite element does not saturate. A page begins with the token at its first
@@ -165,6 +168,9 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
     pools, scales = [], []
     for name, new, scale in (("k_pages", key, "k_scale"), ("v_pages", operands["value"], "v_scale")):
         pool = gather.tokens_first(operands[name], spec.page_layout)
+        shape = pool.shape
+        if spec.split_columns and name == "k_pages":
+            pool = pool.reshape(*shape[:3], -1)
         page, slot = jnp.where(slots.written, slots.page, pool.shape[0]), slots.position % pool.shape[1]
         if spec.dynamic:
             rows = new.reshape(-1, *new.shape[-2:])
@@ -173,7 +179,7 @@ def _scatter(spec: AppendSpec, operands: Operands) -> tuple[jax.Array, ...]:
         else:
             by_row = gather.scale_of_pages(operands[scale], page) if scale in operands else None
             pool = pool.at[page, slot].set(quantise.stored(new, by_row, pool.dtype), mode="drop")
-        pools.append(gather.tokens_first(pool, spec.page_layout))
+        pools.append(gather.tokens_first(pool.reshape(shape), spec.page_layout))
     return pools[0], pools[1], _lengths_after(operands, slots), *scales
 
 

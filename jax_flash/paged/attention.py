@@ -18,6 +18,7 @@ from ..options import (
     PagedArguments,
     PagedOptions,
     PageLayout,
+    Scale,
     Window,
 )
 from . import validate
@@ -55,11 +56,12 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
     page_layout: PageLayout = "nhd",
     num_splits: int | None = None,
     batch_invariant: bool = False,
-    k_scale: ArrayLike | None = None,
-    v_scale: ArrayLike | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     mask: Mask | None = None,
     draft_mask: ArrayLike | None = None,
     value_dim: int | None = None,
+    value_start: int = 0,
     causal: bool = False,
     window: Window | None = None,
     align: Align = "bottom_right",
@@ -81,7 +83,7 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
       query: `[n, sq, hq, d]`, or packed `[tq, hq, d]` with cu_seqlens_q; float16, bfloat16 or float32.
       k_pages: `[p, ps, hk, d]` (`page_layout="nhd"`) or `[p, hk, ps, d]` (`"hnd"`), query's dtype,
         float8_e4m3fn or float8_e5m2.
-      v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype; None with value_dim.
+      v_pages: `[p, ps, hk, dv]` or `[p, hk, ps, dv]`, k_pages' dtype; None: V is columns of k_pages.
       block_tables: int32 `[n, pages]`; sequences may share pages.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence, the newest included, as `append_kv` returns them; or
         one number for all.
@@ -90,8 +92,8 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         the library.
       batch_invariant: makes a sequence's result bit-identical whatever else is in the batch and however wide the tables
         are; not with `implementation="xla"`.
-      k_scale, v_scale: float32 `[hk]` or, by page, `[p, hk]`, only for float8 pools, where value = stored · scale;
-        1 by default. Scales of pages that are not read may hold anything.
+      k_scale, v_scale: float32 `[hk]`, `[p, hk]` (by page), or a number for all heads, only for float8 pools, where
+        value = stored · scale; 1 by default. Scales of pages that are not read may hold anything.
       mask: a value of `jax_flash.masks`. Row 0 is the first of the call's queries, whatever the cache holds: a diagonal
         that moves with it is `masks.window(left, 0, offset=kv_lengths - sq)`. Arrays are `[n, hq | 1, sq]`, or
         `[hq | 1, tq]` with cu_seqlens_q.
@@ -102,18 +104,23 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         and ALiBi count tokens in the order in which they are given, not by their depth in a tree. With cu_seqlens_q it
         is `[n, s, s]`, of which a sequence of t ≤ s tokens uses the first t rows and columns; one of more than s
         tokens, such as a chunk of a prompt, is attended to as without it. Needs align="bottom_right".
-      value_dim: with `v_pages=None`, values are the first value_dim columns of k_pages, stored once, as in multi-head
-        latent attention. d may then be up to 576, and value_dim up to 512, above 256 on GPUs of sm_80 and newer in 16
-        bits, float8 pools excluded; k_scale is the scale of both.
-      causal, window, align, scale, softcap, sinks, return_lse, deterministic, implementation: as in
-        `flash_attention`.
+      value_dim, value_start: with `v_pages=None`, values are the columns [value_start, value_start + value_dim) of
+        k_pages, and keys its first d columns, of which the pool may have more; without value_dim, values have d columns
+        too, so that V is K where value_start is 0. The gradient of k_pages is that of both. So a pool that stores
+        [K | V] in one row is read in place, and so is one of heads K0 V0 K1 V1 … after the reshape to `[p, ps, hk, 2
+        d]`. They may overlap: with value_start=0, values are the first columns of the keys, stored once, as in
+        multi-head latent attention. d may be up to 640, and value_dim up to 512; above 256 GPUs need value_start=0, d ≤
+        576, 16 bits and sm_80. Columns that are no multiples of 8 make GPUs copy the pool. Without v_scale, k_scale is
+        the scale of both.
+      causal, window, align, scale, softcap, return_lse, deterministic, implementation: as in `flash_attention`.
+      sinks: float32 `[hq]`, or for each token `[n, sq, hq]`, with cu_seqlens_q `[tq, hq]`.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
 
     Returns:
       `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
       `[hq, tq]`.
       Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools; with
-      cu_seqlens_q and draft_mask, and with head dims above 256, only by `implementation="xla"`.
+      cu_seqlens_q and draft_mask, and with head dims above 512 (on GPUs, 256), only by `implementation="xla"`.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
@@ -142,6 +149,7 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         mask=mask,
         draft_mask=draft_mask,
         value_dim=value_dim,
+        value_start=value_start,
         causal=causal,
         window=window,
         align=align,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import jax
@@ -43,8 +45,12 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
     dense = {name: x for name, x in operands.items() if name not in _PAGED_ONLY}
     for name, scale in (("key", "k_scale"), ("value", "v_scale")):
         dense[name] = _gather(operands[name], operands["block_tables"], spec.page_layout, operands.get(scale))
-    if spec.value_dim:
-        dense["value"] = dense["value"][..., : spec.value_dim]
+    d = operands["query"].shape[-1]
+    whole = spec.value_start == 0 and same_dim(spec.value_dim, d)  # V is K, as contiguous keys may have it
+    if spec.shared_kv:
+        dense["key"] = dense["key"][..., :d]
+        values = dense["value"][..., spec.value_start : spec.value_start + spec.value_dim]
+        dense["value"] = dense["key"] if whole else values
     dense["query"] = operands["query"].astype(dense["key"].dtype)
     layout: Layout = "fixed" if spec.layout == "paged" else "varlen"
     if layout == "varlen":
@@ -60,7 +66,8 @@ def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, 
         page_layout="nhd",
         num_splits=0,
         batch_invariant=False,
-        value_dim=0,
+        value_dim=spec.value_dim if whole else 0,
+        value_start=0,
         operands=names,
     ), dense
 
@@ -83,14 +90,19 @@ def differentiable(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSp
 def scatter_gradient(
     spec: AttentionSpec, gradient: jax.Array, tables: jax.Array, pool: jax.Array
 ) -> jax.Array:
-    """The gradient of a pool from that of the gathered keys, summed in float32 where sequences share pages."""
+    """The gradient of a pool from that of the gathered keys, of its first columns, summed in float32 where sequences
+    share pages."""
     by_token = tokens_first(pool, spec.page_layout)
     pages, page_size = by_token.shape[:2]
-    rows = gradient.reshape(*tables.shape, page_size, *gradient.shape[-2:]).astype(jnp.float32)
-    unread = by_token.shape[-1] - rows.shape[-1]  # columns of K that a V stored within it leaves out
-    rows = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, unread)])
+    rows = in_columns(gradient, by_token.shape[-1]).reshape(*tables.shape, page_size, *by_token.shape[-2:])
     total = jnp.zeros(by_token.shape, jnp.float32).at[_pages_or_none(tables, pages)].add(rows, mode="drop")
     return tokens_first(total, spec.page_layout).astype(pool.dtype)
+
+
+def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
+    """x, float32, as the columns from `start` on of so many."""
+    after = columns - start - x.shape[-1]
+    return jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(start, after)])
 
 
 def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
@@ -114,6 +126,8 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
             (jnp.maximum(first, limits[..., i]), jnp.minimum(last, limits[..., i + 1] - 1))
             for i in range(0, limits.shape[-1], 2)
         ]
+    if "block_mask" in operands:
+        return (row >= 0) & (row < nq) & _missing_in_blocks(spec, operands, outside, sequence, row, seen)
     missing = jnp.zeros((), bool)
     for first, last in seen:
         if "draft_mask" in operands:
@@ -123,6 +137,23 @@ def rows_missing_pages(spec: AttentionSpec, operands: Operands) -> jax.Array:
             last = jnp.where(masked, jnp.minimum(last, new - 1), last)
         missing |= _any_missing(before, sequence, first, last, page_size)
     return (row >= 0) & (row < nq) & missing
+
+
+def _missing_in_blocks(
+    spec: AttentionSpec,
+    operands: Operands,
+    outside: jax.Array,
+    sequence: jax.Array,
+    row: jax.Array,
+    seen: list[tuple[jax.Array, jax.Array]],
+) -> jax.Array:
+    """Whether a row sees a key on a page outside the pool in one of the blocks and ranges that it sees."""
+    page_size = tokens_first(operands["key"], spec.page_layout).shape[1]
+    key = jnp.arange(table_capacity(operands["block_tables"], page_size), dtype=jnp.int32)
+    visible = reference.seen_blocks(spec, operands["block_mask"], row[..., 0], key, sequence[..., 0])
+    inside = [(first[..., None] <= key) & (key <= last[..., None]) for first, last in seen]
+    missing = jnp.pad(outside, ((0, 1), (0, 0)))[sequence[..., None], key // page_size]
+    return (visible & reduce(or_, inside) & missing).any(-1)
 
 
 def _drafts_missing(

@@ -66,7 +66,7 @@ def _requantised(pool: jax.Array, factor: jax.Array, first: jax.Array, page: jax
 
 def stored(x: jax.Array, scale: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """x [..., hk, d] in the pool's dtype; float8 pools store x / scale [..., hk], saturated."""
-    if dtype not in FLOAT8:
+    if dtype not in FLOAT8 or x.dtype == dtype:
         return x
     wide = x.astype(jnp.float32)
     if scale is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,11 @@ import jax.numpy as jnp
 from .. import mask_operands
 from .._jax import same_dim
 from ..checker import Checker
-from ..operands import APPEND_OPTIONAL
+from ..operands import APPEND_OPTIONAL, MAX_HEAD_DIM, MAX_LATENT_DIM, MAX_POOL_COLUMNS
 from ..options import AppendArguments, PagedArguments, Pools
 from ..rotary import rotary_tables
 from ..spec import PAGE_LAYOUTS, SCALINGS, AppendSpec, AttentionSpec
 from ..validate import (
-    MAX_LATENT_DIM,
-    MAX_LATENT_VALUE_DIM,
     Operands,
     check_heads,
     implementation_name,
@@ -38,7 +36,7 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
     check.rank("query", q, "n sq hq d" if cu_seqlens is None else "tq hq d")
     check.dtype("query", q)
     operands = {"query": q} | _pools(check, arguments, ("key", "value"), "query", q)
-    value_dim = _value_dim(check, arguments, operands)
+    value_dim, value_start = _value_columns(check, arguments, operands)
     pool = operands["key"].shape
     axes = "[p, ps, hk, d]" if arguments.page_layout == "nhd" else "[p, hk, ps, d]"
     hint = f"; page_layout={arguments.page_layout!r} means {axes}, got shape {pool}"
@@ -69,6 +67,7 @@ def attention(op: str, arguments: PagedArguments) -> tuple[AttentionSpec, Operan
         num_splits=int(splits or 0),
         batch_invariant=invariant,
         value_dim=value_dim,
+        value_start=value_start,
     )
     if arguments.mask is not None:
         mask = mask_operands.require_mask(check, arguments.mask)
@@ -110,7 +109,9 @@ def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
     k = check.array("key", arguments.key)
     cu_seqlens = arguments.cu_seqlens
     check.rank("key", k, "n s hk d" if cu_seqlens is None else "t hk d")
-    check.dtype("key", k)
+    stored = k.dtype in FLOAT8  # already quantised
+    if not stored:
+        check.dtype("key", k, hint=", and the dtype of a float8 pool")
     v = _appended_values(check, arguments, k)
     if v.dtype != k.dtype:
         raise check.fail(f"value has dtype {v.dtype}, which differs from key's {k.dtype}", TypeError)
@@ -118,6 +119,12 @@ def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
         raise check.fail(
             f"value has shape {v.shape}, which differs from key's {k.shape} before the last dimension"
         )
+    if stored:
+        _check_stored(check, arguments, k)
+    whole = check.array("k_pages", arguments.k_pages)
+    split = whole.ndim == 5 and arguments.v_pages is None and arguments.page_layout == "nhd"
+    if split:
+        arguments = replace(arguments, k_pages=whole.reshape(*whole.shape[:3], -1))
     operands = _pools(check, arguments, ("k_pages", "v_pages"), "key", k)
     check.dim("v_pages", "head dim", operands["v_pages"].shape[-1], v.shape[-1], "value")
     check.dim("key", "head count", k.shape[-2], operands["k_pages"].shape[_head_axis(arguments)], "k_pages")
@@ -131,6 +138,12 @@ def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
     if arguments.rotary is not None:
         operands["cos"], operands["sin"] = rotary_tables(check, arguments.rotary, k.shape[-1])
     dynamic = _dynamic(check, arguments, operands)
+    if split:
+        if dynamic:
+            raise check.fail(
+                "scale must be 'static' with k_pages of rank 5, got 'dynamic'", NotImplementedError
+            )
+        operands["k_pages"] = whole
     spec = AppendSpec(
         layout="append" if cu_seqlens is None else "append_varlen",
         page_layout=arguments.page_layout,
@@ -140,8 +153,23 @@ def append(op: str, arguments: AppendArguments) -> tuple[AppendSpec, Operands]:
         ),
         implementation=implementation_name(check, arguments.implementation),
         dynamic=dynamic,
+        split_columns=split,
     )
     return spec, operands
+
+
+def _check_stored(check: Checker, arguments: AppendArguments, k: jax.Array) -> None:
+    """New keys of a float8 dtype are stored as they are."""
+    for name in ("rotary", *SCALES):
+        if getattr(arguments, name) is not None:
+            raise check.fail(
+                f"{name} must be None with key of dtype {k.dtype}, which is stored as it is; it belongs to keys in "
+                "16 or 32 bits"
+            )
+    if arguments.scale != "static":
+        raise check.fail(
+            f"scale must be 'static' with key of dtype {k.dtype}, which is stored as it is, got {arguments.scale!r}"
+        )
 
 
 def _appended_values(check: Checker, arguments: AppendArguments, k: jax.Array) -> jax.Array:
@@ -154,31 +182,49 @@ def _appended_values(check: Checker, arguments: AppendArguments, k: jax.Array) -
     return k[..., :0]
 
 
-def _value_dim(check: Checker, arguments: PagedArguments, operands: Operands) -> int:
-    """The columns of K that are V, where V has no pages of its own; else 0. Adds V's scale, which is K's."""
-    columns = arguments.value_dim
+def _value_columns(check: Checker, arguments: PagedArguments, operands: Operands) -> tuple[int, int]:
+    """How many columns of the pool are V, and the first of them, where V has no pages of its own; else 0, 0.
+
+    Adds V's scale where it is K's.
+    """
+    columns, start = arguments.value_dim, arguments.value_start
     if arguments.v_pages is not None:
-        if columns is not None:
-            raise check.fail(
-                f"value_dim is {columns!r}, but v_pages is given; it belongs to v_pages=None, where values are the "
-                "first columns of k_pages"
-            )
-        return 0
-    d = operands["key"].shape[-1]
-    whole = isinstance(columns, numbers.Integral) and not isinstance(columns, bool)
-    if columns is None or not whole or not 1 <= int(columns) <= d:
+        for name, x in (("value_dim", columns), ("value_start", start or None)):
+            if x is not None:
+                raise check.fail(
+                    f"{name} is {x!r}, but v_pages is given; it belongs to v_pages=None, where values are columns "
+                    "of k_pages"
+                )
+        return 0, 0
+    width, d = operands["key"].shape[-1], operands["query"].shape[-1]
+    as_query = "" if columns is not None else ", as query's head dim"
+    if columns is None:
+        columns = d
+    if not _is_int(columns) or not 1 <= columns <= width:
         raise check.fail(
-            f"value_dim must be an int from 1 to {d}, the columns of k_pages, with v_pages=None; got {columns!r}"
+            f"value_dim must be an int from 1 to {width}, the columns of k_pages, with v_pages=None; got {columns!r}"
         )
-    if int(columns) > MAX_LATENT_VALUE_DIM and arguments.implementation != "xla":
+    if not _is_int(start) or not 0 <= start <= width - columns:
         raise check.fail(
-            f'value_dim is {columns}, allowed are 1 to {MAX_LATENT_VALUE_DIM}; implementation="xla" takes any'
+            f"value_start must be an int from 0 to {width - columns}, the columns of k_pages less value_dim, got "
+            f"{start!r}"
         )
-    if arguments.v_scale is not None:
-        raise check.fail("v_scale must be None with v_pages=None, where k_scale is the scale of values too")
+    if columns > MAX_HEAD_DIM and arguments.implementation != "xla":
+        raise check.fail(
+            f'value_dim is {columns}{as_query}, allowed are 1 to {MAX_HEAD_DIM}; implementation="xla" takes any'
+        )
+    if arguments.v_scale is not None and start < d:
+        raise check.fail(
+            "v_scale must be None with v_pages=None and values that overlap the keys, where k_scale is the scale of "
+            "both"
+        )
     if "k_scale" in operands:
-        operands["v_scale"] = operands["k_scale"]
-    return int(columns)
+        operands.setdefault("v_scale", operands["k_scale"])
+    return int(columns), int(start)
+
+
+def _is_int(x: Any) -> TypeGuard[int]:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
 def _dynamic(check: Checker, arguments: AppendArguments, operands: Operands) -> bool:
@@ -220,6 +266,8 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
     latent = arguments.v_pages is None
     v = k if latent else check.array("v_pages", arguments.v_pages)
     check.rank("v_pages", v, dims.format("dv"))
+    if like.dtype in FLOAT8 and k.dtype != like.dtype:
+        raise check.fail(f"k_pages has dtype {k.dtype}, which differs from {owner}'s {like.dtype}", TypeError)
     if k.dtype not in (like.dtype, *FLOAT8):
         raise check.fail(
             f"k_pages has dtype {k.dtype}, allowed are {owner}'s {like.dtype}, float8_e4m3fn and float8_e5m2",
@@ -233,9 +281,19 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
         )
     if same_dim(k.shape[2 if layout == "hnd" else 1], 0):
         raise check.fail("k_pages has page size 0, allowed are 1 and more")
-    check.dim("k_pages", "head dim", k.shape[-1], like.shape[-1], owner)
+    d = like.shape[-1]
+    if not (latent and owner == "query" and _is_int(d) and _is_int(k.shape[-1]) and d <= k.shape[-1]):
+        check.dim("k_pages", "head dim", k.shape[-1], d, owner)
     implementation = implementation_name(check, arguments.implementation)
-    _check_head_dims(check, k, v, latent, implementation)
+    if latent and implementation != "xla":
+        name, largest = ("k_pages", MAX_POOL_COLUMNS) if owner == "key" else (owner, MAX_LATENT_DIM)
+        if d > largest:
+            raise check.fail(
+                f"{name} has head dim {d}, allowed are 1 to {largest} with v_pages=None; "
+                'implementation="xla" takes any'
+            )
+    for name, x in (("k_pages", k), ("v_pages", v)):
+        check.head_dim(name, x, "xla" if latent else implementation)
     found = dict(zip(names, (k, k[..., :0] if latent and owner == "key" else v)))
     hk = k.shape[_head_axis(arguments)]
     for name, scale in zip(SCALES, (arguments.k_scale, arguments.v_scale)):
@@ -248,25 +306,17 @@ def _pools(check: Checker, arguments: Pools, names: tuple[str, str], owner: str,
     return found
 
 
-def _check_head_dims(
-    check: Checker, k: jax.Array, v: jax.Array, latent: bool, implementation: str | None
-) -> None:
-    for name, x in (("k_pages", k), ("v_pages", v)):
-        check.head_dim(name, x, "xla" if latent else implementation)
-    if latent and k.shape[-1] > MAX_LATENT_DIM and implementation != "xla":
-        raise check.fail(
-            f"k_pages has head dim {k.shape[-1]}, allowed are 1 to {MAX_LATENT_DIM} with v_pages=None; "
-            'implementation="xla" takes any'
-        )
-
-
 def _scales(check: Checker, name: str, given: Any, by_page: tuple[Any, Any]) -> jax.Array:
     """Scales as `[p, hk]`, or `[1, hk]` where a KV head has the same on all pages."""
+    if isinstance(given, numbers.Real) and not isinstance(given, bool):
+        given = jnp.float32(check.number(name, given))
     scale = check.float32(name, given)
+    if scale.ndim == 0:
+        scale = jnp.broadcast_to(scale, by_page[1:])
     wanted = by_page if scale.ndim == 2 else by_page[1:]
     if scale.ndim not in (1, 2) or not all(map(same_dim, scale.shape, wanted)):
         raise check.fail(
-            f"{name} must have shape [hk] = {by_page[1:]} or [p, hk] = {by_page}, got {scale.shape}"
+            f"{name} must be a number or have shape [hk] = {by_page[1:]} or [p, hk] = {by_page}, got {scale.shape}"
         )
     return scale if scale.ndim == 2 else jnp.expand_dims(scale, 0)
 

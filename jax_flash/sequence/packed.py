@@ -23,9 +23,9 @@ _UNSEEN = -1, -2  # ids of queries and of keys outside every sequence
 
 
 def may_be_ring(spec: AttentionSpec, shapes: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether a row of packed sequences may stay split: not where bits, slopes, ranges or the diagonal go by the
+    """Whether a row of packed sequences may stay split: not where bits, slopes, masks or the diagonal go by the
     position in each sequence."""
-    if spec.layout != "varlen" or {"dropout", "ranges"} & {*spec.operands}:
+    if spec.layout != "varlen" or {"dropout", "ranges", "block_mask"} & {*spec.operands}:
         return False
     if "alibi_slopes" in spec.operands and shapes["alibi_slopes"][-2] != 1:
         return False
@@ -50,6 +50,8 @@ def run(pass_: Pass, spec: AttentionSpec, ring: Ring, operands: Operands, call: 
             made[name] = jnp.where(used, x, -jnp.inf)[None]
         elif dims[-1] == "tq":
             made[name] = jnp.where(used, x, 0)[None]
+        elif name == "sinks":
+            made[name] = x[None]
         elif name not in _OF_SEQUENCES:
             made[name] = x
     made["q_segment_ids"] = jnp.where(used, queries, _UNSEEN[0])[None]

@@ -18,6 +18,15 @@ from .shard import Block, Call, Operands, Shard
 from .sums import GRADIENTS, MERGED, PAIRS, TANGENTS, Arrays, Total, wide
 
 
+def takes_blocks(spec: AttentionSpec, rows: int, keys: int) -> bool:
+    """Whether parts of a call may have a block mask: `position` tells where its blocks begin and where the diagonal is,
+    which agree unless lengths shift the diagonal."""
+    shifted = spec.align == "bottom_right" and (
+        rows != keys or {"q_lengths", "kv_lengths"} & {*spec.operands}
+    )
+    return not shifted or not (spec.limited or "alibi_slopes" in spec.operands)
+
+
 def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> list[Array]:
     """The results of one pass on this device; `call` runs a pass on a part."""
     if "dout" in operands:  # else XLA fetches keys once for forward and backward, and holds them in between
@@ -41,13 +50,14 @@ def _by_rows(shard: Shard, call: Call) -> list[Array]:
 
 
 def _backward(shard: Shard, call: Call) -> list[Array]:
-    """dquery, dkey, dvalue.
+    """dquery, dkey and, where V is no part of K, dvalue.
 
     The first call on a device's own keys comes before all others, while the next keys arrive, and the rest of them at
     the end, while the last gradients return.
     """
-    query, key, value = (shard.operands[name] for name in ("query", "key", "value"))
-    dquery, dkv = Total(GRADIENTS, query.shape[1]), Total(PAIRS, key.shape[1])
+    query, key = shard.operands["query"], shard.operands["key"]
+    names, kind = (("key",), GRADIENTS) if shard.spec.shared_kv else (("key", "value"), PAIRS)
+    dquery, dkv = Total(GRADIENTS, query.shape[1]), Total(kind, key.shape[1])
 
     def add(visit: Visit, work: Work, block: Block, found: Total) -> None:
         dq, *rest = shard.compute(call, visit, work, block)
@@ -59,17 +69,16 @@ def _backward(shard: Shard, call: Call) -> list[Array]:
             add(visit, work, block, dkv)
             continue
         if work is visit.work[0]:
-            found = Total(PAIRS, visit.size)
+            found = Total(kind, visit.size)
         add(visit, work, block, found)
         if work is visit.work[-1]:
-            dk, dv = found.result()
-            away = {"key": dk.astype(key.dtype), "value": dv.astype(value.dtype)}
+            away = {name: x.astype(key.dtype) for name, x in zip(names, found.result(), strict=True)}
             home = shard.take(shard.send(away, [(there, here) for here, there in visit.route]))
             if len(dkv.parts) > 2:
                 dkv.settle()
-            dkv.add(visit.start, (home["key"], home["value"]))
-    (dq,), (dk, dv) = dquery.result(), dkv.result()
-    return [dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype)]
+            dkv.add(visit.start, tuple(home[name] for name in names))
+    (dq,) = dquery.result()
+    return [dq.astype(query.dtype), *(x.astype(key.dtype) for x in dkv.result())]
 
 
 def _bias_gradient(shard: Shard, call: Call) -> list[Array]:

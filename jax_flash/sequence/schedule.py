@@ -16,7 +16,7 @@ import numpy as np
 from ..spec import UNLIMITED, AttentionSpec, Ring
 
 # What goes by the position in the sequence.
-_PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges"}
+_PLACED = {"q_lengths", "kv_lengths", "mask", "bias", "alibi_slopes", "dropout", "ranges", "block_mask"}
 _ALIGNMENT = 64  # of cuts: kernels load whole tiles
 HALVED = 4096  # queries of a shard from which on half of them take longer than a transfer is started
 

@@ -79,7 +79,14 @@ class Shard:
     @property
     def block(self) -> Block:
         """This device's own keys, with all that there is one of for each key."""
-        return {(name,): x for name, x in self.operands.items() if "sk" in self.spec.dims[name]}
+        sent = [name for name in self.operands if "sk" in self.spec.dims[name] and name not in self._again]
+        return {(name,): self.operands[name] for name in sent}
+
+    @property
+    def _again(self) -> dict[str, str]:
+        """The operands that are others again: V and its tangent where V is K."""
+        pairs = {"value": "key", "tvalue": "tkey"} if self.spec.shared_kv else {}
+        return {name: other for name, other in pairs.items() if name in self.operands}
 
     # --- transfers -----------------------------------------------------------------------------------------------
 
@@ -133,7 +140,7 @@ class Shard:
             else:
                 ends = list(accumulate(self.operands[name].shape[-1] for name in names))
                 found |= zip(names, jnp.split(joined, ends[:-1], -1) if len(names) > 1 else [joined])
-        return found
+        return found | {name: found[other] for name, other in self._again.items() if other in found}
 
     # --- one part ------------------------------------------------------------------------------------------------
 
@@ -149,9 +156,8 @@ class Shard:
                 made[name] = _within(x, row, queries.size)
             elif name == "kv_lengths":
                 made[name] = _within(x, column, keys.size)
-            elif name == "sinks":
-                if self.pass_ is FORWARD and work.first:
-                    made[name] = x  # each row sums over its sink once
+            elif name == "sinks" and not (self.pass_ is FORWARD and work.first):
+                continue  # each row sums over its sink once
             elif name not in made:
                 axis = self._rows(name)
                 made[name] = x if axis is None else self._slice(x, axis, queries)
@@ -162,8 +168,10 @@ class Shard:
         spec = replace(self.spec, ring=None, align="top_left")
         if work.whole:
             spec = replace(spec, left=UNLIMITED, right=UNLIMITED)
-        if spec.limited or "alibi_slopes" in made:
-            made["position"] = jnp.stack(jnp.broadcast_arrays(row + self._shift(), column), -1)
+        diagonal = spec.limited or "alibi_slopes" in made
+        if diagonal or "block_mask" in made:  # of these two the second has no shift
+            shift = self._shift() if diagonal else 0
+            made["position"] = jnp.stack(jnp.broadcast_arrays(row + shift, column), -1)
         spec = replace(spec, operands=tuple(name for name in OPTIONAL if name in made))
         each = "position" in made and made["position"].ndim == 2
         results = self._by_batch_entry(call, spec, made) if each else list(call(self.pass_, spec, made))

@@ -21,7 +21,8 @@ class Decode : public PassTraits {
  public:
   // Whether calls over such pools run the latent kernels, if there are any.
   static bool are_latent(const AttentionSpec& spec, const DimShapes& s) {
-    return spec.value_dim > 0 && s.head_dim.known() && s.head_dim.value() >= kFewestColumns;
+    return spec.paged() && spec.shared_kv() && spec.value_start == 0 && s.head_dim.known() &&
+           s.head_dim.value() >= kFewestColumns;
   }
 
   bool serves(const KernelRow& row, const Call& call) const override {

@@ -129,7 +129,9 @@ class Decode final : public PassTraits {
     }
     if (spec.layout == Layout::kVarlen) return false;
     // Rows of float8 are copied 16 bytes at a time.
-    if (call.float8_pools() && (s.head_dim % 16 != 0 || s.value_dim % 16 != 0)) return false;
+    const bool whole = s.head_dim % 16 == 0 && s.value_dim % 16 == 0 && s.pool_columns % 16 == 0 &&
+                       spec.value_start % 16 == 0;
+    if (call.float8_pools() && !whole) return false;
     const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
     // A larger tile than is needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;

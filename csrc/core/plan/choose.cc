@@ -101,6 +101,7 @@ bool find_score(const KernelRow& row, const Call& call, ScoreKind& found) {
 const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> built) {
   const Candidates scores(call);
   const KernelRow* best = nullptr;
+  if (call.spec.has(Operand::kBlockMask)) return best;  // no kernel reads it yet
   for (const KernelRow& row : built) {
     if (row.pass != pass || scores.of(row) == std::size(scores.kinds) || !runs(row, call)) continue;
     if (!best || better(row, *best, call, scores)) best = &row;
@@ -110,9 +111,11 @@ const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> 
 
 std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
   const Shapes& s = call.shapes;
+  if (call.spec.has(Operand::kBlockMask))
+    return "jax_flash: no CUDA kernel reads masks.blocks(…) yet; implementation=\"xla\" runs it";
   std::string rows, last;
   for (const KernelRow& row : built) {
-    const bool latent = call.spec.value_dim > 0 && row.is_latent();  // the pools have no forward of their own
+    const bool latent = call.spec.shared_kv() && row.is_latent();  // the pools have no forward of their own
     if ((row.pass != call.pass && !latent) || !row.takes(s.dtype) || !row.takes(call.loader())) continue;
     std::string name = std::string(row.arch->name) + " d=" + std::to_string(row.head_dim);
     if (row.value_dim != row.head_dim) name += " dv=" + std::to_string(row.value_dim);

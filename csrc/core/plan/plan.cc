@@ -15,9 +15,18 @@ std::string refusal(const Call& call) {
     return "jax_flash: head dims " + std::to_string(s.head_dim) + " and " + std::to_string(s.value_dim) +
            " on CUDA, which takes multiples of 8; pad them";
   }
+  if (call.spec.shared_kv() && (s.pool_columns % 8 || call.spec.value_start % 8)) {
+    return "jax_flash: keys and values share a pool of " + std::to_string(s.pool_columns) +
+           " columns, values from column " + std::to_string(call.spec.value_start) +
+           " on; CUDA takes multiples of 8";
+  }
   if (s.dtype == DType::kBF16 && call.device.capability < 80) {
     return "jax_flash: query is bfloat16, which sm_" + std::to_string(call.device.capability) +
            " has no products of, only of float16 and float32; cast, or implementation=\"xla\" runs it";
+  }
+  const bool has_values = call.pass == Pass::kForward || call.pass == Pass::kDecode;
+  if (call.spec.shared_kv() && !has_values) {
+    return "jax_flash: no CUDA kernel of a derivative takes V for columns of K; pass value again";
   }
   return {};
 }

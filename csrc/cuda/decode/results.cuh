@@ -42,7 +42,8 @@ struct RowResult {
 __device__ __forceinline__ RowResult finish_row(const DecodeCall& call, const SequenceWork& work,
                                                 int32_t head, int32_t i, Softmax all) {
   float sink = -INFINITY;  // its logit in powers of two
-  if (call.sinks) sink = *call.sinks.at<const float>(work.leading, 0, head, 0) * kLog2e;
+  if (call.sinks && i < work.band.q_len)
+    sink = *call.sinks.at<const float>(work.leading, work.batch_row, head, work.q_begin + i) * kLog2e;
   const float largest = fmaxf(all.m, sink);
   // A row whose only scores are NaN has no maximum either, but l is NaN then, and so must be the result.
   if (i >= work.band.q_len || (largest == -INFINITY && all.l == 0)) return {0, -INFINITY};

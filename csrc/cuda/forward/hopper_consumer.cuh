@@ -335,10 +335,10 @@ struct Consumer {
     wait_part(shared.epilogue_pipe);
     if constexpr (C::Softmax::kBounded) softmax.mark_empty_rows();
     if constexpr (C::kPacksHeads) {
-      jax_flash::finish_softmax(alpha, softmax, tile->lse, PackedRows(p, p.lse), tile->work.tile, row(),
+      jax_flash::finish_softmax(alpha, p, softmax, tile->lse, PackedRows(p, p.lse), tile->work.tile, row(),
                                 1.0f);
     } else {
-      jax_flash::finish_softmax(alpha, softmax, tile->lse, tile->work.tile, row(),
+      jax_flash::finish_softmax(alpha, p, softmax, tile->lse, tile->work.tile, row(),
                                 Score::kDropout ? dropout_scale(p.spec) : 1.0f);
     }
   }

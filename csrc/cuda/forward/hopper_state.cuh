@@ -89,9 +89,9 @@ struct TileState {
     lse.data = p.lse.as<float>() + offset(p.lse);
     reload_shared();
     lse.stride = p.lse.row;
-    lse.sink = -INFINITY;
+    lse.sinks = nullptr;
     reload_shared();
-    if (p.sinks) lse.sink = p.sinks.as<const float>()[offset(p.sinks)];
+    if (p.sinks) lse.sinks = p.sinks.as<const float>() + offset(p.sinks);
   }
 
  private:

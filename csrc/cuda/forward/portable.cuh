@@ -173,8 +173,8 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
   LseRows lse;
   lse.prepare(p, block.work);
   float factors[C::S::kSlots];
-  finish_softmax(factors, softmax, lse, tile, at.row(), factor);  // lse = m + log l
-  normalise_rows(o, factors);                                     // O ← O / l
+  finish_softmax(factors, p, softmax, lse, tile, at.row(), factor);  // lse = m + log l
+  normalise_rows(o, factors);                                        // O ← O / l
   store_rows<typename C::OTile>(o, shared, warp_row, block.out, at.row(), tile.end);
 }
 

@@ -1,5 +1,5 @@
-// Predicated stores to global memory. Unlike a store in an if they need no branch, and without a "memory"
-// clobber the compiler does not reload what it has read from shared memory before them.
+// Predicated accesses to global memory. Unlike one in an if they need no branch, and without a "memory"
+// clobber the compiler does not reload what it has read from shared memory before a store.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,15 @@ __device__ __forceinline__ void store_global(void* to, const uint4& x, bool used
 __device__ __forceinline__ void store_global(float* to, float x, bool used) {
   asm volatile("{.reg .pred used; setp.ne.s32 used, %2, 0; @used st.global.f32 [%0], %1;}" ::"l"(to), "f"(x),
                "r"(static_cast<int>(used)));
+}
+
+// What lies there if `used`, else `otherwise`. No kernel writes to it.
+__device__ __forceinline__ float load_global(const float* from, bool used, float otherwise) {
+  float x = otherwise;
+  asm("{.reg .pred used; setp.ne.s32 used, %2, 0; @used ld.global.nc.f32 %0, [%1];}"
+      : "+f"(x)
+      : "l"(from), "r"(static_cast<int>(used)));
+  return x;
 }
 
 }  // namespace jax_flash::ptx

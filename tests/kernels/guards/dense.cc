@@ -11,15 +11,18 @@ namespace {
 
 class Case : DenseCase {
  public:
-  explicit Case(uint64_t seed) : DenseCase(seed) {}
+  explicit Case(uint64_t seed) : DenseCase(seed) {
+    if (p_.spec.shared_kv()) p_.value = p_.key, t_.tvalue = t_.tkey, p_.dvalue = {};
+  }
 
   void run() {
     const bool computes = backend::computes();
     if (!check_pass("forward", Pass::kForward, {&p_.out, &p_.lse})) return;
     if (computes) check_forward(), take_forward_results();
     if (check_pass("tangent", Pass::kTangent, {&t_.tout, &t_.tlse}, &t_) && computes) check_tangents();
-    if (check_pass("backward", Pass::kBackward, {&p_.dquery, &p_.dkey, &p_.dvalue}) && computes)
-      check_gradients();
+    std::vector<View*> gradients{&p_.dquery, &p_.dkey};
+    if (p_.dvalue) gradients.push_back(&p_.dvalue);
+    if (check_pass("backward", Pass::kBackward, gradients) && computes) check_gradients();
     if (p_.bias) check_pass("bias_gradient", Pass::kBiasGradient, {&p_.dbias});
   }
 
@@ -29,10 +32,10 @@ class Case : DenseCase {
     std::snprintf(
         line, sizeof line,
         "%s dtype=%d leading=%d batch=%d heads=%d/%d d=%d dv=%d rows=%d/%d left=%d right=%d align=%d "
-        "scale=%g softcap=%g dropout=%g operands=%#x",
+        "scale=%g softcap=%g dropout=%g operands=%#x shared=%d",
         p_.varlen() ? "varlen" : "fixed", static_cast<int>(p_.dtype), p_.leading.rank, p_.batch, p_.heads,
         p_.kv_heads, p_.head_dim, p_.value_dim, p_.q_rows, p_.k_rows, s.left, s.right,
-        static_cast<int>(s.align), s.scale, s.softcap, s.dropout_rate, s.operands);
+        static_cast<int>(s.align), s.scale, s.softcap, s.dropout_rate, s.operands, s.shared_kv());
     return line;
   }
 
@@ -102,7 +105,7 @@ class Case : DenseCase {
   void check_gradients() {
     check_derivative("dquery", p_.dquery, true, p_.heads, p_.head_dim, p_.dtype);
     check_derivative("dkey", p_.dkey, false, p_.kv_heads, p_.head_dim, p_.dtype);
-    check_derivative("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim, p_.dtype);
+    if (p_.dvalue) check_derivative("dvalue", p_.dvalue, false, p_.kv_heads, p_.value_dim, p_.dtype);
   }
 
   void check_tangents() {

@@ -60,7 +60,7 @@ class DenseCase : protected RandomCase {
     p_.kv_heads = static_cast<int32_t>(integer(1, usual_or(2, 1)));
     p_.heads = p_.kv_heads * static_cast<int32_t>(integer(1, usual_or(3, 2)));
     const auto width = [&] {
-      return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 70)));
+      return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, kMaxHeadDim) : integer(1, 70)));
     };
     p_.head_dim = width();
     p_.value_dim = chance(0.5) ? p_.head_dim : width();
@@ -87,8 +87,11 @@ class DenseCase : protected RandomCase {
     add(Operand::kSinks, 0.2);
     add(Operand::kPosition, 0.2);
     add(Operand::kDropout, 0.25);
-    // The CUDA kernels do not read ranges.
-    if (!aim_ && backend::computes() && !backend::sparing()) add(Operand::kRanges, 0.3);
+    // The CUDA kernels do not read ranges, and those of derivatives take V for an operand of its own.
+    if (!aim_ && backend::computes() && !backend::sparing()) {
+      add(Operand::kRanges, 0.3);
+      if (chance(0.1)) s.value_dim = p_.value_dim = p_.head_dim;
+    }
     s.dropout_rate = s.has(Operand::kDropout) ? 0.4f : 0.0f;
     s.deterministic = chance(0.5);
     if (p_.varlen()) {
@@ -297,7 +300,7 @@ class DenseCase : protected RandomCase {
                 {{one ? 1 : p_.batch, one ? nullptr : &View::batch}, {p_.heads, &View::head}}, true),
            DType::kF32);
     }
-    if (s.has(Operand::kSinks)) fill(make(p_.sinks, 4, {{p_.heads, &View::head}}, true), DType::kF32);
+    if (s.has(Operand::kSinks)) make_sinks(p_, p_.leading);
     if (s.has(Operand::kPosition)) make_index(p_.position, 2, &View::column, p_.k_rows, false);
     if (s.has(Operand::kDropout)) {
       const Guarded& m = make(p_.dropout, 4, {{6, &View::column}}, true);

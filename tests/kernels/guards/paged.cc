@@ -198,7 +198,7 @@ class AttentionCase : PoolCase {
     if (s.has(Operand::kAlibiSlopes))
       fill(make(p_.alibi_slopes, 4, {{batch_, &View::batch}, {p_.heads, &View::head}}, true), DType::kF32);
     if (s.has(Operand::kDraftMask)) make_draft_mask();
-    if (s.has(Operand::kSinks)) fill(make(p_.sinks, 4, {{p_.heads, &View::head}}, true), DType::kF32);
+    if (s.has(Operand::kSinks)) make_sinks(p_, leading_);
     if (s.has(Operand::kKScale)) {
       make_scales(p_.k_scale, chance(0.5)), make_scales(p_.v_scale, chance(0.5));
       if (latent_) p_.v_scale = p_.k_scale;

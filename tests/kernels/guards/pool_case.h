@@ -27,7 +27,7 @@ class PoolCase : protected RandomCase {
 
   DType float8() { return one_of({DType::kF8E4M3, DType::kF8E5M2}); }
   int32_t width() {
-    return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, 256) : integer(1, 40)));
+    return backend::width(static_cast<int32_t>(chance(0.1) ? integer(1, kMaxHeadDim) : integer(1, 40)));
   }
   int32_t capacity() const { return table_ * page_size_; }
 

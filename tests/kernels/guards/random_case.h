@@ -109,6 +109,16 @@ class RandomCase {
     for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) set_value(dtype, m.data() + i, normal());
   }
 
+  // Sinks by head, or by token.
+  void make_sinks(Problem& p, const Leading& leading) {
+    std::vector<Dim> dims{{p.heads, &View::head}};
+    if (chance(0.5)) {
+      dims.insert(dims.begin(), {p.q_rows, &View::row});
+      if (!p.packed()) dims.insert(dims.begin(), {p.batch, &View::batch});
+    }
+    fill(make(p.sinks, leading, 4, std::move(dims), true), DType::kF32);
+  }
+
   // Any int32; most often one near 0 or near `limit`.
   int32_t garbage(int32_t limit) {
     return one_of<int32_t>({INT_MIN, INT_MIN + 1, -1, 0, 1, limit, limit == INT_MAX ? limit : limit + 1,

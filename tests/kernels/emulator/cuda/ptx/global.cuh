@@ -13,4 +13,6 @@ inline void store_global(float* to, float x, bool used) {
   if (used) *to = x;
 }
 
+inline float load_global(const float* from, bool used, float otherwise) { return used ? *from : otherwise; }
+
 }  // namespace jax_flash::ptx

@@ -1,0 +1,49 @@
+// The operand `block_mask`: which blocks of keys each block of query rows sees, as data.
+#pragma once
+
+#include "../band.h"
+
+namespace jax_flash {
+
+inline constexpr int32_t kLeastBlock = 16;  // rows and keys of a block are multiples of it
+
+// The blocks of one sequence at a first head and those after it. Rows and keys past the last block see
+// nothing.
+struct BlockMask {
+  const uint8_t* seen = nullptr;  // [block of rows, block of keys]; null: hides nothing
+  int64_t head = 0, row = 0;      // elements from one to the next
+  int32_t rows = 0, columns = 0;  // blocks
+  int32_t block_rows = 1, block_keys = 1;
+  int32_t first_row = 0, first_key = 0;  // positions in the sequence that the blocks are of
+
+  JF_HD explicit operator bool() const { return seen != nullptr; }
+
+  JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
+    return at < rows && column < columns && seen[h * head + at * row + column] != 0;
+  }
+  JF_HD bool sees(int32_t h, int32_t i, int32_t j) const {
+    return sees_block(h, (i + first_row) / block_rows, (j + first_key) / block_keys);
+  }
+};
+
+// The blocks at query heads from `first` on.
+JF_HD BlockMask block_mask_of(const Problem& p, int64_t leading, const Sequence& s, int32_t first) {
+  const View& view = p.block_mask;
+  if (!view) return {};
+  const int64_t offset = view.leading_offset(p.leading, leading) + view.offset(s.index, first, 0);
+  BlockMask mask{view.as<const uint8_t>() + offset,
+                 view.head,
+                 view.row,
+                 p.mask_rows,
+                 p.mask_columns,
+                 p.spec.block_rows,
+                 p.spec.block_keys};
+  if (has_position(p)) {
+    const View& place = p.position;
+    const int32_t* first = place.as<const int32_t>() + place.leading_offset(p.leading, leading);
+    mask.first_row = first[0], mask.first_key = first[place.column];
+  }
+  return mask;
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,87 @@
+"""What the decoders of this folder are made of besides attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_flash.masks import Mask
+
+from .cache import PagedCache
+from .config import Config
+
+ACTIVATIONS = {"silu": nnx.silu, "gelu_pytorch_tanh": nnx.gelu}
+
+
+def activation(config: Config) -> Callable[[jax.Array], jax.Array]:
+    """The function that `hidden_act` names; raises ValueError for another one."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; the examples have {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config.hidden_act]
+
+
+def linear(config: Config, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs) -> nnx.Linear:
+    """A projection in the model's dtype."""
+    dtype = jnp.dtype(config.dtype)
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def weight(config: Config, *shape: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A random weight [..., inputs, outputs] of experts."""
+    return nnx.Param(
+        nnx.initializers.lecun_normal(batch_axis=0)(rngs.params(), shape, jnp.dtype(config.dtype))
+    )
+
+
+def choose(weights: jax.Array, index: jax.Array, experts: int) -> jax.Array:
+    """Weights of all experts [..., experts], those of the chosen ones [..., k] by their index, 0 for the others."""
+    return jnp.einsum("...k,...ke->...e", weights, jax.nn.one_hot(index, experts, dtype=weights.dtype))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · weight over the last axis, in float32 (Zhang & Sennrich 2019).
+
+    Args:
+      config: its `norm_offset` is added to the weight.
+      size: features.
+    """
+
+    def __init__(self, config: Config, size: int):
+        self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
+        self.weight = nnx.Param(jnp.full(size, 1 - self.offset, jnp.dtype(config.dtype)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        return (y * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """down(activation(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: Config, hidden: int | None = None, *, rngs: nnx.Rngs):
+        width, hidden = config.hidden_size, hidden or config.intermediate_size
+        self.gate_proj = linear(config, width, hidden, rngs=rngs)
+        self.up_proj = linear(config, width, hidden, rngs=rngs)
+        self.down_proj = linear(config, hidden, width, rngs=rngs)
+        self.activation = activation(config)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); x is [b, s, width], or [t, width] with a cache."""
+
+    def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module):
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.self_attn = attention
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.mlp = mlp
+
+    def __call__(self, x: jax.Array, cache: PagedCache | None = None, mask: Mask | None = None) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))

@@ -1,0 +1,104 @@
+"""The values of a mask's index arrays, on the host: what `check_inputs` says of `mask`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import mask_forms as forms
+from .checker import Checker
+from .mask_operands import flat
+from .masks import Mask
+
+Host = Callable[[str, Any], np.ndarray]
+
+
+@dataclass(frozen=True)
+class MaskChecker:
+    """keys: those that a batch entry or sequence can have, if known. lengths: the keys in use of each, if known.
+    offsets: of the sequences in arrays of packed keys. neighbours: whether the keys of a segment must be."""
+
+    check: Checker
+    host: Host
+    keys: int | None
+    lengths: np.ndarray | None
+    offsets: np.ndarray | None
+    neighbours: bool
+
+    def run(self, mask: Mask) -> None:
+        for condition in flat(mask.conditions):
+            for kind, check in _CHECKS.items():
+                if isinstance(condition, kind):
+                    check(self, condition)
+
+    def fail_at(self, bad: np.ndarray, name: str, x: np.ndarray, rule: str) -> None:
+        """Raises for the first of the bad places."""
+        places = np.argwhere(bad)
+        if len(places):
+            at = tuple(int(i) for i in places[0])
+            raise self.check.fail(f"mask's {name}[{', '.join(map(str, at))}] = {x[at]}; {rule}")
+
+    def runs(self, x: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        """The elements of each sequence's keys in use, with a name."""
+        if self.offsets is not None:
+            ends = zip(self.offsets[:-1], self.offsets[1:])
+            rows = [x.reshape(-1)[begin:end] for begin, end in ends]
+        else:
+            rows = list(x)
+        if self.lengths is not None and len(self.lengths) == len(rows):
+            rows = [row[: max(int(n), 0)] for row, n in zip(rows, self.lengths)]
+        return [(f" of row {z}" if len(rows) > 1 else "", row) for z, row in enumerate(rows)]
+
+
+def _ranges(own: MaskChecker, x: forms.Ranges) -> None:
+    for limits in x.limits:
+        lo, hi = np.broadcast_arrays(*(own.host(f"mask's {n}", v) for n, v in zip(("lo", "hi"), limits)))
+        own.fail_at(lo > hi, "lo", lo, "a range begins at or before its end, hi")
+        for name, values in (("lo", lo), ("hi", hi)):
+            most = "the number of keys" if own.keys is None else f"the {own.keys} keys"
+            outside = values < 0 if own.keys is None else (values < 0) | (values > own.keys)
+            own.fail_at(outside, name, values, f"a range lies within 0 and {most}")
+
+
+def _blocks(own: MaskChecker, x: forms.Blocks) -> None:
+    chosen = own.host("mask's chosen blocks", x.chosen)
+    own.fail_at(chosen < -1, "chosen", chosen, "an index is at least 0, or -1 for none")
+    if own.keys is not None:
+        blocks = -(-own.keys // x.block[1])
+        rule = f"{own.keys} keys have {blocks} blocks of {x.block[1]}"
+        own.fail_at(chosen >= blocks, "chosen", chosen, rule)
+    order = np.argsort(chosen, -1, kind="stable")
+    ordered = np.take_along_axis(chosen, order, -1)
+    again = np.zeros(chosen.shape, bool)
+    twice = np.diff(ordered, axis=-1, prepend=-1) == 0
+    np.put_along_axis(again, order, twice & (ordered >= 0), -1)
+    own.fail_at(again, "chosen", chosen, "a block of keys is chosen once for a block of rows")
+
+
+def _positions(own: MaskChecker, x: forms.Positions) -> None:
+    for where, row in own.runs(own.host("mask's kv_positions", x.kv_positions)):
+        falls = np.diff(row, prepend=row[:1]) < 0
+        own.fail_at(falls, f"kv_positions{where}", row, "the positions of keys must not decrease")
+
+
+def _segments(own: MaskChecker, x: forms.Segments) -> None:
+    if not own.neighbours:
+        return
+    for where, row in own.runs(own.host("mask's segments of keys", x.kv_ids)):
+        first = np.flatnonzero(np.diff(row, prepend=row[:1] - 1) != 0)  # where runs begin
+        _, kept = np.unique(row[first], return_index=True)
+        again = np.zeros(row.shape, bool)
+        again[np.delete(first, kept)] = True
+        rule = "in packed and paged calls the keys of a segment are neighbours"
+        own.fail_at(again, f"segments of keys{where}", row, rule)
+
+
+_CHECKS: Mapping[type, Callable[[MaskChecker, Any], None]] = {
+    forms.Ranges: _ranges,
+    forms.Blocks: _blocks,
+    forms.Positions: _positions,
+    forms.Segments: _segments,
+}

@@ -1,0 +1,393 @@
+"""Ragged paged attention, as TPU serving engines call it: a batch of packed queries over one pool of keys and values.
+
+`ragged_paged_attention` has the arguments of `jax.experimental.pallas.ops.tpu.ragged_paged_attention`;
+`ragged_paged_attention_update`, which writes the new keys and values first, those of tpu-inference's v3 and hd64
+kernels, sglang-jax's v3 and EasyDeL's. They read and write the pool where it lies, without a copy of it.
+
+What differs:
+
+- Where no key is visible the result is 0, so `mask_value` has nothing to do; tuning parameters are ignored.
+- Entries past the sequences in use may hold anything, rows of no sequence are 0, and a page outside the pool gives NaN.
+- `ragged_paged_attention` has gradients for queries and pool; `…_update` for queries, sinks and the pool that is read,
+  if nothing is written (`update_kv_cache=False`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from ..checker import Checker
+from ..options import ArrayLike, Implementation, IndexLike
+from ..paged import quantise
+from ..paged.append import append_kv
+from ..paged.attention import paged_attention
+from ..paged.gather import FLOAT8
+
+Layout = Literal["interleaved", "concatenated"]
+LAYOUTS = ("interleaved", "concatenated")
+_TUNING = {
+    "chunk_prefill_size", "d_block_sizes", "debug_mode", "disable_bounds_checks", "disable_semaphore_checks",
+    "m_block_sizes", "num_kv_pages_per_block", "num_queries_per_block", "p_block_sizes", "skip_kv_mask",
+    "vmem_limit_bytes",
+}  # fmt: skip
+
+
+def ragged_paged_attention(
+    q: ArrayLike,
+    kv_pages: ArrayLike,
+    kv_lens: IndexLike,
+    page_indices: IndexLike,
+    cu_q_lens: IndexLike,
+    num_seqs: IndexLike,
+    *,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    mask_value: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    attention_sink: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+    **tuning: Any,
+) -> jax.Array:
+    """Causal attention of packed queries to the keys and values in the pages of one pool.
+
+    Args:
+      q: `[tokens, hq, d]`, float16, bfloat16 or float32.
+      kv_pages: `[p, ps, 2 hk, d]`, the heads K0 V0 K1 V1 …, q's dtype or float8.
+      kv_lens: int32 `[n]`, keys of each sequence, the newest included.
+      page_indices: int32 `[n, pages]`, or flat `[n · pages]`.
+      cu_q_lens: int32 `[n + 1]`, offsets of the sequences in q.
+      num_seqs: int32 `[1]`, or a number; of kv_lens and cu_q_lens, what is past it is not used.
+      sm_scale: factor of q·k; note the default of 1.
+      sliding_window: W keys are visible, the row's own among them: `window=(W − 1, 0)` of this library.
+      soft_cap: c · tanh(S / c).
+      k_scale, v_scale: numbers that stored keys and values are multiplied by.
+      attention_sink: float `[hq]`, or one for all heads, as `sinks` of `flash_attention`.
+      implementation: as in `flash_attention`.
+      mask_value, tuning: not used.
+
+    Returns:
+      `[tokens, hq, d]`, q's dtype. Differentiable with respect to q, attention_sink and kv_pages but float8 ones.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `paged_attention`.
+
+    Source: the interface is `jax.experimental.pallas.ops.tpu.ragged_paged_attention`'s.
+
+    Example:
+      >>> out = ragged_paged_attention(q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs, sm_scale=d**-0.5)
+    """
+    check = Checker("ragged_paged_attention")
+    _refuse_unknown(check, tuning)
+    query = check.array("q", q)
+    check.rank("q", query, "tokens hq d")
+    pool = _Pool.of(check, "kv_pages", kv_pages, "interleaved", None)
+    _check_heads(check, "q", query, pool)
+    batch = _Batch.of(check, kv_lens, page_indices, cu_q_lens, num_seqs, "num_seqs", None, pool.page_size)
+    scores = _Scores(sm_scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink)
+    return _attend(check, query, pool, batch, scores, implementation)
+
+
+def ragged_paged_attention_update(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    kv_cache: ArrayLike,
+    kv_lens: IndexLike,
+    page_indices: IndexLike,
+    cu_q_lens: IndexLike,
+    distribution: IndexLike,
+    attention_sink: ArrayLike | None = None,
+    *,
+    layout: Layout = "interleaved",
+    cu_kv_lens: IndexLike | None = None,
+    use_causal_mask: bool = True,
+    update_kv_cache: bool = True,
+    draft_mask: ArrayLike | None = None,
+    sm_scale: float = 1.0,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    out_dtype: Any = None,
+    mask_value: float | None = None,
+    q_scale: float | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    implementation: Implementation | None = None,
+    **tuning: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Writes new keys and values into a cache, in place if it is donated, and attends to it.
+
+    Args:
+      queries: `[tokens, hq, d]`.
+      keys, values: `[tokens, hk, d]`, written to the last positions of each sequence: kv_cache's dtype, or a wider one
+        for a float8 cache, which then stores x / k_scale and x / v_scale.
+      kv_cache: with layout="interleaved" `[p, ps, 2 hk / packing, packing, D]` or `[p, ps, 2 hk, D]`, the heads
+        K0 V0 K1 V1 …; with "concatenated" `[p, ps, hk / packing, packing, 2 D]` or `[p, ps, hk, 2 D]`, whose rows
+        are K and V side by side (hd64). D is at least d; what it has more, and heads that packing adds, is padding.
+      kv_lens: int32 `[n]`, keys of each sequence, the new ones included.
+      page_indices: int32, flat `[n · pages]` or `[n, pages]`; with cu_kv_lens flat, a sequence's pages from entry
+        `⌈cu_kv_lens / ps⌉` on.
+      cu_q_lens: int32 `[n + 1]`, offsets of the sequences in queries.
+      distribution: int32 `[3]`, whose last is the number of sequences; or that number. What kv_lens and cu_q_lens hold
+        past it is not used.
+      attention_sink: float `[hq]`, or one for all heads.
+      layout, cu_kv_lens: the library's kind of cache and of page_indices.
+      use_causal_mask: False lets a row see all keys, but for those before its window.
+      update_kv_cache: False leaves kv_cache as it is, which then has the new keys already (layers that share a cache).
+      draft_mask: as in `paged_attention` with cu_seqlens_q, for speculative decoding.
+      sm_scale, sliding_window, soft_cap, implementation: as in `ragged_paged_attention`.
+      out_dtype: the result's dtype, queries' by default.
+      q_scale: rounds queries to the cache's dtype as `q / q_scale`, and multiplies scores by it.
+      k_scale, v_scale: numbers that stored keys and values are multiplied by.
+      mask_value, tuning: not used.
+
+    Returns:
+      `(out [tokens, hq, d], kv_cache)`.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: as in `append_kv` and `paged_attention`.
+
+    Source: the interface is that of tpu-inference's `ragged_paged_attention` (v3) and `ragged_paged_attention_hd64`,
+    and of sglang-jax's, which has cu_kv_lens before distribution.
+
+    Example:
+      >>> step = jax.jit(ragged_paged_attention_update, donate_argnames="kv_cache")
+      >>> out, cache = step(q, k, v, cache, kv_lens, page_indices, cu_q_lens, distribution)
+    """
+    check = Checker("ragged_paged_attention_update")
+    _refuse_unknown(check, tuning)
+    query, key, value = (
+        check.array(name, x) for name, x in (("queries", queries), ("keys", keys), ("values", values))
+    )
+    for name, x in (("queries", query), ("keys", key), ("values", value)):
+        check.rank(name, x, "tokens heads d")
+    if key.shape != value.shape or key.shape[0] != query.shape[0]:
+        raise check.fail(
+            f"keys and values must have queries' {query.shape[0]} tokens and the same shape, got {key.shape} and "
+            f"{value.shape}"
+        )
+    causal = check.flag("use_causal_mask", use_causal_mask)
+    pool = _Pool.of(check, "kv_cache", kv_cache, layout, key.shape[1])
+    batch = _Batch.of(
+        check, kv_lens, page_indices, cu_q_lens, distribution, "distribution", cu_kv_lens, pool.page_size
+    )
+    _check_heads(check, "queries", query, pool)
+    if check.flag("update_kv_cache", update_kv_cache):
+        stored = _stored(key, k_scale, pool.dtype), _stored(value, v_scale, pool.dtype)
+        pool = pool.append(batch, stored, implementation)
+    if q_scale is not None:
+        sm_scale = sm_scale * q_scale
+        query = _stored(query, q_scale, pool.dtype).astype(query.dtype)
+    scores = _Scores(sm_scale, sliding_window, soft_cap, k_scale, v_scale, attention_sink, causal, draft_mask)
+    out = _attend(check, query, pool, batch, scores, implementation)
+    return out if out_dtype is None else out.astype(out_dtype), pool.cache
+
+
+def _stored(x: jax.Array, scale: float | None, dtype: Any) -> jax.Array:
+    """x `[tokens, h, d]` as a cache of this dtype holds it."""
+    by_head = None if scale is None else jnp.full(x.shape[1], scale, jnp.float32)
+    return quantise.stored(x, by_head, dtype)
+
+
+def _refuse_unknown(check: Checker, tuning: dict[str, Any]) -> None:
+    unknown = sorted(tuning.keys() - _TUNING)
+    if unknown:
+        raise check.fail(f"{unknown[0]} is no argument; tuning parameters are {sorted(_TUNING)}", TypeError)
+
+
+def _check_heads(check: Checker, name: str, query: jax.Array, pool: _Pool) -> None:
+    check.dtype(name, query)
+    hq, d = query.shape[1:]
+    if hq % pool.used:
+        raise check.fail(f"the cache has {pool.used} heads of keys, which does not divide the {hq} of {name}")
+    if d > pool.width:
+        raise check.fail(f"{name} has head dim {d}, and the cache's keys have {pool.width} columns")
+
+
+@dataclass(frozen=True)
+class _Scores:
+    scale: float
+    window: int | None
+    softcap: float | None
+    k_scale: float | None
+    v_scale: float | None
+    sinks: ArrayLike | None
+    causal: bool = True
+    draft_mask: ArrayLike | None = None
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A cache `[p, ps, …]`, whose rows are `pairs` of K and V, each of `width` columns; `used` of the pairs hold keys.
+
+    Packing may add pairs. With V after each K, a pair is a head of a pool that keys and values share.
+    """
+
+    cache: jax.Array
+    pairs: int
+    width: int
+    used: int
+
+    @classmethod
+    def of(cls, check: Checker, name: str, cache: Any, layout: str, used: int | None) -> _Pool:
+        if layout not in LAYOUTS:
+            raise check.fail(f"layout must be one of {LAYOUTS}, got {layout!r}")
+        x = check.array(name, cache)
+        if x.ndim not in (4, 5):
+            raise check.fail(
+                f"{name} must have rank 4 [p ps heads d] or 5 [p ps heads/packing packing d], got shape {x.shape}"
+            )
+        heads, columns = math.prod(x.shape[2:-1]), x.shape[-1]
+        if layout == "interleaved" and heads % 2:
+            raise check.fail(f"{name} must have heads K0 V0 K1 V1 …, got {heads} of them")
+        if layout == "concatenated" and columns % 2:
+            raise check.fail(f"{name} must have K and V side by side, got {columns} columns")
+        pairs, width = (heads // 2, columns) if layout == "interleaved" else (heads, columns // 2)
+        if used is not None and used > pairs:
+            raise check.fail(f"{name} has room for {pairs} heads, keys has {used}")
+        return cls(x, pairs, width, pairs if used is None else used)
+
+    @property
+    def dtype(self) -> Any:
+        return self.cache.dtype
+
+    @property
+    def page_size(self) -> int:
+        return self.cache.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """The KV heads of `shared`: one that has all columns of a row where only one pair is used."""
+        return 1 if self.used == 1 else self.pairs
+
+    def shared(self) -> jax.Array:
+        """The pool `[p, ps, heads, …]`: K in the first columns, V from column `width` on."""
+        return self.cache.reshape(*self.cache.shape[:2], self.heads, -1)
+
+    def append(
+        self, batch: _Batch, new: tuple[jax.Array, jax.Array], implementation: Implementation | None
+    ) -> _Pool:
+        """The pool with new rows at the end of each sequence. They are given the cache's shape, not it theirs: a
+        reshape before an operation in place would make XLA copy the cache."""
+        tokens, heads, d = new[0].shape
+        missing = self.pairs - heads, self.width - d
+        rows = jnp.pad(jnp.stack(new, 2), ((0, 0), (0, missing[0]), (0, 0), (0, missing[1])))
+        cache, _, _ = append_kv(
+            self.cache,
+            None,
+            rows.astype(self.dtype).reshape(tokens, self.cache.shape[2], -1),
+            None,
+            batch.tables,
+            batch.lengths - jnp.diff(batch.offsets),
+            cu_seqlens=batch.offsets,
+            implementation=implementation,
+        )
+        return replace(self, cache=cache)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The sequences: `tables [n, pages]`, `lengths [n]`, 0 past those in use, and the offsets of their queries."""
+
+    tables: jax.Array
+    lengths: jax.Array
+    offsets: jax.Array
+
+    @classmethod
+    def of(
+        cls,
+        check: Checker,
+        kv_lens: Any,
+        page_indices: Any,
+        cu_q_lens: Any,
+        counts: Any,
+        name: str,
+        cu_kv_lens: Any,
+        page_size: int,
+    ) -> _Batch:
+        lengths = check.int32("kv_lens", kv_lens)
+        check.rank("kv_lens", lengths, "n")
+        n = lengths.shape[0]
+        offsets = check.int32("cu_q_lens", cu_q_lens)
+        check.shape("cu_q_lens", offsets, (n + 1,), "n+1")
+        count = jnp.ravel(check.int32(name, counts))[-1:]
+        number = jnp.arange(n + 1, dtype=jnp.int32)
+        last = offsets.at[jnp.clip(count, 0, n)].get()
+        return cls(
+            _tables(check, page_indices, n, cu_kv_lens, page_size),
+            jnp.where(number[:n] < count, lengths, 0),
+            jnp.where(number <= count, offsets, last),
+        )
+
+
+def _tables(check: Checker, page_indices: Any, n: int, cu_kv_lens: Any, page_size: int) -> jax.Array:
+    indices = check.int32("page_indices", page_indices)
+    if cu_kv_lens is None:
+        flat = indices.ndim == 1 and n > 0 and indices.shape[0] % n == 0
+        if not flat and (indices.ndim != 2 or indices.shape[0] != n):
+            raise check.fail(
+                f"page_indices must have shape [n, pages] or [n · pages] with n = {n}, got {indices.shape}"
+            )
+        return indices.reshape(n, -1) if flat else indices
+    if indices.ndim != 1:
+        raise check.fail(f"page_indices must have rank 1 with cu_kv_lens, got shape {indices.shape}")
+    starts = check.int32("cu_kv_lens", cu_kv_lens)
+    check.shape("cu_kv_lens", starts, (n + 1,), "n+1")
+    first = -(-starts[:n] // page_size)
+    entry = first[:, None] + jnp.arange(indices.shape[0], dtype=jnp.int32)
+    return indices.at[entry].get(mode="clip")
+
+
+def _attend(
+    check: Checker,
+    query: jax.Array,
+    pool: _Pool,
+    batch: _Batch,
+    scores: _Scores,
+    implementation: Implementation | None,
+) -> jax.Array:
+    hq, d = query.shape[1:]
+    window = scores.window
+    if window is not None and (isinstance(window, bool) or not window > 0):
+        raise check.fail(f"sliding_window must be an int of at least 1 or None, got {window!r}")
+    sinks = scores.sinks
+    if sinks is not None:
+        sinks = jnp.broadcast_to(jnp.asarray(sinks, jnp.float32).reshape(-1), (hq,))
+    group = hq // pool.used
+    unused = (pool.heads - pool.used) * group  # query heads of heads that packing adds
+    if unused:
+        query = jnp.pad(query, ((0, 0), (0, unused), (0, 0)))
+        sinks = None if sinks is None else jnp.pad(sinks, (0, unused))
+    is_float8 = pool.dtype in FLOAT8
+    scale = scores.scale
+    if not is_float8 and scores.k_scale is not None:
+        scale = scale * scores.k_scale
+    out: jax.Array = paged_attention(
+        query,
+        pool.shared(),
+        None,
+        batch.tables,
+        batch.lengths,
+        cu_seqlens_q=batch.offsets,
+        value_dim=d,
+        value_start=pool.width,
+        k_scale=scores.k_scale if is_float8 else None,
+        v_scale=scores.v_scale if is_float8 else None,
+        causal=scores.causal,
+        window=None if window is None else (int(window) - 1, 0 if scores.causal else None),
+        scale=scale,
+        softcap=scores.softcap,
+        sinks=sinks,
+        draft_mask=scores.draft_mask,
+        implementation=implementation,
+    )
+    out = out[:, :hq] if unused else out
+    if not is_float8 and scores.v_scale is not None:
+        out = out * jnp.asarray(scores.v_scale, out.dtype)
+    return out

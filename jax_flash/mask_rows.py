@@ -1,0 +1,101 @@
+"""The query rows of a call and the keys that they have, as masks ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+Data = int | Array  # a number, or one for each batch entry, int32 [b]
+MOST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PackedKeys:
+    """Where the keys of sequences lie in arrays that have one element a key, in whatever shape.
+
+    start: of the keys of each row's sequence, int32 [b|1, s|1]. owner: the sequence of each key; used: whether it is
+    one of the sequence's keys in use.
+    """
+
+    start: Array
+    owner: Array
+    used: Array
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The query rows of one call; a packed batch is one batch entry.
+
+    index: the position of each row in its sequence, int32 [1, s].
+    lengths: the rows of its batch entry or sequence, int32 [b|1, s|1], and `keys` the keys.
+    sequence: for a packed batch the sequence of each row, int32 [s].
+    packed_keys: where keys are packed or in pages.
+    whole: where the rows are one device's of a split sequence, gives an array […, s] of all devices.
+    """
+
+    index: Array
+    lengths: Array
+    keys: Array
+    sequence: Array | None = None
+    packed_keys: PackedKeys | None = None
+    whole: Callable[[Array], Array] | None = None
+
+    @staticmethod
+    def fixed(sq: int, sk: int) -> Rows:
+        """The rows of a batch of equal lengths."""
+        whole = partial(jnp.full, (1, 1), dtype=jnp.int32)
+        return Rows(jnp.arange(sq, dtype=jnp.int32)[None], whole(fill_value=sq), whole(fill_value=sk))
+
+    @property
+    def i(self) -> Array:
+        """The position of each row, [1, 1, s]."""
+        return self.index[:, None]
+
+    def each(self, data: Data) -> Array:
+        """What the batch entry or sequence of each row has, [b|1, 1, s|1]."""
+        x = jnp.asarray(data, jnp.int32)
+        if x.ndim == 0:
+            return x[None, None, None]
+        if self.sequence is None:
+            return x[:, None, None]
+        return x[jnp.clip(self.sequence, 0, x.shape[0] - 1)][None, None]
+
+    def of_keys(self, x: Array) -> SortedKeys:
+        """An array with an element a key, [b|1, sk], packed [1, tk]: each row can search its own keys."""
+        x = x if self.whole is None else self.whole(x)
+        if self.packed_keys is None:
+            start = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None] * x.shape[1]
+            return SortedKeys(x.reshape(-1), start, self.keys, x.shape[1])
+        n = self.packed_keys.owner.size
+        x = jnp.broadcast_to(x, (n // max(x.shape[1], 1), x.shape[1])) if x.size else x
+        return SortedKeys(x.reshape(-1), self.packed_keys.start, self.keys, x.shape[1])
+
+
+@dataclass(frozen=True)
+class SortedKeys:
+    """Elements that do not decrease among the `count` keys of a row, at most `most`, which begin at `start`."""
+
+    elements: Array
+    start: Array
+    count: Array
+    most: Any
+
+    def first_from(self, wanted: Array, *, above: bool = False) -> Array:
+        """The place of the first key of each row whose element is at least what the row wants, or above it: binary
+        search, [b, s]."""
+        lo = jnp.zeros_like(wanted)
+        hi = jnp.broadcast_to(
+            self.count, jnp.broadcast_shapes(wanted.shape, self.count.shape, self.start.shape)
+        )
+        lo = jnp.broadcast_to(lo, hi.shape)
+        for _ in range(self.most.bit_length() if isinstance(self.most, int) else 31):
+            middle = (lo + hi) // 2
+            element = self.elements.at[self.start + middle].get(mode="fill", fill_value=MOST)
+            before = (element <= wanted if above else element < wanted) & (lo < hi)
+            lo, hi = jnp.where(before, middle + 1, lo), jnp.where(before, hi, middle)
+        return lo

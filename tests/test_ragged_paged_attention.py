@@ -1,0 +1,271 @@
+"""compat.ragged_paged_attention against jax's own reference, and serving engines' caches against one written here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
+    ref_ragged_paged_attention as reference,
+)
+
+from jax_flash.compat.ragged_paged_attention import ragged_paged_attention, ragged_paged_attention_update
+
+SIZE, PAGES, TABLE = 8, 24, 5
+# (new tokens, keys in all); garbage stands past the sequences in use.
+SEQUENCES = ((10, 33), (1, 8), (20, 40), (1, 1))
+TOKENS = 37
+
+
+def batch(layout="table"):
+    rng = np.random.default_rng(0)
+    tables = rng.permutation(PAGES)[: 4 * TABLE].reshape(4, TABLE).astype(np.int32)
+    new, lengths = zip(*SEQUENCES)
+    kv_lens = np.array([*lengths, 10**6, -3], np.int32)
+    offsets = np.array([*np.cumsum((0, *new)), -5, 10**6], np.int32)
+    made = {"kv_lens": kv_lens, "cu_q_lens": offsets}
+    whole = np.concatenate([tables, tables[2:]])  # stale rows of sequences that have ended
+    if layout == "packed":  # each sequence's pages follow those of the one before
+        used = [-(-x // SIZE) for x in lengths]
+        packed = np.concatenate([row[:n] for row, n in zip(tables, used)])
+        made["page_indices"] = np.pad(packed, (0, 7), constant_values=-1)
+        made["cu_kv_lens"] = np.array([*(SIZE * np.cumsum((0, *used))), 99, -9], np.int32)
+    else:
+        made["page_indices"] = whole.reshape(-1) if layout == "flat" else whole
+    return {name: jnp.asarray(x) for name, x in made.items()}, tables
+
+
+def random(rng, shape, dtype):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def updated(cache_rows, tables, key, value):
+    """The K and V of each sequence after the new ones are written; cache_rows [p, ps, hk, 2, d] is changed in place."""
+    row = 0
+    for table, (new, length) in zip(tables, SEQUENCES):
+        for position in range(length - new, length):
+            page, slot = table[position // SIZE], position % SIZE
+            cache_rows[page, slot, :, 0], cache_rows[page, slot, :, 1] = key[row], value[row]
+            row += 1
+    return [cache_rows[t].reshape(-1, *cache_rows.shape[2:])[:n] for t, (_, n) in zip(tables, SEQUENCES)]
+
+
+def attended(query, rows, scale, causal=True, window=None, softcap=None, sinks=None):
+    out, row = np.zeros(query.shape), 0
+    for kv, (new, length) in zip(rows, SEQUENCES):
+        k, v = (np.repeat(kv[:, :, i], query.shape[1] // kv.shape[1], 1) for i in (0, 1))
+        s = scale * np.einsum("qhd,khd->hqk", query[row : row + new], k)
+        s = s if softcap is None else softcap * np.tanh(s / softcap)
+        distance = (length - new + np.arange(new))[:, None] - np.arange(length)
+        hidden = (distance < 0 if causal else False) | (distance >= window if window else False)
+        s = np.where(hidden, -np.inf, s)
+        if sinks is not None:
+            s = np.concatenate([s, np.broadcast_to(sinks[:, None, None], (*s.shape[:2], 1))], -1)
+        p = np.exp(s - s.max(-1, keepdims=True))
+        p = (p / p.sum(-1, keepdims=True))[..., :length]
+        out[row : row + new] = np.einsum("hqk,khd->qhd", p, v)
+        row += new
+    return out
+
+
+OPTIONS = [
+    {},
+    {"sliding_window": 5, "soft_cap": 3.0, "sm_scale": 0.2},
+    {"k_scale": 0.5, "v_scale": 2.0, "sm_scale": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["table", "flat"])
+def test_as_jaxs_own(implementation, dtype, options, layout):
+    rng = np.random.default_rng(1)
+    given, _ = batch(layout)
+    query, pool = random(rng, (TOKENS, 8, 64), dtype), random(rng, (PAGES, SIZE, 4, 64), dtype)
+    of_jax = given | {"page_indices": jnp.clip(batch()[0]["page_indices"], 0, PAGES - 1)}
+    count, (new, _) = jnp.asarray([4]), zip(*SEQUENCES)
+    wanted = reference(query, pool, **of_jax, num_seqs=count, **options)
+    got = ragged_paged_attention(
+        query, pool, **given, num_seqs=count, **options, implementation=implementation
+    )
+    tolerance = 1e-5 if dtype == "float32" else 3e-2
+    np.testing.assert_allclose(
+        *(np.asarray(x, np.float32) for x in (got[: sum(new)], wanted)), rtol=tolerance, atol=tolerance
+    )
+    assert got.dtype == dtype
+    assert not np.asarray(got[sum(new) :], np.float32).any()
+
+
+def test_gradients_as_jaxs_own(implementation):
+    rng = np.random.default_rng(2)
+    given, _ = batch()
+    query, pool = random(rng, (TOKENS, 8, 64), "float32"), random(rng, (PAGES, SIZE, 4, 64), "float32")
+    given |= {"page_indices": jnp.clip(given["page_indices"], 0, PAGES - 1)}
+    count, used = jnp.asarray([4]), sum(new for new, _ in SEQUENCES)
+    weight = random(rng, (used, 8, 64), "float32")
+
+    def loss(function, **options):
+        return lambda q, p: (
+            function(q, p, **given, num_seqs=count, sm_scale=0.3, **options)[:used] * weight
+        ).sum()
+
+    found = jax.grad(loss(ragged_paged_attention, implementation=implementation), (0, 1))(query, pool)
+    for x, y in zip(found, jax.grad(loss(reference), (0, 1))(query, pool), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+CACHES = {  # layout, and shape of the cache past [p, ps], for 2 KV heads
+    "interleaved": ("interleaved", (4, 64)),
+    "interleaved, packed": ("interleaved", (2, 2, 128)),
+    "interleaved, padded heads": ("interleaved", (2, 4, 128)),
+    "concatenated": ("concatenated", (2, 128)),
+    "concatenated, packed": ("concatenated", (1, 2, 128)),
+    "concatenated, padded heads": ("concatenated", (1, 4, 128)),
+}
+
+
+def in_cache(rows, layout, shape):
+    """[p, ps, hk, 2, d] as a cache of this shape, zeros in its padding: of heads, or of columns past d."""
+    heads, columns = int(np.prod(shape[:-1])), shape[-1]
+    pairs, width = (heads // 2, columns) if layout == "interleaved" else (heads, columns // 2)
+    wide = np.zeros((PAGES, SIZE, pairs, 2, width), np.float32)
+    wide[:, :, : rows.shape[2], :, : rows.shape[-1]] = rows
+    return wide.reshape(PAGES, SIZE, *shape)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("options", [
+    {}, {"sliding_window": 5, "soft_cap": 3.0, "attention_sink": True}, {"use_causal_mask": False},
+    {"use_causal_mask": False, "sliding_window": 6, "attention_sink": True},
+], ids=str)  # fmt: skip
+def test_new_keys_are_written_and_attended_to(implementation, kind, options):
+    layout, shape = CACHES[kind]
+    rng = np.random.default_rng(3)
+    given, tables = batch("packed" if kind == "interleaved" else "flat")
+    query, key, value = (random(rng, (TOKENS, h, 64), "float32") for h in (6, 2, 2))
+    rows = rng.standard_normal((PAGES, SIZE, 2, 2, 64)).astype(np.float32)
+    cache = jnp.asarray(in_cache(rows, layout, shape))
+    sinks = rng.standard_normal(6).astype(np.float32) if options.get("attention_sink") else None
+    got, after = ragged_paged_attention_update(
+        query, key, value, cache, **given, distribution=jnp.asarray([1, 2, 4]), layout=layout, sm_scale=0.125,
+        implementation=implementation, **options | {"attention_sink": sinks},
+    )  # fmt: skip
+    each = updated(rows, tables, np.asarray(key), np.asarray(value))
+    wanted = attended(
+        np.asarray(query), each, 0.125, options.get("use_causal_mask", True), options.get("sliding_window"),
+        options.get("soft_cap"), sinks,
+    )  # fmt: skip
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after, in_cache(rows, layout, shape))
+
+
+def test_a_shared_cache_is_only_read(implementation):
+    rng = np.random.default_rng(4)
+    given, tables = batch("flat")
+    query, key = random(rng, (TOKENS, 4, 64), "float32"), random(rng, (TOKENS, 2, 64), "float32")
+    rows = rng.standard_normal((PAGES, SIZE, 2, 2, 64)).astype(np.float32)
+    cache = jnp.asarray(rows.reshape(PAGES, SIZE, 4, 64))
+    got, after = ragged_paged_attention_update(
+        query, key * np.nan, key * np.nan, cache, **given, distribution=4, update_kv_cache=False,
+        implementation=implementation, sm_scale=0.2,
+    )  # fmt: skip
+    each = [rows[t].reshape(-1, 2, 2, 64)[:n] for t, (_, n) in zip(tables, SEQUENCES)]
+    np.testing.assert_allclose(got, attended(np.asarray(query), each, 0.2), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after, cache)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["quantised keys", "wide keys"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_float8_caches(implementation, stored, heads):
+    """Packed by 4: of one KV head, K V and two heads of padding."""
+    float8, k_scale, v_scale = jnp.float8_e4m3fn, 0.5, 2.0
+    rng = np.random.default_rng(5)
+    given, tables = batch("flat")
+    query = random(rng, (TOKENS, 4, 64), "float32")
+    key, value = (random(rng, (TOKENS, heads, 64), float8).astype("float32") for _ in range(2))
+    new = (key, value) if stored else (key * k_scale, value * v_scale)
+    rows = np.asarray(random(rng, (PAGES, SIZE, heads, 2, 64), float8), np.float32)
+    cache = jnp.asarray(in_cache(rows, "interleaved", (1, 4, 128)), float8)
+    got, after = ragged_paged_attention_update(
+        query, *(x.astype(float8) if stored else x for x in new), cache, **given, distribution=jnp.asarray([0, 0, 4]),
+        k_scale=k_scale, v_scale=v_scale, sm_scale=0.2, implementation=implementation,
+    )  # fmt: skip
+    each = updated(rows, tables, np.asarray(key), np.asarray(value))
+    scales = np.array([k_scale, v_scale])[:, None]
+    wanted = attended(np.asarray(query), [x * scales for x in each], 0.2)
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(after, np.float32), in_cache(rows, "interleaved", (1, 4, 128)))
+
+
+def test_queries_are_rounded_where_they_have_a_scale(kernel):
+    rng = np.random.default_rng(6)
+    given, _ = batch("flat")
+    query, key = random(rng, (TOKENS, 4, 64), "bfloat16"), random(rng, (TOKENS, 2, 64), "float8_e4m3fn")
+    cache = jnp.zeros((PAGES, SIZE, 1, 4, 128), "float8_e4m3fn")
+    call = dict(given, distribution=4, sm_scale=0.1, implementation=kernel)
+    got, _ = ragged_paged_attention_update(query, key, key, cache, **call, q_scale=0.25)
+    rounded = (query / 0.25).astype("float8_e4m3fn").astype("bfloat16")
+    wanted, _ = ragged_paged_attention_update(rounded, key, key, cache, **call | {"sm_scale": 0.025})
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(wanted, np.float32))
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (4, 2, 64)], ids=str)
+@pytest.mark.parametrize("layout", ["interleaved", "concatenated"])
+def test_the_cache_is_updated_in_place(kernel, layout, shape):
+    heads = (4 if layout == "interleaved" else 8, 64 if layout == "interleaved" else 32)
+    query, key = jnp.ones((4, heads[0] * 2, heads[1]), jnp.bfloat16), jnp.ones((4, *heads), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((512, 16, *shape), jnp.bfloat16)
+    size = int(np.prod(cache.shape)) * 2
+    arrays = (
+        jnp.full(4, 100),
+        jnp.zeros(4 * 16, jnp.int32),
+        jnp.arange(5, dtype=jnp.int32),
+        jnp.asarray([4, 4, 4]),
+    )
+    step = jax.jit(
+        lambda cache: ragged_paged_attention_update(
+            query, key, key, cache, *arrays, layout=layout, implementation=kernel
+        ),
+        donate_argnums=0,
+    )
+    memory = step.lower(cache).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < size / 8
+    assert memory.alias_size_in_bytes == size
+
+
+Q, KEYS, CACHE = jnp.ones((4, 4, 64)), jnp.ones((4, 2, 64)), jnp.ones((6, 8, 4, 64))
+INDICES = dict(
+    kv_lens=jnp.ones(2, jnp.int32),
+    page_indices=jnp.zeros(6, jnp.int32),
+    cu_q_lens=jnp.arange(3, dtype=jnp.int32),
+)
+RIGHT = dict(
+    queries=Q, keys=KEYS, values=KEYS, kv_cache=CACHE, **INDICES, distribution=jnp.asarray([0, 0, 2])
+)
+
+
+@pytest.mark.parametrize(("wrong", "error", "sentence"), [
+    (dict(layout="nhd"), ValueError, "layout must be one of ('interleaved', 'concatenated'), got 'nhd'"),
+    (dict(kv_cache=jnp.ones((6, 8, 3, 64))), ValueError, "kv_cache must have heads K0 V0 K1 V1 …, got 3 of them"),
+    (dict(kv_cache=jnp.ones((6, 8, 4))), ValueError, "kv_cache must have rank 4 [p ps heads d] or 5"),
+    (dict(kv_cache=jnp.ones((6, 8, 2, 64))), ValueError, "kv_cache has room for 1 heads, keys has 2"),
+    (dict(kv_cache=jnp.ones((6, 8, 4, 32))), ValueError,
+     "queries has head dim 64, and the cache's keys have 32 columns"),
+    (dict(page_indices=jnp.zeros(5, jnp.int32)), ValueError,
+     "page_indices must have shape [n, pages] or [n · pages] with n = 2, got (5,)"),
+    (dict(values=jnp.ones((4, 1, 64))), ValueError, "keys and values must have queries' 4 tokens and the same shape"),
+    (dict(queries=jnp.ones((4, 3, 64))), ValueError,
+     "the cache has 2 heads of keys, which does not divide the 3 of queries"),
+    (dict(sliding_window=0), ValueError, "sliding_window must be an int of at least 1 or None, got 0"),
+    (dict(temperature=3), TypeError, "temperature is no argument; tuning parameters are"),
+])  # fmt: skip
+def test_messages(wrong, error, sentence):
+    with pytest.raises(error) as caught:
+        ragged_paged_attention_update(**RIGHT | wrong)
+    assert str(caught.value).startswith("ragged_paged_attention_update: ")
+    assert sentence in str(caught.value)
+
+
+def test_tuning_parameters_are_taken(kernel):
+    ragged_paged_attention_update(
+        **RIGHT, vmem_limit_bytes=1, m_block_sizes=(1, 2, 3, 4), implementation=kernel
+    )

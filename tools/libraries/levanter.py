@@ -1,0 +1,91 @@
+"""Levanter: its attention tests, with the adapter in place of its `dot_product_attention`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import haliax
+import jax.numpy as jnp
+from haliax import Axis
+from levanter.layers import attention as own
+from levanter.models import flash_attention as flash
+
+from jax_flash.compat.levanter import dot_product_attention
+
+from .common import Library
+
+EXPECTED: dict[str, str] = {}
+B, H, G, P, D = (
+    Axis(*x) for x in (("batch", 2), ("kv_head", 2), ("group", 3), ("position", 48), ("head_size", 32))
+)
+KP = P.alias("key_position")
+
+
+def calls() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Masks and options that Levanter's own attention is compared in, where no source has its tests."""
+    causal, random = own.AttentionMask.causal, haliax.random.normal
+    key = own.jrandom.key(1)
+    ids = haliax.named(jnp.stack([jnp.arange(48) // 20, jnp.arange(48) // 31]), (B, P))
+    return {
+        "plain": (None, {}),
+        "causal": (causal(), {}),
+        "window": (causal(sliding_window=9), {}),
+        "offset": (causal(offset=3), {}),
+        "offsets of entries": (causal(offset=haliax.named(jnp.array([2, 5]), B)), {}),
+        "segments": (causal().with_segment_ids(ids), {}),
+        "an array": (haliax.random.bernoulli(key, (B, P, KP), 0.7), {}),
+        "bias": (causal(), dict(bias=random(key, (G, P, KP)))),
+        "sinks": (causal(), dict(attn_sink=random(key, (H, G)))),
+        "scale": (causal(), dict(scaling_factor=0.3)),
+        "soft cap": (causal(), dict(logits_soft_cap=2.0)),
+        "bias before the soft cap": (causal(), dict(bias=random(key, (P, KP)), logits_soft_cap=2.0)),
+    }
+
+
+def compare(mask: Any, options: dict[str, Any]) -> None:
+    """Results and gradients of a call beside those of Levanter's plain attention."""
+    arrays = [
+        haliax.random.normal(own.jrandom.key(i), axes)
+        for i, axes in enumerate(((B, H, G, P, D), (B, H, KP, D), (B, H, KP, D)))
+    ]
+    cotangent = haliax.random.normal(own.jrandom.key(9), (B, H, G, P, D))
+    results = []
+    plain = dict(attn_backend=own.AttentionBackend.VANILLA, precision="highest")
+    for function, named in ((dot_product_attention, {}), (own.dot_product_attention, plain)):
+
+        def run(*x: Any, function: Any = function, named: Any = named) -> Any:
+            return function(P, KP, D, *x, mask, **options, **named)
+
+        out, pullback = own.jax.vjp(run, *arrays)
+        results.append([out, *pullback(cotangent)])
+    for ours, theirs in zip(*results):
+        assert ours.axes == theirs.axes
+        assert jnp.allclose(ours.array, theirs.array, rtol=2e-5, atol=2e-5)
+
+
+def flash_attention(
+    *arguments: Any, key: Any = None, block_size: Any = None, dtype: Any = None, **named: Any
+) -> Any:
+    """Levanter's flash attention, whose options have other names."""
+    del block_size, dtype
+    return dot_product_attention(*arguments, prng=key, **named)
+
+
+def main() -> int:
+    library = Library("levanter", "levanter", EXPECTED)
+    for name, call in calls().items():
+        library.case(name, lambda call=call: compare(*call))
+    if "LIBRARY_SOURCE" in os.environ:  # a checkout: no registry has its tests
+        tests = Path(os.environ["LIBRARY_SOURCE"]) / "tests"
+        sys.path.insert(0, str(tests))
+        own.dot_product_attention = dot_product_attention
+        flash.flash_attention = flash_attention
+        library.pytest(tests / "test_attention.py", tests / "test_flash_attention.py")
+    return library.report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""tokamax: its attention tests, with `tokamax_attention` as the implementation that it calls."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tokamax._src.ops.attention import api_test, test_base
+
+from jax_flash.compat.tokamax import tokamax_attention
+
+from .common import Library
+
+EXPECTED = {
+    "*test_normalize_output": "sums that are not normalised, without the maximum that they are relative to",
+    "*test_quantized_int*": "quantised arrays",
+    "*test_dropout": "dropout by an array of all weights",
+    "*test_bias2": "a sum of 1,024 rows in float32, 1e-5 allowed and 2e-5 off",
+    "*OfItsFunction::test_dot_product_attention?": "looks at the last for the arguments of an operation of tokamax's",
+    "*OfItsFunction::test_dot_product_attention1?": "looks at the last for the arguments of an operation of tokamax's",
+}
+
+
+class TestImplementation(test_base.AttentionTestBase):
+    """What tokamax asks of every implementation."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments, attention_fn=tokamax_attention)
+
+
+class TestOfItsFunction(api_test.DotProductAttentionTest):
+    """`tokamax.dot_product_attention(…, implementation=tokamax_attention)`."""
+
+    IMPL = staticmethod(tokamax_attention)
+
+
+def main() -> int:
+    library = Library("tokamax", "tokamax", EXPECTED)
+    library.pytest(Path(__file__))
+    return library.report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
