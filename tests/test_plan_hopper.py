@@ -228,6 +228,8 @@ def test_a_counter_hands_out_long_tiles_although_they_are_equal(pass_, d):
 def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
     reached = set()
     for case in CASES:
+        if max(case.d, case.dv) > max(HEAD_DIMS)[0]:
+            continue
         inputs = make_inputs(case)
         of_case, packed = spec(case, inputs), case.layout == "varlen"
         query, key = inputs.positional["query"], inputs.positional["key"]

@@ -69,10 +69,13 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
   return own - first;
 }
 
-// The score's operands in a key tile's state; none for the plain score.
+// The score's operands in a key tile's state; none for the plain score. Shared memory has no byte left for
+// those that kernels for segments do not read.
 struct NoScoreOperands {};
 template <ScoreKind kKind>
-using ScoreOperandsOf = std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands, ScoreOperands>;
+using ScoreOperandsOf =
+    std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands,
+                       std::conditional_t<kKind == ScoreKind::kSegments, SegmentOperands, ScoreOperands>>;
 
 // State of a key tile, written by the scheduler's thread for all roles.
 template <class T, int kConsumers, class Operands>

@@ -36,7 +36,7 @@ struct StepTile {
   const Problem& p = of.p;
   const int32_t key = of.key();
 
-  __device__ __forceinline__ ScoreOperands operands() const {
+  __device__ __forceinline__ auto operands() const {
     return of.tile().score.template of_head<Score>(p, of.tile().work, step.head);
   }
   __device__ __forceinline__ const Band& band() const { return of.tile().band; }

@@ -37,7 +37,7 @@ struct SegmentInput {
 
   // S ← −inf where the key is of another segment than the row. Rows and keys out of use may keep any score.
   template <class S, class Shared>
-  __device__ __forceinline__ static void hide(S& s, const Shared& shared, const ScoreOperands& operands,
+  __device__ __forceinline__ static void hide(S& s, const Shared& shared, const SegmentOperands& operands,
                                               const Band& band, int consumer, int32_t row, uint32_t use) {
     shared.input_pipe.wait_full(use);
     const Tile& tile = shared.input_pipe.tiles[use % kStages];

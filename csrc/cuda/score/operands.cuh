@@ -21,20 +21,36 @@ __device__ __forceinline__ float alibi_slope(const View& slopes, int64_t leading
   return slopes.as<const float>()[leading_offset + slopes.offset(work.tile.index, query_head, 0)];
 }
 
+// Those of kernels for segments, which all heads share.
+struct SegmentOperands {
+  const int32_t *q_segments = nullptr, *kv_segments = nullptr;
+
+  // Finds what a score variant reads().
+  template <class Score>
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    auto of = [&](const View& ids) { return ids.as<const int32_t>() + work.offset(p, ids, query_head, 0); };
+    if (Score::reads(Operand::kQSegmentIds) && p.q_segment_ids) q_segments = of(p.q_segment_ids);
+    if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids) kv_segments = of(p.kv_segment_ids);
+  }
+  template <class Score>
+  __device__ __forceinline__ const SegmentOperands& of_head(const Problem&, const BlockWork&, int32_t) const {
+    return *this;
+  }
+};
+
 // The operands of one head's scores: pointers to its part, and scalars by value.
-struct ScoreOperands {
+struct ScoreOperands : SegmentOperands {
   const void* bias = nullptr;
   const uint8_t *mask = nullptr, *draft = nullptr;
-  const int32_t *q_segments = nullptr, *kv_segments = nullptr;
   const int32_t* ranges = nullptr;  // of the first row
   float slope = 0;
   uint32_t batch = 0, head = 0;  // in dropout's counter
   Dropout dropout;
 
-  // Finds what a score variant reads().
   template <class Score>
   __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
     if (work.tile.index == kNoSequence) return;
+    SegmentOperands::prepare<Score>(p, work, query_head);
     auto offset = [&](const View& view) { return work.offset(p, view, query_head, 0); };
     if (Score::reads(Operand::kBias) && p.bias)
       bias = p.bias.as<const uint8_t>() + offset(p.bias) * (p.bias_dtype == DType::kF32 ? 4 : 2);
@@ -45,10 +61,6 @@ struct ScoreOperands {
         draft = p.draft_mask.as<const uint8_t>() + p.draft_mask.leading_offset(p.leading, work.leading) +
                 p.draft_mask.offset(work.tile.index, 0, 0);
     }
-    if (Score::reads(Operand::kQSegmentIds) && p.q_segment_ids)
-      q_segments = p.q_segment_ids.as<const int32_t>() + offset(p.q_segment_ids);
-    if (Score::reads(Operand::kKvSegmentIds) && p.kv_segment_ids)
-      kv_segments = p.kv_segment_ids.as<const int32_t>() + offset(p.kv_segment_ids);
     if (Score::reads(Operand::kRanges) && p.ranges)
       ranges = p.ranges.as<const int32_t>() + work.offset(p, p.ranges, query_head, work.tile.q_begin);
     if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)

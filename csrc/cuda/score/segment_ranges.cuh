@@ -36,7 +36,7 @@ __device__ __forceinline__ InSegment compare_ranges(const SegmentRange& rows, co
 // The same of the tile of S whose warp begins at query `row` and whose keys begin at `key`. All lanes of
 // the warp call it.
 template <class S>
-__device__ __forceinline__ InSegment in_segment(const Problem& p, const ScoreOperands& operands,
+__device__ __forceinline__ InSegment in_segment(const Problem& p, const SegmentOperands& operands,
                                                 const Band& band, int32_t row, int32_t key) {
   if (!p.q_segment_ids || row >= band.q_len || key >= band.k_len) return InSegment::kAll;
   const auto rows = SegmentRange::of<S::kRows>(operands.q_segments + row, band.q_len - row);

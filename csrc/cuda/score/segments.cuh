@@ -17,7 +17,7 @@ __device__ __forceinline__ void hide_other_segment(float& x, int32_t a, int32_t 
 // The same of a transposed S. A lane has few keys, and the
 // warp's lanes share out the rows' segments: as many as S has rows would not fit a lane's registers.
 template <class S>
-__device__ __forceinline__ void hide_other_segments_transposed(S& s, const ScoreOperands& operands,
+__device__ __forceinline__ void hide_other_segments_transposed(S& s, const SegmentOperands& operands,
                                                                const Band& band, int32_t row, int32_t key) {
   const int32_t lane = ptx::thread_index() % 32;
   int32_t of_key[S::kColumnTiles][2], of_row[(S::kRows + 31) / 32];
@@ -42,7 +42,7 @@ __device__ __forceinline__ void hide_other_segments_transposed(S& s, const Score
 
 // The segments come from global memory.
 template <class S>
-__device__ __forceinline__ void hide_other_segments(S& s, const ScoreOperands& operands, const Band& band,
+__device__ __forceinline__ void hide_other_segments(S& s, const SegmentOperands& operands, const Band& band,
                                                     int32_t row, int32_t key) {
   if constexpr (S::kTransposed) {
     hide_other_segments_transposed(s, operands, band, row, key);
