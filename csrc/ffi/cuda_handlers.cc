@@ -42,7 +42,7 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   Problem p;
   Tangents tangents;
   if (ffi::Error e = decode_operands(pass, spec, args, rets, p, tangents); e.failure()) return e;
-  auto workspace = rets.get<ffi::AnyBuffer>(schema::arrays_of(pass).result_count);
+  auto workspace = rets.get<ffi::AnyBuffer>(schema::count_results(pass, spec));
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
