@@ -42,6 +42,18 @@ def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) ->
     return found
 
 
+def of_cuda(lse: Array, row_max: Array) -> Array:
+    """row_max as floats: CUDA's kernels find the largest of integers in the same order, of which 0 is none.
+
+    Their maxima pass over NaN, by which a visible one makes lse NaN too.
+    """
+    bits = lax.bitcast_convert_type(row_max, jnp.uint32)
+    is_positive = bits >> 31 == 1
+    found = lax.bitcast_convert_type(jnp.where(is_positive, bits ^ jnp.uint32(1 << 31), ~bits), jnp.float32)
+    found = jnp.where(bits == 0, -_INF, found)
+    return jnp.where(jnp.isnan(lse) & (found != _INF), jnp.nan, found)
+
+
 @partial(jax.jit, inline=True)
 def _by_sequence(operands: dict[str, Array]) -> Array:
     """The largest of each sequence's rows, `[n, hq]`.

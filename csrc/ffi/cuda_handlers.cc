@@ -53,6 +53,12 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
   }
   void* memory = (*workspace)->untyped_data();
+  if (p.row_max) {  // to which the kernels take maxima: it follows out and lse
+    const ffi::AnyBuffer row_max = **rets.get<ffi::AnyBuffer>(2);
+    if (cudaError_t e = cudaMemsetAsync(p.row_max.data, 0, row_max.size_bytes(), stream); e != cudaSuccess) {
+      return cuda_error("row_max", e);
+    }
+  }
   if (cudaError_t e = launch_schedules(p, chosen, memory, stream); e != cudaSuccess) {
     return cuda_error("schedule", e);
   }
