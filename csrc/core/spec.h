@@ -73,6 +73,7 @@ struct AttentionSpec {
   int32_t value_dim = 0, value_start = 0;
   // Rows and keys of a block of block_mask; 0 without one.
   int32_t block_rows = 0, block_keys = 0;
+  bool row_max = false;  // whether the forward has this result
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
   // Whether K and V are one array, whose gradient, dkey, is that of both.

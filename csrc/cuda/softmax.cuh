@@ -95,6 +95,11 @@ struct OnlineSoftmax {
       shift[slot] = shift[slot] == within[slot] ? before[slot] : shift[slot] - row_term[slot];
   }
 
+  // The largest score of a row, after update(); −∞: it has seen no key.
+  __device__ __forceinline__ float maximum(int slot) const {
+    return shift[slot] == kEmptyRow ? -INFINITY : -shift[slot] * kLn2;
+  }
+
   // A row's factor of O, 1 / Σ P, and its lse. `sink`: a logit that is part of the sum alone; −inf: none.
   struct Final {
     float factor, lse;
@@ -275,6 +280,10 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
       Base::thread_maxima(s, maxima);
     }
     update_by(s, maxima, alpha);
+  }
+
+  __device__ __forceinline__ float maximum(int slot) const {
+    return m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale * kLn2;
   }
 
   __device__ __forceinline__ typename Base::Final finish(int slot, float sink) const {

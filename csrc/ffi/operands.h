@@ -23,7 +23,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     StructMember<::jax_flash::PageLayout>("page_layout"), StructMember<int32_t>("num_splits"),
     StructMember<bool>("batch_invariant"), StructMember<int32_t>("value_dim"),
     StructMember<int32_t>("value_start"), StructMember<int32_t>("block_rows"),
-    StructMember<int32_t>("block_keys"));
+    StructMember<int32_t>("block_keys"), StructMember<bool>("row_max"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_flash::AppendSpec,
                                       StructMember<::jax_flash::PageLayout>("page_layout"),
                                       StructMember<bool>("interleaved"), StructMember<bool>("split_columns"),
@@ -60,8 +60,8 @@ class OperandDecoder {
       if (p.spec.has(static_cast<Operand>(i))) inputs.push_back(buffer_of(*schema::kOptional[i]));
     }
     for (int32_t i = 0; i < arrays.result_count; ++i) {
-      if (p.spec.shared_kv() && arrays.results[i]->view == &Problem::dvalue) continue;
-      outputs.push_back(buffer_of(*arrays.results[i]));
+      const schema::Array& result = *arrays.results[i];
+      if (schema::is_result(result, p.spec)) outputs.push_back(buffer_of(result));
     }
     ffi::Error e = buffers_.decode(inputs, outputs, args, rets, p.leading);
     if (e.failure()) return e;

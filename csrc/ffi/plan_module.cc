@@ -131,6 +131,7 @@ AttentionSpec spec_of(const nb::dict& given) {
   spec.value_start = options.get<int32_t>("value_start");
   spec.block_rows = options.get<int32_t>("block_rows");
   spec.block_keys = options.get<int32_t>("block_keys");
+  spec.row_max = options.get<bool>("row_max");
   options.finish();
   return spec;
 }
