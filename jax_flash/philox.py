@@ -48,7 +48,7 @@ def philox4x32(key: tuple[Array, Array], counter: Words) -> Words:
 def key_words(words: Array) -> Array:
     """The two words of Philox's key, uint32 `[2]`, from the words of a JAX key of any implementation.
 
-    A key of two words, such as threefry's, is returned as it is. Of a longer key each pair of words is encrypted
+    A key of two words, such as threefry's, is returned as it is. In a longer key, each pair of words is encrypted
     (Threefry-2x32) with the result so far as the key, so that every word counts. Adding or XORing the pairs would not
     do, because the two halves of an rbg key are equal after a seed, a split and a fold.
     """

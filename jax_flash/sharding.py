@@ -135,9 +135,8 @@ class _Rules:
         if any(map(_jax.is_symbolic, lengths)) or (common := math.gcd(*lengths)) == 1:
             return {}, {}
         rest = {dim: size // common for dim, size in zip(dims, lengths) if size != common}
-        shared = (
-            {"s": common} if len(rest) == len(dims) else {}
-        )  # if a dimension is only "s", its size is known
+        # a dimension whose only factor is "s" gives "s" its size
+        shared = {"s": common} if len(rest) == len(dims) else {}
         return {dim: f"(s {dim})" if dim in rest else "s" for dim in dims}, rest | shared
 
     # --- propagation ---------------------------------------------------------------------------------------------
@@ -327,7 +326,7 @@ def _taken(x: jax.Array, slices: Sequence[tuple[jax.Array, int]], axis: int) -> 
 
 
 def _put_back(x: jax.Array, slices: Sequence[tuple[jax.Array, int]], heads: int) -> jax.Array:
-    """The transpose of _taken along the heads of […, h, d]; parts of a head that was taken often are summed in float32."""
+    """The transpose of _taken along the heads of […, h, d]; repeated parts are summed in float32."""
     whole = jnp.zeros((*x.shape[:-2], heads, x.shape[-1]), x.dtype if len(slices) == 1 else jnp.float32)
     at = 0
     for first, count in slices:
