@@ -31,7 +31,7 @@ class Rope:
 
 
 def make_rope(features: int, parameters: Mapping[str, Any], *, interleaved: bool = False) -> Rope:
-    """The `rope_parameters` of a config.json, for `features` rotated features; raises ValueError for an unknown type."""
+    """The `rope_parameters` of a config.json, for `features` rotated ones; raises ValueError for an unknown type."""
     frequencies = parameters["rope_theta"] ** (-np.arange(0, features, 2) / features)
     kind = parameters.get("rope_type", "default")
     if kind not in SCALINGS:
