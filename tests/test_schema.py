@@ -74,9 +74,9 @@ def test_each_view_of_a_call_is_cut_into_slices_of_leading_dimensions(printed):
     found = {name: float(size) for name, size, step in map(str.split, printed["slice"]) if step == "7"}
     elements = operands.ELEMENTS
     arrays = set().union(*(operands.DIMS[layout] for layout in operands.ATTENTION_LAYOUTS))
-    arrays -= {
+    arrays -= {  # not fields of Problem
         "t" + name for name in operands.DIFFERENTIABLE + operands.FORWARD.results
-    }  # beside the Problem
+    }
     assert "draft_mask" in arrays
     assert found == {name: BYTES.get(elements[name], 4) for name in arrays}
 
