@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from jax_flash import operands
+from jax_flash import operands, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "kernels"
@@ -67,6 +69,41 @@ def test_both_languages_read_the_same_dimensions(printed):
 def test_both_languages_read_the_same_passes(printed):
     wanted = [f"{p.name} | {' '.join(p.operands)} | {' '.join(p.results)}" for p in operands.PASSES]
     assert printed["pass"] == wanted
+
+
+def test_the_names_of_each_enum_are_in_the_order_of_its_values():
+    header = (ROOT / "csrc" / "core" / "spec.h").read_text()
+    for enum, names in spec.ENUMS.items():
+        (body,) = re.findall(rf"enum class {enum} : int32_t {{ (.*) }};", header)
+        values = [f"k{name.title().replace('_', '')} = {value}" for value, name in enumerate(names)]
+        assert body == ", ".join(values)
+
+
+@pytest.mark.parametrize(
+    ("python", "fields", "made", "own"),
+    [
+        (
+            spec.AttentionSpec("fixed", block=(3, 5), left=7, operands=("bias",)),
+            operands.ATTENTION_FIELDS,
+            {"block_rows": 3, "block_keys": 5, "operands": 1 << operands.OPTIONAL.index("bias")},
+            {"block", "implementation", "same_offsets", "ring"},
+        ),
+        (
+            spec.AppendSpec("append", interleaved=True, operands=("sin",)),
+            operands.APPEND_FIELDS,
+            {"operands": 1 << operands.APPEND_OPTIONAL.index("sin")},
+            {"layout", "implementation", "dynamic"},
+        ),
+    ],
+)
+def test_every_field_of_a_spec_reaches_cpp_or_is_pythons_own(python, fields, made, own):
+    values = vars(python)
+    assert set(values) - own == set(fields) - set(made) | {"operands"}
+    for name, attribute in python.ffi_attributes().items():
+        value = made.get(name, values.get(name))
+        names = spec.ENUMS.get(fields[name])
+        assert attribute == (names.index(value) if names else value)
+        assert type(attribute) is {"float": np.float32, "bool": np.bool_}.get(fields[name], np.int32)
 
 
 def test_each_view_of_a_call_is_cut_into_slices_of_leading_dimensions(printed):
