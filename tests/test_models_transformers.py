@@ -111,6 +111,47 @@ def test_images_are_seen_both_ways(tmp_path):
     assert np.abs(own - expected).max() < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(q_lora_rank=None, rope_interleave=False, attention_bias=True),
+        dict(norm_topk_prob=False, n_group=1, topk_group=1, n_shared_experts=2, routed_scaling_factor=1.5),
+        dict(rope_parameters=dict(rope_type="default", rope_theta=1e4)),
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_settings_of_deepseek(changes, tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.CONFIGS, "deepseek_v3", tiny.CONFIGS["deepseek_v3"] | changes)
+    model, _ = original("deepseek_v3", tmp_path)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 40))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(load(tmp_path)(jnp.asarray(tokens)) - expected).max() < TOLERANCE
+    prompt = tiny.PROMPTS[0]
+    assert tiny.serve(tmp_path, [prompt])[1][0].generated == generate(model, prompt)[0]
+
+
+def test_float8_weights(tmp_path):
+    entry = tiny.golden("deepseek_v3")
+    tensors = tiny.weights("deepseek_v3", entry["tensors"])
+    # transformers takes whole blocks alone
+    whole = {n: x for n, x in tensors.items() if all(a % b == 0 for a, b in zip(x.shape, tiny.FLOAT8_BLOCK))}
+    config, stored = tiny.in_float8(entry["config"], whole)
+    folder = tiny.write_checkpoint(tmp_path / "float8", config, tensors | stored)
+    tokens = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 40))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        attn_implementation="eager",
+        dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(
+            dequantize=True, weight_block_size=tiny.FLOAT8_BLOCK
+        ),
+    )
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(load(folder)(jnp.asarray(tokens)) - expected).max() < TOLERANCE
+
+
 def test_mxfp4_weights():
     from models.gpt_oss import from_mxfp4
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors

@@ -46,6 +46,33 @@ CONFIGS = {
             original_max_position_embeddings=16,
         ),
     ),
+    "deepseek_v3": dict(
+        {name: x for name, x in SIZES.items() if name != "head_dim"},
+        num_key_value_heads=4,
+        num_hidden_layers=3,
+        q_lora_rank=12,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=1e4,
+            factor=4.0,
+            mscale=1.0,
+            mscale_all_dim=0.7,
+            beta_fast=8.0,
+            beta_slow=1.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
     "gemma3_text": dict(
         SIZES,
         num_hidden_layers=3,
@@ -108,7 +135,8 @@ def write_checkpoint(folder, config, tensors):
 
 def write_safetensors(file, tensors):
     """The tensors in the safetensors format."""
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8"}
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+    names |= {"int64": "I64", "uint8": "U8"}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         places = [offset, offset + tensor.nbytes]
@@ -129,6 +157,28 @@ def golden_checkpoint(folder, kind, dtype=np.float32):
 
 
 BFLOAT16 = ml_dtypes.bfloat16
+FLOAT8_BLOCK = (4, 8)  # sides of the blocks of `in_float8`
+
+
+def in_float8(config, tensors):
+    """A checkpoint (config, tensors) with the projections in float8 and a factor for each block, as DeepSeek V3's."""
+    quantization = dict(
+        quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=FLOAT8_BLOCK
+    )
+    found = {}
+    for name, x in tensors.items():
+        if not name.endswith("_proj.weight"):
+            found[name] = x
+            continue
+        sides = [-(-size // block) * block for size, block in zip(x.shape, FLOAT8_BLOCK)]
+        padded = np.zeros(sides, np.float32)
+        padded[: x.shape[0], : x.shape[1]] = x
+        blocks = padded.reshape(-1, FLOAT8_BLOCK[0], sides[1] // FLOAT8_BLOCK[1], FLOAT8_BLOCK[1])
+        factors = np.abs(blocks).max((1, 3)) / 448
+        scaled = (blocks / factors[:, None, :, None]).reshape(sides)[: x.shape[0], : x.shape[1]]
+        found[name] = scaled.astype(ml_dtypes.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = factors
+    return dict(config, quantization_config=quantization), found
 
 
 def text_with_images():

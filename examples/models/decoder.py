@@ -75,8 +75,7 @@ class CausalLM(nnx.Module):
         """A block, called with `(x, cache, mask)`, whose `self_attn` has a `kv_shape`."""
         raise NotImplementedError
 
-    @classmethod
-    def convert(cls, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def convert(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """A checkpoint's tensors under the names, and in the form, of this model's weights."""
         return tensors
 

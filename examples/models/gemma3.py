@@ -127,8 +127,7 @@ class Gemma3(CausalLM):
     def make_block(cls, config: Gemma3Config, layer: int, rngs: nnx.Rngs) -> Block:
         return Block(config, layer, rngs=rngs)
 
-    @classmethod
-    def convert(cls, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def convert(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """A checkpoint with an image encoder has the text model's weights under another name."""
         return {
             name.replace("language_model.model.", "model.").replace("model.language_model.", "model."): x

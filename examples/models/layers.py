@@ -47,10 +47,12 @@ class RMSNorm(nnx.Module):
     Args:
       config: its `norm_offset` is added to the weight.
       size: features.
+      epsilon: added to the mean square, the model's by default.
     """
 
-    def __init__(self, config: Config, size: int):
-        self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
+    def __init__(self, config: Config, size: int, epsilon: float | None = None):
+        self.epsilon = config.rms_norm_eps if epsilon is None else epsilon
+        self.offset = config.norm_offset
         self.weight = nnx.Param(jnp.full(size, 1 - self.offset, jnp.dtype(config.dtype)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
