@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--softcap", type=float)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
+    add("--return-max", action="store_true")
     for name in OPERANDS:
         add(
             "--" + name.replace("_", "-"),
@@ -185,7 +186,7 @@ def abstract_call(options: argparse.Namespace) -> tuple[Callable[..., Any], list
     """The public function that the options describe, and its arguments, with shapes and dtypes for arrays."""
     n = _Sizes.of(options)
     named: dict[str, Any] = {"causal": options.causal, "softcap": options.softcap}
-    named["deterministic"] = options.deterministic
+    named |= {"deterministic": options.deterministic, "return_max": options.return_max}
     if options.window:
         named["window"] = tuple(None if side == UNLIMITED else side for side in options.window)
     if options.dropout:
