@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _jax
-from .autodiff import Operands, Pair, attend, is_empty, without_elements
+from .autodiff import Operands, Results, attend, is_empty, without_elements
 from .operands import DROPOUT_HEAD
 from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_permute, zigzag_unpermute
 
 
-def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
-    """(out, lse) of this device's tokens, from the checked operands of a ring_attention call.
+def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Results:
+    """The results of `attend` for this device's tokens, from the checked operands of a ring_attention call.
 
     query, key, value, segment ids and sinks by token have this device's tokens. mask and bias have the rows of these
     tokens and the columns of all keys, in the order of the sequence. lengths count the whole sequence. slopes, sinks by
@@ -40,8 +40,8 @@ def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
     shared = {"value"} if spec.shared_kv else set()
     whole = {name: exchange.by_heads(name, x, rows) for name, x in operands.items() if name not in shared}
     whole |= dict.fromkeys(shared, whole["key"])
-    out, lse = attend(replace(spec, ring=None), whole)
-    return exchange.to_tokens(out, 1, 2), exchange.to_tokens(lse, 2, 1)
+    out, *by_row = attend(replace(spec, ring=None), whole)
+    return exchange.to_tokens(out, 1, 2), *(exchange.to_tokens(x, 2, 1) for x in by_row)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,6 @@ class _Tables:
         self.differentiable: list[str] = []
         self.like: dict[str, str] = {}
         self.elements: dict[str, str] = {}
-        self.results: list[str] = []
         self.passes: dict[str, Pass] = {}
         self.limits: dict[str, int] = {}
         for table in ("operands", "results"):
@@ -76,7 +75,7 @@ class _Tables:
                 add = getattr(self, f"_add_{kind.lower()}", None)
                 if add:
                     add(*cells)
-        for name in (*self.differentiable, *self.results):
+        for name in self.differentiable:
             self.like["t" + name] = name
         for name, other in self.like.items():
             self.elements[name] = self.elements[other]
@@ -115,10 +114,11 @@ class _Tables:
 
     def _add_result(self, name: str, element: str, *dims: str) -> None:
         self._add_array(ATTENTION_LAYOUTS, name, element, dims)
-        self.results.append(name)
 
     def _add_like(self, name: str, other: str) -> None:
         self.like[name] = other
+
+    _add_tangent = _add_like
 
     def _add_pass(self, _: str, name: str, operands: str, results: str) -> None:
         self.passes[name] = Pass(name, tuple(operands.split()), tuple(results.split()))

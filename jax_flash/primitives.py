@@ -26,6 +26,7 @@ from . import _jax, no_derivative
 from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
+from .largest import of_cuda
 from .operands import BACKWARD, FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
@@ -147,7 +148,20 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     )
     computed = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
     results = computed[: len(result_names(pass_, spec))]
-    return _computed_once(results) if platform == "cuda" and pass_ is FORWARD else results
+    if platform != "cuda" or pass_ is not FORWARD:
+        return results
+    out, *by_row = _computed_once(results)
+    return [out, *_with_row_max(ctx, by_row)]
+
+
+def _with_row_max(ctx: mlir.LoweringRuleContext, by_row: Sequence[Any]) -> Sequence[Any]:
+    """lse and, if there is one, row_max as floats."""
+    if len(by_row) == 1:
+        return by_row
+    _, *avals = ctx.avals_out
+    floats = mlir.lower_fun(of_cuda, multiple_results=False)
+    within = ctx.replace(primitive=None, avals_in=avals, avals_out=avals[1:])
+    return [by_row[0], *floats(within, *by_row)]
 
 
 def _computed_once(results: Sequence[Any]) -> Sequence[Any]:

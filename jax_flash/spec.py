@@ -52,6 +52,7 @@ class AttentionSpec:
     and V share an array, and the operand `value` is `key` again: K is its first columns, as many as the query has, and
     V the columns [`value_start`, `value_start + value_dim`), which may overlap them; where keys are no pages, V is K.
     The gradient of `key` is then that of both. `block` is the rows and keys of a block of the operand `block_mask`.
+    With `row_max` the forward has this result too, the largest visible score of each row.
     With `same_offsets`, packed queries and keys have the same array of offsets. With a `ring`, every operand with a row
     or key per token is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
     """
@@ -73,6 +74,7 @@ class AttentionSpec:
     value_start: int = 0
     same_offsets: bool = False
     block: tuple[int, int] = (0, 0)
+    row_max: bool = False
     ring: Ring | None = None
 
     @property
@@ -158,8 +160,11 @@ def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
 
 def result_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
     """The results of a call of the pass; where K and V are one array, dkey is the gradient of both."""
-    shared = isinstance(spec, AttentionSpec) and spec.shared_kv
-    return tuple(name for name in pass_.results if not (shared and name == "dvalue"))
+    if not isinstance(spec, AttentionSpec):
+        return pass_.results
+    missing = {"dvalue"} if spec.shared_kv else set()
+    missing |= set() if spec.row_max else {"row_max"}
+    return tuple(name for name in pass_.results if name not in missing)
 
 
 def _attributes(fields: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:

@@ -56,8 +56,8 @@ class OperandDecoder {
       if (p.spec.has(static_cast<Operand>(i))) inputs.push_back(buffer_of(*schema::kOptional[i]));
     }
     for (int32_t i = 0; i < arrays.result_count; ++i) {
-      if (p.spec.shared_kv() && arrays.results[i]->view == &Problem::dvalue) continue;
-      outputs.push_back(buffer_of(*arrays.results[i]));
+      const schema::Array& result = *arrays.results[i];
+      if (schema::is_result(result, p.spec)) outputs.push_back(buffer_of(result));
     }
     ffi::Error e = buffers_.decode(inputs, outputs, args, rets, p.leading);
     if (e.failure()) return e;

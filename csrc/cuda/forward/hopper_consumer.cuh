@@ -13,6 +13,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/row_max.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
@@ -343,8 +344,14 @@ struct Consumer {
     }
   }
 
-  // o ← α O
+  // o ← α O, and row_max ← m where the call asks for it.
   __device__ __forceinline__ void write_rows() {
+    if constexpr (C::kPacksHeads) {
+      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, PackedRows(p, p.lse), tile->work.tile, row());
+    } else if constexpr (!C::Softmax::kBounded) {  // whose m is no maximum: the plan does not choose it then
+      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, StridedRows{tile->lse.stride}, tile->work.tile,
+                                  row());
+    }
     normalise_rows(o, alpha);
     if constexpr (C::kPacksHeads) {
       store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),
