@@ -138,7 +138,9 @@ def _weight(kind, name, shape):
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
         one = ("norm" in name or "scal" in name) and kind != "gemma3_text"
-        return one + (0.3 * draw).astype(np.float32)
+        # Gemma 4 does not divide its scores by √d.
+        size = 0.25 if kind == "gemma4_text" and name.endswith("q_norm.weight") else 1.0
+        return (size * (one + 0.3 * draw)).astype(np.float32)
     size = (
         0.1 if "embed" in name else 1.5 / np.sqrt(shape[-1])
     )  # else a token's own embedding decides what follows

@@ -36,7 +36,7 @@ class Gemma4Config(Config):
         """As `Config.from_json`; raises ValueError for a setting that this model does not have."""
         for name, known in {"use_bidirectional_attention": "vision", "attention_bias": False}.items():
             if json.get(name) not in (None, known):
-                raise ValueError(f"{name} is {json[name]!r}; the example of Gemma 4 has {known!r}")
+                raise ValueError(f"{name} is {json[name]!r}; Gemma 4 has {known!r}")
         json = {**json, "hidden_act": json.get("hidden_activation")}
         kinds = [WINDOW if (i + 1) % 6 else GLOBAL for i in range(json["num_hidden_layers"])]
         json["layer_types"] = kinds = json.get("layer_types") or kinds
@@ -44,9 +44,7 @@ class Gemma4Config(Config):
             sizes = [dict(layers.get(str(i), {})) for i, kind in enumerate(kinds) if kind == GLOBAL]
             same = all(x == sizes[0] for x in sizes) and len(layers) == len(sizes)
             if not same or set(sizes[0]) - {"head_dim", "num_key_value_heads"}:
-                raise ValueError(
-                    f"per_layer_config is {layers}; the example of Gemma 4 has heads by layer_types"
-                )
+                raise ValueError(f"per_layer_config is {layers}; Gemma 4 has heads by layer_types")
             json["global_head_dim"] = sizes[0].get("head_dim", json.get("head_dim"))
             json["num_global_key_value_heads"] = sizes[0].get("num_key_value_heads")
         return super().from_json(json, **changes)
