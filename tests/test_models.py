@@ -20,6 +20,7 @@ from models import MODELS, CheckpointError, load
 from models.cache import PagedCache, make_pools
 from models.checkpoint import read_tensors
 from models.config import Config
+from models.gemma4_config import Gemma4Config
 from models.gpt_oss import from_mxfp4
 from models.rope import make_rope
 from pretrained import whole_logits
@@ -64,9 +65,10 @@ def test_a_token_at_a_time_from_pages_is_the_whole_sequence_at_once(kind, served
     assert distance(np.concatenate([request.logits for request in requests]), whole) < 2e-5
 
 
-def test_images_in_pages_are_seen_both_ways(folder):
-    """Gemma 3: a step with two prompts, whose images each of their tokens sees, and steps with a token of each."""
-    model = load(folder("gemma3_text"), attention=IMPLEMENTATION)
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text"])
+def test_images_in_pages_are_seen_both_ways(kind, folder):
+    """A step with two prompts, whose images each of their tokens sees, and steps with a token of each."""
+    model = load(folder(kind), attention=IMPLEMENTATION)
     tokens, spans, images = tiny.text_with_images()
     whole = np.asarray(nnx.jit(lambda m, *x: m(x[0], spans=x[1], images=x[2]))(model, tokens, spans, images))
     assert distance(whole, nnx.jit(lambda m, x: m(x))(model, tokens)) > 0.1
@@ -174,19 +176,40 @@ def test_latents_are_all_that_the_cache_keeps(folder):
     assert (pool.k_pages.shape, pool.v_pages) == ((3 * 5, 4, 1, 24), None)
 
 
+def test_layers_that_read_another_s_keys_keep_none(folder):
+    """Gemma 4: of 4 layers the last two do; those without a window have another shape of head."""
+    pools = make_pools(load(folder("gemma4_text")).kv_shapes, pages=5, page_size=4, dtype="float32")
+    assert [pool.k_pages.shape for pool in pools] == [(5, 4, 2, 16), (5, 4, 1, 24)]
+
+
+def test_configurations_of_gemma_4_mean_the_same():
+    """With the sizes of layers without a window by name, by layer, and with the defaults."""
+    json = dict(tiny.golden("gemma4_text")["config"])
+    by_layer = Gemma4Config.from_json(json)
+    assert (by_layer.heads(0), by_layer.heads(1)) == ((2, 16), (1, 24))
+    assert [by_layer.source(i) for i in range(4)] == [0, 1, 0, 1]
+    del json["per_layer_config"]
+    assert Gemma4Config.from_json(json | dict(global_head_dim=24, num_global_key_value_heads=1)) == by_layer
+    json |= dict(layer_types=None, num_hidden_layers=7, num_kv_shared_layers=0, attention_k_eq_v=False)
+    assert [Gemma4Config.from_json(json).heads(i) for i in range(7)] == [(2, 16)] * 5 + [(2, 512), (2, 16)]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("kind", "change", "message"),
     [
-        (dict(scoring_func="softmax"), "scoring_func is 'softmax'; DeepSeek V3 has 'sigmoid'"),
-        (dict(topk_method="greedy"), "topk_method is 'greedy'; DeepSeek V3 has 'noaux_tc'"),
-        (dict(moe_layer_freq=2), "moe_layer_freq is 2; DeepSeek V3 has 1"),
-        (dict(num_key_value_heads=2), "num_key_value_heads is 2; DeepSeek V3 has 4"),
-        (dict(quantization_config=dict(quant_method="awq")), "quant_method is 'awq'; DeepSeek V3 has 'fp8'"),
-        (dict(kv_lora_rank=None), "config.json lacks kv_lora_rank"),
+        ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func is 'softmax'; DeepSeek V3 has 'sigmoid'"),
+        ("deepseek_v3", dict(topk_method="greedy"), "topk_method is 'greedy'; DeepSeek V3 has 'noaux_tc'"),
+        ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq is 2; DeepSeek V3 has 1"),
+        ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads is 2; DeepSeek V3 has 4"),
+        ("deepseek_v3", dict(quantization_config=dict(quant_method="awq")), "quant_method is 'awq'; DeepSeek V3 has"),
+        ("deepseek_v3", dict(kv_lora_rank=None), "config.json lacks kv_lora_rank"),
+        ("gemma4_text", dict(use_bidirectional_attention="all"), "use_bidirectional_attention is 'all'; Gemma 4 has"),
+        ("gemma4_text", dict(attention_bias=True), "attention_bias is True; Gemma 4 has False"),
+        ("gemma4_text", dict(per_layer_config={"0": {"head_dim": 8}}), "per_layer_config is .*; Gemma 4 has heads by"),
     ],
-)
-def test_settings_that_deepseek_v3_does_not_have_are_refused(change, message, tmp_path):
-    entry = tiny.golden("deepseek_v3")
+)  # fmt: skip
+def test_settings_that_a_model_does_not_have_are_refused(kind, change, message, tmp_path):
+    entry = tiny.golden(kind)
     with pytest.raises(ValueError, match=message):
         load(tiny.write_checkpoint(tmp_path / "changed", entry["config"] | change, {}))
 

@@ -85,6 +85,25 @@ CONFIGS = {
             "sliding_attention": dict(rope_type="default", rope_theta=1e4),
         },
     ),
+    "gemma4_text": dict(  # with what several models have
+        SIZES,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=6,
+        global_head_dim=24,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=20,
+        final_logit_softcapping=8.0,
+        use_bidirectional_attention="vision",
+    ),
     "gpt_oss": dict(
         SIZES,
         sliding_window=6,
@@ -118,7 +137,10 @@ def weights(kind, shapes):
 def _weight(kind, name, shape):
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
-        return ("norm" in name and kind != "gemma3_text") + (0.3 * draw).astype(np.float32)
+        one = ("norm" in name or "scal" in name) and kind != "gemma3_text"
+        # Gemma 4 does not divide its scores by √d.
+        size = 0.25 if kind == "gemma4_text" and name.endswith("q_norm.weight") else 1.0
+        return (size * (one + 0.3 * draw)).astype(np.float32)
     size = (
         0.1 if "embed" in name else 1.5 / np.sqrt(shape[-1])
     )  # else a token's own embedding decides what follows

@@ -24,7 +24,7 @@ class CausalAttention(nnx.Module):
       config: of the model.
       layer: index of the layer, by which the cache knows it.
       rope: the angles of its positions.
-      kv_shape: what the cache keeps of a token.
+      kv_shape: what the cache keeps of a token; None: another layer keeps it, whose index `layer` is.
       window, sinks, scale: as in `Attention`.
     """
 
@@ -33,7 +33,7 @@ class CausalAttention(nnx.Module):
         config: Config,
         layer: int,
         rope: Rope,
-        kv_shape: KVShape,
+        kv_shape: KVShape | None,
         *,
         window: int | None = None,
         sinks: bool = False,
@@ -50,19 +50,24 @@ class CausalAttention(nnx.Module):
     def attend(
         self,
         q: jax.Array,
-        k: jax.Array,
+        k: jax.Array | None,
         v: jax.Array | None,
         cache: PagedCache | None,
         mask: Mask | None,
         **paged: Any,
     ) -> jax.Array:
-        """q [..., hq, d], k and v [..., hk, d] → [..., hq, d]; `paged` are options of `paged_attention` alone."""
+        """q [..., hq, d], k and v [..., hk, d] → [..., hq, d]; `paged` are options of `paged_attention` alone.
+
+        Without k, what the cache has of the layer is attended to.
+        """
         options: dict[str, Any] = dict(self.options, causal=mask is None, mask=mask)
         if self.sinks is not None:
             options["sinks"] = self.sinks[...]
         if cache is None:
             return flash_attention(q, k, v, **options)
-        pages = cache.append(self.layer, k, v, options["implementation"])
+        if k is not None:
+            cache.append(self.layer, k, v, options["implementation"])
+        pages = cache.read(self.layer)
         return paged_attention(q, *pages, cu_seqlens_q=cache.cu_seqlens, **options, **paged)
 
 

@@ -22,7 +22,7 @@ from flax import nnx
 
 from .decoder import CausalLM
 from .latent_attention import LatentAttention, LatentConfig
-from .layers import MLP, Block, activation, choose
+from .layers import MLP, Block, Experts, choose
 
 KNOWN = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "quant_method": "fp8"}
 
@@ -79,29 +79,12 @@ class Router(nnx.Module):
         return choose(weights * c.routed_scaling_factor, index, c.n_routed_experts)
 
 
-class Experts(nnx.Module):
-    """Gated units of every expert; the rows of one projection are those of gate, then those of up."""
-
-    def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
-        experts, width, hidden = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        make, dtype = nnx.initializers.lecun_normal(-1, -2, batch_axis=0), jnp.dtype(config.dtype)
-        self.gate_up_proj = nnx.Param(make(rngs.params(), (experts, 2 * hidden, width), dtype))
-        self.down_proj = nnx.Param(make(rngs.params(), (experts, width, hidden), dtype))
-        self.activation = activation(config)
-
-    def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
-        """x [..., width] and the experts' weights [..., experts] → [..., width]."""
-        gate, up = jnp.split(jnp.einsum("...w,ehw->...eh", x, self.gate_up_proj[...]), 2, -1)
-        each = jnp.einsum("...eh,ewh->...ew", self.activation(gate) * up, self.down_proj[...])
-        return jnp.einsum("...ew,...e->...w", each, weights).astype(x.dtype)
-
-
 class MoE(nnx.Module):
     """The chosen experts, and the shared ones, which serve every token."""
 
     def __init__(self, config: DeepSeekV3Config, *, rngs: nnx.Rngs):
         self.gate = Router(config, rngs=rngs)
-        self.experts = Experts(config, rngs=rngs)
+        self.experts = Experts(config, config.n_routed_experts, config.moe_intermediate_size, rngs=rngs)
         self.shared_experts = MLP(config, config.moe_intermediate_size * config.n_shared_experts, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -116,12 +116,9 @@ class Gemma3(CausalLM):
           images: tokens' shape and width, the image encoder's vectors, read where spans ≥ 0.
         """
         x = self.embed(tokens)
-        if spans is None:
-            return self.run(x, cache)
         if images is not None:
             x = jnp.where((spans >= 0)[..., None], images.astype(x.dtype), x)
-        mask = masks.bidirectional_spans(spans) if cache is None else masks.ranges(0, cache.ends(spans)[None])
-        return self.run(x, cache, mask)
+        return self.run(x, cache, None if spans is None else image_mask(spans, cache))
 
     @classmethod
     def make_block(cls, config: Gemma3Config, layer: int, rngs: nnx.Rngs) -> Block:
@@ -142,3 +139,8 @@ class Gemma3(CausalLM):
         """[..., width] → [..., vocabulary], float32."""
         logits, cap = super().logits(x), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def image_mask(spans: jax.Array, cache: PagedCache | None) -> masks.Mask:
+    """Causal, and within an image both ways."""
+    return masks.bidirectional_spans(spans) if cache is None else masks.ranges(0, cache.ends(spans)[None])

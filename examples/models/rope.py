@@ -50,6 +50,13 @@ def linear(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.n
     return frequencies / parameters["factor"], 1.0
 
 
+def proportional(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """The first, fast part of the frequencies; the other features stay as they are (Gemma 4)."""
+    rotated = int(parameters.get("partial_rotary_factor", 1.0) * len(frequencies))
+    kept = np.arange(len(frequencies)) < rotated
+    return np.where(kept, frequencies / parameters.get("factor", 1.0), 0.0), 1.0
+
+
 def llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     """Slow frequencies are divided by the factor, fast ones stay, and those between are interpolated (Llama 3.1)."""
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -90,4 +97,10 @@ def magnitude(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-SCALINGS = {"default": unscaled, "linear": linear, "llama3": llama3, "yarn": yarn}
+SCALINGS = {
+    "default": unscaled,
+    "linear": linear,
+    "llama3": llama3,
+    "proportional": proportional,
+    "yarn": yarn,
+}
