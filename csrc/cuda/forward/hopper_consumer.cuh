@@ -41,7 +41,7 @@ struct ConsumerTile {
   // What the band leaves to row i of some keys.
   __device__ __forceinline__ Interval in_band(int32_t i, const Interval& keys) const {
     const Band& band = of.tile->band;
-    const Interval& apart = of.tile->ranges.band;
+    const Interval& apart = of.tile->in_band;
     const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
     return i < band.q_len ? seen : Interval{0, 0};
   }
@@ -311,14 +311,14 @@ struct Consumer {
     if constexpr (C::kQueryInRegisters) load_query();
     int32_t n = tiles.hi - 1;
     first_step<false, true>(n, false);
-    n = tile->ranges.after(n);
+    n = tile->after(n);
 #pragma unroll 1
     while (n >= tiles.lo) {
       // Down to `end` masked, down to `lo` whole.
-      const Interval gap = uniform(tile->ranges.gap);
+      const Interval gap = uniform(tile->gap);
       const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
       Interval whole = uniform(tile->keys[consumer].whole);
-      if (whole.lo > n || whole.empty()) whole = uniform(tile->ranges.first_whole[consumer]);
+      if (whole.lo > n || whole.empty()) whole = uniform(tile->first_whole[consumer]);
       const bool none = whole.lo > n || whole.empty();
       const int32_t lo = none ? first : max(first, whole.lo), end = none ? first : max(first, whole.hi);
       for (; n >= end; --n) step<true, false, true>(n);
@@ -332,7 +332,7 @@ struct Consumer {
   // Key tiles of the query tile in an interval, less those of the gap, which it holds all or none of.
   __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
     if constexpr (C::kRanges) {
-      const Interval gap = uniform(tile->ranges.gap);
+      const Interval gap = uniform(tile->gap);
       return tiles.size() - intersect(gap, tiles).size();
     } else {
       return tiles.hi - tiles.lo;

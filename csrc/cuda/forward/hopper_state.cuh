@@ -25,8 +25,8 @@ struct ConsumerKeys {
 // What kernels for ranges know besides.
 template <int kConsumers>
 struct RangesOfTile {
-  Interval gap;   // of `tiles`, which no row sees
-  Interval band;  // the keys [i + lo, i + hi) that the band leaves to row i, of those of the sequence
+  Interval gap;      // of `tiles`, which no row sees
+  Interval in_band;  // the keys [i + lo, i + hi) that the band leaves to row i, of those of the sequence
   // Of each consumer, the tiles that all its rows see whole before those that ConsumerKeys names: rows of two
   // ranges have two.
   Interval first_whole[kConsumers];
@@ -38,7 +38,7 @@ struct NoRangesOfTile {};
 
 // What producers and consumers know of a query tile. The tile scheduler's thread writes it, in three parts.
 template <class T, int kConsumers, class Ranges>
-struct TileState {
+struct TileState : Ranges {
   BlockWork work;
   Band band;
   ScoreOperands score;
@@ -49,7 +49,6 @@ struct TileState {
   int32_t last_values;  // rows of V's last tile to read, where other tokens follow them in the operand
   int32_t one_segment;  // only what the band leaves of `tiles` is visible, and all of it
   int32_t done;         // all query tiles are taken, and this is none
-  [[no_unique_address]] Ranges ranges;
 
   // Finds what the load warp needs, from `work`. False: the tile has no rows.
   template <class C>
@@ -136,19 +135,19 @@ struct TileState {
   // Restricts the tile to the keys that ranges and the band leave to it.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
-    tiles = ranges.gap = {0, 0};
+    tiles = this->gap = {0, 0};
     if (work.tile.index == kNoSequence) return;
     const int64_t first = slot_of_rows(p, C::kM);
     reload_shared();
     const SeenByTile& seen = segments.tiles[first + work.tile.row / C::kM];
     tiles = tiles_of(seen.any, C::kN);
     reload_shared();
-    ranges.gap = whole_tiles<C>(seen.gap);
+    this->gap = whole_tiles<C>(seen.gap);
     reload_shared();
     constexpr int64_t kMost = 1 << 30;  // and −kMost: no limit
-    ranges.band.lo = static_cast<int32_t>(max(-kMost, min(kMost, band.shift - band.left)));
+    this->in_band.lo = static_cast<int32_t>(max(-kMost, min(kMost, band.shift - band.left)));
     reload_shared();
-    ranges.band.hi = static_cast<int32_t>(max(-kMost, min(kMost, band.shift + band.right + 1)));
+    this->in_band.hi = static_cast<int32_t>(max(-kMost, min(kMost, band.shift + band.right + 1)));
   }
   // The same of each consumer.
   template <class C>
@@ -164,7 +163,7 @@ struct TileState {
       if (block.any.empty()) continue;
       keys[i].tiles = tiles_of(block.any, C::kN);
       reload_shared();
-      ranges.first_whole[i] = whole_tiles<C>(block.whole[0]);
+      this->first_whole[i] = whole_tiles<C>(block.whole[0]);
       reload_shared();
       keys[i].whole = whole_tiles<C>(block.whole[1]);
     }
