@@ -9,12 +9,12 @@ namespace jax_flash {
 inline constexpr int32_t kRowBlock = 64;  // rows of a block: a consumer warpgroup's
 
 // No row sees a key outside of `any`, or in `gap`, a part of it; all rows see all keys in each of `whole`.
-struct SeenByBlock {
+struct alignas(16) SeenByBlock {
   Interval any, gap, whole[2];
 };
 
 // The same of a tile of several blocks.
-struct SeenByTile {
+struct alignas(16) SeenByTile {
   Interval any, gap;
 };
 
