@@ -79,6 +79,7 @@ struct LoadWarp {
       if (used) load_input(work, tiles.hi - 1, kv_index);
       if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     }
+    if constexpr (C::kRanges) return load_around_gap(tiles, tile_index);
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
       if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
@@ -87,6 +88,21 @@ struct LoadWarp {
         load_value(n, kv_index);
         if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
       }
+    }
+  }
+
+  // The same, after K's last tile, of key tiles with a gap.
+  __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
+    const auto& tile = shared.tiles[tile_index % kTileStates];
+    const Interval gap = tile.gap;
+    int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
+    if (gap.contains(takes_next)) takes_next = gap.hi;
+    for (int32_t n = tiles.hi - 1; n >= tiles.lo; ++kv_index) {
+      if (n == takes_next) shared.ending_pipe.arrive(tile_index);
+      const int32_t value = n;
+      n = tile.after(n);
+      if (n >= tiles.lo) load_key(n, kv_index + 1);
+      load_value(value, kv_index);
     }
   }
 

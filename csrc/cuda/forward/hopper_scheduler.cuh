@@ -13,7 +13,8 @@ template <class C>
 struct SchedulerThread {
   using Shared = typename C::Shared;
   using Tile = typename Shared::Tile;
-  using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox)>;
+  using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox),
+                                  C::kKind == ScoreKind::kRanges>;
   const Problem& p;
   const PersistentTiles& all;
   const TileSegments& segments;
