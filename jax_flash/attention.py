@@ -113,8 +113,8 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
       dropout_key: `jax.random.key` of any implementation, required if dropout_rate > 0. The same key drops the same
         weights on every platform and with every sharding under jit. In a `shard_map` of your own, batch entries and
         heads count from the shard's first: where a manual axis splits them, fold the shard's index into the key
-        (`jax.random.fold_in(key, jax.lax.axis_index("data"))`), or all shards drop alike. What is dropped then differs
-        from one device's. A sequence needs no folding: `ring_attention` drops what one device would.
+        (`jax.random.fold_in(key, jax.lax.axis_index("data"))`), or all shards drop alike. The dropped elements then
+        differ from one device's. A sequence needs no folding: `ring_attention` drops what one device would.
       return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq]`; differentiable.
       return_max: also return the largest visible S of each sequence and head, sinks aside, float32 `[b, hq]`; −inf
         where there is none. No gradient. It is what QK-clip asks for.

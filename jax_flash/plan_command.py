@@ -244,7 +244,7 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
 
 
 def _mask_value(options: argparse.Namespace, n: _Sizes, array: Any) -> Mask:
-    """The conditions of the mask that the options tell, with shapes for arrays, beside a boolean array."""
+    """The mask of the options, with shapes for arrays, in addition to a boolean array."""
     conditions: list[forms.Form] = []
     if options.ranges:
         limits = _array((1, n.sq) if options.varlen else (1, 1, n.sq), "int32")

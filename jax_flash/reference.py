@@ -152,7 +152,7 @@ def _length(lengths: Array | None, size: int) -> Array:
 
 
 def _diagonal(spec: AttentionSpec, operands: dict[str, Array], row: Array, nq: Array, nk: Array) -> Array:
-    """c(i): the key of this call that stands on the diagonal of row i."""
+    """c(i): the key of this call on the diagonal of row i."""
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     return diagonal + first_offset(operands)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
 from jax.sharding import Mesh, PartitionSpec
+from programs import require_devices
 
 import jax_flash
 from jax_flash.compat.maxtext import apply_attention, cudnn_flash_attention
@@ -231,6 +232,7 @@ def balanced(kind, devices=4, **changes):
         moba=False, context_parallel_reorder_strategy=None, packing=True, hardware="gpu",
         context_parallel_strategy="all_gather",
     )  # fmt: skip
+    require_devices(2 * devices)
     mesh = Mesh(np.array(jax.devices()[: 2 * devices]).reshape(2, devices), ("data", "context"))
     axes = {"batch": "data", "length": "context"}
     return op(

@@ -40,7 +40,7 @@ tables = jnp.zeros((2, 2), jnp.int32)
 lengths = jnp.array([3, 5], jnp.int32)
 with_lse = with_max = bool(q.size)
 
-# What is returned depends on return_lse and return_max.
+# The result type depends on return_lse and return_max.
 assert_type(flash_attention(q, k, v), Array)
 assert_type(flash_attention(q, k, v, causal=True, return_lse=False), Array)
 assert_type(flash_attention(q, k, v, causal=True, return_lse=True), tuple[Array, Array])

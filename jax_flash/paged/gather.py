@@ -99,7 +99,7 @@ def scatter_gradient(
 
 
 def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
-    """x, float32, as the columns from `start` on of so many."""
+    """x in float32, padded with zeros to `columns` columns, of which it is those from `start` on."""
     after = columns - start - x.shape[-1]
     return jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(start, after)])
 
