@@ -343,6 +343,22 @@ def test_ranges_alone_have_a_forward(d):
     assert plan(d=d - 8, dv=d - 8, operands=("ranges",))["score"] == "ranges"
 
 
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_ranges_alone_have_a_backward(d):
+    for options in (
+        {},
+        {"right": 0},
+        {"varlen": True},
+        {"deterministic": True},
+        {"leading": 6, "leading_rank": 2},
+    ):
+        chosen = plan("backward", d=d, dv=d, operands=("ranges",), **options)
+        assert chosen["text"].startswith(f"sm90 backward dense ranges d={d} dv={d} tile ")
+    for options in ({"scale": -1.0}, {"softcap": 3.0}, {"operands": ("ranges", "alibi_slopes")}):
+        assert plan("backward", d=d, dv=d, **{"operands": ("ranges",)} | options)["score"] == "general"
+    assert plan("backward", d=192, dv=d if d == 128 else 192, operands=("ranges",))["score"] == "general"
+
+
 def test_ranges_of_other_head_dims_run_the_general_forward():
     for d, dv in ((32, 32), (96, 96), (192, 128), (192, 192)):
         assert plan(d=d, dv=dv, operands=("ranges",))["score"] == "general"
@@ -353,3 +369,7 @@ def test_ranges_take_memory_for_each_block_and_each_tile():
     fixed = plan(operands=("ranges",))
     blocks, tiles = 2 * 16 * 32, 2 * 6 * 16  # of 64 and 192 rows, in both batch entries
     assert fixed["workspace"] == -(-(blocks + tiles) // 256) * 256
+    plain, ranges = plan("backward", batch=3), plan("backward", operands=("ranges",), batch=3)
+    blocks, tiles = 3 * 16 * 32, 3 * 12 * 16  # of 64 query rows and of 128 keys
+    counter = 256 if ranges["persistent_ctas"] < ranges["keys"]["blocks"] else 0
+    assert ranges["workspace"] - plain["workspace"] == -(-(blocks + tiles) // 256) * 256 + counter

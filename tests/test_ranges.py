@@ -98,6 +98,34 @@ def test_a_row_sees_the_keys_of_its_ranges(case, count, implementation):
     oracle.assert_result(got, *references(case, static, inputs, arrays), case)
 
 
+def structured(name, size):
+    """Limits [size, 4] of masks that models have: most tiles are seen whole or by no row, and many have gaps."""
+    i, n = np.arange(size), size // 2
+    none, zero = np.zeros((2, size), int)
+    if name == "prefix":
+        return np.stack([zero, np.maximum(i + 1, 150), none, none], -1)
+    if name == "first and window":
+        return np.stack([zero, np.minimum(30, i + 1), i - 100, i + 1], -1)
+    block, noised = i % n // 40 * 40, i < n
+    own = np.where(noised, block, n), np.where(noised, block + 40, n + block + 40)
+    return np.stack([*own, zero + n, np.where(noised, n + block, n)], -1)  # block diffusion
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["prefix", "first and window", "block diffusion"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_masks_of_models(d, name, deterministic, implementation):
+    case = Case(name, b=1, sq=640, sk=640, hq=2, hk=1, d=d, dv=d, dtype="bfloat16")
+    checks.require(implementation, dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    arrays = operands(inputs) | {"ranges": jnp.asarray(structured(name, case.sq)[None, None], jnp.int32)}
+    static = static_of(case, inputs, arrays)
+    moving, fixed = oracle.split(arrays)
+    run = replace(static, implementation=implementation, deterministic=deterministic)
+    got = oracle.differentiate(lambda x: attend(run, x | fixed), moving, inputs.dout, inputs.dlse)
+    oracle.assert_result(got, *references(case, static, inputs, arrays), case)
+
+
 # Rows. No tile of rows holds two documents, and a tile of keys that does ends before the middle of either.
 DOCUMENT, BORDER = (128, 32) if IMPLEMENTATION == "cpu" else (768, 192)
 

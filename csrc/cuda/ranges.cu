@@ -99,10 +99,10 @@ __device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
 
 // A CTA for each tile of query rows, a warp for each of its blocks. tiles: null where only blocks are wanted.
 __global__ void __launch_bounds__(32 * kMostWarps)
-    find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, SeenByBlock* blocks,
-                   SeenByTile* tiles) {
+    find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, int32_t warps,
+                   SeenByBlock* blocks, SeenByTile* tiles) {
   __shared__ SeenByBlock of_warp[kMostWarps];
-  const int32_t warps = static_cast<int32_t>(blockDim.x / 32), warp = static_cast<int32_t>(threadIdx.x / 32);
+  const auto warp = static_cast<int32_t>(threadIdx.x / 32);
   const SlotRows at = rows_of_slot(p, starts.query, starts.apart, p.q_rows, warps * kRowBlock, blockIdx.x);
   const Sequence s = starts.sequence(p, at.leading, at.index);
   const int32_t rows = p.packed() ? s.q_len : p.q_rows, row = at.row + warp * kRowBlock;
@@ -182,9 +182,9 @@ cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* worksp
   const SequenceStarts starts = starts_of(p, grid, forward, workspace);
   const int32_t rows = forward ? grid.block : kMostWarps * kRowBlock;
   const int64_t leading = p.leading.count();
-  const cudaError_t e =
-      launch(find_seen_keys, leading * slots_of_entry(p.packed(), p.q_rows, p.batch, rows),
-             32 * rows / kRowBlock, 0, stream, p, starts, tables.blocks, forward ? tables.tiles : nullptr);
+  const cudaError_t e = launch(find_seen_keys, leading * slots_of_entry(p.packed(), p.q_rows, p.batch, rows),
+                               32 * rows / kRowBlock, 0, stream, p, starts, rows / kRowBlock, tables.blocks,
+                               forward ? tables.tiles : nullptr);
   if (forward || e != cudaSuccess) return e;
   return launch(find_seeing_queries, leading * slots_of_entry(p.packed(), p.k_rows, p.batch, grid.block), 32,
                 0, stream, p, starts, tables.blocks, grid.other_block, grid.block, tables.rows, tables.gaps);
