@@ -20,6 +20,7 @@ from models import MODELS, CheckpointError, load
 from models.cache import PagedCache, make_pools
 from models.checkpoint import read_tensors
 from models.config import Config
+from models.gemma4_config import Gemma4Config
 from models.gpt_oss import from_mxfp4
 from models.rope import make_rope
 from pretrained import whole_logits
@@ -58,14 +59,16 @@ def test_the_served_text_and_logits_are_those_of_transformers(kind, served):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_token_at_a_time_from_pages_is_the_whole_sequence_at_once(kind, served):
+    """Not to the last digit: from pages, DeepSeek V3 takes the products with its latents in another order."""
     source, requests = served(kind)
     whole = whole_logits(source.model, requests)
-    assert distance(np.concatenate([request.logits for request in requests]), whole) < 1e-5
+    assert distance(np.concatenate([request.logits for request in requests]), whole) < 2e-5
 
 
-def test_images_in_pages_are_seen_both_ways(folder):
-    """Gemma 3: a step with two prompts, whose images each of their tokens sees, and steps with a token of each."""
-    model = load(folder("gemma3_text"), attention=IMPLEMENTATION)
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text"])
+def test_images_in_pages_are_seen_both_ways(kind, folder):
+    """A step with two prompts, whose images each of their tokens sees, and steps with a token of each."""
+    model = load(folder(kind), attention=IMPLEMENTATION)
     tokens, spans, images = tiny.text_with_images()
     whole = np.asarray(nnx.jit(lambda m, *x: m(x[0], spans=x[1], images=x[2]))(model, tokens, spans, images))
     assert distance(whole, nnx.jit(lambda m, x: m(x))(model, tokens)) > 0.1
@@ -143,6 +146,72 @@ def test_weights_of_four_bits():
     assert (weights.shape, weights.dtype) == ((1, 32, 2), "bfloat16")
     assert weights[0, :, 0].tolist() == [numbers[1], numbers[2]] * 16
     assert (4 * weights[0, :8, 1]).tolist() == [0, 0, 6, -6, 2, -0.5, 4, 3]
+
+
+def test_weights_of_eight_bits(tmp_path):
+    """DeepSeek V3: float8 and a factor for each block, of which those at an edge are smaller; of the layer that
+    predicts a further token nothing is read."""
+    entry = tiny.golden("deepseek_v3")
+    tensors = tiny.weights("deepseek_v3", entry["tensors"])
+    config, stored = tiny.in_float8(entry["config"], tensors)
+    assert stored["model.layers.0.self_attn.q_b_proj.weight_scale_inv"].shape == (24, 2)  # [96, 12] in 4 × 8
+    stored["model.layers.3.eh_proj.weight"] = np.zeros(3, np.float32)
+    model = load(tiny.write_checkpoint(tmp_path / "float8", config, stored))
+    found = dict(nnx.to_flat_state(nnx.state(model)))
+    right = dict(
+        nnx.to_flat_state(nnx.state(load(tiny.golden_checkpoint(tmp_path / "float32", "deepseek_v3"))))
+    )
+    for path, x in right.items():
+        error = distance(found[path][...], x[...]) / np.abs(x[...]).max()
+        assert error < 2**-4, path
+    kernel = np.asarray(found["model", "layers", 0, "self_attn", "q_b_proj", "kernel"][...]).T
+    name = "model.layers.0.self_attn.q_b_proj.weight"
+    factors, weights = stored[f"{name}_scale_inv"], stored[name].astype(np.float32)
+    assert kernel[5, 11] == weights[5, 11] * factors[1, 1]
+
+
+def test_latents_are_all_that_the_cache_keeps(folder):
+    """DeepSeek V3: 16 numbers and 8 rotated ones a token and layer, in one pool."""
+    (pool,) = make_pools(load(folder("deepseek_v3")).kv_shapes, pages=5, page_size=4, dtype="float32")
+    assert (pool.k_pages.shape, pool.v_pages) == ((3 * 5, 4, 1, 24), None)
+
+
+def test_layers_that_read_another_s_keys_keep_none(folder):
+    """Gemma 4: of 4 layers the last two do; those without a window have another shape of head."""
+    pools = make_pools(load(folder("gemma4_text")).kv_shapes, pages=5, page_size=4, dtype="float32")
+    assert [pool.k_pages.shape for pool in pools] == [(5, 4, 2, 16), (5, 4, 1, 24)]
+
+
+def test_configurations_of_gemma_4_mean_the_same():
+    """With the sizes of layers without a window by name, by layer, and with the defaults."""
+    json = dict(tiny.golden("gemma4_text")["config"])
+    by_layer = Gemma4Config.from_json(json)
+    assert (by_layer.heads(0), by_layer.heads(1)) == ((2, 16), (1, 24))
+    assert [by_layer.source(i) for i in range(4)] == [0, 1, 0, 1]
+    del json["per_layer_config"]
+    assert Gemma4Config.from_json(json | dict(global_head_dim=24, num_global_key_value_heads=1)) == by_layer
+    json |= dict(layer_types=None, num_hidden_layers=7, num_kv_shared_layers=0, attention_k_eq_v=False)
+    assert [Gemma4Config.from_json(json).heads(i) for i in range(7)] == [(2, 16)] * 5 + [(2, 512), (2, 16)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("deepseek_v3", dict(scoring_func="softmax"), "scoring_func is 'softmax'; DeepSeek V3 has 'sigmoid'"),
+        ("deepseek_v3", dict(topk_method="greedy"), "topk_method is 'greedy'; DeepSeek V3 has 'noaux_tc'"),
+        ("deepseek_v3", dict(moe_layer_freq=2), "moe_layer_freq is 2; DeepSeek V3 has 1"),
+        ("deepseek_v3", dict(num_key_value_heads=2), "num_key_value_heads is 2; DeepSeek V3 has 4"),
+        ("deepseek_v3", dict(quantization_config=dict(quant_method="awq")), "quant_method is 'awq'; DeepSeek V3 has"),
+        ("deepseek_v3", dict(kv_lora_rank=None), "config.json lacks kv_lora_rank"),
+        ("gemma4_text", dict(use_bidirectional_attention="all"), "use_bidirectional_attention is 'all'; Gemma 4 has"),
+        ("gemma4_text", dict(attention_bias=True), "attention_bias is True; Gemma 4 has False"),
+        ("gemma4_text", dict(per_layer_config={"0": {"head_dim": 8}}), "per_layer_config is .*; Gemma 4 has heads by"),
+    ],
+)  # fmt: skip
+def test_settings_that_a_model_does_not_have_are_refused(kind, change, message, tmp_path):
+    entry = tiny.golden(kind)
+    with pytest.raises(ValueError, match=message):
+        load(tiny.write_checkpoint(tmp_path / "changed", entry["config"] | change, {}))
 
 
 def test_configurations_of_older_checkpoints_mean_the_same():

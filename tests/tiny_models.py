@@ -1,7 +1,7 @@
 """Tiny checkpoints of the models of examples/models, and what `transformers` computes from them.
 
 `models_golden.json` has for each model the config.json and the names and shapes of the tensors that `transformers`
-writes, and its results for the weights of `weights` below; `make models MODELS_WRITE=1` writes it anew.
+writes, and its results for the weights of `weights` below; `make models MODELS_WRITE=1` writes it again.
 """
 
 import json
@@ -46,6 +46,33 @@ CONFIGS = {
             original_max_position_embeddings=16,
         ),
     ),
+    "deepseek_v3": dict(
+        {name: x for name, x in SIZES.items() if name != "head_dim"},
+        num_key_value_heads=4,
+        num_hidden_layers=3,
+        q_lora_rank=12,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        moe_intermediate_size=24,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(
+            rope_type="yarn",
+            rope_theta=1e4,
+            factor=4.0,
+            mscale=1.0,
+            mscale_all_dim=0.7,
+            beta_fast=8.0,
+            beta_slow=1.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
     "gemma3_text": dict(
         SIZES,
         num_hidden_layers=3,
@@ -57,6 +84,25 @@ CONFIGS = {
             "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
             "sliding_attention": dict(rope_type="default", rope_theta=1e4),
         },
+    ),
+    "gemma4_text": dict(  # with what several models have
+        SIZES,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=6,
+        global_head_dim=24,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+        enable_moe_block=True,
+        num_experts=6,
+        top_k_experts=2,
+        moe_intermediate_size=20,
+        final_logit_softcapping=8.0,
+        use_bidirectional_attention="vision",
     ),
     "gpt_oss": dict(
         SIZES,
@@ -91,7 +137,10 @@ def weights(kind, shapes):
 def _weight(kind, name, shape):
     draw = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
     if len(shape) == 1:
-        return ("norm" in name and kind != "gemma3_text") + (0.3 * draw).astype(np.float32)
+        one = ("norm" in name or "scal" in name) and kind != "gemma3_text"
+        # Gemma 4 does not divide its scores by √d.
+        size = 0.25 if kind == "gemma4_text" and name.endswith("q_norm.weight") else 1.0
+        return (size * (one + 0.3 * draw)).astype(np.float32)
     size = (
         0.1 if "embed" in name else 1.5 / np.sqrt(shape[-1])
     )  # else a token's own embedding decides what follows
@@ -108,7 +157,8 @@ def write_checkpoint(folder, config, tensors):
 
 def write_safetensors(file, tensors):
     """The tensors in the safetensors format."""
-    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "uint8": "U8"}
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
+    names |= {"int64": "I64", "uint8": "U8"}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         places = [offset, offset + tensor.nbytes]
@@ -129,6 +179,28 @@ def golden_checkpoint(folder, kind, dtype=np.float32):
 
 
 BFLOAT16 = ml_dtypes.bfloat16
+FLOAT8_BLOCK = (4, 8)  # sides of the blocks of `in_float8`
+
+
+def in_float8(config, tensors):
+    """A checkpoint (config, tensors) with the projections in float8 and a factor for each block, as DeepSeek V3's."""
+    quantization = dict(
+        quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=FLOAT8_BLOCK
+    )
+    found = {}
+    for name, x in tensors.items():
+        if not name.endswith("_proj.weight"):
+            found[name] = x
+            continue
+        sides = [-(-size // block) * block for size, block in zip(x.shape, FLOAT8_BLOCK)]
+        padded = np.zeros(sides, np.float32)
+        padded[: x.shape[0], : x.shape[1]] = x
+        blocks = padded.reshape(-1, FLOAT8_BLOCK[0], sides[1] // FLOAT8_BLOCK[1], FLOAT8_BLOCK[1])
+        factors = np.abs(blocks).max((1, 3)) / 448
+        scaled = (blocks / factors[:, None, :, None]).reshape(sides)[: x.shape[0], : x.shape[1]]
+        found[name] = scaled.astype(ml_dtypes.float8_e4m3fn)
+        found[f"{name}_scale_inv"] = factors
+    return dict(config, quantization_config=quantization), found
 
 
 def text_with_images():

@@ -17,13 +17,17 @@ from typing import Any
 from . import checkpoint
 from .checkpoint import CheckpointError
 from .decoder import CausalLM
+from .deepseek_v3 import DeepSeekV3
 from .gemma3 import Gemma3
+from .gemma4 import Gemma4
 from .gpt_oss import GptOss
 from .llama3 import Llama3
 from .qwen3 import Qwen3
 
 MODELS: dict[str, type[CausalLM]] = {  # by `model_type`
+    "deepseek_v3": DeepSeekV3,
     "gemma3_text": Gemma3,
+    "gemma4_text": Gemma4,
     "gpt_oss": GptOss,
     "llama": Llama3,
     "qwen3": Qwen3,

@@ -17,7 +17,61 @@ from .layers import RMSNorm, linear
 from .rope import Rope
 
 
-class Attention(nnx.Module):
+class CausalAttention(nnx.Module):
+    """What attention with any projections has: its place in the model, rotary positions, and how rows see keys.
+
+    Args:
+      config: of the model.
+      layer: index of the layer, by which the cache knows it.
+      rope: the angles of its positions.
+      kv_shape: what the cache keeps of a token; None: another layer keeps it, whose index `layer` is.
+      window, sinks, scale: as in `Attention`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        layer: int,
+        rope: Rope,
+        kv_shape: KVShape | None,
+        *,
+        window: int | None = None,
+        sinks: bool = False,
+        scale: float | None = None,
+    ):
+        self.layer, self.rope, self.kv_shape = layer, rope, kv_shape
+        self.sinks = nnx.Param(jnp.zeros(config.num_attention_heads, jnp.float32)) if sinks else None
+        self.options = dict(
+            window=None if window is None else (window - 1, None),
+            scale=scale,
+            implementation=config.attention,
+        )
+
+    def attend(
+        self,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        cache: PagedCache | None,
+        mask: Mask | None,
+        **paged: Any,
+    ) -> jax.Array:
+        """q [..., hq, d], k and v [..., hk, d] → [..., hq, d]; `paged` are options of `paged_attention` alone.
+
+        Without k, what the cache has of the layer is attended to.
+        """
+        options: dict[str, Any] = dict(self.options, causal=mask is None, mask=mask)
+        if self.sinks is not None:
+            options["sinks"] = self.sinks[...]
+        if cache is None:
+            return flash_attention(q, k, v, **options)
+        if k is not None:
+            cache.append(self.layer, k, v, options["implementation"])
+        pages = cache.read(self.layer)
+        return paged_attention(q, *pages, cu_seqlens_q=cache.cu_seqlens, **options, **paged)
+
+
+class Attention(CausalAttention):
     """Causal self-attention with rotary positions.
 
     Args:
@@ -46,20 +100,16 @@ class Attention(nnx.Module):
     ):
         width, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        super().__init__(
+            config, layer, rope, KVShape(kv_heads, dim, dim), window=window, sinks=sinks, scale=scale
+        )
         self.q_proj = linear(config, width, heads * dim, bias=bias, rngs=rngs)
         self.k_proj = linear(config, width, kv_heads * dim, bias=bias, rngs=rngs)
         self.v_proj = linear(config, width, kv_heads * dim, bias=bias, rngs=rngs)
         self.o_proj = linear(config, heads * dim, width, bias=bias, rngs=rngs)
         self.q_norm = RMSNorm(config, dim) if qk_norm else None
         self.k_norm = RMSNorm(config, dim) if qk_norm else None
-        self.sinks = nnx.Param(jnp.zeros(heads, jnp.float32)) if sinks else None
-        self.kv_shape = KVShape(kv_heads, dim, dim)
-        self.layer, self.rope, self.head_dim = layer, rope, dim
-        self.options = dict(
-            window=None if window is None else (window - 1, None),
-            scale=scale,
-            implementation=config.attention,
-        )
+        self.head_dim = dim
 
     def __call__(self, x: jax.Array, cache: PagedCache | None = None, mask: Mask | None = None) -> jax.Array:
         """x [b, s, width] of whole sequences, or [t, width] of a step's tokens with a cache → the same shape.
@@ -77,15 +127,3 @@ class Attention(nnx.Module):
     def by_heads(self, x: jax.Array) -> jax.Array:
         """[..., h · d] → [..., h, d]."""
         return x.reshape(*x.shape[:-1], -1, self.head_dim)
-
-    def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache | None, mask: Mask | None
-    ) -> jax.Array:
-        """q [..., hq, d], k and v [..., hk, d] → [..., hq, d]."""
-        options: dict[str, Any] = dict(self.options, causal=mask is None, mask=mask)
-        if self.sinks is not None:
-            options["sinks"] = self.sinks[...]
-        if cache is None:
-            return flash_attention(q, k, v, **options)
-        pages = cache.append(self.layer, k, v, options["implementation"])
-        return paged_attention(q, *pages, cu_seqlens_q=cache.cu_seqlens, **options)

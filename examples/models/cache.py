@@ -33,13 +33,13 @@ class Pool(NamedTuple):
 
 
 def make_pools(
-    shapes: Sequence[KVShape],
+    shapes: Sequence[KVShape | None],
     pages: int,
     page_size: int,
     dtype: str,
     device: jax.sharding.Sharding | None = None,
 ) -> list[Pool]:
-    """Empty pools for layers of these shapes, one for each distinct shape, each layer with so many pages."""
+    """Empty pools for layers of these shapes, one for each distinct shape, each layer with this number of pages."""
 
     def zeros(layers: int, heads: int, dim: int) -> jax.Array:
         return jnp.zeros((layers * pages, page_size, heads, dim), dtype, device=device)
@@ -49,7 +49,7 @@ def make_pools(
             zeros(layers, shape.heads, shape.key_dim),
             None if shape.value_dim is None else zeros(layers, shape.heads, shape.value_dim),
         )
-        for shape, layers in Counter(shapes).items()
+        for shape, layers in Counter(shape for shape in shapes if shape is not None).items()
     ]
 
 
@@ -64,9 +64,10 @@ class PagedCache:
       batch: `t` packed tokens of `s` requests, as `scheduler.Batch` has them.
     """
 
-    def __init__(self, shapes: Sequence[KVShape], pools: Sequence[Pool], batch: Batch):
+    def __init__(self, shapes: Sequence[KVShape | None], pools: Sequence[Pool], batch: Batch):
         self.shapes, self.pools, self.batch = shapes, list(pools), batch
-        self.kinds = list(Counter(shapes))  # pools[i] is of kinds[i]
+        self.kinds = list(dict.fromkeys(shape for shape in shapes if shape is not None))  # of the pools
+        self.lengths: jax.Array | None = None  # of the requests with the step's tokens, once a layer has them
 
     @property
     def positions(self) -> jax.Array:
@@ -80,13 +81,10 @@ class PagedCache:
 
     def append(
         self, layer: int, k: jax.Array, v: jax.Array | None, implementation: str | None = None
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
-        """Writes a layer's new keys and values [t, heads, dim] behind those that it has.
-
-        Returns what `paged_attention` reads: the layer's pools, block tables and lengths.
-        """
+    ) -> None:
+        """Writes a layer's new keys and values [t, heads, dim] behind those that it has."""
         kind, tables = self._place(layer)
-        k_pages, v_pages, lengths = append_kv(
+        k_pages, v_pages, self.lengths = append_kv(
             *self.pools[kind],
             k,
             v,
@@ -96,7 +94,11 @@ class PagedCache:
             implementation=implementation,
         )
         self.pools[kind] = Pool(k_pages, v_pages)
-        return k_pages, v_pages, tables, lengths
+
+    def read(self, layer: int) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+        """What `paged_attention` reads of a layer that has been appended to: pools, block tables and lengths."""
+        kind, tables = self._place(layer)
+        return *self.pools[kind], tables, self.lengths
 
     def _place(self, layer: int) -> tuple[int, jax.Array]:
         """Which pool a layer has, and its block tables there."""

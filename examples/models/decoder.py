@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class CausalLM(nnx.Module):
     """
 
     config_type: ClassVar[type[Config]] = Config
-    unread: ClassVar[tuple[str, ...]] = ()  # beginnings of the names of tensors that the model leaves out
+    unread: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of tensors that the model does not use
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -62,10 +62,18 @@ class CausalLM(nnx.Module):
     def run(self, x: jax.Array, cache: PagedCache | None = None, mask: Mask | None = None) -> jax.Array:
         """Embedded tokens [b, s, width] or [t, width] → logits, as `__call__` says; a mask replaces the causal one."""
         for block in self.model.layers:
-            call = type(block).__call__
-            if self.config.remat and cache is None:
-                call = nnx.remat(call, policy=KEEP_ATTENTION)
-            x = call(block, x, cache, mask)
+            x = self.call(block, x, cache, mask)
+        return self.finish(x, cache)
+
+    def call(self, block: nnx.Module, x: Any, cache: PagedCache | None, *arguments: Any) -> Any:
+        """A block's results, recomputed in the backward pass if the configuration says so."""
+        call = type(block).__call__
+        if self.config.remat and cache is None:
+            call = nnx.remat(call, policy=KEEP_ATTENTION)
+        return call(block, x, cache, *arguments)
+
+    def finish(self, x: jax.Array, cache: PagedCache | None) -> jax.Array:
+        """What the last block returns → logits."""
         if cache is not None:
             x = x[cache.cu_seqlens[1:] - 1]
         return self.logits(self.model.norm(x))
@@ -75,8 +83,7 @@ class CausalLM(nnx.Module):
         """A block, called with `(x, cache, mask)`, whose `self_attn` has a `kv_shape`."""
         raise NotImplementedError
 
-    @classmethod
-    def convert(cls, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def convert(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """A checkpoint's tensors under the names, and in the form, of this model's weights."""
         return tensors
 
@@ -90,6 +97,6 @@ class CausalLM(nnx.Module):
         return head(x).astype(jnp.float32)
 
     @property
-    def kv_shapes(self) -> list[KVShape]:
-        """What each layer keeps of a token."""
+    def kv_shapes(self) -> list[KVShape | None]:
+        """What each layer keeps of a token; None for one that reads another layer's keys and values."""
         return [block.self_attn.kv_shape for block in self.model.layers]

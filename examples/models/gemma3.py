@@ -4,8 +4,8 @@
 262,208 tokens. Each part has a norm before and behind it, queries and keys one in each head; norms multiply by 1 +
 weight. Layers with a window have another base frequency of the rotary embedding than those without.
 
-The image encoder is not here: its vectors are an argument. Of an image's tokens each sees all of them, the later ones
-too, and text sees what is before it.
+The image encoder is not here: its vectors are an argument. Every token of an image sees the whole image, and a text
+token sees what is before it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .rope import make_rope
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Config):
-    """The fields that checkpoints leave out have these defaults."""
+    """These are the defaults of fields that a checkpoint does not have."""
 
     vocab_size: int = 262_208
     num_attention_heads: int = 8
@@ -116,19 +116,15 @@ class Gemma3(CausalLM):
           images: tokens' shape and width, the image encoder's vectors, read where spans ≥ 0.
         """
         x = self.embed(tokens)
-        if spans is None:
-            return self.run(x, cache)
         if images is not None:
             x = jnp.where((spans >= 0)[..., None], images.astype(x.dtype), x)
-        mask = masks.bidirectional_spans(spans) if cache is None else masks.ranges(0, cache.ends(spans)[None])
-        return self.run(x, cache, mask)
+        return self.run(x, cache, None if spans is None else image_mask(spans, cache))
 
     @classmethod
     def make_block(cls, config: Gemma3Config, layer: int, rngs: nnx.Rngs) -> Block:
         return Block(config, layer, rngs=rngs)
 
-    @classmethod
-    def convert(cls, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def convert(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """A checkpoint with an image encoder has the text model's weights under another name."""
         return {
             name.replace("language_model.model.", "model.").replace("model.language_model.", "model."): x
@@ -143,3 +139,8 @@ class Gemma3(CausalLM):
         """[..., width] → [..., vocabulary], float32."""
         logits, cap = super().logits(x), self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def image_mask(spans: jax.Array, cache: PagedCache | None) -> masks.Mask:
+    """Causal, and within an image both ways."""
+    return masks.bidirectional_spans(spans) if cache is None else masks.ranges(0, cache.ends(spans)[None])

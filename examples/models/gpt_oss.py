@@ -84,8 +84,7 @@ class GptOss(CausalLM):
         )
         return Block(config, attention, MoE(config, rngs=rngs))
 
-    @classmethod
-    def convert(cls, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    def convert(self, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Multiplies MXFP4 weights out; a checkpoint without them stays as it is."""
         converted = {}
         for name, tensor in tensors.items():

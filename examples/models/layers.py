@@ -47,16 +47,23 @@ class RMSNorm(nnx.Module):
     Args:
       config: its `norm_offset` is added to the weight.
       size: features.
+      epsilon: added to the mean square, the model's by default.
     """
 
-    def __init__(self, config: Config, size: int):
-        self.epsilon, self.offset = config.rms_norm_eps, config.norm_offset
+    def __init__(self, config: Config, size: int, epsilon: float | None = None):
+        self.epsilon = config.rms_norm_eps if epsilon is None else epsilon
+        self.offset = config.norm_offset
         self.weight = nnx.Param(jnp.full(size, 1 - self.offset, jnp.dtype(config.dtype)))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+        y = normalised(x, self.epsilon)
         return (y * (self.offset + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+def normalised(x: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) over the last axis, float32."""
+    y = x.astype(jnp.float32)
+    return y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
 
 
 class MLP(nnx.Module):
@@ -71,6 +78,22 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nnx.Module):
+    """Gated units of every expert; the rows of one projection are those of gate, then those of up."""
+
+    def __init__(self, config: Config, experts: int, hidden: int, *, rngs: nnx.Rngs):
+        make, dtype = nnx.initializers.lecun_normal(-1, -2, batch_axis=0), jnp.dtype(config.dtype)
+        self.gate_up_proj = nnx.Param(make(rngs.params(), (experts, 2 * hidden, config.hidden_size), dtype))
+        self.down_proj = nnx.Param(make(rngs.params(), (experts, config.hidden_size, hidden), dtype))
+        self.activation = activation(config)
+
+    def __call__(self, x: jax.Array, weights: jax.Array) -> jax.Array:
+        """x [..., width] and the experts' weights [..., experts] → [..., width]."""
+        gate, up = jnp.split(jnp.einsum("...w,ehw->...eh", x, self.gate_up_proj[...]), 2, -1)
+        each = jnp.einsum("...eh,ewh->...ew", self.activation(gate) * up, self.down_proj[...])
+        return jnp.einsum("...ew,...e->...w", each, weights).astype(x.dtype)
 
 
 class Block(nnx.Module):

@@ -31,7 +31,7 @@ class Rope:
 
 
 def make_rope(features: int, parameters: Mapping[str, Any], *, interleaved: bool = False) -> Rope:
-    """The `rope_parameters` of a config.json, for so many rotated features; raises ValueError for an unknown type."""
+    """The `rope_parameters` of a config.json, for `features` rotated ones; raises ValueError for an unknown type."""
     frequencies = parameters["rope_theta"] ** (-np.arange(0, features, 2) / features)
     kind = parameters.get("rope_type", "default")
     if kind not in SCALINGS:
@@ -50,6 +50,13 @@ def linear(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.n
     return frequencies / parameters["factor"], 1.0
 
 
+def proportional(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """The first, fast part of the frequencies; the other features stay as they are (Gemma 4)."""
+    rotated = int(parameters.get("partial_rotary_factor", 1.0) * len(frequencies))
+    kept = np.arange(len(frequencies)) < rotated
+    return np.where(kept, frequencies / parameters.get("factor", 1.0), 0.0), 1.0
+
+
 def llama3(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     """Slow frequencies are divided by the factor, fast ones stay, and those between are interpolated (Llama 3.1)."""
     turns = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -63,7 +70,7 @@ def yarn(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.nda
     factor, count = parameters["factor"], len(frequencies)
 
     def feature(turns: float) -> float:
-        """The feature that turns so many times within the original length."""
+        """The feature that makes this number of turns within the original length."""
         length = parameters["original_max_position_embeddings"]
         return count * math.log(length / (turns * 2 * math.pi)) / math.log(parameters["rope_theta"])
 
@@ -90,4 +97,10 @@ def magnitude(factor: float, mscale: float = 1.0) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-SCALINGS = {"default": unscaled, "linear": linear, "llama3": llama3, "yarn": yarn}
+SCALINGS = {
+    "default": unscaled,
+    "linear": linear,
+    "llama3": llama3,
+    "proportional": proportional,
+    "yarn": yarn,
+}

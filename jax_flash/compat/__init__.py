@@ -1,5 +1,5 @@
 """The functions of other libraries, with their names and arguments, for code that is ported from them."""
 
-from . import flash_attn, levanter, maxtext, pallas_gpu, ragged_paged_attention, tokamax
+from . import flash_attn, levanter, maxtext, pallas_gpu, ragged_paged_attention, splash, tokamax
 
-__all__ = ["flash_attn", "levanter", "maxtext", "pallas_gpu", "ragged_paged_attention", "tokamax"]
+__all__ = ["flash_attn", "levanter", "maxtext", "pallas_gpu", "ragged_paged_attention", "splash", "tokamax"]

@@ -14,6 +14,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/row_max.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
@@ -137,8 +138,19 @@ struct Consumer {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
+    if constexpr (C::Softmax::kBounded) {  // which has no maximum
+      if (p.row_max) raise_maxima(s);
+    }
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
     score.template exponentiate<kScalarDropout>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
+  }
+
+  // row_max ← max(row_max, rowmax S), of scores with the shift added.
+  template <class Scores>
+  __device__ __forceinline__ void raise_maxima(const Scores& s) const {
+    wait_part(shared.epilogue_pipe);
+    raise_row_maxima(s, row_maxima(p, tile->lse.data), tile->lse.stride, tile->work.tile, row(),
+                     [&](float x, int slot) { return x - softmax.shift[slot]; });
   }
 
   template <class Scores>
@@ -354,8 +366,14 @@ struct Consumer {
     }
   }
 
-  // o ← α O
+  // o ← α O, and row_max ← m where the call asks for it.
   __device__ __forceinline__ void write_rows() {
+    if constexpr (C::kPacksHeads) {
+      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, PackedRows(p, p.lse), tile->work.tile, row());
+    } else if constexpr (!C::Softmax::kBounded) {
+      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, StridedRows{tile->lse.stride}, tile->work.tile,
+                                  row());
+    }
     normalise_rows(o, alpha);
     if constexpr (C::kPacksHeads) {
       store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),

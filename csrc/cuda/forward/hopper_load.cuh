@@ -10,8 +10,8 @@
 
 namespace jax_flash {
 
-// Run by the first Loader::kLanes lanes of Loader::kWarps warps, from the team's second warp on. If there are
-// two warps, the first loads K, and the second the score inputs and then V, which consumers need last.
+// The first Loader::kLanes lanes of Loader::kWarps warps run this, beginning with the team's second warp. If
+// there are two warps, the first loads K, and the second loads Q, the score inputs and V.
 template <class C>
 struct LoadWarp {
   using Loader = typename C::Loader;
@@ -19,9 +19,9 @@ struct LoadWarp {
   const typename C::Maps& maps;
   typename C::Shared& shared;
   Loader loader{p};
-  uint32_t kv_index = 0;  // key tiles so far
+  uint32_t kv_index = 0;  // key tiles loaded so far
 
-  // The thread that loads what is not K and V.
+  // The thread that loads Q and signals the tile scheduler.
   static __device__ __forceinline__ bool leads() {
     return threadIdx.x % kTeamProducers<C::kTeams> == 32 * Loader::kWarps;
   }
@@ -63,9 +63,9 @@ struct LoadWarp {
     load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
   }
 
-  // Key tiles that are left to load when the tile scheduler takes the next query tile: few, since a tile that
-  // is taken long before it begins may end after other CTAs have none left. Three consumers work too fast for
-  // that: their next tile would not be prepared in time.
+  // The tile scheduler takes the next query tile when this many key tiles are left to load. The number is
+  // small, because a CTA that reserves a tile long before it begins may finish after all other CTAs. Three
+  // consumers are so fast that the next tile would not be ready in time, so they take it at once.
   static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
 
   // K, Q, then K, V, K, V … V: the order in which consumers wait for them.
