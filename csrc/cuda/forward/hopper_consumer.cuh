@@ -7,6 +7,7 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/forward/hopper_heads.cuh"
+#include "cuda/forward/hopper_score_tile.cuh"
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/forward/hopper_store.cuh"
 #include "cuda/hopper/pipeline.cuh"
@@ -19,36 +20,6 @@
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
-
-// Q in registers, with the interface of a descriptor.
-template <class T, int kSteps>
-struct QueryFragments : FragmentsA<T, 1, kSteps> {
-  __device__ __forceinline__ const uint32_t (&at(int step) const)[4] { return this->x[0][step]; }
-};
-
-// Where the tile of S in a warp's registers lies, for the score variants.
-template <class Consumer>
-struct ConsumerTile {
-  using Input = typename Consumer::Config::Input;
-  const Consumer& of;
-  uint32_t input_use;  // of the input's pipeline
-  const Problem& p = of.p;
-  const typename Consumer::Config::Shared& shared = of.shared;
-  const int consumer = of.consumer;
-  int32_t key = 0;  // for variants that are kPositional: the tile's first
-
-  __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
-  __device__ __forceinline__ const Band& band() const { return of.tile->band; }
-  // What the band leaves to row i of some keys.
-  __device__ __forceinline__ Interval in_band(int32_t i, const Interval& keys) const {
-    const Band& band = of.tile->band;
-    const Interval& apart = of.tile->in_band;
-    const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
-    return i < band.q_len ? seen : Interval{0, 0};
-  }
-  __device__ __forceinline__ int32_t row() const { return of.row(); }
-  __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
-};
 
 // A consumer warpgroup and its registers. It works on one query tile after the other, and on the key tiles of
 // a query tile from the last to the first.
@@ -325,30 +296,27 @@ struct Consumer {
     first_step<false, true>(n, false);
     n = tile->after(n);
 #pragma unroll 1
-    while (n >= tiles.lo) {
-      // Down to `end` masked, down to `lo` whole.
+    while (n >= tiles.lo) {  // down to `end` masked, down to `lo` whole
       const Interval gap = uniform(tile->gap);
       const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
-      Interval whole = uniform(tile->keys[consumer].whole);
+      whole = uniform(tile->keys[consumer].whole);
       if (whole.lo > n || whole.empty()) whole = uniform(tile->first_whole[consumer]);
-      const bool none = whole.lo > n || whole.empty();
-      const int32_t lo = none ? first : max(first, whole.lo), end = none ? first : max(first, whole.hi);
+      if (whole.lo > n || whole.empty()) whole = {first, first};
+      const int32_t lo = max(first, whole.lo), end = max(first, whole.hi);
       for (; n >= end; --n) step<true, false, true>(n);
       for (; n >= lo; --n) step<false, false, true>(n);
-      if (n == first - 1 && first == gap.hi && !gap.empty()) n = gap.lo - 1;
+      if (n < gap.hi && first == gap.hi && !gap.empty()) n = gap.lo - 1;
     }
     if constexpr (!C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
     multiply_values<C::kN, true>();
   }
 
-  // Key tiles of the query tile in an interval, less those of the gap, which it holds all or none of.
+  // Key tiles in an interval, which holds all of the gap or none of it.
   __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
-    if constexpr (C::kRanges) {
-      const Interval gap = uniform(tile->gap);
-      return tiles.size() - intersect(gap, tiles).size();
-    } else {
+    if constexpr (!C::kRanges)
       return tiles.hi - tiles.lo;
-    }
+    else
+      return tiles.size() - intersect(uniform(tile->gap), tiles).size();
   }
 
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see

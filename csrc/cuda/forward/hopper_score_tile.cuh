@@ -1,0 +1,43 @@
+// What cuda/forward/hopper_consumer.cuh hands to its products and its score: Q in registers, and where a tile
+// of S lies.
+#pragma once
+
+#include <cstdint>
+
+#include "core/band.h"
+#include "cuda/score/operands.cuh"
+#include "cuda/tile/operands.cuh"
+
+namespace jax_flash {
+
+// Q in registers, with the interface of a descriptor.
+template <class T, int kSteps>
+struct QueryFragments : FragmentsA<T, 1, kSteps> {
+  __device__ __forceinline__ const uint32_t (&at(int step) const)[4] { return this->x[0][step]; }
+};
+
+// Where the tile of S in a warp's registers lies, for the score variants.
+template <class Consumer>
+struct ConsumerTile {
+  using Input = typename Consumer::Config::Input;
+  const Consumer& of;
+  uint32_t input_use;  // of the input's pipeline
+  const Problem& p = of.p;
+  const typename Consumer::Config::Shared& shared = of.shared;
+  const int consumer = of.consumer;
+  int32_t key = 0;  // for variants that are kPositional: the tile's first
+
+  __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
+  __device__ __forceinline__ const Band& band() const { return of.tile->band; }
+  // What the band leaves to row i of some keys.
+  __device__ __forceinline__ Interval in_band(int32_t i, const Interval& keys) const {
+    const Band& band = of.tile->band;
+    const Interval& apart = of.tile->in_band;
+    const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
+    return i < band.q_len ? seen : Interval{0, 0};
+  }
+  __device__ __forceinline__ int32_t row() const { return of.row(); }
+  __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
+};
+
+}  // namespace jax_flash
