@@ -101,9 +101,9 @@ class Attention(nnx.Module):
         return jax.vmap(attend)(q, k, v, cu_seqlens)
 
     def ring(self, q: jax.Array, k: jax.Array, v: jax.Array, cu_seqlens: jax.Array) -> jax.Array:
-        """Each device has two parts of each row, in zigzag order, or one; documents are told apart by segment ids.
+        """Each device has two chunks of each row in zigzag order, else one; segment ids separate documents.
 
-        Rows of one document each need none: under the causal mask it sees nothing of the padding after it.
+        Rows of one document need no ids: the causal mask hides the padding after it.
         """
         mode, implementation = self.config.sequence_mode, self.config.attention
         order = "zigzag" if mode == "ring" else "contiguous"

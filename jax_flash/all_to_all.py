@@ -1,8 +1,8 @@
 """Sequence parallelism by all-to-all: tokens are exchanged for heads, and back.
 
-Each device holds all heads of its tokens. An all-to-all gives it all tokens of its heads, on which the ordinary call
-runs, and a second one returns the results to the devices of their tokens. Both modes of differentiation, and every
-option, are those of the ordinary call; the collectives are differentiated by JAX.
+Each device begins with all heads of its own tokens. An all-to-all gives it all tokens of its own heads, on which the
+ordinary call runs, and a second all-to-all returns the results to the devices of their tokens. Options and derivatives
+are those of the ordinary call; JAX differentiates the collectives.
 
 Source: Jacobs et al., DeepSpeed Ulysses (2023).
 """
@@ -18,18 +18,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from . import _jax
-from .autodiff import Operands, Pair, attend, is_empty, without_elements
+from .autodiff import Operands, Results, attend, is_empty, without_elements
 from .operands import DROPOUT_HEAD
 from .spec import AttentionSpec, Ring
 from .zigzag import zigzag_permute, zigzag_unpermute
 
 
-def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
-    """(out, lse) of this device's tokens, from the checked operands of a ring_attention call.
+def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Results:
+    """The results of `attend` for this device's tokens, from the checked operands of a ring_attention call.
 
-    query, key, value, segment ids and sinks by token are this device's tokens; mask and bias have its rows and the
-    columns of all keys, in the order of the sequence; lengths are of the whole sequence, and slopes, sinks by head and
-    dropout of all heads.
+    query, key, value, segment ids and sinks by token have this device's tokens. mask and bias have the rows of these
+    tokens and the columns of all keys, in the order of the sequence. lengths count the whole sequence. slopes, sinks by
+    head and dropout have all heads.
     """
     assert spec.ring is not None
     if is_empty(operands):
@@ -40,18 +40,17 @@ def all_to_all_attention(spec: AttentionSpec, operands: Operands) -> Pair:
     shared = {"value"} if spec.shared_kv else set()
     whole = {name: exchange.by_heads(name, x, rows) for name, x in operands.items() if name not in shared}
     whole |= dict.fromkeys(shared, whole["key"])
-    out, lse = attend(replace(spec, ring=None), whole)
-    return exchange.to_tokens(out, 1, 2), exchange.to_tokens(lse, 2, 1)
+    out, *by_row = attend(replace(spec, ring=None), whole)
+    return exchange.to_tokens(out, 1, 2), *(exchange.to_tokens(x, 2, 1) for x in by_row)
 
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Between the two ways to share the arrays of a call: by tokens and by heads.
+    """Converts arrays between two distributions over devices: by tokens and by heads.
 
-    KV heads are repeated as far as several devices read them (`times`); each then has `step` query heads. Device i of n
-    takes every n-th of them, from i on, with its query heads, so that heads that are sharded over an automatic mesh
-    axis stay where they are. Dropout counts query heads one by one: with it each device takes a run
-    of them (`whole_runs`).
+    A KV head that several devices read is repeated (`times`); each copy then serves `step` query heads. Device i of n
+    takes the copies i, i + n, … with their query heads, so that heads that are sharded over an automatic mesh axis stay
+    where they are. With dropout, which numbers query heads, each device takes consecutive ones (`whole_runs`).
     """
 
     ring: Ring
@@ -81,7 +80,7 @@ class _Exchange:
         return self.hq // self.hk // self.step
 
     def by_heads(self, name: str, x: jax.Array, rows: int) -> jax.Array:
-        """An operand as the ordinary call on this device's heads takes it; `rows` are the queries per device."""
+        """The operand for the ordinary call on this device's heads; `rows`: queries per device."""
         changes: dict[str, Callable[[], jax.Array]] = {
             "query": lambda: self.to_heads(x, 1, 2),
             "key": lambda: self.to_heads(self.repeated(x), 1, 2),
@@ -99,13 +98,13 @@ class _Exchange:
         return changes[name]() if name in changes else x
 
     def repeated(self, x: jax.Array) -> jax.Array:
-        """Keys or values [b, s, hk, d] once for each time that they are read; their gradients are summed in float32."""
+        """Keys or values [b, s, hk, d], each head `times` times; JAX sums their gradients in float32."""
         if self.times == 1:
             return x
         return jnp.repeat(x.astype(jnp.float32), self.times, 2).astype(x.dtype)
 
     def scores(self, x: jax.Array, rows: int) -> jax.Array:
-        """A mask or bias [b|1, hq|1, rows|1, sk|1], whose columns are all keys in the order of the sequence, or ranges
+        """A mask or bias [b|1, hq|1, rows|1, sk|1] with the columns of all keys in the order of the sequence, or ranges
         of such keys."""
         by_head, by_row = x.shape[1] == self.hq, x.shape[2] == rows
         if by_head and by_row:
@@ -114,7 +113,7 @@ class _Exchange:
             return self.own_heads(x, 1)
         return self.all_tokens(x, 2) if by_row else x
 
-    # --- dimensions: `tokens` and `heads` are their numbers --------------------------------------------------------
+    # --- `tokens` and `heads` are the axes of these dimensions -----------------------------------------------------
 
     def to_heads(self, x: jax.Array, tokens: int, heads: int) -> jax.Array:
         """[…, tokens per device, …, heads, …] → [… all tokens …, heads per device, …]."""
@@ -131,7 +130,7 @@ class _Exchange:
         return _joined(self.exchanged(cut, before, device), heads)
 
     def exchanged(self, x: jax.Array, split: int, concat: int) -> jax.Array:
-        """lax.all_to_all; where some mesh axes are automatic, n − 1 permutes, around which XLA gathers nothing."""
+        """lax.all_to_all. Where some mesh axes are automatic, n − 1 permutes, because XLA would gather around it."""
         if _jax.manual_axes()[1]:
             at_once: jax.Array = lax.all_to_all(x, self.ring.axes, split, concat, tiled=True)
             return at_once
@@ -152,7 +151,7 @@ class _Exchange:
         return received
 
     def cut(self, x: jax.Array, heads: int, devices: int | None = None) -> tuple[jax.Array, int]:
-        """x with its dimension `heads` in three, one of which is the device, and the number of that one."""
+        """x with the dimension `heads` split into three, one of which is the device, and the axis of that one."""
         devices = self.devices if devices is None else devices
         count = x.shape[heads]
         step = self.step if count * self.devices // devices == self.hq else 1
@@ -178,5 +177,5 @@ class _Exchange:
 
 
 def _joined(x: jax.Array, heads: int) -> jax.Array:
-    """x with its dimensions heads, heads + 1 and heads + 2 in one."""
+    """x with the dimensions heads, heads + 1 and heads + 2 merged."""
     return x.reshape(*x.shape[:heads], math.prod(x.shape[heads : heads + 3]), *x.shape[heads + 3 :])

@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
-from . import validate
+from . import largest, validate
 from .autodiff import attend
 from .masks import Mask
 from .options import (
@@ -26,18 +26,33 @@ from .options import (
 @overload
 def flash_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
-    *, return_lse: Literal[False] = ..., **options: Unpack[FixedOptions],
+    *, return_lse: Literal[False] = ..., return_max: Literal[False] = ..., **options: Unpack[FixedOptions],
 ) -> Array: ...
 @overload
 def flash_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
-    *, return_lse: Literal[True], **options: Unpack[FixedOptions],
+    *, return_lse: Literal[True], return_max: Literal[False] = ..., **options: Unpack[FixedOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def flash_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
-    *, return_lse: bool, **options: Unpack[FixedOptions],
+    *, return_lse: Literal[False] = ..., return_max: Literal[True], **options: Unpack[FixedOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def flash_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
+    *, return_lse: Literal[True], return_max: Literal[True], **options: Unpack[FixedOptions],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def flash_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
+    *, return_lse: bool, return_max: Literal[False] = ..., **options: Unpack[FixedOptions],
 ) -> Array | tuple[Array, Array]: ...
+@overload
+def flash_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
+    *, return_lse: bool = ..., return_max: bool, **options: Unpack[FixedOptions],
+) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
 # fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
@@ -63,9 +78,10 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     deterministic: bool = False,
     implementation: Implementation | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """Exact attention, softmax(scale · q·kᵀ)·v, in memory linear in the sequence length.
 
     A row without a visible key gives 0 and lse −inf (its sink, if there is one), never NaN. Rows and keys past a length
@@ -97,15 +113,17 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
       dropout_key: `jax.random.key` of any implementation, required if dropout_rate > 0. The same key drops the same
         weights on every platform and with every sharding under jit. In a `shard_map` of your own, batch entries and
         heads count from the shard's first: where a manual axis splits them, fold the shard's index into the key
-        (`jax.random.fold_in(key, jax.lax.axis_index("data"))`), or all shards drop alike. What is dropped then differs
-        from one device's. A sequence needs no folding: `ring_attention` drops what one device would.
+        (`jax.random.fold_in(key, jax.lax.axis_index("data"))`), or all shards drop alike. The dropped elements then
+        differ from one device's. A sequence needs no folding: `ring_attention` drops what one device would.
       return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq]`; differentiable.
+      return_max: also return the largest visible S of each sequence and head, sinks aside, float32 `[b, hq]`; −inf
+        where there is none. No gradient. It is what QK-clip asks for.
       deterministic: makes the backward pass bit-for-bit reproducible.
       implementation: `"cuda"`, `"cpu"` or `"xla"` (plain JAX). None is the custom call of the platform that the
         program is compiled for.
 
     Returns:
-      `[b, sq, hq, dv]` in query's dtype, or the pair `(out, lse)`.
+      `[b, sq, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for.
 
     Raises:
       ValueError, TypeError: while tracing; the message names the argument, its value and what is allowed.
@@ -136,9 +154,9 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         return_lse=return_lse,
+        return_max=return_max,
         deterministic=deterministic,
         implementation=implementation,
     )
     spec, operands = validate.fixed("flash_attention", arguments)
-    out, lse = attend(spec, operands)
-    return (out, lse) if return_lse else out
+    return largest.results(arguments, spec, operands, attend(spec, operands))

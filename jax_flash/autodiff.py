@@ -20,7 +20,7 @@ from jax.interpreters import ad, mlir
 
 from . import _jax, derivatives, no_derivative, reference
 from .batching import over_leading
-from .operands import DIFFERENTIABLE, DIFFERENTIAL, DROPOUT_ROW, FORWARD, TANGENTS
+from .operands import DIFFERENTIABLE, DIFFERENTIAL, DROPOUT_ROW, FORWARD, TANGENTS, is_float32
 from .paged import gather
 from .primitives import (
     LOCAL,
@@ -34,21 +34,20 @@ from .primitives import (
     result_types,
 )
 from .sequence import passes
-from .spec import AttentionSpec, operand_names
+from .spec import AttentionSpec, operand_names, result_names
 
 Operands = dict[str, jax.Array]
-Pair = tuple[jax.Array, jax.Array]
+Results = tuple[jax.Array, ...]
 
 
-def attend(spec: AttentionSpec, operands: Operands) -> Pair:
-    """(out, lse) of checked operands, by plain JAX or by the custom call."""
+def attend(spec: AttentionSpec, operands: Operands) -> Results:
+    """out, lse and, where the spec asks for it, row_max of checked operands, by plain JAX or by the custom call."""
     if "position" in operands and "dropout" in operands:  # bits go by the position in the larger sequence
         first = operands["position"].astype(jnp.uint32)
         operands = operands | {"dropout": operands["dropout"].at[DROPOUT_ROW:].add(first)}
-    out, lse, *_ = (
-        _in_plain_jax(spec, operands) if spec.implementation == "xla" else bind(FORWARD, spec, operands)
-    )
-    return out, lse
+    if spec.implementation == "xla":
+        return tuple(_in_plain_jax(spec, operands))
+    return tuple(bind(FORWARD, spec, operands))
 
 
 def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array]:
@@ -61,7 +60,7 @@ def _in_plain_jax(spec: AttentionSpec, operands: Operands) -> Sequence[jax.Array
     if _jax.manual_axes()[0]:  # JAX cannot differentiate a change of axis types in such a region
         return equations(operands)
     types = result_types(FORWARD, spec, {name: jax.typeof(x) for name, x in operands.items()})
-    found: Pair = _jax.in_automatic_axes(equations, operands, tuple(x.sharding for x in types))
+    found: Results = _jax.in_automatic_axes(equations, operands, tuple(x.sharding for x in types))
     return found
 
 
@@ -69,13 +68,14 @@ def is_empty(operands: Operands) -> bool:
     return any(_jax.same_dim(size, 0) for size in operands["query"].shape)
 
 
-def without_elements(spec: AttentionSpec, operands: Operands) -> Pair:
+def without_elements(spec: AttentionSpec, operands: Operands) -> Results:
     """Results without elements: XLA does not compile the gradient of such a shard (jaxlib 0.10 to 0.12)."""
     query = operands["query"]
     shapes = result_shapes(FORWARD, spec, {name: x.shape for name, x in operands.items()})
-    made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(FORWARD.results, shapes)}
+    made = {name: jnp.zeros(shape, query.dtype) for name, shape in zip(result_names(FORWARD, spec), shapes)}
     varying = equally_varying(operands | made, spec.ring.axes if spec.ring else ())
-    return varying["out"], varying["lse"].astype(jnp.promote_types(query.dtype, jnp.float32))
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return tuple(varying[name].astype(wide if is_float32(name) else query.dtype) for name in made)
 
 
 def _forward_jvp(primitive: Primitive, primals: Any, tangents: Any, *, spec: AttentionSpec) -> Any:
@@ -105,7 +105,7 @@ def _has_derivative(spec: AttentionSpec, name: str, x: jax.Array) -> bool:
 def _bind_differential(spec: AttentionSpec, operands: Operands, tangents: Operands) -> list[jax.Array]:
     """(tout, tlse) for the tangents given, all others being zero; `operands` has the forward's results as well."""
     names = (*_without_tangents(spec).operands, *tangents)
-    return bind(DIFFERENTIAL, replace(spec, operands=names), operands | tangents)
+    return bind(DIFFERENTIAL, replace(spec, operands=names, row_max=False), operands | tangents)
 
 
 def _without_tangents(spec: AttentionSpec) -> AttentionSpec:

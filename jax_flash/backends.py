@@ -92,7 +92,7 @@ class Backend:
 def backends() -> list[Backend]:
     """What is installed, built and found: one `Backend` each for "cpu", "cuda" and "xla".
 
-    Never raises: what is missing is told in `Backend.problem`.
+    Never raises; `Backend.problem` says what is missing.
 
     Example:
       >>> [b.implementation for b in jax_flash.backends() if b.problem is None]

@@ -1,7 +1,8 @@
-"""The tangents and the gradients of one call: the custom calls, and what is made of rows in plain JAX around them.
+"""The tangents and the gradients of one call: the custom calls, and sums over rows in plain JAX around them.
 
-Sinks and a bias of one column move all scores of a row alike, so that their part follows from out and lse. Paged calls
-gather their pages and differentiate the contiguous call. There are no leading dimensions here (vmap adds them).
+Sinks and a bias of one column change all scores of a row by the same amount, so that their contribution follows from
+out and lse. Paged calls gather their pages and differentiate the contiguous call. Arrays have no leading dimensions
+here (vmap adds them).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ Gradients = dict[str, jax.Array]
 
 
 def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
-    """(tout, tlse) from the call's operands, its results out and lse, and those tangents that are not zero."""
+    """(tout, tlse) from the call's operands, its results out and lse, and its nonzero tangents, all in `operands`."""
     if spec.paged:
         _check_head_dim(spec, operands)
         return _paged_tangents(spec, operands)
@@ -46,7 +47,7 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> Pair:
-    """Adds t, by which all scores of a row move, and the sink's move: with x = p_sink·(tsink − t), tlse += t + x and
+    """Adds the tangents of a bias of one column, t, and of the sinks: with x = p_sink·(tsink − t), tlse += t + x and
     tout −= x·out."""
     out, lse = operands["out"], operands["lse"]
     moved = _zeros(lse)
@@ -105,7 +106,7 @@ def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
 
 
 def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) -> Gradients:
-    """The gradients of the operands `wanted`, for the cotangents dout and dlse among `operands`; a missing one is 0."""
+    """The gradients of the operands `wanted`, from the cotangents dout and dlse in `operands`; a missing one is 0."""
     if spec.paged:
         _check_head_dim(spec, operands)
         return _paged_gradients(spec, wanted, operands)
@@ -167,7 +168,7 @@ def _missing_rows(spec: AttentionSpec, operands: Operands) -> Pair:
     return missing[..., None], jnp.swapaxes(missing, -1, -2)
 
 
-@partial(jax.jit, inline=True)  # outside jit, platform_dependent is traced anew each time
+@partial(jax.jit, inline=True)  # outside jit, JAX would trace platform_dependent in every call
 def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
     """Σ x·y of the rows of two […, s, h, dv] in lse's order, […, h, s]; 0 for rows that see nothing."""
     wide = _jax.sharded_like(x, y).astype(jnp.float32), y.astype(jnp.float32)
@@ -176,8 +177,8 @@ def _row_products(x: jax.Array, y: jax.Array, lse: jax.Array) -> jax.Array:
 
 
 def _row_dots(x: jax.Array, y: jax.Array) -> jax.Array:
-    """For CPUs, where XLA makes a library call of a sum: it wakes threads for it, often so late that those of the
-    call after it, the backward pass, start milliseconds late as well."""
+    """For CPUs: XLA turns a plain sum into a library call that wakes threads, often so late that the next call, the
+    backward pass, starts milliseconds late."""
     return jnp.einsum("...d,...d->...", x, y, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -74,8 +74,8 @@ def attention_fn(
       precision: None or a `jax.lax.Precision` in any spelling. It allows float32 products to be rounded; here
         they are never rounded, which satisfies all of them.
       module: a module of linen or nnx, which sows the attention weights before dropout, `[batch..., heads, q_length,
-        kv_length]`, as `attention_weights` (`sow_weights=True`). They are made in plain JAX beside the kernel's result
-        and cost its memory and more than its time: for looking at them, not for training.
+        kv_length]`, as `attention_weights` (`sow_weights=True`). Plain JAX computes them in addition to the
+        kernel's result, in quadratic memory and more than its time: use it to inspect weights, not to train.
       force_fp32_for_softmax: the softmax is always float32; with True weights that are sown are float32 too.
       promote_dtype: a function that replaces the promotion, called with `(query, key, value)` and `dtype=`.
       is_causal: query i attends to keys 0 … i. It is ignored for a single query with a mask, which is a decode

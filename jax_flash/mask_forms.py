@@ -1,7 +1,7 @@
 """The forms that a mask is written in, and what each leaves to a query row: ranges of keys, segments, blocks or bits.
 
 A mask is a conjunction of forms. `resolve` turns it, for the rows of one call, into a `Visible`: at most two ranges of
-keys for each row, and whatever cannot be ranges beside them.
+keys for each row, and the conditions that ranges cannot express.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Chunks(Form):
 @_form("first", "left")
 @dataclass(frozen=True, eq=False)
 class FirstAndWindow(Form):
-    """Causal: the first keys and the nearest `left` beside the row's own."""
+    """Causal: the `first` keys, the row's own key and the `left` keys before it."""
 
     first: Data
     left: Data
@@ -211,9 +211,9 @@ class Blocks(Form):
     block: tuple[int, int]
 
     def shown(self, columns: Any) -> Array:
-        """Whether each block of rows sees each of so many blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
+        """Whether each block of rows sees each of `columns` blocks of keys, boolean [b|1, hk|hq|1, ⌈sq/bq⌉, columns].
 
-        An index of no block is none, and one that occurs twice counts once."""
+        Indices outside the blocks are ignored, and repeated ones count once."""
         nothing = jnp.zeros((*self.chosen.shape[:-1], columns), bool)
         index = jnp.where(self.chosen < 0, MOST, self.chosen)
         at = tuple(jnp.indices(index.shape, sparse=True)[:-1])

@@ -23,8 +23,8 @@ from .mask_forms import Form, Pair
 from .mask_rows import Rows
 
 ArrayLike = Any
-_DRAWN = 16  # rows and keys of a picture, at most,
-_MOST_DRAWN = 1 << 20  # of a mask of so many pairs
+_DRAWN = 16  # the most rows and keys in a picture
+_MOST_DRAWN = 1 << 20  # the most pairs of a mask that repr draws
 
 
 @jax.tree_util.register_dataclass

@@ -1,8 +1,8 @@
-"""Stands for a derivative that the library does not have: one that is used raises, one that is dropped costs nothing.
+"""A primitive in place of a derivative that the library does not have: it raises if used and is free if dropped.
 
-A rule that raises while JAX traces would also raise where the derivative is dropped later, as by `stop_gradient`
-around a `jax.jvp` within a loss. So the rule binds a primitive instead, which is linear in the tangents that it is
-given, has derivatives of its own kind, and raises where it is lowered or run.
+A rule that raises during tracing would also raise where the derivative is dropped later, for example by
+`stop_gradient` around a `jax.jvp` within a loss. So the rule binds this primitive instead. It is linear in its
+tangents, its derivatives are of the same kind, and it raises when it is lowered or run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def zeros(results: Sequence[jax.Array]) -> list[ad.Zero]:
 
 
 def is_moving(tangent: Any) -> bool:
-    """Whether a tangent is there: not a symbolic zero, nor the float0 that stands beside an integer."""
+    """Whether a tangent is neither a symbolic zero nor the float0 of an integer."""
     return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
 
 

@@ -1,4 +1,4 @@
-"""The tables of operands and results: csrc/operands.def and csrc/results.def, which C++ includes, as Python reads them.
+"""csrc/operands.def, results.def and spec.def, which C++ includes, as Python reads them: arrays, passes, options.
 
 Abstract evaluation, batching, sharding rules and the operand bits of the FFI are all derived from them.
 """
@@ -17,15 +17,27 @@ ATTENTION_LAYOUTS = ("fixed", "varlen", "paged", "paged_varlen")
 APPEND_LAYOUTS = ("append", "append_varlen")
 _ROW = re.compile(r"JF_(\w+)\((.*)\)")
 _CELL = re.compile(r'"([^"]*)"|(\w+)')
+_FIELD = re.compile(r"  FIELD\((\w+), (\w+)\)")
+
+
+def _text(table: str) -> str:
+    """csrc/<table>.def. Wheels have the file in this package."""
+    here = Path(__file__).resolve().parent
+    own, source = here / f"{table}.def", here.parent / "csrc" / f"{table}.def"
+    return (own if own.exists() else source).read_text()
 
 
 def _rows(table: str) -> Iterator[tuple[str, list[str]]]:
-    """The rows of csrc/<table>.def: the kind of each, and its arguments. Wheels have the file in this package."""
-    here = Path(__file__).resolve().parent
-    own, source = here / f"{table}.def", here.parent / "csrc" / f"{table}.def"
-    for line in (own if own.exists() else source).read_text().splitlines():
+    """The rows of csrc/<table>.def: the kind of each, and its arguments."""
+    for line in _text(table).splitlines():
         if row := _ROW.match(line):
             yield row[1], [text or word for text, word in _CELL.findall(row[2])]
+
+
+def _fields(struct: str) -> dict[str, str]:
+    """The fields of a struct of csrc/spec.def, JF_<struct>_FIELDS, with their C++ types."""
+    _, _, text = _text("spec").partition(f"#define JF_{struct}_FIELDS")
+    return {name: type_ for type_, name in _FIELD.findall(text.partition("\n\n")[0])}
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,6 @@ class _Tables:
         self.differentiable: list[str] = []
         self.like: dict[str, str] = {}
         self.elements: dict[str, str] = {}
-        self.results: list[str] = []
         self.passes: dict[str, Pass] = {}
         self.limits: dict[str, int] = {}
         for table in ("operands", "results"):
@@ -64,7 +75,7 @@ class _Tables:
                 add = getattr(self, f"_add_{kind.lower()}", None)
                 if add:
                     add(*cells)
-        for name in (*self.differentiable, *self.results):
+        for name in self.differentiable:
             self.like["t" + name] = name
         for name, other in self.like.items():
             self.elements[name] = self.elements[other]
@@ -103,10 +114,11 @@ class _Tables:
 
     def _add_result(self, name: str, element: str, *dims: str) -> None:
         self._add_array(ATTENTION_LAYOUTS, name, element, dims)
-        self.results.append(name)
 
     def _add_like(self, name: str, other: str) -> None:
         self.like[name] = other
+
+    _add_tangent = _add_like
 
     def _add_pass(self, _: str, name: str, operands: str, results: str) -> None:
         self.passes[name] = Pass(name, tuple(operands.split()), tuple(results.split()))
@@ -127,6 +139,8 @@ ELEMENTS = _TABLES.elements
 # Optional operands, in the order of the custom call; the index is the operand's bit in the spec.
 OPTIONAL = tuple(_TABLES.optional)
 APPEND_OPTIONAL = tuple(_TABLES.append_optional)
+# The attributes of the custom calls: the C++ type of each field of AttentionSpec and AppendSpec.
+ATTENTION_FIELDS, APPEND_FIELDS = _fields("ATTENTION"), _fields("APPEND")
 PASSES = tuple(_TABLES.passes.values())
 FORWARD, BACKWARD, BIAS_GRADIENT, TANGENT = (
     _TABLES.passes[name] for name in ("forward", "backward", "bias_gradient", "tangent")

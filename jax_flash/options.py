@@ -34,7 +34,7 @@ LengthsLike = ArrayLike | Sequence[int] | int  # one number is the length of all
 
 
 class Options(TypedDict, total=False):
-    """What every layout has, except for `return_lse`, by which the overloads differ."""
+    """What every layout has, except for `return_lse` and `return_max`, by which the overloads differ."""
 
     causal: bool
     window: Window | None
@@ -128,6 +128,7 @@ class Arguments:
     alibi_slopes: ArrayLike | None = None
     sinks: ArrayLike | None = None
     return_lse: bool = False
+    return_max: bool = False
     deterministic: bool = False
     implementation: Implementation | None = None
 

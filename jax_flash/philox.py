@@ -14,8 +14,8 @@ from jax import Array
 from jax.extend.random import threefry_2x32
 
 ROUNDS = 7  # the fewest that pass every test of the paper
-# A tile of this size takes 32 Philox blocks of four 32-bit words. Each block decides the elements that one thread holds
-# of the tile in tensor core accumulators (mma.m16n8): columns 2t and 2t + 1 of every 8, rows i and i + 8.
+# A tile of this size needs 32 Philox blocks of four 32-bit words. Each block serves the elements that one thread holds
+# in tensor core accumulators (mma.m16n8): columns 2t and 2t + 1 of every 8, rows i and i + 8.
 ROWS, COLUMNS = 16, 32
 NUMBERS = 1 << 15  # a dropout number is the lower 15 bits of half a word
 _MULTIPLIERS = (np.uint32(0xD2511F53), np.uint32(0xCD9E8D57))
@@ -48,9 +48,9 @@ def philox4x32(key: tuple[Array, Array], counter: Words) -> Words:
 def key_words(words: Array) -> Array:
     """The two words of Philox's key, uint32 `[2]`, from the words of a JAX key of any implementation.
 
-    A key of two words, as threefry has them, is taken as it is. Of more words, each pair is encrypted with what came
-    before it as the key (Threefry-2x32), so that every word counts. The two halves of an rbg key are equal after a
-    seed, a split and a fold, which rules out to add or to XOR them.
+    A key of two words, such as threefry's, is returned as it is. In a longer key, each pair of words is encrypted
+    (Threefry-2x32) with the result so far as the key, so that every word counts. Adding or XORing the pairs would not
+    do, because the two halves of an rbg key are equal after a seed, a split and a fold.
     """
     padded = jnp.pad(words.ravel(), (0, words.size % 2))
     first, *others = padded.reshape(-1, 2)

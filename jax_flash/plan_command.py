@@ -109,6 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--softcap", type=float)
     add("--dropout", action="store_true")
     add("--deterministic", action="store_true")
+    add("--return-max", action="store_true")
     for name in OPERANDS:
         add(
             "--" + name.replace("_", "-"),
@@ -185,7 +186,7 @@ def abstract_call(options: argparse.Namespace) -> tuple[Callable[..., Any], list
     """The public function that the options describe, and its arguments, with shapes and dtypes for arrays."""
     n = _Sizes.of(options)
     named: dict[str, Any] = {"causal": options.causal, "softcap": options.softcap}
-    named["deterministic"] = options.deterministic
+    named |= {"deterministic": options.deterministic, "return_max": options.return_max}
     if options.window:
         named["window"] = tuple(None if side == UNLIMITED else side for side in options.window)
     if options.dropout:
@@ -243,7 +244,7 @@ def _named(options: argparse.Namespace, n: _Sizes) -> dict[str, Any]:
 
 
 def _mask_value(options: argparse.Namespace, n: _Sizes, array: Any) -> Mask:
-    """The conditions of the mask that the options tell, with shapes for arrays, beside a boolean array."""
+    """The mask of the options, with shapes for arrays, in addition to a boolean array."""
     conditions: list[forms.Form] = []
     if options.ranges:
         limits = _array((1, n.sq) if options.varlen else (1, 1, n.sq), "int32")

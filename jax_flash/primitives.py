@@ -1,9 +1,9 @@
 """One primitive per pass: abstract evaluation and lowering to the custom call.
 
-Each pass has four primitives with the same rules. The partitioned one is bound in ordinary code and carries the
-sharding rules (sharding.py); the local one is the custom call itself, bound per shard and where all mesh axes are
-manual. Where some are, in a partially manual shard_map, the third is bound: it is partitioned over the others. The
-fourth is the pass over a sequence that is split over manual axes, which runs one of the others on each part.
+Each pass has four primitives with the same rules. PARTITIONED is bound in ordinary code and carries the sharding rules
+(sharding.py). LOCAL is the custom call itself, bound in each shard and where all mesh axes are manual. PARTLY_MANUAL is
+bound in a shard_map that is manual over some axes, and is partitioned over the others. RING is the pass over a sequence
+that is split over manual axes; it runs one of the others on each part.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from . import _jax, no_derivative
 from ._version import __version__
 from .backends import cuda_library, local_devices, require_cpu, require_cuda
 from .batching import batch, leading, named_sizes, over_leading
+from .largest import of_cuda
 from .operands import BACKWARD, FORWARD, PASSES, Pass, is_float32, like, padded_head_dim
 from .sequence import passes
 from .sharding import partitioned
@@ -56,8 +57,8 @@ def _register_roofline() -> None:
 
 
 def equally_varying(operands: dict[str, jax.Array], also: Sequence[str] = ()) -> dict[str, jax.Array]:
-    """The operands, all varying over the union of their manual axes, and over those named (the cast's transpose sums
-    gradients)."""
+    """The operands, cast to vary over the union of their manual axes and the axes `also`; the cast's transpose sums
+    gradients."""
     axes = frozenset(also).union(*map(_jax.varying_axes, operands.values()))
 
     def cast(x: jax.Array) -> jax.Array:
@@ -147,7 +148,20 @@ def _lower_local(ctx: mlir.LoweringRuleContext, *values: Any, pass_: Pass, spec:
     )
     computed = rule(ctx.replace(avals_out=avals_out), *values, spec=spec.ffi_attributes())
     results = computed[: len(result_names(pass_, spec))]
-    return _computed_once(results) if platform == "cuda" and pass_ is FORWARD else results
+    if platform != "cuda" or pass_ is not FORWARD:
+        return results
+    out, *by_row = _computed_once(results)
+    return [out, *_with_row_max(ctx, by_row)]
+
+
+def _with_row_max(ctx: mlir.LoweringRuleContext, by_row: Sequence[Any]) -> Sequence[Any]:
+    """lse and, if there is one, row_max as floats."""
+    if len(by_row) == 1:
+        return by_row
+    _, *avals = ctx.avals_out
+    floats = mlir.lower_fun(of_cuda, multiple_results=False)
+    within = ctx.replace(primitive=None, avals_in=avals, avals_out=avals[1:])
+    return [by_row[0], *floats(within, *by_row)]
 
 
 def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
@@ -161,12 +175,12 @@ def _computed_once(results: Sequence[Any]) -> Sequence[Any]:
 
 
 def _value_dim(spec: Spec, columns: int) -> int:
-    """The head dim of V, whose operand has so many columns."""
+    """The head dim of V: spec.value_dim if set, else the columns of its operand."""
     return (isinstance(spec, AttentionSpec) and spec.value_dim) or columns
 
 
 def _loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple[int, int]) -> bool:
-    """Whether CUDA loads the rows of a call, 16 bytes at a time, from where they lie."""
+    """Whether CUDA kernels can load the rows of a call in place, 16 bytes at a time."""
     places: tuple[int, ...] = head_dims
     if isinstance(spec, AttentionSpec) and spec.value_dim:
         places = (*places, spec.value_start, shapes["key"][-1])

@@ -43,7 +43,7 @@ class _Place:
 @partial(jax.jit, static_argnames=("spec", "round_to"), inline=True)
 def attention(
     spec: AttentionSpec, operands: dict[str, Array], *, round_to: jnp.dtype | None = None
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """Attention by its equations, in O(sq·sk) memory; JAX differentiates it.
 
     Args:
@@ -54,18 +54,18 @@ def attention(
 
     Returns:
       out `[b, sq, hq, dv]` in query's dtype and lse `[b, hq, sq]` in float32; packed: `[tq, hq, dv]` and
-      `[hq, tq]`. Everything is computed in float32, or in float64 if query is float64 (lse then is float64 too).
+      `[hq, tq]`; and row_max, like lse, if the spec asks for it. Everything is computed in float32, or in float64 if
+      query is float64 (lse and row_max then are float64 too).
     """
     if spec.layout == "fixed":
         return _attend(spec, operands, _place_fixed(spec, operands), round_to)
     batch = operands | {name: operands[name][None] for name in _PACKED}
-    out, lse = _attend(spec, batch, _place_varlen(spec, operands), round_to)
-    return out[0], lse[0]
+    return tuple(x[0] for x in _attend(spec, batch, _place_varlen(spec, operands), round_to))
 
 
 def _attend(
     spec: AttentionSpec, operands: dict[str, Array], place: _Place, round_to: jnp.dtype | None
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     dtype = operands["query"].dtype
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     visible = _visible(spec, operands, place)  # [b|1, hq|1, sq, sk]
@@ -78,6 +78,7 @@ def _attend(
     s = jnp.where(visible, spec.scale * _query_key(q, k), 0)
     s = _score(spec, operands, place, visible, s)  # [b, hq, sq, sk]
     s = jnp.where(visible, _round(s, round_to), -_INF)
+    row_max = (lax.stop_gradient(s).max(3, initial=-_INF),) if spec.row_max else ()
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
     p = jnp.where(visible, p, 0)  # where the row's maximum is NaN too
     p = _drop(spec, operands, place, _round(p, round_to))
@@ -87,7 +88,7 @@ def _attend(
     odd = by_query_head.reshape(*p.shape[:2], v.shape[1])  # [b, hq, sk]
     sees_odd = jnp.swapaxes((visible & odd[:, :, None]).any(3), 1, 2)[..., None]  # [b, sq, hq, 1]
     o = jnp.where(row_read, _probability_value(p, v, sees_odd), 0)  # [b, sq, hq, dv]
-    return o.astype(dtype), lse
+    return o.astype(dtype), lse, *row_max
 
 
 def _place_fixed(spec: AttentionSpec, operands: dict[str, Array]) -> _Place:
@@ -151,7 +152,7 @@ def _length(lengths: Array | None, size: int) -> Array:
 
 
 def _diagonal(spec: AttentionSpec, operands: dict[str, Array], row: Array, nq: Array, nk: Array) -> Array:
-    """c(i): the key of this call that stands on the diagonal of row i."""
+    """c(i): the key of this call on the diagonal of row i."""
     diagonal = row + (nk - nq) if spec.align == "bottom_right" else row
     return diagonal + first_offset(operands)
 

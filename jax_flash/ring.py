@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
-from . import validate
+from . import largest, validate
 from .all_to_all import all_to_all_attention
 from .autodiff import attend
 from .masks import Mask
@@ -29,18 +29,39 @@ from .options import (
 @overload
 def ring_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
-    *, axis_name: str | tuple[str, ...], return_lse: Literal[False] = ..., **options: Unpack[RingOptions],
+    *, axis_name: str | tuple[str, ...],
+    return_lse: Literal[False] = ..., return_max: Literal[False] = ..., **options: Unpack[RingOptions],
 ) -> Array: ...
 @overload
 def ring_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
-    *, axis_name: str | tuple[str, ...], return_lse: Literal[True], **options: Unpack[RingOptions],
+    *, axis_name: str | tuple[str, ...],
+    return_lse: Literal[True], return_max: Literal[False] = ..., **options: Unpack[RingOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def ring_attention(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
-    *, axis_name: str | tuple[str, ...], return_lse: bool, **options: Unpack[RingOptions],
+    *, axis_name: str | tuple[str, ...],
+    return_lse: Literal[False] = ..., return_max: Literal[True], **options: Unpack[RingOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def ring_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
+    *, axis_name: str | tuple[str, ...],
+    return_lse: Literal[True], return_max: Literal[True], **options: Unpack[RingOptions],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def ring_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
+    *, axis_name: str | tuple[str, ...],
+    return_lse: bool, return_max: Literal[False] = ..., **options: Unpack[RingOptions],
 ) -> Array | tuple[Array, Array]: ...
+@overload
+def ring_attention(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None,
+    *, axis_name: str | tuple[str, ...],
+    return_lse: bool = ..., return_max: bool, **options: Unpack[RingOptions],
+) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
 # fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def ring_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
@@ -69,9 +90,10 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
     dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     deterministic: bool = False,
     implementation: Implementation | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """`flash_attention` over a sequence that is split over devices; to be called inside `jax.shard_map`.
 
     Each device holds 1/n of the queries and of the keys. It computes the results of its own queries from its own keys
@@ -103,9 +125,11 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
         whole sequence, so that one device would drop the same weights. Batch entries and heads count within the shard:
         where the mesh splits them too, fold the index on those axes into the key.
       return_lse: also return lse = log Σ exp(S), float32 `[b, hq, sq / n]`; differentiable.
+      return_max: also return the largest visible S of the whole sequence, float32 `[b, hq]`, on every device; no
+        gradient.
 
     Returns:
-      `[b, sq / n, hq, dv]` in query's dtype, or the pair `(out, lse)`.
+      `[b, sq / n, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`; and ValueError where axis_name is not a
@@ -141,9 +165,10 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         return_lse=return_lse,
+        return_max=return_max,
         deterministic=deterministic,
         implementation=implementation,
     )
     spec, operands = validate.ring("ring_attention", arguments)
-    out, lse = attend(spec, operands) if mode == "ring" else all_to_all_attention(spec, operands)
-    return (out, lse) if return_lse else out
+    attend_split = attend if mode == "ring" else all_to_all_attention
+    return largest.results(arguments, spec, operands, attend_split(spec, operands))

@@ -1,8 +1,8 @@
 """Partitions a pass over devices along batch, heads, leading dimensions and the sequence; all else is gathered.
 
-The sharding rule tells XLA's propagation which dimensions correspond. `partition` then decides from the sharding of the
-pass's guide, which is query or k_pages; other operands only add axes of leading dimensions. A sequence, or a row of
-packed ones, that query, key and value are split over alike stays split: each shard runs the pass in a ring
+The sharding rule tells XLA's propagation which dimensions correspond. `partition` then derives all shardings from that
+of the pass's guide, query or k_pages; other operands only add axes of leading dimensions. Where query, key and value
+are split alike over a sequence, or over a row of packed ones, it stays split, and each shard runs the pass in a ring
 (sequence/passes.py).
 """
 
@@ -38,8 +38,8 @@ def partitioned(
 ) -> Callable[..., Any]:
     """The pass as one partitionable function, whose name identifies the spec.
 
-    Where a user lets JAX remove the partitioners' names from the keys of the compilation cache, this name alone tells
-    specs apart there. In a partially manual region XLA partitions over the region's free axes.
+    If JAX is configured to remove the partitioners' names from the keys of the compilation cache, only this name
+    distinguishes two specs there. In a partially manual region XLA partitions over the region's free axes.
     """
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -60,8 +60,8 @@ def partitioned(
 class Split:
     """The mesh axes of each dimension name.
 
-    Query heads are split over `axes["hq"]`, KV heads over its prefix `axes["hk"]`. Over the remaining axes,
-    `kv_replicas`, KV is replicated, and each shard takes the KV heads that its query heads attend to.
+    Query heads are split over `axes["hq"]`, KV heads over a prefix of these axes, `axes["hk"]`. Over the remaining
+    ones, `kv_replicas`, KV is replicated, and each shard takes the KV heads that its query heads attend to.
     """
 
     axes: dict[str, Axes]
@@ -72,10 +72,11 @@ class Split:
     ring: Ring | None = None
 
     def kv_slices(self) -> list[tuple[jax.Array, int]]:
-        """First and number of the KV heads that this shard takes: one slice where its groups are whole or one group.
+        """Slices (first head, count) of the KV heads that this shard reads.
 
-        Else its groups are of different sizes, and a KV head is taken once for each `common` query heads: 3 query heads
-        of groups of 4 take the KV heads 0 0 0 on the first shard, 0 1 1 on the second.
+        One slice is enough if the shard has whole groups or part of one group. Otherwise its query heads belong to
+        parts of several groups, and a KV head is read once for each `common` query heads: with 3 query heads per shard
+        and groups of 4, the first shard reads the KV heads 0 0 0, the second 0 1 1.
         """
         first = lax.axis_index(self.kv_replicas) * self.heads
         common = math.gcd(self.heads, self.group)
@@ -97,7 +98,7 @@ class _Rules:
         return result_names(self.pass_, self.spec)
 
     def dims(self, name: str, shape: Sequence[int]) -> list[str]:
-        """The names of an array's dimensions: l0, l1, … for leading ones, and none for broadcast ones of size 1."""
+        """The names of an array's dimensions: l0, l1, … for leading ones, "" for broadcast ones of size 1."""
         core = self.spec.dims[name]
         lead = [f"l{i}" for i in range(len(shape) - len(core))]
         named = [dim.rstrip("*") for dim in (*lead, *core)]
@@ -110,12 +111,12 @@ class _Rules:
         return dims.index(dim) - len(dims)
 
     def heads(self, shapes: dict[str, Sequence[int]]) -> tuple[int, int]:
-        """The numbers of query and KV heads, which are equal if there is no query."""
+        """The numbers of query heads and KV heads; without a query both are that of KV heads."""
         hk = shapes["key"][self.axis("key", "hk")]
         return (shapes["query"][self.axis("query", "hq")] if "query" in shapes else hk), hk
 
     def sequence_dims(self, shapes: dict[str, Sequence[int]]) -> tuple[str, ...]:
-        """The dimensions of queries and of keys over which a sequence may stay split; none where it may not."""
+        """The sequence dimensions of queries and of keys if they may stay split, else ()."""
         if not isinstance(self.spec, AttentionSpec):
             return ()
         if self.spec.layout == "fixed":
@@ -123,7 +124,10 @@ class _Rules:
         return ("tq", "tk") if packed.may_be_ring(self.spec, shapes) else ()
 
     def sequence_factors(self, shapes: dict[str, Sequence[int]]) -> tuple[dict[str, str], dict[str, int]]:
-        """The factor "s" that queries and keys have in common, by dimension; what is left of either, with its size."""
+        """Factors of the sequence dimensions in the rule, and sizes of new factors.
+
+        Queries and keys share the factor "s", the greatest common divisor of their lengths.
+        """
         dims = self.sequence_dims(shapes)
         lengths = [shapes[name][-3] for name, _ in zip(("query", "key"), dims)]
         if not dims or _jax.same_dim(*lengths):
@@ -131,7 +135,8 @@ class _Rules:
         if any(map(_jax.is_symbolic, lengths)) or (common := math.gcd(*lengths)) == 1:
             return {}, {}
         rest = {dim: size // common for dim, size in zip(dims, lengths) if size != common}
-        shared = {"s": common} if len(rest) == len(dims) else {}  # elsewhere a whole dimension tells its size
+        # a dimension whose only factor is "s" gives "s" its size
+        shared = {"s": common} if len(rest) == len(dims) else {}
         return {dim: f"(s {dim})" if dim in rest else "s" for dim in dims}, rest | shared
 
     # --- propagation ---------------------------------------------------------------------------------------------
@@ -176,7 +181,7 @@ class _Rules:
     # --- partitioning --------------------------------------------------------------------------------------------
 
     def partition(self, mesh: Any, operands: Any, results: Any) -> Any:
-        """The mesh and the per-shard function, and the shardings of all arrays, derived from the guide's."""
+        """The mesh, the per-shard function, and the shardings of results and operands."""
         named = dict(zip(self.names, operands))
         mesh, free = (self.region.mesh, self.region.free) if self.region else (mesh, mesh)
         split = self.split(free, named)
@@ -226,7 +231,7 @@ class _Rules:
         return replace(found, same_bias=tuple(same))
 
     def ring(self, mesh: Any, split: Split, named: dict[str, Any]) -> Ring | None:
-        """The ring over which query, key and value are split alike, if they are."""
+        """The ring, if query, key and value are split alike over a sequence that can run as one."""
         if not self.sequence_dims({name: x.shape for name, x in named.items()}):
             return None
         axes, *others = (_jax.dimension_axes(named[name], mesh)[-3] for name in ("query", "key", "value"))
@@ -304,7 +309,8 @@ def _dividing_prefix(mesh: Any, axes: Axes, size: int) -> Axes:
 def _split_heads(
     mesh: Any, axes: dict[str, Axes], candidates: Axes, hq: int, hk: int, used: set[str]
 ) -> Split:
-    """Splits query heads over the longest prefix of query's head axes that divides them, KV heads as far as they go."""
+    """Splits query heads over the longest prefix of query's head axes whose size divides them, and KV heads over the
+    longest prefix of that one whose size divides them."""
     q_axes = _dividing_prefix(mesh, tuple(a for a in candidates if a not in used), hq)
     if not q_axes:
         return Split(axes)
@@ -320,7 +326,7 @@ def _taken(x: jax.Array, slices: Sequence[tuple[jax.Array, int]], axis: int) -> 
 
 
 def _put_back(x: jax.Array, slices: Sequence[tuple[jax.Array, int]], heads: int) -> jax.Array:
-    """The transpose of _taken along the heads, […, h, d]: what was taken several times is summed, in float32."""
+    """The transpose of _taken along the heads of […, h, d]; repeated parts are summed in float32."""
     whole = jnp.zeros((*x.shape[:-2], heads, x.shape[-1]), x.dtype if len(slices) == 1 else jnp.float32)
     at = 0
     for first, count in slices:

@@ -9,13 +9,24 @@ from typing import Any, Literal
 import numpy as np
 
 from ._version import __version__
-from .operands import APPEND_OPTIONAL, ATTENTION_LAYOUTS, Pass, dims_of, operand_bits
+from .operands import (
+    APPEND_FIELDS,
+    APPEND_OPTIONAL,
+    ATTENTION_FIELDS,
+    ATTENTION_LAYOUTS,
+    Pass,
+    dims_of,
+    operand_bits,
+)
 
 Layout = Literal["fixed", "varlen", "paged", "paged_varlen"]
 PAGE_LAYOUTS = ("nhd", "hnd")
 SCALINGS = ("static", "dynamic")
 ALIGNMENTS = ("bottom_right", "top_left")
 ORDERS = ("contiguous", "zigzag")
+# The names of the enums of csrc/core/spec.h, in their order, and the other types of csrc/spec.def.
+ENUMS = {"Layout": ATTENTION_LAYOUTS, "Align": ALIGNMENTS, "PageLayout": PAGE_LAYOUTS}
+_TYPES = {"int32_t": np.int32, "float": np.float32, "bool": np.bool_}
 UNLIMITED = -1
 
 
@@ -41,6 +52,7 @@ class AttentionSpec:
     and V share an array, and the operand `value` is `key` again: K is its first columns, as many as the query has, and
     V the columns [`value_start`, `value_start + value_dim`), which may overlap them; where keys are no pages, V is K.
     The gradient of `key` is then that of both. `block` is the rows and keys of a block of the operand `block_mask`.
+    With `row_max` the forward has this result too, the largest visible score of each row.
     With `same_offsets`, packed queries and keys have the same array of offsets. With a `ring`, every operand with a row
     or key per token is the local shard of a sequence; columns of mask and bias, and lengths, are those of the whole.
     """
@@ -62,6 +74,7 @@ class AttentionSpec:
     value_start: int = 0
     same_offsets: bool = False
     block: tuple[int, int] = (0, 0)
+    row_max: bool = False
     ring: Ring | None = None
 
     @property
@@ -93,25 +106,10 @@ class AttentionSpec:
         return dims | {x + name: pool for x in ("", "d", "t") for name in ("key", "value")}
 
     def ffi_attributes(self) -> dict[str, Any]:
-        """The attributes of the custom call; this is the only place where Python values get their C++ types."""
-        return {
-            "layout": np.int32(ATTENTION_LAYOUTS.index(self.layout)),
-            "align": np.int32(ALIGNMENTS.index(self.align)),
-            "left": np.int32(self.left),
-            "right": np.int32(self.right),
-            "scale": np.float32(self.scale),
-            "softcap": np.float32(self.softcap),
-            "dropout_rate": np.float32(self.dropout_rate),
-            "deterministic": np.bool_(self.deterministic),
-            "operands": np.int32(operand_bits(self.operands)),
-            "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
-            "num_splits": np.int32(self.num_splits),
-            "batch_invariant": np.bool_(self.batch_invariant),
-            "value_dim": np.int32(self.value_dim),
-            "value_start": np.int32(self.value_start),
-            "block_rows": np.int32(self.block[0]),
-            "block_keys": np.int32(self.block[1]),
-        }
+        """The attributes of the custom call."""
+        rows, keys = self.block
+        made = {"operands": operand_bits(self.operands), "block_rows": rows, "block_keys": keys}
+        return _attributes(ATTENTION_FIELDS, vars(self) | made)
 
     def plain_attributes(self) -> dict[str, Any]:
         """The attributes as Python's own numbers, which the extension takes."""
@@ -145,12 +143,8 @@ class AppendSpec:
 
     def ffi_attributes(self) -> dict[str, Any]:
         """The attributes of the custom call."""
-        return {
-            "page_layout": np.int32(PAGE_LAYOUTS.index(self.page_layout)),
-            "interleaved": np.bool_(self.interleaved),
-            "split_columns": np.bool_(self.split_columns),
-            "operands": np.int32(sum(1 << APPEND_OPTIONAL.index(name) for name in self.operands)),
-        }
+        bits = sum(1 << APPEND_OPTIONAL.index(name) for name in self.operands)
+        return _attributes(APPEND_FIELDS, vars(self) | {"operands": bits})
 
     def digest(self) -> str:
         return _digest(self)
@@ -166,8 +160,19 @@ def operand_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
 
 def result_names(pass_: Pass, spec: Spec) -> tuple[str, ...]:
     """The results of a call of the pass; where K and V are one array, dkey is the gradient of both."""
-    shared = isinstance(spec, AttentionSpec) and spec.shared_kv
-    return tuple(name for name in pass_.results if not (shared and name == "dvalue"))
+    if not isinstance(spec, AttentionSpec):
+        return pass_.results
+    missing = {"dvalue"} if spec.shared_kv else set()
+    missing |= set() if spec.row_max else {"row_max"}
+    return tuple(name for name in pass_.results if name not in missing)
+
+
+def _attributes(fields: dict[str, str], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of the fields in their C++ types; no other place converts them."""
+    return {
+        name: np.int32(ENUMS[type_].index(values[name])) if type_ in ENUMS else _TYPES[type_](values[name])
+        for name, type_ in fields.items()
+    }
 
 
 def _digest(spec: Spec) -> str:

@@ -158,6 +158,7 @@ def _softcap(check: Checker, given: Any) -> float:
 def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: Arguments) -> AttentionSpec:
     """The AttentionSpec from the static options that all layouts share; adds the dropout operand to `operands`."""
     check.flag("return_lse", arguments.return_lse)
+    row_max = check.flag("return_max", arguments.return_max)
     left, right = _band(check, arguments.causal, arguments.window)
     if arguments.align not in ALIGNMENTS:
         raise check.fail(f"align must be one of {ALIGNMENTS}, got {arguments.align!r}")
@@ -184,6 +185,7 @@ def static_spec(check: Checker, layout: Layout, operands: Operands, arguments: A
         operands=tuple(name for name in OPTIONAL if name in operands),
         implementation=implementation_name(check, arguments.implementation),
         value_dim=value_dim,
+        row_max=row_max,
     )
 
 

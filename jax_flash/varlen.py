@@ -6,7 +6,7 @@ from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
-from . import validate
+from . import largest, validate
 from .autodiff import attend
 from .masks import Mask
 from .options import (
@@ -27,20 +27,38 @@ from .options import (
 def flash_attention_varlen(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
-    *, return_lse: Literal[False] = ..., **options: Unpack[VarlenOptions],
+    *, return_lse: Literal[False] = ..., return_max: Literal[False] = ..., **options: Unpack[VarlenOptions],
 ) -> Array: ...
 @overload
 def flash_attention_varlen(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
-    *, return_lse: Literal[True], **options: Unpack[VarlenOptions],
+    *, return_lse: Literal[True], return_max: Literal[False] = ..., **options: Unpack[VarlenOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def flash_attention_varlen(
     query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
     cu_seqlens_k: IndexLike | None = None,
-    *, return_lse: bool, **options: Unpack[VarlenOptions],
+    *, return_lse: Literal[False] = ..., return_max: Literal[True], **options: Unpack[VarlenOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def flash_attention_varlen(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
+    *, return_lse: Literal[True], return_max: Literal[True], **options: Unpack[VarlenOptions],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def flash_attention_varlen(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
+    *, return_lse: bool, return_max: Literal[False] = ..., **options: Unpack[VarlenOptions],
 ) -> Array | tuple[Array, Array]: ...
+@overload
+def flash_attention_varlen(
+    query: ArrayLike, key: ArrayLike, value: ArrayLike | None, cu_seqlens_q: IndexLike,
+    cu_seqlens_k: IndexLike | None = None,
+    *, return_lse: bool = ..., return_max: bool, **options: Unpack[VarlenOptions],
+) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
 # fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def flash_attention_varlen(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
@@ -65,9 +83,10 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
     dropout_rate: Number = 0.0,
     dropout_key: ArrayLike | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     deterministic: bool = False,
     implementation: Implementation | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """Attention within each of several sequences that are packed along one token axis.
 
     Sequence i holds the query tokens `cu_seqlens_q[i]` to `cu_seqlens_q[i + 1]` and the keys `cu_seqlens_k[i]` to
@@ -91,9 +110,10 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
       causal, window, align, scale, softcap, dropout_rate, dropout_key, deterministic, implementation: as in
         `flash_attention`, with each sequence's own lengths.
       return_lse: also return lse = log Σ exp(S), float32 `[hq, tq]`; differentiable.
+      return_max: also return the largest visible S of each sequence and head, float32 `[n, hq]`; no gradient.
 
     Returns:
-      `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)`.
+      `[tq, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.
@@ -122,9 +142,9 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         return_lse=return_lse,
+        return_max=return_max,
         deterministic=deterministic,
         implementation=implementation,
     )
     spec, operands = validate.varlen("flash_attention_varlen", arguments)
-    out, lse = attend(spec, operands)
-    return (out, lse) if return_lse else out
+    return largest.results(arguments, spec, operands, attend(spec, operands))

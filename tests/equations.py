@@ -184,6 +184,23 @@ def softmax(
     spec: AttentionSpec, x: dict[str, Array], group: Group, rounded: Callable[[Array], Array] = _same
 ) -> Softmax:
     """exp(S − lse), where S, and the sink, are rounded."""
+    s, slope = scores(spec, x, group, rounded)
+    sink = np.full((s.shape[0], 1), -np.inf, s.dtype)
+    if "sinks" in x:
+        sink = rounded(group.of_sinks(x["sinks"]))
+    largest = np.maximum(s.max(1, keepdims=True, initial=-np.inf), sink)
+    nothing = np.isneginf(largest)
+    largest = np.where(nothing, 0, largest).astype(s.dtype)
+    e, of_sink = np.exp(s - largest), np.exp(sink - largest)
+    total = np.where(nothing, 1, e.sum(1, keepdims=True) + of_sink).astype(s.dtype)
+    lse = np.where(nothing, -np.inf, largest + np.log(total))
+    return Softmax(e / total, of_sink / total, lse, slope)
+
+
+def scores(
+    spec: AttentionSpec, x: dict[str, Array], group: Group, rounded: Callable[[Array], Array] = _same
+) -> tuple[Array, Array | float]:
+    """S, −inf where a row does not see a key, and the slope of its softcap."""
     s = spec.scale * (group.of_queries(x["query"]) @ group.of_keys(x["key"]).T)
     seen, slope = visible(spec, x, group), 1.0
     if spec.softcap:
@@ -195,17 +212,17 @@ def softmax(
         slopes = x["alibi_slopes"][group.z if x["alibi_slopes"].shape[0] > 1 else 0]
         distance = np.abs(group.diagonal(spec) - group.place()[1]).astype(s.dtype)
         s = s - group.of_heads(slopes) * distance
-    s = np.where(seen, rounded(s), -np.inf).astype(s.dtype)
-    sink = np.full((s.shape[0], 1), -np.inf, s.dtype)
-    if "sinks" in x:
-        sink = rounded(group.of_sinks(x["sinks"]))
-    largest = np.maximum(s.max(1, keepdims=True, initial=-np.inf), sink)
-    nothing = np.isneginf(largest)
-    largest = np.where(nothing, 0, largest).astype(s.dtype)
-    e, of_sink = np.exp(s - largest), np.exp(sink - largest)
-    total = np.where(nothing, 1, e.sum(1, keepdims=True) + of_sink).astype(s.dtype)
-    lse = np.where(nothing, -np.inf, largest + np.log(total))
-    return Softmax(e / total, of_sink / total, lse, slope)
+    return np.where(seen, rounded(s), -np.inf).astype(s.dtype), slope
+
+
+def largest(spec: AttentionSpec, operands: Arrays) -> Array:
+    """The largest visible score of each batch entry or sequence and query head, `[b, hq]`; −inf where none is."""
+    x = numbers(operands, np.float64)
+    found = np.full((len(_sequences(spec, x)), x["query"].shape[-2]), -np.inf)
+    for group in groups(spec, x):
+        by_head = scores(spec, x, group)[0].reshape(group.heads, -1)
+        found[group.z, group.head_slice] = by_head.max(1, initial=-np.inf)
+    return found
 
 
 def attention(

@@ -130,6 +130,12 @@ def assert_lse(lse: np.ndarray, ref: np.ndarray) -> None:
     _assert_within("lse", np.where(nothing, 0, lse), ref, 1e-4 + 1e-5 * np.abs(_wide(ref)))
 
 
+def assert_max(largest: np.ndarray, ref: np.ndarray) -> None:
+    """As lse: the scores are those of the same products."""
+    assert largest.dtype == np.float32
+    assert_lse(largest, ref)
+
+
 def assert_gradient(
     name: str, gradient: np.ndarray, ref: np.ndarray, low: np.ndarray, *, half: bool | None = None
 ) -> None:

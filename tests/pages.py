@@ -1,6 +1,6 @@
 """The paged equivalent of a dense case: numpy writes its keys into the pages of a pool one by one.
 
-What the contract says is never read is poisoned: NaN in unused pages and in the tail of each sequence's last page,
+Memory that must not be read is poisoned: NaN in unused pages and in the tail of each sequence's last page,
 and indices far outside the pool in unused table entries.
 """
 
@@ -248,7 +248,7 @@ def require(implementation: str, case: Case | None = None) -> None:
     checks.require(implementation, *passes, dtype=case.dtype, d=case.d, dv=case.dv)
 
 
-# What a test says of rows: which ones, in words.
+# Names for the rows of a test.
 
 
 def named(rows: np.ndarray) -> str:

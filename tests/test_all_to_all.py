@@ -71,13 +71,13 @@ def by_heads(case, mesh, implementation, order="contiguous", **options):
     def call(arrays):
         if zigzag:
             arrays = {name: permute(name, x) for name, x in arrays.items()}
-        out_specs = P(None, AXIS), P(None, None, AXIS)
+        out_specs = P(None, AXIS), P(None, None, AXIS), *[P()] * ("return_max" in options)
         mapped = jax.shard_map(inside, mesh=mesh, in_specs=(specs_of(case, arrays),), out_specs=out_specs)
-        out, lse = mapped(arrays)
+        out, lse, *largest = mapped(arrays)
         if zigzag:
             out = jax_flash.zigzag_unpermute(out, devices, 1)
             lse = jax_flash.zigzag_unpermute(lse, devices, 2)
-        return out, lse
+        return out, lse, *largest
 
     return call
 

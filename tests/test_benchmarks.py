@@ -1,6 +1,8 @@
 """benchmarks/: in which order calls are timed, what is counted as FLOP, and how two checkouts share a process."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import checkout  # noqa: F401
@@ -42,6 +44,13 @@ class Clock:
             return argument
 
         return run
+
+
+def test_the_command_starts_without_the_tests_on_the_path():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--help"], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )  # fmt: skip
+    assert "--compare" in done.stdout, done.stderr
 
 
 def test_turns_are_rotated_and_reversed():

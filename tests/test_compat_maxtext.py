@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
 from jax.sharding import Mesh, PartitionSpec
+from programs import require_devices
 
 import jax_flash
 from jax_flash.compat.maxtext import apply_attention, cudnn_flash_attention
@@ -211,9 +212,6 @@ def test_an_indexer_and_moba_stay_dense_with_a_warning():
     close(out, equations(q, k, v, both)[0])
 
 
-@pytest.mark.skipif(
-    "return_max" not in jax_flash.flash_attention.__kwdefaults__, reason="no return_max in this version"
-)
 def test_the_largest_logits_are_recorded():
     pytest.importorskip("flax")
     q, k, v = qkv()
@@ -234,6 +232,7 @@ def balanced(kind, devices=4, **changes):
         moba=False, context_parallel_reorder_strategy=None, packing=True, hardware="gpu",
         context_parallel_strategy="all_gather",
     )  # fmt: skip
+    require_devices(2 * devices)
     mesh = Mesh(np.array(jax.devices()[: 2 * devices]).reshape(2, devices), ("data", "context"))
     axes = {"batch": "data", "length": "context"}
     return op(
@@ -267,6 +266,18 @@ def test_load_balanced_context_parallelism_is_a_ring(kind):
         at = positions // 7
         visible = seen("global", q_ids=ids, kv_ids=ids) & (at[:, None, :, None] == at[:, None, None])
     close(jax_flash.zigzag_unpermute(out, 4), equations(q, k, v, visible, sinks=sinks)[0])
+
+
+def test_a_ring_records_the_largest_logits_of_all_devices():
+    pytest.importorskip("flax")
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    q, k, v = qkv()
+    own = balanced("local_sliding")
+    put = partial(jax_flash.zigzag_permute, devices=4)
+    attend(own, *map(put, (8 * q, k, v)), None, record_max_logits=True)
+    _, s = equations(8 * q, k, v, seen("local_sliding"))
+    close(own.max_logits[...], s.max((-1, -2)))
 
 
 REFUSED = {

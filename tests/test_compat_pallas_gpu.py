@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import require_devices
 
 from jax_flash.compat import pallas_gpu
 from jax_flash.compat.costs import CostWarning
@@ -211,6 +212,7 @@ def test_paged_attention_differentiates():
 
 def test_pools_split_over_their_heads_are_not_gathered(kernel):
     """Each device keeps its own head's pages, as tensor-parallel serving has them."""
+    require_devices(2)
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     place = NamedSharding(mesh, PartitionSpec("heads"))
     pools = [jax.device_put(x, place) for x in POOLS]

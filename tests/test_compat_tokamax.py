@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from programs import require_devices
 
 from jax_flash.compat.costs import CostWarning
 from jax_flash.compat.tokamax import dot_product_attention, tokamax_attention
@@ -182,6 +183,7 @@ def test_it_differentiates():
     "axes", [("x",), (None, None, "x"), ("x", None, "y")], ids=["batch", "heads", "both"]
 )
 def test_a_sharding_of_query_splits_the_call(axes, kernel):
+    require_devices(4)
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
     place = NamedSharding(mesh, PartitionSpec(*axes))
     call = jax.jit(lambda *x: dot_product_attention(*x, q_sharding=place, implementation=kernel))

@@ -1,4 +1,4 @@
-"""The CPU tangent pass, called directly: (tout, tlse) beside the equations in float64."""
+"""The CPU tangent pass, called directly: (tout, tlse) compared with the equations in float64."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def boolean(picture):
 
 
 def picture(mask, keys, implementation, tokens=None, **options):
-    """Which of so many keys each of the last of them sees: scores are equal, and values tell the keys apart."""
+    """Which of the keys each of the last ones sees: scores are equal, and values tell the keys apart."""
     require(implementation)
     tokens = mask.shape[-1] if tokens is None else tokens
     width = -(-keys // 8) * 8

@@ -169,7 +169,7 @@ def test_jax_nns_call_counts_as_the_same_call(shape):
     assert got == flops(flash_attention, batched, batched, batched, **options, **lengths_of)
 
 
-# What the shapes say where values are not known.
+# Counts from shapes alone.
 
 Q, PACKED = jnp.zeros((2, 6, 4, 8)), jnp.zeros((7, 4, 8))
 INDEX = jax.ShapeDtypeStruct((2,), jnp.int32)

@@ -4,10 +4,11 @@ import os
 from itertools import permutations
 
 import checks
+import equations
 import numpy as np
 import oracle
 import pytest
-from cases import DTYPES, Case, make_inputs, varlen
+from cases import DTYPES, Case, make_inputs, operands, spec, varlen
 from conftest import IMPLEMENTATION
 from forms import FIXED_ONLY, FORMS, TWO_RANGES
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
@@ -142,6 +143,22 @@ def test_varlen(part):
 @in_parts
 def test_forward_in_16_bit(part):
     fuzz(st.one_of(fixed_cases(HALF), varlen_cases(HALF)), check_forward, part, PART // 4)
+
+
+@in_parts
+def test_the_largest_scores(part):
+    fuzz(st.one_of(fixed_cases(DTYPES), varlen_cases(DTYPES)), check_max, part, PART // 4)
+
+
+def check_max(case):
+    """They are right, and out and lse are the same with and without them."""
+    checks.require(IMPLEMENTATION, dtype=case.dtype)
+    inputs = make_inputs(case)
+    moving, _ = oracle.split(inputs.positional | inputs.keywords)
+    *same, largest = checks.function(case, inputs, IMPLEMENTATION, return_max=True)(moving)
+    oracle.assert_max(np.asarray(largest), equations.largest(spec(case, inputs), operands(inputs)))
+    for x, y in zip(same, forward(case), strict=True):
+        assert np.asarray(x).tobytes() == y.tobytes()
 
 
 def check_forward(case):

@@ -49,6 +49,8 @@ HALF = tuple(
         ("causal", {"causal": True}),
         ("window", {"window": (40, 3)}),
         ("mask", {"mask": (1, 2, 600, 600)}),
+        ("bias", {"bias": (1, 2, 600, 600), "bias_dtype": "bfloat16", "d": 64, "dv": 64}),
+        ("bias, d 128", {"bias": (1, 1, 600, 600), "bias_dtype": "bfloat16", "d": 128, "dv": 128}),
         ("segments", {"segments": 9}),
     )
 )

@@ -194,7 +194,7 @@ def test_cu_seqlens_of_tokens_that_are_split(name, kind, kernel):
 
 @pytest.mark.parametrize("name", LENGTHS)
 def test_lengths_of_sequences_that_are_split(name, kernel):
-    """The diagonal moves by the clamped lengths, with which the last key in use stands beside the last query."""
+    """The diagonal moves by the clamped lengths, so that the last key in use is on the diagonal of the last query."""
     case = Case("split", b=4, sk=16, q_lengths=(1,) * 4, kv_lengths=(1,) * 4, causal=True)
     garbage = {"q_lengths": LENGTHS[name], "kv_lengths": LENGTHS[name][::-1]}
     sane = {n: np.clip(x, 0, size) for (n, x), size in zip(garbage.items(), (12, 16))}

@@ -110,7 +110,7 @@ def test_all_operands_in_shard_map(kernel, mesh):
 
 
 def test_closed_over_operands_in_shard_map(kernel, mesh):
-    """Lengths made inside are the same on every device, beside operands that vary."""
+    """Lengths made inside are the same on every device, while other operands vary."""
     case = MHA.replace(kv_lengths=(6, 6, 6, 6))
     call = attention(case, kernel)
 

@@ -11,6 +11,7 @@ from cases import FORMS, VARLEN, Case, varlen
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from pages import paged
+from programs import require_devices
 from test_masks import draw, draw_packed
 
 import jax_flash
@@ -85,6 +86,7 @@ def test_spans_end_with_the_rows_of_their_sequence(implementation):
 )
 @pytest.mark.parametrize("tokens", [2, 24])
 def test_paged_calls_take_masks(form, tokens, implementation):
+    checks.require_forms(implementation, form)
     fixed = Case("pages", b=3, sq=tokens, sk=70, kv_lengths=(70, 3, 41), forms=(form,))
     packed = varlen("pages", (tokens, 1, tokens), k_sequences=(70, 3, 41), forms=(form,), causal=True)
     for case in (fixed, packed):
@@ -164,6 +166,8 @@ MESHES = {"batch and heads": P("x", None, "y"), "sequence": P(None, "x"), "batch
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("name", MESHES)
 def test_masks_are_split_with_the_rows_that_they_belong_to(name, blocks, implementation):
+    require_devices(4)
+    checks.require_forms(implementation, *["blocks"] * blocks)
     mesh = Mesh(np.reshape(jax.devices()[:4], (2, 2)), ("x", "y"))
     sharding = NamedSharding(mesh, MESHES[name])
     arrays = [jax.device_put(x, sharding) for x in X]
@@ -177,6 +181,7 @@ def test_masks_are_split_with_the_rows_that_they_belong_to(name, blocks, impleme
 
 
 def test_explicit_axes_take_masks(implementation):
+    require_devices(4)
     mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
     mask = masks.prefix_lm(jnp.array([30, 7], jnp.int32)) & masks.chunked(20)
     wanted = jax.grad(loss)(*X, mask, implementation)
@@ -205,6 +210,7 @@ RINGED = {
 @pytest.mark.parametrize("mode", ["ring", "all_to_all"])
 @pytest.mark.parametrize("name", [*RINGED, "spans", "positions", "ranges"])
 def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
+    require_devices(2)
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
     shard = P(None, "x")
     ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)
@@ -242,6 +248,8 @@ def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("mode", ["ring", "all_to_all"])
 def test_a_ring_takes_the_blocks_of_its_rows(mode, order, implementation):
+    require_devices(2)
+    checks.require_forms(implementation, "blocks")
     size, rng = 128, np.random.default_rng(0)
     arrays = [jax.random.normal(jax.random.key(n), (B, size, H if n == 0 else 2, D)) for n in range(3)]
     chosen = jnp.asarray(rng.integers(-1, 4, (B, H, size // 16, 2)), jnp.int32)

@@ -61,7 +61,7 @@ def tiny(case):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The suite at sizes of a moment, each call once; the names and head dims that cells are told by stay."""
+    """The suite at tiny sizes, each call once, with the names and head dims of its cells unchanged."""
     if not any(b.implementation == "cpu" and not b.problem for b in jax_flash.backends()):
         pytest.skip("no library is built here")
     monkeypatch.setattr(measure, "in_turns", once)

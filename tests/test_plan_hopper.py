@@ -331,3 +331,25 @@ def test_blocks_that_stay_count_tiles_of_unequal_length():
     assert plan(d=128, dv=128, batch=9, q_rows=1024)["workspace"] == 0
     assert plan(d=128, dv=128, batch=9, q_rows=1000)["workspace"] == 256  # the last tile of a head is shorter
     assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 SMs
+
+
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_ranges_alone_have_a_forward(d):
+    for options in ({}, {"right": 0}, {"varlen": True}, {"dtype": "float16", "leading": 3}):
+        chosen = plan(d=d, dv=d, operands=("ranges",), **options)
+        assert chosen["text"].startswith(f"sm90 forward dense ranges d={d} dv={d} tile ")
+    for options in ({"scale": -1.0}, {"softcap": 3.0}, {"operands": ("ranges", "alibi_slopes")}):
+        assert plan(d=d, dv=d, **{"operands": ("ranges",)} | options)["score"] == "general"
+    assert plan(d=d - 8, dv=d - 8, operands=("ranges",))["score"] == "ranges"
+
+
+def test_ranges_of_other_head_dims_run_the_general_forward():
+    for d, dv in ((32, 32), (96, 96), (192, 128), (192, 192)):
+        assert plan(d=d, dv=dv, operands=("ranges",))["score"] == "general"
+    assert plan(operands=("ranges",), dtype="float32")["score"] == "general"
+
+
+def test_ranges_take_memory_for_each_block_and_each_tile():
+    fixed = plan(operands=("ranges",))
+    blocks, tiles = 2 * 16 * 32, 2 * 6 * 16  # of 64 and 192 rows, in both batch entries
+    assert fixed["workspace"] == -(-(blocks + tiles) // 256) * 256

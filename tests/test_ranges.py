@@ -89,7 +89,7 @@ def static_of(case, inputs, arrays):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", SIZES, ids=lambda case: case.name)
 def test_a_row_sees_the_keys_of_its_ranges(case, count, implementation):
-    checks.require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
+    checks.require_case(implementation, case)
     inputs, arrays = with_ranges(case, 3, count, heads=case.hq if count == 1 else 1)
     static = static_of(case, inputs, arrays)
     moving, fixed = oracle.split(arrays)

@@ -106,8 +106,8 @@ def test_rows_of_very_negative_scores_are_not_zero(implementation):
 
 @pytest.mark.parametrize("row", [-1e30, -1e4, 1e4, 1e30])
 def test_a_row_with_an_enormous_bias_has_the_same_softmax_as_without(row, implementation):
-    """Its other rows, too, bit for bit. The bias is the same for the whole row, whether float32 rounds the scores
-    away beside it or not. Without is with zeros: a call that has no bias may run another kernel."""
+    """The other rows agree bit for bit. The bias is the same for the whole row, even where float32 rounds the scores
+    away in the sum. "Without" means a bias of zeros: a call without bias may run another kernel."""
     case = usual(Case("enormous", sk=70), implementation)
     inputs = make_inputs(case)
     none = jnp.zeros((12, 1))
@@ -215,7 +215,7 @@ def test_lengths_absent_full_and_zero(implementation):
     full = jnp.full(2, 12, jnp.int32)
 
     def same(x, y):
-        # Of plain JAX these are two programs, whose products XLA tunes one by one on a GPU.
+        # In plain JAX these are two programs, whose products XLA tunes separately on a GPU.
         tuned = implementation == "xla" and jax.default_backend() == "gpu"
         tolerance = float(jnp.finfo(x.dtype).eps) if tuned else 0
         np.testing.assert_allclose(

@@ -77,7 +77,7 @@ def order_of(order: str, tokens: int, devices: int) -> np.ndarray:
 
 
 def in_ring(case: Case, order: str, devices: int, **options: Any) -> Any:
-    """(query, key, value, keywords) of a whole sequence → (out, lse), by devices in a ring."""
+    """(query, key, value, keywords) of a whole sequence → (out, lse[, max]), by devices in a ring."""
     mesh = mesh_of(devices)
     rows, columns = (order_of(order, size, devices) for size in (case.sq, case.sk))
 
@@ -104,11 +104,11 @@ def in_ring(case: Case, order: str, devices: int, **options: Any) -> Any:
             lambda x: call(**x),
             mesh=mesh,
             in_specs=(specs,),
-            out_specs=(P(None, "ring"), P(None, None, "ring")),
+            out_specs=(P(None, "ring"), P(None, None, "ring"), *[P()] * ("return_max" in options)),
         )
-        out, lse = mapped(placed)
+        out, lse, *largest = mapped(placed)
         back = np.argsort(rows)
-        return out[:, back], lse[:, :, back]
+        return out[:, back], lse[:, :, back], *largest
 
     return run
 

@@ -202,7 +202,7 @@ def packed(case, kernel, **options):
 
 
 def assert_packed_ring(text, visits, sums=0):
-    """A forward and a backward: beside K with V and dK with dV, the documents' numbers travel, which are integers."""
+    """A forward and a backward: K with V, dK with dV, and the documents' numbers, which are integers, travel."""
     assert collectives(text) == {"collective-permute": 5 * (visits - 1)} | (
         {"all-reduce": sums} if sums else {}
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from jax_flash import operands
+from jax_flash import operands, spec
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "tests" / "kernels"
@@ -69,14 +71,49 @@ def test_both_languages_read_the_same_passes(printed):
     assert printed["pass"] == wanted
 
 
+def test_the_names_of_each_enum_are_in_the_order_of_its_values():
+    header = (ROOT / "csrc" / "core" / "spec.h").read_text()
+    for enum, names in spec.ENUMS.items():
+        (body,) = re.findall(rf"enum class {enum} : int32_t {{ (.*) }};", header)
+        values = [f"k{name.title().replace('_', '')} = {value}" for value, name in enumerate(names)]
+        assert body == ", ".join(values)
+
+
+@pytest.mark.parametrize(
+    ("python", "fields", "made", "own"),
+    [
+        (
+            spec.AttentionSpec("fixed", block=(3, 5), left=7, operands=("bias",)),
+            operands.ATTENTION_FIELDS,
+            {"block_rows": 3, "block_keys": 5, "operands": 1 << operands.OPTIONAL.index("bias")},
+            {"block", "implementation", "same_offsets", "ring"},
+        ),
+        (
+            spec.AppendSpec("append", interleaved=True, operands=("sin",)),
+            operands.APPEND_FIELDS,
+            {"operands": 1 << operands.APPEND_OPTIONAL.index("sin")},
+            {"layout", "implementation", "dynamic"},
+        ),
+    ],
+)
+def test_every_field_of_a_spec_reaches_cpp_or_is_pythons_own(python, fields, made, own):
+    values = vars(python)
+    assert set(values) - own == set(fields) - set(made) | {"operands"}
+    for name, attribute in python.ffi_attributes().items():
+        value = made.get(name, values.get(name))
+        names = spec.ENUMS.get(fields[name])
+        assert attribute == (names.index(value) if names else value)
+        assert type(attribute) is {"float": np.float32, "bool": np.bool_}.get(fields[name], np.int32)
+
+
 def test_each_view_of_a_call_is_cut_into_slices_of_leading_dimensions(printed):
     """A kernel with tensor maps has room for one leading dimension, so that a call with two runs slice by slice."""
     found = {name: float(size) for name, size, step in map(str.split, printed["slice"]) if step == "7"}
     elements = operands.ELEMENTS
     arrays = set().union(*(operands.DIMS[layout] for layout in operands.ATTENTION_LAYOUTS))
-    arrays -= {
+    arrays -= {  # not fields of Problem
         "t" + name for name in operands.DIFFERENTIABLE + operands.FORWARD.results
-    }  # beside the Problem
+    }
     assert "draft_mask" in arrays
     assert found == {name: BYTES.get(elements[name], 4) for name in arrays}
 

@@ -59,7 +59,7 @@ def test_both_gradients_are_added_before_they_are_rounded(implementation, dtype)
     out = p @ k if implementation == "xla" else out
     ds = p * (dout @ k.T - (dout * out).sum(1, keepdims=True))
     right = ds.T @ q / 8 + p.T @ dout
-    digits = {"bfloat16": 8, "float16": 11}[dtype]  # rounded once: half a unit of the last of so many bits
+    digits = {"bfloat16": 8, "float16": 11}[dtype]  # rounded once: half a unit in the last place
     np.testing.assert_allclose(got, right, rtol=1.01 * 2.0**-digits, atol=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_tangents_through_pages(kernel):
     assert_same(jax.jvp(call.call(kernel), *moved), jax.jvp(call.call("xla"), *moved), tolerance=1e-4)
 
 
-# What is refused, counted and lowered.
+# Errors, FLOP and lowering.
 
 
 def test_flop_counts_both_products():

@@ -16,19 +16,20 @@ from jax_flash.compat import options as compat_options
 from jax_flash.paged import validate as paged_validate
 
 ROOT = Path(__file__).parent.parent
-FUNCTIONS = {  # the options of the overloads, and the one by which they differ
-    jax_flash.flash_attention: (options.FixedOptions, "return_lse"),
-    jax_flash.flash_attention_varlen: (options.VarlenOptions, "return_lse"),
-    jax_flash.paged_attention: (options.PagedOptions, "return_lse"),
-    jax_flash.ring_attention: (options.RingOptions, "return_lse"),
-    jax_flash.dot_product_attention: (options.DotProductOptions, "return_residual"),
-    flash_attn.flash_attn_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
-    flash_attn.flash_attn_varlen_func: (compat_options.FlashAttnVarlenOptions, "return_attn_probs"),
-    flash_attn.flash_attn_qkvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
-    flash_attn.flash_attn_kvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
-    flash_attn.flash_attn_varlen_qkvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
-    flash_attn.flash_attn_varlen_kvpacked_func: (compat_options.FlashAttnOptions, "return_attn_probs"),
-    flash_attn.flash_attn_with_kvcache: (compat_options.KVCacheOptions, "return_softmax_lse"),
+RESULTS = {"return_lse", "return_max"}
+FUNCTIONS = {  # the options of the overloads, and those by which they differ
+    jax_flash.flash_attention: (options.FixedOptions, RESULTS),
+    jax_flash.flash_attention_varlen: (options.VarlenOptions, RESULTS),
+    jax_flash.paged_attention: (options.PagedOptions, RESULTS),
+    jax_flash.ring_attention: (options.RingOptions, RESULTS),
+    jax_flash.dot_product_attention: (options.DotProductOptions, {"return_residual"}),
+    flash_attn.flash_attn_func: (compat_options.FlashAttnOptions, {"return_attn_probs"}),
+    flash_attn.flash_attn_varlen_func: (compat_options.FlashAttnVarlenOptions, {"return_attn_probs"}),
+    flash_attn.flash_attn_qkvpacked_func: (compat_options.FlashAttnOptions, {"return_attn_probs"}),
+    flash_attn.flash_attn_kvpacked_func: (compat_options.FlashAttnOptions, {"return_attn_probs"}),
+    flash_attn.flash_attn_varlen_qkvpacked_func: (compat_options.FlashAttnOptions, {"return_attn_probs"}),
+    flash_attn.flash_attn_varlen_kvpacked_func: (compat_options.FlashAttnOptions, {"return_attn_probs"}),
+    flash_attn.flash_attn_with_kvcache: (compat_options.KVCacheOptions, {"return_softmax_lse"}),
 }
 each_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 
@@ -61,7 +62,7 @@ def test_the_overloads_have_the_options_of_the_signature_with_the_same_types(fun
             "unpacked" not in parameters and "named" not in inspect.signature(overload).parameters
         ):  # not the one by position
             assert parameters | set(listed) == set(inspect.signature(function).parameters)
-            assert differs in parameters
+            assert differs <= parameters
             assert not parameters & set(listed)
     assert {name: written[name] for name in listed} == listed
 

@@ -1,7 +1,7 @@
 """Tiny checkpoints of the models of examples/models, and what `transformers` computes from them.
 
 `models_golden.json` has for each model the config.json and the names and shapes of the tensors that `transformers`
-writes, and its results for the weights of `weights` below; `make models MODELS_WRITE=1` writes it anew.
+writes, and its results for the weights of `weights` below; `make models MODELS_WRITE=1` writes it again.
 """
 
 import json

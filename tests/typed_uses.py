@@ -38,13 +38,22 @@ packed = jnp.ones((16, 4, 64))
 pool = jnp.ones((4, 16, 4, 64))
 tables = jnp.zeros((2, 2), jnp.int32)
 lengths = jnp.array([3, 5], jnp.int32)
-with_lse = bool(q.size)
+with_lse = with_max = bool(q.size)
 
-# What is returned depends on return_lse.
+# The result type depends on return_lse and return_max.
 assert_type(flash_attention(q, k, v), Array)
 assert_type(flash_attention(q, k, v, causal=True, return_lse=False), Array)
 assert_type(flash_attention(q, k, v, causal=True, return_lse=True), tuple[Array, Array])
 assert_type(flash_attention(q, k, v, return_lse=with_lse), Array | tuple[Array, Array])
+assert_type(flash_attention(q, k, v, return_max=True), tuple[Array, Array])
+assert_type(flash_attention(q, k, v, return_lse=True, return_max=True), tuple[Array, Array, Array])
+assert_type(flash_attention(q, k, v, return_lse=True, return_max=False), tuple[Array, Array])
+assert_type(
+    flash_attention(q, k, v, return_lse=with_lse, return_max=with_max),
+    Array | tuple[Array, Array] | tuple[Array, Array, Array],
+)
+assert_type(flash_attention_varlen(packed, packed, packed, lengths, return_max=True), tuple[Array, Array])
+assert_type(paged_attention(q, pool, pool, tables, lengths, return_max=True), tuple[Array, Array])
 assert_type(flash_attention_varlen(packed, packed, packed, lengths), Array)
 assert_type(flash_attention_varlen(packed, packed, packed, lengths, return_lse=True), tuple[Array, Array])
 assert_type(

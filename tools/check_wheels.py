@@ -1,7 +1,7 @@
 """Checks the wheels in a folder as a release needs them: `python tools/check_wheels.py [dist] [--partial]`.
 
-Every wheel of packages/release.json is there, has the version of jax_flash/_version.py and nothing else lies beside it
-but the sdist; what a wheel holds runs on the glibc that its tag names, no newer than release.json's; its size stays
+Every wheel of packages/release.json is there, has the version of jax_flash/_version.py and the folder has nothing
+else but the sdist; what a wheel holds runs on the glibc that its tag names, no newer than release.json's; its size is
 within the limit; its metadata renders on the package index; an abi3 wheel uses the stable ABI alone. --partial takes
 the wheels that are there, and --any-glibc a newer glibc, as of wheels built on a developer's machine.
 """

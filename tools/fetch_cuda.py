@@ -1,9 +1,9 @@
 """Lays out a CUDA toolkit that can build jax_flash, without root: `python tools/fetch_cuda.py MAJOR PREFIX`.
 
-packages/release.json names what is fetched, some 110 MB. CUDA 13 is NVIDIA's wheels alone, with nvcc and the static
-runtime. Those of CUDA 12 lack nvcc, which Debian's package nvidia-cuda-toolkit has, and the static runtime: its name
-leads to libcudart.so.12. CUDA 12 takes CUDA 13's fatbinary, which compresses machine code by a third more
-(--compress-mode=size; drivers from 550.54.14 on, CUDA 12.4's own, read it).
+packages/release.json names what is fetched, some 110 MB. CUDA 13 needs NVIDIA's wheels alone, which have nvcc and the
+static runtime. The wheels of CUDA 12 lack nvcc, which Debian's package nvidia-cuda-toolkit has, and the static runtime,
+whose name becomes a link to libcudart.so.12. CUDA 12 takes CUDA 13's fatbinary, which compresses machine code by a
+third more (--compress-mode=size; drivers from 550.54.14 on, CUDA 12.4's own, read it).
 """
 
 from __future__ import annotations

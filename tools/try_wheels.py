@@ -3,7 +3,7 @@
 In a new virtual environment of the Python that runs this: jax-flash is installed from the folder, its dependencies
 from the package index, and a call and its gradient agree with plain JAX. Then, for each CUDA major, pip resolves
 "jax-flash[cudaN]" against the folder without installing jax's gigabytes, and the library of its wheel is installed,
-loaded and lists its kernels. --partial leaves out the CUDA wheels that are not there.
+loaded and lists its kernels. --partial skips CUDA wheels that do not exist.
 """
 
 from __future__ import annotations

@@ -204,6 +204,20 @@ constexpr const CallArrays<Array>& arrays_of(Pass pass) {
   return kForward;
 }
 
+// Whether a call returns this result of its pass.
+constexpr bool is_result(const Array& result, const AttentionSpec& spec) {
+  if (result.view == &Problem::dvalue) return !spec.shared_kv();
+  return result.view != &Problem::row_max || spec.row_max;
+}
+
+// The number of results of a call.
+constexpr int32_t count_results(Pass pass, const AttentionSpec& spec) {
+  const auto& arrays = arrays_of(pass);
+  int32_t count = 0;
+  for (int32_t i = 0; i < arrays.result_count; ++i) count += is_result(*arrays.results[i], spec);
+  return count;
+}
+
 constexpr const AppendArray& append_array_of(const char* name) {
   for (const AppendArray& array : kAppendRequired) {
     if (same_word(array.name, name)) return array;

@@ -1,7 +1,9 @@
-// The static options of one attention call and its optional operands. Mirrors jax_flash/spec.py.
+// The static options of one call (csrc/spec.def) and its optional operands.
 #pragma once
 
 #include <cstdint>
+
+#include "../spec.def"
 
 #if defined(__CUDACC__)
 #define JF_HD __host__ __device__ __forceinline__
@@ -54,25 +56,9 @@ inline constexpr int32_t kUnlimited = -1;
 #define JF_LIMIT(id, value) inline constexpr int32_t k##id = value;
 #include "../operands.def"
 
+#define JF_MEMBER(type, name) type name{};
 struct AttentionSpec {
-  Layout layout;
-  Align align;
-  int32_t left;   // keys visible before the diagonal, or kUnlimited
-  int32_t right;  // keys visible after the diagonal, or kUnlimited; 0 with causal
-  float scale;
-  float softcap;       // 0: off
-  float dropout_rate;  // 0: off
-  bool deterministic;
-  int32_t operands;  // bit set of Operand
-  // The next three are the paged layouts'.
-  PageLayout page_layout = PageLayout::kNhd;
-  int32_t num_splits = 0;  // parts of each sequence's keys; 0: chosen by the plan
-  bool batch_invariant = false;
-  // Not 0: K and V share an array. K is its first columns, V the columns [value_start, value_start +
-  // value_dim); where keys are no pages, V is K.
-  int32_t value_dim = 0, value_start = 0;
-  // Rows and keys of a block of block_mask; 0 without one.
-  int32_t block_rows = 0, block_keys = 0;
+  JF_ATTENTION_FIELDS(JF_MEMBER)
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
   // Whether K and V are one array, whose gradient, dkey, is that of both.
@@ -83,12 +69,10 @@ struct AttentionSpec {
 };
 
 struct AppendSpec {
-  PageLayout page_layout;
-  bool interleaved;    // rotary pairs are adjacent features
-  bool split_columns;  // the last dimension of k_pages is stored as two
-  int32_t operands;    // bit set of AppendOperand
+  JF_APPEND_FIELDS(JF_MEMBER)
 
   JF_HD bool has(AppendOperand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
 };
+#undef JF_MEMBER
 
 }  // namespace jax_flash

@@ -1,5 +1,4 @@
-// Forward for decode (up to kDecodeRows rows per KV head): keys and values are read once, all KV heads of a
-// token together, in the order in which they lie in memory.
+// Decode, up to kDecodeRows rows per KV head: keys and values are read once, in memory order.
 #pragma once
 
 #include "hidden.h"
@@ -13,8 +12,7 @@ inline constexpr int32_t kStepKeys = 2;           // keys per microkernel call; 
 inline constexpr int32_t kAheadBytes = 12 << 10;  // distance of the prefetch of every cache line
 inline constexpr int32_t kPageAheadBytes = 80 << 10;  // distance of the prefetch of one line per memory page
 inline constexpr int32_t kPageBytes = 4 << 10;
-// Widths from a key's head to the next, at most, between which it is prefetched too. A pool that K and V
-// share has 2.
+// A key's heads are prefetched as one range if they are at most this many widths apart (2 in a shared pool).
 inline constexpr int32_t kMostApart = 4;
 static_assert(kDecodeKeys % kLanes == 0);
 
@@ -31,8 +29,7 @@ JF_INLINE Float sum_lanes(Float (&x)[kLanes], std::integer_sequence<int, lane...
   return x[0];
 }
 
-// S[g][0, 2) = factor q[g] · k[0, 2) for kRows query rows; the rows of S are kDecodeKeys apart. The factors
-// of the two keys alternate.
+// S[g][0, 2) = factor q[g] · k[0, 2) for kRows query rows. Even lanes of `factor` belong to the first key.
 template <class E, DType dtype, int kRows>
 JF_INLINE void score_step(const char* const* at, Float factor, const Word* q, int32_t width, float* s) {
   const char* const k[kStepKeys] = {at[0], at[1]};
@@ -92,8 +89,7 @@ JF_INLINE void value_step(const char* const* at, const Word* p, int32_t width, f
 
 enum class Step { kScores, kValues };
 
-// All query rows of one KV head; x is q or P, and y is S or O. kStepKeys keys and kRows rows make as many
-// sums as one vector has lanes.
+// A step for all query rows of one KV head (kStepKeys · kRows = kLanes sums); x is q or P, and y is S or O.
 template <class E, Step step, DType dtype, int kRows = kLanes / kStepKeys>
 JF_INLINE void rows_step(const char* const* at, Float factor, int32_t rows, const Word* x, int32_t width,
                          float* y) {
@@ -111,15 +107,15 @@ JF_INLINE void rows_step(const char* const* at, Float factor, int32_t rows, cons
   }
 }
 
-// The keys or values of all KV heads of a tile, read in the order in which they lie in memory.
+// The keys or values of all KV heads of a tile, read in memory order.
 struct DecodeStream {
   Rows rows;  // at the first KV head
   int64_t head_bytes;
   int32_t heads, ahead, page_ahead;  // ahead, page_ahead: prefetch distances in keys
   int32_t key_bytes, key_lines;      // of one key, from its first head to its last
-  const char* missing;               // the row that stands for a key on a page outside the pool
-  const char* at[3 * kDecodeKeys];   // addresses of the next keys of the sequence,
-  int32_t addressed;                 // of which this many are set
+  const char* missing;               // the row that replaces a key on a page outside the pool
+  const char* at[3 * kDecodeKeys];   // addresses of the next keys of the sequence
+  int32_t addressed;                 // how many of `at` are set
 
   DecodeStream(const Rows& first, int64_t stride, int32_t count, const char* row)
       : rows(first), heads(count), missing(row) {
@@ -187,8 +183,8 @@ struct Prefetcher {
   }
 };
 
-// The rows that stand for a page outside the pool. Keys have all bits set, which is NaN in every dtype;
-// values are 0 and leave that NaN as it is.
+// Replace the rows of a page outside the pool. Keys have all bits set, which is NaN in every dtype; values
+// are 0, so that the NaN of the score stays.
 struct MissingRows {
   char key[kMaxLatentDim * 4], value[kMaxLatentDim * 4];
 
@@ -198,8 +194,8 @@ struct MissingRows {
 };
 alignas(64) inline constexpr MissingRows kMissingRows;
 
-// The rows of a few positions at consecutive query heads, in RowTile's order: the rows of one position and
-// KV head are adjacent.
+// Attention of a few query positions at consecutive query heads. Rows are in RowTile's order: those of one
+// position and KV head are adjacent.
 template <class E>
 class DecodeLoop {
  public:
@@ -218,7 +214,7 @@ class DecodeLoop {
 
   Interval visible() const { return head_.seen_by_any({tile_.begin, tile_.end, tile_.heads}); }
 
-  // The softmax state and O over keys [keys.lo, keys.hi).
+  // Computes the softmax state and O over keys [keys.lo, keys.hi).
   void attend(Interval keys) {
     attend_once(keys, false);
     if (has_nan(o_, rows_ * padded(problem_.value_dim))) attend_once(keys, true);
@@ -229,7 +225,7 @@ class DecodeLoop {
   Softmax& state(int32_t = 0) { return state_; }
 
  private:
-  // leaves_out_odd: hidden values may be NaN.
+  // leaves_out_odd: handles keys that are not finite one by one (hidden.h).
   void attend_once(Interval keys, bool leaves_out_odd) {
     const Problem& p = problem_;
     const auto values_at = [&](int32_t x) { return values_of(x); };
@@ -291,16 +287,15 @@ class DecodeLoop {
     for (int32_t c = r * ld; c < (r + 1) * ld; c += kLanes) store(o_ + c, load(o_ + c) * alpha);
   }
 
-  // The tile's KV head that row r reads.
+  // The KV head of row r, counted from the tile's first.
   int32_t kv_head_of(int32_t r) const { return tile_.head_of(r) / group_ - problem_.kv_head(tile_.head); }
 
-  // The scale of float8 keys or values at the tile's KV head x (value = stored · scale), where it is the same
-  // on all pages.
+  // The scale of float8 keys or values at the tile's KV head x, if all pages share it.
   float scale_of(const View& scale, int32_t x) const {
     return scale ? head_.at(scale, (problem_.kv_head(tile_.head) + x) * scale.head) : 1.0f;
   }
 
-  // The values at the tile's KV head x. Where the scale is the same on all pages, O is multiplied by it.
+  // The values at the tile's KV head x. A scale that all pages share is not applied here but to O.
   Rows values_of(int32_t x) const {
     Rows values = head_.value;
     values.base += x * problem_.value.head * size_of(values.dtype);
@@ -309,7 +304,7 @@ class DecodeLoop {
     return values;
   }
 
-  // Where scales differ between pages: those of the tile's n keys (or values) at KV head x, then ones.
+  // If each page has its own scale: the scales of the tile's n keys (or values) at KV head x, then ones.
   float* factors_of(int32_t x) const { return factors_ + x * kDecodeKeys; }
   void load_factors(const Rows& rows, const View& scale, int32_t j0, int32_t n) {
     for (int32_t x = 0; rows.page_factors && x < tile_.heads / group_; ++x) {
@@ -320,7 +315,7 @@ class DecodeLoop {
     }
   }
 
-  // The factors of S of keys r and r + 1 at KV head x, which alternate.
+  // The scales of keys r (even lanes) and r + 1 (odd lanes) at KV head x.
   Float key_factors(int32_t r, int32_t x) const {
     if (!head_.key.page_factors) return broadcast(scale_of(problem_.k_scale, x));
     const float* const two = factors_of(x) + r;
@@ -357,8 +352,7 @@ class DecodeLoop {
     multiply_as<step, dtype, true>(stream, cold, n);
   }
 
-  // Multiplies the tile's n keys at all KV heads, straight from memory or, if `widened`, from a float32
-  // copy whose width is a multiple of the vector.
+  // Multiplies the tile's n keys at all KV heads, from memory or, if `widened`, from a padded float32 copy.
   template <Step step, DType dtype, bool widened>
   void multiply_as(const DecodeStream& stream, bool cold, int32_t n) {
     const int32_t ld = padded(stream.rows.width), width = widened ? ld : stream.rows.width;

@@ -6,8 +6,8 @@
 
 namespace jax_flash::JF_ISA {
 
-// Query rows and keys of a tile of the backward. Rows of P and dS are kGradientRow apart, which is no power
-// of two: products read them column by column, and the rows must fall into different cache sets.
+// Query rows and keys of a tile of the backward. Products read P and dS column by column, so the row stride
+// kGradientRow is no power of two: rows then fall into different cache sets.
 inline constexpr int kGradientM = 16 * kBlockRows;
 inline constexpr int kGradientN = kBlockRows == 8 ? 128 : 144;
 inline constexpr int kGradientRow = kGradientN + 16;
@@ -15,9 +15,9 @@ inline constexpr int kGradientBlocks = kGradientM / kBlockRows;
 
 JF_INLINE Word* as_words(float* x) { return reinterpret_cast<Word*>(x); }
 
-// Packed query-side rows (Q or dO). `rows`: operand A, [count, row_words(width)], rows `ld` words apart.
-// `columns`: operand B of products that sum over the rows; column c of row k is at columns[c / kPanel *
-// panel + k / kPair * row].
+// Packed rows of Q or dO. `rows` is operand A, [count, row_words(width)] with row stride `ld`. `columns` is
+// operand B of products that sum over the rows: column c of row k is at columns[c / kPanel * panel + k /
+// kPair * row].
 struct QueryRowsPack {
   Word *rows, *columns;
   int32_t ld;
@@ -32,14 +32,14 @@ struct QueryTile {
   float* dq;                     // [count, padded(d)]
 };
 
-// The distance of packed query rows. In float32 one copy serves as `rows` and as `columns`; products then
-// read it column by column, so that the distance must be no power of two.
+// The stride of packed query rows. In float32 one copy serves as `rows` and as `columns`; products then read
+// it column by column, so the stride must be no power of two.
 template <class E>
 JF_INLINE int32_t query_row(int32_t width) {
   return row_words<E>(width) + (E::kPair == 1 ? kLanes : 0);
 }
 
-// Floats of memory that a QueryTile takes.
+// The size of a QueryTile's memory, in floats.
 template <class E>
 JF_INLINE int64_t floats_of_query_tile(const Problem& p) {
   return int64_t{kGradientM} *
@@ -106,7 +106,7 @@ static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, W
   pack_transposed<E>(at, n, head.value, v_panels, panel_words<E>(head.value.width));
 }
 
-// What turns one row of S and dP into P and dS.
+// The inputs that turn one row of S and dP into P and dS.
 struct GradientRow {
   Columns visible;
   float lse, delta;
@@ -117,8 +117,8 @@ struct Gradient {
   Float p, ds;  // p: after dropout, as dV needs it
 };
 
-// P = exp(softmax_scale S − lse). Where |lse| is so large that its rounding exceeds the score difference, the
-// exponent can be positive; P is at most 1.
+// P = exp(softmax_scale S − lse), clamped to 1: if |lse| is so large that its rounding error exceeds the
+// score difference, the exponent is positive.
 template <int kDegree>
 JF_INLINE Float probability(Float s, float softmax_scale, float lse) {
   const Float exponent = (s * softmax_scale - lse) * kLog2e;
@@ -195,14 +195,15 @@ static void store_gradient_rows(const GradientRow* rows, float softmax_scale, in
   }
 }
 
-// From the first to the last of these columns that a row sees; column 0 is key j0.
+// The smallest interval that holds all of these columns that a row sees; column 0 is key j0.
 JF_INLINE Columns seen_columns(const Head& head, Row row, int32_t j0, Columns columns) {
   const Interval keys = head.seen(row, {j0 + columns.lo, j0 + columns.hi}).hull;
   return keys.empty() ? Columns{0, 0} : Columns{keys.lo - j0, keys.hi - j0};
 }
 
-// The columns of a block of rows that products use; of these, from the first to the last that some row may
-// see, and the panels that hold such columns. `mixed`: panels of which segments, masks or holes hide some.
+// The columns that products use for a block of rows. `seen` is the smallest interval that holds all columns
+// that some row may see, `panels` are the panels with such columns, and `mixed` those of them in which
+// segments, masks or holes may hide columns.
 struct UsedColumns : Columns {
   Columns seen{0, 0};
   uint64_t panels = kAllPanels, mixed = 0;
@@ -210,8 +211,8 @@ struct UsedColumns : Columns {
   JF_HD bool has_panel(int32_t c) const { return lo <= c && c < hi && (panels >> (c / kPanel) & 1) != 0; }
 };
 
-// The columns that each block of rows may see, widened to whole panels and whole blocks of keys, which is
-// what the products read of P and dS. Returns whether any block sees a key.
+// Finds the columns that each block of rows may see, widened to whole panels and blocks of keys, as the
+// products read P and dS. Returns whether any block sees a key.
 JF_INLINE bool used_panels(const Head& head, const QueryTile& q, int32_t j0, int32_t n, UsedColumns* used) {
   bool any = false;
   const Interval keys = RowSegments(head, q.begin, q.begin + q.count).trim({j0, j0 + n});
@@ -273,9 +274,9 @@ static void compute_gradient_rows(const Head& head, const QueryTile& q, int32_t 
   });
 }
 
-// P ← 0 and dS ← 0 in the columns of row r that its block does not use. Products that sum over rows read them
-// where a call is_sparse(): keys may be left to rows before and after a block, but not to it. Those that sum
-// over keys read the panels between used ones.
+// P ← 0 and dS ← 0 in the columns of row r that its block does not use. Products over keys read the panels
+// between used ones. If is_sparse(), blocks before and after this one may see a key that it does not see, and
+// products over rows then read this block too.
 template <int kPair>
 static void clear_unused(int32_t n, int32_t r, const UsedColumns& used, const GradientTile& t) {
   const int32_t end = round_up(round_up(n, kBlockRows), kPanel);

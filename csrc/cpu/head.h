@@ -1,5 +1,5 @@
-// One (leading entry, sequence, query head) of a problem, or several query heads that read the same KV
-// head: its rows, band and score options.
+// The rows, band and score options of one query head of a sequence, or of several query heads that read the
+// same KV head.
 #pragma once
 
 #include "isa.h"
@@ -21,8 +21,8 @@ struct Row {
   int32_t position, head;
 };
 
-// Whether a score needs more than scale, band, dropout and what hides keys. A scale of 0 counts too: it would
-// turn masked scores, -inf, into NaN.
+// Whether a score needs more than scale, dropout and masks. A scale of 0 counts as an option, because it
+// would turn masked scores, -inf, into NaN.
 JF_INLINE bool has_score_options(const Problem& p) {
   return p.spec.softcap > 0 || p.spec.scale == 0 || p.bias || p.alibi_slopes;
 }
@@ -45,13 +45,13 @@ struct Head {
   const Problem& problem;
   Sequence sequence;
   Band band;
-  RowRanges ranges;  // of the first query head and those after it
-  BlockMask blocks;  // the same
+  RowRanges ranges;  // of `head` and the query heads after it
+  BlockMask blocks;  // likewise
   int32_t head;      // the first query head
   Rows query, key, value;
-  // S = query_sign q·k. Without score options the score is softmax_scale · S; with them it is what
-  // finish_scores makes of S. The scale stays out of S and its maximum, so that a large scale does not
-  // magnify their rounding errors.
+  // S = query_sign q·k. Without score options the score is softmax_scale · S; with them finish_scores
+  // computes it from S. S and its maximum are not scaled, so that a large scale does not magnify their
+  // rounding errors.
   float query_sign, softmax_scale;
   bool has_options;
   bool hides_panels;  // a mask or a block mask may hide panels of keys
@@ -80,8 +80,8 @@ struct Head {
     draft = draft_mask_of(p, leading, s);
   }
 
-  // The rows of a per-token operand or gradient from sequence row `begin` at head h (a query head or a KV
-  // head, as the operand has them).
+  // The rows of a per-token operand or gradient from sequence row `begin` at head h, which is a KV head if
+  // the operand has KV heads.
   JF_HD Rows rows(const View& view, int32_t width, int32_t begin, int32_t h) const {
     const int64_t size = size_of(problem.dtype);
     const int64_t offset =
@@ -89,8 +89,8 @@ struct Head {
     return {view.as<char>() + offset * size, view.row * size, problem.dtype, width};
   }
 
-  // Keys or values at the KV head. A page outside the pool reads as `missing`: NaN for keys, which makes
-  // the scores NaN, and 0 for values, which leaves that NaN as it is.
+  // Keys or values at the KV head. Rows of a page outside the pool read as `missing`: NaN for keys, so that
+  // the scores are NaN, and 0 for values, which keep that NaN.
   JF_HD Rows keys(const View& view, int32_t width, const View& scale, float missing) const {
     const Problem& p = problem;
     const int32_t h = p.kv_head(head);
@@ -114,10 +114,10 @@ struct Head {
     return view.as<const float>()[view.leading_offset(problem.leading, leading) + offset];
   }
 
-  // Whether tiles may hold keys that some rows do not see, beyond the band.
+  // Whether segments, ranges or masks may hide keys within the band.
   JF_HD bool is_sparse() const { return problem.q_segment_ids || ranges || hides_panels; }
 
-  // What a row sees of an interval of keys, segments, masks and bias aside.
+  // The keys of an interval that a row sees through band and ranges; segments, masks and bias may hide more.
   JF_HD SeenKeys seen(Row row, Interval keys) const {
     return ranges.seen(row.head - head, row.position, intersect(band.row(row.position), keys));
   }
@@ -139,25 +139,27 @@ struct Head {
 
   JF_HD Rows dout() const { return rows(problem.dout, problem.value_dim, sequence.q_begin, head); }
 
-  // The panels whose S is not yet what the softmax takes. `mixed`: those of which segments, masks or a hole
+  // Panels whose S needs finish_scores before the softmax. `mixed`: panels in which segments, masks or a hole
   // between two ranges may hide keys.
   JF_HD uint64_t unfinished(uint64_t mixed) const { return has_options ? kAllPanels : mixed; }
 
-  // Defined in scores.h. Overwrites S[c], the score of key j0 + c, with the final score on the whole
-  // vectors around `visible`, -inf where masked. Without `mixed`, nothing of that kind hides any of these
-  // keys. Stores the derivative of the softcap, if there is one, to `slopes` unless that is null. Returns the
-  // maximum, lane by lane.
+  // Defined in scores.h. Replaces S[c], the product with key j0 + c, by the final score, -inf where hidden,
+  // in the whole vectors around `visible`. If `mixed` is false, segments, ranges and masks hide none of these
+  // keys. Stores the derivative of the softcap in `slopes` unless that is null. Returns the maximum, lane by
+  // lane.
   Float finish_scores(Row row, int32_t j0, Columns visible, bool mixed, float* s, float* slopes) const;
 
-  // Defined in scores.h. to[c] on the whole vectors around `visible`: the tangent of the bias, 0 outside it.
+  // Defined in scores.h. Fills `to` with the tangent of the bias in the whole vectors around `visible`, and
+  // with 0 outside `visible`.
   void bias_tangent_row(const View& tbias, Row row, int32_t j0, Columns visible, float* to) const;
 
-  // Defined in scores.h. keep[c] on the whole vectors around `visible`: 0 where dropped, else 1 / (1 -
+  // Defined in scores.h. Fills `keep` in the whole vectors around `visible`: 0 where dropped, else 1 / (1 -
   // rate).
   void dropout_row(Row row, int32_t j0, Columns visible, float* keep) const;
 };
 
-// Row scratch: one value per column of a tile, plus the overrun of whole vectors and Philox blocks.
+// Scratch for one row: a value per column of a tile, and room for the overrun of whole vectors and Philox
+// blocks.
 struct alignas(64) RowBuffer {
   float value[kTileN + 2 * kLanes];
 };

@@ -1,5 +1,5 @@
-// What a mask and a block mask leave to some rows of a tile of keys, panel by panel: panels that no row sees
-// are neither multiplied nor exponentiated.
+// Which panels of a tile of keys some rows see through a mask and a block mask. Panels that no row sees are
+// neither multiplied nor exponentiated.
 #pragma once
 
 #include "isa.h"
@@ -10,8 +10,8 @@ namespace jax_flash::JF_ISA {
 
 static_assert(kTileN / kPanel <= 64);
 
-// The next run of whole panels within `panels`, from column `from` on, whose bits (that of column c is c /
-// kPanel) are set in `seen`; empty at panels.hi.
+// The next run of panels at or after column `from` whose bits are set in `seen` (bit c / kPanel belongs to
+// column c). Empty, at panels.hi, if there is none.
 JF_INLINE Columns next_run(Columns panels, uint64_t seen, int32_t from) {
   if (seen == kAllPanels) return {from, panels.hi};
   if (seen == 0) return {panels.hi, panels.hi};
@@ -34,24 +34,24 @@ JF_INLINE Columns within(Columns a, Columns b) {
   return {a.lo > b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
 }
 
-// The panels of columns [lo, hi), a bit each.
+// One bit for each panel of columns [lo, hi).
 JF_INLINE uint64_t panel_bits(int32_t lo, int32_t hi) {
   if (hi <= lo) return 0;
   const int32_t first = lo / kPanel, count = (hi + kPanel - 1) / kPanel - first;
   return (count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1) << first;
 }
 
-// Bit c / kPanel for column c of a tile: of `some` where one of the rows sees a key of the panel, of `all`
-// where every row sees all of its keys, as far as the tile has them.
+// One bit per panel of a tile: set in `some` if at least one row sees a key of the panel, set in `all` if
+// every row sees all keys of the panel that the tile has.
 struct SeenPanels {
   uint64_t some = kAllPanels, all = kAllPanels;
 
-  // The panels that are seen, of which some key is hidden from some row.
+  // Panels that some row sees, and of which some row does not see every key.
   JF_HD uint64_t mixed() const { return some & ~all; }
 
   JF_HD bool hides_some(Columns columns) const { return (panel_bits(columns.lo, columns.hi) & ~all) != 0; }
 
-  // From the first to the last of these columns whose panel is seen.
+  // The smallest interval of `columns` that holds all columns whose panel some row sees.
   JF_HD Columns hull(Columns columns) const {
     const uint64_t left = some & panel_bits(columns.lo, columns.hi);
     if (left == 0) return {0, 0};
@@ -70,7 +70,7 @@ JF_INLINE bool any_byte(PanelBytes x) {
   return any != 0;
 }
 
-// What rows of a mask say of columns [lo, hi), at most a tile of them.
+// Collects rows of a mask over columns [lo, hi), at most one tile.
 class MaskPanels {
  public:
   explicit MaskPanels(Columns columns) : columns_(columns), first_(columns.lo / kPanel) {
@@ -115,7 +115,7 @@ class MaskPanels {
   PanelBytes some_[kTileN / kPanel], hidden_[kTileN / kPanel];
 };
 
-// A mask over rows that are in use.
+// The panels that a boolean mask leaves to rows within the sequence's length.
 static SeenPanels panels_of_mask(const Head& head, QueryRange rows, Columns columns, int32_t j0) {
   const View& mask = head.problem.mask;
   const int32_t heads = mask.head != 0 ? rows.heads : 1, end = mask.row != 0 ? rows.end : rows.begin + 1;
@@ -142,7 +142,7 @@ static SeenPanels panels_of_mask(const Head& head, QueryRange rows, Columns colu
   return found.panels();
 }
 
-// A block mask over rows that are in use.
+// The same for a block mask.
 static SeenPanels panels_of_blocks(const BlockMask& blocks, QueryRange rows, Columns columns, int32_t j0) {
   SeenPanels found{0, panel_bits(columns.lo, columns.hi)};
   const int32_t heads = blocks.head != 0 ? rows.heads : 1, m = blocks.block_rows, n = blocks.block_keys;
@@ -162,7 +162,7 @@ static SeenPanels panels_of_blocks(const BlockMask& blocks, QueryRange rows, Col
   return found;
 }
 
-// What both leave to rows of a head. Column 0 of the tile is key j0.
+// The panels that both masks leave to rows of a head. Column 0 of the tile is key j0.
 JF_INLINE SeenPanels seen_panels(const Head& head, QueryRange rows, Columns columns, int32_t j0) {
   SeenPanels found;
   rows.end = min(rows.end, head.band.q_len);

@@ -209,19 +209,22 @@ struct PartialOutput {
   }
 };
 
-// out = O / l and lse = softmax_scale m + log l, with the row's sink in the sum. Rows past the sequence's
-// length get out = 0, lse = -inf.
+// out = O / l and lse = softmax_scale m + log l, with the row's sink in the sum; row_max = softmax_scale m, NaN
+// where a score is. Rows past the sequence's length get out = 0, lse = row_max = -inf.
 static void store_output(const Head& head, const RowTile& tile, const PartialOutput& from) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, tile.head);
   float* lse = head.row_statistic(p.lse) + (tile.head - head.head) * p.lse.head;
+  float* maxima = nullptr;
+  if (p.row_max) maxima = head.row_statistic(p.row_max) + (tile.head - head.head) * p.row_max.head;
   const float* sinks =
       p.sinks ? head.row_statistic(p.sinks) + (tile.head - head.head) * p.sinks.head : nullptr;
   for (int32_t r = 0; r < tile.rows(); ++r) {
     const int32_t i = tile.position(r), h = tile.head_of(r) - tile.head;
-    float factor = 0.0f, statistic = kNegInf;
+    float factor = 0.0f, statistic = kNegInf, largest = kNegInf;
     if (i < head.band.q_len) {
       float m = from.m[r] * head.softmax_scale, l = from.l[r], alpha = 1.0f;
+      if (l != 0.0f) largest = l != l && m != -kNegInf ? l : m;
       if (sinks) {
         const SplitMerge merged = merge_splits(m, sinks[h * p.sinks.head + i * p.sinks.row], 1.0f);
         alpha = merged.first;
@@ -236,6 +239,7 @@ static void store_output(const Head& head, const RowTile& tile, const PartialOut
     char* to = out.at(i) + h * p.out.head * size_of(out.dtype);
     store_row(out.dtype, to, out.width, from.o + r * padded(p.value_dim), factor);
     lse[h * p.lse.head + i * p.lse.row] = statistic;
+    if (maxima) maxima[h * p.row_max.head + i * p.row_max.row] = largest;
   }
 }
 

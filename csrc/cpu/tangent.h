@@ -1,5 +1,5 @@
-// Tangents of query tiles: one pass over the visible keys that recomputes P from lse. Of its five products
-// three make S and its tangent dS, and two make the tangent of the output.
+// Tangents of query tiles: one pass over the visible keys that recomputes P from lse. Three of its five
+// products compute S and its tangent dS, the other two the tangent of the output.
 #pragma once
 
 #include "forward.h"
@@ -7,28 +7,27 @@
 
 namespace jax_flash::JF_ISA {
 
-// Keys of a tile, fewer than the forward's because four operands of them stay packed. Rows of S and dS are
-// kTangentRow apart, no power of two.
+// A tile has fewer keys than in the forward, because K, tK, V and tV stay packed. The row stride of S and dS,
+// kTangentRow, is no power of two, so that rows fall into different cache sets.
 inline constexpr int32_t kTangentN = 256, kTangentRow = kTangentN + kLanes;
 
 // Scratch, in floats: packed K, tK, V and tV, S and dS, and for every query tile Q, tQ, tO and r.
 constexpr int64_t tangent_floats(int64_t d, int64_t dv, int64_t tiles) {
   return 2 * kTangentN * (d + dv) + 2 * kTileM * kTangentRow + tiles * kTileM * (2 * d + dv + kLanes);
 }
-inline constexpr int64_t kTangentFloats = 3 << 19;  // at most: more would not stay in the cache
+inline constexpr int64_t kTangentFloats = 3 << 19;  // upper bound, so that scratch stays in the cache
 static_assert(kTangentFloats <= kScratchFloats);
 static_assert(tangent_floats(kMaxHeadDim, kMaxHeadDim, 8) <= kTangentFloats);
 
-// Query tiles that run together, and so have every tile of keys packed for them once.
+// The number of query tiles that run together and share each packed tile of keys.
 static int32_t tangent_tiles(const Problem& p) {
   int32_t tiles = kMaxQueryTiles;
   while (tangent_floats(padded(p.head_dim), padded(p.value_dim), tiles) > kTangentFloats) --tiles;
   return tiles;
 }
 
-// A tile of keys, packed. Each panel of `k` holds Kᵀ and, `half` words on, tKᵀ: the tangent of the products,
-// tQ Kᵀ
-// + Q tKᵀ, is one product of twice the depth.
+// A packed tile of keys. Each panel of `k` holds Kᵀ and, `half` words later, tKᵀ, so that tQ Kᵀ + Q tKᵀ is
+// one product of twice the depth.
 struct TangentKeys {
   KeyRange range;
   Word *k, *v, *tv;
@@ -37,19 +36,19 @@ struct TangentKeys {
   JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
 
-// A tile of queries during its loop over the keys. Each row of `q` holds tQ, then Q. `sum` is [count,
-// padded(dv)], the tangent of the output without its term in r; r = Σ P∘dS, lane by lane.
+// A tile of queries during its loop over the keys. Each row of `q` holds tQ, then Q. `sum` [count,
+// padded(dv)] is the tangent of the output before r · out is subtracted; `r` is Σ P∘dS, lane by lane.
 struct TangentTile {
   const RowTile* tile;
   RowSegments segments;
-  Interval keys;  // of the tile of keys, what segments, ranges and masks leave
+  Interval keys;  // keys of the current tile that segments, ranges and masks let the rows see
   int32_t rows, blocks;
   Word* q;
   float* sum;
   Float* r;
 };
 
-// What turns one row of S and T, the tangent of the products, into P and P∘dS.
+// The inputs that turn one row of S and T = tQ Kᵀ + Q tKᵀ into P and P∘dS.
 struct TangentRow {
   Columns visible;
   float lse;
@@ -58,7 +57,8 @@ struct TangentRow {
       *keep;  // derivative of the softcap, tangent of the bias, dropout factors, or null
 };
 
-// D∘P replaces S and D∘P∘dS replaces T in these panels, as words of E. Returns Σ P∘dS, lane by lane.
+// Replaces S by D∘P and T by D∘P∘dS in these panels, as words of E; D has the dropout factors. Returns Σ
+// P∘dS, lane by lane.
 template <class E, bool kMasked, bool kGeneral>
 JF_INLINE Float tangent_columns(const TangentRow& row, float softmax_scale, Columns panels, float* s,
                                 float* t) {
@@ -129,7 +129,7 @@ class TangentLoop {
   }
 
  private:
-  // The sums of all tiles. leaves_out_odd: hidden values may be NaN.
+  // Computes the sums of all tiles. leaves_out_odd: handles keys that are not finite one by one (hidden.h).
   void attend_once(bool leaves_out_odd) {
     keys_.odd.count = keys_.todd.count = 0;
     for (int32_t i = 0; i < count_; ++i) {
@@ -140,7 +140,7 @@ class TangentLoop {
     const RowTile &first = *tiles_[0].tile, &last = *tiles_[count_ - 1].tile;
     const Interval keys =
         head_.seen_by_any({min(first.begin, last.begin), max(first.end, last.end), first.heads});
-    // Tiles of keys begin at multiples of kTangentN, whichever query tiles run together.
+    // Tiles of keys begin at multiples of kTangentN, so that results do not depend on the run of query tiles.
     for (int32_t j0 = round_down(keys.lo, kTangentN); j0 < keys.hi; j0 += kTangentN) {
       const Interval tile = trim_to_seen(head_, tiles_, count_, intersect(keys, {j0, j0 + kTangentN}));
       if (tile.empty()) continue;
@@ -192,7 +192,7 @@ class TangentLoop {
     pack_values(tvalue(), keys_.todd, keys_.tv);
   }
 
-  // A tile of queries attends to the tile of keys.
+  // Adds the current tile of keys to a tile of queries.
   void attend(const TangentTile& x) {
     BlockColumns columns[kMaxBlocks];
     const KeyRange range{x.keys, keys_.range.begin};

@@ -54,9 +54,10 @@ cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   return status;
 }
 
-// Writes a plan's schedules, and the intervals that segments give each tile, to the workspace.
+// Writes a plan's schedules, and the intervals that segments or ranges give each tile, to the workspace.
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 
 // The schedule of a grid; null if it has none.
 inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
@@ -70,7 +71,29 @@ inline const Interval* segments_of(const TileGrid& grid, const void* workspace) 
   return reinterpret_cast<const Interval*>(static_cast<const char*>(workspace) + grid.segments);
 }
 
-inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, const void* workspace) {
+// What kernels for ranges skip tiles by: the blocks of query rows, and either query tiles or, of key tiles,
+// the query rows from the first to the last that sees one, and a gap of query tiles between them.
+struct RangeTables {
+  SeenByBlock* blocks = nullptr;
+  SeenByTile* tiles = nullptr;
+  Interval *rows = nullptr, *gaps = nullptr;
+};
+
+inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* workspace) {
+  if (grid.ranges < 0) return {};
+  const int64_t leading = p.leading.count();
+  const int64_t blocks = leading * slots_of_entry(p.packed(), p.q_rows, p.batch, kRowBlock);
+  const int64_t key_tiles = leading * slots_of_entry(p.packed(), p.k_rows, p.batch, grid.block);
+  auto* first = reinterpret_cast<SeenByBlock*>(static_cast<char*>(workspace) + grid.ranges);
+  auto* rows = reinterpret_cast<Interval*>(first + blocks);
+  return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
+}
+
+inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* workspace) {
+  if (grid.ranges >= 0) {
+    const RangeTables tables = range_tables(p, grid, workspace);
+    return {nullptr, nullptr, nullptr, tables.blocks, tables.tiles};
+  }
   const Interval* keys = segments_of(grid, workspace);
   if (!keys) return {};
   const int64_t all = p.leading.count() * p.batch * grid.tiles;

@@ -95,6 +95,11 @@ struct OnlineSoftmax {
       shift[slot] = shift[slot] == within[slot] ? before[slot] : shift[slot] - row_term[slot];
   }
 
+  // The largest score of a row, after update(); −∞: it has seen no key.
+  __device__ __forceinline__ float maximum(int slot) const {
+    return shift[slot] == kEmptyRow ? -INFINITY : -shift[slot] * kLn2;
+  }
+
   // A row's factor of O, 1 / Σ P, and its lse. `sink`: a logit that is part of the sum alone; −inf: none.
   struct Final {
     float factor, lse;
@@ -240,6 +245,9 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
   using Base::l, Base::scale, Base::shift;
   M m[kSlots];
   bool subtracted = false;  // some shift is 0 instead of −scale · m
+  // Whether the maxima of a tile are NaN where an element is, unless it has its sign bit set.
+  template <class S>
+  static constexpr bool kFindsNan = S::kColumnTiles >= Base::kManyTiles;
 
   __device__ __forceinline__ explicit UnboundedSoftmax(float scale_log2) : Base(scale_log2) {
 #pragma unroll
@@ -254,8 +262,39 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
 
   template <class S>
   __device__ __forceinline__ void update(S& s, float (&alpha)[kSlots]) {
-    float largest_shift = 0, maxima[kSlots];
+    float maxima[kSlots];
     Base::thread_maxima(s, maxima);
+    update_by(s, maxima, alpha);
+  }
+  // The same where NaN may be hidden: hide() makes them −∞ in S.
+  template <class S, class Hide>
+  __device__ __forceinline__ void update(S& s, float (&alpha)[kSlots], Hide hide) {
+    static_assert(kFindsNan<S>);
+    float maxima[kSlots];
+    Base::thread_maxima(s, maxima);
+    bool found = false;
+#pragma unroll
+    for (int slot = 0; slot < kSlots; ++slot) found |= isnan(maxima[slot]);
+    if (__builtin_expect(__any_sync(~0u, found), false)) {
+      hide();
+      Base::thread_maxima(s, maxima);
+    }
+    update_by(s, maxima, alpha);
+  }
+
+  __device__ __forceinline__ float maximum(int slot) const {
+    return m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale * kLn2;
+  }
+
+  __device__ __forceinline__ typename Base::Final finish(int slot, float sink) const {
+    return Base::finish(slot, m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale, sink);
+  }
+
+ private:
+  // `maxima`: of what the thread holds of its rows.
+  template <class S>
+  __device__ __forceinline__ void update_by(S& s, const float (&maxima)[kSlots], float (&alpha)[kSlots]) {
+    float largest_shift = 0;
 #pragma unroll
     for (int slot = 0; slot < kSlots; ++slot) {
       const float before = m[slot], next = fmaxf(before, row_max(maxima[slot]));
@@ -270,11 +309,6 @@ struct UnboundedSoftmax : OnlineSoftmax<kSlots> {
     for (int slot = 0; slot < kSlots; ++slot) subtract_maximum(s, slot);
   }
 
-  __device__ __forceinline__ typename Base::Final finish(int slot, float sink) const {
-    return Base::finish(slot, m[slot] == -Base::kEmptyRow ? -INFINITY : m[slot] * scale, sink);
-  }
-
- private:
   template <class S, class O>
   __device__ __forceinline__ void rescale(S& s, const float (&maxima)[kSlots], O& o) {
     float tops[kSlots], alpha[kSlots];

@@ -69,8 +69,9 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
 }
 
 // The work of a tile. The tiles of a group of heads are neighbours, and with a causal mask the longest come
-// first (the last queries, the first keys), so that the last CTAs to run have short ones.
-template <Over over>
+// first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
+// tiles differ without a causal mask, too.
+template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
                                                uint32_t heads_together = kHeadsTogether) {
@@ -80,7 +81,7 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   constexpr bool kQueries = over == Over::kQueries;
   const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
   // Without a causal mask query tiles are equally long, and share most K and V in one head after the other.
-  const uint32_t group = kQueries && p.spec.right < 0 ? 1 : heads_together;
+  const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
   const uint32_t first = wanted.number / (group * tiles) * group;
   const uint32_t together = min(group, all - first), number = wanted.number - first * tiles;
   const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;

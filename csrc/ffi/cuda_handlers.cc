@@ -42,7 +42,7 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   Problem p;
   Tangents tangents;
   if (ffi::Error e = decode_operands(pass, spec, args, rets, p, tangents); e.failure()) return e;
-  auto workspace = rets.get<ffi::AnyBuffer>(schema::arrays_of(pass).result_count);
+  auto workspace = rets.get<ffi::AnyBuffer>(schema::count_results(pass, spec));
   if (!workspace) return workspace.error();
   Device device;
   if (cudaError_t e = current_device(device); e != cudaSuccess) return cuda_error("device", e);
@@ -53,6 +53,12 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
   }
   void* memory = (*workspace)->untyped_data();
+  if (p.row_max) {  // to which the kernels take maxima: it follows out and lse
+    const ffi::AnyBuffer row_max = **rets.get<ffi::AnyBuffer>(2);
+    if (cudaError_t e = cudaMemsetAsync(p.row_max.data, 0, row_max.size_bytes(), stream); e != cudaSuccess) {
+      return cuda_error("row_max", e);
+    }
+  }
   if (cudaError_t e = launch_schedules(p, chosen, memory, stream); e != cudaSuccess) {
     return cuda_error("schedule", e);
   }

@@ -15,19 +15,15 @@
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::Layout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::PageLayout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::Align);
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    ::jax_flash::AttentionSpec, StructMember<::jax_flash::Layout>("layout"),
-    StructMember<::jax_flash::Align>("align"), StructMember<int32_t>("left"), StructMember<int32_t>("right"),
-    StructMember<float>("scale"), StructMember<float>("softcap"), StructMember<float>("dropout_rate"),
-    StructMember<bool>("deterministic"), StructMember<int32_t>("operands"),
-    StructMember<::jax_flash::PageLayout>("page_layout"), StructMember<int32_t>("num_splits"),
-    StructMember<bool>("batch_invariant"), StructMember<int32_t>("value_dim"),
-    StructMember<int32_t>("value_start"), StructMember<int32_t>("block_rows"),
-    StructMember<int32_t>("block_keys"));
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(::jax_flash::AppendSpec,
-                                      StructMember<::jax_flash::PageLayout>("page_layout"),
-                                      StructMember<bool>("interleaved"), StructMember<bool>("split_columns"),
-                                      StructMember<int32_t>("operands"));
+// One more level of macros, so that the list of fields becomes arguments.
+#define JF_REGISTER_STRUCT(...) XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(__VA_ARGS__)
+#define JF_MEMBER(type, name) , StructMember<decltype(::jax_flash::AttentionSpec::name)>(#name)
+JF_REGISTER_STRUCT(::jax_flash::AttentionSpec JF_ATTENTION_FIELDS(JF_MEMBER));
+#undef JF_MEMBER
+#define JF_MEMBER(type, name) , StructMember<decltype(::jax_flash::AppendSpec::name)>(#name)
+JF_REGISTER_STRUCT(::jax_flash::AppendSpec JF_APPEND_FIELDS(JF_MEMBER));
+#undef JF_MEMBER
+#undef JF_REGISTER_STRUCT
 
 namespace jax_flash {
 
@@ -60,8 +56,8 @@ class OperandDecoder {
       if (p.spec.has(static_cast<Operand>(i))) inputs.push_back(buffer_of(*schema::kOptional[i]));
     }
     for (int32_t i = 0; i < arrays.result_count; ++i) {
-      if (p.spec.shared_kv() && arrays.results[i]->view == &Problem::dvalue) continue;
-      outputs.push_back(buffer_of(*arrays.results[i]));
+      const schema::Array& result = *arrays.results[i];
+      if (schema::is_result(result, p.spec)) outputs.push_back(buffer_of(result));
     }
     ffi::Error e = buffers_.decode(inputs, outputs, args, rets, p.leading);
     if (e.failure()) return e;

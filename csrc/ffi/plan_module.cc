@@ -111,26 +111,22 @@ class Options {
   std::set<std::string> known_;
 };
 
-// The attributes of the custom call, as jax_flash/spec.py's ffi_attributes has them.
+template <class T>
+void read_field(Options& options, const char* name, T& field) {
+  if constexpr (std::is_enum_v<T>) {
+    field = static_cast<T>(options.get<int32_t>(name));
+  } else {
+    field = options.get<T>(name);
+  }
+}
+
+// From the attributes of the custom call (AttentionSpec.plain_attributes in jax_flash/spec.py).
 AttentionSpec spec_of(const nb::dict& given) {
   Options options("spec", given);
-  AttentionSpec spec{};
-  spec.layout = static_cast<Layout>(options.get<int32_t>("layout"));
-  spec.align = static_cast<Align>(options.get<int32_t>("align"));
-  spec.left = options.get<int32_t>("left");
-  spec.right = options.get<int32_t>("right");
-  spec.scale = options.get<float>("scale");
-  spec.softcap = options.get<float>("softcap");
-  spec.dropout_rate = options.get<float>("dropout_rate");
-  spec.deterministic = options.get<bool>("deterministic");
-  spec.operands = options.get<int32_t>("operands");
-  spec.page_layout = static_cast<PageLayout>(options.get<int32_t>("page_layout"));
-  spec.num_splits = options.get<int32_t>("num_splits");
-  spec.batch_invariant = options.get<bool>("batch_invariant");
-  spec.value_dim = options.get<int32_t>("value_dim");
-  spec.value_start = options.get<int32_t>("value_start");
-  spec.block_rows = options.get<int32_t>("block_rows");
-  spec.block_keys = options.get<int32_t>("block_keys");
+  AttentionSpec spec;
+#define JF_READ(type, name) read_field(options, #name, spec.name);
+  JF_ATTENTION_FIELDS(JF_READ)
+#undef JF_READ
   options.finish();
   return spec;
 }

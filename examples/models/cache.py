@@ -39,7 +39,7 @@ def make_pools(
     dtype: str,
     device: jax.sharding.Sharding | None = None,
 ) -> list[Pool]:
-    """Empty pools for layers of these shapes, one for each distinct shape, each layer with so many pages."""
+    """Empty pools for layers of these shapes, one for each distinct shape, each layer with this number of pages."""
 
     def zeros(layers: int, heads: int, dim: int) -> jax.Array:
         return jnp.zeros((layers * pages, page_size, heads, dim), dtype, device=device)

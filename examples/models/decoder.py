@@ -39,7 +39,7 @@ class CausalLM(nnx.Module):
     """
 
     config_type: ClassVar[type[Config]] = Config
-    unread: ClassVar[tuple[str, ...]] = ()  # beginnings of the names of tensors that the model leaves out
+    unread: ClassVar[tuple[str, ...]] = ()  # prefixes of the names of tensors that the model does not use
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.config = config

@@ -4,8 +4,8 @@
 262,208 tokens. Each part has a norm before and behind it, queries and keys one in each head; norms multiply by 1 +
 weight. Layers with a window have another base frequency of the rotary embedding than those without.
 
-The image encoder is not here: its vectors are an argument. Of an image's tokens each sees all of them, the later ones
-too, and text sees what is before it.
+The image encoder is not here: its vectors are an argument. Every token of an image sees the whole image, and a text
+token sees what is before it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .rope import make_rope
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Config):
-    """The fields that checkpoints leave out have these defaults."""
+    """These are the defaults of fields that a checkpoint does not have."""
 
     vocab_size: int = 262_208
     num_attention_heads: int = 8

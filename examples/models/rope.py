@@ -31,7 +31,7 @@ class Rope:
 
 
 def make_rope(features: int, parameters: Mapping[str, Any], *, interleaved: bool = False) -> Rope:
-    """The `rope_parameters` of a config.json, for so many rotated features; raises ValueError for an unknown type."""
+    """The `rope_parameters` of a config.json, for `features` rotated ones; raises ValueError for an unknown type."""
     frequencies = parameters["rope_theta"] ** (-np.arange(0, features, 2) / features)
     kind = parameters.get("rope_type", "default")
     if kind not in SCALINGS:
@@ -70,7 +70,7 @@ def yarn(frequencies: np.ndarray, parameters: Mapping[str, Any]) -> tuple[np.nda
     factor, count = parameters["factor"], len(frequencies)
 
     def feature(turns: float) -> float:
-        """The feature that turns so many times within the original length."""
+        """The feature that makes this number of turns within the original length."""
         length = parameters["original_max_position_embeddings"]
         return count * math.log(length / (turns * 2 * math.pi)) / math.log(parameters["rope_theta"])
 

@@ -319,10 +319,6 @@ def _ring(
     op: Any, kind: str, query: Array, key: Array, value: Array, ids: Any, positions: Any, options: dict[str, Any]
 ) -> tuple[Array, Array | None, Array | None]:  # fmt: skip
     """A call whose sequence is split over devices in zigzag order."""
-    if options.pop("return_max", False):
-        raise _CHECK.fail(
-            "record_max_logits is not possible with load-balanced context parallelism", NotImplementedError
-        )
     batch, heads, rows, _ = op._logical_to_mesh_axes(op.flash_axis_names_q)
     kv_heads = op._logical_to_mesh_axes(op.flash_axis_names_kv)[1]
     if kind == "chunk" and positions is not None:
@@ -342,15 +338,18 @@ def _ring(
         **options,
     )  # fmt: skip
 
-    def local(q: Array, k: Array, v: Array, operands: dict[str, Any]) -> Array:
-        out: Array = attend(q, k, v, **operands)
-        return out
+    def local(q: Array, k: Array, v: Array, operands: dict[str, Any]) -> Any:
+        return attend(q, k, v, **operands)
 
     q_spec, kv_spec = (PartitionSpec(batch, rows, x, None) for x in (heads, kv_heads))
-    out = jax.shard_map(
-        local, mesh=op.mesh, in_specs=(q_spec, kv_spec, kv_spec, specs), out_specs=q_spec
+    records = "return_max" in options
+    found = jax.shard_map(
+        local, mesh=op.mesh, in_specs=(q_spec, kv_spec, kv_spec, specs),
+        out_specs=(q_spec, PartitionSpec(batch, heads)) if records else q_spec,
     )(query, key, value, operands)  # fmt: skip
-    return out, None, None
+    if records:
+        _record(op, found[1])
+    return found[0] if records else found, None, None
 
 
 def _record(op: Any, largest: Array) -> None:

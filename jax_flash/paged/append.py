@@ -84,8 +84,8 @@ def append_kv(  # type: ignore[misc]  # which has no `unpacked`
       k_pages, v_pages: the pools, `[p, ps, hk, d(v)]` (`page_layout="nhd"`) or `[p, hk, ps, d(v)]` (`"hnd"`),
         key's dtype, float8_e4m3fn or float8_e5m2. v_pages is None, and value too, where values are columns of k_pages
         (value_dim of `paged_attention`); k_pages may then be `[p, ps, hk, x, d / x]` too.
-      key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens. Those of a float8 pool may have its
-        dtype; they are then stored as they are, without scales and rotary.
+      key, value: `[n, s, hk, d(v)]`, or packed `[t, hk, d(v)]` with cu_seqlens. For a float8 pool they may have its
+        dtype; they are then stored unchanged, without scales and rotary.
       block_tables: int32 `[n, pages]`, the pages of each sequence.
       kv_lengths: int32 `[n]`, keys in the cache of each sequence before the call, or one number for all.
       cu_seqlens: int32 `[n + 1]`, offsets of the sequences in packed key and value.

@@ -6,6 +6,7 @@ from typing import Any, Literal, Unpack, overload
 
 from jax import Array
 
+from .. import largest
 from ..autodiff import attend
 from ..masks import Mask
 from ..options import (
@@ -28,18 +29,33 @@ from . import validate
 @overload
 def paged_attention(
     query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
-    *, return_lse: Literal[False] = ..., **options: Unpack[PagedOptions],
+    *, return_lse: Literal[False] = ..., return_max: Literal[False] = ..., **options: Unpack[PagedOptions],
 ) -> Array: ...
 @overload
 def paged_attention(
     query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
-    *, return_lse: Literal[True], **options: Unpack[PagedOptions],
+    *, return_lse: Literal[True], return_max: Literal[False] = ..., **options: Unpack[PagedOptions],
 ) -> tuple[Array, Array]: ...
 @overload
 def paged_attention(
     query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
-    *, return_lse: bool, **options: Unpack[PagedOptions],
+    *, return_lse: Literal[False] = ..., return_max: Literal[True], **options: Unpack[PagedOptions],
+) -> tuple[Array, Array]: ...
+@overload
+def paged_attention(
+    query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, return_lse: Literal[True], return_max: Literal[True], **options: Unpack[PagedOptions],
+) -> tuple[Array, Array, Array]: ...
+@overload
+def paged_attention(
+    query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, return_lse: bool, return_max: Literal[False] = ..., **options: Unpack[PagedOptions],
 ) -> Array | tuple[Array, Array]: ...
+@overload
+def paged_attention(
+    query: ArrayLike, k_pages: ArrayLike, v_pages: ArrayLike | None, block_tables: IndexLike, kv_lengths: LengthsLike,
+    *, return_lse: bool = ..., return_max: bool, **options: Unpack[PagedOptions],
+) -> Array | tuple[Array, Array] | tuple[Array, Array, Array]: ...
 # fmt: on
 @overload  # with options from a dict, whose types mypy does not know one by one
 def paged_attention(*arguments: Any, unpacked: Any, **options: Any) -> Any: ...
@@ -70,9 +86,10 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     return_lse: bool = False,
+    return_max: bool = False,
     deterministic: bool = False,
     implementation: Implementation | None = None,
-) -> Array | tuple[Array, Array]:
+) -> Array | tuple[Array, ...]:
     """Attention of new queries to keys and values in the pages of a shared pool.
 
     Key j of sequence i is in slot `j % ps` of page `block_tables[i, j // ps]`. Entries past a sequence's length are
@@ -113,12 +130,13 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         576, 16 bits and sm_80. Columns that are no multiples of 8 make GPUs copy the pool. Without v_scale, k_scale is
         the scale of both.
       causal, window, align, scale, softcap, return_lse, deterministic, implementation: as in `flash_attention`.
+      return_max: also return the largest visible S of each sequence and head, float32 `[n, hq]`; no gradient.
       sinks: float32 `[hq]`, or for each token `[n, sq, hq]`, with cu_seqlens_q `[tq, hq]`.
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
 
     Returns:
-      `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or the pair `(out, lse)` with float32 lse `[n, hq, sq]` or
-      `[hq, tq]`.
+      `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for,
+      with float32 lse `[n, hq, sq]` or `[hq, tq]`.
       Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools; with
       cu_seqlens_q and draft_mask, and with head dims above 512 (on GPUs, 256), only by `implementation="xla"`.
 
@@ -158,9 +176,9 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         return_lse=return_lse,
+        return_max=return_max,
         deterministic=deterministic,
         implementation=implementation,
     )
     spec, operands = validate.attention("paged_attention", arguments)
-    out, lse = attend(spec, operands)
-    return (out, lse) if return_lse else out
+    return largest.results(arguments, spec, operands, attend(spec, operands))

@@ -21,18 +21,17 @@ FLOAT8 = {jnp.dtype(jnp.float8_e4m3fn): 448.0, jnp.dtype(jnp.float8_e5m2): 57344
 _PAGED_ONLY = ("block_tables", "k_scale", "v_scale")
 
 
-def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, jax.Array]:
+def attention(spec: AttentionSpec, operands: Operands) -> tuple[jax.Array, ...]:
     """The equations over gathered keys. Rows that need a page outside the pool are NaN, and so is their dquery."""
     dense_spec, dense = contiguous(spec, operands)
-    out, lse = reference.attention(dense_spec, dense)
+    out, *by_row = reference.attention(dense_spec, dense)
     missing = rows_missing_pages(spec, operands)[..., None]
-    query = jnp.where(missing, operands["query"], 0).astype(lse.dtype)
+    query = jnp.where(missing, operands["query"], 0).astype(by_row[0].dtype)
     # NaN has a derivative, which is NaN too; no NaN is made for other rows, where jax_debug_nans would report it.
     nothing = query.sum(-1, keepdims=True) * jnp.where(missing, jnp.nan, 0)  # [..., hq, 1]
     out = jnp.where(missing, nothing.astype(out.dtype), out)
     by_lse, nothing_by_lse = (jnp.swapaxes(x[..., 0], -1, -2) for x in (missing, nothing))
-    lse = jnp.where(by_lse, nothing_by_lse, lse)
-    return out.astype(operands["query"].dtype), lse
+    return out.astype(operands["query"].dtype), *(jnp.where(by_lse, nothing_by_lse, x) for x in by_row)
 
 
 def contiguous(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
@@ -100,7 +99,7 @@ def scatter_gradient(
 
 
 def in_columns(x: jax.Array, columns: Any, start: int = 0) -> jax.Array:
-    """x, float32, as the columns from `start` on of so many."""
+    """x in float32, padded with zeros to `columns` columns, of which it is those from `start` on."""
     after = columns - start - x.shape[-1]
     return jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(start, after)])
 

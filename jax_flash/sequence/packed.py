@@ -1,4 +1,4 @@
-"""Packed sequences over devices: a ring of one row whose documents are told apart by segment ids.
+"""Packed sequences over devices: a ring of one row with segment ids for its documents.
 
 A document's diagonal is the row's, where queries and keys have the same offsets; without a band it does not matter.
 Tokens outside every sequence see nothing and are not seen.

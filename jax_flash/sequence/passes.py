@@ -15,7 +15,7 @@ from ..operands import BACKWARD, FORWARD, TANGENT, Pass
 from ..spec import AttentionSpec
 from .schedule import Range, Visit, Work
 from .shard import Block, Call, Operands, Shard
-from .sums import GRADIENTS, MERGED, PAIRS, TANGENTS, Arrays, Total, wide
+from .sums import GRADIENTS, MERGED, MERGED_MAX, PAIRS, TANGENTS, Arrays, Total, wide
 
 
 def takes_blocks(spec: AttentionSpec, rows: int, keys: int) -> bool:
@@ -38,14 +38,15 @@ def run(pass_: Pass, spec: AttentionSpec, operands: Operands, call: Call) -> lis
 
 
 def _by_rows(shard: Shard, call: Call) -> list[Array]:
-    """out and lse, or their tangents."""
+    """out, lse and row_max, as far as they are asked for, or tangents of the first two."""
     query = shard.operands["query"]
-    total = Total(MERGED if shard.pass_ is FORWARD else TANGENTS, query.shape[1])
+    merged = MERGED_MAX if shard.spec.row_max else MERGED
+    total = Total(merged if shard.pass_ is FORWARD else TANGENTS, query.shape[1])
     for visit, work, block in _calls(shard, total):
         _add(shard, total, work.queries, tuple(shard.compute(call, visit, work, block)))
-    out, lse = total.result()
+    out, *by_row = total.result()
     # A barrier, or XLA writes the result in float32 for what it fuses with a reader of it, such as delta.
-    joined: list[Array] = lax.optimization_barrier([out.astype(query.dtype), lse])
+    joined: list[Array] = lax.optimization_barrier([out.astype(query.dtype), *by_row])
     return joined
 
 

@@ -34,8 +34,8 @@ def _sum(parts: Sequence[Arrays]) -> Arrays:
 
 
 def _merge(parts: Sequence[Arrays]) -> Arrays:
-    outs, lses = zip(*parts, strict=True)
-    return combine(outs, lses)
+    outs, lses, *row_maxima = zip(*parts, strict=True)
+    return *combine(outs, lses), *(reduce(jnp.maximum, x) for x in row_maxima)
 
 
 def wide(x: Array) -> Array:
@@ -43,6 +43,7 @@ def wide(x: Array) -> Array:
 
 
 MERGED = Kind((1, 2), (0.0, -float("inf")), _merge)  # out [b, s, h, d] and lse [b, h, s]
+MERGED_MAX = Kind((1, 2, 2), (0.0, -float("inf"), -float("inf")), _merge)  # and row_max [b, h, s]
 TANGENTS = Kind((1, 2), (0.0, 0.0), _sum)  # likewise
 GRADIENTS = Kind((1,), (0.0,), _sum)  # dquery
 PAIRS = Kind((1, 1), (0.0, 0.0), _sum)  # dkey and dvalue

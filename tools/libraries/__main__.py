@@ -108,7 +108,7 @@ def run_library(
 
 
 def environment(pin: dict[str, Any], folder: Path, wheel: Path | None) -> Path:
-    """The Python of the library's environment, installed anew where its pin has changed."""
+    """The Python of the library's environment, installed again if its pin has changed."""
     python, stamp = folder / "venv" / "bin" / "python", folder / "installed.json"
     if not stamp.exists() or json.loads(stamp.read_text()) != pin:
         stamp.unlink(missing_ok=True)

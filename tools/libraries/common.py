@@ -27,7 +27,7 @@ def source() -> Path:
 
 
 class Comparison:
-    """Calls of an adapter beside the library's own attention: results and gradients, also inside jit.
+    """Calls of an adapter and of the library's own attention: results and gradients, also inside jit.
 
     Args:
       tolerance: allowed |ours − theirs| is `tolerance · (1 + |theirs|)`; for 16-bit arrays 2e-2 is used instead.
@@ -63,7 +63,7 @@ class Comparison:
         return call
 
     def record(self, size: Any, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
-        """Counts a call; `size`, max|q or k| · max|v|, is what cancels in gradients that are almost 0."""
+        """Counts a call. `size`, max|q or k| · max|v|, bounds the terms that cancel in gradients near 0."""
         self.made += 1
         outs = len(ours) - 3
         worst = 0.0

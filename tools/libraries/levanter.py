@@ -46,7 +46,7 @@ def calls() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def compare(mask: Any, options: dict[str, Any]) -> None:
-    """Results and gradients of a call beside those of Levanter's plain attention."""
+    """Results and gradients of a call, and those of Levanter's plain attention."""
     arrays = [
         haliax.random.normal(own.jrandom.key(i), axes)
         for i, axes in enumerate(((B, H, G, P, D), (B, H, KP, D), (B, H, KP, D)))

@@ -105,12 +105,17 @@ class Forward final : public PassTraits {
     const int64_t cluster = plan.cluster_size;
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
-    add_segments(call, s.q_rows, plan.queries, workspace, true);
+    if (plan.score == ScoreKind::kRanges) {
+      add_ranges(call, s.q_rows, row.block_n, plan.queries, workspace);
+    } else {
+      add_segments(call, s.q_rows, plan.queries, workspace, true);
+    }
     plan_persistent(blocks, unequal, call.visible_keys(), row.teams, call, workspace, plan);
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    return schedule_bound(spec, s, s.q_rows) + segments_bound(spec, s, s.q_rows) + aligned(kCounterBytes);
+    return schedule_bound(spec, s, s.q_rows) +
+           max(segments_bound(spec, s, s.q_rows), ranges_bound(spec, s, s.q_rows)) + aligned(kCounterBytes);
   }
 
  private:
@@ -181,7 +186,11 @@ class Backward final : public PassTraits {
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
-    add_segments(call, s.k_rows, plan.keys, workspace);
+    if (plan.score == ScoreKind::kRanges) {
+      add_ranges(call, s.k_rows, row.block_m, plan.keys, workspace);
+    } else {
+      add_segments(call, s.k_rows, plan.keys, workspace);
+    }
     plan.accumulator = workspace.add(sums_of_dq(row, call.spec, dims_of(s)).value());
     const bool unequal = call.tiles_differ() || s.k_rows % row.block_n;
     plan.cluster_size = cluster_of(row);
@@ -195,7 +204,8 @@ class Backward final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
-    return schedule_bound(spec, s, s.k_rows) + segments_bound(spec, s, s.k_rows) +
+    return schedule_bound(spec, s, s.k_rows) +
+           max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)) +
            aligned(
                max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
            turns + aligned(kCounterBytes);

@@ -5,6 +5,7 @@
 
 #include "core/band.h"
 #include "core/plan/row.h"
+#include "core/visible/row_blocks.h"
 
 namespace jax_flash {
 
@@ -16,6 +17,8 @@ struct TileGrid {
   int64_t blocks = 0;          // CTAs where each takes one tile
   int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx tells the tile
   int64_t segments = -1;  // offset of the intervals that segments give each tile; -1: there are no segments
+  int64_t ranges = -1;    // offset of what blocks and tiles see by ranges (cuda/ranges.cu); -1: not in memory
+  int32_t other_block = 0;  // with these: rows of a tile of the other side
 };
 
 // How decode splits the keys. A column is a KV head, or a chunk of its query rows if they are many. The CTAs
@@ -91,10 +94,12 @@ struct TileSegments {
   const Interval* keys = nullptr;
   const int32_t* one_segment = nullptr;
   const Interval* part_keys = nullptr;  // of parts of kSegmentPart rows; null where the plan has none
+  const SeenByBlock* blocks = nullptr;  // what ranges let blocks and tiles of rows see, in kernels for ranges
+  const SeenByTile* tiles = nullptr;
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace
-inline constexpr int32_t kSegmentPart = 64;          // rows: a consumer warpgroup's
+inline constexpr int32_t kSegmentPart = kRowBlock;   // rows: a consumer warpgroup's
 inline constexpr int64_t kSmallestTile = 16;         // rows, in csrc/kernels.def: bounds the number of tiles
 
 // Columns of a head in the float32 accumulator of dQ: whole blocks of 16.

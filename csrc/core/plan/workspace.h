@@ -58,6 +58,23 @@ inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
 }
 
+// Slots of a table of what blocks of `block` rows see; an upper bound where sizes are not known.
+inline Dim block_slots(const AttentionSpec& spec, const Dim& batch, const Dim& rows, int64_t block) {
+  return spec.packed() ? rows / block + batch : batch * ((rows + (block - 1)) / block);
+}
+
+// Bytes of what ranges leave to blocks of query rows, and to tiles of `tile` rows of queries or keys.
+inline Dim ranges_bytes(const AttentionSpec& spec, const DimShapes& s, const Dim& rows, int64_t tile) {
+  static_assert(sizeof(SeenByTile) == 2 * sizeof(Interval));
+  return s.leading * (block_slots(spec, s.batch, s.q_rows, kRowBlock) * int64_t{sizeof(SeenByBlock)} +
+                      block_slots(spec, s.batch, rows, tile) * int64_t{sizeof(SeenByTile)});
+}
+
+// Upper bound over all kernels for ranges alone.
+inline Dim ranges_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
+  return spec.has(Operand::kRanges) ? aligned(ranges_bytes(spec, s, rows, kRowBlock)) : Dim(0);
+}
+
 // The float32 accumulator of dQ.
 inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   const Dim columns = (s.head_dim + (kAccumulatorBlock - 1)) / kAccumulatorBlock * kAccumulatorBlock;
@@ -86,6 +103,15 @@ inline DimShapes dims_of(const Shapes& s) { return {s.as<Dim>(), s.leading}; }
 
 // A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
 TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);
+
+// Adds the workspace for what ranges leave to the tiles of a grid over `rows` rows, whose steps are tiles of
+// `other_block` rows of the other side.
+inline void add_ranges(const Call& call, int64_t rows, int32_t other_block, TileGrid& grid,
+                       Workspace& workspace) {
+  if (grid.blocks == 0) return;
+  grid.ranges = workspace.add(ranges_bytes(call.spec, dims_of(call.shapes), rows, grid.block).value());
+  grid.other_block = other_block;
+}
 
 // The tiles of dbias, whose CTAs are counted in plan.queries.
 inline void plan_bias_tiles(const KernelRow& row, const Call& call, LaunchPlan& plan) {

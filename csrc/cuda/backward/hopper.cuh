@@ -79,7 +79,8 @@ struct BackwardSm90 {
   // The plain kernel's order with 64 query rows: dQ and dV are issued before dS is stored, and dPᵀ is added
   // to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which now
   // comes after the other's dQ of three steps before. With 128 rows registers do not suffice.
-  static constexpr bool kSharesDsLate = Kind == ScoreKind::kPlain && !Ordered && M == kConsumerRows;
+  static constexpr bool kSharesDsLate =
+      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges) && !Ordered && M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
@@ -160,7 +161,7 @@ inline int64_t head_bytes(const Problem& p) {
 // at a time, the less they wait for each other.
 inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size) {
   constexpr int64_t kBytes = 32 << 20, kMost = 16, kFewestOfBand = 8;
-  const bool band = p.spec.left >= 0 || p.spec.right >= 0;
+  const bool band = p.spec.left >= 0 || p.spec.right >= 0 || p.ranges;
   if (p.spec.deterministic) return (band ? 2 * kMost : kMost) / cluster_size;
   return static_cast<uint32_t>(std::clamp<int64_t>(kBytes / head_bytes(p), band ? kFewestOfBand : 1, kMost));
 }
@@ -170,7 +171,7 @@ inline uint32_t backward_heads_together(const Problem& p, uint32_t cluster_size)
 // through the query tiles together, each time with all query heads of a group.
 inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas) {
   constexpr int64_t kManyBytes = 16 << 20;
-  const bool causal = p.spec.left < 0 && p.spec.right >= 0;
+  const bool causal = p.spec.left < 0 && (p.spec.right >= 0 || p.ranges);
   if (p.packed() || !causal || p.heads == p.kv_heads || head_bytes(p) < kManyBytes) return;
   if (p.spec.deterministic) return;
   tiles.back_and_forth = true;
@@ -193,6 +194,10 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), nullptr,
           static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value()),
           query_turn_shift(p, block_m)};
+  if (plan.score == ScoreKind::kRanges) {
+    const RangeTables tables = range_tables(p, plan.keys, workspace);
+    grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
+  }
   if (plan.dq_turns < 0) return cudaSuccess;
   grid.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_turns);
   const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;

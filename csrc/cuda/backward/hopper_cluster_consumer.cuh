@@ -117,7 +117,7 @@ struct ClusterConsumer {
   // Calls start(step) for the first step of the key tile, next(step) for the others and last() after them.
   template <class Start, class Next, class Last>
   __device__ __forceinline__ void for_steps(Start start, Next next, Last last) {
-    const QueryWalk walk = uniform(tile().walk);
+    const auto walk = uniform(tile().walk);
     if (walk.tiles.empty()) return;
     clear_keys();
     QueryStep step = QueryStep::first(walk, step_use);
@@ -191,11 +191,15 @@ struct ScoreConsumer : ClusterConsumer<C> {
   template <int kPending, class Finish>
   __device__ __forceinline__ void finish_scores(const QueryStep& step, Finish finish) {
     const uint32_t use = step.number, stage = use % C::kStages;
-    const auto partial = [&] { return !uniform(tile().whole[this->rank()]).contains(step.tile); };
-    if constexpr (C::kKind == ScoreKind::kPlain) {
+    const auto partial = [&] {
+      if constexpr (C::kKind == ScoreKind::kRanges) return is_partial_of(shared.large_lse[stage], 0);
+      return !uniform(tile().whole[this->rank()]).contains(step.tile);
+    };
+    if constexpr (kPlainSteps<C>) {
       wait_scores<kPending>(use);
-      if (partial()) mask(s, tile().band, step.tile * C::kM, this->key());
-      probabilities_of_keys(s, shared.statistics[stage].lse, shared.large_lse[stage], p.spec.scale * kLog2e);
+      if (partial()) hide_unseen_keys<C>(s, p, tile(), step, this->key());
+      probabilities_of_keys<kLargeLseMask<C>>(s, shared.statistics[stage].lse, shared.large_lse[stage],
+                                              p.spec.scale * kLog2e);
       shared.lse_pipe.release(use);
       finish();
       this->round(pt, s);

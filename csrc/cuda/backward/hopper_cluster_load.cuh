@@ -167,12 +167,15 @@ struct ClusterGradientProducer : GradientProducer<C> {
           };
           const int32_t row = step.tile * C::kM + lane();
           const float2 first = fetch(row), second = fetch(row + 32);
+          const uint32_t partial = this->template partial_consumers<1>(tile, step, [&](int32_t) {
+            return first_key(tile, ptx::cluster_rank()) - tile.work.tile.k_begin;
+          });
           shared.lse_pipe.wait_empty(use);
           const bool large_lse = lse_too_large(row_lse(first.x)) || lse_too_large(row_lse(second.x));
           auto& [lse, delta] = shared.statistics[stage];
           lse[lane()] = row_lse(first.x), lse[lane() + 32] = row_lse(second.x);
           const bool any_large_lse = __any_sync(~0u, large_lse);
-          if (lane() == 0) shared.large_lse[stage] = any_large_lse;
+          if (lane() == 0) shared.large_lse[stage] = any_large_lse | partial << 1;
           const bool unseen = __any_sync(~0u, first.x == -INFINITY || second.x == -INFINITY);
           clear_queries(tile, step, unseen);
           ptx::barrier_arrive_by_warp(shared.lse_pipe.full_barrier(use));

@@ -137,7 +137,8 @@ struct GradientConsumer {
 
   // Pᵀ = exp(Sᵀ − lse)
   __device__ __forceinline__ void exponentiate(uint32_t stage) {
-    probabilities_of_keys(s, shared.statistics[stage].lse, shared.large_lse[stage], p.spec.scale * kLog2e);
+    probabilities_of_keys<kLargeLseMask<C>>(s, shared.statistics[stage].lse, shared.large_lse[stage],
+                                            p.spec.scale * kLog2e);
   }
 
   // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
@@ -201,6 +202,8 @@ struct GradientConsumer {
 
   // Whether the band hides some of a step's scores.
   __device__ __forceinline__ bool is_partial(const QueryStep& step) const {
+    if constexpr (C::kKind == ScoreKind::kRanges)
+      return is_partial_of(shared.large_lse[step.number % C::kStages], consumer);
     return !uniform(tile().whole[consumer]).contains(step.tile);
   }
 
@@ -225,10 +228,10 @@ struct GradientConsumer {
       ptx::wgmma_wait<0>();
       ptx::hold(dp.x[0]);
     };
-    if constexpr (C::kKind == ScoreKind::kPlain) {
+    if constexpr (kPlainSteps<C>) {
       ptx::wgmma_wait<1>();
       ptx::hold(s.x[0]);
-      if (is_partial(step)) mask(s, tile().band, step.tile * C::kM, key());
+      if (is_partial(step)) hide_unseen_keys<C>(s, p, tile(), step, key());
       exponentiate(stage);  // Pᵀ = exp(Sᵀ − lse)
       wait_dp();
       differentiate(stage);  // dSᵀ = Pᵀ ∘ (dPᵀ − delta)
@@ -293,7 +296,7 @@ struct GradientConsumer {
 
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
-    const QueryWalk walk = uniform(tile().walk);
+    const auto walk = uniform(tile().walk);
     if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys(clean_keys);

@@ -27,7 +27,7 @@ struct GradientProducer {
       shared.state_pipe.wait_full(tile_index);
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if (tile.done) return;
-      const QueryWalk& walk = tile.walk;  // in shared memory, as the warps have few registers
+      const auto& walk = tile.walk;  // in shared memory, as the warps have few registers
       QueryStep step = QueryStep::first(walk, step_use);
       const int32_t end = step.number + walk.steps();
       for (; step.number < end; step.advance(walk)) visit(tile, step);
@@ -170,6 +170,30 @@ struct GradientProducer {
     return {};
   }
 
+  // In kernels for ranges: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
+  // some row of the step does not see all its keys. One lane tests a block of rows for a consumer.
+  template <int kParts, class KeyOf>
+  __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const QueryStep& step,
+                                                        KeyOf key_of) const {
+    uint32_t bits = 0;
+    if constexpr (C::kKind == ScoreKind::kRanges) {
+      constexpr int kBlocks = C::kM / kRowBlock;
+      const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
+      const int32_t row = step.tile * C::kM + lane / kParts * kRowBlock;
+      bool partial = false;
+      if (lane < kParts * kBlocks && row < tile.band.q_len) {
+        const SeenByBlock& block = tile.score.blocks[row / kRowBlock];
+        const Interval first = block.whole[0], last = block.whole[1];
+        const int32_t key = key_of(lane % kParts), end = key + kConsumerRows;
+        partial = !(first.lo <= key && end <= first.hi) && !(last.lo <= key && end <= last.hi);
+      }
+      bits = __ballot_sync(~0u, partial);
+      if constexpr (kBlocks > 1) bits |= bits >> kParts;
+      bits &= (1u << kParts) - 1;
+    }
+    return bits;
+  }
+
   // One warp: lse and delta. Rows that see no key get an lse that makes their P = 0. Without
   // a cluster it waits for Q and dO, too, so that consumers have one barrier to wait for.
   __device__ __forceinline__ void load_statistics() {
@@ -196,6 +220,8 @@ struct GradientProducer {
           // Loads are issued before the stage is empty, as many as registers allow.
           const float2 first = fetch(lane), second = fetch(lane + 32);
           const SegmentRange segments = row_segments(tile, step);
+          const uint32_t partial = partial_consumers<C::kConsumers>(
+              tile, step, [&](int32_t i) { return tile.work.tile.row + i * kConsumerRows; });
           shared.ready_pipe.wait_empty(use);
           if constexpr (kStagesSegments<C>) {
             if (lane == 0) shared.segments.rows[stage] = segments;
@@ -208,7 +234,7 @@ struct GradientProducer {
             store(lane + 96, fourth);
           }
           large_lse = __any_sync(~0u, large_lse);
-          if (lane == 0) shared.large_lse[stage] = large_lse;
+          if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1;
           clear_queries(tile, step, __any_sync(~0u, unseen));
           if constexpr (C::kCluster == 1) {
             shared.q_pipe.wait_full(use);
@@ -265,7 +291,7 @@ struct GradientProducer {
 
   // One thread, where sums are ordered: adds dQ to the accumulator. With segments it is the warp's first, and
   // the others help to find its turn.
-  static constexpr bool kWarpAddsDq = C::Score::reads(Operand::kQSegmentIds);
+  static constexpr bool kWarpAddsDq = kTrimsSteps<C>;
   __device__ __forceinline__ void add_dq() {
     const bool leads = !kWarpAddsDq || threadIdx.x % 32 == 0;
     for_steps(

@@ -24,6 +24,10 @@ __device__ __forceinline__ QueryWalk uniform(const QueryWalk& x) {
   return {uniform(x.tiles), uniform(x.heads), uniform(x.heads_inner), uniform(x.direction)};
 }
 
+__device__ __forceinline__ GappedWalk uniform(const GappedWalk& x) {
+  return {uniform(static_cast<const QueryWalk&>(x)), uniform(x.gap)};
+}
+
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
@@ -42,7 +46,21 @@ struct KeyGrid {
   uint32_t* turns;      // [entries, h, query_tiles]; nullptr: in any order
   int32_t query_tiles;  // of a head
   int32_t turn_shift;   // where a thread adds dQ, 2^turn_shift query tiles make a turn
+  // Of kernels for ranges, whose key tiles have slots (core/visible/row_blocks.h): what blocks of rows see,
+  // and the query tiles between those of `segments` that see nothing of a key tile.
+  const SeenByBlock* blocks = nullptr;
+  const Interval* gaps = nullptr;
+
+  // The intervals of the key tiles of a sequence.
+  __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,
+                                                int32_t block) const {
+    return first_slot_of(p, work.leading, work.tile.index, work.tile.k_begin, p.k_rows, block);
+  }
 };
+
+// Whether each key tile has an interval of queries of its own.
+template <class C>
+inline constexpr bool kTrimsSteps = C::Score::reads(Operand::kQSegmentIds) || C::kKind == ScoreKind::kRanges;
 
 // How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
 // before it from the first that the rows see. Where segments leave each key tile a range of queries, all
@@ -53,10 +71,14 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
   const BlockWork& work = tile.work;
   const int32_t row = query_tile * rows, own = work.tile.row / C::kN,
                 first = tile.band.rows(row, row + rows).lo / C::kN;
-  if constexpr (C::Score::reads(Operand::kQSegmentIds)) {
+  if constexpr (kTrimsSteps<C>) {
     if (grid.segments) {
-      const Interval* const of_tiles =
-          grid.segments + (work.leading * p.batch + work.batch_row) * grid.key_tiles;
+      const Interval* of_tiles = grid.segments;
+      if constexpr (C::kKind == ScoreKind::kRanges) {
+        of_tiles += grid.first_slot(p, work, C::kN);
+      } else {
+        of_tiles += (work.leading * p.batch + work.batch_row) * grid.key_tiles;
+      }
       int32_t before = 0;
       for (int32_t n = first; n < own; n += 32) {
         const int32_t other = n + static_cast<int32_t>(threadIdx.x % 32);
@@ -73,16 +95,18 @@ __device__ __forceinline__ int32_t tiles_before(const KeyGrid& grid, const Probl
 // those that kernels for segments do not read.
 struct NoScoreOperands {};
 template <ScoreKind kKind>
-using ScoreOperandsOf =
-    std::conditional_t<kKind == ScoreKind::kPlain, NoScoreOperands,
-                       std::conditional_t<kKind == ScoreKind::kSegments, SegmentOperands, ScoreOperands>>;
+using ScoreOperandsOf = std::conditional_t<
+    kKind == ScoreKind::kPlain, NoScoreOperands,
+    std::conditional_t<kKind == ScoreKind::kSegments, SegmentOperands,
+                       std::conditional_t<kKind == ScoreKind::kRanges, RangeOperands, ScoreOperands>>>;
 
 // State of a key tile, written by the scheduler's thread for all roles.
 template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
-  QueryWalk walk;              // through the query tiles of which some row sees one of the keys
+  std::conditional_t<std::is_same_v<Operands, RangeOperands>, GappedWalk, QueryWalk>
+      walk;                    // through the query tiles of which some row sees one of the keys
   Interval whole[kConsumers];  // of those, the tiles whose rows all see all keys of a consumer
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
@@ -110,11 +134,15 @@ struct KeyTileState {
     reload_shared();
     band = work.band_inline(p);
     reload_shared();
-    const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
-                                           band.queries(tile.row, tile.used_keys()));
-    walk.tiles = tiles_of(rows, C::kM);
+    if constexpr (C::kKind == ScoreKind::kRanges) {
+      trim_to_ranges<C>(p, grid);
+    } else {
+      const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
+                                             band.queries(tile.row, tile.used_keys()));
+      walk.tiles = tiles_of(rows, C::kM);
+    }
 #pragma unroll 1
-    for (int i = 0; i < kConsumers; ++i) {
+    for (int i = 0; C::kKind != ScoreKind::kRanges && i < kConsumers; ++i) {
       reload_shared();
       const int32_t key = tile.row + i * kConsumerRows;
       const Interval all = band.common_queries(key, key + kConsumerRows);
@@ -142,6 +170,19 @@ struct KeyTileState {
   }
 
  private:
+  // The query tiles that ranges and the band leave.
+  template <class C>
+  __device__ __forceinline__ void trim_to_ranges(const Problem& p, const KeyGrid& grid) {
+    const TileWork& tile = work.tile;
+    walk.tiles = walk.gap = {0, 0};
+    if (tile.index == kNoSequence) return;
+    const int64_t slot = grid.first_slot(p, work, C::kN) + tile.row / C::kN;
+    walk.tiles = tiles_of(grid.segments[slot], C::kM);
+    walk.gap = grid.gaps[slot];
+    reload_shared();
+    score.blocks =
+        grid.blocks + first_slot_of(p, work.leading, tile.index, tile.q_begin, p.q_rows, kRowBlock);
+  }
   __device__ __forceinline__ void find_rows(const Problem& p) {
     reload_shared();
     lse = p.lse.as<const float>() + offset(p.lse, work.head, work.tile.q_begin);

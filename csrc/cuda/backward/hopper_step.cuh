@@ -10,6 +10,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/math.cuh"
+#include "cuda/score/ranges.cuh"
 #include "cuda/tile/accumulator.cuh"
 
 namespace jax_flash {
@@ -26,6 +27,33 @@ struct StepRows {
   __device__ __forceinline__ float delta(int slot) const { return first[M + S::row_step(slot)]; }
   __device__ __forceinline__ bool has_large_lse() const { return uniform(has_large_lse_); }
 };
+
+// In kernels for ranges `large_lse` of a stage has a bit more for each consumer: whether some row of the step
+// does not see all of its keys.
+__device__ __forceinline__ bool is_partial_of(const int32_t& large_lse, int consumer) {
+  return uniform(large_lse) >> (1 + consumer) & 1;
+}
+template <class C>
+inline constexpr bool kPlainSteps = C::kKind == ScoreKind::kPlain || C::kKind == ScoreKind::kRanges;
+
+// S ← −inf where the band, or ranges, hide a step's keys from its rows.
+template <class C, class S, class Tile>
+__device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const Tile& tile,
+                                                 const QueryStep& step, int32_t key) {
+  const Band& band = tile.band;
+  const int32_t row = step.tile * C::kM;
+  if constexpr (C::kKind == ScoreKind::kRanges) {
+    const RowRanges ranges = tile.score.row_ranges(p, step.head);
+    hide_unseen_transposed(s, row, key, [&](int32_t i) {
+      return ranges.seen(0, i, intersect(band.row(i), {key, key + S::kColumns}));
+    });
+  } else {
+    mask(s, band, row, key);
+  }
+}
+
+template <class C>
+inline constexpr int32_t kLargeLseMask = C::kKind == ScoreKind::kRanges ? 1 : -1;
 
 // The tile of S of a step, for its score variant.
 template <class Consumer>
@@ -62,8 +90,8 @@ struct StepTile {
 };
 
 // Sᵀ → Pᵀ = 2^(scale · Sᵀ − lse), with a step's lse in shared memory; gradient.cuh says what is done where
-// lse is too large.
-template <class S>
+// lse is too large. kMask: of large_lse's bits.
+template <int32_t kMask = -1, class S>
 __device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, const int32_t& large_lse,
                                                       float scale) {
   const auto* pairs = reinterpret_cast<const float2*>(lse) + ptx::lane_index() % 4;
@@ -76,7 +104,7 @@ __device__ __forceinline__ void probabilities_of_keys(S& s, const float* lse, co
       s.at(slot + 1, 0, e) = fmaf(s.at(slot + 1, 0, e), scale, -l.y);
     }
   }
-  if (__builtin_expect(uniform(large_lse), false))
+  if (__builtin_expect(uniform(large_lse) & kMask, false))
     for_each(s, [&](float& x, int slot, int, int) { clamp_for_large_lse(x, lse[S::row(slot)]); });
   for_each(s, [&](float& x, int, int, int) { x = ptx::exp2(x); });
 }

@@ -18,6 +18,19 @@ struct QueryWalk {
   __device__ __forceinline__ int32_t first_tile() const { return direction > 0 ? tiles.lo : tiles.hi - 1; }
 };
 
+// The same without the tiles of a gap in between.
+struct GappedWalk : QueryWalk {
+  Interval gap;
+
+  __device__ __forceinline__ int32_t steps() const { return (tiles.size() - gap.size()) * heads; }
+  // The tile after `tile`.
+  __device__ __forceinline__ int32_t next(int32_t tile) const {
+    tile += direction;
+    if (!gap.contains(tile)) return tile;
+    return direction > 0 ? gap.hi : gap.lo - 1;
+  }
+};
+
 struct QueryStep {
   int32_t head;  // within the group of the KV head
   int32_t tile;
@@ -37,6 +50,15 @@ struct QueryStep {
       if (++head == walk.heads) head = 0, tile += walk.direction;
     } else {
       tile += walk.direction;
+      if (!walk.tiles.contains(tile)) tile = walk.first_tile(), ++head;
+    }
+  }
+  __device__ __forceinline__ void advance(const GappedWalk& walk) {
+    ++number;
+    if (walk.heads_inner) {
+      if (++head == walk.heads) head = 0, tile = walk.next(tile);
+    } else {
+      tile = walk.next(tile);
       if (!walk.tiles.contains(tile)) tile = walk.first_tile(), ++head;
     }
   }

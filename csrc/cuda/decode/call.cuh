@@ -54,7 +54,8 @@ struct DecodeCall {
   DType kv_dtype;
   void* workspace;
   DecodeView ranges;
-  bool two_ranges;  // a row
+  bool two_ranges;    // a row
+  uint32_t* row_max;  // laid out as lse; null: not asked for
 };
 
 // Leading dimensions beyond the last: each of their entries is a launch of its own.
@@ -121,6 +122,7 @@ DecodeCall make_call(const Problem& p, const DecodeGrid& grid, int32_t block_row
   call.kv_dtype = p.kv_dtype;
   call.workspace = workspace;
   call.ranges = words(p.ranges), call.two_ranges = p.limits == 4;
+  call.row_max = static_cast<uint32_t*>(words(p.row_max).data);
   if (call.same_lengths) {
     const Band band = make_band(p.spec, {0, 0, 0, 0, p.q_rows, p.k_rows}, 0);
     const int32_t units = SequenceUnits<kTile>(grid, call.end_tiles, band.rows(0, p.q_rows), true).units;

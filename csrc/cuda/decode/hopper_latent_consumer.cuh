@@ -63,6 +63,7 @@ class LatentConsumer {
       softmax.score(s, DecodeTile<S>{call, rows, segment.work, tile * C::kTile, call.scale, first_row()},
                     shared.missing[use % C::kStages]);
       float alpha[S::kSlots];
+      if (call.row_max) raise_row_maxima(call, rows, segment.work, first_row(), s);
       const bool rescales = softmax.update(s, alpha);
       uint32_t p[kPairs][4];
       round(p);

@@ -122,6 +122,7 @@ class LatentGroup {
       softmax.score(s, DecodeTile<S>{call, rows, segment.work, tile * C::kTile, call.scale},
                     shared.missing[own % C::kStages]);
       float alpha[S::kSlots];
+      if (call.row_max) raise_row_maxima(call, rows, segment.work, 0, s);
       if (softmax.update(s, alpha)) {
 #pragma unroll
         for (int slot = 0; slot < S::kSlots; ++slot) o.scale_row(slot, alpha[slot]);

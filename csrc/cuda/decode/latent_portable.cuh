@@ -18,6 +18,7 @@
 #include "cuda/decode/latent_load.cuh"
 #include "cuda/decode/latent_state.cuh"
 #include "cuda/decode/results.cuh"
+#include "cuda/decode/row_max.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/alibi.cuh"
@@ -219,6 +220,7 @@ class LatentWarps {
       if (missing) x = NAN;
       x = used && row < rows.count() ? score(work, rows, row, key + lane, x, whole) : -INFINITY;
       const float top = warp_max(x);
+      if (call.row_max && lane == 0) raise_row_max(call, rows, work, row, top);
       float alpha = 1;
       if (top > m[i] + kLatentSlack) {
         alpha = ptx::exp2(m[i] - top);

@@ -12,6 +12,7 @@
 #include "core/families/portable_layout.h"
 #include "cuda/decode/key_scales.cuh"
 #include "cuda/decode/partition.cuh"
+#include "cuda/decode/row_max.cuh"
 #include "cuda/decode/stored.cuh"
 #include "cuda/load/pages.cuh"
 #include "cuda/mask.cuh"
@@ -140,6 +141,7 @@ struct WarpAttention {
     of_keys.scale_keys(s);
     Score().apply(s, DecodeTile<S>{call, rows, work, key, scale});  // softcap, ALiBi, ranges, draft mask
     if (key < common.lo || key + kKeys > common.hi) mask(s, key);
+    if (call.row_max) raise_row_maxima(call, rows, work, s);
     rescale(s);  // m ← max(m, rowmax S); O ← α O, l ← α l
     uint32_t b[kTiles][kKeySteps][2];
     exponentiate(s, b);  // P = 2^(S − m); l ← l + rowsum P
@@ -310,6 +312,18 @@ struct WarpAttention {
     };
     hide(s, key, -INFINITY, [&](int slot) { return seen(slot).lo; }, BeforeLimit{});
     hide(s, key, -INFINITY, [&](int slot) { return seen(slot).hi; }, FromLimit{});
+  }
+
+  // Raises the result row_max.
+  __device__ __forceinline__ static void raise_row_maxima(const DecodeCall& call, const ColumnRows& rows,
+                                                          const SequenceWork& work, const S& s) {
+    for_each_row([&](int n, int e) {
+      float top = s.at(2 * n + e, 0, 0);
+#pragma unroll
+      for (int i = 1; i < 2 * S::kColumnTiles; ++i) top = fmaxf(top, s.at(2 * n + e, i / 2, i % 2));
+      top = column_max(top);
+      if (threadIdx.x % 32 < 4) raise_row_max(call, rows, work, row_of(n, e), top);
+    });
   }
 
   // Raises m where a score exceeds it by more than kSlack. The warp votes whether any row needs it, but each

@@ -69,14 +69,15 @@ struct ForwardSm90 {
                                           : R.block_n;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
-  static constexpr bool kHoldsExponentials =
-      Kind == ScoreKind::kPlain || (Kind == ScoreKind::kSegments && kValueDim <= 128);
+  static constexpr bool kRanges = Kind == ScoreKind::kRanges,
+                        kPlainLoop = Kind == ScoreKind::kPlain || kRanges;
+  static constexpr bool kHoldsExponentials = kPlainLoop || (Kind == ScoreKind::kSegments && kValueDim <= 128);
   static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
                                             : kAllConsumers > 2                    ? 0
                                                                                    : kN * 3 / 64;
   // Q is read from shared memory once per query tile instead of at every step: 2 % where power is the limit.
-  static constexpr bool kQueryInRegisters = (Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments) &&
-                                            kHeadDim == 128 && kAllConsumers <= 2 && R.block_n <= 128;
+  static constexpr bool kQueryInRegisters = (kPlainLoop || Kind == ScoreKind::kSegments) && kHeadDim == 128 &&
+                                            kAllConsumers <= 2 && R.block_n <= 128;
   // Multiplies only the visible tail of a consumer's last key tile, where it is no longer than this.
   static constexpr int kTailKeys = Kind == ScoreKind::kPlain || Kind == ScoreKind::kSegments ? 32 : 0;
   static constexpr int kHeadSteps = kHeadDim / 16, kKeySteps = kN / 16;
@@ -91,7 +92,7 @@ struct ForwardSm90 {
   using P = FragmentsA<T, 1, kKeySteps>;
   // A warp of its own stores o: 1 to 2 % faster than consumers do from registers.
   static constexpr bool kStoresByTma =
-      Kind == ScoreKind::kPlain && Cluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
+      kPlainLoop && Cluster == 1 && kTeams == 1 && hopper::forward_stores_by_tma(R);
   using OTile = SharedTile<T, kConsumerRows, kValueDim>;
   using Output = std::conditional_t<kStoresByTma, OutputBuffer<kConsumers, OTile>, NoOutputBuffer>;
   using Score =
@@ -103,7 +104,8 @@ struct ForwardSm90 {
   // of a kernel's start. Not with three consumers, whose loop is 2 to 5 % slower then, as ptxas allocates its
   // registers differently, nor with clusters, which run too long for it to show.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1;
-  using Shared = ForwardShared<T, QTile, KTile, VTile, kStages, kConsumers, Input, kCluster, Output>;
+  using Shared = ForwardShared<T, QTile, KTile, VTile, kStages, kConsumers, Input, kCluster, Output,
+                               std::conditional_t<kRanges, RangesOfTile<kConsumers>, NoRangesOfTile>>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +

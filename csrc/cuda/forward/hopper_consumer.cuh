@@ -13,6 +13,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/row_max.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
@@ -38,6 +39,13 @@ struct ConsumerTile {
 
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
+  // What the band leaves to row i of some keys.
+  __device__ __forceinline__ Interval in_band(int32_t i, const Interval& keys) const {
+    const Band& band = of.tile->band;
+    const Interval& apart = of.tile->in_band;
+    const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
+    return i < band.q_len ? seen : Interval{0, 0};
+  }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };
@@ -153,12 +161,25 @@ struct Consumer {
     if constexpr (Score::kPositional)
       of.key = key;  // elsewhere the compiler sinks key into the masked branch
     if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
-    if constexpr (kMasked) {
+    if constexpr (C::kRanges) {
+      if constexpr (kMasked) score.hide(s, of, key);
+    } else if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
     }
+    if constexpr (C::Softmax::kBounded) {  // which has no maximum
+      if (p.row_max) raise_maxima(s);
+    }
     const int early = std::min(C::kEarlyExponentials, Scores::kColumnTiles);
     score.template exponentiate<kScalarDropout>(s, of, softmax, alpha, early);  // m, α; P = 2^(S − m)
+  }
+
+  // row_max ← max(row_max, rowmax S), of scores with the shift added.
+  template <class Scores>
+  __device__ __forceinline__ void raise_maxima(const Scores& s) const {
+    wait_part(shared.epilogue_pipe);
+    raise_row_maxima(s, row_maxima(p, tile->lse.data), tile->lse.stride, tile->work.tile, row(),
+                     [&](float x, int slot) { return x - softmax.shift[slot]; });
   }
 
   template <class Scores>
@@ -296,6 +317,40 @@ struct Consumer {
     }
   }
 
+  // All visible key tiles but those of the gap, from the last to the first; only those are masked that some
+  // row does not see whole.
+  __device__ __forceinline__ void attend_around_gap(const Interval& tiles) {
+    if constexpr (C::kQueryInRegisters) load_query();
+    int32_t n = tiles.hi - 1;
+    first_step<false, true>(n, false);
+    n = tile->after(n);
+#pragma unroll 1
+    while (n >= tiles.lo) {
+      // Down to `end` masked, down to `lo` whole.
+      const Interval gap = uniform(tile->gap);
+      const int32_t first = n >= gap.hi ? max(gap.hi, tiles.lo) : tiles.lo;
+      Interval whole = uniform(tile->keys[consumer].whole);
+      if (whole.lo > n || whole.empty()) whole = uniform(tile->first_whole[consumer]);
+      const bool none = whole.lo > n || whole.empty();
+      const int32_t lo = none ? first : max(first, whole.lo), end = none ? first : max(first, whole.hi);
+      for (; n >= end; --n) step<true, false, true>(n);
+      for (; n >= lo; --n) step<false, false, true>(n);
+      if (n == first - 1 && first == gap.hi && !gap.empty()) n = gap.lo - 1;
+    }
+    if constexpr (!C::kQueryInRegisters) shared.q_pipe[consumer].release(tile_index);
+    multiply_values<C::kN, true>();
+  }
+
+  // Key tiles of the query tile in an interval, less those of the gap, which it holds all or none of.
+  __device__ __forceinline__ int32_t loaded(const Interval& tiles) const {
+    if constexpr (C::kRanges) {
+      const Interval gap = uniform(tile->gap);
+      return tiles.size() - intersect(gap, tiles).size();
+    } else {
+      return tiles.hi - tiles.lo;
+    }
+  }
+
   // All visible key tiles, from the last to the first: masked ones at the band's end, ones that all rows see
   // whole, masked ones at the band's beginning.
   // kInput: whether the score's input has stages for them.
@@ -343,8 +398,14 @@ struct Consumer {
     }
   }
 
-  // o ← α O
+  // o ← α O, and row_max ← m where the call asks for it.
   __device__ __forceinline__ void write_rows() {
+    if constexpr (C::kPacksHeads) {
+      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, PackedRows(p, p.lse), tile->work.tile, row());
+    } else if constexpr (!C::Softmax::kBounded) {
+      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, StridedRows{tile->lse.stride}, tile->work.tile,
+                                  row());
+    }
     normalise_rows(o, alpha);
     if constexpr (C::kPacksHeads) {
       store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),
@@ -374,7 +435,7 @@ struct Consumer {
       o.clear();
       const Interval tiles = uniform(tile->tiles), own = uniform(tile->keys[consumer].tiles);
       if constexpr (C::Input::kSkipsUniformTiles) has_input = !uniform(tile->one_segment);
-      skip(tiles.hi - own.hi);
+      skip(loaded({own.hi, tiles.hi}));
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);
         finish_softmax();
@@ -382,10 +443,12 @@ struct Consumer {
         if constexpr (Score::kDropoutInSoftmax) attend<true>(own);
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
         if constexpr (C::Input::kSkipsUniformTiles) attend<false, false>(own);
+      } else if constexpr (C::kRanges) {
+        attend_around_gap(own);
       } else {
         attend(own);
       }
-      skip(own.lo - tiles.lo);
+      skip(loaded({tiles.lo, own.lo}));
       if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
       write_rows();
       shared.state_pipe.release(tile_index);

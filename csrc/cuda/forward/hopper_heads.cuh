@@ -1,5 +1,5 @@
-// The forward over pages for a few query tokens of each sequence: the query heads of a KV head are rows of
-// one tile, so that a key is read once for all of them (core/problem.h, HeadPacking).
+// The forward over pages for a few query tokens per sequence: all query heads of a KV head are rows of one
+// tile, so that each key is read once for all of them (core/problem.h, HeadPacking).
 #pragma once
 
 #include <bit>
@@ -14,8 +14,8 @@
 
 namespace jax_flash {
 
-// The problem as the kernel sees it. Its band hides nothing: causal and draft mask, which count tokens, are
-// left to PackedHeadsScore.
+// The problem with packed heads as rows. Its band hides nothing; PackedHeadsScore applies the causal and the
+// draft mask, because these count tokens and not rows.
 inline Problem pack_heads(const Problem& p) {
   const int32_t group = p.heads / p.kv_heads;
   Problem packed = p;
@@ -25,7 +25,7 @@ inline Problem pack_heads(const Problem& p) {
   return packed;
 }
 
-// Boxes of all query heads of a KV head, of as many tokens as fill a tile of `rows` rows.
+// A TMA box holds all query heads of a KV head for as many tokens as fill a tile of `rows` rows.
 inline cudaError_t make_packed_query_map(CUtensorMap& map, const Problem& packed, int32_t columns,
                                          int32_t rows) {
   const int32_t group = 1 << packed.packing.shift;
@@ -44,7 +44,7 @@ __device__ __forceinline__ ptx::Coordinates packed_coordinates(const Problem& p,
   return {0, 0, row >> p.packing.shift, work.head, work.batch_row};
 }
 
-// Where the rows of o or lse lie.
+// The offset of a packed row in o or lse.
 struct PackedRows {
   int64_t token, head;
   int32_t shift;
@@ -57,7 +57,7 @@ struct PackedRows {
   }
 };
 
-// The plain score, with causal and the draft mask among the new tokens, which are the last keys.
+// The plain score. The causal and the draft mask apply to the new tokens only, which are the last keys.
 template <class S>
 struct PackedHeadsScore : PlainScore<S> {
   static constexpr bool kPositional = true;
@@ -72,7 +72,7 @@ struct PackedHeadsScore : PlainScore<S> {
     if (p.draft_mask)
       drafts = {p.draft_mask.template as<const uint8_t>() + tile.sequence() * p.draft_mask.batch,
                 p.draft_mask.row, first};
-    // A token sees no more tokens after it than there are.
+    // Clamps an unlimited right side to the number of tokens.
     const int32_t right = p.packing.right < 0 ? p.packing.tokens : min(p.packing.right, p.packing.tokens);
     hide_where(
         s, band, tile.key, [row = tile.row()](int slot) { return row + S::row(slot); },

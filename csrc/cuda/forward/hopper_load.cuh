@@ -10,8 +10,8 @@
 
 namespace jax_flash {
 
-// Run by the first Loader::kLanes lanes of Loader::kWarps warps, from the team's second warp on. If there are
-// two warps, the first loads K, and the second the score inputs and then V, which consumers need last.
+// The first Loader::kLanes lanes of Loader::kWarps warps run this, beginning with the team's second warp. If
+// there are two warps, the first loads K, and the second loads Q, the score inputs and V.
 template <class C>
 struct LoadWarp {
   using Loader = typename C::Loader;
@@ -19,9 +19,9 @@ struct LoadWarp {
   const typename C::Maps& maps;
   typename C::Shared& shared;
   Loader loader{p};
-  uint32_t kv_index = 0;  // key tiles so far
+  uint32_t kv_index = 0;  // key tiles loaded so far
 
-  // The thread that loads what is not K and V.
+  // The thread that loads Q and signals the tile scheduler.
   static __device__ __forceinline__ bool leads() {
     return threadIdx.x % kTeamProducers<C::kTeams> == 32 * Loader::kWarps;
   }
@@ -63,9 +63,9 @@ struct LoadWarp {
     load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
   }
 
-  // Key tiles that are left to load when the tile scheduler takes the next query tile: few, since a tile that
-  // is taken long before it begins may end after other CTAs have none left. Three consumers work too fast for
-  // that: their next tile would not be prepared in time.
+  // The tile scheduler takes the next query tile when this many key tiles are left to load. The number is
+  // small, because a CTA that reserves a tile long before it begins may finish after all other CTAs. Three
+  // consumers are so fast that the next tile would not be ready in time, so they take it at once.
   static constexpr int32_t kTilesLeft = C::kConsumers <= 2 && C::kTeams == 1 ? 1 : INT32_MAX / 2;
 
   // K, Q, then K, V, K, V … V: the order in which consumers wait for them.
@@ -79,6 +79,7 @@ struct LoadWarp {
       if (used) load_input(work, tiles.hi - 1, kv_index);
       if (!used && leads()) shared.ending_pipe.arrive(tile_index);
     }
+    if constexpr (C::kRanges) return load_around_gap(tiles, tile_index);
     const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
     for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
       if (kValues && n == takes_next && leads()) shared.ending_pipe.arrive(tile_index);
@@ -87,6 +88,21 @@ struct LoadWarp {
         load_value(n, kv_index);
         if (n > tiles.lo) load_input(work, n - 1, kv_index + 1);
       }
+    }
+  }
+
+  // The same, after K's last tile, of key tiles with a gap.
+  __device__ __forceinline__ void load_around_gap(const Interval& tiles, uint32_t tile_index) {
+    const auto& tile = shared.tiles[tile_index % kTileStates];
+    const Interval gap = tile.gap;
+    int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
+    if (gap.contains(takes_next)) takes_next = gap.hi;
+    for (int32_t n = tiles.hi - 1; n >= tiles.lo; ++kv_index) {
+      if (n == takes_next) shared.ending_pipe.arrive(tile_index);
+      const int32_t value = n;
+      n = tile.after(n);
+      if (n >= tiles.lo) load_key(n, kv_index + 1);
+      load_value(value, kv_index);
     }
   }
 

@@ -1,5 +1,5 @@
-// The scheduler thread of cuda/forward/hopper.cuh: finds a team's query tiles and what the other warps need
-// of them, at most one tile ahead of the load warp.
+// The scheduler thread of cuda/forward/hopper.cuh. It takes a team's query tiles, at most one ahead of the
+// load warp, and computes what the other warps need to know of each.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +13,15 @@ template <class C>
 struct SchedulerThread {
   using Shared = typename C::Shared;
   using Tile = typename Shared::Tile;
-  using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox)>;
+  using Scheduler = TileScheduler<Over::kQueries, C::kM, C::kCluster, C::kTeams, decltype(Shared::mailbox),
+                                  C::kKind == ScoreKind::kRanges>;
   const Problem& p;
   const PersistentTiles& all;
   const TileSegments& segments;
   Shared& shared;
 
-  // Publishes the tile whose begin() is done: to everybody when all of it is, or with kEarlyLoad each part as
-  // soon as it is.
+  // Completes and publishes a tile after begin(): with kEarlyLoad in three parts, each as soon as it is
+  // ready, otherwise all at once.
   __device__ __forceinline__ void publish(Tile& tile, uint32_t tile_index) const {
     if constexpr (C::kEarlyLoad) shared.state_pipe.arrive(tile_index);
     if (!tile.done) tile.template prepare<C>(reload(p), segments);
@@ -42,7 +43,7 @@ struct SchedulerThread {
       Tile& tile = shared.tiles[tile_index % kTileStates];
       tile.work = scheduler.work(reload(p), number);
       if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
-      // A tile is taken no sooner than the load warp comes to the end of the one before.
+      // Waits until the load warp is near the end of the previous tile.
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);
       number = scheduler.next(number);
     }

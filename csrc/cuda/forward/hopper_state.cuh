@@ -22,9 +22,23 @@ struct ConsumerKeys {
   int32_t end;     // one past the last key that any of its rows sees
 };
 
+// What kernels for ranges know besides.
+template <int kConsumers>
+struct RangesOfTile {
+  Interval gap;      // of `tiles`, which no row sees
+  Interval in_band;  // the keys [i + lo, i + hi) that the band leaves to row i, of those of the sequence
+  // Of each consumer, the tiles that all its rows see whole before those that ConsumerKeys names: rows of two
+  // ranges have two.
+  Interval first_whole[kConsumers];
+
+  // The tile after n, in descending order.
+  __device__ __forceinline__ int32_t after(int32_t n) const { return n == gap.hi ? gap.lo - 1 : n - 1; }
+};
+struct NoRangesOfTile {};
+
 // What producers and consumers know of a query tile. The tile scheduler's thread writes it, in three parts.
-template <class T, int kConsumers>
-struct TileState {
+template <class T, int kConsumers, class Ranges>
+struct TileState : Ranges {
   BlockWork work;
   Band band;
   ScoreOperands score;
@@ -46,6 +60,7 @@ struct TileState {
     tiles = tiles_of(band.rows(tile.row, tile.used_queries()), C::kN);
     reload_shared();
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
+    if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
     if constexpr (C::kCluster > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
@@ -59,8 +74,9 @@ struct TileState {
   template <class C>
   __device__ __forceinline__ void prepare(const Problem& p, const TileSegments& segments) {
     const TileWork& tile = work.tile;
+    if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>(p, segments);
 #pragma unroll 1
-    for (int i = 0; i < kConsumers; ++i) {
+    for (int i = 0; C::kKind != ScoreKind::kRanges && i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
       Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
@@ -116,6 +132,50 @@ struct TileState {
     tiles = tiles_of(seen, C::kN);
     reload_shared();
   }
+  // Restricts the tile to the keys that ranges and the band leave to it.
+  template <class C>
+  __device__ __forceinline__ void trim_to_ranges(const Problem& p, const TileSegments& segments) {
+    tiles = this->gap = {0, 0};
+    if (work.tile.index == kNoSequence) return;
+    const int64_t first = slot_of_rows(p, C::kM);
+    reload_shared();
+    const SeenByTile& seen = segments.tiles[first + work.tile.row / C::kM];
+    tiles = tiles_of(seen.any, C::kN);
+    reload_shared();
+    this->gap = whole_tiles<C>(seen.gap);
+    reload_shared();
+    constexpr int64_t kMost = 1 << 30;  // and −kMost: no limit
+    this->in_band.lo = static_cast<int32_t>(max(-kMost, min(kMost, band.shift - band.left)));
+    reload_shared();
+    this->in_band.hi = static_cast<int32_t>(max(-kMost, min(kMost, band.shift + band.right + 1)));
+  }
+  // The same of each consumer.
+  template <class C>
+  __device__ __forceinline__ void prepare_blocks(const Problem& p, const TileSegments& segments) {
+    const int64_t first = work.tile.index == kNoSequence ? 0 : slot_of_rows(p, kRowBlock);
+#pragma unroll 1
+    for (int i = 0; i < kConsumers; ++i) {
+      reload_shared();
+      const int32_t row = work.tile.row + i * kConsumerRows;
+      keys[i].tiles = {tiles.lo, tiles.lo};
+      if (row >= work.tile.used_queries()) continue;
+      const SeenByBlock& block = segments.blocks[first + row / kRowBlock];
+      if (block.any.empty()) continue;
+      keys[i].tiles = tiles_of(block.any, C::kN);
+      reload_shared();
+      this->first_whole[i] = whole_tiles<C>(block.whole[0]);
+      reload_shared();
+      keys[i].whole = whole_tiles<C>(block.whole[1]);
+    }
+  }
+  template <class C>
+  __device__ __forceinline__ static Interval whole_tiles(const Interval& keys) {
+    const Interval inner{(keys.lo + C::kN - 1) / C::kN, keys.hi / C::kN};
+    return inner.empty() ? Interval{0, 0} : inner;
+  }
+  __device__ __forceinline__ int64_t slot_of_rows(const Problem& p, int32_t block) const {
+    return first_slot_of(p, work.leading, work.tile.index, work.tile.q_begin, p.q_rows, block);
+  }
   // What segments leave to kSegmentPart rows.
   __device__ __forceinline__ Interval keys_of_part(const Problem& p, const TileSegments& segments,
                                                    int32_t row) const {
@@ -130,13 +190,13 @@ struct TileState {
 
 // A team's shared memory. Input: what the score variant stages per key tile.
 template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Input,
-          int kCluster, class Output>
+          int kCluster, class Output, class Ranges>
 struct ForwardShared : Input::Buffer {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
   [[no_unique_address]] typename Output::Tiles o;
-  using Tile = TileState<T, kConsumers>;
+  using Tile = TileState<T, kConsumers, Ranges>;
   Tile tiles[kTileStates];
   Pipeline<kTileStates> state_pipe;     // tile states; full: all of it, or with kEarlyLoad begin()'s part
   Pipeline<kTileStates> consumer_pipe;  // with kEarlyLoad: full when prepare() is done

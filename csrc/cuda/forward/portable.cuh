@@ -13,6 +13,7 @@
 #include "cuda/mask.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
+#include "cuda/row_max.cuh"
 #include "cuda/score/portable_variants.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/fragments.cuh"
@@ -162,6 +163,11 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
       for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
     score.apply(s, at, softmax);  // softcap, bias, alibi, segments, mask
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, at.row(), key);
+    if (p.row_max) {
+      const int64_t first = block.work.offset(p, p.lse, block.work.head, tile.q_begin);
+      raise_row_maxima(s, p.row_max.as<uint32_t>() + first, p.lse.row, tile, at.row(),
+                       [&](float x, int) { return x * softmax.scale; });
+    }
     softmax.update_lazily(s, o);  // m ← max(m, rowmax S); O ← α O
 
     add_values<C>(o, s, v, softmax, numbers, at);  // P = 2^(S − m); O ← O + P V

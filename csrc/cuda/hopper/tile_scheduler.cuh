@@ -74,8 +74,8 @@ struct NoMailbox {
   __device__ __forceinline__ void init() {}
 };
 
-// One thread of a worker runs it. kRows: of a CTA's tile.
-template <Over over, int kRows, int kCluster, int kTeams, class Mailbox>
+// One thread of a worker runs it. kRows: of a CTA's tile; kUneven: see find_work().
+template <Over over, int kRows, int kCluster, int kTeams, class Mailbox, bool kUneven = false>
 struct TileScheduler {
   const PersistentTiles& tiles;
   Mailbox& mailbox;
@@ -101,8 +101,8 @@ struct TileScheduler {
     return tiles.counter ? workers() + take() : number + workers();
   }
   __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number) const {
-    return find_work<over>(p, tiles.schedule, tiles.tiles_per_head, kCluster * kRows, {number, tiles.count},
-                           tiles.heads_together);
+    return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, kCluster * kRows,
+                                    {number, tiles.count}, tiles.heads_together);
   }
 };
 

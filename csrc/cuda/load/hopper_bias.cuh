@@ -5,7 +5,6 @@
 
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
-#include "cuda/score/bias.cuh"
 #include "cuda/tensor_map.h"
 #include "cuda/tile/operands.cuh"
 #include "cuda/work.cuh"
@@ -55,11 +54,10 @@ struct BiasInput {
     }
   }
 
-  // S ← scale · S + bias
-  template <class S, class Shared>
-  __device__ __forceinline__ static void add(S& s, const Shared& shared, float scale, int consumer,
-                                             uint32_t use) {
-    shared.input_pipe.wait_full(use);
+  // f(x, bias) for every element x of S. The caller has waited for the tile, and releases it.
+  template <class S, class Shared, class F>
+  __device__ __forceinline__ static void for_each(S& s, const Shared& shared, int consumer, uint32_t use,
+                                                  F f) {
     const RowsA<Tile> rows(ptx::shared_address(shared.bias[use % kStages][consumer]),
                            static_cast<int>(threadIdx.x) % 128 / 32 * 16);
 #pragma unroll
@@ -70,11 +68,10 @@ struct BiasInput {
       for (int i = 0; i < 4; ++i) {
         const float2 bias = ptx::unpack<T>(pairs[i]);
         float &even = s.at(i % 2, 2 * k + i / 2, 0), &odd = s.at(i % 2, 2 * k + i / 2, 1);
-        scale_and_add_bias(even, scale, bias.x);
-        scale_and_add_bias(odd, scale, bias.y);
+        f(even, bias.x);
+        f(odd, bias.y);
       }
     }
-    shared.input_pipe.release(use);
   }
 };
 

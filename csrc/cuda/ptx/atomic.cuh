@@ -27,6 +27,11 @@ __device__ __forceinline__ unsigned long long add_released(unsigned long long* t
 
 __device__ __forceinline__ void acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
+// *to ← max(*to, x)
+__device__ __forceinline__ void raise(uint32_t* to, uint32_t x) {
+  asm volatile("red.relaxed.gpu.global.max.u32 [%0], %1;" ::"l"(to), "r"(x) : "memory");
+}
+
 // Counts that other blocks wait for. A warp raises one after its own additions to global memory.
 __device__ __forceinline__ void raise_by_warp(uint32_t* count) {
   __syncwarp();  // the other lanes' additions precede the release, too

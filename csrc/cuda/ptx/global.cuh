@@ -18,7 +18,7 @@ __device__ __forceinline__ void store_global(float* to, float x, bool used) {
                "r"(static_cast<int>(used)));
 }
 
-// What lies there if `used`, else `otherwise`. No kernel writes to it.
+// Loads *from if `used`, else returns `otherwise`. No kernel may write to that memory (ld.global.nc).
 __device__ __forceinline__ float load_global(const float* from, bool used, float otherwise) {
   float x = otherwise;
   asm("{.reg .pred used; setp.ne.s32 used, %2, 0; @used ld.global.nc.f32 %0, [%1];}"

@@ -9,6 +9,7 @@
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/hopper_bias.cuh"
 #include "cuda/score/hopper_general.cuh"
+#include "cuda/score/hopper_ranges.cuh"
 #include "cuda/score/hopper_segments.cuh"
 #include "cuda/score/softcap.cuh"
 #include "cuda/score/variant.cuh"

@@ -38,6 +38,22 @@ struct SegmentOperands {
   }
 };
 
+// Those of kernels for ranges.
+struct RangeOperands {
+  const int32_t* ranges = nullptr;      // of the first row
+  const SeenByBlock* blocks = nullptr;  // of the sequence's rows
+
+  template <class Score>
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    if (work.tile.index == kNoSequence) return;
+    ranges = p.ranges.as<const int32_t>() + work.offset(p, p.ranges, query_head, work.tile.q_begin);
+  }
+  // What the rows see at the `further`-th head after the first.
+  __device__ __forceinline__ RowRanges row_ranges(const Problem& p, int32_t further) const {
+    return {ranges + further * p.ranges.head, 0, p.ranges.row, p.limits == 4};
+  }
+};
+
 // The operands of one head's scores: pointers to its part, and scalars by value.
 struct ScoreOperands : SegmentOperands {
   const void* bias = nullptr;

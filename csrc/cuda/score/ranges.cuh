@@ -47,11 +47,11 @@ __device__ __forceinline__ uint32_t bits_of_keys(const Interval& keys, int32_t k
   return keys.empty() ? 0 : (1u << (keys.hi - key)) - (1u << (keys.lo - key));
 }
 
-// hide_unseen() of a transposed S. The warp's lanes share out the rows, of which a lane has too many to read
-// them all: each finds what its rows see of the few keys, in bits.
-template <class S>
-__device__ __forceinline__ void hide_unseen_transposed(S& s, const RowRanges& ranges, const Band& band,
-                                                       int32_t row, int32_t key) {
+// hide_unseen() of a transposed S, where seen(i) is what row i sees of its keys, from `key` on. The warp's
+// lanes share out the rows, of which a lane has too many to read them all: each finds what its rows see of
+// the few keys, in bits.
+template <class S, class Seen>
+__device__ __forceinline__ void hide_unseen_transposed(S& s, int32_t row, int32_t key, Seen seen_by_row) {
   constexpr uint32_t kAll = (1u << S::kColumns) - 1;
   const int32_t lane = ptx::thread_index() % 32;
   uint32_t of_row[(S::kRows + 31) / 32];
@@ -60,11 +60,8 @@ __device__ __forceinline__ void hide_unseen_transposed(S& s, const RowRanges& ra
   for (int i = 0; i < S::kRows; i += 32) {
     const int32_t r = row + i + lane;
     uint32_t& bits = of_row[i / 32];
-    bits = kAll;
-    if (r < band.q_len) {
-      const SeenKeys own = ranges.seen(0, r, {key, key + S::kColumns});
-      bits = bits_of_keys(own.hull, key) & ~bits_of_keys(own.hole, key);
-    }
+    const SeenKeys own = seen_by_row(r);
+    bits = bits_of_keys(own.hull, key) & ~bits_of_keys(own.hole, key);
     all &= bits == kAll;
   }
   if (__all_sync(~0u, all)) return;
@@ -85,14 +82,14 @@ __device__ __forceinline__ void hide_unseen_transposed(S& s, const RowRanges& ra
 template <class S>
 __device__ __forceinline__ void hide_outside_ranges(S& s, const RowRanges& ranges, const Band& band,
                                                     int32_t row, int32_t key) {
+  const auto seen = [&](int32_t i) {
+    const Interval keys{key, key + S::kColumns};
+    return i < band.q_len ? ranges.seen(0, i, keys) : SeenKeys{keys, {0, 0}};
+  };
   if constexpr (S::kTransposed && S::kColumns < 32) {
-    hide_unseen_transposed(s, ranges, band, row, key);
+    hide_unseen_transposed(s, row, key, [&](int32_t i) { return seen(i); });
   } else {
-    hide_unseen(s, key, [&](int slot) {
-      const int32_t i = row + S::row(slot);
-      const Interval keys{key, key + S::kColumns};
-      return i < band.q_len ? ranges.seen(0, i, keys) : SeenKeys{keys, {0, 0}};
-    });
+    hide_unseen(s, key, [&](int slot) { return seen(row + S::row(slot)); });
   }
 }
 

@@ -34,7 +34,7 @@ enum class Variant {
   kFloat8General  // decode of float8 with options
 };
 
-// What a case must be like for a kernel to run it.
+// The properties that a case needs to run a given kernel.
 struct Aim {
   Pass pass;
   DType dtype;

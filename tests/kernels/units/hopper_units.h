@@ -1,4 +1,4 @@
-// What the unit tests of Hopper's instructions share.
+// Shared by the unit tests of Hopper's instructions.
 #pragma once
 
 #include <cuda_runtime_api.h>

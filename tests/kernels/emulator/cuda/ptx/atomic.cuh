@@ -15,6 +15,7 @@ inline unsigned long long add_released(unsigned long long* to, unsigned long lon
   return before;
 }
 inline void acquire() {}
+inline void raise(uint32_t* to, uint32_t x) { *to = *to < x ? x : *to; }
 inline float4 load_shared_by_blocks(const float4* from) { return *from; }
 inline float2 load_shared_by_blocks(const float2* from) { return *from; }
 

@@ -1,0 +1,193 @@
+// What ranges leave to blocks of query rows and to tiles, which kernels of score kind Ranges skip tiles by.
+#include "core/sequence.h"
+#include "core/visible/row_blocks.h"
+#include "cuda/launch.h"
+#include "cuda/registry.h"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+namespace {
+
+constexpr int kMostWarps = 4;
+
+// The clamped starts of packed sequences, of all leading entries; null for the fixed layouts.
+struct SequenceStarts {
+  const int32_t *query = nullptr, *key = nullptr;
+  int32_t apart = 0;  // from one leading entry to the next
+
+  __device__ Sequence sequence(const Problem& p, int64_t leading, int32_t index) const {
+    if (!query) return fixed_sequence(p, leading, index);
+    return varlen_sequence(p, leading, index, query + leading * apart, key + leading * apart);
+  }
+};
+
+// The rows of a slot of a table, within a sequence.
+struct SlotRows {
+  int64_t leading;
+  int32_t index, row;  // the sequence, and the first row in it
+};
+
+// `rows`: of an entry, or of all sequences, that begin at `starts`.
+__device__ SlotRows rows_of_slot(const Problem& p, const int32_t* starts, int32_t apart, int32_t rows,
+                                 int32_t block, int64_t slot) {
+  const int64_t slots = slots_of_entry(p.packed(), rows, p.batch, block);
+  const int64_t leading = slot / slots, own = slot % slots;
+  if (!p.packed()) {
+    const int64_t tiles = ceil_div(rows, block);
+    return {leading, static_cast<int32_t>(own / tiles), static_cast<int32_t>(own % tiles) * block};
+  }
+  starts += leading * apart;
+  const int32_t index = sequence_of_slot(starts, p.batch, block, own);
+  return {leading, index, static_cast<int32_t>(own - first_slot(starts[index], block, index)) * block};
+}
+
+__device__ __forceinline__ int32_t lane() { return static_cast<int32_t>(threadIdx.x % 32); }
+
+__device__ __forceinline__ Interval from_lane(Interval x, int apart) {
+  return {__shfl_xor_sync(~0u, x.lo, apart), __shfl_xor_sync(~0u, x.hi, apart)};
+}
+
+// The rows of all lanes.
+__device__ LimitsOfRows limits_of_warp(LimitsOfRows x) {
+  for (int apart = 1; apart < 32; apart *= 2)
+    x.add({from_lane(x.any, apart), from_lane(x.all, apart), from_lane(x.hole, apart),
+           __shfl_xor_sync(~0u, x.first_end, apart), __shfl_xor_sync(~0u, x.last_begin, apart)});
+  return x;
+}
+__device__ Interval intersection_of_warp(Interval x) {
+  for (int apart = 1; apart < 32; apart *= 2) x = intersect(x, from_lane(x, apart));
+  return x;
+}
+
+// What a warp's block of rows from `row` on sees, at any and at all of the heads that have ranges of their
+// own.
+__device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Sequence& s, int32_t row) {
+  const Band band = make_band(p, leading, s);
+  const RowRanges ranges = row_ranges(p, leading, s, 0);
+  const int32_t heads = ranges.head != 0 ? p.heads : 1, end = min(row + kRowBlock, s.q_len);
+  const auto for_rows = [&](auto visit) {
+    for (int32_t h = 0; h < heads; ++h)
+      for (int32_t i = row + lane(); i < end; i += 32) visit(ranges.seen(h, i, band.row(i)));
+  };
+  LimitsOfRows limits;
+  for_rows([&](const SeenKeys& seen) { limits.add(seen); });
+  limits = limits_of_warp(limits);
+  Interval gap{0, 0};
+  if (limits.have_hole()) {
+    gap = limits.hole;
+    for_rows([&](const SeenKeys& seen) {
+      if (seen.hole.empty()) gap = shrink_gap(gap, seen.hull);
+    });
+    gap = intersection_of_warp(gap);
+  }
+  return limits.seen(gap);
+}
+
+// What the blocks of a tile see together.
+__device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
+  SeenByTile tile{{0, 0}, {0, INT32_MAX}};
+  for (int32_t i = 0; i < count; ++i) {
+    tile.any = hull_of(tile.any, blocks[i].any);
+    if (!blocks[i].gap.empty()) tile.gap = intersect(tile.gap, blocks[i].gap);
+  }
+  if (tile.gap.hi == INT32_MAX) tile.gap = {0, 0};
+  for (int32_t i = 0; i < count; ++i)
+    if (blocks[i].gap.empty()) tile.gap = shrink_gap(tile.gap, blocks[i].any);
+  if (tile.gap.empty()) tile.gap = {0, 0};
+  return tile;
+}
+
+// A CTA for each tile of query rows, a warp for each of its blocks. tiles: null where only blocks are wanted.
+__global__ void __launch_bounds__(32 * kMostWarps)
+    find_seen_keys(const __grid_constant__ Problem p, const SequenceStarts starts, SeenByBlock* blocks,
+                   SeenByTile* tiles) {
+  __shared__ SeenByBlock of_warp[kMostWarps];
+  const int32_t warps = static_cast<int32_t>(blockDim.x / 32), warp = static_cast<int32_t>(threadIdx.x / 32);
+  const SlotRows at = rows_of_slot(p, starts.query, starts.apart, p.q_rows, warps * kRowBlock, blockIdx.x);
+  const Sequence s = starts.sequence(p, at.leading, at.index);
+  const int32_t rows = p.packed() ? s.q_len : p.q_rows, row = at.row + warp * kRowBlock;
+  if (at.row < 0 || at.row >= rows) return;  // no sequence's slot
+  const SeenByBlock seen = seen_by_block(p, at.leading, s, row);
+  if (lane() == 0) {
+    of_warp[warp] = seen;
+    if (row < rows)
+      blocks[first_slot_of(p, at.leading, at.index, s.q_begin, p.q_rows, kRowBlock) + row / kRowBlock] = seen;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0 && tiles) tiles[blockIdx.x] = seen_by_tile(of_warp, warps);
+}
+
+// The tiles of query rows that see a key tile: from the first to the last, and the most that see nothing of
+// it between two that do. The bits of 32 tiles are added at a time.
+struct SeenByQueries {
+  Interval any{0, 0}, gap{0, 0};
+
+  __device__ void add(uint32_t bits, int32_t first) {
+    while (bits) {
+      const int32_t begin = __ffs(static_cast<int>(bits)) - 1;
+      const uint32_t unseen = ~(bits >> begin);
+      const int32_t end = unseen ? begin + __ffs(static_cast<int>(unseen)) - 1 : 32;
+      if (any.empty()) any = {first + begin, first + begin};
+      if (first + begin - any.hi > gap.size()) gap = {any.hi, first + begin};
+      any.hi = first + end;
+      bits = end < 32 ? bits >> end << end : 0;
+    }
+  }
+};
+
+// A warp for each key tile. rows: the query rows of the first to the last query tile that sees it; gaps:
+// query tiles between them that do not. Where sums are ordered key tiles have no gaps.
+__global__ void __launch_bounds__(32)
+    find_seeing_queries(const __grid_constant__ Problem p, const SequenceStarts starts,
+                        const SeenByBlock* blocks, int32_t query_tile, int32_t key_tile, Interval* rows,
+                        Interval* gaps) {
+  const SlotRows at = rows_of_slot(p, starts.key, starts.apart, p.k_rows, key_tile, blockIdx.x);
+  if (at.row < 0) return;
+  const Sequence s = starts.sequence(p, at.leading, at.index);
+  const Interval keys{at.row, min(at.row + key_tile, s.k_len)};
+  const int64_t first_block = first_slot_of(p, at.leading, at.index, s.q_begin, p.q_rows, kRowBlock);
+  SeenByQueries found;
+  if (!keys.empty()) {
+    const auto tiles = static_cast<int32_t>(ceil_div(s.q_len, query_tile));
+    for (int32_t t = 0; t < tiles; t += 32) {
+      bool seen = false;
+      const int32_t row = (t + lane()) * query_tile;
+      for (int32_t i = row; i < min(row + query_tile, s.q_len); i += kRowBlock) {
+        const SeenByBlock& block = blocks[first_block + i / kRowBlock];
+        const Interval own = intersect(block.any, keys);
+        seen |= !own.empty() && !(block.gap.lo <= own.lo && own.hi <= block.gap.hi);
+      }
+      found.add(__ballot_sync(~0u, seen), t);
+    }
+  }
+  if (threadIdx.x > 0) return;
+  rows[blockIdx.x] = {found.any.lo * query_tile, found.any.hi * query_tile};
+  gaps[blockIdx.x] = p.spec.deterministic ? Interval{0, 0} : found.gap;
+}
+
+SequenceStarts starts_of(const Problem& p, const TileGrid& grid, bool queries, const void* workspace) {
+  if (!p.packed()) return {};
+  const int32_t* padded = query_starts(p, grid, workspace);  // of the rows that are tiled
+  const int32_t* others = padded + p.batch + 2;
+  return {queries ? padded : others, queries ? others : padded, 2 * (p.batch + 2)};
+}
+
+}  // namespace
+
+cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const bool forward = plan.queries.ranges >= 0;
+  const TileGrid& grid = forward ? plan.queries : plan.keys;
+  if (grid.ranges < 0 || p.batch == 0) return cudaSuccess;
+  const RangeTables tables = range_tables(p, grid, workspace);
+  const SequenceStarts starts = starts_of(p, grid, forward, workspace);
+  const int32_t rows = forward ? grid.block : kMostWarps * kRowBlock;
+  const int64_t leading = p.leading.count();
+  const cudaError_t e =
+      launch(find_seen_keys, leading * slots_of_entry(p.packed(), p.q_rows, p.batch, rows),
+             32 * rows / kRowBlock, 0, stream, p, starts, tables.blocks, forward ? tables.tiles : nullptr);
+  if (forward || e != cudaSuccess) return e;
+  return launch(find_seeing_queries, leading * slots_of_entry(p.packed(), p.k_rows, p.batch, grid.block), 32,
+                0, stream, p, starts, tables.blocks, grid.other_block, grid.block, tables.rows, tables.gaps);
+}
+
+}  // namespace jax_flash

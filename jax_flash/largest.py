@@ -1,0 +1,81 @@
+"""What `return_max` adds to a call: the largest of its rows' maxima, by sequence and head."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _jax
+from .options import Arguments
+from .spec import AttentionSpec
+
+_INF = float("inf")
+_BLOCK = 128  # packed rows whose maxima are joined before those of a sequence are
+
+
+def results(
+    arguments: Arguments, spec: AttentionSpec, operands: dict[str, Array], found: tuple[Array, ...]
+) -> Array | tuple[Array, ...]:
+    """What a public function returns: of out, lse and the largest scores those that were asked for."""
+    out, lse, *row_max = found
+    wanted = [out, lse] if arguments.return_lse else [out]
+    wanted += [_largest(spec, operands, x) for x in row_max]
+    return tuple(wanted) if len(wanted) > 1 else out
+
+
+def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) -> Array:
+    """`[b, hq]` from the rows' `[b, hq, sq]`; packed, `[n, hq]` from `[hq, tq]`. In a ring, of all devices."""
+    row_max = lax.stop_gradient(row_max)
+    if not spec.packed:
+        largest = row_max.max(-1, initial=-_INF)
+        of_all: Array = lax.pmax(largest, spec.ring.axes) if spec.ring else largest
+        return of_all
+    made = {"row_max": row_max, "offsets": operands["cu_seqlens_q"]}
+    sharding = jax.typeof(row_max).sharding
+    if not sharding.mesh.empty:
+        sharding = sharding.update(spec=jax.sharding.PartitionSpec(None, sharding.spec[0]))
+    manual = _jax.manual_axes()[0]
+    found: Array = _by_sequence(made) if manual else _jax.in_automatic_axes(_by_sequence, made, sharding)
+    return found
+
+
+def of_cuda(lse: Array, row_max: Array) -> Array:
+    """row_max as floats: CUDA's kernels find the largest of integers in the same order, of which 0 is none.
+
+    Their maxima pass over NaN, by which a visible one makes lse NaN too.
+    """
+    bits = lax.bitcast_convert_type(row_max, jnp.uint32)
+    is_positive = bits >> 31 == 1
+    found = lax.bitcast_convert_type(jnp.where(is_positive, bits ^ jnp.uint32(1 << 31), ~bits), jnp.float32)
+    found = jnp.where(bits == 0, -_INF, found)
+    return jnp.where(jnp.isnan(lse) & (found != _INF), jnp.nan, found)
+
+
+@partial(jax.jit, inline=True)
+def _by_sequence(operands: dict[str, Array]) -> Array:
+    """The largest of each sequence's rows, `[n, hq]`.
+
+    A sequence is the whole blocks of rows between its first and its last, and rows of these two. A scatter would wait
+    for one row after the other on GPUs.
+    """
+    row_max = operands["row_max"]
+    heads, tokens = row_max.shape
+    offsets = lax.cummax(jnp.clip(operands["offsets"], 0, tokens))
+    lo, hi = offsets[:-1], offsets[1:]
+    count = tokens // _BLOCK + 1
+    padded = jnp.pad(row_max, ((0, 0), (0, count * _BLOCK - tokens)), constant_values=-_INF)
+    blocks = padded.reshape(heads, count, _BLOCK)
+
+    def of_block(block: Array) -> Array:
+        """The largest of the rows that a sequence has in one block, `[hq, n]`."""
+        row = block[:, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
+        return jnp.where((lo[:, None] <= row) & (row < hi[:, None]), blocks[:, block], -_INF).max(-1)
+
+    first, last = lo // _BLOCK, hi // _BLOCK
+    block = jnp.arange(count, dtype=jnp.int32)
+    between = (first[:, None] < block) & (block < last[:, None])
+    whole = jnp.where(between, blocks.max(-1)[:, None], -_INF).max(-1)
+    return jnp.maximum(whole, jnp.maximum(of_block(first), of_block(last))).T
