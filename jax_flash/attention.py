@@ -123,7 +123,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
         program is compiled for.
 
     Returns:
-      `[b, sq, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for.
+      `[b, sq, hq, dv]` in query's dtype, or a tuple of the requested ones of (out, lse, max).
 
     Raises:
       ValueError, TypeError: while tracing; the message names the argument, its value and what is allowed.

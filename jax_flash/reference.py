@@ -78,7 +78,7 @@ def _attend(
     s = jnp.where(visible, spec.scale * _query_key(q, k), 0)
     s = _score(spec, operands, place, visible, s)  # [b, hq, sq, sk]
     s = jnp.where(visible, _round(s, round_to), -_INF)
-    row_max = (lax.stop_gradient(s).max(3, initial=-_INF),) if spec.row_max else ()
+    row_max = (s.max(3, initial=-_INF),) if spec.row_max else ()
     p, lse = _softmax(s, _round(_sink(operands, place, wide), round_to))
     p = jnp.where(visible, p, 0)  # where the row's maximum is NaN too
     p = _drop(spec, operands, place, _round(p, round_to))

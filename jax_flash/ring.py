@@ -129,7 +129,7 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
         gradient.
 
     Returns:
-      `[b, sq / n, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for.
+      `[b, sq / n, hq, dv]` in query's dtype, or a tuple of the requested ones of (out, lse, max).
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`; and ValueError where axis_name is not a

@@ -113,7 +113,7 @@ def flash_attention_varlen(  # type: ignore[misc]  # which has no `unpacked`
       return_max: also return the largest visible S of each sequence and head, float32 `[n, hq]`; no gradient.
 
     Returns:
-      `[tq, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for.
+      `[tq, hq, dv]` in query's dtype, or a tuple of the requested ones of (out, lse, max).
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.

@@ -296,7 +296,7 @@ def test_all_to_all_has_that_of_all_heads(kernel, order):
     oracle.assert_max(np.asarray(largest), largest_of(case, inputs))
 
 
-# What is asked for.
+# The requested results.
 
 
 def test_results_come_in_the_order_out_lse_max(implementation):

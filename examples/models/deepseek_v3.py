@@ -2,7 +2,7 @@
 
 V3 has 61 layers of width 7,168, 128 heads of 128 + 64 features for queries and keys and 128 for values, latents of
 1,536 for queries and 512 for keys and values, 129,280 tokens, and, after 3 dense layers with MLPs of 18,432, 256
-experts of 2,048 hidden units, of which 8 serve a token beside a shared one. Published weights are float8 with a scale
+experts of 2,048 hidden units, of which 8 and a shared one serve a token. Published weights are float8 with a scale
 for each block of 128 × 128.
 
 As in gpt_oss.py, every expert computes every token. Weights of multi-token prediction are left out.

@@ -2,10 +2,10 @@
 
 31B has 60 layers, five with a window of 1,024 tokens and heads of 256 features for each one without and heads of 512.
 There keys and values are one projection: values are its normalised result, keys that result scaled and a quarter of its
-features rotated. 26B-A4B has 128 experts beside the MLP. In E2B and E4B the last layers read the keys and values of the
-last layer of their kind that has some, and every layer adds an embedding of the token that is its own.
+features rotated. 26B-A4B adds 128 experts to the MLP. In E2B and E4B the last layers read the keys and values
+of the last layer of their kind that has some, and every layer adds an embedding of the token that is its own.
 
-Of an image's tokens each sees all of them, but in layers with a window alone. The encoders are not here: their vectors
+Every token of an image sees the whole image, in layers with a window only. The encoders are not here: their vectors
 are an argument.
 """
 
@@ -84,7 +84,7 @@ class Router(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Gemma 3's block; beside the MLP there may be experts, and behind it the layer's own embedding of the token."""
+    """Gemma 3's block, where experts may follow in parallel to the MLP, and then the layer's embedding of the token."""
 
     def __init__(self, config: Gemma4Config, layer: int, *, rngs: nnx.Rngs):
         width, own = config.hidden_size, config.hidden_size_per_layer_input

@@ -234,8 +234,8 @@ def make_splash_mha(
       save_residuals: calls also return the log-sum-exp.
       attn_logits_soft_cap: c in `S ← c·tanh(S/c)`.
       head_shards, q_seq_shards: devices over which shard_map splits heads and queries (`manual_sharding_spec`).
-      residual_checkpoint_name: a name for remat policies of out and lse. What the backward reads is named `flash_out`
-        and `flash_lse`: a policy should save these.
+      residual_checkpoint_name: a name for remat policies of out and lse. The backward reads residuals named
+        `flash_out` and `flash_lse`, which a policy should save.
       block_sizes, mask_value, downcast_smem_data, interpret: have no effect.
       implementation: as in `flash_attention`.
 

@@ -135,7 +135,7 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
       alibi_slopes: float32 `[hq]` or `[n, hq]`.
 
     Returns:
-      `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or a tuple in the order out, lse, max of what is asked for,
+      `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or a tuple of the requested ones of (out, lse, max),
       with float32 lse `[n, hq, sq]` or `[hq, tq]`.
       Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools; with
       cu_seqlens_q and draft_mask, and with head dims above 512 (on GPUs, 256), only by `implementation="xla"`.
