@@ -1,8 +1,8 @@
 """Gemma 4 (Gemma Team 2026): windows as in Gemma 3, wide heads in the layers without, and layers that share keys.
 
-31B has 60 layers, five with a window of 1,024 tokens and heads of 256 features for each one without and heads of 512.
-There keys and values are one projection: values are its normalised result, keys that result scaled and a quarter of its
-features rotated. 26B-A4B adds 128 experts to the MLP. In E2B and E4B the last layers read the keys and values
+Five layers with a window and heads of 256 features come for each one without and with heads of 512. In 31B and 26B-A4B,
+the latter's keys and values are one projection: values are its normalised result, keys that result scaled and a quarter
+of its features rotated. 26B-A4B adds 128 experts to the MLP. In E2B and E4B the last layers read the keys and values
 of the last layer of their kind that has some, and every layer adds an embedding of the token that is its own.
 
 Every token of an image sees the whole image, in layers with a window only. The encoders are not here: their vectors

@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-AI 2024, V2): keys and values of a token are products of one latent.
 
 The cache keeps the latent, and behind it the rotated features that all heads share: 512 + 64 numbers a token and layer
-in DeepSeek V3. Whole sequences multiply the latents out, as training wants it. With a cache, the products move to the
-queries and the results instead: q·(W c) = (Wᵀ q)·c, so that every head reads the latents as they are, and the values
-are the first columns of the keys.
+in DeepSeek V3. Whole sequences multiply the latents out, in training and where a step begins its prompts. Later steps
+move the products to the queries and the results instead: q·(W c) = (Wᵀ q)·c, so that every head reads the latents as
+they are, and the values are the first columns of the keys.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_flash import flash_attention_varlen
 from jax_flash.masks import Mask
 
 from .attention import CausalAttention
@@ -69,19 +70,41 @@ class LatentAttention(CausalAttention):
         latent = self.kv_a_layernorm(latent)
         positions = jnp.arange(x.shape[-2]) if cache is None else cache.positions
         q_rope, k_rope = self.rope(positions, q_rope, k_rope[..., None, :])
+        latents = jnp.concatenate([latent[..., None, :], k_rope], -1)
         if cache is None:
-            k, v = jnp.split(self.by_heads(self.kv_b_proj(latent)), [self.nope], -1)
-            k_rope = jnp.broadcast_to(k_rope, (*k.shape[:-1], k_rope.shape[-1]))
-            q, k = jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, k_rope], -1)
-            out = self.attend(q, k, v, None, mask)
+            out = self.attend(*self.multiplied(q, q_rope, latent, k_rope), None, mask)
         else:
-            products = self.kv_b_proj.kernel[...].reshape(self.rank, self.heads, -1)
-            of_keys, of_values = jnp.split(products, [self.nope], -1)
-            q = jnp.concatenate([jnp.einsum("thn,rhn->thr", q, of_keys), q_rope], -1)
-            k = jnp.concatenate([latent[:, None], k_rope], -1)
-            out = self.attend(q, k, None, cache, mask, value_dim=self.rank)
-            out = jnp.einsum("thr,rhv->thv", out, of_values)
+            cache.append(self.layer, latents, None, self.options["implementation"])
+            out = jax.lax.cond(
+                (cache.batch.cached == 0).all(),
+                lambda: self.of_new_tokens(*self.multiplied(q, q_rope, latent, k_rope), cache, mask),
+                lambda: self.of_latents(q, q_rope, cache, mask),
+            )
         return self.o_proj(out.reshape(*x.shape[:-1], -1))
+
+    def multiplied(
+        self, q: jax.Array, q_rope: jax.Array, latent: jax.Array, k_rope: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of every head, whose latents are multiplied out."""
+        k, v = jnp.split(self.by_heads(self.kv_b_proj(latent)), [self.nope], -1)
+        k_rope = jnp.broadcast_to(k_rope, (*k.shape[:-1], k_rope.shape[-1]))
+        return jnp.concatenate([q, q_rope], -1), jnp.concatenate([k, k_rope], -1), v
+
+    def of_new_tokens(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: PagedCache, mask: Mask | None
+    ) -> jax.Array:
+        """A step's tokens attend to one another: requests that had nothing in the cache."""
+        return flash_attention_varlen(
+            q, k, v, cache.cu_seqlens, causal=mask is None, mask=mask, **self.options
+        )
+
+    def of_latents(self, q: jax.Array, q_rope: jax.Array, cache: PagedCache, mask: Mask | None) -> jax.Array:
+        """A step's tokens attend to the latents in the cache."""
+        products = self.kv_b_proj.kernel[...].reshape(self.rank, self.heads, -1)
+        of_keys, of_values = jnp.split(products, [self.nope], -1)
+        q = jnp.concatenate([jnp.einsum("thn,rhn->thr", q, of_keys), q_rope], -1)
+        out = self.attend(q, None, None, cache, mask, value_dim=self.rank)
+        return jnp.einsum("thr,rhv->thv", out, of_values)
 
     def queries(self, x: jax.Array) -> jax.Array:
         """[..., width] → [..., heads · d]."""
