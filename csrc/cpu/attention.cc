@@ -343,6 +343,7 @@ void cpu_forward(const Problem& p, const ThreadPool& pool) {
   outside_sequences(p, starts, Side::kQueries, [&](int64_t l, int32_t begin, int32_t end) {
     zero_rows(p, p.out, l, begin, end);
     fill_statistic(p, p.lse, l, begin, end, -std::numeric_limits<float>::infinity());
+    if (p.row_max) fill_statistic(p, p.row_max, l, begin, end, -std::numeric_limits<float>::infinity());
   });
 }
 

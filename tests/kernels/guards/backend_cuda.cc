@@ -149,6 +149,11 @@ class Call {
   }
 
   void launch(cudaStream_t stream) {
+    if (p_.row_max) {  // as the handler does
+      const int64_t entries = p_.leading.count() * (p_.packed() ? 1 : p_.batch);
+      const size_t bytes = static_cast<size_t>(entries * p_.heads * p_.q_rows) * sizeof(float);
+      check(cudaMemsetAsync(p_.row_max.data, 0, bytes, stream), "row_max");
+    }
     check(launch_schedules(p_, plan_, workspace_.data(), stream), "schedule");
     for (int32_t kernel : {plan_.decode_kernel, plan_.kernel}) {
       if (kernel >= 0) check(launch_of(kernel)(p_, &t_, plan_, workspace_.data(), stream), "launch");

@@ -17,7 +17,9 @@ class Case : DenseCase {
 
   void run() {
     const bool computes = backend::computes();
-    if (!check_pass("forward", Pass::kForward, {&p_.out, &p_.lse})) return;
+    std::vector<View*> results{&p_.out, &p_.lse};
+    if (p_.row_max) results.push_back(&p_.row_max);
+    if (!check_pass("forward", Pass::kForward, results)) return;
     if (computes) check_forward(), take_forward_results();
     if (check_pass("tangent", Pass::kTangent, {&t_.tout, &t_.tlse}, &t_) && computes) check_tangents();
     std::vector<View*> gradients{&p_.dquery, &p_.dkey};
@@ -50,9 +52,8 @@ class Case : DenseCase {
     for (View* view : results) {
       const Guarded& m = memory_of(view);
       first.emplace_back(m.data(), m.bytes());
-      const DType dtype = view == &p_.lse || view == &t_.tlse ? DType::kF32
-                          : view == &p_.dbias                 ? p_.bias_dtype
-                                                              : p_.dtype;
+      const bool by_row = view == &p_.lse || view == &p_.row_max || view == &t_.tlse;
+      const DType dtype = by_row ? DType::kF32 : view == &p_.dbias ? p_.bias_dtype : p_.dtype;
       for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) {
         if (std::isnan(value_of(dtype, m.data() + i))) {
           fail(std::string(name) + " left NaN at byte " + std::to_string(i) + " of the " +
@@ -79,6 +80,11 @@ class Case : DenseCase {
     each(p_.lse, true, p_.heads, 0, 4, [&](char* x, bool used) {
       const float value = value_of(DType::kF32, x);
       if (value == kInf || (!used && value != -kInf)) fail("lse is " + std::to_string(value));
+    });
+    if (!p_.row_max || backend::name().starts_with("sm_")) return;  // JAX makes floats of CUDA's
+    each(p_.row_max, true, p_.heads, 0, 4, [&](char* x, bool used) {
+      const float value = value_of(DType::kF32, x);
+      if (value == kInf || (!used && value != -kInf)) fail("row_max is " + std::to_string(value));
     });
   }
 

@@ -23,6 +23,8 @@ class DenseCase : protected RandomCase {
     make_tensors();
     make_indices();
     make_score_operands();
+    p_.spec.row_max = chance(0.3);
+    if (p_.spec.row_max) make_statistic(p_.row_max);
     if (!backend::computes()) return;
     find_rows_in_use();
     poison_unused_rows();
