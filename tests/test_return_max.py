@@ -53,7 +53,7 @@ def largest_of(case: Case, inputs: Inputs) -> np.ndarray:
 
 
 def check(case: Case, implementation: str, inputs: Inputs | None = None) -> None:
-    checks.require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
+    checks.require_case(implementation, case)
     wanted = largest_of(case, make_inputs(case))
     inputs = inputs or make_inputs(case)
 

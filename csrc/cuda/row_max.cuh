@@ -1,5 +1,5 @@
-// The result row_max while a call computes it: integers of the same order as the scores, 0 for none. Memory is
-// cleared before the kernels, and JAX makes floats of them (jax_flash/largest.py).
+// The result row_max while a call computes it: integers of the same order as the scores, 0 for none. Memory
+// is cleared before the kernels, and JAX makes floats of them (jax_flash/largest.py).
 #pragma once
 
 #include <cmath>
@@ -29,8 +29,8 @@ __device__ __forceinline__ void store_row_maxima(const Problem& p, const Softmax
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + Accumulator<kSlots / 2, 1>::row(slot);
     const bool used = p.row_max && i < min(tile.q_len, tile.end) && threadIdx.x % 4 == 0;
-    ptx::store_global(reinterpret_cast<float*>(to + offset(i)), __uint_as_float(ordered(softmax.maximum(slot))),
-                      used);
+    ptx::store_global(reinterpret_cast<float*>(to + offset(i)),
+                      __uint_as_float(ordered(softmax.maximum(slot))), used);
   }
 }
 
