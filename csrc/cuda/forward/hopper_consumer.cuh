@@ -5,16 +5,13 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cuda/epilogue.cuh"
-#include "cuda/forward/hopper_heads.cuh"
+#include "cuda/forward/hopper_results.cuh"
 #include "cuda/forward/hopper_score_tile.cuh"
 #include "cuda/forward/hopper_state.cuh"
-#include "cuda/forward/hopper_store.cuh"
 #include "cuda/hopper/pipeline.cuh"
 #include "cuda/hopper/roles.cuh"
 #include "cuda/mask.cuh"
 #include "cuda/ptx/wgmma.cuh"
-#include "cuda/row_max.cuh"
 #include "cuda/score/operands.cuh"
 #include "cuda/tile/descriptor.cuh"
 #include "cuda/tile/operands.cuh"
@@ -198,7 +195,7 @@ struct Consumer {
   __device__ __forceinline__ void multiply_values() {
     shared.v_pipe.wait_full(kv_index);
     start_values<kKeys>(kv_index);  // O ← O + P V
-    if constexpr (kLast) finish_softmax();
+    if constexpr (kLast) finish_softmax(*this);
     ptx::wgmma_wait<0>();
     ptx::hold(o.x[0]);
     release_value(kv_index);
@@ -353,45 +350,6 @@ struct Consumer {
     if constexpr (C::kEarlyLoad) part.wait_full(tile_index);
   }
 
-  // lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
-  __device__ __forceinline__ void finish_softmax() {
-    wait_part(shared.epilogue_pipe);
-    if constexpr (C::Softmax::kBounded) softmax.mark_empty_rows();
-    if constexpr (C::kPacksHeads) {
-      jax_flash::finish_softmax(alpha, p, softmax, tile->lse, PackedRows(p, p.lse), tile->work.tile, row(),
-                                1.0f);
-    } else {
-      jax_flash::finish_softmax(alpha, p, softmax, tile->lse, tile->work.tile, row(),
-                                Score::kDropout ? dropout_scale(p.spec) : 1.0f);
-    }
-  }
-
-  // o ← α O, and row_max ← m where the call asks for it.
-  __device__ __forceinline__ void write_rows() {
-    if constexpr (C::kPacksHeads) {
-      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, PackedRows(p, p.lse), tile->work.tile, row());
-    } else if constexpr (!C::Softmax::kBounded) {
-      store_row_maxima<S::kSlots>(p, softmax, tile->lse.data, StridedRows{tile->lse.stride}, tile->work.tile,
-                                  row());
-    }
-    normalise_rows(o, alpha);
-    if constexpr (C::kPacksHeads) {
-      store_rows_from_registers(o, tile->out.data, tile->out.columns, PackedRows(p, p.out), row(),
-                                tile->work.tile.end);
-    } else if constexpr (C::kStoresByTma) {
-      shared.out_pipe.of[consumer].wait_empty(tile_index);
-      const TileWork& work = tile->work.tile;
-      if (stores_by_tma(p, work, uniform(work.row) + consumer * kConsumerRows)) {
-        stage_rows<T, typename C::OTile>(o, shared.o.of[consumer], ptx::thread_index() % 128 / 32 * 16);
-      } else {
-        store_rows_from_registers(o, tile->out, row(), work.end);
-      }
-      shared.out_pipe.of[consumer].arrive_by_warp(tile_index);
-    } else {
-      store_rows_from_registers(o, tile->out, row(), tile->work.tile.end);
-    }
-  }
-
   __device__ __forceinline__ void run() {
     if (consumer == C::kConsumers - 1) pass_turn();  // the first consumer has the first turn
     for (;; ++tile_index) {
@@ -406,7 +364,7 @@ struct Consumer {
       skip(loaded({own.hi, tiles.hi}));
       if (own.empty()) {
         shared.q_pipe[consumer].release(tile_index);
-        finish_softmax();
+        finish_softmax(*this);
       } else if (Score::kDropoutInSoftmax && uniform(tile->score.dropout.needs_scalar_path())) {
         if constexpr (Score::kDropoutInSoftmax) attend<true>(own);
       } else if (C::Input::kSkipsUniformTiles && !has_input) {
@@ -418,7 +376,7 @@ struct Consumer {
       }
       skip(loaded({tiles.lo, own.lo}));
       if (C::Input::kSkipsUniformTiles && !has_input) without_input += tiles.size();
-      write_rows();
+      write_rows(*this);
       shared.state_pipe.release(tile_index);
     }
   }

@@ -1,0 +1,61 @@
+// What a consumer of cuda/forward/hopper.cuh (hopper_consumer.cuh) writes of a query tile: o, lse and
+// row_max.
+#pragma once
+
+#include "cuda/epilogue.cuh"
+#include "cuda/forward/hopper_heads.cuh"
+#include "cuda/forward/hopper_state.cuh"
+#include "cuda/forward/hopper_store.cuh"
+#include "cuda/row_max.cuh"
+#include "cuda/score/dropout.cuh"
+
+namespace jax_flash {
+
+// lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
+template <class Consumer>
+__device__ __forceinline__ void finish_softmax(Consumer& of) {
+  using C = typename Consumer::Config;
+  const Problem& p = of.p;
+  const auto& tile = *of.tile;
+  of.wait_part(of.shared.epilogue_pipe);
+  if constexpr (C::Softmax::kBounded) of.softmax.mark_empty_rows();
+  if constexpr (C::kPacksHeads) {
+    finish_softmax(of.alpha, p, of.softmax, tile.lse, PackedRows(p, p.lse), tile.work.tile, of.row(), 1.0f);
+  } else {
+    finish_softmax(of.alpha, p, of.softmax, tile.lse, tile.work.tile, of.row(),
+                   C::Score::kDropout ? dropout_scale(p.spec) : 1.0f);
+  }
+}
+
+// o ← α O, and row_max ← m where the call asks for it.
+template <class Consumer>
+__device__ __forceinline__ void write_rows(Consumer& of) {
+  using C = typename Consumer::Config;
+  constexpr int kSlots = Consumer::S::kSlots;
+  const Problem& p = of.p;
+  const auto& tile = *of.tile;
+  const TileWork& work = tile.work.tile;
+  if constexpr (C::kPacksHeads) {
+    store_row_maxima<kSlots>(p, of.softmax, tile.lse.data, PackedRows(p, p.lse), work, of.row());
+  } else if constexpr (!C::Softmax::kBounded) {
+    store_row_maxima<kSlots>(p, of.softmax, tile.lse.data, StridedRows{tile.lse.stride}, work, of.row());
+  }
+  normalise_rows(of.o, of.alpha);
+  if constexpr (C::kPacksHeads) {
+    store_rows_from_registers(of.o, tile.out.data, tile.out.columns, PackedRows(p, p.out), of.row(),
+                              work.end);
+  } else if constexpr (C::kStoresByTma) {
+    of.shared.out_pipe.of[of.consumer].wait_empty(of.tile_index);
+    if (stores_by_tma(p, work, uniform(work.row) + of.consumer * kConsumerRows)) {
+      stage_rows<typename C::Element, typename C::OTile>(of.o, of.shared.o.of[of.consumer],
+                                                         ptx::thread_index() % 128 / 32 * 16);
+    } else {
+      store_rows_from_registers(of.o, tile.out, of.row(), work.end);
+    }
+    of.shared.out_pipe.of[of.consumer].arrive_by_warp(of.tile_index);
+  } else {
+    store_rows_from_registers(of.o, tile.out, of.row(), work.end);
+  }
+}
+
+}  // namespace jax_flash
