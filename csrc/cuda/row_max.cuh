@@ -1,5 +1,5 @@
-// The result row_max while a call computes it: integers of the same order as the scores, 0 for none. Memory is
-// cleared before the kernels, and JAX makes floats of them (jax_flash/largest.py).
+// The result row_max while a call computes it: integers of the same order as the scores, 0 for none. Memory
+// is cleared before the kernels, and JAX makes floats of them (jax_flash/largest.py).
 #pragma once
 
 #include <cmath>
@@ -29,16 +29,16 @@ __device__ __forceinline__ void store_row_maxima(const Problem& p, const Softmax
   for (int slot = 0; slot < kSlots; ++slot) {
     const int32_t i = row + Accumulator<kSlots / 2, 1>::row(slot);
     const bool used = p.row_max && i < min(tile.q_len, tile.end) && threadIdx.x % 4 == 0;
-    ptx::store_global(reinterpret_cast<float*>(to + offset(i)), __uint_as_float(ordered(softmax.maximum(slot))),
-                      used);
+    ptx::store_global(reinterpret_cast<float*>(to + offset(i)),
+                      __uint_as_float(ordered(softmax.maximum(slot))), used);
   }
 }
 
-// Raises the results of a warp's rows from `row` on to the largest of S in a tile of keys. `to`: that of the
+// Raises the results of a warp's rows [row, end) to the largest of S in a tile of keys. `to`: that of the
 // sequence's first row. power(x, slot): the score of which S has x, in powers of two.
 template <class S, class Power>
-__device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64_t stride,
-                                                 const TileWork& tile, int32_t row, Power power) {
+__device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64_t stride, int32_t row,
+                                                 int32_t end, Power power) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
     float top = s.at(slot, 0, 0);
@@ -46,8 +46,7 @@ __device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64
     for (int i = 1; i < 2 * S::kColumnTiles; ++i) top = fmaxf(top, s.at(slot, i / 2, i % 2));
     top = power(row_max(top), slot) * kLn2;
     const int32_t i = row + S::row(slot);
-    if (threadIdx.x % 4 == 0 && i < min(tile.q_len, tile.end) && top > -INFINITY)
-      ptx::raise(to + i * stride, ordered(top));
+    if (threadIdx.x % 4 == 0 && i < end && top > -INFINITY) ptx::raise(to + i * stride, ordered(top));
   }
 }
 
