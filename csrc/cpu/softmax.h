@@ -209,8 +209,8 @@ struct PartialOutput {
   }
 };
 
-// out = O / l and lse = softmax_scale m + log l, with the row's sink in the sum; row_max = softmax_scale m, NaN
-// where a score is. Rows past the sequence's length get out = 0, lse = row_max = -inf.
+// out = O / l and lse = softmax_scale m + log l, with the row's sink in the sum; row_max = softmax_scale m,
+// NaN where a score is. Rows past the sequence's length get out = 0, lse = row_max = -inf.
 static void store_output(const Head& head, const RowTile& tile, const PartialOutput& from) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, tile.head);
