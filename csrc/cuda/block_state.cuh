@@ -20,6 +20,7 @@ struct BlockState {
   int32_t end;          // one past the last key that is read
   GlobalRows<const T> query;
   GlobalRows<T> out;
+  uint32_t* row_max;  // of the sequence's first row, if the call asks for it
 
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
     work = find_work<Over::kQueries>(p, grid, block_m);
@@ -32,6 +33,8 @@ struct BlockState {
     end = min(tiles.hi * block_n, tile.k_len);
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
     out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
+    row_max = p.row_max.as<uint32_t>();
+    if (row_max) row_max += work.offset(p, p.row_max, head, tile.q_begin);
   }
 };
 

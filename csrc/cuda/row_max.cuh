@@ -34,11 +34,11 @@ __device__ __forceinline__ void store_row_maxima(const Problem& p, const Softmax
   }
 }
 
-// Raises the results of a warp's rows from `row` on to the largest of S in a tile of keys. `to`: that of the
+// Raises the results of a warp's rows [row, end) to the largest of S in a tile of keys. `to`: that of the
 // sequence's first row. power(x, slot): the score of which S has x, in powers of two.
 template <class S, class Power>
-__device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64_t stride,
-                                                 const TileWork& tile, int32_t row, Power power) {
+__device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64_t stride, int32_t row,
+                                                 int32_t end, Power power) {
 #pragma unroll
   for (int slot = 0; slot < S::kSlots; ++slot) {
     float top = s.at(slot, 0, 0);
@@ -46,8 +46,7 @@ __device__ __forceinline__ void raise_row_maxima(const S& s, uint32_t* to, int64
     for (int i = 1; i < 2 * S::kColumnTiles; ++i) top = fmaxf(top, s.at(slot, i / 2, i % 2));
     top = power(row_max(top), slot) * kLn2;
     const int32_t i = row + S::row(slot);
-    if (threadIdx.x % 4 == 0 && i < min(tile.q_len, tile.end) && top > -INFINITY)
-      ptx::raise(to + i * stride, ordered(top));
+    if (threadIdx.x % 4 == 0 && i < end && top > -INFINITY) ptx::raise(to + i * stride, ordered(top));
   }
 }
 

@@ -146,7 +146,8 @@ struct Consumer {
   template <class Scores>
   __device__ __forceinline__ void raise_maxima(const Scores& s) const {
     wait_part(shared.epilogue_pipe);
-    raise_row_maxima(s, row_maxima(p, tile->lse.data), tile->lse.stride, tile->work.tile, row(),
+    const TileWork& work = tile->work.tile;
+    raise_row_maxima(s, row_maxima(p, tile->lse.data), tile->lse.stride, row(), min(work.q_len, work.end),
                      [&](float x, int slot) { return x - softmax.shift[slot]; });
   }
 

@@ -87,6 +87,14 @@ struct ForwardTile {
   __device__ __forceinline__ int32_t row() const {
     return static_cast<const volatile int32_t&>(block.work.tile.row) + warp_row;
   }
+  // row_max ← max(row_max, rowmax S). What it needs is reloaded, too.
+  template <class S>
+  __device__ __forceinline__ void raise_maxima(const S& s, float scale) const {
+    const auto& tile = static_cast<const volatile TileWork&>(block.work.tile);
+    uint32_t* const to = static_cast<uint32_t* const volatile&>(block.row_max);
+    const int32_t used = tile.q_len, end = tile.end;
+    raise_row_maxima(s, to, p.row_max.row, row(), min(used, end), [=](float x, int) { return x * scale; });
+  }
 };
 
 // O ← O + P V  [M, dv] with P = 2^(S − m). The exponentials of later keys overlap the product of earlier
@@ -163,11 +171,7 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
       for_each(s, [&](float& x, int, int, int) { x *= block.key_scale; });  // S ← k_scale · S
     score.apply(s, at, softmax);  // softcap, bias, alibi, segments, mask
     if (key < block.whole.lo || key + C::kN > block.whole.hi) mask(s, block.band, at.row(), key);
-    if (p.row_max) {
-      const int64_t first = block.work.offset(p, p.lse, block.work.head, tile.q_begin);
-      raise_row_maxima(s, p.row_max.as<uint32_t>() + first, p.lse.row, tile, at.row(),
-                       [&](float x, int) { return x * softmax.scale; });
-    }
+    if (p.row_max) at.raise_maxima(s, softmax.scale);
     softmax.update_lazily(s, o);  // m ← max(m, rowmax S); O ← α O
 
     add_values<C>(o, s, v, softmax, numbers, at);  // P = 2^(S − m); O ← O + P V
