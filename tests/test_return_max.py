@@ -88,10 +88,12 @@ def test_sinks_and_dropout_leave_it_alone(implementation):
         np.testing.assert_allclose(largest, [[4.0, 4.0]], rtol=1e-6)
 
 
-def test_a_sequence_that_sees_nothing_has_minus_infinity(implementation):
+@pytest.mark.parametrize("scale", [None, 0.0])
+def test_a_sequence_that_sees_nothing_has_minus_infinity(scale, implementation):
     q = jnp.ones((3, 5, 2, 8))
     lengths = jnp.array([5, 0, -3], jnp.int32)
-    _, largest = flash_attention(q, q, q, kv_lengths=lengths, return_max=True, implementation=implementation)
+    options = {"scale": scale, "return_max": True, "implementation": implementation}
+    _, largest = flash_attention(q, q, q, kv_lengths=lengths, **options)
     assert np.isneginf(largest[1:]).all()
     assert np.isfinite(largest[0]).all()
     for shape in ((0, 5, 2, 8), (2, 0, 2, 8)):
