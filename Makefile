@@ -123,7 +123,7 @@ cuda-emulate: $(INSTALLED)  ## the CUDA kernels' results on a host emulator (nee
 	PYTHONPATH=tools:tests/kernels/emulator $(BIN)/python -m pytest -q -p emulated -n $(WORKERS) \
 	  -k "not xla and not on_the_host and not refused" \
 	  $(EMULATED_TESTS)
-EMULATED_TESTS = tests/test_several_tiles.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_paged.py \
+EMULATED_TESTS = tests/test_several_tiles.py tests/test_segments.py tests/test_index_arrays.py tests/test_append.py tests/test_append_float8.py tests/test_paged.py \
   tests/test_paged_splits.py tests/test_paged_gradients.py tests/test_transforms.py::test_nested_vmaps_map_different_arguments \
   tests/test_transforms.py::test_scan_is_the_loop 'tests/test_attention.py::test_a_call_repeated_gives_the_same_bits[True]'
 
