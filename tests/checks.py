@@ -57,18 +57,24 @@ def runs_cuda_kernels(implementation: str) -> bool:
     return implementation == "cuda" or (implementation == "cpu" and "emulated" in sys.modules)
 
 
+def why_no_case(implementation: str, case: Case) -> str | None:
+    """What a case needs and the library lacks."""
+    if runs_cuda_kernels(implementation) and max(case.d, case.dv) > max(HEAD_DIMS)[0]:
+        return f"no CUDA kernel has head dims {case.d}, {case.dv}"
+    if runs_cuda_kernels(implementation) and "blocks" in case.forms:
+        return "no CUDA kernel reads masks.blocks"
+    return why_not_built(implementation, ("forward",), case.dtype, (case.d, case.dv))
+
+
 def require_case(implementation: str, case: Case) -> None:
     """Skips the test where a case needs what the library lacks."""
-    require(implementation, dtype=case.dtype, d=case.d, dv=case.dv)
-    if runs_cuda_kernels(implementation) and max(case.d, case.dv) > max(HEAD_DIMS)[0]:
-        pytest.skip(f"no CUDA kernel has head dims {case.d}, {case.dv}")
-    require_forms(implementation, *case.forms)
+    if reason := why_no_case(implementation, case):
+        pytest.skip(reason)
 
 
 def require_forms(implementation: str, *forms: str) -> None:
     """Skips the test of a mask that no kernel reads; test_lowering_errors has what such a call says."""
-    if runs_cuda_kernels(implementation) and "blocks" in forms:
-        pytest.skip("no CUDA kernel reads masks.blocks")
+    require_case(implementation, Case("forms", forms=forms, dtype=usual_dtype(implementation)))
 
 
 def usual_dtype(implementation: str) -> str:
@@ -173,7 +179,7 @@ def compare(
             oracle.assert_result(got, right, low, case)
         except AssertionError:
             plain = _in_given_rank(oracle.on_cpu(oracle.ref)(case, inputs), case)
-            oracle.assert_near_plain(got, right, plain)
+            oracle.assert_near_plain(got, right, plain, case.dropout_rate)
     else:
         oracle.assert_result(got, right, low, case)
     return reason

@@ -150,15 +150,17 @@ def assert_gradient(
     _assert_within("d" + name, gradient, ref, limit)
 
 
-def assert_near_plain(got: Result, exact: Result, plain: Result) -> None:
+def assert_near_plain(got: Result, exact: Result, plain: Result, dropout_rate: float) -> None:
     """A known deviation from the contract (docs/numerics.md): large float32 scores round by as much as its limits.
 
-    As for 16 bits, the limit is widened by 2 times the error of plain float32 (3 times for gradients).
+    As for 16 bits, the limit is widened by 2 times the error of plain float32 (3 times for gradients). A dropout rate
+    of 0.9 scales the terms of a gradient by 10, which cancel: there the page allows 8 times the limit.
     """
+    times = 8 if dropout_rate >= 0.9 else 1
     assert_lse(got.lse, exact.lse)
     _assert_within("out", got.out, exact.out, 2 * _distance(plain.out, exact.out) + _limit(1e-5, exact.out))
     for name, ref in exact.gradients.items():
-        limit = 3 * _distance(plain.gradients[name], ref) + _limit(1e-4, ref)
+        limit = 3 * _distance(plain.gradients[name], ref) + times * _limit(1e-4, ref)
         _assert_within("d" + name, got.gradients[name], ref, limit)
 
 

@@ -121,6 +121,7 @@ def fuzz(cases, check, part, count=PART):
     )
     @given(case=cases)
     def run(case):
+        assume(checks.why_no_case(IMPLEMENTATION, case) is None)  # a skip would end the test at the first such case
         check(case)
 
     run()
@@ -152,7 +153,6 @@ def test_the_largest_scores(part):
 
 def check_max(case):
     """They are right, and out and lse are the same with and without them."""
-    checks.require(IMPLEMENTATION, dtype=case.dtype)
     inputs = make_inputs(case)
     moving, _ = oracle.split(inputs.positional | inputs.keywords)
     *same, largest = checks.function(case, inputs, IMPLEMENTATION, return_max=True)(moving)
@@ -162,7 +162,6 @@ def check_max(case):
 
 
 def check_forward(case):
-    checks.require(IMPLEMENTATION, dtype=case.dtype)
     (out, lse), (right, low) = forward(case), checks.references(case)
     oracle.assert_out(out, right.out, low.out, softcap=bool(case.softcap))
     oracle.assert_lse(lse, right.lse)

@@ -220,10 +220,10 @@ def test_float32_is_held_to_twice_the_error_of_plain_float32_where_that_misses_t
     exact = oracle.exact(case, inputs)
     with pytest.raises(AssertionError, match="out is wrong"):
         oracle.assert_result(plain, exact, exact, case)
-    oracle.assert_near_plain(plain, exact, plain)
+    oracle.assert_near_plain(plain, exact, plain, 0.0)
     distance = np.abs(plain.out - exact.out).max()
     further = replace(plain, out=exact.out + 2 * distance + 2e-5 + 2e-5 * np.abs(exact.out))
     with pytest.raises(AssertionError, match="out is wrong"):
-        oracle.assert_near_plain(further, exact, plain)
+        oracle.assert_near_plain(further, exact, plain, 0.0)
     with pytest.raises(AssertionError, match="out is wrong"):
-        oracle.assert_near_plain(plain, exact, exact)
+        oracle.assert_near_plain(plain, exact, exact, 0.0)
