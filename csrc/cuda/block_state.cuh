@@ -22,7 +22,9 @@ struct BlockState {
   GlobalRows<T> out;
   uint32_t* row_max;  // of the sequence's first row, if the call asks for it
 
-  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
+  // `column`: the first one of V and O that the CTA works on.
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
+                          int32_t column) {
     work = find_work<Over::kQueries>(p, grid, block_m);
     const int32_t head = work.head;
     const TileWork& tile = work.tile;
@@ -32,7 +34,8 @@ struct BlockState {
     whole = band.common(tile.row, tile.used_queries());
     end = min(tiles.hi * block_n, tile.k_len);
     query = {p.query.as<const T>() + work.offset(p, p.query, head, tile.q_begin), p.query.row, p.head_dim};
-    out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin), p.out.row, p.value_dim};
+    out = {p.out.as<T>() + work.offset(p, p.out, head, tile.q_begin) + column, p.out.row,
+           p.value_dim - column};
     row_max = p.row_max.as<uint32_t>();
     if (row_max) row_max += work.offset(p, p.row_max, head, tile.q_begin);
   }

@@ -8,13 +8,21 @@
 
 namespace jax_flash {
 
+// Thread blocks: their number, times the slices of columns that each tile has.
+struct Blocks {
+  int64_t count;
+  int32_t slices = 1;
+
+  Blocks(int64_t count, int32_t slices = 1) : count(count), slices(slices) {}
+};
+
 // Launches `blocks` thread blocks in clusters of size `cluster`, or nothing if there are none. `shared`:
 // bytes of dynamic shared memory.
 template <class... Parameters>
-cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, int64_t blocks, int32_t threads,
+cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, Blocks blocks, int32_t threads,
                             size_t shared, cudaStream_t stream,
                             std::type_identity_t<Parameters>... arguments) {
-  if (blocks == 0) return cudaSuccess;
+  if (blocks.count == 0 || blocks.slices == 0) return cudaSuccess;
   // 48 KB of shared memory need no opt-in; 8 KB of them are left for what a kernel declares statically.
   constexpr size_t kDefaultShared = 40 << 10;
   if (shared > kDefaultShared) {
@@ -23,7 +31,7 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, int
     if (e != cudaSuccess) return e;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<uint32_t>(blocks));
+  config.gridDim = dim3(static_cast<uint32_t>(blocks.count), static_cast<uint32_t>(blocks.slices));
   config.blockDim = dim3(static_cast<uint32_t>(threads));
   config.dynamicSmemBytes = shared;
   config.stream = stream;
@@ -37,7 +45,7 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), uint32_t cluster, int
 
 // Launches without clusters.
 template <class... Parameters>
-cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, size_t shared,
+cudaError_t launch(void (*kernel)(Parameters...), Blocks blocks, int32_t threads, size_t shared,
                    cudaStream_t stream, std::type_identity_t<Parameters>... arguments) {
   return launch_clusters(kernel, 1, blocks, threads, shared, stream, arguments...);
 }

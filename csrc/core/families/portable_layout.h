@@ -31,14 +31,14 @@ constexpr int32_t page_address_bytes(int32_t block_n, int32_t stages) {
 
 struct ForwardLayout {
   int32_t q;     // Q [M, d]; O [M, dv] at the end
-  int32_t ring;  // K [N, d] and V [N, dv]
+  int32_t ring;  // K [N, d] and V [N, dv], of a slice's columns
   int32_t bytes;
 };
 
 constexpr ForwardLayout forward_layout(const Row& r, int32_t element_size) {
   const int32_t q_bytes = r.block_m * r.head_dim * element_size;
   const int32_t k_bytes = r.block_n * r.head_dim * element_size;
-  const int32_t v_bytes = r.block_n * r.value_dim * element_size;
+  const int32_t v_bytes = r.block_n * r.slice_columns() * element_size;
   return {0, q_bytes, q_bytes + ring_bytes(r.stages, k_bytes, v_bytes)};
 }
 
@@ -117,7 +117,7 @@ struct TangentLayout {
 constexpr TangentLayout tangent_layout(const Row& r, int32_t element_size) {
   const int32_t q_bytes = r.block_m * r.head_dim * element_size;
   const int32_t k_bytes = r.block_n * r.head_dim * element_size;
-  const int32_t v_bytes = r.block_n * r.value_dim * element_size;
+  const int32_t v_bytes = r.block_n * r.slice_columns() * element_size;
   const int32_t ring = r.stages == 0 ? larger(k_bytes, v_bytes) : r.stages * 2 * (k_bytes + v_bytes);
   return {0, q_bytes, 2 * q_bytes, 2 * q_bytes + ring};
 }

@@ -15,6 +15,7 @@
 #include "cuda/registry.h"
 #include "cuda/row_max.cuh"
 #include "cuda/score/portable_variants.cuh"
+#include "cuda/slices.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/tile/fragments.cuh"
 #include "cuda/work.cuh"
@@ -37,7 +38,8 @@ template <class T, Row R, ScoreKind Kind, class State_ = DenseState<T, keeps_add
 struct ForwardSm80 {
   using Element = T;
   using State = State_;
-  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim;
+  static constexpr bool kSliced = R.is_sliced();
+  static constexpr int kSliceColumns = R.slice_columns(), kHeadDim = R.head_dim, kValueDim = kSliceColumns;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain, kPermuted = is_general(Kind);
   static constexpr int kM = R.block_m, kN = forward_keys(R, Kind);
   static constexpr int kWarps = R.warps, kThreads = kWarps * 32, kBlocks = kPlain ? R.blocks : 1;
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
     forward_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid) {
   __shared__ typename C::State block;
   if (threadIdx.x == 0) {
-    block.prepare(p, grid, C::kM, C::kN);
+    block.prepare(p, grid, C::kM, C::kN, first_column<C>());
     if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
@@ -204,7 +206,8 @@ template <class C>
 cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
-  return launch(forward_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
+  // Every slice makes the same S, and so the same lse and largest scores.
+  return launch(forward_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes, stream, p,
                 grid_tiles(grid, workspace));
 }
 

@@ -18,12 +18,14 @@ struct DenseState : BlockState<T> {
   static constexpr bool kScaled = false;  // keys and values have no dequantisation scale
   GlobalRows<const T> key, value;
 
-  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
-    BlockState<T>::prepare(p, grid, block_m, block_n);
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
+                          int32_t column) {
+    BlockState<T>::prepare(p, grid, block_m, block_n, column);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head), first = work.tile.k_begin;
     key = {p.key.as<const T>() + work.offset(p, p.key, kv_head, first), p.key.row, p.head_dim};
-    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, first), p.value.row, p.value_dim};
+    value = {p.value.as<const T>() + work.offset(p, p.value, kv_head, first) + column, p.value.row,
+             p.value_dim - column};
   }
   __device__ __forceinline__ Source source() const { return {key, value, this->end}; }
 };
@@ -40,12 +42,14 @@ struct PagedState : BlockState<T> {
   PageScales key_scales, value_scales;
   mutable typename Source::Addresses addresses;
 
-  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
-    BlockState<T>::prepare(p, grid, block_m, block_n);
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
+                          int32_t column) {
+    BlockState<T>::prepare(p, grid, block_m, block_n, column);
     const BlockWork& work = this->work;
     const int32_t kv_head = p.kv_head(work.head);
     key = pages_of<Pool>(p, p.key, work.leading, kv_head, p.head_dim);
-    value = pages_of<Pool>(p, p.value, work.leading, kv_head, p.value_dim);
+    value = pages_of<Pool>(p, p.value, work.leading, kv_head, p.value_dim - column);
+    value.data += column;
     table = page_table(p.block_tables, p.leading, work.leading, work.tile.index, p.page_size, p.pages);
     key_scale = scale_of_pool(p, p.k_scale, work.leading, kv_head);
     value_scale = scale_of_pool(p, p.v_scale, work.leading, kv_head);

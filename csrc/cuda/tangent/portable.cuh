@@ -14,6 +14,7 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/portable_variants.cuh"
+#include "cuda/slices.cuh"
 #include "cuda/tangent/portable_state.cuh"
 #include "cuda/tile/fragments.cuh"
 
@@ -24,7 +25,9 @@ template <class T, Row R, ScoreKind Kind>
 struct TangentSm80 {
   using Element = T;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
-  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m, kN = R.block_n;
+  static constexpr bool kSliced = R.is_sliced();
+  static constexpr int kSliceColumns = R.slice_columns(), kHeadDim = R.head_dim, kValueDim = kSliceColumns;
+  static constexpr int kM = R.block_m, kN = R.block_n;
   static constexpr int kWarps = kPlain ? R.warps : kM / 16, kWarpRows = kM / kWarps;
   static constexpr int kThreads = kWarps * 32, kBlocks = kPlain ? R.blocks : 1;
   static constexpr int kHeadSteps = kHeadDim / kStepK<T>, kKeySteps = kN / kStepK<T>;
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
                  const __grid_constant__ GridTiles grid) {
   __shared__ TangentState<typename C::Element> block;
   if (threadIdx.x == 0) {
-    block.prepare(p, t, grid, C::kM, C::kN);
+    block.prepare(p, t, grid, C::kM, C::kN, first_column<C>());
     if constexpr (!C::kPlain) block.template prepare_score<typename C::Score>(p, t);
   }
   __syncthreads();
@@ -273,7 +276,7 @@ template <class C>
 cudaError_t launch_tangent_sm80(const Problem& p, const Tangents& t, const LaunchPlan& plan, void* workspace,
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
-  return launch(tangent_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p, t,
+  return launch(tangent_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes, stream, p, t,
                 grid_tiles(grid, workspace));
 }
 

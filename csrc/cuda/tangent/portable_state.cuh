@@ -22,8 +22,8 @@ struct TangentState : BlockState<T> {
   const void* tbias;  // [s_q, s_k] of the CTA's head, where there is one
 
   __device__ void prepare(const Problem& p, const Tangents& t, const GridTiles& grid, int32_t block_m,
-                          int32_t block_n) {
-    BlockState<T>::prepare(p, grid, block_m, block_n);
+                          int32_t block_n, int32_t column) {
+    BlockState<T>::prepare(p, grid, block_m, block_n, column);
     const BlockWork& work = this->work;
     const int32_t head = work.head, kv_head = p.kv_head(head);
     const int32_t q_begin = work.tile.q_begin, k_begin = work.tile.k_begin;
@@ -33,8 +33,10 @@ struct TangentState : BlockState<T> {
     };
     tquery = {t.tquery.as<const T>() + work.offset(p, t.tquery, head, q_begin), t.tquery.row, p.head_dim};
     key = keys(p.key, p.head_dim), tkey = keys(t.tkey, p.head_dim);
-    value = keys(p.value, p.value_dim), tvalue = keys(t.tvalue, p.value_dim);
-    tout = {t.tout.as<T>() + work.offset(p, t.tout, head, q_begin), t.tout.row, p.value_dim};
+    const int32_t columns = p.value_dim - column;
+    value = keys(p.value, columns), tvalue = keys(t.tvalue, columns);
+    value.data += column, tvalue.data += column;
+    tout = {t.tout.as<T>() + work.offset(p, t.tout, head, q_begin) + column, t.tout.row, columns};
     lse = p.lse.as<const float>() + work.offset(p, p.lse, head, q_begin);
     tlse = t.tlse.as<float>() + work.offset(p, t.tlse, head, q_begin), tlse_stride = t.tlse.row;
   }

@@ -78,6 +78,6 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
-  emulator::run(config->gridDim.x, config->blockDim.x, [&] { kernel(arguments...); });
+  emulator::run(config->gridDim, config->blockDim.x, [&] { kernel(arguments...); });
   return cudaSuccess;
 }

@@ -105,15 +105,17 @@ void run_block(uint32_t threads) {
 
 }  // namespace
 
-void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body) {
+void run(dim3 blocks, uint32_t threads, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
   kernel = &body;
-  gridDim = dim3(blocks);
-  for (uint32_t b = 0; b < blocks; ++b) {
-    blockIdx = dim3(b);
-    run_block(threads);
+  gridDim = blocks;
+  for (uint32_t y = 0; y < blocks.y; ++y) {
+    for (uint32_t x = 0; x < blocks.x; ++x) {
+      blockIdx = dim3(x, y);
+      run_block(threads);
+    }
   }
 }
 

@@ -70,8 +70,8 @@ namespace emulator {
 inline constexpr size_t kSharedBytes = 227 << 10;
 extern uint8_t shared[kSharedBytes];
 
-// Runs `body` as `threads` fibers for every block.
-void run(uint32_t blocks, uint32_t threads, const std::function<void()>& body);
+// Runs `body` as `threads` fibers for every block; grids have up to two dimensions.
+void run(dim3 blocks, uint32_t threads, const std::function<void()>& body);
 
 void block_barrier();
 bool block_any(bool condition);

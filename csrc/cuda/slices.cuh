@@ -1,0 +1,21 @@
+// Slices of columns. Where a head is wider than the registers of a CTA hold (Row::slice_columns), the grid's second
+// dimension counts slices of its columns. Each makes S of the whole head, and the products of its own columns.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_flash {
+
+// The first column that the CTA works on. C: a kernel's traits, with kSliced and kSliceColumns.
+template <class C>
+__device__ __forceinline__ int32_t first_column() {
+  return C::kSliced ? static_cast<int32_t>(blockIdx.y) * C::kSliceColumns : 0;
+}
+
+// Slices of `columns`; at least one, since every row has statistics.
+template <class C>
+int32_t slice_count(int32_t columns) {
+  return C::kSliced && columns > 0 ? (columns - 1) / C::kSliceColumns + 1 : 1;
+}
+
+}  // namespace jax_flash
