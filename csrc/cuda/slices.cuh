@@ -4,12 +4,21 @@
 
 #include <cstdint>
 
+#include "cuda/tile/shared_tile.cuh"
+
 namespace jax_flash {
 
 // The first column that the CTA works on. C: a kernel's traits, with kSliced and kSliceColumns.
 template <class C>
 __device__ __forceinline__ int32_t first_column() {
   return C::kSliced ? static_cast<int32_t>(blockIdx.y) * C::kSliceColumns : 0;
+}
+
+// Where the slice begins in a tile that holds all columns, in bytes. There it is itself a SharedTile of
+// kSliceColumns, since tiles lie panel by panel.
+template <class C, class Tile>
+__device__ __forceinline__ uint32_t slice_offset() {
+  return C::kSliced ? blockIdx.y * Tile::panel_offset(C::kSliceColumns / kChunk<typename Tile::Element>) : 0;
 }
 
 // Slices of `columns`; at least one, since every row has statistics.

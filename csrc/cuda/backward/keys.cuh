@@ -3,6 +3,8 @@
 // deterministic and another kernel computes it.
 #pragma once
 
+#include <algorithm>
+
 #include "core/plan/launch_plan.h"
 #include "cuda/backward/keys_load.cuh"
 #include "cuda/backward/keys_traits.cuh"
@@ -11,6 +13,7 @@
 #include "cuda/launch.h"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/registry.h"
+#include "cuda/slices.cuh"
 #include "cuda/tile/fragments.cuh"
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
@@ -64,7 +67,8 @@ __device__ __forceinline__ void multiply_ds_k(typename C::DQ& dq, uint32_t ds, u
   using T = typename C::Element;
   dq.clear();
   multiply_add<T, C::kN / kStepK<T>>(dq, RowsA<typename C::PTile>(ds, at.row),
-                                     ColumnsB<typename C::KTile, 16 * C::kDqColumns, false>(k, at.column));
+                                     ColumnsB<typename C::KSlice, 16 * C::kDqColumns, false>(
+                                         k + slice_offset<C, typename C::KTile>(), at.column));
 }
 
 // Adds a step's dQ to the accumulator in global memory.
@@ -73,7 +77,8 @@ __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typ
                                        const QueryStep& step, const typename C::DQ& dq, Placement at) {
   const int32_t row = step.tile * C::kM, columns = accumulator_columns(p.head_dim);
   const int64_t stride = int64_t{p.heads} * columns;
-  add_rows(dq, at, {block.dquery + row * stride + step.head * columns, stride, columns},
+  add_rows(dq, at,
+           {block.dquery + row * stride + step.head * columns, stride, columns - first_column<C>()},
            block.work.tile.q_len - row);
 }
 
@@ -81,20 +86,20 @@ __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typ
 template <class C>
 __device__ __forceinline__ void store_dk_dv(const Problem& p, const KeyBlockState<typename C::Element>& block,
                                             uint8_t* shared, typename C::DK& dk, typename C::DV& dv) {
-  using KTile = typename C::KTile;
-  using VTile = typename C::VTile;
+  using K = typename C::KSlice;
+  using V = typename C::VSlice;
   const TileWork& tile = block.work.tile;
   const float dv_factor = C::Score::kDropout ? dropout_scale(p.spec) : 1.0f;
   for_each(dk, [&](float& x, int, int, int) { x *= p.spec.scale; });
   for_each(dv, [&](float& x, int, int, int) { x *= dv_factor; });
   __syncthreads();                                // every warp is done with K and V
   const Placement dk_at = WarpPartition<C>().dk;  // computed again: the loop has no register to keep it in
-  store_accumulator<KTile>(dk, shared, dk_at);
-  store_accumulator<VTile>(dv, shared + C::kLayout.v, dk_at);
+  store_accumulator<K>(dk, shared, dk_at);
+  store_accumulator<V>(dv, shared + C::kLayout.v, dk_at);
   __syncthreads();
   const int thread = ptx::thread_index();
-  store_tile<KTile, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, tile.end, thread);
-  store_tile<VTile, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, tile.end, thread);
+  store_tile<K, C::kN, C::kThreads>(shared, 0, block.dkey, tile.row, tile.end, thread);
+  store_tile<V, C::kN, C::kThreads>(shared + C::kLayout.v, 0, block.dvalue, tile.row, tile.end, thread);
 }
 
 // Finds the score operands of a head of the group.
@@ -169,8 +174,10 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
     if constexpr (C::kStages == 2) load_next_step();
     ptx::sync_group(1 + at.group, 32 * C::kGroupWarps);
 
-    add_transposed_product<C, typename C::DoTile>(dv, p_tile, d_out, at.dk);  // dV += Pᵀ dO
-    add_transposed_product<C, typename C::QTile>(dk, ds_tile, q, at.dk);      // dK += dSᵀ Q
+    add_transposed_product<C, typename C::DoSlice>(dv, p_tile, d_out + slice_offset<C, typename C::DoTile>(),
+                                                   at.dk);  // dV += Pᵀ dO
+    add_transposed_product<C, typename C::QSlice>(dk, ds_tile, q + slice_offset<C, typename C::QTile>(),
+                                                  at.dk);  // dK += dSᵀ Q
     barriers.wait_ds_full(step);
     if (block.dquery) {
       typename C::DQ dq;
@@ -203,7 +210,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
   __shared__ Block block;
   uint8_t* const shared = ptx::dynamic_shared();
   if (threadIdx.x == 0) {
-    block.prepare(p, grid, C::kM, C::kN, accumulator);
+    block.prepare(p, grid, C::kM, C::kN, accumulator, first_column<C>());
     if constexpr (!C::kPlain) prepare_score<C>(p, block, 0);
     KeyBarriers<C>(ptx::shared_address(shared + C::kLayout.barriers)).init();
   }
@@ -220,7 +227,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocks)
 template <class C>
 cudaError_t launch_backward_keys(const Problem& p, const TileGrid& grid, void* workspace, float* accumulator,
                                  cudaStream_t stream) {
-  return launch(backward_keys_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
+  const int32_t slices = slice_count<C>(std::max(p.head_dim, p.value_dim));
+  return launch(backward_keys_sm80<C>, {grid.blocks, slices}, C::kThreads, C::kSharedBytes, stream, p,
                 grid_tiles(grid, workspace), accumulator);
 }
 

@@ -20,8 +20,9 @@ struct KeyBlockState : GradientBlock<T> {
   GlobalRows<T> dkey, dvalue;
   float* dquery;  // in the accumulator of dQ, at the sequence's first row and the group's first head, or null
 
+  // `column`: the first one of dK, dV and dQ that the CTA works on.
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
-                          float* accumulator) {
+                          float* accumulator, int32_t column) {
     this->template locate<Over::kKeys>(p, grid, block_n);
     const BlockWork& work = this->work;
     const TileWork& tile = work.tile;
@@ -30,13 +31,16 @@ struct KeyBlockState : GradientBlock<T> {
     rows = trim_to_segments(grid.segments, grid.count, block_n, p, work, rows);
     whole = this->band.common_queries(tile.row, tile.row + block_n);
     this->tiles = tiles_of(rows, block_m);
-    dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin), p.dkey.row, p.head_dim};
-    dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin), p.dvalue.row, p.value_dim};
+    dkey = {p.dkey.as<T>() + work.offset(p, p.dkey, kv_head, tile.k_begin) + column, p.dkey.row,
+            p.head_dim - column};
+    dvalue = {p.dvalue.as<T>() + work.offset(p, p.dvalue, kv_head, tile.k_begin) + column, p.dvalue.row,
+              p.value_dim - column};
     dquery = nullptr;
     if (accumulator) {
       const int64_t batch = work.leading * (p.packed() ? 1 : p.batch) + work.batch_row;
       dquery = accumulator +
-               ((batch * p.q_rows + tile.q_begin) * p.heads + work.head) * accumulator_columns(p.head_dim);
+               ((batch * p.q_rows + tile.q_begin) * p.heads + work.head) * accumulator_columns(p.head_dim) +
+               column;
     }
   }
 };

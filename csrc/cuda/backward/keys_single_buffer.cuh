@@ -76,9 +76,11 @@ __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
       store_accumulator<PTile>(dp, shared + kLayout.ds, at.s);
     }
     __syncthreads();
-    add_transposed_product<C, DoTile>(dv, p_tile, buffer, at.dk);  // dV += Pᵀ dO
+    add_transposed_product<C, typename C::DoSlice>(dv, p_tile, buffer + slice_offset<C, DoTile>(),
+                                                   at.dk);  // dV += Pᵀ dO
     load_and_wait(QTile{}, block.query, p.query);
-    add_transposed_product<C, QTile>(dk, ds_tile, buffer, at.dk);  // dK += dSᵀ Q
+    add_transposed_product<C, typename C::QSlice>(dk, ds_tile, buffer + slice_offset<C, QTile>(),
+                                                  at.dk);  // dK += dSᵀ Q
     if (block.dquery) {
       typename C::DQ dq;
       multiply_ds_k<C>(dq, ds_tile, k, at.dq);  // dQ = dS K

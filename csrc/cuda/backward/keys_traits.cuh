@@ -21,7 +21,11 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 template <class T, Row R, ScoreKind Kind>
 struct BackwardKeysSm80 {
   using Element = T;
+  static constexpr bool kSliced = R.is_sliced();  // dK, dV and dQ have the columns of a slice
+  static constexpr int kSliceColumns = R.slice_columns();
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kN = R.block_n;
+  static constexpr int kDkColumns = kSliced ? kSliceColumns : kHeadDim,
+                       kDvColumns = kSliced ? kSliceColumns : kValueDim;
   static constexpr int kStages = R.stages, kWarps = R.warps, kThreads = kWarps * 32;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
   static constexpr int kDqColumns = R.block_m == 16 || (kWarps >= 8 && kHeadDim % 64 == 0) ? 4 : 2,
@@ -38,14 +42,18 @@ struct BackwardKeysSm80 {
   using VTile = SharedTile<T, kN, kValueDim, kPermuted>;
   using QTile = SharedTile<T, kM, kHeadDim>;
   using DoTile = SharedTile<T, kM, kValueDim>;
+  using KSlice = SharedTile<T, kN, kDkColumns, kPermuted>;
+  using VSlice = SharedTile<T, kN, kDvColumns, kPermuted>;
+  using QSlice = SharedTile<T, kM, kDkColumns>;
+  using DoSlice = SharedTile<T, kM, kDvColumns>;
   using PTile = SharedTile<T, kM, kN>;
   static constexpr int kSRowTiles = kM / kSRows / 16, kSColumnTiles = kN / kSColumns / 8;
   using S = std::conditional_t<kPermuted, PermutedAccumulator<kSRowTiles, kPermuted ? kSColumnTiles : 4>,
                                Accumulator<kSRowTiles, kSColumnTiles>>;
   using Score = PortableScore<Kind, S>;
-  using DK = Accumulator<kGroupKeys / 16, kHeadDim / kGroupWarps / 8>;
-  using DV = Accumulator<kGroupKeys / 16, kValueDim / kGroupWarps / 8>;
-  using DQ = Accumulator<kM / kDqRows / 16, kHeadDim / kDqColumns / 8>;
+  using DK = Accumulator<kGroupKeys / 16, kDkColumns / kGroupWarps / 8>;
+  using DV = Accumulator<kGroupKeys / 16, kDvColumns / kGroupWarps / 8>;
+  using DQ = Accumulator<kM / kDqRows / 16, kDkColumns / kDqColumns / 8>;
   static constexpr bool kSingleBuffer = kStages == 0;  // Q and dO take turns in one buffer
   static constexpr BackwardLayout kLayout = backward_layout(R.with_tile(kM, kN), sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
@@ -54,8 +62,8 @@ struct BackwardKeysSm80 {
                 kLayout.lse == ring_bytes(kSingleBuffer ? 0 : 1, QTile::kBytes, DoTile::kBytes));
   static_assert(kN % kGroupKeys == 0 && kM % (16 * kSRows) == 0 && kN % (16 * kSColumns) == 0 &&
                 kM % (16 * kDqRows) == 0 && kSColumns % kGroups == 0);
-  static_assert(kHeadDim % (16 * kGroupWarps) == 0 && kValueDim % (16 * kGroupWarps) == 0);
-  static_assert(kHeadDim % (16 * kDqColumns) == 0 && kStages <= 2 && kThreads >= kM);
+  static_assert(kDkColumns % (16 * kGroupWarps) == 0 && kDvColumns % (16 * kGroupWarps) == 0);
+  static_assert(kDkColumns % (16 * kDqColumns) == 0 && (!kSliced || kHeadDim == kValueDim) && kStages <= 2 && kThreads >= kM);
 };
 
 // Which part of each product this warp computes.

@@ -11,6 +11,7 @@
 #include "cuda/load/ring.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/portable_variants.cuh"
+#include "cuda/slices.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/tile/fragments.cuh"
 
@@ -20,16 +21,21 @@ namespace jax_flash::inline JF_ARCH_NAMESPACE {
 template <class T, Row R, ScoreKind Kind>
 struct BackwardQueriesSm80 {
   using Element = T;
+  static constexpr bool kSliced = R.is_sliced();
+  static constexpr int kSliceColumns = R.slice_columns();
   static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m;
+  static constexpr int kDqColumns = kSliced ? kSliceColumns : kHeadDim;
   static constexpr int kN = R.block_n < 64 ? R.block_n : kHeadDim > 128 ? 32 : 64, kThreads = kM / 16 * 32;
   using QTile = SharedTile<T, kM, kHeadDim>;
   using DoTile = SharedTile<T, kM, kValueDim>;
   using KTile = SharedTile<T, kN, kHeadDim>;
   using VTile = SharedTile<T, kN, kValueDim>;
+  using QSlice = SharedTile<T, kM, kDqColumns>;
+  using KSlice = SharedTile<T, kN, kDqColumns>;
   using S = Accumulator<1, kN / 8>;
   using Score = PortableScore<Kind, S>;
   static constexpr bool kPlain = Kind == ScoreKind::kPlain;
-  using DQ = Accumulator<1, kHeadDim / 8>;
+  using DQ = Accumulator<1, kDqColumns / 8>;
   // V comes first, because only dP = dO Vᵀ needs it, while dQ still needs K after S.
   using Ring = TileRing<R.stages == 0 ? 0 : 1, kThreads, VTile, KTile, RowSource<T>>;
   static constexpr BackwardQueriesLayout kLayout = backward_queries_layout(R.with_tile(kM, kN), sizeof(T));
@@ -43,14 +49,16 @@ template <class T>
 struct QueryBlockState : GradientBlock<T> {
   GlobalRows<T> dquery;
 
-  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n) {
+  // `column`: the first one of dQ that the CTA works on.
+  __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
+                          int32_t column) {
     this->template locate<Over::kQueries>(p, grid, block_m);
     const TileWork& tile = this->work.tile;
     const Interval keys = this->band.rows(tile.row, tile.used_queries());
     this->tiles =
         tiles_of(trim_to_segments(grid.segments, grid.count, block_m, p, this->work, keys), block_n);
-    dquery = {p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, tile.q_begin), p.dquery.row,
-              p.head_dim};
+    dquery = {p.dquery.as<T>() + this->work.offset(p, p.dquery, this->work.head, tile.q_begin) + column,
+              p.dquery.row, p.head_dim - column};
   }
 };
 
@@ -88,10 +96,10 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
     const ScoreTile at{p, block.score, block.band, row, key};
     score.prefetch_gradient(at);
     tile_gradient(score, at, rows, partial, s, dp);
-    mma_pv<typename C::KTile>(dq, dp, k);  // dQ += dS K  [M, d]
+    mma_pv<typename C::KSlice>(dq, dp, k + slice_offset<C, typename C::KTile>());  // dQ += dS K  [M, d]
   }
   for_each(dq, [&](float& x, int, int, int) { x *= p.spec.scale; });  // dQ ← scale · dQ
-  store_rows<QTile>(dq, shared, warp_row, block.dquery, row, tile.end);
+  store_rows<typename C::QSlice>(dq, shared, warp_row, block.dquery, row, tile.end);
 }
 
 template <class C>
@@ -99,7 +107,7 @@ __global__ void __launch_bounds__(C::kThreads)
     backward_queries_sm80(const __grid_constant__ Problem p, const __grid_constant__ GridTiles grid) {
   __shared__ QueryBlockState<typename C::Element> block;
   if (threadIdx.x == 0) {
-    block.prepare(p, grid, C::kM, C::kN);
+    block.prepare(p, grid, C::kM, C::kN, first_column<C>());
     if constexpr (!C::kPlain) block.score.template prepare<typename C::Score>(p, block.work, block.work.head);
   }
   __syncthreads();
@@ -109,7 +117,7 @@ __global__ void __launch_bounds__(C::kThreads)
 template <class C>
 cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void* workspace,
                                     cudaStream_t stream) {
-  return launch(backward_queries_sm80<C>, grid.blocks, C::kThreads, C::kSharedBytes, stream, p,
+  return launch(backward_queries_sm80<C>, {grid.blocks, slice_count<C>(p.head_dim)}, C::kThreads, C::kSharedBytes, stream, p,
                 grid_tiles(grid, workspace));
 }
 
