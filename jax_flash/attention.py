@@ -92,7 +92,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
       query: `[b, sq, hq, d]`, float16, bfloat16 or float32.
       key: `[b, sk, hk, d]`, query's dtype. `hk` divides `hq`, and query head i reads KV head `i // (hq // hk)`.
       value: `[b, sk, hk, dv]`, query's dtype; None: V is K, and the gradient of key is that of both. d and dv
-        are at most 512, on GPUs 256; with `implementation="xla"` they may be larger.
+        are at most 512 (on sm_75, 256); with `implementation="xla"` they may be larger.
       causal: attend only to keys at or before the query's diagonal.
       window: `(left, right)` keys visible around the diagonal, each an int ≥ 0 or None for unlimited.
       align: the diagonal of query i is key i + (sk − sq) with `"bottom_right"`, where sq and sk are the lengths in

@@ -15,7 +15,7 @@ H100 = {"capability": 90, "sm_count": 132, "shared_memory": 232_448}
 A100 = {"capability": 80, "sm_count": 108, "shared_memory": 166_912}
 T4 = {"capability": 75, "sm_count": 40, "shared_memory": 65_536}
 RTX4090 = {"capability": 89, "sm_count": 128, "shared_memory": 101_376}
-HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEAD_DIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512))
 
 
 # The sizes of a call by their names in these tests, and the dimensions of csrc/operands.def that have them.

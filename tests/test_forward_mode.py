@@ -68,6 +68,7 @@ CASES = (
     Case("no keys", sk=0, sinks=True),
     Case("no queries", sq=0),
     Case("several tiles", b=1, sq=150, sk=170, d=64, dv=64, causal=True, softcap=3.0),
+    Case("wide heads", b=1, sq=20, sk=40, d=264, dv=512, causal=True),
     varlen("packed, several tiles", (70, 90), k_sequences=(100, 80), causal=True, d=32, dv=64),
 )
 HALF = tuple(

@@ -57,7 +57,7 @@ def test_every_row_fits_every_card(pass_, head_dims, dtype, device):
 
 @pytest.mark.parametrize("layout", [{}, {"paged": True}])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("head_dims", HEAD_DIMS)
+@pytest.mark.parametrize("head_dims", [dims for dims in HEAD_DIMS if dims <= (256, 256)])
 @pytest.mark.parametrize("pass_", PASSES)
 def test_turing_has_rows_of_its_own(pass_, head_dims, dtype, layout):
     d, dv = head_dims
@@ -110,8 +110,8 @@ def test_newer_cards_leave_turings_rows_alone():
     [
         ({"d": 60}, "head dims 60 and 64 on CUDA, which takes multiples of 8; pad them"),
         (
-            {"d": 512},
-            "no CUDA kernel .*forward of bfloat16 with d=512.* on sm_90.*built: sm80 d=32, .*sm80 d=192 dv=128.*xla",
+            {"d": 512, "dtype": "float16", **T4},
+            "no CUDA kernel .*forward of float16 with d=512.* on sm_75 with 65536 .*built: .*sm80 d=192 dv=128.*xla",
         ),
         *(
             ({"pass_": name, "d": 576, "dv": 512}, f"no CUDA kernel .*{name} of bfloat16 with d=576, dv=512")

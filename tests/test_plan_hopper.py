@@ -20,11 +20,12 @@ def arch(**options: Any) -> str:
 
 
 def test_hopper_has_a_forward_of_its_own():
-    for d, dv in HEAD_DIMS:
+    for d, dv in HEAD_DIMS[:-1]:
         assert arch(d=d, dv=dv) == arch(d=d, dv=dv, dtype="float16", varlen=True, leading=3) == "sm90"
         for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids", "ranges"):
             assert arch(d=d, dv=dv, operands=(name,)) == "sm90"
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
+    assert arch(d=512, dv=512) == "sm80"
 
 
 def test_hopper_has_a_backward():
@@ -228,8 +229,6 @@ def test_a_counter_hands_out_long_tiles_although_they_are_equal(pass_, d):
 def test_the_contracts_cases_reach_every_tile_of_hoppers_plain_forward():
     reached = set()
     for case in CASES:
-        if max(case.d, case.dv) > max(HEAD_DIMS)[0]:
-            continue
         inputs = make_inputs(case)
         of_case, packed = spec(case, inputs), case.layout == "varlen"
         query, key = inputs.positional["query"], inputs.positional["key"]

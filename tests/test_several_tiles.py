@@ -81,7 +81,7 @@ EACH_MASK = [
 # On Hopper two CTAs share a tile of keys in the backward of these head dims.
 LARGE_HEAD_DIMS = [
     case.replace(name=f"{case.name} d{d}/{dv}", d=d, dv=dv)
-    for d, dv in ((192, 128), (192, 192), (256, 256), (160, 88), (232, 200))
+    for d, dv in ((192, 128), (192, 192), (256, 256), (160, 88), (232, 200), (512, 512), (136, 488))
     for case in (
         Case("window", window=(100, 33), **SIZES),
         Case("top left", causal=True, align="top_left", **SIZES),

@@ -14,7 +14,7 @@ from pathlib import Path
 from jax_flash import plan_command
 
 PAGE = Path(__file__).parent.parent / "docs" / "matrix.md"
-DIMS = {"64": "64", "128": "128", "192/128": "192 --value-dim 128", "256": "256"}
+DIMS = {"64": "64", "128": "128", "192/128": "192 --value-dim 128", "256": "256", "512": "512"}
 OPTIONS = {
     "no option": "",
     "causal mask, window, sinks, lengths": "--causal --window 1024 0 --sinks --kv-lengths",

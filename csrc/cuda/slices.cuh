@@ -1,5 +1,6 @@
-// Slices of columns. Where a head is wider than the registers of a CTA hold (Row::slice_columns), the grid's second
-// dimension counts slices of its columns. Each makes S of the whole head, and the products of its own columns.
+// Slices of columns. Where a head is wider than the registers of a CTA hold (Row::slice_columns), the grid's
+// second dimension counts slices of its columns. Each makes S of the whole head, and the products of its own
+// columns.
 #pragma once
 
 #include <cstdint>

@@ -126,9 +126,9 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
         too, so that V is K where value_start is 0. The gradient of k_pages is that of both. So a pool that stores
         [K | V] in one row is read in place, and so is one of heads K0 V0 K1 V1 … after the reshape to `[p, ps, hk, 2
         d]`. They may overlap: with value_start=0, values are the first columns of the keys, stored once, as in
-        multi-head latent attention. d may be up to 640, and value_dim up to 512; above 256 GPUs need value_start=0, d ≤
-        576, 16 bits and sm_80. Columns that are no multiples of 8 make GPUs copy the pool. Without v_scale, k_scale is
-        the scale of both.
+        multi-head latent attention. d may be up to 640, and value_dim up to 512; with d above 512 GPUs need
+        value_start=0, d ≤ 576, 16 bits and sm_80. Columns that are no multiples of 8 make GPUs copy the pool. Without
+        v_scale, k_scale is the scale of both.
       causal, window, align, scale, softcap, return_lse, deterministic, implementation: as in `flash_attention`.
       return_max: also return the largest visible S of each sequence and head, float32 `[n, hq]`; no gradient.
       sinks: float32 `[hq]`, or for each token `[n, sq, hq]`, with cu_seqlens_q `[tq, hq]`.
@@ -138,7 +138,7 @@ def paged_attention(  # type: ignore[misc]  # which has no `unpacked`
       `[n, sq, hq, dv]` or `[tq, hq, dv]` in query's dtype, or a tuple of the requested ones of (out, lse, max),
       with float32 lse `[n, hq, sq]` or `[hq, tq]`.
       Differentiable in both modes with respect to query, sinks and the pools, except for float8 pools; with
-      cu_seqlens_q and draft_mask, and with head dims above 512 (on GPUs, 256), only by `implementation="xla"`.
+      cu_seqlens_q and draft_mask, and with head dims above 512, only by `implementation="xla"`.
 
     Raises:
       ValueError, TypeError, NotImplementedError: as in `flash_attention`.

@@ -67,8 +67,8 @@ struct Row {
   constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
   constexpr bool is_latent() const { return design == Design::kLatent || design == Design::kLatentFew; }
 
-  // Columns of V and O in a tile: registers hold O of 16 query rows up to this width, and wider values are cut into
-  // slices, each with CTAs of its own that make S again.
+  // Columns of V and O in a tile: registers hold O of 16 query rows up to this width, and wider values are
+  // cut into slices, each with CTAs of its own that make S again.
   static constexpr int32_t kSliceColumns = 256;
   constexpr int32_t slice_columns() const { return value_dim < kSliceColumns ? value_dim : kSliceColumns; }
   constexpr bool is_sliced() const { return value_dim > kSliceColumns; }

@@ -77,8 +77,7 @@ __device__ __forceinline__ void add_dq(const Problem& p, const KeyBlockState<typ
                                        const QueryStep& step, const typename C::DQ& dq, Placement at) {
   const int32_t row = step.tile * C::kM, columns = accumulator_columns(p.head_dim);
   const int64_t stride = int64_t{p.heads} * columns;
-  add_rows(dq, at,
-           {block.dquery + row * stride + step.head * columns, stride, columns - first_column<C>()},
+  add_rows(dq, at, {block.dquery + row * stride + step.head * columns, stride, columns - first_column<C>()},
            block.work.tile.q_len - row);
 }
 

@@ -63,7 +63,8 @@ struct BackwardKeysSm80 {
   static_assert(kN % kGroupKeys == 0 && kM % (16 * kSRows) == 0 && kN % (16 * kSColumns) == 0 &&
                 kM % (16 * kDqRows) == 0 && kSColumns % kGroups == 0);
   static_assert(kDkColumns % (16 * kGroupWarps) == 0 && kDvColumns % (16 * kGroupWarps) == 0);
-  static_assert(kDkColumns % (16 * kDqColumns) == 0 && (!kSliced || kHeadDim == kValueDim) && kStages <= 2 && kThreads >= kM);
+  static_assert(kDkColumns % (16 * kDqColumns) == 0 && (!kSliced || kHeadDim == kValueDim) && kStages <= 2 &&
+                kThreads >= kM);
 };
 
 // Which part of each product this warp computes.

@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(C::kThreads)
 template <class C>
 cudaError_t launch_backward_queries(const Problem& p, const TileGrid& grid, void* workspace,
                                     cudaStream_t stream) {
-  return launch(backward_queries_sm80<C>, {grid.blocks, slice_count<C>(p.head_dim)}, C::kThreads, C::kSharedBytes, stream, p,
-                grid_tiles(grid, workspace));
+  return launch(backward_queries_sm80<C>, {grid.blocks, slice_count<C>(p.head_dim)}, C::kThreads,
+                C::kSharedBytes, stream, p, grid_tiles(grid, workspace));
 }
 
 }  // namespace jax_flash::inline JF_ARCH_NAMESPACE

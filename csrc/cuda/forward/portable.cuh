@@ -207,8 +207,8 @@ cudaError_t launch_forward_sm80(const Problem& p, const LaunchPlan& plan, void* 
                                 cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
   // Every slice makes the same S, and so the same lse and largest scores.
-  return launch(forward_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes, stream, p,
-                grid_tiles(grid, workspace));
+  return launch(forward_sm80<C>, {grid.blocks, slice_count<C>(p.value_dim)}, C::kThreads, C::kSharedBytes,
+                stream, p, grid_tiles(grid, workspace));
 }
 
 // A row whose keys and values lie in pages. Pool: T, or uint8_t for float8.
