@@ -16,6 +16,8 @@ from programs import require_devices
 from jax_flash.compat import pallas_gpu
 from jax_flash.compat.costs import CostWarning
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 LOG2_E = np.log2(np.e)
 Q, K, V = normal(0, 2, 12, 4, 16), normal(1, 2, 12, 4, 16), normal(2, 2, 12, 4, 16)
 IDS = i32([0] * 5 + [1] * 7, [3] * 2 + [0] * 10)

@@ -17,6 +17,8 @@ from jax_flash.compat import splash
 from jax_flash.compat.costs import CostWarning
 from jax_flash.compat.splash_masks import Band, structure
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 HQ, HK, SQ, SK, D, DV = 4, 2, 12, 18, 16, 8
 SHAPE = SQ, SK
 Q, K, V = normal(0, 2, HQ, SQ, D) / 4, normal(1, 2, HK, SK, D), normal(2, 2, HK, SK, DV)

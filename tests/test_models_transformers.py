@@ -19,6 +19,7 @@ from flax import nnx  # noqa: E402
 from models import load  # noqa: E402
 from models.checkpoint import as_stored, read_safetensors, tensor_names  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("exact_products")
 KINDS = list(tiny.CONFIGS)
 TOLERANCE = 2e-5
 # Gemma 4 normalises what may be small, the layers' own embeddings behind a gate: rounding is a part of the result.

@@ -10,6 +10,8 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import (
 
 from jax_flash.compat.ragged_paged_attention import ragged_paged_attention, ragged_paged_attention_update
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 SIZE, PAGES, TABLE = 8, 24, 5
 # (new tokens, keys in all); garbage stands past the sequences in use.
 SEQUENCES = ((10, 33), (1, 8), (20, 40), (1, 1))
@@ -213,7 +215,7 @@ def test_queries_are_rounded_where_they_have_a_scale(kernel):
 def test_the_cache_is_updated_in_place(kernel, layout, shape):
     heads = (4 if layout == "interleaved" else 8, 64 if layout == "interleaved" else 32)
     query, key = jnp.ones((4, heads[0] * 2, heads[1]), jnp.bfloat16), jnp.ones((4, *heads), jnp.bfloat16)
-    cache = jax.ShapeDtypeStruct((512, 16, *shape), jnp.bfloat16)
+    cache = jax.ShapeDtypeStruct((8192, 16, *shape), jnp.bfloat16)  # larger than a GPU's workspace
     size = int(np.prod(cache.shape)) * 2
     arrays = (
         jnp.full(4, 100),
