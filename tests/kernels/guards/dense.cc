@@ -42,6 +42,10 @@ class Case : DenseCase {
   }
 
  private:
+  // Whether row_max is integers in the order of floats, of which JAX makes floats, as CUDA's is. That of −0
+  // has a NaN's bits.
+  const bool ordered_max_ = backend::name().starts_with("sm_");
+
   // Runs the pass twice, alone and with helpers, on results filled with NaN; false where no kernel runs it.
   bool check_pass(const char* name, Pass pass, std::vector<View*> results,
                   const Tangents* tangents = nullptr) {
@@ -54,7 +58,7 @@ class Case : DenseCase {
       first.emplace_back(m.data(), m.bytes());
       const bool by_row = view == &p_.lse || view == &p_.row_max || view == &t_.tlse;
       const DType dtype = by_row ? DType::kF32 : view == &p_.dbias ? p_.bias_dtype : p_.dtype;
-      for (size_t i = 0; i < m.bytes(); i += size_of(dtype)) {
+      for (size_t i = 0; i < m.bytes() && !(view == &p_.row_max && ordered_max_); i += size_of(dtype)) {
         if (std::isnan(value_of(dtype, m.data() + i))) {
           fail(std::string(name) + " left NaN at byte " + std::to_string(i) + " of the " +
                std::to_string(m.bytes()) + " of " + m.name);
@@ -81,7 +85,7 @@ class Case : DenseCase {
       const float value = value_of(DType::kF32, x);
       if (value == kInf || (!used && value != -kInf)) fail("lse is " + std::to_string(value));
     });
-    if (!p_.row_max || backend::name().starts_with("sm_")) return;  // JAX makes floats of CUDA's
+    if (!p_.row_max || ordered_max_) return;
     each(p_.row_max, true, p_.heads, 0, 4, [&](char* x, bool used) {
       const float value = value_of(DType::kF32, x);
       if (value == kInf || (!used && value != -kInf)) fail("row_max is " + std::to_string(value));
