@@ -109,7 +109,7 @@ def rows_for(mutants: list[Mutant], rows: tuple[str, ...]) -> tuple[str, ...]:
 # --- where a mutant runs ------------------------------------------------------------------------------------------
 
 RUNS = ("cpu", "guards", "emulated", "gpu")
-# The emulator's library has one head dim, whose rows take the smaller ones too.
+# The emulator's library has the head dims 64 and 512, whose rows take the smaller ones too.
 EMULATED_REST = (
     *("tests/test_several_tiles.py", "tests/test_append.py", "tests/test_paged_gradients.py"),
     *("-k", "not (xla or d72 or d96 or d128 or d160 or d192 or d224 or d256)"),
