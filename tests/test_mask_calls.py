@@ -211,6 +211,8 @@ RINGED = {
 @pytest.mark.parametrize("name", [*RINGED, "spans", "positions", "ranges"])
 def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
     require_devices(2)
+    if implementation == "xla" and (mode, order) not in {("ring", "zigzag"), ("all_to_all", "contiguous")}:
+        pytest.skip("the order of rows is none of plain JAX's: the kernel has each")
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
     shard = P(None, "x")
     ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)

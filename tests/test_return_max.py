@@ -64,8 +64,13 @@ def check(case: Case, implementation: str, inputs: Inputs | None = None) -> None
 
 
 @pytest.mark.parametrize("case", CASES + MORE, ids=lambda case: case.name)
-def test_it_is_the_largest_visible_score(case, implementation):
-    check(case, implementation)
+def test_it_is_the_largest_visible_score(case, kernel):
+    check(case, kernel)
+
+
+@pytest.mark.parametrize("case", CASES[::3] + MORE, ids=lambda case: case.name)
+def test_it_is_the_largest_visible_score_in_plain_jax(case):
+    check(case, "xla")
 
 
 @pytest.mark.parametrize(
