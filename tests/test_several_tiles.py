@@ -20,7 +20,7 @@ if not EMULATED and IMPLEMENTATION != "cuda":
     pytest.skip("neither a GPU's kernels nor emulated ones are tested", allow_module_level=True)
 
 HALF = ("bfloat16", "float16")
-PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224))
+PADDED_HEAD_DIMS = ((8, 8), (40, 40), (64, 24), (72, 128), (160, 112), (224, 224), (320, 488))
 SQ, SK = (150, 170) if EMULATED else (300, 1104)
 SIZES = {"b": 1, "hq": 2, "hk": 1, "sq": SQ, "sk": SK}
 SCORES_EMULATED = 300_000  # that a case may have at most there

@@ -122,7 +122,7 @@ class Library:
         for line in _run("ninja", "-C", self.folder, "-t", "deps").splitlines():
             if line and not line.startswith(" "):
                 output = line.partition(":")[0]
-            elif os.path.normpath(line.strip()) == str(self.root / file) and output.startswith(
+            elif os.path.normpath(self.folder / line.strip()) == str(self.root / file) and output.startswith(
                 "CMakeFiles/jax_flash_cuda"
             ):
                 found.append(output)
