@@ -207,7 +207,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (R.is_paged()) {
-        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64) {
+        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64 && !R.is_sliced()) {
           const bool exact = p.head_dim == R.head_dim && p.value_dim == R.value_dim;
           if (exact && has_page_map(p, p.key, p.head_dim) && has_page_map(p, p.value, p.value_dim))
             return run.template operator()<kKind, PagedRowsLoader, 1>();
