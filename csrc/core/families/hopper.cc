@@ -138,6 +138,7 @@ class Forward final : public PassTraits {
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
     if (row.block_m % group || rows <= kDecodeRows || rows > kMostRows) return false;
+    if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
     const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m);
     const int64_t sms = std::max(1, call.device.sm_count);
     return tiles >= sms &&

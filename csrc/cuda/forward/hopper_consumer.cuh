@@ -82,11 +82,10 @@ struct Consumer {
     shared.q_pipe[consumer].release(tile_index);
   }
 
-  // The address of a tile. With one stage it never changes, and the descriptors of all k steps do not fit in
-  // registers.
+  // The address of a tile. Descriptors of all k steps of a wide head do not fit in registers.
   static __device__ __forceinline__ uint32_t address(const void* tile) {
     const uint32_t at = ptx::shared_address(tile);
-    return C::kStages == 1 ? ptx::here(at) : at;
+    return C::kSliced ? ptx::here(at) : at;
   }
 
   // S of a tile's first kKeys keys.
