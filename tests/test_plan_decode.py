@@ -299,6 +299,14 @@ def test_latent_pools_have_kernels_of_their_own():
     assert plan(**LATENT | {"d": 192, "dv": 128, "value_dim": 128, "heads": 8})["row"]["d"] == 192
 
 
+@pytest.mark.parametrize("batch", [64, 256])
+def test_pools_whose_values_are_all_of_their_keys_run_them_too(batch):
+    shared = plan(batch=batch, q_rows=1, heads=64, kv_heads=1, d=512, dv=512, value_dim=512)["row"]
+    assert (shared["arch"], shared["pass"], shared["d"]) == ("sm90", "decode", 576)
+    apart = plan(batch=256, q_rows=1, heads=64, kv_heads=1, d=512, dv=512)["row"]
+    assert (apart["arch"], apart["pass"], apart["d"]) == ("sm90", "forward", 512)
+
+
 def test_keys_and_values_beside_each_other_run_the_kernels_of_separate_pools():
     shared = {"value_dim": 64, "value_start": 64, "pool_columns": 128}
     for options in ({}, {"q_rows": 300}, {"float8": True}, {"capability": 80}):

@@ -20,12 +20,20 @@ def arch(**options: Any) -> str:
 
 
 def test_hopper_has_a_forward_of_its_own():
-    for d, dv in HEAD_DIMS[:-1]:
+    for d, dv in HEAD_DIMS:
         assert arch(d=d, dv=dv) == arch(d=d, dv=dv, dtype="float16", varlen=True, leading=3) == "sm90"
         for name in ("bias", "mask", "alibi_slopes", "dropout", "q_segment_ids", "ranges"):
             assert arch(d=d, dv=dv, operands=(name,)) == "sm90"
         assert arch(d=d, dv=dv, dtype="float32") == arch(d=d, dv=dv, device=A100) == "sm80"
-    assert arch(d=512, dv=512) == "sm80"
+
+
+@pytest.mark.parametrize(("dv", "slices"), [(0, 1), (64, 1), (256, 1), (264, 2), (512, 2)])
+def test_ctas_of_their_own_work_on_each_slice_of_256_value_columns(dv, slices):
+    few = plan(d=512, dv=dv, batch=1, heads=2, kv_heads=1, q_rows=1000)
+    assert tile(few) == (128, 64)
+    assert few["queries"]["blocks"] == 2 * 8
+    assert few["persistent_ctas"] == 2 * 8 * slices
+    assert plan(d=512, dv=dv, batch=16)["persistent_ctas"] == 132
 
 
 def test_hopper_has_a_backward():

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t slice_offset() {
 
 // Slices of `columns`; at least one, since every row has statistics.
 template <class C>
-int32_t slice_count(int32_t columns) {
+__host__ __device__ constexpr int32_t slice_count(int32_t columns) {
   return C::kSliced && columns > 0 ? (columns - 1) / C::kSliceColumns + 1 : 1;
 }
 

@@ -103,8 +103,10 @@ class Forward final : public PassTraits {
     const bool unequal = call.tiles_differ() || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
     const int64_t cluster = plan.cluster_size;
+    const int64_t slices =
+        row.is_sliced() && s.value_dim > 0 ? ceil_div(s.value_dim, row.slice_columns()) : 1;
     const int64_t blocks =
-        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster;
+        grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster * slices;
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.q_rows, row.block_n, plan.queries, workspace);
     } else {
@@ -136,6 +138,7 @@ class Forward final : public PassTraits {
     if (spec.left >= 0 || counts_tokens || spec.softcap > 0 || !(spec.scale > 0)) return false;
     const int64_t group = s.heads / s.kv_heads, rows = group * s.q_rows;
     if (row.block_m % group || rows <= kDecodeRows || rows > kMostRows) return false;
+    if (latent::Decode::are_latent(spec, dims_of(s))) return false;  // latent kernels read each key once
     const int64_t tiles = call.entries() * s.kv_heads * ceil_div(rows, row.block_m);
     const int64_t sms = std::max(1, call.device.sm_count);
     return tiles >= sms &&

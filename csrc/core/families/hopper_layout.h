@@ -13,10 +13,10 @@ inline constexpr int64_t kStateBytes = 2048;         // barriers and tile states
 inline constexpr int64_t kMaxSharedBytes = 232'448;  // that a CTA may use
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
-// Q of one tile, and `stages` tiles of K and of V; of each team.
+// Q of one tile, and `stages` tiles of K and of V, of a slice's columns; of each team.
 constexpr int64_t forward_tile_bytes(const Row& r) {
   return kElementBytes *
-         (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.value_dim));
+         (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.slice_columns()));
 }
 
 // Whether the plain dense kernel stores o by TMA from shared memory; only for tiles where that was measured

@@ -40,6 +40,7 @@
 #include "cuda/ptx/registers.cuh"
 #include "cuda/registry.h"
 #include "cuda/score/hopper_variants.cuh"
+#include "cuda/slices.cuh"
 #include "cuda/tile/operands.cuh"
 
 namespace jax_flash {
@@ -54,7 +55,9 @@ struct ForwardSm90 {
   static constexpr ScoreKind kKind = Kind;
   static constexpr int kCluster = Cluster, kTeams = R.teams;
   static constexpr bool kPacksHeads = R.design == Design::kPackedHeads;
-  static constexpr int kHeadDim = R.head_dim, kValueDim = R.value_dim, kM = R.block_m, kStages = R.stages;
+  static constexpr bool kSliced = R.is_sliced();
+  static constexpr int kSliceColumns = R.slice_columns();
+  static constexpr int kHeadDim = R.head_dim, kValueDim = kSliceColumns, kM = R.block_m, kStages = R.stages;
   static constexpr int kConsumers = kM / kConsumerRows, kAllConsumers = kTeams * kConsumers;
   static constexpr int kThreads = R.warps * 32;
   // The bias needs one or two stages of tiles in addition to Q, K and V; key tiles are smaller if these do
@@ -105,7 +108,8 @@ struct ForwardSm90 {
   // registers differently, nor with clusters, which run too long for it to show.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1;
   using Shared = ForwardShared<T, QTile, KTile, VTile, kStages, kConsumers, Input, kCluster, Output,
-                               std::conditional_t<kRanges, RangesOfTile<kConsumers>, NoRangesOfTile>>;
+                               std::conditional_t<kRanges, RangesOfTile<kConsumers>, NoRangesOfTile>,
+                               std::conditional_t<kSliced, SliceOfTile, NoSliceOfTile>>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
       Loader::kWarps * std::min<uint32_t>(Loader::kLanes, ptx::kWarpArrivals) +
@@ -203,7 +207,7 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
   } else {
     return launch_score<R>(plan.score, [&]<ScoreKind kKind>() {
       if constexpr (R.is_paged()) {
-        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64) {
+        if constexpr (kKind == ScoreKind::kPlain && R.head_dim > 64 && !R.is_sliced()) {
           const bool exact = p.head_dim == R.head_dim && p.value_dim == R.value_dim;
           if (exact && has_page_map(p, p.key, p.head_dim) && has_page_map(p, p.value, p.value_dim))
             return run.template operator()<kKind, PagedRowsLoader, 1>();

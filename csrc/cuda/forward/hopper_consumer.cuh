@@ -82,6 +82,12 @@ struct Consumer {
     shared.q_pipe[consumer].release(tile_index);
   }
 
+  // The address of a tile. Descriptors of all k steps of a wide head do not fit in registers.
+  static __device__ __forceinline__ uint32_t address(const void* tile) {
+    const uint32_t at = ptx::shared_address(tile);
+    return C::kSliced ? ptx::here(at) : at;
+  }
+
   // S of a tile's first kKeys keys.
   template <int kKeys>
   __device__ __forceinline__ auto& columns() {
@@ -91,11 +97,11 @@ struct Consumer {
   // Issues S = Q Kᵀ  [64, kKeys], with the first keys of a tile.
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_scores(uint32_t use) {
-    const RowsDescriptor<KTile> k(ptx::shared_address(shared.k[use % C::kStages]));
+    const RowsDescriptor<KTile> k(address(shared.k[use % C::kStages]));
     if constexpr (C::kQueryInRegisters) {
       start_scores(columns<kKeys>(), query, k);
     } else {
-      start_scores(columns<kKeys>(), RowsDescriptor<QTile>(ptx::shared_address(shared.q[consumer])), k);
+      start_scores(columns<kKeys>(), RowsDescriptor<QTile>(address(shared.q[consumer])), k);
     }
   }
   template <class Scores, class Q>
@@ -112,7 +118,7 @@ struct Consumer {
   // Issues O ← O + P V  [64, dv], with the first kKeys keys of a tile.
   template <int kKeys = C::kN>
   __device__ __forceinline__ void start_values(uint32_t use) {
-    const ColumnsDescriptor<VTile> v(ptx::shared_address(shared.v[use % C::kStages]));
+    const ColumnsDescriptor<VTile> v(address(shared.v[use % C::kStages]));
     ptx::wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)

@@ -73,6 +73,7 @@ struct LoadWarp {
   __device__ __forceinline__ void load(const BlockWork& work, const Interval& tiles, uint32_t tile_index) {
     const bool used = !tiles.empty();
     if (used) loader.begin(maps.keys, work, tiles);
+    if constexpr (C::kSliced) loader.begin_values_at(shared.tiles[tile_index % kTileStates].column);
     if (kKeys && used) load_key(tiles.hi - 1, kv_index);
     if constexpr (kValues) {
       for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);

@@ -6,6 +6,7 @@
 
 #include "cuda/forward/hopper_state.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
+#include "cuda/slices.cuh"
 
 namespace jax_flash {
 
@@ -38,10 +39,13 @@ struct SchedulerThread {
     uint32_t tile_index = 0;
     Scheduler scheduler{all, shared.mailbox};
     uint32_t number = Scheduler::first(team);
-    while (number < all.count) {
+    const uint32_t count = all.count * slice_count<C>(p.value_dim);
+    while (number < count) {
       shared.state_pipe.wait_empty(tile_index);
       Tile& tile = shared.tiles[tile_index % kTileStates];
-      tile.work = scheduler.work(reload(p), number);
+      uint32_t wanted = number;
+      if constexpr (C::kSliced) wanted = tile.template take<C>(reload(p), number);
+      tile.work = scheduler.work(reload(p), wanted);
       if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
       // Waits until the load warp is near the end of the previous tile.
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);

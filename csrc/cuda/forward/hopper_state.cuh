@@ -10,6 +10,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/score/operands.cuh"
+#include "cuda/slices.cuh"
 #include "cuda/tile/copy.cuh"
 #include "cuda/work.cuh"
 
@@ -36,9 +37,24 @@ struct RangesOfTile {
 };
 struct NoRangesOfTile {};
 
+// Which columns of V and O kernels for slices work on. The slices of a query tile have consecutive numbers,
+// as they read the same Q and K, and write the same lse and largest scores.
+struct SliceOfTile {
+  int32_t column;  // the first one
+
+  // The tile that `number` is a slice of.
+  template <class C>
+  __device__ __forceinline__ uint32_t take(const Problem& p, uint32_t number) {
+    const uint32_t slices = slice_count<C>(p.value_dim);
+    column = static_cast<int32_t>(number % slices) * C::kSliceColumns;
+    return number / slices;
+  }
+};
+struct NoSliceOfTile {};
+
 // What producers and consumers know of a query tile. The tile scheduler's thread writes it, in three parts.
-template <class T, int kConsumers, class Ranges>
-struct TileState : Ranges {
+template <class T, int kConsumers, class Ranges, class Slice>
+struct TileState : Ranges, Slice {
   BlockWork work;
   Band band;
   ScoreOperands score;
@@ -101,6 +117,10 @@ struct TileState : Ranges {
   // Finds what the consumers' epilogue needs.
   __device__ __forceinline__ void prepare_outputs(const Problem& p) {
     out = {p.out.as<T>() + offset(p.out), p.out.row, p.value_dim};
+    if constexpr (std::is_same_v<Slice, SliceOfTile>) {
+      out.data += this->column;
+      out.columns -= this->column;
+    }
     reload_shared();
     lse.data = p.lse.as<float>() + offset(p.lse);
     reload_shared();
@@ -190,13 +210,13 @@ struct TileState : Ranges {
 
 // A team's shared memory. Input: what the score variant stages per key tile.
 template <class T, class QTile, class KTile, class VTile, int kStages, int kConsumers, class Input,
-          int kCluster, class Output, class Ranges>
+          int kCluster, class Output, class Ranges, class Slice>
 struct ForwardShared : Input::Buffer {
   alignas(1024) uint8_t q[kConsumers][QTile::kBytes];
   alignas(1024) uint8_t k[kStages][KTile::kBytes];
   alignas(1024) uint8_t v[kStages][VTile::kBytes];
   [[no_unique_address]] typename Output::Tiles o;
-  using Tile = TileState<T, kConsumers, Ranges>;
+  using Tile = TileState<T, kConsumers, Ranges, Slice>;
   Tile tiles[kTileStates];
   Pipeline<kTileStates> state_pipe;     // tile states; full: all of it, or with kEarlyLoad begin()'s part
   Pipeline<kTileStates> consumer_pipe;  // with kEarlyLoad: full when prepare() is done

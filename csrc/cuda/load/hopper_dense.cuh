@@ -38,6 +38,8 @@ class DenseLoader {
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
   }
+  // Of the values, only columns from here on are loaded. After begin().
+  __device__ __forceinline__ void begin_values_at(int32_t column) { value.column = column; }
   // This thread has read the work that begin() was given.
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {

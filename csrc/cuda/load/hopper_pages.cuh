@@ -23,9 +23,9 @@ struct NanRows {
 };
 static __device__ const NanRows kNan{};
 
-// The rows of a page from `slot` on, in one of its leading entry's heads.
+// The rows of a page from `slot` on, in one of its leading entry's heads, and their columns from `column` on.
 struct PageRows {
-  int32_t head, slot, page, leading;
+  int32_t head, slot, page, leading, column;
 };
 
 // A box for each panel of 64 columns: serves every layout and head dim.
@@ -39,11 +39,11 @@ struct PanelBoxes {
   template <class Tile>
   __device__ __forceinline__ static void load(uint32_t tile, int32_t first, const Map& map, uint32_t barrier,
                                               const PageRows& at) {
-    load_rows<Tile>(tile, first, map, barrier, {0, at.head, at.slot, at.page, at.leading});
+    load_rows<Tile>(tile, first, map, barrier, {at.column, at.head, at.slot, at.page, at.leading});
   }
 };
 
-// A box with all panels, into a GroupedTile: where has_page_map().
+// A box with all panels, into a GroupedTile: where has_page_map(), of kernels without slices.
 struct WholeRowBoxes {
   using Map = PageMap;
 
@@ -98,6 +98,7 @@ class PageLoader {
     find(maps, tiles.hi - 1);
     head = maps.group.quotient(work->head);
   }
+  __device__ __forceinline__ void begin_values_at(int32_t column) { first_value = column; }
   template <class Pipe>
   __device__ __forceinline__ void release(const Pipe& state, uint32_t use) const {
     state.release(use);
@@ -138,7 +139,8 @@ class PageLoader {
       Boxes::template load<Tile>(tile, lane * maps.box, maps.missing, barrier, {});
     } else if (lane < maps.boxes) {
       const int32_t leading = view.leading[0] ? static_cast<int32_t>(work->leading) : 0;
-      Boxes::template load<Tile>(tile, lane * maps.box, map, barrier, {head, slot, page, leading});
+      const int32_t column = C::kSliced && !kNanIfMissing ? first_value : 0;
+      Boxes::template load<Tile>(tile, lane * maps.box, map, barrier, {head, slot, page, leading, column});
     }
     find(maps, n - 1);
   }
@@ -146,10 +148,11 @@ class PageLoader {
   static constexpr int32_t kNoSlot = -1;  // of a box past the keys
   const Problem& p;
   const BlockWork* work;
-  const int32_t* entries;  // of the block table's row
-  int32_t head;            // of K and V
-  int32_t page = 0, slot;  // this lane's box of the next tile
-  bool missing;            // its page lies outside the pool
+  const int32_t* entries;   // of the block table's row
+  int32_t head;             // of K and V
+  int32_t first_value = 0;  // column of V
+  int32_t page = 0, slot;   // this lane's box of the next tile
+  bool missing;             // its page lies outside the pool
 };
 
 template <class C>
