@@ -190,10 +190,6 @@ def _loads_rows(spec: Spec, shapes: dict[str, tuple[Any, ...]], head_dims: tuple
 def _require_cuda_kernel(pass_: Pass, spec: Spec, dtype: str, d: int, dv: int) -> None:
     operation = f"jax_flash {pass_.name}"
     require_cuda(operation)
-    if "block_mask" in spec.operands:
-        raise NotImplementedError(
-            f'{operation}: no CUDA kernel reads masks.blocks(…) yet; implementation="xla" runs it'
-        )
     library = cuda_library()
     if library is None or not local_devices("cuda") or pass_.in_place:  # append_kv has one kernel for all
         return

@@ -58,8 +58,6 @@ def runs_cuda_kernels(implementation: str) -> bool:
 
 def why_no_case(implementation: str, case: Case) -> str | None:
     """What a case needs and the library lacks."""
-    if runs_cuda_kernels(implementation) and "blocks" in case.forms:
-        return "no CUDA kernel reads masks.blocks"
     return why_not_built(implementation, ("forward",), case.dtype, (case.d, case.dv))
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import pytest
 
 import jax_flash
-from jax_flash import masks
 
 # No library, or another platform's.
 
@@ -44,15 +43,6 @@ def test_cuda_on_a_cpu_raises_when_called():
 
 
 # On CUDA, what no kernel reads or was built for.
-
-
-def test_blocks_raise_when_lowered_for_cuda_and_name_plain_jax(lowers_for_cuda):
-    chosen = masks.blocks(jnp.zeros((1, 1, 1, 1), jnp.int32), (16, 16))
-    with pytest.raises(
-        NotImplementedError, match=r'no CUDA kernel reads masks\.blocks.*implementation="xla"'
-    ):
-        lower("cuda", mask=chosen)
-    lower("cuda", mask=chosen, implementation="xla")
 
 
 def test_head_dims_and_dtypes_that_were_not_built_raise_and_name_plain_jax(kernel):

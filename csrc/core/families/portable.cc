@@ -16,6 +16,8 @@ int32_t element_size(const Call& call) { return call.shapes.dtype == DType::kF32
 // A pass with a CTA for each query tile and head.
 class ByQueryTiles : public PassTraits {
  public:
+  bool takes_blocks() const override { return true; }
+
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     plan.queries = tile_grid(call, call.shapes.q_rows, call.shapes.heads, row.block_m, workspace);
@@ -38,6 +40,8 @@ class Forward final : public ByQueryTiles {
 // compute it in a second kernel, over query tiles.
 class Backward final : public PassTraits {
  public:
+  bool takes_blocks() const override { return true; }
+
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return backward_shared_bytes(row, element_size(call));
   }
@@ -65,6 +69,8 @@ class Backward final : public PassTraits {
 
 class BiasGradient final : public PassTraits {
  public:
+  bool takes_blocks() const override { return true; }
+
   int64_t shared_bytes(const KernelRow& row, const Call& call) const override {
     return bias_gradient_shared_bytes(row, element_size(call));
   }

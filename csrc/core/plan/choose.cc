@@ -73,6 +73,7 @@ bool runs(const KernelRow& row, const Call& call) {
   return row.arch->family().of(row.pass) && row.takes(call.loader()) && row.takes(s.dtype) &&
          row.takes(s.kv_dtype) && row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
          row.arch->covers(call.device.capability) && traits_of(row).serves(row, call) &&
+         (!call.spec.has(Operand::kBlockMask) || traits_of(row).takes_blocks()) &&
          traits_of(row).shared_bytes(row, call) <= call.device.shared_memory;
 }
 
@@ -101,7 +102,6 @@ bool find_score(const KernelRow& row, const Call& call, ScoreKind& found) {
 const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> built) {
   const Candidates scores(call);
   const KernelRow* best = nullptr;
-  if (call.spec.has(Operand::kBlockMask)) return best;  // no kernel reads it yet
   for (const KernelRow& row : built) {
     if (row.pass != pass || scores.of(row) == std::size(scores.kinds) || !runs(row, call)) continue;
     if (!best || better(row, *best, call, scores)) best = &row;
@@ -111,8 +111,6 @@ const KernelRow* choose(Pass pass, const Call& call, std::span<const KernelRow> 
 
 std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
   const Shapes& s = call.shapes;
-  if (call.spec.has(Operand::kBlockMask))
-    return "jax_flash: no CUDA kernel reads masks.blocks(…) yet; implementation=\"xla\" runs it";
   std::string rows, last;
   for (const KernelRow& row : built) {
     const bool latent = call.spec.shared_kv() && row.is_latent();  // the pools have no forward of their own
@@ -125,6 +123,7 @@ std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
   }
   return std::string("jax_flash: no CUDA kernel was built for the ") + name_of(call.loader()) + " " +
          name_of(call.pass) + " of " + name_of(s.dtype) + (call.float8_pools() ? " over float8 pools" : "") +
+         (call.spec.has(Operand::kBlockMask) ? " with masks.blocks(…)" : "") +
          " with d=" + std::to_string(s.head_dim) + ", dv=" + std::to_string(s.value_dim) + " on sm_" +
          std::to_string(call.device.capability) + " with " + std::to_string(call.device.shared_memory) +
          " bytes of shared memory (built: " + (rows.empty() ? "none" : rows) +

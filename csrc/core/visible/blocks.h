@@ -21,6 +21,13 @@ struct BlockMask {
   JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
     return at < rows && column < columns && seen[h * head + at * row + column] != 0;
   }
+  // Whether any of `rows` sees a key of `keys` by the blocks of head h; neither is empty.
+  JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {
+    for (int32_t at = (rows.lo + first_row) / block_rows; at <= (rows.hi - 1 + first_row) / block_rows; ++at)
+      for (int32_t j = (keys.lo + first_key) / block_keys; j <= (keys.hi - 1 + first_key) / block_keys; ++j)
+        if (sees_block(h, at, j)) return true;
+    return false;
+  }
   JF_HD bool sees(int32_t h, int32_t i, int32_t j) const {
     return sees_block(h, (i + first_row) / block_rows, (j + first_key) / block_keys);
   }

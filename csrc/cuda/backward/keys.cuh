@@ -106,6 +106,7 @@ template <class C>
 __device__ __forceinline__ void prepare_score(const Problem& p, KeyBlockState<typename C::Element>& block,
                                               int32_t head) {
   block.score.template prepare<typename C::Score>(p, block.work, block.work.head + head);
+  block.score_head = head;
 }
 
 // For kernels with score options, between a step's copies and its products: zeros unseen rows and, if the
@@ -115,7 +116,12 @@ __device__ __forceinline__ void prepare_step(const Problem& p, KeyBlockState<typ
                                              const QueryStep& step, uint8_t* q, const float* statistics) {
   clear_unseen<C>(q, statistics);
   // clear_unseen contains a __syncthreads, so every thread is done with the last head's block.score.
-  if (step.head > 0 && step.tile == block.tiles.lo) {
+  bool new_head = step.head > 0 && step.tile == block.tiles.lo;
+  if constexpr (C::Score::reads(Operand::kBlockMask)) {
+    new_head = step.head != block.score_head;  // a head's first tiles may be hidden
+    if (new_head) __syncthreads();             // every thread has compared the heads
+  }
+  if (new_head) {
     if (threadIdx.x == 0) prepare_score<C>(p, block, step.head);
     __syncthreads();
   }
@@ -140,21 +146,32 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
   typename C::DV dv;
   dk.clear(), dv.clear();
   QueryStep step{0, block.tiles.lo, 0};
+  const auto advance = [&](QueryStep& x) {
+    if constexpr (C::Score::reads(Operand::kBlockMask)) {
+      if (p.block_mask)
+        return x.advance(block.tiles, heads,
+                         [&](const QueryStep& at) { return block.blocks_hide(p, at, C::kM, C::kN); });
+    }
+    x.advance(block.tiles);
+  };
   auto load_step = [&](const QueryStep& next) {
     load_queries<C>(p, block, next, stages + next.number % C::kStages * kLayout.stage_bytes);
     barriers.arrive_queries_full(next);
   };
   auto load_next_step = [&] {
     QueryStep next = step;
-    next.advance(block.tiles);
+    advance(next);
     if (next.head < heads) load_step(next);
   };
-  if (!block.tiles.empty()) {
+  if constexpr (C::Score::reads(Operand::kBlockMask)) {
+    if (!block.tiles.empty() && block.blocks_hide(p, step, C::kM, C::kN)) advance(step), step.number = 0;
+  }
+  if (!block.tiles.empty() && step.head < heads) {
     load_tile<typename C::KTile, C::kThreads>(k, block.key, tile.row, tile.used_keys());
     load_tile<typename C::VTile, C::kThreads>(k + kLayout.v, block.value, tile.row, tile.used_keys());
     load_step(step);
   }
-  for (; !block.tiles.empty() && step.head < heads; step.advance(block.tiles)) {
+  for (; !block.tiles.empty() && step.head < heads; advance(step)) {
     const int stage = step.number % C::kStages, begin = kLayout.queries + stage * kLayout.stage_bytes;
     const uint32_t q = k + begin, d_out = q + kLayout.d_out;
     const auto* statistics = reinterpret_cast<const float*>(shared + begin + kLayout.lse);

@@ -20,6 +20,15 @@ struct KeyBlockState : GradientBlock<T> {
   GlobalRows<T> dkey, dvalue;
   float* dquery;  // in the accumulator of dQ, at the sequence's first row and the group's first head, or null
 
+  int32_t score_head;  // of the group: the one that `score` is of
+
+  // Whether block masks hide the block's keys from all rows of a step.
+  __device__ __forceinline__ bool blocks_hide(const Problem& p, const QueryStep& step, int32_t block_m,
+                                              int32_t block_n) const {
+    const int32_t row = step.tile * block_m, key = this->work.tile.row;
+    return this->score.blocks_hide(p, step.head - score_head, {row, row + block_m}, {key, key + block_n});
+  }
+
   // `column`: the first one of dK, dV and dQ that the CTA works on.
   __device__ void prepare(const Problem& p, const GridTiles& grid, int32_t block_m, int32_t block_n,
                           float* accumulator, int32_t column) {

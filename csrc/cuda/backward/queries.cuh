@@ -85,6 +85,12 @@ __device__ __forceinline__ void backward_queries(const Problem& p,
   }
   for (int32_t n = block.tiles.lo; n < block.tiles.hi; ++n) {
     const int32_t key = n * C::kN;
+    if constexpr (C::Score::reads(Operand::kBlockMask)) {
+      if (block.score.blocks_hide(p, 0, {tile.row, tile.row + C::kM}, {key, key + C::kN})) {
+        vk.wait_first(n), vk.wait_second(n);
+        continue;
+      }
+    }
     typename C::S s, dp;
     mma_qk<DoTile, typename C::VTile>(dp, d_out, warp_row, vk.wait_first(n));  // dP = dO Vᵀ  [M, N]
     const uint32_t k = vk.wait_second(n);

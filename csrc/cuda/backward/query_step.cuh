@@ -44,6 +44,14 @@ struct QueryStep {
     ++number;
     if (++tile == tiles.hi) tile = tiles.lo, ++head;
   }
+  // Likewise, to the next step that hidden(step) does not hold for; `number` counts those alone.
+  template <class Hidden>
+  __device__ __forceinline__ void advance(const Interval& tiles, int32_t heads, Hidden hidden) {
+    const int32_t next = number + 1;
+    do advance(tiles);
+    while (head < heads && hidden(*this));
+    number = next;
+  }
   __device__ __forceinline__ void advance(const QueryWalk& walk) {
     ++number;
     if (walk.heads_inner) {

@@ -160,6 +160,12 @@ __device__ __forceinline__ void forward_tile(const Problem& p, const typename C:
     if constexpr (C::kQSteps > 0) {
       if (n == block.tiles.lo) q.read(q_tile, warp_row);
     }
+    if constexpr (C::Score::reads(Operand::kBlockMask)) {
+      if (block.score.blocks_hide(p, 0, {tile.row, tile.row + C::kM}, {key, key + C::kN})) {
+        kv.wait_second(n);
+        continue;
+      }
+    }
     typename C::Score score;
     score.prefetch(at, key);
     KeptNumbers<S> numbers = {};

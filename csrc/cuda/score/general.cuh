@@ -1,5 +1,5 @@
-// The general score: scale, softcap, bias, ALiBi, segments, ranges and mask, one pass over the tile for each
-// that the call has. Which it has is the same for the whole grid.
+// The general score: scale, softcap, bias, ALiBi, segments, ranges, blocks and mask, one pass over the tile
+// for each that the call has. Which it has is the same for the whole grid.
 #pragma once
 
 #include <cmath>
@@ -9,6 +9,7 @@
 #include "cuda/load/global_bias.cuh"
 #include "cuda/score/alibi.cuh"
 #include "cuda/score/bias.cuh"
+#include "cuda/score/blocks.cuh"
 #include "cuda/score/dropout.cuh"
 #include "cuda/score/mask.cuh"
 #include "cuda/score/operands.cuh"
@@ -20,15 +21,15 @@
 
 namespace jax_flash {
 
-// Any options but dropout. Operands are read only where row and key are in use.
-template <class S>
+// Any options but dropout. Operands are read only where row and key are in use. kBlocks: block masks, too.
+template <class S, bool kBlocks = true>
 struct GeneralScore : ScoreVariant<S> {
   static constexpr bool kGeneral = true, kPositional = true, kScalesGradient = true;
   // A lane of a transposed S has no neighbouring keys, so that it would read these element by element. The
   // tile may stage them: Tile::apply_tiles().
   static constexpr bool kBiasAndMask = !S::kTransposed;
   static constexpr bool reads(Operand operand) {
-    return operand != Operand::kDropout &&
+    return operand != Operand::kDropout && (kBlocks || operand != Operand::kBlockMask) &&
            (kBiasAndMask || (operand != Operand::kBias && operand != Operand::kMask));
   }
   template <class T, class M = float>
@@ -121,6 +122,7 @@ struct GeneralScore : ScoreVariant<S> {
       hide_other_segments(s, operands, band, row, tile.key);
     if (in_segment == InSegment::kNone) for_each(s, [](float& x, int, int, int) { x = -INFINITY; });
     if (p.ranges) hide_outside_ranges(s, operands.row_ranges(p), band, row, tile.key);
+    if (kBlocks && p.block_mask) hide_outside_blocks(s, operands.block_mask(p), row, tile.key);
     if (!kStaged && kBiasAndMask && p.mask) {
       for_each_used<uint8_t>(s, operands.mask, p.mask, band, row, tile.key,
                              [](float& x, uint8_t seen) { hide_unless(x, seen); });

@@ -11,7 +11,7 @@ namespace jax_flash {
 // Any options but dropout. Tiles of keys that are all of the rows' own segment, or none, are found while S is
 // being multiplied.
 template <class S>
-struct HopperGeneralScore : GeneralScore<S> {
+struct HopperGeneralScore : GeneralScore<S, false> {
   InSegment in_segment;
 
   template <class Softmax>

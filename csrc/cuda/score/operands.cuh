@@ -7,6 +7,7 @@
 #include "core/draft.h"
 #include "core/plan/launch_plan.h"
 #include "core/problem.h"
+#include "core/visible/blocks.h"
 #include "core/visible/ranges.h"
 #include "cuda/score/dropout.cuh"
 #include "cuda/work.cuh"
@@ -58,7 +59,9 @@ struct RangeOperands {
 struct ScoreOperands : SegmentOperands {
   const void* bias = nullptr;
   const uint8_t *mask = nullptr, *draft = nullptr;
-  const int32_t* ranges = nullptr;  // of the first row
+  const int32_t* ranges = nullptr;       // of the first row
+  const uint8_t* blocks = nullptr;       // which blocks of keys those of rows see
+  int32_t first_row = 0, first_key = 0;  // positions in the sequence that the blocks are of
   float slope = 0;
   uint32_t batch = 0, head = 0;  // in dropout's counter
   Dropout dropout;
@@ -79,6 +82,10 @@ struct ScoreOperands : SegmentOperands {
     }
     if (Score::reads(Operand::kRanges) && p.ranges)
       ranges = p.ranges.as<const int32_t>() + work.offset(p, p.ranges, query_head, work.tile.q_begin);
+    if (Score::reads(Operand::kBlockMask) && p.block_mask) {
+      const BlockMask mask = block_mask_of(p, work.leading, work.sequence(), query_head);
+      blocks = mask.seen, first_row = mask.first_row, first_key = mask.first_key;
+    }
     if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
       slope = alibi_slope(p.alibi_slopes, p.alibi_slopes.leading_offset(p.leading, work.leading), work,
                           query_head);
@@ -98,6 +105,7 @@ struct ScoreOperands : SegmentOperands {
         static_cast<const uint8_t*>(bias) + further * p.bias.head * (p.bias_dtype == DType::kF32 ? 4 : 2);
     x.mask = mask + further * p.mask.head;
     if (Score::reads(Operand::kRanges)) x.ranges = ranges + further * p.ranges.head;
+    if (Score::reads(Operand::kBlockMask)) x.blocks = blocks + further * p.block_mask.head;
     if (Score::reads(Operand::kAlibiSlopes) && p.alibi_slopes)
       x.slope =
           alibi_slope(p.alibi_slopes, work.leading * p.alibi_slopes.leading[0], work, work.head + further);
@@ -108,6 +116,17 @@ struct ScoreOperands : SegmentOperands {
   // What the rows see by their ranges.
   __device__ __forceinline__ RowRanges row_ranges(const Problem& p) const {
     return {ranges, 0, p.ranges.row, p.limits == 4};
+  }
+
+  __device__ __forceinline__ BlockMask block_mask(const Problem& p) const {
+    return {blocks,         p.block_mask.head, p.block_mask.row,  p.mask_rows,
+            p.mask_columns, p.spec.block_rows, p.spec.block_keys, first_row,
+            first_key};
+  }
+  // Whether the blocks hide all keys of a tile from all of its rows, at the `further`-th head after this one.
+  __device__ __forceinline__ bool blocks_hide(const Problem& p, int32_t further, const Interval& rows,
+                                              const Interval& keys) const {
+    return p.block_mask && !block_mask(p).any_sees(further, rows, keys);
   }
 
   __device__ __forceinline__ TileDropout dropout_at(int32_t row, int32_t key) const {
