@@ -82,7 +82,7 @@ print-python312:
 
 .PHONY: models
 models:  ## examples/models against transformers on tiny random checkpoints, in an environment of its own (MODELS_WRITE=1: records)
-	$(if $(MODELS_WRITE),JAX_FLASH_WRITE_GOLDEN=1) $(MAKE) test VENV=.venv-models EXTRAS=test,models \
+	JAX_FLASH_MODELS=1 $(if $(MODELS_WRITE),JAX_FLASH_WRITE_GOLDEN=1) $(MAKE) test VENV=.venv-models EXTRAS=test,models \
 	  TESTS=tests/test_models_transformers.py WORKERS=$(if $(MODELS_WRITE),0,$(WORKERS)) PYTEST_ARGS="-W ignore"
 MODELS_WRITE ?=
 
