@@ -230,6 +230,16 @@ FIXED_TILES = (
         b=1,
         kv_lengths=(1750,),
     ),
+    Case(
+        "blocks of every head, several tiles",
+        sq=240,
+        sk=300,
+        b=1,
+        hq=4,
+        hk=2,
+        forms=("blocks",),
+        form_seed=25,
+    ),
 )
 VARLEN_TILES = (
     varlen("packed, many keys", (130, 70), k_sequences=(2001, 1601), causal=True, d=128, dv=128, hq=34, hk=2),

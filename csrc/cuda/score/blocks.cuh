@@ -8,21 +8,25 @@
 
 namespace jax_flash {
 
-// S [rows from `row`, keys from `key`] ← −inf where the blocks do not show the key.
+// S [rows from `row`, keys from `key`] ← −inf where the blocks do not show the key. One block of keys after
+// another, in a loop that is not unrolled: that needs the fewest registers.
 template <class S>
 __device__ __forceinline__ void hide_outside_blocks(S& s, const BlockMask& blocks, int32_t row, int32_t key) {
-  int32_t rows[S::kSlots];
+  const int32_t first = key + blocks.first_key, last = (first + S::kColumns - 1) / blocks.block_keys;
+#pragma unroll 1
+  for (int32_t column = first / blocks.block_keys; column <= last; ++column) {
+    const int32_t lo = column * blocks.block_keys - first - S::column(0);
 #pragma unroll
-  for (int slot = 0; slot < S::kSlots; ++slot)
-    rows[slot] = (row + S::row(slot) + blocks.first_row) / blocks.block_rows;
+    for (int slot = 0; slot < S::kSlots; ++slot) {
+      if (blocks.sees_block(0, (row + S::row(slot) + blocks.first_row) / blocks.block_rows, column)) continue;
 #pragma unroll
-  for (int n = 0; n < S::kColumnTiles; ++n) {
+      for (int n = 0; n < S::kColumnTiles; ++n) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int32_t column = (key + S::column(n, e) + blocks.first_key) / blocks.block_keys;
-#pragma unroll
-      for (int slot = 0; slot < S::kSlots; ++slot)
-        if (!blocks.sees_block(0, rows[slot], column)) s.at(slot, n, e) = -INFINITY;
+        for (int e = 0; e < 2; ++e) {
+          const int step = S::column_step(n, e) - lo;
+          if (0 <= step && step < blocks.block_keys) s.at(slot, n, e) = -INFINITY;
+        }
+      }
     }
   }
 }
