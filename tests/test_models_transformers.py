@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 if "JAX_FLASH_MODELS" not in os.environ:
-    pytest.skip("`make models` runs this, with the transformers of its golden results", allow_module_level=True)
+    pytest.skip(
+        "`make models` runs this, with the transformers of its golden results", allow_module_level=True
+    )
 torch = pytest.importorskip("torch", reason="torch and transformers are not installed; run `make models`")
 transformers = pytest.importorskip(
     "transformers", reason="torch and transformers are not installed; run `make models`"
