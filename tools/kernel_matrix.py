@@ -24,6 +24,8 @@ OPTIONS = {
     "`dropout_rate`": "--dropout",
     "`bias`": "--bias",
     "`mask`": "--mask",
+    "ranges (`masks`)": "--ranges 1",
+    "`masks.blocks`": "--blocks 128 128",
     "ALiBi and softcap": "--alibi-slopes --softcap 30",
     "bias and softcap": "--bias --softcap 30",
     "`deterministic`": "--deterministic",
