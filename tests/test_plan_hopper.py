@@ -136,14 +136,14 @@ def test_hoppers_backward_adds_dq_up_in_the_workspace():
     assert plan("backward", d=256, dv=256)["workspace"] == 4 * dq(1000)  # rows of all heads
 
 
-def test_hoppers_repeatable_backward_counts_the_turns_of_key_tiles():
+def test_hoppers_repeatable_backward_counts_the_tickets_of_key_tiles():
     fast, repeatable = plan("backward"), plan("backward", deterministic=True)
     assert repeatable["queries"]["blocks"] == 0
-    turns = 2 * 8 * 8 * 4  # batch × heads × query tiles of 128
-    assert repeatable["workspace"] == fast["workspace"] + turns + 256  # and a counter of tiles
+    tickets = 2 * 8 * 8 * 4  # batch × heads × query tiles of 128
+    assert repeatable["workspace"] == fast["workspace"] + tickets + 256  # and a counter of tiles
     fast, repeatable = (plan("backward", d=256, dv=256, deterministic=x) for x in (False, True))
-    turns = 2 * 8 * 16 * 4  # both CTAs of a cluster raise the count of a query tile
-    assert repeatable["workspace"] == fast["workspace"] + turns + 256
+    tickets = 2 * 8 * 16 * 4  # both CTAs of a cluster raise the count of a query tile
+    assert repeatable["workspace"] == fast["workspace"] + tickets + 256
 
 
 def test_hoppers_backward_shares_key_tiles_out():

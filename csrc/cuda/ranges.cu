@@ -59,8 +59,7 @@ __device__ Interval intersection_of_warp(Interval x) {
   return x;
 }
 
-// What a warp's block of rows from `row` on sees, at any and at all of the heads that have ranges of their
-// own.
+// The keys that a warp's block of rows from `row` on sees, over all heads that have ranges of their own.
 __device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Sequence& s, int32_t row) {
   const Band band = make_band(p, leading, s);
   const RowRanges ranges = row_ranges(p, leading, s, 0);
@@ -83,7 +82,7 @@ __device__ SeenByBlock seen_by_block(const Problem& p, int64_t leading, const Se
   return limits.seen(gap);
 }
 
-// What the blocks of a tile see together.
+// The same for a tile of several blocks.
 __device__ SeenByTile seen_by_tile(const SeenByBlock* blocks, int32_t count) {
   SeenByTile tile{{0, 0}, {0, INT32_MAX}};
   for (int32_t i = 0; i < count; ++i) {

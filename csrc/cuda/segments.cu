@@ -80,7 +80,7 @@ struct SegmentsOfTile {
   SegmentSet set;  // in every warp
   const int32_t* others = nullptr;
 
-  // Those of own[begin, end).
+  // Adds the segments of own[begin, end).
   __device__ void add(const int32_t* own, int32_t begin, int32_t end) {
     for (int32_t i = begin + static_cast<int32_t>(threadIdx.x % 32); i < end; i += 32) set.add(own[i]);
     for (int apart = 1; apart < 32; apart *= 2) set.add(from_lane(set, apart));

@@ -200,18 +200,18 @@ class Backward final : public PassTraits {
     plan_persistent(plan.keys.blocks * plan.cluster_size, unequal, s.q_rows, row.teams, call, workspace,
                     plan);
     if (call.spec.deterministic) {
-      plan.dq_turns = workspace.add(dq_turns_bytes(call.spec, dims_of(s), row.block_m).value());
+      plan.dq_tickets = workspace.add(dq_tickets_bytes(call.spec, dims_of(s), row.block_m).value());
       if (plan.tile_counter < 0) plan.tile_counter = workspace.add(kCounterBytes);
     }
   }
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
-    const Dim turns = spec.deterministic ? aligned(dq_turns_bytes(spec, s, kConsumerRows)) : Dim(0);
+    const Dim tickets = spec.deterministic ? aligned(dq_tickets_bytes(spec, s, kConsumerRows)) : Dim(0);
     return schedule_bound(spec, s, s.k_rows) +
            max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)) +
            aligned(
                max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
-           turns + aligned(kCounterBytes);
+           tickets + aligned(kCounterBytes);
   }
 
  private:

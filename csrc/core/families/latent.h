@@ -32,7 +32,7 @@ class Decode : public PassTraits {
   }
   bool runs_every_sequence(const KernelRow&) const override { return true; }
 
-  // The chunks that hold as many of the rows as there are, and no larger ones.
+  // The smallest chunk that holds all query rows of a KV head; the largest one where none does.
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
     if (a.block_m != b.block_m)
       return (a.block_m > b.block_m) == (rows_of(call) > std::min(a.block_m, b.block_m));
@@ -84,7 +84,7 @@ class Decode : public PassTraits {
   }
 
  private:
-  // Chunks of `rows` query rows of all sequences, of one KV head.
+  // The number of chunks of `rows` query rows that all sequences have for one KV head.
   static int64_t entries(const Call& call, int64_t rows) {
     const Shapes& s = call.shapes;
     const Chunks chunks(s.heads / s.kv_heads, static_cast<int32_t>(rows));

@@ -58,7 +58,7 @@ struct LaunchPlan {
   int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the
                                 // workspace; -1: CTA i takes tiles i, i + CTAs, …
   int64_t accumulator = -1;     // offset of dQ in float32; -1: none
-  int64_t dq_turns = -1;        // where the counts begin that order the additions to dQ; -1: they have none
+  int64_t dq_tickets = -1;      // where the counts begin that order the additions to dQ; -1: they have none
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
 

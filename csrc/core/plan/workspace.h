@@ -94,7 +94,7 @@ inline Dim tiled_accumulator_bytes(const AttentionSpec& spec, const DimShapes& s
 }
 
 // The counts that order the additions to dQ.
-inline Dim dq_turns_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
+inline Dim dq_tickets_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) *
          4;
 }

@@ -6,8 +6,7 @@
 
 namespace jax_flash {
 
-// What a row sees of an interval of keys: those of `hull` that are not in `hole`, the keys between its two
-// ranges.
+// The keys that a row sees: all of `hull` but those in `hole`, which lies between the row's two ranges.
 struct SeenKeys {
   Interval hull, hole;
 

@@ -1,37 +1,39 @@
-// What blocks of query rows see by the band and by ranges: a kernel finds it once per call (cuda/ranges.cu),
-// and those of score kind Ranges skip tiles by it.
+// Which keys a block of query rows sees, by the band and by ranges. A kernel computes it once per call
+// (cuda/ranges.cu), and the kernels of score kind Ranges skip key tiles by it.
 #pragma once
 
 #include "ranges.h"
 
 namespace jax_flash {
 
-inline constexpr int32_t kRowBlock = 64;  // rows of a block: a consumer warpgroup's
+inline constexpr int32_t kRowBlock = 64;  // rows of a block; a consumer warpgroup has as many
 
-// No row sees a key outside of `any`, or in `gap`, a part of it; all rows see all keys in each of `whole`.
+// No row sees a key outside `any` or inside `gap`, which lies within `any`. Every row sees all keys of both
+// intervals in `whole`.
 struct alignas(16) SeenByBlock {
   Interval any, gap, whole[2];
 };
 
-// The same of a tile of several blocks.
+// The same for a query tile, which has several blocks.
 struct alignas(16) SeenByTile {
   Interval any, gap;
 };
 
-// `gap` without what a row sees that has no hole around it.
+// Removes from `gap` the keys `seen` of a row without a hole. Where they would cut the gap in two, the part
+// after them is left.
 JF_HD Interval shrink_gap(Interval gap, Interval seen) {
   if (seen.empty() || seen.hi <= gap.lo || gap.hi <= seen.lo) return gap;
   if (seen.hi >= gap.hi) return {gap.lo, seen.lo};
   return {seen.hi, gap.hi};
 }
 
-// Collects the limits of rows, or of threads' rows, in any order.
+// Accumulates over rows, in any order; partial results of threads are added up likewise.
 struct LimitsOfRows {
-  Interval any{INT32_MAX, 0};   // the smallest lo, the largest hi
-  Interval all{0, INT32_MAX};   // the largest lo, the smallest hi
-  Interval hole{0, INT32_MAX};  // in the holes of all rows that have one
-  int32_t first_end = INT32_MAX,
-          last_begin = 0;  // of what all rows see from their first, up to their last key
+  Interval any{INT32_MAX, 0};     // the smallest lo, the largest hi
+  Interval all{0, INT32_MAX};     // the largest lo, the smallest hi
+  Interval hole{0, INT32_MAX};    // the intersection of the holes, of rows that have one
+  int32_t first_end = INT32_MAX,  // where the first range of some row ends first
+      last_begin = 0;             // where the last range of some row begins last
 
   JF_HD void add(const SeenKeys& row) {
     if (row.hull.empty()) return add({{INT32_MAX, 0}, {INT32_MAX, 0}, {0, INT32_MAX}, 0, INT32_MAX});
@@ -48,19 +50,19 @@ struct LimitsOfRows {
   }
   JF_HD bool have_hole() const { return hole.hi < INT32_MAX && !hole.empty(); }
 
-  // `gap`: the hole, less what rows without one see of it.
+  // `gap`: the intersection of the holes, after shrink_gap() of each row without a hole.
   JF_HD SeenByBlock seen(Interval gap) const {
     if (any.empty()) return {{0, 0}, {0, 0}, {{0, 0}, {0, 0}}};
     return {any, gap.empty() ? Interval{0, 0} : gap, {{all.lo, first_end}, {last_begin, all.hi}}};
   }
 };
 
-// The slots of blocks or tiles of `block` rows in a table: those of a batch entry or a packed sequence follow
-// each other. `rows`: of an entry, or of all sequences.
+// The number of slots of a leading entry in a table of blocks or tiles of `block` rows, where the slots of a
+// batch entry or of a packed sequence are consecutive. `rows`: of a batch entry, or of all packed sequences.
 JF_HD int64_t slots_of_entry(bool packed, int64_t rows, int64_t batch, int64_t block) {
   return packed ? rows / block + batch : batch * ((rows + block - 1) / block);
 }
-// The first of a sequence that begins at row `begin`.
+// The first slot of a sequence that begins at row `begin`.
 JF_HD int64_t first_slot_of(const Problem& p, int64_t leading, int32_t index, int32_t begin, int32_t rows,
                             int32_t block) {
   const int64_t before = leading * slots_of_entry(p.packed(), rows, p.batch, block);

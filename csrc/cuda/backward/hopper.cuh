@@ -45,7 +45,7 @@ namespace jax_flash {
 
 // A row of csrc/kernels.def.
 //
-// Ordered: one thread adds dQ to the accumulator (query_sums.cuh), so that it can wait for its turn.
+// Ordered: one thread adds dQ to the accumulator (query_sums.cuh), so that it can wait for its ticket.
 // Otherwise each consumer adds its part from its registers.
 template <class T, Row R, ScoreKind Kind, bool Ordered>
 struct BackwardSm90 {
@@ -178,13 +178,13 @@ inline void keep_in_step(PersistentTiles& tiles, const Problem& p, int32_t ctas)
   tiles.heads_together = static_cast<uint32_t>(std::max(1, ctas / std::max(1, tiles.tiles_per_head)));
 }
 
-// log2 of the query tiles of a turn: tiles of 256 rows, but at most a sixteenth of a sequence, because a key
-// tile begins a turn after the key tile before it.
-inline int32_t query_turn_shift(const Problem& p, int32_t block_m) {
-  constexpr int64_t kRows = 256, kTurns = 16;
+// log2 of the query tiles of a ticket: tiles of 256 rows, but at most a sixteenth of a sequence, because a
+// key tile begins a ticket after the key tile before it.
+inline int32_t query_ticket_shift(const Problem& p, int32_t block_m) {
+  constexpr int64_t kRows = 256, kTickets = 16;
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows;
   int32_t shift = 0;
-  while (block_m << (shift + 1) <= std::min(kRows, rows / kTurns)) ++shift;
+  while (block_m << (shift + 1) <= std::min(kRows, rows / kTickets)) ++shift;
   return shift;
 }
 
@@ -193,15 +193,15 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
                                  int32_t block_m, cudaStream_t stream) {
   grid = {segments_of(plan.keys, workspace), static_cast<int32_t>(plan.keys.tiles), nullptr,
           static_cast<int32_t>(dq_tiles(p.spec, p.q_rows, p.batch, block_m).value()),
-          query_turn_shift(p, block_m)};
+          query_ticket_shift(p, block_m)};
   if (plan.score == ScoreKind::kRanges) {
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
   }
-  if (plan.dq_turns < 0) return cudaSuccess;
-  grid.turns = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_turns);
+  if (plan.dq_tickets < 0) return cudaSuccess;
+  grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
   const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;
-  return cudaMemsetAsync(grid.turns, 0, heads * grid.query_tiles * sizeof(uint32_t), stream);
+  return cudaMemsetAsync(grid.tickets, 0, heads * grid.query_tiles * sizeof(uint32_t), stream);
 }
 
 template <class C, class T>
@@ -259,14 +259,14 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
       // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
-      // turns.
-      return plan.dq_turns < 0 ? run.template operator()<false>()
-                               : run.template operator()<!stages_tiles(kKind)>();
+      // tickets.
+      return plan.dq_tickets < 0 ? run.template operator()<false>()
+                                 : run.template operator()<!stages_tiles(kKind)>();
     });
   }
 }
 
-// The slices take turns in the workspace, where each makes its own schedule.
+// The slices use the workspace one after another, and each makes its own schedule there.
 template <class T, Row R>
 cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   LaunchPlan of_slice = plan;

@@ -79,7 +79,7 @@ struct BackwardClusterSm90 {
   struct Maps {
     CUtensorMap query, dout, key, value, dquery;
     float* accumulator;
-    int32_t turn_shift;  // a turn of a deterministic call has 2^turn_shift query tiles
+    int32_t ticket_shift;  // a ticket of a deterministic call covers 2^ticket_shift query tiles
   };
   static_assert(N == kCluster * kConsumerRows && M == kConsumerRows && kThreads == 4 * kWarpgroup);
   static_assert(kWarpgroup * (kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters) <= 65536);
@@ -122,14 +122,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   ptx::sync_cluster_of_any_lanes();  // until then the other CTA may arrive at, or write to, this one's memory
 }
 
-// Query tiles of a turn, as a power of two. Where sequences are short it is one, as a key tile begins a turn
-// after the one before it, and there is no time for that.
-inline int32_t turn_shift(const Problem& p, int32_t block_m) {
+// Query tiles of a ticket, as a power of two. Where sequences are short it is one, as a key tile begins a
+// ticket after the one before it, and there is no time for that.
+inline int32_t ticket_shift(const Problem& p, int32_t block_m) {
   constexpr int64_t kManyTiles = 64;  // of a sequence
   const int64_t rows = p.packed() ? p.q_rows / std::max(p.batch, 1) : p.q_rows, heads = p.heads / p.kv_heads;
-  int32_t shift = kTurnSteps;
+  int32_t shift = kTicketSteps;
   while (shift > 0 &&
-         (heads << shift > 1 << kTurnSteps || rows << kTurnSteps < (kManyTiles * block_m) << shift))
+         (heads << shift > 1 << kTicketSteps || rows << kTicketSteps < (kManyTiles * block_m) << shift))
     --shift;
   return shift;
 }
@@ -154,7 +154,7 @@ cudaError_t make_cluster_maps(typename C::Maps& maps, const Problem& p, float* a
     if (cudaError_t e = make_tensor_map(map, p, view, shape); e != cudaSuccess) return e;
   }
   maps.accumulator = accumulator;
-  maps.turn_shift = turn_shift(p, C::kM);
+  maps.ticket_shift = ticket_shift(p, C::kM);
   return cudaSuccess;
 }
 

@@ -10,7 +10,7 @@
 
 namespace jax_flash {
 
-inline constexpr int32_t kTurnSteps = 2;  // of a turn below, at most, as a power of two
+inline constexpr int32_t kTicketSteps = 2;  // of a ticket below, at most, as a power of two
 
 // Stores a warp's rows of dQ, from `row` on, as blocks of 16 columns in the order of ptx::add_quad.
 template <class Block, class DQ>
@@ -42,34 +42,35 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ static bool leads() { return ptx::thread_index() % kWarpgroup == 0; }
 
-  // In a deterministic call key tiles add to dQ in their order, a few query tiles or heads in one turn, since
-  // a turn takes a wait for memory and a fence. The count of the first of them says how many parts have been
-  // added: each CTA of a cluster has one by TMA, else one of each warp.
-  static constexpr int32_t kTurnHeads = 1 << kTurnSteps;
+  // In a deterministic call key tiles add to dQ in their order, a few query tiles or heads for one ticket,
+  // since a ticket takes a wait for memory and a fence. The count of the first of them says how many parts
+  // have been added: each CTA of a cluster has one by TMA, else one of each warp.
+  static constexpr int32_t kTicketHeads = 1 << kTicketSteps;
   static constexpr uint32_t kParts = C::kCluster * (C::kDqByTma ? 1 : kConsumerWarps);
-  uint32_t* turn = nullptr;  // the count of the turn that is over, but not passed on
+  uint32_t* ticket = nullptr;  // the count of the ticket that is done with, but not passed on
 
-  __device__ __forceinline__ int32_t turn_of(const QueryStep& step) const {
-    return step.tile >> maps.turn_shift;
+  __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
+    return step.tile >> maps.ticket_shift;
   }
-  // Whether a step is the first, the last of its turn: the walk goes backwards, with the heads at each tile.
-  __device__ __forceinline__ bool begins_turn(const QueryStep& step) const {
-    const bool first = turn_of(step) != (step.tile + 1) >> maps.turn_shift;
-    return step.head % kTurnHeads == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
+  // Whether a step is the first, the last of its ticket: the walk goes backwards, with the heads at each
+  // tile.
+  __device__ __forceinline__ bool begins_ticket(const QueryStep& step) const {
+    const bool first = ticket_of(step) != (step.tile + 1) >> maps.ticket_shift;
+    return step.head % kTicketHeads == 0 && (first || step.tile == uniform(tile().walk.tiles.hi) - 1);
   }
-  __device__ __forceinline__ bool ends_turn(const QueryStep& step) const {
-    const bool last = turn_of(step) != (step.tile - 1) >> maps.turn_shift;
-    const bool last_head = (step.head + 1) % kTurnHeads == 0 || step.head == uniform(tile().walk.heads) - 1;
+  __device__ __forceinline__ bool ends_ticket(const QueryStep& step) const {
+    const bool last = ticket_of(step) != (step.tile - 1) >> maps.ticket_shift;
+    const bool last_head = (step.head + 1) % kTicketHeads == 0 || step.head == uniform(tile().walk.heads) - 1;
     return last_head && (last || step.tile == uniform(tile().walk.tiles.lo));
   }
   __device__ __forceinline__ uint32_t* count_of(const QueryStep& step) const {
-    const int32_t head = step.head / kTurnHeads * kTurnHeads;
-    return tile().turns + head * grid.query_tiles + (turn_of(step) << maps.turn_shift);
+    const int32_t head = step.head / kTicketHeads * kTicketHeads;
+    return tile().tickets + head * grid.query_tiles + (ticket_of(step) << maps.ticket_shift);
   }
-  __device__ __forceinline__ void wait_turn(const QueryStep& step) const {
+  __device__ __forceinline__ void wait_ticket(const QueryStep& step) const {
     if (C::kDqByTma && this->warp_row() > 0) return;
     const uint32_t before =
-        kParts * tiles_before<C>(grid, p, tile(), turn_of(step), C::kM << maps.turn_shift);
+        kParts * tiles_before<C>(grid, p, tile(), ticket_of(step), C::kM << maps.ticket_shift);
     if constexpr (C::kDqByTma) {
       if (leads()) ptx::wait_count(count_of(step), before);
       __syncwarp();
@@ -78,15 +79,15 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     }
   }
   // A step later, when the additions are done, so that no warp waits for them.
-  __device__ __forceinline__ void pass_turn() {
-    if (!turn) return;
+  __device__ __forceinline__ void pass_ticket() {
+    if (!ticket) return;
     if constexpr (!C::kDqByTma) {
-      ptx::raise_by_warp(turn);
+      ptx::raise_by_warp(ticket);
     } else if (leads()) {
       ptx::bulk_wait<0>();
-      ptx::raise_count(turn);
+      ptx::raise_count(ticket);
     }
-    turn = nullptr;
+    ticket = nullptr;
   }
 
   // Issues dQ (+)= dS K for the keys of one CTA, some of the columns.
@@ -105,7 +106,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
 
   __device__ __forceinline__ void run_step(const QueryStep& step) {
     const uint32_t use = step.number;
-    if (grid.turns && begins_turn(step)) wait_turn(step);
+    if (grid.tickets && begins_ticket(step)) wait_ticket(step);
     if (leads()) ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
     shared.ds_pipe.wait_full(use);
 #pragma unroll
@@ -118,7 +119,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
                      ptx::shared_address(shared.k[this->rank()]) + panel);
       if (column == 0) shared.ds_other_pipe.wait_full(use);
       start_dq<false>(dq, ds + other, ptx::shared_address(shared.k_other) + panel);
-      if (column == 0) pass_turn();
+      if (column == 0) pass_ticket();
       ptx::wgmma_wait<0>();
       ptx::hold(dq.x[0]);
       if (column + C::kDqColumns == KHalf::kColumns) shared.p_pipe.release_in_all(use, C::kCluster);
@@ -128,7 +129,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
         add(dq, step, column);
       }
     }
-    if (grid.turns && ends_turn(step)) turn = count_of(step);
+    if (grid.tickets && ends_ticket(step)) ticket = count_of(step);
   }
 
   // The first row of dQ in the accumulator.
@@ -186,7 +187,7 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       rows = find_rows();
       shared.k_pipe.wait_full(tile_index);
       this->for_steps([&](const QueryStep& step) { run_step(step); },
-                      [&](const QueryStep& step) { run_step(step); }, [this](uint32_t) { pass_turn(); });
+                      [&](const QueryStep& step) { run_step(step); }, [this](uint32_t) { pass_ticket(); });
       shared.k_pipe.release(tile_index);
       shared.state_pipe.release(tile_index);
     }

@@ -183,21 +183,21 @@ struct GradientConsumer {
     if constexpr (C::kReleasesDs) shared.ds_pipe.release(use);
     if constexpr (C::kOrdered) {
       send_dq(use);
-    } else if (kStagesTiles<C> && grid.turns) {
-      add_dq_in_turn(sum);
+    } else if (kStagesTiles<C> && grid.tickets) {
+      add_dq_by_ticket(sum);
     } else {
       add_dq(sum);
     }
   }
 
-  // Adds dQ after the key tiles whose turn is earlier, of which each warp has raised the count.
-  __device__ __forceinline__ void add_dq_in_turn(int32_t sum) {
+  // Adds dQ after the key tiles whose tickets are earlier, of which each warp has raised the count.
+  __device__ __forceinline__ void add_dq_by_ticket(int32_t sum) {
     constexpr uint32_t kWarps = C::kConsumers * kConsumerWarps;
-    uint32_t* const turn = tile().turns + sum;
+    uint32_t* const ticket = tile().tickets + sum;
     const int32_t before = tiles_before<C>(grid, p, tile(), sum % tile().sum_tiles);
-    ptx::wait_at_least(turn, before * kWarps);
+    ptx::wait_at_least(ticket, before * kWarps);
     add_dq(sum);
-    ptx::raise_by_warp(turn);
+    ptx::raise_by_warp(ticket);
   }
 
   // Whether the band hides some of a step's scores.

@@ -45,8 +45,8 @@ struct GradientProducer {
   __device__ __forceinline__ void set_order(QueryWalk& walk, const PersistentTiles& all,
                                             uint32_t number) const {
     const uint32_t group = number / (all.heads_together * static_cast<uint32_t>(all.tiles_per_head));
-    walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.turns);
-    walk.direction = grid.turns || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
+    walk.heads_inner = all.back_and_forth || (C::kCluster > 1 && grid.tickets);
+    walk.direction = grid.tickets || (all.back_and_forth && group % 2 == 0) ? -1 : 1;
   }
 
   // One thread: finds the key tiles of the CTA, or of its cluster, at most one ahead.
@@ -54,9 +54,9 @@ struct GradientProducer {
   __device__ __forceinline__ void schedule(const PersistentTiles& all, Mailbox& mailbox) {
     using Scheduler = TileScheduler<Over::kKeys, C::kN / C::kCluster, C::kCluster, 1, Mailbox>;
     Scheduler scheduler{all, mailbox};
-    // A tile that waits for its turn waits for tiles of smaller numbers. These run, as every number is taken
-    // by a CTA, or a cluster, that runs.
-    const bool in_order = grid.turns;
+    // A tile that waits for its ticket waits for tiles of smaller numbers. These run, as every number is
+    // taken by a CTA, or a cluster, that runs.
+    const bool in_order = grid.tickets;
     uint32_t number = in_order ? scheduler.take() : Scheduler::first(0);
     while (number < all.count) {
       shared.state_pipe.wait_empty(tile_index);
@@ -256,24 +256,24 @@ struct GradientProducer {
     ptx::bulk_commit();
   }
 
-  // A turn of a deterministic call has 2^turn_shift query tiles of a head, since each takes a wait for memory
-  // and a fence. Its count lies in the place of the first of them.
-  __device__ __forceinline__ int32_t turn_of(const QueryStep& step) const {
-    return step.tile >> grid.turn_shift;
+  // A ticket of a deterministic call covers 2^ticket_shift query tiles of a head, since each takes a wait for
+  // memory and a fence. Its count lies in the place of the first of them.
+  __device__ __forceinline__ int32_t ticket_of(const QueryStep& step) const {
+    return step.tile >> grid.ticket_shift;
   }
   __device__ __forceinline__ uint32_t* count_of(const Tile& tile, const QueryStep& step) const {
-    return tile.turns + step.head * grid.query_tiles + (turn_of(step) << grid.turn_shift);
+    return tile.tickets + step.head * grid.query_tiles + (ticket_of(step) << grid.ticket_shift);
   }
-  // Whether a step is the first, the last of its turn: the walk goes backwards.
-  __device__ __forceinline__ bool begins_turn(const Tile& tile, const QueryStep& step) const {
-    return turn_of(step) != (step.tile + 1) >> grid.turn_shift || step.tile == tile.walk.tiles.hi - 1;
+  // Whether a step is the first, the last of its ticket: the walk goes backwards.
+  __device__ __forceinline__ bool begins_ticket(const Tile& tile, const QueryStep& step) const {
+    return ticket_of(step) != (step.tile + 1) >> grid.ticket_shift || step.tile == tile.walk.tiles.hi - 1;
   }
-  __device__ __forceinline__ bool ends_turn(const Tile& tile, const QueryStep& step) const {
-    return turn_of(step) != (step.tile - 1) >> grid.turn_shift || step.tile == tile.walk.tiles.lo;
+  __device__ __forceinline__ bool ends_ticket(const Tile& tile, const QueryStep& step) const {
+    return ticket_of(step) != (step.tile - 1) >> grid.ticket_shift || step.tile == tile.walk.tiles.lo;
   }
 
-  // Adds a step's dQ to the accumulator, at the beginning of a turn after the `before` key tiles whose turn
-  // is earlier.
+  // Adds a step's dQ to the accumulator, at the beginning of a ticket after the `before` key tiles whose
+  // tickets are earlier.
   __device__ __forceinline__ void add_step(const Tile& tile, const QueryStep& step, bool begins,
                                            int32_t before) const {
     if (begins) ptx::wait_count(count_of(tile, step), before);
@@ -283,22 +283,22 @@ struct GradientProducer {
     shared.dq_pipe[0].release_by_thread(step.number);
     ptx::bulk_wait_read<0>();
     shared.dq_pipe[1].release_by_thread(step.number);
-    if (ends_turn(tile, step)) {
+    if (ends_ticket(tile, step)) {
       ptx::bulk_wait<0>();
       ptx::raise_count(count_of(tile, step));
     }
   }
 
   // One thread, where sums are ordered: adds dQ to the accumulator. With segments it is the warp's first, and
-  // the others help to find its turn.
+  // the others help to find its ticket.
   static constexpr bool kWarpAddsDq = kTrimsSteps<C>;
   __device__ __forceinline__ void add_dq() {
     const bool leads = !kWarpAddsDq || threadIdx.x % 32 == 0;
     for_steps(
         [&](const Tile& tile, const QueryStep& step) {
-          const bool begins = begins_turn(tile, step);
+          const bool begins = begins_ticket(tile, step);
           const int32_t before =
-              begins ? tiles_before<C>(grid, p, tile, turn_of(step), C::kM << grid.turn_shift) : 0;
+              begins ? tiles_before<C>(grid, p, tile, ticket_of(step), C::kM << grid.ticket_shift) : 0;
           if (leads) add_step(tile, step, begins, before);
         },
         [&](const Tile&) {

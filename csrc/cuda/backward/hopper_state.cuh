@@ -43,11 +43,11 @@ struct KeyGrid {
   const Interval* segments;  // [entries, key_tiles]: queries that may share a segment; nullptr: no segments
   int32_t key_tiles;
   // In a deterministic call key tile after key tile adds to dQ: for each query tile, how many have done so.
-  uint32_t* turns;      // [entries, h, query_tiles]; nullptr: in any order
-  int32_t query_tiles;  // of a head
-  int32_t turn_shift;   // where a thread adds dQ, 2^turn_shift query tiles make a turn
-  // Of kernels for ranges, whose key tiles have slots (core/visible/row_blocks.h): what blocks of rows see,
-  // and the query tiles between those of `segments` that see nothing of a key tile.
+  uint32_t* tickets;     // [entries, h, query_tiles]; nullptr: in any order
+  int32_t query_tiles;   // of a head
+  int32_t ticket_shift;  // where a thread adds dQ, 2^ticket_shift query tiles for a ticket
+  // For kernels of score kind Ranges: the keys that each block of rows sees, and for each key tile the query
+  // tiles within its interval of `segments` that see none of its keys (core/visible/row_blocks.h).
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
 
@@ -115,7 +115,7 @@ struct KeyTileState {
   const float *lse, *delta;  // of the first head
   float* sums;               // of the first head and query tile, in an accumulator by tiles
   int32_t sum_tiles;         // of a head there
-  uint32_t* turns;           // of the first head and query tile, where dQ is added up in order
+  uint32_t* tickets;         // of the first head and query tile, where dQ is added up in order
   GlobalRows<T> dkey, dvalue;
   [[no_unique_address]] Operands score;  // of the first head
 
@@ -158,7 +158,7 @@ struct KeyTileState {
     reload_shared();
     const int64_t first = p.packed() ? first_slot(tile.q_begin, C::kM, tile.index) : 0;
     if constexpr (C::kOrdered || kStagesTiles<C>) {
-      if (grid.turns) turns = grid.turns + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
+      if (grid.tickets) tickets = grid.tickets + (entry(p) * p.heads + work.head) * grid.query_tiles + first;
     }
     if constexpr (C::kCluster == 1) {
       sum_tiles = maps.sums.tiles;

@@ -211,7 +211,7 @@ __device__ __forceinline__ void backward_keys(const Problem& p, KeyBlockState<ty
   store_dk_dv<C>(p, block, shared, dk, dv);  // dK ← scale · dK
 }
 
-// The main loop where Q and dO take turns in one buffer (backward/keys_single_buffer.cuh).
+// The main loop where Q and dO share one buffer (backward/keys_single_buffer.cuh).
 template <class C>
 __device__ __forceinline__ void backward_keys_single_buffer(const Problem& p,
                                                             KeyBlockState<typename C::Element>& block,

@@ -1,4 +1,4 @@
-// dK and dV where shared memory has no room for Q and dO at the same time: they take turns in one buffer, and
+// dK and dV where shared memory has no room for Q and dO at the same time: they share one buffer, and
 // Q is loaded a second time after dO. This is float32 at d = 256 in the 64 KB of sm_75.
 #pragma once
 

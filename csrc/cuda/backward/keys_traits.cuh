@@ -54,7 +54,7 @@ struct BackwardKeysSm80 {
   using DK = Accumulator<kGroupKeys / 16, kDkColumns / kGroupWarps / 8>;
   using DV = Accumulator<kGroupKeys / 16, kDvColumns / kGroupWarps / 8>;
   using DQ = Accumulator<kM / kDqRows / 16, kDkColumns / kDqColumns / 8>;
-  static constexpr bool kSingleBuffer = kStages == 0;  // Q and dO take turns in one buffer
+  static constexpr bool kSingleBuffer = kStages == 0;  // Q and dO share one buffer
   static constexpr BackwardLayout kLayout = backward_layout(R.with_tile(kM, kN), sizeof(T));
   static constexpr int kSharedBytes = kLayout.bytes;
   static_assert(kLayout.v == KTile::kBytes && kLayout.queries == KTile::kBytes + VTile::kBytes &&

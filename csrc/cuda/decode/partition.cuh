@@ -88,7 +88,7 @@ __device__ __forceinline__ const T* query_at(const DecodeCall& call, const Colum
   return call.query.at<const T>(work.leading, work.batch_row, rows.head(row), work.q_begin + position);
 }
 
-// What a row of the column sees of `keys` by its ranges.
+// The keys among `keys` that the ranges of a row of the column show.
 __device__ __forceinline__ SeenKeys seen_by_ranges(const DecodeCall& call, const ColumnRows& rows,
                                                    const SequenceWork& work, int32_t row, Interval keys) {
   const int32_t position = min(rows.position(row), (call.starts ? work.band.q_len : call.q_rows) - 1);

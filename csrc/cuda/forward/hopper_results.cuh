@@ -1,5 +1,5 @@
-// What a consumer of cuda/forward/hopper.cuh (hopper_consumer.cuh) writes of a query tile: o, lse and
-// row_max.
+// The results that a consumer of cuda/forward/hopper.cuh (hopper_consumer.cuh) writes for a query tile: o,
+// lse and row_max.
 #pragma once
 
 #include "cuda/epilogue.cuh"

@@ -29,7 +29,7 @@ struct ConsumerTile {
 
   __device__ __forceinline__ const ScoreOperands& operands() const { return of.tile->score; }
   __device__ __forceinline__ const Band& band() const { return of.tile->band; }
-  // What the band leaves to row i of some keys.
+  // The keys among `keys` that the band shows to row i.
   __device__ __forceinline__ Interval in_band(int32_t i, const Interval& keys) const {
     const Band& band = of.tile->band;
     const Interval& apart = of.tile->in_band;

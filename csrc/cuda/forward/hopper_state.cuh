@@ -23,13 +23,13 @@ struct ConsumerKeys {
   int32_t end;     // one past the last key that any of its rows sees
 };
 
-// What kernels for ranges know besides.
+// Additional state of kernels of score kind Ranges.
 template <int kConsumers>
 struct RangesOfTile {
-  Interval gap;      // of `tiles`, which no row sees
-  Interval in_band;  // the keys [i + lo, i + hi) that the band leaves to row i, of those of the sequence
-  // Of each consumer, the tiles that all its rows see whole before those that ConsumerKeys names: rows of two
-  // ranges have two.
+  Interval gap;      // the part of `tiles` that no row sees
+  Interval in_band;  // the band shows keys [i + lo, i + hi) of the sequence to row i
+  // For each consumer, a second interval of tiles that all its rows see whole, before the one in
+  // ConsumerKeys: rows may have two ranges.
   Interval first_whole[kConsumers];
 
   // The tile after n, in descending order.

@@ -38,7 +38,7 @@ class DenseLoader {
     key = coordinates_of(p.key, work, kv_head, work.tile.k_begin);
     value = coordinates_of(p.value, work, kv_head, work.tile.k_begin);
   }
-  // Of the values, only columns from here on are loaded. After begin().
+  // Makes the loader copy columns of V from this one on. Call it after begin().
   __device__ __forceinline__ void begin_values_at(int32_t column) { value.column = column; }
   // This thread has read the work that begin() was given.
   template <class Pipe>

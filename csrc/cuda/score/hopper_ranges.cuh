@@ -24,7 +24,7 @@ struct RangesScore : ScoreVariant<S> {
   }
 
  private:
-  // Of some slots. Votes tell the compiler that branches are uniform.
+  // hide() for kCount slots from `slot` on. Votes tell the compiler that branches are uniform.
   template <int kCount, class Scores, class Tile>
   __device__ __forceinline__ static void hide_rows(Scores& s, const Tile& tile, int32_t key, int slot) {
     const RowRanges ranges = tile.operands().row_ranges(tile.p);

@@ -22,7 +22,7 @@ __device__ __forceinline__ float alibi_slope(const View& slopes, int64_t leading
   return slopes.as<const float>()[leading_offset + slopes.offset(work.tile.index, query_head, 0)];
 }
 
-// Those of kernels for segments, which all heads share.
+// The score operands of kernels for segments, which all heads share.
 struct SegmentOperands {
   const int32_t *q_segments = nullptr, *kv_segments = nullptr;
 
@@ -39,7 +39,7 @@ struct SegmentOperands {
   }
 };
 
-// Those of kernels for ranges.
+// The score operands of kernels for ranges.
 struct RangeOperands {
   const int32_t* ranges = nullptr;      // of the first row
   const SeenByBlock* blocks = nullptr;  // of the sequence's rows
@@ -49,7 +49,7 @@ struct RangeOperands {
     if (work.tile.index == kNoSequence) return;
     ranges = p.ranges.as<const int32_t>() + work.offset(p, p.ranges, query_head, work.tile.q_begin);
   }
-  // What the rows see at the `further`-th head after the first.
+  // The ranges of the rows at the `further`-th head after the first.
   __device__ __forceinline__ RowRanges row_ranges(const Problem& p, int32_t further) const {
     return {ranges + further * p.ranges.head, 0, p.ranges.row, p.limits == 4};
   }
@@ -113,7 +113,7 @@ struct ScoreOperands : SegmentOperands {
     return x;
   }
 
-  // What the rows see by their ranges.
+  // The ranges of the rows.
   __device__ __forceinline__ RowRanges row_ranges(const Problem& p) const {
     return {ranges, 0, p.ranges.row, p.limits == 4};
   }

@@ -115,7 +115,7 @@ class TangentRing {
   uint32_t k_, v_;
 };
 
-// No stage: the four tiles take turns in one buffer.
+// No stage: the four tiles share one buffer, one after another.
 template <int kThreads, class KTile, class VTile>
 class TangentRing<0, kThreads, KTile, VTile> {
   using T = typename KTile::Element;

@@ -42,8 +42,8 @@ class Case : DenseCase {
   }
 
  private:
-  // Whether row_max is integers in the order of floats, of which JAX makes floats, as CUDA's is. That of −0
-  // has a NaN's bits.
+  // Whether row_max holds integers in the order of floats, which JAX converts, as on CUDA. The integer of −0
+  // has the bits of a NaN.
   const bool ordered_max_ = backend::name().starts_with("sm_");
 
   // Runs the pass twice, alone and with helpers, on results filled with NaN; false where no kernel runs it.
