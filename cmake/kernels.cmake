@@ -5,6 +5,7 @@
 
 set(JF_DTYPES_half float16 bfloat16)
 set(JF_DTYPES_float16 float16)
+set(JF_DTYPES_bfloat16 bfloat16)
 set(JF_DTYPES_single float32)
 # The kernels of a row, by its loader.
 set(JF_LOADERS_dense dense)
