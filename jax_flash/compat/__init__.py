@@ -1,5 +1,14 @@
 """The functions of other libraries, with their names and arguments, for code that is ported from them."""
 
-from . import flash_attn, levanter, maxtext, pallas_gpu, ragged_paged_attention, splash, tokamax
+from . import flash_attn, gemma, levanter, maxtext, pallas_gpu, ragged_paged_attention, splash, tokamax
 
-__all__ = ["flash_attn", "levanter", "maxtext", "pallas_gpu", "ragged_paged_attention", "splash", "tokamax"]
+__all__ = [
+    "flash_attn",
+    "gemma",
+    "levanter",
+    "maxtext",
+    "pallas_gpu",
+    "ragged_paged_attention",
+    "splash",
+    "tokamax",
+]
