@@ -1,8 +1,20 @@
 """The functions of other libraries, with their names and arguments, for code that is ported from them."""
 
-from . import flash_attn, gemma, levanter, maxtext, pallas_gpu, ragged_paged_attention, splash, tokamax
+from . import (
+    easydel,
+    flash_attn,
+    gemma,
+    levanter,
+    maxtext,
+    pallas_gpu,
+    ragged_paged_attention,
+    splash,
+    tokamax,
+    tunix,
+)
 
 __all__ = [
+    "easydel",
     "flash_attn",
     "gemma",
     "levanter",
@@ -11,4 +23,5 @@ __all__ = [
     "ragged_paged_attention",
     "splash",
     "tokamax",
+    "tunix",
 ]
