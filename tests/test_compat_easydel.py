@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flash_attn_reference import assert_close, i32, normal, slope
 
-from jax_flash.compat.easydel import flash_attention
+from jax_flash.compat.easydel import flash_attention, scaled_dot_product_attention
 
 B, S, HQ, HK, D = 2, 24, 4, 2, 16
 Q, K, V = normal(0, B, S, HQ, D), normal(1, B, S, HK, D), normal(2, B, S, HK, D)
@@ -64,6 +64,22 @@ def test_the_function_is_the_equations(name, implementation):
     offsets = i32(0, 10, 24) if name == "offsets with a mask" else None
     assert_close(call(None, offsets, offsets), right(options, seen))
     assert_close(call(BIAS), right(options, seen, bias=BIAS))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("cap", "offsets with a mask")])
+def test_scaled_dot_products_are_the_equations(name, implementation):
+    options, seen = CALLS[name]
+    if name == "segments and mask":  # a mask alone counts where there is one
+        seen = DENSE
+    call = partial(scaled_dot_product_attention, Q, K, V, implementation=implementation, **options)
+    assert_close(call(BIAS), right(options, seen, bias=BIAS))
+    assert_close(call(init_bias=lambda: BIAS), right(options, seen, bias=BIAS))
+
+
+def test_scaled_dot_products_have_lengths():
+    out = scaled_dot_product_attention(Q, K, V, None, i32(24, 7), i32(9, 24), causal=True)
+    seen = (ROW >= KEY) & (i32(9, 24)[:, None, None, None] > KEY) & (i32(24, 7)[:, None, None, None] > ROW)
+    assert_close(out, right({}, seen))
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (HQ, 2)])
@@ -134,6 +150,10 @@ def test_it_is_ejkernel_s_own():
     used = (IDS >= 0)[..., None, None]
     wanted = modules.flash_attention(*given, **options, platform="xla")
     assert_close(np.where(used, flash_attention(*given, **options), 0), np.where(used, wanted, 0), 1e-5)
+    options = dict(causal=True, softmax_scale=0.3, mask_info=info)
+    wanted = modules.scaled_dot_product_attention(*given[:4], **options, platform="xla")
+    got = scaled_dot_product_attention(*given[:4], **options)
+    assert_close(np.where(used, got, 0), np.where(used, wanted, 0), 1e-5)
 
 
 def test_easydel_s_operation_runs_here(monkeypatch):

@@ -1,16 +1,19 @@
-"""The flash attention of EasyDeL's models, with the arguments of `ejkernel.modules.flash_attention`:
+"""The attention of EasyDeL's models, with the arguments of `ejkernel.modules`:
 
-    from easydel.operations.kernels import flash_attention
+    from easydel.operations.kernels import flash_attention, scaled_dot_product_attention
     from jax_flash.compat import easydel
 
     flash_attention.flash_attention = easydel.flash_attention
+    scaled_dot_product_attention.scaled_dot_product_attention = easydel.scaled_dot_product_attention
 
-Models with `attn_mechanism="flash_attn2"` then run here. It holds for EasyDeL 0.3.0 and ejkernel 0.0.80; neither is
-imported. Their serving over pages is `jax_flash.compat.ragged_paged_attention`.
+Models with `attn_mechanism="flash_attn2"`, and with `"sdpa"`, which `"auto"` is on GPUs, then run here. It holds for
+EasyDeL 0.3.0 and ejkernel 0.0.80; neither is imported. Their serving over pages is
+`jax_flash.compat.ragged_paged_attention`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from ..checker import Checker
 from ..options import ArrayLike, Implementation, Number
 
 _CHECK = Checker("easydel.flash_attention")
+_CHECK_SDPA = Checker("easydel.scaled_dot_product_attention")
 _PADDING = (-1, -2)  # ids of queries and keys outside of every segment, which differ so that they see nothing
 
 
@@ -118,6 +122,72 @@ def flash_attention(
         sinks=None if softmax_aux is None else _sinks(softmax_aux, q.shape[2]),
         dropout_rate=dropout_prob,
         dropout_key=jax.random.key(0 if dropout_seed is None else dropout_seed) if dropout_prob else None,
+        implementation=implementation,
+    )
+    return out.astype(q.dtype)
+
+
+def scaled_dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    cum_seqlens_q: Any = None,
+    cum_seqlens_k: Any = None,
+    /,
+    *,
+    mask_info: Any = None,
+    init_bias: Callable[[], ArrayLike] | None = None,
+    softmax_scale: Number | None = None,
+    causal: bool = False,
+    sliding_window: int | tuple[int, int] | None = None,
+    platform: Any = None,
+    mesh: Any = None,
+    in_specs: Any = None,
+    out_specs: Any = None,
+    implementation: Implementation | None = None,
+) -> Array:
+    """ejkernel's `scaled_dot_product_attention` with its arguments and meaning.
+
+    Args:
+      query, key, value, bias, softmax_scale, causal, sliding_window, platform, mesh, in_specs, out_specs,
+        implementation: as in `flash_attention`.
+      cum_seqlens_q, cum_seqlens_k: int32 `[b]`, which are lengths: rows and keys in use of each batch entry.
+      mask_info: a MaskInfo; its attention mask, or where it has none its segment ids.
+      init_bias: makes the bias where none is given.
+
+    Returns:
+      `[b, sq, hq, dv]` in query's dtype.
+
+    Raises:
+      ValueError, TypeError: as in `jax_flash.flash_attention`.
+
+    One deviation: a query that sees nothing gives 0, not the mean of the values.
+
+    Source: the interface is ejkernel's; the algorithm is Dao, FlashAttention-2 (2023).
+
+    Example:
+      >>> out = scaled_dot_product_attention(q, k, v, causal=True)
+    """
+    del platform, mesh, in_specs, out_specs
+    q, k, v = (_CHECK_SDPA.array(name, x) for name, x in (("query", query), ("key", key), ("value", value)))
+    dtype = jnp.result_type(q, k, v)
+    if bias is None and init_bias is not None:
+        bias = init_bias()
+    mask, ids = _seen(mask_info)
+    out: Array = attend(
+        q.astype(dtype),
+        k.astype(dtype),
+        v.astype(dtype),
+        causal=causal,
+        window=(sliding_window, sliding_window) if isinstance(sliding_window, int) else sliding_window,
+        align="top_left",
+        mask=mask,
+        segment_ids=None if mask is not None else ids,
+        q_lengths=cum_seqlens_q,
+        kv_lengths=cum_seqlens_k,
+        scale=softmax_scale,
+        bias=None if bias is None else as_bias(bias, dtype),
         implementation=implementation,
     )
     return out.astype(q.dtype)
