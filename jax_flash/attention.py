@@ -73,6 +73,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
     scale: Number | None = None,
     softcap: Number | None = None,
     bias: ArrayLike | None = None,
+    bias_first: bool = False,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     dropout_rate: Number = 0.0,
@@ -106,6 +107,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
       scale: factor of q·kᵀ, 1/√d by default; a number that is known while tracing. By a traced one, multiply query.
       softcap: c in `S ← c·tanh(S/c)`, applied before bias and alibi_slopes; 0 for none.
       bias: added to S, broadcastable to `[b, hq, sq, sk]`; −inf masks. Differentiable.
+      bias_first: add the bias before the softcap, which then caps the sum. −inf masks all the same.
       alibi_slopes: float32 `[hq]` or `[b, hq]`; adds −slope·|distance to the diagonal|. No gradient.
       sinks: float32 `[hq]`, or for each token `[b, sq, hq]`: logits that take part in the softmax sum only.
         Differentiable.
@@ -149,6 +151,7 @@ def flash_attention(  # type: ignore[misc]  # which has no `unpacked`
         scale=scale,
         softcap=softcap,
         bias=bias,
+        bias_first=bias_first,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         dropout_rate=dropout_rate,

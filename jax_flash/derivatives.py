@@ -34,7 +34,7 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
     moving = {name for name in TANGENTS if name in operands}
     by_score = moving & {"tquery", "tkey", "tvalue"}
     tout, tlse = _zeros(operands["out"]), _zeros(operands["lse"])
-    if "tbias" in operands and not _by_row(operands["bias"]):
+    if "tbias" in operands and not _by_row(spec, operands):
         spec = replace(spec, operands=(*spec.operands, "tbias"))
         by_score.add("tbias")
     if by_score:
@@ -43,15 +43,15 @@ def tangents(spec: AttentionSpec, operands: Operands) -> Pair:
         if spec.shared_kv:
             made["tvalue"] = made["tkey"]
         tout, tlse = bind(TANGENT, spec, made)
-    return (tout, tlse) if by_score == moving else _with_row_tangents(operands, tout, tlse)
+    return (tout, tlse) if by_score == moving else _with_row_tangents(spec, operands, tout, tlse)
 
 
-def _with_row_tangents(operands: Operands, tout: jax.Array, tlse: jax.Array) -> Pair:
+def _with_row_tangents(spec: AttentionSpec, operands: Operands, tout: jax.Array, tlse: jax.Array) -> Pair:
     """Adds the tangents of a bias of one column, t, and of the sinks: with x = p_sink·(tsink − t), tlse += t + x and
     tout −= x·out."""
     out, lse = operands["out"], operands["lse"]
     moved = _zeros(lse)
-    if "tbias" in operands and _by_row(operands["bias"]):
+    if "tbias" in operands and _by_row(spec, operands):
         seen = (lse[..., None] > -jnp.inf) & (operands["bias"] > -jnp.inf)
         moved = jnp.where(seen, operands["tbias"].astype(jnp.float32), 0)[..., 0]
     tlse += moved
@@ -79,9 +79,9 @@ def _zeros(x: jax.Array) -> jax.Array:
     return _jax.sharded_like(jnp.zeros_like(x), x)
 
 
-def _by_row(bias: jax.Array) -> bool:
-    """Whether a bias is the same for all keys of a row."""
-    return _jax.same_dim(bias.shape[-1], 1)
+def _by_row(spec: AttentionSpec, operands: Operands) -> bool:
+    """Whether the bias moves all scores of a row alike, which a softcap after it prevents."""
+    return not spec.bias_first and _jax.same_dim(operands["bias"].shape[-1], 1)
 
 
 def _paged_tangents(spec: AttentionSpec, operands: Operands) -> Pair:
@@ -121,12 +121,12 @@ def gradients(spec: AttentionSpec, wanted: tuple[str, ...], operands: Operands) 
     found: Gradients = {}
     if any(name in wanted for name in ("query", "key", "value")):
         found |= zip(("query", "key", "value"), bind(BACKWARD, spec, operands))
-    if "bias" in wanted and not _by_row(operands["bias"]):
+    if "bias" in wanted and not _by_row(spec, operands):
         (found["bias"],) = bind(BIAS_GRADIENT, spec, operands)
     through = _through_sinks(operands["sinks"], lse, delta) if "sinks" in operands else _zeros(lse)
     if "sinks" in wanted:
         found["sinks"] = _sinks_gradient(operands["sinks"], -through)
-    if "bias" in wanted and _by_row(operands["bias"]):
+    if "bias" in wanted and _by_row(spec, operands):
         by_row = through if dlse is None else dlse + through
         found["bias"] = _row_bias_gradient(operands["bias"], lse, by_row)
     return {name: found[name] for name in wanted}

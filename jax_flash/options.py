@@ -68,6 +68,7 @@ class FixedOptions(DenseOptions, total=False):
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None
     q_lengths: LengthsLike | None
     bias: ArrayLike | None
+    bias_first: bool
 
 
 class RingOptions(FixedOptions, total=False):
@@ -161,6 +162,7 @@ class FixedArguments(DenseArguments):
     segment_ids: ArrayLike | tuple[IndexLike, IndexLike] | None = None
     q_lengths: LengthsLike | None = None
     bias: ArrayLike | None = None
+    bias_first: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

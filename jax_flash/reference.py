@@ -249,11 +249,14 @@ def draft_mask(spec: AttentionSpec, operands: dict[str, Array]) -> Array:
 
 
 def _score(spec: AttentionSpec, operands: dict[str, Array], place: _Place, visible: Array, s: Array) -> Array:
-    """s ← softcap(s) + bias − slope·|c(i) − j|."""
+    """s ← softcap(s) + bias − slope·|c(i) − j|, or softcap(s + bias) − …"""
+    bias = jnp.where(visible, operands["bias"].astype(s.dtype), 0) if "bias" in operands else 0
+    if spec.bias_first:
+        s += bias
     if spec.softcap:
         s = spec.softcap * jnp.tanh(s / spec.softcap)
-    if "bias" in operands:
-        s += jnp.where(visible, operands["bias"].astype(s.dtype), 0)
+    if "bias" in operands and not spec.bias_first:
+        s += bias
     if "alibi_slopes" in operands:
         s -= _slopes(spec, operands, place).astype(s.dtype) * jnp.abs(_offset(place)).astype(s.dtype)
     return s

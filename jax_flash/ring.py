@@ -85,6 +85,7 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
     scale: Number | None = None,
     softcap: Number | None = None,
     bias: ArrayLike | None = None,
+    bias_first: bool = False,
     alibi_slopes: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
     dropout_rate: Number = 0.0,
@@ -117,7 +118,7 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
       segment_ids: int32 `(q_ids [b, sq / n], kv_ids [b, sk / n])`, local shards, or one array when sq = sk. Documents
         that are packed one after the other may cross shards: give each its own id.
       q_lengths, kv_lengths: int32 `[b]`, rows and keys in use of the whole sequence, or one number for all.
-      bias: like mask, added to S; differentiable.
+      bias: like mask, added to S; differentiable. bias_first: as in `flash_attention`.
       scale, softcap, alibi_slopes, deterministic, implementation: as in `flash_attention`.
       sinks: float32 `[hq]`, or for each token `[b, sq / n, hq]`, the local shard.
       dropout_rate: as in `flash_attention`.
@@ -160,6 +161,7 @@ def ring_attention(  # type: ignore[misc]  # which has no `unpacked`
         scale=scale,
         softcap=softcap,
         bias=bias,
+        bias_first=bias_first,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         dropout_rate=dropout_rate,

@@ -245,6 +245,8 @@ def fixed(op: str, arguments: FixedArguments, ring: Ring | None = None) -> tuple
         operands["bias"] = check.broadcastable("bias", bias, (b, hq, sq, columns), "b hq sq sk")
     score_operands(check, operands, arguments, b, "b")
     spec = static_spec(check, "fixed", operands, arguments)
+    if check.flag("bias_first", arguments.bias_first) and spec.softcap and "bias" in operands:
+        spec = replace(spec, bias_first=True)
     if isinstance(arguments.mask, Mask):
         spec = mask_operands.apply(check, arguments.mask, spec, operands, ring)
     return spec, operands

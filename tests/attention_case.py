@@ -53,6 +53,7 @@ class Case:
     form_seed: int = 0
     bias: tuple[int, ...] | None = None
     bias_dtype: str = "float32"
+    bias_first: bool = False
     alibi_slopes: tuple[int, ...] | None = None
     sinks: bool | str = False  # True: one for each head; "token": for each head of each token
     draft_mask: tuple[int, ...] | None = None  # the shape; of paged calls
@@ -64,7 +65,8 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """The Python options of the public call."""
-        return {name: getattr(self, name) for name in OPTIONS}
+        options = {name: getattr(self, name) for name in OPTIONS}
+        return options | {"bias_first": True} if self.bias_first else options  # of fixed calls alone
 
 
 def varlen(name: str, q_sequences: tuple[int, ...], **options: Any) -> Case:
@@ -222,6 +224,7 @@ def spec(case: Case, inputs: Inputs) -> AttentionSpec:
         align=case.align,
         scale=case.d**-0.5 if case.scale is None else case.scale,
         softcap=case.softcap or 0.0,
+        bias_first=case.bias_first and bool(case.softcap) and case.bias is not None,
         dropout_rate=case.dropout_rate,
         operands=tuple(name for name in OPTIONAL if name in operands(inputs)),
         value_dim=case.d if case.shared_kv else 0,

@@ -93,6 +93,9 @@ FIXED = (
     Case("bias of keys", bias=(2, 1, 1, 13), sk=13),
     Case("bias per head", bias=(4, 12, 1)),
     Case("bias in bfloat16", bias=(1, 4, 12, 12), bias_dtype="bfloat16"),
+    Case("bias first", bias=(2, 4, 12, 12), bias_first=True, softcap=1.5, scale=0.4),
+    Case("bias of rows, first", bias=(2, 1, 12, 1), bias_first=True, softcap=1.5, sinks=True),
+    Case("bias first, without a softcap", bias=(2, 1, 1, 13), sk=13, bias_first=True),
     Case("alibi", alibi_slopes=(4,), causal=True, sk=17),
     Case("alibi per entry", alibi_slopes=(2, 4), align="top_left", sq=17),
     Case("sinks", sinks=True, causal=True, sq=15),
@@ -124,6 +127,9 @@ FORMS = (
         Case(f"masks: {', '.join(names)}", forms=names, form_seed=7 * number, sq=40, sk=50)
         for number, names in enumerate([*((name,) for name in forms.FORMS), *_PAIRS])
     ),
+    Case("everything, bias first", sq=18, sk=27, causal=True, window=(11, None), softcap=4.0, mask=(1, 4, 1, 27),
+         bias=(2, 1, 18, 27), bias_first=True, segments=2, q_lengths=(18, 14), kv_lengths=(20, 27),
+         alibi_slopes=(2, 4), sinks=True, dropout_rate=0.2, scale=-0.3),
     Case("masks with everything", sq=18, sk=27, causal=True, window=(11, None), softcap=4.0, bias=(2, 1, 18, 27),
          segments=2, q_lengths=(18, 14), kv_lengths=(20, 27), alibi_slopes=(2, 4), sinks=True, dropout_rate=0.2,
          forms=("prefix", "first", "segments")),

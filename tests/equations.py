@@ -203,11 +203,14 @@ def scores(
     """S, −inf where a row does not see a key, and the slope of its softcap."""
     s = spec.scale * (group.of_queries(x["query"]) @ group.of_keys(x["key"]).T)
     seen, slope = visible(spec, x, group), 1.0
+    bias = np.where(seen, group.of_scores(x["bias"]), 0) if "bias" in x else 0
+    if spec.bias_first:
+        s = s + bias
     if spec.softcap:
         s = spec.softcap * np.tanh(s / spec.softcap)
         slope = 1 - (s / spec.softcap) ** 2
-    if "bias" in x:
-        s = s + np.where(seen, group.of_scores(x["bias"]), 0)
+    if not spec.bias_first:
+        s = s + bias
     if "alibi_slopes" in x:
         slopes = x["alibi_slopes"][group.z if x["alibi_slopes"].shape[0] > 1 else 0]
         distance = np.abs(group.diagonal(spec) - group.place()[1]).astype(s.dtype)
@@ -265,10 +268,12 @@ def attention(
                 found["sinks"][..., group.head_slice] += by_head
             else:
                 group.set_queries(found["sinks"][..., None], by_row)
+        of_product = ds * part.slope
         if dbias is not None:
-            square = ds.reshape(group.heads, group.queries, group.keys)
+            by_score = of_product if spec.bias_first else ds
+            square = by_score.reshape(group.heads, group.queries, group.keys)
             dbias[group.z, group.head_slice, : group.queries, : group.keys] = square
-        ds = spec.scale * ds * part.slope
+        ds = spec.scale * of_product
         group.set_queries(found["query"], ds @ k)
         group.of_keys(found["key"])[:] += ds.T @ group.of_queries(x["query"])
         group.of_keys(found["value"])[:] += p.T @ do
@@ -293,9 +298,9 @@ def tangents(
             (of(x[name]), of(t[name]))
             for name, of in (("query", group.of_queries), ("key", group.of_keys), ("value", group.of_keys))
         )
-        ts = spec.scale * (tq @ k.T + q @ tk.T) * part.slope
-        if "bias" in t:
-            ts += group.of_scores(t["bias"])
+        moved_bias = group.of_scores(t["bias"]) if "bias" in t else 0
+        ts = spec.scale * (tq @ k.T + q @ tk.T)
+        ts = (ts + moved_bias) * part.slope if spec.bias_first else ts * part.slope + moved_bias
         ts = rounded(ts)
         of_lse = (part.p * ts).sum(1, keepdims=True)
         if "sinks" in t:

@@ -208,8 +208,10 @@ def test_mask_broadcast_over_any_dimensions(shape):
     checks.check(case, IMPLEMENTATION)
 
 
-def test_a_bias_of_minus_infinity_masks(implementation):
-    case = Case("bias", mask=(2, 4, 12, 12), bias=(2, 4, 12, 12), dtype=checks.usual_dtype(implementation))
+@pytest.mark.parametrize("first", [{}, {"bias_first": True, "softcap": 3.0}], ids=["after", "before softcap"])
+def test_a_bias_of_minus_infinity_masks(first, implementation):
+    dtype = checks.usual_dtype(implementation)
+    case = Case("bias", mask=(2, 4, 12, 12), bias=(2, 4, 12, 12), dtype=dtype, **first)
     masked = make_inputs(case)
     keywords = dict(masked.keywords)
     mask = keywords.pop("mask").at[0, 1, 3].set(False)
@@ -222,8 +224,9 @@ def test_a_bias_of_minus_infinity_masks(implementation):
 
 
 @pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
-def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, implementation):
-    case = Case("bias", bias=(1, 1, 1, 12), dtype=checks.usual_dtype(implementation))
+@pytest.mark.parametrize("first", [{}, {"bias_first": True, "softcap": 3.0}], ids=["after", "before softcap"])
+def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, first, implementation):
+    case = Case("bias", bias=(1, 1, 1, 12), dtype=checks.usual_dtype(implementation), **first)
     inputs = make_inputs(case)
     bias = inputs.keywords["bias"].at[..., 5].set(-jnp.inf)
     query = inputs.positional["query"].at[..., 0].set(1)
@@ -237,7 +240,7 @@ def test_a_bias_of_minus_infinity_hides_a_score_of_any_kind(score, implementatio
 
 def call(implementation, case, **changes):
     inputs = make_inputs(case)
-    arrays = inputs.positional | inputs.keywords | changes
+    arrays = inputs.positional | inputs.keywords | case.options | changes
     return jax_flash.flash_attention(**arrays, implementation=implementation, return_lse=True)
 
 

@@ -47,10 +47,16 @@ OPTIONS = {
     "bias and mask": {"bias": (1, 12, SQ, SK), "mask": (2, 1, 1, SK), "sinks": True, **HEADS_OF_SINKS},
     "bias and dropout": {"bias": (1, 4, SQ, SK), "dropout_rate": 0.3, "causal": True},
     "bias and softcap": {"bias": (2, 1, SQ, SK), "softcap": 9.0},
+    "bias before softcap": {"bias": (2, 1, SQ, SK), "softcap": 2.0, "bias_first": True},
+    "bias of rows before softcap": {"bias": (1, 4, SQ, 1), "softcap": 2.0, "bias_first": True},
     "mask, alibi, dropout": {"mask": (1, 1, SQ, SK), "alibi_slopes": (4,), "dropout_rate": 0.2},
     "everything, shorter": {
         "bias": (1, 4, SQ, SK), "mask": (2, 1, SQ, SK), "segments": 4, "softcap": 7.0, "dropout_rate": 0.2,
         "alibi_slopes": (4,), **SHORTER,
+    },
+    "everything, bias first, shorter": {
+        "bias": (1, 4, SQ, SK), "mask": (2, 1, SQ, SK), "segments": 4, "softcap": 7.0, "dropout_rate": 0.2,
+        "alibi_slopes": (4,), "bias_first": True, **SHORTER,
     },
     "segments": {"segments": 5},
     "segments, causal": {"segments": 9, "causal": True},

@@ -95,6 +95,8 @@ def test_scores():
     one = NamedArray(SINKS[0], (G,))
     assert_close(attend(attn_sink=one).array, right(sinks=np.tile(SINKS[0], 2)))
     assert_close(attend(logits_soft_cap=1.5).array, right(softcap=1.5))
+    both = attend(bias=bias, logits_soft_cap=1.5).array
+    assert_close(both, right(bias=of_heads, softcap=1.5, bias_first=True))
 
 
 def test_sinks_by_token():

@@ -57,6 +57,7 @@ CALLS = {
     "lengths": (dict(query_seq_lengths=LENGTHS[0], key_value_seq_lengths=LENGTHS[1]), PADDED),
     "scale": (dict(scale=0.4), True),
     "cap": (dict(logits_soft_cap=1.5), True),
+    "cap of the sum with a bias": (dict(logits_soft_cap=1.5, bias=BIAS), True),
 }
 RANGES = {
     "window": Mask(k_start=np.maximum(KEY - 3, 0)[None], is_causal=True),
@@ -77,7 +78,8 @@ BECOME_DENSE = {
 
 def right(options, seen, q=Q, k=K, v=V):
     softcap, scale = options.get("logits_soft_cap"), options.get("scale")
-    return masked_reference.attend(q, k, v, seen, bias=options.get("bias"), softcap=softcap, scale=scale)[0]
+    scores = dict(bias=options.get("bias"), bias_first=True, softcap=softcap, scale=scale)
+    return masked_reference.attend(q, k, v, seen, **scores)[0]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -226,6 +226,7 @@ ONLY_FIXED = [
     (dict(mask=Array((B, SQ, SK), bool)), ValueError, f"{RANK} (2, 5, 7)" + RANK_3),
     (dict(mask=Array((1, B, HQ, SQ, SK), bool)), ValueError, f"{RANK} (1, 2, 4, 5, 7)"),
     (dict(bias=ints(SQ, SK)), TypeError, "bias must be float16, bfloat16, float32, got int32"),
+    (dict(bias_first=1), TypeError, "bias_first must be True or False, got 1"),
     (dict(bias=floats(HK, SQ, SK)), ValueError, f"bias must broadcast to {FULL}, got shape (2, 5, 7)"),
     (dict(alibi_slopes=floats(3, HQ)), ValueError, "alibi_slopes must broadcast to [b hq] = (2, 4), got shape (3, 4)"),
 ]  # fmt: skip

@@ -82,7 +82,7 @@ def fixed_cases(draw, dtypes):
         **draw(head_dims()), dtype=draw(st.sampled_from(dtypes)),
         mask=broadcast(4, 2) if not value["forms"] and draw(st.booleans()) else None,
         bias=broadcast(4, 3, 2, 1, 0) if draw(st.booleans()) else None,
-        bias_dtype="float32",
+        bias_dtype="float32", bias_first=draw(st.booleans()),
         segments=draw(st.sampled_from([0, 0, 1, 4])),
         q_lengths=draw(maybe(lengths)), kv_lengths=draw(maybe(lengths)),
         **draw(scores(b, hq)), **value,

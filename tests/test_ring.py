@@ -47,6 +47,8 @@ CASES = (
     PLAIN.replace(name="lengths, full", q_lengths=(16, 3), kv_lengths=(0, 9), sinks="token"),
     PLAIN.replace(name="mask and bias", mask=(2, 1, 1, 16), bias=(1, 4, 16, 16)),
     PLAIN.replace(name="bias of keys", bias=(2, 1, 1, 16), hk=1),
+    PLAIN.replace(name="bias first", bias=(1, 4, 16, 16), bias_first=True, softcap=1.5),
+    CAUSAL.replace(name="bias of rows, first", bias=(2, 1, 16, 1), bias_first=True, softcap=1.5),
     CAUSAL.replace(name="alibi", alibi_slopes=(2, 4), sk=32),
     CAUSAL.replace(name="dropout", dropout_rate=0.3),
     CAUSAL.replace(name="V is K", shared_kv=True, sk=32, hk=1),

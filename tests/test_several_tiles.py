@@ -66,6 +66,8 @@ EACH_MASK = [
     Case("bias in float16", bias=(1, 1, SQ, SK), bias_dtype="float16", **SIZES_64),
     Case("bias of keys", bias=(1, 2, 1, SK), causal=True, **SIZES_64),
     Case("bias of rows", bias=(1, 1, SQ, 1), bias_dtype="bfloat16", **SIZES_64),
+    Case("bias first", bias=(1, 2, SQ, SK), bias_first=True, softcap=2.0, window=(90, None), **SIZES_64),
+    Case("bias of rows, first", bias=(1, 2, SQ, 1), bias_first=True, softcap=2.0, causal=True, **SIZES_64),
     Case("segments", segments=5, **SIZES_64),
     Case("alibi", alibi_slopes=(2,), causal=True, **SIZES_64),
     Case("dropout", dropout_rate=0.4, **SIZES_64),

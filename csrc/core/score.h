@@ -1,5 +1,6 @@
 // Scores are s = softcap(scale · q·k, c) + bias − slope · |c(i) − j|, with softcap(s, c) = c · tanh(s / c);
-// kernels compute log2(e) · s, and P as powers of two.
+// with bias_first, softcap(scale · q·k + bias, c) − slope · |c(i) − j|. Kernels compute log2(e) · s, and P as
+// powers of two.
 #pragma once
 
 #include <cmath>

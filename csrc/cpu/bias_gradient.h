@@ -51,7 +51,8 @@ static void add_head(const Head& head, Interval rows, Interval columns, BiasScra
       UsedColumns used[kGradientBlocks];
       if (!used_panels(head, t.queries, j0, n, used)) continue;
       pack_queries<E>(head, t.queries, false);
-      tile_gradient<E, 1>(head, t.queries, t.k_panels, t.v_panels, j0, n, used, false, t.gradient);
+      tile_gradient<E, 1>(head, t.queries, t.k_panels, t.v_panels, j0, n, used, p.spec.bias_first,
+                          t.gradient);
       add_tile(t, used, one_row, one_column, t.sum + (one_row ? 0 : (i0 - rows.lo) * kGradientN));
     }
   }

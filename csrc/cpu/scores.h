@@ -75,13 +75,15 @@ enum ScoreOption {
 };
 
 // The score options of one row; pointers are those of column 0. The final score is that of core/score.h for
-// a whole vector, s = softcap(scale S, cap) + bias + alibi(slope, c(i), j), -inf where masked.
+// a whole vector, s = softcap(scale S, cap) + bias + alibi(slope, c(i), j), -inf where masked; with
+// bias_first, softcap(scale S + bias, cap) + alibi(slope, c(i), j).
 struct ScoreRow {
   static constexpr int kPrefetchRows = 2;
 
   int options = 0;
   float scale, cap;
-  float argument;  // factor of S in the argument of tanh, times 2 log2(e) for tanh_fast
+  float argument;  // factor of S, or of S + bias, in the argument of tanh, times 2 log2(e) for tanh_fast
+  bool bias_first;
   bool exact_tanh;
   DType bias_dtype;
   const char* bias = nullptr;
@@ -105,7 +107,6 @@ struct ScoreRow {
     cap = p.spec.softcap;
     if (cap > 0) options |= kSoftcap;
     exact_tanh = p.dtype == DType::kF32;
-    argument = cap > 0 ? scale / cap * (exact_tanh ? 1.0f : 2.0f * kLog2e) : 0.0f;
     bias_dtype = p.bias_dtype;
     if (p.bias) {
       const int64_t size = size_of(p.bias_dtype);
@@ -156,6 +157,8 @@ struct ScoreRow {
       options |= kBlocks;
     }
     if (constant != 0.0f) options |= kConstant;
+    bias_first = p.spec.bias_first && (options & (kBias | kConstant));
+    argument = cap > 0 ? (bias_first ? 1.0f : scale) / cap * (exact_tanh ? 1.0f : 2.0f * kLog2e) : 0.0f;
   }
 
   template <int kOptions, ScoreOption option>
@@ -168,21 +171,23 @@ struct ScoreRow {
   template <int kOptions, bool inner>
   JF_HD Float finish(Float s, int32_t c, Columns visible, float* slopes) const {
     Float x = s * scale;
+    const bool first = kOptions == kAnyOptions && bias_first;
+    if (first) x = add_biases<kOptions, inner>(x, c, visible);
     if (has<kOptions, kSoftcap>()) {
-      const Float t = exact_tanh ? tanh(s * argument) : tanh_fast(s * argument);
+      const Float argument_of_tanh = (first ? x : s) * argument;
+      Float t = exact_tanh ? tanh(argument_of_tanh) : tanh_fast(argument_of_tanh);
+      const Int hidden = x == kNegInf;
+      if (first) t = hidden ? broadcast(-1.0f) : t;  // whose slope is 0
       if (slopes) store(slopes + c, 1.0f - t * t);
-      x = t * cap;
+      const Float capped = t * cap;
+      x = first ? (hidden ? x : capped) : capped;
     }
     const Int column = lane_indices() + c;
     if (has<kOptions, kAlibi>()) {
       const Float d = distance - __builtin_convertvector(column, Float);
       x -= slope * (d < 0.0f ? -d : d);
     }
-    if (has<kOptions, kBias>()) {
-      __builtin_prefetch(bias + bias_ahead + c * size_of(bias_dtype));
-      x = add(x, load_bias<inner>(bias_dtype, bias, c, visible));
-    }
-    if (has<kOptions, kConstant>()) x = add(x, broadcast(constant));
+    if (!first) x = add_biases<kOptions, inner>(x, c, visible);
     if (has<kOptions, kMask>()) {
       __builtin_prefetch(mask + mask_ahead + c);
       const ColumnVector<inner, 1> flags(mask, c, visible);
@@ -213,6 +218,15 @@ struct ScoreRow {
   }
 
  private:
+  template <int kOptions, bool inner>
+  JF_HD Float add_biases(Float x, int32_t c, Columns visible) const {
+    if (has<kOptions, kBias>()) {
+      __builtin_prefetch(bias + bias_ahead + c * size_of(bias_dtype));
+      x = add(x, load_bias<inner>(bias_dtype, bias, c, visible));
+    }
+    if (has<kOptions, kConstant>()) x = add(x, broadcast(constant));
+    return x;
+  }
   // A bias of −inf masks, whatever the score is (NaN and +inf included).
   JF_HD static Float add(Float x, Float bias) { return bias == kNegInf ? bias : x + bias; }
 };

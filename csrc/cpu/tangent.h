@@ -53,8 +53,9 @@ struct TangentRow {
   Columns visible;
   float lse;
   float scale;  // of T
-  const float *slopes, *tbias,
-      *keep;  // derivative of the softcap, tangent of the bias, dropout factors, or null
+  // The derivative of the softcap, the tangent of the bias, dropout factors, or null.
+  const float *slopes, *tbias, *keep;
+  bool bias_first;
 };
 
 // Replaces S by D∘P and T by D∘P∘dS in these panels, as words of E; D has the dropout factors. Returns Σ
@@ -70,8 +71,9 @@ JF_INLINE Float tangent_columns(const TangentRow& row, float softmax_scale, Colu
     const Float x = load(s + c);
     Float p = probability<E::kExpDegree>(x, softmax_scale, row.lse), ds = load(t + c) * row.scale;
     if constexpr (kGeneral) {
+      if (row.tbias && row.bias_first) ds = ds + load(row.tbias + c);
       if (row.slopes) ds = ds * load(row.slopes + c);
-      if (row.tbias) ds = ds + load(row.tbias + c);
+      if (row.tbias && !row.bias_first) ds = ds + load(row.tbias + c);
     }
     Float w = p * ds;
     // A hidden key contributes nothing, whatever its dS is.
@@ -243,7 +245,8 @@ class TangentLoop {
                    __builtin_fabsf(p.spec.scale),
                    nullptr,
                    nullptr,
-                   nullptr};
+                   nullptr,
+                   p.spec.bias_first};
     if (own.lse == kNegInf) own.visible = {0, 0};  // mask, bias or segments hide every key
     const bool masked = own.visible.lo > panels.lo || own.visible.hi < panels.hi;
     const bool general = !own.visible.empty() && (head_.unfinished(block.mixed) != 0 || head_.has_dropout);

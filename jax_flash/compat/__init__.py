@@ -1,5 +1,27 @@
 """The functions of other libraries, with their names and arguments, for code that is ported from them."""
 
-from . import flash_attn, levanter, maxtext, pallas_gpu, ragged_paged_attention, splash, tokamax
+from . import (
+    easydel,
+    flash_attn,
+    gemma,
+    levanter,
+    maxtext,
+    pallas_gpu,
+    ragged_paged_attention,
+    splash,
+    tokamax,
+    tunix,
+)
 
-__all__ = ["flash_attn", "levanter", "maxtext", "pallas_gpu", "ragged_paged_attention", "splash", "tokamax"]
+__all__ = [
+    "easydel",
+    "flash_attn",
+    "gemma",
+    "levanter",
+    "maxtext",
+    "pallas_gpu",
+    "ragged_paged_attention",
+    "splash",
+    "tokamax",
+    "tunix",
+]

@@ -99,10 +99,6 @@ def dot_product_attention(
     arrays = seen.arrays
     if bias is not None:
         arrays["bias"] = as_bias(axes.scores(check, "bias", bias), dtype)
-        if logits_soft_cap:
-            raise check.fail(
-                "bias is added before logits_soft_cap, which is not built yet", NotImplementedError
-            )
     shared: dict[str, Array] = {}
     if attn_sink is not None:
         sinks = axes.sinks(check, attn_sink)
@@ -119,6 +115,7 @@ def dot_product_attention(
         align="top_left",
         scale=scale,
         softcap=logits_soft_cap,
+        bias_first=True,
         dropout_rate=dropout if dropping else 0.0,
         implementation=implementation,
         **shared,

@@ -98,11 +98,11 @@ class BlockSizes:
         return cls(128, 128)
 
 
-_OF_MASK = ("ranges", "dense")
-_STATIC = ("band", "shape", "shards", "is_mqa", "save_residuals", "softcap", "name", "implementation")
+DATA_FIELDS = ("ranges", "dense")
+META_FIELDS = ("band", "shape", "shards", "is_mqa", "save_residuals", "softcap", "name", "implementation")
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=_OF_MASK, meta_fields=_STATIC)
+@partial(jax.tree_util.register_dataclass, data_fields=DATA_FIELDS, meta_fields=META_FIELDS)
 @dataclass(frozen=True, eq=False)
 class SplashAttentionKernel:
     """Attention with a mask of its own: `kernel(q, k, v, segment_ids=None, sinks=None)`. A pytree, whose arrays are

@@ -257,16 +257,13 @@ class _Call:
         if bias is not None:
             x = as_bias(bias, self.query.dtype)
             self.arrays["bias"] = self.check.broadcastable("bias", x, self.scores, _SCORES)
-            if softcap:
-                raise self.check.fail(
-                    "bias is added before logits_soft_cap, which is not built yet", NotImplementedError
-                )
         run = partial(
             flash_attention,
             causal=self.causal,
             align="top_left",
             scale=scale,
             softcap=softcap,
+            bias_first=True,
             return_lse=True,
             **options,
         )

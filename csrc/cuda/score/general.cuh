@@ -54,6 +54,10 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ void apply(S& s, const Tile& tile, const Softmax& softmax) {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
+    if (spec.bias_first) {
+      cap_sum(s, tile, row, NoGradient{});
+      return add_and_hide(s, tile, row, kLog2e, InSegment::kSome);
+    }
     if (spec.softcap > 0) {
       for_each_tanh(s, spec.scale / spec.softcap, coarse_tanh(tile.p),
                     [](float& x, float t, int, int, int) { x = t; });
@@ -78,7 +82,7 @@ struct GeneralScore : ScoreVariant<S> {
   template <GradientOf kOf, class Tile>
   __device__ __forceinline__ void differentiate_in(S& s, S& dp, const Tile& tile, InSegment in_segment) {
     score(s, tile, in_segment, [&](float gradient, int slot, int n, int e) {
-      if constexpr (kOf == GradientOf::kProduct) dp.at(slot, n, e) *= gradient;
+      if (kOf == GradientOf::kProduct || tile.p.spec.bias_first) dp.at(slot, n, e) *= gradient;
     });
   }
 
@@ -89,7 +93,9 @@ struct GeneralScore : ScoreVariant<S> {
   __device__ __forceinline__ void score(Scores& s, const Tile& tile, InSegment in_segment, F differentiate) {
     const AttentionSpec& spec = tile.p.spec;
     const int32_t row = tile.row();
-    if (spec.softcap > 0) {
+    if (spec.bias_first) {
+      cap_sum(s, tile, row, differentiate);
+    } else if (spec.softcap > 0) {
       cap(s, spec.softcap, spec.scale, coarse_tanh(tile.p), differentiate);
     } else {
       const float scale = spec.scale * kLog2e;
@@ -103,6 +109,26 @@ struct GeneralScore : ScoreVariant<S> {
     return kLog2e * (spec.softcap > 0 ? spec.softcap : spec.scale > 0 ? spec.scale : 1.0f);
   }
 
+  // S ← log2(e) · softcap(scale · S + bias), and differentiate() as in score().
+  template <class Scores, class Tile, class F>
+  __device__ __forceinline__ void cap_sum(Scores& s, const Tile& tile, int32_t row, F differentiate) {
+    const AttentionSpec& spec = tile.p.spec;
+    for_each(s, [&](float& x, int, int, int) { x *= spec.scale; });
+    add(s, tile, row, 1);
+    cap_biased(s, spec.softcap, differentiate);
+  }
+
+  // S ← S + factor · bias; tiles that are staged hide what the mask hides, too.
+  template <class Scores, class Tile>
+  __device__ __forceinline__ void add(Scores& s, const Tile& tile, int32_t row, float factor) {
+    const auto add = [factor](float& x, float b) { add_bias(x, b, factor); };
+    if constexpr (requires { tile.apply_tiles(s, add); }) {
+      if (tile.p.bias || tile.p.mask) tile.apply_tiles(s, add);
+    } else if (kBiasAndMask && tile.p.bias) {
+      GlobalBias(tile.p, tile.operands(), tile.band()).add(s, row, tile.key, factor, bias);
+    }
+  }
+
   // S ← S + factor · (bias − slope · distance), −inf where segments, ranges or mask hide the key.
   template <class Scores, class Tile>
   __device__ __forceinline__ void add_and_hide(Scores& s, const Tile& tile, int32_t row, float factor,
@@ -110,13 +136,8 @@ struct GeneralScore : ScoreVariant<S> {
     const Problem& p = tile.p;
     const ScoreOperands& operands = tile.operands();
     const Band& band = tile.band();
-    const auto add = [factor](float& x, float b) { add_bias(x, b, factor); };
-    constexpr bool kStaged = requires { tile.apply_tiles(s, add); };
-    if constexpr (kStaged) {
-      if (p.bias || p.mask) tile.apply_tiles(s, add);
-    } else if (kBiasAndMask && p.bias) {
-      GlobalBias(p, operands, band).add(s, row, tile.key, factor, bias);
-    }
+    constexpr bool kStaged = requires { tile.apply_tiles(s, [](float&, float) {}); };
+    if (!p.spec.bias_first) add(s, tile, row, factor);
     if (p.alibi_slopes) subtract_alibi(s, tile, row, operands.slope * factor, [](float x) { return x; });
     if (p.q_segment_ids && in_segment == InSegment::kSome)
       hide_other_segments(s, operands, band, row, tile.key);

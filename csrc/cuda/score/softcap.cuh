@@ -81,6 +81,18 @@ __device__ __forceinline__ void cap(S& s, float c, float scale, bool coarse, G g
   });
 }
 
+// cap() of scores to which a bias has been added: S ← log2(e) · c · tanh(S / c), and −∞ stays. One tanh
+// serves every case, because each of for_each_tanh()'s would make the general kernels larger.
+template <class S, class G>
+__device__ __forceinline__ void cap_biased(S& s, float c, G g) {
+  const float inner = 1 / c, outer = c * kLog2e;
+  for_each(s, [&](float& x, int slot, int n, int e) {
+    const float t = tanh_relative(x * inner);
+    g(1.0f - t * t, slot, n, e);
+    x = x == -INFINITY ? x : outer * t;
+  });
+}
+
 // log2(e) · c · tanh(s · scale / c), where |s · scale / c| ≤ 1 as a polynomial in s. The absolute error is c
 // times that of tanh.
 struct Softcap {

@@ -37,7 +37,7 @@ struct NoScoreInput {
 // What dS is the gradient with respect to.
 enum class GradientOf {
   kProduct,  // scale · q·k
-  kBias,     // what a bias is added to: softcap's result
+  kBias,     // the bias, which is added to softcap's result, or with bias_first to the product
 };
 
 template <class S>

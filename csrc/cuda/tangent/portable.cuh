@@ -135,8 +135,9 @@ __device__ __forceinline__ void finish_scores(typename C::S& s, typename C::S& d
   if constexpr (!C::kPlain) {
     for_each(ds, [&](float& x, int, int, int) { x *= at.p.spec.scale; });
     typename C::Score score;
+    if (at.p.spec.bias_first) add_tbias<C>(ds, at);
     score.template differentiate<GradientOf::kProduct>(s, ds, at);  // S ← score(S); dS ← score'(S) ∘ dS
-    add_tbias<C>(ds, at);
+    if (!at.p.spec.bias_first) add_tbias<C>(ds, at);
   }
   if (partial) mask(s, block.band, at.row(), at.key);
   if (!C::kPlain || partial) {

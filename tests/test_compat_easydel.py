@@ -1,0 +1,176 @@
+"""compat.easydel against ejkernel's equations in numpy, and against ejkernel and EasyDeL where they are installed."""
+
+import types
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import masked_reference
+import numpy as np
+import pytest
+from flash_attn_reference import assert_close, i32, normal, slope
+
+from jax_flash.compat.easydel import flash_attention, scaled_dot_product_attention
+
+B, S, HQ, HK, D = 2, 24, 4, 2, 16
+Q, K, V = normal(0, B, S, HQ, D), normal(1, B, S, HK, D), normal(2, B, S, HK, D)
+BIAS = normal(3, B, HQ, S, S)
+ROW, KEY = np.arange(S)[:, None], np.arange(S)
+IDS = i32([0] * 10 + [1] * 10 + [-1] * 4, [0] * 24)
+SAME = ((IDS[:, :, None] == IDS[:, None]) & (IDS >= 0)[:, None])[:, None]
+DENSE = np.random.default_rng(4).random((B, 1, S, S)) < 0.6
+
+
+class MaskInfo(types.SimpleNamespace):
+    """What of ejkernel's MaskInfo the adapter reads."""
+
+    def __init__(self, mask=None, ids=None, computed=None):
+        super().__init__(_attention_mask=mask, _q_segment_ids=ids, _kv_segment_ids=None, computed=computed)
+
+    def get_or_compute_segment_ids(self, per_head):
+        assert not per_head
+        return self._q_segment_ids, self._q_segment_ids
+
+    def get_or_compute_attention_mask(self):
+        return self.computed
+
+
+CALLS = {
+    "plain": ({}, True),
+    "causal": (dict(causal=True), ROW >= KEY),
+    "window": (dict(causal=True, sliding_window=(5, 0)), (ROW >= KEY) & (ROW - KEY <= 5)),
+    "window of one number": (dict(sliding_window=3), np.abs(ROW - KEY) <= 3),
+    "scale": (dict(softmax_scale=0.4), True),
+    "cap": (dict(logits_soft_cap=1.5), True),
+    "mask": (dict(mask_info=MaskInfo(DENSE)), DENSE),
+    "mask of integers": (dict(mask_info=MaskInfo(DENSE[:, 0].astype(np.int32))), DENSE),
+    "mask of keys": (dict(mask_info=MaskInfo(DENSE[:, 0, 0])), DENSE[:, :, :1]),
+    "mask that is computed": (dict(mask_info=MaskInfo(computed=DENSE)), DENSE),
+    "segments": (dict(mask_info=MaskInfo(ids=IDS), causal=True), SAME & (ROW >= KEY)),
+    "segments and mask": (dict(mask_info=MaskInfo(DENSE, IDS)), SAME & DENSE),
+    "offsets with a mask": (dict(mask_info=MaskInfo(DENSE)), DENSE),
+}
+
+
+def right(options, seen, q=Q, k=K, v=V, **scores):
+    cap, scale = options.get("logits_soft_cap"), options.get("softmax_scale")
+    return masked_reference.attend(q, k, v, seen, softcap=cap, scale=scale, bias_first=True, **scores)[0]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_function_is_the_equations(name, implementation):
+    options, seen = CALLS[name]
+    call = partial(flash_attention, Q, K, V, implementation=implementation, **options)
+    offsets = i32(0, 10, 24) if name == "offsets with a mask" else None
+    assert_close(call(None, offsets, offsets), right(options, seen))
+    assert_close(call(BIAS), right(options, seen, bias=BIAS))
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("cap", "offsets with a mask")])
+def test_scaled_dot_products_are_the_equations(name, implementation):
+    options, seen = CALLS[name]
+    if name == "segments and mask":  # a mask alone counts where there is one
+        seen = DENSE
+    call = partial(scaled_dot_product_attention, Q, K, V, implementation=implementation, **options)
+    assert_close(call(BIAS), right(options, seen, bias=BIAS))
+    assert_close(call(init_bias=lambda: BIAS), right(options, seen, bias=BIAS))
+
+
+def test_scaled_dot_products_have_lengths():
+    out = scaled_dot_product_attention(Q, K, V, None, i32(24, 7), i32(9, 24), causal=True)
+    seen = (ROW >= KEY) & (i32(9, 24)[:, None, None, None] > KEY) & (i32(24, 7)[:, None, None, None] > ROW)
+    assert_close(out, right({}, seen))
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (HQ, 2)])
+def test_all_sinks_of_a_head_count(shape):
+    aux = normal(5, *shape)
+    sinks = np.log(np.exp(np.broadcast_to(aux, (HQ, shape[-1])).astype(float)).sum(-1))
+    assert_close(flash_attention(Q, K, V, None, None, None, aux), right({}, True, sinks=sinks))
+
+
+def test_16_bit_keys_of_float32_queries():
+    out = flash_attention(Q, *(x.astype(jnp.bfloat16) for x in (K, V)))
+    assert out.dtype == jnp.float32
+    assert_close(out, right({}, True), 0.05)
+
+
+def test_dropout_has_a_seed():
+    one, again, other = (
+        flash_attention(Q, K, V, dropout_prob=0.5, dropout_seed=seed) for seed in (None, 0, 1)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert not np.allclose(one, other)
+
+
+def test_it_differentiates():
+    options, seen = dict(causal=True, logits_soft_cap=1.5, mask_info=MaskInfo(ids=IDS)), SAME & (ROW >= KEY)
+    aux = normal(6, HQ, 1)
+
+    def loss(q, k, v, bias, aux):
+        return jnp.sin(flash_attention(q, k, v, bias, None, None, aux, **options)).sum()
+
+    def equations(q, k, v, bias, aux):
+        return np.sin(right(options, seen, q, k, v, bias=bias, sinks=aux[:, 0])).sum()
+
+    arrays = [Q, K, V, BIAS, aux]
+    wanted, along = slope(equations, arrays)
+    got = sum((g * u).sum() for g, u in zip(jax.grad(loss, range(5))(*arrays), along))
+    assert_close(got, wanted, 1e-4)
+
+
+ERRORS = {
+    "pages": (NotImplementedError, lambda: flash_attention(Q, K, V, *[None] * 4, i32([0])), "block_tables"),
+    "sums": (
+        NotImplementedError,
+        lambda: flash_attention(Q, K, V, normalize_output=False),
+        "normalize_output",
+    ),
+    "offsets": (NotImplementedError, lambda: flash_attention(Q, K, V, None, i32(0, 24)), "cum_seqlens need"),
+    "sinks": (
+        ValueError,
+        lambda: flash_attention(Q, K, V, None, None, None, normal(0, 3, 2)),
+        r"softmax_aux must have shape \[sinks\] or \[4, sinks\], got \(3, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_name_the_argument(name):
+    error, call, message = ERRORS[name]
+    with pytest.raises(error, match="^easydel.flash_attention: " + message):
+        call()
+
+
+def test_it_is_ejkernel_s_own():
+    modules = pytest.importorskip("ejkernel.modules")
+    info = pytest.importorskip("ejkernel.types").MaskInfo.from_segments(jnp.asarray(IDS))
+    options = dict(causal=True, logits_soft_cap=1.5, softmax_scale=0.3, mask_info=info)
+    given = [jnp.asarray(x) for x in (Q, K, V, BIAS)] + [None, None, jnp.asarray(normal(6, 3))]
+    used = (IDS >= 0)[..., None, None]
+    wanted = modules.flash_attention(*given, **options, platform="xla")
+    assert_close(np.where(used, flash_attention(*given, **options), 0), np.where(used, wanted, 0), 1e-5)
+    options = dict(causal=True, softmax_scale=0.3, mask_info=info)
+    wanted = modules.scaled_dot_product_attention(*given[:4], **options, platform="xla")
+    got = scaled_dot_product_attention(*given[:4], **options)
+    assert_close(np.where(used, got, 0), np.where(used, wanted, 0), 1e-5)
+
+
+def test_easydel_s_operation_runs_here(monkeypatch):
+    own = pytest.importorskip("easydel.operations.kernels.flash_attention")
+    infra, types_ = pytest.importorskip("easydel.infra"), pytest.importorskip("ejkernel.types")
+    base = infra.EasyDeLBaseConfig()
+    metadata = own.OperationMetadata(runtime_dtype=jnp.float32, base_config=base)
+    calls = []
+
+    def here(*given, **options):
+        calls.append(options)
+        return flash_attention(*given, **options)
+
+    monkeypatch.setattr(own, "flash_attention", here)
+    info = types_.MaskInfo.from_segments(jnp.asarray(IDS))
+    given = dict(zip(("query", "key", "value"), map(jnp.asarray, (Q, K, V))))
+    with base.mesh:
+        out = own.FlashAttn(metadata)(**given, mask_info=info, causal=True).attention_outputs
+    assert len(calls) == 1
+    assert_close(out, right({}, SAME & (ROW >= KEY)))
