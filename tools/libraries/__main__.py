@@ -25,9 +25,10 @@ PAGE = ROOT / "docs" / "libraries.md"
 PINS = tomllib.loads(Path(__file__).with_name("pins.toml").read_text())
 HEAD = """# Libraries that run on jax_flash
 
-`make libraries` installs each library at a pinned version, replaces its attention by our adapter, runs its own
-attention tests on a CPU and compares calls, results and gradients, with its own attention. The versions are in
-`tools/libraries/pins.toml`; [from another library](from-another-library.md) says which lines to change.
+`make libraries` installs each library at a pinned version (`tools/libraries/pins.toml`), replaces its attention by our
+[adapter](from-another-library.md), runs its own attention tests on a CPU and compares calls with its own attention,
+with gradients where it has them. "ours" are calls written here, where no registry has tests; "tests of" names the
+commit of a clone (`--checkouts`).
 
 | library | version | tests passed | calls compared | why not | date | jax_flash |
 |---|---|---|---|---|---|---|
