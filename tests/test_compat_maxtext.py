@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import IMPLEMENTATION
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from programs import require_devices
 
 import jax_flash
@@ -266,6 +266,20 @@ def test_load_balanced_context_parallelism_is_a_ring(kind):
         at = positions // 7
         visible = seen("global", q_ids=ids, kv_ids=ids) & (at[:, None, :, None] == at[:, None, None])
     close(jax_flash.zigzag_unpermute(out, 4), equations(q, k, v, visible, sinks=sinks)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_context_parallelism_in_order_of_the_sequence(kind):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    own = balanced(kind, _load_balanced_context_parallel=lambda: False)
+    rows = NamedSharding(own.mesh, PartitionSpec("data", "context"))
+    q, k, v, ids = (jax.device_put(x, rows) for x in (*qkv(), DOCUMENTS))
+    sinks = normal(HQ)
+    run = jax.jit(lambda *x: cudnn_flash_attention(own, *x, None, sinks=sinks))
+    out = run(q, k, v, ids)
+    assert out.sharding.is_equivalent_to(rows, out.ndim)
+    close(out, equations(q, k, v, seen(kind, q_ids=DOCUMENTS, kv_ids=DOCUMENTS), sinks=sinks)[0])
 
 
 def test_a_ring_records_the_largest_logits_of_all_devices():

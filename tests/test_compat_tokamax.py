@@ -25,6 +25,16 @@ PADDED = (LENGTHS[0][:, None, None, None] > ROW) & (LENGTHS[1][:, None, None, No
 
 
 @dataclasses.dataclass(frozen=True)
+class CausalMask:
+    offset: object = 0
+    window_size: object = None
+
+    def seen(self, i=KEY, j=KEY):
+        i, j = i[..., :, None] + np.asarray(self.offset), j[..., None, :]
+        return (j <= i) & (True if self.window_size is None else j > i - np.asarray(self.window_size))
+
+
+@dataclasses.dataclass(frozen=True)
 class Mask:
     """The fields of tokamax's, and what it documents that they mean."""
 
@@ -34,10 +44,12 @@ class Mask:
     k_start: object = None
     k_end: object = None
     is_causal: bool = False
+    causal_mask: object = None
 
     def seen(self, i=KEY, j=KEY):
+        band = True if self.causal_mask is None else self.causal_mask.seen(i, j)
         i, j = i[..., :, None], j[..., None, :]
-        found = np.ones((1, 1, S, S), bool) & (i >= j if self.is_causal else True)
+        found = band & np.ones((1, 1, S, S), bool) & (i >= j if self.is_causal else True)
         found = found & (True if self.bool_mask is None else self.bool_mask)
         for bound, holds in ((self.q_start, i.__ge__), (self.q_end, i.__lt__)):
             found = found & (True if bound is None else holds(bound[..., None, :]))
@@ -61,6 +73,10 @@ CALLS = {
 }
 RANGES = {
     "window": Mask(k_start=np.maximum(KEY - 3, 0)[None], is_causal=True),
+    "a causal mask's offset": Mask(causal_mask=CausalMask(3), k_start=i32([1])),
+    "a causal mask's window": Mask(causal_mask=CausalMask(-1, 4)),
+    "a causal mask of arrays": Mask(causal_mask=CausalMask(jnp.int32(2), jnp.int32(5))),
+    "a causal mask alone": CausalMask(1, 3),
     "of heads": Mask(k_start=(KEY // 2 + i32([0], [1], [2], [3])) % 5, k_end=(KEY + 2)[None]),
     "of entries": Mask(k_start=i32(3, 5)[:, None, None], k_end=i32(11, 7)[:, None, None]),
     "of queries": Mask(q_start=i32([2]), q_end=i32([9]), is_causal=True),
@@ -114,19 +130,24 @@ def test_bounds_of_queries_by_key_become_dense_with_a_warning(name):
     assert_close(out, right({}, mask.seen()))
 
 
-@pytest.mark.parametrize("bounds", ["causal", "bounds of queries"])
+@pytest.mark.parametrize("bounds", ["causal", "a window", "bounds of queries"])
 def test_positions_of_queries(bounds):
     i = np.random.default_rng(5).permutation(S)
-    mask = Mask(is_causal=True) if bounds == "causal" else Mask(q_start=i32([2]), q_end=i32([9]))
+    mask = {
+        "causal": Mask(is_causal=True),
+        "a window": Mask(causal_mask=CausalMask(0, 4)),
+        "bounds of queries": Mask(q_start=i32([2]), q_end=i32([9])),
+    }[bounds]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         out = tokamax_attention(Q, K, V, mask=mask, q_indices=i[None])
     assert_close(out, right({}, mask.seen(i)))
 
 
-def test_positions_of_keys_make_a_mask_dense():
+@pytest.mark.parametrize("causal", [CausalMask(), CausalMask(1, 4)])
+def test_positions_of_keys_make_a_mask_dense(causal):
     j = np.random.default_rng(6).permutation(S)
-    mask = Mask(k_end=i32([7]), is_causal=True)
+    mask = Mask(k_end=i32([7]), causal_mask=causal)
     with pytest.warns(CostWarning, match="since k_indices are given"):
         out = tokamax_attention(Q, K, V, mask=mask, k_indices=j[None])
     assert_close(out, right({}, mask.seen(j=j)))
@@ -245,11 +266,11 @@ def test_errors_name_the_argument(name):
 
 
 def test_tokamax_calls_it():
-    """`tokamax.dot_product_attention(…, implementation=tokamax_attention)` is tokamax's own."""
+    """`tokamax.dot_product_attention(…, implementation=[tokamax_attention])` is tokamax's own."""
     tokamax = pytest.importorskip("tokamax")
     options = dict(is_causal=True, local_window_size=(3, 0), bias=BIAS, mask=DENSE)
     own, ours = (
         tokamax.dot_product_attention(Q, K, V, **options, implementation=x, precision="highest")
-        for x in ("xla", tokamax_attention)
+        for x in ("xla", [tokamax_attention])
     )
     assert_close(np.where((ours == 0).all(-1, keepdims=True), own, ours), np.asarray(own))

@@ -47,7 +47,7 @@ def dot_product_attention(
     Args:
       query, key, value: `[*B, T, N, H]`, `[*B, S, K, H]` and `[*B, S, K, h]`, float16, bfloat16 or float32.
       bias: added to the logits before the soft cap, broadcastable to `[*B, N, T, S]`. Differentiable.
-      mask: boolean, broadcastable to `[*B, N, T, S]`; or a `Mask` of tokamax.
+      mask: boolean, broadcastable to `[*B, N, T, S]`; or a `Mask` or `CausalMask` of tokamax.
       scale: factor of q·kᵀ, 1/√H by default.
       is_causal: query i attends to keys 0 … i, whatever the lengths.
       query_seq_lengths, key_value_seq_lengths: int32, broadcastable to `[*B]`, the valid prefix of each row, past which
@@ -111,14 +111,15 @@ def tokamax_attention(
     return_residuals: bool = False,
     implementation: Implementation | None = None,
 ) -> Array | tuple[Array, tuple[Array, Array]]:
-    """What tokamax calls an implementation with: `tokamax.dot_product_attention(…, implementation=tokamax_attention)`.
+    """What tokamax calls, with `tokamax.dot_product_attention(…, implementation=[tokamax_attention])`.
 
     Args:
       q, k, v, bias, logits_soft_cap, is_causal, precision, q_sharding, implementation: as in `dot_product_attention`.
       logits_dtype: has no effect; scores are float32.
       logits_scale: a number; None or tokamax's AUTO is 1/√H.
-      mask: a boolean array or tokamax's `Mask`. `k_start`, `k_end` and bounds of all queries alike are ranges, by which
-        kernels skip what they hide. `q_start` and `q_end` that differ by key become a dense mask, with a warning.
+      mask: a boolean array, tokamax's `CausalMask` or its `Mask`. `causal_mask`, `k_start`, `k_end` and bounds of all
+        queries alike are ranges, by which kernels skip what they hide. `q_start` and `q_end` that differ by key become
+        a dense mask, with a warning.
       k_sharding: a constraint on k's and v's sharding.
       q_indices: positions of the queries for the mask, `[*#B, #N, T]`.
       k_indices: positions of the keys, `[*#B, #N, S]`, with which the mask becomes dense, with a warning.
@@ -137,7 +138,7 @@ def tokamax_attention(
     Source: the interface is tokamax's.
 
     Example:
-      >>> out = tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=tokamax_attention)
+      >>> out = tokamax.dot_product_attention(q, k, v, is_causal=True, implementation=[tokamax_attention])
     """
     check = Checker("tokamax_attention")
     if dropout_mask is not None or dropout_rate:
@@ -220,6 +221,16 @@ class _Call:
                 limits.append(bound)
             elif bound is not None:
                 dense.append(_at_least(sign, keys[..., None, :], bound[..., :, None]))
+        if parts.band is not None:
+            end = rows + jnp.asarray(parts.band.offset, jnp.int32) + 1
+            edges = [(end, highs, -1)]
+            if parts.band.window_size is not None:
+                edges.append((end - _int32(parts.band.window_size), lows, 1))
+            for edge, limits, sign in edges:
+                if k_indices is None:
+                    limits.append(edge)
+                else:
+                    dense.append(_at_least(sign, keys[..., None, :], edge[..., :, None]))
         if causal and not self.causal:
             if k_indices is None:
                 highs.append(rows + 1)
@@ -283,7 +294,8 @@ class _Call:
 
 @dataclass
 class _Parts:
-    """The fields of tokamax's Mask: arrays […, N, T] of queries, […, N, S] of keys, and a boolean one."""
+    """The fields of tokamax's Mask: arrays […, N, T] of queries, […, N, S] of keys, a boolean one, and its CausalMask
+    where that has an offset or a window."""
 
     bool_mask: Array | None = None
     q_start: Array | None = None
@@ -291,17 +303,22 @@ class _Parts:
     k_start: Array | None = None
     k_end: Array | None = None
     is_causal: bool = False
+    band: Any = None
 
     @classmethod
     def of(cls, mask: Any) -> _Parts:
         if mask is None:
             return cls()
+        if hasattr(mask, "window_size"):
+            plain = isinstance(mask.offset, int) and mask.offset == 0 and mask.window_size is None
+            return cls(is_causal=plain, band=None if plain else mask)
         if not hasattr(mask, "bool_mask"):
             return cls(jnp.asarray(mask).astype(bool))
         found = {name: getattr(mask, name) for name in ("q_start", "q_end", "k_start", "k_end")}
         bounds = {name: _int32(x) for name, x in found.items() if x is not None}
         seen = None if mask.bool_mask is None else jnp.asarray(mask.bool_mask).astype(bool)
-        return cls(seen, is_causal=mask.is_causal, **bounds)
+        band = None if mask.is_causal else getattr(mask, "causal_mask", None)
+        return cls(seen, is_causal=mask.is_causal, band=band, **bounds)
 
 
 def _int32(x: Any) -> Array:

@@ -25,9 +25,10 @@ PAGE = ROOT / "docs" / "libraries.md"
 PINS = tomllib.loads(Path(__file__).with_name("pins.toml").read_text())
 HEAD = """# Libraries that run on jax_flash
 
-`make libraries` installs each library at a pinned version, replaces its attention by our adapter, runs its own
-attention tests on a CPU and compares calls, results and gradients, with its own attention. The versions are in
-`tools/libraries/pins.toml`; [from another library](from-another-library.md) says which lines to change.
+`make libraries` installs each library at a pinned version (`tools/libraries/pins.toml`), replaces its attention by our
+[adapter](from-another-library.md), runs its own attention tests on a CPU and compares calls with its own attention,
+with gradients where it has them. "ours" are calls written here, where no registry has tests; "tests of" names the
+commit of a clone (`--checkouts`).
 
 | library | version | tests passed | calls compared | why not | date | jax_flash |
 |---|---|---|---|---|---|---|
@@ -43,7 +44,7 @@ def main() -> int:
     parser.add_argument(
         "--checkouts",
         type=Path,
-        help="a folder with the repositories (FOLDER/maxtext) of libraries without tests",
+        help="a folder with clones (FOLDER/maxtext) of libraries whose tests are on no registry",
     )
     parser.add_argument("--in-place", action="store_true", help="test the extension built in the tree")
     parser.add_argument("--keep-page", action="store_true", help="print the rows, do not write the page")
@@ -55,12 +56,14 @@ def main() -> int:
         parser.error(f"needs Python 3.12 or newer, as MaxText does; this is {sys.version.split()[0]}")
     folder = options.folder.resolve()
     wheel = None if options.in_place else build_wheel(folder)
-    rows = read_page()
     failed = False
     for name in options.libraries or PINS:
+        if "repository" in PINS[name] and checkout_of(name, PINS[name], options.checkouts) is None:
+            print(f"{name} left out: its tests are in its repository alone (--checkouts)", flush=True)
+            continue
         row = run_library(name, PINS[name], folder / name, wheel, options.checkouts)
         failed |= bool(row.pop("failed"))
-        rows[name] = line(row)
+        rows = read_page() | {name: line(row)}
         print(rows[name], flush=True)
         if not options.keep_page:
             PAGE.write_text(HEAD + "\n".join(rows[name] for name in sorted(rows)) + "\n")
@@ -80,31 +83,50 @@ def run_library(
     name: str, pin: dict[str, Any], folder: Path, wheel: Path | None, checkouts: Path | None
 ) -> dict[str, Any]:
     """Makes the environment and runs the library's file in it; the row, whatever happens."""
-    row = dict(library=name, version="", passed=0, total=0, calls=0, calls_close=0, why_not="", failed=True)
+    row = dict(library=name, version="", passed=0, total=0, ours=0, calls=0, why_not="", failed=True)
     try:
         python = environment(pin, folder, wheel)
         settings = os.environ | {"JAX_PLATFORMS": "cpu", **pin.get("environment", {})}
         if "source" in pin:
             settings["LIBRARY_SOURCE"] = str(unpacked(python, pin["source"], folder))
-        if checkouts is not None and (checkouts / name).exists():
-            settings["LIBRARY_CHECKOUT"] = str((checkouts / name).resolve())
+        checkout = checkout_of(name, pin, checkouts)
+        if checkout is not None:
+            settings["LIBRARY_CHECKOUT"] = str(checkout)
         if wheel is not None:  # The tree's package, which has no extension, must not hide the installed one.
             settings["PYTHONSAFEPATH"] = "1"
             settings["PYTHONPATH"] = str(tools_only(folder))
-        done = subprocess.run(
-            [python, "-m", f"tools.libraries.{name}"],
-            cwd=ROOT,
-            env=settings,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        status, last = watched([python, "-m", f"tools.libraries.{name}"], settings)
     except (subprocess.CalledProcessError, OSError) as error:
         return row | {"why_not": f"not installed: {error}"}
-    print(done.stdout, end="")
-    last = done.stdout.strip().split("\n")[-1]
     if not last.startswith("{"):
-        return row | {"why_not": f"its tests ended with status {done.returncode}"}
-    return row | json.loads(last) | {"failed": done.returncode != 0}
+        return row | {"why_not": f"its tests ended with status {status}"}
+    row |= json.loads(last) | {"failed": status != 0}
+    if checkout is not None:
+        commit = subprocess.run(
+            ["git", "-C", checkout, "rev-parse", "--short=10", "HEAD"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+        row["version"] = f"{row['version']}, tests of {commit.strip()}"
+    return row
+
+
+def watched(command: list[Any], settings: dict[str, str]) -> tuple[int, str]:
+    """The exit status and the last line of a command, whose output is printed as it comes."""
+    last = ""
+    with subprocess.Popen(command, cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            print(text, end="", flush=True)
+            last = text.strip() or last
+    return process.returncode, last
+
+
+def checkout_of(name: str, pin: dict[str, Any], checkouts: Path | None) -> Path | None:
+    """The repository that was given for a library, if one was."""
+    folder = None if checkouts is None else (checkouts / pin.get("repository", name)).resolve()
+    return folder if folder is not None and folder.exists() else None
 
 
 def environment(pin: dict[str, Any], folder: Path, wheel: Path | None) -> Path:
@@ -157,9 +179,18 @@ def tools_only(folder: Path) -> Path:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     calls = f"{row['calls_close']} of {row['calls']}" if row["calls"] else "–"
-    tests = f"{row['passed']} of {row['total']}" if row["total"] else "none ran"
+    tests = [f"{row['passed']} of {row['total']}"] if row["total"] else []
+    tests += [f"ours: {row['ours_passed']} of {row['ours']}"] if row["ours"] else []
     why = str(row["why_not"]).replace("|", "\\|")
-    cells = (row["library"], row["version"], tests, calls, why, datetime.date.today(), version())
+    cells = (
+        row["library"],
+        row["version"],
+        "; ".join(tests) or "none ran",
+        calls,
+        why,
+        datetime.date.today(),
+        version(),
+    )
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
