@@ -73,10 +73,63 @@ __global__ void __launch_bounds__(32)
   to.lists[list] = {(count + pieces - 1) / pieces, cut ? before_last + s.k_len - last : keys};
 }
 
+// What rows see of keys, neither empty, that may be of several blocks.
+__device__ SeenPiece seen_keys(const Band& band, const BlockMask& blocks, int32_t h, const Interval& rows,
+                               const Interval& keys) {
+  bool any = false, all = true;
+  for (int32_t key = keys.lo; key < keys.hi; key = (key / blocks.block_keys + 1) * blocks.block_keys) {
+    const int32_t end = min((key / blocks.block_keys + 1) * blocks.block_keys, keys.hi);
+    const SeenPiece seen = seen_piece(band, blocks, h, rows, {key, end});
+    any |= seen != SeenPiece::kNone, all &= seen == SeenPiece::kAll;
+  }
+  return all ? SeenPiece::kAll : any ? SeenPiece::kSome : SeenPiece::kNone;
+}
+
+// A warp for each key tile: its list, of query tiles of `rows` rows.
+__global__ void __launch_bounds__(32)
+    list_steps(const __grid_constant__ Problem p, const __grid_constant__ StepLists to, int32_t tiles,
+               int32_t rows) {
+  const auto lane = static_cast<int32_t>(threadIdx.x);
+  const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
+  const int32_t key = static_cast<int32_t>(list % tiles) * kConsumersOfTile * kRowBlock;
+  const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % p.kv_heads) * heads;
+  const int64_t leading = entry / p.batch;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const Band band = make_band(p, leading, s);
+  const BlockMask blocks = block_mask_of(p, leading, s, head);
+  const Interval seen = band.queries(key, key + kConsumersOfTile * kRowBlock);
+  int32_t* const own = to.steps + list * to.most;
+  int32_t count = 0;
+  for (int32_t h = 0; h < heads; ++h) {
+    for (int32_t first = seen.lo / rows; first * rows < seen.hi; first += 32) {
+      const int32_t row = (first + lane) * rows;
+      SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+      if (row < seen.hi) {
+        for (int i = 0; i < kConsumersOfTile; ++i) {
+          const int32_t begin = key + i * kRowBlock, end = begin + kRowBlock;
+          if (begin < s.k_len)
+            of[i] = seen_keys(band, blocks, h, {row, min(row + rows, s.q_len)}, {begin, end});
+        }
+      }
+      const bool is_seen = of[0] != SeenPiece::kNone || of[1] != SeenPiece::kNone;
+      const uint32_t all = __ballot_sync(~0u, is_seen);
+      if (is_seen)
+        own[count + __popc(all & ((1u << lane) - 1))] = ListedStep::make(h, first + lane, of[0], of[1]);
+      count += __popc(all);
+    }
+  }
+  if (lane == 0) to.counts[list] = count;
+}
+
 }  // namespace
 
 cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
   const TileGrid& grid = plan.queries;
+  if (plan.keys.lists >= 0 && p.batch > 0) {
+    const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
+    return launch(list_steps, lists, 32, 0, stream, p, step_lists(p, plan.keys, workspace),
+                  static_cast<int32_t>(plan.keys.tiles), plan.keys.other_block);
+  }
   if (grid.lists < 0 || p.batch == 0) return cudaSuccess;
   const KeyLists lists = key_lists(p, grid, workspace);
   return launch(list_key_tiles, p.leading.count() * p.batch * (p.heads / lists.heads) * grid.tiles, 32, 0,

@@ -106,6 +106,14 @@ inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspac
           static_cast<int32_t>(grid.tiles)};
 }
 
+// The lists of steps that block masks leave to the key tiles of a grid.
+inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* workspace) {
+  const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
+  const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;
+  auto* steps = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + grid.lists);
+  return {steps, steps + lists * most, most};
+}
+
 inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* workspace) {
   if (grid.ranges >= 0) {
     const RangeTables tables = range_tables(p, grid, workspace);

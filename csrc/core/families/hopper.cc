@@ -188,6 +188,7 @@ class Backward final : public PassTraits {
       if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
         return false;
     }
+    if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
@@ -205,6 +206,8 @@ class Backward final : public PassTraits {
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.k_rows, row.block_m, plan.keys, workspace);
+    } else if (plan.score == ScoreKind::kBlocks) {
+      add_step_lists(call, row.block_m, plan.keys, workspace);
     } else {
       add_segments(call, s.k_rows, plan.keys, workspace);
     }
@@ -222,13 +225,20 @@ class Backward final : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim tickets = spec.deterministic ? aligned(dq_tickets_bytes(spec, s, kConsumerRows)) : Dim(0);
     return schedule_bound(spec, s, s.k_rows) +
-           max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)) +
+           max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
+               step_lists_bound(spec, s)) +
            aligned(
                max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
            tickets + aligned(kCounterBytes);
   }
 
  private:
+  // Whether lists hold the steps of a call with blocks. They have no order in which dQ could be added up.
+  static bool lists_steps(const KernelRow& row, const Call& call) {
+    const Shapes& s = call.shapes;
+    return !call.spec.deterministic && s.kv_heads > 0 && s.heads / s.kv_heads <= ListedStep::kMostHeads &&
+           ceil_div(s.q_rows, row.block_m) <= ListedStep::kMostTiles;
+  }
   // CTAs that work on one key tile together.
   static int32_t cluster_of(const KernelRow& row) {
     return row.design == Design::kCluster ? hopper::kBackwardCtas : 1;

@@ -82,9 +82,18 @@ inline Dim key_lists_bytes(const DimShapes& s, int64_t keys) {
   return lists * (((s.k_rows + (keys - 1)) / keys) * int64_t{sizeof(KeyPieces)} + int64_t{sizeof(KeyList)});
 }
 
-// Upper bound over all kernels for blocks alone.
+// Bytes of the lists of query tiles of `rows` rows that block masks leave to 128 keys.
+inline Dim step_lists_bytes(const DimShapes& s, int64_t rows) {
+  const Dim lists = s.leading * s.batch * ((s.k_rows + (2 * kRowBlock - 1)) / (2 * kRowBlock));
+  return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads) * int64_t{sizeof(int32_t)};
+}
+
+// Upper bounds over all kernels for blocks alone.
 inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
   return spec.has(Operand::kBlockMask) ? aligned(key_lists_bytes(s, kRowBlock)) : Dim(0);
+}
+inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
+  return spec.has(Operand::kBlockMask) ? aligned(step_lists_bytes(s, kRowBlock)) : Dim(0);
 }
 
 // The float32 accumulator of dQ.
@@ -131,6 +140,13 @@ inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Worksp
   if (grid.blocks == 0) return;
   grid.lists = workspace.add(key_lists_bytes(dims_of(call.shapes), keys).value());
   grid.other_block = keys;
+}
+
+// Likewise of the steps that they leave to the key tiles of a grid, of query tiles of `rows` rows.
+inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Workspace& workspace) {
+  if (grid.blocks == 0) return;
+  grid.lists = workspace.add(step_lists_bytes(dims_of(call.shapes), rows).value());
+  grid.other_block = rows;
 }
 
 // The tiles of dbias, whose CTAs are counted in plan.queries.

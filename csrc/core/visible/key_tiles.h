@@ -1,5 +1,5 @@
-// The keys that block masks leave to query tiles, as lists of key tiles. A kernel makes them once per call
-// (cuda/blocks.cu) for the forward of score kind Blocks.
+// The keys that block masks leave to query tiles, as lists of key tiles, and the query tiles that they leave
+// to key tiles. A kernel makes them once per call (cuda/blocks.cu) for kernels of score kind Blocks.
 #pragma once
 
 #include "blocks.h"
@@ -46,6 +46,24 @@ struct KeyLists {
   int32_t rows = 0;         // from one query tile to the next
   int32_t heads = 0;        // of a query tile
   int32_t query_tiles = 0;  // of a head
+};
+
+// The backward's steps of a key tile: query tiles of the heads of its KV head, packed with what the rows see
+// of the keys of both consumers.
+struct ListedStep {
+  static constexpr int32_t kMostHeads = 1 << 7, kMostTiles = 1 << 20;
+
+  JF_HD static int32_t make(int32_t head, int32_t tile, SeenPiece first, SeenPiece second) {
+    return head << 24 | KeyPieces::make(tile << 4, first, second);
+  }
+  JF_HD static int32_t head(int32_t step) { return step >> 24; }
+  JF_HD static int32_t tile(int32_t step) { return step >> 4 & (kMostTiles - 1); }
+};
+
+// The lists of all key tiles of a call.
+struct StepLists {
+  int32_t *steps = nullptr, *counts = nullptr;
+  int32_t most = 0;  // steps of a list
 };
 
 }  // namespace jax_flash

@@ -104,8 +104,10 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void run_step(const QueryStep& step) {
-    const uint32_t use = step.number;
+  __device__ __forceinline__ void run_step(const QueryStep& number) {
+    const uint32_t use = number.number;
+    if constexpr (kListsSteps<C>) shared.ds_pipe.wait_full(use);
+    const QueryStep step = shared.step_ring.get(number);
     if (grid.tickets && begins_ticket(step)) wait_ticket(step);
     if (leads()) ptx::barrier_expect(shared.ds_other_pipe.full_barrier(use), DsTile::kBytes / C::kCluster);
     shared.ds_pipe.wait_full(use);

@@ -202,8 +202,7 @@ struct GradientConsumer {
 
   // Whether the band hides some of a step's scores.
   __device__ __forceinline__ bool is_partial(const QueryStep& step) const {
-    if constexpr (C::kKind == ScoreKind::kRanges)
-      return is_partial_of(shared.large_lse[step.number % C::kStages], consumer);
+    if constexpr (kMarksSteps<C>) return is_partial_of(shared.large_lse[step.number % C::kStages], consumer);
     return !uniform(tile().whole[consumer]).contains(step.tile);
   }
 
@@ -215,9 +214,10 @@ struct GradientConsumer {
 
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
   template <bool kFirst>
-  __device__ __forceinline__ void run_step(const QueryStep& step, int32_t sum_before) {
+  __device__ __forceinline__ void run_step(QueryStep& step, int32_t sum_before) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
+    step = shared.step_ring.get(step);
     if constexpr (C::kStartsFromDelta) {
       start_from_delta(dp, shared.statistics[stage].delta);
       ptx::hold(dp.x[0]);
@@ -296,7 +296,7 @@ struct GradientConsumer {
 
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
-    const auto walk = uniform(tile().walk);
+    const auto walk = steps_of(tile().walk);
     if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys(clean_keys);

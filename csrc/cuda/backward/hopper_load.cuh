@@ -170,8 +170,8 @@ struct GradientProducer {
     return {};
   }
 
-  // In kernels for ranges: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
-  // some row of the step does not see all its keys. One lane tests a block of rows for a consumer.
+  // Where steps are marked: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
+  // some row of the step does not see all its keys. Of ranges one lane tests a block of rows for a consumer.
   template <int kParts, class KeyOf>
   __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const QueryStep& step,
                                                         KeyOf key_of) const {
@@ -190,6 +190,12 @@ struct GradientProducer {
       bits = __ballot_sync(~0u, partial);
       if constexpr (kBlocks > 1) bits |= bits >> kParts;
       bits &= (1u << kParts) - 1;
+    } else if constexpr (C::kKind == ScoreKind::kBlocks) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        const int32_t part = (key_of(i) - tile.work.tile.row) / kConsumerRows;
+        bits |= (KeyPieces::seen(step.listed, part) != SeenPiece::kAll ? 1u : 0u) << i;
+      }
     }
     return bits;
   }
@@ -234,7 +240,7 @@ struct GradientProducer {
             store(lane + 96, fourth);
           }
           large_lse = __any_sync(~0u, large_lse);
-          if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1;
+          if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1, shared.step_ring.put(step);
           clear_queries(tile, step, __any_sync(~0u, unseen));
           if constexpr (C::kCluster == 1) {
             shared.q_pipe.wait_full(use);
