@@ -190,7 +190,7 @@ struct ScoreConsumer : ClusterConsumer<C> {
   // products of the step before, dV += Pᵀ dO.
   template <int kPending, class Finish>
   __device__ __forceinline__ void finish_scores(const QueryStep& number, Finish finish) {
-    const QueryStep step = shared.step_ring.get(number);
+    const QueryStep& step = shared.step_ring.get(number);
     const uint32_t use = step.number, stage = use % C::kStages;
     const auto partial = [&] {
       if constexpr (kMarksSteps<C>) return is_partial_of(shared.large_lse[stage], 0);

@@ -155,7 +155,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
   // One warp: bias, mask, lse and delta. Rows that see no key get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() {
     for_steps(
-        [&](const Tile& tile, const QueryStep& step) {
+        [&](const Tile& tile, const auto& step) {
           if constexpr (C::Tiles::kStaged)
             this->load_score_tile(
                 tile, step, tile.work.tile.row + static_cast<int32_t>(ptx::cluster_rank()) * kConsumerRows);

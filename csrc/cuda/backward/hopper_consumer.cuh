@@ -217,7 +217,7 @@ struct GradientConsumer {
   __device__ __forceinline__ void run_step(QueryStep& step, int32_t sum_before) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
-    step = shared.step_ring.get(step);
+    if constexpr (kListsSteps<C>) step = shared.step_ring.get(step);
     if constexpr (C::kStartsFromDelta) {
       start_from_delta(dp, shared.statistics[stage].delta);
       ptx::hold(dp.x[0]);

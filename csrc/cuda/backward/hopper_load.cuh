@@ -28,7 +28,7 @@ struct GradientProducer {
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if (tile.done) return;
       const auto& walk = tile.walk;  // in shared memory, as the warps have few registers
-      QueryStep step = QueryStep::first(walk, step_use);
+      auto step = first_step(walk, step_use);
       const int32_t end = step.number + walk.steps();
       for (; step.number < end; step.advance(walk)) visit(tile, step);
       step_use = step.number;
@@ -172,8 +172,8 @@ struct GradientProducer {
 
   // Where steps are marked: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
   // some row of the step does not see all its keys. Of ranges one lane tests a block of rows for a consumer.
-  template <int kParts, class KeyOf>
-  __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const QueryStep& step,
+  template <int kParts, class Step, class KeyOf>
+  __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const Step& step,
                                                         KeyOf key_of) const {
     uint32_t bits = 0;
     if constexpr (C::kKind == ScoreKind::kRanges) {
@@ -205,7 +205,7 @@ struct GradientProducer {
   __device__ __forceinline__ void load_statistics() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for_steps(
-        [&](const Tile& tile, const QueryStep& step) {
+        [&](const Tile& tile, const auto& step) {
           const uint32_t use = step.number, stage = use % C::kStages;
           const Interval seen = tile.seen;
           const float* const lse = tile.lse + step.head * p.lse.head;

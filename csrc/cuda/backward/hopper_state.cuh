@@ -131,11 +131,12 @@ struct StepRing {
   static constexpr uint32_t kSteps = 8;
   int32_t listed[kSteps];
 
-  __device__ __forceinline__ void put(const QueryStep& step) { listed[step.number % kSteps] = step.listed; }
+  __device__ __forceinline__ void put(const ListedQueryStep& step) {
+    listed[step.number % kSteps] = step.listed;
+  }
   __device__ __forceinline__ QueryStep get(const QueryStep& step) const {
-    QueryStep found{0, 0, step.number};
-    found.take(uniform(listed[step.number % kSteps]));
-    return found;
+    const int32_t element = uniform(listed[step.number % kSteps]);
+    return {ListedStep::head(element), ListedStep::tile(element), step.number};
   }
 };
 template <>

@@ -13,20 +13,26 @@ namespace jax_flash {
 
 // Where lse and o of the consumer's rows lie: of the query tile's head, or of one after it.
 template <class Consumer>
-__device__ __forceinline__ LseRows lse_rows(const Consumer& of) {
-  LseRows rows = of.tile->lse;
+__device__ __forceinline__ decltype(auto) lse_rows(const Consumer& of) {
   if constexpr (Consumer::Config::kBlocks) {
     const int32_t head = of.consumer * of.tile->heads_apart();
+    LseRows rows = of.tile->lse;
     rows.data += head * of.p.lse.head;
     if (rows.sinks) rows.sinks += head * of.p.sinks.head;
+    return rows;
+  } else {
+    return (of.tile->lse);
   }
-  return rows;
 }
 template <class Consumer>
-__device__ __forceinline__ auto out_rows(const Consumer& of) {
-  auto rows = of.tile->out;
-  if constexpr (Consumer::Config::kBlocks) rows.data += of.consumer * of.tile->heads_apart() * of.p.out.head;
-  return rows;
+__device__ __forceinline__ decltype(auto) out_rows(const Consumer& of) {
+  if constexpr (Consumer::Config::kBlocks) {
+    auto rows = of.tile->out;
+    rows.data += of.consumer * of.tile->heads_apart() * of.p.out.head;
+    return rows;
+  } else {
+    return (of.tile->out);
+  }
 }
 
 // lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
@@ -64,7 +70,7 @@ __device__ __forceinline__ void write_rows(Consumer& of) {
                               work.end);
   } else if constexpr (C::kStoresByTma) {
     of.shared.out_pipe.of[of.consumer].wait_empty(of.tile_index);
-    if (stores_by_tma(p, work, uniform(work.row) + of.consumer * uniform(tile.rows_apart()))) {
+    if (stores_by_tma(p, work, uniform(work.row) + of.consumer * of.rows_apart())) {
       stage_rows<typename C::Element, typename C::OTile>(of.o, of.shared.o.of[of.consumer],
                                                          ptx::thread_index() % 128 / 32 * 16);
     } else {
