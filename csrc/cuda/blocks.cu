@@ -85,11 +85,23 @@ __device__ SeenPiece seen_keys(const Band& band, const BlockMask& blocks, int32_
   return all ? SeenPiece::kAll : any ? SeenPiece::kSome : SeenPiece::kNone;
 }
 
-// A warp for each key tile: its list, of query tiles of `rows` rows.
-__global__ void __launch_bounds__(32)
+constexpr int kStepWarps = 8;
+enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // of which consumer some keys are seen
+
+// The place of the i-th step of a kind, of so many: those of both consumers come first, then those of one in
+// turns, so that one consumer has no long run without work.
+__device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kStepKinds]) {
+  const int32_t pairs = min(steps[kOfFirst], steps[kOfSecond]);
+  if (kind == kOfBoth) return i;
+  return steps[kOfBoth] + (i < pairs ? 2 * i + (kind == kOfSecond) : pairs + i);
+}
+
+// A CTA for each key tile: its list, of query tiles of `rows` rows.
+__global__ void __launch_bounds__(32 * kStepWarps)
     list_steps(const __grid_constant__ Problem p, const __grid_constant__ StepLists to, int32_t tiles,
                int32_t rows) {
-  const auto lane = static_cast<int32_t>(threadIdx.x);
+  __shared__ int32_t of_warp[kStepKinds][kStepWarps];
+  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
   const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
   const int32_t key = static_cast<int32_t>(list % tiles) * kConsumersOfTile * kRowBlock;
   const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % p.kv_heads) * heads;
@@ -97,28 +109,42 @@ __global__ void __launch_bounds__(32)
   const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
   const Band band = make_band(p, leading, s);
   const BlockMask blocks = block_mask_of(p, leading, s, head);
-  const Interval seen = band.queries(key, key + kConsumersOfTile * kRowBlock);
+  const Interval seen = tiles_of(band.queries(key, key + kConsumersOfTile * kRowBlock), rows);
   int32_t* const own = to.steps + list * to.most;
-  int32_t count = 0;
-  for (int32_t h = 0; h < heads; ++h) {
-    for (int32_t first = seen.lo / rows; first * rows < seen.hi; first += 32) {
-      const int32_t row = (first + lane) * rows;
+  int32_t steps[kStepKinds] = {0, 0, 0};
+  for (const bool stores : {false, true}) {  // once to count them
+    int32_t before[kStepKinds] = {0, 0, 0};
+    for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
+      const int32_t h = (first + thread) / seen.size(), tile = seen.lo + (first + thread) % seen.size();
       SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
-      if (row < seen.hi) {
-        for (int i = 0; i < kConsumersOfTile; ++i) {
-          const int32_t begin = key + i * kRowBlock, end = begin + kRowBlock;
-          if (begin < s.k_len)
-            of[i] = seen_keys(band, blocks, h, {row, min(row + rows, s.q_len)}, {begin, end});
-        }
+      for (int i = 0; h < heads && i < kConsumersOfTile; ++i) {
+        const int32_t begin = key + i * kRowBlock;
+        if (begin < s.k_len)
+          of[i] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, s.q_len)},
+                            {begin, begin + kRowBlock});
       }
-      const bool is_seen = of[0] != SeenPiece::kNone || of[1] != SeenPiece::kNone;
-      const uint32_t all = __ballot_sync(~0u, is_seen);
-      if (is_seen)
-        own[count + __popc(all & ((1u << lane) - 1))] = ListedStep::make(h, first + lane, of[0], of[1]);
-      count += __popc(all);
+      const bool is_seen[] = {of[0] != SeenPiece::kNone, of[1] != SeenPiece::kNone};
+      uint32_t same[kStepKinds];  // lanes
+      for (int kind = 0; kind < kStepKinds; ++kind) {
+        same[kind] =
+            __ballot_sync(~0u, is_seen[0] == (kind != kOfSecond) && is_seen[1] == (kind != kOfFirst));
+        if (thread % 32 == 0) of_warp[kind][warp] = __popc(same[kind]);
+      }
+      __syncthreads();
+      for (int kind = 0; kind < kStepKinds; ++kind) {
+        int32_t at = before[kind] + __popc(same[kind] & ((1u << thread % 32) - 1));
+        for (int i = 0; i < kStepWarps; ++i) {
+          if (i < warp) at += of_warp[kind][i];
+          before[kind] += of_warp[kind][i];
+        }
+        if (stores && same[kind] >> thread % 32 & 1)
+          own[place_of(static_cast<StepKind>(kind), at, steps)] = ListedStep::make(h, tile, of[0], of[1]);
+      }
+      __syncthreads();
     }
+    for (int kind = 0; kind < kStepKinds; ++kind) steps[kind] = before[kind];
   }
-  if (lane == 0) to.counts[list] = count;
+  if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
 }
 
 }  // namespace
@@ -127,7 +153,7 @@ cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* worksp
   const TileGrid& grid = plan.queries;
   if (plan.keys.lists >= 0 && p.batch > 0) {
     const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
-    return launch(list_steps, lists, 32, 0, stream, p, step_lists(p, plan.keys, workspace),
+    return launch(list_steps, lists, 32 * kStepWarps, 0, stream, p, step_lists(p, plan.keys, workspace),
                   static_cast<int32_t>(plan.keys.tiles), plan.keys.other_block);
   }
   if (grid.lists < 0 || p.batch == 0) return cudaSuccess;

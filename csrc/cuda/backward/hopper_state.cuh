@@ -134,9 +134,12 @@ struct StepRing {
   __device__ __forceinline__ void put(const ListedQueryStep& step) {
     listed[step.number % kSteps] = step.listed;
   }
+  __device__ __forceinline__ int32_t element(const QueryStep& step) const {
+    return uniform(listed[step.number % kSteps]);
+  }
   __device__ __forceinline__ QueryStep get(const QueryStep& step) const {
-    const int32_t element = uniform(listed[step.number % kSteps]);
-    return {ListedStep::head(element), ListedStep::tile(element), step.number};
+    const int32_t own = element(step);
+    return {ListedStep::head(own), ListedStep::tile(own), step.number};
   }
 };
 template <>
