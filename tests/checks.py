@@ -67,11 +67,6 @@ def require_case(implementation: str, case: Case) -> None:
         pytest.skip(reason)
 
 
-def require_forms(implementation: str, *forms: str) -> None:
-    """Skips the test of a mask that no kernel reads; test_lowering_errors has what such a call says."""
-    require_case(implementation, Case("forms", forms=forms, dtype=usual_dtype(implementation)))
-
-
 def usual_dtype(implementation: str) -> str:
     """For tests that are about something else: float32, or bfloat16 where only 16-bit is built."""
     return "bfloat16" if why_not_built(implementation, ("forward",), "float32") else "float32"

@@ -121,9 +121,8 @@ def fuzz(cases, check, part, count=PART):
     )
     @given(case=cases)
     def run(case):
-        assume(
-            checks.why_no_case(IMPLEMENTATION, case) is None
-        )  # a skip would end the test at the first such case
+        # A skip would end the test at the first such case.
+        assume(checks.why_no_case(IMPLEMENTATION, case) is None)
         check(case)
 
     run()

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/plan/row.h"
 #include "cuda/tile/shared_tile.cuh"
 
 namespace jax_flash {
@@ -22,10 +23,10 @@ __device__ __forceinline__ uint32_t slice_offset() {
   return C::kSliced ? blockIdx.y * Tile::panel_offset(C::kSliceColumns / kChunk<typename Tile::Element>) : 0;
 }
 
-// Slices of `columns`; at least one, since every row has statistics.
+// slices_of() for a kernel; a constant where it has no slices.
 template <class C>
-__host__ __device__ constexpr int32_t slice_count(int32_t columns) {
-  return C::kSliced && columns > 0 ? (columns - 1) / C::kSliceColumns + 1 : 1;
+constexpr JF_HD int32_t slice_count(int32_t columns) {
+  return C::kSliced ? slices_of(columns, C::kSliceColumns) : 1;
 }
 
 }  // namespace jax_flash

@@ -106,8 +106,7 @@ class Forward final : public PassTraits {
     const bool unequal = call.tiles_differ() || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
     const int64_t cluster = plan.cluster_size;
-    const int64_t slices =
-        row.is_sliced() && s.value_dim > 0 ? ceil_div(s.value_dim, row.slice_columns()) : 1;
+    const int64_t slices = slices_of(s.value_dim, row.slice_columns());
     const int64_t blocks =
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster * slices;
     if (plan.score == ScoreKind::kRanges) {

@@ -47,6 +47,11 @@ enum class Design : int32_t {
   kDynamic
 };
 
+// The slices that `columns` of a head are cut into; at least one, since every query row has statistics.
+constexpr JF_HD int32_t slices_of(int32_t columns, int32_t slice_columns) {
+  return columns > 0 ? (columns - 1) / slice_columns + 1 : 1;
+}
+
 // The columns of csrc/kernels.def but the arch: data for the plan, and a template argument of the kernel.
 struct Row {
   Pass pass;

@@ -19,7 +19,6 @@ struct KeyBlockState : GradientBlock<T> {
   Interval whole;  // queries that see all of them
   GlobalRows<T> dkey, dvalue;
   float* dquery;  // in the accumulator of dQ, at the sequence's first row and the group's first head, or null
-
   int32_t score_head;  // of the group: the one that `score` is of
 
   // Whether block masks hide the block's keys from all rows of a step.
