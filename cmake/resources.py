@@ -33,6 +33,7 @@ BUDGET: tuple[tuple[str, int], ...] = (
     (rf"^sm_1\d\d\w? {_COMMON}", 8),
     (rf"^\w+ backward_sm90<BackwardSm90<{_ROWS}.*, segments\b", 16),  # four scalars
     (rf"^\w+ forward_sm90<ForwardSm90<{_ROWS}.*, ranges\b", 32),  # outside of the loops, at d256
+    (rf"^\w+ (forward|backward|backward_cluster)_sm90<\w+<{_ROWS}.*, blocks\b", 0),
     (rf"^\w+ {_COMMON}", 0),
     ("", 1 << 30),
 )

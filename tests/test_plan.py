@@ -208,8 +208,11 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     packed, deterministic, leading = bool(rng.integers(2)), bool(rng.integers(2)), draw((1,), (3,), (2, 3))
     b, sq, sk = int(draw(1, 2, 700)), int(draw(0, 1, 31, 4097)), int(draw(0, 1, 65, 9000))
     d, dv = draw(*HEAD_DIMS)
-    present = draw((), ("ranges",), *(() if packed else (("q_segment_ids", "kv_segment_ids"),)))
-    spec = AttentionSpec("varlen" if packed else "fixed", deterministic=deterministic, operands=present)
+    fixed = () if packed else (("q_segment_ids", "kv_segment_ids"), ("block_mask",))
+    present = draw((), ("ranges",), *fixed)
+    block = draw((128, 128), (64, 32)) if "block_mask" in present else (0, 0)
+    layout = "varlen" if packed else "fixed"
+    spec = AttentionSpec(layout, deterministic=deterministic, operands=present, block=block)
     rows = [(*leading, x) if packed else (*leading, b, x) for x in (sq, sk)]
     shapes = {"query": (*rows[0], 4, d), "key": (*rows[1], 2, d), "value": (*rows[1], 2, dv)}
     if packed:
@@ -218,7 +221,7 @@ def test_the_workspace_stays_within_its_bound(pass_, seed):
     for device in (H100, A100, RTX4090):
         chosen = plan(
             pass_, device, varlen=packed, deterministic=deterministic, leading=math.prod(leading), batch=b,
-            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=present,
+            q_rows=sq, k_rows=sk, heads=4, kv_heads=2, d=d, dv=dv, operands=present, block=block,
         )  # fmt: skip
         assert chosen["workspace"] <= chosen["workspace_bound"] == bound
 

@@ -340,6 +340,33 @@ def test_blocks_that_stay_count_tiles_of_unequal_length():
     assert plan(d=128, dv=128, batch=1, q_rows=1000)["workspace"] == 0  # 64 tiles for 132 SMs
 
 
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_block_masks_alone_have_kernels(d, pass_):
+    blocks = {"operands": ("block_mask",), "block": (128, 128), "d": d, "dv": d}
+    for options in ({}, {"right": 0}, {"dtype": "float16", "leading": 3}, {"block": (16, 32)}):
+        chosen = plan(pass_, **blocks | options)
+        assert chosen["text"].startswith(f"sm90 {pass_} dense blocks d={d} dv={d} tile ")
+    others = [
+        {"varlen": True},
+        {"block": (128, 48)},
+        {"scale": -1.0},
+        {"operands": ("block_mask", "position")},
+    ]
+    for options in others + [{"deterministic": True}] * (pass_ == "backward"):
+        assert arch(pass_=pass_, **blocks | options) == "sm80"
+
+
+def test_query_tiles_of_small_blocks_have_rows_of_two_heads():
+    blocks = {"operands": ("block_mask",), "d": 128, "dv": 128, "batch": 1, "q_rows": 1000}
+    of_one = plan(block=(128, 64), **blocks)["queries"]
+    assert (of_one["block"], of_one["tiles"], of_one["blocks"]) == (128, 8, 8 * 8)
+    of_two = plan(block=(64, 64), **blocks)["queries"]
+    assert (of_two["block"], of_two["tiles"], of_two["blocks"]) == (64, 16, 16 * 4)
+    alone = plan(block=(64, 64), **blocks | {"heads": 6})["queries"]  # three of a KV head
+    assert (alone["block"], alone["blocks"]) == (128, 8 * 6)
+
+
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_ranges_alone_have_a_forward(d):
     for options in ({}, {"right": 0}, {"varlen": True}, {"dtype": "float16", "leading": 3}):

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <numeric>
 #include <span>
 #include <type_traits>
 #include <utility>
@@ -54,10 +55,11 @@ cudaError_t launch_score(ScoreKind kind, LaunchKind launch) {
   return status;
 }
 
-// Writes a plan's schedules, and the intervals that segments or ranges give each tile, to the workspace.
+// Writes a plan's schedules, and what segments, ranges or block masks leave to each tile, to the workspace.
 cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_segments(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch_ranges(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
+cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream);
 
 // The schedule of a grid; null if it has none.
 inline const TileWork* schedule_of(const TileGrid& grid, const void* workspace) {
@@ -89,11 +91,35 @@ inline RangeTables range_tables(const Problem& p, const TileGrid& grid, void* wo
   return {first, reinterpret_cast<SeenByTile*>(first + blocks), rows, rows + key_tiles};
 }
 
+// The lists that block masks leave to the query tiles of a grid, of which each has two consumers.
+inline KeyLists key_lists(const Problem& p, const TileGrid& grid, void* workspace) {
+  const int32_t heads = 2 * kRowBlock / grid.block;
+  const auto most = static_cast<int32_t>(ceil_div(p.k_rows, grid.other_block));
+  const int64_t lists = p.leading.count() * p.batch * (p.heads / heads) * grid.tiles;
+  auto* tiles = reinterpret_cast<KeyPieces*>(static_cast<char*>(workspace) + grid.lists);
+  return {tiles,
+          reinterpret_cast<KeyList*>(tiles + lists * most),
+          most,
+          std::gcd(p.spec.block_keys, grid.other_block),
+          grid.block,
+          heads,
+          static_cast<int32_t>(grid.tiles)};
+}
+
+// The lists of steps that block masks leave to the key tiles of a grid.
+inline StepLists step_lists(const Problem& p, const TileGrid& grid, void* workspace) {
+  const auto most = static_cast<int32_t>(p.heads / p.kv_heads * ceil_div(p.q_rows, grid.other_block));
+  const int64_t lists = p.leading.count() * p.batch * p.kv_heads * grid.tiles;
+  auto* steps = reinterpret_cast<int32_t*>(static_cast<char*>(workspace) + grid.lists);
+  return {steps, steps + lists * most, most};
+}
+
 inline TileSegments tile_segments(const Problem& p, const TileGrid& grid, void* workspace) {
   if (grid.ranges >= 0) {
     const RangeTables tables = range_tables(p, grid, workspace);
     return {nullptr, nullptr, nullptr, tables.blocks, tables.tiles};
   }
+  if (grid.lists >= 0) return {nullptr, nullptr, nullptr, nullptr, nullptr, key_lists(p, grid, workspace)};
   const Interval* keys = segments_of(grid, workspace);
   if (!keys) return {};
   const int64_t all = p.leading.count() * p.batch * grid.tiles;

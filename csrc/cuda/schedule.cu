@@ -149,6 +149,7 @@ cudaError_t launch_schedules(const Problem& p, const LaunchPlan& plan, void* wor
   if (cudaError_t e = launch_schedule<Over::kKeys>(p, plan, plan.keys, workspace, stream); e != cudaSuccess)
     return e;
   if (cudaError_t e = launch_ranges(p, plan, workspace, stream); e != cudaSuccess) return e;
+  if (cudaError_t e = launch_blocks(p, plan, workspace, stream); e != cudaSuccess) return e;
   return launch_segments(p, plan, workspace, stream);
 }
 

@@ -70,16 +70,17 @@ __device__ __forceinline__ BlockWork find_packed_work(const Problem& p, const Ti
 
 // The work of a tile. The tiles of a group of heads are neighbours, and with a causal mask the longest come
 // first (the last queries, the first keys), so that the last CTAs to run have short ones. kUneven: query
-// tiles differ without a causal mask, too.
+// tiles differ without a causal mask, too. heads_of_tile: neighbouring heads that query tiles have rows of.
 template <Over over, bool kUneven = false>
 __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork* schedule, int32_t tiles,
                                                int32_t block, TileNumber wanted,
-                                               uint32_t heads_together = kHeadsTogether) {
+                                               uint32_t heads_together = kHeadsTogether,
+                                               int32_t heads_of_tile = 1) {
   if (p.packed())  // a deterministic backward's tiles of one head wait for each other
     return find_packed_work<over>(p, schedule, tiles, block, wanted,
                                   p.spec.deterministic ? heads_together : 1);
   constexpr bool kQueries = over == Over::kQueries;
-  const uint32_t heads = kQueries ? p.heads : p.kv_heads, all = wanted.count / tiles;
+  const uint32_t heads = kQueries ? p.heads / heads_of_tile : p.kv_heads, all = wanted.count / tiles;
   // Without a causal mask query tiles are equally long, and share most K and V in one head after the other.
   const uint32_t group = kQueries && !kUneven && p.spec.right < 0 ? 1 : heads_together;
   const uint32_t first = wanted.number / (group * tiles) * group;
@@ -87,7 +88,7 @@ __device__ __forceinline__ BlockWork find_work(const Problem& p, const TileWork*
   const int32_t t = static_cast<int32_t>(number / together), tile = kQueries ? tiles - 1 - t : t;
   uint32_t rest = first + number % together;
   BlockWork work;
-  work.head = static_cast<int32_t>(rest % heads) * (kQueries ? 1 : p.heads / p.kv_heads);
+  work.head = static_cast<int32_t>(rest % heads) * (kQueries ? heads_of_tile : p.heads / p.kv_heads);
   rest /= heads;
   work.batch_row = static_cast<int32_t>(rest % p.batch);
   work.leading = rest / p.batch;

@@ -96,9 +96,12 @@ class Forward final : public PassTraits {
   void plan_grid(const KernelRow& row, const Call& call, Workspace& workspace,
                  LaunchPlan& plan) const override {
     const Shapes& s = call.shapes;
-    const bool packs = packs_heads(row);
+    const bool packs = packs_heads(row), pairs = pairs_heads(call, plan.score);
     plan.queries = tile_grid(call, packs ? s.q_rows * (s.heads / s.kv_heads) : s.q_rows,
-                             packs ? s.kv_heads : s.heads, row.block_m, workspace);
+                             packs   ? s.kv_heads
+                             : pairs ? s.heads / 2
+                                     : s.heads,
+                             pairs ? row.block_m / 2 : row.block_m, workspace);
     plan.cluster_size = uses_clusters(row, call, plan) ? row.multicast : 1;
     const bool unequal = call.tiles_differ() || s.q_rows % row.block_m;
     const TileGrid& grid = plan.queries;
@@ -108,6 +111,8 @@ class Forward final : public PassTraits {
         grid.blocks == 0 ? 0 : grid.blocks / grid.tiles * ceil_div(grid.tiles, cluster) * cluster * slices;
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.q_rows, row.block_n, plan.queries, workspace);
+    } else if (plan.score == ScoreKind::kBlocks) {
+      add_key_lists(call, row.block_n, plan.queries, workspace);
     } else {
       add_segments(call, s.q_rows, plan.queries, workspace, true);
     }
@@ -116,10 +121,19 @@ class Forward final : public PassTraits {
 
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     return schedule_bound(spec, s, s.q_rows) +
-           max(segments_bound(spec, s, s.q_rows), ranges_bound(spec, s, s.q_rows)) + aligned(kCounterBytes);
+           max(max(segments_bound(spec, s, s.q_rows), ranges_bound(spec, s, s.q_rows)),
+               key_lists_bound(spec, s)) +
+           aligned(kCounterBytes);
   }
 
  private:
+  // Whether the consumers of a query tile have the same rows of two heads of a KV head, which often see the
+  // same keys, where neighbouring rows of one head are of other blocks.
+  static bool pairs_heads(const Call& call, ScoreKind score) {
+    const Shapes& s = call.shapes;
+    return score == ScoreKind::kBlocks && call.spec.block_rows % (2 * kRowBlock) != 0 && s.kv_heads > 0 &&
+           s.heads / s.kv_heads % 2 == 0;
+  }
   static bool packs_heads(const KernelRow& row) { return row.design == Design::kPackedHeads; }
 
   // Calls with a few tokens per sequence, for which decode would read keys more than once. Keys are not
@@ -173,6 +187,7 @@ class Backward final : public PassTraits {
       if (!find_score(row, call, score) || (score != ScoreKind::kBias && score != ScoreKind::kMask))
         return false;
     }
+    if (spec.has(Operand::kBlockMask) && !lists_steps(row, call)) return false;
     if (spec.has(Operand::kBias) && !call.shapes.bias_in_chunks) return false;
     if (spec.has(Operand::kMask) && !call.shapes.mask_in_chunks) return false;
     return call.shapes.q_rows > 0 && call.device.sm_count >= cluster_of(row);
@@ -190,6 +205,8 @@ class Backward final : public PassTraits {
     plan.keys = tile_grid(call, s.k_rows, s.kv_heads, row.block_n, workspace);
     if (plan.score == ScoreKind::kRanges) {
       add_ranges(call, s.k_rows, row.block_m, plan.keys, workspace);
+    } else if (plan.score == ScoreKind::kBlocks) {
+      add_step_lists(call, row.block_m, plan.keys, workspace);
     } else {
       add_segments(call, s.k_rows, plan.keys, workspace);
     }
@@ -207,13 +224,20 @@ class Backward final : public PassTraits {
   Dim workspace_bound(const AttentionSpec& spec, const DimShapes& s) const override {
     const Dim tickets = spec.deterministic ? aligned(dq_tickets_bytes(spec, s, kConsumerRows)) : Dim(0);
     return schedule_bound(spec, s, s.k_rows) +
-           max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)) +
+           max(max(segments_bound(spec, s, s.k_rows), ranges_bound(spec, s, s.k_rows)),
+               step_lists_bound(spec, s)) +
            aligned(
                max(accumulator_bytes(spec, s), tiled_accumulator_bytes(spec, s, hopper::kMostQueryRows))) +
            tickets + aligned(kCounterBytes);
   }
 
  private:
+  // Whether lists hold the steps of a call with blocks. They have no order in which dQ could be added up.
+  static bool lists_steps(const KernelRow& row, const Call& call) {
+    const Shapes& s = call.shapes;
+    return !call.spec.deterministic && s.kv_heads > 0 && s.heads / s.kv_heads <= ListedStep::kMostHeads &&
+           ceil_div(s.q_rows, row.block_m) <= ListedStep::kMostTiles;
+  }
   // CTAs that work on one key tile together.
   static int32_t cluster_of(const KernelRow& row) {
     return row.design == Design::kCluster ? hopper::kBackwardCtas : 1;

@@ -27,6 +27,11 @@ bool bias_is_served(const Call& call) {
   return call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks;
 }
 
+// Kernels for blocks copy keys by pieces of at least 32, of fixed layouts whose blocks begin with the call.
+bool serves_blocks(const Call& call) {
+  return !call.spec.packed() && !call.spec.has(Operand::kPosition) && call.spec.block_keys % 32 == 0;
+}
+
 // The kind of the call's only option, if that kind has kernels for it; kGeneral with several options.
 ScoreKind only_option(const Call& call) {
   const AttentionSpec& spec = call.spec;
@@ -68,12 +73,17 @@ struct Candidates {
   }
 };
 
+bool takes_blocks(const KernelRow& row, const Call& call) {
+  ScoreKind score;
+  return traits_of(row).takes_blocks() || (find_score(row, call, score) && score == ScoreKind::kBlocks);
+}
+
 bool runs(const KernelRow& row, const Call& call) {
   const Shapes& s = call.shapes;
   return row.arch->family().of(row.pass) && row.takes(call.loader()) && row.takes(s.dtype) &&
          row.takes(s.kv_dtype) && row.head_dim >= s.head_dim && row.value_dim >= s.value_dim &&
          row.arch->covers(call.device.capability) && traits_of(row).serves(row, call) &&
-         (!call.spec.has(Operand::kBlockMask) || traits_of(row).takes_blocks()) &&
+         (!call.spec.has(Operand::kBlockMask) || takes_blocks(row, call)) &&
          traits_of(row).shared_bytes(row, call) <= call.device.shared_memory;
 }
 

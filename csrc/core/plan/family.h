@@ -16,7 +16,7 @@ class PassTraits {
   // Whether a row runs a call. The plan checks arch, dtypes, head dims, loader, score kinds and shared memory
   // itself.
   virtual bool serves(const KernelRow&, const Call&) const { return true; }
-  // Whether kernels read block masks.
+  // Whether kernels of every score kind read block masks.
   virtual bool takes_blocks() const { return false; }
   // Bytes of shared memory of a CTA, from the constexpr layout that the kernel is built with.
   virtual int64_t shared_bytes(const KernelRow& row, const Call& call) const = 0;

@@ -5,6 +5,7 @@
 
 #include "core/band.h"
 #include "core/plan/row.h"
+#include "core/visible/key_tiles.h"
 #include "core/visible/row_blocks.h"
 
 namespace jax_flash {
@@ -18,7 +19,8 @@ struct TileGrid {
   int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx tells the tile
   int64_t segments = -1;  // offset of the intervals that segments give each tile; -1: there are no segments
   int64_t ranges = -1;    // offset of what blocks and tiles see by ranges (cuda/ranges.cu); -1: not in memory
-  int32_t other_block = 0;  // with these: rows of a tile of the other side
+  int64_t lists = -1;     // offset of the lists that block masks leave to tiles (cuda/blocks.cu); -1: none
+  int32_t other_block = 0;  // with these two: rows of a tile of the other side
 };
 
 // How decode splits the keys. A column is a KV head, or a chunk of its query rows if they are many. The CTAs
@@ -96,6 +98,7 @@ struct TileSegments {
   const Interval* part_keys = nullptr;  // of parts of kSegmentPart rows; null where the plan has none
   const SeenByBlock* blocks = nullptr;  // what ranges let blocks and tiles of rows see, in kernels for ranges
   const SeenByTile* tiles = nullptr;
+  KeyLists lists{};  // what block masks leave to query tiles, in kernels for blocks
 };
 
 inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace

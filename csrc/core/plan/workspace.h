@@ -75,6 +75,27 @@ inline Dim ranges_bound(const AttentionSpec& spec, const DimShapes& s, const Dim
   return spec.has(Operand::kRanges) ? aligned(ranges_bytes(spec, s, rows, kRowBlock)) : Dim(0);
 }
 
+// Bytes of the lists of key tiles of `keys` keys, at least, that block masks leave to 64 query rows of two
+// heads or 128 of one.
+inline Dim key_lists_bytes(const DimShapes& s, int64_t keys) {
+  const Dim lists = s.leading * s.batch * s.heads * (s.q_rows / (2 * kRowBlock) + 1);
+  return lists * (((s.k_rows + (keys - 1)) / keys) * int64_t{sizeof(KeyPieces)} + int64_t{sizeof(KeyList)});
+}
+
+// Bytes of the lists of query tiles of `rows` rows that block masks leave to 128 keys.
+inline Dim step_lists_bytes(const DimShapes& s, int64_t rows) {
+  const Dim lists = s.leading * s.batch * ((s.k_rows + (2 * kRowBlock - 1)) / (2 * kRowBlock));
+  return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads) * int64_t{sizeof(int32_t)};
+}
+
+// Upper bounds over all kernels for blocks alone.
+inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
+  return spec.has(Operand::kBlockMask) ? aligned(key_lists_bytes(s, kRowBlock)) : Dim(0);
+}
+inline Dim step_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
+  return spec.has(Operand::kBlockMask) ? aligned(step_lists_bytes(s, kRowBlock)) : Dim(0);
+}
+
 // The float32 accumulator of dQ.
 inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   const Dim columns = (s.head_dim + (kAccumulatorBlock - 1)) / kAccumulatorBlock * kAccumulatorBlock;
@@ -111,6 +132,21 @@ inline void add_ranges(const Call& call, int64_t rows, int32_t other_block, Tile
   if (grid.blocks == 0) return;
   grid.ranges = workspace.add(ranges_bytes(call.spec, dims_of(call.shapes), rows, grid.block).value());
   grid.other_block = other_block;
+}
+
+// Adds the workspace for the lists that block masks leave to the query tiles of a grid, of tiles of `keys`
+// keys.
+inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Workspace& workspace) {
+  if (grid.blocks == 0) return;
+  grid.lists = workspace.add(key_lists_bytes(dims_of(call.shapes), keys).value());
+  grid.other_block = keys;
+}
+
+// Likewise of the steps that they leave to the key tiles of a grid, of query tiles of `rows` rows.
+inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Workspace& workspace) {
+  if (grid.blocks == 0) return;
+  grid.lists = workspace.add(step_lists_bytes(dims_of(call.shapes), rows).value());
+  grid.other_block = rows;
 }
 
 // The tiles of dbias, whose CTAs are counted in plan.queries.

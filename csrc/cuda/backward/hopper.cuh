@@ -80,7 +80,8 @@ struct BackwardSm90 {
   // to −delta. A consumer that stores dS has still waited for the other's dS of the step before, which now
   // comes after the other's dQ of three steps before. With 128 rows registers do not suffice.
   static constexpr bool kSharesDsLate =
-      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges) && !Ordered && M == kConsumerRows;
+      (Kind == ScoreKind::kPlain || Kind == ScoreKind::kRanges || Kind == ScoreKind::kBlocks) && !Ordered &&
+      M == kConsumerRows;
   static constexpr bool kStartsFromDelta = kSharesDsLate;
   static constexpr int kTilesBytes =
       M * HeadDim * int{sizeof(float)} + (kSpareDs ? SharedTile<T, N, M>::kBytes : 0);
@@ -198,6 +199,7 @@ inline cudaError_t make_key_grid(KeyGrid& grid, const Problem& p, const LaunchPl
     const RangeTables tables = range_tables(p, plan.keys, workspace);
     grid.segments = tables.rows, grid.gaps = tables.gaps, grid.blocks = tables.blocks;
   }
+  if (plan.score == ScoreKind::kBlocks) grid.lists = step_lists(p, plan.keys, workspace);
   if (plan.dq_tickets < 0) return cudaSuccess;
   grid.tickets = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + plan.dq_tickets);
   const int64_t heads = p.leading.count() * (p.packed() ? 1 : p.batch) * p.heads;
@@ -259,9 +261,9 @@ cudaError_t launch_slice(const Problem& p, const LaunchPlan& plan, void* workspa
         return launch_backward_sm90<BackwardSm90<T, R, kKind, kOrdered>, T>(p, plan, workspace, stream);
       };
       // Where bias or mask take the room that the ordered way to add dQ up needs, consumers wait for their
-      // tickets.
-      return plan.dq_tickets < 0 ? run.template operator()<false>()
-                                 : run.template operator()<!stages_tiles(kKind)>();
+      // tickets. Calls with blocks have none.
+      constexpr bool kOrdered = !stages_tiles(kKind) && kKind != ScoreKind::kBlocks;
+      return plan.dq_tickets < 0 ? run.template operator()<false>() : run.template operator()<kOrdered>();
     });
   }
 }

@@ -117,7 +117,7 @@ struct ClusterConsumer {
   // Calls start(step) for the first step of the key tile, next(step) for the others and last() after them.
   template <class Start, class Next, class Last>
   __device__ __forceinline__ void for_steps(Start start, Next next, Last last) {
-    const auto walk = uniform(tile().walk);
+    const auto walk = steps_of(tile().walk);
     if (walk.tiles.empty()) return;
     clear_keys();
     QueryStep step = QueryStep::first(walk, step_use);
@@ -189,10 +189,11 @@ struct ScoreConsumer : ClusterConsumer<C> {
   // Sᵀ → Pᵀ, rounded, and what dSᵀ is made of to the warpgroup that does so. finish() waits for the kPending
   // products of the step before, dV += Pᵀ dO.
   template <int kPending, class Finish>
-  __device__ __forceinline__ void finish_scores(const QueryStep& step, Finish finish) {
+  __device__ __forceinline__ void finish_scores(const QueryStep& number, Finish finish) {
+    const QueryStep& step = shared.step_ring.get(number);
     const uint32_t use = step.number, stage = use % C::kStages;
     const auto partial = [&] {
-      if constexpr (C::kKind == ScoreKind::kRanges) return is_partial_of(shared.large_lse[stage], 0);
+      if constexpr (kMarksSteps<C>) return is_partial_of(shared.large_lse[stage], 0);
       return !uniform(tile().whole[this->rank()]).contains(step.tile);
     };
     if constexpr (kPlainSteps<C>) {

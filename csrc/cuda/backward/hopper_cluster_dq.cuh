@@ -186,8 +186,15 @@ struct QueryGradientConsumer : ClusterConsumer<C> {
       if (uniform(tile().done)) break;
       rows = find_rows();
       shared.k_pipe.wait_full(tile_index);
-      this->for_steps([&](const QueryStep& step) { run_step(step); },
-                      [&](const QueryStep& step) { run_step(step); }, [this](uint32_t) { pass_ticket(); });
+      const auto run_own = [&](const QueryStep& step) {
+        if constexpr (kListsSteps<C>) {
+          shared.ds_pipe.wait_full(step.number);  // the other warpgroups have passed the step on by then
+          run_step(shared.step_ring.get(step));
+        } else {
+          run_step(step);
+        }
+      };
+      this->for_steps(run_own, run_own, [this](uint32_t) { pass_ticket(); });
       shared.k_pipe.release(tile_index);
       shared.state_pipe.release(tile_index);
     }

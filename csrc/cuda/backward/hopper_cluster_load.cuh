@@ -155,7 +155,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
   // One warp: bias, mask, lse and delta. Rows that see no key get an lse that makes their P = 0.
   __device__ __forceinline__ void load_statistics() {
     for_steps(
-        [&](const Tile& tile, const QueryStep& step) {
+        [&](const Tile& tile, const auto& step) {
           if constexpr (C::Tiles::kStaged)
             this->load_score_tile(
                 tile, step, tile.work.tile.row + static_cast<int32_t>(ptx::cluster_rank()) * kConsumerRows);
@@ -175,7 +175,7 @@ struct ClusterGradientProducer : GradientProducer<C> {
           auto& [lse, delta] = shared.statistics[stage];
           lse[lane()] = row_lse(first.x), lse[lane() + 32] = row_lse(second.x);
           const bool any_large_lse = __any_sync(~0u, large_lse);
-          if (lane() == 0) shared.large_lse[stage] = any_large_lse | partial << 1;
+          if (lane() == 0) shared.large_lse[stage] = any_large_lse | partial << 1, shared.step_ring.put(step);
           const bool unseen = __any_sync(~0u, first.x == -INFINITY || second.x == -INFINITY);
           clear_queries(tile, step, unseen);
           ptx::barrier_arrive_by_warp(shared.lse_pipe.full_barrier(use));

@@ -23,6 +23,7 @@ struct BackwardClusterShared {
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask of this CTA's keys
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
+  [[no_unique_address]] StepRing<C::kKind == ScoreKind::kBlocks> step_ring;
   using Tile = KeyTileState<typename C::Element, C::kCluster, ScoreOperandsOf<C::kKind>>;
   Tile tiles[kKeyTileStates];
   TileMailbox mailbox;

@@ -92,11 +92,16 @@ struct GradientConsumer {
     ptx::wgmma_commit();
   }
 
-  // Issues dQ = dS K, with the dS of both consumers.
-  __device__ __forceinline__ void start_dq(uint32_t use) {
+  // Issues dQ = dS K, with the dS of both consumers. listed: of a listed step its element; with the dS of
+  // those that see some of its keys, at least one.
+  __device__ __forceinline__ void start_dq(uint32_t use, int32_t listed) {
+    constexpr int kSteps = (kListsSteps<C> ? kConsumerRows : C::kN) / 16;
+    const bool first = !kListsSteps<C> || KeyPieces::seen(listed, 0) != SeenPiece::kNone;
+    const bool more = kListsSteps<C> && first && KeyPieces::seen(listed, 1) != SeenPiece::kNone;
+    const uint32_t row = first ? 0 : kConsumerRows;
     shared.ds_pipe.wait_full(use);
-    const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])),
-                   k = ptx::here(ptx::shared_address(shared.k));
+    const uint32_t ds = ptx::here(ptx::shared_address(shared.ds[use % C::kDsStages])) + row * DsTile::kPitch,
+                   k = ptx::here(ptx::shared_address(shared.k)) + row * KTile::kPitch;
     const ColumnsDescriptor<DsTile> a(C::kDqByRows ? ds + DsTile::panel_offset(8 * consumer) : ds);
     const ColumnsDescriptor<KTile> b(C::kDqByRows ? k
                                                   : k + KTile::panel_offset(consumer * C::kDqColumns / 8));
@@ -104,9 +109,31 @@ struct GradientConsumer {
     ptx::wgmma_fence();
     Product::template multiply<true, 1, 1>(dq.x[0], a.at(0), b.at(0));
 #pragma unroll
-    for (int step = 1; step < C::kN / 16; ++step)
+    for (int step = 1; step < kSteps; ++step)
       Product::template multiply<false, 1, 1>(dq.x[0], a.at(step), b.at(step));
+    if (more) {
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int step = kSteps; step < C::kN / 16; ++step)
+        Product::template multiply<false, 1, 1>(dq.x[0], a.at(step), b.at(step));
+    }
     ptx::wgmma_commit();
+  }
+
+  // A step of which none of the consumer's keys are seen: its part of the other keys' dQ of the step before.
+  template <bool kFirst>
+  __device__ __forceinline__ void pass_step(uint32_t use, int32_t sum_before, int32_t listed_before) {
+    shared.ready_pipe.release(use);
+    shared.ds_pipe.arrive_by_warp(use);
+    if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
+    if constexpr (!kFirst) start_dq(use - 1, listed_before);
+    pass_turn(1 - consumer);
+    shared.do_pipe.release(use);
+    shared.q_pipe.release(use);
+    if constexpr (!kFirst) {
+      ptx::wgmma_wait<0>();
+      finish_dq(use - 1, sum_before);
+    }
   }
 
   // Adds dQ to the accumulator. `sum`: the number of the query tile there.
@@ -202,8 +229,7 @@ struct GradientConsumer {
 
   // Whether the band hides some of a step's scores.
   __device__ __forceinline__ bool is_partial(const QueryStep& step) const {
-    if constexpr (C::kKind == ScoreKind::kRanges)
-      return is_partial_of(shared.large_lse[step.number % C::kStages], consumer);
+    if constexpr (kMarksSteps<C>) return is_partial_of(shared.large_lse[step.number % C::kStages], consumer);
     return !uniform(tile().whole[consumer]).contains(step.tile);
   }
 
@@ -214,10 +240,18 @@ struct GradientConsumer {
   }
 
   // A step. dQ is the one of the step before, so that no consumer waits for the other's dS of this one.
+  // listed: of a list the element of the step before, then that of this one.
   template <bool kFirst>
-  __device__ __forceinline__ void run_step(const QueryStep& step, int32_t sum_before) {
+  __device__ __forceinline__ void run_step(QueryStep& step, int32_t sum_before, int32_t& listed) {
     const uint32_t use = step.number, stage = use % C::kStages;
     shared.ready_pipe.wait_full(use);
+    const int32_t listed_before = listed;
+    if constexpr (kListsSteps<C>) {
+      listed = shared.step_ring.element(step);
+      step = shared.step_ring.get(step);
+      if (KeyPieces::seen(listed, consumer) == SeenPiece::kNone)
+        return pass_step<kFirst>(use, sum_before, listed_before);
+    }
     if constexpr (C::kStartsFromDelta) {
       start_from_delta(dp, shared.statistics[stage].delta);
       ptx::hold(dp.x[0]);
@@ -253,7 +287,7 @@ struct GradientConsumer {
     ptx::hold(dv.x[0]);
     ptx::hold(dk.x[0]);
     if constexpr (C::kAlternates) ptx::sync_group(kTurn + consumer, C::kConsumers * kWarpgroup);
-    if constexpr (!kFirst) start_dq(use - 1);  // dQ = dS K of the step before
+    if constexpr (!kFirst) start_dq(use - 1, listed_before);  // dQ = dS K of the step before
     ptx::wgmma_fence();
     start_sum<DoTile>(dv, pt, shared.d_out[stage]);  // dV += Pᵀ dO
     if constexpr (C::kSharesDsLate) share_ds(use);   // beside the products
@@ -296,7 +330,7 @@ struct GradientConsumer {
 
   // All steps of the key tile.
   __device__ __forceinline__ void differentiate_tile() {
-    const auto walk = uniform(tile().walk);
+    const auto walk = steps_of(tile().walk);
     if (walk.tiles.empty()) return;
     const int32_t clean_keys = uniform(tile().clean_keys);
     if (clean_keys < C::kN) clear_keys(clean_keys);
@@ -304,16 +338,17 @@ struct GradientConsumer {
     QueryStep step = QueryStep::first(walk, step_use);
     const int32_t end = step.number + walk.steps();
     const auto sum_of = [&] { return step.head * tile().sum_tiles + step.tile; };
-    run_step<true>(step, 0);
+    int32_t listed = 0;
+    run_step<true>(step, 0, listed);
     int32_t sum_before = sum_of();
     step.advance(walk);
 #pragma unroll 1
     for (; step.number < end; step.advance(walk)) {
-      run_step<false>(step, sum_before);
+      run_step<false>(step, sum_before, listed);
       sum_before = sum_of();
     }
     step_use = ptx::here(step.number);
-    start_dq(step_use - 1);
+    start_dq(step_use - 1, listed);
     ptx::wgmma_wait<0>();
     finish_dq(step_use - 1, sum_before);
   }

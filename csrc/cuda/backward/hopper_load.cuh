@@ -28,7 +28,7 @@ struct GradientProducer {
       const Tile& tile = shared.tiles[tile_index % kKeyTileStates];
       if (tile.done) return;
       const auto& walk = tile.walk;  // in shared memory, as the warps have few registers
-      QueryStep step = QueryStep::first(walk, step_use);
+      auto step = first_step(walk, step_use);
       const int32_t end = step.number + walk.steps();
       for (; step.number < end; step.advance(walk)) visit(tile, step);
       step_use = step.number;
@@ -170,10 +170,10 @@ struct GradientProducer {
     return {};
   }
 
-  // In kernels for ranges: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
-  // some row of the step does not see all its keys. One lane tests a block of rows for a consumer.
-  template <int kParts, class KeyOf>
-  __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const QueryStep& step,
+  // Where steps are marked: for each consumer of `Consumers`, whose first key is key_of(i), a bit, whether
+  // some row of the step does not see all its keys. Of ranges one lane tests a block of rows for a consumer.
+  template <int kParts, class Step, class KeyOf>
+  __device__ __forceinline__ uint32_t partial_consumers(const Tile& tile, const Step& step,
                                                         KeyOf key_of) const {
     uint32_t bits = 0;
     if constexpr (C::kKind == ScoreKind::kRanges) {
@@ -190,6 +190,12 @@ struct GradientProducer {
       bits = __ballot_sync(~0u, partial);
       if constexpr (kBlocks > 1) bits |= bits >> kParts;
       bits &= (1u << kParts) - 1;
+    } else if constexpr (C::kKind == ScoreKind::kBlocks) {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        const int32_t part = (key_of(i) - tile.work.tile.row) / kConsumerRows;
+        bits |= (KeyPieces::seen(step.listed, part) != SeenPiece::kAll ? 1u : 0u) << i;
+      }
     }
     return bits;
   }
@@ -199,7 +205,7 @@ struct GradientProducer {
   __device__ __forceinline__ void load_statistics() {
     const int lane = static_cast<int>(threadIdx.x % 32);
     for_steps(
-        [&](const Tile& tile, const QueryStep& step) {
+        [&](const Tile& tile, const auto& step) {
           const uint32_t use = step.number, stage = use % C::kStages;
           const Interval seen = tile.seen;
           const float* const lse = tile.lse + step.head * p.lse.head;
@@ -234,7 +240,7 @@ struct GradientProducer {
             store(lane + 96, fourth);
           }
           large_lse = __any_sync(~0u, large_lse);
-          if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1;
+          if (lane == 0) shared.large_lse[stage] = large_lse | partial << 1, shared.step_ring.put(step);
           clear_queries(tile, step, __any_sync(~0u, unseen));
           if constexpr (C::kCluster == 1) {
             shared.q_pipe.wait_full(use);

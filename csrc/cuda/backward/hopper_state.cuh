@@ -28,6 +28,13 @@ __device__ __forceinline__ GappedWalk uniform(const GappedWalk& x) {
   return {uniform(static_cast<const QueryWalk&>(x)), uniform(x.gap)};
 }
 
+// A consumer's copy of a walk. Of a list it has the number of steps, and goes through as many tiles.
+template <class Walk>
+__device__ __forceinline__ auto steps_of(const Walk& x) {
+  return uniform(x);
+}
+__device__ __forceinline__ QueryWalk steps_of(const ListedWalk& x) { return {uniform(x.tiles), 1, 0, 1}; }
+
 // Key tiles whose state a CTA keeps: the one that is worked on, and the next.
 inline constexpr int kKeyTileStates = 2;
 
@@ -50,6 +57,7 @@ struct KeyGrid {
   // tiles within its interval of `segments` that see none of its keys (core/visible/row_blocks.h).
   const SeenByBlock* blocks = nullptr;
   const Interval* gaps = nullptr;
+  StepLists lists{};  // for kernels of score kind Blocks
 
   // The intervals of the key tiles of a sequence.
   __device__ __forceinline__ int64_t first_slot(const Problem& p, const BlockWork& work,
@@ -58,9 +66,17 @@ struct KeyGrid {
   }
 };
 
+// Whether the statistics warp marks the steps of which some row does not see all keys.
+template <class C>
+inline constexpr bool kMarksSteps = C::kKind == ScoreKind::kRanges || C::kKind == ScoreKind::kBlocks;
+
 // Whether each key tile has an interval of queries of its own.
 template <class C>
 inline constexpr bool kTrimsSteps = C::Score::reads(Operand::kQSegmentIds) || C::kKind == ScoreKind::kRanges;
+
+// Whether the steps of a key tile are listed, so that consumers learn them from the statistics warp.
+template <class C>
+inline constexpr bool kListsSteps = C::kKind == ScoreKind::kBlocks;
 
 // How many key tiles add to dQ of a query tile of `rows` before this one, in a deterministic call: those
 // before it from the first that the rows see. Where segments leave each key tile a range of queries, all
@@ -97,16 +113,47 @@ struct NoScoreOperands {};
 template <ScoreKind kKind>
 using ScoreOperandsOf = std::conditional_t<
     kKind == ScoreKind::kPlain, NoScoreOperands,
-    std::conditional_t<kKind == ScoreKind::kSegments, SegmentOperands,
-                       std::conditional_t<kKind == ScoreKind::kRanges, RangeOperands, ScoreOperands>>>;
+    std::conditional_t<
+        kKind == ScoreKind::kSegments, SegmentOperands,
+        std::conditional_t<kKind == ScoreKind::kRanges, RangeOperands,
+                           std::conditional_t<kKind == ScoreKind::kBlocks, BlockOperands, ScoreOperands>>>>;
+
+// How the steps of a key tile follow each other.
+template <class Operands>
+using WalkOf =
+    std::conditional_t<std::is_same_v<Operands, RangeOperands>, GappedWalk,
+                       std::conditional_t<std::is_same_v<Operands, BlockOperands>, ListedWalk, QueryWalk>>;
+
+// Steps of lists on their way from the statistics warp to consumers. No consumer is as many steps behind the
+// warp: stages of statistics and of dS bound that.
+template <bool kListed>
+struct StepRing {
+  static constexpr uint32_t kSteps = 8;
+  int32_t listed[kSteps];
+
+  __device__ __forceinline__ void put(const ListedQueryStep& step) {
+    listed[step.number % kSteps] = step.listed;
+  }
+  __device__ __forceinline__ int32_t element(const QueryStep& step) const {
+    return uniform(listed[step.number % kSteps]);
+  }
+  __device__ __forceinline__ QueryStep get(const QueryStep& step) const {
+    const int32_t own = element(step);
+    return {ListedStep::head(own), ListedStep::tile(own), step.number};
+  }
+};
+template <>
+struct StepRing<false> {
+  __device__ __forceinline__ void put(const QueryStep&) {}
+  __device__ __forceinline__ const QueryStep& get(const QueryStep& step) const { return step; }
+};
 
 // State of a key tile, written by the scheduler's thread for all roles.
 template <class T, int kConsumers, class Operands>
 struct KeyTileState {
   BlockWork work;
   Band band;
-  std::conditional_t<std::is_same_v<Operands, RangeOperands>, GappedWalk, QueryWalk>
-      walk;                    // through the query tiles of which some row sees one of the keys
+  WalkOf<Operands> walk;       // through the query tiles of which some row sees one of the keys
   Interval whole[kConsumers];  // of those, the tiles whose rows all see all keys of a consumer
   Interval seen;               // query rows that see a key of the sequence
   Interval clean;              // query rows whose Q and dO may be multiplied: the seen ones, and zeros
@@ -136,13 +183,15 @@ struct KeyTileState {
     reload_shared();
     if constexpr (C::kKind == ScoreKind::kRanges) {
       trim_to_ranges<C>(p, grid);
+    } else if constexpr (C::kKind == ScoreKind::kBlocks) {
+      take_list<C>(p, grid);
     } else {
       const Interval rows = trim_to_segments(grid.segments, grid.key_tiles, C::kN, p, work,
                                              band.queries(tile.row, tile.used_keys()));
       walk.tiles = tiles_of(rows, C::kM);
     }
 #pragma unroll 1
-    for (int i = 0; C::kKind != ScoreKind::kRanges && i < kConsumers; ++i) {
+    for (int i = 0; !kMarksSteps<C> && i < kConsumers; ++i) {
       reload_shared();
       const int32_t key = tile.row + i * kConsumerRows;
       const Interval all = band.common_queries(key, key + kConsumerRows);
@@ -170,6 +219,16 @@ struct KeyTileState {
   }
 
  private:
+  // The steps that block masks and the band leave.
+  template <class C>
+  __device__ __forceinline__ void take_list(const Problem& p, const KeyGrid& grid) {
+    const int64_t slot = ((work.leading * p.batch + work.batch_row) * p.kv_heads + kv_head) * grid.key_tiles +
+                         work.tile.row / C::kN;
+    walk.count = grid.lists.counts[slot];
+    walk.tiles = {0, walk.count};
+    reload_shared();
+    walk.list = grid.lists.steps + slot * grid.lists.most;
+  }
   // The query tiles that ranges and the band leave.
   template <class C>
   __device__ __forceinline__ void trim_to_ranges(const Problem& p, const KeyGrid& grid) {
@@ -237,6 +296,7 @@ struct BackwardShared {
   [[no_unique_address]] typename C::Tiles::Buffer score_tiles;  // bias and mask
   QueryStatistics<C::kM> statistics[kStages];
   int32_t large_lse[kStages];  // whether the rounding of some lse would show in P
+  [[no_unique_address]] StepRing<C::kKind == ScoreKind::kBlocks> step_ring;
   using Segments =
       std::conditional_t<kStagesSegments<C>, StepSegments<kStages, kConsumers * kConsumerWarps>, NoSegments>;
   [[no_unique_address]] Segments segments;

@@ -28,15 +28,15 @@ struct StepRows {
   __device__ __forceinline__ bool has_large_lse() const { return uniform(has_large_lse_); }
 };
 
-// In kernels for ranges `large_lse` of a stage has a bit more for each consumer: whether some row of the step
-// does not see all of its keys.
+// Where steps are marked `large_lse` of a stage has a bit more for each consumer: whether some row of the
+// step does not see all of its keys.
 __device__ __forceinline__ bool is_partial_of(const int32_t& large_lse, int consumer) {
   return uniform(large_lse) >> (1 + consumer) & 1;
 }
 template <class C>
-inline constexpr bool kPlainSteps = C::kKind == ScoreKind::kPlain || C::kKind == ScoreKind::kRanges;
+inline constexpr bool kPlainSteps = C::kKind == ScoreKind::kPlain || kMarksSteps<C>;
 
-// S ← −inf where the band, or ranges, hide a step's keys from its rows.
+// S ← −inf where the band, ranges or blocks hide a step's keys from its rows. A warp's keys are of one block.
 template <class C, class S, class Tile>
 __device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const Tile& tile,
                                                  const QueryStep& step, int32_t key) {
@@ -47,13 +47,19 @@ __device__ __forceinline__ void hide_unseen_keys(S& s, const Problem& p, const T
     hide_unseen_transposed(s, row, key, [&](int32_t i) {
       return ranges.seen(0, i, intersect(band.row(i), {key, key + S::kColumns}));
     });
+  } else if constexpr (C::kKind == ScoreKind::kBlocks) {
+    const BlockMask blocks = tile.score.block_mask(p, step.head);
+    hide_unseen_transposed(s, row, key, [&](int32_t i) {
+      const bool sees = i < band.q_len && blocks.sees(0, i, key);
+      return SeenKeys{sees ? intersect(band.row(i), {key, key + S::kColumns}) : Interval{0, 0}, {0, 0}};
+    });
   } else {
     mask(s, band, row, key);
   }
 }
 
 template <class C>
-inline constexpr int32_t kLargeLseMask = C::kKind == ScoreKind::kRanges ? 1 : -1;
+inline constexpr int32_t kLargeLseMask = kMarksSteps<C> ? 1 : -1;
 
 // The tile of S of a step, for its score variant.
 template <class Consumer>

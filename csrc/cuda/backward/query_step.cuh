@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/band.h"
+#include "core/visible/key_tiles.h"
 
 namespace jax_flash {
 
@@ -71,5 +72,46 @@ struct QueryStep {
     }
   }
 };
+
+// The steps of a list instead (core/visible/key_tiles.h), in its order. `tiles`: not empty if there are any.
+struct ListedWalk : QueryWalk {
+  const int32_t* list;
+  int32_t count;
+
+  __device__ __forceinline__ int32_t steps() const { return count; }
+};
+
+struct ListedQueryStep : QueryStep {
+  int32_t listed = 0;        // the element of the list,
+  int32_t next = 0, at = 0;  // the one after it, and the place of that
+
+  __device__ __forceinline__ void take(int32_t element) {
+    listed = element, head = ListedStep::head(element), tile = ListedStep::tile(element);
+  }
+  __device__ __forceinline__ static ListedQueryStep first(const ListedWalk& walk, uint32_t number) {
+    ListedQueryStep step{{0, 0, static_cast<int32_t>(number)}};
+    if (walk.count == 0) return step;
+    step.take(walk.list[0]);
+    step.fetch(walk);
+    return step;
+  }
+  // An element is read a step before it is needed.
+  __device__ __forceinline__ void fetch(const ListedWalk& walk) {
+    if (++at < walk.count) next = walk.list[at];
+  }
+  __device__ __forceinline__ void advance(const ListedWalk& walk) {
+    ++number;
+    take(next);
+    fetch(walk);
+  }
+};
+
+// The first step of a walk, of so many before it.
+__device__ __forceinline__ QueryStep first_step(const QueryWalk& walk, uint32_t number) {
+  return QueryStep::first(walk, number);
+}
+__device__ __forceinline__ ListedQueryStep first_step(const ListedWalk& walk, uint32_t number) {
+  return ListedQueryStep::first(walk, number);
+}
 
 }  // namespace jax_flash

@@ -35,6 +35,7 @@
 #include "cuda/hopper/roles.cuh"
 #include "cuda/hopper/tile_scheduler.cuh"
 #include "cuda/launch.h"
+#include "cuda/load/hopper_blocks.cuh"
 #include "cuda/load/hopper_dense.cuh"
 #include "cuda/load/hopper_pages.cuh"
 #include "cuda/ptx/registers.cuh"
@@ -72,8 +73,8 @@ struct ForwardSm90 {
                                           : R.block_n;
   // Column tiles of S whose exponentials overlap P V. ptxas sinks nearly all of them below the wait for P V,
   // unless make_before() holds them. Three consumers or more keep the MUFU busy anyway.
-  static constexpr bool kRanges = Kind == ScoreKind::kRanges,
-                        kPlainLoop = Kind == ScoreKind::kPlain || kRanges;
+  static constexpr bool kRanges = Kind == ScoreKind::kRanges, kBlocks = Kind == ScoreKind::kBlocks,
+                        kPlainLoop = Kind == ScoreKind::kPlain || kRanges || kBlocks;
   static constexpr bool kHoldsExponentials = kPlainLoop || (Kind == ScoreKind::kSegments && kValueDim <= 128);
   static constexpr int kEarlyExponentials = !kHoldsExponentials || kValueDim > 128 ? kN / 8
                                             : kAllConsumers > 2                    ? 0
@@ -108,7 +109,8 @@ struct ForwardSm90 {
   // registers differently, nor with clusters, which run too long for it to show.
   static constexpr bool kEarlyLoad = kConsumers <= 2 && Cluster == 1;
   using Shared = ForwardShared<T, QTile, KTile, VTile, kStages, kConsumers, Input, kCluster, Output,
-                               std::conditional_t<kRanges, RangesOfTile<kConsumers>, NoRangesOfTile>,
+                               std::conditional_t<kRanges, RangesOfTile<kConsumers>,
+                                                  std::conditional_t<kBlocks, BlocksOfTile, NoRangesOfTile>>,
                                std::conditional_t<kSliced, SliceOfTile, NoSliceOfTile>>;
   // Producers' arrivals at a tile state.
   static constexpr uint32_t kStateReleases =
@@ -181,7 +183,14 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
     const MapShape rows{p.value_dim, p.heads, p.q_rows, batch, C::OTile::kPanel * 8, kConsumerRows};
     if (cudaError_t e = make_tensor_map(maps.out, p, p.out, rows); e != cudaSuccess) return e;
   }
-  if (cudaError_t e = C::Loader::make_maps(maps.keys, p); e != cudaSuccess) return e;
+  const TileSegments segments = tile_segments(p, grid, workspace);
+  cudaError_t e_keys;
+  if constexpr (C::kBlocks) {
+    e_keys = C::Loader::make_maps(maps.keys, p, segments.lists.keys);
+  } else {
+    e_keys = C::Loader::make_maps(maps.keys, p);
+  }
+  if (e_keys != cudaSuccess) return e_keys;
   if (cudaError_t e = C::Input::make_map(maps.input, p); e != cudaSuccess) return e;
   const int64_t heads = grid.blocks / grid.tiles, cluster_tiles = ceil_div(grid.tiles, C::kCluster);
   PersistentTiles tiles{schedule_of(grid, workspace), static_cast<int32_t>(cluster_tiles),
@@ -189,8 +198,7 @@ cudaError_t launch_forward_sm90(const Problem& p, const LaunchPlan& plan, void* 
                         heads_together(p, static_cast<uint32_t>(heads))};
   if (cudaError_t e = clear_tile_counter(tiles, plan, workspace, stream); e != cudaSuccess) return e;
   return launch_clusters(forward_sm90<C>, C::kCluster, plan.persistent_ctas, C::kThreads,
-                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles,
-                         tile_segments(p, grid, workspace));
+                         C::kTeams * sizeof(typename C::Shared), stream, p, maps, tiles, segments);
 }
 
 template <class T, Row R>
@@ -213,6 +221,8 @@ cudaError_t launch_row(const Problem& p, const LaunchPlan& plan, void* workspace
             return run.template operator()<kKind, PagedRowsLoader, 1>();
         }
         return run.template operator()<kKind, PagedLoader, 1>();
+      } else if constexpr (kKind == ScoreKind::kBlocks) {
+        return run.template operator()<kKind, BlockLoader, 1>();
       } else {
         return run.template operator()<kKind, DenseLoader, 1>();
       }

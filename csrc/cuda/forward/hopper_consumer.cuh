@@ -49,9 +49,13 @@ struct Consumer {
                                       int in_cta)
       : p(problem), shared(memory), consumer(in_team), team(in_cta) {}
 
+  __device__ __forceinline__ int32_t rows_apart() const {
+    if constexpr (C::kBlocks) return uniform(tile->rows_apart());
+    return kConsumerRows;
+  }
   // The warp's first row within the sequence, computed at each use to save a register.
   __device__ __forceinline__ int32_t row() const {
-    return uniform(tile->work.tile.row) + consumer * kConsumerRows + ptx::thread_index() % 128 / 32 * 16;
+    return uniform(tile->work.tile.row) + consumer * rows_apart() + ptx::thread_index() % 128 / 32 * 16;
   }
   __device__ __forceinline__ ConsumerTile<Consumer> score_tile(uint32_t kv_use) const {
     return {*this, kv_use - without_input};
@@ -137,6 +141,8 @@ struct Consumer {
     if constexpr (kInput) score.apply(s, of, softmax);  // softcap, bias, ALiBi, segments
     if constexpr (C::kRanges) {
       if constexpr (kMasked) score.hide(s, of, key);
+    } else if constexpr (C::kBlocks) {
+      score.hide(s, of);
     } else if constexpr (kMasked) {
       const bool begins = n < whole.lo, ends = n >= whole.hi;
       if (begins || ends) mask(s, tile->band, row(), key, begins, ends);
@@ -337,7 +343,7 @@ struct Consumer {
       if (has_tail) tail_step<kInput>(n--);
     }
     first_step<kScalarDropout, kInput>(n--, has_tail);
-    if constexpr (Score::kGeneral || kScalarDropout) {  // one loop, as the code of a step is long
+    if constexpr (Score::kGeneral || C::kBlocks || kScalarDropout) {  // one loop: long steps, or a list
       for (; n >= tiles.lo; --n) step<true, kScalarDropout, kInput>(n);
     } else {
       const int32_t lo = max(tiles.lo, whole.lo);

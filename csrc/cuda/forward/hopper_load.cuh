@@ -26,14 +26,17 @@ struct LoadWarp {
     return threadIdx.x % kTeamProducers<C::kTeams> == 32 * Loader::kWarps;
   }
 
-  __device__ __forceinline__ void load_key(int32_t n, uint32_t use) {
+  // n: the tile's number or, of a listed one, its pieces.
+  template <class N>
+  __device__ __forceinline__ void load_key(const N& n, uint32_t use) {
     loader.check();
     shared.k_pipe.template wait_empty<C::kCluster>(use, kKeyLoader);
     loader.load_key(maps.keys, ptx::shared_address(shared.k[use % C::kStages]),
                     shared.k_pipe.full_barrier(use), n);
   }
 
-  __device__ __forceinline__ void load_value(int32_t n, uint32_t use) {
+  template <class N>
+  __device__ __forceinline__ void load_value(const N& n, uint32_t use) {
     loader.check();
     shared.v_pipe.template wait_empty<C::kCluster>(use, kValueLoader);
     loader.load_value(maps.keys, ptx::shared_address(shared.v[use % C::kStages]),
@@ -52,13 +55,14 @@ struct LoadWarp {
     pipe.wait_empty(tile_index);
     const uint32_t full = pipe.full_barrier(tile_index);
     if (!used) return ptx::barrier_arrive(full);
-    const int32_t row = work.tile.q_begin + work.tile.row + consumer * kConsumerRows;
+    const auto& tile = shared.tiles[tile_index % kTileStates];
+    const int32_t row = work.tile.q_begin + work.tile.row + consumer * tile.rows_apart();
     ptx::barrier_expect(full, Tile::kBytes);
     ptx::Coordinates at;
     if constexpr (C::kPacksHeads) {
       at = packed_coordinates(p, work, row);
     } else {
-      at = coordinates_of(p.query, work, work.head, row);
+      at = coordinates_of(p.query, work, work.head + consumer * tile.heads_apart(), row);
     }
     load_rows<Tile>(ptx::shared_address(shared.q[consumer]), 0, maps.query, full, at);
   }
@@ -107,12 +111,50 @@ struct LoadWarp {
     }
   }
 
+  // The pieces of a listed key tile, which consumers read as well.
+  __device__ __forceinline__ KeyPieces& pieces(uint32_t use) const { return shared.pieces.of_use(use); }
+
+  // Likewise, of key tiles that are listed. The pieces of a tile are fetched a step before they are needed.
+  __device__ __forceinline__ void load_listed(const BlockWork& work, const Interval& tiles,
+                                              uint32_t tile_index) {
+    const auto& tile = shared.tiles[tile_index % kTileStates];
+    const bool used = !tiles.empty();
+    const auto fetch = [&](int32_t n) {
+      return __ldg(reinterpret_cast<const int4*>(tile.list) + max(n, tiles.lo));
+    };
+    const auto share = [&](const int4& x, uint32_t use) { reinterpret_cast<int4&>(pieces(use)) = x; };
+    int4 next;
+    if (used) {
+      loader.begin(work, tile.keys_of_piece);
+      share(fetch(tiles.hi - 1), kv_index);
+      load_key(pieces(kv_index), kv_index);
+      next = fetch(tiles.hi - 2);
+    }
+    for (int i = 0; i < C::kConsumers; ++i) load_query(work, used, i, tile_index);
+    if (!used) shared.ending_pipe.arrive(tile_index);
+    const int32_t takes_next = min(tiles.hi - 1, tiles.lo + kTilesLeft);
+    for (int32_t n = tiles.hi - 1; n >= tiles.lo; --n, ++kv_index) {
+      if (n == takes_next) shared.ending_pipe.arrive(tile_index);
+      if (n > tiles.lo) {
+        share(next, kv_index + 1);
+        next = fetch(n - 2);
+        load_key(pieces(kv_index + 1), kv_index + 1);
+      }
+      load_value(pieces(kv_index), kv_index);
+    }
+  }
+
   template <bool kKeys, bool kValues>
   __device__ __forceinline__ void run() {
     for (uint32_t tile_index = 0;; ++tile_index) {
       shared.state_pipe.wait_full(tile_index);
       const auto& tile = shared.tiles[tile_index % kTileStates];
-      load<kKeys, kValues>(tile.work, tile.done ? Interval{0, 0} : tile.tiles, tile_index);
+      const Interval tiles = tile.done ? Interval{0, 0} : tile.tiles;
+      if constexpr (C::kBlocks) {
+        load_listed(tile.work, tiles, tile_index);
+      } else {
+        load<kKeys, kValues>(tile.work, tiles, tile_index);
+      }
       if (tile.done) return;
       loader.release(shared.state_pipe, tile_index);
     }

@@ -11,6 +11,30 @@
 
 namespace jax_flash {
 
+// Where lse and o of the consumer's rows lie: of the query tile's head, or of one after it.
+template <class Consumer>
+__device__ __forceinline__ decltype(auto) lse_rows(const Consumer& of) {
+  if constexpr (Consumer::Config::kBlocks) {
+    const int32_t head = of.consumer * of.tile->heads_apart();
+    LseRows rows = of.tile->lse;
+    rows.data += head * of.p.lse.head;
+    if (rows.sinks) rows.sinks += head * of.p.sinks.head;
+    return rows;
+  } else {
+    return (of.tile->lse);
+  }
+}
+template <class Consumer>
+__device__ __forceinline__ decltype(auto) out_rows(const Consumer& of) {
+  if constexpr (Consumer::Config::kBlocks) {
+    auto rows = of.tile->out;
+    rows.data += of.consumer * of.tile->heads_apart() * of.p.out.head;
+    return rows;
+  } else {
+    return (of.tile->out);
+  }
+}
+
 // lse = (m + log2 Σ P) · ln 2, α ← 1 / Σ P
 template <class Consumer>
 __device__ __forceinline__ void finish_softmax(Consumer& of) {
@@ -22,7 +46,7 @@ __device__ __forceinline__ void finish_softmax(Consumer& of) {
   if constexpr (C::kPacksHeads) {
     finish_softmax(of.alpha, p, of.softmax, tile.lse, PackedRows(p, p.lse), tile.work.tile, of.row(), 1.0f);
   } else {
-    finish_softmax(of.alpha, p, of.softmax, tile.lse, tile.work.tile, of.row(),
+    finish_softmax(of.alpha, p, of.softmax, lse_rows(of), tile.work.tile, of.row(),
                    C::Score::kDropout ? dropout_scale(p.spec) : 1.0f);
   }
 }
@@ -38,7 +62,7 @@ __device__ __forceinline__ void write_rows(Consumer& of) {
   if constexpr (C::kPacksHeads) {
     store_row_maxima<kSlots>(p, of.softmax, tile.lse.data, PackedRows(p, p.lse), work, of.row());
   } else if constexpr (!C::Softmax::kBounded) {
-    store_row_maxima<kSlots>(p, of.softmax, tile.lse.data, StridedRows{tile.lse.stride}, work, of.row());
+    store_row_maxima<kSlots>(p, of.softmax, lse_rows(of).data, StridedRows{tile.lse.stride}, work, of.row());
   }
   normalise_rows(of.o, of.alpha);
   if constexpr (C::kPacksHeads) {
@@ -46,15 +70,15 @@ __device__ __forceinline__ void write_rows(Consumer& of) {
                               work.end);
   } else if constexpr (C::kStoresByTma) {
     of.shared.out_pipe.of[of.consumer].wait_empty(of.tile_index);
-    if (stores_by_tma(p, work, uniform(work.row) + of.consumer * kConsumerRows)) {
+    if (stores_by_tma(p, work, uniform(work.row) + of.consumer * of.rows_apart())) {
       stage_rows<typename C::Element, typename C::OTile>(of.o, of.shared.o.of[of.consumer],
                                                          ptx::thread_index() % 128 / 32 * 16);
     } else {
-      store_rows_from_registers(of.o, tile.out, of.row(), work.end);
+      store_rows_from_registers(of.o, out_rows(of), of.row(), work.end);
     }
     of.shared.out_pipe.of[of.consumer].arrive_by_warp(of.tile_index);
   } else {
-    store_rows_from_registers(of.o, tile.out, of.row(), work.end);
+    store_rows_from_registers(of.o, out_rows(of), of.row(), work.end);
   }
 }
 

@@ -45,7 +45,11 @@ struct SchedulerThread {
       Tile& tile = shared.tiles[tile_index % kTileStates];
       uint32_t wanted = number;
       if constexpr (C::kSliced) wanted = tile.template take<C>(reload(p), number);
-      tile.work = scheduler.work(reload(p), wanted);
+      if constexpr (C::kBlocks) {
+        tile.work = scheduler.work(reload(p), wanted, segments.lists.rows, segments.lists.heads);
+      } else {
+        tile.work = scheduler.work(reload(p), wanted);
+      }
       if (tile.template begin<C>(reload(p), segments)) publish(tile, tile_index++);
       // Waits until the load warp is near the end of the previous tile.
       if (tile_index > 0) shared.ending_pipe.wait_full(tile_index - 1);

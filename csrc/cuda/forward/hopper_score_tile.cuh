@@ -36,6 +36,14 @@ struct ConsumerTile {
     const Interval seen{max(keys.lo, i + apart.lo), min(min(keys.hi, band.k_len), i + apart.hi)};
     return i < band.q_len ? seen : Interval{0, 0};
   }
+  // Of listed tiles: the pieces, the keys of each, and the blocks that the consumer's head sees.
+  __device__ __forceinline__ const KeyPieces& pieces() const { return of.shared.pieces.of_use(input_use); }
+  __device__ __forceinline__ int32_t keys_of_piece() const { return of.tile->keys_of_piece; }
+  __device__ __forceinline__ BlockMask block_mask() const {
+    BlockMask mask = operands().block_mask(p);
+    mask.seen += consumer * of.tile->heads_apart() * mask.head;
+    return mask;
+  }
   __device__ __forceinline__ int32_t row() const { return of.row(); }
   __device__ __forceinline__ int32_t sequence() const { return of.tile->work.tile.index; }
 };

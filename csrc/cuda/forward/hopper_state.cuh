@@ -23,9 +23,34 @@ struct ConsumerKeys {
   int32_t end;     // one past the last key that any of its rows sees
 };
 
+// Where the rows of one consumer lie from those of the consumer before it, and what is staged of key tiles.
+struct NeighbouringRows {
+  __device__ __forceinline__ static int32_t rows_apart() { return kConsumerRows; }
+  __device__ __forceinline__ static int32_t heads_apart() { return 0; }
+  template <int kStages>
+  struct Pieces {};
+};
+
+// Additional state of kernels of score kind Blocks.
+struct BlocksOfTile {
+  const KeyPieces* list;  // of the key tiles
+  int32_t keys_of_piece;
+  int32_t rows, heads;  // from one consumer to the next
+
+  __device__ __forceinline__ int32_t rows_apart() const { return rows; }
+  __device__ __forceinline__ int32_t heads_apart() const { return heads; }
+  // K of a tile is loaded before V of the one before it, whose stage then has been released by all consumers.
+  template <int kStages>
+  struct Pieces {
+    KeyPieces of[kStages + 2];
+    __device__ __forceinline__ KeyPieces& of_use(uint32_t use) { return of[use % (kStages + 2)]; }
+    __device__ __forceinline__ const KeyPieces& of_use(uint32_t use) const { return of[use % (kStages + 2)]; }
+  };
+};
+
 // Additional state of kernels of score kind Ranges.
 template <int kConsumers>
-struct RangesOfTile {
+struct RangesOfTile : NeighbouringRows {
   Interval gap;      // the part of `tiles` that no row sees
   Interval in_band;  // the band shows keys [i + lo, i + hi) of the sequence to row i
   // For each consumer, a second interval of tiles that all its rows see whole, before the one in
@@ -35,7 +60,7 @@ struct RangesOfTile {
   // The tile after n, in descending order.
   __device__ __forceinline__ int32_t after(int32_t n) const { return n == gap.hi ? gap.lo - 1 : n - 1; }
 };
-struct NoRangesOfTile {};
+struct NoRangesOfTile : NeighbouringRows {};
 
 // Which columns of V and O kernels for slices work on. The slices of a query tile have consecutive numbers,
 // as they read the same Q and K, and write the same lse and largest scores.
@@ -77,6 +102,7 @@ struct TileState : Ranges, Slice {
     reload_shared();
     if constexpr (C::Score::reads(Operand::kQSegmentIds)) trim<C>(p, segments);
     if constexpr (C::kKind == ScoreKind::kRanges) trim_to_ranges<C>(p, segments);
+    if constexpr (C::kBlocks) take_list(p, segments.lists);
     if constexpr (C::kCluster > 1) {
       work.tile.row += static_cast<int32_t>(ptx::cluster_rank()) * C::kM;
       work.tile.end = min(work.tile.end, work.tile.row + C::kM);
@@ -92,7 +118,12 @@ struct TileState : Ranges, Slice {
     const TileWork& tile = work.tile;
     if constexpr (C::kKind == ScoreKind::kRanges) prepare_blocks<C>(p, segments);
 #pragma unroll 1
-    for (int i = 0; C::kKind != ScoreKind::kRanges && i < kConsumers; ++i) {
+    for (int i = 0; C::kBlocks && i < kConsumers; ++i) {
+      const bool used = tile.row + i * this->rows_apart() < tile.used_queries();
+      keys[i].tiles = used ? tiles : Interval{tiles.lo, tiles.lo};
+    }
+#pragma unroll 1
+    for (int i = 0; C::kKind != ScoreKind::kRanges && !C::kBlocks && i < kConsumers; ++i) {
       const int32_t first = tile.row + i * kConsumerRows;
       const int32_t last = min(first + kConsumerRows, tile.used_queries());
       Interval own = intersect(tiles_of(band.rows(first, last), C::kN), tiles);
@@ -107,8 +138,9 @@ struct TileState : Ranges, Slice {
       keys[i].whole = {(all.lo + C::kN - 1) / C::kN, all.hi / C::kN};
     }
     reload_shared();
-    last_values = C::kN;
-    if (tile.k_begin + tile.k_len < p.k_rows) last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
+    if constexpr (!C::kBlocks) last_values = C::kN;
+    if (!C::kBlocks && tile.k_begin + tile.k_len < p.k_rows)
+      last_values = min(C::kN, tile.k_len - (tiles.hi - 1) * C::kN);
     reload_shared();
     if constexpr (C::kKind != ScoreKind::kPlain)
       score.template prepare<typename C::Score>(reload(p), work, work.head);
@@ -169,6 +201,19 @@ struct TileState : Ranges, Slice {
     reload_shared();
     this->in_band.hi = static_cast<int32_t>(max(-kMost, min(kMost, band.shift + band.right + 1)));
   }
+  // Takes the key tiles that block masks and the band leave to the tile.
+  __device__ __forceinline__ void take_list(const Problem& p, const KeyLists& lists) {
+    const int64_t groups = p.heads / lists.heads, group = work.head / lists.heads;
+    const int64_t at = ((work.leading * p.batch + work.batch_row) * groups + group) * lists.query_tiles +
+                       work.tile.row / lists.rows;
+    reload_shared();
+    const KeyList& own = lists.lists[at];
+    tiles = {0, own.tiles}, last_values = own.last_values;
+    reload_shared();
+    this->list = lists.tiles + at * lists.most;
+    this->keys_of_piece = lists.keys;
+    this->rows = lists.heads > 1 ? 0 : kConsumerRows, this->heads = lists.heads - 1;
+  }
   // The same of each consumer.
   template <class C>
   __device__ __forceinline__ void prepare_blocks(const Problem& p, const TileSegments& segments) {
@@ -225,6 +270,7 @@ struct ForwardShared : Input::Buffer {
   Pipeline<1> q_pipe[kConsumers];
   Pipeline<kStages> k_pipe, v_pipe;
   typename Input::Pipe input_pipe;
+  [[no_unique_address]] typename Ranges::template Pieces<kStages> pieces;  // of listed key tiles
   [[no_unique_address]] typename Output::Pipes out_pipe;
   [[no_unique_address]] std::conditional_t<(kCluster > 1), TileMailbox, NoMailbox> mailbox;
 

@@ -65,10 +65,13 @@ struct StoreWarp {
   const typename C::Maps& maps;
   typename C::Shared& shared;
 
-  __device__ __forceinline__ void store(const BlockWork& work, int consumer) const {
-    const int32_t row = work.tile.row + consumer * kConsumerRows;
+  template <class State>
+  __device__ __forceinline__ void store(const State& state, int consumer) const {
+    const BlockWork& work = state.work;
+    const int32_t row = work.tile.row + consumer * state.rows_apart();
     if (!stores_by_tma(p, work.tile, row)) return;
-    ptx::Coordinates at = coordinates_of(p.out, work, work.head, work.tile.q_begin + row);
+    ptx::Coordinates at =
+        coordinates_of(p.out, work, work.head + consumer * state.heads_apart(), work.tile.q_begin + row);
     const uint32_t from = ptx::shared_address(shared.o.of[consumer]);
 #pragma unroll
     for (int chunk = 0; chunk < Tile::kChunks; chunk += Tile::kPanel) {
@@ -84,7 +87,7 @@ struct StoreWarp {
       if (tile.done) break;
       for (int i = 0; i < C::kConsumers; ++i) {
         shared.out_pipe.of[i].wait_full(tile_index);
-        store(tile.work, i);
+        store(tile, i);
         ptx::bulk_commit();
       }
       ptx::bulk_wait_read<0>();

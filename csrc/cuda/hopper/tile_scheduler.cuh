@@ -100,9 +100,11 @@ struct TileScheduler {
   __device__ __forceinline__ uint32_t next(uint32_t number) {
     return tiles.counter ? workers() + take() : number + workers();
   }
-  __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number) const {
-    return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, kCluster * kRows,
-                                    {number, tiles.count}, tiles.heads_together);
+  // rows, heads: of a tile.
+  __device__ __forceinline__ BlockWork work(const Problem& p, uint32_t number,
+                                            int32_t rows = kCluster * kRows, int32_t heads = 1) const {
+    return find_work<over, kUneven>(p, tiles.schedule, tiles.tiles_per_head, rows, {number, tiles.count},
+                                    tiles.heads_together, heads);
   }
 };
 

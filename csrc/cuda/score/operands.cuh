@@ -55,6 +55,26 @@ struct RangeOperands {
   }
 };
 
+// The score operands of kernels for blocks, of calls without a position.
+struct BlockOperands {
+  const uint8_t* blocks = nullptr;
+
+  template <class Score>
+  __device__ __forceinline__ void prepare(const Problem& p, const BlockWork& work, int32_t query_head) {
+    blocks = p.block_mask.as<const uint8_t>() + work.offset(p, p.block_mask, query_head, 0);
+  }
+  // What the rows at the `further`-th head after the first see.
+  __device__ __forceinline__ BlockMask block_mask(const Problem& p, int32_t further) const {
+    return {blocks + further * p.block_mask.head,
+            0,
+            p.block_mask.row,
+            p.mask_rows,
+            p.mask_columns,
+            p.spec.block_rows,
+            p.spec.block_keys};
+  }
+};
+
 // The operands of one head's scores: pointers to its part, and scalars by value.
 struct ScoreOperands : SegmentOperands {
   const void* bias = nullptr;

@@ -123,6 +123,7 @@ T __shfl_up_sync(uint32_t, T x, int distance) {
   return emulated_shuffle<T, 2>(x, distance);
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(x)); }
 // Byte i of the result is the byte of y:x that hex digit i of `selector` selects; no digit asks for a sign.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t bytes = uint64_t{y} << 32 | x;

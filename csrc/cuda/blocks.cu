@@ -1,0 +1,165 @@
+// What block masks leave to tiles: lists that kernels of score kind Blocks go through.
+#include "core/sequence.h"
+#include "core/visible/key_tiles.h"
+#include "cuda/launch.h"
+#include "cuda/registry.h"
+#include "cuda/work.cuh"
+
+namespace jax_flash {
+namespace {
+
+constexpr int kConsumersOfTile = 2;
+
+// What rows [rows.lo, rows.hi) of head h see of keys, not empty, of one block.
+__device__ SeenPiece seen_piece(const Band& band, const BlockMask& blocks, int32_t h, const Interval& rows,
+                                const Interval& keys) {
+  if (rows.empty() || intersect(band.rows(rows.lo, rows.hi), keys).empty()) return SeenPiece::kNone;
+  const int32_t column = keys.lo / blocks.block_keys;
+  bool any = false, all = true;
+  for (int32_t at = rows.lo / blocks.block_rows; at <= (rows.hi - 1) / blocks.block_rows; ++at) {
+    const bool sees = blocks.sees_block(h, at, column);
+    any |= sees, all &= sees;
+  }
+  const Interval whole = band.common(rows.lo, rows.hi);
+  if (!any) return SeenPiece::kNone;
+  return all && whole.lo <= keys.lo && keys.hi <= whole.hi ? SeenPiece::kAll : SeenPiece::kSome;
+}
+
+// A warp for each query tile: its list. keys: of a key tile.
+__global__ void __launch_bounds__(32)
+    list_key_tiles(const __grid_constant__ Problem p, const __grid_constant__ KeyLists to, int32_t keys) {
+  const auto lane = static_cast<int32_t>(threadIdx.x);
+  const int32_t groups = p.heads / to.heads;
+  const int64_t list = blockIdx.x, head_slot = list / to.query_tiles, entry = head_slot / groups;
+  const int32_t row = static_cast<int32_t>(list % to.query_tiles) * to.rows;
+  const int32_t head = static_cast<int32_t>(head_slot % groups) * to.heads;
+  const int64_t leading = entry / p.batch;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const Band band = make_band(p, leading, s);
+  const BlockMask blocks = block_mask_of(p, leading, s, head);
+  const bool paired = to.heads > 1;
+  const int32_t end = min(row + (paired ? kRowBlock : kConsumersOfTile * kRowBlock), s.q_len);
+  const Interval seen = band.rows(row, end);
+  const int32_t pieces = keys / to.keys;  // of a tile
+  KeyPieces* const own = to.tiles + list * to.most;
+  int32_t count = 0, last = 0;  // pieces so far, and the first key of the last
+  for (int32_t first = seen.lo / to.keys * to.keys; first < seen.hi; first += 32 * to.keys) {
+    const int32_t key = first + lane * to.keys;
+    SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+    if (key < seen.hi) {
+      for (int i = 0; i < kConsumersOfTile; ++i) {
+        const int32_t begin = paired ? row : row + i * kRowBlock;
+        of[i] = seen_piece(band, blocks, paired ? i : 0, {begin, min(begin + kRowBlock, end)},
+                           {key, key + to.keys});
+      }
+    }
+    const bool is_seen = of[0] != SeenPiece::kNone || of[1] != SeenPiece::kNone;
+    const uint32_t all = __ballot_sync(~0u, is_seen);
+    if (is_seen) {
+      const int32_t at = count + __popc(all & ((1u << lane) - 1));
+      own[at / pieces].piece[at % pieces] = KeyPieces::make(key, of[0], of[1]);
+      for (int32_t i = pieces; at % pieces == 0 && i < kMostPieces; ++i) own[at / pieces].piece[i] = 0;
+    }
+    if (all) last = first + (31 - __clz(static_cast<int>(all))) * to.keys;
+    count += __popc(all);
+  }
+  if (lane > 0) return;
+  const int32_t of_last = count - count / pieces * pieces;
+  for (int32_t i = of_last; of_last > 0 && i < pieces; ++i)
+    own[count / pieces].piece[i] = KeyPieces::make(kNoKeys, SeenPiece::kNone, SeenPiece::kNone);
+  // Past the sequence other keys may follow, and empty pieces come as zeros.
+  const bool cut = last + to.keys > s.k_len && s.k_len < p.k_rows;
+  const int32_t before_last = (of_last > 0 ? of_last - 1 : pieces - 1) * to.keys;
+  to.lists[list] = {(count + pieces - 1) / pieces, cut ? before_last + s.k_len - last : keys};
+}
+
+// What rows see of keys, neither empty, that may be of several blocks.
+__device__ SeenPiece seen_keys(const Band& band, const BlockMask& blocks, int32_t h, const Interval& rows,
+                               const Interval& keys) {
+  bool any = false, all = true;
+  for (int32_t key = keys.lo; key < keys.hi; key = (key / blocks.block_keys + 1) * blocks.block_keys) {
+    const int32_t end = min((key / blocks.block_keys + 1) * blocks.block_keys, keys.hi);
+    const SeenPiece seen = seen_piece(band, blocks, h, rows, {key, end});
+    any |= seen != SeenPiece::kNone, all &= seen == SeenPiece::kAll;
+  }
+  return all ? SeenPiece::kAll : any ? SeenPiece::kSome : SeenPiece::kNone;
+}
+
+constexpr int kStepWarps = 8;
+enum StepKind { kOfFirst, kOfSecond, kOfBoth, kStepKinds };  // of which consumer some keys are seen
+
+// The place of the i-th step of a kind, of so many: those of both consumers come first, then those of one in
+// turns, so that one consumer has no long run without work.
+__device__ int32_t place_of(StepKind kind, int32_t i, const int32_t (&steps)[kStepKinds]) {
+  const int32_t pairs = min(steps[kOfFirst], steps[kOfSecond]);
+  if (kind == kOfBoth) return i;
+  return steps[kOfBoth] + (i < pairs ? 2 * i + (kind == kOfSecond) : pairs + i);
+}
+
+// A CTA for each key tile: its list, of query tiles of `rows` rows.
+__global__ void __launch_bounds__(32 * kStepWarps)
+    list_steps(const __grid_constant__ Problem p, const __grid_constant__ StepLists to, int32_t tiles,
+               int32_t rows) {
+  __shared__ int32_t of_warp[kStepKinds][kStepWarps];
+  const auto thread = static_cast<int32_t>(threadIdx.x), warp = thread / 32;
+  const int64_t list = blockIdx.x, head_slot = list / tiles, entry = head_slot / p.kv_heads;
+  const int32_t key = static_cast<int32_t>(list % tiles) * kConsumersOfTile * kRowBlock;
+  const int32_t heads = p.heads / p.kv_heads, head = static_cast<int32_t>(head_slot % p.kv_heads) * heads;
+  const int64_t leading = entry / p.batch;
+  const Sequence s = fixed_sequence(p, leading, static_cast<int32_t>(entry % p.batch));
+  const Band band = make_band(p, leading, s);
+  const BlockMask blocks = block_mask_of(p, leading, s, head);
+  const Interval seen = tiles_of(band.queries(key, key + kConsumersOfTile * kRowBlock), rows);
+  int32_t* const own = to.steps + list * to.most;
+  int32_t steps[kStepKinds] = {0, 0, 0};
+  for (const bool stores : {false, true}) {  // once to count them
+    int32_t before[kStepKinds] = {0, 0, 0};
+    for (int32_t first = 0; first < heads * seen.size(); first += 32 * kStepWarps) {
+      const int32_t h = (first + thread) / seen.size(), tile = seen.lo + (first + thread) % seen.size();
+      SeenPiece of[kConsumersOfTile] = {SeenPiece::kNone, SeenPiece::kNone};
+      for (int i = 0; h < heads && i < kConsumersOfTile; ++i) {
+        const int32_t begin = key + i * kRowBlock;
+        if (begin < s.k_len)
+          of[i] = seen_keys(band, blocks, h, {tile * rows, min((tile + 1) * rows, s.q_len)},
+                            {begin, begin + kRowBlock});
+      }
+      const bool is_seen[] = {of[0] != SeenPiece::kNone, of[1] != SeenPiece::kNone};
+      uint32_t same[kStepKinds];  // lanes
+      for (int kind = 0; kind < kStepKinds; ++kind) {
+        same[kind] =
+            __ballot_sync(~0u, is_seen[0] == (kind != kOfSecond) && is_seen[1] == (kind != kOfFirst));
+        if (thread % 32 == 0) of_warp[kind][warp] = __popc(same[kind]);
+      }
+      __syncthreads();
+      for (int kind = 0; kind < kStepKinds; ++kind) {
+        int32_t at = before[kind] + __popc(same[kind] & ((1u << thread % 32) - 1));
+        for (int i = 0; i < kStepWarps; ++i) {
+          if (i < warp) at += of_warp[kind][i];
+          before[kind] += of_warp[kind][i];
+        }
+        if (stores && same[kind] >> thread % 32 & 1)
+          own[place_of(static_cast<StepKind>(kind), at, steps)] = ListedStep::make(h, tile, of[0], of[1]);
+      }
+      __syncthreads();
+    }
+    for (int kind = 0; kind < kStepKinds; ++kind) steps[kind] = before[kind];
+  }
+  if (thread == 0) to.counts[list] = steps[kOfFirst] + steps[kOfSecond] + steps[kOfBoth];
+}
+
+}  // namespace
+
+cudaError_t launch_blocks(const Problem& p, const LaunchPlan& plan, void* workspace, cudaStream_t stream) {
+  const TileGrid& grid = plan.queries;
+  if (plan.keys.lists >= 0 && p.batch > 0) {
+    const int64_t lists = p.leading.count() * p.batch * p.kv_heads * plan.keys.tiles;
+    return launch(list_steps, lists, 32 * kStepWarps, 0, stream, p, step_lists(p, plan.keys, workspace),
+                  static_cast<int32_t>(plan.keys.tiles), plan.keys.other_block);
+  }
+  if (grid.lists < 0 || p.batch == 0) return cudaSuccess;
+  const KeyLists lists = key_lists(p, grid, workspace);
+  return launch(list_key_tiles, p.leading.count() * p.batch * (p.heads / lists.heads) * grid.tiles, 32, 0,
+                stream, p, lists, grid.other_block);
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,129 @@
+"""The operand `block_mask` over several tiles: blocks of every size, of heads together and apart, and both passes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import checks
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import Case, make_inputs, operands, spec
+from conftest import IMPLEMENTATION
+from test_ranges import references
+
+from jax_flash.autodiff import attend
+from jax_flash.operands import OPTIONAL
+
+HEAD_DIMS = (64, 128, 256) if IMPLEMENTATION == "cuda" else (64,)  # that Hopper has kernels of
+SIZES = {"b": 2, "sq": 300, "sk": 520}
+GROUPS = {"hq": 4, "hk": 2}
+CASES = [
+    Case("every key", **SIZES | GROUPS),
+    Case("causal", causal=True, **SIZES | GROUPS),
+    Case("window", window=(200, 30), **SIZES | {"hq": 2, "hk": 2}),
+    Case("lengths", q_lengths=(300, 77), kv_lengths=(333, 520), **SIZES | GROUPS),
+    Case("sinks, a head for each", sinks=True, **SIZES | {"hq": 3, "hk": 3}),
+    Case("sinks, causal, lengths", sinks=True, causal=True, kv_lengths=(65, 0), **SIZES | GROUPS),
+]
+BLOCKS = [(128, 128), (64, 64), (128, 64), (64, 128), (32, 32), (96, 96), (256, 160), (48, 16)]
+
+
+def shown(case, block, heads, seed, part=0.3):
+    """Which blocks of keys each block of rows sees, of as many heads as the mask has, at every query head."""
+    rng = np.random.default_rng(seed)
+    rows, columns = -(-case.sq // block[0]), -(-case.sk // block[1])
+    seen = rng.random((case.b if seed % 2 else 1, heads, rows, columns)) < part
+    seen[:, :, seed % rows] = False
+    seen[:, :, :, columns // 2] |= rng.random(seen.shape[:3]) < 0.5
+    return seen if heads == 1 else seen.repeat(case.hq // heads, 1)
+
+
+def with_blocks(case, block, heads, seed, part=0.3):
+    """The inputs of a case, its operands with a block mask, and those with the same mask as booleans."""
+    inputs = make_inputs(case, seed)
+    arrays = operands(inputs)
+    seen = shown(case, block, heads, seed, part)
+    pairs = seen.repeat(block[0], -2).repeat(block[1], -1)[..., : case.sq, : case.sk]
+    return inputs, arrays | {"block_mask": jnp.asarray(seen)}, arrays | {"mask": jnp.asarray(pairs)}
+
+
+def static_of(case, inputs, arrays, **options):
+    return replace(spec(case, inputs), operands=tuple(name for name in OPTIONAL if name in arrays), **options)
+
+
+def differentiate(case, block, inputs, arrays, implementation, **options):
+    run = static_of(case, inputs, arrays, implementation=implementation, block=block, **options)
+    moving, fixed = oracle.split(arrays)
+    return oracle.differentiate(lambda x: attend(run, x | fixed), moving, inputs.dout, inputs.dlse)
+
+
+def check(case, block, heads, implementation, seed=1, **options):
+    checks.require(implementation, "forward", "backward", dtype=case.dtype, d=case.d, dv=case.dv)
+    inputs, arrays, with_pairs = with_blocks(case, block, heads, seed)
+    got = differentiate(case, block, inputs, arrays, implementation, **options)
+    oracle.assert_result(
+        got, *references(case, static_of(case, inputs, with_pairs), inputs, with_pairs), case
+    )
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_blocks_of_every_size(d, block, implementation):
+    """Each size with another of the cases, and with masks of one head, of KV heads and of query heads in turn."""
+    at = BLOCKS.index(block)
+    for i in (at, at + 3):
+        case = CASES[i % len(CASES)].replace(d=d, dv=d, dtype="bfloat16" if i % 2 else "float16")
+        check(case, block, (1, case.hk, case.hq)[i % 3], implementation, seed=i)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=str)
+def test_options_of_a_call_with_blocks(block, case, deterministic, implementation):
+    d = 128 if 128 in HEAD_DIMS else 64
+    case = case.replace(d=d, dv=d, dtype="bfloat16")
+    check(case, block, case.hk, implementation, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("block", [(128, 128), (64, 64)], ids=str)
+@pytest.mark.parametrize("part", [0.0, 1.0])
+def test_no_block_and_all_blocks(part, block, implementation):
+    case = CASES[1].replace(d=64, dv=64, dtype="bfloat16")
+    checks.require(implementation, "forward", "backward", dtype=case.dtype, d=64, dv=64)
+    inputs, arrays, _ = with_blocks(case, block, 1, 0, part)
+    shape = -(-case.sq // block[0]), -(-case.sk // block[1])
+    arrays["block_mask"] = jnp.full((1, 1, *shape), bool(part))
+    got = differentiate(case, block, inputs, arrays, implementation)
+    pairs = operands(inputs) | {"mask": jnp.full((1, 1, case.sq, case.sk), bool(part))}
+    oracle.assert_result(got, *references(case, static_of(case, inputs, pairs), inputs, pairs), case)
+
+
+@pytest.mark.parametrize("d", HEAD_DIMS)
+def test_nan_in_keys_that_no_length_or_block_shows_reaches_no_row(d, kernel):
+    """NaN past the lengths, and in blocks that no row of any head sees."""
+    case = Case(
+        "lengths", b=2, sq=256, sk=512, hq=2, hk=1, d=d, dv=d, dtype="bfloat16", kv_lengths=(300, 450)
+    )
+    checks.require(kernel, "forward", "backward", dtype=case.dtype, d=d, dv=d)
+    inputs = make_inputs(case)
+    arrays = operands(inputs)
+    seen = np.zeros((1, 1, 2, 4), bool)
+    seen[..., 0, [0, 2]] = seen[..., 1, [2, 3]] = True
+    key = jnp.arange(case.sk)
+    for bad in (
+        key[None] >= jnp.array(case.kv_lengths)[:, None],
+        jnp.broadcast_to(key // 128 == 1, (2, case.sk)),
+    ):
+        spoiled = arrays | {
+            name: jnp.where(bad[..., None, None], jnp.nan, arrays[name]).astype(arrays[name].dtype)
+            for name in ("key", "value")
+        }
+        mask = {"block_mask": jnp.asarray(seen)}
+        wanted, got = (
+            differentiate(case, (128, 128), inputs, each | mask, kernel, deterministic=True)
+            for each in (arrays, spoiled)
+        )
+        np.testing.assert_array_equal(got.out, wanted.out)
+        np.testing.assert_array_equal(got.gradients["query"], wanted.gradients["query"])
