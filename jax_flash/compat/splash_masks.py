@@ -282,7 +282,7 @@ def _ranges(mask: Any, sq: int, sk: int) -> np.ndarray | None:
         for side, sign in enumerate((1, -1)):
             row, key = np.nonzero(edges == sign)  # in order of rows
             nth = np.arange(len(row)) - np.searchsorted(row, row)
-            if nth.max(initial=0) > 1:
+            if (nth > 1).any():
                 return None
             found[nth, side, first + row] = key
     return found if found[1].any() else found[:1]
