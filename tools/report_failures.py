@@ -1,6 +1,6 @@
 """A pytest plugin: each failure is written at once, so that a run which its time limit ends keeps its tracebacks.
 
-    JAX_FLASH_FAILURES=out/failures.txt PYTHONPATH=tools python -m pytest -p report_failures tests
+JAX_FLASH_FAILURES=out/failures.txt PYTHONPATH=tools python -m pytest -p report_failures tests
 """
 
 import os
