@@ -1,4 +1,4 @@
-// The band of keys around the diagonal that lengths, causal and window leave visible, per row and per tile.
+// The band: the keys around the diagonal that lengths, causal and window leave visible, for a row or a tile.
 #pragma once
 
 #include "sequence.h"
@@ -19,7 +19,7 @@ JF_HD Interval intersect(Interval a, Interval b) {
   return {a.lo > b.lo ? a.lo : b.lo, a.hi < b.hi ? a.hi : b.hi};
 }
 
-// The tiles of `block` rows that rows lie in.
+// The tiles of `block` rows that contain the rows.
 JF_HD Interval tiles_of(Interval rows, int32_t block) {
   return rows.empty() ? Interval{0, 0} : Interval{rows.lo / block, (rows.hi - 1) / block + 1};
 }
@@ -80,14 +80,15 @@ struct Band {
   }
 };
 
-// How far `position` shifts the diagonal of every row. It tells where the call's first query and first key
-// lie in the larger sequence, while rows and keys are counted from the call's own first ones.
+// How far `position` shifts the diagonal of every row. `position` says where the call's first query and first
+// key lie in the larger sequence; indices of rows and keys count from these first ones.
 JF_HD int64_t diagonal_shift(const Problem& p, int64_t position_offset) {
   const int32_t* first = p.position.as<const int32_t>() + position_offset;
   return int64_t{first[0]} - first[p.position.column];
 }
 
-// Whether the call is a part of a larger sequence. The spec tells, which every kernel reads when it starts.
+// Whether the call is a part of a larger sequence. This reads the spec, which every kernel loads at its start
+// anyway.
 JF_HD bool has_position(const Problem& p) { return __builtin_expect(p.spec.has(Operand::kPosition), false); }
 
 JF_HD Band make_band(const AttentionSpec& spec, const Sequence& s, int64_t shift) {

@@ -1,5 +1,5 @@
-// The draft mask: which of a sequence's new tokens, which are its last keys, each of its query rows sees. The
-// keys before them are left to the band.
+// The draft mask says which of a sequence's new tokens, its last keys, each of its query rows sees. The band
+// alone decides about earlier keys.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace jax_flash {
 
 struct DraftMask {
   const uint8_t* seen = nullptr;  // [row, key - first]; null: hides nothing
-  int64_t row = 0;                // elements from one row to the next
+  int64_t row = 0;                // stride of rows, in elements
   int32_t first = INT32_MAX;      // key of column 0; negative: more rows than keys
 
   // Whether some of the keys before `end` are new tokens.
@@ -20,8 +20,7 @@ struct DraftMask {
   JF_HD bool hides(int32_t i, int32_t j) const { return j >= first && !seen[i * row + (j - first)]; }
 };
 
-// Whether the call's draft mask is about a sequence: one of more rows than the mask has is seen through the
-// band alone.
+// Whether the draft mask applies to a sequence. It does not if the sequence has more rows than the mask.
 JF_HD bool has_drafts(int32_t q_len, int32_t draft_rows) { return q_len <= draft_rows; }
 
 JF_HD int32_t first_draft(int32_t q_len, int32_t k_len) { return k_len - q_len; }

@@ -1,5 +1,5 @@
-// Dropout bits are a pure function of the key and of the global position, so that tiles, shards and passes
-// agree.
+// Dropout bits are a pure function of the dropout key and of the global position, so that tiles, shards and
+// passes agree.
 #pragma once
 
 #include <cmath>
@@ -11,12 +11,12 @@
 
 namespace jax_flash {
 
-// One Philox block decides the elements that one thread holds of a 16 × 32 tile of S in tensor core
-// accumulators (mma.m16n8): columns 2t and 2t + 1 of each 8 columns, one half of a word each, and rows i
-// and i + 8. Row i + 8 uses the words of row i rotated right by a byte. A number is the lower 15 bits of a
-// half: read as float16, such numbers keep their order up to infinity, so that a GPU compares two at a
-// time. Within a block no two numbers share their upper byte. The lower byte of a number is the upper byte
-// of another, but it matters only where the upper byte equals the threshold's.
+// One Philox block decides the elements of a 16 × 32 tile of S that one thread has in tensor core
+// accumulators (mma.m16n8): columns 2t and 2t + 1 of each 8 columns, and rows i and i + 8. Each element uses
+// one half of a word; row i + 8 uses the words of row i rotated right by a byte. An element's number is the
+// lower 15 bits of its half. Read as float16, such numbers keep their order up to infinity, so a GPU compares
+// two at a time. Within a block all numbers have different upper bytes. The lower byte of a number is the
+// upper byte of another, but it matters only if the upper byte equals the threshold's.
 inline constexpr int kDropoutColumns = 32, kDropoutRows = 16;
 inline constexpr uint32_t kDropoutNumbers = 1 << 15, kDropoutInfinity = 0x7C00;
 
@@ -26,8 +26,8 @@ struct Dropout {
   uint32_t threshold = 0;                             // keep where number >= threshold
   float scale = 1.0f;                                 // factor of kept elements, 1 / (1 - rate)
 
-  // Whether numbers have to be drawn one by one: if the shard begins inside a block, or if the threshold lies
-  // beyond the numbers that float16 orders.
+  // Whether elements need one number at a time: if the shard begins inside a block, or if the threshold is
+  // above the numbers that float16 orders.
   JF_HD bool needs_scalar_path() const {
     return column % kDropoutColumns != 0 || row % kDropoutRows != 0 || threshold > kDropoutInfinity;
   }

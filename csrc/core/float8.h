@@ -15,13 +15,13 @@ template <DType kFormat>
 struct Float8;
 template <>
 struct Float8<DType::kF8E4M3> {
-  static constexpr int kShift = 20;                   // mantissa bits that float32 has more
+  static constexpr int kShift = 20;                   // mantissa bits of float32 minus those of the format
   static constexpr uint32_t kRebias = 0x3C000000u;    // the difference of the exponents' biases
   static constexpr uint32_t kSmallest = 0x3C800000u;  // the smallest normal number, 2^-6
-  static constexpr float kDenormalUnit = 16384.0f;    // its last place is the step of denormals, 2^-9
+  static constexpr float kDenormalUnit = 16384.0f;    // its last bit is worth one step of the denormals, 2^-9
   static constexpr uint32_t kLargest = 0x43E00000u;   // 448
   static constexpr uint8_t kLargestBits = 0x7E;
-  static constexpr uint32_t kSpecial = 0x07F00000u;  // from here on, once shifted, it is not a number
+  static constexpr uint32_t kSpecial = 0x07F00000u;  // after the shift, numbers from here on are NaN
   static constexpr uint32_t kSpecialRebias = 0x78000000u;
 };
 template <>
@@ -32,7 +32,7 @@ struct Float8<DType::kF8E5M2> {
   static constexpr float kDenormalUnit = 128.0f;      // 2^-16
   static constexpr uint32_t kLargest = 0x47600000u;   // 57344
   static constexpr uint8_t kLargestBits = 0x7B;
-  static constexpr uint32_t kSpecial = 0x0F800000u;  // infinity, then NaN
+  static constexpr uint32_t kSpecial = 0x0F800000u;  // after the shift: infinity, then NaN
   static constexpr uint32_t kSpecialRebias = 0x70000000u;
 };
 
@@ -76,8 +76,8 @@ JF_HD uint8_t float_to_float8(float x) {
   return static_cast<uint8_t>(y | sign);
 }
 
-// The dynamic scales of append_kv are powers of two (jax_flash/paged/quantise.py). A page that holds no
-// finite number but zeros has the smallest, 2^kSmallestScale.
+// The dynamic scales of append_kv are powers of two (jax_flash/paged/quantise.py). A page whose finite
+// numbers are all zero has the smallest scale, 2^kSmallestScale.
 inline constexpr int32_t kSmallestScale = -100;
 
 // The smallest scale with largest ≤ scale · the largest number of the format, which is 1.75 · 2^…
@@ -88,8 +88,8 @@ JF_HD float page_scale(float largest, DType format) {
   return float_of_bits(static_cast<uint32_t>(exponent < least ? least : exponent) << 23);
 }
 
-// The scale of a page when elements up to `largest` are written from slot `first` on. A page begins at slot
-// 0; afterwards its scale only grows. `before`: 0 where nothing stored is kept.
+// The scale of a page when elements up to `largest` are written from slot `first` on. Writing slot 0 resets a
+// page; afterwards its scale only grows. `before`: the old scale, or 0 if no stored element is kept.
 struct PageScale {
   float before, after;
   JF_HD PageScale(float stored, int32_t first, float largest, DType format) {

@@ -8,15 +8,16 @@
 
 namespace jax_flash {
 
-// Kernels that pack heads have a row for each query of a token at each query head of a KV head: row r is of
-// token r >> shift and of head r % 2^shift. To them `heads` are KV heads, and the views' heads are of their
-// first query heads.
+// Kernels that pack heads have one row for each token and each query head of a KV head: row r belongs to
+// token r >> shift and to head r % 2^shift. In these kernels `heads` counts KV heads, and the view of a head
+// begins at the first query head of its group.
 struct HeadPacking {
   int32_t shift = 0, tokens = 0;
   int32_t right = kUnlimited;  // AttentionSpec::right, which counts tokens
 };
 
-// Its views are named as in csrc/operands.def and csrc/results.def, which say their dimensions.
+// The names of the views are those in csrc/operands.def and csrc/results.def, which also say their
+// dimensions.
 struct Problem : Sizes<int32_t> {
   AttentionSpec spec;
   DType dtype;       // dtype of query, out and their gradients
@@ -40,8 +41,8 @@ struct Problem : Sizes<int32_t> {
   JF_HD bool paged() const { return spec.paged(); }
 };
 
-// The tangents of one call, of the pass that computes them. They are no fields of Problem, which every kernel
-// takes as a parameter.
+// The tangents of a call, for the tangent pass. They are not fields of Problem, because every kernel takes a
+// Problem as a parameter.
 struct Tangents {
 #define JF_OPTIONAL_TANGENT(id, name, ...) View name;
 #include "../operands.def"
@@ -49,12 +50,12 @@ struct Tangents {
 #include "../results.def"
 };
 
-// One append_kv call: new tokens are written into the pools. What it overwrites are the views of the results.
+// One append_kv call, which writes new tokens into the pools. It overwrites the views of the results.
 struct AppendProblem : Sizes<int32_t> {
   AppendSpec spec;
   DType dtype;       // key, value
   DType pool_dtype;  // `dtype`, or float8
-  bool dynamic;      // k_scale and v_scale are kept: overwritten like the pools
+  bool dynamic;      // append_kv updates k_scale and v_scale, too
   Leading leading;
 
 #define JF_APPEND_REQUIRED(name, ...) View name;

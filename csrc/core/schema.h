@@ -1,4 +1,4 @@
-// csrc/operands.def and csrc/results.def as tables, made by the compiler: an error in a row does not compile.
+// csrc/operands.def and csrc/results.def as constexpr tables, so that an error in a row does not compile.
 #pragma once
 
 #include <cstddef>
@@ -8,7 +8,8 @@
 
 namespace jax_flash {
 
-// Element types. Each of the first three is one dtype in a call, which the first array that has it decides.
+// Element types. In one call all arrays of kActivation have one dtype, which the first of them decides; the
+// same holds for kBias and kPool.
 enum class Element : int32_t { kActivation, kBias, kPool, kFloat32, kInt32, kUInt32, kBoolean };
 
 // Bytes of an element of a call's array.
@@ -40,7 +41,7 @@ constexpr bool same_word(const char* a, const char* b) {
   return ends(*a) && ends(*b);
 }
 
-// By name, because nvcc writes parentheses around a pointer to a member that GCC warns of.
+// An alias, because nvcc writes parentheses around a pointer to a member, for which GCC warns.
 using SizeOf = int64_t Sizes<int64_t>::*;
 using StrideOf = int64_t View::*;
 using ViewOf = View Problem::*;
@@ -51,7 +52,7 @@ using AppendViewOf = View AppendProblem::*;
 struct Axis {
   const char* name = nullptr;
   SizeOf size = nullptr;  // null: always `more`
-  int32_t more = 0;       // what the dimension has more than the size
+  int32_t more = 0;       // the dimension minus the size
   StrideOf stride = nullptr;
   bool may_be_one = false;
 };
@@ -88,7 +89,8 @@ struct Dims {
   constexpr bool of_pool() const { return rank == kMost && same_word(axes[0].name, "p"); }
 };
 
-// A row of the tables. In which struct its view lies depends on the pass; the other pointer is null.
+// A row of the tables. Its view is a member of Problem or, in the tangent pass, of Tangents; the other
+// pointer is null.
 struct Array {
   const char* name;
   Element element;
@@ -119,7 +121,7 @@ constexpr Array like(const char* name, const char* other, ViewOf view, TangentOf
   return array;
 }
 
-// What has the dims of another array.
+// Arrays that have the dims of another array.
 inline constexpr Array kLike[] = {
 #define JF_OPTIONAL_TANGENT(id, name, other) like(#name, #other, nullptr, &Tangents::name),
 #include "../operands.def"
@@ -190,7 +192,8 @@ struct CallArrays {
   inline constexpr CallArrays<Array> k##id{operands, results, array_of};
 #include "../results.def"
 
-// A decode is no custom call, as its kernels run within the forward, and append's have arrays of their own.
+// Decode is no custom call, because its kernels run within the forward. Append's custom calls have their own
+// tables.
 constexpr const CallArrays<Array>& arrays_of(Pass pass) {
   switch (pass) {
 #define JF_PASS(id, ...) \

@@ -1,14 +1,14 @@
-// Which rows of the other side segments leave to a tile of queries, or of keys: an interval, from the first
-// to the last that may share a segment with the tile. Segments may be numbered in any order.
+// The interval of keys that segments leave to a tile of queries, or of queries that they leave to a tile of
+// keys: from the first to the last row that may share a segment with the tile. Ids may be in any order.
 #pragma once
 
 #include "band.h"
 
 namespace jax_flash {
 
-// The segments of some rows, or a few more: those from lo to hi whose bit is set. Documents that are numbered
-// in order have disjoint [lo, hi]. A tile with the last document and padding, which has a number of its
-// own, has no bit for the documents between these two.
+// A superset of the segment ids of some rows: the ids from lo to hi whose bit is set. If documents are
+// numbered in order, tiles have disjoint [lo, hi]. The bits help a tile with the last document and padding,
+// whose id may be far away: they exclude most documents between the two.
 struct SegmentSet {
   int32_t lo = INT32_MAX, hi = INT32_MIN;
   uint64_t bits = 0;  // bit s % 64 of segment s

@@ -66,9 +66,9 @@ JF_HD void clamp_starts(const int32_t* cu_seqlens, int64_t stride, int32_t n, in
   }
 }
 
-// Tiles of packed rows without a prefix sum over the sequences: sequence z owns the tile slots from
-// start(z) / tile + z up to the first slot of sequence z + 1. These are at least as many as it has tiles;
-// the others are empty.
+// Slots for tiles of packed rows, without a prefix sum over the sequences. Sequence z owns the slots from
+// start(z) / tile + z up to the first slot of sequence z + 1. It has at least one slot for each of its tiles;
+// the others stay empty.
 JF_HD int64_t first_slot(int32_t start, int32_t tile, int32_t index) { return start / tile + index; }
 
 JF_HD int64_t slot_count(int32_t rows, int32_t tile, int32_t n) { return rows / tile + n; }

@@ -1,5 +1,5 @@
-// The sizes of a call, of csrc/operands.def: int32_t in the kernels, int64_t in plans, and Dim where a
-// program is exported for sizes that are not known yet.
+// The sizes of a call (csrc/operands.def): int32_t in kernels, int64_t in plans, and Dim in programs that are
+// exported with symbolic sizes.
 #pragma once
 
 #include <cstdint>

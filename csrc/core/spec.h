@@ -25,7 +25,7 @@ JF_HD constexpr bool is_float8(DType dtype) { return dtype == DType::kF8E4M3 || 
 JF_HD constexpr int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : is_float8(dtype) ? 1 : 2; }
 
 // kDecode is a pass of csrc/kernels.def but not a custom call of its own: forward uses it for few query rows.
-// kAppend is append_kv's, whose custom calls have an AppendProblem.
+// kAppend stands for append_kv, whose custom calls have an AppendProblem.
 enum class Pass : int32_t {
   kForward = 0,
   kBackward = 1,
@@ -52,7 +52,7 @@ enum class AppendOperand : int32_t {
 
 inline constexpr int32_t kUnlimited = -1;
 
-// The largest head dims and rows: kMaxHeadDim, kMaxLatentDim, kMaxPoolColumns.
+// The largest head dims and rows of pools: kMaxHeadDim, kMaxLatentDim, kMaxPoolColumns.
 #define JF_LIMIT(id, value) inline constexpr int32_t k##id = value;
 #include "../operands.def"
 
@@ -61,7 +61,7 @@ struct AttentionSpec {
   JF_ATTENTION_FIELDS(JF_MEMBER)
 
   JF_HD bool has(Operand operand) const { return operands >> static_cast<int32_t>(operand) & 1; }
-  // Whether K and V are one array, whose gradient, dkey, is that of both.
+  // Whether K and V are one array. Its gradient, dkey, is the sum of both gradients.
   JF_HD bool shared_kv() const { return value_dim > 0; }
   JF_HD bool paged() const { return layout == Layout::kPaged || layout == Layout::kPagedVarlen; }
   // Whether the query rows of all sequences share one dimension.

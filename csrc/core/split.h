@@ -1,5 +1,5 @@
-// Attention over parts of the keys, and the merge of the parts. Every backend uses these equations; the
-// sizes of parts are the CPU's, and those of CUDA stand with its families.
+// Attention over parts of the keys, and the merge of the parts. Every backend uses these equations. The sizes
+// of parts here are the CPU's; those of CUDA are in core/families.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,7 @@ JF_HD Interval split_part(Interval keys, int32_t index, int32_t count) {
           static_cast<int32_t>(hi < keys.hi ? hi : keys.hi)};
 }
 
-// The number of parts where the spec requests `count`. It depends on the keys alone.
+// The number of parts if the spec requests `count`. It depends only on the keys.
 JF_HD int32_t clamp_splits(int64_t count, Interval keys) {
   const int64_t most = keys.size() < kMaxSplits ? keys.size() : kMaxSplits;
   return static_cast<int32_t>(count < 1 || most < 1 ? 1 : count < most ? count : most);

@@ -1,5 +1,4 @@
-// Strided views of the operands: any number of leading batch dimensions, then dimensions that are named by
-// their meaning.
+// Strided views of the operands: any number of leading batch dimensions, then dimensions with names.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +7,7 @@
 
 namespace jax_flash {
 
-// Adjacent leading dimensions of which each operand has both or broadcasts both are merged first, so that
-// few remain.
+// Two adjacent leading dimensions are merged if every operand has both or broadcasts both, so few remain.
 inline constexpr int kMaxLeading = 8;
 
 // The leading dimensions L of a call, shared by all its operands.

@@ -13,14 +13,13 @@
 
 namespace jax_flash::JF_ISA {
 
-// The new rows of keys (or values) from the first of a range of KV heads on, and the pool they are written
-// to.
+// The new keys (or values), from the first of a range of KV heads on, and the pool that they are written to.
 struct AppendStream {
   const char* from;  // row 0 of the first sequence
   char* to;          // slot 0 of page 0
   const View *rows, *pool;
   int32_t width;
-  float* scales;  // float8: stored = value / scale; of page 0
+  float* scales;  // of page 0; in float8 pools stored = value / scale
   int64_t scale_stride, scale_page;
 };
 
@@ -95,15 +94,15 @@ struct AppendHeads {
     if (p.dtype != p.pool_dtype) round_row(s.width, x);
   }
 
-  // Rounds a rotated key to the keys' dtype before it is quantised, as apply_rotary followed by append_kv
-  // would.
+  // Rounds a rotated key to the keys' dtype before it is quantised, so that apply_rotary followed by
+  // append_kv gives the same bits.
   JF_HD void round_row(int32_t width, float* x) const {
     alignas(64) char rounded[kMaxPoolColumns * 4];
     store_row(p.dtype, rounded, width, x, 1.0f);
     load_row(p.dtype, rounded, width, 1.0f, x, round_up(width, kLanes));
   }
 
-  // Writes `count` rows from `from` on to a page of a pool with dynamic scales.
+  // Writes the `count` rows that begin with row `from` to a page of a pool with dynamic scales.
   JF_HD void write_page(const AppendStream& s, int64_t from, int32_t count, PageSlot at, int32_t position,
                         bool rotates) const {
     for (int32_t h = 0; h < heads; ++h) {
@@ -143,8 +142,8 @@ struct AppendHeads {
   }
 };
 
-// Writes tokens in order. Where a table sends two of them to one slot, the later one stays, whatever the
-// number of threads.
+// Writes tokens in order. If a table sends two tokens to one slot, the later one wins, with any number of
+// threads.
 static void append(const AppendProblem& p, int64_t leading, int32_t head, int32_t heads) {
   const AppendHeads h{p, leading, head, heads};
   const AppendStream key = h.stream(p.key, p.k_pages, p.k_scale, p.head_dim);

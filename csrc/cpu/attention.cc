@@ -88,8 +88,8 @@ float* decode_parts(int64_t floats) {
   return memory.get();
 }
 
-// Memory for the partial outputs of tiles whose keys are split among threads. Tiles beyond it run on one
-// thread, part after part.
+// Limit of the memory for partial outputs of tiles whose keys are split among threads. Tiles that exceed it
+// run on one thread, part after part.
 constexpr int64_t kMaxPartFloats = int64_t{1} << 22;
 
 // The number of threads worth waking for this many multiply-adds.
@@ -98,8 +98,8 @@ int64_t workers_for(double multiplies) {
   return static_cast<int64_t>(std::min(multiplies / kPerWorker, 1e6)) + 1;
 }
 
-constexpr double kTangentProducts = 2.5;  // to the forward's
-constexpr double kCostOfCopying = 4;      // per element, in multiply-adds
+constexpr double kTangentProducts = 2.5;  // products of the tangent pass over the forward's
+constexpr double kCostOfCopying = 4;      // cost of copying an element, in multiply-adds
 
 double score_count(const Problem& p) {
   return double(p.leading.count()) * (p.packed() ? 1 : p.batch) * p.heads * p.q_rows * double(p.k_rows);
@@ -124,7 +124,7 @@ void forward_in_parts(const Problem& p, const RowTile& tile) {
   kernels().store_part(p, tile, first);
 }
 
-// The tiles whose parts are work items of their own, and the memory of their partial outputs.
+// The tiles whose parts are separate work items, and the memory for their partial outputs.
 class ParallelParts {
  public:
   struct Part {
@@ -303,7 +303,7 @@ void run_backward(const Problem& p, const Starts& starts, const ThreadPool& pool
   });
 }
 
-// Calls fill(leading, begin, end) for the rows of a packed operand that belong to no sequence.
+// Calls fill(leading, begin, end) for ranges of rows of a packed operand that belong to no sequence.
 template <class Fill>
 void outside_sequences(const Problem& p, const Starts& starts, Side side, Fill fill) {
   if (!p.packed()) return;
@@ -385,7 +385,7 @@ void cpu_bias_gradient(const Problem& p, const ThreadPool& pool) {
 void cpu_append(const AppendProblem& p, const ThreadPool& pool) {
   const double copied = double(p.leading.count()) * p.kv_heads * p.q_rows * (p.packed() ? 1 : p.batch) *
                         (p.head_dim + p.value_dim);
-  // How heads are grouped into items does not change what is written.
+  // The grouping of heads into items does not change any result.
   const int64_t workers = workers_for(copied * kCostOfCopying);
   const int64_t most = ceil_div(p.kv_heads, std::max<int64_t>(std::min(pool.threads, workers), 1));
   const int64_t ranges = most > 0 ? ceil_div(p.kv_heads, most) : 0;

@@ -14,7 +14,7 @@ void cpu_backward(const Problem& problem, const ThreadPool& pool);
 void cpu_bias_gradient(const Problem& problem, const ThreadPool& pool);
 void cpu_tangent(const Problem& problem, const Tangents& tangents, const ThreadPool& pool);
 
-// Writes the new rows to the slots that the tables name; entries outside the pools are skipped.
+// Writes the new rows to the slots that the tables name, and skips entries outside the pools.
 void cpu_append(const AppendProblem& problem, const ThreadPool& pool);
 
 // The instruction set in use: "avx512_bf16", "avx512", "avx2" or "baseline". The environment variable

@@ -89,9 +89,9 @@ static void add_to_queries(const Head& head, const QueryTile& q, const KeyTile& 
 }
 
 // Loops over the query tiles in descending order: with causal every tile of keys then starts at the same
-// query tile, and the next tile of keys follows one query tile behind. The progress of a query tile is 1
-// once it is packed, and 2 + k once its k-th tile of keys has added to dQ. All tiles of keys from the first
-// to the last that a query tile sees take their turn, those that it sees nothing of too.
+// query tile, and the next tile of keys follows one query tile behind. The progress of a query tile is 1 once
+// it is packed, and 2 + k once its k-th tile of keys has added to dQ. This count includes every tile of keys
+// from the first to the last that the query tile sees, even those between in which it sees no key.
 template <class E>
 static void walk_queries(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
   const Problem& p = head.problem;
@@ -141,8 +141,8 @@ static int64_t key_tile_floats(const Problem& p) {
   return int64_t{kGradientN} * (padded(p.head_dim) + padded(p.value_dim));
 }
 
-// Adds the dK and dV of the group's earlier query heads to this one's. Returns false while later heads of
-// the group are still to add theirs.
+// Adds the dK and dV of the group's earlier query heads to this one's. Returns false if later heads of the
+// group have not added theirs yet.
 static bool sum_over_heads(const Head& head, const KeyTile& keys, const SharedGradients& shared) {
   const Problem& p = head.problem;
   const int32_t group = p.heads / p.kv_heads, g = head.head % group;
@@ -190,7 +190,7 @@ static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
     key.missing = 0.0f;
     const int32_t n = round_up(keys.n, kPanel);
     pack_columns<E>(at, n, key, keys.k_columns);
-    // Keys that are not finite add nothing to dQ: where they are seen, dS is NaN anyway.
+    // Keys that are not finite are left out of dQ: in rows that see them, dS is NaN anyway.
     if (has_non_finite<E>(keys.k_columns, int64_t{n} / E::kPair * ld)) {
       NonFiniteKeys().find(1, [&](int32_t) { return key; }, keys.begin, keys.n, at);
       pack_columns<E>(at, n, key, keys.k_columns);

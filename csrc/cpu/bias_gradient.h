@@ -16,8 +16,8 @@ struct BiasScratch {
   float* sum;
 };
 
-// sum[r or 0, c or 0] += dS[r, c] over the columns that each block of rows sees; 0 where dbias has one row,
-// or one column.
+// sum[r or 0, c or 0] += dS[r, c] over the columns that each block of rows sees; the index is 0 if dbias has
+// only one row, or one column.
 static void add_tile(const BiasScratch& t, const UsedColumns* used, bool one_row, bool one_column,
                      float* sum) {
   for (int32_t r = 0; r < t.queries.count; ++r) {

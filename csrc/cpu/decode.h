@@ -1,4 +1,4 @@
-// Decode, up to kDecodeRows rows per KV head: keys and values are read once, in memory order.
+// Decode of at most kDecodeRows rows per KV head: keys and values are read once, in memory order.
 #pragma once
 
 #include "hidden.h"
@@ -12,7 +12,7 @@ inline constexpr int32_t kStepKeys = 2;           // keys per microkernel call; 
 inline constexpr int32_t kAheadBytes = 12 << 10;  // distance of the prefetch of every cache line
 inline constexpr int32_t kPageAheadBytes = 80 << 10;  // distance of the prefetch of one line per memory page
 inline constexpr int32_t kPageBytes = 4 << 10;
-// A key's heads are prefetched as one range if they are at most this many widths apart (2 in a shared pool).
+// Heads of a key are prefetched as one range up to this stride, in widths (2 in a shared pool).
 inline constexpr int32_t kMostApart = 4;
 static_assert(kDecodeKeys % kLanes == 0);
 
@@ -121,7 +121,7 @@ struct DecodeStream {
       : rows(first), heads(count), missing(row) {
     head_bytes = stride * size_of(rows.dtype);
     const int64_t own = rows.width * size_of(rows.dtype);
-    const bool apart = head_bytes > kMostApart * own;  // the heads of a page follow one another
+    const bool apart = head_bytes > kMostApart * own;  // a page stores one head after the other
     key_bytes = static_cast<int32_t>((count - 1) * (apart ? own : head_bytes) + own);
     key_lines = (key_bytes + kLineBytes - 1) / kLineBytes;
     ahead = max(kStepKeys, min(kAheadBytes / key_bytes, kDecodeKeys));
@@ -183,8 +183,8 @@ struct Prefetcher {
   }
 };
 
-// Replace the rows of a page outside the pool. Keys have all bits set, which is NaN in every dtype; values
-// are 0, so that the NaN of the score stays.
+// The rows that replace those of a page outside the pool. Keys have all bits set, which is NaN in every
+// dtype. Values are 0, so that only the score is NaN.
 struct MissingRows {
   char key[kMaxLatentDim * 4], value[kMaxLatentDim * 4];
 
@@ -194,8 +194,8 @@ struct MissingRows {
 };
 alignas(64) inline constexpr MissingRows kMissingRows;
 
-// Attention of a few query positions at consecutive query heads. Rows are in RowTile's order: those of one
-// position and KV head are adjacent.
+// Attention of a few query positions at consecutive query heads. Rows have the order of RowTile, so those of
+// one position and KV head are adjacent.
 template <class E>
 class DecodeLoop {
  public:

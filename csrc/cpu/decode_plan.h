@@ -18,11 +18,11 @@ class DecodePlan {
  public:
   struct Tile {
     RowTile rows;
-    int64_t offset, part_floats;  // of the tile's partial outputs, in floats
+    int64_t offset, part_floats;  // offset and size of the tile's partial outputs, in floats
   };
 
   struct Item {
-    int32_t tile, part;  // part < 0: the whole tile
+    int32_t tile, part;  // part < 0: the item is the whole tile
   };
 
   DecodePlan(const Problem& p, const Starts& starts, const Kernels& kernels) : problem_(p) {
@@ -43,7 +43,7 @@ class DecodePlan {
  private:
   static constexpr int64_t kTargetItems = 64;         // work items to aim at, more than there are threads
   static constexpr int64_t kSmallestPart = 256;       // keys
-  static constexpr int64_t kMaxPartFloats = 1 << 22;  // tiles beyond it run on one thread
+  static constexpr int64_t kMaxPartFloats = 1 << 22;  // tiles that exceed it run on one thread
   static constexpr double kBytesPerWorker = 1 << 17;
 
   void add(int64_t leading, int32_t index, const Starts& starts, int32_t tile_rows) {

@@ -1,5 +1,5 @@
-// Forward of query tiles: online softmax over tiles of the visible keys, all of them at once or in parts
-// that are merged afterwards.
+// Forward of query tiles: online softmax over tiles of the visible keys, in one pass or in parts that are
+// merged afterwards.
 #pragma once
 
 #include "decode.h"
@@ -28,15 +28,14 @@ struct PackedKeys {
 struct QueryRows {
   const RowTile* tile;
   RowSegments segments;
-  Interval keys;  // of the tile of keys, what segments, ranges and masks leave
+  Interval keys;  // keys of the current tile that segments, ranges and masks leave
   int32_t rows, blocks;
   Word* q;
   float* o;
   Softmax* state;
 };
 
-// Distance of the rows of S. It is no power of two, so that the rows of a block fall into different cache
-// sets.
+// The row stride of S. It is no power of two, so that the rows of a block fall into different cache sets.
 inline constexpr int32_t kScoreRow = kTileN + kLanes;
 
 // The packed operands of a product over features, C[rows, keys] = A B. Rows of A are lda words apart, panels
@@ -191,8 +190,8 @@ class ForwardLoop {
       tiles_[i].state->reset();
       fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
     }
-    // Tiles of keys begin at multiples of kTileN, whichever query tiles run together: that grouping must
-    // not change any bit of the result.
+    // Tiles of keys always begin at multiples of kTileN, so that the choice of query tiles that run together
+    // changes no bit of the result.
     for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
       const Interval tile = trim_to_seen(head_, tiles_, count_, intersect(keys, {j0, j0 + kTileN}));
       if (tile.empty()) continue;

@@ -1,6 +1,7 @@
 // Recomputes P and dS of one tile from lse, the first step of backward and bias_gradient.
 #pragma once
 
+#include "dropout.h"
 #include "product.h"
 #include "segments.h"
 
@@ -95,7 +96,7 @@ static void pack_queries(const Head& head, const QueryTile& tile, bool columns) 
   pack_columns<E>(dout_at, tile.count, dout, tile.dout.columns);
 }
 
-// Packs Kᵀ and Vᵀ of keys [j0, j0 + n) as operand B, once where V is K.
+// Packs Kᵀ and Vᵀ of keys [j0, j0 + n) as operand B; if V is K, only once.
 template <class E>
 static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, Word* v_panels) {
   const char* at[kGradientN] = {};
@@ -110,15 +111,15 @@ static void pack_keys(const Head& head, int32_t j0, int32_t n, Word* k_panels, W
 struct GradientRow {
   Columns visible;
   float lse, delta;
-  const float *slopes, *keep;  // derivative of the softcap, dropout factors; null where there are none
+  const float *slopes, *keep;  // derivative of the softcap and dropout factors, or null
 };
 
 struct Gradient {
   Float p, ds;  // p: after dropout, as dV needs it
 };
 
-// P = exp(softmax_scale S − lse), clamped to 1: if |lse| is so large that its rounding error exceeds the
-// score difference, the exponent is positive.
+// P = exp(softmax_scale S − lse), clamped to 1, because the exponent may be positive if |lse| is so large
+// that its rounding error exceeds the difference of scores.
 template <int kDegree>
 JF_INLINE Float probability(Float s, float softmax_scale, float lse) {
   const Float exponent = (s * softmax_scale - lse) * kLog2e;
@@ -147,7 +148,7 @@ JF_INLINE Gradient gradient(const GradientRow& row, float softmax_scale, int32_t
     g.p = inside ? g.p : Float{};
     g.ds = inside ? g.ds : Float{};
   }
-  if constexpr (kGeneral) {  // lse and dP may be NaN where the score is hidden
+  if constexpr (kGeneral) {  // lse and dP of a hidden score may be NaN
     g.p = s == kNegInf ? Float{} : g.p;
     g.ds = s == kNegInf ? Float{} : g.ds;
   }

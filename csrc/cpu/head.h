@@ -90,7 +90,7 @@ struct Head {
   }
 
   // Keys or values at the KV head. Rows of a page outside the pool read as `missing`: NaN for keys, so that
-  // the scores are NaN, and 0 for values, which keep that NaN.
+  // the scores are NaN, and 0 for values, so that only the scores are NaN.
   JF_HD Rows keys(const View& view, int32_t width, const View& scale, float missing) const {
     const Problem& p = problem;
     const int32_t h = p.kv_head(head);
@@ -122,7 +122,7 @@ struct Head {
     return ranges.seen(row.head - head, row.position, intersect(band.row(row.position), keys));
   }
 
-  // The same of rows [begin, end) at `heads` query heads.
+  // What rows [begin, end) at `heads` query heads see of an interval.
   JF_HD SeenByRows seen(QueryRange rows, Interval keys) const {
     return seen_by_rows(band, ranges, rows, keys);
   }
@@ -144,22 +144,22 @@ struct Head {
   JF_HD uint64_t unfinished(uint64_t mixed) const { return has_options ? kAllPanels : mixed; }
 
   // Defined in scores.h. Replaces S[c], the product with key j0 + c, by the final score, -inf where hidden,
-  // in the whole vectors around `visible`. If `mixed` is false, segments, ranges and masks hide none of these
+  // in all vectors that overlap `visible`. If `mixed` is false, segments, ranges and masks hide none of these
   // keys. Stores the derivative of the softcap in `slopes` unless that is null. Returns the maximum, lane by
   // lane.
   Float finish_scores(Row row, int32_t j0, Columns visible, bool mixed, float* s, float* slopes) const;
 
-  // Defined in scores.h. Fills `to` with the tangent of the bias in the whole vectors around `visible`, and
+  // Defined in scores.h. Fills `to`, in all vectors that overlap `visible`, with the tangent of the bias, and
   // with 0 outside `visible`.
   void bias_tangent_row(const View& tbias, Row row, int32_t j0, Columns visible, float* to) const;
 
-  // Defined in scores.h. Fills `keep` in the whole vectors around `visible`: 0 where dropped, else 1 / (1 -
+  // Defined in dropout.h. Fills `keep` in all vectors that overlap `visible`: 0 where dropped, else 1 / (1 -
   // rate).
   void dropout_row(Row row, int32_t j0, Columns visible, float* keep) const;
 };
 
-// Scratch for one row: a value per column of a tile, and room for the overrun of whole vectors and Philox
-// blocks.
+// Scratch for one row: a value per column of a tile, and room for vectors and Philox blocks that reach past
+// the last column.
 struct alignas(64) RowBuffer {
   float value[kTileN + 2 * kLanes];
 };

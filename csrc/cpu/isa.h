@@ -1,8 +1,8 @@
 // Vector types and functions of the instruction set that this translation unit is compiled for.
 //
-// kernels.cc is compiled once per instruction set, into namespace JF_ISA. Such a unit must not emit a
-// symbol that another unit may define too, or the linker could pick machine code of the wrong instruction
-// set: no std:: function templates, and core/ is force-inlined.
+// kernels.cc is compiled once per instruction set, into namespace JF_ISA. Such a unit must not emit a symbol
+// that another unit may define too, or the linker could pick machine code of the wrong instruction set. So no
+// std:: function templates are used, and core/ is force-inlined.
 #pragma once
 
 #include <cstdint>
@@ -90,7 +90,7 @@ struct Exp2Parts {
 };
 
 JF_INLINE Exp2Parts exp2_parts(Float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: the low bits of x + kRound are the nearest integer
   const Float clamped = x < -127.0f ? broadcast(-127.0f) : x;
   const Float shifted = clamped + kRound;
   const Float f = clamped - (shifted - kRound);

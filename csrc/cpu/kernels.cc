@@ -1,4 +1,5 @@
-// The function table of one instruction set. This file is compiled once for each (isa.h, isa.cmake).
+// The function table of one instruction set. This file is compiled once per instruction set (isa.h,
+// isa.cmake).
 #include "isa.h"
 // isa.h goes first: it makes the core force-inlined.
 #include "append.h"

@@ -13,7 +13,7 @@ namespace jax_flash {
 // nothing.
 inline constexpr int64_t kScratchFloats = 3 << 20;
 
-// Query tiles that one call of Kernels::forward takes at most.
+// The most query tiles of one call of Kernels::forward.
 inline constexpr int32_t kMaxQueryTiles = 32;
 
 // Positions [begin, end) of a sequence at `heads` query heads from `head` on, with the heads of a position
@@ -25,7 +25,7 @@ struct RowTile {
   int32_t head;  // the first query head
   int32_t begin, end;
   int32_t heads = 1;
-  int32_t parts = 1;  // into which forward splits the visible keys (core/split.h)
+  int32_t parts = 1;  // parts into which forward splits the visible keys (core/split.h)
 
   JF_HD int32_t rows() const { return (end - begin) * heads; }
   JF_HD int32_t position(int32_t row) const { return begin + row / heads; }
@@ -44,21 +44,21 @@ JF_HD bool is_decode(const Problem& p, const RowTile& tile) {
   return tile.begin == 0 && is_decode(p, tile.end);
 }
 
-// Query tiles per work item of the bias gradient, at most.
+// The most query tiles of a work item of the bias gradient.
 inline constexpr int32_t kBiasStrip = 8;
 
 // A tile of dbias, in coordinates of the bias. An axis along which the bias is broadcast is summed in full.
 struct BiasTile {
   int64_t leading;
-  int32_t batch, head;  // 0 where the bias is broadcast
+  int32_t batch, head;  // 0 if the bias is broadcast along the axis
   int32_t row_begin, row_end;
   int32_t column_begin, column_end;
 };
 
 // The memory that work items of the backward share. Each item is a tile of keys at one query head.
 struct SharedGradients {
-  // The query head's tiles: Q and dO, packed by the first item that sees the tile (progress 1), then dQ, to
-  // which the tiles of keys add in order (progress grows by 1 each).
+  // The query head's tiles: Q and dO, which the first item that sees the tile packs (progress 1), then dQ, to
+  // which the tiles of keys add in order (progress + 1 each).
   float* queries = nullptr;
   Progress query_progress = {};
   // The KV head's tiles of dK and dV, to which its query heads add in order; unused without GQA.

@@ -40,7 +40,7 @@ inline Floats aligned_floats(int64_t count) {
 }
 
 // Memory of one call, returned to a process-wide cache for the next: faulting in fresh pages costs more
-// than small problems do. The cache holds one block of at most kMaxCachedFloats; a call that finds it taken
+// than small problems do. The cache holds one block of at most kMaxCachedFloats; a call that finds it in use
 // allocates its own.
 class CachedFloats {
  public:

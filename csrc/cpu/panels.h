@@ -1,5 +1,5 @@
-// Which panels of a tile of keys some rows see through a mask and a block mask. Panels that no row sees are
-// neither multiplied nor exponentiated.
+// Which panels of a tile of keys the rows of a block see by a mask and a block mask. Panels that no row sees
+// are neither multiplied nor exponentiated.
 #pragma once
 
 #include "isa.h"
@@ -142,7 +142,7 @@ static SeenPanels panels_of_mask(const Head& head, QueryRange rows, Columns colu
   return found.panels();
 }
 
-// The same for a block mask.
+// The panels that a block mask leaves to such rows.
 static SeenPanels panels_of_blocks(const BlockMask& blocks, QueryRange rows, Columns columns, int32_t j0) {
   SeenPanels found{0, panel_bits(columns.lo, columns.hi)};
   const int32_t heads = blocks.head != 0 ? rows.heads : 1, m = blocks.block_rows, n = blocks.block_keys;

@@ -12,8 +12,8 @@
 
 namespace jax_flash {
 
-// The clamped cu_seqlens of every leading entry, [L, n + 1]. Only packed layouts have them, and paged ones
-// only those of the queries.
+// The clamped cu_seqlens of every leading entry, [L, n + 1]. Only packed layouts have them; with pages only
+// those of the queries exist.
 struct Starts {
   std::vector<int32_t> q, k;
   int64_t entries = 0;  // n + 1
@@ -50,7 +50,7 @@ struct Starts {
 
 enum class Side {
   kQueries,  // query rows of one query head
-  kGroups,   // query rows of all heads that read one KV head, or of as many of these heads as fit a tile
+  kGroups,   // query rows of all heads that read one KV head, or of as many of them as fit in a tile
   kPrefill,  // kGroups without the rows that decode takes
   kKeys,
 };
@@ -154,9 +154,8 @@ class KeyGrid {
     return static_cast<int32_t>(std::max<int64_t>(1, ceil_div(key_rows(unit), tile_)));
   }
 
-  // The order in which threads claim items: whatever an item waits for comes before it, so that no wait is
-  // endless. `width` units are in progress together and take turns, one tile of keys each, so that a thread
-  // seldom waits for another.
+  // The order in which threads claim items. An item waits only for earlier ones, so there is no deadlock. The
+  // items of `width` units alternate, so that a thread seldom waits for another.
   std::vector<Item> schedule(int64_t width) const {
     std::vector<Item> list;
     for (int64_t first = 0; first < units(); first += width) {

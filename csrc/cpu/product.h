@@ -45,8 +45,8 @@ struct F32 {
     return reinterpret_cast<UInt>(load_vector<dtype>(row, c) * factor);
   }
 
-  // Load columns [c, c + kLanes), or [c, c + kPanel), of one row of words of B. In bf16 two rows of the
-  // operand, even and odd, make one row of words.
+  // Load columns [c, c + kLanes), or [c, c + kPanel), of one row of words of B. In bf16 a row of words
+  // consists of two rows of the operand, an even and an odd one.
   template <DType dtype>
   JF_INLINE UInt load_pair(const void* row, const void*, int32_t c, float factor) {
     return load_row<dtype>(row, c, factor);
@@ -130,7 +130,7 @@ struct BF16 {
     }
   }
 
-  // `normal`, and the table's entry where `distance`, from the smallest normal number, is at least `special`.
+  // `normal`, but the table's entry where `distance` from the smallest normal number is at least `special`.
   JF_INLINE Halves from_table(Halves index, Halves normal, Halves distance, int16_t special, Halves table) {
     const __mmask32 mask = _mm512_cmpge_epu16_mask((__m512i)distance, _mm512_set1_epi16(special));
     return (Halves)_mm512_mask_permutexvar_epi16((__m512i)normal, mask, (__m512i)index, (__m512i)table);
@@ -157,7 +157,7 @@ JF_INLINE int32_t depth_words(int32_t n) {
   return (n + E::kPair - 1) / E::kPair;
 }
 
-// A copy of the end of a row from byte `begin` on, padded with zeros to the size of the largest load.
+// A copy of a row's bytes from `begin` to its end, padded with zeros to the size of the largest load.
 struct alignas(64) RowTail {
   char bytes[kPanel * 4] = {};
 
@@ -188,7 +188,7 @@ struct RowReader {
   const char* const* at;
   int32_t width;
   float factor, missing;
-  const float* row_factors;  // of float8 pools with scales by page, or null
+  const float* row_factors;  // for float8 pools with a scale per page, else null
 
   RowReader(const char* const* at_, const Rows& rows, float factor_)
       : at(at_),
@@ -220,7 +220,7 @@ struct RowReader {
     return E::template load_row<dtype>(tail.bytes, 0, factor_of(j));
   }
 
-  // Columns [c, c + kPanel) of the row of words that rows j ... j + kPair - 1 make in B. Rows from n on are
+  // Columns [c, c + kPanel) of B's row of words that consists of rows j ... j + kPair - 1. Rows from n on are
   // zeros.
   JF_HD void panel(int32_t j, int32_t n, int32_t c, UInt (&words)[2]) const {
     const char *even = at[j], *odd = E::kPair > 1 && j + 1 < n ? at[j + 1] : nullptr;
@@ -243,7 +243,7 @@ struct RowReader {
     }
   }
 
-  // to[count, row_words(width)] = the n rows, then rows of zeros; rows of `to` are to_row words apart.
+  // to[count, row_words(width)] = the n rows, then rows of zeros; the row stride of `to` is to_row words.
   JF_HD void rows(int32_t n, int32_t count, Word* to, int32_t to_row) const {
     const int32_t ld = row_words<E>(width), whole = width / kFeatures * kLanes;
     for (int32_t j = 0; j < count; ++j, to += to_row) {
@@ -314,8 +314,8 @@ JF_INLINE void with_reader(const char* const* at, const Rows& rows, float factor
   }
 }
 
-// Packs operand A: to[count, row_words(width)] = factor * the n rows at these addresses, then rows of
-// zeros; rows of `to` are ld words apart.
+// Packs operand A: to[count, row_words(width)] = factor * the n rows at these addresses, then rows of zeros;
+// the row stride of `to` is ld words.
 template <class E>
 static void pack_rows(const char* const* at, int32_t n, int32_t count, const Rows& rows, float factor,
                       Word* to, int32_t ld) {
@@ -328,8 +328,8 @@ JF_INLINE int64_t panel_words(int32_t width) {
   return int64_t{row_words<E>(width)} * kPanel;
 }
 
-// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of panel_words(width), `distance`
-// words apart. Rows from n up to a multiple of kPanel are zeros.
+// Packs operand B with K = width: B[k, j] = feature k of row j, in panels of panel_words(width) with a stride
+// of `distance` words. Rows from n up to a multiple of kPanel are zeros.
 template <class E>
 static void pack_transposed(const char* const* at, int32_t n, const Rows& rows, Word* panels,
                             int64_t distance) {
@@ -351,8 +351,7 @@ struct BlockRows {
 };
 
 // The microkernel: C[kBlockRows, kPanel] = start + sum over `depth` words k of a(i, k) b[k, :], where a(i,
-// k) is a[i * lda + k], or a[k * lda + i] if `transposed`. Rows of b are ldb apart, which is kPanel in a
-// panel.
+// k) is a[i * lda + k], or a[k * lda + i] if `transposed`. The row stride of b is ldb, in a panel kPanel.
 template <class E, Start start, bool transposed = false, bool tracks_max = false>
 static __attribute__((noinline)) void multiply_words(const Word* a, int64_t lda, const Word* b, int32_t depth,
                                                      float* c, int64_t ldc, BlockRows rows,

@@ -8,9 +8,9 @@
 
 namespace jax_flash::JF_ISA {
 
-// Rows of a per-token operand at one head. Without a page table, position j of the sequence is at base + j
-// * stride bytes; with one it is in its page's slot. Values are multiplied by `factor` or, where they are
-// set, by the factors of their pages; a page outside the pool reads as `missing`.
+// Rows of a per-token operand at one head. Without a page table, position j of the sequence is at base + j *
+// stride bytes, else in its page's slot. Elements are multiplied by `factor` or, if page_factors is set, by
+// the factor of their page. Rows of a page outside the pool read as `missing`.
 struct Rows {
   char* base;
   int64_t stride;
@@ -21,7 +21,7 @@ struct Rows {
   int64_t page_stride = 0;
   const float* page_factors = nullptr;  // of page 0
   int64_t page_factor_stride = 0;
-  const float* row_factors = nullptr;  // of the rows that are read next, from with_row_factors()
+  const float* row_factors = nullptr;  // factors of the rows that are read next (with_row_factors())
 
   JF_HD char* at(int32_t j) const { return base + j * stride; }
 
@@ -38,7 +38,7 @@ struct Rows {
     });
   }
 
-  // Sets to[0, n) to the factors of rows [begin, begin + n), whose pages have them.
+  // Sets to[0, n) to the factors of the pages of rows [begin, begin + n).
   JF_HD void factors(int32_t begin, int32_t n, float* to) const {
     for_each_page(begin, n, [&](int32_t r, int32_t end, PageSlot first) {
       const float x = table.in_pool(first.page) ? page_factors[first.page * page_factor_stride] : 1.0f;
@@ -46,7 +46,7 @@ struct Rows {
     });
   }
 
-  // The rows [begin, begin + n) with their factors, which lie in `memory`.
+  // The rows [begin, begin + n) with their factors, which it writes to `memory`.
   JF_HD Rows with_row_factors(int32_t begin, int32_t n, float* memory) const {
     Rows rows = *this;
     if (page_factors) factors(begin, n, memory), rows.row_factors = memory;
@@ -54,8 +54,8 @@ struct Rows {
   }
 
  private:
-  // Calls f(r, end, slot) for each page of rows [begin, begin + n): it holds rows [r, end) of them from its
-  // slot on.
+  // Calls f(r, end, slot) for each page of rows [begin, begin + n): rows [r, end) of them are in its slots
+  // from `slot` on.
   template <class F>
   JF_HD void for_each_page(int32_t begin, int32_t n, F f) const {
     for (int32_t r = 0; r < n;) {

@@ -1,5 +1,5 @@
-// Score options and dropout of one row of S, a vector of columns at a time. Bias, mask and segment ids are
-// read within the visible columns only.
+// Score options of one row of S, a vector of columns at a time. Bias, mask and segment ids are read within
+// the visible columns only.
 #pragma once
 
 #include "isa.h"
@@ -20,8 +20,8 @@ JF_INLINE Int load_bytes(const void* row) {
 #endif
 }
 
-// kLanes elements of `size` bytes from column c on; `row` is the address of column 0. Where the vector
-// crosses an edge of `visible` (not `inner`), elements outside it are not read but zero.
+// kLanes elements of `size` bytes from column c on; `row` is the address of column 0. If the vector crosses
+// an edge of `visible` (not `inner`), elements outside are set to zero and not read.
 template <bool inner, int size>
 struct ColumnVector {
   alignas(64) char edge[inner ? 1 : kLanes * size];
@@ -52,15 +52,15 @@ JF_INLINE const char* element(const Head& head, const View& view, int64_t offset
   return view.as<const char>() + (view.leading_offset(head.problem.leading, head.leading) + offset) * size;
 }
 
-// Element (row, j0) of a bias, for all columns where it has one.
+// Element (row, j0) of a bias whose only column applies to all columns.
 JF_INLINE float shared_bias(DType dtype, const char* at) {
   alignas(64) float one[kLanes];
   load_row(dtype, at, 1, 1.0f, one, kLanes);
   return one[0];
 }
 
-// Score options as bits. The loop over a row is instantiated for each single option, and once for
-// combinations, with run-time tests.
+// Score options as bits. The loop over a row is instantiated once for each single option, and once with
+// run-time tests for combinations.
 enum ScoreOption {
   kSoftcap = 1,
   kAlibi = 2,
@@ -74,9 +74,9 @@ enum ScoreOption {
   kAnyOptions = 511
 };
 
-// The score options of one row; pointers are those of column 0. The final score is that of core/score.h for
-// a whole vector, s = softcap(scale S, cap) + bias + alibi(slope, c(i), j), -inf where masked; with
-// bias_first, softcap(scale S + bias, cap) + alibi(slope, c(i), j).
+// The score options of one row; pointers point to column 0. The final score is that of core/score.h for a
+// whole vector: s = softcap(scale S, cap) + bias + alibi(slope, c(i), j), or with bias_first softcap(scale S
+// + bias, cap) + alibi(slope, c(i), j); -inf where masked.
 struct ScoreRow {
   static constexpr int kPrefetchRows = 2;
 
@@ -87,17 +87,17 @@ struct ScoreRow {
   bool exact_tanh;
   DType bias_dtype;
   const char* bias = nullptr;
-  int64_t bias_ahead = 0, mask_ahead = 0;  // bytes from here to the row that is prefetched
-  float constant = 0.0f;  // a bias that all columns share, or -inf where a mask of one column hides them
+  int64_t bias_ahead = 0, mask_ahead = 0;  // byte distance to the row that is prefetched
+  float constant = 0.0f;  // a bias that all columns share; -inf if a mask of one column hides them
   float slope = 0.0f, distance = 0.0f;
   const uint8_t* mask = nullptr;
   const int32_t* ids = nullptr;
   int32_t id = 0;
-  const uint8_t* draft = nullptr;        // of the row's first new token,
+  const uint8_t* draft = nullptr;        // element of the row's first new token,
   int32_t first_draft = 0;               // which is in this column
-  Columns hole{0, 0};                    // between the row's two ranges
-  BlockMask blocks;                      // of the row's head
-  int32_t block_row = 0, first_key = 0;  // first_key: of column 0
+  Columns hole{0, 0};                    // keys between the row's two ranges
+  BlockMask blocks;                      // the blocks of the row's head
+  int32_t block_row = 0, first_key = 0;  // first_key: the key of column 0
 
   // Without `mixed`, segments, masks and holes hide nothing.
   ScoreRow(const Head& head, Row row, int32_t j0, bool mixed) {
@@ -206,7 +206,7 @@ struct ScoreRow {
     }
     if (has<kOptions, kHole>()) x = (column < hole.lo) | (column >= hole.hi) ? x : broadcast(kNegInf);
     if (has<kOptions, kBlocks>()) {
-      // Blocks are no smaller than a vector, which therefore lies in at most two.
+      // A block is at least as wide as a vector, so a vector overlaps at most two blocks.
       const int32_t j = first_key + c, block = j / blocks.block_keys;
       const int32_t next = (block + 1) * blocks.block_keys - j;
       const Int seen = lane_indices() < next ? Int{} + blocks.sees_block(0, block_row, block)
@@ -227,7 +227,7 @@ struct ScoreRow {
     if (has<kOptions, kConstant>()) x = add(x, broadcast(constant));
     return x;
   }
-  // A bias of −inf masks, whatever the score is (NaN and +inf included).
+  // A bias of −inf hides any score, NaN and +inf included.
   JF_HD static Float add(Float x, Float bias) { return bias == kNegInf ? bias : x + bias; }
 };
 
@@ -243,8 +243,8 @@ JF_INLINE Float finish_columns(const ScoreRow& row, Columns visible, int32_t beg
   return lane_max;
 }
 
-// Calls use(inner, begin, end) for the whole vectors around `visible`: those that cross an edge (inner is
-// false) and, in one range, those within.
+// Calls use(inner, begin, end) for the vectors that overlap `visible`: separately for each that crosses an
+// edge (inner is false), and once for all those within.
 template <class Use>
 JF_INLINE void with_edges(Columns visible, Use use) {
   const Columns whole = vectors(visible);
@@ -304,103 +304,6 @@ inline void Head::bias_tangent_row(const View& tbias, Row row, int32_t j0, Colum
       store(to + c, load_bias<inner.value>(dtype, at, c, visible));
     }
   });
-}
-
-typedef uint64_t Wide __attribute__((vector_size(kLanes * 4), may_alias));
-inline constexpr int kWideLanes = kLanes / 2;
-
-// The 64-bit products of the low halves of each lane.
-JF_INLINE Wide multiply_halves(Wide a, Wide b) {
-#if defined(__AVX512F__)
-  return (Wide)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
-#endif
-}
-
-template <int... lane>
-JF_INLINE Wide count_up(std::integer_sequence<int, lane...>) {
-  return Wide{lane...};
-}
-
-// Reorders Philox words into column order. A lane of `first` holds words 0 and 1 of a block, a lane of
-// `second` words 2 and 3; `part` selects the vector of the result: four blocks' words 0 (columns 0 to 7),
-// then their words 1, and so on.
-template <int part, int... lane>
-JF_INLINE UInt order_words(Wide first, Wide second, std::integer_sequence<int, lane...>) {
-  constexpr auto from = [](int at) { return at / 8 % 2 * kLanes + (at / 16 * 4 + at % 4) * 2 + at / 4 % 2; };
-  return __builtin_shufflevector((UInt)first, (UInt)second, from(part * kLanes + lane)...);
-}
-
-// Dropout::turned of both words of a lane.
-JF_INLINE Wide turned(Wide x) { return (x >> 8 & 0x00FFFFFF00FFFFFFu) | (x << 24 & 0xFF000000FF000000u); }
-
-// kWideLanes consecutive Philox blocks from `index` on: words 0 and 1 of a block in a lane of `first`,
-// words 2 and 3 in a lane of `second`.
-struct WideBlocks {
-  Wide first, second;
-};
-JF_INLINE WideBlocks philox_blocks(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i,
-                                   uint32_t index) {
-  using Lanes = std::make_integer_sequence<int, kWideLanes>;
-  const PhiloxBlock counter = dropout.counter(b, h, i, index);
-  Wide c0 = count_up(Lanes()) + counter.word[0], c1 = Wide{} + counter.word[1];  // in the low halves
-  Wide c2 = Wide{} + counter.word[2], c3 = Wide{} + counter.word[3];
-  uint32_t key0 = dropout.key0, key1 = dropout.key1;
-#pragma GCC unroll 7
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Wide x = multiply_halves(Wide{} + kPhiloxMultiplier0, c0);
-    const Wide y = multiply_halves(Wide{} + kPhiloxMultiplier1, c2);
-    c0 = y >> 32 ^ c1 ^ key0;
-    c1 = y;
-    c2 = x >> 32 ^ c3 ^ key1;
-    c3 = x;
-    key0 += kPhiloxWeyl0;
-    key1 += kPhiloxWeyl1;
-  }
-  const Wide first = (c0 & 0xFFFFFFFFu) | c1 << 32, second = (c2 & 0xFFFFFFFFu) | c3 << 32;
-  if (!dropout.second(i)) return {first, second};
-  return {turned(first), turned(second)};
-}
-
-// Stores the dropout numbers of kDropoutStep columns, those of kWideLanes blocks but at least of 32.
-inline constexpr int kDropoutStep = std::max(kWideLanes * kDropoutColumns / 4, kDropoutColumns);
-JF_INLINE void dropout_numbers(const Dropout& dropout, uint32_t b, uint32_t h, uint32_t i, uint32_t index,
-                               uint16_t* numbers) {
-  const auto [first, second] = philox_blocks(dropout, b, h, i, index);
-  if constexpr (kWideLanes >= 4) {
-    using Lanes = std::make_integer_sequence<int, kLanes>;
-    UInt* to = reinterpret_cast<UInt*>(numbers);
-    to[0] = order_words<0>(first, second, Lanes());
-    to[1] = order_words<1>(first, second, Lanes());
-  } else {
-    const auto [third, fourth] = philox_blocks(dropout, b, h, i, index + kWideLanes);
-    const Wide words[2][2] = {{first, second}, {third, fourth}};
-    for (int c = 0; c < kDropoutColumns; ++c) {
-      const int block = c / 2 % 4, half = c / 8 % 2 * 2 + c % 2;
-      numbers[c] = static_cast<uint16_t>(words[block / 2][c / 16][block % 2] >> 16 * half);
-    }
-  }
-}
-
-inline void Head::dropout_row(Row row, int32_t j0, Columns visible, float* keep) const {
-  const Columns whole = vectors(visible);
-  const uint32_t first = static_cast<uint32_t>(j0 + whole.lo) + dropout.column;
-  const int32_t skip = first % kDropoutColumns, n = skip + whole.hi - whole.lo;
-  alignas(64) uint16_t numbers[kTileN + 2 * kLanes + 2 * kDropoutStep];
-  for (int32_t c = 0; c < n; c += kDropoutStep) {
-    dropout_numbers(dropout, sequence.index, row.head, row.position, Dropout::index(first - skip + c),
-                    numbers + c);
-  }
-  for (int32_t c = whole.lo; c < whole.hi; c += kLanes) {
-    const UInt number = load_halves(numbers, skip + c - whole.lo);
-    store(keep + c,
-          (number & (kDropoutNumbers - 1)) >= dropout.threshold ? broadcast(dropout.scale) : Float{});
-  }
 }
 
 }  // namespace jax_flash::JF_ISA

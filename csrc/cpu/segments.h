@@ -1,4 +1,4 @@
-// What segments leave to some rows: an interval of keys, found a vector of segments at a time.
+// The interval of keys that segments leave to a set of rows; vector instructions compare the ids.
 #pragma once
 
 #include "isa.h"
@@ -40,7 +40,7 @@ struct RowSegments {
     return {left.lo, min(left.hi, range.hi)};
   }
 
-  // Whether one of these keys is of another segment than one of the rows.
+  // Whether some key of the interval and some row belong to different segments.
   bool differ_from(Interval range) const {
     if (!keys || range.empty()) return false;
     Int differs = Int{} + (rows.lo != rows.hi);
@@ -51,7 +51,7 @@ struct RowSegments {
   }
 
  private:
-  // The segments of keys [j, j + kLanes); past `end` they are the last one's.
+  // The segments of keys [j, j + kLanes); from `end` on the last key's segment is repeated.
   JF_HD Int load_segments(int32_t j, int32_t end) const {
     if (j + kLanes <= end)
       return reinterpret_cast<Int>(static_cast<UInt>(*reinterpret_cast<const UIntUnaligned*>(keys + j)));
@@ -69,8 +69,8 @@ struct RowSegments {
   }
 };
 
-// Sets what segments, ranges and masks leave of a tile of keys to each of `count` tiles of queries. Returns
-// the keys that any of them may see; without ranges and masks these are all or none.
+// Sets, for each of `count` tiles of queries, the keys of a tile that segments, ranges and masks leave to it.
+// Returns the keys that any of them may see; without ranges and masks these are all or none.
 template <class QueryRows>
 JF_INLINE Interval trim_to_seen(const Head& head, QueryRows* tiles, int32_t count, Interval keys) {
   Interval any{0, 0};

@@ -1,4 +1,4 @@
-// Memory for a limited number of units in progress: unit u uses slot u % count once unit u - count has
+// Memory for a limited number of units in progress. Unit u uses slot u % count, after unit u - count has
 // released it.
 #pragma once
 
@@ -20,8 +20,8 @@ class Slots {
     finished_.assign(count, 0);
   }
 
-  // Waits until the unit's slot is free. The units that it waits for must come before it in the order of
-  // claiming.
+  // Waits until the unit's slot is free. To avoid deadlock, the units that it waits for must be claimed
+  // before it.
   float* acquire(int64_t unit) const {
     wait_until(&released_[unit % count_], static_cast<int32_t>(unit / count_), abandoned_);
     return memory_ + unit % count_ * floats_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../core/split.h"
+#include "dropout.h"
 #include "head.h"
 #include "kernels.h"
 #include "scores.h"
@@ -10,7 +11,7 @@
 namespace jax_flash::JF_ISA {
 
 // Online softmax state per row: m = max S over the keys so far; shift = softmax_scale log2(e) m, rounded
-// once so that every exponent subtracts the same value; l = Σ 2^(softmax_scale log2(e) S − shift), lane by
+// once, so that all exponents subtract the same value; l = Σ 2^(softmax_scale log2(e) S − shift), lane by
 // lane; alpha, the last rescale factor of l and O.
 struct Softmax {
   float m[kTileM], shift[kTileM];
@@ -22,10 +23,9 @@ struct Softmax {
   }
 };
 
-// A block of rows in a tile of keys: `used` are the columns from the first to the last that any of the rows
-// may see, `seen` the panels among them that hold such columns, and `unmasked` the panels that every row sees
-// entirely, segments and masks aside. `mixed` are panels of which these, or holes between two ranges, may
-// hide columns.
+// A block of rows in a tile of keys. `used`: the columns from the first to the last that any row may see.
+// `seen`: the panels of `used` with such columns. `unmasked`: the panels that every row sees entirely by band
+// and ranges. `mixed`: the panels of which segments, masks or holes between two ranges may hide columns.
 struct BlockColumns {
   Columns used{0, 0}, unmasked{0, 0};
   uint64_t seen = kAllPanels, mixed = 0;
@@ -78,8 +78,8 @@ JF_INLINE bool block_columns(const Head& head, int32_t i0, int32_t blocks, int32
   return any;
 }
 
-// Addresses of the tile's rows of query or its tangent, whose heads are `stride` elements apart; null past
-// the sequence's length.
+// Addresses of the tile's rows of query or its tangent, with a stride of `stride` elements between heads;
+// null past the sequence's length.
 JF_INLINE void query_addresses(const Head& head, const RowTile& tile, const Rows& query, int64_t stride,
                                const char** at) {
   const int64_t head_bytes = stride * size_of(head.problem.dtype);
@@ -105,12 +105,12 @@ JF_INLINE Float hide_edges(Columns visible, int32_t lo, int32_t hi, float* s, Fl
   return lane_max;
 }
 
-// From this magnitude on the rounding error of the shift would matter in the exponent; S − m is then
-// computed first.
+// From this magnitude on the shift's rounding error would be visible in the exponent, so S − m is computed
+// first.
 inline constexpr float kLargeShift = 1 << 20;
 
-// Per row of a tile, between the maximum and P: the shift of the exponent, and log2 of the factor by which
-// l and O are rescaled.
+// For each row of a tile, between the steps maximum and P: the shift of the exponent, and log2 of the factor
+// that rescales l and O.
 struct SoftmaxShift {
   float shift[kTileM];
   alignas(64) float change[kTileM + kLanes] = {};
@@ -166,7 +166,7 @@ JF_INLINE void softmax_row(const Head& head, Row row, int32_t j0, const BlockCol
   const Columns all = block.panels();
   const float scale_log2 = head.softmax_scale * kLog2e;
   Float sum = state.l[r] * state.alpha[r];
-  Word* p = reinterpret_cast<Word*>(s);  // a word of P is never further along the row than its S
+  Word* p = reinterpret_cast<Word*>(s);  // stored words of P never overwrite an S that is still to be read
   const auto exponentials = [&](int32_t c) {
     const Float x = exp2_fast<E::kExpDegree>(load(s + c) * scale_log2 - shift);
     sum += x;
@@ -210,7 +210,7 @@ struct PartialOutput {
 };
 
 // out = O / l and lse = softmax_scale m + log l, with the row's sink in the sum; row_max = softmax_scale m,
-// NaN where a score is. Rows past the sequence's length get out = 0, lse = row_max = -inf.
+// or NaN if a score is NaN. Rows past the sequence's length get out = 0, lse = row_max = -inf.
 static void store_output(const Head& head, const RowTile& tile, const PartialOutput& from) {
   const Problem& p = head.problem;
   const Rows out = head.rows(p.out, p.value_dim, head.sequence.q_begin, tile.head);
@@ -243,8 +243,7 @@ static void store_output(const Head& head, const RowTile& tile, const PartialOut
   }
 }
 
-// first ← the output over the keys of both parts. It is not inlined, so that every caller gets the same
-// bits.
+// first ← the output over the keys of both parts. Not inlined, so that every caller gets the same bits.
 static __attribute__((noinline)) void merge_part(int32_t rows, int32_t width, float softmax_scale,
                                                  const PartialOutput& first, const PartialOutput& other) {
   const int32_t ld = padded(width);

@@ -73,8 +73,8 @@ class Splits {
   static constexpr double kSmallestPart = 512;  // keys
   static constexpr double kCostOfLoading = 8;   // per key, in query rows of multiply-adds
 
-  // Work items to aim at, more than there are threads; fewer for tiles of many rows, each of whose parts
-  // packs its keys.
+  // The intended number of work items, more than there are threads. Tiles of many rows have fewer, because
+  // each part packs its keys.
   static constexpr double kTargetItems = 64, kPackedTargetItems = 8;
   static constexpr int32_t kPackedRows = 32;
 

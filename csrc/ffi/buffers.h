@@ -1,4 +1,4 @@
-// Decodes the buffers of a custom call into views: what the operand tables of all calls share.
+// Decodes the buffers of a custom call into views. All calls' operand tables share this code.
 #pragma once
 
 #include <algorithm>
@@ -14,13 +14,13 @@ namespace jax_flash {
 
 namespace ffi = ::xla::ffi;
 
-// One buffer of a call: where its view goes, and what its row of the table says of it.
+// One buffer of a call: the destination of its view, and its row of the table.
 struct Buffer {
   View* view;
   const char* name;
   Element element;
   schema::Dims dims;
-  bool split_columns = false;  // the last of them is stored as two
+  bool split_columns = false;  // the last dimension is stored as two
 
   size_t rank() const { return static_cast<size_t>(dims.rank) + split_columns; }
 };
@@ -37,7 +37,7 @@ inline std::string shape_text(ffi::AnyBuffer::Dimensions dims) {
 
 class BufferDecoder {
  public:
-  // Fills the views. Results past those of the table (a workspace) are left to the caller.
+  // Fills the views. The caller handles further results that the table does not have (a workspace).
   ffi::Error decode(const std::vector<Buffer>& inputs, const std::vector<Buffer>& outputs,
                     ffi::RemainingArgs args, ffi::RemainingRets rets, Leading& leading) {
     if (args.size() != inputs.size() || rets.size() < outputs.size()) {
@@ -65,15 +65,15 @@ class BufferDecoder {
     return merge_leading(leading);
   }
 
-  // Rows of the activation's dtype may be float8 too.
+  // Allows float8 for rows of the activation's dtype.
   void take_float8_rows() { takes_float8_rows_ = true; }
 
   void set_value_dim(int64_t n) { decide(&Sizes<int64_t>::value_dim, n); }
 
-  // 0 where no operand has the dimension.
+  // A size is 0 if no operand has the dimension.
   Sizes<int32_t> sizes() const { return sizes_.as<int32_t>(); }
 
-  // kF16 where the call has no such operand.
+  // kF16 if the call has no such operand.
   DType dtype(Element element) const { return dtypes_[static_cast<int>(element)]; }
 
  private:
@@ -164,7 +164,8 @@ class BufferDecoder {
     return dtypes_[kind] == got;
   }
 
-  // Drops leading dimensions of size 1 and merges neighbours that all operands step through alike.
+  // Drops leading dimensions of size 1, and merges neighbouring ones that are contiguous, or broadcast, in
+  // every operand.
   ffi::Error merge_leading(Leading& leading) {
     std::vector<size_t> last;  // the innermost raw dimension of each merged one
     std::vector<int64_t> merged;

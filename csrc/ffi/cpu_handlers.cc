@@ -22,7 +22,7 @@ struct HeadDims {
 constexpr HeadDims kLargest{kMaxHeadDim, kMaxHeadDim}, kLargestLatent{kMaxLatentDim, kMaxHeadDim},
     kLargestRows{kMaxPoolColumns, kMaxHeadDim};
 
-// Calls run(pool) and turns what it throws into an error.
+// Calls run(pool) and turns an exception into an error.
 template <class Run>
 ffi::Error guarded(ffi::ThreadPool& threads, HeadDims dims, HeadDims most, Run run) {
   if (!dims.within(kLargest) && !dims.within(most)) {
@@ -66,7 +66,7 @@ ffi::Error handle(ffi::ThreadPool threads, AttentionSpec spec, ffi::RemainingArg
                  });
 }
 
-// The results are the operands' own memory unless XLA kept those; then they start as copies.
+// The results alias the operands unless XLA kept the operands; in that case they are first copied.
 template <bool dynamic>
 ffi::Error handle_append(ffi::ThreadPool threads, AppendSpec spec, ffi::RemainingArgs args,
                          ffi::RemainingRets rets) {

@@ -1,4 +1,4 @@
-// The FFI handlers of libjax_flash_cuda.so, and what else it exports (csrc/ffi/library.h). No Python here.
+// The FFI handlers of libjax_flash_cuda.so, and its other exports (csrc/ffi/library.h), without Python.
 #include <cuda_runtime_api.h>
 
 #include <map>
@@ -20,7 +20,7 @@ ffi::Error cuda_error(const char* what, cudaError_t status) {
   return ffi::Error::Internal(std::string("jax_flash: ") + what + ": " + cudaGetErrorString(status));
 }
 
-// Devices do not change: each is asked once by a thread.
+// Devices do not change, so each thread queries a device once.
 cudaError_t current_device(Device& device) {
   thread_local std::map<int, Device> known;
   int ordinal = 0;
@@ -36,7 +36,7 @@ cudaError_t current_device(Device& device) {
   return cudaSuccess;
 }
 
-// Plans a call and launches its kernels. The workspace is the result after those of the pass.
+// Plans a call and launches its kernels. The workspace is the last result.
 template <Pass pass>
 ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets, AttentionSpec spec) {
   Problem p;
@@ -53,7 +53,7 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
     return ffi::Error::InvalidArgument("jax_flash: the call's workspace is smaller than its plan's");
   }
   void* memory = (*workspace)->untyped_data();
-  if (p.row_max) {  // to which the kernels take maxima: it follows out and lse
+  if (p.row_max) {  // kernels take atomic maxima of it, so it is cleared; it follows out and lse
     const ffi::AnyBuffer row_max = **rets.get<ffi::AnyBuffer>(2);
     if (cudaError_t e = cudaMemsetAsync(p.row_max.data, 0, row_max.size_bytes(), stream); e != cudaSuccess) {
       return cuda_error("row_max", e);
@@ -71,7 +71,7 @@ ffi::Error run(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets 
   return ffi::Error::Success();
 }
 
-// The results are the operands' own memory unless XLA kept those; then they start as copies.
+// The results alias the operands unless XLA kept the operands; in that case they are first copied.
 template <bool dynamic>
 ffi::Error run_append(cudaStream_t stream, ffi::RemainingArgs args, ffi::RemainingRets rets,
                       AppendSpec spec) {

@@ -62,8 +62,8 @@ bool same_kernel(const KernelRow& a, const KernelRow& b) {
          a.head_dim == b.head_dim && a.value_dim == b.value_dim;
 }
 
-// The rows built, as (arch, pass, d, dv, dtypes, loaders, design): tile shapes and dtypes of one kernel
-// merged.
+// The rows that were built, as (arch, pass, d, dv, dtypes, loaders, design); rows that differ only in tile
+// shape or dtype are merged.
 nb::list cuda_kernels() {
   std::vector<KernelRow> merged;
   for (const KernelRow& row : built_kernels()) {

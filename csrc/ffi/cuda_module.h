@@ -17,7 +17,7 @@ nanobind::tuple names_of_dtypes(uint32_t dtypes);
 nanobind::tuple names_of_loaders(uint32_t loaders);
 nanobind::tuple names_of_scores(uint32_t scores);
 
-// The dtypes that the loaded library has of a row of the table.
+// The dtypes for which the loaded library has a row of the table.
 uint32_t built_dtypes(const KernelRow& row);
 
 }  // namespace jax_flash

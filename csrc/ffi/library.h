@@ -1,4 +1,5 @@
-// Exports of libjax_flash_cuda.so other than its FFI handlers; the module that opens it finds them by name.
+// Exports of libjax_flash_cuda.so besides its FFI handlers; the module that opens the library looks them up
+// by name.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The Python module jax_flash._core: the custom calls of the CPU, and the way to those of CUDA.
+// The Python module jax_flash._core: the custom calls of the CPU, and functions that load those of CUDA.
 #include <nanobind/nanobind.h>
 
 #include "../cpu/attention.h"

@@ -1,5 +1,5 @@
-// Decodes the operands, results and attributes of the custom calls: the C++ side of jax_flash/operands.py
-// and spec.py.
+// Decodes the operands, results and attributes of the custom calls, which jax_flash/operands.py and spec.py
+// write.
 #pragma once
 
 #include <string>
@@ -15,7 +15,7 @@
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::Layout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::PageLayout);
 XLA_FFI_REGISTER_ENUM_ATTR_DECODING(::jax_flash::Align);
-// One more level of macros, so that the list of fields becomes arguments.
+// This extra macro expands the list of fields to arguments.
 #define JF_REGISTER_STRUCT(...) XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(__VA_ARGS__)
 #define JF_MEMBER(type, name) , StructMember<decltype(::jax_flash::AttentionSpec::name)>(#name)
 JF_REGISTER_STRUCT(::jax_flash::AttentionSpec JF_ATTENTION_FIELDS(JF_MEMBER));
@@ -27,7 +27,7 @@ JF_REGISTER_STRUCT(::jax_flash::AppendSpec JF_APPEND_FIELDS(JF_MEMBER));
 
 namespace jax_flash {
 
-// The dimensions of a pool as they lie in its page layout.
+// The dimensions of a pool in the order of its page layout.
 inline schema::Dims in_layout(schema::Dims dims, PageLayout layout) {
   if (dims.of_pool() && layout == PageLayout::kHnd) std::swap(dims.axes[1], dims.axes[2]);
   return dims;
@@ -154,7 +154,7 @@ class OperandDecoder {
   BufferDecoder buffers_;
 };
 
-// `tangents` are filled by the tangent pass alone.
+// Only the tangent pass fills `tangents`.
 inline ffi::Error decode_operands(Pass pass, const AttentionSpec& spec, ffi::RemainingArgs args,
                                   ffi::RemainingRets rets, Problem& problem, Tangents& tangents) {
   return OperandDecoder(pass, spec, problem, tangents).decode(args, rets);
@@ -167,7 +167,7 @@ inline ffi::Error same_bytes(ffi::AnyBuffer before, ffi::AnyBuffer after) {
                        " bytes, its result " + std::to_string(after.size_bytes()));
 }
 
-// Operands that append_kv overwrites: the pools and, if it keeps them, their scales. They come first.
+// Operands that append_kv overwrites: the pools and, if they are dynamic, their scales. They come first.
 inline constexpr const schema::CallArrays<schema::AppendArray>& append_arrays(bool dynamic) {
   return dynamic ? schema::kAppendDynamic : schema::kAppend;
 }
@@ -176,7 +176,7 @@ inline constexpr bool keeps_scales(const schema::CallArrays<schema::AppendArray>
 }
 inline int32_t overwritten(bool dynamic) { return append_arrays(dynamic).result_count; }
 
-// The views of what is overwritten are those of the results, which may be the operands' own memory.
+// The views of overwritten arrays are those of the results, which may alias the operands.
 inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::RemainingArgs args,
                                 ffi::RemainingRets rets, AppendProblem& p) {
   p = AppendProblem{};
@@ -192,7 +192,7 @@ inline ffi::Error decode_append(const AppendSpec& spec, bool dynamic, ffi::Remai
   View before[schema::kAppendDynamic.result_count];
   for (int32_t i = 0; i < arrays.result_count; ++i) {
     Buffer& result = outputs.emplace_back(buffer_of(*arrays.results[i]));
-    for (schema::Axis& axis : result.dims.axes) axis.may_be_one = false;  // of scales, as all are written
+    for (schema::Axis& axis : result.dims.axes) axis.may_be_one = false;  // every scale is written
     inputs.push_back(result);
     inputs.back().view = &before[i];
   }

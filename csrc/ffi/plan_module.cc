@@ -48,7 +48,7 @@ Enum by_name(const Enum (&values)[kCount], const std::string& name) {
   throw std::invalid_argument("plan: " + name + " is not one of " + known);
 }
 
-// An expression of JAX's for a size.
+// A size that is an expression of JAX.
 struct PythonSymbol final : Dim::Symbol {
   nb::object expression;
   explicit PythonSymbol(nb::object value) : expression(std::move(value)) {}
@@ -82,7 +82,7 @@ Dim PythonSymbol::apply(Dim::Op op, const Dim& left, const Dim& right) const {
   return {};
 }
 
-// Keyword arguments, each of which must be read once all are asked for.
+// Keyword arguments. An argument that nothing has read is an error.
 class Options {
  public:
   Options(const char* function, nb::dict given) : function_(function), given_(std::move(given)) {}
@@ -120,7 +120,7 @@ void read_field(Options& options, const char* name, T& field) {
   }
 }
 
-// From the attributes of the custom call (AttentionSpec.plain_attributes in jax_flash/spec.py).
+// Reads the attributes of the custom call (AttentionSpec.plain_attributes in jax_flash/spec.py).
 AttentionSpec spec_of(const nb::dict& given) {
   Options options("spec", given);
   AttentionSpec spec;

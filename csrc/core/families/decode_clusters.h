@@ -1,5 +1,6 @@
-// Decode of few and short sequences on sm_90a, whose columns are clusters of CTAs (cuda/decode/
-// hopper_cluster.cuh): the shared memory of a CTA, the same for plan and kernel, and what it serves.
+// Decode of few and short sequences on sm_90a, in which each KV head of a sequence has a cluster of CTAs
+// (cuda/decode/hopper_cluster.cuh): the shared memory of a CTA, for plan and kernel, and the calls that it
+// serves.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,7 @@ inline constexpr int32_t kMostCtas = 16;  // of a cluster
 struct Layout {
   int32_t warp_ring, merge_o, merge_softmax;
   int32_t parts, softmax;  // from the n CTAs: O [items of this CTA, n] float4; m and l [M, n]
-  int32_t barrier;         // counts the bytes of these
+  int32_t barrier;         // counts the bytes that arrive there
   int32_t entries;         // block-table entries of each thread's keys in the ring
   int32_t bytes;
 };
@@ -35,7 +36,7 @@ constexpr Layout layout(const Row& r, int32_t element_size) {
   return at;
 }
 
-// How a row would run a call. Every KV head of every sequence has a cluster.
+// The launch of a call by a row. Every KV head of every sequence has a cluster.
 class Choice {
  public:
   Choice(const KernelRow& row, const Call& call)
@@ -57,15 +58,16 @@ class Choice {
     return ctas;
   }
 
-  // If only the device knows the lengths of long sequences, it decides: clusters if they are about equal,
-  // else equal ranges of all keys, which do not wait for the longest sequence.
+  // Whether the kernel chooses the algorithm, because only the device knows the lengths of long sequences. It
+  // takes clusters if the lengths are about equal, else equal ranges of all keys, which do not wait for the
+  // longest sequence.
   bool asks_for_lengths() const {
     return !knows_lengths() && (call_.device.always_cluster || ceil_div(tiles_, size()) > kManyTiles);
   }
 
   bool is_faster() const {
     constexpr int64_t kFewTiles = 8, kMostTiles = 64;  // of a CTA
-    constexpr double kFilled = 0.9;                    // of the SMs, or of the last wave
+    constexpr double kFilled = 0.9;  // share of the SMs, or of the last wave, that has a CTA
     if (columns_ == 0 || tiles_ == 0) return false;
     const int64_t ctas = size(), tiles = ceil_div(tiles_, ctas), sms = call_.device.sm_count;
     if (call_.device.always_cluster) return true;
@@ -100,7 +102,7 @@ inline int64_t shared_bytes(const KernelRow& row, const Call& call) {
 
 // Whether a row runs a call, and better than the portable decode does.
 inline bool serves(const KernelRow& row, const Call& call) {
-  constexpr int64_t kPadding = 32;  // of a head dim
+  constexpr int64_t kPadding = 32;  // most columns that a head dim is padded by
   const AttentionSpec& spec = call.spec;
   const Shapes& s = call.shapes;
   for (Operand operand : {Operand::kQSegmentIds, Operand::kMask, Operand::kBias, Operand::kDropout}) {

@@ -16,10 +16,9 @@ static_assert(kConsumerRows == kSegmentPart);
 
 constexpr int64_t kCounterBytes = 4;
 
-// Plans persistent CTAs, as many as fit, for the tiles of `blocks` CTAs with one tile each. Tiles of unequal
-// length and long tiles (`steps`) come from a counter in memory, which costs such tiles nothing. If another
-// kernel occupies some SMs, as NCCL's do in a ring, CTAs that start late then take fewer tiles
-// (docs/experiments/ring.md).
+// Plans as many persistent CTAs as fit, for `blocks` tiles. A counter in memory schedules tiles of unequal
+// length and long tiles (`steps`), for which its cost is negligible. If another kernel occupies some SMs, as
+// NCCL's do in a ring, CTAs that start late then take fewer tiles (docs/experiments/ring.md).
 void plan_persistent(int64_t blocks, bool unequal, int64_t steps, int32_t teams, const Call& call,
                      Workspace& workspace, LaunchPlan& plan) {
   constexpr int64_t kLongTile = 4096;
@@ -29,7 +28,8 @@ void plan_persistent(int64_t blocks, bool unequal, int64_t steps, int32_t teams,
     plan.tile_counter = workspace.add(kCounterBytes);
 }
 
-// Which tiles suit a call of the forward. The limits were measured on one H200 (docs/experiments).
+// Chooses the shape of the forward's tiles for a call. The limits were measured on one H200
+// (docs/experiments).
 class TileChoice {
  public:
   explicit TileChoice(const Call& call) : call_(call), visible_keys_(call.visible_keys()) {}
@@ -40,11 +40,12 @@ class TileChoice {
   // With few keys, or few waves of tiles, two teams hide each other's prologue and epilogue, which outweighs
   // their smaller key tile.
   bool wants_teams() const {
-    constexpr int64_t kFewKeysOfBand = 1024 + 1;  // a window of 1,024, and the row's own key
+    constexpr int64_t kFewKeysOfBand = 1024 + 1;  // a window of 1,024 before the row's own key
     constexpr int64_t kFewKeys = 256;
     const bool band = call_.spec.left >= 0 || call_.spec.right >= 0;
     if (visible_keys_ <= (band ? kFewKeysOfBand : kFewKeys)) return true;
-    return !call_.spec.packed() && few_waves();  // of packed sequences only a bound of the tiles is known
+    return !call_.spec.packed() &&
+           few_waves();  // for packed sequences only an upper bound of the tiles is known
   }
 
  private:
@@ -127,8 +128,8 @@ class Forward final : public PassTraits {
   }
 
  private:
-  // Whether the consumers of a query tile have the same rows of two heads of a KV head, which often see the
-  // same keys, where neighbouring rows of one head are of other blocks.
+  // Whether the two consumers of a query tile work on the same rows of two heads of a KV head, which often
+  // see the same keys. Neighbouring rows of one head would belong to different blocks.
   static bool pairs_heads(const Call& call, ScoreKind score) {
     const Shapes& s = call.shapes;
     return score == ScoreKind::kBlocks && call.spec.block_rows % (2 * kRowBlock) != 0 && s.kv_heads > 0 &&
@@ -158,10 +159,9 @@ class Forward final : public PassTraits {
            static_cast<double>(tiles) >= kFilled * static_cast<double>(ceil_div(tiles, sms) * sms);
   }
 
-  // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 2 MB), all
-  // of them or all before the row. With a window or lengths, the two CTAs of a cluster have tiles of
-  // different lengths, and more SMs idle at the end. An odd number of tiles leaves one CTA of the last
-  // cluster idle.
+  // Multicast halves the loads of K and V. At settled power that pays if rows see many keys (K of 2 MB), with
+  // a full or causal mask. With a window or lengths, the two CTAs of a cluster have tiles of different
+  // lengths, and more SMs idle at the end. An odd number of tiles leaves one CTA of the last cluster idle.
   static bool uses_clusters(const KernelRow& row, const Call& call, const LaunchPlan& plan) {
     if (row.multicast == 1 || plan.score != ScoreKind::kPlain || call.spec.packed() || call.spec.paged())
       return false;
@@ -175,9 +175,9 @@ class Forward final : public PassTraits {
 };
 
 // CTAs own key tiles, compute their dK and dV, and add dQ to a float32 accumulator, in key-tile order if the
-// call is deterministic. The portable rows run calls without queries, of which no tensor map can be made,
-// calls whose bias or mask cannot be copied 8 keys at a time, and, instead of cluster kernels, calls with
-// bias or mask and other options.
+// call is deterministic. The portable rows run calls without queries, for which no tensor map can be made,
+// and calls whose bias or mask cannot be copied 8 keys at a time. They also run calls that would need cluster
+// kernels with a bias or mask and other options.
 class Backward final : public PassTraits {
  public:
   bool serves(const KernelRow& row, const Call& call) const override {
@@ -232,7 +232,8 @@ class Backward final : public PassTraits {
   }
 
  private:
-  // Whether lists hold the steps of a call with blocks. They have no order in which dQ could be added up.
+  // Whether the steps of a call with blocks come from lists. Lists have no fixed order for the additions to
+  // dQ, so deterministic calls do not use them.
   static bool lists_steps(const KernelRow& row, const Call& call) {
     const Shapes& s = call.shapes;
     return !call.spec.deterministic && s.kv_heads > 0 && s.heads / s.kv_heads <= ListedStep::kMostHeads &&
@@ -252,7 +253,7 @@ class Backward final : public PassTraits {
   }
 };
 
-// CTAs own tiles of dbias; only biases that broadcast over batch entries and heads alone.
+// CTAs own tiles of dbias. Only biases that broadcast over nothing but batch entries and heads are served.
 class BiasGradient final : public PassTraits {
  public:
   bool serves(const KernelRow&, const Call& call) const override {

@@ -9,11 +9,11 @@
 namespace jax_flash::hopper {
 
 inline constexpr int32_t kConsumerRows = 64;         // query rows of a consumer warpgroup: M of wgmma
-inline constexpr int64_t kStateBytes = 2048;         // barriers and tile states of a team, at most
-inline constexpr int64_t kMaxSharedBytes = 232'448;  // that a CTA may use
+inline constexpr int64_t kStateBytes = 2048;         // upper bound: barriers and tile states of a team
+inline constexpr int64_t kMaxSharedBytes = 232'448;  // limit of a CTA
 inline constexpr int64_t kElementBytes = 2;          // float16 and bfloat16
 
-// Q of one tile, and `stages` tiles of K and of V, of a slice's columns; of each team.
+// For each team: Q of one tile, and `stages` tiles of K and V with the columns of a slice.
 constexpr int64_t forward_tile_bytes(const Row& r) {
   return kElementBytes *
          (int64_t{r.block_m} * r.head_dim + int64_t{r.block_n} * r.stages * (r.head_dim + r.slice_columns()));
@@ -32,11 +32,11 @@ constexpr int64_t forward_shared_bytes(const Row& r) {
   return r.teams * (forward_tile_bytes(r) + forward_output_bytes(r) + kStateBytes);
 }
 
-// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, and a few of dS, with
-// dQ in float32 or one more.
+// The backward: K and V of a key tile, `stages` tiles of Q and dO with lse and delta, a few tiles of dS, and
+// dQ in float32 or one more tile of dS.
 inline constexpr int32_t kScoreGradientStages = 3;
 inline constexpr int32_t kMostQueryRows = 128;       // of a query tile
-inline constexpr int64_t kKeyTileStateBytes = 1024;  // barriers and the state of the key tile, at most
+inline constexpr int64_t kKeyTileStateBytes = 1024;  // upper bound: barriers and the state of the key tile
 
 constexpr int64_t backward_shared_bytes(const Row& r) {
   const int64_t rows = r.block_n + int64_t{r.stages} * r.block_m;
@@ -47,8 +47,8 @@ constexpr int64_t backward_shared_bytes(const Row& r) {
          static_cast<int64_t>(sizeof(float)) * statistics + kKeyTileStateBytes;
 }
 
-// The bias gradient: two tiles of the bias, and perhaps the mask, with what else a step needs, and a ring of
-// pairs of tiles, Q and K or dO and V, in the rest: `stages` at most.
+// The bias gradient: two tiles of the bias, and perhaps of the mask, with the state of a step. The remaining
+// memory is a ring of at most `stages` pairs of tiles, Q and K or dO and V.
 inline constexpr int64_t kBiasStateBytes = 3072;
 constexpr int32_t bias_gradient_stages(const Row& r, int32_t width, bool mask) {
   const int64_t tiles = 2 * int64_t{r.block_m} * r.block_n * (kElementBytes + (mask ? 1 : 0));
@@ -59,9 +59,9 @@ constexpr int32_t bias_gradient_stages(const Row& r, int32_t width, bool mask) {
 
 inline constexpr int32_t kBackwardCtas = 2;  // of a cluster
 
-// The backward in 2-CTA clusters: a CTA has K and V of half of the tile's keys, half of the columns of the
-// other keys' K, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps its
-// part of dQ in float32. `score_bytes` hold bias and mask of its keys.
+// The backward in 2-CTA clusters. A CTA has K and V of its half of the tile's keys, half of the columns of K
+// of the other keys, `stages` tiles of Q with lse and delta, halves of tiles of dO, tiles of dS, and perhaps
+// its part of dQ in float32. `score_bytes`: the bias and mask of its keys.
 struct BackwardClusterStages {
   int32_t dout_halves, ds;
   bool dq;
@@ -82,8 +82,8 @@ constexpr int64_t backward_cluster_score_bytes(const Row& r, BackwardClusterStag
   return kMaxSharedBytes - backward_cluster_shared_bytes(r, has);
 }
 
-// Two of each. Where there is no room for that and `score_bytes`, dQ is not staged, then there are one and a
-// half of dO, then one of dS.
+// Two stages of each. If `score_bytes` leave too little room, dQ is not staged; if that is not enough, dO has
+// one and a half tiles, then dS one.
 constexpr BackwardClusterStages backward_cluster_stages(const Row& r, int64_t score_bytes) {
   constexpr BackwardClusterStages kFewest{3, 1, false};
   for (const BackwardClusterStages has : {BackwardClusterStages{4, 2, true}, {4, 2, false}, {3, 2, false}}) {

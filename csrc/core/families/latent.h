@@ -19,7 +19,7 @@ inline constexpr int64_t kSplitKeys = 2048;  // of a split in batch-invariant mo
 
 class Decode : public PassTraits {
  public:
-  // Whether calls over such pools run the latent kernels, if there are any.
+  // Whether calls over such pools run the latent kernels, provided they were built.
   static bool are_latent(const AttentionSpec& spec, const DimShapes& s) {
     return spec.paged() && spec.shared_kv() && spec.value_start == 0 && s.head_dim.known() &&
            s.head_dim.value() >= kFewestColumns;
@@ -32,7 +32,7 @@ class Decode : public PassTraits {
   }
   bool runs_every_sequence(const KernelRow&) const override { return true; }
 
-  // The smallest chunk that holds all query rows of a KV head; the largest one where none does.
+  // Prefers the smallest chunk that holds all query rows of a KV head, or the largest one if none does.
   bool better(const KernelRow& a, const KernelRow& b, const Call& call) const override {
     if (a.block_m != b.block_m)
       return (a.block_m > b.block_m) == (rows_of(call) > std::min(a.block_m, b.block_m));
@@ -51,8 +51,8 @@ class Decode : public PassTraits {
     const int64_t wave = std::min<int64_t>(int64_t{call.device.sm_count} * row.blocks, kMostBlocks);
     const int64_t most = ceil_div(all * tiles, kLeastTiles);
     grid.ranges = static_cast<int32_t>(std::min(std::max<int64_t>(1, wave / s.kv_heads), most));
-    // Equally long entries are then cut into equal parts, the same number of each.
-    constexpr int64_t kMostLost = 16;  // 1 / the share of CTAs that may idle
+    // Entries of equal length are then cut into the same number of equal parts.
+    constexpr int64_t kMostLost = 16;  // at most 1 / kMostLost of the CTAs may idle
     const int64_t whole = all > 0 ? grid.ranges / all * all : 0;
     if (whole > 0 && (grid.ranges - whole) * kMostLost <= grid.ranges)
       grid.ranges = static_cast<int32_t>(whole);

@@ -1,5 +1,5 @@
 // Decode over latent pools (multi-head latent attention), whose V is the first columns of K: how query rows
-// are cut into chunks, and what lies in shared memory. The same numbers for plan and kernels.
+// are cut into chunks, and the layout of shared memory. Plan and kernels share these numbers.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace jax_flash::latent {
 // The query rows of a KV head are cut into chunks of at most `rows`: some heads of one token, or all heads of
 // a few tokens. An entry is one chunk of one sequence.
 struct Chunks {
-  int32_t tokens;  // of a chunk, at least 1
-  int32_t heads;   // chunks of a token's heads
+  int32_t tokens;  // tokens of a chunk, at least 1
+  int32_t heads;   // chunks that one token's heads are cut into
 
   constexpr Chunks(int64_t group, int32_t rows)
       : tokens(group < rows ? static_cast<int32_t>(rows / group) : 1),
@@ -36,16 +36,17 @@ constexpr int64_t few_bytes(const Row& r) {
          int64_t{8} * 4 * r.block_m * r.block_n;
 }
 
-// The portable kernel, of whose warps kProductWarps multiply and the others load.
+// The portable kernel: kProductWarps of its warps multiply, and the others load.
 inline constexpr int32_t kProductWarps = 8;
-inline constexpr int32_t kLeastTile = 32;  // columns of P's tile, at least
+inline constexpr int32_t kLeastTile = 32;  // fewest columns of P's tile
 
-// How many parts the head dim is split into in S = Q Kᵀ, by warps that each have 16 × 16 of S.
+// S = Q Kᵀ is split over the head dim into this many parts. A warp computes one part of 16 × 16 elements of
+// S.
 constexpr int32_t portable_splits(int32_t block_m, int32_t block_n) {
   return kProductWarps / (block_m / 16 * (block_n / 16));
 }
 
-// Floats from a row of S to the next, so that neither a warp's rows nor its keys have bank conflicts.
+// The row stride of S in floats, chosen so that accesses by row and by column have no bank conflicts.
 constexpr int32_t score_pitch(int32_t block_n) { return block_n + 8; }
 
 // Q, `stages` tiles of K, P, and S of all splits in float32.

@@ -100,21 +100,21 @@ class LatentDecode final : public latent::Decode {
   }
 };
 
-// Limits that the rows of csrc/kernels.def keep, and of the grid.
+// Limits of the calls that decode serves, and of its grid.
 constexpr int64_t kMostRows = 64;  // query rows of a KV head over pages; with more, the call is compute-bound
-constexpr int64_t kMostTile = 32;  // of these rows in a column
+constexpr int64_t kMostTile = 32;  // query rows of a column
 constexpr int64_t kLeastKeys = 64;      // of a key tile
-constexpr int64_t kMostBlocks = 1024;   // CTAs, where they split sequences
+constexpr int64_t kMostBlocks = 1024;   // most CTAs of a grid that splits sequences
 constexpr int64_t kSplitKeys = 2048;    // of a split in batch-invariant mode
 constexpr int64_t kMostRowsDense = 16;  // query rows of a KV head without pages
 
-// CTAs of a column: one wave, or a few waves if one would leave SMs idle.
+// The number of CTAs of a column: one wave, or a few waves if one would leave SMs idle.
 int32_t ranges_of_column(int64_t columns, int64_t wave) {
   const auto efficiency = [&](int64_t ranges) {
     const int64_t blocks = columns * ranges;
     return static_cast<double>(blocks) / static_cast<double>(ceil_div(blocks, wave) * wave);
   };
-  constexpr double kGain = 1.05;  // that is worth more CTAs
+  constexpr double kGain = 1.05;  // smallest gain that justifies more CTAs
   int64_t best = std::max<int64_t>(1, wave / columns);
   for (int64_t ranges = best + 1; ranges * columns <= kMostBlocks && ranges <= 4 * wave / columns; ++ranges) {
     if (efficiency(ranges) > efficiency(best) * kGain) best = ranges;
@@ -139,7 +139,7 @@ class Decode final : public PassTraits {
                        spec.value_start % 16 == 0;
     if (call.float8_pools() && !whole) return false;
     const int64_t rows = call.rows_of_group(kMostRows), entries = call.entries();
-    // A larger tile than is needed wastes half of every product.
+    // A tile twice as large as needed wastes half of every product.
     if (row.block_m > 8 && rows <= row.block_m / 2) return false;
     return 0 < s.q_rows && 0 < rows && rows <= (spec.paged() ? kMostRows : kMostRowsDense) && 0 < entries &&
            entries <= std::numeric_limits<int32_t>::max();

@@ -1,6 +1,6 @@
-// The shared memory of the portable kernels (archs sm75 and sm80), for host and device: a kernel takes its
-// offsets and its dynamic size from a layout, and the plan takes a row's bytes from the *_shared_bytes
-// functions, which include static shared memory.
+// The shared memory of the portable kernels (archs sm75 and sm80), for host and device. A layout has a
+// kernel's offsets and dynamic size; the plan calls the *_shared_bytes functions, which include static shared
+// memory.
 //
 // Offsets and sizes are in bytes. Tiles are dense: a swizzle permutes chunks within a tile and pads nothing.
 #pragma once
@@ -11,7 +11,7 @@
 
 namespace jax_flash {
 
-// The most that a kernel declares statically, apart from the page loader's addresses: its block state and
+// Upper bound of a kernel's static shared memory without the page loader's addresses: its block state and
 // barriers.
 inline constexpr int64_t kBlockStateBytes = 512;
 
@@ -24,7 +24,7 @@ constexpr int32_t ring_bytes(int32_t stages, int32_t first, int32_t second) {
 
 inline constexpr int32_t kKeyAddressBytes = 16;  // of one key's row and its value's row in global memory
 
-// The page loader's row addresses: those of the tiles in the ring and of the tile that comes next.
+// The page loader's row addresses, of the tiles in the ring and of the next tile.
 constexpr int32_t page_address_bytes(int32_t block_n, int32_t stages) {
   return (stages + 1) * block_n * kKeyAddressBytes;
 }
@@ -42,7 +42,7 @@ constexpr ForwardLayout forward_layout(const Row& r, int32_t element_size) {
   return {0, q_bytes, q_bytes + ring_bytes(r.stages, k_bytes, v_bytes)};
 }
 
-// The block state of the forward, which is declared statically: for pages it has the row addresses too.
+// The block state of the forward, which is static shared memory; with pages it includes the row addresses.
 constexpr int64_t forward_state_bytes(const Row& r, bool paged) {
   return kBlockStateBytes + (paged ? page_address_bytes(r.block_n, r.stages) : 0);
 }
@@ -91,7 +91,7 @@ constexpr int64_t backward_shared_bytes(const Row& r, int32_t element_size) {
   return backward_layout(r, element_size).barriers + kBlockStateBytes;
 }
 
-// The backward's kernel over query tiles, which takes less than the one over key tiles of the same row.
+// The backward's kernel over query tiles, which needs less memory than the same row's kernel over key tiles.
 struct BackwardQueriesLayout {
   int32_t q, d_out;  // Q [M, d] and dO [M, dv]; dQ [M, d] at the end
   int32_t ring;      // V [N, dv] and K [N, d], one stage or none
@@ -106,7 +106,7 @@ constexpr BackwardQueriesLayout backward_queries_layout(const Row& r, int32_t el
           ring + ring_bytes(r.stages == 0 ? 0 : 1, v_bytes, k_bytes)};
 }
 
-// The tangent pass. Each tile comes with that of its tangent.
+// The tangent pass. Each tile is paired with the tile of its tangent.
 struct TangentLayout {
   int32_t q, tq;  // Q and tQ [M, d]; tO [M, dv] at the end
   int32_t ring;   // K and tK [N, d], V and tV [N, dv]
@@ -154,7 +154,7 @@ constexpr int32_t decode_merge_columns(const Row& r) {
 }
 constexpr int32_t decode_merge_pitch(const Row& r) { return decode_merge_columns(r) + 4; }
 
-// Whether Q lies in shared memory, since it would leave too few registers.
+// Whether Q is kept in shared memory, because in registers it would leave too few.
 constexpr bool decode_shares_queries(int32_t block_m, int32_t head_dim) { return block_m * head_dim > 2048; }
 
 inline constexpr int32_t kDecodeSegmentBytes = 88;  // of decode::Segment

@@ -17,14 +17,14 @@ struct Device {
 };
 
 // The part of a Problem that a plan depends on.
-struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 where there are none
+struct Shapes : Sizes<int64_t> {  // page_size and draft_rows are 0 without pages or draft mask
   DType dtype;
   DType kv_dtype;   // dtype, or float8
   int64_t leading;  // product of the leading dimensions
   int32_t leading_rank;
-  int64_t bias[4];             // the bias gradient's only: dbias' sizes, 1 where it is reduced
+  int64_t bias[4];             // only for the bias gradient: sizes of dbias, 1 where it is reduced
   bool bias_in_tiles = false;  // TMA can load tiles of the bias
-  // The bias is of query's 16-bit dtype and can be copied 8 keys at a time; the mask can.
+  // Whether the bias has query's 16-bit dtype and can be copied 8 keys at a time; whether the mask can.
   bool bias_in_chunks = false, mask_in_chunks = false;
 };
 
@@ -42,8 +42,8 @@ struct Call {
   // The batch entries, or sequences, of all leading entries.
   int64_t entries() const { return shapes.leading * shapes.batch; }
 
-  // Query rows that read one KV head: all rows of a sequence. In packed batches, the rows of a sequence with
-  // as many tokens as the draft mask has rows, if they are at most `most`; else the rows of one token.
+  // Query rows that read one KV head: all rows of a sequence. In packed batches, whose lengths are unknown,
+  // it assumes as many tokens as the draft mask has rows if that gives at most `most` rows, else one token.
   int64_t rows_of_group(int64_t most) const {
     if (shapes.kv_heads == 0) return 0;
     const int64_t group = shapes.heads / shapes.kv_heads, drafted = group * shapes.draft_rows;
@@ -51,7 +51,7 @@ struct Call {
     return 0 < drafted && drafted <= most ? drafted : group;
   }
 
-  // Keys that a query row sees: an upper bound, with packed sequences for sequences of average length.
+  // Upper bound of the keys that a query row sees; packed sequences are assumed to have the average length.
   int64_t visible_keys() const {
     const int64_t keys = spec.packed() ? shapes.k_rows / std::max<int64_t>(1, shapes.batch) : shapes.k_rows;
     if (spec.left < 0 || spec.right < 0) return keys;

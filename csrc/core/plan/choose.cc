@@ -5,7 +5,7 @@
 namespace jax_flash {
 namespace {
 
-// Up to this cap float32 holds the powers of e that the softcap kernel makes.
+// The largest cap for which the exponentials of the softcap kernel fit in float32.
 constexpr float kLargestSoftcap = 50;
 
 template <class... Operands>
@@ -13,7 +13,8 @@ constexpr int32_t bits_of(Operands... operands) {
   return ((1 << static_cast<int32_t>(operands)) | ...);
 }
 
-// Operands that every kernel reads, and the inputs of kinds of scores. Any other needs the general kernel.
+// Operands that every kernel reads, and operands that are inputs of kinds of scores. Any other operand needs
+// the general kernel.
 constexpr int32_t kOfEveryKernel = bits_of(
     Operand::kCuSeqlensQ, Operand::kCuSeqlensK, Operand::kQLengths, Operand::kKvLengths, Operand::kSinks,
     Operand::kBlockTables, Operand::kKScale, Operand::kVScale, Operand::kPosition, Operand::kTbias);
@@ -22,12 +23,13 @@ constexpr int32_t kOfScores = 0
 #include "../../scores.def"
     ;
 
-// TMA loads tiles of the bias in the forward, cp.async 8 keys at a time in gradients.
+// The forward loads the bias in tiles by TMA, gradients load 8 keys at a time by cp.async.
 bool bias_is_served(const Call& call) {
   return call.pass == Pass::kForward ? call.shapes.bias_in_tiles : call.shapes.bias_in_chunks;
 }
 
-// Kernels for blocks copy keys by pieces of at least 32, of fixed layouts whose blocks begin with the call.
+// Kernels for blocks copy pieces of at least 32 keys. They need a fixed layout and blocks that begin at the
+// call's first row and key.
 bool serves_blocks(const Call& call) {
   return !call.spec.packed() && !call.spec.has(Operand::kPosition) && call.spec.block_keys % 32 == 0;
 }
@@ -59,13 +61,13 @@ struct Candidates {
 
   explicit Candidates(const Call& call)
       : kinds{only_option(call), ScoreKind::kGeneral, ScoreKind::kGeneralDropout} {
-    if (call.spec.has(Operand::kDropout)) {  // the general kernel has none
+    if (call.spec.has(Operand::kDropout)) {  // the general kernel has no dropout
       kinds[1] = ScoreKind::kGeneralDropout;
       if (kinds[0] == ScoreKind::kGeneral) kinds[0] = ScoreKind::kGeneralDropout;
     }
   }
 
-  // The place of the first that the row is built for; std::size(kinds): none.
+  // The index of the first candidate that the row is built for; std::size(kinds): none.
   size_t of(const KernelRow& row) const {
     size_t i = 0;
     while (i < std::size(kinds) && !row.takes(kinds[i])) ++i;
@@ -87,8 +89,8 @@ bool runs(const KernelRow& row, const Call& call) {
          traits_of(row).shared_bytes(row, call) <= call.device.shared_memory;
 }
 
-// The newest arch, then the least padding, then the most specific kernel, then what the family prefers; the
-// table's order decides among equals.
+// Prefers the newest arch, then the least padding, then the most specific kernel, then the family's choice;
+// the table's order decides among equals.
 bool better(const KernelRow& a, const KernelRow& b, const Call& call, const Candidates& scores) {
   if (a.arch->oldest != b.arch->oldest) return a.arch->oldest > b.arch->oldest;
   const int32_t padded_a = a.head_dim + a.value_dim, padded_b = b.head_dim + b.value_dim;
@@ -123,7 +125,7 @@ std::string no_kernel(const Call& call, std::span<const KernelRow> built) {
   const Shapes& s = call.shapes;
   std::string rows, last;
   for (const KernelRow& row : built) {
-    const bool latent = call.spec.shared_kv() && row.is_latent();  // the pools have no forward of their own
+    const bool latent = call.spec.shared_kv() && row.is_latent();  // latent pools have no forward kernel
     if ((row.pass != call.pass && !latent) || !row.takes(s.dtype) || !row.takes(call.loader())) continue;
     std::string name = std::string(row.arch->name) + " d=" + std::to_string(row.head_dim);
     if (row.value_dim != row.head_dim) name += " dv=" + std::to_string(row.value_dim);

@@ -1,4 +1,4 @@
-// The words that csrc/kernels.def is written in. Included only where the table is read.
+// The words of csrc/kernels.def. Only files that read the table include this one.
 #pragma once
 
 #include <cstdint>

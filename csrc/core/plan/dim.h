@@ -1,4 +1,4 @@
-// A size that is a number or, in a program exported for sizes that are not known yet, an expression of JAX's.
+// A size: a number or, in a program that is exported with symbolic sizes, an expression of JAX.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ class Dim {
  public:
   enum class Op { kAdd, kMultiply, kFloorDivide, kMax, kMin };
 
-  // An expression; the Python module has the only kind there is.
+  // An expression. The Python module has the only implementation.
   struct Symbol {
     virtual ~Symbol() = default;
     virtual Dim apply(Op op, const Dim& left, const Dim& right) const = 0;
@@ -24,7 +24,7 @@ class Dim {
   explicit Dim(std::shared_ptr<const Symbol> symbol) : symbol_(std::move(symbol)) {}
 
   bool known() const { return !symbol_; }
-  int64_t value() const { return value_; }  // where it is known
+  int64_t value() const { return value_; }  // only if it is a number
   const Symbol* symbol() const { return symbol_.get(); }
 
   friend Dim operator+(const Dim& a, const Dim& b) { return combine(Op::kAdd, a, b); }

@@ -1,5 +1,5 @@
-// A code family: the host side of kernels that share one loop per pass. Each is defined in a file of its own
-// in csrc/core/families, and nowhere else.
+// A code family: the host side of kernels that share one loop per pass. Each family is one file in
+// csrc/core/families.
 #pragma once
 
 #include "core/plan/call.h"

@@ -1,4 +1,4 @@
-// How a call runs: the result of plan(), passed to the launch functions, and in parts to the kernels.
+// The launch of a call: the result of plan(), which the launch functions take; kernels take parts of it.
 #pragma once
 
 #include <cstdint>
@@ -13,44 +13,45 @@ namespace jax_flash {
 // The tiles of query rows or of key rows that a kernel's grid covers.
 struct TileGrid {
   int32_t block = 0;           // rows of a tile
-  bool segment_parts = false;  // the intervals of segments are computed for parts of kSegmentPart rows, too
+  bool segment_parts = false;  // segments give an interval to each kSegmentPart rows, too
   int64_t tiles = 0;           // tiles of one head of one leading entry (fixed layouts: of one batch entry)
-  int64_t blocks = 0;          // CTAs where each takes one tile
-  int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx tells the tile
-  int64_t segments = -1;  // offset of the intervals that segments give each tile; -1: there are no segments
-  int64_t ranges = -1;    // offset of what blocks and tiles see by ranges (cuda/ranges.cu); -1: not in memory
-  int64_t lists = -1;     // offset of the lists that block masks leave to tiles (cuda/blocks.cu); -1: none
-  int32_t other_block = 0;  // with these two: rows of a tile of the other side
+  int64_t blocks = 0;          // CTAs if each takes one tile
+  int64_t schedule = -1;       // offset of the varlen schedule in the workspace; -1: blockIdx gives the tile
+  int64_t segments = -1;       // offset of the interval that segments leave to each tile; -1: no segments
+  int64_t ranges = -1;         // offset of the table of cuda/ranges.cu: what tiles see by ranges; -1: none
+  int64_t lists = -1;          // offset of the lists of cuda/blocks.cu, for block masks; -1: none
+  int32_t other_block = 0;     // with ranges or lists: rows of a tile of the other side
 };
 
-// How decode splits the keys. A column is a KV head, or a chunk of its query rows if they are many. The CTAs
-// of a column work on equal ranges of the key tiles of all sequences, or on whole splits of a given size.
+// How decode splits the keys. A column is a KV head, or one chunk of its query rows if they are too many for
+// a tile. The CTAs of a column divide the key tiles of all sequences into equal ranges, or into splits of a
+// given size.
 struct DecodeGrid {
   int32_t columns = 0;      // neighbouring CTAs take neighbouring columns
   int32_t ranges = 0;       // CTAs of a column
-  int32_t parts = 0;        // splits of every sequence; 0: as many as the ranges cut
-  int32_t part_tiles = 0;   // or key tiles of every split; 0: not given
-  int32_t slots = 0;        // splits of one sequence, where they are given
-  int32_t packed_rows = 0;  // packed sequences with more query rows per KV head are left to the forward
+  int32_t parts = 0;        // splits of every sequence; 0: the ranges' limits split them
+  int32_t part_tiles = 0;   // or key tiles of every split; 0: not fixed
+  int32_t slots = 0;        // most splits of one sequence, if parts or part_tiles is set
+  int32_t packed_rows = 0;  // the forward runs packed sequences with more query rows per KV head
   int64_t all_slots = 0;    // partial results of a column
-  int64_t memory = -1;      // where they begin in the workspace; -1: no sequence is split
+  int64_t memory = -1;      // their offset in the workspace; -1: no sequence is split
 
   JF_HD bool fixed_parts() const { return parts > 0 || part_tiles > 0; }
-  // Whether decode takes a packed sequence.
+  // Whether decode runs a packed sequence.
   JF_HD bool takes(int64_t q_len, int64_t group) const {
     return packed_rows > 0 && q_len * group <= packed_rows;
   }
 };
 
-// One plan serves both kernels of a call with packed sequences, decode and the forward after it: `score` and
-// `shared` are then the forward's, `decode` and `decode_kernel` the other's.
+// A call with packed sequences may run two kernels, decode and then the forward. One plan serves both:
+// `decode` and `decode_kernel` belong to decode, `score` and `shared` to the forward.
 //
-// The forward runs over query tiles. The backward runs over key tiles and adds dQ up in the accumulator or,
-// where dQ has to be repeatable, leaves it to a second kernel over query tiles. The bias gradient runs over
+// The forward runs over query tiles. The backward runs over key tiles and adds dQ to the accumulator or,
+// where dQ has to be repeatable, a second kernel over query tiles computes dQ. The bias gradient runs over
 // the tiles of dbias, whose CTAs are counted in `queries`.
 struct LaunchPlan {
   int32_t kernel = -1;         // index into the built rows; -1: none runs
-  int32_t decode_kernel = -1;  // with packed sequences: runs first, for those of few rows; -1: none
+  int32_t decode_kernel = -1;  // with packed sequences: runs first, for sequences with few rows; -1: none
   ScoreKind score = ScoreKind::kPlain;
   TileGrid queries, keys;
   DecodeGrid decode;
@@ -60,7 +61,7 @@ struct LaunchPlan {
   int64_t tile_counter = -1;    // offset of the tile counter (4 bytes, cleared by the launch) in the
                                 // workspace; -1: CTA i takes tiles i, i + CTAs, …
   int64_t accumulator = -1;     // offset of dQ in float32; -1: none
-  int64_t dq_tickets = -1;      // where the counts begin that order the additions to dQ; -1: they have none
+  int64_t dq_tickets = -1;      // offset of the tickets that order the additions to dQ; -1: no order
   int64_t shared = 0;           // bytes of shared memory per CTA
   int64_t workspace = 0;        // bytes of the workspace that are used
 
@@ -83,27 +84,28 @@ struct TileWork {
 };
 static_assert(sizeof(TileWork) == 32);
 
-// The tiles of a grid, as its kernel finds them.
+// The tiles of a grid, as a kernel parameter.
 struct GridTiles {
   const TileWork* schedule;  // of packed sequences, else null
   const Interval* segments;  // visible rows or keys of each tile of a batch entry; null without segments
-  int32_t count;             // of one head
+  int32_t count;             // tiles of one head
 };
 
-// The keys that segments let each query tile of a batch entry see, and whether these and the tile's rows are
-// of one segment; null without segments.
+// For each query tile of a batch entry: the keys that segments let it see, and whether these keys and its
+// rows belong to one segment. Null without segments.
 struct TileSegments {
   const Interval* keys = nullptr;
   const int32_t* one_segment = nullptr;
-  const Interval* part_keys = nullptr;  // of parts of kSegmentPart rows; null where the plan has none
-  const SeenByBlock* blocks = nullptr;  // what ranges let blocks and tiles of rows see, in kernels for ranges
+  const Interval* part_keys = nullptr;  // for parts of kSegmentPart rows; null if the plan has none
+  const SeenByBlock* blocks = nullptr;  // in kernels for ranges: what blocks and tiles of rows see
   const SeenByTile* tiles = nullptr;
-  KeyLists lists{};  // what block masks leave to query tiles, in kernels for blocks
+  KeyLists lists{};  // in kernels for block masks: the key tiles of query tiles
 };
 
-inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; of each part of the workspace
-inline constexpr int32_t kSegmentPart = kRowBlock;   // rows: a consumer warpgroup's
-inline constexpr int64_t kSmallestTile = 16;         // rows, in csrc/kernels.def: bounds the number of tiles
+inline constexpr int64_t kWorkspaceAlignment = 256;  // bytes; alignment of each part of the workspace
+inline constexpr int32_t kSegmentPart = kRowBlock;   // rows of a consumer warpgroup
+inline constexpr int64_t kSmallestTile =
+    16;  // fewest rows in csrc/kernels.def, which bound the number of tiles
 
 // Columns of a head in the float32 accumulator of dQ: whole blocks of 16.
 inline constexpr int32_t kAccumulatorBlock = 16;

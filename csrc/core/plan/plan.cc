@@ -8,7 +8,7 @@
 namespace jax_flash {
 namespace {
 
-// Why no kernel of any row can run the call; empty: some may.
+// The reason why no row can run the call; empty if some row may.
 std::string refusal(const Call& call) {
   const Shapes& s = call.shapes;
   if (s.head_dim % 8 || s.value_dim % 8) {
@@ -31,8 +31,8 @@ std::string refusal(const Call& call) {
   return {};
 }
 
-// Whether the keys of a bias or a mask lie side by side, in rows that begin at multiples of 8 keys, so that
-// cp.async can copy 8 of them.
+// Whether cp.async can copy 8 keys of a bias or a mask at once: keys are contiguous, and rows begin at
+// multiples of 8 keys.
 bool in_chunks(const View& view, const Leading& leading, int64_t element_bytes) {
   constexpr int64_t kChunk = 8;
   bool whole = view && view.column == 1 && view.row % kChunk == 0 && view.head % kChunk == 0 &&
@@ -57,7 +57,7 @@ Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
   const Family* last = nullptr;
   for (const KernelRow& row : kernel_table()) {
     const Family& family = row.arch->family();
-    if (row.pass != pass || &family == last) continue;  // rows of one family stand side by side
+    if (row.pass != pass || &family == last) continue;  // the table groups its rows by family
     last = &family;
     if (const PassTraits* traits = family.of(pass)) bound = max(bound, traits->workspace_bound(spec, shapes));
   }
@@ -66,8 +66,8 @@ Dim bound_of(Pass pass, const AttentionSpec& spec, const DimShapes& shapes) {
 
 }  // namespace
 
-// Calls with few query rows run the decode kernels; in packed batches these run the short sequences first,
-// and the forward the others.
+// Calls with few query rows run the decode kernels. In packed batches decode runs the short sequences first,
+// then the forward runs the others.
 PlannedCall plan(const Call& call, std::span<const KernelRow> built) {
   PlannedCall result;
   result.error = refusal(call);

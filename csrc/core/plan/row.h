@@ -1,4 +1,4 @@
-// A row of csrc/kernels.def: one kernel, by what it computes, its design, its tile and its variants.
+// A row of csrc/kernels.def: what a kernel computes, its design, its tile and its variants.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Arch {
   bool covers(int32_t capability) const { return oldest <= capability && capability <= newest; }
 };
 
-// Where a kernel's keys and values come from; the value is the bit in Row::loaders.
+// Where a kernel loads keys and values from; the value is the bit in Row::loaders.
 enum class Loader : int32_t { kDense = 0, kPaged = 1 };
 
 // The kinds of scores that kernels compute (csrc/scores.def); the value is the bit in Row::scores.
@@ -34,7 +34,7 @@ inline constexpr int32_t kScoreKinds = 0
 #include "../../scores.def"
     ;
 
-// The algorithm of a kernel, one of its family's for the pass. csrc/kernels.def says what each is.
+// The algorithm of a kernel. csrc/kernels.def describes them.
 enum class Design : int32_t {
   kTiles,
   kPackedHeads,
@@ -56,12 +56,12 @@ constexpr JF_HD int32_t slices_of(int32_t columns, int32_t slice_columns) {
 struct Row {
   Pass pass;
   Design design;
-  uint32_t loaders;   // bit set of Loader; a built kernel has one, or chooses at run time
-  uint32_t elements;  // bit set of DType: of query, of which a built kernel has one, and float8 of pages
+  uint32_t loaders;             // bit set of Loader; a built kernel has one, or chooses at run time
+  uint32_t elements;            // bit set of DType: of query (one in a built kernel), and float8 of pages
   int32_t head_dim, value_dim;  // 0: any
   int32_t block_m, block_n;     // rows of queries and of keys in a tile
   int32_t stages, warps;
-  int32_t teams;      // of consumer warpgroups in a CTA, each with query tiles of its own
+  int32_t teams;      // groups of consumer warpgroups in a CTA, each with its own query tiles
   int32_t multicast;  // 2: the plain kernel is also built for clusters of 2 CTAs that share loads of K and V
   int32_t blocks;     // CTAs per SM that the registers must allow
   uint32_t scores;    // bit set of ScoreKind
@@ -72,13 +72,13 @@ struct Row {
   constexpr bool is_paged() const { return loaders == 1u << static_cast<int32_t>(Loader::kPaged); }
   constexpr bool is_latent() const { return design == Design::kLatent || design == Design::kLatentFew; }
 
-  // Columns of V and O in a tile: registers hold O of 16 query rows up to this width, and wider values are
-  // cut into slices, each with CTAs of its own that make S again.
+  // Columns of V and O in a tile. Up to this width O of 16 query rows fits in a warp's registers. Wider
+  // values are cut into slices, each with its own CTAs, which compute S again.
   static constexpr int32_t kSliceColumns = 256;
   constexpr int32_t slice_columns() const { return value_dim < kSliceColumns ? value_dim : kSliceColumns; }
   constexpr bool is_sliced() const { return value_dim > kSliceColumns; }
 
-  // The row with tiles of another shape: a kernel for score options may have smaller ones.
+  // The row with another tile shape, because a kernel for score options may need smaller tiles.
   constexpr Row with_tile(int32_t m, int32_t n) const {
     Row row = *this;
     row.block_m = m, row.block_n = n;

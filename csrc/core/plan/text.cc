@@ -1,4 +1,4 @@
-// Rows and plans in words: what `python -m jax_flash plan` prints and errors name.
+// Text for rows and plans, for `python -m jax_flash plan` and error messages.
 #include "core/plan/text.h"
 
 namespace jax_flash {

@@ -1,4 +1,4 @@
-// The consecutive parts of a call's workspace, and their sizes: exact in a plan, or as an upper bound.
+// The parts of a call's workspace, and their sizes: exact in a plan, else an upper bound.
 #pragma once
 
 #include "core/band.h"
@@ -11,7 +11,7 @@ namespace jax_flash {
 struct Workspace {
   int64_t bytes = 0;
 
-  // Returns where the part begins.
+  // Returns the offset of the part.
   int64_t add(int64_t part) {
     const int64_t begin = bytes;
     bytes += ceil_div(part, kWorkspaceAlignment) * kWorkspaceAlignment;
@@ -23,13 +23,14 @@ inline Dim aligned(const Dim& part) {
   return (part + (kWorkspaceAlignment - 1)) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
-// Upper bound of the tiles of one packed leading entry: of its sequences, and of the tokens outside them.
+// Upper bound of the tiles of one packed leading entry: those of its sequences and of the tokens outside
+// them.
 inline Dim varlen_tiles(const Dim& rows, const Dim& sequences, int64_t tile) {
   return rows / tile + sequences + 2;
 }
 
-// Bytes of a schedule of `tiles` tiles, followed by the starts of sequences, int32: [n + 3] of the scheduled
-// rows, with the tokens before and after the sequences, and [n + 1] of the others.
+// Bytes of a schedule of `tiles` tiles. The starts of the sequences follow, int32: [n + 3] for the rows that
+// are scheduled, with the tokens before and after the sequences, and [n + 1] for the rows of the other side.
 inline Dim schedule_bytes(const Dim& leading, const Dim& sequences, const Dim& tiles) {
   return leading * (tiles * int64_t{sizeof(TileWork)} + (sequences + 2) * 8);
 }
@@ -40,13 +41,14 @@ inline Dim schedule_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return aligned(schedule_bytes(s.leading, s.batch, varlen_tiles(rows, s.batch, kSmallestTile)));
 }
 
-// Bytes for each tile of each batch entry: an interval, and whether it and the tile are of one segment.
+// Bytes of the table of segments: for each tile of each batch entry an interval, and whether the interval and
+// the tile belong to one segment.
 inline Dim segments_bytes(const Dim& leading, const Dim& batch, const Dim& tiles) {
   return leading * batch * tiles * int64_t{sizeof(Interval) + sizeof(int32_t)};
 }
 
-// Whether a kernel before the call's own finds the visible interval of each tile: what segments and ranges
-// leave. Kernels of packed sequences visit all tiles in the band.
+// Whether a kernel before the call's own computes the interval that segments and ranges leave to each tile.
+// Kernels of packed sequences visit all tiles in the band instead.
 inline bool trims_tiles(const AttentionSpec& spec) {
   return spec.has(Operand::kQSegmentIds) || (spec.has(Operand::kRanges) && !spec.packed());
 }
@@ -58,37 +60,38 @@ inline Dim segments_bound(const AttentionSpec& spec, const DimShapes& s, const D
   return aligned(segments_bytes(s.leading, s.batch, rows / kSmallestTile + rows / kSegmentPart + 2));
 }
 
-// Slots of a table of what blocks of `block` rows see; an upper bound where sizes are not known.
+// Slots of a table with an entry for each `block` rows; an upper bound if sizes are not known.
 inline Dim block_slots(const AttentionSpec& spec, const Dim& batch, const Dim& rows, int64_t block) {
   return spec.packed() ? rows / block + batch : batch * ((rows + (block - 1)) / block);
 }
 
-// Bytes of what ranges leave to blocks of query rows, and to tiles of `tile` rows of queries or keys.
+// Bytes of the tables of what blocks of query rows, and tiles of `tile` rows of queries or keys, see by
+// ranges.
 inline Dim ranges_bytes(const AttentionSpec& spec, const DimShapes& s, const Dim& rows, int64_t tile) {
   static_assert(sizeof(SeenByTile) == 2 * sizeof(Interval));
   return s.leading * (block_slots(spec, s.batch, s.q_rows, kRowBlock) * int64_t{sizeof(SeenByBlock)} +
                       block_slots(spec, s.batch, rows, tile) * int64_t{sizeof(SeenByTile)});
 }
 
-// Upper bound over all kernels for ranges alone.
+// Upper bound of the tables of all kernels for ranges.
 inline Dim ranges_bound(const AttentionSpec& spec, const DimShapes& s, const Dim& rows) {
   return spec.has(Operand::kRanges) ? aligned(ranges_bytes(spec, s, rows, kRowBlock)) : Dim(0);
 }
 
-// Bytes of the lists of key tiles of `keys` keys, at least, that block masks leave to 64 query rows of two
-// heads or 128 of one.
+// Bytes of the lists of key tiles for 64 query rows of two heads or 128 of one, with block masks. A key tile
+// has at least `keys` keys.
 inline Dim key_lists_bytes(const DimShapes& s, int64_t keys) {
   const Dim lists = s.leading * s.batch * s.heads * (s.q_rows / (2 * kRowBlock) + 1);
   return lists * (((s.k_rows + (keys - 1)) / keys) * int64_t{sizeof(KeyPieces)} + int64_t{sizeof(KeyList)});
 }
 
-// Bytes of the lists of query tiles of `rows` rows that block masks leave to 128 keys.
+// Bytes of the lists of query tiles of `rows` rows for each 128 keys, with block masks.
 inline Dim step_lists_bytes(const DimShapes& s, int64_t rows) {
   const Dim lists = s.leading * s.batch * ((s.k_rows + (2 * kRowBlock - 1)) / (2 * kRowBlock));
   return lists * (s.heads * ((s.q_rows + (rows - 1)) / rows) + s.kv_heads) * int64_t{sizeof(int32_t)};
 }
 
-// Upper bounds over all kernels for blocks alone.
+// Upper bounds of the lists of all kernels for block masks.
 inline Dim key_lists_bound(const AttentionSpec& spec, const DimShapes& s) {
   return spec.has(Operand::kBlockMask) ? aligned(key_lists_bytes(s, kRowBlock)) : Dim(0);
 }
@@ -102,8 +105,8 @@ inline Dim accumulator_bytes(const AttentionSpec& spec, const DimShapes& s) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.q_rows * s.heads * columns * 4;
 }
 
-// Query tiles of a head in the tiled accumulator and in the counts: of a batch entry, or the slots of all
-// packed sequences (slot_count in core/sequence.h).
+// Query tiles of a head in the tiled accumulator and among the tickets: those of a batch entry, or the slots
+// of all packed sequences (slot_count in core/sequence.h).
 inline Dim dq_tiles(const AttentionSpec& spec, const Dim& rows, const Dim& sequences, int64_t tile) {
   return spec.packed() ? rows / tile + sequences : (rows + (tile - 1)) / tile;
 }
@@ -114,7 +117,7 @@ inline Dim tiled_accumulator_bytes(const AttentionSpec& spec, const DimShapes& s
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * tiles * tile * s.head_dim * 4;
 }
 
-// The counts that order the additions to dQ.
+// The tickets that order the additions to dQ.
 inline Dim dq_tickets_bytes(const AttentionSpec& spec, const DimShapes& s, int64_t tile) {
   return s.leading * (spec.packed() ? Dim(1) : s.batch) * s.heads * dq_tiles(spec, s.q_rows, s.batch, tile) *
          4;
@@ -125,7 +128,7 @@ inline DimShapes dims_of(const Shapes& s) { return {s.as<Dim>(), s.leading}; }
 // A grid of tiles over rows of queries or keys, with the schedule that packed sequences need.
 TileGrid tile_grid(const Call& call, int64_t rows, int64_t heads, int32_t tile, Workspace& workspace);
 
-// Adds the workspace for what ranges leave to the tiles of a grid over `rows` rows, whose steps are tiles of
+// Adds the workspace of ranges' tables for a grid over `rows` rows, whose loops step over tiles of
 // `other_block` rows of the other side.
 inline void add_ranges(const Call& call, int64_t rows, int32_t other_block, TileGrid& grid,
                        Workspace& workspace) {
@@ -134,15 +137,14 @@ inline void add_ranges(const Call& call, int64_t rows, int32_t other_block, Tile
   grid.other_block = other_block;
 }
 
-// Adds the workspace for the lists that block masks leave to the query tiles of a grid, of tiles of `keys`
-// keys.
+// Adds the workspace of the lists of key tiles, of `keys` keys each, for the query tiles of a grid.
 inline void add_key_lists(const Call& call, int32_t keys, TileGrid& grid, Workspace& workspace) {
   if (grid.blocks == 0) return;
   grid.lists = workspace.add(key_lists_bytes(dims_of(call.shapes), keys).value());
   grid.other_block = keys;
 }
 
-// Likewise of the steps that they leave to the key tiles of a grid, of query tiles of `rows` rows.
+// Adds the workspace of the lists of steps, query tiles of `rows` rows each, for the key tiles of a grid.
 inline void add_step_lists(const Call& call, int32_t rows, TileGrid& grid, Workspace& workspace) {
   if (grid.blocks == 0) return;
   grid.lists = workspace.add(step_lists_bytes(dims_of(call.shapes), rows).value());

@@ -7,21 +7,21 @@ namespace jax_flash {
 
 inline constexpr int32_t kLeastBlock = 16;  // rows and keys of a block are multiples of it
 
-// The blocks of one sequence at a first head and those after it. Rows and keys past the last block see
-// nothing.
+// The blocks of one sequence, from a first head on. Rows past the last block see nothing, and no row sees
+// keys past it.
 struct BlockMask {
   const uint8_t* seen = nullptr;  // [block of rows, block of keys]; null: hides nothing
-  int64_t head = 0, row = 0;      // elements from one to the next
+  int64_t head = 0, row = 0;      // strides, in elements
   int32_t rows = 0, columns = 0;  // blocks
   int32_t block_rows = 1, block_keys = 1;
-  int32_t first_row = 0, first_key = 0;  // positions in the sequence that the blocks are of
+  int32_t first_row = 0, first_key = 0;  // positions in the sequence where the blocks begin
 
   JF_HD explicit operator bool() const { return seen != nullptr; }
 
   JF_HD bool sees_block(int32_t h, int32_t at, int32_t column) const {
     return at < rows && column < columns && seen[h * head + at * row + column] != 0;
   }
-  // Whether any of `rows` sees a key of `keys` by the blocks of head h; neither is empty.
+  // Whether the blocks of head h let any of `rows` see any of `keys`; neither interval is empty.
   JF_HD bool any_sees(int32_t h, const Interval& rows, const Interval& keys) const {
     for (int32_t at = (rows.lo + first_row) / block_rows; at <= (rows.hi - 1 + first_row) / block_rows; ++at)
       for (int32_t j = (keys.lo + first_key) / block_keys; j <= (keys.hi - 1 + first_key) / block_keys; ++j)
@@ -33,7 +33,7 @@ struct BlockMask {
   }
 };
 
-// The blocks at query heads from `first` on.
+// The blocks from query head `first` on.
 JF_HD BlockMask block_mask_of(const Problem& p, int64_t leading, const Sequence& s, int32_t first) {
   const View& view = p.block_mask;
   if (!view) return {};

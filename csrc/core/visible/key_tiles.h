@@ -1,5 +1,5 @@
-// The keys that block masks leave to query tiles, as lists of key tiles, and the query tiles that they leave
-// to key tiles. A kernel makes them once per call (cuda/blocks.cu) for kernels of score kind Blocks.
+// Lists for block masks: for each query tile the key tiles that it sees, and for each key tile the query
+// tiles that see it. A kernel makes them once per call (cuda/blocks.cu) for the kernels of score kind Blocks.
 #pragma once
 
 #include "blocks.h"
@@ -7,13 +7,13 @@
 namespace jax_flash {
 
 inline constexpr int32_t kMostPieces = 4;    // of a key tile
-inline constexpr int32_t kNoKeys = 1 << 30;  // where the keys of an empty piece begin: past every sequence
+inline constexpr int32_t kNoKeys = 1 << 30;  // first key of an empty piece: past every sequence
 
-// What the rows of a consumer warpgroup see of a piece.
+// How much of a piece the rows of a consumer warpgroup see.
 enum class SeenPiece : int32_t { kAll = 0, kNone = 1, kSome = 2 };
 
-// A key tile: pieces of neighbouring keys, which lie in the tile one after the other. A piece is its first
-// key, a multiple of 16, and what the rows of both consumers see of it. Unused ones are 0.
+// A key tile consists of pieces of consecutive keys, stored one after the other. A piece is given by its
+// first key, a multiple of 16, and how much of it the rows of both consumers see. Unused pieces are 0.
 struct alignas(16) KeyPieces {
   int32_t piece[kMostPieces];
 
@@ -33,23 +33,23 @@ struct alignas(16) KeyPieces {
 // The list of a query tile, in ascending order. Only its last tile has pieces without keys.
 struct KeyList {
   int32_t tiles;
-  int32_t last_values;  // rows of V's last tile that may be multiplied
+  int32_t last_values;  // valid rows of V in the last tile
 };
 
-// The lists of all query tiles of a call. A query tile has the rows of two consumers: neighbouring ones of
-// one head, or the same ones of two heads of a KV head.
+// The lists of all query tiles of a call. The two consumers of a query tile have neighbouring rows of one
+// head, or the same rows of two heads of a KV head.
 struct KeyLists {
   KeyPieces* tiles = nullptr;
   KeyList* lists = nullptr;
-  int32_t most = 0;         // tiles of a list
-  int32_t keys = 0;         // of a piece
-  int32_t rows = 0;         // from one query tile to the next
-  int32_t heads = 0;        // of a query tile
-  int32_t query_tiles = 0;  // of a head
+  int32_t most = 0;         // most tiles of a list
+  int32_t keys = 0;         // keys of a piece
+  int32_t rows = 0;         // stride between query tiles
+  int32_t heads = 0;        // heads of a query tile
+  int32_t query_tiles = 0;  // query tiles of a head
 };
 
-// The backward's steps of a key tile: query tiles of the heads of its KV head, packed with what the rows see
-// of the keys of both consumers.
+// A step of the backward on a key tile: a query tile of one of the heads, packed with how much of both
+// consumers' keys its rows see.
 struct ListedStep {
   static constexpr int32_t kMostHeads = 1 << 7, kMostTiles = 1 << 20;
 
@@ -63,7 +63,7 @@ struct ListedStep {
 // The lists of all key tiles of a call.
 struct StepLists {
   int32_t *steps = nullptr, *counts = nullptr;
-  int32_t most = 0;  // steps of a list
+  int32_t most = 0;  // most steps of a list
 };
 
 }  // namespace jax_flash

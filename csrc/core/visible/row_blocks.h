@@ -14,7 +14,7 @@ struct alignas(16) SeenByBlock {
   Interval any, gap, whole[2];
 };
 
-// The same for a query tile, which has several blocks.
+// The same for a query tile, which consists of several blocks.
 struct alignas(16) SeenByTile {
   Interval any, gap;
 };
