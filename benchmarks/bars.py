@@ -71,7 +71,7 @@ def speedup(cell: Cell, peer: str) -> float:
 
 
 def share_of_product(cell: Cell) -> float:
-    """FLOP/s over those of the matrix product, which has `product` FLOP and was timed in the same turns."""
+    """FLOP/s over those of the matrix product, which has `product` FLOP and was timed in alternation with the call."""
     return float(cell["flop"] / cell["product"]) * ratio(cell, "matmul", "jax_flash")
 
 

@@ -8,7 +8,7 @@ from tests.cases import Case, Inputs, make_inputs, varlen
 
 __all__ = ["CPU", "GPU", "Case", "Inputs", "make_inputs", "varlen"]
 
-# --- GPU: 16,384 tokens in all and heads · head dim = 2048, as the field reports ------------------------------------
+# --- GPU: 16,384 tokens in all and heads · head dim = 2048, as in the FlashAttention papers -------------------------
 
 TOKENS, WIDTH = 16384, 2048
 HEAD_DIMS = (64, 128, 256)

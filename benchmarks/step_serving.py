@@ -52,7 +52,7 @@ State = tuple[list[tuple[Any, Any]], Any, Any]  # pools of each layer, the token
 
 
 def weights_of(sizes: Sizes) -> dict[str, Any]:
-    """The weights of all layers, which are copies of those of one, and the embedding."""
+    """The embedding, and the weights of all layers: copies of one layer's."""
     s, d = sizes, sizes.head_dim
     shapes = {
         "q": (s.width, s.heads * d),
@@ -169,7 +169,7 @@ def stepping(program: Any, state: State, weights: Any, tables: Any) -> Callable[
 
 
 def compiled(lowered: Any) -> tuple[Any, dict[str, int] | None]:
-    """The program, and the numbers of its thunks inside and outside of command buffers, as XLA reports them."""
+    """The compiled program, and captured_calls() of it."""
     if jax.default_backend() != "gpu":
         return lowered.compile(), None
     with tempfile.TemporaryDirectory() as folder:
@@ -180,7 +180,7 @@ def compiled(lowered: Any) -> tuple[Any, dict[str, int] | None]:
 
 
 def captured_calls(sequence: str) -> dict[str, int]:
-    """Thunks inside and outside of command buffers, from the text that XLA writes of a program's thunks."""
+    """The numbers of thunks inside and outside of command buffers, counted in XLA's text dump of the thunk sequence."""
     counts, buffer = {"inside": 0, "outside": 0}, None
     for line in sequence.splitlines():
         if ": k" not in line:

@@ -85,7 +85,7 @@ def in_automatic_axes(run: Callable[[Any], Any], operands: Any, shardings: Any) 
     mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
     if mesh is None:
         return run(operands)
-    whole = NamedSharding(mesh, PartitionSpec())  # of what is like an array that was made outside the mesh
+    whole = NamedSharding(mesh, PartitionSpec())  # for results whose type has no sharding
     on_mesh = jax.tree.map(lambda sharding: whole if sharding.mesh.empty else sharding, shardings)
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind is AxisType.Explicit)
     return jax.sharding.auto_axes(run, axes=axes, out_sharding=on_mesh)(operands)
@@ -115,7 +115,7 @@ def partly_manual_region(ctx: mlir.LoweringRuleContext) -> Region | None:
 
 
 def within(ctx: mlir.LoweringRuleContext, region: Region) -> mlir.LoweringRuleContext:
-    """The context with the region's mesh, of devices."""
+    """The context with the region's mesh of concrete devices."""
     context: Any = ctx.module_context.axis_context
     module = ctx.module_context.replace(axis_context=replace(context, mesh=region.mesh))
     moved: mlir.LoweringRuleContext = ctx.replace(module_context=module)
@@ -125,7 +125,8 @@ def within(ctx: mlir.LoweringRuleContext, region: Region) -> mlir.LoweringRuleCo
 def dimension_axes(x: Any, mesh: Any) -> list[tuple[str, ...]]:
     """The mesh axes of each dimension of an array that XLA shows its partitioner.
 
-    None for all of them where a PartitionSpec cannot say it: Shardy splits a dimension over a part of an axis too.
+    No axes at all where no PartitionSpec describes the sharding, since Shardy may split a dimension over a part of an
+    axis.
     """
     whole: list[tuple[str, ...]] = [()] * len(x.shape)
     if mesh.empty:
@@ -158,7 +159,7 @@ def device_count(ctx: mlir.LoweringRuleContext) -> int:
 
 
 class _Kept:
-    """Keeps what it holds alive with a compiled program; a serialised program does not need it and leaves it out."""
+    """Keeps an object alive as long as a compiled program; pickled without it, as a serialised program needs none."""
 
     def __init__(self, held: Any = None):
         self._held = held
@@ -168,10 +169,11 @@ class _Kept:
 
 
 def lower_partitioned(ctx: mlir.LoweringRuleContext, run: Any, values: Any, identity: str) -> Any:
-    """Lowers a jitted function that is one custom partitioning of which `identity` says all but mesh and platforms.
+    """Lowers a jitted function that is one custom partitioning. `identity` names all it depends on but mesh and
+    platforms.
 
-    What JAX keeps alive for XLA's partitioner cannot be pickled, which `jax.experimental.serialize_executable` does
-    with all that a compiled program keeps alive.
+    `jax.experimental.serialize_executable` pickles every object that a compiled program keeps alive, but the objects
+    that JAX keeps alive for XLA's partitioner cannot be pickled.
     """
     kept = ctx.module_context.keepalives
     count = len(kept)
@@ -181,11 +183,11 @@ def lower_partitioned(ctx: mlir.LoweringRuleContext, run: Any, values: Any, iden
 
 
 def _with_stable_keys(ctx: mlir.LoweringRuleContext, results: Any, identity: str) -> list[Any]:
-    """Gives the partitioner in the function that made these results a name which is the same in every process.
+    """Renames the partitioner of the call that made these results, so that its name is the same in every process.
 
-    JAX names it by an address, which would be part of the compilation cache's key: no later process would find the
-    program. Equal names mean equal partitioners here, so all programs of a process share the first. Returns what they
-    must keep alive, since JAX's table does not.
+    JAX names it by an address, which becomes part of the compilation cache's key, so no later process would find the
+    program. Equal names mean equal partitioners here, so all programs of a process share the first one. Returns the
+    partitioners, which the programs must keep alive because JAX's table does not.
     """
     shared = []
     call = results[0].owner

@@ -1,4 +1,4 @@
-"""What `return_max` adds to a call: the largest of its rows' maxima, by sequence and head."""
+"""The result of `return_max`: the largest row maximum of each sequence and head."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .options import Arguments
 from .spec import AttentionSpec
 
 _INF = float("inf")
-_BLOCK = 128  # packed rows whose maxima are joined before those of a sequence are
+_BLOCK = 128  # packed rows whose common maximum is taken first
 
 
 def results(
     arguments: Arguments, spec: AttentionSpec, operands: dict[str, Array], found: tuple[Array, ...]
 ) -> Array | tuple[Array, ...]:
-    """What a public function returns: of out, lse and the largest scores those that were asked for."""
+    """The results of a public function: out, and lse and the largest scores if they were asked for."""
     out, lse, *row_max = found
     wanted = [out, lse] if arguments.return_lse else [out]
     wanted += [_largest(spec, operands, x) for x in row_max]
@@ -27,7 +27,7 @@ def results(
 
 
 def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) -> Array:
-    """`[b, hq]` from the rows' `[b, hq, sq]`; packed, `[n, hq]` from `[hq, tq]`. In a ring, of all devices."""
+    """`[b, hq]` from row maxima `[b, hq, sq]`, or packed `[n, hq]` from `[hq, tq]`; in a ring, over all devices."""
     row_max = lax.stop_gradient(row_max)
     if not spec.packed:
         largest = row_max.max(-1, initial=-_INF)
@@ -43,9 +43,9 @@ def _largest(spec: AttentionSpec, operands: dict[str, Array], row_max: Array) ->
 
 
 def of_cuda(lse: Array, row_max: Array) -> Array:
-    """row_max as floats: CUDA's kernels find the largest of integers in the same order, of which 0 is none.
+    """row_max as floats. CUDA kernels return an integer that orders as the float does, or 0 if the row sees no key.
 
-    Their maxima pass over NaN, by which a visible one makes lse NaN too.
+    Their maxima ignore NaN, but a visible NaN makes lse NaN.
     """
     bits = lax.bitcast_convert_type(row_max, jnp.uint32)
     is_positive = bits >> 31 == 1
@@ -58,8 +58,8 @@ def of_cuda(lse: Array, row_max: Array) -> Array:
 def _by_sequence(operands: dict[str, Array]) -> Array:
     """The largest of each sequence's rows, `[n, hq]`.
 
-    A sequence is the whole blocks of rows between its first and its last, and rows of these two. A scatter would wait
-    for one row after the other on GPUs.
+    A sequence consists of rows of its first and its last block and of all rows of the blocks between. A scatter would
+    be slow on GPUs, because its updates of one element run one after the other.
     """
     row_max = operands["row_max"]
     heads, tokens = row_max.shape

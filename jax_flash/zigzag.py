@@ -1,7 +1,7 @@
-"""Zigzag order: a sequence permuted so that equal shards of it are equal work under a causal mask.
+"""Zigzag order permutes a sequence so that equal shards have equal work under a causal mask.
 
-The sequence is cut into 2·n chunks for n devices, and device i holds chunks i and 2n − 1 − i: what the first chunk sees
-too little of the keys, the other one sees too much.
+The sequence is cut into 2·n chunks for n devices, and device i holds chunks i and 2n − 1 − i. Under a causal mask an
+early chunk sees few keys and a late one many, so each device's pair sees about the same number.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def zigzag_unpermute(x: ArrayLike, devices: int, axis: int = 1) -> jax.Array:
 def zigzag_positions(length: int, devices: int) -> jax.Array:
     """The positions in the sequence, int32 `[length]`, of the tokens of an array in zigzag order.
 
-    They are what `apply_rotary` needs: sharded like the tokens, each device has those of its own.
+    Pass them to `apply_rotary`, sharded like the tokens.
 
     Raises:
       ValueError: if the length is not a multiple of 2·devices.
@@ -87,7 +87,7 @@ def _whole(check: Checker, name: str, x: Any) -> int:
 
 
 def _chunks(op: str, x: Any, devices: int, axis: int) -> tuple[jax.Array, int]:
-    """x with its dimension `axis` cut into [2·devices, chunk], and where that is, counted from the front."""
+    """x with its dimension `axis` reshaped to [2·devices, chunk], and the index of the first of these two."""
     check = Checker(op)
     array = check.array("x", x)
     axis, devices = _whole(check, "axis", axis), _whole(check, "devices", devices)

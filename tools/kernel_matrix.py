@@ -1,6 +1,6 @@
 """Writes the tables of docs/matrix.md, which say what kernel runs a call, by asking `python -m jax_flash plan`.
 
-python tools/kernel_matrix.py            # rewrites the tables in place; tests/test_kernel_matrix.py tells stale ones
+python tools/kernel_matrix.py  # rewrites them in place; tests/test_kernel_matrix.py fails if they are stale
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Plants the bugs of tests/mutants one at a time in a copy of the tree, and tells which of them the tests catch.
+"""Plants the bugs of tests/mutants one at a time in a copy of the tree, and reports which of them the tests catch.
 
 python tools/mutants.py [--only TEXT]... [--nearest] [--gpu] [--list]
 
-A bug is a mutant: a file, a piece of its text and what replaces it. After each, what depends on the file is built, the
-tests nearest to it run, and then the others until one fails. The status is 1 where one survives or no longer fits.
+A bug is a mutant: a file, a piece of its text and the replacement. For each mutant this builds what depends on the file
+and runs the tests nearest to it, then the other tests until one fails. The exit status is 1 if a mutant survives or its
+text is no longer in the file.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LISTS = ROOT / "tests" / "mutants"
 WORK = ROOT / "build" / "mutants"
 ISA_OF_FLAG = {"avx512_bf16": "avx512_bf16", "avx512bw": "avx512", "avx2": "avx2"}
-# An editable install would lead `import jax_flash` back to the user's tree.
+# With an editable install, `import jax_flash` would otherwise import the user's tree.
 SITE = """import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]
 """
@@ -42,17 +43,18 @@ class Stale(Exception):
 
 
 class Broken(Exception):
-    """Without a bug, or with one that no compiler takes, nothing can be told."""
+    """The tree without a bug fails its tests, or the tree with the bug does not compile, so there is no verdict."""
 
 
 @dataclass(frozen=True)
 class Mutant:
     """One planted bug.
 
-    `breaks` is the promise that it breaks; `tests` are pytest's arguments for those nearest to it. `runs` says where:
-    "cpu" (this machine, Python and the CPU kernels), "emulated" (CUDA kernels on tests/kernels/emulator), "guards" (the
-    drivers of tests/kernels/guards, which `tests` then names) or "gpu". `isa`: the instruction set whose code it is in.
-    `objects`: of CUDA's kernels, those in files whose name contains one of these get the bug; none: all.
+    `breaks` is the promise that it breaks; `tests` are pytest's arguments for the tests nearest to it. `runs` says
+    where they run: "cpu" (this machine, Python and the CPU kernels), "emulated" (CUDA kernels on
+    tests/kernels/emulator), "guards" (the drivers of tests/kernels/guards, which `tests` then names) or "gpu". `isa`:
+    the CPU instruction set whose code has the bug. `objects`: the CUDA object files that are built with the bug, by
+    parts of their names; empty: all.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Mutant:
 
 
 def load(folder: Path = LISTS) -> list[Mutant]:
-    """The mutants of every list: those in Python first, then by file, so that little is built between two of them."""
+    """The mutants of every list, those in Python first, then sorted by file, so that little is rebuilt between two."""
     found = []
     for path in sorted(folder.glob("*.toml")):
         content = tomllib.loads(path.read_text())
@@ -86,13 +88,13 @@ def load(folder: Path = LISTS) -> list[Mutant]:
 
 
 def gpu_rows(folder: Path = LISTS) -> tuple[str, ...]:
-    """The rows of csrc/kernels.def that the tests of a GPU's mutants run (planted_library.table)."""
+    """The rows of csrc/kernels.def that the tests of GPU mutants need (planted_library.table)."""
     lists = [tomllib.loads(path.read_text()) for path in sorted(folder.glob("*.toml"))]
     return tuple(row for content in lists for row in content.get("rows", ()))
 
 
 def rows_for(mutants: list[Mutant], rows: tuple[str, ...]) -> tuple[str, ...]:
-    """Of `rows` those of the head dims of the kernels that these mutants are in: their tests run no others."""
+    """The `rows` whose head dims are those of kernels with one of these mutants; their tests run no others."""
     objects = [x for mutant in mutants for x in mutant.objects or ("",)]
 
     def head_dims(row: str) -> tuple[str, ...]:
@@ -109,7 +111,7 @@ def rows_for(mutants: list[Mutant], rows: tuple[str, ...]) -> tuple[str, ...]:
 # --- where a mutant runs ------------------------------------------------------------------------------------------
 
 RUNS = ("cpu", "guards", "emulated", "gpu")
-# The emulator's library has the head dims 64 and 512, whose rows take the smaller ones too.
+# The emulator's library has kernels for the head dims 64 and 512 only, which also run smaller head dims by padding.
 EMULATED_REST = (
     *("tests/test_several_tiles.py", "tests/test_append.py", "tests/test_paged_gradients.py"),
     *("-k", "not (xla or d72 or d96 or d128 or d160 or d192 or d224 or d256)"),
@@ -118,7 +120,7 @@ REST = {"cpu": ("tests",), "emulated": EMULATED_REST, "gpu": ("tests",), "guards
 
 
 def machine_isa() -> str:
-    """The instruction set of the CPU kernels that this machine takes; the others' are not built."""
+    """The best instruction set of the CPU kernels that this machine has; only its kernels are built."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return next((isa for flag, isa in ISA_OF_FLAG.items() if flag in flags), "baseline")
@@ -153,10 +155,10 @@ class Copy:
     workers: int
     gpu_rows: tuple[str, ...] = ()  # of the library for a GPU
     root: Path = WORK / "tree"
-    built: str = ""  # the kind and instruction set whose build is that of the files as they are
+    built: str = ""  # the kind and instruction set of the last build; "" if files have changed since
 
     def sync(self) -> None:
-        """Makes the copy's files those of the tree; unchanged ones keep their time, so that little is built."""
+        """Copies the tree's changed files; unchanged ones keep their time stamps, so that little is rebuilt."""
         names = tree_files()
         known = WORK / "files.txt"
         for name in set(known.read_text().splitlines() if known.exists() else ()) - names:
@@ -189,7 +191,7 @@ class Copy:
         return {**os.environ, **named, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def build(self, runs: str, isa: str) -> None:
-        """What tests of this kind need; raises Broken with what the compiler says."""
+        """Builds what tests of this kind need; raises Broken with the compiler's message."""
         kind = f"{runs} {isa}"
         if self.built == kind:
             return
@@ -220,7 +222,7 @@ class Copy:
         )
 
     def check_import(self) -> None:
-        """The copy, and no other jax_flash, is what the tests import."""
+        """Raises Broken unless the tests import the copy's jax_flash."""
         program = "import jax_flash._core as core; print(core.__file__)"
         done = subprocess.run(
             [sys.executable, "-c", program],
@@ -279,7 +281,7 @@ def last_begun(said: str) -> str:
 
 
 def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
-    """Seconds, of each kind, of the nearest tests of all; raises Broken where one of them fails without any bug."""
+    """Runs the nearest tests of all mutants without any bug, and returns their seconds; raises Broken if one fails."""
     seconds = {}
     for runs in dict.fromkeys(x.runs for x in mutants):
         of_kind = [x for x in mutants if x.runs == runs]
@@ -295,7 +297,7 @@ def passes_without(copy: Copy, mutants: list[Mutant]) -> dict[str, float]:
 
 
 def try_mutant(copy: Copy, mutant: Mutant, seconds: float, nearest_only: bool) -> tuple[str, str]:
-    """What becomes of a mutant, and by which test."""
+    """The verdict on a mutant, and the test that killed it or the promise that it breaks."""
     file = copy.root / mutant.file
     whole = file.read_text()
     try:
@@ -334,7 +336,7 @@ def stale(mutants: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
 
 
 def selected(only: list[str], gpu: bool) -> list[Mutant]:
-    """Those of a name, list or file that contains one of the texts, and that can run here."""
+    """The mutants whose name, list or file contains one of the texts and that can run here."""
     found = [x for x in load() if not only or any(text in f"{x.group}: {x.name} ({x.file})" for text in only)]
     for reason, count in Counter(filter(None, (why_not(x.runs, gpu) for x in found))).items():
         print(f"{count} mutants are {reason}")

@@ -192,7 +192,7 @@ static KeyTile key_tile(const Head& head, const RowTile& tile, float* memory) {
     pack_columns<E>(at, n, key, keys.k_columns);
     // Keys that are not finite add nothing to dQ: where they are seen, dS is NaN anyway.
     if (has_non_finite<E>(keys.k_columns, int64_t{n} / E::kPair * ld)) {
-      OddKeys().find(1, [&](int32_t) { return key; }, keys.begin, keys.n, at);
+      NonFiniteKeys().find(1, [&](int32_t) { return key; }, keys.begin, keys.n, at);
       pack_columns<E>(at, n, key, keys.k_columns);
     }
   }

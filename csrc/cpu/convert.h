@@ -22,8 +22,8 @@ JF_INLINE Float widen_f16(UInt h) {
 }
 
 // The bits of |x| with kShift fewer mantissa bits and another exponent bias, rounded to nearest, ties to
-// even. Normal numbers begin at the float32 bits `smallest_normal`. Below them the sum with `denormal_step`,
-// whose last place is the step of the new denormals, rounds to their multiples.
+// even. Results are normal from the float32 bits `smallest_normal` on. Smaller numbers become denormals:
+// adding `denormal_step`, whose last bit is worth one step of the new denormals, rounds them to whole steps.
 template <int kShift>
 JF_INLINE UInt round_magnitude(UInt magnitude, uint32_t rebias, uint32_t smallest_normal,
                                float denormal_step) {

@@ -225,11 +225,11 @@ class DecodeLoop {
   Softmax& state(int32_t = 0) { return state_; }
 
  private:
-  // leaves_out_odd: handles keys that are not finite one by one (hidden.h).
-  void attend_once(Interval keys, bool leaves_out_odd) {
+  // separate_non_finite: keys that are not finite are added one by one (hidden.h).
+  void attend_once(Interval keys, bool separate_non_finite) {
     const Problem& p = problem_;
     const auto values_at = [&](int32_t x) { return values_of(x); };
-    odd_.count = 0;
+    non_finite_.count = 0;
     state_.reset();
     fill(o_, rows_ * padded(p.value_dim), 0.0f);
     const int32_t kv_heads = tile_.heads / group_;
@@ -260,9 +260,9 @@ class DecodeLoop {
       softmax_rescale<E>(rows_, shifts, state_);
       load_factors(head_.value, p.v_scale, j0, n);
       value.start(j0, keys.hi);
-      if (leaves_out_odd) odd_.find(kv_heads, values_at, j0, n, value.at);
-      for (int32_t k = 0; head_.value.page_factors && k < odd_.count; ++k) {
-        for (int32_t x = 0; x < kv_heads; ++x) factors_of(x)[odd_.column[k]] = 1.0f;
+      if (separate_non_finite) non_finite_.find(kv_heads, values_at, j0, n, value.at);
+      for (int32_t k = 0; head_.value.page_factors && k < non_finite_.count; ++k) {
+        for (int32_t x = 0; x < kv_heads; ++x) factors_of(x)[non_finite_.column[k]] = 1.0f;
       }
       for (int32_t r = 0; r < rows_; ++r) {
         const float* const weights = head_.value.page_factors ? factors_of(kv_head_of(r)) : nullptr;
@@ -271,9 +271,9 @@ class DecodeLoop {
       }
       multiply<Step::kValues>(value, cold, n);  // O ← O + P V
       cold = false;
-      add_odd_keys<E>(
-          head_, odd_, j0, rows_, row, [&](int32_t r) { return values_of(kv_head_of(r)); }, s_, kDecodeKeys,
-          o_, padded(p.value_dim));
+      add_non_finite_keys<E>(
+          head_, non_finite_, j0, rows_, row, [&](int32_t r) { return values_of(kv_head_of(r)); }, s_,
+          kDecodeKeys, o_, padded(p.value_dim));
     }
     for (int32_t r = 0; p.v_scale && !head_.value.page_factors && r < rows_; ++r) {
       rescale(r, scale_of(p.v_scale, kv_head_of(r)));
@@ -393,7 +393,7 @@ class DecodeLoop {
   Word* q_;         // [kTileM, row_words(d)]
   float *s_, *o_;   // [kTileM, kDecodeKeys], [kTileM, padded(dv)]
   float* factors_;  // [KV heads, kDecodeKeys], of keys, then of values
-  OddKeys odd_;
+  NonFiniteKeys non_finite_;
   Softmax state_;
 };
 

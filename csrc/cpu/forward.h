@@ -19,7 +19,7 @@ static_assert(forward_floats(kMaxLatentDim, kMaxHeadDim) <= kScratchFloats);
 struct PackedKeys {
   KeyRange range;
   Word *k, *v;
-  OddKeys odd;
+  NonFiniteKeys non_finite;
 
   JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
@@ -134,8 +134,8 @@ static void attend_keys(const Head& head, const QueryRows& t, const PackedKeys& 
   });
   multiply_values<E, Start::kRescale>({s, kScoreRow, keys.v, keys.size()}, t.blocks, columns, p.value_dim,
                                       t.o, t.state->alpha);
-  add_odd_keys<E>(
-      head, keys.odd, keys.range.begin, t.rows,
+  add_non_finite_keys<E>(
+      head, keys.non_finite, keys.range.begin, t.rows,
       [&](int32_t r) { return Row{t.tile->position(r), t.tile->head_of(r)}; },
       [&](int32_t) { return head.value; }, s, kScoreRow, t.o, padded(p.value_dim));
 }
@@ -184,9 +184,9 @@ class ForwardLoop {
   Softmax& state(int32_t i = 0) { return *tiles_[i].state; }
 
  private:
-  // leaves_out_odd: hidden values may be NaN.
-  void attend_once(Interval keys, bool leaves_out_odd) {
-    keys_.odd.count = 0;
+  // separate_non_finite: keys that are not finite are added one by one (hidden.h).
+  void attend_once(Interval keys, bool separate_non_finite) {
+    keys_.non_finite.count = 0;
     for (int32_t i = 0; i < count_; ++i) {
       tiles_[i].state->reset();
       fill(tiles_[i].o, tiles_[i].blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
@@ -196,7 +196,7 @@ class ForwardLoop {
     for (int32_t j0 = round_down(keys.lo, kTileN); j0 < keys.hi; j0 += kTileN) {
       const Interval tile = trim_to_seen(head_, tiles_, count_, intersect(keys, {j0, j0 + kTileN}));
       if (tile.empty()) continue;
-      pack(tile, leaves_out_odd);
+      pack(tile, separate_non_finite);
       for (int32_t i = 0; i < count_; ++i) attend_keys<E>(head_, tiles_[i], keys_, s_);
     }
   }
@@ -205,7 +205,7 @@ class ForwardLoop {
     return reinterpret_cast<Word*>(scratch.take(int64_t{rows} * row_words<E>(width)));
   }
 
-  void pack(Interval keys, bool leaves_out_odd) {
+  void pack(Interval keys, bool separate_non_finite) {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size();
     const char* at[kTileN];
@@ -214,7 +214,7 @@ class ForwardLoop {
     pack_transposed<E>(at, n, head_.key.with_row_factors(begin, n, factors), keys_.k,
                        panel_words<E>(problem_.head_dim));
     head_.value.addresses(begin, n, at);
-    if (leaves_out_odd) keys_.odd.find(1, [&](int32_t) { return head_.value; }, begin, n, at);
+    if (separate_non_finite) keys_.non_finite.find(1, [&](int32_t) { return head_.value; }, begin, n, at);
     pack_columns<E>(at, n, head_.value.with_row_factors(begin, n, factors), keys_.v);
   }
 

@@ -1,6 +1,6 @@
 // Keys whose values are not finite. A row that may not see such a key has a weight of 0 for it, but 0 · NaN
-// is NaN: the products take the key's values as zeros, and they are added for the rows that see the key. All
-// of this runs only where NaN came out of the products.
+// is NaN. So the products take zeros instead of these values, and a second step adds the values to the rows
+// that see the key. All of this runs only if a product gave NaN.
 #pragma once
 
 #include "isa.h"
@@ -61,20 +61,20 @@ static bool sees(const Head& head, Row row, int32_t j) {
   return !head.draft.seen || !head.draft.hides(i, j);
 }
 
-// The keys of a tile that products take as zeros, by their columns.
-struct OddKeys {
+// The columns of those keys of a tile for which the products take zeros.
+struct NonFiniteKeys {
   int32_t count = 0;
   int32_t column[kTileN];
 
-  // Drops keys from the tile, whose n keys begin at key j0: their addresses in `at` become null.
-  // values_of(x): the values at each of `heads` KV heads.
+  // Finds such keys among the n keys of the tile that begins at key j0, and sets their addresses in `at` to
+  // null. values_of(x): the values at KV head x of `heads`.
   template <class ValuesOf>
   void find(int32_t heads, ValuesOf values_of, int32_t j0, int32_t n, const char** at) {
     count = 0;
     for (int32_t c = 0; c < n; ++c) {
-      bool odd = false;
-      for (int32_t x = 0; x < heads && at[c]; ++x) odd |= is_odd(values_of(x), j0 + c);
-      if (!odd) continue;
+      bool bad = false;
+      for (int32_t x = 0; x < heads && at[c]; ++x) bad |= has_non_finite_values(values_of(x), j0 + c);
+      if (!bad) continue;
       at[c] = nullptr;
       column[count++] = c;
     }
@@ -88,7 +88,7 @@ struct OddKeys {
 
  private:
   // Whether a key's values, or their scale in a float8 pool, are not all finite.
-  static bool is_odd(const Rows& rows, int32_t j) {
+  static bool has_non_finite_values(const Rows& rows, int32_t j) {
     const float factor = factor_of(rows, j);
     const char* at;
     rows.addresses(j, 1, &at);
@@ -104,20 +104,21 @@ JF_INLINE float weight_of(const float* p, int32_t c) {
   return __builtin_bit_cast(float, c % 2 ? word & 0xFFFF0000u : word << 16);
 }
 
-// O += P V over the odd keys of a tile that begins at key j0, for each row that sees them. row_of(r): the
-// Row; values_of(r): the values at its KV head. Rows of P are p_row floats apart, and those of O `ld`.
+// O += P V over the non-finite keys of a tile that begins at key j0, for each row that sees them. row_of(r):
+// the Row; values_of(r): the values at its KV head. The row stride of P is p_row floats, that of O `ld`.
 template <class E, class RowOf, class ValuesOf>
-static void add_odd_keys(const Head& head, const OddKeys& odd, int32_t j0, int32_t rows, RowOf row_of,
-                         ValuesOf values_of, const float* p, int32_t p_row, float* o, int32_t ld) {
+static void add_non_finite_keys(const Head& head, const NonFiniteKeys& non_finite, int32_t j0, int32_t rows,
+                                RowOf row_of, ValuesOf values_of, const float* p, int32_t p_row, float* o,
+                                int32_t ld) {
   alignas(64) float x[kMaxLatentDim + kPanel];
-  for (int32_t k = 0; k < odd.count; ++k) {
-    const int32_t c = odd.column[k];
+  for (int32_t k = 0; k < non_finite.count; ++k) {
+    const int32_t c = non_finite.column[k];
     for (int32_t r = 0; r < rows; ++r) {
       if (!sees(head, row_of(r), j0 + c)) continue;
       const Rows values = values_of(r);
       const char* at;
       values.addresses(j0 + c, 1, &at);
-      load_row(values.dtype, at, values.width, OddKeys::factor_of(values, j0 + c), x, ld);
+      load_row(values.dtype, at, values.width, NonFiniteKeys::factor_of(values, j0 + c), x, ld);
       const float weight = weight_of<E>(p + r * p_row, c);
       for (int32_t i = 0; i < ld; i += kLanes)
         store(o + r * ld + i, load(o + r * ld + i) + load(x + i) * weight);

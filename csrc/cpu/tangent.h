@@ -31,7 +31,7 @@ static int32_t tangent_tiles(const Problem& p) {
 struct TangentKeys {
   KeyRange range;
   Word *k, *v, *tv;
-  OddKeys odd, todd;  // of v and tv
+  NonFiniteKeys non_finite, non_finite_tv;  // keys whose v or tv is not finite
 
   JF_HD int32_t size() const { return range.keys.hi - range.begin; }
 };
@@ -131,9 +131,10 @@ class TangentLoop {
   }
 
  private:
-  // Computes the sums of all tiles. leaves_out_odd: handles keys that are not finite one by one (hidden.h).
-  void attend_once(bool leaves_out_odd) {
-    keys_.odd.count = keys_.todd.count = 0;
+  // Computes the sums of all tiles. separate_non_finite: keys that are not finite are added one by one
+  // (hidden.h).
+  void attend_once(bool separate_non_finite) {
+    keys_.non_finite.count = keys_.non_finite_tv.count = 0;
     for (int32_t i = 0; i < count_; ++i) {
       const TangentTile& x = tiles_[i];
       fill(x.sum, x.blocks * kBlockRows * padded(problem_.value_dim), 0.0f);
@@ -146,7 +147,7 @@ class TangentLoop {
     for (int32_t j0 = round_down(keys.lo, kTangentN); j0 < keys.hi; j0 += kTangentN) {
       const Interval tile = trim_to_seen(head_, tiles_, count_, intersect(keys, {j0, j0 + kTangentN}));
       if (tile.empty()) continue;
-      pack(tile, leaves_out_odd);
+      pack(tile, separate_non_finite);
       for (int32_t i = 0; i < count_; ++i) attend(tiles_[i]);
     }
   }
@@ -172,7 +173,7 @@ class TangentLoop {
     return x;
   }
 
-  void pack(Interval keys, bool leaves_out_odd) {
+  void pack(Interval keys, bool separate_non_finite) {
     keys_.range = {keys, round_down(keys.lo, kPanel)};
     const int32_t begin = keys_.range.begin, n = keys_.size(), h = problem_.kv_head(head_.head);
     const auto rows = [&](const View& view, int32_t width) {
@@ -185,13 +186,13 @@ class TangentLoop {
     };
     pack_half(head_.key, keys_.k);
     pack_half(rows(tangents_.tkey, problem_.head_dim), keys_.k + half_ * kPanel);
-    const auto pack_values = [&](const Rows& x, OddKeys& odd, Word* to) {
+    const auto pack_values = [&](const Rows& x, NonFiniteKeys& non_finite, Word* to) {
       x.addresses(begin, n, at);
-      if (leaves_out_odd) odd.find(1, [&](int32_t) { return x; }, begin, n, at);
+      if (separate_non_finite) non_finite.find(1, [&](int32_t) { return x; }, begin, n, at);
       pack_columns<E>(at, n, x, to);
     };
-    pack_values(head_.value, keys_.odd, keys_.v);
-    pack_values(tvalue(), keys_.todd, keys_.tv);
+    pack_values(head_.value, keys_.non_finite, keys_.v);
+    pack_values(tvalue(), keys_.non_finite_tv, keys_.tv);
   }
 
   // Adds the current tile of keys to a tile of queries.
@@ -217,14 +218,15 @@ class TangentLoop {
                                            x.sum, nullptr);
     multiply_values<E, Start::kAccumulate>({t_, kTangentRow, keys_.v, keys_.size()}, x.blocks, columns, dv,
                                            x.sum, nullptr);
-    const auto add_odd = [&](const OddKeys& odd, const Rows& values, const float* weights) {
-      add_odd_keys<E>(
-          head_, odd, keys_.range.begin, x.rows,
+    const auto add_non_finite = [&](const NonFiniteKeys& non_finite, const Rows& values,
+                                    const float* weights) {
+      add_non_finite_keys<E>(
+          head_, non_finite, keys_.range.begin, x.rows,
           [&](int32_t r) { return Row{x.tile->position(r), x.tile->head_of(r)}; },
           [&](int32_t) { return values; }, weights, kTangentRow, x.sum, padded(dv));
     };
-    add_odd(keys_.todd, tvalue(), s_);
-    add_odd(keys_.odd, head_.value, t_);
+    add_non_finite(keys_.non_finite_tv, tvalue(), s_);
+    add_non_finite(keys_.non_finite, head_.value, t_);
   }
 
   Rows tvalue() const {

@@ -4,9 +4,8 @@
 // The padded list consists of the tokens before the first sequence, the n sequences, and the tokens after the
 // last. Its sequences are sorted so that those with the longest loops (the most rows on the other side) come
 // first: thread blocks start in that order, and the last ones to run are short. Each thread places one
-// sequence by counting the tiles of all sequences before it. With more sequences than threads the original
-// order stays, and sequence z owns the slots from first_slot(start(z)) to that of its successor. Slots that
-// are left over are empty.
+// sequence by counting the tiles of all sequences before it. With more sequences than threads the sequences
+// stay in their original order, and the slots of sequence z begin at first_slot(). Unused slots are empty.
 #include "core/sequence.h"
 #include "cuda/launch.h"
 #include "cuda/registry.h"

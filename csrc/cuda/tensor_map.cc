@@ -58,7 +58,7 @@ bool heads_first(const Problem& p, const View& view) {
 }  // namespace
 
 cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view, const MapShape& shape) {
-  const int32_t element_bytes = shape.single ? 4 : 2;
+  const int32_t element_bytes = shape.is_float32 ? 4 : 2;
   const int64_t strides[] = {view.head, view.row, view.batch, view.leading[0]};
   const int64_t sizes[] = {shape.heads, shape.rows, shape.batch, p.leading.count()};
   Layout5 layout{{static_cast<cuuint64_t>(shape.columns)},
@@ -70,7 +70,7 @@ cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view
     layout.dims[i + 1] = used ? static_cast<cuuint64_t>(sizes[i]) : 1;
     layout.bytes[i] = used ? static_cast<cuuint64_t>(strides[i]) * element_bytes : kUnusedStride;
   }
-  const auto type = shape.single ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : half_type(p);
+  const auto type = shape.is_float32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : half_type(p);
   const auto swizzle =
       shape.box_columns * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   // An operand without rows may have no memory. Nothing of it is copied, but the map needs a valid address.

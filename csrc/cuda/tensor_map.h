@@ -13,23 +13,24 @@ namespace jax_flash {
 struct MapShape {
   int32_t columns, heads, rows, batch;
   int32_t box_columns, box_rows;
-  bool single = false;  // float32
+  bool is_float32 = false;
   int32_t box_heads = 1;
 };
 
-// Encodes the map of `view`, whose strides it takes. A dimension with stride 0 gets size 1. There is at most
+// Encodes the map of `view`, with the view's strides. A dimension with stride 0 gets size 1. There is at most
 // one leading dimension.
 cudaError_t make_tensor_map(CUtensorMap& map, const Problem& p, const View& view, const MapShape& shape);
 
 // Pages [leading, page, row, head, column] of 16-bit elements. A box is [box_rows / 8, panels, 8, 64
 // columns]: all panels of a head's rows, as a GroupedTile has them.
 struct PageMap : CUtensorMap {
-  // Panels, and groups of 8 rows, from head to head and from page to page.
+  // Strides: from one head to the next in panels and in groups of 8 rows; from one page to the next in
+  // groups.
   int32_t head_panels, head_groups, page_groups;
 };
 
-// Whether heads of `columns` columns can be loaded by such boxes: all rows of the pool, or of a head and then
-// of all pages, lie at equal distances.
+// Whether such boxes can load heads of `columns` columns. They can if one stride leads through all rows of
+// the pool, or through the rows of each head of each page in turn.
 bool has_page_map(const Problem& p, const View& view, int32_t columns);
 cudaError_t make_page_map(PageMap& map, const Problem& p, const View& view, int32_t columns,
                           int32_t box_rows);

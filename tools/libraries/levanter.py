@@ -21,9 +21,9 @@ from jax_flash.compat.levanter import dot_product_attention
 from .common import Comparison, Library, bare
 
 CHECKOUT = os.environ.get("LIBRARY_CHECKOUT")
-if CHECKOUT:  # its tests are of its own functions, not of the registry's version
+if CHECKOUT:  # its tests belong to the checkout's functions, not to the version on PyPI
     sys.path.insert(0, f"{CHECKOUT}/src")
-for package in ("levanter", "levanter.models"):  # they import what trains and loads data
+for package in ("levanter", "levanter.models"):  # their own __init__ imports training and data loading
     bare(package)
 from levanter.layers import attention as own  # noqa: E402
 from levanter.models import flash_attention as flash  # noqa: E402
@@ -38,7 +38,7 @@ KP = P.alias("key_position")
 
 
 def calls() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Masks and options that Levanter's own attention is compared in, where no source has its tests."""
+    """Masks and options of the calls that are compared with Levanter's own attention."""
     causal, random = own.AttentionMask.causal, haliax.random.normal
     key = own.jrandom.key(1)
     ids = haliax.named(jnp.stack([jnp.arange(48) // 20, jnp.arange(48) // 31]), (B, P))
@@ -59,7 +59,7 @@ def calls() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 def compare(comparison: Comparison, mask: Any, options: dict[str, Any]) -> None:
-    """Results and gradients of a call, and those of Levanter's plain attention."""
+    """Compares results and gradients of a call with those of Levanter's plain attention."""
     arrays = [
         haliax.random.normal(own.jrandom.key(i), axes)
         for i, axes in enumerate(((B, H, G, P, D), (B, H, KP, D), (B, H, KP, D)))
@@ -99,9 +99,8 @@ def main() -> int:
         library.case(name, partial(compare, comparison, *call))
     if CHECKOUT:
         tests = Path(CHECKOUT) / "tests"
-        utils = types.ModuleType(
-            "test_utils"
-        )  # theirs imports what trains, and these need two decorators of it
+        # Their own test_utils imports training code; the tests need only two decorators.
+        utils = types.ModuleType("test_utils")
         utils.skip_if_module_missing = lambda name: pytest.mark.skipif(not find_spec(name), reason=name)  # type: ignore[attr-defined]
         utils.skip_if_no_torch = pytest.mark.skipif(not find_spec("torch"), reason="no torch")  # type: ignore[attr-defined]
         sys.modules[utils.__name__] = utils

@@ -1,5 +1,5 @@
-// The operand `ranges`: one or two ranges of keys for each row, as data. A row sees what its ranges, the band
-// and the lengths all leave to it.
+// The operand `ranges`: one or two ranges of keys for each row, as data. A row sees the keys in its ranges
+// that the band and the lengths do not hide.
 #pragma once
 
 #include "../band.h"
@@ -20,15 +20,16 @@ JF_HD Interval hull_of(Interval a, Interval b) {
   return {a.lo < b.lo ? a.lo : b.lo, a.hi > b.hi ? a.hi : b.hi};
 }
 
-// The ranges of the rows of one sequence, at a first head and those after it. Limits may hold anything.
+// The ranges of the rows of one sequence, from a first query head on. Limits may hold any numbers.
 struct RowRanges {
   const int32_t* limits = nullptr;  // lo and hi of each range; null: every row sees all keys
-  int64_t head = 0, row = 0;        // elements from one to the next
-  bool two = false;                 // ranges a row
+  int64_t head = 0, row = 0;        // strides, in elements
+  bool two = false;                 // two ranges a row, else one
 
   JF_HD explicit operator bool() const { return limits != nullptr; }
 
-  // Rows past the sequence's length, of which the band leaves no keys, have no limits to read.
+  // `keys` are those that the band leaves to the row. Rows past the sequence's length get none, and have no
+  // limits that could be read.
   JF_HD SeenKeys seen(int32_t h, int32_t i, Interval keys) const {
     if (!limits || keys.empty()) return {keys, {0, 0}};
     const int32_t* x = limits + h * head + i * row;
@@ -41,7 +42,7 @@ struct RowRanges {
   }
 };
 
-// The ranges at `heads` query heads from `first` on.
+// The ranges at query head `first` and those after it.
 JF_HD RowRanges row_ranges(const Problem& p, int64_t leading, const Sequence& s, int32_t first) {
   const View& view = p.ranges;
   if (!view) return {};
@@ -49,14 +50,14 @@ JF_HD RowRanges row_ranges(const Problem& p, int64_t leading, const Sequence& s,
   return {view.as<const int32_t>() + offset, view.head, view.row, p.limits == 4};
 }
 
-// Query rows [begin, end) of a sequence, at `heads` query heads from the first of their ranges on.
+// Query rows [begin, end) of a sequence, at the first `heads` query heads of its RowRanges.
 struct QueryRange {
   int32_t begin, end;
   int32_t heads = 1;
 };
 
-// What some rows see of an interval of keys: no key outside of `any`, and all keys in `all`. `holes`: a row
-// does not see some of the keys between two that it sees.
+// What a set of rows sees of an interval of keys. No row sees a key outside of `any`; every row sees all keys
+// in `all`. `holes`: some row does not see a key that lies between two keys that it sees.
 struct SeenByRows {
   Interval any{0, 0}, all{0, 0};
   bool holes = false;
@@ -83,7 +84,7 @@ JF_HD SeenByRows seen_by_rows(const Band& band, const RowRanges& ranges, QueryRa
   return found;
 }
 
-// The interval of `keys` outside of which the rows see none.
+// An interval of `keys` that holds every key that the rows see.
 JF_HD Interval seen_by_any(const Band& band, const RowRanges& ranges, QueryRange rows, Interval keys) {
   if (!ranges) return intersect(band.rows(rows.begin, rows.end), keys);
   return seen_by_rows(band, ranges, rows, keys).any;

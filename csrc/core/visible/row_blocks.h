@@ -1,12 +1,12 @@
-// Which keys a block of query rows sees, by the band and by ranges. A kernel computes it once per call
-// (cuda/ranges.cu), and the kernels of score kind Ranges skip key tiles by it.
+// Which keys a block of query rows sees, by the band and by ranges. A kernel computes this once per call
+// (cuda/ranges.cu), and the kernels of score kind Ranges use it to skip key tiles.
 #pragma once
 
 #include "ranges.h"
 
 namespace jax_flash {
 
-inline constexpr int32_t kRowBlock = 64;  // rows of a block; a consumer warpgroup has as many
+inline constexpr int32_t kRowBlock = 64;  // rows of a block, as many as a consumer warpgroup has
 
 // No row sees a key outside `any` or inside `gap`, which lies within `any`. Every row sees all keys of both
 // intervals in `whole`.
@@ -19,8 +19,8 @@ struct alignas(16) SeenByTile {
   Interval any, gap;
 };
 
-// Removes from `gap` the keys `seen` of a row without a hole. Where they would cut the gap in two, the part
-// after them is left.
+// Removes from `gap` the keys `seen` of a row without a hole. If that would cut the gap in two, only the part
+// behind these keys stays a gap.
 JF_HD Interval shrink_gap(Interval gap, Interval seen) {
   if (seen.empty() || seen.hi <= gap.lo || gap.hi <= seen.lo) return gap;
   if (seen.hi >= gap.hi) return {gap.lo, seen.lo};
@@ -32,8 +32,8 @@ struct LimitsOfRows {
   Interval any{INT32_MAX, 0};     // the smallest lo, the largest hi
   Interval all{0, INT32_MAX};     // the largest lo, the smallest hi
   Interval hole{0, INT32_MAX};    // the intersection of the holes, of rows that have one
-  int32_t first_end = INT32_MAX,  // where the first range of some row ends first
-      last_begin = 0;             // where the last range of some row begins last
+  int32_t first_end = INT32_MAX,  // the smallest end of a row's first range
+      last_begin = 0;             // the largest begin of a row's last range
 
   JF_HD void add(const SeenKeys& row) {
     if (row.hull.empty()) return add({{INT32_MAX, 0}, {INT32_MAX, 0}, {0, INT32_MAX}, 0, INT32_MAX});
@@ -57,8 +57,9 @@ struct LimitsOfRows {
   }
 };
 
-// The number of slots of a leading entry in a table of blocks or tiles of `block` rows, where the slots of a
-// batch entry or of a packed sequence are consecutive. `rows`: of a batch entry, or of all packed sequences.
+// The number of slots that a table of blocks or tiles of `block` rows has for each leading entry. A batch
+// entry or packed sequence has consecutive slots. `rows`: the rows of a batch entry, or of all packed
+// sequences together.
 JF_HD int64_t slots_of_entry(bool packed, int64_t rows, int64_t batch, int64_t block) {
   return packed ? rows / block + batch : batch * ((rows + block - 1) / block);
 }

@@ -9,8 +9,8 @@
 
 namespace jax_flash::inline JF_ARCH_NAMESPACE {
 
-// A row of csrc/kernels.def: a kernel over key tiles computes dK and dV; dQ comes from the float32
-// accumulator, or from a kernel over query tiles where it has to be deterministic.
+// Launches the kernels of one row of csrc/kernels.def. A kernel over key tiles computes dK and dV. dQ comes
+// from the float32 accumulator or, if it has to be deterministic, from a kernel over query tiles.
 template <class T, Row R, ScoreKind Kind>
 cudaError_t launch_backward_sm80(const Problem& p, const LaunchPlan& plan, void* workspace,
                                  cudaStream_t stream) {

@@ -1,5 +1,5 @@
-// TMA in the sm_90a kernels: tiles of 16-bit rows by tensor maps, rows of float32 and their sums without.
-// One thread issues each of these.
+// TMA in the sm_90a kernels. Tiles of 16-bit rows are copied by tensor maps; rows of float32 are copied and
+// added up without a map. One thread issues each copy.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ __device__ __forceinline__ ptx::Coordinates coordinates_of(const View& view, con
   return {0, head, row, work.batch_row, view.leading[0] ? static_cast<int32_t>(work.leading) : 0};
 }
 
-// Loads a box of rows, from `at` on, to the rows of a Tile that begin with `first`; with kCluster > 1 into
-// the same tile of every CTA of the cluster. The full barrier counts the bytes.
+// Loads the box of rows that begins at `at` into a Tile, from row `first` on. With kCluster > 1 the same tile
+// of every CTA of the cluster receives it. The full barrier counts the bytes.
 template <class Tile, int kCluster = 1>
 __device__ __forceinline__ void load_rows(uint32_t tile, int32_t first, const CUtensorMap& map,
                                           uint32_t barrier, ptx::Coordinates at) {
@@ -35,8 +35,8 @@ __device__ __forceinline__ void load_rows(uint32_t tile, int32_t first, const CU
   }
 }
 
-// Whether rows of float32, lse or delta, can be loaded by load_statistics: from any row that is a multiple of
-// 4 on, and only multiples of 4 of them.
+// Whether load_statistics can load lse or delta: their addresses have to be multiples of 16 bytes. The first
+// row of a load and the number of rows are multiples of 4.
 __host__ __device__ inline bool loads_statistics(const View& view, int32_t first_row) {
   const auto multiple_of_4 = [](int64_t x) { return x % 4 == 0; };
   return view.row == 1 && multiple_of_4(view.head) && multiple_of_4(view.batch) &&
@@ -44,17 +44,17 @@ __host__ __device__ inline bool loads_statistics(const View& view, int32_t first
          reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
 }
 
-// Loads `count` float32, a multiple of 4, between addresses that are multiples of 16 bytes. Unlike a box it
-// does not stop at the tensor's end: the caller does.
+// Loads `count` float32, a multiple of 4, between addresses that are multiples of 16 bytes. Unlike a box, it
+// does not stop at the tensor's end, so the caller limits `count`.
 __device__ __forceinline__ void load_statistics(uint32_t shared, const float* from, int32_t count,
                                                 uint32_t barrier) {
   ptx::copy_bytes(shared, from, count * sizeof(float), barrier);
 }
 
-// to[0, count) += the float32 in shared memory; count and addresses as above. Threads that wrote them run
-// ptx::fence_async_shared() before, and the issuing thread ptx::bulk_commit(), ptx::bulk_wait_read() before
-// the shared memory is overwritten, and ptx::bulk_wait() before another thread may be told that the sums are
-// there.
+// to[0, count) += the float32 in shared memory; the conditions on count and addresses are those of
+// load_statistics. The threads that wrote shared memory first run ptx::fence_async_shared(). Afterwards the
+// issuing thread runs ptx::bulk_commit(); ptx::bulk_wait_read() before the shared memory is overwritten; and
+// ptx::bulk_wait() before it signals other threads that the sums are complete.
 __device__ __forceinline__ void add_floats(float* to, uint32_t shared, int32_t count) {
   ptx::reduce_add_floats(to, shared, count * sizeof(float));
 }

@@ -1,4 +1,4 @@
-// A 16-bit bias alone on sm_90a.
+// The score variants on sm_90a for calls whose only score option is a 16-bit bias.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 
 namespace jax_flash {
 
-// In the forward, with tiles by TMA.
+// The forward's variant, whose tiles of the bias come by TMA.
 template <class S>
 struct BiasScore : ScoreVariant<S> {
   template <class T, int N, int kStages, int kConsumers>
@@ -33,7 +33,8 @@ struct BiasScore : ScoreVariant<S> {
       }
     });
   }
-  // A NaN that a bias of −∞ hides shows in the maxima: to test every element costs 7 to 10% of the pass.
+  // A bias of −∞ may hide a NaN. Such a NaN reaches the maximum of its row, so elements are tested only if a
+  // maximum is NaN: to test all of them costs 7 to 10% of the pass.
   template <bool kScalarDropout, class Scores, class Tile, class Softmax>
   __device__ __forceinline__ void exponentiate(Scores& s, const Tile& tile, Softmax& softmax,
                                                float (&alpha)[S::kSlots], int early) {
@@ -51,7 +52,8 @@ struct BiasScore : ScoreVariant<S> {
   }
 };
 
-// In kernels that compute gradients, with tiles of any origin (load/score_tiles.cuh).
+// The variant of kernels that compute gradients. It reads the tiles of load/score_tiles.cuh, however they
+// were loaded.
 template <class S>
 struct StagedBiasScore : ScoreVariant<S> {
   static constexpr bool reads(Operand operand) { return operand == Operand::kBias; }

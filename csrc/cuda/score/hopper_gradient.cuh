@@ -1,5 +1,5 @@
-// The score variants of the sm_90a kernels that compute gradients, by kind. Bias and mask come to them in
-// tiles that a producer warp stages (load/score_tiles.cuh): Tile::apply_tiles().
+// The score variants of the sm_90a kernels that compute gradients, by kind. A producer warp stages tiles of
+// the bias and the mask (load/score_tiles.cuh); a variant reads them by Tile::apply_tiles().
 #pragma once
 
 #include <type_traits>

@@ -40,14 +40,14 @@ __device__ __forceinline__ float tanh_polynomial(float x) {
 // c · tanh(x / c), for kernels with few scores per thread.
 __device__ __forceinline__ float cap_exactly(float x, float c) { return c * tanhf(x / c); }
 
-// Whether P is rounded to 16 bits and c ≤ 64, so that an absolute error of 3e-7 · c in the scores stays below
-// what that rounding makes of P.
+// Whether tanh may have an absolute error of 3e-7: P is rounded to 16 bits and c ≤ 64, so the error of the
+// scores, 3e-7 · c, changes P by less than its rounding does.
 __device__ __forceinline__ bool coarse_tanh(const Problem& p) {
   return p.dtype != DType::kF32 && p.spec.softcap <= 64;
 }
 
-// f(x, tanh(inner · x), slot, n, e) for every element x of S. `coarse`: with an absolute error of 3e-7,
-// by what a vote of the warp says is enough.
+// f(x, tanh(inner · x), slot, n, e) for every element x of S. `coarse`: tanh may have an absolute error of
+// 3e-7; a vote of the warp then chooses the cheapest formula that serves all its elements.
 template <class S, class F>
 __device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F f) {
   auto each = [&](auto tanh) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void for_each_tanh(S& s, float inner, bool coarse, F 
   }
 }
 
-// What cap() is given where nobody asks for its derivative.
+// The argument g of cap() for callers that need no derivative.
 struct NoGradient {
   __device__ __forceinline__ void operator()(float, int, int, int) const {}
 };
@@ -81,8 +81,8 @@ __device__ __forceinline__ void cap(S& s, float c, float scale, bool coarse, G g
   });
 }
 
-// cap() of scores to which a bias has been added: S ← log2(e) · c · tanh(S / c), and −∞ stays. One tanh
-// serves every case, because each of for_each_tanh()'s would make the general kernels larger.
+// cap() of scores to which a bias has been added: S ← log2(e) · c · tanh(S / c), where −∞ stays −∞. It always
+// uses tanh_relative, because the three formulas of for_each_tanh() would make the general kernels larger.
 template <class S, class G>
 __device__ __forceinline__ void cap_biased(S& s, float c, G g) {
   const float inner = 1 / c, outer = c * kLog2e;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void cap_biased(S& s, float c, G g) {
   });
 }
 
-// log2(e) · c · tanh(s · scale / c), where |s · scale / c| ≤ 1 as a polynomial in s. The absolute error is c
+// log2(e) · c · tanh(s · scale / c), a polynomial in s where |s · scale / c| ≤ 1. The absolute error is c
 // times that of tanh.
 struct Softcap {
   float inner, outer, both;  // scale / c, c · log2(e), their product
@@ -103,8 +103,9 @@ struct Softcap {
         outer(spec.softcap * kLog2e),
         both(spec.scale * kLog2e) {}
 
-  // S [rows from row(), keys from `key`] ← softcap(S) + shift. A warp's largest visible |S| decides how it is
-  // computed: hidden scores may be anything, and are cleared where they would decide it.
+  // S [rows from row(), keys from `key`] ← softcap(S) + shift. A warp's largest visible |S| chooses the
+  // formula. Hidden scores may be anything, so they are cleared if the largest |S| of all scores is too large
+  // for the cheapest formula.
   template <class S, class Row>
   __device__ __forceinline__ void apply(S& s, float shift, const Band& band, Row row, int32_t key) const {
     float top = largest(s);
@@ -153,12 +154,12 @@ struct Softcap {
     }
   }
 
-  // S → 4 P and dP → dS of a transposed S, whose |S| ≤ c makes no lse coarse. wait_dp() is called before dP
-  // is read. A warp's instructions bound the backward, so these are as few as bfloat16's and float16's
-  // rounding of P and dS allow.
+  // Transposed S ← 4 P, dP ← dS. As |S| ≤ c, no lse is too large (gradient.cuh). wait_dp() is called before
+  // dP is read. The number of a warp's instructions limits the backward, so the formulas are only as exact as
+  // the rounding of P and dS to 16 bits needs.
   template <class S, class Rows, class Wait>
   __device__ __forceinline__ void fuse_gradient(S& s, S& dp, const Rows& rows, Wait wait_dp) const {
-    // f: with t = tanh, (t, t', its derivative's quarter).
+    // f(x): a linear function y of tanh, from which log2(4 P) = exponent · y + offset − lse, and tanh' / 4.
     const auto each = [&](float exponent, float offset, auto f) {
       for_each(s, [&](float& x, int slot, int n, int e) {
         float& ds = dp.at(slot, n, e);
@@ -169,7 +170,7 @@ struct Softcap {
     };
     const bool small = __all_sync(~0u, largest(s) <= 0.4f);
     wait_dp();
-    if (small) {  // half of tanh, to 1.2e-6: its derivative is 4 (1 / 4 − t²), to 2e-6
+    if (small) {  // y = tanh / 2, error 1.2e-6; tanh' / 4 = 1 / 4 − y², error of tanh' 2e-6
       const float square_inner = inner * inner, a = 0.5f * 9.999937548e-1f * inner,
                   b = 0.5f * -3.326259279e-1f * inner * square_inner,
                   c = 0.5f * 1.212789662e-1f * inner * (square_inner * square_inner);
@@ -177,7 +178,7 @@ struct Softcap {
         const float square = x * x, half = x * fmaf(fmaf(c, square, b), square, a);
         return float2{half, fmaf(-half, half, 0.25f)};
       });
-    } else {  // with r = 1 / (1 + e^2x) tanh is 1 − 2 r, to 3e-7, and its derivative 4 (r − r²)
+    } else {  // r = 1 / (1 + e^2x): tanh = 1 − 2 r, error 3e-7; tanh' / 4 = r − r²
       const float twice = 2 * kLog2e * inner;
       each(-2 * outer, 2 + outer, [=](float x) {
         const float r = ptx::reciprocal(1.0f + ptx::exp2(x * twice));
@@ -187,8 +188,8 @@ struct Softcap {
   }
 
  private:
-  // The lane's largest |s · scale / c|, or NaN. The bits of floats that are not negative are in the floats'
-  // order, and sm_90 compares three integers in one instruction.
+  // The lane's largest |s · scale / c|, or NaN. It compares the bits as integers, which for floats ≥ 0 gives
+  // the same order, because sm_90 takes the maximum of three integers in one instruction.
   template <class S>
   __device__ __forceinline__ float largest(const S& s) const {
     const auto magnitude = [&](int slot, int n) {
@@ -218,11 +219,11 @@ struct Softcap {
   }
 };
 
-// Softcap alone.
+// The score variant for calls whose only score option is the softcap.
 template <class S>
 struct SoftcapScore : ScoreVariant<S> {
   static constexpr bool kPositional = true;
-  // |S| ≤ c: where P has float32's range no maximum is needed.
+  // |S| ≤ c, so a P of bfloat16, which has float32's range, needs no row maximum.
   static constexpr bool kScalesGradient = true;
   static constexpr bool kFusesGradient = S::kTransposed;
   static constexpr float kWeightScale = kFusesGradient ? 4 : 1;
