@@ -211,6 +211,8 @@ def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
     require_devices(2)
     if implementation == "xla" and (mode, order) not in {("ring", "zigzag"), ("all_to_all", "contiguous")}:
         pytest.skip("one order of rows for each mode is enough for plain JAX")
+    if implementation == "xla" and mode == "ring" and name not in {"prefix", "band", "ranges"}:
+        pytest.skip("plain JAX makes the same ranges of the other masks as outside of a ring")
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
     shard = P(None, "x")
     ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)

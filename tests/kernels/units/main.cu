@@ -10,6 +10,7 @@ int main() {
   test_tiles();
   test_scores();
   test_ranges();
+  test_blocks();
   test_gradients();
   std::printf(failed ? "%d failed\n" : "all passed\n", failed);
   return failed ? 1 : 0;

@@ -101,6 +101,7 @@ void test_ptx();
 void test_tiles();
 void test_scores();
 void test_ranges();
+void test_blocks();
 void test_gradients();
 
 }  // namespace jax_flash::units

@@ -1,0 +1,226 @@
+// The lists that csrc/cuda/blocks.cu makes of block masks, on random calls, against the mask pair by pair.
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "core/visible/key_tiles.h"
+#include "cuda/registry.h"
+#include "units.h"
+
+namespace jax_flash::units {
+namespace {
+
+constexpr int32_t kTileRows = 2 * kRowBlock;
+constexpr int kCalls = 200;
+
+uint32_t state = 1;
+int32_t draw(int32_t least, int32_t most) {
+  state = state * 1664525u + 1013904223u;
+  return least + static_cast<int32_t>((state >> 8) % static_cast<uint32_t>(most - least + 1));
+}
+
+// Device memory of one call; freed with it.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() {
+    for (void* x : all_) check(cudaFree(x));
+  }
+  template <class T>
+  T* copy(const std::vector<T>& from) {
+    void* to = nullptr;
+    check(cudaMalloc(&to, from.size() * sizeof(T)));
+    check(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice));
+    all_.push_back(to);
+    return static_cast<T*>(to);
+  }
+
+ private:
+  std::vector<void*> all_;
+};
+
+template <class T>
+std::vector<T> read(const T* from, int64_t count) {
+  std::vector<T> to(static_cast<size_t>(count));
+  check(cudaMemcpy(to.data(), from, to.size() * sizeof(T), cudaMemcpyDeviceToHost));
+  return to;
+}
+
+// A random call with block masks, whose index arrays may be outside of their operands.
+struct Drawn {
+  Problem p{};
+  std::vector<int32_t> q_lengths, kv_lengths;
+  std::vector<uint8_t> mask;
+  int32_t group = draw(1, 4);
+  bool mask_of_heads = draw(0, 1) == 1;
+
+  explicit Drawn(Memory& memory) : q_lengths(2), kv_lengths(2) {
+    p.batch = draw(1, 2), p.kv_heads = draw(1, 2), p.heads = p.kv_heads * group;
+    p.q_rows = draw(1, 700), p.k_rows = draw(1, 900);
+    p.spec.block_rows = 16 * draw(1, 16), p.spec.block_keys = 32 * draw(1, 8);
+    p.spec.left = draw(0, 3) ? -1 : draw(0, 300), p.spec.right = draw(0, 1) ? -1 : draw(0, 50);
+    p.spec.align = draw(0, 1) ? Align::kBottomRight : Align::kTopLeft;
+    p.mask_rows = ceil_div(p.q_rows, p.spec.block_rows);
+    p.mask_columns = ceil_div(p.k_rows, p.spec.block_keys);
+    for (int i = 0; i < 2; ++i) q_lengths[i] = draw(-1, p.q_rows + 1), kv_lengths[i] = draw(-1, p.k_rows + 1);
+    const int32_t blocks = p.mask_rows * p.mask_columns, heads = mask_of_heads ? p.heads : 1;
+    mask.resize(static_cast<size_t>(p.batch) * heads * blocks);
+    const int32_t chosen = draw(0, 10);
+    for (uint8_t& x : mask) x = draw(0, 9) < chosen;
+    p.block_mask.data = memory.copy(mask), p.block_mask.column = 1, p.block_mask.row = p.mask_columns;
+    p.block_mask.head = mask_of_heads ? blocks : 0, p.block_mask.batch = static_cast<int64_t>(heads) * blocks;
+    give(Operand::kBlockMask);
+    if (draw(0, 1)) {
+      p.q_lengths.data = memory.copy(q_lengths), p.q_lengths.batch = 1;
+      give(Operand::kQLengths);
+    }
+    if (draw(0, 1)) {
+      p.kv_lengths.data = memory.copy(kv_lengths), p.kv_lengths.batch = 1;
+      give(Operand::kKvLengths);
+    }
+  }
+  int32_t rows_of(int32_t b) const { return length(Operand::kQLengths, q_lengths[b], p.q_rows); }
+  int32_t keys_of(int32_t b) const { return length(Operand::kKvLengths, kv_lengths[b], p.k_rows); }
+  // Whether row i of head h sees key j: window, lengths and blocks.
+  bool sees(int32_t b, int32_t h, int32_t i, int32_t j) const {
+    const int32_t rows = rows_of(b), keys = keys_of(b);
+    if (i >= rows || j >= keys) return false;
+    const int32_t ahead = j - i - (p.spec.align == Align::kBottomRight ? keys - rows : 0);
+    if ((p.spec.right >= 0 && ahead > p.spec.right) || (p.spec.left >= 0 && -ahead > p.spec.left))
+      return false;
+    const int64_t head = static_cast<int64_t>(b) * (mask_of_heads ? p.heads : 1) + (mask_of_heads ? h : 0);
+    return mask[(head * p.mask_rows + i / p.spec.block_rows) * p.mask_columns + j / p.spec.block_keys];
+  }
+  // Whether what is seen of so many keys by rows in use is `seen`, which may say kSome of any.
+  bool is(SeenPiece seen, int32_t b, int32_t h, Interval rows, Interval keys) const {
+    bool any = false, all = true;
+    for (int32_t i = rows.lo; i < std::min(rows.hi, rows_of(b)); ++i)
+      for (int32_t j = keys.lo; j < keys.hi; ++j) {
+        const bool x = sees(b, h, i, j);
+        any |= x, all &= x;
+      }
+    return seen == SeenPiece::kSome || (seen == SeenPiece::kAll ? any && all : !any);
+  }
+
+ private:
+  void give(Operand operand) { p.spec.operands |= 1 << static_cast<int>(operand); }
+  int32_t length(Operand operand, int32_t given, int32_t rows) const {
+    return p.spec.has(operand) ? std::clamp(given, 0, rows) : rows;
+  }
+};
+
+// The workspace of a call's lists, full of what earlier calls left.
+void* poisoned(Memory& memory) { return memory.copy(std::vector<uint32_t>(1 << 20, 0x77777777u)); }
+
+// The number of query tiles of the forward whose lists are wrong.
+int wrong_key_lists() {
+  Memory memory;
+  const Drawn x(memory);
+  const Problem& p = x.p;
+  LaunchPlan plan{};
+  TileGrid& grid = plan.queries;
+  const bool pairs = p.spec.block_rows % kTileRows && x.group % 2 == 0;
+  grid.block = pairs ? kRowBlock : kTileRows, grid.other_block = draw(0, 1) ? 128 : 64;
+  grid.tiles = ceil_div(p.q_rows, grid.block), grid.lists = 0;
+  void* const workspace = poisoned(memory);
+  check(launch_blocks(p, plan, workspace, nullptr));
+  check(cudaDeviceSynchronize());
+  const KeyLists to = key_lists(p, grid, workspace);
+  const int32_t groups = p.heads / to.heads, pieces = grid.other_block / to.keys;
+  const int64_t count = static_cast<int64_t>(p.batch) * groups * to.query_tiles;
+  const std::vector<KeyList> lists = read(to.lists, count);
+  const std::vector<KeyPieces> tiles = read(to.tiles, count * to.most);
+  int wrong = 0;
+  for (int64_t at = 0; at < count; ++at) {
+    const auto tile = static_cast<int32_t>(at % to.query_tiles);
+    const auto b = static_cast<int32_t>(at / to.query_tiles / groups);
+    const int32_t head = static_cast<int32_t>(at / to.query_tiles % groups) * to.heads;
+    const KeyList own = lists[at];
+    bool right = own.tiles <= to.most;
+    std::set<int32_t> listed[2];
+    for (int32_t n = 0, before = -1; right && n < own.tiles * kMostPieces; ++n) {
+      const int32_t piece = tiles[at * to.most + n / kMostPieces].piece[n % kMostPieces];
+      const int32_t key = KeyPieces::key(piece), place = n % kMostPieces * to.keys;
+      const bool last = n / kMostPieces + 1 == own.tiles;
+      if (n % kMostPieces >= pieces || key == kNoKeys) {
+        right &= key == kNoKeys ? last : piece == 0;
+        continue;
+      }
+      right &= key > before && key % to.keys == 0 && (last || key + to.keys <= std::max(x.keys_of(b), key));
+      before = key;
+      for (int i = 0; i < 2; ++i) {
+        const int32_t row = tile * to.rows + (pairs ? 0 : i * kRowBlock);
+        const SeenPiece seen = KeyPieces::seen(piece, i);
+        right &= x.is(seen, b, head + (pairs ? i : 0), {row, row + kRowBlock}, {key, key + to.keys});
+        if (seen != SeenPiece::kNone) listed[i].insert(key);
+      }
+      for (int32_t j = key; last && p.k_rows > x.keys_of(b) && j < key + to.keys; ++j)
+        right &= (j < x.keys_of(b)) == (place + j - key < own.last_values);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int32_t row = tile * to.rows + (pairs ? 0 : i * kRowBlock), end = row + kRowBlock; row < end;
+           ++row)
+        for (int32_t j = 0; j < p.k_rows; ++j)
+          right &= listed[i].count(j / to.keys * to.keys) || !x.sees(b, head + (pairs ? i : 0), row, j);
+    wrong += !right;
+  }
+  return wrong;
+}
+
+// The number of key tiles of the backward whose lists are wrong.
+int wrong_step_lists() {
+  Memory memory;
+  const Drawn x(memory);
+  const Problem& p = x.p;
+  LaunchPlan plan{};
+  TileGrid& grid = plan.keys;
+  grid.block = kTileRows, grid.other_block = draw(0, 1) ? 64 : 128;
+  grid.tiles = ceil_div(p.k_rows, grid.block), grid.lists = 0;
+  void* const workspace = poisoned(memory);
+  check(launch_blocks(p, plan, workspace, nullptr));
+  check(cudaDeviceSynchronize());
+  const StepLists to = step_lists(p, grid, workspace);
+  const int64_t count = static_cast<int64_t>(p.batch) * p.kv_heads * grid.tiles;
+  const std::vector<int32_t> counts = read(to.counts, count), steps = read(to.steps, count * to.most);
+  int wrong = 0;
+  for (int64_t at = 0; at < count; ++at) {
+    const int32_t key = static_cast<int32_t>(at % grid.tiles) * kTileRows;
+    const auto b = static_cast<int32_t>(at / grid.tiles / p.kv_heads);
+    const int32_t head = static_cast<int32_t>(at / grid.tiles % p.kv_heads) * x.group;
+    bool right = counts[at] >= 0 && counts[at] <= to.most;
+    std::set<std::pair<int32_t, int32_t>> listed;
+    for (int32_t n = 0; right && n < counts[at]; ++n) {
+      const int32_t step = steps[at * to.most + n], h = ListedStep::head(step);
+      const int32_t row = ListedStep::tile(step) * grid.other_block;
+      right &= h < x.group && row < p.q_rows && listed.insert({h, row}).second;
+      for (int i = 0; right && i < 2; ++i) {
+        const int32_t first = key + i * kRowBlock;
+        right &= x.is(KeyPieces::seen(step, i), b, head + h, {row, row + grid.other_block},
+                      {first, first + kRowBlock});
+      }
+      right &= KeyPieces::seen(step, 0) != SeenPiece::kNone || KeyPieces::seen(step, 1) != SeenPiece::kNone;
+    }
+    for (int32_t h = 0; h < x.group; ++h)
+      for (int32_t i = 0; i < p.q_rows; ++i)
+        for (int32_t j = key; j < std::min(key + kTileRows, p.k_rows); ++j)
+          right &= listed.count({h, i / grid.other_block * grid.other_block}) || !x.sees(b, head + h, i, j);
+    wrong += !right;
+  }
+  return wrong;
+}
+
+}  // namespace
+
+void test_blocks() {
+  std::vector<float> of_queries, of_keys;
+  for (int i = 0; i < kCalls; ++i) {
+    of_queries.push_back(static_cast<float>(wrong_key_lists()));
+    of_keys.push_back(static_cast<float>(wrong_step_lists()));
+  }
+  expect("lists of key tiles", of_queries, [](int) { return 0; });
+  expect("lists of the backward's steps", of_keys, [](int) { return 0; });
+}
+
+}  // namespace jax_flash::units
