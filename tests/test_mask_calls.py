@@ -1,6 +1,6 @@
 """Masks as values in calls: every form in every layout against the oracle, and drawn by attention itself."""
 
-from functools import partial
+from functools import cache, partial
 
 import checks
 import jax
@@ -204,6 +204,37 @@ RINGED = {
 }
 
 
+def ring_mask(name):
+    """What makes the mask of a part of the rows, from arrays of all rows."""
+    ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)
+    position = jnp.asarray(np.arange(S)[None] // 2, jnp.int32)
+    lo, hi = (jnp.asarray(x, jnp.int32) for x in np.random.default_rng(0).integers(0, S, (2, B, 1, S)))
+    return {
+        "spans": (masks.bidirectional_spans, (ids,)),
+        "positions": (masks.by_position, (position, position)),
+        "ranges": (masks.ranges, (lo, hi)),
+    }.get(name, (lambda: RINGED[name], ()))
+
+
+def with_gradients(run, arrays):
+    out, pullback = jax.vjp(run, *arrays)
+    return out, *pullback(jnp.cos(out))
+
+
+@cache
+def whole(name):
+    make, arrays = ring_mask(name)
+    call = partial(flash_attention, mask=make(*arrays), implementation="xla")
+    return jax.jit(partial(with_gradients, call))(X)
+
+
+def zigzags(order):
+    """The permutations into the order of a ring's rows and back."""
+    if order == "contiguous":
+        return (lambda x, axis=1: x), lambda x: x
+    return partial(jax_flash.zigzag_permute, devices=2), partial(jax_flash.zigzag_unpermute, devices=2)
+
+
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("mode", ["ring", "all_to_all"])
 @pytest.mark.parametrize("name", [*RINGED, "spans", "positions", "ranges"])
@@ -213,47 +244,40 @@ def test_a_ring_counts_by_global_positions(name, mode, order, implementation):
         pytest.skip("one order of rows for each mode is enough for plain JAX")
     if implementation == "xla" and mode == "ring" and name not in {"prefix", "band", "ranges"}:
         pytest.skip("plain JAX makes the same ranges of the other masks as outside of a ring")
-    mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
-    shard = P(None, "x")
-    ids = jnp.asarray(np.repeat(np.array([[-1, 2, -1, 5, 6, 6, -1, 1]]), 6, -1), jnp.int32)
-    position = jnp.asarray(np.arange(S)[None] // 2, jnp.int32)
-    rng = np.random.default_rng(0)
-    lo, hi = (jnp.asarray(rng.integers(0, S, (B, 1, S)), jnp.int32) for _ in range(2))
-    make, arrays, specs = {
-        "spans": (masks.bidirectional_spans, (ids,), (shard,)),
-        "positions": (masks.by_position, (position, position), (shard, shard)),
-        "ranges": (masks.ranges, (lo, hi), (P(None, None, "x"),) * 2),
-    }.get(name, (lambda: RINGED[name], (), ()))
+    make, arrays = ring_mask(name)
 
     def local(q, k, v, *arrays):
         call = partial(jax_flash.ring_attention, axis_name="x", order=order, mode=mode)
         return call(q, k, v, mask=make(*arrays), implementation=implementation)
 
-    ring = jax.shard_map(local, mesh=mesh, in_specs=(shard,) * 3 + specs, out_specs=shard)
-    permute = partial(jax_flash.zigzag_permute, devices=2) if order == "zigzag" else lambda x, axis=1: x
-    back = partial(jax_flash.zigzag_unpermute, devices=2) if order == "zigzag" else lambda x: x
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
+    shard = P(None, "x")
+    specs = (shard,) * 3 + tuple(P(*(None,) * (x.ndim - 1), "x") for x in arrays)
+    ring = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=shard)
+    permute, back = zigzags(order)
 
     def through_ring(q, k, v):
         return back(ring(*map(permute, (q, k, v)), *(permute(x, axis=x.ndim - 1) for x in arrays)))
 
-    def whole(q, k, v):
-        return flash_attention(q, k, v, mask=make(*arrays), implementation="xla")
-
-    def with_gradients(run):
-        out, pullback = jax.vjp(run, *X)
-        return out, *pullback(jnp.cos(out))
-
-    for got, wanted in zip(jax.jit(lambda: with_gradients(through_ring))(), with_gradients(whole)):
+    for got, wanted in zip(jax.jit(partial(with_gradients, through_ring))(X), whole(name)):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+LONG = [jax.random.normal(jax.random.key(n), (B, 128, H if n == 0 else 2, D)) for n in range(3)]
+CHOSEN = jnp.asarray(np.random.default_rng(0).integers(-1, 4, (B, H, 8, 2)), jnp.int32)
+
+
+@cache
+def whole_of_blocks():
+    mask = masks.blocks(CHOSEN, (16, 32))
+    call = partial(flash_attention, causal=True, mask=mask, implementation="xla")
+    return jax.jit(partial(with_gradients, call))(LONG)
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
 @pytest.mark.parametrize("mode", ["ring", "all_to_all"])
 def test_a_ring_takes_the_blocks_of_its_rows(mode, order, implementation):
     require_devices(2)
-    size, rng = 128, np.random.default_rng(0)
-    arrays = [jax.random.normal(jax.random.key(n), (B, size, H if n == 0 else 2, D)) for n in range(3)]
-    chosen = jnp.asarray(rng.integers(-1, 4, (B, H, size // 16, 2)), jnp.int32)
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("x",))
     ring = partial(jax_flash.ring_attention, axis_name="x", order=order, mode=mode, causal=True)
 
@@ -262,22 +286,12 @@ def test_a_ring_takes_the_blocks_of_its_rows(mode, order, implementation):
 
     shard = P(None, "x")
     split = jax.shard_map(local, mesh=mesh, in_specs=(shard,) * 3 + (P(None, None, "x"),), out_specs=shard)
-    permute = partial(jax_flash.zigzag_permute, devices=2) if order == "zigzag" else lambda x, axis=1: x
-    back = partial(jax_flash.zigzag_unpermute, devices=2) if order == "zigzag" else lambda x: x
+    permute, back = zigzags(order)
 
     def through_ring(q, k, v):
-        return back(split(*map(permute, (q, k, v)), permute(chosen, axis=2)))
+        return back(split(*map(permute, (q, k, v)), permute(CHOSEN, axis=2)))
 
-    def whole(q, k, v):
-        return flash_attention(
-            q, k, v, causal=True, mask=masks.blocks(chosen, (16, 32)), implementation="xla"
-        )
-
-    def with_gradients(run):
-        out, pullback = jax.vjp(jax.jit(run), *arrays)
-        return out, *pullback(jnp.cos(out))
-
-    for got, wanted in zip(with_gradients(through_ring), with_gradients(whole)):
+    for got, wanted in zip(jax.jit(partial(with_gradients, through_ring))(LONG), whole_of_blocks()):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 

@@ -1,5 +1,7 @@
+#undef _FORTIFY_SOURCE  // its longjmp takes a switch to another stack for an error
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdio>
@@ -30,8 +32,9 @@ struct Copy {
   std::vector<uint8_t> bytes;
 };
 
+// Fibers live from block to block and switch by _setjmp, because swapcontext makes a system call each time.
 struct Fiber {
-  ucontext_t context;
+  jmp_buf state;
   std::unique_ptr<uint8_t[]> stack;
   std::function<bool()> waits_for;
   bool done = false;
@@ -39,16 +42,38 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;
 };
 
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::vector<Fiber> fibers;
 std::vector<Barrier> warps;
 Barrier block, groups[16];
 uint32_t current;
 const std::function<void()>* kernel;
 
+void leave(Fiber& fiber) {
+  if (_setjmp(fiber.state) == 0) _longjmp(scheduler, 1);
+}
+
 void enter() {
-  (*kernel)();
-  fibers[current].done = true;
+  for (;;) {
+    (*kernel)();
+    Fiber& fiber = fibers[current];
+    fiber.done = true;
+    leave(fiber);
+  }
+}
+
+// Runs the fiber until it leaves. Not inlined: locals of the caller that change would be lost.
+__attribute__((noinline)) void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.stack) _longjmp(fiber.state, 1);
+  fiber.stack = std::make_unique<uint8_t[]>(kStackBytes);
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, enter, 0);
+  setcontext(&context);
 }
 
 void wait(const Barrier& barrier, uint64_t generation) {
@@ -73,16 +98,10 @@ void run_block(uint32_t threads) {
   warps.assign(threads / 32, Barrier{32});
   for (uint32_t i = 0; i < threads; ++i) {
     Fiber& fiber = fibers[i];
-    if (!fiber.stack) fiber.stack = std::make_unique<uint8_t[]>(kStackBytes);
     fiber.done = false;
     fiber.waits_for = nullptr;
     fiber.uncommitted.clear();
     fiber.groups.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, enter, 0);
   }
   for (uint32_t left = threads; left > 0;) {
     bool moved = false;
@@ -92,7 +111,7 @@ void run_block(uint32_t threads) {
       fiber.waits_for = nullptr;
       current = i;
       threadIdx = dim3(i);
-      swapcontext(&scheduler, &fiber.context);
+      resume(fiber);
       moved = true;
       left -= fiber.done;
     }
@@ -130,7 +149,7 @@ void wait_until(const std::function<bool()>& condition) {
   Fiber& self = fibers[current];
   if (condition()) return;
   self.waits_for = condition;
-  swapcontext(&self.context, &scheduler);
+  leave(self);
 }
 
 bool block_any(bool condition) {
