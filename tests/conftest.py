@@ -17,7 +17,9 @@ else:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # Most of the suite's time is LLVM compiling small programs that run once; without optimisation it halves.
     _FLAGS.append("--xla_backend_optimization_level=0")
-    _FLAGS.append("--xla_cpu_parallel_codegen_split_count=1")  # one module a program: pytest's workers share the cores
+    _FLAGS.append(
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )  # one module a program: pytest's workers share the cores
     if (
         version("jaxlib") < "0.11"
     ):  # the flag ends there; without it a fifth of the suite's time goes to fusions' code

@@ -70,7 +70,7 @@ def test_it_is_the_largest_visible_score(case, kernel):
     check(case, kernel)
 
 
-@pytest.mark.parametrize("case", CASES[::3] + MORE, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES[::8] + MORE[1::3], ids=lambda case: case.name)
 def test_it_is_the_largest_visible_score_in_plain_jax(case):
     check(case, "xla")
 
@@ -283,7 +283,7 @@ def test_a_split_sequence_is_one(kernel, mesh, case):
 
 
 @pytest.mark.parametrize("order", ["contiguous", "zigzag"])
-@pytest.mark.parametrize("case", RINGS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RINGS[::3], ids=lambda case: case.name)
 def test_in_a_ring_it_is_that_of_all_devices(kernel, case, order):
     inputs = make_inputs(case)
     arrays = inputs.positional | inputs.keywords

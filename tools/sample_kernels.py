@@ -28,14 +28,25 @@ def sample(lines: list[str]) -> list[str]:
             arch, pass_, design, loader, element, d, dv = row.groups()
             for one in ("dense", "paged") if loader == "both" else (loader,):
                 groups.setdefault((arch, pass_, design, one, element), []).append(((int(d), int(dv)), line))
-    chosen = {line for line in lines if line.startswith("JF_ARCH(")}
+    chosen: dict[str, set[str]] = {line: set() for line in lines if line.startswith("JF_ARCH(")}
     for (_, pass_, _, loader, _), rows in groups.items():
         wanted = (HEAD_DIMS.get((pass_, loader), OTHERS),) * 2
         pairs = [pair for pair, _ in rows]
         pair = wanted if wanted in pairs else min(pairs)
-        chosen |= {line for other, line in rows if other == pair}
+        for other, line in rows:
+            if other == pair:
+                chosen.setdefault(line, set()).add(loader)
     halves = itertools.cycle(("bfloat16", "float16"))
-    return [re.sub(r"\bhalf\b", lambda _: next(halves), line) for line in lines if line in chosen]
+    return [
+        re.sub(r"\bhalf\b", lambda _: next(halves), of_loaders(line, chosen[line]))
+        for line in lines
+        if line in chosen
+    ]
+
+
+def of_loaders(line: str, loaders: set[str]) -> str:
+    """A row of both loaders that was chosen for one of them has that one."""
+    return line if len(loaders) != 1 else re.sub(r"\bboth\b", min(loaders), line)
 
 
 if __name__ == "__main__":
